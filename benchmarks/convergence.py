@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.methods.admm import SplitState
 from optimum_fista.solve.patterns import Unstructured
 from optimum_fista.solve.problem import LayerProblem, inner, largest_eigenvalue
-from optimum_fista.solve.proximal_gradient import fista
+from optimum_fista.solve.proximal_gradient import fista, soft_threshold
 from optimum_fista.solve.refit import refit
 
 Step = Callable[[int, Tensor], None]
@@ -69,7 +70,15 @@ class Scaled:
 
     def fista(self, start: Tensor, l1_penalty: float, steps: int, restart: bool, see: Step | None = None) -> Tensor:
         """FISTA with thresholds `l1_penalty * s_j / L`: the LASSO of the unscaled weights, whatever the scale."""
-        options = {"max_iterations": steps, "tolerance": 0.0, "restart": restart, "see": see}
+        count = itertools.count(1)
+
+        def step(values: Tensor, threshold: Tensor) -> Tensor:
+            weight = soft_threshold(values, threshold)  # an iterate
+            if see is not None:
+                see(next(count), weight)
+            return weight
+
+        options = {"max_iterations": steps, "tolerance": 0.0, "restart": restart, "proximal_step": step}
         lipschitz = largest_eigenvalue(self.gram)
         return fista(self.gram, self.target, start, l1_penalty * self.scale, lipschitz, **options).weight
 

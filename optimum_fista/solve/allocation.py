@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 
 import torch
@@ -96,7 +97,7 @@ def prune_stacked(
 
     Args:
         method: The pruning method.
-        problems: Their layer problems, with the same statistics.
+        problems: Layer problems with the same statistics.
         patterns: Unstructured, scope `"matrix"`; the zeros of all together are shared.
         output_weights: `v`, [out] by operator, nonnegative, in one unit.
     """
@@ -106,14 +107,25 @@ def prune_stacked(
     scales = scales.clamp_min(_LEAST_SCALE)[:, None]
     shapes = [(p.weight.shape[0], p.weight.shape[1]) for p in problems]
     kept = sum(pattern.num_kept(shape) for pattern, shape in zip(patterns, shapes, strict=True))
-    stacked = LayerProblem.stack(problems, scales)
+    rows = [shape[0] for shape in shapes]
+    stacked = copy(problems[0])
+    for key in ("weight", "target"):
+        whole = torch.cat([getattr(problem, key) for problem in problems])
+        # The only copy: the problems' own become views of it, and are scaled too until `finally` below.
+        for problem, part in zip(problems, whole.split(rows), strict=True):
+            setattr(problem, key, part)
+        setattr(stacked, key, whole.mul_(scales))
+    squares = scales[:, 0].double().square()
+    stacked.output_energies = torch.cat([p.output_energies for p in problems]) * squares
+    stacked.unpruned_errors = torch.cat([p.unpruned_errors for p in problems]) * squares
+    stacked.dense = None  # what is known of W X is that of the first operator alone
+    stacked.name = " and ".join(p.name for p in problems)
     try:
         pattern = replace(patterns[0], sparsity=1 - kept / stacked.weight.numel())
         found = method.prune_sharing([stacked], [pattern])[0]
     finally:
         stacked.weight.div_(scales)
         stacked.target.div_(scales)
-    rows = [shape[0] for shape in shapes]
     # Errors are those of the operators' own outputs; that of `found` is weighted.
     weights, masks = found.weight.div_(scales).split(rows), found.mask.split(rows)
     return [

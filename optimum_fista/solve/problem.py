@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,13 +18,10 @@ from torch import Tensor
 
 from optimum_fista.solve.linalg import row_blocks
 
-_NEARLY_DEAD = 5e-6
-"""Fraction of the mean energy below which an input is nearly dead: the root of it is a 450th."""
-_DEAD = 1e-12
-"""Fraction of the mean energy that an input counts with at least."""
+_NEARLY_DEAD = 5e-6  # of the mean energy: an input of less than a 450th of the usual size
+_DEAD = 1e-12  # of the mean energy: what an input counts with at least
 
 
-@dataclass(eq=False)
 class InputStatistics:
     """Second-order statistics of the inputs that one or more operators share.
 
@@ -38,38 +34,27 @@ class InputStatistics:
     Attributes:
         gram: Gram matrix `G = X* X*^T` [in, in], float32 or better, symmetric, summed over tokens.
         num_tokens: Number of tokens summed.
-        recorded_mean: Mean of the inputs over the tokens, [in]; `None` if no method reads `mean`.
+        diagonal: Squared norms of the inputs over the tokens, [in]; of dead ones 1e-12 of the mean, to divide by.
+        energy_ratios: Squared norms of nearly dead inputs over the mean, and 1 for all others, [in]. Damping is
+            multiplied by it, so that it stays a fraction of what it is added to.
     """
 
-    gram: Tensor
-    num_tokens: int
-    recorded_mean: Tensor | None = None
+    def __init__(self, gram: Tensor, num_tokens: int, mean: Tensor | None = None) -> None:
+        self.gram = gram
+        self.num_tokens = num_tokens
+        self._mean = mean
+        energy = gram.diagonal().mean()
+        energy = torch.where(energy == 0, torch.ones_like(energy), energy)  # 1 if all inputs are dead
+        self.diagonal = torch.maximum(gram.diagonal(), _DEAD * energy)  # a copy: the Gram matrix may be used up
+        ratios = self.diagonal / energy
+        self.energy_ratios = torch.where(ratios < _NEARLY_DEAD, ratios, torch.ones_like(ratios))
 
     @property
     def mean(self) -> Tensor:
         """Mean of the inputs over the tokens, [in]."""
-        if self.recorded_mean is None:
-            raise ValueError("these statistics hold no mean of the inputs: pass recorded_mean to InputStatistics.")
-        return self.recorded_mean
-
-    @cached_property
-    def _mean_energy(self) -> Tensor:
-        energy = self.gram.diagonal().mean()
-        return torch.where(energy == 0, torch.ones_like(energy), energy)  # 1 if all inputs are dead
-
-    @cached_property
-    def diagonal(self) -> Tensor:
-        """Squared norms of the inputs over the tokens, [in]; of dead ones 1e-12 of the mean, to divide by."""
-        return torch.maximum(self.gram.diagonal(), _DEAD * self._mean_energy)
-
-    @cached_property
-    def energy_ratios(self) -> Tensor:
-        """Squared norms of nearly dead inputs over the mean, and 1 for all others, [in].
-
-        Damping is multiplied by it, so that it stays a fraction of what it is added to.
-        """
-        ratios = self.diagonal / self._mean_energy
-        return torch.where(ratios < _NEARLY_DEAD, ratios, torch.ones_like(ratios))
+        if self._mean is None:
+            raise ValueError("these statistics hold no mean of the inputs: pass mean to InputStatistics.")
+        return self._mean
 
     @cached_property
     def decoupled(self) -> InputStatistics | None:
@@ -82,7 +67,7 @@ class InputStatistics:
             return None
         gram = self.gram.mul(live).mul_(live[:, None])  # rows and columns of nearly dead inputs vanish
         gram.diagonal().copy_(self.diagonal)  # but for the diagonal
-        return InputStatistics(gram, self.num_tokens, self.recorded_mean)
+        return InputStatistics(gram, self.num_tokens, self._mean)
 
     @cached_property
     def lipschitz(self) -> float:
@@ -124,6 +109,7 @@ class LayerProblem:
         gram: Their Gram matrix `G` [in, in].
         target: `C = Y X*^T` [out, in]; made from `weight` if `Y = W X*`.
         output_energies: Squared norms of the rows of `Y`, [out], float64.
+        unpruned_errors: Squared norms of the rows of `W X* - Y`, [out], float64; their sum is `e0`.
         corrected: Whether `Y` is another matrix than `W X*`.
         aims_at_dense: Whether `Y` is known to be `W X`.
         dense: What is known of `W X` if `Y` is another matrix; `None` if nothing is.
@@ -162,34 +148,14 @@ class LayerProblem:
         if target is None or output_energies is None:
             self.target = weight @ statistics.gram  # C = W X* X*^T
             self.output_energies = inner_by_rows(self.target, weight)  # || W X* ||^2 = <W G, W>, by rows
-            self._unpruned_errors = torch.zeros_like(self.output_energies)
+            self.unpruned_errors = torch.zeros_like(self.output_energies)
         else:
             self.target, self.output_energies = target, output_energies.double()
             # || W X* - Y ||^2 = || W X* ||^2 - 2 <W X*, Y> + || Y ||^2 by rows, with <W X*, Y> = <W, C>.
             if same_energies is None:
                 parts = [weight[rows] for rows in row_blocks(weight)]
                 same_energies = torch.cat([inner_by_rows(part @ statistics.gram, part) for part in parts])
-            self._unpruned_errors = same_energies - 2 * inner_by_rows(weight, target) + self.output_energies
-
-    @classmethod
-    def stack(cls, problems: Sequence[LayerProblem], scales: Tensor) -> LayerProblem:
-        """One problem of the outputs of several with the same statistics; row i is multiplied by `scales[i]`, [out, 1].
-
-        Its weights and targets are the only copy: those of the problems become views of them, and so are scaled too,
-        until the caller divides by the scales.
-        """
-        stacked = copy.copy(problems[0])
-        for key in ("weight", "target"):
-            whole = torch.cat([getattr(problem, key) for problem in problems])
-            for problem, part in zip(problems, whole.split([len(p.weight) for p in problems]), strict=True):
-                setattr(problem, key, part)
-            setattr(stacked, key, whole.mul_(scales))
-        squares = scales[:, 0].double().square()
-        stacked.output_energies = torch.cat([p.output_energies for p in problems]) * squares
-        stacked._unpruned_errors = torch.cat([p._unpruned_errors for p in problems]) * squares
-        stacked.dense = None
-        stacked.name = " and ".join(p.name for p in problems)
-        return stacked
+            self.unpruned_errors = same_energies - 2 * inner_by_rows(weight, target) + self.output_energies
 
     def decoupled(self) -> LayerProblem:
         """The problem that methods solve: nearly dead inputs stand alone (`InputStatistics`), errors are this one's.
@@ -229,7 +195,7 @@ class LayerProblem:
         """The same as a scalar on the device; rounding may have made it negative."""
         if self._errors_of is not None:
             return self._errors_of._squared_error(weight)
-        error = self._unpruned_errors.sum().clamp_min(0.0)  # e0, zero when Y = W X*
+        error = self.unpruned_errors.sum().clamp_min(0.0)  # e0, zero when Y = W X*
         for rows in row_blocks(weight):
             new, dense = weight[rows], self.weight[rows]
             if self.corrected:  # <D G, D> - 2 <D, C - W G> = <(W* + W) G - 2 C, D>: one product, two matrices
@@ -304,13 +270,6 @@ def largest_eigenvalue(gram: Tensor, *, tolerance: float = 1e-4, max_iterations:
     `r = || G v - q v ||` of it; `q + r` is returned once `r <= tolerance * q`, and never more than the
     largest absolute row sum (Gershgorin), so that a gradient step of its inverse does not diverge.
 
-    Args:
-        gram: [n, n], symmetric positive semidefinite.
-        tolerance: Relative residual at which to stop; other devices than the CPU are asked every tenth product.
-        max_iterations: At most this many products.
-
-    Returns:
-        The estimate; zero for a zero matrix.
     """
     bound = float(gram.abs().sum(1).max())  # Gershgorin
     if bound == 0.0:
@@ -322,11 +281,10 @@ def largest_eigenvalue(gram: Tensor, *, tolerance: float = 1e-4, max_iterations:
     vector /= vector.norm()
     quotient, residual = 0.0, bound
     found: list[Tensor] = []
-    # Reading a residual makes the host wait for a device.
-    look = 1 if gram.device.type == "cpu" else 10
+    look = 1 if gram.device.type == "cpu" else 10  # reading a residual makes the host wait for a device
     for iteration in range(1, max_iterations + 1):
         product = gram @ vector
-        rayleigh = vector @ product
+        rayleigh = vector @ product  # q; the next line has r
         found.append(torch.stack([rayleigh, (product - rayleigh * vector).norm()]))
         if iteration % look == 0 or iteration == max_iterations:
             for quotient, residual in torch.stack(found).tolist():

@@ -7,7 +7,7 @@ from layer_problems import Example, example
 from sklearn.linear_model import Lasso, MultiTaskLasso
 
 from optimum_fista.solve.patterns import Columns
-from optimum_fista.solve.proximal_gradient import FistaSolution, fista
+from optimum_fista.solve.proximal_gradient import FistaSolution, fista, soft_threshold
 
 FRACTIONS = [0.5, 0.1, 0.01, 1e-3]
 
@@ -92,11 +92,16 @@ def test_every_iterate_is_the_published_one():
     problem, l1_penalty = made.problem, 0.02 * critical_penalty(made)
     start = torch.randn(4, 8, dtype=torch.float64)
     given = (problem.gram, problem.target, start)
-    penalty_and_step, seen = (l1_penalty, problem.statistics.lipschitz), {}
-    solution = fista(*given, *penalty_and_step, max_iterations=20, tolerance=0, see=seen.__setitem__)
-    assert (list(seen), solution.iterations, solution.converged) == ([*range(1, 21)], 20, False)
-    assert torch.equal(seen[20], solution.weight)
-    for steps, weight in seen.items():
+    penalty_and_step, seen = (l1_penalty, problem.statistics.lipschitz), []
+
+    def step(values, threshold):
+        seen.append(soft_threshold(values, threshold))
+        return seen[-1]
+
+    solution = fista(*given, *penalty_and_step, max_iterations=20, tolerance=0, proximal_step=step)
+    assert (len(seen), solution.iterations, solution.converged) == (20, 20, False)
+    assert seen[-1] is solution.weight
+    for steps, weight in enumerate(seen, 1):
         expected = beck_teboulle(*(tensor.numpy() for tensor in given), *penalty_and_step, steps)
         assert np.allclose(weight.numpy(), expected, rtol=1e-10, atol=1e-12)
 

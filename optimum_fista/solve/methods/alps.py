@@ -65,11 +65,5 @@ class Alps(PruningMethod):
         weight, steps = refit(gram, target, state.point, support, max_iterations=self.refit_iterations)
         weight.mul_(scale)  # back from coordinates of unit diagonal
         message = "" if settled else f"the support still changed after max_iterations={self.max_iterations}: try more"
-        return PrunedOperator(
-            weight,
-            support,
-            problem.fit_error(weight),
-            iterations=iteration + int(steps),
-            converged=settled,
-            message=message,
-        )
+        iteration, error = iteration + int(steps), problem.fit_error(weight)
+        return PrunedOperator(weight, support, error, iteration, converged=settled, message=message)

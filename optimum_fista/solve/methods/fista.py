@@ -8,7 +8,6 @@ has all as printed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
@@ -20,7 +19,7 @@ from optimum_fista.solve.methods.sparsegpt import SparseGPT
 from optimum_fista.solve.methods.wanda import Wanda
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
-from optimum_fista.solve.proximal_gradient import FistaSolution, fista
+from optimum_fista.solve.proximal_gradient import fista
 from optimum_fista.solve.refit import refit, refit_columns
 
 WarmStart = Literal["dense", "magnitude", "wanda", "sparsegpt"]
@@ -36,64 +35,6 @@ class PenaltySearch:
     l1_penalty: float | None = None  # None while no trial has improved on the start
     converged: bool = True  # whether FISTA converged in that trial
     iterations: int = 0  # FISTA steps over all trials
-
-
-def search_penalty(
-    problem: LayerProblem,
-    pattern: SparsityPattern,
-    start: Tensor,
-    rounded: PrunedOperator,
-    solve: Callable[[Tensor, float], FistaSolution],
-    *,
-    rounding_share: float = 0.3,
-    patience: int = 3,
-    max_trials: int = 30,
-) -> PenaltySearch:
-    """Find the penalty by bisection (FISTAPruner, arXiv 2408.03728, Algorithm 1).
-
-    A trial solves the LASSO from the best weights so far, rounds the solution to the pattern and compares
-    `E_round = || (W_round - W_fista) X* ||` with `E_total = || W_round X* - W X ||`: if their ratio exceeds
-    `rounding_share`, rounding dominates and the penalty rises, otherwise it falls. The interval, which the
-    paper does not give, is `[1e-6, 1] max |C|` on a logarithmic scale (`SparsityPattern.dual_norm`).
-
-    Args:
-        problem: The layer problem.
-        pattern: The sparsity pattern.
-        start: Warm start [out, in] of the first trial; it need not be in the pattern.
-        rounded: Weights in the pattern that the search has to improve on.
-        solve: `(start, l1_penalty) -> FistaSolution`.
-        rounding_share: The paper's xi.
-        patience: Stop after this many trials without improvement, the paper's T.
-        max_trials: At most this many trials.
-    """
-    best = PenaltySearch(rounded.weight, rounded.mask, math.sqrt(problem.squared_error(rounded.weight)))
-    standing = problem.statistics.energy_ratios.sqrt()  # below 1 for nearly dead inputs alone
-    critical = pattern.dual_norm(problem.target)  # from here on the solution of the LASSO is zero
-    if critical == 0.0:  # C = 0: at every penalty
-        return best
-    low, high = math.log(1e-6 * critical), math.log(critical)
-    failures = 0
-    for _ in range(max_trials):
-        l1_penalty = math.exp((low + high) / 2)  # the geometric middle of the interval
-        solution = solve(start, l1_penalty)
-        mask = pattern.mask(solution.weight * standing)
-        weight = solution.weight * mask  # W_round
-        error = math.sqrt(problem.squared_error(weight))  # E_total
-        best.iterations += solution.iterations
-        if error < best.error:
-            start = best.weight = weight
-            best.mask, best.error = mask, error
-            best.l1_penalty, best.converged, failures = l1_penalty, solution.converged, 0
-        else:
-            failures += 1
-        if failures >= patience:
-            break
-        # E_round > xi E_total: rounding dominates, and a larger penalty makes more weights zero before it.
-        if problem.seminorm(weight - solution.weight) > rounding_share * error:
-            low = math.log(l1_penalty)
-        else:
-            high = math.log(l1_penalty)
-    return best
 
 
 @register
@@ -142,44 +83,16 @@ class Fista(PruningMethod):
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`."""
         pattern.require_shape((problem.weight.shape[0], problem.weight.shape[1]), problem.name)
-
-        def solve(start: Tensor, l1_penalty: float) -> FistaSolution:
-            return fista(
-                problem.gram,
-                problem.target,
-                start,
-                l1_penalty,
-                problem.statistics.lipschitz,
-                max_iterations=self.max_iterations,
-                tolerance=self.tolerance,
-                restart=self.restart,
-                proximal_step=pattern.proximal_step,
-            )
-
         rounded = self._rounded_start(problem, pattern)
         problem = problem.decoupled()
-        found = search_penalty(
-            problem,
-            pattern,
-            problem.weight if self.warm_start == "dense" else rounded.weight,
-            rounded,
-            solve,
-            rounding_share=self.rounding_share,
-            patience=self.patience,
-            max_trials=self.max_trials,
-        )
+        start = problem.weight if self.warm_start == "dense" else rounded.weight
+        found = self.search_penalty(problem, pattern, start, rounded)
         steps, refitted = 0, ""
         if pattern.whole_columns and self.refit_iterations:
             weight, refitted = refit_columns(problem, found.mask[0])
         else:
-            weight, taken = refit(
-                problem.gram,
-                problem.target,
-                found.weight,
-                found.mask,
-                max_iterations=self.refit_iterations,
-                singular=True,
-            )
+            given = (problem.gram, problem.target, found.weight, found.mask)
+            weight, taken = refit(*given, max_iterations=self.refit_iterations, singular=True)
             steps = int(taken)
         advice = "" if found.converged else f"FISTA stopped at max_iterations={self.max_iterations}: try more"
         return PrunedOperator(
@@ -191,6 +104,58 @@ class Fista(PruningMethod):
             converged=found.converged and rounded.converged and not refitted,
             message="; ".join(filter(None, (rounded.message, advice, refitted))),
         )
+
+    def search_penalty(
+        self, problem: LayerProblem, pattern: SparsityPattern, start: Tensor, rounded: PrunedOperator
+    ) -> PenaltySearch:
+        """Find the penalty by bisection (Algorithm 1).
+
+        A trial solves the LASSO from the best weights so far, rounds the solution to the pattern and compares
+        `E_round = || (W_round - W_fista) X* ||` with `E_total = || W_round X* - W X ||`: if their ratio exceeds
+        `rounding_share`, rounding dominates and the penalty rises, otherwise it falls. The interval, which the
+        paper does not give, is `[1e-6, 1] max |C|` on a logarithmic scale (`SparsityPattern.dual_norm`).
+
+        The first trial starts from `start` [out, in], which need not be in the pattern; `rounded` is in the pattern,
+        and the search has to improve on it.
+        """
+        best = PenaltySearch(rounded.weight, rounded.mask, math.sqrt(problem.squared_error(rounded.weight)))
+        standing = problem.statistics.energy_ratios.sqrt()  # below 1 for nearly dead inputs alone
+        critical = pattern.dual_norm(problem.target)  # from this penalty on the solution of the LASSO is zero
+        if critical == 0.0:  # C = 0: it is zero at every penalty
+            return best
+        low, high = math.log(1e-6 * critical), math.log(critical)
+        failures = 0
+        for _ in range(self.max_trials):
+            l1_penalty = math.exp((low + high) / 2)  # the geometric middle of the interval
+            solution = fista(
+                problem.gram,
+                problem.target,
+                start,
+                l1_penalty,
+                problem.statistics.lipschitz,
+                max_iterations=self.max_iterations,
+                tolerance=self.tolerance,
+                restart=self.restart,
+                proximal_step=pattern.proximal_step,
+            )
+            mask = pattern.mask(solution.weight * standing)
+            weight = solution.weight * mask  # W_round
+            error = math.sqrt(problem.squared_error(weight))  # E_total
+            best.iterations += solution.iterations
+            if error < best.error:
+                start = best.weight = weight
+                best.mask, best.error = mask, error
+                best.l1_penalty, best.converged, failures = l1_penalty, solution.converged, 0
+            else:
+                failures += 1
+            if failures >= self.patience:
+                break
+            # E_round > xi E_total: rounding dominates, and a larger penalty makes more weights zero before it.
+            if problem.seminorm(weight - solution.weight) > self.rounding_share * error:
+                low = math.log(l1_penalty)
+            else:
+                high = math.log(l1_penalty)
+        return best
 
     def _rounded_start(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """The warm start in the pattern, its zeros counted as in its source: Wanda's by row, the others' by matrix."""

@@ -67,14 +67,8 @@ class GreedyObs(PruningMethod):
             raise torch.linalg.LinAlgError(f"{problem.name}: the error of removing a column is NaN or Inf.")
         weight, refit_message = refit_columns(problem, kept, self.ridge)
         message = "; ".join(dict.fromkeys(filter(None, (message, refit_message))))
-        return PrunedOperator(
-            weight,
-            kept.repeat(rows, 1),
-            problem.fit_error(weight),
-            iterations=count,
-            converged=not message,
-            message=message,
-        )
+        mask, error = kept.repeat(rows, 1), problem.fit_error(weight)
+        return PrunedOperator(weight, mask, error, count, converged=not message, message=message)
 
 
 def _remove_groups(inverse: Tensor, weight: Tensor, width: int, count: int) -> tuple[Tensor, Tensor]:

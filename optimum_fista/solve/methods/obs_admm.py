@@ -93,21 +93,14 @@ class ObsAdmm(PruningMethod):
                 for _ in range(self.iterations):
                     state.iterate(inverse, rho, pattern)
             del inverse  # before the next one is made
-        fitted_gram = surgeon.gram(gram)
+        fit = partial(refit, surgeon.gram(gram), max_iterations=self.refit_iterations, in_place=True)
         taken = [torch.zeros((), dtype=torch.int64, device=gram.device)]
         for state, pattern in zip(states, patterns, strict=True):  # step 4, in place
+            assert state.mask is not None
             for rows in () if pattern.whole_columns else row_blocks(state.point):
-                _, steps = refit(
-                    fitted_gram,
-                    state.target(rows),
-                    state.point[rows],
-                    state.mask[rows],  # type: ignore[index]
-                    max_iterations=self.refit_iterations,
-                    in_place=True,
-                )
-                taken.append(steps)
-        del fitted_gram
-        most_steps = int(torch.stack(taken).max())
+                taken.append(fit(state.target(rows), state.point[rows], state.mask[rows])[1])
+        del fit  # with its Gram matrix
+        iterations = self.stages * self.iterations + int(torch.stack(taken).max())  # one wait for the device
         pruned = []
         for problem, pattern, state in zip(problems, patterns, states, strict=True):
             assert state.mask is not None
@@ -116,17 +109,10 @@ class ObsAdmm(PruningMethod):
                 weight, refitted = refit_columns(problem, state.mask[0], self.ridge)
                 advice = "; ".join(dict.fromkeys(filter(None, (message, refitted))))
             else:
-                weight = surgeon.back(state.point.mul_(state.mask))
-            pruned.append(
-                PrunedOperator(
-                    weight,
-                    state.mask,
-                    problem.fit_error(weight),
-                    iterations=self.stages * self.iterations + most_steps,
-                    converged=not advice,
-                    message=advice,
-                )
-            )
+                # W = W' B^T S, in the memory of P
+                weight = surgeon.times_blocks(state.point.mul_(state.mask), transposed=True).mul_(surgeon.scale)
+            error = problem.fit_error(weight)
+            pruned.append(PrunedOperator(weight, state.mask, error, iterations, converged=not advice, message=advice))
         return pruned
 
 
@@ -165,12 +151,12 @@ class _Surgeon:
         copy = gram.clone()
         copy.diagonal().add_(self.penalty)
         copy = copy.mul_(self.scale).mul_(self.scale[:, None])
-        return copy if self.blocks is None else self._times_blocks(self._times_blocks(copy).mT).contiguous()
+        return copy if self.blocks is None else self.times_blocks(self.times_blocks(copy).mT).contiguous()
 
     def target(self, problem: LayerProblem, rows: slice) -> Tensor:
         """`C_r S B` of some rows, made from the problem's own matrices."""
         target = torch.addcmul(problem.target[rows], problem.weight[rows], self.penalty)
-        return self._times_blocks(target.mul_(self.scale))
+        return self.times_blocks(target.mul_(self.scale))
 
     def weight(self, weight: Tensor) -> Tensor:
         """A new matrix: `W' = W S^-1 B^-T`."""
@@ -181,11 +167,7 @@ class _Surgeon:
         solved = torch.linalg.solve_triangular(self.blocks.mT, groups, upper=True, left=False)
         return solved.transpose(0, 1).flatten(1)
 
-    def back(self, weight: Tensor) -> Tensor:
-        """`W = W' B^T S`; the argument is used up."""
-        return self._times_blocks(weight, transposed=True).mul_(self.scale)
-
-    def _times_blocks(self, matrix: Tensor, transposed: bool = False) -> Tensor:
+    def times_blocks(self, matrix: Tensor, transposed: bool = False) -> Tensor:
         """`matrix [rows, in] @ B`, or `B^T`; the matrix itself if there are no blocks."""
         if self.blocks is None:
             return matrix

@@ -6,14 +6,14 @@ import pytest
 import torch
 from layer_problems import Example, example
 
-from optimum_fista.solve.methods.fista import Fista, search_penalty
+from optimum_fista.solve.methods.fista import Fista
 from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.solve.methods.sparsegpt import SparseGPT
 from optimum_fista.solve.methods.wanda import Wanda
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.patterns import Columns, Unstructured, parse_pattern
-from optimum_fista.solve.proximal_gradient import fista
-from optimum_fista.solve.refit import refit_columns
+from optimum_fista.solve.proximal_gradient import FistaSolution, fista
+from optimum_fista.solve.refit import refit, refit_columns
 
 STARTS = {"dense": Magnitude, "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
 PATTERNS = [Unstructured(0.5), Unstructured(0.7, "row"), parse_pattern("2:4")]
@@ -88,20 +88,15 @@ def test_the_best_subset_bounds_it_from_below_and_is_near(pattern, corrected):
 
 
 @pytest.mark.parametrize("columns", [20, 21])
-def test_wanda_as_a_start_counts_its_zeros_by_row(columns, monkeypatch):
+def test_wanda_as_a_start_counts_its_zeros_by_row(columns, solved_by):
     made, pattern = example(12, columns), Unstructured(0.5)
-    given = {}
-
-    def search(problem, pattern, start, rounded, solve, **options):
-        given.update(start=start, rounded=rounded)
-        return search_penalty(problem, pattern, start, rounded, solve, **options)
-
-    monkeypatch.setattr("optimum_fista.solve.methods.fista.search_penalty", search)
+    asked = solved_by(lambda start, _: -start)  # never better than the start
     Fista(warm_start="wanda").prune(made.problem, pattern)
-    by_row = Wanda().prune(made.problem, Unstructured(0.5, "row"))
-    assert pattern.violation(given["rounded"].mask) is None
-    assert torch.equal(given["start"] != 0, given["rounded"].mask & by_row.mask)
-    assert abs(int(by_row.mask.sum()) - int((given["start"] != 0).sum())) <= 12 * (columns % 2)
+    start, by_row = asked[0][0], Wanda().prune(made.problem, Unstructured(0.5, "row"))
+    kept = start != 0
+    assert not (kept & ~by_row.mask).any()
+    assert int(by_row.mask.sum()) - int(kept.sum()) <= 12 * (columns % 2)
+    assert pattern.num_kept((12, columns)) >= int(kept.sum())
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 8])
@@ -177,3 +172,85 @@ def test_whole_columns_start_from_wanda_and_are_refitted(width):
     assert torch.equal(refitted.mask, plain.mask)
     assert torch.equal(refitted.weight, refit_columns(made.problem, plain.mask[0])[0])
     assert refitted.fit_error < plain.fit_error
+
+
+@pytest.fixture
+def solved_by(monkeypatch):
+    """Lets whatever `answer(start, l1_penalty)` gives take the place of FISTA's solution, and records the questions."""
+
+    def solve(answer):
+        asked = []
+
+        def solver(gram, target, start, l1_penalty, lipschitz, **options):
+            asked.append((start, l1_penalty))
+            return FistaSolution(answer(start, l1_penalty), 7, False)
+
+        monkeypatch.setattr("optimum_fista.solve.methods.fista.fista", solver)
+        return asked
+
+    return solve
+
+
+def rounded_start():
+    """A problem, and what Wanda makes of it in the first pattern."""
+    made = example(6, 8)
+    return made, Wanda().prune(made.problem, PATTERNS[0])
+
+
+@pytest.mark.parametrize("patience", [1, 3])
+@pytest.mark.parametrize("damage", [-1.0, math.nan])
+def test_a_search_that_never_improves_returns_the_start(solved_by, patience, damage):
+    made, rounded = rounded_start()
+    asked = solved_by(lambda start, _: start * damage)
+    found = Fista(patience=patience).search_penalty(made.problem, PATTERNS[0], rounded.weight, rounded)
+    assert found.weight is rounded.weight
+    assert found.mask is rounded.mask
+    assert found.l1_penalty is None
+    assert found.converged, "no trial was kept, so none that was cut short was"
+    assert len(asked) == patience
+    assert found.error == math.sqrt(made.problem.squared_error(rounded.weight))
+    assert found.iterations == 7 * patience
+
+
+def test_failures_count_from_the_last_improvement_and_trials_start_from_it(solved_by):
+    (made, rounded), pattern = rounded_start(), PATTERNS[0]
+    better = refit(made.problem.gram, made.problem.target, rounded.weight, rounded.mask)[0]
+    answers = iter([-better, -better, better, -better, -better, -better, better])
+    asked = solved_by(lambda start, _: next(answers))
+    found = Fista(patience=3, max_trials=30).search_penalty(made.problem, pattern, made.weight, rounded)
+    assert len(asked) == 6
+    assert all(start is made.weight for start, _ in asked[:3])
+    assert all(torch.equal(start, found.weight) for start, _ in asked[3:])
+    assert found.l1_penalty == asked[2][1]
+    assert not found.converged
+    assert torch.equal(found.weight, better)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.95])
+def test_rounding_share_is_the_threshold_between_the_two(solved_by, share):
+    (made, rounded), pattern = rounded_start(), PATTERNS[0]
+    # Rounding moves these weights by about half of their total error.
+    answer = rounded.weight * 1.6 + 0.25 * made.weight * ~rounded.mask
+    mask = pattern.mask(answer)
+    ratio = made.problem.seminorm(answer * ~mask) / math.sqrt(made.problem.squared_error(answer * mask))
+    assert 0.05 < ratio < 0.95
+    asked = solved_by(lambda start, _: answer)
+    Fista(rounding_share=share).search_penalty(made.problem, pattern, rounded.weight, rounded)
+    assert (asked[1][1] > asked[0][1]) is (share == 0.05)
+
+
+def test_bisection_is_on_a_logarithmic_scale_below_the_critical_penalty(solved_by):
+    made, rounded = rounded_start()
+    asked = solved_by(lambda start, _: -rounded.weight)
+    Fista(patience=100, max_trials=3).search_penalty(made.problem, PATTERNS[0], rounded.weight, rounded)
+    critical = float(made.problem.target.abs().max())
+    assert [penalty / critical for _, penalty in asked] == pytest.approx([1e-3, 10**-4.5, 10**-5.25])
+
+
+def test_zero_target_needs_no_trial(solved_by):
+    made = example(4, 8)
+    made.problem.target.zero_()
+    rounded = Wanda().prune(made.problem, PATTERNS[0])
+    asked = solved_by(lambda start, _: start)
+    assert Fista().search_penalty(made.problem, PATTERNS[0], rounded.weight, rounded).weight is rounded.weight
+    assert asked == []
