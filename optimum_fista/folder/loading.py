@@ -142,8 +142,14 @@ def _read(kind: Any, name: str, **options: Any) -> Any:
         if importlib.util.find_spec("gguf") is None:
             command = install_command("gguf")
             raise ImportError(f"model={name!r} is a GGUF file, which needs the package gguf: run {command}.")
-        with reading(name), _no_garbage_collection():
-            return kind.from_pretrained(name, trust_remote_code=False, gguf_file=file, **options)
+        enabled = gc.isenabled()
+        gc.disable()  # the tokens of the file are many objects, at all of which the collector would look many times
+        try:
+            with reading(name):
+                return kind.from_pretrained(name, trust_remote_code=False, gguf_file=file, **options)
+        finally:
+            if enabled:
+                gc.enable()
     if not Path(name).exists():
         _require_on_hub(name)
     try:
@@ -185,18 +191,6 @@ def _meant(name: str) -> str:
 def _is_not_about_offloading(record: logging.LogRecord) -> bool:
     """Hold back what Accelerate warns of if weights stay in their files, which is what was asked for."""
     return not record.getMessage().startswith("Some parameters are on the meta device")
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Reading a GGUF file makes an object of every token, and the collector would look at all of them many times."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def gguf_file(name: str) -> str | None:

@@ -1,4 +1,8 @@
-"""The compiled kernels: found beside this file, called through ctypes, with PyTorch's own threads."""
+"""The compiled kernels: found beside this file, called through ctypes, with PyTorch's own threads.
+
+A library that knows nothing of Python serves every version of PyTorch, which an extension would not. The price is that
+it sees addresses only. So it is told the bytes of every buffer, and refuses what does not fit before it reads.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +33,9 @@ class Kernels:
 
     def __init__(self, library: Path, path: str | None = None) -> None:
         self._library = ctypes.CDLL(str(library))
+        # Without these types ctypes would cut addresses to 32 bits.
         number, size, buffer = ctypes.c_int, ctypes.c_int64, (ctypes.c_void_p, ctypes.c_int64)
-        matrix: list[Any] = [number, number, size, *buffer, *buffer, *buffer]
+        matrix: list[Any] = [number, number, size, *buffer, *buffer, *buffer]  # path, dtype, columns, three tensors
         self._linear = self._library.optimum_fista_multiply
         self._linear.argtypes = [*matrix, *buffer, *buffer, *buffer, number]
         self._unpack = self._library.optimum_fista_unpack
@@ -44,7 +49,7 @@ class Kernels:
 
     def takes_many(self, dtype: torch.dtype) -> bool:
         """Whether `linear` is at least about as fast as a dense product with any number of inputs of a dtype."""
-        return self.path == "avx512" and dtype == torch.bfloat16
+        return self.path == "avx512" and dtype == torch.bfloat16  # VDPBF16PS; the others multiply in float32
 
     def linear(self, x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None) -> Tensor:
         """Product y = W x + b of contiguous tensors on the CPU, as in `operation.packed_linear`.
@@ -52,48 +57,25 @@ class Kernels:
         `x`, values and bias are of one dtype, float32, float16 or bfloat16; sums are taken in float32.
         """
         *leading, columns = x.shape
-        y = torch.empty((*leading, mask.shape[0]), dtype=x.dtype)
+        y = torch.empty((*leading, mask.shape[0]), dtype=x.dtype)  # every row is written, or the call is refused
+        matrix = (values.data_ptr(), values.nbytes, mask.data_ptr(), mask.nbytes, starts.data_ptr(), starts.nbytes)
+        added = (None, 0) if bias is None else (bias.data_ptr(), bias.nbytes)
+        path, dtype, threads = self._path, _TYPES[x.dtype], torch.get_num_threads()
         failed = self._linear(
-            self._path,
-            _TYPES[x.dtype],
-            columns,
-            values.data_ptr(),
-            values.nbytes,
-            mask.data_ptr(),
-            mask.nbytes,
-            starts.data_ptr(),
-            starts.nbytes,
-            x.data_ptr(),
-            x.nbytes,
-            None if bias is None else bias.data_ptr(),
-            0 if bias is None else bias.nbytes,
-            y.data_ptr(),
-            y.nbytes,
-            torch.get_num_threads(),
+            path, dtype, columns, *matrix, x.data_ptr(), x.nbytes, *added, y.data_ptr(), y.nbytes, threads
         )
         return y if not failed else _refuse(failed, columns, values, mask, starts, bias)
 
     def unpack_rows(self, values: Tensor, mask: Tensor, starts: Tensor, first: int, dense: Tensor) -> Tensor:
         """Write rows from `first` on into `dense`, [count, columns] of the values' dtype; raises as `linear` does."""
-        failed = self._unpack(
-            self._path,
-            _TYPES[values.dtype],
-            dense.shape[1],
-            values.data_ptr(),
-            values.nbytes,
-            mask.data_ptr(),
-            mask.nbytes,
-            starts.data_ptr(),
-            starts.nbytes,
-            first,
-            dense.data_ptr(),
-            dense.nbytes,
-            torch.get_num_threads(),
-        )
+        matrix = (values.data_ptr(), values.nbytes, mask.data_ptr(), mask.nbytes, starts.data_ptr(), starts.nbytes)
+        path, dtype, threads = self._path, _TYPES[values.dtype], torch.get_num_threads()
+        failed = self._unpack(path, dtype, dense.shape[1], *matrix, first, dense.data_ptr(), dense.nbytes, threads)
         return dense if not failed else _refuse(failed, dense.shape[1], values, mask, starts, None)
 
     def _use_threads_of_torch(self) -> None:
         """Take OpenMP's functions from the very library that PyTorch is linked to; without one, std::thread serves."""
+        # A second OpenMP in the process would have threads of its own, which wait while PyTorch's are busy and spin.
         try:
             found = next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))
             torch_cpu = ctypes.CDLL(str(found))

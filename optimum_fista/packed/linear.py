@@ -1,27 +1,16 @@
-"""A linear layer whose weight stays packed, in memory and while it computes."""
+"""A linear layer whose weight stays packed, in memory and while it computes.
+
+Decoding one token reads every weight once and computes little, so a layer is as fast as its bytes are few. A layer that
+unpacked its weight first would read and write the dense one besides.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from optimum_fista.packed.format import (
-    PLAIN_VERSION,
-    SUFFIXES,
-    PackedFormatError,
-    PackedTensor,
-    check,
-    pack,
-    unpack,
-    unpack_mask,
-    with_bits,
-)
-from optimum_fista.packed.masks import encoding
+from optimum_fista.packed.format import PackedFormatError, PackedTensor, check, pack, unpack, unpack_mask, with_bits
 from optimum_fista.packed.operation import packed_linear, row_starts
-
-_PARTS = tuple("weight" + suffix for suffix in SUFFIXES)
 
 
 class PackedLinear(nn.Module):
@@ -31,14 +20,9 @@ class PackedLinear(nn.Module):
     kernels. n:m masks become one bit a weight when the layer is prepared, which is as large for 2:4.
 
     Args:
-        in_features: Columns of the weight.
-        out_features: Rows of the weight.
-        num_kept: Weights kept.
-        bias: Whether there is a bias.
-        n_of_m: `(n, m)` if the mask to load holds places inside groups.
-        device: Of the tensors, which are empty until a state is loaded.
-        dtype: Of the values and the bias.
-
+        packed: The weight, a matrix. Its tensors are used as they are, unless the mask holds places in groups. On the
+            meta device they make room for those of a file.
+        bias: Shared.
     """
 
     weight_values: Tensor  # [num_kept], the kept weights
@@ -47,52 +31,24 @@ class PackedLinear(nn.Module):
     weight_starts: Tensor | None  # int64 [out_features + 1], where the values of each row start; not in the state
     bias: nn.Parameter | None
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        num_kept: int,
-        bias: bool = True,
-        n_of_m: tuple[int, int] | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, packed: PackedTensor, bias: nn.Parameter | None = None) -> None:
         super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        written = encoding(n_of_m)
-        layout = torch.tensor([PLAIN_VERSION, *written.numbers, out_features, in_features], device=device)
-        self.register_buffer("weight_values", torch.empty(num_kept, device=device, dtype=dtype))
-        self.register_buffer(
-            "weight_mask", torch.empty(out_features, written.row_bytes(in_features), device=device, dtype=torch.uint8)
-        )
-        self.register_buffer("weight_layout", layout)
-        self.register_buffer("weight_starts", None, persistent=False)
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        )
-
-    @classmethod
-    def from_packed(cls, packed: PackedTensor, bias: Tensor | None = None) -> PackedLinear:
-        """A layer that uses the tensors given, without copying them unless the mask holds places in groups."""
-        check(packed)
         if len(packed.shape) != 2:
             raise PackedFormatError(f"weight_layout says shape {packed.shape}: a linear layer needs a matrix.")
-        rows, columns = packed.shape
-        layer = cls(columns, rows, packed.values.numel(), False, packed.n_of_m, device="meta")  # allocates nothing
-        layer._hold(packed)
-        if bias is not None:
-            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
-        layer.prepare()
-        return layer
+        self.out_features, self.in_features = packed.shape
+        for name, tensor in packed.named("weight").items():
+            self.register_buffer(name, tensor)
+        self.register_buffer("weight_starts", None, persistent=False)
+        self.register_parameter("bias", bias)
+        self.prepare()
 
     @classmethod
     def from_linear(
         cls, linear: nn.Linear, mask: Tensor | None = None, pattern: tuple[int, int] | None = None
     ) -> PackedLinear:
         """Pack a sparse linear layer; its bias is shared. `mask` and `pattern` are those of `format.pack`."""
-        layer = cls.from_packed(pack(linear.weight.detach(), mask, pattern), linear.bias)
-        return layer.train(linear.training)
+        packed = pack(linear.weight.detach(), mask, pattern).without_checksum()
+        return cls(packed, linear.bias).train(linear.training)
 
     @property
     def weight(self) -> Tensor:
@@ -105,7 +61,7 @@ class PackedLinear(nn.Module):
         return PackedTensor(self.weight_values, self.weight_mask, self.weight_layout).without_checksum()
 
     def prepare(self) -> None:
-        """Check the tensors and find the row starts. Call it after replacing a tensor by hand; loading a state does."""
+        """Check the tensors and find the row starts. Call it after replacing one by hand."""
         if self.weight_mask.is_meta:  # offloaded: Accelerate wants a tensor for each buffer, and fills it later
             self.weight_starts = torch.empty(self.out_features + 1, dtype=torch.int64, device="meta")
             return
@@ -149,19 +105,3 @@ class PackedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"sparsity={sparsity:.3g}, dtype={self.weight_values.dtype}"
         )
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        """Take tensors of any number of kept weights, checked before and after."""
-        parts = [state_dict.get(prefix + name) for name in _PARTS]
-        if all(part is not None and not part.is_meta for part in parts):
-            check(PackedTensor(*parts), prefix + "weight")  # type: ignore[arg-type]
-        for name in _PARTS:
-            loaded, present = state_dict.get(prefix + name), getattr(self, name)
-            if loaded is not None and loaded.shape != present.shape:  # else PyTorch refuses another number of weights
-                setattr(
-                    self, name, torch.empty_like(present, memory_format=torch.contiguous_format).resize_(loaded.shape)
-                )
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
-        self.weight_starts = None
-        if all(part is not None for part in parts):
-            self.prepare()

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, _IdentityOp
@@ -212,13 +211,9 @@ class FistaPackedQuantizer(HfQuantizer):
         dense = cast(Tensor, module.weight)
         if outline.shape != tuple(dense.shape):
             raise PackedFormatError(f"{name}_layout says shape {outline.shape}: the model's is {tuple(dense.shape)}.")
-        rows, columns = outline.shape
-        packed = PackedLinear(
-            columns, rows, outline.values.numel(), False, outline.n_of_m, device="meta", dtype=dense.dtype
-        )
-        packed.weight_layout = outline.layout.to("meta")  # one number longer than that of a tensor in memory
-        packed.bias = module.bias  # type: ignore[assignment]
-        packed.weight_starts = torch.empty(0, dtype=torch.int64, device="meta")  # Accelerate wants a tensor
+        values = outline.values.to(dense.dtype)  # Transformers casts to the dtype of what is there
+        packed = PackedLinear(PackedTensor(values, outline.mask, outline.layout), module.bias)  # type: ignore[arg-type]
+        packed.weight_layout = outline.layout.to("meta")
         if type(module) is Conv1D:
             self._transposed.add(owner)
         parent, _, child = owner.rpartition(".")
