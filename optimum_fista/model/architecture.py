@@ -176,12 +176,12 @@ def left_out(layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = (
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether `name` matches one of the shell-style patterns, case included."""
+    """Tell whether `name` matches one of the shell-style patterns, case included."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def token_limits(model: PreTrainedModel) -> tuple[int, int | None]:
-    """How many token ids have an embedding, and how many tokens of a sequence a position; `None`: any number."""
+    """Count the token ids that have an embedding, and the positions of a sequence; `None`: any number of these."""
     embedding: Any = model.get_input_embeddings()
     config = model.config.get_text_config(decoder=True)
     # ALiBi biases attention by distance: a table of positions that the configuration may name is not used.

@@ -192,7 +192,7 @@ class SmallerMixture:
 
 
 def _gain(first: LayerProblem, last: LayerProblem) -> bool:
-    """Whether what is fitted to each of two problems is better than their weights at the other: no fit to noise."""
+    """Tell whether a fit to each of two problems is better at the other than the weights are: no fit to noise."""
     for fitted, other in ((first, last), (last, first)):
         weight, _ = refit_columns(fitted, torch.ones_like(fitted.weight[0], dtype=torch.bool))
         if not other.squared_error(weight) < other.squared_error(other.weight):

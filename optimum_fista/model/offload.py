@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a module computes: the device of its first weight, or that which Accelerate brings it to."""
+    """Find where a module computes: the device of its first weight, or that which Accelerate brings it to."""
     parameter = next(module.parameters())
     if parameter.device.type != "meta":
         return parameter.device
@@ -166,7 +166,7 @@ def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
 
 
 def _whole_map(module: nn.Module, name: str) -> tuple[Any, str]:
-    """What Accelerate reads the offloaded weights of the whole model from, and a tensor's name in it."""
+    """Find what Accelerate reads the offloaded weights of the whole model from, and a tensor's name in it."""
     hook = offload_hook(module)
     assert hook is not None
     data, key = hook.weights_map, name

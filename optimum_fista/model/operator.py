@@ -85,7 +85,7 @@ Group = list[LinearOperator]
 
 @dataclass
 class AssignedTokens:
-    """What the experts of a mixture get of one batch."""
+    """The rows of one batch that the experts of a mixture get."""
 
     hidden_states: Tensor  # [rows, hidden]
     rows: Tensor  # int64, which of them the experts get, one expert after the other
@@ -161,7 +161,7 @@ class ExpertOperator(LinearOperator):
         return stored[self.module.place(stored)]
 
     def inputs(self, batch: AssignedTokens, device: torch.device) -> Tensor:
-        """What it is called with in a batch, [tokens, in], on a device where its expert computes."""
+        """Make its inputs in a batch, [tokens, in], on the device where its expert computes."""
         part = batch.part(self.expert)
         hidden_states = batch.hidden_states[batch.rows[part]].to(device)
         self.tokens = tokens = batch.tokens[part]
@@ -196,7 +196,7 @@ class FusedExperts:
         return len(self._experts)
 
     def forward(self, original: Callable[..., Tensor], *arguments: Any, **keywords: Any) -> Tensor:
-        """What the module computes, expert by expert; the first call is compared with the original."""
+        """Compute what the module computes, expert by expert; the first call is compared with the original."""
         output = self.outputs(self.assigned(*arguments, **keywords))
         output = output.view(self._values(arguments, keywords)[0].shape)
         if self._checked:  # once is enough: whether the form is known does not depend on the batch
@@ -215,7 +215,7 @@ class FusedExperts:
         return output
 
     def assigned(self, *arguments: Any, **keywords: Any) -> AssignedTokens:
-        """What every expert gets of the batch that the module is called with; the host waits once."""
+        """Sort the tokens that the module is called with by expert; the host waits once."""
         hidden_states, *routing = self._values(arguments, keywords)
         flat, count = hidden_states.reshape(-1, hidden_states.shape[-1]), len(self._experts)
         if self._is_routed:
@@ -236,7 +236,7 @@ class FusedExperts:
         return list(bound.arguments.values())[1:]
 
     def outputs(self, batch: AssignedTokens) -> Tensor:
-        """What the experts return for a batch, in the rows that they got it in, [rows, hidden]."""
+        """Run the experts on a batch; their outputs are added up in the rows that they got, [rows, hidden]."""
         module: Any = self.module
         output = torch.zeros_like(batch.hidden_states)
         for expert in range(len(self._experts)):
@@ -254,7 +254,7 @@ class FusedExperts:
         return output
 
     def middle(self, expert: int, inputs: Tensor, tokens: Tensor) -> Tensor:
-        """What the down projection of one expert gets, [tokens, intermediate]."""
+        """Make the inputs of the down projection of one expert, [tokens, intermediate]."""
         module: Any = self.module
         if not self.gated:
             return module.act_fn(self._call(expert, "up_proj", inputs, tokens))
@@ -266,21 +266,21 @@ class FusedExperts:
         return module._apply_gate(both)  # [tokens, 2 * intermediate] -> [tokens, intermediate]
 
     def _call(self, expert: int, kind: str, values: Tensor, tokens: Tensor) -> Tensor:
-        """One matrix; it learns the tokens right before it is called."""
+        """Call one matrix; its operator learns the tokens right before."""
         operator = self._experts[expert][kind]
         operator.tokens = tokens
         return operator.module(values)
 
 
 def is_fused_experts(module: nn.Module) -> bool:
-    """Whether a module keeps matrices in 3-D parameters."""
+    """Tell whether a module keeps matrices in 3-D parameters."""
     return not isinstance(module, _ConvNd) and any(
         p.ndim == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False)
     )
 
 
 def can_be_split(module: nn.Module) -> bool:
-    """Whether the form of fused experts is known: an up and a down projection each, with a gate or without."""
+    """Tell whether the form of fused experts is known: an up and a down projection, with a gate or without."""
     fused = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
     known = set(fused) in ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"})
     return known and len({p.shape[0] for p in fused.values()}) == 1

@@ -1,4 +1,4 @@
-"""What a model can lose as a whole: channels of its MLPs, heads of its attention, experts of its mixtures.
+"""Parts that a model can lose as a whole: channels of MLPs, heads of attention, experts of mixtures.
 
 No family is known by name. A model is built without weights from its configuration, as it is and with a smaller
 number. The tensors whose shapes differ are those that shrink. If others differ as well, the model is refused. So a new
@@ -11,7 +11,6 @@ import copy
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from typing import Any, Literal
 
 import torch
@@ -52,7 +51,7 @@ class Part:
 
     @property
     def is_mixture(self) -> bool:
-        """Whether the groups are experts, and no columns."""
+        """Tell whether the groups are experts, and no columns."""
         return f"{self.name}.weight" not in self.tensors
 
     def kept_by(self, mask: Tensor) -> tuple[int, ...]:
@@ -87,29 +86,19 @@ class Parts:
     parts: tuple[Part, ...] = ()  # in the order of the decoder layers, of which each may have several or none
 
     def sizes(self, count: int) -> dict[str, int]:
-        """What a configuration says if every part keeps `count` groups."""
-        ones = {word: Fraction(value or self.groups, self.groups) for word, value in self.words.items()}
-        divisor = max(self.equal_runs, *(one.denominator for one in ones.values()))
-        if not self.at_least <= count <= self.groups or count % divisor:
-            divisible = f" that is divisible by {divisor}" if divisor > 1 else ""
-            raise ValueError(
-                f"{self.kind}={count}: {self.parts[0].name} has {self.groups}; pass a number from {self.at_least} to "
-                f"{self.groups}{divisible}."
-            )
-        return {word: int(one * count) for word, one in ones.items()} | dict(self.constants)
+        """Make the settings of a configuration by which every part keeps `count` groups."""
+        # Two query heads for each key-value head are 2 * count, for one.
+        stated = {word: count * (value or self.groups) // self.groups for word, value in self.words.items()}
+        return stated | dict(self.constants)
 
 
 def numbers_kept(model: PreTrainedModel, pattern: WholeParts) -> dict[str, int]:
-    """How many channels, heads and experts a decoder layer keeps, by kind; whole layers have no part in it."""
+    """Count the channels, heads and experts that a decoder layer keeps, by kind; whole layers are counted elsewhere."""
     counts: dict[str, int] = {}
     for share in pattern.shares:
-        if share.kind == "layers":
-            continue
-        found = find_parts(model, share.kind)
-        try:
+        if share.kind != "layers":
+            found = find_parts(model, share.kind)
             counts[share.kind] = share.num_kept(found.groups, found.equal_runs, found.at_least)
-        except ValueError as error:
-            raise ValueError(f"{found.parts[0].name}: {error}") from None
     return counts
 
 
@@ -160,7 +149,7 @@ def _stated(config: PreTrainedConfig, kind: Kind) -> Iterator[Parts]:
 
 
 def runs_of_experts(config: PreTrainedConfig) -> int:
-    """How many runs of experts the router chooses among first; 1 if it does not."""
+    """Count the runs of experts that the router chooses among first; 1 if it does not."""
     return getattr(config, "n_group", None) or getattr(config, "num_expert_group", None) or 1
 
 

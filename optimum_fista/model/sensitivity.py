@@ -1,4 +1,4 @@
-"""How much an error in the outputs of a linear operator raises the loss of a language model, by its gradients.
+"""Sensitivity of the loss of a language model to errors in the outputs of its linear operators, by gradients.
 
 One backward pass for each sequence serves all operators. The second derivatives are those of the empirical Fisher
 information, a diagonal for the outputs of an operator: cheap, and enough to tell operators from each other.
@@ -52,7 +52,7 @@ class DenseLoss:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How much an error in the outputs of one operator `y = W x` raises the loss, to second order.
+    """Rise of the loss with an error in the outputs of one operator `y = W x`, to second order.
 
     The error of a pruned operator is about in proportion to the energy `e = sum_j x_j^2 sum_i w_ij^2` that a token has
     in it, so the gradients `g` of the loss by the outputs are weighted by `e`. Otherwise the few tokens whose gradients

@@ -188,7 +188,7 @@ def small_hidden_states(hidden_states: Tensor) -> Tensor:
 
 
 def _layer_settings(config: PreTrainedConfig, stay: Sequence[int], total: int) -> Iterator[dict[str, Any]]:
-    """What a configuration may say if decoder layers go: their number, and lists with an entry for each layer."""
+    """Try settings for fewer decoder layers: their number, and lists with an entry for each layer."""
     if len(stay) == total:
         yield {}
         return
