@@ -33,7 +33,7 @@ from optimum_fista.prune.plan import complete_report, prepare
 from optimum_fista.prune.removal import require_in_memory
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.prune.streamed import prune_files
-from optimum_fista.report import PruningReport, RecoveryReport
+from optimum_fista.report import PruningReport
 from optimum_fista.solve.method import PrunedOperator
 
 logger = logging.getLogger(__name__)
@@ -86,30 +86,21 @@ class FistaPruner:
     ) -> PruningReport:
         """Prune a model in place, or from its files to the files of `output_dir`.
 
-        Of a model given by name each decoder layer is read, pruned, and written to a file of its own. The model is not
-        in memory as a whole, unless it comes from a GGUF file, or writes its own calibration text. Until all is done,
-        these files are in `output_dir` + ".unfinished", which can't be loaded as a model. After a crash or an interrupt
-        the same call resumes after the last finished decoder layer, with the same result. If several processes
-        (`accelerate launch`, `torchrun`) make this call, they share the decoder layers of a model given by name
-        (docs/ranks.md); a model in memory is a copy in each of them.
-
-        The run sets its own numerical environment (autocast, inference mode, default dtype and device, precision of
-        float32 products) and restores the caller's. Some of it belongs to the process: let one thread at a time prune.
+        Of a model given by name each decoder layer is read, pruned, and written to a file of its own, so the model is
+        not in memory as a whole. Until all is done these files are in `output_dir` + ".unfinished". After a crash or an
+        interrupt the same call resumes there, with the same result. Several processes (`accelerate launch`, `torchrun`)
+        that make this call share the decoder layers (docs/ranks.md); of a model in memory each prunes its own copy.
+        Autocast, default dtype and the like belong to the process: let one thread at a time prune.
 
         Args:
-            model: Decoder-only model with a language-model head, in any floating dtype: in memory, or offloaded by
-                Accelerate (on any error it is left as it was, but it stays pruned if `on_prune_end` of a callback
-                fails), or by its name: a Hub id, a model folder, or a folder with one GGUF file.
-            calib_dataloader: Iterable of `{"input_ids", "attention_mask"}` dicts, tensors of ids
-                [batch, sequence] or lists of ids. Padding counts nowhere. It is read once. Nothing is fitted to a
-                dict with `"held_out"` (True, or the name of the text), nor to the sequences of `held_out`: the report
-                gets the perplexity of the dense and of the pruned model on the first 4,096 tokens of these. It is not
-                measured with several processes, if experts are removed, or if decoder layers pass more than hidden
-                states to the next one.
+            model: Decoder-only model with a language-model head: in memory, or offloaded by Accelerate (on any error it
+                is left as it was), or a name: a Hub id, a model folder, or a folder with one GGUF file.
+            calib_dataloader: Iterable of `{"input_ids", "attention_mask"}` dicts, tensors of ids [batch, sequence] or
+                lists of ids; it is read once. Nothing is fitted to a dict with `"held_out"` (True, or the name of the
+                text), nor to the sequences of the option `held_out`: the perplexity is measured on them.
             calibration_source: Name of the text, for the report.
             output_dir: Where to write the pruned model, for a model given by name only.
-            device: Where a model given by name computes; `None`: the accelerator if there is one (each of several
-                processes has its own; MPS has to be named), otherwise the CPU.
+            device: Where a model given by name computes; `None`: the accelerator if there is one (MPS has to be named).
             dtype: Dtype of a model given by name; `"auto"` takes the checkpoint's.
             overwrite: Replace a model that `output_dir` already holds, and an unfinished run of other settings.
             packed: Make `output_dir` a packed folder (docs/formats.md); the zeros are never written.
@@ -120,16 +111,11 @@ class FistaPruner:
             The report; `save_pretrained` and `push_to_hub` save it with the model.
 
         Raises:
-            ValueError: If the model is quantized or damaged, its files hold tensors that the result would lack and
-                `drop_unused` is False, the loader is empty or does not fit the model, the sparsity pattern does not fit
-                an operator, or an unfinished run in `output_dir` had other settings; with several
-                processes, if decoder layers depend on each other or the loaders differ.
-            RankError: If another process failed or is gone; finished decoder layers are kept (a RuntimeError).
-            FileExistsError: If `output_dir` already holds a model and `overwrite` is False, or if it holds a
-                file that optimum-fista did not write or that was changed since.
-            BlockingIOError: If another run writes to `output_dir`; the message says which.
-            OSError: If the disk is full, or can't be written to; finished decoder layers are kept.
-            UnsupportedArchitectureError: If the model's structure can't be pruned (a ValueError).
+            ValueError: If an argument, the model or the text can't be used; the message says what to pass instead.
+            FileExistsError: If `output_dir` holds a model and `overwrite` is False, or files of somebody else.
+            BlockingIOError: If another run writes to `output_dir`.
+            OSError: If the disk is full or can't be written to; finished decoder layers are kept.
+            RankError: If another process failed or is gone; finished decoder layers are kept.
         """
         settings: dict[str, Any] = {"progress": self.progress, "callbacks": self.callbacks}
         if isinstance(model, str | Path):
@@ -154,7 +140,8 @@ class FistaPruner:
             raise ValueError(f"{option} is for a model given by name: save a loaded model by save_pretrained.")
         started, place = time.perf_counter(), self.storage_device
         storage = None if place is None else storage_place(place, torch.device("cpu"))
-        require_in_memory(model, self.config)
+        if self.config.whole_parts is not None:
+            require_in_memory(model, self.config.whole_parts)
         plan = prepare(model, self.config, storage=storage, **settings)
         calibration, held_out, report = begin(plan, calib_dataloader, calibration_source)
         with suppress(OSError, ValueError, SafetensorError):  # what the folder holds now need not be this model
@@ -200,18 +187,6 @@ class FistaPruner:
             pattern.require_shape((weight.shape[0], weight.shape[1]))
             return self.config.create_method("").prune(problem, pattern)
 
-    def recover(
-        self,
-        folder: str | Path,
-        teacher: str | Path | None = None,
-        output_dir: str | Path | None = None,
-        **options: Any,
-    ) -> RecoveryReport:
-        """Train the kept weights of a pruned folder under its masks: `optimum_fista.recover`, which has the options."""
-        from optimum_fista import recover
-
-        return recover(folder, teacher, output_dir, **{"progress": self.progress, **options})
-
     def result(self, model: PreTrainedModel) -> tuple[PruningReport, dict[str, Tensor]]:
         """The report of a model that this pruner has pruned in place, and its masks by `"{operator}.weight"`.
 
@@ -242,15 +217,9 @@ class FistaPruner:
         *,
         overwrite: bool = False,
     ) -> None:
-        """Save a model that this pruner has pruned, as a folder that plain Transformers loads.
+        """Save a model that this pruner has pruned, with masks, report and card (docs/files.md).
 
-        The folder also has the masks, the report and a model card (docs/files.md).
-
-        Raises:
-            ValueError: If this pruner has not pruned the model, or its zeros were filled since.
-            FileExistsError: If the folder already holds a model and `overwrite` is False, or if it holds a
-                file that optimum-fista did not write or that was changed since.
-            BlockingIOError: If another run writes the folder.
+        Plain Transformers loads the folder. `overwrite` replaces a model that is there, but no file of somebody else.
         """
         report, masks = self.result(model)
         with new_output(Path(folder), overwrite) as unfinished:
@@ -266,7 +235,7 @@ class FistaPruner:
         overwrite: bool = False,
         **options: Any,
     ) -> str:
-        """Save a pruned model to a folder and upload it to the Hub.
+        """Save a pruned model to a folder, upload it to the Hub, and return the URL of the commit.
 
         Args:
             model: A model this pruner has pruned.
@@ -274,14 +243,9 @@ class FistaPruner:
             tokenizer: Saved with the model.
             folder: Where the files are written and stay; `None`: a folder named as the last part of `repo_id`.
             overwrite: Replace a model that the folder already holds.
-            options: `private`, `token`, `commit_message`, `revision` of `run.hub.push_folder`.
-
-        Returns:
-            URL of the commit.
+            options: `private`, `token`, `commit_message`, `revision` of `folder.hub.push_folder`.
 
         Raises:
-            ValueError: If `repo_id` is no name of a repository; nothing is saved.
-            FileExistsError: If the folder already holds a model and `overwrite` is False.
             OSError: If the Hub refused or was not reached; the folder is complete.
         """
         require_repo_id(repo_id)

@@ -113,6 +113,8 @@ def prunable_layers(model: PreTrainedModel) -> DecoderLayers:
             )
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model is a {type(model).__name__}: pass a transformers.PreTrainedModel.")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError("model was loaded in inference mode, so it can't be changed: load it outside of that.")
     settle_ties(model)
     layers, ties = find_decoder_layers(model), model.all_tied_weights_keys
     spans = []

@@ -29,17 +29,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Calibration:
-    """Batches, and what they are in front of one decoder layer.
+    """Batches, and what they have become in front of one decoder layer."""
 
-    Attributes:
-        batches: Those to fit to, and the held-out ones after them.
-        states: Hidden states that enter the layer; `None` in front of the first.
-        recorded: What the layers are called with besides; `None` before it is recorded in batches of this size.
-    """
-
-    batches: Sequence[CalibrationBatch]
-    states: HiddenStates | None = None
-    recorded: RecordedInputs | None = None
+    batches: Sequence[CalibrationBatch]  # those to fit to, and the held-out ones after them
+    states: HiddenStates | None = None  # that enter the layer; None in front of the first
+    recorded: RecordedInputs | None = None  # other arguments of the layers; None until batches of this size were run
 
 
 def begin(

@@ -14,7 +14,7 @@ from optimum_fista.memory import is_out_of_memory, release_memory
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.forward import quick_products_in
 from optimum_fista.model.losses import choose_layers
-from optimum_fista.model.operator import ExpertOperator, LinearOperator
+from optimum_fista.model.operator import ExpertOperator, LinearOperator, split_experts
 from optimum_fista.model.sensitivity import DenseLoss, measure_sensitivities
 from optimum_fista.prune.plan import Budgets, Plan
 from optimum_fista.report import PruningReport
@@ -34,7 +34,7 @@ def share_budgets(plan: Plan, batches: Sequence[CalibrationBatch], report: Pruni
             removed = choose_layers(loss, plan.removal.num_removed_layers)
     gone = tuple(f"{plan.layers.name}.{index}." for index, _ in removed)
     left = {name: operator for name, operator in plan.all_operators.items() if not name.startswith(gone)}
-    with plan.computing():
+    with split_experts(plan.all_operators.values()), quick_products_in(plan.compute_dtype):
         budgets = replace(allocate_zeros(loss, left, plan.config), removed_layers=removed)
     release_memory(plan.layers.model)
     report.seconds["allocation"] = time.perf_counter() - started

@@ -19,7 +19,6 @@ from optimum_fista.folder.packed_folder import Packer, packed_settings
 from optimum_fista.folder.source_files import copy_source
 from optimum_fista.folder.stored_names import as_stored, stored_names
 from optimum_fista.folder.writing import write_all_but_weights
-from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.layer_inputs import HiddenStates
 from optimum_fista.model.offload import stored_tensor
@@ -37,18 +36,10 @@ class FileSink(ModelSink):
     _model: PreTrainedModel
 
     def __init__(
-        self,
-        plan: Plan,
-        journal: Journal,
-        source: SourceFiles,
-        packed: bool,
-        *contexts: AbstractContextManager[Any],
+        self, plan: Plan, journal: Journal, source: SourceFiles, packed: bool, *contexts: AbstractContextManager[Any]
     ) -> None:
         super().__init__(plan.layers.model, *contexts)
-        self._plan = plan
-        self._journal = journal
-        self._source = source
-        self._packed = packed
+        self._plan, self._journal, self._source, self._packed = plan, journal, source, packed
         self._stem = "packed" if packed else "model"
         self._left = [index for index in range(len(plan.layers)) if index not in plan.removal.removed_layers]
         self._names = stored_names(plan.layers.model, plan.all_operators.values(), plan.removal.new_name)
@@ -82,10 +73,9 @@ class FileSink(ModelSink):
         shards = {folder / layer.shard for layer in layers.values() if layer.shard}
         for left in {*folder.iterdir()} - shards:  # by a process that was killed, or of a run with more layers
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-        rest = self._stored({name: stored_tensor(model, name) for name in find_decoder_layers(model).names_around})
+        rest = self._stored({name: stored_tensor(model, name) for name in self._plan.layers.names_around})
         shards.add(self._write_shard(len(self._left), rest))
         weight_map = {name: shard.name for shard in shards for name in names_in(shard)}
-        model.config = self._plan.removal.model_config(model.config)
         index_name = write_index(folder, self._stem, weight_map, {"total_parameters": report.model["num_parameters"]})
         masks = {name: mask for index in layers for name, mask in self._journal.masks(index).items()}
         operators, masks = as_stored(report.operators, masks, self._names)

@@ -31,32 +31,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class KeptLayer:
-    """A decoder layer whose final shard is on disk.
-
-    It has digests of the shard, of the hidden states `before` the layer, on which it was pruned, and `after` it, and of
-    the `budgets` that it was pruned with; `None` for what there is none of.
-    """
+    """A decoder layer whose final shard is on disk."""
 
     record: LayerRecord
     shard: str  # its name; empty if the layer is removed
+    # Digests of the shard, of the hidden states `before` the layer and `after` it, and of the `budgets` that it was
+    # pruned with; None for what there is none of.
     sha256: dict[str, str | None]
 
 
 class Journal:
-    """Finished decoder layers, hidden states and budgets of a run.
+    """Finished decoder layers, hidden states and budgets of a run, in an unfinished `folder`.
 
     A decoder layer is finished when its record is there and its shard is whole. The record is written last, after the
     shard, the masks, and the hidden states that the next layer needs. Nothing is written in place, and every layer has
     files of its own, so that several processes can write layers at the same time. Every file has its digest in a
     record, and every record its own: what is damaged is not taken.
-
-    Attributes:
-        folder: The unfinished folder.
-        model: In it, the folder that becomes the output; it holds the final shards.
     """
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
-        self.folder, self.model = folder, folder / MODEL
+        self.folder, self.model = folder, folder / MODEL  # the folder that becomes the output, with the final shards
         self._budgets_sha256: str | None = None  # of those that were last read
         self._fingerprint = fingerprint
         self._states_sha256: dict[int, str] = {}  # of those that were last written or read
@@ -150,10 +144,16 @@ class Journal:
 
 
 def join_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool, ranks: Ranks) -> None:
-    """Have rank 0 `open_run`; refuse a process that was started with something else."""
+    """Take up the run that a locked unfinished folder holds; another one is thrown away if `overwrite`.
+
+    Rank 0 does so. A process that was started with something else is refused.
+    """
 
     def begin() -> Mapping[str, Any]:
-        open_run(folder, fingerprint, overwrite)
+        if not overwrite:
+            require_same_run(folder, fingerprint)
+        elif (folder / RUN_FILE).exists() and read_record(folder / RUN_FILE) != fingerprint:
+            discard(folder, keep_texts=True)
         return fingerprint
 
     def join() -> None:
@@ -165,14 +165,6 @@ def join_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool, rank
 
     begun = ranks.first(begin)
     ranks.each(join)
-
-
-def open_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool) -> None:
-    """Take up the run that a locked unfinished folder holds; another one is thrown away if `overwrite`."""
-    if not overwrite:
-        require_same_run(folder, fingerprint)
-    elif (folder / RUN_FILE).exists() and read_record(folder / RUN_FILE) != fingerprint:
-        discard(folder, keep_texts=True)
 
 
 def require_same_run(folder: Path, wanted: Mapping[str, Any]) -> None:

@@ -19,10 +19,12 @@ from tqdm.auto import tqdm
 
 from optimum_fista.memory import release_memory, watched_memory
 from optimum_fista.model.correction import GroupProblems, LayerTargets
+from optimum_fista.model.forward import quick_products_in
 from optimum_fista.model.groups import trace_groups
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.layer_inputs import LayerActivations
 from optimum_fista.model.offload import execution_device, offload_hook, onloaded, sha256_of
+from optimum_fista.model.operator import split_experts
 from optimum_fista.prune.batches import Calibration, record, retried
 from optimum_fista.prune.plan import UNDER_CALIBRATED_TOKENS, Plan, require_finite
 from optimum_fista.prune.reordering import reorder_channels
@@ -56,11 +58,15 @@ def prune_layers(
     first = 0 if calibration.states is None else min(todo)
     report.left_dense = dict(plan.left_dense)
     silent = not plan.progress or any(callback.shows_layers for callback in plan.callbacks)
-    with plan.computing(), tqdm(total=len(todo), desc="Pruning", unit="layer", disable=silent) as bar:
+    with (
+        split_experts(plan.all_operators.values()),
+        quick_products_in(plan.compute_dtype),
+        tqdm(total=len(todo), desc="Pruning", unit="layer", disable=silent) as bar,
+    ):
         calibration = retried(partial(record, plan), calibration, "the embeddings", plan, report)
         held_out = held_out if held_out is not None and held_out.begin() else None
         for callback in plan.callbacks:
-            callback.on_layers_begin(len(plan.layers), {i: 1 + c for i, c in enumerate(plan.costs()) if i in todo})
+            callback.on_layers_begin(len(plan.layers), {i: 1 + c for i, c in enumerate(plan.costs) if i in todo})
         for index, (name, layer) in enumerate(plan.layers):
             is_mine, followed = index in todo, held_out if index in todo else None
             if index < first or not (is_mine or index < last):
@@ -116,33 +122,28 @@ def prune_layer(
     operators = plan.operators[name]
     require_finite([operator for operator in operators.values() if offload_hook(operator.owner)])
     hidden = states.entering[0].to(device)  # [batch, sequence, hidden], to see by what the layer does
-    orders = reorder_channels(plan, sink, name, activations, states.entering)
+    reorders = plan.config.reorder_channels
+    orders = reorder_channels(plan, sink, name, activations, states.entering) if reorders else {}
     groups, left_dense = trace_groups(layer, operators, calls[0], hidden)
-    groups, others = plan.removal.before(name, groups, activations, hidden)
+    groups, others, experts = plan.removal.before(name, groups, activations, hidden)
     reports: list[OperatorReport] = []
     with watched_memory(device) as peak:
-        targets = LayerTargets(activations, groups, correction, states, plan.removal.experts_in(name, layer))
+        targets = LayerTargets(activations, groups, correction, states, experts)
         for number in range(len(groups)):
             # in a call: the matrices of a group must be gone before those of the next one are made
             found = prune_group(plan, sink, targets.problems(number))
             reports += [replace(report, input_order=orders.get(report.name)) for report in found]
-            _show(plan, bar, index, reports[-len(found) :])
+            kind, unseen = found[-1].name.removeprefix(f"{name}.").removesuffix(".weight"), found[-1].held_out_fit_error
+            held_out = "" if unseen is None else f", held out {unseen:.4f}"
+            bar.set_postfix_str(f"{name} {kind} fit error {found[-1].fit_error:.4f}{held_out}")
+            for callback in plan.callbacks:
+                for report in found:
+                    callback.on_operator_end(report)
         states, mixture = plan.removal.after(name, sink, targets)
     about = LayerReport(
         name, activations.hidden_state_error(states), 0.0, peak if operators or mixture else None, mixture
     )
     return replace(calibration, states=states), LayerRecord(about, reports, left_dense | others)
-
-
-def _show(plan: Plan, bar: tqdm, index: int, reports: list[OperatorReport]) -> None:
-    """Tell the bar and the callbacks of the operators of a group."""
-    last = reports[-1]
-    kind = last.name.removeprefix(f"{plan.layers.name}.{index}.").removesuffix(".weight")
-    held_out = "" if last.held_out_fit_error is None else f", held out {last.held_out_fit_error:.4f}"
-    bar.set_postfix_str(f"layer {index + 1}/{len(plan.layers)} {kind} fit error {last.fit_error:.4f}{held_out}")
-    for callback in plan.callbacks:
-        for report in reports:
-            callback.on_operator_end(report)
 
 
 def prune_group(plan: Plan, sink: ModelSink, problems: GroupProblems) -> list[OperatorReport]:
@@ -196,7 +197,9 @@ def solve_group(plan: Plan, problems: GroupProblems) -> tuple[list[PrunedOperato
     """Solve for the operators of a group; nothing is written. Returns also their patterns, and the method's name."""
     group, fitted, output_weights = problems.operators, problems.fitted, plan.budgets.output_weights
     method: PruningMethod = plan.method
-    patterns = [plan.pattern_for(operator.name) for operator in group]
+    shares, patterns = plan.budgets.sparsities, [plan.config.pattern_for(operator.name) for operator in group]
+    pairs = zip(group, patterns, strict=True)
+    patterns = [replace(p, sparsity=shares[o.name]) if o.name in shares else p for o, p in pairs]
     tokens, name, message = fitted[0].statistics.num_tokens, method.name, ""
     if group[0].tokens is not None and tokens < UNDER_CALIBRATED_TOKENS:  # hardly any of the router's tokens
         method, name = Magnitude(), Magnitude.name

@@ -9,9 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,17 +30,16 @@ from optimum_fista.model.architecture import (
     token_limits,
 )
 from optimum_fista.model.calibration import CalibrationBatch, tokens_sha256
-from optimum_fista.model.forward import compute_dtype_of, quick_products_in
+from optimum_fista.model.forward import compute_dtype_of
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.offload import combined_sha256, execution_device, offload_hook, sha256_of
-from optimum_fista.model.operator import LinearOperator, split_experts
+from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.parts import Part, find_parts
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.removal import PartsRemoval, Removal, first_names
-from optimum_fista.report import PruningReport, public_name
+from optimum_fista.report import MixtureReport, OperatorReport, PruningReport, public_name
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.methods.magnitude import Magnitude
-from optimum_fista.solve.pattern import SparsityPattern
 
 UNDER_CALIBRATED_TOKENS = 128
 """An expert to which the router sends fewer calibration tokens is pruned by magnitude."""
@@ -51,43 +48,31 @@ _PRUNING_COST = 8.0  # forward passes of the layer; measured 2 (wanda) to 9 (fis
 
 @dataclass(frozen=True)
 class Budgets:
-    """What the loss of the dense model decides: how many zeros each operator gets, and which decoder layers go.
+    """What the loss of the dense model decides: how many zeros each operator gets, and which decoder layers go."""
 
-    Attributes:
-        sparsities: Of the operators that share the zeros of the model.
-        output_weights: What an error in each of their outputs costs, [out], nats; they share the zeros of their group.
-        unfelt: Operators without any gradient; they keep the average sparsity.
-        removed_layers: Numbers in the order of the choice, each with the loss without it and those before.
-    """
-
-    sparsities: Mapping[str, float] = field(default_factory=dict)
-    output_weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    unfelt: list[str] = field(default_factory=list)
+    sparsities: dict[str, float] = field(default_factory=dict)  # of the operators that share the zeros of the model
+    # What an error in each of their outputs costs, [out], nats: by it they share the zeros of their group.
+    output_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    unfelt: list[str] = field(default_factory=list)  # operators without any gradient; they keep the average sparsity
+    # Numbers in the order of the choice, each with the loss without it and those before.
     removed_layers: list[tuple[int, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run prunes, how, and where its activations wait.
-
-    Attributes:
-        asked: The configuration as the user passed it, with a choice for every option.
-        config: The same, but with a pattern of columns for each operator that reads a part to remove.
-        operators: Those to prune, by the names of their decoder layers, all of which are keys.
-        left_dense: Other operators, with the reason.
-        channels: Parts whose channels change places, by the names of the operators that read them.
-        storage: Where activations wait between passes; `None`: on the device of their decoder layer.
-    """
+    """What a run prunes, how, and where its activations wait."""
 
     layers: DecoderLayers
-    asked: FistaPruningConfig
-    config: FistaPruningConfig
-    operators: Mapping[str, Mapping[str, LinearOperator]]
-    left_dense: Mapping[str, str]
+    asked: FistaPruningConfig  # as the user passed it, with a choice for every option
+    config: FistaPruningConfig  # the same, with a pattern of columns for each operator that reads a part to remove
+    operators: Mapping[str, Mapping[str, LinearOperator]]  # to prune, by the names of all decoder layers
+    left_dense: Mapping[str, str]  # other operators, with the reason
     removal: Removal
-    channels: Mapping[str, Part] = field(default_factory=dict)
+    method: PruningMethod
+    compute_dtype: torch.dtype  # of the products that may be quick
+    channels: Mapping[str, Part]  # parts whose channels change places, by the operators that read them
     budgets: Budgets = field(default_factory=Budgets)
-    storage: Storage | None = None
+    storage: Storage | None = None  # where activations wait; None: on the device of their decoder layer
     progress: bool = False
     callbacks: Sequence[PruningCallback] = ()
 
@@ -98,20 +83,8 @@ class Plan:
         assert isinstance(self.removal, PartsRemoval)
         removal = self.removal.without_layers(self.layers, dict(budgets.removed_layers))
         operators, config = removal.with_repairs(self.layers, self.operators, self.config)
-        left_dense = removal.reasons_left_dense(self.left_dense, operators)
-        return replace(
-            self, budgets=budgets, removal=removal, operators=operators, config=config, left_dense=left_dense
-        )
-
-    def pattern_for(self, name: str) -> SparsityPattern:
-        """The sparsity pattern of an operator, with its own share of the zeros."""
-        pattern, shares = self.config.pattern_for(name), self.budgets.sparsities
-        return replace(pattern, sparsity=shares[name]) if name in shares else pattern
-
-    @cached_property
-    def method(self) -> PruningMethod:
-        """The method, with its options."""
-        return self.config.create_method(self.layers.model.config.model_type)
+        left = removal.reasons_left_dense(self.left_dense, operators)
+        return replace(self, budgets=budgets, removal=removal, operators=operators, config=config, left_dense=left)
 
     @property
     def all_operators(self) -> dict[str, LinearOperator]:
@@ -124,21 +97,11 @@ class Plan:
         groups = enumerate(self.operators.items())
         return [index for index, (name, group) in groups if group or name in self.removal.mixtures]
 
+    @property
     def costs(self) -> list[float]:
         """What pruning each decoder layer costs besides its forward pass, in forward passes of the largest."""
         weights = [sum(math.prod(o.shape) for o in group.values()) for group in self.operators.values()]
         return [_PRUNING_COST * count / max(1, *weights) for count in weights]
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Dtype of the products that may be quick."""
-        return compute_dtype_of(self.config.compute_dtype, execution_device(self.layers.model.get_input_embeddings()))
-
-    @contextmanager
-    def computing(self) -> Iterator[None]:
-        """Inside, every matrix of every expert to prune is called as a module, and products are in `compute_dtype`."""
-        with split_experts(self.all_operators.values()), quick_products_in(self.compute_dtype):
-            yield
 
 
 def prepare(model: PreTrainedModel, config: FistaPruningConfig, **places: Any) -> Plan:
@@ -152,22 +115,33 @@ def prepare(model: PreTrainedModel, config: FistaPruningConfig, **places: Any) -
 
 def plan_run(layers: DecoderLayers, config: FistaPruningConfig) -> Plan:
     """Plan the pruning of a model, which may be on the meta device; no zeros are shared out yet."""
-    config = config.resolved()
-    if config.whole_parts is None:
-        channels = _channels(layers.model) if config.reorder_channels else {}
-        return Plan(layers, config, config, *choose_operators(layers, config), Removal(), channels)
-    removal, asked, config = PartsRemoval.planned(layers, config)
-    may_be_none = bool(removal.num_removed_layers or removal.mixtures)  # something goes without an operator to prune
-    chosen, left_dense = choose_operators(layers, config, may_be_none=may_be_none)
-    operators, config = removal.with_repairs(layers, chosen, config)
-    return Plan(layers, asked, config, operators, removal.reasons_left_dense(left_dense, operators), removal)
-
-
-def _channels(model: PreTrainedModel) -> dict[str, Part]:
+    model, removal, asked = layers.model, Removal(), config.resolved()
+    operators: Mapping[str, Mapping[str, LinearOperator]]
+    if asked.whole_parts is None:
+        config = asked
+        operators, left_dense = choose_operators(layers, config)
+    else:
+        removal, asked, config = PartsRemoval.planned(layers, asked)
+        may_be_none = bool(removal.num_removed_layers or removal.mixtures)  # these go although no operator is pruned
+        operators, left_dense = choose_operators(layers, config, may_be_none=may_be_none)
+        operators, config = removal.with_repairs(layers, operators, config)
+        left_dense = removal.reasons_left_dense(left_dense, operators)
+    channels: Sequence[Part] = ()
     try:
-        return {part.name: part for part in find_parts(model, "channels").parts}
+        channels = find_parts(model, "channels").parts if config.reorder_channels else ()
     except UnsupportedArchitectureError as error:
         raise UnsupportedArchitectureError(f"reorder_channels=True: {error} Leave it out.") from error
+    return Plan(
+        layers,
+        asked,
+        config,
+        operators,
+        left_dense,
+        removal,
+        method=config.create_method(model.config.model_type),
+        compute_dtype=compute_dtype_of(config.compute_dtype, execution_device(model.get_input_embeddings())),
+        channels={part.name: part for part in channels},
+    )
 
 
 def choose_operators(
@@ -220,9 +194,18 @@ def begin_report(plan: Plan, batches: Sequence[CalibrationBatch], source: str | 
 
     Warns when an operator has more inputs than there are calibration tokens, and of name patterns that match nothing.
     """
-    model, held_out = plan.layers.model, [batch for batch in batches if batch.held_out]
-    calibration = {"source": source and public_name(source)}
-    calibration |= _describe_tokens([batch for batch in batches if not batch.held_out])
+    model, calibration = plan.layers.model, dict[str, Any](source=source and public_name(source))
+    for is_held_out in (False, True):
+        chosen = [batch for batch in batches if batch.held_out == is_held_out]
+        tokens = {
+            "sha256": tokens_sha256(chosen),
+            "num_sequences": sum(batch.input_ids.shape[0] for batch in chosen),
+            "num_tokens": sum(batch.num_tokens for batch in chosen),
+        }
+        if not is_held_out:
+            calibration |= tokens
+        elif chosen:
+            calibration["held_out"] = tokens
     shapes = itertools.groupby(list(batch.input_ids.shape) for batch in batches)
     report = PruningReport(
         config=plan.asked.to_dict(),
@@ -233,7 +216,7 @@ def begin_report(plan: Plan, batches: Sequence[CalibrationBatch], source: str | 
             "num_parameters": model.num_parameters(),
             "dtype": str(model.dtype).removeprefix("torch."),
         },
-        calibration=calibration | ({"held_out": _describe_tokens(held_out)} if held_out else {}),
+        calibration=calibration,
         left_dense=dict(plan.left_dense),
         # what the bytes of a result depend on, besides the model, the configuration, the tokens and the versions
         environment={
@@ -256,24 +239,16 @@ def begin_report(plan: Plan, batches: Sequence[CalibrationBatch], source: str | 
             f"the model was pruned before ({before.get('method')}, {before.get('pattern')}, {before.get('num_zeros')} "
             "zeros): errors are measured against it as it is, and zeros outside of the new pattern may be filled."
         )
-    operators, tokens = plan.all_operators, report.calibration["num_tokens"]
-    widest = max(operators.values(), key=lambda operator: operator.shape[1], default=None)
-    if widest is not None and tokens < widest.shape[1]:
+    inputs, tokens = {n: o.shape[1] for n, o in plan.all_operators.items()}, calibration["num_tokens"]
+    widest = max(inputs, key=inputs.__getitem__, default=None)
+    if widest is not None and tokens < inputs[widest]:
         report.warn(
-            f"{tokens} calibration tokens for the {widest.shape[1]} inputs of {widest.name}: its Gram matrix is "
+            f"{tokens} calibration tokens for the {inputs[widest]} inputs of {widest}: its Gram matrix is "
             "rank-deficient and the result will fit these tokens only. Pass more calibration tokens."
         )
-    for message in idle_patterns(plan.asked, list(operators), list(plan.left_dense)):
+    for message in idle_patterns(plan.asked, list(inputs), list(plan.left_dense)):
         report.warn(message)
     return report
-
-
-def _describe_tokens(batches: list[CalibrationBatch]) -> dict[str, Any]:
-    return {
-        "sha256": tokens_sha256(batches),
-        "num_sequences": sum(batch.input_ids.shape[0] for batch in batches),
-        "num_tokens": sum(batch.num_tokens for batch in batches),
-    }
 
 
 def idle_patterns(config: FistaPruningConfig, pruned: Sequence[str], left_dense: Sequence[str]) -> Iterator[str]:
@@ -322,15 +297,13 @@ def complete_report(
             f"{config.sparsity:.2%}: pass scope='matrix' for the exact share."
         )
     if config.correction.residual_share:
-        corrected = {part.name: part.mixture.residual_corrected for part in report.layers if part.mixture is not None}
-        for layer in report.layers:
-            done = [o.residual_corrected for o in operators if o.name.startswith(f"{layer.name}.")]
-            if done:
-                corrected[layer.name] = corrected.get(layer.name, False) or any(done)
-        without = [name for name, was in corrected.items() if not was]
+        all_parts: list[OperatorReport | MixtureReport] = [*operators, *report.mixtures]
+        corrected = tuple(part.name for part in all_parts if part.residual_corrected)
+        pruned = [layer.name for layer in report.layers if any(p.name.startswith(f"{layer.name}.") for p in all_parts)]
+        without = [name for name in pruned if not any(part.startswith(f"{name}.") for part in corrected)]
         if without:
             report.warnings.append(
-                f"no residual correction in {len(without)} of {len(corrected)} decoder layers "
+                f"no residual correction in {len(without)} of {len(pruned)} decoder layers "
                 f"({first_names(without)}): the output of one pruned operator, the last, is not added to the layer's "
                 "output there (a norm or a scale comes between, or it is a mixture of experts)"
             )
@@ -349,4 +322,3 @@ def complete_report(
         report.perplexity = measured | {"text": text, "vocabulary": token_limits(plan.layers.model)[0]}
     around = sha256_of(plan.layers.model, plan.layers.names_around)
     report.model["sha256"] = combined_sha256([*map(str, dense_sha256), around])
-    plan.removal.describe(report)

@@ -31,19 +31,12 @@ class RankError(RuntimeError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that work on one model; by default it is alone.
+    """This process among those that work on one model; by default it is alone."""
 
-    Attributes:
-        index: Index of this process; 0 finishes the folder.
-        count: Number of processes.
-        device: Where this process computes; `None`: not decided.
-        group: Where the processes wait for each other, on the CPU (gloo) whatever the device.
-    """
-
-    index: int = 0
+    index: int = 0  # rank 0 finishes the folder
     count: int = 1
-    device: str | None = None
-    group: dist.ProcessGroup | None = None
+    device: str | None = None  # where this process computes; None: not decided
+    group: dist.ProcessGroup | None = None  # where they wait for each other: on the CPU (gloo) whatever the device
 
     def each(self, work: Callable[[], T]) -> T:
         """Do this process's part and wait for the others to do theirs; only then raise what failed in this one."""

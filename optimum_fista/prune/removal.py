@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.memory import is_out_of_memory
@@ -39,7 +39,7 @@ from optimum_fista.model.shrinking import (
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.report import LayerRecord, LayerReport, MixtureReport, OperatorReport, PruningReport
 from optimum_fista.solve.pattern import pack_mask, unpack_mask
-from optimum_fista.solve.patterns import Columns, PartShare
+from optimum_fista.solve.patterns import Columns, PartShare, WholeParts
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -49,17 +49,13 @@ Operators = Mapping[str, Mapping[str, LinearOperator]]
 
 @dataclass(frozen=True)
 class Removal:
-    """What a run does besides setting weights to zero: here nothing.
+    """What a run does besides setting weights to zero: here nothing."""
 
-    Attributes:
-        mixtures: Mixtures that lose experts, by the names of their decoder layers.
-        num_removed_layers: How many decoder layers go.
-        removed_layers: Once they are chosen: their numbers, each with the loss without it and those before.
-    """
-
-    mixtures: Mapping[str, Part] = field(default_factory=dict)
+    mixtures: Mapping[str, Part] = field(default_factory=dict)  # that lose experts, by their decoder layers
     num_removed_layers: int = 0
-    removed_layers: Mapping[int, float] = field(default_factory=dict)
+    removed_layers: Mapping[int, float] = field(
+        default_factory=dict
+    )  # once chosen; the loss without it and those before
 
     def before(
         self,
@@ -67,17 +63,12 @@ class Removal:
         groups: list[Group],
         activations: LayerActivations,  # noqa: ARG002
         hidden_states: Tensor,  # noqa: ARG002
-    ) -> tuple[list[Group], dict[str, str]]:
-        """Choose from the groups of a decoder layer those to prune; and its other operators, with the reason.
+    ) -> tuple[list[Group], dict[str, str], nn.Module | None]:
+        """Choose from the groups that a decoder layer calls those to prune, and prove that what goes is no loss.
 
-        What may go is proved to be no loss. `groups` are those that the layer calls.
+        Returns also its other operators, with the reason, and the module with its experts if some of them go.
         """
-        return groups, {}
-
-    def experts_in(self, layer_name: str, layer: nn.Module) -> nn.Module | None:
-        """The module with the experts of a decoder layer of which some go; `None` if none does."""
-        part = self.mixtures.get(layer_name)
-        return None if part is None else layer.get_submodule(part.name.removeprefix(f"{layer_name}."))
+        return groups, {}, None
 
     def after(
         self,
@@ -101,36 +92,22 @@ class Removal:
     def shrink(self, model: PreTrainedModel, report: PruningReport, sink: ModelSink) -> None:
         """Make a pruned model in memory the smaller one, with its report and the packed masks of the sink."""
 
-    def model_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """The configuration of the pruned model."""
-        return config
-
-    def describe(self, report: PruningReport) -> None:
-        """Add to the report what went."""
+    def describe(self, model: PreTrainedModel, report: PruningReport) -> None:
+        """Have the report and the model's configuration say what went."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartsRemoval(Removal):
-    """How a run removes whole parts.
+    """How a run removes whole parts."""
 
-    Attributes:
-        smaller: The smaller model; until decoder layers are chosen, with all of them.
-        columns: A model that keeps its experts, by which the other kinds are proved.
-        experts: A model that loses experts only, by which a decoder layer runs without them.
-        counts: How many parts of each kind a decoder layer keeps.
-        refits_experts: Whether the experts that stay are refitted.
-        compensates: Whether the last operator of a decoder layer may make up for what the rest of it loses.
-        is_carried: Whether the pruned outputs of a decoder layer enter the next one.
-        proven: Kinds of layers seen to return the same without removed groups; the one thing that is noted later.
-    """
-
-    smaller: Shrinking
-    columns: Shrinking
-    experts: Shrinking
-    counts: Mapping[str, int]
+    smaller: Shrinking  # the smaller model; until decoder layers are chosen, with all of them
+    columns: Shrinking  # a model that keeps its experts, by which the other kinds are proved
+    experts: Shrinking  # a model that loses experts only, by which a decoder layer runs without them
+    counts: Mapping[str, int]  # how many parts of each kind a decoder layer keeps
     refits_experts: bool
-    compensates: bool
-    is_carried: bool
+    compensates: bool  # whether a layer's last operator may make up for what the rest of it loses
+    is_carried: bool  # whether the pruned outputs of a decoder layer enter the next one
+    # Kinds of layers seen to return the same without removed groups: the one thing that is noted later.
     proven: set[object] = field(default_factory=set, compare=False)
 
     @classmethod
@@ -213,7 +190,7 @@ class PartsRemoval(Removal):
 
     def before(
         self, layer_name: str, groups: list[Group], activations: LayerActivations, hidden_states: Tensor
-    ) -> tuple[list[Group], dict[str, str]]:
+    ) -> tuple[list[Group], dict[str, str], nn.Module | None]:
         """See `Removal.before`. Of a layer to repair, the operators that lose columns are pruned, and the last one.
 
         The last one is refitted if the layer's output is something plus its output.
@@ -230,24 +207,23 @@ class PartsRemoval(Removal):
             chosen[-1] = [o for o in groups[-1] if is_added_to_output(activations, o.module, hidden_states)]
         pruned = {operator.name for group in chosen for operator in group}
         names = [operator.name for group in groups for operator in group if operator.name not in pruned]
-        return [group for group in chosen if group], {name: self.reason_left_dense(name) for name in names}
+        mixture, layer = self.mixtures.get(layer_name), activations.layer
+        experts = None if mixture is None else layer.get_submodule(mixture.name.removeprefix(f"{layer_name}."))
+        return [group for group in chosen if group], self.reasons_left_dense(names, {}), experts
 
-    def reasons_left_dense(
-        self, reasons: Iterable[str], operators: Mapping[str, Mapping[str, LinearOperator]]
-    ) -> dict[str, str]:
+    def reasons_left_dense(self, names: Iterable[str], operators: Operators) -> dict[str, str]:
         """Why operators are not pruned, without those to prune and those of removed decoder layers."""
-        chosen = {name for found in operators.values() for name in found}
-        left = [name for name in reasons if name not in chosen and self.smaller.new_name(name) is not None]
-        return {name: self.reason_left_dense(name) for name in left}
-
-    def reason_left_dense(self, name: str) -> str:
-        """Why an operator's weights are not pruned."""
-        part = self.smaller.part_of(f"{name}.weight") or self.smaller.parts.get(name)
-        if part is None:
-            return "no part of the pattern"
-        if part.is_mixture:
-            return f"keeps {self.smaller.counts[part.name]} of {part.groups} experts"
-        return f"loses the rows that {self.smaller.new_name(part.name)} no longer reads"
+        chosen, reasons = {name for found in operators.values() for name in found}, dict[str, str]()
+        for name in names:
+            part = self.smaller.part_of(f"{name}.weight") or self.smaller.parts.get(name)
+            if name in chosen or self.new_name(name) is None:
+                continue
+            reasons[name] = "no part of the pattern"
+            if part is not None and part.is_mixture:
+                reasons[name] = f"keeps {self.smaller.counts[part.name]} of {part.groups} experts"
+            elif part is not None:
+                reasons[name] = f"loses the rows that {self.new_name(part.name)} no longer reads"
+        return reasons
 
     def _prove(self, layer_name: str, activations: LayerActivations, hidden_states: Tensor) -> None:
         """Prove of every kind of decoder layer that it returns the same without the groups as with zeros there."""
@@ -310,19 +286,14 @@ class PartsRemoval(Removal):
     ) -> tuple[LayerRecord, dict[str, Tensor], dict[str, Tensor]]:
         """A pruned decoder layer as the smaller model has it; see `Removal.shrink_layer`."""
         kept = self._kept([record.report], record.operators, masks)
-        operators, smaller = self._reports(record.operators, kept, masks)
-        (report,), left_dense = self._layers([record.report]), self._renamed(record.left_dense)
+        layers, operators, masks = self._reports([record.report], record.operators, masks, kept)
         shrunk = {name: self.smaller.shrink_tensor(name, tensor, kept) for name, tensor in tensors.items()}
-        return LayerRecord(report, operators, left_dense), smaller, self._renamed(shrunk)
-
-    def model_config(self, config: PreTrainedConfig) -> PreTrainedConfig:  # noqa: ARG002
-        """The configuration of the smaller model."""
-        return self.smaller.model.config
+        return LayerRecord(layers[0], operators, self._renamed(record.left_dense)), masks, self._renamed(shrunk)
 
     def shrink(self, model: PreTrainedModel, report: PruningReport, sink: ModelSink) -> None:
         """Make a pruned model in memory the smaller one; see `Removal.shrink`."""
         kept = self._kept(report.layers, report.operators, sink.masks)
-        operators, masks = self._reports(report.operators, kept, sink.masks)
+        layers, operators, masks = self._reports(report.layers, report.operators, sink.masks, kept)
         # what becomes smaller waits on the CPU: a device that is nearly full has no room for both sizes of all tensors
         before = [
             (tensor, tensor.device, tensor.data if self.smaller.part_of(name) is None else tensor.data.cpu())
@@ -335,11 +306,13 @@ class PartsRemoval(Removal):
 
         sink.undo_first(restore)
         shrink_model(model, self.smaller, kept)
-        sink.masks, report.operators, report.layers = masks, operators, self._layers(report.layers)
+        self.describe(model, report)
+        sink.masks, report.operators, report.layers = masks, operators, layers
         report.left_dense = self._renamed(report.left_dense)
 
-    def describe(self, report: PruningReport) -> None:
+    def describe(self, model: PreTrainedModel, report: PruningReport) -> None:
         """Count the parameters that stay, and say which decoder layers went."""
+        model.config = self.smaller.model.config
         report.model["dense_num_parameters"] = report.model["num_parameters"]
         report.model["num_parameters"] = self.smaller.model.num_parameters()
         if self.removed_layers:
@@ -359,35 +332,32 @@ class PartsRemoval(Removal):
         return kept
 
     def _reports(
-        self, operators: Sequence[OperatorReport], kept: Mapping[str, tuple[int, ...]], masks: Mapping[str, Tensor]
-    ) -> tuple[list[OperatorReport], dict[str, Tensor]]:
-        """Reports of the operators without what goes, and their packed masks."""
-        reports, smaller = [], {}
+        self,
+        layers: Sequence[LayerReport],
+        operators: Sequence[OperatorReport],
+        masks: Mapping[str, Tensor],
+        kept: Mapping[str, tuple[int, ...]],
+    ) -> tuple[list[LayerReport], list[OperatorReport], dict[str, Tensor]]:
+        """Reports and packed masks of the smaller model, without what goes."""
+        left, reports, smaller = [], [], {}
+        for layer in layers:
+            if (name := self.new_name(layer.name)) is not None:
+                found = layer.mixture
+                mixture = None if found is None else replace(found, name=self.new_name(found.name) or found.name)
+                left.append(replace(layer, name=name, mixture=mixture))
         for operator in operators:
-            new, groups = self.smaller.new_name(operator.name), kept.get(operator.name.removesuffix(".weight"))
-            assert new is not None
             mask = unpack_mask(masks[operator.name], operator.stored_shape)
             mask = self.smaller.shrink_tensor(operator.name, mask, kept)
+            new, groups = self.new_name(operator.name) or operator.name, kept.get(operator.name.removesuffix(".weight"))
             smaller[new] = pack_mask(mask)
             out, columns = mask.shape[::-1] if operator.stored_transposed else mask.shape
             report = replace(operator, name=new, shape=(out, columns), groups_kept=groups)
             reports.append(replace(report, num_kept=mask.numel(), sparsity=0.0))  # no mask has zeros in what stays
-        return reports, smaller
+        return left, reports, smaller
 
     def _renamed(self, values: Mapping[str, T]) -> dict[str, T]:
-        """What is kept by name, under the names of the smaller model, without what goes."""
+        """Values under the names of the smaller model, without those of what goes."""
         return {new: value for name, value in values.items() if (new := self.new_name(name)) is not None}
-
-    def _layers(self, reports: Sequence[LayerReport]) -> list[LayerReport]:
-        """The same of reports of decoder layers, and of their mixtures."""
-        left = []
-        for report in reports:
-            name, mixture = self.smaller.new_name(report.name), report.mixture
-            if name is not None:
-                new = None if mixture is None else self.smaller.new_name(mixture.name)
-                mixture = None if mixture is None or new is None else replace(mixture, name=new)
-                left.append(replace(report, name=name, mixture=mixture))
-        return left
 
 
 def _shrinkings(
@@ -435,14 +405,12 @@ def first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
-def require_in_memory(model: PreTrainedModel, config: FistaPruningConfig) -> None:
-    """Refuse a model in memory that can't be changed in place."""
-    if any(parameter.is_inference() for parameter in model.parameters()):
-        raise ValueError("model was loaded in inference mode, so it can't be changed: load it outside of that.")
-    if config.whole_parts is not None and any(offload_hook(module) for module in model.modules()):
+def require_in_memory(model: PreTrainedModel, pattern: WholeParts) -> None:
+    """Refuse a model whose weights Accelerate keeps elsewhere: it can't become a smaller one in place."""
+    if any(offload_hook(module) for module in model.modules()):
         raise ValueError(
-            f"pattern='{config.whole_parts}': the model is offloaded, so it can't be made smaller in place: pass "
-            "its name or folder and output_dir instead."
+            f"pattern='{pattern}': the model is offloaded, so it can't be made smaller in place: pass its name or "
+            "folder and output_dir instead."
         )
 
 

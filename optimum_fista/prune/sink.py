@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -58,14 +59,14 @@ class ModelSink:
 
         Of one that is offloaded only the copy on the device, until the layer is committed.
         """
-        self._keep(operator.owner, operator.tensor, lambda: operator.parameter)
+        self._keep(operator.owner, operator.tensor, partial(getattr, operator, "parameter"))
         operator.write(weight)
         if mask is not None:
             self.masks[f"{operator.name}.weight"] = pack_mask(mask.T if operator.transposed else mask)
 
     def replace(self, owner: nn.Module, name: str, value: Tensor) -> None:
         """The same with a whole parameter of a module, as it is stored."""
-        self._keep(owner, name, lambda: getattr(owner, name))
+        self._keep(owner, name, partial(getattr, owner, name))
         getattr(owner, name).data.copy_(value)
 
     def _keep(self, owner: nn.Module, name: str, parameter: Callable[[], Tensor]) -> None:

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from optimum_fista.prune.batches import Calibration, begin, cut_batches
 from optimum_fista.prune.budgets import share_budgets
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.file_sink import FileSink
-from optimum_fista.prune.fingerprint import run_fingerprint, shared_files
+from optimum_fista.prune.fingerprint import SourceFiles, run_fingerprint, shared_files
 from optimum_fista.prune.journal import WEIGHTS_FILE, Journal, KeptLayer, join_run, read_record
 from optimum_fista.prune.loop import prune_layers
 from optimum_fista.prune.plan import Plan, complete_report, prepare
@@ -79,19 +80,24 @@ def prune_files(
             return plan, tokenizer, source_folder(name, getattr(model.config, "_commit_hash", None))
 
         def read() -> tuple[Calibration, HeldOut | None, PruningReport]:
-            lost = require_no_loss(plan.layers.model, source, drop_unused)
+            lost = require_no_loss(plan.layers.model, read_from, drop_unused)
             calibration, held_out, report = begin(plan, calib_dataloader, calibration_source)
             if lost:
                 report.lack(lost)
             return calibration, None if ranks.count > 1 else held_out, report  # which has some of the layers only
 
         ranks.first(lock)
-        plan, tokenizer, source = ranks.each(load)
-        run = StreamedRun(ranks, folder, source, packed, overwrite, plan, *ranks.each(read))
+        plan, tokenizer, read_from = ranks.each(load)
+        calibration, held_out, report = ranks.each(read)
+        source = shared_files(read_from, read_record(folder / WEIGHTS_FILE) or {}, ranks, plan.progress)
+        fingerprint = run_fingerprint(source, plan, calibration.batches, report, packed)
+        join_run(folder, fingerprint, overwrite, ranks)
+        journal = ranks.each(lambda: Journal(folder, fingerprint))
+        run = StreamedRun(ranks, plan, calibration, held_out, report, source, journal)
         with run.advising():
             ranks.each(run.begin)
-            run.prune()
-            report = ranks.first(lambda: run.complete(tokenizer, output_dir, overwrite, started))
+            sink = run.prune(packed)
+            report = ranks.first(lambda: run.complete(sink, tokenizer, output_dir, overwrite, started))
             offloaded.close()
             with suppress(RankError):  # nothing is lost with a rank any more: the model is in its place
                 ranks.gather(None)  # only then does rank 0 tidy the folder that all of them offload to
@@ -100,79 +106,67 @@ def prune_files(
     return report
 
 
+@dataclass
 class StreamedRun:
-    """One run from the files of a model in `source` to a folder, dense or packed, in this process.
+    """One run from the files of a model to an unfinished folder, in this process."""
 
-    If the folder, an unfinished one, holds a run with the same fingerprint, that is resumed; the layers of another run
-    are thrown away if `overwrite`. Of the processes that share the layers rank 0 begins the journal.
-    """
-
-    def __init__(
-        self,
-        ranks: Ranks,
-        folder: Path,
-        source: Path,
-        packed: bool,
-        overwrite: bool,
-        plan: Plan,
-        calibration: Calibration,
-        held_out: HeldOut | None,
-        report: PruningReport,
-    ) -> None:
-        self._ranks, self._packed = ranks, packed
-        self._plan, self._calibration, self._held_out, self._report = plan, calibration, held_out, report
-        self._source = shared_files(source, read_record(folder / WEIGHTS_FILE) or {}, ranks, plan.progress)
-        fingerprint = run_fingerprint(self._source, plan, calibration.batches, report, packed)
-        join_run(folder, fingerprint, overwrite, ranks)
-        self._journal = ranks.each(lambda: Journal(folder, fingerprint))
-        self._seconds_before = 0.0
+    ranks: Ranks
+    plan: Plan
+    calibration: Calibration
+    held_out: HeldOut | None
+    report: PruningReport
+    source: SourceFiles
+    journal: Journal
+    seconds_before: float = 0.0  # of decoder layers that an earlier start has finished
 
     def begin(self) -> None:
         """Call the callbacks."""
-        for callback in self._plan.callbacks:
-            callback.on_prune_begin(self._report)
+        for callback in self.plan.callbacks:
+            callback.on_prune_begin(self.report)
 
-    def prune(self) -> None:
+    def prune(self, packed: bool) -> FileSink:
         """Prune this process's share of the decoder layers that are left, and write each once it is finished."""
-        ranks, journal = self._ranks, self._journal
-        with evaluation_mode(self._plan.layers.model), torch.no_grad():
-            ranks.first(self._share_budgets)
+        ranks, journal = self.ranks, self.journal
+        ranks.first(self._share_budgets)
         budgets = ranks.each(journal.budgets)  # as written, so that all ranks and all starts have the same
         assert budgets is not None
-        self._plan = plan = self._plan.with_budgets(budgets)
+        self.plan = plan = self.plan.with_budgets(budgets)
         finished = ranks.first(journal.finished)
         if ranks.count == 1:
             finished = self._resume(finished)
-        self._seconds_before = sum(layer.record.report.seconds for layer in finished.values())
-        self._sink = FileSink(
-            plan, journal, self._source, self._packed, evaluation_mode(plan.layers.model), torch.no_grad()
-        )
+        self.seconds_before = sum(layer.record.report.seconds for layer in finished.values())
         unfinished = [index for index in range(len(plan.layers)) if index not in finished]
-        todo = share_layers(unfinished, plan.costs(), ranks.count)[ranks.index]
+        todo = share_layers(unfinished, plan.costs, ranks.count)[ranks.index]
+        sink = FileSink(plan, journal, self.source, packed, evaluation_mode(plan.layers.model), torch.no_grad())
 
         def work() -> None:
-            with self._sink, self._sink.interruptible:
-                prune_layers(plan, self._calibration, self._report, self._sink, self._held_out, todo)
+            with sink, sink.interruptible:
+                prune_layers(plan, self.calibration, self.report, sink, self.held_out, todo)
 
         ranks.each(work if todo else lambda: None)
+        return sink
 
     def complete(
-        self, tokenizer: PreTrainedTokenizerBase | None, output_dir: Path, overwrite: bool, started: float
+        self,
+        sink: FileSink,
+        tokenizer: PreTrainedTokenizerBase | None,
+        output_dir: Path,
+        overwrite: bool,
+        started: float,
     ) -> PruningReport:
         """Write all that is not a decoder layer, and bring the model into `output_dir`."""
-        report, layers = self._report, self._journal.finished(read_shards=False)
-        if len(layers) < len(self._plan.layers):
+        report, layers = self.report, self.journal.finished(read_shards=False)
+        if len(layers) < len(self.plan.layers):
             raise RankError("decoder layers that other ranks finished are not here: pass a folder that all nodes share")
         report.operators, report.layers, report.left_dense = [], [], {}
         for layer in layers.values():
             if layer.shard:
                 report.add(layer.record)
-        report.seconds["total"] = self._seconds_before + time.perf_counter() - started
-        complete_report(
-            self._plan, report, self._held_out, [layer.record.report.dense_sha256 for layer in layers.values()]
-        )
-        report = self._sink.complete(tokenizer, report, layers)
-        install(self._journal.folder, output_dir, overwrite, self._source.folder)
+        report.seconds["total"] = self.seconds_before + time.perf_counter() - started
+        complete_report(self.plan, report, self.held_out, [one.record.report.dense_sha256 for one in layers.values()])
+        self.plan.removal.describe(self.plan.layers.model, report)
+        report = sink.complete(tokenizer, report, layers)
+        install(self.journal.folder, output_dir, overwrite, self.source.folder)
         return report
 
     @contextmanager
@@ -181,8 +175,8 @@ class StreamedRun:
         try:
             yield
         except (OSError, RankError) as error:
-            finished, folder = len(self._journal.finished(read_shards=False)), str(self._journal.folder)
-            kept = f"{finished} of {len(self._plan.layers)} decoder layers are finished and kept in {folder!r}"
+            finished, folder = len(self.journal.finished(read_shards=False)), str(self.journal.folder)
+            kept = f"{finished} of {len(self.plan.layers)} decoder layers are finished and kept in {folder!r}"
             advice = f"{kept}; start again with the same output"
             if isinstance(error, RankError):
                 raise RankError(f"{error}; {advice}") from error
@@ -192,10 +186,11 @@ class StreamedRun:
 
     def _share_budgets(self) -> None:
         """Allocate the zeros to the operators, unless an earlier start of the run did."""
-        if self._journal.budgets() is None:
-            budgets = share_budgets(self._plan, self._calibration.batches, self._report)
-            self._source.require_unchanged()
-            self._journal.keep_budgets(budgets, self._source.hashes)
+        if self.journal.budgets() is None:
+            with evaluation_mode(self.plan.layers.model), torch.no_grad():
+                budgets = share_budgets(self.plan, self.calibration.batches, self.report)
+            self.source.require_unchanged()
+            self.journal.keep_budgets(budgets, self.source.hashes)
 
     def _resume(self, finished: dict[int, KeptLayer]) -> dict[int, KeptLayer]:
         """Go on where the run before ended; returns the decoder layers that need not be pruned again.
@@ -203,24 +198,23 @@ class StreamedRun:
         If layers depend on each other, these are the first ones, each pruned on the hidden states that the layer before
         it left.
         """
-        plan, held_out = self._plan, self._held_out
+        plan, held_out, batches = self.plan, self.held_out, self.calibration.batches
         device = execution_device(plan.layers.model.get_input_embeddings())
-        first, streams = self._journal.resume(finished, plan.storage or device)
+        first, streams = self.journal.resume(finished, plan.storage or device)
         if plan.config.correction.carry == "full":
             if 0 < first <= max(plan.pruned_layers, default=-1):
                 if streams is None:
                     first = 0  # they can't be made again without the layers before
                 else:
-                    self._take(HiddenStates(streams.get("dense"), streams.get("pruned")))
+                    states = HiddenStates(streams.get("dense"), streams.get("pruned"))
+                    sizes = [len(hidden) for hidden in states.entering]
+                    if sizes != [batch.input_ids.shape[0] for batch in batches]:  # memory ran out before
+                        batches, most = cut_batches(batches, sizes), max(sizes)
+                        self.report.warnings.append(
+                            f"continues with the batches of the last run, {most} sequences at most"
+                        )
+                    self.calibration = Calibration(batches, states)
             finished = {index: finished[index] for index in range(first)}
         if held_out is not None and finished and not (len(finished) == first and held_out.resume(streams or {})):
-            self._held_out = None
+            self.held_out = None  # its sequences have to pass all layers in both networks
         return finished
-
-    def _take(self, states: HiddenStates) -> None:
-        """Go on with hidden states that a run before has left, and with batches as large as theirs."""
-        batches, sizes = self._calibration.batches, [len(hidden) for hidden in states.entering]
-        if sizes != [batch.input_ids.shape[0] for batch in batches]:
-            batches = cut_batches(batches, sizes)
-            self._report.warnings.append(f"continues with the batches of the last run, {max(sizes)} sequences at most")
-        self._calibration = Calibration(batches, states)

@@ -7,8 +7,6 @@ from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.sensitivity import DenseLoss
 from optimum_fista.prune.budgets import allocate_zeros
-from optimum_fista.prune.plan import plan_run
-from optimum_fista.solve.patterns import Unstructured, parse_pattern
 
 
 def budgets_of(model, tokens, **options):
@@ -49,11 +47,10 @@ def test_overrides_keep_their_own(llama, tokens):
     overrides = {"*.q_proj": 0.25, "*.down_proj": "2:4"}
     operators, budgets = budgets_of(llama, tokens, overrides=overrides)
     assert set(budgets.sparsities) == {n for n in operators if not n.endswith(("q_proj", "down_proj"))}
-    plan = plan_run(find_decoder_layers(llama), FistaPruningConfig(overrides=overrides)).with_budgets(budgets)
-    assert plan.pattern_for("model.layers.0.self_attn.q_proj") == Unstructured(0.25)
-    assert plan.pattern_for("model.layers.0.mlp.down_proj") == parse_pattern("2:4")
-    up = "model.layers.0.mlp.up_proj"
-    assert plan.pattern_for(up) == Unstructured(budgets.sparsities[up])
+    report = FistaPruner(FistaPruningConfig(overrides=overrides), progress=False).prune(llama, tokens.split(4))
+    found = {o.name.removesuffix(".weight"): (o.pattern, o.target_sparsity) for o in report.operators}
+    assert found["model.layers.0.self_attn.q_proj"] == ("unstructured", 0.25)
+    assert found["model.layers.0.mlp.down_proj"] == ("2:4", 0.5)
 
 
 def test_operators_the_loss_does_not_feel_keep_the_average(llama, tokens):

@@ -86,7 +86,7 @@ def test_the_loss_falls_and_the_zeros_stay(train, saved, tiny_folder, text, tmp_
     if train == "lora":
         pytest.importorskip("peft", reason="needs PEFT: pip install 'optimum-fista[peft]'")
     before = bits(saved.folder)
-    found = FistaPruner().recover(saved.folder, tiny_folder, tmp_path / "out", calibration=text, train=train, **QUICK)
+    found = recover(saved.folder, tiny_folder, tmp_path / "out", calibration=text, train=train, **QUICK)
     assert found.held_out_loss < found.held_out_loss_before - 0.02
     assert found.held_out_loss_before == found.evaluations[0][2]
     assert bits(saved.folder) == before
