@@ -72,7 +72,7 @@ def test_progress_bar_can_be_switched_off(llama, tokens, capsys):
     FistaPruner(FistaPruningConfig(method="wanda")).prune(tiny_llama(), tokens.split(4))
     shown = capsys.readouterr().err
     assert "2/2" in shown
-    assert "layer 2/2 mlp.down_proj" in shown
+    assert "model.layers.1 mlp.down_proj" in shown
 
 
 def test_too_few_tokens_are_warned_about_once(llama, tokens):
