@@ -28,38 +28,25 @@ def test_unstructured_defaults_and_text():
     assert parse_pattern(sparsity=0).sparsity == 0
 
 
-@pytest.mark.parametrize("sparsity", [-0.1, 1, 50, float("nan"), True])
-def test_sparsity_outside_its_range_is_refused(sparsity):
-    with pytest.raises(ValueError, match=r"sparsity=.* is outside \[0, 1\)"):
-        parse_pattern(sparsity=sparsity)
+NO_PATTERNS = ["abc", "", "2:", ":4", "2:4:8", "-2:4", "2 : 4", "2.0:4", "Unstructured", None, "rows:0.5", "channels"]
+NO_PATTERNS += ["channels:0.5+2:4", "channels:-0.5", "columns:half", "columns:0.5/64"]
+REFUSED = [({"text": text}, "pass 'unstructured', '2:4' or") for text in NO_PATTERNS]
+REFUSED += [({"sparsity": s}, r"sparsity=.* is outside \[0, 1\)") for s in (-0.1, 1, 50, float("nan"), True)]
+REFUSED += [
+    ({"text": "2of4"}, "pass '2:4'"),
+    ({"text": 0.5}, r"pass sparsity=0.5 \(--sparsity 0.5\)"),
+    ({"text": "2:4", "sparsity": 0.6}, "sparsity=0.6 and pattern='2:4' disagree"),
+    ({"text": "columns:0.25", "sparsity": 0.0}, "sparsity=0.0 and pattern='columns:0.25' disagree"),
+    ({"text": "channels:0.25,2:4"}, "Prune with 'channels:0.25', and then prune the smaller model with '2:4'"),
+    ({"text": "heads:0.5+heads:0.25"}, "name each kind once"),
+    ({"scope": "column"}, "scope='column': pass 'matrix' or 'row'"),
+]
 
 
-@pytest.mark.parametrize("text", ["abc", "", "2:", ":4", "2:4:8", "-2:4", "2 : 4", "2.0:4", "Unstructured", None])
-def test_text_that_is_no_pattern_is_refused(text):
-    with pytest.raises(ValueError, match="pass 'unstructured', '2:4' or"):
-        parse_pattern(text)
-
-
-@pytest.mark.parametrize(("text", "meant"), [("2of4", "pass '2:4'"), (0.5, r"pass sparsity=0.5 \(--sparsity 0.5\)")])
-def test_what_was_meant_is_said(text, meant):
-    with pytest.raises(ValueError, match=meant):
-        parse_pattern(text)
-
-
-@pytest.mark.parametrize(("text", "sparsity"), [("2:4", 0.6), ("4:8", 0.0), ("columns:0.25", 0.5)])
-def test_sparsity_and_pattern_that_disagree_are_refused(text, sparsity):
-    with pytest.raises(ValueError, match=f"sparsity={sparsity} and pattern='{text}' disagree"):
-        parse_pattern(text, sparsity)
-
-
-def test_parts_and_zeros_are_two_runs():
-    with pytest.raises(ValueError, match=r"Prune with 'channels:0.25', and then prune the smaller model with '2:4'"):
-        parse_pattern("channels:0.25,2:4")
-
-
-def test_unknown_scope_is_refused():
-    with pytest.raises(ValueError, match="scope='column': pass 'matrix' or 'row'"):
-        parse_pattern(scope="column")
+@pytest.mark.parametrize(("given", "message"), REFUSED)
+def test_what_makes_no_sense_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        parse_pattern(**given)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

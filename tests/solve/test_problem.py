@@ -13,20 +13,12 @@ def test_error_from_statistics_is_the_error_of_the_activations(corrected, tokens
     made = example(5, 8, tokens=tokens, corrected=corrected)
     problem = made.problem
     assert problem.corrected is corrected
-    for weight in (torch.randn(5, 8).double(), made.weight * (made.weight.abs() > 0.5), torch.zeros(5, 8).double()):
-        assert problem.squared_error(weight) == pytest.approx(made.squared_error(weight), rel=1e-9)
+    for weight in (torch.randn(5, 8).double(), made.weight * (made.weight.abs() > 0.5), made.weight):
+        assert problem.squared_error(weight) == pytest.approx(made.squared_error(weight), rel=1e-9, abs=1e-12)
         expected = math.sqrt(made.squared_error(weight)) / float(made.outputs.norm())
-        assert problem.fit_error(weight) == pytest.approx(expected, rel=1e-9)
+        assert problem.fit_error(weight) == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert float(problem.output_energies.sum()) == pytest.approx(float(made.outputs.square().sum()), rel=1e-9)
     assert torch.allclose(problem.output_energies, made.outputs.square().sum(0))
-
-
-def test_dense_weights_already_miss_corrected_targets():
-    same, corrected = example(5, 8), example(5, 8, corrected=True)
-    assert same.problem.squared_error(same.weight) == 0
-    missed = corrected.problem.squared_error(corrected.weight)
-    assert missed == pytest.approx(corrected.squared_error(corrected.weight), rel=1e-9)
-    assert missed > 0
 
 
 def test_small_changes_of_the_weights_keep_their_digits_in_float32():

@@ -10,7 +10,7 @@ from layer_problems import WEIGHT_METHODS, example
 from optimum_fista.solve import methods
 from optimum_fista.solve.method import PruningMethod, register
 from optimum_fista.solve.methods import METHODS, create_method
-from optimum_fista.solve.patterns import Unstructured, parse_pattern
+from optimum_fista.solve.patterns import Columns, Unstructured, parse_pattern
 from optimum_fista.solve.problem import LayerProblem
 
 PATTERNS = [
@@ -18,8 +18,15 @@ PATTERNS = [
     Unstructured(0.37),
     Unstructured(0.6, "row"),
     parse_pattern("2:4"),
-    parse_pattern("1:4"),
     parse_pattern("4:8-pairs"),
+    Columns(0.5),
+    Columns(0.5, width=4),
+]
+CASES = [
+    (name, pattern)
+    for name, method in METHODS.items()
+    for pattern in PATTERNS
+    if (method.takes_columns if pattern.whole_columns else method.takes_weights)
 ]
 
 
@@ -80,8 +87,7 @@ def test_unknown_option_lists_the_known():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("corrected", [False, True])
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("name", WEIGHT_METHODS)
+@pytest.mark.parametrize(("name", "pattern"), CASES, ids=str)
 def test_every_method_keeps_the_pattern_and_tells_its_error(name, pattern, corrected, dtype):
     made = example(11, 16, corrected=corrected, dtype=dtype)
     problem = made.problem

@@ -2,11 +2,7 @@ import itertools
 
 import pytest
 import torch
-from tiny_llama import tiny_llama, tiny_tokens
 
-from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
-from optimum_fista.packed.format import pack
 from optimum_fista.solve.patterns import parse_pattern
 from optimum_fista.solve.patterns.n_of_m import best_order
 
@@ -82,26 +78,3 @@ def test_violation_names_the_pair_that_is_torn():
     mask[0, 12:] = torch.tensor([True, True, False, False])
     assert PAIRS.violation(mask) == "row 0, column 9 differs from the first weight of its group"
     assert PAIRS.violation(torch.tensor([CHOICES[0] + [True] * 6 + [False] * 2])).startswith("keeps 10 weights, but")
-
-
-def test_a_packed_mask_takes_one_bit_a_weight():
-    mask = PAIRS.mask(random(4, 64))
-    assert pack(random(4, 64) * mask, mask, (4, 8)).mask.shape == (4, 8)
-
-
-def test_streamed_verified_packed_and_reported(tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "model")
-    config = FistaPruningConfig(pattern="4:8-pairs", overrides={"*.q_proj": "2:4"}, method="sparsegpt")
-    assert FistaPruningConfig.from_dict(config.to_dict()) == config
-    batches = list(tiny_tokens().split(4))
-    pruned = tmp_path / "pruned"
-    report = FistaPruner(config, progress=False).prune(tmp_path / "model", batches, output_dir=pruned)
-    assert {operator.pattern for operator in report.operators} == {"4:8-pairs", "2:4"}
-    assert "| pattern | 4:8-pairs |" in (pruned / "README.md").read_text()
-    proven = verify_checkpoint(pruned)
-    assert proven.num_zeros * 2 == proven.num_weights
-
-    report_file = pruned / "fista" / "report.json"
-    report_file.write_text(report_file.read_text().replace('"2:4"', '"4:8-pairs"'))
-    with pytest.raises(VerificationError, match=r"q_proj.*its mask row \d+"):
-        verify_checkpoint(pruned)

@@ -50,17 +50,6 @@ def test_texts_that_make_no_sense(text):
         parse_pattern(text)
 
 
-def test_each_kind_once():
-    with pytest.raises(ValueError, match="name each kind once"):
-        parse_pattern("heads:0.5+heads:0.25")
-
-
-@pytest.mark.parametrize("text", ["rows:0.5", "channels", "channels:0.5+2:4", "channels:-0.5"])
-def test_other_texts_are_no_whole_parts(text):
-    with pytest.raises(ValueError, match="pass 'unstructured'"):
-        parse_pattern(text)
-
-
 def test_a_single_matrix_has_no_parts():
     pruner = FistaPruner(FistaPruningConfig(pattern="channels:0.25"))
     with pytest.raises(ValueError, match=r"pass pattern='columns:0\.25' for whole columns of a matrix"):
