@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,11 @@ from optimum_fista.evaluate.evaluation_file import EVALUATION_FILE, Evaluation, 
 from optimum_fista.evaluate.perplexity import PerplexityResult
 from optimum_fista.evaluate.tasks import TaskResult
 from optimum_fista.folder.checkpoint import REPORT_FILE, read_report
-from optimum_fista.page.charts import STEPS, heat_map, line_chart
 from optimum_fista.report import OperatorGrid, OperatorReport, PruningReport
 from optimum_fista.solve.patterns import parse_pattern
 
 MIB, GIB = 2**20, 2**30
+STEPS = 9  # colours of a table's scale; style.css has them
 _JOINED = "\u00a0"  # a blank that no line is broken at
 _KINDS_OF_MEMORY = {"anonymous": "anonymous_bytes", "resident": "resident_bytes", "on the GPU": "device_bytes"}
 
@@ -66,43 +66,38 @@ def render_page(contents: ReportContents) -> str:
     environment.filters |= {
         **{written.__name__: written for written in (share, error, count, duration, size)},
         "thousands": "{:,}".format,
-        "percent": "{:.3%}".format,  # a place in a drawing
-        "pixels": "{:.2f}".format,
         "breakable": lambda name: Markup(re.sub("([._])", r"\1<wbr>", str(escape(name)))),
     }
-    report = contents.report
+    report, three = contents.report, partial(error, digits=3, unknown="?")
     pattern: Any = parse_pattern(report.config["pattern"], report.config["sparsity"])
     if str(pattern) == "unstructured":
         pattern = f"{100 * pattern.sparsity:g}% unstructured"
     zeros = [operator.sparsity for operator in report.operators]
-    layers = [layer.name.rpartition(".")[2] for layer in report.layers]  # from 0, as in the names of operators
     outputs = [operator for operator in report.operators if operator.output_error is not None]
     unseen = [operator for operator in report.operators if operator.held_out_fit_error is not None]
-    heat = partial(heat_map, text_of=partial(error, digits=3, unknown="?"))
     memory = {
         name: [None if layer.memory is None else getattr(layer.memory, key) for layer in report.layers]
         for name, key in _KINDS_OF_MEMORY.items()
     }
     memory_peaks = {name: max(known) for name, held in memory.items() if (known := [h for h in held if h is not None])}
-    unit, memory_unit = (GIB, "GiB") if max(memory_peaks.values(), default=0) >= GIB else (MIB, "MiB")
+    names = [layer.name for layer in report.layers]
+    moved = {"hidden states": [layer.hidden_state_error for layer in report.layers]}
     return environment.get_template("page.html").render(
         report=report,
         totals=report.totals,
         title=f"{report.model['name'].split('/')[-1] or report.model['class']}, {pattern}",
         colours=range(STEPS),
-        errors=heat(report.operators, "fit error", lambda o: o.fit_error, from_zero=True),
-        output_errors=outputs and heat(outputs, "output error", lambda o: o.output_error or 0.0, from_zero=True),
-        held_out=unseen and heat(unseen, "held-out fit error over fit error", lambda o: _held_out([o])[2]),
+        errors=by_operator(report.operators, "fit error", lambda o: o.fit_error, three),
+        output_errors=outputs and by_operator(outputs, "output error", lambda o: o.output_error or 0.0, three),
+        held_out=unseen
+        and by_operator(unseen, "held-out fit error over fit error", lambda o: _held_out([o])[2], three),
         held_out_kinds=[(kind, *_held_out(found)) for kind, found in OperatorGrid(unseen).kinds.items()],
-        zeros=heat_map(report.operators, "zeros", lambda o: o.sparsity, share),
+        zeros=by_operator(report.operators, "zeros", lambda o: o.sparsity, share),
         even=max(zeros, default=0.0) - min(zeros, default=0.0) < 5e-4,  # counts are whole, so shares differ a little
         columns_left=_columns_left(report),
-        hidden_state_errors=line_chart(layers, {"error": [layer.hidden_state_error for layer in report.layers]}, error),
-        layers=layers,
-        times=line_chart(layers, {"": [layer.seconds for layer in report.layers]}, duration),
-        memory=line_chart(layers, memory, size, unit),
-        memory_unit=memory_unit,
-        memory_by_layer=memory,
+        moved=coloured("error of the hidden states", names, moved, three),
+        times=coloured("time", names, {"time": [layer.seconds for layer in report.layers]}, duration),
+        memory=coloured("memory", names, memory, size),
         memory_peaks=memory_peaks,
         measurements=[
             (title, note, *_measurements(contents, kind))
@@ -114,6 +109,56 @@ def render_page(contents: ReportContents) -> str:
         config=json.dumps(report.config, indent=2),
         command=report.command(),
     )
+
+
+@dataclass(frozen=True)
+class Coloured:
+    """A table of numbers by decoder layer: texts, and the index of each one's colour."""
+
+    name: str  # what the numbers are
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, list[tuple[str, int | None]]]]  # an empty text if a number is not known
+    low: str  # of the first colour
+    high: str
+
+
+def coloured(
+    name: str, layers: Sequence[str], columns: Mapping[str, Sequence[float | None]], text_of: Callable[[float], str]
+) -> Coloured | None:
+    """Colour all finite numbers by one scale; columns without a number go, and `None` is a table without any."""
+    known = {key: column for key, column in columns.items() if any(value is not None for value in column)}
+    finite = [value for column in known.values() for value in column if value is not None and math.isfinite(value)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+
+    def cell(value: float | None) -> tuple[str, int | None]:
+        if value is None:
+            return "", None
+        step = int(STEPS * (value - low) / (high - low or 1.0)) if math.isfinite(value) else None
+        return text_of(value), step if step is None else min(step, STEPS - 1)  # the highest is no step of its own
+
+    rows = [(layer.rpartition(".")[2], [cell(c[i]) for c in known.values()]) for i, layer in enumerate(layers)]
+    return Coloured(name, list(known), rows, text_of(low), text_of(high)) if known else None
+
+
+def by_operator(
+    operators: Iterable[OperatorReport],
+    name: str,
+    value_of: Callable[[OperatorReport], float],
+    text_of: Callable[[float], str],
+) -> Coloured | None:
+    """Colour a number of every operator, by decoder layer and kind.
+
+    Kinds with several operators in a layer, the experts of a mixture, get two columns: mean and maximum.
+    """
+    grid, columns = OperatorGrid(operators), dict[str, list[float | None]]()
+    for kind in grid.kinds:
+        found = [[value_of(operator) for operator in grid.cells.get((layer, kind), ())] for layer in grid.layers]
+        if all(len(values) < 2 for values in found):
+            columns[kind] = [values[0] if values else None for values in found]
+        else:
+            columns[f"{kind} mean"] = [fmean(values) if values else None for values in found]
+            columns[f"{kind} max"] = [max(values, default=None) for values in found]
+    return coloured(name, grid.layers, columns, text_of)
 
 
 def _columns_left(report: PruningReport) -> list[tuple[str, int, int]]:

@@ -122,20 +122,6 @@ def test_it_fits_the_width_without_an_error_or_a_request(page, file, width):
     assert page.evaluate("document.title").endswith("pruning report")  # no script has run
 
 
-@pytest.mark.parametrize("width", [320, 1440])
-def test_charts_are_inside_their_boxes_and_lines_tell_each_other_apart(page, file, width):
-    page.open(file, width=width)
-    outside = page.evaluate(
-        "[...document.querySelectorAll('.chart circle, .steps circle, .steps text, .chart text')].filter(c => {"
-        "const [a, b] = [c, c.closest('.box')].map(e => e.getBoundingClientRect());"
-        "return a.left < b.left || a.right > b.right || a.top < b.top || a.bottom > b.bottom}).length"
-    )
-    assert outside == 0
-    strokes = "[...document.querySelectorAll('.legend line')].map(l => getComputedStyle(l)).map(s => "
-    assert len(set(page.evaluate(f"{strokes}s.stroke)"))) == 3
-    assert len(set(page.evaluate(f"{strokes}s.strokeDasharray)"))) == 3
-
-
 def test_a_table_that_is_too_wide_shows_that_it_scrolls(page, file):
     page.open(file, width=320)
     wide = "[...document.querySelectorAll('.box')].filter(b => b.scrollWidth > b.clientWidth).map(getComputedStyle)"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from html.parser import HTMLParser
 
@@ -10,7 +11,7 @@ import pytest
 from optimum_fista.evaluate.evaluation_file import Evaluation
 from optimum_fista.evaluate.perplexity import PerplexityResult
 from optimum_fista.memory import MemoryPeak
-from optimum_fista.page.render import read_contents, render_page
+from optimum_fista.page.render import STEPS, by_operator, coloured, read_contents, render_page
 
 HOSTILE = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
 
@@ -115,8 +116,8 @@ def test_hostile_texts_are_escaped(contents):
 def test_what_was_not_measured_or_is_the_same_everywhere_is_not_shown(contents):
     layers = [dataclasses.replace(layer, hidden_state_error=0.125) for layer in contents.report.layers]
     whole = text_of(changed(contents, layers=layers))
-    parts = ("How they add up", "output error", "seconds iterations converged", "Where the zeros are")
-    assert all(part in whole for part in (*parts, "layer 1: 0.1250"))
+    parts = ("layer hidden states time", "output error", "seconds iterations converged", "Where the zeros are")
+    assert all(part in whole for part in (*parts, " 1 0.125 "))
     less = {"output_error": None, "iterations": 0, "sparsity": 0.5, "converged": True}
     operators = [dataclasses.replace(operator, **less) for operator in contents.report.operators]
     layers = [dataclasses.replace(layer, hidden_state_error=None) for layer in contents.report.layers]
@@ -126,16 +127,14 @@ def test_what_was_not_measured_or_is_the_same_everywhere_is_not_shown(contents):
 
 def test_time_and_memory_by_layer(contents):
     layers = [
-        dataclasses.replace(layer, seconds=90.0 + index, memory=MemoryPeak(3 << 30, (2 + index) << 29, device))
+        dataclasses.replace(
+            layer, hidden_state_error=None, seconds=90.0 + index, memory=MemoryPeak(3 << 30, (2 + index) << 29, device)
+        )
         for index, (layer, device) in enumerate(zip(contents.report.layers, (None, 7 << 28), strict=True))
     ]
     text = text_of(changed(contents, layers=layers))
-    assert "layer 0: 1 min 30 s" in text
-    assert "layer 0, anonymous: 1.0 GiB" in text
-    assert "layer 1, anonymous: 1.5 GiB" in text
-    assert "layer 1, on the GPU: 1.8 GiB" in text
+    assert " 0 1 min 30 s 1.0 GiB 3.0 GiB 1 1 min 31 s 1.5 GiB 3.0 GiB 1.8 GiB " in text
     assert "Peak memory 1.8 GiB 1.5 GiB anonymous, 3.0 GiB resident, 1.8 GiB on the GPU, while a layer" in text
-    assert " 1 1 min 31 s 1.5 GiB 3.0 GiB 1.8 GiB" in text
     assert "1\u00a0min\u00a031\u00a0s" in render_page(changed(contents, layers=layers))
 
 
@@ -191,3 +190,20 @@ def test_held_out_errors_are_beside_the_others(contents):
     errors = [o.fit_error for o in operators if o.name.endswith("mlp.up_proj.weight")]
     mean = sum(errors) / len(errors)
     assert f"mlp.up_proj {mean:.4f} {1.25 * mean:.4f} 1.25" in text
+
+
+def test_numbers_are_coloured_by_one_scale():
+    found = coloured("errors", ["l.0", "l.2"], {"up": [0.25, 1.0], "down": [0.5, math.nan], "no": [None, None]}, str)
+    assert found.columns == ["up", "down"]
+    assert found.rows == [("0", [("0.25", 0), ("0.5", STEPS // 3)]), ("2", [("1.0", STEPS - 1), ("nan", None)])]
+    assert (found.low, found.high) == ("0.25", "1.0")
+    assert coloured("errors", ["l.0"], {"up": [None]}, str) is None
+
+
+def test_experts_get_a_column_of_means_and_one_of_maxima(contents):
+    first, names = contents.report.operators[0], [*(f"l.0.experts.{i}.w" for i in range(3)), "l.1.up"]
+    errors = [0.1, 0.2, 0.6, 0.4]
+    operators = [dataclasses.replace(first, name=n, fit_error=e) for n, e in zip(names, errors, strict=True)]
+    found = by_operator(operators, "fit error", lambda o: o.fit_error, "{:.1f}".format)
+    assert found.columns == ["experts.*.w mean", "experts.*.w max", "up"]
+    assert [[text for text, _ in cells] for _, cells in found.rows] == [["0.3", "0.6", ""], ["", "", "0.4"]]
