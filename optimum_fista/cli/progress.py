@@ -62,8 +62,9 @@ class Progress(PruningCallback):
 
     def on_layer_end(self, index: int, layer: LayerReport, operators: Sequence[OperatorReport]) -> None:
         """Say that a decoder layer is finished, in a log."""
-        done, found = self._layer(), "no operator to prune"  # it stays dense, or is removed
         self._num_done += 1
+        done = f"decoder layer {index} ({self._num_done} of {self._num_layers})"  # from 0, as in the names of operators
+        found = "no operator to prune"  # it stays dense, or is removed
         if layer.mixture is not None:
             mixture = layer.mixture
             left, total = len(mixture.groups_kept), len(mixture.expert_tokens)
@@ -85,7 +86,7 @@ class Progress(PruningCallback):
         self.close()
 
     def _layer(self) -> str:
-        return f"decoder layer {min(self._num_done + 1, self._num_layers)} of {self._num_layers}"
+        return f"{self._num_done} of {self._num_layers} decoder layers done"
 
     def _times(self) -> str:
         """Time that is gone and, from the second layer on, left."""

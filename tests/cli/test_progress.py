@@ -30,7 +30,7 @@ def test_a_log_has_a_line_a_decoder_layer_and_no_bar(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
     pattern = (
-        r"decoder layer 2 of 3: fit error 0\.\d{4} on average, 0\.\d{4} at most \((self_attn|mlp)\.\w+_proj\); "
+        r"decoder layer 1 \(2 of 3\): fit error 0\.\d{4} on average, 0\.\d{4} at most \((self_attn|mlp)\.\w+_proj\); "
         r"128 tokens; 00:\d\d gone, 00:\d\d left"
     )
     assert re.fullmatch(pattern, lines[1])
@@ -45,20 +45,20 @@ def test_layers_of_other_processes_are_not_called_done(capsys, shares):
     first, last = ([], "1 of 2") if shares else (["4 of 6 decoder layers are done already"], "5 of 6")
     *before, line = capsys.readouterr().err.splitlines()
     assert before == first
-    assert line.startswith(f"decoder layer {last}: no operator to prune")
+    assert line.startswith(f"decoder layer 3 ({last}): no operator to prune")
 
 
 def test_a_layer_that_loses_experts_is_not_called_dense(capsys):
     prune(tiny_model("mixtral"), pattern="experts:0.25")
     line = capsys.readouterr().err.splitlines()[1]
-    assert re.match(r"decoder layer 2 of 2: 3 of 4 experts left, fit error 0\.\d{4}; 128 tokens", line)
+    assert re.match(r"decoder layer 1 \(2 of 2\): 3 of 4 experts left, fit error 0\.\d{4}; 128 tokens", line)
 
 
 def test_a_terminal_has_a_bar_that_is_taken_away(monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     prune(tiny_llama(num_hidden_layers=3), method="wanda")
-    assert "\rdecoder layer 1 of 3: mlp.up_proj, fit error 0." in terminal.getvalue()
-    assert re.search(r"\rdecoder layer 3 of 3: mlp.down_proj, fit error 0\.\d+:? .*left", terminal.getvalue())
+    assert "\r0 of 3 decoder layers done: mlp.up_proj, fit error 0." in terminal.getvalue()
+    assert re.search(r"\r2 of 3 decoder layers done: mlp.down_proj, fit error 0\.\d+:? .*left", terminal.getvalue())
     assert re.search(r"\r *\r$", terminal.getvalue())
 
 

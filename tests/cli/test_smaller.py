@@ -52,7 +52,7 @@ def test_a_size_is_reached_by_channels_and_this_is_said_first(tiny_folder, text_
     report = read_report(folder)
     assert report.config["pattern"].startswith("channels:0.")
     assert f"pattern bytes:0.8: {report.config['pattern']} leaves 0." in said
-    assert said.index("leaves 0.") < said.index("decoder layer 1 of 2")
+    assert said.index("leaves 0.") < said.index("decoder layer 0 (1 of 2)")
     one_channel_more = 2 * 3 * 32
     assert 0.8 * DENSE - one_channel_more < report.model["num_parameters"] <= 0.8 * DENSE
 
