@@ -154,12 +154,13 @@ class SparsityPattern(ABC):
         kept, expected = int(mask.sum()), self.num_kept((rows, columns))
         if kept != expected:
             return f"keeps {kept} weights, but {self} of {tuple(mask.shape)} keeps exactly {expected}"
-        # The first weight of each group speaks for all of them; that of row 0 if groups have whole columns.
-        first = (mask[:1] if self.whole_columns else mask)[:, :: self.width]
-        torn = torch.nonzero(mask != first.repeat_interleave(self.width, dim=1))
-        if len(torn):
-            row, column = torn[0].tolist()
-            return f"row {row}, column {column} differs from the first weight of its group"
+        if self.width > 1 or self.whole_columns:  # a device is asked once more for it
+            # The first weight of each group speaks for all of them; that of row 0 if groups have whole columns.
+            first = (mask[:1] if self.whole_columns else mask)[:, :: self.width]
+            torn = torch.nonzero(mask != first.repeat_interleave(self.width, dim=1))
+            if len(torn):
+                row, column = torn[0].tolist()
+                return f"row {row}, column {column} differs from the first weight of its group"
         contests = self._contests(rows, columns)[0]
         if contests == 1:
             return None
