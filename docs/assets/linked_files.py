@@ -6,7 +6,7 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-_PATTERNS = ("benchmarks/results/*.json", "benchmarks/tasks/*.yaml", "examples/*.py", "examples/*.ipynb")
+_PATTERNS = ("benchmarks/results/*.json", "benchmarks/tasks/*.yaml", "examples/*.py")
 _LINK = re.compile(r"\]\(\.\./((?:\.\./)*(?:benchmarks/(?:results|tasks)|examples)/)")
 
 
