@@ -4,9 +4,10 @@ import time
 import psutil
 import pytest
 import torch
+from pruning import prune
 
-from optimum_fista import FistaPruner, FistaPruningConfig, memory
-from optimum_fista.memory import MemoryPeak, available_bytes, is_out_of_memory, watched_memory
+from optimum_fista import memory
+from optimum_fista.memory import available_bytes, is_out_of_memory, watched_memory
 
 
 @pytest.mark.parametrize(
@@ -98,10 +99,7 @@ def test_on_cuda_the_count_of_pytorch_starts_anew(monkeypatch):
     assert peak.device_bytes == 3
 
 
-def test_every_layer_of_a_report_has_its_peak(llama, tokens):
-    pruner = FistaPruner(FistaPruningConfig(method="wanda", exclude="*.layers.1.*"), progress=False)
-    report = pruner.prune(llama, tokens.split(4))
-    first, last = (layer.memory for layer in report.layers)
-    assert isinstance(first, MemoryPeak)
-    assert first.resident_bytes > 1 << 20
-    assert last is None
+def test_every_layer_that_is_pruned_has_its_peak(llama, tokens):
+    first, last = prune(llama, tokens.split(4), method="wanda", exclude="*.layers.1.*").layers
+    assert first.memory.resident_bytes > 1 << 20
+    assert last.memory is None

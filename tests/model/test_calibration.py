@@ -15,14 +15,11 @@ DATA_SET = [{"input_ids": ids, "attention_mask": mask} for ids, mask in zip(IDS,
 LOADERS = {
     "one tensor": IDS,
     "list of batches": [IDS[:2], IDS[2:]],
-    "list of sequences": list(IDS),
     "lists of ids": IDS.tolist(),
-    "batch of lists": [IDS.tolist()],
     "list of arrays": [IDS.numpy()[:1], IDS.numpy()[1:]],
     "dicts of sequences": ROWS,
-    "dicts of lists": [{"input_ids": IDS.tolist(), "attention_mask": [[1] * 4] * 3}],
     "dicts with other keys": [{"input_ids": IDS, "labels": IDS, "text": "x"}],
-    "tokenizer output": [BatchEncoding({"input_ids": IDS})],
+    "tokenizer output": [BatchEncoding({"input_ids": IDS.tolist(), "attention_mask": [[1] * 4] * 3})],
     "generator": (row for row in ROWS),
     "DataLoader of dicts": DataLoader(ROWS, batch_size=2),
     "DataLoader of a TensorDataset": DataLoader(TensorDataset(IDS), batch_size=2),
@@ -50,22 +47,19 @@ def test_masks_are_booleans_where_anything_is_masked_and_padding_is_at_the_end(b
     assert all(batch.attention_mask is None or batch.attention_mask[:, 0].all() for batch in batches)
 
 
-def test_one_sequence_may_be_a_plain_list_or_tensor():
-    for loader in ([3, 1, 2], (3, 1, 2), torch.tensor([3, 1, 2])):
-        (batch,) = read_batches(loader, 4)
-        assert batch.input_ids.tolist() == [[3, 1, 2]]
+class Unguarded(Dataset):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        assert index == 0, "read beyond its end"
+        return torch.tensor([3, 1, 2])
 
 
-def test_data_set_ends_at_its_length():
-    class Unguarded(Dataset):
-        def __len__(self) -> int:
-            return 3
-
-        def __getitem__(self, index: int) -> torch.Tensor:
-            assert index < 3, "read beyond its end"
-            return IDS[index]
-
-    assert [batch.input_ids.tolist() for batch in read_batches(Unguarded(), 16)] == [[ids] for ids in IDS.tolist()]
+@pytest.mark.parametrize("loader", [[3, 1, 2], (3, 1, 2), torch.tensor([3, 1, 2]), Unguarded()])
+def test_one_sequence(loader):
+    (batch,) = read_batches(loader, 4)
+    assert batch.input_ids.tolist() == [[3, 1, 2]]
 
 
 def test_hash_does_not_depend_on_the_batch_size_or_the_padding():

@@ -2,16 +2,17 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
-from toy_layer import Group, ToyLayer, toy_layer
+from pruning import prune
+from tiny_models import tiny_model
+from torch import Tensor
+from toy_layer import ToyLayer, toy_layer
 
 from optimum_fista.model.correction import Correction, LayerTargets
 from optimum_fista.model.layer_inputs import HiddenStates, LayerActivations, LayerCall
-from optimum_fista.model.operator import LinearOperator
 
 CPU = torch.device("cpu")
 MASKS = [None, torch.tensor([[1, 1, 1], [0, 1, 1]]).bool(), torch.tensor([[1, 1, 0]] * 4).bool()]
-GROUPS = [0, 1, 2]
+IDS = torch.randint(1, 64, (12, 24), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
@@ -25,10 +26,6 @@ def hidden_states(scale: float = 1.0) -> list[Tensor]:
     return [scale * torch.randn(rows, 3, 8, generator=generator) for rows in (1, 2, 4)]
 
 
-def activations_of(layer: nn.Module, masks=MASKS, held_out=()) -> LayerActivations:
-    return LayerActivations(layer, [LayerCall((), {})] * 3, masks, CPU, held_out)
-
-
 def reference(layer: ToyLayer, name: str, states: list[Tensor]) -> list[Tensor]:
     """Inputs [tokens, in] of an operator on the real tokens, a batch each."""
     inputs: list[Tensor] = []
@@ -37,10 +34,6 @@ def reference(layer: ToyLayer, name: str, states: list[Tensor]) -> list[Tensor]:
         layer(state)
     handle.remove()
     return [x.reshape(-1, x.shape[-1]) if mask is None else x[mask] for x, mask in zip(inputs, MASKS, strict=True)]
-
-
-def short(operator: LinearOperator) -> str:
-    return operator.name.rpartition(".")[2]
 
 
 @pytest.mark.parametrize(
@@ -57,19 +50,13 @@ def test_words_and_numbers_are_read_once(given, expected):
     assert Correction.parse(*given) == expected
 
 
-def targets_of(layer: ToyLayer, correction: Correction, masks=MASKS, held_out: tuple[bool, ...] = ()) -> LayerTargets:
+def targets_of(layer: ToyLayer, correction: Correction, held_out: tuple[bool, ...] = ()) -> LayerTargets:
     """Of the layer with hidden states that are others in the pruned network than in the dense one."""
-    activations = activations_of(layer, masks, held_out)
+    activations = LayerActivations(layer, [LayerCall((), {})] * 3, MASKS, CPU, held_out)
     states = HiddenStates(hidden_states())
     if correction.carry == "full":
         states = HiddenStates(hidden_states() if correction.needs_dense else None, hidden_states(0.7))
     return LayerTargets(activations, layer.groups(), correction, states)
-
-
-def halve(group: Group) -> None:
-    """Prune the operators: what comes after them gets other inputs."""
-    for operator in group:
-        operator.parameter.mul_(operator.parameter.abs() > 0.1)
 
 
 def norm(outputs: Tensor) -> float:
@@ -88,7 +75,7 @@ def test_problems_and_errors_are_those_of_the_activations(correction, in_place, 
     entering = hidden_states(0.7 if made.carry == "full" else 1.0)
     targets = targets_of(layer, made, held_out=flags)
     for index, group in enumerate(layer.groups()):
-        name = short(group[0])
+        name = group[0].name.removeprefix("layer.")
         X_all = reference(dense, name, hidden_states())
         X_star_all = X_all if correction == "none" else reference(layer, name, entering)
         problems = targets.problems(index)
@@ -100,7 +87,7 @@ def test_problems_and_errors_are_those_of_the_activations(correction, in_place, 
                 if not batches:
                     assert problem is None
                     continue
-                W = dense.get_submodule(short(operator)).weight
+                W = dense.get_submodule(operator.name.removeprefix("layer.")).weight
                 Y = (made.dense_share * X + (1 - made.dense_share) * X_star) @ W.T
                 assert problem.name == operator.name
                 assert problem.statistics.num_tokens == len(X)
@@ -116,7 +103,8 @@ def test_problems_and_errors_are_those_of_the_activations(correction, in_place, 
                     assert problem.output_error(pruned) == pytest.approx(expected, rel=1e-3)
                 else:
                     assert problem.output_error(pruned) is None
-        halve(group)
+        for operator in group:  # what comes after them gets other inputs
+            operator.parameter.mul_(operator.parameter.abs() > 0.1)
     left = targets.leave()
     assert (left.dense is not None) is made.needs_dense
     assert (left.pruned is not None) is (made.carry == "full")
@@ -160,7 +148,40 @@ def test_a_group_that_is_not_called_any_more_is_named():
 
 def test_rows_that_do_not_belong_to_tokens_are_refused_only_where_padding_must_be_told_apart():
     layer = toy_layer()
-    activations, operator = activations_of(layer), layer.groups()[1][0]
+    activations, operator = targets_of(layer, Correction("none")).activations, layer.groups()[1][0]
     assert activations.rows(torch.zeros(5, 2), 0, operator).shape == (5, 2)
     with pytest.raises(ValueError, match=r"layer\.up sees 5 rows for 12 tokens.*exclude=\['layer\.up'\]"):
         activations.rows(torch.zeros(5, 2), 2, operator)
+
+
+@pytest.mark.parametrize(("family", "corrected"), [("llama", 2), ("gemma3_text", 0)])
+def test_the_report_says_where_nothing_was_corrected(family, corrected):
+    model = tiny_model(family).bfloat16()
+    report = prune(model, IDS.split(4), method="wanda", error_correction=0.5, residual_correction=1.0)
+    assert sum(operator.residual_corrected for operator in report.operators) == corrected
+    said = [warning for warning in report.warnings if "no residual correction in 2 of 2 decoder layers" in warning]
+    assert len(said) == (not corrected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "falcon"])
+def test_a_residual_correction_brings_the_output_closer_and_carries_on_what_the_pruned_layer_returns(
+    family, monkeypatch
+):
+    entered: list[list[Tensor]] = []
+
+    class Spy(LayerTargets):
+        def __init__(self, activations, groups, correction, entering, experts):
+            entered.append(list(entering.pruned))
+            super().__init__(activations, groups, correction, entering, experts)
+
+    def first_output(**options) -> Tensor:
+        model = tiny_model(family)
+        if options:
+            prune(model, IDS.split(4), method="alps", error_correction="full", **options)
+        return model(IDS, output_hidden_states=True).hidden_states[1]
+
+    monkeypatch.setattr("optimum_fista.prune.loop.LayerTargets", Spy)
+    dense, plain = first_output(), first_output(residual_correction=0.0)
+    corrected = first_output(residual_correction=1.0)
+    assert norm(corrected - dense) < norm(plain - dense)
+    assert torch.allclose(torch.cat(entered[-1]), corrected, atol=1e-4)

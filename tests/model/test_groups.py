@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from families import family_model
+from tiny_models import tiny_model
 from torch import Tensor, nn
 from toy_layer import toy_layer
 
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.groups import FinishedParts, trace_groups
-from optimum_fista.model.layer_inputs import LayerActivations, LayerCall
+from optimum_fista.model.architecture import find_decoder_layers, find_operators
+from optimum_fista.model.calibration import read_batches
+from optimum_fista.model.groups import FinishedParts, is_added_to_output, trace_groups
+from optimum_fista.model.layer_inputs import LayerActivations, LayerCall, record_inputs
 from optimum_fista.model.operator import LinearOperator
 
 CPU = torch.device("cpu")
@@ -268,3 +272,46 @@ def test_a_part_that_changes_its_operators_output_does_not_end_with_it(form):
     assert traced(layer)[0][0].ends is None
     layer.first.form = lambda y: (y, None)
     assert traced(layer)[0][0].ends == (layer.first, (None,))
+
+
+ADDED = {
+    "llama": "mlp.down_proj",
+    "opt": "fc2",
+    "gpt2": "mlp.c_proj",
+    "gpt_neox": "mlp.dense_4h_to_h",
+    "falcon": "mlp.dense_4h_to_h",
+}
+
+
+def added_operators(model, first_token=1.0) -> set[str]:
+    """Operators whose output is added to that of the first decoder layer; the first token's inputs are multiplied."""
+    layers = find_decoder_layers(model)
+    name, layer = next(iter(layers))
+    recorded = record_inputs(model, layers, read_batches(torch.arange(1, 49).view(4, 12), 64))
+    activations = LayerActivations(layer, recorded.calls[0], recorded.token_masks, CPU)
+    hidden = recorded.hidden_states[0]
+    hidden[:, 0] *= first_token
+    operators = find_operators(name, layer).items()
+    return {key.removeprefix(f"{name}.") for key, o in operators if is_added_to_output(activations, o.module, hidden)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", [*ADDED, "gemma3_text"])
+def test_the_operator_that_is_added_to_the_output_is_found(family, dtype):
+    added = added_operators(tiny_model(family).to(dtype))
+    if family == "gemma3_text":
+        assert added == set(), "its outputs pass a norm first"
+    else:
+        assert ADDED[family] in added
+        assert not any("up" in operator or "q_" in operator for operator in added)
+
+
+def test_huge_activations_of_one_token_do_not_hide_what_comes_later():
+    """In bfloat16 the MLP's answer to the attention is less than what a sum as large as that token's rounds off."""
+    assert added_operators(tiny_model("llama").bfloat16(), first_token=1e4) == {"mlp.down_proj"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_before_the_sum_is_seen(dtype):
+    """MiniCPM3 multiplies outputs by .99, less than the rounding of the layer's output in bfloat16."""
+    assert "mlp.down_proj" not in added_operators(family_model("minicpm3").to(dtype))
