@@ -46,7 +46,7 @@ def test_a_run_says_what_it_will_do_what_it_cost_and_the_next_commands_which_wor
         rest = [str(text_file) if word == "wikitext2" else word for word in command[1:]]
         assert main([*rest, *more.get(command[1], [])]) == 0
     shown = capsys.readouterr().err
-    assert "are trained: all " in shown  # what `recover` chose
+    assert "are trained (all kept weights" in shown  # what `recover` chose
 
 
 def test_a_pruned_model_and_rounded_rows_are_said(pruned_folder, text_file, tmp_path):
