@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from statistics import fmean
 
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.report import LayerReport, OperatorReport, PruningReport, layer_and_kind
@@ -101,15 +101,19 @@ class Progress(PruningCallback):
 
 
 @contextmanager
-def log_shown(name: str) -> Iterator[None]:
-    """Inside, the messages of the logger called `name` are printed on the standard error stream."""
+def first_process_speaks(index: int, name: str) -> Iterator[None]:
+    """Print the messages of the logger called `name` in process 0; the others show no warnings and no bars."""
+    if index:
+        set_verbosity_error()
+        disable_progress_bar()
+        yield
+        return
     handler, logger = logging.StreamHandler(), logging.getLogger(name)
     before = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        with logging_redirect_tqdm([logger]):  # above a bar, not after it in the same line
-            yield
+        yield
     finally:
         logger.setLevel(before)
         logger.removeHandler(handler)

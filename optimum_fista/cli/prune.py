@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import re
@@ -89,20 +88,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prune, save, and upload if asked."""
     from accelerate import PartialState
-    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     from optimum_fista.cli.overview import details_of, estimate_of, next_commands, say_before, verdicts
-    from optimum_fista.cli.progress import Progress, log_shown
+    from optimum_fista.cli.progress import Progress, first_process_speaks
     from optimum_fista.folder.hub import push_folder
-    from optimum_fista.folder.output import FOLDER, locked_output, unfinished_folder
+    from optimum_fista.folder.output import FOLDER, locked_output, require_output, unfinished_folder
     from optimum_fista.folder.packed_folder import packing_of
-    from optimum_fista.prune.ranks import RankError, joined_ranks
+    from optimum_fista.prune.ranks import joined_ranks
     from optimum_fista.pruner import FistaPruner
 
     config = _config(arguments)
+    arguments.output = arguments.output or default_output(arguments.model, config)
     if arguments.dry_run:
         print("\n".join(details_of(estimate_of(arguments, config, arguments.batch_size))))
-        _name_output(arguments, config)
+        require_output(arguments.output, arguments.overwrite, source=arguments.model)
         return 0
     _require_options(arguments, config)
     with joined_ranks(arguments.device) as ranks, ExitStack() as opened:
@@ -110,11 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
         def lock() -> None:
             opened.enter_context(locked_output(arguments.output))
 
-        if ranks.index:
-            set_verbosity_error()
-            disable_progress_bar()
-        else:
-            opened.enter_context(log_shown("optimum_fista.prune.plan"))  # what --target-size removes
+        opened.enter_context(first_process_speaks(ranks.index, "optimum_fista.prune.plan"))
         try:
             ranks.first(lock)
             arguments.batch_size, arguments.calibration = ranks.first(lambda: say_before(arguments, config))
@@ -132,15 +127,11 @@ def run(arguments: argparse.Namespace) -> int:
             again = "give the same command again to resume" if layers else "the same command starts from the beginning"
             print(f"\n{layers or 'no'} decoder layers are finished and kept: {again}", file=sys.stderr)
             raise
-        except RankError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
     if ranks.count > 1:
         PartialState().destroy_process_group()
     if ranks.index:
         return 0
-    print(report)
-    print(*verdicts(report), sep="\n")
+    print(report, *verdicts(report), sep="\n")
     if arguments.packed:
         print(packing_of(arguments.output))
     print(f"saved to {arguments.output}")
@@ -152,16 +143,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:
-    """Refuse what can't work before anything is read or printed; names the output if the user did not."""
+    """Refuse what can't work before anything is read or printed."""
     import torch
 
     from optimum_fista.folder.hub import require_push
     from optimum_fista.folder.loading import storage_place, usable_device
+    from optimum_fista.folder.output import require_output
     from optimum_fista.prune.ranks import launched_processes, require_independent_layers
     from optimum_fista.text.sources import require_source
 
     require_independent_layers(config, launched_processes())
-    _name_output(arguments, config)
+    require_output(arguments.output, arguments.overwrite, source=arguments.model)
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise ValueError(f"--batch-size {arguments.batch_size}: pass at least 1.")
     if arguments.calibration not in (None, "self"):
@@ -174,26 +166,6 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
         require_push(arguments.push_to_hub)
     if not arguments.overwrite:
         _require_same_settings(arguments, config)
-
-
-def _name_output(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:
-    """Name the output if the user did not, and refuse a folder that can't be written."""
-    from optimum_fista.cli.overview import argument
-    from optimum_fista.folder.output import require_output
-
-    named = arguments.output
-    arguments.output = named or default_output(arguments.model, config)
-    try:
-        require_output(arguments.output, arguments.overwrite, source=arguments.model)
-    except (FileExistsError, ValueError) as error:
-        if named is not None:
-            raise
-        if isinstance(error, FileExistsError):
-            numbered = (f"{arguments.output}-{number}" for number in itertools.count(2))
-            other = next(name for name in numbered if not Path(name).exists())
-        else:  # we are in the model's folder
-            other = os.path.relpath(Path(arguments.model).resolve().parent / arguments.output)
-        raise type(error)(f"{error} For example: --output {argument(other)}") from error
 
 
 def default_output(model: str, config: FistaPruningConfig) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 from optimum_fista.cli.flags import DEVICE, add_options, given
@@ -46,10 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Recover, and say what it gained."""
     from accelerate import PartialState
-    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     from optimum_fista.cli.overview import next_commands
-    from optimum_fista.cli.progress import log_shown
+    from optimum_fista.cli.progress import first_process_speaks
     from optimum_fista.folder.output import folder_beside
     from optimum_fista.prune.ranks import joined_ranks
     from optimum_fista.train.recovery import recover, steps_kept
@@ -61,12 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(preview(plan_recovery(arguments.folder, output_dir=output, processes=1, **options)))
         return 0
-    with joined_ranks(arguments.device) as ranks, ExitStack() as opened:
-        if ranks.index:
-            set_verbosity_error()
-            disable_progress_bar()
-        else:
-            opened.enter_context(log_shown("optimum_fista.train"))
+    with joined_ranks(arguments.device) as ranks, first_process_speaks(ranks.index, "optimum_fista.train"):
         try:
             found = recover(arguments.folder, output_dir=output, **options)
         except KeyboardInterrupt:

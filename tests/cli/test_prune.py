@@ -224,14 +224,6 @@ def test_names_of_folders(tmp_path, monkeypatch):
     assert default_output("model.v2", parts) == Path("model.v2-channels-0.25-8-heads-0.5")
 
 
-def test_inside_of_the_models_folder_it_is_said_what_to_type(tiny_folder, monkeypatch, capsys):
-    monkeypatch.chdir(tiny_folder)
-    assert main(["prune", "."]) == 1
-    name = f"{tiny_folder.resolve().name}-50pct"
-    advice = f"pass a folder outside of it. For example: --output ../{name}"
-    assert capsys.readouterr().err.splitlines()[-1].endswith(advice)
-
-
 def test_a_short_text_is_for_the_calibration_alone(prune, tmp_path, capsys):
     (tmp_path / "short.txt").write_text(TEXT[: 8 * 16])  # a token a letter
     assert prune("--method", "wanda", "--calibration", tmp_path / "short.txt") == 0
