@@ -6,7 +6,7 @@ import argparse
 import io
 import math
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any
 
 from optimum_fista.cli.flags import DEVICE, DTYPE
@@ -40,8 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Answer line after line."""
     require_seed(arguments.seed)
-    speakers = [_Speaker(name, arguments) for name in (arguments.model, arguments.beside) if name is not None]
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    names = [name for name in (arguments.model, arguments.beside) if name is not None]
+    speakers = [_Speaker(name, arguments, writes=terminal) for name in names]
     if terminal:
         print("Ctrl-C stops an answer, Ctrl-D ends.")
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -50,64 +51,61 @@ def run(arguments: argparse.Namespace) -> int:
         while True:
             question = input("> " if terminal else "").strip()
             with suppress(KeyboardInterrupt):
-                if question:
-                    _ask(speakers, question, terminal)
+                for speaker in speakers if question else ():
+                    who = [f"{speaker.name}:"] if len(speakers) > 1 else []
+                    if terminal:
+                        print(*who, end=" " * len(who), flush=True)
+                        speaker.answer(question)
+                        print()
+                    else:
+                        print(*who, *speaker.answer(question).split(), flush=True)
     return int(any(speaker.failed for speaker in speakers))
-
-
-def _ask(speakers: list[_Speaker], question: str, terminal: bool) -> None:
-    """Show the answers one after another: in columns as they are written, in a pipe a line each."""
-    from rich.live import Live
-    from rich.table import Column, Table
-    from rich.text import Text
-
-    texts = [Text() for _ in speakers]
-    table = Table(*(Column(Text(speaker.name)) for speaker in speakers), expand=True)
-    table.add_row(*texts)
-    with Live(table, vertical_overflow="visible") if terminal else nullcontext():
-        for speaker, text in zip(speakers, texts, strict=True):
-            speaker.answer(question, text)
-            if not terminal:
-                print(*[f"{speaker.name}:"][: len(speakers) - 1], *text.plain.split(), flush=True)
 
 
 class _Speaker:
     """A model and its conversation: `turns` as chat templates take them."""
 
-    def __init__(self, name: str, settings: argparse.Namespace) -> None:
+    def __init__(self, name: str, settings: argparse.Namespace, *, writes: bool = False) -> None:
         from transformers import GenerationConfig
 
         from optimum_fista.folder.loading import load_model
 
-        self.name, self.settings, self.failed, self.turns = name, settings, False, list[dict[str, str]]()
+        self.name, self.settings, self.writes = name, settings, writes
+        self.failed, self.turns = False, list[dict[str, str]]()
         loaded: Any = load_model(name, device=settings.device, dtype=settings.dtype)
         self.model, self.tokenizer = loaded
-        ends = getattr(self.model.generation_config, "eos_token_id", None)
+        ends = getattr(self.model.generation_config, "eos_token_id", None)  # a number, a list or None
         ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id} - {None}
         # `generate` would obey what the folder says of sampling and lengths.
         self.model.eval().generation_config = GenerationConfig(eos_token_id=[*ends] or None, pad_token_id=[*ends, 0][0])
         config = self.model.config.get_text_config(decoder=True)
         self.room: float = getattr(config, "max_position_embeddings", None) or math.inf
 
-    def answer(self, question: str, said: Any) -> None:
-        """Write the answer; after an error there is none, and the conversation stays as it was."""
+    def answer(self, question: str) -> str:
+        """What the model says; after an error it says nothing, and the conversation stays as it was."""
         import torch
         from jinja2 import TemplateError
         from transformers import TextStreamer
 
-        def refuse_nan(_: Any, scores: Any) -> Any:
+        def refuse_nan(_: Any, scores: Any) -> Any:  # the most probable token would be the first one
             if scores.isnan().any():
                 raise ValueError(f"{self.name} gives NaN logits: look for NaN in its weights, or pass --dtype float32.")
             return scores
+
+        def say(piece: str, **_: Any) -> None:
+            said.append(piece)
+            if self.writes:
+                print(piece, end="", flush=True)
 
         try:
             self.turns, prompt = self._prompt([*self.turns, {"role": "user", "content": question}])
         except (ValueError, TemplateError) as error:
             print(f"error: {self.name} can't answer: {error}", file=sys.stderr)
             self.failed = True
-            return
+            return ""
+        said = list[str]()
         streamer: Any = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        streamer.on_finalized_text = lambda piece, **_: said.append(piece)
+        streamer.on_finalized_text = say
         heat, room = self.settings.temperature, self.room - prompt["input_ids"].shape[1]
         options: Any = {"do_sample": True, "temperature": heat, "top_k": 0} if heat else {}
         options |= {"max_new_tokens": int(min(self.settings.max_new_tokens, room)), "streamer": streamer}
@@ -115,12 +113,13 @@ class _Speaker:
         try:
             self.model.generate(**prompt, **options, logits_processor=[refuse_nan])
         finally:  # what was said until Ctrl-C stays in the conversation
-            self.turns.append({"role": "assistant", "content": said.plain})
+            self.turns.append({"role": "assistant", "content": "".join(said)})
+        return "".join(said)
 
     def _prompt(self, turns: list[dict[str, str]]) -> tuple[list[dict[str, str]], dict[str, Any]]:
         """The latest turns that fit into the model, and their tokens; without a template those of the last one."""
         form = {"return_tensors": "pt", "return_dict": True, "add_generation_prompt": True}
-        for start in range(0, len(turns), 2):
+        for start in range(0, len(turns), 2):  # a question and its answer are forgotten together
             if self.tokenizer.chat_template is None:
                 found = self.tokenizer(turns[-1]["content"], return_tensors="pt")
             else:

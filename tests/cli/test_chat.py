@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from launched import exit_codes, start_code
-from rich.text import Text
 from tiny_llama import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -59,17 +58,15 @@ def test_with_a_template_the_conversation_goes_on(ask, tiny_folder, tmp_path):
     assert first == continued(tmp_path, "<s>useaa")
     settings = SimpleNamespace(device="cpu", dtype="auto", max_new_tokens=6, temperature=0, seed=0)
     raw = chat._Speaker(str(tmp_path), settings)
-    said = Text()
-    raw.answer("sea", said)
-    assert second == continued(tmp_path, f"<s>usea<s>a{said.plain}<s>uskya")
+    said = raw.answer("sea")
+    assert second == continued(tmp_path, f"<s>usea<s>a{said}<s>uskya")
     assert [turn["role"] for turn in raw.turns] == ["user", "assistant"]
     # 64 positions: the oldest turns are forgotten, so that a long conversation goes on
     for _ in range(6):
-        raw.answer("the days", Text())
+        raw.answer("the days")
     assert raw.turns[0]["content"] != "sea"
     earlier = [*raw.turns]
-    raw.answer("x" * 80, nothing := Text())
-    assert not nothing
+    assert not raw.answer("x" * 80)
     assert raw.turns == earlier
 
 
