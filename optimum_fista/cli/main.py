@@ -50,14 +50,19 @@ class _Parser(argparse.ArgumentParser):
             self.error(f"unknown: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
         return found, unknown
 
+    @property
+    def rare(self) -> list[Any]:
+        """The groups of options that `--help` leaves out."""
+        return [group for group in self._action_groups if (group.title or "").startswith("advanced: ")]
+
     def format_help(self, *, everything: bool = False) -> str:
         """What `--help` prints, or `--help-all`."""
+        if everything or not self.rare:
+            return super().format_help()
         groups = self._action_groups
-        shown = [group for group in groups if everything or not (group.title or "").startswith("advanced: ")]
-        self._action_groups = shown
+        self._action_groups = [group for group in groups if group not in self.rare]
         try:
-            more = "" if shown == groups else f"\n{self.prog} --help-all shows the other options.\n"
-            return super().format_help() + more
+            return f"{super().format_help()}\n{self.prog} --help-all shows the other options.\n"
         finally:
             self._action_groups = groups
 
@@ -65,8 +70,7 @@ class _Parser(argparse.ArgumentParser):
 class _HelpAll(argparse.Action):
     """`--help-all`."""
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        assert isinstance(parser, _Parser)
+    def __call__(self, parser: Any, *_: object) -> None:
         print(parser.format_help(everything=True), end="")
         parser.exit()
 
@@ -80,7 +84,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
             name, help=summary, description=command.DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         command.add_arguments(subparser)
-        if any((group.title or "").startswith("advanced: ") for group in subparser._action_groups):
+        if subparser.rare:
             subparser.add_argument("--help-all", action=_HelpAll, nargs=0, help="show all options, rare ones too")
         subparser.set_defaults(fista_run=command.run)
 
