@@ -147,7 +147,7 @@ def test_a_run_that_was_interrupted_goes_on_with_the_text_it_sampled(prune, tmp_
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr("optimum_fista.text.calibration_tokens.sample_text_from_model", None)
     assert prune("--calibration", "self", "--method", "wanda") == 0
-    assert "1 of 2 decoder layers are done already\ndecoder layer 1 (2 of 2): " in capsys.readouterr().err
+    assert "1 of 2 decoder layers are done already\n" in capsys.readouterr().err
     assert verify_checkpoint(tmp_path / "out").num_operators == 14
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

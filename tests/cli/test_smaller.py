@@ -45,14 +45,13 @@ def test_what_was_removed_is_said_wherever_zeros_would_be(smaller, capsys):
     assert "zeros are" not in text
 
 
-def test_a_size_is_reached_by_channels_and_this_is_said_first(tiny_folder, text_file, tmp_path, capsys):
+def test_a_size_is_reached_by_channels_and_this_is_said(tiny_folder, text_file, tmp_path, capsys):
     folder, flags = tmp_path / "sized", ["--method", "wanda", *QUICK, "--calibration", str(text_file)]
     assert main(["prune", str(tiny_folder), "-o", str(folder), "--target-size", "0.8", *flags]) == 0
     said = capsys.readouterr().err
     report = read_report(folder)
     assert report.config["pattern"].startswith("channels:0.")
     assert f"pattern bytes:0.8: {report.config['pattern']} leaves 0." in said
-    assert said.index("leaves 0.") < said.index("decoder layer 0 (1 of 2)")
     one_channel_more = 2 * 3 * 32
     assert 0.8 * DENSE - one_channel_more < report.model["num_parameters"] <= 0.8 * DENSE
 
