@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
         def lock() -> None:
             opened.enter_context(locked_output(arguments.output))
 
-        opened.enter_context(first_process_speaks(ranks.index, "optimum_fista.prune.plan"))
+        opened.enter_context(first_process_speaks(ranks.index, "optimum_fista.prune.removal"))
         try:
             ranks.first(lock)
             arguments.batch_size, arguments.calibration = ranks.first(lambda: say_before(arguments, config))
