@@ -29,7 +29,9 @@ def shown_of(capsys, model, **options) -> str:
 def test_a_bar_shows_operators_and_layers_and_is_taken_away(capsys):
     shown = shown_of(capsys, tiny_llama(num_hidden_layers=3), method="wanda")
     assert "\r0 of 3 decoder layers done: mlp.up_proj, fit error 0." in shown
-    layer = r"\rdecoder layer 1 \(2 of 3\): fit error 0\.\d{4} on average, 0\.\d{4} at most \((self_attn|mlp)\.\w+_proj\)"
+    layer = (
+        r"\rdecoder layer 1 \(2 of 3\): fit error 0\.\d{4} on average, 0\.\d{4} at most \((self_attn|mlp)\.\w+_proj\)"
+    )
     assert re.search(layer + r" \|.*\| 00:\d\d gone, 00:\d\d left", shown)
     assert re.search(r"\r *\r$", shown)
 
