@@ -64,7 +64,8 @@ def push_folder(
         logger.warning("Not uploaded, because they don't belong to the model: %s. %s", shown, advice)
     api = HfApi(token=token)
     try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with its namespace
+        # An existing repository keeps its visibility, whatever was asked.
         found_private = private if private is None else api.model_info(repo_id).private
         if found_private == private:
             if revision is not None and not revision.startswith("refs/"):  # a pull request's ref exists already

@@ -1,4 +1,8 @@
-"""Loading models to prune, GGUF files included, and refusing quantized ones."""
+"""Load models to prune, GGUF files included, and refuse those that can't be pruned.
+
+Transformers reads every file; what it raises on damaged ones becomes one error that names the model. A streamed run
+loads a model with all weights left in their files (`load_lazily`).
+"""
 
 from __future__ import annotations
 
@@ -48,7 +52,7 @@ def load_model(
         ValueError: If `name` is a folder without a model, its files are damaged, or the device or dtype can't be used.
     """
     target, dtype = usable_device(device), dtype if dtype == "auto" else floating_dtype(dtype)
-    tokenizer = require_tokenizer(name)
+    tokenizer = require_tokenizer(name)  # first: the weights take long
     model = read_model(name, dtype=dtype, device_map=device_map)
     forget_gguf(model)
     if device_map is None:
@@ -69,10 +73,11 @@ def load_lazily(
     talker = logging.getLogger("accelerate.big_modeling")
     talker.addFilter(_is_not_about_offloading)
     try:
+        # Weights stay in safetensors files. Those that are stored in another form are copied into the offload folder.
         model = read_model(name, dtype=dtype, device_map={"": "disk"}, offload_folder=offload_folder)
     finally:
         talker.removeFilter(_is_not_about_offloading)
-    settle_ties(model)
+    settle_ties(model)  # tied weights are two once they are offloaded
     move_execution(model, target)
     return model, None
 
@@ -124,7 +129,7 @@ def reading(name: str) -> Iterator[None]:
     """Turn what Transformers raises on damaged files, whatever it is, into one error that names the model."""
     try:
         yield
-    except (OSError, ImportError):
+    except (OSError, ImportError):  # which say what is wrong
         raise
     except Exception as error:
         if type(error) is ValueError or is_out_of_memory(error):  # parsers raise subclasses of ValueError
@@ -225,7 +230,7 @@ def usable_device(device: str | None) -> torch.device:
     """A device by name; `None`: `default_device()`."""
     device = device or default_device()
     try:
-        found = torch.empty(0, device=device).device
+        found = torch.empty(0, device=device).device  # with the number of the current one, if none was named
         if found.type == "meta":
             raise RuntimeError("it holds no values")
         return found
@@ -255,7 +260,7 @@ def storage_place(name: str | torch.device | Path | None, default: torch.device)
 def floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """A floating dtype by name."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:  # no products of 8 bits
         raise ValueError(f"dtype={dtype!r}: pass 'auto', 'float32', 'bfloat16' or 'float16'.")
     return found
 

@@ -97,7 +97,7 @@ def packed_operators(folder: Path, report: PruningReport) -> Iterator[tuple[Oper
         if name not in names:
             raise PackedFormatError(f"{name} is in the report but not packed in the checkpoint.")
         if name != read:  # the experts of one tensor follow each other
-            packed = read_packed(files, name).without_checksum()  # compared when it was read
+            packed = read_packed(files, name)
             read, dense, mask = name, unpack(packed), packed_mask(packed)
         yield operator, dense[index], pack_mask(mask[index])
 
@@ -164,7 +164,7 @@ def unpack_folder(
                 dense[stored] = file.get_tensor(stored)
             elif stored.endswith(SUFFIXES[0]):  # once for three parts
                 name = parts[stored]
-                packed = read_packed(files, name).without_checksum()  # compared when it was read
+                packed = read_packed(files, name)
                 dense[name], mask = unpack(packed), packed_mask(packed)
                 masks.update({o.name: pack_mask(mask[split_index(o.name)[1]]) for o in operators.get(name, [])})
         return dense

@@ -1,4 +1,8 @@
-"""What else is in a dense model's folder: files that come along when it is pruned, and tensors that can't."""
+"""What else is in a dense model's folder: files that come along when it is pruned, and tensors that can't.
+
+A pruned folder has everything that the dense one has beside its weights (templates, processors, licences), so it can
+take its place. What the loaded class has no place for is named and refused, and not dropped in silence.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +31,7 @@ _WEIGHTS = re.compile(
 )
 _READ = re.compile(r"^(model|packed|pytorch_model)\b.*\.(safetensors|bin)(\.index\.json)?$")
 _MOST_BYTES = 2**28  # the largest vocabularies have about 2**25
+# Tables that a model computes anew; checkpoints of older versions hold them.
 _COMPUTED = re.compile(r"(\brotary_emb\.inv_freq|\bposition_ids|\.masked_bias|_extra_state)$")
 logger = logging.getLogger(__name__)
 
@@ -74,7 +79,7 @@ def described_loss(model: PreTrainedModel, source: Path) -> str:
     modules, buffers = dict(model.named_modules()), dict(model.named_buffers())
     lost: Counter[str] = Counter()
     for stored in _stored_names(source):
-        names = [
+        names = [  # as this version of Transformers names a stored tensor, and unchanged
             rename_source_key(stored, *rules, model.base_model_prefix, state)[0]
             for rules in ((renamings, converters), ([], []))
         ]
@@ -85,7 +90,7 @@ def described_loss(model: PreTrainedModel, source: Path) -> str:
             name = f"{model.base_model_prefix}.{name}"  # stored without it
         if not (name.startswith(layers) and useless.search(name)):
             parts = name.split(".")
-            above = (".".join(parts[:count]) for count in range(1, len(parts)))
+            above = (".".join(parts[:count]) for count in range(1, len(parts)))  # from the outermost module inwards
             lost[next((module for module in above if module not in modules), name)] += 1
     shown = ", ".join(f"{name} ({count})" for name, count in [*lost.items()][:4]) + ", ..." * (len(lost) > 4)
     said = f"{lost.total()} tensors of the dense model have no place in {type(model).__name__}: {shown}"
@@ -112,6 +117,7 @@ def _stored_names(source: Path) -> Iterator[str]:
             yield from names_in(file)
     except FileNotFoundError:
         if binary.exists():
+            # Names only: no tensor is read. Files of PyTorch before 1.6 are no zip files, and can't be mapped.
             yield from torch.load(binary, map_location="meta", weights_only=True, mmap=is_zipfile(binary))
         elif index.exists():
             yield from read_json(index)["weight_map"]

@@ -90,7 +90,7 @@ def write_all_but_weights(
     """
     (folder / "fista").mkdir(exist_ok=True)
     write_file(folder / REPORT_FILE, report.to_json())
-    picture = error_picture(report)
+    picture = error_picture(report)  # none without Matplotlib
     if picture is not None:
         write_file(folder / PICTURE_FILE, picture)
     if tokenizer is not None:
@@ -102,9 +102,9 @@ def write_all_but_weights(
     for word, value in [*vars(settings).items()] if "lacks" in report.model else ():
         if type(value) is int and ("nextn" in word or "mtp" in word):  # layers that predict more tokens
             setattr(settings, word, 0)
-    model.config.fista_pruning = summary(report)
-    model.config.architectures = [type(model).__name__]
-    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.fista_pruning = summary(report)  # survives `save_pretrained` of whoever loads the model
+    model.config.architectures = [type(model).__name__]  # a configuration made in Python names none
+    model.config.dtype = str(model.dtype).removeprefix("torch.")  # in which Transformers loads it
     dense = getattr(model.config, "_name_or_path", "") or ""
     card = model_card(report, None if picture is None else PICTURE_FILE, dense)
     write_form(folder, json.loads(model.config.to_json_string()), card, masks, packed)

@@ -29,7 +29,6 @@ from optimum_fista.packed.masks import (
 
 SUFFIXES = ("_values", "_mask", "_layout")
 VERSION = 2
-PLAIN_VERSION = 1  # without a checksum: older files, and tensors in memory
 MAX_DIMENSIONS = 8
 
 
@@ -41,8 +40,8 @@ class PackedFormatError(ValueError):
 class PackedTensor:
     """A sparse tensor of shape [..., cols] and dtype D; rows is the product of all dimensions but the last.
 
-    The layout is int64 [4 + ndim]: version (2), n, m (0, 0: one bit a weight), the checksum, and the shape. Version 1,
-    [3 + ndim], has no checksum.
+    The layout is int64 [4 + ndim]: version, n, m (0, 0: one bit a weight), the checksum, and the shape. The checksum is
+    that of the tensors in a file: in memory it means nothing, because values may change their dtype there.
     """
 
     values: Tensor  # D [kept], the kept weights, row-major
@@ -52,8 +51,7 @@ class PackedTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the dense tensor."""
-        version, _, _, *numbers = self.layout.tolist()
-        return tuple(numbers[1:] if version == VERSION else numbers)
+        return tuple(self.layout[4:].tolist())
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:
@@ -75,14 +73,6 @@ class PackedTensor:
     def dense_bytes(self) -> int:
         """Bytes of the dense tensor."""
         return prod(self.shape) * self.values.element_size()
-
-    def without_checksum(self) -> PackedTensor:
-        """The same tensor for use in memory, where its values may change their dtype; of checked tensors."""
-        version, n, m, *_ = self.layout.tolist()  # of three numbers or more: it was checked
-        if version == PLAIN_VERSION:
-            return self
-        layout = torch.tensor([PLAIN_VERSION, n, m, *self.shape], device=self.layout.device)
-        return PackedTensor(self.values, self.mask, layout)
 
     def named(self, name: str) -> dict[str, Tensor]:
         """The three tensors under the names that they have in a file, for a dense tensor called `name`."""
@@ -136,11 +126,10 @@ def pack(weight: Tensor, mask: Tensor | None = None, pattern: tuple[int, int] | 
 
 
 def check(packed: PackedTensor, name: str = "weight", *, checksum: bool = True) -> None:
-    """Check that three tensors of unknown origin are a packed tensor, and those that were packed if they say so.
+    """Check that three tensors of unknown origin are a packed tensor, and by the checksum the one that was packed.
 
     Sizes are compared with those of the tensors before anything is computed from them, in Python's integers, so that no
-    number in the layout can make this allocate much or overflow. Without `checksum` the values may be in another dtype
-    than in the file.
+    number in the layout can make this allocate much or overflow. `checksum` is for tensors that come from a file.
     """
     values, mask, layout = packed.values, packed.mask, packed.layout
     _check_layout(layout, name)
@@ -170,13 +159,13 @@ def check(packed: PackedTensor, name: str = "weight", *, checksum: bool = True) 
         raise PackedFormatError(f"{name}_values holds {values.numel()} weights, but the mask keeps {kept}.")
     if defect := packed.encoding.defect(mask, columns):
         raise PackedFormatError(f"{name}_mask {defect}: the file is damaged.")
-    if checksum and layout[0] == VERSION and layout[3] != _checksum(packed):  # last: it reads every value
+    if checksum and layout[3] != _checksum(packed):  # last: it reads every value
         raise PackedFormatError(f"{name} has another checksum than its layout says: the file is damaged.")
 
 
 def unpack(packed: PackedTensor, name: str = "weight") -> Tensor:
     """The dense tensor, bit for bit, on the device of the values."""
-    check(packed, name)
+    check(packed, name, checksum=False)
     shape, device = packed.shape, packed.values.device
     columns = shape[-1]
     rows = prod(shape[:-1])
@@ -192,7 +181,7 @@ def unpack(packed: PackedTensor, name: str = "weight") -> Tensor:
 
 def unpack_mask(packed: PackedTensor) -> Tensor:
     """Boolean mask of the dense tensor's shape, True = kept."""
-    check(packed)
+    check(packed, checksum=False)
     rows, columns = packed.mask.shape[0], packed.shape[-1]
     chunks = (packed.encoding.read(packed.mask[chunk], columns) for chunk in _chunks(rows, columns))
     return torch.cat(list(chunks)).view(packed.shape)
@@ -216,34 +205,30 @@ def packed_names(names: Iterable[str]) -> list[str]:
 def with_bits(packed: PackedTensor) -> PackedTensor:
     """The same tensor with one bit a weight in its mask; the values are shared."""
     if packed.encoding is BITS:
-        return packed.without_checksum()
+        return packed
     columns = packed.shape[-1]
     mask = torch.zeros(packed.mask.shape[0], BITS.row_bytes(columns), dtype=torch.uint8)
     BITS.write(unpack_mask(packed).view(-1, columns).cpu(), mask)
     device = packed.mask.device
-    layout = torch.tensor([PLAIN_VERSION, 0, 0, *packed.shape], device=device)
+    layout = torch.tensor([VERSION, 0, 0, 0, *packed.shape], device=device)
     return PackedTensor(packed.values, mask.to(device), layout)
 
 
 def _check_layout(layout: Tensor, name: str) -> None:
     """Refuse a layout that makes no sense by itself."""
-    if layout.dtype != torch.int64 or layout.dim() != 1 or not 4 <= layout.numel() <= 4 + MAX_DIMENSIONS:
+    if layout.dtype != torch.int64 or layout.dim() != 1 or not 5 <= layout.numel() <= 4 + MAX_DIMENSIONS:
         raise PackedFormatError(
-            f"{name}_layout is {layout.dtype} of shape {tuple(layout.shape)}: torch.int64 of one dimension and 4 to "
+            f"{name}_layout is {layout.dtype} of shape {tuple(layout.shape)}: torch.int64 of one dimension and 5 to "
             f"{4 + MAX_DIMENSIONS} numbers is needed."
         )
-    version, n, m, *numbers = layout.tolist()
-    if version not in (PLAIN_VERSION, VERSION):
+    version, n, m, _, *shape = layout.tolist()
+    if version != VERSION:
         raise PackedFormatError(
-            f"{name} is packed in version {version} of the format; this package reads versions {PLAIN_VERSION} and "
-            f"{VERSION}. Update it, or pack the model again."
+            f"{name} is packed in version {version} of the format; this package reads version {VERSION}. Update it, or "
+            "pack the model again."
         )
-    shape = tuple(numbers[1:] if version == VERSION else numbers)
-    if not 1 <= len(shape) <= MAX_DIMENSIONS or min(shape) < 1:
-        raise PackedFormatError(
-            f"{name}_layout says shape {shape}: 1 to {MAX_DIMENSIONS} dimensions are needed, and every dimension must "
-            "be positive."
-        )
+    if min(shape) < 1:
+        raise PackedFormatError(f"{name}_layout says shape {tuple(shape)}: every dimension must be positive.")
     if (n, m) != (0, 0) and (not 0 < n < m <= MAX_GROUP or shape[-1] % m):
         raise PackedFormatError(
             f"{name}_layout says {n} kept of every {m} in rows of {shape[-1]}: 0 < n < m <= {MAX_GROUP} and m dividing "

@@ -14,7 +14,7 @@ from optimum_fista.packed.operation import packed_linear, row_starts
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear` with a sparse weight, kept as the three tensors of docs/formats.md, without their checksum.
+    """`nn.Linear` with a sparse weight, kept as the three tensors of docs/formats.md.
 
     The weight is fixed; gradients reach the input and the bias. On the CPU the products are those of the compiled
     kernels. n:m masks become one bit a weight when the layer is prepared, which is as large for 2:4.
@@ -27,7 +27,7 @@ class PackedLinear(nn.Module):
 
     weight_values: Tensor  # [num_kept], the kept weights
     weight_mask: Tensor  # uint8 [out_features, bytes]
-    weight_layout: Tensor  # int64 [5]: version, n, m, out_features, in_features
+    weight_layout: Tensor  # int64 [6]: version, n, m, nothing, out_features, in_features
     weight_starts: Tensor | None  # int64 [out_features + 1], where the values of each row start; not in the state
     bias: nn.Parameter | None
 
@@ -47,7 +47,7 @@ class PackedLinear(nn.Module):
         cls, linear: nn.Linear, mask: Tensor | None = None, pattern: tuple[int, int] | None = None
     ) -> PackedLinear:
         """Pack a sparse linear layer; its bias is shared. `mask` and `pattern` are those of `format.pack`."""
-        packed = pack(linear.weight.detach(), mask, pattern).without_checksum()
+        packed = pack(linear.weight.detach(), mask, pattern)
         return cls(packed, linear.bias).train(linear.training)
 
     @property
@@ -57,16 +57,15 @@ class PackedLinear(nn.Module):
 
     @property
     def packed(self) -> PackedTensor:
-        """The weight's three tensors; their values may have another dtype than in a file, so there is no checksum."""
-        return PackedTensor(self.weight_values, self.weight_mask, self.weight_layout).without_checksum()
+        """The weight's three tensors."""
+        return PackedTensor(self.weight_values, self.weight_mask, self.weight_layout)
 
     def prepare(self) -> None:
         """Check the tensors and find the row starts. Call it after replacing one by hand."""
         if self.weight_mask.is_meta:  # offloaded: Accelerate wants a tensor for each buffer, and fills it later
             self.weight_starts = torch.empty(self.out_features + 1, dtype=torch.int64, device="meta")
             return
-        # The values may be in another dtype than in the file, so their checksum says nothing.
-        check(PackedTensor(self.weight_values, self.weight_mask, self.weight_layout), checksum=False)
+        check(self.packed, checksum=False)
         if self.packed.shape != (self.out_features, self.in_features):
             raise PackedFormatError(
                 f"weight_layout says shape {self.packed.shape}: this layer's weight is "
@@ -79,7 +78,7 @@ class PackedLinear(nn.Module):
         """Become the layer of the transposed weight; the bias is that of the new one. It is dense on the way."""
         self.in_features, self.out_features = self.out_features, self.in_features
         dense, mask = unpack(self.packed), unpack_mask(self.packed)
-        self._hold(pack(dense.t(), mask.t()).without_checksum())
+        self._hold(pack(dense.t(), mask.t()))
         self.prepare()
 
     def _hold(self, packed: PackedTensor) -> None:

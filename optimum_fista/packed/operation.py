@@ -1,7 +1,8 @@
 """The operations `optimum_fista::packed_linear` and `optimum_fista::unpack`, as PyTorch and its compiler see them.
 
 A packed matrix W [rows, columns] is here `values` [kept], `mask` uint8 [rows, 8 ceil(columns / 64)] with one bit a
-weight, and `starts` int64 [rows + 1], where the values of each row start.
+weight, and `starts` int64 [rows + 1], where the values of each row start. Few inputs are multiplied by the kernels. For
+many a dense product is worth its unpacking, in tiles of rows.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from optimum_fista.packed.kernels import Kernels, kernels
 from optimum_fista.packed.masks import BITS, as_words, count_bits, place, unpack_bits
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MAX_BATCH = 32
+_MAX_BATCH = 32  # inputs up to which the kernels are faster than tiles, also without AVX-512
 _TILE_BYTES = 30 << 20  # below the 32 MB from where the C library asks the system for fresh pages each time
 
 _library = torch.library.Library("optimum_fista", "DEF")
@@ -31,28 +32,20 @@ def packed_linear(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias:
     Under autocast it is taken in autocast's dtype, as `nn.functional.linear` does. Under forward-mode differentiation
     and `torch.func` the weight is dense for the length of the product.
 
-    Args:
-        x: [..., columns], the dtype and device of the values.
-        values: [kept].
-        mask: uint8 [rows, 8 ceil(columns / 64)].
-        starts: int64 [rows + 1], where the values of each row start.
-        bias: [rows] or `None`.
-
-    Returns:
-        [..., rows].
+    `x` [..., columns], values and `bias` [rows] have one dtype and device; the result is [..., rows].
     """
     if torch._C._is_any_autocast_enabled() and _has_autocast(x.device.type):
         x, values, bias = _as_autocast(x), _as_autocast(values), None if bias is None else _as_autocast(bias)
-    if _is_plain(x, bias):
+    if _is_plain(x, bias):  # the dispatcher takes as long as a small product
         return _multiply_on_cpu(x, values, mask, starts, bias)
-    if _is_transformed():
+    if _is_transformed():  # a custom operation has no rules for these; a dense product has
         return functional.linear(x, torch.ops.optimum_fista.unpack(values, mask, starts, x.shape[-1]), bias)
     return torch.ops.optimum_fista.packed_linear(x, values, mask, starts, bias)
 
 
 def row_starts(mask: Tensor) -> Tensor:
     """Where the values of each row start, int64 [rows + 1], of a mask with one bit a weight."""
-    starts = torch.zeros(mask.shape[0] + 1, dtype=torch.int64, device=mask.device)
+    starts = torch.zeros(mask.shape[0] + 1, dtype=torch.int64, device=mask.device)  # the first row starts at 0
     torch.cumsum(count_bits(mask), 0, out=starts[1:])
     return starts
 
@@ -147,13 +140,14 @@ def _multiply_by_tiles(
 ) -> Tensor:
     """Dense products with a tile of rows at a time, in float32 if the CPU has no products of 16 bits."""
     rows, columns = mask.shape[0], inputs.shape[1]
-    computed = values.dtype if compiled.path == "avx512" else torch.float32
+    computed = values.dtype if compiled.path == "avx512" else torch.float32  # 16 bits are emulated there, and slow
     y = torch.empty(inputs.shape[0], rows, dtype=computed)
     inputs, bias = inputs.to(computed), None if bias is None else bias.to(computed)
-    height = max(64, _TILE_BYTES // (columns * computed.itemsize) // 64 * 64)
-    scratch = torch.empty(min(height, rows), columns, dtype=values.dtype)
+    height = max(64, _TILE_BYTES // (columns * computed.itemsize) // 64 * 64)  # whole blocks of a matrix product
+    scratch = torch.empty(min(height, rows), columns, dtype=values.dtype)  # overwritten by every tile
     for first in range(0, rows, height):
         last = min(first + height, rows)
+        # [rows of the tile, columns] -> [columns, rows of the tile]
         tile = compiled.unpack_rows(values, mask, starts, first, scratch[: last - first]).to(computed).t()
         if bias is None:
             torch.mm(inputs, tile, out=y[:, first:last])
@@ -175,9 +169,10 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     values, mask, starts = ctx.saved_tensors
     of_x = of_bias = None
     if ctx.needs_input_grad[0]:
+        # dL/dx = dL/dy W, [..., rows] -> [..., columns]
         of_x = gradient @ torch.ops.optimum_fista.unpack(values, mask, starts, ctx.columns)
     if ctx.needs_input_grad[4]:
-        of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
+        of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)  # [..., rows] -> [rows]
     return of_x, None, None, None, of_bias
 
 

@@ -61,7 +61,7 @@ class FistaPackedConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.runtime = runtime
         self.weights = weights
-        self.parameters = list(parameters)
+        self.parameters = list(parameters)  # JSON has no tuples
 
     @property
     def dequantize(self) -> bool:
@@ -83,7 +83,7 @@ def files_of_tensors(paths: Sequence[str | Path]) -> dict[str, Path]:
 
 
 def read_packed(files: Mapping[str, Path], name: str) -> PackedTensor:
-    """A packed tensor, checked, from the files of a checkpoint's tensors; it has its checksum still."""
+    """A packed tensor, checked, from the files of a checkpoint's tensors."""
     parts = []
     for suffix in SUFFIXES:
         with safe_open(files[name + suffix], "pt") as file:
@@ -119,7 +119,7 @@ class Unpack(ConversionOps):
         Tensors that are dense already keep their names. The others are named by the target, or, if other operations
         follow that merge several sources, as the values were.
         """
-        dtype = None if model is None else model.get_parameter_or_buffer(full_layer_name).dtype
+        dtype = None if model is None else model.get_parameter_or_buffer(full_layer_name).dtype  # the caller's choice
         stems = [pattern.removesuffix(SUFFIXES[0]) for pattern in input_dict if pattern.endswith(SUFFIXES[0])]
         found = {
             pattern: [tensor.to(dtype or tensor.dtype) for tensor in tensors]
@@ -131,7 +131,7 @@ class Unpack(ConversionOps):
             parts = [part if isinstance(part, list) else [part] for part in parts]
             dense = []
             for values, mask, layout in zip(*parts, strict=True):
-                packed = PackedTensor(values, mask, layout).without_checksum()  # compared when the files were checked
+                packed = PackedTensor(values, mask, layout)
                 dense.append(unpack(packed, full_layer_name or stem).to(dtype or values.dtype))
             found[stem if stem in target_patterns else stem + SUFFIXES[0]] = dense
         return found
@@ -193,6 +193,7 @@ class FistaPackedQuantizer(HfQuantizer):
         files = files_of_tensors(checkpoint_files or [])
         # All weights are checked before the first is used. Their sizes stay, on the meta device, and not their values.
         outlines = {name: _outline(read_packed(files, name)) for name in packed_names(files)}
+        # Which of a family's parameters are packed is known by their last names only; matrices may all be.
         kept = {name.rpartition(".")[2] for name, parameter in model.named_parameters() if parameter.ndim > 1}
         self.quantization_config.parameters = sorted(kept.union(self.quantization_config.parameters))
         self._becoming_dense = self.quantization_config.parameters
@@ -206,7 +207,7 @@ class FistaPackedQuantizer(HfQuantizer):
             module = model.get_submodule(owner)
         except AttributeError:
             return False
-        if leaf != "weight" or type(module) not in (nn.Linear, Conv1D):
+        if leaf != "weight" or type(module) not in (nn.Linear, Conv1D):  # a subclass may compute something else
             return False
         dense = cast(Tensor, module.weight)
         if outline.shape != tuple(dense.shape):
@@ -221,7 +222,7 @@ class FistaPackedQuantizer(HfQuantizer):
         return True
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        model.config.__dict__.pop("transformers_weights", None)
+        model.config.__dict__.pop("transformers_weights", None)  # or a saved model would look for packed files
         for name, module in model.named_modules():
             if not isinstance(module, PackedLinear):
                 continue
@@ -232,7 +233,7 @@ class FistaPackedQuantizer(HfQuantizer):
                     "runtime='dense'."
                 )
             if name in self._transposed:
-                module.transpose_()
+                module.transpose_()  # `Conv1D` computes x W, the kernels W x
             else:
                 module.prepare()
         return model

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
 from optimum_fista.folder.output import model_files
 from optimum_fista.folder.packed_folder import is_packed, pack_folder, unpack_folder
+from optimum_fista.packed.format import pack
 from optimum_fista.packed.masks import unpack_bits
 from optimum_fista.packed.quantizer import FistaPackedConfig
 
@@ -159,39 +159,14 @@ def test_malformed_folders_are_refused_and_named(change, message, pruned, tmp_pa
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
 
 
-def without_checksums(tensors):
-    for name in [name for name in tensors if name.endswith("_layout")]:
-        _, n, m, _, *shape = tensors[name].tolist()
-        tensors[name] = torch.tensor([1, n, m, *shape])
-
-
-@pytest.mark.parametrize("runtime", ["dense", "packed"])
-@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
-def test_folders_without_checksums_are_read(family, runtime, pruned, tmp_path):
-    pack_folder(pruned(family), tmp_path / "packed")
-    config = FistaPackedConfig(runtime=runtime)
-    ids = torch.arange(20)[None]
-    found = []
-    for change in (lambda _: None, without_checksums):
-        edit(tmp_path / "packed", change)
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the kernels may not be compiled
-            model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", quantization_config=config)
-            found.append(model(ids).logits)
-    assert torch.equal(*found)
-    verify_checkpoint(tmp_path / "packed")
-    unpack_folder(tmp_path / "packed", tmp_path / "again")
-    assert (tmp_path / "again/model.safetensors").read_bytes() == (pruned(family) / "model.safetensors").read_bytes()
-
-
 def widened(name):
     """A tensor that is right by itself, of another shape than the model's: its rows end in bits that were padding."""
 
     def change(tensors):
-        mask, layout = tensors[f"{name}_mask"], tensors[f"{name}_layout"]
-        layout[-1], mask[..., -1] = mask.shape[-1] * 8, 0xFF
-        tensors[f"{name}_layout"] = torch.tensor([1, 0, 0, *layout[4:].tolist()])
-        tensors[f"{name}_values"] = torch.ones(int(unpack_bits(mask, int(layout[-1])).sum()), dtype=torch.bfloat16)
+        mask = tensors[f"{name}_mask"].clone()
+        mask[..., -1] = 0xFF
+        kept = unpack_bits(mask, mask.shape[-1] * 8)
+        tensors.update(pack(kept.to(torch.bfloat16), kept).named(name))
 
     return change
 
