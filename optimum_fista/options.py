@@ -89,7 +89,7 @@ class PruningOptions:
         advanced=_MACHINE,
     )
     warm_start: str | None = option(
-        None, "how FISTA gets its first weights: auto, dense, magnitude, wanda or sparsegpt", advanced=_METHOD
+        None, "how FISTA gets its first weights: auto, wanda or sparsegpt", advanced=_METHOD
     )
     max_iterations: int | None = option(None, "most iterations of the method", advanced=_METHOD)
     tolerance: float | None = option(None, "relative change at which the method stops", advanced=_METHOD)

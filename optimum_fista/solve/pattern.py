@@ -72,14 +72,12 @@ class SparsityPattern(ABC):
 
     def _contests(self, rows: int, columns: int) -> tuple[int, int, int]:
         """Contests in which groups compete, the groups in each, and how many of these are removed."""
+        groups = columns // self.width  # of a row
+        contests, rivals = (rows, groups) if self.scope == "row" else (1, rows * groups)
         if self.span is not None:
             contests, rivals = rows * (columns // self.span), self.span // self.width
         elif self.whole_columns:
-            contests, rivals = 1, columns // self.width
-        else:
-            contests, rivals = (
-                (rows, columns // self.width) if self.scope == "row" else (1, rows * columns // self.width)
-            )
+            contests, rivals = 1, groups
         return contests, rivals, round(self.sparsity * rivals)
 
     def mask(self, matrix: Tensor, *, squared: bool = False, within: tuple[int, int] | None = None) -> Tensor:

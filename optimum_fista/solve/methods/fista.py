@@ -14,7 +14,6 @@ from typing import ClassVar, Literal, get_args
 from torch import Tensor
 
 from optimum_fista.solve.method import PrunedOperator, PruningMethod, register
-from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.solve.methods.sparsegpt import SparseGPT
 from optimum_fista.solve.methods.wanda import Wanda
 from optimum_fista.solve.pattern import SparsityPattern
@@ -22,7 +21,7 @@ from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.proximal_gradient import fista
 from optimum_fista.solve.refit import refit, refit_columns
 
-WarmStart = Literal["dense", "magnitude", "wanda", "sparsegpt"]
+WarmStart = Literal["wanda", "sparsegpt"]
 
 
 @dataclass
@@ -46,9 +45,9 @@ class Fista(PruningMethod):
     l1 norm: `1/2 || W* X* - Y ||_F^2 + penalty * sum_g || W*_:,g ||_F`.
 
     Attributes:
-        warm_start: Where the first trial starts: the weights pruned by another method, or the dense weights. Wanda
-            gives every row the same number of zeros, as its authors do, whatever the scope of the pattern; the trials
-            then move zeros between rows. If whole columns are removed, Wanda takes the place of SparseGPT.
+        warm_start: Method whose pruned weights the first trial starts from. Wanda gives every row the same number of
+            zeros, as its authors do, whatever the scope of the pattern; the trials then move zeros between rows. If
+            whole columns are removed, Wanda takes the place of SparseGPT.
         max_iterations: FISTA steps a trial, the paper's K.
         tolerance: Relative change of the iterates at which FISTA stops.
         patience: Trials without improvement, the paper's T.
@@ -85,8 +84,7 @@ class Fista(PruningMethod):
         pattern.require_shape((problem.weight.shape[0], problem.weight.shape[1]), problem.name)
         rounded = self._rounded_start(problem, pattern)
         problem = problem.decoupled()
-        start = problem.weight if self.warm_start == "dense" else rounded.weight
-        found = self.search_penalty(problem, pattern, start, rounded)
+        found = self.search_penalty(problem, pattern, rounded)
         steps, refitted = 0, ""
         if pattern.whole_columns and self.refit_iterations:
             weight, refitted = refit_columns(problem, found.mask[0])
@@ -105,18 +103,13 @@ class Fista(PruningMethod):
             message="; ".join(filter(None, (rounded.message, advice, refitted))),
         )
 
-    def search_penalty(
-        self, problem: LayerProblem, pattern: SparsityPattern, start: Tensor, rounded: PrunedOperator
-    ) -> PenaltySearch:
-        """Find the penalty by bisection (Algorithm 1).
+    def search_penalty(self, problem: LayerProblem, pattern: SparsityPattern, rounded: PrunedOperator) -> PenaltySearch:
+        """Find the penalty by bisection (Algorithm 1), and weights in the pattern that are better than `rounded`.
 
         A trial solves the LASSO from the best weights so far, rounds the solution to the pattern and compares
         `E_round = || (W_round - W_fista) X* ||` with `E_total = || W_round X* - W X ||`: if their ratio exceeds
         `rounding_share`, rounding dominates and the penalty rises, otherwise it falls. The interval, which the
         paper does not give, is `[1e-6, 1] max |C|` on a logarithmic scale (`SparsityPattern.dual_norm`).
-
-        The first trial starts from `start` [out, in], which need not be in the pattern; `rounded` is in the pattern,
-        and the search has to improve on it.
         """
         best = PenaltySearch(rounded.weight, rounded.mask, math.sqrt(problem.squared_error(rounded.weight)))
         standing = problem.statistics.energy_ratios.sqrt()  # below 1 for nearly dead inputs alone
@@ -130,7 +123,7 @@ class Fista(PruningMethod):
             solution = fista(
                 problem.gram,
                 problem.target,
-                start,
+                best.weight,
                 l1_penalty,
                 problem.statistics.lipschitz,
                 max_iterations=self.max_iterations,
@@ -143,8 +136,7 @@ class Fista(PruningMethod):
             error = math.sqrt(problem.squared_error(weight))  # E_total
             best.iterations += solution.iterations
             if error < best.error:
-                start = best.weight = weight
-                best.mask, best.error = mask, error
+                best.weight, best.mask, best.error = weight, mask, error
                 best.l1_penalty, best.converged, failures = l1_penalty, solution.converged, 0
             else:
                 failures += 1
@@ -158,22 +150,13 @@ class Fista(PruningMethod):
         return best
 
     def _rounded_start(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
-        """The warm start in the pattern, its zeros counted as in its source: Wanda's by row, the others' by matrix."""
-        start: PruningMethod = _WARM_STARTS[self.warm_start]()
+        """The warm start in the pattern, its zeros counted as in its source: Wanda's by row, SparseGPT's by matrix."""
+        if self.warm_start == "sparsegpt" and not pattern.whole_columns:
+            return SparseGPT().prune(problem, pattern)
         counted = replace(pattern, scope="row") if self.warm_start == "wanda" else pattern
-        if pattern.whole_columns and not start.takes_columns:
-            start = Wanda()
-        rounded = start.prune(problem, counted)
+        rounded = Wanda().prune(problem, counted)
         shape = (problem.weight.shape[0], problem.weight.shape[1])
         if counted.num_kept(shape) == pattern.num_kept(shape):
             return rounded
         mask = pattern.mask(rounded.weight)  # rows of an odd number of inputs have half a zero more or less
         return replace(rounded, weight=rounded.weight * mask, mask=mask)
-
-
-_WARM_STARTS: dict[WarmStart, type[PruningMethod]] = {
-    "dense": Magnitude,
-    "magnitude": Magnitude,
-    "wanda": Wanda,
-    "sparsegpt": SparseGPT,
-}

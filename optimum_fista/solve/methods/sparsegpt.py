@@ -45,9 +45,8 @@ class SparseGPT(PruningMethod):
         upper = torch.linalg.cholesky(inverse_in_place(factor), upper=True)
         weight = problem.weight.clone()
         mask = torch.ones_like(weight, dtype=torch.bool)
-        group = pattern.span or self.block_size
-        # Blocks of whole groups.
-        width = max(group, self.block_size - self.block_size % group)
+        step = pattern.span or pattern.width  # blocks have whole groups
+        width = max(step, self.block_size - self.block_size % step)
         for left in range(0, columns, width):
             right = min(left + width, columns)
             errors = self._prune_block(weight, mask, upper, left, right, pattern)
@@ -63,7 +62,7 @@ class SparseGPT(PruningMethod):
         local = upper[left:right, left:right]
         saliency = local.diagonal().square()
         block_mask = mask[:, left:right]
-        width = pattern.span or self.block_size
+        width = pattern.span or right - left
         errors = []
         for j in range(right - left):
             if j % width == 0:  # a group is decided when its first column is reached
@@ -72,8 +71,7 @@ class SparseGPT(PruningMethod):
                 block_mask[:, group] = pattern.mask(scores, squared=True, within=(left + j, weight.shape[1]))
             column = block[:, j].clone()
             block[:, j] *= block_mask[:, j]
-            # e of the docstring, and its compensation within the block.
-            errors.append((column - block[:, j]) / local[j, j])
-            block[:, j + 1 :].addr_(errors[-1], local[j, j + 1 :], alpha=-1)
+            errors.append((column - block[:, j]) / local[j, j])  # e
+            block[:, j + 1 :].addr_(errors[-1], local[j, j + 1 :], alpha=-1)  # - e U_j,right within the block
         weight[:, left:right] = block
         return torch.stack(errors, dim=1)

@@ -11,7 +11,7 @@ from optimum_fista.solve.problem import InputStatistics, LayerProblem
 
 SEEING = sorted(set(WEIGHT_METHODS) - {"magnitude"})  # magnitude pruning looks at no input
 METHOD_OPTIONS = [(name, {}) for name in SEEING]
-METHOD_OPTIONS += [("fista", {"warm_start": start}) for start in ("wanda", "magnitude", "dense")]
+METHOD_OPTIONS += [("fista", {"warm_start": "wanda"})]
 ROWS, COLUMNS, DEAD = 48, 96, 36
 
 

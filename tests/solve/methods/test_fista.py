@@ -7,7 +7,6 @@ import torch
 from layer_problems import Example, example
 
 from optimum_fista.solve.methods.fista import Fista
-from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.solve.methods.sparsegpt import SparseGPT
 from optimum_fista.solve.methods.wanda import Wanda
 from optimum_fista.solve.pattern import SparsityPattern
@@ -15,7 +14,7 @@ from optimum_fista.solve.patterns import Columns, Unstructured, parse_pattern
 from optimum_fista.solve.proximal_gradient import FistaSolution, fista
 from optimum_fista.solve.refit import refit, refit_columns
 
-STARTS = {"dense": Magnitude, "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
+STARTS = {"wanda": Wanda, "sparsegpt": SparseGPT}
 PATTERNS = [Unstructured(0.5), Unstructured(0.7, "row"), parse_pattern("2:4")]
 
 
@@ -122,15 +121,16 @@ def test_result_tells_the_penalty_and_whether_it_converged():
     assert long.message == ""
 
 
-def test_restart_reaches_fista():
-    made = example(10, 20, corrected=True)
-    settings = {"warm_start": "magnitude", "refit_iterations": 0, "max_trials": 1, "max_iterations": 100}
-    given = (made.problem.gram, made.problem.target, Magnitude().prune(made.problem, PATTERNS[0]).weight)
-    pruned = Fista(**settings, restart=True).prune(made.problem, PATTERNS[0])
-    lipschitz = made.problem.statistics.lipschitz
-    solution = fista(*given, pruned.l1_penalty, lipschitz, max_iterations=100, restart=True)
-    assert torch.equal(pruned.weight, solution.weight * pruned.mask)
-    assert not torch.equal(pruned.weight, Fista(**settings).prune(made.problem, PATTERNS[0]).weight)
+def test_options_of_the_steps_reach_fista(monkeypatch):
+    seen = {}
+
+    def solve(*given, **options):
+        seen.update(options)
+        return fista(*given, **options)
+
+    monkeypatch.setattr("optimum_fista.solve.methods.fista.fista", solve)
+    Fista(restart=True, tolerance=0.5, max_iterations=7).prune(example(10, 20).problem, PATTERNS[0])
+    assert (seen["restart"], seen["tolerance"], seen["max_iterations"]) == (True, 0.5, 7)
 
 
 def test_a_warm_start_that_needed_help_is_told():
@@ -202,7 +202,7 @@ def rounded_start():
 def test_a_search_that_never_improves_returns_the_start(solved_by, patience, damage):
     made, rounded = rounded_start()
     asked = solved_by(lambda start, _: start * damage)
-    found = Fista(patience=patience).search_penalty(made.problem, PATTERNS[0], rounded.weight, rounded)
+    found = Fista(patience=patience).search_penalty(made.problem, PATTERNS[0], rounded)
     assert found.weight is rounded.weight
     assert found.mask is rounded.mask
     assert found.l1_penalty is None
@@ -217,9 +217,9 @@ def test_failures_count_from_the_last_improvement_and_trials_start_from_it(solve
     better = refit(made.problem.gram, made.problem.target, rounded.weight, rounded.mask)[0]
     answers = iter([-better, -better, better, -better, -better, -better, better])
     asked = solved_by(lambda start, _: next(answers))
-    found = Fista(patience=3, max_trials=30).search_penalty(made.problem, pattern, made.weight, rounded)
+    found = Fista(patience=3, max_trials=30).search_penalty(made.problem, pattern, rounded)
     assert len(asked) == 6
-    assert all(start is made.weight for start, _ in asked[:3])
+    assert all(start is rounded.weight for start, _ in asked[:3])
     assert all(torch.equal(start, found.weight) for start, _ in asked[3:])
     assert found.l1_penalty == asked[2][1]
     assert not found.converged
@@ -235,14 +235,14 @@ def test_rounding_share_is_the_threshold_between_the_two(solved_by, share):
     ratio = made.problem.seminorm(answer * ~mask) / math.sqrt(made.problem.squared_error(answer * mask))
     assert 0.05 < ratio < 0.95
     asked = solved_by(lambda start, _: answer)
-    Fista(rounding_share=share).search_penalty(made.problem, pattern, rounded.weight, rounded)
+    Fista(rounding_share=share).search_penalty(made.problem, pattern, rounded)
     assert (asked[1][1] > asked[0][1]) is (share == 0.05)
 
 
 def test_bisection_is_on_a_logarithmic_scale_below_the_critical_penalty(solved_by):
     made, rounded = rounded_start()
     asked = solved_by(lambda start, _: -rounded.weight)
-    Fista(patience=100, max_trials=3).search_penalty(made.problem, PATTERNS[0], rounded.weight, rounded)
+    Fista(patience=100, max_trials=3).search_penalty(made.problem, PATTERNS[0], rounded)
     critical = float(made.problem.target.abs().max())
     assert [penalty / critical for _, penalty in asked] == pytest.approx([1e-3, 10**-4.5, 10**-5.25])
 
@@ -252,5 +252,5 @@ def test_zero_target_needs_no_trial(solved_by):
     made.problem.target.zero_()
     rounded = Wanda().prune(made.problem, PATTERNS[0])
     asked = solved_by(lambda start, _: start)
-    assert Fista().search_penalty(made.problem, PATTERNS[0], rounded.weight, rounded).weight is rounded.weight
+    assert Fista().search_penalty(made.problem, PATTERNS[0], rounded).weight is rounded.weight
     assert asked == []
