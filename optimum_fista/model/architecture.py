@@ -30,6 +30,7 @@ class DecoderLayers:
     name: str  # of their nn.ModuleList, such as model.layers
     modules: tuple[nn.Module, ...]
     around: tuple[nn.Module, ...]  # embeddings, norms and the like: of the decoder, in no layer, not the head
+    names_around: tuple[str, ...]  # of the model's tensors in no layer; of those that are tied, one
     shared: dict[str, str]  # modules in the layers whose weight is another one's too, each with what to say of that
 
     def __len__(self) -> int:
@@ -38,12 +39,6 @@ class DecoderLayers:
     def __iter__(self) -> Iterator[tuple[str, nn.Module]]:
         """Names and modules, in execution order."""
         return iter((f"{self.name}.{i}", module) for i, module in enumerate(self.modules))
-
-    @property
-    def names_around(self) -> list[str]:
-        """Names of the model's tensors that are in no decoder layer; of those that are tied, one."""
-        tied = self.model.all_tied_weights_keys
-        return [n for n in self.model.state_dict() if not n.startswith(f"{self.name}.") and n not in tied]
 
 
 def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
@@ -92,7 +87,10 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
         if path.endswith(".weight") and one != first:
             shared[one] = f"shares its weight with {first}"
             shared.setdefault(first, f"shares its weight with {one}")
-    return DecoderLayers(model, name, tuple(layers), tuple(m for m in decoder.modules() if m not in inside), shared)
+    around = tuple(module for module in decoder.modules() if module not in inside)
+    tied = model.all_tied_weights_keys
+    names_around = tuple(n for n in model.state_dict() if not n.startswith(f"{name}.") and n not in tied)
+    return DecoderLayers(model, name, tuple(layers), around, names_around, shared)
 
 
 def prunable_layers(model: PreTrainedModel) -> DecoderLayers:
