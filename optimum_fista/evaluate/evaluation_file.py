@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,6 @@ from filelock import FileLock
 from huggingface_hub import EvalResult, ModelCard
 from yaml import YAMLError
 
-from optimum_fista.evaluate.perplexity import PerplexityResult
-from optimum_fista.evaluate.tasks import Score, TaskResult
 from optimum_fista.folder.checkpoint import CARD_FILE, REPORT_FILE
 from optimum_fista.folder.output import require_writable, write_about
 from optimum_fista.options import as_record
@@ -31,6 +30,38 @@ logger = logging.getLogger(__name__)
 
 EVALUATION_FILE = "fista/evaluation.json"  # where the report page of a model folder looks for measurements
 _ERROR = ", standard error "  # in the name of a metric: model cards have no other place for the error
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """Perplexity and what it was measured on."""
+
+    perplexity: float  # exp(mean negative log-likelihood of a predicted token)
+    num_windows: int  # N
+    num_tokens: int  # N (T - 1): the first token of a window is not predicted
+    sequence_length: int  # T
+    seconds: float
+    text_name: str | None = None
+    text_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """The mean of a metric over a task's documents, and the standard error of it if that is known."""
+
+    value: float
+    stderr: float | None = None
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What was measured on a task, without examples in the prompt."""
+
+    task: str
+    scores: Mapping[str, Score]  # by metric; tables show the first
+    num_documents: int
+    lm_eval: str  # its version
+    files_sha256: str | None = None  # of the folder of task files, if the task may come from one
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,29 +18,11 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optimum_fista.evaluate.evaluation_file import Score, TaskResult
 from optimum_fista.installing import install_command
 from optimum_fista.model.forward import evaluation_mode
 
 _PREFERRED = ("acc", "exact_match", "acc_norm")  # of a task's metrics the first of these is the one that tables show
-
-
-@dataclass(frozen=True)
-class Score:
-    """The mean of a metric over a task's documents, and the standard error of it if that is known."""
-
-    value: float
-    stderr: float | None = None
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """What was measured on a task, without examples in the prompt."""
-
-    task: str
-    scores: Mapping[str, Score]  # by metric; tables show the first
-    num_documents: int
-    lm_eval: str  # its version
-    files_sha256: str | None = None  # of the folder of task files, if the task may come from one
 
 
 class TaskSuite:

@@ -19,9 +19,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from optimum_fista.evaluate.evaluation_file import EVALUATION_FILE, Evaluation, place_of, read_evaluations
-from optimum_fista.evaluate.perplexity import PerplexityResult
-from optimum_fista.evaluate.tasks import TaskResult
+from optimum_fista.evaluate.evaluation_file import (
+    EVALUATION_FILE,
+    Evaluation,
+    PerplexityResult,
+    TaskResult,
+    place_of,
+    read_evaluations,
+)
 from optimum_fista.folder.checkpoint import REPORT_FILE, read_report
 from optimum_fista.report import OperatorGrid, OperatorReport, PruningReport
 from optimum_fista.solve.patterns import parse_pattern

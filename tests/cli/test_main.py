@@ -67,6 +67,17 @@ def test_help_is_quick_because_nothing_heavy_is_imported(tmp_path):
     assert process.stdout.splitlines()[-1] == "loaded:"
 
 
+def test_a_report_is_written_without_transformers(pruned_folder, tmp_path):
+    code = f"""if True:
+        import sys
+        from optimum_fista.cli.main import main
+        assert main(["report", {str(pruned_folder)!r}, "--output", "page.html"]) == 0
+        print("loaded:", *sorted({{"transformers", "accelerate", "datasets", "scipy"}} & set(sys.modules)))
+    """
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert process.stdout.splitlines()[-1] == "loaded:", process.stderr
+
+
 @pytest.mark.parametrize("arguments", [["trim"], ["verify"]])
 def test_wrong_usage_exits_with_2(arguments, capsys):
     assert run(*arguments) == 2
