@@ -7,7 +7,7 @@ import gc
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,12 @@ def available_bytes(device: torch.device) -> int | None:
     version 2; containers) may use less. `None` if the device does not say, or is not in this machine.
     """
     if device.type == "cpu":
-        return int(min(psutil.virtual_memory().available, _left_to_group()))
+        left = psutil.virtual_memory().available
+        with suppress(OSError, ValueError, KeyError):  # there is no such group, or it has no limit ("max")
+            limit, used = (int((_GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+            pages = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
+            left = min(left, max(0, limit - used + int(pages["inactive_file"])))  # pages of files can be dropped
+        return left
     counts = device_counts(device)
     if counts is None or not hasattr(counts, "mem_get_info") or not counts.is_available():
         return None
@@ -56,17 +61,6 @@ def device_counts(device: torch.device) -> Any:
     """What counts the memory of tensors on a device: `torch.cuda` and its like; `None` if nothing does."""
     module = getattr(torch, device.type, None)  # the meta device has none
     return module if hasattr(module, "max_memory_allocated") else None
-
-
-def _left_to_group() -> float:
-    """What the limit of this process's control group leaves; pages of files can be dropped."""
-    try:
-        limit = int((_GROUP / "memory.max").read_text())
-        used = int((_GROUP / "memory.current").read_text())
-        counts = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
-        return max(0, limit - used + int(counts["inactive_file"]))
-    except (OSError, ValueError, KeyError):
-        return float("inf")
 
 
 @dataclass

@@ -33,8 +33,15 @@ class ActivationStore(Sequence[Tensor]):
         self._folder = storage if isinstance(storage, Path) else None
         self._storage = torch.device("cpu") if isinstance(storage, Path) else storage
         self._kept: list[Tensor] = []
-        staged = staged or (_has_streams(device) and self._storage.type == "cpu")
-        self.staging = _Staging(self._kept, device, self._folder) if staged else None
+        self._is_staged = staged
+        self._stage()
+
+    def _stage(self) -> None:
+        """Copy through buffers if that saves the device from waiting."""
+        has_streams = self.device.type not in ("cpu", "meta")
+        has_streams = has_streams and hasattr(torch.get_device_module(self.device), "Stream")
+        staged = self._is_staged or (has_streams and self._storage.type == "cpu")
+        self.staging = _Staging(self._kept, self.device, self._folder, has_streams) if staged else None
 
     def append(self, tensor: Tensor, *, copy: bool = False) -> None:
         """Keep a tensor; with `copy`, the caller may overwrite it afterwards."""
@@ -62,14 +69,14 @@ class ActivationStore(Sequence[Tensor]):
             self._storage = storage
         if device != self.device:
             self.device = device
-            staged = _has_streams(device) and self._storage.type == "cpu"
-            self.staging = _Staging(self._kept, device, self._folder) if staged else None
+            self._stage()
 
     def clear(self) -> None:
         """Free all tensors."""
         if self.staging is not None:
-            self.staging.forget()
-        self._kept.clear()
+            self.staging.finish()
+        self._kept = []  # not cleared: the thread may still read ahead
+        self._stage()
 
     def __len__(self) -> int:
         return len(self._kept) if self.staging is None else self.staging.count
@@ -95,20 +102,16 @@ def _in_file(tensor: Tensor, folder: Path) -> Tensor:
         return torch.from_file(path, shared=False, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
 
 
-def _has_streams(device: torch.device) -> bool:
-    return device.type not in ("cpu", "meta") and hasattr(torch.get_device_module(device), "Stream")
-
-
 class _Staging:
-    """Copies between a device and `kept`, through two pinned buffers each way, by one thread in the order asked for."""
+    """Copies between a device and `kept`, through two pinned buffers, by one thread in the order asked for."""
 
-    def __init__(self, kept: list[Tensor], device: torch.device, folder: Path | None) -> None:
+    def __init__(self, kept: list[Tensor], device: torch.device, folder: Path | None, has_streams: bool) -> None:
         self.count = len(kept)
         self._kept = kept
         self._device = device
         self._folder = folder
         self._module = torch.get_device_module(device)
-        self._stream = self._module.Stream(device) if _has_streams(device) else None
+        self._stream = self._module.Stream(device) if has_streams else None
         self._thread = ThreadPoolExecutor(1, "activations")
         self._buffers: list[Tensor] = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
         self._writes: list[Future[None]] = []
@@ -118,20 +121,17 @@ class _Staging:
     def write(self, tensor: Tensor) -> None:
         while len(self._writes) > 1:  # both buffers are taken
             self._writes.pop(0).result()
-        # The tensor that was read ahead may still be in the buffer that is wanted.
-        if self._next is not None:
+        if self._next is not None:  # what was read ahead may still be in the buffer that is wanted
             self._next[1].result()
             self._next = None
         buffer = self._buffer(self.count, tensor)
         made = None
-        if self._stream is not None:
-            # The copy begins when the tensor has been computed.
+        if self._stream is not None:  # the copy begins when the tensor has been computed
             self._stream.wait_stream(self._module.current_stream(self._device))
         with self._module.stream(self._stream):
             buffer.copy_(tensor, non_blocking=True)
             if self._stream is not None:
-                # The memory is not given to others before this stream has read it.
-                tensor.record_stream(self._stream)
+                tensor.record_stream(self._stream)  # its memory is not given to others before it was read
                 made = self._stream.record_event()
         self._writes.append(self._thread.submit(self._keep, buffer, made))
         self.count += 1
@@ -146,8 +146,7 @@ class _Staging:
             current = self._module.current_stream(self._device)
             current.wait_event(copied)
             tensor.record_stream(current)
-        # After a step backwards the one before comes next.
-        expected = index - 1 if 0 < index < self._last else index + 1
+        expected = index - 1 if 0 < index < self._last else index + 1  # after a step backwards comes the one before
         self._last = index
         if 0 <= expected < self.count:
             self._next = (expected, self._thread.submit(self._load, expected))
@@ -157,13 +156,6 @@ class _Staging:
         """Wait until all is written."""
         while self._writes:
             self._writes.pop(0).result()
-
-    def forget(self) -> None:
-        """Wait until nothing is under way, and begin at index 0 again."""
-        self.finish()
-        if self._next is not None:
-            self._next[1].result()
-        self._next, self._last, self.count = None, 0, 0
 
     def _keep(self, buffer: Tensor, made: Any) -> None:
         if made is not None:
@@ -176,8 +168,7 @@ class _Staging:
             buffer = self._buffer(index, stored)
             if self._stream is not None:
                 self._stream.synchronize()  # the buffer's last copy is done
-            # From a file this reads the disk, on the thread and not on the one that computes.
-            buffer.copy_(stored)
+            buffer.copy_(stored)  # from a file this reads the disk, on this thread and not on the one that computes
             tensor = buffer.to(self._device, non_blocking=True, copy=True)
             return tensor, self._stream.record_event() if self._stream is not None else None
 

@@ -128,9 +128,8 @@ def _read_batch(item: Any, where: str, vocab_size: int, longest: int | None) -> 
     others: Mapping[str, Any] = {}
     if isinstance(item, Mapping):
         for key, value in item.items():
-            if value is None or isinstance(value, str) or not _NOT_READ.search(key):
-                continue
-            if not key.endswith("token_type_ids") or torch.as_tensor(value).any():  # zeros are the default
+            known = value is None or isinstance(value, str) or not _NOT_READ.search(key)
+            if not known and (not key.endswith("token_type_ids") or torch.as_tensor(value).any()):  # 0: the default
                 raise ValueError(
                     f"{where} holds {key!r}, and the model is only run on token ids: pass text without it, as "
                     "'input_ids' (and 'attention_mask')."

@@ -88,10 +88,8 @@ def record_inputs(
                         use_cache=False,
                     )
                 if recorder.first is None or not bool(torch.isfinite(recorder.first).all()):
-                    raise ValueError(
-                        "the inputs of the first decoder layer hold NaN or Inf: the embeddings of the model are "
-                        "damaged."
-                    )
+                    damage = "the inputs of the first decoder layer hold NaN or Inf"
+                    raise ValueError(f"{damage}: the embeddings of the model are damaged.")
                 hidden_states.append(recorder.first)
                 token_masks.append(mask)
     except _HandsOnMore:  # skipping layers is cheap, and only the recording itself shows that a model hands on more
