@@ -32,11 +32,9 @@ def push_folder(
 
     Only the files on the list in `fista/files.json` are uploaded: those that a run, `report` and `evaluate` wrote, and
     those that a run copied from beside the dense model's weights. A warning names the others. The Hub checks the
-    metadata of the model card before anything is uploaded.
-
-    The repository, and the branch `revision` (from the head of `main`), are created if absent. Files of the same name
-    are replaced. Weights of a standard name (`model.safetensors`, ...), and `fista/`, that are on the branch but not in
-    `folder` are deleted in the same commit, because they belong to another model.
+    metadata of the model card before anything is uploaded. The repository and the branch are created if absent. Files
+    of the same name are replaced. Weights of a standard name (`model.safetensors`, ...) and `fista/` that are on the
+    branch but not in `folder` are deleted in the same commit, because they belong to another model.
 
     Args:
         folder: A folder that this package wrote.
@@ -44,11 +42,10 @@ def push_folder(
         private: Visibility of the repository; `None` takes what exists, or the namespace's default.
         token: Access token; `None` takes `HF_TOKEN` or the one stored by `hf auth login`.
         commit_message: First line of the commit.
-        revision: Branch to push to; `None` is `main`.
+        revision: Branch to push to, made from the head of `main` if absent; `None` is `main`.
 
     Raises:
-        ValueError: If `folder` is not complete or not of this package, `repo_id` is not a repository name, or `private`
-            contradicts the visibility of an existing repository. Nothing has been uploaded.
+        ValueError: If `folder` is not complete, `repo_id` is no name, or `private` contradicts an existing repository.
         OSError: If the Hub refused or was not reached. `folder` is unchanged; the client's error is the cause.
     """
     folder = Path(folder).expanduser().resolve()

@@ -244,23 +244,22 @@ def storage_place(name: str | torch.device | Path | None, default: torch.device)
         return default
     if name == "disk":
         return Path(tempfile.gettempdir())
-    problem = "no such folder"
-    if not isinstance(name, Path):
-        try:
-            return usable_device(str(name))
-        except ValueError as error:
-            problem = str(error)
-    if Path(str(name)).is_dir():
-        return Path(str(name))
-    raise ValueError(
-        f"storage_device={str(name)!r}: pass a device such as 'cpu', 'disk', or a folder that exists ({problem})"
-    )
+    if isinstance(name, Path) and name.is_dir():
+        return name
+    try:
+        return usable_device(str(name))
+    except ValueError as error:
+        if Path(str(name)).is_dir():  # a device comes first: a folder called `cpu` is `./cpu`
+            return Path(str(name))
+        raise ValueError(
+            f"storage_device={str(name)!r}: pass a device such as 'cpu', 'disk', or a folder that exists ({error})"
+        ) from error
 
 
 def floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """A floating dtype by name."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:  # no products of 8 bits
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:  # no sums in 8 bits
         raise ValueError(f"dtype={dtype!r}: pass 'auto', 'float32', 'bfloat16' or 'float16'.")
     return found
 

@@ -42,6 +42,7 @@ from optimum_fista.solve.pattern import pack_mask, unpack_mask
 from optimum_fista.solve.patterns import parse_pattern
 
 _REWRITTEN = {CONFIG_FILE, CARD_FILE, MASKS_FILE}  # by `write_form`
+_EXPERT = re.compile(r"\.experts\.\d+\.(?=[^.]+\.[^.]+$)")  # in `layers.1.mlp.experts.3.w1.weight`
 
 
 @dataclass
@@ -54,11 +55,9 @@ class Packing:
 
     def __str__(self) -> str:
         """A line for people."""
-        ratio = self.packed_bytes / max(1, self.dense_bytes)
-        return (
-            f"{self.num_tensors} weights: {self.dense_bytes / 2**20:,.1f} MiB dense, "
-            f"{self.packed_bytes / 2**20:,.1f} MiB packed ({ratio:.3f})"
-        )
+        dense, packed, ratio = self.dense_bytes, self.packed_bytes, self.packed_bytes / max(1, self.dense_bytes)
+        sizes = f"{dense / 2**20:,.1f} MiB dense, {packed / 2**20:,.1f} MiB packed"
+        return f"{self.num_tensors} weights: {sizes} ({ratio:.3f})"
 
 
 def is_packed(folder: Path) -> bool:
@@ -107,18 +106,13 @@ def pack_folder(
 ) -> Packing:
     """Pack a folder saved by optimum-fista, and copy its other files.
 
-    Args:
-        folder: The pruned model folder.
-        output: The packed folder.
-        overwrite: Replace a model that `output` already holds.
-        progress: Called with the name of each weight file that is written.
+    `overwrite` replaces a model that `output` already holds. `progress` is called with the name of each weight file.
 
     Raises:
         FileNotFoundError: If `folder` holds no pruned model.
         FileExistsError: If `output` holds a model and `overwrite` is False, or other files that would be replaced.
         BlockingIOError: If another run writes to `output`.
-        ValueError: If `folder` is packed already, has no zeros to pack, lacks a weight, or has `output` in it, or if a
-            weight is not zero outside its mask.
+        ValueError: If `folder` is packed already, has no zeros to pack, or is damaged, or if `output` lies in it.
     """
     if is_packed(folder):
         raise ValueError(f"folder {str(folder)!r} is packed already: pass a folder with dense weights.")
@@ -147,9 +141,7 @@ def unpack_folder(
     """Make a packed folder dense again, masks and all; the inverse of `pack_folder`.
 
     Raises:
-        FileExistsError: As `pack_folder`.
-        BlockingIOError: If another run writes to `output`.
-        ValueError: If `folder` is not packed, or malformed (a PackedFormatError).
+        ValueError: If `folder` is not packed, or malformed (a PackedFormatError); others as `pack_folder`.
     """
     if not is_packed(folder):
         raise ValueError(f"folder {str(folder)!r} is not packed: pass a folder made by `optimum-fista pack`.")
@@ -273,9 +265,5 @@ def packed_settings(weights: str, names: Iterable[str]) -> dict[str, Any]:
 
 def _siblings(packed: Iterable[str], names: Iterable[str]) -> list[str]:
     """Weights of other experts of a mixture that has packed ones: loading merges them, so all are packed."""
-
-    def mixture(name: str) -> str:
-        return re.sub(r"\.\d+\.(?=[^.]+\.[^.]+$)", ".*.", name) if ".experts." in name else name
-
-    kinds = {mixture(name) for name in packed if ".experts." in name}
-    return [name for name in names if mixture(name) in kinds]
+    kinds = {kind for name in packed if (kind := _EXPERT.sub(".experts.*.", name)) != name}
+    return [name for name in names if _EXPERT.sub(".experts.*.", name) in kinds]

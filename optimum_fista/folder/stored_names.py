@@ -54,7 +54,11 @@ def stored_names(
         tensor = f"{renamed(prefixes[id(operator.owner)])}.{operator.tensor}"
         origins.append(tensor)
         if isinstance(operator, ExpertOperator):  # all experts of a parameter share a stand-in
-            stand_ins.setdefault(tensor, _stand_in(operator))
+            halves = 2 if operator.experts.gated and operator.kind != "down_proj" else 1  # gate and up projections
+            out, inputs = halves * _SHAPE[0], _SHAPE[1]
+            matrix = (inputs, out) if operator.experts.transposed else (out, inputs)
+            empty = torch.full((len(operator.experts), *matrix), _NO_OPERATOR, dtype=torch.int32)
+            stand_ins.setdefault(tensor, empty)
         shape = _SHAPE[::-1] if operator.transposed else _SHAPE
         stand_in = stand_ins.setdefault(tensor, torch.full(shape, _NO_OPERATOR, dtype=torch.int32))
         operator.select(stand_in).fill_(number)
@@ -145,12 +149,3 @@ def _text(index: tuple[int | slice, ...]) -> str:
         numbers = (part,) if isinstance(part, int) else (part.start, part.stop, part.step)
         parts.append(":".join("" if number is None else str(number) for number in numbers).removesuffix(":"))
     return ", ".join(parts)
-
-
-def _stand_in(operator: ExpertOperator) -> Tensor:
-    """A small [experts, ...] tensor laid out as that which holds the operator's weight."""
-    experts = operator.experts
-    halves = 2 if experts.gated and operator.kind != "down_proj" else 1
-    out, inputs = halves * _SHAPE[0], _SHAPE[1]
-    shape = (inputs, out) if experts.transposed else (out, inputs)
-    return torch.full((len(experts), *shape), _NO_OPERATOR, dtype=torch.int32)

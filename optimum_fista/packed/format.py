@@ -19,9 +19,9 @@ from optimum_fista.packed.masks import (
     BITS,
     CHUNK,
     MAX_GROUP,
+    GroupMask,
     MaskEncoding,
     as_words,
-    encoding,
     place,
     select,
     smallest_encoding,
@@ -54,15 +54,10 @@ class PackedTensor:
         return tuple(self.layout[4:].tolist())
 
     @property
-    def n_of_m(self) -> tuple[int, int] | None:
-        """`(n, m)` if the mask holds places inside groups, `None` if it holds one bit a weight."""
-        n, m = self.layout[1:3].tolist()
-        return (n, m) if m else None
-
-    @property
     def encoding(self) -> MaskEncoding:
         """How the mask is written."""
-        return encoding(self.n_of_m)
+        n, m = self.layout[1:3].tolist()
+        return GroupMask(n, m) if m else BITS
 
     @property
     def num_bytes(self) -> int:

@@ -26,9 +26,7 @@ _ENVIRONMENT = "OPTIMUM_FISTA_KERNELS"
 class Kernels:
     """Products with packed matrices, one bit a weight, on the CPU.
 
-    Args:
-        library: The compiled library.
-        path: `"portable"`, `"avx2"` or `"avx512"`; `None` for the best that this CPU has.
+    `path` is `"portable"`, `"avx2"` or `"avx512"`; `None` for the best that this CPU has.
     """
 
     def __init__(self, library: Path, path: str | None = None) -> None:

@@ -100,7 +100,5 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, fraction of zeros and dtype."""
         sparsity = 1 - self.weight_values.numel() / (self.in_features * self.out_features)
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"sparsity={sparsity:.3g}, dtype={self.weight_values.dtype}"
-        )
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, bias={self.bias is not None}, sparsity={sparsity:.3g}, dtype={self.weight_values.dtype}"

@@ -148,11 +148,6 @@ class GroupMask(MaskEncoding):
         return places
 
 
-def encoding(n_of_m: tuple[int, int] | None) -> MaskEncoding:
-    """The encoding of a layout with these n and m; `None` and (0, 0) stand for one bit a weight."""
-    return GroupMask(*n_of_m) if n_of_m is not None and any(n_of_m) else BITS
-
-
 def smallest_encoding(columns: int, n_of_m: tuple[int, int] | None, kept: Iterable[Tensor]) -> MaskEncoding:
     """Places for weights pruned to n:m, if every group keeps n and they take no more room; else one bit a weight.
 

@@ -115,9 +115,8 @@ class Unpack(ConversionOps):
     ) -> dict[str, list[Tensor]]:
         """Lists of values, masks and layouts by their patterns -> lists of dense tensors, in the model's dtype.
 
-        A pattern can match many tensors, such as one of each expert, which the model's own conversion merges later.
-        Tensors that are dense already keep their names. The others are named by the target, or, if other operations
-        follow that merge several sources, as the values were.
+        Dense tensors keep their names. The others are named by the target, or, if other operations follow that merge
+        several sources, such as a mixture's experts, as the values were.
         """
         dtype = None if model is None else model.get_parameter_or_buffer(full_layer_name).dtype  # the caller's choice
         stems = [pattern.removesuffix(SUFFIXES[0]) for pattern in input_dict if pattern.endswith(SUFFIXES[0])]

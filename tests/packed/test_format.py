@@ -16,6 +16,7 @@ from optimum_fista.packed.format import (
     unpack_mask,
     with_bits,
 )
+from optimum_fista.packed.masks import BITS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn]
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -67,7 +68,7 @@ def test_groups_are_stored_by_places_where_that_is_no_larger(pattern):
     packed = pack(weight, mask, pattern)
     width = math.ceil(math.log2(m))
     assert packed.mask.shape == (9, math.ceil(15 * n * width / 64) * 8)
-    assert packed.n_of_m == pattern
+    assert packed.encoding.numbers == pattern
     assert packed.mask.numel() <= pack(weight, mask).mask.numel()
     check(packed)
     assert torch.equal(raw(unpack(packed)), raw(weight))
@@ -87,7 +88,7 @@ def test_groups_are_stored_by_places_where_that_is_no_larger(pattern):
 def test_one_bit_a_weight_is_the_way_of_all_others(pattern, mask):
     weight = torch.rand(mask.shape) * mask + mask
     packed = pack(weight, mask, pattern)
-    assert packed.n_of_m is None
+    assert packed.encoding is BITS
     assert torch.equal(unpack(packed), weight)
 
 
@@ -126,13 +127,13 @@ def test_half_of_the_weights_take_at_most_57_percent(rows, columns):
         assert packed.dense_bytes == 2 * rows * columns
 
 
-@pytest.mark.parametrize("pattern", [None, (2, 4)])
-def test_tensors_may_have_any_strides(pattern):
+@pytest.mark.parametrize(("pattern", "numbers"), [(None, (0, 0)), ((2, 4), (2, 4))])
+def test_tensors_may_have_any_strides(pattern, numbers):
     mask = (torch.arange(64) % 4 < 2).expand(40, 64)
     weight = torch.randn(64, 40).T.masked_fill(~mask, 0)
     for given in (weight, weight.T.contiguous().T, weight[:, :]):
         assert torch.equal(unpack(pack(given, mask, pattern)), weight)
-        assert pack(given, mask, pattern).n_of_m == pack(given, None, pattern).n_of_m == pattern
+        assert pack(given, mask, pattern).encoding.numbers == pack(given, None, pattern).encoding.numbers == numbers
 
 
 def test_wrong_weights_and_masks_are_refused():
@@ -188,7 +189,7 @@ def test_one_bit_a_weight_shares_the_values(pattern):
     packed = pack(weight, mask, pattern)
     found = with_bits(packed)
     check(found, checksum=False)
-    assert (packed.n_of_m, found.n_of_m) == (pattern, None)
+    assert (packed.encoding is BITS, found.encoding is BITS) == (pattern is None, True)
     assert found.values.data_ptr() == packed.values.data_ptr()
     assert torch.equal(unpack(found), weight)
     assert torch.equal(unpack_mask(found), mask)

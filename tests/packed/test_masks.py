@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optimum_fista.packed.masks import encoding
+from optimum_fista.packed.masks import BITS, GroupMask
 
 GROUPS = [(2, 4), (1, 4), (1, 2), (3, 16), (1, 3), (7, 256)]
 
@@ -29,7 +29,7 @@ def bits_of(row, n_of_m):
 @pytest.mark.parametrize("n_of_m", [None, *GROUPS])
 def test_written_and_read(n_of_m):
     columns = 70 if n_of_m is None else 5 * n_of_m[1]
-    kept, written = mask_of(3, columns, n_of_m), encoding(n_of_m)
+    kept, written = mask_of(3, columns, n_of_m), GroupMask(*n_of_m) if n_of_m else BITS
     mask = torch.zeros(3, written.row_bytes(columns), dtype=torch.uint8)
     written.write(kept, mask)
     for row, found in zip(kept.tolist(), mask.tolist(), strict=True):

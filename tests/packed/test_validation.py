@@ -137,7 +137,7 @@ def test_random_damage_is_refused_or_harmless(seed):
     damaged = PackedTensor(values, mask, layout)
     if checks(damaged):
         dense = unpack(damaged)
-        again = pack(dense, None, damaged.n_of_m)
+        again = pack(dense, None, damaged.encoding.numbers)
         assert torch.equal(again.values, values)
         assert torch.equal(again.mask, mask)
     else:
