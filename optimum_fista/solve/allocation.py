@@ -1,4 +1,9 @@
-"""Allocating one budget of zeros: to many operators, and to the outputs of operators that share their inputs."""
+"""Share one budget of zeros: over many operators, and over the outputs of operators that share their inputs.
+
+Only two numbers of an operator are needed, its size and the loss that its zeros cost at the average sparsity, because
+the error of every operator is taken to grow at the same rate with its zeros. The outputs of a group are not shared by
+a rule: the method itself chooses, on one problem whose rows are scaled.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +20,16 @@ from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.selection import kth_smallest
 
-SLOPE = 7.0
-"""Growth of the logarithm of an operator's squared error per unit of sparsity, about 0.5 (docs/solver.md)."""
-REACH = 0.45
-"""The budget of an operator is lower than the average sparsity by no more than this."""
+SLOPE = 7.0  # growth of the logarithm of a squared error per unit of sparsity, about 0.5 (docs/solver.md)
+REACH = 0.45  # the budget of an operator is lower than the average sparsity by no more than this
+# The budget of an operator leaves it at least this share of the average density. Gradients at the dense weights don't
+# show what it costs to lose nearly all of an operator (docs/ablations.md, "A second model"). Operators that share their
+# inputs pool their budgets, so one of them may keep less than its own.
 LEAST_DENSITY = 0.5
-"""The budget of an operator leaves it at least this share of the average density.
-
-Gradients at the dense weights don't show what it costs to lose nearly all of an operator (docs/ablations.md, "A second
-model"). Operators that share their inputs pool their budgets, so one of them may keep less than its own.
-"""
+# Smallest scale of an output, in units of their root mean square. Gradients say little about outputs that saturate: to
+# a query head that attends to one token only, a small change of its queries makes no difference, and yet it needs them.
+# Without a bound it loses all of its weights.
 _LEAST_SCALE = 0.3
-"""Smallest scale of an output, in units of their root mean square.
-
-Gradients say little about outputs that saturate: a query head that attends to one token only hardly feels a small
-change of its queries, and yet needs them. Without a bound it loses all of its weights.
-"""
 
 
 def removal_cost(saliency: Tensor, sparsity: float) -> float:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 _ROWS = 192  # at least, or a product is inefficient
 _VALUES = 2**19  # about so many on a CPU: 2 MiB of float32
-SCALE_ON_DEVICES = 128
-"""How many times as many values a block has on other devices than the CPU, where a call is expensive: 256 MiB."""
+SCALE_ON_DEVICES = 128  # times as many values on other devices than the CPU, where a call is expensive: 256 MiB
 
 
 def rows_in_block(rows: int, columns: int, scale: int = 1) -> int:

@@ -1,4 +1,8 @@
-"""The interface of pruning methods: layer problem in, pruned operator out."""
+"""The interface of pruning methods: layer problem in, pruned operator out.
+
+A method is a frozen set of options without state: one object prunes all operators of a model, in any order and in any
+process. It returns a mask and weights instead of changing any, so that its caller decides what is written and when.
+"""
 
 from __future__ import annotations
 
@@ -51,16 +55,13 @@ class PruningMethod(ABC):
     """
 
     name: ClassVar[str]
-    takes_weights: ClassVar[bool] = True
-    """Whether it prunes to patterns in which every row has zeros of its own."""
-    takes_columns: ClassVar[bool] = True
-    """Whether it removes whole columns (`SparsityPattern.whole_columns`)."""
+    takes_weights: ClassVar[bool] = True  # whether it prunes to patterns in which every row has zeros of its own
+    takes_columns: ClassVar[bool] = True  # whether it prunes to patterns with `whole_columns`
 
     def require_pattern(self, pattern: SparsityPattern) -> None:
         """Check that the method prunes to `pattern`."""
-        takes, kind = ("takes_weights", "single weights")
-        if pattern.whole_columns:
-            takes, kind = ("takes_columns", "whole columns")
+        columns = pattern.whole_columns
+        takes, kind = ("takes_columns", "whole columns") if columns else ("takes_weights", "single weights")
         if not getattr(self, takes):
             fitting = ", ".join(repr(name) for name, method in sorted(METHODS.items()) if getattr(method, takes))
             raise ValueError(
@@ -78,8 +79,7 @@ class PruningMethod(ABC):
         return [self.prune(problem, pattern) for problem, pattern in zip(problems, patterns, strict=True)]
 
 
-METHODS: dict[str, type[PruningMethod]] = {}
-"""Registered methods by name; `optimum_fista.solve.methods` registers the package's own."""
+METHODS: dict[str, type[PruningMethod]] = {}  # by name; `optimum_fista.solve.methods` registers the package's own
 
 
 def register(method: type[Method]) -> type[Method]:
@@ -99,7 +99,7 @@ def create_method(name: str, **options: Any) -> PruningMethod:
     """Create a method by its name with the given options."""
     if name not in METHODS:
         raise ValueError(f"method={name!r}: pass one of {', '.join(map(repr, sorted(METHODS)))}.")
-    known = [field.name for field in fields(METHODS[name])]  # type: ignore[arg-type]
+    known = [field.name for field in fields(METHODS[name])]  # type: ignore[arg-type] # methods are dataclasses
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(

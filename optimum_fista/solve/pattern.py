@@ -55,7 +55,7 @@ class SparsityPattern(ABC):
 
     @abstractmethod
     def __str__(self) -> str:
-        """What `read` takes."""
+        """The text that `read` takes."""
 
     def require_shape(self, shape: tuple[int, int], name: str = "weight") -> None:
         """Refuse a matrix of `shape` [out, in] that the pattern does not fit."""
@@ -81,20 +81,17 @@ class SparsityPattern(ABC):
         return contests, rivals, round(self.sparsity * rivals)
 
     def mask(self, matrix: Tensor, *, squared: bool = False, within: tuple[int, int] | None = None) -> Tensor:
-        """Keep the groups with the largest norms: the mask of the nearest matrix in the pattern.
+        """Mask [out, in], True = kept, of the nearest matrix in the pattern: the groups with the largest norms stay.
 
         Scores of a group are sums of squares. For squared saliencies these are what the removal costs if the weights
         are independent. A weight of its own is compared as it is, because squares could make a tie of two numbers.
-        Ties are broken by position, so that the count is exact.
+        Ties are broken by position, so that exactly `num_kept` weights are kept.
 
         Args:
             matrix: Weights, or roots of saliencies, [out, in], any floating dtype, finite.
             squared: Whether `matrix` holds squares already: nonnegative saliencies.
             within: `(first column, columns)` if `matrix` is a part of a matrix, made of whole groups. The zeros are
                 shared over the parts so that they add up.
-
-        Returns:
-            Boolean mask [out, in], True = kept, with exactly `num_kept` True values.
         """
         rows, columns = matrix.shape
         self.require_shape((rows, columns))
@@ -119,8 +116,8 @@ class SparsityPattern(ABC):
             sums = torch.cat([scores(part) for part in row_blocks(matrix)]).sum(0, keepdim=True)
             return keep_largest(sums, kept).repeat_interleave(self.width, dim=1).repeat(rows, 1)
         if contests == 1:
-            whole_matrix = matrix if self.width == 1 else torch.cat([scores(part) for part in row_blocks(matrix)])
-            mask = keep_largest(whole_matrix, kept)
+            all_scores = matrix if self.width == 1 else torch.cat([scores(part) for part in row_blocks(matrix)])
+            mask = keep_largest(all_scores, kept)  # of single weights without a copy of the matrix
         elif self.span is None:
             mask = torch.cat([keep_largest_in_rows(scores(part), kept) for part in row_blocks(matrix)])
         else:

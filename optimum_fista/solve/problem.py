@@ -77,7 +77,7 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class DenseOutputs:
-    """What a problem knows of the dense network's outputs `W X`, if its target outputs `Y` are others.
+    """Sums over the dense network's outputs `W X`, if the target outputs `Y` of a problem are others.
 
     Attributes:
         energies: Squared norms of the rows of `W X`, [out], float64.
@@ -192,7 +192,7 @@ class LayerProblem:
         return max(float(self._squared_error(weight)), 0.0)  # this order keeps NaN
 
     def _squared_error(self, weight: Tensor) -> Tensor:
-        """The same as a scalar on the device; rounding may have made it negative."""
+        """`squared_error` as a scalar on the device; rounding may have made it negative."""
         if self._errors_of is not None:
             return self._errors_of._squared_error(weight)
         error = self.unpruned_errors.sum().clamp_min(0.0)  # e0, zero when Y = W X*

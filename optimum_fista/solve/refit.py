@@ -1,4 +1,8 @@
-"""Least-squares refits of the kept weights: by conjugate gradients, or exactly if whole columns are kept."""
+"""Least-squares refits of the kept weights: by conjugate gradients, or exactly if whole columns are kept.
+
+With a mask of its own each row is a linear system of its own, too many to factorise; a few steps for all rows at once
+are nearly as good. If all rows keep the same columns there is one system, and a Cholesky factor solves it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Greedy optimal brain surgeon for whole columns (SlimGPT, arXiv 2412.18110; ZipLM, arXiv 2302.04089)."""
+"""Greedy optimal brain surgeon for whole columns (SlimGPT, arXiv 2412.18110; ZipLM, arXiv 2302.04089).
+
+Both papers update the whole inverse after every column. Here updates wait until there are 64, which turns products with
+vectors into products of matrices.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,7 @@ from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.refit import refit_columns
 
-_PENDING = 64
-"""Columns removed between two updates of whole matrices, so that these are products of matrices."""
+_PENDING = 64  # columns removed between two updates of whole matrices, so that these are products of matrices
 
 
 @register
@@ -95,20 +98,21 @@ def _remove_groups(inverse: Tensor, weight: Tensor, width: int, count: int) -> t
     used = 0
     D, N = diagonal_blocks(inverse, width), _inner_products(weight, width)
     for step in range(count):
-        increases = _traces(D, N).masked_fill_(~kept, torch.inf)
+        increases = _traces(D, N).masked_fill_(~kept, torch.inf)  # step 2 of the class: tr(W_g ([H^-1]_gg)^-1 W_g^T)
         costs[step], group = increases.min(0)
         chosen = group * width + unit
         # Current columns of H^-1 and W: those of the last update of the whole matrices, less what is pending.
         past, factors = Z[:, :used], B[:, :used]
         inverse_columns = inverse.index_select(1, chosen).addmm_(past, past[chosen].mT, alpha=-1)
         weight_columns = weight.index_select(0, chosen).mT.addmm(factors, past[chosen].mT, alpha=-1)
-        root = torch.linalg.cholesky_ex(inverse_columns[chosen]).L
+        root = torch.linalg.cholesky_ex(inverse_columns[chosen]).L  # [H^-1]_gg = L L^T
+        # z = [H^-1]_:,g L^-T and b = W_g L^-T: then both updates of step 2 are A -= b z^T.
         z = torch.linalg.solve_triangular(root.mT, inverse_columns, upper=True, left=False)
         b = torch.linalg.solve_triangular(root.mT, weight_columns, upper=True, left=False)
         kept.index_fill_(0, group, False)
         Z[:, used : used + width], B[:, used : used + width] = z, b
         used += width
-        if used == room:
+        if used == room:  # all that is pending goes into the whole matrices
             inverse.addmm_(Z, Z.mT, alpha=-1)
             weight.addmm_(Z, B.mT, alpha=-1)
             D, N = diagonal_blocks(inverse, width), _inner_products(weight, width)

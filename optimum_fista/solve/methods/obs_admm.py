@@ -1,4 +1,9 @@
-"""ADMM in optimal-brain-surgeon coordinates: the default method."""
+"""ADMM in optimal-brain-surgeon coordinates: the default method.
+
+ALPS lets `rho` grow over some 40 iterations until the mask settles. Here the coordinates say which `rho` compares kept
+with removed weights rightly, so that twelve iterations reach the error of ALPS in a third of the time (docs/solver.md).
+The price: nothing is run to convergence, and the iterations are not known to have a limit.
+"""
 
 from __future__ import annotations
 
@@ -136,7 +141,7 @@ class _Surgeon:
 
     @classmethod
     def of(cls, gram: Tensor, penalty: Tensor, width: int) -> tuple[_Surgeon, str]:
-        """Those of `G_r`, and the message of a factorisation that needed help."""
+        """Make the coordinates of `G_r`; returns also the message of a factorisation that needed help."""
         # Factorised with unit diagonal, in which damping is a fraction of the diagonal, and rounding is mild.
         unit = cls((gram.diagonal() + penalty).rsqrt(), penalty)
         factor, message = damped_cholesky(partial(unit.gram, gram))

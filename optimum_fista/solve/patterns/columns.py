@@ -50,11 +50,11 @@ class Columns(SparsityPattern):
             if share is None:
                 return cls.keeping(int(kept), int(groups), int(width or 1))
             return cls(float(share), scope, int(width or 1))
-        except ValueError as error:
+        except ValueError as error:  # of a number, or of `__post_init__`
             raise ValueError(f"pattern={text!r}: {error}") from None
 
     def __str__(self) -> str:
-        """What `read` takes."""
+        """The text that `read` takes."""
         width = f"x{self.width}" if self.width > 1 else ""
         if self.groups is None:
             return f"columns:{self.sparsity!r}{width}"  # `repr` keeps every digit, as a share in a report must

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from optimum_fista.solve.pattern import Scope, SparsityPattern
 
-_SWEEPS = 4
-"""How often `best_order` looks at every place; further times gain less than a hundredth of what it gained."""
+_SWEEPS = 4  # of `best_order` over every place; further ones gain less than a hundredth of what these gained
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class NOfM(SparsityPattern):
 
 
 def best_order(scores: Tensor, pattern: SparsityPattern) -> Tensor:
-    """The order of inputs in which a pattern n:m keeps nearly most of the scores [out, in], int64 [in].
+    """Find an order of inputs, int64 [in], in which a pattern n:m keeps nearly most of the scores [out, in].
 
     In turn each of the m places of all groups is looked at. What a group keeps with another input in that place is
     the n largest scores of its other inputs, plus that by which the new one exceeds the n-th of them. So pairs of

@@ -1,4 +1,8 @@
-"""Whole parts of a model: channels of its MLPs, key-value groups with their query heads, experts, or decoder layers."""
+"""Whole parts of a model: channels of its MLPs, key-value groups with their query heads, experts, or decoder layers.
+
+This is the only pattern that no single matrix has. It says how many parts of each kind go; which ones is decided by
+`Columns` of the operators that read them, and by `model` and `prune` for experts and decoder layers.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +31,10 @@ class PartShare:
     multiple_of: int | None = None
 
     def num_kept(self, number: int, equal_runs: int = 1, at_least: int = 1) -> int:
-        """How many of `number` parts stay, at least `at_least`, and the same number in each of `equal_runs` runs."""
+        """Count the parts of `number` that stay: at least `at_least`, and equally many in each of `equal_runs` runs."""
         step, kept = self._rounded(number, equal_runs)
         if not at_least <= kept < number:
-            least, most = -(-at_least // step) * step, (number - 1) // step * step
+            least, most = -(-at_least // step) * step, (number - 1) // step * step  # multiples of the step
             fits = f"pass a share for which {least} to {most} stay"
             if most < least:
                 fits = f"none can go in steps of {step}" + (f" with {at_least} left at least" if at_least > 1 else "")
@@ -45,13 +49,13 @@ class PartShare:
     @classmethod
     def keeping(cls, kind: PartKind, kept: int, number: int) -> Self:
         """Make the share that leaves `kept` of `number`, a multiple of the usual step, in as few digits as say it."""
-        exact = 1 - kept / number
+        exact = 1 - kept / number  # may need 17 digits
         rounded = (cls(kind, round(exact, digits)) for digits in range(2, 9))
         return next((part for part in rounded if part._rounded(number)[1] == kept), cls(kind, exact))
 
     @staticmethod
     def usual_step(kind: PartKind, number: int, equal_runs: int = 1) -> int:
-        """What the number of parts that stay is a multiple of, unless the user says it."""
+        """Divisor of the number of parts that stay, if the user gives none."""
         # Kernels of matrix products are fast for multiples of 64: a size that is one now stays one.
         return 64 if kind == "channels" and number % 64 == 0 and number > 64 else equal_runs
 
@@ -107,7 +111,7 @@ class WholeParts(SparsityPattern):
         return cls(max(part.share for part in shares), scope, shares=tuple(shares))
 
     def __str__(self) -> str:
-        """What `read` takes."""
+        """The text that `read` takes."""
         return "+".join(map(str, self.shares)) if self.size is None else f"bytes:{self.size!r}"
 
     def require_shape(self, shape: tuple[int, int], name: str = "weight") -> NoReturn:
