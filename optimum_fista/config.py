@@ -29,7 +29,7 @@ from optimum_fista.solve.patterns import WholeParts, parse_pattern
 class MethodDefaults:
     """What a method's source uses for options of `FistaPruningConfig` that the caller leaves `None`."""
 
-    scope: Scope = "matrix"
+    scope: Scope = "matrix"  # zeros are shared out among all weights of an operator
     error_correction: ErrorCorrection = 0.0
     residual_correction: float = 0.0
     allocation: Allocation = "uniform"
@@ -37,7 +37,7 @@ class MethodDefaults:
 
 _METHOD_DEFAULTS = {
     "dsnot": MethodDefaults(scope="row"),
-    "fista": MethodDefaults(error_correction="intra"),
+    "fista": MethodDefaults(error_correction="intra"),  # the intra-layer correction of arXiv 2408.03728
     "flap": MethodDefaults(error_correction="none"),
     "magnitude": MethodDefaults(error_correction="none"),
     "obs_admm": MethodDefaults(error_correction=0.5, residual_correction=1.0, allocation="fisher"),
@@ -72,9 +72,9 @@ class FistaPruningConfig(PruningOptions):
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
             value = getattr(self, name)
-            if isinstance(value, Iterable):
+            if isinstance(value, Iterable):  # others are refused below, by their type
                 object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        for name in ("method_options", "overrides"):
+        for name in ("method_options", "overrides"):  # copies: the caller may change theirs
             if isinstance(value := getattr(self, name), Mapping):
                 object.__setattr__(self, name, dict(value))
         if wrong := wrong_field(self):
@@ -95,7 +95,7 @@ class FistaPruningConfig(PruningOptions):
             value = getattr(self, name)
             if changes_nothing and value != getattr(_DEFAULTS, name):
                 raise ValueError(f"{name}={value!r} has no meaning for pattern={self.pattern!r}: {advice}.")
-        method = self.create_method("")
+        method = self.create_method("")  # which checks the options of the method
         method.require_pattern(usual)
         for pattern, value in self.overrides.items():
             try:
@@ -121,6 +121,7 @@ class FistaPruningConfig(PruningOptions):
         if name not in RECIPES:
             raise ValueError(f"recipe={name!r}: pass one of {', '.join(map(repr, RECIPES))}.")
         settings = RECIPES[name]
+        # of another method than the recipe's, its options have no meaning
         if options.get("method", settings.get("method")) != settings.get("method"):
             settings = {key: value for key, value in settings.items() if key not in _OPTIONS_OF_METHOD}
         return cls(**(settings | options))
@@ -162,7 +163,7 @@ class FistaPruningConfig(PruningOptions):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        values = dataclasses.asdict(self)
+        values = dataclasses.asdict(self)  # tuples stay tuples, which JSON has not
         return values | {"include": list(self.include), "exclude": list(self.exclude)}
 
     @classmethod
@@ -219,6 +220,7 @@ class FistaPruningConfig(PruningOptions):
         """Whether the operator called `name` takes part in the allocation of zeros."""
         allocation = self.allocation or method_defaults(self.method).allocation
         allocated = allocation == "fisher" and not self._pattern_of(None).fixed  # 2:4 leaves nothing to share out
+        # an override is a number of zeros that the user has chosen
         return allocated and not any(matches(name, (pattern,)) for pattern in self.overrides)
 
     def _pattern_of(self, override: float | str | None) -> SparsityPattern:

@@ -23,7 +23,7 @@ def numerical_environment() -> Iterator[None]:
     accelerator = torch.accelerator.current_accelerator()
     kinds = {"cpu", accelerator.type} if accelerator is not None else {"cpu"}
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.inference_mode(False))  # its tensors can't be written to, nor take part in autograd
         for kind in kinds:
             if torch.is_autocast_enabled(kind):
                 # Its cache of rounded weights lives until the caller's autocast ends: training would see old ones.

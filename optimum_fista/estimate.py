@@ -2,8 +2,8 @@
 
 For the time, a model with one decoder layer of each kind gets random weights and is really pruned on random tokens: the
 seconds of a layer, times the layers of its kind. If all tokens would take long, a part of them is taken, and the time
-besides solving grows in proportion. A device that is not in this machine is not tried, nor a layer that needs more
-memory than is free or half a minute to be solved: a run shows the time left once its first layer is pruned.
+besides solving grows in proportion. No formula knows the speed of a machine, but a trial needs the device, the memory
+of a layer and less than half a minute to solve it; otherwise a run shows the time left once its first layer is pruned.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ from optimum_fista.text.calibration_tokens import usual_length
 from optimum_fista.text.self_sampling import num_batches, num_texts
 from optimum_fista.text.sources import usual_texts
 
-LIBRARIES = 325 * 2**20
-"""Bytes of Python, torch, Transformers, and of the picture of the model card."""
+LIBRARIES = 325 * 2**20  # bytes of Python, torch, Transformers, and of the picture of the model card
+# Gram matrices, weights, and blocks of rows, in float32, that a method holds besides its problem: fitted to
+# measured peaks.
 _SOLVERS = {"obs_admm": (1.1, 1.2, 3.8), "sparsegpt": (2.4, 2.0, 1.1), "fista": (1.6, 5.5, 0.3), "admm": (2, 4.1, 1.8)}
 _SOLVERS |= {"dsnot": (0.8, 3.7, 0), **dict.fromkeys(("wanda", "magnitude", "flap"), (0.2, 1.3, 2.6))}
-"""Gram matrices, weights, and blocks of rows, in float32, that a method holds besides its problem."""
-_TOKENS_TOGETHER, _TRIED_SECONDS, _SOLVING_SECONDS = 8192, 10, 30
+_TOKENS_TOGETHER = 8192  # in a forward pass: more make an accelerator no faster
+_TRIED_SECONDS, _SOLVING_SECONDS = 10, 30
 
 
 def _total_bytes(device: torch.device) -> float:
@@ -77,6 +78,7 @@ class Estimate:
         config = (config or FistaPruningConfig()).resolved()
         require_zeros_to_pack(config, packed)
         given = model if isinstance(model, PreTrainedConfig) else loading.read_config(str(model))
+        # A GGUF file is read whole: its weights are unpacked to float32.
         self.whole = not isinstance(model, PreTrainedConfig) and loading.gguf_file(str(model)) is not None
         stored = loading.floating_dtype((None if self.whole else getattr(given, "dtype", None)) or torch.float32)
         dtype = stored if dtype == "auto" else loading.floating_dtype(dtype)
@@ -97,17 +99,13 @@ class Estimate:
         plan = plan.with_budgets(Budgets(removed_layers=going))
         self.layers, self.asked, self.config = plan.layers, plan.asked, plan.config
         self.left_dense, chosen, removal, self.num_removed = plan.left_dense, plan.operators, plan.removal, 0
-        if isinstance(removal, PartsRemoval):
-            self.num_removed = self.model.num_parameters() - removal.smaller.model.num_parameters()
         shapes = {key: operator.shape for those in chosen.values() for key, operator in those.items()}
-        repaired = {key for those in chosen.values() for key in [*those][-1:]}
-        pruned = [
-            k
-            for k in shapes
-            if not isinstance(removal, PartsRemoval) or k in repaired or self.config.pattern_for(k).sparsity
-        ]
-        self.operators = {key: shapes[key] for key in pruned}
-        self.pruned = [[key for key in pruned if key.startswith(f"{name}.")] for name, _ in self.layers]
+        repaired = {key for those in chosen.values() for key in [*those][-1:]}  # the last one of a decoder layer
+        if isinstance(removal, PartsRemoval):  # only these lose inputs, or are fitted anew
+            self.num_removed = self.model.num_parameters() - removal.smaller.model.num_parameters()
+            shapes = {k: s for k, s in shapes.items() if k in repaired or self.config.pattern_for(k).sparsity}
+        self.operators = shapes
+        self.pruned = [[key for key in shapes if key.startswith(f"{name}.")] for name, _ in self.layers]
         self.weights = {key: rows * columns for key, (rows, columns) in self.operators.items()}
         self.zeros = {k: self.weights[k] - self.config.pattern_for(k).num_kept(s) for k, s in self.operators.items()}
         self.allocates = any(map(self.config.shares_budget, self.operators))
@@ -116,31 +114,30 @@ class Estimate:
         whole, total = sum(self._whole_model.values()), _total_bytes(torch.device(self.place or self.device))
         self.too_large_to_write = calibration is None and whole > total
         self.calibration = calibration or (usual_texts()[1] if self.too_large_to_write else "self")
+        # Hidden states of the dense network, and of the pruned one.
         self.streams = self.config.correction.needs_dense + (self.config.correction.carry == "full")
         self.stream_bytes = self.value * num_samples * self.length * self.hidden
         most = 1 if self.on_cpu else max(1, min(num_samples, _TOKENS_TOGETHER // self.length))
         self.batch_size, free = batch_size or most, available_bytes(torch.device(self.place or self.device))
         while batch_size is None and self.batch_size > 1 and free and sum(self.memory["device"].values()) > 0.8 * free:
-            self.batch_size //= 2
+            self.batch_size //= 2  # until a fifth of the device stays free for what the formulas do not know
 
     @property
     def disk_bytes(self) -> dict[str, int]:
         """Bytes on disk by part when the last decoder layer is written."""
         zeros = sum(self.zeros.values())  # or weights that are removed with their inputs
-        masks = (sum(self.weights.values()) - (zeros if self.num_removed else 0)) // 8
+        masks = (sum(self.weights.values()) - (zeros if self.num_removed else 0)) // 8  # a bit a weight
         saved = self.num_removed * self.value + self.packed * (zeros * self.value - masks)
         fused = [p for m in filter(is_fused_experts, self.model.modules()) for p in m.parameters(False) if p.ndim == 3]
-        parts = {"model": self.weight_bytes - saved, "masks": masks if self.packed else 2 * masks}
+        parts = {"model": self.weight_bytes - saved, "masks": masks if self.packed else 2 * masks}  # the journal's too
         parts["fused experts, copied by the lazy reader"] = sum(parameter.nbytes for parameter in fused)
         return parts | {"hidden states of two layers": 2 * self.streams * self.stream_bytes}
 
     @property
     def memory(self) -> dict[str, dict[str, float]]:
         """Bytes by part when most is held, by place: `"device"` and `"host"`, or `"host"` alone on a CPU."""
-        always: dict[str, float] = {
-            "Python and libraries": LIBRARIES,
-            "calibration tokens": 8 * self.num_samples * self.length,
-        }
+        tokens = 8 * self.num_samples * self.length  # int64
+        always: dict[str, float] = {"Python and libraries": LIBRARIES, "calibration tokens": tokens}
         peaks: dict[str, dict[str, float]] = {"host": always | {"masks": sum(self.weights.values()) // 8}}
         for computing, waiting in self._moments():
             host, device = dict(always), {**computing, "all weights": self.weight_bytes * self.whole}
@@ -153,7 +150,9 @@ class Estimate:
     def _whole_model(self) -> dict[str, float]:
         """Bytes that are held while the model writes its own text, by part."""
         texts = -(-self.num_samples // num_batches(self.num_samples))  # that are written together
+        # Keys and values of as many features as a hidden state: fewer heads of both are not counted on.
         keys = 2 * self.value * texts * self.length * len(self.layers) * self.hidden
+        # Of the newest token of every text, with float32 copies for softmax and sampling.
         logits = texts * num_texts(self.length) * self.vocabulary * (self.value + 12)
         return {"whole model": self.weight_bytes, "keys and values": keys, "logits": logits}
 
@@ -171,20 +170,24 @@ class Estimate:
             groups: dict[tuple[str, int], list[int]] = {}  # outputs of the operators of a module with as many inputs
             for key in names:
                 groups.setdefault((key.rpartition(".")[0], self.operators[key][1]), []).append(self.operators[key][0])
+            # Experts are left out: each sees a share of the tokens.
             seen = {place: those for place, those in groups.items() if ".experts." not in f"{place[0]}."}
-            recorded = (
-                sum(min(sum(those), place[1]) for place, those in seen.items()) * self.config.correction.needs_dense
-            )
+            features = sum(min(sum(those), columns) for (_, columns), those in seen.items())  # outputs, or inputs
+            recorded = features * self.config.correction.needs_dense
             held: dict[str, float] = {"decoder layer": sum(p.nbytes for p in layer.parameters()) * self.reads}
             held |= {"one batch": value * batch * (2 * self.hidden + 3 * max(map(max, seen.values()), default=0))}
             if self.config.correction.carry == "none" or self.config.held_out:
+                # All groups of a decoder layer are summed in one pass over the tokens.
                 held |= {"other Gram matrices": sum(4 * columns**2 for _, columns in seen)}
             for (_, columns), those in groups.items():
-                gram, matrix = 4 * columns**2, 4 * sum(those) * columns
+                gram, matrix = 4 * columns**2, 4 * sum(those) * columns  # float32
                 block = 4 * columns * rows_in_block(max(those), columns, 1 if self.on_cpu else SCALE_ON_DEVICES)
                 solver = factors[0] * gram + factors[1] * matrix + factors[2] * min(block, matrix)
                 waiting = tokens * (recorded + columns + (self.streams + 2) * self.hidden)
-                yield held | {"Gram matrix": gram, "targets": 2 * matrix, "solver": max(1.5 * gram, solver)}, waiting
+                yield (
+                    held | {"Gram matrix": gram, "weights and targets": 2 * matrix, "solver": max(1.5 * gram, solver)},
+                    waiting,
+                )
 
     @cached_property
     def seconds(self) -> dict[str, float]:
@@ -194,6 +197,7 @@ class Estimate:
             kind = *(p.shape for p in layer.parameters()), *(key.removeprefix(name) for key in self.pruned[number])
             kinds.setdefault((type(layer), kind), []).append(number)
         firsts = [alike[0] for alike in kinds.values()]
+        # A bound on the work: a hundred products of weights [out, in] with a matrix [in, in].
         products = 100 * sum(self.weights[k] * self.operators[k][1] for first in firsts for k in self.pruned[first])
         one = Timer("square @ square", globals={"square": torch.randn(1024, 1024, device=device)}).timeit(5).median
         needed = sum(self.memory["host" if self.on_cpu else "device"].values()) - LIBRARIES * self.on_cpu
@@ -202,6 +206,7 @@ class Estimate:
         small = self.model if len(firsts) == len(self.layers) else plan_shrinking(self.model, layers=firsts).model
         tried, most = min(self.num_samples, self.batch_size + self.config.held_out), self.num_samples
         with TemporaryDirectory(prefix="optimum-fista-") as folder, warnings.catch_warnings(action="ignore"):
+            # Pruned from files to files, as the run will be, so that reading and writing count.
             AutoModelForCausalLM.from_config(small.config, dtype=self.model.dtype).save_pretrained(f"{folder}/dense")
             for attempt in range(2):  # the first finds out how many sequences fit into the time
                 tokens = torch.randint(0, self.vocabulary, (tried, self.length)).split(self.batch_size)
@@ -211,6 +216,7 @@ class Estimate:
                 total, solving = time.perf_counter() - started, report.totals["solve_seconds"]
                 layers, more = [layer.seconds for layer in report.layers], most / tried
                 tried = max(tried, min(most, int(tried * _TRIED_SECONDS / (sum(layers) - solving))))
+        # A pass over the whole model for the allocation takes as much longer as it has more weights.
         sizes = [sum(p.numel() for p in layer.parameters()) for _, layer in self.layers]
         head, seen = self.vocabulary * self.hidden, self.config.allocation_tokens / self.length
         grown = (head + sum(sizes)) / (head + sum(sizes[first] for first in firsts))

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 ErrorCorrection = Literal["none", "intra", "full"] | float
 Allocation = Literal["uniform", "fisher"]
-SEEDS = (0, 2**64 - 1)
+SEEDS = (0, 2**64 - 1)  # that torch.manual_seed takes
 
 _WHICH, _METHOD, _MACHINE = "which operators", "method", "calibration and machine"
 
@@ -32,7 +32,7 @@ def option(
     """Declare an option of a dataclass: its default or what makes it, its help, the least and the largest number it
     takes (`None`: there is no largest one), and the group of rarely used options that it belongs to.
     """
-    kind = "default_factory" if callable(default) else "default"
+    kind = "default_factory" if callable(default) else "default"  # dict, so that no two configurations share one
     return field(**{kind: default}, metadata={"help": text, "limits": limits, "advanced": advanced})
 
 
@@ -115,7 +115,7 @@ class PruningOptions:
 
 
 T = TypeVar("T")
-_types_of: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
+_types_of: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)  # slow, and asked for every record
 
 
 def as_record(kind: type[T], values: Mapping[str, Any]) -> T:

@@ -108,8 +108,9 @@ class _Speaker:
         streamer.on_finalized_text = say
         heat, room = self.settings.temperature, self.room - prompt["input_ids"].shape[1]
         options: Any = {"do_sample": True, "temperature": heat, "top_k": 0} if heat else {}
+        # Beyond its last position a model writes nonsense, or fails.
         options |= {"max_new_tokens": int(min(self.settings.max_new_tokens, room)), "streamer": streamer}
-        torch.manual_seed(self.settings.seed)
+        torch.manual_seed(self.settings.seed)  # for every answer, so that two models draw alike
         try:
             self.model.generate(**prompt, **options, logits_processor=[refuse_nan])
         finally:  # what was said until Ctrl-C stays in the conversation

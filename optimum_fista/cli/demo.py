@@ -64,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"[{time.perf_counter() - started:3.0f} s] {what}", flush=True)
 
     say("reading the model")
+    # float32: processors without AVX512-BF16 or AMX multiply bfloat16 several times more slowly.
     dense, tokenizer = load_model(arguments.model or _smollm2_folder(), dtype="float32")
     tokens, windows = _material(arguments.text, dense, tokenizer)
     say("measuring the dense model")
@@ -102,7 +103,7 @@ def _material(source: str, model: Any, tokenizer: Any) -> tuple[Any, Any]:
             f"--text {source} has {len(windows)} windows of {length} tokens, and the demo calibrates on {_WINDOWS} and "
             f"measures on {_WINDOWS}: pass a longer text."
         )
-    others = windows[_WINDOWS:]
+    others = windows[_WINDOWS:]  # those to calibrate on are spread over the rest of the text
     return others[:: len(others) // _WINDOWS][:_WINDOWS], windows[:_WINDOWS]
 
 

@@ -53,11 +53,11 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.text and not arguments.tasks:
         raise ValueError("nothing to measure: pass --text SOURCE for the perplexity, or --tasks A,B for the accuracy.")
     if arguments.output is not None:
-        require_addable(arguments.output)
+        require_addable(arguments.output)  # before hours of measuring
     suite = None
     if arguments.tasks:
         options = {name: getattr(arguments, name) for name in ("include_path", "limit", "batch_size")}
-        suite = TaskSuite(arguments.tasks, **options)
+        suite = TaskSuite(arguments.tasks, **options)  # unknown tasks are refused before a model is loaded
     text = load_text(arguments.text, "test") if arguments.text else None
     model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     if text is not None:
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"perplexity {result.perplexity:.3f} on {arguments.text}: {result.num_windows} windows of "
             f"{result.sequence_length} tokens, {result.num_tokens} predicted, {result.seconds:.1f} s"
         )
-        keep(result)
+        keep(result)  # at once: the tasks may fail
     for found in suite.measure(model, tokenizer) if suite is not None else ():
         for metric, score in found.scores.items():
             error = "" if score.stderr is None else f" ± {score.stderr:.4f}"

@@ -27,17 +27,17 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> dict[str, Any
     groups: dict[str, Any] = {}
     hints = get_type_hints(options)
     for field in fields(options):
-        title = field.metadata["advanced"]
+        title = field.metadata["advanced"]  # of the group, or None: an option of every day
         kinds = kinds_of(hints[field.name])
         kind, origin = kinds[0], get_origin(kinds[0])
         if origin is Mapping:
-            continue
+            continue  # in Python, or in a file that --config names
         text, flag, settings = field.metadata["help"], field.name.replace("_", "-"), {}
         if kind is bool:
-            settings = {"action": "store_const", "const": not field.default}
+            settings = {"action": "store_const", "const": not field.default}  # None if it is not given
             flag, text = (f"no-{flag}", f"do not {text}") if field.default else (flag, text)
         elif origin is tuple:
-            settings = {"action": "append", "metavar": "GLOB"}
+            settings = {"action": "append", "metavar": "GLOB"}  # a flag for each pattern
         elif origin is Literal and len(kinds) == 1:
             settings = {"choices": get_args(kind)}
         else:
@@ -46,7 +46,9 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> dict[str, Any
             text += f" (default {field.default})"
         if title is not None and title not in groups:
             groups[title] = parser.add_argument_group(f"advanced: {title}")
-        groups.get(title, parser).add_argument(f"--{flag}", dest=field.name, help=text.replace("%", "%%"), **settings)
+        groups.get(title, parser).add_argument(
+            f"--{flag}", dest=field.name, help=text.replace("%", "%%"), **settings
+        )  # argparse fills in %
     return groups
 
 

@@ -146,6 +146,7 @@ def verdicts(report: PruningReport) -> Iterator[str]:
         yield f"{numbers} ({_verdict(found)}), on {report.measured_on}"
     if report.operators:
         worst = max(report.operators, key=lambda o: o.fit_error)
+        # docs/report.md tells what these limits rest on
         word = "low" if worst.fit_error < 0.2 else "usual" if worst.fit_error < 0.5 else "high"
         yield f"largest fit error {worst.fit_error:.2f} ({word}): {worst.name.removesuffix('.weight')}"
 

@@ -36,7 +36,7 @@ def convert(arguments: argparse.Namespace, write: Callable[..., object], title: 
     """Write the folder in its other form, and print the sizes."""
     from tqdm.auto import tqdm
 
-    with tqdm(desc=title, unit="file", delay=1) as bar:
+    with tqdm(desc=title, unit="file", delay=1) as bar:  # a small folder is done before a bar is needed
         sizes = write(
             arguments.folder, arguments.output, overwrite=arguments.overwrite, progress=lambda _: bar.update()
         )

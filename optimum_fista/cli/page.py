@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.page.render import read_contents, render_page
 
     output = arguments.output or arguments.folder / "fista" / "report.html"
-    require_writable(output)
+    require_writable(output)  # before the page is made
     contents = read_contents(arguments.folder, arguments.evaluations)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_about(output, render_page(contents))

@@ -46,7 +46,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments, those of every day first."""
-    parser.usage = "%(prog)s MODEL [options]"
+    parser.usage = "%(prog)s MODEL [options]"  # argparse's own would fill a screen
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
     folders = "folder to write the model to (default: MODEL's name with -50pct, -2of4, ...)"
@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--packed", action="store_true", help="store the pruned weights without their zeros (see pack --help)")
     pushed = "upload the folder when done, with the copies of all small files beside the weights of MODEL"
     add("--push-to-hub", metavar="REPO", help=pushed)
+    # None: the Hub decides, by the settings of an organisation.
     add("--private", action="store_true", default=None, help="make a new repository private")
     add = advanced["method"].add_argument
     add("--config", metavar="FILE", help="JSON file, pruned folder or Hub id with a configuration; flags override it")
@@ -111,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         opened.enter_context(first_process_speaks(ranks.index, "optimum_fista.prune.removal"))
         try:
-            ranks.first(lock)
+            ranks.first(lock)  # until the model is in its place: two runs must not write into one folder
             arguments.batch_size, arguments.calibration = ranks.first(lambda: say_before(arguments, config))
             callbacks = [] if ranks.index else [opened.enter_context(closing(Progress(shares=ranks.count > 1)))]
             folder = unfinished_folder(arguments.output) / FOLDER
@@ -156,7 +157,7 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
     require_output(arguments.output, arguments.overwrite, source=arguments.model)
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise ValueError(f"--batch-size {arguments.batch_size}: pass at least 1.")
-    if arguments.calibration not in (None, "self"):
+    if arguments.calibration not in (None, "self"):  # both are written by the model, or chosen with its size
         require_source(arguments.calibration)
     usable_device(arguments.device)
     storage_place(arguments.storage_device, torch.device("cpu"))

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{arguments.folder}: BROKEN: {error}", file=sys.stderr)
         return 1
     found = [proven.removed] if proven.removed else []
-    if proven.num_zeros or not found:
+    if proven.num_zeros or not found:  # removed parts and zeros, or one of them
         share = proven.num_zeros / max(1, proven.num_weights)
         found.append(f"{proven.num_zeros:,} of {proven.num_weights:,} weights zero ({share:.4%})")
     mixtures = f" and {proven.num_mixtures} mixtures" if proven.num_mixtures else ""
@@ -57,4 +57,4 @@ def run(arguments: argparse.Namespace) -> int:
     with tqdm(desc="Comparing", unit="tensor") as bar:
         difference = compare_folders(arguments.folder, arguments.same_as, lambda _: bar.update())
     print(f"{arguments.folder} and {arguments.same_as}: {difference}")
-    return 1 if difference.different else 0
+    return int(bool(difference.different))  # as diff does

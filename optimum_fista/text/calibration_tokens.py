@@ -24,7 +24,7 @@ from optimum_fista.text.self_sampling import sample_text_from_model
 from optimum_fista.text.sources import load_text
 from optimum_fista.text.windows import calibration_windows
 
-_USUAL_LENGTH = 2048
+_USUAL_LENGTH = 2048  # as in SparseGPT and Wanda
 
 
 def calibration_tokens(

@@ -42,6 +42,7 @@ class TextSource:
     @property
     def sha256(self) -> str:
         """Hex digest of the joined text in UTF-8: equal for equal texts, whatever file they came from."""
+        # surrogatepass: JSON may escape half of a surrogate pair
         return hashlib.sha256(self.joined.encode("utf-8", "surrogatepass")).hexdigest()
 
 
