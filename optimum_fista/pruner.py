@@ -138,8 +138,8 @@ class FistaPruner:
         if output_dir is not None or packed:
             option = "packed=True" if packed else "output_dir"
             raise ValueError(f"{option} is for a model given by name: save a loaded model by save_pretrained.")
-        started, place = time.perf_counter(), self.storage_device
-        storage = None if place is None else storage_place(place, torch.device("cpu"))
+        started = time.perf_counter()
+        storage = storage_place(self.storage_device)
         if self.config.whole_parts is not None:
             require_in_memory(model, self.config.whole_parts)
         plan = prepare(model, self.config, storage=storage, **settings)

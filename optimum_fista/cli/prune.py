@@ -145,7 +145,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:
     """Refuse what can't work before anything is read or printed."""
-    import torch
 
     from optimum_fista.folder.hub import require_push
     from optimum_fista.folder.loading import storage_place, usable_device
@@ -160,7 +159,7 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
     if arguments.calibration not in (None, "self"):  # both are written by the model, or chosen with its size
         require_source(arguments.calibration)
     usable_device(arguments.device)
-    storage_place(arguments.storage_device, torch.device("cpu"))
+    storage_place(arguments.storage_device)
     if arguments.private and not arguments.push_to_hub:
         raise ValueError("--private makes sense with --push-to-hub REPO only.")
     if arguments.push_to_hub:

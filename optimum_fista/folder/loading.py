@@ -238,10 +238,10 @@ def usable_device(device: str | None) -> torch.device:
         raise ValueError(f"device={device!r} can't be used: {error}. Pass 'cpu', 'cuda' or 'cuda:N'.") from error
 
 
-def storage_place(name: str | torch.device | Path | None, default: torch.device) -> Storage:
-    """Where activations are to wait: `default` for `None`, a device, a folder, or for `"disk"` the temporary folder."""
+def storage_place(name: str | torch.device | Path | None) -> Storage | None:
+    """Where activations are to wait: a device, a folder, or for `"disk"` the temporary folder; `None` stays."""
     if name is None:
-        return default
+        return None
     if name == "disk":
         return Path(tempfile.gettempdir())
     if isinstance(name, Path) and name.is_dir():

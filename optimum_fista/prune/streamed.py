@@ -59,7 +59,7 @@ def prune_files(
     require_output(output_dir, overwrite, source=name)  # what costs nothing comes before the model is read
     require_zeros_to_pack(config, packed)
     usable_device(device)
-    storage = None if storage_device is None else storage_place(storage_device, torch.device("cpu"))
+    storage = storage_place(storage_device)
     folder = unfinished_folder(output_dir)
     with joined_ranks(device) as ranks, ExitStack() as opened, ExitStack() as offloaded:
 
