@@ -43,7 +43,7 @@ def plain_flops(model, tokens: torch.Tensor) -> float:
     name, layer = next(iter(decoder))
     operators = find_operators(name, layer)
     with counted_products() as counter:
-        recorded = record_inputs(model, decoder, read_batches(tokens[:1].split(1), model.config.vocab_size))
+        recorded = record_inputs(decoder, read_batches(tokens[:1].split(1), model.config.vocab_size))
         before = counter.get_total_flops()
         output = recorded.calls[0][0].run(layer, recorded.hidden_states[0])
         one_pass = (counter.get_total_flops() - before) / output.shape[:2].numel()

@@ -42,9 +42,7 @@ def layer_problems(
 ) -> Iterator[list[list[LayerProblem]]]:
     """Groups of operators, decoder layer by decoder layer: `[text][operator]` problems that share their inputs."""
     decoder = find_decoder_layers(model)
-    records = [
-        record_inputs(model, decoder, read_batches(tokens.split(1), model.config.vocab_size)) for tokens in token_sets
-    ]
+    records = [record_inputs(decoder, read_batches(tokens.split(1), model.config.vocab_size)) for tokens in token_sets]
     hidden: list[Sequence[torch.Tensor]] = [record.hidden_states for record in records]
     last = len(decoder) - 1 if layers is None else max(layers)
     for index, (name, layer) in enumerate(decoder):

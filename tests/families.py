@@ -144,7 +144,7 @@ def require_same_hidden_states(model: PreTrainedModel) -> None:
         model(input_ids=batch.input_ids, use_cache=False)
         for handle in handles:
             handle.remove()
-        recorded = record_inputs(model, layers, [batch])
+        recorded = record_inputs(layers, [batch])
         hidden = recorded.hidden_states[0]
         for calls, layer, expected in zip(recorded.calls, layers.modules, inside, strict=True):
             hidden = calls[0].run(layer, hidden)

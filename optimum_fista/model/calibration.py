@@ -39,10 +39,6 @@ class CalibrationBatch:
     held_out: bool = False
     text: str | None = None
 
-    def __post_init__(self) -> None:
-        if self.attention_mask is not None and bool(self.attention_mask.all()):
-            object.__setattr__(self, "attention_mask", None)  # attention is quicker without a mask
-
     @property
     def num_tokens(self) -> int:
         """Number of real tokens."""
@@ -56,6 +52,7 @@ class CalibrationBatch:
     def sequences(self, start: int, stop: int) -> CalibrationBatch:
         """A batch of some of the sequences."""
         mask = None if self.attention_mask is None else self.attention_mask[start:stop]
+        mask = None if mask is None or bool(mask.all()) else mask  # attention is quicker without one
         return replace(self, input_ids=self.input_ids[start:stop], attention_mask=mask)
 
 
@@ -157,7 +154,8 @@ def _read_batch(item: Any, where: str, vocab_size: int, longest: int | None) -> 
     order = real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
     held_out = others.get("held_out")
     text = held_out if isinstance(held_out, str) else None
-    return CalibrationBatch(ids.gather(1, order), real.gather(1, order), bool(held_out), text)
+    mask = None if bool(real.all()) else real.gather(1, order)
+    return CalibrationBatch(ids.gather(1, order), mask, bool(held_out), text)
 
 
 def _real_tokens(ids: Tensor, others: Mapping[str, Any], where: str) -> Tensor:

@@ -56,7 +56,7 @@ class HeldOut:
         """
         resumes, sweep = bool(self._streams), self._sweep
         for network in _NETWORKS:  # once for each, because each writes to dictionaries of its own
-            recorded = record_inputs(sweep.layers.model, sweep.layers, self.sequences, sweep.storage)
+            recorded = record_inputs(sweep.layers, self.sequences, sweep.storage)
             self._calls[network] = recorded.calls
             self._streams.setdefault(network, recorded.hidden_states)
         calls = (call for of_layer in recorded.calls for call in of_layer)

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import ActivationStore, Storage
@@ -55,7 +54,6 @@ class RecordedInputs:
 
 
 def record_inputs(
-    model: PreTrainedModel,
     layers: DecoderLayers,
     batches: Sequence[CalibrationBatch],
     storage: Storage | None = None,
@@ -69,10 +67,8 @@ def record_inputs(
     (`runs_layers`), and what is handed on is recorded as it is in the dense network. Hidden states are kept at
     `storage`; `None`: on the device.
     """
-    device, recorder = (
-        execution_device(model.get_input_embeddings()),
-        _Recorder(layers, runs_layers, [[] for _ in layers.modules]),
-    )
+    model, recorder = layers.model, _Recorder(layers, runs_layers, [[] for _ in layers.modules])
+    device = execution_device(model.get_input_embeddings())
     hidden_states, token_masks = ActivationStore(storage or device, device), list[Tensor | None]()
     forwards = [partial(recorder.forward, index, layer.forward) for index, layer in enumerate(layers.modules)]
     try:
@@ -93,7 +89,7 @@ def record_inputs(
                 hidden_states.append(recorder.first)
                 token_masks.append(mask)
     except _HandsOnMore:  # skipping layers is cheap, and only the recording itself shows that a model hands on more
-        return record_inputs(model, layers, batches, storage, runs_layers=True)
+        return record_inputs(layers, batches, storage, runs_layers=True)
     return RecordedInputs(hidden_states, recorder.calls, token_masks, [b.held_out for b in batches], runs_layers)
 
 

@@ -47,7 +47,7 @@ def choose_layers(loss: DenseLoss, count: int) -> list[tuple[int, float]]:
         raise ValueError(
             "calib_dataloader holds no sequence of two tokens, so losses can't be compared: pass longer ones."
         )
-    recorded = record_inputs(model, layers, sequences, loss.storage)
+    recorded = record_inputs(layers, sequences, loss.storage)
     if recorded.handed_on:
         raise UnsupportedArchitectureError(
             f"the decoder layers of {type(model).__name__} hand more to the next than hidden states, so none of them "

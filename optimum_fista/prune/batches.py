@@ -56,7 +56,7 @@ def record(plan: Plan, calibration: Calibration) -> Calibration:
     """Record what the decoder layers are called with, unless that is known."""
     if calibration.recorded is not None:
         return calibration
-    recorded = record_inputs(plan.layers.model, plan.layers, calibration.batches, plan.storage)
+    recorded = record_inputs(plan.layers, calibration.batches, plan.storage)
     states = calibration.states or plan.config.correction.enter(recorded.hidden_states)
     del recorded.hidden_states  # `states` own them: they are freed with the first layer
     return replace(calibration, states=states, recorded=recorded)

@@ -29,7 +29,7 @@ def mixture_layer(family, batches=None, held_out=0):
     index = next(index for index, (name, _) in enumerate(layers) if part.name.startswith(f"{name}."))
     name, layer = list(layers)[index]
     batches = family_tokens() if batches is None else batches
-    recorded = record_inputs(model, layers, hold_out(read_batches(batches, 64), held_out))
+    recorded = record_inputs(layers, hold_out(read_batches(batches, 64), held_out))
     activations = LayerActivations(layer, recorded.calls[index], recorded.token_masks, CPU, recorded.held_out)
     return part, experts_of(part, name, layer), activations, list(recorded.hidden_states)
 

@@ -287,7 +287,7 @@ def added_operators(model, first_token=1.0) -> set[str]:
     """Operators whose output is added to that of the first decoder layer; the first token's inputs are multiplied."""
     layers = find_decoder_layers(model)
     name, layer = next(iter(layers))
-    recorded = record_inputs(model, layers, read_batches(torch.arange(1, 49).view(4, 12), 64))
+    recorded = record_inputs(layers, read_batches(torch.arange(1, 49).view(4, 12), 64))
     activations = LayerActivations(layer, recorded.calls[0], recorded.token_masks, CPU)
     hidden = recorded.hidden_states[0]
     hidden[:, 0] *= first_token

@@ -3,7 +3,6 @@ import torch
 from families import family_model
 from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 from torch import nn
-from transformers import LlamaForCausalLM
 
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.architecture import DecoderLayers, find_decoder_layers
@@ -25,7 +24,7 @@ BATCHES = [batch(2, 9), batch(3, 9, seed=1, padded=True), batch(1, 6, seed=2), b
 def record(model, batches) -> tuple[DecoderLayers, RecordedInputs]:
     layers = find_decoder_layers(model)
     with torch.no_grad():
-        return layers, record_inputs(model, layers, batches)
+        return layers, record_inputs(layers, batches)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -62,12 +61,12 @@ class Rewired(nn.Module):
         return self.call(self.layer, hidden_states, **arguments)
 
 
-def rewired(change) -> tuple[LlamaForCausalLM, DecoderLayers]:
-    """A Llama of three decoder layers whose second is called by `change(layer, hidden_states, **arguments)`."""
+def rewired(change) -> DecoderLayers:
+    """Of a Llama, three, the second of which is called by `change(layer, hidden_states, **arguments)`."""
     model = tiny_model("llama", num_hidden_layers=3)
     layers = find_decoder_layers(model)
     model.model.layers[1] = Rewired(layers.modules[1], change)
-    return model, layers
+    return layers
 
 
 @pytest.mark.parametrize(
@@ -80,10 +79,10 @@ def rewired(change) -> tuple[LlamaForCausalLM, DecoderLayers]:
     ],
 )
 def test_anything_but_one_layer_after_another_is_refused(change, reason):
-    model, layers = rewired(change)
+    layers = rewired(change)
     forwards = [layer.forward for layer in layers.modules]
     with pytest.raises(UnsupportedArchitectureError, match=reason), torch.no_grad():
-        record_inputs(model, layers, BATCHES[:1])
+        record_inputs(layers, BATCHES[:1])
     assert [layer.forward for layer in layers.modules] == forwards
 
 
