@@ -23,8 +23,7 @@ from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.layer_inputs import HiddenStates
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.packed.format import packed_names
-from optimum_fista.prune.fingerprint import SourceFiles
-from optimum_fista.prune.journal import Journal, KeptLayer
+from optimum_fista.prune.journal import Journal, KeptLayer, SourceFiles
 from optimum_fista.prune.plan import Plan
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.report import LayerRecord, PruningReport

@@ -121,7 +121,8 @@ def plan_run(layers: DecoderLayers, config: FistaPruningConfig) -> Plan:
         config = asked
         operators, left_dense = choose_operators(layers, config)
     else:
-        removal, asked, config = PartsRemoval.planned(layers, asked)
+        removal, config = PartsRemoval.planned(layers, asked)
+        asked = removal.asked
         may_be_none = bool(removal.num_removed_layers or removal.mixtures)  # these go although no operator is pruned
         operators, left_dense = choose_operators(layers, config, may_be_none=may_be_none)
         operators, config = removal.with_repairs(layers, operators, config)

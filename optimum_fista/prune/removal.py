@@ -43,8 +43,10 @@ from optimum_fista.solve.patterns import Columns, PartShare, WholeParts
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-Operators = Mapping[str, Mapping[str, LinearOperator]]
-"""Operators to prune, by the names of their decoder layers."""
+Operators = Mapping[str, Mapping[str, LinearOperator]]  # to prune, by the names of their decoder layers
+Chosen = tuple[list[Group], dict[str, str], nn.Module | None]
+Leaving = tuple[HiddenStates, MixtureReport | None]
+Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -53,30 +55,18 @@ class Removal:
 
     mixtures: Mapping[str, Part] = field(default_factory=dict)  # that lose experts, by their decoder layers
     num_removed_layers: int = 0
-    removed_layers: Mapping[int, float] = field(
-        default_factory=dict
-    )  # once chosen; the loss without it and those before
+    # Once they are chosen: numbers of decoder layers, each with the loss without it and those before.
+    removed_layers: Mapping[int, float] = field(default_factory=dict)
 
-    def before(
-        self,
-        layer_name: str,  # noqa: ARG002
-        groups: list[Group],
-        activations: LayerActivations,  # noqa: ARG002
-        hidden_states: Tensor,  # noqa: ARG002
-    ) -> tuple[list[Group], dict[str, str], nn.Module | None]:
+    def before(self, layer_name: str, groups: list[Group], activations: LayerActivations, hidden: Tensor) -> Chosen:  # noqa: ARG002
         """Choose from the groups that a decoder layer calls those to prune, and prove that what goes is no loss.
 
         Returns also its other operators, with the reason, and the module with its experts if some of them go.
         """
         return groups, {}, None
 
-    def after(
-        self,
-        layer_name: str,  # noqa: ARG002
-        sink: ModelSink,  # noqa: ARG002
-        targets: LayerTargets,
-    ) -> tuple[HiddenStates, MixtureReport | None]:
-        """Remove experts of a pruned decoder layer, and refit the others; the hidden states that leave the layer."""
+    def after(self, layer_name: str, sink: ModelSink, targets: LayerTargets) -> Leaving:  # noqa: ARG002
+        """Remove experts of a pruned decoder layer, and refit the others; returns what leaves the layer."""
         return targets.leave(), None
 
     def new_name(self, name: str) -> str | None:
@@ -84,8 +74,8 @@ class Removal:
         return name
 
     def shrink_layer(
-        self, record: LayerRecord, masks: dict[str, Tensor], tensors: dict[str, Tensor]
-    ) -> tuple[LayerRecord, dict[str, Tensor], dict[str, Tensor]]:
+        self, record: LayerRecord, masks: Tensors, tensors: Tensors
+    ) -> tuple[LayerRecord, Tensors, Tensors]:
         """A pruned decoder layer as the smaller model has it: its record, its packed masks, and its tensors by name."""
         return record, masks, tensors
 
@@ -100,40 +90,36 @@ class Removal:
 class PartsRemoval(Removal):
     """How a run removes whole parts."""
 
+    asked: FistaPruningConfig  # with a pattern of parts by number
+    counts: Mapping[str, int]  # how many parts of each kind a decoder layer keeps
     smaller: Shrinking  # the smaller model; until decoder layers are chosen, with all of them
     columns: Shrinking  # a model that keeps its experts, by which the other kinds are proved
     experts: Shrinking  # a model that loses experts only, by which a decoder layer runs without them
-    counts: Mapping[str, int]  # how many parts of each kind a decoder layer keeps
-    refits_experts: bool
-    compensates: bool  # whether a layer's last operator may make up for what the rest of it loses
-    is_carried: bool  # whether the pruned outputs of a decoder layer enter the next one
     # Kinds of layers seen to return the same without removed groups: the one thing that is noted later.
     proven: set[object] = field(default_factory=set, compare=False)
 
     @classmethod
-    def planned(
-        cls, layers: DecoderLayers, config: FistaPruningConfig
-    ) -> tuple[PartsRemoval, FistaPruningConfig, FistaPruningConfig]:
+    def planned(cls, layers: DecoderLayers, config: FistaPruningConfig) -> tuple[PartsRemoval, FistaPruningConfig]:
         """Plan the removal that a configuration asks for, whose pattern is of whole parts.
 
-        Returns also the configuration with a pattern of parts by number, and that by which the loop prunes: it has a
-        pattern of whole columns for each operator that reads what is removed, and for no others.
+        Returns also the configuration by which the loop prunes. It has a pattern of whole columns for each operator
+        that reads what is removed, and for no others.
         """
         model, asked = layers.model, _with_channels_for_size(layers.model, config)
         pattern = asked.whole_parts
         assert pattern is not None
         counts = numbers_kept(model, pattern)
         smaller, columns = _shrinkings(model, counts)
-        parts = {name: part for name, part in smaller.parts.items() if not part.is_mixture}
-        overrides = {
-            name: str(Columns.keeping(smaller.counts[name], part.groups, part.width)) for name, part in parts.items()
-        }
         mixtures = [part for part in smaller.parts.values() if part.is_mixture]
-        names = tuple(part.name for part in mixtures)  # not an operator for every matrix of theirs
-        widest = max(part.share for part in pattern.shares)
+        overrides: dict[str, float | str] = {
+            name: str(Columns.keeping(smaller.counts[name], part.groups, part.width))
+            for name, part in smaller.parts.items()
+            if not part.is_mixture
+        }
+        names = tuple(part.name for part in mixtures)  # their matrices are no operators to prune
         config = replace(
             asked,
-            pattern=f"columns:{widest!r}",
+            pattern=f"columns:{max(part.share for part in pattern.shares)!r}",
             sparsity=None,
             scope=None,
             expert_refit=True,
@@ -141,20 +127,17 @@ class PartsRemoval(Removal):
             exclude=names if overrides else ("*",),
             overrides=overrides,
         )
+        total = len(layers)
         removal = cls(
             mixtures={name: part for name, _ in layers for part in mixtures if part.name.startswith(f"{name}.")},
-            num_removed_layers=sum(
-                len(layers) - part.num_kept(len(layers)) for part in pattern.shares if part.kind == "layers"
-            ),
+            num_removed_layers=sum(total - part.num_kept(total) for part in pattern.shares if part.kind == "layers"),
+            asked=asked,
+            counts=counts,
             smaller=smaller,
             columns=columns,
             experts=plan_shrinking(model, experts=counts.get("experts")),
-            counts=counts,
-            refits_experts=asked.expert_refit,
-            compensates=asked.correction.residual_share > 0,
-            is_carried=asked.correction.carry == "full",
         )
-        return removal, asked, config
+        return removal, config
 
     def without_layers(self, layers: DecoderLayers, removed: Mapping[int, float]) -> PartsRemoval:
         """The same without the decoder layers `removed`."""
@@ -176,26 +159,23 @@ class PartsRemoval(Removal):
         residual: its last operator, if it loses no columns itself, keeps all of them and is refitted. Which one is the
         last shows when the layer runs (`before`).
         """
-        after_removed = {index + 1 for index in self.removed_layers if self.is_carried}
+        correction = self.asked.correction
+        after_removed = {index + 1 for index in self.removed_layers if correction.carry == "full"}
+        repairs = correction.residual_share > 0
         left = {name: dict(found) for name, found in operators.items()}
         all_columns: dict[str, float | str] = {}
         for index, (name, layer) in enumerate(layers):
             if index in self.removed_layers:
                 left[name] = {}
-            elif self.compensates and (("heads" in self.counts and left[name]) or index in after_removed):
+            elif repairs and (("heads" in self.counts and left[name]) or index in after_removed):
                 others = find_operators(name, layer, dense_experts=("*",))
                 all_columns |= {key: f"columns:{o.shape[1]}of{o.shape[1]}" for key, o in others.items()}
                 left[name] = others | left[name]
         return left, replace(config, overrides={**all_columns, **config.overrides}) if all_columns else config
 
-    def before(
-        self, layer_name: str, groups: list[Group], activations: LayerActivations, hidden_states: Tensor
-    ) -> tuple[list[Group], dict[str, str], nn.Module | None]:
-        """See `Removal.before`. Of a layer to repair, the operators that lose columns are pruned, and the last one.
-
-        The last one is refitted if the layer's output is something plus its output.
-        """
-        self._prove(layer_name, activations, hidden_states)
+    def before(self, layer_name: str, groups: list[Group], activations: LayerActivations, hidden: Tensor) -> Chosen:
+        """See `Removal.before`. Besides the operators that lose columns, the last one may repair the layer."""
+        self._prove(layer_name, activations, hidden)
         called = {operator.name for group in groups for operator in group}
         for name, part in self.smaller.parts.items():
             if name.startswith(f"{layer_name}.") and not part.is_mixture and name not in called:
@@ -204,7 +184,8 @@ class PartsRemoval(Removal):
                 )
         chosen = [[o for o in group if o.name in self.smaller.parts] for group in groups]
         if groups and not chosen[-1] and len(groups[-1]) == 1:
-            chosen[-1] = [o for o in groups[-1] if is_added_to_output(activations, o.module, hidden_states)]
+            # to refit it, the layer's output has to be something plus its output
+            chosen[-1] = [o for o in groups[-1] if is_added_to_output(activations, o.module, hidden)]
         pruned = {operator.name for group in chosen for operator in group}
         names = [operator.name for group in groups for operator in group if operator.name not in pruned]
         mixture, layer = self.mixtures.get(layer_name), activations.layer
@@ -247,9 +228,7 @@ class PartsRemoval(Removal):
             raise
         self.proven.add(kind)
 
-    def after(
-        self, layer_name: str, sink: ModelSink, targets: LayerTargets
-    ) -> tuple[HiddenStates, MixtureReport | None]:
+    def after(self, layer_name: str, sink: ModelSink, targets: LayerTargets) -> Leaving:
         """See `Removal.after`. The experts that stay are refitted so that they return the layer's targets together."""
         if layer_name not in self.mixtures:
             return targets.leave(), None
@@ -262,7 +241,7 @@ class PartsRemoval(Removal):
         mixture = SmallerMixture(left, replace(targets.activations, layer=smaller), targets.entering.entering, wanted)
         before, held_out = mixture.errors()
         fit_error, num_refitted, message = before, 0, ""
-        if self.refits_experts:
+        if self.asked.expert_refit:
             down = [operator for operator in experts.operators if operator.kind == "down_proj"]
             num_refitted, message = mixture.refit(lambda expert, weight: sink.write(down[kept[expert]], weight))
             fit_error, held_out = mixture.errors()
@@ -282,8 +261,8 @@ class PartsRemoval(Removal):
         return targets.leave(smaller), report
 
     def shrink_layer(
-        self, record: LayerRecord, masks: dict[str, Tensor], tensors: dict[str, Tensor]
-    ) -> tuple[LayerRecord, dict[str, Tensor], dict[str, Tensor]]:
+        self, record: LayerRecord, masks: Tensors, tensors: Tensors
+    ) -> tuple[LayerRecord, Tensors, Tensors]:
         """A pruned decoder layer as the smaller model has it; see `Removal.shrink_layer`."""
         kept = self._kept([record.report], record.operators, masks)
         layers, operators, masks = self._reports([record.report], record.operators, masks, kept)

@@ -23,55 +23,44 @@ from optimum_fista.solve.pattern import pack_mask
 class ModelSink:
     """Overwrites the weights of a model in memory, and on any exception puts the model back as it was.
 
-    A run over the decoder layers calls `write` for each operator, then `undo` or `commit`.
-
-    An interrupt (Ctrl-C) counts as one. It may come at any moment, also while a context takes off what it has
-    installed on modules, and again after another. So all that modules, the hooks of Accelerate and the configuration
-    hold is put back, and interrupts wait until that is done.
+    The loop calls `write` for each operator, then `undo` or `commit`. An interrupt (Ctrl-C) may come at any moment,
+    also while a context takes off what it has installed on modules, and again after another. So all that modules, the
+    hooks of Accelerate and the configuration hold is put back, and interrupts wait until that is done.
 
     Old weights wait in CPU memory and cost one byte for each byte of pruned weights; those that are offloaded to the
     files of a checkpoint cost nothing, because the files are not touched.
-
-    The run works in `contexts`, which are left without an interruption.
-
-    Attributes:
-        interruptible: To enter after the sink: an interrupt ends what is inside at once. It is a lock because Python
-            leaves one in a single step, between which and `__exit__` nothing is interrupted.
-        masks: Masks of the operators written, by `"{operator}.weight"`, laid out as the model stores the weight, one
-            bit a weight.
     """
 
     def __init__(self, model: nn.Module, *contexts: AbstractContextManager[Any]) -> None:
+        # To enter after the sink: an interrupt ends what is inside at once. It is a lock because Python leaves one in a
+        # single step, between which and `__exit__` nothing is interrupted.
         self.interruptible = threading.Lock()
-        self.masks: dict[str, Tensor] = {}
+        self.masks: dict[str, Tensor] = {}  # by "{operator}.weight", laid out like it, packed to one bit a weight
         self._model = model
-        self._contexts = contexts
+        self._contexts = contexts  # in which the run works; they are left without an interruption
         self._entered = ExitStack()
         self._undo: list[Callable[[], None]] = []
         self._first: list[Callable[[], None]] = []
-        self._committed = 0  # so many of these belong to finished decoder layers
-        self._onloaded: dict[tuple[int, str], tuple[nn.Module, str]] = {}
+        self._committed = 0  # so many of `_undo` belong to finished decoder layers
+        self._onloaded: dict[tuple[int, str], tuple[nn.Module, str]] = {}  # written where Accelerate brought them
         self._interrupt: Callable[[int, FrameType | None], Any] = signal.default_int_handler
-        self._waits = False
+        self._waits = False  # an interrupt, until the model is whole
 
     def write(self, operator: LinearOperator, weight: Tensor, mask: Tensor | None = None) -> None:
-        """Overwrite a weight [out, in], so that what comes after it runs on the new one, and keep its mask.
-
-        Of one that is offloaded only the copy on the device, until the layer is committed.
-        """
+        """Overwrite a weight [out, in], so that what comes after it runs on the new one, and keep its mask."""
         self._keep(operator.owner, operator.tensor, partial(getattr, operator, "parameter"))
         operator.write(weight)
         if mask is not None:
             self.masks[f"{operator.name}.weight"] = pack_mask(mask.T if operator.transposed else mask)
 
     def replace(self, owner: nn.Module, name: str, value: Tensor) -> None:
-        """The same with a whole parameter of a module, as it is stored."""
+        """Overwrite a whole parameter of a module, as it is stored."""
         self._keep(owner, name, partial(getattr, owner, name))
         getattr(owner, name).data.copy_(value)
 
     def _keep(self, owner: nn.Module, name: str, parameter: Callable[[], Tensor]) -> None:
         """Keep what is about to be overwritten: a parameter of a module, or a part of it."""
-        if offload_hook(owner):
+        if offload_hook(owner):  # only the copy on the device is overwritten until the layer is committed
             self._onloaded[id(owner), name] = (owner, name)
             return
         original = parameter().detach().to("cpu", copy=True)
@@ -82,7 +71,7 @@ class ModelSink:
         self._undo.append(restore)
 
     def undo(self) -> None:
-        """Put back all weights that were written since the last commit: their decoder layer is pruned once more."""
+        """Put back all weights that were written since the last commit: the layer starts again."""
         while len(self._undo) > self._committed:
             self._undo[-1]()
             self._undo.pop()  # only now: an interrupt may come in between
@@ -97,12 +86,9 @@ class ModelSink:
         record: LayerRecord,  # noqa: ARG002
         travelling: Sequence[HiddenStates | HeldOut],  # noqa: ARG002
     ) -> None:
-        """Make the weights of a decoder layer final, while they are on the device: overwrite those Accelerate keeps.
-
-        `travelling` is what the next decoder layer needs of this one.
-        """
+        """Make the weights of a decoder layer final, while they are on the device; `travelling` enters the next one."""
         for owner, tensor in self._onloaded.values():
-            store_tensor(owner, tensor, getattr(owner, tensor), self._undo.append)
+            store_tensor(owner, tensor, getattr(owner, tensor), self._undo.append)  # where Accelerate keeps it
         self._onloaded.clear()
         self._committed = len(self._undo)
 

@@ -29,8 +29,16 @@ from optimum_fista.prune.batches import Calibration, begin, cut_batches
 from optimum_fista.prune.budgets import share_budgets
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.file_sink import FileSink
-from optimum_fista.prune.fingerprint import SourceFiles, run_fingerprint, shared_files
-from optimum_fista.prune.journal import WEIGHTS_FILE, Journal, KeptLayer, join_run, read_record
+from optimum_fista.prune.journal import (
+    WEIGHTS_FILE,
+    Journal,
+    KeptLayer,
+    SourceFiles,
+    join_run,
+    read_record,
+    run_fingerprint,
+    shared_files,
+)
 from optimum_fista.prune.loop import prune_layers
 from optimum_fista.prune.plan import Plan, complete_report, prepare
 from optimum_fista.prune.ranks import RankError, Ranks, joined_ranks, require_independent_layers, share_layers

@@ -1,18 +1,11 @@
 """Sequences held out of the calibration: measured, and nothing is fitted to them."""
 
-import json
 
 import pytest
 import torch
-from accelerate import cpu_offload
-from folder_files import files_of
-from killed import interrupted_after
 from pruning import error_of, hidden_states_of, inputs_of, inputs_seen, prune, same, weights
-from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
+from tiny_llama import tiny_llama
 from tiny_models import VOCAB_SIZE, tiny_model
-
-from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.evaluate.verification import verify_checkpoint
 
 
 @pytest.mark.parametrize("error_correction", ["none", "intra", "full", 0.0, 0.25, 1.0])
@@ -151,39 +144,3 @@ def test_corrected_experts_have_errors_where_they_have_tokens():
     again = prune(tiny_model("mixtral"), [tokens[:8], tokens[:8]], held_out=8, **options)
     for operator in again.operators:
         assert operator.held_out_fit_error == pytest.approx(operator.fit_error, rel=1e-3)
-
-
-@pytest.mark.parametrize("error_correction", ["intra", 0.5])
-def test_offloaded_models_and_stored_activations(tokens, tmp_path, error_correction):
-    options = {"method": "wanda", "error_correction": error_correction, "held_out": 3}
-    expected = prune(tiny_llama().bfloat16(), tokens.split(4), **options)
-    model = tiny_llama().bfloat16()
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    cpu_offload(model, execution_device=torch.device("cpu"), state_dict=state)
-    pruner = FistaPruner(FistaPruningConfig(**options), progress=False, storage_device=tmp_path)
-    report = pruner.prune(model, tokens.split(4))
-    for left, right in zip(report.operators, expected.operators, strict=True):
-        assert left.held_out_fit_error == right.held_out_fit_error
-
-
-@pytest.mark.parametrize("options", [{}, {"method": "wanda", "error_correction": "intra"}], ids=["carried on", "intra"])
-def test_a_run_from_files_that_is_cut_off_goes_on_to_the_same_bytes(tmp_path, options):
-    source = save_tiny_folder(tmp_path / "source")
-    config = FistaPruningConfig(held_out=3, **options)
-
-    def run(name, config=config):
-        FistaPruner(config, progress=False).prune(source, tiny_tokens().split(4), output_dir=tmp_path / name)
-
-    run("whole")
-    with interrupted_after(0), pytest.raises(KeyboardInterrupt):
-        run("cut")
-    with pytest.raises(ValueError, match=r"the unfinished run in .* was another one .config.held_out was"):
-        run("cut", FistaPruningConfig(held_out=2, **options))
-    run("cut")
-    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
-    verify_checkpoint(tmp_path / "cut")
-    written = json.loads((tmp_path / "cut" / "fista" / "report.json").read_text())
-    expected = prune(tiny_llama(), tiny_tokens().split(4), held_out=3, **options)
-    errors = [o["held_out_fit_error"] for o in written["operators"]]
-    assert errors == pytest.approx([o.held_out_fit_error for o in expected.operators], rel=1e-5)
-    assert written["calibration"]["held_out"] == expected.calibration["held_out"]

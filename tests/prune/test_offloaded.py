@@ -1,6 +1,5 @@
 """Models that Accelerate offloads are pruned as the same models in memory, where they are kept."""
 
-import copy
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from accelerate.hooks import AlignDevicesHook
 from accelerate.utils import OffloadedWeightsLoader
 from folder_files import bytes_of
 from tiny_llama import tiny_llama
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 from untouched import Untouched, weights_of
 
 from optimum_fista import FistaPruner, FistaPruningConfig
@@ -66,19 +65,18 @@ def hooks_of(module) -> list[AlignDevicesHook]:
     return [h for h in getattr(hook, "hooks", [hook]) if isinstance(h, AlignDevicesHook)]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_a_run_that_fails_leaves_them_as_they_were(offloaded, error, tokens, monkeypatch):
+def test_a_run_that_fails_leaves_them_as_they_were(offloaded, tokens, monkeypatch):
     originals = FistaPruningConfig(method="wanda").create_method("").prune
     calls = []
 
     def prune(self, problem, pattern):
         calls.append(problem.name)
         if len(calls) == 10:  # in the second decoder layer
-            raise error
+            raise KeyboardInterrupt
         return originals(problem, pattern)
 
     monkeypatch.setattr("optimum_fista.solve.methods.wanda.Wanda.prune", prune)
-    with Untouched(offloaded), pytest.raises(error):
+    with Untouched(offloaded), pytest.raises(KeyboardInterrupt):
         FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(offloaded, tokens.split(4))
     with torch.no_grad():
         assert torch.allclose(offloaded(tokens[:2]).logits, tiny_llama()(tokens[:2]).logits, atol=1e-5)
@@ -94,20 +92,6 @@ def test_saving_an_offloaded_model(offloaded, tmp_path, tokens):
     found = weights_of(offloaded)
     assert all(torch.equal(found[name], parameter) for name, parameter in reloaded.named_parameters())
     assert int(sum((p == 0).sum() for n, p in reloaded.named_parameters() if "_proj" in n)) == 7680
-
-
-def test_tied_weights_that_were_offloaded_later_are_saved_once(tmp_path, tokens):
-    config = tiny_llama().config
-    config.tie_word_embeddings = True
-    expected = LlamaForCausalLM(config)
-    model = copy.deepcopy(expected)
-    cpu_offload(model, execution_device=torch.device("cpu"))
-    pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
-    pruner.prune(model, tokens.split(4))
-    pruner.save_pretrained(model, tmp_path / "pruned")
-    FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(expected, tokens.split(4))
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").state_dict()
-    assert all(torch.equal(reloaded[name], value) for name, value in expected.state_dict().items())
 
 
 def test_damaged_offloaded_weights_are_named(tiny_folder, tokens):

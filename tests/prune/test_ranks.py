@@ -10,8 +10,6 @@ import pytest
 import torch
 from folder_files import files_of
 from launched import (
-    command,
-    command_until_killed,
     exit_codes,
     launch,
     prune,
@@ -21,10 +19,9 @@ from launched import (
     run_code,
     torchrun,
 )
-from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokens
+from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.cli.main import main
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder.output import unfinished_folder
 from optimum_fista.prune.ranks import Ranks, joined_ranks, launched_processes, require_independent_layers, share_layers
@@ -150,21 +147,6 @@ def test_accelerate_launches_the_command(source, tmp_path):
     for once in ("35 operators pruned by ", f"saved to {tmp_path / 'pruned'}", "optimum-fista verify "):
         assert process.stdout.count(once) == 1  # one of the processes speaks for both
     assert verify_checkpoint(tmp_path / "pruned").num_operators == 7 * LAYERS
-
-
-def test_a_command_resumes_with_another_number_of_processes(source, tmp_path):
-    calibration = str(tmp_path / "sea.txt")
-    Path(calibration).write_text(TEXT)
-    first = ["prune", str(source), "--error-correction", "intra", "--method", "wanda", "--num-samples", "8"]
-    first += ["--sequence-length", "16", "--device", "cpu", "--calibration", calibration, "--output"]
-    alone, output = str(tmp_path / "alone"), str(tmp_path / "output")
-    assert main([*first, alone]) == 0
-    assert exit_codes(launch(1, command_until_killed, 0, [*first, output])) == [-signal.SIGKILL]
-    assert exit_codes(launch(2, command, [*first, output])) == [0, 0]
-    wanted, found = files_of(tmp_path / "alone"), files_of(tmp_path / "output")
-    assert found.keys() == wanted.keys()
-    # a run that had several processes says nothing of the perplexity
-    assert [name for name in found if found[name] != wanted[name]] == ["README.md", "fista/report.json"]
 
 
 def test_torchrun_starts_again_by_itself(source, expected, tmp_path, tmp_path_factory):

@@ -21,7 +21,6 @@ from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback
 from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
 from optimum_fista.folder.checkpoint import read_report
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.expert_removal import SmallerMixture
 from optimum_fista.model.parts import find_parts
 
 IDLE = (1, 2)
@@ -119,29 +118,6 @@ def test_a_failure_leaves_the_model_as_it_was(at):
     assert any(changed), "no expert was refitted, so that there was nothing to put back"
     assert model.config is config
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_a_layer_for_which_there_is_no_memory_is_tried_with_smaller_batches(monkeypatch):
-    """What was refitted before memory ran out is dense again, and is refitted on the smaller batches."""
-    model, other, failed = tiny_model("mixtral"), tiny_model("mixtral"), []
-    batches = torch.randint(3, 64, (48, 32), generator=torch.Generator().manual_seed(1)).split(24)
-    errors = SmallerMixture.errors
-
-    def run_out_once(mixture):
-        if len(failed) < 2:
-            failed.append(True)
-            if len(failed) == 2:  # after the refits
-                raise torch.OutOfMemoryError("no room")
-        return errors(mixture)
-
-    monkeypatch.setattr(SmallerMixture, "errors", run_out_once)
-    _, report = pruned(model, batches=batches)
-    assert len(failed) == 2
-    assert any("out of memory" in warning for warning in report.warnings)
-    _, expected = pruned(other, batches=[half for batch in batches for half in batch.split(12)])
-    assert kept(report) == kept(expected)
-    for name, value in other.state_dict().items():
-        assert torch.equal(model.state_dict()[name], value), name
 
 
 def test_runs_of_experts_that_the_router_chooses_first_keep_as_many():

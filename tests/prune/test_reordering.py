@@ -5,8 +5,6 @@ import json
 import pytest
 import torch
 from accelerate import cpu_offload
-from folder_files import files_of
-from killed import Killed, killed_at_write
 from safetensors.torch import load_file
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from tiny_models import tiny_model
@@ -97,17 +95,6 @@ def test_files_to_files_gives_the_same_model(streamed):
     assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items() if name in stored)
     assert json.loads((streamed / "pruned" / "fista" / "report.json").read_text())["config"]["reorder_channels"]
     assert verify_checkpoint(streamed / "pruned", dense=str(streamed / "dense")).num_equal > 6
-
-
-def test_a_killed_run_resumes_to_the_same_bytes(streamed, tmp_path):
-    with pytest.raises(Killed), killed_at_write(5):
-        pruner().prune(streamed / "dense", BATCHES, output_dir=tmp_path / "again")
-    pruner().prune(streamed / "dense", BATCHES, output_dir=tmp_path / "again")
-    found, expected = (
-        {n: b for n, b in files_of(f).items() if n.endswith(".safetensors")}
-        for f in (tmp_path / "again", streamed / "pruned")
-    )
-    assert found == expected
 
 
 def test_a_layer_that_returns_something_else_is_refused_and_put_back(monkeypatch):

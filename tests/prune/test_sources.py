@@ -128,15 +128,6 @@ def test_files_beside_the_weights_come_along(tmp_path, caplog):
     assert foreign_files(tmp_path / "trained") == ["notes.txt"]  # there, but not uploaded
 
 
-def test_code_of_a_model_in_memory_is_saved_too(tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(folder_with_code(tmp_path / "source"))
-    model.generation_config.temperature = model.generation_config.top_p = None
-    pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
-    pruner.prune(model, tiny_tokens().split(4))
-    pruner.save_pretrained(model, tmp_path / "out")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).own
-
-
 def test_small_files_of_the_hub_are_fetched(hub, tmp_path):
     source = folder_with_code(tmp_path / "source")
     code = f"""

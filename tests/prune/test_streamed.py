@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import random
 import re
 import shutil
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 import torch
 from folder_files import files_of
 from killed import Killed, interrupted_after, killed_at_write
-from launched import begin
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
@@ -151,31 +149,6 @@ def test_finished_layers_are_not_pruned_again(source, whole, cut_off_half_way, t
     prune(source, tmp_path / "pruned")
     assert kept == [2, 3]
     assert files_of(tmp_path / "pruned") == files_of(whole)
-
-
-def test_killed_at_random_moments(source, tmp_path):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        prune(source, tmp_path / "whole")
-    finally:
-        torch.set_num_threads(threads)
-    generator = random.Random(0)
-    output, kills = tmp_path / "pruned", 0
-    for moment in sorted(generator.uniform(0.05, 0.6) for _ in range(2)):
-        process = begin(source, output)
-        process.join(moment)
-        kills += process.is_alive()
-        process.kill()
-        process.join()
-        if output.exists():
-            break
-    assert kills
-    if not output.exists():
-        process = begin(source, output)
-        process.join(300)
-        assert process.exitcode == 0
-    assert files_of(output) == files_of(tmp_path / "whole")
 
 
 def test_what_a_killed_process_was_writing_is_not_left(source, whole, tmp_path, monkeypatch):
