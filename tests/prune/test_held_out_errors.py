@@ -1,6 +1,5 @@
 """Sequences held out of the calibration: measured, and nothing is fitted to them."""
 
-
 import pytest
 import torch
 from pruning import error_of, hidden_states_of, inputs_of, inputs_seen, prune, same, weights

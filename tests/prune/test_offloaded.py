@@ -1,6 +1,5 @@
 """Models that Accelerate offloads are pruned as the same models in memory, where they are kept."""
 
-
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
