@@ -17,14 +17,12 @@ from transformers import PreTrainedModel
 
 from optimum_fista.folder.checkpoint import checkpoint_files, read_report, read_tensors
 from optimum_fista.folder.loading import load_lazily
-from optimum_fista.folder.packed_folder import is_packed, packed_files
+from optimum_fista.folder.packed_folder import is_packed
 from optimum_fista.folder.source_files import described_loss, source_folder
 from optimum_fista.folder.stored_names import operators_by_weight, split_index, stored_names
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.parts import find_parts, numbers_kept
 from optimum_fista.model.shrinking import plan_shrinking
-from optimum_fista.packed.format import SUFFIXES, packed_names, unpack
-from optimum_fista.packed.quantizer import read_packed
 from optimum_fista.report import OperatorReport, PruningReport
 from optimum_fista.solve.patterns import WholeParts, parse_pattern
 
@@ -108,14 +106,17 @@ class FolderDifference:
 
 
 def compare_folders(folder: Path, other: Path, progress: Callable[[str], None] = lambda _: None) -> FolderDifference:
-    """Compare the tensors of two model folders, packed or not, two tensors in memory at a time."""
-    sides = [_Tensors(Path(side)) for side in (folder, other)]
-    names, same, total = sorted(sides[0].names | sides[1].names), 0, 0
+    """Compare the tensors of two model folders that are not packed, two tensors in memory at a time."""
+    if packed := [str(side) for side in (folder, other) if is_packed(side)]:
+        raise ValueError(f"{packed[0]!r} is packed, so it can't be compared: unpack it first.")
+    sides = [checkpoint_files(side) for side in (folder, other)]
+    pruned = {split_index(o.name)[0] for side in (folder, other) for o in read_report(side).operators}
+    names, same, total = sorted(sides[0].keys() | sides[1].keys()), 0, 0
     result = FolderDifference(len(names), [])
     for name in names:
-        one, two = (side.read(name) for side in sides)
+        one, two = (next(read_tensors(files, [name]))[1] if name in files else torch.empty(0) for files in sides)
         alike = one.shape == two.shape
-        if any(name in side.pruned for side in sides):  # zeros elsewhere are no masks
+        if name in pruned:  # zeros elsewhere are no masks
             total, same = total + one.numel(), same + (int(((one == 0) == (two == 0)).sum()) if alike else 0)
         if one.dtype != two.dtype or not torch.equal(one, two):
             largest = float((one.float() - two.float()).abs().max().nan_to_num(torch.inf)) if alike else torch.inf
@@ -125,20 +126,3 @@ def compare_folders(folder: Path, other: Path, progress: Callable[[str], None] =
         progress(name)
     result.same_masks = same / total if total else 1.0
     return result
-
-
-class _Tensors:
-    """The tensors of a model folder under their dense names."""
-
-    def __init__(self, folder: Path) -> None:
-        self.pruned = {split_index(operator.name)[0] for operator in read_report(folder).operators}
-        self._files = packed_files(folder) if is_packed(folder) else checkpoint_files(folder)
-        self._packed = {*packed_names(self._files)} if is_packed(folder) else set()
-        parts = {name + suffix for name in self._packed for suffix in SUFFIXES}
-        self.names = self._packed | (self._files.keys() - parts)
-
-    def read(self, name: str) -> Tensor:
-        """A tensor, dense; without elements if there is none of this name."""
-        if name in self._packed:
-            return unpack(read_packed(self._files, name))
-        return next(read_tensors(self._files, [name]))[1] if name in self.names else torch.empty(0)

@@ -1,7 +1,7 @@
 """Perplexities and accuracies in a JSON file, one record a measurement.
 
 The file of a pruned folder may hold measurements of other models too, first of all of the dense one: the report page
-shows them side by side, if their protocol was the same. Those of the folder itself join its model card.
+shows them side by side, if their protocol was the same.
 """
 
 from __future__ import annotations
@@ -9,27 +9,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from huggingface_hub import EvalResult, ModelCard
-from yaml import YAMLError
 
-from optimum_fista.folder.checkpoint import CARD_FILE, REPORT_FILE
 from optimum_fista.folder.output import require_writable, write_about
 from optimum_fista.options import as_record
-from optimum_fista.report import HUB_DATASETS, public_name
-
-logger = logging.getLogger(__name__)
+from optimum_fista.report import public_name
 
 EVALUATION_FILE = "fista/evaluation.json"  # where the report page of a model folder looks for measurements
-_ERROR = ", standard error "  # in the name of a metric: model cards have no other place for the error
 
 
 @dataclass(frozen=True)
@@ -66,9 +58,9 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A measurement and the model that it is of: a Hub id, or the last part of a path."""
+    """A measurement of a model."""
 
-    model: str
+    model: str  # a Hub id, or the last part of a path
     result: PerplexityResult | TaskResult
     place: str = ""  # digest of the path: tells models of one name apart and gives no path away; empty for a Hub id
 
@@ -111,48 +103,8 @@ def add_evaluation(file: Path, evaluation: Evaluation) -> None:
             kept = [e for e in known if (e.model, e.place, e.protocol) != key]
             records = [{"model": e.model, "place": e.place} | dataclasses.asdict(e.result) for e in [*kept, evaluation]]
             write_about(file, json.dumps(records, indent=1) + "\n")
-            folder = file.parent.parent
-            measured = file == folder / EVALUATION_FILE and evaluation.place == place_of(folder)
-            if measured and (folder / CARD_FILE).exists() and (folder / REPORT_FILE).exists():
-                _add_to_card(folder / CARD_FILE, evaluation.result)
         finally:
             lock.unlink()  # who waits for it begins anew
-
-
-def _add_to_card(file: Path, result: PerplexityResult | TaskResult) -> None:
-    """Add a measurement to the metadata of a model card, in the place of an earlier one; all else in the card stays."""
-    try:
-        card = ModelCard.load(file)
-    except (ValueError, YAMLError) as error:
-        logger.warning("The measurement is not in the metadata of %s, which can't be read: %s", file, error)
-        return
-    if isinstance(result, TaskResult):
-        name, dataset, split, scores = result.task, None, None, result.scores
-        how = f"{result.num_documents} documents, lm-eval {result.lm_eval}"
-    else:
-        name, split, scores = result.text_name or "a text", "test", {"perplexity": Score(result.perplexity)}
-        dataset, how = HUB_DATASETS.get(name), f"{result.num_windows} windows of {result.sequence_length} tokens"
-    found = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=dataset or name,
-            dataset_name=name,
-            dataset_split=split,
-            metric_type=metric,
-            metric_name=f"{metric}, {how}" + ("" if score.stderr is None else f"{_ERROR}{score.stderr:.4f}"),
-            metric_value=round(score.value, 4),
-        )
-        for metric, score in scores.items()
-    ]
-    same = {(name, f"{metric}, {how}") for metric in scores}  # measured before, with another value and error
-    before = card.data.eval_results or []
-    known = [r for r in before if (r.dataset_name, (r.metric_name or "").partition(_ERROR)[0]) not in same]
-    title = re.search(r"^# (.+)", card.text, re.M)
-    card.data.model_name = card.data.model_name or (title[1] if title else file.parent.name)  # results need a name
-    card.data.eval_results = [*known, *found]
-    listed = [card.data.datasets] if isinstance(card.data.datasets, str) else card.data.datasets or []
-    card.data.datasets = list(dict.fromkeys([*listed, *([dataset] if dataset else [])])) or None
-    write_about(file, str(card))
 
 
 def read_evaluations(file: Path) -> list[Evaluation]:

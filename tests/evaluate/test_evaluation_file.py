@@ -1,12 +1,9 @@
 import errno
 import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from huggingface_hub import EvalResult, ModelCard
-from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from launched import exit_codes, start_code
 
 from optimum_fista.evaluate.evaluation_file import Evaluation, add_evaluation, read_evaluations
@@ -28,69 +25,17 @@ def test_measurements_are_added_and_those_made_again_replaced(tmp_path):
     assert read_evaluations(file) == [measured("pruned", 12.0), measured("dense", 9.0, "sky"), measured("dense", 11.0)]
 
 
-def test_a_perplexity_of_the_folder_itself_joins_the_metadata_of_its_card(saved, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(saved.folder, folder)
-    other = EvalResult("text-generation", "a/b", "b", "accuracy", 0.5)
-    card = ModelCard.load(folder / "README.md")
-    card.data.eval_results, card.data.model_name, card.data.license = [other], "mine", "mit"
-    card.text += "My own words.\n"
-    card.save(folder / "README.md")
-
-    def measure(of: Path, perplexity: float, text: str) -> None:
-        result = PerplexityResult(perplexity, 5, 155, 32, 1.5, text, "ab")
-        add_evaluation(folder / "fista" / "evaluation.json", Evaluation.of(str(of), result))
-
-    for of, perplexity, text in (
-        (folder, 12.5, "c4"),
-        (saved.folder, 9.0, "c4"),
-        (folder, 7.0, "c4"),
-        (folder, 3.0, "sea"),
-    ):
-        measure(of, perplexity, text)
-    found = ModelCard.load(folder / "README.md")
-    assert found.text == card.text
-    assert (found.data.license, found.data.model_name, found.data.datasets) == ("mit", "mine", ["allenai/c4"])
-    values = {(r.dataset_type, r.metric_type): r.metric_value for r in found.data.eval_results}
-    assert values == {("a/b", "accuracy"): 0.5, ("allenai/c4", "perplexity"): 7.0, ("sea", "perplexity"): 3.0}
-    index = found.data.to_dict()["model-index"]
-    assert eval_results_to_model_index(*model_index_to_eval_results(index)) == index
-
-
-def test_accuracies_are_kept_with_their_errors_beside_perplexities(saved, tmp_path):
-    folder = shutil.copytree(saved.folder, tmp_path / "model")
-    file = folder / "fista" / "evaluation.json"
-    few = {"acc": Score(0.25, 0.1637), "acc_norm": Score(0.5, 0.189), "likelihood": Score(2.0)}
-    for result in (
+def test_accuracies_are_kept_with_their_errors_beside_perplexities(tmp_path):
+    file = tmp_path / "evaluation.json"
+    results = [
         measured("", 12.0).result,
-        TaskResult("arc_easy", few, 8, "0.4.13", "cd"),
+        TaskResult("arc_easy", {"acc": Score(0.25, 0.1637), "likelihood": Score(2.0)}, 8, "0.4.13", "cd"),
         TaskResult("arc_easy", {"acc": Score(0.375, 0.1712)}, 8, "0.4.13", "cd"),  # measured again
         TaskResult("arc_easy", {"acc": Score(0.4, 0.02)}, 400, "0.4.13", "cd"),
-    ):
-        add_evaluation(file, Evaluation.of(str(folder), result))
-    found = [evaluation.result for evaluation in read_evaluations(file)]
-    assert found[0] == measured("", 12.0).result
-    assert [r.scores["acc"] for r in found[1:]] == [Score(0.375, 0.1712), Score(0.4, 0.02)]
-    data = ModelCard.load(folder / "README.md").data
-    assert [(r.dataset_name, r.metric_type, r.metric_value, r.metric_name) for r in data.eval_results] == [
-        ("sea", "perplexity", 12.0, "perplexity, 5 windows of 32 tokens"),
-        ("arc_easy", "acc_norm", 0.5, "acc_norm, 8 documents, lm-eval 0.4.13, standard error 0.1890"),
-        ("arc_easy", "likelihood", 2.0, "likelihood, 8 documents, lm-eval 0.4.13"),
-        ("arc_easy", "acc", 0.375, "acc, 8 documents, lm-eval 0.4.13, standard error 0.1712"),
-        ("arc_easy", "acc", 0.4, "acc, 400 documents, lm-eval 0.4.13, standard error 0.0200"),
     ]
-    index = data.to_dict()["model-index"]
-    assert eval_results_to_model_index(*model_index_to_eval_results(index)) == index
-
-
-def test_a_card_that_can_not_be_read_does_not_lose_the_measurement(saved, tmp_path, caplog):
-    folder = shutil.copytree(saved.folder, tmp_path / "model")
-    (folder / "README.md").write_text("---\na: [\n---\n")
-    evaluation = Evaluation.of(str(folder), measured("", 10.0).result)
-    add_evaluation(folder / "fista" / "evaluation.json", evaluation)
-    assert read_evaluations(folder / "fista" / "evaluation.json") == [evaluation]
-    assert "can't be read" in caplog.text
-    assert (folder / "README.md").read_text() == "---\na: [\n---\n"
+    for result in results:
+        add_evaluation(file, Evaluation.of(str(tmp_path), result))
+    assert [evaluation.result for evaluation in read_evaluations(file)] == [results[0], *results[2:]]
 
 
 @pytest.mark.parametrize(
