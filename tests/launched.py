@@ -31,7 +31,7 @@ from optimum_fista.folder import writing
 from optimum_fista.prune import journal
 from optimum_fista.prune.ranks import joined_ranks
 from optimum_fista.train import distillation
-from optimum_fista.train.trained_masks import find_masks, local
+from optimum_fista.train.training import find_masks, local
 
 
 @functools.cache

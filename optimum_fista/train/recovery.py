@@ -56,8 +56,7 @@ from optimum_fista.train.recovery_plan import (
     mark_trained,
     plan_recovery,
 )
-from optimum_fista.train.trained_masks import find_record, local
-from optimum_fista.train.training import MaskedTrainingCallback
+from optimum_fista.train.training import MaskedTrainingCallback, find_record, local
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import cached_file
 
@@ -44,7 +44,7 @@ from optimum_fista.report import WORDS_OF_TRAIN, PruningReport
 from optimum_fista.text.calibration_tokens import usual_length
 from optimum_fista.train.distillation import loss_against_teacher
 from optimum_fista.train.recovery_options import RecoveryOptions
-from optimum_fista.train.trained_masks import find_masks, pruned_folder
+from optimum_fista.train.training import find_masks, pruned_folder
 
 _USUAL_LENGTH = 512  # tokens: short, because every token of a pass takes 10 bytes for each word of the vocabulary
 _USUAL_STEPS, _MOST_SEQUENCES = 256, 32  # of the default: as many steps, of as few sequences as that allows
@@ -120,17 +120,26 @@ def plan_recovery(
         raise ValueError(f"report_to={asked.report_to!r}: pass {', '.join(trackers)}.")
     for read in (source, name):
         require_output(output, overwrite, source=read)
-    config = read_config(source)
-    _require_same_vocabulary(source, config, name)
-    text_model = source if calibration != "self" and load_tokenizer(source) is not None else name
+    config, tokenizers = read_config(source), [load_tokenizer(source), load_tokenizer(name)]
+    sizes = [found.get_text_config(decoder=True).vocab_size for found in (config, read_config(name))]
+    known = [tokenizer.get_vocab() for tokenizer in tokenizers if tokenizer is not None]
+    if sizes[0] != sizes[1] or (len(known) == 2 and known[0] != known[1]):
+        other = f"has another vocabulary ({sizes[1]:,} tokens) than {source!r} ({sizes[0]:,})"
+        raise ValueError(f"teacher={name!r} {other}: pass the dense model that this one was pruned from.")
+    text_model = source if calibration != "self" and tokenizers[0] is not None else name
     require_tokenizer(text_model)
     length = asked.sequence_length or min(_USUAL_LENGTH, usual_length(config))
     accumulate, steps = _passes_and_steps(asked, length, processes)
     place = usable_device(device)
     compute = compute_dtype_of(asked.compute_dtype, place)
-    folders = _folder_of_pruned(source), _folder_of_dense(name)
-    text_model = folders[text_model == name]
-    names = (*folders, name, calibration, text_model)
+    if not Path(source).is_dir():
+        source = snapshot_download(source)  # masks and report too
+    folder_of_teacher = name
+    if not Path(name).is_dir():
+        read_model(name, device_map="meta")  # into the cache, only the files that are needed
+        folder_of_teacher = str(Path(str(cached_file(name, CONFIG_FILE))).parent)  # of the commit that main is at now
+    text_model = folder_of_teacher if text_model == name else source
+    names = source, folder_of_teacher, name, calibration, text_model
     return RecoveryPlan(*names, output, asked, length, accumulate, steps, place, compute, report)
 
 
@@ -154,27 +163,6 @@ def _passes_and_steps(asked: RecoveryOptions, length: int, processes: int) -> tu
     return accumulate, asked.tokens // tokens_of_step
 
 
-def _require_same_vocabulary(source: str, config: PreTrainedConfig, teacher: str) -> None:
-    """Refuse a teacher whose predictions are of other tokens."""
-    sizes = [c.get_text_config(decoder=True).vocab_size for c in (config, read_config(teacher))]
-    tokenizers = [load_tokenizer(source), load_tokenizer(teacher)]
-    known = [t.get_vocab() for t in tokenizers if isinstance(t, PreTrainedTokenizerBase)]
-    if sizes[0] != sizes[1] or (len(known) == 2 and known[0] != known[1]):
-        other = f"has another vocabulary ({sizes[1]:,} tokens) than {source!r} ({sizes[0]:,})"
-        raise ValueError(f"teacher={teacher!r} {other}: pass the dense model that this one was pruned from.")
-
-
-def _folder_of_pruned(name: str) -> str:
-    return name if Path(name).is_dir() else snapshot_download(name)  # masks and report too
-
-
-def _folder_of_dense(name: str) -> str:
-    if Path(name).is_dir():
-        return name
-    read_model(name, device_map="meta")  # into the cache, only the files that are needed
-    return str(Path(str(cached_file(name, CONFIG_FILE))).parent)  # of the commit that main is at now
-
-
 def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
     """Choose the first kind of training, without activations that are computed twice, that there is memory for.
 
@@ -182,7 +170,8 @@ def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
     """
     with torch.device("meta"):  # no memory for weights
         model = AutoModelForCausalLM.from_config(read_config(plan.source))
-    size, operators, config = model.num_parameters(), _linear_operators(model), _text_config(model)
+    size, operators = model.num_parameters(), _linear_operators(model)
+    config = model.config.get_text_config(decoder=True)
     inner = _inner_parameters(model)
     small = sum(parameter.numel() for parameter in inner if parameter.ndim == 1)
     adapters = sum(_RANK * sum(operator.shape) for operator in operators)  # A [rank, in], B [out, rank]
@@ -241,10 +230,6 @@ def _linear_operators(model: PreTrainedModel) -> list[LinearOperator]:
     return [o for name, layer in find_decoder_layers(model) for o in find_operators(name, layer, ["*"]).values()]
 
 
-def _text_config(model: PreTrainedModel) -> Any:
-    return model.config.get_text_config(decoder=True)
-
-
 def lora() -> Any:
     """The module of adapters, which needs PEFT."""
     return importlib.import_module("optimum_fista.train.lora")
@@ -280,7 +265,8 @@ def _seconds_of_step(plan: RecoveryPlan, choice: Choice) -> float:
     if choice.checkpointed:
         student.gradient_checkpointing_enable()
     teacher, _ = load_model(plan.teacher, device=str(plan.place), dtype=plan.compute)
-    ids = torch.randint(_text_config(student).vocab_size, (plan.options.batch_size, plan.length), device=plan.place)
+    vocabulary = student.get_input_embeddings().num_embeddings
+    ids = torch.randint(vocabulary, (plan.options.batch_size, plan.length), device=plan.place)
     seconds = 0.0
     for _ in range(2):  # the first pass also fills caches
         started = time.perf_counter()

@@ -1,36 +1,50 @@
-"""Training a pruned model without losing its zeros, by hand or by the Trainer, and saving it again."""
+"""Train a pruned model without losing its zeros, by hand or by the Trainer, and save it again.
+
+The masks are no part of the model: hooks apply them to gradients before anything sees these, and to weights after each
+step. So every optimizer of PyTorch, clipping, accumulation and FSDP2 work as they are, and checkpoints hold plain
+weights. Masks are those of the run, by parameter name, because a kept weight may be zero too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, cast
 
+import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.utils import cached_file
 
-from optimum_fista.folder.checkpoint import CONFIG_KEY, mark_retrained
+from optimum_fista.folder.checkpoint import CONFIG_KEY, MASKS_FILE, REPORT_FILE, mark_retrained, read_report
+from optimum_fista.folder.loading import require_unquantized
 from optimum_fista.folder.output import new_output
+from optimum_fista.folder.packed_folder import is_packed, packed_operators
+from optimum_fista.folder.stored_names import as_in_model, operators_by_weight
 from optimum_fista.folder.writing import summary, write_checkpoint
+from optimum_fista.model.architecture import find_decoder_layers
+from optimum_fista.model.operator import LINEAR, is_fused_experts
 from optimum_fista.pruner import FistaPruner
-from optimum_fista.train.trained_masks import MaskSource, find_masks, find_record, local
+from optimum_fista.report import PruningReport
+from optimum_fista.solve.pattern import unpack_mask
+
+MaskSource: TypeAlias = FistaPruner | str | Path | Mapping[str, Tensor] | None
+
+_LEAST_ZEROS = 1e-3  # a model with a smaller share of zeros counts as dense: a few may be zero by chance
 
 
 @contextmanager
 def masked_training(model: PreTrainedModel, masks: MaskSource = None) -> Iterator[None]:
     """Keep the zeros of a pruned model zero while it is trained, with any PyTorch optimizer.
 
-    Use it in a `with` block around the training loop. Nothing about the model, its names or its checkpoints changes:
-
-    - a hook on every pruned parameter sets its gradients outside the mask to zero before they are accumulated, so that
-      clipping, accumulation, loss scaling, the other processes and the optimizer's moments never see them; if the
-      parameter is sharded, it does so once FSDP2 has summed them over the processes;
-    - a hook after every optimizer step sets the weights themselves to zero, for optimizers that move weights without a
-      gradient.
+    Use it in a `with` block around the training loop. Gradients outside the masks are zero before they are accumulated,
+    so that clipping, loss scaling, the other processes and the optimizer's moments never see them. The weights
+    themselves are zero after every optimizer step, for optimizers that move weights without a gradient.
 
     Costs a byte a pruned parameter's weight and one pass over these weights a backward pass and a step. Of weights that
     are sharded over processes, those of PyTorch's `fully_shard` (FSDP2) are supported: call it after `fully_shard` and
@@ -46,38 +60,36 @@ def masked_training(model: PreTrainedModel, masks: MaskSource = None) -> Iterato
         FileNotFoundError: If the folder or repository holds no masks.
     """
     parameters = dict(model.named_parameters())
+    ours = {*parameters.values()}
     found = find_masks(model, masks)
     pruned: dict[Tensor, Tensor] = {parameters[name]: ~mask for name, mask in found.items() if not mask.all()}
-    del found
-    ours = {*parameters.values()}
 
-    def zeros(parameter: Tensor) -> Tensor:
-        """Where a parameter is pruned, on its device of now."""
-        pruned[parameter] = pruned[parameter].to(parameter.device)
-        return pruned[parameter]
+    def clear(tensor: Tensor, parameter: Tensor) -> Tensor:
+        """Make a parameter, or its gradient, zero where it is pruned."""
+        pruned[parameter] = pruned[parameter].to(parameter.device)  # the model may have moved
+        return local(tensor).masked_fill_(pruned[parameter], 0)
 
-    def apply() -> None:
+    def clear_weights() -> None:
         for parameter in pruned:
-            local(parameter.data).masked_fill_(zeros(parameter), 0)
-
-    def mask_sharded(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        local(parameter.grad).masked_fill_(zeros(parameter), 0)
+            clear(parameter.data, parameter)
 
     def after_step(optimizer: Optimizer, *_: Any) -> None:
         if any(parameter in ours for group in optimizer.param_groups for parameter in group["params"]):
             mark_retrained(model)
-            apply()
+            clear_weights()
 
     with ExitStack() as hooks:
-        for parameter in filter(lambda parameter: parameter.requires_grad, pruned):
+        for parameter in pruned:
+            if not parameter.requires_grad:
+                continue
             if isinstance(parameter, DTensor):  # FSDP2 calls these hooks and no others
-                hooks.callback(parameter.register_post_accumulate_grad_hook(mask_sharded).remove)
+                summed = parameter.register_post_accumulate_grad_hook(lambda of: clear(cast(Tensor, of.grad), of))
+                hooks.callback(summed.remove)
             else:
-                mask = lambda gradient, of=parameter: gradient.masked_fill(zeros(of), 0)  # noqa: E731
+                mask = lambda gradient, of=parameter: clear(gradient.clone(), of)  # noqa: E731
                 hooks.callback(parameter.register_hook(mask).remove)
         hooks.callback(register_optimizer_step_post_hook(after_step).remove)
-        hooks.callback(apply)  # first, also after an error
+        hooks.callback(clear_weights)  # first, also after an error
         yield
 
 
@@ -93,11 +105,7 @@ class MaskedTrainingCallback(TrainerCallback):
         self._training = ExitStack()
 
     def on_train_begin(self, args: TrainingArguments, *_: Any, **given: Any) -> None:
-        """Start.
-
-        Raises:
-            ValueError: As `masked_training`, and if DeepSpeed or FSDP1 keeps the weights in forms of its own.
-        """
+        """Start; a `ValueError` as of `masked_training`, and for weights in forms of their own."""
         if args.deepspeed_plugin or isinstance(given["model"], FullyShardedDataParallel):
             raise ValueError(
                 "MaskedTrainingCallback does not know the weights that DeepSpeed and FSDP1 keep: use FSDP2 (accelerate "
@@ -121,21 +129,14 @@ def save_masked(
 ) -> None:
     """Save a pruned model that was trained under its masks, with the masks and the report of its pruning.
 
-    The report, the model card and `config.json` say that it was retrained, so that the relative errors are those
-    before it.
+    The report, the model card and `config.json` say that it was retrained. `folder` may be `source` with `overwrite`.
 
     Args:
-        model: The model, its zeros still zero.
-        folder: Where to write it; it may be `source` with `overwrite`.
+        model: The model, its zeros still zero and its weights not sharded.
+        folder: Where to write it.
         source: The folder or Hub id the pruned model was loaded from, or the `FistaPruner` that pruned it.
         tokenizer: Saved with the model.
         overwrite: Replace a model that the folder already holds.
-
-    Raises:
-        ValueError: If a weight outside its mask is no longer zero, the masks are not those of this model, or the
-            weights are sharded.
-        FileNotFoundError: If `source` holds no masks.
-        FileExistsError: If the folder already holds a model and `overwrite` is False.
     """
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError(
@@ -148,3 +149,114 @@ def save_masked(
     mark_retrained(model)
     with new_output(Path(folder), overwrite) as unfinished:
         write_checkpoint(model, unfinished, report, masks, tokenizer)
+
+
+def find_masks(model: PreTrainedModel, source: MaskSource = None) -> dict[str, Tensor]:
+    """Masks of the parameters that hold pruned weights, True = kept; of sharded ones (FSDP2) this process's part."""
+    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
+        raise ValueError(f"model is a {type(model).__name__}: merge its adapters first (merge_and_unload()).")
+    require_unquantized(model)
+    if source is None:
+        masks = _from_zeros(model)
+    elif isinstance(source, Mapping):
+        masks = dict(source)
+    else:
+        masks = _assemble(model, *find_record(model, source))
+    parameters = dict(model.named_parameters())
+    for name, mask in masks.items():
+        if name not in parameters:
+            raise ValueError(f"masks name {name!r}, which is no parameter of {type(model).__name__}.")
+        weight = parameters[name]
+        if mask.dtype != torch.bool or mask.shape != weight.shape:
+            wanted = f"pass torch.bool of shape {tuple(weight.shape)}, True = kept"
+            raise ValueError(f"masks[{name!r}] has shape {tuple(mask.shape)} and dtype {mask.dtype}: {wanted}.")
+        if weight.device.type == "meta":
+            raise ValueError(f"{name} is offloaded, and offloaded weights can't be trained: load the model without it.")
+        if isinstance(weight, DTensor):
+            # every process has the whole mask: none is sent
+            mask = distribute_tensor(mask, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
+        masks[name] = mask.to(weight.device)
+        if stray := int(torch.count_nonzero(local(weight.detach()).masked_fill(masks[name], 0))):
+            raise ValueError(
+                f"{name} has {stray} weights outside its mask that are not zero: the model was changed after pruning, "
+                "or the masks are those of another model. Load the pruned model, or pass its own masks."
+            )
+    return masks
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is in this process (FSDP2), in the same memory; all of it if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def find_record(model: PreTrainedModel, source: FistaPruner | str | Path) -> tuple[PruningReport, dict[str, Tensor]]:
+    """The report and the packed masks of a pruned model, under the names of the model."""
+    if isinstance(source, FistaPruner):
+        return source.result(model)
+    folder = pruned_folder(source)
+    report = read_report(folder)
+    if is_packed(folder):  # the masks are in the weights
+        packed = {operator.name: mask for operator, _, mask in packed_operators(folder, report)}
+    else:
+        packed = load_file(_file_of(source, MASKS_FILE))
+    return as_in_model(model, operators_by_weight(model, report).values(), report, packed)
+
+
+def pruned_folder(source: str | Path) -> Path:
+    """The folder of a pruned model by name, which has a report."""
+    return _file_of(source, REPORT_FILE).parents[1]
+
+
+def _file_of(source: str | Path, file: str) -> Path:
+    try:
+        return Path(str(cached_file(str(source), file)))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{str(source)!r} holds no {file}: pass a folder or Hub id saved by optimum-fista."
+        ) from error
+
+
+def _assemble(model: PreTrainedModel, report: PruningReport, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Unpack the masks of operators into those of parameters; experts and fused operators share a parameter."""
+    operators = operators_by_weight(model, report)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    masks: dict[str, Tensor] = {}
+    for entry in report.operators:
+        operator = operators[entry.name]
+        parameter = getattr(operator.owner, operator.tensor)
+        mask = masks.setdefault(names[id(parameter)], torch.ones(parameter.shape, dtype=torch.bool))
+        part = operator.select(mask)
+        part.copy_(unpack_mask(packed[entry.name], tuple(part.shape)))
+    return masks
+
+
+def _from_zeros(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Masks of the zeros that the linear operators of the decoder layers have now."""
+    masks: dict[str, Tensor] = {}
+    record = getattr(model.config, CONFIG_KEY, None)
+    if record is not None and not record.get("num_zeros", 1):  # whole parts were removed: nothing has to stay zero
+        return masks
+    zeros = weights = 0
+    candidates = (
+        (f"{name}.{key}", weight)
+        for layer_name, layer in find_decoder_layers(model)
+        for name, module in layer.named_modules(prefix=layer_name)
+        if isinstance(module, LINEAR) or is_fused_experts(module)
+        for key, weight in module.named_parameters(recurse=False)
+        if weight.ndim > 1 and weight.device.type != "meta"  # no biases; offloaded ones are refused by the count below
+    )
+    for name, weight in candidates:
+        if local(weight.detach()).shape != weight.shape:
+            raise ValueError(f"{name} is sharded, so its zeros are not all here: pass the folder of the pruned model.")
+        kept = weight.detach() != 0
+        found = weight.numel() - int(kept.sum())
+        zeros, weights = zeros + found, weights + weight.numel()
+        if found:  # a dense operator needs no hook
+            masks[name] = kept
+    promised = int((record or {}).get("num_zeros", 0))
+    if zeros < max(promised, _LEAST_ZEROS * weights):
+        raise ValueError(
+            f"{type(model).__name__} is not pruned, or no longer: {zeros:,} of the {weights:,} weights of its decoder "
+            f"layers' linear operators are zero" + (f", its configuration says {promised:,}." if promised else ".")
+        )
+    return masks

@@ -4,7 +4,7 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.train.trained_masks import find_masks
+from optimum_fista.train.training import find_masks
 
 
 def zeros_of(model, found) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_fista import masked_training
-from optimum_fista.train.trained_masks import find_masks
+from optimum_fista.train.training import find_masks
 
 
 class Noise(torch.optim.Optimizer):

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from optimum_fista import MaskedTrainingCallback, save_masked
 from optimum_fista.evaluate.verification import verify_checkpoint
-from optimum_fista.train.trained_masks import find_masks
+from optimum_fista.train.training import find_masks
 
 IDS = tiny_tokens(32).tolist()
 
