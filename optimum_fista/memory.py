@@ -28,7 +28,7 @@ _EXHAUSTED = (
     "not enough memory",  # CPU on Windows
     "bad_alloc",
 )
-"""What errors without a type of their own say, in lower case."""
+"""Words of errors without a type of their own, in lower case."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -58,7 +58,7 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def device_counts(device: torch.device) -> Any:
-    """What counts the memory of tensors on a device: `torch.cuda` and its like; `None` if nothing does."""
+    """The module that counts the memory of tensors on a device: `torch.cuda` and its like; `None` if none does."""
     module = getattr(torch, device.type, None)  # the meta device has none
     return module if hasattr(module, "max_memory_allocated") else None
 

@@ -302,7 +302,7 @@ class LayerTargets:
 
 
 class _DenseRecord:
-    """What is kept of the dense network for one group: enough to form `W X X*^T` with any later `X*`."""
+    """Activations of one group in the dense network: enough to form `W X X*^T` with any later `X*`."""
 
     def __init__(self, group: Group, activations: LayerActivations, correction: Correction, index: int) -> None:
         self.group = group

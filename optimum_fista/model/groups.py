@@ -1,4 +1,4 @@
-"""What forward passes of a decoder layer show of its form: which operators share an input, end a part, or are added.
+"""Form of a decoder layer, found by running it: which operators share an input, end a part, or are added to the output.
 
 Operators share an input if they are called on the same memory in one pass. So there is no list of names for each
 architecture, as other pruners have it, and an unknown architecture is grouped rightly or its operators stay dense.

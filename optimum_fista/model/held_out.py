@@ -77,7 +77,7 @@ class HeldOut:
         return bool(self.losses) or len(self._streams["pruned"]) == len(self.sequences)
 
     def kept(self) -> dict[str, list[Tensor]]:
-        """What goes on before the next decoder layer; after the last one the losses."""
+        """Hidden states that enter the next decoder layer; after the last one, the losses."""
         if self.losses:
             return {"losses": [torch.tensor([*self.losses.values()], dtype=torch.float64)]}
         return {f"held_out_{network}": list(stream.kept()) for network, stream in self._streams.items()}
@@ -94,7 +94,7 @@ class HeldOut:
             self.losses = {name: sweep.loss(self._streams[name], LOGITS_TOGETHER) for name in _NETWORKS}
 
     def perplexity(self) -> dict[str, Any] | None:
-        """Of both networks, with the number of tokens; `None` if they are not finite or were not measured."""
+        """Perplexities of both networks and the number of tokens; `None` if one is not finite or was not measured."""
         if not self.losses or not all(map(math.isfinite, self.losses.values())):
             return None
         found: dict[str, Any] = {network: math.exp(min(loss, 700.0)) for network, loss in self.losses.items()}

@@ -1,4 +1,4 @@
-"""What enters the decoder layers, recorded once, and what the modules of one decoder layer get from that.
+"""Inputs of decoder layers, recorded once for all of them, and from these the inputs of the modules of one layer.
 
 The model runs on every calibration batch with its decoder layers skipped: that gives the hidden states that enter the
 first one, and all other arguments of each (masks, position embeddings, inputs of its own). SparseGPT's and Wanda's code
@@ -44,7 +44,7 @@ class LayerCall:
 
 @dataclass
 class RecordedInputs:
-    """What the decoder layers are called with."""
+    """Arguments of all decoder layers on all batches."""
 
     hidden_states: ActivationStore  # [batch, sequence, hidden] of each batch, as they enter the first layer
     calls: list[list[LayerCall]]  # other arguments, calls[layer][batch], where the layer computes
@@ -191,12 +191,12 @@ class HiddenStates:
         return found
 
     def kept(self) -> dict[str, list[Tensor]]:
-        """Both streams where they are kept; none of a stream that is not there."""
+        """Tensors of both streams, where they are kept; no tensor of a stream that is missing."""
         streams = {"dense": self.dense, "pruned": self.pruned}
         return {k: s.kept() if isinstance(s, ActivationStore) else list(s or []) for k, s in streams.items()}
 
     def move(self, storage: Storage, device: torch.device) -> None:
-        """Bring them to another layer's device, and there or to its storage if they were kept on a device before."""
+        """Hand both streams out on another layer's device, and keep them at its storage, unless they are in files."""
         for stream in (self.dense, self.pruned):
             if isinstance(stream, ActivationStore):
                 stream.move(storage, device)
@@ -261,7 +261,7 @@ class LayerActivations:
         hidden_states: Iterable[Tensor],
         see: Callable[[int, AssignedTokens], None] = lambda _, __: None,
     ) -> list[AssignedTokens]:
-        """What the experts of a mixture get of every batch, kept at `storage`; first each is shown to `see`."""
+        """Inputs of the experts of a mixture in every batch, kept at `storage`; `see` is called with each before."""
         store, assigned = self.store(), list[AssignedTokens]()
         for batch, (arguments, keywords) in enumerate(self.arguments_of(experts.module, hidden_states)):
             assigned.append(experts.assigned(*arguments, **keywords))

@@ -165,12 +165,13 @@ class Layer(nn.Module):
         return [[LinearOperator(str(index), module)] for index, module in enumerate(operators)]
 
 
+BATCHES = [torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+
+
 def parts_of(layer: Layer, storage=CPU) -> tuple[FinishedParts, LayerActivations]:
     activations = LayerActivations(layer, [CALL] * 3, [None] * 3, storage)
-    return FinishedParts(activations, layer.groups()), activations
-
-
-BATCHES = [torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    groups, _ = trace_groups(layer, {o.name: o for [o] in layer.groups()}, CALL, BATCHES[0])
+    return FinishedParts(activations, groups), activations
 
 
 @pytest.mark.parametrize("stored", [False, True])
@@ -191,6 +192,7 @@ def test_what_is_finished_runs_once_more_and_never_again(form, stored, tmp_path)
 def test_parts_that_give_out_more_tensors_run_as_ever():
     layer = Layer(lambda output: (output, {"router": output.sum()}))
     parts, activations = parts_of(layer)
+    layer.first.runs = layer.second.runs = 0
     for _ in range(3):
         with parts.skipped(3, keep=True):
             activations.outputs(BATCHES)
@@ -214,11 +216,6 @@ def test_an_error_leaves_the_parts_as_they_were_and_keeps_nothing():
     assert all(map(torch.equal, found, [layer(batch) for batch in BATCHES]))
 
 
-def traced(layer: Layer) -> list[list[LinearOperator]]:
-    operators = {operator.name: operator for [operator] in layer.groups()}
-    return trace_groups(layer, operators, CALL, BATCHES[0])[0]
-
-
 class EndedByItsOperator(Part):
     """A part that gives out what `form` makes of its last operator's output, without a change."""
 
@@ -232,9 +229,7 @@ class EndedByItsOperator(Part):
 def test_a_part_that_ends_with_an_operator_runs_only_up_to_that(form, stored, tmp_path):
     layer = Layer()
     layer.first = EndedByItsOperator(form)
-    activations = LayerActivations(layer, [CALL] * 3, [None] * 3, tmp_path if stored else CPU)
-    groups = traced(layer)
-    parts = FinishedParts(activations, groups)
+    parts, activations = parts_of(layer, tmp_path if stored else CPU)
     layer.first.runs = 0
     with parts.skipped(0, keep=True):
         list(activations.arguments_of(layer.first.inner, BATCHES))
@@ -252,8 +247,7 @@ def test_a_hook_that_changes_what_an_operator_reads_does_so_once():
     layer = Layer()
     layer.first = EndedByItsOperator(lambda output: output)
     layer.first.inner.register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],))
-    activations = LayerActivations(layer, [CALL] * 3, [None] * 3, CPU)
-    parts = FinishedParts(activations, traced(layer))
+    parts, activations = parts_of(layer)
     for group in (0, 1, 2):
         with parts.skipped(group, keep=True):
             found = activations.outputs(BATCHES)
@@ -269,9 +263,11 @@ def test_a_part_that_changes_its_operators_output_does_not_end_with_it(form):
     layer = Layer()
     layer.first = EndedByItsOperator(form)
     layer.forward = lambda hidden: layer.first(hidden)
-    assert traced(layer)[0][0].ends is None
-    layer.first.form = lambda y: (y, None)
-    assert traced(layer)[0][0].ends == (layer.first, (None,))
+    operator = LinearOperator("inner", layer.first.inner)
+    for made, ends in ((form, None), (lambda y: (y, None), (layer.first, (None,)))):
+        layer.first.form = made
+        trace_groups(layer, {"inner": operator}, CALL, BATCHES[0])
+        assert operator.ends == ends
 
 
 ADDED = {

@@ -62,7 +62,7 @@ class Rewired(nn.Module):
 
 
 def rewired(change) -> DecoderLayers:
-    """Of a Llama, three, the second of which is called by `change(layer, hidden_states, **arguments)`."""
+    """Three decoder layers, of which the second is called by `change(layer, hidden_states, **arguments)`."""
     model = tiny_model("llama", num_hidden_layers=3)
     layers = find_decoder_layers(model)
     model.model.layers[1] = Rewired(layers.modules[1], change)
