@@ -70,13 +70,18 @@ def load_lazily(
     if gguf_file(name) is not None:
         return load_model(name, device=device, dtype=dtype)
     target, dtype = usable_device(device), dtype if dtype == "auto" else floating_dtype(dtype)
+
+    def is_news(record: logging.LogRecord) -> bool:
+        """Hold back Accelerate's warning that weights stay in their files, which is what was asked for."""
+        return not record.getMessage().startswith("Some parameters are on the meta device")
+
     talker = logging.getLogger("accelerate.big_modeling")
-    talker.addFilter(_is_not_about_offloading)
+    talker.addFilter(is_news)
     try:
         # Weights stay in safetensors files. Those that are stored in another form are copied into the offload folder.
         model = read_model(name, dtype=dtype, device_map={"": "disk"}, offload_folder=offload_folder)
     finally:
-        talker.removeFilter(_is_not_about_offloading)
+        talker.removeFilter(is_news)
     settle_ties(model)  # tied weights are two once they are offloaded
     move_execution(model, target)
     return model, None
@@ -193,11 +198,6 @@ def _meant(name: str) -> str:
     return f" Did you mean {str(path.with_name(close[0]))!r}?" if close else ""
 
 
-def _is_not_about_offloading(record: logging.LogRecord) -> bool:
-    """Hold back what Accelerate warns of if weights stay in their files, which is what was asked for."""
-    return not record.getMessage().startswith("Some parameters are on the meta device")
-
-
 def gguf_file(name: str) -> str | None:
     """Name of the GGUF file if `name` is a folder with one and no configuration."""
     folder = Path(name)
@@ -244,8 +244,6 @@ def storage_place(name: str | torch.device | Path | None) -> Storage | None:
         return None
     if name == "disk":
         return Path(tempfile.gettempdir())
-    if isinstance(name, Path) and name.is_dir():
-        return name
     try:
         return usable_device(str(name))
     except ValueError as error:

@@ -73,15 +73,6 @@ class FistaPackedConfig(QuantizationConfigMixin):
         return {"runtime": self.runtime}
 
 
-def files_of_tensors(paths: Sequence[str | Path]) -> dict[str, Path]:
-    """The file of every tensor in safetensors files."""
-    files: dict[str, Path] = {}
-    for path in paths:
-        with safe_open(path, "pt") as file:
-            files |= dict.fromkeys(file.keys(), Path(path))
-    return files
-
-
 def read_packed(files: Mapping[str, Path], name: str) -> PackedTensor:
     """A packed tensor, checked, from the files of a checkpoint's tensors."""
     parts = []
@@ -189,7 +180,10 @@ class FistaPackedQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         """Refuse files that are not whole, and make room for weights that stay packed."""
-        files = files_of_tensors(checkpoint_files or [])
+        files: dict[str, Path] = {}
+        for path in checkpoint_files or []:
+            with safe_open(path, "pt") as file:
+                files |= dict.fromkeys(file.keys(), Path(path))
         # All weights are checked before the first is used. Their sizes stay, on the meta device, and not their values.
         outlines = {name: _outline(read_packed(files, name)) for name in packed_names(files)}
         # Which of a family's parameters are packed is known by their last names only; matrices may all be.
