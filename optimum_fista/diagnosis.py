@@ -37,14 +37,7 @@ _GIB = 2**30
 
 
 def diagnose(say: Callable[[str], None]) -> int:
-    """Describe this machine and try its devices, in well under a minute.
-
-    Args:
-        say: Called with each line; none has a path of the user's.
-
-    Returns:
-        The number of checks that failed.
-    """
+    """Say what this machine is, a line at a time and without paths of the user's; returns how many checks failed."""
     failed = 0
 
     def show(name: str, text: str) -> None:

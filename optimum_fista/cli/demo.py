@@ -49,15 +49,13 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.evaluate.perplexity import evaluate_perplexity
     from optimum_fista.folder.card import markdown_lines
     from optimum_fista.folder.loading import load_model
+    from optimum_fista.folder.output import require_output
     from optimum_fista.pruner import FistaPruner
     from optimum_fista.text.sources import require_source
 
     started, saved = time.perf_counter(), [arguments.output / folder for *_, folder in _RUNS if folder]
-    taken = [folder.name for folder in saved if os.path.lexists(folder)]
-    if taken and not arguments.overwrite:
-        raise FileExistsError(
-            f"--output {str(arguments.output)!r} holds {', '.join(taken)}: pass another folder, or --overwrite."
-        )
+    for folder in saved:
+        require_output(folder, arguments.overwrite)
     require_source(arguments.text)
 
     def say(what: str) -> None:

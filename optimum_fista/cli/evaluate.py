@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from itertools import chain
 from pathlib import Path
 
 from optimum_fista.cli.flags import DEVICE, DTYPE
@@ -39,40 +40,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
-    from optimum_fista.evaluate.evaluation_file import Evaluation, add_evaluation, require_addable
-    from optimum_fista.evaluate.perplexity import PerplexityResult, evaluate_perplexity
-    from optimum_fista.evaluate.tasks import TaskResult, TaskSuite
+    from optimum_fista.evaluate.evaluation_file import (
+        Evaluation,
+        PerplexityResult,
+        TaskResult,
+        add_evaluation,
+        require_addable,
+    )
+    from optimum_fista.evaluate.perplexity import evaluate_perplexity
+    from optimum_fista.evaluate.tasks import TaskSuite
     from optimum_fista.folder.loading import load_model
     from optimum_fista.text.sources import load_text
     from optimum_fista.text.windows import evaluation_windows
-
-    def keep(result: PerplexityResult | TaskResult) -> None:
-        if arguments.output is not None:
-            add_evaluation(arguments.output, Evaluation.of(arguments.model, result))
 
     if not arguments.text and not arguments.tasks:
         raise ValueError("nothing to measure: pass --text SOURCE for the perplexity, or --tasks A,B for the accuracy.")
     if arguments.output is not None:
         require_addable(arguments.output)  # before hours of measuring
-    suite = None
-    if arguments.tasks:
-        options = {name: getattr(arguments, name) for name in ("include_path", "limit", "batch_size")}
-        suite = TaskSuite(arguments.tasks, **options)  # unknown tasks are refused before a model is loaded
+    options = {name: getattr(arguments, name) for name in ("include_path", "limit", "batch_size")}
+    suite = TaskSuite(arguments.tasks, **options) if arguments.tasks else None  # unknown ones are refused first
+    results = list[PerplexityResult | TaskResult]()
     text = load_text(arguments.text, "test") if arguments.text else None
     model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     if text is not None:
         windows = evaluation_windows(tokenizer, text, arguments.sequence_length, arguments.max_windows)
-        result = evaluate_perplexity(model, windows, batch_size=arguments.batch_size, text=text)
-        print(
-            f"perplexity {result.perplexity:.3f} on {arguments.text}: {result.num_windows} windows of "
-            f"{result.sequence_length} tokens, {result.num_tokens} predicted, {result.seconds:.1f} s"
-        )
-        keep(result)  # at once: the tasks may fail
-    for found in suite.measure(model, tokenizer) if suite is not None else ():
-        for metric, score in found.scores.items():
-            error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
-            print(f"{metric} {score.value:.4f}{error} on {found.task}: {found.num_documents} documents")
-        keep(found)
+        results.append(evaluate_perplexity(model, windows, batch_size=arguments.batch_size, text=text))
+    for result in chain(results, suite.measure(model, tokenizer) if suite is not None else ()):
+        if isinstance(result, PerplexityResult):
+            print(
+                f"perplexity {result.perplexity:.3f} on {arguments.text}: {result.num_windows} windows of "
+                f"{result.sequence_length} tokens, {result.num_tokens} predicted, {result.seconds:.1f} s"
+            )
+        else:
+            for metric, score in result.scores.items():
+                error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
+                print(f"{metric} {score.value:.4f}{error} on {result.task}: {result.num_documents} documents")
+        if arguments.output is not None:  # at once: the next task may fail
+            add_evaluation(arguments.output, Evaluation.of(arguments.model, result))
     return 0
 
 

@@ -126,10 +126,10 @@ class _BarsAsLines:
             if line and time.monotonic() - self._last > _SECONDS_BETWEEN_LINES:
                 self._last = time.monotonic()
                 self._stream.write(f"{line}\n")
-        elif self._in_bar and not text.strip():
-            self._in_bar = False  # the end of a bar
         else:
-            self._stream.write(text)
+            if text.strip() or not self._in_bar:  # not the line's end of a bar
+                self._stream.write(text)
+            self._in_bar = False
         return len(text)
 
     def __getattr__(self, name: str) -> Any:

@@ -46,8 +46,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments, those of every day first."""
-    parser.usage = "%(prog)s MODEL [options]"  # argparse's own would fill a screen
-    add = parser.add_argument
+    add, parser.usage = parser.add_argument, "%(prog)s MODEL [options]"  # argparse's own would fill a screen
     add("model", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
     folders = "folder to write the model to (default: MODEL's name with -50pct, -2of4, ...)"
     add("--output", "-o", type=Path, metavar="DIR", help=folders)
@@ -124,9 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
             report = pruner.prune(arguments.model, batches, **options)
         except KeyboardInterrupt:
             opened.close()  # the bar goes before anything is said
-            layers = _num_kept(arguments, config)
-            again = "give the same command again to resume" if layers else "the same command starts from the beginning"
-            print(f"\n{layers or 'no'} decoder layers are finished and kept: {again}", file=sys.stderr)
+            print("\nfinished decoder layers are kept: give the same command again to resume", file=sys.stderr)
             raise
     if ranks.count > 1:
         PartialState().destroy_process_group()
@@ -148,7 +145,8 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
 
     from optimum_fista.folder.hub import require_push
     from optimum_fista.folder.loading import storage_place, usable_device
-    from optimum_fista.folder.output import require_output
+    from optimum_fista.folder.output import require_output, unfinished_folder
+    from optimum_fista.prune.journal import require_same_run
     from optimum_fista.prune.ranks import launched_processes, require_independent_layers
     from optimum_fista.text.sources import require_source
 
@@ -164,8 +162,12 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
         raise ValueError("--private makes sense with --push-to-hub REPO only.")
     if arguments.push_to_hub:
         require_push(arguments.push_to_hub)
-    if not arguments.overwrite:
-        _require_same_settings(arguments, config)
+    if not arguments.overwrite:  # an unfinished run of other settings; other text is found out after it was drawn
+        wanted = {"recovery": None, "config": json.loads(json.dumps(config.resolved().to_dict()))}  # tuples to lists
+        wanted["sequences"] = arguments.num_samples + config.held_out
+        if arguments.sequence_length is not None:
+            wanted["length"] = arguments.sequence_length
+        require_same_run(unfinished_folder(arguments.output), wanted)
 
 
 def default_output(model: str, config: FistaPruningConfig) -> Path:
@@ -176,29 +178,6 @@ def default_output(model: str, config: FistaPruningConfig) -> Path:
     pattern = re.sub(r"[:+/]", "-", re.sub(r"(\d+):(\d+)", r"\1of\2", pattern))
     name = Path(os.path.abspath(model)).name if Path(model).exists() else model.rpartition("/")[2]
     return Path(f"{name}-{pattern}")
-
-
-def _require_same_settings(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:
-    """Refuse to go on with an unfinished run of other settings; other text is found out after it was drawn."""
-    from optimum_fista.folder.output import unfinished_folder
-    from optimum_fista.prune.journal import require_same_run
-
-    wanted = {"recovery": None, "config": json.loads(json.dumps(config.resolved().to_dict()))}  # tuples become lists
-    wanted["sequences"] = arguments.num_samples + config.held_out
-    if arguments.sequence_length is not None:
-        wanted["length"] = arguments.sequence_length
-    require_same_run(unfinished_folder(arguments.output), wanted)
-
-
-def _num_kept(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:
-    """How many decoder layers are finished and kept for this command; those of another run are not."""
-    from optimum_fista.folder.output import FOLDER, unfinished_folder
-
-    try:
-        _require_same_settings(arguments, config)
-    except ValueError:
-        return 0
-    return len(list((unfinished_folder(arguments.output) / FOLDER).glob("layer-*.json")))
 
 
 def _batches(
@@ -246,12 +225,8 @@ def _config(arguments: argparse.Namespace) -> FistaPruningConfig:
 
     flags = given(arguments, PruningOptions)
     if arguments.target_size is not None:
-        given_too = [name for name in ("sparsity", "pattern") if name in flags]
-        if given_too:
-            raise ValueError(
-                f"--target-size says how many channels go: pass it without --{given_too[0]}; for zeros in what stays "
-                "prune the result again."
-            )
+        for name in {"sparsity", "pattern"} & set(flags):
+            raise ValueError(f"--target-size says how many channels go: pass it without --{name}.")
         flags["pattern"] = f"bytes:{arguments.target_size!r}"
     if arguments.recipe and arguments.config:
         raise ValueError(f"--recipe {arguments.recipe} and --config {arguments.config}: pass only one of them.")

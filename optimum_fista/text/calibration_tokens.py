@@ -47,9 +47,6 @@ def calibration_tokens(
         sequence_length: Tokens a sequence; `None`: 2048, or the model's maximum if that is shorter.
         seed: Seed of the sampling.
         progress: Whether to show a progress bar while the model writes.
-
-    Raises:
-        ValueError: If the source is unknown, too short, or a number is not positive.
     """
     length = usual_length(model.config) if sequence_length is None else sequence_length
     if source == "self":

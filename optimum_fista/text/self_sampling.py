@@ -50,10 +50,7 @@ def sample_text_from_model(
     (docs/ablations.md). EOS does not end a text: the model continues with the next document.
 
     The global random state, the model's modes and its generation config are afterwards as before. The same seed
-    gives the same tokens for the same model and device.
-
-    Returns:
-        Token ids, int64, [num_samples, sequence_length], on the CPU; the length includes the start token.
+    gives the same tokens for the same model and device: int64 [num_samples, sequence_length], on the CPU.
     """
     for name, value, least in (("num_samples", num_samples, 1), ("sequence_length", sequence_length, 2)):
         if value < least:

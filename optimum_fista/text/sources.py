@@ -62,13 +62,7 @@ _HUB: dict[tuple[str, Split], tuple[str, dict[str, str], str | None, dict[str, A
 
 
 def require_source(source: str) -> None:
-    """Refuse a source that can't be read here; no text is read for this, and nothing is asked of the Hub.
-
-    Raises:
-        ValueError: If the source is unknown.
-        FileNotFoundError: If a path ends in .txt or .jsonl and no such file exists.
-        ImportError: If a Hub data set is asked for and the package `datasets` is missing.
-    """
+    """Refuse a source that can't be read here; no text is read for this, and nothing is asked of the Hub."""
     if source == "pydoc":
         return
     if source in HUB_DATASETS:
@@ -99,8 +93,6 @@ def load_text(source: str, split: Split) -> TextSource:
         split: "calibration" or "test".
 
     Raises:
-        ValueError: If the source or the split is unknown, or a file is empty, not UTF-8 or not as described.
-        FileNotFoundError: If a path ends in .txt or .jsonl and no such file exists.
         ImportError: If a Hub data set is asked for and the package `datasets` is missing.
         ConnectionError: If a Hub data set cannot be loaded.
     """

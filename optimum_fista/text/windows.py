@@ -23,7 +23,7 @@ def calibration_windows(
     *,
     add_bos: bool | None = None,
 ) -> torch.Tensor:
-    """Draw random windows that do not overlap.
+    """Draw random windows that do not overlap: token ids, int64, [N, T].
 
     Several documents are put one after the other in random order, with the tokenizer's EOS between them when
     it has one. One document gives windows from random places. Only about as much text is tokenised as needed.
@@ -35,9 +35,6 @@ def calibration_windows(
         sequence_length: Tokens per window T, BOS included.
         seed: Decides every random choice; the global random state is neither used nor changed.
         add_bos: Start every window with BOS. None = if the tokenizer starts texts with it or its class is Gemma's.
-
-    Returns:
-        Token ids, int64, [N, T].
     """
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}; pass 1 or more.")
@@ -58,7 +55,7 @@ def evaluation_windows(
 ) -> torch.Tensor:
     """Cut the joined text into consecutive windows from its start, as pruning papers measure perplexity.
 
-    The whole text is tokenised at once; the tail shorter than a window is dropped.
+    The whole text is tokenised at once; the tail shorter than a window is dropped. Token ids, int64, [N, T].
 
     Args:
         tokenizer: Tokenizer of the model.
@@ -67,12 +64,6 @@ def evaluation_windows(
         max_windows: Keep only the first windows; None = all, or as many as the text's protocol says.
         add_bos: As for `calibration_windows`, or "start": only the text starts with the tokenizer's special tokens, as
             in the scripts of SparseGPT and Wanda.
-
-    Returns:
-        Token ids, int64, [N, T].
-
-    Raises:
-        ValueError: If the text is shorter than one window, or there is no BOS to add.
     """
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"max_windows={max_windows}; pass 1 or more, or None for all.")

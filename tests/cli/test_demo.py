@@ -59,4 +59,4 @@ def test_demo_without_its_model_says_what_to_install(tmp_path, monkeypatch, caps
 def test_the_demo_replaces_a_model_only_if_it_is_told_to(arguments, pruned_folder, tmp_path, capsys):
     shutil.copytree(pruned_folder, tmp_path / "demo" / "pruned-50")
     assert main(arguments) == 1
-    assert "holds pruned-50: pass another folder, or --overwrite" in capsys.readouterr().err
+    assert "already holds a model: pass another folder, or overwrite=True (--overwrite)" in capsys.readouterr().err

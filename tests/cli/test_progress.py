@@ -63,9 +63,11 @@ def test_bars_of_any_command_become_lines_now_and_then_unless_a_terminal_shows_t
             now[0] = second
             sys.stderr.write(f"\rSampling: {second}%")
         sys.stderr.write("\n")
-        sys.stderr.write("a warning\n")
+        print("a warning", file=sys.stderr)
+        sys.stderr.write("\rinterrupted")
+        print("an error", file=sys.stderr)
         return 0
 
     assert main.execute(argparse.Namespace(fista_run=command)) == 0
-    bars = "\rSampling: 1%\rSampling: 31%\rSampling: 32%\rSampling: 62%\n"
-    assert stream.getvalue() == (bars if terminal else "Sampling: 31%\nSampling: 62%\n") + "a warning\n"
+    bars = "\rSampling: 1%\rSampling: 31%\rSampling: 32%\rSampling: 62%\na warning\n\rinterruptedan error\n"
+    assert stream.getvalue() == (bars if terminal else "Sampling: 31%\nSampling: 62%\na warning\nan error\n")

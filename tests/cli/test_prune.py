@@ -142,8 +142,7 @@ def interrupt(*_, **__):
 def test_a_run_that_was_interrupted_goes_on_with_the_text_it_sampled(prune, tmp_path, monkeypatch, capsys):
     with interrupted_after(0):
         assert prune("--calibration", "self", "--method", "wanda") == 130
-    message = "\n1 decoder layers are finished and kept: give the same command again to resume\n"
-    assert message in capsys.readouterr().err
+    assert "\nfinished decoder layers are kept: give the same command again to resume\n" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr("optimum_fista.text.calibration_tokens.sample_text_from_model", None)
     assert prune("--calibration", "self", "--method", "wanda") == 0
@@ -181,10 +180,6 @@ def test_a_run_of_other_settings_in_the_same_folder(prune, tmp_path, monkeypatch
     with interrupted_after(0):
         assert prune("--method", "wanda") == 130
     capsys.readouterr()
-    with monkeypatch.context() as patched:
-        patched.setattr("optimum_fista.text.calibration_tokens.calibration_tokens_by_name", interrupt)
-        assert prune("--method", "wanda", "--sparsity", "0.25", "--overwrite") == 130
-        assert "no decoder layers are finished and kept" in capsys.readouterr().err  # those are of the first run
     with monkeypatch.context() as patched:  # refused before any text is sampled
         patched.setattr("optimum_fista.text.calibration_tokens.calibration_tokens_by_name", None)
         assert prune("--method", "wanda", "--num-samples", "9") == 1
@@ -209,9 +204,7 @@ def test_a_run_that_resumes_takes_the_batches_it_began_with(prune, text_file, ca
     with interrupted_after(0):
         assert prune("--method", "wanda", "--batch-size", "4") == 130
     assert prune("--method", "wanda") == 0
-    assert (
-        f"8 x 16 tokens of {text_file}, batches of 4" in capsys.readouterr().err.split("decoder layers are finished")[1]
-    )
+    assert f"8 x 16 tokens of {text_file}, batches of 4" in capsys.readouterr().err.split("decoder layers are kept")[1]
 
 
 def test_names_of_folders(tmp_path, monkeypatch):
