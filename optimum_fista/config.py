@@ -46,7 +46,7 @@ _METHOD_DEFAULTS = {
 
 
 def method_defaults(name: str) -> MethodDefaults:
-    """The options that a method uses if the caller leaves them `None`."""
+    """The options that a method uses if the caller leaves them `None`; those of others are as SparseGPT's."""
     return _METHOD_DEFAULTS.get(name, MethodDefaults())
 
 
@@ -151,7 +151,7 @@ class FistaPruningConfig(PruningOptions):
     def pattern_for(self, name: str) -> SparsityPattern:
         """The sparsity pattern of the operator called `name`."""
         found = (value for pattern, value in self.overrides.items() if matches(name, (pattern,)))
-        return self._pattern_of(next(found, None))
+        return self._pattern_of(next(found, None))  # the first match counts
 
     def reason_left_dense(self, name: str) -> str | None:
         """Why the operator called `name` is left dense; `None` if it is to be pruned."""

@@ -17,18 +17,13 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 ErrorCorrection = Literal["none", "intra", "full"] | float
 Allocation = Literal["uniform", "fisher"]
+Limits = tuple[float, float | None]
 SEEDS = (0, 2**64 - 1)  # that torch.manual_seed takes
 
 _WHICH, _METHOD, _MACHINE = "which operators", "method", "calibration and machine"
 
 
-def option(
-    default: Any,
-    text: str,
-    *,
-    limits: tuple[float, float | None] | None = None,
-    advanced: str | None = None,
-) -> Any:
+def option(default: Any, text: str, *, limits: Limits | None = None, advanced: str | None = None) -> Any:
     """Declare an option of a dataclass: its default or what makes it, its help, the least and the largest number it
     takes (`None`: there is no largest one), and the group of rarely used options that it belongs to.
     """

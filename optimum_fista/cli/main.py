@@ -16,18 +16,8 @@ from safetensors import SafetensorError
 
 from optimum_fista.cli import chat, demo, doctor, evaluate, pack, page, prune, recover, unpack, verify
 
-_COMMANDS: dict[str, Any] = {
-    "prune": prune,
-    "recover": recover,
-    "evaluate": evaluate,
-    "report": page,
-    "verify": verify,
-    "chat": chat,
-    "pack": pack,
-    "unpack": unpack,
-    "demo": demo,
-    "doctor": doctor,
-}
+_COMMANDS: dict[str, Any] = {"prune": prune, "recover": recover, "evaluate": evaluate, "report": page, "verify": verify}
+_COMMANDS |= {"chat": chat, "pack": pack, "unpack": unpack, "demo": demo, "doctor": doctor}
 _SECONDS_BETWEEN_LINES = 30.0  # that tell of one bar in a log
 
 _DESCRIPTION = """\
@@ -90,11 +80,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Run a parsed command; errors of the user or the system become one line and an exit code.
-
-    Returns:
-        0, or 1 after an error, 130 after an interrupt.
-    """
+    """Run a parsed command; errors of the user or the system become one line and 1, an interrupt 130."""
     formatted, stream = warnings.formatwarning, sys.stderr
     warnings.formatwarning = _one_warning
     try:
@@ -148,10 +134,9 @@ def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     if is_out_of_memory(error):
         advice = (
-            "pass a smaller --batch-size, shorter --sequence-length, fewer --num-samples, --storage-device cpu, "
-            "or --device cpu"
+            "a smaller --batch-size, shorter --sequence-length, fewer --num-samples, --storage-device or --device cpu"
         )
-        return f"out of memory ({text[:200]}): {advice}."
+        return f"out of memory ({text[:200]}): pass {advice}."
     if isinstance(error, SafetensorError):
         return f"a safetensors file is damaged, or a pointer of Git LFS ({text}): download it again (git lfs pull)."
     return text or type(error).__name__
@@ -159,9 +144,8 @@ def _one_line(error: Exception) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `optimum-fista`."""
-    parser = argparse.ArgumentParser(
-        "optimum-fista", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter  # the others would join the lines of examples
+    parser = argparse.ArgumentParser("optimum-fista", description=_DESCRIPTION, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"optimum-fista {version('optimum-fista')}")
     add_commands(parser)
     return parser

@@ -78,8 +78,8 @@ def calibration_tokens_by_name(
     settings = json.dumps([name, files, source, num_samples, sequence_length, seed, dtype])
     key = hashlib.sha256(settings.encode()).hexdigest()[:16]  # a command given by mistake leaves the text of others
     file = keep_in / SAMPLED_TEXTS.replace("*", key) if keep_in is not None else None
-    if file is not None and file.exists():
-        with suppress(SafetensorError):  # it is damaged: the model writes again
+    if file is not None:
+        with suppress(FileNotFoundError, SafetensorError):  # it is damaged: the model writes again
             return load_file(file)["tokens"]
     model, own_tokenizer = load_model(name, device=device, dtype=dtype)
     tokens = calibration_tokens(source, model, own_tokenizer, num_samples, sequence_length, seed, progress=progress)

@@ -63,9 +63,10 @@ def test_bars_of_any_command_become_lines_now_and_then_unless_a_terminal_shows_t
             now[0] = second
             sys.stderr.write(f"\rSampling: {second}%")
         sys.stderr.write("\n")
-        print("a warning", file=sys.stderr)
+        sys.stderr.write("a warning\n")
         sys.stderr.write("\rinterrupted")
-        print("an error", file=sys.stderr)
+        for text in ("an error", "\n"):  # as print does
+            sys.stderr.write(text)
         return 0
 
     assert main.execute(argparse.Namespace(fista_run=command)) == 0
