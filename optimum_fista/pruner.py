@@ -49,10 +49,9 @@ class FistaPruner:
     Args:
         config: What to prune and how; 50% unstructured by default.
         progress: Whether to show a progress bar.
-        storage_device: Where hidden states and recorded activations wait between passes: a device (`"cpu"` spares the
-            memory of a GPU), a folder for memory-mapped files, or `"disk"`: files beside the output, or in the
-            temporary folder for a model in memory. `None`: on the model's device, but in files beside the output if a
-            model given by name is pruned on the CPU.
+        storage_device: Where activations wait between passes: a device (`"cpu"` spares the memory of a GPU), a folder,
+            or `"disk"`: files beside the output, or in the temporary folder for a model in memory. `None`: on the
+            model's device, but in files beside the output if a model given by name is pruned on the CPU.
         callbacks: Called for every operator and decoder layer as it is pruned.
     """
 
@@ -84,7 +83,7 @@ class FistaPruner:
         packed: bool = False,
         drop_unused: bool = False,
     ) -> PruningReport:
-        """Prune a model in place, or from its files to the files of `output_dir`.
+        """Prune a model in place, or from its files to the files of `output_dir`; return the report.
 
         Of a model given by name each decoder layer is read, pruned, and written to a file of its own, so the model is
         not in memory as a whole. Until all is done these files are in `output_dir` + ".unfinished". After a crash or an
@@ -99,21 +98,15 @@ class FistaPruner:
                 lists of ids; it is read once. Nothing is fitted to a dict with `"held_out"` (True, or the name of the
                 text), nor to the sequences of the option `held_out`: the perplexity is measured on them.
             calibration_source: Name of the text, for the report.
-            output_dir: Where to write the pruned model, for a model given by name only.
-            device: Where a model given by name computes; `None`: the accelerator if there is one (MPS has to be named).
-            dtype: Dtype of a model given by name; `"auto"` takes the checkpoint's.
+            output_dir: Where to write the pruned model. This and what follows is for a model given by name only.
+            device: Where it computes; `None`: the accelerator if there is one (MPS has to be named).
+            dtype: `"auto"` takes the checkpoint's.
             overwrite: Replace a model that `output_dir` already holds, and an unfinished run of other settings.
             packed: Make `output_dir` a packed folder (docs/formats.md); the zeros are never written.
-            drop_unused: Prune a model given by name although its files hold tensors that Transformers' class has no
-                place for (a vision tower, layers that predict more tokens), and that the result will lack.
-
-        Returns:
-            The report; `save_pretrained` and `push_to_hub` save it with the model.
+            drop_unused: Prune although the files hold tensors that Transformers' class has no place for (a vision
+                tower, layers that predict more tokens), and that the result will lack.
 
         Raises:
-            ValueError: If an argument, the model or the text can't be used; the message says what to pass instead.
-            FileExistsError: If `output_dir` holds a model and `overwrite` is False, or files of somebody else.
-            BlockingIOError: If another run writes to `output_dir`.
             OSError: If the disk is full or can't be written to; finished decoder layers are kept.
             RankError: If another process failed or is gone; finished decoder layers are kept.
         """
@@ -151,13 +144,14 @@ class FistaPruner:
         for callback in self.callbacks:
             callback.on_prune_begin(report)
         with ModelSink(model, evaluation_mode(model), torch.no_grad()) as sink, sink.interruptible:
+            # by the dense model, so before any layer is pruned
             plan = plan.with_budgets(share_budgets(plan, calibration.batches, report))
             prune_layers(plan, calibration, report, sink, held_out)
             dense_sha256 = [layer.dense_sha256 for layer in report.layers]  # of those that go, too
             plan.removal.shrink(model, report, sink)
             complete_report(plan, report, held_out, dense_sha256)
             report.seconds["total"] = time.perf_counter() - started
-            model.config.fista_pruning = summary(report)
+            model.config.fista_pruning = summary(report)  # in the sink: an interrupt here takes all of it back
             self._results[model] = (report, sink.masks)
         logger.info("%s", report)
         for callback in self.callbacks:
@@ -166,20 +160,10 @@ class FistaPruner:
 
     @numerical_environment()
     def prune_weight(self, weight: Tensor, inputs: Tensor, dense_inputs: Tensor | None = None) -> PrunedOperator:
-        """Prune one matrix without a model.
+        """Prune one matrix without a model: minimize `|| W* X* - W X ||_F` over weights in the configured pattern.
 
-        It minimizes `|| W* X* - W X ||_F` over weights in the configured pattern.
-
-        Args:
-            weight: `W` [out, in].
-            inputs: `X*` [tokens, in].
-            dense_inputs: `X` [tokens, in], the same tokens in the dense network; `None`: equal to `inputs`.
-
-        Returns:
-            Weights and mask [out, in], relative error, iterations, penalty, converged.
-
-        Raises:
-            ValueError: If shapes disagree, a value is NaN or Inf, or the pattern does not fit.
+        `weight` is `W` [out, in], `inputs` are `X*` [tokens, in], and `dense_inputs` are `X` of the same tokens in the
+        dense network (`None`: equal to `inputs`).
         """
         pattern = self.config.pattern_for("weight")
         with torch.no_grad():
@@ -191,9 +175,6 @@ class FistaPruner:
         """The report of a model that this pruner has pruned in place, and its masks by `"{operator}.weight"`.
 
         A mask is packed to one bit a weight (`solve.pattern.unpack_mask`), in the layout of the model's weight.
-
-        Raises:
-            ValueError: If this pruner has not pruned the model, or another one has pruned it since.
         """
         if model not in self._results:
             raise ValueError(
@@ -235,7 +216,7 @@ class FistaPruner:
         overwrite: bool = False,
         **options: Any,
     ) -> str:
-        """Save a pruned model to a folder, upload it to the Hub, and return the URL of the commit.
+        """Save a pruned model (`save_pretrained`), upload it to the Hub, and return the URL of the commit.
 
         Args:
             model: A model this pruner has pruned.

@@ -33,10 +33,11 @@ def share_budgets(plan: Plan, batches: Sequence[CalibrationBatch], report: Pruni
         with quick_products_in(plan.compute_dtype):
             removed = choose_layers(loss, plan.removal.num_removed_layers)
     gone = tuple(f"{plan.layers.name}.{index}." for index, _ in removed)
+    # the zeros of layers that go would be lost to the others
     left = {name: operator for name, operator in plan.all_operators.items() if not name.startswith(gone)}
     with split_experts(plan.all_operators.values()), quick_products_in(plan.compute_dtype):
         budgets = replace(allocate_zeros(loss, left, plan.config), removed_layers=removed)
-    release_memory(plan.layers.model)
+    release_memory(plan.layers.model)  # gradients and what was recorded for them
     report.seconds["allocation"] = time.perf_counter() - started
     return budgets
 
@@ -58,7 +59,7 @@ def allocate_zeros(loss: DenseLoss, operators: Mapping[str, LinearOperator], con
                 f"allocation='fisher' takes gradients of the loss, and they can't be computed: {error}. If the model "
                 f"runs but can't be differentiated, pass {instead}."
             ) from error
-        # It is one sequence at a time already.
+        # it is one sequence at a time already
         raise torch.OutOfMemoryError(
             f"the device ran out of memory in the gradients of the loss on one sequence: pass {instead} or shorter "
             f"sequences (--sequence-length) [{error}]"
@@ -71,10 +72,12 @@ def allocate_zeros(loss: DenseLoss, operators: Mapping[str, LinearOperator], con
     unfelt = [name for key, names in pools.items() if key not in felt for name in names]
     costs, sizes, output_weights = {}, dict[str, int](), dict[str, torch.Tensor]()
     for key, names in felt.items():
+        # [out, in] each, made one after the other: together they are as large as the model
         saliencies = (found[n].saliency(sharing[n].read()) for n in names)
         costs[key] = sum(removal_cost(saliency, config.sparsity) for saliency in saliencies)
         sizes[key] = sum(math.prod(sharing[n].shape) for n in names)
         if config.scope == "matrix":
+            # rows of a matrix can share zeros among each other then
             output_weights |= {n: found[n].outputs for n in names if found[n].seen >= _LEAST_TOKENS}
     sparsities = dict[str, float]()
     for key, sparsity in (allocate(costs, sizes, config.sparsity) if costs else {}).items():

@@ -39,7 +39,7 @@ class FileSink(ModelSink):
     ) -> None:
         super().__init__(plan.layers.model, *contexts)
         self._plan, self._journal, self._source, self._packed = plan, journal, source, packed
-        self._stem = "packed" if packed else "model"
+        self._stem = "packed" if packed else "model"  # plain Transformers finds no weights in a packed folder
         self._left = [index for index in range(len(plan.layers)) if index not in plan.removal.removed_layers]
         self._names = stored_names(plan.layers.model, plan.all_operators.values(), plan.removal.new_name)
 
@@ -47,7 +47,7 @@ class FileSink(ModelSink):
         self, index: int, layer: nn.Module, record: LayerRecord, travelling: Sequence[HiddenStates | HeldOut]
     ) -> None:
         """Write a finished decoder layer; of one that is removed, its record only."""
-        self.forget()
+        self.forget()  # the dense weights of this layer: the checkpoint has them
         streams = {name: stream for part in travelling for name, stream in part.kept().items()}
         masks, self.masks = self.masks, {}
         if index in self._plan.removal.removed_layers:
@@ -59,8 +59,9 @@ class FileSink(ModelSink):
         tensors = self._stored(tensors)
         if self._packed:
             operators, stored = as_stored(record.operators, masks, self._names)
+            # zeros never reach the disk
             tensors = Packer(operators, tensors, stored.__getitem__).pack(tensors)
-        self._source.require_unchanged()
+        self._source.require_unchanged()  # before it counts as finished: what was read must be what was hashed
         shard = self._write_shard(self._left.index(index), tensors)
         self._journal.keep_layer(index, shard, masks, record, streams)
 
@@ -80,7 +81,7 @@ class FileSink(ModelSink):
         operators, masks = as_stored(report.operators, masks, self._names)
         report = replace(report, operators=operators)
         packed = packed_settings(index_name, packed_names(weight_map)) if self._packed else None
-        copy_source(self._source.folder, folder)
+        copy_source(self._source.folder, folder)  # before our own files, which replace some of them
         write_all_but_weights(folder, model, tokenizer, report, masks, packed)
         self._source.require_unchanged()
         return report
@@ -93,6 +94,7 @@ class FileSink(ModelSink):
 
     def _stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors under the names of the checkpoint, on the CPU, without those that are tied to others."""
+        # Transformers ties them again when it loads the folder
         left_out = set(self._model.all_tied_weights_keys) | set(self._model._keys_to_ignore_on_save or ())
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if name not in left_out}
         return revert_weight_conversion(self._model, kept)

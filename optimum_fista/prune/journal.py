@@ -70,16 +70,14 @@ class Journal:
         self.model.mkdir(exist_ok=True)
 
     def finished(self, *, read_shards: bool = True) -> dict[int, KeptLayer]:
-        """The decoder layers that are finished, by index, with the budgets at hand once these are read.
-
-        `read_shards=False` trusts shards that are there.
-        """
+        """The decoder layers that are finished, by index; `read_shards=False` trusts shards that are there."""
         found = {}
         for file in sorted(self._budgets.parent.glob("layer-*.json")):
             if (values := read_record(file)) is not None:
                 kept = as_record(KeptLayer, values)
                 shard, read = self.model / kept.shard, read_shards and kept.shard
                 there = is_whole(shard, kept.sha256["shard"]) if read else shard.exists()
+                # with the budgets at hand, once these are read
                 if there and self._budgets_sha256 in (None, kept.sha256["budgets"]):
                     found[int(file.stem.partition("-")[2])] = kept
         return found
@@ -90,12 +88,9 @@ class Journal:
         shard: Path | None,
         masks: dict[str, Tensor],
         record: LayerRecord,
-        streams: Mapping[str, Sequence[Tensor]],
+        streams: Mapping[str, Sequence[Tensor]],  # hidden states that the next layer needs
     ) -> None:
-        """Finish a decoder layer whose shard is on disk; without one it is removed.
-
-        `masks` are packed; `streams` are the hidden states after it that the run goes on with.
-        """
+        """Finish a decoder layer whose shard is on disk; it has none if it is removed."""
         if streams:
             hidden = {f"{name}.{i}": h.contiguous() for name, stream in streams.items() for i, h in enumerate(stream)}
             self._states_sha256[index + 1] = _write_tensors(self._file("states", index + 1), hidden)
@@ -114,9 +109,9 @@ class Journal:
         return load_file(self._file("layer", index))
 
     def resume(self, finished: Mapping[int, KeptLayer], storage: Storage) -> tuple[int, dict[str, list[Tensor]] | None]:
-        """How many of the first decoder layers are finished, each on what the one before left, and what they leave.
+        """How many of the first decoder layers are finished, each on what the one before left.
 
-        That are hidden states by name; `None` if they are not there whole.
+        Returns also the hidden states that they leave, by name; `None` if these are not there whole.
         """
         first, sha256 = 0, None
         while first in finished and finished[first].sha256["before"] == sha256:
@@ -156,10 +151,7 @@ class Journal:
 
 
 def join_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool, ranks: Ranks) -> None:
-    """Take up the run that a locked unfinished folder holds; another one is thrown away if `overwrite`.
-
-    Rank 0 does so. A process that was started with something else is refused.
-    """
+    """Have rank 0 take up the run that a locked unfinished folder holds; throw another one away if `overwrite`."""
 
     def begin() -> Mapping[str, Any]:
         if not overwrite:
@@ -180,10 +172,7 @@ def join_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool, rank
 
 
 def require_same_run(folder: Path, wanted: Mapping[str, Any]) -> None:
-    """Refuse to go on with the run that an unfinished folder holds, if there is one, and it was another one.
-
-    `wanted` is the fingerprint, or what of it is known before text is drawn.
-    """
+    """Refuse to go on with the run of an unfinished folder if it is another one; `wanted` is what is known of ours."""
     if not (folder / RUN_FILE).exists():
         return
     begun = read_record(folder / RUN_FILE)
@@ -209,7 +198,7 @@ def write_record(path: Path, values: Mapping[str, Any], tensors: Mapping[str, Te
     record: dict[str, Any] = {"values": values, "tensors": None}
     if tensors is not None:
         record["tensors"] = _write_tensors(path.with_suffix(".safetensors"), tensors)
-    write_file(path, json.dumps({"sha256": _text_digest(record), **record}, indent=1))
+    write_file(path, json.dumps({"sha256": _digest(record), **record}, indent=1))
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -217,7 +206,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_bytes())
         sha256, values, tensors = found.pop("sha256"), found["values"], found["tensors"]
-        if sha256 == _text_digest(found):
+        if sha256 == _digest(found):
             return values if tensors is None or is_whole(path.with_suffix(".safetensors"), tensors) else None
     except FileNotFoundError:
         return None
@@ -227,16 +216,16 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _text_digest(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-
 def is_whole(path: Path, sha256: str | None) -> bool:
     """Whether a file is there with the bytes that were written."""
     if path.exists() and digest_of(path) == sha256:
         return True
     logger.warning("%s is damaged and not used", path)
     return False
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -292,9 +281,7 @@ def shared_files(folder: Path, known: dict[str, list[Any]], ranks: Ranks, progre
 class SourceFiles:
     """The weight files and the configuration of the model that is read: size, times, inode and SHA-256 by name.
 
-    Files whose size, times and inode are those of `known` are not read again: writing to a file changes its ctime,
-    which no program can set. The others are read whole, at 1 to 2 GB/s a core: 140 GB take a minute on a disk that is
-    fast enough, which is little compared to hours of pruning.
+    Files are read whole, at 1 to 2 GB/s a core: 140 GB take a minute, which is little compared to hours of pruning.
     """
 
     def __init__(self, folder: Path, known: dict[str, list[Any]], progress: bool) -> None:
@@ -304,6 +291,7 @@ class SourceFiles:
         files = [f for f in sorted(folder.iterdir()) if f.name == CONFIG_FILE or f.name.endswith(_WEIGHTS)]
         for file in files:
             found = file.stat()
+            # a file that has these is not read again: writing changes its ctime, which no program can set
             stamp = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
             self.hashes[file.name] = [*stamp, None if known.get(file.name, [])[:-1] != stamp else known[file.name][-1]]
         changed = [file for file in files if self.hashes[file.name][-1] is None]

@@ -126,16 +126,13 @@ def require_independent_layers(config: FistaPruningConfig, count: int) -> None:
 def share_layers(unfinished: Sequence[int], pruning_costs: Sequence[float], num_ranks: int) -> list[list[int]]:
     """Share the unfinished decoder layers, so that the rank that takes longest takes least; the last may get none.
 
-    Shares are contiguous, because a rank runs the dense network up to its last layer only: early ranks get more layers.
+    Shares are contiguous, because a rank runs the dense network up to its last layer only:
 
-        cost of a share = 1 + (last layer in it that is pruned) + sum of its pruning costs
-
-    `pruning_costs` are those of all decoder layers, in forward passes of a layer besides the dense one; 0 if there is
-    nothing to prune, so that no hidden states are needed.
+        cost of a share = 1 + (last layer in it that is pruned) + sum of its pruning costs, in forward passes of a layer
     """
 
     def cost(share: Sequence[int]) -> float:
-        pruned = [index for index in share if pruning_costs[index] > 0]
+        pruned = [index for index in share if pruning_costs[index] > 0]  # others need no hidden states
         return 1 + pruned[-1] + sum(pruning_costs[index] for index in pruned) if pruned else 0.0
 
     def fill(limit: float) -> list[list[int]]:

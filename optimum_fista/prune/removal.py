@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -218,10 +219,9 @@ class PartsRemoval(Removal):
         groups = {name: (self.columns.parts[name].groups, self.columns.counts[name]) for name in names}
         kept = {name: tuple(range(total - count, total)) for name, (total, count) in groups.items()}
         call, hidden = activations.calls[0], small_hidden_states(hidden_states.to(activations.device))
+        run, layer = partial(call.run, hidden_states=hidden), activations.layer
         try:
-            require_same_outputs(
-                self.columns, layer_name, activations.layer, kept, lambda layer: call.run(layer, hidden)
-            )
+            require_same_outputs(self.columns, layer_name, layer, kept, run)
         except UnsupportedArchitectureError as error:
             if error.__cause__ is not None and is_out_of_memory(error.__cause__):
                 raise error.__cause__ from None  # smaller batches may fit
@@ -237,10 +237,10 @@ class PartsRemoval(Removal):
         num_tokens, saliency, wanted = score_experts(experts, targets)
         kept = experts_to_keep(saliency, self.smaller.counts[part.name], part.equal_runs)
         smaller = smaller_copy(self.experts, layer_name, layer, {part.name: kept})
-        left = experts_of(part, layer_name, smaller)
+        left = experts_of(part, layer_name, smaller)  # on what the router sends them now, without those that go
         mixture = SmallerMixture(left, replace(targets.activations, layer=smaller), targets.entering.entering, wanted)
         before, held_out = mixture.errors()
-        fit_error, num_refitted, message = before, 0, ""
+        fit_error, num_refitted, message = before, 0, ""  # before refits
         if self.asked.expert_refit:
             down = [operator for operator in experts.operators if operator.kind == "down_proj"]
             num_refitted, message = mixture.refit(lambda expert, weight: sink.write(down[kept[expert]], weight))

@@ -15,39 +15,33 @@ from optimum_fista.prune.plan import Plan
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.solve.patterns.n_of_m import best_order
 
-_TOKENS_OF_ORDER = 8192
-"""Tokens, and those to the end of their batch, that sizes of inputs are measured on; docs/ablations.md had as many."""
+_TOKENS_OF_ORDER = 8192  # not held out, to the end of their batch; docs/ablations.md had as many
 
 
 def reorder_channels(
     plan: Plan, sink: ModelSink, layer_name: str, activations: LayerActivations, hidden_states: Sequence[Tensor]
 ) -> dict[str, tuple[int, ...]]:
-    """Let the channels of a decoder layer's MLPs change places.
+    """Let the channels of a decoder layer's MLPs change places, if their down projections are to be pruned.
 
-    What counts of a weight is its size times the root mean square of its input, as Wanda has it (arXiv 2306.11695), on
-    the first `_TOKENS_OF_ORDER` tokens that are not held out. MLPs whose down projection is not among the operators to
-    prune stay as they are. The hidden states are those that enter the layer, a batch each, [batch, tokens, hidden].
-
-    Returns:
-        The numbers that the inputs of each of these down projections had before, in their new order, by the names of
-        the weights.
+    Returns the numbers that the inputs of each down projection had before, in their new order, by its weight's name.
     """
     call, layer, orders = activations.calls[0], activations.layer, dict[str, tuple[int, ...]]()
     for name, operator in plan.operators[layer_name].items():
         part, pattern = plan.channels.get(name), plan.config.pattern_for(name)
         if part is None or pattern.span is None or pattern.width > 1:
             continue
+        # |W_ij| * rms(x_j) says what a weight counts, as in Wanda (arXiv 2306.11695)
         energies, tokens = torch.zeros(operator.shape[1], device=activations.device), 0
         for batch, (arguments, keywords) in enumerate(activations.arguments_of(operator.module, hidden_states)):
             if not activations.held_out[batch]:
                 inputs = activations.rows(operator_input(arguments, keywords), batch, operator)
-                energies += inputs.float().square().sum(0)
+                energies += inputs.float().square().sum(0)  # [tokens, in] -> [in]
                 tokens += len(inputs)
             if tokens >= _TOKENS_OF_ORDER:
                 break
         order = best_order(operator.read().abs_().mul_(energies.sqrt()), pattern).tolist()
         hidden = small_hidden_states(hidden_states[0].to(activations.device))
-        expected = call.run(layer, hidden)
+        expected = call.run(layer, hidden)  # which no permutation of channels may change
         for tensor in part.tensors:
             owner, _, leaf = tensor.rpartition(".")
             module = layer.get_submodule(owner.removeprefix(f"{layer_name}."))

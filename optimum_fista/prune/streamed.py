@@ -92,7 +92,11 @@ def prune_files(
             calibration, held_out, report = begin(plan, calib_dataloader, calibration_source)
             if lost:
                 report.lack(lost)
-            return calibration, None if ranks.count > 1 else held_out, report  # which has some of the layers only
+            return calibration, None if ranks.count > 1 else held_out, report  # a rank runs some of the layers only
+
+        def tell() -> None:
+            for callback in callbacks:
+                callback.on_prune_begin(report)
 
         ranks.first(lock)
         plan, tokenizer, read_from = ranks.each(load)
@@ -103,7 +107,7 @@ def prune_files(
         journal = ranks.each(lambda: Journal(folder, fingerprint))
         run = StreamedRun(ranks, plan, calibration, held_out, report, source, journal)
         with run.advising():
-            ranks.each(run.begin)
+            ranks.each(tell)
             sink = run.prune(packed)
             report = ranks.first(lambda: run.complete(sink, tokenizer, output_dir, overwrite, started))
             offloaded.close()
@@ -127,11 +131,6 @@ class StreamedRun:
     journal: Journal
     seconds_before: float = 0.0  # of decoder layers that an earlier start has finished
 
-    def begin(self) -> None:
-        """Call the callbacks."""
-        for callback in self.plan.callbacks:
-            callback.on_prune_begin(self.report)
-
     def prune(self, packed: bool) -> FileSink:
         """Prune this process's share of the decoder layers that are left, and write each once it is finished."""
         ranks, journal = self.ranks, self.journal
@@ -143,6 +142,7 @@ class StreamedRun:
         if ranks.count == 1:
             finished = self._resume(finished)
         self.seconds_before = sum(layer.record.report.seconds for layer in finished.values())
+        # any number of processes may go on: the layers that are left are shared anew
         unfinished = [index for index in range(len(plan.layers)) if index not in finished]
         todo = share_layers(unfinished, plan.costs, ranks.count)[ranks.index]
         sink = FileSink(plan, journal, self.source, packed, evaluation_mode(plan.layers.model), torch.no_grad())
@@ -168,7 +168,7 @@ class StreamedRun:
             raise RankError("decoder layers that other ranks finished are not here: pass a folder that all nodes share")
         report.operators, report.layers, report.left_dense = [], [], {}
         for layer in layers.values():
-            if layer.shard:
+            if layer.shard:  # the report has no layer that is gone
                 report.add(layer.record)
         report.seconds["total"] = self.seconds_before + time.perf_counter() - started
         complete_report(self.plan, report, self.held_out, [one.record.report.dense_sha256 for one in layers.values()])
