@@ -78,16 +78,11 @@ def test_what_was_freed_again_is_seen():
     assert 0 < later.resident_bytes < peak.resident_bytes
 
 
-def test_the_thread_ends_after_an_error_and_if_the_context_is_never_left():
+def test_the_thread_ends_after_an_error():
     before = {*threading.enumerate()}
     with pytest.raises(KeyboardInterrupt), watched_memory(torch.device("cpu")):
         raise KeyboardInterrupt
-    never_left = watched_memory(torch.device("cpu"))
-    never_left.__enter__()
-    del never_left
-    for thread in {*threading.enumerate()} - before:
-        thread.join(60)
-        assert not thread.is_alive()
+    assert {*threading.enumerate()} <= before
 
 
 def test_on_cuda_the_count_of_pytorch_starts_anew(monkeypatch):

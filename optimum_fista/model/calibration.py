@@ -139,10 +139,9 @@ def _read_batch(item: Any, where: str, vocab_size: int, longest: int | None) -> 
     ids = _as_rows(item, where, "input_ids").to(torch.int64)
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
-        bad = low if low < 0 else high
         raise ValueError(
-            f"{where}: input_ids holds the token id {bad}, outside the model's vocabulary [0, {vocab_size}): "
-            "tokenise with the model's own tokenizer."
+            f"{where}: input_ids holds the token id {low if low < 0 else high}, outside the model's vocabulary "
+            f"[0, {vocab_size}): tokenise with the model's own tokenizer."
         )
     if longest is not None and ids.shape[1] > longest:
         raise ValueError(

@@ -175,8 +175,8 @@ class FinishedParts:
         to `keep` what is not known yet.
         """
         finished = [part for part, last in self._last_group.items() if last < group]
-        known = {part: self._outputs[part][0] if part in self._outputs else self._inputs.get(part) for part in finished}
-        sources = {part: iter(store) for part, store in known.items() if store is not None}
+        known = self._inputs | {part: store for part, (store, _) in self._outputs.items()}
+        sources = {part: iter(known[part]) for part in finished if part in known}
         outputs = {part: self._activations.store() for part in finished if keep and part not in self._outputs}
         rests: dict[nn.Module, tuple[Any, ...] | None] = {}
 
