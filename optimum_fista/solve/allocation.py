@@ -5,8 +5,6 @@ the error of every operator is taken to grow at the same rate with its zeros. Th
 a rule: the method itself chooses, on one problem whose rows are scaled.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from copy import copy

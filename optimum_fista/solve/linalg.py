@@ -4,8 +4,6 @@ Gram matrices are the largest that a solver holds: what is named `in_place` over
 that may have to be repeated asks for a new copy each time. torch's own functions would hold two or three of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import torch

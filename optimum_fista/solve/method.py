@@ -4,8 +4,6 @@ A method is a frozen set of options without state: one object prunes all operato
 process. It returns a mask and weights instead of changing any, so that its caller decides what is written and when.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields

@@ -7,8 +7,6 @@ a mask follow from the description, so that a file of `patterns/` only reads and
 with, because the number of zeros is exact.
 """
 
-from __future__ import annotations
-
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass

@@ -112,7 +112,7 @@ class LayerProblem:
         unpruned_errors: Squared norms of the rows of `W X* - Y`, [out], float64; their sum is `e0`.
         corrected: Whether `Y` is another matrix than `W X*`.
         aims_at_dense: Whether `Y` is known to be `W X`.
-        dense: What is known of `W X` if `Y` is another matrix; `None` if nothing is.
+        dense: Sums over `W X` if `Y` is another matrix; `None` if they are not known.
         name: Name of the operator, for messages.
     """
 
@@ -144,7 +144,7 @@ class LayerProblem:
         self.corrected = target is not None
         self.aims_at_dense = aims_at_dense
         self.dense = dense
-        self._errors_of: LayerProblem | None = None  # the problem whose errors `decoupled` tells
+        self._errors_of: LayerProblem | None = None  # a decoupled problem has the errors of the original
         if target is None or output_energies is None:
             self.target = weight @ statistics.gram  # C = W X* X*^T
             self.output_energies = inner_by_rows(self.target, weight)  # || W X* ||^2 = <W G, W>, by rows
@@ -269,7 +269,6 @@ def largest_eigenvalue(gram: Tensor, *, tolerance: float = 1e-4, max_iterations:
     The Rayleigh quotient `q` of a unit vector `v` never exceeds `lambda_max`, and some eigenvalue lies within
     `r = || G v - q v ||` of it; `q + r` is returned once `r <= tolerance * q`, and never more than the
     largest absolute row sum (Gershgorin), so that a gradient step of its inverse does not diverge.
-
     """
     bound = float(gram.abs().sum(1).max())  # Gershgorin
     if bound == 0.0:

@@ -4,8 +4,6 @@ Both G and C stand for all tokens, so that a step takes one product with G, howe
 nothing waits for a number: convergence is asked about every ten steps, at the price of up to nine steps more.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

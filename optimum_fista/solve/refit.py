@@ -4,8 +4,6 @@ With a mask of its own each row is a linear system of its own, too many to facto
 are nearly as good. If all rows keep the same columns there is one system, and a Cholesky factor solves it.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@ Here a threshold is found by counting, and magnitudes are made a block of rows a
 the matrix.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -4,8 +4,6 @@
 schedule of rho of its own. The method here is that of Boza (arXiv 2401.02938), written as in its paper.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar

@@ -1,6 +1,7 @@
-"""ALPS: l0-constrained ADMM with a growing penalty (arXiv 2406.07831)."""
+"""ALPS: l0-constrained ADMM with a growing penalty (arXiv 2406.07831).
 
-from __future__ import annotations
+One eigenvalue decomposition makes an inverse for every `rho`, as in the paper; `obs_admm` takes a few fixed ones.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,6 +1,7 @@
-"""DSnoT: dynamic sparse no training, swaps in Wanda's mask (arXiv 2310.08915)."""
+"""DSnoT: dynamic sparse no training, swaps in Wanda's mask (arXiv 2310.08915).
 
-from __future__ import annotations
+All rows swap at once, a weight each, and groups that a pattern keeps together swap as one.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -45,11 +46,11 @@ class Dsnot(PruningMethod):
         variance = (statistics.diagonal / max(1, statistics.num_tokens) - mean.square()).clamp_min(1e-12)
         live = statistics.energy_ratios == 1  # others would grow first: their variance, a divisor, is next to nothing
 
-        def of_groups(matrix: Tensor) -> Tensor:  # [out, in] -> [out, in / unit]; no copy if each weight is a unit
+        def of_groups(matrix: Tensor) -> Tensor:  # [out, in] -> [out, groups]; no copy if each weight is a group
             return matrix if pattern.width == 1 else matrix.unflatten(1, (-1, pattern.width)).sum(-1)
 
         kept = mask[:, :: pattern.width].contiguous()
-        # Contributions to the error add up over a unit, and so do the squares of Wanda's scores.
+        # Contributions to the error add up over a group, and so do the squares of Wanda's scores.
         scores = of_groups(scores.square_()).sqrt_()
         growth = of_groups(problem.weight * (mean / variance * live))
         whole = live.view(-1, pattern.width).all(1)

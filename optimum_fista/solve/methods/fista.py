@@ -5,8 +5,6 @@ warm start (docs/solver.md), SparseGPT is the warm start of every model, and fou
 has all as printed.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args

@@ -1,7 +1,5 @@
 """FLAP: pruning by how much inputs fluctuate, with the mean of the outputs kept (arXiv 2312.11983)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

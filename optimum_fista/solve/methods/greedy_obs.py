@@ -4,8 +4,6 @@ Both papers update the whole inverse after every column. Here updates wait until
 vectors into products of matrices.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

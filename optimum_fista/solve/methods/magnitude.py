@@ -1,7 +1,5 @@
 """Magnitude pruning."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """SparseGPT: optimal-brain-surgeon pruning column by column (arXiv 2301.00774)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

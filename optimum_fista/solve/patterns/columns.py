@@ -1,7 +1,5 @@
 """Whole columns: groups of consecutive inputs that all rows keep, or that all rows lose."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import ClassVar, Self

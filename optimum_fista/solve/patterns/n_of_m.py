@@ -1,7 +1,5 @@
 """n:m sparsity, such as 2:4: n weights kept of every m consecutive inputs of a row, one by one or in pairs."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Self

@@ -4,8 +4,6 @@ This is the only pattern that no single matrix has. It says how many parts of ea
 `Columns` of the operators that read them, and by `model` and `prune` for experts and decoder layers.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NoReturn, Self, cast

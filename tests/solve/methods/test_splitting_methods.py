@@ -13,7 +13,7 @@ from optimum_fista.solve.linalg import damped_inverse
 from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.methods.admm import SplitState, unit_diagonal
 from optimum_fista.solve.methods.obs_admm import _Surgeon
-from optimum_fista.solve.patterns import Columns, Unstructured, parse_pattern
+from optimum_fista.solve.patterns import Unstructured, parse_pattern
 from optimum_fista.solve.problem import InputStatistics, LayerProblem
 
 SPLITTING = ("admm", "alps", "obs_admm")
@@ -168,14 +168,6 @@ def test_norms_in_surgeon_coordinates_are_what_removing_a_group_costs(width):
         inputs = made.inputs[:, others]
         error = made.outputs - inputs @ torch.linalg.lstsq(inputs, made.outputs).solution
         assert float(part.square().sum()) == pytest.approx(float(error.square().sum()), rel=1e-9)
-
-
-def test_operators_of_other_widths_are_pruned_as_they_are_alone():
-    made, method = example(6, 12), create_method("obs_admm")
-    patterns = [Columns(0.5), Columns(0.5, width=3), Unstructured(0.5)]
-    together = method.prune_sharing([made.problem] * 3, patterns)
-    for pattern, pruned in zip(patterns, together, strict=True):
-        assert torch.equal(method.prune(made.problem, pattern).weight, pruned.weight)
 
 
 def test_iterations_by_hand():
