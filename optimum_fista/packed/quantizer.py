@@ -22,7 +22,6 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_fista.packed.format import SUFFIXES, PackedFormatError, PackedTensor, check, packed_names, unpack
-from optimum_fista.packed.linear import PackedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -146,7 +145,7 @@ class FistaPackedQuantizer(HfQuantizer):
                 "model with `optimum-fista pack`."
             )
         self._becoming_dense = quantization_config.parameters  # names, or in a packed model the weights' full names
-        self._transposed: set[str] = set()  # modules that were `Conv1D`, whose weights are stored as [in, out]
+        self._staying_packed: dict[str, bool] = {}  # modules; True for `Conv1D`, whose weights are stored as [in, out]
 
     @property
     def serialized_names(self) -> dict[str, list[str]]:  # type: ignore[override]
@@ -205,27 +204,27 @@ class FistaPackedQuantizer(HfQuantizer):
         dense = cast(Tensor, module.weight)
         if outline.shape != tuple(dense.shape):
             raise PackedFormatError(f"{name}_layout says shape {outline.shape}: the model's is {tuple(dense.shape)}.")
+        from optimum_fista.packed.linear import PackedLinear  # brings `torch._dynamo`, which takes more than a second
+
         values = outline.values.to(dense.dtype)  # Transformers casts to the dtype of what is there
         packed = PackedLinear(PackedTensor(values, outline.mask, outline.layout), module.bias)  # type: ignore[arg-type]
         packed.weight_layout = outline.layout.to("meta")
-        if type(module) is Conv1D:
-            self._transposed.add(owner)
+        self._staying_packed[owner] = type(module) is Conv1D
         parent, _, child = owner.rpartition(".")
         setattr(model.get_submodule(parent), child, packed.requires_grad_(False))
         return True
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         model.config.__dict__.pop("transformers_weights", None)  # or a saved model would look for packed files
-        for name, module in model.named_modules():
-            if not isinstance(module, PackedLinear):
-                continue
+        for name, is_transposed in self._staying_packed.items():
+            module: Any = model.get_submodule(name)
             if module.weight_mask.is_meta:
                 raise ValueError(
                     f"offload_buffers=True leaves the packed weight of {name} on disk, and runtime='packed' can't "
                     "compute there: pass offload_buffers=False, with which packed weights stay in memory, or "
                     "runtime='dense'."
                 )
-            if name in self._transposed:
+            if is_transposed:
                 module.transpose_()  # `Conv1D` computes x W, the kernels W x
             else:
                 module.prepare()
