@@ -63,9 +63,9 @@ def load_model(
 def load_lazily(
     name: str, offload_folder: Path, *, device: str | None = None, dtype: str | torch.dtype = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """A model whose weights stay in its files until they are needed; those of a GGUF file are dequantized in memory.
+    """Load a model whose weights stay in its files until they are needed.
 
-    The tokenizer of a GGUF file, which is in no file of its own, comes with it.
+    Weights of a GGUF file are dequantized in memory. Its tokenizer, which is in no file of its own, comes with it.
     """
     if gguf_file(name) is not None:
         return load_model(name, device=device, dtype=dtype)
@@ -118,7 +118,7 @@ def read_config(name: str) -> PreTrainedConfig:
 
 
 def read_model(name: str, **options: Any) -> PreTrainedModel:
-    """A causal language model from its files, with further options of `from_pretrained`."""
+    """Read a causal language model from its files, with further options of `from_pretrained`."""
     model, info = _read(AutoModelForCausalLM, name, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     if missing:  # Transformers warns and takes random values
@@ -146,7 +146,7 @@ def reading(name: str) -> Iterator[None]:
 
 
 def _read(kind: Any, name: str, **options: Any) -> Any:
-    """What an automatic class of Transformers makes of a model's files; no code of theirs runs."""
+    """Read a model's files by an automatic class of Transformers; no code that comes with them runs."""
     file = gguf_file(name)
     if file is not None:
         if importlib.util.find_spec("gguf") is None:
@@ -239,7 +239,7 @@ def usable_device(device: str | None) -> torch.device:
 
 
 def storage_place(name: str | torch.device | Path | None) -> Storage | None:
-    """Where activations are to wait: a device, a folder, or for `"disk"` the temporary folder; `None` stays."""
+    """The device or folder in which activations wait; the temporary folder for `"disk"`, `None` for `None`."""
     if name is None:
         return None
     if name == "disk":

@@ -40,12 +40,12 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 
 def unfinished_folder(output_dir: Path) -> Path:
-    """Where a run keeps what it has written until it is complete."""
+    """The folder in which a run keeps its files until all are written."""
     return Path(f"{os.path.realpath(output_dir)}{_UNFINISHED}")
 
 
 def folder_beside(source: str | Path, ending: str) -> Path:
-    """Where a command writes what it makes of a model if nothing else is said: the model's name and `ending`."""
+    """The default output of a command that reads `source`: the model's name and `ending`."""
     path = Path(source) if Path(source).name not in ("", "..") else Path(source).resolve()
     return path.with_name(f"{path.name}{ending}") if path.is_dir() else Path(f"{path.name}{ending}")
 
@@ -111,7 +111,7 @@ def all_names(folder: Path) -> list[str]:
 
 @contextmanager
 def locked_output(output_dir: Path) -> Iterator[Path]:
-    """Be the only one who writes `output_dir`; yields its unfinished folder, which is there and can be written to.
+    """Lock `output_dir` against other runs, and yield its unfinished folder, which exists and can be written to.
 
     The thread that holds the lock may ask again. What a killed process left is thrown away, but not the layers of a
     streamed run, nor a text that a model wrote.
@@ -255,7 +255,7 @@ def _noted(folder: Path) -> dict[str, Any]:
 
 
 def _stamp(file: Path) -> Any:
-    """What tells that a file was changed: of weights size and time of change, of everything else the digest."""
+    """A value that changes with a file: size and time of change of weights, the digest of everything else."""
     found = file.stat()
     # A digest of weights would read gigabytes. Editors that keep size and time do not edit weights.
     return [found.st_size, found.st_mtime_ns] if file.suffix == ".safetensors" else digest_of(file)
@@ -281,7 +281,7 @@ def write_file(path: Path, content: str | bytes | Mapping[str, Tensor], metadata
 
 @contextmanager
 def errors_of_writing(path: Path) -> Iterator[None]:
-    """Have every error of the system be an OSError that names what could not be written."""
+    """Turn every error of the system into an OSError that names the file that could not be written."""
     try:
         yield
     except (SafetensorError, RuntimeError) as error:  # safetensors and torch.save wrap the system's errors in a text

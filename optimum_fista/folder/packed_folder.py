@@ -61,7 +61,7 @@ class Packing:
 
 
 def is_packed(folder: Path) -> bool:
-    """Whether a model folder is packed."""
+    """True if a model folder is packed."""
     file = folder / CONFIG_FILE
     settings = read_json(file).get(PACKED_KEY) if file.exists() else None
     return isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD

@@ -1,4 +1,4 @@
-"""What else is in a dense model's folder: files that come along when it is pruned, and tensors that can't.
+"""Files of a dense model that its pruned folder gets too, and tensors that the pruned model has no place for.
 
 A pruned folder has everything that the dense one has beside its weights (templates, processors, licences), so it can
 take its place. What the loaded class has no place for is named and refused, and not dropped in silence.
@@ -65,7 +65,7 @@ def copy_source(source: Path, folder: Path, pattern: str = "*") -> None:
 
 
 def described_loss(model: PreTrainedModel, source: Path) -> str:
-    """How many tensors in the files of a model the loaded one has no place for, by module, in words; empty if none.
+    """Count the tensors in a model's files that the loaded one has no place for, by module, in words; empty if none.
 
     No loss is what the model computes anew (tables of rotary embeddings, causal masks), nor what its class declares
     useless in decoder layers that it has. What it declares useless elsewhere is one: layers that predict more tokens,

@@ -28,7 +28,7 @@ _NO_OPERATOR = -1  # what a stand-in holds where no operator's weight is
 
 @dataclass(frozen=True)
 class StoredName:
-    """Where a checkpoint keeps a weight."""
+    """The place of a weight in a checkpoint."""
 
     name: str  # of its tensor; with an index, such as `experts.gate_up_proj[3, :, 0::2]`, if it is a part of that
     transposed: bool  # whether it is stored as [in, out]

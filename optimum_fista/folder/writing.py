@@ -135,7 +135,7 @@ def write_form(
 
 
 def summary(report: PruningReport) -> dict[str, Any]:
-    """What `config.json` says under `fista_pruning`."""
+    """The value of `fista_pruning` in `config.json`."""
     totals = report.totals
     return {
         "format": MASKS_FORMAT,

@@ -55,7 +55,7 @@ class PackedTensor:
 
     @property
     def encoding(self) -> MaskEncoding:
-        """How the mask is written."""
+        """The form in which the mask is written."""
         n, m = self.layout[1:3].tolist()
         return GroupMask(n, m) if m else BITS
 

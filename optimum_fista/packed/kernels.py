@@ -46,7 +46,7 @@ class Kernels:
         self._use_threads_of_torch()
 
     def takes_many(self, dtype: torch.dtype) -> bool:
-        """Whether `linear` is at least about as fast as a dense product with any number of inputs of a dtype."""
+        """True if `linear` is at least about as fast as a dense product with any number of inputs of a dtype."""
         return self.path == "avx512" and dtype == torch.bfloat16  # VDPBF16PS; the others multiply in float32
 
     def linear(self, x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None) -> Tensor:

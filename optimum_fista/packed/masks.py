@@ -65,12 +65,12 @@ def place(values: Tensor, kept: Tensor, target: Tensor) -> None:
 
 
 class MaskEncoding:
-    """What a mask [rows, columns] looks like as uint8 [rows, row_bytes]: here one bit a weight, lowest bit first."""
+    """A form of a mask [rows, columns] as uint8 [rows, row_bytes]: here one bit a weight, lowest bit first."""
 
     numbers = (0, 0)  # n and m in the layout
 
     def used_bits(self, columns: int) -> int:
-        """Bits of a row that say something; those after them are zero."""
+        """Number of bits of a row that are used; those after them are zero."""
         return columns
 
     def row_bytes(self, columns: int) -> int:
@@ -90,7 +90,7 @@ class MaskEncoding:
         return int(count_bits(mask).sum())
 
     def defect(self, mask: Tensor, columns: int) -> str | None:  # noqa: ARG002
-        """What is wrong with a mask of the right size whose last bits are zero; `None` if nothing is."""
+        """Name the defect of a mask of the right size whose last bits are zero; `None` if it has none."""
         return None  # any bits are a mask
 
 

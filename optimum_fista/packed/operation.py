@@ -44,7 +44,7 @@ def packed_linear(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias:
 
 
 def row_starts(mask: Tensor) -> Tensor:
-    """Where the values of each row start, int64 [rows + 1], of a mask with one bit a weight."""
+    """Number of the first value of each row, int64 [rows + 1], for a mask with one bit a weight."""
     starts = torch.zeros(mask.shape[0] + 1, dtype=torch.int64, device=mask.device)  # the first row starts at 0
     torch.cumsum(count_bits(mask), 0, out=starts[1:])
     return starts
@@ -70,7 +70,7 @@ def _as_autocast(tensor: Tensor) -> Tensor:
 
 
 def _is_plain(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether nothing traces, wraps or differentiates this product, so that the dispatcher can be passed by."""
+    """True if nothing traces, wraps or differentiates this product, so that the dispatcher can be passed by."""
     return (
         type(x) is Tensor
         and x.is_cpu
@@ -85,7 +85,7 @@ def _is_plain(x: Tensor, bias: Tensor | None) -> bool:
 
 
 def _is_transformed() -> bool:
-    """Whether forward-mode differentiation or `torch.func` is at work, for which the operation has no rules."""
+    """True if forward-mode differentiation or `torch.func` is at work, for which the operation has no rules."""
     return forward_ad._current_level >= 0 or _is_in_torch_func()
 
 

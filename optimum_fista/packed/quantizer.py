@@ -32,7 +32,7 @@ RUNTIMES = ("dense", "packed")
 
 @auto.register_quantization_config(QUANT_METHOD)
 class FistaPackedConfig(QuantizationConfigMixin):
-    """How a packed checkpoint is stored and loaded; pass one to `from_pretrained(quantization_config=)` to choose.
+    """Form of a packed checkpoint and of the loaded model, for `from_pretrained(quantization_config=)`.
 
     Args:
         runtime: `"dense"`: the model that was packed, bit for bit. `"packed"`: `nn.Linear` and `Conv1D` modules stay
@@ -64,11 +64,11 @@ class FistaPackedConfig(QuantizationConfigMixin):
 
     @property
     def dequantize(self) -> bool:
-        """Whether the loaded model is dense."""
+        """True if the loaded model is dense."""
         return self.runtime == "dense"
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What a caller may choose for a checkpoint."""
+        """The options that a caller may choose for a checkpoint."""
         return {"runtime": self.runtime}
 
 
@@ -158,7 +158,7 @@ class FistaPackedQuantizer(HfQuantizer):
         return config
 
     def get_load_operations(self) -> dict[str, Any]:
-        """What makes a dense tensor of the stored ones."""
+        """The operation that makes a dense tensor of the stored ones."""
         return {"dequantize": Unpack}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
@@ -231,12 +231,12 @@ class FistaPackedQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        """Whether `save_pretrained` can save the model as it is."""
+        """True if `save_pretrained` can save the model as it is."""
         return False
 
     @property
     def is_trainable(self) -> bool:
-        """Whether the loaded model can be trained."""
+        """True if the loaded model can be trained."""
         return self.quantization_config.runtime == "dense"
 
 
