@@ -119,13 +119,6 @@ def test_beside_another_model_and_packed_folders(ask, tiny_folder, pruned_folder
     assert lines[0].split(": ")[1:] != lines[1].split(": ")[1:]
 
 
-def test_bad_arguments(tiny_folder, monkeypatch, capsys):
-    for flag, value, message in (("--max-new-tokens", 0, "must be greater than 0"), ("--seed", -1, "seed=-1: pass")):
-        monkeypatch.setattr(sys, "stdin", io.StringIO("the sea"))
-        assert main(["chat", str(tiny_folder), "--device", "cpu", flag, str(value)]) == 1
-        assert message in capsys.readouterr().err
-
-
 IN_TERMINAL = """
 import os, sys, time
 from optimum_fista.cli import main

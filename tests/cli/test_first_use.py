@@ -76,10 +76,6 @@ def test_help_shows_the_options_of_every_day_alone(capsys):
             main(["prune", flag])
         shown[flag] = capsys.readouterr().out
     every_day, everything = (re.findall(r"^  (--[\w-]+)", text, re.MULTILINE) for text in shown.values())
-    assert shown["--help"].startswith("usage: optimum-fista prune MODEL [options]")
-    assert every_day[:3] == ["--output", "--sparsity", "--pattern"]
     assert {"--method", "--calibration", "--num-samples", "--dry-run", "--push-to-hub"} < {*every_day}
-    assert "--storage-device" not in every_day
-    assert {*every_day, "--storage-device", "--scope", "--warm-start"} < {*everything}
+    assert {"--storage-device", "--scope", "--warm-start"} <= {*everything} - {*every_day}
     assert everything[: len(every_day)] == every_day
-    assert shown["--help-all"].count("\nadvanced: ") == 3

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from folder_files import bytes_of
 from hub_standin import assert_pushed, hub_fixture, run_with_hub  # noqa: F401
 from killed import interrupted_after
 from tiny_llama import TEXT, tiny_llama
@@ -38,18 +37,6 @@ def config_of(folder: Path) -> FistaPruningConfig:
     return FistaPruningConfig.from_dict(report_of(folder)["config"])
 
 
-def test_default_method_and_the_models_own_length(tiny_folder, tmp_path, capsys):
-    arguments = ["prune", str(tiny_folder), "-o", str(tmp_path / "out"), "--num-samples", "4", "--device", "cpu"]
-    assert main([*arguments, "--calibration", "pydoc", "--dtype", "bfloat16"]) == 0
-    shown = capsys.readouterr().out.splitlines()
-    assert shown[0].startswith("14 operators pruned by obs_admm, 7,680 of 15,360 weights zero (50.00%)")
-    assert f"saved to {tmp_path / 'out'}" in shown
-    report = report_of(tmp_path / "out")
-    assert config_of(tmp_path / "out") == FistaPruningConfig().resolved()
-    assert (report["calibration"]["source"], report["calibration"]["num_tokens"]) == ("pydoc", 4 * 64)
-    assert report["model"]["dtype"] == json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
-
-
 def test_flags_reach_the_configuration(prune, tmp_path):
     flags = ["--recipe", "fast", "--pattern", "2:4", "--error-correction", "full", "--seed", "3"]
     assert prune(*flags, "--include", "*.mlp.*", "--include", "*.o_proj", "--exclude", "*.1.*") == 0
@@ -66,18 +53,6 @@ def test_flags_override_a_configuration_file(prune, tmp_path):
     assert prune("--config", file, "--sparsity", "0.25", "--seed", "4") == 0
     expected = FistaPruningConfig(0.25, method="wanda", error_correction="none", exclude=("*.0.*",), seed=4)
     assert config_of(tmp_path / "out") == expected.resolved()
-
-
-def test_a_model_that_is_there_is_refused_before_any_work(prune, tmp_path, capsys, monkeypatch):
-    assert prune("--method", "wanda") == 0
-    before = bytes_of(tmp_path / "out")
-    with monkeypatch.context() as patch:
-        patch.setattr("optimum_fista.folder.loading.load_model", None)
-        assert prune("--method", "magnitude") == 1
-    assert "already holds a model: pass another folder, or overwrite=True (--overwrite)" in capsys.readouterr().err
-    assert bytes_of(tmp_path / "out") == before
-    assert prune("--method", "magnitude", "--overwrite") == 0
-    assert config_of(tmp_path / "out").method == "magnitude"
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,7 @@
 import pytest
 from tiny_llama import tiny_tokenizer
 from tiny_models import tiny_model
-from transformers import AutoModelForCausalLM
 
-from optimum_fista import masked_training, save_masked
 from optimum_fista.cli.main import main
 from optimum_fista.folder.checkpoint import read_report
 
@@ -76,17 +74,6 @@ def test_decoder_layers_that_went_are_named(tiny_folder, text_file, tmp_path, ca
         assert main(["report", str(output)]) == int(pattern == "layers:0.5")
     assert f"<p>Decoder layers {named}" in (output / "fista" / "report.html").read_text()
     assert "names no pruned operator: only decoder layers were removed" in capsys.readouterr().err
-
-
-def test_training_keeps_no_zeros_because_there_are_none(smaller, tmp_path, capsys):
-    model = AutoModelForCausalLM.from_pretrained(smaller)
-    for source in (smaller, None):
-        with masked_training(model, source):
-            model.model.layers[0].mlp.down_proj.weight.data.add_(0.01)
-    save_masked(model, tmp_path / "tuned", smaller)
-    assert main(["verify", str(tmp_path / "tuned")]) == 0
-    assert REMOVED in capsys.readouterr().out
-    assert read_report(tmp_path / "tuned").retrained
 
 
 def test_experts_that_went_are_counted_in_every_command(text_file, tmp_path, capsys):
