@@ -49,9 +49,7 @@ def test_a_run_says_what_it_will_do_what_it_cost_and_the_next_commands_which_wor
 
 def test_a_pruned_model_and_rounded_rows_are_said(pruned_folder, text_file, tmp_path):
     flags = ["--sparsity", "0.6", *QUICK, "--calibration", str(text_file)]
-    with pytest.warns(
-        UserWarning, match=r"the model was pruned before \(wanda, 2:4, 7680 zeros\): errors are measured"
-    ):
+    with pytest.warns(UserWarning, match=r"the model was pruned before \(wanda, 2:4, 7680 zeros\): errors are"):
         assert main(["prune", str(pruned_folder), "-o", str(tmp_path / "again"), *flags]) == 0
     report = (tmp_path / "again" / "fista" / "report.json").read_text()
     assert "every row has a whole number of zeros, so that 59.58% of the weights are zero instead of 60.00%" in report
