@@ -150,7 +150,6 @@ class RecoveryReport:
 
 WORDS_OF_TRAIN = {  # what a recovery can train
     "all": "all kept weights but embeddings and head",
-    "lora": "masked adapters, norms and biases",
     "norms": "norms and biases",
 }
 

@@ -27,8 +27,6 @@ def test_python_snippets_run(snippet, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text(3 * TEXT)
     names = {"model": tiny_llama(), "calib_dataloader": tiny_tokens().split(4), "tokenizer": tiny_tokenizer()}
     names["train_dataset"] = [{"input_ids": row, "labels": row} for row in tiny_tokens()]
-    if "from peft" in snippet:
-        pytest.importorskip("peft", reason="needs PEFT: pip install 'optimum-fista[peft]'")
     if "tensorboard" in snippet:
         pytest.importorskip("tensorboard", reason="needs TensorBoard: pip install tensorboard")
     if "torch.onnx" in snippet:

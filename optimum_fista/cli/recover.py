@@ -20,7 +20,7 @@ is interrupted, give the same command again to resume it.
 examples:
   optimum-fista recover ./model-50 --teacher ./model --calibration texts.txt
   optimum-fista recover ./model-24 --teacher meta-llama/Llama-3.2-1B --calibration c4 --tokens 10000000 --batch-size 8
-  optimum-fista recover ./model-50 --teacher ./model --calibration texts.txt --train lora --output ./model-50-lora
+  optimum-fista recover ./model-50 --teacher ./model --calibration texts.txt --train norms --output ./model-50-norms
   # several processes share the sequences, and with --use_fsdp --fsdp_version 2 the weights:
   accelerate launch --multi_gpu --num_processes 8 -m optimum_fista recover ./model-50 --teacher ./model
 """

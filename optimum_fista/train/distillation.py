@@ -82,8 +82,7 @@ def loss_against_teacher(model: Any, teacher: Any, ids: Tensor, label_share: flo
 class DistillationTrainer(Trainer):
     """The Trainer with `divergence` as its loss; evaluation gives the cross-entropy of the held-out text.
 
-    Checkpoints hold the parameters that are trained, under their names in memory: those of adapters too, and of experts
-    that the files of a model have one by one.
+    Checkpoints hold the parameters that are trained, under their names in memory: files may have fused experts singly.
     """
 
     def __init__(

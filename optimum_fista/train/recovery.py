@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -52,7 +53,6 @@ from optimum_fista.train.recovery_plan import (
     RecoveryPlan,
     choose,
     load_student,
-    lora,
     mark_trained,
     plan_recovery,
 )
@@ -61,7 +61,7 @@ from optimum_fista.train.training import MaskedTrainingCallback, find_record, lo
 logger = logging.getLogger(__name__)
 
 _FORMAT = 3  # of the fingerprint and the states
-_RATES = {"all": 2e-4, "lora": 1e-3, "norms": 2e-3}  # tuned on SmolLM2-135M
+_RATES = {"all": 2e-4, "norms": 2e-3}  # tuned on SmolLM2-135M
 _WIDTH_OF_RATE = 576  # its hidden size: with Adam the rate of "all" goes down as the width goes up
 _WARM_UP, _LEAST_WARM_UP = 0.05, 10  # a share of the steps, and steps
 _EVALUATIONS = 4  # after the first
@@ -128,7 +128,7 @@ def recover(
         join_run(unfinished, fingerprint, overwrite, ranks)
         ranks.first(lambda: write_record(unfinished / RUN_FILE, fingerprint))  # the folder is kept until the run ends
         with _trainers_settings(plan.place, plan.output), ranks.exchanging():
-            model, found = _train(plan, windows, unfinished / FOLDER, ranks, progress)
+            model, found = _train(plan, windows, fingerprint, unfinished / FOLDER, ranks, progress)
 
         def finish() -> None:
             assert model is not None  # in rank 0
@@ -163,16 +163,11 @@ def _draw(plan: RecoveryPlan, journal: Path, progress: bool) -> Tensor:
         raise ValueError(f"{text}: {error}") from error
 
 
-def _settings(plan: RecoveryPlan) -> dict[str, Any]:
-    """What the training was asked to do, as plain values."""
-    names = ("batch_size", "label_share", "seed", "train", "learning_rate")
-    settings = {name: getattr(plan.options, name) for name in names}
-    return settings | {"accumulate": plan.accumulate, "compute_dtype": str(plan.compute).removeprefix("torch.")}
-
-
 def _fingerprint(plan: RecoveryPlan, files: Sequence[SourceFiles], windows: Tensor, processes: int) -> dict[str, Any]:
     """Everything that the bytes of the result depend on."""
     versions, masks_file = library_versions(), Path(plan.source) / MASKS_FILE
+    options = {name: getattr(plan.options, name) for name in ("batch_size", "label_share", "seed", "train")}
+    options |= {"learning_rate": plan.options.learning_rate, "accumulate": plan.accumulate}
     return {
         "recovery": _FORMAT,
         "processes": processes,  # sums are rounded otherwise with others
@@ -180,19 +175,15 @@ def _fingerprint(plan: RecoveryPlan, files: Sequence[SourceFiles], windows: Tens
         "masks": digest_of(masks_file) if masks_file.exists() else None,  # a packed folder has none
         "teacher": files[1].digests,
         "shape": [plan.num_sequences, plan.options.held_out, plan.length],
-        "windows": _digest(windows),
-        "options": _settings(plan),
+        "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "options": options | {"compute_dtype": str(plan.compute).removeprefix("torch.")},
         "device": plan.place.type,
         "versions": {name: versions[name] for name in ("optimum-fista", "torch", "transformers")},
     }
 
 
-def _digest(windows: Tensor) -> str:
-    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-
-
 def _train(
-    plan: RecoveryPlan, windows: Tensor, journal: Path, ranks: Ranks, progress: bool
+    plan: RecoveryPlan, windows: Tensor, fingerprint: dict[str, Any], journal: Path, ranks: Ranks, progress: bool
 ) -> tuple[PreTrainedModel | None, RecoveryReport]:
     """Train, or resume; the model to save, which rank 0 has, and what was done."""
     free = ranks.gather(available_bytes(plan.place))
@@ -200,7 +191,7 @@ def _train(
     model, teacher = ranks.each(lambda: _load(plan, journal))
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     model.float()  # a step in bfloat16 would often be smaller than the weight's last bit
-    mark_trained(model, choice.train, plan.source, plan.options.seed)
+    mark_trained(model, choice.train)
     kept = ranks.first(lambda: kept_states(journal, checked=True))
     arguments = _arguments(plan, choice, model, journal, ranks.count, resumed=bool(kept))
     watch = Watch(ranks, progress)
@@ -221,11 +212,9 @@ def _train(
     seconds, before = state.log_history[-1]["seconds"], evaluations[0][2]
     best_step, loss = state.best_global_step or 0, before
     if best_step:
-        if choice.train == "lora":
-            lora().merge_adapters(model)
         for name, parameter in trained.named_parameters():
             part = local(parameter.data)
-            part.copy_(part.to(dtypes.get(name.replace(".base_layer.", "."), part.dtype)))  # as it will be saved
+            part.copy_(part.to(dtypes[name]))  # as it will be saved
         loss = trainer.evaluate()["eval_loss"]  # of what is saved, which has to be better
     if not loss < before:
         best_step, loss = 0, before
@@ -236,11 +225,11 @@ def _train(
         num_tokens=plan.num_sequences * plan.length // plan.steps * state.global_step,
         calibration={
             "source": public_name(plan.calibration),
-            "sha256": _digest(windows),
+            "sha256": fingerprint["windows"],
             "sequence_length": plan.length,
             "held_out": plan.options.held_out,
         },
-        options=_settings(plan) | {"learning_rate": arguments.learning_rate},
+        options=fingerprint["options"] | {"learning_rate": arguments.learning_rate},
         evaluations=evaluations,
         best_step=best_step,
         held_out_loss_before=before,
@@ -311,8 +300,8 @@ def _recovered(plan: RecoveryPlan, trained: nn.Module | None, *, is_saved: bool)
     model = read_model(plan.source, dtype="auto") if is_saved else None
     for name, parameter in trained.named_parameters() if trained is not None else ():
         value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter  # all ranks take part
-        if model is not None and "lora_" not in name:
-            model.get_parameter(name.replace(".base_layer.", ".")).data.copy_(value.detach())
+        if model is not None:
+            model.get_parameter(name).data.copy_(value.detach())
     if model is not None and trained is not None:
         mark_retrained(model)
     return model
@@ -321,21 +310,15 @@ def _recovered(plan: RecoveryPlan, trained: nn.Module | None, *, is_saved: bool)
 @contextmanager
 def _trainers_settings(place: torch.device, output: Path) -> Iterator[None]:
     """Put back what the Trainer and Accelerate change in the process: states, random numbers, the environment."""
-    kinds, environment = (AcceleratorState, GradientState, PartialState), dict(os.environ)
-    states = [dict(kind._shared_state) for kind in kinds]
-    drawn = random.getstate(), np.random.get_state()
-    devices = range(torch.accelerator.device_count()) if place.type != "cpu" else ()
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{output}-logs")
-    if place.type != "cpu":
-        os.environ["ACCELERATE_TORCH_DEVICE"] = str(place)
-    try:
-        with torch.random.fork_rng(devices=devices, device_type=place.type):
-            yield
-    finally:
-        random.setstate(drawn[0])
-        np.random.set_state(drawn[1])
-        os.environ.clear()
-        os.environ.update(environment)
-        for kind, state in zip(kinds, states, strict=True):
-            kind._shared_state.clear()
-            kind._shared_state.update(state)
+    with ExitStack() as stack:
+        for kind in (AcceleratorState, GradientState, PartialState):
+            stack.enter_context(patch.dict(kind._shared_state))  # as it was at the end, whatever is in it meanwhile
+        stack.enter_context(patch.dict(os.environ))
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        devices = range(torch.accelerator.device_count()) if place.type != "cpu" else ()
+        stack.enter_context(torch.random.fork_rng(devices=devices, device_type=place.type))
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{output}-logs")
+        if place.type != "cpu":
+            os.environ["ACCELERATE_TORCH_DEVICE"] = str(place)
+        yield

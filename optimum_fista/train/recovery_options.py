@@ -18,10 +18,9 @@ class RecoveryOptions:
     """Options of `recover`, checked when constructed."""
 
     tokens: int = option(262_144, "tokens to train on", limits=(1, None))
-    train: Literal["auto", "all", "lora", "norms"] = option(
+    train: Literal["auto", "all", "norms"] = option(
         "auto",
-        "all: kept weights but embeddings and head; lora: masked adapters, norms and biases (in one process); norms: "
-        "norms and biases; auto: the first of these that fits into memory",
+        "all: kept weights but embeddings and head; norms: norms and biases; auto: all if that fits into memory",
     )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "dtype of products; weights are trained in float32; auto: bfloat16 if the device is fast in it"

@@ -6,7 +6,6 @@ The plan is made before anything large is read, from configurations and a model 
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 import os
@@ -39,16 +38,14 @@ from optimum_fista.folder.output import folder_beside, require_output
 from optimum_fista.memory import available_bytes
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.forward import compute_dtype_of
-from optimum_fista.model.operator import LinearOperator
 from optimum_fista.report import WORDS_OF_TRAIN, PruningReport
 from optimum_fista.text.calibration_tokens import usual_length
 from optimum_fista.train.distillation import loss_against_teacher
 from optimum_fista.train.recovery_options import RecoveryOptions
-from optimum_fista.train.training import find_masks, pruned_folder
+from optimum_fista.train.training import pruned_folder
 
 _USUAL_LENGTH = 512  # tokens: short, because every token of a pass takes 10 bytes for each word of the vocabulary
 _USUAL_STEPS, _MOST_SEQUENCES = 256, 32  # of the default: as many steps, of as few sequences as that allows
-_RANK = 16  # of adapters
 _MARGIN = 0.9  # of the memory that is free: the rest is for what is not counted
 
 
@@ -80,7 +77,7 @@ class RecoveryPlan:
 class Choice:
     """What is trained, and the memory that it takes."""
 
-    train: str  # "all", "lora" or "norms"
+    train: str  # "all" or "norms"
     checkpointed: bool  # whether decoder layers compute their activations twice
     num_trained: int  # weights, zeros aside
     num_bytes: int  # of both models, gradients, moments and activations, on the device of one process
@@ -111,11 +108,6 @@ def plan_recovery(
         why = f"the report of {source!r} calls the dense model {name!r}, which is no Hub id"
         raise ValueError(f"teacher is missing: {why}: pass the folder or Hub id of it (--teacher MODEL).")
     output = folder_beside(source, "-recovered") if output_dir is None else Path(output_dir)
-    if asked.train == "lora":
-        if processes > 1:
-            advice = "pass all or norms, or start one process"
-            raise ValueError(f"train='lora': several processes train no adapters: {advice}.")
-        lora()  # says what to install if PEFT is missing
     if asked.report_to not in (trackers := ("none", *INTEGRATION_TO_CALLBACK)):
         raise ValueError(f"report_to={asked.report_to!r}: pass {', '.join(trackers)}.")
     for read in (source, name):
@@ -170,23 +162,25 @@ def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
     """
     with torch.device("meta"):  # no memory for weights
         model = AutoModelForCausalLM.from_config(read_config(plan.source))
-    size, operators = model.num_parameters(), _linear_operators(model)
-    config = model.config.get_text_config(decoder=True)
+    size, layers, config = (
+        model.num_parameters(),
+        find_decoder_layers(model),
+        model.config.get_text_config(decoder=True),
+    )
+    operators = [operator for name, layer in layers for operator in find_operators(name, layer, ["*"]).values()]
     inner = _inner_parameters(model)
     small = sum(parameter.numel() for parameter in inner if parameter.ndim == 1)
-    adapters = sum(_RANK * sum(operator.shape) for operator in operators)  # A [rank, in], B [out, rank]
-    trained = {"all": sum(p.numel() for p in inner), "lora": small + adapters, "norms": small}
-    kinds = [kind for kind in trained if plan.options.train in (kind, "auto") and (kind != "lora" or len(free) == 1)]
+    trained = {"all": sum(parameter.numel() for parameter in inner), "norms": small}
+    kinds = [kind for kind in trained if plan.options.train in (kind, "auto")]
     known = [found for found in free if found is not None]
     shared = int(os.environ.get("LOCAL_WORLD_SIZE", len(free))) if plan.place.type == "cpu" else 1
-    layers = len(find_decoder_layers(model))
     for kind, twice in itertools.product(kinds, (False, True) if model.supports_gradient_checkpointing else (False,)):
         needed = 4 * size + 12 * trained[kind]  # float32: weights; a gradient and two moments
-        needed += size if kind != "norms" else 0  # masks, a byte a weight
+        needed += size if kind == "all" else 0  # masks, a byte a weight
         needed += (plan.report.model.get("dense_num_parameters") or size) * plan.compute.itemsize  # the teacher
         inside = 8 * sum(sum(operator.shape) for operator in operators)  # inputs and outputs of operators, a token
         if twice:  # those of one layer at a time, and what enters each layer
-            inside = inside // layers + 4 * layers * config.hidden_size
+            inside = inside // len(layers) + 4 * len(layers) * config.hidden_size
         needed += plan.options.batch_size * plan.length * (inside + 10 * config.vocab_size)  # and logits
         if not known or needed <= _MARGIN * min(known) / shared:
             break
@@ -204,18 +198,11 @@ def load_student(source: str) -> PreTrainedModel:
     return read_model(source, dtype="auto", config=config)
 
 
-def mark_trained(model: PreTrainedModel, train: str, source: str, seed: int) -> None:
+def mark_trained(model: PreTrainedModel, train: str) -> None:
     """Have gradients for what is trained, outside of embeddings and head."""
-    inner = _inner_parameters(model)  # before there are adapters
     model.requires_grad_(False)
-    if train == "lora":
-        torch.manual_seed(seed)
-        # PEFT's "all-linear" takes fused experts too.
-        names, masks = [operator.name for operator in _linear_operators(model)], find_masks(model, source)
-        lora().add_adapters(model, names, masks, _RANK)
-    for parameter in inner:
-        if train == "all" or parameter.ndim == 1:
-            parameter.requires_grad_()
+    for parameter in _inner_parameters(model):
+        parameter.requires_grad_(train == "all" or parameter.ndim == 1)
 
 
 def _inner_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
@@ -223,16 +210,6 @@ def _inner_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
     head = model.get_output_embeddings()
     outer = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding) or module is head}
     return [p for name, p in model.named_parameters() if name.rpartition(".")[0] not in outer]
-
-
-def _linear_operators(model: PreTrainedModel) -> list[LinearOperator]:
-    """The linear operators of the decoder layers, fused experts aside."""
-    return [o for name, layer in find_decoder_layers(model) for o in find_operators(name, layer, ["*"]).values()]
-
-
-def lora() -> Any:
-    """The module of adapters, which needs PEFT."""
-    return importlib.import_module("optimum_fista.train.lora")
 
 
 @numerical_environment()
@@ -260,7 +237,7 @@ def preview(plan: RecoveryPlan) -> str:
 def _seconds_of_step(plan: RecoveryPlan, choice: Choice) -> float:
     """Time the forward and backward passes of one step, on tokens drawn at random."""
     student = load_student(plan.source).float()
-    mark_trained(student, choice.train, plan.source, plan.options.seed)
+    mark_trained(student, choice.train)
     student.to(plan.place)
     if choice.checkpointed:
         student.gradient_checkpointing_enable()

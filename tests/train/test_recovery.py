@@ -4,7 +4,6 @@ import random
 import re
 import shutil
 import signal
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from accelerate.state import AcceleratorState
 from hub_standin import hub_fixture, run_with_hub  # noqa: F401
 from safetensors.torch import load_file
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
-from tiny_models import tiny_model
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from transformers import AutoModelForCausalLM
 
@@ -81,10 +79,8 @@ def bits(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("train", ["all", "lora", "norms"])
+@pytest.mark.parametrize("train", ["all", "norms"])
 def test_the_loss_falls_and_the_zeros_stay(train, saved, tiny_folder, text, tmp_path):
-    if train == "lora":
-        pytest.importorskip("peft", reason="needs PEFT: pip install 'optimum-fista[peft]'")
     before = bits(saved.folder)
     found = recover(saved.folder, tiny_folder, tmp_path / "out", calibration=text, train=train, **QUICK)
     assert found.held_out_loss < found.held_out_loss_before - 0.02
@@ -101,26 +97,10 @@ def test_the_loss_falls_and_the_zeros_stay(train, saved, tiny_folder, text, tmp_
     assert report.retrained
     assert report.recoveries == [found]
     zeros = saved.report.totals["num_zeros"]
-    assert found.num_trained == {"all": 15360 + 160 - zeros, "norms": 160}.get(train, found.num_trained)
+    assert found.num_trained == {"all": 15360 + 160 - zeros, "norms": 160}[train]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| fit error of the operators, before retraining |" in card
     assert f"held-out loss {found.held_out_loss_before:.4f}" in card
-
-
-def test_adapters_leave_fused_experts_as_they_are(text, tmp_path):
-    pytest.importorskip("peft", reason="needs PEFT: pip install 'optimum-fista[peft]'")
-    model = tiny_model("deepseek_v3")  # has shared experts beside the fused ones
-    model.save_pretrained(tmp_path / "dense")
-    tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False)
-    pruner.prune(model, tiny_tokens().split(4))
-    pruner.save_pretrained(model, tmp_path / "in", tiny_tokenizer())
-    recover(tmp_path / "in", tmp_path / "dense", tmp_path / "out", calibration=text, train="lora", **QUICK)
-    old, new = weights(tmp_path / "in"), weights(tmp_path / "out")
-    changed = {name for name in old if not torch.equal(old[name], new[name])}
-    assert all(any(part in name for name in changed) for part in ("o_proj", "shared_experts"))
-    assert not any(".experts" in name or ".gate." in name for name in changed)
-    assert verify_checkpoint(tmp_path / "out").num_zeros
 
 
 def test_it_never_ends_worse(run, saved, tmp_path):
@@ -134,19 +114,16 @@ def test_it_never_ends_worse(run, saved, tmp_path):
     verify_checkpoint(tmp_path / "out")
 
 
-@pytest.mark.parametrize("train", ["all", "lora"])
-def test_a_run_that_was_stopped_ends_with_the_same_bits(train, run, tmp_path):
-    if train == "lora":
-        pytest.importorskip("peft", reason="needs PEFT: pip install 'optimum-fista[peft]'")
-    expected = run("whole", train=train)
+def test_a_run_that_was_stopped_ends_with_the_same_bits(run, tmp_path):
+    expected = run("whole", train="all")
     journal = tmp_path / "stopped.unfinished" / "journal"
     for step, kept, saves in ((4, 0, False), (7, 6, True), (8, 7, True), (12, 10, False)):
         with stopped_at(step, saves=saves):
-            run("stopped", train=train)
+            run("stopped", train="all")
         assert recovery.steps_kept(tmp_path / "stopped") == kept
         (journal / "checkpoint-19").mkdir(exist_ok=True)  # as a process leaves it that is killed while it saves
         (journal / "checkpoint-19" / "trainer_state.json").write_text('{"global_')
-    found = run("stopped", train=train)
+    found = run("stopped", train="all")
     assert bits(tmp_path / "stopped") == bits(tmp_path / "whole")
     assert [row[::2] for row in found.evaluations] == [row[::2] for row in expected.evaluations]
     assert not (tmp_path / "stopped.unfinished").exists()
@@ -344,7 +321,7 @@ def test_checkpointed_layers_change_nothing(run, tmp_path, monkeypatch):
     [
         ({"tokens": 31}, r"tokens=31: one step takes 2 passes of 1 sequences of 16 tokens: pass at least 32"),
         ({"tokens": 10**6}, "tokens=1000000 and held_out=4 ask for this text: text 'sea.txt' has"),
-        ({"train": "some"}, "train='some': pass 'auto', 'all', 'lora' or 'norms'"),
+        ({"train": "some"}, "train='some': pass 'auto', 'all' or 'norms'"),
         ({"report_to": "paper"}, "report_to='paper': pass none, "),
         ({"learning_rate": 0.0}, r"learning_rate=0\.0: pass a positive number"),
         ({"teacher": None}, "teacher is missing: the report of .* calls the dense model"),
@@ -377,14 +354,6 @@ def test_a_teacher_without_a_tokenizer_is_refused_before_any_work(saved, tmp_pat
     monkeypatch.setattr(recovery, "locked_output", None)
     with pytest.raises(ValueError, match=r"dense' has no tokenizer: copy the files of its tokenizer into the folder"):
         recover(saved.folder, tmp_path / "dense", tmp_path / "out", **QUICK)
-
-
-def test_missing_peft_is_said_before_any_work(run, monkeypatch):
-    monkeypatch.setattr(recovery, "locked_output", None)
-    monkeypatch.delitem(sys.modules, "optimum_fista.train.lora", raising=False)
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match="train='lora' needs PEFT: run"):
-        run(train="lora")
 
 
 def test_the_teacher_writes_the_text_if_there_is_none(saved, tiny_folder, tmp_path, capsys):

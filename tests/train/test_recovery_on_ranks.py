@@ -35,8 +35,8 @@ def call(saved, tiny_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def log(call, saved):
-    """Two processes train by hand, recover, are refused three times, and one fails; what they say of that."""
-    calls = [call("two"), call("odd", accumulate=3), call("lora", train="lora"), call("sharded", sharded=True)]
+    """Two processes train by hand, recover, are refused twice, and one fails; what they say of that."""
+    calls = [call("two"), call("odd", accumulate=3), call("sharded", sharded=True)]
     calls += [call("differs", rank_1={"label_share": 1.0}), call("cut", stop=("fails", 1, 3))]
     log = calls[0]["output_dir"].with_name("log")
     assert exit_codes(launch(2, train_and_recover, saved.folder, calls, log)) == [3, 3]
@@ -46,12 +46,11 @@ def log(call, saved):
 def test_what_goes_wrong_is_said(log):
     said = {path.name.removeprefix("log-"): path.read_text() for path in log.parent.glob("log-?-?")}
     share = "ValueError: accumulate=3: 2 processes share the passes of a step: pass a multiple of 2 (--accumulate)."
-    adapters = "ValueError: train='lora': several processes train no adapters: pass all or norms, or start one process."
-    assert said.pop("4-0").startswith("RankError: rank 1 of 2 failed: ValueError: options differ")
-    assert said.pop("4-1").startswith("ValueError: options differ from those of rank 0: start every process with the")
-    assert said.pop("5-0").startswith("RankError: rank 0 of 2 has lost the others: one has ended (")
-    assert said.pop("5-1") == "RuntimeError: no more of this"
-    assert said == {"1-0": share, "1-1": share, "2-0": adapters, "2-1": adapters}
+    assert said.pop("3-0").startswith("RankError: rank 1 of 2 failed: ValueError: options differ")
+    assert said.pop("3-1").startswith("ValueError: options differ from those of rank 0: start every process with the")
+    assert said.pop("4-0").startswith("RankError: rank 0 of 2 has lost the others: one has ended (")
+    assert said.pop("4-1") == "RuntimeError: no more of this"
+    assert said == {"1-0": share, "1-1": share}
 
 
 @pytest.mark.parametrize("name", ["two", "sharded"])
