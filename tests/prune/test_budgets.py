@@ -44,13 +44,8 @@ def test_uniform_budgets_run_nothing(llama, tokens, options):
 
 
 def test_overrides_keep_their_own(llama, tokens):
-    overrides = {"*.q_proj": 0.25, "*.down_proj": "2:4"}
-    operators, budgets = budgets_of(llama, tokens, overrides=overrides)
+    operators, budgets = budgets_of(llama, tokens, overrides={"*.q_proj": 0.25, "*.down_proj": "2:4"})
     assert set(budgets.sparsities) == {n for n in operators if not n.endswith(("q_proj", "down_proj"))}
-    report = FistaPruner(FistaPruningConfig(overrides=overrides), progress=False).prune(llama, tokens.split(4))
-    found = {o.name.removesuffix(".weight"): (o.pattern, o.target_sparsity) for o in report.operators}
-    assert found["model.layers.0.self_attn.q_proj"] == ("unstructured", 0.25)
-    assert found["model.layers.0.mlp.down_proj"] == ("2:4", 0.5)
 
 
 def test_operators_the_loss_does_not_feel_keep_the_average(llama, tokens):

@@ -268,22 +268,6 @@ def test_another_run_in_the_same_folder_is_refused_by_its_differences(source, wh
     assert verify_checkpoint(tmp_path / "pruned").num_operators == 7 * LAYERS
 
 
-def test_weights_that_are_unpacked_to_be_read_lie_in_the_unfinished_folder(tmp_path, monkeypatch):
-    save_tiny_folder(tmp_path / "source")
-    torch.save(tiny_llama().state_dict(), tmp_path / "source" / "pytorch_model.bin")
-    (tmp_path / "source" / "model.safetensors").unlink()
-    keep, seen = journal.Journal.keep_layer, []
-
-    def watched(self, *arguments):
-        seen.extend((unfinished_folder(tmp_path / "out") / "journal").glob("offload-*/*"))
-        keep(self, *arguments)
-
-    monkeypatch.setattr(journal.Journal, "keep_layer", watched)
-    prune(tmp_path / "source", tmp_path / "out", FistaPruningConfig(method="magnitude"))
-    assert seen
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
-
-
 def test_fewer_layers_leave_no_shard_of_more(source, tmp_path, monkeypatch):
     shutil.copytree(source, tmp_path / "source")
     cut_off(monkeypatch, file_sink.FileSink, "complete", stop, tmp_path / "source", tmp_path / "pruned")

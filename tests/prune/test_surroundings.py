@@ -2,7 +2,6 @@
 
 import os
 import random
-import subprocess
 import sys
 
 import numpy as np
@@ -50,21 +49,3 @@ def test_calls_leave_the_process_and_the_model_as_they_were(tmp_path):
         step()
         after = surroundings(model)
         assert {key for key in before if before[key] != after[key]} == set(), name
-
-
-_IMPORT = """
-import os, random, sys
-import numpy, torch, transformers
-def surroundings():
-    states = torch.get_rng_state().tolist(), str(numpy.random.get_state()), random.getstate()
-    return torch.get_num_threads(), torch.get_default_dtype(), dict(os.environ), states
-before = surroundings()
-import optimum_fista.packed
-assert surroundings() == before
-assert not [f for f in sys.meta_path if type(f).__module__.startswith("optimum_fista")]
-"""
-
-
-def test_the_import_leaves_the_process_as_it_was():
-    done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, timeout=300)
-    assert not done.returncode, done.stderr
