@@ -86,29 +86,23 @@ class FistaPruner:
         """Prune a model in place, or from its files to the files of `output_dir`; return the report.
 
         Of a model given by name each decoder layer is read, pruned, and written to a file of its own, so the model is
-        not in memory as a whole. Until all is done these files are in `output_dir` + ".unfinished". After a crash or an
-        interrupt the same call resumes there, with the same result. Several processes (`accelerate launch`, `torchrun`)
-        that make this call share the decoder layers (docs/ranks.md); of a model in memory each prunes its own copy.
-        Autocast, default dtype and the like belong to the process: let one thread at a time prune.
+        not in memory as a whole. Until all is done these files are in `output_dir` + ".unfinished". After a crash, an
+        interrupt, a full disk (OSError) or the end of another process (RankError) the same call resumes there, with the
+        same result. Several processes (`accelerate launch`, `torchrun`) that make this call share the decoder layers
+        (docs/ranks.md); of a model in memory each prunes its own copy. Let one thread of a process at a time prune.
 
         Args:
-            model: Decoder-only model with a language-model head: in memory, or offloaded by Accelerate (on any error it
-                is left as it was), or a name: a Hub id, a model folder, or a folder with one GGUF file.
-            calib_dataloader: Iterable of `{"input_ids", "attention_mask"}` dicts, tensors of ids [batch, sequence] or
-                lists of ids; it is read once. Nothing is fitted to a dict with `"held_out"` (True, or the name of the
-                text), nor to the sequences of the option `held_out`: the perplexity is measured on them.
+            model: Decoder-only language model, in memory or offloaded by Accelerate (on any error it is left as it
+                was), or its name: a Hub id, a model folder, or a folder with one GGUF file.
+            calib_dataloader: Iterable of `{"input_ids", "attention_mask"}` dicts, or of tensors or lists of ids [batch,
+                sequence]. A dict with `"held_out"` (True, or the name of the text) is for the perplexity alone.
             calibration_source: Name of the text, for the report.
             output_dir: Where to write the pruned model. This and what follows is for a model given by name only.
             device: Where it computes; `None`: the accelerator if there is one (MPS has to be named).
             dtype: `"auto"` takes the checkpoint's.
             overwrite: Replace a model that `output_dir` already holds, and an unfinished run of other settings.
-            packed: Make `output_dir` a packed folder (docs/formats.md); the zeros are never written.
-            drop_unused: Prune although the files hold tensors that Transformers' class has no place for (a vision
-                tower, layers that predict more tokens), and that the result will lack.
-
-        Raises:
-            OSError: If the disk is full or can't be written to; finished decoder layers are kept.
-            RankError: If another process failed or is gone; finished decoder layers are kept.
+            packed: Write no zeros (docs/formats.md).
+            drop_unused: Prune although the files hold tensors that the result will lack, such as a vision tower.
         """
         settings: dict[str, Any] = {"progress": self.progress, "callbacks": self.callbacks}
         if isinstance(model, str | Path):
@@ -131,11 +125,10 @@ class FistaPruner:
         if output_dir is not None or packed:
             option = "packed=True" if packed else "output_dir"
             raise ValueError(f"{option} is for a model given by name: save a loaded model by save_pretrained.")
-        started = time.perf_counter()
-        storage = storage_place(self.storage_device)
+        started, settings["storage"] = time.perf_counter(), storage_place(self.storage_device)
         if self.config.whole_parts is not None:
             require_in_memory(model, self.config.whole_parts)
-        plan = prepare(model, self.config, storage=storage, **settings)
+        plan = prepare(model, self.config, **settings)
         calibration, held_out, report = begin(plan, calib_dataloader, calibration_source)
         with suppress(OSError, ValueError, SafetensorError):  # what the folder holds now need not be this model
             source = local_source(model)

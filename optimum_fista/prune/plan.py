@@ -82,8 +82,7 @@ class Plan:
             return replace(self, budgets=budgets)
         assert isinstance(self.removal, PartsRemoval)
         removal = self.removal.without_layers(self.layers, dict(budgets.removed_layers))
-        operators, config = removal.with_repairs(self.layers, self.operators, self.config)
-        left = removal.reasons_left_dense(self.left_dense, operators)
+        operators, left, config = removal.with_repairs(self.layers, self.operators, self.left_dense, self.config)
         return replace(self, budgets=budgets, removal=removal, operators=operators, config=config, left_dense=left)
 
     @property
@@ -125,8 +124,7 @@ def plan_run(layers: DecoderLayers, config: FistaPruningConfig) -> Plan:
         asked = removal.asked
         may_be_none = bool(removal.num_removed_layers or removal.mixtures)  # these go although no operator is pruned
         operators, left_dense = choose_operators(layers, config, may_be_none=may_be_none)
-        operators, config = removal.with_repairs(layers, operators, config)
-        left_dense = removal.reasons_left_dense(left_dense, operators)
+        operators, left_dense, config = removal.with_repairs(layers, operators, left_dense, config)
     channels: Sequence[Part] = ()
     try:
         channels = find_parts(model, "channels").parts if config.reorder_channels else ()

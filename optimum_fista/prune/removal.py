@@ -152,27 +152,27 @@ class PartsRemoval(Removal):
         return self.smaller.new_name(name)
 
     def with_repairs(
-        self, layers: DecoderLayers, operators: Operators, config: FistaPruningConfig
-    ) -> tuple[Operators, FistaPruningConfig]:
-        """The operators to prune, with those that may repair decoder layers, and a pattern for each.
+        self, layers: DecoderLayers, operators: Operators, left_dense: Iterable[str], config: FistaPruningConfig
+    ) -> tuple[Operators, dict[str, str], FistaPruningConfig]:
+        """Add to the operators to prune those that may repair decoder layers, with a pattern for each.
 
         A decoder layer that loses heads, or comes after a removed one, is repaired if the correction has a share of the
         residual: its last operator, if it loses no columns itself, keeps all of them and is refitted. Which one is the
-        last shows when the layer runs (`before`).
+        last shows when the layer runs (`before`). Returns also the reasons why other operators stay dense.
         """
-        correction = self.asked.correction
+        correction, repaired = self.asked.correction, dict[str, dict[str, LinearOperator]]()
         after_removed = {index + 1 for index in self.removed_layers if correction.carry == "full"}
-        repairs = correction.residual_share > 0
-        left = {name: dict(found) for name, found in operators.items()}
         all_columns: dict[str, float | str] = {}
         for index, (name, layer) in enumerate(layers):
-            if index in self.removed_layers:
-                left[name] = {}
-            elif repairs and (("heads" in self.counts and left[name]) or index in after_removed):
+            repaired[name] = {} if index in self.removed_layers else dict(operators[name])
+            loses = ("heads" in self.counts and repaired[name]) or index in after_removed
+            if loses and correction.residual_share > 0 and index not in self.removed_layers:
                 others = find_operators(name, layer, dense_experts=("*",))
                 all_columns |= {key: f"columns:{o.shape[1]}of{o.shape[1]}" for key, o in others.items()}
-                left[name] = others | left[name]
-        return left, replace(config, overrides={**all_columns, **config.overrides}) if all_columns else config
+                repaired[name] = others | repaired[name]
+        chosen = {name for found in repaired.values() for name in found}
+        reasons = self.reasons_left_dense(name for name in left_dense if name not in chosen)
+        return repaired, reasons, replace(config, overrides={**all_columns, **config.overrides})
 
     def before(self, layer_name: str, groups: list[Group], activations: LayerActivations, hidden: Tensor) -> Chosen:
         """See `Removal.before`. Besides the operators that lose columns, the last one may repair the layer."""
@@ -191,21 +191,20 @@ class PartsRemoval(Removal):
         names = [operator.name for group in groups for operator in group if operator.name not in pruned]
         mixture, layer = self.mixtures.get(layer_name), activations.layer
         experts = None if mixture is None else layer.get_submodule(mixture.name.removeprefix(f"{layer_name}."))
-        return [group for group in chosen if group], self.reasons_left_dense(names, {}), experts
+        return [group for group in chosen if group], self.reasons_left_dense(names), experts
 
-    def reasons_left_dense(self, names: Iterable[str], operators: Operators) -> dict[str, str]:
-        """Why operators are not pruned, without those to prune and those of removed decoder layers."""
-        chosen, reasons = {name for found in operators.values() for name in found}, dict[str, str]()
+    def reasons_left_dense(self, names: Iterable[str]) -> dict[str, str]:
+        """Why operators are not pruned, without those of removed decoder layers."""
+        reasons = dict[str, str]()
         for name in names:
             part = self.smaller.part_of(f"{name}.weight") or self.smaller.parts.get(name)
-            if name in chosen or self.new_name(name) is None:
-                continue
-            reasons[name] = "no part of the pattern"
-            if part is not None and part.is_mixture:
+            if part is None:
+                reasons[name] = "no part of the pattern"
+            elif part.is_mixture:
                 reasons[name] = f"keeps {self.smaller.counts[part.name]} of {part.groups} experts"
-            elif part is not None:
+            else:
                 reasons[name] = f"loses the rows that {self.new_name(part.name)} no longer reads"
-        return reasons
+        return {name: reason for name, reason in reasons.items() if self.new_name(name) is not None}
 
     def _prove(self, layer_name: str, activations: LayerActivations, hidden_states: Tensor) -> None:
         """Prove of every kind of decoder layer that it returns the same without the groups as with zeros there."""

@@ -6,29 +6,36 @@ left, and shares those. Several processes need to agree on the run and its budge
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from optimum_fista.config import FistaPruningConfig
+from optimum_fista.folder.checkpoint import names_in, write_index
 from optimum_fista.folder.loading import load_lazily, storage_place, usable_device
-from optimum_fista.folder.output import FOLDER, install, locked_output, require_output, unfinished_folder
-from optimum_fista.folder.source_files import require_no_loss, source_folder
+from optimum_fista.folder.output import FOLDER, install, locked_output, require_output, unfinished_folder, write_file
+from optimum_fista.folder.packed_folder import Packer, packed_settings
+from optimum_fista.folder.source_files import copy_source, require_no_loss, source_folder
+from optimum_fista.folder.stored_names import as_stored, stored_names
+from optimum_fista.folder.writing import write_all_but_weights
 from optimum_fista.model.forward import evaluation_mode
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.layer_inputs import HiddenStates
-from optimum_fista.model.offload import execution_device
+from optimum_fista.model.offload import execution_device, stored_tensor
+from optimum_fista.packed.format import packed_names
 from optimum_fista.prune.batches import Calibration, begin, cut_batches
 from optimum_fista.prune.budgets import share_budgets
 from optimum_fista.prune.callback import PruningCallback
-from optimum_fista.prune.file_sink import FileSink
 from optimum_fista.prune.journal import (
     WEIGHTS_FILE,
     Journal,
@@ -43,7 +50,8 @@ from optimum_fista.prune.loop import prune_layers
 from optimum_fista.prune.plan import Plan, complete_report, prepare
 from optimum_fista.prune.ranks import RankError, Ranks, joined_ranks, require_independent_layers, share_layers
 from optimum_fista.prune.removal import require_zeros_to_pack
-from optimum_fista.report import PruningReport
+from optimum_fista.prune.sink import ModelSink
+from optimum_fista.report import LayerRecord, PruningReport
 
 
 def prune_files(
@@ -105,11 +113,11 @@ def prune_files(
         fingerprint = run_fingerprint(source, plan, calibration.batches, report, packed)
         join_run(folder, fingerprint, overwrite, ranks)
         journal = ranks.each(lambda: Journal(folder, fingerprint))
-        run = StreamedRun(ranks, plan, calibration, held_out, report, source, journal)
+        run = StreamedRun(ranks, plan, calibration, held_out, report, source, journal, packed, started)
         with run.advising():
             ranks.each(tell)
-            sink = run.prune(packed)
-            report = ranks.first(lambda: run.complete(sink, tokenizer, output_dir, overwrite, started))
+            sink = run.prune()
+            report = ranks.first(lambda: run.complete(sink, tokenizer, output_dir, overwrite))
             offloaded.close()
             with suppress(RankError):  # nothing is lost with a rank any more: the model is in its place
                 ranks.gather(None)  # only then does rank 0 tidy the folder that all of them offload to
@@ -129,9 +137,11 @@ class StreamedRun:
     report: PruningReport
     source: SourceFiles
     journal: Journal
+    packed: bool
+    started: float
     seconds_before: float = 0.0  # of decoder layers that an earlier start has finished
 
-    def prune(self, packed: bool) -> FileSink:
+    def prune(self) -> FileSink:
         """Prune this process's share of the decoder layers that are left, and write each once it is finished."""
         ranks, journal = self.ranks, self.journal
         ranks.first(self._share_budgets)
@@ -145,7 +155,7 @@ class StreamedRun:
         # any number of processes may go on: the layers that are left are shared anew
         unfinished = [index for index in range(len(plan.layers)) if index not in finished]
         todo = share_layers(unfinished, plan.costs, ranks.count)[ranks.index]
-        sink = FileSink(plan, journal, self.source, packed, evaluation_mode(plan.layers.model), torch.no_grad())
+        sink = FileSink(plan, journal, self.source, self.packed, evaluation_mode(plan.layers.model), torch.no_grad())
 
         def work() -> None:
             with sink, sink.interruptible:
@@ -155,26 +165,35 @@ class StreamedRun:
         return sink
 
     def complete(
-        self,
-        sink: FileSink,
-        tokenizer: PreTrainedTokenizerBase | None,
-        output_dir: Path,
-        overwrite: bool,
-        started: float,
+        self, sink: FileSink, tokenizer: PreTrainedTokenizerBase | None, output_dir: Path, overwrite: bool
     ) -> PruningReport:
         """Write all that is not a decoder layer, and bring the model into `output_dir`."""
-        report, layers = self.report, self.journal.finished(read_shards=False)
-        if len(layers) < len(self.plan.layers):
+        report, plan, journal, folder = self.report, self.plan, self.journal, self.journal.model
+        model, layers = plan.layers.model, journal.finished(read_shards=False)
+        if len(layers) < len(plan.layers):
             raise RankError("decoder layers that other ranks finished are not here: pass a folder that all nodes share")
         report.operators, report.layers, report.left_dense = [], [], {}
         for layer in layers.values():
             if layer.shard:  # the report has no layer that is gone
                 report.add(layer.record)
-        report.seconds["total"] = self.seconds_before + time.perf_counter() - started
-        complete_report(self.plan, report, self.held_out, [one.record.report.dense_sha256 for one in layers.values()])
-        self.plan.removal.describe(self.plan.layers.model, report)
-        report = sink.complete(tokenizer, report, layers)
-        install(self.journal.folder, output_dir, overwrite, self.source.folder)
+        report.seconds["total"] = self.seconds_before + time.perf_counter() - self.started
+        complete_report(plan, report, self.held_out, [one.record.report.dense_sha256 for one in layers.values()])
+        plan.removal.describe(model, report)
+        shards = {folder / layer.shard for layer in layers.values() if layer.shard}
+        for left in {*folder.iterdir()} - shards:  # by a process that was killed, or of a run with more layers
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        rest = sink.stored({name: stored_tensor(model, name) for name in plan.layers.names_around})
+        shards.add(sink.write_shard(len(sink.left), rest))
+        weight_map = {name: shard.name for shard in shards for name in names_in(shard)}
+        index_name = write_index(folder, sink.stem, weight_map, {"total_parameters": report.model["num_parameters"]})
+        masks = {name: mask for index in layers for name, mask in journal.masks(index).items()}
+        operators, masks = as_stored(report.operators, masks, sink.names)
+        report = replace(report, operators=operators)
+        packed = packed_settings(index_name, packed_names(weight_map)) if self.packed else None
+        copy_source(self.source.folder, folder)  # before our own files, which replace some of them
+        write_all_but_weights(folder, model, tokenizer, report, masks, packed)
+        self.source.require_unchanged()
+        install(journal.folder, output_dir, overwrite, self.source.folder)
         return report
 
     @contextmanager
@@ -226,3 +245,54 @@ class StreamedRun:
         if held_out is not None and finished and not (len(finished) == first and held_out.resume(streams or {})):
             self.held_out = None  # its sequences have to pass all layers in both networks
         return finished
+
+
+class FileSink(ModelSink):
+    """Writes every finished decoder layer to a shard of its own, so dense weights are kept for one layer only."""
+
+    _model: PreTrainedModel
+
+    def __init__(
+        self, plan: Plan, journal: Journal, source: SourceFiles, packed: bool, *contexts: AbstractContextManager[Any]
+    ) -> None:
+        super().__init__(plan.layers.model, *contexts)
+        self._plan, self._journal, self._source, self._packed = plan, journal, source, packed
+        self.stem = "packed" if packed else "model"  # plain Transformers finds no weights in a packed folder
+        self.left = [index for index in range(len(plan.layers)) if index not in plan.removal.removed_layers]
+        self.names = stored_names(plan.layers.model, plan.all_operators.values(), plan.removal.new_name)
+
+    def commit(
+        self, index: int, layer: nn.Module, record: LayerRecord, travelling: Sequence[HiddenStates | HeldOut]
+    ) -> None:
+        """Write a finished decoder layer; of one that is removed, its record only."""
+        self.forget()  # the dense weights of this layer: the checkpoint has them
+        streams = {name: stream for part in travelling for name, stream in part.kept().items()}
+        masks, self.masks = self.masks, {}
+        if index in self._plan.removal.removed_layers:
+            self._source.require_unchanged()
+            self._journal.keep_layer(index, None, {}, record, streams)
+            return
+        tensors = {f"{record.report.name}.{key}": tensor for key, tensor in layer.state_dict().items()}
+        record, masks, tensors = self._plan.removal.shrink_layer(record, masks, tensors)
+        tensors = self.stored(tensors)
+        if self._packed:
+            operators, stored = as_stored(record.operators, masks, self.names)
+            # zeros never reach the disk
+            tensors = Packer(operators, tensors, stored.__getitem__).pack(tensors)
+        self._source.require_unchanged()  # before it counts as finished: what was read must be what was hashed
+        shard = self.write_shard(self.left.index(index), tensors)
+        self._journal.keep_layer(index, shard, masks, record, streams)
+
+    def write_shard(self, index: int, tensors: dict[str, Tensor]) -> Path:
+        """Write the file of the decoder layer with this number among those that stay; the last one is for the rest."""
+        total = len(self.left) + 1
+        shard = self._journal.model / f"{self.stem}-{index + 1:05}-of-{total:05}.safetensors"
+        write_file(shard, tensors, {"format": "pt"})
+        return shard
+
+    def stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors under the names of the checkpoint, on the CPU, without those that are tied to others."""
+        # Transformers ties them again when it loads the folder
+        left_out = set(self._model.all_tied_weights_keys) | set(self._model._keys_to_ignore_on_save or ())
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if name not in left_out}
+        return revert_weight_conversion(self._model, kept)

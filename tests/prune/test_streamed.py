@@ -19,7 +19,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder import output
 from optimum_fista.folder.output import unfinished_folder
-from optimum_fista.prune import file_sink, journal
+from optimum_fista.prune import journal
 from optimum_fista.prune import streamed as streamed_run
 
 LAYERS = 4
@@ -152,7 +152,7 @@ def test_finished_layers_are_not_pruned_again(source, whole, cut_off_half_way, t
 
 
 def test_what_a_killed_process_was_writing_is_not_left(source, whole, tmp_path, monkeypatch):
-    cut_off(monkeypatch, file_sink.FileSink, "complete", stop, source, tmp_path / "pruned")
+    cut_off(monkeypatch, streamed_run.StreamedRun, "complete", stop, source, tmp_path / "pruned")
     for name in (".tmpq7NgZZ", ".model-00009-of-00009.safetensors.partial"):
         (unfinished_folder(tmp_path / "pruned") / "model" / name).write_bytes(b"half a shard")
     prune(source, tmp_path / "pruned")
@@ -194,13 +194,13 @@ def test_hidden_states_of_another_chain_of_layers_are_not_taken(source, whole, c
     output = unfinished_folder(tmp_path / "pruned")
     shutil.copytree(cut_off_half_way, output)
     (output / f"model/model-00001-of-0000{LAYERS + 1}.safetensors").unlink()
-    write = file_sink.FileSink.write
+    write = streamed_run.FileSink.write
 
     def otherwise(self, operator, weight, mask):
         write(self, operator, weight * 0.5, mask)
 
     with interrupted_after(0), monkeypatch.context() as patched:
-        patched.setattr(file_sink.FileSink, "write", otherwise)
+        patched.setattr(streamed_run.FileSink, "write", otherwise)
         with pytest.raises(KeyboardInterrupt):
             prune(source, tmp_path / "pruned")
     kept, keep = [], journal.Journal.keep_layer
@@ -215,7 +215,7 @@ def test_layers_and_budgets_of_another_run_are_not_taken(source, tmp_path, monke
     """Files of two runs with other methods, copied from one unfinished folder into the other."""
     configs = {name: FistaPruningConfig(method=name, error_correction="none") for name in ("magnitude", "wanda")}
     for name, config in configs.items():
-        cut_off(monkeypatch, file_sink.FileSink, "complete", stop, source, tmp_path / name, config)
+        cut_off(monkeypatch, streamed_run.StreamedRun, "complete", stop, source, tmp_path / name, config)
     prune(source, tmp_path / "whole", configs["wanda"])
     other, mine = (unfinished_folder(tmp_path / name) for name in configs)
     for file in [*other.glob("model/model-*"), *other.glob("journal/*.json"), *other.glob("journal/[lb]*.safetensors")]:
@@ -270,7 +270,7 @@ def test_another_run_in_the_same_folder_is_refused_by_its_differences(source, wh
 
 def test_fewer_layers_leave_no_shard_of_more(source, tmp_path, monkeypatch):
     shutil.copytree(source, tmp_path / "source")
-    cut_off(monkeypatch, file_sink.FileSink, "complete", stop, tmp_path / "source", tmp_path / "pruned")
+    cut_off(monkeypatch, streamed_run.StreamedRun, "complete", stop, tmp_path / "source", tmp_path / "pruned")
     config = tmp_path / "source" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 2}))
     prune(tmp_path / "source", tmp_path / "pruned", overwrite=True, drop_unused=True)
