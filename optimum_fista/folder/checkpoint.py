@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +43,18 @@ def read_json(file: Path) -> dict[str, Any]:
     return values
 
 
+def closest_folder(name: str) -> str:
+    """Ask if the folder with the closest name is meant, if one is close."""
+    path = Path(name)
+    others = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
+    close = get_close_matches(path.name, others, n=1)
+    return f" Did you mean {str(path.with_name(close[0]))!r}?" if close else ""
+
+
 def require_files(folder: Path, *names: str) -> None:
     """Refuse a folder that lacks a file of a pruned model."""
+    if not folder.exists():
+        raise FileNotFoundError(f"{str(folder)!r}: there is no such folder.{closest_folder(str(folder))}")
     for name in names:
         if not (folder / name).exists():
             raise FileNotFoundError(f"{str(folder)!r} holds no {name}: pass a folder saved by optimum-fista.")

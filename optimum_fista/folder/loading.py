@@ -13,7 +13,6 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from transformers import (
 )
 
 import optimum_fista.packed  # noqa: F401  # so that packed folders load
+from optimum_fista.folder.checkpoint import closest_folder
 from optimum_fista.installing import install_command
 from optimum_fista.memory import is_out_of_memory
 from optimum_fista.model.activation_store import Storage
@@ -187,15 +187,7 @@ def _require_on_hub(name: str) -> None:
             if absent
             else f"can't be reached ({str(error).partition(chr(10))[0]})"
         )
-        raise OSError(f"model={name!r}: there is no such folder, and the Hub {why}.{_meant(name)}") from error
-
-
-def _meant(name: str) -> str:
-    """A question that offers the folder with the closest name, if one is close."""
-    path = Path(name)
-    others = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
-    close = get_close_matches(path.name, others, n=1)
-    return f" Did you mean {str(path.with_name(close[0]))!r}?" if close else ""
+        raise OSError(f"model={name!r}: there is no such folder, and the Hub {why}.{closest_folder(name)}") from error
 
 
 def gguf_file(name: str) -> str | None:
@@ -209,7 +201,7 @@ def gguf_file(name: str) -> str | None:
         except HFValidationError as error:
             raise ValueError(
                 f"model={name!r} is neither a folder that exists nor a Hub id: pass a model folder, or 'owner/name'."
-                f"{_meant(name)}"
+                f"{closest_folder(name)}"
             ) from error
     if not folder.is_dir() or (folder / "config.json").exists():
         return None

@@ -26,11 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FOLDER, MODEL = "journal", "model"
-RUN_FILE = f"{FOLDER}/fingerprint.json"
-"""Says that an unfinished folder holds a run that can be resumed, and which one."""
+RUN_FILE = f"{FOLDER}/fingerprint.json"  # says that an unfinished folder holds a run that can be resumed, and which
 FILES_FILE = "fista/files.json"
-SAMPLED_TEXTS = "calibration-*.safetensors"
-"""In the journal: tokens that a model wrote, a file for each way to write them."""
+SAMPLED_TEXTS = "calibration-*.safetensors"  # in the journal: tokens that a model wrote, a file for each way to do so
 _ABOUT = ("README.md", "fista/evaluation.json", "fista/report.html")  # files that commands write into a finished folder
 _MARK = f"{FOLDER}/optimum-fista"  # of an unfinished folder of this package
 _REPLACED = "replaced"  # the old output, for a moment, where two folders can't be swapped in one step

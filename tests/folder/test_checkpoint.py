@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from optimum_fista.folder.checkpoint import checkpoint_files
+from optimum_fista.folder.checkpoint import checkpoint_files, read_report
 
 
 def test_checkpoint_files_follow_transformers_choice(saved, saved_gpt2, tmp_path):
@@ -15,6 +15,9 @@ def test_checkpoint_files_follow_transformers_choice(saved, saved_gpt2, tmp_path
     assert len(set(shards.values())) > 2
     with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors"):
         checkpoint_files(tmp_path)
+    misspelt = saved.folder.with_name(saved.folder.name + "s")
+    with pytest.raises(FileNotFoundError, match=rf"no such folder\. Did you mean '.*/{saved.folder.name}'\?"):
+        read_report(misspelt)
     shutil.copytree(saved_gpt2.folder, tmp_path / "both")  # `from_pretrained` prefers the single file
     shutil.copy(saved.folder / "model.safetensors", tmp_path / "both")
     assert set(checkpoint_files(tmp_path / "both").values()) == {tmp_path / "both" / "model.safetensors"}
