@@ -121,7 +121,6 @@ class FistaPruningConfig(PruningOptions):
         if name not in RECIPES:
             raise ValueError(f"recipe={name!r}: pass one of {', '.join(map(repr, RECIPES))}.")
         settings = RECIPES[name]
-        # of another method than the recipe's, its options have no meaning
         if options.get("method", settings.get("method")) != settings.get("method"):
             settings = {key: value for key, value in settings.items() if key not in _OPTIONS_OF_METHOD}
         return cls(**(settings | options))

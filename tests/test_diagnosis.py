@@ -53,7 +53,7 @@ def test_a_device_that_computes_nothing(doctor, monkeypatch):
     code, shown = doctor("cpu", "meta")
     assert code == 1
     assert "float32:        FAILED: " in shown
-    assert shown.endswith("\nchecks that failed: 5\n")
+    assert shown.endswith("\nchecks that failed: 4\n")
 
 
 def test_home_folders_are_not_named(doctor, monkeypatch):

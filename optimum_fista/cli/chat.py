@@ -55,10 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
                     who = [f"{speaker.name}:"] if len(speakers) > 1 else []
                     if terminal:
                         print(*who, end=" " * len(who), flush=True)
-                        speaker.answer(question)
-                        print()
-                    else:
-                        print(*who, *speaker.answer(question).split(), flush=True)
+                    answer = speaker.answer(question)
+                    print(*([] if terminal else [*who, *answer.split()]), flush=True)  # a terminal has shown it
     return int(any(speaker.failed for speaker in speakers))
 
 

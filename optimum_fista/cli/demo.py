@@ -94,13 +94,10 @@ def _material(source: str, model: Any, tokenizer: Any) -> tuple[Any, Any]:
     from optimum_fista.text.sources import load_text
     from optimum_fista.text.windows import evaluation_windows
 
-    length = min(_LENGTH, usual_length(model.config))
-    windows = evaluation_windows(tokenizer, load_text(source, "test"), length)
+    windows = evaluation_windows(tokenizer, load_text(source, "test"), min(_LENGTH, usual_length(model.config)))
     if len(windows) < 2 * _WINDOWS:
-        raise ValueError(
-            f"--text {source} has {len(windows)} windows of {length} tokens, and the demo calibrates on {_WINDOWS} and "
-            f"measures on {_WINDOWS}: pass a longer text."
-        )
+        needed = f"the demo calibrates on {_WINDOWS} windows and measures on {_WINDOWS}"
+        raise ValueError(f"--text {source} has {len(windows)} windows, and {needed}: pass a longer text.")
     others = windows[_WINDOWS:]  # those to calibrate on are spread over the rest of the text
     return others[:: len(others) // _WINDOWS][:_WINDOWS], windows[:_WINDOWS]
 

@@ -36,10 +36,8 @@ def convert(arguments: argparse.Namespace, write: Callable[..., object], title: 
     """Write the folder in its other form, and print the sizes."""
     from tqdm.auto import tqdm
 
+    folder, output = arguments.folder, arguments.output
     with tqdm(desc=title, unit="file", delay=1) as bar:  # a small folder is done before a bar is needed
-        sizes = write(
-            arguments.folder, arguments.output, overwrite=arguments.overwrite, progress=lambda _: bar.update()
-        )
-    print(sizes)
-    print(f"saved to {arguments.output}")
+        sizes = write(folder, output, overwrite=arguments.overwrite, progress=lambda _: bar.update())
+    print(sizes, f"saved to {output}", sep="\n")
     return 0

@@ -40,7 +40,7 @@ def sample_text_from_model(
     seed: int,
     progress: bool = True,
 ) -> torch.Tensor:
-    """Let the model write calibration tokens.
+    """Let the model write calibration tokens: int64 [num_samples, sequence_length], on the CPU.
 
     A sample is four texts of a quarter of its length, one after the other; one of less than 8 tokens is one text. Every
     text starts with BOS (EOS if there is none). The next token of each is drawn without replacement from the model's
@@ -48,9 +48,6 @@ def sample_text_from_model(
     Without BOS and EOS, the first tokens are ordinary ones, drawn uniformly without replacement. The rest is sampled at
     temperature 1 from the whole distribution: less likely tokens make worse reading, but better calibration text
     (docs/ablations.md). EOS does not end a text: the model continues with the next document.
-
-    The global random state, the model's modes and its generation config are afterwards as before. The same seed
-    gives the same tokens for the same model and device: int64 [num_samples, sequence_length], on the CPU.
     """
     for name, value, least in (("num_samples", num_samples, 1), ("sequence_length", sequence_length, 2)):
         if value < least:

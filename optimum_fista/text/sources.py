@@ -125,14 +125,14 @@ def _read_file(path: Path) -> TextSource:
 
 
 def _document(line: str, place: str) -> str:
-    advice = 'every line must be a JSON object with a string under "text"'
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON ({error}); {advice}.") from error
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        text = json.loads(line)["text"]
+    except (ValueError, TypeError, KeyError):  # no JSON, no object, another key
+        text = None
+    if not isinstance(text, str):
+        advice = 'every line must be a JSON object with a string under "text"'
         raise ValueError(f"{place}: found {line.strip()[:80]}; {advice}.")
-    return record["text"]
+    return text
 
 
 def _read_hub(

@@ -45,7 +45,7 @@ def test_the_demo_shows_a_smaller_model_and_fits_and_measures_on_other_windows(
 def test_a_text_too_short_to_fit_and_to_measure_on_is_refused(arguments, monkeypatch, capsys):
     monkeypatch.setattr(demo, "_WINDOWS", 1000)
     assert main(arguments) == 1
-    assert "calibrates on 1000 and measures on 1000: pass a longer text" in capsys.readouterr().err
+    assert "calibrates on 1000 windows and measures on 1000: pass a longer text" in capsys.readouterr().err
 
 
 def test_demo_without_its_model_says_what_to_install(tmp_path, monkeypatch, capsys):

@@ -48,7 +48,7 @@ def test_jsonl_has_one_document_per_line(tmp_path):
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ("{'text': 'a'}", "not JSON"),
+        ("{'text': 'a'}", "found {'text': 'a'}; every line"),
         ('{"content": "a"}', 'found {"content": "a"}; every line'),
         ('{"text": 3}', 'found {"text": 3}; every line must be'),
     ],
