@@ -85,7 +85,7 @@ def test_compared_rows_are_what_pruning_and_measuring_give(compared, tmp_path):
     assert wanda["totals"]["mean_held_out_fit_error"] == report.totals["mean_held_out_fit_error"]
     assert "rows of 32 inputs" in failed["error"]
     assert "| 3:5 | `wanda:error_correction=intra` | failed |" in shown
-    assert "random windows of 32 tokens of file calm.txt" in record["recipe"][1]
+    assert "random windows of 32 tokens of calm.txt" in record["recipe"][1]
 
 
 def test_a_comparison_resumes_and_its_table_is_shown_again(compared, tmp_path):
