@@ -79,7 +79,7 @@ def model_card(report: PruningReport, picture: str | None = None, dense: str = "
             totals=report.totals,
             tokens=report.calibration,
             metadata=metadata.to_yaml(),
-            pattern=f"{100 * pattern.sparsity:g}% unstructured" if str(pattern) == "unstructured" else pattern,
+            pattern=pattern if pattern.fixed else f"{100 * pattern.sparsity:g}% {pattern}",
             zeros=zeros,
             before=", before retraining" if report.retrained else "",
             picture=picture,
