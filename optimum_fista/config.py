@@ -110,13 +110,9 @@ class FistaPruningConfig(PruningOptions):
 
     @classmethod
     def recipe(cls, name: str, **options: Any) -> FistaPruningConfig:
-        """The settings of a recipe; docs/quickstart.md compares the recipes.
+        """The settings of the recipe `"default"`, `"fast"` or `"paper"`; docs/quickstart.md compares them.
 
-        Args:
-            name: `"default"`, `"fast"` or `"paper"`.
-            options: Options of this class, which override the recipe's. If `method` is another than the recipe's, the
-                recipe's options of its own method are left out.
-
+        `options` override the recipe's; with another `method`, the recipe's options of its own method are left out.
         """
         if name not in RECIPES:
             raise ValueError(f"recipe={name!r}: pass one of {', '.join(map(repr, RECIPES))}.")

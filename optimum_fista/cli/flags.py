@@ -21,11 +21,9 @@ _NAMES = {int: "N", float: "NUMBER", str: "NAME"}
 def add_options(parser: argparse.ArgumentParser, options: type) -> dict[str, Any]:
     """Add a flag for each field but mappings, with its help, its choices and its default.
 
-    Returns:
-        The groups of options that the fields name, to which a command may add flags of its own.
+    Returns the groups of options that the fields name, to which a command may add flags of its own.
     """
-    groups: dict[str, Any] = {}
-    hints = get_type_hints(options)
+    groups, hints = dict[str, Any](), get_type_hints(options)
     for field in fields(options):
         title = field.metadata["advanced"]  # of the group, or None: an option of every day
         kinds = kinds_of(hints[field.name])
@@ -46,9 +44,8 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> dict[str, Any
             text += f" (default {field.default})"
         if title is not None and title not in groups:
             groups[title] = parser.add_argument_group(f"advanced: {title}")
-        groups.get(title, parser).add_argument(
-            f"--{flag}", dest=field.name, help=text.replace("%", "%%"), **settings
-        )  # argparse fills in %
+        settings |= {"dest": field.name, "help": text.replace("%", "%%")}  # argparse fills in %
+        groups.get(title, parser).add_argument(f"--{flag}", **settings)
     return groups
 
 

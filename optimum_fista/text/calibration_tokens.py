@@ -66,9 +66,8 @@ def calibration_tokens_by_name(
     keep_in: Path | None = None,
     progress: bool = True,
 ) -> Tensor:
-    """The same for a model given by name, which is only loaded, in this dtype, if it samples its own text.
-
-    `keep_in` is a folder to keep sampled text in, and to take it from when a run is started again on the same files.
+    """The same for a model given by name, which is only loaded, in this dtype, if it samples its own text; `keep_in` is
+    a folder to keep sampled text in, and to take it from when a run is started again on the same files.
     """
     if source != "self" and gguf_file(name) is None:  # the tokenizer of a GGUF file is read with its weights
         length = usual_length(read_config(name)) if sequence_length is None else sequence_length
