@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.cli.progress import first_process_speaks
     from optimum_fista.folder.output import folder_beside
     from optimum_fista.prune.ranks import joined_ranks
-    from optimum_fista.train.recovery import recover, steps_kept
+    from optimum_fista.train.recovery import recover
     from optimum_fista.train.recovery_plan import plan_recovery, preview
 
     options = {name: getattr(arguments, name) for name in ("teacher", "calibration", "device", "overwrite")}
@@ -64,9 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
             found = recover(arguments.folder, output_dir=output, **options)
         except KeyboardInterrupt:
             if not ranks.index:
-                steps = steps_kept(output)
-                again = "give the same command again to resume" if steps else "the same command begins anew"
-                print(f"\n{steps or 'no'} steps are done and kept: {again}", file=sys.stderr)
+                print("\nthe same command resumes after the last step that was saved", file=sys.stderr)
             raise
     if ranks.count > 1:
         PartialState().destroy_process_group()

@@ -13,7 +13,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,12 +93,11 @@ class DistillationTrainer(Trainer):
         arguments: TrainingArguments,
         trained_on: Tensor,
         held_out: Tensor,
-        callbacks: Sequence[TrainerCallback],
+        callbacks: list[TrainerCallback],
     ) -> None:
-        rows: Any = ([{"input_ids": row} for row in windows] for windows in (trained_on, held_out))
+        texts: Any = [[{"input_ids": row} for row in windows] for windows in (trained_on, held_out)]
         self._trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        data = dict(zip(("train_dataset", "eval_dataset"), rows, strict=True))
-        super().__init__(model, arguments, callbacks=list(callbacks), **data)
+        super().__init__(model, arguments, train_dataset=texts[0], eval_dataset=texts[1], callbacks=callbacks)
         self.remove_callback(PrinterCallback)
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
             raise ValueError("recover does not know the weights that DeepSpeed and FSDP1 keep: pass --fsdp_version 2.")
@@ -144,7 +143,7 @@ class Watch(TrainerCallback):
     """
 
     def __init__(self, ranks: Ranks, progress: bool) -> None:
-        self.stopped = False  # by Ctrl-C
+        self.stopped = self._asked = False  # by Ctrl-C: in some process, and so in all; in this one
         self._ranks, self._progress = ranks, progress and not ranks.index
         self._began = self._saved = time.perf_counter()
         self._bar: Any = None
@@ -154,9 +153,9 @@ class Watch(TrainerCallback):
         """Inside, the first Ctrl-C ends the training after the step that it is in; a second one ends it at once."""
 
         def stop(*_: object) -> None:
-            if self.stopped:
+            if self._asked:
                 raise KeyboardInterrupt
-            self.stopped = True
+            self._asked = True
             logger.warning("stopping: this step is finished and saved first; Ctrl-C again stops at once")
 
         handler = signal.getsignal(signal.SIGINT)
@@ -183,7 +182,7 @@ class Watch(TrainerCallback):
         """Have a state saved, or the training stopped, in all processes alike; rank 0's clock decides."""
         self._bar.update()
         late = time.perf_counter() - self._saved > _SAVE_SECONDS
-        found = self._ranks.gather((late, self.stopped))
+        found = self._ranks.gather((late, self._asked))
         self.stopped = any(stopped for _, stopped in found)
         given[2].should_save |= found[0][0]
         given[2].should_training_stop |= self.stopped
@@ -236,16 +235,16 @@ def _finish_state(journal: Path, state: TrainerState) -> None:
         shutil.rmtree(other, ignore_errors=True)
 
 
-def kept_states(journal: Path, *, checked: bool = False) -> dict[int, Path]:
-    """States that an unfinished training can resume from, by the steps done then; `checked`: whole ones, others go."""
+def kept_states(journal: Path) -> dict[int, Path]:
+    """States that an unfinished training can resume from, by the steps done then; those that are not whole go."""
     found, best = {}, {}
     for folder in journal.glob("checkpoint-*"):
         record = read_record(folder / _STATE_RECORD)
-        if record is not None and all(not checked or is_whole(folder / name, d) for name, d in record["files"].items()):
+        if record is not None and all(is_whole(folder / name, digest) for name, digest in record["files"].items()):
             step = int(folder.name.rpartition("-")[2])
             found[step], best[step] = folder.resolve(), record["best"]
     found = {step: folder for step, folder in found.items() if not best[step] or best[step] in found}
-    for folder in journal.glob("checkpoint-*") if checked else ():
+    for folder in journal.glob("checkpoint-*"):
         if folder.resolve() not in found.values():
             shutil.rmtree(folder)
     return found

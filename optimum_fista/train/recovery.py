@@ -82,14 +82,13 @@ def recover(
     """Train what a pruned model kept, so that it predicts as the dense model does; its zeros stay zero.
 
     It minimizes how far the pruned model's predictions are from the dense model's and from the text (`divergence`), by
-    `transformers.Trainer` with AdamW, a warm-up and a cosine, on text that is read once. Weights, gradients and moments
-    are float32; products are bfloat16 on an accelerator and on a CPU with AMX or AVX512-BF16. Sequences that are never
-    trained on measure the loss before, now and then, and at the end: the weights with the smallest loss are saved, or
-    those of `folder` if none had a smaller one.
+    `transformers.Trainer` with AdamW, a warm-up and a cosine, on text that is read once. Sequences that are never
+    trained on measure the loss: the weights with the smallest loss are saved, or those of `folder` if none had a
+    smaller one. docs/howto/recover.md has the precisions.
 
     After a crash or an interrupt the same call resumes after the last state, which is saved every two minutes and at
-    Ctrl-C, and ends with the same bits on the same machine. Until all is done, what is finished lies in `output_dir` +
-    ".unfinished". Processes that were launched together (docs/ranks.md) and all make this call share the sequences.
+    Ctrl-C, and ends with the same bits on the same machine. Until then all lies in `output_dir` + ".unfinished".
+    Processes that were launched together (docs/ranks.md) and all make this call share the sequences.
 
     Args:
         folder: A folder or Hub id saved by optimum-fista, packed or not. It is only read.
@@ -105,11 +104,9 @@ def recover(
         What it did; the report in the folder holds it too, under `recoveries`.
 
     Raises:
-        ValueError: If an option is out of range, the text is too short, the teacher has another vocabulary, a folder
-            that is read changes meanwhile, or an unfinished run in `output_dir` had other settings or processes.
-        FileNotFoundError: If `folder` is no pruned model's.
+        ValueError: If an option can't be used, the models do not fit together, a folder that is read changes meanwhile,
+            or an unfinished run in `output_dir` had other settings or processes.
         FileExistsError: If `output_dir` holds a model already and `overwrite` is False, or files of something else.
-        BlockingIOError: If another run writes to `output_dir`.
         RankError: If another process failed or is gone.
     """
     with joined_ranks(device) as ranks, ExitStack() as opened:
@@ -144,11 +141,6 @@ def recover(
 
         ranks.first(finish)
     return found
-
-
-def steps_kept(output: Path) -> int:
-    """Steps of an interrupted run into `output` that its next start resumes after."""
-    return max(kept_states(unfinished_folder(output) / FOLDER), default=0)
 
 
 def _draw(plan: RecoveryPlan, journal: Path, progress: bool) -> Tensor:
@@ -192,7 +184,7 @@ def _train(
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     model.float()  # a step in bfloat16 would often be smaller than the weight's last bit
     mark_trained(model, choice.train)
-    kept = ranks.first(lambda: kept_states(journal, checked=True))
+    kept = ranks.first(lambda: kept_states(journal))
     arguments = _arguments(plan, choice, model, journal, ranks.count, resumed=bool(kept))
     watch = Watch(ranks, progress)
     callbacks: list[Any] = [watch, *([MaskedTrainingCallback(plan.source)] if choice.train == "all" else [])]

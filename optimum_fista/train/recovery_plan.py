@@ -121,22 +121,6 @@ def plan_recovery(
     text_model = source if calibration != "self" and tokenizers[0] is not None else name
     require_tokenizer(text_model)
     length = asked.sequence_length or min(_USUAL_LENGTH, usual_length(config))
-    accumulate, steps = _passes_and_steps(asked, length, processes)
-    place = usable_device(device)
-    compute = compute_dtype_of(asked.compute_dtype, place)
-    if not Path(source).is_dir():
-        source = snapshot_download(source)  # masks and report too
-    folder_of_teacher = name
-    if not Path(name).is_dir():
-        read_model(name, device_map="meta")  # into the cache, only the files that are needed
-        folder_of_teacher = str(Path(str(cached_file(name, CONFIG_FILE))).parent)  # of the commit that main is at now
-    text_model = folder_of_teacher if text_model == name else source
-    names = source, folder_of_teacher, name, calibration, text_model
-    return RecoveryPlan(*names, output, asked, length, accumulate, steps, place, compute, report)
-
-
-def _passes_and_steps(asked: RecoveryOptions, length: int, processes: int) -> tuple[int, int]:
-    """Passes for a step, and steps."""
     batch_size, accumulate = asked.batch_size, asked.accumulate
     if accumulate is None:
         accumulate = max(1, min(_MOST_SEQUENCES, asked.tokens // (_USUAL_STEPS * length)) // batch_size)
@@ -152,7 +136,18 @@ def _passes_and_steps(asked: RecoveryOptions, length: int, processes: int) -> tu
             f"tokens={asked.tokens}: one step takes {accumulate} passes of {batch_size} sequences of {length} tokens: "
             f"pass at least {tokens_of_step} (--tokens), or shorter sequences (--sequence-length)."
         )
-    return accumulate, asked.tokens // tokens_of_step
+    place = usable_device(device)
+    compute = compute_dtype_of(asked.compute_dtype, place)
+    if not Path(source).is_dir():
+        source = snapshot_download(source)  # masks and report too
+    folder_of_teacher = name
+    if not Path(name).is_dir():
+        read_model(name, device_map="meta")  # into the cache, only the files that are needed
+        folder_of_teacher = str(Path(str(cached_file(name, CONFIG_FILE))).parent)  # of the commit that main is at now
+    text_model = folder_of_teacher if text_model == name else source
+    names = source, folder_of_teacher, name, calibration, text_model
+    steps = asked.tokens // tokens_of_step
+    return RecoveryPlan(*names, output, asked, length, accumulate, steps, place, compute, report)
 
 
 def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
@@ -162,11 +157,8 @@ def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
     """
     with torch.device("meta"):  # no memory for weights
         model = AutoModelForCausalLM.from_config(read_config(plan.source))
-    size, layers, config = (
-        model.num_parameters(),
-        find_decoder_layers(model),
-        model.config.get_text_config(decoder=True),
-    )
+    size, config = model.num_parameters(), model.config.get_text_config(decoder=True)
+    layers = find_decoder_layers(model)
     operators = [operator for name, layer in layers for operator in find_operators(name, layer, ["*"]).values()]
     inner = _inner_parameters(model)
     small = sum(parameter.numel() for parameter in inner if parameter.ndim == 1)

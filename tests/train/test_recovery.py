@@ -20,11 +20,11 @@ from optimum_fista import FistaPruner, FistaPruningConfig, recover
 from optimum_fista.cli.main import main
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder.checkpoint import read_report
-from optimum_fista.folder.output import folder_beside
+from optimum_fista.folder.output import folder_beside, unfinished_folder
 from optimum_fista.folder.packed_folder import pack_folder
 from optimum_fista.prune.journal import require_same_run
 from optimum_fista.train import distillation, recovery, recovery_plan
-from optimum_fista.train.distillation import DistillationTrainer, Watch
+from optimum_fista.train.distillation import DistillationTrainer, Watch, kept_states
 
 QUICK = {"tokens": 640, "sequence_length": 16, "batch_size": 1, "accumulate": 2, "held_out": 4, "learning_rate": 1e-2}
 QUICK |= {"device": "cpu", "compute_dtype": "float32", "progress": False}
@@ -69,6 +69,10 @@ def stopped_at(step: int, error: type[BaseException] = KeyboardInterrupt, *, sav
             yield
         assert caught.tb  # which keeps all objects
         assert not _global_optimizer_post_hooks
+
+
+def steps_kept(output: Path) -> int:
+    return max(kept_states(unfinished_folder(output) / "journal"), default=0)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -120,7 +124,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(run, tmp_path):
     for step, kept, saves in ((4, 0, False), (7, 6, True), (8, 7, True), (12, 10, False)):
         with stopped_at(step, saves=saves):
             run("stopped", train="all")
-        assert recovery.steps_kept(tmp_path / "stopped") == kept
+        assert steps_kept(tmp_path / "stopped") == kept
         (journal / "checkpoint-19").mkdir(exist_ok=True)  # as a process leaves it that is killed while it saves
         (journal / "checkpoint-19" / "trainer_state.json").write_text('{"global_')
     found = run("stopped", train="all")
@@ -144,7 +148,7 @@ def test_an_interrupt_ends_the_training_after_its_step_and_a_second_one_at_once(
         presses[step] = times
         with pytest.raises(KeyboardInterrupt):
             run("out", train="all")
-        assert recovery.steps_kept(tmp_path / "out") == kept
+        assert steps_kept(tmp_path / "out") == kept
         assert "stopping: this step is finished and saved first" in caplog.text
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     found = run("out", train="all")
@@ -244,7 +248,7 @@ def test_another_run_is_not_mixed_with_an_unfinished_one(run, saved, tiny_folder
         run(source=masked, train="all")
     with pytest.raises(ValueError, match=r"was another one \(options.learning_rate"):
         run(train="all", learning_rate=1e-4)
-    assert recovery.steps_kept(tmp_path / "out") == 5
+    assert steps_kept(tmp_path / "out") == 5
     run(train="all", learning_rate=1e-4, overwrite=True)
     with pytest.raises(FileExistsError, match="already holds a model"):
         run(train="all", learning_rate=1e-4)
