@@ -45,15 +45,6 @@ _TOKENS_TOGETHER = 8192  # in a forward pass: more make an accelerator no faster
 _TRIED_SECONDS, _SOLVING_SECONDS = 10, 30
 
 
-def _total_bytes(device: torch.device) -> float:
-    """Memory of a device, used or free; infinite if the device does not say, or is not in this machine."""
-    if device.type == "cpu":
-        return psutil.virtual_memory().total
-    module = torch.get_device_module(device)
-    known = hasattr(module, "mem_get_info") and module.is_available()
-    return module.mem_get_info(device)[1] if known else math.inf
-
-
 class Estimate:
     """What a run takes; arguments are those of `optimum-fista prune`, and of the model only the configuration is read.
 
@@ -110,15 +101,16 @@ class Estimate:
         self.zeros = {k: self.weights[k] - self.config.pattern_for(k).num_kept(s) for k, s in self.operators.items()}
         self.allocates = any(map(self.config.shares_budget, self.operators))
         self.weight_bytes = sum(p.nbytes for p in self.model.parameters())
-        # Of the same machine the same is asked again when a run resumes, however much memory is free then.
-        whole, total = sum(self._whole_model.values()), _total_bytes(torch.device(self.place or self.device))
-        self.too_large_to_write = calibration is None and whole > total
+        free = available_bytes(torch.device(self.place or self.device))  # None: the device does not say
+        # A run that resumes decides alike: all memory of the machine counts, not what is free at the moment.
+        most = psutil.virtual_memory().total if self.on_cpu else free or math.inf
+        self.too_large_to_write = calibration is None and sum(self._whole_model.values()) > most
         self.calibration = calibration or (usual_texts()[1] if self.too_large_to_write else "self")
         # Hidden states of the dense network, and of the pruned one.
         self.streams = self.config.correction.needs_dense + (self.config.correction.carry == "full")
         self.stream_bytes = self.value * num_samples * self.length * self.hidden
         most = 1 if self.on_cpu else max(1, min(num_samples, _TOKENS_TOGETHER // self.length))
-        self.batch_size, free = batch_size or most, available_bytes(torch.device(self.place or self.device))
+        self.batch_size = batch_size or most
         while batch_size is None and self.batch_size > 1 and free and sum(self.memory["device"].values()) > 0.8 * free:
             self.batch_size //= 2  # until a fifth of the device stays free for what the formulas do not know
 

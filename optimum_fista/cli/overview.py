@@ -79,6 +79,7 @@ def overview_of(estimate: Estimate) -> list[str]:
         pruned += f"; {removed:,} parameters go ({removed / parameters:.1%})"
     elif weights:
         pruned += f"; {zeros:,} become zero ({zeros / weights:.1%})"
+    tokens = f"{estimate.num_samples} x {estimate.length} tokens"
     held_out = f" ({config.held_out} held out)" if config.held_out else ""
     text = "that the model writes itself" if estimate.calibration == "self" else f"of {estimate.calibration}"
     if estimate.too_large_to_write:
@@ -91,9 +92,7 @@ def overview_of(estimate: Estimate) -> list[str]:
         "pruned": pruned,
         "pattern": str(config.sparsity if estimate.asked.pattern == "unstructured" else estimate.asked.pattern),
         "method": f"{config.method}{default}, error correction {config.error_correction}",
-        "calibration": (
-            f"{estimate.num_samples} x {estimate.length} tokens{held_out} {text}, batches of {estimate.batch_size}"
-        ),
+        "calibration": f"{tokens}{held_out} {text}, batches of {estimate.batch_size}",
         "memory": f"{memory}, at most, on {estimate.device}",
         "disk": _size(sum(estimate.disk_bytes.values())),
     }
@@ -103,6 +102,7 @@ def overview_of(estimate: Estimate) -> list[str]:
 def details_of(estimate: Estimate) -> list[str]:
     """What `--dry-run` prints: the overview, operators by name, memory and disk by part, time by stage, and notes."""
     from optimum_fista.prune.plan import idle_patterns
+    from optimum_fista.prune.removal import first_names
 
     lines, kinds = overview_of(estimate), dict[str, list[str]]()
     for name in estimate.weights:
@@ -115,9 +115,7 @@ def details_of(estimate: Estimate) -> list[str]:
     for name, why in estimate.left_dense.items():
         # one line for "loses the rows that model.layers.*.mlp.down_proj no longer reads", whatever the layer
         reasons.setdefault(re.sub(r"\.\d+\.", ".*.", why), []).append(name)
-    for reason, names in reasons.items():
-        more = f" and {len(names) - 3} more" * (len(names) > 3)
-        lines.append(f"left dense ({reason}): {', '.join(names[:3])}{more}")
+    lines += [f"left dense ({reason}): {first_names(names)}" for reason, names in reasons.items()]
     notes = list(idle_patterns(estimate.config, list(estimate.operators), list(estimate.left_dense)))
     tables: dict[str, Any] = {f"memory, {place}": (parts, _size) for place, parts in estimate.memory.items()}
     tables["disk"] = estimate.disk_bytes, _size
@@ -186,8 +184,8 @@ def next_commands(model: str, folder: Path, calibration: str | None) -> str:
         f"pack {name} --output {name}-packed": "store it without its zeros",
         f"verify {name}": "counts the zeros in the files again",
     }
-    wanted = [command for command in commands if calibration or not command.startswith("recover ")]
-    lines = [f"optimum-fista {command}    # {commands[command]}" for command in wanted]
+    shown = {c: why for c, why in commands.items() if calibration or not c.startswith("recover ")}
+    lines = [f"optimum-fista {command}    # {why}" for command, why in shown.items()]
     repository = re.sub(r"[^\w.]+", "-", folder.name, flags=re.ASCII).strip("-.")  # letters that the Hub takes
     lines.append(f"hf upload YOUR-NAME/{repository} {name}    # put it on the Hub, after hf auth login")
     return "\n".join(["next:", *(f"  {line}" for line in lines)])

@@ -48,29 +48,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments, those of every day first."""
     add, parser.usage = parser.add_argument, "%(prog)s MODEL [options]"  # argparse's own would fill a screen
     add("model", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
-    folders = "folder to write the model to (default: MODEL's name with -50pct, -2of4, ...)"
-    add("--output", "-o", type=Path, metavar="DIR", help=folders)
+    add("--output", "-o", type=Path, metavar="DIR", help="to write to (default: MODEL's name with -50pct, -2of4, ...)")
     advanced = add_options(parser, PruningOptions)
-    size = "remove channels until this share of the dense model's bytes is left, such as 0.75 (docs/smaller.md)"
-    add("--target-size", type=float, metavar="SHARE", help=size)
-    recipes = "default, fast, or paper (the published settings of FISTAPruner); other flags override the recipe"
-    add("--recipe", metavar="NAME", help=recipes)
-    sources = (
-        "self (the model writes it; default if it fits into memory), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
+    add("--target-size", type=float, metavar="SHARE", help="remove channels until this share of the bytes is left")
+    add(
+        "--recipe",
+        metavar="NAME",
+        help="default, fast, or paper (FISTAPruner as published); other flags override it",
     )
+    sources = "self (the model writes it; default if it fits), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
     add("--calibration", metavar="SOURCE", help=sources)
     add("--num-samples", type=int, default=128, metavar="N", help="calibration sequences (default 128)")
     add("--sequence-length", type=int, metavar="N", help="tokens in a sequence (default: 2048, or the model's limit)")
     add("--device", **DEVICE)
     add("--dtype", **DTYPE)
-    dry = "only print what would be pruned, and estimate memory, disk and time; MODEL may be a config.json"
-    add("--dry-run", action="store_true", help=dry)
+    add("--dry-run", action="store_true", help="only print what a run would prune and take; MODEL may be a config.json")
     add("--overwrite", action="store_true", help="replace a model that --output already holds")
-    dropped = "prune although the files hold tensors that the result will lack, such as a vision tower"
-    add("--drop-unused", action="store_true", help=dropped)
+    add("--drop-unused", action="store_true", help="leave out tensors that have no place in the result: a vision tower")
     add("--packed", action="store_true", help="store the pruned weights without their zeros (see pack --help)")
-    pushed = "upload the folder when done, with the copies of all small files beside the weights of MODEL"
-    add("--push-to-hub", metavar="REPO", help=pushed)
+    add("--push-to-hub", metavar="REPO", help="upload the folder, with copies of small files beside MODEL's weights")
     # None: the Hub decides, by the settings of an organisation.
     add("--private", action="store_true", default=None, help="make a new repository private")
     add = advanced["method"].add_argument
@@ -78,10 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = advanced["calibration and machine"].add_argument
     pass_size = "sequences in a forward pass (default: 1 on a CPU; on others up to 8192 tokens, if memory allows)"
     add("--batch-size", type=int, metavar="N", help=pass_size)
-    places = (
-        "where activations wait between passes: on a device (cpu saves memory of the GPU), on disk (in files beside "
-        "--output), or in a folder (default: on --device; on disk if that is the CPU)"
-    )
+    places = "where activations wait: a device, disk, or a folder (default: --device; disk if that is the CPU)"
     add("--storage-device", metavar="PLACE", help=places)
 
 
