@@ -272,9 +272,10 @@ def run_fingerprint(
     return dict(json.loads(json.dumps(fingerprint)))
 
 
-def shared_files(folder: Path, known: dict[str, list[Any]], ranks: Ranks, progress: bool) -> SourceFiles:
+def shared_files(folder: Path, unfinished: Path, ranks: Ranks, progress: bool) -> SourceFiles:
     """The files of a model that several processes read; those that rank 0 sees too are hashed by it alone."""
-    known = ranks.first(lambda: SourceFiles(folder, known, progress).hashes)
+    noted = read_record(unfinished / WEIGHTS_FILE) or {}  # by an earlier start of the run
+    known = ranks.first(lambda: SourceFiles(folder, noted, progress).hashes)
     return ranks.each(lambda: SourceFiles(folder, known, progress))
 
 

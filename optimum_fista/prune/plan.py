@@ -21,14 +21,7 @@ from optimum_fista.folder.loading import require_unquantized
 from optimum_fista.folder.stored_names import stored_names
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import Storage
-from optimum_fista.model.architecture import (
-    DecoderLayers,
-    find_operators,
-    left_out,
-    matches,
-    prunable_layers,
-    token_limits,
-)
+from optimum_fista.model.architecture import DecoderLayers, find_operators, left_out, matches, prunable_layers
 from optimum_fista.model.calibration import CalibrationBatch, tokens_sha256
 from optimum_fista.model.forward import compute_dtype_of
 from optimum_fista.model.held_out import HeldOut
@@ -121,10 +114,15 @@ def plan_run(layers: DecoderLayers, config: FistaPruningConfig) -> Plan:
         operators, left_dense = choose_operators(layers, config)
     else:
         removal, config = PartsRemoval.planned(layers, asked)
-        asked = removal.asked
-        may_be_none = bool(removal.num_removed_layers or removal.mixtures)  # these go although no operator is pruned
-        operators, left_dense = choose_operators(layers, config, may_be_none=may_be_none)
-        operators, left_dense, config = removal.with_repairs(layers, operators, left_dense, config)
+        asked, (chosen, found) = removal.asked, choose_operators(layers, config)
+        operators, left_dense, config = removal.with_repairs(layers, chosen, found, config)
+    # experts and decoder layers go without an operator to prune
+    if not any(operators.values()) and not removal.num_removed_layers and not removal.mixtures:
+        raise UnsupportedArchitectureError(
+            f"no linear operator to prune in {layers.name}: looked for nn.Linear and Conv1D modules with "
+            f"include={list(config.include)}, exclude={list(config.exclude)}, and found "
+            f"{len(left_dense)}, all left dense: {first_names(list(left_dense)) or 'none'}."
+        )
     channels: Sequence[Part] = ()
     try:
         channels = find_parts(model, "channels").parts if config.reorder_channels else ()
@@ -144,7 +142,7 @@ def plan_run(layers: DecoderLayers, config: FistaPruningConfig) -> Plan:
 
 
 def choose_operators(
-    layers: DecoderLayers, config: FistaPruningConfig, *, may_be_none: bool = False
+    layers: DecoderLayers, config: FistaPruningConfig
 ) -> tuple[dict[str, dict[str, LinearOperator]], dict[str, str]]:
     """Operators to prune by decoder layer, and those left dense with the reason."""
     chosen: dict[str, dict[str, LinearOperator]] = {}
@@ -168,12 +166,6 @@ def choose_operators(
     here = (operator for group in chosen.values() for operator in group.values())
     # the loop checks offloaded weights when it brings them; an estimate has none
     require_finite([o for o in here if not (offload_hook(o.owner) or o.parameter.is_meta)])
-    if not any(chosen.values()) and not may_be_none:
-        raise UnsupportedArchitectureError(
-            f"no linear operator to prune in {layers.name}: looked for nn.Linear and Conv1D modules with "
-            f"include={list(config.include)}, exclude={list(config.exclude)}, and found "
-            f"{len(left_dense)}, all left dense: {', '.join(list(left_dense)[:4]) or 'none'}."
-        )
     return chosen, left_dense
 
 
@@ -318,6 +310,7 @@ def complete_report(
         )
     if held_out is not None and (measured := held_out.perplexity()) is not None:
         text = held_out.text and public_name(held_out.text)
-        report.perplexity = measured | {"text": text, "vocabulary": token_limits(plan.layers.model)[0]}
+        vocabulary = len(next(plan.layers.model.get_input_embeddings().parameters()))
+        report.perplexity = measured | {"text": text, "vocabulary": vocabulary}
     around = sha256_of(plan.layers.model, plan.layers.names_around)
     report.model["sha256"] = combined_sha256([*map(str, dense_sha256), around])

@@ -36,16 +36,7 @@ from optimum_fista.packed.format import packed_names
 from optimum_fista.prune.batches import Calibration, begin, cut_batches
 from optimum_fista.prune.budgets import share_budgets
 from optimum_fista.prune.callback import PruningCallback
-from optimum_fista.prune.journal import (
-    WEIGHTS_FILE,
-    Journal,
-    KeptLayer,
-    SourceFiles,
-    join_run,
-    read_record,
-    run_fingerprint,
-    shared_files,
-)
+from optimum_fista.prune.journal import Journal, KeptLayer, SourceFiles, join_run, run_fingerprint, shared_files
 from optimum_fista.prune.loop import prune_layers
 from optimum_fista.prune.plan import Plan, complete_report, prepare
 from optimum_fista.prune.ranks import RankError, Ranks, joined_ranks, require_independent_layers, share_layers
@@ -109,7 +100,7 @@ def prune_files(
         ranks.first(lock)
         plan, tokenizer, read_from = ranks.each(load)
         calibration, held_out, report = ranks.each(read)
-        source = shared_files(read_from, read_record(folder / WEIGHTS_FILE) or {}, ranks, plan.progress)
+        source = shared_files(read_from, folder, ranks, plan.progress)
         fingerprint = run_fingerprint(source, plan, calibration.batches, report, packed)
         join_run(folder, fingerprint, overwrite, ranks)
         journal = ranks.each(lambda: Journal(folder, fingerprint))

@@ -119,7 +119,7 @@ def recover(
             require_output(plan.output, overwrite)  # another run may just have ended
 
         ranks.first(lock)
-        files = [shared_files(Path(name), {}, ranks, progress) for name in (plan.source, plan.teacher)]
+        files = [shared_files(Path(name), unfinished, ranks, progress) for name in (plan.source, plan.teacher)]
         windows = ranks.first(lambda: _draw(plan, unfinished / FOLDER, progress))
         fingerprint = _fingerprint(plan, files, windows, ranks.count)
         join_run(unfinished, fingerprint, overwrite, ranks)
