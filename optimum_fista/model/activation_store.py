@@ -22,14 +22,10 @@ class ActivationStore(Sequence[Tensor]):
     a stream and a thread of their own: writing does not wait, and reading one tensor starts the copy of the next (of
     the one before, if they are read backwards). Files have no name, so that nothing of them is left when the store, or
     the process, ends in whatever way.
-
-    Attributes:
-        device: Where tensors are handed out.
-        staging: Goes through the buffers; then the tensors handed out are copies that nothing else refers to.
     """
 
     def __init__(self, storage: Storage, device: torch.device, *, staged: bool = False) -> None:
-        self.device = device
+        self.device = device  # where tensors are handed out
         self._folder = storage if isinstance(storage, Path) else None
         self._storage = torch.device("cpu") if isinstance(storage, Path) else storage
         self._kept: list[Tensor] = []
@@ -41,6 +37,7 @@ class ActivationStore(Sequence[Tensor]):
         has_streams = self.device.type not in ("cpu", "meta")
         has_streams = has_streams and hasattr(torch.get_device_module(self.device), "Stream")
         staged = self._is_staged or (has_streams and self._storage.type == "cpu")
+        # with it, the tensors handed out are copies that nothing else refers to
         self.staging = _Staging(self._kept, self.device, self._folder, has_streams) if staged else None
 
     def append(self, tensor: Tensor, *, copy: bool = False) -> None:

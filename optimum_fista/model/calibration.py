@@ -25,19 +25,12 @@ _NOT_READ = re.compile(
 
 @dataclass(frozen=True)
 class CalibrationBatch:
-    """One batch of token ids.
+    """One batch of token ids."""
 
-    Attributes:
-        input_ids: int64 [batch, sequence].
-        attention_mask: bool [batch, sequence], True = a real token; `None` when all are.
-        held_out: Whether no weight is fitted to it.
-        text: Name of the text that it is of, if known.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor | None = None
-    held_out: bool = False
-    text: str | None = None
+    input_ids: Tensor  # int64 [batch, sequence]
+    attention_mask: Tensor | None = None  # bool [batch, sequence], True = a real token; None when all are
+    held_out: bool = False  # whether no weight is fitted to it
+    text: str | None = None  # name of the text that it is of, if known
 
     @property
     def num_tokens(self) -> int:

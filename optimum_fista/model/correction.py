@@ -40,17 +40,13 @@ class Correction:
 
     `D` and `D*` are the rest of the decoder layer's output in the two networks, to which the operator's own output is
     added; only the last operator of a layer has them. FISTAPruner (arXiv 2408.03728, eq. 2) has a = 1 and b = 0.
-
-    Attributes:
-        carry: Where `X*` comes from. `"none"`: from the dense network, `X* = X`. `"intra"`: from the pruned operators
-            of the same decoder layer; the hidden states that enter the layer are dense. `"full"`: these are pruned too.
-        dense_share: `a`, in [0, 1].
-        residual_share: `b`, in [0, 1].
     """
 
+    # Where X* comes from. "none": from the dense network, X* = X. "intra": from the pruned operators of the same layer,
+    # and the hidden states that enter the layer are dense. "full": these are pruned too.
     carry: Carry
-    dense_share: float = 1.0
-    residual_share: float = 0.0
+    dense_share: float = 1.0  # a, in [0, 1]
+    residual_share: float = 0.0  # b, in [0, 1]
 
     @classmethod
     def parse(cls, error_correction: str | float, residual_correction: float = 0.0) -> Correction:

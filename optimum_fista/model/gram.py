@@ -24,19 +24,16 @@ _LEAF = 256  # inputs up to which a block is multiplied whole
 class GroupSums:
     """Sums over the tokens of operators that share their inputs `X*`; in the dense network these are `X`.
 
-    Attributes:
-        same_inputs: Whether `X* = X`.
-        num_tokens: Tokens summed so far.
-        cross: With the dense network, by what was added: `"inputs"` for `X X*^T` [in, in], `"outputs"` for `W X X*^T`
-            of all operators, one below the other, [out, in], whichever is smaller; `"targets"` for the `Y X*^T` [out,
-            in] of a single operator. Empty if the dense network is not known, or if `X* = X`.
-        energies: Squared norms of the rows of `W X`, [out], float64, by operator, and of `Y` as `"targets"`.
+    Sums with the dense network, `cross`, are named by what was added: `"inputs"` for `X X*^T` [in, in], `"outputs"` for
+    `W X X*^T` of all operators, one below the other, [out, in], whichever is smaller; `"targets"` for the `Y X*^T`
+    [out, in] of a single operator. There are none if the dense network is not known, or if `X* = X`.
     """
 
     def __init__(self, size: int, device: torch.device, *, same_inputs: bool = False) -> None:
-        self.same_inputs = same_inputs
+        self.same_inputs = same_inputs  # whether X* = X
         self.num_tokens = 0
         self.cross: dict[str, Tensor] = {}
+        # squared norms of the rows of W X, [out], float64, by operator, and of Y as "targets"
         self.energies: dict[str, Tensor] = {}
         self._gram: Tensor | None = None  # its upper half; made when tokens come, so that only one group's is held
         self._total = torch.zeros(size, device=device)  # of each input
