@@ -55,6 +55,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.same_as is None:
         return 0
     with tqdm(desc="Comparing", unit="tensor") as bar:
-        difference = compare_folders(arguments.folder, arguments.same_as, lambda _: bar.update())
-    print(f"{arguments.folder} and {arguments.same_as}: {difference}")
-    return int(bool(difference.different))  # as diff does
+        different, text = compare_folders(arguments.folder, arguments.same_as, lambda _: bar.update())
+    print(f"{arguments.folder} and {arguments.same_as}: {text}")
+    return int(bool(different))  # as diff does

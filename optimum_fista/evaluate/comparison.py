@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -85,44 +84,30 @@ def _tensor_names(model: PreTrainedModel) -> list[str]:
     return [name for name in model.state_dict() if name not in model.all_tied_weights_keys]  # tied tensors once
 
 
-@dataclass
-class FolderDifference:
-    """How much two model folders differ."""
+def compare_folders(
+    folder: Path, other: Path, progress: Callable[[str], None] = lambda _: None
+) -> tuple[list[str], str]:
+    """Compare the tensors of two model folders that are not packed, two tensors in memory at a time.
 
-    num_tensors: int  # in either folder
-    different: list[str]  # in values, dtype or shape, or in one folder only
-    same_masks: float = 1.0  # share of the pruned weights that are zero in both folders or in none
-    largest: float = 0.0  # difference of two values; `inf` if a tensor has another shape or one folder lacks it
-    where: str = ""  # the tensor with this difference
-
-    def __str__(self) -> str:
-        """A line for people."""
-        if not self.different:
-            return f"all {self.num_tensors} tensors are equal, and so are the masks"
-        return (
-            f"{len(self.different)} of {self.num_tensors} tensors differ, by at most {self.largest:.3g} "
-            f"({self.where}); the masks agree in {self.same_masks:.4%} of the pruned weights"
-        )
-
-
-def compare_folders(folder: Path, other: Path, progress: Callable[[str], None] = lambda _: None) -> FolderDifference:
-    """Compare the tensors of two model folders that are not packed, two tensors in memory at a time."""
+    Returns names of tensors that differ in values, dtype or shape, or are in one folder only, and a line for people.
+    """
     if packed := [str(side) for side in (folder, other) if is_packed(side)]:
         raise ValueError(f"{packed[0]!r} is packed, so it can't be compared: unpack it first.")
     sides = [checkpoint_files(side) for side in (folder, other)]
     pruned = {split_index(o.name)[0] for side in (folder, other) for o in read_report(side).operators}
-    names, same, total = sorted(sides[0].keys() | sides[1].keys()), 0, 0
-    result = FolderDifference(len(names), [])
+    names, different, same, total = sorted(sides[0].keys() | sides[1].keys()), [], 0, 0
+    largest, where = -1.0, ""
     for name in names:
         one, two = (next(read_tensors(files, [name]))[1] if name in files else torch.empty(0) for files in sides)
         alike = one.shape == two.shape
         if name in pruned:  # zeros elsewhere are no masks
             total, same = total + one.numel(), same + (int(((one == 0) == (two == 0)).sum()) if alike else 0)
         if one.dtype != two.dtype or not torch.equal(one, two):
-            largest = float((one.float() - two.float()).abs().max().nan_to_num(torch.inf)) if alike else torch.inf
-            result.different.append(name)
-            if largest >= result.largest:
-                result.largest, result.where = largest, name
+            apart = float((one.float() - two.float()).abs().max().nan_to_num(torch.inf)) if alike else torch.inf
+            different.append(name)
+            largest, where = max((largest, where), (apart, name))
         progress(name)
-    result.same_masks = same / total if total else 1.0
-    return result
+    if not different:
+        return [], f"all {len(names)} tensors are equal, and so are the masks"
+    masks = f"the masks agree in {same / total if total else 1:.4%} of the pruned weights"
+    return different, f"{len(different)} of {len(names)} tensors differ, by at most {largest:.3g} ({where}); {masks}"

@@ -18,6 +18,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
+from tqdm import tqdm
 
 from optimum_fista.evaluate.evaluation_file import (
     EVALUATION_FILE,
@@ -31,7 +32,6 @@ from optimum_fista.folder.checkpoint import REPORT_FILE, read_report
 from optimum_fista.report import OperatorGrid, OperatorReport, PruningReport
 from optimum_fista.solve.patterns import parse_pattern
 
-MIB, GIB = 2**20, 2**30
 STEPS = 9  # colours of a table's scale; style.css has them
 _JOINED = "\u00a0"  # a blank that no line is broken at
 _KINDS_OF_MEMORY = {"anonymous": "anonymous_bytes", "resident": "resident_bytes", "on the GPU": "device_bytes"}
@@ -68,8 +68,10 @@ def render_page(contents: ReportContents) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    size = partial(tqdm.format_sizeof, suffix="iB", divisor=1024)
     environment.filters |= {
-        **{written.__name__: written for written in (share, error, count, duration, size)},
+        "size": size,
+        **{written.__name__: written for written in (share, error, count, duration)},
         "thousands": "{:,}".format,
         "breakable": lambda name: Markup(re.sub("([._])", r"\1<wbr>", str(escape(name)))),
     }
@@ -218,11 +220,6 @@ def count(value: int) -> str:
         if value >= unit:
             return f"{value / unit:.{max(0, 2 - int(math.log10(value / unit)))}f}{_JOINED}{letter}"
     return str(value)
-
-
-def size(value: float) -> str:
-    """`1.4 GiB`, `178 MiB`."""
-    return f"{value / GIB:.1f}{_JOINED}GiB" if value >= GIB else f"{value / MIB:.0f}{_JOINED}MiB"
 
 
 def duration(seconds: float) -> str:

@@ -1,7 +1,4 @@
-import errno
-import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from launched import exit_codes, start_code
@@ -9,7 +6,6 @@ from launched import exit_codes, start_code
 from optimum_fista.evaluate.evaluation_file import Evaluation, add_evaluation, read_evaluations
 from optimum_fista.evaluate.perplexity import PerplexityResult
 from optimum_fista.evaluate.tasks import Score, TaskResult
-from optimum_fista.folder import output
 
 
 def measured(model: str, perplexity: float, text: str = "sea") -> Evaluation:
@@ -81,21 +77,6 @@ def test_measurements_added_at_the_same_time_are_all_kept(tmp_path, tmp_path_fac
     assert len(read_evaluations(file)) == 24 + 5
     assert {path.name for path in tmp_path.iterdir()} == {"evaluation.json", "link.json"}
     assert link.is_symlink()
-
-
-def full(path: Path) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-
-def test_a_failure_leaves_the_file_as_it_was(tmp_path, monkeypatch):
-    file = tmp_path / "evaluation.json"
-    add_evaluation(file, measured("dense", 10.0))
-    before = file.read_bytes()
-    monkeypatch.setattr(output, "flush", full)
-    with pytest.raises(OSError, match="No space left"):
-        add_evaluation(file, measured("pruned", 12.0))
-    assert file.read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
 
 
 def test_folders_of_one_name_are_told_apart_without_their_paths(tmp_path):

@@ -133,8 +133,8 @@ def test_time_and_memory_by_layer(contents):
         for index, (layer, device) in enumerate(zip(contents.report.layers, (None, 7 << 28), strict=True))
     ]
     text = text_of(changed(contents, layers=layers))
-    assert " 0 1 min 30 s 1.0 GiB 3.0 GiB 1 1 min 31 s 1.5 GiB 3.0 GiB 1.8 GiB " in text
-    assert "Peak memory 1.8 GiB 1.5 GiB anonymous, 3.0 GiB resident, 1.8 GiB on the GPU, while a layer" in text
+    assert " 0 1 min 30 s 1.00GiB 3.00GiB 1 1 min 31 s 1.50GiB 3.00GiB 1.75GiB " in text
+    assert "Peak memory 1.75GiB 1.50GiB anonymous, 3.00GiB resident, 1.75GiB on the GPU, while a layer" in text
     assert "1\u00a0min\u00a031\u00a0s" in render_page(changed(contents, layers=layers))
 
 
