@@ -20,7 +20,7 @@ channels, which leaves a smaller dense model. Perplexity is measured on the firs
 with Python. Later windows of the same text are the calibration text, so every method looks better than on other text.
 
 The demo saves what the default method pruned, verifies the files, reloads them with plain Transformers and lets them
-write. On two cores with AVX2 all of it takes about three minutes.
+write. On two cores with AVX2 all of it takes about three to four minutes.
 """
 
 # Method, pattern, and folder to save the model in.
@@ -30,7 +30,7 @@ _RUNS = (
     ("obs_admm", "channels:0.25", "smaller"),
 )
 # Nearly all of the time is forward passes and sums over tokens: few of them are enough to tell the methods apart.
-_WINDOWS, _LENGTH = 6, 256
+_WINDOWS, _LENGTH = 5, 256
 _PROMPT = "The most important thing to know about the sea is"
 
 

@@ -35,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=1, help="windows or answers in a forward pass (default 1)")
     add("--device", **DEVICE)
     add("--dtype", **DTYPE)
-    files = "add the results to this file; `report DIR` looks for DIR/fista/evaluation.json"
-    add("--output", "-o", type=Path, metavar="FILE.json", help=files)
+    add("--output", "-o", type=Path, metavar="FILE.json", help="add to a file (for `report` DIR/fista/evaluation.json)")
 
 
 def run(arguments: argparse.Namespace) -> int:

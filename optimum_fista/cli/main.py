@@ -30,10 +30,13 @@ Prune large language models after training, in one shot, one linear operator aft
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose `--help` leaves out the groups of options called "advanced: ...", which `--help-all` shows."""
+    """A parser of one command, whose `--help` leaves out the groups of options called "advanced: ..."."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Refuse what the command does not know here, where its own options are at hand for a suggestion."""
+        if {"-h", "--help"} & {*args}:
+            for action in self.rare:
+                action.help = argparse.SUPPRESS  # the process ends with this help
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, 1)
@@ -41,28 +44,10 @@ class _Parser(argparse.ArgumentParser):
         return found, unknown
 
     @property
-    def rare(self) -> list[Any]:
-        """The groups of options that `--help` leaves out."""
-        return [group for group in self._action_groups if (group.title or "").startswith("advanced: ")]
-
-    def format_help(self, *, everything: bool = False) -> str:
-        """What `--help` prints, or `--help-all`."""
-        if everything or not self.rare:
-            return super().format_help()
-        groups = self._action_groups
-        self._action_groups = [group for group in groups if group not in self.rare]
-        try:
-            return f"{super().format_help()}\n{self.prog} --help-all shows the other options.\n"
-        finally:
-            self._action_groups = groups
-
-
-class _HelpAll(argparse.Action):
-    """`--help-all`."""
-
-    def __call__(self, parser: Any, *_: object) -> None:
-        print(parser.format_help(everything=True), end="")
-        parser.exit()
+    def rare(self) -> list[argparse.Action]:
+        """The options that only `--help-all` shows."""
+        groups = [group for group in self._action_groups if (group.title or "").startswith("advanced: ")]
+        return [action for group in groups for action in group._group_actions]
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
@@ -75,14 +60,16 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         )
         command.add_arguments(subparser)
         if subparser.rare:
-            subparser.add_argument("--help-all", action=_HelpAll, nargs=0, help="show all options, rare ones too")
+            subparser.add_argument("--help-all", action="help", help="show all options, rare ones too")
+            subparser.epilog = f"{subparser.prog} --help-all shows the other options."
         subparser.set_defaults(fista_run=command.run)
 
 
 def execute(arguments: argparse.Namespace) -> int:
     """Run a parsed command; errors of the user or the system become one line and 1, an interrupt 130."""
     formatted, stream = warnings.formatwarning, sys.stderr
-    warnings.formatwarning = _one_warning
+    # Without the line of code that gave the warning, which is of no use here.
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
     try:
         with redirect_stderr(stream if stream.isatty() else _BarsAsLines(stream)):
             return int(arguments.fista_run(arguments))
@@ -120,11 +107,6 @@ class _BarsAsLines:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)  # flush, fileno, encoding, isatty: those of the stream
-
-
-def _one_warning(message: Warning | str, *_: object, **__: object) -> str:
-    """What to say of a warning: without the line of code that gave it, which is of no use here."""
-    return f"warning: {' '.join(str(message).split())}\n"
 
 
 def _one_line(error: Exception) -> str:

@@ -23,8 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", metavar="DIR", type=Path, help="folder saved by optimum-fista")
     add("--output", "-o", type=Path, metavar="FILE.html", help="page to write (default DIR/fista/report.html)")
-    files = "files written by evaluate --output (default DIR/fista/evaluation.json if it exists)"
-    add("--evaluations", nargs="+", type=Path, metavar="FILE", help=files)
+    add(
+        "--evaluations",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="of evaluate (default DIR/fista/evaluation.json)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -25,8 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder saved by optimum-fista")
     parser.add_argument("--dense", metavar="MODEL", help="the model before it was pruned, to compare with")
-    other = "a second folder, whose masks and weights should be the same; neither packed"
-    parser.add_argument("--same-as", metavar="DIR", type=Path, help=other)
+    parser.add_argument(
+        "--same-as", metavar="DIR", type=Path, help="folder with the same masks and weights, not packed"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
