@@ -26,13 +26,9 @@ _PREFERRED = ("acc", "exact_match", "acc_norm")  # of a task's metrics the first
 
 
 class TaskSuite:
-    """Tasks to measure models on, found by their names.
+    """Tasks to measure models on, or groups with metrics of their own, found by the names that lm-eval gives them.
 
-    Args:
-        names: Tasks, or groups with metrics of their own, as lm-eval names them.
-        include_path: Folder of further task files. If it has all the tasks, nothing else is looked at.
-        limit: Only the first documents of every task; `None`: all.
-        batch_size: Requests a forward pass.
+    `include_path` is a folder of further task files, and `limit` the number of documents of every task (`None`: all).
     """
 
     def __init__(
@@ -52,7 +48,8 @@ class TaskSuite:
             raise ValueError(f"include_path={str(include_path)!r}: no such folder; pass one with task files.")
         if limit is not None and limit < 1:
             raise ValueError(f"limit={limit}: pass 1 or more.")
-        self.names, self.limit, self.batch_size = list(dict.fromkeys(names)), limit, batch_size
+        self.names = list(dict.fromkeys(names))  # each once
+        self.limit, self.batch_size = limit, batch_size  # requests a forward pass
         self.include_path = None if include_path is None else Path(include_path)
         with _errors_only():
             self._manager = self._find_tasks()

@@ -96,9 +96,7 @@ def render_page(contents: ReportContents) -> str:
         colours=range(STEPS),
         errors=by_operator(report.operators, "fit error", lambda o: o.fit_error, three),
         output_errors=outputs and by_operator(outputs, "output error", lambda o: o.output_error or 0.0, three),
-        held_out=unseen
-        and by_operator(unseen, "held-out fit error over fit error", lambda o: _held_out([o])[2], three),
-        held_out_kinds=[(kind, *_held_out(found)) for kind, found in OperatorGrid(unseen).kinds.items()],
+        held_out=unseen and by_operator(unseen, "held-out fit error over fit error", _over_fit, three),
         zeros=by_operator(report.operators, "zeros", lambda o: o.sparsity, share),
         even=max(zeros, default=0.0) - min(zeros, default=0.0) < 5e-4,  # counts are whole, so shares differ a little
         columns_left=_columns_left(report),
@@ -175,13 +173,10 @@ def _columns_left(report: PruningReport) -> list[tuple[str, int, int]]:
     return [(kind, o.shape[1], round(o.shape[1] / (1 - o.target_sparsity))) for kind, o in kinds]
 
 
-def _held_out(operators: Sequence[OperatorReport]) -> tuple[float, float, float]:
-    """Mean fit errors on the calibration tokens and on those held out, and the second over the first."""
-    fitted = fmean(o.fit_error for o in operators)
-    unseen = fmean(o.held_out_fit_error or 0.0 for o in operators)
-    if fitted > 0:
-        return fitted, unseen, unseen / fitted
-    return fitted, unseen, 1.0 if unseen == fitted else math.inf
+def _over_fit(operator: OperatorReport) -> float:
+    """The fit error on held-out tokens over that on the calibration tokens."""
+    fitted, unseen = operator.fit_error, operator.held_out_fit_error or 0.0
+    return unseen / fitted if fitted else math.inf if unseen else 1.0  # nothing was pruned: 0 of both
 
 
 def _measurements(contents: ReportContents, kind: type) -> tuple[list[str], list[tuple[str, list[str]]]]:
