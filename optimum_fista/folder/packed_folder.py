@@ -128,8 +128,8 @@ def pack_folder(
     with safe_open(folder / MASKS_FILE, "pt") as masks:
         packer = Packer(report.operators, files, masks.get_tensor)
 
-        def convert(file: Any) -> dict[str, Tensor]:
-            return packer.pack({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118, it is no dict
+        def convert(file: Any, names: Iterable[str]) -> dict[str, Tensor]:
+            return packer.pack({name: file.get_tensor(name) for name in names})
 
         _convert_folder(folder, output, files, convert, {}, packer.names, overwrite, progress)
     return packing_of(output)
@@ -149,9 +149,9 @@ def unpack_folder(
     parts = {name + suffix: name for name in packed_names(files) for suffix in SUFFIXES}
     masks: dict[str, Tensor] = {}
 
-    def convert(file: Any) -> dict[str, Tensor]:
+    def convert(file: Any, names: Iterable[str]) -> dict[str, Tensor]:
         dense: dict[str, Tensor] = {}
-        for stored in file.keys():  # noqa: SIM118, it is no dict
+        for stored in names:
             if stored not in parts:
                 dense[stored] = file.get_tensor(stored)
             elif stored.endswith(SUFFIXES[0]):  # once for three parts
@@ -169,7 +169,7 @@ def _convert_folder(
     folder: Path,
     output: Path,
     files: Mapping[str, Path],
-    convert: Callable[[Any], dict[str, Tensor]],
+    convert: Callable[[Any, Iterable[str]], dict[str, Tensor]],
     masks: Mapping[str, Tensor],
     packed: Iterable[str] | None,
     overwrite: bool,
@@ -177,8 +177,8 @@ def _convert_folder(
 ) -> None:
     """Copy a folder with its weight files converted one after another, and files that are no model's.
 
-    `convert` makes the tensors of an open weight file; it may add to `masks`. `packed` names the weights that are
-    packed then; `None`: they are dense.
+    `convert` makes the tensors of an open weight file, from the names that it has to hold; it may add to `masks`.
+    `packed` names the weights that are packed then; `None`: they are dense.
     """
     old, new = ("model", "packed") if packed is not None else ("packed", "model")
     index = folder / f"{old}.safetensors.index.json"
@@ -195,7 +195,7 @@ def _convert_folder(
         weight_map: dict[str, str] = {}
         for source, target in targets.items():
             with safe_open(source, "pt") as file:
-                tensors = convert(file)
+                tensors = convert(file, [name for name in files if files[name] == source])
                 write_file(partial / target, tensors, file.metadata() or {})
             weight_map |= dict.fromkeys(tensors, target)
             progress(target)
