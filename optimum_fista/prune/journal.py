@@ -156,8 +156,8 @@ def join_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool, rank
     def begin() -> Mapping[str, Any]:
         if not overwrite:
             require_same_run(folder, fingerprint)
-        elif (folder / RUN_FILE).exists() and read_record(folder / RUN_FILE) != fingerprint:
-            discard(folder, keep_texts=True)
+        if read_record(folder / RUN_FILE) != fingerprint:
+            discard(folder, keep_texts=True)  # also what is left of a run that was only half thrown away
         return fingerprint
 
     def join() -> None:

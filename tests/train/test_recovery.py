@@ -249,6 +249,10 @@ def test_another_run_is_not_mixed_with_an_unfinished_one(run, saved, tiny_folder
     with pytest.raises(ValueError, match=r"was another one \(options.learning_rate"):
         run(train="all", learning_rate=1e-4)
     assert steps_kept(tmp_path / "out") == 5
+    (tmp_path / "out.unfinished" / "journal" / "fingerprint.json").unlink()  # killed while it is thrown away
+    assert run(train="norms", learning_rate=1e-4).train == "norms"
+    with stopped_at(6):
+        run(train="all", overwrite=True)
     run(train="all", learning_rate=1e-4, overwrite=True)
     with pytest.raises(FileExistsError, match="already holds a model"):
         run(train="all", learning_rate=1e-4)
