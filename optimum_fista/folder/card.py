@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,6 +33,7 @@ loads it as a dense model, bit for bit; `optimum-fista unpack` writes that as a 
 """
 
 PICTURE_FILE = "fista/relative_error.png"
+_SPECIAL = re.compile(r"([\\`*{}\[\]<>|~$&]|\b_|_\b)")
 _INHERITED = ("license", "license_name", "license_link", "language")
 
 
@@ -71,7 +73,8 @@ def model_card(report: PruningReport, picture: str | None = None, dense: str = "
         zeros = f"shared over the operators by gradients of the loss, {min(sparsities):.1%} to {max(sparsities):.1%}"
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     formats = {"thousands": "{:,}", "percent": "{:.2%}", "error": "{:.4f}"}
-    environment.filters |= {"escaped": _escaped, **{name: form.format for name, form in formats.items()}}
+    environment.filters |= {name: form.format for name, form in formats.items()}
+    environment.filters["escaped"] = partial(_SPECIAL.sub, r"\\\1")  # names of others are no Markdown
     template = environment.from_string(Path(__file__).with_name("card.md").read_text())
     return (
         template.render(
@@ -88,11 +91,6 @@ def model_card(report: PruningReport, picture: str | None = None, dense: str = "
         )
         + "\n"
     )
-
-
-def _escaped(text: str) -> str:
-    """Text that Markdown shows as it is, in one line."""
-    return re.sub(r"([\\`*{}\[\]<>|~$&]|\b_|_\b)", r"\\\1", " ".join(text.split()))
 
 
 def markdown_lines(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
