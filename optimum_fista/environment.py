@@ -15,10 +15,9 @@ import torch
 def numerical_environment() -> Iterator[None]:
     """Compute as in a process that has set nothing; afterwards the caller's environment is as it was.
 
-    The default dtype and the precision of products belong to the whole process: let one thread at a time compute.
-
     Without autocast and inference mode, with float32 as the default dtype, the CPU as the default device, and float32
     products in full precision (no TensorFloat-32, no bfloat16). Gradients are recorded or not as callers inside ask.
+    Dtype and precision belong to the whole process: let one thread at a time compute.
     """
     accelerator = torch.accelerator.current_accelerator()
     kinds = {"cpu", accelerator.type} if accelerator is not None else {"cpu"}

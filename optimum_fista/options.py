@@ -25,7 +25,7 @@ _WHICH, _METHOD, _MACHINE = "which operators", "method", "calibration and machin
 
 def option(default: Any, text: str, *, limits: Limits | None = None, advanced: str | None = None) -> Any:
     """Declare an option of a dataclass: its default or what makes it, its help, the least and the largest number it
-    takes (`None`: there is no largest one), and the group of rarely used options that it belongs to.
+    takes (`None`: any), and the group of rarely used options that it belongs to.
     """
     kind = "default_factory" if callable(default) else "default"  # dict, so that no two configurations share one
     return field(**{kind: default}, metadata={"help": text, "limits": limits, "advanced": advanced})
@@ -137,9 +137,7 @@ def _as_declared(value: Any, hint: Any) -> Any:
 
 
 def wrong_field(record: Any) -> str | None:
-    """What to say of the first field of a dataclass that holds another type than declared, a word that is no choice, or
-    a number outside of the `limits` in its metadata; `None` if none does.
-    """
+    """What is wrong with the first field of another type than declared, that is no choice, or beyond its limits."""
     hints = _types_of(type(record))
     for one in dataclasses.fields(record):
         value, hint = getattr(record, one.name), hints[one.name]

@@ -40,8 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Answer line after line."""
     require_seed(arguments.seed)
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    names = [name for name in (arguments.model, arguments.beside) if name is not None]
+    terminal, names = sys.stdin.isatty() and sys.stdout.isatty(), filter(None, (arguments.model, arguments.beside))
     speakers = [_Speaker(name, arguments, writes=terminal) for name in names]
     if terminal:
         print("Ctrl-C stops an answer, Ctrl-D ends.")

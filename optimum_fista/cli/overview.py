@@ -37,14 +37,12 @@ def say_before(arguments: argparse.Namespace, config: FistaPruningConfig) -> tup
         print(f"note: memory could not be estimated: {error}", file=sys.stderr)
         return chosen or 1, arguments.calibration or "self"
     # What the libraries take is no longer free.
-    needed, free = sum(parts.values()) - LIBRARIES, available_bytes(torch.device("cpu"))
-    if free is not None:
-        lines.append(f"{'':<13}{_size(free)} of memory are free")
-    lines.append(f"{'output':<13}{arguments.output}")
+    needed, free = sum(parts.values()) - LIBRARIES, available_bytes(torch.device("cpu")) or 0
+    lines += [f"{'':<13}{_size(free)} of memory are free", f"{'output':<13}{arguments.output}"]
     if arguments.push_to_hub:
         beside = f"with copies of the small files beside the weights of {arguments.model}"
         lines.append(f"{'upload':<13}{arguments.push_to_hub}, {beside}")
-    if free is not None and needed > free:
+    if needed > free:
         most = max(parts, key=lambda part: parts[part])
         lines.append(
             f"warning: this run is estimated to need {_size(needed)} of memory, and {_size(free)} are free: it may be "

@@ -135,7 +135,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:
     """Refuse what can't work before anything is read or printed."""
-
     from optimum_fista.folder.hub import require_push
     from optimum_fista.folder.loading import storage_place, usable_device
     from optimum_fista.folder.output import require_output, unfinished_folder
@@ -151,10 +150,10 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
         require_source(arguments.calibration)
     usable_device(arguments.device)
     storage_place(arguments.storage_device)
-    if arguments.private and not arguments.push_to_hub:
-        raise ValueError("--private makes sense with --push-to-hub REPO only.")
     if arguments.push_to_hub:
         require_push(arguments.push_to_hub)
+    elif arguments.private:
+        raise ValueError("--private makes sense with --push-to-hub REPO only.")
     if not arguments.overwrite:  # an unfinished run of other settings; other text is found out after it was drawn
         wanted = {"recovery": None, "config": json.loads(json.dumps(config.resolved().to_dict()))}  # tuples to lists
         wanted["sequences"] = arguments.num_samples + config.held_out
@@ -165,9 +164,8 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
 
 def default_output(model: str, config: FistaPruningConfig) -> Path:
     """The folder if none is named: the model's name and the pattern, such as `Llama-3.2-1B-50pct` or `model-2of4`."""
-    pattern = config.pattern
-    if pattern == "unstructured":
-        pattern = f"{100 * (config.sparsity or 0.0):.6g}pct"
+    percent = f"{100 * (config.sparsity or 0.0):.6g}pct"
+    pattern = percent if config.pattern == "unstructured" else config.pattern
     pattern = re.sub(r"[:+/]", "-", re.sub(r"(\d+):(\d+)", r"\1of\2", pattern))
     name = Path(os.path.abspath(model)).name if Path(model).exists() else model.rpartition("/")[2]
     return Path(f"{name}-{pattern}")

@@ -31,8 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s DIR --teacher MODEL [options]"
     add = parser.add_argument
     add("folder", metavar="DIR", help="folder or Hub id of a pruned model, packed or not")
-    teachers = "the dense model, a Hub id or a model folder (default: the Hub id that DIR's report names)"
-    add("--teacher", metavar="MODEL", help=teachers)
+    add("--teacher", metavar="MODEL", help="the dense model: Hub id or folder (default: the Hub id in DIR's report)")
     add("--output", "-o", type=Path, metavar="DIR", help="folder to write to (default: DIR's name and -recovered)")
     sources = "self (the teacher writes it; default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
     add("--calibration", default="self", metavar="SOURCE", help=sources)
