@@ -1,5 +1,6 @@
 import hashlib
 import sys
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -10,20 +11,13 @@ from optimum_fista.text.sources import load_text
 @pytest.fixture
 def hub(monkeypatch):
     """Stands for the Hub: serves the rows put into it and keeps the arguments it was called with."""
+    hub = SimpleNamespace(rows={}, calls=[])
 
-    class Hub:
-        rows: dict[str, list[str]]
-        calls: list[tuple[tuple, dict]]
+    def load_dataset(*args, **kwargs):
+        hub.calls.append((args, kwargs))
+        return datasets.Dataset.from_dict(hub.rows)
 
-        def __init__(self):
-            self.rows, self.calls = {}, []
-
-        def load_dataset(self, *args, **kwargs):
-            self.calls.append((args, kwargs))
-            return datasets.Dataset.from_dict(self.rows)
-
-    hub = Hub()
-    monkeypatch.setattr(datasets, "load_dataset", hub.load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return hub
 
 
