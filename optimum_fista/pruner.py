@@ -42,9 +42,7 @@ logger = logging.getLogger(__name__)
 class FistaPruner:
     """Prunes decoder-only Transformers models after training, in one shot.
 
-    It works as FISTAPruner does (arXiv 2408.03728): one decoder layer after another, and in it the linear operators in
-    execution order, those that share an input together. For each it solves a layer problem, made from the Gram matrix
-    of its inputs. The default method is `obs_admm` (docs/solver.md); `FistaPruningConfig.paper()` is the paper's.
+    It works layer by layer, as FISTAPruner does (arXiv 2408.03728; `FistaPruningConfig.paper()` has its settings).
 
     Args:
         config: What to prune and how; 50% unstructured by default.
@@ -211,16 +209,9 @@ class FistaPruner:
     ) -> str:
         """Save a pruned model (`save_pretrained`), upload it to the Hub, and return the URL of the commit.
 
-        Args:
-            model: A model this pruner has pruned.
-            repo_id: Repository, `name` or `owner/name`; created if it is absent.
-            tokenizer: Saved with the model.
-            folder: Where the files are written and stay; `None`: a folder named as the last part of `repo_id`.
-            overwrite: Replace a model that the folder already holds.
-            options: `private`, `token`, `commit_message`, `revision` of `folder.hub.push_folder`.
-
-        Raises:
-            OSError: If the Hub refused or was not reached; the folder is complete.
+        `repo_id` is `name` or `owner/name`, created if it is absent. The files stay in `folder`; `None`: one that is
+        named as the last part of `repo_id`. `options` are `private`, `token`, `commit_message` and `revision`. If the
+        Hub is not reached (OSError), the folder is complete.
         """
         require_repo_id(repo_id)
         target = Path(folder) if folder is not None else Path(repo_id.split("/")[-1])

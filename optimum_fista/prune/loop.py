@@ -34,7 +34,6 @@ from optimum_fista.solve.allocation import prune_stacked
 from optimum_fista.solve.method import PrunedOperator, PruningMethod
 from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.solve.pattern import SparsityPattern
-from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.refit import refit_columns
 
 
@@ -206,7 +205,12 @@ def solve_group(plan: Plan, problems: GroupProblems) -> tuple[list[PrunedOperato
         message = f"under-calibrated expert: {tokens} calibration tokens reached it, so magnitude pruned it"
     if all(pattern.whole_columns and not pattern.sparsity for pattern in patterns):
         # All columns stay: the operator repairs its decoder layer, which heads or the layer before it have left.
-        pruned, name = [_refitted(problem) for problem in fitted], "refit"
+        pruned, name = [], "refit"
+        for problem in fitted:
+            mask = torch.ones_like(problem.weight, dtype=torch.bool)
+            found, advice = refit_columns(problem, mask[0])  # least squares over all weights
+            error = problem.fit_error(found)
+            pruned.append(PrunedOperator(found, mask, error, 1, converged=not advice, message=advice))
     elif not message and all(operator.name in output_weights for operator in group):
         # rows of all operators compete for the zeros of the group, so shares per operator come out of it
         pruned = prune_stacked(method, fitted, patterns, [output_weights[operator.name] for operator in group])
@@ -222,10 +226,3 @@ def solve_group(plan: Plan, problems: GroupProblems) -> tuple[list[PrunedOperato
             )
         result.weight.masked_fill_(~result.mask, 0.0)  # no -0.0
     return pruned, patterns, name
-
-
-def _refitted(problem: LayerProblem) -> PrunedOperator:
-    """The least-squares solution with all weights."""
-    mask = torch.ones_like(problem.weight, dtype=torch.bool)
-    weight, message = refit_columns(problem, mask[0])
-    return PrunedOperator(weight, mask, problem.fit_error(weight), 1, converged=not message, message=message)

@@ -135,7 +135,15 @@ class StreamedRun:
     def prune(self) -> FileSink:
         """Prune this process's share of the decoder layers that are left, and write each once it is finished."""
         ranks, journal = self.ranks, self.journal
-        ranks.first(self._share_budgets)
+
+        def share() -> None:
+            if journal.budgets() is None:  # otherwise an earlier start of the run did
+                with evaluation_mode(self.plan.layers.model), torch.no_grad():
+                    budgets = share_budgets(self.plan, self.calibration.batches, self.report)
+                self.source.require_unchanged()
+                journal.keep_budgets(budgets, self.source.hashes)
+
+        ranks.first(share)
         budgets = ranks.each(journal.budgets)  # as written, so that all ranks and all starts have the same
         assert budgets is not None
         self.plan = plan = self.plan.with_budgets(budgets)
@@ -201,14 +209,6 @@ class StreamedRun:
             if error.errno is None:
                 raise type(error)(f"{error} {advice}") from error
             raise OSError(error.errno, f"{error.strerror}: {advice}", error.filename) from error
-
-    def _share_budgets(self) -> None:
-        """Allocate the zeros to the operators, unless an earlier start of the run did."""
-        if self.journal.budgets() is None:
-            with evaluation_mode(self.plan.layers.model), torch.no_grad():
-                budgets = share_budgets(self.plan, self.calibration.batches, self.report)
-            self.source.require_unchanged()
-            self.journal.keep_budgets(budgets, self.source.hashes)
 
     def _resume(self, finished: dict[int, KeptLayer]) -> dict[int, KeptLayer]:
         """Go on where the run before ended; returns the decoder layers that need not be pruned again.

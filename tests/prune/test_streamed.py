@@ -244,6 +244,14 @@ def test_a_full_disk_keeps_what_is_finished(source, whole, tmp_path, monkeypatch
     assert files_of(tmp_path / "pruned") == files_of(whole)
 
 
+@pytest.mark.parametrize(("option", "pruner"), [({"device": "moon"}, {}), ({}, {"storage_device": "moon"})])
+def test_places_that_are_none_are_refused_before_any_work(source, tmp_path, monkeypatch, option, pruner):
+    monkeypatch.setattr(streamed_run, "load_lazily", None)
+    with pytest.raises(ValueError, match=r"device='moon'"):
+        FistaPruner(progress=False, **pruner).prune(source, [], output_dir=tmp_path / "out", **option)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_an_output_that_cannot_be_written_to_is_refused_before_any_work(source, tmp_path, monkeypatch):
     monkeypatch.setattr(streamed_run, "load_lazily", None)
     (tmp_path / "file").write_text("kept")
@@ -266,16 +274,6 @@ def test_another_run_in_the_same_folder_is_refused_by_its_differences(source, wh
         FistaPruner(progress=False).prune(source, tiny_tokens().split(2), output_dir=tmp_path / "pruned")
     prune(source, tmp_path / "pruned", FistaPruningConfig(0.25), overwrite=True)
     assert verify_checkpoint(tmp_path / "pruned").num_operators == 7 * LAYERS
-
-
-def test_fewer_layers_leave_no_shard_of_more(source, tmp_path, monkeypatch):
-    shutil.copytree(source, tmp_path / "source")
-    cut_off(monkeypatch, streamed_run.StreamedRun, "complete", stop, tmp_path / "source", tmp_path / "pruned")
-    config = tmp_path / "source" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 2}))
-    prune(tmp_path / "source", tmp_path / "pruned", overwrite=True, drop_unused=True)
-    assert load_index(tmp_path / "pruned").keys() == tiny_llama().state_dict().keys()
-    assert len([*(tmp_path / "pruned").glob("*.safetensors")]) == 3
 
 
 def test_names_and_models_are_told_apart(source, llama, tokens, tmp_path):
