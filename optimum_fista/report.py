@@ -42,14 +42,14 @@ _version = functools.cache(importlib.metadata.version)  # which searches the fil
 
 
 def device_name(device: torch.device) -> str:
-    """What a device calls itself, its type if it does not say."""
+    """The name that a device gives itself; its type if it gives none."""
     module = torch.get_device_module(device)
     return module.get_device_name(device) if hasattr(module, "get_device_name") else device.type
 
 
 @dataclass(frozen=True)
 class OperatorReport:
-    """How one linear operator was pruned. Errors are those before retraining, if the model was retrained."""
+    """Numbers of one pruned linear operator. If the model was retrained, errors are those before."""
 
     name: str  # of its weight in the model and the checkpoint
     shape: tuple[int, int]  # (out, in)
@@ -83,7 +83,7 @@ class OperatorReport:
 
 @dataclass(frozen=True)
 class MixtureReport:
-    """Which experts of a mixture stayed, and how near these come to all of them."""
+    """Experts of a mixture that stayed, and how near they come to all of them."""
 
     name: str
     groups_kept: tuple[int, ...]  # numbers that the experts that stayed had in the dense model
@@ -100,7 +100,7 @@ class MixtureReport:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What pruning made of one decoder layer."""
+    """Numbers of one pruned decoder layer."""
 
     name: str  # in the model
     hidden_state_error: float | None  # || H* - H || / || H || after the layer; `None` if not both are carried on
@@ -121,7 +121,7 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class RecoveryReport:
-    """What a recovery made of the pruned model: its kept weights, trained to predict as the dense model does."""
+    """A recovery of the pruned model: its kept weights were trained to predict as the dense model does."""
 
     teacher: str  # name of the dense model: a Hub id, or the last part of a path
     train: str  # a key of `WORDS_OF_TRAIN`
@@ -156,7 +156,7 @@ WORDS_OF_TRAIN = {  # what a recovery can train
 
 @dataclass
 class PruningReport:
-    """What a pruning run did."""
+    """Record of a pruning run."""
 
     config: dict[str, Any]  # the configuration as plain values
     model: dict[str, Any]  # class, name (as a teacher's), num_parameters, sha256 of the dense tensors, what it lacks
@@ -190,7 +190,7 @@ class PruningReport:
 
     @property
     def measured_on(self) -> str:
-        """What the perplexity was measured on, in words."""
+        """The text of the perplexity, in words."""
         found = self.perplexity or {}
         text = {None: "text", "self": "text of its own"}.get(found.get("text"), found.get("text"))
         return f"{found['num_tokens']:,} tokens of {text} that no weight was fitted to"
@@ -202,14 +202,14 @@ class PruningReport:
 
     @property
     def removed(self) -> str:
-        """How much smaller the model is, in words; empty if no part of it was removed."""
+        """Say how much smaller the model is; empty if no part of it was removed."""
         gone, left = self.totals["num_removed"], self.model["num_parameters"]
         share = self.totals["share_removed"]
         return f"{gone:,} of {gone + left:,} parameters removed ({share:.2%}), {left:,} left" if gone else ""
 
     @property
     def experts_left(self) -> str:
-        """How many experts of the mixtures stayed, and how near they come to all, in words; empty if none went."""
+        """Say how many experts stayed, and how near they come to all; empty if none was removed."""
         if not self.mixtures:
             return ""
         first, errors = self.mixtures[0], [mixture.fit_error for mixture in self.mixtures]
@@ -303,7 +303,7 @@ HUB_DATASETS = {"wikitext2": "Salesforce/wikitext", "c4": "allenai/c4", "ptb": "
 
 
 def public_name(name: str) -> str:
-    """What a folder that is uploaded may say of a Hub id, a data set or a path: of a path only its last part."""
+    """Name of a Hub id, a data set or a path that an uploaded folder may hold: of a path only its last part."""
     is_path = os.path.exists(name) or os.path.isabs(name) or name.startswith(("~", "."))
     return os.path.basename(os.path.abspath(name)) if is_path else name
 

@@ -47,7 +47,7 @@ class Score:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What was measured on a task, without examples in the prompt."""
+    """A measurement on a task, without examples in the prompt."""
 
     task: str
     scores: Mapping[str, Score]  # by metric; tables show the first
@@ -71,7 +71,7 @@ class Evaluation:
 
     @property
     def protocol(self) -> tuple[Any, ...]:
-        """What must be equal in two measurements for a comparison."""
+        """The text or task, and its size: two measurements are compared only if these are equal."""
         result = self.result
         if isinstance(result, TaskResult):
             return result.task, result.files_sha256, result.num_documents, result.lm_eval

@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Verification:
-    """What was proven."""
+    """Numbers that were proven."""
 
     num_operators: int  # that were checked
     num_weights: int  # in these operators

@@ -39,7 +39,7 @@ _KINDS_OF_MEMORY = {"anonymous": "anonymous_bytes", "resident": "resident_bytes"
 
 @dataclass(frozen=True)
 class ReportContents:
-    """What is known of a pruned model: its folder and report, measurements of it and of others."""
+    """A pruned model's folder and report, with measurements of the model and of others."""
 
     folder: Path
     report: PruningReport
@@ -63,8 +63,8 @@ def render_page(contents: ReportContents) -> str:
     """HTML of the page; everything that comes from files is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
+        autoescape=True,  # names and messages come from files of others
+        undefined=StrictUndefined,  # a name that is not passed is an error, not an empty place
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -73,6 +73,7 @@ def render_page(contents: ReportContents) -> str:
         "size": size,
         **{written.__name__: written for written in (share, error, count, duration)},
         "thousands": "{:,}".format,
+        # long names may be broken after a dot or an underscore
         "breakable": lambda name: Markup(re.sub("([._])", r"\1<wbr>", str(escape(name)))),
     }
     report, three = contents.report, partial(error, digits=3, unknown="?")
@@ -81,7 +82,7 @@ def render_page(contents: ReportContents) -> str:
         pattern = f"{100 * pattern.sparsity:g}% unstructured"
     zeros = [operator.sparsity for operator in report.operators]
     outputs = [operator for operator in report.operators if operator.output_error is not None]
-    unseen = [operator for operator in report.operators if operator.held_out_fit_error is not None]
+    held_out = [operator for operator in report.operators if operator.held_out_fit_error is not None]
     memory = {
         name: [None if layer.memory is None else getattr(layer.memory, key) for layer in report.layers]
         for name, key in _KINDS_OF_MEMORY.items()
@@ -96,7 +97,7 @@ def render_page(contents: ReportContents) -> str:
         colours=range(STEPS),
         errors=by_operator(report.operators, "fit error", lambda o: o.fit_error, three),
         output_errors=outputs and by_operator(outputs, "output error", lambda o: o.output_error or 0.0, three),
-        held_out=unseen and by_operator(unseen, "held-out fit error over fit error", _over_fit, three),
+        held_out=held_out and by_operator(held_out, "held-out fit error over fit error", _over_fit, three),
         zeros=by_operator(report.operators, "zeros", lambda o: o.sparsity, share),
         even=max(zeros, default=0.0) - min(zeros, default=0.0) < 5e-4,  # counts are whole, so shares differ a little
         columns_left=_columns_left(report),
@@ -169,14 +170,16 @@ def by_operator(
 def _columns_left(report: PruningReport) -> list[tuple[str, int, int]]:
     """By kind of operator, how many columns stayed of how many; only those that lost some."""
     grid = OperatorGrid(operator for operator in report.operators if operator.groups_kept is not None)
-    kinds = [(kind, found[0]) for kind, found in grid.kinds.items()]
+    kinds = [(kind, found[0]) for kind, found in grid.kinds.items()]  # all layers lose as many
     return [(kind, o.shape[1], round(o.shape[1] / (1 - o.target_sparsity))) for kind, o in kinds]
 
 
 def _over_fit(operator: OperatorReport) -> float:
     """The fit error on held-out tokens over that on the calibration tokens."""
-    fitted, unseen = operator.fit_error, operator.held_out_fit_error or 0.0
-    return unseen / fitted if fitted else math.inf if unseen else 1.0  # nothing was pruned: 0 of both
+    fitted, held_out = operator.fit_error, operator.held_out_fit_error or 0.0
+    if not fitted:
+        return math.inf if held_out else 1.0  # 1 if nothing was pruned, so that both are 0
+    return held_out / fitted
 
 
 def _measurements(contents: ReportContents, kind: type) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -184,7 +187,7 @@ def _measurements(contents: ReportContents, kind: type) -> tuple[list[str], list
     here, found = place_of(contents.folder), [e for e in contents.evaluations if isinstance(e.result, kind)]
     models = list(dict.fromkeys((e.model, e.place) for e in found))
     names = ["this model" if place == here else Path(name).name or name for name, place in models]
-    rows: dict[tuple[Any, ...], tuple[str, dict[tuple[str, str], str]]] = {}
+    rows: dict[tuple[Any, ...], tuple[str, dict[tuple[str, str], str]]] = {}  # by protocol: label, text by model
     for e in found:
         result = e.result
         if isinstance(result, TaskResult):

@@ -36,11 +36,11 @@ logger = logging.getLogger(__name__)
 
 
 def divergence(logits: Tensor, teacher: Tensor, labels: Tensor, label_share: float = 0.0) -> Tensor:
-    """How far predictions are from a teacher's and from the text, on average over positions.
+    """Distance of predictions from a teacher's and from the text, on average over positions.
 
-    It is `(1 - s) KL(p || q) - s log q(label)`, with `p` of the teacher and `q` of the logits, both [positions,
-    vocabulary], `label` the tokens that follow in the text [positions], and `s = label_share`. The gradient is computed
-    with the value, so that no float32 copy of all logits is held.
+    The distance is `(1 - s) KL(p || q) - s log q(label)`, with `p` of the teacher and `q` of the logits, both
+    [positions, vocabulary], `label` the tokens that follow in the text [positions], and `s = label_share`. The gradient
+    is computed with the value, so that no float32 copy of all logits is held.
     """
     found: Tensor = _Divergence.apply(logits, teacher, labels, label_share)
     return found
@@ -204,8 +204,9 @@ class Watch(TrainerCallback):
     def on_evaluate(self, *given: Any, **named: Any) -> None:
         """Say the held-out loss; end a training whose loss is no longer finite."""
         (_, state, control), loss = given, named["metrics"]["eval_loss"]
-        if self._bar is not None and not self._bar.disable:
-            self._bar.set_postfix({"held-out loss": f"{loss:.4f}"})
+        if self._bar is None:  # after the training: the caller compares
+            return
+        self._bar.set_postfix({"held-out loss": f"{loss:.4f}"})
         logger.info("held-out loss %.4f after step %d of %d", loss, state.global_step, state.max_steps)
         if not state.global_step:
             state.best_metric = loss
@@ -220,6 +221,7 @@ class Watch(TrainerCallback):
         """Take the bar away, also after an error."""
         if self._bar is not None:
             self._bar.close()
+        self._bar = None
 
 
 def _finish_state(journal: Path, state: TrainerState) -> None:

@@ -144,7 +144,7 @@ def recover(
 
 
 def _draw(plan: RecoveryPlan, journal: Path, progress: bool) -> Tensor:
-    """The text as tokens [sequences, length]; the last sequences are held out."""
+    """Draw the text as tokens [sequences, length]; the last sequences are held out."""
     held_out = plan.options.held_out
     numbers = plan.num_sequences + held_out, plan.length, plan.options.seed
     places: dict[str, Any] = {"device": str(plan.place), "keep_in": journal, "progress": progress}
@@ -156,7 +156,7 @@ def _draw(plan: RecoveryPlan, journal: Path, progress: bool) -> Tensor:
 
 
 def _fingerprint(plan: RecoveryPlan, files: Sequence[SourceFiles], windows: Tensor, processes: int) -> dict[str, Any]:
-    """Everything that the bytes of the result depend on."""
+    """List all that the bytes of the result depend on."""
     versions, masks_file = library_versions(), Path(plan.source) / MASKS_FILE
     options = {name: getattr(plan.options, name) for name in ("batch_size", "label_share", "seed", "train")}
     options |= {"learning_rate": plan.options.learning_rate, "accumulate": plan.accumulate}
@@ -232,7 +232,7 @@ def _train(
 
 
 def _choose_once(plan: RecoveryPlan, journal: Path, free: Sequence[int | None]) -> Choice:
-    """What is trained; a run that resumes trains what it began with, whatever is free now."""
+    """Choose, or read what the run began with: it goes on with that, whatever memory is free now."""
     noted = read_record(journal / "choice.json")
     choice = choose(plan, free) if noted is None else Choice(**noted)
     logger.info("%s", choice)

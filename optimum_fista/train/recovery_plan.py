@@ -51,7 +51,7 @@ _MARGIN = 0.9  # of the memory that is free: the rest is for what is not counted
 
 @dataclass(frozen=True)
 class RecoveryPlan:
-    """What a recovery reads, trains on and writes."""
+    """Names and numbers of a recovery: its models, its text, its output, its steps."""
 
     source: str  # folder of the pruned model
     teacher: str  # folder of the dense model
@@ -75,7 +75,7 @@ class RecoveryPlan:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is trained, and the memory that it takes."""
+    """The kind of training, and the memory that it takes."""
 
     train: str  # "all" or "norms"
     checkpointed: bool  # whether decoder layers compute their activations twice
