@@ -17,14 +17,13 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import psutil
 import torch
 from torch.utils.benchmark import Timer
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder import loading
-from optimum_fista.memory import available_bytes
+from optimum_fista.memory import available_bytes, total_bytes
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.operator import is_fused_experts
 from optimum_fista.model.shrinking import plan_shrinking
@@ -102,8 +101,8 @@ class Estimate:
         self.allocates = any(map(self.config.shares_budget, self.operators))
         self.weight_bytes = sum(p.nbytes for p in self.model.parameters())
         free = available_bytes(torch.device(self.place or self.device))  # None: the device does not say
-        # A run that resumes decides alike: all memory of the machine counts, not what is free at the moment.
-        most = psutil.virtual_memory().total if self.on_cpu else free or math.inf
+        # A run that resumes on a CPU decides alike: all memory counts, not what is free at the moment.
+        most = total_bytes() if self.on_cpu else free or math.inf
         self.too_large_to_write = calibration is None and sum(self._whole_model.values()) > most
         self.calibration = calibration or (usual_texts()[1] if self.too_large_to_write else "self")
         # Hidden states of the dense network, and of the pruned one.

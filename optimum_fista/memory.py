@@ -57,6 +57,14 @@ def available_bytes(device: torch.device) -> int | None:
     return counts.mem_get_info(device)[0] + counts.memory_reserved(device) - counts.memory_allocated(device)
 
 
+def total_bytes() -> int:
+    """Bytes of the machine's memory, or fewer if the process's control group may never use as many."""
+    total = psutil.virtual_memory().total
+    with suppress(OSError, ValueError):  # as above
+        total = min(total, int((_GROUP / "memory.max").read_text()))
+    return total
+
+
 def device_counts(device: torch.device) -> Any:
     """The module that counts the memory of tensors on a device: `torch.cuda` and its like; `None` if none does."""
     module = getattr(torch, device.type, None)  # the meta device has none

@@ -7,7 +7,7 @@ import torch
 from pruning import prune
 
 from optimum_fista import memory
-from optimum_fista.memory import available_bytes, is_out_of_memory, watched_memory
+from optimum_fista.memory import available_bytes, is_out_of_memory, total_bytes, watched_memory
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,7 @@ def test_the_limit_of_a_control_group_counts(monkeypatch, tmp_path):
     whole = available_bytes(torch.device("cpu"))
     monkeypatch.setattr(memory, "_GROUP", tmp_path)
     assert available_bytes(torch.device("cpu")) == 450
+    assert total_bytes() == 1000
     (tmp_path / "memory.max").write_text("max\n")
     assert available_bytes(torch.device("cpu")) > 1000
     assert whole > 1000

@@ -63,7 +63,7 @@ def test_a_model_that_can_not_be_estimated_is_pruned(tiny_folder, tmp_path, caps
 
 def test_a_model_that_is_too_large_to_write_text_is_given_text(tiny_folder, capsys, monkeypatch):
     small = SimpleNamespace(total=2**10, available=2**40)
-    monkeypatch.setattr("optimum_fista.estimate.psutil.virtual_memory", lambda: small)
+    monkeypatch.setattr("optimum_fista.memory.psutil.virtual_memory", lambda: small)
     monkeypatch.setattr("optimum_fista.estimate.Estimate.seconds", {})
     for flags, words in (
         ([], "tokens of c4 (the whole model does not fit into memory"),
