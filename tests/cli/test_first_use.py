@@ -34,7 +34,6 @@ def test_a_run_says_what_it_will_do_what_it_cost_and_the_next_commands_which_wor
         *(["optimum-fista", name] for name in ("chat", "evaluate", "recover", "report", "pack", "verify")),
         ["hf", "upload"],
     ]
-    assert "meta device" not in printed.err
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     more = {
         "evaluate": ["--sequence-length", "16"],

@@ -97,7 +97,6 @@ def test_optimum_cli_passes_the_exit_code_on(tmp_path, monkeypatch, capsys):
     ("error", "shown"),
     [
         (ValueError("two\nlines"), "error: two lines\n"),
-        (OSError("two\n  lines"), "error: two lines\n"),
         (RuntimeError("CUDA out of memory. Tried to allocate"), "error: out of memory (CUDA out of memory. Tried"),
         (MemoryError("no more"), "error: out of memory (no more): pass a smaller --batch-size"),
     ],

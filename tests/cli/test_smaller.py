@@ -31,7 +31,6 @@ def test_what_was_removed_is_said_wherever_zeros_would_be(smaller, capsys):
     assert REMOVED in card
     assert "| mlp.down_proj | 32 x 36 | 25.00% |" in card
     assert "zero (" not in card
-    assert "- sparse" not in card
 
 
 def test_a_size_is_reached_by_channels_and_this_is_said(tiny_folder, text_file, tmp_path, capsys):
