@@ -77,7 +77,7 @@ def test_files_become_what_the_model_becomes_in_memory(source, tmp_path, config)
     for (name, expected), found in zip(model.named_parameters(), reloaded.parameters(), strict=True):
         assert torch.equal(expected, found), name
     assert verify_checkpoint(tmp_path / "out").num_operators == len(report.operators)
-    files = load_index(tmp_path / "out")
+    files = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
     assert sorted({*files.values()}) == [f"model-{n:05}-of-{LAYERS + 1:05}.safetensors" for n in range(1, LAYERS + 2)]
     assert {files[name] for name in files if ".layers.1." in name} == {f"model-00002-of-{LAYERS + 1:05}.safetensors"}
     assert not unfinished_folder(tmp_path / "out").exists()
@@ -97,10 +97,6 @@ def test_other_families_and_tied_heads(name, tmp_path):
     found = dict(reloaded.named_parameters())
     for key, expected in model.named_parameters():
         assert torch.allclose(expected, found[key], atol=1e-6), key
-
-
-def load_index(folder: Path) -> dict[str, str]:
-    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
 
 
 class Stop(BaseException):
