@@ -165,19 +165,16 @@ def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -
     shape = tuple(weight.T.shape) if operator.stored_transposed else tuple(weight.shape)  # (out, in)
     if shape != operator.shape:
         raise VerificationError(f"{name} has shape {shape}, the report says {operator.shape}.")
+    whole = operator.target_sparsity == 1  # operators with the same inputs share their zeros: one may get them all
     try:
         mask = unpack_mask(packed, tuple(weight.shape))
+        pattern = parse_pattern(operator.pattern, None if whole else operator.target_sparsity, operator.scope)
     except ValueError as error:
         raise VerificationError(f"{name}: {error}") from error
     if not bool(torch.isfinite(weight).all()):
         raise VerificationError(f"{name} holds NaN or Inf.")
     if stray := int(torch.count_nonzero(weight.masked_select(~mask))):
         raise VerificationError(f"{name} has {stray} weights outside its mask that are not zero.")
-    whole = operator.target_sparsity == 1  # operators with the same inputs share their zeros: one may get them all
-    try:
-        pattern = parse_pattern(operator.pattern, None if whole else operator.target_sparsity, operator.scope)
-    except ValueError as error:
-        raise VerificationError(f"{name}: {error}") from error
     checked = mask.T if operator.stored_transposed else mask  # [out, in]: patterns count along the inputs
     if operator.groups_kept is not None:
         checked = _mask_of_pattern(operator, pattern, checked)
