@@ -173,7 +173,7 @@ class FistaPruningConfig(PruningOptions):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `pruning_config.json` to a folder, for `from_pretrained` and `--config`."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / _CONFIG_FILE).write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+        (Path(folder) / _CONFIG_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> FistaPruningConfig:

@@ -150,7 +150,9 @@ def test_include_and_exclude():
 def test_json_round_trip(config, tmp_path):
     assert through_json(config) == config
     config.save_pretrained(tmp_path / "saved")
-    assert FistaPruningConfig.from_pretrained(tmp_path / "saved") == config
+    saved = FistaPruningConfig.from_pretrained(tmp_path / "saved")
+    assert saved == config
+    assert [*saved.overrides] == [*config.overrides]  # the first match counts
     assert set(json.loads((tmp_path / "saved" / "pruning_config.json").read_text())) == {
         f.name for f in dataclasses.fields(config)
     }

@@ -156,7 +156,7 @@ def join_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool, rank
     def begin() -> Mapping[str, Any]:
         if not overwrite:
             require_same_run(folder, fingerprint)
-        if read_record(folder / RUN_FILE) != fingerprint:
+        if json.dumps(read_record(folder / RUN_FILE)) != json.dumps(fingerprint):  # in which the order counts, too
             discard(folder, keep_texts=True)  # also what is left of a run that was only half thrown away
         return fingerprint
 
@@ -238,9 +238,9 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: st
     """What differs between two dictionaries of dictionaries, for people."""
     for key in {**found, **wanted}:
         was, now = found.get(key), wanted.get(key)
-        if isinstance(was, dict) and isinstance(now, dict):
+        if isinstance(was, dict) and isinstance(now, dict) and (was != now or [*was] == [*now]):
             yield from _differences(was, now, f"{prefix}{key}.")
-        elif was != now:
+        elif was != now or isinstance(was, dict):  # in another order: the first of the overrides that matches counts
             texts = [json.dumps(value) for value in (was, now)]
             before, after = (text if len(text) <= _LETTERS else f"{text[:_LETTERS]}..." for text in texts)
             yield f"{prefix}{key} was {before}, is {after}"

@@ -32,9 +32,9 @@ def source(dense, tmp_path) -> Path:
     return Path(shutil.copytree(dense, tmp_path / "source"))
 
 
-def prune(source: Path, **options):
+def prune(source: Path, config: FistaPruningConfig = WANDA, **options):
     batches = tiny_tokens().split(4)
-    return FistaPruner(WANDA, progress=False).prune(
+    return FistaPruner(config, progress=False).prune(
         source, batches, output_dir=source.parent / "pruned", device="cpu", **options
     )
 
@@ -114,6 +114,15 @@ def test_another_configuration_is_refused(source, cut_off, change, message):
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(ValueError, match=rf"was another one \(model_config\.{message}"):
         prune(source)
+
+
+def test_overrides_in_another_order_are_refused(source):
+    overrides = {"*q_proj": 0.25, "*_proj": 0.75}
+    for names, end in ([*overrides], pytest.raises(KeyboardInterrupt)), ([*overrides][::-1], pytest.raises(ValueError)):
+        config = FistaPruningConfig(method="wanda", overrides={name: overrides[name] for name in names})
+        with interrupted_after(0), end as caught:
+            prune(source, config)
+    assert r'config.overrides was {"*q_proj": 0.25, "*_proj": 0.75}, is {"*_proj": 0.75' in str(caught.value)
 
 
 def test_what_a_network_does_not_compute_with_may_change(source, cut_off):
