@@ -149,7 +149,7 @@ class FistaPruningConfig(PruningOptions):
         return self._pattern_of(next(found, None))  # the first match counts
 
     def reason_left_dense(self, name: str) -> str | None:
-        """Why the operator called `name` is left dense; `None` if it is to be pruned."""
+        """Why the options leave the operator called `name` dense, of which no report warns; `None` if they do not."""
         if matches(name, self.exclude):
             return "exclude"
         if self.include and not matches(name, self.include):

@@ -219,10 +219,8 @@ def solve_group(plan: Plan, problems: GroupProblems) -> tuple[list[PrunedOperato
         pruned = [replace(p, message=message or p.message) for p in method.prune_sharing(fitted, patterns)]
     finite = torch.stack([torch.isfinite(result.weight).all() for result in pruned]).tolist()  # one transfer
     for operator, pattern, result, is_finite in zip(group, patterns, pruned, finite, strict=True):
-        broken = pattern.violation(result.mask)
-        if broken or not is_finite:
-            raise RuntimeError(
-                f"method {method.name!r} failed on {operator.name}: {broken or 'weights hold NaN or Inf'}."
-            )
+        broken = pattern.violation(result.mask) or (None if is_finite else "weights hold NaN or Inf")
+        if broken:
+            raise RuntimeError(f"method {method.name!r} failed on {operator.name}: {broken}. Pass another method.")
         result.weight.masked_fill_(~result.mask, 0.0)  # no -0.0
     return pruned, patterns, name

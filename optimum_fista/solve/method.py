@@ -49,7 +49,8 @@ class PruningMethod(ABC):
     """A frozen dataclass whose fields are the method's options; the problem is an argument of the call.
 
     To add one, write `optimum_fista/solve/methods/NAME.py` with a subclass that has a `name` and the decorator
-    `register`.
+    `register`. Weights of nearly dead inputs must go first (`InputStatistics`). Scores that are proportional to the
+    norms of the inputs do that. Multiply others by `statistics.energy_ratios`, or solve `problem.decoupled()`.
     """
 
     name: ClassVar[str]

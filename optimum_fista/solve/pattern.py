@@ -28,6 +28,8 @@ class SparsityPattern(ABC):
     """Groups of weights that are kept or removed together, and the share of them that goes.
 
     To add one, write `optimum_fista/solve/patterns/NAME.py` with a direct subclass: `parse_pattern` finds it.
+    Groups of several rows, but not of all, also need `require_shape`, `num_kept`, `mask` and `violation` of their own.
+    DSnoT, which swaps within rows, can't prune to them.
 
     Attributes:
         sparsity: Fraction of zeros in [0, 1): the share of the groups that is removed.

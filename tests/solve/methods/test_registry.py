@@ -1,12 +1,15 @@
 import dataclasses
 import math
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from doc_pages import ROOT
 from layer_problems import WEIGHT_METHODS, example
 
+from optimum_fista.options import PruningOptions
 from optimum_fista.solve import methods
 from optimum_fista.solve.method import PruningMethod, register
 from optimum_fista.solve.methods import METHODS, create_method
@@ -35,6 +38,14 @@ def test_every_file_of_the_folder_registers_its_method():
     assert {method.__module__.rpartition(".")[2] for method in METHODS.values()} == files
     assert {"fista", "magnitude", "sparsegpt", "wanda"} <= set(METHODS)
     assert all(method.name == name for name, method in METHODS.items())
+
+
+def test_the_help_and_the_documentation_name_every_method():
+    options = {option.name: option.metadata["help"] for option in dataclasses.fields(PruningOptions)}
+    table = (ROOT / "docs" / "method.md").read_text()
+    for name in METHODS:
+        assert re.search(rf"\b{name}\b", options["method"]), f"name {name!r} in the help of `method` in options.py"
+        assert f"\n| `{name}`" in table, f"add a row for {name!r} to docs/method.md"
 
 
 @dataclasses.dataclass(frozen=True)
