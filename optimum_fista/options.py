@@ -78,10 +78,7 @@ class PruningOptions:
         2048, "calibration tokens to compute the loss and its gradients on", limits=(2, None), advanced=_MACHINE
     )
     held_out: int = option(
-        0,
-        "further sequences that no weight is fitted to: the report has the errors of every operator on them too",
-        limits=(0, None),
-        advanced=_MACHINE,
+        0, "further sequences, not fitted to, on which errors are measured too", limits=(0, None), advanced=_MACHINE
     )
     warm_start: str | None = option(
         None, "how FISTA gets its first weights: auto, wanda or sparsegpt", advanced=_METHOD
@@ -96,9 +93,7 @@ class PruningOptions:
     )
     expert_refit: bool = option(True, "refit the experts that stay if others are removed", advanced=_METHOD)
     reorder_channels: bool = option(
-        False,
-        "for n:m: reorder the channels of MLPs to keep larger weights; adapters of the dense model no longer fit",
-        advanced=_METHOD,
+        False, "for n:m: reorder channels of MLPs to keep larger weights; old adapters no longer fit", advanced=_METHOD
     )
     compute_dtype: Literal["float32", "bfloat16", "auto"] = option(
         "float32",
