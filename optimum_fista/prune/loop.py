@@ -132,9 +132,10 @@ def prune_layer(
             # in a call: the matrices of a group must be gone before those of the next one are made
             found = prune_group(plan, sink, targets.problems(number))
             reports += [replace(report, input_order=orders.get(report.name)) for report in found]
-            kind, unseen = found[-1].name.removeprefix(f"{name}.").removesuffix(".weight"), found[-1].held_out_fit_error
-            held_out = "" if unseen is None else f", held out {unseen:.4f}"
-            bar.set_postfix_str(f"{name} {kind} fit error {found[-1].fit_error:.4f}{held_out}")
+            latest = found[-1]
+            kind, error = latest.name.removeprefix(f"{name}.").removesuffix(".weight"), latest.held_out_fit_error
+            held_out = "" if error is None else f", held out {error:.4f}"
+            bar.set_postfix_str(f"{name} {kind} fit error {latest.fit_error:.4f}{held_out}")
             for callback in plan.callbacks:
                 for report in found:
                     callback.on_operator_end(report)
