@@ -24,7 +24,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder import loading
 from optimum_fista.memory import available_bytes, total_bytes
-from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.operator import is_fused_experts
 from optimum_fista.model.shrinking import plan_shrinking
 from optimum_fista.prune.plan import Budgets, plan_run
@@ -74,7 +73,6 @@ class Estimate:
         dtype = stored if dtype == "auto" else loading.floating_dtype(dtype)
         with loading.reading(given.name_or_path or type(given).__name__), torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(copy.deepcopy(given), dtype=dtype, trust_remote_code=False)
-        loading.require_unquantized(self.model, loaded=False)
         self.place, self.device = device, (device or loading.default_device()).partition(":")[0]
         self.on_cpu, self.storage_device = self.device == "cpu", storage_device
         storage = (storage_device or ("disk" if self.on_cpu else self.device)).partition(":")[0]
@@ -84,7 +82,7 @@ class Estimate:
         self.num_samples, self.packed = num_samples, packed
         self.length, self.value = sequence_length or usual_length(given), dtype.itemsize
         self.vocabulary, self.hidden = next(self.model.get_input_embeddings().parameters()).shape
-        plan = plan_run(find_decoder_layers(self.model), config)
+        plan = plan_run(self.model, config, loaded=False)
         going = [(index, 0.0) for index in range(1, 1 + plan.removal.num_removed_layers)]  # which, the values decide
         plan = plan.with_budgets(Budgets(removed_layers=going))
         self.layers, self.asked, self.config = plan.layers, plan.asked, plan.config

@@ -23,13 +23,12 @@ from optimum_fista.folder.loading import local_source, storage_place
 from optimum_fista.folder.output import new_output
 from optimum_fista.folder.source_files import described_loss
 from optimum_fista.folder.writing import summary, write_checkpoint
-from optimum_fista.model.forward import evaluation_mode
 from optimum_fista.model.gram import single_problem
 from optimum_fista.prune.batches import begin
 from optimum_fista.prune.budgets import share_budgets
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.loop import prune_layers
-from optimum_fista.prune.plan import complete_report, prepare
+from optimum_fista.prune.plan import complete_report, plan_run
 from optimum_fista.prune.removal import require_in_memory
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.prune.streamed import prune_files
@@ -126,7 +125,8 @@ class FistaPruner:
         started, settings["storage"] = time.perf_counter(), storage_place(self.storage_device)
         if self.config.whole_parts is not None:
             require_in_memory(model, self.config.whole_parts)
-        plan = prepare(model, self.config, **settings)
+        sink = ModelSink(model)
+        plan = plan_run(model, self.config, **settings)
         calibration, held_out, report = begin(plan, calib_dataloader, calibration_source)
         with suppress(OSError, ValueError, SafetensorError):  # what the folder holds now need not be this model
             source = local_source(model)
@@ -134,7 +134,7 @@ class FistaPruner:
                 report.lack(lost)
         for callback in self.callbacks:
             callback.on_prune_begin(report)
-        with ModelSink(model, evaluation_mode(model), torch.no_grad()) as sink, sink.interruptible:
+        with sink, sink.interruptible:
             # by the dense model, so before any layer is pruned
             plan = plan.with_budgets(share_budgets(plan, calibration.batches, report))
             prune_layers(plan, calibration, report, sink, held_out)

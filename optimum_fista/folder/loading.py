@@ -34,7 +34,7 @@ from optimum_fista.folder.checkpoint import closest_folder
 from optimum_fista.installing import install_command
 from optimum_fista.memory import is_out_of_memory
 from optimum_fista.model.activation_store import Storage
-from optimum_fista.model.offload import move_execution, offload_hook, settle_ties
+from optimum_fista.model.offload import move_execution, settle_ties
 
 
 def load_model(
@@ -259,23 +259,3 @@ def forget_gguf(model: PreTrainedModel) -> None:
     if getattr(getattr(model.config, "quantization_config", None), "quant_method", None) == "gguf":
         model.config.__dict__.pop("quantization_config")
         vars(model)["hf_quantizer"] = None
-
-
-def require_unquantized(model: PreTrainedModel, *, loaded: bool = True) -> None:
-    """Refuse models whose weights are not plain floating point, or not there if they are to be `loaded`."""
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"model is a {type(model).__name__}: pass a transformers.PreTrainedModel.")
-    settings = getattr(model.config, "quantization_config", None)  # a dict until a model is loaded, then an object
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-    if settings is not None and method != "gguf":  # whose weights are dequantized when they are read
-        shown = getattr(method, "value", method)
-        raise ValueError(f"model is quantized by {shown!r}: prune the unquantized model and quantize the result.")
-    kept = [(name, module) for name, module in model.named_modules() if offload_hook(module)]
-    offloaded = {f"{name}.{key}" for name, module in kept for key, _ in module.named_parameters(recurse=False)}
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or parameter.element_size() < 2:
-            raise ValueError(f"{name} has dtype {parameter.dtype}: prune the model in float32, bfloat16 or float16.")
-        if loaded and parameter.device.type == "meta" and name not in offloaded:
-            raise ValueError(
-                f"{name} is not loaded (device meta): load the model, or have Accelerate offload it (device_map)."
-            )

@@ -71,14 +71,15 @@ def described_loss(model: PreTrainedModel, source: Path) -> str:
     useless in decoder layers that it has. What it declares useless elsewhere is one: layers that predict more tokens,
     or a vision tower, which other programs use.
     """
-    state, transforms = model.state_dict(), get_model_conversion_mapping(model)
+    stored_names, transforms = list(_stored_names(source)), get_model_conversion_mapping(model)
+    state = model.state_dict()
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     layers = tuple(f"{name}." for name, _ in find_decoder_layers(model))
     useless = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ["(?!)"]))
     modules, buffers = dict(model.named_modules()), dict(model.named_buffers())
     lost: Counter[str] = Counter()
-    for stored in _stored_names(source):
+    for stored in stored_names:
         names = [  # as this version of Transformers names a stored tensor, and unchanged
             rename_source_key(stored, *rules, model.base_model_prefix, state)[0]
             for rules in ((renamings, converters), ([], []))

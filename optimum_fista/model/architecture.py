@@ -7,7 +7,7 @@ was found. A new quirk of an architecture belongs here, with a test of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -18,8 +18,15 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.offload import settle_ties
-from optimum_fista.model.operator import LINEAR, FusedExperts, LinearOperator, can_be_split, is_fused_experts
+from optimum_fista.model.offload import offload_hook, settle_ties
+from optimum_fista.model.operator import (
+    LINEAR,
+    FusedExperts,
+    LinearOperator,
+    can_be_split,
+    is_fused_experts,
+    require_finite,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +100,11 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
     return DecoderLayers(model, name, tuple(layers), around, names_around, shared)
 
 
-def prunable_layers(model: PreTrainedModel) -> DecoderLayers:
-    """Find the decoder layers of a model whose weights can be changed one by one and saved; refuse other models."""
+def prunable_layers(model: PreTrainedModel, *, loaded: bool = True) -> DecoderLayers:
+    """Find the decoder layers of a model whose weights can be changed one by one and saved; refuse other models.
+
+    The weights have to be there, unless `loaded` is False.
+    """
     for name, module in model.named_modules():
         where, forward = f"model.{name}" if name else "model", module.forward
         # By torch.compile(module.forward), by torch.compile(module), and by module.compile(): hooks may not run.
@@ -111,9 +121,11 @@ def prunable_layers(model: PreTrainedModel) -> DecoderLayers:
             )
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model is a {type(model).__name__}: pass a transformers.PreTrainedModel.")
+    require_unquantized(model, loaded=loaded)
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError("model was loaded in inference mode, so it can't be changed: load it outside of that.")
-    settle_ties(model)
+    if loaded:
+        settle_ties(model)
     layers, ties = find_decoder_layers(model), model.all_tied_weights_keys
     spans = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -131,6 +143,24 @@ def prunable_layers(model: PreTrainedModel) -> DecoderLayers:
                 "each a tensor of its own (nn.Parameter(weight.clone())), or they could not be saved."
             )
     return layers
+
+
+def require_unquantized(model: PreTrainedModel, *, loaded: bool = True) -> None:
+    """Refuse models whose weights are not plain floating point, or not there if they are to be `loaded`."""
+    settings = getattr(model.config, "quantization_config", None)  # a dict until a model is loaded, then an object
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    if settings is not None and method != "gguf":  # whose weights are dequantized when they are read
+        shown = getattr(method, "value", method)
+        raise ValueError(f"model is quantized by {shown!r}: prune the unquantized model and quantize the result.")
+    kept = [(name, module) for name, module in model.named_modules() if offload_hook(module)]
+    offloaded = {f"{name}.{key}" for name, module in kept for key, _ in module.named_parameters(recurse=False)}
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or parameter.element_size() < 2:
+            raise ValueError(f"{name} has dtype {parameter.dtype}: prune the model in float32, bfloat16 or float16.")
+        if loaded and parameter.device.type == "meta" and name not in offloaded:
+            raise ValueError(
+                f"{name} is not loaded (device meta): load the model, or have Accelerate offload it (device_map)."
+            )
 
 
 def find_operators(layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = ()) -> dict[str, LinearOperator]:
@@ -154,6 +184,33 @@ def find_operators(layer_name: str, layer: nn.Module, dense_experts: Sequence[st
                 )
             operators |= {operator.name: operator for operator in FusedExperts(name, module).operators}
     return operators
+
+
+def choose_operators(
+    layers: DecoderLayers, exclude: Sequence[str], reason_left_dense: Callable[[str], str | None]
+) -> tuple[dict[str, dict[str, LinearOperator]], dict[str, str]]:
+    """Find the operators to prune by decoder layer, and those that stay dense with the reason."""
+    chosen: dict[str, dict[str, LinearOperator]] = {}
+    left_dense: dict[str, str] = {}
+    for layer_name, layer in layers:
+        chosen[layer_name] = {}
+        left_dense |= left_out(layer_name, layer, exclude)
+        for name, operator in find_operators(layer_name, layer, exclude).items():
+            reason = reason_left_dense(name) or layers.shared.get(name)
+            if reason is not None:
+                left_dense[name] = reason
+                continue
+            if operator.tensor not in operator.owner._parameters:  # zeros in it would not last
+                raise UnsupportedArchitectureError(
+                    f"the weight of {operator.name} is computed from other tensors (weight_norm, spectral_norm, "
+                    "torch.nn.utils.prune or a parametrization): make it a parameter again (remove_weight_norm, "
+                    "remove_spectral_norm, prune.remove, remove_parametrizations), or leave it dense by exclude."
+                )
+            chosen[layer_name][name] = operator
+    here = (operator for group in chosen.values() for operator in group.values())
+    # the loop checks offloaded weights when it brings them; an estimate has none
+    require_finite([o for o in here if not (offload_hook(o.owner) or o.parameter.is_meta)])
+    return chosen, left_dense
 
 
 def left_out(layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = ()) -> dict[str, str]:

@@ -7,6 +7,7 @@ and is more than ids and a mask, is refused by name: it would be left out in sil
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -102,6 +103,26 @@ def hold_out(batches: Sequence[CalibrationBatch], num_sequences: int) -> list[Ca
                 f"held_out={num_sequences}: the {name} sequences hold no real token, every attention_mask is zero."
             )
     return found
+
+
+def describe_batches(batches: Sequence[CalibrationBatch]) -> dict[str, Any]:
+    """Describe the text to fit to, for the report, and the text that is `held_out` if there is any."""
+    described = [
+        {
+            "sha256": tokens_sha256(chosen),
+            "num_sequences": sum(batch.input_ids.shape[0] for batch in chosen),
+            "num_tokens": sum(batch.num_tokens for batch in chosen),
+        }
+        for held_out in (False, True)
+        if (chosen := [batch for batch in batches if batch.held_out == held_out]) or not held_out
+    ]
+    return described[0] | ({"held_out": described[1]} if described[1:] else {})
+
+
+def shapes_of(batches: Sequence[CalibrationBatch]) -> list[list[int]]:
+    """`[count, sequences, tokens]` of batches of equal shape that follow each other."""
+    shapes = itertools.groupby(list(batch.input_ids.shape) for batch in batches)
+    return [[len(list(same)), *shape] for shape, same in shapes]
 
 
 def tokens_sha256(batches: Sequence[CalibrationBatch]) -> str:
@@ -201,3 +222,20 @@ def _as_rows(values: Any, where: str, key: str, like: Tensor | None = None) -> T
         )
     rows = rows.clone() if rows.is_inference() else rows  # gradients can't be taken with tensors of inference mode
     return rows if like is None else rows.to(like)
+
+
+def cut_batches(batches: Sequence[CalibrationBatch], sizes: Sequence[int]) -> list[CalibrationBatch]:
+    """The same sequences in batches of other sizes, none of which reaches over the end of a batch."""
+    lengths = [batch.input_ids.shape[0] for batch in batches]
+    return [batches[number].sequences(start, end) for number, start, end in pieces(lengths, sizes)]
+
+
+def pieces(lengths: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Number of the batch, first and last row of each piece; every batch is cut in whole pieces."""
+    wanted = iter(sizes)
+    for number, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            end = start + next(wanted)
+            yield number, start, end
+            start = end

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import ActivationStore, Storage
 from optimum_fista.model.architecture import DecoderLayers
-from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.calibration import CalibrationBatch, pieces
 from optimum_fista.model.forward import quick_products, replaced_forwards
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.operator import AssignedTokens, FusedExperts, LinearOperator
@@ -309,3 +309,20 @@ class LayerActivations:
             squares.append(torch.stack(norms).double().square())
         error, energy = torch.stack(squares).sum(0).tolist()
         return math.sqrt(error / energy) if energy else 0.0
+
+
+def cut_states(states: HiddenStates, sizes: Sequence[int], storage: Storage, device: torch.device) -> HiddenStates:
+    """The same hidden states in batches of other sizes, kept at `storage`; those in stores are freed."""
+
+    def cut(stream: Sequence[Tensor] | None) -> ActivationStore | None:
+        if stream is None:
+            return None
+        store = ActivationStore(storage, device)
+        for number, start, end in pieces([len(hidden) for hidden in stream], sizes):
+            store.append(stream[number][start:end])  # [batch, sequence, hidden]
+        if isinstance(stream, ActivationStore):
+            stream.clear()  # the run holds it until the layer is through
+        return store
+
+    dense = cut(states.dense)  # before the first pruned layer both streams are the same tensors: cut them once
+    return HiddenStates(dense, dense if states.pruned is states.dense else cut(states.pruned))

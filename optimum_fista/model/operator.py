@@ -8,7 +8,7 @@ its inputs. That costs a loop over experts where Transformers has grouped produc
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -297,3 +297,14 @@ def split_experts(operators: Iterable[LinearOperator]) -> Iterator[None]:
             forward = partial(experts.forward, getattr(module, name))
             replaced.enter_context(replaced_forwards([module], [forward], name))
         yield
+
+
+def require_finite(operators: Sequence[LinearOperator]) -> None:
+    """Refuse damaged weights, with one transfer for all operators."""
+    if not operators:
+        return
+    place = operators[0].parameter.device
+    finite = torch.stack([torch.isfinite(operator.parameter).all().to(place) for operator in operators])
+    for operator, is_finite in zip(operators, finite.tolist(), strict=True):
+        if not is_finite:
+            raise ValueError(f"the weight of {operator.name} holds NaN or Inf: the model is damaged, load it again.")

@@ -8,7 +8,7 @@ and parts of one kind keep the same number in every decoder layer. Shapes do not
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -52,6 +52,19 @@ class Shrinking:
     def part_of(self, name: str) -> Part | None:
         """The part that a tensor belongs to."""
         return next((part for part in self.parts.values() if name in part.tensors), None)
+
+    def reasons_left_dense(self, names: Iterable[str]) -> dict[str, str]:
+        """Why operators are not pruned, without those of removed decoder layers."""
+        reasons = dict[str, str]()
+        for name in names:
+            part = self.part_of(f"{name}.weight") or self.parts.get(name)
+            if part is None:
+                reasons[name] = "no part of the pattern"
+            elif part.is_mixture:
+                reasons[name] = f"keeps {self.counts[part.name]} of {part.groups} experts"
+            else:
+                reasons[name] = f"loses the rows that {self.new_name(part.name)} no longer reads"
+        return {name: reason for name, reason in reasons.items() if self.new_name(name) is not None}
 
     def shrink_tensor(self, name: str, tensor: Tensor, kept: Mapping[str, Sequence[int]]) -> Tensor:
         """A tensor as the smaller model has it, with the groups `kept` of its part; itself if it loses nothing."""
@@ -112,6 +125,17 @@ def plan_shrinking(
         f"no configuration describes {type(model).__name__} with {wanted}: {'; or '.join(dict.fromkeys(reasons))}. "
         "Pass other numbers, or use another pattern."
     )
+
+
+def plan_shrinkings(
+    model: PreTrainedModel, counts: Mapping[str, int], layers: Sequence[int] | None = None
+) -> tuple[Shrinking, Shrinking]:
+    """A model whose decoder layers keep so many parts of each kind, and one that keeps all experts besides."""
+    smaller = plan_shrinking(model, layers=layers, **counts)
+    if "experts" not in counts:
+        return smaller, smaller
+    others = {kind: count for kind, count in counts.items() if kind != "experts"}
+    return smaller, plan_shrinking(model, layers=layers, **others)
 
 
 def shrink_model(model: PreTrainedModel, plan: Shrinking, kept: Mapping[str, Sequence[int]]) -> None:

@@ -7,22 +7,27 @@ rounding; nothing else does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from optimum_fista.memory import is_out_of_memory, release_memory
-from optimum_fista.model.activation_store import ActivationStore, Storage
 from optimum_fista.model.architecture import token_limits
-from optimum_fista.model.calibration import CalibrationBatch, hold_out, read_batches
+from optimum_fista.model.calibration import (
+    CalibrationBatch,
+    cut_batches,
+    describe_batches,
+    hold_out,
+    read_batches,
+    shapes_of,
+)
 from optimum_fista.model.held_out import HeldOut
-from optimum_fista.model.layer_inputs import HiddenStates, RecordedInputs, record_inputs
+from optimum_fista.model.layer_inputs import HiddenStates, RecordedInputs, cut_states, record_inputs
 from optimum_fista.model.offload import execution_device
 from optimum_fista.prune.plan import Plan, begin_report
-from optimum_fista.report import PruningReport
+from optimum_fista.report import PruningReport, public_name
 
 T = TypeVar("T")
 
@@ -40,10 +45,18 @@ def begin(
     plan: Plan, calib_dataloader: Iterable[Any], source: str | None
 ) -> tuple[Calibration, HeldOut | None, PruningReport]:
     """Read the calibration text, and begin the report; `HeldOut` if a perplexity can be measured."""
+    report, inputs = begin_report(plan), {name: o.shape[1] for name, o in plan.all_operators.items()}
     given = read_batches(calib_dataloader, *token_limits(plan.layers.model))
     measured = [batch for batch in given if batch.held_out]
     batches = hold_out([batch for batch in given if not batch.held_out], plan.config.held_out)
-    report = begin_report(plan, batches + measured, source)
+    report.calibration = {"source": source and public_name(source)} | describe_batches(batches + measured)
+    report.environment["batches"] = shapes_of(batches + measured)
+    tokens, widest = report.calibration["num_tokens"], max(inputs, key=inputs.__getitem__, default=None)
+    if widest is not None and tokens < inputs[widest]:
+        report.warn(
+            f"{tokens} calibration tokens for the {inputs[widest]} inputs of {widest}: its Gram matrix is "
+            "rank-deficient and the result will fit these tokens only. Pass more calibration tokens."
+        )
     measured = measured or [replace(batch, text=source) for batch in batches if batch.held_out]
     held_out = None
     if measured and not plan.removal.mixtures:  # the decoder layer without experts is no module of the model
@@ -107,37 +120,3 @@ def _halved(calibration: Calibration, plan: Plan, report: PruningReport, reason:
         device = execution_device(plan.layers.model.get_input_embeddings())
         states = cut_states(states, sizes, plan.storage or device, device)
     return Calibration(cut_batches(calibration.batches, sizes), states)
-
-
-def cut_batches(batches: Sequence[CalibrationBatch], sizes: Sequence[int]) -> list[CalibrationBatch]:
-    """The same sequences in batches of other sizes, none of which reaches over the end of a batch."""
-    lengths = [batch.input_ids.shape[0] for batch in batches]
-    return [batches[number].sequences(start, end) for number, start, end in _pieces(lengths, sizes)]
-
-
-def cut_states(states: HiddenStates, sizes: Sequence[int], storage: Storage, device: torch.device) -> HiddenStates:
-    """The same hidden states in batches of other sizes, kept at `storage`; those in stores are freed."""
-
-    def cut(stream: Sequence[Tensor] | None) -> ActivationStore | None:
-        if stream is None:
-            return None
-        store = ActivationStore(storage, device)
-        for number, start, end in _pieces([len(hidden) for hidden in stream], sizes):
-            store.append(stream[number][start:end])  # [batch, sequence, hidden]
-        if isinstance(stream, ActivationStore):
-            stream.clear()  # the run holds it until the layer is through
-        return store
-
-    dense = cut(states.dense)  # before the first pruned layer both streams are the same tensors: cut them once
-    return HiddenStates(dense, dense if states.pruned is states.dense else cut(states.pruned))
-
-
-def _pieces(lengths: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Number of the batch, first and last row of each piece; every batch is cut in whole pieces."""
-    wanted = iter(sizes)
-    for number, length in enumerate(lengths):
-        start = 0
-        while start < length:
-            end = start + next(wanted)
-            yield number, start, end
-            start = end

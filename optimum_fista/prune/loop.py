@@ -24,9 +24,9 @@ from optimum_fista.model.groups import trace_groups
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.layer_inputs import LayerActivations
 from optimum_fista.model.offload import execution_device, offload_hook, onloaded, sha256_of
-from optimum_fista.model.operator import split_experts
+from optimum_fista.model.operator import require_finite, split_experts
 from optimum_fista.prune.batches import Calibration, record, retried
-from optimum_fista.prune.plan import UNDER_CALIBRATED_TOKENS, Plan, require_finite
+from optimum_fista.prune.plan import UNDER_CALIBRATED_TOKENS, Plan
 from optimum_fista.prune.reordering import reorder_channels
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.report import LayerRecord, LayerReport, OperatorReport, PruningReport
@@ -62,10 +62,10 @@ def prune_layers(
         quick_products_in(plan.compute_dtype),
         tqdm(total=len(todo), desc="Pruning", unit="layer", disable=silent) as bar,
     ):
-        calibration = retried(partial(record, plan), calibration, "the embeddings", plan, report)
-        held_out = held_out if held_out is not None and held_out.begin() else None
         for callback in plan.callbacks:
             callback.on_layers_begin(len(plan.layers), {i: 1 + c for i, c in enumerate(plan.costs) if i in todo})
+        calibration = retried(partial(record, plan), calibration, "the embeddings", plan, report)
+        held_out = held_out if held_out is not None and held_out.begin() else None
         for index, (name, layer) in enumerate(plan.layers):
             is_mine, followed = index in todo, held_out if index in todo else None
             if index < first or not (is_mine or index < last):

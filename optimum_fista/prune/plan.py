@@ -1,15 +1,15 @@
 """The plan of a run, made before its first decoder layer, and what its report says before and after the layers.
 
 A plan is frozen: whoever reads the loop need not ask what has changed since. It is made in two steps, because zeros are
-shared out by the loss of the dense model: `prepare` chooses the operators, `Plan.with_budgets` gives each its zeros.
+shared out by the loss of the dense model: `plan_run` chooses the operators, `Plan.with_budgets` gives each its zeros.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,15 +17,13 @@ from transformers import PreTrainedModel
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.environment import processor_name
-from optimum_fista.folder.loading import require_unquantized
 from optimum_fista.folder.stored_names import stored_names
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import Storage
-from optimum_fista.model.architecture import DecoderLayers, find_operators, left_out, matches, prunable_layers
-from optimum_fista.model.calibration import CalibrationBatch, tokens_sha256
+from optimum_fista.model.architecture import DecoderLayers, choose_operators, matches, prunable_layers
 from optimum_fista.model.forward import compute_dtype_of
 from optimum_fista.model.held_out import HeldOut
-from optimum_fista.model.offload import combined_sha256, execution_device, offload_hook, sha256_of
+from optimum_fista.model.offload import combined_sha256, execution_device, sha256_of
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.parts import Part, find_parts
 from optimum_fista.prune.callback import PruningCallback
@@ -61,7 +59,6 @@ class Plan:
     operators: Mapping[str, Mapping[str, LinearOperator]]  # to prune, by the names of all decoder layers
     left_dense: Mapping[str, str]  # other operators, with the reason
     removal: Removal
-    method: PruningMethod
     compute_dtype: torch.dtype  # of the products that may be quick
     channels: Mapping[str, Part]  # parts whose channels change places, by the operators that read them
     budgets: Budgets = field(default_factory=Budgets)
@@ -71,12 +68,14 @@ class Plan:
 
     def with_budgets(self, budgets: Budgets) -> Plan:
         """The plan to prune by: every operator has its zeros, and decoder layers that go are gone from it."""
-        if not budgets.removed_layers:
-            return replace(self, budgets=budgets)
-        assert isinstance(self.removal, PartsRemoval)
-        removal = self.removal.without_layers(self.layers, dict(budgets.removed_layers))
-        operators, left, config = removal.with_repairs(self.layers, self.operators, self.left_dense, self.config)
+        before, gone = (self.layers, self.operators, self.left_dense, self.config), dict(budgets.removed_layers)
+        removal, operators, left, config = self.removal.applied(*before, gone)
         return replace(self, budgets=budgets, removal=removal, operators=operators, config=config, left_dense=left)
+
+    @cached_property
+    def method(self) -> PruningMethod:
+        """The pruning method, with its defaults for models of this type."""
+        return self.config.create_method(self.layers.model.config.model_type)
 
     @property
     def all_operators(self) -> dict[str, LinearOperator]:
@@ -96,26 +95,18 @@ class Plan:
         return [_PRUNING_COST * count / max(1, *weights) for count in weights]
 
 
-def prepare(model: PreTrainedModel, config: FistaPruningConfig, **places: Any) -> Plan:
-    """Check that a model with its weights can be pruned and saved, and plan the run; `places` are fields of `Plan`."""
-    layers = prunable_layers(model)
-    require_unquantized(model)
-    plan = replace(plan_run(layers, config), **places)
-    stored_names(model, plan.all_operators.values())  # refuses a weight whose mask could not be saved
-    return plan
+def plan_run(model: PreTrainedModel, config: FistaPruningConfig, *, loaded: bool = True, **places: Any) -> Plan:
+    """Check that a model can be pruned and saved, and plan the run; `places` are fields of `Plan`.
 
-
-def plan_run(layers: DecoderLayers, config: FistaPruningConfig) -> Plan:
-    """Plan the pruning of a model, which may be on the meta device; no zeros are shared out yet."""
-    model, removal, asked = layers.model, Removal(), config.resolved()
-    operators: Mapping[str, Mapping[str, LinearOperator]]
-    if asked.whole_parts is None:
-        config = asked
-        operators, left_dense = choose_operators(layers, config)
-    else:
-        removal, config = PartsRemoval.planned(layers, asked)
-        asked, (chosen, found) = removal.asked, choose_operators(layers, config)
-        operators, left_dense, config = removal.with_repairs(layers, chosen, found, config)
+    No zeros are shared out yet. The model may be on the meta device, for an estimate, if `loaded` is False.
+    """
+    layers, asked = prunable_layers(model, loaded=loaded), config.resolved()
+    kind = Removal if asked.whole_parts is None else PartsRemoval
+    removal, asked, config = kind.planned(layers, asked)
+    chosen, found = choose_operators(layers, config.exclude, config.reason_left_dense)
+    for name, operator in ((n, o) for group in chosen.values() for n, o in group.items()):
+        config.pattern_for(name).require_shape(operator.shape, name)
+    removal, operators, left_dense, config = removal.applied(layers, chosen, found, config)
     # experts and decoder layers go without an operator to prune
     if not any(operators.values()) and not removal.num_removed_layers and not removal.mixtures:
         raise UnsupportedArchitectureError(
@@ -128,76 +119,25 @@ def plan_run(layers: DecoderLayers, config: FistaPruningConfig) -> Plan:
         channels = find_parts(model, "channels").parts if config.reorder_channels else ()
     except UnsupportedArchitectureError as error:
         raise UnsupportedArchitectureError(f"reorder_channels=True: {error} Leave it out.") from error
-    return Plan(
+    plan = Plan(
         layers,
         asked,
         config,
         operators,
         left_dense,
         removal,
-        method=config.create_method(model.config.model_type),
         compute_dtype=compute_dtype_of(config.compute_dtype, execution_device(model.get_input_embeddings())),
         channels={part.name: part for part in channels},
+        **places,
     )
+    if loaded:
+        stored_names(model, plan.all_operators.values())  # refuses a weight whose mask could not be saved
+    return plan
 
 
-def choose_operators(
-    layers: DecoderLayers, config: FistaPruningConfig
-) -> tuple[dict[str, dict[str, LinearOperator]], dict[str, str]]:
-    """Operators to prune by decoder layer, and those left dense with the reason."""
-    chosen: dict[str, dict[str, LinearOperator]] = {}
-    left_dense: dict[str, str] = {}
-    for layer_name, layer in layers:
-        chosen[layer_name] = {}
-        left_dense |= left_out(layer_name, layer, config.exclude)
-        for name, operator in find_operators(layer_name, layer, config.exclude).items():
-            reason = config.reason_left_dense(name) or layers.shared.get(name)
-            if reason is not None:
-                left_dense[name] = reason
-                continue
-            if operator.tensor not in operator.owner._parameters:  # zeros in it would not last
-                raise UnsupportedArchitectureError(
-                    f"the weight of {operator.name} is computed from other tensors (weight_norm, spectral_norm, "
-                    "torch.nn.utils.prune or a parametrization): make it a parameter again (remove_weight_norm, "
-                    "remove_spectral_norm, prune.remove, remove_parametrizations), or leave it dense by exclude."
-                )
-            config.pattern_for(name).require_shape(operator.shape, name)
-            chosen[layer_name][name] = operator
-    here = (operator for group in chosen.values() for operator in group.values())
-    # the loop checks offloaded weights when it brings them; an estimate has none
-    require_finite([o for o in here if not (offload_hook(o.owner) or o.parameter.is_meta)])
-    return chosen, left_dense
-
-
-def require_finite(operators: Sequence[LinearOperator]) -> None:
-    """Refuse damaged weights, with one transfer for all operators."""
-    if not operators:
-        return
-    place = operators[0].parameter.device
-    finite = torch.stack([torch.isfinite(operator.parameter).all().to(place) for operator in operators])
-    for operator, is_finite in zip(operators, finite.tolist(), strict=True):
-        if not is_finite:
-            raise ValueError(f"the weight of {operator.name} holds NaN or Inf: the model is damaged, load it again.")
-
-
-def begin_report(plan: Plan, batches: Sequence[CalibrationBatch], source: str | None) -> PruningReport:
-    """Begin the report of a run; `batches` are all that were passed, held-out ones included.
-
-    Warns when an operator has more inputs than there are calibration tokens, and of name patterns that match nothing.
-    """
-    model, calibration = plan.layers.model, dict[str, Any](source=source and public_name(source))
-    for is_held_out in (False, True):
-        chosen = [batch for batch in batches if batch.held_out == is_held_out]
-        tokens = {
-            "sha256": tokens_sha256(chosen),
-            "num_sequences": sum(batch.input_ids.shape[0] for batch in chosen),
-            "num_tokens": sum(batch.num_tokens for batch in chosen),
-        }
-        if not is_held_out:
-            calibration |= tokens
-        elif chosen:
-            calibration["held_out"] = tokens
-    shapes = itertools.groupby(list(batch.input_ids.shape) for batch in batches)
+def begin_report(plan: Plan) -> PruningReport:
+    """Begin the report of a run; warns of name patterns that match nothing."""
+    model, idle = plan.layers.model, idle_patterns(plan.asked, list(plan.all_operators), list(plan.left_dense))
     report = PruningReport(
         config=plan.asked.to_dict(),
         model={
@@ -207,7 +147,7 @@ def begin_report(plan: Plan, batches: Sequence[CalibrationBatch], source: str | 
             "num_parameters": model.num_parameters(),
             "dtype": str(model.dtype).removeprefix("torch."),
         },
-        calibration=calibration,
+        calibration={},
         left_dense=dict(plan.left_dense),
         # what the bytes of a result depend on, besides the model, the configuration, the tokens and the versions
         environment={
@@ -220,7 +160,6 @@ def begin_report(plan: Plan, batches: Sequence[CalibrationBatch], source: str | 
                 "instructions": torch.backends.cpu.get_cpu_capability(),
                 "threads": torch.get_num_threads(),
             },
-            "batches": [[len(list(same)), *shape] for shape, same in shapes],
             "products": str(plan.compute_dtype),
         },
     )
@@ -230,14 +169,7 @@ def begin_report(plan: Plan, batches: Sequence[CalibrationBatch], source: str | 
             f"the model was pruned before ({before.get('method')}, {before.get('pattern')}, {before.get('num_zeros')} "
             "zeros): errors are measured against it as it is, and zeros outside of the new pattern may be filled."
         )
-    inputs, tokens = {n: o.shape[1] for n, o in plan.all_operators.items()}, calibration["num_tokens"]
-    widest = max(inputs, key=inputs.__getitem__, default=None)
-    if widest is not None and tokens < inputs[widest]:
-        report.warn(
-            f"{tokens} calibration tokens for the {inputs[widest]} inputs of {widest}: its Gram matrix is "
-            "rank-deficient and the result will fit these tokens only. Pass more calibration tokens."
-        )
-    for message in idle_patterns(plan.asked, list(inputs), list(plan.left_dense)):
+    for message in idle:
         report.warn(message)
     return report
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
@@ -32,6 +32,7 @@ from optimum_fista.model.parts import Part, find_parts, numbers_kept
 from optimum_fista.model.shrinking import (
     Shrinking,
     plan_shrinking,
+    plan_shrinkings,
     require_same_outputs,
     shrink_model,
     small_hidden_states,
@@ -48,6 +49,7 @@ Operators = Mapping[str, Mapping[str, LinearOperator]]  # to prune, by the names
 Chosen = tuple[list[Group], dict[str, str], nn.Module | None]
 Leaving = tuple[HiddenStates, MixtureReport | None]
 Tensors = dict[str, Tensor]
+Applied = tuple["Removal", Operators, Mapping[str, str], FistaPruningConfig]
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,29 @@ class Removal:
     num_removed_layers: int = 0
     # Once they are chosen: numbers of decoder layers, each with the loss without it and those before.
     removed_layers: Mapping[int, float] = field(default_factory=dict)
+
+    @classmethod
+    def planned(
+        cls,
+        layers: DecoderLayers,  # noqa: ARG003
+        config: FistaPruningConfig,
+    ) -> tuple[Removal, FistaPruningConfig, FistaPruningConfig]:
+        """Plan what a configuration asks for; returns also what is asked, and the configuration to prune by."""
+        return cls(), config, config
+
+    def applied(
+        self,
+        layers: DecoderLayers,  # noqa: ARG002
+        operators: Operators,
+        left_dense: Mapping[str, str],
+        config: FistaPruningConfig,
+        removed: Mapping[int, float] | None = None,  # noqa: ARG002
+    ) -> Applied:
+        """Apply the removal to the operators to prune, and to the reasons why others stay dense.
+
+        Returns the removal, of the decoder layers `removed` too, and a configuration with patterns of new operators.
+        """
+        return self, operators, left_dense, config
 
     def before(self, layer_name: str, groups: list[Group], activations: LayerActivations, hidden: Tensor) -> Chosen:  # noqa: ARG002
         """Choose from the groups that a decoder layer calls those to prune, and prove that what goes is no loss.
@@ -100,17 +125,19 @@ class PartsRemoval(Removal):
     proven: set[object] = field(default_factory=set, compare=False)
 
     @classmethod
-    def planned(cls, layers: DecoderLayers, config: FistaPruningConfig) -> tuple[PartsRemoval, FistaPruningConfig]:
-        """Plan the removal that a configuration asks for, whose pattern is of whole parts.
+    def planned(
+        cls, layers: DecoderLayers, config: FistaPruningConfig
+    ) -> tuple[Removal, FistaPruningConfig, FistaPruningConfig]:
+        """See `Removal.planned`. The pattern is of whole parts, by number in what is asked.
 
-        Returns also the configuration by which the loop prunes. It has a pattern of whole columns for each operator
-        that reads what is removed, and for no others.
+        The configuration to prune by has a pattern of whole columns for each operator that reads what is removed, and
+        for no others.
         """
         model, asked = layers.model, _with_channels_for_size(layers.model, config)
         pattern = asked.whole_parts
         assert pattern is not None
         counts = numbers_kept(model, pattern)
-        smaller, columns = _shrinkings(model, counts)
+        smaller, columns = plan_shrinkings(model, counts)
         mixtures = [part for part in smaller.parts.values() if part.is_mixture]
         overrides: dict[str, float | str] = {
             name: str(Columns.keeping(smaller.counts[name], part.groups, part.width))
@@ -138,41 +165,44 @@ class PartsRemoval(Removal):
             columns=columns,
             experts=plan_shrinking(model, experts=counts.get("experts")),
         )
-        return removal, config
-
-    def without_layers(self, layers: DecoderLayers, removed: Mapping[int, float]) -> PartsRemoval:
-        """The same without the decoder layers `removed`."""
-        stay = [index for index in range(len(layers)) if index not in removed]
-        smaller, columns = _shrinkings(layers.model, self.counts, stay)
-        mixtures = {name: part for name, part in self.mixtures.items() if part.name in smaller.parts}
-        return replace(self, mixtures=mixtures, smaller=smaller, columns=columns, removed_layers=removed)
+        return removal, asked, config
 
     def new_name(self, name: str) -> str | None:
         """The name of a module or tensor in the smaller model; `None` if it goes with its decoder layer."""
         return self.smaller.new_name(name)
 
-    def with_repairs(
-        self, layers: DecoderLayers, operators: Operators, left_dense: Iterable[str], config: FistaPruningConfig
-    ) -> tuple[Operators, dict[str, str], FistaPruningConfig]:
-        """Add to the operators to prune those that may repair decoder layers, with a pattern for each.
+    def applied(
+        self,
+        layers: DecoderLayers,
+        operators: Operators,
+        left_dense: Mapping[str, str],
+        config: FistaPruningConfig,
+        removed: Mapping[int, float] | None = None,
+    ) -> Applied:
+        """See `Removal.applied`. What it adds are operators that may repair decoder layers.
 
         A decoder layer that loses heads, or comes after a removed one, is repaired if the correction has a share of the
         residual: its last operator, if it loses no columns itself, keeps all of them and is refitted. Which one is the
-        last shows when the layer runs (`before`). Returns also the reasons why other operators stay dense.
+        last shows when the layer runs (`before`).
         """
-        correction, repaired = self.asked.correction, dict[str, dict[str, LinearOperator]]()
-        after_removed = {index + 1 for index in self.removed_layers if correction.carry == "full"}
-        all_columns: dict[str, float | str] = {}
+        removal, gone, correction = self, removed or {}, self.asked.correction
+        if gone:
+            stay = [index for index in range(len(layers)) if index not in gone]
+            smaller, columns = plan_shrinkings(layers.model, self.counts, stay)
+            mixtures = {name: part for name, part in self.mixtures.items() if part.name in smaller.parts}
+            removal = replace(self, mixtures=mixtures, smaller=smaller, columns=columns, removed_layers=gone)
+        after_removed = {index + 1 for index in gone if correction.carry == "full"}
+        repaired, all_columns = dict[str, dict[str, LinearOperator]](), dict[str, float | str]()
         for index, (name, layer) in enumerate(layers):
-            repaired[name] = {} if index in self.removed_layers else dict(operators[name])
+            repaired[name] = {} if index in gone else dict(operators[name])
             loses = ("heads" in self.counts and repaired[name]) or index in after_removed
-            if loses and correction.residual_share > 0 and index not in self.removed_layers:
+            if loses and correction.residual_share > 0 and index not in gone:
                 others = find_operators(name, layer, dense_experts=("*",))
                 all_columns |= {key: f"columns:{o.shape[1]}of{o.shape[1]}" for key, o in others.items()}
                 repaired[name] = others | repaired[name]
         chosen = {name for found in repaired.values() for name in found}
-        reasons = self.reasons_left_dense(name for name in left_dense if name not in chosen)
-        return repaired, reasons, replace(config, overrides={**all_columns, **config.overrides})
+        reasons = removal.smaller.reasons_left_dense(name for name in left_dense if name not in chosen)
+        return removal, repaired, reasons, replace(config, overrides={**all_columns, **config.overrides})
 
     def before(self, layer_name: str, groups: list[Group], activations: LayerActivations, hidden: Tensor) -> Chosen:
         """See `Removal.before`. Besides the operators that lose columns, the last one may repair the layer."""
@@ -191,20 +221,7 @@ class PartsRemoval(Removal):
         names = [operator.name for group in groups for operator in group if operator.name not in pruned]
         mixture, layer = self.mixtures.get(layer_name), activations.layer
         experts = None if mixture is None else layer.get_submodule(mixture.name.removeprefix(f"{layer_name}."))
-        return [group for group in chosen if group], self.reasons_left_dense(names), experts
-
-    def reasons_left_dense(self, names: Iterable[str]) -> dict[str, str]:
-        """Why operators are not pruned, without those of removed decoder layers."""
-        reasons = dict[str, str]()
-        for name in names:
-            part = self.smaller.part_of(f"{name}.weight") or self.smaller.parts.get(name)
-            if part is None:
-                reasons[name] = "no part of the pattern"
-            elif part.is_mixture:
-                reasons[name] = f"keeps {self.smaller.counts[part.name]} of {part.groups} experts"
-            else:
-                reasons[name] = f"loses the rows that {self.new_name(part.name)} no longer reads"
-        return {name: reason for name, reason in reasons.items() if self.new_name(name) is not None}
+        return [group for group in chosen if group], self.smaller.reasons_left_dense(names), experts
 
     def _prove(self, layer_name: str, activations: LayerActivations, hidden_states: Tensor) -> None:
         """Prove of every kind of decoder layer that it returns the same without the groups as with zeros there."""
@@ -336,17 +353,6 @@ class PartsRemoval(Removal):
     def _renamed(self, values: Mapping[str, T]) -> dict[str, T]:
         """Values under the names of the smaller model, without those of what goes."""
         return {new: value for name, value in values.items() if (new := self.new_name(name)) is not None}
-
-
-def _shrinkings(
-    model: PreTrainedModel, counts: Mapping[str, int], layers: Sequence[int] | None = None
-) -> tuple[Shrinking, Shrinking]:
-    """A model whose decoder layers keep so many parts of each kind, and one that keeps all experts besides."""
-    smaller = plan_shrinking(model, layers=layers, **counts)
-    if "experts" not in counts:
-        return smaller, smaller
-    others = {kind: count for kind, count in counts.items() if kind != "experts"}
-    return smaller, plan_shrinking(model, layers=layers, **others)
 
 
 def _with_channels_for_size(model: PreTrainedModel, config: FistaPruningConfig) -> FistaPruningConfig:

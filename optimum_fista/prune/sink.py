@@ -10,8 +10,10 @@ from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
+from optimum_fista.model.forward import evaluation_mode
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.layer_inputs import HiddenStates
 from optimum_fista.model.offload import alignment_hooks, kept_tensor, offload_hook, store_tensor
@@ -37,7 +39,7 @@ class ModelSink:
         self.interruptible = threading.Lock()
         self.masks: dict[str, Tensor] = {}  # by "{operator}.weight", laid out like it, packed to one bit a weight
         self._model = model
-        self._contexts = contexts  # in which the run works; they are left without an interruption
+        self._contexts = contexts  # of the caller, in which the run works; they are left without an interruption
         self._entered = ExitStack()
         self._undo: list[Callable[[], None]] = []
         self._first: list[Callable[[], None]] = []
@@ -118,6 +120,8 @@ class ModelSink:
             self._interrupt = handler
             signal.signal(signal.SIGINT, self._on_interrupt)
         try:
+            self._entered.enter_context(evaluation_mode(self._model))
+            self._entered.enter_context(torch.no_grad())
             for context in self._contexts:
                 self._entered.enter_context(context)
             if self._waits:

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from optimum_fista.prune.budgets import share_budgets
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.journal import Journal, KeptLayer, SourceFiles, join_run, run_fingerprint, shared_files
 from optimum_fista.prune.loop import prune_layers
-from optimum_fista.prune.plan import Plan, complete_report, prepare
+from optimum_fista.prune.plan import Plan, complete_report, plan_run
 from optimum_fista.prune.ranks import RankError, Ranks, joined_ranks, require_independent_layers, share_layers
 from optimum_fista.prune.removal import require_zeros_to_pack
 from optimum_fista.prune.sink import ModelSink
@@ -74,7 +74,7 @@ def prune_files(
             opened.enter_context(locked_output(output_dir))
             require_output(output_dir, overwrite)  # another run may just have ended
 
-        def load() -> tuple[Plan, PreTrainedTokenizerBase | None, Path]:
+        def load() -> tuple[Plan, PreTrainedTokenizerBase | None, Path, str]:
             if not (folder / FOLDER).exists():
                 raise ValueError(f"output: rank 0 began {str(folder)!r}, and it isn't here: pass a shared folder.")
             require_independent_layers(config, ranks.count)
@@ -83,11 +83,12 @@ def prune_files(
             on_cpu = execution_device(model.get_input_embeddings()).type == "cpu"
             on_disk = storage_device == "disk" or (storage is None and on_cpu)
             place, shows = folder / FOLDER if on_disk else storage, progress and not ranks.index
-            plan = prepare(model, config, storage=place, progress=shows, callbacks=callbacks)
-            return plan, tokenizer, source_folder(name, getattr(model.config, "_commit_hash", None))
+            read_from = source_folder(name, getattr(model.config, "_commit_hash", None))
+            lost = require_no_loss(model, read_from, drop_unused)
+            plan = plan_run(model, config, storage=place, progress=shows, callbacks=callbacks)
+            return plan, tokenizer, read_from, lost
 
         def read() -> tuple[Calibration, HeldOut | None, PruningReport]:
-            lost = require_no_loss(plan.layers.model, read_from, drop_unused)
             calibration, held_out, report = begin(plan, calib_dataloader, calibration_source)
             if lost:
                 report.lack(lost)
@@ -98,9 +99,9 @@ def prune_files(
                 callback.on_prune_begin(report)
 
         ranks.first(lock)
-        plan, tokenizer, read_from = ranks.each(load)
+        plan, tokenizer, read_from, lost = ranks.each(load)
         calibration, held_out, report = ranks.each(read)
-        source = shared_files(read_from, folder, ranks, plan.progress)
+        source = shared_files(read_from, folder, ranks, progress and not ranks.index)
         fingerprint = run_fingerprint(source, plan, calibration.batches, report, packed)
         join_run(folder, fingerprint, overwrite, ranks)
         journal = ranks.each(lambda: Journal(folder, fingerprint))
@@ -154,7 +155,7 @@ class StreamedRun:
         # any number of processes may go on: the layers that are left are shared anew
         unfinished = [index for index in range(len(plan.layers)) if index not in finished]
         todo = share_layers(unfinished, plan.costs, ranks.count)[ranks.index]
-        sink = FileSink(plan, journal, self.source, self.packed, evaluation_mode(plan.layers.model), torch.no_grad())
+        sink = FileSink(plan, journal, self.source, self.packed)
 
         def work() -> None:
             with sink, sink.interruptible:
@@ -243,10 +244,8 @@ class FileSink(ModelSink):
 
     _model: PreTrainedModel
 
-    def __init__(
-        self, plan: Plan, journal: Journal, source: SourceFiles, packed: bool, *contexts: AbstractContextManager[Any]
-    ) -> None:
-        super().__init__(plan.layers.model, *contexts)
+    def __init__(self, plan: Plan, journal: Journal, source: SourceFiles, packed: bool) -> None:
+        super().__init__(plan.layers.model)
         self._plan, self._journal, self._source, self._packed = plan, journal, source, packed
         self.stem = "packed" if packed else "model"  # plain Transformers finds no weights in a packed folder
         self.left = [index for index in range(len(plan.layers)) if index not in plan.removal.removed_layers]

@@ -16,8 +16,8 @@ from optimum_fista.folder.loading import (
     load_model,
     load_tokenizer,
     require_tokenizer,
-    require_unquantized,
 )
+from optimum_fista.model.architecture import require_unquantized
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,9 @@ from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from untouched import Untouched
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.layer_inputs import HiddenStates
+from optimum_fista.model.calibration import CalibrationBatch, cut_batches
+from optimum_fista.model.layer_inputs import HiddenStates, cut_states
 from optimum_fista.prune import streamed as streamed_run
-from optimum_fista.prune.batches import cut_batches, cut_states
 
 CONFIGS = [FistaPruningConfig(), FistaPruningConfig(method="sparsegpt", error_correction="intra")]
 

@@ -8,7 +8,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback
 from optimum_fista.model.forward import evaluation_mode
 from optimum_fista.prune.batches import begin
 from optimum_fista.prune.loop import prune_layers
-from optimum_fista.prune.plan import prepare
+from optimum_fista.prune.plan import plan_run
 
 GROUPS = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 
@@ -42,7 +42,7 @@ def test_a_group_is_written_before_it_is_reported_and_a_layer_committed_before_c
 ):
     recorder = Recorder()
     config = FistaPruningConfig(method="wanda", error_correction=error_correction)
-    plan = prepare(llama, config, callbacks=[recorder])
+    plan = plan_run(llama, config, callbacks=[recorder])
     calibration, _, report = begin(plan, tokens.split(4), None)
     with evaluation_mode(llama), torch.no_grad():
         prune_layers(plan, calibration, report, recorder)

@@ -88,7 +88,7 @@ def test_an_interrupt_at_any_line_restores_all_or_comes_after_the_end(error):
     before = model.weight.detach().clone()
 
     def run(interrupts: InterruptAt) -> None:
-        with interrupts, ModelSink(model, marked(model), torch.no_grad()) as sink, sink.interruptible:
+        with interrupts, ModelSink(model, marked(model)) as sink, sink.interruptible:
             sink.write(LinearOperator("mlp", model), torch.ones(3, 4))
             model.register_forward_hook(print)
             if error is not None:
