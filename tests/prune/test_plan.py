@@ -6,12 +6,11 @@ from pruning import prune, weights
 from tiny_llama import tiny_llama
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.prune.plan import Budgets, plan_run
 
 
 def test_a_plan_that_was_made_does_not_change():
-    plan = plan_run(find_decoder_layers(tiny_llama()), FistaPruningConfig(pattern="channels:0.25/4+layers:0.5"))
+    plan = plan_run(tiny_llama(), FistaPruningConfig(pattern="channels:0.25/4+layers:0.5"))
     chosen = plan.with_budgets(Budgets(removed_layers=[(1, 2.5)]))
     assert (plan.pruned_layers, chosen.pruned_layers) == ([0, 1], [0])
     assert (plan.removal.removed_layers, chosen.removal.removed_layers) == ({}, {1: 2.5})
