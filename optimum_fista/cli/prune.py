@@ -155,8 +155,9 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
     elif arguments.private:
         raise ValueError("--private makes sense with --push-to-hub REPO only.")
     if not arguments.overwrite:  # an unfinished run of other settings; other text is found out after it was drawn
-        wanted = {"recovery": None, "config": json.loads(json.dumps(config.resolved().to_dict()))}  # tuples to lists
-        wanted["sequences"] = arguments.num_samples + config.held_out
+        wanted: dict[str, Any] = {"recovery": None, "sequences": arguments.num_samples + config.held_out}
+        if config.whole_parts is None or config.whole_parts.size is None:  # or the model says which channels go
+            wanted["config"] = json.loads(json.dumps(config.resolved().to_dict()))  # tuples to lists
         if arguments.sequence_length is not None:
             wanted["length"] = arguments.sequence_length
         require_same_run(unfinished_folder(arguments.output), wanted)

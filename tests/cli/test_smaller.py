@@ -1,6 +1,7 @@
 """A model that lost whole parts, in every command: what is said of it is true."""
 
 import pytest
+from killed import interrupted_after
 from tiny_llama import tiny_tokenizer
 from tiny_models import tiny_model
 
@@ -35,7 +36,10 @@ def test_what_was_removed_is_said_wherever_zeros_would_be(smaller, capsys):
 
 def test_a_size_is_reached_by_channels_and_this_is_said(tiny_folder, text_file, tmp_path, capsys):
     folder, flags = tmp_path / "sized", ["--method", "wanda", *QUICK, "--calibration", str(text_file)]
-    assert main(["prune", str(tiny_folder), "-o", str(folder), "--target-size", "0.8", *flags]) == 0
+    command = ["prune", str(tiny_folder), "-o", str(folder), "--target-size", "0.8", *flags]
+    with interrupted_after(0):
+        assert main(command) == 130
+    assert main(command) == 0
     said = capsys.readouterr().err
     report = read_report(folder)
     assert report.config["pattern"].startswith("channels:0.")
