@@ -19,7 +19,6 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_fista.config import FistaPruningConfig
@@ -29,8 +28,6 @@ from optimum_fista.packed.kernels import kernels
 from optimum_fista.pruner import FistaPruner
 from optimum_fista.report import library_versions
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_SIDE = 512  # of matrices that are multiplied on the CPU
 _SAME_ZEROS = 0.99  # rounding moves a few weights over the threshold
 _SAME_WEIGHTS = 0.05  # relative distance that rounding makes
 _GIB = 2**30
@@ -62,8 +59,6 @@ def diagnose(say: Callable[[str], None]) -> int:
     expected: list[Tensor] = []  # weights as the CPU pruned them
     for device in devices():
         say(f"\n{device}: {_describe(device)}")
-        for dtype in _DTYPES:
-            check(f"  {str(dtype).removeprefix('torch.')}", partial(_rate, device, dtype))
         check("  pruning", partial(_try_pruning, device, expected))
     return failed
 
@@ -92,14 +87,6 @@ def _describe(device: torch.device) -> str:
     if hasattr(module, "mem_get_info"):
         parts.append(_free_of(*module.mem_get_info(device)))
     return ", ".join(parts) or "no description"
-
-
-def _rate(device: torch.device, dtype: torch.dtype) -> str:
-    """Floating-point operations a second in a product of two matrices."""
-    side = _SIDE if device.type == "cpu" else 8 * _SIDE
-    # float(...) waits for an accelerator, which would only have queued the product.
-    timer = Timer("float((m @ m)[0, 0])", globals={"m": torch.ones(side, side, device=device, dtype=dtype)})
-    return f"{2 * side**3 / timer.blocked_autorange(min_run_time=0.02).median / 1e9:,.0f} GFLOP/s"
 
 
 def _try_pruning(device: torch.device, expected: list[Tensor]) -> str:

@@ -9,7 +9,7 @@ from simulated_device import backend
 from tiny_llama import tiny_llama, tiny_tokenizer, tiny_tokens
 from untouched import Untouched
 
-from optimum_fista import FistaPruner, FistaPruningConfig, diagnosis
+from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.cli.main import main
 from optimum_fista.estimate import Estimate
 from optimum_fista.folder.loading import usable_device
@@ -81,8 +81,7 @@ def test_a_device_that_is_nearly_full_has_room_for_the_smaller_model(fails, monk
         untouched.check()
 
 
-def test_the_doctor_tries_every_device(monkeypatch, capsys):
-    monkeypatch.setattr(diagnosis, "_SIDE", 32)
+def test_the_doctor_tries_every_device(capsys):
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     for index in range(2):
