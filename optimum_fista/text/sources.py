@@ -83,14 +83,10 @@ def usual_texts() -> tuple[str, str]:
 
 
 def load_text(source: str, split: Split) -> TextSource:
-    """Read a text source.
+    """Read a text: a path to a `.txt` or `.jsonl` file, `pydoc`, `wikitext2`, `c4` or `ptb`.
 
     Local files and `pydoc` have one split: "calibration" and "test" give the same text, so do not measure on
     the source you calibrated on. `pydoc` changes with the Python version; compare `sha256`.
-
-    Args:
-        source: A path to a `.txt` or `.jsonl` file, `pydoc`, `wikitext2`, `c4` or `ptb`.
-        split: "calibration" or "test".
 
     Raises:
         ImportError: If a Hub data set is asked for and the package `datasets` is missing.

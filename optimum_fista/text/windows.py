@@ -23,18 +23,14 @@ def calibration_windows(
     *,
     add_bos: bool | None = None,
 ) -> torch.Tensor:
-    """Draw random windows that do not overlap: token ids, int64, [N, T].
+    """Draw random windows that do not overlap: token ids, int64, [num_samples, sequence_length].
 
     Several documents are put one after the other in random order, with the tokenizer's EOS between them when
-    it has one. One document gives windows from random places. Only about as much text is tokenised as needed.
+    it has one. One document gives windows from random places. Only about as much text is tokenised as needed. The
+    seed decides every random choice; the global random state is neither used nor changed.
 
-    Args:
-        tokenizer: Tokenizer of the model.
-        text: Where the tokens come from.
-        num_samples: Number of windows N.
-        sequence_length: Tokens per window T, BOS included.
-        seed: Decides every random choice; the global random state is neither used nor changed.
-        add_bos: Start every window with BOS. None = if the tokenizer starts texts with it or its class is Gemma's.
+    `add_bos` starts every window with BOS, which counts as a token of it; `None`: if the tokenizer starts texts with it
+    or its class is Gemma's.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}; pass 1 or more.")
@@ -55,15 +51,10 @@ def evaluation_windows(
 ) -> torch.Tensor:
     """Cut the joined text into consecutive windows from its start, as pruning papers measure perplexity.
 
-    The whole text is tokenised at once; the tail shorter than a window is dropped. Token ids, int64, [N, T].
-
-    Args:
-        tokenizer: Tokenizer of the model.
-        text: Where the tokens come from.
-        sequence_length: Tokens per window T, BOS included.
-        max_windows: Keep only the first windows; None = all, or as many as the text's protocol says.
-        add_bos: As for `calibration_windows`, or "start": only the text starts with the tokenizer's special tokens, as
-            in the scripts of SparseGPT and Wanda.
+    The whole text is tokenised at once; the tail shorter than a window is dropped: token ids, int64, [windows,
+    sequence_length]. `max_windows=None` takes all, or as many as the text's protocol says. `add_bos` is that of
+    `calibration_windows`, or "start": only the text starts with the tokenizer's special tokens, as in the scripts of
+    SparseGPT and Wanda.
     """
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"max_windows={max_windows}; pass 1 or more, or None for all.")
