@@ -37,16 +37,10 @@ def calibration_tokens(
     *,
     progress: bool = True,
 ) -> Tensor:
-    """Token ids int64 [num_samples, sequence_length] to calibrate a model with.
+    """Token ids int64 [num_samples, sequence_length] to calibrate a model with, which is still dense.
 
-    Args:
-        source: `"self"` (the model samples its own text), or a source of `load_text`.
-        model: The model to prune, still dense.
-        tokenizer: Its tokenizer.
-        num_samples: Number of sequences.
-        sequence_length: Tokens a sequence; `None`: 2048, or the model's maximum if that is shorter.
-        seed: Seed of the sampling.
-        progress: Whether to show a progress bar while the model writes.
+    `source` is `"self"` (the model samples its own text), or one of `load_text`. `sequence_length=None` is 2048, or the
+    model's maximum if that is shorter. The seed decides what is sampled or drawn.
     """
     length = usual_length(model.config) if sequence_length is None else sequence_length
     if source == "self":
