@@ -31,7 +31,7 @@ _WEIGHTS = re.compile(
 )
 _READ = re.compile(r"^(model|packed|pytorch_model)\b.*\.(safetensors|bin)(\.index\.json)?$")
 _MOST_BYTES = 2**28  # the largest vocabularies have about 2**25
-# Tables that a model computes anew; checkpoints of older versions hold them.
+# Tables that a model computes anew; checkpoints of older versions hold them. They are no loss.
 _COMPUTED = re.compile(r"(\brotary_emb\.inv_freq|\bposition_ids|\.masked_bias|_extra_state)$")
 logger = logging.getLogger(__name__)
 

@@ -38,7 +38,7 @@ class DecoderLayers:
     modules: tuple[nn.Module, ...]
     around: tuple[nn.Module, ...]  # embeddings, norms and the like: of the decoder, in no layer, not the head
     names_around: tuple[str, ...]  # of the model's tensors in no layer; of those that are tied, one
-    shared: dict[str, str]  # modules in the layers whose weight is another one's too, each with what to say of that
+    shared: dict[str, str]  # modules in the layers that share their weight, with the reason to leave them dense
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -139,8 +139,9 @@ def prunable_layers(model: PreTrainedModel, *, loaded: bool = True) -> DecoderLa
         # Pruning one would change the other, and Transformers can't save them.
         if overlap and any(n.startswith(f"{layers.name}.") for n in (before, name)):
             raise UnsupportedArchitectureError(
-                f"{name} and {before} share memory, and {type(model).__name__} does not declare them tied: give "
-                "each a tensor of its own (nn.Parameter(weight.clone())), or they could not be saved."
+                f"{name} and {before} share memory, and {type(model).__name__} does not declare them tied, so "
+                "they could not be saved: give each a tensor of its own (nn.Parameter(weight.clone())), or name both "
+                "in _tied_weights_keys of the class, which counts if config.tie_word_embeddings is True."
             )
     return layers
 

@@ -254,7 +254,10 @@ class FileSink(ModelSink):
     def commit(
         self, index: int, layer: nn.Module, record: LayerRecord, travelling: Sequence[HiddenStates | HeldOut]
     ) -> None:
-        """Write a finished decoder layer; of one that is removed, its record only."""
+        """Write a finished decoder layer; of one that is removed, its record only.
+
+        The record comes last. `StreamedRun.complete` deletes all files beside the shards that records name.
+        """
         self.forget()  # the dense weights of this layer: the checkpoint has them
         streams = {name: stream for part in travelling for name, stream in part.kept().items()}
         masks, self.masks = self.masks, {}

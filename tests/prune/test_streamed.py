@@ -225,8 +225,8 @@ def test_a_full_disk_keeps_what_is_finished(source, whole, tmp_path, monkeypatch
     flush, flushed = output.flush, []
 
     def full(path):
-        flushed.append(path)
-        if len(flushed) > 26:
+        flushed.append(path.name)
+        if any("model-00003-of" in name for name in flushed):  # from the third decoder layer on
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         flush(path)
 
