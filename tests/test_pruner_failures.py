@@ -78,7 +78,7 @@ def test_models_of_integers_and_things_that_are_no_models(llama, tokens):
 def test_nothing_to_prune(llama, tokens):
     message = refuse(llama, tokens.split(4), UnsupportedArchitectureError, include=("*.experts.*",))
     assert "include=['*.experts.*']" in message
-    assert "found 14, all left dense: model.layers.0.self_attn.q_proj" in message
+    assert "found 14, all left dense: model.layers.0.self_attn.q_proj (not in include), " in message
 
 
 def test_pattern_that_does_not_divide_a_row_is_found_before_any_work(tokens):

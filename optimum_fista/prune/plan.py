@@ -109,10 +109,11 @@ def plan_run(model: PreTrainedModel, config: FistaPruningConfig, *, loaded: bool
     removal, operators, left_dense, config = removal.applied(layers, chosen, found, config)
     # experts and decoder layers go without an operator to prune
     if not any(operators.values()) and not removal.num_removed_layers and not removal.mixtures:
+        shown = first_names([f"{name} ({why})" for name, why in left_dense.items()]) or "none"
         raise UnsupportedArchitectureError(
             f"no linear operator to prune in {layers.name}: looked for nn.Linear and Conv1D modules with "
             f"include={list(config.include)}, exclude={list(config.exclude)}, and found "
-            f"{len(left_dense)}, all left dense: {first_names(list(left_dense)) or 'none'}."
+            f"{len(left_dense)}, all left dense: {shown}."
         )
     channels: Sequence[Part] = ()
     try:
