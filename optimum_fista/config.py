@@ -1,8 +1,8 @@
 """What to prune and how: the pruning configuration.
 
-`options.py` declares each option with its type, choices and limits. This module tells what they mean together: which
-pattern an operator gets, what a method's source uses for options that are left open, and what contradicts itself. A
-configuration is frozen and goes through JSON unchanged, so that a report, a card and a resumed run have the same one.
+`options.py` declares each option with its type, choices and limits. This module says what the options mean together:
+which pattern an operator gets, which defaults a method has, and which options contradict each other. A configuration
+is frozen, and JSON keeps it unchanged: a report, a card and a resumed run have the same one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from optimum_fista.solve.patterns import WholeParts, parse_pattern
 
 @dataclass(frozen=True)
 class MethodDefaults:
-    """What a method's source uses for options of `FistaPruningConfig` that the caller leaves `None`."""
+    """Values that a method uses for options of `FistaPruningConfig` that the caller leaves `None`."""
 
     scope: Scope = "matrix"  # zeros are shared out among all weights of an operator
     error_correction: ErrorCorrection = 0.0
@@ -46,18 +46,18 @@ _METHOD_DEFAULTS = {
 
 
 def method_defaults(name: str) -> MethodDefaults:
-    """The options that a method uses if the caller leaves them `None`; those of others are as SparseGPT's."""
+    """The options that a method uses if the caller leaves them `None`; most methods use those of SparseGPT."""
     return _METHOD_DEFAULTS.get(name, MethodDefaults())
 
 
-# The published settings of FISTAPruner (arXiv 2408.03728, section 4); what it leaves open is as in `Fista`.
+# The published settings of FISTAPruner (arXiv 2408.03728, section 4); others have the defaults of `Fista`.
 _PAPER = {"patience": 3, "max_trials": 30, "rounding_share": 0.3, "refit_iterations": 0, "restart": False}
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "fast": {"error_correction": "none", "residual_correction": 0.0},
     "paper": {"method": "fista", "warm_start": "auto", "max_iterations": 20, "method_options": _PAPER},
 }
-"""What the recipes of `FistaPruningConfig.recipe` set otherwise than the defaults."""
+"""The options of each recipe (`FistaPruningConfig.recipe`) that are not the defaults."""
 
 _CONFIG_FILE = "pruning_config.json"
 _FILES = ("fista/report.json", _CONFIG_FILE)
@@ -72,7 +72,7 @@ class FistaPruningConfig(PruningOptions):
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
             value = getattr(self, name)
-            if isinstance(value, Iterable):  # others are refused below, by their type
+            if isinstance(value, Iterable):  # other types are refused below
                 object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         for name in ("method_options", "overrides"):  # copies: the caller may change theirs
             if isinstance(value := getattr(self, name), Mapping):
@@ -84,7 +84,7 @@ class FistaPruningConfig(PruningOptions):
         loses_experts = parts is not None and any(part.kind == "experts" for part in parts.shares)
         ordered = usual.span is not None and usual.width == 1  # which weights compete depends on the inputs' order
         whole = parts is not None, "whole parts are removed: pass only one of them"
-        # option: whether it would change nothing, and what to do about it
+        # option: whether it would change nothing, and what to do instead
         idle = {
             "scope": (usual.fixed and not self.overrides, "pass only one of them"),
             **dict.fromkeys(("include", "exclude", "overrides"), whole),
@@ -95,7 +95,7 @@ class FistaPruningConfig(PruningOptions):
             value = getattr(self, name)
             if changes_nothing and value != getattr(_DEFAULTS, name):
                 raise ValueError(f"{name}={value!r} has no meaning for pattern={self.pattern!r}: {advice}.")
-        method = self.create_method("")  # which checks the options of the method
+        method = self.create_method("")  # this checks the options of the method
         method.require_pattern(usual)
         for pattern, value in self.overrides.items():
             try:
@@ -112,7 +112,7 @@ class FistaPruningConfig(PruningOptions):
     def recipe(cls, name: str, **options: Any) -> FistaPruningConfig:
         """The settings of the recipe `"default"`, `"fast"` or `"paper"`; docs/quickstart.md compares them.
 
-        `options` override the recipe's; with another `method`, the recipe's options of its own method are left out.
+        `options` override those of the recipe. If they name another `method`, the recipe's method options are left out.
         """
         if name not in RECIPES:
             raise ValueError(f"recipe={name!r}: pass one of {', '.join(map(repr, RECIPES))}.")
@@ -122,7 +122,7 @@ class FistaPruningConfig(PruningOptions):
         return cls(**(settings | options))
 
     def create_method(self, model_type: str) -> PruningMethod:
-        """The method with its options; `model_type` (as in a model's config) decides `warm_start="auto"`."""
+        """Create the method with its options; `model_type` (as in a model's config) decides `warm_start="auto"`."""
         options = dict(self.method_options)
         named = ("max_iterations", "tolerance", "warm_start")
         options |= {name: value for name in named if (value := getattr(self, name)) is not None}
@@ -131,7 +131,7 @@ class FistaPruningConfig(PruningOptions):
         try:
             method = create_method(self.method, **options)
             wrong = wrong_field(method)
-        except TypeError as error:  # a method's own checks compare numbers
+        except TypeError as error:  # the method compared text or None with a number
             wrong = f"method_options={options!r}: pass numbers where method {self.method!r} takes them ({error})."
         if wrong is not None:
             raise ValueError(wrong)
@@ -149,7 +149,7 @@ class FistaPruningConfig(PruningOptions):
         return self._pattern_of(next(found, None))  # the first match counts
 
     def reason_left_dense(self, name: str) -> str | None:
-        """Why the options leave the operator called `name` dense, of which no report warns; `None` if they do not."""
+        """Why the user's options leave the operator `name` dense (no warning is needed); `None` if they do not."""
         if matches(name, self.exclude):
             return "exclude"
         if self.include and not matches(name, self.include):
@@ -158,7 +158,7 @@ class FistaPruningConfig(PruningOptions):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        values = dataclasses.asdict(self)  # tuples stay tuples, which JSON has not
+        values = dataclasses.asdict(self)  # keeps tuples, but JSON has only lists
         return values | {"include": list(self.include), "exclude": list(self.exclude)}
 
     @classmethod
@@ -177,11 +177,7 @@ class FistaPruningConfig(PruningOptions):
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> FistaPruningConfig:
-        """The configuration of a pruned folder or Hub id, of a folder that `save_pretrained` wrote, or of a JSON file.
-
-        Raises:
-            FileNotFoundError: If the folder or repository holds none.
-        """
+        """Read a configuration: of a pruned folder or Hub id, a folder of `save_pretrained`, or a JSON file."""
         file = Path(source)
         if not file.is_file():
             found = (cached_file(str(source), name, _raise_exceptions_for_missing_entries=False) for name in _FILES)
@@ -194,19 +190,19 @@ class FistaPruningConfig(PruningOptions):
             raise ValueError(f"config {str(file)!r} is not JSON: {error}.") from error
         if not isinstance(values, dict):
             raise ValueError(f"config {str(file)!r} holds a JSON {type(values).__name__}: pass an object of options.")
-        return cls.from_dict(values["config"] if "operators" in values else values)  # that of a report, or alone
+        return cls.from_dict(values["config"] if "operators" in values else values)  # in a report, or alone
 
     def resolved(self) -> FistaPruningConfig:
-        """The same configuration with the method's own choice for every option of `MethodDefaults` that is `None`."""
+        """Return the configuration with the method's own value for each option of `MethodDefaults` that is `None`."""
         defaults = method_defaults(self.method)
         missing = {name: value for name, value in vars(defaults).items() if getattr(self, name) is None}
         if self._pattern_of(None).fixed and not self.overrides:
-            missing.pop("scope", None)  # a pattern such as 2:4 has none
+            missing.pop("scope", None)  # a pattern such as 2:4 has no scope
         return dataclasses.replace(self, **missing)
 
     @property
     def correction(self) -> Correction:
-        """`error_correction` and `residual_correction`, the method's own if they are `None`."""
+        """`error_correction` and `residual_correction`; the method's own values if they are `None`."""
         chosen = self.resolved()
         assert chosen.error_correction is not None
         return Correction.parse(chosen.error_correction, chosen.residual_correction or 0.0)
@@ -219,7 +215,7 @@ class FistaPruningConfig(PruningOptions):
         return allocated and not any(matches(name, (pattern,)) for pattern in self.overrides)
 
     def _pattern_of(self, override: float | str | None) -> SparsityPattern:
-        """The pattern that an override asks for; of `None`, that of all operators without one."""
+        """The pattern that an override asks for; `None`: the pattern of all operators without an override."""
         if isinstance(override, str):
             return parse_pattern(override)
         scope = self.scope or method_defaults(self.method).scope

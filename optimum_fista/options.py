@@ -1,8 +1,8 @@
 """The options of a pruning run, each declared once: its type, choices, limits, default and help.
 
-`FistaPruningConfig` checks values by these declarations, the flags of `optimum-fista prune` are made from them, and the
-documentation lists them. A `Literal` gives the choices. Records of a run are dataclasses too: `as_record` reads them
-from JSON and checks them in the same way. This module loads neither torch nor transformers, so that `--help` is quick.
+`FistaPruningConfig` checks values against these declarations. They also give the flags of `optimum-fista prune`, and
+the documentation lists them. A `Literal` gives the choices. Records of a run are dataclasses too: `as_record` reads
+them from JSON and checks them in the same way. This module loads neither torch nor transformers: `--help` is quick.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 ErrorCorrection = Literal["none", "intra", "full"] | float
 Allocation = Literal["uniform", "fisher"]
 Limits = tuple[float, float | None]
-SEEDS = (0, 2**64 - 1)  # that torch.manual_seed takes
+SEEDS = (0, 2**64 - 1)  # least and largest seed of torch.manual_seed
 
 _WHICH, _METHOD, _MACHINE = "which operators", "method", "calibration and machine"
 
 
 def option(default: Any, text: str, *, limits: Limits | None = None, advanced: str | None = None) -> Any:
-    """Declare an option of a dataclass: its default or what makes it, its help, the least and the largest number it
-    takes (`None`: any), and the group of rarely used options that it belongs to.
+    """Declare an option of a dataclass: its default (or a function that makes the default), its help, its least and
+    largest number (`None`: any), and its group if it is rarely used.
     """
     kind = "default_factory" if callable(default) else "default"  # dict, so that no two configurations share one
     return field(**{kind: default}, metadata={"help": text, "limits": limits, "advanced": advanced})
@@ -39,7 +39,7 @@ def require_seed(seed: int) -> None:
 
 @dataclass(frozen=True)
 class PruningOptions:
-    """The fields of `FistaPruningConfig`. What is `None` is the method's choice (`MethodDefaults`)."""
+    """The fields of `FistaPruningConfig`. If an option is `None`, the method chooses it (`MethodDefaults`)."""
 
     sparsity: float | None = option(None, "share of weights to set to zero, in [0, 1) (default 0.5, or the pattern's)")
     pattern: str = option(
@@ -48,23 +48,25 @@ class PruningOptions:
         "heads:0.5, experts:0.25 or layers:0.1, or several joined by +, remove whole parts (docs/smaller.md)",
     )
     scope: Literal["matrix", "row"] | None = option(
-        None, "matrix: an operator shares the zeros; row: each row has as many (default: by method)", advanced=_WHICH
+        None,
+        "matrix: the rows of an operator share its zeros; row: all rows have as many zeros (default: by method)",
+        advanced=_WHICH,
     )
     method: str = option(
         "obs_admm", "obs_admm, fista, magnitude, wanda, dsnot, sparsegpt, admm, alps, flap or greedy_obs"
     )
     error_correction: ErrorCorrection | None = option(
         None,
-        "compensate for the errors of operators that are pruned already: none; intra: those in the same decoder layer; "
-        "full: those in all decoder layers before, too; a number from 0 to 1: as full, for this share of their error "
-        "(docs/method.md; default: by method, 0.5 for obs_admm)",
+        "compensate for the errors of operators that were pruned before: none; intra: those in the same decoder layer; "
+        "full: also those in all earlier decoder layers; a number from 0 to 1: as full, but only for this share of the "
+        "error (docs/method.md; default: by method, 0.5 for obs_admm)",
         limits=(0, 1),
         advanced=_METHOD,
     )
     residual_correction: float | None = option(
         None,
-        "share of the error in the rest of a decoder layer's output that its last operator compensates for (default: 1 "
-        "for obs_admm, 0 for others)",
+        "share of the error in the rest of a decoder layer's output for which its last operator compensates (default: "
+        "1 for obs_admm, 0 for others)",
         limits=(0, 1),
         advanced=_METHOD,
     )
@@ -78,38 +80,38 @@ class PruningOptions:
         2048, "calibration tokens to compute the loss and its gradients on", limits=(2, None), advanced=_MACHINE
     )
     held_out: int = option(
-        0, "further sequences, not fitted to, on which errors are measured too", limits=(0, None), advanced=_MACHINE
+        0, "further sequences to measure errors on; no weight is fitted to them", limits=(0, None), advanced=_MACHINE
     )
     warm_start: str | None = option(
         None, "how FISTA gets its first weights: auto, wanda or sparsegpt", advanced=_METHOD
     )
-    max_iterations: int | None = option(None, "most iterations of the method", advanced=_METHOD)
+    max_iterations: int | None = option(None, "maximum number of iterations of the method", advanced=_METHOD)
     tolerance: float | None = option(None, "relative change at which the method stops", advanced=_METHOD)
     method_options: Mapping[str, Any] = option(dict, "further options of the method, by name")
     include: tuple[str, ...] = option((), "prune only operators whose names match; repeatable", advanced=_WHICH)
-    exclude: tuple[str, ...] = option((), "leave operators dense whose names match; repeatable", advanced=_WHICH)
+    exclude: tuple[str, ...] = option((), "leave operators whose names match dense; repeatable", advanced=_WHICH)
     overrides: Mapping[str, float | str] = option(
-        dict, "sparsity or pattern for operators whose names match; the first match counts, 0 leaves an operator dense"
+        dict, "sparsity or pattern of operators whose names match; the first match counts, 0 leaves an operator dense"
     )
     expert_refit: bool = option(True, "refit the experts that stay if others are removed", advanced=_METHOD)
     reorder_channels: bool = option(
-        False, "for n:m: reorder channels of MLPs to keep larger weights; old adapters no longer fit", advanced=_METHOD
+        False, "for n:m: reorder MLP channels to keep larger weights; existing adapters no longer fit", advanced=_METHOD
     )
     compute_dtype: Literal["float32", "bfloat16", "auto"] = option(
         "float32",
-        "dtype of products of float32 matrices in forward passes, gradients and sums over tokens; bfloat16 means "
-        "TensorFloat-32 on CUDA; auto: bfloat16 if the device is fast in it; layer problems are solved in float32",
+        "dtype in which float32 matrices are multiplied in forward passes, gradients and sums over tokens; bfloat16 "
+        "means TensorFloat-32 on CUDA; auto: bfloat16 if it is fast on the device; weights are solved for in float32",
         advanced=_MACHINE,
     )
     seed: int = option(0, "seed of all random choices", limits=SEEDS, advanced=_MACHINE)
 
 
 T = TypeVar("T")
-_types_of: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)  # slow, and asked for every record
+_types_of: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)  # slow, and needed for every record
 
 
 def as_record(kind: type[T], values: Mapping[str, Any]) -> T:
-    """A dataclass from what JSON has of it: the inverse of `dataclasses.asdict`."""
+    """Make a dataclass of its JSON values: the inverse of `dataclasses.asdict`."""
     types = _types_of(kind)
     record = kind(**{name: _as_declared(value, types.get(name)) for name, value in values.items()})
     if wrong := wrong_field(record):
@@ -118,10 +120,10 @@ def as_record(kind: type[T], values: Mapping[str, Any]) -> T:
 
 
 def _as_declared(value: Any, hint: Any) -> Any:
-    """A value as its field holds it: JSON has lists for tuples, objects for dataclasses, and text for all keys."""
+    """Convert a JSON value to its field's type: JSON has lists for tuples, objects for dataclasses, text for keys."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return _as_declared(value, inner[0])  # the other is None
+        return _as_declared(value, inner[0])  # the other type is None
     if isinstance(value, dict) and dataclasses.is_dataclass(hint):
         return as_record(hint, value)  # type: ignore[arg-type]
     if isinstance(value, dict) and inner:
@@ -132,7 +134,7 @@ def _as_declared(value: Any, hint: Any) -> Any:
 
 
 def wrong_field(record: Any) -> str | None:
-    """What is wrong with the first field of another type than declared, that is no choice, or beyond its limits."""
+    """Describe the first field with a wrong type, choice or number; `None` if all fields are as declared."""
     hints = _types_of(type(record))
     for one in dataclasses.fields(record):
         value, hint = getattr(record, one.name), hints[one.name]
@@ -146,7 +148,7 @@ def wrong_field(record: Any) -> str | None:
 
 
 def kinds_of(hint: Any) -> list[Any]:
-    """The types that a field takes, but for None."""
+    """The types that a field takes, without None."""
     return [t for t in (get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]) if t is not NoneType]
 
 
@@ -154,7 +156,7 @@ _WORDS = {Any: "anything", int: "a whole number", float: "a number", str: "text"
 
 
 def _words(hint: Any) -> str:
-    """What a field takes, in words."""
+    """Say in words what a field takes."""
     words: list[str] = []
     for kind in kinds_of(hint):
         origin, inner = get_origin(kind), get_args(kind)
@@ -169,7 +171,7 @@ def _words(hint: Any) -> str:
 
 
 def _fits(value: object, hint: Any) -> bool:
-    """Whether a value, as it is or as JSON has it, is of a declared type."""
+    """Whether a value has the declared type."""
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -183,6 +185,6 @@ def _fits(value: object, hint: Any) -> bool:
         return isinstance(value, origin) and all(_fits(part, inner[0]) for part in value)
     if origin is not None:
         return isinstance(value, origin) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
-    if hint in (int, float):  # Python's True is an int, and its 1 no float
+    if hint in (int, float):  # for Python, True is an int, and 1 is not a float
         return isinstance(value, int | hint) and not isinstance(value, bool)
     return isinstance(value, hint)

@@ -1,4 +1,4 @@
-"""The pruner: models in, pruned models and reports out."""
+"""The pruner: it takes a model, prunes it, and returns a report."""
 
 from __future__ import annotations
 
@@ -41,14 +41,15 @@ logger = logging.getLogger(__name__)
 class FistaPruner:
     """Prunes decoder-only Transformers models after training, in one shot.
 
-    It works layer by layer, as FISTAPruner does (arXiv 2408.03728; `FistaPruningConfig.paper()` has its settings).
+    It prunes one decoder layer after the other, as FISTAPruner does (arXiv 2408.03728; its settings are in
+    `FistaPruningConfig.paper()`).
 
     Args:
         config: What to prune and how; 50% unstructured by default.
         progress: Whether to show a progress bar.
-        storage_device: Where activations wait between passes: a device (`"cpu"` spares the memory of a GPU), a folder,
-            or `"disk"`: files beside the output, or in the temporary folder for a model in memory. `None`: on the
-            model's device, but in files beside the output if a model given by name is pruned on the CPU.
+        storage_device: Where to keep activations between passes: a device (`"cpu"` spares the memory of a GPU), a
+            folder, or `"disk"` (files beside the output; for a model in memory, the temporary folder). `None`: the
+            model's device. If a model given by name is pruned on the CPU, `None` means `"disk"`.
         callbacks: Called for every operator and decoder layer as it is pruned.
     """
 
@@ -82,24 +83,25 @@ class FistaPruner:
     ) -> PruningReport:
         """Prune a model in place, or from its files to the files of `output_dir`; return the report.
 
-        Of a model given by name each decoder layer is read, pruned, and written to a file of its own, so the model is
-        not in memory as a whole. Until all is done these files are in `output_dir` + ".unfinished". After a crash, an
-        interrupt, a full disk (OSError) or the end of another process (RankError) the same call resumes there, with the
-        same result. Several processes (`accelerate launch`, `torchrun`) that make this call share the decoder layers
-        (docs/ranks.md); of a model in memory each prunes its own copy. Let one thread of a process at a time prune.
+        If the model is given by name, one decoder layer at a time is read, pruned, and written to its own file, so the
+        whole model is never in memory. Until the run ends, these files are in `output_dir` + ".unfinished". After a
+        crash, an interrupt, a full disk (OSError) or the end of another process (RankError), the same call resumes
+        there, with the same result. Several processes (`accelerate launch`, `torchrun`) that make this call share the
+        decoder layers (docs/ranks.md). If the model is in memory, each process prunes its own copy. Only one thread of
+        a process may prune at a time.
 
         Args:
-            model: Decoder-only language model, in memory or offloaded by Accelerate (on any error it is left as it
-                was), or its name: a Hub id, a model folder, or a folder with one GGUF file.
+            model: Decoder-only language model in memory, or offloaded by Accelerate (an error leaves the model as it
+                was). Or a name: a Hub id, a model folder, or a folder with one GGUF file.
             calib_dataloader: Iterable of `{"input_ids", "attention_mask"}` dicts, or of tensors or lists of ids [batch,
-                sequence]. A dict with `"held_out"` (True, or the name of the text) is for the perplexity alone.
+                sequence]. A dict with `"held_out"` (True, or the name of the text) only measures the perplexity.
             calibration_source: Name of the text, for the report.
-            output_dir: Where to write the pruned model. This and what follows is for a model given by name only.
-            device: Where it computes; `None`: the accelerator if there is one (MPS has to be named).
+            output_dir: Where to write the pruned model. This option and the next ones are for a model given by name.
+            device: Where to compute; `None`: the accelerator if there is one (MPS has to be named).
             dtype: `"auto"` takes the checkpoint's.
             overwrite: Replace a model that `output_dir` already holds, and an unfinished run of other settings.
-            packed: Write no zeros (docs/formats.md).
-            drop_unused: Prune although the files hold tensors that the result will lack, such as a vision tower.
+            packed: Store the weights without their zeros (docs/formats.md).
+            drop_unused: Prune even if the files hold tensors that the result will lack, such as a vision tower.
         """
         settings: dict[str, Any] = {"progress": self.progress, "callbacks": self.callbacks}
         if isinstance(model, str | Path):
@@ -135,14 +137,14 @@ class FistaPruner:
         for callback in self.callbacks:
             callback.on_prune_begin(report)
         with sink, sink.interruptible:
-            # by the dense model, so before any layer is pruned
+            # measured on the dense model, so before any layer is pruned
             plan = plan.with_budgets(share_budgets(plan, calibration.batches, report))
             prune_layers(plan, calibration, report, sink, held_out)
-            dense_sha256 = [layer.dense_sha256 for layer in report.layers]  # of those that go, too
+            dense_sha256 = [layer.dense_sha256 for layer in report.layers]  # removed layers too
             plan.removal.shrink(model, report, sink)
             complete_report(plan, report, held_out, dense_sha256)
             report.seconds["total"] = time.perf_counter() - started
-            model.config.fista_pruning = summary(report)  # in the sink: an interrupt here takes all of it back
+            model.config.fista_pruning = summary(report)  # in the sink: after an interrupt here all is put back
             self._results[model] = (report, sink.masks)
         logger.info("%s", report)
         for callback in self.callbacks:
@@ -163,7 +165,7 @@ class FistaPruner:
             return self.config.create_method("").prune(problem, pattern)
 
     def result(self, model: PreTrainedModel) -> tuple[PruningReport, dict[str, Tensor]]:
-        """The report of a model that this pruner has pruned in place, and its masks by `"{operator}.weight"`.
+        """Return the report of a model that this pruner has pruned in place, and its masks by `"{operator}.weight"`.
 
         A mask is packed to one bit a weight (`solve.pattern.unpack_mask`), in the layout of the model's weight.
         """
@@ -173,7 +175,7 @@ class FistaPruner:
             )
         report, masks = self._results[model]
         latest = getattr(model.config, CONFIG_KEY, None)
-        # Two runs that removed experts or decoder layers alone have the same summary: no operator was pruned.
+        # No operator is pruned if only experts or decoder layers go: two such runs have the same summary.
         smaller = bool(report.removed) and model.num_parameters() != report.model["num_parameters"]
         if smaller or (latest is not None and latest | {"retrained": True} != summary(report) | {"retrained": True}):
             raise ValueError(
@@ -191,7 +193,7 @@ class FistaPruner:
     ) -> None:
         """Save a model that this pruner has pruned, with masks, report and card (docs/files.md).
 
-        Plain Transformers loads the folder. `overwrite` replaces a model that is there, but no file of somebody else.
+        Plain Transformers loads the folder. `overwrite` replaces a model in the folder, but never other files.
         """
         report, masks = self.result(model)
         with new_output(Path(folder), overwrite) as unfinished:
@@ -209,9 +211,9 @@ class FistaPruner:
     ) -> str:
         """Save a pruned model (`save_pretrained`), upload it to the Hub, and return the URL of the commit.
 
-        `repo_id` is `name` or `owner/name`, created if it is absent. The files stay in `folder`; `None`: one that is
-        named as the last part of `repo_id`. `options` are `private`, `token`, `commit_message` and `revision`. If the
-        Hub is not reached (OSError), the folder is complete.
+        `repo_id` is `name` or `owner/name`; a missing repository is created. The files stay in `folder` (`None`: a
+        folder with the last part of `repo_id` as its name). `options` are `private`, `token`, `commit_message` and
+        `revision`. If the Hub can't be reached (OSError), the folder is complete all the same.
         """
         require_repo_id(repo_id)
         target = Path(folder) if folder is not None else Path(repo_id.split("/")[-1])

@@ -1,7 +1,7 @@
-"""The report of a pruning run: one record, written to `fista/report.json` and read by everything that comes after.
+"""The report of a pruning run, written to `fista/report.json`.
 
-It holds numbers, no text: the model card, the page, `verify` and the summary in the terminal are made from it. Shares
-and means are computed from the operators when they are asked for, so that no two numbers in it can disagree.
+The model card, the page, `verify` and the summary in the terminal are made from the report. Shares and means are
+computed from the operators when they are needed, so that no two numbers can disagree.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def library_versions() -> dict[str, str]:
     return versions if found is None else versions | {"gpu": device_name(found)}
 
 
-_version = functools.cache(importlib.metadata.version)  # which searches the file system
+_version = functools.cache(importlib.metadata.version)  # the search in the file system is slow
 
 
 def device_name(device: torch.device) -> str:
@@ -49,14 +49,14 @@ def device_name(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class OperatorReport:
-    """Numbers of one pruned linear operator. If the model was retrained, errors are those before."""
+    """Numbers of one pruned linear operator. If the model was retrained, errors are those before the training."""
 
     name: str  # of its weight in the model and the checkpoint
     shape: tuple[int, int]  # (out, in)
-    stored_transposed: bool  # whether the checkpoint has the weight as [in, out]
+    stored_transposed: bool  # whether the checkpoint stores the weight as [in, out]
     pattern: str  # such as "unstructured" or "2:4"
     target_sparsity: float  # share of zeros asked for
-    scope: Scope  # what an unstructured budget is shared over: "matrix" or "row"
+    scope: Scope  # what shares the zeros of an unstructured pattern: "matrix" or "row"
     num_kept: int  # weights
     sparsity: float  # share of zeros
     method: str
@@ -65,31 +65,31 @@ class OperatorReport:
     iterations: int  # over all trials
     converged: bool  # False if an iteration limit or a numerical failure ended the method
     message: str  # advice or remark of the method
-    num_tokens: int  # calibration tokens seen
+    num_tokens: int  # calibration tokens that reached it
     solve_seconds: float  # shared evenly over the operators that were solved together
     output_error: float | None = None  # || W* X* - W X || / || W X ||; `None` if the dense network did not run
     held_out_fit_error: float | None = None  # on held-out tokens, to which no weight was fitted
     held_out_output_error: float | None = None
-    held_out_tokens: int = 0  # seen
+    held_out_tokens: int = 0  # that reached it
     residual_corrected: bool = False  # whether it compensates for the error in the rest of its layer
-    groups_kept: tuple[int, ...] | None = None  # of columns, if others were removed: `shape` is that of what is left
-    input_order: tuple[int, ...] | None = None  # numbers of the inputs in the dense model; `None`: as there
+    groups_kept: tuple[int, ...] | None = None  # of columns, if others were removed; `shape` is the smaller one
+    input_order: tuple[int, ...] | None = None  # numbers of the inputs in the dense model; `None`: the same order
 
     @property
     def stored_shape(self) -> tuple[int, int]:
-        """As the checkpoint stores the weight."""
+        """Shape of the weight in the checkpoint."""
         return self.shape[::-1] if self.stored_transposed else self.shape
 
 
 @dataclass(frozen=True)
 class MixtureReport:
-    """Experts of a mixture that stayed, and how near they come to all of them."""
+    """Experts of a mixture that stayed, and how close their output is to that of all experts."""
 
     name: str
-    groups_kept: tuple[int, ...]  # numbers that the experts that stayed had in the dense model
+    groups_kept: tuple[int, ...]  # numbers of the kept experts in the dense model
     saliency: tuple[float, ...]  # of each expert of the dense model (`score_experts`)
     expert_tokens: tuple[int, ...]  # how many calibration tokens the router sent to each of them
-    fit_error: float  # || E* - Y || / || Y || of what the experts that stayed return together
+    fit_error: float  # || E* - Y || / || Y || of the summed output E* of the kept experts
     fit_error_before: float  # before the down projections were refitted
     num_refitted: int
     solve_seconds: float
@@ -103,11 +103,11 @@ class LayerReport:
     """Numbers of one pruned decoder layer."""
 
     name: str  # in the model
-    hidden_state_error: float | None  # || H* - H || / || H || after the layer; `None` if not both are carried on
+    hidden_state_error: float | None  # || H* - H || / || H || after the layer; `None` if one of the two is not computed
     seconds: float  # wall time
-    memory: MemoryPeak | None = None  # the most while its operators were pruned; `None` if there are none
+    memory: MemoryPeak | None = None  # peak while its operators were pruned; `None` if none was pruned
     mixture: MixtureReport | None = None  # if it lost experts
-    dense_sha256: str | None = None  # of its tensors before (`model.offload.sha256_of`)
+    dense_sha256: str | None = None  # of its tensors before pruning (`model.offload.sha256_of`)
 
 
 @dataclass(frozen=True)
@@ -125,14 +125,14 @@ class RecoveryReport:
 
     teacher: str  # name of the dense model: a Hub id, or the last part of a path
     train: str  # a key of `WORDS_OF_TRAIN`
-    num_trained: int  # weights, zeros aside
+    num_trained: int  # weights, without zeros
     num_tokens: int  # trained on
     calibration: dict[str, Any]  # `source` and `sha256` of the tokens, `sequence_length`, `held_out` sequences
     options: dict[str, Any]
     evaluations: list[list[float]]  # steps, seconds, held-out loss: mean negative log-likelihood of a token
-    best_step: int  # whose weights were kept; 0: nothing was gained, and the weights are as they were
+    best_step: int  # the weights after this step were kept; 0: no step was better than the weights before
     held_out_loss_before: float  # of the pruned model
-    held_out_loss: float  # of the weights as they were saved
+    held_out_loss: float  # of the saved weights
     seconds: float  # of training and evaluation
 
     def __str__(self) -> str:
@@ -159,11 +159,11 @@ class PruningReport:
     """Record of a pruning run."""
 
     config: dict[str, Any]  # the configuration as plain values
-    model: dict[str, Any]  # class, name (as a teacher's), num_parameters, sha256 of the dense tensors, what it lacks
-    calibration: dict[str, Any]  # sha256, num_sequences, num_tokens, source if known; the same of `held_out` ones
+    model: dict[str, Any]  # class, name (see `teacher`), num_parameters, sha256 of the dense tensors, what it lacks
+    calibration: dict[str, Any]  # sha256, num_sequences, num_tokens, source if known; `held_out` has the same keys
     operators: list[OperatorReport] = field(default_factory=list)  # in pruning order
     layers: list[LayerReport] = field(default_factory=list)
-    left_dense: dict[str, str] = field(default_factory=dict)  # the reason, by operator of the decoder layers
+    left_dense: dict[str, str] = field(default_factory=dict)  # operators that were not pruned, with the reason
     warnings: list[str] = field(default_factory=list)  # what the user should know
     seconds: dict[str, float] = field(default_factory=dict)  # wall time of the parts of the run
     versions: dict[str, str] = field(default_factory=library_versions)
@@ -179,18 +179,18 @@ class PruningReport:
         self.left_dense |= record.left_dense
 
     def lack(self, lost: str) -> None:
-        """Note what the dense model's files hold and the pruned model lacks."""
+        """Note what the dense model's files hold but the pruned model lacks."""
         self.model["lacks"] = lost
         self.warn(f"{lost}; the pruned model lacks them")
 
     def warn(self, message: str) -> None:
-        """Add what the user should know, and warn of it."""
+        """Add a warning to the report, and show it to the user."""
         self.warnings.append(message)
         warnings.warn(message, stacklevel=2)
 
     @property
     def measured_on(self) -> str:
-        """The text of the perplexity, in words."""
+        """Say in words on which text the perplexity was measured."""
         found = self.perplexity or {}
         text = {None: "text", "self": "text of its own"}.get(found.get("text"), found.get("text"))
         return f"{found['num_tokens']:,} tokens of {text} that no weight was fitted to"
@@ -209,7 +209,7 @@ class PruningReport:
 
     @property
     def experts_left(self) -> str:
-        """Say how many experts stayed, and how near they come to all; empty if none was removed."""
+        """Say how many experts stayed, and how large their fit error is; empty if none was removed."""
         if not self.mixtures:
             return ""
         first, errors = self.mixtures[0], [mixture.fit_error for mixture in self.mixtures]
@@ -223,7 +223,7 @@ class PruningReport:
 
     @property
     def totals(self) -> dict[str, Any]:
-        """Sums and means over the pruned operators; errors that no operator knows are `None`."""
+        """Sums and means over the pruned operators; an error that no operator has measured is `None`."""
         weights = sum(o.shape[0] * o.shape[1] for o in self.operators)
         zeros = weights - sum(o.num_kept for o in self.operators)
         dense = self.model.get("dense_num_parameters", self.model["num_parameters"])
@@ -231,7 +231,7 @@ class PruningReport:
         errors: dict[str, float | None] = {}
         for name in ("fit_error", "output_error", "held_out_fit_error", "held_out_output_error"):
             known = [value for o in self.operators if (value := getattr(o, name)) is not None]
-            nothing = 0.0 if name == "fit_error" else None  # every operator knows this one
+            nothing = 0.0 if name == "fit_error" else None  # every operator has a fit error
             errors |= {f"mean_{name}": fmean(known) if known else nothing, f"max_{name}": max(known, default=nothing)}
         both = [(o.held_out_fit_error, o.fit_error) for o in self.operators if o.held_out_fit_error is not None]
         held_out, fitted = (sum(values) for values in zip(*both, strict=True)) if both else (0.0, 0.0)
@@ -241,17 +241,17 @@ class PruningReport:
             "num_zeros": zeros,
             "sparsity": zeros / weights if weights else 0.0,
             "model_sparsity": zeros / self.model["num_parameters"],  # of all parameters, embeddings too
-            "num_removed": removed,  # with whole parts of the model
+            "num_removed": removed,  # parameters of whole parts that were removed
             "share_removed": removed / dense,  # of the dense model's parameters
             **errors,
-            "held_out_ratio": held_out / fitted if fitted else None,  # of the same operators; 1: nothing is over-fitted
+            "held_out_ratio": held_out / fitted if fitted else None,  # of the same operators; 1: no overfitting
             "solve_seconds": sum(o.solve_seconds for o in self.operators)
             + sum(mixture.solve_seconds for mixture in self.mixtures),
             "num_not_converged": sum(not o.converged for o in self.operators),
         }
 
     def command(self) -> str:
-        """The command that prunes the same model in the same way; what is not known is in capitals."""
+        """The command that prunes the same model in the same way; a word in capitals stands for an unknown name."""
         tokens, sequences = self.calibration["num_tokens"], self.calibration["num_sequences"]
         words = ["optimum-fista", "prune", self.model.get("name") or "MODEL", "--output", "DIR"]
         words += ["--config", "fista/report.json", "--calibration", self.calibration.get("source") or "SOURCE"]
@@ -264,14 +264,14 @@ class PruningReport:
         return shlex.join(words)
 
     def to_json(self) -> str:
-        """JSON text, with what is computed from the fields too: for readers, `from_dict` does not need it."""
+        """Write JSON text; the `totals` and `command` in it are for readers: `from_dict` does not need them."""
         return json.dumps(dataclasses.asdict(self) | {"totals": self.totals, "command": self.command()}, indent=1)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PruningReport:
-        """Inverse of `to_json`, parsed; a `TypeError` if a field is missing, unknown, or of another type."""
+        """Read the parsed JSON of `to_json`; TypeError if a field is missing, unknown, or of another type."""
         report = as_record(cls, {key: value for key, value in values.items() if key not in ("totals", "command")})
-        if not report.model["num_parameters"] > 0:  # shares are of it
+        if not report.model["num_parameters"] > 0:  # shares are divided by this number
             raise TypeError(f"model has {report.model['num_parameters']} parameters")
         return report
 
@@ -303,7 +303,7 @@ HUB_DATASETS = {"wikitext2": "Salesforce/wikitext", "c4": "allenai/c4", "ptb": "
 
 
 def public_name(name: str) -> str:
-    """Name of a Hub id, a data set or a path that an uploaded folder may hold: of a path only its last part."""
+    """The name to write into a folder that may be uploaded: for a path only its last part."""
     is_path = os.path.exists(name) or os.path.isabs(name) or name.startswith(("~", "."))
     return os.path.basename(os.path.abspath(name)) if is_path else name
 
@@ -312,7 +312,7 @@ class OperatorGrid:
     """Operators by decoder layer (rows) and kind (columns); the experts of a mixture share a kind."""
 
     def __init__(self, operators: Iterable[OperatorReport]) -> None:
-        self.cells: dict[tuple[str, str], list[OperatorReport]] = {}  # by layer and kind, only those that there are
+        self.cells: dict[tuple[str, str], list[OperatorReport]] = {}  # by layer and kind; no empty lists
         self.kinds: dict[str, list[OperatorReport]] = {}  # layer by layer
         for operator in operators:
             layer, kind = layer_and_kind(operator.name)

@@ -1,4 +1,4 @@
-"""`optimum-fista chat`."""
+"""The command `optimum-fista chat`."""
 
 from __future__ import annotations
 
@@ -73,18 +73,18 @@ class _Speaker:
         self.model, self.tokenizer = loaded
         ends = getattr(self.model.generation_config, "eos_token_id", None)  # a number, a list or None
         ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id} - {None}
-        # `generate` would obey what the folder says of sampling and lengths.
+        # Otherwise `generate` would use the folder's settings of sampling and lengths.
         self.model.eval().generation_config = GenerationConfig(eos_token_id=[*ends] or None, pad_token_id=[*ends, 0][0])
         config = self.model.config.get_text_config(decoder=True)
         self.room: float = getattr(config, "max_position_embeddings", None) or math.inf
 
     def answer(self, question: str) -> str:
-        """What the model says; after an error it says nothing, and the conversation stays as it was."""
+        """Return the model's answer; after an error it is empty, and the conversation stays as it was."""
         import torch
         from jinja2 import TemplateError
         from transformers import TextStreamer
 
-        def refuse_nan(_: Any, scores: Any) -> Any:  # the most probable token would be the first one
+        def refuse_nan(_: Any, scores: Any) -> Any:  # otherwise the first token would seem the most probable
             if scores.isnan().any():
                 raise ValueError(f"{self.name} gives NaN logits: look for NaN in its weights, or pass --dtype float32.")
             return scores
@@ -115,9 +115,9 @@ class _Speaker:
         return "".join(said)
 
     def _prompt(self, turns: list[dict[str, str]]) -> tuple[list[dict[str, str]], dict[str, Any]]:
-        """The latest turns that fit into the model, and their tokens; without a template those of the last one."""
+        """The latest turns that fit into the model, and their tokens; without a template, those of the last turn."""
         form = {"return_tensors": "pt", "return_dict": True, "add_generation_prompt": True}
-        for start in range(0, len(turns), 2):  # a question and its answer are forgotten together
+        for start in range(0, len(turns), 2):  # a question and its answer are dropped together
             if self.tokenizer.chat_template is None:
                 found = self.tokenizer(turns[-1]["content"], return_tensors="pt")
             else:

@@ -1,4 +1,4 @@
-"""`optimum-fista demo`: the claims of the README on a small real model, in minutes of a laptop's processor."""
+"""`optimum-fista demo`: show the claims of the README on a small real model, in minutes on a laptop's processor."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ the default method, obs_admm, set half of its weights to zero. The default metho
 channels, which leaves a smaller dense model. Perplexity is measured on the first windows of English text that comes
 with Python. Later windows of the same text are the calibration text, so every method looks better than on other text.
 
-The demo saves what the default method pruned, verifies the files, reloads them with plain Transformers and lets them
-write. On two cores with AVX2 all of it takes about three to four minutes.
+The demo saves the models of the default method, verifies the files, reloads them with plain Transformers and lets them
+write. On two cores with AVX2 the demo takes about three to four minutes.
 """
 
 # Method, pattern, and folder to save the model in.
@@ -29,8 +29,8 @@ _RUNS = (
     ("obs_admm", "unstructured", "pruned-50"),
     ("obs_admm", "channels:0.25", "smaller"),
 )
-# Most of the time is forward passes and sums over tokens. 1536 are as many as the widest operator has inputs: fewer
-# would leave its Gram matrix singular, and more tell the methods apart no better.
+# Forward passes and sums over tokens take most of the time. The widest operator has 1536 inputs: with fewer tokens its
+# Gram matrix would be singular, and more tokens do not tell the methods apart better.
 _WINDOWS, _LENGTH = 6, 256
 _PROMPT = "The most important thing to know about the sea is"
 
@@ -80,17 +80,17 @@ def run(arguments: argparse.Namespace) -> int:
     say("verifying and reloading")
     _show_models(dense, saved, tokenizer)
     name = arguments.model or os.path.relpath(_smollm2_folder())
-    # As the program was called, so that the commands can be copied, whatever environment is active.
+    # The program as it was called, so that the commands can be copied in any environment.
     program = sys.argv[0] if Path(sys.argv[0]).name == "optimum-fista" else "optimum-fista"
     print("\nnext:")
     print(f"  {program} chat {saved[0]} --beside {name}    # talk to the pruned model and to the dense one")
-    print(f"  {program} prune {name} --dry-run    # what a run with the model's own text would take")
+    print(f"  {program} prune {name} --dry-run    # memory and time of a run with the model's own text")
     print(f"  {program} prune MODEL --output pruned    # a model of your own: Hub id or folder")
     return 0
 
 
 def _material(source: str, model: Any, tokenizer: Any) -> tuple[Any, Any]:
-    """Windows to calibrate on, and others, the first of the text, to measure on."""
+    """Windows to calibrate on, and others, from the start of the text, to measure on."""
     from optimum_fista.text.calibration_tokens import usual_length
     from optimum_fista.text.sources import load_text
     from optimum_fista.text.windows import evaluation_windows
@@ -99,7 +99,7 @@ def _material(source: str, model: Any, tokenizer: Any) -> tuple[Any, Any]:
     if len(windows) < 2 * _WINDOWS:
         needed = f"the demo calibrates on {_WINDOWS} windows and measures on {_WINDOWS}"
         raise ValueError(f"--text {source} has {len(windows)} windows, and {needed}: pass a longer text.")
-    others = windows[_WINDOWS:]  # those to calibrate on are spread over the rest of the text
+    others = windows[_WINDOWS:]  # the windows to calibrate on are spread over the rest of the text
     return others[:: len(others) // _WINDOWS][:_WINDOWS], windows[:_WINDOWS]
 
 

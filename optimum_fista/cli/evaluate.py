@@ -31,11 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-windows", type=int, help="stop after this many windows (default: the whole text)")
     add("--tasks", type=_words, metavar="A,B", help="zero-shot accuracy on tasks of lm-eval")
     add("--include-path", type=Path, metavar="DIR", help="folder of further task files (YAML)")
-    add("--limit", type=int, help="measure only so many documents of every task")
+    add("--limit", type=int, help="measure at most this many documents of every task")
     add("--batch-size", type=int, default=1, help="windows or answers in a forward pass (default 1)")
     add("--device", **DEVICE)
     add("--dtype", **DTYPE)
-    add("--output", "-o", type=Path, metavar="FILE.json", help="add to a file (for `report` DIR/fista/evaluation.json)")
+    add("--output", "-o", type=Path, metavar="FILE.json", help="add to it (`report` reads DIR/fista/evaluation.json)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output is not None:
         require_addable(arguments.output)  # before hours of measuring
     options = {name: getattr(arguments, name) for name in ("include_path", "limit", "batch_size")}
-    suite = TaskSuite(arguments.tasks, **options) if arguments.tasks else None  # unknown ones are refused first
+    suite = TaskSuite(arguments.tasks, **options) if arguments.tasks else None  # refuses unknown tasks first
     perplexities: list[Any] = []
     text = load_text(arguments.text, "test") if arguments.text else None
     model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)

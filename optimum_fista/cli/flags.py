@@ -19,20 +19,20 @@ _NAMES = {int: "N", float: "NUMBER", str: "NAME"}
 
 
 def add_options(parser: argparse.ArgumentParser, options: type) -> dict[str, Any]:
-    """Add a flag for each field but mappings, with its help, its choices and its default.
+    """Add a flag for each field that is not a mapping, with its help, choices and default.
 
-    Returns the groups of options that the fields name, to which a command may add flags of its own.
+    Returns the groups of options that the fields name; a command may add its own flags to them.
     """
     groups, hints = dict[str, Any](), get_type_hints(options)
     for field in fields(options):
-        title = field.metadata["advanced"]  # of the group, or None: an option of every day
+        title = field.metadata["advanced"]  # of the group; None for an everyday option
         kinds = kinds_of(hints[field.name])
         kind, origin = kinds[0], get_origin(kinds[0])
         if origin is Mapping:
-            continue  # in Python, or in a file that --config names
+            continue  # only for Python and --config files
         text, flag, settings = field.metadata["help"], field.name.replace("_", "-"), {}
         if kind is bool:
-            settings = {"action": "store_const", "const": not field.default}  # None if it is not given
+            settings = {"action": "store_const", "const": not field.default}  # None if the flag is not given
             flag, text = (f"no-{flag}", f"do not {text}") if field.default else (flag, text)
         elif origin is tuple:
             settings = {"action": "append", "metavar": "GLOB"}  # a flag for each pattern

@@ -18,7 +18,7 @@ from optimum_fista.cli import chat, demo, doctor, evaluate, pack, page, prune, r
 
 _COMMANDS: dict[str, Any] = {"prune": prune, "recover": recover, "evaluate": evaluate, "report": page, "verify": verify}
 _COMMANDS |= {"chat": chat, "pack": pack, "unpack": unpack, "demo": demo, "doctor": doctor}
-_SECONDS_BETWEEN_LINES = 30.0  # that tell of one bar in a log
+_SECONDS_BETWEEN_LINES = 30.0  # of one bar in a log
 
 _DESCRIPTION = """\
 Prune large language models after training, in one shot, one linear operator after another.
@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser of one command, whose `--help` leaves out the groups of options called "advanced: ..."."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Refuse what the command does not know here, where its own options are at hand for a suggestion."""
+        """Refuse unknown arguments here, where the command's own options are known for a suggestion."""
         if {"-h", "--help"} & {*args}:
             for action in self.rare:
                 action.help = argparse.SUPPRESS  # the process ends with this help
@@ -68,7 +68,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     """Run a parsed command; errors of the user or the system become one line and 1, an interrupt 130."""
     formatted, stream = warnings.formatwarning, sys.stderr
-    # Without the line of code that gave the warning, which is of no use here.
+    # Show no line of code with a warning: it is of no use here.
     warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
     try:
         with redirect_stderr(stream if stream.isatty() else _BarsAsLines(stream)):
@@ -84,9 +84,9 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 class _BarsAsLines:
-    """Passes text on to a stream that is no terminal; of bars, a line in half a minute at most.
+    """Passes text on to a stream that is no terminal, but at most two lines a minute of each bar.
 
-    All bars of ours and of libraries write "\\r", the bar, and at their end "\\n". A log keeps what a terminal erases:
+    Our bars and those of libraries write "\\r", the bar, and at the end "\\n". A log keeps what a terminal erases:
     one run of `recover` would leave 93 kB of bars.
     """
 
@@ -100,7 +100,7 @@ class _BarsAsLines:
                 self._last = time.monotonic()
                 self._stream.write(f"{line}\n")
         else:
-            if text.strip() or not self._in_bar:  # not the line's end of a bar
+            if text.strip() or not self._in_bar:  # drops the line end of a bar
                 self._stream.write(text)
             self._in_bar = False
         return len(text)
@@ -110,7 +110,7 @@ class _BarsAsLines:
 
 
 def _one_line(error: Exception) -> str:
-    """What to say of an error."""
+    """Describe an error in one line."""
     from optimum_fista.memory import is_out_of_memory
 
     text = " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""What `optimum-fista prune` says before a run and after it: what it will take, what it cost, and what to do next."""
+"""Lines that `optimum-fista prune` prints: memory and time before a run, errors after it, and what to do next."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def say_before(arguments: argparse.Namespace, config: FistaPruningConfig) -> tuple[int, str]:
-    """Say what the run will do and take; returns the size of its batches and the source of its text."""
+    """Print what the run will do and need; returns its batch size and the source of its text."""
     import torch
 
     from optimum_fista.estimate import LIBRARIES
@@ -32,11 +32,11 @@ def say_before(arguments: argparse.Namespace, config: FistaPruningConfig) -> tup
         estimate = estimate_of(arguments, config, chosen)
         lines, parts = overview_of(estimate), estimate.memory["host"]
     except (ValueError, OSError):
-        raise  # what the run would refuse, before text is drawn: a model may write it for hours
-    except Exception as error:  # a model without weights can't be built in every family
+        raise  # the run would fail, too: stop before a model writes text for hours
+    except Exception as error:  # some families can't build a model without weights
         print(f"note: memory could not be estimated: {error}", file=sys.stderr)
         return chosen or 1, arguments.calibration or "self"
-    # What the libraries take is no longer free.
+    # Measured after the libraries are loaded.
     needed, free = sum(parts.values()) - LIBRARIES, available_bytes(torch.device("cpu")) or 0
     lines += [f"{'':<13}{_size(free)} of memory are free", f"{'output':<13}{arguments.output}"]
     if arguments.push_to_hub:
@@ -54,7 +54,7 @@ def say_before(arguments: argparse.Namespace, config: FistaPruningConfig) -> tup
 
 
 def estimate_of(arguments: argparse.Namespace, config: FistaPruningConfig, batch_size: int | None) -> Estimate:
-    """What the run will take, with batches of this size; `None`: of the best size for the device."""
+    """Estimate memory and time of the run, with batches of this size; `None`: the best size for the device."""
     from optimum_fista.estimate import Estimate
     from optimum_fista.folder.source_files import require_no_loss
 
@@ -68,20 +68,20 @@ def estimate_of(arguments: argparse.Namespace, config: FistaPruningConfig, batch
 
 
 def overview_of(estimate: Estimate) -> list[str]:
-    """What a run will do and take, in a few lines."""
+    """Say in a few lines what a run will do and need."""
     model, config, parameters = estimate.model, estimate.config, estimate.model.num_parameters()
     dtype, weights = str(model.dtype).removeprefix("torch."), sum(estimate.weights.values())
     zeros, removed = sum(estimate.zeros.values()), estimate.num_removed
     pruned = f"{len(estimate.operators)} operators with {weights:,} weights"
     if removed:
-        pruned += f"; {removed:,} parameters go ({removed / parameters:.1%})"
+        pruned += f"; {removed:,} parameters are removed ({removed / parameters:.1%})"
     elif weights:
         pruned += f"; {zeros:,} become zero ({zeros / weights:.1%})"
     tokens = f"{estimate.num_samples} x {estimate.length} tokens"
     held_out = f" ({config.held_out} held out)" if config.held_out else ""
     text = "that the model writes itself" if estimate.calibration == "self" else f"of {estimate.calibration}"
     if estimate.too_large_to_write:
-        text += " (the whole model does not fit into memory, which it needs to write its own)"
+        text += " (to write its own text, the whole model would have to fit into memory)"
     memory = ", ".join(f"{_size(sum(parts.values()))} of the {place}" for place, parts in estimate.memory.items())
     model_size = f"{parameters:,} parameters in {dtype} ({_size(estimate.weight_bytes)})"
     default = " (the default)" * (config.method == type(config).method)
@@ -111,7 +111,7 @@ def details_of(estimate: Estimate) -> list[str]:
         lines.append(f"{kind:<24}{len(names):>8}{weights:>20,}{zeros:>20,}")
     reasons = dict[str, list[str]]()
     for name, why in estimate.left_dense.items():
-        # one line for "loses the rows that model.layers.*.mlp.down_proj no longer reads", whatever the layer
+        # one line for all layers: "loses the rows that model.layers.*.mlp.down_proj no longer reads"
         reasons.setdefault(re.sub(r"\.\d+\.", ".*.", why), []).append(name)
     lines += [f"left dense ({reason}): {first_names(names)}" for reason, names in reasons.items()]
     notes = list(idle_patterns(estimate.config, list(estimate.operators), list(estimate.left_dense)))
@@ -130,25 +130,25 @@ def details_of(estimate: Estimate) -> list[str]:
 
 
 def _size(count: float) -> str:
-    """Bytes for people."""
+    """Write a number of bytes for people."""
     return tqdm.format_sizeof(count, "iB", 1024)
 
 
 def verdicts(report: PruningReport) -> Iterator[str]:
-    """What a run cost, and whether that is much; docs/report.md says where the words begin."""
+    """Say how much worse the model became, and whether that is much; docs/report.md has the limits of the words."""
     if report.perplexity is not None:
         found = report.perplexity
         numbers = f"perplexity {found['dense']:.2f} before and {found['pruned']:.2f} after"
         yield f"{numbers} ({_verdict(found)}), on {report.measured_on}"
     if report.operators:
         worst = max(report.operators, key=lambda o: o.fit_error)
-        # docs/report.md tells what these limits rest on
+        # docs/report.md gives the reasons for these limits
         word = "low" if worst.fit_error < 0.2 else "usual" if worst.fit_error < 0.5 else "high"
         yield f"largest fit error {worst.fit_error:.2f} ({word}): {worst.name.removesuffix('.weight')}"
 
 
 def _verdict(found: Mapping[str, Any]) -> str:
-    """Whether the perplexity after is much more than before, if it rests on enough text."""
+    """Say whether the perplexity rose much, if there was enough text to tell."""
     from optimum_fista.model.held_out import LEAST_TOKENS
 
     if found["num_tokens"] < LEAST_TOKENS:
@@ -163,12 +163,12 @@ def _verdict(found: Mapping[str, Any]) -> str:
 
 
 def argument(path: str | Path) -> str:
-    """A path as it is typed in a command: quoted, and no option if it begins with a dash."""
+    """Write a path as an argument of a command: quoted, and not taken for an option if it begins with a dash."""
     return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def next_commands(model: str, folder: Path, calibration: str | None) -> str:
-    """What to do with a pruned model; without a calibration text it was recovered already."""
+    """List commands to use on a pruned model; `calibration` is `None` if the model was recovered already."""
     from optimum_fista.text.sources import usual_texts
 
     name, dense = argument(folder), argument(model)

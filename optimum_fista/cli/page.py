@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="of evaluate (default DIR/fista/evaluation.json)",
+        help="written by evaluate (default DIR/fista/evaluation.json)",
     )
 
 

@@ -1,6 +1,6 @@
-"""How far `optimum-fista prune` is, and what its processes say.
+"""The progress bar and the messages of the processes of `optimum-fista prune`.
 
-The bar is one of tqdm, as all others, so `optimum_fista.cli.main` makes lines of it where no terminal shows it.
+The bar is one of tqdm, like all others; without a terminal, `optimum_fista.cli.main` turns it into lines.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from optimum_fista.report import LayerReport, OperatorReport, PruningReport, lay
 
 
 class Progress(PruningCallback):
-    """Show a run over the decoder layers; the time that is left is in proportion to the costs of the layers.
+    """Show a run over the decoder layers; the estimate of the time left depends on the costs of the layers.
 
     Args:
-        shares: Whether other processes prune other decoder layers, which are not counted.
+        shares: Whether other processes prune other decoder layers; those are not counted.
     """
 
     shows_layers = True
@@ -51,7 +51,7 @@ class Progress(PruningCallback):
         self._bar.set_description_str(f"{self._layer}: {kind}, fit error {report.fit_error:.4f}")
 
     def on_layer_end(self, index: int, layer: LayerReport, operators: Sequence[OperatorReport]) -> None:
-        """Show what the finished decoder layer lost, which a log keeps."""
+        """Print the errors of the finished decoder layer, so that a log keeps them."""
         self._num_done += 1
         done = f"decoder layer {index} ({self._num_done} of {self._num_layers})"  # from 0, as in the names of operators
         found = "no operator to prune"  # it stays dense, or is removed

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments, those of every day first."""
     add, parser.usage = parser.add_argument, "%(prog)s MODEL [options]"  # argparse's own would fill a screen
     add("model", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
-    add("--output", "-o", type=Path, metavar="DIR", help="to write to (default: MODEL's name with -50pct, -2of4, ...)")
+    add("--output", "-o", type=Path, metavar="DIR", help="new folder (default: MODEL's name with -50pct, -2of4, ...)")
     advanced = add_options(parser, PruningOptions)
     add("--target-size", type=float, metavar="SHARE", help="remove channels until this share of the bytes is left")
     add(
@@ -62,9 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sequence-length", type=int, metavar="N", help="tokens in a sequence (default: 2048, or the model's limit)")
     add("--device", **DEVICE)
     add("--dtype", **DTYPE)
-    add("--dry-run", action="store_true", help="only print what a run would prune and take; MODEL may be a config.json")
+    add("--dry-run", action="store_true", help="only print what a run would prune and need; MODEL may be a config.json")
     add("--overwrite", action="store_true", help="replace a model that --output already holds")
-    add("--drop-unused", action="store_true", help="leave out tensors that have no place in the result: a vision tower")
+    add("--drop-unused", action="store_true", help="leave out tensors that the result has no place for: a vision tower")
     add("--packed", action="store_true", help="store the pruned weights without their zeros (see pack --help)")
     add("--push-to-hub", metavar="REPO", help="upload the folder, with copies of small files beside MODEL's weights")
     # None: the Hub decides, by the settings of an organisation.
@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         opened.enter_context(first_process_speaks(ranks.index, "optimum_fista.prune.removal"))
         try:
-            ranks.first(lock)  # until the model is in its place: two runs must not write into one folder
+            ranks.first(lock)  # held to the end of the run: two runs must not write into one folder
             arguments.batch_size, arguments.calibration = ranks.first(lambda: say_before(arguments, config))
             callbacks = [] if ranks.index else [opened.enter_context(closing(Progress(shares=ranks.count > 1)))]
             folder = unfinished_folder(arguments.output) / FOLDER
@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
             pruner = FistaPruner(config, storage_device=arguments.storage_device, callbacks=callbacks)
             report = pruner.prune(arguments.model, batches, **options)
         except KeyboardInterrupt:
-            opened.close()  # the bar goes before anything is said
+            opened.close()  # removes the bar before the message
             print("\nfinished decoder layers are kept: give the same command again to resume", file=sys.stderr)
             raise
     if ranks.count > 1:
@@ -134,7 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:
-    """Refuse what can't work before anything is read or printed."""
+    """Refuse options that can't work before anything is read or printed."""
     from optimum_fista.folder.hub import require_push
     from optimum_fista.folder.loading import storage_place, usable_device
     from optimum_fista.folder.output import require_output, unfinished_folder
@@ -146,7 +146,7 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
     require_output(arguments.output, arguments.overwrite, source=arguments.model)
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise ValueError(f"--batch-size {arguments.batch_size}: pass at least 1.")
-    if arguments.calibration not in (None, "self"):  # both are written by the model, or chosen with its size
+    if arguments.calibration not in (None, "self"):  # these depend on the model
         require_source(arguments.calibration)
     usable_device(arguments.device)
     storage_place(arguments.storage_device)
@@ -154,9 +154,9 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
         require_push(arguments.push_to_hub)
     elif arguments.private:
         raise ValueError("--private makes sense with --push-to-hub REPO only.")
-    if not arguments.overwrite:  # an unfinished run of other settings; other text is found out after it was drawn
+    if not arguments.overwrite:  # refuse an unfinished run with other settings now; other text is noticed later
         wanted: dict[str, Any] = {"recovery": None, "sequences": arguments.num_samples + config.held_out}
-        if config.whole_parts is None or config.whole_parts.size is None:  # or the model says which channels go
+        if config.whole_parts is None or config.whole_parts.size is None:  # otherwise the model decides it
             wanted["config"] = json.loads(json.dumps(config.resolved().to_dict()))  # tuples to lists
         if arguments.sequence_length is not None:
             wanted["length"] = arguments.sequence_length
@@ -164,7 +164,7 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
 
 
 def default_output(model: str, config: FistaPruningConfig) -> Path:
-    """The folder if none is named: the model's name and the pattern, such as `Llama-3.2-1B-50pct` or `model-2of4`."""
+    """The default output folder: the model's name and the pattern, as in `Llama-3.2-1B-50pct` or `model-2of4`."""
     percent = f"{100 * (config.sparsity or 0.0):.6g}pct"
     pattern = percent if config.pattern == "unstructured" else config.pattern
     pattern = re.sub(r"[:+/]", "-", re.sub(r"(\d+):(\d+)", r"\1of\2", pattern))
@@ -175,9 +175,9 @@ def default_output(model: str, config: FistaPruningConfig) -> Path:
 def _batches(
     arguments: argparse.Namespace, config: FistaPruningConfig, device: str | None, keep_in: Path
 ) -> list[Tensor | dict[str, Any]]:
-    """The calibration batches, and text to measure the perplexity on if there is some.
+    """Return the calibration batches, with text to measure the perplexity on if there is some.
 
-    A model that writes its own text finds it easier than other text, so it is measured on Python's documentation.
+    Text that a model has written is too easy for it, so then the perplexity is measured on Python's documentation.
     """
     from optimum_fista.folder.loading import read_config, require_tokenizer
     from optimum_fista.text.calibration_tokens import calibration_tokens_by_name, num_measured, usual_length
@@ -194,7 +194,7 @@ def _batches(
 
     if source == "self":
         tokens, source = draw(wanted), "pydoc"
-        with suppress(ValueError):  # it is too short for the length
+        with suppress(ValueError):  # this text is too short for the length
             tokenizer = require_tokenizer(arguments.model)
             measured = calibration_windows(tokenizer, load_text(source, "test"), count, length, config.seed)
     else:
@@ -203,7 +203,7 @@ def _batches(
             try:
                 tokens = draw(wanted + extra)
                 break
-            except ValueError:  # the text may be just long enough for fewer
+            except ValueError:  # the text may be long enough for fewer sequences
                 if not extra:
                     raise
         measured = tokens[wanted:] if extra else None
@@ -212,7 +212,7 @@ def _batches(
 
 
 def _config(arguments: argparse.Namespace) -> FistaPruningConfig:
-    """The configuration from the flags given, over that of `--config` or `--recipe`."""
+    """Make the configuration: that of `--config` or `--recipe`, overridden by the given flags."""
     from optimum_fista.config import FistaPruningConfig
 
     flags = given(arguments, PruningOptions)
@@ -225,6 +225,6 @@ def _config(arguments: argparse.Namespace) -> FistaPruningConfig:
     if arguments.recipe:
         return FistaPruningConfig.recipe(arguments.recipe, **flags)
     base = FistaPruningConfig.from_pretrained(arguments.config).to_dict() if arguments.config else {}
-    if {"sparsity", "pattern"} & set(flags):  # one of them says the other
+    if {"sparsity", "pattern"} & set(flags):  # each of them decides the other
         base = {key: value for key, value in base.items() if key not in ("sparsity", "pattern")}
     return FistaPruningConfig.from_dict(base | flags)

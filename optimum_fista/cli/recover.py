@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Recover, and say what it gained."""
+    """Recover, and print what was gained."""
     from accelerate import PartialState
 
     from optimum_fista.cli.overview import next_commands

@@ -44,13 +44,13 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{arguments.folder}: BROKEN: {error}", file=sys.stderr)
         return 1
     found = [proven.removed] if proven.removed else []
-    if proven.num_zeros or not found:  # removed parts and zeros, or one of them
+    if proven.num_zeros or not found:  # there may be removed parts, zeros, or both
         share = proven.num_zeros / max(1, proven.num_weights)
         found.append(f"{proven.num_zeros:,} of {proven.num_weights:,} weights zero ({share:.4%})")
     mixtures = f" and {proven.num_mixtures} mixtures" if proven.num_mixtures else ""
     print(f"{arguments.folder}: {proven.num_operators} operators{mixtures} keep their pattern, {'; '.join(found)}")
     if proven.num_equal is not None:
-        print(f"{proven.num_equal} tensors that were not pruned equal what {arguments.dense} has of them")
+        print(f"{proven.num_equal} tensors that were not pruned equal those of {arguments.dense}")
     if proven.num_parameters is None:
         print("its parameters were not counted: Transformers can't make a model of its class without weights")
     if arguments.same_as is None:

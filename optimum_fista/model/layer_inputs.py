@@ -50,7 +50,7 @@ class RecordedInputs:
     calls: list[list[LayerCall]]  # other arguments, calls[layer][batch], where the layer computes
     token_masks: list[Tensor | None]  # of each batch, bool [batch, sequence]; None when all are real
     held_out: list[bool]  # whether nothing is fitted to a batch
-    handed_on: bool  # whether all layers had to run, because they hand more to the next than hidden states
+    handed_on: bool  # whether all layers had to run, because they pass more than hidden states to the next one
 
 
 def record_inputs(
@@ -63,7 +63,7 @@ def record_inputs(
     """Run the model on every batch with its decoder layers skipped, and record what each is called with.
 
     The first layer runs once, to learn the form of its output; nothing after the last layer runs. If decoder layers
-    hand more to the next than hidden states (indices that attention shares, the state of a router), all of them run
+    pass more than hidden states to the next one (indices that attention shares, the state of a router), all of them run
     (`runs_layers`), and what is handed on is recorded as it is in the dense network. Hidden states are kept at
     `storage`; `None`: on the device.
     """

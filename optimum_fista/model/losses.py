@@ -50,8 +50,8 @@ def choose_layers(loss: DenseLoss, count: int) -> list[tuple[int, float]]:
     recorded = record_inputs(layers, sequences, loss.storage)
     if recorded.handed_on:
         raise UnsupportedArchitectureError(
-            f"the decoder layers of {type(model).__name__} hand more to the next than hidden states, so none of them "
-            "can be removed: use another pattern."
+            f"the decoder layers of {type(model).__name__} pass more than hidden states to the next one, so none can "
+            "be removed: use another pattern."
         )
     left, removed = list(range(len(layers))), list[tuple[int, float]]()
     num_runs = sum(len(layers) - done for done in range(count))

@@ -1,8 +1,7 @@
-"""Calibration batches on their way through the decoder layers, and the one answer to a device that is out of memory.
+"""Calibration batches on their way through the decoder layers, and what happens if the device runs out of memory.
 
-A step of the run is a function of the batches and of the hidden states that they have become. So a step that runs out
-of memory is simply called again, with half as many sequences in a batch (`retried`). Sums over tokens then differ by
-rounding; nothing else does.
+A step of the run is a function of the batches and their hidden states. So a step that runs out of memory is called
+again, with half as many sequences in a batch (`retried`). Only the rounding of sums over tokens changes.
 """
 
 from __future__ import annotations
@@ -34,17 +33,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Calibration:
-    """Batches, and what they have become in front of one decoder layer."""
+    """Batches, with their hidden states before one decoder layer."""
 
-    batches: Sequence[CalibrationBatch]  # those to fit to, and the held-out ones after them
-    states: HiddenStates | None = None  # that enter the layer; None in front of the first
+    batches: Sequence[CalibrationBatch]  # first those to fit to, then the held-out ones
+    states: HiddenStates | None = None  # inputs of the layer; None before the first one
     recorded: RecordedInputs | None = None  # other arguments of the layers; None until batches of this size were run
 
 
 def begin(
     plan: Plan, calib_dataloader: Iterable[Any], source: str | None
 ) -> tuple[Calibration, HeldOut | None, PruningReport]:
-    """Read the calibration text, and begin the report; `HeldOut` if a perplexity can be measured."""
+    """Read the calibration text and begin the report; returns a `HeldOut` if a perplexity can be measured."""
     report, inputs = begin_report(plan), {name: o.shape[1] for name, o in plan.all_operators.items()}
     given = read_batches(calib_dataloader, *token_limits(plan.layers.model))
     measured = [batch for batch in given if batch.held_out]
@@ -59,19 +58,19 @@ def begin(
         )
     measured = measured or [replace(batch, text=source) for batch in batches if batch.held_out]
     held_out = None
-    if measured and not plan.removal.mixtures:  # the decoder layer without experts is no module of the model
+    if measured and not plan.removal.mixtures:  # the decoder layer without experts is not in the model
         held_out = HeldOut(plan.layers, measured, plan.storage)
         held_out = held_out if held_out.sequences else None
     return Calibration(batches), held_out, report
 
 
 def record(plan: Plan, calibration: Calibration) -> Calibration:
-    """Record what the decoder layers are called with, unless that is known."""
+    """Record the arguments of the decoder layers, unless they are recorded already."""
     if calibration.recorded is not None:
         return calibration
     recorded = record_inputs(plan.layers, calibration.batches, plan.storage)
     states = calibration.states or plan.config.correction.enter(recorded.hidden_states)
-    del recorded.hidden_states  # `states` own them: they are freed with the first layer
+    del recorded.hidden_states  # only `states` has them now, so that they are freed with the first layer
     return replace(calibration, states=states, recorded=recorded)
 
 
@@ -83,7 +82,7 @@ def retried(
     report: PruningReport,
     undo: Callable[[], None] = lambda: None,
 ) -> T:
-    """Return `step(calibration)`; if memory runs out, call `undo`, and the step again with half as large batches."""
+    """Return `step(calibration)`; if memory runs out, call `undo`, and repeat the step with batches half as large."""
     while True:
         try:
             return step(calibration)
@@ -91,7 +90,7 @@ def retried(
             if not is_out_of_memory(error):
                 raise
             reason = str(error) or repr(error)
-        # outside of the handler: the error holds the frames, and they hold what filled the memory
+        # after the handler: the error holds the frames, and the frames hold the tensors that filled the memory
         undo()
         calibration = _halved(calibration, plan, report, reason)
         release_memory(collect=True)
@@ -110,9 +109,9 @@ def _halved(calibration: Calibration, plan: Plan, report: PruningReport, reason:
         )
     sizes = [part for size in sizes for part in ((size + 1) // 2, size // 2) if part]
     if calibration.recorded is not None and calibration.recorded.handed_on and report.operators:
-        raise torch.OutOfMemoryError(  # to record again takes the dense network, which is partly pruned now
+        raise torch.OutOfMemoryError(  # a new record needs the dense network, which is partly pruned now
             f"the device ran out of memory after the first decoder layer of a {type(plan.layers.model).__name__}, "
-            f"whose decoder layers hand more to the next than hidden states: pass batches of at most {max(sizes)} "
+            f"whose decoder layers pass more than hidden states to the next one: pass batches of at most {max(sizes)} "
             "sequences."
         )
     states = calibration.states

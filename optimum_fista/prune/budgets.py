@@ -1,4 +1,4 @@
-"""Sharing out: how many zeros every operator gets, and which decoder layers go, by the loss of the dense model."""
+"""Decide by the loss of the dense model how many zeros each operator gets and which decoder layers are removed."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from optimum_fista.report import PruningReport
 from optimum_fista.solve.allocation import allocate, removal_cost
 
 _LEAST_TOKENS = 64
-"""Outputs of an operator are weighted by gradients on no fewer tokens."""
+"""Gradients weight the outputs of an operator only if at least this many tokens reached it."""
 
 
 def share_budgets(plan: Plan, batches: Sequence[CalibrationBatch], report: PruningReport) -> Budgets:
-    """Choose the decoder layers that go, and allocate the zeros to the operators of the others."""
+    """Choose the decoder layers to remove, and allocate the zeros to the operators of the others."""
     started, removed = time.perf_counter(), list[tuple[int, float]]()
     fitted = [batch for batch in batches if not batch.held_out]
     loss = DenseLoss(plan.layers, fitted, plan.config.allocation_tokens, plan.progress, plan.storage)
@@ -33,19 +33,19 @@ def share_budgets(plan: Plan, batches: Sequence[CalibrationBatch], report: Pruni
         with quick_products_in(plan.compute_dtype):
             removed = choose_layers(loss, plan.removal.num_removed_layers)
     gone = tuple(f"{plan.layers.name}.{index}." for index, _ in removed)
-    # the zeros of layers that go would be lost to the others
+    # removed layers get no zeros: the others would miss them
     left = {name: operator for name, operator in plan.all_operators.items() if not name.startswith(gone)}
     with split_experts(plan.all_operators.values()), quick_products_in(plan.compute_dtype):
         budgets = replace(allocate_zeros(loss, left, plan.config), removed_layers=removed)
-    release_memory(plan.layers.model)  # gradients and what was recorded for them
+    release_memory(plan.layers.model)  # gradients and the activations recorded for them
     report.seconds["allocation"] = time.perf_counter() - started
     return budgets
 
 
 def allocate_zeros(loss: DenseLoss, operators: Mapping[str, LinearOperator], config: FistaPruningConfig) -> Budgets:
-    """Allocate the zeros of `config` to the operators that take part. Uniform budgets run nothing.
+    """Allocate the zeros of `config` to the operators that take part; for uniform budgets the model does not run.
 
-    Experts of a mixture see few tokens each, so all of a kind in a decoder layer get the same sparsity.
+    Few tokens reach each expert of a mixture, so all of a kind in a decoder layer get the same sparsity.
     """
     sharing = {name: operator for name, operator in operators.items() if config.shares_budget(name)}
     if not sharing or not config.sparsity:
@@ -59,7 +59,7 @@ def allocate_zeros(loss: DenseLoss, operators: Mapping[str, LinearOperator], con
                 f"allocation='fisher' takes gradients of the loss, and they can't be computed: {error}. If the model "
                 f"runs but can't be differentiated, pass {instead}."
             ) from error
-        # it is one sequence at a time already
+        # smaller batches don't help: it was one sequence
         raise torch.OutOfMemoryError(
             f"the device ran out of memory in the gradients of the loss on one sequence: pass {instead} or shorter "
             f"sequences (--sequence-length) [{error}]"
@@ -72,17 +72,17 @@ def allocate_zeros(loss: DenseLoss, operators: Mapping[str, LinearOperator], con
     unfelt = [name for key, names in pools.items() if key not in felt for name in names]
     costs, sizes, output_weights = {}, dict[str, int](), dict[str, torch.Tensor]()
     for key, names in felt.items():
-        # [out, in] each, made one after the other: together they are as large as the model
+        # each is [out, in]; made one after the other, because together they are as large as the model
         saliencies = (found[n].saliency(sharing[n].read()) for n in names)
         costs[key] = sum(removal_cost(saliency, config.sparsity) for saliency in saliencies)
         sizes[key] = sum(math.prod(sharing[n].shape) for n in names)
         if config.scope == "matrix":
-            # rows of a matrix can share zeros among each other then
+            # with this scope, rows of a matrix share their zeros
             output_weights |= {n: found[n].outputs for n in names if found[n].seen >= _LEAST_TOKENS}
     sparsities = dict[str, float]()
     for key, sparsity in (allocate(costs, sizes, config.sparsity) if costs else {}).items():
         names = felt[key]
-        # whole zeros: experts of one kind get equal numbers, the first ones one more if it doesn't divide
+        # numbers of zeros are whole: if the division has a rest, the first experts get one more
         fewest, more = divmod(round(sparsity * sizes[key]), len(names))
         size = sizes[key] // len(names)
         sparsities |= {n: (fewest + (i < more)) / size for i, n in enumerate(names)}

@@ -8,15 +8,15 @@ from optimum_fista.report import LayerReport, OperatorReport, PruningReport
 
 
 class PruningCallback:
-    """Follows a pruning run; override what is needed, every method does nothing by itself.
+    """Follows a pruning run. The methods do nothing: override those that you need.
 
-    With several processes each calls its own callbacks for its share of the decoder layers. Layers that an earlier
+    Each of several processes calls its own callbacks, for its share of the decoder layers. Layers that an earlier
     start of the run finished are not reported again. An exception of a callback ends the run like any other error:
-    finished layers stay on disk, and a model in memory is put back as it was. (After `on_prune_end` it is pruned.)
-    If a failure should not matter, the callback catches it itself.
+    finished layers stay on disk, and a model in memory is put back as it was (but not after `on_prune_end`).
+    To let the run go on, the callback must catch its exceptions.
     """
 
-    shows_layers: bool = False  # whether it shows the progress over the decoder layers, so that no bar is needed
+    shows_layers: bool = False  # whether this callback shows the progress over the decoder layers instead of the bar
 
     def on_prune_begin(self, report: PruningReport) -> None:
         """The run is about to prune; the report has the configuration, the model and the calibration."""
@@ -24,7 +24,7 @@ class PruningCallback:
     def on_layers_begin(self, num_layers: int, costs: Mapping[int, float]) -> None:
         """Zeros are allocated, and the decoder layers are about to be pruned one after another.
 
-        `costs` are estimates by index for those that are left, in forward passes of a layer.
+        `costs` estimates the cost of each layer that is left, by index, in forward passes of a layer.
         """
 
     def on_operator_end(self, report: OperatorReport) -> None:

@@ -1,7 +1,7 @@
-"""Where a run from files to files resumes: what identifies it, and what it has finished, on disk.
+"""The journal on disk by which a run from files to files resumes: which run it is, and what it has finished.
 
-A run is told from others by all that the bytes of its result depend on. So the same command finds its own layers and no
-others, and what it writes is the same bit for bit, however often it was stopped.
+A run is identified by everything that the bytes of its result depend on. So the same command finds its own layers and
+no others, and its result is the same bit for bit, however often it was stopped.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class KeptLayer:
 
     record: LayerRecord
     shard: str  # its name; empty if the layer is removed
-    # Digests of the shard, of the hidden states `before` the layer and `after` it, and of the `budgets` that it was
-    # pruned with; None for what there is none of.
+    # Digests of the shard, of the hidden states `before` the layer and `after` it, and of the `budgets` used to
+    # prune it; None if a file does not exist.
     sha256: dict[str, str | None]
 
 
@@ -56,28 +56,28 @@ class Journal:
     """Finished decoder layers, hidden states and budgets of a run, in an unfinished `folder`.
 
     A decoder layer is finished when its record is there and its shard is whole. The record is written last, after the
-    shard, the masks, and the hidden states that the next layer needs. Nothing is written in place, and every layer has
-    files of its own, so that several processes can write layers at the same time. Every file has its digest in a
-    record, and every record its own: what is damaged is not taken.
+    shard, the masks, and the hidden states that the next layer needs. No file is changed in place, and every layer has
+    its own files, so that several processes can write layers at the same time. A record has the digests of its files
+    and of itself: damaged files are not used.
     """
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
         self.folder, self.model = folder, folder / MODEL  # the folder that becomes the output, with the final shards
-        self._budgets_sha256: str | None = None  # of those that were last read
+        self._budgets_sha256: str | None = None  # of the budgets read last
         self._fingerprint = fingerprint
-        self._states_sha256: dict[int, str] = {}  # of those that were last written or read
+        self._states_sha256: dict[int, str] = {}  # of the states written or read last
         self._budgets = folder / FOLDER / "budgets.json"
         self.model.mkdir(exist_ok=True)
 
     def finished(self, *, read_shards: bool = True) -> dict[int, KeptLayer]:
-        """The decoder layers that are finished, by index; `read_shards=False` trusts shards that are there."""
+        """The finished decoder layers, by index; `read_shards=False` trusts existing shards without reading them."""
         found = {}
         for file in sorted(self._budgets.parent.glob("layer-*.json")):
             if (values := read_record(file)) is not None:
                 kept = as_record(KeptLayer, values)
                 shard, read = self.model / kept.shard, read_shards and kept.shard
                 there = is_whole(shard, kept.sha256["shard"]) if read else shard.exists()
-                # with the budgets at hand, once these are read
+                # pruned with the same budgets, once these are read
                 if there and self._budgets_sha256 in (None, kept.sha256["budgets"]):
                     found[int(file.stem.partition("-")[2])] = kept
         return found
@@ -90,7 +90,7 @@ class Journal:
         record: LayerRecord,
         streams: Mapping[str, Sequence[Tensor]],  # hidden states that the next layer needs
     ) -> None:
-        """Finish a decoder layer whose shard is on disk; it has none if it is removed."""
+        """Finish a decoder layer whose shard is on disk; a removed layer has no shard."""
         if streams:
             hidden = {f"{name}.{i}": h.contiguous() for name, stream in streams.items() for i, h in enumerate(stream)}
             self._states_sha256[index + 1] = _write_tensors(self._file("states", index + 1), hidden)
@@ -102,16 +102,16 @@ class Journal:
         }
         kept = KeptLayer(record, shard.name if shard else "", sha256)
         write_record(self._file("layer", index).with_suffix(".json"), dataclasses.asdict(kept), masks)
-        self._file("states", index).unlink(missing_ok=True)  # only now: until the record is there, they are needed
+        self._file("states", index).unlink(missing_ok=True)  # only now: they are needed until the record is written
 
     def masks(self, index: int) -> dict[str, Tensor]:
         """Packed masks of a finished decoder layer."""
         return load_file(self._file("layer", index))
 
     def resume(self, finished: Mapping[int, KeptLayer], storage: Storage) -> tuple[int, dict[str, list[Tensor]] | None]:
-        """How many of the first decoder layers are finished, each on what the one before left.
+        """Count the first decoder layers that are finished, each on the hidden states of the layer before.
 
-        Returns also the hidden states that they leave, by name; `None` if these are not there whole.
+        Returns also the hidden states after them, by name; `None` if their file is missing or damaged.
         """
         first, sha256 = 0, None
         while first in finished and finished[first].sha256["before"] == sha256:
@@ -120,7 +120,7 @@ class Journal:
         if sha256 is None or not is_whole(file, sha256):
             return first, None
         self._states_sha256[first] = sha256
-        tensors = load_file(file)  # not on the device: safetensors knows some by name only
+        tensors = load_file(file)  # not on the device: safetensors can't load to every device
         place = torch.device("cpu") if isinstance(storage, Path) else storage
         streams: dict[str, list[Tensor]] = {}
         for name in sorted(tensors, key=lambda name: int(name.partition(".")[2])):
@@ -128,16 +128,16 @@ class Journal:
         return first, streams
 
     def keep_budgets(self, budgets: Budgets, weights: Mapping[str, Any]) -> None:
-        """Begin the run: write the budgets of the operators, the decoder layers that go, and the hashed files."""
+        """Begin the run: write the budgets of the operators, the decoder layers to remove, and the hashed files."""
         write_record(self.folder / WEIGHTS_FILE, weights)
         write_record(self.folder / RUN_FILE, self._fingerprint)  # from now on the folder is kept until the run ends
         values = {name: value for name, value in vars(budgets).items() if name != "output_weights"}
-        values["run"] = digest_of(self.folder / RUN_FILE)  # ties budgets, and by their digest layers, to this run
+        values["run"] = digest_of(self.folder / RUN_FILE)  # ties budgets (and layers, by their digest) to this run
         tensors = {name: t.cpu().contiguous() for name, t in budgets.output_weights.items()}
         write_record(self._budgets, values, tensors)
 
     def budgets(self) -> Budgets | None:
-        """The budgets that were shared out; `None` before, or if they are damaged or another run's."""
+        """Read the budgets; `None` if they are not written yet, damaged, or those of another run."""
         values = read_record(self._budgets)
         if values is None or values["run"] != digest_of(self.folder / RUN_FILE):
             return None
@@ -151,13 +151,13 @@ class Journal:
 
 
 def join_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool, ranks: Ranks) -> None:
-    """Have rank 0 take up the run that a locked unfinished folder holds; throw another one away if `overwrite`."""
+    """Have rank 0 resume the run of a locked unfinished folder; if it is another run, `overwrite` discards it."""
 
     def begin() -> Mapping[str, Any]:
         if not overwrite:
             require_same_run(folder, fingerprint)
-        if json.dumps(read_record(folder / RUN_FILE)) != json.dumps(fingerprint):  # in which the order counts, too
-            discard(folder, keep_texts=True)  # also what is left of a run that was only half thrown away
+        if json.dumps(read_record(folder / RUN_FILE)) != json.dumps(fingerprint):  # their order counts, too
+            discard(folder, keep_texts=True)  # also the rest of a run that was only half discarded
         return fingerprint
 
     def join() -> None:
@@ -172,7 +172,7 @@ def join_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool, rank
 
 
 def require_same_run(folder: Path, wanted: Mapping[str, Any]) -> None:
-    """Refuse to go on with the run of an unfinished folder if it is another one; `wanted` is what is known of ours."""
+    """Refuse an unfinished folder of another run; `wanted` is what is known of this run."""
     if not (folder / RUN_FILE).exists():
         return
     begun = read_record(folder / RUN_FILE)
@@ -188,13 +188,13 @@ def require_same_run(folder: Path, wanted: Mapping[str, Any]) -> None:
 
 
 def begun_batch_size(folder: Path) -> int | None:
-    """Sequences a batch of the run that an unfinished folder holds; `None` if there is none."""
+    """Sequences in a batch of the run in an unfinished folder; `None` if there is no run."""
     begun = read_record(folder / RUN_FILE) or {}
     return max((batch[0] for batch in begun.get("batches", ())), default=None)
 
 
 def write_record(path: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
-    """Write plain values as JSON, with their digest, after the tensors that belong to them."""
+    """Write the tensors of a record, then its plain values as JSON with their digest."""
     record: dict[str, Any] = {"values": values, "tensors": None}
     if tensors is not None:
         record["tensors"] = _write_tensors(path.with_suffix(".safetensors"), tensors)
@@ -202,7 +202,7 @@ def write_record(path: Path, values: Mapping[str, Any], tensors: Mapping[str, Te
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The values of a record; `None` if there is none, or it is damaged, or its tensors are."""
+    """Read the values of a record; `None` if the record is missing, or if it or its tensors are damaged."""
     try:
         found = json.loads(path.read_bytes())
         sha256, values, tensors = found.pop("sha256"), found["values"], found["tensors"]
@@ -217,7 +217,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def is_whole(path: Path, sha256: str | None) -> bool:
-    """Whether a file is there with the bytes that were written."""
+    """Whether a file exists and still has the bytes that were written."""
     if path.exists() and digest_of(path) == sha256:
         return True
     logger.warning("%s is damaged and not used", path)
@@ -230,17 +230,17 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write a safetensors file and return its digest."""
-    write_file(path, tensors, {"format": "pt"})  # no metadata and no tensors would make a file that can't be read
+    write_file(path, tensors, {"format": "pt"})  # a file without metadata and tensors can't be read
     return digest_of(path)
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """What differs between two dictionaries of dictionaries, for people."""
+    """Say in words what differs between two dictionaries of dictionaries."""
     for key in {**found, **wanted}:
         was, now = found.get(key), wanted.get(key)
         if isinstance(was, dict) and isinstance(now, dict) and (was != now or [*was] == [*now]):
             yield from _differences(was, now, f"{prefix}{key}.")
-        elif was != now or isinstance(was, dict):  # in another order: the first of the overrides that matches counts
+        elif was != now or isinstance(was, dict):  # the order differs, and the first matching override counts
             texts = [json.dumps(value) for value in (was, now)]
             before, after = (text if len(text) <= _LETTERS else f"{text[:_LETTERS]}..." for text in texts)
             yield f"{prefix}{key} was {before}, is {after}"
@@ -261,7 +261,7 @@ def run_fingerprint(
         "weights": {name: digest for name, digest in source.digests.items() if name != CONFIG_FILE},
         "model_config": {key: value for key, value in network.items() if key not in _NOT_COMPUTED_WITH},
         "arithmetic": {k: v for k, v in report.environment.items() if k not in ("processor", "batches")},
-        "config": report.config,  # as asked: what a removal makes of it does not tell all patterns apart
+        "config": report.config,  # as the user gave it: after a removal changes it, some patterns look the same
         "calibration": tokens,
         "batches": shapes,
         "sequences": sum(shape[0] for shape in shapes),
@@ -273,16 +273,16 @@ def run_fingerprint(
 
 
 def shared_files(folder: Path, unfinished: Path, ranks: Ranks, progress: bool) -> SourceFiles:
-    """The files of a model that several processes read; those that rank 0 sees too are hashed by it alone."""
-    noted = read_record(unfinished / WEIGHTS_FILE) or {}  # by an earlier start of the run
+    """The files of a model that several processes read; rank 0 alone hashes those that it sees too."""
+    noted = read_record(unfinished / WEIGHTS_FILE) or {}  # digests of an earlier start of the run
     known = ranks.first(lambda: SourceFiles(folder, noted, progress).hashes)
     return ranks.each(lambda: SourceFiles(folder, known, progress))
 
 
 class SourceFiles:
-    """The weight files and the configuration of the model that is read: size, times, inode and SHA-256 by name.
+    """Weight files and configuration of the model that is read: size, times, inode and SHA-256 by name.
 
-    Files are read whole, at 1 to 2 GB/s a core: 140 GB take a minute, which is little compared to hours of pruning.
+    Whole files are hashed, at 1 to 2 GB/s a core: 140 GB take a minute, which is little beside hours of pruning.
     """
 
     def __init__(self, folder: Path, known: dict[str, list[Any]], progress: bool) -> None:
@@ -292,7 +292,7 @@ class SourceFiles:
         files = [f for f in sorted(folder.iterdir()) if f.name == CONFIG_FILE or f.name.endswith(_WEIGHTS)]
         for file in files:
             found = file.stat()
-            # a file that has these is not read again: writing changes its ctime, which no program can set
+            # a file with the same numbers is not read again: a write changes its ctime, which no program can set
             stamp = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
             self.hashes[file.name] = [*stamp, None if known.get(file.name, [])[:-1] != stamp else known[file.name][-1]]
         changed = [file for file in files if self.hashes[file.name][-1] is None]
@@ -308,11 +308,11 @@ class SourceFiles:
         return {name: values[-1] for name, values in self.hashes.items()}
 
     def require_unchanged(self) -> None:
-        """Refuse what was made of files that changed after they were hashed."""
+        """Refuse to go on if a file has changed since it was hashed."""
         found = SourceFiles(self.folder, self.hashes, self._progress)
         if changed := sorted({name for name, _ in self.digests.items() ^ found.digests.items()}):
             raise ValueError(
-                f"{', '.join(changed)} in {str(self.folder)!r} changed during the run: put back what was there "
+                f"{', '.join(changed)} in {str(self.folder)!r} changed during the run: restore the old files "
                 "and start again with the same output, or pass overwrite=True (--overwrite) to begin anew."
             )
         self.hashes = found.hashes

@@ -1,10 +1,10 @@
 """The whole method: every decoder layer is run, solved group by group, written, and committed.
 
-It follows FISTAPruner (arXiv 2408.03728): one decoder layer after another, and in it the linear operators in execution
-order, each fitted to the dense network's outputs on the inputs that the pruned network gives it. It differs in three
-ways. Operators that share their inputs are solved together, because they share the Gram matrix, which is expensive.
-Any method solves them. Only one decoder layer is on the device at a time, so a model need not fit into its memory; the
-price is that hidden states wait between the layers.
+As in FISTAPruner (arXiv 2408.03728), decoder layers are pruned one after the other, and in a layer the linear operators
+in execution order. Each is fitted to the dense network's outputs, on the inputs that the pruned network gives it. There
+are three differences. Operators with the same inputs are solved together, because they share the expensive Gram matrix.
+Any method can solve them. Only one decoder layer is on the device at a time, so the model may be larger than its
+memory, but hidden states must be kept between the layers.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def prune_layers(
 ) -> None:
     """Prune decoder layers in place, one after the other, and add them to the report.
 
-    `todo` are their indices; `None`: all. The hidden states of `calibration` enter the first of them. If it has none,
-    the run begins at the embeddings, and layers that are not to do run as they are. A layer is committed to `sink`
-    before the callbacks are called with it.
+    `todo` are their indices; `None`: all. The hidden states of `calibration` enter the first of them. If `calibration`
+    has none, the run begins at the embeddings, and layers outside `todo` run as they are. A layer is committed to
+    `sink` before the callbacks are called with it.
     """
     todo = range(len(plan.layers)) if todo is None else todo
     pruned, is_carried = plan.pruned_layers, plan.config.correction.carry == "full"
-    last = max((index for index in pruned if index in todo), default=-1)  # nothing has to run after it
+    last = max((index for index in pruned if index in todo), default=-1)  # later layers need not run
     first = 0 if calibration.states is None else min(todo)
     report.left_dense = dict(plan.left_dense)
     silent = not plan.progress or any(callback.shows_layers for callback in plan.callbacks)
@@ -71,7 +71,7 @@ def prune_layers(
             if index < first or not (is_mine or index < last):
                 continue
             started, done = time.perf_counter(), LayerRecord(LayerReport(name, None, 0.0))
-            # before its weights are on the device, so that what is kept elsewhere does not come back for this
+            # before its weights are on the device: offloaded ones are hashed where they are
             dense_sha256 = sha256_of(layer, layer.state_dict()) if is_mine else None
             with onloaded(layer.modules()):
                 if followed is not None:
@@ -120,7 +120,7 @@ def prune_layer(
         return replace(calibration, states=states), LayerRecord(LayerReport(name, None, 0.0))
     operators = plan.operators[name]
     require_finite([operator for operator in operators.values() if offload_hook(operator.owner)])
-    hidden = states.entering[0].to(device)  # [batch, sequence, hidden], to see by what the layer does
+    hidden = states.entering[0].to(device)  # [batch, sequence, hidden], for a test run of the layer
     reorders = plan.config.reorder_channels
     orders = reorder_channels(plan, sink, name, activations, states.entering) if reorders else {}
     groups, left_dense = trace_groups(layer, operators, calls[0], hidden)
@@ -129,7 +129,7 @@ def prune_layer(
     with watched_memory(device) as peak:
         targets = LayerTargets(activations, groups, correction, states, experts)
         for number in range(len(groups)):
-            # in a call: the matrices of a group must be gone before those of the next one are made
+            # a call of its own, so that the matrices of a group are freed before the next ones are made
             found = prune_group(plan, sink, targets.problems(number))
             reports += [replace(report, input_order=orders.get(report.name)) for report in found]
             latest = found[-1]
@@ -147,17 +147,17 @@ def prune_layer(
 
 
 def prune_group(plan: Plan, sink: ModelSink, problems: GroupProblems) -> list[OperatorReport]:
-    """Solve for the operators of a group, and write them; their reports have the errors of the weights as written."""
-    release_memory()  # what capturing left in the allocator is needed by the solver
+    """Solve for the operators of a group and write them; the reports have the errors of the weights as written."""
+    release_memory()  # the solver needs the memory that capturing left in the allocator
     started = time.perf_counter()
     pruned_group, patterns, method = solve_group(plan, problems)
-    seconds = time.perf_counter() - started  # with the kernels of a device, whose results were read
+    seconds = time.perf_counter() - started  # results were read, so the device has finished its kernels
     for operator, pruned in zip(problems.operators, pruned_group, strict=True):
         sink.write(operator, pruned.weight, pruned.mask)
     reports = []
     parts = zip(problems.operators, problems.fitted, problems.held_out, pruned_group, patterns, strict=True)
     for operator, problem, held_out, pruned, pattern in parts:
-        exact = operator.parameter.dtype == problem.weight.dtype  # otherwise rounding changed what was solved for
+        exact = operator.parameter.dtype == problem.weight.dtype  # otherwise the solution was rounded
         written = pruned.weight if exact else operator.read()
         fit_error = pruned.fit_error if exact else problem.fit_error(written)
         kept = pattern.num_kept(operator.shape)  # the mask was counted when the pattern was checked
@@ -194,18 +194,18 @@ def prune_group(plan: Plan, sink: ModelSink, problems: GroupProblems) -> list[Op
 
 
 def solve_group(plan: Plan, problems: GroupProblems) -> tuple[list[PrunedOperator], list[SparsityPattern], str]:
-    """Solve for the operators of a group; nothing is written. Returns also their patterns, and the method's name."""
+    """Solve for the operators of a group, without writing; returns also their patterns and the method's name."""
     group, fitted, output_weights = problems.operators, problems.fitted, plan.budgets.output_weights
     method: PruningMethod = plan.method
     shares, patterns = plan.budgets.sparsities, [plan.config.pattern_for(operator.name) for operator in group]
     pairs = zip(group, patterns, strict=True)
     patterns = [replace(p, sparsity=shares[o.name]) if o.name in shares else p for o, p in pairs]
     tokens, name, message = fitted[0].statistics.num_tokens, method.name, ""
-    if group[0].tokens is not None and tokens < UNDER_CALIBRATED_TOKENS:  # hardly any of the router's tokens
+    if group[0].tokens is not None and tokens < UNDER_CALIBRATED_TOKENS:  # the router sent hardly any
         method, name = Magnitude(), Magnitude.name
         message = f"under-calibrated expert: {tokens} calibration tokens reached it, so magnitude pruned it"
     if all(pattern.whole_columns and not pattern.sparsity for pattern in patterns):
-        # All columns stay: the operator repairs its decoder layer, which heads or the layer before it have left.
+        # All columns stay: the operator compensates for removed heads, or for a removed decoder layer before its own.
         pruned, name = [], "refit"
         for problem in fitted:
             mask = torch.ones_like(problem.weight, dtype=torch.bool)
@@ -213,7 +213,7 @@ def solve_group(plan: Plan, problems: GroupProblems) -> tuple[list[PrunedOperato
             error = problem.fit_error(found)
             pruned.append(PrunedOperator(found, mask, error, 1, converged=not advice, message=advice))
     elif not message and all(operator.name in output_weights for operator in group):
-        # rows of all operators compete for the zeros of the group, so shares per operator come out of it
+        # rows of all operators compete for the zeros of the group, which decides how many each operator gets
         pruned = prune_stacked(method, fitted, patterns, [output_weights[operator.name] for operator in group])
         patterns = [replace(p, sparsity=q.sparsity) for p, q in zip(patterns, pruned, strict=True)]
     else:

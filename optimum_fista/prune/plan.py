@@ -1,7 +1,7 @@
 """The plan of a run, made before its first decoder layer, and what its report says before and after the layers.
 
-A plan is frozen: whoever reads the loop need not ask what has changed since. It is made in two steps, because zeros are
-shared out by the loss of the dense model: `plan_run` chooses the operators, `Plan.with_budgets` gives each its zeros.
+A plan is frozen: it does not change while the loop runs. It is made in two steps, because the loss of the dense model
+decides where the zeros go: `plan_run` chooses the operators, `Plan.with_budgets` gives each its zeros.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from optimum_fista.solve.methods.magnitude import Magnitude
 
 UNDER_CALIBRATED_TOKENS = 128
 """An expert to which the router sends fewer calibration tokens is pruned by magnitude."""
-_PRUNING_COST = 8.0  # forward passes of the layer; measured 2 (wanda) to 9 (fista) on a CPU, see docs/ranks.md
+_PRUNING_COST = 8.0  # in forward passes of the layer; measured: 2 (wanda) to 9 (fista) on a CPU, see docs/ranks.md
 
 
 @dataclass(frozen=True)
 class Budgets:
-    """What the loss of the dense model decides: how many zeros each operator gets, and which decoder layers go."""
+    """What the loss of the dense model decides: how many zeros each operator gets, which decoder layers are removed."""
 
     sparsities: dict[str, float] = field(default_factory=dict)  # of the operators that share the zeros of the model
-    # What an error in each of their outputs costs, [out], nats: by it they share the zeros of their group.
+    # Cost [out] in nats of an error in each of their outputs; it decides how they share the zeros of their group.
     output_weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    unfelt: list[str] = field(default_factory=list)  # operators without any gradient; they keep the average sparsity
-    # Numbers in the order of the choice, each with the loss without it and those before.
+    unfelt: list[str] = field(default_factory=list)  # operators without a gradient; they keep the average sparsity
+    # Layer numbers in the order of removal, each with the loss after it was removed.
     removed_layers: list[tuple[int, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run prunes, how, and where its activations wait."""
+    """What a run prunes, how, and where it keeps activations."""
 
     layers: DecoderLayers
     asked: FistaPruningConfig  # as the user passed it, with a choice for every option
@@ -59,15 +59,15 @@ class Plan:
     operators: Mapping[str, Mapping[str, LinearOperator]]  # to prune, by the names of all decoder layers
     left_dense: Mapping[str, str]  # other operators, with the reason
     removal: Removal
-    compute_dtype: torch.dtype  # of the products that may be quick
+    compute_dtype: torch.dtype  # of products that may be less precise
     channels: Mapping[str, Part]  # parts whose channels change places, by the operators that read them
     budgets: Budgets = field(default_factory=Budgets)
-    storage: Storage | None = None  # where activations wait; None: on the device of their decoder layer
+    storage: Storage | None = None  # where activations are kept; None: on the device of their decoder layer
     progress: bool = False
     callbacks: Sequence[PruningCallback] = ()
 
     def with_budgets(self, budgets: Budgets) -> Plan:
-        """The plan to prune by: every operator has its zeros, and decoder layers that go are gone from it."""
+        """Return the plan with the zeros of every operator, and without the decoder layers to remove."""
         before, gone = (self.layers, self.operators, self.left_dense, self.config), dict(budgets.removed_layers)
         removal, operators, left, config = self.removal.applied(*before, gone)
         return replace(self, budgets=budgets, removal=removal, operators=operators, config=config, left_dense=left)
@@ -84,13 +84,13 @@ class Plan:
 
     @property
     def pruned_layers(self) -> list[int]:
-        """Indices of the decoder layers with something to prune; losing experts counts."""
+        """Indices of the decoder layers that lose weights or experts."""
         groups = enumerate(self.operators.items())
         return [index for index, (name, group) in groups if group or name in self.removal.mixtures]
 
     @property
     def costs(self) -> list[float]:
-        """What pruning each decoder layer costs besides its forward pass, in forward passes of the largest."""
+        """Cost of pruning each decoder layer, without its forward pass, in forward passes of the largest layer."""
         weights = [sum(math.prod(o.shape) for o in group.values()) for group in self.operators.values()]
         return [_PRUNING_COST * count / max(1, *weights) for count in weights]
 
@@ -98,7 +98,7 @@ class Plan:
 def plan_run(model: PreTrainedModel, config: FistaPruningConfig, *, loaded: bool = True, **places: Any) -> Plan:
     """Check that a model can be pruned and saved, and plan the run; `places` are fields of `Plan`.
 
-    No zeros are shared out yet. The model may be on the meta device, for an estimate, if `loaded` is False.
+    No zeros are allocated yet. If `loaded` is False, the model may be on the meta device, for an estimate.
     """
     layers, asked = prunable_layers(model, loaded=loaded), config.resolved()
     kind = Removal if asked.whole_parts is None else PartsRemoval
@@ -107,7 +107,7 @@ def plan_run(model: PreTrainedModel, config: FistaPruningConfig, *, loaded: bool
     for name, operator in ((n, o) for group in chosen.values() for n, o in group.items()):
         config.pattern_for(name).require_shape(operator.shape, name)
     removal, operators, left_dense, config = removal.applied(layers, chosen, found, config)
-    # experts and decoder layers go without an operator to prune
+    # to remove experts or decoder layers, no operator need be pruned
     if not any(operators.values()) and not removal.num_removed_layers and not removal.mixtures:
         shown = first_names([f"{name} ({why})" for name, why in left_dense.items()]) or "none"
         raise UnsupportedArchitectureError(
@@ -150,7 +150,7 @@ def begin_report(plan: Plan) -> PruningReport:
         },
         calibration={},
         left_dense=dict(plan.left_dense),
-        # what the bytes of a result depend on, besides the model, the configuration, the tokens and the versions
+        # The bytes of a result depend on these, too, besides the model, configuration, tokens and versions.
         environment={
             "dtype": str(model.dtype),
             "device": execution_device(model.get_input_embeddings()).type,
@@ -168,7 +168,7 @@ def begin_report(plan: Plan) -> PruningReport:
     if isinstance(before, dict):
         report.warn(
             f"the model was pruned before ({before.get('method')}, {before.get('pattern')}, {before.get('num_zeros')} "
-            "zeros): errors are measured against it as it is, and zeros outside of the new pattern may be filled."
+            "zeros): errors are measured against it as it is, and zeros outside of the new pattern may be overwritten."
         )
     for message in idle:
         report.warn(message)
@@ -195,7 +195,7 @@ def complete_report(
     operators, config = report.operators, plan.config
     if unfelt := plan.budgets.unfelt:
         report.warnings.append(
-            f"the loss does not feel {len(unfelt)} operators on the first {config.allocation_tokens} "
+            f"the loss has no gradient for {len(unfelt)} operators on the first {config.allocation_tokens} "
             f"calibration tokens, so they keep the average sparsity: {first_names(unfelt)}"
         )
     reasons = {name: why for name, why in report.left_dense.items() if why not in ("router", "exclude")}
@@ -212,7 +212,7 @@ def complete_report(
     if overflown:
         report.warn(
             f"the errors of {len(overflown)} operators are NaN or Inf ({first_names(overflown)}): their outputs "
-            "overflow float32 when squared, so nothing is known of how well they were pruned."
+            "overflow float32 when squared, so it is unknown how well they were pruned."
         )
     found, by_rows = report.totals["sparsity"], operators and all(operator.scope == "row" for operator in operators)
     if by_rows and not config.overrides and abs(found - (config.sparsity or 0.0)) > 1e-4:

@@ -21,8 +21,8 @@ from optimum_fista.folder.loading import default_device
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # those that Accelerate reads
-_PATIENCE = timedelta(days=7)  # a rank that is done waits for the slowest; one that is gone is noticed at once
+_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as Accelerate reads them
+_PATIENCE = timedelta(days=7)  # finished ranks wait so long for the slowest; a rank that ended is noticed at once
 
 
 class RankError(RuntimeError):
@@ -31,15 +31,15 @@ class RankError(RuntimeError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that work on one model; by default it is alone."""
+    """The processes that work on one model, and the number of this one; by default there is only one."""
 
     index: int = 0  # rank 0 finishes the folder
     count: int = 1
     device: str | None = None  # where this process computes; None: not decided
-    group: dist.ProcessGroup | None = None  # where they wait for each other: on the CPU (gloo) whatever the device
+    group: dist.ProcessGroup | None = None  # to wait for each other: always on the CPU (gloo)
 
     def each(self, work: Callable[[], T]) -> T:
-        """Do this process's part and wait for the others to do theirs; only then raise what failed in this one."""
+        """Do this process's work, and wait for the others to do theirs; only then raise the error of this one."""
         result, failure = None, None
         try:
             result = work()
@@ -59,11 +59,11 @@ class Ranks:
         return cast(T, result)
 
     def first(self, work: Callable[[], T]) -> T:
-        """Have rank 0 do it, and hand the result to all; fails as `each` does."""
+        """Let rank 0 do the work, and give its result to all ranks; errors are raised as by `each`."""
         return cast(T, self.gather(self.each(work if self.index == 0 else lambda: None))[0])
 
     def gather(self, value: T) -> list[T]:
-        """What all processes have, by rank, in every process; fails as `exchanging` does."""
+        """Return the values of all processes, by rank, in every process; errors are raised as by `exchanging`."""
         found = [value] * self.count
         if self.count > 1:
             with self.exchanging():
@@ -72,7 +72,7 @@ class Ranks:
 
     @contextmanager
     def exchanging(self) -> Iterator[None]:
-        """Wait for tensors of other processes inside; what fails in this one is raised at once."""
+        """Inside, wait for tensors of other processes; an error of this process is raised at once."""
         try:
             yield
         except RuntimeError as error:
@@ -92,13 +92,13 @@ def launched_processes() -> int:
 
 @contextmanager
 def joined_ranks(device: str | None) -> Iterator[Ranks]:
-    """This process among those it was launched with, which all come here; computes on `device`, or on Accelerate's."""
+    """Join the processes that were launched together (all must call this), to compute on `device` or Accelerate's."""
     count = launched_processes()
     if count == 1:
         yield Ranks(device=device)
         return
     kind = torch.device(device or default_device()).type
-    # Accelerate can't start processes on an accelerator that PyTorch has no backend for; gloo does on any machine.
+    # Accelerate can't start processes on an accelerator without a PyTorch backend; gloo works on any machine.
     state = PartialState(cpu=kind == "cpu" or kind not in dist.Backend.default_device_backend_map)
     if state.num_processes != count:
         raise ValueError(
@@ -124,9 +124,9 @@ def require_independent_layers(config: FistaPruningConfig, count: int) -> None:
 
 
 def share_layers(unfinished: Sequence[int], pruning_costs: Sequence[float], num_ranks: int) -> list[list[int]]:
-    """Share the unfinished decoder layers, so that the rank that takes longest takes least; the last may get none.
+    """Share the unfinished decoder layers so that the slowest rank ends as early as possible; the last may get none.
 
-    Shares are contiguous, because a rank runs the dense network up to its last layer only:
+    Shares are contiguous, because a rank runs the dense network only up to its last layer:
 
         cost of a share = 1 + (last layer in it that is pruned) + sum of its pruning costs, in forward passes of a layer
     """
@@ -136,7 +136,7 @@ def share_layers(unfinished: Sequence[int], pruning_costs: Sequence[float], num_
         return 1 + pruned[-1] + sum(pruning_costs[index] for index in pruned) if pruned else 0.0
 
     def fill(limit: float) -> list[list[int]]:
-        """As many layers in every share as the limit allows, rank after rank."""
+        """Give each rank in turn as many layers as the limit allows."""
         shares: list[list[int]] = [[]]
         for index in unfinished:
             if shares[-1] and cost([*shares[-1], index]) > limit:

@@ -1,8 +1,8 @@
 """Removing whole parts of a model: the run prunes columns of some operators, then the model becomes a smaller one.
 
 A channel, a head or an expert is a group of columns of the operator that reads it. So the loop prunes these columns by
-any method, and the rows that wrote them go afterwards. That the smaller model computes the same as the model with zeros
-is not assumed: it is proved on shapes (`model.shrinking`), and once on numbers for every kind of decoder layer.
+any method, and the rows that compute them are removed afterwards. The smaller model must compute the same as the model
+with zeros. This is proved on shapes (`model.shrinking`), and once on numbers for every kind of decoder layer.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ Applied = tuple["Removal", Operators, Mapping[str, str], FistaPruningConfig]
 
 @dataclass(frozen=True)
 class Removal:
-    """What a run does besides setting weights to zero: here nothing."""
+    """What a run does besides setting weights to zero; this base class does nothing."""
 
     mixtures: Mapping[str, Part] = field(default_factory=dict)  # that lose experts, by their decoder layers
     num_removed_layers: int = 0
-    # Once they are chosen: numbers of decoder layers, each with the loss without it and those before.
+    # Numbers of the decoder layers to remove, each with the loss after its removal; empty until they are chosen.
     removed_layers: Mapping[int, float] = field(default_factory=dict)
 
     @classmethod
@@ -67,7 +67,7 @@ class Removal:
         layers: DecoderLayers,  # noqa: ARG003
         config: FistaPruningConfig,
     ) -> tuple[Removal, FistaPruningConfig, FistaPruningConfig]:
-        """Plan what a configuration asks for; returns also what is asked, and the configuration to prune by."""
+        """Plan the removal that a configuration asks for; returns also `Plan.asked` and `Plan.config`."""
         return cls(), config, config
 
     def applied(
@@ -80,58 +80,57 @@ class Removal:
     ) -> Applied:
         """Apply the removal to the operators to prune, and to the reasons why others stay dense.
 
-        Returns the removal, of the decoder layers `removed` too, and a configuration with patterns of new operators.
+        Returns the removal (with the decoder layers `removed`), and a configuration with patterns for new operators.
         """
         return self, operators, left_dense, config
 
     def before(self, layer_name: str, groups: list[Group], activations: LayerActivations, hidden: Tensor) -> Chosen:  # noqa: ARG002
-        """Choose from the groups that a decoder layer calls those to prune, and prove that what goes is no loss.
+        """Choose the groups to prune in a decoder layer, and prove that zeros there equal their removal.
 
-        Returns also its other operators, with the reason, and the module with its experts if some of them go.
+        Returns also its other operators, with the reason, and the module with its experts if some are removed.
         """
         return groups, {}, None
 
     def after(self, layer_name: str, sink: ModelSink, targets: LayerTargets) -> Leaving:  # noqa: ARG002
-        """Remove experts of a pruned decoder layer, and refit the others; returns what leaves the layer."""
+        """Remove experts of a pruned decoder layer, and refit the others; returns the layer's output."""
         return targets.leave(), None
 
     def new_name(self, name: str) -> str | None:
-        """The name of a module or tensor in the pruned model; `None` if it goes."""
+        """The name of a module or tensor in the pruned model; `None` if it is removed."""
         return name
 
     def shrink_layer(
         self, record: LayerRecord, masks: Tensors, tensors: Tensors
     ) -> tuple[LayerRecord, Tensors, Tensors]:
-        """A pruned decoder layer as the smaller model has it: its record, its packed masks, and its tensors by name."""
+        """Return a pruned decoder layer in its smaller form: its record, packed masks, and tensors by name."""
         return record, masks, tensors
 
     def shrink(self, model: PreTrainedModel, report: PruningReport, sink: ModelSink) -> None:
-        """Make a pruned model in memory the smaller one, with its report and the packed masks of the sink."""
+        """Make a pruned model in memory smaller, with its report and the packed masks of the sink."""
 
     def describe(self, model: PreTrainedModel, report: PruningReport) -> None:
-        """Have the report and the model's configuration say what went."""
+        """Write into the report and the model's configuration what was removed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartsRemoval(Removal):
-    """How a run removes whole parts."""
+    """Removes whole parts of a model in a run."""
 
     asked: FistaPruningConfig  # with a pattern of parts by number
     counts: Mapping[str, int]  # how many parts of each kind a decoder layer keeps
-    smaller: Shrinking  # the smaller model; until decoder layers are chosen, with all of them
-    columns: Shrinking  # a model that keeps its experts, by which the other kinds are proved
-    experts: Shrinking  # a model that loses experts only, by which a decoder layer runs without them
-    # Kinds of layers seen to return the same without removed groups: the one thing that is noted later.
+    smaller: Shrinking  # the smaller model; it has all decoder layers until those to remove are chosen
+    columns: Shrinking  # a model that keeps all experts, for the proof of the other kinds
+    experts: Shrinking  # a model that loses experts only, to run a decoder layer without them
+    # Kinds of layers that are proved to return the same without removed groups; only this changes during the run.
     proven: set[object] = field(default_factory=set, compare=False)
 
     @classmethod
     def planned(
         cls, layers: DecoderLayers, config: FistaPruningConfig
     ) -> tuple[Removal, FistaPruningConfig, FistaPruningConfig]:
-        """See `Removal.planned`. The pattern is of whole parts, by number in what is asked.
+        """See `Removal.planned`. `Plan.asked` gets the pattern of whole parts, with numbers.
 
-        The configuration to prune by has a pattern of whole columns for each operator that reads what is removed, and
-        for no others.
+        `Plan.config` gets a pattern of whole columns for each operator that reads a removed part, and for no others.
         """
         model, asked = layers.model, _with_channels_for_size(layers.model, config)
         pattern = asked.whole_parts
@@ -144,7 +143,7 @@ class PartsRemoval(Removal):
             for name, part in smaller.parts.items()
             if not part.is_mixture
         }
-        names = tuple(part.name for part in mixtures)  # their matrices are no operators to prune
+        names = tuple(part.name for part in mixtures)  # their matrices are not pruned as operators
         config = replace(
             asked,
             pattern=f"columns:{max(part.share for part in pattern.shares)!r}",
@@ -168,7 +167,7 @@ class PartsRemoval(Removal):
         return removal, asked, config
 
     def new_name(self, name: str) -> str | None:
-        """The name of a module or tensor in the smaller model; `None` if it goes with its decoder layer."""
+        """The name of a module or tensor in the smaller model; `None` if its decoder layer is removed."""
         return self.smaller.new_name(name)
 
     def applied(
@@ -179,11 +178,11 @@ class PartsRemoval(Removal):
         config: FistaPruningConfig,
         removed: Mapping[int, float] | None = None,
     ) -> Applied:
-        """See `Removal.applied`. What it adds are operators that may repair decoder layers.
+        """See `Removal.applied`. It also adds operators that may compensate for removed parts.
 
-        A decoder layer that loses heads, or comes after a removed one, is repaired if the correction has a share of the
-        residual: its last operator, if it loses no columns itself, keeps all of them and is refitted. Which one is the
-        last shows when the layer runs (`before`).
+        If the residual correction is on, this is done in a decoder layer that loses heads or comes after a removed one:
+        its last operator is refitted, unless it loses columns itself. `before` finds out which operator is the last,
+        when the layer runs.
         """
         removal, gone, correction = self, removed or {}, self.asked.correction
         if gone:
@@ -205,17 +204,17 @@ class PartsRemoval(Removal):
         return removal, repaired, reasons, replace(config, overrides={**all_columns, **config.overrides})
 
     def before(self, layer_name: str, groups: list[Group], activations: LayerActivations, hidden: Tensor) -> Chosen:
-        """See `Removal.before`. Besides the operators that lose columns, the last one may repair the layer."""
+        """See `Removal.before`. Besides the operators that lose columns, the last one may be refitted."""
         self._prove(layer_name, activations, hidden)
         called = {operator.name for group in groups for operator in group}
         for name, part in self.smaller.parts.items():
             if name.startswith(f"{layer_name}.") and not part.is_mixture and name not in called:
                 raise UnsupportedArchitectureError(
-                    f"{name} is never called, so nothing tells which of its columns to remove: use another pattern."
+                    f"{name} is never called, so the columns to remove can't be chosen: use another pattern."
                 )
         chosen = [[o for o in group if o.name in self.smaller.parts] for group in groups]
         if groups and not chosen[-1] and len(groups[-1]) == 1:
-            # to refit it, the layer's output has to be something plus its output
+            # it can be refitted only if the layer's output is a sum of its output and the rest
             chosen[-1] = [o for o in groups[-1] if is_added_to_output(activations, o.module, hidden)]
         pruned = {operator.name for group in chosen for operator in group}
         names = [operator.name for group in groups for operator in group if operator.name not in pruned]
@@ -224,14 +223,14 @@ class PartsRemoval(Removal):
         return [group for group in chosen if group], self.smaller.reasons_left_dense(names), experts
 
     def _prove(self, layer_name: str, activations: LayerActivations, hidden_states: Tensor) -> None:
-        """Prove of every kind of decoder layer that it returns the same without the groups as with zeros there."""
+        """Prove once for each kind of decoder layer that it returns the same without the groups as with zeros there."""
         names = [name for name in self.columns.parts if name.startswith(f"{layer_name}.")]
         modules = ((name, type(module)) for name, module in activations.layer.named_modules())
         kind = tuple(modules), tuple(name.removeprefix(layer_name) for name in names)
         if kind in self.proven or not names:
             return
-        # Which groups go is not known yet. Without the first ones all others get new numbers, so that what depends on
-        # the number of a group shows, as does what depends on all of them.
+        # The groups to remove are not known yet. Without the first ones all others get new numbers. So the test also
+        # finds modules that depend on the number of a group, or on all groups together.
         groups = {name: (self.columns.parts[name].groups, self.columns.counts[name]) for name in names}
         kept = {name: tuple(range(total - count, total)) for name, (total, count) in groups.items()}
         call, hidden = activations.calls[0], small_hidden_states(hidden_states.to(activations.device))
@@ -245,7 +244,7 @@ class PartsRemoval(Removal):
         self.proven.add(kind)
 
     def after(self, layer_name: str, sink: ModelSink, targets: LayerTargets) -> Leaving:
-        """See `Removal.after`. The experts that stay are refitted so that they return the layer's targets together."""
+        """See `Removal.after`. The kept experts are refitted so that their sum comes close to the layer's targets."""
         if layer_name not in self.mixtures:
             return targets.leave(), None
         started, part, layer = time.perf_counter(), self.mixtures[layer_name], targets.activations.layer
@@ -253,7 +252,7 @@ class PartsRemoval(Removal):
         num_tokens, saliency, wanted = score_experts(experts, targets)
         kept = experts_to_keep(saliency, self.smaller.counts[part.name], part.equal_runs)
         smaller = smaller_copy(self.experts, layer_name, layer, {part.name: kept})
-        left = experts_of(part, layer_name, smaller)  # on what the router sends them now, without those that go
+        left = experts_of(part, layer_name, smaller)  # on the tokens that the router sends them now
         mixture = SmallerMixture(left, replace(targets.activations, layer=smaller), targets.entering.entering, wanted)
         before, held_out = mixture.errors()
         fit_error, num_refitted, message = before, 0, ""  # before refits
@@ -279,17 +278,17 @@ class PartsRemoval(Removal):
     def shrink_layer(
         self, record: LayerRecord, masks: Tensors, tensors: Tensors
     ) -> tuple[LayerRecord, Tensors, Tensors]:
-        """A pruned decoder layer as the smaller model has it; see `Removal.shrink_layer`."""
+        """Return a pruned decoder layer in its smaller form; see `Removal.shrink_layer`."""
         kept = self._kept([record.report], record.operators, masks)
         layers, operators, masks = self._reports([record.report], record.operators, masks, kept)
         shrunk = {name: self.smaller.shrink_tensor(name, tensor, kept) for name, tensor in tensors.items()}
         return LayerRecord(layers[0], operators, self._renamed(record.left_dense)), masks, self._renamed(shrunk)
 
     def shrink(self, model: PreTrainedModel, report: PruningReport, sink: ModelSink) -> None:
-        """Make a pruned model in memory the smaller one; see `Removal.shrink`."""
+        """Make a pruned model in memory smaller; see `Removal.shrink`."""
         kept = self._kept(report.layers, report.operators, sink.masks)
         layers, operators, masks = self._reports(report.layers, report.operators, sink.masks, kept)
-        # what becomes smaller waits on the CPU: a device that is nearly full has no room for both sizes of all tensors
+        # old tensors are kept on the CPU: a device that is nearly full has no room for both sizes of all tensors
         before = [
             (tensor, tensor.device, tensor.data if self.smaller.part_of(name) is None else tensor.data.cpu())
             for name, tensor in (*model.named_parameters(), *model.named_buffers())
@@ -306,7 +305,7 @@ class PartsRemoval(Removal):
         report.left_dense = self._renamed(report.left_dense)
 
     def describe(self, model: PreTrainedModel, report: PruningReport) -> None:
-        """Count the parameters that stay, and say which decoder layers went."""
+        """Count the parameters that stay, and say which decoder layers were removed."""
         model.config = self.smaller.model.config
         report.model["dense_num_parameters"] = report.model["num_parameters"]
         report.model["num_parameters"] = self.smaller.model.num_parameters()
@@ -322,7 +321,7 @@ class PartsRemoval(Removal):
         for operator in operators:
             mask = unpack_mask(masks[operator.name], operator.stored_shape)
             part = self.smaller.parts.get(operator.name.removesuffix(".weight"))
-            if part is not None:  # not one that repairs its decoder layer
+            if part is not None:  # otherwise the operator was only refitted
                 kept[part.name] = part.kept_by(mask.T if operator.stored_transposed else mask)
         return kept
 
@@ -333,7 +332,7 @@ class PartsRemoval(Removal):
         masks: Mapping[str, Tensor],
         kept: Mapping[str, tuple[int, ...]],
     ) -> tuple[list[LayerReport], list[OperatorReport], dict[str, Tensor]]:
-        """Reports and packed masks of the smaller model, without what goes."""
+        """Reports and packed masks of the smaller model, without removed operators."""
         left, reports, smaller = [], [], {}
         for layer in layers:
             if (name := self.new_name(layer.name)) is not None:
@@ -347,19 +346,19 @@ class PartsRemoval(Removal):
             smaller[new] = pack_mask(mask)
             out, columns = mask.shape[::-1] if operator.stored_transposed else mask.shape
             report = replace(operator, name=new, shape=(out, columns), groups_kept=groups)
-            reports.append(replace(report, num_kept=mask.numel(), sparsity=0.0))  # no mask has zeros in what stays
+            reports.append(replace(report, num_kept=mask.numel(), sparsity=0.0))  # all weights that stay are kept
         return left, reports, smaller
 
     def _renamed(self, values: Mapping[str, T]) -> dict[str, T]:
-        """Values under the names of the smaller model, without those of what goes."""
+        """Values under the names of the smaller model, without those of removed modules."""
         return {new: value for name, value in values.items() if (new := self.new_name(name)) is not None}
 
 
 def _with_channels_for_size(model: PreTrainedModel, config: FistaPruningConfig) -> FistaPruningConfig:
-    """Replace a pattern such as `bytes:0.75` by the share of the channels that has to go for it.
+    """Replace a pattern such as `bytes:0.75` by the share of the channels that must be removed for it.
 
-    All bytes of the weights count, each shared tensor once. Channels go because they cost least of all parts at every
-    share that was measured (docs/results.md).
+    All bytes of the weights count, each shared tensor once. Channels are removed, because their loss was the smallest
+    of all parts at every measured share (docs/results.md).
     """
     if config.whole_parts is None or config.whole_parts.size is None:
         return config
@@ -390,7 +389,7 @@ def first_names(names: Sequence[str]) -> str:
 
 
 def require_in_memory(model: PreTrainedModel, pattern: WholeParts) -> None:
-    """Refuse a model whose weights Accelerate keeps elsewhere: it can't become a smaller one in place."""
+    """Refuse an offloaded model: it can't be made smaller in place."""
     if any(offload_hook(module) for module in model.modules()):
         raise ValueError(
             f"pattern='{pattern}': the model is offloaded, so it can't be made smaller in place: pass its name or "
@@ -399,6 +398,6 @@ def require_in_memory(model: PreTrainedModel, pattern: WholeParts) -> None:
 
 
 def require_zeros_to_pack(config: FistaPruningConfig, packed: bool) -> None:
-    """Refuse to pack what a run leaves if it removes whole parts."""
+    """Refuse `packed` for a run that removes whole parts."""
     if packed and config.whole_parts is not None:
         raise ValueError(f"packed=True: pattern={config.pattern!r} leaves a dense model: there are no zeros to pack.")

@@ -1,4 +1,4 @@
-"""Channels of MLPs that change places before they are pruned, so that n:m patterns keep more."""
+"""Reordering of MLP channels before they are pruned, so that n:m patterns keep larger weights."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from optimum_fista.prune.plan import Plan
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.solve.patterns.n_of_m import best_order
 
-_TOKENS_OF_ORDER = 8192  # not held out, to the end of their batch; docs/ablations.md had as many
+_TOKENS_OF_ORDER = 8192  # tokens that are not held out, to the end of their batch; as many as in docs/ablations.md
 
 
 def reorder_channels(
     plan: Plan, sink: ModelSink, layer_name: str, activations: LayerActivations, hidden_states: Sequence[Tensor]
 ) -> dict[str, tuple[int, ...]]:
-    """Let the channels of a decoder layer's MLPs change places, if their down projections are to be pruned.
+    """Reorder the channels of a decoder layer's MLPs if their down projections are to be pruned.
 
-    Returns the numbers that the inputs of each down projection had before, in their new order, by its weight's name.
+    Returns the old numbers of the inputs of each down projection, in the new order, by the name of its weight.
     """
     call, layer, orders = activations.calls[0], activations.layer, dict[str, tuple[int, ...]]()
     for name, operator in plan.operators[layer_name].items():
         part, pattern = plan.channels.get(name), plan.config.pattern_for(name)
         if part is None or pattern.span is None or pattern.width > 1:
             continue
-        # |W_ij| * rms(x_j) says what a weight counts, as in Wanda (arXiv 2306.11695)
+        # |W_ij| * rms(x_j) measures the importance of a weight, as in Wanda (arXiv 2306.11695)
         energies, tokens = torch.zeros(operator.shape[1], device=activations.device), 0
         for batch, (arguments, keywords) in enumerate(activations.arguments_of(operator.module, hidden_states)):
             if not activations.held_out[batch]:
@@ -41,7 +41,7 @@ def reorder_channels(
                 break
         order = best_order(operator.read().abs_().mul_(energies.sqrt()), pattern).tolist()
         hidden = small_hidden_states(hidden_states[0].to(activations.device))
-        expected = call.run(layer, hidden)  # which no permutation of channels may change
+        expected = call.run(layer, hidden)  # a permutation of channels must not change it
         for tensor in part.tensors:
             owner, _, leaf = tensor.rpartition(".")
             module = layer.get_submodule(owner.removeprefix(f"{layer_name}."))
@@ -50,7 +50,7 @@ def reorder_channels(
         difference = difference_beyond_rounding(found, expected)
         if difference is not None:
             raise UnsupportedArchitectureError(
-                f"{layer_name} does not return the same after its channels changed places (relative difference "
+                f"{layer_name} does not return the same after its channels were reordered (relative difference "
                 f"{difference:.1e}): its rows are in another order. Leave out reorder_channels for this model."
             )
         orders[f"{name}.weight"] = tuple(order)

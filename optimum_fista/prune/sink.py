@@ -1,4 +1,4 @@
-"""Where pruned weights go: into the model, from which a failure takes them out again, or on into files."""
+"""Where pruned weights are written: into the model (a failure puts the old ones back), or into files."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ class ModelSink:
     """Overwrites the weights of a model in memory, and on any exception puts the model back as it was.
 
     The loop calls `write` for each operator, then `undo` or `commit`. An interrupt (Ctrl-C) may come at any moment,
-    also while a context takes off what it has installed on modules, and again after another. So all that modules, the
-    hooks of Accelerate and the configuration hold is put back, and interrupts wait until that is done.
+    several times, and even while a context removes its hooks from modules. So everything that modules, the hooks of
+    Accelerate and the configuration hold is put back, and interrupts wait until that is done.
 
-    Old weights wait in CPU memory and cost one byte for each byte of pruned weights; those that are offloaded to the
-    files of a checkpoint cost nothing, because the files are not touched.
+    Old weights are kept in CPU memory, one byte for each byte of pruned weights. Weights that are offloaded to the
+    files of a checkpoint cost nothing, because the files are not changed.
     """
 
     def __init__(self, model: nn.Module, *contexts: AbstractContextManager[Any]) -> None:
-        # To enter after the sink: an interrupt ends what is inside at once. It is a lock because Python leaves one in a
-        # single step, between which and `__exit__` nothing is interrupted.
+        # Entered after the sink: inside, an interrupt ends the run at once. It is a lock because Python leaves a lock
+        # in a single step, and no interrupt can come between that step and `__exit__`.
         self.interruptible = threading.Lock()
         self.masks: dict[str, Tensor] = {}  # by "{operator}.weight", laid out like it, packed to one bit a weight
         self._model = model
-        self._contexts = contexts  # of the caller, in which the run works; they are left without an interruption
+        self._contexts = contexts  # of the caller, around the run; no interrupt can come while they are left
         self._entered = ExitStack()
         self._undo: list[Callable[[], None]] = []
         self._first: list[Callable[[], None]] = []
-        self._committed = 0  # so many of `_undo` belong to finished decoder layers
+        self._committed = 0  # number of entries of `_undo` that belong to finished decoder layers
         self._onloaded: dict[tuple[int, str], tuple[nn.Module, str]] = {}  # written where Accelerate brought them
         self._interrupt: Callable[[int, FrameType | None], Any] = signal.default_int_handler
-        self._waits = False  # an interrupt, until the model is whole
+        self._waits = False  # whether an interrupt waits until the model is whole
 
     def write(self, operator: LinearOperator, weight: Tensor, mask: Tensor | None = None) -> None:
-        """Overwrite a weight [out, in], so that what comes after it runs on the new one, and keep its mask."""
+        """Overwrite a weight [out, in], and keep its mask; from now on the model runs with the new weight."""
         self._keep(operator.owner, operator.tensor, partial(getattr, operator, "parameter"))
         operator.write(weight)
         if mask is not None:
@@ -61,7 +61,7 @@ class ModelSink:
         getattr(owner, name).data.copy_(value)
 
     def _keep(self, owner: nn.Module, name: str, parameter: Callable[[], Tensor]) -> None:
-        """Keep what is about to be overwritten: a parameter of a module, or a part of it."""
+        """Keep a parameter of a module, or a part of it, before it is overwritten."""
         if offload_hook(owner):  # only the copy on the device is overwritten until the layer is committed
             self._onloaded[id(owner), name] = (owner, name)
             return
@@ -73,7 +73,7 @@ class ModelSink:
         self._undo.append(restore)
 
     def undo(self) -> None:
-        """Put back all weights that were written since the last commit: the layer starts again."""
+        """Put back all weights written since the last commit, so that the layer can start again."""
         while len(self._undo) > self._committed:
             self._undo[-1]()
             self._undo.pop()  # only now: an interrupt may come in between
@@ -95,7 +95,7 @@ class ModelSink:
         self._committed = len(self._undo)
 
     def undo_first(self, undo: Callable[[], None]) -> None:
-        """Have `undo` called if the run fails, before anything else is put back: tensors must have their old sizes."""
+        """Have `undo` called if the run fails, before all else: it gives tensors their old sizes again."""
         self._first.append(undo)
 
     def forget(self) -> None:
@@ -106,8 +106,8 @@ class ModelSink:
         self._committed = 0
 
     def __enter__(self) -> Self:
-        # Before any context installs something on modules. Hooks, forwards, modes, parameters and submodules all live
-        # in the instance dictionaries of modules, one level deep; hooks of Accelerate and the configuration change too.
+        # This is before any context changes modules. Hooks, forwards, modes, parameters and submodules are all in the
+        # instance dictionaries of modules, one level deep; hooks of Accelerate and the configuration change too.
         modules = list(self._model.modules())
         holders = [*modules, *(hook for module in modules for hook in alignment_hooks(module))]
         attributes = [vars(holder) for holder in (*holders, getattr(self._model, "config", None)) if holder is not None]
@@ -115,7 +115,7 @@ class ModelSink:
         self._held = [(found, dict(found)) for found in (*attributes, *inner)]
         self._gradients = [(p, p.requires_grad, p.grad) for p in self._model.parameters()]
         handler = signal.getsignal(signal.SIGINT)
-        # Python runs handlers of signals in the main thread only, and allows only that one to set them
+        # Python runs signal handlers only in the main thread, and only the main thread may set them
         if callable(handler) and threading.current_thread() is threading.main_thread():
             self._interrupt = handler
             signal.signal(signal.SIGINT, self._on_interrupt)
@@ -134,7 +134,7 @@ class ModelSink:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with ExitStack() as steps:  # from the last to the first, also after one that fails
+        with ExitStack() as steps:  # run from the last to the first, even if one fails
             steps.callback(self.forget)
             if kind is not None or self._waits:
                 for undo in self._undo:
@@ -158,7 +158,7 @@ class ModelSink:
                 parameter.requires_grad_(needed)
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
-        """Interrupt the run unless it begins or ends. Python asks for this between any two steps of any function."""
+        """Interrupt the run, unless it begins or ends. Python may call this between any two steps of any function."""
         if self.interruptible.locked():
             self._interrupt(number, frame)
         else:

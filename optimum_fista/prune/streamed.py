@@ -1,7 +1,7 @@
-"""From a model's files to the files of the pruned model, by one process or several; and on after a crash.
+"""Prune a model from its files to the files of the pruned model, by one process or several, and resume after a crash.
 
-What a run has finished is in its `Journal`. Resuming is no case of its own: every start reads there which layers are
-left, and shares those. Several processes need to agree on the run and its budgets, and on nothing else.
+The `Journal` of a run holds what is finished. Every start works like a resumed one: it reads there which layers are
+left, and shares those. Several processes only have to agree on the run and its budgets.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def prune_files(
 ) -> PruningReport:
     """Prune a model from its files to the files of `output_dir`; see `FistaPruner.prune`."""
     started = time.perf_counter()
-    require_output(output_dir, overwrite, source=name)  # what costs nothing comes before the model is read
+    require_output(output_dir, overwrite, source=name)  # cheap checks come before the model is read
     require_zeros_to_pack(config, packed)
     usable_device(device)
     storage = storage_place(storage_device)
@@ -92,7 +92,7 @@ def prune_files(
             calibration, held_out, report = begin(plan, calib_dataloader, calibration_source)
             if lost:
                 report.lack(lost)
-            return calibration, None if ranks.count > 1 else held_out, report  # a rank runs some of the layers only
+            return calibration, None if ranks.count > 1 else held_out, report  # a rank runs only some of the layers
 
         def tell() -> None:
             for callback in callbacks:
@@ -111,8 +111,8 @@ def prune_files(
             sink = run.prune()
             report = ranks.first(lambda: run.complete(sink, tokenizer, output_dir, overwrite))
             offloaded.close()
-            with suppress(RankError):  # nothing is lost with a rank any more: the model is in its place
-                ranks.gather(None)  # only then does rank 0 tidy the folder that all of them offload to
+            with suppress(RankError):  # the model is in its place, so no failed rank can do harm
+                ranks.gather(None)  # after that, rank 0 may tidy the folder to which all ranks offload
     for callback in callbacks:
         callback.on_prune_end(report)
     return report
@@ -131,28 +131,28 @@ class StreamedRun:
     journal: Journal
     packed: bool
     started: float
-    seconds_before: float = 0.0  # of decoder layers that an earlier start has finished
+    seconds_before: float = 0.0  # for decoder layers that an earlier start has finished
 
     def prune(self) -> FileSink:
-        """Prune this process's share of the decoder layers that are left, and write each once it is finished."""
+        """Prune this process's share of the decoder layers that are left, and write each when it is finished."""
         ranks, journal = self.ranks, self.journal
 
         def share() -> None:
-            if journal.budgets() is None:  # otherwise an earlier start of the run did
+            if journal.budgets() is None:  # otherwise an earlier start has shared them
                 with evaluation_mode(self.plan.layers.model), torch.no_grad():
                     budgets = share_budgets(self.plan, self.calibration.batches, self.report)
                 self.source.require_unchanged()
                 journal.keep_budgets(budgets, self.source.hashes)
 
         ranks.first(share)
-        budgets = ranks.each(journal.budgets)  # as written, so that all ranks and all starts have the same
+        budgets = ranks.each(journal.budgets)  # read from disk, so that all ranks and all starts have the same
         assert budgets is not None
         self.plan = plan = self.plan.with_budgets(budgets)
         finished = ranks.first(journal.finished)
         if ranks.count == 1:
             finished = self._resume(finished)
         self.seconds_before = sum(layer.record.report.seconds for layer in finished.values())
-        # any number of processes may go on: the layers that are left are shared anew
+        # any number of processes may resume: the layers that are left are shared anew
         unfinished = [index for index in range(len(plan.layers)) if index not in finished]
         todo = share_layers(unfinished, plan.costs, ranks.count)[ranks.index]
         sink = FileSink(plan, journal, self.source, self.packed)
@@ -167,20 +167,20 @@ class StreamedRun:
     def complete(
         self, sink: FileSink, tokenizer: PreTrainedTokenizerBase | None, output_dir: Path, overwrite: bool
     ) -> PruningReport:
-        """Write all that is not a decoder layer, and bring the model into `output_dir`."""
+        """Write everything except decoder layers, and move the model to `output_dir`."""
         report, plan, journal, folder = self.report, self.plan, self.journal, self.journal.model
         model, layers = plan.layers.model, journal.finished(read_shards=False)
         if len(layers) < len(plan.layers):
             raise RankError("decoder layers that other ranks finished are not here: pass a folder that all nodes share")
         report.operators, report.layers, report.left_dense = [], [], {}
         for layer in layers.values():
-            if layer.shard:  # the report has no layer that is gone
+            if layer.shard:  # removed layers are not in the report
                 report.add(layer.record)
         report.seconds["total"] = self.seconds_before + time.perf_counter() - self.started
         complete_report(plan, report, self.held_out, [one.record.report.dense_sha256 for one in layers.values()])
         plan.removal.describe(model, report)
         shards = {folder / layer.shard for layer in layers.values() if layer.shard}
-        for left in {*folder.iterdir()} - shards:  # by a process that was killed, or of a run with more layers
+        for left in {*folder.iterdir()} - shards:  # files of a killed process, or of a run with more layers
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         rest = sink.stored({name: stored_tensor(model, name) for name in plan.layers.names_around})
         shards.add(sink.write_shard(len(sink.left), rest))
@@ -198,7 +198,7 @@ class StreamedRun:
 
     @contextmanager
     def advising(self) -> Iterator[None]:
-        """Have errors say what is not lost, and what to do."""
+        """Add to errors which layers are kept, and what to do."""
         try:
             yield
         except (OSError, RankError) as error:
@@ -212,10 +212,9 @@ class StreamedRun:
             raise OSError(error.errno, f"{error.strerror}: {advice}", error.filename) from error
 
     def _resume(self, finished: dict[int, KeptLayer]) -> dict[int, KeptLayer]:
-        """Go on where the run before ended; returns the decoder layers that need not be pruned again.
+        """Resume the run; returns the decoder layers that need not be pruned again.
 
-        If layers depend on each other, these are the first ones, each pruned on the hidden states that the layer before
-        it left.
+        If layers depend on each other, these are the first ones, each pruned on the output of the layer before.
         """
         plan, held_out, batches = self.plan, self.held_out, self.calibration.batches
         device = execution_device(plan.layers.model.get_input_embeddings())
@@ -223,7 +222,7 @@ class StreamedRun:
         if plan.config.correction.carry == "full":
             if 0 < first <= max(plan.pruned_layers, default=-1):
                 if streams is None:
-                    first = 0  # they can't be made again without the layers before
+                    first = 0  # without hidden states, all layers must run again
                 else:
                     states = HiddenStates(streams.get("dense"), streams.get("pruned"))
                     sizes = [len(hidden) for hidden in states.entering]
@@ -235,7 +234,7 @@ class StreamedRun:
                     self.calibration = Calibration(batches, states)
             finished = {index: finished[index] for index in range(first)}
         if held_out is not None and finished and not (len(finished) == first and held_out.resume(streams or {})):
-            self.held_out = None  # its sequences have to pass all layers in both networks
+            self.held_out = None  # its sequences must pass all layers in both networks
         return finished
 
 
@@ -254,7 +253,7 @@ class FileSink(ModelSink):
     def commit(
         self, index: int, layer: nn.Module, record: LayerRecord, travelling: Sequence[HiddenStates | HeldOut]
     ) -> None:
-        """Write a finished decoder layer; of one that is removed, its record only.
+        """Write a finished decoder layer; for a removed one, only its record.
 
         The record comes last. `StreamedRun.complete` deletes all files beside the shards that records name.
         """
@@ -272,19 +271,19 @@ class FileSink(ModelSink):
             operators, stored = as_stored(record.operators, masks, self.names)
             # zeros never reach the disk
             tensors = Packer(operators, tensors, stored.__getitem__).pack(tensors)
-        self._source.require_unchanged()  # before it counts as finished: what was read must be what was hashed
+        self._source.require_unchanged()  # before it counts as finished: the files read must be those that were hashed
         shard = self.write_shard(self.left.index(index), tensors)
         self._journal.keep_layer(index, shard, masks, record, streams)
 
     def write_shard(self, index: int, tensors: dict[str, Tensor]) -> Path:
-        """Write the file of the decoder layer with this number among those that stay; the last one is for the rest."""
+        """Write the file of the decoder layer with this number among those that stay; the last file has the rest."""
         total = len(self.left) + 1
         shard = self._journal.model / f"{self.stem}-{index + 1:05}-of-{total:05}.safetensors"
         write_file(shard, tensors, {"format": "pt"})
         return shard
 
     def stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors under the names of the checkpoint, on the CPU, without those that are tied to others."""
+        """Tensors under their names in the checkpoint, on the CPU, without those that are tied to others."""
         # Transformers ties them again when it loads the folder
         left_out = set(self._model.all_tied_weights_keys) | set(self._model._keys_to_ignore_on_save or ())
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if name not in left_out}

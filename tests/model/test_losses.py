@@ -115,7 +115,7 @@ def test_layers_that_depend_on_their_number_stay(monkeypatch):
 
 
 def test_layers_that_hand_on_more_than_hidden_states_stay():
-    with pytest.raises(UnsupportedArchitectureError, match="hand more to the next than hidden states, so none of them"):
+    with pytest.raises(UnsupportedArchitectureError, match="pass more than hidden states to the next one, so none can"):
         chosen(family_model("glm_moe_dsa"), family_tokens()[0], 1)
 
 

@@ -74,7 +74,7 @@ def test_what_layers_hand_on_is_not_recorded_again_in_a_network_that_is_partly_p
     first, second, *_ = model.model.layers
     fail_above(second, 1, lambda: bool((first.self_attn.o_proj.weight == 0).any()))
     config = FistaPruningConfig(method="wanda", include=("*.o_proj",))
-    message = "hand more to the next than hidden states: pass batches of at "
+    message = "pass more than hidden states to the next one: pass batches of at "
     with Untouched(model), pytest.raises(torch.OutOfMemoryError, match=message):
         FistaPruner(config, progress=False).prune(model, [torch.cat(family_tokens())])
 
