@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 Storage = torch.device | Path
-"""Where activations wait: a device, or a folder for memory-mapped files."""
+"""Where activations are kept: on a device, or in a folder as memory-mapped files."""
 
 
 class ActivationStore(Sequence[Tensor]):
     """A list of tensors that are kept at `storage` and read on `device`.
 
-    Tensors keep their dtype. Between a device with streams and the CPU or a file they go through two pinned buffers on
-    a stream and a thread of their own: writing does not wait, and reading one tensor starts the copy of the next (of
-    the one before, if they are read backwards). Files have no name, so that nothing of them is left when the store, or
-    the process, ends in whatever way.
+    Tensors keep their dtype. A separate stream and thread copy them between a device with streams and the CPU or a
+    file, through two pinned buffers: writing does not wait, and reading one tensor starts the copy of the next one (of
+    the one before, if they are read backwards). Files have no name, so they vanish when the store or the process ends.
     """
 
     def __init__(self, storage: Storage, device: torch.device, *, staged: bool = False) -> None:
@@ -33,11 +32,11 @@ class ActivationStore(Sequence[Tensor]):
         self._stage()
 
     def _stage(self) -> None:
-        """Copy through buffers if that saves the device from waiting."""
+        """Copy through buffers if the device would wait without them."""
         has_streams = self.device.type not in ("cpu", "meta")
         has_streams = has_streams and hasattr(torch.get_device_module(self.device), "Stream")
         staged = self._is_staged or (has_streams and self._storage.type == "cpu")
-        # with it, the tensors handed out are copies that nothing else refers to
+        # with buffers, returned tensors are copies that nothing else refers to
         self.staging = _Staging(self._kept, self.device, self._folder, has_streams) if staged else None
 
     def append(self, tensor: Tensor, *, copy: bool = False) -> None:
@@ -57,7 +56,7 @@ class ActivationStore(Sequence[Tensor]):
         return list(self._kept)
 
     def move(self, storage: Storage, device: torch.device) -> None:
-        """Hand the tensors out on another device from now on, and keep them at `storage` if that is a device."""
+        """From now on return the tensors on another device, and keep them at `storage` if that is a device."""
         if self.staging is not None:
             self.staging.finish()
         if self._folder is None and isinstance(storage, torch.device) and storage != self._storage:
@@ -72,7 +71,7 @@ class ActivationStore(Sequence[Tensor]):
         """Free all tensors."""
         if self.staging is not None:
             self.staging.finish()
-        self._kept = []  # not cleared: the thread may still read ahead
+        self._kept = []  # a new list, because the thread may still read from the old one
         self._stage()
 
     def __len__(self) -> int:
@@ -85,22 +84,22 @@ class ActivationStore(Sequence[Tensor]):
 
 
 def _in_file(tensor: Tensor, folder: Path) -> Tensor:
-    """A copy of a CPU tensor in a file of its own, mapped privately: writing to it changes nothing in the file.
+    """Copy a CPU tensor to its own file, mapped privately: writing to the copy does not change the file.
 
-    The file never has a name, so that the system frees it with its last tensor, or with the process.
+    The file never has a name, so the system frees it with its last tensor, or with the process.
     """
     if not tensor.numel():
         return tensor.clone()
     with tempfile.TemporaryFile(dir=folder, prefix="activations-") as file:
         file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         file.flush()
-        # PyTorch maps a path, and keeps no file open: there may be more tensors than files that may be open
+        # PyTorch maps a path and keeps no file open: there may be more tensors than the system allows open files
         path = f"/dev/fd/{file.fileno()}"
         return torch.from_file(path, shared=False, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
 
 
 class _Staging:
-    """Copies between a device and `kept`, through two pinned buffers, by one thread in the order asked for."""
+    """Copies between a device and `kept`, through two pinned buffers, by one thread, in the order of the calls."""
 
     def __init__(self, kept: list[Tensor], device: torch.device, folder: Path | None, has_streams: bool) -> None:
         self.count = len(kept)
@@ -118,17 +117,17 @@ class _Staging:
     def write(self, tensor: Tensor) -> None:
         while len(self._writes) > 1:  # both buffers are taken
             self._writes.pop(0).result()
-        if self._next is not None:  # what was read ahead may still be in the buffer that is wanted
+        if self._next is not None:  # the tensor that was read ahead may still be in this buffer
             self._next[1].result()
             self._next = None
         buffer = self._buffer(self.count, tensor)
         made = None
-        if self._stream is not None:  # the copy begins when the tensor has been computed
+        if self._stream is not None:  # the copy begins after the tensor is computed
             self._stream.wait_stream(self._module.current_stream(self._device))
         with self._module.stream(self._stream):
             buffer.copy_(tensor, non_blocking=True)
             if self._stream is not None:
-                tensor.record_stream(self._stream)  # its memory is not given to others before it was read
+                tensor.record_stream(self._stream)  # its memory is not reused before it was read
                 made = self._stream.record_event()
         self._writes.append(self._thread.submit(self._keep, buffer, made))
         self.count += 1
@@ -143,7 +142,7 @@ class _Staging:
             current = self._module.current_stream(self._device)
             current.wait_event(copied)
             tensor.record_stream(current)
-        expected = index - 1 if 0 < index < self._last else index + 1  # after a step backwards comes the one before
+        expected = index - 1 if 0 < index < self._last else index + 1  # after a step back, expect another step back
         self._last = index
         if 0 <= expected < self.count:
             self._next = (expected, self._thread.submit(self._load, expected))
@@ -165,12 +164,12 @@ class _Staging:
             buffer = self._buffer(index, stored)
             if self._stream is not None:
                 self._stream.synchronize()  # the buffer's last copy is done
-            buffer.copy_(stored)  # from a file this reads the disk, on this thread and not on the one that computes
+            buffer.copy_(stored)  # for a file this reads the disk, in this thread, not in the computing one
             tensor = buffer.to(self._device, non_blocking=True, copy=True)
             return tensor, self._stream.record_event() if self._stream is not None else None
 
     def _buffer(self, turn: int, like: Tensor) -> Tensor:
-        """A pinned tensor of the form of `like` in one of the two buffers."""
+        """A pinned tensor with the shape and dtype of `like`, in one of the two buffers."""
         size = like.numel() * like.element_size()
         if self._buffers[turn % 2].numel() < size:
             self._buffers[turn % 2] = torch.empty(size, dtype=torch.uint8, pin_memory=self._stream is not None)

@@ -1,8 +1,8 @@
 """Finding the decoder layers of a model and the linear operators in them, by structure.
 
-No family is known by name, unlike in tools with a list of layers for each: what Transformers declares (classes that are
-not split over devices, tied weights, the head) and the shapes of parameters decide. Other models are refused with what
-was found. A new quirk of an architecture belongs here, with a test of its own.
+There is no list of layers for each family, as in other tools. What Transformers declares (classes that are not split
+over devices, tied weights, the head) and the shapes of parameters decide. Other models are refused, and the error says
+what was found. A new quirk of an architecture belongs here, with its own test.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from optimum_fista.model.operator import (
 
 @dataclass(frozen=True, eq=False)
 class DecoderLayers:
-    """The decoder layers of a model in execution order, and what is known of the modules around them."""
+    """The decoder layers of a model in execution order, and the modules around them."""
 
     model: PreTrainedModel
     name: str  # of their nn.ModuleList, such as model.layers
@@ -51,8 +51,8 @@ class DecoderLayers:
 def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
     """Find the `nn.ModuleList` of decoder layers of a causal language model.
 
-    These are the model's `_no_split_modules`, or else modules made for gradient checkpointing. If a model has
-    several such lists, as beside a vision encoder, it is the one that belongs to `model.get_decoder()`.
+    Decoder layers are the model's `_no_split_modules`, or else modules made for gradient checkpointing. If there are
+    several such lists (one may be of a vision encoder), the list of `model.get_decoder()` is taken.
     """
     config, not_causal = model.config, None
     if not model.can_generate():
@@ -74,7 +74,7 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
     found = {n: m for n, m in lists.items() if wanted & {type(layer).__name__.removeprefix("FSDP") for layer in m}}
     if not found:
         found = {name: m for name, m in lists.items() if isinstance(m[0], GradientCheckpointingLayer)}
-    if len(found) > 1:  # beside the layers of a vision encoder, which the decoder may hold as a model of its own
+    if len(found) > 1:  # others may be layers of a vision encoder inside the decoder
         inner = [m for m in decoder.modules() if isinstance(m, PreTrainedModel) and m is not decoder]
         own = set(decoder.modules()).difference(*(m.modules() for m in inner))
         found = {name: m for name, m in found.items() if m in own}
@@ -103,20 +103,20 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
 def prunable_layers(model: PreTrainedModel, *, loaded: bool = True) -> DecoderLayers:
     """Find the decoder layers of a model whose weights can be changed one by one and saved; refuse other models.
 
-    The weights have to be there, unless `loaded` is False.
+    The weights have to be loaded, unless `loaded` is False.
     """
     for name, module in model.named_modules():
         where, forward = f"model.{name}" if name else "model", module.forward
-        # By torch.compile(module.forward), by torch.compile(module), and by module.compile(): hooks may not run.
+        # Compiled by torch.compile(module.forward), torch.compile(module), or module.compile(): hooks may not run.
         by_dynamo = hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(forward, "_torchdynamo_disable")
         if by_dynamo or "_orig_mod" in module._modules or module._compiled_call_impl is not None:
             raise UnsupportedArchitectureError(
                 f"{where} is compiled (torch.compile): prune the model before it is compiled, and compile the pruned "
-                "one. What torch.compile was given is the attribute _orig_mod of what it returned."
+                "one. The original is the attribute _orig_mod of the module that torch.compile returned."
             )
         if isinstance(getattr(module, "base_layer", None), nn.Module):  # its own matrices look like operators
             raise UnsupportedArchitectureError(
-                f"{where} has an adapter of PEFT: prune the model first and add the adapter then, or merge it before "
+                f"{where} has a PEFT adapter: prune the model first and then add the adapter, or merge it before "
                 "(model = peft_model.merge_and_unload(); unload() drops it)."
             )
     if not isinstance(model, PreTrainedModel):
@@ -130,7 +130,7 @@ def prunable_layers(model: PreTrainedModel, *, loaded: bool = True) -> DecoderLa
     spans = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.device.type != "meta" and parameter.numel():
-            # Elements from the first to the last one in memory, whatever the strides.
+            # All elements from the first to the last one in memory, whatever the strides.
             length = 1 + sum((n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True))
             first = parameter.data_ptr()
             spans.append((str(parameter.device), first, first + length * parameter.element_size(), name))
@@ -147,10 +147,10 @@ def prunable_layers(model: PreTrainedModel, *, loaded: bool = True) -> DecoderLa
 
 
 def require_unquantized(model: PreTrainedModel, *, loaded: bool = True) -> None:
-    """Refuse models whose weights are not plain floating point, or not there if they are to be `loaded`."""
+    """Refuse models whose weights are not plain floating point, or not loaded (if `loaded` is True)."""
     settings = getattr(model.config, "quantization_config", None)  # a dict until a model is loaded, then an object
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-    if settings is not None and method != "gguf":  # whose weights are dequantized when they are read
+    if settings is not None and method != "gguf":  # GGUF weights are dequantized when they are read
         shown = getattr(method, "value", method)
         raise ValueError(f"model is quantized by {shown!r}: prune the unquantized model and quantize the result.")
     kept = [(name, module) for name, module in model.named_modules() if offload_hook(module)]
@@ -167,7 +167,7 @@ def require_unquantized(model: PreTrainedModel, *, loaded: bool = True) -> None:
 def find_operators(layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = ()) -> dict[str, LinearOperator]:
     """Find the linear operators of a decoder layer, by their full names; every matrix of every expert is one.
 
-    `layer_name` is the layer's name in the model; fused experts whose names match `dense_experts` are passed over.
+    `layer_name` is the layer's name in the model; fused experts whose names match `dense_experts` are skipped.
     """
     operators: dict[str, LinearOperator] = {}
     passed_over = left_out(layer_name, layer, dense_experts)
@@ -190,7 +190,7 @@ def find_operators(layer_name: str, layer: nn.Module, dense_experts: Sequence[st
 def choose_operators(
     layers: DecoderLayers, exclude: Sequence[str], reason_left_dense: Callable[[str], str | None]
 ) -> tuple[dict[str, dict[str, LinearOperator]], dict[str, str]]:
-    """Find the operators to prune by decoder layer, and those that stay dense with the reason."""
+    """Find the operators to prune, by decoder layer, and the operators that stay dense, with the reason."""
     chosen: dict[str, dict[str, LinearOperator]] = {}
     left_dense: dict[str, str] = {}
     for layer_name, layer in layers:
@@ -201,7 +201,7 @@ def choose_operators(
             if reason is not None:
                 left_dense[name] = reason
                 continue
-            if operator.tensor not in operator.owner._parameters:  # zeros in it would not last
+            if operator.tensor not in operator.owner._parameters:  # its zeros would be overwritten
                 raise UnsupportedArchitectureError(
                     f"the weight of {operator.name} is computed from other tensors (weight_norm, spectral_norm, "
                     "torch.nn.utils.prune or a parametrization): make it a parameter again (remove_weight_norm, "
@@ -209,16 +209,16 @@ def choose_operators(
                 )
             chosen[layer_name][name] = operator
     here = (operator for group in chosen.values() for operator in group.values())
-    # the loop checks offloaded weights when it brings them; an estimate has none
+    # the loop checks offloaded weights when it loads them; an estimate has none
     require_finite([o for o in here if not (offload_hook(o.owner) or o.parameter.is_meta)])
     return chosen, left_dense
 
 
 def left_out(layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = ()) -> dict[str, str]:
-    """Names in a mixture of experts that `find_operators` passes over, with the reason.
+    """Names in a mixture of experts that `find_operators` skips, with the reason.
 
-    Routers decide by small differences and hold few weights, so they stay dense: linear modules beside fused experts
-    with an output for each expert, or a single output.
+    Routers decide by small differences and have few weights, so they stay dense. A router is a linear module beside
+    fused experts that has one output for each expert, or a single output.
     """
     found: dict[str, str] = {}
     for name, module in layer.named_modules(prefix=layer_name):
@@ -239,9 +239,9 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def token_limits(model: PreTrainedModel) -> tuple[int, int | None]:
-    """Count the token ids that have an embedding, and the positions of a sequence; `None`: any number of these."""
+    """Count the token ids with an embedding, and the positions that a sequence may have; `None`: no limit."""
     embedding: Any = model.get_input_embeddings()
     config = model.config.get_text_config(decoder=True)
-    # ALiBi biases attention by distance: a table of positions that the configuration may name is not used.
+    # With ALiBi, attention depends on distance: a table of positions in the configuration is not used.
     positions = None if getattr(config, "alibi", False) else getattr(config, "max_position_embeddings", None)
     return embedding.weight.shape[0], positions

@@ -1,7 +1,7 @@
-"""Calibration batches: what users pass is read once, checked, and fingerprinted.
+"""Calibration batches: the user's data is read once, checked, and fingerprinted.
 
-A loader may give batches in any form that Transformers' models take. Whatever changes what a model makes of the tokens,
-and is more than ids and a mask, is refused by name: it would be left out in silence otherwise.
+A loader may give batches in any form that Transformers' models take. Only ids and a mask are used. Other arguments that
+would change the model's output are refused by name, because they must not be ignored in silence.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NOT_READ = re.compile(
     "pixel|image|video|audio|bbox|embeds|input_(features|values)|coder_|cross_attention|token_type_ids|"
     "past_key_values|per_layer_inputs|langs|mems|perm_mask"
 )
-"""Arguments of models that change what they make of tokens."""
+"""Arguments that change a model's output for the same tokens."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class CalibrationBatch:
     input_ids: Tensor  # int64 [batch, sequence]
     attention_mask: Tensor | None = None  # bool [batch, sequence], True = a real token; None when all are
     held_out: bool = False  # whether no weight is fitted to it
-    text: str | None = None  # name of the text that it is of, if known
+    text: str | None = None  # name of its text, if known
 
     @property
     def num_tokens(self) -> int:
@@ -51,12 +51,12 @@ class CalibrationBatch:
 
 
 def read_batches(loader: Iterable[Any], vocab_size: int, longest: int | None = None) -> list[CalibrationBatch]:
-    """Read every batch of a calibration loader once; padding in front of tokens moves to the end of their sequence.
+    """Read every batch of a calibration loader once, and move padding to the end of each sequence.
 
     The loader is an iterable of dicts with `input_ids` (and `attention_mask`), tensors of ids [batch, sequence] or
     [sequence], or lists of ids: a `torch.utils.data.DataLoader`, a data set or a generator. A sequence may have
-    `longest` tokens; `None`: any number. Nothing depends on `labels`, which data collators add. `held_out` marks a
-    batch that no weight is fitted to; it may name the text.
+    `longest` tokens; `None`: any number. `labels`, which data collators add, are ignored. `held_out` marks a batch that
+    only measures; its value may be the name of the text.
     """
     if isinstance(loader, Mapping | str) or not isinstance(loader, Iterable | Dataset):
         raise ValueError(
@@ -81,7 +81,7 @@ def read_batches(loader: Iterable[Any], vocab_size: int, longest: int | None = N
 
 
 def hold_out(batches: Sequence[CalibrationBatch], num_sequences: int) -> list[CalibrationBatch]:
-    """Mark the last sequences as held out; a batch that they begin in is cut in two."""
+    """Mark the last sequences as held out; if they begin inside a batch, it is cut in two."""
     if not num_sequences:
         return list(batches)
     total = sum(batch.input_ids.shape[0] for batch in batches)
@@ -106,7 +106,7 @@ def hold_out(batches: Sequence[CalibrationBatch], num_sequences: int) -> list[Ca
 
 
 def describe_batches(batches: Sequence[CalibrationBatch]) -> dict[str, Any]:
-    """Describe the text to fit to, for the report, and the text that is `held_out` if there is any."""
+    """Describe for the report the text to fit to, and the `held_out` text if there is any."""
     described = [
         {
             "sha256": tokens_sha256(chosen),
@@ -130,7 +130,7 @@ def tokens_sha256(batches: Sequence[CalibrationBatch]) -> str:
     digest = hashlib.sha256()
     for batch in batches:
         for ids in batch.rows():
-            # the bar ends a sequence: tokens that are cut into other sequences have another hash
+            # the bar ends a sequence, so that the hash depends on how tokens are cut into sequences
             digest.update(ids.cpu().to(torch.int64).numpy().tobytes() + b"|")
     return digest.hexdigest()
 
@@ -142,7 +142,7 @@ def _read_batch(item: Any, where: str, vocab_size: int, longest: int | None) -> 
             known = value is None or isinstance(value, str) or not _NOT_READ.search(key)
             if not known and (not key.endswith("token_type_ids") or torch.as_tensor(value).any()):  # 0: the default
                 raise ValueError(
-                    f"{where} holds {key!r}, and the model is only run on token ids: pass text without it, as "
+                    f"{where} holds {key!r}, but the model runs on token ids only: pass text without it, as "
                     "'input_ids' (and 'attention_mask')."
                 )
         if "input_ids" not in item:
@@ -163,7 +163,7 @@ def _read_batch(item: Any, where: str, vocab_size: int, longest: int | None) -> 
             f"max_position_embeddings (--sequence-length {longest})."
         )
     real = _real_tokens(ids, others, where)
-    # Real tokens first: models count positions, and recurrent ones carry states, from the first token on.
+    # Real tokens come first: models count positions, and recurrent models keep states, from the first token on.
     order = real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
     held_out = others.get("held_out")
     text = held_out if isinstance(held_out, str) else None
@@ -172,9 +172,9 @@ def _read_batch(item: Any, where: str, vocab_size: int, longest: int | None) -> 
 
 
 def _real_tokens(ids: Tensor, others: Mapping[str, Any], where: str) -> Tensor:
-    """Which tokens are real, bool [batch, sequence], in one run in every row that holds one document.
+    """Find which tokens are real, bool [batch, sequence]; they must be consecutive, one document in every row.
 
-    Several documents in a row would be run as one, because the model is called without their boundaries.
+    Several documents in one row are refused: the model would read them as one, because it gets no boundaries.
     """
     mask = others.get("attention_mask")
     numbers = torch.ones_like(ids) if mask is None else _as_rows(mask, where, "attention_mask", ids)
@@ -202,7 +202,7 @@ def _real_tokens(ids: Tensor, others: Mapping[str, Any], where: str) -> Tensor:
 
 
 def _as_rows(values: Any, where: str, key: str, like: Tensor | None = None) -> Tensor:
-    """Integers [batch, sequence]; with `like`, as many as it holds, in its dtype and on its device."""
+    """Read integers [batch, sequence]; with `like`, they must have its shape, and get its dtype and device."""
     try:
         rows = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -220,18 +220,18 @@ def _as_rows(values: Any, where: str, key: str, like: Tensor | None = None) -> T
         raise ValueError(
             f"{where}: {key} has shape {tuple(rows.shape)}, input_ids {tuple(like.shape)}: pass one value a token."
         )
-    rows = rows.clone() if rows.is_inference() else rows  # gradients can't be taken with tensors of inference mode
+    rows = rows.clone() if rows.is_inference() else rows  # no gradients with tensors of inference mode
     return rows if like is None else rows.to(like)
 
 
 def cut_batches(batches: Sequence[CalibrationBatch], sizes: Sequence[int]) -> list[CalibrationBatch]:
-    """The same sequences in batches of other sizes, none of which reaches over the end of a batch."""
+    """Cut batches into batches of other sizes; no new batch has sequences of two old ones."""
     lengths = [batch.input_ids.shape[0] for batch in batches]
     return [batches[number].sequences(start, end) for number, start, end in pieces(lengths, sizes)]
 
 
 def pieces(lengths: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Number of the batch, first and last row of each piece; every batch is cut in whole pieces."""
+    """For each piece, the number of its batch and its first and last row; pieces end where their batch ends."""
     wanted = iter(sizes)
     for number, length in enumerate(lengths):
         start = 0

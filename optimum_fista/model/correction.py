@@ -1,10 +1,9 @@
-"""Error correction: what the operators of a decoder layer are pruned on, and which outputs they aim at.
+"""Error correction: on which inputs the operators of a decoder layer are pruned, and which outputs they should have.
 
-`Correction` says it in one equation, and everything that depends on it is in this file. FISTAPruner corrects errors
-inside a decoder layer. Here the errors of the layers before may be corrected too, the targets may lie between those of
-the dense network and of the pruned one, and the last operator of a layer may compensate for the errors of all others.
-That needs the dense network's activations beside those of the pruned one: of one layer only, and whichever takes less
-memory of an operator's inputs and outputs.
+`Correction` has the equation; everything that depends on it is in this file. FISTAPruner corrects errors inside a
+decoder layer. Here, errors of earlier layers may be corrected too. The targets may lie between those of the dense and
+of the pruned network. The last operator of a layer may compensate for the errors of all others. For this, activations
+of the dense network are kept for one layer: the inputs or the outputs of an operator, whichever take less memory.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class Correction:
 
     @classmethod
     def parse(cls, error_correction: str | float, residual_correction: float = 0.0) -> Correction:
-        """Read the two options of a configuration: a number stands for `"full"` with this share of the dense inputs."""
+        """Read the two options of a configuration; a number means `"full"` with this share of the dense inputs."""
         if isinstance(error_correction, int | float):
             return cls("full", float(error_correction), residual_correction)
         return cls(error_correction, 1.0, residual_correction if error_correction != "none" else 0.0)  # type: ignore[arg-type]
@@ -73,20 +72,20 @@ class Correction:
 
 @dataclass
 class LastOperator:
-    """The last operator of a decoder layer: what it gets, and what its pruned outputs are added to, a batch each."""
+    """The last operator of a decoder layer: its inputs, and the sums to which its outputs are added, one per batch."""
 
     operator: LinearOperator
     activations: LayerActivations
     energies: dict[bool, Tensor]  # squared norms of the rows of W X, [out], float64: held out (True) and others
     inputs: ActivationStore  # X*
-    rest: ActivationStore | None  # D*; None if the layer's output hidden states are not carried on
+    rest: ActivationStore | None  # D*; None if the layer's output hidden states are not needed
     dense: ActivationStore  # W X in the dense network, [tokens, out]
 
-    @cached_property  # the errors are asked for first, the layer's outputs afterwards: no batch runs twice
+    @cached_property  # for the errors first, then for the layer's outputs: no batch runs twice
     def results(self) -> tuple[dict[bool, Tensor], ActivationStore | None]:
         """Squared errors of its pruned outputs, of held-out batches and of others, and hidden states after the layer.
 
-        The operator runs with the weights that it has when this is asked for first.
+        The operator runs once, with the weights that it has at the first access.
         """
         activations, operator = self.activations, self.operator
         squares = {kind: torch.zeros((), dtype=torch.float64, device=activations.device) for kind in (False, True)}
@@ -109,7 +108,7 @@ class GroupProblems:
 
     operators: Group
     fitted: list[LayerProblem]
-    held_out: Iterator[LayerProblem | None]  # over held-out tokens, made one by one; None if none reached an operator
+    held_out: Iterator[LayerProblem | None]  # over held-out tokens, made one by one; None if an operator got none
     last: LastOperator | None  # the operator, if it has a residual correction
 
     def output_error(
@@ -117,7 +116,7 @@ class GroupProblems:
     ) -> float | None:
         """`|| W* X* - W X ||_F / || W X ||_F` with weights `W*` as written; `None` if `W X` is not known.
 
-        It is `fit_error` if the problem, over held-out tokens or others, aims at the dense network's outputs.
+        This equals `fit_error` if the targets are the dense network's outputs, on held-out tokens and on others.
         """
         if self.last is None:
             return fit_error if problem.aims_at_dense else problem.output_error(weight)
@@ -126,12 +125,12 @@ class GroupProblems:
 
 
 class LayerTargets:
-    """The layer problems of one decoder layer, group by group: sole owner of `X`, `X*` and the targets.
+    """The layer problems of one decoder layer, group by group; nothing else refers to `X`, `X*` and the targets.
 
     The dense layer runs once, at the beginning. For `X*` of a group the layer runs from its start up to that group,
-    with all earlier groups pruned; parts of the layer that are finished don't run again (`FinishedParts`). Between two
-    groups only the outputs of these parts are kept, and the hidden states that enter the layer. The layer is still
-    dense; `groups` are in execution order; `experts` is the module that holds those of which some are removed.
+    with all earlier groups pruned; finished parts of the layer don't run again (`FinishedParts`). Between two groups
+    only the outputs of these parts and the layer's input hidden states are kept. The layer must be dense at first.
+    `groups` are in execution order; `experts` is the module with the experts if some of them are removed.
     """
 
     def __init__(
@@ -152,13 +151,13 @@ class LayerTargets:
         self._last: LastOperator | None = None
         self._experts, self._expert_outputs = experts, activations.store()
         corrects = correction.residual_share > 0 and not correction.sees_dense_inputs(len(groups))
-        self.adds_experts = (  # the output of all experts together has a residual correction
+        self.adds_experts = (  # whether the sum of all experts gets a residual correction
             experts is not None and corrects and is_added_to_output(activations, experts, entering.entering[0])
         )
         self._outputs: ActivationStore | None = None
         if entering.dense is None:
             return
-        # one pass serves all groups: each sees the inputs and outputs of its operators as they come by
+        # one pass serves all groups: each records the inputs and outputs of its operators
         records, count, self._outputs = self._records.values(), 0, activations.store()
         hooks: dict[nn.Module, Callable[..., None]]
         hooks = {operator.module: partial(r.see_output, operator) for r in records for operator in r.group}
@@ -173,11 +172,11 @@ class LayerTargets:
 
     def problems(self, index: int) -> GroupProblems:
         """The problems of a group that is still dense; all groups before it are pruned and written."""
-        # popped, so that the record and its sums are freed with the problems, before those of the next group are made
+        # popped, so that the record and its sums are freed with the problems, before the next group's are made
         group, record, correction = self._groups[index], self._records.pop(index), self._correction
         is_last = index == len(self._groups) - 1
         if not correction.sees_dense_inputs(index):  # otherwise X* = X, and the dense pass has summed them
-            # a residual correction is that of the last operator, if it is alone
+            # only the last operator has a residual correction, and only if it is alone in its group
             corrects = correction.residual_share > 0 and is_last and len(group) == 1 and group[0].tokens is None
             if corrects and is_added_to_output(self.activations, group[0].module, self.entering.entering[0]):
                 with self._finished.skipped(index, keep=False):
@@ -193,13 +192,13 @@ class LayerTargets:
         return GroupProblems(group, fitted, held_out, self._last)
 
     def pass_by(self) -> HiddenStates:
-        """The hidden states after a layer that is removed: in the pruned network they are those before it."""
+        """Hidden states after a layer that is removed: in the pruned network, those that enter it."""
         return HiddenStates(self._outputs, self.entering.pruned)
 
     def expert_targets(self) -> Iterator[Tensor]:
-        """Run the layer as it is now, and yield what all experts together should return, [batch, sequence, out].
+        """Run the layer as it is now, and yield targets for the sum of all experts, [batch, sequence, out].
 
-        If they return `E(X)` in the dense network and `E(X*)` now, they should return
+        If the sum is `E(X)` in the dense network and `E(X*)` now, its target is
 
             Y = a E(X) + (1 - a) E(X*) - b (D* - D),
 
@@ -227,25 +226,25 @@ class LayerTargets:
                 yield target.to(output.dtype).view(output.shape)
 
     def leave(self, smaller: nn.Module | None = None) -> HiddenStates:
-        """The hidden states that leave the layer, or the `smaller` one without experts, after all groups are pruned."""
+        """Hidden states after the layer, or after the `smaller` one without experts, when all groups are pruned."""
         entering, pruned = self.entering.pruned, None
         if smaller is not None:
             pruned = None if entering is None else replace(self.activations, layer=smaller).outputs(entering)
         elif self._last is not None:
-            pruned = self._last.results[1]  # D* is kept, so only the operator itself runs
+            pruned = self._last.results[1]  # D* was kept, so only the operator itself runs
         elif entering is not None:
             with self._finished.skipped(len(self._groups), keep=False):
                 pruned = self.activations.outputs(entering)
         return HiddenStates(self._outputs, pruned)
 
     def _sum_inputs(self, record: _DenseRecord) -> None:
-        """Sum over `X*` of a group, and over what the dense network showed; the layer runs up to the group."""
+        """Sum over `X*` of a group and over the dense network's record; the layer runs up to the group."""
         operator, activations, entering = record.group[0], self.activations, self.entering.entering
         found: Iterator[Tensor]  # [batch, sequence, in] or, of an expert, [tokens, in], a batch each
         weights: list[Tensor] = []
         if isinstance(operator, ExpertOperator):
             if self._mixture is None or self._mixture[0] is not operator.experts:
-                # one run for all experts of a mixture: the inputs of each are made from what enters the mixture
+                # one run for all experts of a mixture: their inputs are computed from the input of the mixture
                 self._mixture = (operator.experts, activations.assigned_tokens(operator.experts, entering))
             found = (operator.inputs(tokens, activations.device) for tokens in self._mixture[1])
             weights = [expert.read() for expert in record.group]
@@ -312,20 +311,20 @@ class _DenseRecord:
         self.sums = {kind: GroupSums(size, device, same_inputs=self._same) for kind in kinds}
         self.inputs: ActivationStore | None = None  # X [tokens, in] by batch, in the model's dtype
         self.outputs: ActivationStore | None = None  # or W X of all operators side by side, [tokens, out] by batch
-        self.tokens: list[Tensor] = []  # indices of the tokens in the rows of X, by batch, if these are not all tokens
+        self.tokens: list[Tensor] = []  # which tokens are the rows of X, by batch, if these are not all tokens
         self._side_by_side: list[Tensor] = []  # outputs of the batch that runs
         if self._same or not correction.needs_dense:
             return
-        if group[0].tokens is not None:  # experts, many and small, keep inputs, and no files of their own
+        if group[0].tokens is not None:  # experts are many and small: their inputs are kept, and not in files
             on_disk = isinstance(activations.storage, Path)
             self.inputs = ActivationStore(torch.device("cpu") if on_disk else activations.storage, device)
-        elif sum(operator.shape[0] for operator in group) < size:  # whichever is smaller waits
+        elif sum(operator.shape[0] for operator in group) < size:  # keep the smaller one
             self.outputs = activations.store()
         else:
             self.inputs = activations.store()
 
     def see_input(self, inputs: Tensor) -> None:
-        """Take the dense inputs of the group."""
+        """Record the dense inputs of the group."""
         operator = self.group[0]
         rows = self._activations.rows(inputs, self.batch, operator)
         if self._same:
@@ -336,7 +335,7 @@ class _DenseRecord:
                 self.tokens.append(self._activations.tokens(self.batch, operator.tokens))
 
     def see_output(self, operator: LinearOperator, _: nn.Module, __: object, output: Tensor) -> None:
-        """Take the dense outputs of one operator, as its forward hook; those of a group come in its order."""
+        """Record the dense outputs of one operator, as its forward hook; those of a group come in its order."""
         if self._same or operator.tokens is not None:
             return
         rows = operator.outputs_without_bias(self._activations.rows(output, self.batch, operator))
@@ -348,14 +347,14 @@ class _DenseRecord:
                 self._side_by_side.clear()
 
     def add(self, inputs: Tensor, weights: Sequence[Tensor]) -> None:
-        """Sum over the inputs `X*` of a batch, and what the dense network showed; `weights` are those of experts."""
+        """Add the inputs `X*` of a batch, and the dense network's record of it; `weights` are those of experts."""
         operator, sums = self.group[0], self.sums[self._activations.held_out[self.batch]]
         rows = self._activations.rows(inputs, self.batch, operator)
         if self.outputs is not None:
             sums.add(rows, "outputs", self.outputs[self.batch].to(rows.device, non_blocking=True))
         elif self.inputs is not None:
             dense = self.inputs[self.batch].to(rows.device, non_blocking=True)
-            if operator.tokens is not None:  # the dense network may have sent the expert other tokens
+            if operator.tokens is not None:  # in the dense network other tokens may have reached the expert
                 tokens = self._activations.tokens(self.batch, operator.tokens)
                 dense = _rows_of(tokens, dense, self.tokens[self.batch], rows)
                 for expert, weight in zip(self.group, weights, strict=True):
@@ -366,14 +365,14 @@ class _DenseRecord:
 
 
 def tokens_of(output: Tensor, num_tokens: int) -> Tensor:
-    """The sum of what experts return for each token, [tokens, out]; Llama-4's return one output an expert."""
+    """Sum the outputs of the experts for each token, [tokens, out]; Llama-4 returns one output for each expert."""
     return output.detach().reshape(-1, num_tokens, output.shape[-1]).sum(0)
 
 
 def _rows_of(tokens: Tensor, kept: Tensor, before: Tensor, later: Tensor) -> Tensor:
-    """Rows of `kept` [.., in], of the tokens `before`, for `tokens`; for those that it lacks, rows of `later`."""
+    """Select rows for `tokens`: from `kept` [.., in] if the token is in `before`, otherwise from `later`."""
     if not before.numel():
         return later
-    # rising, as `LinearOperator.tokens` promises, so a search finds them
+    # a search works because `LinearOperator.tokens` are rising
     place = torch.searchsorted(before, tokens).clamp_max(before.numel() - 1)
     return torch.where((before[place] == tokens)[:, None], kept[place], later)

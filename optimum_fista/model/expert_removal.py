@@ -1,7 +1,7 @@
-"""Removing experts of a mixture: which of them go, and how those that stay make up for them.
+"""Removing experts of a mixture: which experts are removed, and how the others compensate for them.
 
-The choice is that of REAP (arXiv 2510.13999). Unlike there, the experts that stay are refitted afterwards, on the
-tokens that the router then sends them. An expert is refitted only if that also helps on tokens that were not used.
+Experts are chosen as in REAP (arXiv 2510.13999). Unlike there, the kept experts are refitted afterwards, on the tokens
+that the router then sends them. An expert is refitted only if this also helps on tokens that the fit did not use.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from optimum_fista.model.parts import Part
 from optimum_fista.solve.problem import InputStatistics, LayerProblem, relative
 from optimum_fista.solve.refit import refit_columns
 
-ROUNDS = 3  # of refits of every expert, with the others as they then are; each gains less than the one before
+ROUNDS = 3  # of refits of every expert, with the others as they are then; each round gains less
 
 
 def experts_of(part: Part, layer_name: str, layer: nn.Module) -> FusedExperts:
@@ -30,12 +30,12 @@ def experts_of(part: Part, layer_name: str, layer: nn.Module) -> FusedExperts:
 
 
 def score_experts(experts: FusedExperts, targets: LayerTargets) -> tuple[Tensor, Tensor, ActivationStore]:
-    """Run the decoder layer on what enters it, and measure what its experts do for the tokens that are not held out.
+    """Run the decoder layer on its inputs, and measure the saliency of its experts on tokens that are not held out.
 
     Returns:
         How many tokens the router sends to each expert, int64 [experts]; its saliency, float64 [experts]: the mean over
-        these tokens of the norm of its output times the router's weight (REAP, eq. 9); and what all should return
-        together (`LayerTargets.expert_targets`).
+        these tokens of the norm of its output times the router's weight (REAP, eq. 9); and the targets for the sum of
+        all experts (`LayerTargets.expert_targets`).
     """
     activations = targets.activations
     norms = torch.zeros(len(experts), dtype=torch.float64, device=activations.device)
@@ -43,7 +43,7 @@ def score_experts(experts: FusedExperts, targets: LayerTargets) -> tuple[Tensor,
     wanted = activations.store()
 
     def see(expert: int, tokens: Tensor, outputs: Tensor) -> None:
-        batch = len(wanted)  # a target is added after its batch has run
+        batch = len(wanted)  # the number of this batch: its target is added after it has run
         if not activations.held_out[batch]:
             mask = activations.token_masks[batch]
             real = outputs if mask is None else outputs[mask.reshape(-1)[tokens]]
@@ -64,7 +64,7 @@ def score_experts(experts: FusedExperts, targets: LayerTargets) -> tuple[Tensor,
 
 
 def experts_to_keep(saliency: Tensor, count: int, equal_runs: int = 1) -> tuple[int, ...]:
-    """The most salient experts in rising order, as many of every run; of equally salient ones the first stay."""
+    """Choose the most salient experts, in rising order, equally many of every run; the first ones if equal."""
     by_run = saliency.view(equal_runs, -1)  # [experts] -> [runs, experts of a run]
     best = by_run.argsort(dim=1, descending=True, stable=True)[:, : count // equal_runs]
     first = torch.arange(equal_runs)[:, None] * by_run.shape[1]
@@ -78,9 +78,9 @@ class SmallerMixture:
 
         E* = sum_e p_e (D_e z_e + b_e),
 
-    where `D_e` is the down projection of expert e and `z_e` its input. Only these are refitted, so that `E*` is linear
-    in what changes. Together the experts, in a layer that `hidden_states` enter, should return `wanted`, `Y` [batch,
-    sequence, out]. What an expert gets is made again from what enters the mixture each time, and not kept.
+    where `D_e` is the down projection of expert e and `z_e` its input. Only down projections are refitted, so `E*` is
+    linear in them. `hidden_states` enter the layer, and `wanted` are the targets `Y` [batch, sequence, out] for `E*`.
+    The inputs of an expert are not kept: they are computed again from the input of the mixture each time.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class SmallerMixture:
         self.experts = experts
         self._down = [operator for operator in experts.operators if operator.kind == "down_proj"]
         self._activations = activations
-        self._residuals: list[Tensor] = []  # Y - E*, which every refit changes: not in a file
+        self._residuals: list[Tensor] = []  # Y - E*; not in a file, because every refit changes it
         self._energies = dict.fromkeys((False, True), 0.0)  # || Y ||^2 of tokens to fit, and of those held out
         place = activations.device if isinstance(activations.storage, Path) else activations.storage
 
@@ -116,12 +116,12 @@ class SmallerMixture:
     def refit(self, write: Callable[[int, Tensor], None]) -> tuple[int, str]:
         """Refit the down projections, one expert after another (block coordinate descent).
 
-        With all other experts as they are, expert e minimizes, over the tokens that it gets,
+        With all other experts fixed, expert e minimizes, over the tokens that reach it,
 
             || p_e D_e z_e - (Y - sum_{f != e} p_f (D_f z_f + b_f) - p_e b_e) ||_F^2,
 
-        with the ridge of `refit_columns` towards the weights that it has. `write` is called with the number of every
-        refitted expert and its weights [out, in]. Returns how many there are, and what the user should know.
+        with the ridge of `refit_columns` towards its present weights. `write` is called with the number of every
+        refitted expert and its weights [out, in]. Returns the number of refitted experts, and advice for the user.
         """
         if getattr(self.experts.module, "has_post_expert_norm", False):
             return 0, "not refitted: a norm follows every expert"
@@ -130,7 +130,7 @@ class SmallerMixture:
             for expert, operator in enumerate(self._down):
                 weight = operator.read()
                 halves = self._problems(expert, weight) if refitted[expert] or not number else ()
-                # Asked once: afterwards the weights are fitted to both halves.
+                # Tested in the first round only: afterwards the weights are fitted to both halves.
                 if not halves or (not number and not _gain(*halves)):
                     continue
                 first, last = halves
@@ -150,7 +150,7 @@ class SmallerMixture:
         return len(chosen), "; ".join(messages)
 
     def _problems(self, expert: int, weight: Tensor) -> tuple[LayerProblem, ...]:
-        """The problems of an expert on the first and last halves of sequences; none if it gets no token of one."""
+        """The problems of an expert on the first and last halves of sequences; empty if a half has no token for it."""
         operator, device = self._down[expert], self._activations.device
         sums = [GroupSums(weight.shape[1], device) for _ in range(2)]
         for batch, residual in enumerate(self._residuals):
@@ -171,7 +171,7 @@ class SmallerMixture:
         return tuple(next(half.problems([operator], [weight], 1.0)) for half in sums)
 
     def _move(self, expert: int, change: Tensor) -> None:
-        """Subtract what a change of an expert's weights returns from `Y - E*`."""
+        """Update `Y - E*` for a change of an expert's weights."""
         for batch, residual in enumerate(self._residuals):
             inputs, tokens = self._inputs(expert, batch)
             moved, places = (inputs @ change.T).to(residual.device), tokens.to(residual.device)
@@ -179,7 +179,7 @@ class SmallerMixture:
             flat[places] = (flat[places].float() - moved).to(flat.dtype)
 
     def _inputs(self, expert: int, batch: int) -> tuple[Tensor, Tensor]:
-        """`p_e z_e` [tokens, in] of an expert, float32, and the tokens that it gets."""
+        """`p_e z_e` [tokens, in] of an expert, float32, and the tokens that reach it."""
         assigned = self._batches[batch]
         inputs = self._down[expert].inputs(assigned, self._activations.device).float()
         part = assigned.part(expert)
@@ -192,7 +192,7 @@ class SmallerMixture:
 
 
 def _gain(first: LayerProblem, last: LayerProblem) -> bool:
-    """Tell whether a fit to each of two problems is better at the other than the weights are: no fit to noise."""
+    """Tell whether a fit to each of two problems is better on the other than the present weights: no overfitting."""
     for fitted, other in ((first, last), (last, first)):
         weight, _ = refit_columns(fitted, torch.ones_like(fitted.weight[0], dtype=torch.bool))
         if not other.squared_error(weight) < other.squared_error(other.weight):

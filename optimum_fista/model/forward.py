@@ -1,8 +1,8 @@
-"""Forward passes of modules: in which precision, who is called back on the way, and what runs in their place.
+"""Forward passes of modules: their precision, callbacks during a pass, and functions that replace a pass.
 
-A run may round float32 matrices to bfloat16 for their products, where a device is fast in it. That is asked for place
-by place (`quick_products`): in forward passes, gradients and sums over tokens. So what solves layer problems, and what
-is compared to prove something, is in float32 without saying so.
+A run may round float32 matrices to bfloat16 for their products, if that is fast on the device. `quick_products` allows
+this in forward passes, gradients and sums over tokens. All other code, such as the solvers and the proofs, computes in
+float32.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _DTYPE: ContextVar[torch.dtype] = ContextVar("dtype of quick products", default=
 
 
 def compute_dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of products by its name, or `"auto"`: bfloat16, but on a CPU only if it has units for it."""
+    """The dtype of products by its name; `"auto"` is bfloat16, but on a CPU only if it has units for it."""
     units = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # an older PyTorch may not tell
     is_fast = device.type != "cpu" or any(getattr(torch.cpu, unit, lambda: False)() for unit in units)
     return torch.bfloat16 if name == "bfloat16" or (name == "auto" and is_fast) else torch.float32
@@ -37,9 +37,9 @@ def quick_products_in(dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def quick_products() -> Iterator[None]:
-    """Inside, float32 matrices are rounded to bfloat16 for their products, if the run around says so.
+    """Inside, float32 matrices are rounded to bfloat16 for their products, if `quick_products_in` says so.
 
-    Sums and results stay float32. An accelerator may have a dtype between the two for this: CUDA takes TensorFloat-32.
+    Sums and results stay float32. An accelerator may use a dtype between the two: CUDA uses TensorFloat-32.
     """
     if _DTYPE.get() == torch.float32:
         yield
@@ -53,16 +53,16 @@ def quick_products() -> Iterator[None]:
 
 
 def as_multiplied(values: Tensor) -> Tensor:
-    """Values as `quick_products` take them, in float32.
+    """Round values as `quick_products` does; the result is float32.
 
-    Sums of squares and of products must be over the same numbers: an error is a small difference between them.
+    Sums of squares and of products must use the same numbers, because an error is a small difference between them.
     """
     dtype = _DTYPE.get()
     return values.float() if dtype in (torch.float32, values.dtype) else values.to(dtype).float()
 
 
 def operator_input(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
-    """The input of a linear operator from the arguments of its call."""
+    """Find the input of a linear operator in the arguments of its call."""
     return arguments[0] if arguments else next(iter(keywords.values()))
 
 
@@ -70,7 +70,7 @@ def operator_input(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> T
 def watching(
     inputs: Mapping[nn.Module, Callable[[Tensor], None]], hooks: Mapping[nn.Module, Callable[..., None]] | None = None
 ) -> Iterator[None]:
-    """Call back with the input of operators before they compute, and register forward hooks, for the time inside."""
+    """Inside, call back with the input of operators before they compute, and register forward hooks."""
     with ExitStack() as registered:
         for module, callback in inputs.items():
             # a default argument binds the callback of this turn of the loop
@@ -87,7 +87,7 @@ def watching(
 def replaced_forwards(
     modules: Sequence[nn.Module], forwards: Iterable[Callable[..., Any]], name: str = "forward"
 ) -> Iterator[None]:
-    """Have modules run other functions for their forward pass, `name`; afterwards each has its own back."""
+    """Replace the forward pass `name` of modules by other functions; afterwards each module has its own again."""
     own = [vars(module).get(name) for module in modules]  # of the instance, such as Accelerate's
     try:
         for module, forward in zip(modules, forwards, strict=True):
@@ -97,13 +97,13 @@ def replaced_forwards(
         for module, original in zip(modules, own, strict=True):
             if original is not None:
                 setattr(module, name, original)
-            else:  # that of its class shows again
+            else:  # the one of its class is used again
                 vars(module).pop(name, None)
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode; afterwards each module has its own mode back."""
+    """Put every module in evaluation mode; afterwards each module has its old mode again."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()

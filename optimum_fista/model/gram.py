@@ -1,9 +1,9 @@
-"""Sums over the calibration tokens, the Gram matrix before all, and the layer problems that are made from them.
+"""Sums over the calibration tokens, above all the Gram matrix, and the layer problems made from them.
 
 Sums replace the activations: `|| W* X* - Y ||_F^2` is a function of `W*`, `G = X* X*^T` and `C = Y X*^T` alone. So a
-problem takes the same memory whatever the number of tokens. They are in float32, also of activations in half
-precision, because thousands of tokens are added up. SparseGPT's code (arXiv 2301.00774) rescales its Hessian with every
-batch to a mean; here nothing is scaled, and only one half of the symmetric matrix is computed.
+problem takes the same memory for any number of tokens. Sums are in float32, even if activations have half precision,
+because thousands of tokens are added. SparseGPT's code (arXiv 2301.00774) rescales its Hessian to a mean with every
+batch; here nothing is scaled, and only one half of the symmetric matrix is computed.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _LEAF = 256  # inputs up to which a block is multiplied whole
 class GroupSums:
     """Sums over the tokens of operators that share their inputs `X*`; in the dense network these are `X`.
 
-    Sums with the dense network, `cross`, are named by what was added: `"inputs"` for `X X*^T` [in, in], `"outputs"` for
-    `W X X*^T` of all operators, one below the other, [out, in], whichever is smaller; `"targets"` for the `Y X*^T`
-    [out, in] of a single operator. There are none if the dense network is not known, or if `X* = X`.
+    `cross` has sums with the dense network by name. `"inputs"` is `X X*^T` [in, in]; `"outputs"` is `W X X*^T` of all
+    operators, one below the other, [out, in]; the smaller of the two is used. `"targets"` is `Y X*^T` [out, in] of a
+    single operator. `cross` is empty if the dense network is not known, or if `X* = X`.
     """
 
     def __init__(self, size: int, device: torch.device, *, same_inputs: bool = False) -> None:
@@ -35,7 +35,7 @@ class GroupSums:
         self.cross: dict[str, Tensor] = {}
         # squared norms of the rows of W X, [out], float64, by operator, and of Y as "targets"
         self.energies: dict[str, Tensor] = {}
-        self._gram: Tensor | None = None  # its upper half; made when tokens come, so that only one group's is held
+        self._gram: Tensor | None = None  # its upper half; made with the first tokens, so that only one group has it
         self._total = torch.zeros(size, device=device)  # of each input
 
     @quick_products()
@@ -58,7 +58,7 @@ class GroupSums:
 
     def add_energies(self, name: str, outputs: Tensor) -> None:
         """Add outputs `W X` [tokens, out] of an operator to its energies."""
-        # a batch in float32, the sum of batches in float64: only that has many terms
+        # one batch in float32, the sum of batches in float64, because it has many terms
         found = as_multiplied(outputs).square().sum(0).double()
         self.energies[name] = self.energies[name] + found if name in self.energies else found
 
@@ -67,7 +67,7 @@ class GroupSums:
         gram = self._total.new_zeros(len(self._total), len(self._total)) if self._gram is None else self._gram
         for start in range(0, gram.shape[0], _LEAF):
             end = start + _LEAF
-            # Only upper blocks were summed. Copied, both halves are equal to the last bit.
+            # Only upper blocks were summed. They are copied, so that both halves are equal to the last bit.
             corner = gram[start:end, start:end].triu_()
             corner += corner.triu(1).T
             gram[end:, start:end] = gram[start:end, end:].T
@@ -91,7 +91,7 @@ class GroupSums:
             elif "targets" in self.cross:
                 yield LayerProblem(weight, statistics, self.cross["targets"], self.energies["targets"], name)
             else:
-                # either way `_problem` may overwrite it: these rows, or this product, are read only once
+                # `_problem` may overwrite these rows or this product, because they are read only once
                 if "outputs" in self.cross:
                     cross = self.cross["outputs"][row : row + weight.shape[0]]
                 else:
@@ -129,7 +129,7 @@ def _problem(
         remade[rows] = inner_by_rows(weight[rows], same)
         if dense_share:
             cross[rows].mul_(dense_share).add_(same, alpha=1 - dense_share)
-    # || W X* - W X ||^2 by rows, not through Y: a small share would magnify the rounding of the difference
+    # || W X* - W X ||^2 by rows; computed from Y, a small share would magnify its rounding error
     unpruned_errors = energies - 2 * mixed + remade
     if dense_share == 0:  # Y = W X*: nothing is mixed into the cross-Gram
         return LayerProblem(weight, statistics, name=name, dense=DenseOutputs(energies, unpruned_errors, cross))

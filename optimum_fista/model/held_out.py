@@ -17,16 +17,16 @@ from optimum_fista.model.losses import Sweep
 from optimum_fista.model.offload import execution_device, onloaded
 
 LEAST_TOKENS = 4096
-"""Sequences are taken until they hold as many tokens; on fewer, a perplexity says little."""
+"""Sequences are taken until they hold this many tokens; a perplexity on fewer says little."""
 LOGITS_TOGETHER = 512  # tokens whose logits are held at a time: a vocabulary may have 250,000 entries
 _NETWORKS = ("dense", "pruned")
 
 
 class HeldOut:
-    """Held-out sequences that travel through the decoder layers with the run, in the dense and in the pruned network.
+    """Held-out sequences that run through the decoder layers of the dense and of the pruned network.
 
-    A decoder layer takes the hidden states of the dense network while it is dense, and those of the pruned network once
-    it is pruned. After the last one come the model's own norm and head.
+    A decoder layer runs on the hidden states of the dense network while it is dense, and on those of the pruned network
+    after it is pruned. After the last layer come the model's own norm and head.
     """
 
     def __init__(self, layers: DecoderLayers, batches: Sequence[CalibrationBatch], storage: Storage | None) -> None:
@@ -42,20 +42,20 @@ class HeldOut:
                 groups.append([row])
         self.sequences = [CalibrationBatch(torch.stack(group)) for group in groups]
         self.text = batches[0].text if batches else None
-        self.losses: dict[str, float] = {}  # nats a token; empty before the last decoder layer is through
+        self.losses: dict[str, float] = {}  # nats per token; empty until the last decoder layer has run
         self._streams: dict[str, ActivationStore] = {}
         self._calls: dict[str, list[list[LayerCall]]] = {}
         self._sweep = Sweep(layers, range(len(layers)), self.sequences, storage)
 
     def begin(self) -> bool:
-        """Record what the decoder layers are called with, while the whole model is dense.
+        """Record the arguments of the decoder layers, while the whole model is dense.
 
         Returns:
-            Whether the losses can be measured: not if layers hand on more than hidden states as arguments, nor if a run
-            resumes and they share a dictionary that layers before have written to.
+            Whether the losses can be measured. They can't if layers pass arguments other than hidden states to the next
+            one, or if a run resumes and earlier layers have written to a dictionary that layers share.
         """
         resumes, sweep = bool(self._streams), self._sweep
-        for network in _NETWORKS:  # once for each, because each writes to dictionaries of its own
+        for network in _NETWORKS:  # once for each network, because each writes to its own dictionaries
             recorded = record_inputs(sweep.layers, self.sequences, sweep.storage)
             self._calls[network] = recorded.calls
             self._streams.setdefault(network, recorded.hidden_states)
@@ -66,7 +66,7 @@ class HeldOut:
         return not recorded.handed_on and not (shares and resumes)
 
     def resume(self, kept: Mapping[str, Sequence[Tensor]]) -> bool:
-        """Go on with what `kept` returned after a decoder layer; `False` if it is not there."""
+        """Resume with the tensors of `kept`, saved after a decoder layer; `False` if they are missing."""
         device = execution_device(self._sweep.layers.model.get_input_embeddings())
         if "losses" in kept:
             self.losses = dict(zip(_NETWORKS, kept["losses"][0].tolist(), strict=True))
@@ -83,7 +83,7 @@ class HeldOut:
         return {f"held_out_{network}": list(stream.kept()) for network, stream in self._streams.items()}
 
     def run(self, index: int, network: str) -> None:
-        """Run a decoder layer, which is on its device, as it is now: `"dense"`, or `"pruned"`."""
+        """Run a decoder layer, which must be on its device, as it is now: `"dense"` or `"pruned"`."""
         layer = self._sweep.layers.modules[index]
         self._streams[network] = self._sweep.run(layer, self._streams[network], self._calls[network][index])
 
@@ -94,7 +94,7 @@ class HeldOut:
             self.losses = {name: sweep.loss(self._streams[name], LOGITS_TOGETHER) for name in _NETWORKS}
 
     def perplexity(self) -> dict[str, Any] | None:
-        """Perplexities of both networks and the number of tokens; `None` if one is not finite or was not measured."""
+        """Perplexities of both networks and the number of tokens; `None` if one is not measured or not finite."""
         if not self.losses or not all(map(math.isfinite, self.losses.values())):
             return None
         found: dict[str, Any] = {network: math.exp(min(loss, 700.0)) for network, loss in self.losses.items()}

@@ -1,11 +1,11 @@
 """Inputs of decoder layers, recorded once for all of them, and from these the inputs of the modules of one layer.
 
-The model runs on every calibration batch with its decoder layers skipped: that gives the hidden states that enter the
-first one, and all other arguments of each (masks, position embeddings, inputs of its own). SparseGPT's and Wanda's code
-records the arguments of the first layer on the last batch, and uses them for all; so neither padding nor layers that
-differ (sliding windows) work there. The arguments take memory, which is why equal tensors are kept once.
+The model runs on every calibration batch with its decoder layers skipped. This gives the hidden states that enter the
+first layer, and all other arguments of each layer (masks, position embeddings, inputs of its own). SparseGPT's and
+Wanda's code records the arguments of the first layer on the last batch, and uses them for all layers and batches, so
+padding and different layers (sliding windows) do not work there. To save memory, equal tensors are kept once.
 
-Later a decoder layer runs alone (`LayerActivations`). Hidden states between layers wait where the storage says.
+Later a decoder layer runs alone (`LayerActivations`). Between layers, hidden states are kept at the storage.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class RecordedInputs:
     hidden_states: ActivationStore  # [batch, sequence, hidden] of each batch, as they enter the first layer
     calls: list[list[LayerCall]]  # other arguments, calls[layer][batch], where the layer computes
     token_masks: list[Tensor | None]  # of each batch, bool [batch, sequence]; None when all are real
-    held_out: list[bool]  # whether nothing is fitted to a batch
+    held_out: list[bool]  # whether a batch only measures
     handed_on: bool  # whether all layers had to run, because they pass more than hidden states to the next one
 
 
@@ -60,11 +60,11 @@ def record_inputs(
     *,
     runs_layers: bool = False,
 ) -> RecordedInputs:
-    """Run the model on every batch with its decoder layers skipped, and record what each is called with.
+    """Run the model on every batch with its decoder layers skipped, and record the arguments of each layer.
 
     The first layer runs once, to learn the form of its output; nothing after the last layer runs. If decoder layers
     pass more than hidden states to the next one (indices that attention shares, the state of a router), all of them run
-    (`runs_layers`), and what is handed on is recorded as it is in the dense network. Hidden states are kept at
+    (`runs_layers`), and these arguments are recorded as in the dense network. Hidden states are kept at
     `storage`; `None`: on the device.
     """
     model, recorder = layers.model, _Recorder(layers, runs_layers, [[] for _ in layers.modules])
@@ -88,7 +88,7 @@ def record_inputs(
                     raise ValueError(f"{damage}: the embeddings of the model are damaged.")
                 hidden_states.append(recorder.first)
                 token_masks.append(mask)
-    except _HandsOnMore:  # skipping layers is cheap, and only the recording itself shows that a model hands on more
+    except _HandsOnMore:  # only a cheap recording without the layers shows whether a model needs them to run
         return record_inputs(layers, batches, storage, runs_layers=True)
     return RecordedInputs(hidden_states, recorder.calls, token_masks, [b.held_out for b in batches], runs_layers)
 
@@ -98,12 +98,12 @@ class StopForward(Exception):
 
 
 class _HandsOnMore(Exception):
-    """A decoder layer takes more from the one before it than hidden states."""
+    """A decoder layer gets more than hidden states from the layer before it."""
 
 
 @dataclass
 class _Recorder:
-    """Its forward pass takes the place of that of every decoder layer: it records, and skips the layer or runs it."""
+    """Replaces the forward pass of every decoder layer: it records the arguments, and skips the layer or runs it."""
 
     layers: DecoderLayers
     runs_layers: bool
@@ -111,14 +111,14 @@ class _Recorder:
     first: Tensor | None = None  # what enters the first layer in this batch
     expected: Tensor | None = None  # what should enter the next layer
     next: int = 0  # its number
-    # tensors of this batch's arguments, and what stands for them, by their id and the device
+    # tensors of this batch's arguments, and the equal tensors kept for them, by their id and the device
     met: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    interned: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)  # what stands for equal ones, of all batches
+    interned: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)  # tensors kept for equal ones, of all batches
     is_tuple: bool | None = None  # whether layers return a tuple; None before one has run
     rest: tuple[Any, ...] = ()  # what they return after the hidden states
 
     def forward(self, index: int, original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-        """Stands for the forward pass of a decoder layer."""
+        """Replace the forward pass of a decoder layer."""
         if arguments:
             hidden_states, *others = arguments
         else:
@@ -149,7 +149,7 @@ class _Recorder:
         if index == len(self.layers) - 1:
             raise StopForward  # the final norm and the head are not needed
         if not self.runs_layers and self.is_tuple is not None:
-            self.expected = hidden_states  # the layer is skipped: what enters it is handed on
+            self.expected = hidden_states  # the layer is skipped: its input goes to the next one
             return (hidden_states, *self.rest) if self.is_tuple else hidden_states
         with onloaded(layer.modules()):
             output = original(hidden_states, *others, **keywords)
@@ -157,7 +157,7 @@ class _Recorder:
         if self.runs_layers:
             self.expected = leaving
             return output
-        # a layer that is called with one of the rest takes more than hidden states from the one before
+        # a layer that is called with one of these gets more than hidden states from the layer before
         self.is_tuple, self.rest, self.expected = isinstance(output, tuple), tuple(rest), hidden_states
         return (hidden_states, *rest) if self.is_tuple else hidden_states
 
@@ -169,7 +169,7 @@ class _Recorder:
             return value
         if (id(value), device) not in self.met:  # most layers of a batch get the same tensor: compare it once
             moved = value.to(device)
-            # The last value tells most unequal tensors apart, so that few are compared whole.
+            # Most unequal tensors differ in their last value, so that few are compared whole.
             key = (device, tuple(moved.shape), moved.dtype, moved.flatten()[-1].item() if moved.numel() else 0.0)
             known = self.interned.setdefault(key, moved)
             self.met[id(value), device] = (value, known if known is moved or torch.equal(known, moved) else moved)
@@ -180,23 +180,23 @@ class _Recorder:
 class HiddenStates:
     """Hidden states that enter a decoder layer, [batch, sequence, hidden], a batch each."""
 
-    dense: Sequence[Tensor] | None  # from the dense network; None if nothing needs them
-    pruned: Sequence[Tensor] | None = None  # from that pruned so far; None if every layer starts from the dense ones
+    dense: Sequence[Tensor] | None  # of the dense network; None if nothing needs them
+    pruned: Sequence[Tensor] | None = None  # of the network pruned so far; None if every layer starts from dense ones
 
     @property
     def entering(self) -> Sequence[Tensor]:
-        """Those that the layer is pruned on."""
+        """The hidden states on which the layer is pruned."""
         found = self.dense if self.pruned is None else self.pruned
         assert found is not None
         return found
 
     def kept(self) -> dict[str, list[Tensor]]:
-        """Tensors of both streams, where they are kept; no tensor of a stream that is missing."""
+        """Tensors of both streams, where they are kept; a missing stream has none."""
         streams = {"dense": self.dense, "pruned": self.pruned}
         return {k: s.kept() if isinstance(s, ActivationStore) else list(s or []) for k, s in streams.items()}
 
     def move(self, storage: Storage, device: torch.device) -> None:
-        """Hand both streams out on another layer's device, and keep them at its storage, unless they are in files."""
+        """Return both streams on another layer's device from now on, and keep them at its storage, unless in files."""
         for stream in (self.dense, self.pruned):
             if isinstance(stream, ActivationStore):
                 stream.move(storage, device)
@@ -208,9 +208,9 @@ class LayerActivations:
 
     layer: nn.Module
     calls: Sequence[LayerCall]  # its arguments besides the hidden states, a batch each
-    token_masks: Sequence[Tensor | None]  # a batch each, bool [batch, sequence]; False tokens count nowhere
-    storage: Storage  # where hidden states and recorded activations wait between passes
-    held_out: Sequence[bool] = ()  # whether nothing is fitted to a batch, a batch each; when made, () is none
+    token_masks: Sequence[Tensor | None]  # of each batch, bool [batch, sequence]; False tokens are ignored
+    storage: Storage  # where hidden states and recorded activations are kept between passes
+    held_out: Sequence[bool] = ()  # whether a batch only measures, for each batch; () means none does
     device: torch.device = field(init=False)  # where the layer computes
     store: Callable[[], ActivationStore] = field(init=False)  # makes an empty list of activations for that device
 
@@ -219,7 +219,7 @@ class LayerActivations:
         self.device = execution_device(self.layer)
         self.store = partial(ActivationStore, self.storage, self.device)
         self.token_masks = [None if mask is None else mask.to(self.device) for mask in self.token_masks]
-        # found once: rows that are picked by a mask make the host wait for the device each time
+        # found once: selection by a mask makes the host wait for the device each time
         self._real = [None if mask is None else mask.reshape(-1).nonzero()[:, 0] for mask in self.token_masks]
 
     @quick_products()
@@ -237,7 +237,7 @@ class LayerActivations:
     def arguments_of(
         self, module: nn.Module, hidden_states: Iterable[Tensor]
     ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Run the layer from its start up to one of its modules; yields what that is called with, a batch each."""
+        """Run the layer from its start up to one of its modules; yields the module's arguments for each batch."""
         seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def stop(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -245,7 +245,7 @@ class LayerActivations:
             raise StopForward
 
         for batch, hidden in enumerate(hidden_states):
-            # the hook is off while the caller has the arguments, and may run the layer itself
+            # the hook is removed before the caller gets the arguments, because it may run the layer itself
             with module.register_forward_pre_hook(stop, with_kwargs=True), suppress(StopForward):
                 self.run(batch, hidden)
             if not seen:
@@ -261,7 +261,7 @@ class LayerActivations:
         hidden_states: Iterable[Tensor],
         see: Callable[[int, AssignedTokens], None] = lambda _, __: None,
     ) -> list[AssignedTokens]:
-        """Inputs of the experts of a mixture in every batch, kept at `storage`; `see` is called with each before."""
+        """Inputs of the experts of a mixture in every batch, kept at `storage`; first `see` is called with each."""
         store, assigned = self.store(), list[AssignedTokens]()
         for batch, (arguments, keywords) in enumerate(self.arguments_of(experts.module, hidden_states)):
             assigned.append(experts.assigned(*arguments, **keywords))
@@ -275,7 +275,7 @@ class LayerActivations:
     def rows(self, activations: Tensor, batch: int, operator: LinearOperator | None = None) -> Tensor:
         """Real tokens of activations [batch, sequence, n] or [batch * sequence, n] as [tokens, n].
 
-        An expert as `operator` has rows for the tokens that it was sent, others one for each token, real or padding.
+        If `operator` is an expert, the rows are its own tokens; otherwise all tokens, real or padding.
         """
         flat = activations.detach().reshape(-1, activations.shape[-1])
         mask = self.token_masks[batch]
@@ -291,19 +291,19 @@ class LayerActivations:
         return flat[self._real[batch] if tokens is None else mask.reshape(-1)[tokens]]
 
     def tokens(self, batch: int, tokens: Tensor) -> Tensor:
-        """Those of the tokens of an expert that are real: `rows` are of them."""
+        """The real tokens among the tokens of an expert, in the order of `rows`."""
         mask = self.token_masks[batch]
         return tokens if mask is None else tokens[mask.reshape(-1)[tokens]]
 
     def hidden_state_error(self, states: HiddenStates) -> float | None:
-        """`|| H* - H ||_F / || H ||_F` over the real tokens to fit; `None` if only one of the two is carried on."""
+        """`|| H* - H ||_F / || H ||_F` over the real tokens to fit; `None` if only one of the two is known."""
         if states.dense is None or states.pruned is None:
             return None
         squares = []
         for batch, (dense, pruned) in enumerate(zip(states.dense, states.pruned, strict=True)):
             if self.held_out[batch]:
                 continue
-            # Norms are taken in float32, squared and added up in float64, and read once at the end.
+            # Norms are computed in float32, squared and summed in float64, and read once at the end.
             wanted, found = (self.rows(h, batch).float() for h in (dense, pruned))
             norms = [torch.linalg.vector_norm(h) for h in (found - wanted, wanted)]
             squares.append(torch.stack(norms).double().square())
@@ -321,7 +321,7 @@ def cut_states(states: HiddenStates, sizes: Sequence[int], storage: Storage, dev
         for number, start, end in pieces([len(hidden) for hidden in stream], sizes):
             store.append(stream[number][start:end])  # [batch, sequence, hidden]
         if isinstance(stream, ActivationStore):
-            stream.clear()  # the run holds it until the layer is through
+            stream.clear()  # otherwise the run would hold it until the layer is done
         return store
 
     dense = cut(states.dense)  # before the first pruned layer both streams are the same tensors: cut them once

@@ -1,7 +1,7 @@
-"""Losses of a model without some of its decoder layers, by which those to remove are chosen.
+"""Choose the decoder layers to remove, by the loss of the model without them.
 
-Unlike SLEB (arXiv 2402.09025), which runs a whole model for every candidate, all candidates of a round share one sweep:
-a decoder layer is brought to its device once and runs on the hidden states of each. These are what it costs in memory.
+SLEB (arXiv 2402.09025) runs a whole model for every candidate. Here all candidates of a round share one sweep: a
+decoder layer is brought to its device once, and runs on the hidden states of each candidate, which take memory.
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ from optimum_fista.model.shrinking import plan_shrinking, require_same_outputs
 def choose_layers(loss: DenseLoss, count: int) -> list[tuple[int, float]]:
     """Choose decoder layers to remove, as SLEB does (arXiv 2402.09025, Algorithm 1).
 
-    In every round each layer that is left is left out in turn. The one without which the loss is least goes for good,
+    In every round, each remaining layer is left out once. The layer without which the loss is smallest is removed,
     unless no configuration describes the model without it.
 
-    A round costs about half as many forward passes as there are layers: a layer runs on the hidden states of the model
-    as it is and of all models that lack one layer before it.
+    A round costs about as many forward passes as half of the layers: a layer runs on the hidden states of the model
+    as it is, and of all models that lack one layer before it.
 
     Returns:
-        The numbers of the layers in the order in which they go, each with the loss without it and those before, in
-        nats a token.
+        The numbers of the layers in the order of their removal, each with the loss after it, in nats per token.
     """
     layers, model = loss.layers, loss.layers.model
     sequences = [CalibrationBatch(ids) for ids in loss.sequences()]
@@ -68,7 +67,7 @@ def choose_layers(loss: DenseLoss, count: int) -> list[tuple[int, float]]:
             removed.append((index, losses[index]))
             bar.set_postfix_str(f"loss {losses[index]:.4f} without {', '.join(str(i) for i, _ in removed)}")
     moved = [old for new, old in enumerate(left) if new != old]
-    if moved:  # prove that the first layer that gets another number returns the same with it
+    if moved:  # prove that the first layer with a new number still returns the same
         layer, call, plan = layers.modules[moved[0]], recorded.calls[moved[0]][0], plan_shrinking(model, layers=left)
         hidden = recorded.hidden_states.kept()[0].to(execution_device(layer))
         with onloaded(layer.modules(), copy=False):
@@ -87,15 +86,15 @@ class Sweep:
     rest: tuple[Any, ...] | None = field(default=None, init=False)  # of the last output, if that is a tuple
 
     def losses(self, recorded: RecordedInputs, bar: tqdm) -> dict[int | None, float]:
-        """Losses by the number of the layer that is left out, in nats a token; `None`: of the model as it is."""
+        """Losses in nats per token, by the number of the layer that is left out; `None`: no layer is."""
         streams: dict[int | None, ActivationStore] = {None: recorded.hidden_states}
         for index in self.left:
             layer = self.layers.modules[index]
             before = streams[None]
             with onloaded(layer.modules(), copy=False):
                 for out in list(streams):
-                    streams[out] = self.run(layer, streams[out], recorded.calls[index])  # frees what entered
-            streams[index] = before  # without this layer, what enters it leaves it
+                    streams[out] = self.run(layer, streams[out], recorded.calls[index])  # frees the layer's inputs
+            streams[index] = before  # without this layer, its input is its output
             bar.update()
         return {out: self.loss(stream) for out, stream in streams.items()}
 
@@ -113,9 +112,9 @@ class Sweep:
         return leaving
 
     def loss(self, stream: ActivationStore, together: int = sys.maxsize) -> float:
-        """Cross-entropy of the next token, in nats a token, after the model's own norm and head.
+        """Cross-entropy of the next token, in nats per token, after the model's own norm and head.
 
-        The logits of so many tokens are held `together`. A layer must have run before, for the form of its output.
+        The logits of `together` tokens are in memory at once. A layer must have run before, for the form of its output.
         """
         model, total, count = self.layers.model, torch.zeros((), dtype=torch.float64, device=stream.device), 0
         place = execution_device(model.get_input_embeddings())
@@ -124,7 +123,7 @@ class Sweep:
             for start in range(0, ids.shape[1] - 1, step):
                 part = hidden[..., start : start + step, :]
                 output = part if self.rest is None else (part, *self.rest)
-                # The model runs with decoder layers that return these hidden states, whatever they are called with.
+                # The model runs with decoder layers that return these hidden states for any arguments.
                 forwards = [lambda *_, output=output, **__: output] * len(self.layers)
                 with replaced_forwards(self.layers.modules, forwards), quick_products():
                     logits = model(input_ids=ids[:, start : start + step].to(place), use_cache=False).logits
@@ -137,9 +136,9 @@ class Sweep:
 
 
 def _cheapest(model: PreTrainedModel, left: Sequence[int], losses: dict[int | None, float]) -> int:
-    """The layer without which the loss is least, of those without which a configuration describes the model.
+    """Find the layer without which the loss is smallest, if a configuration describes the model without it.
 
-    The last layer of a kind, such as the only attention between state-space layers, stays: caches need one.
+    The last layer of its kind stays, such as the only attention layer between state-space layers: caches need one.
     """
     refused: ValueError | None = None
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or [None] * (max(left) + 1)

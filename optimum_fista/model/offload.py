@@ -1,7 +1,7 @@
-"""Weights that Accelerate keeps elsewhere, in CPU memory or on disk, while a module waits.
+"""Offloaded weights: Accelerate keeps them in CPU memory or on disk while a module does not run.
 
-Accelerate brings weights for a forward pass and forgets what was written to them. Here they are brought for a longer
-time, and new values are stored where the old ones are kept, so that larger models than the device holds can be pruned.
+Accelerate loads weights for a forward pass and then drops changed values. Here they are loaded for longer, and new
+values are stored where the old ones are kept, so that models larger than the device's memory can be pruned.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Find where a module computes: the device of its first weight, or that which Accelerate brings it to."""
+    """Find where a module computes: the device of its first weight, or the one to which Accelerate moves it."""
     parameter = next(module.parameters())
     if parameter.device.type != "meta":
         return parameter.device
-    # Accelerate leaves tensors on the meta device in place of those that it keeps.
+    # Accelerate puts tensors on the meta device in place of the offloaded ones.
     for hook in map(offload_hook, module.modules()):
         if hook is not None and hook.execution_device is not None:
             return torch.device(hook.execution_device)
@@ -34,7 +34,7 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def stored_tensor(module: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer of a module, or of one inside it, read from where it is kept."""
+    """Read a parameter or buffer of a module, or of one inside it, from where it is kept."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     tensor = getattr(owner, leaf)
@@ -47,17 +47,16 @@ def stored_tensor(module: nn.Module, name: str) -> Tensor:
 
 
 def kept_tensor(module: nn.Module, name: str) -> Tensor:
-    """An offloaded parameter or buffer of a module as Accelerate keeps it, even while it is onloaded."""
+    """An offloaded parameter or buffer of a module, as Accelerate keeps it; it may be onloaded now."""
     hook = offload_hook(module)
     assert hook is not None
     return hook.weights_map[name]
 
 
 def store_tensor(module: nn.Module, name: str, value: Tensor, keep_undo: Callable[[Callable[[], None]], None]) -> None:
-    """Replace an offloaded parameter where it is kept; before, `keep_undo` is called with what puts the old one back.
+    """Replace an offloaded parameter where it is kept; first, `keep_undo` gets a function that puts the old one back.
 
-    A file of the checkpoint that the model was loaded from is never written to: the new value goes to a file of its
-    own.
+    The checkpoint from which the model was loaded is never changed: the new value goes to a new file.
     """
     data, key = _whole_map(module, name)
     if not isinstance(data, OffloadedWeightsLoader) or key in data.state_dict:
@@ -68,7 +67,7 @@ def store_tensor(module: nn.Module, name: str, value: Tensor, keep_undo: Callabl
         return
     old: dict[str, Any] = dict(data.index[key])
     in_checkpoint = old.get("safetensors_file") is not None
-    # A file of the checkpoint stays as it is, and only the index changes. Others are written over: they are copied.
+    # For a file of the checkpoint, only the index changes. Other files are overwritten, so the old value is copied.
     previous = None if in_checkpoint else data[key].clone()
     if data.save_folder is None:
         folder = tempfile.TemporaryDirectory(prefix="optimum-fista-")
@@ -88,8 +87,8 @@ def store_tensor(module: nn.Module, name: str, value: Tensor, keep_undo: Callabl
 def onloaded(modules: Iterable[nn.Module], *, copy: bool = True) -> Iterator[None]:
     """Keep the weights of modules on their device; the hooks of Accelerate then leave them there.
 
-    They are copies even if they are kept on that device, unless `copy` is False and nothing is written to them.
-    What is written to copies is lost at the end unless it was stored by `store_tensor`.
+    They are copies even if they are kept on that device; with `copy` False they may not be, so do not write to them.
+    Changes of copies are lost at the end unless they were stored by `store_tensor`.
     """
     brought: list[tuple[nn.Module, AlignDevicesHook, list[str]]] = []
     try:
@@ -99,11 +98,11 @@ def onloaded(modules: Iterable[nn.Module], *, copy: bool = True) -> Iterator[Non
                 recurse, buffers = hook.place_submodules, hook.offload_buffers
                 found = named_module_tensors(module, buffers, recurse, remove_non_persistent=True)
                 names = [name for name, _ in found]
-                brought.append((module, hook, names))  # before the first comes, so that an error takes all away
+                brought.append((module, hook, names))  # before the first is loaded, so that an error removes all
                 for name in names:
                     value = hook.weights_map[name].to(hook.execution_device, copy=copy)
                     set_module_tensor_to_device(module, name, hook.execution_device, value=value, clear_cache=False)
-                # Until this is undone, the hook neither brings weights nor takes them away.
+                # Until this is undone, the hook neither loads weights nor removes them.
                 hook.offload = False
         yield
     finally:
@@ -116,8 +115,8 @@ def onloaded(modules: Iterable[nn.Module], *, copy: bool = True) -> Iterator[Non
 def settle_ties(model: PreTrainedModel) -> None:
     """Compare offloaded weights that the configuration calls tied: equal ones are tied, others stay two weights.
 
-    A weight that is stored under the name of another one only is found under its own as well. Transformers does all
-    this with weights in memory, and leaves it out if they are on disk.
+    A weight that is stored only under another weight's name is also found under its own name. Transformers does this
+    for weights in memory, but not for weights on disk.
     """
     for target, source in list(model.all_tied_weights_keys.items()):
         path, _, leaf = target.rpartition(".")
@@ -137,7 +136,7 @@ def settle_ties(model: PreTrainedModel) -> None:
 
 
 def describe_ties(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Have a configuration say so if the model's head is not tied, although its own configuration says it is."""
+    """Correct a configuration that calls the model's head tied although it is not."""
     if not model.all_tied_weights_keys and model.get_expanded_tied_weights_keys(all_submodels=True):
         config.tie_word_embeddings = False
 
@@ -166,7 +165,7 @@ def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
 
 
 def _whole_map(module: nn.Module, name: str) -> tuple[Any, str]:
-    """Find what Accelerate reads the offloaded weights of the whole model from, and a tensor's name in it."""
+    """Find the map from which Accelerate reads the offloaded weights of the whole model, and a tensor's name in it."""
     hook = offload_hook(module)
     assert hook is not None
     data, key = hook.weights_map, name
@@ -188,5 +187,5 @@ def sha256_of(module: nn.Module, names: Iterable[str]) -> str:
 
 
 def combined_sha256(digests: Mapping[str, str] | Iterable[str]) -> str:
-    """One digest of several: of those of tensors by name, in any order, or of those of decoder layers in theirs."""
+    """Combine digests into one: those of tensors by name, in any order, or those of decoder layers, in their order."""
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""Linear operators of a model: matrices [out, in], whatever way their modules store them, those of experts as well.
+"""Linear operators of a model as matrices [out, in], however their modules store them; matrices of experts, too.
 
 A mixture of experts keeps its matrices in 3-D parameters and never calls them one by one. Here every matrix of every
-expert is an operator like others: the mixture is made to call a module for each (`split_experts`), so that hooks see
-its inputs. That costs a loop over experts where Transformers has grouped products, and no copy of a weight.
+expert is an operator: the mixture is made to call a module for each (`split_experts`), so that hooks see its inputs.
+This loop over experts is slower than the grouped products of Transformers, but copies no weight.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ class LinearOperator:
         transposed: bool | None = None,
     ) -> None:
         self.name = name  # of the module in the model
-        self.module = module  # that computes it
-        self.owner = module if owner is None else owner  # that holds the weight: of experts, one for all of them
+        self.module = module  # computes the operator
+        self.owner = module if owner is None else owner  # holds the weight; all experts have the same owner
         self.tensor = tensor  # the owner's parameter
         self.transposed = isinstance(module, Conv1D) if transposed is None else transposed  # stored as [in, out]
         out, columns = self.parameter.shape[::-1] if self.transposed else self.parameter.shape
         self.shape: tuple[int, int] = (out, columns)
-        # Tokens of the latest call if it does not see all: int64, indices into the flattened batch, rising.
+        # Tokens of the latest call if it does not get all: int64, indices into the flattened batch, rising.
         self.tokens: Tensor | None = None
-        # The part of the decoder layer, such as its attention, that returns this operator's output as it is, and what
-        # it returns besides (`split_output`); None if there is none, or no forward pass was traced.
+        # The part of the decoder layer, such as its attention, that returns this operator's output unchanged, and its
+        # other outputs (`split_output`); None if there is no such part, or no forward pass was traced.
         self.ends: tuple[nn.Module, tuple[Any, ...] | None] | None = None
 
     @property
@@ -61,9 +61,9 @@ class LinearOperator:
         return stored
 
     def read(self) -> Tensor:
-        """A float32 copy of the weight where it computes, [out, in], read from where it is kept."""
+        """Read a float32 copy of the weight, [out, in], to the device where it computes."""
         kept = self.select(stored_tensor(self.owner, self.tensor))
-        weight = kept.to(execution_device(self.owner))  # in its own dtype, which may be half as many bytes
+        weight = kept.to(execution_device(self.owner))  # moved in its own dtype, which may take half the bytes
         return (weight.T if self.transposed else weight).to(torch.float32, copy=weight is kept).contiguous()
 
     def write(self, weight: Tensor) -> None:
@@ -72,7 +72,7 @@ class LinearOperator:
         self.parameter.data.copy_(weight.T if self.transposed else weight)
 
     def outputs_without_bias(self, outputs: Tensor) -> Tensor:
-        """`W x` from the module's outputs `W x + b`, [tokens, out]: float32, or without a bias in their dtype."""
+        """Compute `W x` from the module's outputs `W x + b`, [tokens, out]; float32 if there is a bias."""
         # [batch, sequence, out] -> [tokens, out].
         flat = outputs.detach().reshape(-1, self.shape[0])
         bias = getattr(self.module, "bias", None)
@@ -85,13 +85,13 @@ Group = list[LinearOperator]
 
 @dataclass
 class AssignedTokens:
-    """The rows of one batch that the experts of a mixture get."""
+    """The rows of one batch that a mixture sends to its experts."""
 
     hidden_states: Tensor  # [rows, hidden]
-    rows: Tensor  # int64, which of them the experts get, one expert after the other
+    rows: Tensor  # int64, rows of `hidden_states` for the experts, one expert after the other
     tokens: Tensor  # int64, the tokens of these rows, indices into the flattened batch, rising for each expert
     weights: Tensor | None  # the router's weights of the outputs [rows, 1]; None if the inputs have them already
-    bounds: list[int]  # where each expert begins in the three, and their length
+    bounds: list[int]  # where each expert begins in the last three, and their length
 
     def part(self, expert: int) -> slice:
         """The place of an expert in `rows`, `tokens` and `weights`."""
@@ -99,9 +99,9 @@ class AssignedTokens:
 
 
 class ExpertLinear(nn.Module):
-    """One matrix of one expert: a view of the parameter [experts, ...] `tensor` that holds those of all `experts`.
+    """One matrix of one expert: a view of the parameter `tensor` [experts, ...], which has those of all `experts`.
 
-    `half` tells the gate projection (0) from the up projection (1) if that holds both, and is `None` otherwise.
+    If the parameter has both the gate and the up projection, `half` is 0 for gate and 1 for up; otherwise `None`.
     """
 
     def __init__(self, experts: FusedExperts, tensor: str, expert: int, half: int | None) -> None:
@@ -124,7 +124,7 @@ class ExpertLinear(nn.Module):
         return None if bias is None else bias[self._expert][self._rows(bias.shape[-1])]
 
     def place(self, fused: Tensor) -> tuple[int | slice, ...]:
-        """Index of this matrix in a tensor that is laid out as the parameter that holds those of all experts."""
+        """Index of this matrix in a tensor with the layout of the parameter."""
         if self.experts.transposed:
             return self._expert, slice(None), self._rows(fused.shape[2])
         return self._expert, self._rows(fused.shape[1]), slice(None)
@@ -144,7 +144,7 @@ class ExpertLinear(nn.Module):
 
 
 class ExpertOperator(LinearOperator):
-    """A linear operator of one of the `experts` of a mixture; the router decides which tokens it sees."""
+    """A linear operator of one of the `experts` of a mixture; the router decides which tokens reach it."""
 
     module: ExpertLinear
 
@@ -161,7 +161,7 @@ class ExpertOperator(LinearOperator):
         return stored[self.module.place(stored)]
 
     def inputs(self, batch: AssignedTokens, device: torch.device) -> Tensor:
-        """Make its inputs in a batch, [tokens, in], on the device where its expert computes."""
+        """Compute its inputs in a batch, [tokens, in], on the device of its expert."""
         part = batch.part(self.expert)
         hidden_states = batch.hidden_states[batch.rows[part]].to(device)
         self.tokens = tokens = batch.tokens[part]
@@ -171,7 +171,7 @@ class ExpertOperator(LinearOperator):
 class FusedExperts:
     """A module that keeps the weights of all its experts in 3-D parameters, and how to run it matrix by matrix.
 
-    All matrices are called, in the order of the experts, also those of an expert that gets no token.
+    All matrices are called, in the order of the experts, even if an expert gets no token.
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
@@ -196,10 +196,10 @@ class FusedExperts:
         return len(self._experts)
 
     def forward(self, original: Callable[..., Tensor], *arguments: Any, **keywords: Any) -> Tensor:
-        """Compute what the module computes, expert by expert; the first call is compared with the original."""
+        """Compute the module's output expert by expert; the first call is compared with the original."""
         output = self.outputs(self.assigned(*arguments, **keywords))
         output = output.view(self._values(arguments, keywords)[0].shape)
-        if self._checked:  # once is enough: whether the form is known does not depend on the batch
+        if self._checked:  # once is enough: the result does not depend on the batch
             return output
         with torch.no_grad():
             expected = original(*arguments, **keywords)
@@ -209,7 +209,7 @@ class FusedExperts:
         exact = {torch.float64: 1e-6} if is_rounded else {torch.float64: 1e-6, torch.float32: 1e-3}
         if not difference <= exact.get(output.dtype, 2e-2) * size:  # so that NaN is refused
             raise UnsupportedArchitectureError(
-                f"{self.name} ({type(self.module).__name__}) computes its experts in a way that is not known: to "
+                f"{self.name} ({type(self.module).__name__}) computes its experts in an unknown way: to "
                 f"prune the rest of the model and leave them dense, pass exclude=['*.{self.name.rsplit('.', 1)[-1]}']."
             )
         return output
@@ -226,17 +226,17 @@ class FusedExperts:
         else:  # every expert has rows for all tokens, zero where it was not chosen (Llama-4)
             rows, weights = flat.ne(0).any(dim=-1).nonzero()[:, 0], None
             experts, tokens = rows // (flat.shape[0] // count), rows % (flat.shape[0] // count)
-        # Where each expert begins among the sorted choices; choices of other experts than these are left out.
+        # Where each expert begins among the sorted choices; choices of unknown experts are left out.
         first = torch.arange(count + 1, device=experts.device, dtype=experts.dtype)
         return AssignedTokens(flat, rows, tokens, weights, torch.searchsorted(experts, first).tolist())
 
     def _values(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Any]:
-        # By position, in whatever way the decoder layer passes them; the first is the module itself.
+        # By position, however the decoder layer passes them; the first is the module itself.
         bound = inspect.signature(type(self.module).forward).bind(self.module, *arguments, **keywords)
         return list(bound.arguments.values())[1:]
 
     def outputs(self, batch: AssignedTokens) -> Tensor:
-        """Run the experts on a batch; their outputs are added up in the rows that they got, [rows, hidden]."""
+        """Run the experts on a batch, and sum their outputs for each row, [rows, hidden]."""
         module: Any = self.module
         output = torch.zeros_like(batch.hidden_states)
         for expert in range(len(self._experts)):
@@ -254,14 +254,14 @@ class FusedExperts:
         return output
 
     def middle(self, expert: int, inputs: Tensor, tokens: Tensor) -> Tensor:
-        """Make the inputs of the down projection of one expert, [tokens, intermediate]."""
+        """Compute the inputs of the down projection of one expert, [tokens, intermediate]."""
         module: Any = self.module
         if not self.gated:
             return module.act_fn(self._call(expert, "up_proj", inputs, tokens))
         gate, up = (self._call(expert, kind, inputs, tokens) for kind in ("gate_proj", "up_proj"))
         if not self._is_routed:
             return up * module.act_fn(gate)
-        # The gate is applied by the module itself, which wants both as the fused matrix returns them.
+        # The module itself applies the gate; it needs both in the order of the fused matrix.
         both = torch.stack((gate, up), dim=-1).flatten(-2) if self.interleaved else torch.cat((gate, up), dim=-1)
         return module._apply_gate(both)  # [tokens, 2 * intermediate] -> [tokens, intermediate]
 
@@ -288,7 +288,7 @@ def can_be_split(module: nn.Module) -> bool:
 
 @contextmanager
 def split_experts(operators: Iterable[LinearOperator]) -> Iterator[None]:
-    """Make the experts that some of the operators belong to call each of their matrices as a module of its own."""
+    """Make the fused experts of these operators call each of their matrices as a separate module."""
     found = {id(o.experts): o.experts for o in operators if isinstance(o, ExpertOperator)}
     with ExitStack() as replaced:
         for experts in found.values():

@@ -1,8 +1,8 @@
 """Parts that a model can lose as a whole: channels of MLPs, heads of attention, experts of mixtures.
 
-No family is known by name. A model is built without weights from its configuration, as it is and with a smaller
-number. The tensors whose shapes differ are those that shrink. If others differ as well, the model is refused. So a new
-family works without a line of code, but one whose configuration does not state the number of its parts can't lose them.
+There is no list of families. A model is built without weights from its configuration, once as it is and once with
+fewer parts. The tensors whose shapes differ are those that shrink. If unexpected ones differ, the model is refused. So
+a new family needs no code. If a configuration does not state the number of parts, the model can't lose them.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ _WORDS: dict[Kind, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Part:
-    """Groups of columns of a linear operator that can go, together with the rows that compute their inputs.
+    """Groups of columns of a linear operator that can be removed, with the rows that compute their inputs.
 
-    The groups of a mixture are its experts: they are not columns, and the name is that of the module that holds them.
+    The groups of a mixture are its experts, not columns, and `name` is that of the module that holds them.
     """
 
     name: str  # of the operator, such as model.layers.0.mlp.down_proj
     groups: int
     width: int  # columns of a group: 1 for channels; for heads, those of the query heads of one key-value head
-    # Tensors that shrink, each with the axis of the groups, and how often all groups follow one another on it: twice if
+    # Tensors that shrink, each with the axis of the groups and the number of times that all groups are on it: twice if
     # a gate and an up projection are one matrix.
     tensors: Mapping[str, tuple[int, int]]
-    equal_runs: int = 1  # runs of equal length of which each keeps as many (experts whose router chooses runs first)
+    equal_runs: int = 1  # runs of equal length; each keeps equally many (for experts whose router chooses runs first)
 
     @property
     def is_mixture(self) -> bool:
-        """Tell whether the groups are experts, and no columns."""
+        """Tell whether the groups are experts, not columns."""
         return f"{self.name}.weight" not in self.tensors
 
     def kept_by(self, mask: Tensor) -> tuple[int, ...]:
@@ -60,14 +60,14 @@ class Part:
         return tuple(by_group.nonzero()[:, 0].tolist())
 
     def shrink(self, name: str, tensor: Tensor, kept: Sequence[int]) -> Tensor:
-        """A copy of one of `tensors` that holds only the groups `kept`, in this order."""
+        """Copy one of `tensors` with only the groups `kept`, in this order."""
         axis, repeats = self.tensors[name]
         # numbers of the entries, [repeats, groups, entries of a group] -> [entries that stay]
         entries = torch.arange(tensor.shape[axis]).view(repeats, self.groups, -1)[:, list(kept)].flatten()
         return tensor.index_select(axis, entries.to(tensor.device))
 
     def without_columns(self, tensor: Tensor, kept: Sequence[int]) -> Tensor:
-        """A copy of the operator's weight, as stored, with zeros in the columns of all groups but `kept`."""
+        """Copy the operator's stored weight, with zeros in the columns of all groups except `kept`."""
         axis, _ = self.tensors[f"{self.name}.weight"]
         gone = torch.tensor(sorted({*range(self.groups)}.difference(kept)), dtype=torch.int64, device=tensor.device)
         return tensor.unflatten(axis, (self.groups, -1)).index_fill(axis, gone, 0).flatten(axis, axis + 1)
@@ -80,14 +80,14 @@ class Parts:
     kind: Kind
     words: Mapping[str, int | None]  # what the number is called, with its values; None: the model chooses it
     groups: int = 0  # channels, key-value heads or experts of each part; 0 while it has to be counted in columns
-    constants: Mapping[str, int] = field(default_factory=dict)  # what a configuration has to say besides
+    constants: Mapping[str, int] = field(default_factory=dict)  # further settings for the configuration
     equal_runs: int = 1  # as in `Part`
     at_least: int = 1  # a mixture needs as many experts as a token is sent to
     parts: tuple[Part, ...] = ()  # in the order of the decoder layers, of which each may have several or none
 
     def sizes(self, count: int) -> dict[str, int]:
-        """Make the settings of a configuration by which every part keeps `count` groups."""
-        # Two query heads for each key-value head are 2 * count, for one.
+        """Settings of a configuration in which every part has `count` groups."""
+        # For instance, with two query heads for each key-value head there are 2 * count query heads.
         stated = {word: count * (value or self.groups) // self.groups for word, value in self.words.items()}
         return stated | dict(self.constants)
 
@@ -109,8 +109,8 @@ def find_parts(model: PreTrainedModel, kind: Kind) -> Parts:
     - `"heads"`: key-value heads with their query heads: columns of the output projection, with rows of q, k and v.
     - `"experts"` of mixtures, with their outputs of the router.
 
-    Shapes do not tell in which order a matrix keeps its rows. Those of a head are taken to be together, and a gate and
-    an up projection in one matrix to follow one another. `shrinking.require_same_outputs` proves it.
+    Shapes do not show the order of rows. The rows of a head are assumed to be together, and a gate and an up projection
+    in one matrix to be one after the other. `shrinking.require_same_outputs` proves this.
     """
     reasons = [f"{name} {why}" for name, why in find_decoder_layers(model).shared.items()][:1]
     for stated in () if reasons else _stated(model.config.get_text_config(decoder=True), kind):
@@ -136,7 +136,7 @@ def _stated(config: PreTrainedConfig, kind: Kind) -> Iterator[Parts]:
         elif kind == "heads" and value:
             groups = getattr(config, "num_key_value_heads", None) or value
             words = {word: value} | ({"num_key_value_heads": groups} if hasattr(config, "num_key_value_heads") else {})
-            # stated from now on, because else it would be computed from the number of heads
+            # stated from now on, because otherwise it would be computed from the number of heads
             head_dim = getattr(config, "head_dim", None) or config.hidden_size // value
             yield Parts(kind, words, groups, {"head_dim": head_dim})
         elif kind == "experts" and value:
@@ -154,8 +154,8 @@ def runs_of_experts(config: PreTrainedConfig) -> int:
 
 
 def _parts_by(model: PreTrainedModel, stated: Parts) -> Parts:
-    """The parts that become smaller if a stated number does."""
-    # One key-value head, else half: both divide whatever the whole number divides. No model would choose 8.
+    """Find the parts that become smaller if a stated number does."""
+    # One key-value head, otherwise half: both divide whatever the whole number divides. No model would choose 8.
     divisor = stated.groups if stated.kind == "heads" else 2
     fewer = {word: value // divisor if value else 8 for word, value in stated.words.items()}
     if stated.groups == 1 or 0 in fewer.values():
@@ -178,7 +178,7 @@ def _parts_by(model: PreTrainedModel, stated: Parts) -> Parts:
         raise UnsupportedArchitectureError(f"{what} with {as_text(fewer)}")
     groups = parts[0].groups
     for part in parts:
-        if part.groups != groups:  # one word of the configuration can't say two sizes
+        if part.groups != groups:  # one word of the configuration can't state two sizes
             raise UnsupportedArchitectureError(f"{parts[0].name} has {groups} of them and {part.name} {part.groups}")
     return replace(stated, groups=groups, parts=tuple(parts))
 
@@ -189,7 +189,7 @@ def _operators(dense: PreTrainedModel, prefix: str, axes: Mapping[str, int], sta
     owners = {name: name.rpartition(".")[0] for name in shapes}
     modules = {name: dense.get_submodule(owner) for name, owner in owners.items()}
     linear = [name for name, module in modules.items() if isinstance(module, LINEAR)]
-    # What shrinks in its columns: the second axis of a weight [out, in], the first one if it is stored as [in, out].
+    # Weights whose columns shrink: on the second axis if stored as [out, in], on the first if stored as [in, out].
     weights = [n for n in linear if n.endswith(".weight") and axes[n] == (not isinstance(modules[n], Conv1D))]
     for weight in weights:
         operator, columns = owners[weight], shapes[weight][axes[weight]]
@@ -230,10 +230,9 @@ def _mixtures(dense: PreTrainedModel, prefix: str, axes: Mapping[str, int], stat
 
 
 def described_model(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedModel:
-    """The model without weights, on the meta device, that its configuration describes with other settings.
+    """Build, on the meta device, the model that its configuration describes with other settings (of its text model).
 
-    They are those of its text model. A number replaces all of a list. Settings that the configuration would lose when
-    it is saved and read again are refused.
+    A number replaces a whole list. Settings that the configuration would lose when saved and read again are refused.
     """
     config = copy.deepcopy(model.config)
     text = config.get_text_config(decoder=True)
@@ -256,10 +255,10 @@ def described_model(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreT
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors that a model stores, and of the tables that it computes when it is built."""
+    """Shapes of all tensors that a model stores, and of tables that it computes when it is built."""
     return {name: tuple(tensor.shape) for name, tensor in (model.state_dict() | dict(model.named_buffers())).items()}
 
 
 def as_text(settings: Mapping[str, Any]) -> str:
-    """Settings for a message; of long lists, the first entries."""
+    """Write settings for a message; long lists are shortened."""
     return ", ".join(f"{word}={reprlib.repr(value)}" for word, value in settings.items())

@@ -1,7 +1,7 @@
 """Sensitivity of the loss of a language model to errors in the outputs of its linear operators, by gradients.
 
-One backward pass for each sequence serves all operators. The second derivatives are those of the empirical Fisher
-information, a diagonal for the outputs of an operator: cheap, and enough to tell operators from each other.
+One backward pass for each sequence serves all operators. The second derivatives are a diagonal of the empirical Fisher
+information for the outputs of an operator: this is cheap, and enough to compare operators.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from optimum_fista.model.forward import operator_input, quick_products, replaced
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.operator import LinearOperator
 
-_TYPICAL = 2.0  # energies of tokens are cut off at this many medians of their sequence
+_TYPICAL = 2.0  # energies of tokens are limited to this many medians of their sequence
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class DenseLoss:
 
     layers: DecoderLayers
     batches: Sequence[CalibrationBatch]
-    num_tokens: int  # sequences of the batches are taken in order until they hold as many real tokens
+    num_tokens: int  # sequences are taken in order until they have this many real tokens
     progress: bool = False
     storage: Storage | None = None  # of hidden states between decoder layers; None: where each layer computes
 
@@ -52,17 +52,17 @@ class DenseLoss:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Rise of the loss with an error in the outputs of one operator `y = W x`, to second order.
+    """Increase of the loss with an error in the outputs of one operator `y = W x`, to second order.
 
-    The error of a pruned operator is about in proportion to the energy `e = sum_j x_j^2 sum_i w_ij^2` that a token has
-    in it, so the gradients `g` of the loss by the outputs are weighted by `e`. Otherwise the few tokens whose gradients
-    are huge and whose inputs are small (attention sinks) would decide.
+    The error of a pruned operator is about proportional to a token's energy `e = sum_j x_j^2 sum_i w_ij^2`, so the
+    gradients `g` of the loss by the outputs are weighted by `e`. Otherwise a few tokens with huge gradients and small
+    inputs (attention sinks) would decide.
     """
 
     outputs: Tensor  # [out], nats per unit of squared error in each output: 1/2 E[e g_i^2] / E[e], float32
     inputs: Tensor  # [in], mean of x_j^2 over all tokens, float32
-    seen: int  # tokens that the operator was called with: not all for an expert of a mixture
-    is_felt: bool  # whether any gradient is other than zero
+    seen: int  # tokens that reached the operator: not all for an expert of a mixture
+    is_felt: bool  # whether any gradient is not zero
 
     def saliency(self, weight: Tensor) -> Tensor:
         """Expected increase of the loss per token, in nats, when a weight alone is set to zero, [out, in].
@@ -74,11 +74,11 @@ class Sensitivity:
 
 
 def measure_sensitivities(loss: DenseLoss, operators: Mapping[str, LinearOperator]) -> dict[str, Sensitivity]:
-    """Run a model forwards and backwards on the sequences of its loss, one at a time, and sum what operators get.
+    """Run a model forwards and backwards on the sequences of its loss, one at a time; sum inputs and gradients.
 
-    Decoder layers are recomputed on the way back, so that the activations of one layer are held at a time, and the
-    hidden states between layers, at the loss's storage. No weight gets a gradient. An operator has zero gradients if
-    the loss does not depend on it, or if it is called more than once or is no product with one matrix.
+    Decoder layers are recomputed in the backward pass, so that memory is needed for the activations of one layer, and
+    for the hidden states between layers, at the loss's storage. No weight gets a gradient. An operator has zero
+    gradients if the loss does not depend on it, if it is called more than once, or if it is not a plain product.
     """
     model, sequences = loss.layers.model, loss.sequences()
     device = execution_device(model.get_input_embeddings())
@@ -90,14 +90,14 @@ def measure_sensitivities(loss: DenseLoss, operators: Mapping[str, LinearOperato
         quick_products(),
     ):
         for ids in tqdm(sequences, desc="Gradients of the loss", unit="sequence", disable=not loss.progress):
-            with ExitStack() as handles:  # on the way forwards only: recomputed layers call their operators again
+            with ExitStack() as handles:  # in the forward pass only: recomputed layers call their operators again
                 for watcher in watchers.values():
                     watcher.calls = 0
                     hook = watcher.operator.module.register_forward_hook(watcher.see, with_kwargs=True)
                     handles.enter_context(hook)
                 logits = model(input_ids=ids.to(device), use_cache=False).logits
             targets = ids[0, 1:].to(logits.device)
-            # A sum, so that each token's gradient is that of its own loss and those after it, whatever the length.
+            # A sum, not a mean: the gradient of a token must not depend on the length of its sequence.
             nn.functional.cross_entropy(logits[0, :-1].float(), targets, reduction="sum").backward()
             del logits  # with its graph, before the next sequence runs
             waiting.clear()
@@ -117,7 +117,7 @@ def measure_sensitivities(loss: DenseLoss, operators: Mapping[str, LinearOperato
 
 
 class _Watcher:
-    """Adds up what one operator gets on one sequence after the other."""
+    """Sums inputs and gradients of one operator over the sequences."""
 
     def __init__(self, operator: LinearOperator) -> None:
         self.operator = operator
@@ -129,7 +129,7 @@ class _Watcher:
         self.seen = self.calls = 0
 
     def see(self, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: object) -> None:
-        """Add the squares of the inputs, and ask for the gradient if it is that of the product with one matrix."""
+        """Add the squares of the inputs, and request the gradient if the output is a product with one matrix."""
         inputs = operator_input(arguments, keywords).detach()
         squares = inputs.reshape(-1, inputs.shape[-1]).float().square()  # [batch, sequence, in] -> [tokens, in]
         energies = squares @ self.columns  # e_t [tokens]
@@ -143,16 +143,16 @@ class _Watcher:
             output.register_hook(partial(self._add_gradient, energies))
 
     def _add_gradient(self, energies: Tensor, gradient: Tensor) -> None:
-        # Of an operator that was called twice, which gradient belongs to which inputs is not known.
+        # If an operator was called twice, it is unknown which gradient belongs to which inputs.
         if self.calls == 1:
             self.gradients += energies @ gradient.detach().reshape(-1, gradient.shape[-1]).float().square()
 
 
 @contextmanager
 def _recomputed_layers(loss: DenseLoss) -> Iterator[ActivationStore]:
-    """Let gradients flow from the embeddings on, not into weights; decoder layers are recomputed when they flow back.
+    """Compute gradients for activations, not for weights; decoder layers are recomputed in the backward pass.
 
-    Yields the hidden states that enter decoder layers and wait at the storage until then: clear it between two passes.
+    Yields the store of the hidden states that enter decoder layers: clear it between two passes.
     """
     model, layers = loss.layers.model, loss.layers.modules
     device = execution_device(model.get_input_embeddings())
@@ -163,7 +163,7 @@ def _recomputed_layers(loss: DenseLoss) -> Iterator[ActivationStore]:
         if not tensor.requires_grad or tensor.device != device:  # masks, positions: the same in every layer
             return tensor
         waiting.append(tensor)
-        return len(waiting) - 1  # this number takes the place of the hidden states in the graph
+        return len(waiting) - 1  # this number replaces the hidden states in the graph
 
     def hand_out(kept: int | Tensor) -> Tensor:
         return kept if isinstance(kept, Tensor) else waiting[kept]
@@ -171,7 +171,7 @@ def _recomputed_layers(loss: DenseLoss) -> Iterator[ActivationStore]:
     def recomputed(forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
         with (
             nullcontext() if stays else saved_tensors_hooks(keep, hand_out),
-            set_checkpoint_early_stop(False),  # cut short, a layer would keep weights that Accelerate brought
+            set_checkpoint_early_stop(False),  # stopped early, a layer would keep weights that Accelerate loaded
         ):
             return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
 
@@ -186,7 +186,7 @@ def _recomputed_layers(loss: DenseLoss) -> Iterator[ActivationStore]:
         for module, name in trained:
             getattr(module, name).requires_grad_(False)
         with (
-            # A tensor with a gradient that may be overwritten in place, as a leaf may not.
+            # A tensor with a gradient that may be overwritten in place; a leaf may not.
             model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_(True).clone()),
             replaced_forwards(layers, [partial(recomputed, forward) for forward in brought]),
         ):

@@ -1,7 +1,7 @@
-"""Smaller models: a plan that is proved on shapes, tensors one at a time for files, and whole models in memory.
+"""Smaller models: a plan that is proved on shapes, then single tensors (for files) or whole models (in memory).
 
-A smaller model is what a changed configuration describes, so that plain Transformers loads it: no code comes with it,
-and parts of one kind keep the same number in every decoder layer. Shapes do not prove that it computes the same;
+A changed configuration describes the smaller model, so that plain Transformers loads it without extra code; every
+decoder layer keeps the same number of parts of one kind. Shapes do not prove that the smaller model computes the same;
 `require_same_outputs` does.
 """
 
@@ -22,7 +22,7 @@ from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.offload import alignment_hooks
 from optimum_fista.model.parts import Kind, Part, described_model, find_parts, shapes_of
 
-# What configurations say of decoder layers: their number, how many in front are of another kind, lists of numbers.
+# Settings of decoder layers in configurations: their number, how many at the start are of another kind, lists.
 _NUM_LAYERS = ("num_hidden_layers", "decoder_layers")
 _FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers")
 _LAYER_NUMBERS = ("mlp_only_layers", "attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids")
@@ -33,7 +33,7 @@ class Shrinking:
     """A plan of how a model becomes a smaller one, proved on shapes. It leaves open which groups of a part stay."""
 
     model: PreTrainedModel  # the smaller one, on the meta device, with the configurations to save
-    parts: Mapping[str, Part]  # those that shrink, by name, without those of decoder layers that go
+    parts: Mapping[str, Part]  # those that shrink, by name, without those of removed decoder layers
     counts: Mapping[str, int]  # how many groups each of them keeps
     layers: tuple[int, ...]  # numbers of the decoder layers that stay, rising
     layers_name: str  # of the list of decoder layers
@@ -42,7 +42,7 @@ class Shrinking:
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def new_name(self, name: str) -> str | None:
-        """The smaller model's name of a module or tensor; `None` if it goes with its decoder layer."""
+        """The smaller model's name of a module or tensor; `None` if its decoder layer is removed."""
         if not name.startswith(f"{self.layers_name}."):
             return name
         number, dot, rest = name.removeprefix(f"{self.layers_name}.").partition(".")
@@ -54,7 +54,7 @@ class Shrinking:
         return next((part for part in self.parts.values() if name in part.tensors), None)
 
     def reasons_left_dense(self, names: Iterable[str]) -> dict[str, str]:
-        """Why operators are not pruned, without those of removed decoder layers."""
+        """Reasons why operators are not pruned, without those of removed decoder layers."""
         reasons = dict[str, str]()
         for name in names:
             part = self.part_of(f"{name}.weight") or self.parts.get(name)
@@ -67,7 +67,7 @@ class Shrinking:
         return {name: reason for name, reason in reasons.items() if self.new_name(name) is not None}
 
     def shrink_tensor(self, name: str, tensor: Tensor, kept: Mapping[str, Sequence[int]]) -> Tensor:
-        """A tensor as the smaller model has it, with the groups `kept` of its part; itself if it loses nothing."""
+        """Return a tensor in its smaller form, with the groups `kept` of its part; unchanged if it loses nothing."""
         part = self.part_of(name)
         return tensor if part is None else part.shrink(name, tensor, kept[part.name])
 
@@ -80,7 +80,7 @@ def plan_shrinking(
     experts: int | None = None,
     layers: Sequence[int] | None = None,
 ) -> Shrinking:
-    """Plan a smaller model, from the numbers of parts that each decoder layer keeps and of the `layers` that stay.
+    """Plan a smaller model from the numbers of parts that each decoder layer keeps and of the `layers` that stay.
 
     The smaller model is built, without weights, from the changed configuration. Every tensor must have the shape that
     shrinking gives it. Modules may differ from those of the model in sizes and in the numbers of their decoder layers,
@@ -130,7 +130,7 @@ def plan_shrinking(
 def plan_shrinkings(
     model: PreTrainedModel, counts: Mapping[str, int], layers: Sequence[int] | None = None
 ) -> tuple[Shrinking, Shrinking]:
-    """A model whose decoder layers keep so many parts of each kind, and one that keeps all experts besides."""
+    """Plan a model whose decoder layers keep these numbers of parts, and the same model with all experts."""
     smaller = plan_shrinking(model, layers=layers, **counts)
     if "experts" not in counts:
         return smaller, smaller
@@ -139,7 +139,7 @@ def plan_shrinkings(
 
 
 def shrink_model(model: PreTrainedModel, plan: Shrinking, kept: Mapping[str, Sequence[int]]) -> None:
-    """Make a model, whose weights are in memory, the smaller one, in place, with the groups `kept` of each part.
+    """Make a model in memory smaller, in place, with the groups `kept` of each part.
 
     Modules and parameters stay the same objects, with their devices, modes and hooks. Tensors that lose nothing keep
     their memory; those that shrink lose their gradients. `model.config` becomes another object.
@@ -160,7 +160,7 @@ def shrink_model(model: PreTrainedModel, plan: Shrinking, kept: Mapping[str, Seq
 
 
 def smaller_copy(plan: Shrinking, name: str, module: nn.Module, kept: Mapping[str, Sequence[int]]) -> nn.Module:
-    """A copy of a module without the groups that go. It shares all tensors that lose nothing."""
+    """Copy a module without the removed groups; unchanged tensors are shared."""
     shrinking = [(full, tensor.detach()) for full, tensor in _tensors(module, name) if plan.part_of(full) is not None]
     small = _copied(module, name, {full: plan.shrink_tensor(full, tensor, kept) for full, tensor in shrinking})
     _describe(small, name, plan)
@@ -172,9 +172,9 @@ def require_same_outputs(
 ) -> None:
     """Prove that a module returns the same without the removed groups as with zeros in their columns.
 
-    Shapes don't tell whether something depends on all channels or heads together (a norm without weights, slopes that
-    are computed from the number of heads) or on the number of the decoder layer, or whether rows are in another
-    order. This does, for a decoder layer or a whole model, whose name is "", in memory, if no experts go.
+    Shapes don't show whether rows are in another order, or whether something depends on the number of the decoder layer
+    or on all channels or heads together (a norm without weights, slopes computed from the number of heads). This test
+    does, for a decoder layer or a whole model (name "") in memory that loses no experts.
     """
     zeroed: dict[str, Tensor] = {}
     for full, tensor in _tensors(module, name):
@@ -199,14 +199,14 @@ def require_same_outputs(
 
 def difference_beyond_rounding(found: Tensor, expected: Tensor) -> float | None:
     """The relative difference of hidden states [batch, tokens, hidden]; `None` if rounding explains it."""
-    # token by token: a few have hidden states that are a thousand times as large as those of others
+    # token by token: the hidden states of a few are a thousand times as large as those of others
     sizes = expected.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
     difference = float(((found.float() - expected.float()).norm(dim=-1) / sizes).square().mean().sqrt())
     return None if difference <= min(100 * torch.finfo(expected.dtype).eps, 2e-2) else difference
 
 
 def small_hidden_states(hidden_states: Tensor) -> Tensor:
-    """Hidden states made small: rounding of large ones in 16 bits hides what attention and MLP add to them."""
+    """Make hidden states small: in 16 bits, the rounding of large ones hides what attention and MLP add."""
     small = nn.functional.normalize(hidden_states.float(), dim=-1) * (0.01 * hidden_states.shape[-1] ** 0.5)
     return small.to(hidden_states.dtype)
 
@@ -229,7 +229,7 @@ def _layer_settings(config: PreTrainedConfig, stay: Sequence[int], total: int) -
 
 
 def _require_described(dense: PreTrainedModel, plan: Shrinking) -> None:
-    """Compare what is left of all tensors with the tensors of the smaller model."""
+    """Compare the shrunk tensors with those of the smaller model."""
     left: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes_of(dense).items():
         new, part = plan.new_name(name), plan.part_of(name)
@@ -287,10 +287,10 @@ def _describe(module: nn.Module, name: str, plan: Shrinking) -> None:
 
 
 def _copied(module: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a module that shares its tensors, except for those that are given by their names in the model."""
-    # The hooks of Accelerate are shared too: they hold what is offloaded of the whole model.
+    """Copy a module; the copy shares its tensors, except for those that are given by their names in the model."""
+    # The hooks of Accelerate are shared too: they hold the offloaded weights of the whole model.
     memo: dict[int, Any] = {id(hook): hook for child in module.modules() for hook in alignment_hooks(child)}
-    # So are those of the user that work on no module inside: they may hold the whole model, or what can't be copied.
+    # So are hooks of the user, except methods of modules inside: they may hold the whole model, or can't be copied.
     inside = [*module.modules()]
     for hooks in (found for child in inside for word, found in vars(child).items() if word.endswith("_hooks")):
         memo |= {id(hook): hook for hook in hooks.values() if getattr(hook, "__self__", None) not in inside}

@@ -44,7 +44,7 @@ def test_adapters(prune_base):
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["v_proj"]))
     message = refused(adapted.get_base_model() if prune_base else adapted, method="wanda")
-    assert "layers.0.self_attn.v_proj has an adapter of PEFT: prune the model first" in message
+    assert "layers.0.self_attn.v_proj has a PEFT adapter: prune the model first" in message
     merged = adapted.merge_and_unload()
     assert len(pruning.prune(merged, tiny_tokens().split(4), method="wanda").operators) == 14
 
