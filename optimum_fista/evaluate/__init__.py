@@ -1,1 +1,1 @@
-"""Measures of a model and of a folder."""
+"""Measuring models and verifying folders."""

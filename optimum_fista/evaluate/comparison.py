@@ -1,7 +1,7 @@
 """Compare model folders tensor by tensor: a pruned model with its dense one, or two folders of the same model.
 
-Verification needs the pruned folder alone. With the dense model at hand, the rest of the folder is proven too: what the
-run did not change equals the dense model's, without the parts that were removed.
+Verification needs only the pruned folder. With the dense model, the rest of the folder is proven too: tensors that the
+run did not change equal those of the dense model, without the removed parts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from optimum_fista.solve.patterns import WholeParts, parse_pattern
 
 
 class VerificationError(ValueError):
-    """A saved model breaks what its masks and report promise."""
+    """A saved model does not match its masks or its report."""
 
 
 def compare_with_dense(folder: Path, report: PruningReport, dense: str, progress: Callable[[str], None]) -> int:
@@ -68,7 +68,7 @@ def compare_with_dense(folder: Path, report: PruningReport, dense: str, progress
 def _what_stays(
     model: PreTrainedModel, report: PruningReport, pruned: dict[str, OperatorReport]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a dense model without the parts that a report says went, with their names in the smaller model."""
+    """Tensors of a dense model without the parts that the report calls removed, by their names in the smaller model."""
     pattern = parse_pattern(report.config["pattern"])
     counts = numbers_kept(model, pattern) if isinstance(pattern, WholeParts) else {}
     plan = plan_shrinking(model, layers=report.model.get("layers_kept"), **counts)

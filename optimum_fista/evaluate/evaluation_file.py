@@ -1,7 +1,7 @@
 """Perplexities and accuracies in a JSON file, one record a measurement.
 
-The file of a pruned folder may hold measurements of other models too, first of all of the dense one: the report page
-shows them side by side, if their protocol was the same.
+The file of a pruned folder may hold measurements of other models too, such as the dense one. The report page shows
+those with the same protocol side by side.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class Evaluation:
 
     model: str  # a Hub id, or the last part of a path
     result: PerplexityResult | TaskResult
-    place: str = ""  # digest of the path: tells models of one name apart and gives no path away; empty for a Hub id
+    place: str = ""  # digest of the path, to tell models of one name apart without showing it; empty for a Hub id
 
     @classmethod
     def of(cls, model: str, result: PerplexityResult | TaskResult) -> Evaluation:
-        """A measurement of a model given by name."""
+        """Make the record of a measurement of a model given by name."""
         return cls(public_name(model), result, place_of(model))
 
     @property
@@ -92,7 +92,7 @@ def require_addable(file: Path) -> None:
 
 
 def add_evaluation(file: Path, evaluation: Evaluation) -> None:
-    """Add a measurement to a file, in the place of an earlier one of the same model and protocol."""
+    """Add a measurement to a file; it replaces an earlier one of the same model and protocol."""
     file = Path(os.path.realpath(file))  # several links to one file share its lock
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = file.with_name(f".{file.name}.lock")
@@ -104,7 +104,7 @@ def add_evaluation(file: Path, evaluation: Evaluation) -> None:
             records = [{"model": e.model, "place": e.place} | dataclasses.asdict(e.result) for e in [*kept, evaluation]]
             write_about(file, json.dumps(records, indent=1) + "\n")
         finally:
-            lock.unlink()  # who waits for it begins anew
+            lock.unlink()  # processes that wait for it make a new one
 
 
 def read_evaluations(file: Path) -> list[Evaluation]:

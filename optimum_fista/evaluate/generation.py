@@ -1,6 +1,6 @@
-"""Text that a model writes, to be read beside that of another.
+"""Texts of several models, to compare them.
 
-Each model is loaded and freed by one call, so that the dense and the pruned one never share the memory.
+Each model is loaded and freed by one call, so that the dense and the pruned model are never in memory together.
 """
 
 from __future__ import annotations

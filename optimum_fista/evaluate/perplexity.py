@@ -42,9 +42,6 @@ def evaluate_perplexity(
         batch_size: Windows per forward pass. The logits of a batch are held at once.
         progress: Show a progress bar.
         text: Where the windows come from, for the result's `text_name` and `text_sha256`.
-
-    Raises:
-        ValueError: If the windows are not tokens of the model, the model gives NaN, or it can't take such long windows.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}; pass 1 or more.")
@@ -63,7 +60,7 @@ def evaluate_perplexity(
             try:
                 total += _negative_log_likelihood(model, ids, first)
             except (IndexError, RuntimeError) as error:
-                _, limit = token_limits(model)  # not asked before: without a table of positions longer windows work
+                _, limit = token_limits(model)  # only after a failure: without a table of positions longer windows work
                 if limit is None or sequence_length <= limit or is_out_of_memory(error):
                     raise
                 raise ValueError(

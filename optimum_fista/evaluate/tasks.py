@@ -1,7 +1,7 @@
 """Zero-shot accuracy on tasks of lm-eval.
 
-lm-eval measures; this file finds its tasks before a model is loaded, and keeps it quiet. One task is measured after
-another, so that what is measured is kept if a later task fails.
+lm-eval measures; this file finds its tasks before a model is loaded, and silences its log. Tasks are measured one after
+another, so that results are kept if a later task fails.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from optimum_fista.evaluate.evaluation_file import Score, TaskResult
 from optimum_fista.installing import install_command
 from optimum_fista.model.forward import evaluation_mode
 
-_PREFERRED = ("acc", "exact_match", "acc_norm")  # of a task's metrics the first of these is the one that tables show
+_PREFERRED = ("acc", "exact_match", "acc_norm")  # tables show the first of these that a task has
 
 
 class TaskSuite:
-    """Tasks to measure models on, or groups with metrics of their own, found by the names that lm-eval gives them.
+    """Tasks of lm-eval to measure models on, or groups of tasks that have their own metrics, by name.
 
     `include_path` is a folder of further task files, and `limit` the number of documents of every task (`None`: all).
     """

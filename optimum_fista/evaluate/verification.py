@@ -1,7 +1,7 @@
 """Prove from the files that a saved model keeps its pattern and sizes.
 
-Nothing of the run that wrote the folder is trusted: weights, masks and report are read again, one tensor at a time, and
-every count in the report is made anew. Only errors can't be checked, because the calibration text is not in the folder.
+The run that wrote the folder is not trusted: weights, masks and report are read again, one tensor at a time, and every
+number is counted again. Only errors can't be checked, because the calibration text is not in the folder.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def verify_checkpoint(
     agree between masks, report, config and checkpoint; the report's number of parameters is that of the model. Of a
     model that became smaller, all tensors have the shapes that its configuration describes.
 
-    With the dense model at hand, every tensor that the run did not change must equal what the report says is left of
-    the dense model's. Of pruned operators, refitted experts, and MLPs whose channels were reordered only the shapes are
+    If the dense model is given, every tensor that the run did not change must equal the dense model's, without the
+    removed parts. For pruned operators, refitted experts, and MLPs whose channels were reordered, only shapes are
     compared.
 
     Args:
@@ -78,8 +78,8 @@ def verify_checkpoint(
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If `dense` can't be read or lose such parts, or is given for a folder that is packed or was trained.
-        VerificationError: If something does not hold.
+        ValueError: If `dense` can't be used: it can't be read, or the folder is packed or was trained.
+        VerificationError: If a check fails.
     """
     try:
         require_files(folder, CONFIG_FILE, *(() if is_packed(folder) else (MASKS_FILE,)), REPORT_FILE)
@@ -102,7 +102,7 @@ def verify_checkpoint(
         raise VerificationError(str(error)) from error
     except SafetensorError as error:
         raise VerificationError(f"a safetensors file is damaged or incomplete: {error}.") from error
-    for name, value in summary(report).items():  # the totals are proven, so what agrees with them is
+    for name, value in summary(report).items():  # the totals are proven, so equal numbers are, too
         if config.get(name) != value:
             raise VerificationError(f"config.json promises {name} {config.get(name)!r}, {REPORT_FILE} says {value!r}.")
     equal = None if dense is None else compare_with_dense(folder, report, str(dense), progress)

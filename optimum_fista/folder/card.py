@@ -1,6 +1,6 @@
 """The model card of a pruned model, and its picture of the fit errors.
 
-The text is the template card.md; what is computed for it is here. Nothing in a card depends on when it is written, so
+The template card.md has the text; this file computes its values. A card does not depend on the time of writing, so
 equal runs write equal folders.
 """
 
@@ -58,8 +58,8 @@ def model_card(report: PruningReport, picture: str | None = None, dense: str = "
         pipeline_tag="text-generation",
         tags=["optimum-fista", "pruned"] + ["sparse"] * (not report.removed),
         base_model=of_hub,
-        # The Hub knows adapter, merge, quantized and finetune. A pruned model is the base model's kind of model with
-        # weights of its own, in the same number format: a packed folder too holds the same numbers.
+        # The Hub knows adapter, merge, quantized and finetune. A pruned model is of the base model's kind, with its
+        # own weights in the same number format (in a packed folder, too).
         base_model_relation=of_hub and "finetune",
         datasets=dataset and [dataset],
         **{key: inherited[key] for key in _INHERITED if key in inherited},
@@ -74,7 +74,7 @@ def model_card(report: PruningReport, picture: str | None = None, dense: str = "
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     formats = {"thousands": "{:,}", "percent": "{:.2%}", "error": "{:.4f}"}
     environment.filters |= {name: form.format for name, form in formats.items()}
-    environment.filters["escaped"] = partial(_SPECIAL.sub, r"\\\1")  # names of others are no Markdown
+    environment.filters["escaped"] = partial(_SPECIAL.sub, r"\\\1")  # names from other people must not act as Markdown
     template = environment.from_string(Path(__file__).with_name("card.md").read_text())
     return (
         template.render(

@@ -1,7 +1,7 @@
 """A pruned model's folder: which files it has, and how they are read.
 
-Nothing here needs Transformers or a model: `report` and `verify` read a folder in a moment, also of a model that no
-machine at hand could load. What is damaged is one ValueError that names the file.
+Nothing here needs Transformers or a model: `report` and `verify` read a folder quickly, even if the model is too large
+to load. A damaged file gives a ValueError that names the file.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def closest_folder(name: str) -> str:
 
 
 def require_files(folder: Path, *names: str) -> None:
-    """Refuse a folder that lacks a file of a pruned model."""
+    """Refuse a folder if one of these files is missing."""
     if not folder.exists():
         raise FileNotFoundError(f"{str(folder)!r}: there is no such folder.{closest_folder(str(folder))}")
     for name in names:

@@ -1,7 +1,7 @@
 """Push a finished model folder to the Hugging Face Hub, or find out before a run that this would fail.
 
-`HfApi.upload_folder` makes one commit of the files that the model's list names, and of the deletions of an earlier
-model's: nobody ever downloads half of a model, or one model's weights with another's report.
+`HfApi.upload_folder` makes one commit that adds the files on the model's list and deletes those of an earlier model. So
+nobody downloads half of a model, or one model's weights with another model's report.
 """
 
 import glob
@@ -31,18 +31,18 @@ def push_folder(
     """Upload the files of a pruned model's folder to a model repository and return the URL of the commit.
 
     Only the files on the list in `fista/files.json` are uploaded: those that a run, `report` and `evaluate` wrote, and
-    those that a run copied from beside the dense model's weights. A warning names the others. The Hub checks the
-    metadata of the model card before anything is uploaded. The repository and the branch are created if absent. Files
-    of the same name are replaced. Weights of a standard name (`model.safetensors`, ...) and `fista/` that are on the
-    branch but not in `folder` are deleted in the same commit, because they belong to another model.
+    those that a run copied from the dense model's folder. A warning names the others. The Hub checks the metadata of
+    the model card first. The repository and the branch are created if they do not exist. Files of the same name are
+    replaced. Weights of a standard name (`model.safetensors`, ...) and files in `fista/` that are on the branch but not
+    in `folder` are deleted in the same commit, because they belong to another model.
 
     Args:
         folder: A folder that this package wrote.
         repo_id: `"namespace/name"`, or `"name"` for the namespace of the token's owner.
-        private: Visibility of the repository; `None` takes what exists, or the namespace's default.
+        private: Visibility of the repository; `None`: as it is, or the namespace's default for a new one.
         token: Access token; `None` takes `HF_TOKEN` or the one stored by `hf auth login`.
         commit_message: First line of the commit.
-        revision: Branch to push to, made from the head of `main` if absent; `None` is `main`.
+        revision: Branch to push to; a new one starts at the head of `main`. `None` is `main`.
 
     Raises:
         ValueError: If `folder` is not complete, `repo_id` is no name, or `private` contradicts an existing repository.
@@ -88,10 +88,10 @@ def push_folder(
 
 
 def require_push(repo_id: str, token: str | None = None) -> None:
-    """Refuse a push that can't work before hours are spent on the model: the name, the token, the namespace.
+    """Check the name, the token and the namespace of a push before hours are spent on the model.
 
     Raises:
-        ValueError: If `repo_id` is no name of a repository, or the token may not write to its namespace.
+        ValueError: If `repo_id` is not a repository name, or the token may not write to its namespace.
         OSError: If there is no valid token, or the Hub can't be reached.
     """
     require_repo_id(repo_id)
@@ -114,7 +114,7 @@ def require_push(repo_id: str, token: str | None = None) -> None:
 
 
 def require_repo_id(repo_id: str) -> None:
-    """Refuse what is no name of a repository."""
+    """Refuse a text that is not a repository name."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:

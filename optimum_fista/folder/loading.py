@@ -1,7 +1,7 @@
 """Load models to prune, GGUF files included, and refuse those that can't be pruned.
 
-Transformers reads every file; what it raises on damaged ones becomes one error that names the model. A streamed run
-loads a model with all weights left in their files (`load_lazily`).
+Transformers reads every file; its errors on damaged files become one error that names the model. A streamed run loads a
+model with all weights left in their files (`load_lazily`).
 """
 
 from __future__ import annotations
@@ -46,10 +46,8 @@ def load_model(
         name: Hub id, model folder, or a folder that holds one GGUF file, which is dequantized.
         device: Device to load to; `None`: the accelerator if there is one, otherwise the CPU.
         dtype: Floating dtype, `"auto"` takes the checkpoint's.
-        device_map: Accelerate's, such as `"auto"`, for a model that doesn't fit `device`, which is then not used.
-
-    Raises:
-        ValueError: If `name` is a folder without a model, its files are damaged, or the device or dtype can't be used.
+        device_map: Accelerate's device map, such as `"auto"`, for a model that doesn't fit on `device`; it replaces
+            `device`.
     """
     target, dtype = usable_device(device), dtype if dtype == "auto" else floating_dtype(dtype)
     tokenizer = require_tokenizer(name)  # first: the weights take long
@@ -65,14 +63,14 @@ def load_lazily(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a model whose weights stay in its files until they are needed.
 
-    Weights of a GGUF file are dequantized in memory. Its tokenizer, which is in no file of its own, comes with it.
+    Weights of a GGUF file are dequantized in memory; the same file has the tokenizer.
     """
     if gguf_file(name) is not None:
         return load_model(name, device=device, dtype=dtype)
     target, dtype = usable_device(device), dtype if dtype == "auto" else floating_dtype(dtype)
 
     def is_news(record: logging.LogRecord) -> bool:
-        """Hold back Accelerate's warning that weights stay in their files, which is what was asked for."""
+        """Drop Accelerate's warning that weights stay in their files: this is intended."""
         return not record.getMessage().startswith("Some parameters are on the meta device")
 
     talker = logging.getLogger("accelerate.big_modeling")
@@ -88,7 +86,7 @@ def load_lazily(
 
 
 def local_source(model: PreTrainedModel) -> Path | None:
-    """The folder that a model in memory was loaded from, if it is one."""
+    """The folder from which a model in memory was loaded; `None` if it was not a folder."""
     name = getattr(model.config, "_name_or_path", "")
     return Path(name) if name and Path(name).is_dir() else None
 
@@ -131,7 +129,7 @@ def read_model(name: str, **options: Any) -> PreTrainedModel:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Turn what Transformers raises on damaged files, whatever it is, into one error that names the model."""
+    """Turn all errors of Transformers on damaged files into one error that names the model."""
     try:
         yield
     except (OSError, ImportError):  # which say what is wrong
@@ -231,7 +229,7 @@ def usable_device(device: str | None) -> torch.device:
 
 
 def storage_place(name: str | torch.device | Path | None) -> Storage | None:
-    """The device or folder in which activations wait; the temporary folder for `"disk"`, `None` for `None`."""
+    """The device or folder for activations; `"disk"` is the temporary folder, `None` stays `None`."""
     if name is None:
         return None
     if name == "disk":

@@ -1,9 +1,9 @@
-"""Files and folders that are there whole or not at all: written beside their place, and put there by one rename.
+"""Write files and folders so that they exist complete or not at all: beside their place first, then by one rename.
 
-While something is written, `NAME.unfinished` lies beside the output `NAME`. It holds `model`, the folder that becomes
-the output, and `journal`, what a run needs to resume. Beside it lies the lock. Every folder that is put in its place
-has a list of its files (`FILES_FILE`). A folder in which each file is as the list says may be replaced. A file that was
-added or changed since is somebody's, and the folder is refused.
+During a run, the folder `NAME.unfinished` is beside the output `NAME`. It has `model`, the folder that becomes the
+output, and `journal`, which a run needs to resume. The lock is beside it. Every finished folder has a list of its files
+(`FILES_FILE`). A folder may be replaced if all its files are as on the list. If a file was added or changed, it belongs
+to the user, and the folder is not replaced.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def folder_beside(source: str | Path, ending: str) -> Path:
 
 
 def require_output(output_dir: Path, overwrite: bool, *, source: str | Path | None = None) -> None:
-    """Refuse an output that can't become a folder of ours, or with which a file of somebody would be lost.
+    """Refuse an output that can't be written, or that would replace files of the user.
 
-    `source` is the model that is read: the output must neither be its folder nor lie in it, nor may a run into the
-    output throw the folder away.
+    `source` is the model that is read. The output must not be its folder or be inside it, and a run into the output
+    must not delete it.
     """
     shown, output = f"output {str(output_dir)!r}", Path(os.path.realpath(output_dir))
     if output_dir.name in ("", ".."):
@@ -64,7 +64,7 @@ def require_output(output_dir: Path, overwrite: bool, *, source: str | Path | No
         if Path(os.path.realpath(source)).is_relative_to(unfinished := unfinished_folder(output_dir)):
             raise ValueError(
                 f"{shown}: the folder that is read, {str(source)!r}, lies in {str(unfinished)!r}, which a run into the "
-                "output throws away: pass another output, or move the folder that is read."
+                "output deletes: pass another output, or move the folder that is read."
             )
     if not output.exists():
         return
@@ -111,8 +111,8 @@ def all_names(folder: Path) -> list[str]:
 def locked_output(output_dir: Path) -> Iterator[Path]:
     """Lock `output_dir` against other runs, and yield its unfinished folder, which exists and can be written to.
 
-    The thread that holds the lock may ask again. What a killed process left is thrown away, but not the layers of a
-    streamed run, nor a text that a model wrote.
+    The thread that holds the lock may lock again. Files that a killed process left are deleted, but not the layers of a
+    streamed run or a text that a model wrote.
     """
     folder, output = unfinished_folder(output_dir), Path(os.path.realpath(output_dir))
     # The system releases the lock of a killed process.
@@ -165,9 +165,9 @@ def new_output(output_dir: Path, overwrite: bool, source: Path | None = None) ->
 def install(folder: Path, output_dir: Path, overwrite: bool, source: Path | None = None) -> None:
     """Put the model of a locked unfinished folder in the place of `output_dir`, and end the unfinished folder.
 
-    A folder that is there is swapped with it in one step of the system. If the system can't do that, there are two
-    renames. If the second one fails, or the process is killed before it, `locked_output` takes the first one back.
-    Copies of what somebody had added to `source`, the folder that was read, are not listed.
+    An existing folder is swapped with it in one step of the system. If the system can't do that, there are two renames.
+    If the second one fails, or the process is killed before it, `locked_output` undoes the first one. Copies of files
+    that the user had added to `source`, the folder that was read, are not listed.
     """
     model, output, replaced = folder / MODEL, Path(os.path.realpath(output_dir)), folder / _REPLACED  # a link stays one
     names = [name for name in all_names(model) if name != FILES_FILE]
@@ -196,9 +196,9 @@ def install(folder: Path, output_dir: Path, overwrite: bool, source: Path | None
 
 
 def discard(folder: Path, *, keep_texts: bool = False) -> None:
-    """Throw away what is in an unfinished folder that is locked.
+    """Delete everything in a locked unfinished folder.
 
-    `keep_texts` leaves the tokens that models wrote: the run that begins may have written them just before.
+    `keep_texts` keeps the tokens that models wrote: the new run may have written them just before.
     """
     journal = folder / FOLDER
     (folder / RUN_FILE).unlink(missing_ok=True)  # first: what is left then is no run
@@ -211,7 +211,7 @@ def discard(folder: Path, *, keep_texts: bool = False) -> None:
 
 
 def write_about(file: Path, text: str) -> None:
-    """Write a file; one about the model of a finished folder is listed there, unless somebody had changed it."""
+    """Write a file; if it is about the model of a finished folder, list it there, unless the user had changed it."""
     folder = file.parent if file.name == "README.md" else file.parent.parent
     name = file.relative_to(folder).as_posix()
     noted = _noted(folder) if name in _ABOUT else {}
@@ -222,7 +222,7 @@ def write_about(file: Path, text: str) -> None:
 
 
 def _tidy(folder: Path, output: Path) -> None:
-    """Remove what no later run needs, the old output if the new one took its place, and a folder that is empty then."""
+    """Remove files that no later run needs, an old output that was replaced, and the folder if it is then empty."""
     model, replaced = folder / MODEL, folder / _REPLACED
     if model.exists() and replaced.exists():  # a process was killed between the two renames of `install`
         replaced.rename(output)

@@ -1,8 +1,8 @@
-"""Packed model folders: made, made dense again, and read, one weight file in memory at a time.
+"""Pack a model folder, unpack it, and read a packed one, with one weight file in memory at a time.
 
-`Packer.pack` makes the tensors of a packed checkpoint from those of a dense one; the rest copies files. A streamed run
-packs each decoder layer by the same `Packer`, so it writes the bytes that packing afterwards would. A packed folder has
-no file of masks: its weights hold them.
+`Packer.pack` makes packed tensors from dense ones; the rest copies files. A streamed run packs each decoder layer by
+the same `Packer`, so it writes the same bytes as `pack_folder`. A packed folder has no file of masks: they are in its
+weights.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def pack_folder(
 
     Raises:
         FileNotFoundError: If `folder` holds no pruned model.
-        FileExistsError: If `output` holds a model and `overwrite` is False, or other files that would be replaced.
+        FileExistsError: If `output` holds a model and `overwrite` is False, or other files that would be lost.
         BlockingIOError: If another run writes to `output`.
         ValueError: If `folder` is packed already, has no zeros to pack, or is damaged, or if `output` lies in it.
     """
@@ -138,11 +138,7 @@ def pack_folder(
 def unpack_folder(
     folder: Path, output: Path, *, overwrite: bool = False, progress: Callable[[str], None] = lambda _: None
 ) -> Packing:
-    """Make a packed folder dense again, masks and all; the inverse of `pack_folder`.
-
-    Raises:
-        ValueError: If `folder` is not packed, or malformed (a PackedFormatError); others as `pack_folder`.
-    """
+    """Make a packed folder dense again, with its masks; the inverse of `pack_folder`."""
     if not is_packed(folder):
         raise ValueError(f"folder {str(folder)!r} is not packed: pass a folder made by `optimum-fista pack`.")
     files, operators = packed_files(folder), _operators_by_tensor(read_report(folder).operators)
@@ -175,9 +171,9 @@ def _convert_folder(
     overwrite: bool,
     progress: Callable[[str], None],
 ) -> None:
-    """Copy a folder with its weight files converted one after another, and files that are no model's.
+    """Copy a folder with its other files, and convert its weight files one after another.
 
-    `convert` makes the tensors of an open weight file, from the names that it has to hold; it may add to `masks`.
+    `convert` makes the tensors of an open weight file, from the names that it must hold; it may add to `masks`.
     `packed` names the weights that are packed then; `None`: they are dense.
     """
     old, new = ("model", "packed") if packed is not None else ("packed", "model")
@@ -258,7 +254,7 @@ def packed_settings(weights: str, names: Iterable[str]) -> dict[str, Any]:
         "runtime": "dense",
         "weights": weights,
         "parameters": parameters,
-        # for who looks here because Transformers said that it does not know the method
+        # for users whose Transformers reported an unknown quantization method
         "note": f"packed by {NAME}: import optimum_fista.packed before from_pretrained, or run `optimum-fista unpack`",
     }
 

@@ -1,7 +1,7 @@
-"""Files of a dense model that its pruned folder gets too, and tensors that the pruned model has no place for.
+"""Files of a dense model that are copied to its pruned folder, and tensors that the pruned model has no place for.
 
-A pruned folder has everything that the dense one has beside its weights (templates, processors, licences), so it can
-take its place. What the loaded class has no place for is named and refused, and not dropped in silence.
+A pruned folder gets all files of the dense one except weights (templates, processors, licences), so it can replace it.
+If the loaded class has no place for a tensor, the model is refused with the name of the tensor.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _WEIGHTS = re.compile(
 )
 _READ = re.compile(r"^(model|packed|pytorch_model)\b.*\.(safetensors|bin)(\.index\.json)?$")
 _MOST_BYTES = 2**28  # the largest vocabularies have about 2**25
-# Tables that a model computes anew; checkpoints of older versions hold them. They are no loss.
+# Tables that a model computes itself; older checkpoints also store them. They are not counted as lost.
 _COMPUTED = re.compile(r"(\brotary_emb\.inv_freq|\bposition_ids|\.masked_bias|_extra_state)$")
 logger = logging.getLogger(__name__)
 
 
 def source_folder(name: str, revision: str | None) -> Path:
-    """The folder of a model that has been loaded. Of one of the Hub, its small files come into the cache first."""
+    """The folder of a model that has been loaded; for a Hub id, its small files are first loaded into the cache."""
     if Path(name).is_dir():
         return Path(name)
     try:
@@ -50,7 +50,7 @@ def source_folder(name: str, revision: str | None) -> Path:
 
 
 def copy_source(source: Path, folder: Path, pattern: str = "*") -> None:
-    """Copy the files of a model's folder that match, but for weights and what a run writes; log what stays behind."""
+    """Copy matching files of a model's folder, except weights and files that a run writes; log files not copied."""
     left = []
     for path in sorted(source.glob(pattern)):
         name = path.name
@@ -65,11 +65,11 @@ def copy_source(source: Path, folder: Path, pattern: str = "*") -> None:
 
 
 def described_loss(model: PreTrainedModel, source: Path) -> str:
-    """Count the tensors in a model's files that the loaded one has no place for, by module, in words; empty if none.
+    """Describe the tensors in a model's files for which the loaded model has no place, by module; empty if none.
 
-    No loss is what the model computes anew (tables of rotary embeddings, causal masks), nor what its class declares
-    useless in decoder layers that it has. What it declares useless elsewhere is one: layers that predict more tokens,
-    or a vision tower, which other programs use.
+    Tables that the model computes itself do not count (rotary embeddings, causal masks), nor tensors in its decoder
+    layers that its class declares useless. Useless tensors elsewhere do count, because other programs use them: layers
+    that predict more tokens, or a vision tower.
     """
     stored_names, transforms = list(_stored_names(source)), get_model_conversion_mapping(model)
     state = model.state_dict()

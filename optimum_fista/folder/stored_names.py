@@ -1,7 +1,7 @@
 """Operators under the names that a checkpoint gives their weights, if these differ from the model's.
 
-Transformers renames, splits and merges tensors when it saves, by rules of its own for every family. Instead of reading
-these rules, small tensors that stand for the weights go through them, and come out under the names that weights get.
+Transformers renames, splits and merges tensors when it saves, with rules for every family. This code does not read the
+rules: it applies them to small stand-in tensors, and sees which names these get.
 """
 
 from __future__ import annotations
@@ -43,9 +43,8 @@ def stored_names(
 ) -> dict[str, StoredName]:
     """Names that `save_pretrained` gives the weights of operators, by their names in the model.
 
-    The stand-ins are filled with the number of the operator. `renamed` gives their names in the model that is saved, if
-    it has fewer decoder layers. A weight that is not kept as one matrix is refused, or left out if not `all_of_them`
-    have to be found.
+    Stand-ins are filled with the number of the operator. `renamed` gives their names in the saved model, if it has
+    fewer decoder layers. A weight that is not stored as one matrix is refused, or left out if `all_of_them` is False.
     """
     found, prefixes = list(operators), {id(module): name for name, module in model.named_modules()}
     stand_ins: dict[str, Tensor] = {}  # by the name of the parameter that holds the weight

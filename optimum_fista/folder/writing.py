@@ -1,8 +1,8 @@
 """Write the files of a pruned model: a folder that plain Transformers loads, with masks, report and model card.
 
-Where the folder is and how it takes its place is in output.py. A model in memory is saved by Transformers itself
-(`write_checkpoint`); a streamed run writes the weights layer by layer and the rest here (`write_all_but_weights`), so
-both give the same files. Zeros stay in the weights: any program can read them, and the file is no smaller.
+`output.py` decides where the folder is. Transformers saves a model in memory (`write_checkpoint`); a streamed run
+writes the weights layer by layer and the rest here (`write_all_but_weights`). Both give the same files. Zeros stay in
+the weights, so any program can read them, but the file is not smaller.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def write_checkpoint(
     """Write all files of a pruned model into an unfinished folder."""
     found = operators_by_weight(model, report)
     operators = [found[o.name] for o in report.operators]
-    for operator in operators:  # a training step would have filled the zeros, and the masks would lie
+    for operator in operators:  # after a training step without masks, the zeros would be gone and the masks wrong
         weight = operator.select(stored_tensor(operator.owner, operator.tensor))
         mask = unpack_mask(masks[f"{operator.name}.weight"], tuple(weight.shape)).to(weight.device)
         if bool(torch.any(weight.masked_select(~mask) != 0)):
@@ -83,7 +83,7 @@ def write_all_but_weights(
     masks: Mapping[str, Tensor],
     packed: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a pruned model's folder but for its weights. The model's configuration gets the summary of the report.
+    """Write a pruned model's folder without its weights; the model's configuration gets the summary of the report.
 
     The report and the packed masks have the names of the checkpoint. `packed` is what `config.json` says of weights
     that are stored packed; `None`: they are dense.
@@ -119,8 +119,8 @@ def write_form(
 ) -> None:
     """Write the files that say whether the weights are dense or packed, as in `write_all_but_weights`.
 
-    `config` is what `config.json` holds. It comes last: without it nothing loads. Packed weights bring their masks with
-    them.
+    `config` is the content of `config.json`, which is written last: without it nothing loads. Packed weights contain
+    their masks.
     """
     if packed is None:
         write_file(folder / MASKS_FILE, dict(masks), MASKS_METADATA)

@@ -1,7 +1,7 @@
-"""One HTML page about a pruned model folder, without scripts, so that it opens anywhere and can be sent by mail.
+"""Make one HTML page about a pruned model folder, without scripts, so that it opens anywhere and can be sent by mail.
 
-The templates hold the words and decide what is shown: a part of the page is there only if there is something to say.
-This file gives them numbers, and turns these into text.
+The templates have the words, and show a part of the page only if there is something to say. This file gives them the
+numbers as text.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Coloured:
 def coloured(
     name: str, layers: Sequence[str], columns: Mapping[str, Sequence[float | None]], text_of: Callable[[float], str]
 ) -> Coloured | None:
-    """Colour all finite numbers by one scale; columns without a number go, and `None` is a table without any."""
+    """Colour all finite numbers by one scale, and drop columns without a number; `None` if no column is left."""
     known = {key: column for key, column in columns.items() if any(value is not None for value in column)}
     finite = [value for column in known.values() for value in column if value is not None and math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
@@ -168,7 +168,7 @@ def by_operator(
 
 
 def _columns_left(report: PruningReport) -> list[tuple[str, int, int]]:
-    """By kind of operator, how many columns stayed of how many; only those that lost some."""
+    """For each kind of operator that lost columns: its name, how many stayed, and how many there were."""
     grid = OperatorGrid(operator for operator in report.operators if operator.groups_kept is not None)
     kinds = [(kind, found[0]) for kind, found in grid.kinds.items()]  # all layers lose as many
     return [(kind, o.shape[1], round(o.shape[1] / (1 - o.target_sparsity))) for kind, o in kinds]
@@ -183,7 +183,7 @@ def _over_fit(operator: OperatorReport) -> float:
 
 
 def _measurements(contents: ReportContents, kind: type) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Names of the models, and by text or task what was measured of them, empty if nothing was."""
+    """Names of the models, and for each text or task their results; an empty text if a model was not measured."""
     here, found = place_of(contents.folder), [e for e in contents.evaluations if isinstance(e.result, kind)]
     models = list(dict.fromkeys((e.model, e.place) for e in found))
     names = ["this model" if place == here else Path(name).name or name for name, place in models]

@@ -1,7 +1,7 @@
 """Calibration tokens from any source a user can name, for a model in memory or for one given by its name.
 
-Text that a model wrote itself may have taken hours: it is kept beside an unfinished run, under a name that tells of
-the model's files and the settings, and a run that is started again takes it from there.
+A model may need hours to write its text. So the text is kept in the unfinished run, under a name made from the model's
+files and the settings, and a run that is started again reads it there.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def calibration_tokens_by_name(
     keep_in: Path | None = None,
     progress: bool = True,
 ) -> Tensor:
-    """The same for a model given by name, which is only loaded, in this dtype, if it samples its own text; `keep_in` is
-    a folder to keep sampled text in, and to take it from when a run is started again on the same files.
+    """Do the same for a model given by name; it is loaded, in this dtype, only if it samples its own text. `keep_in` is
+    a folder for sampled text: a run that is started again on the same files reads it there.
     """
     if source != "self" and gguf_file(name) is None:  # the tokenizer of a GGUF file is read with its weights
         length = usual_length(read_config(name)) if sequence_length is None else sequence_length
@@ -69,7 +69,7 @@ def calibration_tokens_by_name(
         return calibration_windows(tokenizer, load_text(source, "calibration"), num_samples, length, seed)
     files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in Path(name).glob("*") if p.is_file())
     settings = json.dumps([name, files, source, num_samples, sequence_length, seed, dtype])
-    key = hashlib.sha256(settings.encode()).hexdigest()[:16]  # a command given by mistake leaves the text of others
+    key = hashlib.sha256(settings.encode()).hexdigest()[:16]  # other settings do not overwrite this text
     file = keep_in / SAMPLED_TEXTS.replace("*", key) if keep_in is not None else None
     if file is not None:
         with suppress(FileNotFoundError, SafetensorError):  # it is damaged: the model writes again
@@ -89,5 +89,5 @@ def num_measured(config: FistaPruningConfig, length: int) -> int:
 
 
 def usual_length(config: PreTrainedConfig) -> int:
-    """Tokens a sequence if nothing else is said: 2048, or the model's context if that is shorter."""
+    """Default number of tokens in a sequence: 2048, or the model's context if that is shorter."""
     return min(_USUAL_LENGTH, getattr(config, "max_position_embeddings", None) or _USUAL_LENGTH)

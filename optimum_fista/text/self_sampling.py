@@ -1,6 +1,6 @@
 """Self-sampling: the model writes its own calibration tokens.
 
-No text of others is needed, and what the model writes is like what it was trained on. It takes as long as writing does.
+No other text is needed, and the model's text is like its training text. But writing the text takes time.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from optimum_fista.model.architecture import token_limits
 from optimum_fista.model.forward import evaluation_mode
 from optimum_fista.model.offload import execution_device
 
-SAMPLED_TOGETHER = 32  # samples, which bounds the memory of keys and values
-_TEXTS = 4  # of a sample: more beginnings, which differ most
+SAMPLED_TOGETHER = 32  # samples; this limits the memory of keys and values
+_TEXTS = 4  # in a sample: more beginnings, which differ most
 
 
 def num_batches(num_samples: int) -> int:
@@ -119,7 +119,7 @@ class _Counter(BaseStreamer):
 
 @contextmanager
 def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Replace the model's generation config, whose EOS, penalties and lengths `generate` would obey."""
+    """Replace the model's generation config, so that `generate` ignores its EOS, penalties and lengths."""
     original = model.generation_config
     model.generation_config = GenerationConfig()
     try:

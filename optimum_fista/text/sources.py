@@ -46,7 +46,7 @@ class TextSource:
         return hashlib.sha256(self.joined.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-# Arguments of `load_dataset`, and what is made of the rows, as in SparseGPT's datautils.py and Wanda's lib/data.py.
+# Arguments of `load_dataset` and treatment of the rows, as in SparseGPT's datautils.py and Wanda's lib/data.py.
 _WIKITEXT = {"name": "wikitext-2-raw-v1"}
 # PTB's main branch is a script, which `datasets` 4 refuses; the Hub keeps a parquet copy under another revision.
 _PTB = {"revision": "refs/convert/parquet"}
@@ -62,7 +62,7 @@ _HUB: dict[tuple[str, Split], tuple[str, dict[str, str], str | None, dict[str, A
 
 
 def require_source(source: str) -> None:
-    """Refuse a source that can't be read here; no text is read for this, and nothing is asked of the Hub."""
+    """Refuse a source that can't be read here, without reading text or asking the Hub."""
     if source == "pydoc":
         return
     if source in HUB_DATASETS:
@@ -78,7 +78,7 @@ def require_source(source: str) -> None:
 
 
 def usual_texts() -> tuple[str, str]:
-    """Texts to measure and to calibrate on: the literature's, or Python's own pages without the package for them."""
+    """Texts to measure and to calibrate on: those of the literature, or `pydoc` if `datasets` is not installed."""
     return ("wikitext2", "c4") if find_spec("datasets") else ("pydoc", "pydoc")
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from optimum_fista.options import require_seed
 from optimum_fista.text.sources import TextSource
 
-_CHARACTERS_PER_TOKEN = 8  # English has 4 to 5, so that a segment holds one window and leaves its start to chance
+_CHARACTERS_PER_TOKEN = 8  # English has 4 to 5: a segment is longer than a window, so that its start is random
 
 
 def calibration_windows(
@@ -110,7 +110,7 @@ def _windows_of_document(
         parts = [_tokenise(tokenizer, segments[index]) for index in chosen]
         if min(len(ids) for ids in parts) >= length:
             return torch.cat([_spread_windows(ids, 1, length, generator) for ids in parts])
-        characters *= 2  # skipping the short ones instead would favour text with short tokens
+        characters *= 2  # if short segments were skipped, text with short tokens would be preferred
     ids = _tokenise(tokenizer, document)
     _check_enough(text, len(ids), num_samples, length)
     return _spread_windows(ids, num_samples, length, generator)

@@ -1,7 +1,7 @@
 """Distillation: the distance of predictions from a teacher's, and the Trainer that makes this distance smaller.
 
-The Trainer of Transformers does the training; this file gives it the loss, and makes its checkpoints states that a
-killed run resumes from with the same bits: only parameters that are trained, with digests, written last.
+The Trainer of Transformers does the training; this file gives it the loss. It also changes its checkpoints, so that a
+killed run resumes with the same bits: they hold only trained parameters, and their digests are written last.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def loss_against_teacher(model: Any, teacher: Any, ids: Tensor, label_share: flo
 class DistillationTrainer(Trainer):
     """The Trainer with `divergence` as its loss; evaluation gives the cross-entropy of the held-out text.
 
-    Checkpoints hold the parameters that are trained, under their names in memory: files may have fused experts singly.
+    Checkpoints hold the trained parameters, under their names in memory, which may differ from those in model files.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class DistillationTrainer(Trainer):
             super()._save_checkpoint(*given)
 
     def _issue_warnings_after_load(self, _: Any) -> None:
-        """Say nothing: of a checkpoint only the trained parameters are asked."""
+        """Give no warning: a checkpoint holds only the trained parameters on purpose."""
 
 
 class Watch(TrainerCallback):
@@ -150,7 +150,7 @@ class Watch(TrainerCallback):
 
     @contextmanager
     def stopping_at_a_step(self) -> Iterator[None]:
-        """Inside, the first Ctrl-C ends the training after the step that it is in; a second one ends it at once."""
+        """Inside, the first Ctrl-C ends the training after the current step; a second one ends it at once."""
 
         def stop(*_: object) -> None:
             if self._asked:
@@ -169,7 +169,7 @@ class Watch(TrainerCallback):
                 signal.signal(signal.SIGINT, handler)
 
     def on_train_begin(self, *given: Any, **_: Any) -> None:
-        """Count on from the seconds of earlier starts, and find their best state where the journal is now."""
+        """Continue the count of seconds of earlier starts, and find their best state in the journal."""
         arguments, state = given[:2]
         before = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
         if state.best_global_step:
@@ -179,7 +179,7 @@ class Watch(TrainerCallback):
         self._bar = tqdm(total=state.max_steps, desc="Training", **shown)
 
     def on_step_end(self, *given: Any, **_: Any) -> None:
-        """Have a state saved, or the training stopped, in all processes alike; rank 0's clock decides."""
+        """Save a state or stop the training, in all processes at once; rank 0's clock decides."""
         self._bar.update()
         late = time.perf_counter() - self._saved > _SAVE_SECONDS
         found = self._ranks.gather((late, self._asked))
@@ -188,7 +188,7 @@ class Watch(TrainerCallback):
         given[2].should_training_stop |= self.stopped
 
     def on_epoch_end(self, *given: Any, **_: Any) -> None:
-        """Have the last state saved if the training was stopped; after a step an evaluation might overrule that."""
+        """Save the last state if the training was stopped; earlier, an evaluation might cancel the save."""
         given[2].should_save |= self.stopped
 
     def on_save(self, *given: Any, **_: Any) -> None:
@@ -238,7 +238,7 @@ def _finish_state(journal: Path, state: TrainerState) -> None:
 
 
 def kept_states(journal: Path) -> dict[int, Path]:
-    """States that an unfinished training can resume from, by the steps done then; those that are not whole go."""
+    """States from which an unfinished training can resume, by the number of steps done; incomplete ones are deleted."""
     found, best = {}, {}
     for folder in journal.glob("checkpoint-*"):
         record = read_record(folder / _STATE_RECORD)

@@ -1,8 +1,8 @@
 """Recovery: train the weights that a pruned model kept, so that it predicts as the dense model does.
 
-Other methods that train after pruning fit the text alone, or adapters that fill the zeros when they are merged. Here
-the dense model is the teacher, all kept weights are trained under their masks, and the result is never worse on text
-that is not trained on. The price is memory: both models, and gradients and two moments in float32.
+Other methods fit only the text after pruning, or train adapters that fill the zeros when they are merged. Here the
+dense model is the teacher, and all kept weights are trained under their masks. On the held-out text, the result is
+never worse than before. This needs memory for both models, and for gradients and two moments in float32.
 """
 
 from __future__ import annotations
@@ -81,14 +81,14 @@ def recover(
 ) -> RecoveryReport:
     """Train what a pruned model kept, so that it predicts as the dense model does; its zeros stay zero.
 
-    It minimizes how far the pruned model's predictions are from the dense model's and from the text (`divergence`), by
-    `transformers.Trainer` with AdamW, a warm-up and a cosine, on text that is read once. Sequences that are never
-    trained on measure the loss: the weights with the smallest loss are saved, or those of `folder` if none had a
-    smaller one. docs/howto/recover.md has the precisions.
+    It minimizes the distance of the pruned model's predictions from the dense model's and from the text (`divergence`),
+    by `transformers.Trainer` with AdamW, a warm-up and a cosine, on text that is read once. Held-out sequences, which
+    are never trained on, measure the loss. The weights with the smallest loss are saved, or those of `folder` if no
+    loss is smaller than before. docs/howto/recover.md has the precisions.
 
-    After a crash or an interrupt the same call resumes after the last state, which is saved every two minutes and at
-    Ctrl-C, and ends with the same bits on the same machine. Until then all lies in `output_dir` + ".unfinished".
-    Processes that were launched together (docs/ranks.md) and all make this call share the sequences.
+    A state is saved every two minutes and at Ctrl-C. After a crash or an interrupt the same call resumes there, and
+    gives the same bits on the same machine. Until the end all files are in `output_dir` + ".unfinished". Processes that
+    were launched together (docs/ranks.md) share the sequences if all make this call.
 
     Args:
         folder: A folder or Hub id saved by optimum-fista, packed or not. It is only read.
@@ -104,10 +104,9 @@ def recover(
         What it did; the report in the folder holds it too, under `recoveries`.
 
     Raises:
-        ValueError: If an option can't be used, the models do not fit together, a folder that is read changes meanwhile,
-            or an unfinished run in `output_dir` had other settings or processes.
-        FileExistsError: If `output_dir` holds a model already and `overwrite` is False, or files of something else.
-        RankError: If another process failed or is gone.
+        ValueError: If an option can't be used, the models do not fit together, or an unfinished run in `output_dir` had
+            other settings or processes.
+        FileExistsError: If `output_dir` holds a model and `overwrite` is False, or files of the user.
     """
     with joined_ranks(device) as ranks, ExitStack() as opened:
         asked: dict[str, Any] = {"calibration": calibration, "device": ranks.device, "overwrite": overwrite} | options
@@ -177,7 +176,7 @@ def _fingerprint(plan: RecoveryPlan, files: Sequence[SourceFiles], windows: Tens
 def _train(
     plan: RecoveryPlan, windows: Tensor, fingerprint: dict[str, Any], journal: Path, ranks: Ranks, progress: bool
 ) -> tuple[PreTrainedModel | None, RecoveryReport]:
-    """Train, or resume; the model to save, which rank 0 has, and what was done."""
+    """Train or resume; returns the model to save (in rank 0) and the report."""
     free = ranks.gather(available_bytes(plan.place))
     choice = ranks.first(lambda: _choose_once(plan, journal, free))
     model, teacher = ranks.each(lambda: _load(plan, journal))
@@ -232,7 +231,7 @@ def _train(
 
 
 def _choose_once(plan: RecoveryPlan, journal: Path, free: Sequence[int | None]) -> Choice:
-    """Choose, or read what the run began with: it goes on with that, whatever memory is free now."""
+    """Choose, or read the choice with which the run began: a resumed run keeps it, whatever memory is free now."""
     noted = read_record(journal / "choice.json")
     choice = choose(plan, free) if noted is None else Choice(**noted)
     logger.info("%s", choice)
@@ -288,7 +287,7 @@ def _arguments(
 
 
 def _recovered(plan: RecoveryPlan, trained: nn.Module | None, *, is_saved: bool) -> PreTrainedModel | None:
-    """The model of the source in its own dtypes, with the trained weights if these are better; in rank 0."""
+    """The source's model in its own dtypes, with the trained weights if they are better; only in rank 0."""
     model = read_model(plan.source, dtype="auto") if is_saved else None
     for name, parameter in trained.named_parameters() if trained is not None else ():
         value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter  # all ranks take part

@@ -31,8 +31,8 @@ class RecoveryOptions:
     batch_size: int = option(2, "sequences in a forward and backward pass", limits=(1, None), advanced=_TRAINING)
     accumulate: int | None = option(
         None,
-        "passes for an update, of all processes together (default: such that there are about 256 updates, of at most "
-        "32 sequences)",
+        "passes in one update, of all processes together (default: so many that there are about 256 updates, with at "
+        "most 32 sequences each)",
         limits=(1, None),
         advanced=_TRAINING,
     )

@@ -1,4 +1,4 @@
-"""Plan a recovery: check what it is given, choose what is trained, and say what that takes.
+"""Plan a recovery: check its options, choose which weights to train, and estimate memory and time.
 
 The plan is made before anything large is read, from configurations and a model without weights. `recover` trains by it;
 `preview` prints it, and measures the time of one step. Nothing here writes a file of the run.
@@ -45,7 +45,7 @@ from optimum_fista.train.recovery_options import RecoveryOptions
 from optimum_fista.train.training import pruned_folder
 
 _USUAL_LENGTH = 512  # tokens: short, because every token of a pass takes 10 bytes for each word of the vocabulary
-_USUAL_STEPS, _MOST_SEQUENCES = 256, 32  # of the default: as many steps, of as few sequences as that allows
+_USUAL_STEPS, _MOST_SEQUENCES = 256, 32  # defaults: the number of steps, and the most sequences in a step
 _MARGIN = 0.9  # of the memory that is free: the rest is for what is not counted
 
 
@@ -151,9 +151,9 @@ def plan_recovery(
 
 
 def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
-    """Choose the first kind of training, without activations that are computed twice, that there is memory for.
+    """Choose the first kind of training that fits into memory; activations are computed twice only if needed.
 
-    `free` are the bytes that each process has; the last way is taken if none fits.
+    `free` are the bytes that each process has; if nothing fits, the last kind is chosen.
     """
     with torch.device("meta"):  # no memory for weights
         model = AutoModelForCausalLM.from_config(read_config(plan.source))
@@ -181,7 +181,7 @@ def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
 
 
 def load_student(source: str) -> PreTrainedModel:
-    """The pruned model, without what is random in training."""
+    """Load the pruned model, without random parts such as dropout."""
     config = read_config(source)
     for part in (config, config.get_text_config(decoder=True)):
         for name, value in vars(part).items():
@@ -191,7 +191,7 @@ def load_student(source: str) -> PreTrainedModel:
 
 
 def mark_trained(model: PreTrainedModel, train: str) -> None:
-    """Have gradients for what is trained, outside of embeddings and head."""
+    """Turn on gradients for the parameters to train; embeddings and head are never trained."""
     model.requires_grad_(False)
     for parameter in _inner_parameters(model):
         parameter.requires_grad_(train == "all" or parameter.ndim == 1)
@@ -206,7 +206,7 @@ def _inner_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
 
 @numerical_environment()
 def preview(plan: RecoveryPlan) -> str:
-    """Say in a few lines what a recovery will do and take; one step is tried, in memory, if there is enough."""
+    """Say in a few lines what a recovery will do and need; one step is timed if it fits into memory."""
     options, free = plan.options, available_bytes(plan.place)
     choice = choose(plan, [free])
     passes = f"{plan.accumulate} x {options.batch_size} sequences of {plan.length} tokens"

@@ -1,8 +1,8 @@
 """Train a pruned model without losing its zeros, by hand or by the Trainer, and save it again.
 
-The masks are no part of the model: hooks apply them to gradients before anything sees these, and to weights after each
-step. So every optimizer of PyTorch, clipping, accumulation and FSDP2 work as they are, and checkpoints hold plain
-weights. Masks are those of the run, by parameter name, because a kept weight may be zero too.
+The masks are not part of the model: hooks apply them to gradients before any other code reads them, and to weights
+after each step. So every PyTorch optimizer, clipping, accumulation and FSDP2 work unchanged, and checkpoints hold plain
+weights. The masks come from the run, by parameter name, because a kept weight may be zero too.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def masked_training(model: PreTrainedModel, masks: MaskSource = None) -> Iterato
     so that clipping, loss scaling, the other processes and the optimizer's moments never see them. The weights
     themselves are zero after every optimizer step, for optimizers that move weights without a gradient.
 
-    Costs a byte a pruned parameter's weight and one pass over these weights a backward pass and a step. Of weights that
-    are sharded over processes, those of PyTorch's `fully_shard` (FSDP2) are supported: call it after `fully_shard` and
-    before the first forward pass, with a folder. FSDP1 and DeepSpeed are not.
+    It needs one byte for each weight of a pruned parameter, and one pass over these weights for each backward pass and
+    each step. Sharded weights of PyTorch's `fully_shard` (FSDP2) are supported: enter the `with` block after
+    `fully_shard` and before the first forward pass, with a folder. FSDP1 and DeepSpeed are not supported.
 
     Args:
         model: A pruned model, in memory.
@@ -104,7 +104,7 @@ class MaskedTrainingCallback(TrainerCallback):
         self._training = ExitStack()
 
     def on_train_begin(self, args: TrainingArguments, *_: Any, **given: Any) -> None:
-        """Start; a `ValueError` as of `masked_training`, and for weights in forms of their own."""
+        """Start; refuses the same models as `masked_training`, and weights of DeepSpeed and FSDP1."""
         if args.deepspeed_plugin or isinstance(given["model"], FullyShardedDataParallel):
             raise ValueError(
                 "MaskedTrainingCallback does not know the weights that DeepSpeed and FSDP1 keep: use FSDP2 (accelerate "
