@@ -1,4 +1,4 @@
-"""Sparse weights stored by their kept values and a mask, and linear layers that compute with them as they are.
+"""Sparse weights stored as kept values and a mask, and linear layers that compute with this packed form.
 
 Importing this package teaches Transformers to load packed folders.
 """

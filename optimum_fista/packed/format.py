@@ -1,8 +1,8 @@
 """The packed format: a sparse tensor as its kept values, a mask and a layout. docs/formats.md has every byte.
 
 `pack` and `unpack` are pure and inverse to each other, bit for bit. Unlike a CSR matrix, which stores 32 bits for each
-kept weight's column, the mask stores one bit for every weight: at half zeros that is 16 times less. The price is that
-where a row starts in the values must be counted. Nothing here needs more memory than its result and a few megabytes.
+kept weight's column, the mask stores one bit for every weight: at half zeros that is 16 times less. But the start of
+each row in the values must be counted. No function needs more memory than its result and a few megabytes.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ MAX_DIMENSIONS = 8
 
 
 class PackedFormatError(ValueError):
-    """Tensors that are not what docs/formats.md describes."""
+    """Tensors that do not have the form described in docs/formats.md."""
 
 
 @dataclass(frozen=True)
 class PackedTensor:
     """A sparse tensor of shape [..., cols] and dtype D; rows is the product of all dimensions but the last.
 
-    The layout is int64 [4 + ndim]: version, n, m (0, 0: one bit a weight), the checksum, and the shape. The checksum is
-    that of the tensors in a file: in memory it means nothing, because values may change their dtype there.
+    The layout is int64 [4 + ndim]: version, n, m (0, 0: one bit per weight), the checksum, and the shape. The checksum
+    is that of the tensors in a file. In memory it may be wrong, because values may change their dtype there.
     """
 
     values: Tensor  # D [kept], the kept weights, row-major
@@ -121,10 +121,10 @@ def pack(weight: Tensor, mask: Tensor | None = None, pattern: tuple[int, int] | 
 
 
 def check(packed: PackedTensor, name: str = "weight", *, checksum: bool = True) -> None:
-    """Check that three tensors of unknown origin are a packed tensor, and by the checksum the one that was packed.
+    """Check that three tensors of unknown origin are a packed tensor, and that the checksum is right.
 
-    Sizes are compared with those of the tensors before anything is computed from them, in Python's integers, so that no
-    number in the layout can make this allocate much or overflow. `checksum` is for tensors that come from a file.
+    First the sizes are compared with those of the tensors, in Python's integers, so that no number in the layout can
+    cause a large allocation or an overflow. `checksum` is for tensors that come from a file.
     """
     values, mask, layout = packed.values, packed.mask, packed.layout
     _check_layout(layout, name)
@@ -142,7 +142,7 @@ def check(packed: PackedTensor, name: str = "weight", *, checksum: bool = True) 
         )
     if not (mask.is_contiguous() and values.is_contiguous()) or values.is_neg():  # the kernels read bytes
         raise PackedFormatError(f"{name}_values and {name}_mask must be contiguous, and no negative views.")
-    # A kernel would take a bit after the last column for a weight, and write after the end of its row.
+    # A kernel would treat a bit after the last column as a weight, and write after the end of its row.
     used = packed.encoding.used_bits(columns)
     tail = mask[:, used // 8 :]
     if tail.shape[1]:
@@ -186,7 +186,7 @@ def packed_names(names: Iterable[str]) -> list[str]:
     """Names of the dense tensors that are packed among the tensors called `names`, in their order."""
     known = dict.fromkeys(names)
     stems = dict.fromkeys(name.removesuffix(suffix) for name in known for suffix in SUFFIXES if name.endswith(suffix))
-    # Two parts of three: a tensor of somebody else may be called `attention_mask`.
+    # Two parts of three must be there: another tensor may be called `attention_mask`.
     found = [stem for stem in stems if sum(stem + suffix in known for suffix in SUFFIXES) > 1]
     for name in found:
         for suffix in SUFFIXES:
@@ -210,7 +210,7 @@ def with_bits(packed: PackedTensor) -> PackedTensor:
 
 
 def _check_layout(layout: Tensor, name: str) -> None:
-    """Refuse a layout that makes no sense by itself."""
+    """Refuse a layout with impossible numbers."""
     if layout.dtype != torch.int64 or layout.dim() != 1 or not 5 <= layout.numel() <= 4 + MAX_DIMENSIONS:
         raise PackedFormatError(
             f"{name}_layout is {layout.dtype} of shape {tuple(layout.shape)}: torch.int64 of one dimension and 5 to "

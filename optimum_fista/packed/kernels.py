@@ -1,7 +1,7 @@
 """The compiled kernels: found beside this file, called through ctypes, with PyTorch's own threads.
 
-A library that knows nothing of Python serves every version of PyTorch, which an extension would not. The price is that
-it sees addresses only. So it is told the bytes of every buffer, and refuses what does not fit before it reads.
+The library does not use Python, so it works with every version of PyTorch; an extension would not. But it gets only
+addresses. So it also gets the size of every buffer, and refuses sizes that do not fit before it reads.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ENVIRONMENT = "OPTIMUM_FISTA_KERNELS"
 class Kernels:
     """Products with packed matrices, one bit a weight, on the CPU.
 
-    `path` is `"portable"`, `"avx2"` or `"avx512"`; `None` for the best that this CPU has.
+    `path` is `"portable"`, `"avx2"` or `"avx512"`; `None`: the best one of this CPU.
     """
 
     def __init__(self, library: Path, path: str | None = None) -> None:
@@ -72,8 +72,8 @@ class Kernels:
         return dense if not failed else _refuse(failed, dense.shape[1], values, mask, starts, None)
 
     def _use_threads_of_torch(self) -> None:
-        """Take OpenMP's functions from the very library that PyTorch is linked to; without one, std::thread serves."""
-        # A second OpenMP in the process would have threads of its own, which wait while PyTorch's are busy and spin.
+        """Use the same OpenMP library as PyTorch; if it has none, std::thread is used."""
+        # A second OpenMP would have its own threads, which compete with the spinning threads of PyTorch.
         try:
             found = next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))
             torch_cpu = ctypes.CDLL(str(found))

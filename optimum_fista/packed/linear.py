@@ -1,7 +1,7 @@
 """A linear layer whose weight stays packed, in memory and while it computes.
 
-Decoding one token reads every weight once and computes little, so a layer is as fast as its bytes are few. A layer that
-unpacked its weight first would read and write the dense one besides.
+Decoding one token reads every weight once and computes little, so a layer with fewer bytes is faster. If a layer
+unpacked its weight first, it would also write and read the dense weight.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class PackedLinear(nn.Module):
     kernels. n:m masks become one bit a weight when the layer is prepared, which is as large for 2:4.
 
     Args:
-        packed: The weight, a matrix. Its tensors are used as they are, unless the mask holds places in groups. On the
-            meta device they make room for those of a file.
+        packed: The weight, a matrix. Its tensors are not copied, unless the mask holds places in groups. Tensors on the
+            meta device are placeholders for those of a file.
         bias: Shared.
     """
 
@@ -61,7 +61,7 @@ class PackedLinear(nn.Module):
         return PackedTensor(self.weight_values, self.weight_mask, self.weight_layout)
 
     def prepare(self) -> None:
-        """Check the tensors and find the row starts. Call it after replacing one by hand."""
+        """Check the tensors and find the row starts. Call it after you replace a tensor."""
         if self.weight_mask.is_meta:  # offloaded: Accelerate wants a tensor for each buffer, and fills it later
             self.weight_starts = torch.empty(self.out_features + 1, dtype=torch.int64, device="meta")
             return
@@ -75,7 +75,7 @@ class PackedLinear(nn.Module):
         self.weight_starts = row_starts(self.weight_mask)
 
     def transpose_(self) -> None:
-        """Become the layer of the transposed weight; the bias is that of the new one. It is dense on the way."""
+        """Transpose the weight; it is dense for a moment, and the bias already fits the new shape."""
         self.in_features, self.out_features = self.out_features, self.in_features
         dense, mask = unpack(self.packed), unpack_mask(self.packed)
         self._hold(pack(dense.t(), mask.t()))

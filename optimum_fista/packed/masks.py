@@ -1,8 +1,8 @@
 """Masks as bytes: one bit a weight, or the places of the kept weights in their groups. docs/formats.md has every byte.
 
-Rows are padded to whole words of 64 bits, so that a kernel reads a row as words from an aligned address, and one row
-never shares a byte with the next. That costs at most 63 bits a row. Bit and byte order are little-endian: on the
-processors that the kernels are for, the n-th bit of a row is the n-th bit of its words.
+Rows are padded to whole words of 64 bits, so that a kernel reads a row as words from an aligned address, and two rows
+never share a byte. This needs at most 63 more bits per row. Bit and byte order are little-endian: on the processors of
+the kernels, the n-th bit of a row is the n-th bit of its words.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 MAX_GROUP = 256  # so that a place in a group fits one byte
-CHUNK = 1 << 22  # weights that are looked at together, so that little memory is needed besides the result
+CHUNK = 1 << 22  # weights that are handled together, so that little memory is needed besides the result
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -130,7 +130,7 @@ class GroupMask(MaskEncoding):
         return mask.shape[0] * (columns // m) * n
 
     def defect(self, mask: Tensor, columns: int) -> str | None:
-        """Say if places are not smaller than m, or do not rise inside a group: two readers could differ on them."""
+        """Name the defect if places are not smaller than m, or do not rise inside a group (they would be ambiguous)."""
         m = self.numbers[1]
         for rows in mask.split(max(1, CHUNK // columns)):
             places = self._places(rows, columns)
@@ -149,9 +149,9 @@ class GroupMask(MaskEncoding):
 
 
 def smallest_encoding(columns: int, n_of_m: tuple[int, int] | None, kept: Iterable[Tensor]) -> MaskEncoding:
-    """Places for weights pruned to n:m, if every group keeps n and they take no more room; else one bit a weight.
+    """Choose places for weights pruned to n:m, if every group keeps n and they need no more bytes; else bits.
 
-    The mask comes in booleans [rows, columns], one after another.
+    `kept` yields the parts of the mask, booleans [rows, columns].
     """
     if n_of_m is None:
         return BITS

@@ -1,8 +1,8 @@
-"""The operations `optimum_fista::packed_linear` and `optimum_fista::unpack`, as PyTorch and its compiler see them.
+"""The operations `optimum_fista::packed_linear` and `optimum_fista::unpack`, registered with PyTorch and its compiler.
 
-A packed matrix W [rows, columns] is here `values` [kept], `mask` uint8 [rows, 8 ceil(columns / 64)] with one bit a
-weight, and `starts` int64 [rows + 1], where the values of each row start. Few inputs are multiplied by the kernels. For
-many a dense product is worth its unpacking, in tiles of rows.
+A packed matrix W [rows, columns] is given by `values` [kept], `mask` uint8 [rows, 8 ceil(columns / 64)] with one bit
+per weight, and `starts` int64 [rows + 1], where the values of each row start. The kernels multiply few inputs. For many
+inputs it is faster to unpack tiles of rows and multiply them as dense matrices.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _library.define("unpack(Tensor values, Tensor mask, Tensor starts, int columns) 
 def packed_linear(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None = None) -> Tensor:
     """Product W x + b with a packed matrix; differentiable in `x` and `bias`, not in the values.
 
-    Under autocast it is taken in autocast's dtype, as `nn.functional.linear` does. Under forward-mode differentiation
-    and `torch.func` the weight is dense for the length of the product.
+    Under autocast the product uses autocast's dtype, as `nn.functional.linear` does. Under forward-mode differentiation
+    and `torch.func` the weight is dense during the product.
 
     `x` [..., columns], values and `bias` [rows] have one dtype and device; the result is [..., rows].
     """
@@ -70,7 +70,7 @@ def _as_autocast(tensor: Tensor) -> Tensor:
 
 
 def _is_plain(x: Tensor, bias: Tensor | None) -> bool:
-    """True if nothing traces, wraps or differentiates this product, so that the dispatcher can be passed by."""
+    """True if nothing traces, wraps or differentiates this product, so that the dispatcher is not needed."""
     return (
         type(x) is Tensor
         and x.is_cpu
@@ -85,7 +85,7 @@ def _is_plain(x: Tensor, bias: Tensor | None) -> bool:
 
 
 def _is_transformed() -> bool:
-    """True if forward-mode differentiation or `torch.func` is at work, for which the operation has no rules."""
+    """True inside forward-mode differentiation or `torch.func`: the operation has no rules for these."""
     return forward_ad._current_level >= 0 or _is_in_torch_func()
 
 
@@ -110,13 +110,13 @@ def _check(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor
 
 
 def _multiply(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None) -> Tensor:
-    """Any device: the whole matrix is unpacked."""
+    """Multiply on any device: the whole matrix is unpacked."""
     _check(x, values, mask, starts, bias)
     return functional.linear(x, _unpack(values, mask, starts, x.shape[-1]), bias)
 
 
 def _multiply_on_cpu(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None) -> Tensor:
-    """Kernels for a few inputs; for more, if they have none, tiles of rows are multiplied as dense ones."""
+    """Multiply few inputs by the kernels; more inputs, too, if that is fast, otherwise by dense tiles of rows."""
     compiled, dtype = kernels(), x.dtype
     if compiled is None or dtype not in KERNEL_DTYPES or x.numel() == 0:
         return _multiply(x, values, mask, starts, bias)

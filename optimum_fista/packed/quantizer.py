@@ -1,9 +1,9 @@
 """Packed checkpoints in plain `from_pretrained`: as a dense model, or with linear layers that stay packed.
 
-Importing this module registers a quantizer with Transformers, which is its only door for weights that are stored in a
-form of their own; nothing is rounded. Transformers then streams the files as for any model: a conversion makes dense
-tensors of the three parts, or `PackedLinear` modules on the meta device take the parts as they are. Packed weights of
-other modules, such as fused experts, always become dense.
+Importing this module registers a quantizer with Transformers, because this is its only interface for weights in another
+form; nothing is rounded. Transformers then streams the files as for any model: a conversion makes dense tensors of the
+three parts, or `PackedLinear` modules on the meta device get the parts unchanged. Packed weights of other modules, such
+as fused experts, always become dense.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class FistaPackedQuantizer(HfQuantizer):
         return {name: [name + suffix for suffix in (*SUFFIXES, "")] for name in self.quantization_config.parameters}
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """The first call with the configuration: point it to the packed files, which no loader finds by itself."""
+        """Point the configuration to the packed files, because no loader finds them (this call gets it first)."""
         config.transformers_weights = self.quantization_config.weights
         return config
 
@@ -162,7 +162,7 @@ class FistaPackedQuantizer(HfQuantizer):
         return {"dequantize": Unpack}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """Renamings that name a whole parameter rename its packed parts too."""
+        """Make renamings of a whole parameter rename its packed parts, too."""
         renamings = []
         for renaming in weight_conversions:
             if isinstance(renaming, WeightRenaming) and len(renaming._original_source_patterns) == 1:
@@ -172,20 +172,20 @@ class FistaPackedQuantizer(HfQuantizer):
         return super().update_weight_conversions(renamings + weight_conversions, model)
 
     def get_weight_conversions(self) -> list[Any]:
-        """Conversions of packed parameters that no conversion of the model takes up."""
+        """Conversions of packed parameters that no conversion of the model handles."""
         return [WeightConverter([name + s for s in SUFFIXES], name, [Unpack(self)]) for name in self._becoming_dense]
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
-        """Refuse files that are not whole, and make room for weights that stay packed."""
+        """Refuse incomplete files, and make placeholders for weights that stay packed."""
         files: dict[str, Path] = {}
         for path in checkpoint_files or []:
             with safe_open(path, "pt") as file:
                 files |= dict.fromkeys(file.keys(), Path(path))
-        # All weights are checked before the first is used. Their sizes stay, on the meta device, and not their values.
+        # All weights are checked before the first is used. Only their sizes are kept, on the meta device.
         outlines = {name: _outline(read_packed(files, name)) for name in packed_names(files)}
-        # Which of a family's parameters are packed is known by their last names only; matrices may all be.
+        # Only the last names of packed parameters are known, so any matrix with this name may be packed.
         kept = {name.rpartition(".")[2] for name, parameter in model.named_parameters() if parameter.ndim > 1}
         self.quantization_config.parameters = sorted(kept.union(self.quantization_config.parameters))
         self._becoming_dense = self.quantization_config.parameters
@@ -240,5 +240,5 @@ class FistaPackedQuantizer(HfQuantizer):
         return self.quantization_config.runtime == "dense"
 
 
-# What a caller chooses for configurations of other types is ignored.
+# Options for other types of configurations are ignored.
 vars(auto)["LOADING_ATTRIBUTES_CONFIG_TYPES"] = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, FistaPackedConfig)

@@ -1,8 +1,8 @@
 """Share one budget of zeros: over many operators, and over the outputs of operators that share their inputs.
 
-Only two numbers of an operator are needed, its size and the loss that its zeros cost at the average sparsity, because
-the error of every operator is taken to grow at the same rate with its zeros. The outputs of a group are not shared by
-a rule: the method itself chooses, on one problem whose rows are scaled.
+The error of every operator is assumed to grow at the same rate with its zeros. So two numbers of an operator are
+enough: its size, and the increase of the loss at the average sparsity. There is no rule for the outputs of a group: the
+method itself chooses, on one problem with scaled rows.
 """
 
 import math
@@ -25,8 +25,8 @@ REACH = 0.45  # the budget of an operator is lower than the average sparsity by 
 # inputs pool their budgets, so one of them may keep less than its own.
 LEAST_DENSITY = 0.5
 # Smallest scale of an output, in units of their root mean square. Gradients say little about outputs that saturate: to
-# a query head that attends to one token only, a small change of its queries makes no difference, and yet it needs them.
-# Without a bound it loses all of its weights.
+# a query head that attends to only one token, a small change of its queries makes no difference, but it needs them.
+# Without this limit it would lose all of its weights.
 _LEAST_SCALE = 0.3
 
 
@@ -42,14 +42,14 @@ def removal_cost(saliency: Tensor, sparsity: float) -> float:
 
 
 def allocate(costs: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:
-    """Sparsity of every operator, so that all together lose least at the same number of zeros.
+    """Choose the sparsity of every operator so that the loss rises least at the same number of zeros.
 
     With `E_k(s) = cost_k exp(SLOPE (s - sparsity))` the sum of all `E_k(s_k)` is least, at a given sum of
     `size_k s_k`, where no zero is worth moving from one operator to another:
     `s_k = sparsity + (mu - log(cost_k / size_k)) / SLOPE`, clipped.
 
     Args:
-        costs: What the zeros of each operator cost at the average sparsity (`removal_cost`).
+        costs: Increase of the loss by the zeros of each operator at the average sparsity (`removal_cost`).
         sizes: Its number of weights.
         sparsity: Zeros wanted over all operators together, in (0, 1).
 
@@ -87,10 +87,9 @@ def prune_stacked(
 ) -> list[PrunedOperator]:
     """Prune operators that share their inputs as one problem with weighted outputs.
 
-    It minimizes `sum_i v_i || row i of (W* X* - Y) ||^2` over the rows of all operators. The rows are problems of
-    their own but for the budget, which they share: rows whose errors weigh more keep more weights. No `sqrt(v_i)` is
-    taken for less than 0.3 times their root mean square. Weights and targets of the problems move into one matrix each
-    and change by rounding.
+    It minimizes `sum_i v_i || row i of (W* X* - Y) ||^2` over the rows of all operators. The rows share only the budget
+    of zeros: rows with larger weights `v_i` keep more weights. Each `sqrt(v_i)` counts as at least 0.3 times their root
+    mean square. Weights and targets of the problems move into one matrix each, and change by rounding.
 
     Args:
         method: The pruning method.
@@ -115,7 +114,7 @@ def prune_stacked(
     squares = scales[:, 0].double().square()
     stacked.output_energies = torch.cat([p.output_energies for p in problems]) * squares
     stacked.unpruned_errors = torch.cat([p.unpruned_errors for p in problems]) * squares
-    stacked.dense = None  # what is known of W X is that of the first operator alone
+    stacked.dense = None  # the sums over W X are those of the first operator only
     stacked.name = " and ".join(p.name for p in problems)
     try:
         pattern = replace(patterns[0], sparsity=1 - kept / stacked.weight.numel())

@@ -1,7 +1,7 @@
-"""Blocks of rows, and the Cholesky factorisation of damped Gram matrices, which says when it needed help.
+"""Blocks of rows, and the Cholesky factorisation of damped Gram matrices; a message says if it needed more damping.
 
-Gram matrices are the largest that a solver holds: what is named `in_place` overwrites its argument, and a factorisation
-that may have to be repeated asks for a new copy each time. torch's own functions would hold two or three of them.
+Gram matrices are the largest matrices of a solver. Functions named `in_place` overwrite their argument, and a
+factorisation that may be repeated makes a new copy each time. torch's own functions would need two or three copies.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _ROWS = 192  # at least, or a product is inefficient
-_VALUES = 2**19  # about so many on a CPU: 2 MiB of float32
+_VALUES = 2**19  # about this many on a CPU: 2 MiB of float32
 SCALE_ON_DEVICES = 128  # times as many values on other devices than the CPU, where a call is expensive: 256 MiB
 
 
@@ -37,13 +37,13 @@ def damped_cholesky(
 ) -> tuple[Tensor, str]:
     """Lower Cholesky factor of `G + damping * mean(diag G) diag(ratios)`.
 
-    When the factorisation breaks down numerically the damping is raised tenfold, at most four times, and the
-    returned message says so.
+    If the factorisation fails numerically, the damping is raised tenfold, at most four times, and the returned message
+    says so.
 
     Args:
         copy: Makes a copy of `G` [n, n], symmetric positive semidefinite, which is used up: `gram.clone`.
         damping: Fraction of the mean diagonal added to the diagonal.
-        ratios: What that is multiplied by, [n] (`InputStatistics.energy_ratios`), unless it has to be raised.
+        ratios: Factors of the damping, [n] (`InputStatistics.energy_ratios`); 1 if the damping has to be raised.
 
     Returns:
         The factor [n, n], and a message that is empty unless the damping had to be raised.

@@ -1,7 +1,7 @@
 """The interface of pruning methods: layer problem in, pruned operator out.
 
 A method is a frozen set of options without state: one object prunes all operators of a model, in any order and in any
-process. It returns a mask and weights instead of changing any, so that its caller decides what is written and when.
+process. It returns a mask and weights and changes no tensor, so the caller decides when they are written.
 """
 
 from abc import ABC, abstractmethod
@@ -24,11 +24,11 @@ class PrunedOperator:
     Attributes:
         weight: Pruned weights [out, in], zero where the mask is False.
         mask: Boolean mask [out, in], True = kept.
-        fit_error: `|| W* X* - Y ||_F / || Y ||_F` on the calibration tokens, `Y` the outputs that were wanted.
+        fit_error: `|| W* X* - Y ||_F / || Y ||_F` on the calibration tokens, with the target outputs `Y`.
         iterations: Iterations over all trials and stages.
         l1_penalty: Penalty of the solution kept, if the method has one.
         converged: False when an iteration limit or a numerical failure ended the method.
-        message: Advice when not converged, or what else a reader of the report should know.
+        message: Advice if it did not converge, or another remark for the report.
     """
 
     weight: Tensor
@@ -49,8 +49,8 @@ class PruningMethod(ABC):
     """A frozen dataclass whose fields are the method's options; the problem is an argument of the call.
 
     To add one, write `optimum_fista/solve/methods/NAME.py` with a subclass that has a `name` and the decorator
-    `register`. Weights of nearly dead inputs must go first (`InputStatistics`). Scores that are proportional to the
-    norms of the inputs do that. Multiply others by `statistics.energy_ratios`, or solve `problem.decoupled()`.
+    `register`. Weights of nearly dead inputs must be removed first (`InputStatistics`). Scores proportional to the
+    norms of the inputs do this. Multiply other scores by `statistics.energy_ratios`, or solve `problem.decoupled()`.
     """
 
     name: ClassVar[str]
@@ -87,7 +87,7 @@ def register(method: type[Method]) -> type[Method]:
     if not isinstance(name, str) or not name:
         raise ValueError(f"{method.__qualname__}.name={name!r}: give the class a name, such as 'wanda'.")
     known = METHODS.setdefault(name, method)
-    # A notebook's cell that runs again defines its class again.
+    # A notebook cell that runs again defines its class again.
     if (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
         raise ValueError(f"name={name!r} of {method.__qualname__} is that of {known.__qualname__}: choose another.")
     METHODS[name] = method

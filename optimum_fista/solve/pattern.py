@@ -1,10 +1,10 @@
 """Sparsity patterns: which weights of a matrix belong together, and how many of these groups stay.
 
-A pattern is described by data: the shape of its groups (`width`, `whole_columns`), how far they compete (`span`,
-`scope`) and the share of them that goes (`sparsity`). Counts, masks, the penalty that makes such zeros and the check of
-a mask follow from the description, so that a file of `patterns/` only reads and writes the pattern's name. torchao's
-`prototype/pat` has the same two factors, a grouper and a proximal map; groups here also say which others they compete
-with, because the number of zeros is exact.
+A pattern is described by data: the shape of its groups (`width`, `whole_columns`), which groups compete (`span`,
+`scope`) and the share of groups that is removed (`sparsity`). Counts, masks, the penalty that makes such zeros and the
+check of a mask follow from this data, so that a file of `patterns/` only reads and writes the pattern's name. torchao's
+`prototype/pat` has the same two factors, a grouper and a proximal map. Here patterns also say which groups compete,
+because the number of zeros is exact.
 """
 
 import re
@@ -25,20 +25,20 @@ Scope = Literal["matrix", "row"]
 
 @dataclass(frozen=True)
 class SparsityPattern(ABC):
-    """Groups of weights that are kept or removed together, and the share of them that goes.
+    """Groups of weights that are kept or removed together, and the share of groups that is removed.
 
     To add one, write `optimum_fista/solve/patterns/NAME.py` with a direct subclass: `parse_pattern` finds it.
-    Groups of several rows, but not of all, also need `require_shape`, `num_kept`, `mask` and `violation` of their own.
+    Groups of several rows, but not all rows, need their own `require_shape`, `num_kept`, `mask` and `violation`, too.
     DSnoT, which swaps within rows, can't prune to them.
 
     Attributes:
         sparsity: Fraction of zeros in [0, 1): the share of the groups that is removed.
-        scope: `"matrix"` lets all groups of a matrix compete, `"row"` those of each row (output). Without meaning if
+        scope: `"matrix"` lets all groups of a matrix compete, `"row"` those of each row (output). It is not used if
             groups compete in spans or have whole columns.
         width: Consecutive inputs whose weights form a group.
         span: Consecutive inputs of a row whose groups compete, the m of n:m; `None`: see `scope`.
         whole_columns: Whether a group has the weights of all rows.
-        fixed: Whether the pattern's name says its sparsity, so that budgets can't change it.
+        fixed: Whether the pattern's name determines its sparsity, so that budgets can't change it.
     """
 
     sparsity: float
@@ -71,7 +71,7 @@ class SparsityPattern(ABC):
         return contests * (rivals - removed) * self.width * (shape[0] if self.whole_columns else 1)
 
     def _contests(self, rows: int, columns: int) -> tuple[int, int, int]:
-        """Contests in which groups compete, the groups in each, and how many of these are removed."""
+        """Number of sets in which groups compete, groups in each set, and how many of these are removed."""
         groups = columns // self.width  # of a row
         contests, rivals = (rows, groups) if self.scope == "row" else (1, rows * groups)
         if self.span is not None:
@@ -83,8 +83,8 @@ class SparsityPattern(ABC):
     def mask(self, matrix: Tensor, *, squared: bool = False, within: tuple[int, int] | None = None) -> Tensor:
         """Mask [out, in], True = kept, of the nearest matrix in the pattern: the groups with the largest norms stay.
 
-        Scores of a group are sums of squares. For squared saliencies these are what the removal costs if the weights
-        are independent. A weight of its own is compared as it is, because squares could make a tie of two numbers.
+        Scores of a group are sums of squares. For squared saliencies this is the cost of the removal if the weights
+        are independent. Single weights are compared without squaring, because two squares could be rounded to a tie.
         Ties are broken by position, so that exactly `num_kept` weights are kept.
 
         Args:
@@ -99,7 +99,7 @@ class SparsityPattern(ABC):
         if within is not None and self.span is None:
             left, whole = within
             zeros = self._contests(rows, whole)[2]
-            # Rounded from both ends of the part: what one part gets too much, the next one gets too little.
+            # Rounded at both ends of the part, so that rounding errors of the parts cancel.
             removed = round(zeros * (left + columns) / whole) - round(zeros * left / whole)
         kept = rivals - removed
 

@@ -1,9 +1,9 @@
 """The layer problem: everything that a pruning method may know about one linear operator.
 
-A method sees no model and no activations, only matrices of the operator's own size: the weight, the Gram matrix of the
+A method gets no model and no activations, only matrices of the operator's own size: the weight, the Gram matrix of the
 inputs and the cross-Gram matrix with the target outputs. So operators are solved one after the other in the memory of
-a few matrices, however many tokens there are. The price: the error is a difference of large numbers, which float32
-would lose; all formulas are therefore written in the change of the weights.
+a few matrices, for any number of tokens. But the error is a small difference of large numbers, which float32 would
+lose. So all formulas use the change of the weights.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class InputStatistics:
     """Second-order statistics of the inputs that one or more operators share.
 
     A dead input is zero on all calibration tokens, a nearly dead one has less than 5e-6 of the mean energy. Their
-    weights hardly change the outputs, and the outputs hardly determine them. Such an input stands alone
-    (`decoupled`): its weights are the first to be removed, those that a pattern must keep have their dense
-    values, in case other text brings the input to life, and none grows to stand for others. Scores and damping know its
-    true energy (`diagonal`, `energy_ratios`). Magnitude pruning looks at no input, and not at these either.
+    weights hardly change the outputs, and the outputs hardly determine them. Such an input is handled alone
+    (`decoupled`). Its weights are removed first. Those that a pattern must keep have their dense values, because other
+    text may use the input, and none grows to compensate for others. Scores and damping use its true energy
+    (`diagonal`, `energy_ratios`). Magnitude pruning ignores all inputs, so these, too.
 
     Attributes:
         gram: Gram matrix `G = X* X*^T` [in, in], float32 or better, symmetric, summed over tokens.
@@ -158,9 +158,9 @@ class LayerProblem:
             self.unpruned_errors = same_energies - 2 * inner_by_rows(weight, target) + self.output_energies
 
     def decoupled(self) -> LayerProblem:
-        """The problem that methods solve: nearly dead inputs stand alone (`InputStatistics`), errors are this one's.
+        """The problem that methods solve: nearly dead inputs are alone (`InputStatistics`), errors are those of `self`.
 
-        It is this problem if there are no such inputs. Otherwise it has a Gram matrix and a target of its own.
+        It is `self` if there are no such inputs. Otherwise it has its own Gram matrix and target.
         """
         statistics = self.statistics.decoupled
         if statistics is None:

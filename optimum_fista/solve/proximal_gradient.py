@@ -1,7 +1,7 @@
 """Proximal gradient steps for the LASSO on Gram statistics: soft-thresholding, and FISTA with its equation numbers.
 
-Both G and C stand for all tokens, so that a step takes one product with G, however many tokens there are. On a device
-nothing waits for a number: convergence is asked about every ten steps, at the price of up to nine steps more.
+G and C are sums over all tokens, so that a step takes one product with G for any number of tokens. To avoid waiting for
+a device, convergence is tested only every ten steps there, so up to nine steps may be superfluous.
 """
 
 from collections.abc import Callable

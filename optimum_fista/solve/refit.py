@@ -1,7 +1,7 @@
 """Least-squares refits of the kept weights: by conjugate gradients, or exactly if whole columns are kept.
 
-With a mask of its own each row is a linear system of its own, too many to factorise; a few steps for all rows at once
-are nearly as good. If all rows keep the same columns there is one system, and a Cholesky factor solves it.
+If each row has its own mask, each row is a separate linear system. These are too many to factorise; a few steps for all
+rows at once are nearly as good. If all rows keep the same columns, one Cholesky factor solves the single system.
 """
 
 import torch
@@ -95,10 +95,10 @@ def refit_columns(problem: LayerProblem, kept: Tensor, ridge: float | None = Non
 
         r = 8 p / N * e / (e0 - e),   e = e_K / (1 - p / N),   at most 1,
 
-    with p kept inputs, N tokens, of which eight count as one, the squared error `e_K` of the refit without a ridge, and
-    `e0` of the dense weights without their removed columns. Removed inputs that the others can stand for exactly leave
-    no error, and so no ridge. With no more tokens than inputs r is 1. `ridge` is r if it is known; it draws the weights
-    towards the dense ones.
+    with p kept inputs, N tokens (eight of them count as one), the squared error `e_K` of the refit without a ridge, and
+    `e0` of the dense weights without their removed columns. If the kept inputs can replace the removed ones exactly,
+    there is no error and no ridge. If there are no more tokens than inputs, r is 1. `ridge` is r if it is known; the
+    ridge pulls the weights towards the dense ones.
 
     Returns:
         Weights [out, in], and the message of a factorisation that needed help (`damped_cholesky`).

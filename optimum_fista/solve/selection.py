@@ -1,8 +1,8 @@
 """Exact selection of the largest magnitudes by a threshold, never by sorting whole matrices.
 
 `torch.kthvalue` ranks a whole matrix on one processor of a GPU, has no deterministic form there and copies its input.
-Here a threshold is found by counting, and magnitudes are made a block of rows at a time. The price: some passes over
-the matrix.
+Here a threshold is found by counting, and magnitudes are computed for one block of rows at a time. This needs several
+passes over the matrix.
 """
 
 import math

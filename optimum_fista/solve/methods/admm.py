@@ -1,7 +1,7 @@
 """ADMM between a least-squares problem and the set of sparse matrices.
 
-`SplitState` has the iteration that ALPS and the default method `obs_admm` also run, each in coordinates and with a
-schedule of rho of its own. The method here is that of Boza (arXiv 2401.02938), written as in its paper.
+ALPS and the default method `obs_admm` also use the iteration of `SplitState`, each in its own coordinates and with its
+own schedule of rho. The method here is that of Boza (arXiv 2401.02938), written as in its paper.
 """
 
 from collections.abc import Callable

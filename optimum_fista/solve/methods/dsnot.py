@@ -1,6 +1,6 @@
 """DSnoT: dynamic sparse no training, swaps in Wanda's mask (arXiv 2310.08915).
 
-All rows swap at once, a weight each, and groups that a pattern keeps together swap as one.
+All rows swap one weight each at the same time; weights that a pattern keeps together are swapped together.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Dsnot(PruningMethod):
     it.
 
     Attributes:
-        max_cycles: Swaps a row at most.
+        max_cycles: Maximum number of swaps in a row.
         threshold: Expected error at which a row stops.
     """
 

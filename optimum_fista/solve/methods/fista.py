@@ -1,8 +1,8 @@
 """FISTAPruner: the convex method, and its search of the penalty (arXiv 2408.03728).
 
-It differs from the paper in its defaults: the kept weights are refitted after the search, which is worth most after the
-warm start (docs/solver.md), SparseGPT is the warm start of every model, and four trials are enough. The recipe `paper`
-has all as printed.
+Only its defaults differ from the paper: the kept weights are refitted after the search, which improves the result most
+after the warm start (docs/solver.md), SparseGPT is the warm start of every model, and there are four trials. The recipe
+`paper` has the published settings.
 """
 
 import math
@@ -44,8 +44,8 @@ class Fista(PruningMethod):
 
     Attributes:
         warm_start: Method whose pruned weights the first trial starts from. Wanda gives every row the same number of
-            zeros, as its authors do, whatever the scope of the pattern; the trials then move zeros between rows. If
-            whole columns are removed, Wanda takes the place of SparseGPT.
+            zeros, as its authors do, for any scope of the pattern; the trials then move zeros between rows. If whole
+            columns are removed, Wanda replaces SparseGPT.
         max_iterations: FISTA steps a trial, the paper's K.
         tolerance: Relative change of the iterates at which FISTA stops.
         patience: Trials without improvement, the paper's T.

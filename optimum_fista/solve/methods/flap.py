@@ -14,10 +14,10 @@ class Flap(PruningMethod):
     """Remove the inputs that stay near their mean, because a constant can take their place.
 
     With input means `mu` and variances `v`, weight ij is scored `W_ij^2 v_j`, and a column by the sum of its scores
-    (FLAP's metric WIFV). What the removed weights add to the outputs on average, `b = W_removed mu`, must be made up
-    for. FLAP stores it as a bias, which most models have no place for. Here the kept weights take it over, in
-    proportion to `mu / v`, so that `|| D mu - b ||^2 + sum_j D_:j^2 v_j` is least, the expected squared error of the
-    change `D` of the weights if inputs are uncorrelated:
+    (FLAP's metric WIFV). The removed weights add `b = W_removed mu` to the outputs on average. FLAP stores `b` as a
+    bias, but most models have no place for it. Here the kept weights compensate for it, in proportion to `mu / v`. This
+    minimizes `|| D mu - b ||^2 + sum_j D_:j^2 v_j`, the expected squared error of the change `D` of the weights if
+    inputs are uncorrelated:
 
         D_ij = b_i (mu_j / v_j) / (1 + sum_k mu_k^2 / v_k),   j and k kept in row i.
     """
@@ -25,7 +25,7 @@ class Flap(PruningMethod):
     name: ClassVar[str] = "flap"
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
-        """Prune one operator to `pattern`. The target is not looked at: FLAP aims at W X*."""
+        """Prune one operator to `pattern`. The problem's target is ignored: FLAP's target is W X*."""
         statistics = problem.statistics
         mean, energy = statistics.mean, statistics.diagonal / max(1, statistics.num_tokens)
         # Of an input that is constant, rounding would leave a variance of either sign.

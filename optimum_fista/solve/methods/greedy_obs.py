@@ -1,7 +1,6 @@
 """Greedy optimal brain surgeon for whole columns (SlimGPT, arXiv 2412.18110; ZipLM, arXiv 2302.04089).
 
-Both papers update the whole inverse after every column. Here updates wait until there are 64, which turns products with
-vectors into products of matrices.
+Both papers update the whole inverse after every column. Here 64 updates are done together, as a product of matrices.
 """
 
 from dataclasses import dataclass
@@ -22,11 +21,11 @@ _PENDING = 64  # columns removed between two updates of whole matrices, so that 
 @register
 @dataclass(frozen=True)
 class GreedyObs(PruningMethod):
-    """Remove the group of columns that costs least, let the others compensate for it, and repeat.
+    """Remove the group of columns with the least increase of the error, let the others compensate for it, and repeat.
 
     1. A small ridge towards the dense weights, `H = G + d diag(G)`, and the best weights `W = (C + d W diag(G)) H^-1`.
     2. Removing group g and re-optimising all other columns increases the squared error by
-       `tr(W_g ([H^-1]_gg)^-1 W_g^T)` (ZipLM). The group with the least increase goes:
+       `tr(W_g ([H^-1]_gg)^-1 W_g^T)` (ZipLM). The group with the least increase is removed:
        `W -= W_g ([H^-1]_gg)^-1 [H^-1]_g,:` and `H^-1 -= [H^-1]_:,g ([H^-1]_gg)^-1 [H^-1]_g,:`.
     3. The kept columns are solved for once more (`refit_columns`), so that what the updates lost in float32 decides
        only which columns are kept.
@@ -38,8 +37,8 @@ class GreedyObs(PruningMethod):
     that is left, and no division is by a small number.
 
     Attributes:
-        damping: `d` of step 1. It is small, because a large one hides that columns can stand for each other.
-        ridge: Ridge of step 3, a fraction of the Gram matrix's diagonal; `None`: what `refit_columns` chooses.
+        damping: `d` of step 1. It is small, because a large one hides that columns can replace each other.
+        ridge: Ridge of step 3, a fraction of the Gram matrix's diagonal; `None`: `refit_columns` chooses it.
     """
 
     damping: float = 1e-3

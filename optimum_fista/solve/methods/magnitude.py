@@ -11,7 +11,7 @@ from optimum_fista.solve.problem import LayerProblem
 @register
 @dataclass(frozen=True)
 class Magnitude(PruningMethod):
-    """Keep the largest `|W_ij|`; the inputs are not looked at and no weight is updated."""
+    """Keep the largest `|W_ij|`; inputs are ignored, and no weight is updated."""
 
     name: ClassVar[str] = "magnitude"
 

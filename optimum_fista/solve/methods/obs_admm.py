@@ -1,8 +1,8 @@
 """ADMM in optimal-brain-surgeon coordinates: the default method.
 
-ALPS lets `rho` grow over some 40 iterations until the mask settles. Here the coordinates say which `rho` compares kept
-with removed weights rightly, so that twelve iterations reach the error of ALPS in a third of the time (docs/solver.md).
-The price: nothing is run to convergence, and the iterations are not known to have a limit.
+ALPS lets `rho` grow over about 40 iterations until the mask settles. Here the coordinates show which `rho` compares
+kept and removed weights correctly, so that twelve iterations reach the error of ALPS in a third of the time
+(docs/solver.md). But the iterations do not run to convergence, and it is not known whether they converge.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ class _Surgeon:
     """`W = W' S B^T` with a diagonal `S`, and a block-diagonal `B` if columns are removed in groups.
 
     In these coordinates the diagonal of `G_r^-1`, or its diagonal blocks, are those of the identity: the squared norm
-    of a weight, or of a group of columns, is what its removal costs (`greedy_obs`, step 2). That the columns of a group
-    are correlated is thus accounted for.
+    of a weight, or of a group of columns, is the cost of its removal (`greedy_obs`, step 2). This accounts for the
+    correlation of columns in a group.
 
     Attributes:
         scale: `S` [in].

@@ -33,7 +33,7 @@ class SparseGPT(PruningMethod):
     takes_columns: ClassVar[bool] = False  # a block can't know how good the columns to its right are: see greedy_obs
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
-        """Prune one operator to `pattern`. The target is not looked at: SparseGPT aims at W X*."""
+        """Prune one operator to `pattern`. The problem's target is ignored: SparseGPT's target is W X*."""
         rows, columns = problem.weight.shape
         self.require_pattern(pattern)
         pattern.require_shape((rows, columns), problem.name)

@@ -11,8 +11,8 @@ from optimum_fista.solve.pattern import Scope, SparsityPattern
 class Columns(SparsityPattern):
     """Groups of `width` consecutive columns, each kept or removed for all rows at once.
 
-    An input that no row reads need not be made: whole channels of an MLP are columns of its down projection, and
-    key-value groups with their query heads are groups of columns of the attention's output projection.
+    If no row reads an input, it need not be computed. Channels of an MLP are columns of its down projection; key-value
+    groups with their query heads are groups of columns of the attention's output projection.
 
     The number of groups kept is exact. `Columns(0.25)` removes the whole number that is nearest to 25% of the groups;
     `Columns.keeping(7, 9, 64)` keeps 7 of 9 groups of 64 columns.

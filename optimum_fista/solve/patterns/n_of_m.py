@@ -44,12 +44,12 @@ class NOfM(SparsityPattern):
 
 
 def best_order(scores: Tensor, pattern: SparsityPattern) -> Tensor:
-    """Find an order of inputs, int64 [in], in which a pattern n:m keeps nearly most of the scores [out, in].
+    """Find an order of inputs, int64 [in], in which a pattern n:m keeps close to the largest sum of scores [out, in].
 
-    In turn each of the m places of all groups is looked at. What a group keeps with another input in that place is
-    the n largest scores of its other inputs, plus that by which the new one exceeds the n-th of them. So pairs of
-    groups swap their inputs there if both together then keep more (channel permutations of arXiv 2106.14642, with
-    all swaps of a place at once).
+    Each of the m places is treated in turn, for all groups. With another input in this place, a group keeps the n
+    largest scores of its other inputs, plus the amount by which the new one exceeds the n-th of them. Pairs of groups
+    swap their inputs there if the two then keep more together (channel permutations of arXiv 2106.14642, with all
+    swaps of a place at once).
     """
     assert pattern.span is not None
     pattern.require_shape((scores.shape[0], scores.shape[1]), "scores")

@@ -1,7 +1,7 @@
 """Whole parts of a model: channels of its MLPs, key-value groups with their query heads, experts, or decoder layers.
 
-This is the only pattern that no single matrix has. It says how many parts of each kind go; which ones is decided by
-`Columns` of the operators that read them, and by `model` and `prune` for experts and decoder layers.
+This is the only pattern that is not for a single matrix. It says how many parts of each kind are removed. `Columns` of
+the operators that read the parts decide which; for experts and decoder layers, `model` and `prune` decide.
 """
 
 import re
@@ -20,8 +20,8 @@ _SIZE = re.compile(r"bytes:([\d.]+)")
 class PartShare:
     """Share of the parts of one kind that is removed, in (0, 1).
 
-    The number that stays is a multiple of `multiple_of`. If this is `None`: of 64 for channels that are a multiple of
-    64 now, and as many experts of every group that the router chooses first.
+    The number that stays is a multiple of `multiple_of`. `None`: of 64 if the number of channels is a multiple of 64
+    now; for experts, equally many of every group that the router chooses first.
     """
 
     kind: PartKind
@@ -65,15 +65,15 @@ class PartShare:
 
 @dataclass(frozen=True)
 class WholeParts(SparsityPattern):
-    """Shares of the parts of a model: as many channels, heads and experts in every decoder layer, or whole layers.
+    """Shares of the parts of a model: equally many channels, heads and experts in every decoder layer, or whole layers.
 
-    The pattern is for a whole model and refuses a matrix. A run makes `Columns` of it for the operators that read what
-    is removed, the down projection and the attention's output projection, and removes the rows that compute it
-    afterwards. Experts are chosen by what they return, decoder layers by the loss without them.
+    The pattern is for a whole model and refuses a matrix. A run turns it into `Columns` for the operators that read the
+    removed parts (down projection, output projection of the attention), and later removes the rows that compute them.
+    Experts are chosen by their outputs, decoder layers by the loss without them.
 
     Attributes:
         sparsity: The largest share, or that of the size.
-        shares: What goes, one entry for each kind; empty if there is a `size`.
+        shares: Shares to remove, one for each kind; empty if there is a `size`.
         size: Share of the dense model's bytes that is left, in (0, 1), reached by channels; `None` if there are shares.
     """
 
