@@ -66,7 +66,7 @@ def test_a_model_that_is_too_large_to_write_text_is_given_text(tiny_folder, caps
     monkeypatch.setattr("optimum_fista.memory.psutil.virtual_memory", lambda: small)
     monkeypatch.setattr("optimum_fista.estimate.Estimate.seconds", {})
     for flags, words in (
-        ([], "tokens of c4 (the whole model does not fit into memory"),
+        ([], "tokens of c4 (to write its own text, the whole model would"),
         (["--calibration", "self"], "tokens that the model writes itself, batches"),
     ):
         assert main(["prune", str(tiny_folder), "--dry-run", *QUICK, *flags]) == 0

@@ -192,7 +192,7 @@ def test_outputs_that_cant_work_are_refused(tmp_path, monkeypatch):
     write(tmp_path / "out.unfinished", ("journal/optimum-fista", "model/config.json"), "kept")
     (tmp_path / "model").symlink_to("out.unfinished/model")
     for name in ("out.unfinished", "model"):
-        assert "throws away: pass another output, or move the folder" in refused(tmp_path / "out", source=name)
+        assert "deletes: pass another output, or move the folder" in refused(tmp_path / "out", source=name)
     assert "is a file: pass a folder" in refused(source / "config.json")
     assert "holds config.json, model.safetensors, which" in refused(tmp_path / "others")
     with monkeypatch.context() as patched:

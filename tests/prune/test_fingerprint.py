@@ -94,7 +94,7 @@ def test_weights_that_change_while_they_are_pruned_end_the_run(source, monkeypat
 
     with monkeypatch.context() as patched:
         patched.setattr(Journal, after, change)
-        with pytest.raises(ValueError, match=r"^model.safetensors in .* changed during the run: put back"):
+        with pytest.raises(ValueError, match=r"^model.safetensors in .* changed during the run: restore"):
             prune(source)
     names = {path.stem for path in (source.parent / "pruned.unfinished" / "journal").glob("*.json")}
     assert names - {"fingerprint", "weights"} == kept

@@ -264,7 +264,7 @@ def test_a_model_that_changes_meanwhile_ends_the_run_which_resumes_once_it_is_pu
     before = changed.read_text()
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(DistillationTrainer, "train", lambda *given: [train(*given), changed.write_text(before + "\n")])
-        with pytest.raises(ValueError, match=r"^config\.json in .*pruned' changed during the run: put back"):
+        with pytest.raises(ValueError, match=r"^config\.json in .*pruned' changed during the run: restore"):
             run(source=source)
     assert not (tmp_path / "out").exists()
     changed.write_text(before)
