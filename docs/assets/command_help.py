@@ -22,9 +22,7 @@ def _sections() -> str:
     os.environ["COLUMNS"] = _WIDTH
     parser = build_parser()
     commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
-    return "\n".join(
-        f"## {name}\n\n```text\n{command.format_help(everything=True)}```\n" for name, command in commands.items()
-    )
+    return "\n".join(f"## {name}\n\n```text\n{command.format_help()}```\n" for name, command in commands.items())
 
 
 def _options(kind: type) -> str:
