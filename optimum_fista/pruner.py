@@ -103,7 +103,6 @@ class FistaPruner:
             packed: Store the weights without their zeros (docs/formats.md).
             drop_unused: Prune even if the files hold tensors that the result will lack, such as a vision tower.
         """
-        settings: dict[str, Any] = {"progress": self.progress, "callbacks": self.callbacks}
         if isinstance(model, str | Path):
             if output_dir is None:
                 raise ValueError(f"model={str(model)!r} is a name: pass output_dir as well, or a loaded model.")
@@ -119,16 +118,23 @@ class FistaPruner:
                 packed=packed,
                 drop_unused=drop_unused,
                 storage_device=self.storage_device,
-                **settings,
+                progress=self.progress,
+                callbacks=self.callbacks,
             )
         if output_dir is not None or packed:
             option = "packed=True" if packed else "output_dir"
             raise ValueError(f"{option} is for a model given by name: save a loaded model by save_pretrained.")
-        started, settings["storage"] = time.perf_counter(), storage_place(self.storage_device)
+        return self._prune_loaded(model, calib_dataloader, calibration_source)
+
+    def _prune_loaded(
+        self, model: PreTrainedModel, calib_dataloader: Iterable[Any], calibration_source: str | None
+    ) -> PruningReport:
+        """Prune a model in place."""
+        started, storage = time.perf_counter(), storage_place(self.storage_device)
         if self.config.whole_parts is not None:
             require_in_memory(model, self.config.whole_parts)
         sink = ModelSink(model)
-        plan = plan_run(model, self.config, **settings)
+        plan = plan_run(model, self.config, storage=storage, progress=self.progress, callbacks=self.callbacks)
         calibration, held_out, report = begin(plan, calib_dataloader, calibration_source)
         with suppress(OSError, ValueError, SafetensorError):  # what the folder holds now need not be this model
             source = local_source(model)
