@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,9 +17,8 @@ from optimum_fista.config import FistaPruningConfig
 from optimum_fista.environment import numerical_environment
 from optimum_fista.folder.checkpoint import CONFIG_KEY
 from optimum_fista.folder.hub import push_folder, require_repo_id
-from optimum_fista.folder.loading import local_source, storage_place
+from optimum_fista.folder.loading import storage_place
 from optimum_fista.folder.output import new_output
-from optimum_fista.folder.source_files import described_loss
 from optimum_fista.folder.writing import summary, write_checkpoint
 from optimum_fista.model.gram import single_problem
 from optimum_fista.prune.batches import begin
@@ -124,22 +121,12 @@ class FistaPruner:
         if output_dir is not None or packed:
             option = "packed=True" if packed else "output_dir"
             raise ValueError(f"{option} is for a model given by name: save a loaded model by save_pretrained.")
-        return self._prune_loaded(model, calib_dataloader, calibration_source)
-
-    def _prune_loaded(
-        self, model: PreTrainedModel, calib_dataloader: Iterable[Any], calibration_source: str | None
-    ) -> PruningReport:
-        """Prune a model in place."""
         started, storage = time.perf_counter(), storage_place(self.storage_device)
         if self.config.whole_parts is not None:
             require_in_memory(model, self.config.whole_parts)
         sink = ModelSink(model)
         plan = plan_run(model, self.config, storage=storage, progress=self.progress, callbacks=self.callbacks)
         calibration, held_out, report = begin(plan, calib_dataloader, calibration_source)
-        with suppress(OSError, ValueError, SafetensorError):  # what the folder holds now need not be this model
-            source = local_source(model)
-            if source is not None and (lost := described_loss(model, source)):
-                report.lack(lost)
         for callback in self.callbacks:
             callback.on_prune_begin(report)
         with sink, sink.interruptible:

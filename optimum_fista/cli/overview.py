@@ -56,7 +56,7 @@ def say_before(arguments: argparse.Namespace, config: FistaPruningConfig) -> tup
 def estimate_of(arguments: argparse.Namespace, config: FistaPruningConfig, batch_size: int | None) -> Estimate:
     """Estimate memory and time of the run, with batches of this size; `None`: the best size for the device."""
     from optimum_fista.estimate import Estimate
-    from optimum_fista.folder.source_files import require_no_loss
+    from optimum_fista.folder.loading import require_no_loss
 
     names = ("sequence_length", "calibration", "device", "dtype", "storage_device", "packed")
     options = {name: getattr(arguments, name) for name in names}

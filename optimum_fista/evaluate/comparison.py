@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from optimum_fista.folder.checkpoint import checkpoint_files, read_report, read_tensors
 from optimum_fista.folder.loading import load_lazily
 from optimum_fista.folder.packed_folder import is_packed
-from optimum_fista.folder.source_files import described_loss, source_folder
 from optimum_fista.folder.stored_names import operators_by_weight, split_index, stored_names
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.parts import find_parts, numbers_kept
@@ -36,9 +35,9 @@ def compare_with_dense(folder: Path, report: PruningReport, dense: str, progress
         why = "was trained" if report.retrained else "is packed: unpack it first"
         raise ValueError(f"dense={dense!r}: {str(folder)!r} {why}, so it can't be compared.")
     with tempfile.TemporaryDirectory(prefix="optimum-fista-") as offload:
-        ours, _ = load_lazily(str(folder), Path(offload) / "pruned", device="cpu")
-        theirs, _ = load_lazily(dense, Path(offload) / "dense", device="cpu", dtype=ours.dtype)
-        if lost := described_loss(theirs, source_folder(dense, getattr(theirs.config, "_commit_hash", None))):
+        ours, *_ = load_lazily(str(folder), Path(offload) / "pruned", device="cpu")
+        theirs, _, _, lost = load_lazily(dense, Path(offload) / "dense", device="cpu", dtype=ours.dtype)
+        if lost:
             raise VerificationError(f"{lost}.")
         operators, modules = operators_by_weight(ours, report), {id(m): name for name, m in ours.named_modules()}
         names = stored_names(ours, operators.values(), all_of_them=False)

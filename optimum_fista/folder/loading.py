@@ -31,6 +31,7 @@ from transformers import (
 
 import optimum_fista.packed  # noqa: F401  # so that packed folders load
 from optimum_fista.folder.checkpoint import closest_folder
+from optimum_fista.folder.source_files import described_loss, source_folder
 from optimum_fista.installing import install_command
 from optimum_fista.memory import is_out_of_memory
 from optimum_fista.model.activation_store import Storage
@@ -59,14 +60,20 @@ def load_model(
 
 
 def load_lazily(
-    name: str, offload_folder: Path, *, device: str | None = None, dtype: str | torch.dtype = "auto"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    name: str,
+    offload_folder: Path,
+    *,
+    device: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    drop_unused: bool = True,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, Path, str]:
     """Load a model whose weights stay in its files until they are needed.
 
-    Weights of a GGUF file are dequantized in memory; the same file has the tokenizer.
+    Weights of a GGUF file are dequantized in memory; the same file has the tokenizer. Returns also the folder of the
+    files, and which of their tensors the model has no place for: these are refused unless `drop_unused`.
     """
     if gguf_file(name) is not None:
-        return load_model(name, device=device, dtype=dtype)
+        return (*load_model(name, device=device, dtype=dtype), Path(name), "")
     target, dtype = usable_device(device), dtype if dtype == "auto" else floating_dtype(dtype)
 
     def is_news(record: logging.LogRecord) -> bool:
@@ -80,9 +87,11 @@ def load_lazily(
         model = read_model(name, dtype=dtype, device_map={"": "disk"}, offload_folder=offload_folder)
     finally:
         talker.removeFilter(is_news)
+    source = source_folder(name, getattr(model.config, "_commit_hash", None))
+    lost = require_no_loss(model, source, drop_unused)
     settle_ties(model)  # tied weights are two once they are offloaded
     move_execution(model, target)
-    return model, None
+    return model, None, source, lost
 
 
 def local_source(model: PreTrainedModel) -> Path | None:
@@ -125,6 +134,18 @@ def read_model(name: str, **options: Any) -> PreTrainedModel:
             f"such as {missing[0]}. Download it again."
         )
     return model
+
+
+def require_no_loss(model: PreTrainedModel, source: Path, drop_unused: bool) -> str:
+    """Refuse a model whose files hold tensors that the pruned one would lack; say which if they are to be dropped."""
+    with reading(str(source)):
+        lost = described_loss(model, source)
+    if lost and not drop_unused:
+        raise ValueError(
+            f"model={str(source)!r}: {lost}. The pruned model would lack them: pass drop_unused=True (--drop-unused) "
+            "if that is meant."
+        )
+    return lost
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import ctypes
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -34,6 +35,7 @@ _MARK = f"{FOLDER}/optimum-fista"  # of an unfinished folder of this package
 _REPLACED = "replaced"  # the old output, for a moment, where two folders can't be swapped in one step
 _OFFLOADED = "offload-*"  # in the journal: weights that a rank of a running run reads again and again
 _UNFINISHED = ".unfinished"
+logger = logging.getLogger(__name__)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 
@@ -321,3 +323,44 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_record(path: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Write the tensors of a record, then its plain values as JSON with their digest."""
+    record: dict[str, Any] = {"values": values, "tensors": None}
+    if tensors is not None:
+        record["tensors"] = write_tensors(path.with_suffix(".safetensors"), tensors)
+    write_file(path, json.dumps({"sha256": _digest(record), **record}, indent=1))
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Read the values of a record; `None` if the record is missing, or if it or its tensors are damaged."""
+    try:
+        found = json.loads(path.read_bytes())
+        sha256, values, tensors = found.pop("sha256"), found["values"], found["tensors"]
+        if sha256 == _digest(found):
+            return values if tensors is None or is_whole(path.with_suffix(".safetensors"), tensors) else None
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    logger.warning("%s is damaged and not used", path)
+    return None
+
+
+def is_whole(path: Path, sha256: str | None) -> bool:
+    """Whether a file exists and still has the bytes that were written."""
+    if path.exists() and digest_of(path) == sha256:
+        return True
+    logger.warning("%s is damaged and not used", path)
+    return False
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file and return its digest."""
+    write_file(path, tensors, {"format": "pt"})  # a file without metadata and tensors can't be read
+    return digest_of(path)

@@ -21,7 +21,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from optimum_fista.folder.checkpoint import checkpoint_files, names_in, read_json
-from optimum_fista.folder.loading import reading
 from optimum_fista.model.architecture import find_decoder_layers
 
 _TEMPLATES = "additional_chat_templates"
@@ -96,18 +95,6 @@ def described_loss(model: PreTrainedModel, source: Path) -> str:
     shown = ", ".join(f"{name} ({count})" for name, count in [*lost.items()][:4]) + ", ..." * (len(lost) > 4)
     said = f"{lost.total()} tensors of the dense model have no place in {type(model).__name__}: {shown}"
     return said if lost else ""
-
-
-def require_no_loss(model: PreTrainedModel, source: Path, drop_unused: bool) -> str:
-    """Refuse a model whose files hold tensors that the pruned one would lack; say which if they are to be dropped."""
-    with reading(str(source)):
-        lost = described_loss(model, source)
-    if lost and not drop_unused:
-        raise ValueError(
-            f"model={str(source)!r}: {lost}. The pruned model would lack them: pass drop_unused=True (--drop-unused) "
-            "if that is meant."
-        )
-    return lost
 
 
 def _stored_names(source: Path) -> Iterator[str]:

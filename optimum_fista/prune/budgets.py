@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 
-from optimum_fista.config import FistaPruningConfig
 from optimum_fista.memory import is_out_of_memory, release_memory
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.forward import quick_products_in
 from optimum_fista.model.losses import choose_layers
-from optimum_fista.model.operator import ExpertOperator, LinearOperator, split_experts
+from optimum_fista.model.operator import ExpertOperator, split_experts
 from optimum_fista.model.sensitivity import DenseLoss, measure_sensitivities
 from optimum_fista.prune.plan import Budgets, Plan
 from optimum_fista.report import PruningReport
@@ -25,34 +23,26 @@ _LEAST_TOKENS = 64
 
 
 def share_budgets(plan: Plan, batches: Sequence[CalibrationBatch], report: PruningReport) -> Budgets:
-    """Choose the decoder layers to remove, and allocate the zeros to the operators of the others."""
-    started, removed = time.perf_counter(), list[tuple[int, float]]()
+    """Choose the decoder layers to remove, and allocate the zeros to the operators of the others.
+
+    Few tokens reach each expert of a mixture, so all of a kind in a decoder layer get the same sparsity.
+    """
+    config, started, removed = plan.config, time.perf_counter(), list[tuple[int, float]]()
     fitted = [batch for batch in batches if not batch.held_out]
-    loss = DenseLoss(plan.layers, fitted, plan.config.allocation_tokens, plan.progress, plan.storage)
+    loss = DenseLoss(plan.layers, fitted, config.allocation_tokens, plan.progress, plan.storage)
     if plan.removal.num_removed_layers:
         with quick_products_in(plan.compute_dtype):
             removed = choose_layers(loss, plan.removal.num_removed_layers)
     gone = tuple(f"{plan.layers.name}.{index}." for index, _ in removed)
     # removed layers get no zeros: the others would miss them
     left = {name: operator for name, operator in plan.all_operators.items() if not name.startswith(gone)}
-    with split_experts(plan.all_operators.values()), quick_products_in(plan.compute_dtype):
-        budgets = replace(allocate_zeros(loss, left, plan.config), removed_layers=removed)
-    release_memory(plan.layers.model)  # gradients and the activations recorded for them
-    report.seconds["allocation"] = time.perf_counter() - started
-    return budgets
-
-
-def allocate_zeros(loss: DenseLoss, operators: Mapping[str, LinearOperator], config: FistaPruningConfig) -> Budgets:
-    """Allocate the zeros of `config` to the operators that take part; for uniform budgets the model does not run.
-
-    Few tokens reach each expert of a mixture, so all of a kind in a decoder layer get the same sparsity.
-    """
-    sharing = {name: operator for name, operator in operators.items() if config.shares_budget(name)}
-    if not sharing or not config.sparsity:
-        return Budgets()
+    sharing = {name: operator for name, operator in left.items() if config.shares_budget(name)}
+    if not sharing or not config.sparsity:  # uniform: the model does not run
+        return Budgets(removed_layers=removed)
     instead = "allocation='uniform' (--allocation uniform)"
     try:
-        found = measure_sensitivities(loss, sharing)
+        with split_experts(plan.all_operators.values()), quick_products_in(plan.compute_dtype):
+            found = measure_sensitivities(loss, sharing)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise ValueError(
@@ -86,4 +76,6 @@ def allocate_zeros(loss: DenseLoss, operators: Mapping[str, LinearOperator], con
         fewest, more = divmod(round(sparsity * sizes[key]), len(names))
         size = sizes[key] // len(names)
         sparsities |= {n: (fewest + (i < more)) / size for i, n in enumerate(names)}
-    return Budgets(sparsities, output_weights, unfelt)
+    release_memory(plan.layers.model)  # gradients and the activations recorded for them
+    report.seconds["allocation"] = time.perf_counter() - started
+    return Budgets(sparsities, output_weights, unfelt, removed)

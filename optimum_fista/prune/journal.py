@@ -7,7 +7,6 @@ no others, and its result is the same bit for bit, however often it was stopped.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from optimum_fista.folder.checkpoint import CONFIG_FILE
-from optimum_fista.folder.output import FOLDER, MODEL, RUN_FILE, digest_of, discard, write_file
+from optimum_fista.folder.output import (
+    FOLDER,
+    MODEL,
+    RUN_FILE,
+    digest_of,
+    discard,
+    is_whole,
+    read_record,
+    write_record,
+    write_tensors,
+)
 from optimum_fista.model.activation_store import Storage
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.options import as_record
@@ -93,7 +102,7 @@ class Journal:
         """Finish a decoder layer whose shard is on disk; a removed layer has no shard."""
         if streams:
             hidden = {f"{name}.{i}": h.contiguous() for name, stream in streams.items() for i, h in enumerate(stream)}
-            self._states_sha256[index + 1] = _write_tensors(self._file("states", index + 1), hidden)
+            self._states_sha256[index + 1] = write_tensors(self._file("states", index + 1), hidden)
         sha256 = {
             "shard": digest_of(shard) if shard else None,
             "before": self._states_sha256.get(index),
@@ -191,47 +200,6 @@ def begun_batch_size(folder: Path) -> int | None:
     """Sequences in a batch of the run in an unfinished folder; `None` if there is no run."""
     begun = read_record(folder / RUN_FILE) or {}
     return max((batch[0] for batch in begun.get("batches", ())), default=None)
-
-
-def write_record(path: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
-    """Write the tensors of a record, then its plain values as JSON with their digest."""
-    record: dict[str, Any] = {"values": values, "tensors": None}
-    if tensors is not None:
-        record["tensors"] = _write_tensors(path.with_suffix(".safetensors"), tensors)
-    write_file(path, json.dumps({"sha256": _digest(record), **record}, indent=1))
-
-
-def read_record(path: Path) -> dict[str, Any] | None:
-    """Read the values of a record; `None` if the record is missing, or if it or its tensors are damaged."""
-    try:
-        found = json.loads(path.read_bytes())
-        sha256, values, tensors = found.pop("sha256"), found["values"], found["tensors"]
-        if sha256 == _digest(found):
-            return values if tensors is None or is_whole(path.with_suffix(".safetensors"), tensors) else None
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError, KeyError, AttributeError):
-        pass
-    logger.warning("%s is damaged and not used", path)
-    return None
-
-
-def is_whole(path: Path, sha256: str | None) -> bool:
-    """Whether a file exists and still has the bytes that were written."""
-    if path.exists() and digest_of(path) == sha256:
-        return True
-    logger.warning("%s is damaged and not used", path)
-    return False
-
-
-def _digest(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write a safetensors file and return its digest."""
-    write_file(path, tensors, {"format": "pt"})  # a file without metadata and tensors can't be read
-    return digest_of(path)
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -20,7 +20,7 @@ from optimum_fista.environment import processor_name
 from optimum_fista.folder.stored_names import stored_names
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import Storage
-from optimum_fista.model.architecture import DecoderLayers, choose_operators, matches, prunable_layers
+from optimum_fista.model.architecture import DecoderLayers, choose_operators, matches
 from optimum_fista.model.forward import compute_dtype_of
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.offload import combined_sha256, execution_device, sha256_of
@@ -68,7 +68,7 @@ class Plan:
 
     def with_budgets(self, budgets: Budgets) -> Plan:
         """Return the plan with the zeros of every operator, and without the decoder layers to remove."""
-        before, gone = (self.layers, self.operators, self.left_dense, self.config), dict(budgets.removed_layers)
+        before, gone = (self.operators, self.left_dense, self.config), dict(budgets.removed_layers)
         removal, operators, left, config = self.removal.applied(*before, gone)
         return replace(self, budgets=budgets, removal=removal, operators=operators, config=config, left_dense=left)
 
@@ -100,13 +100,13 @@ def plan_run(model: PreTrainedModel, config: FistaPruningConfig, *, loaded: bool
 
     No zeros are allocated yet. If `loaded` is False, the model may be on the meta device, for an estimate.
     """
-    layers, asked = prunable_layers(model, loaded=loaded), config.resolved()
-    kind = Removal if asked.whole_parts is None else PartsRemoval
-    removal, asked, config = kind.planned(layers, asked)
+    kind = Removal if config.whole_parts is None else PartsRemoval
+    removal, asked, config = kind.planned(model, config.resolved(), loaded)
+    layers = removal.layers
     chosen, found = choose_operators(layers, config.exclude, config.reason_left_dense)
     for name, operator in ((n, o) for group in chosen.values() for n, o in group.items()):
         config.pattern_for(name).require_shape(operator.shape, name)
-    removal, operators, left_dense, config = removal.applied(layers, chosen, found, config)
+    removal, operators, left_dense, config = removal.applied(chosen, found, config)
     # to remove experts or decoder layers, no operator need be pruned
     if not any(operators.values()) and not removal.num_removed_layers and not removal.mixtures:
         shown = first_names([f"{name} ({why})" for name, why in left_dense.items()]) or "none"

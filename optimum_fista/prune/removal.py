@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.memory import is_out_of_memory
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.architecture import DecoderLayers, find_operators
+from optimum_fista.model.architecture import DecoderLayers, find_operators, prunable_layers
 from optimum_fista.model.correction import LayerTargets
 from optimum_fista.model.expert_removal import SmallerMixture, experts_of, experts_to_keep, score_experts
 from optimum_fista.model.groups import is_added_to_output
@@ -56,6 +56,7 @@ Applied = tuple["Removal", Operators, Mapping[str, str], FistaPruningConfig]
 class Removal:
     """What a run does besides setting weights to zero; this base class does nothing."""
 
+    layers: DecoderLayers  # of the model
     mixtures: Mapping[str, Part] = field(default_factory=dict)  # that lose experts, by their decoder layers
     num_removed_layers: int = 0
     # Numbers of the decoder layers to remove, each with the loss after its removal; empty until they are chosen.
@@ -63,16 +64,13 @@ class Removal:
 
     @classmethod
     def planned(
-        cls,
-        layers: DecoderLayers,  # noqa: ARG003
-        config: FistaPruningConfig,
+        cls, model: PreTrainedModel, config: FistaPruningConfig, loaded: bool
     ) -> tuple[Removal, FistaPruningConfig, FistaPruningConfig]:
         """Plan the removal that a configuration asks for; returns also `Plan.asked` and `Plan.config`."""
-        return cls(), config, config
+        return cls(prunable_layers(model, loaded=loaded)), config, config
 
     def applied(
         self,
-        layers: DecoderLayers,  # noqa: ARG002
         operators: Operators,
         left_dense: Mapping[str, str],
         config: FistaPruningConfig,
@@ -126,13 +124,14 @@ class PartsRemoval(Removal):
 
     @classmethod
     def planned(
-        cls, layers: DecoderLayers, config: FistaPruningConfig
+        cls, model: PreTrainedModel, config: FistaPruningConfig, loaded: bool
     ) -> tuple[Removal, FistaPruningConfig, FistaPruningConfig]:
         """See `Removal.planned`. `Plan.asked` gets the pattern of whole parts, with numbers.
 
         `Plan.config` gets a pattern of whole columns for each operator that reads a removed part, and for no others.
         """
-        model, asked = layers.model, _with_channels_for_size(layers.model, config)
+        asked = _with_channels_for_size(model, config)
+        layers = prunable_layers(model, loaded=loaded)
         pattern = asked.whole_parts
         assert pattern is not None
         counts = numbers_kept(model, pattern)
@@ -156,6 +155,7 @@ class PartsRemoval(Removal):
         )
         total = len(layers)
         removal = cls(
+            layers,
             mixtures={name: part for name, _ in layers for part in mixtures if part.name.startswith(f"{name}.")},
             num_removed_layers=sum(total - part.num_kept(total) for part in pattern.shares if part.kind == "layers"),
             asked=asked,
@@ -172,7 +172,6 @@ class PartsRemoval(Removal):
 
     def applied(
         self,
-        layers: DecoderLayers,
         operators: Operators,
         left_dense: Mapping[str, str],
         config: FistaPruningConfig,
@@ -186,13 +185,13 @@ class PartsRemoval(Removal):
         """
         removal, gone, correction = self, removed or {}, self.asked.correction
         if gone:
-            stay = [index for index in range(len(layers)) if index not in gone]
-            smaller, columns = plan_shrinkings(layers.model, self.counts, stay)
+            stay = [index for index in range(len(self.layers)) if index not in gone]
+            smaller, columns = plan_shrinkings(self.layers.model, self.counts, stay)
             mixtures = {name: part for name, part in self.mixtures.items() if part.name in smaller.parts}
             removal = replace(self, mixtures=mixtures, smaller=smaller, columns=columns, removed_layers=gone)
         after_removed = {index + 1 for index in gone if correction.carry == "full"}
         repaired, all_columns = dict[str, dict[str, LinearOperator]](), dict[str, float | str]()
-        for index, (name, layer) in enumerate(layers):
+        for index, (name, layer) in enumerate(self.layers):
             repaired[name] = {} if index in gone else dict(operators[name])
             loses = ("heads" in self.counts and repaired[name]) or index in after_removed
             if loses and correction.residual_share > 0 and index not in gone:

@@ -25,7 +25,7 @@ from optimum_fista.folder.checkpoint import names_in, write_index
 from optimum_fista.folder.loading import load_lazily, storage_place, usable_device
 from optimum_fista.folder.output import FOLDER, install, locked_output, require_output, unfinished_folder, write_file
 from optimum_fista.folder.packed_folder import Packer, packed_settings
-from optimum_fista.folder.source_files import copy_source, require_no_loss, source_folder
+from optimum_fista.folder.source_files import copy_source
 from optimum_fista.folder.stored_names import as_stored, stored_names
 from optimum_fista.folder.writing import write_all_but_weights
 from optimum_fista.model.forward import evaluation_mode
@@ -79,12 +79,12 @@ def prune_files(
                 raise ValueError(f"output: rank 0 began {str(folder)!r}, and it isn't here: pass a shared folder.")
             require_independent_layers(config, ranks.count)
             offload = offloaded.enter_context(tempfile.TemporaryDirectory(prefix="offload-", dir=folder / FOLDER))
-            model, tokenizer = load_lazily(name, Path(offload), device=ranks.device, dtype=dtype)
+            model, tokenizer, read_from, lost = load_lazily(
+                name, Path(offload), device=ranks.device, dtype=dtype, drop_unused=drop_unused
+            )
             on_cpu = execution_device(model.get_input_embeddings()).type == "cpu"
             on_disk = storage_device == "disk" or (storage is None and on_cpu)
             place, shows = folder / FOLDER if on_disk else storage, progress and not ranks.index
-            read_from = source_folder(name, getattr(model.config, "_commit_hash", None))
-            lost = require_no_loss(model, read_from, drop_unused)
             plan = plan_run(model, config, storage=place, progress=shows, callbacks=callbacks)
             return plan, tokenizer, read_from, lost
 
@@ -259,20 +259,17 @@ class FileSink(ModelSink):
         """
         self.forget()  # the dense weights of this layer: the checkpoint has them
         streams = {name: stream for part in travelling for name, stream in part.kept().items()}
-        masks, self.masks = self.masks, {}
-        if index in self._plan.removal.removed_layers:
-            self._source.require_unchanged()
-            self._journal.keep_layer(index, None, {}, record, streams)
-            return
-        tensors = {f"{record.report.name}.{key}": tensor for key, tensor in layer.state_dict().items()}
-        record, masks, tensors = self._plan.removal.shrink_layer(record, masks, tensors)
-        tensors = self.stored(tensors)
-        if self._packed:
-            operators, stored = as_stored(record.operators, masks, self.names)
-            # zeros never reach the disk
-            tensors = Packer(operators, tensors, stored.__getitem__).pack(tensors)
+        masks, tensors, self.masks = self.masks, None, {}
+        if index not in self._plan.removal.removed_layers:
+            dense = {f"{record.report.name}.{key}": tensor for key, tensor in layer.state_dict().items()}
+            record, masks, smaller = self._plan.removal.shrink_layer(record, masks, dense)
+            tensors = self.stored(smaller)
+            if self._packed:
+                operators, stored = as_stored(record.operators, masks, self.names)
+                # zeros never reach the disk
+                tensors = Packer(operators, tensors, stored.__getitem__).pack(tensors)
         self._source.require_unchanged()  # before it counts as finished: the files read must be those that were hashed
-        shard = self.write_shard(self.left.index(index), tensors)
+        shard = None if tensors is None else self.write_shard(self.left.index(index), tensors)
         self._journal.keep_layer(index, shard, masks, record, streams)
 
     def write_shard(self, index: int, tensors: dict[str, Tensor]) -> Path:

@@ -25,8 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from optimum_fista.evaluate.perplexity import POSITIONS_PER_CHUNK
-from optimum_fista.folder.output import digest_of, errors_of_writing, write_file
-from optimum_fista.prune.journal import is_whole, read_record, write_record
+from optimum_fista.folder.output import digest_of, errors_of_writing, is_whole, read_record, write_file, write_record
 from optimum_fista.prune.ranks import Ranks
 
 _STATE_RECORD = "files.json"  # in the folder of a state: the best step until then, and digests of the state's files

@@ -37,13 +37,15 @@ from optimum_fista.folder.output import (
     digest_of,
     install,
     locked_output,
+    read_record,
     require_output,
     unfinished_folder,
+    write_record,
 )
 from optimum_fista.folder.source_files import copy_source
 from optimum_fista.folder.writing import write_checkpoint
 from optimum_fista.memory import available_bytes
-from optimum_fista.prune.journal import SourceFiles, join_run, read_record, shared_files, write_record
+from optimum_fista.prune.journal import SourceFiles, join_run, shared_files
 from optimum_fista.prune.ranks import Ranks, joined_ranks
 from optimum_fista.report import RecoveryReport, library_versions, public_name
 from optimum_fista.text.calibration_tokens import calibration_tokens_by_name

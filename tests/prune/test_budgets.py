@@ -2,18 +2,15 @@ import pytest
 import torch
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.model.architecture import find_decoder_layers, find_operators
-from optimum_fista.model.calibration import read_batches
-from optimum_fista.model.sensitivity import DenseLoss
-from optimum_fista.prune.budgets import allocate_zeros
+from optimum_fista.prune.batches import begin
+from optimum_fista.prune.budgets import share_budgets
+from optimum_fista.prune.plan import plan_run
 
 
 def budgets_of(model, tokens, **options):
-    layers = find_decoder_layers(model)
-    operators = {k: v for name, layer in layers for k, v in find_operators(name, layer).items()}
-    config = FistaPruningConfig(**options).resolved()
-    loss = DenseLoss(layers, read_batches(tokens.split(4), 64), config.allocation_tokens)
-    return operators, allocate_zeros(loss, operators, config)
+    plan = plan_run(model, FistaPruningConfig(**options))
+    calibration, _, report = begin(plan, tokens.split(4), None)
+    return plan.all_operators, share_budgets(plan, calibration.batches, report)
 
 
 @pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.9])

@@ -160,8 +160,9 @@ def test_tensors_that_would_be_lost_are_refused_unless_the_loss_is_meant(tmp_pat
         verify_checkpoint(output, dense=source)
     assert "have no place in DeepseekV3ForCausalLM" in (output / "README.md").read_text()
     assert read_config(str(output)).num_nextn_predict_layers == 0
+    pruner.prune(model := AutoModelForCausalLM.from_pretrained(source), batches)
     with pytest.warns(UserWarning, match="the pruned model lacks them"):
-        pruner.prune(AutoModelForCausalLM.from_pretrained(source), batches)
+        pruner.save_pretrained(model, tmp_path / "saved")
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["today's", "of old versions"])
