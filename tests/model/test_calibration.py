@@ -122,7 +122,10 @@ BAD_ITEMS = {
         {"input_ids": IDS, "attention_mask": MASK[:, :3]},
         r"attention_mask has shape \(3, 3\), input_ids \(3, 4\)",
     ),
-    "images": ({"input_ids": IDS, "pixel_values": torch.ones(3, 3, 4, 4)}, "holds 'pixel_values', and .* only run on"),
+    "images": (
+        {"input_ids": IDS, "pixel_values": torch.ones(3, 3, 4, 4)},
+        "holds 'pixel_values', but the model runs on",
+    ),
     "types": ({"input_ids": IDS, "token_type_ids": IDS > 3}, "holds 'token_type_ids'"),
     "a hole": ({"input_ids": IDS, "attention_mask": [[1, 0, 1, 1]] * 3}, "attention_mask has a hole"),
     "numbers of documents": (

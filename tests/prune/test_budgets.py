@@ -26,7 +26,13 @@ def test_sparsities_add_up_to_the_whole(llama, tokens, sparsity):
 
 
 @pytest.mark.parametrize(
-    "options", [{"allocation": "uniform"}, {"pattern": "2:4"}, {"method": "alps"}, {"sparsity": 0.0}]
+    "options",
+    [
+        {"allocation": "uniform"},
+        {"pattern": "2:4"},
+        {"method": "alps"},
+        {"sparsity": 0.0, "overrides": {"*.q_proj": 0.5}},
+    ],
 )
 def test_uniform_budgets_run_nothing(llama, tokens, options):
     llama.forward = None  # running it would be an error
