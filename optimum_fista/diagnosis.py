@@ -26,7 +26,7 @@ from optimum_fista.environment import processor_name
 from optimum_fista.memory import available_bytes
 from optimum_fista.packed.kernels import kernels
 from optimum_fista.pruner import FistaPruner
-from optimum_fista.report import library_versions
+from optimum_fista.report import device_name, library_versions
 
 _SAME_ZEROS = 0.99  # rounding moves a few weights over the threshold
 _SAME_WEIGHTS = 0.05  # relative distance that rounding makes
@@ -81,12 +81,12 @@ def _describe(device: torch.device) -> str:
     if device.type == "cpu":
         return f"{processor_name()}, {torch.get_num_threads()} threads"
     module = torch.get_device_module(device)
-    parts = [module.get_device_name(device)] if hasattr(module, "get_device_name") else []
+    parts = [device_name(device)]
     if device.type == "cuda":
         parts.append("compute capability {}.{}".format(*torch.cuda.get_device_capability(device)))
     if hasattr(module, "mem_get_info"):
         parts.append(_free_of(*module.mem_get_info(device)))
-    return ", ".join(parts) or "no description"
+    return ", ".join(parts)
 
 
 def _try_pruning(device: torch.device, expected: list[Tensor]) -> str:

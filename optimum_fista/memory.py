@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
+from tqdm import tqdm
 
 _GROUP = Path("/sys/fs/cgroup")
 _EXHAUSTED = (
@@ -55,6 +56,11 @@ def available_bytes(device: torch.device) -> int | None:
     if counts is None or not hasattr(counts, "mem_get_info") or not counts.is_available():
         return None
     return counts.mem_get_info(device)[0] + counts.memory_reserved(device) - counts.memory_allocated(device)
+
+
+def size_text(count: float) -> str:
+    """Write a number of bytes for people: `3.21GiB`."""
+    return tqdm.format_sizeof(count, "iB", 1024)
 
 
 def total_bytes() -> int:

@@ -148,10 +148,8 @@ class RecoveryReport:
         )
 
 
-WORDS_OF_TRAIN = {  # what a recovery can train
-    "all": "all kept weights but embeddings and head",
-    "norms": "norms and biases",
-}
+# What a recovery can train.
+WORDS_OF_TRAIN = {"all": "all kept weights but embeddings and head", "norms": "norms and biases"}
 
 
 @dataclass

@@ -18,7 +18,7 @@ from optimum_fista.cli import chat, demo, doctor, evaluate, pack, page, prune, r
 
 _COMMANDS: dict[str, Any] = {"prune": prune, "recover": recover, "evaluate": evaluate, "report": page, "verify": verify}
 _COMMANDS |= {"chat": chat, "pack": pack, "unpack": unpack, "demo": demo, "doctor": doctor}
-_SECONDS_BETWEEN_LINES = 30.0  # of one bar in a log
+_SECONDS_BETWEEN_LINES = 30.0  # of bars in a log
 
 _DESCRIPTION = """\
 Prune large language models after training, in one shot, one linear operator after another.
@@ -84,7 +84,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 class _BarsAsLines:
-    """Passes text on to a stream that is no terminal, but at most two lines a minute of each bar.
+    """Passes text on to a stream that is no terminal, but of all bars together at most two lines a minute.
 
     Our bars and those of libraries write "\\r", the bar, and at the end "\\n". A log keeps what a terminal erases:
     one run of `recover` would leave 93 kB of bars.
@@ -94,15 +94,15 @@ class _BarsAsLines:
         self._stream, self._last, self._in_bar = stream, time.monotonic(), False
 
     def write(self, text: str) -> int:
-        if text.startswith("\r"):
-            self._in_bar, line = True, text.strip("\r \n\x1b[A")
+        line = text.replace("\x1b[A", "").strip()  # a second bar goes up to the first one
+        if text.startswith("\r") and "\n" not in line:
+            self._in_bar = True
             if line and time.monotonic() - self._last > _SECONDS_BETWEEN_LINES:
                 self._last = time.monotonic()
                 self._stream.write(f"{line}\n")
-        else:
-            if text.strip() or not self._in_bar:  # drops the line end of a bar
-                self._stream.write(text)
+        elif line or not self._in_bar:  # drops the line end of a bar
             self._in_bar = False
+            self._stream.write(text)
         return len(text)
 
     def __getattr__(self, name: str) -> Any:

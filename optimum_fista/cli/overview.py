@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from optimum_fista.memory import size_text
+
 if TYPE_CHECKING:
     from optimum_fista.config import FistaPruningConfig
     from optimum_fista.estimate import Estimate
@@ -38,16 +40,16 @@ def say_before(arguments: argparse.Namespace, config: FistaPruningConfig) -> tup
         return chosen or 1, arguments.calibration or "self"
     # Measured after the libraries are loaded.
     needed, free = sum(parts.values()) - LIBRARIES, available_bytes(torch.device("cpu")) or 0
-    lines += [f"{'':<13}{_size(free)} of memory are free", f"{'output':<13}{arguments.output}"]
+    lines += [f"{'':<13}{size_text(free)} of memory are free", f"{'output':<13}{arguments.output}"]
     if arguments.push_to_hub:
         beside = f"with copies of the small files beside the weights of {arguments.model}"
         lines.append(f"{'upload':<13}{arguments.push_to_hub}, {beside}")
     if needed > free:
         most = max(parts, key=lambda part: parts[part])
         lines.append(
-            f"warning: this run is estimated to need {_size(needed)} of memory, and {_size(free)} are free: it may be "
-            f"killed ({most}: {_size(parts[most])}). Pass --storage-device disk, a smaller --batch-size, a shorter "
-            "--sequence-length or fewer --num-samples; --dry-run shows what they need."
+            f"warning: this run is estimated to need {size_text(needed)} of memory, and {size_text(free)} are free: it "
+            f"may be killed ({most}: {size_text(parts[most])}). Pass --storage-device disk, a smaller --batch-size, a "
+            "shorter --sequence-length or fewer --num-samples; --dry-run shows what they need."
         )
     print("\n".join(lines), file=sys.stderr)
     return estimate.batch_size, estimate.calibration
@@ -82,8 +84,8 @@ def overview_of(estimate: Estimate) -> list[str]:
     text = "that the model writes itself" if estimate.calibration == "self" else f"of {estimate.calibration}"
     if estimate.too_large_to_write:
         text += " (to write its own text, the whole model would have to fit into memory)"
-    memory = ", ".join(f"{_size(sum(parts.values()))} of the {place}" for place, parts in estimate.memory.items())
-    model_size = f"{parameters:,} parameters in {dtype} ({_size(estimate.weight_bytes)})"
+    memory = ", ".join(f"{size_text(sum(parts.values()))} of the {place}" for place, parts in estimate.memory.items())
+    model_size = f"{parameters:,} parameters in {dtype} ({size_text(estimate.weight_bytes)})"
     default = " (the default)" * (config.method == type(config).method)
     lines = {
         "model": f"{type(model).__name__}, {model_size}, {len(estimate.layers)} decoder layers",
@@ -92,7 +94,7 @@ def overview_of(estimate: Estimate) -> list[str]:
         "method": f"{config.method}{default}, error correction {config.error_correction}",
         "calibration": f"{tokens}{held_out} {text}, batches of {estimate.batch_size}",
         "memory": f"{memory}, at most, on {estimate.device}",
-        "disk": _size(sum(estimate.disk_bytes.values())),
+        "disk": size_text(sum(estimate.disk_bytes.values())),
     }
     return [f"{name:<13}{text}" for name, text in lines.items()]
 
@@ -115,8 +117,8 @@ def details_of(estimate: Estimate) -> list[str]:
         reasons.setdefault(re.sub(r"\.\d+\.", ".*.", why), []).append(name)
     lines += [f"left dense ({reason}): {first_names(names)}" for reason, names in reasons.items()]
     notes = list(idle_patterns(estimate.config, list(estimate.operators), list(estimate.left_dense)))
-    tables: dict[str, Any] = {f"memory, {place}": (parts, _size) for place, parts in estimate.memory.items()}
-    tables["disk"] = estimate.disk_bytes, _size
+    tables: dict[str, Any] = {f"memory, {place}": (parts, size_text) for place, parts in estimate.memory.items()}
+    tables["disk"] = estimate.disk_bytes, size_text
     try:
         tables["time"] = estimate.seconds, tqdm.format_interval
     except (ValueError, RuntimeError, OSError) as error:
@@ -127,11 +129,6 @@ def details_of(estimate: Estimate) -> list[str]:
     if estimate.calibration == "self":
         notes.append("--calibration self loads the whole model, which writes its text; no time is counted for that.")
     return [*lines, *(f"note: {note}" for note in notes)]
-
-
-def _size(count: float) -> str:
-    """Write a number of bytes for people."""
-    return tqdm.format_sizeof(count, "iB", 1024)
 
 
 def verdicts(report: PruningReport) -> Iterator[str]:

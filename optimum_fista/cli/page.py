@@ -23,13 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", metavar="DIR", type=Path, help="folder saved by optimum-fista")
     add("--output", "-o", type=Path, metavar="FILE.html", help="page to write (default DIR/fista/report.html)")
-    add(
-        "--evaluations",
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help="written by evaluate (default DIR/fista/evaluation.json)",
-    )
+    written = "written by evaluate (default DIR/fista/evaluation.json)"
+    add("--evaluations", nargs="+", type=Path, metavar="FILE", help=written)
 
 
 def run(arguments: argparse.Namespace) -> int:

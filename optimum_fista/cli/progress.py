@@ -51,7 +51,7 @@ class Progress(PruningCallback):
         self._bar.set_description_str(f"{self._layer}: {kind}, fit error {report.fit_error:.4f}")
 
     def on_layer_end(self, index: int, layer: LayerReport, operators: Sequence[OperatorReport]) -> None:
-        """Print the errors of the finished decoder layer, so that a log keeps them."""
+        """Print a line about the finished decoder layer, above the bar; a log keeps every one of them."""
         self._num_done += 1
         done = f"decoder layer {index} ({self._num_done} of {self._num_layers})"  # from 0, as in the names of operators
         found = "no operator to prune"  # it stays dense, or is removed
@@ -63,8 +63,9 @@ class Progress(PruningCallback):
             worst = max(operators, key=lambda o: o.fit_error)
             mean, kind = fmean(o.fit_error for o in operators), layer_and_kind(worst.name)[1]
             found = f"fit error {mean:.4f} on average, {worst.fit_error:.4f} at most ({kind})"
+        self._bar.set_description_str(self._layer, refresh=False)
         self._bar.update(self._costs.get(index, 0.0))
-        self._bar.set_description_str(f"{done}: {found}")
+        self._bar.write(f"{done}: {found}", file=sys.stderr)
 
     def on_prune_end(self, report: PruningReport) -> None:  # noqa: ARG002
         """Take the bar away before the model is written."""

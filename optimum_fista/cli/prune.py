@@ -51,11 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", "-o", type=Path, metavar="DIR", help="new folder (default: MODEL's name with -50pct, -2of4, ...)")
     advanced = add_options(parser, PruningOptions)
     add("--target-size", type=float, metavar="SHARE", help="remove channels until this share of the bytes is left")
-    add(
-        "--recipe",
-        metavar="NAME",
-        help="default, fast, or paper (FISTAPruner as published); other flags override it",
-    )
+    add("--recipe", metavar="NAME", help="default, fast, or paper (FISTAPruner as published); other flags override it")
     sources = "self (the model writes it; default if it fits), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
     add("--calibration", metavar="SOURCE", help=sources)
     add("--num-samples", type=int, default=128, metavar="N", help="calibration sequences (default 128)")
@@ -80,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prune, save, and upload if asked."""
+    from optimum_fista.folder.checkpoint import require_name
+
+    require_name(arguments.model)  # before the imports below, which take seconds
     from accelerate import PartialState
 
     from optimum_fista.cli.overview import details_of, estimate_of, next_commands, say_before, verdicts

@@ -23,11 +23,10 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("folder", metavar="DIR", type=Path, help="folder saved by optimum-fista")
-    parser.add_argument("--dense", metavar="MODEL", help="the model before it was pruned, to compare with")
-    parser.add_argument(
-        "--same-as", metavar="DIR", type=Path, help="folder with the same masks and weights, not packed"
-    )
+    add = parser.add_argument
+    add("folder", metavar="DIR", type=Path, help="folder saved by optimum-fista")
+    add("--dense", metavar="MODEL", help="the model before it was pruned, to compare with")
+    add("--same-as", metavar="DIR", type=Path, help="folder with the same masks and weights, not packed")
 
 
 def run(arguments: argparse.Namespace) -> int:

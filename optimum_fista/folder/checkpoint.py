@@ -51,6 +51,20 @@ def closest_folder(name: str) -> str:
     return f" Did you mean {str(path.with_name(close[0]))!r}?" if close else ""
 
 
+def require_name(name: str) -> None:
+    """Refuse a model that is neither a folder or file nor, by its form, a Hub id."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id  # slow, and not needed to read a folder
+
+    if not Path(name).exists():
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise ValueError(
+                f"model={name!r} is neither a folder that exists nor a Hub id: pass a model folder, or 'owner/name'."
+                f"{closest_folder(name)}"
+            ) from error
+
+
 def require_files(folder: Path, *names: str) -> None:
     """Refuse a folder if one of these files is missing."""
     if not folder.exists():

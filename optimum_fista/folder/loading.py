@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,7 +29,7 @@ from transformers import (
 )
 
 import optimum_fista.packed  # noqa: F401  # so that packed folders load
-from optimum_fista.folder.checkpoint import closest_folder
+from optimum_fista.folder.checkpoint import closest_folder, require_name
 from optimum_fista.folder.source_files import described_loss, source_folder
 from optimum_fista.installing import install_command
 from optimum_fista.memory import is_out_of_memory
@@ -214,14 +213,7 @@ def gguf_file(name: str) -> str | None:
     folder = Path(name)
     if folder.is_file() and folder.suffix != ".json":
         raise ValueError(f"model={name!r} is a file: pass the folder that holds it, or a Hub id.")
-    if not folder.exists():
-        try:
-            validate_repo_id(name)
-        except HFValidationError as error:
-            raise ValueError(
-                f"model={name!r} is neither a folder that exists nor a Hub id: pass a model folder, or 'owner/name'."
-                f"{closest_folder(name)}"
-            ) from error
+    require_name(name)
     if not folder.is_dir() or (folder / "config.json").exists():
         return None
     files = sorted(folder.glob("*.gguf"))

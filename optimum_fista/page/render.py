@@ -18,7 +18,6 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
-from tqdm import tqdm
 
 from optimum_fista.evaluate.evaluation_file import (
     EVALUATION_FILE,
@@ -29,6 +28,7 @@ from optimum_fista.evaluate.evaluation_file import (
     read_evaluations,
 )
 from optimum_fista.folder.checkpoint import REPORT_FILE, read_report
+from optimum_fista.memory import size_text
 from optimum_fista.report import OperatorGrid, OperatorReport, PruningReport
 from optimum_fista.solve.patterns import parse_pattern
 
@@ -68,9 +68,8 @@ def render_page(contents: ReportContents) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    size = partial(tqdm.format_sizeof, suffix="iB", divisor=1024)
     environment.filters |= {
-        "size": size,
+        "size": size_text,
         **{written.__name__: written for written in (share, error, count, duration)},
         "thousands": "{:,}".format,
         # long names may be broken after a dot or an underscore
@@ -103,7 +102,7 @@ def render_page(contents: ReportContents) -> str:
         columns_left=_columns_left(report),
         moved=coloured("error of the hidden states", names, moved, three),
         times=coloured("time", names, {"time": [layer.seconds for layer in report.layers]}, duration),
-        memory=coloured("memory", names, memory, size),
+        memory=coloured("memory", names, memory, size_text),
         memory_peaks=memory_peaks,
         measurements=[
             (title, note, *_measurements(contents, kind))

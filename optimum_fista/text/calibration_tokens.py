@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.config import FistaPruningConfig
-from optimum_fista.folder.loading import gguf_file, load_model, read_config, require_tokenizer
+from optimum_fista.folder.loading import load_model, require_tokenizer
 from optimum_fista.folder.output import SAMPLED_TEXTS, write_file
 from optimum_fista.model.held_out import LEAST_TOKENS
 from optimum_fista.text.self_sampling import sample_text_from_model
@@ -52,7 +52,7 @@ def calibration_tokens_by_name(
     name: str,
     source: str,
     num_samples: int,
-    sequence_length: int | None = None,
+    sequence_length: int,
     seed: int = 0,
     *,
     device: str | None = None,
@@ -63,10 +63,9 @@ def calibration_tokens_by_name(
     """Do the same for a model given by name; it is loaded, in this dtype, only if it samples its own text. `keep_in` is
     a folder for sampled text: a run that is started again on the same files reads it there.
     """
-    if source != "self" and gguf_file(name) is None:  # the tokenizer of a GGUF file is read with its weights
-        length = usual_length(read_config(name)) if sequence_length is None else sequence_length
-        tokenizer = require_tokenizer(name)
-        return calibration_windows(tokenizer, load_text(source, "calibration"), num_samples, length, seed)
+    if source != "self":
+        tokenizer, text = require_tokenizer(name), load_text(source, "calibration")
+        return calibration_windows(tokenizer, text, num_samples, sequence_length, seed)
     files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in Path(name).glob("*") if p.is_file())
     settings = json.dumps([name, files, source, num_samples, sequence_length, seed, dtype])
     key = hashlib.sha256(settings.encode()).hexdigest()[:16]  # other settings do not overwrite this text

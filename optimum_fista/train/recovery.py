@@ -50,14 +50,7 @@ from optimum_fista.prune.ranks import Ranks, joined_ranks
 from optimum_fista.report import RecoveryReport, library_versions, public_name
 from optimum_fista.text.calibration_tokens import calibration_tokens_by_name
 from optimum_fista.train.distillation import DistillationTrainer, Watch, kept_states
-from optimum_fista.train.recovery_plan import (
-    Choice,
-    RecoveryPlan,
-    choose,
-    load_student,
-    mark_trained,
-    plan_recovery,
-)
+from optimum_fista.train.recovery_plan import Choice, RecoveryPlan, choose, load_student, mark_trained, plan_recovery
 from optimum_fista.train.training import MaskedTrainingCallback, find_record, local
 
 logger = logging.getLogger(__name__)

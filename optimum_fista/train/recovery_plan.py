@@ -35,7 +35,7 @@ from optimum_fista.folder.loading import (
     usable_device,
 )
 from optimum_fista.folder.output import folder_beside, require_output
-from optimum_fista.memory import available_bytes
+from optimum_fista.memory import available_bytes, size_text
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.forward import compute_dtype_of
 from optimum_fista.report import WORDS_OF_TRAIN, PruningReport
@@ -86,7 +86,7 @@ class Choice:
         """A line for people."""
         twice = ", with activations that are computed twice" if self.checkpointed else ""
         what = f"{self.num_trained:,} parameters are trained ({WORDS_OF_TRAIN[self.train]})"
-        return f"{what}, which takes about {_size(self.num_bytes)} of memory{twice}"
+        return f"{what}, which takes about {size_text(self.num_bytes)} of memory{twice}"
 
 
 def plan_recovery(
@@ -216,7 +216,7 @@ def preview(plan: RecoveryPlan) -> str:
         "trained": str(choice),
         "text": f"{plan.num_sequences * plan.length:,} tokens of {plan.calibration}, {plan.steps} steps of {passes}; "
         f"{options.held_out} more sequences are held out",
-        "memory": f"{_size(choice.num_bytes)} on {plan.place}" + (f", {_size(free)} are free" if free else ""),
+        "memory": f"{size_text(choice.num_bytes)} on {plan.place}" + (f", {size_text(free)} are free" if free else ""),
         "time": "not measured: one step does not fit into the free memory",
         "output": str(plan.output),
     }
@@ -245,8 +245,3 @@ def _seconds_of_step(plan: RecoveryPlan, choice: Choice) -> float:
         torch.get_device_module(plan.place).synchronize()
         seconds = time.perf_counter() - started
     return plan.accumulate * seconds
-
-
-def _size(count: float) -> str:
-    """Bytes for people."""
-    return tqdm.format_sizeof(count, "iB", 1024)

@@ -32,13 +32,13 @@ def test_a_bar_shows_operators_and_layers_and_is_taken_away(capsys):
     layer = (
         r"\rdecoder layer 1 \(2 of 3\): fit error 0\.\d{4} on average, 0\.\d{4} at most \((self_attn|mlp)\.\w+_proj\)"
     )
-    assert re.search(layer + r" \|.*\| 00:\d\d gone, 00:\d\d left", shown)
+    assert re.search(layer + r"\n\r2 of 3 decoder layers done \|.*\| 00:\d\d gone, 00:\d\d left", shown)
     assert re.search(r"\r *\r$", shown)
 
 
 def test_a_layer_that_loses_experts_is_not_called_dense(capsys):
     shown = shown_of(capsys, tiny_model("mixtral"), pattern="experts:0.25")
-    assert re.search(r"decoder layer 1 \(2 of 2\): 3 of 4 experts left, fit error 0\.\d{4} ", shown)
+    assert re.search(r"decoder layer 1 \(2 of 2\): 3 of 4 experts left, fit error 0\.\d{4}\n", shown)
 
 
 @pytest.mark.parametrize("shares", [False, True])
@@ -49,7 +49,7 @@ def test_layers_of_other_processes_are_not_called_done(capsys, shares):
     callback.close()
     shown = capsys.readouterr().err
     assert shown.startswith("4 of 6 decoder layers are done already") != shares
-    assert f"decoder layer 3 ({'1 of 2' if shares else '5 of 6'}): no operator to prune |" in shown
+    assert f"decoder layer 3 ({'1 of 2' if shares else '5 of 6'}): no operator to prune\n" in shown
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -63,12 +63,17 @@ def test_bars_of_any_command_become_lines_now_and_then_unless_a_terminal_shows_t
             now[0] = second
             sys.stderr.write(f"\rSampling: {second}%")
         sys.stderr.write("\n")
+        for text in ("\n", "\rSaving", "\x1b[A", "\r\n"):  # a second bar, below the first
+            sys.stderr.write(text)
         sys.stderr.write("a warning\n")
+        sys.stderr.write("\rtwo\nlines\n")
         sys.stderr.write("\rinterrupted")
         for text in ("an error", "\n"):  # as print does
             sys.stderr.write(text)
         return 0
 
     assert main.execute(argparse.Namespace(fista_run=command)) == 0
-    bars = "\rSampling: 1%\rSampling: 31%\rSampling: 32%\rSampling: 62%\na warning\n\rinterruptedan error\n"
-    assert stream.getvalue() == (bars if terminal else "Sampling: 31%\nSampling: 62%\na warning\nan error\n")
+    bars = "\rSampling: 1%\rSampling: 31%\rSampling: 32%\rSampling: 62%\n\n\rSaving\x1b[A\r\n"
+    bars += "a warning\n\rtwo\nlines\n\rinterruptedan error\n"
+    lines = "Sampling: 31%\nSampling: 62%\na warning\n\rtwo\nlines\nan error\n"
+    assert stream.getvalue() == (bars if terminal else lines)

@@ -18,6 +18,7 @@ from optimum_fista.folder.loading import (
     require_tokenizer,
 )
 from optimum_fista.model.architecture import require_unquantized
+from optimum_fista.text.calibration_tokens import calibration_tokens_by_name
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +167,13 @@ def test_eight_bit_floats_are_not():
     model.model.layers[0].mlp.up_proj.weight = nn.Parameter(weight.to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(ValueError, match=r"up_proj\.weight has dtype torch\.float8_e4m3fn: prune the model in float32"):
         require_unquantized(model)
+
+
+def test_text_for_a_gguf_file_is_cut_without_its_weights(gguf_folder, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("the moth " * 200)
+    monkeypatch.setattr(loading, "read_model", None)
+    tokens = calibration_tokens_by_name(str(gguf_folder), str(tmp_path / "text.txt"), 3, 8, keep_in=tmp_path / "kept")
+    assert tokens.shape == (3, 8)
 
 
 def test_the_collector_waits_while_a_gguf_file_is_read(gguf_folder, monkeypatch):
