@@ -73,11 +73,11 @@ class SparsityPattern(ABC):
     def _contests(self, rows: int, columns: int) -> tuple[int, int, int]:
         """Number of sets in which groups compete, groups in each set, and how many of these are removed."""
         groups = columns // self.width  # of a row
+        if self.whole_columns:  # the kept groups are rounded, as those of `PartShare`
+            return 1, groups, groups - round((1 - self.sparsity) * groups)
         contests, rivals = (rows, groups) if self.scope == "row" else (1, rows * groups)
         if self.span is not None:
             contests, rivals = rows * (columns // self.span), self.span // self.width
-        elif self.whole_columns:
-            contests, rivals = 1, groups
         return contests, rivals, round(self.sparsity * rivals)
 
     def mask(self, matrix: Tensor, *, squared: bool = False, within: tuple[int, int] | None = None) -> Tensor:
@@ -125,7 +125,7 @@ class SparsityPattern(ABC):
         return mask if self.width == 1 else mask.repeat_interleave(self.width, dim=1)
 
     def proximal_step(self, matrix: Tensor, threshold: float) -> Tensor:
-        """Proximal step of `threshold` times the norm whose penalty makes zeros in this pattern.
+        """Proximal step, [out, in], of `threshold` times the norm whose penalty makes zeros in this pattern.
 
         The l1 norm. For whole columns the sum of the groups' norms: `W_g` times `max(1 - threshold / ||W_g||_F, 0)`.
         """

@@ -14,7 +14,7 @@ class Columns(SparsityPattern):
     If no row reads an input, it need not be computed. Channels of an MLP are columns of its down projection; key-value
     groups with their query heads are groups of columns of the attention's output projection.
 
-    The number of groups kept is exact. `Columns(0.25)` removes the whole number that is nearest to 25% of the groups;
+    The number of groups kept is exact. `Columns(0.25)` keeps the whole number that is nearest to 75% of the groups;
     `Columns.keeping(7, 9, 64)` keeps 7 of 9 groups of 64 columns.
 
     Attributes:
@@ -56,7 +56,7 @@ class Columns(SparsityPattern):
         width = f"x{self.width}" if self.width > 1 else ""
         if self.groups is None:
             return f"columns:{self.sparsity!r}{width}"  # `repr` keeps every digit, as a share in a report must
-        return f"columns:{self.groups - round(self.sparsity * self.groups)}of{self.groups}{width}"
+        return f"columns:{round((1 - self.sparsity) * self.groups)}of{self.groups}{width}"
 
     def require_shape(self, shape: tuple[int, int], name: str = "weight") -> None:
         """Check that the columns are whole groups, and that some of them are kept."""

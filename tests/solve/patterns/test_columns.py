@@ -3,7 +3,7 @@ import torch
 from layer_problems import example
 
 from optimum_fista.solve.methods import METHODS, create_method
-from optimum_fista.solve.patterns import Columns, parse_pattern
+from optimum_fista.solve.patterns import Columns, PartShare, parse_pattern
 
 TAKING = [name for name, method in METHODS.items() if method.takes_columns]
 
@@ -33,6 +33,11 @@ def test_exact_counts(groups):
         pattern = Columns.keeping(kept, groups, 2)
         assert pattern.num_kept((3, 2 * groups)) == 3 * 2 * kept
         assert parse_pattern(str(pattern)) == pattern
+
+
+def test_halves_are_rounded_as_those_of_channels():
+    assert [Columns(0.5).num_kept((1, n)) for n in (9, 11)] == [4, 6]
+    assert [PartShare("channels", 0.5).num_kept(n) for n in (9, 11)] == [4, 6]
 
 
 @pytest.mark.parametrize("levels", [None, 2, 1])
