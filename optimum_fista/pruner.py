@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,8 +19,9 @@ from optimum_fista.config import FistaPruningConfig
 from optimum_fista.environment import numerical_environment
 from optimum_fista.folder.checkpoint import CONFIG_KEY
 from optimum_fista.folder.hub import push_folder, require_repo_id
-from optimum_fista.folder.loading import storage_place
+from optimum_fista.folder.loading import local_source, storage_place
 from optimum_fista.folder.output import new_output
+from optimum_fista.folder.source_files import described_loss
 from optimum_fista.folder.writing import summary, write_checkpoint
 from optimum_fista.model.gram import single_problem
 from optimum_fista.prune.batches import begin
@@ -81,11 +84,10 @@ class FistaPruner:
         """Prune a model in place, or from its files to the files of `output_dir`; return the report.
 
         If the model is given by name, one decoder layer at a time is read, pruned, and written to its own file, so the
-        whole model is never in memory. Until the run ends, these files are in `output_dir` + ".unfinished". After a
-        crash, an interrupt, a full disk (OSError) or the end of another process (RankError), the same call resumes
-        there, with the same result. Several processes (`accelerate launch`, `torchrun`) that make this call share the
-        decoder layers (docs/ranks.md). If the model is in memory, each process prunes its own copy. Only one thread of
-        a process may prune at a time.
+        whole model is never in memory. Until the end, its files are in `output_dir` + ".unfinished". After a crash, an
+        interrupt, a full disk (OSError) or the end of another process (RankError), the same call resumes there, with
+        the same result. Processes (`accelerate launch`, `torchrun`) that make this call share the decoder layers
+        (docs/ranks.md). Each prunes its own copy of a loaded model. One thread of a process may prune at a time.
 
         Args:
             model: Decoder-only language model in memory, or offloaded by Accelerate (an error leaves the model as it
@@ -127,6 +129,9 @@ class FistaPruner:
         sink = ModelSink(model)
         plan = plan_run(model, self.config, storage=storage, progress=self.progress, callbacks=self.callbacks)
         calibration, held_out, report = begin(plan, calib_dataloader, calibration_source)
+        with suppress(OSError, ValueError, SafetensorError):  # what the folder holds now need not be this model
+            if (source := local_source(model)) and (lost := described_loss(model, source)):
+                report.lack(lost)  # before decoder layers go, which are no loss
         for callback in self.callbacks:
             callback.on_prune_begin(report)
         with sink, sink.interruptible:

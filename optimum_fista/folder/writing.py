@@ -10,12 +10,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,7 +30,7 @@ from optimum_fista.folder.checkpoint import (
 )
 from optimum_fista.folder.loading import forget_gguf, local_source
 from optimum_fista.folder.output import errors_of_writing, write_file
-from optimum_fista.folder.source_files import copy_source, described_loss
+from optimum_fista.folder.source_files import copy_source
 from optimum_fista.folder.stored_names import as_stored, operators_by_weight, stored_names
 from optimum_fista.model.offload import describe_ties, stored_tensor
 from optimum_fista.report import PruningReport
@@ -62,9 +60,6 @@ def write_checkpoint(
     report = dataclasses.replace(report, operators=stored, retrained=retrained)
     forget_gguf(model)
     source = local_source(model)
-    with suppress(OSError, ValueError, SafetensorError):  # what the folder holds now need not be this model
-        if source is not None and "lacks" not in report.model and (lost := described_loss(model, source)):
-            report.lack(lost)
     with errors_of_writing(folder):
         # Transformers copies no code of a model without `trust_remote_code`
         if source is not None and getattr(model.config, "auto_map", None):

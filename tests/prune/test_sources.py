@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from optimum_fista import FistaPruner, FistaPruningConfig, recover
 from optimum_fista.cli.main import main
 from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
+from optimum_fista.folder.checkpoint import read_report
 from optimum_fista.folder.loading import read_config
 from optimum_fista.folder.output import foreign_files, model_files
 from optimum_fista.folder.source_files import described_loss
@@ -160,9 +161,11 @@ def test_tensors_that_would_be_lost_are_refused_unless_the_loss_is_meant(tmp_pat
         verify_checkpoint(output, dense=source)
     assert "have no place in DeepseekV3ForCausalLM" in (output / "README.md").read_text()
     assert read_config(str(output)).num_nextn_predict_layers == 0
-    pruner.prune(model := AutoModelForCausalLM.from_pretrained(source), batches)
+    smaller = FistaPruner(FistaPruningConfig(pattern="layers:0.5"), progress=False)
     with pytest.warns(UserWarning, match="the pruned model lacks them"):
-        pruner.save_pretrained(model, tmp_path / "saved")
+        smaller.prune(model := AutoModelForCausalLM.from_pretrained(source), batches)
+    smaller.save_pretrained(model, tmp_path / "smaller")
+    assert read_report(tmp_path / "smaller").model["lacks"] == said  # removed decoder layers are no loss
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["today's", "of old versions"])
