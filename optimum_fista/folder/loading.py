@@ -180,13 +180,8 @@ def _read(kind: Any, name: str, **options: Any) -> Any:
                 gc.enable()
     if not Path(name).exists():
         _require_on_hub(name)
-    try:
-        with reading(name):
-            return kind.from_pretrained(name, trust_remote_code=False, **options)
-    except OSError as error:
-        if Path(name).exists():
-            raise
-        raise OSError(f"model={name!r}: there is no such folder, and the Hub gave no such model ({error})") from error
+    with reading(name):
+        return kind.from_pretrained(name, trust_remote_code=False, **options)
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 During a run, the folder `NAME.unfinished` is beside the output `NAME`. It has `model`, the folder that becomes the
 output, and `journal`, which a run needs to resume. The lock is beside it. Every finished folder has a list of its files
 (`FILES_FILE`). A folder may be replaced if all its files are as on the list. If a file was added or changed, it belongs
-to the user, and the folder is not replaced.
+to the user, and the folder is not replaced. A record (`write_record`) has digests, so that damage is noticed.
 """
 
 from __future__ import annotations
@@ -34,14 +34,13 @@ _ABOUT = ("README.md", "fista/evaluation.json", "fista/report.html")  # files th
 _MARK = f"{FOLDER}/optimum-fista"  # of an unfinished folder of this package
 _REPLACED = "replaced"  # the old output, for a moment, where two folders can't be swapped in one step
 _OFFLOADED = "offload-*"  # in the journal: weights that a rank of a running run reads again and again
-_UNFINISHED = ".unfinished"
 logger = logging.getLogger(__name__)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 
 def unfinished_folder(output_dir: Path) -> Path:
     """The folder in which a run keeps its files until all are written."""
-    return Path(f"{os.path.realpath(output_dir)}{_UNFINISHED}")
+    return Path(f"{os.path.realpath(output_dir)}.unfinished")
 
 
 def folder_beside(source: str | Path, ending: str) -> Path:

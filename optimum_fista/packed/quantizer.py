@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 QUANT_METHOD = "fista_packed"
-RUNTIMES = ("dense", "packed")
 
 
 @auto.register_quantization_config(QUANT_METHOD)
@@ -48,7 +47,7 @@ class FistaPackedConfig(QuantizationConfigMixin):
         parameters: Sequence[str] = ("weight",),
         **_: Any,
     ) -> None:
-        if runtime not in RUNTIMES:
+        if runtime not in ("dense", "packed"):
             raise ValueError(f"runtime={runtime!r}: pass 'dense' or 'packed'.")
         if not isinstance(weights, str) or not re.fullmatch(r"[^/\\]+\.safetensors(\.index\.json)?", weights):
             raise ValueError(

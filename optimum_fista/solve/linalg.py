@@ -85,7 +85,7 @@ def cholesky_in_place(matrix: Tensor) -> tuple[Tensor, bool]:
 
 
 def inverse_in_place(factor: Tensor) -> Tensor:
-    """The inverse of a matrix from its lower Cholesky factor as `cholesky_in_place` returns it, in its memory."""
+    """Inverse [n, n] of a matrix from its lower Cholesky factor as `cholesky_in_place` returns it, in its memory."""
     return torch.cholesky_inverse(factor, out=factor).mT
 
 

@@ -60,7 +60,7 @@ class InputStatistics:
     def decoupled(self) -> InputStatistics | None:
         """Statistics in which nearly dead inputs are uncorrelated with all others; `None` if there are none.
 
-        They are not itself then: kept in itself, an object would live on until cycles are collected.
+        It is not `self` then: an object that is cached in itself would live on until cycles are collected.
         """
         live = self.energy_ratios == 1
         if bool(live.all()):
@@ -264,7 +264,7 @@ def relative(squared_error: float, energy: float) -> float:
 
 
 def largest_eigenvalue(gram: Tensor, *, tolerance: float = 1e-4, max_iterations: int = 300) -> float:
-    """Upper estimate of `lambda_max(G)` of a symmetric positive semidefinite matrix by power iteration.
+    """Upper estimate of `lambda_max(G)`, G [n, n] symmetric positive semidefinite, by power iteration.
 
     The Rayleigh quotient `q` of a unit vector `v` never exceeds `lambda_max`, and some eigenvalue lies within
     `r = || G v - q v ||` of it; `q + r` is returned once `r <= tolerance * q`, and never more than the

@@ -63,7 +63,7 @@ class Dsnot(PruningMethod):
     def _swap(
         self, contribution: Tensor, growth: Tensor, live: Tensor, scores: Tensor, mask: Tensor, group: int
     ) -> int:
-        """Swap in place, within groups, until no row moves; returns the number of cycles in which one moved."""
+        """Swap in `mask` [out, groups] until no row moves; returns the number of cycles in which one moved."""
         error = contribution.masked_fill(mask, 0).sum(1)
         moved = []
         rows = torch.arange(len(error), device=error.device)

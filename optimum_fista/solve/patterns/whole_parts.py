@@ -12,8 +12,9 @@ from optimum_fista.solve.pattern import Scope, SparsityPattern
 
 PartKind = Literal["channels", "heads", "experts", "layers"]
 
-_PART = re.compile(r"(channels|heads|experts|layers):([\d.]+(?:e-\d+)?)(?:/(\d+))?")
-_SIZE = re.compile(r"bytes:([\d.]+)")
+_SHARE = r"((?:\d+\.?\d*|\.\d+)(?:e-\d+)?)"  # what `float` reads
+_PART = re.compile(rf"(channels|heads|experts|layers):{_SHARE}(?:/(\d+))?")
+_SIZE = re.compile(rf"bytes:{_SHARE}")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class WholeParts(SparsityPattern):
     def read(cls, text: str, sparsity: float | None, scope: Scope) -> Self | None:  # noqa: ARG003, the text says it
         """Read `"channels:0.25"`, with a multiple `"channels:0.25/64"`, several joined by `"+"`, or `"bytes:0.75"`."""
         if (wanted := _SIZE.fullmatch(text)) is not None:
-            size = _number(wanted[1])
+            size = float(wanted[1])
             if not 0 < size < 1:
                 raise ValueError(
                     f"pattern={text!r}: pass the share of the bytes that is to be left, in (0, 1): 'bytes:0.75'."
@@ -98,12 +99,12 @@ class WholeParts(SparsityPattern):
                 return None
             kind, share, multiple = part.groups()
             multiple_of = int(multiple) if multiple else None
-            if not 0 < _number(share) < 1 or multiple_of == 0:
+            if not 0 < float(share) < 1 or multiple_of == 0:
                 raise ValueError(
                     f"pattern={text!r}: pass a share of the {kind} in (0, 1), such as '{kind}:0.25', and a multiple of "
                     f"at least 1, such as '{kind}:0.25/64'."
                 )
-            shares.append(PartShare(cast(PartKind, kind), _number(share), multiple_of))
+            shares.append(PartShare(cast(PartKind, kind), float(share), multiple_of))
         if len({part.kind for part in shares}) < len(shares):
             raise ValueError(f"pattern={text!r}: name each kind once.")
         return cls(max(part.share for part in shares), scope, shares=tuple(shares))
@@ -122,11 +123,3 @@ class WholeParts(SparsityPattern):
     def num_kept(self, shape: tuple[int, int]) -> NoReturn:
         """Refuse a single matrix."""
         self.require_shape(shape)
-
-
-def _number(text: str) -> float:
-    """The number, or 0 for two points or none, which the patterns of texts let through."""
-    try:
-        return float(text)
-    except ValueError:
-        return 0.0
