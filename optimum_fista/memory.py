@@ -18,6 +18,8 @@ from torch import nn
 from tqdm import tqdm
 
 _GROUP = Path("/sys/fs/cgroup")
+_WORTH_A_SEARCH = 2**20  # bytes of weights: looking for cycles takes longer than pruning a toy model
+_LIBRARY: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 _EXHAUSTED = (
     "out of memory",  # CUDA, ROCm, XPU, MPS
     "_status_alloc_failed",  # cuBLAS, cuSOLVER, cuDNN, hipBLAS
@@ -116,10 +118,6 @@ def watched_memory(device: torch.device) -> Iterator[MemoryPeak]:
             thread.join()
         if counts is not None:
             peak.device_bytes = counts.max_memory_allocated(device)
-
-
-_WORTH_A_SEARCH = 2**20  # bytes of weights: looking for cycles takes longer than pruning a toy model
-_LIBRARY: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def release_memory(of: nn.Module | None = None, *, collect: bool = False) -> None:

@@ -305,9 +305,7 @@ class _DenseRecord:
         self._activations = activations
         self._same = correction.sees_dense_inputs(index)
         size, device = group[0].shape[1], activations.device
-        kinds = sorted(
-            {False, *activations.held_out}
-        )  # tokens that problems are fitted to, and others if there are any
+        kinds = sorted({False, *activations.held_out})  # tokens to fit, and those held out if there are any
         self.sums = {kind: GroupSums(size, device, same_inputs=self._same) for kind in kinds}
         self.inputs: ActivationStore | None = None  # X [tokens, in] by batch, in the model's dtype
         self.outputs: ActivationStore | None = None  # or W X of all operators side by side, [tokens, out] by batch

@@ -16,8 +16,7 @@ from optimum_fista.model.layer_inputs import LayerCall, record_inputs
 from optimum_fista.model.losses import Sweep
 from optimum_fista.model.offload import execution_device, onloaded
 
-LEAST_TOKENS = 4096
-"""Sequences are taken until they hold this many tokens; a perplexity on fewer says little."""
+LEAST_TOKENS = 4096  # sequences are taken until they hold this many; a perplexity on fewer says little
 LOGITS_TOGETHER = 512  # tokens whose logits are held at a time: a vocabulary may have 250,000 entries
 _NETWORKS = ("dense", "pruned")
 
@@ -51,8 +50,9 @@ class HeldOut:
         """Record the arguments of the decoder layers, while the whole model is dense.
 
         Returns:
-            Whether the losses can be measured. They can't if layers pass arguments other than hidden states to the next
-            one, or if a run resumes and earlier layers have written to a dictionary that layers share.
+            Whether the losses can be measured. They can't if no sequence has two tokens, if layers pass arguments other
+            than hidden states to the next one, or if a run resumes and earlier layers have written to a dictionary that
+            layers share.
         """
         resumes, sweep = bool(self._streams), self._sweep
         for network in _NETWORKS:  # once for each network, because each writes to its own dictionaries
@@ -63,7 +63,7 @@ class HeldOut:
         shares = any(
             isinstance(v, MutableMapping) for call in calls for v in (*call.arguments, *call.keywords.values())
         )
-        return not recorded.handed_on and not (shares and resumes)
+        return bool(self.sequences) and not recorded.handed_on and not (shares and resumes)
 
     def resume(self, kept: Mapping[str, Sequence[Tensor]]) -> bool:
         """Resume with the tensors of `kept`, saved after a decoder layer; `False` if they are missing."""

@@ -57,11 +57,9 @@ def begin(
             "rank-deficient and the result will fit these tokens only. Pass more calibration tokens."
         )
     measured = measured or [replace(batch, text=source) for batch in batches if batch.held_out]
-    held_out = None
-    if measured and not plan.removal.mixtures:  # the decoder layer without experts is not in the model
-        held_out = HeldOut(plan.layers, measured, plan.storage)
-        held_out = held_out if held_out.sequences else None
-    return Calibration(batches), held_out, report
+    if not measured or plan.removal.mixtures:  # the decoder layer without experts is not in the model
+        return Calibration(batches), None, report
+    return Calibration(batches), HeldOut(plan.layers, measured, plan.storage), report
 
 
 def record(plan: Plan, calibration: Calibration) -> Calibration:

@@ -18,8 +18,7 @@ from optimum_fista.prune.plan import Budgets, Plan
 from optimum_fista.report import PruningReport
 from optimum_fista.solve.allocation import allocate, removal_cost
 
-_LEAST_TOKENS = 64
-"""Gradients weight the outputs of an operator only if at least this many tokens reached it."""
+_LEAST_TOKENS = 64  # gradients weight the outputs of an operator only if at least this many reached it
 
 
 def share_budgets(plan: Plan, batches: Sequence[CalibrationBatch], report: PruningReport) -> Budgets:
@@ -28,6 +27,7 @@ def share_budgets(plan: Plan, batches: Sequence[CalibrationBatch], report: Pruni
     Few tokens reach each expert of a mixture, so all of a kind in a decoder layer get the same sparsity.
     """
     config, started, removed = plan.config, time.perf_counter(), list[tuple[int, float]]()
+    average = config.sparsity or 0.0
     fitted = [batch for batch in batches if not batch.held_out]
     loss = DenseLoss(plan.layers, fitted, config.allocation_tokens, plan.progress, plan.storage)
     if plan.removal.num_removed_layers:
@@ -36,13 +36,11 @@ def share_budgets(plan: Plan, batches: Sequence[CalibrationBatch], report: Pruni
     gone = tuple(f"{plan.layers.name}.{index}." for index, _ in removed)
     # removed layers get no zeros: the others would miss them
     left = {name: operator for name, operator in plan.all_operators.items() if not name.startswith(gone)}
-    sharing = {name: operator for name, operator in left.items() if config.shares_budget(name)}
-    if not sharing or not config.sparsity:  # uniform: the model does not run
-        return Budgets(removed_layers=removed)
+    sharing = {name: operator for name, operator in left.items() if average and config.shares_budget(name)}
     instead = "allocation='uniform' (--allocation uniform)"
     try:
         with split_experts(plan.all_operators.values()), quick_products_in(plan.compute_dtype):
-            found = measure_sensitivities(loss, sharing)
+            found = measure_sensitivities(loss, sharing) if sharing else {}  # uniform: the model does not run
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise ValueError(
@@ -64,18 +62,18 @@ def share_budgets(plan: Plan, batches: Sequence[CalibrationBatch], report: Pruni
     for key, names in felt.items():
         # each is [out, in]; made one after the other, because together they are as large as the model
         saliencies = (found[n].saliency(sharing[n].read()) for n in names)
-        costs[key] = sum(removal_cost(saliency, config.sparsity) for saliency in saliencies)
+        costs[key] = sum(removal_cost(saliency, average) for saliency in saliencies)
         sizes[key] = sum(math.prod(sharing[n].shape) for n in names)
         if config.scope == "matrix":
             # with this scope, rows of a matrix share their zeros
             output_weights |= {n: found[n].outputs for n in names if found[n].seen >= _LEAST_TOKENS}
     sparsities = dict[str, float]()
-    for key, sparsity in (allocate(costs, sizes, config.sparsity) if costs else {}).items():
+    for key, sparsity in (allocate(costs, sizes, average) if costs else {}).items():
         names = felt[key]
         # numbers of zeros are whole: if the division has a rest, the first experts get one more
         fewest, more = divmod(round(sparsity * sizes[key]), len(names))
         size = sizes[key] // len(names)
         sparsities |= {n: (fewest + (i < more)) / size for i, n in enumerate(names)}
-    release_memory(plan.layers.model)  # gradients and the activations recorded for them
+    release_memory(plan.layers.model)  # of activations recorded for gradients and for the choice of layers
     report.seconds["allocation"] = time.perf_counter() - started
     return Budgets(sparsities, output_weights, unfelt, removed)

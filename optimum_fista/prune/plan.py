@@ -115,7 +115,6 @@ def plan_run(model: PreTrainedModel, config: FistaPruningConfig, *, loaded: bool
             f"include={list(config.include)}, exclude={list(config.exclude)}, and found "
             f"{len(left_dense)}, all left dense: {shown}."
         )
-    channels: Sequence[Part] = ()
     try:
         channels = find_parts(model, "channels").parts if config.reorder_channels else ()
     except UnsupportedArchitectureError as error:

@@ -130,8 +130,8 @@ class PartsRemoval(Removal):
 
         `Plan.config` gets a pattern of whole columns for each operator that reads a removed part, and for no others.
         """
+        layers = prunable_layers(model, loaded=loaded)  # first: it refuses models that the rest can't describe
         asked = _with_channels_for_size(model, config)
-        layers = prunable_layers(model, loaded=loaded)
         pattern = asked.whole_parts
         assert pattern is not None
         counts = numbers_kept(model, pattern)

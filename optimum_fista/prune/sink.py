@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -33,14 +33,13 @@ class ModelSink:
     files of a checkpoint cost nothing, because the files are not changed.
     """
 
-    def __init__(self, model: nn.Module, *contexts: AbstractContextManager[Any]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         # Entered after the sink: inside, an interrupt ends the run at once. It is a lock because Python leaves a lock
         # in a single step, and no interrupt can come between that step and `__exit__`.
         self.interruptible = threading.Lock()
         self.masks: dict[str, Tensor] = {}  # by "{operator}.weight", laid out like it, packed to one bit a weight
         self._model = model
-        self._contexts = contexts  # of the caller, around the run; no interrupt can come while they are left
-        self._entered = ExitStack()
+        self._entered = ExitStack()  # contexts around the run; no interrupt can come while they are left
         self._undo: list[Callable[[], None]] = []
         self._first: list[Callable[[], None]] = []
         self._committed = 0  # number of entries of `_undo` that belong to finished decoder layers
@@ -122,8 +121,6 @@ class ModelSink:
         try:
             self._entered.enter_context(evaluation_mode(self._model))
             self._entered.enter_context(torch.no_grad())
-            for context in self._contexts:
-                self._entered.enter_context(context)
             if self._waits:
                 raise KeyboardInterrupt
         except BaseException as error:

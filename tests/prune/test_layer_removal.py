@@ -57,6 +57,7 @@ def test_layers_that_do_nothing_are_found_and_change_nothing(options):
         report = pruner(**options).prune(model, own.split(4))
     assert sorted(index for index, _ in report.model["layers_removed"]) == [1, 2]
     assert report.model["layers_kept"] == [0, 3, 4]
+    assert 0 < report.seconds["allocation"] < report.seconds["total"]
     assert list(model.model.layers) == stay
     assert [layer.self_attn.layer_idx for layer in stay] == [0, 1, 2]
     assert model.config.num_hidden_layers == 3

@@ -39,11 +39,12 @@ def test_weights_that_are_computed(change):
     FistaPruner(FistaPruningConfig(method="wanda", exclude=(UP,)), progress=False).prune(model, tiny_tokens().split(4))
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "bytes:0.9"])
 @pytest.mark.parametrize("prune_base", [True, False])
-def test_adapters(prune_base):
+def test_adapters(prune_base, pattern):
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["v_proj"]))
-    message = refused(adapted.get_base_model() if prune_base else adapted, method="wanda")
+    message = refused(adapted.get_base_model() if prune_base else adapted, pattern=pattern)
     assert "layers.0.self_attn.v_proj has a PEFT adapter: prune the model first" in message
     merged = adapted.merge_and_unload()
     assert len(pruning.prune(merged, tiny_tokens().split(4), method="wanda").operators) == 14
@@ -52,7 +53,8 @@ def test_adapters(prune_base):
 def test_compiled_models():
     compiled = "is compiled (torch.compile): prune the model before it is compiled"
     model = tiny_llama()
-    assert refused(torch.compile(model), method="wanda").startswith(f"model {compiled}")
+    for pattern in ("2:4", "bytes:0.9"):
+        assert refused(torch.compile(model), pattern=pattern).startswith(f"model {compiled}")
     model.model.layers[1].compile()
     assert refused(model, method="wanda").startswith(f"model.model.layers.1 {compiled}")
     model = tiny_llama()

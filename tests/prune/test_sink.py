@@ -1,5 +1,5 @@
 import signal
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import pytest
 import torch
@@ -72,23 +72,13 @@ def test_offloaded_weights_change_where_they_are_kept_when_their_layer_is_commit
     assert torch.equal(kept_tensor(model[0], "weight"), before)
 
 
-@contextmanager
-def marked(model: nn.Module):
-    """Something that a run installs and takes off."""
-    model.mark = True
-    try:
-        yield
-    finally:
-        del model.mark
-
-
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
 def test_an_interrupt_at_any_line_restores_all_or_comes_after_the_end(error):
     model = nn.Linear(4, 3)
     before = model.weight.detach().clone()
 
     def run(interrupts: InterruptAt) -> None:
-        with interrupts, ModelSink(model, marked(model)) as sink, sink.interruptible:
+        with interrupts, ModelSink(model) as sink, sink.interruptible:
             sink.write(LinearOperator("mlp", model), torch.ones(3, 4))
             model.register_forward_hook(print)
             if error is not None:
@@ -104,6 +94,6 @@ def test_an_interrupt_at_any_line_restores_all_or_comes_after_the_end(error):
             run(InterruptAt(line))
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         assert torch.is_grad_enabled()
-        assert "mark" not in vars(model)
+        assert model.training
         assert not model._forward_hooks
         assert torch.equal(model.weight, before) or (error is None and torch.equal(model.weight, torch.ones(3, 4)))
