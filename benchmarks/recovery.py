@@ -4,7 +4,7 @@
 prune` with the same `--num-samples` and `--test-length`, seed 0). Perplexity is measured on the first windows of
 `--texts`, on the first windows that the model was calibrated on, and on as many of the same text that nothing was
 fitted to. Rows are `dense`, `pruned`, what is trained on how many tokens of the text without the latter (`all:98304`,
-`lora:49152`, `norms:49152`, and `all:98304@4e-4` with a learning rate of its own), and `once`: all weights, once on the
+`norms:49152`, and `all:98304@4e-4` with a learning rate of its own), and `once`: all weights, once on the
 calibration windows, the best state chosen on two others. Recovered models lie beside their folders, as
 FOLDER-all-98304 and so on; those that are there are not made again. Finished rows are read from the output file.
 
@@ -35,7 +35,7 @@ from optimum_fista.folder.card import markdown_lines
 from optimum_fista.folder.checkpoint import read_report
 from optimum_fista.folder.loading import load_model, require_tokenizer
 
-KINDS = ("dense", "pruned", "once", "all", "lora", "norms")
+KINDS = ("dense", "pruned", "once", "all", "lora", "norms")  # "lora" only in rows of an earlier version
 SELECTING = 2
 """Windows after the calibrated ones that choose the best state of `once`."""
 
