@@ -78,12 +78,13 @@ class Repository:
 class HubStandIn:
     """`with HubStandIn() as hub:` serves `hub.endpoint`; `token` may write to the namespace `user`.
 
-    `requests` lists what was asked ("POST /api/repos/create"); `broken` is a part of the requests to answer
-    with a 500 ("/commit/"); `refused_in_cards` lists what is not valid in the metadata of a card.
+    `role` is what the token may do; `requests` lists what was asked ("POST /api/repos/create"); `broken` is a part of
+    the requests to answer with a 500 ("/commit/"); `refused_in_cards` lists what is not valid in the metadata of a
+    card.
     """
 
     def __init__(self, token: str = "hf_test", user: str = "tester") -> None:
-        self.token, self.user = token, user
+        self.token, self.user, self.role = token, user, "write"
         self.repositories: dict[str, Repository] = {}
         self.requests: list[str] = []
         self.broken: str | None = None
@@ -135,7 +136,7 @@ class HubStandIn:
             raise refusal(403, f"You don't have the rights to write under the namespace {namespace!r}")
 
     def _whoami(self, body: bytes) -> Reply:
-        return Reply(200, {"type": "user", "name": self.user, "orgs": []})
+        return Reply(200, {"type": "user", "name": self.user, "orgs": [], "auth": {"accessToken": {"role": self.role}}})
 
     def _validate_yaml(self, body: bytes) -> Reply:
         metadata = json.loads(body)["content"].split("---")[1]

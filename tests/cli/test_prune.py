@@ -67,12 +67,15 @@ def test_flags_override_a_configuration_file(prune, tmp_path):
         (["--calibration", "nothing.txt"], "source='nothing.txt': there is no such file"),
         (["--dtype", "float33"], "float33"),
         (["--private"], "--private makes sense with --push-to-hub"),
-        (["--push-to-hub", "no/such/name"], "repo_id='no/such/name' is not a repository name"),
+        (["--push-to-hub", "tester/tiny"], "repo_id='tester/tiny' can't be pushed to, and nothing was done"),
+        (["--output", "taken"], "output 'taken' is a file: pass a folder"),
         (["--recipe", "fast", "--config", "config.json"], "--recipe fast and --config config.json: pass only one"),
     ],
 )
 def test_errors_are_one_line(prune, tmp_path, capsys, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    Path("taken").touch()
     assert prune(*flags) == 1
     said = capsys.readouterr().err.splitlines()
     (error,) = [line for line in said if line.startswith("error: ")]

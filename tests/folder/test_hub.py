@@ -132,6 +132,9 @@ def test_what_cannot_be_pushed_is_known_before(hub, monkeypatch):
     for repo_id, options, why in refused:
         with pytest.raises((OSError, ValueError), match=rf"repo_id='{repo_id}'.*{why}"):
             require_push(repo_id, **options)
+    hub.role = "read"
+    with pytest.raises(ValueError, match=rf"repo_id='{REPO_ID}': the token can only read: pass one that can write"):
+        require_push(REPO_ID)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match=r"can't be pushed to, and nothing was done: .*offline mode is enabled"):
         require_push(REPO_ID)

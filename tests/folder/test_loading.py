@@ -1,10 +1,12 @@
 import gc
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from hub_standin import connect, hub_fixture  # noqa: F401
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from tiny_llama import tiny_llama, tiny_tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
@@ -138,6 +140,21 @@ def test_a_misspelt_name_fails_at_once_and_offers_the_closest(state, why, hub, t
     with pytest.raises(OSError, match=rf"no such folder, and the Hub {why}\. Did you mean 'tester/model-50'\?$"):
         load_model("tester/model-5O", device="cpu")
     assert sum("model-5O" in request for request in hub.requests) == (state == "open")
+
+
+def test_a_model_in_the_cache_is_not_asked_for(monkeypatch):
+    monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *_: "config.json")
+    monkeypatch.setattr(loading, "get_hf_file_metadata", None)
+    loading._require_on_hub("tester/cached")
+
+
+@pytest.mark.parametrize("kind", [GatedRepoError, HfHubHTTPError])
+def test_a_gated_model_and_a_busy_hub_are_left_to_transformers(kind, monkeypatch):
+    def refuse(url):
+        raise kind(f"refused: {url}", response=Mock(headers={}))
+
+    monkeypatch.setattr(loading, "get_hf_file_metadata", refuse)
+    loading._require_on_hub(f"tester/{kind.__name__}")
 
 
 @pytest.mark.parametrize("device", ["cpu:x", "cuda:99", "meta"])

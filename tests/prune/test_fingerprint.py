@@ -123,6 +123,8 @@ def test_overrides_in_another_order_are_refused(source):
         with interrupted_after(0), end as caught:
             prune(source, config)
     assert r'config.overrides was {"*q_proj": 0.25, "*_proj": 0.75}, is {"*_proj": 0.75' in str(caught.value)
+    report = prune(source, config, overwrite=True)  # which takes no decoder layer of the other order
+    assert {operator.target_sparsity for operator in report.operators} == {0.75}
 
 
 def test_what_a_network_does_not_compute_with_may_change(source, cut_off):
