@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,9 +29,9 @@ class ActivationStore(Sequence[Tensor]):
         self.device = device  # where tensors are handed out
         self._folder = storage if isinstance(storage, Path) else None
         self._storage = torch.device("cpu") if isinstance(storage, Path) else storage
-        self._kept: list[Tensor] = []
         self._is_staged = staged
-        self._stage()
+        self.staging: _Staging | None = None
+        self.clear()
 
     def _stage(self) -> None:
         """Copy through buffers if the device would wait without them."""
@@ -37,17 +39,15 @@ class ActivationStore(Sequence[Tensor]):
         has_streams = has_streams and hasattr(torch.get_device_module(self.device), "Stream")
         staged = self._is_staged or (has_streams and self._storage.type == "cpu")
         # with buffers, returned tensors are copies that nothing else refers to
-        self.staging = _Staging(self._kept, self.device, self._folder, has_streams) if staged else None
+        self.staging = _Staging(self._kept, self.device, has_streams) if staged else None
 
     def append(self, tensor: Tensor, *, copy: bool = False) -> None:
         """Keep a tensor; with `copy`, the caller may overwrite it afterwards."""
         tensor = tensor.detach()
         if self.staging is not None:
             self.staging.write(tensor.clone() if copy else tensor)  # the stream reads it at any time from now on
-        elif self._folder is not None:
-            self._kept.append(_in_file(tensor.to(self._storage), self._folder))
         else:
-            self._kept.append(tensor.to(self._storage, copy=copy))
+            self._kept.append(tensor.to(self._storage, copy=copy and self._folder is None))  # a file has its own copy
 
     def kept(self) -> list[Tensor]:
         """All tensors where they are kept."""
@@ -59,7 +59,7 @@ class ActivationStore(Sequence[Tensor]):
         """From now on return the tensors on another device, and keep them at `storage` if that is a device."""
         if self.staging is not None:
             self.staging.finish()
-        if self._folder is None and isinstance(storage, torch.device) and storage != self._storage:
+        if isinstance(self._kept, list) and isinstance(storage, torch.device) and storage != self._storage:
             for index, tensor in enumerate(self._kept):  # one after the other, so that few are held twice
                 self._kept[index] = tensor.to(storage)
             self._storage = storage
@@ -71,7 +71,8 @@ class ActivationStore(Sequence[Tensor]):
         """Free all tensors."""
         if self.staging is not None:
             self.staging.finish()
-        self._kept = []  # a new list, because the thread may still read from the old one
+        # new ones, because the thread may still read from the old ones
+        self._kept: list[Tensor] | _File = [] if self._folder is None else _File(self._folder)
         self._stage()
 
     def __len__(self) -> int:
@@ -83,29 +84,42 @@ class ActivationStore(Sequence[Tensor]):
         return self._kept[index].to(self.device) if self.staging is None else self.staging.read(index)
 
 
-def _in_file(tensor: Tensor, folder: Path) -> Tensor:
-    """Copy a CPU tensor to its own file, mapped privately: writing to the copy does not change the file.
+class _File(Sequence[Tensor]):
+    """Tensors in one file without a name, which the system frees with the store or the process.
 
-    The file never has a name, so the system frees it with its last tensor, or with the process.
+    Each is mapped when it is read, because a run may have more tensors than the system allows mappings. Mappings are
+    private: writing to a tensor does not change the file.
     """
-    if not tensor.numel():
-        return tensor.clone()
-    with tempfile.TemporaryFile(dir=folder, prefix="activations-") as file:
-        file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        # PyTorch maps a path and keeps no file open: there may be more tensors than the system allows open files
-        path = f"/dev/fd/{file.fileno()}"
-        return torch.from_file(path, shared=False, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+
+    def __init__(self, folder: Path) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder, prefix="activations-")  # noqa: SIM115, closed with the store
+        self._places: list[tuple[int, torch.Size, torch.dtype]] = []
+
+    def append(self, tensor: Tensor) -> None:
+        """Write a copy of a CPU tensor to the end of the file."""
+        self._places.append((self._file.seek(0, 2), tensor.shape, tensor.dtype))
+        self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._file.write(b"\0" * (-self._file.tell() % mmap.PAGESIZE))  # a tensor at a page's start fits any dtype
+        self._file.flush()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        place, shape, dtype = self._places[index]
+        if not shape.numel():  # nothing can't be mapped
+            return torch.empty(shape, dtype=dtype)
+        mapped = np.memmap(self._file, np.uint8, "c", place, (shape.numel() * dtype.itemsize,))
+        return torch.from_numpy(mapped).view(dtype).view(shape)
 
 
 class _Staging:
     """Copies between a device and `kept`, through two pinned buffers, by one thread, in the order of the calls."""
 
-    def __init__(self, kept: list[Tensor], device: torch.device, folder: Path | None, has_streams: bool) -> None:
+    def __init__(self, kept: list[Tensor] | _File, device: torch.device, has_streams: bool) -> None:
         self.count = len(kept)
         self._kept = kept
         self._device = device
-        self._folder = folder
         self._module = torch.get_device_module(device)
         self._stream = self._module.Stream(device) if has_streams else None
         self._thread = ThreadPoolExecutor(1, "activations")
@@ -156,7 +170,7 @@ class _Staging:
     def _keep(self, buffer: Tensor, made: Any) -> None:
         if made is not None:
             made.synchronize()
-        self._kept.append(buffer.clone() if self._folder is None else _in_file(buffer, self._folder))  # used again
+        self._kept.append(buffer.clone() if isinstance(self._kept, list) else buffer)  # the buffer is used again
 
     def _load(self, index: int) -> tuple[Tensor, Any]:
         stored = self._kept[index]

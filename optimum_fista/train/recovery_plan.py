@@ -40,6 +40,7 @@ from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.forward import compute_dtype_of
 from optimum_fista.report import WORDS_OF_TRAIN, PruningReport
 from optimum_fista.text.calibration_tokens import usual_length
+from optimum_fista.text.sources import require_source
 from optimum_fista.train.distillation import loss_against_teacher
 from optimum_fista.train.recovery_options import RecoveryOptions
 from optimum_fista.train.training import pruned_folder
@@ -112,6 +113,8 @@ def plan_recovery(
         raise ValueError(f"report_to={asked.report_to!r}: pass {', '.join(trackers)}.")
     for read in (source, name):
         require_output(output, overwrite, source=read)
+    if calibration != "self":
+        require_source(calibration)
     config, tokenizers = read_config(source), [load_tokenizer(source), load_tokenizer(name)]
     sizes = [found.get_text_config(decoder=True).vocab_size for found in (config, read_config(name))]
     known = [tokenizer.get_vocab() for tokenizer in tokenizers if tokenizer is not None]

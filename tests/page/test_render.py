@@ -162,7 +162,9 @@ def test_perplexities_are_beside_each_other_by_text(contents):
 
 
 def test_a_retrained_model(contents):
-    text = text_of(changed(contents, retrained=True))
+    found = {"dense": 12.0, "pruned": 15.5, "num_tokens": 100, "text": "sea", "vocabulary": 64}
+    text = text_of(changed(contents, retrained=True, perplexity=found))
+    assert "Perplexity, before retraining 15.50 12.00 of the dense model" in text
     assert "then retrained under its masks: errors of operators are those before" in text
 
 

@@ -357,9 +357,13 @@ def test_bad_folders_are_refused(run, saved, tiny_folder, text, tmp_path):
         run(tiny_folder / "out", overwrite=True)
 
 
-def test_a_teacher_without_a_tokenizer_is_refused_before_any_work(saved, tmp_path, monkeypatch):
+def test_a_text_that_is_not_there_and_a_teacher_without_a_tokenizer_are_refused_before_any_work(
+    saved, tmp_path, monkeypatch
+):
     tiny_llama().save_pretrained(tmp_path / "dense")
     monkeypatch.setattr(recovery, "locked_output", None)
+    with pytest.raises(FileNotFoundError, match=r"source='no\.txt': there is no such file"):
+        recover(saved.folder, tmp_path / "dense", tmp_path / "out", **QUICK, calibration="no.txt")
     with pytest.raises(ValueError, match=r"dense' has no tokenizer: copy the files of its tokenizer into the folder"):
         recover(saved.folder, tmp_path / "dense", tmp_path / "out", **QUICK)
 
