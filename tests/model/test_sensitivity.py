@@ -127,8 +127,12 @@ def test_hidden_states_of_one_sequence_wait_in_files(tmp_path, monkeypatch):
         append(store, tensor, **keywords)
         kept.append(tuple(tensor.shape))
 
+    def count_cleared(store):
+        kept.extend([len(store)] if hasattr(store, "_kept") else [])  # a new store clears itself too
+        clear(store)
+
     monkeypatch.setattr(ActivationStore, "append", count)
-    monkeypatch.setattr(ActivationStore, "clear", lambda store: (kept.append(len(store)), clear(store)))
+    monkeypatch.setattr(ActivationStore, "clear", count_cleared)
     model = tiny_model("llama")
     measure(model, num_tokens=2 * LENGTH, padded=False, storage=tmp_path)
     hidden = (1, LENGTH, model.config.hidden_size)
