@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         def lock() -> None:
             opened.enter_context(locked_output(arguments.output))
 
-        opened.enter_context(first_process_speaks(ranks.index, "optimum_fista.prune.removal"))
+        opened.enter_context(first_process_speaks(ranks.index, "optimum_fista.model.parts"))
         try:
             ranks.first(lock)  # held to the end of the run: two runs must not write into one folder
             arguments.batch_size, arguments.calibration = ranks.first(lambda: say_before(arguments, config))

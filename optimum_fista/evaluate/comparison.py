@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 from optimum_fista.folder.checkpoint import checkpoint_files, read_report, read_tensors
 from optimum_fista.folder.loading import load_lazily
 from optimum_fista.folder.packed_folder import is_packed
-from optimum_fista.folder.stored_names import operators_by_weight, split_index, stored_names
+from optimum_fista.folder.writing import operators_by_weight
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.parts import find_parts, numbers_kept
 from optimum_fista.model.shrinking import plan_shrinking
+from optimum_fista.model.stored_names import split_index, stored_names
 from optimum_fista.report import OperatorReport, PruningReport
 from optimum_fista.solve.patterns import WholeParts, parse_pattern
 

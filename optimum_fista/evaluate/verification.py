@@ -32,10 +32,10 @@ from optimum_fista.folder.checkpoint import (
     require_files,
 )
 from optimum_fista.folder.packed_folder import is_packed, packed_operators
-from optimum_fista.folder.stored_names import split_index
 from optimum_fista.folder.writing import summary
 from optimum_fista.model.expert_removal import experts_to_keep
 from optimum_fista.model.parts import runs_of_experts
+from optimum_fista.model.stored_names import split_index
 from optimum_fista.packed.format import PackedFormatError
 from optimum_fista.report import OperatorReport, PruningReport
 from optimum_fista.solve.pattern import SparsityPattern, unpack_mask

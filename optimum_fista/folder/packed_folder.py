@@ -31,9 +31,9 @@ from optimum_fista.folder.checkpoint import (
     write_index,
 )
 from optimum_fista.folder.output import FILES_FILE, all_names, new_output, require_output, write_file
-from optimum_fista.folder.stored_names import split_index
 from optimum_fista.folder.writing import write_form
 from optimum_fista.installing import NAME
+from optimum_fista.model.stored_names import split_index
 from optimum_fista.packed.format import SUFFIXES, PackedFormatError, PackedTensor, pack, packed_names, unpack
 from optimum_fista.packed.format import unpack_mask as packed_mask
 from optimum_fista.packed.quantizer import QUANT_METHOD, read_packed

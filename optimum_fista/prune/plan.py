@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.environment import processor_name
-from optimum_fista.folder.stored_names import stored_names
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import Storage
 from optimum_fista.model.architecture import DecoderLayers, choose_operators, matches
@@ -26,6 +25,7 @@ from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.offload import combined_sha256, execution_device, sha256_of
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.parts import Part, find_parts
+from optimum_fista.model.stored_names import stored_names
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.removal import PartsRemoval, Removal, first_names
 from optimum_fista.report import MixtureReport, OperatorReport, PruningReport, public_name

@@ -7,8 +7,6 @@ with zeros. This is proved on shapes (`model.shrinking`), and once on numbers fo
 
 from __future__ import annotations
 
-import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,7 +26,7 @@ from optimum_fista.model.groups import is_added_to_output
 from optimum_fista.model.layer_inputs import HiddenStates, LayerActivations
 from optimum_fista.model.offload import offload_hook
 from optimum_fista.model.operator import Group, LinearOperator
-from optimum_fista.model.parts import Part, find_parts, numbers_kept
+from optimum_fista.model.parts import Part, numbers_kept, share_for_size
 from optimum_fista.model.shrinking import (
     Shrinking,
     plan_shrinking,
@@ -41,10 +39,9 @@ from optimum_fista.model.shrinking import (
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.report import LayerRecord, LayerReport, MixtureReport, OperatorReport, PruningReport
 from optimum_fista.solve.pattern import pack_mask, unpack_mask
-from optimum_fista.solve.patterns import Columns, PartShare, WholeParts
+from optimum_fista.solve.patterns import Columns, WholeParts
 
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
 Operators = Mapping[str, Mapping[str, LinearOperator]]  # to prune, by the names of their decoder layers
 Chosen = tuple[list[Group], dict[str, str], nn.Module | None]
 Leaving = tuple[HiddenStates, MixtureReport | None]
@@ -131,9 +128,12 @@ class PartsRemoval(Removal):
         `Plan.config` gets a pattern of whole columns for each operator that reads a removed part, and for no others.
         """
         layers = prunable_layers(model, loaded=loaded)  # first: it refuses models that the rest can't describe
-        asked = _with_channels_for_size(model, config)
-        pattern = asked.whole_parts
+        pattern, asked = config.whole_parts, config
         assert pattern is not None
+        if pattern.size is not None:
+            share = share_for_size(model, pattern)
+            pattern = replace(pattern, sparsity=share.share, shares=(share,), size=None)
+            asked = replace(config, pattern=str(pattern), sparsity=None)
         counts = numbers_kept(model, pattern)
         smaller, columns = plan_shrinkings(model, counts)
         mixtures = [part for part in smaller.parts.values() if part.is_mixture]
@@ -351,35 +351,6 @@ class PartsRemoval(Removal):
     def _renamed(self, values: Mapping[str, T]) -> dict[str, T]:
         """Values under the names of the smaller model, without those of removed modules."""
         return {new: value for name, value in values.items() if (new := self.new_name(name)) is not None}
-
-
-def _with_channels_for_size(model: PreTrainedModel, config: FistaPruningConfig) -> FistaPruningConfig:
-    """Replace a pattern such as `bytes:0.75` by the share of the channels that must be removed for it.
-
-    All bytes of the weights count, each shared tensor once. Channels are removed, because their loss was the smallest
-    of all parts at every measured share (docs/results.md).
-    """
-    if config.whole_parts is None or config.whole_parts.size is None:
-        return config
-    parts = find_parts(model, "channels")
-    tensors = dict(model.named_parameters())
-    whole = sum(tensor.nbytes for tensor in tensors.values())
-    shrinking = [tensors[name] for part in parts.parts for name in part.tensors if name in tensors]
-    channel = sum(tensor.nbytes for tensor in shrinking) / parts.groups  # one of every decoder layer
-    step = PartShare.usual_step("channels", parts.groups)
-    least = -(-parts.at_least // step) * step
-    kept = math.floor((parts.groups - (1 - config.whole_parts.size) * whole / channel) / step) * step
-    kept = min(kept, (parts.groups - 1) // step * step)
-    if kept < least:
-        smallest = 1 - (parts.groups - least) * channel / whole
-        raise ValueError(
-            f"pattern={config.pattern!r}: {smallest:.4f} of the model's bytes are left if {least} of {parts.groups} "
-            f"channels stay in every decoder layer: pass at least {math.ceil(smallest * 1e4) / 1e4:g}."
-        )
-    found = str(PartShare.keeping("channels", kept, parts.groups))
-    left = 1 - (parts.groups - kept) * channel / whole
-    logger.info("pattern %s: %s leaves %.4f of the model's bytes", config.pattern, found, left)
-    return replace(config, pattern=found, sparsity=None)
 
 
 def first_names(names: Sequence[str]) -> str:

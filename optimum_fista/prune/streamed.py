@@ -26,12 +26,12 @@ from optimum_fista.folder.loading import load_lazily, storage_place, usable_devi
 from optimum_fista.folder.output import FOLDER, install, locked_output, require_output, unfinished_folder, write_file
 from optimum_fista.folder.packed_folder import Packer, packed_settings
 from optimum_fista.folder.source_files import copy_source
-from optimum_fista.folder.stored_names import as_stored, stored_names
-from optimum_fista.folder.writing import write_all_but_weights
+from optimum_fista.folder.writing import as_stored, write_all_but_weights
 from optimum_fista.model.forward import evaluation_mode
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.layer_inputs import HiddenStates
 from optimum_fista.model.offload import execution_device, stored_tensor
+from optimum_fista.model.stored_names import stored_names
 from optimum_fista.packed.format import packed_names
 from optimum_fista.prune.batches import Calibration, begin, cut_batches
 from optimum_fista.prune.budgets import share_budgets

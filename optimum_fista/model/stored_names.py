@@ -6,9 +6,8 @@ rules: it applies them to small stand-in tensors, and sees which names these get
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +16,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.operator import ExpertOperator, LinearOperator
-from optimum_fista.report import OperatorReport, PruningReport
-from optimum_fista.solve.pattern import pack_mask, unpack_mask
 
 _SHAPE = (2, 3)  # of a stand-in for a weight [out, in]
 _NO_OPERATOR = -1  # what a stand-in holds where no operator's weight is
@@ -86,47 +82,6 @@ def stored_names(
                 f"Pass exclude=['{name}'] to leave it dense."
             )
     return names
-
-
-def operators_by_weight(model: PreTrainedModel, report: PruningReport) -> dict[str, LinearOperator]:
-    """The linear operators of a pruned model, by the names of their weights in the model."""
-    dense_experts = ["*"] if report.removed else report.config["exclude"]  # removing parts prunes no experts
-    found = (find_operators(name, layer, dense_experts) for name, layer in find_decoder_layers(model))
-    return {f"{name}.weight": operator for operators in found for name, operator in operators.items()}
-
-
-def as_stored(
-    reports: Iterable[OperatorReport], masks: Mapping[str, Tensor], names: Mapping[str, StoredName]
-) -> tuple[list[OperatorReport], dict[str, Tensor]]:
-    """Reports of operators and their packed masks under other names; masks are laid out as the weights there are."""
-    operators, stored = [], {}
-    for operator in reports:
-        found, mask = names[operator.name], masks[operator.name]
-        if found.transposed != operator.stored_transposed:  # bits are row by row: [out, in] -> [in, out], or back
-            mask = pack_mask(unpack_mask(mask, operator.stored_shape).T)
-        stored[found.name] = mask
-        operators.append(dataclasses.replace(operator, name=found.name, stored_transposed=found.transposed))
-    return operators, stored
-
-
-def as_in_model(
-    model: PreTrainedModel, operators: Iterable[LinearOperator], report: PruningReport, masks: Mapping[str, Tensor]
-) -> tuple[PruningReport, dict[str, Tensor]]:
-    """A report and packed masks, read from a checkpoint, under the names of the model: undoes `as_stored`."""
-    found = list(operators)
-    names = stored_names(model, found, all_of_them=False)
-    by_name = {names[key].name: operator for operator in found if (key := f"{operator.name}.weight") in names}
-    for entry in report.operators:
-        operator = by_name.get(entry.name)
-        if operator is None or operator.shape != entry.shape:
-            has = "no such weight" if operator is None else f"it in shape {operator.shape}"
-            raise ValueError(
-                f"{entry.name} of shape {entry.shape} has a mask, but {type(model).__name__} has {has}: pass the "
-                "folder or Hub id that this model was loaded from."
-            )
-    in_model = {name: StoredName(f"{o.name}.weight", o.transposed) for name, o in by_name.items()}
-    entries, kept = as_stored(report.operators, masks, in_model)
-    return dataclasses.replace(report, operators=entries), kept
 
 
 def split_index(name: str) -> tuple[str, tuple[int | slice, ...]]:
