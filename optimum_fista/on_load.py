@@ -1,0 +1,94 @@
+"""Prune a model while Transformers loads it, as other packages quantize it there.
+
+Importing this module registers a quantizer with Transformers, because this is its only interface for changes of a model
+that has just been loaded. The model keeps no trace of it: nothing is quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from optimum_fista.folder.loading import require_tokenizer
+from optimum_fista.pruner import FistaPruner
+from optimum_fista.text.calibration_tokens import calibration_tokens, usual_length
+from optimum_fista.text.sources import require_source
+
+
+class FistaOnLoadConfig(QuantizationConfigMixin):
+    """Prune a model in `from_pretrained(quantization_config=)`, with the result of `pruner.prune`.
+
+    The loaded model has no `quantization_config`. `pruner.result` and `pruner.save_pretrained` take it.
+
+    Args:
+        pruner: What prunes, with its `FistaPruningConfig`.
+        dataset: `"self"` (the model writes its own text) or another source of `calibration_tokens`; a list of texts, of
+            which each is a sequence; or batches of token ids, as for `prune`.
+        tokenizer: The tokenizer or its name; `None`: the model's.
+        num_samples: Sequences to sample or draw if `dataset` names a source.
+        sequence_length: Their tokens, and the most tokens of a text; `None`: 2048, or the model's maximum.
+    """
+
+    quant_method: Any = "fista_pruning"
+
+    def __init__(
+        self,
+        pruner: FistaPruner,
+        dataset: str | Iterable[Any] = "self",
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        *,
+        num_samples: int = 128,
+        sequence_length: int | None = None,
+    ) -> None:
+        if isinstance(dataset, str) and dataset != "self":
+            require_source(dataset)
+        self.pruner, self.dataset, self.tokenizer = pruner, dataset, tokenizer
+        self.num_samples, self.sequence_length = num_samples, sequence_length
+        self.texts = isinstance(dataset, list | tuple) and all(isinstance(text, str) for text in dataset)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FistaOnLoadConfig:
+        """Transformers copies a model's configuration; pruner and text are the caller's."""
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Values for the configuration of the model, which holds them only while the model is built."""
+        return {"quant_method": self.quant_method}
+
+
+@register_quantizer(FistaOnLoadConfig.quant_method)
+class FistaOnLoadQuantizer(HfQuantizer):
+    """Prunes a model that has been loaded; Transformers calls it a quantizer, but nothing is rounded."""
+
+    quantization_config: FistaOnLoadConfig
+
+    def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **_: Any) -> None:  # noqa: ARG002
+        """Find the tokenizer before the weights are read."""
+        del model.config.quantization_config
+        given = self.quantization_config
+        self._tokenizer: Any = given.tokenizer or model.name_or_path
+        if isinstance(self._tokenizer, str) and (given.texts or isinstance(given.dataset, str)):
+            self._tokenizer = require_tokenizer(self._tokenizer)
+
+    def postprocess_model(self, model: PreTrainedModel, **_: Any) -> None:
+        """Prune the model after its weights have been read."""
+        del model.hf_quantizer
+        given, data, source = self.quantization_config, self.quantization_config.dataset, None
+        length = given.sequence_length or usual_length(model.config)
+        if isinstance(data, str):
+            source, seed = data, given.pruner.config.seed
+            data = calibration_tokens(data, model, self._tokenizer, given.num_samples, length, seed).split(1)
+        elif given.texts:
+            data = [self._tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in data]
+        given.pruner.prune(model, data, calibration_source=source)
+
+    def is_serializable(self) -> bool:  # noqa: D102
+        return True
+
+    @property
+    def is_trainable(self) -> bool:  # noqa: D102
+        return True
