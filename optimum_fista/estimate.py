@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch.utils.benchmark import Timer
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder import loading
@@ -72,7 +72,8 @@ class Estimate:
         stored = loading.floating_dtype((None if self.whole else getattr(given, "dtype", None)) or torch.float32)
         dtype = stored if dtype == "auto" else loading.floating_dtype(dtype)
         with loading.reading(given.name_or_path or type(given).__name__), torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(copy.deepcopy(given), dtype=dtype, trust_remote_code=False)
+            kind = loading.model_class(given)
+            self.model = kind.from_config(copy.deepcopy(given), dtype=dtype, trust_remote_code=False)
         self.place, self.device = device, (device or loading.default_device()).partition(":")[0]
         self.on_cpu, self.storage_device = self.device == "cpu", storage_device
         storage = (storage_device or ("disk" if self.on_cpu else self.device)).partition(":")[0]
@@ -196,7 +197,8 @@ class Estimate:
         tried, most = min(self.num_samples, self.batch_size + self.config.held_out), self.num_samples
         with TemporaryDirectory(prefix="optimum-fista-") as folder, warnings.catch_warnings(action="ignore"):
             # Pruned from files to files, as the run will be, so that reading and writing count.
-            AutoModelForCausalLM.from_config(small.config, dtype=self.model.dtype).save_pretrained(f"{folder}/dense")
+            described = loading.model_class(small.config).from_config(small.config, dtype=self.model.dtype)
+            described.save_pretrained(f"{folder}/dense")
             for attempt in range(2):  # the first finds out how many sequences fit into the time
                 tokens = torch.randint(0, self.vocabulary, (tried, self.length)).split(self.batch_size)
                 pruner = FistaPruner(self.asked, progress=False, storage_device=self.storage_device)

@@ -20,8 +20,11 @@ import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -123,9 +126,30 @@ def read_config(name: str) -> PreTrainedConfig:
     return _read(AutoConfig, name)
 
 
+def model_class(config: PreTrainedConfig) -> Any:
+    """Choose the automatic class that loads the class that a configuration names, image and audio towers included.
+
+    If it names none that writes text, a causal language model is preferred: Transformers may load a part only.
+    """
+    kinds: dict[Any, Any] = {
+        AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoModelForMultimodalLM: MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    }
+    known = {kind: classes[type(config)].__name__ for kind, classes in kinds.items() if type(config) in classes}
+    if not known and not getattr(config, "auto_map", None):  # about code beside the model, Transformers has an error
+        raise ValueError(
+            f"model {config.name_or_path!r} has model_type={config.model_type!r}, of which Transformers has no class "
+            "that writes text: pass a causal language model, or a multimodal one with a text decoder."
+        )
+    named = [kind for kind in known if known[kind] in (config.architectures or ())]
+    return [*named, *known, AutoModelForCausalLM][0]
+
+
 def read_model(name: str, **options: Any) -> PreTrainedModel:
-    """Read a causal language model from its files, with further options of `from_pretrained`."""
-    model, info = _read(AutoModelForCausalLM, name, output_loading_info=True, **options)
+    """Read a language model from its files, with further options of `from_pretrained`."""
+    config = None if gguf_file(name) else options.get("config") or read_config(name)
+    kind = AutoModelForCausalLM if config is None else model_class(config)
+    model, info = _read(kind, name, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     if missing:  # Transformers warns and takes random values
         raise ValueError(

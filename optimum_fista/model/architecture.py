@@ -74,9 +74,14 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
     found = {n: m for n, m in lists.items() if wanted & {type(layer).__name__.removeprefix("FSDP") for layer in m}}
     if not found:
         found = {name: m for name, m in lists.items() if isinstance(m[0], GradientCheckpointingLayer)}
-    if len(found) > 1:  # others may be layers of a vision encoder inside the decoder
+    if len(found) > 1:  # others may be layers of a vision encoder, which may be inside the decoder
+        while isinstance(decoder, PreTrainedModel) and decoder.get_decoder() is not decoder:
+            decoder = decoder.get_decoder()  # of a causal language model inside a multimodal one
+        own = {*decoder.modules()}
+        found = {name: m for name, m in found.items() if m in own}
+    if len(found) > 1:
         inner = [m for m in decoder.modules() if isinstance(m, PreTrainedModel) and m is not decoder]
-        own = set(decoder.modules()).difference(*(m.modules() for m in inner))
+        own = own.difference(*(m.modules() for m in inner))
         found = {name: m for name, m in found.items() if m in own}
     if len(found) != 1:
         seen = ", ".join(f"{name} ({len(m)} x {type(m[0]).__name__})" for name, m in lists.items()) or "none"

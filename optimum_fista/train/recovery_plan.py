@@ -20,7 +20,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import cached_file
 
@@ -29,6 +29,7 @@ from optimum_fista.folder.checkpoint import CONFIG_FILE, read_report
 from optimum_fista.folder.loading import (
     load_model,
     load_tokenizer,
+    model_class,
     read_config,
     read_model,
     require_tokenizer,
@@ -159,7 +160,7 @@ def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
     `free` are the bytes that each process has; if nothing fits, the last kind is chosen.
     """
     with torch.device("meta"):  # no memory for weights
-        model = AutoModelForCausalLM.from_config(read_config(plan.source))
+        model = model_class(config := read_config(plan.source)).from_config(config)
     size, config = model.num_parameters(), model.config.get_text_config(decoder=True)
     layers = find_decoder_layers(model)
     operators = [operator for name, layer in layers for operator in find_operators(name, layer, ["*"]).values()]
