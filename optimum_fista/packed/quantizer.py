@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, _IdentityOp
@@ -146,29 +147,31 @@ class FistaPackedQuantizer(HfQuantizer):
         self._becoming_dense = quantization_config.parameters  # names, or in a packed model the weights' full names
         self._staying_packed: dict[str, bool] = {}  # modules; True for `Conv1D`, whose weights are stored as [in, out]
 
-    @property
-    def serialized_names(self) -> dict[str, list[str]]:  # type: ignore[override]
-        """The tensors that a parameter is stored as: three if it is packed, itself if it was left dense."""
-        return {name: [name + suffix for suffix in (*SUFFIXES, "")] for name in self.quantization_config.parameters}
-
     def update_attn_implementation(self, config: Any) -> Any:
         """Point the configuration to the packed files, because no loader finds them (this call gets it first)."""
         config.transformers_weights = self.quantization_config.weights
         return config
 
-    def get_load_operations(self) -> dict[str, Any]:
-        """The operation that makes a dense tensor of the stored ones."""
-        return {"dequantize": Unpack}
+    update_tp_plan = update_attn_implementation  # the first call of Transformers 5.17
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """Make renamings of a whole parameter rename its packed parts, too."""
-        renamings = []
-        for renaming in weight_conversions:
-            if isinstance(renaming, WeightRenaming) and len(renaming._original_source_patterns) == 1:
-                (source,), (target,) = renaming._original_source_patterns, renaming._original_target_patterns
-                if source.rpartition(".")[2] in self.quantization_config.parameters:
-                    renamings += [renaming.copy(source + suffix, target + suffix) for suffix in SUFFIXES]
-        return super().update_weight_conversions(renamings + weight_conversions, model)
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+        """Make the model's renamings rename packed parts, too, and its merges unpack them first."""
+        updated = []
+        for conversion in weight_conversions:
+            sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
+            new = [conversion]
+            if all(source.rpartition(".")[2] in self.quantization_config.parameters for source in sources):
+                if isinstance(conversion, WeightConverter):
+                    parts = [source + suffix for source in sources for suffix in (*SUFFIXES, "")]
+                    new = [
+                        WeightConverter(parts, targets, [Unpack(self), *conversion.operations], conversion.force_cpu)
+                    ]
+                elif len(sources) == 1:
+                    new = [*(WeightRenaming(sources[0] + suffix, targets[0] + suffix) for suffix in SUFFIXES), *new]
+            for each in new:  # they apply to the same part of the model
+                each.scope_prefix, each.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
+            updated += new
+        return updated + self.get_weight_conversions()
 
     def get_weight_conversions(self) -> list[Any]:
         """Conversions of packed parameters that no conversion of the model handles."""
@@ -182,10 +185,16 @@ class FistaPackedQuantizer(HfQuantizer):
         for path in checkpoint_files or []:
             with safe_open(path, "pt") as file:
                 files |= dict.fromkeys(file.keys(), Path(path))
+        parameters = dict(model.named_parameters())
+        self._dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
         # All weights are checked before the first is used. Only their sizes are kept, on the meta device.
         outlines = {name: _outline(read_packed(files, name)) for name in packed_names(files)}
+        for name, outline in outlines.items():
+            shape = tuple(parameters[name].shape) if name in parameters else ()
+            if len(shape) == 2 and outline.shape != shape:  # fused experts may be stored transposed
+                raise PackedFormatError(f"{name}_layout says shape {outline.shape}: the model's is {shape}.")
         # Only the last names of packed parameters are known, so any matrix with this name may be packed.
-        kept = {name.rpartition(".")[2] for name, parameter in model.named_parameters() if parameter.ndim > 1}
+        kept = {name.rpartition(".")[2] for name, parameter in parameters.items() if parameter.ndim > 1}
         self.quantization_config.parameters = sorted(kept.union(self.quantization_config.parameters))
         self._becoming_dense = self.quantization_config.parameters
         if self.quantization_config.runtime == "packed":
@@ -201,8 +210,6 @@ class FistaPackedQuantizer(HfQuantizer):
         if leaf != "weight" or type(module) not in (nn.Linear, Conv1D):  # a subclass may compute something else
             return False
         dense = cast(Tensor, module.weight)
-        if outline.shape != tuple(dense.shape):
-            raise PackedFormatError(f"{name}_layout says shape {outline.shape}: the model's is {tuple(dense.shape)}.")
         from optimum_fista.packed.linear import PackedLinear  # brings `torch._dynamo`, which takes more than a second
 
         values = outline.values.to(dense.dtype)  # Transformers casts to the dtype of what is there
@@ -215,6 +222,13 @@ class FistaPackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         model.config.__dict__.pop("transformers_weights", None)  # or a saved model would look for packed files
+        if not hasattr(HfQuantizer, "get_load_operations"):  # Transformers 5.17
+            model.__dict__.pop("_weight_conversions", None)  # or a saved model would have the names of packed parts
+            # It leaves tensors that it renames in the dtype of the file, which may not be the one asked for.
+            in_float32 = model._get_dtype_plan(torch.bfloat16)
+            for name, parameter in model.named_parameters():
+                if not any(part in name for part in in_float32):
+                    parameter.data = parameter.to(self._dtypes.get(name, parameter.dtype))
         for name, is_transposed in self._staying_packed.items():
             module: Any = model.get_submodule(name)
             if module.weight_mask.is_meta:
