@@ -1,7 +1,8 @@
 """Calibration batches: the user's data is read once, checked, and fingerprinted.
 
-A loader may give batches in any form that Transformers' models take. Only ids and a mask are used. Other arguments that
-would change the model's output are refused by name, because they must not be ignored in silence.
+A loader may give batches in any form that Transformers' models take. Ids and a mask are used, and images or audio if
+the model takes them (`media`). Other arguments that would change the model's output are refused by name, because they
+must not be ignored in silence.
 """
 
 from __future__ import annotations
@@ -10,38 +11,52 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+
+from optimum_fista.model.media import TEXT_ONLY, MediaArguments
+from optimum_fista.model.offload import execution_device
 
 _NOT_READ = re.compile(
     "pixel|image|video|audio|bbox|embeds|input_(features|values)|coder_|cross_attention|token_type_ids|"
-    "past_key_values|per_layer_inputs|langs|mems|perm_mask"
+    "past_key_values|^cache$|per_layer_inputs|langs|mems|perm_mask"
 )
 """Arguments that change a model's output for the same tokens."""
 
 
 @dataclass(frozen=True)
 class CalibrationBatch:
-    """One batch of token ids."""
+    """One batch of token ids; a sequence with images is alone in its batch, without padding."""
 
     input_ids: Tensor  # int64 [batch, sequence]
     attention_mask: Tensor | None = None  # bool [batch, sequence], True = a real token; None when all are
     held_out: bool = False  # whether no weight is fitted to it
     text: str | None = None  # name of its text, if known
+    media: Mapping[str, Tensor] = field(default_factory=dict)  # other arguments of the model: images, types of tokens
 
     @property
     def num_tokens(self) -> int:
         """Number of real tokens."""
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
-    def rows(self) -> Iterator[Tensor]:
-        """The ids of every sequence, without padding."""
+    def rows(self) -> Iterator[CalibrationBatch]:
+        """Every sequence as a batch of its own, without padding."""
         for row, ids in enumerate(self.input_ids):
-            yield ids if self.attention_mask is None else ids[self.attention_mask[row]]
+            real = ids if self.attention_mask is None else ids[self.attention_mask[row]]
+            yield replace(self, input_ids=real[None], attention_mask=None)
+
+    def arguments(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Arguments to run a model with, where it computes; images are in its dtype."""
+        device, mask = execution_device(model.get_input_embeddings()), self.attention_mask
+        media = {k: v.to(device, model.dtype if v.is_floating_point() else v.dtype) for k, v in self.media.items()}
+        mask = None if mask is None else mask.to(device).long()
+        return {"input_ids": self.input_ids.to(device), "attention_mask": mask, "use_cache": False, **media}
 
     def sequences(self, start: int, stop: int) -> CalibrationBatch:
         """A batch of some of the sequences."""
@@ -50,13 +65,16 @@ class CalibrationBatch:
         return replace(self, input_ids=self.input_ids[start:stop], attention_mask=mask)
 
 
-def read_batches(loader: Iterable[Any], vocab_size: int, longest: int | None = None) -> list[CalibrationBatch]:
+def read_batches(
+    loader: Iterable[Any], vocab_size: int, longest: int | None = None, media: MediaArguments = TEXT_ONLY
+) -> list[CalibrationBatch]:
     """Read every batch of a calibration loader once, and move padding to the end of each sequence.
 
     The loader is an iterable of dicts with `input_ids` (and `attention_mask`), tensors of ids [batch, sequence] or
     [sequence], or lists of ids: a `torch.utils.data.DataLoader`, a data set or a generator. A sequence may have
     `longest` tokens; `None`: any number. `labels`, which data collators add, are ignored. `held_out` marks a batch that
-    only measures; its value may be the name of the text.
+    only measures; its value may be the name of the text. A dict may also hold images and the like as the model's
+    processor returns them, if they are among the model's `media` arguments; then every sequence becomes a batch.
     """
     if isinstance(loader, Mapping | str) or not isinstance(loader, Iterable | Dataset):
         raise ValueError(
@@ -70,7 +88,9 @@ def read_batches(loader: Iterable[Any], vocab_size: int, longest: int | None = N
         items = [loader]
     elif isinstance(loader, Dataset) and not isinstance(loader, Iterable) and hasattr(loader, "__len__"):
         items = (loader[i] for i in range(len(loader)))  # Python would read on until an IndexError
-    batches = [_read_batch(item, f"calib_dataloader[{i}]", vocab_size, longest) for i, item in enumerate(items)]
+    batches = list[CalibrationBatch]()
+    for number, item in enumerate(items):
+        batches += _read_batch(item, f"calib_dataloader[{number}]", vocab_size, longest, media)
     if not batches:
         raise ValueError(
             "calib_dataloader gave no batch: pass at least one batch of token ids; a generator can be read only once."
@@ -106,13 +126,14 @@ def hold_out(batches: Sequence[CalibrationBatch], num_sequences: int) -> list[Ca
 
 
 def describe_batches(batches: Sequence[CalibrationBatch]) -> dict[str, Any]:
-    """Describe for the report the text to fit to, and the `held_out` text if there is any."""
+    """Describe for the report the text (and images) to fit to, and the `held_out` ones if there are any."""
     described = [
         {
             "sha256": tokens_sha256(chosen),
             "num_sequences": sum(batch.input_ids.shape[0] for batch in chosen),
             "num_tokens": sum(batch.num_tokens for batch in chosen),
         }
+        | ({"media": media} if (media := sorted({name for batch in chosen for name in batch.media})) else {})
         for held_out in (False, True)
         if (chosen := [batch for batch in batches if batch.held_out == held_out]) or not held_out
     ]
@@ -126,23 +147,30 @@ def shapes_of(batches: Sequence[CalibrationBatch]) -> list[list[int]]:
 
 
 def tokens_sha256(batches: Sequence[CalibrationBatch]) -> str:
-    """SHA-256 of all real tokens with the sequence boundaries, whatever the batch size."""
+    """SHA-256 of all real tokens (and images) with the sequence boundaries, whatever the batch size."""
     digest = hashlib.sha256()
     for batch in batches:
-        for ids in batch.rows():
+        for row in batch.rows():
             # the bar ends a sequence, so that the hash depends on how tokens are cut into sequences
-            digest.update(ids.cpu().to(torch.int64).numpy().tobytes() + b"|")
+            digest.update(row.input_ids.cpu().to(torch.int64).numpy().tobytes() + b"|")
+            for name, values in sorted(row.media.items()):
+                digest.update(f"{name} {values.dtype} {tuple(values.shape)} ".encode())
+                digest.update(values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _read_batch(item: Any, where: str, vocab_size: int, longest: int | None) -> CalibrationBatch:
+def _read_batch(
+    item: Any, where: str, vocab_size: int, longest: int | None, media: MediaArguments
+) -> list[CalibrationBatch]:
     others: Mapping[str, Any] = {}
     if isinstance(item, Mapping):
         for key, value in item.items():
-            known = value is None or isinstance(value, str) or not _NOT_READ.search(key)
+            known = value is None or isinstance(value, str) or key in media.names or not _NOT_READ.search(key)
             if not known and (not key.endswith("token_type_ids") or torch.as_tensor(value).any()):  # 0: the default
+                taken = ", ".join(sorted(media.names))
+                takes = f"takes only {taken} besides" if taken else "runs on token ids only"
                 raise ValueError(
-                    f"{where} holds {key!r}, but the model runs on token ids only: pass text without it, as "
+                    f"{where} holds {key!r}, but the model {takes}: pass text without it, as "
                     "'input_ids' (and 'attention_mask')."
                 )
         if "input_ids" not in item:
@@ -168,7 +196,12 @@ def _read_batch(item: Any, where: str, vocab_size: int, longest: int | None) -> 
     held_out = others.get("held_out")
     text = held_out if isinstance(held_out, str) else None
     mask = None if bool(real.all()) else real.gather(1, order)
-    return CalibrationBatch(ids.gather(1, order), mask, bool(held_out), text)
+    batch = CalibrationBatch(ids.gather(1, order), mask, bool(held_out), text)
+    read = media.read(others, ids, real, where)
+    if not any(read):
+        return [batch]
+    rows = zip(batch.rows(), read, strict=True)
+    return [replace(row, media=MappingProxyType(part)) for row, part in rows if row.num_tokens]
 
 
 def _real_tokens(ids: Tensor, others: Mapping[str, Any], where: str) -> Tensor:

@@ -29,17 +29,20 @@ class HeldOut:
     """
 
     def __init__(self, layers: DecoderLayers, batches: Sequence[CalibrationBatch], storage: Storage | None) -> None:
-        groups, count = list[list[Tensor]](), 0  # without padding; short sequences of one length share a batch
-        for row in (row for batch in batches for row in batch.rows() if len(row) > 1):
+        groups, count = list[list[CalibrationBatch]](), 0  # without padding; short ones of one length share a batch
+        for row in (row for batch in batches for row in batch.rows() if row.num_tokens > 1):
             if count >= LEAST_TOKENS:
                 break
-            count += len(row)
-            last = groups[-1] if groups else []
-            if last and len(last[0]) == len(row) and (len(last) + 1) * len(row) <= LOGITS_TOGETHER:
+            count += row.num_tokens
+            last = groups[-1] if groups else [row]
+            is_same = last[0].num_tokens == row.num_tokens and not (last[0].media or row.media)
+            if groups and is_same and (len(last) + 1) * row.num_tokens <= LOGITS_TOGETHER:
                 last.append(row)
             else:
                 groups.append([row])
-        self.sequences = [CalibrationBatch(torch.stack(group)) for group in groups]
+        self.sequences = [
+            CalibrationBatch(torch.cat([row.input_ids for row in group]), media=group[0].media) for group in groups
+        ]
         self.text = batches[0].text if batches else None
         self.losses: dict[str, float] = {}  # nats per token; empty until the last decoder layer has run
         self._streams: dict[str, ActivationStore] = {}

@@ -6,6 +6,10 @@ Wanda's code records the arguments of the first layer on the last batch, and use
 padding and different layers (sliding windows) do not work there. To save memory, equal tensors are kept once.
 
 Later a decoder layer runs alone (`LayerActivations`). Between layers, hidden states are kept at the storage.
+
+Some models of images add features to the hidden states between two decoder layers (DeepStack, arXiv 2406.04334). Then
+the model runs again on the first such batch, with skipped layers that return zeros: zero plus the features is exactly
+what is added. It becomes part of the next layer's arguments (`Addition`).
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +32,8 @@ from optimum_fista.model.forward import quick_products, replaced_forwards
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.operator import AssignedTokens, FusedExperts, LinearOperator
 
+_CHANGES_STATES = "the model changes the hidden states in front of decoder layer"
+
 
 @dataclass(frozen=True)
 class LayerCall:
@@ -35,11 +41,31 @@ class LayerCall:
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
+    added: Addition | None = None  # what the model adds to the hidden states in front of the layer
+
+    def enter(self, hidden_states: Tensor) -> Tensor:
+        """The hidden states that the layer gets if `hidden_states` left the layer before it."""
+        return hidden_states if self.added is None else self.added.to(hidden_states)
 
     def run(self, layer: nn.Module, hidden_states: Tensor) -> Tensor:
         """Output hidden states of `layer`."""
-        output = layer(hidden_states, *self.arguments, **self.keywords)
+        output = layer(self.enter(hidden_states), *self.arguments, **self.keywords)
         return output[0] if isinstance(output, tuple) else output
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What a model adds to the hidden states of some tokens of a batch in front of a decoder layer."""
+
+    tokens: Tensor  # their numbers among batch * sequence
+    rows: ActivationStore  # [tokens, hidden] of several batches
+    number: int  # of this batch among them
+
+    def to(self, hidden_states: Tensor) -> Tensor:
+        """The sum, as the model computes it."""
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])  # [batch, sequence, hidden] -> [tokens, hidden]
+        sums = flat[self.tokens] + self.rows[self.number].to(flat)
+        return flat.index_copy(0, self.tokens, sums).view_as(hidden_states)
 
 
 @dataclass
@@ -67,30 +93,29 @@ def record_inputs(
     (`runs_layers`), and these arguments are recorded as in the dense network. Hidden states are kept at
     `storage`; `None`: on the device.
     """
-    model, recorder = layers.model, _Recorder(layers, runs_layers, [[] for _ in layers.modules])
+    model, recorder = layers.model, _Recorder(layers, runs_layers, storage, [[] for _ in layers.modules])
     device = execution_device(model.get_input_embeddings())
     hidden_states, token_masks = ActivationStore(storage or device, device), list[Tensor | None]()
     forwards = [partial(recorder.forward, index, layer.forward) for index, layer in enumerate(layers.modules)]
     try:
         with onloaded(layers.around, copy=False), replaced_forwards(layers.modules, forwards):
             for batch in batches:
-                mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
-                recorder.first, recorder.expected, recorder.next = None, None, 0
-                recorder.met.clear()
-                with suppress(StopForward):
-                    model(
-                        input_ids=batch.input_ids.to(device),
-                        attention_mask=None if mask is None else mask.long(),
-                        use_cache=False,
-                    )
+                recorder.record(partial(model, **batch.arguments(model)))
                 if recorder.first is None or not bool(torch.isfinite(recorder.first).all()):
                     damage = "the inputs of the first decoder layer hold NaN or Inf"
                     raise ValueError(f"{damage}: the embeddings of the model are damaged.")
                 hidden_states.append(recorder.first)
-                token_masks.append(mask)
+                token_masks.append(None if batch.attention_mask is None else batch.attention_mask.to(device))
     except _HandsOnMore:  # only a cheap recording without the layers shows whether a model needs them to run
         return record_inputs(layers, batches, storage, runs_layers=True)
     return RecordedInputs(hidden_states, recorder.calls, token_masks, [b.held_out for b in batches], runs_layers)
+
+
+def _refusal(reason: str) -> UnsupportedArchitectureError:
+    return UnsupportedArchitectureError(
+        f"{reason}: only models that run every decoder layer once, in order, on the output of the one before, can be "
+        "pruned."
+    )
 
 
 class StopForward(Exception):
@@ -107,15 +132,56 @@ class _Recorder:
 
     layers: DecoderLayers
     runs_layers: bool
+    storage: Storage | None  # of what is added between layers
     calls: list[list[LayerCall]]
     first: Tensor | None = None  # what enters the first layer in this batch
     expected: Tensor | None = None  # what should enter the next layer
-    next: int = 0  # its number
+    version: int = 0  # of that tensor, which grows if it is changed in place
+    next: int = 0  # the number of the next layer
+    gives_zeros: bool = False  # whether skipped layers return zeros instead of their inputs
+    is_repeated: bool = False  # whether the arguments of this batch are recorded already
+    # layers in front of which the model changes the hidden states in this pass, before and after the change
+    changes: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    additive: set[int] = field(default_factory=set)  # those where the change was shown to be a sum
+    added: dict[int, ActivationStore] = field(default_factory=dict)  # what is added, of all batches that have it
     # tensors of this batch's arguments, and the equal tensors kept for them, by their id and the device
     met: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
     interned: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)  # tensors kept for equal ones, of all batches
     is_tuple: bool | None = None  # whether layers return a tuple; None before one has run
     rest: tuple[Any, ...] = ()  # what they return after the hidden states
+
+    def record(self, run: Callable[[], Any]) -> None:
+        """Record one batch, on which `run` calls the model."""
+        changes = self._pass(run, bool(self.additive))
+        if new := changes.keys() - self.additive:
+            # Run again, once with zeros and once without: x becomes x + d, and 0 becomes 0 + d = d exactly.
+            other = self._pass(run, not self.additive, is_repeated=True)
+            plain, changes = (other, changes) if self.additive else (changes, other)
+            for index in sorted(new | other.keys()):
+                # nothing equals NaN: a change that is missing in one of the passes is no sum
+                (before, after), (_, added) = (
+                    found.get(index, (torch.tensor(math.nan),) * 2) for found in (plain, changes)
+                )
+                if not torch.equal(before + added, after):
+                    raise _refusal(f"{_CHANGES_STATES} {self.layers.name}.{index}")
+            self.additive |= new
+        for index, (_, added) in changes.items():
+            flat = added.reshape(-1, added.shape[-1])  # [batch, sequence, hidden] -> [tokens, hidden]
+            tokens, device = flat.any(-1).nonzero()[:, 0], execution_device(self.layers.modules[index])
+            rows = self.added.setdefault(index, ActivationStore(self.storage or device, device))
+            rows.append(flat[tokens])
+            call = self.calls[index][-1]
+            self.calls[index][-1] = replace(call, added=Addition(tokens.to(device), rows, len(rows) - 1))
+
+    def _pass(
+        self, run: Callable[[], Any], gives_zeros: bool, *, is_repeated: bool = False
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        self.first, self.expected, self.next, self.changes = None, None, 0, {}
+        self.gives_zeros, self.is_repeated = gives_zeros, is_repeated
+        self.met.clear()
+        with suppress(StopForward):
+            run()
+        return self.changes
 
     def forward(self, index: int, original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
         """Replace the forward pass of a decoder layer."""
@@ -130,36 +196,39 @@ class _Recorder:
         if index != self.next:
             reason = f"the model calls decoder layer {name} but it should call {self.layers.name}.{self.next}"
         elif expected is not None and (
-            hidden_states.data_ptr() != expected.data_ptr() or hidden_states.shape != expected.shape
+            hidden_states.data_ptr() != expected.data_ptr()
+            or hidden_states.shape != expected.shape
+            or hidden_states._version != self.version
         ):
-            reason = f"the model changes the hidden states in front of decoder layer {name}"
+            if self.runs_layers or (hidden_states.shape, hidden_states.dtype) != (expected.shape, expected.dtype):
+                reason = f"{_CHANGES_STATES} {name}"
+            self.changes[index] = (expected, hidden_states)
         if reason is not None:
-            raise UnsupportedArchitectureError(
-                f"{reason}: only models that run every decoder layer once, in order, on the output of the one before, "
-                "can be pruned."
-            )
+            raise _refusal(reason)
         carried = [value for value in self.rest if value is not None]
         if any(value is one for value in (*others, *keywords.values()) for one in carried):
             raise _HandsOnMore
         self.next += 1
         layer = self.layers.modules[index]
         device = execution_device(layer)
-        kept = {name: self._intern(value, device) for name, value in keywords.items()}
-        self.calls[index].append(LayerCall(tuple(self._intern(value, device) for value in others), kept))
+        if not self.is_repeated:
+            kept = {name: self._intern(value, device) for name, value in keywords.items()}
+            self.calls[index].append(LayerCall(tuple(self._intern(value, device) for value in others), kept))
         if index == len(self.layers) - 1:
             raise StopForward  # the final norm and the head are not needed
-        if not self.runs_layers and self.is_tuple is not None:
-            self.expected = hidden_states  # the layer is skipped: its input goes to the next one
-            return (hidden_states, *self.rest) if self.is_tuple else hidden_states
-        with onloaded(layer.modules()):
-            output = original(hidden_states, *others, **keywords)
-        leaving, *rest = output if isinstance(output, tuple) else (output,)
-        if self.runs_layers:
-            self.expected = leaving
-            return output
-        # a layer that is called with one of these gets more than hidden states from the layer before
-        self.is_tuple, self.rest, self.expected = isinstance(output, tuple), tuple(rest), hidden_states
-        return (hidden_states, *rest) if self.is_tuple else hidden_states
+        # a skipped layer returns its input
+        leaving = torch.zeros_like(hidden_states) if self.gives_zeros else hidden_states
+        if self.runs_layers or self.is_tuple is None:
+            with onloaded(layer.modules()):
+                output = original(hidden_states, *others, **keywords)
+            if self.runs_layers:
+                self.expected = output[0] if isinstance(output, tuple) else output
+                self.version = self.expected._version
+                return output
+            # a layer that is called with one of the rest gets more than hidden states from the layer before
+            self.is_tuple, self.rest = isinstance(output, tuple), tuple(output[1:] if isinstance(output, tuple) else ())
+        self.expected, self.version = leaving, leaving._version
+        return (leaving, *self.rest) if self.is_tuple else leaving
 
     def _intern(self, value: Any, device: torch.device) -> Any:
         """Share equal tensors (masks, position embeddings) between the layers of a device, and between batches."""

@@ -23,6 +23,7 @@ from optimum_fista.model.architecture import DecoderLayers
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.forward import quick_products, replaced_forwards
 from optimum_fista.model.layer_inputs import RecordedInputs, record_inputs
+from optimum_fista.model.media import targets_of
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.sensitivity import DenseLoss
 from optimum_fista.model.shrinking import plan_shrinking, require_same_outputs
@@ -41,7 +42,7 @@ def choose_layers(loss: DenseLoss, count: int) -> list[tuple[int, float]]:
         The numbers of the layers in the order of their removal, each with the loss after it, in nats per token.
     """
     layers, model = loss.layers, loss.layers.model
-    sequences = [CalibrationBatch(ids) for ids in loss.sequences()]
+    sequences = loss.sequences()
     if not sequences:
         raise ValueError(
             "calib_dataloader holds no sequence of two tokens, so losses can't be compared: pass longer ones."
@@ -52,6 +53,8 @@ def choose_layers(loss: DenseLoss, count: int) -> list[tuple[int, float]]:
             f"the decoder layers of {type(model).__name__} pass more than hidden states to the next one, so none can "
             "be removed: use another pattern."
         )
+    # What a model adds between two layers depends on how many layers came before, so these all stay.
+    last = max((i for i, calls in enumerate(recorded.calls) if any(call.added for call in calls)), default=-1)
     left, removed = list(range(len(layers))), list[tuple[int, float]]()
     num_runs = sum(len(layers) - done for done in range(count))
     with (
@@ -59,7 +62,7 @@ def choose_layers(loss: DenseLoss, count: int) -> list[tuple[int, float]]:
         onloaded([*layers.around, model.get_output_embeddings()], copy=False),
     ):
         for _ in range(count):
-            losses = Sweep(layers, left, sequences, loss.storage).losses(recorded, bar)
+            losses = Sweep(layers, left, sequences, loss.storage, last + 1).losses(recorded, bar)
             if not math.isfinite(losses.pop(None)):
                 raise ValueError("the loss of the model on the calibration tokens is NaN or Inf: the model is damaged.")
             index = _cheapest(model, left, losses)
@@ -83,6 +86,7 @@ class Sweep:
     left: Sequence[int]
     sequences: Sequence[CalibrationBatch]
     storage: Storage | None
+    first: int = 0  # layers with smaller numbers are never left out
     rest: tuple[Any, ...] | None = field(default=None, init=False)  # of the last output, if that is a tuple
 
     def losses(self, recorded: RecordedInputs, bar: tqdm) -> dict[int | None, float]:
@@ -94,7 +98,8 @@ class Sweep:
             with onloaded(layer.modules(), copy=False):
                 for out in list(streams):
                     streams[out] = self.run(layer, streams[out], recorded.calls[index])  # frees the layer's inputs
-            streams[index] = before  # without this layer, its input is its output
+            if index >= self.first:
+                streams[index] = before  # without this layer, its input is its output
             bar.update()
         return {out: self.loss(stream) for out, stream in streams.items()}
 
@@ -106,7 +111,7 @@ class Sweep:
         leaving = ActivationStore(storage, device)
         for hidden, call in zip(stream, calls, strict=True):
             with quick_products():
-                output = layer(hidden, *call.arguments, **call.keywords)
+                output = layer(call.enter(hidden), *call.arguments, **call.keywords)
             hidden, self.rest = (output[0], tuple(output[1:])) if isinstance(output, tuple) else (output, None)
             leaving.append(hidden)
         return leaving
@@ -127,12 +132,12 @@ class Sweep:
                 forwards = [lambda *_, output=output, **__: output] * len(self.layers)
                 with replaced_forwards(self.layers.modules, forwards), quick_products():
                     logits = model(input_ids=ids[:, start : start + step].to(place), use_cache=False).logits
-                targets = ids[:, start + 1 : start + 1 + step].to(logits.device)
+                targets = targets_of(ids[:, start + 1 : start + 1 + step], model.config).to(logits.device)
                 found = logits[:, : targets.shape[1]].flatten(0, 1).float()  # [batch * tokens, vocabulary]
                 loss = nn.functional.cross_entropy(found, targets.flatten(), reduction="sum")
                 total += loss.double().to(total.device)
-                count += targets.numel()
-        return float(total) / count
+                count += int((targets >= 0).sum())
+        return float(total) / count if count else math.nan
 
 
 def _cheapest(model: PreTrainedModel, left: Sequence[int], losses: dict[int | None, float]) -> int:
@@ -140,10 +145,10 @@ def _cheapest(model: PreTrainedModel, left: Sequence[int], losses: dict[int | No
 
     The last layer of its kind stays, such as the only attention layer between state-space layers: caches need one.
     """
-    refused: ValueError | None = None
+    refused, candidates = ValueError("the model adds features of images there"), [i for i in left if i in losses]
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or [None] * (max(left) + 1)
     # A loss that is not finite counts as the largest.
-    for index in sorted(left, key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf):
+    for index in sorted(candidates, key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf):
         try:
             if kinds[index] is not None and [kinds[i] for i in left].count(kinds[index]) == 1:
                 raise ValueError(f"decoder layer {index} is the last of its kind ({kinds[index]}): remove fewer")

@@ -23,6 +23,7 @@ from optimum_fista.model.activation_store import ActivationStore, Storage
 from optimum_fista.model.architecture import DecoderLayers
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.forward import operator_input, quick_products, replaced_forwards
+from optimum_fista.model.media import targets_of
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.operator import LinearOperator
 
@@ -39,12 +40,12 @@ class DenseLoss:
     progress: bool = False
     storage: Storage | None = None  # of hidden states between decoder layers; None: where each layer computes
 
-    def sequences(self) -> list[Tensor]:
-        """Ids [1, sequence] of the sequences, without padding; those of a single token have no loss."""
-        found, count = list[Tensor](), 0
-        for ids in (row for batch in self.batches for row in batch.rows() if len(row) > 1):
-            found.append(ids[None])
-            count += len(ids)
+    def sequences(self) -> list[CalibrationBatch]:
+        """The sequences, one a batch and without padding; those of a single token have no loss."""
+        found, count = list[CalibrationBatch](), 0
+        for row in (row for batch in self.batches for row in batch.rows() if row.num_tokens > 1):
+            found.append(row)
+            count += row.num_tokens
             if count >= self.num_tokens:
                 break
         return found
@@ -89,19 +90,19 @@ def measure_sensitivities(loss: DenseLoss, operators: Mapping[str, LinearOperato
         torch.enable_grad(),
         quick_products(),
     ):
-        for ids in tqdm(sequences, desc="Gradients of the loss", unit="sequence", disable=not loss.progress):
+        for row in tqdm(sequences, desc="Gradients of the loss", unit="sequence", disable=not loss.progress):
             with ExitStack() as handles:  # in the forward pass only: recomputed layers call their operators again
                 for watcher in watchers.values():
                     watcher.calls = 0
                     hook = watcher.operator.module.register_forward_hook(watcher.see, with_kwargs=True)
                     handles.enter_context(hook)
-                logits = model(input_ids=ids.to(device), use_cache=False).logits
-            targets = ids[0, 1:].to(logits.device)
+                logits = model(**row.arguments(model)).logits
+            targets = targets_of(row.input_ids[0, 1:], model.config).to(logits.device)
             # A sum, not a mean: the gradient of a token must not depend on the length of its sequence.
             nn.functional.cross_entropy(logits[0, :-1].float(), targets, reduction="sum").backward()
             del logits  # with its graph, before the next sequence runs
             waiting.clear()
-    num_tokens = max(1, sum(ids.numel() for ids in sequences))
+    num_tokens = max(1, sum(row.num_tokens for row in sequences))
     totals = torch.stack([w.gradients.sum(dtype=torch.float64).to(device) for w in watchers.values()])
     found = {}
     for (name, watcher), total in zip(watchers.items(), totals.tolist(), strict=True):  # one transfer

@@ -24,6 +24,7 @@ from optimum_fista.model.calibration import (
 )
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.layer_inputs import HiddenStates, RecordedInputs, cut_states, record_inputs
+from optimum_fista.model.media import media_arguments
 from optimum_fista.model.offload import execution_device
 from optimum_fista.prune.plan import Plan, begin_report
 from optimum_fista.report import PruningReport, public_name
@@ -45,7 +46,7 @@ def begin(
 ) -> tuple[Calibration, HeldOut | None, PruningReport]:
     """Read the calibration text and begin the report; returns a `HeldOut` if a perplexity can be measured."""
     report, inputs = begin_report(plan), {name: o.shape[1] for name, o in plan.all_operators.items()}
-    given = read_batches(calib_dataloader, *token_limits(plan.layers.model))
+    given = read_batches(calib_dataloader, *token_limits(plan.layers.model), media_arguments(plan.layers.model))
     measured = [batch for batch in given if batch.held_out]
     batches = hold_out([batch for batch in given if not batch.held_out], plan.config.held_out)
     report.calibration = {"source": source and public_name(source)} | describe_batches(batches + measured)

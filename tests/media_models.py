@@ -1,0 +1,153 @@
+"""Tiny random models of images and audio, and batches for them as their processors make them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tiny_models import randomize
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM, PretrainedConfig, PreTrainedModel
+
+VOCAB_SIZE, IMAGE = 64, 60
+_TEXT = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 8,
+    "patch_size": 4,
+}
+_QWEN_VISION = {
+    "depth": 3,
+    "num_heads": 2,
+    "patch_size": 2,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 1,
+    "in_channels": 3,
+}
+_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+_TOKENS = {"image_token_id": IMAGE, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
+
+
+def _config(kind: str, text: dict[str, Any], vision: dict[str, Any], **others: Any) -> PretrainedConfig:
+    return CONFIG_MAPPING[kind](text_config=_TEXT | text, vision_config=vision, tie_word_embeddings=False, **others)
+
+
+def _audio() -> PretrainedConfig:
+    encoder = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+    encoder |= {"num_mel_bins": 4, "max_source_positions": 8}
+    return CONFIG_MAPPING["qwen2_audio"](audio_config=encoder, text_config=_TEXT, audio_token_index=IMAGE)
+
+
+_CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "qwen2_5_vl": lambda: _config(
+        "qwen2_5_vl",
+        _ROPE,
+        _QWEN_VISION
+        | {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "fullatt_block_indexes": [1]},
+        **_TOKENS,
+    ),
+    "qwen3_vl": lambda: _config(
+        "qwen3_vl",
+        _ROPE,
+        _QWEN_VISION
+        | {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "deepstack_visual_indexes": [0, 1]},
+        **_TOKENS,
+    ),
+    "llava": lambda: _config(
+        "llava",
+        {"model_type": "llama"},
+        _VISION | {"model_type": "clip_vision_model", "projection_dim": 32},
+        image_token_id=IMAGE,
+        vision_feature_layer=-1,
+    ),
+    "smolvlm": lambda: _config("smolvlm", {"model_type": "llama"}, _VISION, image_token_id=IMAGE, scale_factor=2),
+    "gemma3": lambda: _config(
+        "gemma3",
+        {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        _VISION,
+        image_token_id=IMAGE,
+        mm_tokens_per_image=4,
+    ),
+    "mistral3": lambda: _config(
+        "mistral3",
+        {"model_type": "mistral"},
+        _VISION | {"model_type": "pixtral", "head_dim": 8},
+        image_token_id=IMAGE,
+        spatial_merge_size=1,
+        vision_feature_layer=-1,
+    ),
+    "internvl": lambda: _config(
+        "internvl",
+        {"model_type": "qwen2"},
+        _VISION | {"image_size": [8, 8], "patch_size": [4, 4]},
+        image_token_id=IMAGE,
+        image_seq_length=1,
+    ),
+    "qwen2_audio": _audio,
+}
+MEDIA_FAMILIES = tuple(_CONFIGS)
+_TOKENS_OF_IMAGE = {"smolvlm": 1, "internvl": 1}  # all others have 4
+
+
+def media_model(family: str, seed: int = 0) -> PreTrainedModel:
+    """A random tiny float32 model that takes images, or audio if it is Qwen2-Audio."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = AutoModelForMultimodalLM.from_config(_CONFIGS[family](), dtype=torch.float32).eval()
+        randomize(model, torch.default_generator)
+    return model
+
+
+def media_batch(family: str, images: tuple[int, ...] = (1,), *, seed: int = 0, padding: int = 0) -> dict[str, Tensor]:
+    """A batch as the family's processor makes it: a sequence for each entry of `images`, with so many images.
+
+    The first sequence has `padding` tokens fewer than the others, and that much padding on its left.
+    """
+    random, count, size = torch.Generator().manual_seed(seed), sum(images), _TOKENS_OF_IMAGE.get(family, 4)
+    rows = []
+    length = 12 + max(images) * (size + 1)
+    for row, number in enumerate(images):
+        ids = torch.randint(3, 59, (length - (0 if row else padding),), generator=random)
+        for image in range(number):
+            ids[2 + image * (size + 1) : 2 + image * (size + 1) + size] = IMAGE
+        rows.append(torch.cat([torch.zeros(length - len(ids), dtype=torch.int64), ids]))
+    ids = torch.stack(rows)
+    batch = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    types = (ids == IMAGE).long()
+    if family == "qwen2_audio":
+        lengths = torch.full((count,), 16)
+        mask = torch.arange(16).expand(count, 16) < lengths[:, None]
+        return batch | {
+            "input_features": torch.randn(count, 4, 16, generator=random),
+            "feature_attention_mask": mask.long(),
+        }
+    if family.startswith("qwen"):
+        grid = torch.tensor([[1, 4, 4]] * count)
+        patches = torch.randn(16 * count, 12, generator=random)
+        return batch | {"pixel_values": patches, "image_grid_thw": grid, "mm_token_type_ids": types}
+    pixels = torch.randn(count, 3, 8, 8, generator=random)
+    if family == "smolvlm":  # [batch, images, ...], with images of zeros after those of a row
+        split = pixels.split(images)
+        pixels = torch.zeros(len(images), max(images), 3, 8, 8)
+        for row, own in enumerate(split):
+            pixels[row, : len(own)] = own
+        return batch | {"pixel_values": pixels, "pixel_attention_mask": torch.ones(*pixels.shape[:2], 8, 8).long()}
+    if family == "gemma3":
+        batch["token_type_ids"] = types
+    if family == "mistral3":
+        batch["image_sizes"] = torch.tensor([[8, 8]] * count)
+    return batch | {"pixel_values": pixels}
