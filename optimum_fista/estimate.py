@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder import loading
 from optimum_fista.memory import available_bytes, total_bytes
+from optimum_fista.model.dequantization import forget_quantization, quantization, read_dequantized
 from optimum_fista.model.operator import is_fused_experts
 from optimum_fista.model.shrinking import plan_shrinking
 from optimum_fista.prune.plan import Budgets, plan_run
@@ -69,17 +70,19 @@ class Estimate:
         given = model if isinstance(model, PreTrainedConfig) else loading.read_config(str(model))
         # A GGUF file is read whole: its weights are unpacked to float32.
         self.whole = not isinstance(model, PreTrainedConfig) and loading.gguf_file(str(model)) is not None
+        given, self.quantized = copy.deepcopy(given), quantization(given)
+        if self.quantized:
+            forget_quantization(read_dequantized(given, str(model)))
         stored = loading.floating_dtype((None if self.whole else getattr(given, "dtype", None)) or torch.float32)
         dtype = stored if dtype == "auto" else loading.floating_dtype(dtype)
         with loading.reading(given.name_or_path or type(given).__name__), torch.device("meta"):
-            kind = loading.model_class(given)
-            self.model = kind.from_config(copy.deepcopy(given), dtype=dtype, trust_remote_code=False)
+            self.model = loading.model_class(given).from_config(given, dtype=dtype, trust_remote_code=False)
         self.place, self.device = device, (device or loading.default_device()).partition(":")[0]
         self.on_cpu, self.storage_device = self.device == "cpu", storage_device
         storage = (storage_device or ("disk" if self.on_cpu else self.device)).partition(":")[0]
         self.storage = "device" if storage == self.device else {"cpu": "host"}.get(storage, "disk")
         # On the CPU, weights in the stored dtype are pages of the checkpoint's files, which the system can drop.
-        self.reads = not self.whole and not (self.on_cpu and stored == dtype)
+        self.reads = not self.whole and not (self.on_cpu and stored == dtype and not self.quantized)
         self.num_samples, self.packed = num_samples, packed
         self.length, self.value = sequence_length or usual_length(given), dtype.itemsize
         self.vocabulary, self.hidden = next(self.model.get_input_embeddings().parameters()).shape
@@ -120,7 +123,8 @@ class Estimate:
         saved = self.num_removed * self.value + self.packed * (zeros * self.value - masks)
         fused = [p for m in filter(is_fused_experts, self.model.modules()) for p in m.parameters(False) if p.ndim == 3]
         parts = {"model": self.weight_bytes - saved, "masks": masks if self.packed else 2 * masks}  # the journal's too
-        parts["fused experts, copied by the lazy reader"] = sum(parameter.nbytes for parameter in fused)
+        copied = 0 if self.quantized else sum(parameter.nbytes for parameter in fused)
+        parts["fused experts, copied by the lazy reader"] = copied
         return parts | {"hidden states of two layers": 2 * self.streams * self.stream_bytes}
 
     @property

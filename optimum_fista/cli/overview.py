@@ -86,9 +86,10 @@ def overview_of(estimate: Estimate) -> list[str]:
         text += " (to write its own text, the whole model would have to fit into memory)"
     memory = ", ".join(f"{size_text(sum(parts.values()))} of the {place}" for place, parts in estimate.memory.items())
     model_size = f"{parameters:,} parameters in {dtype} ({size_text(estimate.weight_bytes)})"
+    quantized = f"; dequantized from {estimate.quantized['quant_method']}" if estimate.quantized else ""
     default = " (the default)" * (config.method == type(config).method)
     lines = {
-        "model": f"{type(model).__name__}, {model_size}, {len(estimate.layers)} decoder layers",
+        "model": f"{type(model).__name__}, {model_size}, {len(estimate.layers)} decoder layers{quantized}",
         "pruned": pruned,
         "pattern": str(config.sparsity if estimate.asked.pattern == "unstructured" else estimate.asked.pattern),
         "method": f"{config.method}{default}, error correction {config.error_correction}",

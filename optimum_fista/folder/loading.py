@@ -37,6 +37,7 @@ from optimum_fista.folder.source_files import described_loss, source_folder
 from optimum_fista.installing import install_command
 from optimum_fista.memory import is_out_of_memory
 from optimum_fista.model.activation_store import Storage
+from optimum_fista.model.dequantization import quantization, read_dequantized
 from optimum_fista.model.offload import move_execution, settle_ties
 
 
@@ -146,9 +147,11 @@ def model_class(config: PreTrainedConfig) -> Any:
 
 
 def read_model(name: str, **options: Any) -> PreTrainedModel:
-    """Read a language model from its files, with further options of `from_pretrained`."""
+    """Read a language model from its files, dequantized, with further options of `from_pretrained`."""
     config = None if gguf_file(name) else options.get("config") or read_config(name)
     kind = AutoModelForCausalLM if config is None else model_class(config)
+    if config is not None and quantization(config):
+        options["config"] = read_dequantized(config, name)
     model, info = _read(kind, name, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     if missing:  # Transformers warns and takes random values

@@ -22,6 +22,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from optimum_fista.folder.checkpoint import checkpoint_files, names_in, read_json
 from optimum_fista.model.architecture import find_decoder_layers
+from optimum_fista.model.dequantization import dequantizer_of
 
 _TEMPLATES = "additional_chat_templates"
 _WRITTEN = {"config.json", "README.md", "fista"}  # by the run
@@ -70,7 +71,8 @@ def described_loss(model: PreTrainedModel, source: Path) -> str:
     layers that its class declares useless. Useless tensors elsewhere do count, because other programs use them: layers
     that predict more tokens, or a vision tower.
     """
-    stored_names, transforms = list(_stored_names(source)), get_model_conversion_mapping(model)
+    stored_names = list(_stored_names(source))
+    transforms = get_model_conversion_mapping(model, hf_quantizer=dequantizer_of(source))
     state = model.state_dict()
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]

@@ -157,7 +157,10 @@ def require_unquantized(model: PreTrainedModel, *, loaded: bool = True) -> None:
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
     if settings is not None and method != "gguf":  # GGUF weights are dequantized when they are read
         shown = getattr(method, "value", method)
-        raise ValueError(f"model is quantized by {shown!r}: prune the unquantized model and quantize the result.")
+        raise ValueError(
+            f"model is quantized by {shown!r}: pass its folder or Hub id in place of the model, whose decoder layers "
+            "are then dequantized one by one, or the unquantized model."
+        )
     kept = [(name, module) for name, module in model.named_modules() if offload_hook(module)]
     offloaded = {f"{name}.{key}" for name, module in kept for key, _ in module.named_parameters(recurse=False)}
     for name, parameter in model.named_parameters():

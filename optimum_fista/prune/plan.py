@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.environment import processor_name
+from optimum_fista.memory import size_text
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import Storage
 from optimum_fista.model.architecture import DecoderLayers, choose_operators, matches
+from optimum_fista.model.dequantization import quantized_source
 from optimum_fista.model.forward import compute_dtype_of
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.offload import combined_sha256, execution_device, sha256_of
@@ -169,6 +171,10 @@ def begin_report(plan: Plan) -> PruningReport:
             f"the model was pruned before ({before.get('method')}, {before.get('pattern')}, {before.get('num_zeros')} "
             "zeros): errors are measured against it as it is, and zeros outside of the new pattern may be overwritten."
         )
+    if source := quantized_source(model):
+        size = size_text(sum(p.numel() * p.element_size() for p in model.parameters()))
+        method, dtype = source.settings["quant_method"], report.model["dtype"]
+        report.warn(f"the weights were quantized by {method!r}: they are dequantized, and written in {dtype} ({size}).")
     for message in idle:
         report.warn(message)
     return report

@@ -1,0 +1,296 @@
+"""Quantized sources as models in 16 bits: Transformers dequantizes a parameter whenever it is asked for.
+
+Transformers dequantizes while it loads, so the whole model would be in memory, or in the offload folder, in 16 bits.
+The quantizer that is registered here stands before that of the source's format, and takes over its conversions (rename,
+dequantize, merge experts). If weights stay in their files, a conversion does not run but is kept. It runs when
+Accelerate asks for its parameter, on that parameter's tensors in the files of the source.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import PrefixedDataset
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import (
+    ConversionOps,
+    SkipParameters,
+    WeightConverter,
+    WeightRenaming,
+    _IdentityOp,
+    rename_source_key,
+)
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from optimum_fista.installing import install_command
+from optimum_fista.model.offload import offload_hook
+
+_METHOD = "fista_dequantized"
+_VALUES = {"F64", "F32", "F16", "BF16"}  # dtypes of safetensors that need no scales
+_READERS = {"gptq": "GPTQModel", "awq": "GPTQModel", "bitsandbytes": "Transformers' model.dequantize()"}
+
+
+def quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """What `config.json` says of quantized weights, as `quant_method` and block sizes; `None` if they are dense.
+
+    GGUF files and packed folders do not count: their loaders make dense weights.
+    """
+    parts = (config, config.get_text_config(decoder=True))
+    found: Any = next(filter(None, (getattr(part, "quantization_config", None) for part in parts)), {})
+    settings = dict(found if isinstance(found, dict) else found.to_dict())
+    method = settings.get("quant_method", "bitsandbytes" if "load_in_4bit" in settings else "unknown")
+    settings["quant_method"] = str(getattr(method, "value", method))
+    return settings if found and settings["quant_method"] not in ("gguf", "fista_packed") else None
+
+
+def forget_quantization(config: PreTrainedConfig) -> None:
+    """Call a model dense."""
+    for part in (config, config.get_text_config(decoder=True)):
+        vars(part).pop("quantization_config", None)
+
+
+def read_dequantized(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
+    """Have a model with this configuration read in 16 bits; refuse formats that can't be read by parameters."""
+    settings = quantization(config) or {}
+    method, here = settings["quant_method"], f"Transformers {version('transformers')}"
+    kind = auto.AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
+    if method == "compressed-tensors" and find_spec("compressed_tensors") is None:
+        command = install_command("compressed-tensors")
+        raise ImportError(f"model={name!r} is quantized by {method!r}, which needs this package: run {command}.")
+    older = method == "compressed-tensors" and not hasattr(HfQuantizer, "get_load_operations")
+    if kind is None or older or "dequantize" not in inspect.signature(kind).parameters:
+        reader = f"a newer one than {here}" if older else _READERS.get(method, "the library that wrote it")
+        raise ValueError(
+            f"model={name!r} is quantized by {method!r}, which {here} can't dequantize a parameter at a time: "
+            f"dequantize it with {reader}, save it, and pass that folder."
+        )
+    forget_quantization(config)
+    config.quantization_config = {"quant_method": _METHOD, "settings": settings}
+    config.dtype = getattr(config, "dtype", None) or torch.bfloat16  # Transformers would take that of an FP8 tensor
+    return config
+
+
+@dataclass(frozen=True)
+class QuantizedSource:
+    """How the files of a model are quantized: what `config.json` says, and the stored tensors of each parameter."""
+
+    settings: Mapping[str, Any]
+    parts: Mapping[str, Sequence[str]]  # by name; a parameter that is stored as its values is not there
+
+
+def quantized_source(model: PreTrainedModel) -> QuantizedSource | None:
+    """The quantized files from which a model was read in 16 bits; `None`: its source was not quantized."""
+    found: QuantizedSource | None = vars(model).get("_quantized_source")
+    return found
+
+
+def dequantizer_of(folder: Path) -> Dequantizer | None:
+    """What loads the quantized model of a folder, so it knows which tensors are scales; `None`: it is not quantized."""
+    has_config = (folder / "config.json").exists()
+    settings = quantization(AutoConfig.from_pretrained(folder, trust_remote_code=False)) if has_config else None
+    return None if settings is None else Dequantizer(DequantizingConfig(settings), pre_quantized=True)
+
+
+@auto.register_quantization_config(_METHOD)
+class DequantizingConfig(QuantizationConfigMixin):
+    """Has Transformers use the `Dequantizer`; `settings` are the source's."""
+
+    def __init__(self, settings: Mapping[str, Any], **_: Any) -> None:
+        self.quant_method = _METHOD  # type: ignore[assignment]
+        self.settings = settings
+        self.dequantize = True  # Transformers then calls the loaded model dense
+
+
+@auto.register_quantizer(_METHOD)
+class Dequantizer(HfQuantizer):
+    """Dequantizes by the conversions of the source's format: as it loads, or later if weights stay in files."""
+
+    quantization_config: DequantizingConfig
+
+    def __init__(self, quantization_config: Any, **keywords: Any) -> None:
+        super().__init__(quantization_config, **keywords)
+        settings: Any = auto.AutoQuantizationConfig.from_dict(dict(quantization_config.settings))
+        settings.dequantize = True  # also on a device that computes with the quantized weights
+        self.inner = auto.AutoHfQuantizer.from_config(settings, pre_quantized=True)
+        self.inner.validate_environment()
+        self.block = getattr(settings, "weight_block_size", None)
+        self.keeps, self.kept = False, KeptParameters()
+        self.parts: dict[str, tuple[str, ...]] = {}  # names of the stored tensors of a parameter
+        self._stored: dict[str, tuple[str, str]] = {}  # file and dtype of all tensors of the source
+        self._transforms: tuple[list[Any], list[Any]] = [], []  # of the dense model, and those in use
+
+    def __deepcopy__(self, memo: Any) -> Dequantizer:
+        """Transformers copies a conversion, with all that it refers to, for every parameter."""
+        return self
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, device_map: Any = None, checkpoint_files: Sequence[str] = (), **options: Any
+    ) -> None:
+        self.inner._process_model_before_weight_loading(model, device_map=device_map, **options)
+        for path in checkpoint_files:
+            with safe_open(path, "pt") as file:
+                self._stored |= {name: (path, file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
+        self.keeps = device_map == {"": "disk"}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """Take over the conversions of the format; older versions of Transformers do not pass the model."""
+        plain = list(weight_conversions)
+        found = self.inner.update_weight_conversions(weight_conversions, *model)
+        used = [KeptConversion(one, self) if isinstance(one, WeightConverter) else one for one in found]
+        self._transforms = plain, used
+        return used
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        self._require_scales(model)
+        plain, used = self._transforms  # the model is saved by the names of the source, without what dequantizes
+        targets = [transform._original_target_patterns for transform in used if transform.was_used()]
+        plain = [t for t in plain if t.was_used() or t._original_target_patterns in targets]
+        source = QuantizedSource(self.quantization_config.settings, self.parts)
+        vars(model).update(_weight_conversions=plain, _quantized_source=source)
+        kinds = {re.sub(r"\d+", "*", name): name for name in self.kept}
+        for name in kinds.values():  # one of each is tried, so that an error comes before the first decoder layer
+            if (shape := self.kept[name].shape) != (wanted := model.get_parameter(name).shape):
+                raise ValueError(f"{name} has shape {tuple(shape)} once it is dequantized, and needs {tuple(wanted)}.")
+        for target, source in model.all_tied_weights_keys.items():
+            if source in self.kept:
+                dict.setdefault(self.kept, target, dict.__getitem__(self.kept, source))
+        data: Any = next((hook.weights_map for hook in map(offload_hook, model.modules()) if hook), None)
+        while isinstance(data, PrefixedDataset):
+            data = data.dataset
+        if self.kept:
+            data.state_dict = self.kept  # before the index of files, which has the quantized tensors
+        return model
+
+    def _require_scales(self, model: PreTrainedModel) -> None:
+        """Refuse quantized tensors that Transformers would take for values."""
+        scaled = {part for parts in self.parts.values() if any("scale" in part for part in parts) for part in parts}
+        renamings = [transform for transform in self._transforms[1] if isinstance(transform, WeightRenaming)]
+        converters = [transform for transform in self._transforms[1] if isinstance(transform, WeightConverter)]
+        prefix, state = model.base_model_prefix, model.state_dict()
+        for name, (_, dtype) in self._stored.items():
+            if dtype not in _VALUES and name not in scaled:
+                target = rename_source_key(name, renamings, converters, prefix, state)[0]
+                if target in state and state[target].is_floating_point():
+                    raise ValueError(f"{name} has dtype {dtype}, and Transformers finds no scales for it.")
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor of the source."""
+        with safe_open(self._stored[name][0], "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    def holds_values(self, name: str) -> bool:
+        """Tell whether a tensor of the source is a weight that is not quantized."""
+        return self._stored[name][1] in _VALUES
+
+    def is_serializable(self) -> bool:
+        """True if `save_pretrained` can save the model."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """True if the loaded model can be trained."""
+        return True
+
+
+class KeptParameters(dict[str, Any]):
+    """Parameters by name: tensors, or functions that make one each time it is asked for."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = super().__getitem__(name)
+        tensor: Tensor = found() if callable(found) and not isinstance(found, Tensor) else found
+        return tensor
+
+
+class KeptConversion(WeightConverter):
+    """A conversion of stored tensors to parameters that can run again later."""
+
+    def __init__(self, conversion: WeightConverter, keeper: Dequantizer) -> None:
+        operations = list(conversion.operations)
+        if keeper.block and any(map(_reads_scales, operations)):
+            operations.insert(0, WholeBlocks(keeper.block))
+        sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
+        super().__init__([*sources], [*targets], operations, conversion.force_cpu)
+        self.scope_prefix, self.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
+        self.keeper, self.names = keeper, dict[str, str]()  # patterns of stored tensors by name
+
+    def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
+        """Note the name of a stored tensor, too."""
+        self.names[source_key] = source_pattern
+        super().add_tensor(target_key, source_key, source_pattern, future)
+
+    def convert(
+        self, layer_name: str, model: Any = None, config: Any = None, hf_quantizer: Any = None, loading_info: Any = None
+    ) -> Any:
+        """Convert, or keep the conversion for later."""
+        keeper, first = self.keeper, self.target_patterns[0]
+        targets = [layer_name, *(layer_name.replace(first, pattern) for pattern in self.target_patterns[1:])]
+        is_dense = len(self.names) == 1 and all(map(keeper.holds_values, self.names))
+        is_dense = is_dense and all(map(_reads_scales, self.operations))  # without scales, these change nothing
+        if not is_dense:
+            keeper.parts |= dict.fromkeys(targets, (*self.names,))
+        if not keeper.keeps or "*" in first:  # one stored tensor makes many: Transformers copies them to files
+            return super().convert(layer_name, model, config, hf_quantizer, loading_info)
+        for target in () if is_dense else targets:  # a dense parameter is read from its file
+            dtype = model.get_parameter_or_buffer(target).dtype
+            keeper.kept[target] = partial(self.make, model, layer_name, target, dtype)
+        loading_info.missing_keys.difference_update(targets)
+        raise SkipParameters
+
+    def make(self, model: PreTrainedModel, layer_name: str, target: str, dtype: torch.dtype) -> Tensor:
+        """Make a parameter of the tensors in the files."""
+        readers: Any = self.collected_tensors
+        readers.clear()  # those of files that are closed
+        for name, pattern in self.names.items():
+            readers[pattern].append(partial(self.keeper.read, name))
+        found = super().convert(layer_name, model, model.config)[target]
+        tensor: Tensor = found[0] if isinstance(found, list) else found
+        return tensor.detach().to("cpu", dtype)
+
+
+def _reads_scales(operation: ConversionOps) -> bool:
+    """Tell whether an operation is one of a quantization format."""
+    return getattr(operation, "hf_quantizer", None) is not None
+
+
+class WholeBlocks(ConversionOps):
+    """Repeats the scales of FP8 weights whose last block is not whole: Transformers takes all blocks to be equal."""
+
+    def __init__(self, block: Sequence[int]) -> None:
+        self.hf_quantizer, self.block = True, block  # for Transformers: it is given tensors in their stored dtype
+
+    def convert(self, input_dict: dict[str, Any], *_: Any, **__: Any) -> dict[str, Any]:
+        """Scales [blocks of rows, blocks of columns] of lists of weights [rows, columns], by their patterns."""
+        found = dict(input_dict)
+        for key in (key for key in input_dict if "_scale_inv" in key):
+            weights = input_dict.get(key.replace("_scale_inv", ""), input_dict.get("weight$", []))
+            scales = input_dict[key] if isinstance(input_dict[key], list) else [input_dict[key]]
+            weights = weights if isinstance(weights, list) else [weights]
+            found[key] = [self._repeated(*pair) for pair in zip(scales, weights, strict=True)] if weights else scales
+        return found
+
+    def _repeated(self, scales: Tensor, weight: Tensor) -> Tensor:
+        for dim, block in zip((-2, -1), self.block, strict=True):
+            size = weight.shape[dim]
+            if scales.ndim > 1 and size % block and scales.shape[dim] == math.ceil(size / block) > 1:
+                scales = scales.repeat_interleave(block, dim).narrow(dim, 0, size)  # one for each row
+        return scales
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """A dequantized model is saved dense."""
+        return _IdentityOp()

@@ -1,0 +1,53 @@
+"""Models in files that are quantized: dequantized a decoder layer at a time, and pruned like the dequantized model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from folder_files import bytes_of, tensors_of
+from pruning import same
+from quantized_models import VOCAB_SIZE, fp8_deepseek, mxfp4_gpt_oss
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+
+from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
+from optimum_fista.evaluate.verification import verify_checkpoint
+from optimum_fista.folder.loading import load_lazily, read_model
+from optimum_fista.model.offload import stored_tensor
+
+TOKENS = torch.randint(0, VOCAB_SIZE, (8, 16), generator=torch.Generator().manual_seed(0))
+
+
+def prune(source: Path, output: Path, **options) -> PruningReport:
+    pruner = FistaPruner(FistaPruningConfig(**options), progress=False)
+    return pruner.prune(str(source), TOKENS.split(4), output_dir=output, device="cpu")
+
+
+FORMATS = {fp8_deepseek: FineGrainedFP8Config, mxfp4_gpt_oss: Mxfp4Config}
+
+
+@pytest.mark.parametrize("write", FORMATS)
+def test_a_quantized_source_is_pruned_as_the_model_that_transformers_dequantizes(tmp_path, write):
+    source = write(tmp_path / "source")
+    before = bytes_of(source)
+    wanted = FORMATS[write](dequantize=True)
+    AutoModelForCausalLM.from_pretrained(source, quantization_config=wanted).save_pretrained(tmp_path / "dense")
+    report = prune(source, tmp_path / "pruned")
+    prune(tmp_path / "dense", tmp_path / "expected")
+    assert same(tensors_of(tmp_path / "pruned"), tensors_of(tmp_path / "expected"))
+    assert (tmp_path / "pruned/config.json").read_bytes() == (tmp_path / "expected/config.json").read_bytes()
+    assert f"quantized by {wanted.quant_method.value!r}: they are dequantized" in report.warnings[0]
+    assert bytes_of(source) == before
+    assert verify_checkpoint(tmp_path / "pruned", dense=source).num_equal
+
+
+def test_the_last_block_of_fp8_may_be_smaller(tmp_path):
+    source = fp8_deepseek(tmp_path / "source", rotated=8)
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
+    scales = tensors[f"{name}_scale_inv"].repeat_interleave(16, 0).repeat_interleave(16, 1)[:24]
+    expected = (tensors[name].float() * scales).bfloat16()
+    model, *_ = load_lazily(str(source), tmp_path / "offload", device="cpu")
+    assert torch.equal(stored_tensor(model, name), expected)
+    assert torch.equal(read_model(str(source)).get_parameter(name), expected)
+    assert not [*(tmp_path / "offload").iterdir()]  # nothing is copied

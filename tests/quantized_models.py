@@ -1,0 +1,76 @@
+"""Tiny models in folders as quantized models are published: values are random, formats and names are the real ones."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, PreTrainedConfig
+
+VOCAB_SIZE = 64
+
+
+def _save(folder: Path, config: PreTrainedConfig, quantize: Any, settings: dict[str, Any]) -> Path:
+    """Save a random model whose tensors `quantize` has replaced, by name."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(folder)
+        tensors = {}
+        for name, tensor in load_file(folder / "model.safetensors").items():
+            tensors |= quantize(name, tensor)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    values = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+def in_blocks(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """A matrix in FP8 and the scales of its blocks, of which the last ones may be smaller."""
+    rows, columns = (math.ceil(size / block) for size in weight.shape)
+    whole = torch.zeros(rows * block, columns * block)
+    whole[: weight.shape[0], : weight.shape[1]] = weight
+    blocks = whole.view(rows, block, columns, block)
+    scales = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
+    found = (blocks / scales[:, None, :, None]).view(whole.shape)[: weight.shape[0], : weight.shape[1]]
+    return found.to(torch.float8_e4m3fn).contiguous(), scales
+
+
+def fp8_deepseek(folder: Path, rotated: int = 16) -> Path:
+    """DeepSeek-V3 in fine-grained FP8: routers, embedding and head are not quantized.
+
+    `kv_a_proj_with_mqa` has 16 rows and `rotated` more, which are whole blocks of 16 or not.
+    """
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16}
+    sizes |= {"qk_rope_head_dim": rotated, "qk_nope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 1}
+    sizes |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    config = DeepseekV3Config(**sizes, vocab_size=VOCAB_SIZE, initializer_range=0.2, num_nextn_predict_layers=0)
+
+    def quantize(name: str, weight: Tensor) -> dict[str, Tensor]:
+        if weight.ndim < 2 or "layers" not in name or name.endswith("gate.weight"):
+            return {name: weight}
+        return dict(zip((name, f"{name}_scale_inv"), in_blocks(weight.float(), 16), strict=True))
+
+    settings = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
+    return _save(folder, config, quantize, settings)
+
+
+def mxfp4_gpt_oss(folder: Path) -> Path:
+    """gpt-oss with experts in MXFP4: 32 values of 4 bits have a scale, two of them a byte."""
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = GptOssConfig(**sizes, vocab_size=VOCAB_SIZE, layer_types=["full_attention"] * 2, pad_token_id=0)
+
+    def quantize(name: str, weight: Tensor) -> dict[str, Tensor]:
+        if not name.endswith("_proj") or weight.ndim != 3:
+            return {name: weight}
+        experts, inputs, outputs = weight.shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+        return {f"{name}_blocks": blocks, f"{name}_scales": torch.randint(118, 124, blocks.shape[:3]).byte()}
+
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    return _save(folder, config, quantize, {"quant_method": "mxfp4", "modules_to_not_convert": kept})
