@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,14 @@ class FistaPruningConfig(PruningOptions):
         if self.include and not matches(name, self.include):
             return "not in include"
         return "sparsity 0" if self.pattern_for(name).sparsity == 0 else None
+
+    def idle_patterns(self, names: Sequence[str]) -> Iterator[str]:
+        """Say which name patterns match none of these linear operators, such as patterns that end with ".weight"."""
+        for option in ("include", "exclude", "overrides"):
+            idle = [p for p in getattr(self, option) if not any(matches(name, (p,)) for name in names)]
+            if idle:
+                shown = ", ".join(map(repr, idle))
+                yield f"{option}: {shown} matches no linear operator of the decoder layers: {names[0]!r} is one."
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,9 +17,8 @@ from optimum_fista.config import FistaPruningConfig
 from optimum_fista.environment import numerical_environment
 from optimum_fista.folder.checkpoint import CONFIG_KEY
 from optimum_fista.folder.hub import push_folder, require_repo_id
-from optimum_fista.folder.loading import local_source, storage_place
+from optimum_fista.folder.loading import storage_place
 from optimum_fista.folder.output import new_output
-from optimum_fista.folder.source_files import described_loss
 from optimum_fista.folder.writing import summary, write_checkpoint
 from optimum_fista.model.gram import single_problem
 from optimum_fista.prune.batches import begin
@@ -46,7 +43,7 @@ class FistaPruner:
 
     Args:
         config: What to prune and how; 50% unstructured by default.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar, and a line for each finished decoder layer, on stderr.
         storage_device: Where to keep activations between passes: a device (`"cpu"` spares the memory of a GPU), a
             folder, or `"disk"` (files beside the output; for a model in memory, the temporary folder). `None`: the
             model's device. If a model given by name is pruned on the CPU, `None` means `"disk"`.
@@ -129,9 +126,6 @@ class FistaPruner:
         sink = ModelSink(model)
         plan = plan_run(model, self.config, storage=storage, progress=self.progress, callbacks=self.callbacks)
         calibration, held_out, report = begin(plan, calib_dataloader, calibration_source)
-        with suppress(OSError, ValueError, SafetensorError):  # what the folder holds now need not be this model
-            if (source := local_source(model)) and (lost := described_loss(model, source)):
-                report.lack(lost)  # before decoder layers go, which are no loss
         for callback in self.callbacks:
             callback.on_prune_begin(report)
         with sink, sink.interruptible:
@@ -139,8 +133,9 @@ class FistaPruner:
             plan = plan.with_budgets(share_budgets(plan, calibration.batches, report))
             prune_layers(plan, calibration, report, sink, held_out)
             dense_sha256 = [layer.dense_sha256 for layer in report.layers]  # removed layers too
-            plan.removal.shrink(model, report, sink)
-            complete_report(plan, report, held_out, dense_sha256)
+            complete_report(plan, report, held_out)
+            plan.removal.make_smaller(model, report, sink)
+            report.model["sha256"] = plan.layers.dense_digest(dense_sha256)
             report.seconds["total"] = time.perf_counter() - started
             model.config.fista_pruning = summary(report)  # in the sink: after an interrupt here all is put back
             self._results[model] = (report, sink.masks)

@@ -71,8 +71,8 @@ def test_progress_bar_can_be_switched_off(llama, tokens, capsys):
     assert capsys.readouterr().err == ""
     FistaPruner(FistaPruningConfig(method="wanda")).prune(tiny_llama(), tokens.split(4))
     shown = capsys.readouterr().err
-    assert "2/2" in shown
-    assert "model.layers.1 mlp.down_proj" in shown
+    assert "1 of 2 decoder layers done: mlp.down_proj, fit error 0." in shown
+    assert "decoder layer 1 (2 of 2): fit error 0." in shown
 
 
 def test_too_few_tokens_are_warned_about_once(llama, tokens):

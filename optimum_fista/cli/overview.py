@@ -102,7 +102,6 @@ def overview_of(estimate: Estimate) -> list[str]:
 
 def details_of(estimate: Estimate) -> list[str]:
     """What `--dry-run` prints: the overview, operators by name, memory and disk by part, time by stage, and notes."""
-    from optimum_fista.prune.plan import idle_patterns
     from optimum_fista.prune.removal import first_names
 
     lines, kinds = overview_of(estimate), dict[str, list[str]]()
@@ -117,7 +116,7 @@ def details_of(estimate: Estimate) -> list[str]:
         # one line for all layers: "loses the rows that model.layers.*.mlp.down_proj no longer reads"
         reasons.setdefault(re.sub(r"\.\d+\.", ".*.", why), []).append(name)
     lines += [f"left dense ({reason}): {first_names(names)}" for reason, names in reasons.items()]
-    notes = list(idle_patterns(estimate.config, list(estimate.operators), list(estimate.left_dense)))
+    notes = list(estimate.config.idle_patterns([*estimate.operators, *estimate.left_dense]))
     tables: dict[str, Any] = {f"memory, {place}": (parts, size_text) for place, parts in estimate.memory.items()}
     tables["disk"] = estimate.disk_bytes, size_text
     try:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,8 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
     require_name(arguments.model)  # before the imports below, which take seconds
     from accelerate import PartialState
 
+    from optimum_fista.cli.messages import first_process_speaks
     from optimum_fista.cli.overview import details_of, estimate_of, next_commands, say_before, verdicts
-    from optimum_fista.cli.progress import Progress, first_process_speaks
     from optimum_fista.folder.hub import push_folder
     from optimum_fista.folder.output import FOLDER, locked_output, require_output, unfinished_folder
     from optimum_fista.folder.packed_folder import packing_of
@@ -105,16 +105,14 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             ranks.first(lock)  # held to the end of the run: two runs must not write into one folder
             arguments.batch_size, arguments.calibration = ranks.first(lambda: say_before(arguments, config))
-            callbacks = [] if ranks.index else [opened.enter_context(closing(Progress(shares=ranks.count > 1)))]
             folder = unfinished_folder(arguments.output) / FOLDER
             batches = ranks.first(lambda: _batches(arguments, config, ranks.device, folder))
             names = ("device", "dtype", "overwrite", "packed", "drop_unused")
             options = {name: getattr(arguments, name) for name in names}
             options |= {"calibration_source": arguments.calibration, "output_dir": arguments.output}
-            pruner = FistaPruner(config, storage_device=arguments.storage_device, callbacks=callbacks)
+            pruner = FistaPruner(config, storage_device=arguments.storage_device)
             report = pruner.prune(arguments.model, batches, **options)
         except KeyboardInterrupt:
-            opened.close()  # removes the bar before the message
             print("\nfinished decoder layers are kept: give the same command again to resume", file=sys.stderr)
             raise
     if ranks.count > 1:

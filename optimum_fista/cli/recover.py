@@ -45,8 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Recover, and print what was gained."""
     from accelerate import PartialState
 
+    from optimum_fista.cli.messages import first_process_speaks
     from optimum_fista.cli.overview import next_commands
-    from optimum_fista.cli.progress import first_process_speaks
     from optimum_fista.folder.output import folder_beside
     from optimum_fista.prune.ranks import joined_ranks
     from optimum_fista.train.recovery import recover

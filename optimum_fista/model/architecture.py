@@ -7,7 +7,7 @@ what was found. A new quirk of an architecture belongs here, with its own test.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.offload import offload_hook, settle_ties
+from optimum_fista.model.offload import combined_sha256, offload_hook, settle_ties, sha256_of
 from optimum_fista.model.operator import (
     LINEAR,
     FusedExperts,
@@ -46,6 +46,10 @@ class DecoderLayers:
     def __iter__(self) -> Iterator[tuple[str, nn.Module]]:
         """Names and modules, in execution order."""
         return iter((f"{self.name}.{i}", module) for i, module in enumerate(self.modules))
+
+    def dense_digest(self, of_layers: Iterable[str | None]) -> str:
+        """SHA-256 of the model before it was pruned, from those of its decoder layers."""
+        return combined_sha256([*map(str, of_layers), sha256_of(self.model, self.names_around)])
 
 
 def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:

@@ -16,8 +16,6 @@ class PruningCallback:
     To let the run go on, the callback must catch its exceptions.
     """
 
-    shows_layers: bool = False  # whether this callback shows the progress over the decoder layers instead of the bar
-
     def on_prune_begin(self, report: PruningReport) -> None:
         """The run is about to prune; the report has the configuration, the model and the calibration."""
 

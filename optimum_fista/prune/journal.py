@@ -45,7 +45,7 @@ _ADVICE = "pass another folder, or pass overwrite=True (--overwrite) to throw it
 _SHOWN, _LETTERS = 6, 80  # of the differences between two runs
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf", ".bin", ".bin.index.json")
 _NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version")
-_FORMAT = 8  # of the records of a journal
+_FORMAT = 9  # of the records of a journal
 _READERS = 4  # files that are hashed at a time
 logger = logging.getLogger(__name__)
 

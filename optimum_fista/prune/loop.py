@@ -15,7 +15,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from tqdm.auto import tqdm
 
 from optimum_fista.memory import release_memory, watched_memory
 from optimum_fista.model.correction import GroupProblems, LayerTargets
@@ -27,6 +26,7 @@ from optimum_fista.model.offload import execution_device, offload_hook, onloaded
 from optimum_fista.model.operator import require_finite, split_experts
 from optimum_fista.prune.batches import Calibration, record, retried
 from optimum_fista.prune.plan import UNDER_CALIBRATED_TOKENS, Plan
+from optimum_fista.prune.progress import Progress
 from optimum_fista.prune.reordering import reorder_channels
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.report import LayerRecord, LayerReport, OperatorReport, PruningReport
@@ -44,26 +44,23 @@ def prune_layers(
     sink: ModelSink,
     held_out: HeldOut | None = None,
     todo: Collection[int] | None = None,
+    num_done: int = 0,
 ) -> None:
     """Prune decoder layers in place, one after the other, and add them to the report.
 
-    `todo` are their indices; `None`: all. The hidden states of `calibration` enter the first of them. If `calibration`
-    has none, the run begins at the embeddings, and layers outside `todo` run as they are. A layer is committed to
-    `sink` before the callbacks are called with it.
+    `todo` are their indices; `None`: all. An earlier start has finished `num_done` others. The hidden states of
+    `calibration` enter the first of them. If `calibration` has none, the run begins at the embeddings, and layers
+    outside `todo` run as they are. A layer is committed to `sink` before the callbacks are called with it.
     """
     todo = range(len(plan.layers)) if todo is None else todo
     pruned, is_carried = plan.pruned_layers, plan.config.correction.carry == "full"
     last = max((index for index in pruned if index in todo), default=-1)  # later layers need not run
     first = 0 if calibration.states is None else min(todo)
     report.left_dense = dict(plan.left_dense)
-    silent = not plan.progress or any(callback.shows_layers for callback in plan.callbacks)
-    with (
-        split_experts(plan.all_operators.values()),
-        quick_products_in(plan.compute_dtype),
-        tqdm(total=len(todo), desc="Pruning", unit="layer", disable=silent) as bar,
-    ):
+    costs = {index: 1 + cost for index, cost in enumerate(plan.costs) if index in todo}
+    with Progress(costs, num_done, silent=not plan.progress) as bar:
         for callback in plan.callbacks:
-            callback.on_layers_begin(len(plan.layers), {i: 1 + c for i, c in enumerate(plan.costs) if i in todo})
+            callback.on_layers_begin(len(plan.layers), costs)
         calibration = retried(partial(record, plan), calibration, "the embeddings", plan, report)
         held_out = held_out if held_out is not None and held_out.begin() else None
         for index, (name, layer) in enumerate(plan.layers):
@@ -73,7 +70,8 @@ def prune_layers(
             started, done = time.perf_counter(), LayerRecord(LayerReport(name, None, 0.0))
             # before its weights are on the device: offloaded ones are hashed where they are
             dense_sha256 = sha256_of(layer, layer.state_dict()) if is_mine else None
-            with onloaded(layer.modules()):
+            experts = split_experts(plan.operators[name].values())
+            with onloaded(layer.modules()), experts, quick_products_in(plan.compute_dtype):
                 if followed is not None:
                     followed.run(index, "dense")
                 if index <= last:
@@ -92,13 +90,13 @@ def prune_layers(
                     sink.commit(index, layer, done, [part for part in (states, followed) if part is not None])
             release_memory(layer)
             if is_mine:
-                bar.update()
+                bar.finish_layer(index, done)
                 for callback in plan.callbacks:
                     callback.on_layer_end(index, done.report, done.operators)
 
 
 def prune_layer(
-    plan: Plan, sink: ModelSink, bar: tqdm, index: int, is_mine: bool, calibration: Calibration
+    plan: Plan, sink: ModelSink, bar: Progress, index: int, is_mine: bool, calibration: Calibration
 ) -> tuple[Calibration, LayerRecord]:
     """Prune the operators of a decoder layer, group by group in execution order, or run it as it is.
 
@@ -132,14 +130,11 @@ def prune_layer(
             # a call of its own, so that the matrices of a group are freed before the next ones are made
             found = prune_group(plan, sink, targets.problems(number))
             reports += [replace(report, input_order=orders.get(report.name)) for report in found]
-            latest = found[-1]
-            kind, error = latest.name.removeprefix(f"{name}.").removesuffix(".weight"), latest.held_out_fit_error
-            held_out = "" if error is None else f", held out {error:.4f}"
-            bar.set_postfix_str(f"{name} {kind} fit error {latest.fit_error:.4f}{held_out}")
+            bar.show(found[-1])
             for callback in plan.callbacks:
                 for report in found:
                     callback.on_operator_end(report)
-        states, mixture = plan.removal.after(name, sink, targets)
+        states, reports, mixture = plan.removal.after(name, sink, targets, reports)
     about = LayerReport(
         name, activations.hidden_state_error(states), 0.0, peak if operators or mixture else None, mixture
     )

@@ -7,24 +7,28 @@ decides where the zeros go: `plan_run` chooses the operators, `Plan.with_budgets
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.environment import processor_name
+from optimum_fista.folder.loading import local_source
+from optimum_fista.folder.source_files import described_loss
 from optimum_fista.memory import size_text
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import Storage
-from optimum_fista.model.architecture import DecoderLayers, choose_operators, matches
+from optimum_fista.model.architecture import DecoderLayers, choose_operators
 from optimum_fista.model.dequantization import quantized_source
 from optimum_fista.model.forward import compute_dtype_of
 from optimum_fista.model.held_out import HeldOut
-from optimum_fista.model.offload import combined_sha256, execution_device, sha256_of
+from optimum_fista.model.offload import execution_device
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.parts import Part, find_parts
 from optimum_fista.model.stored_names import stored_names
@@ -137,9 +141,16 @@ def plan_run(model: PreTrainedModel, config: FistaPruningConfig, *, loaded: bool
     return plan
 
 
-def begin_report(plan: Plan) -> PruningReport:
-    """Begin the report of a run; warns of name patterns that match nothing."""
-    model, idle = plan.layers.model, idle_patterns(plan.asked, list(plan.all_operators), list(plan.left_dense))
+def begin_report(plan: Plan, lost: str | None) -> PruningReport:
+    """Begin the report of a run; warns of name patterns that match nothing, and of tensors that the model lacks.
+
+    `lost` describes these tensors; if it is `None`, they are looked for in the folder of a model in memory.
+    """
+    model = plan.layers.model
+    if lost is None and (folder := local_source(model)) is not None:
+        with suppress(OSError, ValueError, SafetensorError):  # what the folder holds now need not be this model
+            lost = described_loss(model, folder)
+    idle = plan.asked.idle_patterns([*plan.all_operators, *plan.left_dense])
     report = PruningReport(
         config=plan.asked.to_dict(),
         model={
@@ -177,26 +188,14 @@ def begin_report(plan: Plan) -> PruningReport:
         report.warn(f"the weights were quantized by {method!r}: they are dequantized, and written in {dtype} ({size}).")
     for message in idle:
         report.warn(message)
+    if lost:
+        report.lack(lost)
     return report
 
 
-def idle_patterns(config: FistaPruningConfig, pruned: Sequence[str], left_dense: Sequence[str]) -> Iterator[str]:
-    """Say which name patterns of a configuration match no operator, such as those that end with ".weight"."""
-    names = [*pruned, *left_dense]
-    for option in ("include", "exclude", "overrides"):
-        idle = [p for p in getattr(config, option) if not any(matches(name, (p,)) for name in names)]
-        if idle:
-            shown = ", ".join(map(repr, idle))
-            yield f"{option}: {shown} matches no linear operator of the decoder layers: {names[0]!r} is one."
-
-
-def complete_report(
-    plan: Plan, report: PruningReport, held_out: HeldOut | None, dense_sha256: Sequence[str | None]
-) -> None:
-    """Add what the user should know once all operators are pruned.
-
-    `dense_sha256` are digests of all decoder layers before they were pruned.
-    """
+def complete_report(plan: Plan, report: PruningReport, held_out: HeldOut | None) -> None:
+    """Describe the pruned model once all operators are pruned, and add what the user should know."""
+    plan.removal.describe(report)
     operators, config = report.operators, plan.config
     if unfelt := plan.budgets.unfelt:
         report.warnings.append(
@@ -250,5 +249,3 @@ def complete_report(
         text = held_out.text and public_name(held_out.text)
         vocabulary = len(next(plan.layers.model.get_input_embeddings().parameters()))
         report.perplexity = measured | {"text": text, "vocabulary": vocabulary}
-    around = sha256_of(plan.layers.model, plan.layers.names_around)
-    report.model["sha256"] = combined_sha256([*map(str, dense_sha256), around])

@@ -8,11 +8,12 @@ with zeros. This is proved on shapes (`model.shrinking`), and once on numbers fo
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -44,7 +45,7 @@ from optimum_fista.solve.patterns import Columns, WholeParts
 T = TypeVar("T")
 Operators = Mapping[str, Mapping[str, LinearOperator]]  # to prune, by the names of their decoder layers
 Chosen = tuple[list[Group], dict[str, str], nn.Module | None]
-Leaving = tuple[HiddenStates, MixtureReport | None]
+Leaving = tuple[HiddenStates, list[OperatorReport], MixtureReport | None]
 Tensors = dict[str, Tensor]
 Applied = tuple["Removal", Operators, Mapping[str, str], FistaPruningConfig]
 
@@ -86,25 +87,36 @@ class Removal:
         """
         return groups, {}, None
 
-    def after(self, layer_name: str, sink: ModelSink, targets: LayerTargets) -> Leaving:  # noqa: ARG002
-        """Remove experts of a pruned decoder layer, and refit the others; returns the layer's output."""
-        return targets.leave(), None
+    def after(
+        self,
+        layer_name: str,  # noqa: ARG002
+        sink: ModelSink,  # noqa: ARG002
+        targets: LayerTargets,
+        operators: list[OperatorReport],
+    ) -> Leaving:
+        """Remove experts of a pruned decoder layer, and refit the others.
+
+        Returns the layer's output, and the reports of its pruned operators as they will be in the smaller model.
+        """
+        return targets.leave(), operators, None
 
     def new_name(self, name: str) -> str | None:
         """The name of a module or tensor in the pruned model; `None` if it is removed."""
         return name
 
-    def shrink_layer(
-        self, record: LayerRecord, masks: Tensors, tensors: Tensors
-    ) -> tuple[LayerRecord, Tensors, Tensors]:
-        """Return a pruned decoder layer in its smaller form: its record, packed masks, and tensors by name."""
-        return record, masks, tensors
+    def renamed(self, values: Mapping[str, T]) -> dict[str, T]:
+        """Values by their names in the pruned model, without those of removed modules."""
+        return {new: value for name, value in values.items() if (new := self.new_name(name)) is not None}
 
-    def shrink(self, model: PreTrainedModel, report: PruningReport, sink: ModelSink) -> None:
-        """Make a pruned model in memory smaller, with its report and the packed masks of the sink."""
+    def shrink_tensors(self, record: LayerRecord, tensors: Tensors) -> Tensors:  # noqa: ARG002
+        """Return the tensors of a pruned decoder layer in their smaller form, by their new names."""
+        return tensors
 
-    def describe(self, model: PreTrainedModel, report: PruningReport) -> None:
-        """Write into the report and the model's configuration what was removed."""
+    def describe(self, report: PruningReport) -> None:
+        """Write into the report of all decoder layers, and into the model's configuration, what was removed."""
+
+    def make_smaller(self, model: PreTrainedModel, report: PruningReport, sink: ModelSink) -> None:
+        """Make a pruned model in memory smaller, after its report."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,10 +254,13 @@ class PartsRemoval(Removal):
             raise
         self.proven.add(kind)
 
-    def after(self, layer_name: str, sink: ModelSink, targets: LayerTargets) -> Leaving:
+    def after(
+        self, layer_name: str, sink: ModelSink, targets: LayerTargets, operators: list[OperatorReport]
+    ) -> Leaving:
         """See `Removal.after`. The kept experts are refitted so that their sum comes close to the layer's targets."""
+        operators = [self._smaller(operator, sink) for operator in operators]
         if layer_name not in self.mixtures:
-            return targets.leave(), None
+            return targets.leave(), operators, None
         started, part, layer = time.perf_counter(), self.mixtures[layer_name], targets.activations.layer
         experts = experts_of(part, layer_name, layer)
         num_tokens, saliency, wanted = score_experts(experts, targets)
@@ -272,21 +287,44 @@ class PartsRemoval(Removal):
             held_out_fit_error=held_out,
             residual_corrected=targets.adds_experts,
         )
-        return targets.leave(smaller), report
+        return targets.leave(smaller), operators, report
 
-    def shrink_layer(
-        self, record: LayerRecord, masks: Tensors, tensors: Tensors
-    ) -> tuple[LayerRecord, Tensors, Tensors]:
-        """Return a pruned decoder layer in its smaller form; see `Removal.shrink_layer`."""
-        kept = self._kept([record.report], record.operators, masks)
-        layers, operators, masks = self._reports([record.report], record.operators, masks, kept)
-        shrunk = {name: self.smaller.shrink_tensor(name, tensor, kept) for name, tensor in tensors.items()}
-        return LayerRecord(layers[0], operators, self._renamed(record.left_dense)), masks, self._renamed(shrunk)
+    def _smaller(self, operator: OperatorReport, sink: ModelSink) -> OperatorReport:
+        """Report an operator as it is without the removed parts; all weights that stay are kept."""
+        mask = unpack_mask(sink.masks[operator.name], operator.stored_shape)
+        part = self.smaller.parts.get(operator.name.removesuffix(".weight"))  # None: it was only refitted
+        groups = None if part is None else part.kept_by(mask.T if operator.stored_transposed else mask)
+        left = torch.ones(self.smaller.model.get_parameter(self.new_name(operator.name) or "").shape, dtype=torch.bool)
+        sink.masks[operator.name] = pack_mask(left)
+        out, columns = left.shape[::-1] if operator.stored_transposed else left.shape
+        return replace(operator, shape=(out, columns), groups_kept=groups, num_kept=left.numel(), sparsity=0.0)
 
-    def shrink(self, model: PreTrainedModel, report: PruningReport, sink: ModelSink) -> None:
-        """Make a pruned model in memory smaller; see `Removal.shrink`."""
-        kept = self._kept(report.layers, report.operators, sink.masks)
-        layers, operators, masks = self._reports(report.layers, report.operators, sink.masks, kept)
+    def shrink_tensors(self, record: LayerRecord, tensors: Tensors) -> Tensors:
+        """See `Removal.shrink_tensors`."""
+        kept = _groups_kept([record.report], record.operators)
+        return self.renamed({name: self.smaller.shrink_tensor(name, tensor, kept) for name, tensor in tensors.items()})
+
+    def describe(self, report: PruningReport) -> None:
+        """Give what is left the names of the smaller model, and count its parameters; see `Removal.describe`."""
+        layers, report.layers = report.layers, []
+        for layer in layers:
+            if (name := self.new_name(layer.name)) is not None:
+                found = layer.mixture
+                mixture = None if found is None else replace(found, name=self.new_name(found.name) or found.name)
+                report.layers.append(replace(layer, name=name, mixture=mixture))
+        report.operators = [replace(o, name=self.new_name(o.name) or o.name) for o in report.operators]
+        report.left_dense = self.renamed(report.left_dense)
+        self.layers.model.config = self.smaller.model.config
+        report.model["dense_num_parameters"] = report.model["num_parameters"]
+        report.model["num_parameters"] = self.smaller.model.num_parameters()
+        if self.removed_layers:
+            report.model["layers_kept"] = list(self.smaller.layers)
+            report.model["layers_removed"] = [[index, loss] for index, loss in self.removed_layers.items()]
+
+    def make_smaller(self, model: PreTrainedModel, report: PruningReport, sink: ModelSink) -> None:
+        """Make a pruned model in memory smaller; see `Removal.make_smaller`."""
+        groups = _groups_kept(report.layers, report.operators)
+        kept = {name: groups[new] for name in self.smaller.parts if (new := self.new_name(name)) is not None}
         # old tensors are kept on the CPU: a device that is nearly full has no room for both sizes of all tensors
         before = [
             (tensor, tensor.device, tensor.data if self.smaller.part_of(name) is None else tensor.data.cpu())
@@ -298,59 +336,14 @@ class PartsRemoval(Removal):
                 tensor.data = data.to(device)
 
         sink.undo_first(restore)
+        sink.masks = self.renamed(sink.masks)
         shrink_model(model, self.smaller, kept)
-        self.describe(model, report)
-        sink.masks, report.operators, report.layers = masks, operators, layers
-        report.left_dense = self._renamed(report.left_dense)
 
-    def describe(self, model: PreTrainedModel, report: PruningReport) -> None:
-        """Count the parameters that stay, and say which decoder layers were removed."""
-        model.config = self.smaller.model.config
-        report.model["dense_num_parameters"] = report.model["num_parameters"]
-        report.model["num_parameters"] = self.smaller.model.num_parameters()
-        if self.removed_layers:
-            report.model["layers_kept"] = list(self.smaller.layers)
-            report.model["layers_removed"] = [[index, loss] for index, loss in self.removed_layers.items()]
 
-    def _kept(
-        self, layers: Sequence[LayerReport], operators: Sequence[OperatorReport], masks: Mapping[str, Tensor]
-    ) -> dict[str, tuple[int, ...]]:
-        """The groups that stay, by the names of the parts."""
-        kept = {layer.mixture.name: layer.mixture.groups_kept for layer in layers if layer.mixture is not None}
-        for operator in operators:
-            mask = unpack_mask(masks[operator.name], operator.stored_shape)
-            part = self.smaller.parts.get(operator.name.removesuffix(".weight"))
-            if part is not None:  # otherwise the operator was only refitted
-                kept[part.name] = part.kept_by(mask.T if operator.stored_transposed else mask)
-        return kept
-
-    def _reports(
-        self,
-        layers: Sequence[LayerReport],
-        operators: Sequence[OperatorReport],
-        masks: Mapping[str, Tensor],
-        kept: Mapping[str, tuple[int, ...]],
-    ) -> tuple[list[LayerReport], list[OperatorReport], dict[str, Tensor]]:
-        """Reports and packed masks of the smaller model, without removed operators."""
-        left, reports, smaller = [], [], {}
-        for layer in layers:
-            if (name := self.new_name(layer.name)) is not None:
-                found = layer.mixture
-                mixture = None if found is None else replace(found, name=self.new_name(found.name) or found.name)
-                left.append(replace(layer, name=name, mixture=mixture))
-        for operator in operators:
-            mask = unpack_mask(masks[operator.name], operator.stored_shape)
-            mask = self.smaller.shrink_tensor(operator.name, mask, kept)
-            new, groups = self.new_name(operator.name) or operator.name, kept.get(operator.name.removesuffix(".weight"))
-            smaller[new] = pack_mask(mask)
-            out, columns = mask.shape[::-1] if operator.stored_transposed else mask.shape
-            report = replace(operator, name=new, shape=(out, columns), groups_kept=groups)
-            reports.append(replace(report, num_kept=mask.numel(), sparsity=0.0))  # all weights that stay are kept
-        return left, reports, smaller
-
-    def _renamed(self, values: Mapping[str, T]) -> dict[str, T]:
-        """Values under the names of the smaller model, without those of removed modules."""
-        return {new: value for name, value in values.items() if (new := self.new_name(name)) is not None}
+def _groups_kept(layers: Iterable[LayerReport], operators: Iterable[OperatorReport]) -> dict[str, tuple[int, ...]]:
+    """The groups that stay of each part, by its name in the reports."""
+    kept = {layer.mixture.name: layer.mixture.groups_kept for layer in layers if layer.mixture is not None}
+    return kept | {o.name.removesuffix(".weight"): o.groups_kept for o in operators if o.groups_kept is not None}
 
 
 def first_names(names: Sequence[str]) -> str:

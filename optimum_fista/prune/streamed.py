@@ -89,9 +89,7 @@ def prune_files(
             return plan, tokenizer, read_from, lost
 
         def read() -> tuple[Calibration, HeldOut | None, PruningReport]:
-            calibration, held_out, report = begin(plan, calib_dataloader, calibration_source)
-            if lost:
-                report.lack(lost)
+            calibration, held_out, report = begin(plan, calib_dataloader, calibration_source, lost)
             return calibration, None if ranks.count > 1 else held_out, report  # a rank runs only some of the layers
 
         def tell() -> None:
@@ -159,7 +157,8 @@ class StreamedRun:
 
         def work() -> None:
             with sink, sink.interruptible:
-                prune_layers(plan, self.calibration, self.report, sink, self.held_out, todo)
+                num_done = len(finished) if ranks.count == 1 else 0  # shared layers: each rank counts its own
+                prune_layers(plan, self.calibration, self.report, sink, self.held_out, todo, num_done)
 
         ranks.each(work if todo else lambda: None)
         return sink
@@ -174,11 +173,10 @@ class StreamedRun:
             raise RankError("decoder layers that other ranks finished are not here: pass a folder that all nodes share")
         report.operators, report.layers, report.left_dense = [], [], {}
         for layer in layers.values():
-            if layer.shard:  # removed layers are not in the report
-                report.add(layer.record)
+            report.add(layer.record)
         report.seconds["total"] = self.seconds_before + time.perf_counter() - self.started
-        complete_report(plan, report, self.held_out, [one.record.report.dense_sha256 for one in layers.values()])
-        plan.removal.describe(model, report)
+        complete_report(plan, report, self.held_out)
+        report.model["sha256"] = plan.layers.dense_digest(one.record.report.dense_sha256 for one in layers.values())
         shards = {folder / layer.shard for layer in layers.values() if layer.shard}
         for left in {*folder.iterdir()} - shards:  # files of a killed process, or of a run with more layers
             shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -187,7 +185,7 @@ class StreamedRun:
         weight_map = {name: shard.name for shard in shards for name in names_in(shard)}
         index_name = write_index(folder, sink.stem, weight_map, {"total_parameters": report.model["num_parameters"]})
         masks = {name: mask for index in layers for name, mask in journal.masks(index).items()}
-        operators, masks = as_stored(report.operators, masks, sink.names)
+        operators, masks = as_stored(report.operators, plan.removal.renamed(masks), sink.names)
         report = replace(report, operators=operators)
         packed = packed_settings(index_name, packed_names(weight_map)) if self.packed else None
         copy_source(self.source.folder, folder)  # before our own files, which replace some of them
@@ -262,8 +260,7 @@ class FileSink(ModelSink):
         masks, tensors, self.masks = self.masks, None, {}
         if index not in self._plan.removal.removed_layers:
             dense = {f"{record.report.name}.{key}": tensor for key, tensor in layer.state_dict().items()}
-            record, masks, smaller = self._plan.removal.shrink_layer(record, masks, dense)
-            tensors = self.stored(smaller)
+            tensors = self.stored(self._plan.removal.shrink_tensors(record, dense))
             if self._packed:
                 operators, stored = as_stored(record.operators, masks, self.names)
                 # zeros never reach the disk

@@ -11,8 +11,8 @@ from tiny_models import tiny_model
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.cli import main
-from optimum_fista.cli.progress import Progress
-from optimum_fista.report import LayerReport
+from optimum_fista.prune.progress import Progress
+from optimum_fista.report import LayerRecord, LayerReport
 
 
 class Terminal(io.StringIO):
@@ -21,7 +21,7 @@ class Terminal(io.StringIO):
 
 
 def shown_of(capsys, model, **options) -> str:
-    pruner = FistaPruner(FistaPruningConfig(**options), callbacks=[Progress()])
+    pruner = FistaPruner(FistaPruningConfig(**options))
     pruner.prune(model, tiny_tokens().split(4))
     return capsys.readouterr().err
 
@@ -41,15 +41,13 @@ def test_a_layer_that_loses_experts_is_not_called_dense(capsys):
     assert re.search(r"decoder layer 1 \(2 of 2\): 3 of 4 experts left, fit error 0\.\d{4}\n", shown)
 
 
-@pytest.mark.parametrize("shares", [False, True])
-def test_layers_of_other_processes_are_not_called_done(capsys, shares):
-    callback = Progress(shares=shares)
-    callback.on_layers_begin(6, {3: 1.0, 4: 1.0})
-    callback.on_layer_end(3, LayerReport("model.layers.3", None, 0.0), [])
-    callback.close()
+@pytest.mark.parametrize("num_done", [0, 4])  # 0: other processes prune the other layers
+def test_layers_of_an_earlier_start_are_called_done_already(capsys, num_done):
+    with Progress({3: 1.0, 4: 1.0}, num_done) as progress:
+        progress.finish_layer(3, LayerRecord(LayerReport("model.layers.3", None, 0.0)))
     shown = capsys.readouterr().err
-    assert shown.startswith("4 of 6 decoder layers are done already") != shares
-    assert f"decoder layer 3 ({'1 of 2' if shares else '5 of 6'}): no operator to prune\n" in shown
+    assert shown.startswith("4 of 6 decoder layers are done already") == bool(num_done)
+    assert f"decoder layer 3 ({'5 of 6' if num_done else '1 of 2'}): no operator to prune\n" in shown
 
 
 @pytest.mark.parametrize("terminal", [False, True])
