@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, PreTrainedConfig, Qwen3MoeConfig
 
 VOCAB_SIZE = 64
 
@@ -74,3 +74,33 @@ def mxfp4_gpt_oss(folder: Path) -> Path:
 
     kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     return _save(folder, config, quantize, {"quant_method": "mxfp4", "modules_to_not_convert": kept})
+
+
+def compressed_qwen3_moe(folder: Path, preset: str) -> Path:
+    """Qwen3-MoE, quantized by compressed-tensors in one of its presets, without routers and head."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.compressors.format import infer_module_format
+    from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 4}
+    config = Qwen3MoeConfig(**sizes, num_experts_per_tok=2, vocab_size=VOCAB_SIZE, initializer_range=0.2)
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+    if scheme.weights.group_size == 128:
+        scheme.weights.group_size = 32
+    scheme.format = infer_module_format(torch.nn.Linear, scheme)
+
+    def quantize(name: str, weight: Tensor) -> dict[str, Tensor]:
+        if not name.endswith("_proj.weight"):
+            return {name: weight}
+        groups = weight.unflatten(1, (-1, scheme.weights.group_size or weight.shape[1]))  # [out, groups, inputs]
+        parts = {"weight": weight}
+        if scheme.weights.scale_dtype is not None:
+            parts["weight_global_scale"] = generate_gparam(weight.min(), weight.max())
+        scales, _ = calculate_qparams(groups.amin(2), groups.amax(2), scheme.weights, parts.get("weight_global_scale"))
+        found = BaseCompressor.get_value_from_registry(scheme.format).compress(parts | {"weight_scale": scales}, scheme)
+        return {f"{name.removesuffix('weight')}{part}": tensor.contiguous() for part, tensor in found.items()}
+
+    settings = QuantizationConfig(config_groups={"group_0": scheme}, format=scheme.format, ignore=["lm_head"])
+    return _save(folder, config, quantize, settings.model_dump(mode="json"))

@@ -32,7 +32,11 @@ _WEIGHTS = re.compile(
 _READ = re.compile(r"^(model|packed|pytorch_model)\b.*\.(safetensors|bin)(\.index\.json)?$")
 _MOST_BYTES = 2**28  # the largest vocabularies have about 2**25
 # Tables that a model computes itself; older checkpoints also store them. They are not counted as lost.
-_COMPUTED = re.compile(r"(\brotary_emb\.inv_freq|\bposition_ids|\.masked_bias|_extra_state)$")
+# Nor are scales for activations that were quantized, too: a model in 16 bits has none.
+_COMPUTED = re.compile(
+    r"(\brotary_emb\.inv_freq|\bposition_ids|\.masked_bias|_extra_state"
+    r"|\.(input|output|q|k|v)_(scale|global_scale|zero_point))$"
+)
 logger = logging.getLogger(__name__)
 
 

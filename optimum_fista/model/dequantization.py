@@ -37,6 +37,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_fista.installing import install_command
+from optimum_fista.model.decompression import Decompressed, Decompression
 from optimum_fista.model.offload import offload_hook
 
 _METHOD = "fista_dequantized"
@@ -71,9 +72,8 @@ def read_dequantized(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
     if method == "compressed-tensors" and find_spec("compressed_tensors") is None:
         command = install_command("compressed-tensors")
         raise ImportError(f"model={name!r} is quantized by {method!r}, which needs this package: run {command}.")
-    older = method == "compressed-tensors" and not hasattr(HfQuantizer, "get_load_operations")
-    if kind is None or older or "dequantize" not in inspect.signature(kind).parameters:
-        reader = f"a newer one than {here}" if older else _READERS.get(method, "the library that wrote it")
+    if kind is None or "dequantize" not in inspect.signature(kind).parameters:
+        reader = _READERS.get(method, "the library that wrote it")
         raise ValueError(
             f"model={name!r} is quantized by {method!r}, which {here} can't dequantize a parameter at a time: "
             f"dequantize it with {reader}, save it, and pass that folder."
@@ -127,6 +127,8 @@ class Dequantizer(HfQuantizer):
         settings.dequantize = True  # also on a device that computes with the quantized weights
         self.inner = auto.AutoHfQuantizer.from_config(settings, pre_quantized=True)
         self.inner.validate_environment()
+        compressed = quantization_config.settings["quant_method"] == "compressed-tensors"
+        self.decompression = Decompression(quantization_config.settings) if compressed else None
         self.block = getattr(settings, "weight_block_size", None)
         self.keeps, self.kept = False, KeptParameters()
         self.parts: dict[str, tuple[str, ...]] = {}  # names of the stored tensors of a parameter
@@ -140,7 +142,8 @@ class Dequantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, device_map: Any = None, checkpoint_files: Sequence[str] = (), **options: Any
     ) -> None:
-        self.inner._process_model_before_weight_loading(model, device_map=device_map, **options)
+        if not self.decompression:
+            self.inner._process_model_before_weight_loading(model, device_map=device_map, **options)
         for path in checkpoint_files:
             with safe_open(path, "pt") as file:
                 self._stored |= {name: (path, file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
@@ -149,7 +152,10 @@ class Dequantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         """Take over the conversions of the format; older versions of Transformers do not pass the model."""
         plain = list(weight_conversions)
-        found = self.inner.update_weight_conversions(weight_conversions, *model)
+        if self.decompression:
+            found = [*plain, WeightConverter("weight", "weight", [Decompressed()])]
+        else:
+            found = self.inner.update_weight_conversions(weight_conversions, *model)
         used = [KeptConversion(one, self) if isinstance(one, WeightConverter) else one for one in found]
         self._transforms = plain, used
         return used
@@ -220,10 +226,13 @@ class KeptConversion(WeightConverter):
     """A conversion of stored tensors to parameters that can run again later."""
 
     def __init__(self, conversion: WeightConverter, keeper: Dequantizer) -> None:
-        operations = list(conversion.operations)
-        if keeper.block and any(map(_reads_scales, operations)):
+        operations, targets = list(conversion.operations), conversion._original_target_patterns
+        sources = conversion._original_source_patterns
+        if keeper.decompression:
+            sources = keeper.decompression.sources(sources)
+            operations.insert(0, Decompressed())
+        elif keeper.block and any(map(_reads_scales, operations)):
             operations.insert(0, WholeBlocks(keeper.block))
-        sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
         super().__init__([*sources], [*targets], operations, conversion.force_cpu)
         self.scope_prefix, self.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
         self.keeper, self.names = keeper, dict[str, str]()  # patterns of stored tensors by name
@@ -232,6 +241,11 @@ class KeptConversion(WeightConverter):
         """Note the name of a stored tensor, too."""
         self.names[source_key] = source_pattern
         super().add_tensor(target_key, source_key, source_pattern, future)
+
+    def materialize_tensors(self) -> Any:
+        """Read the tensors, and decompress them if no operation does so."""
+        found, decompression = super().materialize_tensors(), self.keeper.decompression
+        return decompression.dense(found, self.names) if decompression else found
 
     def convert(
         self, layer_name: str, model: Any = None, config: Any = None, hf_quantizer: Any = None, loading_info: Any = None

@@ -1,14 +1,18 @@
 """Models in files that are quantized: dequantized a decoder layer at a time, and pruned like the dequantized model."""
 
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from _pytest.mark import ParameterSet
 from folder_files import bytes_of, tensors_of
 from pruning import same
-from quantized_models import VOCAB_SIZE, fp8_deepseek, mxfp4_gpt_oss
+from quantized_models import VOCAB_SIZE, compressed_qwen3_moe, fp8_deepseek, mxfp4_gpt_oss
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
 from optimum_fista.evaluate.verification import verify_checkpoint
@@ -23,14 +27,29 @@ def prune(source: Path, output: Path, **options) -> PruningReport:
     return pruner.prune(str(source), TOKENS.split(4), output_dir=output, device="cpu")
 
 
-FORMATS = {fp8_deepseek: FineGrainedFP8Config, mxfp4_gpt_oss: Mxfp4Config}
+without_compressed_tensors = pytest.mark.skipif(
+    find_spec("compressed_tensors") is None, reason="compressed-tensors is not installed"
+)
 
 
-@pytest.mark.parametrize("write", FORMATS)
-def test_a_quantized_source_is_pruned_as_the_model_that_transformers_dequantizes(tmp_path, write):
+def write_compressed(preset: str) -> ParameterSet:
+    write = partial(compressed_qwen3_moe, preset=preset)
+    return pytest.param(write, "CompressedTensorsConfig", id=preset, marks=without_compressed_tensors)
+
+
+@pytest.mark.parametrize(
+    ("write", "settings"),
+    [
+        (fp8_deepseek, "FineGrainedFP8Config"),
+        (mxfp4_gpt_oss, "Mxfp4Config"),
+        write_compressed("W4A16"),
+        write_compressed("FP8_DYNAMIC"),
+    ],
+)
+def test_a_quantized_source_is_pruned_as_the_model_that_transformers_dequantizes(tmp_path, write, settings):
     source = write(tmp_path / "source")
     before = bytes_of(source)
-    wanted = FORMATS[write](dequantize=True)
+    wanted = getattr(transformers, settings)(dequantize=True)
     AutoModelForCausalLM.from_pretrained(source, quantization_config=wanted).save_pretrained(tmp_path / "dense")
     report = prune(source, tmp_path / "pruned")
     prune(tmp_path / "dense", tmp_path / "expected")
@@ -39,6 +58,20 @@ def test_a_quantized_source_is_pruned_as_the_model_that_transformers_dequantizes
     assert f"quantized by {wanted.quant_method.value!r}: they are dequantized" in report.warnings[0]
     assert bytes_of(source) == before
     assert verify_checkpoint(tmp_path / "pruned", dense=source).num_equal
+
+
+@without_compressed_tensors
+def test_scales_of_nvfp4_have_scales(tmp_path):
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import preset_name_to_scheme
+
+    source = compressed_qwen3_moe(tmp_path / "source", "NVFP4A16")
+    module = "model.layers.1.mlp.experts.2.up_proj."
+    stored = {k.removeprefix(module): t for k, t in tensors_of(source).items() if k.startswith(module)}
+    compressor = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
+    expected = compressor.decompress(stored, preset_name_to_scheme("NVFP4A16", ["Linear"]))["weight"]
+    model, *_ = load_lazily(str(source), tmp_path / "offload", device="cpu")
+    assert torch.equal(stored_tensor(model, "model.layers.1.mlp.experts.gate_up_proj")[2, 32:], expected)
 
 
 def test_the_last_block_of_fp8_may_be_smaller(tmp_path):
