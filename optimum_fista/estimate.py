@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder import loading
+from optimum_fista.folder.stored_tensors import SourceTensors, source_tensors
 from optimum_fista.memory import available_bytes, total_bytes
 from optimum_fista.model.dequantization import forget_quantization, quantization, read_dequantized
 from optimum_fista.model.operator import is_fused_experts
@@ -86,7 +87,12 @@ class Estimate:
         self.num_samples, self.packed = num_samples, packed
         self.length, self.value = sequence_length or usual_length(given), dtype.itemsize
         self.vocabulary, self.hidden = next(self.model.get_input_embeddings().parameters()).shape
-        plan = plan_run(self.model, config, loaded=False)
+        source = SourceTensors()
+        if not isinstance(model, PreTrainedConfig) and Path(model).is_dir():
+            with loading.reading(str(model)):
+                source = source_tensors(self.model, Path(model))
+        plan = plan_run(self.model, config, loaded=False, source=source)
+        self.source = plan.source
         going = [(index, 0.0) for index in range(1, 1 + plan.removal.num_removed_layers)]  # which, the values decide
         plan = plan.with_budgets(Budgets(removed_layers=going))
         self.layers, self.asked, self.config = plan.layers, plan.asked, plan.config
@@ -122,6 +128,7 @@ class Estimate:
         masks = (sum(self.weights.values()) - (zeros if self.num_removed else 0)) // 8  # a bit a weight
         saved = self.num_removed * self.value + self.packed * (zeros * self.value - masks)
         fused = [p for m in filter(is_fused_experts, self.model.modules()) for p in m.parameters(False) if p.ndim == 3]
+        saved -= sum(tensor.num_bytes for tensor in self.source.unplaced.values())
         parts = {"model": self.weight_bytes - saved, "masks": masks if self.packed else 2 * masks}  # the journal's too
         copied = 0 if self.quantized else sum(parameter.nbytes for parameter in fused)
         parts["fused experts, copied by the lazy reader"] = copied

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,8 +18,9 @@ from optimum_fista.config import FistaPruningConfig
 from optimum_fista.environment import numerical_environment
 from optimum_fista.folder.checkpoint import CONFIG_KEY
 from optimum_fista.folder.hub import push_folder, require_repo_id
-from optimum_fista.folder.loading import storage_place
+from optimum_fista.folder.loading import local_source, storage_place
 from optimum_fista.folder.output import new_output
+from optimum_fista.folder.stored_tensors import SourceTensors, StoredTensor, source_tensors
 from optimum_fista.folder.writing import summary, write_checkpoint
 from optimum_fista.model.gram import single_problem
 from optimum_fista.prune.batches import begin
@@ -63,6 +65,8 @@ class FistaPruner:
         self.storage_device = storage_device
         self.callbacks = tuple(callbacks)
         self._results: WeakKeyDictionary[PreTrainedModel, tuple[PruningReport, dict[str, Tensor]]] = WeakKeyDictionary()
+        # tensors in the files of its source that a model has no place for, by their names in the pruned model
+        self.unplaced: WeakKeyDictionary[PreTrainedModel, Mapping[str, StoredTensor]] = WeakKeyDictionary()
 
     @numerical_environment()
     def prune(
@@ -76,7 +80,6 @@ class FistaPruner:
         dtype: str | torch.dtype = "auto",
         overwrite: bool = False,
         packed: bool = False,
-        drop_unused: bool = False,
     ) -> PruningReport:
         """Prune a model in place, or from its files to the files of `output_dir`; return the report.
 
@@ -97,7 +100,6 @@ class FistaPruner:
             dtype: `"auto"` takes the checkpoint's.
             overwrite: Replace a model that `output_dir` already holds, and an unfinished run of other settings.
             packed: Store the weights without their zeros (docs/formats.md).
-            drop_unused: Prune even if the files hold tensors that the result will lack, such as a vision tower.
         """
         if isinstance(model, str | Path):
             if output_dir is None:
@@ -112,7 +114,6 @@ class FistaPruner:
                 dtype=dtype,
                 overwrite=overwrite,
                 packed=packed,
-                drop_unused=drop_unused,
                 storage_device=self.storage_device,
                 progress=self.progress,
                 callbacks=self.callbacks,
@@ -124,7 +125,11 @@ class FistaPruner:
         if self.config.whole_parts is not None:
             require_in_memory(model, self.config.whole_parts)
         sink = ModelSink(model)
-        plan = plan_run(model, self.config, storage=storage, progress=self.progress, callbacks=self.callbacks)
+        source = SourceTensors()
+        with suppress(OSError, ValueError):  # what the folder holds now need not be this model
+            source = source_tensors(model, folder) if (folder := local_source(model)) is not None else source
+        places: dict[str, Any] = {"storage": storage, "progress": self.progress, "callbacks": self.callbacks}
+        plan = plan_run(model, self.config, source=source, **places)
         calibration, held_out, report = begin(plan, calib_dataloader, calibration_source)
         for callback in self.callbacks:
             callback.on_prune_begin(report)
@@ -139,6 +144,7 @@ class FistaPruner:
             report.seconds["total"] = time.perf_counter() - started
             model.config.fista_pruning = summary(report)  # in the sink: after an interrupt here all is put back
             self._results[model] = (report, sink.masks)
+            self.unplaced[model] = plan.source.unplaced
         logger.info("%s", report)
         for callback in self.callbacks:
             callback.on_prune_end(report)
@@ -190,7 +196,7 @@ class FistaPruner:
         """
         report, masks = self.result(model)
         with new_output(Path(folder), overwrite) as unfinished:
-            write_checkpoint(model, unfinished, report, masks, tokenizer)
+            write_checkpoint(model, unfinished, report, masks, tokenizer, self.unplaced[model])
 
     def push_to_hub(
         self,

@@ -157,7 +157,9 @@ class PruningReport:
     """Record of a pruning run."""
 
     config: dict[str, Any]  # the configuration as plain values
-    model: dict[str, Any]  # class, name (see `teacher`), num_parameters, sha256 of the dense tensors, what it lacks
+    model: dict[
+        str, Any
+    ]  # class, name (see `teacher`), num_parameters, sha256 of the dense tensors, what is copied or lacks
     calibration: dict[str, Any]  # sha256, num_sequences, num_tokens, source if known; `held_out` has the same keys
     operators: list[OperatorReport] = field(default_factory=list)  # in pruning order
     layers: list[LayerReport] = field(default_factory=list)
@@ -175,11 +177,6 @@ class PruningReport:
         self.layers.append(record.report)
         self.operators += record.operators
         self.left_dense |= record.left_dense
-
-    def lack(self, lost: str) -> None:
-        """Note what the dense model's files hold but the pruned model lacks."""
-        self.model["lacks"] = lost
-        self.warn(f"{lost}; the pruned model lacks them")
 
     def warn(self, message: str) -> None:
         """Add a warning to the report, and show it to the user."""
@@ -294,6 +291,17 @@ class PruningReport:
             f"output error {output}{', before retraining' if self.retrained else ''}; "
             f"{self.seconds.get('total', 0.0):.1f} s, of which solving {totals['solve_seconds']:.1f} s"
         )
+
+
+def lines_of_unplaced(copied: Mapping[str, int], lacks: Mapping[str, str]) -> list[str]:
+    """Say which tensors the model's class does not load: modules with the number that is copied, or why none is."""
+    lines = []
+    if copied:
+        shown = ", ".join(f"{module} ({count})" for module, count in copied.items())
+        lines.append(f"{sum(copied.values())} tensors that the model's class does not load are copied: {shown}")
+    if lacks:
+        lines.append(f"not in the pruned model: {', '.join(f'{module} ({why})' for module, why in lacks.items())}")
+    return lines
 
 
 # repositories of the data sets that have a short name here

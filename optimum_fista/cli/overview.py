@@ -58,19 +58,17 @@ def say_before(arguments: argparse.Namespace, config: FistaPruningConfig) -> tup
 def estimate_of(arguments: argparse.Namespace, config: FistaPruningConfig, batch_size: int | None) -> Estimate:
     """Estimate memory and time of the run, with batches of this size; `None`: the best size for the device."""
     from optimum_fista.estimate import Estimate
-    from optimum_fista.folder.loading import require_no_loss
 
     names = ("sequence_length", "calibration", "device", "dtype", "storage_device", "packed")
     options = {name: getattr(arguments, name) for name in names}
     number = arguments.num_samples + config.held_out
-    estimate = Estimate(arguments.model, config, num_samples=number, batch_size=batch_size, **options)
-    if Path(arguments.model).is_dir():
-        require_no_loss(estimate.model, Path(arguments.model), arguments.drop_unused)
-    return estimate
+    return Estimate(arguments.model, config, num_samples=number, batch_size=batch_size, **options)
 
 
 def overview_of(estimate: Estimate) -> list[str]:
     """Say in a few lines what a run will do and need."""
+    from optimum_fista.report import lines_of_unplaced
+
     model, config, parameters = estimate.model, estimate.config, estimate.model.num_parameters()
     dtype, weights = str(model.dtype).removeprefix("torch."), sum(estimate.weights.values())
     zeros, removed = sum(estimate.zeros.values()), estimate.num_removed
@@ -97,7 +95,8 @@ def overview_of(estimate: Estimate) -> list[str]:
         "memory": f"{memory}, at most, on {estimate.device}",
         "disk": size_text(sum(estimate.disk_bytes.values())),
     }
-    return [f"{name:<13}{text}" for name, text in lines.items()]
+    unplaced = lines_of_unplaced(estimate.source.copied, estimate.source.lost)
+    return [f"{name:<13}{text}" for name, text in lines.items()] + [f"{'beside it':<13}{line}" for line in unplaced]
 
 
 def details_of(estimate: Estimate) -> list[str]:
@@ -132,7 +131,12 @@ def details_of(estimate: Estimate) -> list[str]:
 
 
 def verdicts(report: PruningReport) -> Iterator[str]:
-    """Say how much worse the model became, and whether that is much; docs/report.md has the limits of the words."""
+    """Say how much worse the model became, and whether that is much; docs/report.md has the limits of the words.
+
+    The last lines count the tensors that were copied or left out because the model's class does not load them.
+    """
+    from optimum_fista.report import lines_of_unplaced
+
     if report.perplexity is not None:
         found = report.perplexity
         numbers = f"perplexity {found['dense']:.2f} before and {found['pruned']:.2f} after"
@@ -142,6 +146,7 @@ def verdicts(report: PruningReport) -> Iterator[str]:
         # docs/report.md gives the reasons for these limits
         word = "low" if worst.fit_error < 0.2 else "usual" if worst.fit_error < 0.5 else "high"
         yield f"largest fit error {worst.fit_error:.2f} ({word}): {worst.name.removesuffix('.weight')}"
+    yield from lines_of_unplaced(report.model.get("copied", {}), report.model.get("lacks", {}))
 
 
 def _verdict(found: Mapping[str, Any]) -> str:

@@ -60,7 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", **DTYPE)
     add("--dry-run", action="store_true", help="only print what a run would prune and need; MODEL may be a config.json")
     add("--overwrite", action="store_true", help="replace a model that --output already holds")
-    add("--drop-unused", action="store_true", help="leave out tensors that the result has no place for: a vision tower")
     add("--packed", action="store_true", help="store the pruned weights without their zeros (see pack --help)")
     add("--push-to-hub", metavar="REPO", help="upload the folder, with copies of small files beside MODEL's weights")
     # None: the Hub decides, by the settings of an organisation.
@@ -107,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.batch_size, arguments.calibration = ranks.first(lambda: say_before(arguments, config))
             folder = unfinished_folder(arguments.output) / FOLDER
             batches = ranks.first(lambda: _batches(arguments, config, ranks.device, folder))
-            names = ("device", "dtype", "overwrite", "packed", "drop_unused")
+            names = ("device", "dtype", "overwrite", "packed")
             options = {name: getattr(arguments, name) for name in names}
             options |= {"calibration_source": arguments.calibration, "output_dir": arguments.output}
             pruner = FistaPruner(config, storage_device=arguments.storage_device)

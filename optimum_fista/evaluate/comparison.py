@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,9 @@ from transformers import PreTrainedModel
 from optimum_fista.folder.checkpoint import checkpoint_files, read_report, read_tensors
 from optimum_fista.folder.loading import load_lazily
 from optimum_fista.folder.packed_folder import is_packed
+from optimum_fista.folder.stored_tensors import read_stored, source_tensors
 from optimum_fista.folder.writing import operators_by_weight
+from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.parts import find_parts, numbers_kept
 from optimum_fista.model.shrinking import plan_shrinking
@@ -37,9 +40,7 @@ def compare_with_dense(folder: Path, report: PruningReport, dense: str, progress
         raise ValueError(f"dense={dense!r}: {str(folder)!r} {why}, so it can't be compared.")
     with tempfile.TemporaryDirectory(prefix="optimum-fista-") as offload:
         ours, *_ = load_lazily(str(folder), Path(offload) / "pruned", device="cpu")
-        theirs, _, _, lost = load_lazily(dense, Path(offload) / "dense", device="cpu", dtype=ours.dtype)
-        if lost:
-            raise VerificationError(f"{lost}.")
+        theirs, _, read_from = load_lazily(dense, Path(offload) / "dense", device="cpu", dtype=ours.dtype)
         operators, modules = operators_by_weight(ours, report), {id(m): name for name, m in ours.named_modules()}
         names = stored_names(ours, operators.values(), all_of_them=False)
         in_model = {stored.name: name for name, stored in names.items()}  # the report names weights as files do
@@ -62,6 +63,14 @@ def compare_with_dense(folder: Path, report: PruningReport, dense: str, progress
             progress(name)
         if left:
             raise VerificationError(f"{left[0]} is in the pruned model and not in {dense!r}.")
+        source, total = source_tensors(theirs, read_from), len(find_decoder_layers(theirs))
+        source = replace(source, lost=report.model.get("lacks", {}))
+        here = read_stored(folder)
+        for name, tensor in source.renamed(report.model.get("layers_kept", range(total)), total).unplaced.items():
+            if name not in here or not tensor.equals(here[name]):
+                raise VerificationError(f"{name} of {dense!r} was not copied as it is, and its report does not say so.")
+            equal += 1
+            progress(name)
     return equal
 
 

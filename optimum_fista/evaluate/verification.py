@@ -32,6 +32,7 @@ from optimum_fista.folder.checkpoint import (
     require_files,
 )
 from optimum_fista.folder.packed_folder import is_packed, packed_operators
+from optimum_fista.folder.stored_tensors import source_tensors
 from optimum_fista.folder.writing import summary
 from optimum_fista.model.expert_removal import experts_to_keep
 from optimum_fista.model.parts import runs_of_experts
@@ -210,7 +211,10 @@ def _verify_shapes(folder: Path, model: PreTrainedModel) -> None:
     left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
     described = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
     missing = [name for name in described if name not in files]
-    if missing and files.keys() <= described.keys():  # otherwise files and class name tensors in two ways
+    unplaced = source_tensors(model, folder).unplaced
+    if (
+        missing and files.keys() - unplaced.keys() <= described.keys()
+    ):  # otherwise files and class name tensors in two ways
         raise VerificationError(f"{missing[0]} is not in the checkpoint.")
     for name in described.keys() & files.keys():
         with safe_open(files[name], "pt") as file:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
@@ -33,7 +33,7 @@ from transformers import (
 
 import optimum_fista.packed  # noqa: F401  # so that packed folders load
 from optimum_fista.folder.checkpoint import closest_folder, require_name
-from optimum_fista.folder.source_files import described_loss, source_folder
+from optimum_fista.folder.source_files import source_folder
 from optimum_fista.installing import install_command
 from optimum_fista.memory import is_out_of_memory
 from optimum_fista.model.activation_store import Storage
@@ -68,15 +68,14 @@ def load_lazily(
     *,
     device: str | None = None,
     dtype: str | torch.dtype = "auto",
-    drop_unused: bool = True,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, Path, str]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, Path]:
     """Load a model whose weights stay in its files until they are needed.
 
     Weights of a GGUF file are dequantized in memory; the same file has the tokenizer. Returns also the folder of the
-    files, and which of their tensors the model has no place for: these are refused unless `drop_unused`.
+    files.
     """
     if gguf_file(name) is not None:
-        return (*load_model(name, device=device, dtype=dtype), Path(name), "")
+        return (*load_model(name, device=device, dtype=dtype), Path(name))
     target, dtype = usable_device(device), dtype if dtype == "auto" else floating_dtype(dtype)
 
     def is_news(record: logging.LogRecord) -> bool:
@@ -91,16 +90,21 @@ def load_lazily(
     finally:
         talker.removeFilter(is_news)
     source = source_folder(name, getattr(model.config, "_commit_hash", None))
-    lost = require_no_loss(model, source, drop_unused)
     settle_ties(model)  # tied weights are two once they are offloaded
     move_execution(model, target)
-    return model, None, source, lost
+    return model, None, source
 
 
 def local_source(model: PreTrainedModel) -> Path | None:
-    """The folder from which a model in memory was loaded; `None` if it was not a folder."""
-    name = getattr(model.config, "_name_or_path", "")
-    return Path(name) if name and Path(name).is_dir() else None
+    """The folder from which a model in memory was loaded, in the cache of the Hub too; `None` if there is none."""
+    name, revision = getattr(model.config, "_name_or_path", ""), getattr(model.config, "_commit_hash", None)
+    if not name or Path(name).is_dir():
+        return Path(name) if name else None
+    try:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:  # a path that is gone
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
@@ -160,18 +164,6 @@ def read_model(name: str, **options: Any) -> PreTrainedModel:
             f"such as {missing[0]}. Download it again."
         )
     return model
-
-
-def require_no_loss(model: PreTrainedModel, source: Path, drop_unused: bool) -> str:
-    """Refuse a model whose files hold tensors that the pruned one would lack; say which if they are to be dropped."""
-    with reading(str(source)):
-        lost = described_loss(model, source)
-    if lost and not drop_unused:
-        raise ValueError(
-            f"model={str(source)!r}: {lost}. The pruned model would lack them: pass drop_unused=True (--drop-unused) "
-            "if that is meant."
-        )
-    return lost
 
 
 @contextmanager

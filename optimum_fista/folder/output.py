@@ -260,7 +260,11 @@ def _stamp(file: Path) -> Any:
     return [found.st_size, found.st_mtime_ns] if file.suffix == ".safetensors" else digest_of(file)
 
 
-def write_file(path: Path, content: str | bytes | Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_file(
+    path: Path,
+    content: str | bytes | Iterator[bytes | memoryview] | Mapping[str, Tensor],
+    metadata: dict[str, str] | None = None,
+) -> None:
     """Write text, bytes, or tensors as safetensors beside `path`, flush the file to the disk, and rename it."""
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -269,6 +273,9 @@ def write_file(path: Path, content: str | bytes | Mapping[str, Tensor], metadata
                 partial.write_text(content)
             elif isinstance(content, bytes):
                 partial.write_bytes(content)
+            elif isinstance(content, Iterator):
+                with partial.open("wb") as file:
+                    file.writelines(content)
             else:
                 save_file(dict(content), partial, metadata=metadata)
             flush(partial)

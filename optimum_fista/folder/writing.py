@@ -27,10 +27,14 @@ from optimum_fista.folder.checkpoint import (
     MASKS_METADATA,
     PACKED_KEY,
     REPORT_FILE,
+    checkpoint_files,
+    read_json,
+    write_index,
 )
 from optimum_fista.folder.loading import forget_gguf, local_source
 from optimum_fista.folder.output import errors_of_writing, write_file
 from optimum_fista.folder.source_files import copy_source
+from optimum_fista.folder.stored_tensors import StoredTensor, write_stored
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.offload import describe_ties, stored_tensor
 from optimum_fista.model.operator import LinearOperator
@@ -45,8 +49,9 @@ def write_checkpoint(
     report: PruningReport,
     masks: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase | None,
+    unplaced: Mapping[str, StoredTensor],
 ) -> None:
-    """Write all files of a pruned model into an unfinished folder."""
+    """Write all files of a pruned model into an unfinished folder; `unplaced` are tensors that are not in the model."""
     found = operators_by_weight(model, report)
     operators = [found[o.name] for o in report.operators]
     for operator in operators:  # after a training step without masks, the zeros would be gone and the masks wrong
@@ -75,7 +80,22 @@ def write_checkpoint(
                 model.save_pretrained(folder, state_dict={k: v for k, v in model.state_dict().items() if k not in tied})
             finally:
                 del model.hf_device_map
+        if unplaced:
+            _add_shard(folder, unplaced)
     write_all_but_weights(folder, model, tokenizer, report, masks)
+
+
+def _add_shard(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Write further tensors into a last file of weights, and the index."""
+    weights, index = checkpoint_files(folder), folder / "model.safetensors.index.json"
+    shards = sorted({*weights.values()})
+    names = [f"model-{number:05}-of-{len(shards) + 1:05}.safetensors" for number in range(1, len(shards) + 2)]
+    for shard, name in zip(shards, names, strict=False):
+        shard.rename(folder / name)
+    write_stored(folder / names[-1], tensors)
+    new_names = dict(zip(shards, names, strict=False))
+    weight_map = {name: new_names[shard] for name, shard in weights.items()} | dict.fromkeys(tensors, names[-1])
+    write_index(folder, "model", weight_map, read_json(index).get("metadata", {}) if index.exists() else {})
 
 
 def write_all_but_weights(

@@ -42,13 +42,13 @@ class Calibration:
 
 
 def begin(
-    plan: Plan, calib_dataloader: Iterable[Any], source: str | None, lost: str | None = None
+    plan: Plan, calib_dataloader: Iterable[Any], source: str | None
 ) -> tuple[Calibration, HeldOut | None, PruningReport]:
-    """Read the calibration text and begin the report (see `begin_report` for `lost`).
+    """Read the calibration text and begin the report.
 
     Returns a `HeldOut` if a perplexity can be measured.
     """
-    report, inputs = begin_report(plan, lost), {name: o.shape[1] for name, o in plan.all_operators.items()}
+    report, inputs = begin_report(plan), {name: o.shape[1] for name, o in plan.all_operators.items()}
     given = read_batches(calib_dataloader, *token_limits(plan.layers.model), media_arguments(plan.layers.model))
     measured = [batch for batch in given if batch.held_out]
     batches = hold_out([batch for batch in given if not batch.held_out], plan.config.held_out)

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.environment import processor_name
-from optimum_fista.folder.loading import local_source
-from optimum_fista.folder.source_files import described_loss
+from optimum_fista.folder.stored_tensors import SourceTensors
 from optimum_fista.memory import size_text
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import Storage
@@ -34,7 +31,7 @@ from optimum_fista.model.parts import Part, find_parts
 from optimum_fista.model.stored_names import stored_names
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.removal import PartsRemoval, Removal, first_names
-from optimum_fista.report import MixtureReport, OperatorReport, PruningReport, public_name
+from optimum_fista.report import MixtureReport, OperatorReport, PruningReport, lines_of_unplaced, public_name
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.methods.magnitude import Magnitude
 
@@ -69,6 +66,7 @@ class Plan:
     channels: Mapping[str, Part]  # parts whose channels change places, by the operators that read them
     budgets: Budgets = field(default_factory=Budgets)
     storage: Storage | None = None  # where activations are kept; None: on the device of their decoder layer
+    source: SourceTensors = field(default_factory=SourceTensors)  # by their names in the result
     progress: bool = False
     callbacks: Sequence[PruningCallback] = ()
 
@@ -76,7 +74,10 @@ class Plan:
         """Return the plan with the zeros of every operator, and without the decoder layers to remove."""
         before, gone = (self.operators, self.left_dense, self.config), dict(budgets.removed_layers)
         removal, operators, left, config = self.removal.applied(*before, gone)
-        return replace(self, budgets=budgets, removal=removal, operators=operators, config=config, left_dense=left)
+        stay = [index for index in range(len(self.layers)) if index not in gone]
+        source = self.source.renamed(stay, len(self.layers))
+        plan = replace(self, budgets=budgets, removal=removal, config=config, source=source)
+        return replace(plan, operators=operators, left_dense=left)
 
     @cached_property
     def method(self) -> PruningMethod:
@@ -136,20 +137,15 @@ def plan_run(model: PreTrainedModel, config: FistaPruningConfig, *, loaded: bool
         channels={part.name: part for part in channels},
         **places,
     )
+    plan = replace(plan, source=plan.source.without(removal.loses))
     if loaded:
         stored_names(model, plan.all_operators.values())  # refuses a weight whose mask could not be saved
     return plan
 
 
-def begin_report(plan: Plan, lost: str | None) -> PruningReport:
-    """Begin the report of a run; warns of name patterns that match nothing, and of tensors that the model lacks.
-
-    `lost` describes these tensors; if it is `None`, they are looked for in the folder of a model in memory.
-    """
+def begin_report(plan: Plan) -> PruningReport:
+    """Begin the report of a run; warns of name patterns that match nothing, and of tensors that it will lack."""
     model = plan.layers.model
-    if lost is None and (folder := local_source(model)) is not None:
-        with suppress(OSError, ValueError, SafetensorError):  # what the folder holds now need not be this model
-            lost = described_loss(model, folder)
     idle = plan.asked.idle_patterns([*plan.all_operators, *plan.left_dense])
     report = PruningReport(
         config=plan.asked.to_dict(),
@@ -188,14 +184,16 @@ def begin_report(plan: Plan, lost: str | None) -> PruningReport:
         report.warn(f"the weights were quantized by {method!r}: they are dequantized, and written in {dtype} ({size}).")
     for message in idle:
         report.warn(message)
-    if lost:
-        report.lack(lost)
+    for line in lines_of_unplaced({}, plan.source.lost):
+        report.warn(line)
     return report
 
 
 def complete_report(plan: Plan, report: PruningReport, held_out: HeldOut | None) -> None:
     """Describe the pruned model once all operators are pruned, and add what the user should know."""
     plan.removal.describe(report)
+    report.model |= {"copied": copied} if (copied := plan.source.copied) else {}
+    report.model |= {"lacks": dict(plan.source.lost)} if plan.source.lost else {}
     operators, config = report.operators, plan.config
     if unfelt := plan.budgets.unfelt:
         report.warnings.append(

@@ -108,6 +108,10 @@ class Removal:
         """Values by their names in the pruned model, without those of removed modules."""
         return {new: value for name, value in values.items() if (new := self.new_name(name)) is not None}
 
+    def loses(self, name: str) -> bool:  # noqa: ARG002
+        """Tell whether a tensor of the model loses groups; False for tensors of removed decoder layers."""
+        return False
+
     def shrink_tensors(self, record: LayerRecord, tensors: Tensors) -> Tensors:  # noqa: ARG002
         """Return the tensors of a pruned decoder layer in their smaller form, by their new names."""
         return tensors
@@ -181,6 +185,10 @@ class PartsRemoval(Removal):
     def new_name(self, name: str) -> str | None:
         """The name of a module or tensor in the smaller model; `None` if its decoder layer is removed."""
         return self.smaller.new_name(name)
+
+    def loses(self, name: str) -> bool:
+        """See `Removal.loses`."""
+        return self.smaller.part_of(name) is not None
 
     def applied(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +22,11 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder.checkpoint import names_in, write_index
-from optimum_fista.folder.loading import load_lazily, storage_place, usable_device
-from optimum_fista.folder.output import FOLDER, install, locked_output, require_output, unfinished_folder, write_file
+from optimum_fista.folder.loading import load_lazily, reading, storage_place, usable_device
+from optimum_fista.folder.output import FOLDER, install, locked_output, require_output, unfinished_folder
 from optimum_fista.folder.packed_folder import Packer, packed_settings
 from optimum_fista.folder.source_files import copy_source
+from optimum_fista.folder.stored_tensors import StoredTensor, source_tensors, write_stored
 from optimum_fista.folder.writing import as_stored, write_all_but_weights
 from optimum_fista.model.forward import evaluation_mode
 from optimum_fista.model.held_out import HeldOut
@@ -56,7 +57,6 @@ def prune_files(
     dtype: str | torch.dtype,
     overwrite: bool,
     packed: bool,
-    drop_unused: bool,
     progress: bool,
     storage_device: str | torch.device | Path | None,
     callbacks: Sequence[PruningCallback],
@@ -74,22 +74,22 @@ def prune_files(
             opened.enter_context(locked_output(output_dir))
             require_output(output_dir, overwrite)  # another run may just have ended
 
-        def load() -> tuple[Plan, PreTrainedTokenizerBase | None, Path, str]:
+        def load() -> tuple[Plan, PreTrainedTokenizerBase | None, Path]:
             if not (folder / FOLDER).exists():
                 raise ValueError(f"output: rank 0 began {str(folder)!r}, and it isn't here: pass a shared folder.")
             require_independent_layers(config, ranks.count)
             offload = offloaded.enter_context(tempfile.TemporaryDirectory(prefix="offload-", dir=folder / FOLDER))
-            model, tokenizer, read_from, lost = load_lazily(
-                name, Path(offload), device=ranks.device, dtype=dtype, drop_unused=drop_unused
-            )
+            model, tokenizer, read_from = load_lazily(name, Path(offload), device=ranks.device, dtype=dtype)
             on_cpu = execution_device(model.get_input_embeddings()).type == "cpu"
             on_disk = storage_device == "disk" or (storage is None and on_cpu)
             place, shows = folder / FOLDER if on_disk else storage, progress and not ranks.index
-            plan = plan_run(model, config, storage=place, progress=shows, callbacks=callbacks)
-            return plan, tokenizer, read_from, lost
+            with reading(name):
+                tensors = source_tensors(model, read_from)
+            plan = plan_run(model, config, source=tensors, storage=place, progress=shows, callbacks=callbacks)
+            return plan, tokenizer, read_from
 
         def read() -> tuple[Calibration, HeldOut | None, PruningReport]:
-            calibration, held_out, report = begin(plan, calib_dataloader, calibration_source, lost)
+            calibration, held_out, report = begin(plan, calib_dataloader, calibration_source)
             return calibration, None if ranks.count > 1 else held_out, report  # a rank runs only some of the layers
 
         def tell() -> None:
@@ -97,7 +97,7 @@ def prune_files(
                 callback.on_prune_begin(report)
 
         ranks.first(lock)
-        plan, tokenizer, read_from, lost = ranks.each(load)
+        plan, tokenizer, read_from = ranks.each(load)
         calibration, held_out, report = ranks.each(read)
         source = shared_files(read_from, folder, ranks, progress and not ranks.index)
         fingerprint = run_fingerprint(source, plan, calibration.batches, report, packed)
@@ -181,7 +181,7 @@ class StreamedRun:
         for left in {*folder.iterdir()} - shards:  # files of a killed process, or of a run with more layers
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         rest = sink.stored({name: stored_tensor(model, name) for name in plan.layers.names_around})
-        shards.add(sink.write_shard(len(sink.left), rest))
+        shards.add(sink.write_shard(len(sink.left), rest, plan.source.unplaced))
         weight_map = {name: shard.name for shard in shards for name in names_in(shard)}
         index_name = write_index(folder, sink.stem, weight_map, {"total_parameters": report.model["num_parameters"]})
         masks = {name: mask for index in layers for name, mask in journal.masks(index).items()}
@@ -269,11 +269,13 @@ class FileSink(ModelSink):
         shard = None if tensors is None else self.write_shard(self.left.index(index), tensors)
         self._journal.keep_layer(index, shard, masks, record, streams)
 
-    def write_shard(self, index: int, tensors: dict[str, Tensor]) -> Path:
+    def write_shard(
+        self, index: int, tensors: dict[str, Tensor], unplaced: Mapping[str, StoredTensor] | None = None
+    ) -> Path:
         """Write the file of the decoder layer with this number among those that stay; the last file has the rest."""
         total = len(self.left) + 1
         shard = self._journal.model / f"{self.stem}-{index + 1:05}-of-{total:05}.safetensors"
-        write_file(shard, tensors, {"format": "pt"})
+        write_stored(shard, {name: StoredTensor.of(tensor) for name, tensor in tensors.items()} | dict(unplaced or {}))
         return shard
 
     def stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -43,6 +43,7 @@ from optimum_fista.folder.output import (
     write_record,
 )
 from optimum_fista.folder.source_files import copy_source
+from optimum_fista.folder.stored_tensors import source_tensors
 from optimum_fista.folder.writing import write_checkpoint
 from optimum_fista.memory import available_bytes
 from optimum_fista.prune.journal import SourceFiles, join_run, shared_files
@@ -130,7 +131,8 @@ def recover(
             shutil.rmtree(unfinished / MODEL, ignore_errors=True)  # of an earlier start
             (unfinished / MODEL).mkdir()
             copy_source(Path(plan.source), unfinished / MODEL)
-            write_checkpoint(model, unfinished / MODEL, record, masks, None)
+            unplaced = source_tensors(model, Path(plan.source)).unplaced
+            write_checkpoint(model, unfinished / MODEL, record, masks, None, unplaced)
             install(unfinished, plan.output, overwrite, Path(plan.source))
 
         ranks.first(finish)

@@ -2,7 +2,8 @@
 
 import json
 import logging
-import re
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,17 +11,16 @@ import torch
 from folder_files import tensors_of
 from hub_standin import hub_fixture, run_with_hub  # noqa: F401
 from safetensors.torch import load_file, save_file
-from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokens
+from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
 from tiny_models import tiny_model
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig, recover
 from optimum_fista.cli.main import main
-from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
-from optimum_fista.folder.checkpoint import read_report
-from optimum_fista.folder.loading import read_config
+from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder.output import foreign_files, model_files
-from optimum_fista.folder.source_files import described_loss
+from optimum_fista.folder.stored_tensors import read_stored
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -145,35 +145,102 @@ def test_small_files_of_the_hub_are_fetched(hub, tmp_path):
     assert not any(request.endswith("onnx") for request in hub.requests)
 
 
-def test_tensors_that_would_be_lost_are_refused_unless_the_loss_is_meant(tmp_path, capsys):
-    source, output = tmp_path / "source", tmp_path / "out"
-    tiny_model("deepseek_v3", num_nextn_predict_layers=1).save_pretrained(source)
-    add_tensors(source, "model.layers.2.eh_proj.weight", "model.layers.2.mlp.gate.weight", "mtp.fc.weight")
-    said = "3 tensors of the dense model have no place in DeepseekV3ForCausalLM: model.layers.2 (2), mtp (1)"
-    pruner, batches = FistaPruner(FistaPruningConfig(method="wanda"), progress=False), tiny_tokens().split(4)
-    with pytest.raises(ValueError, match=rf"{re.escape(said)}\. .*: pass drop_unused=True"):
-        pruner.prune(source, batches, output_dir=output)
-    assert main(["prune", str(source), "--dry-run"]) == 1
-    assert said in capsys.readouterr().err
-    with pytest.warns(UserWarning, match="the pruned model lacks them"):
-        assert pruner.prune(source, batches, output_dir=output, drop_unused=True).model["lacks"] == said
-    with pytest.raises(VerificationError, match=re.escape(said)):
-        verify_checkpoint(output, dense=source)
-    assert "have no place in DeepseekV3ForCausalLM" in (output / "README.md").read_text()
-    assert read_config(str(output)).num_nextn_predict_layers == 0
-    smaller = FistaPruner(FistaPruningConfig(pattern="layers:0.5"), progress=False)
-    with pytest.warns(UserWarning, match="the pruned model lacks them"):
-        smaller.prune(model := AutoModelForCausalLM.from_pretrained(source), batches)
-    smaller.save_pretrained(model, tmp_path / "smaller")
-    assert read_report(tmp_path / "smaller").model["lacks"] == said  # removed decoder layers are no loss
+def folder_with_more_tokens(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """A tiny DeepSeek-V3 of four decoder layers whose files hold more than its class loads; returns also what that is.
+
+    These are a layer that predicts more tokens, of the last decoder layer's shapes, a head in float8, and a buffer.
+    """
+    settings = {"num_hidden_layers": 4, "num_nextn_predict_layers": 1, "first_k_dense_replace": 1}
+    tiny_model("deepseek_v3", **settings).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    tensors, last = load_file(folder / "model.safetensors"), "model.layers.3."
+    more = {f"model.layers.4.{n.removeprefix(last)}": t.bfloat16() for n, t in tensors.items() if n.startswith(last)}
+    more |= {"model.layers.4.eh_proj.weight": torch.randn(4, 8), "model.layers.4.scale": torch.tensor(2.0)}
+    more |= {"mtp.fc.weight": torch.randn(3, 5).to(torch.float8_e4m3fn)}
+    more |= {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
+    save_file(tensors | more, folder / "model.safetensors", {"format": "pt"})
+    return folder, more
+
+
+@pytest.mark.parametrize("place", ["files", "packed", "memory", "recovered"])
+@pytest.mark.parametrize("pattern", ["unstructured", "channels:0.25", "layers:0.25", "experts:0.25"])
+def test_tensors_that_the_class_does_not_load_are_copied(tmp_path, pattern, place):
+    if place in ("packed", "recovered") and pattern != "unstructured":
+        pytest.skip("a smaller model is not packed, and recover trains weights beside zeros")
+    (source, more), output = folder_with_more_tokens(tmp_path / "source"), tmp_path / "out"
+    pruner = FistaPruner(FistaPruningConfig(pattern=pattern, method="wanda"), progress=False)
+    lost = {name for name in more if name.startswith("model.layers.4.")} if pattern == "experts:0.25" else set()
+    batches, said = tiny_tokens().split(4), r"not in the pruned model: model\.layers\.4 "
+    with pytest.warns(UserWarning, match=said) if lost else nullcontext():
+        if place == "memory":
+            report = pruner.prune(model := AutoModelForCausalLM.from_pretrained(source), batches)
+            pruner.save_pretrained(model, output)
+        else:
+            report = pruner.prune(source, batches, output_dir=output, packed=place == "packed")
+    stay = report.model.get("layers_kept", range(4))
+    moved = {f"layers.{old}.": f"layers.{new}." for new, old in enumerate((*stay, 4))}
+    gone = {name for name in more if "layers.0." in name and 0 not in stay}
+    assert [*report.model["copied"].values()] == [1, 1] if lost else [28, 1, 1][: 2 + (not gone)]
+    if place == "recovered":
+        (text := tmp_path / "text.txt").write_text(TEXT)
+        sizes = {"tokens": 256, "sequence_length": 16, "held_out": 4, "progress": False}
+        recover(output, source, tmp_path / "trained", calibration=str(text), **sizes)
+        output = tmp_path / "trained"
+    found, dense = read_stored(output), read_stored(source)
+    for name in more.keys() - lost - gone:
+        old = next((old for old in moved if old in name), "")
+        assert dense[name].equals(found[name.replace(old, moved.get(old, ""))]), name
+    loaded = AutoModelForCausalLM.from_pretrained(output)
+    assert loaded.config.num_nextn_predict_layers == (not lost)
+    assert not lost & {*found}
+    assert verify_checkpoint(output).num_operators == len(report.operators)
+    assert place in ("packed", "recovered") or verify_checkpoint(output, dense=source).num_equal
+    assert not foreign_files(output)
+
+
+def test_what_is_copied_is_said_before_and_after_a_run(tmp_path, capsys):
+    source, _ = folder_with_more_tokens(tmp_path / "source")
+    (text := tmp_path / "text.txt").write_text(TEXT)
+    command = ["prune", str(source), "-o", str(tmp_path / "out"), "--method", "wanda", "--calibration", str(text)]
+    command += ["--num-samples", "4", "--sequence-length", "16", "--device", "cpu"]
+    copied = "30 tensors that the model's class does not load are copied: model.layers."
+    lost = "not in the pruned model: model.layers.4 (28 tensors: parts that decoder layers lose would have to go there"
+    for pattern, said in ("2:4", copied), ("experts:0.25", lost):
+        with warnings.catch_warnings(action="ignore"):
+            assert main([*command, "--overwrite", "--pattern", pattern]) == 0
+        printed = capsys.readouterr()
+        assert said in printed.err
+        assert said in printed.out
+
+
+def test_tensors_that_are_there_twice_are_refused(tmp_path):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "one")
+    tensors = load_file(tmp_path / "one" / "model.safetensors")
+    save_file(tensors | {"norm.weight": torch.zeros(32)}, tmp_path / "one" / "model.safetensors", {"format": "pt"})
+    model.save_pretrained(tmp_path / "two", max_shard_size="20KB")
+    first, last, *_ = sorted((tmp_path / "two").glob("*.safetensors"))
+    name = next(iter(load_file(first)))
+    save_file(load_file(last) | {name: load_file(first)[name] + 1}, last, {"format": "pt"})
+    pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
+    for folder, said in (
+        ("one", r"norm\.weight .* model\.norm\.weight .*, with different values"),
+        ("two", f"holds {name} twice"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            pruner.prune(tmp_path / folder, tiny_tokens().split(4), output_dir=tmp_path / "out")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["today's", "of old versions"])
-def test_binary_files_are_asked_too(tmp_path, zipped):
+def test_binary_files_are_read_too(tmp_path, zipped):
     model = tiny_llama()
-    tensors = model.state_dict() | {"v_head.weight": torch.ones(2)}
-    torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    assert described_loss(model, tmp_path).endswith(": v_head (1)")
+    model.config.save_pretrained(tmp_path / "source")
+    tensors = model.state_dict() | {"v_head.weight": torch.arange(2.0)}
+    torch.save(tensors, tmp_path / "source" / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
+    pruner.prune(tmp_path / "source", tiny_tokens().split(4), output_dir=tmp_path / "out")
+    assert torch.equal(tensors_of(tmp_path / "out")["v_head.weight"], torch.arange(2.0))
 
 
 @pytest.mark.parametrize(
@@ -184,8 +251,11 @@ def test_binary_files_are_asked_too(tmp_path, zipped):
         ("gpt_neox", "gpt_neox.layers.1.attention.masked_bias"),
     ],
 )
-def test_what_the_model_computes_itself_is_no_loss(tmp_path, family, name):
-    model = tiny_model(family)
-    model.save_pretrained(tmp_path)
-    assert not described_loss(model, add_tensors(tmp_path, name))
-    assert described_loss(model, add_tensors(tmp_path, "visual.patch_embed.weight")).endswith(": visual (1)")
+def test_tables_of_old_checkpoints_are_copied(tmp_path, family, name):
+    tiny_model(family).save_pretrained(tmp_path / "source")
+    pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
+    source = add_tensors(tmp_path / "source", name, "visual.patch_embed.weight")
+    report = pruner.prune(source, tiny_tokens().split(4), output_dir=tmp_path / "out")
+    assert report.model["copied"].pop("visual") == 1
+    assert [*report.model["copied"].values()] == [1]
+    assert tensors_of(tmp_path / "out").keys() == tensors_of(source).keys()

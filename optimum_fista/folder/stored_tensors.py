@@ -1,0 +1,252 @@
+"""Tensors of a model folder as they are stored: their bytes are copied from file to file, without a model.
+
+A folder may hold tensors that the loaded class has no place for: layers that predict more tokens (`mtp.*`, or decoder
+layers beyond `num_hidden_layers`), buffers, unknown names. Other programs use them, so a pruned folder gets them too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+from zipfile import is_zipfile
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from optimum_fista.folder.checkpoint import checkpoint_files, read_json
+from optimum_fista.folder.output import write_file
+from optimum_fista.model.architecture import find_decoder_layers
+from optimum_fista.model.dequantization import dequantizer_of
+from optimum_fista.packed.format import SUFFIXES, packed_names
+
+T = TypeVar("T")
+_PIECE = 2**24  # bytes that are copied at a time
+_LOSES = "parts that decoder layers lose would have to go there too"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor whose bytes stay where they are until they are written."""
+
+    dtype: str  # as safetensors writes it, such as "BF16" or "F8_E4M3"
+    shape: tuple[int, ...]
+    num_bytes: int
+    pieces: Callable[[], Iterator[bytes | memoryview]]  # reads the bytes, in rows
+
+    @classmethod
+    def of(cls, tensor: Tensor, read: Callable[[], Tensor] | None = None) -> StoredTensor:
+        """Describe a tensor in memory; or one on the meta device, which `read` reads."""
+
+        def pieces() -> Iterator[bytes | memoryview]:
+            yield (read or (lambda: tensor))().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+        empty = save({"": tensor.new_empty(0, device="cpu")})
+        return cls(json.loads(empty[8:])[""]["dtype"], tuple(tensor.shape), tensor.nbytes, pieces)
+
+    def tensor(self) -> Tensor:
+        """Read it into memory."""
+        return load(b"".join(_file_of({"": self})))[""]
+
+    def equals(self, other: StoredTensor) -> bool:
+        """Compare dtypes, shapes and all bytes."""
+        digests = [hashlib.sha256(), hashlib.sha256()]
+        for digest, side in zip(digests, (self, other), strict=True):
+            for piece in side.pieces():
+                digest.update(piece)
+        alike = (self.dtype, self.shape) == (other.dtype, other.shape)
+        return alike and digests[0].digest() == digests[1].digest()
+
+
+def read_stored(source: Path) -> dict[str, StoredTensor]:
+    """All tensors in the weight files of a model folder, packed or not; of a GGUF file none. Only headers are read.
+
+    Raises:
+        ValueError: If two files hold tensors of one name with different values.
+    """
+    binary, index = source / "pytorch_model.bin", source / "pytorch_model.bin.index.json"
+    files: set[Path] = set()
+    for stem in ("model", "packed"):
+        with suppress(FileNotFoundError):
+            files = files or {*checkpoint_files(source, stem).values()}
+    if not files and binary.exists():
+        files = {binary}
+    elif not files and index.exists():
+        files = {source / name for name in read_json(index)["weight_map"].values()}
+    found: dict[str, StoredTensor] = {}
+    for file in sorted(files):
+        for name, tensor in (_binary if file.suffix == ".bin" else _safetensors)(file):
+            if name in found and not tensor.equals(found[name]):
+                raise ValueError(
+                    f"model={str(source)!r} holds {name} twice, with different values: {file.name} is the second file "
+                    "with it. Delete the wrong one from its file."
+                )
+            found[name] = tensor
+    return found
+
+
+@dataclass(frozen=True)
+class SourceTensors:
+    """The tensors in a model's files: those that its class loads, and the others, which are copied as they are."""
+
+    stored: Mapping[str, StoredTensor] = field(default_factory=dict)  # by name
+    places: Mapping[str, str] = field(default_factory=dict)  # the tensors of the model as which they are loaded
+    others: Mapping[str, str] = field(default_factory=dict)  # not loaded; each with its module, for people
+    lost: Mapping[str, str] = field(default_factory=dict)  # modules that are not copied, with the reason
+    layers: str = ""  # what names begin with, before the number of a decoder layer
+
+    @property
+    def unplaced(self) -> dict[str, StoredTensor]:
+        """The tensors that are not loaded, and are copied."""
+        return {name: self.stored[name] for name, module in self.others.items() if module not in self.lost}
+
+    @property
+    def copied(self) -> dict[str, int]:
+        """How many tensors of each module are copied; modules of all decoder layers are one entry."""
+        return dict(Counter(re.sub(r"\.\d+\.", ".*.", self.others[name]) for name in self.unplaced))
+
+    def without(self, loses: Callable[[str], bool]) -> SourceTensors:
+        """The tensors for a run that makes some tensors of the model smaller, as `loses` tells.
+
+        Then tensors of other modules with the same name and shape are wrong in the result: the configuration has one
+        number of experts, for instance, for decoder layers and for layers that predict more tokens. These modules are
+        not copied.
+        """
+        ends = {(_inside(name), self.stored[name].shape) for name, place in self.places.items() if loses(place)}
+        counts, lost = Counter(self.others.values()), dict(self.lost)
+        for name, module in self.others.items():
+            if any(name.endswith(f".{end}") and self.stored[name].shape == shape for end, shape in ends):
+                lost[module] = f"{counts[module]} tensors: {_LOSES}"
+        return replace(self, lost=lost)
+
+    def renamed(self, stay: Sequence[int], total: int) -> SourceTensors:
+        """The tensors by their names in a model that keeps the decoder layers `stay` of `total`.
+
+        Tensors of removed layers go. Layers that predict more tokens come after the last decoder layer, so they move.
+        """
+        numbers = {old: new for new, old in enumerate(stay)}
+
+        def new_name(name: str) -> str | None:
+            match = re.match(rf"({re.escape(self.layers)})(\d+)(\..*)", name)
+            if match is None or not self.layers:
+                return name
+            old = int(match[2])
+            new = numbers.get(old) if old < total else old - total + len(stay)
+            return None if new is None else f"{match[1]}{new}{match[3]}"
+
+        def renamed(values: Mapping[str, T]) -> dict[str, T]:
+            return {new: value for name, value in values.items() if (new := new_name(name)) is not None}
+
+        parts = renamed(self.stored), renamed(self.places), renamed(self.others)
+        return SourceTensors(*parts, self.lost, self.layers)
+
+
+def source_tensors(model: PreTrainedModel, source: Path) -> SourceTensors:
+    """Find the tensors in the files of a loaded model.
+
+    Raises:
+        ValueError: If two tensors with different values have the same place, or the same name.
+    """
+    stored, state = read_stored(source), model.state_dict()
+    transforms = get_model_conversion_mapping(model, hf_quantizer=dequantizer_of(source))
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    layers, modules = f"{find_decoder_layers(model).name}.", dict(model.named_modules())
+    packed = {f"{name}{suffix}" for name in packed_names(stored) for suffix in SUFFIXES}
+    loaded_as, places, others, prefixes = dict[str, str](), dict[str, str](), dict[str, str](), Counter[str]()
+    rename = partial(rename_source_key, base_model_prefix=model.base_model_prefix, meta_state_dict=state)
+    for name in (name for name in stored if name not in packed):
+        # as this version of Transformers names a stored tensor; several that it merges still have names of their own
+        own, place = (rename(name, renamings, found)[0] for found in ([], converters))
+        if place not in state:
+            place = plain = rename(name, [], [])[0]
+            own = plain if plain in state else own
+        if place in state:
+            places[name] = place
+            if (other := loaded_as.setdefault(own, name)) != name and not stored[name].equals(stored[other]):
+                raise ValueError(
+                    f"{name} and {other} are both {own} of {type(model).__name__}, with different values: delete the "
+                    "wrong one from the files of the model."
+                )
+            if place.startswith(layers):
+                prefix, number, _ = f".{name}".partition(f".{place.removeprefix(layers).partition('.')[0]}.")
+                prefixes[f"{prefix}."[1:]] += bool(number)
+            continue
+        if f"{model.base_model_prefix}.{own.partition('.')[0]}" in modules:
+            own = f"{model.base_model_prefix}.{own}"  # stored without it
+        parts = own.split(".")
+        above = (".".join(parts[:count]) for count in range(1, len(parts)))  # from the outermost module inwards
+        others[name] = next((module for module in above if module not in modules), own)
+    prefix = max(prefixes, key=lambda prefix: prefixes[prefix], default="")
+    return SourceTensors(stored, places, others, layers=prefix)
+
+
+def _inside(name: str) -> str:
+    """The name of a stored tensor inside its decoder layer."""
+    return re.sub(r"^.*?\.\d+\.", "", name)
+
+
+def write_stored(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Write a safetensors file, with a piece of one tensor in memory at a time."""
+    write_file(path, _file_of(tensors))
+
+
+def _file_of(tensors: Mapping[str, StoredTensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file: length of the header, header, tensors, those of the widest type first."""
+
+    def order(name: str) -> tuple[int, str]:
+        size = max(1, torch.Size(tensors[name].shape).numel())
+        return -(tensors[name].num_bytes // size), name
+
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end, names = 0, sorted(tensors, key=order)
+    for name in names:
+        start, end, tensor = end, end + tensors[name].num_bytes, tensors[name]
+        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        yield from tensors[name].pieces()
+
+
+def _safetensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """The tensors of a safetensors file."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if length > file.stat().st_size:
+            raise ValueError(f"{str(file)!r} is damaged, or a pointer of Git LFS: download it again (git lfs pull).")
+        header = json.loads(opened.read(length))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = (8 + length + offset for offset in entry["data_offsets"])
+            yield (
+                name,
+                StoredTensor(entry["dtype"], tuple(entry["shape"]), end - start, partial(_read, file, start, end)),
+            )
+
+
+def _read(file: Path, start: int, end: int) -> Iterator[bytes]:
+    with file.open("rb") as opened:
+        opened.seek(start)
+        for place in range(start, end, _PIECE):
+            yield opened.read(min(_PIECE, end - place))
+
+
+def _binary(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """The tensors of a file of `torch.save`; files of PyTorch before 1.6 are no zip files, and can't be mapped."""
+    read = partial(torch.load, file, weights_only=True, mmap=is_zipfile(file))
+    for name, tensor in read(map_location="meta").items():
+        if isinstance(tensor, Tensor):
+            yield name, StoredTensor.of(tensor, partial(lambda name: read(map_location="cpu")[name], name))
