@@ -158,8 +158,8 @@ def source_tensors(model: PreTrainedModel, source: Path) -> SourceTensors:
     Raises:
         ValueError: If two tensors with different values have the same place, or the same name.
     """
-    stored, state = read_stored(source), model.state_dict()
-    transforms = get_model_conversion_mapping(model, hf_quantizer=dequantizer_of(source))
+    stored, state, dequantizer = read_stored(source), model.state_dict(), dequantizer_of(source)
+    transforms = get_model_conversion_mapping(model, hf_quantizer=dequantizer)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     layers, modules = f"{find_decoder_layers(model).name}.", dict(model.named_modules())
@@ -189,7 +189,10 @@ def source_tensors(model: PreTrainedModel, source: Path) -> SourceTensors:
         above = (".".join(parts[:count]) for count in range(1, len(parts)))  # from the outermost module inwards
         others[name] = next((module for module in above if module not in modules), own)
     prefix = max(prefixes, key=lambda prefix: prefixes[prefix], default="")
-    return SourceTensors(stored, places, others, layers=prefix)
+    counts, dense = Counter(others.values()), ("F64", "F32", "F16", "BF16")
+    quantized = [] if dequantizer is None else [others[name] for name in others if stored[name].dtype not in dense]
+    lost = {module: f"{counts[module]} tensors: they are quantized, and the result is not" for module in quantized}
+    return SourceTensors(stored, places, others, lost, prefix)
 
 
 def _inside(name: str) -> str:
