@@ -32,6 +32,8 @@ from optimum_fista.model.dequantization import dequantizer_of
 from optimum_fista.packed.format import SUFFIXES, packed_names
 
 T = TypeVar("T")
+# of activations that were quantized, too: a model in 16 bits has none
+_ACTIVATION_SCALES = re.compile(r"\.(input|output|q|k|v)_(scale|global_scale|zero_point)$")
 _PIECE = 2**24  # bytes that are copied at a time
 _LOSES = "parts that decoder layers lose would have to go there too"
 
@@ -172,7 +174,7 @@ def source_tensors(model: PreTrainedModel, source: Path) -> SourceTensors:
         if place not in state:
             place = plain = rename(name, [], [])[0]
             own = plain if plain in state else own
-        if place in state:
+        if place in state or (dequantizer is not None and _ACTIVATION_SCALES.search(name)):
             places[name] = place
             if (other := loaded_as.setdefault(own, name)) != name and not stored[name].equals(stored[other]):
                 raise ValueError(
