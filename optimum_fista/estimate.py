@@ -73,7 +73,7 @@ class Estimate:
         self.whole = not isinstance(model, PreTrainedConfig) and loading.gguf_file(str(model)) is not None
         given, self.quantized = copy.deepcopy(given), quantization(given)
         if self.quantized:
-            forget_quantization(read_dequantized(given, str(model)))
+            forget_quantization(read_dequantized(given))
         stored = loading.floating_dtype((None if self.whole else getattr(given, "dtype", None)) or torch.float32)
         dtype = stored if dtype == "auto" else loading.floating_dtype(dtype)
         with loading.reading(given.name_or_path or type(given).__name__), torch.device("meta"):

@@ -155,7 +155,7 @@ def read_model(name: str, **options: Any) -> PreTrainedModel:
     config = None if gguf_file(name) else options.get("config") or read_config(name)
     kind = AutoModelForCausalLM if config is None else model_class(config)
     if config is not None and quantization(config):
-        options["config"] = read_dequantized(config, name)
+        options["config"] = read_dequantized(config)
     model, info = _read(kind, name, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     if missing:  # Transformers warns and takes random values

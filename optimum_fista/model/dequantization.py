@@ -64,9 +64,9 @@ def forget_quantization(config: PreTrainedConfig) -> None:
         vars(part).pop("quantization_config", None)
 
 
-def read_dequantized(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
+def read_dequantized(config: PreTrainedConfig) -> PreTrainedConfig:
     """Have a model with this configuration read in 16 bits; refuse formats that can't be read by parameters."""
-    settings = quantization(config) or {}
+    settings, name = quantization(config) or {}, config.name_or_path
     method, here = settings["quant_method"], f"Transformers {version('transformers')}"
     kind = auto.AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
     if method == "compressed-tensors" and find_spec("compressed_tensors") is None:

@@ -10,7 +10,8 @@ memory, but hidden states must be kept between the layers.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
@@ -25,6 +26,7 @@ from optimum_fista.model.layer_inputs import LayerActivations
 from optimum_fista.model.offload import execution_device, offload_hook, onloaded, sha256_of
 from optimum_fista.model.operator import require_finite, split_experts
 from optimum_fista.prune.batches import Calibration, record, retried
+from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.plan import UNDER_CALIBRATED_TOKENS, Plan
 from optimum_fista.prune.progress import Progress
 from optimum_fista.prune.reordering import reorder_channels
@@ -57,10 +59,10 @@ def prune_layers(
     last = max((index for index in pruned if index in todo), default=-1)  # later layers need not run
     first = 0 if calibration.states is None else min(todo)
     report.left_dense = dict(plan.left_dense)
-    costs = {index: 1 + cost for index, cost in enumerate(plan.costs) if index in todo}
-    with Progress(costs, num_done, silent=not plan.progress) as bar:
-        for callback in plan.callbacks:
-            callback.on_layers_begin(len(plan.layers), costs)
+    with closing(Progress(num_done)) as bar:
+        callbacks = (bar, *plan.callbacks) if plan.progress else plan.callbacks
+        for callback in callbacks:
+            callback.on_layers_begin(len(plan.layers), {i: 1 + c for i, c in enumerate(plan.costs) if i in todo})
         calibration = retried(partial(record, plan), calibration, "the embeddings", plan, report)
         held_out = held_out if held_out is not None and held_out.begin() else None
         for index, (name, layer) in enumerate(plan.layers):
@@ -75,7 +77,7 @@ def prune_layers(
                 if followed is not None:
                     followed.run(index, "dense")
                 if index <= last:
-                    step = partial(prune_layer, plan, sink, bar, index, is_mine)
+                    step = partial(prune_layer, plan, sink, callbacks, index, is_mine)
                     calibration, done = retried(step, calibration, name, plan, report, sink.undo)
                 if followed is not None and index not in plan.removal.removed_layers:
                     followed.run(index, "pruned")
@@ -90,13 +92,17 @@ def prune_layers(
                     sink.commit(index, layer, done, [part for part in (states, followed) if part is not None])
             release_memory(layer)
             if is_mine:
-                bar.finish_layer(index, done)
-                for callback in plan.callbacks:
+                for callback in callbacks:
                     callback.on_layer_end(index, done.report, done.operators)
 
 
 def prune_layer(
-    plan: Plan, sink: ModelSink, bar: Progress, index: int, is_mine: bool, calibration: Calibration
+    plan: Plan,
+    sink: ModelSink,
+    callbacks: Sequence[PruningCallback],
+    index: int,
+    is_mine: bool,
+    calibration: Calibration,
 ) -> tuple[Calibration, LayerRecord]:
     """Prune the operators of a decoder layer, group by group in execution order, or run it as it is.
 
@@ -130,8 +136,7 @@ def prune_layer(
             # a call of its own, so that the matrices of a group are freed before the next ones are made
             found = prune_group(plan, sink, targets.problems(number))
             reports += [replace(report, input_order=orders.get(report.name)) for report in found]
-            bar.show(found[-1])
-            for callback in plan.callbacks:
+            for callback in callbacks:
                 for report in found:
                     callback.on_operator_end(report)
         states, reports, mixture = plan.removal.after(name, sink, targets, reports)

@@ -3,56 +3,53 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Self
 
 from tqdm.auto import tqdm
 
-from optimum_fista.report import LayerRecord, OperatorReport, layer_and_kind
+from optimum_fista.prune.callback import PruningCallback
+from optimum_fista.report import LayerReport, OperatorReport, layer_and_kind
 
 
-class Progress:
-    """Show a run over the decoder layers, in a `with` block; the bar is taken away at its end.
+class Progress(PruningCallback):
+    """Shows a run over the decoder layers; the time left is estimated from their costs.
 
     Args:
-        costs: Of the layers that are left, by index, in any unit; the time left is estimated from them.
         num_done: How many layers an earlier start has finished.
-        silent: Whether to show nothing.
     """
 
-    def __init__(self, costs: Mapping[int, float], num_done: int = 0, *, silent: bool = False) -> None:
-        self._costs, self._num_done, self._num_layers = costs, num_done, num_done + len(costs)
-        self._silent, self._bar = silent, tqdm(disable=True)
+    def __init__(self, num_done: int = 0) -> None:
+        self._num_done, self._bar = num_done, tqdm(disable=True)
 
-    def __enter__(self) -> Self:
-        if self._num_done and not self._silent:
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.close()
+
+    def on_layers_begin(self, num_layers: int, costs: Mapping[int, float]) -> None:  # noqa: ARG002
+        """Begin the bar; layers of other processes are not counted."""
+        self._costs, self._num_layers = costs, self._num_done + len(costs)
+        if self._num_done:
             self._bar.write(f"{self._num_done} of {self._num_layers} decoder layers are done already", file=sys.stderr)
         # smoothing=0: the rate is that of the whole run, not of the last layer
         layout = {"bar_format": "{desc} |{bar}| {elapsed} gone, {remaining} left", "smoothing": 0, "leave": False}
-        self._bar = tqdm(desc=self._layers, total=sum(self._costs.values()), disable=self._silent, **layout)
-        return self
+        self._bar = tqdm(desc=self._layers, total=sum(costs.values()), **layout)
 
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def show(self, report: OperatorReport) -> None:
+    def on_operator_end(self, report: OperatorReport) -> None:
         """Show the newest operator."""
         kind, error = layer_and_kind(report.name)[1], report.held_out_fit_error
         held_out = "" if error is None else f", held out {error:.4f}"
         self._bar.set_description_str(f"{self._layers}: {kind}, fit error {report.fit_error:.4f}{held_out}")
 
-    def finish_layer(self, index: int, record: LayerRecord) -> None:
+    def on_layer_end(self, index: int, layer: LayerReport, operators: Sequence[OperatorReport]) -> None:
         """Print a line about the finished decoder layer, above the bar; a log keeps every one of them."""
         self._num_done += 1
-        if self._silent:
-            return
         done = f"decoder layer {index} ({self._num_done} of {self._num_layers})"  # from 0, as in the names of operators
         found = "no operator to prune"  # it stays dense, or is removed
-        if (mixture := record.report.mixture) is not None:
+        if (mixture := layer.mixture) is not None:
             left, total = len(mixture.groups_kept), len(mixture.expert_tokens)
             found = f"{left} of {total} experts left, fit error {mixture.fit_error:.4f}"
-        if operators := record.operators:
+        if operators:
             worst = max(operators, key=lambda o: o.fit_error)
             mean, kind = fmean(o.fit_error for o in operators), layer_and_kind(worst.name)[1]
             found = f"fit error {mean:.4f} on average, {worst.fit_error:.4f} at most ({kind})"

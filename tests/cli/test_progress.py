@@ -4,6 +4,7 @@ import argparse
 import io
 import re
 import sys
+from contextlib import closing
 
 import pytest
 from tiny_llama import tiny_llama, tiny_tokens
@@ -12,7 +13,7 @@ from tiny_models import tiny_model
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.cli import main
 from optimum_fista.prune.progress import Progress
-from optimum_fista.report import LayerRecord, LayerReport
+from optimum_fista.report import LayerReport
 
 
 class Terminal(io.StringIO):
@@ -43,8 +44,9 @@ def test_a_layer_that_loses_experts_is_not_called_dense(capsys):
 
 @pytest.mark.parametrize("num_done", [0, 4])  # 0: other processes prune the other layers
 def test_layers_of_an_earlier_start_are_called_done_already(capsys, num_done):
-    with Progress({3: 1.0, 4: 1.0}, num_done) as progress:
-        progress.finish_layer(3, LayerRecord(LayerReport("model.layers.3", None, 0.0)))
+    with closing(Progress(num_done)) as progress:
+        progress.on_layers_begin(6, {3: 1.0, 4: 1.0})
+        progress.on_layer_end(3, LayerReport("model.layers.3", None, 0.0), [])
     shown = capsys.readouterr().err
     assert shown.startswith("4 of 6 decoder layers are done already") == bool(num_done)
     assert f"decoder layer 3 ({'5 of 6' if num_done else '1 of 2'}): no operator to prune\n" in shown
