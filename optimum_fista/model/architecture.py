@@ -162,8 +162,8 @@ def require_unquantized(model: PreTrainedModel, *, loaded: bool = True) -> None:
     if settings is not None and method != "gguf":  # GGUF weights are dequantized when they are read
         shown = getattr(method, "value", method)
         raise ValueError(
-            f"model is quantized by {shown!r}: pass its folder or Hub id in place of the model, whose decoder layers "
-            "are then dequantized one by one, or the unquantized model."
+            f"model is quantized by {shown!r}: prune the unquantized model, or pass the folder or Hub id, from which "
+            "one decoder layer after the other is dequantized."
         )
     kept = [(name, module) for name, module in model.named_modules() if offload_hook(module)]
     offloaded = {f"{name}.{key}" for name, module in kept for key, _ in module.named_parameters(recurse=False)}

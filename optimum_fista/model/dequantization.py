@@ -52,7 +52,7 @@ def quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
     """
     parts = (config, config.get_text_config(decoder=True))
     found: Any = next(filter(None, (getattr(part, "quantization_config", None) for part in parts)), {})
-    settings = dict(found if isinstance(found, dict) else found.to_dict())
+    settings: dict[str, Any] = {**found} if isinstance(found, dict) else getattr(found, "to_dict", dict)()
     method = settings.get("quant_method", "bitsandbytes" if "load_in_4bit" in settings else "unknown")
     settings["quant_method"] = str(getattr(method, "value", method))
     return settings if found and settings["quant_method"] not in ("gguf", "fista_packed") else None
@@ -169,8 +169,12 @@ class Dequantizer(HfQuantizer):
         vars(model).update(_weight_conversions=plain, _quantized_source=source)
         kinds = {re.sub(r"\d+", "*", name): name for name in self.kept}
         for name in kinds.values():  # one of each is tried, so that an error comes before the first decoder layer
-            if (shape := self.kept[name].shape) != (wanted := model.get_parameter(name).shape):
-                raise ValueError(f"{name} has shape {tuple(shape)} once it is dequantized, and needs {tuple(wanted)}.")
+            try:
+                shape = tuple(self.kept[name].shape)
+            except Exception as error:  # of the format's operations
+                raise ValueError(f"{name} can't be dequantized: {error}") from error
+            if shape != (wanted := tuple(model.get_parameter_or_buffer(name).shape)):
+                raise ValueError(f"{name} has shape {shape} once it is dequantized, and needs {wanted}.")
         for target, source in model.all_tied_weights_keys.items():
             if source in self.kept:
                 dict.setdefault(self.kept, target, dict.__getitem__(self.kept, source))
@@ -183,12 +187,13 @@ class Dequantizer(HfQuantizer):
 
     def _require_scales(self, model: PreTrainedModel) -> None:
         """Refuse quantized tensors that Transformers would take for values."""
-        scaled = {part for parts in self.parts.values() if any("scale" in part for part in parts) for part in parts}
+        made = {part for parts in self.parts.values() for part in parts}
+        scaled = {name.rpartition(".")[0] for name in self._stored if "scale" in name.rpartition(".")[2]}
         renamings = [transform for transform in self._transforms[1] if isinstance(transform, WeightRenaming)]
         converters = [transform for transform in self._transforms[1] if isinstance(transform, WeightConverter)]
         prefix, state = model.base_model_prefix, model.state_dict()
         for name, (_, dtype) in self._stored.items():
-            if dtype not in _VALUES and name not in scaled:
+            if dtype not in _VALUES and not (name in made and name.rpartition(".")[0] in scaled):
                 target = rename_source_key(name, renamings, converters, prefix, state)[0]
                 if target in state and state[target].is_floating_point():
                     raise ValueError(f"{name} has dtype {dtype}, and Transformers finds no scales for it.")

@@ -1,5 +1,6 @@
 """Models in files that are quantized: dequantized a decoder layer at a time, and pruned like the dequantized model."""
 
+import json
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,15 +9,17 @@ import pytest
 import torch
 import transformers
 from _pytest.mark import ParameterSet
-from folder_files import bytes_of, tensors_of
+from folder_files import bytes_of, files_of, tensors_of
+from killed import Killed, killed_at_write
 from pruning import same
 from quantized_models import VOCAB_SIZE, compressed_qwen3_moe, fp8_deepseek, mxfp4_gpt_oss
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder.loading import load_lazily, read_model
+from optimum_fista.model import dequantization
 from optimum_fista.model.offload import stored_tensor
 
 TOKENS = torch.randint(0, VOCAB_SIZE, (8, 16), generator=torch.Generator().manual_seed(0))
@@ -84,3 +87,39 @@ def test_the_last_block_of_fp8_may_be_smaller(tmp_path):
     assert torch.equal(stored_tensor(model, name), expected)
     assert torch.equal(read_model(str(source)).get_parameter(name), expected)
     assert not [*(tmp_path / "offload").iterdir()]  # nothing is copied
+
+
+@pytest.mark.parametrize("number", [1, 8, 16])
+def test_a_killed_run_resumes_from_a_quantized_source(tmp_path, number):
+    source = fp8_deepseek(tmp_path / "source")
+    prune(source, tmp_path / "expected", method="wanda")
+    with killed_at_write(number), pytest.raises(Killed):
+        prune(source, tmp_path / "pruned", method="wanda")
+    prune(source, tmp_path / "pruned", method="wanda")
+    assert files_of(tmp_path / "pruned") == files_of(tmp_path / "expected")
+
+
+def test_formats_that_cannot_be_read_are_refused_by_name(tmp_path, monkeypatch):
+    source = fp8_deepseek(tmp_path / "source")
+    config, tensors = json.loads((source / "config.json").read_text()), load_file(source / "model.safetensors")
+
+    def refusal(**settings) -> str:
+        values = config | {"quantization_config": config["quantization_config"] | settings}
+        (source / "config.json").write_text(json.dumps(values))
+        with pytest.raises((ValueError, ImportError)) as raised:
+            prune(source, tmp_path / "pruned")
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+        return str(raised.value)
+
+    assert "quantized by 'gptq', which Transformers" in (message := refusal(quant_method="gptq"))
+    assert "dequantize it with GPTQModel, save it" in message
+    assert "quantized by 'new', which Transformers" in refusal(quant_method="new")
+    monkeypatch.setattr(dequantization, "find_spec", lambda _: None)
+    assert "`pip install '.[compressed-tensors]'`" in refusal(quant_method="compressed-tensors")
+    lonely = "model.layers.2.mlp.experts.3.up_proj.weight"
+    del tensors[f"{lonely}_scale_inv"]
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    assert (
+        "can't be dequantized" in refusal()
+        or refusal() == f"{lonely} has dtype F8_E4M3, and Transformers finds no scales for it."
+    )
