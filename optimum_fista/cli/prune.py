@@ -142,8 +142,9 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
     require_output(arguments.output, arguments.overwrite, source=arguments.model)
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise ValueError(f"--batch-size {arguments.batch_size}: pass at least 1.")
+    has_images = False
     if arguments.calibration not in (None, "self"):  # these depend on the model
-        require_source(arguments.calibration)
+        has_images = require_source(arguments.calibration, with_images=True)
     usable_device(arguments.device)
     storage_place(arguments.storage_device)
     if arguments.push_to_hub:
@@ -154,7 +155,7 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
         wanted: dict[str, Any] = {"recovery": None, "sequences": arguments.num_samples + config.held_out}
         if config.whole_parts is None or config.whole_parts.size is None:  # otherwise the model decides it
             wanted["config"] = json.loads(json.dumps(config.resolved().to_dict()))  # tuples to lists
-        if arguments.sequence_length is not None:
+        if arguments.sequence_length is not None and not has_images:  # otherwise sequences may be shorter
             wanted["length"] = arguments.sequence_length
         require_same_run(unfinished_folder(arguments.output), wanted)
 
@@ -173,18 +174,27 @@ def _batches(
 ) -> list[Tensor | dict[str, Any]]:
     """Return the calibration batches, with text to measure the perplexity on if there is some.
 
+    A sequence with images is a batch of its own.
+
     Text that a model has written is too easy for it, so then the perplexity is measured on Python's documentation.
     """
-    from optimum_fista.folder.loading import read_config, require_tokenizer
+    from optimum_fista.folder.loading import read_config, require_processor, require_tokenizer
     from optimum_fista.text.calibration_tokens import calibration_tokens_by_name, num_measured, usual_length
-    from optimum_fista.text.sources import load_text
+    from optimum_fista.text.images import image_sequences
+    from optimum_fista.text.sources import load_text, require_source
     from optimum_fista.text.windows import calibration_windows
 
     source, wanted, measured = arguments.calibration, arguments.num_samples + config.held_out, None
-    length = arguments.sequence_length or usual_length(read_config(arguments.model))
+    model_config = read_config(arguments.model)
+    length = arguments.sequence_length or usual_length(model_config)
     count = num_measured(config, length)
+    has_images = source != "self" and require_source(source, with_images=True)
+    processor = require_processor(arguments.model) if has_images else None
 
-    def draw(number: int) -> Tensor:
+    def draw(number: int) -> Any:  # a tensor, or a list of batches
+        if processor is not None:
+            lines = load_text(source, "calibration", with_images=True)
+            return image_sequences(processor, model_config, lines, number, length, config.seed)
         places = {"device": device, "dtype": arguments.dtype, "keep_in": keep_in}
         return calibration_tokens_by_name(arguments.model, source, number, length, config.seed, **places)
 
@@ -203,6 +213,8 @@ def _batches(
                 if not extra:
                     raise
         measured = tokens[wanted:] if extra else None
+    if has_images:
+        return [*tokens[:wanted], *({**batch, "held_out": source} for batch in measured or ())]
     held_out = [] if measured is None else [{"input_ids": measured, "held_out": source}]
     return [*tokens[:wanted].split(arguments.batch_size), *held_out]
 

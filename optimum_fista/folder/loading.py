@@ -25,10 +25,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 
 import optimum_fista.packed  # noqa: F401  # so that packed folders load
@@ -124,6 +126,17 @@ def require_tokenizer(name: str) -> PreTrainedTokenizerBase:
             "tokenizer_config.json)."
         )
     return tokenizer
+
+
+def require_processor(name: str) -> ProcessorMixin:
+    """The processor of a model, which makes its inputs from text and images."""
+    processor = _read(AutoProcessor, name)
+    if not isinstance(processor, ProcessorMixin):  # the tokenizer of a model of text
+        raise ValueError(
+            f"model={name!r} has no processor, so it can't be calibrated with images: pass text alone, or copy its "
+            "processor_config.json and preprocessor_config.json into the folder."
+        )
+    return processor
 
 
 def read_config(name: str) -> PreTrainedConfig:

@@ -77,6 +77,15 @@ def media_arguments(model: PreTrainedModel) -> MediaArguments:
     return MediaArguments(frozenset(names), tuple(_placeholders(model.config)))
 
 
+def cut_sequence(batch: Mapping[str, Tensor], length: int, config: PreTrainedConfig) -> dict[str, Tensor] | None:
+    """Cut a batch of one sequence at `length` tokens; `None` if that cuts tokens of an image, or may do so."""
+    ids, marks = batch["input_ids"], [token for _, token in _placeholders(config)]
+    if ids.shape[1] > length and (not marks or torch.isin(ids[:, length:], torch.tensor(marks)).any()):
+        return None
+    own = {"input_ids", "attention_mask"}
+    return {k: v[:, :length] if k in own or _BY_TOKEN.search(k) else v for k, v in batch.items()}
+
+
 def targets_of(ids: Tensor, config: PreTrainedConfig) -> Tensor:
     """The tokens to predict: `ids`, with -100 (no loss) in place of those that mark images."""
     marks = [token for _, token in _placeholders(config)]

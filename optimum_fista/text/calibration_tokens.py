@@ -89,4 +89,6 @@ def num_measured(config: FistaPruningConfig, length: int) -> int:
 
 def usual_length(config: PreTrainedConfig) -> int:
     """Default number of tokens in a sequence: 2048, or the model's context if that is shorter."""
-    return min(_USUAL_LENGTH, getattr(config, "max_position_embeddings", None) or _USUAL_LENGTH)
+    return min(
+        _USUAL_LENGTH, getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or _USUAL_LENGTH
+    )

@@ -25,6 +25,9 @@ _ACCEPTED_SOURCES = (
 )
 
 
+_MEDIA = (b'"image', b'"audio', b'"video')  # what the keys of lines begin with that are not only text
+
+
 @dataclass(frozen=True)
 class TextSource:
     """Documents to tokenise."""
@@ -33,6 +36,7 @@ class TextSource:
     documents: tuple[str, ...]
     separator: str = "\n\n"  # between two documents when the source is read as one text
     max_windows: int | None = None  # that perplexity is measured on, by the literature's protocol; None = all
+    images: tuple[tuple[Path, ...], ...] = ()  # files of each document; () if none has any
 
     @property
     def joined(self) -> str:
@@ -61,10 +65,13 @@ _HUB: dict[tuple[str, Split], tuple[str, dict[str, str], str | None, dict[str, A
 }
 
 
-def require_source(source: str) -> None:
-    """Refuse a source that can't be read here, without reading text or asking the Hub."""
+def require_source(source: str, *, with_images: bool = False) -> bool:
+    """Refuse a source that can't be read here, without asking the Hub; returns whether its documents have images.
+
+    Images are refused unless `with_images`. If a `.jsonl` file has some, their files must exist.
+    """
     if source == "pydoc":
-        return
+        return False
     if source in HUB_DATASETS:
         if find_spec("datasets") is None:
             raise ImportError(
@@ -75,6 +82,19 @@ def require_source(source: str) -> None:
         raise ValueError(f"source={source!r} is not known; pass {_ACCEPTED_SOURCES}.")
     elif not Path(source).is_file():
         raise FileNotFoundError(f"source={source!r}: there is no such file; pass {_ACCEPTED_SOURCES}.")
+    elif Path(source).suffix == ".jsonl" and any(word in Path(source).read_bytes() for word in _MEDIA):
+        has_images = bool(_read_file(Path(source)).images)
+        if has_images and not with_images:
+            raise ValueError(
+                f"source={source!r} has images, which only the calibration of optimum-fista prune takes: pass lines "
+                'without "image".'
+            )
+        if has_images and find_spec("PIL") is None:
+            raise ImportError(
+                f"source={source!r} has images, which need the package Pillow: run {install_command('pillow')}."
+            )
+        return has_images
+    return False
 
 
 def usual_texts() -> tuple[str, str]:
@@ -82,8 +102,10 @@ def usual_texts() -> tuple[str, str]:
     return ("wikitext2", "c4") if find_spec("datasets") else ("pydoc", "pydoc")
 
 
-def load_text(source: str, split: Split) -> TextSource:
+def load_text(source: str, split: Split, *, with_images: bool = False) -> TextSource:
     """Read a text: a path to a `.txt` or `.jsonl` file, `pydoc`, `wikitext2`, `c4` or `ptb`.
+
+    A line of a `.jsonl` file may name images, which are refused unless `with_images`.
 
     Local files and `pydoc` have one split: "calibration" and "test" give the same text, so do not measure on
     the source you calibrated on. `pydoc` changes with the Python version; compare `sha256`.
@@ -92,7 +114,7 @@ def load_text(source: str, split: Split) -> TextSource:
         ImportError: If a Hub data set is asked for and the package `datasets` is missing.
         ConnectionError: If a Hub data set cannot be loaded.
     """
-    require_source(source)
+    require_source(source, with_images=with_images)
     if split not in get_args(Split):
         raise ValueError(f"split={split!r} is not known; pass 'calibration' or 'test'.")
     if source in HUB_DATASETS:
@@ -111,24 +133,33 @@ def _read_file(path: Path) -> TextSource:
         content = path.read_bytes().decode("utf-8")  # not read_text, which would turn \r\n into \n
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not UTF-8 ({error}); save it as UTF-8.") from error
-    documents: tuple[str, ...] = (content,)
+    documents, images = (content,), ((),)  # type: tuple[tuple[str, ...], tuple[tuple[Path, ...], ...]]
     if path.suffix == ".jsonl":
         lines = enumerate(content.split("\n"), start=1)  # not splitlines, which ends lines at U+2028 too
-        documents = tuple(_document(line, f"{where}, line {number}") for number, line in lines if line.strip())
+        read = [_document(line, f"{where}, line {n}", path.parent) for n, line in lines if line.strip()]
+        documents, images = tuple(text for text, _ in read), tuple(files for _, files in read)
     if not any(map(str.strip, documents)):
         raise ValueError(f'{where} is empty; pass a file with text (in a .jsonl file under "text").')
-    return TextSource(path.name, documents)
+    return TextSource(path.name, documents, images=images if any(images) else ())
 
 
-def _document(line: str, place: str) -> str:
+def _document(line: str, place: str, folder: Path) -> tuple[str, tuple[Path, ...]]:
+    """The text of a line, and its image files, whose paths are relative to `folder`."""
     try:
-        text = json.loads(line)["text"]
-    except (ValueError, TypeError, KeyError):  # no JSON, no object, another key
-        text = None
-    if not isinstance(text, str):
-        advice = 'every line must be a JSON object with a string under "text"'
+        item = json.loads(line)
+        text, found = item["text"], item.get("image") or item.get("images") or []
+    except (ValueError, TypeError, KeyError, AttributeError):  # no JSON, no object, another key
+        item, text, found = {}, None, []
+    paths = [found] if isinstance(found, str) else found
+    if not isinstance(text, str) or not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
+        advice = 'every line must be a JSON object with a string under "text", and a path, or a list, under "image"'
         raise ValueError(f"{place}: found {line.strip()[:80]}; {advice}.")
-    return text
+    if ignored := [key for key in ("audio", "video") if item.get(key)]:
+        raise ValueError(f'{place}: {ignored[0]!r} cannot be read from files: pass lines with "text" and "image" only.')
+    files = tuple(folder / path for path in paths)
+    if missing := [str(file) for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"{place}: there is no image {missing[0]!r}; paths are relative to the .jsonl file.")
+    return text, files
 
 
 def _read_hub(

@@ -1,0 +1,73 @@
+"""Calibration sequences with images: one for each line of a `.jsonl` file, as the model's processor makes them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.image_utils import load_image
+
+from optimum_fista.model.media import cut_sequence
+from optimum_fista.text.sources import TextSource
+
+logger = logging.getLogger(__name__)
+
+
+def image_sequences(
+    processor: Any, config: PreTrainedConfig, text: TextSource, num_samples: int, length: int, seed: int
+) -> list[dict[str, Any]]:
+    """Make `num_samples` batches of one sequence, of lines in random order, each with its images.
+
+    A sequence is cut at `length` tokens. If that would cut tokens of an image, the line is skipped, and a warning says
+    how many were.
+    """
+    found, longest, skipped = list[dict[str, Any]](), 0, 0
+    generator = torch.Generator().manual_seed(seed)
+    for number in torch.randperm(len(text.documents), generator=generator).tolist():
+        if len(found) == num_samples:
+            break
+        batch = _sequence(processor, text.documents[number], text.images[number])
+        cut = cut_sequence(batch, length, config)
+        if cut is None:
+            longest, skipped = max(longest, batch["input_ids"].shape[1]), skipped + 1
+        else:
+            found.append(cut)
+    too_long = f"{skipped} have tokens of an image after token {length} (--sequence-length; the longest has {longest})"
+    if len(found) < num_samples:
+        why = f", of which {too_long}" if skipped else ""
+        raise ValueError(
+            f"text {text.name!r} has {len(text.documents)} lines{why}, and num_samples={num_samples} needs as many: "
+            f"pass num_samples={len(found)}, or more lines."
+        )
+    if skipped:
+        logger.warning("%d lines of %s are skipped: %s", skipped, text.name, too_long)
+    return found
+
+
+def _sequence(processor: Any, text: str, files: Sequence[Path]) -> dict[str, Any]:
+    """Run the processor on one text and its images; if the text does not say where they are, the chat template does."""
+    names = ("image_token", "boi_token")
+    marks = [mark for mark in (getattr(processor, name, None) for name in names) if isinstance(mark, str)]
+    options: dict[str, Any] = {}
+    if not any(mark in text for mark in marks):
+        if processor.chat_template:
+            parts = [*({"type": "image"} for _ in files), {"type": "text", "text": text}]
+            text = processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+            if processor.tokenizer.bos_token and text.startswith(processor.tokenizer.bos_token):
+                options["add_special_tokens"] = False  # not a second one
+        elif files:
+            raise ValueError(
+                f"the model's processor has no chat template: write {' or '.join(marks) or 'its image token'} into "
+                f"every text with an image, also into {text[:60]!r}."
+            )
+    images = []
+    for file in files:
+        try:
+            images.append(load_image(str(file)))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the image {str(file)!r} can't be read ({error}): save it again.") from error
+    return dict(processor(text=[text], images=[images] if images else None, return_tensors="pt", **options))

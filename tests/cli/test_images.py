@@ -1,0 +1,104 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from killed import interrupted_after
+from media_models import IMAGE, media_model
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_llama import tiny_tokenizer
+from transformers import CLIPImageProcessorPil, LlavaProcessor
+
+from optimum_fista.cli.main import main
+
+MARK = tiny_tokenizer().convert_ids_to_tokens(IMAGE)
+TEMPLATE = (
+    "{% for part in messages[0]['content'] %}{{ '" + MARK + "' if part.type == 'image' else part.text }}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A LLaVA whose image token is a character of its tokenizer."""
+    folder, size = tmp_path_factory.mktemp("llava"), {"height": 8, "width": 8}
+    media_model("llava").save_pretrained(folder)
+    images = CLIPImageProcessorPil(size=size, crop_size=size)
+    names = {"image_token": MARK, "num_additional_image_tokens": 0, "vision_feature_select_strategy": "full"}
+    LlavaProcessor(images, tiny_tokenizer(), patch_size=4, chat_template=TEMPLATE, **names).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def prune(folder, tmp_path, monkeypatch):
+    """`prune(lines, *flags)` prunes into `tmp_path / "out"`."""
+    monkeypatch.chdir(tmp_path)
+    for name, colour in (("red", (255, 9, 0)), ("blue", (0, 9, 255))):
+        Image.new("RGB", (9, 7), colour).save(tmp_path / f"{name}.png")
+
+    def run(lines: list, *flags: str) -> int:
+        Path("lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        quick = ["--num-samples", "3", "--sequence-length", "32", "--device", "cpu", "--method", "wanda"]
+        return main(["prune", str(folder), "-o", "out", "--calibration", "lines.jsonl", *quick, *flags])
+
+    return run
+
+
+def lines(picture: str) -> list[dict]:
+    """Four lines of at most 32 tokens, and one whose image comes after them."""
+    found = [{"text": f"words {n}", "image": f"{picture}.png"} for n in range(2)]
+    found += [{"text": f"{MARK} and {MARK}", "images": ["red.png", f"{picture}.png"]}, {"text": "none" * 10}]
+    return [*found, {"text": 30 * "x" + MARK, "image": "red.png"}]
+
+
+def test_other_images_give_other_weights_and_no_run_goes_on_with_them(prune, tmp_path, capsys, caplog):
+    with interrupted_after(1):
+        assert prune(lines("red")) == 130
+    assert prune(lines("blue")) == 1
+    assert "was another one (calibration was" in capsys.readouterr().err
+    weights = []
+    for picture, flags in (("red", []), ("blue", ["--overwrite"])):
+        assert prune(lines(picture), *flags) == 0
+        report = json.loads((tmp_path / "out" / "fista" / "report.json").read_text())
+        assert report["calibration"]["media"] == ["pixel_values"]
+        assert (report["calibration"]["num_sequences"], report["calibration"]["held_out"]["num_sequences"]) == (3, 1)
+        assert report["perplexity"]["text"] == "lines.jsonl"
+        said = capsys.readouterr().err
+        assert "1 lines of lines.jsonl are skipped: 1 have tokens of an image after token 32" in caplog.text
+        assert ("2 of 4 decoder layers are done already" in said) is not flags
+        files = sorted((tmp_path / "out").glob("*.safetensors"))
+        weights.append({name: tensor for file in files for name, tensor in load_file(file).items()})
+    same = {name for name, tensor in weights[0].items() if torch.equal(tensor, weights[1][name])}
+    assert {name for name in weights[0] if "layers" not in name or "vision" in name} <= same
+    assert not any(name.endswith("_proj.weight") and "language" in name for name in same)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"text": "a", "image": "gone.png"}, "lines.jsonl', line 1: there is no image 'gone.png'"),
+        ({"text": "a", "image": 3}, "line 1: found"),
+        ({"text": "a", "audio": "a.wav"}, "line 1: 'audio' cannot be read"),
+        ({"text": "a", "image": "lines.jsonl"}, "the image 'lines.jsonl' can't be read"),
+        ({"text": "a" * 29, "image": "red.png"}, "has 1 lines, of which 1 have tokens of an image after token 32"),
+    ],
+)
+def test_bad_lines_are_named(prune, capsys, line, message):
+    assert prune([line]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert message in said[-1]
+    assert len(said) == 1 or "can't be read" in message or "after token" in message  # found before all else
+    assert not [path for path in Path().iterdir() if path.suffix not in (".png", ".jsonl")]
+
+
+def test_images_for_a_model_of_text_and_for_commands_of_text_are_refused(prune, tiny_folder, capsys):
+    assert prune(lines("red"), "--num-samples", "99") == 1
+    assert "5 lines, of which 1 have" in capsys.readouterr().err
+    for command in (
+        ["prune", str(tiny_folder), "-o", "out", "--calibration", "lines.jsonl"],
+        ["evaluate", str(tiny_folder), "--text", "lines.jsonl"],
+    ):
+        assert main(command) == 1
+    said = capsys.readouterr().err
+    assert "has no processor, so it can't be calibrated with images" in said
+    assert "'lines.jsonl' has images, which only the calibration of optimum-fista prune takes" in said
