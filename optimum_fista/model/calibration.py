@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from optimum_fista.model.media import TEXT_ONLY, MediaArguments
+from optimum_fista.model.media import TEXT_ONLY, MediaArguments, as_tensor
 from optimum_fista.model.offload import execution_device
 
 _NOT_READ = re.compile(
@@ -236,12 +236,7 @@ def _real_tokens(ids: Tensor, others: Mapping[str, Any], where: str) -> Tensor:
 
 def _as_rows(values: Any, where: str, key: str, like: Tensor | None = None) -> Tensor:
     """Read integers [batch, sequence]; with `like`, they must have its shape, and get its dtype and device."""
-    try:
-        rows = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{where}: {key} can't be read as a tensor ({error}): pass ids [batch, sequence] of equal length."
-        ) from error
+    rows = as_tensor(values, where, key, "ids [batch, sequence] of equal length")
     if rows.ndim == 1:
         rows = rows.unsqueeze(0)
     if rows.ndim != 2 or rows.numel() == 0 or rows.is_floating_point() or rows.is_complex():
@@ -253,7 +248,6 @@ def _as_rows(values: Any, where: str, key: str, like: Tensor | None = None) -> T
         raise ValueError(
             f"{where}: {key} has shape {tuple(rows.shape)}, input_ids {tuple(like.shape)}: pass one value a token."
         )
-    rows = rows.clone() if rows.is_inference() else rows  # no gradients with tensors of inference mode
     return rows if like is None else rows.to(like)
 
 

@@ -41,7 +41,7 @@ class MediaArguments:
         rows: list[dict[str, Tensor]] = [{} for _ in ids]
         kinds: dict[str, dict[str, Tensor]] = {kind: {} for kind in _KINDS}
         for key in (key for key in item if key in self.names and item[key] is not None):
-            value = _as_tensor(item[key], where, key)
+            value = as_tensor(item[key], where, key, "what the model's processor returns with return_tensors='pt'")
             if not _BY_TOKEN.search(key):
                 kinds[next(kind for kind, words in _KINDS.items() if re.search(words, key))][key] = value
                 continue
@@ -61,7 +61,7 @@ class MediaArguments:
                     f"{where} holds {' and '.join(values)}, but none of its input_ids is the token of {kind}s "
                     f"({dict(self.placeholders)[kind]}): pass both as the model's processor returns them."
                 )
-            for row, part in zip(rows, _split(values, counts, where) if len(ids) > 1 else [values], strict=True):
+            for row, part in zip(rows, _split(values, counts, where), strict=True):
                 row |= part
         return [row if any(v.any() or not _BY_TOKEN.search(k) for k, v in row.items()) else {} for row in rows]
 
@@ -97,15 +97,13 @@ def _placeholders(config: PreTrainedConfig) -> list[tuple[str, int]]:
     return list(dict.fromkeys((kind, token) for kind, token in found if isinstance(token, int)))
 
 
-def _as_tensor(value: Any, where: str, key: str) -> Tensor:
+def as_tensor(value: Any, where: str, key: str, advice: str) -> Tensor:
+    """Read an argument as a tensor; `advice` says what to pass instead."""
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{where}: {key} can't be read as a tensor ({error}): pass what the model's processor returns with "
-            "return_tensors='pt'."
-        ) from error
-    return tensor.clone() if tensor.is_inference() else tensor
+        raise ValueError(f"{where}: {key} can't be read as a tensor ({error}): pass {advice}.") from error
+    return tensor.clone() if tensor.is_inference() else tensor  # no gradients with tensors of inference mode
 
 
 def _split(values: Mapping[str, Tensor], counts: list[int], where: str) -> list[dict[str, Tensor]]:
@@ -113,12 +111,12 @@ def _split(values: Mapping[str, Tensor], counts: list[int], where: str) -> list[
 
     The tokens of an image are in proportion to its patches; without a grid of patches, all images must be alike.
     """
-    if not values:
-        return [{} for _ in counts]
+    if not values or len(counts) == 1:
+        return [dict(values) for _ in counts]
     grid = next((value for key, value in values.items() if key.endswith(("grid_thw", "grid_hw"))), None)
     lengths = [len(value) for value in values.values() if value.ndim]
     patches = [1] * lengths[0] if grid is None else grid.prod(-1).tolist()  # of each image
-    places, ends, total = [0, *accumulate(patches)], list[int | None](), sum(counts)
+    places, total, ends = [0, *accumulate(patches)], sum(counts), list[int | None]()
     alike = grid is not None or all(v.is_floating_point() or bool((v == v[:1]).all()) for v in values.values())
     if len(patches) == len(counts) and (all(counts) or not total):  # one image for each row
         ends = [*range(1, len(counts) + 1)]
@@ -131,11 +129,10 @@ def _split(values: Mapping[str, Tensor], counts: list[int], where: str) -> list[
             f"{where}: which of its {len(counts)} sequences the {' and '.join(values)} belong to can't be told: pass "
             "one sequence a batch."
         )
-    by_image = {key: value.ndim and len(value) == len(patches) for key, value in values.items()}
-    cuts = {key: (lambda n: n) if by_image[key] else places.__getitem__ for key in values}
-    return [
-        {key: value[cuts[key](start) : cuts[key](end)] if value.ndim else value for key, value in values.items()}
-        if start < end
-        else {}
-        for start, end in bounds
-    ]
+
+    def part(value: Tensor, start: int, end: int) -> Tensor:
+        if not value.ndim:
+            return value
+        return value[start:end] if len(value) == len(patches) else value[places[start] : places[end]]
+
+    return [{key: part(v, *ends) for key, v in values.items()} if ends[0] < ends[1] else {} for ends in bounds]

@@ -46,6 +46,7 @@ from optimum_fista.folder.source_files import copy_source
 from optimum_fista.folder.stored_tensors import source_tensors
 from optimum_fista.folder.writing import write_checkpoint
 from optimum_fista.memory import available_bytes
+from optimum_fista.model.media import media_arguments
 from optimum_fista.prune.journal import SourceFiles, join_run, shared_files
 from optimum_fista.prune.ranks import Ranks, joined_ranks
 from optimum_fista.report import RecoveryReport, library_versions, public_name
@@ -177,6 +178,8 @@ def _train(
     free = ranks.gather(available_bytes(plan.place))
     choice = ranks.first(lambda: _choose_once(plan, journal, free))
     model, teacher = ranks.each(lambda: _load(plan, journal))
+    if media_arguments(model).names:
+        logger.info("%s takes images or sounds, too: it is trained on text alone", type(model).__name__)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     model.float()  # a step in bfloat16 would often be smaller than the weight's last bit
     mark_trained(model, choice.train)

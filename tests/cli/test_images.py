@@ -80,7 +80,10 @@ def test_other_images_give_other_weights_and_no_run_goes_on_with_them(prune, tmp
         ({"text": "a", "image": 3}, "line 1: found"),
         ({"text": "a", "audio": "a.wav"}, "line 1: 'audio' cannot be read"),
         ({"text": "a", "image": "lines.jsonl"}, "the image 'lines.jsonl' can't be read"),
-        ({"text": "a" * 29, "image": "red.png"}, "has 1 lines, of which 1 have tokens of an image after token 32"),
+        (
+            {"text": 30 * "a" + MARK, "image": "red.png"},
+            "has 1 lines, of which 1 have tokens of an image after token 32",
+        ),
     ],
 )
 def test_bad_lines_are_named(prune, capsys, line, message):
