@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     advanced = add_options(parser, PruningOptions)
     add("--target-size", type=float, metavar="SHARE", help="remove channels until this share of the bytes is left")
     add("--recipe", metavar="NAME", help="default, fast, or paper (FISTAPruner as published); other flags override it")
-    sources = "self (the model writes it; default if it fits), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
+    sources = (
+        "self (the model writes it; default if it fits), .txt, .jsonl (with images, too), wikitext2, c4, ptb, pydoc"
+    )
     add("--calibration", metavar="SOURCE", help=sources)
     add("--num-samples", type=int, default=128, metavar="N", help="calibration sequences (default 128)")
     add("--sequence-length", type=int, metavar="N", help="tokens in a sequence (default: 2048, or the model's limit)")
@@ -125,7 +127,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.push_to_hub:
         print(push_folder(arguments.output, arguments.push_to_hub, private=arguments.private))
     else:
-        print(next_commands(arguments.model, arguments.output, arguments.calibration))
+        text = "self" if "media" in report.calibration else arguments.calibration  # other commands take text only
+        print(next_commands(arguments.model, arguments.output, text))
     return 0
 
 
