@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from optimum_fista.config import FistaPruningConfig
 
+_MEASURED_IMAGES = 16  # sequences with images that the perplexity is measured on: they have 300 tokens or more
+
 DESCRIPTION = """\
 Prune a model and save it as a folder that plain Transformers loads.
 
@@ -177,9 +179,8 @@ def _batches(
 ) -> list[Tensor | dict[str, Any]]:
     """Return the calibration batches, with text to measure the perplexity on if there is some.
 
-    A sequence with images is a batch of its own.
-
-    Text that a model has written is too easy for it, so then the perplexity is measured on Python's documentation.
+    A sequence with images is a batch of its own. Text that a model has written is too easy for it, so then the
+    perplexity is measured on Python's documentation.
     """
     from optimum_fista.folder.loading import read_config, require_processor, require_tokenizer
     from optimum_fista.text.calibration_tokens import calibration_tokens_by_name, num_measured, usual_length
@@ -192,11 +193,11 @@ def _batches(
     length = arguments.sequence_length or usual_length(model_config)
     count = num_measured(config, length)
     has_images = source != "self" and require_source(source, with_images=True)
-    processor = require_processor(arguments.model) if has_images else None
+    if has_images:
+        processor, lines = require_processor(arguments.model), load_text(source, "calibration", with_images=True)
 
     def draw(number: int) -> Any:  # a tensor, or a list of batches
-        if processor is not None:
-            lines = load_text(source, "calibration", with_images=True)
+        if has_images:
             return image_sequences(processor, model_config, lines, number, length, config.seed)
         places = {"device": device, "dtype": arguments.dtype, "keep_in": keep_in}
         return calibration_tokens_by_name(arguments.model, source, number, length, config.seed, **places)
@@ -207,7 +208,8 @@ def _batches(
             tokenizer = require_tokenizer(arguments.model)
             measured = calibration_windows(tokenizer, load_text(source, "test"), count, length, config.seed)
     else:
-        further = (count, 1) if count and not config.held_out and arguments.num_samples > 0 else ()
+        counts = (_MEASURED_IMAGES, 1) if has_images else (count, 1)
+        further = counts if count and not config.held_out and arguments.num_samples > 0 else ()
         for extra in (*further, 0):
             try:
                 tokens = draw(wanted + extra)

@@ -25,9 +25,9 @@ def image_sequences(
     A sequence is cut at `length` tokens. If that would cut tokens of an image, the line is skipped, and a warning says
     how many were.
     """
-    found, longest, skipped = list[dict[str, Any]](), 0, 0
-    generator = torch.Generator().manual_seed(seed)
-    for number in torch.randperm(len(text.documents), generator=generator).tolist():
+    found, longest, skipped, lines = list[dict[str, Any]](), 0, 0, len(text.documents)
+    order = torch.randperm(lines, generator=torch.Generator().manual_seed(seed)).tolist()
+    for number in order if lines >= num_samples else ():
         if len(found) == num_samples:
             break
         batch = _sequence(processor, text.documents[number], text.images[number])
@@ -40,8 +40,8 @@ def image_sequences(
     if len(found) < num_samples:
         why = f", of which {too_long}" if skipped else ""
         raise ValueError(
-            f"text {text.name!r} has {len(text.documents)} lines{why}, and num_samples={num_samples} needs as many: "
-            f"pass num_samples={len(found)}, or more lines."
+            f"text {text.name!r} has {lines} lines{why}, and num_samples={num_samples} needs as many: pass "
+            f"num_samples={lines - skipped}, or more lines."
         )
     if skipped:
         logger.warning("%d lines of %s are skipped: %s", skipped, text.name, too_long)
