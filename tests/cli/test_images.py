@@ -82,12 +82,12 @@ def test_other_images_give_other_weights_and_no_run_goes_on_with_them(prune, tmp
         ({"text": "a", "image": "lines.jsonl"}, "the image 'lines.jsonl' can't be read"),
         (
             {"text": 30 * "a" + MARK, "image": "red.png"},
-            "has 1 lines, of which 1 have tokens of an image after token 32",
+            "has 3 lines, of which 3 have tokens of an image after token 32",
         ),
     ],
 )
 def test_bad_lines_are_named(prune, capsys, line, message):
-    assert prune([line]) == 1
+    assert prune([line] * 3) == 1
     said = capsys.readouterr().err.splitlines()
     assert message in said[-1]
     assert len(said) == 1 or "can't be read" in message or "after token" in message  # found before all else
@@ -95,8 +95,8 @@ def test_bad_lines_are_named(prune, capsys, line, message):
 
 
 def test_images_for_a_model_of_text_and_for_commands_of_text_are_refused(prune, tiny_folder, capsys):
-    assert prune(lines("red"), "--num-samples", "99") == 1
-    assert "5 lines, of which 1 have" in capsys.readouterr().err
+    assert prune(lines("red"), "--num-samples", "6") == 1
+    assert "has 5 lines, and num_samples=6 needs as many: pass num_samples=5" in capsys.readouterr().err
     for command in (
         ["prune", str(tiny_folder), "-o", "out", "--calibration", "lines.jsonl"],
         ["evaluate", str(tiny_folder), "--text", "lines.jsonl"],
