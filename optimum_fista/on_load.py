@@ -80,8 +80,9 @@ class FistaOnLoadQuantizer(HfQuantizer):
         given, data, source = self.quantization_config, self.quantization_config.dataset, None
         length = given.sequence_length or usual_length(model.config)
         if isinstance(data, str):
-            source, seed = data, given.pruner.config.seed
-            data = calibration_tokens(data, model, self._tokenizer, given.num_samples, length, seed).split(1)
+            source, seed, shows = data, given.pruner.config.seed, given.pruner.progress
+            tokens = calibration_tokens(source, model, self._tokenizer, given.num_samples, length, seed, progress=shows)
+            data = tokens.split(1)
         elif given.texts:
             data = [self._tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in data]
         given.pruner.prune(model, data, calibration_source=source)
