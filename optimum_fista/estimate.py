@@ -75,7 +75,7 @@ class Estimate:
         if self.quantized:
             forget_quantization(read_dequantized(given))
         stored = loading.floating_dtype((None if self.whole else getattr(given, "dtype", None)) or torch.float32)
-        dtype = stored if dtype == "auto" else loading.floating_dtype(dtype)
+        keeps, dtype = dtype == "auto", stored if dtype == "auto" else loading.floating_dtype(dtype)
         with loading.reading(given.name_or_path or type(given).__name__), torch.device("meta"):
             self.model = loading.model_class(given).from_config(given, dtype=dtype, trust_remote_code=False)
         self.place, self.device = device, (device or loading.default_device()).partition(":")[0]
@@ -91,8 +91,8 @@ class Estimate:
         if not isinstance(model, PreTrainedConfig) and Path(model).is_dir():
             with loading.reading(str(model)):
                 source = source_tensors(self.model, Path(model))
-        plan = plan_run(self.model, config, loaded=False, source=source)
-        self.source = plan.source
+        plan = plan_run(self.model, config, loaded=False, source=source, files_dtypes=keeps)
+        self.source, self.as_stored = plan.source, plan.as_stored
         going = [(index, 0.0) for index in range(1, 1 + plan.removal.num_removed_layers)]  # which, the values decide
         plan = plan.with_budgets(Budgets(removed_layers=going))
         self.layers, self.asked, self.config = plan.layers, plan.asked, plan.config

@@ -85,6 +85,7 @@ def overview_of(estimate: Estimate) -> list[str]:
     memory = ", ".join(f"{size_text(sum(parts.values()))} of the {place}" for place, parts in estimate.memory.items())
     model_size = f"{parameters:,} parameters in {dtype} ({size_text(estimate.weight_bytes)})"
     quantized = f"; dequantized from {estimate.quantized['quant_method']}" if estimate.quantized else ""
+    quantized += ", written as it is stored" if estimate.as_stored else ""
     default = " (the default)" * (config.method == type(config).method)
     lines = {
         "model": f"{type(model).__name__}, {model_size}, {len(estimate.layers)} decoder layers{quantized}",

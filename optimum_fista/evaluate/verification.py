@@ -172,6 +172,7 @@ def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -
         pattern = parse_pattern(operator.pattern, None if whole else operator.target_sparsity, operator.scope)
     except ValueError as error:
         raise VerificationError(f"{name}: {error}") from error
+    weight = weight.float() if weight.dtype.itemsize == 1 else weight  # of quantized weights, few operations exist
     if not bool(torch.isfinite(weight).all()):
         raise VerificationError(f"{name} holds NaN or Inf.")
     if stray := int(torch.count_nonzero(weight.masked_select(~mask))):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,15 +26,18 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from optimum_fista.folder.checkpoint import checkpoint_files, read_json
+from optimum_fista.folder.checkpoint import CONFIG_FILE, PACKED_KEY, checkpoint_files, read_json
 from optimum_fista.folder.output import write_file
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.dequantization import dequantizer_of
+from optimum_fista.model.parts import Part
 from optimum_fista.packed.format import SUFFIXES, packed_names
 
 T = TypeVar("T")
 # of activations that were quantized, too: a model in 16 bits has none
 _ACTIVATION_SCALES = re.compile(r"\.(input|output|q|k|v)_(scale|global_scale|zero_point)$")
+_EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
+_DENSE = {"F64", "F32", "F16", "BF16"}
 _PIECE = 2**24  # bytes that are copied at a time
 _LOSES = "parts that decoder layers lose would have to go there too"
 
@@ -60,6 +64,26 @@ class StoredTensor:
     def tensor(self) -> Tensor:
         """Read it into memory."""
         return load(b"".join(_file_of({"": self})))[""]
+
+    def selected(self, axis: int, entries: Tensor) -> StoredTensor:
+        """The same tensor with only these entries of an axis; it is read whole when it is written."""
+        shape = (*self.shape[:axis], len(entries), *self.shape[axis + 1 :])
+
+        def pieces() -> Iterator[bytes | memoryview]:
+            values = torch.frombuffer(bytearray(b"".join(self.pieces())), dtype=torch.uint8).view(*self.shape, -1)
+            yield values.index_select(axis, entries).view(-1).numpy().data
+
+        return replace(self, shape=shape, num_bytes=self.num_bytes // self.shape[axis] * len(entries), pieces=pieces)
+
+    def holding(self, value: Tensor) -> StoredTensor:
+        """Describe a new value in this tensor's dtype; if the old one is rounded to it, nothing has changed."""
+        new = StoredTensor.of(value)
+        if self.dtype == new.dtype or not {self.dtype, new.dtype} <= _DENSE:
+            return new
+        old = self.tensor()
+        if self.shape == new.shape and torch.equal(old.to(value.dtype), value):
+            return self
+        return StoredTensor.of(value.to(old.dtype))
 
     def equals(self, other: StoredTensor) -> bool:
         """Compare dtypes, shapes and all bytes."""
@@ -107,6 +131,7 @@ class SourceTensors:
     others: Mapping[str, str] = field(default_factory=dict)  # not loaded; each with its module, for people
     lost: Mapping[str, str] = field(default_factory=dict)  # modules that are not copied, with the reason
     layers: str = ""  # what names begin with, before the number of a decoder layer
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what the configuration says of quantized weights
 
     @property
     def unplaced(self) -> dict[str, StoredTensor]:
@@ -118,19 +143,64 @@ class SourceTensors:
         """How many tensors of each module are copied; modules of all decoder layers are one entry."""
         return dict(Counter(re.sub(r"\.\d+\.", ".*.", self.others[name]) for name in self.unplaced))
 
-    def without(self, loses: Callable[[str], bool]) -> SourceTensors:
-        """The tensors for a run that makes some tensors of the model smaller, as `loses` tells.
+    def without(self, part_of: Callable[[str], Part | None], quantized: bool) -> SourceTensors:
+        """The tensors for a run that makes the tensors of parts smaller, `quantized` as the source or in 16 bits.
 
         Then tensors of other modules with the same name and shape are wrong in the result: the configuration has one
         number of experts, for instance, for decoder layers and for layers that predict more tokens. These modules are
-        not copied.
+        not copied. Neither are quantized ones into a result that is not.
         """
-        ends = {(_inside(name), self.stored[name].shape) for name, place in self.places.items() if loses(place)}
-        counts, lost = Counter(self.others.values()), dict(self.lost)
+        ends = {(_inside(name), self.stored[name].shape) for name, place in self.places.items() if part_of(place)}
+        counts, lost = Counter(self.others.values()), dict[str, str]()
         for name, module in self.others.items():
-            if any(name.endswith(f".{end}") and self.stored[name].shape == shape for end, shape in ends):
+            tensor = self.stored[name]
+            if self.settings and not quantized and tensor.dtype not in _DENSE:
+                lost[module] = f"{counts[module]} tensors: they are quantized, and the result is not"
+            if any(name.endswith(f".{end}") and tensor.shape == shape for end, shape in ends):
                 lost[module] = f"{counts[module]} tensors: {_LOSES}"
         return replace(self, lost=lost)
+
+    def smaller(
+        self,
+        model: PreTrainedModel,
+        inside: Callable[[str], bool],
+        part_of: Callable[[str], Part | None],
+        kept: Mapping[str, Sequence[int]],
+        strict: bool,
+    ) -> dict[str, StoredTensor]:
+        """The tensors that are loaded as those called `inside` in the model, with the groups `kept` of each part.
+
+        If `strict` is False, tensors are left out of which no part can be removed, such as scales of several groups;
+        otherwise they are refused.
+        """
+        found = dict[str, StoredTensor]()
+        for name, place in self.places.items():
+            tensor = self.stored[name]
+            if not inside(place):
+                continue
+            if (part := part_of(place)) is None:
+                found[name] = tensor
+                continue
+            groups = kept[part.name]
+            if part.is_mixture and (match := _EXPERT.fullmatch(name)):  # every expert has tensors of its own
+                if int(match[2]) in groups:
+                    found[f"{match[1]}{groups.index(int(match[2]))}{match[3]}"] = tensor
+                continue
+            axis, repeats = (0, 1) if part.is_mixture else part.tensors[place]
+            whole, count = model.get_parameter_or_buffer(place).shape, part.groups * repeats
+            alike = part.is_mixture or len(tensor.shape) == len(whole)
+            size = tensor.shape[axis] if alike else 0
+            if math.prod(tensor.shape) == 1 or size == 1:  # a scale of all groups
+                found[name] = tensor
+            elif size and size % count == 0 and (part.is_mixture or whole[axis] % size == 0):
+                found[name] = tensor.selected(axis, part.entries(size, repeats, groups))
+            elif strict:
+                span, gone = -(-whole[axis] // size) if size else "several", whole[axis] // count
+                raise ValueError(
+                    f"{name} stores one value for {span} rows or columns of {place}, and groups of {gone} are removed: "
+                    "pass another pattern, or a dtype (--dtype), in which the result is then written."
+                )
+        return found
 
     def renamed(self, stay: Sequence[int], total: int) -> SourceTensors:
         """The tensors by their names in a model that keeps the decoder layers `stay` of `total`.
@@ -140,7 +210,7 @@ class SourceTensors:
         numbers = {old: new for new, old in enumerate(stay)}
 
         def new_name(name: str) -> str | None:
-            match = re.match(rf"({re.escape(self.layers)})(\d+)(\..*)", name)
+            match = re.match(rf"({re.escape(self.layers)})(\d+)(\..*|)", name)
             if match is None or not self.layers:
                 return name
             old = int(match[2])
@@ -150,8 +220,16 @@ class SourceTensors:
         def renamed(values: Mapping[str, T]) -> dict[str, T]:
             return {new: value for name, value in values.items() if (new := new_name(name)) is not None}
 
+        def in_lists(value: Any) -> Any:  # such as the modules that are not quantized
+            if isinstance(value, dict):
+                return {key: in_lists(one) for key, one in value.items()}
+            if not isinstance(value, list):
+                return value
+            names = [new_name(one) if isinstance(one, str) else in_lists(one) for one in value]
+            return [name for name in names if name is not None]
+
         parts = renamed(self.stored), renamed(self.places), renamed(self.others)
-        return SourceTensors(*parts, self.lost, self.layers)
+        return SourceTensors(*parts, self.lost, self.layers, in_lists(self.settings))
 
 
 def source_tensors(model: PreTrainedModel, source: Path) -> SourceTensors:
@@ -187,14 +265,14 @@ def source_tensors(model: PreTrainedModel, source: Path) -> SourceTensors:
             continue
         if f"{model.base_model_prefix}.{own.partition('.')[0]}" in modules:
             own = f"{model.base_model_prefix}.{own}"  # stored without it
-        parts = own.split(".")
-        above = (".".join(parts[:count]) for count in range(1, len(parts)))  # from the outermost module inwards
+        words = own.split(".")
+        above = (".".join(words[:count]) for count in range(1, len(words)))  # from the outermost module inwards
         others[name] = next((module for module in above if module not in modules), own)
     prefix = max(prefixes, key=lambda prefix: prefixes[prefix], default="")
-    counts, dense = Counter(others.values()), ("F64", "F32", "F16", "BF16")
-    quantized = [] if dequantizer is None else [others[name] for name in others if stored[name].dtype not in dense]
-    lost = {module: f"{counts[module]} tensors: they are quantized, and the result is not" for module in quantized}
-    return SourceTensors(stored, places, others, lost, prefix)
+    config = {} if dequantizer is None else read_json(source / CONFIG_FILE)
+    sections = [config, *(value for value in config.values() if isinstance(value, dict))]  # the decoder's may have it
+    settings: dict[str, Any] = next((part[PACKED_KEY] for part in sections if PACKED_KEY in part), {})
+    return SourceTensors(stored, places, others, layers=prefix, settings=settings)
 
 
 def _inside(name: str) -> str:
@@ -211,7 +289,7 @@ def _file_of(tensors: Mapping[str, StoredTensor]) -> Iterator[bytes | memoryview
     """The bytes of a safetensors file: length of the header, header, tensors, those of the widest type first."""
 
     def order(name: str) -> tuple[int, str]:
-        size = max(1, torch.Size(tensors[name].shape).numel())
+        size = max(1, math.prod(tensors[name].shape))
         return -(tensors[name].num_bytes // size), name
 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -105,11 +105,12 @@ def write_all_but_weights(
     report: PruningReport,
     masks: Mapping[str, Tensor],
     packed: Mapping[str, Any] | None = None,
+    quantized: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a pruned model's folder without its weights; the model's configuration gets the summary of the report.
 
     The report and the packed masks have the names of the checkpoint. `packed` is what `config.json` says of weights
-    that are stored packed; `None`: they are dense.
+    that are stored packed, and `quantized` of weights that are quantized as the source is; `None`: they are dense.
     """
     (folder / "fista").mkdir(exist_ok=True)
     write_file(folder / REPORT_FILE, report.to_json())
@@ -130,7 +131,7 @@ def write_all_but_weights(
     model.config.dtype = str(model.dtype).removeprefix("torch.")  # in which Transformers loads it
     dense = getattr(model.config, "_name_or_path", "") or ""
     card = model_card(report, None if picture is None else PICTURE_FILE, dense)
-    write_form(folder, json.loads(model.config.to_json_string()), card, masks, packed)
+    write_form(folder, json.loads(model.config.to_json_string()), card, masks, packed, quantized)
 
 
 def write_form(
@@ -139,6 +140,7 @@ def write_form(
     card: str | None,
     masks: Mapping[str, Tensor],
     packed: Mapping[str, Any] | None,
+    quantized: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the files that say whether the weights are dense or packed, as in `write_all_but_weights`.
 
@@ -150,6 +152,7 @@ def write_form(
     if card is not None:
         write_file(folder / CARD_FILE, card.replace(PACKED_NOTE, "") + ("" if packed is None else PACKED_NOTE))
     config = {key: value for key, value in config.items() if key not in (PACKED_KEY, "transformers_weights")}
+    config |= {PACKED_KEY: dict(quantized)} if quantized else {}
     if packed is not None:
         # Our loader replaces this name. Transformers without it finds no such file, and its error says what to do.
         refusal = "packed, run `import optimum_fista.packed` first.safetensors"

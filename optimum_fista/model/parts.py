@@ -65,9 +65,12 @@ class Part:
     def shrink(self, name: str, tensor: Tensor, kept: Sequence[int]) -> Tensor:
         """Copy one of `tensors` with only the groups `kept`, in this order."""
         axis, repeats = self.tensors[name]
-        # numbers of the entries, [repeats, groups, entries of a group] -> [entries that stay]
-        entries = torch.arange(tensor.shape[axis]).view(repeats, self.groups, -1)[:, list(kept)].flatten()
-        return tensor.index_select(axis, entries.to(tensor.device))
+        return tensor.index_select(axis, self.entries(tensor.shape[axis], repeats, kept).to(tensor.device))
+
+    def entries(self, size: int, repeats: int, kept: Sequence[int]) -> Tensor:
+        """Numbers of the entries that stay on an axis of `size` entries, with all groups on it `repeats` times."""
+        # [repeats, groups, entries of a group] -> [entries that stay]
+        return torch.arange(size).view(repeats, self.groups, -1)[:, list(kept)].flatten()
 
     def without_columns(self, tensor: Tensor, kept: Sequence[int]) -> Tensor:
         """Copy the operator's stored weight, with zeros in the columns of all groups except `kept`."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.environment import processor_name
-from optimum_fista.folder.stored_tensors import SourceTensors
+from optimum_fista.folder.stored_tensors import SourceTensors, StoredTensor
 from optimum_fista.memory import size_text
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import Storage
@@ -67,6 +67,7 @@ class Plan:
     budgets: Budgets = field(default_factory=Budgets)
     storage: Storage | None = None  # where activations are kept; None: on the device of their decoder layer
     source: SourceTensors = field(default_factory=SourceTensors)  # by their names in the result
+    files_dtypes: bool = False  # whether tensors are written in the dtypes of the files
     progress: bool = False
     callbacks: Sequence[PruningCallback] = ()
 
@@ -78,6 +79,26 @@ class Plan:
         source = self.source.renamed(stay, len(self.layers))
         plan = replace(self, budgets=budgets, removal=removal, config=config, source=source)
         return replace(plan, operators=operators, left_dense=left)
+
+    @property
+    def as_stored(self) -> bool:
+        """Tell whether all that stays is written as it is stored, because the run only removes parts."""
+        return self.files_dtypes and bool(self.source.stored) and self.removal.keeps_values
+
+    @property
+    def written(self) -> str:
+        """How tensors are written."""
+        kept = "as they are stored" if self.as_stored else "in the dtypes of the files"
+        return kept if self.files_dtypes and self.source.stored else str(self.layers.model.dtype)
+
+    def stored(self, layer_name: str | None, kept: Mapping[str, Sequence[int]]) -> dict[str, StoredTensor]:
+        """The stored tensors of a decoder layer, or of all but these (`None`), with the groups `kept` of each part."""
+        layers, prefix = f"{self.layers.name}.", f"{layer_name}."
+
+        def inside(name: str) -> bool:
+            return name.startswith(prefix) if layer_name is not None else not name.startswith(layers)
+
+        return self.source.smaller(self.layers.model, inside, self.removal.part_of, kept, strict=self.as_stored)
 
     @cached_property
     def method(self) -> PruningMethod:
@@ -137,7 +158,11 @@ def plan_run(model: PreTrainedModel, config: FistaPruningConfig, *, loaded: bool
         channels={part.name: part for part in channels},
         **places,
     )
-    plan = replace(plan, source=plan.source.without(removal.loses))
+    plan = replace(plan, source=plan.source.without(removal.part_of, plan.as_stored))
+    if plan.as_stored and isinstance(removal, PartsRemoval):
+        kept = {name: range(count) for name, count in removal.smaller.counts.items()}
+        for name, _ in layers:  # refuses scales that belong to several groups
+            plan.stored(name, kept)
     if loaded:
         stored_names(model, plan.all_operators.values())  # refuses a weight whose mask could not be saved
     return plan
@@ -170,6 +195,7 @@ def begin_report(plan: Plan) -> PruningReport:
                 "threads": torch.get_num_threads(),
             },
             "products": str(plan.compute_dtype),
+            "written": plan.written,
         },
     )
     before = getattr(model.config, "fista_pruning", None)
@@ -181,7 +207,8 @@ def begin_report(plan: Plan) -> PruningReport:
     if source := quantized_source(model):
         size = size_text(sum(p.numel() * p.element_size() for p in model.parameters()))
         method, dtype = source.settings["quant_method"], report.model["dtype"]
-        report.warn(f"the weights were quantized by {method!r}: they are dequantized, and written in {dtype} ({size}).")
+        written = "and written as they are stored" if plan.as_stored else f"and written in {dtype} ({size})"
+        report.warn(f"the weights were quantized by {method!r}: they are dequantized to prune, {written}.")
     for message in idle:
         report.warn(message)
     for line in lines_of_unplaced({}, plan.source.lost):

@@ -39,6 +39,7 @@ from optimum_fista.model.shrinking import (
 )
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.report import LayerRecord, LayerReport, MixtureReport, OperatorReport, PruningReport
+from optimum_fista.solve.method import METHODS
 from optimum_fista.solve.pattern import pack_mask, unpack_mask
 from optimum_fista.solve.patterns import Columns, WholeParts
 
@@ -108,9 +109,18 @@ class Removal:
         """Values by their names in the pruned model, without those of removed modules."""
         return {new: value for name, value in values.items() if (new := self.new_name(name)) is not None}
 
-    def loses(self, name: str) -> bool:  # noqa: ARG002
-        """Tell whether a tensor of the model loses groups; False for tensors of removed decoder layers."""
+    def part_of(self, name: str) -> Part | None:  # noqa: ARG002
+        """The part that a tensor of the model belongs to and that becomes smaller; `None` if it stays as it is."""
+        return None
+
+    @property
+    def keeps_values(self) -> bool:
+        """Tell whether all weights that stay keep their values."""
         return False
+
+    def groups_kept(self, record: LayerRecord) -> dict[str, tuple[int, ...]]:
+        """The groups that stay of each part of a pruned decoder layer, by its name."""
+        return _groups_kept([record.report], record.operators)
 
     def shrink_tensors(self, record: LayerRecord, tensors: Tensors) -> Tensors:  # noqa: ARG002
         """Return the tensors of a pruned decoder layer in their smaller form, by their new names."""
@@ -186,9 +196,19 @@ class PartsRemoval(Removal):
         """The name of a module or tensor in the smaller model; `None` if its decoder layer is removed."""
         return self.smaller.new_name(name)
 
-    def loses(self, name: str) -> bool:
-        """See `Removal.loses`."""
-        return self.smaller.part_of(name) is not None
+    def part_of(self, name: str) -> Part | None:
+        """See `Removal.part_of`. Scales of the inputs of experts are no parameters, but go with them."""
+        mixtures = (part for part in self.mixtures.values() if name.startswith(f"{part.name}."))
+        return self.smaller.part_of(name) or next(mixtures, None)
+
+    @property
+    def keeps_values(self) -> bool:
+        """See `Removal.keeps_values`."""
+        config, correction = self.asked, self.asked.correction
+        repairs = "heads" in self.counts or (self.num_removed_layers and correction.carry == "full")
+        updates = METHODS[config.method].updates_weights and not self.counts.keys() <= {"experts"}
+        refits = bool(self.mixtures) and config.expert_refit
+        return not (updates or refits or (repairs and correction.residual_share > 0))
 
     def applied(
         self,
@@ -309,7 +329,7 @@ class PartsRemoval(Removal):
 
     def shrink_tensors(self, record: LayerRecord, tensors: Tensors) -> Tensors:
         """See `Removal.shrink_tensors`."""
-        kept = _groups_kept([record.report], record.operators)
+        kept = self.groups_kept(record)
         return self.renamed({name: self.smaller.shrink_tensor(name, tensor, kept) for name, tensor in tensors.items()})
 
     def describe(self, report: PruningReport) -> None:

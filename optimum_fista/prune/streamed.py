@@ -85,7 +85,8 @@ def prune_files(
             place, shows = folder / FOLDER if on_disk else storage, progress and not ranks.index
             with reading(name):
                 tensors = source_tensors(model, read_from)
-            plan = plan_run(model, config, source=tensors, storage=place, progress=shows, callbacks=callbacks)
+            places: dict[str, Any] = {"storage": place, "progress": shows, "callbacks": callbacks}
+            plan = plan_run(model, config, source=tensors, files_dtypes=dtype == "auto", **places)
             return plan, tokenizer, read_from
 
         def read() -> tuple[Calibration, HeldOut | None, PruningReport]:
@@ -180,8 +181,9 @@ class StreamedRun:
         shards = {folder / layer.shard for layer in layers.values() if layer.shard}
         for left in {*folder.iterdir()} - shards:  # files of a killed process, or of a run with more layers
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-        rest = sink.stored({name: stored_tensor(model, name) for name in plan.layers.names_around})
-        shards.add(sink.write_shard(len(sink.left), rest, plan.source.unplaced))
+        rest = {name: stored_tensor(model, name) for name in plan.layers.names_around}
+        around = sink.to_write(plan.stored(None, {}), {} if plan.as_stored else sink.stored(rest))
+        shards.add(sink.write_shard(len(sink.left), around | plan.source.unplaced))
         weight_map = {name: shard.name for shard in shards for name in names_in(shard)}
         index_name = write_index(folder, sink.stem, weight_map, {"total_parameters": report.model["num_parameters"]})
         masks = {name: mask for index in layers for name, mask in journal.masks(index).items()}
@@ -189,7 +191,8 @@ class StreamedRun:
         report = replace(report, operators=operators)
         packed = packed_settings(index_name, packed_names(weight_map)) if self.packed else None
         copy_source(self.source.folder, folder)  # before our own files, which replace some of them
-        write_all_but_weights(folder, model, tokenizer, report, masks, packed)
+        quantized = plan.source.settings if plan.as_stored else {}
+        write_all_but_weights(folder, model, tokenizer, report, masks, packed, quantized)
         self.source.require_unchanged()
         install(journal.folder, output_dir, overwrite, self.source.folder)
         return report
@@ -257,26 +260,34 @@ class FileSink(ModelSink):
         """
         self.forget()  # the dense weights of this layer: the checkpoint has them
         streams = {name: stream for part in travelling for name, stream in part.kept().items()}
-        masks, tensors, self.masks = self.masks, None, {}
-        if index not in self._plan.removal.removed_layers:
+        plan, masks, self.masks = self._plan, self.masks, {}
+        written: dict[str, StoredTensor] | None = None
+        if index not in plan.removal.removed_layers:
+            originals = plan.stored(record.report.name, plan.removal.groups_kept(record))
             dense = {f"{record.report.name}.{key}": tensor for key, tensor in layer.state_dict().items()}
-            tensors = self.stored(self._plan.removal.shrink_tensors(record, dense))
+            tensors = {} if plan.as_stored else self.stored(plan.removal.shrink_tensors(record, dense))
             if self._packed:
                 operators, stored = as_stored(record.operators, masks, self.names)
                 # zeros never reach the disk
                 tensors = Packer(operators, tensors, stored.__getitem__).pack(tensors)
+            written = self.to_write(originals, tensors)
         self._source.require_unchanged()  # before it counts as finished: the files read must be those that were hashed
-        shard = None if tensors is None else self.write_shard(self.left.index(index), tensors)
+        shard = None if written is None else self.write_shard(self.left.index(index), written)
         self._journal.keep_layer(index, shard, masks, record, streams)
 
-    def write_shard(
-        self, index: int, tensors: dict[str, Tensor], unplaced: Mapping[str, StoredTensor] | None = None
-    ) -> Path:
+    def write_shard(self, index: int, tensors: Mapping[str, StoredTensor]) -> Path:
         """Write the file of the decoder layer with this number among those that stay; the last file has the rest."""
         total = len(self.left) + 1
         shard = self._journal.model / f"{self.stem}-{index + 1:05}-of-{total:05}.safetensors"
-        write_stored(shard, {name: StoredTensor.of(tensor) for name, tensor in tensors.items()} | dict(unplaced or {}))
+        write_stored(shard, tensors)
         return shard
+
+    def to_write(self, originals: Mapping[str, StoredTensor], tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
+        """The tensors to write: stored ones if the run only removes, otherwise new values in the dtypes of these."""
+        if self._plan.as_stored:
+            return dict(originals)
+        known = originals if self._plan.files_dtypes else {}
+        return {name: known[name].holding(t) if name in known else StoredTensor.of(t) for name, t in tensors.items()}
 
     def stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors under their names in the checkpoint, on the CPU, without those that are tied to others."""

@@ -54,6 +54,7 @@ class PruningMethod(ABC):
     """
 
     name: ClassVar[str]
+    updates_weights: ClassVar[bool] = True  # whether weights that it keeps get other values
     takes_weights: ClassVar[bool] = True  # whether it prunes to patterns in which every row has zeros of its own
     takes_columns: ClassVar[bool] = True  # whether it prunes to patterns with `whole_columns`
 

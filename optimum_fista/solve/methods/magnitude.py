@@ -14,6 +14,7 @@ class Magnitude(PruningMethod):
     """Keep the largest `|W_ij|`; inputs are ignored, and no weight is updated."""
 
     name: ClassVar[str] = "magnitude"
+    updates_weights: ClassVar[bool] = False
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`."""

@@ -14,6 +14,7 @@ class Wanda(PruningMethod):
     """Keep the largest `|W_ij| * || X_j ||_2` of every row; no weight is updated (Wanda, eq. 1)."""
 
     name: ClassVar[str] = "wanda"
+    updates_weights: ClassVar[bool] = False
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`."""
