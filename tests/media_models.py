@@ -2,102 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from tiny_models import randomize
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM, PreTrainedModel
 
 VOCAB_SIZE, IMAGE = 64, 60
-_TEXT = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
-_VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 8,
-    "patch_size": 4,
-}
-_QWEN_VISION = {
-    "depth": 3,
-    "num_heads": 2,
-    "patch_size": 2,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 1,
-    "in_channels": 3,
-}
+_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+_TEXT = _SIZES | {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 8}
+_TEXT |= {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 64, "pad_token_id": 0}
+_VISION = _SIZES | {"image_size": 8, "patch_size": 4}
+_QWEN = {"depth": 3, "num_heads": 2, "patch_size": 2, "temporal_patch_size": 1, "out_hidden_size": 32, **_SIZES}
 _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
-_TOKENS = {"image_token_id": IMAGE, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
-
-
-def _config(kind: str, text: dict[str, Any], vision: dict[str, Any], **others: Any) -> PretrainedConfig:
-    return CONFIG_MAPPING[kind](text_config=_TEXT | text, vision_config=vision, tie_word_embeddings=False, **others)
-
-
-def _audio() -> PretrainedConfig:
-    encoder = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
-    encoder |= {"num_mel_bins": 4, "max_source_positions": 8}
-    return CONFIG_MAPPING["qwen2_audio"](audio_config=encoder, text_config=_TEXT, audio_token_index=IMAGE)
-
-
-_CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
-    "qwen2_5_vl": lambda: _config(
-        "qwen2_5_vl",
-        _ROPE,
-        _QWEN_VISION
-        | {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "fullatt_block_indexes": [1]},
-        **_TOKENS,
-    ),
-    "qwen3_vl": lambda: _config(
-        "qwen3_vl",
-        _ROPE,
-        _QWEN_VISION
-        | {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "deepstack_visual_indexes": [0, 1]},
-        **_TOKENS,
-    ),
-    "llava": lambda: _config(
-        "llava",
-        {"model_type": "llama"},
-        _VISION | {"model_type": "clip_vision_model", "projection_dim": 32},
-        image_token_id=IMAGE,
-        vision_feature_layer=-1,
-    ),
-    "smolvlm": lambda: _config("smolvlm", {"model_type": "llama"}, _VISION, image_token_id=IMAGE, scale_factor=2),
-    "gemma3": lambda: _config(
-        "gemma3",
-        {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
-        _VISION,
-        image_token_id=IMAGE,
-        mm_tokens_per_image=4,
-    ),
-    "mistral3": lambda: _config(
-        "mistral3",
+_TOKENS = {"video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
+_SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
+_AUDIO = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "num_mel_bins": 4}
+# settings of the text model and of the vision encoder, and others
+_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "qwen2_5_vl": (_ROPE, _QWEN | {"fullatt_block_indexes": [1]}, _TOKENS),
+    "qwen3_vl": (_ROPE, _QWEN | {"deepstack_visual_indexes": [0, 1]}, _TOKENS),
+    "llava": ({"model_type": "llama"}, _VISION | {"model_type": "clip_vision_model"}, {"vision_feature_layer": -1}),
+    "smolvlm": ({"model_type": "llama"}, _VISION, {"scale_factor": 2}),
+    "gemma3": (_SLIDING, _VISION, {"mm_tokens_per_image": 4}),
+    "mistral3": (
         {"model_type": "mistral"},
         _VISION | {"model_type": "pixtral", "head_dim": 8},
-        image_token_id=IMAGE,
-        spatial_merge_size=1,
-        vision_feature_layer=-1,
+        {"spatial_merge_size": 1, "vision_feature_layer": -1},
     ),
-    "internvl": lambda: _config(
-        "internvl",
-        {"model_type": "qwen2"},
-        _VISION | {"image_size": [8, 8], "patch_size": [4, 4]},
-        image_token_id=IMAGE,
-        image_seq_length=1,
-    ),
-    "qwen2_audio": _audio,
+    "internvl": ({"model_type": "qwen2"}, _VISION | {"image_size": [8, 8], "patch_size": [4, 4]}, {}),
+    "qwen2_audio": ({}, {}, {"audio_config": _AUDIO | {"max_source_positions": 8}, "audio_token_index": IMAGE}),
 }
 MEDIA_FAMILIES = tuple(_CONFIGS)
 _TOKENS_OF_IMAGE = {"smolvlm": 1, "internvl": 1}  # all others have 4
@@ -107,7 +42,11 @@ def media_model(family: str, seed: int = 0) -> PreTrainedModel:
     """A random tiny float32 model that takes images, or audio if it is Qwen2-Audio."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = AutoModelForMultimodalLM.from_config(_CONFIGS[family](), dtype=torch.float32).eval()
+        text, vision, others = _CONFIGS[family]
+        settings = {"text_config": _TEXT | text, "image_token_id": IMAGE, "tie_word_embeddings": False} | others
+        settings |= {"vision_config": vision} if vision else {}
+        config = CONFIG_MAPPING[family](**settings)
+        model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32).eval()
         randomize(model, torch.default_generator)
     return model
 
@@ -129,12 +68,8 @@ def media_batch(family: str, images: tuple[int, ...] = (1,), *, seed: int = 0, p
     batch = {"input_ids": ids, "attention_mask": (ids != 0).long()}
     types = (ids == IMAGE).long()
     if family == "qwen2_audio":
-        lengths = torch.full((count,), 16)
-        mask = torch.arange(16).expand(count, 16) < lengths[:, None]
-        return batch | {
-            "input_features": torch.randn(count, 4, 16, generator=random),
-            "feature_attention_mask": mask.long(),
-        }
+        sounds = torch.randn(count, 4, 16, generator=random)  # [sounds, mel bins, frames]
+        return batch | {"input_features": sounds, "feature_attention_mask": torch.ones(count, 16).long()}
     if family.startswith("qwen"):
         grid = torch.tensor([[1, 4, 4]] * count)
         patches = torch.randn(16 * count, 12, generator=random)

@@ -47,6 +47,11 @@ class DecoderLayers:
         """Names and modules, in execution order."""
         return iter((f"{self.name}.{i}", module) for i, module in enumerate(self.modules))
 
+    def outside(self, *, with_media: bool) -> Sequence[nn.Module]:
+        """The modules around the layers; `with_media` those of encoders for images and sounds, too."""
+        inside = {self.model.get_output_embeddings(), *(part for layer in self.modules for part in layer.modules())}
+        return [m for m in self.model.modules() if m not in inside] if with_media else self.around
+
     def dense_digest(self, of_layers: Iterable[str | None]) -> str:
         """SHA-256 of the model before it was pruned, from those of its decoder layers."""
         return combined_sha256([*map(str, of_layers), sha256_of(self.model, self.names_around)])

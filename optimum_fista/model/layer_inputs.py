@@ -98,7 +98,8 @@ def record_inputs(
     hidden_states, token_masks = ActivationStore(storage or device, device), list[Tensor | None]()
     forwards = [partial(recorder.forward, index, layer.forward) for index, layer in enumerate(layers.modules)]
     try:
-        with onloaded(layers.around, copy=False), replaced_forwards(layers.modules, forwards):
+        outside = layers.outside(with_media=any(batch.media for batch in batches))
+        with onloaded(outside, copy=False), replaced_forwards(layers.modules, forwards):
             for batch in batches:
                 recorder.record(partial(model, **batch.arguments(model)))
                 if recorder.first is None or not bool(torch.isfinite(recorder.first).all()):

@@ -85,7 +85,7 @@ def measure_sensitivities(loss: DenseLoss, operators: Mapping[str, LinearOperato
     device = execution_device(model.get_input_embeddings())
     watchers = {name: _Watcher(operator) for name, operator in operators.items()}
     with (
-        onloaded(loss.layers.around, copy=False),
+        onloaded(loss.layers.outside(with_media=any(row.media for row in sequences)), copy=False),
         _recomputed_layers(loss) as waiting,
         torch.enable_grad(),
         quick_products(),

@@ -4,6 +4,7 @@ import warnings
 import pytest
 import torch
 from families import ENOUGH_TOKENS
+from killed import interrupted_after
 from media_models import IMAGE, MEDIA_FAMILIES, media_batch, media_model
 
 from optimum_fista import FistaPruner
@@ -20,10 +21,10 @@ def read(model, *batches) -> list[CalibrationBatch]:
     return read_batches(batches, *token_limits(model), media_arguments(model))
 
 
-def prune(pruner, model, batches):
+def prune(pruner, model, batches, **places):
     with warnings.catch_warnings(), ENOUGH_TOKENS:
         warnings.simplefilter("ignore")  # of too few tokens
-        return pruner.prune(model, batches)
+        return pruner.prune(model, batches, **places)
 
 
 def pixels(batch) -> str:
@@ -195,3 +196,19 @@ def test_other_images_give_other_weights_and_leave_the_rest_alone(family):
     for name, weight in dense.items():
         in_layers = name.startswith(layers) and name.endswith("_proj.weight")
         assert torch.equal(first[name], second[name]) is torch.equal(first[name], weight) is not in_layers
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "qwen2_audio"])
+def test_a_run_from_files_goes_on_with_the_same_images_only_and_ends_as_one_in_memory(family, tmp_path):
+    model, batches = media_model(family), [media_batch(family, (1, 2), seed=seed) for seed in range(2)]
+    model.save_pretrained(tmp_path / "dense")
+    pruner, places = FistaPruner(progress=False), {"output_dir": tmp_path / "out", "device": "cpu"}
+    prune(pruner, model, batches)
+    other = batches[0] | {pixels(batches[0]): batches[0][pixels(batches[0])] * 1.001}
+    with interrupted_after(2), pytest.raises(KeyboardInterrupt):
+        prune(pruner, tmp_path / "dense", batches, **places)
+    with pytest.raises(ValueError, match=r"was another one \(calibration was"):
+        prune(pruner, tmp_path / "dense", [other, batches[1]], **places)
+    prune(pruner, tmp_path / "dense", batches, **places)
+    found = type(model).from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in model.state_dict().items())

@@ -9,7 +9,7 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 from tiny_llama import tiny_tokens
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from untouched import weights_of
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
@@ -66,7 +66,7 @@ def pruned_at(
         model.save_pretrained(tmp_path / "dense")
         options = {"device": "simulated:1", "packed": place == "streamed and packed"}
         report = pruner.prune(tmp_path / "dense", batches, output_dir=tmp_path / "pruned", **options)
-        return dict(AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").state_dict()), report
+        return dict(type(model).from_pretrained(tmp_path / "pruned").state_dict()), report
     model = placed(model, place, tmp_path)
     report = pruner.prune(model, batches)
     return weights_of(model), report

@@ -4,6 +4,7 @@ import pytest
 import torch
 from killed import interrupted_after
 from launched import exit_codes, launch
+from media_models import media_batch, media_model
 from simulated_device.places import dispatched, placed, prune_on_device, pruned_at, require_the_same
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
 from tiny_models import VOCAB_SIZE, tiny_model
@@ -62,6 +63,14 @@ def test_padding_counts_nowhere(place, side, tmp_path):
     config = FistaPruningConfig(**ALL)
     expected, _ = prune_on_cpu(tiny_llama(), config, batches)
     found, _ = pruned_at(place, config, tiny_llama(), batches, tmp_path)
+    require_the_same(found, expected)
+
+
+@pytest.mark.parametrize("place", ["on two devices", "on a device, cpu and disk", "streamed, stored on disk"])
+def test_images_are_seen_as_on_the_cpu(place, tmp_path):
+    config, batches = FistaPruningConfig(**ALL), [media_batch("qwen3_vl", (1, 2), seed=seed) for seed in range(4)]
+    expected, _ = prune_on_cpu(media_model("qwen3_vl"), config, batches)
+    found, _ = pruned_at(place, config, media_model("qwen3_vl"), batches, tmp_path)
     require_the_same(found, expected)
 
 
