@@ -103,5 +103,6 @@ def compressed_qwen3_moe(folder: Path, preset: str) -> Path:
         found = BaseCompressor.get_value_from_registry(scheme.format).compress(parts | {"weight_scale": scales}, scheme)
         return {f"{name.removesuffix('weight')}{part}": tensor.contiguous() for part, tensor in found.items()}
 
-    settings = QuantizationConfig(config_groups={"group_0": scheme}, format=scheme.format, ignore=["lm_head"])
+    stored = {"format": scheme.format, "quantization_status": "compressed"}
+    settings = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"], **stored)
     return _save(folder, config, quantize, settings.model_dump(mode="json"))

@@ -15,6 +15,7 @@ from pruning import same
 from quantized_models import VOCAB_SIZE, compressed_qwen3_moe, fp8_deepseek, mxfp4_gpt_oss
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.quantizers.base import HfQuantizer
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
 from optimum_fista.evaluate.verification import verify_checkpoint
@@ -37,7 +38,10 @@ without_compressed_tensors = pytest.mark.skipif(
 
 def write_compressed(preset: str) -> ParameterSet:
     write = partial(compressed_qwen3_moe, preset=preset)
-    return pytest.param(write, "CompressedTensorsConfig", id=preset, marks=without_compressed_tensors)
+    older = pytest.mark.skipif(
+        not hasattr(HfQuantizer, "get_load_operations"), reason="Transformers before 5.22 does not dequantize all of it"
+    )
+    return pytest.param(write, "CompressedTensorsConfig", id=preset, marks=[without_compressed_tensors, older])
 
 
 @pytest.mark.parametrize(
@@ -53,11 +57,14 @@ def test_a_quantized_source_is_pruned_as_the_model_that_transformers_dequantizes
     source = write(tmp_path / "source")
     before = bytes_of(source)
     wanted = getattr(transformers, settings)(dequantize=True)
-    AutoModelForCausalLM.from_pretrained(source, quantization_config=wanted).save_pretrained(tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(source, quantization_config=wanted)
+    dense._weight_conversions = None  # Transformers 5.17 would save it by those of the quantized model
+    dense.save_pretrained(tmp_path / "dense")
     report = prune(source, tmp_path / "pruned")
     prune(tmp_path / "dense", tmp_path / "expected")
     assert same(tensors_of(tmp_path / "pruned"), tensors_of(tmp_path / "expected"))
-    assert (tmp_path / "pruned/config.json").read_bytes() == (tmp_path / "expected/config.json").read_bytes()
+    found, expected = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("pruned", "expected"))
+    assert found == {key: value for key, value in expected.items() if key != "base_model_ep_plan"}  # of 5.17
     assert f"quantized by {wanted.quant_method.value!r}: they are dequantized" in report.warnings[0]
     assert bytes_of(source) == before
     assert verify_checkpoint(tmp_path / "pruned", dense=source).num_equal
