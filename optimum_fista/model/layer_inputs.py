@@ -159,11 +159,8 @@ class _Recorder:
             other = self._pass(run, not self.additive, is_repeated=True)
             plain, changes = (other, changes) if self.additive else (changes, other)
             for index in sorted(new | other.keys()):
-                # nothing equals NaN: a change that is missing in one of the passes is no sum
-                (before, after), (_, added) = (
-                    found.get(index, (torch.tensor(math.nan),) * 2) for found in (plain, changes)
-                )
-                if not torch.equal(before + added, after):
+                both = index in plain and index in changes
+                if not both or not torch.equal(plain[index][0] + changes[index][1], plain[index][1]):
                     raise _refusal(f"{_CHANGES_STATES} {self.layers.name}.{index}")
             self.additive |= new
         for index, (_, added) in changes.items():

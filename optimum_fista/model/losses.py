@@ -132,11 +132,11 @@ class Sweep:
                 forwards = [lambda *_, output=output, **__: output] * len(self.layers)
                 with replaced_forwards(self.layers.modules, forwards), quick_products():
                     logits = model(input_ids=ids[:, start : start + step].to(place), use_cache=False).logits
-                targets = targets_of(ids[:, start + 1 : start + 1 + step], model.config).to(logits.device)
+                targets = targets_of(ids[:, start + 1 : start + 1 + step], model.config)
+                count += int((targets >= 0).sum())  # ids are on the CPU: the device is not waited for
                 found = logits[:, : targets.shape[1]].flatten(0, 1).float()  # [batch * tokens, vocabulary]
-                loss = nn.functional.cross_entropy(found, targets.flatten(), reduction="sum")
+                loss = nn.functional.cross_entropy(found, targets.flatten().to(found.device), reduction="sum")
                 total += loss.double().to(total.device)
-                count += int((targets >= 0).sum())
         return float(total) / count if count else math.nan
 
 

@@ -24,7 +24,7 @@ from optimum_fista.model.calibration import (
 )
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.layer_inputs import HiddenStates, RecordedInputs, cut_states, record_inputs
-from optimum_fista.model.media import media_arguments
+from optimum_fista.model.media import media_arguments, targets_of
 from optimum_fista.model.offload import execution_device
 from optimum_fista.prune.plan import Plan, begin_report
 from optimum_fista.report import PruningReport, public_name
@@ -49,7 +49,8 @@ def begin(
     Returns a `HeldOut` if a perplexity can be measured.
     """
     report, inputs = begin_report(plan), {name: o.shape[1] for name, o in plan.all_operators.items()}
-    given = read_batches(calib_dataloader, *token_limits(plan.layers.model), media_arguments(plan.layers.model))
+    model = plan.layers.model
+    given = read_batches(calib_dataloader, *token_limits(model), media_arguments(model))
     measured = [batch for batch in given if batch.held_out]
     batches = hold_out([batch for batch in given if not batch.held_out], plan.config.held_out)
     report.calibration = {"source": source and public_name(source)} | describe_batches(batches + measured)
@@ -59,6 +60,11 @@ def begin(
         report.warn(
             f"{tokens} calibration tokens for the {inputs[widest]} inputs of {widest}: its Gram matrix is "
             "rank-deficient and the result will fit these tokens only. Pass more calibration tokens."
+        )
+    if empty := sum(not b.media and bool((targets_of(b.input_ids, model.config) < 0).any()) for b in given):
+        report.warn(
+            f"{empty} batches hold tokens that mark images or sounds, but no images or sounds: pass all that the "
+            "model's processor returns."
         )
     measured = measured or [replace(batch, text=source) for batch in batches if batch.held_out]
     if not measured or plan.removal.mixtures:  # the decoder layer without experts is not in the model

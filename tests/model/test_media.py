@@ -7,7 +7,7 @@ from families import ENOUGH_TOKENS
 from killed import interrupted_after
 from media_models import IMAGE, MEDIA_FAMILIES, media_batch, media_model
 
-from optimum_fista import FistaPruner
+from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.architecture import find_decoder_layers, token_limits
 from optimum_fista.model.calibration import CalibrationBatch, hold_out, read_batches, tokens_sha256
@@ -81,6 +81,12 @@ def test_rows_without_images_and_images_of_different_sizes():
     first, second = read(model, batch)
     assert torch.equal(second.media["pixel_values"], batch["pixel_values"][20:])
     assert torch.equal(second.media["image_grid_thw"], sizes[2:])
+
+
+def test_images_that_were_forgotten_are_missed():
+    batch = {"input_ids": media_batch("llava")["input_ids"]}
+    with ENOUGH_TOKENS, pytest.warns(UserWarning, match="1 batches hold tokens that mark images or sounds, but no im"):
+        FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(media_model("llava"), [batch])
 
 
 BAD = {
