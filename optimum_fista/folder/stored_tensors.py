@@ -202,6 +202,20 @@ class SourceTensors:
                 )
         return found
 
+    def require_no_numbers(self) -> None:
+        """Refuse patterns of quantized modules that name decoder layers by number: only plain names are renumbered."""
+        plain, word = map(re.escape, (self.layers, self.layers.removesuffix(".").rpartition(".")[2]))
+        waiting: list[Any] = [value for value in self.settings.values() if isinstance(value, dict | list)]
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, dict | list):
+                waiting += value.values() if isinstance(value, dict) else value
+            elif re.search(rf"^(?!{plain}).*\b{word}\\?\.[^.a-zA-Z]*\d", str(value).replace("[0-9]", "")):
+                raise ValueError(
+                    f"quantization_config names decoder layers by number in {value!r}, and other layers get these "
+                    "numbers: pass another pattern, or a dtype (--dtype), in which the result is then written."
+                )
+
     def renamed(self, stay: Sequence[int], total: int) -> SourceTensors:
         """The tensors by their names in a model that keeps the decoder layers `stay` of `total`.
 

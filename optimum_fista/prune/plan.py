@@ -163,6 +163,8 @@ def plan_run(model: PreTrainedModel, config: FistaPruningConfig, *, loaded: bool
         kept = {name: range(count) for name, count in removal.smaller.counts.items()}
         for name, _ in layers:  # refuses scales that belong to several groups
             plan.stored(name, kept)
+        if removal.num_removed_layers:
+            plan.source.require_no_numbers()
     if loaded:
         stored_names(model, plan.all_operators.values())  # refuses a weight whose mask could not be saved
     return plan
