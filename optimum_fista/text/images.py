@@ -64,10 +64,9 @@ def _sequence(processor: Any, text: str, files: Sequence[Path]) -> dict[str, Any
                 f"the model's processor has no chat template: write {' or '.join(marks) or 'its image token'} into "
                 f"every text with an image, also into {text[:60]!r}."
             )
-    images = []
-    for file in files:
-        try:
-            images.append(load_image(str(file)))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"the image {str(file)!r} can't be read ({error}): save it again.") from error
-    return dict(processor(text=[text], images=[images] if images else None, return_tensors="pt", **options))
+    try:
+        images = [[load_image(str(file)) for file in files]] if files else None
+        return dict(processor(text=[text], images=images, return_tensors="pt", **options))
+    except (OSError, ValueError) as error:  # a damaged file, or more images than the text has places for
+        shown = ", ".join(map(str, files)) or "no image"
+        raise ValueError(f"the model's processor can't read {text[:60]!r} with {shown}: {error}") from error
