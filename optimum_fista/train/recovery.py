@@ -58,6 +58,9 @@ from optimum_fista.train.training import MaskedTrainingCallback, find_record, lo
 logger = logging.getLogger(__name__)
 
 _FORMAT = 3  # of the fingerprint and the states
+CHECKPOINTING = "activation_checkpointing"
+if not hasattr(TrainingArguments, CHECKPOINTING):  # before Transformers 5.24
+    CHECKPOINTING = "gradient_checkpointing"
 _RATES = {"all": 2e-4, "norms": 2e-3}  # tuned on SmolLM2-135M
 _WIDTH_OF_RATE = 576  # its hidden size: with Adam the rate of "all" goes down as the width goes up
 _WARM_UP, _LEAST_WARM_UP = 0.05, 10  # a share of the steps, and steps
@@ -268,7 +271,7 @@ def _arguments(
         optim="adamw_torch_fused",
         adam_beta2=0.95,
         bf16=plan.compute == torch.bfloat16,
-        activation_checkpointing=choice.checkpointed,
+        **{CHECKPOINTING: choice.checkpointed},
         eval_strategy="steps",
         eval_steps=every,
         eval_on_start=not resumed,

@@ -32,9 +32,9 @@ def gguf_folder(tmp_path_factory) -> Path:
     writer = gguf.GGUFWriter(folder / "tiny.Q8_0.gguf", "llama")
     shape = {"context_length": 64, "block_count": 2, "feed_forward_length": 64, "embedding_length": 32, "head_count": 4}
     shape |= {"head_count_kv": 2, "layer_norm_rms_eps": 1e-6, "rope_dimension_count": 8, "vocab_size": 64}
-    tokens = ["<unk>", "<s>", "<|endoftext|>", *map(chr, range(ord("@"), ord("{") + 1)), "th"]
+    tokens = ["<unk>", "<s>", "<|endoftext|>", *map(chr, range(ord("@"), ord("z") + 1)), "th", "he"]
     vocabulary = {"tokenizer_model": "gpt2", "token_list": tokens, "token_types": [3, 3, 3] + 61 * [1]}
-    vocabulary |= {"token_merges": ["t h"], "bos_token_id": 1, "eos_token_id": 2, "unk_token_id": 0}
+    vocabulary |= {"token_merges": ["t h", "h e"], "bos_token_id": 1, "eos_token_id": 2, "unk_token_id": 0}
     for name, value in (shape | vocabulary).items():
         getattr(writer, f"add_{name}")(value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)

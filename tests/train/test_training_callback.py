@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from optimum_fista import MaskedTrainingCallback, save_masked
 from optimum_fista.evaluate.verification import verify_checkpoint
+from optimum_fista.train.recovery import CHECKPOINTING
 from optimum_fista.train.training import find_masks
 
 IDS = tiny_tokens(32).tolist()
@@ -17,7 +18,7 @@ def trainer_of(model, folder, masks=None, **options) -> Trainer:
         "output_dir": str(folder),
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
-        "activation_checkpointing": True,
+        CHECKPOINTING: True,
         "learning_rate": 1e-2,
         "weight_decay": 0.1,
         "max_steps": 8,
