@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST := .venv-oldest
 DEMO_READY := $(VENV)/.demo-ready
 TEXT ?=
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup test simulated lint demo docs dist wheel-test clean
+.PHONY: help setup test test-oldest simulated lint demo docs dist wheel-test clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +46,20 @@ test: $(READY) ## Lint, types, import rules and the tests, one process a core
 	$(MAKE) -j2 lint simulated
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
+# An older Transformers, which llm-compressor and unsloth need, over the packages of $(VENV), which the path file adds
+# after its own. pip sees them all, and installs beside Transformers only what it needs in another version.
+$(OLDEST)/.ready: $(READY)
+	$(BIN)/python -m venv $(OLDEST)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		>"$$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth"
+	$(OLDEST)/bin/python -m pip install --quiet 'transformers==5.17.*'
+	@touch $@
+
+# What depends on Transformers, or may: the mathematics and the report page do not.
+test-oldest: $(OLDEST)/.ready ## The tests with the oldest Transformers that they are run with
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses auto --dist worksteal \
+		--ignore tests/solve --ignore tests/page
+
 demo: $(DEMO_READY) ## Prune SmolLM2-135M and show what is left, in 3 to 4 minutes of two cores (TEXT=file to measure on)
 	$(BIN)/optimum-fista demo $(if $(TEXT),--text '$(TEXT)')
 
@@ -67,4 +82,4 @@ wheel-test: dist ## Install the wheel and the source archive in a new environmen
 	PYTHON=$(PYTHON) .ci/wheel-test
 
 clean: ## Remove the environment and caches
-	rm -rf $(VENV) build dist site tests/simulated_device/build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(OLDEST) build dist site tests/simulated_device/build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -7,15 +7,16 @@ the weights, so any program can read them, but the file is not smaller.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.folder.card import PACKED_NOTE, PICTURE_FILE, error_picture, model_card
 from optimum_fista.folder.checkpoint import (
@@ -43,6 +44,18 @@ from optimum_fista.report import OperatorReport, PruningReport
 from optimum_fista.solve.pattern import pack_mask, unpack_mask
 
 
+@contextlib.contextmanager
+def _saved_as_loaded(generation: GenerationConfig | None) -> Iterator[None]:
+    """Let Transformers 5.17 save a generation configuration that it loaded and calls invalid; 5.24 does so itself."""
+    validate = GenerationConfig.validate
+    if getattr(generation, "_original_object_hash", None) == hash(generation):  # nobody has changed it since
+        GenerationConfig.validate = lambda *_, **__: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        GenerationConfig.validate = validate  # type: ignore[method-assign]
+
+
 def write_checkpoint(
     model: PreTrainedModel,
     folder: Path,
@@ -67,7 +80,7 @@ def write_checkpoint(
     report = dataclasses.replace(report, operators=stored, retrained=retrained)
     forget_gguf(model)
     source = local_source(model)
-    with errors_of_writing(folder):
+    with errors_of_writing(folder), _saved_as_loaded(getattr(model, "generation_config", None)):
         # Transformers copies no code of a model without `trust_remote_code`
         if source is not None and getattr(model.config, "auto_map", None):
             copy_source(source, folder, "*.py")

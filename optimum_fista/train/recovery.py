@@ -271,7 +271,7 @@ def _arguments(
         optim="adamw_torch_fused",
         adam_beta2=0.95,
         bf16=plan.compute == torch.bfloat16,
-        **{CHECKPOINTING: choice.checkpointed},
+        **{CHECKPOINTING: choice.checkpointed},  # type: ignore[arg-type]
         eval_strategy="steps",
         eval_steps=every,
         eval_on_start=not resumed,
