@@ -49,10 +49,10 @@ test: $(READY) ## Lint, types, import rules and the tests, one process a core
 # An older Transformers, which llm-compressor and unsloth need, over the packages of $(VENV), which the path file adds
 # after its own. pip sees them all, and installs beside Transformers only what it needs in another version.
 $(OLDEST)/.ready: $(READY)
-	$(BIN)/python -m venv $(OLDEST)
+	$(BIN)/python -m venv --without-pip $(OLDEST)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		>"$$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth"
-	$(OLDEST)/bin/python -m pip install --quiet 'transformers==5.17.*'
+	$(BIN)/python -m pip --python $(OLDEST)/bin/python install --quiet 'transformers==5.17.*'
 	@touch $@
 
 # What depends on Transformers, or may: the mathematics and the report page do not.
