@@ -87,12 +87,13 @@ class StoredTensor:
 
     def equals(self, other: StoredTensor) -> bool:
         """Compare dtypes, shapes and all bytes."""
-        digests = [hashlib.sha256(), hashlib.sha256()]
-        for digest, side in zip(digests, (self, other), strict=True):
-            for piece in side.pieces():
-                digest.update(piece)
-        alike = (self.dtype, self.shape) == (other.dtype, other.shape)
-        return alike and digests[0].digest() == digests[1].digest()
+        return self._digest() == other._digest()
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256(f"{self.dtype} {self.shape}".encode())
+        for piece in self.pieces():
+            digest.update(piece)
+        return digest.hexdigest()
 
 
 def read_stored(source: Path) -> dict[str, StoredTensor]:
@@ -150,7 +151,8 @@ class SourceTensors:
         number of experts, for instance, for decoder layers and for layers that predict more tokens. These modules are
         not copied. Neither are quantized ones into a result that is not.
         """
-        ends = {(_inside(name), self.stored[name].shape) for name, place in self.places.items() if part_of(place)}
+        smaller = [name for name, place in self.places.items() if part_of(place)]
+        ends = {(re.sub(r"^.*?\.\d+\.", "", name), self.stored[name].shape) for name in smaller}  # inside a layer
         counts, lost = Counter(self.others.values()), dict[str, str]()
         for name, module in self.others.items():
             tensor = self.stored[name]
@@ -163,12 +165,11 @@ class SourceTensors:
     def smaller(
         self,
         model: PreTrainedModel,
-        inside: Callable[[str], bool],
         part_of: Callable[[str], Part | None],
         kept: Mapping[str, Sequence[int]],
         strict: bool,
     ) -> dict[str, StoredTensor]:
-        """The tensors that are loaded as those called `inside` in the model, with the groups `kept` of each part.
+        """The tensors that are loaded, with the groups `kept` of each part.
 
         If `strict` is False, tensors are left out of which no part can be removed, such as scales of several groups;
         otherwise they are refused.
@@ -176,30 +177,27 @@ class SourceTensors:
         found = dict[str, StoredTensor]()
         for name, place in self.places.items():
             tensor = self.stored[name]
-            if not inside(place):
-                continue
-            if (part := part_of(place)) is None:
+            part = part_of(place)
+            groups = () if part is None else kept[part.name]
+            if part is None:
                 found[name] = tensor
-                continue
-            groups = kept[part.name]
-            if part.is_mixture and (match := _EXPERT.fullmatch(name)):  # every expert has tensors of its own
+            elif part.is_mixture and (match := _EXPERT.fullmatch(name)):  # every expert has tensors of its own
                 if int(match[2]) in groups:
                     found[f"{match[1]}{groups.index(int(match[2]))}{match[3]}"] = tensor
-                continue
-            axis, repeats = (0, 1) if part.is_mixture else part.tensors[place]
-            whole, count = model.get_parameter_or_buffer(place).shape, part.groups * repeats
-            alike = part.is_mixture or len(tensor.shape) == len(whole)
-            size = tensor.shape[axis] if alike else 0
-            if math.prod(tensor.shape) == 1 or size == 1:  # a scale of all groups
-                found[name] = tensor
-            elif size and size % count == 0 and (part.is_mixture or whole[axis] % size == 0):
-                found[name] = tensor.selected(axis, part.entries(size, repeats, groups))
-            elif strict:
-                span, gone = -(-whole[axis] // size) if size else "several", whole[axis] // count
-                raise ValueError(
-                    f"{name} stores one value for {span} rows or columns of {place}, and groups of {gone} are removed: "
-                    "pass another pattern, or a dtype (--dtype), in which the result is then written."
-                )
+            else:
+                axis, repeats = (0, 1) if part.is_mixture else part.tensors[place]
+                whole = tensor.shape if part.is_mixture else model.get_parameter(place).shape
+                size = tensor.shape[axis] if len(tensor.shape) == len(whole) else 0
+                if math.prod(tensor.shape) == 1 or size == 1:  # a scale of all groups
+                    found[name] = tensor
+                elif size and not (size % (part.groups * repeats) or whole[axis] % size or name.endswith("_packed")):
+                    found[name] = tensor.selected(axis, part.entries(size, repeats, groups))
+                elif strict:
+                    span, gone = whole[axis] // (size or 1), whole[axis] // (part.groups * repeats)
+                    raise ValueError(
+                        f"{name} stores one value for {span} rows or columns of {place}, and groups of {gone} are "
+                        "removed: pass another pattern, or a dtype (--dtype), in which the result is then written."
+                    )
         return found
 
     def require_no_numbers(self) -> None:
@@ -234,16 +232,11 @@ class SourceTensors:
         def renamed(values: Mapping[str, T]) -> dict[str, T]:
             return {new: value for name, value in values.items() if (new := new_name(name)) is not None}
 
-        def in_lists(value: Any) -> Any:  # such as the modules that are not quantized
-            if isinstance(value, dict):
-                return {key: in_lists(one) for key, one in value.items()}
-            if not isinstance(value, list):
-                return value
-            names = [new_name(one) if isinstance(one, str) else in_lists(one) for one in value]
-            return [name for name in names if name is not None]
-
+        lists = {key: value for key, value in self.settings.items() if isinstance(value, list)}
+        names = {key: [one for one in value if isinstance(one, str)] for key, value in lists.items()}
+        modules = {key: [*filter(None, map(new_name, value))] for key, value in names.items() if value}  # not quantized
         parts = renamed(self.stored), renamed(self.places), renamed(self.others)
-        return SourceTensors(*parts, self.lost, self.layers, in_lists(self.settings))
+        return SourceTensors(*parts, self.lost, self.layers, {**self.settings, **modules})
 
 
 def source_tensors(model: PreTrainedModel, source: Path) -> SourceTensors:
@@ -287,11 +280,6 @@ def source_tensors(model: PreTrainedModel, source: Path) -> SourceTensors:
     sections = [config, *(value for value in config.values() if isinstance(value, dict))]  # the decoder's may have it
     settings: dict[str, Any] = next((part[PACKED_KEY] for part in sections if PACKED_KEY in part), {})
     return SourceTensors(stored, places, others, layers=prefix, settings=settings)
-
-
-def _inside(name: str) -> str:
-    """The name of a stored tensor inside its decoder layer."""
-    return re.sub(r"^.*?\.\d+\.", "", name)
 
 
 def write_stored(path: Path, tensors: Mapping[str, StoredTensor]) -> None:

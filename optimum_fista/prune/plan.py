@@ -67,7 +67,7 @@ class Plan:
     budgets: Budgets = field(default_factory=Budgets)
     storage: Storage | None = None  # where activations are kept; None: on the device of their decoder layer
     source: SourceTensors = field(default_factory=SourceTensors)  # by their names in the result
-    files_dtypes: bool = False  # whether tensors are written in the dtypes of the files
+    files_dtypes: bool = False  # whether tensors are written in the dtypes of the files, not in the model's
     progress: bool = False
     callbacks: Sequence[PruningCallback] = ()
 
@@ -85,20 +85,12 @@ class Plan:
         """Tell whether all that stays is written as it is stored, because the run only removes parts."""
         return self.files_dtypes and bool(self.source.stored) and self.removal.keeps_values
 
-    @property
-    def written(self) -> str:
-        """How tensors are written."""
-        kept = "as they are stored" if self.as_stored else "in the dtypes of the files"
-        return kept if self.files_dtypes and self.source.stored else str(self.layers.model.dtype)
-
     def stored(self, layer_name: str | None, kept: Mapping[str, Sequence[int]]) -> dict[str, StoredTensor]:
         """The stored tensors of a decoder layer, or of all but these (`None`), with the groups `kept` of each part."""
-        layers, prefix = f"{self.layers.name}.", f"{layer_name}."
-
-        def inside(name: str) -> bool:
-            return name.startswith(prefix) if layer_name is not None else not name.startswith(layers)
-
-        return self.source.smaller(self.layers.model, inside, self.removal.part_of, kept, strict=self.as_stored)
+        prefix, found = f"{layer_name or self.layers.name}.", layer_name is not None
+        inside = {name: place for name, place in self.source.places.items() if place.startswith(prefix) == found}
+        source = replace(self.source, places=inside)
+        return source.smaller(self.layers.model, self.removal.part_of, kept, strict=self.as_stored)
 
     @cached_property
     def method(self) -> PruningMethod:
@@ -197,7 +189,7 @@ def begin_report(plan: Plan) -> PruningReport:
                 "threads": torch.get_num_threads(),
             },
             "products": str(plan.compute_dtype),
-            "written": plan.written,
+            "written": "in the dtypes of the files" if plan.files_dtypes else str(model.dtype),
         },
     )
     before = getattr(model.config, "fista_pruning", None)

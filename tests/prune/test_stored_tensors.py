@@ -1,12 +1,15 @@
 """What a run leaves as it is, is written as it is stored: bytes, dtypes, scales; a quantized model stays quantized."""
 
+import errno
 import json
+import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from folder_files import bytes_of, tensors_of
-from killed import interrupted_after
+from folder_files import tensors_of
+from killed import Killed, killed_at_write
 from quantized_models import VOCAB_SIZE, fp8_deepseek, mxfp4_gpt_oss
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
@@ -15,106 +18,132 @@ from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
 from optimum_fista.evaluate.verification import verify_checkpoint
+from optimum_fista.folder import output as writing
 from optimum_fista.folder.stored_tensors import read_stored
 
 TOKENS = torch.randint(0, VOCAB_SIZE, (8, 16), generator=torch.Generator().manual_seed(0))
+LAYERS = {"pattern": "layers:0.34", "residual_correction": 0.0}
 
 
 def prune(source: Path, output: Path, dtype: str = "auto", **options) -> PruningReport:
     pruner = FistaPruner(FistaPruningConfig(**options), progress=False)
-    return pruner.prune(str(source), TOKENS.split(4), output_dir=output, device="cpu", dtype=dtype)
+    return pruner.prune(str(source), TOKENS.split(4), output_dir=output, device="cpu", dtype=dtype, overwrite=True)
 
 
-def change_tensors(folder: Path, change) -> dict[str, Tensor]:
-    """Let `change` change the tensors of a folder with one file; returns them."""
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return tensors
+def logits_of(folder: Path) -> Tensor:
+    return AutoModelForCausalLM.from_pretrained(folder)(TOKENS).logits
 
 
 def settings_of(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())["quantization_config"]
 
 
-def add_layer(folder: Path) -> None:
-    """Add a quantized layer that predicts more tokens, and a list of modules that are not quantized."""
+def raw(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor [..., bytes]: NaN and -0.0 count."""
+    return tensor.contiguous().unsqueeze(-1).view(torch.uint8)
 
-    def change(tensors: dict[str, Tensor]) -> None:
-        last = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.2.")}
-        tensors.update({name.replace("layers.2.", "layers.3."): tensor.clone() for name, tensor in last.items()})
 
-    change_tensors(folder, change)
+def fp8_with_more_tokens(folder: Path) -> Path:
+    """A quantized model with a quantized layer that predicts more tokens, and a list of modules that are dense."""
+    fp8_deepseek(folder)
+    tensors = load_file(folder / "model.safetensors")
+    last = {name: tensor.clone() for name, tensor in tensors.items() if name.startswith("model.layers.2.")}
+    tensors |= {name.replace("layers.2.", "layers.3."): tensor for name, tensor in last.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     modules = [f"model.layers.{number}.mlp.gate" for number in (1, 2, 3)]
     config["quantization_config"]["modules_to_not_convert"] = ["lm_head", *modules]
     (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"pattern": "layers:0.5", "residual_correction": 0.0}),
+        ("gpt2", {"pattern": "channels:0.25", "method": "magnitude"}),
+        ("qwen3", {"pattern": "heads:0.5", "method": "wanda"}),
+        *(
+            (family, {"pattern": "experts:0.25", "expert_refit": False})
+            for family in ("mixtral", "gpt_oss", "llama4_text")
+        ),
+    ],
+)
+def test_stored_tensors_are_cut_as_those_of_the_model_are(tmp_path, family, options):
+    tiny_model(family).bfloat16().save_pretrained(tmp_path / "source")
+    prune(tmp_path / "source", tmp_path / "stored", **options)
+    prune(tmp_path / "source", tmp_path / "model", dtype="bfloat16", **options)
+    stored, expected = (read_stored(tmp_path / name) for name in ("stored", "model"))
+    assert stored.keys() == expected.keys()
+    assert all(tensor.equals(expected[name]) for name, tensor in stored.items())
 
 
 @pytest.mark.parametrize("write", [fp8_deepseek, mxfp4_gpt_oss])
 def test_experts_go_from_a_quantized_model_that_stays_quantized(tmp_path, write):
-    source = write(tmp_path / "source")
-    report = prune(source, tmp_path / "out", pattern="experts:0.25", expert_refit=False)
+    source, options = write(tmp_path / "source"), {"pattern": "experts:0.25", "expert_refit": False}
+    report = prune(source, tmp_path / "out", **options)
     before, after = load_file(source / "model.safetensors"), tensors_of(tmp_path / "out")
     for mixture in report.mixtures:
-        kept, layer = mixture.groups_kept, mixture.name.removesuffix(".experts")
-        for name in [name for name in after if name.startswith(layer)]:
-            tail = name.removeprefix(f"{layer}.experts.")
-            expert, dot, rest = tail.partition(".")
-            if dot and expert.isdigit():
-                assert torch.equal(raw(after[name]), raw(before[f"{layer}.experts.{kept[int(expert)]}.{rest}"]))
-            elif len(after[name]) == 3:
-                assert torch.equal(raw(after[name]), raw(before[name])[list(kept)])
-            after.pop(name)
+        layer = mixture.name.removesuffix("experts")
+        for name in [name for name in after if name.startswith(layer) and "shared" not in name]:
+            expert, _, rest = name.removeprefix(f"{mixture.name}.").partition(".")
+            if expert.isdigit():
+                expected = raw(before[f"{mixture.name}.{mixture.groups_kept[int(expert)]}.{rest}"])
+            else:
+                expected = raw(before[name])[list(mixture.groups_kept)]
+            assert torch.equal(raw(after.pop(name)), expected), name
     assert all(torch.equal(raw(tensor), raw(before[name])) for name, tensor in after.items())
     assert settings_of(tmp_path / "out") == settings_of(source)
     assert "written as they are stored" in report.warnings[0]
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.isfinite(loaded(TOKENS).logits).all()
     assert verify_checkpoint(tmp_path / "out", dense=source).num_equal
-    # the model that Transformers loads is the one that a run writes in 16 bits
-    prune(source, tmp_path / "dense", dtype="bfloat16", pattern="experts:0.25", expert_refit=False)
-    assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text())
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")(TOKENS).logits, loaded(TOKENS).logits)
+    prune(source, tmp_path / "dense", dtype="bfloat16", **options)
+    assert torch.equal(logits_of(tmp_path / "out"), logits_of(tmp_path / "dense"))
 
 
-def raw(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor [..., bytes]: NaN and -0.0 count."""
-    return tensor.contiguous().view(*tensor.shape, 1).view(torch.uint8) if tensor.ndim else tensor
-
-
-@pytest.mark.parametrize("write", [fp8_deepseek, mxfp4_gpt_oss])
+@pytest.mark.parametrize("write", [fp8_with_more_tokens, mxfp4_gpt_oss])
 def test_layers_go_from_a_quantized_model_that_stays_quantized(tmp_path, write):
     source = write(tmp_path / "source")
-    if write is fp8_deepseek:
-        add_layer(source)
-    options = {"pattern": "layers:0.34", "residual_correction": 0.0}
-    report, total = prune(source, tmp_path / "out", **options), 3 if write is fp8_deepseek else 2
+    report = prune(source, tmp_path / "out", **LAYERS)
     before, after = read_stored(source), read_stored(tmp_path / "out")
-    stay = [*report.model["layers_kept"], 3]
+    stay = [*report.model["layers_kept"], *([3] if write is fp8_with_more_tokens else [])]
     old = {f"layers.{new}.": f"layers.{number}." for new, number in enumerate(stay)}
     for name in after:
         number = next((number for number in old if number in name), "-")
         assert after[name].equals(before[name.replace(number, old.get(number, "-"))]), name
-    gone = {f"model.layers.{number}." for number in {*range(total)} - {*stay}}
-    assert len(after) == len([name for name in before if not name.startswith(tuple(gone))])
-    if write is fp8_deepseek:
-        assert report.model["copied"] == {"model.layers.3": len([n for n in before if "layers.3." in n])}
+    assert len(after) == len([n for n in before if "layers." not in n or any(number in n for number in old.values())])
+    if write is fp8_with_more_tokens:
+        assert [*report.model["copied"]] == ["model.layers.3"]
         gates = {f"model.layers.{new}.mlp.gate" for new, number in enumerate(stay) if number}
         assert {*settings_of(tmp_path / "out")["modules_to_not_convert"]} == gates | {"lm_head"}
-    assert torch.isfinite(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(TOKENS).logits).all()
+    assert torch.isfinite(logits_of(tmp_path / "out")).all()
     assert verify_checkpoint(tmp_path / "out", dense=source).num_equal
-    with interrupted_after(0), pytest.raises(KeyboardInterrupt):
-        prune(source, tmp_path / "again", **options)
-    prune(source, tmp_path / "again", **options)
-    names = [name for name in bytes_of(tmp_path / "out") if name.endswith(".safetensors")]
-    assert all((tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes() for name in names)
+
+
+def test_a_killed_run_or_a_full_disk_loses_no_stored_tensor(tmp_path, monkeypatch):
+    source, flush = fp8_with_more_tokens(tmp_path / "source"), writing.flush
+    prune(source, tmp_path / "whole", **LAYERS)
+    expected = read_stored(tmp_path / "whole")
+
+    def full(path: Path) -> None:
+        if "model-00003-of-00003" in path.name:  # it has the layer that predicts more tokens
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        flush(path)
+
+    monkeypatch.setattr(writing, "flush", full)
+    with pytest.raises(OSError, match=r"No space left on device.*: 3 of 3 decoder layers are finished"):
+        prune(source, tmp_path / "0", **LAYERS)
+    monkeypatch.undo()
+    for number in (0, 3, 9, 12, 15):
+        with suppress(Killed), killed_at_write(number or 100):
+            prune(source, tmp_path / str(number), **LAYERS)
+        prune(source, tmp_path / str(number), **LAYERS)
+        found = read_stored(tmp_path / str(number))
+        assert found.keys() == expected.keys()
+        assert all(tensor.equals(expected[name]) for name, tensor in found.items())
 
 
 def test_a_quantized_layer_that_is_not_loaded_is_named_if_the_result_is_not_quantized(tmp_path):
-    source = fp8_deepseek(tmp_path / "source")
-    add_layer(source)
-    report = prune(source, tmp_path / "out", method="wanda")
+    report = prune(fp8_with_more_tokens(tmp_path / "source"), tmp_path / "out", method="wanda")
     assert [*report.model["lacks"]] == ["model.layers.3"]
     assert any("model.layers.3 (" in warning and "they are quantized" in warning for warning in report.warnings)
 
@@ -151,45 +180,35 @@ def test_scales_that_would_be_cut_are_refused(tmp_path, pattern, tensor, span, g
     prune(source, tmp_path / "out", pattern=pattern, method="wanda", dtype="bfloat16")
 
 
-def test_heads_go_without_their_scales(tmp_path):
+def test_heads_go_with_their_scales(tmp_path):
     """`kv_b_proj` has 32 rows for each head, two blocks of 16; `o_proj` has one block of columns."""
     source = fp8_deepseek(tmp_path / "source", nope=16)
     report = prune(source, tmp_path / "out", pattern="heads:0.5", method="wanda")
     before, after = load_file(source / "model.safetensors"), tensors_of(tmp_path / "out")
     for operator in report.operators:
         (head,), name = operator.groups_kept, operator.name
-        attention = name.removesuffix("o_proj.weight")
         assert torch.equal(raw(after[name]), raw(before[name])[:, 16 * head : 16 * head + 16])
-        scales = f"{attention}kv_b_proj.weight_scale_inv"
+        scales = f"{name.removesuffix('o_proj.weight')}kv_b_proj.weight_scale_inv"
         assert torch.equal(after[scales], before[scales][2 * head : 2 * head + 2])
-    assert torch.isfinite(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(TOKENS).logits).all()
+    assert torch.isfinite(logits_of(tmp_path / "out")).all()
     assert verify_checkpoint(tmp_path / "out").num_operators == len(report.operators)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "experts:0.25"])
 def test_dtypes_are_those_of_the_files(tmp_path, pattern):
-    tiny_model("deepseek_v3").bfloat16().save_pretrained(tmp_path / "source")
-    exact = (
-        "norm.weight",
-        "gate.weight",
-        "e_score_correction_bias",
-        "0.self_attn.o_proj.weight",
-        "embed_tokens.weight",
-    )
-
-    def change(tensors: dict[str, Tensor]) -> None:
-        for name in (name for name in tensors if name.endswith(exact)):
-            tensors[name] = tensors[name].float() + 1e-5 * torch.randn(tensors[name].shape)
-
-    before = change_tensors(tmp_path / "source", change)
-    report = prune(tmp_path / "source", tmp_path / "out", pattern=pattern)
+    source = tmp_path / "source"
+    tiny_model("deepseek_v3").bfloat16().save_pretrained(source)
+    before = load_file(source / "model.safetensors")
+    exact = ("norm.weight", "gate.weight", "e_score_correction_bias", "self_attn.o_proj.weight", "tokens.weight")
+    for name in (name for name in before if name.endswith(exact)):
+        before[name] = before[name].float() + 1e-5 * torch.randn(before[name].shape)
+    save_file(before, source / "model.safetensors", {"format": "pt"})
+    report = prune(source, tmp_path / "out", pattern=pattern)
     after = tensors_of(tmp_path / "out")
-    assert {name: tensor.dtype for name, tensor in after.items()}.items() <= {
-        n: t.dtype for n, t in before.items()
-    }.items()
+    assert all(tensor.dtype == before[name].dtype for name, tensor in after.items())
     kept = {f"{m.name.removesuffix('experts')}gate.weight": list(m.groups_kept) for m in report.mixtures}
     for name in (name for name in after if name.endswith(exact) and "o_proj" not in name and "bias" not in name):
         assert torch.equal(after[name], before[name][kept.get(name, slice(None))]), name
     assert report.environment["written"] == "in the dtypes of the files"
-    prune(tmp_path / "source", tmp_path / "asked", dtype="bfloat16", pattern=pattern)
+    prune(source, tmp_path / "asked", dtype="bfloat16", pattern=pattern)
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "asked").values()} == {torch.bfloat16, torch.float32}
