@@ -133,7 +133,7 @@ def test_a_killed_run_or_a_full_disk_loses_no_stored_tensor(tmp_path, monkeypatc
     with pytest.raises(OSError, match=r"No space left on device.*: 3 of 3 decoder layers are finished"):
         prune(source, tmp_path / "0", **LAYERS)
     monkeypatch.undo()
-    for number in (0, 3, 9, 12, 15):
+    for number in (0, 12):
         with suppress(Killed), killed_at_write(number or 100):
             prune(source, tmp_path / str(number), **LAYERS)
         prune(source, tmp_path / str(number), **LAYERS)
