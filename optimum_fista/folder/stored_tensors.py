@@ -232,11 +232,16 @@ class SourceTensors:
         def renamed(values: Mapping[str, T]) -> dict[str, T]:
             return {new: value for name, value in values.items() if (new := new_name(name)) is not None}
 
-        lists = {key: value for key, value in self.settings.items() if isinstance(value, list)}
-        names = {key: [one for one in value if isinstance(one, str)] for key, value in lists.items()}
-        modules = {key: [*filter(None, map(new_name, value))] for key, value in names.items() if value}  # not quantized
+        def in_lists(value: Any) -> Any:  # such as the modules that are not quantized
+            if isinstance(value, dict):
+                return {key: in_lists(one) for key, one in value.items()}
+            if not isinstance(value, list):
+                return value
+            names = (new_name(one) if isinstance(one, str) else in_lists(one) for one in value)
+            return [name for name in names if name is not None]
+
         parts = renamed(self.stored), renamed(self.places), renamed(self.others)
-        return SourceTensors(*parts, self.lost, self.layers, {**self.settings, **modules})
+        return SourceTensors(*parts, self.lost, self.layers, in_lists(self.settings))
 
 
 def source_tensors(model: PreTrainedModel, source: Path) -> SourceTensors:
