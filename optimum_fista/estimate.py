@@ -176,6 +176,8 @@ class Estimate:
             features = sum(min(sum(those), columns) for (_, columns), those in seen.items())  # outputs, or inputs
             recorded = features * self.config.correction.needs_dense
             held: dict[str, float] = {"decoder layer": sum(p.nbytes for p in layer.parameters()) * self.reads}
+            if self.quantized:  # experts are dequantized one by one and then put together
+                held["dequantizing"] = max(p.nbytes for p in layer.parameters())
             held |= {"one batch": value * batch * (2 * self.hidden + 3 * max(map(max, seen.values()), default=0))}
             if self.config.correction.carry == "none" or self.config.held_out:
                 # All groups of a decoder layer are summed in one pass over the tokens.

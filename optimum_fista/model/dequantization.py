@@ -11,8 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -84,25 +83,19 @@ def read_dequantized(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-@dataclass(frozen=True)
-class QuantizedSource:
-    """How the files of a model are quantized: what `config.json` says, and the stored tensors of each parameter."""
-
-    settings: Mapping[str, Any]
-    parts: Mapping[str, Sequence[str]]  # by name; a parameter that is stored as its values is not there
-
-
-def quantized_source(model: PreTrainedModel) -> QuantizedSource | None:
-    """The quantized files from which a model was read in 16 bits; `None`: its source was not quantized."""
-    found: QuantizedSource | None = vars(model).get("_quantized_source")
+def quantized_source(model: PreTrainedModel) -> Mapping[str, Any] | None:
+    """What `quantization` says of the source of a model that was read in 16 bits; `None`: it was dense."""
+    found: Mapping[str, Any] | None = vars(model).get("_quantized_source")
     return found
 
 
 def dequantizer_of(folder: Path) -> Dequantizer | None:
     """What loads the quantized model of a folder, so it knows which tensors are scales; `None`: it is not quantized."""
-    has_config = (folder / "config.json").exists()
-    settings = quantization(AutoConfig.from_pretrained(folder, trust_remote_code=False)) if has_config else None
-    return None if settings is None else Dequantizer(DequantizingConfig(settings), pre_quantized=True)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False) if (folder / "config.json").exists() else None
+    if config is None or quantization(config) is None:
+        return None
+    settings = read_dequantized(config).quantization_config["settings"]  # refuses formats that can't be read
+    return Dequantizer(DequantizingConfig(settings), pre_quantized=True)
 
 
 @auto.register_quantization_config(_METHOD)
@@ -130,8 +123,9 @@ class Dequantizer(HfQuantizer):
         compressed = quantization_config.settings["quant_method"] == "compressed-tensors"
         self.decompression = Decompression(quantization_config.settings) if compressed else None
         self.block = getattr(settings, "weight_block_size", None)
-        self.keeps, self.kept = False, KeptParameters()
-        self.parts: dict[str, tuple[str, ...]] = {}  # names of the stored tensors of a parameter
+        self.keeps = False
+        self.kept: dict[str, Callable[[], Tensor]] = {}  # makes a parameter
+        self.converted: set[str] = set()  # names of stored tensors that a conversion takes
         self._stored: dict[str, tuple[str, str]] = {}  # file and dtype of all tensors of the source
         self._transforms: tuple[list[Any], list[Any]] = [], []  # of the dense model, and those in use
 
@@ -165,35 +159,33 @@ class Dequantizer(HfQuantizer):
         plain, used = self._transforms  # the model is saved by the names of the source, without what dequantizes
         targets = [transform._original_target_patterns for transform in used if transform.was_used()]
         plain = [t for t in plain if t.was_used() or t._original_target_patterns in targets]
-        source = QuantizedSource(self.quantization_config.settings, self.parts)
-        vars(model).update(_weight_conversions=plain, _quantized_source=source)
+        vars(model).update(_weight_conversions=plain, _quantized_source=self.quantization_config.settings)
         kinds = {re.sub(r"\d+", "*", name): name for name in self.kept}
         for name in kinds.values():  # one of each is tried, so that an error comes before the first decoder layer
             try:
-                shape = tuple(self.kept[name].shape)
+                shape = tuple(self.kept[name]().shape)
             except Exception as error:  # of the format's operations
                 raise ValueError(f"{name} can't be dequantized: {error}") from error
             if shape != (wanted := tuple(model.get_parameter_or_buffer(name).shape)):
                 raise ValueError(f"{name} has shape {shape} once it is dequantized, and needs {wanted}.")
         for target, source in model.all_tied_weights_keys.items():
             if source in self.kept:
-                dict.setdefault(self.kept, target, dict.__getitem__(self.kept, source))
+                self.kept.setdefault(target, self.kept[source])
         data: Any = next((hook.weights_map for hook in map(offload_hook, model.modules()) if hook), None)
         while isinstance(data, PrefixedDataset):
             data = data.dataset
         if self.kept:
-            data.state_dict = self.kept  # before the index of files, which has the quantized tensors
+            data.state_dict = KeptParameters(self.kept)  # comes before the index, which has the quantized tensors
         return model
 
     def _require_scales(self, model: PreTrainedModel) -> None:
         """Refuse quantized tensors that Transformers would take for values."""
-        made = {part for parts in self.parts.values() for part in parts}
         scaled = {name.rpartition(".")[0] for name in self._stored if "scale" in name.rpartition(".")[2]}
         renamings = [transform for transform in self._transforms[1] if isinstance(transform, WeightRenaming)]
         converters = [transform for transform in self._transforms[1] if isinstance(transform, WeightConverter)]
         prefix, state = model.base_model_prefix, model.state_dict()
         for name, (_, dtype) in self._stored.items():
-            if dtype not in _VALUES and not (name in made and name.rpartition(".")[0] in scaled):
+            if dtype not in _VALUES and not (name in self.converted and name.rpartition(".")[0] in scaled):
                 target = rename_source_key(name, renamings, converters, prefix, state)[0]
                 if target in state and state[target].is_floating_point():
                     raise ValueError(f"{name} has dtype {dtype}, and Transformers finds no scales for it.")
@@ -222,9 +214,8 @@ class KeptParameters(dict[str, Any]):
     """Parameters by name: tensors, or functions that make one each time it is asked for."""
 
     def __getitem__(self, name: str) -> Tensor:
-        found = super().__getitem__(name)
-        tensor: Tensor = found() if callable(found) and not isinstance(found, Tensor) else found
-        return tensor
+        found: Tensor | Callable[[], Tensor] = super().__getitem__(name)
+        return found if isinstance(found, Tensor) else found()
 
 
 class KeptConversion(WeightConverter):
@@ -260,8 +251,7 @@ class KeptConversion(WeightConverter):
         targets = [layer_name, *(layer_name.replace(first, pattern) for pattern in self.target_patterns[1:])]
         is_dense = len(self.names) == 1 and all(map(keeper.holds_values, self.names))
         is_dense = is_dense and all(map(_reads_scales, self.operations))  # without scales, these change nothing
-        if not is_dense:
-            keeper.parts |= dict.fromkeys(targets, (*self.names,))
+        keeper.converted.update(self.names)
         if not keeper.keeps or "*" in first:  # one stored tensor makes many: Transformers copies them to files
             return super().convert(layer_name, model, config, hf_quantizer, loading_info)
         for target in () if is_dense else targets:  # a dense parameter is read from its file

@@ -200,7 +200,7 @@ def begin_report(plan: Plan) -> PruningReport:
         )
     if source := quantized_source(model):
         size = size_text(sum(p.numel() * p.element_size() for p in model.parameters()))
-        method, dtype = source.settings["quant_method"], report.model["dtype"]
+        method, dtype = source["quant_method"], report.model["dtype"]
         written = "and written as they are stored" if plan.as_stored else f"and written in {dtype} ({size})"
         report.warn(f"the weights were quantized by {method!r}: they are dequantized to prune, {written}.")
     for message in idle:

@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers.base import HfQuantizer
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
+from optimum_fista.cli.overview import overview_of
+from optimum_fista.estimate import Estimate
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder.loading import load_lazily, read_model
 from optimum_fista.model import dequantization
@@ -130,3 +132,15 @@ def test_formats_that_cannot_be_read_are_refused_by_name(tmp_path, monkeypatch):
         "can't be dequantized" in refusal()
         or refusal() == f"{lonely} has dtype F8_E4M3, and Transformers finds no scales for it."
     )
+
+
+def test_the_estimate_is_of_a_result_in_16_bits(tmp_path):
+    source = fp8_deepseek(tmp_path / "source")
+    config = FistaPruningConfig(method="wanda")
+    estimate = Estimate(str(source), config, num_samples=8, sequence_length=16, calibration="text", device="cpu")
+    assert overview_of(estimate)[0].endswith("decoder layers; dequantized from fp8")
+    prune(source, tmp_path / "pruned", method="wanda")
+    tensors = {name: tensor for name, tensor in tensors_of(tmp_path / "pruned").items() if "e_score" not in name}
+    assert estimate.weight_bytes == sum(tensor.nbytes for tensor in tensors.values())  # without buffers
+    assert estimate.disk_bytes["fused experts, copied by the lazy reader"] == 0
+    assert estimate.memory["host"]["decoder layer"] > 0  # unlike dense ones, which are mapped
