@@ -42,17 +42,17 @@ class MediaArguments:
         kinds: dict[str, dict[str, Tensor]] = {kind: {} for kind in _KINDS}
         for key in (key for key in item if key in self.names and item[key] is not None):
             value = as_tensor(item[key], where, key, "what the model's processor returns with return_tensors='pt'")
-            if not _BY_TOKEN.search(key):
+            by_token = bool(_BY_TOKEN.search(key))
+            if by_token and len(ids) == 1 and value.shape[:1] == ids.shape[1:]:
+                value = value[None]  # [sequence] -> [1, sequence]
+            if not value.ndim or (by_token and value.shape[:2] != ids.shape):
+                shapes = f"has shape {tuple(value.shape)}, input_ids {tuple(ids.shape)}"
+                raise ValueError(f"{where}: {key} {shapes}: pass what the model's processor returns for these ids.")
+            if by_token:
+                for row, values, kept in zip(rows, value, real, strict=True):
+                    row[key] = values[kept][None]
+            else:
                 kinds[next(kind for kind, words in _KINDS.items() if re.search(words, key))][key] = value
-                continue
-            value = value[None] if len(ids) == 1 and value.shape[:1] == ids.shape[1:] else value
-            if value.shape[:2] != ids.shape:
-                raise ValueError(
-                    f"{where}: {key} has shape {tuple(value.shape)}, input_ids {tuple(ids.shape)}: pass one value a "
-                    "token."
-                )
-            for row, values, kept in zip(rows, value, real, strict=True):
-                row[key] = values[kept][None]
         for kind, values in kinds.items():
             tokens = sum((ids == token for name, token in self.placeholders if name == kind), torch.zeros_like(ids))
             counts, known = tokens.sum(1).tolist(), kind in dict(self.placeholders)
@@ -114,7 +114,7 @@ def _split(values: Mapping[str, Tensor], counts: list[int], where: str) -> list[
     if not values or len(counts) == 1:
         return [dict(values) for _ in counts]
     grid = next((value for key, value in values.items() if key.endswith(("grid_thw", "grid_hw"))), None)
-    lengths = [len(value) for value in values.values() if value.ndim]
+    lengths = [len(value) for value in values.values()]
     patches = [1] * lengths[0] if grid is None else grid.prod(-1).tolist()  # of each image
     places, total, ends = [0, *accumulate(patches)], sum(counts), list[int | None]()
     alike = grid is not None or all(v.is_floating_point() or bool((v == v[:1]).all()) for v in values.values())
@@ -131,8 +131,6 @@ def _split(values: Mapping[str, Tensor], counts: list[int], where: str) -> list[
         )
 
     def part(value: Tensor, start: int, end: int) -> Tensor:
-        if not value.ndim:
-            return value
         return value[start:end] if len(value) == len(patches) else value[places[start] : places[end]]
 
     return [{key: part(v, *ends) for key, v in values.items()} if ends[0] < ends[1] else {} for ends in bounds]
