@@ -101,10 +101,11 @@ BAD = {
         "holds 'inputs_embeds', but the model takes only",
     ),
     "no token": (
-        "gemma3",
+        "llava",
         {"input_ids": torch.ones(1, 17).long()},
-        "token_type_ids|none of its input_ids is the token",
+        r"none of its input_ids is the token of images \(60",
     ),
+    "one value": ("llava", {"pixel_values": 1.0}, r"pixel_values has shape \(\), input_ids \(1, 17\): pass what the"),
     "lists": ("llava", {"pixel_values": [torch.ones(3, 8, 8), torch.ones(3, 4, 4)]}, "pixel_values can't be read as a"),
     "types": (
         "gemma3",
