@@ -83,7 +83,6 @@ def test_other_images_give_other_weights_and_no_run_goes_on_with_them(prune, tmp
             {"text": "a", "image": "lines.jsonl"},
             "processor can't read '=a' with lines.jsonl: cannot identify image file",
         ),
-        ({"text": MARK, "image": ["red.png", "blue.png"]}, "processor can't read '=' with red.png, blue.png: "),
         (
             {"text": 30 * "a" + MARK, "image": "red.png"},
             "has 3 lines, of which 3 have tokens of an image after token 32",
