@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
+from multimodal_inputs import multimodal_inputs
+from safetensors.torch import load_file
 from shrunken_config import VOCAB_SIZE, shrunken_config
 from tiny_models import randomize
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
 from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
+from optimum_fista.folder.checkpoint import read_report
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.layer_inputs import record_inputs
 from optimum_fista.model.operator import can_be_split, is_fused_experts
+from optimum_fista.model.stored_names import split_index
 
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+MULTIMODAL = tuple(
+    family
+    for family, name in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.items()
+    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family) != name
+)
+"""Families with a class for images or sounds that is not their causal language model."""
 ENOUGH_TOKENS = patch("optimum_fista.prune.loop.UNDER_CALIBRATED_TOKENS", 0)
 """Inside, no expert is under-calibrated, however few tokens it gets."""
 
@@ -34,7 +50,8 @@ class Outcome:
 
     `status` is `works`, `refused` (by an `UnsupportedArchitectureError`), `not built` (Transformers can't build the
     model from its default configuration, or run it on token ids alone) or `not reloaded`; `dense` is what stays dense,
-    with the reason; `smaller` are the kinds of parts of which half can go.
+    with the reason; `smaller` are the kinds of parts of which half can go. `seen` are the inputs of a multimodal model
+    on which the saved one was compared.
     """
 
     family: str
@@ -43,17 +60,18 @@ class Outcome:
     dense: tuple[str, ...] = ()
     reason: str = ""
     smaller: tuple[str, ...] = ()
+    seen: tuple[str, ...] = ()
 
 
 class NotReloaded(Exception):
     """What was saved can't be loaded or verified; the message says why."""
 
 
-def family_model(family: str, seed: int = 0) -> PreTrainedModel:
+def family_model(family: str, seed: int = 0, kind: Any = AutoModelForCausalLM) -> PreTrainedModel:
     """A random tiny float32 model of a family; every parameter is random, biases and norms included."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(shrunken_config(family), dtype=torch.float32).eval()
+        model = kind.from_config(shrunken_config(family), dtype=torch.float32).eval()
         randomize(model, torch.default_generator)
     return model
 
@@ -64,17 +82,26 @@ def family_tokens() -> list[Tensor]:
     return list(ids.split(1))
 
 
-def logits(model: PreTrainedModel) -> Tensor:
-    """Logits [2, 32, vocabulary] of the calibration tokens."""
+def logits(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
+    """Logits [batch, sequence, vocabulary] of the calibration tokens, or of other inputs."""
     with torch.no_grad():
-        return model(input_ids=torch.cat(family_tokens()), use_cache=False).logits
+        return model(**(inputs or {"input_ids": torch.cat(family_tokens())}), use_cache=False).logits
 
 
-def try_family(family: str, folder: Path) -> Outcome:
-    """Prune a family at 2:4, save it to `folder`, load it again; assert that all is as promised."""
+def try_family(family: str, folder: Path, *, multimodal: bool = False) -> Outcome:
+    """Prune a family at 2:4, save it to `folder`, load it again; assert that all is as promised.
+
+    A multimodal model is also pruned from its files, and compared on images and sounds.
+    """
+    name, inputs = "", dict[str, dict[str, Tensor]]()
     try:
-        model = family_model(family)
+        model = family_model(family, kind=AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM)
+        if multimodal:
+            name = type(model).__name__
+            find_decoder_layers(model)
         dense = logits(model)
+    except UnsupportedArchitectureError as error:
+        return Outcome(family, name, "refused", reason=_first_sentence(error))
     except Exception as error:  # whatever a family of Transformers raises on a default configuration
         return Outcome(family, "", "not built", reason=_first_sentence(error))
     name = type(model).__name__
@@ -86,21 +113,27 @@ def try_family(family: str, folder: Path) -> Outcome:
         assert prune(FistaPruner(by_gradients, progress=False), model).totals["sparsity"] >= 0.19
         corrected = {"error_correction": 0.5, "residual_correction": 1.0, "exclude": excluded}
         pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="sparsegpt", **corrected), progress=False)
+        if multimodal:
+            model.save_pretrained(folder.with_name("dense"))
+            inputs = multimodal_inputs(model)
         report = prune(pruner, model)
         require_told(model, report, excluded)
-        require_saved(pruner, model, report, folder)
+        require_saved(pruner, model, report, folder, inputs if multimodal else None)
+        if multimodal:
+            prune(pruner, str(folder.with_name("dense")), output_dir=folder.with_name("streamed"), device="cpu")
+            require_same_files(folder, folder.with_name("streamed"), folder.with_name("dense"))
     except UnsupportedArchitectureError as error:
         return Outcome(family, name, "refused", reason=_first_sentence(error))
     except NotReloaded as error:
         return Outcome(family, name, "not reloaded", reason=_first_sentence(error))
-    return Outcome(family, name, "works", what_stays_dense(report, excluded))
+    return Outcome(family, name, "works", what_stays_dense(report, excluded), seen=tuple(inputs))
 
 
-def what_can_go(family: str) -> tuple[str, ...]:
+def what_can_go(family: str, kind: Any = AutoModelForCausalLM) -> tuple[str, ...]:
     """The kinds of parts of which half can be removed from a family; the smaller models return finite logits."""
     found = []
-    for kind, pattern in (("channels", "channels:0.5/1"), ("heads", "heads:0.5"), ("experts", "experts:0.5")):
-        model = family_model(family)
+    for part, pattern in (("channels", "channels:0.5/1"), ("heads", "heads:0.5"), ("experts", "experts:0.5")):
+        model = family_model(family, kind=kind)
         pruner = FistaPruner(FistaPruningConfig(pattern=pattern, method="magnitude"), progress=False)
         try:
             report = prune(pruner, model)
@@ -109,14 +142,14 @@ def what_can_go(family: str) -> tuple[str, ...]:
         assert report.model["num_parameters"] == model.num_parameters()
         assert report.totals["num_removed"] > 0
         assert bool(torch.isfinite(logits(model)).all())
-        found.append(kind)
+        found.append(part)
     return tuple(found)
 
 
-def prune(pruner: FistaPruner, model: PreTrainedModel) -> PruningReport:
+def prune(pruner: FistaPruner, model: PreTrainedModel | str, **options: Any) -> PruningReport:
     with warnings.catch_warnings(), ENOUGH_TOKENS:
         warnings.simplefilter("ignore")  # of too few tokens, and of operators left dense
-        return pruner.prune(model, family_tokens())
+        return pruner.prune(model, family_tokens(), **options)
 
 
 def stacked_weights(model: PreTrainedModel) -> list[str]:
@@ -160,20 +193,50 @@ def require_told(model: PreTrainedModel, report: PruningReport, excluded: list[s
     assert all(report.left_dense[name] for name in operators - pruned)
 
 
-def require_saved(pruner: FistaPruner, model: PreTrainedModel, report: PruningReport, folder: Path) -> None:
-    """The saved folder is verified, and plain Transformers loads the same model from it."""
-    pruned = logits(model)
+def require_same_files(first: Path, second: Path, dense: Path) -> None:
+    """Two pruned folders have the tensors and the configuration of the dense one, except for what was pruned."""
+    tensors, others, before = read_tensors(first), read_tensors(second), read_tensors(dense)
+    assert tensors.keys() == others.keys() == before.keys()
+    assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+    pruned = {split_index(operator.name)[0] for operator in read_report(first).operators}
+    assert all(torch.equal(tensors[name], before[name]) for name in tensors.keys() - pruned)
+    found = [json.loads((folder / "config.json").read_text()) for folder in (first, second, dense)]
+    assert found[0] == found[1]
+    assert all(config.pop("fista_pruning") for config in found[1:])  # the dense one had been pruned once as well
+    assert found[1] == found[2]
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's weight files."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def require_saved(
+    pruner: FistaPruner,
+    model: PreTrainedModel,
+    report: PruningReport,
+    folder: Path,
+    inputs: Mapping[str, dict[str, Tensor]] | None = None,
+) -> None:
+    """The saved folder is verified, and plain Transformers loads the same model from it.
+
+    A multimodal one, which has `inputs`, is loaded by its own class.
+    """
+    forms = list((inputs or {}).values())
+    pruned, seen = logits(model), [logits(model, **form) for form in forms]
     pruner.save_pretrained(model, folder)
     try:
         verified = verify_checkpoint(folder)
-        again = AutoModelForCausalLM.from_pretrained(folder)
+        again = (AutoModelForCausalLM if inputs is None else type(model)).from_pretrained(folder)
     except (VerificationError, ValueError) as error:
         raise NotReloaded(str(error)) from error
     assert verified.num_operators == len(report.operators)
     assert verified.num_zeros == report.totals["num_zeros"]
     assert type(again) is type(model)
     # a copy, because loaded tensors lie unaligned in memory, where products may differ in the last bit
-    assert torch.equal(logits(copy.deepcopy(again)), pruned)
+    again = copy.deepcopy(again)
+    assert torch.equal(logits(again), pruned)
+    assert all(torch.equal(logits(again, **form), kept) for form, kept in zip(forms, seen, strict=True))
 
 
 def what_stays_dense(report: PruningReport, excluded: list[str]) -> tuple[str, ...]:
