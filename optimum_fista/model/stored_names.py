@@ -6,9 +6,11 @@ rules: it applies them to small stand-in tensors, and sees which names these get
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +18,17 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.operator import ExpertOperator, LinearOperator
+from optimum_fista.model.architecture import find_decoder_layers
+from optimum_fista.model.operator import (
+    LINEAR,
+    ExpertOperator,
+    FusedExperts,
+    LinearOperator,
+    can_be_split,
+    is_fused_experts,
+)
 
 _SHAPE = (2, 3)  # of a stand-in for a weight [out, in]
-_NO_OPERATOR = -1  # what a stand-in holds where no operator's weight is
 
 
 @dataclass(frozen=True)
@@ -42,38 +51,33 @@ def stored_names(
     Stand-ins are filled with the number of the operator. `renamed` gives their names in the saved model, if it has
     fewer decoder layers. A weight that is not stored as one matrix is refused, or left out if `all_of_them` is False.
     """
-    found, prefixes = list(operators), {id(module): name for name, module in model.named_modules()}
+    asked, prefixes = list(operators), {id(module): name for name, module in model.named_modules()}
+    # Those that are not pruned as well: Transformers may store them in one tensor with others, whose place they decide.
+    found = [*({o.name: o for o in _all_operators(model)} | {o.name: o for o in asked}).values()]
     stand_ins: dict[str, Tensor] = {}  # by the name of the parameter that holds the weight
-    origins: list[str] = []  # that parameter's name, by operator
     for number, operator in enumerate(found):
-        tensor = f"{renamed(prefixes[id(operator.owner)])}.{operator.tensor}"
-        origins.append(tensor)
+        prefix = renamed(prefixes[id(operator.owner)])
+        if prefix is None:
+            continue
+        tensor = f"{prefix}.{operator.tensor}"
         if isinstance(operator, ExpertOperator):  # all experts of a parameter share a stand-in
             halves = 2 if operator.experts.gated and operator.kind != "down_proj" else 1  # gate and up projections
             out, inputs = halves * _SHAPE[0], _SHAPE[1]
             matrix = (inputs, out) if operator.experts.transposed else (out, inputs)
-            empty = torch.full((len(operator.experts), *matrix), _NO_OPERATOR, dtype=torch.int32)
-            stand_ins.setdefault(tensor, empty)
+            stand_ins.setdefault(tensor, torch.zeros((len(operator.experts), *matrix), dtype=torch.int32))
         shape = _SHAPE[::-1] if operator.transposed else _SHAPE
-        stand_in = stand_ins.setdefault(tensor, torch.full(shape, _NO_OPERATOR, dtype=torch.int32))
+        stand_in = stand_ins.setdefault(tensor, torch.zeros(shape, dtype=torch.int32))
         operator.select(stand_in).fill_(number)
+    # Rules that look at the shape of a parameter shall see that of its stand-in.
+    shown: Any = copy.copy(model)
+    shown.get_parameter = lambda name: stand_ins[name] if name in stand_ins else model.get_parameter(name)
     names: dict[str, StoredName] = {}
-    for tensor, numbers in revert_weight_conversion(model, dict(stand_ins)).items():
-        held = [int(number) for number in numbers.unique() if number != _NO_OPERATOR]
-        if not held:
-            continue
-        if len(numbers.unique()) == 1 and tuple(numbers.shape) in (_SHAPE, _SHAPE[::-1]):
-            operator = found[held[0]]  # the whole tensor is its weight, perhaps transposed
-            names.setdefault(f"{renamed(operator.name)}.weight", StoredName(tensor, tuple(numbers.shape) != _SHAPE))
-        elif torch.equal(numbers, stand_ins[origins[held[0]]]):  # all experts are where they were
-            for operator in (found[number] for number in held):
-                if isinstance(operator, ExpertOperator):
-                    place = operator.module.place(getattr(operator.owner, operator.tensor))
-                    names[f"{renamed(operator.name)}.weight"] = StoredName(
-                        f"{tensor}[{_text(place)}]", operator.transposed
-                    )
-    for operator in found if all_of_them else ():
-        if f"{renamed(operator.name)}.weight" not in names:
+    for tensor, numbers in revert_weight_conversion(shown, dict(stand_ins)).items():
+        for place, operator, transposed in _places(numbers, found):
+            stored = StoredName(tensor if place == (slice(None),) * 2 else f"{tensor}[{_text(place)}]", transposed)
+            names.setdefault(f"{renamed(operator.name)}.weight", stored)
+    for operator in asked if all_of_them else ():
+        if renamed(operator.name) is not None and f"{renamed(operator.name)}.weight" not in names:
             name = operator.name
             if isinstance(operator, ExpertOperator):
                 name = f"*.{operator.experts.name.rsplit('.', 1)[-1]}"
@@ -82,6 +86,43 @@ def stored_names(
                 f"Pass exclude=['{name}'] to leave it dense."
             )
     return names
+
+
+def _all_operators(model: PreTrainedModel) -> Iterator[LinearOperator]:
+    """All linear operators of the decoder layers, those that can't be pruned included."""
+    layers = find_decoder_layers(model)
+    for name, module in model.get_submodule(layers.name).named_modules(prefix=layers.name):
+        if isinstance(module, LINEAR) and module.weight.ndim == 2:
+            yield LinearOperator(name, module)
+        elif is_fused_experts(module) and can_be_split(module):
+            yield from FusedExperts(name, module).operators
+
+
+def _places(
+    numbers: Tensor, operators: Sequence[LinearOperator]
+) -> Iterator[tuple[tuple[int | slice, ...], LinearOperator, bool]]:
+    """Find whole matrices in a stored stand-in: the index of each in the tensor, and whether it is stored as [in, out].
+
+    A matrix may have the rows of several operators, one after the other (q, k and v). In those of experts, rows of
+    gate and up projection may alternate.
+    """
+    for expert, matrix in enumerate(numbers if numbers.ndim == 3 else [numbers]):
+        transposed = matrix.ndim == 2 and matrix.shape[1] != _SHAPE[1]
+        rows = matrix.T if transposed else matrix
+        if rows.ndim != 2 or rows.shape[1] != _SHAPE[1] or bool((rows != rows[:, :1]).any()):
+            continue
+        order = rows[:, 0].tolist()  # the number of the operator that each row belongs to
+        held = [operators[number] for number in dict.fromkeys(order)]
+        total, start = sum(operator.shape[0] for operator in held), 0
+        alternate = numbers.ndim == 3 and order == [*dict.fromkeys(order)] * _SHAPE[0]
+        if not alternate and order != [number for number in dict.fromkeys(order) for _ in range(_SHAPE[0])]:
+            continue
+        for position, operator in enumerate(held):
+            end = start + operator.shape[0]
+            part = slice(position, total, len(held)) if alternate else slice(start, end)
+            part, start = part if len(held) > 1 else slice(None), end
+            index = (slice(None), part) if transposed else (part, slice(None))
+            yield (expert, *index) if numbers.ndim == 3 else index, operator, transposed
 
 
 def split_index(name: str) -> tuple[str, tuple[int | slice, ...]]:
