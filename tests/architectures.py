@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from families import FAMILIES, Outcome, try_family, what_can_go
+from families import FAMILIES, MULTIMODAL, Outcome, try_family, what_can_go
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -24,32 +24,53 @@ COMMAND = "python tests/architectures.py"
 MARKER = "<!-- The rest of this page is made by `python tests/architectures.py`. -->"
 
 
-def read_outcomes(file: Path = KEPT) -> dict[str, Outcome]:
-    """The outcomes that the page promises, by family."""
+def read_outcomes(file: Path = KEPT, *, multimodal: bool = False) -> dict[str, Outcome]:
+    """The outcomes that the page promises of causal language models, or of multimodal models, by family."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    tuples = [{name: tuple(row.get(name, ())) for name in ("dense", "smaller")} for row in rows]
+    rows = [row for row in rows if row.get("multimodal", False) == multimodal]
+    tuples = [{name: tuple(row.get(name, ())) for name in ("dense", "smaller", "seen")} for row in rows]
     return {row["family"]: Outcome(**row | found) for row, found in zip(rows, tuples, strict=True)}
 
 
-def format_page(outcomes: Iterable[Outcome]) -> str:
+def format_page(outcomes: Iterable[Outcome], multimodal: Iterable[Outcome]) -> str:
     """The generated part of the page."""
-    found = list(outcomes)
+    found, others = list(outcomes), list(multimodal)
     works = [o for o in found if o.status == "works"]
     lines = [
         f"transformers {importlib.metadata.version('transformers')}: of {len(found)} families "
         f"{len(works)} work ({len({o.model_class for o in works})} model classes).",
         *("", "## What can become smaller", ""),
+        *_smaller(works),
+        *("", "## What does not work", ""),
+        *_grouped("what happens", ((_failure(o), o.family) for o in found if o.status != "works")),
+        *("", "## Multimodal models", ""),
     ]
-    channels, heads, experts = (sum(kind in o.smaller for o in works) for kind in ("channels", "heads", "experts"))
+    works = [o for o in others if o.status == "works"]
+    image, sound = (sum(kind in o.seen for o in works) for kind in ("image", "audio"))
     lines += [
+        f"Of {len(others)} families with a class for images or sounds, {len(works)} work: pruned from files and in "
+        "memory, with equal results, and every tensor that is not pruned bit for bit as before. The saved model was "
+        f"also compared on an image in {image} families and on a sound in {sound}; for the others the test can't make "
+        "an input without a processor.",
+        "",
+        *_grouped("compared on", ((", ".join(("text", *o.seen)), o.family) for o in works)),
+        "",
+        *_smaller(works),
+        "",
+        *_grouped("what happens", ((_failure(o), o.family) for o in others if o.status != "works")),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _smaller(works: list[Outcome]) -> list[str]:
+    """How many families can lose parts, and which."""
+    channels, heads, experts = (sum(kind in o.smaller for o in works) for kind in ("channels", "heads", "experts"))
+    return [
         f"[Whole parts](smaller.md) can go: channels in {channels}, heads in {heads}, and experts in {experts} "
         "families.",
         "",
+        *_grouped("what can go", ((", ".join(o.smaller) or "nothing", o.family) for o in works)),
     ]
-    lines += _grouped("what can go", ((", ".join(o.smaller) or "nothing", o.family) for o in works))
-    lines += ["", "## What does not work", ""]
-    lines += _grouped("what happens", ((_failure(o), o.family) for o in found if o.status != "works"))
-    return "\n".join(lines) + "\n"
 
 
 def _failure(outcome: Outcome) -> str:
@@ -71,16 +92,21 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     outcomes = []
-    for family in tqdm(FAMILIES, unit="family"):
+    for multimodal, family in tqdm([(False, f) for f in FAMILIES] + [(True, f) for f in MULTIMODAL], unit="family"):
         with tempfile.TemporaryDirectory() as folder:
-            outcome = try_family(family, Path(folder) / "model")
+            outcome = try_family(family, Path(folder) / "model", multimodal=multimodal)
             if outcome.status == "works":
-                outcome = replace(outcome, smaller=what_can_go(family))
+                outcome = replace(outcome, smaller=what_can_go(family, multimodal=multimodal))
         outcomes.append(outcome)
+    keep(outcomes)
+
+
+def keep(outcomes: Iterable[Outcome]) -> None:
+    """Write the outcomes, and the page that is made from them."""
     rows = [{"model_class": ""} | {key: value for key, value in asdict(o).items() if value} for o in outcomes]
     KEPT.write_text("".join(f"{json.dumps(row)}\n" for row in rows))  # empty fields are left out
-    text = PAGE.read_text().partition(MARKER)[0]
-    PAGE.write_text(f"{text}{MARKER}\n\n{format_page(outcomes)}")
+    text, tables = PAGE.read_text().partition(MARKER)[0], (read_outcomes(), read_outcomes(multimodal=True))
+    PAGE.write_text(f"{text}{MARKER}\n\n{format_page(*(table.values() for table in tables))}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -61,6 +62,7 @@ class Outcome:
     reason: str = ""
     smaller: tuple[str, ...] = ()
     seen: tuple[str, ...] = ()
+    multimodal: bool = False
 
 
 class NotReloaded(Exception):
@@ -93,7 +95,7 @@ def try_family(family: str, folder: Path, *, multimodal: bool = False) -> Outcom
 
     A multimodal model is also pruned from its files, and compared on images and sounds.
     """
-    name, inputs = "", dict[str, dict[str, Tensor]]()
+    name, inputs, outcome = "", dict[str, dict[str, Tensor]](), partial(Outcome, family, multimodal=multimodal)
     try:
         model = family_model(family, kind=AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM)
         if multimodal:
@@ -101,9 +103,9 @@ def try_family(family: str, folder: Path, *, multimodal: bool = False) -> Outcom
             find_decoder_layers(model)
         dense = logits(model)
     except UnsupportedArchitectureError as error:
-        return Outcome(family, name, "refused", reason=_first_sentence(error))
+        return outcome(name, "refused", reason=_first_sentence(error))
     except Exception as error:  # whatever a family of Transformers raises on a default configuration
-        return Outcome(family, "", "not built", reason=_first_sentence(error))
+        return outcome("", "not built", reason=_first_sentence(error))
     name = type(model).__name__
     assert bool(torch.isfinite(dense).all())
     try:
@@ -123,17 +125,17 @@ def try_family(family: str, folder: Path, *, multimodal: bool = False) -> Outcom
             prune(pruner, str(folder.with_name("dense")), output_dir=folder.with_name("streamed"), device="cpu")
             require_same_files(folder, folder.with_name("streamed"), folder.with_name("dense"))
     except UnsupportedArchitectureError as error:
-        return Outcome(family, name, "refused", reason=_first_sentence(error))
+        return outcome(name, "refused", reason=_first_sentence(error))
     except NotReloaded as error:
-        return Outcome(family, name, "not reloaded", reason=_first_sentence(error))
-    return Outcome(family, name, "works", what_stays_dense(report, excluded), seen=tuple(inputs))
+        return outcome(name, "not reloaded", reason=_first_sentence(error))
+    return outcome(name, "works", what_stays_dense(report, excluded), seen=tuple(inputs))
 
 
-def what_can_go(family: str, kind: Any = AutoModelForCausalLM) -> tuple[str, ...]:
+def what_can_go(family: str, *, multimodal: bool = False) -> tuple[str, ...]:
     """The kinds of parts of which half can be removed from a family; the smaller models return finite logits."""
     found = []
     for part, pattern in (("channels", "channels:0.5/1"), ("heads", "heads:0.5"), ("experts", "experts:0.5")):
-        model = family_model(family, kind=kind)
+        model = family_model(family, kind=AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM)
         pruner = FistaPruner(FistaPruningConfig(pattern=pattern, method="magnitude"), progress=False)
         try:
             report = prune(pruner, model)
@@ -227,9 +229,12 @@ def require_saved(
     pruner.save_pretrained(model, folder)
     try:
         verified = verify_checkpoint(folder)
-        again = (AutoModelForCausalLM if inputs is None else type(model)).from_pretrained(folder)
+        kind = AutoModelForCausalLM if inputs is None else type(model)
+        again, info = kind.from_pretrained(folder, output_loading_info=True)
     except (VerificationError, ValueError) as error:
         raise NotReloaded(str(error)) from error
+    if info["missing_keys"]:
+        raise NotReloaded(f"{type(model).__name__} finds {len(info['missing_keys'])} of its tensors under no name")
     assert verified.num_operators == len(report.operators)
     assert verified.num_zeros == report.totals["num_zeros"]
     assert type(again) is type(model)

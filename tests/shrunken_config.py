@@ -161,8 +161,9 @@ def _shrunk(values: Mapping[str, Any]) -> dict[str, Any]:
             small[name] = (
                 dict(value) if "rope_" in name or not all(map(str.isidentifier, map(str, value))) else _shrunk(value)
             )
-        elif name == "image_size" and "patch_size" in values:  # 16 patches
-            small[name] = 4 * values["patch_size"] if isinstance(value, int) else [4 * values["patch_size"]] * 2
+        elif name == "image_size" and value and (patch := values.get("patch_size")):  # 16 patches
+            size = 4 * (patch if isinstance(patch, int) else patch[0])
+            small[name] = size if isinstance(value, int) else [size] * 2
         else:
             small[name] = _size(name, value)
     heads = {name: value for name, value in values.items() if name in ("num_attention_heads", "num_key_value_heads")}

@@ -2,13 +2,14 @@
 
 import importlib.metadata
 import re
+from dataclasses import replace
 
 import pytest
 from architectures import COMMAND, PAGE, format_page, read_outcomes
 from families import FAMILIES, try_family, what_can_go
 from packaging.version import parse
 
-TABLE = read_outcomes()
+TABLE, MULTIMODAL_TABLE = read_outcomes(), read_outcomes(multimodal=True)
 WRITTEN_WITH = re.search(r"^transformers (\S+):", PAGE.read_text(), re.MULTILINE)[1]
 pytestmark = [
     pytest.mark.usefixtures("no_pictures"),
@@ -36,8 +37,19 @@ def test_whole_parts_of_a_family_can_go_as_the_page_says(family):
         assert what_can_go(family) == TABLE[family].smaller
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "mistral3", "molmo2", "idefics3"])
+def test_multimodal_family_does_as_the_page_says(family, tmp_path):
+    promised = MULTIMODAL_TABLE[family]
+    outcome = try_family(family, tmp_path / "model", multimodal=True)
+    assert replace(outcome, smaller=promised.smaller) == promised
+
+
+def test_parts_of_a_multimodal_family_can_go_as_the_page_says():
+    assert what_can_go("qwen3_vl_moe", multimodal=True) == MULTIMODAL_TABLE["qwen3_vl_moe"].smaller
+
+
 def test_readme_and_page_count_what_was_found():
     works = sum(outcome.status == "works" for outcome in TABLE.values())
     readme = " ".join((PAGE.parents[1] / "README.md").read_text().split())
     assert f"{works} of the {len(TABLE)} families of causal language models" in readme
-    assert format_page(TABLE.values()).partition(": ")[2] in PAGE.read_text()
+    assert format_page(TABLE.values(), MULTIMODAL_TABLE.values()).partition(": ")[2] in PAGE.read_text()
