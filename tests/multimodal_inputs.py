@@ -11,6 +11,8 @@ from shrunken_config import VOCAB_SIZE
 from torch import Tensor
 from transformers import PreTrainedModel
 
+_MOST_TOKENS = 1000
+
 
 def multimodal_inputs(model: PreTrainedModel) -> dict[str, dict[str, Tensor]]:
     """Inputs of one sequence with an image, and of one with a sound; without those that can't be made generically."""
@@ -68,6 +70,8 @@ def _with_tokens(model: PreTrainedModel, kind: str, form: dict[str, Tensor]) -> 
             output = features(**{name: tensor for name, tensor in form.items() if name in takes})
             output = getattr(output, "pooler_output", output)
             count = sum(t.numel() for t in (output if isinstance(output, list | tuple) else [output])) // hidden
+            if count > _MOST_TOKENS:  # not in the model's own width
+                return None
             ids = torch.tensor([[5, 6, 7, *[VOCAB_SIZE - 1] * count, 8, 9, 10]])
             inputs = form | {"input_ids": ids}
             if "mm_token_type_ids" in inspect.signature(model.forward).parameters:

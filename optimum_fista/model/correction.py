@@ -223,7 +223,8 @@ class LayerTargets:
                         assert self._outputs is not None
                         both = (output - self._outputs[batch].to(output.device)).reshape(same.shape).float()
                         target -= (both - same + dense) * correction.residual_share
-                yield target.to(output.dtype).view(output.shape)
+                # of hidden states, of which a layer may have several for a token (hyper-connections)
+                yield target.to(output.dtype).view(*hidden.shape[:2], -1)
 
     def leave(self, smaller: nn.Module | None = None) -> HiddenStates:
         """Hidden states after the layer, or after the `smaller` one without experts, when all groups are pruned."""

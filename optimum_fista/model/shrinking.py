@@ -254,7 +254,8 @@ def _changed_attributes(dense: PreTrainedModel, plan: Shrinking, total: int) -> 
         if new is None:
             continue
         other = others.get(new)
-        if type(other) is not type(module):  # such as attention of another kind in every fourth layer
+        # Such as attention of another kind in every fourth layer. Parametrized modules have a class of their own each.
+        if type(other).__qualname__ != type(module).__qualname__:
             raise ValueError(f"{name} ({type(module).__name__}) would become {type(other).__name__}")
         for word, value in vars(module).items():
             now: Any = vars(other).get(word)

@@ -49,12 +49,18 @@ def begin(
     Returns a `HeldOut` if a perplexity can be measured.
     """
     report, inputs = begin_report(plan), {name: o.shape[1] for name, o in plan.all_operators.items()}
-    model = plan.layers.model
-    given = read_batches(calib_dataloader, *token_limits(model), media_arguments(model))
+    model, media = plan.layers.model, media_arguments(plan.layers.model)
+    given = read_batches(calib_dataloader, *token_limits(model), media)
     measured = [batch for batch in given if batch.held_out]
     batches = hold_out([batch for batch in given if not batch.held_out], plan.config.held_out)
     report.calibration = {"source": source and public_name(source)} | describe_batches(batches + measured)
     report.environment["batches"] = shapes_of(batches + measured)
+    if media.names and not any(batch.media for batch in batches):
+        kinds = " or ".join(dict.fromkeys(kind for kind, _ in media.placeholders)) or "image"
+        report.warn(
+            f"the calibration is text alone: {type(model).__name__} saw no {kinds}. Pass batches as its processor "
+            "makes them, if the pruned model is to read more than text."
+        )
     tokens, widest = report.calibration["num_tokens"], max(inputs, key=inputs.__getitem__, default=None)
     if widest is not None and tokens < inputs[widest]:
         report.warn(
