@@ -110,8 +110,8 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
             shared.setdefault(first, f"shares its weight with {one}")
     around = tuple(module for module in decoder.modules() if module not in inside)
     # A model is on the device of its first parameter, as Transformers sees it: inputs go there.
-    first = model.get_submodule(next(name for name, _ in model.named_parameters()).rpartition(".")[0])
-    around = around if first in {*around, *inside} else (*around, first)
+    foremost = model.get_submodule(next(path for path, _ in model.named_parameters()).rpartition(".")[0])
+    around = around if foremost in {*around, *inside} else (*around, foremost)
     tied = model.all_tied_weights_keys
     names_around = tuple(n for n in model.state_dict() if not n.startswith(f"{name}.") and n not in tied)
     return DecoderLayers(model, name, tuple(layers), around, names_around, shared)

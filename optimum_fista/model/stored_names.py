@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,11 +68,8 @@ def stored_names(
         shape = _SHAPE[::-1] if operator.transposed else _SHAPE
         stand_in = stand_ins.setdefault(tensor, torch.zeros(shape, dtype=torch.int32))
         operator.select(stand_in).fill_(number)
-    # Rules that look at the shape of a parameter shall see that of its stand-in.
-    shown: Any = copy.copy(model)
-    shown.get_parameter = lambda name: stand_ins[name] if name in stand_ins else model.get_parameter(name)
     names: dict[str, StoredName] = {}
-    for tensor, numbers in revert_weight_conversion(shown, dict(stand_ins)).items():
+    for tensor, numbers in as_saved(model, stand_ins).items():
         for place, operator, transposed in _places(numbers, found):
             stored = StoredName(tensor if place == (slice(None),) * 2 else f"{tensor}[{_text(place)}]", transposed)
             names.setdefault(f"{renamed(operator.name)}.weight", stored)
@@ -86,6 +83,14 @@ def stored_names(
                 f"Pass exclude=['{name}'] to leave it dense."
             )
     return names
+
+
+def as_saved(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename, split and merge tensors of a model as `save_pretrained` does; they may be smaller than the model's."""
+    shown: Any = copy.copy(model)
+    # Rules that look at the shape of a parameter, to find out if it is transposed, get that of the tensor to save.
+    shown.get_parameter = lambda name: tensors[name] if name in tensors else model.get_parameter(name)
+    return revert_weight_conversion(shown, dict(tensors))
 
 
 def _all_operators(model: PreTrainedModel) -> Iterator[LinearOperator]:

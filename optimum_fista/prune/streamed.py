@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.core_model_loading import revert_weight_conversion
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder.checkpoint import names_in, write_index
@@ -32,7 +31,7 @@ from optimum_fista.model.forward import evaluation_mode
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.layer_inputs import HiddenStates
 from optimum_fista.model.offload import execution_device, stored_tensor
-from optimum_fista.model.stored_names import stored_names
+from optimum_fista.model.stored_names import as_saved, stored_names
 from optimum_fista.packed.format import packed_names
 from optimum_fista.prune.batches import Calibration, begin, cut_batches
 from optimum_fista.prune.budgets import share_budgets
@@ -294,4 +293,4 @@ class FileSink(ModelSink):
         # Transformers ties them again when it loads the folder
         left_out = set(self._model.all_tied_weights_keys) | set(self._model._keys_to_ignore_on_save or ())
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if name not in left_out}
-        return revert_weight_conversion(self._model, kept)
+        return as_saved(self._model, kept)
