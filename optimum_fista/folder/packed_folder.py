@@ -101,6 +101,12 @@ def packed_operators(folder: Path, report: PruningReport) -> Iterator[tuple[Oper
         yield operator, dense[index], pack_mask(mask[index])
 
 
+def require_packable(names: Iterable[str]) -> None:
+    """Refuse to pack a matrix of several operators: Transformers divides it on loading, and can't then."""
+    if shared := next((name for name in names if len(split_index(name)[1]) == 2), None):
+        raise ValueError(f"{shared} is a part of a matrix with other operators, which can't be packed: leave it dense.")
+
+
 def pack_folder(
     folder: Path, output: Path, *, overwrite: bool = False, progress: Callable[[str], None] = lambda _: None
 ) -> Packing:
@@ -123,6 +129,7 @@ def pack_folder(
             f"folder {str(folder)!r} has no zeros to pack: whole parts of the model were removed, and what is left is "
             "dense. Use it as it is."
         )
+    require_packable(operator.name for operator in report.operators)
     if missing := sorted(_operators_by_tensor(report.operators).keys() - files.keys()):
         raise ValueError(f"folder {str(folder)!r} is damaged: no weight file has {missing[0]}, which its report names.")
     with safe_open(folder / MASKS_FILE, "pt") as masks:

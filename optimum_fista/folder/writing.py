@@ -81,9 +81,11 @@ def write_checkpoint(
     forget_gguf(model)
     source = local_source(model)
     with errors_of_writing(folder), _saved_as_loaded(getattr(model, "generation_config", None)):
-        # Transformers copies no code of a model without `trust_remote_code`
         if source is not None and getattr(model.config, "auto_map", None):
-            copy_source(source, folder, "*.py")
+            copy_source(source, folder, "*.py")  # Transformers copies no code without `trust_remote_code`
+        if source is not None and any(source.glob("*processor_config.json")):
+            for pattern in ("*processor_config.json", "chat_template.*"):  # of images and sounds
+                copy_source(source, folder, pattern)
         if hasattr(model, "hf_device_map") or not any(parameter.is_meta for parameter in model.parameters()):
             model.save_pretrained(folder)
         else:  # it was offloaded after it was loaded, which Transformers does not notice

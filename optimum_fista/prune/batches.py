@@ -56,7 +56,7 @@ def begin(
     report.calibration = {"source": source and public_name(source)} | describe_batches(batches + measured)
     report.environment["batches"] = shapes_of(batches + measured)
     if media.names and not any(batch.media for batch in batches):
-        kinds = " or ".join(dict.fromkeys(kind for kind, _ in media.placeholders)) or "image"
+        kinds = " or ".join(sorted({kind for kind, _ in media.placeholders})) or "image"
         report.warn(
             f"the calibration is text alone: {type(model).__name__} saw no {kinds}. Pass batches as its processor "
             "makes them, if the pruned model is to read more than text."

@@ -23,7 +23,7 @@ from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder.checkpoint import names_in, write_index
 from optimum_fista.folder.loading import load_lazily, reading, storage_place, usable_device
 from optimum_fista.folder.output import FOLDER, install, locked_output, require_output, unfinished_folder
-from optimum_fista.folder.packed_folder import Packer, packed_settings
+from optimum_fista.folder.packed_folder import Packer, packed_settings, require_packable
 from optimum_fista.folder.source_files import copy_source
 from optimum_fista.folder.stored_tensors import StoredTensor, source_tensors, write_stored
 from optimum_fista.folder.writing import as_stored, write_all_but_weights
@@ -86,6 +86,8 @@ def prune_files(
                 tensors = source_tensors(model, read_from)
             places: dict[str, Any] = {"storage": place, "progress": shows, "callbacks": callbacks}
             plan = plan_run(model, config, source=tensors, files_dtypes=dtype == "auto", **places)
+            if packed:
+                require_packable(n.name for n in stored_names(model, plan.all_operators.values()).values())
             return plan, tokenizer, read_from
 
         def read() -> tuple[Calibration, HeldOut | None, PruningReport]:
