@@ -15,8 +15,6 @@ import json
 import statistics
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,6 @@ from transformers import PreTrainedTokenizerBase
 
 from optimum_fista import FistaPruner
 from optimum_fista.evaluate.perplexity import evaluate_perplexity
-from optimum_fista.evaluate.tasks import TaskSuite
 from optimum_fista.folder.card import markdown_lines
 from optimum_fista.folder.loading import load_model, read_config, require_tokenizer
 from optimum_fista.memory import release_memory
@@ -40,8 +37,6 @@ DENSE = ("dense", "-")
 HELPS = {
     "model": "Hub id, model folder, or folder with one GGUF file; or the JSON file of an earlier call",
     "patterns": "fractions of zeros, or what prune --pattern takes",
-    "tasks": "zero-shot accuracy on tasks of lm-eval",
-    "include_path": "folder of further task files (YAML)",
     "held_out": "also measure on as many windows left out of calibration, and on as many in it",
     "bos": "auto, every (window), start (of a text only, as in the scripts of SparseGPT and Wanda) or none",
 }
@@ -94,16 +89,14 @@ def wanted(arguments: Namespace) -> Iterator[tuple[str, str, int]]:
         yield method, pattern, seed
 
 
-def measure(
-    arguments: Namespace, method: str, pattern: str, seed: int, suite: TaskSuite | None = None
-) -> tuple[Row, list[str]]:
+def measure(arguments: Namespace, method: str, pattern: str, seed: int) -> tuple[Row, list[str]]:
     """Prune and measure one row; returns the recipe too. A pruned row that fails says why."""
     tokenizer = require_tokenizer(arguments.model)
     calibration, texts, recipe = draw(arguments, tokenizer, seed)
-    row: Row = {"method": method, "pattern": pattern, "seed": seed, "perplexity": {}, "accuracy": {}}
+    row: Row = {"method": method, "pattern": pattern, "seed": seed, "perplexity": {}}
     row |= {"totals": {}, "seconds": {}, "config": {}, "versions": library_versions(), "error": None}
     if (method, pattern) == DENSE and seed != arguments.seeds[0]:
-        texts, suite = {name: texts[name] for name in (CALIBRATED, HELD_OUT)}, None
+        texts = {name: texts[name] for name in (CALIBRATED, HELD_OUT)}
     places = {name: getattr(arguments, name) for name in ("device", "dtype", "device_map")}
     try:
         model, _ = load_model(arguments.model, **places)
@@ -115,9 +108,6 @@ def measure(
             row |= {name: getattr(report, name) for name in ("totals", "seconds", "config")}
         for name, windows in texts.items():
             row["perplexity"][name] = evaluate_perplexity(model, windows, batch_size=arguments.batch_size).perplexity
-        if suite is not None:
-            found = {result.task: result.scores for result in suite.measure(model, tokenizer)}
-            row["accuracy"] = {task: {metric: asdict(s) for metric, s in of.items()} for task, of in found.items()}
     except Exception as error:
         if (method, pattern) == DENSE:
             raise
@@ -129,22 +119,13 @@ def measure(
 
 def compare(arguments: Namespace) -> dict[str, Any]:
     """Measure the rows that `arguments.output` lacks, and write each; returns the record."""
-    suite = None
-    if arguments.tasks:
-        options = {name: getattr(arguments, name) for name in ("include_path", "limit", "batch_size")}
-        suite = TaskSuite(arguments.tasks, **options)
     record = open_record(arguments, "methods", "patterns", "seeds", "device", "device_map", "storage_device")
     rows, recipe = [row for row in record["rows"] if row["error"] is None], record.get("recipe", [])
-    if suite is not None:
-        documents = "all documents" if suite.limit is None else f"the first {suite.limit} documents"
-        how = f"lm-eval {version('lm_eval')}, no examples in the prompt, {documents} of each"
-        line = f"Accuracy on {', '.join(suite.names)}: {how}."
-        recipe += [] if line in recipe else [line]
     done = {(row["method"], row["pattern"], row["seed"]) for row in rows}
     for key in wanted(arguments):
         if key not in done:
             print(*key, flush=True)
-            row, how = measure(arguments, *key, suite)
+            row, how = measure(arguments, *key)
             rows.append(row)
             recipe += [line for line in how if line not in recipe]
             save(arguments, record | {"recipe": recipe, "rows": rows})
@@ -163,7 +144,7 @@ def spread(values: Iterable[float | None]) -> Value:
 
 def accuracy(rows: Sequence[Row], tasks: Sequence[str]) -> Value:
     """Mean over tasks of the first metric of each, of the rows that have them all."""
-    complete = [row["accuracy"] for row in rows if {*tasks} <= row["accuracy"].keys()]
+    complete = [found for row in rows if {*tasks} <= (found := row.get("accuracy", {})).keys()]
     found = [[next(iter(scores[task].values())) for task in tasks] for scores in complete]
     if len(found) == len(tasks) == 1:
         return found[0][0]["value"], found[0][0]["stderr"]
@@ -180,7 +161,7 @@ def columns(rows: Sequence[Row]) -> Iterator[tuple[str, Callable[[list[Row]], Va
     """Header, value, format, and what makes a value the best of its pattern."""
     for text in dict.fromkeys(text for row in rows for text in row["perplexity"]):
         yield text, lambda those, text=text: spread(row["perplexity"].get(text) for row in those), "{:.2f}", min
-    tasks = list(dict.fromkeys(task for row in rows for task in row["accuracy"]))
+    tasks = list(dict.fromkeys(task for row in rows for task in row.get("accuracy", ())))
     for task in tasks:
         yield f"{task}, %", lambda those, task=task: accuracy(those, [task]), "{:.1%}", max
     if len(tasks) > 1:
@@ -221,7 +202,7 @@ def in_cell(found: Value, form: str, bold: str | None) -> str:
 
 def main() -> None:
     choices: dict[str, Any] = {"methods": ["magnitude", "wanda", "sparsegpt", "fista", "default"], "seeds": [0]}
-    choices |= {"patterns": ["0.5", "2:4"], "texts": ["wikitext2"], "tasks": [], "include_path": Path, "limit": int}
+    choices |= {"patterns": ["0.5", "2:4"], "texts": ["wikitext2"]}
     sizes = {"num_samples": 128, "held_out": 0, "calibration_length": int, "sequence_length": int, "max_windows": int}
     machine = {"batch_size": 1, "device": str, "device_map": str, "dtype": "auto", "storage_device": str}
     options = choices | sizes | machine | {"calibration": "self", "bos": "auto", "output": Path("runs/compare.json")}

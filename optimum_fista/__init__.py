@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # type checkers and editors do not run __getattr__
     from optimum_fista.config import FistaPruningConfig as FistaPruningConfig
-    from optimum_fista.evaluate.generation import continue_prompts as continue_prompts
     from optimum_fista.evaluate.perplexity import evaluate_perplexity as evaluate_perplexity
     from optimum_fista.evaluate.verification import verify_checkpoint as verify_checkpoint
     from optimum_fista.folder.hub import push_folder as push_folder
@@ -42,7 +41,6 @@ _HOMES = {
     "PruningReport": "report",
     "calibration_tokens": "text.calibration_tokens",
     "calibration_windows": "text.windows",
-    "continue_prompts": "evaluate.generation",
     "evaluate_perplexity": "evaluate.perplexity",
     "evaluation_windows": "text.windows",
     "load_model": "folder.loading",

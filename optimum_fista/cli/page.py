@@ -9,7 +9,7 @@ DESCRIPTION = """\
 Write one HTML page about a pruned model: what was pruned, where the errors are, how long it took.
 
 The page needs no network and has no scripts. It is made from the masks and the report in the folder, packed or not. It
-also shows perplexities and accuracies, if `evaluate --output` wrote them to DIR/fista/evaluation.json.
+also shows perplexities, if `evaluate --output` wrote them to DIR/fista/evaluation.json.
 
 examples:
   optimum-fista evaluate MODEL --text wikitext2 --output ./model-50/fista/evaluation.json
@@ -23,8 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", metavar="DIR", type=Path, help="folder saved by optimum-fista")
     add("--output", "-o", type=Path, metavar="FILE.html", help="page to write (default DIR/fista/report.html)")
-    written = "written by evaluate (default DIR/fista/evaluation.json)"
-    add("--evaluations", nargs="+", type=Path, metavar="FILE", help=written)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -34,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     output = arguments.output or arguments.folder / "fista" / "report.html"
     require_writable(output)  # before the page is made
-    contents = read_contents(arguments.folder, arguments.evaluations)
+    contents = read_contents(arguments.folder)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_about(output, render_page(contents))
     print(f"saved to {output}")

@@ -1,4 +1,4 @@
-"""Compare model folders tensor by tensor: a pruned model with its dense one, or two folders of the same model.
+"""Compare a pruned model folder with its dense model, tensor by tensor.
 
 Verification needs only the pruned folder. With the dense model, the rest of the folder is proven too: tensors that the
 run did not change equal those of the dense model, without the removed parts.
@@ -11,11 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_fista.folder.checkpoint import checkpoint_files, read_report, read_tensors
 from optimum_fista.folder.loading import load_lazily
 from optimum_fista.folder.packed_folder import is_packed
 from optimum_fista.folder.stored_tensors import read_stored, source_tensors
@@ -24,7 +22,7 @@ from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.parts import find_parts, numbers_kept
 from optimum_fista.model.shrinking import plan_shrinking
-from optimum_fista.model.stored_names import split_index, stored_names
+from optimum_fista.model.stored_names import stored_names
 from optimum_fista.report import OperatorReport, PruningReport
 from optimum_fista.solve.patterns import WholeParts, parse_pattern
 
@@ -91,32 +89,3 @@ def _what_stays(
 
 def _tensor_names(model: PreTrainedModel) -> list[str]:
     return [name for name in model.state_dict() if name not in model.all_tied_weights_keys]  # tied tensors once
-
-
-def compare_folders(
-    folder: Path, other: Path, progress: Callable[[str], None] = lambda _: None
-) -> tuple[list[str], str]:
-    """Compare the tensors of two model folders that are not packed, two tensors in memory at a time.
-
-    Returns names of tensors that differ in values, dtype or shape, or are in one folder only, and a line for people.
-    """
-    if packed := [str(side) for side in (folder, other) if is_packed(side)]:
-        raise ValueError(f"{packed[0]!r} is packed, so it can't be compared: unpack it first.")
-    sides = [checkpoint_files(side) for side in (folder, other)]
-    pruned = {split_index(o.name)[0] for side in (folder, other) for o in read_report(side).operators}
-    names, different, same, total = sorted(sides[0].keys() | sides[1].keys()), [], 0, 0
-    largest, where = -1.0, ""
-    for name in names:
-        one, two = (next(read_tensors(files, [name]))[1] if name in files else torch.empty(0) for files in sides)
-        alike = one.shape == two.shape
-        if name in pruned:  # zeros elsewhere are no masks
-            total, same = total + one.numel(), same + (int(((one == 0) == (two == 0)).sum()) if alike else 0)
-        if one.dtype != two.dtype or not torch.equal(one, two):
-            apart = float((one.float() - two.float()).abs().max().nan_to_num(torch.inf)) if alike else torch.inf
-            different.append(name)
-            largest, where = max((largest, where), (apart, name))
-        progress(name)
-    if not different:
-        return [], f"all {len(names)} tensors are equal, and so are the masks"
-    masks = f"the masks agree in {same / total if total else 1:.4%} of the pruned weights"
-    return different, f"{len(different)} of {len(names)} tensors differ, by at most {largest:.3g} ({where}); {masks}"

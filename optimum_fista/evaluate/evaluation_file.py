@@ -1,7 +1,7 @@
-"""Perplexities and accuracies in a JSON file, one record a measurement.
+"""Perplexities in a JSON file, one record a measurement.
 
 The file of a pruned folder may hold measurements of other models too, such as the dense one. The report page shows
-those with the same protocol side by side.
+those on the same windows side by side.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,43 +37,22 @@ class PerplexityResult:
 
 
 @dataclass(frozen=True)
-class Score:
-    """The mean of a metric over a task's documents, and the standard error of it if that is known."""
-
-    value: float
-    stderr: float | None = None
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """A measurement on a task, without examples in the prompt."""
-
-    task: str
-    scores: Mapping[str, Score]  # by metric; tables show the first
-    num_documents: int
-    lm_eval: str  # its version
-    files_sha256: str | None = None  # of the folder of task files, if the task may come from one
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """A measurement of a model."""
 
     model: str  # a Hub id, or the last part of a path
-    result: PerplexityResult | TaskResult
+    result: PerplexityResult
     place: str = ""  # digest of the path, to tell models of one name apart without showing it; empty for a Hub id
 
     @classmethod
-    def of(cls, model: str, result: PerplexityResult | TaskResult) -> Evaluation:
+    def of(cls, model: str, result: PerplexityResult) -> Evaluation:
         """Make the record of a measurement of a model given by name."""
         return cls(public_name(model), result, place_of(model))
 
     @property
     def protocol(self) -> tuple[Any, ...]:
-        """The text or task, and its size: two measurements are compared only if these are equal."""
+        """The text and its windows: two measurements are compared only if these are equal."""
         result = self.result
-        if isinstance(result, TaskResult):
-            return result.task, result.files_sha256, result.num_documents, result.lm_eval
         return result.text_name, result.text_sha256, result.num_windows, result.sequence_length
 
 
@@ -101,8 +79,7 @@ def add_evaluation(file: Path, evaluation: Evaluation) -> None:
             known = read_evaluations(file) if file.exists() else []
             key = (evaluation.model, evaluation.place, evaluation.protocol)
             kept = [e for e in known if (e.model, e.place, e.protocol) != key]
-            records = [{"model": e.model, "place": e.place} | dataclasses.asdict(e.result) for e in [*kept, evaluation]]
-            write_about(file, json.dumps(records, indent=1) + "\n")
+            write_about(file, json.dumps([dataclasses.asdict(e) for e in [*kept, evaluation]], indent=1) + "\n")
         finally:
             lock.unlink()  # processes that wait for it make a new one
 
@@ -113,14 +90,9 @@ def read_evaluations(file: Path) -> list[Evaluation]:
         records = json.loads(file.read_text())
         if not records or not isinstance(records, list):
             raise TypeError("not a list of records")
-        return [Evaluation(str(r["model"]), _result(r), str(r.get("place", ""))) for r in records]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        return [as_record(Evaluation, record) for record in records]
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{str(file)!r} holds no measurements ({type(error).__name__}: {error}): pass a file written by "
             "`optimum-fista evaluate --output FILE`."
         ) from error
-
-
-def _result(record: dict[str, Any]) -> PerplexityResult | TaskResult:
-    kind: type[PerplexityResult | TaskResult] = TaskResult if "task" in record else PerplexityResult
-    return as_record(kind, {field.name: record[field.name] for field in dataclasses.fields(kind)})

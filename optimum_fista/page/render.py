@@ -19,14 +19,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from optimum_fista.evaluate.evaluation_file import (
-    EVALUATION_FILE,
-    Evaluation,
-    PerplexityResult,
-    TaskResult,
-    place_of,
-    read_evaluations,
-)
+from optimum_fista.evaluate.evaluation_file import EVALUATION_FILE, Evaluation, place_of, read_evaluations
 from optimum_fista.folder.checkpoint import REPORT_FILE, read_report
 from optimum_fista.memory import size_text
 from optimum_fista.report import OperatorGrid, OperatorReport, PruningReport
@@ -46,17 +39,14 @@ class ReportContents:
     evaluations: tuple[Evaluation, ...] = ()
 
 
-def read_contents(folder: Path, evaluation_files: Sequence[Path] | None = None) -> ReportContents:
-    """Read the report of a pruned folder, packed or not, and the measurements in its file or in the files named."""
+def read_contents(folder: Path) -> ReportContents:
+    """Read the report of a pruned folder, packed or not, and the measurements in its file."""
     report = read_report(folder)
     if not report.operators and not report.mixtures:
         why = "only decoder layers were removed, the model card says which" if report.removed else "pass another folder"
         raise ValueError(f"{str(folder / REPORT_FILE)!r} names no pruned operator: {why}.")
-    if evaluation_files is None:
-        usual = folder / EVALUATION_FILE
-        evaluation_files = [usual] if usual.exists() else []
-    evaluations = tuple(evaluation for path in evaluation_files for evaluation in read_evaluations(path))
-    return ReportContents(folder, report, evaluations)
+    file = folder / EVALUATION_FILE
+    return ReportContents(folder, report, tuple(read_evaluations(file) if file.exists() else ()))
 
 
 def render_page(contents: ReportContents) -> str:
@@ -104,13 +94,7 @@ def render_page(contents: ReportContents) -> str:
         times=coloured("time", names, {"time": [layer.seconds for layer in report.layers]}, duration),
         memory=coloured("memory", names, memory, size_text),
         memory_peaks=memory_peaks,
-        measurements=[
-            (title, note, *_measurements(contents, kind))
-            for title, note, kind in (
-                ("Perplexity", "Lower is better.", PerplexityResult),
-                ("Accuracy", "Higher is better; ± is the standard error.", TaskResult),
-            )
-        ],
+        measurements=_measurements(contents),
         config=json.dumps(report.config, indent=2),
         command=report.command(),
     )
@@ -181,23 +165,17 @@ def _over_fit(operator: OperatorReport) -> float:
     return held_out / fitted
 
 
-def _measurements(contents: ReportContents, kind: type) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Names of the models, and for each text or task their results; an empty text if a model was not measured."""
-    here, found = place_of(contents.folder), [e for e in contents.evaluations if isinstance(e.result, kind)]
+def _measurements(contents: ReportContents) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Names of the models, and for each text their perplexities; an empty text if a model was not measured."""
+    here, found = place_of(contents.folder), contents.evaluations
     models = list(dict.fromkeys((e.model, e.place) for e in found))
     names = ["this model" if place == here else Path(name).name or name for name, place in models]
     rows: dict[tuple[Any, ...], tuple[str, dict[tuple[str, str], str]]] = {}  # by protocol: label, text by model
     for e in found:
         result = e.result
-        if isinstance(result, TaskResult):
-            metric, score = next(iter(result.scores.items()))
-            label = f"{result.task}, {metric}, {result.num_documents:,} documents"
-            shown = share(score.value) + (f" ± {share(score.stderr)}" if score.stderr is not None else "")
-        else:
-            windows = f"{result.num_windows:,} windows of {result.sequence_length:,} tokens"
-            label = f"{result.text_name or 'a text'}, {windows}"
-            shown = f"{result.perplexity:.3f}"
-        rows.setdefault(e.protocol, (label, {}))[1][e.model, e.place] = shown
+        windows = f"{result.num_windows:,} windows of {result.sequence_length:,} tokens"
+        label = f"{result.text_name or 'a text'}, {windows}"
+        rows.setdefault(e.protocol, (label, {}))[1][e.model, e.place] = f"{result.perplexity:.3f}"
     return names, [(label, [shown.get(model, "") for model in models]) for label, shown in rows.values()]
 
 

@@ -1,4 +1,4 @@
-"""A pruned folder against its dense model, and two folders of one model against each other."""
+"""A pruned folder against its dense model, and the record of how it was made."""
 
 import json
 import shutil
@@ -6,15 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from folder_files import tensors_of
 from safetensors.torch import load_file, save_file
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from optimum_fista import FistaPruner, FistaPruningConfig, save_masked
-from optimum_fista.cli.main import main
-from optimum_fista.evaluate.comparison import compare_folders
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder.packed_folder import pack_folder
 
@@ -128,9 +125,6 @@ def test_packed_and_trained_folders_are_refused(tmp_path):
             verify_checkpoint(tmp_path / name, dense=dense)
 
 
-DOWN, NORM = "model.layers.1.mlp.down_proj.weight", "model.norm.weight"
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """The dense model, and the same model pruned from files and in memory."""
@@ -153,27 +147,3 @@ def test_the_report_says_how_the_folder_was_made(folders):
     assert found["environment"]["processor"]["threads"] == torch.get_num_threads()
     assert "--num-samples 8 --sequence-length 16 --batch-size 4 --device cpu --dtype float32" in found["command"]
     assert {"python", "torch", "transformers", "optimum-fista"} <= set(found["versions"])
-
-
-def test_folders_are_the_same(folders, tmp_path, capsys):
-    assert main(["verify", str(folders / "files"), "--same-as", str(folders / "memory")]) == 0
-    pack_folder(folders / "files", tmp_path / "packed")
-    with pytest.raises(ValueError, match=r"packed' is packed, so it can't be compared: unpack it first"):
-        compare_folders(folders / "files", tmp_path / "packed")
-    assert "all 21 tensors are equal, and so are the masks" in capsys.readouterr().out
-
-
-def test_what_differs_is_counted(folders, tmp_path, capsys):
-    changed = shutil.copytree(folders / "files", tmp_path / "changed")
-    tensors = tensors_of(changed)
-    tensors[NORM][0] += 0.5
-    tensors[DOWN][0] = 0
-    save_file(tensors, changed / "model.safetensors", {"format": "pt"})
-    lost = int((tensors_of(folders / "files")[DOWN][0] != 0).sum())
-    text = f"2 of 21 tensors differ, by at most 0.5 ({NORM}); the masks agree in {1 - lost / 15360:.4%} of the pruned"
-    assert compare_folders(folders / "files", changed) == ([DOWN, NORM], f"{text} weights")
-    assert main(["verify", str(folders / "files"), "--same-as", str(changed)]) == 1
-    assert text in capsys.readouterr().out
-    del tensors[NORM]
-    save_file(tensors, changed / "model.safetensors", {"format": "pt"})
-    assert f"by at most inf ({NORM})" in compare_folders(folders / "files", changed)[1]

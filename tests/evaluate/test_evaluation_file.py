@@ -5,7 +5,6 @@ from launched import exit_codes, start_code
 
 from optimum_fista.evaluate.evaluation_file import Evaluation, add_evaluation, read_evaluations
 from optimum_fista.evaluate.perplexity import PerplexityResult
-from optimum_fista.evaluate.tasks import Score, TaskResult
 
 
 def measured(model: str, perplexity: float, text: str = "sea") -> Evaluation:
@@ -21,24 +20,11 @@ def test_measurements_are_added_and_those_made_again_replaced(tmp_path):
     assert read_evaluations(file) == [measured("pruned", 12.0), measured("dense", 9.0, "sky"), measured("dense", 11.0)]
 
 
-def test_accuracies_are_kept_with_their_errors_beside_perplexities(tmp_path):
-    file = tmp_path / "evaluation.json"
-    results = [
-        measured("", 12.0).result,
-        TaskResult("arc_easy", {"acc": Score(0.25, 0.1637), "likelihood": Score(2.0)}, 8, "0.4.13", "cd"),
-        TaskResult("arc_easy", {"acc": Score(0.375, 0.1712)}, 8, "0.4.13", "cd"),  # measured again
-        TaskResult("arc_easy", {"acc": Score(0.4, 0.02)}, 400, "0.4.13", "cd"),
-    ]
-    for result in results:
-        add_evaluation(file, Evaluation.of(str(tmp_path), result))
-    assert [evaluation.result for evaluation in read_evaluations(file)] == [results[0], *results[2:]]
-
-
 @pytest.mark.parametrize(
     "text",
     [
         "{",
-        '[{"task": "a", "scores": 3, "num_documents": 1, "lm_eval": "", "files_sha256": "", "model": ""}]',
+        '[{"model": "dense", "place": "", "result": {"perplexity": "low"}}]',
         '[{"model": "dense"}]',
         "[1]",
         "[]",
