@@ -1,10 +1,8 @@
 """Sparsity patterns: which weights of a matrix belong together, and how many of these groups stay.
 
 A pattern is described by data: the shape of its groups (`width`, `whole_columns`), which groups compete (`span`,
-`scope`) and the share of groups that is removed (`sparsity`). Counts, masks, the penalty that makes such zeros and the
-check of a mask follow from this data, so that a file of `patterns/` only reads and writes the pattern's name. torchao's
-`prototype/pat` has the same two factors, a grouper and a proximal map. Here patterns also say which groups compete,
-because the number of zeros is exact.
+`scope`) and the share of groups that is removed (`sparsity`). Counts, masks and the check
+of a mask follow from this data, so that a file of `patterns/` only reads and writes the pattern's name.
 """
 
 import re
@@ -17,7 +15,6 @@ import torch
 from torch import Tensor
 
 from optimum_fista.solve.linalg import row_blocks
-from optimum_fista.solve.proximal_gradient import soft_threshold
 from optimum_fista.solve.selection import keep_largest, keep_largest_in_groups, keep_largest_in_rows
 
 Scope = Literal["matrix", "row"]
@@ -123,25 +120,6 @@ class SparsityPattern(ABC):
         else:
             mask = torch.cat([keep_largest_in_groups(scores(part), kept, rivals) for part in row_blocks(matrix)])
         return mask if self.width == 1 else mask.repeat_interleave(self.width, dim=1)
-
-    def proximal_step(self, matrix: Tensor, threshold: float) -> Tensor:
-        """Proximal step, [out, in], of `threshold` times the norm whose penalty makes zeros in this pattern.
-
-        The l1 norm. For whole columns the sum of the groups' norms: `W_g` times `max(1 - threshold / ||W_g||_F, 0)`.
-        """
-        if not self.whole_columns:
-            return soft_threshold(matrix, threshold)
-        norms = self._norms(matrix)
-        factors = (1 - threshold / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_min(0)
-        return matrix * factors.repeat_interleave(self.width)  # [groups] -> [in]
-
-    def dual_norm(self, matrix: Tensor) -> float:
-        """Dual of that norm. With a penalty of `dual_norm(C)` and above, all weights of the solution are zero."""
-        return float((self._norms(matrix) if self.whole_columns else matrix.abs()).max())
-
-    def _norms(self, matrix: Tensor) -> Tensor:
-        """Frobenius norms of groups of whole columns, [groups]."""
-        return torch.linalg.vector_norm(matrix.unflatten(1, (-1, self.width)), dim=(0, 2))
 
     def violation(self, mask: Tensor) -> str | None:
         """Say how `mask` [out, in] (True = kept) breaks the pattern; `None` if it keeps it."""

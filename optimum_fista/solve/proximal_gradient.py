@@ -55,8 +55,7 @@ def fista(
         max_iterations: At most this many steps.
         tolerance: Stop when `|| W_{k+1} - W_k ||_F <= tolerance * || W_{k+1} ||_F`.
         restart: Drop the momentum when it points uphill (O'Donoghue & Candes 2015, gradient scheme).
-        proximal_step: That of the penalty, `(V, threshold) -> W`; `SparsityPattern.proximal_step` of whole columns
-            replaces the l1 norm by the sum of the columns' norms.
+        proximal_step: That of the penalty, `(V, threshold) -> W`.
     """
     if lipschitz <= 0:
         return FistaSolution(torch.zeros_like(start), 0, True)

@@ -12,7 +12,7 @@ from optimum_fista.solve.selection import keep_largest, keep_largest_in_groups, 
 
 PATTERNS = [Unstructured(0.5), Unstructured(0.5, "row"), parse_pattern("2:4")]
 CASES = [(name, p, *given) for name in WEIGHT_METHODS for p in PATTERNS for given in ((False, 0), (True, 12))]
-CASES += [(n, Columns(0.5, width=w), True, 4) for n in ("greedy_obs", "obs_admm", "fista", "flap") for w in (1, 4)]
+CASES += [(n, Columns(0.5, width=w), True, 4) for n in ("greedy_obs", "obs_admm", "flap") for w in (1, 4)]
 WAITS = {  # an operator of any size and pattern: two for its error, one for the statistics, one a factorisation
     "magnitude": 2,
     "wanda": 2,

@@ -8,7 +8,7 @@ from layer_problems import WEIGHT_METHODS, example
 
 from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.pattern import SparsityPattern, pack_mask, unpack_mask
-from optimum_fista.solve.patterns import Columns, Unstructured, parse_pattern
+from optimum_fista.solve.patterns import Unstructured, parse_pattern
 
 SHAPES = [(1, 1), (3, 7), (16, 24), (7, 33)]
 SPARSITIES = [0.0, 1 / 3, 0.5, 0.99]
@@ -125,14 +125,6 @@ def test_a_new_pattern_is_a_class_with_a_name(scope):
             options = {"block_size": 8} if name == "sparsegpt" else {}
             pruned = create_method(name, **options).prune(example(6, 24).problem, pattern)
             assert pattern.violation(pruned.mask) is None, name
-
-
-def test_whole_columns_are_the_only_groups_with_a_penalty_of_their_own():
-    matrix = torch.tensor([[3.0, 0.0, 1.0], [4.0, 2.0, 0.0]])
-    assert Unstructured(0.5).dual_norm(matrix) == 4
-    assert Columns(0.5).dual_norm(matrix) == 5
-    assert parse_pattern("4:8-pairs").proximal_step(matrix, 1.0).tolist() == [[2, 0, 0], [3, 1, 0]]
-    assert torch.allclose(Columns(0.5).proximal_step(matrix, 1.0), matrix * torch.tensor([0.8, 0.5, 0.0]))
 
 
 @pytest.mark.parametrize("shape", [(1,), (8,), (9,), (3, 5), (2, 3, 7), (64, 33)])

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 from layer_problems import Example, example
-from sklearn.linear_model import Lasso, MultiTaskLasso
+from sklearn.linear_model import Lasso
 
-from optimum_fista.solve.patterns import Columns
 from optimum_fista.solve.proximal_gradient import FistaSolution, fista, soft_threshold
 
 FRACTIONS = [0.5, 0.1, 0.01, 1e-3]
@@ -145,50 +144,3 @@ def test_stops_where_the_iterates_stop_moving():
     assert 0 < loose.iterations < tight.iterations < 10_000
     cut = fista(*given, max_iterations=tight.iterations - 1, tolerance=1e-9)
     assert (cut.converged, cut.iterations) == (False, tight.iterations - 1)
-
-
-def solved_in_groups(made: Example, width: int, penalty: float) -> torch.Tensor:
-    """The minimizer of `1/2 || W* X* - Y ||^2 + penalty * sum_g || W*_:,g ||_F`."""
-    problem = made.problem
-    solution = fista(
-        problem.gram,
-        problem.target,
-        problem.weight,
-        penalty,
-        problem.statistics.lipschitz,
-        max_iterations=50_000,
-        tolerance=1e-14,
-        restart=True,
-        proximal_step=Columns(0.5, width=width).proximal_step,
-    )
-    assert solution.converged
-    return solution.weight
-
-
-@pytest.mark.parametrize("corrected", [False, True])
-@pytest.mark.parametrize("width", [1, 3])
-@pytest.mark.parametrize("fraction", [0.9, 0.5, 0.1, 0.01])
-def test_optimality_conditions_of_the_group_penalty(fraction, width, corrected):
-    made = example(6, 12, corrected=corrected)
-    critical = Columns(0.5, width=width).dual_norm(made.problem.target)
-    weight = solved_in_groups(made, width, fraction * critical)
-    groups, gradients = (m.split(width, dim=1) for m in (weight, gradient_of(made, weight)))
-    norms = torch.stack([group.norm() for group in groups])
-    assert bool((norms > 0).any())
-    assert fraction < 0.5 or not bool((norms > 0).all())
-    for group, gradient, norm in zip(groups, gradients, norms, strict=True):
-        if norm > 0:
-            assert (gradient + fraction * critical * group / norm).norm() <= 1e-9 * critical
-        else:
-            assert gradient.norm() <= fraction * critical * (1 + 1e-12)
-    assert not solved_in_groups(made, width, critical * (1 + 1e-9)).any()
-
-
-@pytest.mark.parametrize("corrected", [False, True])
-@pytest.mark.parametrize("fraction", [0.5, 0.1, 0.01])
-def test_columns_agree_with_scikit_learn(fraction, corrected):
-    made = example(6, 12, corrected=corrected)
-    penalty, tokens = fraction * Columns(0.5).dual_norm(made.problem.target), len(made.inputs)
-    oracle = MultiTaskLasso(alpha=penalty / tokens, fit_intercept=False, tol=1e-14, max_iter=100_000)
-    oracle.fit(made.inputs.numpy(), made.outputs.numpy())
-    assert np.allclose(solved_in_groups(made, 1, penalty).numpy(), oracle.coef_, atol=1e-8)

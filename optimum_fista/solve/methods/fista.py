@@ -17,7 +17,7 @@ from optimum_fista.solve.methods.wanda import Wanda
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.proximal_gradient import fista
-from optimum_fista.solve.refit import refit, refit_columns
+from optimum_fista.solve.refit import refit
 
 WarmStart = Literal["wanda", "sparsegpt"]
 
@@ -39,20 +39,15 @@ class PenaltySearch:
 class Fista(PruningMethod):
     """LASSO by FISTA, rounding, bisection of the penalty (Algorithm 1), and a refit of the kept weights.
 
-    If the pattern is one of whole columns, the penalty is the sum of the norms of the groups of columns instead of the
-    l1 norm: `1/2 || W* X* - Y ||_F^2 + penalty * sum_g || W*_:,g ||_F`.
-
     Attributes:
         warm_start: Method whose pruned weights the first trial starts from. Wanda gives every row the same number of
-            zeros, as its authors do, for any scope of the pattern; the trials then move zeros between rows. If whole
-            columns are removed, Wanda replaces SparseGPT.
+            zeros, as its authors do, for any scope of the pattern; the trials then move zeros between rows.
         max_iterations: FISTA steps a trial, the paper's K.
         tolerance: Relative change of the iterates at which FISTA stops.
         patience: Trials without improvement, the paper's T.
         max_trials: Trials at most; the paper names no limit.
         rounding_share: Share of the rounding error above which the penalty rises, the paper's xi.
-        refit_iterations: Conjugate-gradient steps on the final mask; 0 (as in the paper) refits nothing. Whole columns
-            are refitted exactly instead (`refit_columns`).
+        refit_iterations: Conjugate-gradient steps on the final mask; 0 (as in the paper) refits nothing.
         restart: Adaptive restart of FISTA's momentum; the paper has none.
     """
 
@@ -65,6 +60,7 @@ class Fista(PruningMethod):
     refit_iterations: int = 20
     restart: bool = False
     name: ClassVar[str] = "fista"
+    takes_columns: ClassVar[bool] = False  # the l1 norm makes single weights zero
 
     def __post_init__(self) -> None:
         if self.warm_start not in get_args(WarmStart):
@@ -79,26 +75,22 @@ class Fista(PruningMethod):
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`."""
+        self.require_pattern(pattern)
         pattern.require_shape((problem.weight.shape[0], problem.weight.shape[1]), problem.name)
         rounded = self._rounded_start(problem, pattern)
         problem = problem.decoupled()
         found = self.search_penalty(problem, pattern, rounded)
-        steps, refitted = 0, ""
-        if pattern.whole_columns and self.refit_iterations:
-            weight, refitted = refit_columns(problem, found.mask[0])
-        else:
-            given = (problem.gram, problem.target, found.weight, found.mask)
-            weight, taken = refit(*given, max_iterations=self.refit_iterations, singular=True)
-            steps = int(taken)
+        given = (problem.gram, problem.target, found.weight, found.mask)
+        weight, steps = refit(*given, max_iterations=self.refit_iterations, singular=True)
         advice = "" if found.converged else f"FISTA stopped at max_iterations={self.max_iterations}: try more"
         return PrunedOperator(
             weight,
             found.mask,
             problem.fit_error(weight),
-            iterations=found.iterations + steps,
+            iterations=found.iterations + int(steps),
             l1_penalty=found.l1_penalty,
-            converged=found.converged and rounded.converged and not refitted,
-            message="; ".join(filter(None, (rounded.message, advice, refitted))),
+            converged=found.converged and rounded.converged,
+            message="; ".join(filter(None, (rounded.message, advice))),
         )
 
     def search_penalty(self, problem: LayerProblem, pattern: SparsityPattern, rounded: PrunedOperator) -> PenaltySearch:
@@ -107,11 +99,11 @@ class Fista(PruningMethod):
         A trial solves the LASSO from the best weights so far, rounds the solution to the pattern and compares
         `E_round = || (W_round - W_fista) X* ||` with `E_total = || W_round X* - W X ||`: if their ratio exceeds
         `rounding_share`, rounding dominates and the penalty rises, otherwise it falls. The interval, which the
-        paper does not give, is `[1e-6, 1] max |C|` on a logarithmic scale (`SparsityPattern.dual_norm`).
+        paper does not give, is `[1e-6, 1] max |C|` on a logarithmic scale.
         """
         best = PenaltySearch(rounded.weight, rounded.mask, math.sqrt(problem.squared_error(rounded.weight)))
         standing = problem.statistics.energy_ratios.sqrt()  # below 1 for nearly dead inputs alone
-        critical = pattern.dual_norm(problem.target)  # from this penalty on the solution of the LASSO is zero
+        critical = float(problem.target.abs().max())  # from this penalty on the solution of the LASSO is zero
         if critical == 0.0:  # C = 0: it is zero at every penalty
             return best
         low, high = math.log(1e-6 * critical), math.log(critical)
@@ -127,7 +119,6 @@ class Fista(PruningMethod):
                 max_iterations=self.max_iterations,
                 tolerance=self.tolerance,
                 restart=self.restart,
-                proximal_step=pattern.proximal_step,
             )
             mask = pattern.mask(solution.weight * standing)
             weight = solution.weight * mask  # W_round
@@ -149,9 +140,9 @@ class Fista(PruningMethod):
 
     def _rounded_start(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """The warm start in the pattern, its zeros counted as in its source: Wanda's by row, SparseGPT's by matrix."""
-        if self.warm_start == "sparsegpt" and not pattern.whole_columns:
+        if self.warm_start == "sparsegpt":
             return SparseGPT().prune(problem, pattern)
-        counted = replace(pattern, scope="row") if self.warm_start == "wanda" else pattern
+        counted = replace(pattern, scope="row")
         rounded = Wanda().prune(problem, counted)
         shape = (problem.weight.shape[0], problem.weight.shape[1])
         if counted.num_kept(shape) == pattern.num_kept(shape):

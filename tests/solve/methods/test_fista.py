@@ -10,9 +10,9 @@ from optimum_fista.solve.methods.fista import Fista
 from optimum_fista.solve.methods.sparsegpt import SparseGPT
 from optimum_fista.solve.methods.wanda import Wanda
 from optimum_fista.solve.pattern import SparsityPattern
-from optimum_fista.solve.patterns import Columns, Unstructured, parse_pattern
+from optimum_fista.solve.patterns import Unstructured, parse_pattern
 from optimum_fista.solve.proximal_gradient import FistaSolution, fista
-from optimum_fista.solve.refit import refit, refit_columns
+from optimum_fista.solve.refit import refit
 
 STARTS = {"wanda": Wanda, "sparsegpt": SparseGPT}
 PATTERNS = [Unstructured(0.5), Unstructured(0.7, "row"), parse_pattern("2:4")]
@@ -159,19 +159,6 @@ def test_nothing_to_prune_changes_nothing(pattern):
 def test_options_are_validated_when_constructed(option, value):
     with pytest.raises(ValueError, match=rf"{option}={value!r}: pass"):
         Fista(**{option: value})
-
-
-@pytest.mark.parametrize("width", [1, 4])
-def test_whole_columns_start_from_wanda_and_are_refitted(width):
-    made, pattern = example(12, 24, tokens=3000, correlation=2.0), Columns(0.5, width=width)
-    plain = Fista(refit_iterations=0).prune(made.problem, pattern)
-    wanda = Wanda().prune(made.problem, pattern)
-    assert plain.fit_error < wanda.fit_error
-    assert 0 < plain.l1_penalty < pattern.dual_norm(made.problem.target)
-    refitted = Fista().prune(made.problem, pattern)
-    assert torch.equal(refitted.mask, plain.mask)
-    assert torch.equal(refitted.weight, refit_columns(made.problem, plain.mask[0])[0])
-    assert refitted.fit_error < plain.fit_error
 
 
 @pytest.fixture
