@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
@@ -120,33 +119,6 @@ def test_speed_of_every_variant(benchmark, tmp_path, monkeypatch):
     dense, packed = variants["dense float32"], variants["packed float32"]
     assert (dense["same_tokens"], packed["same_tokens"]) == (None, 1)
     assert packed["weight_bytes"] < dense["weight_bytes"] == 4 * model.num_parameters()
-
-
-def test_a_small_model_resumes_its_training(benchmark, monkeypatch, tmp_path):
-    """An interrupted training ends with the same weights; nothing that is held out was trained on."""
-    script, text = benchmark("train_small"), tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"{number}: {TEXT}" for number in range(40)))
-    sizes = ["--hidden", "64", "--layers", "1", "--ffn", "64", "--vocabulary", "300", "--sequence-length", "16"]
-    sizes += ["--every", "2", "--max-windows", "2"]
-
-    def run(name):
-        folder, output = tmp_path / name, tmp_path / f"{name}.json"
-        given = ["--texts", text, "--steps", "4", "--folder", folder, "--output", output]
-        monkeypatch.setattr(sys, "argv", ["train_small.py", *sizes, *map(str, given)])
-        script.main()
-        return AutoModelForCausalLM.from_pretrained(folder).state_dict(), json.loads(output.read_text())
-
-    whole, record = run("whole")
-    with monkeypatch.context() as killed:
-        killed.setattr(script, "trange", lambda first, last, **_: tqdm(range(first, last // 2)))
-        run("resumed")
-    resumed, record_of_both = run("resumed")
-    assert record == record_of_both
-    assert [row["step"] for row in record["rows"]] == [2, 4]
-    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
-    trained, held_out = ((tmp_path / f"whole/texts/text-{part}.txt").read_text() for part in ("trained", "held-out"))
-    assert trained + held_out == text.read_text()
-    assert 0.8 < len(trained) / len(text.read_text()) < 1
 
 
 def test_ablations_are_paired_by_seed(benchmark):

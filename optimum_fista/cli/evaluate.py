@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from optimum_fista.cli.flags import DEVICE, DTYPE
 
@@ -15,7 +14,7 @@ likelihood over all predicted tokens. This is the protocol of the pruning litera
 models.
 
 example:
-  optimum-fista evaluate ./model-50 --text wikitext2 --sequence-length 2048 --output ./model-50/fista/evaluation.json
+  optimum-fista evaluate ./model-50 --text wikitext2 --sequence-length 2048
 """
 
 
@@ -29,25 +28,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=1, help="windows in a forward pass (default 1)")
     add("--device", **DEVICE)
     add("--dtype", **DTYPE)
-    add("--output", "-o", type=Path, metavar="FILE.json", help="add to it (`report` reads DIR/fista/evaluation.json)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
-    from optimum_fista.evaluate.evaluation_file import Evaluation, add_evaluation, require_addable
     from optimum_fista.evaluate.perplexity import evaluate_perplexity
     from optimum_fista.folder.loading import load_model
     from optimum_fista.text.sources import load_text
     from optimum_fista.text.windows import evaluation_windows
 
-    if arguments.output is not None:
-        require_addable(arguments.output)  # before hours of measuring
     text = load_text(arguments.text, "test")
     model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     windows = evaluation_windows(tokenizer, text, arguments.sequence_length, arguments.max_windows)
     found = evaluate_perplexity(model, windows, batch_size=arguments.batch_size, text=text)
     place = f"{found.num_windows} windows of {found.sequence_length} tokens, {found.num_tokens} predicted"
     print(f"perplexity {found.perplexity:.3f} on {arguments.text}: {place}, {found.seconds:.1f} s")
-    if arguments.output is not None:
-        add_evaluation(arguments.output, Evaluation.of(arguments.model, found))
     return 0

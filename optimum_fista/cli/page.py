@@ -8,12 +8,9 @@ from pathlib import Path
 DESCRIPTION = """\
 Write one HTML page about a pruned model: what was pruned, where the errors are, how long it took.
 
-The page needs no network and has no scripts. It is made from the masks and the report in the folder, packed or not. It
-also shows perplexities, if `evaluate --output` wrote them to DIR/fista/evaluation.json.
+The page needs no network and has no scripts. It is made from the report in the folder, packed or not.
 
-examples:
-  optimum-fista evaluate MODEL --text wikitext2 --output ./model-50/fista/evaluation.json
-  optimum-fista evaluate ./model-50 --text wikitext2 --output ./model-50/fista/evaluation.json
+example:
   optimum-fista report ./model-50
 """
 
@@ -28,12 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Read the folder, write the page, print where it is."""
     from optimum_fista.folder.output import require_writable, write_about
-    from optimum_fista.page.render import read_contents, render_page
+    from optimum_fista.page.render import read_pruned_report, render_page
 
     output = arguments.output or arguments.folder / "fista" / "report.html"
     require_writable(output)  # before the page is made
-    contents = read_contents(arguments.folder)
+    report = read_pruned_report(arguments.folder)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_about(output, render_page(contents))
+    write_about(output, render_page(report))
     print(f"saved to {output}")
     return 0

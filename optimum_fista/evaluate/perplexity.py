@@ -7,13 +7,13 @@ Perplexities are comparable only on the same windows, so a result names its text
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from optimum_fista.evaluate.evaluation_file import PerplexityResult
 from optimum_fista.memory import is_out_of_memory
 from optimum_fista.model.architecture import token_limits
 from optimum_fista.model.forward import evaluation_mode
@@ -21,6 +21,19 @@ from optimum_fista.model.offload import execution_device
 from optimum_fista.text.sources import TextSource
 
 POSITIONS_PER_CHUNK = 256  # copied to float32 at a time: 131 MB of logits for a vocabulary of 128 thousand
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """Perplexity and what it was measured on."""
+
+    perplexity: float  # exp(mean negative log-likelihood of a predicted token)
+    num_windows: int  # N
+    num_tokens: int  # N (T - 1): the first token of a window is not predicted
+    sequence_length: int  # T
+    seconds: float
+    text_name: str | None = None
+    text_sha256: str | None = None
 
 
 def evaluate_perplexity(

@@ -19,7 +19,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from optimum_fista.evaluate.evaluation_file import EVALUATION_FILE, Evaluation, place_of, read_evaluations
 from optimum_fista.folder.checkpoint import REPORT_FILE, read_report
 from optimum_fista.memory import size_text
 from optimum_fista.report import OperatorGrid, OperatorReport, PruningReport
@@ -30,26 +29,16 @@ _JOINED = "\u00a0"  # a blank that no line is broken at
 _KINDS_OF_MEMORY = {"anonymous": "anonymous_bytes", "resident": "resident_bytes", "on the GPU": "device_bytes"}
 
 
-@dataclass(frozen=True)
-class ReportContents:
-    """A pruned model's folder and report, with measurements of the model and of others."""
-
-    folder: Path
-    report: PruningReport
-    evaluations: tuple[Evaluation, ...] = ()
-
-
-def read_contents(folder: Path) -> ReportContents:
-    """Read the report of a pruned folder, packed or not, and the measurements in its file."""
+def read_pruned_report(folder: Path) -> PruningReport:
+    """Read the report of a pruned folder, packed or not, whose operators or mixtures a page can show."""
     report = read_report(folder)
     if not report.operators and not report.mixtures:
         why = "only decoder layers were removed, the model card says which" if report.removed else "pass another folder"
         raise ValueError(f"{str(folder / REPORT_FILE)!r} names no pruned operator: {why}.")
-    file = folder / EVALUATION_FILE
-    return ReportContents(folder, report, tuple(read_evaluations(file) if file.exists() else ()))
+    return report
 
 
-def render_page(contents: ReportContents) -> str:
+def render_page(report: PruningReport) -> str:
     """HTML of the page; everything that comes from files is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -65,7 +54,7 @@ def render_page(contents: ReportContents) -> str:
         # long names may be broken after a dot or an underscore
         "breakable": lambda name: Markup(re.sub("([._])", r"\1<wbr>", str(escape(name)))),
     }
-    report, three = contents.report, partial(error, digits=3, unknown="?")
+    three = partial(error, digits=3, unknown="?")
     pattern: Any = parse_pattern(report.config["pattern"], report.config["sparsity"])
     if str(pattern) == "unstructured":
         pattern = f"{100 * pattern.sparsity:g}% unstructured"
@@ -94,7 +83,6 @@ def render_page(contents: ReportContents) -> str:
         times=coloured("time", names, {"time": [layer.seconds for layer in report.layers]}, duration),
         memory=coloured("memory", names, memory, size_text),
         memory_peaks=memory_peaks,
-        measurements=_measurements(contents),
         config=json.dumps(report.config, indent=2),
         command=report.command(),
     )
@@ -163,20 +151,6 @@ def _over_fit(operator: OperatorReport) -> float:
     if not fitted:
         return math.inf if held_out else 1.0  # 1 if nothing was pruned, so that both are 0
     return held_out / fitted
-
-
-def _measurements(contents: ReportContents) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Names of the models, and for each text their perplexities; an empty text if a model was not measured."""
-    here, found = place_of(contents.folder), contents.evaluations
-    models = list(dict.fromkeys((e.model, e.place) for e in found))
-    names = ["this model" if place == here else Path(name).name or name for name, place in models]
-    rows: dict[tuple[Any, ...], tuple[str, dict[tuple[str, str], str]]] = {}  # by protocol: label, text by model
-    for e in found:
-        result = e.result
-        windows = f"{result.num_windows:,} windows of {result.sequence_length:,} tokens"
-        label = f"{result.text_name or 'a text'}, {windows}"
-        rows.setdefault(e.protocol, (label, {}))[1][e.model, e.place] = f"{result.perplexity:.3f}"
-    return names, [(label, [shown.get(model, "") for model in models]) for label, shown in rows.values()]
 
 
 def share(value: float, digits: int = 1) -> str:

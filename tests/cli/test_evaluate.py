@@ -27,11 +27,7 @@ def test_perplexity_is_that_of_the_model(evaluate, text_file, capsys):
     assert float(shown.split()[1]) == pytest.approx(expected, abs=2e-3)
 
 
-def test_errors_are_one_line(evaluate, text_file, capsys):
-    for flags, message in (
-        (["--text", "nothing.txt"], "source='nothing.txt': there is no such file"),
-        (["--output", str(text_file / "new" / "e.json")], "output can't be written to (Not a directory)"),
-    ):
-        assert evaluate(*flags) == 1
-        (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert message in error
+def test_an_error_is_one_line(evaluate, capsys):
+    assert evaluate("--text", "nothing.txt") == 1
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "source='nothing.txt': there is no such file" in error

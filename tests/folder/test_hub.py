@@ -65,11 +65,11 @@ def test_revision_is_a_branch_of_its_own(hub, model_folder, tmp_path):
     assert hub.files(REPO_ID, "sparse/2:4") == bytes_of(model_folder)
 
 
-def test_weights_and_measurements_of_an_earlier_model_are_deleted(hub, model, model_folder, tmp_path):
+def test_weights_and_the_page_of_an_earlier_model_are_deleted(hub, model, model_folder, tmp_path):
     old, new = shutil.copytree(model_folder, tmp_path / "old"), tmp_path / "sharded"
-    write_about(old / "fista" / "evaluation.json", "[]")
+    write_about(old / "fista" / "report.html", "[]")
     printed(push(hub, old, tmp_path))
-    assert "fista/evaluation.json" in hub.files(REPO_ID)
+    assert "fista/report.html" in hub.files(REPO_ID)
     with new_output(new, False) as folder:
         model.save_pretrained(folder, max_shard_size="20KB")
     assert len(list(new.glob("*.safetensors"))) > 1

@@ -170,10 +170,10 @@ def test_a_file_that_comes_during_the_run_is_kept_and_the_model_as_well(tmp_path
 
 def test_what_commands_write_about_a_model_goes_with_it(tmp_path):
     folder = put(tmp_path / "model", OLD, "old")
-    for name in ("fista/evaluation.json", "README.md", "notes.txt"):
+    for name in ("fista/report.html", "README.md", "notes.txt"):
         write_about(folder / name, "later")
     assert foreign_files(folder) == ["notes.txt"]
-    assert model_files(folder) == {*OLD, "fista/files.json", "fista/evaluation.json"}
+    assert model_files(folder) == {*OLD, "fista/files.json", "fista/report.html"}
     write(folder, ("README.md",), "mine")
     write_about(folder / "README.md", "mine and later")
     assert foreign_files(folder) == ["README.md", "notes.txt"]

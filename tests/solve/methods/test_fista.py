@@ -11,7 +11,7 @@ from optimum_fista.solve.methods.sparsegpt import SparseGPT
 from optimum_fista.solve.methods.wanda import Wanda
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.patterns import Unstructured, parse_pattern
-from optimum_fista.solve.proximal_gradient import FistaSolution, fista
+from optimum_fista.solve.proximal_gradient import FistaSolution
 from optimum_fista.solve.refit import refit
 
 STARTS = {"wanda": Wanda, "sparsegpt": SparseGPT}
@@ -119,18 +119,6 @@ def test_result_tells_the_penalty_and_whether_it_converged():
     assert 0 < long.l1_penalty < critical
     assert long.converged
     assert long.message == ""
-
-
-def test_options_of_the_steps_reach_fista(monkeypatch):
-    seen = {}
-
-    def solve(*given, **options):
-        seen.update(options)
-        return fista(*given, **options)
-
-    monkeypatch.setattr("optimum_fista.solve.methods.fista.fista", solve)
-    Fista(restart=True, tolerance=0.5, max_iterations=7).prune(example(10, 20).problem, PATTERNS[0])
-    assert (seen["restart"], seen["tolerance"], seen["max_iterations"]) == (True, 0.5, 7)
 
 
 def test_a_warm_start_that_needed_help_is_told():

@@ -3,7 +3,7 @@ import torch
 from layer_problems import Example, example
 
 from optimum_fista.solve.methods.greedy_obs import GreedyObs
-from optimum_fista.solve.patterns import Columns, Unstructured
+from optimum_fista.solve.patterns import Columns
 from optimum_fista.solve.problem import InputStatistics, LayerProblem
 
 
@@ -89,15 +89,6 @@ def test_a_gram_matrix_of_nan_is_an_error():
     made.problem.gram[0, 0] = torch.nan
     with pytest.raises(torch.linalg.LinAlgError):
         GreedyObs().prune(made.problem, Columns(0.5))
-
-
-def test_patterns_of_single_weights_are_refused():
-    with pytest.raises(ValueError) as refused:
-        GreedyObs().prune(example(4, 8).problem, Unstructured(0.5))
-    assert str(refused.value).startswith(
-        "method 'greedy_obs' can't remove single weights, as pattern='unstructured' wants: take one of 'admm', "
-    )
-    assert "greedy_obs" not in str(refused.value).partition("take")[2]
 
 
 @pytest.mark.parametrize("option", ["damping", "ridge"])
