@@ -119,18 +119,3 @@ def test_speed_of_every_variant(benchmark, tmp_path, monkeypatch):
     dense, packed = variants["dense float32"], variants["packed float32"]
     assert (dense["same_tokens"], packed["same_tokens"]) == (None, 1)
     assert packed["weight_bytes"] < dense["weight_bytes"] == 4 * model.num_parameters()
-
-
-def test_ablations_are_paired_by_seed(benchmark):
-    def row(label, pattern, seed, perplexity):
-        return {"label": label, "pattern": pattern, "seed": seed, "perplexity": {"a": perplexity, "b": 4 * perplexity}}
-
-    rows = [row("dense", "-", 0, 2.0)]
-    rows += [row("default", "0.5", 0, 3.0), row("default", "0.5", 1, 5.0)]
-    rows += [row("worse", "0.5", 0, 3.3), row("worse", "0.5", 1, 6.0)]
-    rows += [row("other", "2:4", 0, 7.0)]
-    assert benchmark("ablations").table({"rows": rows})[2:] == [
-        "| default | 4.00±1.41/16.00±5.66 |  |",
-        "| worse | 4.65±1.91/18.60±7.64 (1.150±0.071) |  |",
-        "| other |  | 7.00/28.00 |",
-    ]

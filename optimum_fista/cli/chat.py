@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import math
 import sys
 from contextlib import suppress
@@ -44,8 +43,6 @@ def run(arguments: argparse.Namespace) -> int:
     speakers = [_Speaker(name, arguments, writes=terminal) for name in names]
     if terminal:
         print("Ctrl-C stops an answer, Ctrl-D ends.")
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # a line that is no UTF-8 is a question too
     with suppress(EOFError):
         while True:
             question = input("> " if terminal else "").strip()

@@ -91,14 +91,6 @@ def test_a_template_that_fails_is_one_error_a_question(tiny_folder, tmp_path, mo
     assert shown.err.count("roles must alternate") == shown.err.count("error: ") == 2
 
 
-def test_a_line_that_is_no_utf_8_ends_nothing(tiny_folder, monkeypatch, capsys):
-    piped = io.TextIOWrapper(io.BytesIO(b"the sea\nsk\xff\nthe sea\n"), "utf-8")
-    monkeypatch.setattr(sys, "stdin", piped)
-    assert main(["chat", str(tiny_folder), *FEW]) == 0
-    answer = continued(tiny_folder, "the sea")
-    assert capsys.readouterr().out.splitlines()[::2] == [answer, answer]
-
-
 def test_nan_is_one_error(tiny_folder, tmp_path, monkeypatch, capsys):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")

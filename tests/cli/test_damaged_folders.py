@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -200,22 +199,3 @@ def test_code_of_a_model_is_never_run_nor_asked_for(run, command, tmp_path, monk
     assert "contains custom code" in lines[0]
     assert answers.tell() == 0
     assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("kind", ["dense", "packed"])
-def test_any_bytes_are_a_model_or_one_line(run, kind):
-    chance = random.Random(0)
-
-    def damage(folder: Path) -> None:
-        path = chance.choice([weights(folder), folder / CONFIG, folder / "tokenizer.json"])
-        content = bytearray(path.read_bytes())
-        for _ in range(chance.choice([1, 3])):
-            content[chance.randrange(min(len(content), chance.choice([2000, 60000])))] = chance.randrange(32, 127)
-        path.write_bytes(content)
-
-    codes = set()
-    for _ in range(30):
-        code, lines = run(kind, "evaluate", damage)
-        assert len(lines) == code
-        codes.add(code)
-    assert codes == {0, 1}

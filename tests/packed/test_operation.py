@@ -165,21 +165,6 @@ def test_exported_with_any_number_of_inputs(strict):
     torch.testing.assert_close(exported.module()(x), dense(x))
 
 
-def test_what_looks_at_operations_still_sees_them():
-    seen = []
-
-    class Look(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.append(str(function))
-            return function(*args, **(kwargs or {}))
-
-    packed, _ = layer()
-    x = torch.randn(2, 100)
-    with torch.no_grad(), Look():
-        packed(x)
-    assert "optimum_fista.packed_linear.default" in seen
-
-
 def test_what_does_not_fit_is_said():
     _, packed, bias = problem()
     with pytest.raises(ValueError, match=r"x is torch\.float64, the weight torch\.float32: pass tensors of one dtype"):

@@ -45,7 +45,7 @@ def saved(tmp_path_factory) -> tuple[torch.nn.Module, Path]:
     return model, folder
 
 
-@pytest.mark.parametrize("method", ["obs_admm", "fista", "flap", "alps"])
+@pytest.mark.parametrize("method", ["obs_admm", "flap", "alps"])
 def test_what_is_left_computes_what_zeros_in_its_place_would(method, monkeypatch):
     dense, zeroed, model = tiny_llama(), [], tiny_llama()
     shrink = removal.shrink_model
