@@ -1,6 +1,7 @@
 """Prunes once in a process of its own, for benchmarks that measure it: `run_once.py JSON`.
 
-Options: `source`, `output`, `samples`, `length`; `vocabulary` (256), `batch` (1), `config` ({}), `in_memory`
+Options: `source`, `output`, `samples`, `length`; `vocabulary` (256), `batch` (1), `dtype` ("auto"), `config` ({}),
+`in_memory`
 (load, prune and save instead of pruning from files to files), `processor_time` (all clocks are the processor's),
 `unseen` (sequences to measure the perplexity on, besides), `waits` (for a line, once everything is imported).
 
@@ -11,7 +12,7 @@ import json
 import sys
 import time
 
-OPTIONS = {"vocabulary": 256, "batch": 1, "config": {}} | json.loads(sys.argv[1])
+OPTIONS = {"vocabulary": 256, "batch": 1, "config": {}, "dtype": "auto"} | json.loads(sys.argv[1])
 if OPTIONS.get("processor_time"):
     time.perf_counter = time.process_time  # before the package is imported
 
@@ -40,7 +41,7 @@ def main() -> None:
         report = pruner.prune(model, batches)
         pruner.save_pretrained(model, OPTIONS["output"])
     else:
-        places = {"output_dir": OPTIONS["output"], "device": "cpu"}
+        places = {"output_dir": OPTIONS["output"], "device": "cpu", "dtype": OPTIONS["dtype"]}
         report = pruner.prune(OPTIONS["source"], batches, **places)
     seconds = {"wall": time.perf_counter() - wall, "processor": time.process_time() - processor}
     print(json.dumps(seconds | report.seconds), flush=True)

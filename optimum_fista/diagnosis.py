@@ -19,11 +19,13 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.environment import processor_name
 from optimum_fista.memory import available_bytes
+from optimum_fista.model.forward import choose_products
 from optimum_fista.packed.kernels import kernels
 from optimum_fista.pruner import FistaPruner
 from optimum_fista.report import device_name, library_versions
@@ -59,6 +61,8 @@ def diagnose(say: Callable[[str], None]) -> int:
     expected: list[Tensor] = []  # weights as the CPU pruned them
     for device in devices():
         say(f"\n{device}: {_describe(device)}")
+        for name, text in _products(device):
+            show(f"  {name}", text)
         check("  pruning", partial(_try_pruning, device, expected))
     return failed
 
@@ -89,6 +93,36 @@ def _describe(device: torch.device) -> str:
     return ", ".join(parts)
 
 
+def _products(device: torch.device) -> Iterator[tuple[str, str]]:
+    """Rates of matrix products, and in which dtype a run multiplies models of 16 bits."""
+    names = {getattr(torch, name): name for name in ("float32", "bfloat16", "float16")}
+    try:
+        rates = {dtype: _rate(device, dtype) for dtype in names}
+    except Exception as error:  # as above; the check that follows fails too
+        yield "products", f"can't be timed ({type(error).__name__})"
+        return
+    yield "products", ", ".join(f"{names[dtype]} {_digits(rate)}" for dtype, rate in rates.items()) + " GFLOP/s"
+    for stored in (torch.bfloat16, torch.float16):
+        used, other = stored, torch.float32
+        if choose_products("auto", device, stored) == "widened":
+            used, other = other, used
+        cost = f"{names[other]} would take {_digits(rates[used] / rates[other])} times as long"
+        yield f"{names[stored]} model", f"a run multiplies in {names[used]}; {cost}"
+
+
+def _digits(number: float) -> str:
+    """Write a number with at least two digits: `1,234`, `9.7`, `0.043`."""
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+
+def _rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measured rate of matrix products, in GFLOP/s."""
+    size = 512 if device.type == "cpu" else 4096
+    square = torch.ones(size, size, device=device, dtype=dtype)
+    seconds = Timer("square @ square", globals={"square": square}, num_threads=torch.get_num_threads()).timeit(5).median
+    return 2 * size**3 / seconds / 1e9
+
+
 def _try_pruning(device: torch.device, expected: list[Tensor]) -> str:
     """Prune a random model of two decoder layers and compare it with the CPU's result, which comes first."""
     shape: Any = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": 128}
@@ -100,7 +134,8 @@ def _try_pruning(device: torch.device, expected: list[Tensor]) -> str:
         tokens = torch.randint(3, 128, (16, 32))
     torch.nn.Module.to(model, device)
     started = time.perf_counter()
-    report = FistaPruner(FistaPruningConfig(0.5), progress=False).prune(model, tokens.split(4))
+    config = FistaPruningConfig(0.5, compute_dtype="float32")  # as exact as the CPU
+    report = FistaPruner(config, progress=False).prune(model, tokens.split(4))
     seconds = time.perf_counter() - started
     found = torch.cat([model.get_parameter(o.name).detach().cpu().flatten() for o in report.operators])
     if not expected:

@@ -26,6 +26,7 @@ from optimum_fista.folder import loading
 from optimum_fista.folder.stored_tensors import SourceTensors, source_tensors
 from optimum_fista.memory import available_bytes, total_bytes
 from optimum_fista.model.dequantization import forget_quantization, quantization, read_dequantized
+from optimum_fista.model.forward import choose_products
 from optimum_fista.model.operator import is_fused_experts
 from optimum_fista.model.shrinking import plan_shrinking
 from optimum_fista.prune.plan import Budgets, plan_run
@@ -84,6 +85,8 @@ class Estimate:
         self.storage = "device" if storage == self.device else {"cpu": "host"}.get(storage, "disk")
         # On the CPU, weights in the stored dtype are pages of the checkpoint's files, which the system can drop.
         self.reads = not self.whole and not (self.on_cpu and stored == dtype and not self.quantized)
+        products = choose_products(config.compute_dtype, torch.device(self.place or self.device), dtype)
+        self.widens = products == "widened"  # a matrix is copied to float32 for each product
         self.num_samples, self.packed = num_samples, packed
         self.length, self.value = sequence_length or usual_length(given), dtype.itemsize
         self.vocabulary, self.hidden = next(self.model.get_input_embeddings().parameters()).shape
@@ -165,7 +168,12 @@ class Estimate:
         ends = {"embedding and head": 2 * value * self.vocabulary * self.hidden * self.reads}
         if self.allocates:  # a sequence at a time, in float32; hidden states of all layers wait
             logits = self.length * self.vocabulary * (2 * value + 12)
-            yield ends | {"logits, gradients": logits}, len(self.layers) * self.stream_bytes / self.num_samples
+            # a graph keeps the float32 copies of the head, and later those of one decoder layer
+            largest = max(
+                [self.vocabulary * self.hidden, *(sum(p.numel() for p in m.parameters()) for _, m in self.layers)]
+            )
+            ends |= {"logits, gradients": logits, "float32 copies": 4 * largest * self.widens}
+            yield ends, len(self.layers) * self.stream_bytes / self.num_samples
         factors = _SOLVERS.get(self.config.method, (4.4, 4.2, 0))
         for (_, layer), names in zip(self.layers, self.pruned, strict=True):
             groups: dict[tuple[str, int], list[int]] = {}  # outputs of the operators of a module with as many inputs
@@ -178,6 +186,8 @@ class Estimate:
             held: dict[str, float] = {"decoder layer": sum(p.nbytes for p in layer.parameters()) * self.reads}
             if self.quantized:  # experts are dequantized one by one and then put together
                 held["dequantizing"] = max(p.nbytes for p in layer.parameters())
+            matrices = [4 * (math.prod(o) + batch * sum(o)) for o in map(self.operators.__getitem__, names)]
+            held |= {"float32 copies": max(matrices, default=0) * self.widens}
             held |= {"one batch": value * batch * (2 * self.hidden + 3 * max(map(max, seen.values()), default=0))}
             if self.config.correction.carry == "none" or self.config.held_out:
                 # All groups of a decoder layer are summed in one pass over the tokens.

@@ -97,10 +97,11 @@ class PruningOptions:
     reorder_channels: bool = option(
         False, "for n:m: reorder MLP channels to keep larger weights; existing adapters no longer fit", advanced=_METHOD
     )
-    compute_dtype: Literal["float32", "bfloat16", "auto"] = option(
-        "float32",
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto",
         "dtype in which float32 matrices are multiplied in forward passes, gradients and sums over tokens; bfloat16 "
-        "means TensorFloat-32 on CUDA; auto: bfloat16 if it is fast on the device; weights are solved for in float32",
+        "means TensorFloat-32 on CUDA; auto: what is fastest on the device and keeps the perplexity, and 16-bit "
+        "matrices are multiplied in float32 if it is slow in their dtype; weights are solved for in float32",
         advanced=_MACHINE,
     )
     seed: int = option(0, "seed of all random choices", limits=SEEDS, advanced=_MACHINE)

@@ -1,51 +1,109 @@
 """Forward passes of modules: their precision, callbacks during a pass, and functions that replace a pass.
 
-A run may round float32 matrices to bfloat16 for their products, if that is fast on the device. `quick_products` allows
-this in forward passes, gradients and sums over tokens. All other code, such as the solvers and the proofs, computes in
-float32.
+A run chooses once how matrices are multiplied in forward passes, gradients and sums over tokens (`choose_products`).
+All other code, such as the solvers and the proofs, computes in float32.
 """
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-_DTYPE: ContextVar[torch.dtype] = ContextVar("dtype of quick products", default=torch.float32)
+Products = Literal["float32", "tf32", "bfloat16", "widened"]
+"""How matrices are multiplied; sums are always float32. All but "widened" leave 16-bit matrices as they are.
+
+"float32": float32 ones in full precision. "tf32", "bfloat16": these are rounded to 11 or 8 significant bits first, if
+the device has units for that. "widened": 16-bit ones are multiplied in float32, and the product is rounded.
+"""
+_PRODUCTS: ContextVar[Products] = ContextVar("how quick products are computed", default="float32")
+_MATMUL = {"linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d"}
+_WIDENED = {*_MATMUL, "scaled_dot_product_attention"}
+"""Functions of PyTorch that take most of the time of a forward pass."""
 
 
-def compute_dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of products by its name; `"auto"` is bfloat16, but on a CPU only if it has units for it."""
+def choose_products(name: str, device: torch.device, stored: torch.dtype) -> Products:
+    """Choose how a model with weights of the dtype `stored` is multiplied on a device, by the option `compute_dtype`.
+
+    `"auto"` is the fastest that keeps the perplexity. The kind of the processor decides and no measured time, so that
+    all ranks, and a run that resumes, choose alike.
+    """
+    if name != "auto":
+        return "bfloat16" if name == "bfloat16" else "float32"
+    if device.type != "cpu":
+        # Numbers of 16 bits have at most 11 significant ones, so their products lose nothing in TensorFloat-32, and
+        # neither do statistics of bfloat16 activations. Of float32 numbers it keeps 11 bits.
+        return "tf32"
+    if stored.itemsize > 2:
+        return "float32"  # 8 significant bits change the perplexity by up to 2% (docs/results.md)
+    if not is_fast(stored, device):
+        return "widened"
+    return "bfloat16" if stored == torch.bfloat16 else "float32"
+
+
+def is_fast(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device has units that multiply matrices of this 16-bit dtype at least as fast as float32 ones."""
+    if device.type != "cpu":
+        return True
+    # What oneDNN may use (ONEDNN_MAX_CPU_ISA restricts it); a PyTorch without oneDNN has no such function.
+    kind = "bf16" if dtype == torch.bfloat16 else "fp16"
+    if not getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", lambda: False)():
+        return False
+    # On x86 the answer for bfloat16 is yes for any AVX-512, which without these units reaches 0.4 of float32's rate.
     units = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # an older PyTorch may not tell
-    is_fast = device.type != "cpu" or any(getattr(torch.cpu, unit, lambda: False)() for unit in units)
-    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and is_fast) else torch.float32
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return kind == "fp16" or not is_x86 or any(getattr(torch.cpu, unit, lambda: False)() for unit in units)
 
 
 @contextmanager
-def quick_products_in(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, `quick_products` are of this dtype."""
-    token = _DTYPE.set(dtype)
+def products_as(products: Products) -> Iterator[None]:
+    """Inside, `quick_products` are computed so; "widened" holds for all products of 16-bit matrices inside."""
+    token = _PRODUCTS.set(products)
     try:
-        yield
+        with _Widened() if products == "widened" else nullcontext():
+            yield
     finally:
-        _DTYPE.reset(token)
+        _PRODUCTS.reset(token)
+
+
+class _Widened(TorchFunctionMode):
+    """Multiplies 16-bit matrices in float32, one product at a time; weights and activations keep their dtype.
+
+    So no parameter is replaced, which an interrupt could leave so, and what is stored is rounded once. Converting a
+    matrix takes a few hundredths of the time of its product with 512 tokens.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _WIDENED and "out" not in kwargs:
+            halves = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and _is_half(v)]
+            if halves and halves[0].device.type == "cpu":
+                args, kwargs = tree_map_only(Tensor, lambda v: v.float() if _is_half(v) else v, (args, kwargs))
+                return func(*args, **kwargs).to(halves[0].dtype)
+        return func(*args, **kwargs)
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.bfloat16, torch.float16)
 
 
 @contextmanager
 def quick_products() -> Iterator[None]:
-    """Inside, float32 matrices are rounded to bfloat16 for their products, if `quick_products_in` says so.
-
-    Sums and results stay float32. An accelerator may use a dtype between the two: CUDA uses TensorFloat-32.
-    """
-    if _DTYPE.get() == torch.float32:
-        yield
+    """Inside, float32 matrices are rounded for their products, if `products_as` says so; results stay float32."""
+    products = _PRODUCTS.get()
+    if products in ("float32", "widened"):
+        with _Widened() if products == "widened" else nullcontext():
+            yield
         return
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision("high" if products == "tf32" else "medium")
     try:
         yield
     finally:
@@ -57,8 +115,12 @@ def as_multiplied(values: Tensor) -> Tensor:
 
     Sums of squares and of products must use the same numbers, because an error is a small difference between them.
     """
-    dtype = _DTYPE.get()
-    return values.float() if dtype in (torch.float32, values.dtype) else values.to(dtype).float()
+    products = _PRODUCTS.get()
+    if products == "bfloat16" and values.dtype != torch.bfloat16:
+        return values.to(torch.bfloat16).float()
+    if products == "tf32" and not _is_half(values):  # to 10 bits of the 23 that are stored after the first one
+        return ((values.float().view(torch.int32) + (1 << 12)) & -(1 << 13)).view(torch.float32)
+    return values.float()
 
 
 def operator_input(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:

@@ -176,7 +176,8 @@ def _recomputed_layers(loss: DenseLoss) -> Iterator[ActivationStore]:
         ):
             return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
 
-    brought = [onloaded([*layer.modules()], copy=False)(layer.forward) for layer in layers]  # for each of its runs
+    # For each of its runs: `backward`, in which layers are recomputed, leaves the contexts around it.
+    brought = [onloaded([*layer.modules()], copy=False)(quick_products()(layer.forward)) for layer in layers]
     trained = [  # by name: Accelerate makes new parameters whenever it brings or offloads a weight
         (module, name)
         for module in model.modules()

@@ -10,7 +10,7 @@ import torch
 
 from optimum_fista.memory import is_out_of_memory, release_memory
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.forward import quick_products_in
+from optimum_fista.model.forward import products_as
 from optimum_fista.model.losses import choose_layers
 from optimum_fista.model.operator import ExpertOperator, split_experts
 from optimum_fista.model.sensitivity import DenseLoss, measure_sensitivities
@@ -31,7 +31,7 @@ def share_budgets(plan: Plan, batches: Sequence[CalibrationBatch], report: Pruni
     fitted = [batch for batch in batches if not batch.held_out]
     loss = DenseLoss(plan.layers, fitted, config.allocation_tokens, plan.progress, plan.storage)
     if plan.removal.num_removed_layers:
-        with quick_products_in(plan.compute_dtype):
+        with products_as(plan.products):
             removed = choose_layers(loss, plan.removal.num_removed_layers)
     gone = tuple(f"{plan.layers.name}.{index}." for index, _ in removed)
     # removed layers get no zeros: the others would miss them
@@ -39,7 +39,7 @@ def share_budgets(plan: Plan, batches: Sequence[CalibrationBatch], report: Pruni
     sharing = {name: operator for name, operator in left.items() if average and config.shares_budget(name)}
     instead = "allocation='uniform' (--allocation uniform)"
     try:
-        with split_experts(plan.all_operators.values()), quick_products_in(plan.compute_dtype):
+        with split_experts(plan.all_operators.values()), products_as(plan.products):
             found = measure_sensitivities(loss, sharing) if sharing else {}  # uniform: the model does not run
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

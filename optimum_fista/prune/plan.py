@@ -23,7 +23,7 @@ from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import Storage
 from optimum_fista.model.architecture import DecoderLayers, choose_operators
 from optimum_fista.model.dequantization import quantized_source
-from optimum_fista.model.forward import compute_dtype_of
+from optimum_fista.model.forward import Products, choose_products
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.offload import execution_device
 from optimum_fista.model.operator import LinearOperator
@@ -62,7 +62,7 @@ class Plan:
     operators: Mapping[str, Mapping[str, LinearOperator]]  # to prune, by the names of all decoder layers
     left_dense: Mapping[str, str]  # other operators, with the reason
     removal: Removal
-    compute_dtype: torch.dtype  # of products that may be less precise
+    products: Products
     channels: Mapping[str, Part]  # parts whose channels change places, by the operators that read them
     budgets: Budgets = field(default_factory=Budgets)
     storage: Storage | None = None  # where activations are kept; None: on the device of their decoder layer
@@ -146,7 +146,7 @@ def plan_run(model: PreTrainedModel, config: FistaPruningConfig, *, loaded: bool
         operators,
         left_dense,
         removal,
-        compute_dtype=compute_dtype_of(config.compute_dtype, execution_device(model.get_input_embeddings())),
+        products=choose_products(config.compute_dtype, execution_device(model.get_input_embeddings()), model.dtype),
         channels={part.name: part for part in channels},
         **places,
     )
@@ -188,8 +188,8 @@ def begin_report(plan: Plan) -> PruningReport:
                 "instructions": torch.backends.cpu.get_cpu_capability(),
                 "threads": torch.get_num_threads(),
             },
-            "products": str(plan.compute_dtype),
             "written": "in the dtypes of the files" if plan.files_dtypes else str(model.dtype),
+            "products": plan.products,
         },
     )
     before = getattr(model.config, "fista_pruning", None)

@@ -38,7 +38,7 @@ from optimum_fista.folder.loading import (
 from optimum_fista.folder.output import folder_beside, require_output
 from optimum_fista.memory import available_bytes, size_text
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
-from optimum_fista.model.forward import compute_dtype_of
+from optimum_fista.model.forward import is_fast
 from optimum_fista.report import WORDS_OF_TRAIN, PruningReport
 from optimum_fista.text.calibration_tokens import usual_length
 from optimum_fista.text.sources import require_source
@@ -141,7 +141,8 @@ def plan_recovery(
             f"pass at least {tokens_of_step} (--tokens), or shorter sequences (--sequence-length)."
         )
     place = usable_device(device)
-    compute = compute_dtype_of(asked.compute_dtype, place)
+    is_quick = asked.compute_dtype == "auto" and is_fast(torch.bfloat16, place)
+    compute = torch.bfloat16 if asked.compute_dtype == "bfloat16" or is_quick else torch.float32
     if not Path(source).is_dir():
         source = snapshot_download(source)  # masks and report too
     folder_of_teacher = name

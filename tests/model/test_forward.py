@@ -4,25 +4,95 @@ import pytest
 import torch
 from pruning import prune
 from tiny_llama import tiny_llama, tiny_tokens
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from optimum_fista.model import forward
 from optimum_fista.model import gram as module
-from optimum_fista.model.forward import compute_dtype_of, quick_products, quick_products_in
+from optimum_fista.model.forward import as_multiplied, choose_products, is_fast, products_as, quick_products
 from optimum_fista.prune import loop
 
 precision = torch.get_float32_matmul_precision
-
-
 UNITS = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+HALVES = (torch.bfloat16, torch.float16)
 
 
+@pytest.mark.parametrize("supported", [False, True])
 @pytest.mark.parametrize("there", [None, *UNITS])
-def test_auto_asks_the_device(monkeypatch, there):
+def test_bfloat16_is_fast_with_units_that_onednn_may_use(monkeypatch, supported, there):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported, raising=False)
+    monkeypatch.setattr(forward.platform, "machine", lambda: "x86_64")
     for unit in UNITS:
         monkeypatch.setattr(torch.cpu, unit, lambda unit=unit: unit == there, raising=False)
-    assert compute_dtype_of("auto", torch.device("cpu")) == (torch.bfloat16 if there else torch.float32)
-    assert compute_dtype_of("auto", torch.device("cuda")) == torch.bfloat16
+    assert is_fast(torch.bfloat16, torch.device("cpu")) == (supported and there is not None)
+    assert is_fast(torch.bfloat16, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("device", "stored", "fast", "chosen"),
+    [
+        ("cpu", torch.float32, True, "float32"),
+        ("cpu", torch.bfloat16, True, "bfloat16"),
+        ("cpu", torch.float16, True, "float32"),
+        ("cpu", torch.bfloat16, False, "widened"),
+        ("cpu", torch.float16, False, "widened"),
+        ("cuda", torch.float32, True, "tf32"),
+        ("cuda", torch.bfloat16, True, "tf32"),
+    ],
+)
+def test_auto_asks_the_device_and_the_checkpoint(monkeypatch, device, stored, fast, chosen):
+    monkeypatch.setattr(forward, "is_fast", lambda *_: fast)
+    assert choose_products("auto", torch.device(device), stored) == chosen
     for given in ("float32", "bfloat16"):
-        assert compute_dtype_of(given, torch.device("cpu")) == getattr(torch, given)
+        assert choose_products(given, torch.device(device), stored) == given
+
+
+class SeesProducts(TorchDispatchMode):
+    """Notes the dtypes of all matrices that are multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(word in func.name() for word in ("::mm", "::bmm", "::addmm", "attention")):
+            self.dtypes |= {v.dtype for v in tree_leaves(args) if isinstance(v, torch.Tensor) and v.is_floating_point()}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stored", HALVES)
+@pytest.mark.parametrize("options", [{}, {"pattern": "layers:0.5"}])
+def test_a_16_bit_model_is_multiplied_in_float32_where_its_dtype_is_slow(monkeypatch, stored, options):
+    monkeypatch.setattr(forward, "is_fast", lambda *_: False)
+    model, tokens = tiny_llama().to(stored), tiny_tokens()
+    batches = [*tokens.split(4), {"input_ids": tokens[:2], "held_out": True}]
+    with SeesProducts() as seen:  # records inputs, gradients, decoder layers, held-out text
+        report = prune(model, batches, **options)
+    assert seen.dtypes == {torch.float32}
+    assert {p.dtype for p in model.parameters()} == {stored}
+    assert report.environment["products"] == "widened"
+    expected = prune(tiny_llama().to(stored), batches, compute_dtype="float32", **options).perplexity
+    assert report.perplexity["dense"] == pytest.approx(expected["dense"], rel=0.01)
+    assert report.perplexity["pruned"] == pytest.approx(expected["pruned"], rel=0.1)
+
+
+def test_widened_products_are_those_of_float32_rounded_once():
+    left, right = torch.randn(3, 40, dtype=torch.bfloat16), torch.randn(40, 5, dtype=torch.bfloat16)
+    with products_as("widened"):
+        found = [left @ right, torch.nn.functional.linear(left, right.T), torch.einsum("ij,jk->ik", left, right)]
+        assert (left.float() @ right.float()).dtype == torch.float32
+    for product in found:
+        assert torch.equal(product, (left.float() @ right.float()).bfloat16())
+
+
+def test_values_are_rounded_as_they_are_multiplied():
+    values = torch.tensor([1.0, 1 + 2**-11, 1 + 2**-10 + 2**-12, -(1 + 2**-9), 3e38, float("nan"), float("-inf")])
+    with products_as("tf32"):
+        rounded = as_multiplied(values)
+        assert torch.equal(as_multiplied(values[:5].bfloat16()), values[:5].bfloat16().float())
+    expected = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-10, -(1 + 2**-9), 3e38, float("nan"), float("-inf")])
+    torch.testing.assert_close(rounded, expected, rtol=2**-11, atol=0, equal_nan=True)
+    assert torch.equal(rounded[:4], expected[:4])
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", "highest"), ("bfloat16", "medium")])
@@ -47,7 +117,7 @@ def test_layers_and_sums_have_the_precision_asked_for_and_the_solver_float32(mon
 
 
 def test_the_precision_comes_back_after_an_error():
-    with quick_products_in(torch.bfloat16), pytest.raises(RuntimeError), quick_products():
+    with products_as("bfloat16"), pytest.raises(RuntimeError), quick_products():
         raise RuntimeError(precision())
     assert precision() == "highest"
     with quick_products():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from optimum_fista.model.forward import quick_products_in
+from optimum_fista.model.forward import products_as
 from optimum_fista.model.gram import GroupSums
 
 
@@ -26,7 +26,7 @@ def test_a_small_error_is_right_although_one_token_is_huge():
     inputs[0] *= 1000
     targets = inputs @ weight.T
     sums = GroupSums(40, inputs.device)
-    with quick_products_in(torch.bfloat16):
+    with products_as("bfloat16"):
         sums.add(inputs, "targets", targets)
     gram_matrix, cross = sums.statistics().gram.double(), sums.cross["targets"].double()
     weight = weight.double()
