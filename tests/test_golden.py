@@ -164,7 +164,7 @@ CASES |= {
     "no residual": lambda: in_memory(residual_correction=0.0),
     "padded": lambda: in_memory(padded=True),
     "padded gpt2": lambda: in_memory("gpt2", padded=True),
-    "bfloat16": lambda: in_memory(dtype=torch.bfloat16),
+    "bfloat16": lambda: in_memory(dtype=torch.bfloat16, compute_dtype="float32"),
     "held out": lambda: in_memory(held_out=3),
     "some left dense": lambda: in_memory(exclude=("*.layers.1.*",)),
     "streamed": lambda: streamed(),
