@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 import time
 import warnings
@@ -18,7 +19,7 @@ from optimum_fista.cli import chat, demo, doctor, evaluate, pack, page, prune, r
 
 _COMMANDS: dict[str, Any] = {"prune": prune, "recover": recover, "evaluate": evaluate, "report": page, "verify": verify}
 _COMMANDS |= {"chat": chat, "pack": pack, "unpack": unpack, "demo": demo, "doctor": doctor}
-_SECONDS_BETWEEN_LINES = 30.0  # of bars in a log
+_SECONDS_BETWEEN_LINES = 30.0  # of bars in a log, besides the first line of each bar
 
 _DESCRIPTION = """\
 Prune large language models after training, in one shot, one linear operator after another.
@@ -86,18 +87,22 @@ def execute(arguments: argparse.Namespace) -> int:
 class _BarsAsLines:
     """Passes text on to a stream that is no terminal, but of all bars together at most two lines a minute.
 
-    Our bars and those of libraries write "\\r", the bar, and at the end "\\n". A log keeps what a terminal erases:
-    one run of `recover` would leave 93 kB of bars.
+    The first line of each bar is always passed on, so that a log shows at which stage a command is. Our bars and those
+    of libraries write "\\r", the bar, and at the end "\\n". A log keeps what a terminal erases: one run of `recover`
+    would leave 93 kB of bars.
     """
 
     def __init__(self, stream: Any) -> None:
         self._stream, self._last, self._in_bar = stream, time.monotonic(), False
+        self._names = {""}  # of bars that were shown
 
     def write(self, text: str) -> int:
         line = text.replace("\x1b[A", "").strip()  # a second bar goes up to the first one
         if text.startswith("\r") and "\n" not in line:
             self._in_bar = True
-            if line and time.monotonic() - self._last > _SECONDS_BETWEEN_LINES:
+            name = re.sub(r"\d+", "", re.split(r"[:|]", line)[0])  # "3 of 30 layers done: ..." and "4 of ..." are one
+            if line and (name not in self._names or time.monotonic() - self._last > _SECONDS_BETWEEN_LINES):
+                self._names.add(name)
                 self._last = time.monotonic()
                 self._stream.write(f"{line}\n")
         elif line or not self._in_bar:  # drops the line end of a bar

@@ -37,7 +37,7 @@ def convert(arguments: argparse.Namespace, write: Callable[..., object], title: 
     from tqdm.auto import tqdm
 
     folder, output = arguments.folder, arguments.output
-    with tqdm(desc=title, unit="file", delay=1) as bar:  # small folders need no bar
+    with tqdm(desc=title, unit="file", leave=False) as bar:
         sizes = write(folder, output, overwrite=arguments.overwrite, progress=lambda _: bar.update())
     print(sizes, f"saved to {output}", sep="\n")
     return 0

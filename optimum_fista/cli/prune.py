@@ -95,7 +95,9 @@ def run(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     arguments.output = arguments.output or default_output(arguments.model, config)
     if arguments.dry_run:
-        print("\n".join(details_of(estimate_of(arguments, config, arguments.batch_size))))
+        estimate = estimate_of(arguments, config, arguments.batch_size)
+        print("for the time, a decoder layer of each kind is pruned now", file=sys.stderr)
+        print("\n".join(details_of(estimate)))
         require_output(arguments.output, arguments.overwrite, source=arguments.model)
         return 0
     _require_options(arguments, config)

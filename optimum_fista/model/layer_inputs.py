@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import ActivationStore, Storage
@@ -85,6 +86,7 @@ def record_inputs(
     storage: Storage | None = None,
     *,
     runs_layers: bool = False,
+    progress: bool = False,
 ) -> RecordedInputs:
     """Run the model on every batch with its decoder layers skipped, and record the arguments of each layer.
 
@@ -100,7 +102,7 @@ def record_inputs(
     try:
         outside = layers.outside(with_media=any(batch.media for batch in batches))
         with onloaded(outside, copy=False), replaced_forwards(layers.modules, forwards):
-            for batch in batches:
+            for batch in tqdm(batches, desc="Recording inputs", unit="batch", leave=False, disable=not progress):
                 recorder.record(partial(model, **batch.arguments(model)))
                 if recorder.first is None or not bool(torch.isfinite(recorder.first).all()):
                     damage = "the inputs of the first decoder layer hold NaN or Inf"
@@ -108,7 +110,7 @@ def record_inputs(
                 hidden_states.append(recorder.first)
                 token_masks.append(None if batch.attention_mask is None else batch.attention_mask.to(device))
     except _HandsOnMore:  # only a cheap recording without the layers shows whether a model needs them to run
-        return record_inputs(layers, batches, storage, runs_layers=True)
+        return record_inputs(layers, batches, storage, runs_layers=True, progress=progress)
     return RecordedInputs(hidden_states, recorder.calls, token_masks, [b.held_out for b in batches], runs_layers)
 
 

@@ -83,14 +83,16 @@ def measure_sensitivities(loss: DenseLoss, operators: Mapping[str, LinearOperato
     """
     model, sequences = loss.layers.model, loss.sequences()
     device = execution_device(model.get_input_embeddings())
-    watchers = {name: _Watcher(operator) for name, operator in operators.items()}
+    passes = 2 * len(sequences) * len(loss.layers)  # of single decoder layers: a sequence alone may take minutes
     with (
         onloaded(loss.layers.outside(with_media=any(row.media for row in sequences)), copy=False),
-        _recomputed_layers(loss) as waiting,
+        tqdm(total=passes, desc="Gradients of the loss", unit="layer", disable=not loss.progress) as bar,
+        _recomputed_layers(loss, bar) as waiting,
         torch.enable_grad(),
         quick_products(),
     ):
-        for row in tqdm(sequences, desc="Gradients of the loss", unit="sequence", disable=not loss.progress):
+        watchers = {name: _Watcher(operator) for name, operator in operators.items()}
+        for row in sequences:
             with ExitStack() as handles:  # in the forward pass only: recomputed layers call their operators again
                 for watcher in watchers.values():
                     watcher.calls = 0
@@ -150,8 +152,10 @@ class _Watcher:
 
 
 @contextmanager
-def _recomputed_layers(loss: DenseLoss) -> Iterator[ActivationStore]:
+def _recomputed_layers(loss: DenseLoss, bar: tqdm) -> Iterator[ActivationStore]:
     """Compute gradients for activations, not for weights; decoder layers are recomputed in the backward pass.
+
+    `bar` counts the runs of decoder layers.
 
     Yields the store of the hidden states that enter decoder layers: clear it between two passes.
     """
@@ -176,8 +180,14 @@ def _recomputed_layers(loss: DenseLoss) -> Iterator[ActivationStore]:
         ):
             return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
 
-    # For each of its runs: `backward`, in which layers are recomputed, leaves the contexts around it.
-    brought = [onloaded([*layer.modules()], copy=False)(quick_products()(layer.forward)) for layer in layers]
+    def run(layer: nn.Module, forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        # for each run: `backward`, in which layers are recomputed, leaves the contexts around it
+        with onloaded([*layer.modules()], copy=False), quick_products():
+            output = forward(*arguments, **keywords)
+        bar.update()
+        return output
+
+    brought = [partial(run, layer, layer.forward) for layer in layers]
     trained = [  # by name: Accelerate makes new parameters whenever it brings or offloads a weight
         (module, name)
         for module in model.modules()

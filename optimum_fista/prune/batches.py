@@ -82,7 +82,7 @@ def record(plan: Plan, calibration: Calibration) -> Calibration:
     """Record the arguments of the decoder layers, unless they are recorded already."""
     if calibration.recorded is not None:
         return calibration
-    recorded = record_inputs(plan.layers, calibration.batches, plan.storage)
+    recorded = record_inputs(plan.layers, calibration.batches, plan.storage, progress=plan.progress)
     states = calibration.states or plan.config.correction.enter(recorded.hidden_states)
     del recorded.hidden_states  # only `states` has them now, so that they are freed with the first layer
     return replace(calibration, states=states, recorded=recorded)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+from tqdm.auto import tqdm
 
 from optimum_fista.memory import is_out_of_memory, release_memory
 from optimum_fista.model.calibration import CalibrationBatch
@@ -59,7 +60,8 @@ def share_budgets(plan: Plan, batches: Sequence[CalibrationBatch], report: Pruni
     felt = {key: names for key, names in pools.items() if any(found[name].is_felt for name in names)}
     unfelt = [name for key, names in pools.items() if key not in felt for name in names]
     costs, sizes, output_weights = {}, dict[str, int](), dict[str, torch.Tensor]()
-    for key, names in felt.items():
+    # reads the weights of the whole model again
+    for key, names in tqdm(felt.items(), desc="Sharing zeros", unit="operator", disable=not plan.progress, leave=False):
         # each is [out, in]; made one after the other, because together they are as large as the model
         saliencies = (found[n].saliency(sharing[n].read()) for n in names)
         costs[key] = sum(removal_cost(saliency, average) for saliency in saliencies)

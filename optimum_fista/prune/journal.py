@@ -78,10 +78,11 @@ class Journal:
         self._budgets = folder / FOLDER / "budgets.json"
         self.model.mkdir(exist_ok=True)
 
-    def finished(self, *, read_shards: bool = True) -> dict[int, KeptLayer]:
+    def finished(self, *, read_shards: bool = True, progress: bool = False) -> dict[int, KeptLayer]:
         """The finished decoder layers, by index; `read_shards=False` trusts existing shards without reading them."""
-        found = {}
-        for file in sorted(self._budgets.parent.glob("layer-*.json")):
+        found, files = {}, sorted(self._budgets.parent.glob("layer-*.json"))
+        shown: Any = {"desc": "Reading finished layers", "unit": "layer", "leave": False}
+        for file in tqdm(files, **shown, disable=not (progress and files)):
             if (values := read_record(file)) is not None:
                 kept = as_record(KeptLayer, values)
                 shard, read = self.model / kept.shard, read_shards and kept.shard
@@ -265,8 +266,8 @@ class SourceFiles:
             self.hashes[file.name] = [*stamp, None if known.get(file.name, [])[:-1] != stamp else known[file.name][-1]]
         changed = [file for file in files if self.hashes[file.name][-1] is None]
         with ThreadPoolExecutor(_READERS) as pool:
-            shown: Any = {"desc": "Hashing weights", "total": len(changed), "unit": "file", "delay": 3, "leave": False}
-            digests = tqdm(pool.map(digest_of, changed), **shown, disable=not progress)
+            shown: Any = {"desc": "Hashing weights", "total": len(changed), "unit": "file", "leave": False}
+            digests = tqdm(pool.map(digest_of, changed), **shown, disable=not (progress and changed))
             for file, digest in zip(changed, digests, strict=True):
                 self.hashes[file.name][-1] = digest
 

@@ -148,7 +148,7 @@ class StreamedRun:
         budgets = ranks.each(journal.budgets)  # read from disk, so that all ranks and all starts have the same
         assert budgets is not None
         self.plan = plan = self.plan.with_budgets(budgets)
-        finished = ranks.first(journal.finished)
+        finished = ranks.first(lambda: journal.finished(progress=plan.progress))
         if ranks.count == 1:
             finished = self._resume(finished)
         self.seconds_before = sum(layer.record.report.seconds for layer in finished.values())

@@ -4,13 +4,13 @@ import argparse
 import io
 import re
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 
 import pytest
 from tiny_llama import tiny_llama, tiny_tokens
 from tiny_models import tiny_model
 
-from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback
 from optimum_fista.cli import main
 from optimum_fista.prune.progress import Progress
 from optimum_fista.report import LayerReport
@@ -35,6 +35,25 @@ def test_a_bar_shows_operators_and_layers_and_is_taken_away(capsys):
     )
     assert re.search(layer + r"\n\r2 of 3 decoder layers done \|.*\| 00:\d\d gone, 00:\d\d left", shown)
     assert re.search(r"\r *\r$", shown)
+
+
+def test_every_stage_of_a_run_from_files_has_a_bar(capsys, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "dense")
+
+    class Stop(PruningCallback):
+        def on_layer_end(self, index, layer, operators):
+            raise KeyboardInterrupt
+
+    for callbacks in ((Stop(),), ()):
+        pruner = FistaPruner(FistaPruningConfig(), callbacks=callbacks)
+        with suppress(KeyboardInterrupt):
+            pruner.prune(tmp_path / "dense", tiny_tokens().split(4), output_dir=tmp_path / "pruned", device="cpu")
+    shown = capsys.readouterr().err
+    names = ["Hashing weights", "Gradients of the loss", "Sharing zeros", "Recording inputs", "Reading finished layers"]
+    places = [shown.index(f"\r{name}:   0%") for name in names]
+    assert places == sorted(places)
+    passes = 2 * 2 * len(tiny_tokens())  # of 2 decoder layers, forwards and backwards
+    assert re.search(rf"\rGradients of the loss: 100%.* {passes}/{passes} \[", shown)
 
 
 def test_a_layer_that_loses_experts_is_not_called_dense(capsys):
@@ -75,5 +94,5 @@ def test_bars_of_any_command_become_lines_now_and_then_unless_a_terminal_shows_t
     assert main.execute(argparse.Namespace(fista_run=command)) == 0
     bars = "\rSampling: 1%\rSampling: 31%\rSampling: 32%\rSampling: 62%\n\n\rSaving\x1b[A\r\n"
     bars += "a warning\n\rtwo\nlines\n\rinterruptedan error\n"
-    lines = "Sampling: 31%\nSampling: 62%\na warning\n\rtwo\nlines\nan error\n"
+    lines = "Sampling: 1%\nSampling: 32%\nSaving\na warning\n\rtwo\nlines\ninterrupted\nan error\n"
     assert stream.getvalue() == (bars if terminal else lines)
