@@ -85,8 +85,8 @@ class Estimate:
         self.storage = "device" if storage == self.device else {"cpu": "host"}.get(storage, "disk")
         # On the CPU, weights in the stored dtype are pages of the checkpoint's files, which the system can drop.
         self.reads = not self.whole and not (self.on_cpu and stored == dtype and not self.quantized)
-        products = choose_products(config.compute_dtype, torch.device(self.place or self.device), dtype)
-        self.widens = products == "widened"  # a matrix is copied to float32 for each product
+        # a matrix is copied to float32 for each product
+        self.widens = self.on_cpu and choose_products(config.compute_dtype, torch.device("cpu"), dtype) == "widened"
         self.num_samples, self.packed = num_samples, packed
         self.length, self.value = sequence_length or usual_length(given), dtype.itemsize
         self.vocabulary, self.hidden = next(self.model.get_input_embeddings().parameters()).shape

@@ -38,10 +38,12 @@ def test_bfloat16_is_fast_with_units_that_onednn_may_use(monkeypatch, supported,
         ("cpu", torch.float16, False, "widened"),
         ("cuda", torch.float32, True, "tf32"),
         ("cuda", torch.bfloat16, True, "tf32"),
+        ("cuda", torch.bfloat16, False, "float32"),
     ],
 )
 def test_auto_asks_the_device_and_the_checkpoint(monkeypatch, device, stored, fast, chosen):
     monkeypatch.setattr(forward, "is_fast", lambda *_: fast)
+    monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: fast)
     assert choose_products("auto", torch.device(device), stored) == chosen
     for given in ("float32", "bfloat16"):
         assert choose_products(given, torch.device(device), stored) == given
