@@ -40,7 +40,7 @@ def choose_products(name: str, device: torch.device, stored: torch.dtype) -> Pro
     if device.type != "cpu":
         # Numbers of 16 bits have at most 11 significant ones, so their products lose nothing in TensorFloat-32, and
         # neither do statistics of bfloat16 activations. Of float32 numbers it keeps 11 bits.
-        has_units = getattr(torch.get_device_module(device), "is_tf32_supported", lambda: False)()
+        has_units = getattr(getattr(torch, device.type, None), "is_tf32_supported", lambda: False)()
         return "tf32" if has_units else "float32"
     if stored.itemsize > 2:
         return "float32"  # 8 significant bits change the perplexity by up to 2% (docs/results.md)
