@@ -23,7 +23,6 @@ from transformers import PreTrainedConfig
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder import loading
-from optimum_fista.folder.stored_tensors import SourceTensors, source_tensors
 from optimum_fista.memory import available_bytes, total_bytes
 from optimum_fista.model.dequantization import forget_quantization, quantization, read_dequantized
 from optimum_fista.model.forward import choose_products
@@ -90,11 +89,8 @@ class Estimate:
         self.num_samples, self.packed = num_samples, packed
         self.length, self.value = sequence_length or usual_length(given), dtype.itemsize
         self.vocabulary, self.hidden = next(self.model.get_input_embeddings().parameters()).shape
-        source = SourceTensors()
-        if not isinstance(model, PreTrainedConfig) and Path(model).is_dir():
-            with loading.reading(str(model)):
-                source = source_tensors(self.model, Path(model))
-        plan = plan_run(self.model, config, loaded=False, source=source, files_dtypes=keeps)
+        folder = None if isinstance(model, PreTrainedConfig) or not Path(model).is_dir() else Path(model)
+        plan = plan_run(self.model, config, folder, loaded=False, files_dtypes=keeps)
         self.source, self.as_stored = plan.source, plan.as_stored
         going = [(index, 0.0) for index in range(1, 1 + plan.removal.num_removed_layers)]  # which, the values decide
         plan = plan.with_budgets(Budgets(removed_layers=going))

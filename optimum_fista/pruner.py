@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,9 +17,9 @@ from optimum_fista.config import FistaPruningConfig
 from optimum_fista.environment import numerical_environment
 from optimum_fista.folder.checkpoint import CONFIG_KEY
 from optimum_fista.folder.hub import push_folder, require_repo_id
-from optimum_fista.folder.loading import local_source, storage_place
+from optimum_fista.folder.loading import storage_place
 from optimum_fista.folder.output import new_output
-from optimum_fista.folder.stored_tensors import SourceTensors, StoredTensor, source_tensors
+from optimum_fista.folder.stored_tensors import StoredTensor
 from optimum_fista.folder.writing import summary, write_checkpoint
 from optimum_fista.model.gram import single_problem
 from optimum_fista.prune.batches import begin
@@ -126,11 +125,8 @@ class FistaPruner:
         if self.config.whole_parts is not None:
             require_in_memory(model, self.config.whole_parts)
         sink = ModelSink(model)
-        source = SourceTensors()
-        with suppress(OSError, ValueError):  # what the folder holds now need not be this model
-            source = source_tensors(model, folder) if (folder := local_source(model)) is not None else source
         places: dict[str, Any] = {"storage": storage, "progress": self.progress, "callbacks": self.callbacks}
-        plan = plan_run(model, self.config, source=source, **places)
+        plan = plan_run(model, self.config, in_memory=True, **places)
         calibration, held_out, report = begin(plan, calib_dataloader, calibration_source)
         for callback in self.callbacks:
             callback.on_prune_begin(report)

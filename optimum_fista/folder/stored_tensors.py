@@ -27,7 +27,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from optimum_fista.folder.checkpoint import CONFIG_FILE, PACKED_KEY, checkpoint_files, read_json
-from optimum_fista.folder.output import write_file
+from optimum_fista.folder.output import digest_of, write_file
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.dequantization import dequantizer_of
 from optimum_fista.model.parts import Part
@@ -144,24 +144,6 @@ class SourceTensors:
         """How many tensors of each module are copied; modules of all decoder layers are one entry."""
         return dict(Counter(re.sub(r"\.\d+\.", ".*.", self.others[name]) for name in self.unplaced))
 
-    def without(self, part_of: Callable[[str], Part | None], quantized: bool) -> SourceTensors:
-        """The tensors for a run that makes the tensors of parts smaller, `quantized` as the source or in 16 bits.
-
-        Then tensors of other modules with the same name and shape are wrong in the result: the configuration has one
-        number of experts, for instance, for decoder layers and for layers that predict more tokens. These modules are
-        not copied. Neither are quantized ones into a result that is not.
-        """
-        smaller = [name for name, place in self.places.items() if part_of(place)]
-        ends = {(re.sub(r"^.*?\.\d+\.", "", name), self.stored[name].shape) for name in smaller}  # inside a layer
-        counts, lost = Counter(self.others.values()), dict[str, str]()
-        for name, module in self.others.items():
-            tensor = self.stored[name]
-            if self.settings and not quantized and tensor.dtype not in _DENSE:
-                lost[module] = f"{counts[module]} tensors: they are quantized, and the result is not"
-            if any(name.endswith(f".{end}") and tensor.shape == shape for end, shape in ends):
-                lost[module] = f"{counts[module]} tensors: {_LOSES}"
-        return replace(self, lost=lost)
-
     def smaller(
         self,
         model: PreTrainedModel,
@@ -244,13 +226,25 @@ class SourceTensors:
         return SourceTensors(*parts, self.lost, self.layers, in_lists(self.settings))
 
 
-def source_tensors(model: PreTrainedModel, source: Path) -> SourceTensors:
+def source_tensors(
+    model: PreTrainedModel,
+    source: Path,
+    part_of: Callable[[str], Part | None] = lambda _: None,
+    *,
+    quantized: bool = True,
+) -> SourceTensors:
     """Find the tensors in the files of a loaded model.
+
+    A run that makes the tensors of parts smaller (`part_of`) does not copy other modules that have tensors of the same
+    name and shape, because the configuration has one number of experts, for instance, for decoder layers and for layers
+    that predict more tokens. Quantized modules are not copied into a result that is not `quantized`.
 
     Raises:
         ValueError: If two tensors with different values have the same place, or the same name.
     """
-    stored, state, dequantizer = read_stored(source), model.state_dict(), dequantizer_of(source)
+    stored, state = read_stored(source), model.state_dict()
+    config = read_json(source / CONFIG_FILE) if (source / CONFIG_FILE).exists() else {}
+    dequantizer = dequantizer_of(source)
     transforms = get_model_conversion_mapping(model, hf_quantizer=dequantizer)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
@@ -281,15 +275,24 @@ def source_tensors(model: PreTrainedModel, source: Path) -> SourceTensors:
         above = (".".join(words[:count]) for count in range(1, len(words)))  # from the outermost module inwards
         others[name] = next((module for module in above if module not in modules), own)
     prefix = max(prefixes, key=lambda prefix: prefixes[prefix], default="")
-    config = {} if dequantizer is None else read_json(source / CONFIG_FILE)
     sections = [config, *(value for value in config.values() if isinstance(value, dict))]  # the decoder's may have it
+    sections = [] if dequantizer is None else sections
     settings: dict[str, Any] = next((part[PACKED_KEY] for part in sections if PACKED_KEY in part), {})
-    return SourceTensors(stored, places, others, layers=prefix, settings=settings)
+    smaller = [name for name, place in places.items() if part_of(place)]
+    ends = {(re.sub(r"^.*?\.\d+\.", "", name), stored[name].shape) for name in smaller}  # inside a layer
+    counts, lost = Counter(others.values()), dict[str, str]()
+    for name, module in others.items():
+        if settings and not quantized and stored[name].dtype not in _DENSE:
+            lost[module] = f"{counts[module]} tensors: they are quantized, and the result is not"
+        if any(name.endswith(f".{end}") and stored[name].shape == shape for end, shape in ends):
+            lost[module] = f"{counts[module]} tensors: {_LOSES}"
+    return SourceTensors(stored, places, others, lost, prefix, settings)
 
 
-def write_stored(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Write a safetensors file, with a piece of one tensor in memory at a time."""
+def write_stored(path: Path, tensors: Mapping[str, StoredTensor]) -> str:
+    """Write a safetensors file, with a piece of one tensor in memory at a time, and return its digest."""
     write_file(path, _file_of(tensors))
+    return digest_of(path)
 
 
 def _file_of(tensors: Mapping[str, StoredTensor]) -> Iterator[bytes | memoryview]:

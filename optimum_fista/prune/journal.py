@@ -95,24 +95,26 @@ class Journal:
     def keep_layer(
         self,
         index: int,
-        shard: Path | None,
+        shard: tuple[str, str] | None,
         masks: dict[str, Tensor],
         record: LayerRecord,
         streams: Mapping[str, Sequence[Tensor]],  # hidden states that the next layer needs
     ) -> None:
-        """Finish a decoder layer whose shard is on disk; a removed layer has no shard."""
+        """Finish a decoder layer whose shard (name and digest) is on disk; a removed layer has no shard."""
+        layer, states = self._file("layer", index), self._file("states", index)
+        next_states = self._file("states", index + 1)
         if streams:
             hidden = {f"{name}.{i}": h.contiguous() for name, stream in streams.items() for i, h in enumerate(stream)}
-            self._states_sha256[index + 1] = write_tensors(self._file("states", index + 1), hidden)
+            self._states_sha256[index + 1] = write_tensors(next_states, hidden)
         sha256 = {
-            "shard": digest_of(shard) if shard else None,
+            "shard": shard[1] if shard else None,
             "before": self._states_sha256.get(index),
             "after": self._states_sha256.get(index + 1),
             "budgets": self._budgets_sha256,
         }
-        kept = KeptLayer(record, shard.name if shard else "", sha256)
-        write_record(self._file("layer", index).with_suffix(".json"), dataclasses.asdict(kept), masks)
-        self._file("states", index).unlink(missing_ok=True)  # only now: they are needed until the record is written
+        kept = KeptLayer(record, shard[0] if shard else "", sha256)
+        write_record(layer.with_suffix(".json"), dataclasses.asdict(kept), masks)
+        states.unlink(missing_ok=True)  # only now: they are needed until the record is written
 
     def masks(self, index: int) -> dict[str, Tensor]:
         """Packed masks of a finished decoder layer."""

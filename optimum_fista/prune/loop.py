@@ -90,7 +90,6 @@ def prune_layers(
                     report.add(done)
                     states = calibration.states if is_carried and index < max(pruned, default=-1) else None
                     sink.commit(index, layer, done, [part for part in (states, followed) if part is not None])
-            release_memory(layer)
             if is_mine:
                 for callback in callbacks:
                     callback.on_layer_end(index, done.report, done.operators)
@@ -108,11 +107,12 @@ def prune_layer(
 
     Returns the batches with the hidden states that leave the layer.
     """
+    name, layer = f"{plan.layers.name}.{index}", plan.layers.modules[index]
+    release_memory(layer)  # of the decoder layer before
     calibration = record(plan, calibration)  # again, if memory ran out and the batches are smaller now
     states, recorded = calibration.states, calibration.recorded
     assert states is not None
     assert recorded is not None
-    name, layer = f"{plan.layers.name}.{index}", plan.layers.modules[index]
     device, correction = execution_device(layer), plan.config.correction
     storage = plan.storage or device
     states.move(storage, device)

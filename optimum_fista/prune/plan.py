@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ from transformers import PreTrainedModel
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.environment import processor_name
-from optimum_fista.folder.stored_tensors import SourceTensors, StoredTensor
+from optimum_fista.folder.loading import local_source, reading
+from optimum_fista.folder.stored_tensors import SourceTensors, StoredTensor, source_tensors
 from optimum_fista.memory import size_text
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import Storage
@@ -115,10 +118,19 @@ class Plan:
         return [_PRUNING_COST * count / max(1, *weights) for count in weights]
 
 
-def plan_run(model: PreTrainedModel, config: FistaPruningConfig, *, loaded: bool = True, **places: Any) -> Plan:
+def plan_run(
+    model: PreTrainedModel,
+    config: FistaPruningConfig,
+    folder: Path | None = None,
+    *,
+    loaded: bool = True,
+    in_memory: bool = False,
+    **places: Any,
+) -> Plan:
     """Check that a model can be pruned and saved, and plan the run; `places` are fields of `Plan`.
 
-    No zeros are allocated yet. If `loaded` is False, the model may be on the meta device, for an estimate.
+    No zeros are allocated yet. If `loaded` is False, the model may be on the meta device, for an estimate. `folder` has
+    its files; those of a model `in_memory` are found, and need not fit it any more.
     """
     kind = Removal if config.whole_parts is None else PartsRemoval
     removal, asked, config = kind.planned(model, config.resolved(), loaded)
@@ -150,15 +162,20 @@ def plan_run(model: PreTrainedModel, config: FistaPruningConfig, *, loaded: bool
         channels={part.name: part for part in channels},
         **places,
     )
-    plan = replace(plan, source=plan.source.without(removal.part_of, plan.as_stored))
+    if loaded:
+        stored_names(model, plan.all_operators.values())  # refuses a weight whose mask could not be saved
+    if in_memory:
+        folder = local_source(model)
+    if folder is not None:
+        with suppress(*((OSError, ValueError) if in_memory else ())), reading(str(folder)):
+            quantized = plan.files_dtypes and removal.keeps_values  # in the result
+            plan = replace(plan, source=source_tensors(model, folder, removal.part_of, quantized=quantized))
     if plan.as_stored and isinstance(removal, PartsRemoval):
         kept = {name: range(count) for name, count in removal.smaller.counts.items()}
         for name, _ in layers:  # refuses scales that belong to several groups
             plan.stored(name, kept)
         if removal.num_removed_layers:
             plan.source.require_no_numbers()
-    if loaded:
-        stored_names(model, plan.all_operators.values())  # refuses a weight whose mask could not be saved
     return plan
 
 

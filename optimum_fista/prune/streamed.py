@@ -21,11 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder.checkpoint import names_in, write_index
-from optimum_fista.folder.loading import load_lazily, reading, storage_place, usable_device
+from optimum_fista.folder.loading import load_lazily, storage_place, usable_device
 from optimum_fista.folder.output import FOLDER, install, locked_output, require_output, unfinished_folder
 from optimum_fista.folder.packed_folder import Packer, packed_settings, require_packable
 from optimum_fista.folder.source_files import copy_source
-from optimum_fista.folder.stored_tensors import StoredTensor, source_tensors, write_stored
+from optimum_fista.folder.stored_tensors import StoredTensor, write_stored
 from optimum_fista.folder.writing import as_stored, write_all_but_weights
 from optimum_fista.model.forward import evaluation_mode
 from optimum_fista.model.held_out import HeldOut
@@ -82,10 +82,8 @@ def prune_files(
             on_cpu = execution_device(model.get_input_embeddings()).type == "cpu"
             on_disk = storage_device == "disk" or (storage is None and on_cpu)
             place, shows = folder / FOLDER if on_disk else storage, progress and not ranks.index
-            with reading(name):
-                tensors = source_tensors(model, read_from)
             places: dict[str, Any] = {"storage": place, "progress": shows, "callbacks": callbacks}
-            plan = plan_run(model, config, source=tensors, files_dtypes=dtype == "auto", **places)
+            plan = plan_run(model, config, read_from, files_dtypes=dtype == "auto", **places)
             if packed:
                 require_packable(n.name for n in stored_names(model, plan.all_operators.values()).values())
             return plan, tokenizer, read_from
@@ -184,7 +182,7 @@ class StreamedRun:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         rest = {name: stored_tensor(model, name) for name in plan.layers.names_around}
         around = sink.to_write(plan.stored(None, {}), {} if plan.as_stored else sink.stored(rest))
-        shards.add(sink.write_shard(len(sink.left), around | plan.source.unplaced))
+        shards.add(folder / sink.write_shard(len(sink.left), around | plan.source.unplaced)[0])
         weight_map = {name: shard.name for shard in shards for name in names_in(shard)}
         index_name = write_index(folder, sink.stem, weight_map, {"total_parameters": report.model["num_parameters"]})
         masks = {name: mask for index in layers for name, mask in journal.masks(index).items()}
@@ -276,12 +274,14 @@ class FileSink(ModelSink):
         shard = None if written is None else self.write_shard(self.left.index(index), written)
         self._journal.keep_layer(index, shard, masks, record, streams)
 
-    def write_shard(self, index: int, tensors: Mapping[str, StoredTensor]) -> Path:
-        """Write the file of the decoder layer with this number among those that stay; the last file has the rest."""
+    def write_shard(self, index: int, tensors: Mapping[str, StoredTensor]) -> tuple[str, str]:
+        """Write the file of the decoder layer with this number among those that stay; return its name and digest.
+
+        The last file has the rest.
+        """
         total = len(self.left) + 1
         shard = self._journal.model / f"{self.stem}-{index + 1:05}-of-{total:05}.safetensors"
-        write_stored(shard, tensors)
-        return shard
+        return shard.name, write_stored(shard, tensors)
 
     def to_write(self, originals: Mapping[str, StoredTensor], tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
         """The tensors to write: stored ones if the run only removes, otherwise new values in the dtypes of these."""
