@@ -117,9 +117,12 @@ def _digits(number: float) -> str:
 
 def _rate(device: torch.device, dtype: torch.dtype) -> float:
     """Measured rate of matrix products, in GFLOP/s."""
-    size = 512 if device.type == "cpu" else 4096
-    square = torch.ones(size, size, device=device, dtype=dtype)
-    seconds = Timer("square @ square", globals={"square": square}, num_threads=torch.get_num_threads()).timeit(5).median
+    for size in (512, 4096):
+        square = torch.ones(size, size, device=device, dtype=dtype)
+        timer = Timer("square @ square", globals={"square": square}, num_threads=torch.get_num_threads())
+        seconds = timer.timeit(5).median
+        if seconds > 1e-3:  # otherwise the product is too small to tell the rate
+            break
     return 2 * size**3 / seconds / 1e9
 
 
