@@ -197,7 +197,7 @@ def _read_batch(
     text = held_out if isinstance(held_out, str) else None
     mask = None if bool(real.all()) else real.gather(1, order)
     batch = CalibrationBatch(ids.gather(1, order), mask, bool(held_out), text)
-    read = media.read(others, ids, real, where)
+    read = media.read(others, ids, real, where) if media.names else []
     if not any(read):
         return [batch]
     rows = zip(batch.rows(), read, strict=True)

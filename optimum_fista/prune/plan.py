@@ -79,7 +79,7 @@ class Plan:
         before, gone = (self.operators, self.left_dense, self.config), dict(budgets.removed_layers)
         removal, operators, left, config = self.removal.applied(*before, gone)
         stay = [index for index in range(len(self.layers)) if index not in gone]
-        source = self.source.renamed(stay, len(self.layers))
+        source = self.source.renamed(stay, len(self.layers)) if gone else self.source
         plan = replace(self, budgets=budgets, removal=removal, config=config, source=source)
         return replace(plan, operators=operators, left_dense=left)
 
@@ -230,7 +230,7 @@ def begin_report(plan: Plan) -> PruningReport:
 def complete_report(plan: Plan, report: PruningReport, held_out: HeldOut | None) -> None:
     """Describe the pruned model once all operators are pruned, and add what the user should know."""
     plan.removal.describe(report)
-    report.model |= {"copied": copied} if (copied := plan.source.copied) else {}
+    report.model |= {"copied": plan.source.copied} if plan.source.others else {}
     report.model |= {"lacks": dict(plan.source.lost)} if plan.source.lost else {}
     operators, config = report.operators, plan.config
     if unfelt := plan.budgets.unfelt:
