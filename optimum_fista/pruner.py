@@ -21,6 +21,7 @@ from optimum_fista.folder.loading import storage_place
 from optimum_fista.folder.output import new_output
 from optimum_fista.folder.stored_tensors import StoredTensor
 from optimum_fista.folder.writing import summary, write_checkpoint
+from optimum_fista.model.forward import products_as
 from optimum_fista.model.gram import single_problem
 from optimum_fista.prune.batches import begin
 from optimum_fista.prune.budgets import share_budgets
@@ -130,7 +131,7 @@ class FistaPruner:
         calibration, held_out, report = begin(plan, calib_dataloader, calibration_source)
         for callback in self.callbacks:
             callback.on_prune_begin(report)
-        with sink, sink.interruptible:
+        with sink, sink.interruptible, products_as(plan.products):
             # measured on the dense model, so before any layer is pruned
             plan = plan.with_budgets(share_budgets(plan, calibration.batches, report))
             prune_layers(plan, calibration, report, sink, held_out)

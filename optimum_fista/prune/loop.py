@@ -19,7 +19,6 @@ import torch
 
 from optimum_fista.memory import release_memory, watched_memory
 from optimum_fista.model.correction import GroupProblems, LayerTargets
-from optimum_fista.model.forward import products_as
 from optimum_fista.model.groups import trace_groups
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.layer_inputs import LayerActivations
@@ -59,7 +58,7 @@ def prune_layers(
     last = max((index for index in pruned if index in todo), default=-1)  # later layers need not run
     first = 0 if calibration.states is None else min(todo)
     report.left_dense = dict(plan.left_dense)
-    with closing(Progress(num_done)) as bar, products_as(plan.products):
+    with closing(Progress(num_done)) as bar:
         callbacks = (bar, *plan.callbacks) if plan.progress else plan.callbacks
         for callback in callbacks:
             callback.on_layers_begin(len(plan.layers), {i: 1 + c for i, c in enumerate(plan.costs) if i in todo})

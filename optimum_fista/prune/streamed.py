@@ -27,7 +27,7 @@ from optimum_fista.folder.packed_folder import Packer, packed_settings, require_
 from optimum_fista.folder.source_files import copy_source
 from optimum_fista.folder.stored_tensors import StoredTensor, write_stored
 from optimum_fista.folder.writing import as_stored, write_all_but_weights
-from optimum_fista.model.forward import evaluation_mode
+from optimum_fista.model.forward import evaluation_mode, products_as
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.layer_inputs import HiddenStates
 from optimum_fista.model.offload import execution_device, stored_tensor
@@ -156,7 +156,7 @@ class StreamedRun:
         sink = FileSink(plan, journal, self.source, self.packed)
 
         def work() -> None:
-            with sink, sink.interruptible:
+            with sink, sink.interruptible, products_as(plan.products):
                 num_done = len(finished) if ranks.count == 1 else 0  # shared layers: each rank counts its own
                 prune_layers(plan, self.calibration, self.report, sink, self.held_out, todo, num_done)
 
