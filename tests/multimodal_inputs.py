@@ -34,7 +34,7 @@ def _forms(config: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
     image, flat = torch.rand(1, 3, size, size), 3 * patch * patch
     grid, sizes = torch.tensor([[1, 4, 4]]), torch.tensor([[size, size]])
     times = getattr(vision, "temporal_patch_size", None) or 1
-    for channels in dict.fromkeys((flat * times, flat)):
+    for channels in dict.fromkeys((flat * times, flat, 2 * flat)):
         yield "image", {"pixel_values": torch.rand(16, channels), "image_grid_thw": grid}
     yield "image", {"pixel_values": torch.rand(16, 3, patch, patch), "image_grid_thw": grid}
     yield "image", {"pixel_values": image, "image_sizes": sizes}
@@ -44,6 +44,11 @@ def _forms(config: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
     patches = {"pixel_values": torch.rand(1, 16, flat), "spatial_shapes": torch.tensor([[4, 4]])}
     yield "image", patches | {"pixel_attention_mask": mask}
     yield "image", patches
+    yield "image", {"pixel_values": image[None], "pixel_attention_mask": torch.ones(1, 1, size, size).bool()}
+    flattened = {"pixel_values": torch.rand(16, flat)}
+    yield "image", flattened | {"image_grid_thw": grid, "image_merge_sizes": torch.tensor([2])}
+    yield "image", flattened | {"image_grid_hw": grid[:, 1:]}
+    yield "image", {"pixel_values": torch.rand(1, 3, patch, 16 * patch), "target_sizes": grid[:, 1:]}
     yield "image", {"pixel_values": image}
     yield "image", {"pixel_values": image[None]}
     audio = getattr(config, "audio_config", None) or getattr(config, "encoder_config", config)
@@ -59,10 +64,12 @@ def _forms(config: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
 
 def _with_tokens(model: PreTrainedModel, kind: str, form: dict[str, Tensor]) -> dict[str, Tensor] | None:
     """The form with token ids, if the model runs on it and other values change its logits."""
-    features = getattr(model, f"get_{kind}_features", None)
+    name = f"get_{kind}_features"
+    features = getattr(model, name, None) or getattr(getattr(model, "model", None), name, None)
     if features is None:
         return None
     takes = inspect.signature(features).parameters
+    takes = form if "args" in takes else takes
     hidden = model.get_input_embeddings().weight.shape[1]
     values = next(iter(form))
     try:

@@ -60,15 +60,13 @@ _SHARED_KEYS = {
 _IMAGE = {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 64, "patch_size": 16}
 _WIDTH = {"hidden_size": 32, "num_attention_heads": 4}
 _SECTIONS = {"rope_theta": 10000.0, "mrope_section": [16, 24, 24]}
-_IMAGE_WORDS = {
-    "<image>": VOCAB_SIZE - 1,
-    **{f"IMGIMG{letter}Z": 8 + i for i, letter in enumerate("ABCDEFGHIJKLMNOPQRSTUVWX")},
-}
+_IMAGE_WORDS = {"<image>": VOCAB_SIZE - 1} | {f"IMGIMG{'AB'[i // 10]}{'ABCDEFGHIJ'[i % 10]}Z": 8 + i for i in range(16)}
 _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "apertus1p5": {"image_token_offset": 8, "audio_token_offset": 24},
     "apertus1p5_vision_tokenizer": {"codebook_size": 16},
     "aria": {"projector_patch_to_query_dict": {"16": 8}, "max_value_projector_patch_to_query_dict": 8},
     "bamba": {"attn_layer_indices": [1]},
+    "chameleon_vqgan": {"num_embeddings": 16},
     "chameleon": {"vocabulary_map": _IMAGE_WORDS},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0, "model_type": ""}},
@@ -125,6 +123,7 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
         f"{family}_text": {"rope_parameters": _SECTIONS | {"rope_type": "default"}}
         for family in ("glm4v", "glm_ocr", "paddleocr_vl", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni")
     },
+    "vipllava": {"vision_feature_layers": [-1, -2]},
     "zamba": _HYBRID,
     "zamba2": _HYBRID | {"hybrid_layer_ids": [1, 3], "mamba_headdim": 8},
 }
@@ -161,6 +160,10 @@ def _shrunk(values: Mapping[str, Any]) -> dict[str, Any]:
             small[name] = (
                 dict(value) if "rope_" in name or not all(map(str.isidentifier, map(str, value))) else _shrunk(value)
             )
+        elif name == "image_grid_pinpoints" and value:  # an image is one tile, as large as the tower's
+            small[name] = [[4 * values["vision_config"]["patch_size"]] * 2]
+        elif name == "window_size" and "spatial_merge_size" in values:
+            small[name] = 4 * values["patch_size"]
         elif name == "image_size" and value and (patch := values.get("patch_size")):  # 16 patches
             size = 4 * (patch if isinstance(patch, int) else patch[0])
             small[name] = size if isinstance(value, int) else [size] * 2
