@@ -1,9 +1,9 @@
 """Prunes once in a process of its own, for benchmarks that measure it: `run_once.py JSON`.
 
 Options: `source`, `output`, `samples`, `length`; `vocabulary` (256), `batch` (1), `dtype` ("auto"), `config` ({}),
-`in_memory`
-(load, prune and save instead of pruning from files to files), `processor_time` (all clocks are the processor's),
-`unseen` (sequences to measure the perplexity on, besides), `waits` (for a line, once everything is imported).
+`in_memory` (load, prune and save instead of pruning from files to files), `processor_time` (all clocks are the
+processor's), `unseen` (sequences to measure the perplexity on, besides), `waits` (for a line, once everything is
+imported).
 
 Prints `ready`, and seconds at the end: `wall`, `processor`, and those of the report.
 """
