@@ -91,7 +91,7 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize(
     ("run", "around"),
     [
-        *((prune_in_memory, around) for around in AROUND.values()),
+        (prune_in_memory, all_at_once),
         *((prune_weight, around) for around in AROUND.values()),
         (prune_files, all_at_once),
     ],
