@@ -255,7 +255,8 @@ class PruningReport:
             words += ["--sequence-length", str(tokens // sequences)]
         if found := self.environment:
             words += ["--batch-size", str(found["batches"][0][1]), "--device", found["device"]]
-            words += ["--dtype", found["dtype"].removeprefix("torch.")]
+            if found.get("written", found["dtype"]) == found["dtype"]:  # not as in the files, which is the default
+                words += ["--dtype", found["dtype"].removeprefix("torch.")]
         return shlex.join(words)
 
     def to_json(self) -> str:

@@ -208,18 +208,14 @@ def _mask_of_pattern(operator: OperatorReport, pattern: SparsityPattern, mask: T
 
 def _verify_shapes(folder: Path, model: PreTrainedModel) -> None:
     """Check that the files hold a smaller model's tensors, also those that are no pruned operators but lost rows."""
-    files = checkpoint_files(folder, "packed" if is_packed(folder) else "model")
+    source = source_tensors(model, folder)
     left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
     described = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
-    missing = [name for name in described if name not in files]
-    unplaced = source_tensors(model, folder).unplaced
-    if (
-        missing and files.keys() - unplaced.keys() <= described.keys()
-    ):  # otherwise files and class name tensors in two ways
+    missing = [name for name in described if name not in source.stored]
+    if missing and source.places.keys() <= described.keys():  # otherwise files and class name tensors in two ways
         raise VerificationError(f"{missing[0]} is not in the checkpoint.")
-    for name in described.keys() & files.keys():
-        with safe_open(files[name], "pt") as file:
-            found, shape = tuple(file.get_slice(name).get_shape()), tuple(described[name].shape)  # the header alone
+    for name in described.keys() & source.stored.keys():
+        found, shape = source.stored[name].shape, tuple(described[name].shape)
         if found != shape:
             raise VerificationError(f"{name} has shape {found}, config.json describes {shape}.")
 

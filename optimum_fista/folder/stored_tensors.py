@@ -244,7 +244,10 @@ def source_tensors(
     """
     stored, state = read_stored(source), model.state_dict()
     config = read_json(source / CONFIG_FILE) if (source / CONFIG_FILE).exists() else {}
-    dequantizer = dequantizer_of(source)
+    sections = [config, *(value for value in config.values() if isinstance(value, dict))]  # the decoder's may have it
+    settings: dict[str, Any] = next((part[PACKED_KEY] for part in sections if PACKED_KEY in part), {})
+    dequantizer = dequantizer_of(source) if settings else None  # it reads the configuration by its class
+    settings = settings if dequantizer else {}  # packed ones are not quantized
     transforms = get_model_conversion_mapping(model, hf_quantizer=dequantizer)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
@@ -275,9 +278,6 @@ def source_tensors(
         above = (".".join(words[:count]) for count in range(1, len(words)))  # from the outermost module inwards
         others[name] = next((module for module in above if module not in modules), own)
     prefix = max(prefixes, key=lambda prefix: prefixes[prefix], default="")
-    sections = [config, *(value for value in config.values() if isinstance(value, dict))]  # the decoder's may have it
-    sections = [] if dequantizer is None else sections
-    settings: dict[str, Any] = next((part[PACKED_KEY] for part in sections if PACKED_KEY in part), {})
     smaller = [name for name, place in places.items() if part_of(place)]
     ends = {(re.sub(r"^.*?\.\d+\.", "", name), stored[name].shape) for name in smaller}  # inside a layer
     counts, lost = Counter(others.values()), dict[str, str]()
