@@ -144,6 +144,12 @@ class SourceTensors:
         """How many tensors of each module are copied; modules of all decoder layers are one entry."""
         return dict(Counter(re.sub(r"\.\d+\.", ".*.", self.others[name]) for name in self.unplaced))
 
+    @property
+    def blocks(self) -> list[int]:
+        """Sizes of blocks of rows or columns that share a scale. The last block of a weight may be smaller."""
+        sizes = re.findall(r'"(?:weight_block_size|block_structure|group_size)": ([^"]*)', json.dumps(self.settings))
+        return sorted({int(number) for text in sizes for number in re.findall(r"\d+", text)})
+
     def smaller(
         self,
         model: PreTrainedModel,
@@ -170,12 +176,14 @@ class SourceTensors:
                 axis, repeats = (0, 1) if part.is_mixture else part.tensors[place]
                 whole = tensor.shape if part.is_mixture else model.get_parameter(place).shape
                 size = tensor.shape[axis] if len(tensor.shape) == len(whole) else 0
+                span = math.ceil(whole[axis] / size) if size else whole[axis]
+                span = span if span == 1 else min((block for block in self.blocks if block >= span), default=span)
                 if math.prod(tensor.shape) == 1 or size == 1:  # a scale of all groups
                     found[name] = tensor
-                elif size and not (size % (part.groups * repeats) or whole[axis] % size or name.endswith("_packed")):
+                elif not (size % (part.groups * repeats) or span * size != whole[axis] or name.endswith("_packed")):
                     found[name] = tensor.selected(axis, part.entries(size, repeats, groups))
                 elif strict:
-                    span, gone = whole[axis] // (size or 1), whole[axis] // (part.groups * repeats)
+                    gone = whole[axis] // (part.groups * repeats)
                     raise ValueError(
                         f"{name} stores one value for {span} rows or columns of {place}, and groups of {gone} are "
                         "removed: pass another pattern, or a dtype (--dtype), in which the result is then written."

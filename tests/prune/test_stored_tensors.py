@@ -163,12 +163,16 @@ def test_patterns_of_numbered_layers_are_refused_if_layers_go(tmp_path, entry, i
 
 
 @pytest.mark.parametrize(
-    ("pattern", "tensor", "span", "gone"),
-    [("channels:0.25", "mlp.down_proj.weight_scale_inv", 16, 1), ("heads:0.5", "kv_b_proj.weight_scale_inv", 16, 24)],
+    ("pattern", "nope", "tensor", "gone"),
+    [
+        ("channels:0.25", 8, "mlp.down_proj", 1),
+        ("heads:0.5", 8, "kv_b_proj", 24),
+        ("heads:0.5", 12, "kv_b_proj", 28),  # 56 rows in blocks of 16, 16, 16 and 8: two scales for each head
+    ],
 )
-def test_scales_that_would_be_cut_are_refused(tmp_path, pattern, tensor, span, gone):
-    source = fp8_deepseek(tmp_path / "source")
-    said = rf"{tensor} stores one value for {span} rows or columns of .*, and groups of {gone} are removed"
+def test_scales_that_would_be_cut_are_refused(tmp_path, pattern, nope, tensor, gone):
+    source = fp8_deepseek(tmp_path / "source", nope=nope)
+    said = rf"{tensor}.weight_scale_inv stores one value for 16 rows or columns of .*, and groups of {gone} are removed"
     with pytest.raises(ValueError, match=said):
         prune(source, tmp_path / "out", pattern=pattern, method="wanda")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
