@@ -173,7 +173,7 @@ class SourceTensors:
                 if int(match[2]) in groups:
                     found[f"{match[1]}{groups.index(int(match[2]))}{match[3]}"] = tensor
             else:
-                axis, repeats = (0, 1) if part.is_mixture else part.tensors[place]
+                axis, repeats = part.tensors.get(place, (0, 1))  # scales of inputs of experts are no parameters
                 whole = tensor.shape if part.is_mixture else model.get_parameter(place).shape
                 size = tensor.shape[axis] if len(tensor.shape) == len(whole) else 0
                 span = math.ceil(whole[axis] / size) if size else whole[axis]
