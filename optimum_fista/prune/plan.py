@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -167,9 +166,16 @@ def plan_run(
     if in_memory:
         folder = local_source(model)
     if folder is not None:
-        with suppress(*((OSError, ValueError) if in_memory else ())), reading(str(folder)):
-            quantized = plan.files_dtypes and removal.keeps_values  # in the result
-            plan = replace(plan, source=source_tensors(model, folder, removal.part_of, quantized=quantized))
+        quantized = plan.files_dtypes and removal.keeps_values  # in the result
+        try:
+            with reading(str(folder)):
+                source = source_tensors(model, folder, removal.part_of, quantized=quantized)
+        except (OSError, ValueError) as error:
+            if not in_memory:
+                raise
+            what = f"tensors in {str(folder)!r} that the model's class does not load"
+            source = SourceTensors(lost={what: f"the files can't be read: {error}"})
+        plan = replace(plan, source=source)
     if plan.as_stored and isinstance(removal, PartsRemoval):
         kept = {name: range(count) for name, count in removal.smaller.counts.items()}
         for name, _ in layers:  # refuses scales that belong to several groups

@@ -232,6 +232,19 @@ def test_tensors_that_are_there_twice_are_refused(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
+def test_files_that_no_longer_fit_a_model_in_memory_are_named(tmp_path):
+    source, _ = folder_with_more_tokens(tmp_path / "source")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    (source / "model.safetensors").unlink()  # which the model still maps
+    (source / "model.safetensors").write_bytes(b"no weights")
+    with warnings.catch_warnings(action="ignore"):
+        report = FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(model, tiny_tokens().split(4))
+    ((what, why),) = report.model["lacks"].items()
+    assert str(source) in what
+    assert "can't be read" in why
+    assert any("not in the pruned model" in warning for warning in report.warnings)
+
+
 @pytest.mark.parametrize("zipped", [True, False], ids=["today's", "of old versions"])
 def test_binary_files_are_read_too(tmp_path, zipped):
     model = tiny_llama()
