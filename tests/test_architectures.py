@@ -49,7 +49,8 @@ def test_parts_of_a_multimodal_family_can_go_as_the_page_says():
 
 
 def test_readme_and_page_count_what_was_found():
-    works = sum(outcome.status == "works" for outcome in TABLE.values())
+    works, multimodal = (sum(o.status == "works" for o in table.values()) for table in (TABLE, MULTIMODAL_TABLE))
     readme = " ".join((PAGE.parents[1] / "README.md").read_text().split())
     assert f"{works} of the {len(TABLE)} families of causal language models" in readme
+    assert f"{multimodal} of {len(MULTIMODAL_TABLE)} multimodal ones" in readme
     assert format_page(TABLE.values(), MULTIMODAL_TABLE.values()).partition(": ")[2] in PAGE.read_text()
