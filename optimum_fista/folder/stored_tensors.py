@@ -329,16 +329,22 @@ def _safetensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
         if length > file.stat().st_size:
             raise ValueError(f"{str(file)!r} is damaged, or a pointer of Git LFS: download it again (git lfs pull).")
         header = json.loads(opened.read(length))
+    read = partial(_read, file, _state(file))
     for name, entry in header.items():
         if name != "__metadata__":
             start, end = (8 + length + offset for offset in entry["data_offsets"])
-            yield (
-                name,
-                StoredTensor(entry["dtype"], tuple(entry["shape"]), end - start, partial(_read, file, start, end)),
-            )
+            yield name, StoredTensor(entry["dtype"], tuple(entry["shape"]), end - start, partial(read, start, end))
 
 
-def _read(file: Path, start: int, end: int) -> Iterator[bytes]:
+def _state(file: Path) -> tuple[int, int]:
+    return file.stat().st_size, file.stat().st_mtime_ns
+
+
+def _read(file: Path, state: tuple[int, int], start: int, end: int) -> Iterator[bytes]:
+    if _state(file) != state:  # a model in memory may be saved long after its files were read
+        raise ValueError(
+            f"{str(file)!r} changed during the run or after it: restore the old file and start again with it."
+        )
     with file.open("rb") as opened:
         opened.seek(start)
         for place in range(start, end, _PIECE):

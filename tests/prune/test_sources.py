@@ -213,6 +213,17 @@ def test_what_is_copied_is_said_before_and_after_a_run(tmp_path, capsys):
         assert said in printed.out
 
 
+def test_a_model_whose_files_have_changed_is_not_saved_with_wrong_tensors(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "source")
+    model = AutoModelForCausalLM.from_pretrained(add_tensors(tmp_path / "source", "mtp.fc.weight"))
+    pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
+    pruner.prune(model, tiny_tokens().split(4))
+    add_tensors(tmp_path / "source", "another.weight")  # the bytes of the first are elsewhere now
+    with pytest.raises(ValueError, match=r"model\.safetensors' changed during the run or after it"):
+        pruner.save_pretrained(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_tensors_that_are_there_twice_are_refused(tmp_path):
     model = tiny_llama()
     model.save_pretrained(tmp_path / "one")
