@@ -46,10 +46,10 @@ def format_page(outcomes: Iterable[Outcome], multimodal: Iterable[Outcome]) -> s
         *("", "## Multimodal models", ""),
     ]
     works = [o for o in others if o.status == "works"]
-    image, sound = (sum(kind in o.seen for o in works) for kind in ("image", "audio"))
+    image, sound = (sum(not kinds.isdisjoint(o.seen) for o in works) for kinds in ({"image", "video"}, {"audio"}))
     lines += [
         f"Of {len(others)} families with a class for images or sounds, {len(works)} work. The saved model was also "
-        f"compared on an image in {image} of them, and on a sound in {sound}.",
+        f"compared on an image or video in {image} of them, and on a sound in {sound}.",
         "",
         *_smaller(works),
         "",

@@ -51,6 +51,7 @@ def _forms(config: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
     yield "image", {"pixel_values": torch.rand(1, 3, patch, 16 * patch), "target_sizes": grid[:, 1:]}
     yield "image", {"pixel_values": image}
     yield "image", {"pixel_values": image[None]}
+    yield "video", {"pixel_values": torch.rand(1, 2, 3, size, size)}
     audio = getattr(config, "audio_config", None) or getattr(config, "encoder_config", config)
     bins = next((v for n in ("num_mel_bins", "input_dim", "feature_size") if (v := getattr(audio, n, None))), 80)
     for length in (64, 3000):
@@ -70,6 +71,8 @@ def _with_tokens(model: PreTrainedModel, kind: str, form: dict[str, Tensor]) -> 
         return None
     takes = inspect.signature(features).parameters
     takes = form if "args" in takes else takes
+    if "qformer_input_ids" in takes:
+        form = form | {"qformer_input_ids": torch.tensor([[5, 6, 7]])}
     hidden = model.get_input_embeddings().weight.shape[1]
     values = next(iter(form))
     try:
@@ -81,8 +84,9 @@ def _with_tokens(model: PreTrainedModel, kind: str, form: dict[str, Tensor]) -> 
                 return None
             ids = torch.tensor([[5, 6, 7, *[VOCAB_SIZE - 1] * count, 8, 9, 10]])
             inputs = form | {"input_ids": ids}
-            if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
-                inputs["mm_token_type_ids"] = (ids == VOCAB_SIZE - 1).long()
+            for marks in ("mm_token_type_ids", "image_embeds_position_mask"):
+                if marks in inspect.signature(model.forward).parameters:
+                    inputs[marks] = (ids == VOCAB_SIZE - 1).long()
             one, other = (
                 model(**inputs | {values: tensor}, use_cache=False).logits
                 for tensor in (form[values], form[values].flip(-1).square())

@@ -174,7 +174,9 @@ def require_unquantized(model: PreTrainedModel, *, loaded: bool = True) -> None:
             "one decoder layer after the other is dequantized."
         )
     kept = [(name, module) for name, module in model.named_modules() if offload_hook(module)]
-    offloaded = {f"{name}.{key}" for name, module in kept for key, _ in module.named_parameters(recurse=False)}
+    offloaded = {
+        f"{name}.{key}".removeprefix(".") for name, module in kept for key, _ in module.named_parameters(recurse=False)
+    }
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or parameter.element_size() < 2:
             raise ValueError(f"{name} has dtype {parameter.dtype}: prune the model in float32, bfloat16 or float16.")
