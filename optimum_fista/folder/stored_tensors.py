@@ -341,9 +341,10 @@ def _state(file: Path) -> tuple[int, int]:
 
 
 def _read(file: Path, state: tuple[int, int], start: int, end: int) -> Iterator[bytes]:
-    if _state(file) != state:  # a model in memory may be saved long after its files were read
+    if not file.exists() or _state(file) != state:  # a model in memory may be saved long after its files were read
         raise ValueError(
-            f"{str(file)!r} changed during the run or after it: restore the old file and start again with it."
+            f"{str(file)!r} changed or went during the run or after it: restore the old file and start again with it, "
+            "or save the model without the tensors that its class does not load (model.save_pretrained)."
         )
     with file.open("rb") as opened:
         opened.seek(start)
