@@ -37,7 +37,7 @@ def test_whole_parts_of_a_family_can_go_as_the_page_says(family):
         assert what_can_go(family) == TABLE[family].smaller
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl_moe", "mistral3", "molmo2", "idefics3", "blip-2", "kosmos-2"])
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "mistral3", "molmo2", "idefics3", "blip-2", "kosmos-2", "step3p7"])
 def test_multimodal_family_does_as_the_page_says(family, tmp_path):
     promised = MULTIMODAL_TABLE[family]
     outcome = try_family(family, tmp_path / "model", multimodal=True)

@@ -81,7 +81,8 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     # PyTorch's fully_shard puts FSDP before the name of a layer's class.
     found = {n: m for n, m in lists.items() if wanted & {type(layer).__name__.removeprefix("FSDP") for layer in m}}
-    if not found:
+    own = {*decoder.modules()}
+    if not own.intersection(found.values()):  # none, or those of a vision encoder only (BLIP)
         found = {name: m for name, m in lists.items() if isinstance(m[0], GradientCheckpointingLayer)}
     if len(found) > 1:  # others may be layers of a vision encoder, which may be inside the decoder
         while isinstance(decoder, PreTrainedModel) and decoder.get_decoder() is not decoder:

@@ -178,9 +178,11 @@ class FusedExperts:
         self.name = name
         self.module = module
         self.gated = hasattr(module, "gate_up_proj")  # gate and up projection in one matrix
-        self._is_routed = hasattr(module, "is_concatenated")  # has the interface of Transformers' experts
+        # Transformers' experts get the router's choices, too; Llama-4's only get hidden states.
+        self._is_routed = len(inspect.signature(type(module).forward).parameters) > 2
         self.interleaved = not getattr(module, "is_concatenated", True)  # outputs of gate and up alternate (gpt-oss)
-        self.transposed = bool(getattr(module, "is_transposed", True))  # stored as [in, out]
+        first, down = (module.get_parameter(n) for n in ("gate_up_proj" if self.gated else "up_proj", "down_proj"))
+        self.transposed = bool(getattr(module, "is_transposed", first.shape[1] == down.shape[2]))  # stored as [in, out]
         both = [("gate_proj", "gate_up_proj", 0), ("up_proj", "gate_up_proj", 1)]
         kinds = [*(both if self.gated else [("up_proj", "up_proj", None)]), ("down_proj", "down_proj", None)]
         self._experts = [
@@ -259,7 +261,7 @@ class FusedExperts:
         if not self.gated:
             return module.act_fn(self._call(expert, "up_proj", inputs, tokens))
         gate, up = (self._call(expert, kind, inputs, tokens) for kind in ("gate_proj", "up_proj"))
-        if not self._is_routed:
+        if not hasattr(module, "_apply_gate"):
             return up * module.act_fn(gate)
         # The module itself applies the gate; it needs both in the order of the fused matrix.
         both = torch.stack((gate, up), dim=-1).flatten(-2) if self.interleaved else torch.cat((gate, up), dim=-1)

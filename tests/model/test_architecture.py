@@ -4,6 +4,7 @@ from families import family_model
 from tiny_models import FAMILIES, MOE_FAMILIES, tiny_model
 from torch import nn
 from transformers import (
+    AutoModelForMultimodalLM,
     BertConfig,
     BertGenerationConfig,
     BertGenerationDecoder,
@@ -136,3 +137,9 @@ def test_convolutions_and_stacked_scales_are_not_taken_for_experts():
     layer["conv"].register_module("experts", nn.ParameterList([torch.ones(2, 3, 4)]))
     with pytest.raises(UnsupportedArchitectureError, match=r"^layer\.conv\.experts \(ParameterList\)"):
         find_operators("layer", layer)
+
+
+def test_layers_of_a_vision_encoder_alone_are_not_taken_for_decoder_layers():
+    # BLIP declares no layers of its text decoder
+    layers = find_decoder_layers(family_model("blip", kind=AutoModelForMultimodalLM))
+    assert layers.name == "text_decoder.bert.encoder.layer"
