@@ -6,7 +6,6 @@ rules: it applies them to small stand-in tensors, and sees which names these get
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,7 +86,8 @@ def stored_names(
 
 def as_saved(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename, split and merge tensors of a model as `save_pretrained` does; they may be smaller than the model's."""
-    shown: Any = copy.copy(model)
+    shown: Any = object.__new__(type(model))  # a shallow copy; copy.copy fails for classes of fully_shard
+    vars(shown).update(vars(model))
     # Rules that look at the shape of a parameter, to find out if it is transposed, get that of the tensor to save.
     shown.get_parameter = lambda name: tensors[name] if name in tensors else model.get_parameter(name)
     return revert_weight_conversion(shown, dict(tensors))

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.estimate import Estimate
 from optimum_fista.evaluate.verification import verify_checkpoint
-from optimum_fista.folder import output
 from optimum_fista.folder.output import unfinished_folder
 from optimum_fista.folder.packed_folder import pack_folder, packing_of, unpack_folder
+from optimum_fista.prune import streamed
 
 LAYERS = 3
 
@@ -64,18 +64,18 @@ def test_the_same_folder_as_packed_afterwards(family, pattern, tmp_path):
 
 def test_dense_bytes_of_pruned_operators_are_never_written(source, tmp_path, monkeypatch):
     written = {}
-    save = output.save_file
+    write = streamed.write_stored
 
-    def watched(tensors, path, metadata):
-        written[Path(path).name] = {name: tensor.nbytes for name, tensor in tensors.items()}
-        save(tensors, path, metadata=metadata)
+    def watched(path, tensors):
+        written[path.name] = {name: tensor.num_bytes for name, tensor in tensors.items()}
+        return write(path, tensors)
 
-    monkeypatch.setattr(output, "save_file", watched)
+    monkeypatch.setattr(streamed, "write_stored", watched)
     report = prune(source, tmp_path / "packed", packed=True)
     names = {name for tensors in written.values() for name in tensors}
-    shards = [name for name in written if name.startswith(".packed-")]
+    shards = [name for name in written if name.startswith("packed-")]
     assert len(shards) == LAYERS + 1
-    assert not [name for name in written if name.startswith(".model-")]
+    assert not [name for name in written if name.startswith("model-")]
     pruned = {operator.name for operator in report.operators}
     assert len(pruned) == 7 * LAYERS
     assert not [name for shard in shards for name in written[shard] if name in pruned]
