@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from families import ENOUGH_TOKENS, family_model, family_tokens, logits, read_tensors
-from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, Llama4Config, T5Config
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM, Llama4Config, T5Config
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.evaluate.verification import verify_checkpoint
@@ -84,6 +84,7 @@ def test_fused_experts_go_from_files(folders, tmp_path, no_pictures):
     assert bool(torch.isfinite(logits(model)).all())
 
 
+@pytest.mark.skipif("molmo2" not in CONFIG_MAPPING, reason="needs a newer Transformers")
 def test_rows_of_several_operators_are_not_packed(folders, tmp_path):
     with pytest.raises(ValueError, match=r"ff_proj.weight\[0:48, :\] is a part of a matrix with other operators"):
         pruner().prune(folders("molmo2"), family_tokens(), output_dir=tmp_path / "out", device="cpu", packed=True)
