@@ -29,7 +29,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from optimum_fista.folder.checkpoint import CONFIG_FILE, PACKED_KEY, checkpoint_files, read_json
 from optimum_fista.folder.output import digest_of, write_file
 from optimum_fista.model.architecture import find_decoder_layers
-from optimum_fista.model.dequantization import dequantizer_of
+from optimum_fista.model.dequantization import DENSE, dequantizer_of
 from optimum_fista.model.parts import Part
 from optimum_fista.packed.format import SUFFIXES, packed_names
 
@@ -37,7 +37,6 @@ T = TypeVar("T")
 # of activations that were quantized, too: a model in 16 bits has none
 _ACTIVATION_SCALES = re.compile(r"\.(input|output|q|k|v)_(scale|global_scale|zero_point)$")
 _EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
-_DENSE = {"F64", "F32", "F16", "BF16"}
 _PIECE = 2**24  # bytes that are copied at a time
 _LOSES = "parts that decoder layers lose would have to go there too"
 
@@ -78,7 +77,7 @@ class StoredTensor:
     def holding(self, value: Tensor) -> StoredTensor:
         """Describe a new value in this tensor's dtype; if the old one is rounded to it, nothing has changed."""
         new = StoredTensor.of(value)
-        if self.dtype == new.dtype or not {self.dtype, new.dtype} <= _DENSE:
+        if self.dtype == new.dtype or not {self.dtype, new.dtype} <= DENSE:
             return new
         old = self.tensor()
         if self.shape == new.shape and torch.equal(old.to(value.dtype), value):
@@ -290,7 +289,7 @@ def source_tensors(
     ends = {(re.sub(r"^.*?\.\d+\.", "", name), stored[name].shape) for name in smaller}  # inside a layer
     counts, lost = Counter(others.values()), dict[str, str]()
     for name, module in others.items():
-        if settings and not quantized and stored[name].dtype not in _DENSE:
+        if settings and not quantized and stored[name].dtype not in DENSE:
             lost[module] = f"{counts[module]} tensors: they are quantized, and the result is not"
         if any(name.endswith(f".{end}") and stored[name].shape == shape for end, shape in ends):
             lost[module] = f"{counts[module]} tensors: {_LOSES}"

@@ -40,7 +40,7 @@ from optimum_fista.model.decompression import Decompressed, Decompression
 from optimum_fista.model.offload import offload_hook
 
 _METHOD = "fista_dequantized"
-_VALUES = {"F64", "F32", "F16", "BF16"}  # dtypes of safetensors that need no scales
+DENSE = {"F64", "F32", "F16", "BF16"}  # dtypes of safetensors that need no scales
 _READERS = {"gptq": "GPTQModel", "awq": "GPTQModel", "bitsandbytes": "Transformers' model.dequantize()"}
 
 
@@ -185,7 +185,7 @@ class Dequantizer(HfQuantizer):
         converters = [transform for transform in self._transforms[1] if isinstance(transform, WeightConverter)]
         prefix, state = model.base_model_prefix, model.state_dict()
         for name, (_, dtype) in self._stored.items():
-            if dtype not in _VALUES and not (name in self.converted and name.rpartition(".")[0] in scaled):
+            if dtype not in DENSE and not (name in self.converted and name.rpartition(".")[0] in scaled):
                 target = rename_source_key(name, renamings, converters, prefix, state)[0]
                 if target in state and state[target].is_floating_point():
                     raise ValueError(f"{name} has dtype {dtype}, and Transformers finds no scales for it.")
@@ -198,7 +198,7 @@ class Dequantizer(HfQuantizer):
 
     def holds_values(self, name: str) -> bool:
         """Tell whether a tensor of the source is a weight that is not quantized."""
-        return self._stored[name][1] in _VALUES
+        return self._stored[name][1] in DENSE
 
     def is_serializable(self) -> bool:
         """True if `save_pretrained` can save the model."""

@@ -6,7 +6,9 @@ from pruning import prune
 from tiny_llama import tiny_llama, tiny_tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
 
+from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model import forward
 from optimum_fista.model import gram as module
 from optimum_fista.model.forward import as_multiplied, choose_products, is_fast, products_as, quick_products
@@ -124,3 +126,17 @@ def test_the_precision_comes_back_after_an_error():
     assert precision() == "highest"
     with quick_products():
         assert precision() == "highest"
+
+
+def test_a_run_from_files_multiplies_as_one_in_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(forward, "is_fast", lambda *_: False)
+    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype="auto")
+    pruner.prune(model, tiny_tokens().split(4))
+    report = pruner.prune(str(tmp_path / "source"), tiny_tokens().split(4), output_dir=tmp_path / "out", device="cpu")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    assert report.environment["products"] == "widened"
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    errors = [operator.fit_error for operator in pruner.result(model)[0].operators]
+    assert [operator.fit_error for operator in report.operators] == errors
