@@ -23,12 +23,12 @@ from optimum_fista.folder.stored_tensors import StoredTensor
 from optimum_fista.folder.writing import summary, write_checkpoint
 from optimum_fista.model.forward import products_as
 from optimum_fista.model.gram import single_problem
+from optimum_fista.model.offload import offload_hook
 from optimum_fista.prune.batches import begin
 from optimum_fista.prune.budgets import share_budgets
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.loop import prune_layers
 from optimum_fista.prune.plan import complete_report, plan_run
-from optimum_fista.prune.removal import require_in_memory
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.prune.streamed import prune_files
 from optimum_fista.report import PruningReport
@@ -122,10 +122,10 @@ class FistaPruner:
         if output_dir is not None or packed:
             option = "packed=True" if packed else "output_dir"
             raise ValueError(f"{option} is for a model given by name: save a loaded model by save_pretrained.")
-        started, storage = time.perf_counter(), storage_place(self.storage_device)
-        if self.config.whole_parts is not None:
-            require_in_memory(model, self.config.whole_parts)
-        sink = ModelSink(model)
+        if self.config.whole_parts is not None and any(map(offload_hook, model.modules())):
+            why = "the model is offloaded, so it can't be made smaller in place"
+            raise ValueError(f"pattern={self.config.pattern!r}: {why}: pass its name or folder and output_dir instead.")
+        started, sink, storage = time.perf_counter(), ModelSink(model), storage_place(self.storage_device)
         places: dict[str, Any] = {"storage": storage, "progress": self.progress, "callbacks": self.callbacks}
         plan = plan_run(model, self.config, in_memory=True, **places)
         calibration, held_out, report = begin(plan, calib_dataloader, calibration_source)
@@ -167,17 +167,13 @@ class FistaPruner:
         A mask is packed to one bit a weight (`solve.pattern.unpack_mask`), in the layout of the model's weight.
         """
         if model not in self._results:
-            raise ValueError(
-                f"model ({type(model).__name__}) was not pruned by this FistaPruner: call prune(model, ...) first."
-            )
+            raise ValueError(f"model {type(model).__name__} was not pruned by this FistaPruner: call prune first.")
         report, masks = self._results[model]
         latest = getattr(model.config, CONFIG_KEY, None)
         # No operator is pruned if only experts or decoder layers go: two such runs have the same summary.
         smaller = bool(report.removed) and model.num_parameters() != report.model["num_parameters"]
         if smaller or (latest is not None and latest | {"retrained": True} != summary(report) | {"retrained": True}):
-            raise ValueError(
-                f"model ({type(model).__name__}) was pruned again by another FistaPruner: save it by that one."
-            )
+            raise ValueError(f"model {type(model).__name__} was pruned again by another FistaPruner: use that one.")
         return report, masks
 
     def save_pretrained(

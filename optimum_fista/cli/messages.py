@@ -1,4 +1,4 @@
-"""What the processes of a command say while they run."""
+"""The processes of a command, and what they say while they run."""
 
 from __future__ import annotations
 
@@ -6,23 +6,31 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from accelerate import PartialState
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from optimum_fista.prune.ranks import Ranks, joined_ranks
 
 
 @contextmanager
-def first_process_speaks(index: int, name: str) -> Iterator[None]:
-    """Print the messages of the logger called `name` in process 0; the others show no warnings and no bars."""
-    if index:
-        set_verbosity_error()
-        disable_progress_bar()
-        yield
-        return
+def speaking_ranks(device: str | None, name: str) -> Iterator[Ranks]:
+    """Join the processes of a command, and take them apart when it succeeds.
+
+    Process 0 prints the messages of the logger called `name`; the others show no warnings and no bars.
+    """
     handler, logger = logging.StreamHandler(), logging.getLogger(name)
     before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-        logger.removeHandler(handler)
+    with joined_ranks(device) as ranks:
+        if ranks.index:
+            set_verbosity_error()
+            disable_progress_bar()
+        else:
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
+        try:
+            yield ranks
+        finally:
+            logger.setLevel(before)
+            logger.removeHandler(handler)
+    if ranks.count > 1:
+        PartialState().destroy_process_group()

@@ -54,9 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     advanced = add_options(parser, PruningOptions)
     add("--target-size", type=float, metavar="SHARE", help="remove channels until this share of the bytes is left")
     add("--recipe", metavar="NAME", help="default, fast, or paper (FISTAPruner as published); other flags override it")
-    sources = (
-        "self (the model writes it; default if it fits), .txt, .jsonl (with images, too), wikitext2, c4, ptb, pydoc"
-    )
+    sources = "self (the model writes it; default if it fits), .txt, .jsonl (images too), wikitext2, c4, ptb or pydoc"
     add("--calibration", metavar="SOURCE", help=sources)
     add("--num-samples", type=int, default=128, metavar="N", help="calibration sequences (default 128)")
     add("--sequence-length", type=int, metavar="N", help="tokens in a sequence (default: 2048, or the model's limit)")
@@ -82,14 +80,11 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.folder.checkpoint import require_name
 
     require_name(arguments.model)  # before the imports below, which take seconds
-    from accelerate import PartialState
-
-    from optimum_fista.cli.messages import first_process_speaks
+    from optimum_fista.cli.messages import speaking_ranks
     from optimum_fista.cli.overview import details_of, estimate_of, next_commands, say_before, verdicts
     from optimum_fista.folder.hub import push_folder
     from optimum_fista.folder.output import FOLDER, locked_output, require_output, unfinished_folder
     from optimum_fista.folder.packed_folder import packing_of
-    from optimum_fista.prune.ranks import joined_ranks
     from optimum_fista.pruner import FistaPruner
 
     config = _config(arguments)
@@ -101,12 +96,11 @@ def run(arguments: argparse.Namespace) -> int:
         require_output(arguments.output, arguments.overwrite, source=arguments.model)
         return 0
     _require_options(arguments, config)
-    with joined_ranks(arguments.device) as ranks, ExitStack() as opened:
+    with speaking_ranks(arguments.device, "optimum_fista.model.parts") as ranks, ExitStack() as opened:
 
         def lock() -> None:
             opened.enter_context(locked_output(arguments.output))
 
-        opened.enter_context(first_process_speaks(ranks.index, "optimum_fista.model.parts"))
         try:
             ranks.first(lock)  # held to the end of the run: two runs must not write into one folder
             arguments.batch_size, arguments.calibration = ranks.first(lambda: say_before(arguments, config))
@@ -120,8 +114,6 @@ def run(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             print("\nfinished decoder layers are kept: give the same command again to resume", file=sys.stderr)
             raise
-    if ranks.count > 1:
-        PartialState().destroy_process_group()
     if ranks.index:
         return 0
     print(report, *verdicts(report), sep="\n")
@@ -149,9 +141,8 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
     require_output(arguments.output, arguments.overwrite, source=arguments.model)
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise ValueError(f"--batch-size {arguments.batch_size}: pass at least 1.")
-    has_images = False
-    if arguments.calibration not in (None, "self"):  # these depend on the model
-        has_images = require_source(arguments.calibration, with_images=True)
+    by_model = arguments.calibration in (None, "self")
+    has_images = not by_model and require_source(arguments.calibration, with_images=True)
     usable_device(arguments.device)
     storage_place(arguments.storage_device)
     if arguments.push_to_hub:
@@ -185,7 +176,8 @@ def _batches(
     perplexity is measured on Python's documentation.
     """
     from optimum_fista.folder.loading import read_config, require_processor, require_tokenizer
-    from optimum_fista.text.calibration_tokens import calibration_tokens_by_name, num_measured, usual_length
+    from optimum_fista.model.held_out import LEAST_TOKENS
+    from optimum_fista.text.calibration_tokens import calibration_tokens_by_name, usual_length
     from optimum_fista.text.images import image_sequences
     from optimum_fista.text.sources import load_text, require_source
     from optimum_fista.text.windows import calibration_windows
@@ -193,7 +185,8 @@ def _batches(
     source, wanted, measured = arguments.calibration, arguments.num_samples + config.held_out, None
     model_config = read_config(arguments.model)
     length = arguments.sequence_length or usual_length(model_config)
-    count = num_measured(config, length)
+    parts = () if config.whole_parts is None else config.whole_parts.shares
+    count = 0 if any(part.kind == "experts" for part in parts) else -(-LEAST_TOKENS // length)
     has_images = source != "self" and require_source(source, with_images=True)
     if has_images:
         processor, lines = require_processor(arguments.model), load_text(source, "calibration", with_images=True)

@@ -43,12 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Recover, and print what was gained."""
-    from accelerate import PartialState
-
-    from optimum_fista.cli.messages import first_process_speaks
+    from optimum_fista.cli.messages import speaking_ranks
     from optimum_fista.cli.overview import next_commands
     from optimum_fista.folder.output import folder_beside
-    from optimum_fista.prune.ranks import joined_ranks
     from optimum_fista.train.recovery import recover
     from optimum_fista.train.recovery_plan import plan_recovery, preview
 
@@ -58,15 +55,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(preview(plan_recovery(arguments.folder, output_dir=output, processes=1, **options)))
         return 0
-    with joined_ranks(arguments.device) as ranks, first_process_speaks(ranks.index, "optimum_fista.train"):
+    with speaking_ranks(arguments.device, "optimum_fista.train") as ranks:
         try:
             found = recover(arguments.folder, output_dir=output, **options)
         except KeyboardInterrupt:
             if not ranks.index:
                 print("\nthe same command resumes after the last step that was saved", file=sys.stderr)
             raise
-    if ranks.count > 1:
-        PartialState().destroy_process_group()
     if ranks.index:
         return 0
     print(found)

@@ -25,7 +25,6 @@ from optimum_fista.model.correction import LayerTargets
 from optimum_fista.model.expert_removal import SmallerMixture, experts_of, experts_to_keep, score_experts
 from optimum_fista.model.groups import is_added_to_output
 from optimum_fista.model.layer_inputs import HiddenStates, LayerActivations
-from optimum_fista.model.offload import offload_hook
 from optimum_fista.model.operator import Group, LinearOperator
 from optimum_fista.model.parts import Part, numbers_kept, share_for_size
 from optimum_fista.model.shrinking import (
@@ -41,7 +40,7 @@ from optimum_fista.prune.sink import ModelSink
 from optimum_fista.report import LayerRecord, LayerReport, MixtureReport, OperatorReport, PruningReport
 from optimum_fista.solve.method import METHODS
 from optimum_fista.solve.pattern import pack_mask, unpack_mask
-from optimum_fista.solve.patterns import Columns, WholeParts
+from optimum_fista.solve.patterns import Columns
 
 T = TypeVar("T")
 Operators = Mapping[str, Mapping[str, LinearOperator]]  # to prune, by the names of their decoder layers
@@ -377,15 +376,6 @@ def _groups_kept(layers: Iterable[LayerReport], operators: Iterable[OperatorRepo
 def first_names(names: Sequence[str]) -> str:
     """The first four of many names, for a message."""
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-
-
-def require_in_memory(model: PreTrainedModel, pattern: WholeParts) -> None:
-    """Refuse an offloaded model: it can't be made smaller in place."""
-    if any(offload_hook(module) for module in model.modules()):
-        raise ValueError(
-            f"pattern='{pattern}': the model is offloaded, so it can't be made smaller in place: pass its name or "
-            "folder and output_dir instead."
-        )
 
 
 def require_zeros_to_pack(config: FistaPruningConfig, packed: bool) -> None:

@@ -16,10 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder.loading import load_model, require_tokenizer
 from optimum_fista.folder.output import SAMPLED_TEXTS, write_file
-from optimum_fista.model.held_out import LEAST_TOKENS
 from optimum_fista.text.self_sampling import sample_text_from_model
 from optimum_fista.text.sources import load_text
 from optimum_fista.text.windows import calibration_windows
@@ -81,14 +79,7 @@ def calibration_tokens_by_name(
     return tokens
 
 
-def num_measured(config: FistaPruningConfig, length: int) -> int:
-    """Sequences of this length that `optimum-fista prune` measures the perplexity on, besides those to prune on."""
-    parts = () if config.whole_parts is None else config.whole_parts.shares
-    return 0 if any(part.kind == "experts" for part in parts) else -(-LEAST_TOKENS // length)
-
-
 def usual_length(config: PreTrainedConfig) -> int:
     """Default number of tokens in a sequence: 2048, or the model's context if that is shorter."""
-    return min(
-        _USUAL_LENGTH, getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or _USUAL_LENGTH
-    )
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return min(_USUAL_LENGTH, longest or _USUAL_LENGTH)

@@ -238,7 +238,7 @@ def test_a_model_that_lost_more_since_is_not_saved_with_an_old_report(pattern, t
         warnings.simplefilter("ignore")  # of layers that are not repaired, and of a model that was pruned before
         first.prune(model, BATCHES)
         second.prune(model, BATCHES)
-    with pytest.raises(ValueError, match="was pruned again by another FistaPruner: save it by that one"):
+    with pytest.raises(ValueError, match="was pruned again by another FistaPruner: use that one"):
         first.save_pretrained(model, tmp_path / "stale")
     second.save_pretrained(model, tmp_path / "latest")
     found = verify_checkpoint(tmp_path / "latest")
