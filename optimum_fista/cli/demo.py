@@ -65,18 +65,23 @@ def run(arguments: argparse.Namespace) -> int:
     say("reading the model")
     # float32: processors without AVX512-BF16 or AMX multiply bfloat16 several times more slowly.
     dense, tokenizer = load_model(arguments.model or _smollm2_folder(), dtype="float32")
-    tokens, windows = _material(arguments.text, dense, tokenizer)
+    tokens, windows, text = _material(arguments.text, dense, tokenizer)
     say("measuring the dense model")
-    rows = [["dense", "", f"{evaluate_perplexity(dense, windows, progress=False).perplexity:.2f}"]]
+
+    def measured(model: Any) -> list[str]:
+        found = evaluate_perplexity(model, windows, progress=False, text=text, tokenizer=tokenizer)
+        return [f"{found.perplexity:.2f}", "" if found.bits_per_byte is None else f"{found.bits_per_byte:.3f}"]
+
+    rows = [["dense", "", *measured(dense)]]
     for method, pattern, folder in _RUNS:
         say(f"pruning by {method}, {pattern}")
         pruned, pruner = copy.deepcopy(dense), FistaPruner(FistaPruningConfig(method=method, pattern=pattern))
         pruner.prune(pruned, tokens.split(1), calibration_source=arguments.text)
-        rows.append([method, pattern, f"{evaluate_perplexity(pruned, windows, progress=False).perplexity:.2f}"])
+        rows.append([method, pattern, *measured(pruned)])
         if folder:
             pruner.save_pretrained(pruned, arguments.output / folder, tokenizer, overwrite=True)
     print(f"\nPerplexity on {arguments.text} ({len(windows)} windows of {windows.shape[1]} tokens), lower is better\n")
-    print("\n".join(markdown_lines(["method", "pattern", "perplexity"], rows)), end="\n\n")
+    print("\n".join(markdown_lines(["method", "pattern", "perplexity", "bits per byte"], rows)), end="\n\n")
     say("verifying and reloading")
     _show_models(dense, saved, tokenizer)
     name = arguments.model or os.path.relpath(_smollm2_folder())
@@ -89,18 +94,19 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _material(source: str, model: Any, tokenizer: Any) -> tuple[Any, Any]:
-    """Windows to calibrate on, and others, from the start of the text, to measure on."""
+def _material(source: str, model: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
+    """Windows to calibrate on, others from the start of the text to measure on, and the text."""
     from optimum_fista.text.calibration_tokens import usual_length
     from optimum_fista.text.sources import load_text
     from optimum_fista.text.windows import evaluation_windows
 
-    windows = evaluation_windows(tokenizer, load_text(source, "test"), min(_LENGTH, usual_length(model.config)))
+    text = load_text(source, "test")
+    windows = evaluation_windows(tokenizer, text, min(_LENGTH, usual_length(model.config)))
     if len(windows) < 2 * _WINDOWS:
         needed = f"the demo calibrates on {_WINDOWS} windows and measures on {_WINDOWS}"
         raise ValueError(f"--text {source} has {len(windows)} windows, and {needed}: pass a longer text.")
     others = windows[_WINDOWS:]  # the windows to calibrate on are spread over the rest of the text
-    return others[:: len(others) // _WINDOWS][:_WINDOWS], windows[:_WINDOWS]
+    return others[:: len(others) // _WINDOWS][:_WINDOWS], windows[:_WINDOWS], text
 
 
 def _show_models(dense: Any, folders: list[Path], tokenizer: Any) -> None:

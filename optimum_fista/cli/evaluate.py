@@ -11,7 +11,7 @@ Measure the perplexity of a model on a text.
 
 Perplexity is measured on windows of the text that do not overlap, from its start, and averages the negative log
 likelihood over all predicted tokens. This is the protocol of the pruning literature. Use the same windows to compare
-models.
+models. Bits per byte compare models with different vocabularies, on the same stretch of text.
 
 example:
   optimum-fista evaluate ./model-50 --text wikitext2 --sequence-length 2048
@@ -40,7 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     text = load_text(arguments.text, "test")
     model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     windows = evaluation_windows(tokenizer, text, arguments.sequence_length, arguments.max_windows)
-    found = evaluate_perplexity(model, windows, batch_size=arguments.batch_size, text=text)
+    found = evaluate_perplexity(model, windows, batch_size=arguments.batch_size, text=text, tokenizer=tokenizer)
     place = f"{found.num_windows} windows of {found.sequence_length} tokens, {found.num_tokens} predicted"
-    print(f"perplexity {found.perplexity:.3f} on {arguments.text}: {place}, {found.seconds:.1f} s")
+    per_byte = "" if found.bits_per_byte is None else f", {found.bits_per_byte:.4f} bits per byte"
+    print(f"perplexity {found.perplexity:.3f}{per_byte} on {arguments.text}: {place}, {found.seconds:.1f} s")
     return 0

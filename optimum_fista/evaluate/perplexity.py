@@ -1,24 +1,27 @@
 """Perplexity of a causal language model on windows of tokens.
 
 This is the protocol of the pruning literature: windows do not overlap, and each is scored without the text before it.
-Perplexities are comparable only on the same windows, so a result names its text and their number and length.
+Perplexities are comparable only on the same windows, so a result names its text and their number and length. Bits per
+byte compare models with different vocabularies, on windows of the same stretch of text.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.memory import is_out_of_memory
 from optimum_fista.model.architecture import token_limits
 from optimum_fista.model.forward import evaluation_mode
 from optimum_fista.model.offload import execution_device
 from optimum_fista.text.sources import TextSource
+from optimum_fista.text.windows import count_bytes
 
 POSITIONS_PER_CHUNK = 256  # copied to float32 at a time: 131 MB of logits for a vocabulary of 128 thousand
 
@@ -34,6 +37,12 @@ class PerplexityResult:
     seconds: float
     text_name: str | None = None
     text_sha256: str | None = None
+    num_bytes: int | None = None  # of the text, in UTF-8, that the predicted tokens stand for (`count_bytes`)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Sum of -log2 p over the predicted tokens / `num_bytes`; `None` if these are not known."""
+        return math.log2(self.perplexity) * self.num_tokens / self.num_bytes if self.num_bytes else None
 
 
 def evaluate_perplexity(
@@ -43,6 +52,7 @@ def evaluate_perplexity(
     batch_size: int = 1,
     progress: bool = True,
     text: TextSource | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PerplexityResult:
     """Measure exp(-1 / (N (T - 1)) sum_n sum_{t >= 1} log p(w_nt | w_n0 ... w_n,t-1)).
 
@@ -55,6 +65,7 @@ def evaluate_perplexity(
         batch_size: Windows per forward pass. The logits of a batch are held at once.
         progress: Show a progress bar.
         text: Where the windows come from, for the result's `text_name` and `text_sha256`.
+        tokenizer: The one that made the windows of `text`, for the result's `bits_per_byte`.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}; pass 1 or more.")
@@ -90,6 +101,7 @@ def evaluate_perplexity(
         seconds=time.perf_counter() - started,
         text_name=None if text is None else text.name,
         text_sha256=None if text is None else text.sha256,
+        num_bytes=None if text is None or tokenizer is None else count_bytes(tokenizer, text, windows),
     )
 
 

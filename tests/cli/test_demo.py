@@ -30,7 +30,7 @@ def test_the_demo_shows_a_smaller_model_and_fits_and_measures_on_other_windows(
     runs = [["wanda", "unstructured"], ["obs_admm", "unstructured"], ["obs_admm", "channels:0.25"]]
     names = [["dense", ""], *runs]
     assert [line[:2] for line in lines] == [["method", "pattern"], lines[1][:2], *names]
-    assert all(float(line[2]) > 1 for line in lines[2:])
+    assert all(2 ** float(line[3]) == pytest.approx(float(line[2]), rel=1e-3) for line in lines[2:])  # of letters
     seen = {tuple(window.tolist()) for window in measured}
     assert len(seen) == 3
     assert seen.isdisjoint(tuple(window.tolist()) for batch in fitted for window in batch)

@@ -2,12 +2,15 @@ import math
 
 import pytest
 import torch
+from tiny_llama import TEXT, tiny_llama, tiny_tokenizer
 from tiny_models import VOCAB_SIZE, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from untouched import Untouched
 
 from optimum_fista.evaluate import perplexity
 from optimum_fista.evaluate.perplexity import evaluate_perplexity
+from optimum_fista.text.sources import TextSource
+from optimum_fista.text.windows import evaluation_windows
 
 VOCABULARY = 50
 
@@ -46,6 +49,16 @@ def test_perplexity_is_the_oracles(model, windows, batch_size, positions, monkey
     assert result.perplexity == pytest.approx(oracle(model, windows), rel=1e-5)
     assert (result.num_windows, result.num_tokens, result.sequence_length) == (5, 95, 20)
     assert result.seconds > 0
+
+
+def test_bits_per_byte_need_the_text_and_its_tokenizer():
+    text, model = TextSource("sea", (TEXT,)), tiny_llama()
+    windows = evaluation_windows(tiny_tokenizer(), text, 16, 3)
+    result = evaluate_perplexity(model, windows, progress=False, text=text, tokenizer=tiny_tokenizer())
+    bits = 3 * 15 * math.log2(oracle(model, windows))
+    assert result.num_bytes == 45  # a token is a letter
+    assert result.bits_per_byte == pytest.approx(bits / 45, rel=1e-5)
+    assert evaluate_perplexity(model, windows, progress=False, text=text).bits_per_byte is None
 
 
 def test_log_likelihoods_of_a_half_precision_model_are_float32(model, windows):

@@ -2,11 +2,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from optimum_fista.text.sources import TextSource
-from optimum_fista.text.windows import calibration_windows, evaluation_windows
+from optimum_fista.text.windows import calibration_windows, count_bytes, evaluation_windows
 
 WORDS = 3000
 BOS, EOS = WORDS + 1, WORDS + 2
@@ -179,3 +179,25 @@ def test_sizes_out_of_range():
         evaluation_windows(tokenizer(), source(range(50)), 5, max_windows=0)
     with pytest.raises(ValueError, match="sequence_length=1"):
         evaluation_windows(tokenizer(), source(range(50)), 1)
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_bytes_are_those_of_the_text_that_predicted_tokens_stand_for(add_bos):
+    """Words of 3 to 6 capitals that the tokenizer makes small, with white space that is in no token."""
+    words = [("WÖRD"[: 3 + i % 2]) + str(i % 50) for i in range(12)]
+    lower = tokenizer(lambda i: words[i % 12].lower() + "x" * (i // 12))
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    text = TextSource("capitals", tuple(words), separator="\n \n")
+    windows = evaluation_windows(lower, text, 5, 2, add_bos=add_bos)
+    assert (windows != WORDS).all()  # no <unk>
+    predicted = words[:8] if add_bos else words[1:5] + words[6:10]  # 4 words a window
+    spaces = (7 if add_bos else 8) * len(text.separator)  # before every predicted word but the first of the text
+    assert count_bytes(lower, text, windows) == sum(len(w.encode()) for w in predicted) + spaces
+
+
+def test_bytes_of_other_windows_are_not_known():
+    numbers, text = tokenizer(), source(range(30))
+    windows = evaluation_windows(numbers, text, 5)
+    assert count_bytes(numbers, text, windows) == sum(1 + len(word(i)) for i in range(30) if i % 5)
+    assert count_bytes(numbers, text, windows[1:]) is None
+    assert count_bytes(numbers, text, torch.cat([windows, windows])) is None
