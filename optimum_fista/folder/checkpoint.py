@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -25,6 +26,7 @@ CONFIG_FILE, CARD_FILE = "config.json", "README.md"
 CONFIG_KEY, PACKED_KEY = "fista_pruning", "quantization_config"
 MASKS_FILE = "fista/masks.safetensors"
 REPORT_FILE = "fista/report.json"
+VOCABULARY_FILE = "fista/vocabulary.json"  # if tokens were removed, by this run or an earlier one
 _CONFIG_KEYS = {"method", "pattern", "error_correction"}
 _CALIBRATION_KEYS = {"num_sequences", "num_tokens"}
 _MODEL_KEYS = {"name", "class"}
@@ -87,6 +89,22 @@ def read_report(folder: Path) -> PruningReport:
         return report
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{str(file)!r} is no report of optimum-fista ({error}).") from error
+
+
+def kept_tokens(folder: Path) -> Tensor | None:
+    """Ids in the first model's vocabulary of the tokens of a smaller one, int64, rising; `None` if all tokens stayed.
+
+    Row `i` of the embedding is row `kept_tokens(folder)[i]` of the embedding before the first token was removed.
+    """
+    file = folder / VOCABULARY_FILE
+    if not file.exists():
+        return None
+    found = read_json(file)
+    kept, total = found.get("kept"), found.get("num_tokens")
+    numbers: list[Any] = [*kept, total] if isinstance(kept, list) and kept else [total, total]
+    if not all(type(n) is int and n >= 0 for n in numbers) or numbers != sorted({*numbers}):
+        raise ValueError(f"{str(file)!r} is damaged: it does not list rising ids below num_tokens.")
+    return torch.tensor(kept)
 
 
 def mark_retrained(model: PreTrainedModel) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from optimum_fista.folder.checkpoint import (
     MASKS_METADATA,
     PACKED_KEY,
     REPORT_FILE,
+    VOCABULARY_FILE,
     checkpoint_files,
     read_json,
     write_index,
@@ -129,6 +131,9 @@ def write_all_but_weights(
     """
     (folder / "fista").mkdir(exist_ok=True)
     write_file(folder / REPORT_FILE, report.to_json())
+    source = local_source(model)
+    if source is not None and (source / VOCABULARY_FILE).exists():  # tokens that an earlier run removed
+        shutil.copyfile(source / VOCABULARY_FILE, folder / VOCABULARY_FILE)
     picture = error_picture(report)  # none without Matplotlib
     if picture is not None:
         write_file(folder / PICTURE_FILE, picture)
