@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +20,7 @@ from optimum_fista.folder.checkpoint import CONFIG_KEY
 from optimum_fista.folder.hub import push_folder, require_repo_id
 from optimum_fista.folder.loading import storage_place
 from optimum_fista.folder.output import new_output
-from optimum_fista.folder.stored_tensors import StoredTensor
+from optimum_fista.folder.stored_tensors import SourceTensors
 from optimum_fista.folder.writing import summary, write_checkpoint
 from optimum_fista.model.forward import products_as
 from optimum_fista.model.gram import single_problem
@@ -29,6 +30,7 @@ from optimum_fista.prune.budgets import share_budgets
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.loop import prune_layers
 from optimum_fista.prune.plan import complete_report, plan_run
+from optimum_fista.prune.removal import groups_kept
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.prune.streamed import prune_files
 from optimum_fista.report import PruningReport
@@ -65,8 +67,8 @@ class FistaPruner:
         self.storage_device = storage_device
         self.callbacks = tuple(callbacks)
         self._results: WeakKeyDictionary[PreTrainedModel, tuple[PruningReport, dict[str, Tensor]]] = WeakKeyDictionary()
-        # tensors in the files of its source that a model has no place for, by their names in the pruned model
-        self.unplaced: WeakKeyDictionary[PreTrainedModel, Mapping[str, StoredTensor]] = WeakKeyDictionary()
+        # tensors in the files of its source, by their names in the pruned model
+        self.sources: WeakKeyDictionary[PreTrainedModel, SourceTensors] = WeakKeyDictionary()
 
     @numerical_environment()
     def prune(
@@ -129,6 +131,8 @@ class FistaPruner:
         places: dict[str, Any] = {"storage": storage, "progress": self.progress, "callbacks": self.callbacks}
         plan = plan_run(model, self.config, in_memory=True, **places)
         calibration, held_out, report = begin(plan, calib_dataloader, calibration_source)
+        if plan.source.loaded_in(model.dtype):
+            report.environment["written"] = "in the dtypes of the files"
         for callback in self.callbacks:
             callback.on_prune_begin(report)
         with sink, sink.interruptible, products_as(plan.products):
@@ -136,13 +140,15 @@ class FistaPruner:
             plan = plan.with_budgets(share_budgets(plan, calibration.batches, report))
             prune_layers(plan, calibration, report, sink, held_out)
             dense_sha256 = [layer.dense_sha256 for layer in report.layers]  # removed layers too
+            kept = groups_kept(report.layers, report.operators)
+            stored = plan.source.smaller(model, plan.removal.part_of, kept, strict=False)
             complete_report(plan, report, held_out)
             plan.removal.make_smaller(model, report, sink)
             report.model["sha256"] = plan.layers.dense_digest(dense_sha256)
             report.seconds["total"] = time.perf_counter() - started
             model.config.fista_pruning = summary(report)  # in the sink: after an interrupt here all is put back
             self._results[model] = (report, sink.masks)
-            self.unplaced[model] = plan.source.unplaced
+            self.sources[model] = replace(plan.source, stored=plan.source.unplaced | stored)
         logger.info("%s", report)
         for callback in self.callbacks:
             callback.on_prune_end(report)
@@ -190,7 +196,7 @@ class FistaPruner:
         """
         report, masks = self.result(model)
         with new_output(Path(folder), overwrite) as unfinished:
-            write_checkpoint(model, unfinished, report, masks, tokenizer, self.unplaced[model])
+            write_checkpoint(model, unfinished, report, masks, tokenizer, self.sources[model])
 
     def push_to_hub(
         self,

@@ -138,6 +138,17 @@ class SourceTensors:
         """The tensors that are not loaded, and are copied."""
         return {name: self.stored[name] for name, module in self.others.items() if module not in self.lost}
 
+    def loaded_in(self, dtype: torch.dtype) -> dict[str, StoredTensor]:
+        """The tensors that are loaded, if a model in `dtype` has the dtype of most of them; otherwise none.
+
+        A model in another dtype was brought to it by somebody, and not by Transformers, which takes that of most.
+        """
+        placed, sizes = {name: self.stored[name] for name in self.places if name in self.stored}, Counter[str]()
+        for tensor in placed.values():
+            sizes[tensor.dtype] += math.prod(tensor.shape) * (tensor.dtype in DENSE)
+        usual = StoredTensor.of(torch.empty(0, dtype=dtype)).dtype
+        return placed if sizes[usual] == max(sizes.values(), default=0) else {}
+
     @property
     def copied(self) -> dict[str, int]:
         """How many tensors of each module are copied; modules of all decoder layers are one entry."""
@@ -294,6 +305,14 @@ def source_tensors(
         if any(name.endswith(f".{end}") and stored[name].shape == shape for end, shape in ends):
             lost[module] = f"{counts[module]} tensors: {_LOSES}"
     return SourceTensors(stored, places, others, lost, prefix, settings)
+
+
+def in_dtypes_of(file: Path, known: Mapping[str, StoredTensor]) -> None:
+    """Write a safetensors file again if tensors with `known` names have other dtypes there (`StoredTensor.holding`)."""
+    saved = dict(_safetensors(file))
+    both = {name: {known[name].dtype, tensor.dtype} for name, tensor in saved.items() if name in known}
+    if differing := [name for name, dtypes in both.items() if len(dtypes) == 2 and dtypes <= DENSE]:
+        write_file(file, _file_of(saved | {name: known[name].holding(saved[name].tensor()) for name in differing}))
 
 
 def write_stored(path: Path, tensors: Mapping[str, StoredTensor]) -> str:

@@ -37,7 +37,7 @@ from optimum_fista.folder.checkpoint import (
 from optimum_fista.folder.loading import forget_gguf, local_source
 from optimum_fista.folder.output import errors_of_writing, write_file
 from optimum_fista.folder.source_files import copy_source
-from optimum_fista.folder.stored_tensors import StoredTensor, write_stored
+from optimum_fista.folder.stored_tensors import SourceTensors, StoredTensor, in_dtypes_of, write_stored
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.offload import describe_ties, stored_tensor
 from optimum_fista.model.operator import LinearOperator
@@ -64,9 +64,12 @@ def write_checkpoint(
     report: PruningReport,
     masks: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase | None,
-    unplaced: Mapping[str, StoredTensor],
+    stored_as: SourceTensors,
 ) -> None:
-    """Write all files of a pruned model into an unfinished folder; `unplaced` are tensors that are not in the model."""
+    """Write all files of a pruned model into an unfinished folder; `stored_as` are tensors of the model it was.
+
+    Tensors that are not in the model are copied from there, and the others get their dtypes back.
+    """
     found = operators_by_weight(model, report)
     operators = [found[o.name] for o in report.operators]
     for operator in operators:  # after a training step without masks, the zeros would be gone and the masks wrong
@@ -97,8 +100,10 @@ def write_checkpoint(
                 model.save_pretrained(folder, state_dict={k: v for k, v in model.state_dict().items() if k not in tied})
             finally:
                 del model.hf_device_map
-        if unplaced:
-            _add_shard(folder, unplaced)
+        for shard in {*checkpoint_files(folder).values()}:
+            in_dtypes_of(shard, stored_as.loaded_in(model.dtype))
+        if stored_as.unplaced:
+            _add_shard(folder, stored_as.unplaced)
     write_all_but_weights(folder, model, tokenizer, report, masks)
 
 

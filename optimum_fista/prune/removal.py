@@ -117,10 +117,6 @@ class Removal:
         """Tell whether all weights that stay keep their values."""
         return False
 
-    def groups_kept(self, record: LayerRecord) -> dict[str, tuple[int, ...]]:
-        """The groups that stay of each part of a pruned decoder layer, by its name."""
-        return _groups_kept([record.report], record.operators)
-
     def shrink_tensors(self, record: LayerRecord, tensors: Tensors) -> Tensors:  # noqa: ARG002
         """Return the tensors of a pruned decoder layer in their smaller form, by their new names."""
         return tensors
@@ -328,7 +324,7 @@ class PartsRemoval(Removal):
 
     def shrink_tensors(self, record: LayerRecord, tensors: Tensors) -> Tensors:
         """See `Removal.shrink_tensors`."""
-        kept = self.groups_kept(record)
+        kept = groups_kept([record.report], record.operators)
         return self.renamed({name: self.smaller.shrink_tensor(name, tensor, kept) for name, tensor in tensors.items()})
 
     def describe(self, report: PruningReport) -> None:
@@ -350,7 +346,7 @@ class PartsRemoval(Removal):
 
     def make_smaller(self, model: PreTrainedModel, report: PruningReport, sink: ModelSink) -> None:
         """Make a pruned model in memory smaller; see `Removal.make_smaller`."""
-        groups = _groups_kept(report.layers, report.operators)
+        groups = groups_kept(report.layers, report.operators)
         kept = {name: groups[new] for name in self.smaller.parts if (new := self.new_name(name)) is not None}
         # old tensors are kept on the CPU: a device that is nearly full has no room for both sizes of all tensors
         before = [
@@ -367,7 +363,7 @@ class PartsRemoval(Removal):
         shrink_model(model, self.smaller, kept)
 
 
-def _groups_kept(layers: Iterable[LayerReport], operators: Iterable[OperatorReport]) -> dict[str, tuple[int, ...]]:
+def groups_kept(layers: Iterable[LayerReport], operators: Iterable[OperatorReport]) -> dict[str, tuple[int, ...]]:
     """The groups that stay of each part, by its name in the reports."""
     kept = {layer.mixture.name: layer.mixture.groups_kept for layer in layers if layer.mixture is not None}
     return kept | {o.name.removesuffix(".weight"): o.groups_kept for o in operators if o.groups_kept is not None}

@@ -40,7 +40,7 @@ from optimum_fista.prune.journal import Journal, KeptLayer, SourceFiles, join_ru
 from optimum_fista.prune.loop import prune_layers
 from optimum_fista.prune.plan import Plan, complete_report, plan_run
 from optimum_fista.prune.ranks import RankError, Ranks, joined_ranks, require_independent_layers, share_layers
-from optimum_fista.prune.removal import require_zeros_to_pack
+from optimum_fista.prune.removal import groups_kept, require_zeros_to_pack
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.report import LayerRecord, PruningReport
 
@@ -262,7 +262,7 @@ class FileSink(ModelSink):
         plan, masks, self.masks = self._plan, self.masks, {}
         written: dict[str, StoredTensor] | None = None
         if index not in plan.removal.removed_layers:
-            originals = plan.stored(record.report.name, plan.removal.groups_kept(record))
+            originals = plan.stored(record.report.name, groups_kept([record.report], record.operators))
             dense = {f"{record.report.name}.{key}": tensor for key, tensor in layer.state_dict().items()}
             tensors = {} if plan.as_stored else self.stored(plan.removal.shrink_tensors(record, dense))
             if self._packed:

@@ -135,8 +135,7 @@ def recover(
             shutil.rmtree(unfinished / MODEL, ignore_errors=True)  # of an earlier start
             (unfinished / MODEL).mkdir()
             copy_source(Path(plan.source), unfinished / MODEL)
-            unplaced = source_tensors(model, Path(plan.source)).unplaced
-            write_checkpoint(model, unfinished / MODEL, record, masks, None, unplaced)
+            write_checkpoint(model, unfinished / MODEL, record, masks, None, source_tensors(model, Path(plan.source)))
             install(unfinished, plan.output, overwrite, Path(plan.source))
 
         ranks.first(finish)

@@ -24,7 +24,7 @@ from transformers.utils import cached_file
 from optimum_fista.folder.checkpoint import CONFIG_KEY, MASKS_FILE, REPORT_FILE, mark_retrained, read_report
 from optimum_fista.folder.output import new_output
 from optimum_fista.folder.packed_folder import is_packed, packed_operators
-from optimum_fista.folder.stored_tensors import StoredTensor, source_tensors
+from optimum_fista.folder.stored_tensors import source_tensors
 from optimum_fista.folder.writing import as_in_model, operators_by_weight, summary, write_checkpoint
 from optimum_fista.model.architecture import find_decoder_layers, require_unquantized
 from optimum_fista.model.operator import LINEAR, is_fused_experts
@@ -144,14 +144,14 @@ def save_masked(
         )
     report, masks = find_record(model, source)
     if isinstance(source, FistaPruner):
-        unplaced: Mapping[str, StoredTensor] = source.unplaced[model]
+        stored_as = source.sources[model]
     else:
-        unplaced = source_tensors(model, pruned_folder(source)).unplaced
+        stored_as = source_tensors(model, pruned_folder(source))
     if getattr(model.config, CONFIG_KEY, None) is None:
         setattr(model.config, CONFIG_KEY, summary(report))
     mark_retrained(model)
     with new_output(Path(folder), overwrite) as unfinished:
-        write_checkpoint(model, unfinished, report, masks, tokenizer, unplaced)
+        write_checkpoint(model, unfinished, report, masks, tokenizer, stored_as)
 
 
 def find_masks(model: PreTrainedModel, source: MaskSource = None) -> dict[str, Tensor]:

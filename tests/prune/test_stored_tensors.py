@@ -11,6 +11,7 @@ import torch
 from families import family_model
 from folder_files import tensors_of
 from killed import Killed, killed_at_write
+from pruning import same
 from quantized_models import VOCAB_SIZE, fp8_deepseek, mxfp4_gpt_oss
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
@@ -211,5 +212,12 @@ def test_dtypes_are_those_of_the_files(tmp_path, pattern):
     for name in (name for name in after if name.endswith(exact) and "o_proj" not in name and "bias" not in name):
         assert torch.equal(after[name], before[name][kept.get(name, slice(None))]), name
     assert report.environment["written"] == "in the dtypes of the files"
+    pruner = FistaPruner(FistaPruningConfig(pattern=pattern), progress=False)
+    other = pruner.prune(model := AutoModelForCausalLM.from_pretrained(source), TOKENS.split(4))
+    assert other.environment["written"] == report.environment["written"]
+    pruner.save_pretrained(model, tmp_path / "in memory")
+    assert same(tensors_of(tmp_path / "in memory"), after)
+    pruner.save_pretrained(model.float(), tmp_path / "float32")
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "float32").values()} == {torch.float32}
     prune(source, tmp_path / "asked", dtype="bfloat16", pattern=pattern)
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "asked").values()} == {torch.bfloat16, torch.float32}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from hub_standin import hub_fixture, run_with_hub  # noqa: F401
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from transformers import AutoModelForCausalLM
@@ -282,6 +282,16 @@ def test_bfloat16_is_trained_in_float32_and_saved_as_it_was(run, saved_by_rows, 
     assert found.held_out_loss < found.held_out_loss_before
     assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
     verify_checkpoint(tmp_path / "out")
+    source = shutil.copytree(saved_by_rows.folder, tmp_path / "source")
+    before = weights(source)
+    exact = {name for name in before if "norm" in name or name.endswith("layers.1.mlp.up_proj.weight")}
+    before |= {name: before[name].float() * (1 + 1e-4) for name in exact}
+    save_file(before, source / "model.safetensors", {"format": "pt"})
+    run("norms", train="norms", **options | {"source": source})
+    after = weights(tmp_path / "norms")
+    assert {name for name, tensor in after.items() if tensor.dtype == torch.float32} == exact
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items() if "norm" not in name)
+    assert not torch.equal(after["model.norm.weight"], before["model.norm.weight"])
 
 
 def test_a_packed_folder_gives_what_the_plain_one_gives(run, saved, tmp_path):
