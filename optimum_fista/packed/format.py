@@ -75,27 +75,19 @@ class PackedTensor:
 
 
 def pack(weight: Tensor, mask: Tensor | None = None, pattern: tuple[int, int] | None = None) -> PackedTensor:
-    """Pack a sparse tensor.
+    """Pack a sparse tensor [..., cols] of any floating dtype, on its device; the result may be larger.
 
-    Args:
-        weight: [..., cols], any floating dtype.
-        mask: Boolean, the shape of `weight`, True = kept, zero or not. `None`: all weights with a bit set are kept, so
-            also -0.0.
-        pattern: `(n, m)` to store the places of the kept weights inside their groups, if exactly n of every m
-            consecutive ones are kept and this takes no more room; one bit a weight otherwise.
-
-    Returns:
-        The packed tensor, on the device of `weight`. It can be larger than a dense one: `num_bytes`, `dense_bytes`.
+    `mask` has the shape of `weight`, True = kept, zero or not; `None`: all weights with a bit set are kept, so also
+    -0.0. With a pattern `(n, m)` the places of the kept weights inside their groups are stored, if exactly n of every m
+    consecutive ones are kept and this takes no more room; one bit a weight otherwise.
     """
     if not weight.is_floating_point() or weight.numel() == 0 or weight.dim() == 0:
         raise ValueError(
             f"weight is {weight.dtype} of shape {tuple(weight.shape)}: pass a floating tensor with at least one weight."
         )
     if mask is not None and (mask.dtype != torch.bool or mask.shape != weight.shape):
-        raise ValueError(
-            f"mask is {mask.dtype} of shape {tuple(mask.shape)}: pass a boolean one of the shape of weight, "
-            f"{tuple(weight.shape)}."
-        )
+        shapes = f"of shape {tuple(mask.shape)}: pass a boolean one of the shape of weight, {tuple(weight.shape)}"
+        raise ValueError(f"mask is {mask.dtype} {shapes}.")
     columns = weight.shape[-1]
     dense = weight.detach().reshape(-1, columns)  # [..., cols] -> [rows, cols]
     rows = dense.shape[0]
@@ -107,9 +99,7 @@ def pack(weight: Tensor, mask: Tensor | None = None, pattern: tuple[int, int] | 
     for chunk in _chunks(rows, columns):
         bits = _kept(dense, kept, chunk)
         if mask is not None and bool(((dense[chunk] != 0).cpu() & ~bits).any()):
-            raise ValueError(
-                "weight has values other than zero outside of mask: pass the mask that it was pruned with."
-            )
+            raise ValueError("weight has values other than zero outside of mask: pass the mask it was pruned with.")
         counts.append(int(torch.count_nonzero(bits)))
         written.write(bits, packed_mask[chunk])
     values = torch.empty(sum(counts), dtype=dense.dtype)
@@ -136,19 +126,16 @@ def check(packed: PackedTensor, name: str = "weight", *, checksum: bool = True) 
             f"of shape {(rows, width)}."
         )
     if not values.is_floating_point() or values.dim() != 1:
-        raise PackedFormatError(
-            f"{name}_values is {values.dtype} of shape {tuple(values.shape)}: a floating dtype and one dimension "
-            "are needed."
-        )
+        found = f"{name}_values is {values.dtype} of shape {tuple(values.shape)}"
+        raise PackedFormatError(f"{found}: a floating dtype and one dimension are needed.")
     if not (mask.is_contiguous() and values.is_contiguous()) or values.is_neg():  # the kernels read bytes
         raise PackedFormatError(f"{name}_values and {name}_mask must be contiguous, and no negative views.")
     # A kernel would treat a bit after the last column as a weight, and write after the end of its row.
     used = packed.encoding.used_bits(columns)
     tail = mask[:, used // 8 :]
-    if tail.shape[1]:
-        first = tail[:, 0] >> (used % 8)  # of the byte that holds the last used bits
-        if bool(first.any()) or bool(tail[:, 1:].any()):
-            raise PackedFormatError(f"{name}_mask has bits set after the {used} that a row has.")
+    # The first byte may hold the last used bits, too.
+    if tail.shape[1] and (bool((tail[:, 0] >> (used % 8)).any()) or bool(tail[:, 1:].any())):
+        raise PackedFormatError(f"{name}_mask has bits set after the {used} that a row has.")
     kept = packed.encoding.num_kept(mask, columns)
     if values.numel() != kept:
         raise PackedFormatError(f"{name}_values holds {values.numel()} weights, but the mask keeps {kept}.")
@@ -162,8 +149,7 @@ def unpack(packed: PackedTensor, name: str = "weight") -> Tensor:
     """The dense tensor, bit for bit, on the device of the values."""
     check(packed, name, checksum=False)
     shape, device = packed.shape, packed.values.device
-    columns = shape[-1]
-    rows = prod(shape[:-1])
+    rows, columns = prod(shape[:-1]), shape[-1]
     dense = torch.zeros(rows, columns, dtype=packed.values.dtype, device=device)
     start = 0  # of the chunk's values
     for chunk in _chunks(rows, columns):
@@ -189,9 +175,8 @@ def packed_names(names: Iterable[str]) -> list[str]:
     # Two parts of three must be there: another tensor may be called `attention_mask`.
     found = [stem for stem in stems if sum(stem + suffix in known for suffix in SUFFIXES) > 1]
     for name in found:
-        for suffix in SUFFIXES:
-            if name + suffix not in known:
-                raise PackedFormatError(f"{name} is packed, but {name + suffix} is missing: the file is incomplete.")
+        if missing := [name + suffix for suffix in SUFFIXES if name + suffix not in known]:
+            raise PackedFormatError(f"{name} is packed, but {missing[0]} is missing: the file is incomplete.")
         if name in known:
             raise PackedFormatError(f"{name} is there both packed and dense: the file is malformed.")
     return found

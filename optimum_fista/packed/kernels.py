@@ -57,11 +57,9 @@ class Kernels:
         *leading, columns = x.shape
         y = torch.empty((*leading, mask.shape[0]), dtype=x.dtype)  # every row is written, or the call is refused
         matrix = (values.data_ptr(), values.nbytes, mask.data_ptr(), mask.nbytes, starts.data_ptr(), starts.nbytes)
-        added = (None, 0) if bias is None else (bias.data_ptr(), bias.nbytes)
+        others = (x.data_ptr(), x.nbytes, *((None, 0) if bias is None else (bias.data_ptr(), bias.nbytes)))
         path, dtype, threads = self._path, _TYPES[x.dtype], torch.get_num_threads()
-        failed = self._linear(
-            path, dtype, columns, *matrix, x.data_ptr(), x.nbytes, *added, y.data_ptr(), y.nbytes, threads
-        )
+        failed = self._linear(path, dtype, columns, *matrix, *others, y.data_ptr(), y.nbytes, threads)
         return y if not failed else _refuse(failed, columns, values, mask, starts, bias)
 
     def unpack_rows(self, values: Tensor, mask: Tensor, starts: Tensor, first: int, dense: Tensor) -> Tensor:
@@ -74,13 +72,10 @@ class Kernels:
     def _use_threads_of_torch(self) -> None:
         """Use the same OpenMP library as PyTorch; if it has none, std::thread is used."""
         # A second OpenMP would have its own threads, which compete with the spinning threads of PyTorch.
+        names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
         try:
-            found = next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))
-            torch_cpu = ctypes.CDLL(str(found))
-            functions = [
-                ctypes.cast(getattr(torch_cpu, name), ctypes.c_void_p)
-                for name in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-            ]
+            torch_cpu = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))))
+            functions = [ctypes.cast(getattr(torch_cpu, name), ctypes.c_void_p) for name in names]
         except (StopIteration, OSError, AttributeError):
             functions = [ctypes.c_void_p(None)] * 3
         self.uses_openmp = functions[0].value is not None

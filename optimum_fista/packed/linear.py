@@ -19,10 +19,8 @@ class PackedLinear(nn.Module):
     The weight is fixed; gradients reach the input and the bias. On the CPU the products are those of the compiled
     kernels. n:m masks become one bit a weight when the layer is prepared, which is as large for 2:4.
 
-    Args:
-        packed: The weight, a matrix. Its tensors are not copied, unless the mask holds places in groups. Tensors on the
-            meta device are placeholders for those of a file.
-        bias: Shared.
+    The tensors of `packed`, a matrix, are not copied, unless the mask holds places in groups. Tensors on the meta
+    device are placeholders for those of a file.
     """
 
     weight_values: Tensor  # [num_kept], the kept weights
@@ -47,8 +45,7 @@ class PackedLinear(nn.Module):
         cls, linear: nn.Linear, mask: Tensor | None = None, pattern: tuple[int, int] | None = None
     ) -> PackedLinear:
         """Pack a sparse linear layer; its bias is shared. `mask` and `pattern` are those of `format.pack`."""
-        packed = pack(linear.weight.detach(), mask, pattern)
-        return cls(packed, linear.bias).train(linear.training)
+        return cls(pack(linear.weight.detach(), mask, pattern), linear.bias).train(linear.training)
 
     @property
     def weight(self) -> Tensor:
@@ -66,19 +63,16 @@ class PackedLinear(nn.Module):
             self.weight_starts = torch.empty(self.out_features + 1, dtype=torch.int64, device="meta")
             return
         check(self.packed, checksum=False)
-        if self.packed.shape != (self.out_features, self.in_features):
-            raise PackedFormatError(
-                f"weight_layout says shape {self.packed.shape}: this layer's weight is "
-                f"{(self.out_features, self.in_features)}."
-            )
+        wanted = (self.out_features, self.in_features)
+        if self.packed.shape != wanted:
+            raise PackedFormatError(f"weight_layout says shape {self.packed.shape}: this layer's weight is {wanted}.")
         self._hold(with_bits(self.packed))  # the only encoding that the kernels read
         self.weight_starts = row_starts(self.weight_mask)
 
     def transpose_(self) -> None:
         """Transpose the weight; it is dense for a moment, and the bias already fits the new shape."""
         self.in_features, self.out_features = self.out_features, self.in_features
-        dense, mask = unpack(self.packed), unpack_mask(self.packed)
-        self._hold(pack(dense.t(), mask.t()))
+        self._hold(pack(unpack(self.packed).t(), unpack_mask(self.packed).t()))
         self.prepare()
 
     def _hold(self, packed: PackedTensor) -> None:

@@ -51,9 +51,7 @@ class FistaPackedConfig(QuantizationConfigMixin):
         if runtime not in ("dense", "packed"):
             raise ValueError(f"runtime={runtime!r}: pass 'dense' or 'packed'.")
         if not isinstance(weights, str) or not re.fullmatch(r"[^/\\]+\.safetensors(\.index\.json)?", weights):
-            raise ValueError(
-                f"weights={weights!r}: pass the name of a safetensors file in the folder, or of its index."
-            )
+            raise ValueError(f"weights={weights!r}: pass the name of a safetensors file in the folder, or its index.")
         # Transformers makes regular expressions of them: a name, which has none of their signs, matches itself alone.
         if isinstance(parameters, str) or not all(isinstance(p, str) and p.isidentifier() for p in parameters):
             raise ValueError(f"parameters={parameters!r}: pass a list of names such as 'weight'.")
@@ -83,11 +81,6 @@ def read_packed(files: Mapping[str, Path], name: str) -> PackedTensor:
     return packed
 
 
-def _outline(packed: PackedTensor) -> PackedTensor:
-    """A packed tensor without its numbers: values and mask on the meta device."""
-    return PackedTensor(packed.values.to("meta"), packed.mask.to("meta"), packed.layout)
-
-
 class Unpack(ConversionOps):
     """Makes dense tensors of the three parts of packed ones."""
 
@@ -109,20 +102,16 @@ class Unpack(ConversionOps):
         several sources, such as a mixture's experts, as the values were.
         """
         dtype = None if model is None else model.get_parameter_or_buffer(full_layer_name).dtype  # the caller's choice
-        stems = [pattern.removesuffix(SUFFIXES[0]) for pattern in input_dict if pattern.endswith(SUFFIXES[0])]
-        found = {
-            pattern: [tensor.to(dtype or tensor.dtype) for tensor in tensors]
-            for pattern, tensors in input_dict.items()
-            if not pattern.endswith(SUFFIXES)
-        }
-        for stem in stems:
-            parts = [input_dict[stem + suffix] for suffix in SUFFIXES]
-            parts = [part if isinstance(part, list) else [part] for part in parts]
-            dense = []
-            for values, mask, layout in zip(*parts, strict=True):
-                packed = PackedTensor(values, mask, layout)
-                dense.append(unpack(packed, full_layer_name or stem).to(dtype or values.dtype))
-            found[stem if stem in target_patterns else stem + SUFFIXES[0]] = dense
+        found = {}
+        for pattern, tensors in input_dict.items():
+            stem = pattern.removesuffix(SUFFIXES[0])
+            if not pattern.endswith(SUFFIXES):
+                found[pattern] = [tensor.to(dtype or tensor.dtype) for tensor in tensors]
+            elif stem != pattern:  # once for three parts
+                parts = [input_dict[stem + suffix] for suffix in SUFFIXES]
+                packed = map(PackedTensor, *(part if isinstance(part, list) else [part] for part in parts))
+                dense = [unpack(one, full_layer_name or stem).to(dtype or one.values.dtype) for one in packed]
+                found[stem if stem in target_patterns else pattern] = dense
         return found
 
     @property
@@ -163,9 +152,8 @@ class FistaPackedQuantizer(HfQuantizer):
             if all(source.rpartition(".")[2] in self.quantization_config.parameters for source in sources):
                 if isinstance(conversion, WeightConverter):
                     parts = [source + suffix for source in sources for suffix in (*SUFFIXES, "")]
-                    new = [
-                        WeightConverter(parts, targets, [Unpack(self), *conversion.operations], conversion.force_cpu)
-                    ]
+                    operations = [Unpack(self), *conversion.operations]
+                    new = [WeightConverter(parts, targets, operations, conversion.force_cpu)]
                 elif len(sources) == 1:
                     new = [*(WeightRenaming(sources[0] + suffix, targets[0] + suffix) for suffix in SUFFIXES), *new]
             for each in new:  # they apply to the same part of the model
@@ -188,7 +176,8 @@ class FistaPackedQuantizer(HfQuantizer):
         parameters = dict(model.named_parameters())
         self._dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
         # All weights are checked before the first is used. Only their sizes are kept, on the meta device.
-        outlines = {name: _outline(read_packed(files, name)) for name in packed_names(files)}
+        read = ((name, read_packed(files, name)) for name in packed_names(files))
+        outlines = {name: PackedTensor(p.values.to("meta"), p.mask.to("meta"), p.layout) for name, p in read}
         for name, outline in outlines.items():
             shape = tuple(parameters[name].shape) if name in parameters else ()
             if len(shape) == 2 and outline.shape != shape:  # fused experts may be stored transposed

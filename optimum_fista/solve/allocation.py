@@ -46,15 +46,9 @@ def allocate(costs: Mapping[str, float], sizes: Mapping[str, int], sparsity: flo
 
     With `E_k(s) = cost_k exp(SLOPE (s - sparsity))` the sum of all `E_k(s_k)` is least, at a given sum of
     `size_k s_k`, where no zero is worth moving from one operator to another:
-    `s_k = sparsity + (mu - log(cost_k / size_k)) / SLOPE`, clipped.
-
-    Args:
-        costs: Increase of the loss by the zeros of each operator at the average sparsity (`removal_cost`).
-        sizes: Its number of weights.
-        sparsity: Zeros wanted over all operators together, in (0, 1).
-
-    Returns:
-        Sparsities by operator: whole numbers of zeros, `sparsity` on average over all weights.
+    `s_k = sparsity + (mu - log(cost_k / size_k)) / SLOPE`, clipped. The costs are the increase of the loss by the zeros
+    of each operator at the average sparsity (`removal_cost`), and the sizes are numbers of weights. The results are
+    whole numbers of zeros, and `sparsity` on average over all weights.
     """
     lowest, highest = max(0.0, sparsity - REACH), 1 - LEAST_DENSITY * (1 - sparsity)
     # log(cost_k / size_k); an operator that costs nothing has no logarithm.
@@ -89,21 +83,15 @@ def prune_stacked(
 
     It minimizes `sum_i v_i || row i of (W* X* - Y) ||^2` over the rows of all operators. The rows share only the budget
     of zeros: rows with larger weights `v_i` keep more weights. Each `sqrt(v_i)` counts as at least 0.3 times their root
-    mean square. Weights and targets of the problems move into one matrix each, and change by rounding.
-
-    Args:
-        method: The pruning method.
-        problems: Layer problems with the same statistics.
-        patterns: Unstructured, scope `"matrix"`; the zeros of all together are shared.
-        output_weights: `v`, [out] by operator, nonnegative, in one unit.
+    mean square. Weights and targets of the problems move into one matrix each, and change by rounding. The patterns are
+    unstructured, with scope `"matrix"`; `output_weights` are `v`, [out] by operator, nonnegative, in one unit.
     """
     # Row i of W and C times sqrt(v_i) weighs its squared error by v_i; G is that of all rows and stays.
     scales = torch.cat([weights.to(problems[0].weight) for weights in output_weights]).sqrt()
     scales /= scales.square().mean().sqrt().clamp_min(torch.finfo(scales.dtype).tiny)
     scales = scales.clamp_min(_LEAST_SCALE)[:, None]
-    shapes = [(p.weight.shape[0], p.weight.shape[1]) for p in problems]
-    kept = sum(pattern.num_kept(shape) for pattern, shape in zip(patterns, shapes, strict=True))
-    rows = [shape[0] for shape in shapes]
+    kept = sum(pattern.num_kept(p.weight.shape) for pattern, p in zip(patterns, problems, strict=True))
+    rows = [p.weight.shape[0] for p in problems]
     stacked = copy(problems[0])
     for key in ("weight", "target"):
         whole = torch.cat([getattr(problem, key) for problem in problems])

@@ -35,18 +35,11 @@ def row_blocks(matrix: Tensor) -> Iterator[slice]:
 def damped_cholesky(
     copy: Callable[[], Tensor], damping: float = 0.0, ratios: Tensor | float = 1.0
 ) -> tuple[Tensor, str]:
-    """Lower Cholesky factor of `G + damping * mean(diag G) diag(ratios)`.
+    """Lower Cholesky factor [n, n] of `G + damping * mean(diag G) diag(ratios)`.
 
-    If the factorisation fails numerically, the damping is raised tenfold, at most four times, and the returned message
-    says so.
-
-    Args:
-        copy: Makes a copy of `G` [n, n], symmetric positive semidefinite, which is used up: `gram.clone`.
-        damping: Fraction of the mean diagonal added to the diagonal.
-        ratios: Factors of the damping, [n] (`InputStatistics.energy_ratios`); 1 if the damping has to be raised.
-
-    Returns:
-        The factor [n, n], and a message that is empty unless the damping had to be raised.
+    If the factorisation fails numerically, the damping is raised tenfold, at most four times, with ratios of 1, and the
+    returned message says so; otherwise it is empty. `copy` makes a copy of `G` [n, n], symmetric positive semidefinite,
+    which is used up: `gram.clone`. `ratios` are [n] (`InputStatistics.energy_ratios`).
     """
     wanted, size = damping, 0
     for _ in range(5):

@@ -27,23 +27,16 @@ class SparsityPattern(ABC):
     To add one, write `optimum_fista/solve/patterns/NAME.py` with a direct subclass: `parse_pattern` finds it.
     Groups of several rows, but not all rows, need their own `require_shape`, `num_kept`, `mask` and `violation`, too.
     DSnoT, which swaps within rows, can't prune to them.
-
-    Attributes:
-        sparsity: Fraction of zeros in [0, 1): the share of the groups that is removed.
-        scope: `"matrix"` lets all groups of a matrix compete, `"row"` those of each row (output). It is not used if
-            groups compete in spans or have whole columns.
-        width: Consecutive inputs whose weights form a group.
-        span: Consecutive inputs of a row whose groups compete, the m of n:m; `None`: see `scope`.
-        whole_columns: Whether a group has the weights of all rows.
-        fixed: Whether the pattern's name determines its sparsity, so that budgets can't change it.
     """
 
-    sparsity: float
+    sparsity: float  # fraction of zeros in [0, 1): the share of the groups that is removed
+    # "matrix" lets all groups of a matrix compete, "row" those of each row (output); not used if groups compete in
+    # spans or have whole columns
     scope: Scope = "matrix"
-    width: int = 1
-    span: int | None = None
-    whole_columns: ClassVar[bool] = False
-    fixed: ClassVar[bool] = True
+    width: int = 1  # consecutive inputs whose weights form a group
+    span: int | None = None  # consecutive inputs of a row whose groups compete, the m of n:m; None: see `scope`
+    whole_columns: ClassVar[bool] = False  # whether a group has the weights of all rows
+    fixed: ClassVar[bool] = True  # whether the pattern's name determines its sparsity, so that budgets can't change it
 
     @classmethod
     @abstractmethod
@@ -54,7 +47,7 @@ class SparsityPattern(ABC):
     def __str__(self) -> str:
         """The text that `read` takes."""
 
-    def require_shape(self, shape: tuple[int, int], name: str = "weight") -> None:
+    def require_shape(self, shape: tuple[int, ...], name: str = "weight") -> None:
         """Refuse a matrix of `shape` [out, in] that the pattern does not fit."""
         if shape[1] % (self.span or self.width):
             raise ValueError(
@@ -62,7 +55,7 @@ class SparsityPattern(ABC):
                 f"divide {shape[1]}, an unstructured sparsity, or exclude this operator."
             )
 
-    def num_kept(self, shape: tuple[int, int]) -> int:
+    def num_kept(self, shape: tuple[int, ...]) -> int:
         """Exact number of weights kept in a matrix of `shape` [out, in]."""
         contests, rivals, removed = self._contests(*shape)
         return contests * (rivals - removed) * self.width * (shape[0] if self.whole_columns else 1)
@@ -84,14 +77,12 @@ class SparsityPattern(ABC):
         are independent. Single weights are compared without squaring, because two squares could be rounded to a tie.
         Ties are broken by position, so that exactly `num_kept` weights are kept.
 
-        Args:
-            matrix: Weights, or roots of saliencies, [out, in], any floating dtype, finite.
-            squared: Whether `matrix` holds squares already: nonnegative saliencies.
-            within: `(first column, columns)` if `matrix` is a part of a matrix, made of whole groups. The zeros are
-                shared over the parts so that they add up.
+        `matrix` has weights, or roots of saliencies, finite; `squared`: squares already, so nonnegative saliencies.
+        `within` is `(first column, columns)` if it is a part of a matrix, made of whole groups. The zeros are shared
+        over the parts so that they add up.
         """
         rows, columns = matrix.shape
-        self.require_shape((rows, columns))
+        self.require_shape(matrix.shape)
         contests, rivals, removed = self._contests(rows, columns)
         if within is not None and self.span is None:
             left, whole = within
@@ -124,7 +115,7 @@ class SparsityPattern(ABC):
     def violation(self, mask: Tensor) -> str | None:
         """Say how `mask` [out, in] (True = kept) breaks the pattern; `None` if it keeps it."""
         rows, columns = mask.shape
-        kept, expected = int(mask.sum()), self.num_kept((rows, columns))
+        kept, expected = int(mask.sum()), self.num_kept(mask.shape)
         if kept != expected:
             return f"keeps {kept} weights, but {self} of {tuple(mask.shape)} keeps exactly {expected}"
         if self.width > 1 or self.whole_columns:  # a device is asked once more for it

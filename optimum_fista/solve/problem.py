@@ -30,23 +30,19 @@ class InputStatistics:
     (`decoupled`). Its weights are removed first. Those that a pattern must keep have their dense values, because other
     text may use the input, and none grows to compensate for others. Scores and damping use its true energy
     (`diagonal`, `energy_ratios`). Magnitude pruning ignores all inputs, so these, too.
-
-    Attributes:
-        gram: Gram matrix `G = X* X*^T` [in, in], float32 or better, symmetric, summed over tokens.
-        num_tokens: Number of tokens summed.
-        diagonal: Squared norms of the inputs over the tokens, [in]; of dead ones 1e-12 of the mean, to divide by.
-        energy_ratios: Squared norms of nearly dead inputs over the mean, and 1 for all others, [in]. Damping is
-            multiplied by it, so that it stays a fraction of what it is added to.
     """
 
     def __init__(self, gram: Tensor, num_tokens: int, mean: Tensor | None = None) -> None:
-        self.gram = gram
+        self.gram = gram  # `G = X* X*^T` [in, in], float32 or better, symmetric, summed over tokens
         self.num_tokens = num_tokens
         self._mean = mean
         energy = gram.diagonal().mean()
         energy = torch.where(energy == 0, torch.ones_like(energy), energy)  # 1 if all inputs are dead
-        self.diagonal = torch.maximum(gram.diagonal(), _DEAD * energy)  # a copy: the Gram matrix may be used up
+        # Squared norms of the inputs over the tokens, [in], to divide by. A copy: the Gram matrix may be used up.
+        self.diagonal = torch.maximum(gram.diagonal(), _DEAD * energy)
         ratios = self.diagonal / energy
+        # Squared norms of nearly dead inputs over the mean, and 1 for all others, [in]. Damping is multiplied by it, so
+        # that it stays a fraction of what it is added to.
         self.energy_ratios = torch.where(ratios < _NEARLY_DEAD, ratios, torch.ones_like(ratios))
 
     @property
@@ -77,19 +73,13 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class DenseOutputs:
-    """Sums over the dense network's outputs `W X`, if the target outputs `Y` of a problem are others.
+    """Sums over the dense network's outputs `W X`, if the target outputs `Y` of a problem are others."""
 
-    Attributes:
-        energies: Squared norms of the rows of `W X`, [out], float64.
-        unpruned_errors: Squared norms of the rows of `W X* - W X`, [out], float64.
-        cross: `W X X*^T` [out, in]; `None` if `Y = a W X + (1 - a) W X*`, because `C = Y X*^T` then determines it.
-        dense_share: This `a`, above 0.
-    """
-
-    energies: Tensor
-    unpruned_errors: Tensor
+    energies: Tensor  # squared norms of the rows of `W X`, [out], float64
+    unpruned_errors: Tensor  # squared norms of the rows of `W X* - W X`, [out], float64
+    # `W X X*^T` [out, in]; None if `Y = a W X + (1 - a) W X*`, because `C = Y X*^T` then determines it
     cross: Tensor | None = None
-    dense_share: float = 1.0
+    dense_share: float = 1.0  # this `a`, above 0
 
 
 class LayerProblem:
@@ -102,18 +92,6 @@ class LayerProblem:
         || W* X* - Y ||_F^2 = <D G, D> - 2 <D, R> + e0,   D = W* - W,  R = C - W G,  e0 = || W X* - Y ||_F^2.
 
     This form loses no digits if `W*` is close to `W`. If `Y = W X*`, both `R` and `e0` vanish.
-
-    Attributes:
-        weight: Dense weights `W` [out, in], float32 or better.
-        statistics: Statistics of the inputs `X*`.
-        gram: Their Gram matrix `G` [in, in].
-        target: `C = Y X*^T` [out, in]; made from `weight` if `Y = W X*`.
-        output_energies: Squared norms of the rows of `Y`, [out], float64.
-        unpruned_errors: Squared norms of the rows of `W X* - Y`, [out], float64; their sum is `e0`.
-        corrected: Whether `Y` is another matrix than `W X*`.
-        aims_at_dense: Whether `Y` is known to be `W X`.
-        dense: Sums over `W X` if `Y` is another matrix; `None` if they are not known.
-        name: Name of the operator, for messages.
     """
 
     def __init__(
@@ -128,7 +106,7 @@ class LayerProblem:
         aims_at_dense: bool = False,
         dense: DenseOutputs | None = None,
     ) -> None:
-        """Make the problem; `target` and `output_energies` come together.
+        """Make the problem; `target` and `output_energies` come together, unless `Y = W X*`.
 
         `same_energies` are the squared norms of the rows of `W X*`, [out], float64; knowing them spares a product.
         """
@@ -137,14 +115,15 @@ class LayerProblem:
                 f"{name} has shape {tuple(weight.shape)}, its inputs a Gram matrix of "
                 f"{tuple(statistics.gram.shape)}: pass a weight [out, in] whose in matches."
             )
-        self.weight = weight
-        self.statistics = statistics
-        self.gram = statistics.gram
-        self.name = name
-        self.corrected = target is not None
-        self.aims_at_dense = aims_at_dense
-        self.dense = dense
+        self.weight = weight  # W [out, in], float32 or better
+        self.statistics = statistics  # of the inputs X*
+        self.gram = statistics.gram  # G [in, in]
+        self.name = name  # of the operator, for messages
+        self.corrected = target is not None  # whether Y is another matrix than W X*
+        self.aims_at_dense = aims_at_dense  # whether Y is known to be W X
+        self.dense = dense  # sums over W X if Y is another matrix; None if they are not known
         self._errors_of: LayerProblem | None = None  # a decoupled problem has the errors of the original
+        # C = Y X*^T [out, in], and the squared norms of the rows of Y and of W X* - Y, [out], float64; e0 sums the last
         if target is None or output_energies is None:
             self.target = weight @ statistics.gram  # C = W X* X*^T
             self.output_energies = inner_by_rows(self.target, weight)  # || W X* ||^2 = <W G, W>, by rows
@@ -175,11 +154,8 @@ class LayerProblem:
     def with_ridge(self, amounts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Add a ridge towards the dense weights, and scale the inputs so that the Gram matrix has unit diagonal.
 
-        With the amounts `d` [in], positive, `G_d = G + diag(d)`, `C_d = C + W diag(d)`, and `s_j = 1 / sqrt([G_d]_jj)`;
-        scaled weights are `W_ij / s_j`.
-
-        Returns:
-            `s_i s_j [G_d]_ij` [in, in], `[C_d]_ij s_j` [out, in], and `s` [in].
+        With the amounts `d` [in], positive, `G_d = G + diag(d)`, `C_d = C + W diag(d)`, and `s_j = 1 / sqrt([G_d]_jj)`,
+        it returns `s_i s_j [G_d]_ij` [in, in], `[C_d]_ij s_j` [out, in], and `s` [in]. Scaled weights are `W_ij / s_j`.
         """
         scale = (self.statistics.diagonal + amounts).rsqrt()  # s
         gram = self.gram.clone()  # the caller may use it up

@@ -46,16 +46,10 @@ def fista(
     `t_{k+1} = (1 + sqrt(1 + 4 t_k^2)) / 2`, `Y_{k+1} = W_{k+1} + (t_k - 1) / t_{k+1} (W_{k+1} - W_k)`, t_0 = 1.
     Symbols: W iterates, Y extrapolated points, t momentum.
 
-    Args:
-        gram: `G` [in, in], symmetric positive semidefinite.
-        target: `C` [out, in].
-        start: Warm start [out, in].
-        l1_penalty: Penalty, at least zero. At `max |C|` and above the solution is zero.
-        lipschitz: `L`, at least `lambda_max(G)`.
-        max_iterations: At most this many steps.
-        tolerance: Stop when `|| W_{k+1} - W_k ||_F <= tolerance * || W_{k+1} ||_F`.
-        restart: Drop the momentum when it points uphill (O'Donoghue & Candes 2015, gradient scheme).
-        proximal_step: That of the penalty, `(V, threshold) -> W`.
+    `gram` is `G` [in, in], symmetric positive semidefinite; `target` is `C` [out, in], as large as `start`. `lipschitz`
+    is `L`, at least `lambda_max(G)`. It stops when `|| W_{k+1} - W_k ||_F <= tolerance * || W_{k+1} ||_F`. `restart`
+    drops the momentum when it points uphill (O'Donoghue & Candes 2015, gradient scheme). Another penalty than l1 has a
+    `proximal_step` of its own, `(V, threshold) -> W`.
     """
     if lipschitz <= 0:
         return FistaSolution(torch.zeros_like(start), 0, True)

@@ -35,16 +35,13 @@ def refit(
     Args:
         gram: `G` [in, in], symmetric positive semidefinite.
         target: `C` [out, in].
-        start: Starting weights [out, in]; values outside the mask are ignored.
-        mask: Boolean [out, in], True = kept.
-        max_iterations: Products with `G`, besides the one for the first gradient.
+        start: Starting weights [out, in]; values outside the mask [out, in] (True = kept) are ignored.
         tolerance: Stop when the preconditioned residual of all rows together has fallen by this factor.
         singular: Whether `gram` may be singular. A row is then at rest once its residual is as small as its rounding
             errors: these point along directions in which no token has an input, where weights would grow without bound.
         in_place: Whether `target` and `start` may be used up; two matrices of their shape are then made, else four.
 
-    Returns:
-        Weights [out, in], zero outside the mask, and the number of steps taken, a scalar on the device.
+    Returns the weights, zero outside the mask, and the number of steps taken, a scalar on the device.
     """
     diagonal = gram.diagonal()
     # The preconditioner. Inputs without energy have no residual, so that any divisor does for them.
@@ -97,11 +94,9 @@ def refit_columns(problem: LayerProblem, kept: Tensor, ridge: float | None = Non
 
     with p kept inputs, N tokens (eight of them count as one), the squared error `e_K` of the refit without a ridge, and
     `e0` of the dense weights without their removed columns. If the kept inputs can replace the removed ones exactly,
-    there is no error and no ridge. If there are no more tokens than inputs, r is 1. `ridge` is r if it is known; the
-    ridge pulls the weights towards the dense ones.
+    there is no error and no ridge. If there are no more tokens than inputs, r is 1. `ridge` is r if it is known.
 
-    Returns:
-        Weights [out, in], and the message of a factorisation that needed help (`damped_cholesky`).
+    Returns the weights [out, in], and the message of a factorisation that needed help (`damped_cholesky`).
     """
     places = kept.nonzero().flatten()
 

@@ -69,12 +69,8 @@ def _kth_by_halving(count: Callable[[Tensor], Tensor], k: int, like: Tensor) -> 
     """The smallest number that at least `k` values do not exceed, exactly, in as many passes as it has bits.
 
     Counting has a deterministic form on every device, and no number reaches the host: floating-point numbers are
-    ordered as their bit patterns are, so that the patterns can be halved as integers.
-
-    Args:
-        count: Says how many values do not exceed a number.
-        k: From 1.
-        like: Shape, dtype and device of the numbers sought.
+    ordered as their bit patterns are, so that the patterns can be halved as integers. `count` says how many values do
+    not exceed a number; `like` has the shape, dtype and device of the numbers sought; k counts from 1.
     """
     whole = {4: torch.int32, 8: torch.int64}[like.element_size()]
     low, high = (_ordered(torch.full_like(like, end).view(whole)) for end in (-math.inf, math.inf))

@@ -22,18 +22,12 @@ class SplitState:
     """Iterates of one operator: the sparse iterate `Z` and the dual `V` in one matrix, which a mask tells apart.
 
     ADMM projects `P = W + V / rho` on the pattern: `Z` is `P` where the mask keeps it, and `V / rho` is what is left.
-
-    Attributes:
-        target: Makes some rows of `C` [out, in].
-        point: `P` [out, in]; the dense weights at the start.
-        mask: Mask of `Z`, True = kept; `None` before the first projection, where `Z = P` and `V = 0`.
-        rho: The penalty parameter that `point` was made with.
     """
 
-    target: Callable[[slice], Tensor]
-    point: Tensor
-    mask: Tensor | None = None
-    rho: float = 1.0
+    target: Callable[[slice], Tensor]  # makes some rows of `C` [out, in]
+    point: Tensor  # `P` [out, in]; the dense weights at the start
+    mask: Tensor | None = None  # of `Z`, True = kept; None before the first projection, where `Z = P` and `V = 0`
+    rho: float = 1.0  # the penalty parameter that `point` was made with
 
     def iterate(self, inverse: Tensor, rho: float, pattern: SparsityPattern) -> None:
         """One ADMM iteration with `inverse = (G + rho I)^-1` [in, in].
@@ -83,18 +77,12 @@ class Admm(PruningMethod):
     The mask keeps the largest `|W + U|`; for the first `ramp_iterations` it is chosen again in every iteration,
     unstructured on a cubic ramp of the sparsity `s (1 - (1 - k / ramp)^3)`, and frozen after that (Algorithm 1;
     the released code skips the ramp).
-
-    Attributes:
-        damping: Fraction of the mean Gram diagonal added to the diagonal.
-        rho: ADMM's penalty parameter in units of the Gram diagonal.
-        max_iterations: Iterations.
-        ramp_iterations: Iterations before the mask is frozen.
     """
 
-    damping: float = 0.1
-    rho: float = 1.0
+    damping: float = 0.1  # fraction of the mean Gram diagonal added to the diagonal
+    rho: float = 1.0  # ADMM's penalty parameter in units of the Gram diagonal
     max_iterations: int = 20
-    ramp_iterations: int = 15
+    ramp_iterations: int = 15  # before the mask is frozen
     name: ClassVar[str] = "admm"
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:

@@ -24,18 +24,11 @@ class Alps(PruningMethod):
     The Gram matrix and the target are damped alike. Every `period` iterations `rho` grows by 1.3, 1.2 or 1.1 as
     the support changed by more than 10%, more than 0.5%, or at all; it stops when the support stays the same.
     Then at most `refit_iterations` conjugate-gradient steps on the support (Algorithm 2).
-
-    Attributes:
-        damping: Fraction of the mean Gram diagonal added to the diagonal.
-        first_rho: First `rho`.
-        period: Iterations between changes of `rho`.
-        max_iterations: Iteration limit.
-        refit_iterations: Conjugate-gradient steps.
     """
 
-    damping: float = 0.01
+    damping: float = 0.01  # fraction of the mean Gram diagonal added to the diagonal
     first_rho: float = 0.1
-    period: int = 3
+    period: int = 3  # iterations between changes of `rho`
     max_iterations: int = 300
     refit_iterations: int = 10
     name: ClassVar[str] = "alps"
@@ -47,7 +40,6 @@ class Alps(PruningMethod):
         values, vectors = torch.linalg.eigh(gram)  # one decomposition gives (G + rho I)^-1 for every rho
         state = SplitState(target.__getitem__, problem.weight / scale)
         rho, iteration, settled = self.first_rho, 0, False
-        rows, columns = problem.weight.shape
         support: Tensor | None = None
         while iteration < self.max_iterations and not settled:
             inverse = (vectors / (values.clamp_min(0) + rho)) @ vectors.T  # rounding makes zero eigenvalues negative
@@ -57,7 +49,7 @@ class Alps(PruningMethod):
             assert state.mask is not None
             if support is not None:
                 # The support's size is the unit in which ALPS counts its changes.
-                changed = float((support & ~state.mask).sum()) / max(1, pattern.num_kept((rows, columns)))
+                changed = float((support & ~state.mask).sum()) / max(1, pattern.num_kept(support.shape))
                 settled = changed == 0
                 rho *= 1.3 if changed > 0.1 else 1.2 if changed > 0.005 else 1.1
             support = state.mask

@@ -24,13 +24,9 @@ class Dsnot(PruningMethod):
     moves e towards zero, the one with the smallest Wanda score (eqs. 3-5; n:m: in the same group). Weights that the
     pattern keeps together (pairs) are swapped together. A row stops when `|e|` is below `threshold`, or no swap shrinks
     it.
-
-    Attributes:
-        max_cycles: Maximum number of swaps in a row.
-        threshold: Expected error at which a row stops.
     """
 
-    max_cycles: int = 50
+    max_cycles: int = 50  # swaps in a row at most
     threshold: float = 0.1
     name: ClassVar[str] = "dsnot"
     takes_columns: ClassVar[bool] = False  # it swaps within rows

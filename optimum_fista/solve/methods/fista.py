@@ -37,28 +37,18 @@ class PenaltySearch:
 @register
 @dataclass(frozen=True)
 class Fista(PruningMethod):
-    """LASSO by FISTA, rounding, bisection of the penalty (Algorithm 1), and a refit of the kept weights.
+    """LASSO by FISTA, rounding, bisection of the penalty (Algorithm 1), and a refit of the kept weights."""
 
-    Attributes:
-        warm_start: Method whose pruned weights the first trial starts from. Wanda gives every row the same number of
-            zeros, as its authors do, for any scope of the pattern; the trials then move zeros between rows.
-        max_iterations: FISTA steps a trial, the paper's K.
-        tolerance: Relative change of the iterates at which FISTA stops.
-        patience: Trials without improvement, the paper's T.
-        max_trials: Trials at most; the paper names no limit.
-        rounding_share: Share of the rounding error above which the penalty rises, the paper's xi.
-        refit_iterations: Conjugate-gradient steps on the final mask; 0 (as in the paper) refits nothing.
-        restart: Adaptive restart of FISTA's momentum; the paper has none.
-    """
-
+    # The method whose pruned weights the first trial starts from. Wanda gives every row the same number of zeros, as
+    # its authors do, for any scope of the pattern; the trials then move zeros between rows.
     warm_start: WarmStart = "sparsegpt"
-    max_iterations: int = 20
-    tolerance: float = 1e-6
-    patience: int = 3
-    max_trials: int = 4
-    rounding_share: float = 0.3
-    refit_iterations: int = 20
-    restart: bool = False
+    max_iterations: int = 20  # FISTA steps a trial, the paper's K
+    tolerance: float = 1e-6  # relative change of the iterates at which FISTA stops
+    patience: int = 3  # trials without improvement, the paper's T
+    max_trials: int = 4  # the paper names no limit
+    rounding_share: float = 0.3  # share of the rounding error above which the penalty rises, the paper's xi
+    refit_iterations: int = 20  # conjugate-gradient steps on the final mask; 0 (as in the paper) refits nothing
+    restart: bool = False  # adaptive restart of FISTA's momentum; the paper has none
     name: ClassVar[str] = "fista"
     takes_columns: ClassVar[bool] = False  # the l1 norm makes single weights zero
 
@@ -76,7 +66,7 @@ class Fista(PruningMethod):
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`."""
         self.require_pattern(pattern)
-        pattern.require_shape((problem.weight.shape[0], problem.weight.shape[1]), problem.name)
+        pattern.require_shape(problem.weight.shape, problem.name)
         rounded = self._rounded_start(problem, pattern)
         problem = problem.decoupled()
         found = self.search_penalty(problem, pattern, rounded)
@@ -144,8 +134,7 @@ class Fista(PruningMethod):
             return SparseGPT().prune(problem, pattern)
         counted = replace(pattern, scope="row")
         rounded = Wanda().prune(problem, counted)
-        shape = (problem.weight.shape[0], problem.weight.shape[1])
-        if counted.num_kept(shape) == pattern.num_kept(shape):
+        if counted.num_kept(rounded.mask.shape) == pattern.num_kept(rounded.mask.shape):
             return rounded
         mask = pattern.mask(rounded.weight)  # rows of an odd number of inputs have half a zero more or less
         return replace(rounded, weight=rounded.weight * mask, mask=mask)

@@ -35,14 +35,10 @@ class GreedyObs(PruningMethod):
 
     Inputs are scaled so that `H` has unit diagonal. The diagonal of the inverse is then at least 1 for every column
     that is left, and no division is by a small number.
-
-    Attributes:
-        damping: `d` of step 1. It is small, because a large one hides that columns can replace each other.
-        ridge: Ridge of step 3, a fraction of the Gram matrix's diagonal; `None`: `refit_columns` chooses it.
     """
 
-    damping: float = 1e-3
-    ridge: float | None = None
+    damping: float = 1e-3  # `d` of step 1; it is small, because a large one hides that columns can replace each other
+    ridge: float | None = None  # of step 3, a fraction of the Gram matrix's diagonal; None: `refit_columns` chooses it
     name: ClassVar[str] = "greedy_obs"
     takes_weights: ClassVar[bool] = False  # rows that differ would need an inverse each
 
@@ -56,7 +52,7 @@ class GreedyObs(PruningMethod):
         """Prune one operator to `pattern`, which must be one of whole columns."""
         self.require_pattern(pattern)
         rows, columns = problem.weight.shape
-        pattern.require_shape((rows, columns), problem.name)
+        pattern.require_shape(problem.weight.shape, problem.name)
         problem = problem.decoupled()
         gram, target, _ = problem.with_ridge(problem.statistics.diagonal * self.damping)
         factor, message = damped_cholesky(gram.clone)
@@ -78,12 +74,8 @@ def _remove_groups(inverse: Tensor, weight: Tensor, width: int, count: int) -> t
     are not in the whole matrices yet make them `H^-1 - Z Z^T` and `W - B Z^T`, with columns z and b for each removed
     column; D and N are the diagonal blocks of `H^-1` and of `W^T W`, and always up to date.
 
-    Args:
-        inverse: `H^-1` [in, in].
-        weight: `C H^-1` [out, in].
-
-    Returns:
-        Boolean [in], True = kept, and the increase of the squared error by every removal, [count].
+    `inverse` is `H^-1` [in, in], and `weight` is `C H^-1` [out, in]. Returns a mask [in], True = kept, and the increase
+    of the squared error by every removal, [count].
     """
     rows, columns = weight.shape
     room = max(1, _PENDING // width) * width

@@ -42,23 +42,16 @@ class ObsAdmm(PruningMethod):
 
     Besides the problem, it needs one matrix of the operators' shape and one of the Gram matrix's, in float32, masks of
     a byte a weight, and four blocks of rows (`solve.linalg.row_blocks`).
-
-    Attributes:
-        ridge: `r` above; `None`: `1.5 * inputs / calibration tokens`, within [0.003, 0.5] (docs/solver.md). The fewer
-            tokens an input has, the more of the Gram matrix is noise.
-        stages: Stages, each with one factorisation.
-        iterations: Iterations of each stage.
-        first_rho: `rho` of the first stage.
-        last_rho: `rho` of the last stage; from stage to stage it grows by the same factor.
-        refit_iterations: Conjugate-gradient steps on the final mask; 0 refits nothing.
     """
 
+    # `r` above; None: `1.5 * inputs / calibration tokens`, within [0.003, 0.5] (docs/solver.md). The fewer tokens an
+    # input has, the more of the Gram matrix is noise.
     ridge: float | None = None
-    stages: int = 3
-    iterations: int = 4
-    first_rho: float = 1.0
-    last_rho: float = 1.5
-    refit_iterations: int = 5
+    stages: int = 3  # each with one factorisation
+    iterations: int = 4  # of each stage
+    first_rho: float = 1.0  # of the first stage
+    last_rho: float = 1.5  # of the last stage; from stage to stage `rho` grows by the same factor
+    refit_iterations: int = 5  # conjugate-gradient steps on the final mask; 0 refits nothing
     name: ClassVar[str] = "obs_admm"
 
     def __post_init__(self) -> None:
@@ -128,16 +121,11 @@ class _Surgeon:
     In these coordinates the diagonal of `G_r^-1`, or its diagonal blocks, are those of the identity: the squared norm
     of a weight, or of a group of columns, is the cost of its removal (`greedy_obs`, step 2). This accounts for the
     correlation of columns in a group.
-
-    Attributes:
-        scale: `S` [in].
-        penalty: `r diag(G)` [in].
-        blocks: The blocks of `B`, lower triangular, [in / width, width, width]; `None` if each column stands alone.
     """
 
-    scale: Tensor
-    penalty: Tensor
-    blocks: Tensor | None = None
+    scale: Tensor  # `S` [in]
+    penalty: Tensor  # `r diag(G)` [in]
+    blocks: Tensor | None = None  # of `B`, lower triangular, [in / width, width, width]; None: columns stand alone
 
     @classmethod
     def of(cls, gram: Tensor, penalty: Tensor, width: int) -> tuple[_Surgeon, str]:

@@ -21,22 +21,18 @@ class SparseGPT(PruningMethod):
     of `H^-1`. Weight j of a row is scored `w_j^2 / U_jj^2`; n:m groups are decided one by one, unstructured masks a
     block of columns at a time with one threshold over all rows of the block (`scope="row"`: over each row). After
     column j is decided, its error `e = (w_j - w*_j) / U_jj` changes the columns to the right by `- e U_j,right`.
-
-    Attributes:
-        damping: Fraction of the mean diagonal added to the Gram matrix.
-        block_size: Columns whose mask is chosen together.
     """
 
     damping: float = 0.01
-    block_size: int = 128
+    block_size: int = 128  # columns whose mask is chosen together
     name: ClassVar[str] = "sparsegpt"
     takes_columns: ClassVar[bool] = False  # a block can't know how good the columns to its right are: see greedy_obs
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`. The problem's target is ignored: SparseGPT's target is W X*."""
-        rows, columns = problem.weight.shape
+        columns = problem.weight.shape[1]
         self.require_pattern(pattern)
-        pattern.require_shape((rows, columns), problem.name)
+        pattern.require_shape(problem.weight.shape, problem.name)
         problem = problem.decoupled()
         factor, message = damped_cholesky(problem.gram.clone, self.damping, problem.statistics.energy_ratios)
         # H^-1 = U^T U: U_jj times row j of U is the first row of the inverse of H without the columns before j.

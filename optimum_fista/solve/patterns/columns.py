@@ -16,12 +16,9 @@ class Columns(SparsityPattern):
 
     The number of groups kept is exact. `Columns(0.25)` keeps the whole number that is nearest to 75% of the groups;
     `Columns.keeping(7, 9, 64)` keeps 7 of 9 groups of 64 columns.
-
-    Attributes:
-        groups: Groups of the matrices that the pattern fits; `None`: any number.
     """
 
-    groups: int | None = None
+    groups: int | None = None  # of the matrices that the pattern fits; None: any number
     whole_columns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -58,7 +55,7 @@ class Columns(SparsityPattern):
             return f"columns:{self.sparsity!r}{width}"  # `repr` keeps every digit, as a share in a report must
         return f"columns:{round((1 - self.sparsity) * self.groups)}of{self.groups}{width}"
 
-    def require_shape(self, shape: tuple[int, int], name: str = "weight") -> None:
+    def require_shape(self, shape: tuple[int, ...], name: str = "weight") -> None:
         """Check that the columns are whole groups, and that some of them are kept."""
         super().require_shape(shape, name)
         groups = shape[1] // self.width

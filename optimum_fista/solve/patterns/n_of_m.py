@@ -52,7 +52,7 @@ def best_order(scores: Tensor, pattern: SparsityPattern) -> Tensor:
     swaps of a place at once).
     """
     assert pattern.span is not None
-    pattern.require_shape((scores.shape[0], scores.shape[1]), "scores")
+    pattern.require_shape(scores.shape, "scores")
     n, m = pattern.num_kept((1, pattern.span)), pattern.span
     # Inputs of similar size are apart in the beginning: every group has one of each m-th part of them.
     order = scores.sum(0).argsort(descending=True, stable=True).view(m, -1).T.contiguous()  # [in] -> [groups, m]

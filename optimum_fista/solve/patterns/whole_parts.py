@@ -70,16 +70,11 @@ class WholeParts(SparsityPattern):
 
     The pattern is for a whole model and refuses a matrix. A run turns it into `Columns` for the operators that read the
     removed parts (down projection, output projection of the attention), and later removes the rows that compute them.
-    Experts are chosen by their outputs, decoder layers by the loss without them.
-
-    Attributes:
-        sparsity: The largest share, or that of the size.
-        shares: Shares to remove, one for each kind; empty if there is a `size`.
-        size: Share of the dense model's bytes that is left, in (0, 1), reached by channels; `None` if there are shares.
+    Experts are chosen by their outputs, decoder layers by the loss without them. Its sparsity is the largest share.
     """
 
-    shares: tuple[PartShare, ...] = ()
-    size: float | None = None
+    shares: tuple[PartShare, ...] = ()  # to remove, one for each kind; empty if there is a `size`
+    size: float | None = None  # share of the dense model's bytes that is left, in (0, 1), reached by channels
     whole_columns: ClassVar[bool] = True  # the operators that read parts lose columns
 
     @classmethod
@@ -113,13 +108,13 @@ class WholeParts(SparsityPattern):
         """The text that `read` takes."""
         return "+".join(map(str, self.shares)) if self.size is None else f"bytes:{self.size!r}"
 
-    def require_shape(self, shape: tuple[int, int], name: str = "weight") -> NoReturn:
+    def require_shape(self, shape: tuple[int, ...], name: str = "weight") -> NoReturn:
         """Refuse a single matrix."""
         raise ValueError(
             f"{name} of shape {tuple(shape)} is one matrix, and '{self}' removes parts of a whole model: pass "
             f"pattern='columns:{self.sparsity:g}' for whole columns of a matrix."
         )
 
-    def num_kept(self, shape: tuple[int, int]) -> NoReturn:
+    def num_kept(self, shape: tuple[int, ...]) -> NoReturn:
         """Refuse a single matrix."""
         self.require_shape(shape)
