@@ -12,12 +12,13 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, RepoFile, snapshot_download, try_to_load_from_cache
 
+from optimum_fista.folder.stored_tensors import weight_files
+
 _TEMPLATES = "additional_chat_templates"
 _WRITTEN = {"config.json", "README.md", "fista"}  # by the run
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|gguf|pth?|ckpt|h5|msgpack|onnx(_data)?|tflite|npz|ot)(\.index\.json)?$|^adapter_config\.json$"
 )
-_READ = re.compile(r"^(model|packed|pytorch_model)\b.*\.(safetensors|bin)(\.index\.json)?$")
 _MOST_BYTES = 2**28  # the largest vocabularies have about 2**25
 logger = logging.getLogger(__name__)
 
@@ -37,17 +38,18 @@ def source_folder(name: str, revision: str | None) -> Path:
 
 def copy_source(source: Path, folder: Path, pattern: str = "*") -> None:
     """Copy matching files of a model's folder, except weights and files that a run writes; log files not copied."""
-    left = []
+    left = list[Path]()
     for path in sorted(source.glob(pattern)):
         name = path.name
         if path.is_file() and _comes_along(name, path.stat().st_size):
             shutil.copyfile(path, folder / name)
         elif name == _TEMPLATES and path.is_dir():
             shutil.copytree(path, folder / name, copy_function=shutil.copyfile, dirs_exist_ok=True)
-        elif not name.startswith(".") and name not in _WRITTEN and not _READ.search(name):
-            left.append(f"{name}/" if path.is_dir() else name)
-    if left:
-        logger.warning("not copied from %s: %s", source, ", ".join(left))
+        elif not (name.startswith(".") or name in _WRITTEN or name.endswith(".index.json")):
+            left.append(path)
+    read = weight_files(source) if left else set()
+    if names := [f"{path.name}/" if path.is_dir() else path.name for path in left if path not in read]:
+        logger.warning("not copied from %s: %s", source, ", ".join(names))
 
 
 def _comes_along(name: str, size: int) -> bool:

@@ -101,17 +101,8 @@ def read_stored(source: Path) -> dict[str, StoredTensor]:
     Raises:
         ValueError: If two files hold tensors of one name with different values.
     """
-    binary, index = source / "pytorch_model.bin", source / "pytorch_model.bin.index.json"
-    files: set[Path] = set()
-    for stem in ("model", "packed"):
-        with suppress(FileNotFoundError):
-            files = files or {*checkpoint_files(source, stem).values()}
-    if not files and binary.exists():
-        files = {binary}
-    elif not files and index.exists():
-        files = {source / name for name in read_json(index)["weight_map"].values()}
     found: dict[str, StoredTensor] = {}
-    for file in sorted(files):
+    for file in sorted(weight_files(source)):
         for name, tensor in (_binary if file.suffix == ".bin" else _safetensors)(file):
             if name in found and not tensor.equals(found[name]):
                 raise ValueError(
@@ -120,6 +111,17 @@ def read_stored(source: Path) -> dict[str, StoredTensor]:
                 )
             found[name] = tensor
     return found
+
+
+def weight_files(source: Path) -> set[Path]:
+    """The weight files of a model folder that Transformers loads."""
+    binary, index = source / "pytorch_model.bin", source / "pytorch_model.bin.index.json"
+    for stem in ("model", "packed"):
+        with suppress(FileNotFoundError):
+            return {*checkpoint_files(source, stem).values()}
+    if index.exists() and not binary.exists():
+        return {source / name for name in read_json(index)["weight_map"].values()}
+    return {binary} if binary.exists() else set()
 
 
 @dataclass(frozen=True)
@@ -281,6 +283,11 @@ def source_tensors(
             own = plain if plain in state else own
         if place in state or (dequantizer is not None and _ACTIVATION_SCALES.search(name)):
             places[name] = place
+            if dequantizer is None and stored[name].dtype not in DENSE and state[place].is_floating_point():
+                raise ValueError(
+                    f"{name} has dtype {stored[name].dtype}, and config.json has no quantization_config that says how "
+                    f"to read it: copy that of the quantized model into the config.json of {str(source)!r}."
+                )
             if (other := loaded_as.setdefault(own, name)) != name and not stored[name].equals(stored[other]):
                 raise ValueError(
                     f"{name} and {other} are both {own} of {type(model).__name__}, with different values: delete the "

@@ -260,7 +260,8 @@ class SourceFiles:
         self.folder = folder
         self._progress = progress
         self.hashes: dict[str, list[Any]] = {}
-        files = [f for f in sorted(folder.iterdir()) if f.name == CONFIG_FILE or f.name.endswith(_WEIGHTS)]
+        there = sorted(filter(Path.is_file, folder.iterdir()))  # a link in the Hub's cache may lead nowhere
+        files = [file for file in there if file.name == CONFIG_FILE or file.name.endswith(_WEIGHTS)]
         for file in files:
             found = file.stat()
             # a file with the same numbers is not read again: a write changes its ctime, which no program can set

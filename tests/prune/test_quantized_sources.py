@@ -112,8 +112,9 @@ def test_formats_that_cannot_be_read_are_refused_by_name(tmp_path, monkeypatch):
     source = fp8_deepseek(tmp_path / "source")
     config, tensors = json.loads((source / "config.json").read_text()), load_file(source / "model.safetensors")
 
-    def refusal(**settings) -> str:
+    def refusal(*without, **settings) -> str:
         values = config | {"quantization_config": config["quantization_config"] | settings}
+        values = {name: value for name, value in values.items() if name not in without}
         (source / "config.json").write_text(json.dumps(values))
         with pytest.raises((ValueError, ImportError)) as raised:
             prune(source, tmp_path / "pruned")
@@ -123,6 +124,7 @@ def test_formats_that_cannot_be_read_are_refused_by_name(tmp_path, monkeypatch):
     assert "quantized by 'gptq', which Transformers" in (message := refusal(quant_method="gptq"))
     assert "dequantize it with GPTQModel, save it" in message
     assert "quantized by 'new', which Transformers" in refusal(quant_method="new")
+    assert "dtype F8_E4M3, and config.json has no quantization_config" in refusal("quantization_config")
     monkeypatch.setattr(dequantization, "find_spec", lambda _: None)
     assert "`pip install '.[compressed-tensors]'`" in refusal(quant_method="compressed-tensors")
     lonely = "model.layers.2.mlp.experts.3.up_proj.weight"

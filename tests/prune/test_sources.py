@@ -95,7 +95,7 @@ BESIDE = {
 def folder_with_code(folder: Path) -> Path:
     """A Llama with `BESIDE`, whose configuration names code of its own, and with files that are not to be copied."""
     save_tiny_folder(folder)
-    others = ["README.md", ".git/config", "original/params.json", "model.onnx", "old.gguf"]
+    others = ["README.md", ".git/config", "original/params.json", "model-mtp.safetensors", "model.onnx", "old.gguf"]
     for name, text in {**BESIDE, **dict.fromkeys(others, "---\nlicense: mit\n---\n")}.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
@@ -107,10 +107,12 @@ def folder_with_code(folder: Path) -> Path:
 
 def test_files_beside_the_weights_come_along(tmp_path, caplog):
     source, output = folder_with_code(tmp_path / "my source"), tmp_path / "out"
+    (source / "gone.safetensors").symlink_to("blob")
     with caplog.at_level(logging.WARNING):
         pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
         pruner.prune(source, tiny_tokens().split(4), output_dir=output)
-    assert f"not copied from {source}: model.onnx, old.gguf, original/" in caplog.messages
+    left = "gone.safetensors, model-mtp.safetensors, model.onnx, old.gguf, original/"
+    assert f"not copied from {source}: {left}" in caplog.messages
     assert {name: (output / name).read_text() for name in BESIDE} == BESIDE
     assert (output / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert not (output / ".git").exists()
