@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.cli.messages import speaking_ranks
     from optimum_fista.cli.overview import details_of, estimate_of, next_commands, say_before, verdicts
     from optimum_fista.folder.hub import push_folder
-    from optimum_fista.folder.output import FOLDER, locked_output, require_output, unfinished_folder
+    from optimum_fista.folder.output import FOLDER, locked_output, require_output
     from optimum_fista.folder.packed_folder import packing_of
     from optimum_fista.pruner import FistaPruner
 
@@ -97,15 +97,11 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     _require_options(arguments, config)
     with speaking_ranks(arguments.device, "optimum_fista.model.parts") as ranks, ExitStack() as opened:
-
-        def lock() -> None:
-            opened.enter_context(locked_output(arguments.output))
-
         try:
-            ranks.first(lock)  # held to the end of the run: two runs must not write into one folder
+            # held to the end of the run: two runs must not write into one folder
+            folder = ranks.first(lambda: opened.enter_context(locked_output(arguments.output)))
             arguments.batch_size, arguments.calibration = ranks.first(lambda: say_before(arguments, config))
-            folder = unfinished_folder(arguments.output) / FOLDER
-            batches = ranks.first(lambda: _batches(arguments, config, ranks.device, folder))
+            batches = ranks.first(lambda: _batches(arguments, config, ranks.device, folder / FOLDER))
             names = ("device", "dtype", "overwrite", "packed")
             options = {name: getattr(arguments, name) for name in names}
             options |= {"calibration_source": arguments.calibration, "output_dir": arguments.output}

@@ -57,21 +57,15 @@ def begin(
     report.environment["batches"] = shapes_of(batches + measured)
     if media.names and not any(batch.media for batch in batches):
         kinds = " or ".join(sorted({kind for kind, _ in media.placeholders})) or "image"
-        report.warn(
-            f"the calibration is text alone: {type(model).__name__} saw no {kinds}. Pass batches as its processor "
-            "makes them, if the pruned model is to read more than text."
-        )
+        which = f"{type(model).__name__} saw no {kinds}"
+        report.warn(f"the calibration is text alone: {which}. Pass batches as its processor makes them, for all uses.")
     tokens, widest = report.calibration["num_tokens"], max(inputs, key=inputs.__getitem__, default=None)
     if widest is not None and tokens < inputs[widest]:
-        report.warn(
-            f"{tokens} calibration tokens for the {inputs[widest]} inputs of {widest}: its Gram matrix is "
-            "rank-deficient and the result will fit these tokens only. Pass more calibration tokens."
-        )
+        few = f"{tokens} calibration tokens for the {inputs[widest]} inputs of {widest}"
+        report.warn(f"{few}: its Gram matrix is rank-deficient, and the result fits these tokens only. Pass more.")
     if empty := sum(not b.media and bool((targets_of(b.input_ids, model.config) < 0).any()) for b in given):
-        report.warn(
-            f"{empty} batches hold tokens that mark images or sounds, but no images or sounds: pass all that the "
-            "model's processor returns."
-        )
+        why = "hold tokens that mark images or sounds, but no images or sounds"
+        report.warn(f"{empty} batches {why}: pass all that the model's processor returns.")
     measured = measured or [replace(batch, text=source) for batch in batches if batch.held_out]
     if not measured or plan.removal.mixtures:  # the decoder layer without experts is not in the model
         return Calibration(batches), None, report

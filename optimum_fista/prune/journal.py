@@ -174,10 +174,8 @@ def join_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool, rank
 
     def join() -> None:
         if different := [key for key in fingerprint if fingerprint[key] != begun[key]]:
-            raise ValueError(
-                f"{' and '.join(different)} differ from those of rank 0: start every process with the same model, "
-                "options and calibration text."
-            )
+            which = f"{' and '.join(different)} differ from those of rank 0"
+            raise ValueError(f"{which}: start every process with the same model, options and calibration text.")
 
     begun = ranks.first(begin)
     ranks.each(join)
@@ -193,10 +191,8 @@ def require_same_run(folder: Path, wanted: Mapping[str, Any]) -> None:
         raise ValueError(f"output: {file!r} is damaged, so it is not known which run it belongs to: {_ADVICE}")
     if different := list(_differences({key: begun.get(key) for key in wanted}, wanted)):
         shown = "; ".join(different[:_SHOWN]) + ("; ..." if len(different) > _SHOWN else "")
-        raise ValueError(
-            f"output: the unfinished run in {str(folder)!r} was another one ({shown}). Start it again as it was, "
-            f"{_ADVICE}"
-        )
+        run = f"the unfinished run in {str(folder)!r} was another one ({shown})"
+        raise ValueError(f"output: {run}. Start it again as it was, {_ADVICE}")
 
 
 def begun_batch_size(folder: Path) -> int | None:
@@ -283,8 +279,6 @@ class SourceFiles:
         """Refuse to go on if a file has changed since it was hashed."""
         found = SourceFiles(self.folder, self.hashes, self._progress)
         if changed := sorted({name for name, _ in self.digests.items() ^ found.digests.items()}):
-            raise ValueError(
-                f"{', '.join(changed)} in {str(self.folder)!r} changed during the run: restore the old files "
-                "and start again with the same output, or pass overwrite=True (--overwrite) to begin anew."
-            )
+            which = f"{', '.join(changed)} in {str(self.folder)!r} changed during the run"
+            raise ValueError(f"{which}: restore the old files and start again with the same output, or {_ADVICE}")
         self.hashes = found.hashes

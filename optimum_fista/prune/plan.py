@@ -23,7 +23,7 @@ from optimum_fista.folder.stored_tensors import SourceTensors, StoredTensor, sou
 from optimum_fista.memory import size_text
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import Storage
-from optimum_fista.model.architecture import DecoderLayers, choose_operators
+from optimum_fista.model.architecture import DecoderLayers, choose_operators, prunable_layers
 from optimum_fista.model.dequantization import quantized_source
 from optimum_fista.model.forward import Products, choose_products
 from optimum_fista.model.held_out import HeldOut
@@ -33,7 +33,7 @@ from optimum_fista.model.parts import Part, find_parts
 from optimum_fista.model.stored_names import stored_names
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.removal import PartsRemoval, Removal, first_names
-from optimum_fista.report import MixtureReport, OperatorReport, PruningReport, lines_of_unplaced, public_name
+from optimum_fista.report import PruningReport, layer_and_kind, lines_of_unplaced, public_name
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.methods.magnitude import Magnitude
 
@@ -131,20 +131,21 @@ def plan_run(
     No zeros are allocated yet. If `loaded` is False, the model may be on the meta device, for an estimate. `folder` has
     its files; those of a model `in_memory` are found, and need not fit it any more.
     """
-    kind = Removal if config.whole_parts is None else PartsRemoval
-    removal, asked, config = kind.planned(model, config.resolved(), loaded)
-    layers = removal.layers
+    asked = config = config.resolved()
+    layers = prunable_layers(model, loaded=loaded)  # first: it refuses models that the rest can't describe
+    removal = Removal(layers)
+    if config.whole_parts is not None:
+        removal, asked, config = PartsRemoval.planned(layers, config)
     chosen, found = choose_operators(layers, config.exclude, config.reason_left_dense)
     for name, operator in ((n, o) for group in chosen.values() for n, o in group.items()):
         config.pattern_for(name).require_shape(operator.shape, name)
-    removal, operators, left_dense, config = removal.applied(chosen, found, config)
+    removal, operators, left_dense, config = removal.applied(chosen, found, config, {})
     # to remove experts or decoder layers, no operator need be pruned
     if not any(operators.values()) and not removal.num_removed_layers and not removal.mixtures:
         shown = first_names([f"{name} ({why})" for name, why in left_dense.items()]) or "none"
         raise UnsupportedArchitectureError(
-            f"no linear operator to prune in {layers.name}: looked for nn.Linear and Conv1D modules with "
-            f"include={list(config.include)}, exclude={list(config.exclude)}, and found "
-            f"{len(left_dense)}, all left dense: {shown}."
+            f"no linear operator to prune in {layers.name}: of nn.Linear and Conv1D modules, include="
+            f"{list(config.include)}, exclude={list(config.exclude)} found {len(left_dense)}, all left dense: {shown}."
         )
     try:
         channels = find_parts(model, "channels").parts if config.reorder_channels else ()
@@ -188,7 +189,6 @@ def plan_run(
 def begin_report(plan: Plan) -> PruningReport:
     """Begin the report of a run; warns of name patterns that match nothing, and of tensors that it will lack."""
     model = plan.layers.model
-    idle = plan.asked.idle_patterns([*plan.all_operators, *plan.left_dense])
     report = PruningReport(
         config=plan.asked.to_dict(),
         model={
@@ -226,18 +226,17 @@ def begin_report(plan: Plan) -> PruningReport:
         method, dtype = source["quant_method"], report.model["dtype"]
         written = "and written as they are stored" if plan.as_stored else f"and written in {dtype} ({size})"
         report.warn(f"the weights were quantized by {method!r}: they are dequantized to prune, {written}.")
-    for message in idle:
+    idle = plan.asked.idle_patterns([*plan.all_operators, *plan.left_dense])
+    for message in (*idle, *lines_of_unplaced({}, plan.source.lost)):
         report.warn(message)
-    for line in lines_of_unplaced({}, plan.source.lost):
-        report.warn(line)
     return report
 
 
 def complete_report(plan: Plan, report: PruningReport, held_out: HeldOut | None) -> None:
     """Describe the pruned model once all operators are pruned, and add what the user should know."""
     plan.removal.describe(report)
-    report.model |= {"copied": plan.source.copied} if plan.source.others else {}
-    report.model |= {"lacks": dict(plan.source.lost)} if plan.source.lost else {}
+    unplaced = {"copied": plan.source.copied, "lacks": dict(plan.source.lost)}
+    report.model |= {key: found for key, found in unplaced.items() if found}
     operators, config = report.operators, plan.config
     if unfelt := plan.budgets.unfelt:
         report.warnings.append(
@@ -256,22 +255,17 @@ def complete_report(plan: Plan, report: PruningReport, held_out: HeldOut | None)
         report.warn(f"{len(left)} operators were left dense: {shown}")
     overflown = [o.name for o in operators if not all(map(math.isfinite, (o.fit_error, o.output_error or 0.0)))]
     if overflown:
-        report.warn(
-            f"the errors of {len(overflown)} operators are NaN or Inf ({first_names(overflown)}): their outputs "
-            "overflow float32 when squared, so it is unknown how well they were pruned."
-        )
+        which = f"{len(overflown)} operators are NaN or Inf ({first_names(overflown)})"
+        report.warn(f"the errors of {which} and so not known: squares of their outputs overflow float32.")
     found, by_rows = report.totals["sparsity"], operators and all(operator.scope == "row" for operator in operators)
     if by_rows and not config.overrides and abs(found - (config.sparsity or 0.0)) > 1e-4:
-        report.warnings.append(
-            f"every row has a whole number of zeros, so that {found:.2%} of the weights are zero instead of "
-            f"{config.sparsity:.2%}: pass scope='matrix' for the exact share."
-        )
+        share = f"{found:.2%} of the weights are zero instead of {config.sparsity:.2%}"
+        report.warnings.append(f"rows have whole numbers of zeros, so {share}: pass scope='matrix' for an exact one.")
     if config.correction.residual_share:
-        all_parts: list[OperatorReport | MixtureReport] = [*operators, *report.mixtures]
-        corrected = tuple(part.name for part in all_parts if part.residual_corrected)
-        pruned = [layer.name for layer in report.layers if any(p.name.startswith(f"{layer.name}.") for p in all_parts)]
-        without = [name for name in pruned if not any(part.startswith(f"{name}.") for part in corrected)]
-        if without:
+        parts: list[Any] = [*operators, *report.mixtures]
+        pruned = dict.fromkeys(layer_and_kind(part.name)[0] for part in parts)
+        corrected = {layer_and_kind(part.name)[0] for part in parts if part.residual_corrected}
+        if without := [name for name in pruned if name not in corrected]:
             report.warnings.append(
                 f"no residual correction in {len(without)} of {len(pruned)} decoder layers "
                 f"({first_names(without)}): the output of one pruned operator, the last, is not added to the layer's "
@@ -283,9 +277,8 @@ def complete_report(plan: Plan, report: PruningReport, held_out: HeldOut | None)
     if under_calibrated:
         least = min(under_calibrated, key=lambda o: o.num_tokens)
         report.warn(
-            f"{len(under_calibrated)} of {len(operators)} operators belong to experts that fewer than "
-            f"{UNDER_CALIBRATED_TOKENS} calibration tokens reached, and were pruned by magnitude "
-            f"({least.name}: {least.num_tokens}). Pass more calibration tokens."
+            f"{len(under_calibrated)} of {len(operators)} operators were pruned by magnitude: fewer than "
+            f"{UNDER_CALIBRATED_TOKENS} tokens reached their experts ({least.name}: {least.num_tokens}). Pass more."
         )
     if held_out is not None and (measured := held_out.perplexity()) is not None:
         text = held_out.text and public_name(held_out.text)

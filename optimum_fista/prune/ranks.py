@@ -101,10 +101,8 @@ def joined_ranks(device: str | None) -> Iterator[Ranks]:
     # Accelerate can't start processes on an accelerator without a PyTorch backend; gloo works on any machine.
     state = PartialState(cpu=kind == "cpu" or kind not in dist.Backend.default_device_backend_map)
     if state.num_processes != count:
-        raise ValueError(
-            f"the environment names {count} processes and Accelerate finds {state.num_processes}: start them by "
-            "`accelerate launch` or `torchrun`."
-        )
+        found = f"the environment names {count} processes and Accelerate finds {state.num_processes}"
+        raise ValueError(f"{found}: start them by `accelerate launch` or `torchrun`.")
     group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
     try:
         yield Ranks(state.process_index, count, device or str(state.device), group)
@@ -117,9 +115,8 @@ def require_independent_layers(config: FistaPruningConfig, count: int) -> None:
     correction = config.resolved().error_correction
     if count > 1 and config.correction.carry == "full":
         raise ValueError(
-            f"error_correction={correction!r} prunes every decoder layer on the outputs of the pruned ones before it, "
-            f"so {count} processes can't share them: pass error_correction='intra' (--error-correction intra) or "
-            "'none', or start one process."
+            f"error_correction={correction!r}: decoder layers wait for the ones before, so {count} processes can't share "
+            "them: pass error_correction='intra' (--error-correction intra) or 'none', or start one process."
         )
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.memory import is_out_of_memory
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.architecture import DecoderLayers, find_operators, prunable_layers
+from optimum_fista.model.architecture import DecoderLayers, find_operators
 from optimum_fista.model.correction import LayerTargets
 from optimum_fista.model.expert_removal import SmallerMixture, experts_of, experts_to_keep, score_experts
 from optimum_fista.model.groups import is_added_to_output
@@ -44,10 +44,13 @@ from optimum_fista.solve.patterns import Columns
 
 T = TypeVar("T")
 Operators = Mapping[str, Mapping[str, LinearOperator]]  # to prune, by the names of their decoder layers
+Reasons = Mapping[str, str]  # why other operators stay dense
+Losses = Mapping[int, float]  # removed decoder layers, each with the loss after its removal
+Reports = list[OperatorReport]
+Applied = tuple["Removal", Operators, Reasons, FistaPruningConfig]
 Chosen = tuple[list[Group], dict[str, str], nn.Module | None]
-Leaving = tuple[HiddenStates, list[OperatorReport], MixtureReport | None]
+Leaving = tuple[HiddenStates, Reports, MixtureReport | None]
 Tensors = dict[str, Tensor]
-Applied = tuple["Removal", Operators, Mapping[str, str], FistaPruningConfig]
 
 
 @dataclass(frozen=True)
@@ -57,26 +60,12 @@ class Removal:
     layers: DecoderLayers  # of the model
     mixtures: Mapping[str, Part] = field(default_factory=dict)  # that lose experts, by their decoder layers
     num_removed_layers: int = 0
-    # Numbers of the decoder layers to remove, each with the loss after its removal; empty until they are chosen.
-    removed_layers: Mapping[int, float] = field(default_factory=dict)
+    removed_layers: Losses = field(default_factory=dict)  # empty until they are chosen
 
-    @classmethod
-    def planned(
-        cls, model: PreTrainedModel, config: FistaPruningConfig, loaded: bool
-    ) -> tuple[Removal, FistaPruningConfig, FistaPruningConfig]:
-        """Plan the removal that a configuration asks for; returns also `Plan.asked` and `Plan.config`."""
-        return cls(prunable_layers(model, loaded=loaded)), config, config
-
-    def applied(
-        self,
-        operators: Operators,
-        left_dense: Mapping[str, str],
-        config: FistaPruningConfig,
-        removed: Mapping[int, float] | None = None,  # noqa: ARG002
-    ) -> Applied:
+    def applied(self, operators: Operators, left_dense: Reasons, config: FistaPruningConfig, gone: Losses) -> Applied:  # noqa: ARG002
         """Apply the removal to the operators to prune, and to the reasons why others stay dense.
 
-        Returns the removal (with the decoder layers `removed`), and a configuration with patterns for new operators.
+        Returns the removal (with the decoder layers `gone`), and a configuration with patterns for new operators.
         """
         return self, operators, left_dense, config
 
@@ -87,13 +76,7 @@ class Removal:
         """
         return groups, {}, None
 
-    def after(
-        self,
-        layer_name: str,  # noqa: ARG002
-        sink: ModelSink,  # noqa: ARG002
-        targets: LayerTargets,
-        operators: list[OperatorReport],
-    ) -> Leaving:
+    def after(self, layer_name: str, sink: ModelSink, targets: LayerTargets, operators: Reports) -> Leaving:  # noqa: ARG002
         """Remove experts of a pruned decoder layer, and refit the others.
 
         Returns the layer's output, and the reports of its pruned operators as they will be in the smaller model.
@@ -142,14 +125,14 @@ class PartsRemoval(Removal):
 
     @classmethod
     def planned(
-        cls, model: PreTrainedModel, config: FistaPruningConfig, loaded: bool
+        cls, layers: DecoderLayers, config: FistaPruningConfig
     ) -> tuple[Removal, FistaPruningConfig, FistaPruningConfig]:
-        """See `Removal.planned`. `Plan.asked` gets the pattern of whole parts, with numbers.
+        """Plan the removal that a configuration asks for; returns also `Plan.asked` and `Plan.config`.
 
-        `Plan.config` gets a pattern of whole columns for each operator that reads a removed part, and for no others.
+        `asked` has the pattern of whole parts, with numbers. `config` has a pattern of whole columns for each operator
+        that reads a removed part, and for no others.
         """
-        layers = prunable_layers(model, loaded=loaded)  # first: it refuses models that the rest can't describe
-        pattern, asked = config.whole_parts, config
+        model, pattern, asked = layers.model, config.whole_parts, config
         assert pattern is not None
         if pattern.size is not None:
             share = share_for_size(model, pattern)
@@ -205,20 +188,14 @@ class PartsRemoval(Removal):
         refits = bool(self.mixtures) and config.expert_refit
         return not (updates or refits or (repairs and correction.residual_share > 0))
 
-    def applied(
-        self,
-        operators: Operators,
-        left_dense: Mapping[str, str],
-        config: FistaPruningConfig,
-        removed: Mapping[int, float] | None = None,
-    ) -> Applied:
+    def applied(self, operators: Operators, left_dense: Reasons, config: FistaPruningConfig, gone: Losses) -> Applied:
         """See `Removal.applied`. It also adds operators that may compensate for removed parts.
 
         If the residual correction is on, this is done in a decoder layer that loses heads or comes after a removed one:
         its last operator is refitted, unless it loses columns itself. `before` finds out which operator is the last,
         when the layer runs.
         """
-        removal, gone, correction = self, removed or {}, self.asked.correction
+        removal, correction = self, self.asked.correction
         if gone:
             stay = [index for index in range(len(self.layers)) if index not in gone]
             smaller, columns = plan_shrinkings(self.layers.model, self.counts, stay)
@@ -243,9 +220,7 @@ class PartsRemoval(Removal):
         called = {operator.name for group in groups for operator in group}
         for name, part in self.smaller.parts.items():
             if name.startswith(f"{layer_name}.") and not part.is_mixture and name not in called:
-                raise UnsupportedArchitectureError(
-                    f"{name} is never called, so the columns to remove can't be chosen: use another pattern."
-                )
+                raise UnsupportedArchitectureError(f"{name} loses columns, and is never called: pass another pattern.")
         chosen = [[o for o in group if o.name in self.smaller.parts] for group in groups]
         if groups and not chosen[-1] and len(groups[-1]) == 1:
             # it can be refitted only if the layer's output is a sum of its output and the rest
@@ -277,9 +252,7 @@ class PartsRemoval(Removal):
             raise
         self.proven.add(kind)
 
-    def after(
-        self, layer_name: str, sink: ModelSink, targets: LayerTargets, operators: list[OperatorReport]
-    ) -> Leaving:
+    def after(self, layer_name: str, sink: ModelSink, targets: LayerTargets, operators: Reports) -> Leaving:
         """See `Removal.after`. The kept experts are refitted so that their sum comes close to the layer's targets."""
         operators = [self._smaller(operator, sink) for operator in operators]
         if layer_name not in self.mixtures:

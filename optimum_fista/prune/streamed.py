@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder.checkpoint import names_in, write_index
 from optimum_fista.folder.loading import load_lazily, storage_place, usable_device
-from optimum_fista.folder.output import FOLDER, install, locked_output, require_output, unfinished_folder
+from optimum_fista.folder.output import FOLDER, install, locked_output, require_output
 from optimum_fista.folder.packed_folder import Packer, packed_settings, require_packable
 from optimum_fista.folder.source_files import copy_source
 from optimum_fista.folder.stored_tensors import StoredTensor, write_stored
@@ -66,12 +66,7 @@ def prune_files(
     require_zeros_to_pack(config, packed)
     usable_device(device)
     storage = storage_place(storage_device)
-    folder = unfinished_folder(output_dir)
     with joined_ranks(device) as ranks, ExitStack() as opened, ExitStack() as offloaded:
-
-        def lock() -> None:
-            opened.enter_context(locked_output(output_dir))
-            require_output(output_dir, overwrite)  # another run may just have ended
 
         def load() -> tuple[Plan, PreTrainedTokenizerBase | None, Path]:
             if not (folder / FOLDER).exists():
@@ -88,17 +83,15 @@ def prune_files(
                 require_packable(n.name for n in stored_names(model, plan.all_operators.values()).values())
             return plan, tokenizer, read_from
 
-        def read() -> tuple[Calibration, HeldOut | None, PruningReport]:
-            calibration, held_out, report = begin(plan, calib_dataloader, calibration_source)
-            return calibration, None if ranks.count > 1 else held_out, report  # a rank runs only some of the layers
-
         def tell() -> None:
             for callback in callbacks:
                 callback.on_prune_begin(report)
 
-        ranks.first(lock)
+        folder = ranks.first(lambda: opened.enter_context(locked_output(output_dir)))
+        ranks.first(lambda: require_output(output_dir, overwrite))  # another run may just have ended
         plan, tokenizer, read_from = ranks.each(load)
-        calibration, held_out, report = ranks.each(read)
+        calibration, held_out, report = ranks.each(lambda: begin(plan, calib_dataloader, calibration_source))
+        held_out = None if ranks.count > 1 else held_out  # a rank runs only some of the layers
         source = shared_files(read_from, folder, ranks, progress and not ranks.index)
         fingerprint = run_fingerprint(source, plan, calibration.batches, report, packed)
         join_run(folder, fingerprint, overwrite, ranks)
