@@ -115,7 +115,7 @@ def require_independent_layers(config: FistaPruningConfig, count: int) -> None:
     correction = config.resolved().error_correction
     if count > 1 and config.correction.carry == "full":
         raise ValueError(
-            f"error_correction={correction!r}: decoder layers wait for the ones before, so {count} processes can't share "
+            f"error_correction={correction!r}: decoder layers wait for earlier ones, so {count} processes can't share "
             "them: pass error_correction='intra' (--error-correction intra) or 'none', or start one process."
         )
 
