@@ -20,7 +20,7 @@ FOREIGN = [
     "सभी मनुष्यों को गौरव और अधिकारों के मामले में 자유롭고 평등하다 ในเรื่องศักดิ์ศรี",
     "نص حكيم له سر قاطع وذو شأن عظيم 🙂🙃 👩‍👩‍👧 ▁▁ <0x41> ## 12345 67",
 ]
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS = r"(?i:'s|'t|'re|'ll)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
@@ -124,7 +124,7 @@ FAMILIES = {
     ),
     "deepseek": lambda: byte_level([split(r"[\r\n]"), split(r"\s?\p{L}+"), pre_tokenizers.Digits(True)]),
     "falcon": lambda: byte_level([pre_tokenizers.Punctuation("contiguous"), split(r"[0-9][0-9][0-9]")]),
-    "bloom": lambda: byte_level([split(r" ?[^(\s|[.,!?…。，、।۔،])]+")]),
+    "bloom": lambda: byte_level([split(r" ?[^(\s|[.,!?…。、।])]+")]),
     "llama2": lambda: byte_fallback(),
     "mistral": lambda: byte_fallback(metaspace=True),
     "gemma": lambda: byte_fallback(prepend=False, all_merges=False),
