@@ -83,9 +83,8 @@ def read_report(folder: Path) -> PruningReport:
     try:
         report = PruningReport.from_dict(read_json(file))
         parts = (report.config, _CONFIG_KEYS), (report.calibration, _CALIBRATION_KEYS), (report.model, _MODEL_KEYS)
-        for record, keys in parts:
-            if missing := sorted(keys - set(record)):
-                raise KeyError(*missing)
+        if missing := sorted(key for record, keys in parts for key in keys - record.keys()):
+            raise KeyError(*missing)
         return report
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{str(file)!r} is no report of optimum-fista ({error}).") from error

@@ -45,7 +45,6 @@ def push_folder(
         revision: Branch to push to; a new one starts at the head of `main`. `None` is `main`.
 
     Raises:
-        ValueError: If `folder` is not complete, `repo_id` is no name, or `private` contradicts an existing repository.
         OSError: If the Hub refused or was not reached. `folder` is unchanged; the client's error is the cause.
     """
     folder = Path(folder).expanduser().resolve()
@@ -57,8 +56,7 @@ def push_folder(
     others = [name for name in all_names(folder) if name not in names and not name.startswith((".git/", ".cache/"))]
     if others:
         shown = ", ".join(others[:10]) + (f" and {len(others) - 10} more" if len(others) > 10 else "")
-        advice = f"`hf upload {repo_id} FILE` uploads one."
-        logger.warning("Not uploaded, because they don't belong to the model: %s. %s", shown, advice)
+        logger.warning("Not uploaded (`hf upload %s FILE` does), as no files of the model: %s.", repo_id, shown)
     api = HfApi(token=token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with its namespace
@@ -88,12 +86,7 @@ def push_folder(
 
 
 def require_push(repo_id: str, token: str | None = None) -> None:
-    """Check the name, the token and the namespace of a push before hours are spent on the model.
-
-    Raises:
-        ValueError: If `repo_id` is not a repository name, or the token may not write to its namespace.
-        OSError: If there is no valid token, or the Hub can't be reached.
-    """
+    """Check the name, the token and the namespace of a push before hours are spent on the model."""
     require_repo_id(repo_id)
     try:
         user = HfApi(token=token).whoami()
@@ -118,6 +111,4 @@ def require_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(
-            f"repo_id={repo_id!r} is not a repository name, pass 'namespace/name' or 'name': {error}"
-        ) from None
+        raise ValueError(f"repo_id={repo_id!r} is not a repository name, pass 'namespace/name': {error}") from None

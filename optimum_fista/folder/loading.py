@@ -52,8 +52,7 @@ def load_model(
         name: Hub id, model folder, or a folder that holds one GGUF file, which is dequantized.
         device: Device to load to; `None`: the accelerator if there is one, otherwise the CPU.
         dtype: Floating dtype, `"auto"` takes the checkpoint's.
-        device_map: Accelerate's device map, such as `"auto"`, for a model that doesn't fit on `device`; it replaces
-            `device`.
+        device_map: Accelerate's device map instead of `device`, such as `"auto"`, for a model that doesn't fit on it.
     """
     target, dtype = usable_device(device), dtype if dtype == "auto" else floating_dtype(dtype)
     tokenizer = require_tokenizer(name)  # first: the weights take long
@@ -65,11 +64,7 @@ def load_model(
 
 
 def load_lazily(
-    name: str,
-    offload_folder: Path,
-    *,
-    device: str | None = None,
-    dtype: str | torch.dtype = "auto",
+    name: str, offload_folder: Path, *, device: str | None = None, dtype: str | torch.dtype = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, Path]:
     """Load a model whose weights stay in its files until they are needed.
 
@@ -80,8 +75,7 @@ def load_lazily(
         return (*load_model(name, device=device, dtype=dtype), Path(name))
     target, dtype = usable_device(device), dtype if dtype == "auto" else floating_dtype(dtype)
 
-    def is_news(record: logging.LogRecord) -> bool:
-        """Drop Accelerate's warning that weights stay in their files: this is intended."""
+    def is_news(record: logging.LogRecord) -> bool:  # that weights stay in their files is intended
         return not record.getMessage().startswith("Some parameters are on the meta device")
 
     talker = logging.getLogger("accelerate.big_modeling")
@@ -121,10 +115,8 @@ def require_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, without the model."""
     tokenizer = load_tokenizer(name)
     if tokenizer is None:
-        raise ValueError(
-            f"model={name!r} has no tokenizer: copy the files of its tokenizer into the folder (tokenizer.json, "
-            "tokenizer_config.json)."
-        )
+        files = "tokenizer.json, tokenizer_config.json"
+        raise ValueError(f"model={name!r} has no tokenizer: copy the files of its tokenizer into the folder ({files}).")
     return tokenizer
 
 
@@ -227,11 +219,8 @@ def _require_on_hub(name: str) -> None:
         absent = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
         if isinstance(error, HfHubHTTPError) and not absent:  # it has another file, it is gated, or is busy
             return
-        why = (
-            "has no such model that you may read"
-            if absent
-            else f"can't be reached ({str(error).partition(chr(10))[0]})"
-        )
+        unreached = f"can't be reached ({str(error).partition(chr(10))[0]})"
+        why = "has no such model that you may read" if absent else unreached
         raise OSError(f"model={name!r}: there is no such folder, and the Hub {why}.{closest_folder(name)}") from error
 
 

@@ -54,10 +54,8 @@ class Packing:
     packed_bytes: int
 
     def __str__(self) -> str:
-        """A line for people."""
-        dense, packed, ratio = self.dense_bytes, self.packed_bytes, self.packed_bytes / max(1, self.dense_bytes)
-        sizes = f"{dense / 2**20:,.1f} MiB dense, {packed / 2**20:,.1f} MiB packed"
-        return f"{self.num_tensors} weights: {sizes} ({ratio:.3f})"
+        sizes = f"{self.dense_bytes / 2**20:,.1f} MiB dense, {self.packed_bytes / 2**20:,.1f} MiB packed"
+        return f"{self.num_tensors} weights: {sizes} ({self.packed_bytes / max(1, self.dense_bytes):.3f})"
 
 
 def is_packed(folder: Path) -> bool:
@@ -113,22 +111,14 @@ def pack_folder(
     """Pack a folder saved by optimum-fista, and copy its other files.
 
     `overwrite` replaces a model that `output` already holds. `progress` is called with the name of each weight file.
-
-    Raises:
-        FileNotFoundError: If `folder` holds no pruned model.
-        FileExistsError: If `output` holds a model and `overwrite` is False, or other files that would be lost.
-        BlockingIOError: If another run writes to `output`.
-        ValueError: If `folder` is packed already, has no zeros to pack, or is damaged, or if `output` lies in it.
     """
     if is_packed(folder):
         raise ValueError(f"folder {str(folder)!r} is packed already: pass a folder with dense weights.")
     require_files(folder, CONFIG_FILE, MASKS_FILE, REPORT_FILE)
     report, files = read_report(folder), checkpoint_files(folder)
     if report.removed:
-        raise ValueError(
-            f"folder {str(folder)!r} has no zeros to pack: whole parts of the model were removed, and what is left is "
-            "dense. Use it as it is."
-        )
+        why = "whole parts of the model were removed, and what is left is dense. Use it as it is"
+        raise ValueError(f"folder {str(folder)!r} has no zeros to pack: {why}.")
     require_packable(operator.name for operator in report.operators)
     if missing := sorted(_operators_by_tensor(report.operators).keys() - files.keys()):
         raise ValueError(f"folder {str(folder)!r} is damaged: no weight file has {missing[0]}, which its report names.")
@@ -192,7 +182,7 @@ def _convert_folder(
     require_output(output, overwrite, source=folder)
     with new_output(output, overwrite, folder) as partial:
         (partial / MASKS_FILE).parent.mkdir(exist_ok=True)
-        for name in [name for name in copied if name not in _REWRITTEN]:
+        for name in (name for name in copied if name not in _REWRITTEN):
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(folder / name, partial / name)  # with its time: `files.json` notes that of weights
         weight_map: dict[str, str] = {}
@@ -255,12 +245,11 @@ def _operators_by_tensor(operators: Iterable[OperatorReport]) -> dict[str, list[
 
 def packed_settings(weights: str, names: Iterable[str]) -> dict[str, Any]:
     """The value of `quantization_config` in `config.json`: file name of the weights or their index, packed names."""
-    parameters = sorted({name.rpartition(".")[2] for name in names})
     return {
         "quant_method": QUANT_METHOD,
         "runtime": "dense",
         "weights": weights,
-        "parameters": parameters,
+        "parameters": sorted({name.rpartition(".")[2] for name in names}),
         # for users whose Transformers reported an unknown quantization method
         "note": f"packed by {NAME}: import optimum_fista.packed before from_pretrained, or run `optimum-fista unpack`",
     }

@@ -32,10 +32,9 @@ def experts_of(part: Part, layer_name: str, layer: nn.Module) -> FusedExperts:
 def score_experts(experts: FusedExperts, targets: LayerTargets) -> tuple[Tensor, Tensor, ActivationStore]:
     """Run the decoder layer on its inputs, and measure the saliency of its experts on tokens that are not held out.
 
-    Returns:
-        How many tokens the router sends to each expert, int64 [experts]; its saliency, float64 [experts]: the mean over
-        these tokens of the norm of its output times the router's weight (REAP, eq. 9); and the targets for the sum of
-        all experts (`LayerTargets.expert_targets`).
+    Returns how many tokens the router sends to each expert, int64 [experts]; its saliency, float64 [experts]: the mean
+    over these tokens of the norm of its output times the router's weight (REAP, eq. 9); and the targets for the sum of
+    all experts (`LayerTargets.expert_targets`).
     """
     activations = targets.activations
     norms = torch.zeros(len(experts), dtype=torch.float64, device=activations.device)

@@ -32,13 +32,10 @@ def trace_groups(
 ) -> tuple[list[Group], dict[str, str]]:
     """Group operators that are called on the same tensor, by one forward pass of their layer.
 
-    Operators that are not called exactly once, or whose output is not `W x + b`, are in no group. Operators that end a
-    part of the layer learn of it (`LinearOperator.ends`). The layer is called with `hidden_states` [batch, sequence,
-    hidden] and the arguments of `call`.
-
-    Returns:
-        Groups in the order of their first call, inside a group in the order of the calls; and the operators that are
-        in no group, with the reason.
+    The layer is called with `hidden_states` [batch, sequence, hidden] and the arguments of `call`. Returns the groups
+    in the order of their first call, inside a group in the order of the calls; and, with the reason, the operators in
+    no group, which are not called exactly once, or whose output is not `W x + b`. Operators that end a part of the
+    layer learn of it (`LinearOperator.ends`).
     """
     # It holds the inputs until groups are made: memory that was freed could be that of another input.
     seen: list[tuple[LinearOperator, Tensor]] = []

@@ -50,12 +50,10 @@ class HeldOut:
         self._sweep = Sweep(layers, range(len(layers)), self.sequences, storage)
 
     def begin(self) -> bool:
-        """Record the arguments of the decoder layers, while the whole model is dense.
+        """Record the arguments of the decoder layers, while the whole model is dense; False: losses can't be measured.
 
-        Returns:
-            Whether the losses can be measured. They can't if no sequence has two tokens, if layers pass arguments other
-            than hidden states to the next one, or if a run resumes and earlier layers have written to a dictionary that
-            layers share.
+        They can't if no sequence has two tokens, if layers pass arguments other than hidden states to the next one, or
+        if a run resumes and earlier layers have written to a dictionary that layers share.
         """
         resumes, sweep = bool(self._streams), self._sweep
         for network in _NETWORKS:  # once for each network, because each writes to its own dictionaries

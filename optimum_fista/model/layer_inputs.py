@@ -115,10 +115,8 @@ def record_inputs(
 
 
 def _refusal(reason: str) -> UnsupportedArchitectureError:
-    return UnsupportedArchitectureError(
-        f"{reason}: only models that run every decoder layer once, in order, on the output of the one before, can be "
-        "pruned."
-    )
+    fits = "only models that run every decoder layer once, in order, on the output of the one before, can be pruned"
+    return UnsupportedArchitectureError(f"{reason}: {fits}.")
 
 
 class StopForward(Exception):
@@ -192,19 +190,18 @@ class _Recorder:
             hidden_states, others = keywords.pop(first), []
         if self.first is None:  # the first layer of a batch
             self.first = hidden_states
-        name, expected, reason = f"{self.layers.name}.{index}", self.expected, None
+        name, expected = f"{self.layers.name}.{index}", self.expected
         if index != self.next:
-            reason = f"the model calls decoder layer {name} but it should call {self.layers.name}.{self.next}"
-        elif expected is not None and (
+            wanted = f"{self.layers.name}.{self.next}"
+            raise _refusal(f"the model calls decoder layer {name} but it should call {wanted}")
+        if expected is not None and (
             hidden_states.data_ptr() != expected.data_ptr()
             or hidden_states.shape != expected.shape
             or hidden_states._version != self.version
         ):
             if self.runs_layers or (hidden_states.shape, hidden_states.dtype) != (expected.shape, expected.dtype):
-                reason = f"{_CHANGES_STATES} {name}"
+                raise _refusal(f"{_CHANGES_STATES} {name}")
             self.changes[index] = (expected, hidden_states)
-        if reason is not None:
-            raise _refusal(reason)
         carried = [value for value in self.rest if value is not None]
         if any(value is one for value in (*others, *keywords.values()) for one in carried):
             raise _HandsOnMore
@@ -318,10 +315,8 @@ class LayerActivations:
             with module.register_forward_pre_hook(stop, with_kwargs=True), suppress(StopForward):
                 self.run(batch, hidden)
             if not seen:
-                raise RuntimeError(
-                    f"a {type(module).__name__} is not called in every forward pass of its decoder layer: leave the "
-                    "operators in it dense by exclude."
-                )
+                why = f"a {type(module).__name__} is not called in every forward pass of its decoder layer"
+                raise RuntimeError(f"{why}: leave the operators in it dense by exclude.")
             yield seen.pop()
 
     def assigned_tokens(
@@ -353,10 +348,8 @@ class LayerActivations:
         tokens = None if operator is None else operator.tokens
         seen = mask.numel() if tokens is None else tokens.numel()
         if operator is not None and flat.shape[0] != seen:
-            raise ValueError(
-                f"{operator.name} sees {flat.shape[0]} rows for {seen} tokens, so padding can't be told apart: "
-                f"pass batches without padding, or exclude=['{operator.name}']."
-            )
+            why = f"{operator.name} sees {flat.shape[0]} rows for {seen} tokens, so padding can't be told apart"
+            raise ValueError(f"{why}: pass batches without padding, or exclude=['{operator.name}'].")
         return flat[self._real[batch] if tokens is None else mask.reshape(-1)[tokens]]
 
     def tokens(self, batch: int, tokens: Tensor) -> Tensor:

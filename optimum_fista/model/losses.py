@@ -33,13 +33,10 @@ def choose_layers(loss: DenseLoss, count: int) -> list[tuple[int, float]]:
     """Choose decoder layers to remove, as SLEB does (arXiv 2402.09025, Algorithm 1).
 
     In every round, each remaining layer is left out once. The layer without which the loss is smallest is removed,
-    unless no configuration describes the model without it.
+    unless no configuration describes the model without it. A round costs about as many forward passes as half of the
+    layers: a layer runs on the hidden states of the model as it is, and of all models that lack one layer before it.
 
-    A round costs about as many forward passes as half of the layers: a layer runs on the hidden states of the model
-    as it is, and of all models that lack one layer before it.
-
-    Returns:
-        The numbers of the layers in the order of their removal, each with the loss after it, in nats per token.
+    Returns the numbers of the layers in the order of their removal, each with the loss after it, in nats per token.
     """
     layers, model = loss.layers, loss.layers.model
     sequences = loss.sequences()

@@ -99,42 +99,46 @@ class AssignedTokens:
 
 
 class ExpertLinear(nn.Module):
-    """One matrix of one expert: a view of the parameter `tensor` [experts, ...], which has those of all `experts`.
+    """Computes one matrix of one expert, so that hooks see its inputs and outputs."""
 
-    If the parameter has both the gate and the up projection, `half` is 0 for gate and 1 for up; otherwise `None`.
-    """
-
-    def __init__(self, experts: FusedExperts, tensor: str, expert: int, half: int | None) -> None:
+    def __init__(self, operator: ExpertOperator) -> None:
         super().__init__()
-        self.experts = experts
-        self.tensor = tensor
-        self._expert = expert
-        self._half = half
-
-    @property
-    def weight(self) -> Tensor:
-        """The matrix as stored, a view."""
-        fused = getattr(self.experts.module, self.tensor)
-        return fused[self.place(fused)]
+        self.operator = operator
 
     @property
     def bias(self) -> Tensor | None:
-        """Its bias [out], a view; `None` without."""
-        bias = getattr(self.experts.module, f"{self.tensor}_bias", None)
-        return None if bias is None else bias[self._expert][self._rows(bias.shape[-1])]
-
-    def place(self, fused: Tensor) -> tuple[int | slice, ...]:
-        """Index of this matrix in a tensor with the layout of the parameter."""
-        if self.experts.transposed:
-            return self._expert, slice(None), self._rows(fused.shape[2])
-        return self._expert, self._rows(fused.shape[1]), slice(None)
+        """The bias [out], a view; `None` without."""
+        bias = getattr(self.operator.owner, f"{self.operator.tensor}_bias", None)
+        return None if bias is None else bias[self.operator.expert][self.operator.rows(bias.shape[-1])]
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Outputs [tokens, out] of inputs [tokens, in]."""
-        weight = self.weight
-        return nn.functional.linear(inputs, weight.T if self.experts.transposed else weight, self.bias)
+        weight = self.operator.parameter
+        return nn.functional.linear(inputs, weight.T if self.operator.transposed else weight, self.bias)
 
-    def _rows(self, width: int) -> slice:
+
+class ExpertOperator(LinearOperator):
+    """A linear operator of one of the `experts` of a mixture; the router decides which tokens reach it.
+
+    Its weight is a view of the parameter `tensor` [experts, ...], which has those of all experts. If the parameter has
+    both the gate and the up projection, `half` is 0 for gate and 1 for up; otherwise `None`.
+    """
+
+    def __init__(self, experts: FusedExperts, kind: str, expert: int, tensor: str, half: int | None) -> None:
+        self.experts = experts
+        self.kind = kind  # gate_proj, up_proj or down_proj
+        self.expert = expert
+        self._half = half
+        name = f"{experts.name}.{expert}.{kind}"
+        super().__init__(name, ExpertLinear(self), experts.module, tensor, experts.transposed)
+        self.tokens = torch.empty(0, dtype=torch.int64)
+
+    def select(self, stored: Tensor) -> Tensor:
+        """This expert's matrix of the stored tensor, a view."""
+        rows = self.rows(stored.shape[2 if self.transposed else 1])
+        return stored[self.expert, :, rows] if self.transposed else stored[self.expert, rows]
+
+    def rows(self, width: int) -> slice:
         """Its outputs among `width` outputs of the gate and up projections together."""
         if self._half is None:
             return slice(None)
@@ -142,30 +146,13 @@ class ExpertLinear(nn.Module):
             return slice(self._half, width, 2)
         return slice(self._half * (width // 2), (self._half + 1) * (width // 2))
 
-
-class ExpertOperator(LinearOperator):
-    """A linear operator of one of the `experts` of a mixture; the router decides which tokens reach it."""
-
-    module: ExpertLinear
-
-    def __init__(self, experts: FusedExperts, kind: str, expert: int, module: ExpertLinear) -> None:
-        name = f"{experts.name}.{expert}.{kind}"
-        super().__init__(name, module, experts.module, module.tensor, experts.transposed)
-        self.experts = experts
-        self.kind = kind  # gate_proj, up_proj or down_proj
-        self.expert = expert
-        self.tokens = torch.empty(0, dtype=torch.int64)
-
-    def select(self, stored: Tensor) -> Tensor:
-        """This expert's matrix of the stored tensor, a view."""
-        return stored[self.module.place(stored)]
-
     def inputs(self, batch: AssignedTokens, device: torch.device) -> Tensor:
         """Compute its inputs in a batch, [tokens, in], on the device of its expert."""
         part = batch.part(self.expert)
         hidden_states = batch.hidden_states[batch.rows[part]].to(device)
-        self.tokens = tokens = batch.tokens[part]
-        return self.experts.middle(self.expert, hidden_states, tokens) if self.kind == "down_proj" else hidden_states
+        self.tokens = batch.tokens[part]
+        is_down = self.kind == "down_proj"
+        return self.experts.middle(self.expert, hidden_states, self.tokens) if is_down else hidden_states
 
 
 class FusedExperts:
@@ -186,7 +173,7 @@ class FusedExperts:
         both = [("gate_proj", "gate_up_proj", 0), ("up_proj", "gate_up_proj", 1)]
         kinds = [*(both if self.gated else [("up_proj", "up_proj", None)]), ("down_proj", "down_proj", None)]
         self._experts = [
-            {kind: ExpertOperator(self, kind, i, ExpertLinear(self, tensor, i, half)) for kind, tensor, half in kinds}
+            {kind: ExpertOperator(self, kind, i, tensor, half) for kind, tensor, half in kinds}
             for i in range(len(module.get_parameter("down_proj")))
         ]
         self.operators = [operator for expert in self._experts for operator in expert.values()]  # as they are called
