@@ -20,8 +20,6 @@ import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
@@ -124,10 +122,8 @@ def require_processor(name: str) -> ProcessorMixin:
     """The processor of a model, which makes its inputs from text and images."""
     processor = _read(AutoProcessor, name)
     if not isinstance(processor, ProcessorMixin):  # the tokenizer of a model of text
-        raise ValueError(
-            f"model={name!r} has no processor, so it can't be calibrated with images: pass text alone, or copy its "
-            "processor_config.json and preprocessor_config.json into the folder."
-        )
+        advice = "pass text alone, or copy its processor_config.json and preprocessor_config.json into the folder"
+        raise ValueError(f"model={name!r} has no processor, so it can't be calibrated with images: {advice}.")
     return processor
 
 
@@ -141,10 +137,7 @@ def model_class(config: PreTrainedConfig) -> Any:
 
     If it names none that writes text, a causal language model is preferred: Transformers may load a part only.
     """
-    kinds: dict[Any, Any] = {
-        AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
-        AutoModelForMultimodalLM: MODEL_FOR_MULTIMODAL_LM_MAPPING,
-    }
+    kinds: dict[Any, Any] = {kind: kind._model_mapping for kind in (AutoModelForCausalLM, AutoModelForMultimodalLM)}
     known = {kind: classes[type(config)].__name__ for kind, classes in kinds.items() if type(config) in classes}
     if not known and not getattr(config, "auto_map", None):  # about code beside the model, Transformers has an error
         raise ValueError(
@@ -189,23 +182,22 @@ def reading(name: str) -> Iterator[None]:
 
 def _read(kind: Any, name: str, **options: Any) -> Any:
     """Read a model's files by an automatic class of Transformers; no code that comes with them runs."""
-    file = gguf_file(name)
-    if file is not None:
-        if importlib.util.find_spec("gguf") is None:
-            command = install_command("gguf")
-            raise ImportError(f"model={name!r} is a GGUF file, which needs the package gguf: run {command}.")
-        enabled = gc.isenabled()
+    file, enabled = gguf_file(name), gc.isenabled()
+    if file is None:
+        if not Path(name).exists():
+            _require_on_hub(name)
+    elif importlib.util.find_spec("gguf") is None:
+        command = install_command("gguf")
+        raise ImportError(f"model={name!r} is a GGUF file, which needs the package gguf: run {command}.")
+    else:
+        options["gguf_file"] = file
         gc.disable()  # the tokens of the file are many objects, at all of which the collector would look many times
-        try:
-            with reading(name):
-                return kind.from_pretrained(name, trust_remote_code=False, gguf_file=file, **options)
-        finally:
-            if enabled:
-                gc.enable()
-    if not Path(name).exists():
-        _require_on_hub(name)
-    with reading(name):
-        return kind.from_pretrained(name, trust_remote_code=False, **options)
+    try:
+        with reading(name):
+            return kind.from_pretrained(name, trust_remote_code=False, **options)
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @functools.cache

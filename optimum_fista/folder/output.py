@@ -80,10 +80,10 @@ def require_output(output_dir: Path, overwrite: bool, *, source: str | Path | No
         if _noted(output) != noted:  # another run's model came meanwhile
             require_output(output_dir, overwrite, source=source)
             return
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        names = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         raise FileExistsError(
-            f"{shown} holds {', '.join(others[:3])}{more}, which optimum-fista did not write or somebody changed: it "
-            "would be lost. Pass another folder, or move it away."
+            f"{shown} holds {names}, which optimum-fista did not write or somebody changed: it would be lost. Pass "
+            "another folder, or move it away."
         )
     if not os.access(output, os.W_OK):  # a folder that can't be written to can't change its place
         what = f"{shown} can't be replaced ({os.strerror(errno.EACCES)}): make it writable, or pass another folder"

@@ -63,18 +63,16 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
     Decoder layers are the model's `_no_split_modules`, or else modules made for gradient checkpointing. If there are
     several such lists (one may be of a vision encoder), the list of `model.get_decoder()` is taken.
     """
-    config, not_causal = model.config, None
+    config, why = model.config, None
     if not model.can_generate():
-        not_causal = "it can't generate text (it has no causal language-model head)"
+        why = "it can't generate text (it has no causal language-model head)"
     elif getattr(config, "is_encoder_decoder", False):
-        not_causal = "it is an encoder-decoder model"
+        why = "it is an encoder-decoder model"
     elif getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention"):
-        not_causal = "it is an encoder, in which every token sees all others (config.is_decoder is False)"
-    if not_causal is not None:
-        raise UnsupportedArchitectureError(
-            f"{type(model).__name__} can't be pruned: {not_causal}. Pass a decoder-only model, loaded by "
-            "AutoModelForCausalLM."
-        )
+        why = "it is an encoder, in which every token sees all others (config.is_decoder is False)"
+    if why is not None:
+        advice = "Pass a decoder-only model, loaded by AutoModelForCausalLM"
+        raise UnsupportedArchitectureError(f"{type(model).__name__} can't be pruned: {why}. {advice}.")
     decoder = model.get_decoder()
     # Names of classes that Transformers does not split over devices, because they hold a residual connection.
     wanted = set(getattr(model, "_no_split_modules", None) or ())
@@ -175,16 +173,12 @@ def require_unquantized(model: PreTrainedModel, *, loaded: bool = True) -> None:
             "one decoder layer after the other is dequantized."
         )
     kept = [(name, module) for name, module in model.named_modules() if offload_hook(module)]
-    offloaded = {
-        f"{name}.{key}".removeprefix(".") for name, module in kept for key, _ in module.named_parameters(recurse=False)
-    }
+    offloaded = {key for name, module in kept for key, _ in module.named_parameters(name, recurse=False)}
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or parameter.element_size() < 2:
             raise ValueError(f"{name} has dtype {parameter.dtype}: prune the model in float32, bfloat16 or float16.")
         if loaded and parameter.device.type == "meta" and name not in offloaded:
-            raise ValueError(
-                f"{name} is not loaded (device meta): load the model, or have Accelerate offload it (device_map)."
-            )
+            raise ValueError(f"{name} is not loaded (device meta): load it or have Accelerate offload it (device_map).")
 
 
 def find_operators(layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = ()) -> dict[str, LinearOperator]:

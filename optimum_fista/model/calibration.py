@@ -92,9 +92,7 @@ def read_batches(
     for number, item in enumerate(items):
         batches += _read_batch(item, f"calib_dataloader[{number}]", vocab_size, longest, media)
     if not batches:
-        raise ValueError(
-            "calib_dataloader gave no batch: pass at least one batch of token ids; a generator can be read only once."
-        )
+        raise ValueError("calib_dataloader gave no batch: pass at least one batch; a generator can be read only once.")
     if not any(batch.num_tokens for batch in batches):
         raise ValueError("calib_dataloader holds no real token: every attention_mask is zero.")
     return batches
@@ -106,10 +104,8 @@ def hold_out(batches: Sequence[CalibrationBatch], num_sequences: int) -> list[Ca
         return list(batches)
     total = sum(batch.input_ids.shape[0] for batch in batches)
     if num_sequences >= total:
-        raise ValueError(
-            f"held_out={num_sequences}: calib_dataloader holds {total} sequences, so none is left to calibrate on: "
-            "pass a smaller number, or more sequences."
-        )
+        why = f"calib_dataloader holds {total} sequences, so none is left to calibrate on"
+        raise ValueError(f"held_out={num_sequences}: {why}: pass a smaller number, or more sequences.")
     found, left = list[CalibrationBatch](), total - num_sequences
     for batch in batches:
         size = batch.input_ids.shape[0]
@@ -119,9 +115,8 @@ def hold_out(batches: Sequence[CalibrationBatch], num_sequences: int) -> list[Ca
         left -= cut
     for held_out, name in ((False, "other"), (True, "held-out")):
         if not any(batch.num_tokens for batch in found if batch.held_out == held_out):
-            raise ValueError(
-                f"held_out={num_sequences}: the {name} sequences hold no real token, every attention_mask is zero."
-            )
+            why = f"the {name} sequences hold no real token, every attention_mask is zero"
+            raise ValueError(f"held_out={num_sequences}: {why}.")
     return found
 
 
@@ -169,10 +164,8 @@ def _read_batch(
             if not known and (not key.endswith("token_type_ids") or torch.as_tensor(value).any()):  # 0: the default
                 taken = ", ".join(sorted(media.names))
                 takes = f"takes only {taken} besides" if taken else "runs on token ids only"
-                raise ValueError(
-                    f"{where} holds {key!r}, but the model {takes}: pass text without it, as "
-                    "'input_ids' (and 'attention_mask')."
-                )
+                advice = "pass text without it, as 'input_ids' (and 'attention_mask')"
+                raise ValueError(f"{where} holds {key!r}, but the model {takes}: {advice}.")
         if "input_ids" not in item:
             raise ValueError(f"{where} has the keys {sorted(item)}: pass 'input_ids' (and 'attention_mask').")
         others, item = item, item["input_ids"]
@@ -186,10 +179,8 @@ def _read_batch(
             f"[0, {vocab_size}): tokenise with the model's own tokenizer."
         )
     if longest is not None and ids.shape[1] > longest:
-        raise ValueError(
-            f"{where} holds sequences of {ids.shape[1]} tokens: pass at most {longest}, the model's "
-            f"max_position_embeddings (--sequence-length {longest})."
-        )
+        most = f"{longest}, the model's max_position_embeddings (--sequence-length {longest})"
+        raise ValueError(f"{where} holds sequences of {ids.shape[1]} tokens: pass at most {most}.")
     real = _real_tokens(ids, others, where)
     # Real tokens come first: models count positions, and recurrent models keep states, from the first token on.
     order = real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
@@ -222,15 +213,12 @@ def _real_tokens(ids: Tensor, others: Mapping[str, Any], where: str) -> Tensor:
         if not any(torch.equal(positions[real], places[real]) for places in usual):
             packing.append("position_ids")
     if packing:
-        raise ValueError(
-            f"{where}: {packing[0]} says that a row holds several documents, or begins late: pass every document as a "
-            f"sequence of its own, without {packing[0]}."
-        )
+        why = f"{packing[0]} says that a row holds several documents, or begins late"
+        raise ValueError(f"{where}: {why}: pass every document as a sequence of its own, without {packing[0]}.")
     begins = real[:, 1:] & ~real[:, :-1]
     if bool((begins.sum(1) + real[:, 0] > 1).any()):
-        raise ValueError(
-            f"{where}: attention_mask has a hole, zeros between two tokens: pass zeros only before or after all tokens."
-        )
+        why = "attention_mask has a hole, zeros between two tokens"
+        raise ValueError(f"{where}: {why}: pass zeros only before or after all tokens.")
     return real
 
 
@@ -239,15 +227,12 @@ def _as_rows(values: Any, where: str, key: str, like: Tensor | None = None) -> T
     rows = as_tensor(values, where, key, "ids [batch, sequence] of equal length")
     if rows.ndim == 1:
         rows = rows.unsqueeze(0)
+    found = f"{where}: {key} has shape {tuple(rows.shape)}"
     if rows.ndim != 2 or rows.numel() == 0 or rows.is_floating_point() or rows.is_complex():
-        raise ValueError(
-            f"{where}: {key} has shape {tuple(rows.shape)} and dtype {rows.dtype}: pass integers "
-            "[batch, sequence] or [sequence], at least one."
-        )
+        wanted = "integers [batch, sequence] or [sequence], at least one"
+        raise ValueError(f"{found} and dtype {rows.dtype}: pass {wanted}.")
     if like is not None and rows.shape != like.shape:
-        raise ValueError(
-            f"{where}: {key} has shape {tuple(rows.shape)}, input_ids {tuple(like.shape)}: pass one value a token."
-        )
+        raise ValueError(f"{found}, input_ids {tuple(like.shape)}: pass one value a token.")
     return rows if like is None else rows.to(like)
 
 

@@ -149,9 +149,8 @@ def single_problem(weight: Tensor, inputs: Tensor, dense_inputs: Tensor | None =
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} holds NaN or Inf: pass finite values.")
     if dense_inputs is not None and dense_inputs.shape != inputs.shape:
-        raise ValueError(
-            f"dense_inputs has shape {tuple(dense_inputs.shape)}, inputs {tuple(inputs.shape)}: pass the same tokens."
-        )
+        shapes = f"shape {tuple(dense_inputs.shape)}, inputs {tuple(inputs.shape)}"
+        raise ValueError(f"dense_inputs has {shapes}: pass the same tokens.")
     weight, inputs = weight.detach().float(), inputs.detach().float()
     sums = GroupSums(weight.shape[1], weight.device)
     sums.add(inputs)
