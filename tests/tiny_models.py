@@ -32,12 +32,13 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral": _LLAMA | _FOUR_EXPERTS,
     "qwen3_moe": _LLAMA | _MOE | {"head_dim": 8, "num_experts": 4},
     "deepseek_v3": _LLAMA | _MOE | _LATENT | _ROUTED | {"num_key_value_heads": 4},
+    "glm4_moe": _LLAMA | _MOE | _ROUTED | {"head_dim": 8},
     "gpt_oss": _SLIDING | _FOUR_EXPERTS,
     "granitemoe": _LLAMA | _FOUR_EXPERTS,
     "llama4_text": _LLAMA | _FOUR_EXPERTS | {"num_experts_per_tok": 1, "head_dim": 8, "interleave_moe_layer_step": 1},
 }
 MOE_FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "llama4_text")
-FAMILIES = tuple(family for family in _CONFIGS if family not in MOE_FAMILIES)
+FAMILIES = tuple(family for family in _CONFIGS if family not in (*MOE_FAMILIES, "glm4_moe"))
 
 
 def tiny_model(family: str, seed: int = 0, **options: Any) -> PreTrainedModel:

@@ -19,6 +19,7 @@ from optimum_fista.folder.packed_folder import is_packed
 from optimum_fista.folder.stored_tensors import read_stored, source_tensors
 from optimum_fista.folder.writing import operators_by_weight
 from optimum_fista.model.architecture import find_decoder_layers
+from optimum_fista.model.dequantization import dequantizer_of
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.parts import find_parts, numbers_kept
 from optimum_fista.model.shrinking import plan_shrinking
@@ -61,7 +62,8 @@ def compare_with_dense(folder: Path, report: PruningReport, dense: str, progress
             progress(name)
         if left:
             raise VerificationError(f"{left[0]} is in the pruned model and not in {dense!r}.")
-        source, total = source_tensors(theirs, read_from), len(find_decoder_layers(theirs))
+        quantized = dequantizer_of(folder) is not None
+        source, total = source_tensors(theirs, read_from, quantized=quantized), len(find_decoder_layers(theirs))
         source = replace(source, lost=report.model.get("lacks", {}))
         here = read_stored(folder)
         for name, tensor in source.renamed(report.model.get("layers_kept", range(total)), total).unplaced.items():

@@ -29,7 +29,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from optimum_fista.folder.checkpoint import CONFIG_FILE, PACKED_KEY, checkpoint_files, read_json
 from optimum_fista.folder.output import digest_of, write_file
 from optimum_fista.model.architecture import find_decoder_layers
-from optimum_fista.model.dequantization import DENSE, dequantizer_of
+from optimum_fista.model.dequantization import DENSE, Dequantizer, dequantizer_of
 from optimum_fista.model.parts import Part
 from optimum_fista.packed.format import SUFFIXES, packed_names
 
@@ -257,7 +257,7 @@ def source_tensors(
 
     A run that makes the tensors of parts smaller (`part_of`) does not copy other modules that have tensors of the same
     name and shape, because the configuration has one number of experts, for instance, for decoder layers and for layers
-    that predict more tokens. Quantized modules are not copied into a result that is not `quantized`.
+    that predict more tokens. If the result is not `quantized`, other modules are dequantized, or not copied.
 
     Raises:
         ValueError: If two tensors with different values have the same place, or the same name.
@@ -305,6 +305,8 @@ def source_tensors(
     prefix = max(prefixes, key=lambda prefix: prefixes[prefix], default="")
     smaller = [name for name, place in places.items() if part_of(place)]
     ends = {(re.sub(r"^.*?\.\d+\.", "", name), stored[name].shape) for name in smaller}  # inside a layer
+    if dequantizer is not None and not quantized:
+        stored, others = _dequantized(stored, others, dequantizer, model.dtype)
     counts, lost = Counter(others.values()), dict[str, str]()
     for name, module in others.items():
         if settings and not quantized and stored[name].dtype not in DENSE:
@@ -312,6 +314,26 @@ def source_tensors(
         if any(name.endswith(f".{end}") and stored[name].shape == shape for end, shape in ends):
             lost[module] = f"{counts[module]} tensors: {_LOSES}"
     return SourceTensors(stored, places, others, lost, prefix, settings)
+
+
+def _dequantized(
+    stored: Mapping[str, StoredTensor], others: Mapping[str, str], dequantizer: Dequantizer, dtype: torch.dtype
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Have tensors in FP8 that are not loaded dequantized when they are written. Other formats have other shapes."""
+    stored, others, kinds = dict(stored), dict(others), dict[str, bool]()
+    for name in [name for name in others if name.endswith(".weight") and stored[name].dtype.startswith("F8")]:
+        module, kind = name.removesuffix(".weight"), re.sub(r"\d+", "*", name)
+        parts = {part: f"{module}.{part}" for part in ("weight", "weight_scale_inv", "weight_scale")}
+        readers = {part: stored[key].tensor for part, key in parts.items() if key in others}
+        read = partial(dequantizer.dense, module, readers, dtype)
+        if kind not in kinds:  # one of each is tried, before the first decoder layer
+            with suppress(Exception):  # of the format's operations
+                kinds[kind] = len(readers) > 1 and read().shape == stored[name].shape
+        if kinds.setdefault(kind, False):
+            stored[name] = StoredTensor.of(torch.empty(stored[name].shape, dtype=dtype, device="meta"), read)
+            for scale in {*parts.values()} - {name}:
+                others.pop(scale, None)
+    return stored, others
 
 
 def in_dtypes_of(file: Path, known: Mapping[str, StoredTensor]) -> None:

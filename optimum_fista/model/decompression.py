@@ -41,9 +41,10 @@ class Decompression:
             for name, tensor in zip((name for name in names if names[name] == pattern), tensors, strict=True):
                 module, _, part = name.rpartition(".")
                 group.setdefault(module, {})[part] = tensor
-        return {p: [self._weight(name, parts) for name, parts in group.items()] for p, group in modules.items()}
+        return {p: [self.weight(name, parts) for name, parts in group.items()] for p, group in modules.items()}
 
-    def _weight(self, module: str, parts: dict[str, Tensor]) -> Tensor:
+    def weight(self, module: str, parts: dict[str, Tensor]) -> Tensor:
+        """Make the weight [out, in] of a module of what is stored for it."""
         if len(parts) == 1:
             return next(iter(parts.values()))  # it was not quantized
         from compressed_tensors.compressors import BaseCompressor

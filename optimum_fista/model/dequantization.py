@@ -200,6 +200,18 @@ class Dequantizer(HfQuantizer):
         """Tell whether a tensor of the source is a weight that is not quantized."""
         return self._stored[name][1] in DENSE
 
+    def dense(self, module: str, parts: Mapping[str, Callable[[], Tensor]], dtype: torch.dtype) -> Tensor:
+        """Dequantize a matrix [out, in] that the model's class does not load; `parts` read what its module stores."""
+        tensors = {part: read() for part, read in parts.items()}
+        if self.decompression:
+            return self.decompression.weight(module, tensors).to(dtype)
+        conversions = [one.operations for one in self._transforms[1] if isinstance(one, KeptConversion)]
+        found: dict[str, Any] = {part: [tensor] for part, tensor in tensors.items()}
+        for operation in next(one for one in conversions if all(map(_reads_scales, one))):
+            found = operation.convert(found, [*found], ["weight"], full_layer_name="weight")
+        weight: Tensor = found["weight"]
+        return weight.to(dtype)
+
     def is_serializable(self) -> bool:
         """True if `save_pretrained` can save the model."""
         return True

@@ -12,7 +12,7 @@ from families import family_model
 from folder_files import tensors_of
 from killed import Killed, killed_at_write
 from pruning import same
-from quantized_models import VOCAB_SIZE, fp8_deepseek, mxfp4_gpt_oss
+from quantized_models import VOCAB_SIZE, compressed_qwen3_moe, fp8_deepseek, mxfp4_gpt_oss
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from torch import Tensor
@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder import output as writing
+from optimum_fista.folder.loading import read_model
 from optimum_fista.folder.stored_tensors import read_stored
 
 TOKENS = torch.randint(0, VOCAB_SIZE, (8, 16), generator=torch.Generator().manual_seed(0))
@@ -45,13 +46,17 @@ def raw(tensor: Tensor) -> Tensor:
     return tensor.contiguous().unsqueeze(-1).view(torch.uint8)
 
 
+def add_last_layer(folder: Path, number: int) -> Path:
+    """Store the decoder layer of this number, the last one, once more: as a layer that predicts more tokens."""
+    tensors, last = load_file(folder / "model.safetensors"), f"layers.{number}."
+    tensors |= {n.replace(last, f"layers.{number + 1}."): t.clone() for n, t in tensors.items() if last in n}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 def fp8_with_more_tokens(folder: Path) -> Path:
     """A quantized model with a quantized layer that predicts more tokens, and a list of modules that are dense."""
-    fp8_deepseek(folder)
-    tensors = load_file(folder / "model.safetensors")
-    last = {name: tensor.clone() for name, tensor in tensors.items() if name.startswith("model.layers.2.")}
-    tensors |= {name.replace("layers.2.", "layers.3."): tensor for name, tensor in last.items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    add_last_layer(fp8_deepseek(folder), 2)
     config = json.loads((folder / "config.json").read_text())
     modules = [f"model.layers.{number}.mlp.gate" for number in (1, 2, 3)]
     config["quantization_config"]["modules_to_not_convert"] = ["lm_head", *modules]
@@ -145,10 +150,33 @@ def test_a_killed_run_or_a_full_disk_loses_no_stored_tensor(tmp_path, monkeypatc
         assert all(tensor.equals(expected[name]) for name, tensor in found.items())
 
 
-def test_a_quantized_layer_that_is_not_loaded_is_named_if_the_result_is_not_quantized(tmp_path):
-    report = prune(fp8_with_more_tokens(tmp_path / "source"), tmp_path / "out", method="wanda")
-    assert [*report.model["lacks"]] == ["model.layers.3"]
-    assert any("model.layers.3 (" in warning and "they are quantized" in warning for warning in report.warnings)
+@pytest.mark.parametrize("place", ["files", "memory"])
+@pytest.mark.parametrize(("preset", "is_read"), [("", True), ("FP8_DYNAMIC", True), ("W4A16", False)])
+def test_a_quantized_layer_that_is_not_loaded_is_dequantized_or_named_if_the_result_is_dense(
+    tmp_path, place, preset, is_read
+):
+    if preset:
+        pytest.importorskip("compressed_tensors")
+        source, last = add_last_layer(compressed_qwen3_moe(tmp_path / "source", preset), 1), 1
+    else:
+        source, last = fp8_with_more_tokens(tmp_path / "source"), 2
+    dense = read_model(str(source))
+    if place == "files":
+        report = prune(source, tmp_path / "out", method="wanda")
+    else:
+        pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
+        report = pruner.prune(dense, TOKENS.split(4))
+        pruner.save_pretrained(dense, tmp_path / "out")
+        dense = read_model(str(source))
+    dense.save_pretrained(tmp_path / "dense")
+    expected, found = (tensors_of(tmp_path / name) for name in ("dense", "out"))
+    more = {name: tensor for name, tensor in expected.items() if f"layers.{last}." in name}
+    copied = {name.replace(f"layers.{last}.", f"layers.{last + 1}."): tensor for name, tensor in more.items()}
+    assert found.keys() == expected.keys() | (copied if is_read else {}).keys()
+    assert not is_read or all(torch.equal(found[name], tensor) for name, tensor in copied.items())
+    assert [*report.model["copied" if is_read else "lacks"]] == [f"model.layers.{last + 1}"]
+    assert is_read or any(f"layers.{last + 1} (" in said and "they are quantized" in said for said in report.warnings)
+    assert verify_checkpoint(tmp_path / "out", dense=source).num_equal
 
 
 @pytest.mark.parametrize(
