@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_llama import tiny_tokenizer
 from tiny_models import randomize
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForMultimodalLM,
+    CLIPImageProcessorPil,
+    LlavaProcessor,
+    PreTrainedModel,
+)
 
 VOCAB_SIZE, IMAGE = 64, 60
 _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -35,6 +43,11 @@ _CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "qwen2_audio": ({}, {}, {"audio_config": _AUDIO | {"max_source_positions": 8}, "audio_token_index": IMAGE}),
 }
 MEDIA_FAMILIES = tuple(_CONFIGS)
+MARK = tiny_tokenizer().convert_ids_to_tokens(IMAGE)
+_TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}{{ '" + MARK + "' if part.type == 'image' else "
+    "part.text }}{% endfor %}{% endfor %}"  # of strings it makes nothing, as that of LLaVA
+)
 _TOKENS_OF_IMAGE = {"smolvlm": 1, "internvl": 1}  # all others have 4
 
 
@@ -49,6 +62,16 @@ def media_model(family: str, seed: int = 0) -> PreTrainedModel:
         model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32).eval()
         randomize(model, torch.default_generator)
     return model
+
+
+def save_llava_folder(folder: Path) -> Path:
+    """Save a LLaVA and its processor, whose image token is a character (`MARK`) of its tokenizer."""
+    media_model("llava").save_pretrained(folder)
+    size: Any = {"height": 8, "width": 8}
+    images = CLIPImageProcessorPil(size=size, crop_size=size)
+    names: Any = {"image_token": MARK, "num_additional_image_tokens": 0, "vision_feature_select_strategy": "full"}
+    LlavaProcessor(images, tiny_tokenizer(), patch_size=4, chat_template=_TEMPLATE, **names).save_pretrained(folder)
+    return folder
 
 
 def media_batch(family: str, images: tuple[int, ...] = (1,), *, seed: int = 0, padding: int = 0) -> dict[str, Tensor]:

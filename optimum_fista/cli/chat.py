@@ -118,7 +118,10 @@ class _Speaker:
             if self.tokenizer.chat_template is None:
                 found = self.tokenizer(turns[-1]["content"], return_tensors="pt")
             else:
-                found = self.tokenizer.apply_chat_template(turns[start:], **form)
+                shown, template = list[Any](turns[start:]), self.tokenizer.apply_chat_template
+                if turns[-1]["content"].strip() not in template(shown, tokenize=False):  # it reads parts, as of images
+                    shown = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in shown]
+                found = template(shown, **form)
             if 0 < (count := found["input_ids"].shape[1]) < self.room:
                 return turns[start:], {n: found[n].to(self.model.device) for n in ("input_ids", "attention_mask")}
         raise ValueError(f"the question has {count} tokens: it takes at least 1, and fewer than {self.room}.")

@@ -4,29 +4,16 @@ from pathlib import Path
 import pytest
 import torch
 from killed import interrupted_after
-from media_models import IMAGE, media_model
+from media_models import MARK, save_llava_folder
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_llama import tiny_tokenizer
-from transformers import CLIPImageProcessorPil, LlavaProcessor
 
 from optimum_fista.cli.main import main
-
-MARK = tiny_tokenizer().convert_ids_to_tokens(IMAGE)
-TEMPLATE = (
-    "{% for part in messages[0]['content'] %}{{ '" + MARK + "' if part.type == 'image' else part.text }}{% endfor %}"
-)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A LLaVA whose image token is a character of its tokenizer."""
-    folder, size = tmp_path_factory.mktemp("llava"), {"height": 8, "width": 8}
-    media_model("llava").save_pretrained(folder)
-    images = CLIPImageProcessorPil(size=size, crop_size=size)
-    names = {"image_token": MARK, "num_additional_image_tokens": 0, "vision_feature_select_strategy": "full"}
-    LlavaProcessor(images, tiny_tokenizer(), patch_size=4, chat_template=TEMPLATE, **names).save_pretrained(folder)
-    return folder
+    return save_llava_folder(tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture

@@ -1,13 +1,21 @@
 """Folders of multimodal models: they are pruned whole, with their processors, and stay of the same class."""
 
+import io
 import json
+import sys
 
 import pytest
 import torch
 from families import ENOUGH_TOKENS, family_model, family_tokens, logits, read_tensors
+from folder_files import bytes_of, files_of
+from hub_standin import hub_fixture, run_with_hub  # noqa: F401
+from killed import interrupted_after
+from media_models import media_batch, save_llava_folder
+from tiny_llama import TEXT, tiny_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM, Llama4Config, T5Config
 
-from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista import FistaPruner, FistaPruningConfig, recover
+from optimum_fista.cli.main import main
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder.loading import model_class, read_model
 
@@ -89,3 +97,74 @@ def test_rows_of_several_operators_are_not_packed(folders, tmp_path):
     with pytest.raises(ValueError, match=r"ff_proj.weight\[0:48, :\] is a part of a matrix with other operators"):
         pruner().prune(folders("molmo2"), family_tokens(), output_dir=tmp_path / "out", device="cpu", packed=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    return save_llava_folder(tmp_path_factory.mktemp("source") / "llava")
+
+
+def prune(source, output, pattern, **options):
+    config = FistaPruningConfig(pattern=pattern, method="wanda")
+    batches = [media_batch("llava", seed=seed) for seed in range(2)]
+    places = {"output_dir": output, "device": "cpu"}
+    return FistaPruner(config, progress=False).prune(source, batches, **places | options)
+
+
+def test_decoder_layers_go_and_an_interrupted_run_resumes(llava, tmp_path, no_pictures):
+    before = bytes_of(llava)
+    prune(llava, tmp_path / "whole", "layers:0.5")
+    prune(llava, tmp_path / "out", "2:4")
+    with interrupted_after(1), pytest.raises(KeyboardInterrupt):
+        prune(llava, tmp_path / "out", "layers:0.5", overwrite=True)
+    assert verify_checkpoint(tmp_path / "out").num_zeros  # the old one is still there
+    prune(llava, tmp_path / "out", "layers:0.5", overwrite=True)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert verify_checkpoint(tmp_path / "out", dense=llava).num_equal == len(read_tensors(tmp_path / "out"))
+    assert read_model(str(tmp_path / "out")).config.text_config.num_hidden_layers == 2
+    with pytest.raises(ValueError, match="lies in the folder that is read"):
+        prune(llava, llava / "out", "2:4")
+    assert bytes_of(llava) == before
+
+
+def test_commands_and_recover_take_multimodal_folders(llava, tmp_path, no_pictures, monkeypatch, capsys):
+    prune(llava, tmp_path / "pruned", "2:4")
+    prune(llava, tmp_path / "packed", "2:4", packed=True)
+    assert main(["report", str(tmp_path / "pruned")]) == 0
+    assert "LlavaForConditionalGeneration" in (tmp_path / "pruned" / "fista" / "report.html").read_text()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the sea\n"))
+    capsys.readouterr()
+    command = ["chat", str(tmp_path / "packed"), "--device", "cpu", "--max-new-tokens", "6"]
+    assert main(command) == 0
+    ids, model = tiny_tokenizer()("the sea", return_tensors="pt").input_ids, read_model(str(tmp_path / "pruned"))
+    answer = tiny_tokenizer().decode(model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :])
+    assert capsys.readouterr().out.strip() == answer.strip()
+    (text := tmp_path / "text.txt").write_text(TEXT)
+    sizes = {"tokens": 640, "sequence_length": 16, "batch_size": 1, "accumulate": 2, "held_out": 4}
+    recover(tmp_path / "packed", llava, tmp_path / "out", calibration=str(text), **sizes, device="cpu", progress=False)
+    assert verify_checkpoint(tmp_path / "out").num_zeros
+    found, dense = read_tensors(tmp_path / "out"), read_tensors(llava)
+    assert found.keys() == dense.keys()
+    changed = {name for name in dense if not torch.equal(found[name], dense[name])}
+    assert changed == {name for name in dense if "language_model" in name and ("layers" in name or "norm" in name)}
+    for name in bytes_of(llava).keys() - {"config.json", "generation_config.json", "model.safetensors"}:
+        assert (tmp_path / "out" / name).read_bytes() == (llava / name).read_bytes()
+
+
+def test_from_the_hub_to_the_hub(llava, hub, tmp_path):
+    code = f"""
+        import torch
+        from huggingface_hub import HfApi
+        from optimum_fista import FistaPruner, FistaPruningConfig
+        from optimum_fista.folder.hub import push_folder
+        HfApi().create_repo("tester/dense")
+        HfApi().upload_folder(repo_id="tester/dense", folder_path={str(llava)!r})
+        pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False)
+        pruner.prune("tester/dense", [torch.arange(3, 51).view(3, 16)], output_dir={str(tmp_path / "out")!r})
+        push_folder({str(tmp_path / "out")!r}, "tester/pruned")
+    """
+    done = run_with_hub(hub, code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert hub.files("tester/pruned") == bytes_of(tmp_path / "out")
+    assert {*bytes_of(llava)} - {"model.safetensors"} <= hub.files("tester/pruned").keys()
+    assert verify_checkpoint(tmp_path / "out", dense=llava).num_equal
