@@ -208,7 +208,7 @@ class Dequantizer(HfQuantizer):
         conversions = [one.operations for one in self._transforms[1] if isinstance(one, KeptConversion)]
         found: dict[str, Any] = {part: [tensor] for part, tensor in tensors.items()}
         for operation in next(one for one in conversions if all(map(_reads_scales, one))):
-            found = operation.convert(found, [*found], ["weight"], full_layer_name="weight")
+            found = operation.convert(found, source_patterns=[*found], target_patterns=["weight"])
         weight: Tensor = found["weight"]
         return weight.to(dtype)
 
