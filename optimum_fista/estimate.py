@@ -37,8 +37,7 @@ from optimum_fista.text.self_sampling import num_batches, num_texts
 from optimum_fista.text.sources import usual_texts
 
 LIBRARIES = 325 * 2**20  # bytes of Python, torch, Transformers, and of the picture of the model card
-# Gram matrices, weights, and blocks of rows, in float32, that a method holds besides its problem: fitted to
-# measured peaks.
+# Gram matrices, weights, and blocks of rows, in float32, that a method holds besides its problem, as measured.
 _SOLVERS = {"obs_admm": (1.1, 1.2, 3.8), "sparsegpt": (2.4, 2.0, 1.1), "fista": (1.6, 5.5, 0.3), "admm": (2, 4.1, 1.8)}
 _SOLVERS |= {"dsnot": (0.8, 3.7, 0), **dict.fromkeys(("wanda", "magnitude", "flap"), (0.2, 1.3, 2.6))}
 _TOKENS_TOGETHER = 8192  # in a forward pass: more make an accelerator no faster
@@ -126,12 +125,14 @@ class Estimate:
         zeros = sum(self.zeros.values())  # or weights that are removed with their inputs
         masks = (sum(self.weights.values()) - (zeros if self.num_removed else 0)) // 8  # a bit a weight
         saved = self.num_removed * self.value + self.packed * (zeros * self.value - masks)
-        fused = [p for m in filter(is_fused_experts, self.model.modules()) for p in m.parameters(False) if p.ndim == 3]
         saved -= sum(tensor.num_bytes for tensor in self.source.unplaced.values())
-        parts = {"model": self.weight_bytes - saved, "masks": masks if self.packed else 2 * masks}  # the journal's too
-        copied = 0 if self.quantized else sum(parameter.nbytes for parameter in fused)
-        parts["fused experts, copied by the lazy reader"] = copied
-        return parts | {"hidden states of two layers": 2 * self.streams * self.stream_bytes}
+        fused = [p for m in filter(is_fused_experts, self.model.modules()) for p in m.parameters(False) if p.ndim == 3]
+        return {
+            "model": self.weight_bytes - saved,
+            "masks": masks if self.packed else 2 * masks,  # the journal's too
+            "fused experts, copied by the lazy reader": 0 if self.quantized else sum(p.nbytes for p in fused),
+            "hidden states of two layers": 2 * self.streams * self.stream_bytes,
+        }
 
     @property
     def memory(self) -> dict[str, dict[str, float]]:
@@ -165,9 +166,8 @@ class Estimate:
         if self.allocates:  # a sequence at a time, in float32; hidden states of all layers wait
             logits = self.length * self.vocabulary * (2 * value + 12)
             # a graph keeps the float32 copies of the head, and later those of one decoder layer
-            largest = max(
-                [self.vocabulary * self.hidden, *(sum(p.numel() for p in m.parameters()) for _, m in self.layers)]
-            )
+            sizes = [sum(p.numel() for p in layer.parameters()) for _, layer in self.layers]
+            largest = max(self.vocabulary * self.hidden, *sizes)
             ends |= {"logits, gradients": logits, "float32 copies": 4 * largest * self.widens}
             yield ends, len(self.layers) * self.stream_bytes / self.num_samples
         factors = _SOLVERS.get(self.config.method, (4.4, 4.2, 0))
@@ -193,10 +193,8 @@ class Estimate:
                 block = 4 * columns * rows_in_block(max(those), columns, 1 if self.on_cpu else SCALE_ON_DEVICES)
                 solver = factors[0] * gram + factors[1] * matrix + factors[2] * min(block, matrix)
                 waiting = tokens * (recorded + columns + (self.streams + 2) * self.hidden)
-                yield (
-                    held | {"Gram matrix": gram, "weights and targets": 2 * matrix, "solver": max(1.5 * gram, solver)},
-                    waiting,
-                )
+                problem = {"Gram matrix": gram, "weights and targets": 2 * matrix, "solver": max(1.5 * gram, solver)}
+                yield held | problem, waiting
 
     @cached_property
     def seconds(self) -> dict[str, float]:

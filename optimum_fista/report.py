@@ -157,9 +157,7 @@ class PruningReport:
     """Record of a pruning run."""
 
     config: dict[str, Any]  # the configuration as plain values
-    model: dict[
-        str, Any
-    ]  # class, name (see `teacher`), num_parameters, sha256 of the dense tensors, what is copied or lacks
+    model: dict[str, Any]  # class, name, num_parameters, sha256 of the dense tensors, what is copied or lacks
     calibration: dict[str, Any]  # sha256, num_sequences, num_tokens, source if known; `held_out` has the same keys
     operators: list[OperatorReport] = field(default_factory=list)  # in pruning order
     layers: list[LayerReport] = field(default_factory=list)
@@ -210,11 +208,9 @@ class PruningReport:
         first, errors = self.mixtures[0], [mixture.fit_error for mixture in self.mixtures]
         before = fmean(mixture.fit_error_before for mixture in self.mixtures)
         refits = "" if not self.config["expert_refit"] else f", {before:.4f} before refits"
-        return (
-            f"{len(first.groups_kept)} of {len(first.saliency)} experts left in each of {len(errors)} mixtures "
-            f"(REAP), fit error of their outputs {fmean(errors):.4f} on average, "
-            f"{max(errors):.4f} at most{refits}"
-        )
+        left = f"{len(first.groups_kept)} of {len(first.saliency)} experts left"
+        fit = f"fit error of their outputs {fmean(errors):.4f} on average, {max(errors):.4f} at most{refits}"
+        return f"{left} in each of {len(errors)} mixtures (REAP), {fit}"
 
     @property
     def totals(self) -> dict[str, Any]:

@@ -25,7 +25,6 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
     add = parser.add_argument
     add("model", metavar="DIR", help="pruned model folder, packed or not, or any other model")
     add("--beside", metavar="MODEL", help="another model, such as the dense one: its answers are shown as well")

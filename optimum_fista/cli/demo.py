@@ -36,7 +36,6 @@ _PROMPT = "The most important thing to know about the sea is"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
     add = parser.add_argument
     add("--model", metavar="MODEL", help="another model than SmolLM2-135M")
     add("--text", default="pydoc", metavar="SOURCE", help="text to measure on (default pydoc)")

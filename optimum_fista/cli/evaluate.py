@@ -19,7 +19,6 @@ example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
     add("--text", required=True, metavar="SOURCE", help="a .txt or .jsonl file, wikitext2, c4, ptb or pydoc")

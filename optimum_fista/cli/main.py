@@ -120,9 +120,7 @@ def _one_line(error: Exception) -> str:
 
     text = " ".join(str(error).split())
     if is_out_of_memory(error):
-        advice = (
-            "a smaller --batch-size, shorter --sequence-length, fewer --num-samples, --storage-device or --device cpu"
-        )
+        advice = "a smaller --batch-size, --sequence-length or --num-samples, --storage-device or --device cpu"
         return f"out of memory ({text[:200]}): pass {advice}."
     if isinstance(error, SafetensorError):
         return f"a safetensors file is damaged, or a pointer of Git LFS ({text}): download it again (git lfs pull)."

@@ -19,7 +19,6 @@ example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
     parser.add_argument("folder", metavar="DIR", type=Path, help="model folder")
     parser.add_argument("--output", "-o", required=True, type=Path, metavar="DIR", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that --output already holds")

@@ -16,7 +16,6 @@ example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
     add = parser.add_argument
     add("folder", metavar="DIR", type=Path, help="folder saved by optimum-fista")
     add("--output", "-o", type=Path, metavar="FILE.html", help="page to write (default DIR/fista/report.html)")

@@ -47,7 +47,6 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments, those of every day first."""
     add, parser.usage = parser.add_argument, "%(prog)s MODEL [options]"  # argparse's own would fill a screen
     add("model", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
     add("--output", "-o", type=Path, metavar="DIR", help="new folder (default: MODEL's name with -50pct, -2of4, ...)")

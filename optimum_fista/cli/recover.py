@@ -27,7 +27,6 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments, those of every day first."""
     parser.usage = "%(prog)s DIR --teacher MODEL [options]"
     add = parser.add_argument
     add("folder", metavar="DIR", help="folder or Hub id of a pruned model, packed or not")

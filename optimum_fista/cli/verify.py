@@ -21,7 +21,6 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
     add = parser.add_argument
     add("folder", metavar="DIR", type=Path, help="folder saved by optimum-fista")
     add("--dense", metavar="MODEL", help="the model before it was pruned, to compare with")

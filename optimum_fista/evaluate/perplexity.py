@@ -107,17 +107,13 @@ def evaluate_perplexity(
 
 def _check_windows(model: PreTrainedModel, windows: torch.Tensor) -> None:
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2 or windows.is_floating_point():
-        raise ValueError(
-            f"windows has shape {list(windows.shape)} and dtype {windows.dtype}; pass integer token ids with "
-            "at least one window (first dimension) of at least two tokens (second dimension)."
-        )
+        found = f"windows has shape {list(windows.shape)} and dtype {windows.dtype}"
+        raise ValueError(f"{found}; pass integer token ids [N, T] of at least one window of at least two tokens.")
     vocabulary, _ = token_limits(model)
     smallest, largest = int(windows.min()), int(windows.max())
     if smallest < 0 or largest >= vocabulary:
-        raise ValueError(
-            f"windows holds token ids from {smallest} to {largest}, the model knows 0 to {vocabulary - 1}; "
-            "pass windows made with the tokenizer of this model."
-        )
+        found = f"windows holds token ids from {smallest} to {largest}, the model knows 0 to {vocabulary - 1}"
+        raise ValueError(f"{found}; pass windows made with the tokenizer of this model.")
 
 
 def _negative_log_likelihood(model: PreTrainedModel, ids: torch.Tensor, first: int) -> float:
@@ -131,8 +127,6 @@ def _negative_log_likelihood(model: PreTrainedModel, ids: torch.Tensor, first: i
         losses = cross_entropy(rows, targets.flatten(), reduction="none")  # position t predicts token t + 1
         total += losses.double().sum()
     if total.isnan():  # once a batch: each look waits for the device
-        raise ValueError(
-            f"model gives NaN logits in windows {first} to {first + len(ids) - 1}: look for NaN in its "
-            "weights, or pass it in float32 or bfloat16 if it overflows in float16."
-        )
+        where = f"windows {first} to {first + len(ids) - 1}"
+        raise ValueError(f"model gives NaN logits in {where}: look for NaN in its weights, or for overflow in float16.")
     return total.item()

@@ -66,21 +66,14 @@ def verify_checkpoint(
     Checks: the mask keeps exactly the number of weights the pattern asks for, in every row or group if the
     pattern says so; every weight outside the mask is zero and every weight finite; shapes, counts and totals
     agree between masks, report, config and checkpoint; the report's number of parameters is that of the model. Of a
-    model that became smaller, all tensors have the shapes that its configuration describes.
+    model that became smaller, all tensors have the shapes that its configuration describes. If a check fails, this is a
+    `VerificationError`.
 
-    If the dense model is given, every tensor that the run did not change must equal the dense model's, without the
-    removed parts. For pruned operators, refitted experts, and MLPs whose channels were reordered, only shapes are
-    compared.
+    If `dense` is given, the model before it was pruned (a Hub id or a model folder), every tensor that the run did not
+    change must equal its own, without the removed parts. For pruned operators, refitted experts, and MLPs whose
+    channels were reordered, only shapes are compared. Packed and trained folders can't be compared (`ValueError`).
 
-    Args:
-        folder: The model folder.
-        progress: Called with each operator's name once it is checked, then with that of each tensor compared.
-        dense: The model before it was pruned, a Hub id or a model folder. It is read in the dtype of the pruned one.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If `dense` can't be used: it can't be read, or the folder is packed or was trained.
-        VerificationError: If a check fails.
+    `progress` is called with each operator's name once it is checked, then with that of each tensor compared.
     """
     try:
         require_files(folder, CONFIG_FILE, *(() if is_packed(folder) else (MASKS_FILE,)), REPORT_FILE)
@@ -139,8 +132,7 @@ def _verify_mixtures(model: PreTrainedModel, report: PruningReport) -> None:
         fused = model.get_submodule(mixture.name).parameters(recurse=False)
         found = {len(p) for p in fused if p.ndim == 3}  # [experts, out, in]; biases are [experts, out]
         if found != {len(kept)}:
-            stayed = f"the report names {len(kept)} that stayed"
-            raise VerificationError(f"{mixture.name} has {found.pop()} experts, {stayed}.")
+            raise VerificationError(f"{mixture.name} has {found.pop()} experts, and the report says {len(kept)}.")
         if len(saliency) % runs or kept != experts_to_keep(saliency, len(kept), runs):
             raise VerificationError(f"{mixture.name}: groups_kept are not the experts with the largest saliency.")
 

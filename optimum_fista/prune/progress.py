@@ -13,10 +13,9 @@ from optimum_fista.report import LayerReport, OperatorReport, layer_and_kind
 
 
 class Progress(PruningCallback):
-    """Shows a run over the decoder layers; the time left is estimated from their costs.
+    """Shows a run over the decoder layers, of which an earlier start has finished `num_done`.
 
-    Args:
-        num_done: How many layers an earlier start has finished.
+    The time left is estimated from their costs.
     """
 
     def __init__(self, num_done: int = 0) -> None:

@@ -21,6 +21,8 @@ from optimum_fista.model.operator import LinearOperator
 from optimum_fista.report import LayerRecord
 from optimum_fista.solve.pattern import pack_mask
 
+Travelling = Sequence[HiddenStates | HeldOut]  # what enters the next decoder layer
+
 
 class ModelSink:
     """Overwrites the weights of a model in memory, and on any exception puts the model back as it was.
@@ -80,13 +82,7 @@ class ModelSink:
             getattr(owner, tensor).data.copy_(kept_tensor(owner, tensor))
         self._onloaded.clear()
 
-    def commit(
-        self,
-        index: int,  # noqa: ARG002
-        layer: nn.Module,  # noqa: ARG002
-        record: LayerRecord,  # noqa: ARG002
-        travelling: Sequence[HiddenStates | HeldOut],  # noqa: ARG002
-    ) -> None:
+    def commit(self, index: int, layer: nn.Module, record: LayerRecord, travelling: Travelling) -> None:  # noqa: ARG002
         """Make the weights of a decoder layer final, while they are on the device; `travelling` enters the next one."""
         for owner, tensor in self._onloaded.values():
             store_tensor(owner, tensor, getattr(owner, tensor), self._undo.append)  # where Accelerate keeps it

@@ -41,7 +41,7 @@ from optimum_fista.prune.loop import prune_layers
 from optimum_fista.prune.plan import Plan, complete_report, plan_run
 from optimum_fista.prune.ranks import RankError, Ranks, joined_ranks, require_independent_layers, share_layers
 from optimum_fista.prune.removal import groups_kept, require_zeros_to_pack
-from optimum_fista.prune.sink import ModelSink
+from optimum_fista.prune.sink import ModelSink, Travelling
 from optimum_fista.report import LayerRecord, PruningReport
 
 
@@ -243,9 +243,7 @@ class FileSink(ModelSink):
         self.left = [index for index in range(len(plan.layers)) if index not in plan.removal.removed_layers]
         self.names = stored_names(plan.layers.model, plan.all_operators.values(), plan.removal.new_name)
 
-    def commit(
-        self, index: int, layer: nn.Module, record: LayerRecord, travelling: Sequence[HiddenStates | HeldOut]
-    ) -> None:
+    def commit(self, index: int, layer: nn.Module, record: LayerRecord, travelling: Travelling) -> None:
         """Write a finished decoder layer; for a removed one, only its record.
 
         The record comes last. `StreamedRun.complete` deletes all files beside the shards that records name.

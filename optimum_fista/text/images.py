@@ -39,10 +39,8 @@ def image_sequences(
     too_long = f"{skipped} have tokens of an image after token {length} (--sequence-length; the longest has {longest})"
     if len(found) < num_samples:
         why = f", of which {too_long}" if skipped else ""
-        raise ValueError(
-            f"text {text.name!r} has {lines} lines{why}, and num_samples={num_samples} needs as many: pass "
-            f"num_samples={lines - skipped}, or more lines."
-        )
+        need = f"num_samples={num_samples} needs as many: pass num_samples={lines - skipped}, or more lines"
+        raise ValueError(f"text {text.name!r} has {lines} lines{why}, and {need}.")
     if skipped:
         logger.warning("%d lines of %s are skipped: %s", skipped, text.name, too_long)
     return found

@@ -54,10 +54,7 @@ def sample_text_from_model(
             raise ValueError(f"{name}={value}; pass {least} or more.")
     _, limit = token_limits(model)
     if limit is not None and sequence_length > limit:
-        raise ValueError(
-            f"sequence_length={sequence_length} exceeds the model's max_position_embeddings={limit}; "
-            f"pass {limit} or less."
-        )
+        raise ValueError(f"sequence_length={sequence_length}: pass at most {limit} (max_position_embeddings).")
     with (
         evaluation_mode(model),
         _plain_generation(model),

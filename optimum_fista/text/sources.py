@@ -23,8 +23,6 @@ _ACCEPTED_SOURCES = (
     "documentation, no download), 'wikitext2', 'c4' or 'ptb' (from the Hub, with the package `datasets`), "
     "or, for calibration only and not read from a text, 'self' (the model writes its own tokens)"
 )
-
-
 _MEDIA = (b'"image', b'"audio', b'"video')  # what the keys of lines begin with that are not only text
 
 
@@ -74,10 +72,8 @@ def require_source(source: str, *, with_images: bool = False) -> bool:
         return False
     if source in HUB_DATASETS:
         if find_spec("datasets") is None:
-            raise ImportError(
-                f"source={source!r} needs the package `datasets`, which is not installed: "
-                f"run {install_command('datasets')}, or pass a local .txt or .jsonl file."
-            )
+            run = f"run {install_command('datasets')}, or pass a local .txt or .jsonl file"
+            raise ImportError(f"source={source!r} needs the package `datasets`, which is not installed: {run}.")
     elif Path(source).suffix not in (".txt", ".jsonl"):
         raise ValueError(f"source={source!r} is not known; pass {_ACCEPTED_SOURCES}.")
     elif not Path(source).is_file():
@@ -85,14 +81,11 @@ def require_source(source: str, *, with_images: bool = False) -> bool:
     elif Path(source).suffix == ".jsonl" and any(word in Path(source).read_bytes() for word in _MEDIA):
         has_images = bool(_read_file(Path(source)).images)
         if has_images and not with_images:
-            raise ValueError(
-                f"source={source!r} has images, which only the calibration of optimum-fista prune takes: pass lines "
-                'without "image".'
-            )
+            why = "which only the calibration of optimum-fista prune takes"
+            raise ValueError(f'source={source!r} has images, {why}: pass lines without "image".')
         if has_images and find_spec("PIL") is None:
-            raise ImportError(
-                f"source={source!r} has images, which need the package Pillow: run {install_command('pillow')}."
-            )
+            need = f"which need the package Pillow: run {install_command('pillow')}"
+            raise ImportError(f"source={source!r} has images, {need}.")
         return has_images
     return False
 
@@ -105,14 +98,9 @@ def usual_texts() -> tuple[str, str]:
 def load_text(source: str, split: Split, *, with_images: bool = False) -> TextSource:
     """Read a text: a path to a `.txt` or `.jsonl` file, `pydoc`, `wikitext2`, `c4` or `ptb`.
 
-    A line of a `.jsonl` file may name images, which are refused unless `with_images`.
-
-    Local files and `pydoc` have one split: "calibration" and "test" give the same text, so do not measure on
-    the source you calibrated on. `pydoc` changes with the Python version; compare `sha256`.
-
-    Raises:
-        ImportError: If a Hub data set is asked for and the package `datasets` is missing.
-        ConnectionError: If a Hub data set cannot be loaded.
+    A line of a `.jsonl` file may name images, which are refused unless `with_images`. Local files and `pydoc` have one
+    split: "calibration" and "test" give the same text, so do not measure on the source you calibrated on. `pydoc`
+    changes with the Python version; compare `sha256`. If the Hub can't be reached, this is a `ConnectionError`.
     """
     require_source(source, with_images=with_images)
     if split not in get_args(Split):

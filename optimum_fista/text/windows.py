@@ -61,10 +61,8 @@ def evaluation_windows(
     bos, length = _bos_and_length(tokenizer, add_bos, sequence_length)
     ids = _tokenise(tokenizer, text.joined, special=add_bos == "start")
     if len(ids) < length:
-        raise ValueError(
-            f"text {text.name!r} has {len(ids)} tokens, fewer than one window of {length}; "
-            "pass a longer text or a smaller sequence_length."
-        )
+        few = f"{len(ids)} tokens, fewer than one window of {length}"
+        raise ValueError(f"text {text.name!r} has {few}; pass a longer text or a smaller sequence_length.")
     count = len(ids) // length
     windows = ids[: count * length].view(count, length)  # [tokens] -> [windows, tokens]
     return _with_bos(windows[: text.max_windows][:max_windows], bos)
@@ -176,7 +174,5 @@ def _windows_of_documents(
 
 def _check_enough(text: TextSource, tokens: int, num_samples: int, length: int) -> None:
     if tokens < num_samples * length:
-        raise ValueError(
-            f"text {text.name!r} has {tokens} tokens, and num_samples={num_samples} windows of {length} need "
-            f"{num_samples * length}; pass a longer text, a smaller num_samples or sequence_length."
-        )
+        need = f"num_samples={num_samples} windows of {length} need {num_samples * length}"
+        raise ValueError(f"text {text.name!r} has {tokens} tokens, and {need}; pass a longer text or smaller numbers.")

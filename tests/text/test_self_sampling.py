@@ -125,7 +125,7 @@ def test_the_seed_decides_and_the_global_state_neither_matters_nor_changes(model
 
 
 def test_longer_than_the_model_reads(model, tokenizer):
-    with pytest.raises(ValueError, match="sequence_length=65 exceeds the model's max_position_embeddings=64"):
+    with pytest.raises(ValueError, match="sequence_length=65: pass at most 64"):
         sample(model, tokenizer, sequence_length=65)
     with pytest.raises(ValueError, match="num_samples=0; pass"):
         sample(model, tokenizer, num_samples=0)
