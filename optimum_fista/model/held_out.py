@@ -58,7 +58,7 @@ class HeldOut:
         resumes, sweep = bool(self._streams), self._sweep
         for network in _NETWORKS:  # once for each network, because each writes to its own dictionaries
             recorded = record_inputs(sweep.layers, self.sequences, sweep.storage)
-            self._calls[network] = recorded.calls
+            self._calls[network], sweep.rest = recorded.calls, recorded.rest
             self._streams.setdefault(network, recorded.hidden_states)
         calls = (call for of_layer in recorded.calls for call in of_layer)
         shares = any(

@@ -44,13 +44,10 @@ class LayerCall:
     keywords: dict[str, Any]
     added: Addition | None = None  # what the model adds to the hidden states in front of the layer
 
-    def enter(self, hidden_states: Tensor) -> Tensor:
-        """The hidden states that the layer gets if `hidden_states` left the layer before it."""
-        return hidden_states if self.added is None else self.added.to(hidden_states)
-
     def run(self, layer: nn.Module, hidden_states: Tensor) -> Tensor:
-        """Output hidden states of `layer`."""
-        output = layer(self.enter(hidden_states), *self.arguments, **self.keywords)
+        """Output hidden states of `layer`, on those that left the layer before it."""
+        entering = hidden_states if self.added is None else self.added.to(hidden_states)
+        output = layer(entering, *self.arguments, **self.keywords)
         return output[0] if isinstance(output, tuple) else output
 
 
@@ -78,6 +75,7 @@ class RecordedInputs:
     token_masks: list[Tensor | None]  # of each batch, bool [batch, sequence]; None when all are real
     held_out: list[bool]  # whether a batch only measures
     handed_on: bool  # whether all layers had to run, because they pass more than hidden states to the next one
+    rest: tuple[Any, ...] | None  # what a layer returns after the hidden states; None: it returns no tuple
 
 
 def record_inputs(
@@ -111,7 +109,8 @@ def record_inputs(
                 token_masks.append(None if batch.attention_mask is None else batch.attention_mask.to(device))
     except _HandsOnMore:  # only a cheap recording without the layers shows whether a model needs them to run
         return record_inputs(layers, batches, storage, runs_layers=True, progress=progress)
-    return RecordedInputs(hidden_states, recorder.calls, token_masks, [b.held_out for b in batches], runs_layers)
+    rest, held_out = recorder.rest if recorder.is_tuple else None, [batch.held_out for batch in batches]
+    return RecordedInputs(hidden_states, recorder.calls, token_masks, held_out, runs_layers, rest)
 
 
 def _refusal(reason: str) -> UnsupportedArchitectureError:

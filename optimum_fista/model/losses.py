@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from optimum_fista.model.activation_store import ActivationStore, Storage
 from optimum_fista.model.architecture import DecoderLayers
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.forward import quick_products, replaced_forwards
-from optimum_fista.model.layer_inputs import RecordedInputs, record_inputs
+from optimum_fista.model.layer_inputs import LayerCall, RecordedInputs, record_inputs
 from optimum_fista.model.media import targets_of
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.sensitivity import DenseLoss
@@ -59,7 +59,7 @@ def choose_layers(loss: DenseLoss, count: int) -> list[tuple[int, float]]:
         onloaded([*layers.around, model.get_output_embeddings()], copy=False),
     ):
         for _ in range(count):
-            losses = Sweep(layers, left, sequences, loss.storage, last + 1).losses(recorded, bar)
+            losses = Sweep(layers, left, sequences, loss.storage, recorded.rest, last + 1).losses(recorded, bar)
             if not math.isfinite(losses.pop(None)):
                 raise ValueError("the loss of the model on the calibration tokens is NaN or Inf: the model is damaged.")
             index = _cheapest(model, left, losses)
@@ -83,8 +83,8 @@ class Sweep:
     left: Sequence[int]
     sequences: Sequence[CalibrationBatch]
     storage: Storage | None
+    rest: tuple[Any, ...] | None = None  # as in `RecordedInputs`
     first: int = 0  # layers with smaller numbers are never left out
-    rest: tuple[Any, ...] | None = field(default=None, init=False)  # of the last output, if that is a tuple
 
     def losses(self, recorded: RecordedInputs, bar: tqdm) -> dict[int | None, float]:
         """Losses in nats per token, by the number of the layer that is left out; `None`: no layer is."""
@@ -100,7 +100,7 @@ class Sweep:
             bar.update()
         return {out: self.loss(stream) for out, stream in streams.items()}
 
-    def run(self, layer: nn.Module, stream: ActivationStore, calls: Sequence[Any]) -> ActivationStore:
+    def run(self, layer: nn.Module, stream: ActivationStore, calls: Sequence[LayerCall]) -> ActivationStore:
         """The hidden states after a layer."""
         device = execution_device(layer)
         storage = self.storage or device
@@ -108,15 +108,13 @@ class Sweep:
         leaving = ActivationStore(storage, device)
         for hidden, call in zip(stream, calls, strict=True):
             with quick_products():
-                output = layer(call.enter(hidden), *call.arguments, **call.keywords)
-            hidden, self.rest = (output[0], tuple(output[1:])) if isinstance(output, tuple) else (output, None)
-            leaving.append(hidden)
+                leaving.append(call.run(layer, hidden))
         return leaving
 
     def loss(self, stream: ActivationStore, together: int = sys.maxsize) -> float:
         """Cross-entropy of the next token, in nats per token, after the model's own norm and head.
 
-        The logits of `together` tokens are in memory at once. A layer must have run before, for the form of its output.
+        The logits of `together` tokens are in memory at once.
         """
         model, total, count = self.layers.model, torch.zeros((), dtype=torch.float64, device=stream.device), 0
         place = execution_device(model.get_input_embeddings())
