@@ -1,7 +1,5 @@
 """Memory: what a device has to give, the most that was held, and giving freed memory back."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import sys

@@ -4,8 +4,6 @@ The template card.md has the text; this file computes its values. A card does no
 equal runs write equal folders.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math

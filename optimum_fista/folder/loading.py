@@ -4,8 +4,6 @@ Transformers reads every file; its errors on damaged files become one error that
 model with all weights left in their files (`load_lazily`).
 """
 
-from __future__ import annotations
-
 import functools
 import gc
 import importlib.util

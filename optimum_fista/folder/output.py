@@ -6,8 +6,6 @@ output, and `journal`, which a run needs to resume. The lock is beside it. Every
 to the user, and the folder is not replaced. A record (`write_record`) has digests, so that damage is noticed.
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import hashlib

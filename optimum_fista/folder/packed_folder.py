@@ -5,8 +5,6 @@ the same `Packer`, so it writes the same bytes as `pack_folder`. A packed folder
 weights.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -3,8 +3,6 @@
 A pruned folder gets all files of the dense one except weights (templates, processors, licences), so it can replace it.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import shutil

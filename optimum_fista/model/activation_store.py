@@ -1,7 +1,5 @@
 """Activations of all batches, kept on the device, in CPU memory or in a file, and read back in order."""
 
-from __future__ import annotations
-
 import mmap
 import tempfile
 from collections.abc import Sequence

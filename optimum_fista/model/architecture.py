@@ -5,8 +5,6 @@ over devices, tied weights, the head) and the shapes of parameters decide. Other
 what was found. A new quirk of an architecture belongs here, with its own test.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase

@@ -5,15 +5,13 @@ the model takes them (`media`). Other arguments that would change the model's ou
 must not be ignored in silence.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -45,7 +43,7 @@ class CalibrationBatch:
         """Number of real tokens."""
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
-    def rows(self) -> Iterator[CalibrationBatch]:
+    def rows(self) -> Iterator[Self]:
         """Every sequence as a batch of its own, without padding."""
         for row, ids in enumerate(self.input_ids):
             real = ids if self.attention_mask is None else ids[self.attention_mask[row]]
@@ -58,7 +56,7 @@ class CalibrationBatch:
         mask = None if mask is None else mask.to(device).long()
         return {"input_ids": self.input_ids.to(device), "attention_mask": mask, "use_cache": False, **media}
 
-    def sequences(self, start: int, stop: int) -> CalibrationBatch:
+    def sequences(self, start: int, stop: int) -> Self:
         """A batch of some of the sequences."""
         mask = None if self.attention_mask is None else self.attention_mask[start:stop]
         mask = None if mask is None or bool(mask.all()) else mask  # attention is quicker without one

@@ -3,8 +3,6 @@
 Transformers can do this, too, but not for all formats of experts, and before 5.22 only for a whole model in memory.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any

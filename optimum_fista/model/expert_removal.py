@@ -4,8 +4,6 @@ Experts are chosen as in REAP (arXiv 2510.13999). Unlike there, the kept experts
 that the router then sends them. An expert is refitted only if this also helps on tokens that the fit did not use.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 

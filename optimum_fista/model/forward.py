@@ -4,8 +4,6 @@ A run chooses once how matrices are multiplied in forward passes, gradients and 
 All other code, such as the solvers and the proofs, computes in float32.
 """
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext

@@ -6,8 +6,6 @@ because thousands of tokens are added. SparseGPT's code (arXiv 2301.00774) resca
 batch; here nothing is scaled, and only one half of the symmetric matrix is computed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 import torch

@@ -4,8 +4,6 @@ Operators share an input if they are called on the same memory in one pass. So t
 architecture, as other pruners have it, and an unknown architecture is grouped rightly or its operators stay dense.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """Perplexities of the dense and of the pruned network on tokens that no weight is fitted to."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any

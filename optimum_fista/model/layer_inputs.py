@@ -12,8 +12,6 @@ the model runs again on the first such batch, with skipped layers that return ze
 what is added. It becomes part of the next layer's arguments (`Addition`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -37,21 +35,6 @@ _CHANGES_STATES = "the model changes the hidden states in front of decoder layer
 
 
 @dataclass(frozen=True)
-class LayerCall:
-    """Arguments of one decoder layer for one batch, besides the hidden states."""
-
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-    added: Addition | None = None  # what the model adds to the hidden states in front of the layer
-
-    def run(self, layer: nn.Module, hidden_states: Tensor) -> Tensor:
-        """Output hidden states of `layer`, on those that left the layer before it."""
-        entering = hidden_states if self.added is None else self.added.to(hidden_states)
-        output = layer(entering, *self.arguments, **self.keywords)
-        return output[0] if isinstance(output, tuple) else output
-
-
-@dataclass(frozen=True)
 class Addition:
     """What a model adds to the hidden states of some tokens of a batch in front of a decoder layer."""
 
@@ -64,6 +47,21 @@ class Addition:
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])  # [batch, sequence, hidden] -> [tokens, hidden]
         sums = flat[self.tokens] + self.rows[self.number].to(flat)
         return flat.index_copy(0, self.tokens, sums).view_as(hidden_states)
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """Arguments of one decoder layer for one batch, besides the hidden states."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    added: Addition | None = None  # what the model adds to the hidden states in front of the layer
+
+    def run(self, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        """Output hidden states of `layer`, on those that left the layer before it."""
+        entering = hidden_states if self.added is None else self.added.to(hidden_states)
+        output = layer(entering, *self.arguments, **self.keywords)
+        return output[0] if isinstance(output, tuple) else output
 
 
 @dataclass

@@ -4,8 +4,6 @@ SLEB (arXiv 2402.09025) runs a whole model for every candidate. Here all candida
 decoder layer is brought to its device once, and runs on the hidden states of each candidate, which take memory.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Sequence

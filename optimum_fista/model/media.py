@@ -5,8 +5,6 @@ becomes a batch of its own, with its own images and without padding, so that bat
 Placeholder tokens mark in the ids where an image is. They are tokens like others, but no model learns to predict them.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ Accelerate loads weights for a forward pass and then drops changed values. Here 
 values are stored where the old ones are kept, so that models larger than the device's memory can be pruned.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import tempfile

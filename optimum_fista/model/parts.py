@@ -5,8 +5,6 @@ fewer parts. The tensors whose shapes differ are those that shrink. If unexpecte
 a new family needs no code. If a configuration does not state the number of parts, the model can't lose them.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 import math

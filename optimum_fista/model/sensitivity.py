@@ -4,8 +4,6 @@ One backward pass for each sequence serves all operators. The second derivatives
 information for the outputs of an operator: this is cheap, and enough to compare operators.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext

@@ -5,8 +5,6 @@ decoder layer keeps the same number of parts of one kind. Shapes do not prove th
 `require_same_outputs` does.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -4,8 +4,6 @@ Transformers renames, splits and merges tensors when it saves, with rules for ev
 rules: it applies them to small stand-in tensors, and sees which names these get.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ kept weight's column, the mask stores one bit for every weight: at half zeros th
 each row in the values must be counted. No function needs more memory than its result and a few megabytes.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ The library does not use Python, so it works with every version of PyTorch; an e
 addresses. So it also gets the size of every buffer, and refuses sizes that do not fit before it reads.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import os

@@ -4,7 +4,7 @@ Decoding one token reads every weight once and computes little, so a layer with 
 unpacked its weight first, it would also write and read the dense weight.
 """
 
-from __future__ import annotations
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +41,7 @@ class PackedLinear(nn.Module):
         self.prepare()
 
     @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, mask: Tensor | None = None, pattern: tuple[int, int] | None = None
-    ) -> PackedLinear:
+    def from_linear(cls, linear: nn.Linear, mask: Tensor | None = None, pattern: tuple[int, int] | None = None) -> Self:
         """Pack a sparse linear layer; its bias is shared. `mask` and `pattern` are those of `format.pack`."""
         return cls(pack(linear.weight.detach(), mask, pattern), linear.bias).train(linear.training)
 

@@ -5,8 +5,6 @@ never share a byte. This needs at most 63 more bits per row. Bit and byte order 
 the kernels, the n-th bit of a row is the n-th bit of its words.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import numpy as np

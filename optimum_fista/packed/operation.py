@@ -5,8 +5,6 @@ per weight, and `starts` int64 [rows + 1], where the values of each row start. T
 inputs it is faster to unpack tiles of rows and multiply them as dense matrices.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

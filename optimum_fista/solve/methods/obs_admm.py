@@ -5,12 +5,10 @@ kept and removed weights correctly, so that twelve iterations reach the error of
 (docs/solver.md). But the iterations do not run to convergence, and it is not known whether they converge.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -128,7 +126,7 @@ class _Surgeon:
     blocks: Tensor | None = None  # of `B`, lower triangular, [in / width, width, width]; None: columns stand alone
 
     @classmethod
-    def of(cls, gram: Tensor, penalty: Tensor, width: int) -> tuple[_Surgeon, str]:
+    def of(cls, gram: Tensor, penalty: Tensor, width: int) -> tuple[Self, str]:
         """Make the coordinates of `G_r`; returns also the message of a factorisation that needed help."""
         # Factorised with unit diagonal, in which damping is a fraction of the diagonal, and rounding is mild.
         unit = cls((gram.diagonal() + penalty).rsqrt(), penalty)
