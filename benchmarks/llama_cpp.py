@@ -1,18 +1,20 @@
-"""Llamas of several sizes through llama.cpp at 16, 8 and 4 bits, in turn: speed, memory, size of the file, perplexity.
+"""Llamas of several sizes through llama.cpp at 16, 8 and 4 bits, in turn: speed, memory, size of the file.
 
 Before that, greedy tokens of llama.cpp in float32 must be those of Transformers in float32. Prompts are random tokens,
-and the words of the GGUF files are the numbers of their tokens. Weights are rounded to 8 and 4 bits by the package
-`gguf` (Q8_0, Q4_0). With `--texts`, Transformers reads the rounded weights back from the files and measures their
-perplexity in float32. `pip install xllamacpp` gives llama.cpp as a wheel; llama-cpp-python would have to be compiled.
+and the words of the GGUF files are the numbers of their tokens. The package `gguf` rounds weights to 8 and 4 bits
+(Q8_0, Q4_0), and llama.cpp those of the kinds IQ4_NL and Q3_K. `pip install xllamacpp` gives llama.cpp as a wheel;
+llama-cpp-python would have to be compiled. `frontier.py` measures what the rounding costs.
 
-    python benchmarks/llama_cpp.py --models runs/original,runs/smaller --texts TEXT --output runs/llama_cpp.json
+    python benchmarks/llama_cpp.py --models runs/original,runs/smaller --output runs/llama_cpp.json
 """
 
 from __future__ import annotations
 
+import ctypes
 import re
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,11 @@ import numpy as np
 import psutil
 import torch
 from gguf import GGMLQuantizationType, LlamaFileType
-from shared import parse_arguments, save, texts_of
+from shared import parse_arguments, save
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from optimum_fista.environment import processor_name
-from optimum_fista.evaluate.perplexity import evaluate_perplexity
 from optimum_fista.folder.card import markdown_lines
 from optimum_fista.folder.checkpoint import checkpoint_files, read_tensors
 
@@ -36,26 +37,37 @@ except ImportError:  # `--help` needs no llama.cpp
     xllamacpp = None
 
 
-# How GGUF stores so many bits a weight: 8 and 4 in blocks of 32 weights with one scale in float16.
-KINDS = {
-    32: (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
-    16: (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-    8: (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-    4: (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+# How GGUF stores so many bits a weight: 8 and 4 in blocks of 32 with one scale in float16, Q3_K in blocks of 256.
+KINDS: dict[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
+    "32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "8": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "4": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+    "IQ4_NL": (GGMLQuantizationType.IQ4_NL, LlamaFileType.MOSTLY_IQ4_NL),
+    "Q3_K": (GGMLQuantizationType.Q3_K, LlamaFileType.MOSTLY_Q3_K_S),
 }
 
 
-def write_gguf(folder: Path, file: Path, bits: int) -> None:
-    """Write a Llama as GGUF: matrices with `bits` bits a weight, vectors in float32.
+def kind_of(bits: str, shape: Sequence[int], is_head: bool) -> GGMLQuantizationType:
+    """How a tensor is stored in a file of so many bits: vectors in float32, the head with 8 bits at least.
 
-    The head keeps 8 bits in a file of 4, since llama.cpp's own converter rounds it less than the rest (to Q6_K, which
-    the package `gguf` can't write).
+    llama.cpp's own converter rounds the head less than the rest, too (to Q6_K, or Q8_0 if its rows have no blocks of
+    256), and writes IQ4_NL in the place of Q3_K if rows have no blocks of 256.
+    """
+    if len(shape) == 1:
+        return GGMLQuantizationType.F32
+    kind = KINDS["8" if is_head and bits not in ("32", "16") else bits][0]
+    return KINDS["IQ4_NL"][0] if kind is GGMLQuantizationType.Q3_K and shape[-1] % 256 else kind
+
+
+def write_gguf(folder: Path, file: Path, bits: str) -> None:
+    """Write a Llama as GGUF, with `bits` a weight (`kind_of`).
 
     Raises:
         SystemExit: If `bits` is not known, or the rows of a matrix can't be cut into blocks.
     """
     if bits not in KINDS:
-        raise SystemExit(f"--bits {bits} is not known; pass numbers from {sorted(KINDS)}.")
+        raise SystemExit(f"--bits {bits} is not known; pass some of {[*KINDS]}.")
     config = LlamaConfig.from_pretrained(folder)
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -85,7 +97,7 @@ def write_gguf(folder: Path, file: Path, bits: int) -> None:
             ("attn_q.weight", "attn_k.weight")
         ):  # llama.cpp rotates neighbours, Transformers the halves of a head
             tensor = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
-        kind = KINDS[max(bits, 8) if new_name == head else bits][0] if tensor.ndim > 1 else GGMLQuantizationType.F32
+        kind = kind_of(bits, tensor.shape, new_name == head)
         writer.add_tensor(new_name, rounded(name, tensor, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -98,14 +110,24 @@ def rounded(name: str, tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray
     block, _ = gguf.GGML_QUANT_SIZES[kind]
     if tensor.shape[-1] % block:
         raise SystemExit(f"{name} has rows of {tensor.shape[-1]} weights; {kind.name} needs a multiple of {block}.")
-    return gguf.quantize(tensor.float().contiguous().numpy(), kind)
+    values = tensor.float().contiguous().numpy()
+    if kind not in (KINDS["IQ4_NL"][0], KINDS["Q3_K"][0]):
+        return gguf.quantize(values, kind)
+    written = np.empty(gguf.quant_shape_to_byte_shape(values.shape, kind), np.uint8)
+    sizes = (ctypes.c_int64(size) for size in (0, *values.shape))  # first row, rows, columns
+    library = ctypes.CDLL(xllamacpp.xllamacpp.__file__)  # `gguf` reads these kinds and can't write them
+    library.ggml_quantize_chunk(
+        int(kind), ctypes.c_void_p(values.ctypes.data), ctypes.c_void_p(written.ctypes.data), *sizes, None
+    )
+    return written
 
 
-def server_of(file: Path, threads: int) -> Any:
-    """llama.cpp with one model."""
+def server_of(file: Path, threads: int, parallel: int = 1) -> Any:
+    """llama.cpp with one model, for so many prompts at a time."""
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(file)
-    parameters.n_ctx, parameters.n_parallel, parameters.n_gpu_layers = 1024, 1, 0
+    parameters.n_ctx, parameters.n_parallel, parameters.n_gpu_layers = 1024, parallel, 0
+    parameters.kv_unified = True  # the prompts share the 1024 tokens
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
     parameters.verbosity = 0
     return xllamacpp.Server(parameters)
@@ -119,7 +141,7 @@ def generate(server: Any, prompt: Tensor, new_tokens: int) -> dict[str, Any]:
 
 def require_same_tokens(folder: Path, file: Path, prompt: Tensor, new_tokens: int, threads: int) -> None:
     """End the program unless llama.cpp and Transformers write the same greedy tokens in float32."""
-    write_gguf(folder, file, 32)
+    write_gguf(folder, file, "32")
     (answer,) = generate(server_of(file, threads), prompt, new_tokens)["choices"]
     found = [int(word) for word in re.findall(r"<(\d+)>", answer["text"])]
     file.unlink()
@@ -130,12 +152,6 @@ def require_same_tokens(folder: Path, file: Path, prompt: Tensor, new_tokens: in
         raise SystemExit(f"{folder.name}: llama.cpp writes {found}, Transformers {wanted[0, len(prompt) :].tolist()}")
 
 
-def perplexities(file: Path, texts: dict[str, Tensor]) -> dict[str, float]:
-    """Perplexity of the weights of a file by text. llama.cpp rounds activations too, which this does not."""
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    return {name: evaluate_perplexity(model, windows, progress=False).perplexity for name, windows in texts.items()}
-
-
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Each model as many times the first one with as many bits; and the first one as many times its first bits."""
     lines = []
@@ -144,9 +160,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         base = rows[0] if row is same_bits else same_bits
         speeds = [statistics.median(row[k]) / statistics.median(base[k]) for k in ("decode", "prefill")]
         ratios = (*speeds, row["memory_bytes"] / base["memory_bytes"], row["file_bytes"] / base["file_bytes"])
-        shown = [f"{value:.2f}" for value in row["perplexity"].values()]
-        lines.append((row["model"], row["bits"], *(f"{ratio:.2f}x" for ratio in ratios), *shown))
-    return markdown_lines(("model", "bits", "decode", "prefill", "memory", "file", *rows[0]["perplexity"]), lines)
+        lines.append((row["model"], row["bits"], *(f"{ratio:.2f}x" for ratio in ratios)))
+    return markdown_lines(("model", "bits", "decode", "prefill", "memory", "file"), lines)
 
 
 def main() -> None:
@@ -154,19 +169,14 @@ def main() -> None:
         "models": "folders of Llamas; ratios are to the first",
         "bits": "bits a weight",
         "checked": "greedy tokens to compare; 0 = none",
-        "texts": "text sources to measure perplexity on; none without",
     }
     numbers = {"prompt_tokens": 512, "new_tokens": 32, "checked": 24, "rounds": 5, "threads": 1}
-    numbers |= {"sequence_length": 1024, "max_windows": 12}
-    lists: dict[str, list[Any]] = {"models": [""], "bits": [16, 8, 4], "texts": []}
+    lists: dict[str, list[Any]] = {"models": [""], "bits": ["16", "8", "4"]}
     arguments = parse_arguments(__doc__, helps=helps, **lists, **numbers, output=Path("runs/llama_cpp.json"))
     if xllamacpp is None:
         raise SystemExit("llama.cpp is missing: pip install xllamacpp")
     torch.set_num_threads(arguments.threads)
     folders = [Path(name) for name in arguments.models]
-    texts = {}
-    if arguments.texts:
-        texts = texts_of(arguments, AutoTokenizer.from_pretrained(folders[0]), arguments.sequence_length)
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(LlamaConfig.from_pretrained(folder).vocab_size for folder in folders)
     prompt = torch.randint(0, vocabulary, (arguments.prompt_tokens,), generator=generator)
@@ -180,7 +190,7 @@ def main() -> None:
                 file = Path(temporary) / f"{len(rows)}.gguf"
                 write_gguf(folder, file, bits)
                 row = {"model": folder.name, "bits": bits, "file_bytes": file.stat().st_size}
-                rows.append(row | {"perplexity": perplexities(file, texts), "prefill": [], "decode": []})
+                rows.append(row | {"prefill": [], "decode": []})
         servers = []
         for index, row in enumerate(rows):
             before = psutil.Process().memory_info().rss

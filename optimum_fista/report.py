@@ -166,7 +166,7 @@ class PruningReport:
     seconds: dict[str, float] = field(default_factory=dict)  # wall time of the parts of the run
     versions: dict[str, str] = field(default_factory=library_versions)
     retrained: bool = False  # whether weights were trained after pruning
-    perplexity: dict[str, Any] | None = None  # dense, pruned, num_tokens, text, vocabulary; `None`: not measured
+    perplexity: dict[str, Any] | None = None  # of dense and pruned, bits_per_byte, num_tokens, text, vocabulary
     environment: dict[str, Any] = field(default_factory=dict)  # dtypes, device, ..., and batches [number, rows, tokens]
     recoveries: list[RecoveryReport] = field(default_factory=list)  # in order
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import sys
 
 import pytest
@@ -33,7 +34,7 @@ def test_a_training_text_has_no_window_that_is_measured_on(benchmark, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("bits", "largest_error"), [(32, 0), (16, 2**-11), (8, 0.5 / 127 + 2**-11), (4, 1 / 8 + 2**-11)]
+    ("bits", "largest_error"), [("32", 0), ("16", 2**-11), ("8", 0.5 / 127 + 2**-11), ("4", 1 / 8 + 2**-11)]
 )
 def test_gguf_files_hold_the_weights(benchmark, tmp_path, bits, largest_error):
     """Transformers reads a Llama back with errors of at most so many times the largest weight of a matrix."""
@@ -45,7 +46,7 @@ def test_gguf_files_hold_the_weights(benchmark, tmp_path, bits, largest_error):
         error = (found[name] - weight).abs().max() / weight.abs().max()
         if weight.ndim == 1:
             assert error == 0
-        elif bits == 4 and name in ("model.embed_tokens.weight", "lm_head.weight"):  # the head keeps 8 bits
+        elif bits == "4" and name in ("model.embed_tokens.weight", "lm_head.weight"):  # the head keeps 8 bits
             assert 0 < error < 0.5 / 127 + 2**-11
         else:
             assert largest_error / 8 <= error <= largest_error
@@ -119,3 +120,29 @@ def test_speed_of_every_variant(benchmark, tmp_path, monkeypatch):
     dense, packed = variants["dense float32"], variants["packed float32"]
     assert (dense["same_tokens"], packed["same_tokens"]) == (None, 1)
     assert packed["weight_bytes"] < dense["weight_bytes"] == 4 * model.num_parameters()
+
+
+def test_the_frontier_is_measured_on_whole_texts_and_resumes(benchmark, tmp_path, monkeypatch, capsys):
+    model, text, script = tiny_llama(intermediate_size=64), tmp_path / "sea.txt", benchmark("frontier")
+    for part in (model, tiny_tokenizer()):
+        part.save_pretrained(tmp_path / "model")
+    text.write_text(TEXT)
+    flags = ["--calibration", str(text), "--texts", str(text), "--bytes", "100", "--work", str(tmp_path)]
+    flags += ["--num-samples", "4", "--sequence-length", "32", "--variants", "dense,channels:0.5,0.5"]
+    flags += ["--formats", "32,8", "--plot", str(tmp_path / "plot.png"), "--output", str(tmp_path / "rows.json")]
+    monkeypatch.setattr(sys, "argv", ["frontier.py", str(tmp_path / "model"), *flags])
+    script.main()
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["format"] for row in rows] == ["32", "8", "32", "8", "packed"]
+    assert rows[0]["bytes"] == 4 * model.num_parameters() > 3 * rows[1]["bytes"]
+    ids, nats = torch.tensor(tiny_tokenizer()(TEXT[:100]).input_ids), 0.0
+    for window in ids[:32], ids[31:63], ids[62:94], ids[93:]:
+        nats += (len(window) - 1) * float(model(window[None], labels=window[None]).loss)
+    assert rows[0]["mean"] == pytest.approx(nats / math.log(2) / 100, rel=1e-2)  # products in bfloat16
+    assert (tmp_path / "plot.png").stat().st_size > 0
+    table = capsys.readouterr().out
+    monkeypatch.setattr(script, "measure", None)
+    script.main()
+    assert table.endswith(capsys.readouterr().out)
+    points = {0: (1.0, 3.0), 1: (2.0, 3.0), 2: (4.0, 1.0), 3: (3.0, 2.0), 4: (5.0, 1.5)}
+    assert script.frontier(points) == [0, 3, 2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import math
 import os
 import sys
 import time
@@ -69,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     def measured(model: Any) -> list[str]:
         found = evaluate_perplexity(model, windows, progress=False, text=text, tokenizer=tokenizer)
-        return [f"{found.perplexity:.2f}", "" if found.bits_per_byte is None else f"{found.bits_per_byte:.3f}"]
+        return [f"{found.perplexity:.2f}", f"{found.bits_per_byte or math.nan:.3f}"]  # only fast tokenizers know bytes
 
     rows = [["dense", "", *measured(dense)]]
     for method, pattern, folder in _RUNS:

@@ -141,7 +141,9 @@ def verdicts(report: PruningReport) -> Iterator[str]:
     if report.perplexity is not None:
         found = report.perplexity
         numbers = f"perplexity {found['dense']:.2f} before and {found['pruned']:.2f} after"
-        yield f"{numbers} ({_verdict(found)}), on {report.measured_on}"
+        bits = "; {dense:.3f} and {pruned:.3f} bits per byte" if "bits_per_byte" in found else ""
+        per_byte = bits.format(**found.get("bits_per_byte", {}))
+        yield f"{numbers} ({_verdict(found)}), on {report.measured_on}{per_byte}"
     if report.operators:
         worst = max(report.operators, key=lambda o: o.fit_error)
         # docs/report.md gives the reasons for these limits

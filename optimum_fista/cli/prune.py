@@ -210,8 +210,12 @@ def _batches(
         measured = tokens[wanted:] if extra else None
     if has_images:
         return [*tokens[:wanted], *({**batch, "held_out": source} for batch in measured or ())]
-    held_out = [] if measured is None else [{"input_ids": measured, "held_out": source}]
-    return [*tokens[:wanted].split(arguments.batch_size), *held_out]
+    batches: list[Tensor | dict[str, Any]] = [*tokens[:wanted].split(arguments.batch_size)]
+    if measured is not None:
+        decoded = "".join(require_tokenizer(arguments.model).batch_decode(measured, skip_special_tokens=True))
+        per_token = len(decoded.encode()) / measured.numel()
+        batches.append({"input_ids": measured, "held_out": source, "bytes_per_token": per_token})
+    return batches
 
 
 def _config(arguments: argparse.Namespace) -> FistaPruningConfig:

@@ -36,6 +36,7 @@ class CalibrationBatch:
     attention_mask: Tensor | None = None  # bool [batch, sequence], True = a real token; None when all are
     held_out: bool = False  # whether no weight is fitted to it
     text: str | None = None  # name of its text, if known
+    bytes_per_token: float | None = None  # of its text in UTF-8, if known
     media: Mapping[str, Tensor] = field(default_factory=dict)  # other arguments of the model: images, types of tokens
 
     @property
@@ -185,7 +186,7 @@ def _read_batch(
     held_out = others.get("held_out")
     text = held_out if isinstance(held_out, str) else None
     mask = None if bool(real.all()) else real.gather(1, order)
-    batch = CalibrationBatch(ids.gather(1, order), mask, bool(held_out), text)
+    batch = CalibrationBatch(ids.gather(1, order), mask, bool(held_out), text, others.get("bytes_per_token"))
     read = media.read(others, ids, real, where) if media.names else []
     if not any(read):
         return [batch]

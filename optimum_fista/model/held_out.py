@@ -42,6 +42,7 @@ class HeldOut:
             CalibrationBatch(torch.cat([row.input_ids for row in group]), media=group[0].media) for group in groups
         ]
         self.text = batches[0].text if batches else None
+        self.bytes_per_token = batches[0].bytes_per_token if batches else None
         self.losses: dict[str, float] = {}  # nats per token; empty until the last decoder layer has run
         self._streams: dict[str, ActivationStore] = {}
         self._calls: dict[str, list[list[LayerCall]]] = {}
@@ -93,8 +94,11 @@ class HeldOut:
             self.losses = {name: sweep.loss(self._streams[name], LOGITS_TOGETHER) for name in _NETWORKS}
 
     def perplexity(self) -> dict[str, Any] | None:
-        """Perplexities of both networks and the number of tokens; `None` if one is not measured or not finite."""
+        """Perplexities of both networks, and bits per byte if known; `None` if one is not measured or not finite."""
         if not self.losses or not all(map(math.isfinite, self.losses.values())):
             return None
         found: dict[str, Any] = {network: math.exp(min(loss, 700.0)) for network, loss in self.losses.items()}
+        if self.bytes_per_token:
+            bits = math.log(2) * self.bytes_per_token
+            found["bits_per_byte"] = {network: loss / bits for network, loss in self.losses.items()}
         return found | {"num_tokens": sum(batch.num_tokens for batch in self.sequences)}

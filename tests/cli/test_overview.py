@@ -23,8 +23,10 @@ QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
 def test_a_verdict_rests_on_enough_text_that_others_wrote(found, word):
     report = PruningReport({}, {}, {})
     report.perplexity = {"dense": 20.0, "pruned": 24.0, "num_tokens": 4096, "text": None, "vocabulary": 64} | found
+    report.perplexity["bits_per_byte"] = {"dense": 1.0, "pruned": 1.25}
     (shown,) = verdicts(report)
     assert f" after ({word}), on {report.perplexity['num_tokens']:,} tokens of text" in shown
+    assert shown.endswith("; 1.000 and 1.250 bits per byte")
 
 
 def test_the_next_commands_can_be_pasted(monkeypatch):

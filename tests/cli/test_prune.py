@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -133,6 +134,9 @@ def test_a_model_that_writes_its_own_text_is_measured_on_another(prune, tmp_path
     assert prune("--method", "wanda", "--calibration", "self") == 0
     found = report_of(tmp_path / "out")["perplexity"]
     assert (found["text"], found["num_tokens"]) == ("pydoc", 4096)
+    per_byte = math.log2(found["dense"]) / found["bits_per_byte"]["dense"]
+    assert per_byte == pytest.approx(math.log2(found["pruned"]) / found["bits_per_byte"]["pruned"])
+    assert 0.8 < per_byte <= 1  # a token is a letter, and the text has some that the tokenizer does not know
     assert "on 4,096 tokens of pydoc that no weight was fitted to" in capsys.readouterr().out
 
 

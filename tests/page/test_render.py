@@ -56,6 +56,10 @@ def test_the_perplexity_is_that_of_the_card(report):
     found = {"dense": 20.0, "pruned": 30.0, "num_tokens": 4096, "text": "self", "vocabulary": 64}
     shown = "Perplexity 30.00 20.00 of the dense model, on 4,096 tokens of text of its own that no weight was"
     assert shown in text_of(dataclasses.replace(report, perplexity=found))
+    found["bits_per_byte"] = {"dense": 1.0, "pruned": 1.25}
+    assert "of the dense model (1.250 and 1.000 bits per byte), on" in text_of(
+        dataclasses.replace(report, perplexity=found)
+    )
     assert "Perplexity" not in text_of(report)
 
 
