@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from killed import Killed, killed_at
+from media_models import save_llava_folder
+from quantized_models import fp8_deepseek
 from tiny_llama import tiny_llama, tiny_tokenizer, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig
@@ -21,12 +23,14 @@ ALIKE = ["README.md", "tokenizer.json", "generation_config.json", "fista/report.
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tiny_folder, text_file, pruned_folder):
-    """What command lines start from: models dense, pruned, packed and in memory, a text."""
+    """What command lines start from: models dense (multimodal and FP8 too), pruned, packed and in memory, a text."""
     folder = tmp_path_factory.mktemp("world")
     assert main(["pack", str(pruned_folder), "-o", str(folder / "packed")]) == 0
     pruner, model = FistaPruner(FistaPruningConfig(method="magnitude"), progress=False), tiny_llama()
     pruner.prune(model, tiny_tokens().split(4))
-    sources = {"dense": tiny_folder, "pruned": pruned_folder, "packed": folder / "packed"}
+    dense = [tiny_folder, save_llava_folder(folder / "multimodal"), fp8_deepseek(folder / "fp8")]
+    tiny_tokenizer().save_pretrained(dense[-1])
+    sources = {"dense": dense, "pruned": pruned_folder, "packed": folder / "packed"}
     return sources | {"text": text_file, "memory": (pruner, model)}
 
 
@@ -81,7 +85,7 @@ def command(chance: random.Random, world: dict, output: str, overwrite: bool) ->
     kind = chance.choice(["prune", "prune", "prune --packed", "pack", "unpack", "save", "save"])
     flags = ["--output", output, *(["--overwrite"] if overwrite else [])]
     if kind.startswith("prune"):
-        flags = [*kind.split(), str(world["dense"]), *flags, *QUICK, "--calibration", str(world["text"])]
+        flags = [*kind.split(), str(chance.choice(world["dense"])), *flags, *QUICK, "--calibration", str(world["text"])]
     elif kind in ("pack", "unpack"):
         flags = [kind, str(world["pruned" if kind == "pack" else "packed"]), *flags]
     return kind, flags

@@ -9,8 +9,7 @@ import pytest
 import torch
 import transformers
 from _pytest.mark import ParameterSet
-from folder_files import bytes_of, files_of, tensors_of
-from killed import Killed, killed_at_write
+from folder_files import bytes_of, tensors_of
 from pruning import same
 from quantized_models import VOCAB_SIZE, compressed_qwen3_moe, fp8_deepseek, mxfp4_gpt_oss
 from safetensors.torch import load_file, save_file
@@ -96,16 +95,6 @@ def test_the_last_block_of_fp8_may_be_smaller(tmp_path):
     assert torch.equal(stored_tensor(model, name), expected)
     assert torch.equal(read_model(str(source)).get_parameter(name), expected)
     assert not [*(tmp_path / "offload").iterdir()]  # nothing is copied
-
-
-@pytest.mark.parametrize("number", [1, 8, 16])
-def test_a_killed_run_resumes_from_a_quantized_source(tmp_path, number):
-    source = fp8_deepseek(tmp_path / "source")
-    prune(source, tmp_path / "expected", method="wanda")
-    with killed_at_write(number), pytest.raises(Killed):
-        prune(source, tmp_path / "pruned", method="wanda")
-    prune(source, tmp_path / "pruned", method="wanda")
-    assert files_of(tmp_path / "pruned") == files_of(tmp_path / "expected")
 
 
 def test_formats_that_cannot_be_read_are_refused_by_name(tmp_path, monkeypatch):

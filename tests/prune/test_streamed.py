@@ -11,6 +11,8 @@ import pytest
 import torch
 from folder_files import files_of
 from killed import Killed, interrupted_after, killed_at_write
+from media_models import save_llava_folder
+from quantized_models import fp8_deepseek
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
@@ -34,9 +36,11 @@ _READ_AGAIN = [
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    """A model of four decoder layers in bfloat16, in two shards, with a tokenizer."""
-    folder = tmp_path_factory.mktemp("source")
+def source(request, tmp_path_factory) -> Path:
+    """A model of four decoder layers in bfloat16, in two shards, with a tokenizer; or the kind that a test asks for."""
+    folder = tmp_path_factory.mktemp("source") / getattr(request, "param", "plain")
+    if folder.name != "plain":
+        return save_llava_folder(folder) if folder.name == "multimodal" else fp8_deepseek(folder)
     save_tiny_folder(folder)
     tiny_llama(num_hidden_layers=LAYERS).to(torch.bfloat16).save_pretrained(folder, max_shard_size="40KB")
     (folder / "model.safetensors").unlink(missing_ok=True)
@@ -46,6 +50,7 @@ def source(tmp_path_factory) -> Path:
 def prune(source: Path, output: Path, config: FistaPruningConfig | None = None, held_out=None, **options):
     batches = [*tiny_tokens().split(4)]
     batches += [] if held_out is None else [{"input_ids": held_out, "held_out": "/texts/sea.txt"}]
+    config = config or FistaPruningConfig(method="wanda" if source.name == "fp8" else "obs_admm")
     return FistaPruner(config, progress=False).prune(str(source), batches, output_dir=output, **options)
 
 
@@ -116,15 +121,21 @@ def cut_off(monkeypatch, target, name, replacement, *arguments, error=Stop, **op
     return raised.value
 
 
-@pytest.mark.parametrize("writes", [*range(1, 23, 3), *range(23, 28)])
-def test_a_run_cut_off_at_any_write_goes_on_to_the_same_bytes(source, whole, tmp_path, writes):
-    with killed_at_write(writes), pytest.raises(Killed):
-        prune(source, tmp_path / "pruned")
-    assert not (tmp_path / "pruned").exists()
-    with pytest.raises((OSError, ValueError)):
-        AutoModelForCausalLM.from_pretrained(unfinished_folder(tmp_path / "pruned"))
-    prune(source, tmp_path / "pruned")
-    assert files_of(tmp_path / "pruned") == files_of(whole)
+_WRITES = {"plain": [*range(1, 23, 3), *range(23, 28)], "multimodal": [9, 25, 27], "fp8": [2, 19, 22]}
+
+
+@pytest.mark.parametrize("third", range(3))
+@pytest.mark.parametrize("source", _WRITES, indirect=True)
+def test_a_run_cut_off_at_any_write_goes_on_to_the_same_bytes(source, whole, tmp_path, third):
+    for writes in _WRITES[source.name][third::3]:
+        output = tmp_path / str(writes)
+        with killed_at_write(writes), pytest.raises(Killed):
+            prune(source, output)
+        assert not output.exists()
+        with pytest.raises((OSError, ValueError)):
+            AutoModelForCausalLM.from_pretrained(unfinished_folder(output))
+        prune(source, output)
+        assert files_of(output) == files_of(whole)
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +232,7 @@ def test_layers_and_budgets_of_another_run_are_not_taken(source, tmp_path, monke
     assert files_of(tmp_path / "wanda") == files_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("source", _WRITES, indirect=True)
 def test_a_full_disk_keeps_what_is_finished(source, whole, tmp_path, monkeypatch):
     flush, flushed = output.flush, []
 
@@ -233,7 +245,7 @@ def test_a_full_disk_keeps_what_is_finished(source, whole, tmp_path, monkeypatch
     refused = cut_off(monkeypatch, output, "flush", full, source, tmp_path / "pruned", error=OSError)
     assert refused.errno == errno.ENOSPC
     assert re.search(
-        r"No space left on device.*: 2 of 4 decoder layers are finished and kept in .*pruned", str(refused)
+        r"No space left on device.*: 2 of [34] decoder layers are finished and kept in .*pruned", str(refused)
     )
     assert not [*unfinished_folder(tmp_path / "pruned").rglob("*.partial")]
     prune(source, tmp_path / "pruned")
