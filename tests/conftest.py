@@ -34,6 +34,14 @@ def _same_random_numbers():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def no_gradients():
+    import torch
+
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """The dense Llama and its tokenizer, saved; do not write to it."""
@@ -60,3 +68,11 @@ def no_pictures():
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(writing, "error_picture", lambda report: None)
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_pictures(request):
+    """Commands and runs save many models; other processes draw their pictures, though."""
+    folder, drawn = request.path.parent.name, ("test_ranks", "test_streamed")
+    if folder in ("cli", "prune", "train") and request.path.stem not in drawn:
+        request.getfixturevalue("no_pictures")

@@ -17,13 +17,6 @@ def through_json(config: FistaPruningConfig) -> FistaPruningConfig:
     return FistaPruningConfig.from_dict(json.loads(json.dumps(config.to_dict())))
 
 
-def test_default_is_half_of_all_operators_together():
-    config = FistaPruningConfig()
-    assert (config.sparsity, config.method, config.error_correction) == (0.5, "obs_admm", None)
-    assert config.pattern_for(DOWN) == Unstructured(0.5, "matrix")
-    assert config.reason_left_dense(DOWN) is None
-
-
 def test_scope_is_that_of_the_method_unless_given():
     assert FistaPruningConfig(method="wanda").pattern_for(DOWN).scope == "row"
     assert FistaPruningConfig(method="wanda", scope="matrix").pattern_for(DOWN).scope == "matrix"

@@ -6,11 +6,6 @@ from tiny_llama import TEXT
 from optimum_fista.cli.main import main
 
 
-@pytest.fixture(autouse=True)
-def _no_pictures(no_pictures):
-    """Commands save many models."""
-
-
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("text") / "sea.txt"

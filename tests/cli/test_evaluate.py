@@ -29,9 +29,3 @@ def test_perplexity_is_that_of_the_model(evaluate, text_file, capsys):
         expected = math.exp(sum(float(tiny_llama()(row[None], labels=row[None]).loss) for row in ids) / 5)
     assert float(shown.split()[1].rstrip(",")) == pytest.approx(expected, abs=2e-3)
     assert float(shown.split()[2]) == pytest.approx(math.log2(expected), abs=2e-4)  # a token is a letter
-
-
-def test_an_error_is_one_line(evaluate, capsys):
-    assert evaluate("--text", "nothing.txt") == 1
-    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert "source='nothing.txt': there is no such file" in error

@@ -42,8 +42,10 @@ def test_a_run_says_what_it_will_do_what_it_cost_and_the_next_commands_which_wor
     for command in commands[:-1]:
         rest = [str(text_file) if word == "wikitext2" else word for word in command[1:]]
         assert main([*rest, *more.get(command[1], [])]) == 0
-    shown = capsys.readouterr().err
-    assert "are trained (all kept weights" in shown  # what `recover` chose
+    shown = capsys.readouterr()
+    assert "are trained (all kept weights" in shown.err  # what `recover` chose
+    assert "14 weights: " in shown.out  # packed
+    assert ": 14 operators keep their pattern, 7,680 of 15,360 weights zero (50.0000%)\n" in shown.out
 
 
 def test_a_pruned_model_and_rounded_rows_are_said(pruned_folder, text_file, tmp_path):

@@ -10,15 +10,10 @@ from toy_layer import ToyLayer, toy_layer
 from optimum_fista.model.correction import Correction, LayerTargets
 from optimum_fista.model.layer_inputs import HiddenStates, LayerActivations, LayerCall
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
 CPU = torch.device("cpu")
 MASKS = [None, torch.tensor([[1, 1, 1], [0, 1, 1]]).bool(), torch.tensor([[1, 1, 0]] * 4).bool()]
 IDS = torch.randint(1, 64, (12, 24), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.no_grad():
-        yield
 
 
 def hidden_states(scale: float = 1.0) -> list[Tensor]:

@@ -12,13 +12,8 @@ from optimum_fista.model.expert_removal import SmallerMixture, experts_of, exper
 from optimum_fista.model.layer_inputs import HiddenStates, LayerActivations, record_inputs
 from optimum_fista.model.parts import find_parts
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.no_grad():
-        yield
 
 
 def mixture_layer(family, batches=None, held_out=0):

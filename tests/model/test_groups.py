@@ -14,15 +14,9 @@ from optimum_fista.model.groups import FinishedParts, is_added_to_output, trace_
 from optimum_fista.model.layer_inputs import LayerActivations, LayerCall, record_inputs
 from optimum_fista.model.operator import LinearOperator
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
 CPU = torch.device("cpu")
 CALL = LayerCall((), {})
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
 
 
 def trace_both(layer: nn.Module, *names: str) -> tuple[list[list[str]], dict[str, str]]:

@@ -12,7 +12,7 @@ from tiny_llama import tiny_llama
 from transformers import AutoModelForCausalLM
 from untouched import Untouched
 
-pytestmark = [pytest.mark.filterwarnings("ignore:out of memory"), pytest.mark.usefixtures("no_pictures")]
+pytestmark = pytest.mark.filterwarnings("ignore:out of memory")
 
 
 def prune_with(error, moment, model, **options):

@@ -22,7 +22,7 @@ from optimum_fista.solve.pattern import unpack_mask
 LAYERS = 5
 TOKENS = tiny_tokens(16, 24)
 BATCHES = TOKENS.split(4)
-TOGETHER = "channels:0.25/4+layers:0.4"
+TOGETHER = "channels:0.25/4+heads:0.5+layers:0.4"
 
 
 def pruner(pattern: str = "layers:0.4", **options) -> FistaPruner:

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from folder_files import files_of, with_changed_report
-from killed import Killed, killed_at_write
-from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
+from folder_files import with_changed_report
+from tiny_llama import tiny_llama, tiny_tokens
 from tiny_models import tiny_model
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 from untouched import Untouched
 
@@ -98,36 +97,6 @@ def test_down_projections_make_up_for_heads_that_go(options):
     assert errors[0] < 0.95 * errors[1]
     kept = {name: value for name, value in dense.state_dict().items() if "gate" in name or "up_proj" in name}
     assert all(torch.equal(repaired.state_dict()[name], value) for name, value in kept.items())
-
-
-def test_files_to_files_gives_the_same_model(saved, streamed):
-    (model, folder), (_, other) = saved, streamed
-    loaded = AutoModelForCausalLM.from_pretrained(other)
-    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
-    verified = verify_checkpoint(other)
-    assert verified == verify_checkpoint(folder)
-    assert verified.num_parameters == model.num_parameters()
-    kept = [[operator.groups_kept for operator in read_report(f).operators] for f in (folder, other)]
-    assert kept[0] == kept[1]
-
-
-@pytest.fixture(scope="module")
-def streamed(tmp_path_factory) -> tuple[Path, Path]:
-    """A dense folder, and what an uninterrupted run from files to files makes of it."""
-    folder = tmp_path_factory.mktemp("streamed")
-    source = save_tiny_folder(folder / "source")
-    pruner().prune(str(source), BATCHES, output_dir=folder / "smaller")
-    return source, folder / "smaller"
-
-
-def test_a_killed_run_resumes_to_the_same_bytes(streamed, tmp_path):
-    source, whole = streamed
-    output = tmp_path / "smaller"
-    with pytest.raises(Killed), killed_at_write(10):
-        pruner().prune(str(source), BATCHES, output_dir=output)
-    assert len(list((tmp_path / "smaller.unfinished" / "journal").glob("layer-*.json"))) == 1
-    pruner().prune(str(source), BATCHES, output_dir=output)
-    assert files_of(output) == files_of(whole)
 
 
 def test_hooks_of_the_user_are_not_copied():

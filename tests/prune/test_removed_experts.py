@@ -26,7 +26,6 @@ from optimum_fista.model.parts import find_parts
 IDLE = (1, 2)
 SOON = ("mixtral", "deepseek_v3", "gpt_oss", "llama4_text")
 MIXTURES = [family for family, outcome in read_outcomes().items() if "experts" in outcome.smaller]
-pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def pruned(model, pattern="experts:0.5", batches=None, output=None, **options):

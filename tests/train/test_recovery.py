@@ -30,11 +30,6 @@ QUICK = {"tokens": 640, "sequence_length": 16, "batch_size": 1, "accumulate": 2,
 QUICK |= {"device": "cpu", "compute_dtype": "float32", "progress": False}
 
 
-@pytest.fixture(autouse=True)
-def _no_pictures(no_pictures):
-    """Every run saves a model."""
-
-
 @pytest.fixture(scope="session")
 def text(tmp_path_factory) -> str:
     file = tmp_path_factory.mktemp("text") / "sea.txt"

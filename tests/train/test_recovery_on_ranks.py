@@ -16,11 +16,6 @@ QUICK = {"tokens": 128, "sequence_length": 16, "batch_size": 1, "accumulate": 2,
 QUICK |= {"device": "cpu", "compute_dtype": "float32", "progress": False}
 
 
-@pytest.fixture(autouse=True)
-def _no_pictures(no_pictures):
-    """Every run saves a model."""
-
-
 @pytest.fixture(scope="module")
 def call(saved, tiny_folder, tmp_path_factory):
     here = tmp_path_factory.mktemp("recovered")
