@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,9 +40,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return tiny_tokenizer()
 
 
-def prune_and_save(model: PreTrainedModel, folder: Path, **options) -> Saved:
+def prune_and_save(model: PreTrainedModel, folder: Path, batches: Any = None, **options) -> Saved:
+    """Prune a model in memory, by default on the tiny tokens, and save it with the tiny tokenizer."""
     pruner = FistaPruner(FistaPruningConfig(**options), progress=False)
-    report = pruner.prune(model, tiny_tokens().split(4), calibration_source="random tokens")
+    report = pruner.prune(model, batches or tiny_tokens().split(4), calibration_source="random tokens")
     pruner.save_pretrained(model, folder, tiny_tokenizer())
     return Saved(model, pruner, report, folder)
 

@@ -6,9 +6,9 @@ import re
 import pytest
 from doc_pages import PAGES, QUICKSTART, python_snippets
 from hub_standin import HubStandIn, connect
+from saved_models import prune_and_save
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
 
-from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder.packed_folder import pack_folder
 
@@ -33,9 +33,7 @@ def test_python_snippets_run(snippet, tmp_path, monkeypatch):
         pytest.importorskip("onnxscript", reason="needs ONNX: pip install onnx onnxscript onnxruntime")
         pytest.importorskip("onnxruntime", reason="needs ONNX Runtime: pip install onnxruntime")
     if '"pruned-2-4"' in snippet or '"model-50-packed"' in snippet:
-        pruner, model = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False), tiny_llama()
-        pruner.prune(model, tiny_tokens().split(4))
-        pruner.save_pretrained(model, tmp_path / "pruned-2-4")
+        prune_and_save(tiny_llama(), tmp_path / "pruned-2-4", pattern="2:4", method="wanda")
         pack_folder(tmp_path / "pruned-2-4", tmp_path / "model-50-packed")
     with HubStandIn(user="your-name") as hub:
         connect(hub, monkeypatch)

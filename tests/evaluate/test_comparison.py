@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from saved_models import prune_and_save
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -26,9 +27,7 @@ def dense_and_pruned(model, folder: Path, **options) -> tuple[Path, Path]:
                 parameter.copy_(torch.linspace(-1, 1, parameter.numel()) + number)
     model = model.bfloat16()
     model.save_pretrained(folder / "dense")
-    run = FistaPruner(FistaPruningConfig(**options), progress=False)
-    run.prune(model, tiny_tokens().split(4))
-    run.save_pretrained(model, folder / "pruned")
+    prune_and_save(model, folder / "pruned", **options)
     return folder / "dense", folder / "pruned"
 
 
@@ -130,11 +129,11 @@ def folders(tmp_path_factory):
     """The dense model, and the same model pruned from files and in memory."""
     place = tmp_path_factory.mktemp("folders")
     save_tiny_folder(place / "dense")
-    pruner, batches = FistaPruner(FistaPruningConfig(method="wanda"), progress=False), tiny_tokens().split(4)
-    pruner.prune(place / "dense", batches, output_dir=place / "files", device="cpu")
-    model = AutoModelForCausalLM.from_pretrained(place / "dense")
-    pruner.prune(model, batches)
-    pruner.save_pretrained(model, place / "memory")
+    options = {"output_dir": place / "files", "device": "cpu", "calibration_source": "random tokens"}
+    FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(
+        place / "dense", tiny_tokens().split(4), **options
+    )
+    prune_and_save(AutoModelForCausalLM.from_pretrained(place / "dense"), place / "memory", method="wanda")
     return place
 
 

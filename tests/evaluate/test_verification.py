@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from saved_models import prune_and_save
 from tiny_llama import tiny_llama
 from torch import Tensor
 
-from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.evaluate.verification import Verification, VerificationError, verify_checkpoint
 from optimum_fista.folder.checkpoint import checkpoint_files
 
@@ -182,9 +182,7 @@ def test_masks_report_and_checkpoint_name_the_same_operators(folder):
     assert broken(folder) == "gone.weight is in the report but not in the checkpoint."
 
 
-def test_an_operator_may_get_all_the_zeros_of_its_group(tokens, tmp_path):
-    model, pruner = tiny_llama(), FistaPruner(FistaPruningConfig(0.998), progress=False)
-    report = pruner.prune(model, tokens.split(4))
+def test_an_operator_may_get_all_the_zeros_of_its_group(tmp_path):
+    report = prune_and_save(tiny_llama(), tmp_path / "model", sparsity=0.998).report
     assert max(operator.target_sparsity for operator in report.operators) == 1
-    pruner.save_pretrained(model, tmp_path / "model")
     assert verify_checkpoint(tmp_path / "model").num_zeros == report.totals["num_zeros"]

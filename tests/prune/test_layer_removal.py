@@ -7,6 +7,7 @@ import torch
 from families import family_model, family_tokens
 from folder_files import files_of, tensors_of
 from killed import Killed, killed_at_write
+from saved_models import prune_and_save
 from shrunken_config import shrunken_config
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from tiny_models import tiny_model
@@ -106,9 +107,7 @@ def streamed(tmp_path_factory):
 
 def test_files_to_files_gives_the_same_model(streamed, tmp_path):
     source, folder = streamed
-    model, run = dense_model(), pruner(TOGETHER)
-    run.prune(model, BATCHES)
-    run.save_pretrained(model, tmp_path / "saved")
+    model = prune_and_save(dense_model(), tmp_path / "saved", BATCHES, pattern=TOGETHER).model
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
     assert verify_checkpoint(folder) == verify_checkpoint(tmp_path / "saved")
@@ -137,9 +136,7 @@ def test_a_killed_run_resumes_to_the_same_bytes_and_does_not_choose_again(stream
 
 
 def test_a_mixture_whose_experts_no_run_can_prune_is_saved(tmp_path):
-    model, run = family_model("jetmoe"), pruner("layers:0.5")
-    run.prune(model, family_tokens())
-    run.save_pretrained(model, tmp_path / "smaller")
+    model = prune_and_save(family_model("jetmoe"), tmp_path / "smaller", family_tokens(), pattern="layers:0.5").model
     assert verify_checkpoint(tmp_path / "smaller").num_parameters == model.num_parameters()
 
 
@@ -185,12 +182,15 @@ def test_families_are_loaded_plainly(family, options, pattern, tmp_path):
 
 
 @pytest.mark.usefixtures("fails_at_the_end")
-def test_a_failure_at_the_end_brings_all_layers_back():
+def test_a_failure_at_the_end_brings_all_parts_back():
     model = dense_model()
+    model(TOKENS, labels=TOKENS).loss.backward()
+    before, gradients = dict(model.named_parameters()), {name: p.grad for name, p in model.named_parameters()}
     layers, config, expected = list(model.model.layers), model.config, logits(model)
-    with pytest.raises(KeyboardInterrupt):
+    with Untouched(model), pytest.raises(KeyboardInterrupt):
         pruner(TOGETHER).prune(model, BATCHES)
     assert list(model.model.layers) == layers
+    assert all(p is before[name] and p.grad is gradients[name] for name, p in model.named_parameters())
     assert model.config is config
     assert [layer.self_attn.layer_idx for layer in layers] == list(range(LAYERS))
     assert torch.equal(logits(model), expected)

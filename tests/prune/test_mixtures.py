@@ -7,6 +7,7 @@ import torch
 from accelerate import cpu_offload
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from saved_models import prune_and_save
 from tiny_models import MOE_FAMILIES, VOCAB_SIZE, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -40,9 +41,7 @@ def same(model: PreTrainedModel, other: PreTrainedModel) -> bool:
 @pytest.mark.parametrize("family", MOE_FAMILIES)
 def test_a_saved_mixture_is_verified_and_reloaded_weight_for_weight(family, options, tokens, tmp_path):
     model = tiny_model(family)
-    prune = pruner(**options)
-    report = prune.prune(model, tokens.split(4))
-    prune.save_pretrained(model, tmp_path / "out")
+    report = prune_and_save(model, tmp_path / "out", tokens.split(4), **options).report
     found = verify_checkpoint(tmp_path / "out")
     experts = sum(o.shape[0] * o.shape[1] for o in report.operators if ".experts." in o.name)
     fused = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 3)
@@ -59,10 +58,8 @@ def test_a_saved_mixture_is_verified_and_reloaded_weight_for_weight(family, opti
 def test_streaming_a_mixture_gives_what_pruning_in_memory_gives(family, tokens, tmp_path):
     model = tiny_model(family)
     model.save_pretrained(tmp_path / "in")
-    in_memory, streamed = pruner(), pruner()
-    in_memory.prune(model, tokens.split(4))
-    in_memory.save_pretrained(model, tmp_path / "memory")
-    streamed.prune(tmp_path / "in", tokens.split(4), output_dir=tmp_path / "streamed")
+    prune_and_save(model, tmp_path / "memory", tokens.split(4))
+    pruner().prune(tmp_path / "in", tokens.split(4), output_dir=tmp_path / "streamed")
     verify_checkpoint(tmp_path / "streamed")
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "streamed"), model)
     masks = [load_file(tmp_path / kind / "fista" / "masks.safetensors") for kind in ("memory", "streamed")]
@@ -118,10 +115,7 @@ def test_zeros_shared_by_gradients_are_the_same_for_all_experts_of_a_kind(tokens
 
 
 def test_a_weight_that_came_back_in_a_fused_tensor_is_found(tokens, tmp_path):
-    model = tiny_model("gpt_oss")
-    prune = pruner(pattern="2:4")
-    prune.prune(model, tokens.split(4))
-    prune.save_pretrained(model, tmp_path / "out")
+    prune_and_save(tiny_model("gpt_oss"), tmp_path / "out", tokens.split(4), pattern="2:4")
     names = [o["name"] for o in json.loads((tmp_path / "out" / "fista" / "report.json").read_text())["operators"]]
     assert "model.layers.1.mlp.experts.gate_up_proj[2, :, 1:96:2]" in names
     file = tmp_path / "out" / "model.safetensors"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from folder_files import with_changed_report
+from saved_models import prune_and_save
 from tiny_llama import tiny_llama, tiny_tokens
 from tiny_models import tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -37,11 +38,8 @@ def logits(model) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> tuple[torch.nn.Module, Path]:
     """A smaller model and its folder."""
-    model, folder = tiny_llama(), tmp_path_factory.mktemp("saved") / "smaller"
-    run = pruner()
-    run.prune(model, BATCHES)
-    run.save_pretrained(model, folder)
-    return model, folder
+    folder = tmp_path_factory.mktemp("saved") / "smaller"
+    return prune_and_save(tiny_llama(), folder, pattern=BOTH).model, folder
 
 
 @pytest.mark.parametrize("method", ["obs_admm", "flap", "alps"])
@@ -113,21 +111,6 @@ def test_hooks_of_the_user_are_not_copied():
     pruner(method="wanda").prune(model, BATCHES)
     assert counter.calls
     assert model.config.intermediate_size == 36
-
-
-@pytest.mark.usefixtures("fails_at_the_end")
-def test_a_failure_while_the_model_becomes_smaller_leaves_it_as_it_was():
-    model = tiny_llama()
-    model(PROBE, labels=PROBE).loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    before, config, expected = dict(model.named_parameters()), model.config, logits(model)
-    with Untouched(model), pytest.raises(KeyboardInterrupt):
-        pruner().prune(model, BATCHES)
-    assert model.config is config
-    assert config.intermediate_size == 48
-    assert all(parameter is before[name] for name, parameter in model.named_parameters())
-    assert all(parameter.grad is gradients[name] for name, parameter in model.named_parameters())
-    assert torch.equal(logits(model), expected)
 
 
 def test_masks_and_reports_are_those_of_the_smaller_weights(saved):

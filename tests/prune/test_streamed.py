@@ -14,7 +14,6 @@ from killed import Killed, interrupted_after, killed_at_write
 from media_models import save_llava_folder
 from quantized_models import fp8_deepseek
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
-from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
@@ -89,21 +88,6 @@ def test_files_become_what_the_model_becomes_in_memory(source, tmp_path, config)
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma3_text"])
-def test_other_families_and_tied_heads(name, tmp_path):
-    model = tiny_model(name)
-    model.save_pretrained(tmp_path / "source")
-    tokens = tiny_tokens()
-    FistaPruner(FistaPruningConfig(0.5), progress=False).prune(model, tokens.split(4))
-    FistaPruner(FistaPruningConfig(0.5), progress=False).prune(
-        tmp_path / "source", tokens.split(4), output_dir=tmp_path / "out"
-    )
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    found = dict(reloaded.named_parameters())
-    for key, expected in model.named_parameters():
-        assert torch.allclose(expected, found[key], atol=1e-6), key
-
-
 class Stop(BaseException):
     """An end that nothing catches."""
 
@@ -145,17 +129,6 @@ def cut_off_half_way(source, tmp_path_factory) -> Path:
     with interrupted_after(1), pytest.raises(KeyboardInterrupt):
         prune(source, output)
     return unfinished_folder(output)
-
-
-def test_finished_layers_are_not_pruned_again(source, whole, cut_off_half_way, tmp_path, monkeypatch):
-    shutil.copytree(cut_off_half_way, unfinished_folder(tmp_path / "pruned"))
-    kept, keep = [], journal.Journal.keep_layer
-    monkeypatch.setattr(
-        journal.Journal, "keep_layer", lambda self, index, *a: [kept.append(index), keep(self, index, *a)]
-    )
-    prune(source, tmp_path / "pruned")
-    assert kept == [2, 3]
-    assert files_of(tmp_path / "pruned") == files_of(whole)
 
 
 def test_what_a_killed_process_was_writing_is_not_left(source, whole, tmp_path, monkeypatch):

@@ -33,16 +33,6 @@ def test_operations_that_mix_devices_are_refused(operation):
         operation(torch.ones(3, 3, device=ONE))
 
 
-def test_the_current_device_is_the_default():
-    assert torch.ones(1, device="simulated").device == ONE
-    with torch.get_device_module("simulated").device(1):
-        assert torch.accelerator.current_device_index() == 1
-        assert torch.ones(1, device="simulated").device == torch.ones(1).to("simulated").device == TWO
-        assert (torch.ones(1, device=ONE) + 1).device == ONE
-    assert torch.accelerator.current_device_index() == 0
-    assert torch.accelerator.current_accelerator(check_available=True).type == "simulated"
-
-
 @pytest.fixture
 def before():
     """Bytes that tests before have left on each device, once nothing more can be collected."""
