@@ -1,9 +1,9 @@
 """Train a small language model from nothing, for measurements that random weights can't give.
 
 `mixtral` is a mixture of 8 experts, 2 a token, balanced by the loss of its family; `gpt_neox` has plain MLPs and
-biases. The tokenizer is a byte-level BPE of the same texts. The last tenth of every text, from the next blank line on,
-is held out: neither model nor tokenizer sees it. Both parts lie under `texts` in the folder. The same command resumes
-from the last checkpoint.
+biases; `gemma3` has norms before and after attention and MLP, and a large vocabulary is most of it. The tokenizer is a
+byte-level BPE of the same texts. The last tenth of every text, from the next blank line on, is held out: neither model
+nor tokenizer sees it. Both parts lie under `texts` in the folder. The same command resumes from the last checkpoint.
 
     python benchmarks/train_small.py --texts openwebtext.txt,wikitext2-test.txt --folder runs/mixture
     python benchmarks/train_small.py --texts openwebtext.txt,wikitext2-test.txt --folder runs/small --bfloat16 \
@@ -27,8 +27,10 @@ from tqdm import trange
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3TextConfig,
     GPTNeoXConfig,
     MixtralConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -70,7 +72,10 @@ def new_model(arguments: Namespace) -> PreTrainedModel:
     sizes |= {"num_attention_heads": arguments.hidden // 32, "max_position_embeddings": arguments.sequence_length}
     sizes |= {"vocab_size": arguments.vocabulary, "bos_token_id": 0, "eos_token_id": 0}
     if arguments.architecture == "gpt_neox":
-        config = GPTNeoXConfig(intermediate_size=arguments.ffn, use_parallel_residual=False, **sizes)
+        config: PreTrainedConfig = GPTNeoXConfig(intermediate_size=arguments.ffn, use_parallel_residual=False, **sizes)
+    elif arguments.architecture == "gemma3":
+        sizes |= {"num_key_value_heads": 1, "head_dim": 32, "query_pre_attn_scalar": 32}
+        config = Gemma3TextConfig(intermediate_size=arguments.ffn, **sizes)
     else:
         sizes |= {"num_local_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": arguments.hidden // 64}
         config = MixtralConfig(
@@ -133,7 +138,7 @@ def main() -> None:
     helps = {
         "texts": "text sources; the last tenth of each is held out",
         "folder": "where model, tokenizer, texts and checkpoint are written",
-        "architecture": "mixtral or gpt_neox",
+        "architecture": "mixtral, gpt_neox or gemma3",
         "ffn": "intermediate channels of an expert, or of an MLP",
         "bfloat16": "products in bfloat16",
         "every": "steps from checkpoint to checkpoint",
@@ -144,8 +149,8 @@ def main() -> None:
     schedule |= {"bfloat16": False}
     files = {"folder": Path("runs/mixture"), "output": Path("runs/train_small.json")}
     arguments = parse_arguments(__doc__, "texts", helps=helps, architecture="mixtral", **sizes, **schedule, **files)
-    if arguments.architecture not in ("mixtral", "gpt_neox"):
-        raise SystemExit(f"--architecture {arguments.architecture} is not known; pass mixtral or gpt_neox.")
+    if arguments.architecture not in ("mixtral", "gpt_neox", "gemma3"):
+        raise SystemExit(f"--architecture {arguments.architecture} is not known; pass mixtral, gpt_neox or gemma3.")
     torch.set_num_threads(arguments.threads)
     set_seed(arguments.seed)
     trained, held_out = split_texts(arguments.texts, arguments.folder)

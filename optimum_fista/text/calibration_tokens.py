@@ -10,7 +10,9 @@ import hashlib
 import json
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -33,17 +35,23 @@ def calibration_tokens(
     sequence_length: int | None = None,
     seed: int = 0,
     *,
+    held_out: int = 0,
     progress: bool = True,
 ) -> Tensor:
     """Token ids int64 [num_samples, sequence_length] to calibrate a model with, which is still dense.
 
     `source` is `"self"` (the model samples its own text), or one of `load_text`. `sequence_length=None` is 2048, or the
-    model's maximum if that is shorter. The seed decides what is sampled or drawn.
+    model's maximum if that is shorter. The seed decides what is sampled or drawn. The first `held_out` sequences are
+    the same for every `num_samples`.
     """
     length = usual_length(model.config) if sequence_length is None else sequence_length
     if source == "self":
-        return sample_text_from_model(model, tokenizer, num_samples, length, seed, progress)
-    return calibration_windows(tokenizer, load_text(source, "calibration"), num_samples, length, seed)
+        counts = {seed: num_samples - held_out} if not held_out else {seed: held_out, seed ^ 1: num_samples - held_out}
+        sampled = [sample_text_from_model(model, tokenizer, n, length, by, progress) for by, n in counts.items()]
+        return torch.cat(sampled)
+    return calibration_windows(
+        tokenizer, load_text(source, "calibration"), num_samples, length, seed, held_out=held_out
+    )
 
 
 def calibration_tokens_by_name(
@@ -53,6 +61,7 @@ def calibration_tokens_by_name(
     sequence_length: int,
     seed: int = 0,
     *,
+    held_out: int = 0,
     device: str | None = None,
     dtype: str = "auto",
     keep_in: Path | None = None,
@@ -63,16 +72,17 @@ def calibration_tokens_by_name(
     """
     if source != "self":
         tokenizer, text = require_tokenizer(name), load_text(source, "calibration")
-        return calibration_windows(tokenizer, text, num_samples, sequence_length, seed)
+        return calibration_windows(tokenizer, text, num_samples, sequence_length, seed, held_out=held_out)
     files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in Path(name).glob("*") if p.is_file())
-    settings = json.dumps([name, files, source, num_samples, sequence_length, seed, dtype])
+    settings = json.dumps([name, files, source, num_samples, sequence_length, seed, held_out, dtype])
     key = hashlib.sha256(settings.encode()).hexdigest()[:16]  # other settings do not overwrite this text
     file = keep_in / SAMPLED_TEXTS.replace("*", key) if keep_in is not None else None
     if file is not None:
         with suppress(FileNotFoundError, SafetensorError):  # it is damaged: the model writes again
             return load_file(file)["tokens"]
     model, own_tokenizer = load_model(name, device=device, dtype=dtype)
-    tokens = calibration_tokens(source, model, own_tokenizer, num_samples, sequence_length, seed, progress=progress)
+    places: dict[str, Any] = {"held_out": held_out, "progress": progress}
+    tokens = calibration_tokens(source, model, own_tokenizer, num_samples, sequence_length, seed, **places)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_file(file, {"tokens": tokens})

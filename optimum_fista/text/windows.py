@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -21,13 +22,15 @@ def calibration_windows(
     sequence_length: int,
     seed: int,
     *,
+    held_out: int = 0,
     add_bos: bool | None = None,
 ) -> torch.Tensor:
     """Draw random windows that do not overlap: token ids, int64, [num_samples, sequence_length].
 
     Several documents are put one after the other in random order, with the tokenizer's EOS between them when
     it has one. One document gives windows from random places. Only about as much text is tokenised as needed. The
-    seed decides every random choice; the global random state is neither used nor changed.
+    seed decides every random choice; the global random state is neither used nor changed. The first `held_out` windows
+    are the same for every `num_samples`.
 
     `add_bos` starts every window with BOS, which counts as a token of it; `None`: if the tokenizer starts texts with it
     or its class is Gemma's.
@@ -37,8 +40,13 @@ def calibration_windows(
     require_seed(seed)
     bos, length = _bos_and_length(tokenizer, add_bos, sequence_length)
     generator = torch.Generator().manual_seed(seed)
-    draw = _windows_of_document if len(text.documents) == 1 else _windows_of_documents
-    return _with_bos(draw(tokenizer, text, num_samples, length, generator), bos)
+    if len(text.documents) > 1:  # windows follow one another, so that the first ones are always the same
+        return _with_bos(_windows_of_documents(tokenizer, text, num_samples, length, generator), bos)
+    first = torch.empty(0, length, dtype=torch.int64)
+    if held_out:
+        first, text = _set_apart(tokenizer, text, held_out, length, generator)
+    rest = _windows_of_document(tokenizer, text, num_samples - held_out, length, generator)
+    return _with_bos(torch.cat([first, rest]), bos)
 
 
 def evaluation_windows(
@@ -120,6 +128,22 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = 
     # verbose=False: a text longer than the model's context is no mistake here.
     encoded = tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+
+
+def _set_apart(
+    tokenizer: PreTrainedTokenizerBase, text: TextSource, count: int, length: int, generator: torch.Generator
+) -> tuple[torch.Tensor, TextSource]:
+    """The first window of each of `count` segments of a document, and the text without these windows."""
+    document, windows = text.documents[0], list[torch.Tensor]()
+    characters = min(_CHARACTERS_PER_TOKEN * length, len(document) // (2 * count))  # less if the text is short
+    segments = _segments(document, max(1, characters))
+    for index in torch.randperm(len(segments), generator=generator).tolist():
+        ids = _tokenise(tokenizer, segments[index])
+        if len(windows) < count and len(ids) >= length:
+            windows.append(ids[:length])
+            segments[index] = tokenizer.decode(ids[length:], clean_up_tokenization_spaces=False)
+    _check_enough(text, len(windows) * length, count, length)
+    return torch.stack(windows), replace(text, documents=("".join(segments),))
 
 
 def _windows_of_document(

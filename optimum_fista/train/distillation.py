@@ -14,68 +14,161 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.utils import ModelOutput
 
-from optimum_fista.evaluate.perplexity import POSITIONS_PER_CHUNK
 from optimum_fista.folder.output import digest_of, errors_of_writing, is_whole, read_record, write_file, write_record
 from optimum_fista.prune.ranks import Ranks
 
 _STATE_RECORD = "files.json"  # in the folder of a state: the best step until then, and digests of the state's files
-_POSITIONS_ON_CPU = 16  # a chunk of the loss: as many as the caches of a CPU hold
+LOGITS_PER_CHUNK = 2**25  # that the loss has at a time: 134 MB in float32, several times
+_POSITIONS_ON_CPU = 16  # of them: as many as the caches of a CPU hold
+_ROUNDING = 0.02  # of a product in bfloat16 by another algorithm
 _SAVE_SECONDS = 120.0
 logger = logging.getLogger(__name__)
 
 
-def divergence(logits: Tensor, teacher: Tensor, labels: Tensor, label_share: float = 0.0) -> Tensor:
-    """Distance of predictions from a teacher's and from the text, on average over positions.
+class Predictor:
+    """A causal language model that is cut before its head, so that only a few positions have logits at a time.
 
-    The distance is `(1 - s) KL(p || q) - s log q(label)`, with `p` of the teacher and `q` of the logits, both
-    [positions, vocabulary], `label` the tokens that follow in the text [positions], and `s = label_share`. The gradient
-    is computed with the value, so that no float32 copy of all logits is held.
+    `logits` is all that the model does after its base model: head, bias, scale, soft-capping. If this gives other
+    logits for a few tokens, the model can't be cut; then whole logits take the place of hidden states.
     """
-    found: Tensor = _Divergence.apply(logits, teacher, labels, label_share)
-    return found
+
+    def __init__(self, model: PreTrainedModel, kept: Tensor | None = None, *, whole: bool = False) -> None:
+        """`kept` are the tokens [vocabulary of the student] that a student has of this model's; `whole`: don't cut."""
+        self._model, self._base, self._output = model, model.get_decoder(), None
+        self._kept = None if kept is None else kept.to(model.device)
+        if not whole:
+            with suppress(Exception), torch.no_grad():  # code of other people: whatever fails, it can't be cut
+                self._output = self._output_if_cut(torch.arange(4, device=model.device)[None])
+
+    def _output_if_cut(self, ids: Tensor) -> type[ModelOutput] | None:
+        expected = self.hidden_states(ids)[1:3]
+        self._output = type(self._base(input_ids=ids, use_cache=False))
+        try:
+            difference = self.logits(self.hidden_states(ids)[1:3]) - expected
+            same = difference.abs().max() <= _ROUNDING * expected.abs().max()
+            return self._output if same else None
+        finally:
+            self._output = None
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether only a few positions have logits at a time."""
+        return self._output is not None
+
+    def hidden_states(self, ids: Tensor, wrapped: Any = None) -> Tensor:
+        """What enters the head at all tokens of `ids` [batch, length] but the last: [batch * (length - 1), hidden].
+
+        `wrapped` is the model in a wrapper that has to be called, such as that of several processes.
+        """
+        found: list[Tensor] = []
+
+        def keep(_: Any, __: Any, output: Any) -> Any:
+            found.append(output.last_hidden_state)
+            return type(output)(last_hidden_state=output.last_hidden_state[:, :1])  # logits of one token
+
+        ids = ids if self._kept is None else self._kept[ids]
+        with self._base.register_forward_hook(keep) if self._output else nullcontext():
+            logits = (wrapped or self._model)(input_ids=ids, use_cache=False).logits
+        return (found[0] if found else logits)[:, :-1].flatten(0, 1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [positions, vocabulary] for hidden states [positions, hidden]."""
+        if self._output:
+            output, ids = self._output(last_hidden_state=hidden[None]), torch.zeros(1, len(hidden)).long()
+            with patch.object(self._base, "forward", lambda *_, **__: output):
+                hidden = self._model.forward(input_ids=ids.to(hidden.device), use_cache=False).logits[0]
+        return hidden if self._kept is None else hidden[:, self._kept]
+
+    def chunks(self, positions: int) -> Iterator[slice]:
+        """Divide positions into parts that have logits at the same time."""
+        vocabulary = self._model.config.get_text_config(decoder=True).vocab_size
+        size = max(_POSITIONS_ON_CPU, LOGITS_PER_CHUNK // vocabulary)
+        return (slice(start, start + size) for start in range(0, positions, size))
 
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, teacher: Tensor, labels: Tensor, label_share: float) -> Tensor:
-        gradient, positions = torch.empty_like(logits), logits.shape[0]
-        total = torch.zeros((), dtype=torch.float32, device=logits.device)
-        chunk = _POSITIONS_ON_CPU if logits.device.type == "cpu" else POSITIONS_PER_CHUNK
-        for start in range(0, positions, chunk):
-            rows = slice(start, start + chunk)
-            log_q, log_p = (values[rows].float().log_softmax(-1) for values in (logits, teacher))  # [chunk, vocabulary]
-            q, p, following = log_q.exp(), log_p.exp(), labels[rows, None]
-            total += (1 - label_share) * log_p.sub_(log_q).mul_(p).sum()
-            if label_share:  # the label may be of no probability
-                total -= label_share * log_q.gather(1, following).sum()
-            # d/d logits = q - (1 - s) p - s [label]: sum p = 1, so that KL and cross-entropy share the q
-            slope = q.sub_(p, alpha=1 - label_share)
-            slope.scatter_add_(1, following, torch.full_like(slope[:, :1], -label_share))
-            gradient[rows] = slope.div_(positions)
+    def forward(
+        ctx: Any, hidden: Tensor, wanted: Tensor, student: Predictor, teacher: Predictor, labels: Tensor, share: float
+    ) -> Tensor:
+        gradient, total = torch.empty_like(hidden), torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for rows in student.chunks(len(hidden)):
+            part = hidden[rows].detach().requires_grad_()
+            with torch.enable_grad():
+                logits = student.logits(part)
+            loss, slope = _loss_and_slope(logits.detach(), teacher.logits(wanted[rows]), labels[rows], share)
+            total += loss
+            gradient[rows] = torch.autograd.grad(logits, part, slope.div_(len(hidden)))[0]
         ctx.save_for_backward(gradient)
-        return total / positions
+        return total / len(hidden)
 
     @staticmethod
-    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.saved_tensors[0] * outward[0], None, None, None
+    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        return ctx.saved_tensors[0] * outward[0], None, None, None, None, None
 
 
-def loss_against_teacher(model: Any, teacher: Any, ids: Tensor, label_share: float) -> Tensor:
-    """The divergence from the teacher and the text, on average over the tokens that `ids` [batch, length] predict."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)  # [batch * (length - 1), vocabulary]
+def _loss_and_slope(logits: Tensor, teacher: Tensor, labels: Tensor, label_share: float) -> tuple[Tensor, Tensor]:
+    """The sum of the divergence over positions, and its gradient by the logits [positions, vocabulary]."""
+    slopes, total = torch.empty_like(logits), torch.zeros((), dtype=torch.float32, device=logits.device)
+    size = _POSITIONS_ON_CPU if logits.device.type == "cpu" else len(logits)
+    for start in range(0, len(logits), size):
+        rows = slice(start, start + size)
+        log_q, log_p = (values[rows].float().log_softmax(-1) for values in (logits, teacher))  # [chunk, vocabulary]
+        q, p, following = log_q.exp(), log_p.exp(), labels[rows, None]
+        total += (1 - label_share) * log_p.sub_(log_q).mul_(p).sum()
+        if label_share:  # the label may be of no probability
+            total -= label_share * log_q.gather(1, following).sum()
+        # d/d logits = q - (1 - s) p - s [label]: sum p = 1, so that KL and cross-entropy share the q
+        slope = q.sub_(p, alpha=1 - label_share)
+        slopes[rows] = slope.scatter_add_(1, following, torch.full_like(slope[:, :1], -label_share))
+    return total, slopes
+
+
+def divergence(
+    student: Predictor, teacher: Predictor, ids: Tensor, label_share: float = 0.0, wrapped: Any = None
+) -> Tensor:
+    """Distance of predictions from a teacher's and from the text, on average over the tokens that `ids` predict.
+
+    The distance is `(1 - s) KL(p || q) - s log q(label)`, with `p` of the teacher, `q` of the student, `label` the
+    token that follows in the text, and `s = label_share`. The gradient by hidden states is computed with the value, a
+    few positions at a time. The head gets no gradient.
+
+    Args:
+        student: The model that is trained.
+        teacher: The other one.
+        ids: Token ids of the student [batch, length].
+        label_share: The share of the text.
+        wrapped: The student in a wrapper that has to be called.
+    """
     with torch.no_grad():
-        wanted = teacher(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-    return divergence(logits, wanted, ids[:, 1:].flatten(), label_share)
+        wanted = teacher.hidden_states(ids)
+    found: Tensor = _Divergence.apply(
+        student.hidden_states(ids, wrapped), wanted, student, teacher, ids[:, 1:].flatten(), label_share
+    )
+    return found
+
+
+def text_loss(student: Predictor, ids: Tensor, wrapped: Any = None) -> Tensor:
+    """The mean negative log-likelihood of the tokens that `ids` [batch, length] predict."""
+    hidden, labels = student.hidden_states(ids, wrapped), ids[:, 1:].flatten()
+    losses = [
+        cross_entropy(student.logits(hidden[rows]).float(), labels[rows], reduction="sum")
+        for rows in student.chunks(len(labels))
+    ]
+    return torch.stack(losses).sum() / len(labels)
 
 
 class DistillationTrainer(Trainer):
@@ -88,6 +181,7 @@ class DistillationTrainer(Trainer):
         self,
         model: PreTrainedModel,
         teacher: PreTrainedModel,
+        kept: Tensor | None,
         label_share: float,
         arguments: TrainingArguments,
         trained_on: Tensor,
@@ -100,19 +194,20 @@ class DistillationTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
             raise ValueError("recover does not know the weights that DeepSpeed and FSDP1 keep: pass --fsdp_version 2.")
-        self._teacher = fsdp2_prepare_model(self.accelerator, teacher) if self.is_fsdp_enabled else teacher
+        sharded = bool(self.is_fsdp_enabled)  # then the head is whole only inside a call of the wrapper
+        teacher = fsdp2_prepare_model(self.accelerator, teacher) if sharded else teacher
+        self._student, self._teacher = Predictor(model, whole=sharded), Predictor(teacher, kept, whole=sharded)
         self._label_share = label_share
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """The divergence from the teacher and the text."""
-        return loss_against_teacher(model, self._teacher, inputs["input_ids"], self._label_share)
+        return divergence(self._student, self._teacher, inputs["input_ids"], self._label_share, model)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[Tensor, None, None]:
         """The mean negative log-likelihood of a token of held-out sequences."""
         ids = self._prepare_inputs(inputs)["input_ids"]
         with torch.no_grad():
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-            loss = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:].flatten())
+            loss = text_loss(self._student, ids, model)
         return loss.nan_to_num(math.inf, math.inf), None, None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

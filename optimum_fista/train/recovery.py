@@ -143,10 +143,10 @@ def recover(
 
 
 def _draw(plan: RecoveryPlan, journal: Path, progress: bool) -> Tensor:
-    """Draw the text as tokens [sequences, length]; the last sequences are held out."""
+    """Draw the text as tokens [sequences, length]; the first sequences are held out."""
     held_out = plan.options.held_out
     numbers = plan.num_sequences + held_out, plan.length, plan.options.seed
-    places: dict[str, Any] = {"device": str(plan.place), "keep_in": journal, "progress": progress}
+    places: dict[str, Any] = {"held_out": held_out, "device": str(plan.place), "keep_in": journal, "progress": progress}
     try:
         return calibration_tokens_by_name(plan.text_model, plan.calibration, *numbers, **places)
     except ValueError as error:
@@ -189,8 +189,8 @@ def _train(
     arguments = _arguments(plan, choice, model, journal, ranks.count, resumed=bool(kept))
     watch = Watch(ranks, progress)
     callbacks: list[Any] = [watch, *([MaskedTrainingCallback(plan.source)] if choice.train == "all" else [])]
-    texts = windows[: plan.num_sequences], windows[plan.num_sequences :]
-    trainer = DistillationTrainer(model, teacher, plan.options.label_share, arguments, *texts, callbacks)
+    texts = windows[plan.options.held_out :], windows[: plan.options.held_out]
+    trainer = DistillationTrainer(model, teacher, plan.kept, plan.options.label_share, arguments, *texts, callbacks)
     try:
         with watch.stopping_at_a_step():
             trainer.train(str(kept[max(kept)]) if kept else None)

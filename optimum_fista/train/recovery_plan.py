@@ -25,7 +25,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import cached_file
 
 from optimum_fista.environment import numerical_environment
-from optimum_fista.folder.checkpoint import CONFIG_FILE, read_report
+from optimum_fista.folder.checkpoint import CONFIG_FILE, VOCABULARY_FILE, kept_tokens, read_report
 from optimum_fista.folder.loading import (
     load_model,
     load_tokenizer,
@@ -42,11 +42,11 @@ from optimum_fista.model.forward import is_fast
 from optimum_fista.report import WORDS_OF_TRAIN, PruningReport
 from optimum_fista.text.calibration_tokens import usual_length
 from optimum_fista.text.sources import require_source
-from optimum_fista.train.distillation import loss_against_teacher
+from optimum_fista.train.distillation import LOGITS_PER_CHUNK, Predictor, divergence
 from optimum_fista.train.recovery_options import RecoveryOptions
 from optimum_fista.train.training import pruned_folder
 
-_USUAL_LENGTH = 512  # tokens: short, because every token of a pass takes 10 bytes for each word of the vocabulary
+_USUAL_LENGTH = 512  # tokens
 _USUAL_STEPS, _MOST_SEQUENCES = 256, 32  # defaults: the number of steps, and the most sequences in a step
 _MARGIN = 0.9  # of the memory that is free: the rest is for what is not counted
 
@@ -68,6 +68,7 @@ class RecoveryPlan:
     place: torch.device
     compute: torch.dtype  # of products
     report: PruningReport  # of the pruned model
+    kept: Tensor | None  # the teacher's token for each of the student's, if the vocabulary was pruned
 
     @property
     def num_sequences(self) -> int:
@@ -119,9 +120,18 @@ def plan_recovery(
     config, tokenizers = read_config(source), [load_tokenizer(source), load_tokenizer(name)]
     sizes = [found.get_text_config(decoder=True).vocab_size for found in (config, read_config(name))]
     known = [tokenizer.get_vocab() for tokenizer in tokenizers if tokenizer is not None]
-    if sizes[0] != sizes[1] or (len(known) == 2 and known[0] != known[1]):
+    kept = _kept_of(source, sizes) if sizes[0] < sizes[1] else None
+    if kept is not None and len(known) == 2:  # the ids that the teacher has for the student's tokens
+        known[0] = {token: int(kept[number]) for token, number in known[0].items() if number < len(kept)}
+        known[1] = {token: number for token, number in known[1].items() if token in known[0]}
+    if (kept is None and sizes[0] != sizes[1]) or (len(known) == 2 and known[0] != known[1]):
         other = f"has another vocabulary ({sizes[1]:,} tokens) than {source!r} ({sizes[0]:,})"
         raise ValueError(f"teacher={name!r} {other}: pass the dense model that this one was pruned from.")
+    if kept is not None and calibration == "self":
+        raise ValueError(
+            f"calibration='self': {source!r} has {sizes[0]:,} of the {sizes[1]:,} tokens that the teacher would write: "
+            "pass a text (--calibration)."
+        )
     text_model = source if calibration != "self" and tokenizers[0] is not None else name
     require_tokenizer(text_model)
     length = asked.sequence_length or min(_USUAL_LENGTH, usual_length(config))
@@ -152,7 +162,15 @@ def plan_recovery(
     text_model = folder_of_teacher if text_model == name else source
     names = source, folder_of_teacher, name, calibration, text_model
     steps = asked.tokens // tokens_of_step
-    return RecoveryPlan(*names, output, asked, length, accumulate, steps, place, compute, report)
+    return RecoveryPlan(*names, output, asked, length, accumulate, steps, place, compute, report, kept)
+
+
+def _kept_of(source: str, sizes: Sequence[int]) -> Tensor | None:
+    """The teacher's id of each token of a student with fewer tokens; `None` if they do not fit together."""
+    if cached_file(source, VOCABULARY_FILE, _raise_exceptions_for_missing_entries=False) is None:
+        return None
+    kept = kept_tokens(pruned_folder(source))
+    return kept if kept is not None and len(kept) == sizes[0] and int(kept.max()) < sizes[1] else None
 
 
 def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
@@ -178,7 +196,9 @@ def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
         inside = 8 * sum(sum(operator.shape) for operator in operators)  # inputs and outputs of operators, a token
         if twice:  # those of one layer at a time, and what enters each layer
             inside = inside // len(layers) + 4 * len(layers) * config.hidden_size
-        needed += plan.options.batch_size * plan.length * (inside + 10 * config.vocab_size)  # and logits
+        tokens = plan.options.batch_size * plan.length
+        needed += tokens * (inside + 12 * config.hidden_size)  # and what enters both heads, with its gradient
+        needed += 20 * min(LOGITS_PER_CHUNK, tokens * config.vocab_size)  # of both, in two dtypes, with their gradient
         if not known or needed <= _MARGIN * min(known) / shared:
             break
     zeros = plan.report.totals["num_zeros"] if kind == "all" else 0
@@ -239,14 +259,14 @@ def _seconds_of_step(plan: RecoveryPlan, choice: Choice) -> float:
     if choice.checkpointed:
         student.gradient_checkpointing_enable()
     teacher, _ = load_model(plan.teacher, device=str(plan.place), dtype=plan.compute)
+    both = Predictor(student.train()), Predictor(teacher.eval(), plan.kept)
     vocabulary = student.get_input_embeddings().num_embeddings
     ids = torch.arange(plan.options.batch_size * plan.length).remainder(vocabulary).view(-1, plan.length).to(plan.place)
     seconds = 0.0
     for _ in range(2):  # the first pass also fills caches
         started = time.perf_counter()
         with torch.autocast(plan.place.type, plan.compute, enabled=plan.compute != torch.float32):
-            loss: Tensor = loss_against_teacher(student.train(), teacher.eval(), ids, plan.options.label_share)
-        loss.backward()
+            divergence(*both, ids, plan.options.label_share).backward()
         torch.get_device_module(plan.place).synchronize()
         seconds = time.perf_counter() - started
     return plan.accumulate * seconds

@@ -67,6 +67,15 @@ def test_windows_of_one_document_are_disjoint_runs(unit, num_samples):
     assert_disjoint_runs(windows)
 
 
+@pytest.mark.parametrize("documents", [[range(WORDS)], [range(i, i + 10) for i in range(0, WORDS, 10)]])
+def test_the_held_out_windows_are_the_same_for_any_number_of_others(documents):
+    draws = [calibration_windows(tokenizer(), source(*documents), n, 30, 0, held_out=5) for n in (6, 20, 80)]
+    for draw in draws:
+        assert torch.equal(draw[:5], draws[0][:5])
+        assert not torch.isin(draw[5:][draw[5:] != EOS], draw[:5]).any()
+    assert draws[0][:5, 0].max() - draws[0][:5, 0].min() > WORDS / 6  # not side by side
+
+
 def test_windows_of_one_document_come_from_everywhere():
     """Means of 200 draws, 3 standard errors; a window never starts at a fixed place of a segment."""
     starts = torch.cat(
