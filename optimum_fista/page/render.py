@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -26,7 +25,6 @@ from optimum_fista.solve.patterns import parse_pattern
 
 STEPS = 9  # colours of a table's scale; style.css has them
 _JOINED = "\u00a0"  # a blank that no line is broken at
-_KINDS_OF_MEMORY = {"anonymous": "anonymous_bytes", "resident": "resident_bytes", "on the GPU": "device_bytes"}
 
 
 def read_pruned_report(folder: Path) -> PruningReport:
@@ -55,23 +53,20 @@ def render_page(report: PruningReport) -> str:
         "breakable": lambda name: Markup(re.sub("([._])", r"\1<wbr>", str(escape(name)))),
     }
     three = partial(error, digits=3, unknown="?")
-    pattern: Any = parse_pattern(report.config["pattern"], report.config["sparsity"])
-    if str(pattern) == "unstructured":
-        pattern = f"{100 * pattern.sparsity:g}% unstructured"
+    pattern = parse_pattern(report.config["pattern"], report.config["sparsity"])
+    shown = pattern if pattern.fixed else f"{100 * pattern.sparsity:g}% {pattern}"
     zeros = [operator.sparsity for operator in report.operators]
     outputs = [operator for operator in report.operators if operator.output_error is not None]
     held_out = [operator for operator in report.operators if operator.held_out_fit_error is not None]
-    memory = {
-        name: [None if layer.memory is None else getattr(layer.memory, key) for layer in report.layers]
-        for name, key in _KINDS_OF_MEMORY.items()
-    }
+    kinds = {"anonymous": "anonymous_bytes", "resident": "resident_bytes", "on the GPU": "device_bytes"}
+    memory = {name: [getattr(layer.memory, key, None) for layer in report.layers] for name, key in kinds.items()}
     memory_peaks = {name: max(known) for name, held in memory.items() if (known := [h for h in held if h is not None])}
     names = [layer.name for layer in report.layers]
     moved = {"hidden states": [layer.hidden_state_error for layer in report.layers]}
     return environment.get_template("page.html").render(
         report=report,
         totals=report.totals,
-        title=f"{report.model['name'].split('/')[-1] or report.model['class']}, {pattern}",
+        title=f"{report.model['name'].split('/')[-1] or report.model['class']}, {shown}",
         colours=range(STEPS),
         errors=by_operator(report.operators, "fit error", lambda o: o.fit_error, three),
         output_errors=outputs and by_operator(outputs, "output error", lambda o: o.output_error or 0.0, three),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -58,8 +58,8 @@ def prune_layers(
     last = max((index for index in pruned if index in todo), default=-1)  # later layers need not run
     first = 0 if calibration.states is None else min(todo)
     report.left_dense = dict(plan.left_dense)
-    with closing(Progress(num_done)) as bar:
-        callbacks = (bar, *plan.callbacks) if plan.progress else plan.callbacks
+    with closing(Progress(num_done)) if plan.progress else nullcontext() as bar:
+        callbacks = plan.callbacks if bar is None else (bar, *plan.callbacks)
         for callback in callbacks:
             callback.on_layers_begin(len(plan.layers), {i: 1 + c for i, c in enumerate(plan.costs) if i in todo})
         calibration = retried(partial(record, plan), calibration, "the embeddings", plan, report)

@@ -75,12 +75,14 @@ class Plan:
 
     def with_budgets(self, budgets: Budgets) -> Plan:
         """Return the plan with the zeros of every operator, and without the decoder layers to remove."""
-        before, gone = (self.operators, self.left_dense, self.config), dict(budgets.removed_layers)
-        removal, operators, left, config = self.removal.applied(*before, gone)
+        gone, plan = dict(budgets.removed_layers), replace(self, budgets=budgets)
+        if not gone:
+            return plan
+        assert isinstance(self.removal, PartsRemoval)
+        removal, operators, left, config = self.removal.applied(self.operators, self.left_dense, self.config, gone)
         stay = [index for index in range(len(self.layers)) if index not in gone]
-        source = self.source.renamed(stay, len(self.layers)) if gone else self.source
-        plan = replace(self, budgets=budgets, removal=removal, config=config, source=source)
-        return replace(plan, operators=operators, left_dense=left)
+        source = self.source.renamed(stay, len(self.layers))
+        return replace(plan, removal=removal, config=config, source=source, operators=operators, left_dense=left)
 
     @property
     def as_stored(self) -> bool:
@@ -136,10 +138,11 @@ def plan_run(
     removal = Removal(layers)
     if config.whole_parts is not None:
         removal, asked, config = PartsRemoval.planned(layers, config)
-    chosen, found = choose_operators(layers, config.exclude, config.reason_left_dense)
-    for name, operator in ((n, o) for group in chosen.values() for n, o in group.items()):
+    operators, left_dense = choose_operators(layers, config.exclude, config.reason_left_dense)
+    for name, operator in ((n, o) for group in operators.values() for n, o in group.items()):
         config.pattern_for(name).require_shape(operator.shape, name)
-    removal, operators, left_dense, config = removal.applied(chosen, found, config, {})
+    if isinstance(removal, PartsRemoval):
+        removal, operators, left_dense, config = removal.applied(operators, left_dense, config, {})
     # to remove experts or decoder layers, no operator need be pruned
     if not any(operators.values()) and not removal.num_removed_layers and not removal.mixtures:
         shown = first_names([f"{name} ({why})" for name, why in left_dense.items()]) or "none"

@@ -47,7 +47,7 @@ Operators = Mapping[str, Mapping[str, LinearOperator]]  # to prune, by the names
 Reasons = Mapping[str, str]  # why other operators stay dense
 Losses = Mapping[int, float]  # removed decoder layers, each with the loss after its removal
 Reports = list[OperatorReport]
-Applied = tuple["Removal", Operators, Reasons, FistaPruningConfig]
+Applied = tuple["PartsRemoval", dict[str, dict[str, LinearOperator]], dict[str, str], FistaPruningConfig]
 Chosen = tuple[list[Group], dict[str, str], nn.Module | None]
 Leaving = tuple[HiddenStates, Reports, MixtureReport | None]
 Tensors = dict[str, Tensor]
@@ -61,13 +61,6 @@ class Removal:
     mixtures: Mapping[str, Part] = field(default_factory=dict)  # that lose experts, by their decoder layers
     num_removed_layers: int = 0
     removed_layers: Losses = field(default_factory=dict)  # empty until they are chosen
-
-    def applied(self, operators: Operators, left_dense: Reasons, config: FistaPruningConfig, gone: Losses) -> Applied:  # noqa: ARG002
-        """Apply the removal to the operators to prune, and to the reasons why others stay dense.
-
-        Returns the removal (with the decoder layers `gone`), and a configuration with patterns for new operators.
-        """
-        return self, operators, left_dense, config
 
     def before(self, layer_name: str, groups: list[Group], activations: LayerActivations, hidden: Tensor) -> Chosen:  # noqa: ARG002
         """Choose the groups to prune in a decoder layer, and prove that zeros there equal their removal.
@@ -189,11 +182,12 @@ class PartsRemoval(Removal):
         return not (updates or refits or (repairs and correction.residual_share > 0))
 
     def applied(self, operators: Operators, left_dense: Reasons, config: FistaPruningConfig, gone: Losses) -> Applied:
-        """See `Removal.applied`. It also adds operators that may compensate for removed parts.
+        """Apply the removal to the operators to prune, and to the reasons why others stay dense.
 
-        If the residual correction is on, this is done in a decoder layer that loses heads or comes after a removed one:
-        its last operator is refitted, unless it loses columns itself. `before` finds out which operator is the last,
-        when the layer runs.
+        Returns the removal (with the decoder layers `gone`), and a configuration with patterns for new operators. These
+        may compensate for removed parts. If the residual correction is on, this is done in a decoder layer that loses
+        heads or comes after a removed one: its last operator is refitted, unless it loses columns itself. `before`
+        finds out which operator is the last, when the layer runs.
         """
         removal, correction = self, self.asked.correction
         if gone:

@@ -59,12 +59,12 @@ def calibration_tokens_by_name(
     source: str,
     num_samples: int,
     sequence_length: int,
-    seed: int = 0,
+    seed: int,
     *,
     held_out: int = 0,
     device: str | None = None,
     dtype: str = "auto",
-    keep_in: Path | None = None,
+    keep_in: Path,
     progress: bool = True,
 ) -> Tensor:
     """Do the same for a model given by name; it is loaded, in this dtype, only if it samples its own text. `keep_in` is
@@ -76,16 +76,14 @@ def calibration_tokens_by_name(
     files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in Path(name).glob("*") if p.is_file())
     settings = json.dumps([name, files, source, num_samples, sequence_length, seed, held_out, dtype])
     key = hashlib.sha256(settings.encode()).hexdigest()[:16]  # other settings do not overwrite this text
-    file = keep_in / SAMPLED_TEXTS.replace("*", key) if keep_in is not None else None
-    if file is not None:
-        with suppress(FileNotFoundError, SafetensorError):  # it is damaged: the model writes again
-            return load_file(file)["tokens"]
+    file = keep_in / SAMPLED_TEXTS.replace("*", key)
+    with suppress(FileNotFoundError, SafetensorError):  # it is damaged: the model writes again
+        return load_file(file)["tokens"]
     model, own_tokenizer = load_model(name, device=device, dtype=dtype)
     places: dict[str, Any] = {"held_out": held_out, "progress": progress}
     tokens = calibration_tokens(source, model, own_tokenizer, num_samples, sequence_length, seed, **places)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(file, {"tokens": tokens})
+    keep_in.mkdir(parents=True, exist_ok=True)
+    write_file(file, {"tokens": tokens})
     return tokens
 
 

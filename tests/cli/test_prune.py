@@ -144,8 +144,8 @@ def test_a_model_that_writes_its_own_text_is_measured_on_another(prune, tmp_path
 def test_sampled_text_that_is_damaged_or_of_another_model_is_sampled_again(tiny_folder, tmp_path, change):
     source, keep = Path(shutil.copytree(tiny_folder, tmp_path / "model")), tmp_path / "journal"
 
-    def tokens(kept: Path | None) -> torch.Tensor:
-        return calibration_tokens_by_name(str(source), "self", 4, 8, device="cpu", keep_in=kept)
+    def tokens(kept: Path) -> torch.Tensor:
+        return calibration_tokens_by_name(str(source), "self", 4, 8, 0, device="cpu", keep_in=kept)
 
     first = tokens(keep)
     (file,) = keep.iterdir()
@@ -153,7 +153,7 @@ def test_sampled_text_that_is_damaged_or_of_another_model_is_sampled_again(tiny_
         tiny_llama(initializer_range=1.0).save_pretrained(source)
     else:
         file.write_bytes(file.read_bytes()[:-8])
-    wanted = tokens(None)
+    wanted = tokens(tmp_path / "elsewhere")
     assert torch.equal(first, wanted) == (change != "another model")
     assert torch.equal(tokens(keep), wanted)
 

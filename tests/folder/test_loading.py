@@ -188,7 +188,7 @@ def test_eight_bit_floats_are_not():
 def test_text_for_a_gguf_file_is_cut_without_its_weights(gguf_folder, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("the moth " * 200)
     monkeypatch.setattr(loading, "read_model", None)
-    tokens = calibration_tokens_by_name(str(gguf_folder), str(tmp_path / "text.txt"), 3, 8, keep_in=tmp_path / "kept")
+    tokens = calibration_tokens_by_name(str(gguf_folder), str(tmp_path / "text.txt"), 3, 8, 0, keep_in=tmp_path)
     assert tokens.shape == (3, 8)
 
 
