@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,14 +85,18 @@ def test_bad_lines_are_named(prune, capsys, line, message):
     assert not [path for path in Path().iterdir() if path.suffix not in (".png", ".jsonl")]
 
 
-def test_images_for_a_model_of_text_and_for_commands_of_text_are_refused(prune, tiny_folder, capsys):
+def test_images_without_a_processor_and_for_commands_of_text_are_refused(prune, folder, tiny_folder, capsys):
     assert prune(lines("red"), "--num-samples", "6") == 1
     assert "has 5 lines, and num_samples=6 needs as many: pass num_samples=5" in capsys.readouterr().err
+    bare = shutil.copytree(folder, "bare", ignore=shutil.ignore_patterns("processor_config.json"))
     for command in (
         ["prune", str(tiny_folder), "-o", "out", "--calibration", "lines.jsonl"],
+        ["prune", str(bare), "-o", "out", "--calibration", "lines.jsonl"],
         ["evaluate", str(tiny_folder), "--text", "lines.jsonl"],
     ):
         assert main(command) == 1
     said = capsys.readouterr().err
     assert "has no processor, so it can't be calibrated with images" in said
+    assert "a directory containing a preprocessor_config.json file" in said
+    assert not [path for path in Path().iterdir() if path.name.startswith("out")]
     assert "'lines.jsonl' has images, which only the calibration of optimum-fista prune takes" in said

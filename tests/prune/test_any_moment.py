@@ -9,8 +9,11 @@ from accelerate import cpu_offload
 from any_moment import assert_same_files, assert_same_result, moments, prune
 from raising import InterruptAt, RaiseAt
 from tiny_llama import tiny_llama
+from torch.overrides import _get_current_function_mode
 from transformers import AutoModelForCausalLM
 from untouched import Untouched
+
+from optimum_fista.model import forward
 
 pytestmark = pytest.mark.filterwarnings("ignore:out of memory")
 
@@ -88,3 +91,25 @@ def test_one_interrupt_after_another(share, make):
         end = interrupted(first)
         for second in moments(end - first, share // 50):
             interrupted(first, first + second)
+
+
+@pytest.mark.parametrize("share", [4, pytest.param(100, marks=pytest.mark.slow)])
+def test_ctrl_c_in_a_run_from_a_bfloat16_folder(share, tmp_path, monkeypatch):
+    """Where bfloat16 is slow, and all products inside the run are widened."""
+    monkeypatch.setattr(forward, "is_fast", lambda *_: False)
+    tiny_llama().bfloat16().save_pretrained(source := tmp_path / "source")
+    report = prune(source, output_dir=tmp_path / "expected")
+    assert report.environment["products"] == "widened"
+    with InterruptAt() as whole:
+        prune(source, output_dir=tmp_path / "whole")
+    for moment in moments(whole.count, whole.count // share):
+        output = tmp_path / str(moment)
+        with InterruptAt(moment), suppress(KeyboardInterrupt):
+            prune(source, output_dir=output)
+        assert forward._PRODUCTS.get() == "float32"
+        assert _get_current_function_mode() is None
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert (torch.get_default_dtype(), torch.get_float32_matmul_precision()) == (torch.float32, "highest")
+        if not output.exists():  # the very end waits for the signal
+            prune(source, output_dir=output)
+        assert_same_files(output, tmp_path / "expected")

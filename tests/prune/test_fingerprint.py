@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from killed import interrupted_after
+from quantized_models import fp8_deepseek
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_llama import tiny_llama, tiny_tokens
@@ -84,13 +85,14 @@ def test_weights_are_read_again_only_if_their_file_changed(source, cut_off, monk
     prune(source)
 
 
+@pytest.mark.parametrize("write", [None, fp8_deepseek])
 @pytest.mark.parametrize(("after", "kept"), [("keep_budgets", {"budgets"}), ("keep_layer", {"budgets", "layer-00000"})])
-def test_weights_that_change_while_they_are_pruned_end_the_run(source, monkeypatch, after, kept):
-    keep = getattr(Journal, after)
+def test_weights_that_change_while_they_are_pruned_end_the_run(source, monkeypatch, tmp_path, after, kept, write):
+    keep, source = getattr(Journal, after), source if write is None else write(tmp_path / "quantized")
 
     def change(*arguments):
         keep(*arguments)
-        zero(source / "model.safetensors", "model.layers.1.self_attn.k_proj.weight")
+        zero(source / "model.safetensors", "model.layers.1.self_attn.o_proj.weight")
 
     with monkeypatch.context() as patched:
         patched.setattr(Journal, after, change)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from folder_files import tensors_of
 from hub_standin import hub_fixture, run_with_hub  # noqa: F401
+from media_models import save_llava_folder
+from quantized_models import fp8_deepseek
 from safetensors.torch import load_file, save_file
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
 from tiny_models import tiny_model
@@ -241,14 +243,25 @@ def test_tensors_that_are_there_twice_are_refused(tmp_path):
     first, last, *_ = sorted((tmp_path / "two").glob("*.safetensors"))
     name = next(iter(load_file(first)))
     save_file(load_file(last) | {name: load_file(first)[name] + 1}, last, {"format": "pt"})
+    scale = "model.layers.1.mlp.experts.0.up_proj.weight_scale_inv"
+    tensors = load_file(fp8_deepseek(tmp_path / "fp8") / "model.safetensors")
+    (tmp_path / "fp8" / "model.safetensors").rename(tmp_path / "fp8" / "all.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "all.safetensors") | {scale: "more.safetensors"}}
+    (tmp_path / "fp8" / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({scale: tensors[scale] * 2}, tmp_path / "fp8" / "more.safetensors", {"format": "pt"})
+    save_llava_folder(tmp_path / "llava")
+    tensors, norm = load_file(tmp_path / "llava" / "model.safetensors"), "language_model.norm.weight"
+    save_file(tensors | {f"model.{norm}": torch.ones(32)}, tmp_path / "llava" / "model.safetensors", {"format": "pt"})
     pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
     for folder, said in (
         ("one", r"norm\.weight .* model\.norm\.weight .*, with different values"),
         ("two", f"holds {name} twice"),
+        ("fp8", f"holds {scale} twice"),
+        ("llava", rf"norm\.weight .* model\.{norm} .*, with different values"),
     ):
         with pytest.raises(ValueError, match=said):
             pruner.prune(tmp_path / folder, tiny_tokens().split(4), output_dir=tmp_path / "out")
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["fp8", "llava", "one", "two"]
 
 
 def test_files_that_no_longer_fit_a_model_in_memory_are_named(tmp_path):
