@@ -331,9 +331,8 @@ def flush(path: Path) -> None:
 
 def write_record(path: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
     """Write the tensors of a record, then its plain values as JSON with their digest."""
-    record: dict[str, Any] = {"values": values, "tensors": None}
-    if tensors is not None:
-        record["tensors"] = write_tensors(path.with_suffix(".safetensors"), tensors)
+    sha256 = None if tensors is None else write_tensors(path.with_suffix(".safetensors"), tensors)
+    record = {"values": values, "tensors": sha256}
     write_file(path, json.dumps({"sha256": _digest(record), **record}, indent=1))
 
 

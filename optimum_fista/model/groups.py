@@ -187,8 +187,7 @@ class FinishedParts:
                 output = found if rest is None else (found, *rest)
             else:
                 output = forward(*arguments, **keywords)
-            split = split_output(output) if part in outputs else None
-            if split is not None:
+            if part in outputs and (split := split_output(output)) is not None:
                 outputs[part].append(split[0], copy=True)
                 rests[part] = split[1]
             return output

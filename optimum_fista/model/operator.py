@@ -194,9 +194,8 @@ class FusedExperts:
             expected = original(*arguments, **keywords)
         self._checked = True
         difference, size = (float(each.detach().float().norm()) for each in (output.detach() - expected, expected))
-        is_rounded = torch.get_float32_matmul_precision() != "highest"
-        exact = {torch.float64: 1e-6} if is_rounded else {torch.float64: 1e-6, torch.float32: 1e-3}
-        if not difference <= exact.get(output.dtype, 2e-2) * size:  # so that NaN is refused
+        exact = 2e-2 if torch.get_float32_matmul_precision() != "highest" else 1e-3
+        if not difference <= {torch.float64: 1e-6, torch.float32: exact}.get(output.dtype, 2e-2) * size:  # or NaN
             raise UnsupportedArchitectureError(
                 f"{self.name} ({type(self.module).__name__}) computes its experts in an unknown way: to "
                 f"prune the rest of the model and leave them dense, pass exclude=['*.{self.name.rsplit('.', 1)[-1]}']."

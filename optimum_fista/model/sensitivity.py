@@ -153,9 +153,7 @@ class _Watcher:
 def _recomputed_layers(loss: DenseLoss, bar: tqdm) -> Iterator[ActivationStore]:
     """Compute gradients for activations, not for weights; decoder layers are recomputed in the backward pass.
 
-    `bar` counts the runs of decoder layers.
-
-    Yields the store of the hidden states that enter decoder layers: clear it between two passes.
+    `bar` counts their runs. Yields the store of the hidden states that enter them: clear it between two passes.
     """
     model, layers = loss.layers.model, loss.layers.modules
     device = execution_device(model.get_input_embeddings())

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,15 +70,8 @@ class Shrinking:
         return tensor if part is None else part.shrink(name, tensor, kept[part.name])
 
 
-def plan_shrinking(
-    model: PreTrainedModel,
-    *,
-    channels: int | None = None,
-    heads: int | None = None,
-    experts: int | None = None,
-    layers: Sequence[int] | None = None,
-) -> Shrinking:
-    """Plan a smaller model from the numbers of parts that each decoder layer keeps and of the `layers` that stay.
+def plan_shrinking(model: PreTrainedModel, *, layers: Sequence[int] | None = None, **numbers: int) -> Shrinking:
+    """Plan a smaller model from the numbers of parts that each decoder layer keeps, by kind, and the `layers` left.
 
     The smaller model is built, without weights, from the changed configuration. Every tensor must have the shape that
     shrinking gives it. Modules may differ from those of the model in sizes and in the numbers of their decoder layers,
@@ -97,12 +90,10 @@ def plan_shrinking(
                 f"{name} has shape {tuple(tensor.shape)}, but {type(model.config).__name__} describes "
                 f"{described.get(name, 'no such tensor')}: pass a model as from_pretrained loads it."
             )
-    asked: dict[Kind, int | None] = {"channels": channels, "heads": heads, "experts": experts}
-    numbers = {kind: count for kind, count in asked.items() if count is not None}
     gone = tuple(f"{prefix}.{number}." for number in range(total) if number not in stay)
     sizes, parts, counts = dict[str, Any](), dict[str, Part](), dict[str, int]()
     for kind, count in numbers.items():
-        found = find_parts(model, kind)
+        found = find_parts(model, cast(Kind, kind))
         sizes |= found.sizes(count)
         left = {part.name: part for part in found.parts if not part.name.startswith(gone)}
         parts |= left

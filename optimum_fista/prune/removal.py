@@ -159,7 +159,7 @@ class PartsRemoval(Removal):
             counts=counts,
             smaller=smaller,
             columns=columns,
-            experts=plan_shrinking(model, experts=counts.get("experts")),
+            experts=plan_shrinking(model, layers=None, **{k: n for k, n in counts.items() if k == "experts"}),
         )
         return removal, asked, config
 

@@ -149,7 +149,6 @@ class Unstructured(SparsityPattern):
         return cls(0.5 if sparsity is None else float(sparsity), scope) if text == "unstructured" else None
 
     def __str__(self) -> str:
-        """`"unstructured"`."""
         return "unstructured"
 
 

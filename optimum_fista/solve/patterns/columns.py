@@ -40,16 +40,13 @@ class Columns(SparsityPattern):
         found = re.fullmatch(r"columns:(?:(\d+)of(\d+)|([\d.]+(?:e-\d+)?))(?:x(\d+))?", text)
         if found is None:
             return None
-        kept, groups, share, width = found.groups()
+        kept, groups, share, width = found.groups(default="1")
         try:
-            if share is None:
-                return cls.keeping(int(kept), int(groups), int(width or 1))
-            return cls(float(share), scope, int(width or 1))
+            return cls.keeping(int(kept), int(groups), int(width)) if found[1] else cls(float(share), scope, int(width))
         except ValueError as error:  # of a number, or of `__post_init__`
             raise ValueError(f"pattern={text!r}: {error}") from None
 
     def __str__(self) -> str:
-        """The text that `read` takes."""
         width = f"x{self.width}" if self.width > 1 else ""
         if self.groups is None:
             return f"columns:{self.sparsity!r}{width}"  # `repr` keeps every digit, as a share in a report must

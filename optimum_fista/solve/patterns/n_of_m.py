@@ -39,7 +39,6 @@ class NOfM(SparsityPattern):
         return cls(1 - n / m, scope, span=m)
 
     def __str__(self) -> str:
-        """`"n:m"`."""
         return f"{self.num_kept((1, self.span or 1))}:{self.span}{'-pairs' if self.width == 2 else ''}"
 
 

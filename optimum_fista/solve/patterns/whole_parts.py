@@ -105,7 +105,6 @@ class WholeParts(SparsityPattern):
         return cls(max(part.share for part in shares), scope, shares=tuple(shares))
 
     def __str__(self) -> str:
-        """The text that `read` takes."""
         return "+".join(map(str, self.shares)) if self.size is None else f"bytes:{self.size!r}"
 
     def require_shape(self, shape: tuple[int, ...], name: str = "weight") -> NoReturn:
