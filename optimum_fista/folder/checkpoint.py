@@ -61,10 +61,8 @@ def require_name(name: str) -> None:
         try:
             validate_repo_id(name)
         except HFValidationError as error:
-            raise ValueError(
-                f"model={name!r} is neither a folder that exists nor a Hub id: pass a model folder, or 'owner/name'."
-                f"{closest_folder(name)}"
-            ) from error
+            why = "is neither a folder that exists nor a Hub id: pass a model folder, or 'owner/name'"
+            raise ValueError(f"model={name!r} {why}.{closest_folder(name)}") from error
 
 
 def require_files(folder: Path, *names: str) -> None:

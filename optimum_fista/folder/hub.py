@@ -96,14 +96,11 @@ def require_push(repo_id: str, token: str | None = None) -> None:
     names = [user["name"], *(organization["name"] for organization in user.get("orgs", ()))]
     namespace = repo_id.rpartition("/")[0] or user["name"]
     if namespace not in names:
-        raise ValueError(
-            f"repo_id={repo_id!r}: {user['name']}, whose token this is, can't write to {namespace!r}: pass one of "
-            f"{', '.join(f'{name}/...' for name in names)}"
-        )
+        why = f"{user['name']}, whose token this is, can't write to {namespace!r}"
+        raise ValueError(f"repo_id={repo_id!r}: {why}: pass one of {', '.join(f'{name}/...' for name in names)}")
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":  # others may write, or write to some
-        raise ValueError(
-            f"repo_id={repo_id!r}: the token can only read: pass one that can write (https://hf.co/settings/tokens)"
-        )
+        advice = "pass one that can write (https://hf.co/settings/tokens)"
+        raise ValueError(f"repo_id={repo_id!r}: the token can only read: {advice}")
 
 
 def require_repo_id(repo_id: str) -> None:

@@ -155,10 +155,8 @@ def read_model(name: str, **options: Any) -> PreTrainedModel:
     model, info = _read(kind, name, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     if missing:  # Transformers warns and takes random values
-        raise ValueError(
-            f"model={name!r} can't be loaded: its files lack {len(missing)} tensors that its config.json asks for, "
-            f"such as {missing[0]}. Download it again."
-        )
+        why = f"its files lack {len(missing)} tensors that its config.json asks for, such as {missing[0]}"
+        raise ValueError(f"model={name!r} can't be loaded: {why}. Download it again.")
     return model
 
 
@@ -258,9 +256,8 @@ def storage_place(name: str | torch.device | Path | None) -> Storage | None:
     except ValueError as error:
         if Path(str(name)).is_dir():  # a device comes first: a folder called `cpu` is `./cpu`
             return Path(str(name))
-        raise ValueError(
-            f"storage_device={str(name)!r}: pass a device such as 'cpu', 'disk', or a folder that exists ({error})"
-        ) from error
+        wanted = f"a device such as 'cpu', 'disk', or a folder that exists ({error})"
+        raise ValueError(f"storage_device={str(name)!r}: pass {wanted}") from error
 
 
 def floating_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -124,10 +124,8 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except Timeout as error:
-            raise BlockingIOError(
-                f"output_dir={str(output_dir)!r} is being written by another run: wait until it has ended, or pass "
-                "another folder."
-            ) from error
+            why = "is being written by another run: wait until it has ended, or pass another folder"
+            raise BlockingIOError(f"output_dir={str(output_dir)!r} {why}.") from error
         except OSError as error:
             what = f"output_dir={str(output_dir)!r} can't be written to ({error.strerror}), nothing was done: pass "
             raise OSError(error.errno, f"{what}another folder, or make this one writable", error.filename) from error
@@ -135,9 +133,8 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
         at_the_end.callback(Path(lock.lock_file).unlink, missing_ok=True)
         ours = folder.is_dir() and not folder.is_symlink() and ((folder / _MARK).exists() or not all_names(folder))
         if os.path.lexists(folder) and not ours:
-            raise FileExistsError(
-                f"{str(folder)!r} is in the way and no unfinished run's: move it away, or pass another output."
-            )
+            why = "is in the way and no unfinished run's: move it away, or pass another output"
+            raise FileExistsError(f"{str(folder)!r} {why}.")
         at_the_end.callback(_tidy, folder, output)  # the last in is the first out: while the lock is held
         _tidy(folder, output)  # after a process that was killed
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)

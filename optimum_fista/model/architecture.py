@@ -129,10 +129,8 @@ def prunable_layers(model: PreTrainedModel, *, loaded: bool = True) -> DecoderLa
                 "one. The original is the attribute _orig_mod of the module that torch.compile returned."
             )
         if isinstance(getattr(module, "base_layer", None), nn.Module):  # its own matrices look like operators
-            raise UnsupportedArchitectureError(
-                f"{where} has a PEFT adapter: prune the model first and then add the adapter, or merge it before "
-                "(model = peft_model.merge_and_unload(); unload() drops it)."
-            )
+            advice = "or merge it before (model = peft_model.merge_and_unload(); unload() drops it)"
+            raise UnsupportedArchitectureError(f"{where} has a PEFT adapter: prune the model first, {advice}.")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model is a {type(model).__name__}: pass a transformers.PreTrainedModel.")
     require_unquantized(model, loaded=loaded)
@@ -166,10 +164,8 @@ def require_unquantized(model: PreTrainedModel, *, loaded: bool = True) -> None:
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
     if settings is not None and method != "gguf":  # GGUF weights are dequantized when they are read
         shown = getattr(method, "value", method)
-        raise ValueError(
-            f"model is quantized by {shown!r}: prune the unquantized model, or pass the folder or Hub id, from which "
-            "one decoder layer after the other is dequantized."
-        )
+        advice = "or pass the folder or Hub id, from which one decoder layer after the other is dequantized"
+        raise ValueError(f"model is quantized by {shown!r}: prune the unquantized model, {advice}.")
     kept = [(name, module) for name, module in model.named_modules() if offload_hook(module)]
     offloaded = {key for name, module in kept for key, _ in module.named_parameters(name, recurse=False)}
     for name, parameter in model.named_parameters():

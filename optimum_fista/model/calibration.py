@@ -76,10 +76,8 @@ def read_batches(
     processor returns them, if they are among the model's `media` arguments; then every sequence becomes a batch.
     """
     if isinstance(loader, Mapping | str) or not isinstance(loader, Iterable | Dataset):
-        raise ValueError(
-            f"calib_dataloader is a {type(loader).__name__}: pass an iterable of batches, such as a DataLoader "
-            "or a list of {'input_ids': ..., 'attention_mask': ...} dicts."
-        )
+        wanted = "batches, such as a DataLoader or a list of {'input_ids': ..., 'attention_mask': ...} dicts"
+        raise ValueError(f"calib_dataloader is a {type(loader).__name__}: pass an iterable of {wanted}.")
     items: Iterable[Any] = loader
     if isinstance(loader, Tensor) and loader.ndim < 2:
         items = [loader]  # a tensor [sequences, length] gives one sequence after another
@@ -173,10 +171,8 @@ def _read_batch(
     ids = _as_rows(item, where, "input_ids").to(torch.int64)
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
-        raise ValueError(
-            f"{where}: input_ids holds the token id {low if low < 0 else high}, outside the model's vocabulary "
-            f"[0, {vocab_size}): tokenise with the model's own tokenizer."
-        )
+        why = f"the token id {low if low < 0 else high}, outside the model's vocabulary [0, {vocab_size})"
+        raise ValueError(f"{where}: input_ids holds {why}: tokenise with the model's own tokenizer.")
     if longest is not None and ids.shape[1] > longest:
         most = f"{longest}, the model's max_position_embeddings (--sequence-length {longest})"
         raise ValueError(f"{where} holds sequences of {ids.shape[1]} tokens: pass at most {most}.")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class Correction:
     residual_share: float = 0.0  # b, in [0, 1]
 
     @classmethod
-    def parse(cls, error_correction: str | float, residual_correction: float = 0.0) -> Correction:
+    def parse(cls, error_correction: str | float, residual_correction: float = 0.0) -> Self:
         """Read the two options of a configuration; a number means `"full"` with this share of the dense inputs."""
         if isinstance(error_correction, int | float):
             return cls("full", float(error_correction), residual_correction)
@@ -211,10 +211,8 @@ class LayerTargets:
                 count = hidden.shape[:2].numel()
                 output = self.activations.run(batch, hidden)
                 if len(seen) != 1:
-                    raise UnsupportedArchitectureError(
-                        f"a {type(self._experts).__name__} is called {len(seen)} times in a forward pass of its "
-                        "decoder layer, so its experts can't go: use another pattern."
-                    )
+                    why = f"is called {len(seen)} times in a forward pass of its decoder layer, so its experts can't go"
+                    raise UnsupportedArchitectureError(f"a {type(self._experts).__name__} {why}: use another pattern.")
                 target = same = seen.pop()
                 if correction.needs_dense:
                     dense = self._expert_outputs[batch].float()
@@ -331,7 +329,7 @@ class _DenseRecord:
         elif self.inputs is not None:
             self.inputs.append(rows, copy=True)  # the layer may overwrite it
             if operator.tokens is not None:
-                self.tokens.append(self._activations.tokens(self.batch, operator.tokens))
+                self.tokens.append(self._activations.rows(operator.tokens[:, None], self.batch, operator)[:, 0])
 
     def see_output(self, operator: LinearOperator, _: nn.Module, __: object, output: Tensor) -> None:
         """Record the dense outputs of one operator, as its forward hook; those of a group come in its order."""
@@ -354,7 +352,7 @@ class _DenseRecord:
         elif self.inputs is not None:
             dense = self.inputs[self.batch].to(rows.device, non_blocking=True)
             if operator.tokens is not None:  # in the dense network other tokens may have reached the expert
-                tokens = self._activations.tokens(self.batch, operator.tokens)
+                tokens = self._activations.rows(operator.tokens[:, None], self.batch, operator)[:, 0]
                 dense = _rows_of(tokens, dense, self.tokens[self.batch], rows)
                 for expert, weight in zip(self.group, weights, strict=True):
                     sums.add_energies(expert.name, dense.float() @ weight.T)

@@ -53,10 +53,8 @@ def score_experts(experts: FusedExperts, targets: LayerTargets) -> tuple[Tensor,
         for target in targets.expert_targets():
             wanted.append(target)
     if not bool(torch.isfinite(norms).all()):
-        raise ValueError(
-            f"the outputs of {experts.name} hold NaN or Inf: the model is damaged there, or its activations overflow "
-            "its dtype; try dtype=torch.float32 or torch.bfloat16."
-        )
+        why = "the model is damaged there, or overflows its dtype; try float32 or bfloat16"
+        raise ValueError(f"the outputs of {experts.name} hold NaN or Inf: {why}.")
     return counts.cpu(), (norms / counts.clamp_min(1)).cpu(), wanted
 
 

@@ -78,10 +78,8 @@ class GroupSums:
         """
         statistics, row = self.statistics(), 0
         if not bool(torch.isfinite(torch.stack(statistics.gram.aminmax())).all()):
-            raise ValueError(
-                f"the inputs of {group[0].name} hold NaN or Inf (or overflow when squared in float32): the model is "
-                "damaged there, or its activations overflow its dtype; try dtype=torch.float32 or torch.bfloat16."
-            )
+            found = f"the inputs of {group[0].name} hold NaN or Inf (or overflow when squared in float32)"
+            raise ValueError(f"{found}: the model is damaged there, or overflows its dtype; try float32 or bfloat16.")
         for operator, weight in zip(group, weights, strict=True):
             name = operator.name
             if not self.cross:

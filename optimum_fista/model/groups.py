@@ -67,10 +67,8 @@ def trace_groups(
             hooks.enter_context(module.register_forward_hook(leave, with_kwargs=True))
         call.run(layer, hidden_states)
     if hidden_states._version != version:
-        raise UnsupportedArchitectureError(
-            f"{type(layer).__name__} overwrites the hidden states that it is called with, so it can't be run on them "
-            "again: have it work on a copy."
-        )
+        why = f"{type(layer).__name__} overwrites the hidden states that it is called with, and can't run on them again"
+        raise UnsupportedArchitectureError(f"{why}: have it work on a copy.")
     calls = Counter(operator.name for operator, _ in seen)
     for name in operators:
         if calls[name] != 1:

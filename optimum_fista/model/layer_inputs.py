@@ -349,11 +349,6 @@ class LayerActivations:
             raise ValueError(f"{why}: pass batches without padding, or exclude=['{operator.name}'].")
         return flat[self._real[batch] if tokens is None else mask.reshape(-1)[tokens]]
 
-    def tokens(self, batch: int, tokens: Tensor) -> Tensor:
-        """The real tokens among the tokens of an expert, in the order of `rows`."""
-        mask = self.token_masks[batch]
-        return tokens if mask is None else tokens[mask.reshape(-1)[tokens]]
-
     def hidden_state_error(self, states: HiddenStates) -> float | None:
         """`|| H* - H ||_F / || H ||_F` over the real tokens to fit; `None` if only one of the two is known."""
         if states.dense is None or states.pruned is None:

@@ -39,15 +39,11 @@ def choose_layers(loss: DenseLoss, count: int) -> list[tuple[int, float]]:
     layers, model = loss.layers, loss.layers.model
     sequences = loss.sequences()
     if not sequences:
-        raise ValueError(
-            "calib_dataloader holds no sequence of two tokens, so losses can't be compared: pass longer ones."
-        )
+        raise ValueError("calib_dataloader holds no sequence of two tokens, so there is no loss: pass longer ones.")
     recorded = record_inputs(layers, sequences, loss.storage)
     if recorded.handed_on:
-        raise UnsupportedArchitectureError(
-            f"the decoder layers of {type(model).__name__} pass more than hidden states to the next one, so none can "
-            "be removed: use another pattern."
-        )
+        why = f"the decoder layers of {type(model).__name__} pass more than hidden states to the next one"
+        raise UnsupportedArchitectureError(f"{why}, so none can be removed: use another pattern.")
     # What a model adds between two layers depends on how many layers came before, so these all stay.
     last = max((i for i, calls in enumerate(recorded.calls) if any(call.added for call in calls)), default=-1)
     left, removed = list(range(len(layers))), list[tuple[int, float]]()

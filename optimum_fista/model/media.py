@@ -123,10 +123,8 @@ def _split(values: Mapping[str, Tensor], counts: list[int], where: str) -> list[
         ends = [images.get(tokens * places[-1]) for tokens in accumulate(counts)]
     bounds = list(pairwise([0, *(end for end in ends if end is not None)]))
     if len(bounds) < len(counts) or not {*lengths} <= {len(patches), places[-1]}:
-        raise ValueError(
-            f"{where}: which of its {len(counts)} sequences the {' and '.join(values)} belong to can't be told: pass "
-            "one sequence a batch."
-        )
+        why = f"which of its {len(counts)} sequences the {' and '.join(values)} belong to can't be told"
+        raise ValueError(f"{where}: {why}: pass one sequence a batch.")
 
     def part(value: Tensor, start: int, end: int) -> Tensor:
         return value[start:end] if len(value) == len(patches) else value[places[start] : places[end]]

@@ -230,16 +230,13 @@ def _operators(dense: PreTrainedModel, prefix: str, axes: Mapping[str, int], sta
         rows = [name for name in shapes if name not in weights and name.startswith(siblings)]
         feeders = [name for name in rows if name.endswith(".weight") and name in linear]
         if len(feeders) < (2 if stated.kind == "heads" else 1):
-            raise UnsupportedArchitectureError(
-                f"beside {operator} there is {' and '.join(feeders) or 'no projection'}, in which rows of one group "
-                "can't be told"
-            )
+            what = f"{' and '.join(feeders) or 'no projection'}, in which rows of one group can't be told"
+            raise UnsupportedArchitectureError(f"beside {operator} there is {what}")
         for name in (weight, *rows):
             own = len(shapes[name]) == 1 and operator.startswith(f"{owners[name]}.")  # such as attention sinks
             if (name not in linear and not own) or shapes[name][axes[name]] % groups:
-                raise UnsupportedArchitectureError(
-                    f"{name} ({type(modules[name]).__name__}) works on all inputs of {operator} together"
-                )
+                what = f"{name} ({type(modules[name]).__name__})"
+                raise UnsupportedArchitectureError(f"{what} works on all inputs of {operator} together")
         repeats = {name: shapes[name][axes[name]] // groups if stated.kind == "channels" else 1 for name in rows}
         tensors = {weight: (axes[weight], 1)} | {name: (axes[name], repeats[name]) for name in rows}
         yield Part(operator, groups, columns // groups, tensors)
@@ -253,9 +250,8 @@ def _mixtures(dense: PreTrainedModel, prefix: str, axes: Mapping[str, int], stat
     wrong = [name for name in shrinking if tensors[name].shape[axes[name]] != stated.groups]
     wrong += [name for name, tensor in tensors.items() if shrinking and not tensor.is_floating_point()]
     if shrinking and (wrong or len(fused) != 1):
-        raise UnsupportedArchitectureError(
-            f"{wrong[0] if wrong else prefix.rstrip('.')} is not a mixture with one entry for each expert"
-        )
+        what = wrong[0] if wrong else prefix.rstrip(".")
+        raise UnsupportedArchitectureError(f"{what} is not a mixture with one entry for each expert")
     for name in fused:
         yield Part(name, stated.groups, 1, {each: (axes[each], 1) for each in shrinking}, stated.equal_runs)
 

@@ -107,10 +107,8 @@ def measure_sensitivities(loss: DenseLoss, operators: Mapping[str, LinearOperato
     found = {}
     for (name, watcher), total in zip(watchers.items(), totals.tolist(), strict=True):  # one transfer
         if not math.isfinite(total):
-            raise ValueError(
-                f"the gradients of the loss by the outputs of {name} hold NaN or Inf, so budgets can't be shared by "
-                "them: pass allocation='uniform', or a model in float32 or bfloat16."
-            )
+            why = f"the gradients of the loss by the outputs of {name} hold NaN or Inf, so budgets can't be shared"
+            raise ValueError(f"{why}: pass allocation='uniform', or a model in float32 or bfloat16.")
         # 1/2 (sum_t e_t g_ti^2) / (sum_t e_t): the numbers of tokens cancel.
         outputs = watcher.gradients * (0.5 / watcher.energy.clamp_min(1e-30))
         found[name] = Sensitivity(outputs, watcher.inputs / num_tokens, watcher.seen, total > 0)

@@ -109,11 +109,9 @@ def plan_shrinking(model: PreTrainedModel, *, layers: Sequence[int] | None = Non
             return plan
         except ValueError as error:
             reasons.append(str(error))
-    wanted = ", ".join([f"{kind}={count}" for kind, count in numbers.items()] + [f"{len(stay)} decoder layers"])
-    raise ValueError(
-        f"no configuration describes {type(model).__name__} with {wanted}: {'; or '.join(dict.fromkeys(reasons))}. "
-        "Pass other numbers, or use another pattern."
-    )
+    wanted = ", ".join([*(f"{kind}={count}" for kind, count in numbers.items()), f"{len(stay)} decoder layers"])
+    why = f"no configuration describes {type(model).__name__} with {wanted}: {'; or '.join(dict.fromkeys(reasons))}"
+    raise ValueError(f"{why}. Pass other numbers, or use another pattern.")
 
 
 def plan_shrinkings(

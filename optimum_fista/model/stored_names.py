@@ -75,10 +75,8 @@ def stored_names(
             name = operator.name
             if isinstance(operator, ExpertOperator):
                 name = f"*.{operator.experts.name.rsplit('.', 1)[-1]}"
-            raise UnsupportedArchitectureError(
-                f"{operator.name}: the checkpoint does not keep its weight as one matrix, so its mask can't be saved. "
-                f"Pass exclude=['{name}'] to leave it dense."
-            )
+            why = "the checkpoint does not keep its weight as one matrix, so its mask can't be saved"
+            raise UnsupportedArchitectureError(f"{operator.name}: {why}. Pass exclude=['{name}'] to leave it dense.")
     return names
 
 

@@ -80,9 +80,8 @@ def pack(weight: Tensor, mask: Tensor | None = None, pattern: tuple[int, int] | 
     consecutive ones are kept and this takes no more room; one bit a weight otherwise.
     """
     if not weight.is_floating_point() or weight.numel() == 0 or weight.dim() == 0:
-        raise ValueError(
-            f"weight is {weight.dtype} of shape {tuple(weight.shape)}: pass a floating tensor with at least one weight."
-        )
+        found = f"weight is {weight.dtype} of shape {tuple(weight.shape)}"
+        raise ValueError(f"{found}: pass a floating tensor with at least one weight.")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != weight.shape):
         shapes = f"of shape {tuple(mask.shape)}: pass a boolean one of the shape of weight, {tuple(weight.shape)}"
         raise ValueError(f"mask is {mask.dtype} {shapes}.")
@@ -119,10 +118,8 @@ def check(packed: PackedTensor, name: str = "weight", *, checksum: bool = True) 
     rows, columns = prod(packed.shape[:-1]), packed.shape[-1]
     width = packed.encoding.row_bytes(columns)
     if mask.dtype != torch.uint8 or tuple(mask.shape) != (rows, width):
-        raise PackedFormatError(
-            f"{name}_mask is {mask.dtype} of shape {tuple(mask.shape)}: the layout {layout.tolist()} needs torch.uint8 "
-            f"of shape {(rows, width)}."
-        )
+        needed = f"the layout {layout.tolist()} needs torch.uint8 of shape {(rows, width)}"
+        raise PackedFormatError(f"{name}_mask is {mask.dtype} of shape {tuple(mask.shape)}: {needed}.")
     if not values.is_floating_point() or values.dim() != 1:
         found = f"{name}_values is {values.dtype} of shape {tuple(values.shape)}"
         raise PackedFormatError(f"{found}: a floating dtype and one dimension are needed.")
@@ -195,23 +192,17 @@ def with_bits(packed: PackedTensor) -> PackedTensor:
 def _check_layout(layout: Tensor, name: str) -> None:
     """Refuse a layout with impossible numbers."""
     if layout.dtype != torch.int64 or layout.dim() != 1 or not 5 <= layout.numel() <= 4 + MAX_DIMENSIONS:
-        raise PackedFormatError(
-            f"{name}_layout is {layout.dtype} of shape {tuple(layout.shape)}: torch.int64 of one dimension and 5 to "
-            f"{4 + MAX_DIMENSIONS} numbers is needed."
-        )
+        needed = f"torch.int64 of one dimension and 5 to {4 + MAX_DIMENSIONS} numbers is needed"
+        raise PackedFormatError(f"{name}_layout is {layout.dtype} of shape {tuple(layout.shape)}: {needed}.")
     version, n, m, _, *shape = layout.tolist()
     if version != VERSION:
-        raise PackedFormatError(
-            f"{name} is packed in version {version} of the format; this package reads version {VERSION}. Update it, or "
-            "pack the model again."
-        )
+        why = f"{name} is packed in version {version} of the format; this package reads version {VERSION}"
+        raise PackedFormatError(f"{why}. Update it, or pack the model again.")
     if min(shape) < 1:
         raise PackedFormatError(f"{name}_layout says shape {tuple(shape)}: every dimension must be positive.")
     if (n, m) != (0, 0) and (not 0 < n < m <= MAX_GROUP or shape[-1] % m):
-        raise PackedFormatError(
-            f"{name}_layout says {n} kept of every {m} in rows of {shape[-1]}: 0 < n < m <= {MAX_GROUP} and m dividing "
-            "the row are needed."
-        )
+        needed = f"0 < n < m <= {MAX_GROUP} and m dividing the row are needed"
+        raise PackedFormatError(f"{name}_layout says {n} kept of every {m} in rows of {shape[-1]}: {needed}.")
 
 
 def _checksum(packed: PackedTensor) -> int:

@@ -119,7 +119,5 @@ def _refuse(failed: int, columns: int, values: Tensor, mask: Tensor, starts: Ten
     sizes += "" if bias is None else f" with a bias of shape {tuple(bias.shape)}"
     if failed == 1:
         raise ValueError(f"x has {columns} columns, which {sizes} do not fit: pass the tensors of one such matrix.")
-    raise ValueError(
-        f"The mask keeps other numbers of weights than its row starts say ({sizes}, {columns} columns): pass the row "
-        "starts of this mask; PackedLinear.prepare finds them."
-    )
+    why = f"The mask keeps other numbers of weights than its row starts say ({sizes}, {columns} columns)"
+    raise ValueError(f"{why}: pass the row starts of this mask; PackedLinear.prepare finds them.")

@@ -93,10 +93,8 @@ def _check(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor
     if not device == values.device == mask.device == starts.device == (device if bias is None else bias.device):
         raise ValueError(f"x is on {x.device}, the packed weight on {values.device}: bring them to one device.")
     if dtype != values.dtype or (bias is not None and bias.dtype != dtype):
-        raise ValueError(
-            f"x is {x.dtype}, the weight {values.dtype}{'' if bias is None else f', the bias {bias.dtype}'}: pass "
-            "tensors of one dtype."
-        )
+        dtypes = f"{x.dtype}, the weight {values.dtype}{'' if bias is None else f', the bias {bias.dtype}'}"
+        raise ValueError(f"x is {dtypes}: pass tensors of one dtype.")
     if mask.dtype != torch.uint8 or starts.dtype != torch.int64:
         raise ValueError(f"mask is {mask.dtype}, starts {starts.dtype}: pass torch.uint8 and torch.int64.")
     if not (values.is_contiguous() and mask.is_contiguous() and starts.is_contiguous()):

@@ -129,10 +129,8 @@ class FistaPackedQuantizer(HfQuantizer):
     def __init__(self, quantization_config: FistaPackedConfig, **keywords: Any) -> None:
         super().__init__(quantization_config, **keywords)
         if not self.pre_quantized:
-            raise ValueError(
-                "quantization_config is a FistaPackedConfig, but the model is not packed: pack the folder of a pruned "
-                "model with `optimum-fista pack`."
-            )
+            advice = "pack the folder of a pruned model with `optimum-fista pack`"
+            raise ValueError(f"quantization_config is a FistaPackedConfig, but the model is not packed: {advice}.")
         self._becoming_dense = quantization_config.parameters  # names, or in a packed model the weights' full names
         self._staying_packed: dict[str, bool] = {}  # modules; True for `Conv1D`, whose weights are stored as [in, out]
 
@@ -221,11 +219,8 @@ class FistaPackedQuantizer(HfQuantizer):
         for name, is_transposed in self._staying_packed.items():
             module: Any = model.get_submodule(name)
             if module.weight_mask.is_meta:
-                raise ValueError(
-                    f"offload_buffers=True leaves the packed weight of {name} on disk, and runtime='packed' can't "
-                    "compute there: pass offload_buffers=False, with which packed weights stay in memory, or "
-                    "runtime='dense'."
-                )
+                advice = "pass offload_buffers=False, with which packed weights stay in memory, or runtime='dense'"
+                raise ValueError(f"offload_buffers=True leaves the packed weight of {name} on disk: {advice}.")
             if is_transposed:
                 module.transpose_()  # `Conv1D` computes x W, the kernels W x
             else:

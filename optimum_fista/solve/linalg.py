@@ -54,10 +54,8 @@ def damped_cholesky(
         del damped, factor  # before the next copy is made
         # From 1e-4 because zero times ten is zero. Nearly dead inputs are damped like all others now.
         damping, ratios = max(10 * damping, 1e-4), 1.0
-    raise torch.linalg.LinAlgError(
-        f"the Gram matrix of {size} inputs is not positive semidefinite: "
-        f"Cholesky failed with damping up to {damping / 10:g}"
-    )
+    why = f"Cholesky failed with damping up to {damping / 10:g}"
+    raise torch.linalg.LinAlgError(f"the Gram matrix of {size} inputs is not positive semidefinite: {why}")
 
 
 def mean_damping(diagonal: Tensor, damping: float) -> Tensor:

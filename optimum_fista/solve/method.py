@@ -64,9 +64,8 @@ class PruningMethod(ABC):
         takes, kind = ("takes_columns", "whole columns") if columns else ("takes_weights", "single weights")
         if not getattr(self, takes):
             fitting = ", ".join(repr(name) for name, method in sorted(METHODS.items()) if getattr(method, takes))
-            raise ValueError(
-                f"method {self.name!r} can't remove {kind}, as pattern='{pattern}' wants: take one of {fitting}."
-            )
+            why = f"can't remove {kind}, as pattern='{pattern}' wants"
+            raise ValueError(f"method {self.name!r} {why}: take one of {fitting}.")
 
     @abstractmethod
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
@@ -102,7 +101,6 @@ def create_method(name: str, **options: Any) -> PruningMethod:
     known = [field.name for field in fields(METHODS[name])]  # type: ignore[arg-type] # methods are dataclasses
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(
-            f"method {name!r} has no option {', '.join(map(repr, unknown))}: it takes {', '.join(known) or 'none'}."
-        )
+        takes = f"it takes {', '.join(known) or 'none'}"
+        raise ValueError(f"method {name!r} has no option {', '.join(map(repr, unknown))}: {takes}.")
     return METHODS[name](**options)

@@ -50,10 +50,8 @@ class SparsityPattern(ABC):
     def require_shape(self, shape: tuple[int, ...], name: str = "weight") -> None:
         """Refuse a matrix of `shape` [out, in] that the pattern does not fit."""
         if shape[1] % (self.span or self.width):
-            raise ValueError(
-                f"{name} has rows of {shape[1]} inputs, which {self} does not divide: choose a pattern whose groups "
-                f"divide {shape[1]}, an unstructured sparsity, or exclude this operator."
-            )
+            advice = f"choose a pattern whose groups divide {shape[1]}, 'unstructured', or exclude this operator"
+            raise ValueError(f"{name} has rows of {shape[1]} inputs, which {self} does not divide: {advice}.")
 
     def num_kept(self, shape: tuple[int, ...]) -> int:
         """Exact number of weights kept in a matrix of `shape` [out, in]."""
@@ -162,10 +160,8 @@ def parse_pattern(
         raise ValueError(f"sparsity={sparsity!r} is outside [0, 1): pass the fraction of zeros, such as 0.5.")
     before, comma, after = str(text).partition(",")
     if comma:
-        raise ValueError(
-            f"pattern={text!r}: one run removes parts or sets zeros. Prune with {before!r}, and then prune the smaller "
-            f"model with {after!r}."
-        )
+        advice = f"Prune with {before!r}, and then prune the smaller model with {after!r}"
+        raise ValueError(f"pattern={text!r}: one run removes parts or sets zeros. {advice}.")
     kinds = SparsityPattern.__subclasses__()  # also those that users have defined
     found = next((pattern for kind in kinds if (pattern := kind.read(str(text), sparsity, scope))), None)
     if found is None:
@@ -176,10 +172,8 @@ def parse_pattern(
             usual = f"sparsity={text} (--sparsity {text}) for this share of zeros"
         raise ValueError(f"pattern={text!r}: pass {usual}.")
     if sparsity is not None and abs(float(sparsity) - found.sparsity) > 1e-9:
-        raise ValueError(
-            f"sparsity={sparsity!r} and pattern={text!r} disagree: {text} means a sparsity of {found.sparsity:g}. Pass "
-            "only one of them, and for parts and zeros prune the smaller model again."
-        )
+        why = f"sparsity={sparsity!r} and pattern={text!r} disagree: {text} means a sparsity of {found.sparsity:g}"
+        raise ValueError(f"{why}. Pass only one of them, and for parts and zeros prune the smaller model again.")
     return found
 
 
@@ -193,9 +187,7 @@ def unpack_mask(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Inverse of `pack_mask`."""
     count = int(np.prod(shape))
     if packed.dtype != torch.uint8 or packed.numel() != (count + 7) // 8:
-        raise ValueError(
-            f"packed has {packed.numel()} values of {packed.dtype}: a mask of shape {tuple(shape)} needs "
-            f"{(count + 7) // 8} of torch.uint8."
-        )
+        needed = f"a mask of shape {tuple(shape)} needs {(count + 7) // 8} of torch.uint8"
+        raise ValueError(f"packed has {packed.numel()} values of {packed.dtype}: {needed}.")
     bits = np.unpackbits(packed.cpu().numpy(), count=count, bitorder="little")
     return torch.from_numpy(bits.astype(bool)).view(shape)

@@ -111,10 +111,8 @@ class LayerProblem:
         `same_energies` are the squared norms of the rows of `W X*`, [out], float64; knowing them spares a product.
         """
         if weight.ndim != 2 or weight.shape[1] != statistics.gram.shape[0]:
-            raise ValueError(
-                f"{name} has shape {tuple(weight.shape)}, its inputs a Gram matrix of "
-                f"{tuple(statistics.gram.shape)}: pass a weight [out, in] whose in matches."
-            )
+            shapes = f"shape {tuple(weight.shape)}, its inputs a Gram matrix of {tuple(statistics.gram.shape)}"
+            raise ValueError(f"{name} has {shapes}: pass a weight [out, in] whose in matches.")
         self.weight = weight  # W [out, in], float32 or better
         self.statistics = statistics  # of the inputs X*
         self.gram = statistics.gram  # G [in, in]

@@ -56,13 +56,8 @@ class Columns(SparsityPattern):
         """Check that the columns are whole groups, and that some of them are kept."""
         super().require_shape(shape, name)
         groups = shape[1] // self.width
+        found = f"{name} has {groups} groups of {self.width} columns"
         if self.groups is not None and groups != self.groups:
-            raise ValueError(
-                f"{name} has {groups} groups of {self.width} columns, not {self.groups} as {self} has: count the "
-                "groups of every operator, or pass a share such as 'columns:0.25'."
-            )
+            raise ValueError(f"{found}, not {self.groups} as {self} has: pass a share such as 'columns:0.25'.")
         if self.num_kept((1, shape[1])) == 0:
-            raise ValueError(
-                f"{name} has {groups} groups of {self.width} columns, and {self} keeps none: pass a share of at most "
-                f"{1 - 1 / groups:g}."
-            )
+            raise ValueError(f"{found}, and {self} keeps none: pass a share of at most {1 - 1 / groups:g}.")

@@ -32,10 +32,7 @@ class NOfM(SparsityPattern):
             return None
         n, m = int(found[1]), int(found[2])
         if not 0 < n < m:
-            raise ValueError(
-                f"pattern={text!r} keeps {n} of every {m} weights: n must be positive and smaller than m, "
-                "such as '2:4' (2 kept of 4)."
-            )
+            raise ValueError(f"pattern={text!r} keeps {n} of every {m} weights: pass 0 < n < m, such as '2:4'.")
         return cls(1 - n / m, scope, span=m)
 
     def __str__(self) -> str:

@@ -37,9 +37,8 @@ class PartShare:
             fits = f"pass a share for which {least} to {most} stay"
             if most < least:
                 fits = f"none can go in steps of {step}" + (f" with {at_least} left at least" if at_least > 1 else "")
-            raise ValueError(
-                f"pattern={str(self)!r}: {kept} of {number} {self.kind} would stay (a multiple of {step}); {fits}."
-            )
+            stay = f"{kept} of {number} {self.kind} would stay (a multiple of {step})"
+            raise ValueError(f"pattern={str(self)!r}: {stay}; {fits}.")
         return kept
 
     def __str__(self) -> str:
@@ -83,9 +82,7 @@ class WholeParts(SparsityPattern):
         if (wanted := _SIZE.fullmatch(text)) is not None:
             size = float(wanted[1])
             if not 0 < size < 1:
-                raise ValueError(
-                    f"pattern={text!r}: pass the share of the bytes that is to be left, in (0, 1): 'bytes:0.75'."
-                )
+                raise ValueError(f"pattern={text!r}: pass the share of the bytes that is to be left, in (0, 1).")
             return cls(1 - size, scope, size=size)
         found = [_PART.fullmatch(part) for part in text.split("+")]
         shares = []
@@ -95,10 +92,8 @@ class WholeParts(SparsityPattern):
             kind, share, multiple = part.groups()
             multiple_of = int(multiple) if multiple else None
             if not 0 < float(share) < 1 or multiple_of == 0:
-                raise ValueError(
-                    f"pattern={text!r}: pass a share of the {kind} in (0, 1), such as '{kind}:0.25', and a multiple of "
-                    f"at least 1, such as '{kind}:0.25/64'."
-                )
+                needed = f"a share of the {kind} in (0, 1) and a multiple of at least 1"
+                raise ValueError(f"pattern={text!r}: pass {needed}, such as '{kind}:0.25' or '{kind}:0.25/64'.")
             shares.append(PartShare(cast(PartKind, kind), float(share), multiple_of))
         if len({part.kind for part in shares}) < len(shares):
             raise ValueError(f"pattern={text!r}: name each kind once.")
