@@ -26,7 +26,6 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig, masked_training, recover, save_masked
-from optimum_fista.cli.main import main
 from optimum_fista.folder import writing
 from optimum_fista.prune import journal
 from optimum_fista.prune.ranks import joined_ranks
@@ -153,18 +152,6 @@ def _prune_alone(begun: Any, source: Path, output: Path) -> None:
     torch.set_num_threads(1)
     begun.set()
     FistaPruner(progress=False).prune(source, tiny_tokens().split(4), output_dir=output)
-
-
-def command(rank: int, arguments: list[str]) -> None:
-    """The command line with these arguments."""
-    raise SystemExit(main(arguments))
-
-
-def command_until_killed(rank: int, victim: int, arguments: list[str]) -> None:
-    """The same; once `victim` has finished a decoder layer, it is killed in the next."""
-    if rank == victim:
-        cut_after("killed", 1)
-    command(rank, arguments)
 
 
 def prune_until(rank: int, how: str, victim: int, layers: int, *arguments: Any) -> None:

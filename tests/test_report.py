@@ -4,14 +4,7 @@ import json
 import pytest
 
 from optimum_fista.memory import MemoryPeak
-from optimum_fista.report import (
-    LayerReport,
-    OperatorGrid,
-    OperatorReport,
-    PruningReport,
-    layer_and_kind,
-    public_name,
-)
+from optimum_fista.report import LayerReport, OperatorGrid, OperatorReport, PruningReport, layer_and_kind, public_name
 
 
 def operator(name: str, **changes) -> OperatorReport:

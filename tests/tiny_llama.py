@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 VOCABULARY = 64
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 TEXT = "the sea is deep and the ships are small, so the sailors look at the sky and count the days. " * 40
+QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]  # flags of a command
 
 
 def tiny_llama(**changes: Any) -> LlamaForCausalLM:

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from tiny_llama import TEXT
+from tiny_llama import QUICK, TEXT
 
 from optimum_fista.cli.main import main
 
@@ -17,7 +17,6 @@ def text_file(tmp_path_factory) -> Path:
 def pruned_folder(tiny_folder, text_file, tmp_path_factory) -> Path:
     """The model pruned to 2:4 by Wanda; do not write to it."""
     folder = tmp_path_factory.mktemp("pruned") / "model"
-    quick = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
-    arguments = ["prune", str(tiny_folder), "-o", str(folder), "--pattern", "2:4", "--method", "wanda", *quick]
+    arguments = ["prune", str(tiny_folder), "-o", str(folder), "--pattern", "2:4", "--method", "wanda", *QUICK]
     assert main([*arguments, "--calibration", str(text_file)]) == 0
     return folder

@@ -7,8 +7,6 @@ from optimum_fista.cli.main import build_parser
 from optimum_fista.cli.overview import next_commands, verdicts
 from optimum_fista.report import PruningReport
 
-QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
-
 
 @pytest.mark.parametrize(
     ("found", "word"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hub_standin import assert_pushed, hub_fixture, run_with_hub  # noqa: F401
 from killed import interrupted_after
-from tiny_llama import TEXT, tiny_llama
+from tiny_llama import QUICK, TEXT, tiny_llama
 
 from optimum_fista.cli.main import main
 from optimum_fista.cli.prune import default_output
@@ -15,8 +15,6 @@ from optimum_fista.config import FistaPruningConfig
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.prune import journal
 from optimum_fista.text.calibration_tokens import calibration_tokens_by_name
-
-QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
 
 
 @pytest.fixture

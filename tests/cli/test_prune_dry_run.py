@@ -2,9 +2,9 @@
 
 from types import SimpleNamespace
 
-from optimum_fista.cli.main import main
+from tiny_llama import QUICK
 
-QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
+from optimum_fista.cli.main import main
 
 
 def test_a_dry_run_writes_nothing_and_needs_no_weights(tiny_folder, tmp_path, capsys, monkeypatch):

@@ -2,14 +2,13 @@
 
 import pytest
 from killed import interrupted_after
-from tiny_llama import tiny_tokenizer
+from tiny_llama import QUICK, tiny_tokenizer
 from tiny_models import tiny_model
 
 from optimum_fista.cli.main import main
 from optimum_fista.folder.checkpoint import read_report
 
 PATTERN = "channels:0.25/4+heads:0.5"
-QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
 # Of each of two decoder layers: 12 of 48 channels with 3 x 32 weights, 1 of 2 groups with 32 x (16 + 16 + 8 + 8).
 GONE, DENSE = 2 * (12 * 3 * 32 + 32 * 48), 19_616
 REMOVED = f"{GONE:,} of {DENSE:,} parameters removed ({GONE / DENSE:.2%}), {DENSE - GONE:,} left"

@@ -60,12 +60,7 @@ def test_all_that_was_only_cut_is_the_dense_models(smaller):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "model.layers.0.mlp.gate_proj.weight",
-        "model.layers.1.self_attn.k_proj.bias",
-        "model.embed_tokens.weight",
-    ],
+    "name", ["model.layers.0.mlp.gate_proj.weight", "model.layers.1.self_attn.k_proj.bias", "model.embed_tokens.weight"]
 )
 def test_a_changed_value_names_its_tensor(copied, name):
     dense, folder = copied

@@ -89,13 +89,7 @@ def test_nan_logits_are_located(model, windows):
         evaluate_perplexity(model, windows, batch_size=2, progress=False)
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        torch.zeros(5, 1, dtype=torch.int64),
-        torch.zeros(5, 9),
-    ],
-)
+@pytest.mark.parametrize("bad", [torch.zeros(5, 1, dtype=torch.int64), torch.zeros(5, 9)])
 def test_windows_of_a_wrong_shape_or_dtype(model, bad):
     with pytest.raises(ValueError, match="windows has shape"):
         evaluate_perplexity(model, bad, progress=False)

@@ -14,11 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder import loading
-from optimum_fista.folder.loading import (
-    load_model,
-    load_tokenizer,
-    require_tokenizer,
-)
+from optimum_fista.folder.loading import load_model, load_tokenizer, require_tokenizer
 from optimum_fista.model.architecture import require_unquantized
 from optimum_fista.text.calibration_tokens import calibration_tokens_by_name
 

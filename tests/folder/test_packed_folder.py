@@ -167,13 +167,7 @@ def widened(name):
     return change
 
 
-@pytest.mark.parametrize(
-    ("family", "name"),
-    [
-        ("llama", NAME),
-        ("gpt2", "transformer.h.1.mlp.c_fc.weight"),
-    ],
-)
+@pytest.mark.parametrize(("family", "name"), [("llama", NAME), ("gpt2", "transformer.h.1.mlp.c_fc.weight")])
 def test_shapes_are_those_of_the_model(family, name, pruned, tmp_path):
     pack_folder(pruned(family), tmp_path / "packed")
     edit(tmp_path / "packed", widened(name))

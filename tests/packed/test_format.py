@@ -7,15 +7,7 @@ import zlib
 import pytest
 import torch
 
-from optimum_fista.packed.format import (
-    PackedFormatError,
-    check,
-    pack,
-    packed_names,
-    unpack,
-    unpack_mask,
-    with_bits,
-)
+from optimum_fista.packed.format import PackedFormatError, check, pack, packed_names, unpack, unpack_mask, with_bits
 from optimum_fista.packed.masks import BITS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn]

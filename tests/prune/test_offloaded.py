@@ -36,10 +36,7 @@ def offloaded(request, tiny_folder, tmp_path):
     return cpu_offload(model, execution_device=torch.device("cpu"), state_dict=state)
 
 
-CONFIGS = [
-    FistaPruningConfig(0.5),
-    FistaPruningConfig(0.6, method="wanda", error_correction="intra"),
-]
+CONFIGS = [FistaPruningConfig(0.5), FistaPruningConfig(0.6, method="wanda", error_correction="intra")]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.method)

@@ -9,16 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from folder_files import files_of
-from launched import (
-    exit_codes,
-    launch,
-    prune,
-    prune_killed_once,
-    prune_other_tokens,
-    prune_until,
-    run_code,
-    torchrun,
-)
+from launched import exit_codes, launch, prune, prune_killed_once, prune_other_tokens, prune_until, run_code, torchrun
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig

@@ -273,10 +273,7 @@ def perplexity_of(folder: Path, tokens: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(
     "config",
-    [
-        FistaPruningConfig(0.5),
-        FistaPruningConfig(pattern="channels:0.25+layers:0.25"),
-    ],
+    [FistaPruningConfig(0.5), FistaPruningConfig(pattern="channels:0.25+layers:0.25")],
     ids=["default", "smaller"],
 )
 def test_perplexity_of_both_networks_is_measured_in_passing(source, tmp_path, config):

@@ -25,10 +25,7 @@ def nbytes(module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-@pytest.mark.parametrize(
-    ("method", "allocation", "most"),
-    [("wanda", "uniform", 8.3), ("obs_admm", "fisher", 15.3)],
-)
+@pytest.mark.parametrize(("method", "allocation", "most"), [("wanda", "uniform", 8.3), ("obs_admm", "fisher", 15.3)])
 def test_the_host_waits_for_an_operator_as_often_whatever_the_batches(method, allocation, most):
     """Its mask and old weight move to the host, the mask is counted, factors are checked, its two errors are read.
 

@@ -33,11 +33,7 @@ def prune_on_cpu(model, config, batches):
 
 @pytest.mark.parametrize(
     ("place", "family"),
-    [
-        ("on two devices", "mixtral"),
-        ("on a device, cpu and disk", "gpt_oss"),
-        ("streamed and packed", "qwen3_moe"),
-    ],
+    [("on two devices", "mixtral"), ("on a device, cpu and disk", "gpt_oss"), ("streamed and packed", "qwen3_moe")],
 )
 def test_experts_are_pruned_as_on_the_cpu(place, family, tmp_path):
     config = FistaPruningConfig(**ALL)
