@@ -214,7 +214,8 @@ def main() -> None:
     for variant in arguments.variants:
         for tokens in [0] if variant == "dense" else arguments.tokens:
             for bits in arguments.formats if sparsity_of(variant) is None else ["packed"]:
-                key: Row = {"variant": variant, "tokens": tokens, "format": bits, "seed": arguments.seed}
+                key: Row = {"model": Path(arguments.model).name, "variant": variant, "tokens": tokens, "format": bits}
+                key |= {"seed": arguments.seed}
                 if not any(key.items() <= row.items() for row in record["rows"]):
                     record["rows"].append(measure(arguments, key, texts))
                     save(arguments, record)
