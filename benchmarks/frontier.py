@@ -2,9 +2,10 @@
 
 A variant is `dense`, a pattern, or patterns joined by commas, each pruned in a run of its own. It is recovered on so
 many `--tokens`, and measured in `--formats`: bits a weight (`llama_cpp.py`; IQ4_NL is llama.cpp's best of 4 bits in
-blocks of 32), or `packed` for zeros. Weights are rounded as llama.cpp stores them, and Transformers then measures the
-model. Of every text, the first `--bytes` are measured, whatever the vocabulary: windows share one token, so that all
-tokens but the first of a text are predicted. Sizes are those of the weights, without tokenizers.
+blocks of 32; the head has 8 bits at least, but for IQ4_NL*), or `packed` for zeros. Weights are rounded as llama.cpp
+stores them, and Transformers then measures the model. Of every text, the first `--bytes` are measured, whatever the
+vocabulary: windows share one token, so that all tokens but the first of a text are predicted. Sizes are those of the
+weights, without tokenizers.
 
     python benchmarks/frontier.py MODEL --calibration TEXT --texts TEXT1,TEXT2 --work runs/frontier --plot FILE.png
 

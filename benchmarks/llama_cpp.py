@@ -49,14 +49,15 @@ KINDS: dict[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
 
 
 def kind_of(bits: str, shape: Sequence[int], is_head: bool) -> GGMLQuantizationType:
-    """How a tensor is stored in a file of so many bits: vectors in float32, the head with 8 bits at least.
+    """How a tensor is stored in a file of so many bits: vectors in float32, the head with 8 at least, but for `bits*`.
 
     llama.cpp's own converter rounds the head less than the rest, too (to Q6_K, or Q8_0 if its rows have no blocks of
     256), and writes IQ4_NL in the place of Q3_K if rows have no blocks of 256.
     """
     if len(shape) == 1:
         return GGMLQuantizationType.F32
-    kind = KINDS["8" if is_head and bits not in ("32", "16") else bits][0]
+    keeps_head = is_head and bits not in ("32", "16") and not bits.endswith("*")
+    kind = KINDS["8" if keeps_head else bits.rstrip("*")][0]
     return KINDS["IQ4_NL"][0] if kind is GGMLQuantizationType.Q3_K and shape[-1] % 256 else kind
 
 
@@ -66,7 +67,7 @@ def write_gguf(folder: Path, file: Path, bits: str) -> None:
     Raises:
         SystemExit: If `bits` is not known, or the rows of a matrix can't be cut into blocks.
     """
-    if bits not in KINDS:
+    if bits.rstrip("*") not in KINDS:
         raise SystemExit(f"--bits {bits} is not known; pass some of {[*KINDS]}.")
     config = LlamaConfig.from_pretrained(folder)
     writer = gguf.GGUFWriter(file, "llama")
@@ -82,7 +83,7 @@ def write_gguf(folder: Path, file: Path, bits: str) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type(KINDS[bits][1])
+    writer.add_file_type(KINDS[bits.rstrip("*")][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_tokenizer_model("llama")
     writer.add_token_list([f"<{index}>" for index in range(config.vocab_size)])

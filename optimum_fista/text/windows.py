@@ -79,24 +79,20 @@ def evaluation_windows(
 def count_bytes(tokenizer: PreTrainedTokenizerBase, text: TextSource, windows: torch.Tensor) -> int | None:
     """Count the UTF-8 bytes of a text that the predicted tokens of its first `evaluation_windows` stand for.
 
-    The first token of a window is not predicted, so its bytes do not count. A token stands for the bytes from the end
-    of the token before it to its own end in the text itself, whatever the tokenizer does to capitals or white space.
-    `None` if the tokenizer knows no places in the text (it is not a fast one), or the windows are of another text.
+    The first token of a window is not predicted. A token stands for the bytes from the end of the token before it to
+    its own end in the text itself, whatever the tokenizer does to capitals or white space. `None` if the tokenizer
+    knows no places in the text (it is not a fast one), or the windows are of another text.
     """
     if not tokenizer.is_fast:
         return None
-    joined, rows = text.joined, windows.to("cpu", torch.int64)
+    joined = text.joined
     encoded = tokenizer(joined, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, ends = (
-        torch.tensor(encoded["input_ids"], dtype=torch.int64),
-        [0, *(end for _, end in encoded["offset_mapping"])],
-    )
+    ids, ends = torch.tensor(encoded["input_ids"]), [0, *(end for _, end in encoded["offset_mapping"])]
     for bos in (0, 1):  # a BOS token before every window is not predicted, and stands for nothing
-        length = rows.shape[1] - bos
-        starts = range(0, len(rows) * length, length)
-        if ids[: len(rows) * length].equal(rows[:, bos:].flatten()):
-            parts = (joined[ends[start + 1 - bos] : ends[start + length]] for start in starts)
-            return sum(len(part.encode("utf-8", "surrogatepass")) for part in parts)
+        of_text, length = windows.cpu()[:, bos:].flatten(), windows.shape[1] - bos
+        if ids[: len(of_text)].equal(of_text.long()):
+            parts = (joined[ends[i + 1 - bos] : ends[i + length]] for i in range(0, len(of_text), length))
+            return len("".join(parts).encode("utf-8", "surrogatepass"))
     return None
 
 
