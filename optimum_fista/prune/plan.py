@@ -180,7 +180,7 @@ def plan_run(
             what = f"tensors in {str(folder)!r} that the model's class does not load"
             source = SourceTensors(lost={what: f"the files can't be read: {error}"})
         plan = replace(plan, source=source)
-    if plan.as_stored and isinstance(removal, PartsRemoval):
+    if isinstance(removal, PartsRemoval) and plan.as_stored:
         kept = {name: range(count) for name, count in removal.smaller.counts.items()}
         for name, _ in layers:  # refuses scales that belong to several groups
             plan.stored(name, kept)
