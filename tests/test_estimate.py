@@ -19,15 +19,8 @@ def estimated(config=None, model=None, **options) -> Estimate:
     return Estimate(tiny_llama().config if model is None else model, config, **(settings | options))
 
 
-HUGE = LlamaConfig(
-    hidden_size=16384,
-    intermediate_size=53248,
-    num_hidden_layers=126,
-    num_attention_heads=128,
-    num_key_value_heads=8,
-    vocab_size=128256,
-    dtype="bfloat16",
-)
+SIZES = {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "vocab_size": 128256}
+HUGE = LlamaConfig(**SIZES, num_attention_heads=128, num_key_value_heads=8, dtype="bfloat16")
 LARGE_RUN = {"model": HUGE, "num_samples": 128, "sequence_length": 2048, "device": "cuda", "batch_size": 1}
 
 

@@ -8,24 +8,10 @@ from optimum_fista.report import LayerReport, OperatorGrid, OperatorReport, Prun
 
 
 def operator(name: str, **changes) -> OperatorReport:
-    values = {
-        "name": name,
-        "shape": (4, 8),
-        "stored_transposed": False,
-        "pattern": "unstructured",
-        "target_sparsity": 0.5,
-        "scope": "matrix",
-        "num_kept": 16,
-        "sparsity": 0.5,
-        "method": "fista",
-        "fit_error": 0.2,
-        "l1_penalty": 0.03,
-        "iterations": 40,
-        "converged": True,
-        "message": "",
-        "num_tokens": 128,
-        "solve_seconds": 0.25,
-    }
+    values = {"name": name, "shape": (4, 8), "stored_transposed": False, "pattern": "unstructured", "scope": "matrix"}
+    values |= {"target_sparsity": 0.5, "num_kept": 16, "sparsity": 0.5, "method": "fista", "fit_error": 0.2}
+    values |= {"l1_penalty": 0.03, "iterations": 40, "converged": True, "message": "", "num_tokens": 128}
+    values |= {"solve_seconds": 0.25}
     return OperatorReport(**values | changes)
 
 

@@ -17,19 +17,10 @@ QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]  # 
 
 def tiny_llama(**changes: Any) -> LlamaForCausalLM:
     """Two decoder layers, 14 linear operators; the same weights in every call with the same `changes`."""
-    settings: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "vocab_size": VOCABULARY,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.2,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 3,
-    }
+    settings: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    settings |= {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    settings |= {"initializer_range": 0.2}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         return LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()

@@ -154,17 +154,9 @@ def plan_run(
         channels = find_parts(model, "channels").parts if config.reorder_channels else ()
     except UnsupportedArchitectureError as error:
         raise UnsupportedArchitectureError(f"reorder_channels=True: {error} Leave it out.") from error
-    plan = Plan(
-        layers,
-        asked,
-        config,
-        operators,
-        left_dense,
-        removal,
-        products=choose_products(config.compute_dtype, execution_device(model.get_input_embeddings()), model.dtype),
-        channels={part.name: part for part in channels},
-        **places,
-    )
+    products = choose_products(config.compute_dtype, execution_device(model.get_input_embeddings()), model.dtype)
+    reordered = {part.name: part for part in channels}
+    plan = Plan(layers, asked, config, operators, left_dense, removal, products, reordered, **places)
     if loaded:
         stored_names(model, plan.all_operators.values())  # refuses a weight whose mask could not be saved
     if in_memory:
@@ -191,7 +183,8 @@ def plan_run(
 
 def begin_report(plan: Plan) -> PruningReport:
     """Begin the report of a run; warns of name patterns that match nothing, and of tensors that it will lack."""
-    model = plan.layers.model
+    model, processor = plan.layers.model, {"name": processor_name(), "threads": torch.get_num_threads()}
+    processor["instructions"] = torch.backends.cpu.get_cpu_capability()
     report = PruningReport(
         config=plan.asked.to_dict(),
         model={
@@ -209,11 +202,7 @@ def begin_report(plan: Plan) -> PruningReport:
             "device": execution_device(model.get_input_embeddings()).type,
             "attention": model.config._attn_implementation,
             "experts": getattr(model.config, "_experts_implementation", None),
-            "processor": {
-                "name": processor_name(),
-                "instructions": torch.backends.cpu.get_cpu_capability(),
-                "threads": torch.get_num_threads(),
-            },
+            "processor": processor,
             "written": "in the dtypes of the files" if plan.files_dtypes else str(model.dtype),
             "products": plan.products,
         },

@@ -249,22 +249,10 @@ def driver(tmp_path_factory):
     if COMPILER is None:
         pytest.skip("no C++ compiler")
     program = tmp_path_factory.mktemp("driver") / "driver"
-    build = subprocess.run(
-        [
-            COMPILER,
-            "-std=c++17",
-            "-O1",
-            "-pthread",
-            "-fsanitize=address,undefined",
-            "-fno-sanitize-recover=all",
-            f"-I{SOURCES}",
-            str(Path(__file__).parent / "kernels_driver.cpp"),
-            "-o",
-            str(program),
-        ],
-        capture_output=True,
-        text=True,
-    )
+    flags = ["-std=c++17", "-O1", "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    source = Path(__file__).parent / "kernels_driver.cpp"
+    command = [COMPILER, *flags, f"-I{SOURCES}", str(source), "-o", str(program)]
+    build = subprocess.run(command, capture_output=True, text=True)
     if "cannot find -l" in build.stderr or "cannot find lib" in build.stderr:
         pytest.skip("the compiler has no sanitizers")
     assert build.returncode == 0, build.stderr
