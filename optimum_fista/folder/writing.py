@@ -76,10 +76,8 @@ def write_checkpoint(
         weight = operator.select(stored_tensor(operator.owner, operator.tensor))
         mask = unpack_mask(masks[f"{operator.name}.weight"], tuple(weight.shape)).to(weight.device)
         if bool(torch.any(weight.masked_select(~mask) != 0)):
-            raise ValueError(
-                f"{operator.name}.weight is no longer zero outside its mask: the model was changed after pruning. "
-                "Save it right after prune(), or keep the mask while training."
-            )
+            why = f"{operator.name}.weight is no longer zero outside its mask: the model was changed after pruning"
+            raise ValueError(f"{why}. Save it right after prune(), or keep the mask while training.")
     stored, masks = as_stored(report.operators, masks, stored_names(model, operators))
     retrained = report.retrained or bool((getattr(model.config, CONFIG_KEY, None) or {}).get("retrained"))
     report = dataclasses.replace(report, operators=stored, retrained=retrained)
@@ -100,8 +98,9 @@ def write_checkpoint(
                 model.save_pretrained(folder, state_dict={k: v for k, v in model.state_dict().items() if k not in tied})
             finally:
                 del model.hf_device_map
-        for shard in {*checkpoint_files(folder).values()}:
-            in_dtypes_of(shard, stored_as.loaded_in(model.dtype))
+        known = stored_as.loaded_in(model.dtype)
+        for shard in {*checkpoint_files(folder).values()} if known else ():
+            in_dtypes_of(shard, known)
         if stored_as.unplaced:
             _add_shard(folder, stored_as.unplaced)
     write_all_but_weights(folder, model, tokenizer, report, masks)
@@ -190,14 +189,8 @@ def summary(report: PruningReport) -> dict[str, Any]:
     totals = report.totals
     return {
         "format": MASKS_FORMAT,
-        "method": report.config["method"],
-        "pattern": report.config["pattern"],
-        "sparsity": report.config["sparsity"],
-        "error_correction": report.config["error_correction"],
-        "num_operators": totals["num_operators"],
-        "num_zeros": totals["num_zeros"],
-        "mean_fit_error": totals["mean_fit_error"],
-        "mean_output_error": totals["mean_output_error"],
+        **{key: report.config[key] for key in ("method", "pattern", "sparsity", "error_correction")},
+        **{key: totals[key] for key in ("num_operators", "num_zeros", "mean_fit_error", "mean_output_error")},
         "masks": MASKS_FILE,
         "report": REPORT_FILE,
         "version": report.versions["optimum-fista"],
@@ -236,10 +229,8 @@ def as_in_model(
         operator = by_name.get(entry.name)
         if operator is None or operator.shape != entry.shape:
             has = "no such weight" if operator is None else f"it in shape {operator.shape}"
-            raise ValueError(
-                f"{entry.name} of shape {entry.shape} has a mask, but {type(model).__name__} has {has}: pass the "
-                "folder or Hub id that this model was loaded from."
-            )
+            why = f"{entry.name} of shape {entry.shape} has a mask, but {type(model).__name__} has {has}"
+            raise ValueError(f"{why}: pass the folder or Hub id that this model was loaded from.")
     in_model = {name: StoredName(f"{o.name}.weight", o.transposed) for name, o in by_name.items()}
     entries, kept = as_stored(report.operators, masks, in_model)
     return dataclasses.replace(report, operators=entries), kept
