@@ -70,7 +70,7 @@ class FistaPruningConfig(PruningOptions):
     """Options of a pruning run, checked when constructed; `PruningOptions` declares and explains them."""
 
     def __post_init__(self) -> None:
-        for name in ("include", "exclude"):
+        for name in ("include", "exclude", "keep_tokens"):
             value = getattr(self, name)
             if isinstance(value, Iterable):  # other types are refused below
                 object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
@@ -88,6 +88,7 @@ class FistaPruningConfig(PruningOptions):
         idle = {
             "scope": (usual.fixed and not self.overrides, "pass only one of them"),
             **dict.fromkeys(("include", "exclude", "overrides"), whole),
+            "keep_tokens": (not self.removes_tokens, "leave it out, or pass a pattern such as 'vocab:0.35'"),
             "expert_refit": (not loses_experts, "leave it out, or pass a pattern such as 'experts:0.25'"),
             "reorder_channels": (not ordered, "leave it out, or pass a pattern such as '2:4'"),
         }
@@ -143,6 +144,11 @@ class FistaPruningConfig(PruningOptions):
         pattern = self._pattern_of(None)
         return pattern if isinstance(pattern, WholeParts) else None
 
+    @property
+    def removes_tokens(self) -> bool:
+        """Whether the pattern removes tokens, which is a run of its own kind."""
+        return self.pattern.startswith("vocab:")
+
     def pattern_for(self, name: str) -> SparsityPattern:
         """The sparsity pattern of the operator called `name`."""
         found = (value for pattern, value in self.overrides.items() if matches(name, (pattern,)))
@@ -167,7 +173,7 @@ class FistaPruningConfig(PruningOptions):
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         values = dataclasses.asdict(self)  # keeps tuples, but JSON has only lists
-        return values | {"include": list(self.include), "exclude": list(self.exclude)}
+        return values | {name: list(values[name]) for name in ("include", "exclude", "keep_tokens")}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FistaPruningConfig:

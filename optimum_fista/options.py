@@ -45,7 +45,8 @@ class PruningOptions:
     pattern: str = option(
         "unstructured",
         "2:4 keeps 2 of every 4 consecutive inputs of a row; 4:8-pairs keeps 2 whole pairs of every 4; channels:0.25, "
-        "heads:0.5, experts:0.25 or layers:0.1, or several joined by +, remove whole parts (docs/smaller.md)",
+        "heads:0.5, experts:0.25 or layers:0.1, or several joined by +, remove whole parts; vocab:0.35 removes tokens "
+        "that the text rarely has, vocab:unused those that it never has (docs/smaller.md)",
     )
     scope: Literal["matrix", "row"] | None = option(
         None,
@@ -92,6 +93,9 @@ class PruningOptions:
     exclude: tuple[str, ...] = option((), "leave operators whose names match dense; repeatable", advanced=_WHICH)
     overrides: Mapping[str, float | str] = option(
         dict, "sparsity or pattern of operators whose names match; the first match counts, 0 leaves an operator dense"
+    )
+    keep_tokens: tuple[str | int, ...] = option(
+        (), "for vocab: a token, or a text all of whose tokens, must stay; repeatable", advanced=_WHICH
     )
     expert_refit: bool = option(True, "refit the experts that stay if others are removed", advanced=_METHOD)
     reorder_channels: bool = option(

@@ -197,8 +197,9 @@ class PruningReport:
     def removed(self) -> str:
         """Say how much smaller the model is; empty if no part of it was removed."""
         gone, left = self.totals["num_removed"], self.model["num_parameters"]
-        share = self.totals["share_removed"]
-        return f"{gone:,} of {gone + left:,} parameters removed ({share:.2%}), {left:,} left" if gone else ""
+        share, found = self.totals["share_removed"], self.model.get("vocabulary")
+        tokens = f", with {found['kept']:,} of {found['before']:,} tokens" if found else ""
+        return f"{gone:,} of {gone + left:,} parameters removed ({share:.2%}), {left:,} left{tokens}" if gone else ""
 
     @property
     def experts_left(self) -> str:
@@ -245,7 +246,8 @@ class PruningReport:
         """The command that prunes the same model in the same way; a word in capitals stands for an unknown name."""
         tokens, sequences = self.calibration["num_tokens"], self.calibration["num_sequences"]
         words = ["optimum-fista", "prune", self.model.get("name") or "MODEL", "--output", "DIR"]
-        words += ["--config", "fista/report.json", "--calibration", self.calibration.get("source") or "SOURCE"]
+        words += ["--config", "fista/report.json"]
+        words += ["--calibration", *(self.calibration.get("source") or "SOURCE").split(", ")]  # several for tokens
         words += ["--num-samples", str(sequences)]
         if sequences and tokens % sequences == 0:
             words += ["--sequence-length", str(tokens // sequences)]
@@ -277,8 +279,8 @@ class PruningReport:
                 f" ({totals['held_out_ratio']:.2f} times that on {self.calibration['held_out']['num_tokens']:,} "
                 f"held-out tokens, {totals['mean_held_out_fit_error']:.4f} on average)"
             )
-        if self.mixtures and not self.operators:
-            return f"{self.removed}; {self.experts_left}; {self.seconds.get('total', 0.0):.1f} s"
+        if self.removed and not self.operators:
+            return "; ".join(filter(None, (self.removed, self.experts_left, f"{self.seconds.get('total', 0.0):.1f} s")))
         experts = f"{self.experts_left}; " if self.mixtures else ""
         zeros = f"{totals['num_zeros']:,} of {totals['num_weights']:,} weights zero ({totals['sparsity']:.2%})"
         return (

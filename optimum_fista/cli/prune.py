@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target-size", type=float, metavar="SHARE", help="remove channels until this share of the bytes is left")
     add("--recipe", metavar="NAME", help="default, fast, or paper (FISTAPruner as published); other flags override it")
     sources = "self (the model writes it; default if it fits), .txt, .jsonl (images too), wikitext2, c4, ptb or pydoc"
-    add("--calibration", metavar="SOURCE", help=sources)
+    sources += "; several are taken if tokens are removed (vocab:0.35)"
+    add("--calibration", nargs="+", metavar="SOURCE", help=sources)
     add("--num-samples", type=int, default=128, metavar="N", help="calibration sequences (default 128)")
     add("--sequence-length", type=int, metavar="N", help="tokens in a sequence (default: 2048, or the model's limit)")
     add("--device", **DEVICE)
@@ -84,14 +86,19 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.folder.hub import push_folder
     from optimum_fista.folder.output import FOLDER, locked_output, require_output
     from optimum_fista.folder.packed_folder import packing_of
+    from optimum_fista.prune.vocabulary import VocabularyPlan
     from optimum_fista.pruner import FistaPruner
 
     config = _config(arguments)
     arguments.output = arguments.output or default_output(arguments.model, config)
-    if arguments.dry_run:
+    names, documents = _documents(arguments, config)
+    if arguments.dry_run and documents is not None:
+        print(VocabularyPlan.of(arguments.model, documents, config, names).report)
+    elif arguments.dry_run:
         estimate = estimate_of(arguments, config, arguments.batch_size)
         print("for the time, a decoder layer of each kind is pruned now", file=sys.stderr)
         print("\n".join(details_of(estimate)))
+    if arguments.dry_run:
         require_output(arguments.output, arguments.overwrite, source=arguments.model)
         return 0
     _require_options(arguments, config)
@@ -99,15 +106,17 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             # held to the end of the run: two runs must not write into one folder
             folder = ranks.first(lambda: opened.enter_context(locked_output(arguments.output)))
-            arguments.batch_size, arguments.calibration = ranks.first(lambda: say_before(arguments, config))
-            batches = ranks.first(lambda: _batches(arguments, config, ranks.device, folder / FOLDER))
-            names = ("device", "dtype", "overwrite", "packed")
-            options = {name: getattr(arguments, name) for name in names}
-            options |= {"calibration_source": arguments.calibration, "output_dir": arguments.output}
+            batches: Any = documents
+            if documents is None:
+                arguments.batch_size, arguments.calibration = ranks.first(lambda: say_before(arguments, config))
+                batches = ranks.first(lambda: _batches(arguments, config, ranks.device, folder / FOLDER))
+            options = {name: getattr(arguments, name) for name in ("device", "dtype", "overwrite", "packed")}
+            options |= {"calibration_source": names or arguments.calibration, "output_dir": arguments.output}
             pruner = FistaPruner(config, storage_device=arguments.storage_device)
             report = pruner.prune(arguments.model, batches, **options)
         except KeyboardInterrupt:
-            print("\nfinished decoder layers are kept: give the same command again to resume", file=sys.stderr)
+            if not names:
+                print("\nfinished decoder layers are kept: give the same command again to resume", file=sys.stderr)
             raise
     if ranks.index:
         return 0
@@ -160,6 +169,23 @@ def default_output(model: str, config: FistaPruningConfig) -> Path:
     pattern = re.sub(r"[:+/]", "-", re.sub(r"(\d+):(\d+)", r"\1of\2", pattern))
     name = Path(os.path.abspath(model)).name if Path(model).exists() else model.rpartition("/")[2]
     return Path(f"{name}-{pattern}")
+
+
+def _documents(arguments: argparse.Namespace, config: FistaPruningConfig) -> tuple[str, Iterator[str] | None]:
+    """Names and documents of all sources, if tokens are removed; `arguments.calibration` becomes the first one."""
+    from optimum_fista.report import public_name
+    from optimum_fista.text.sources import load_text, usual_texts
+
+    sources = arguments.calibration or [usual_texts()[1] if config.removes_tokens else None]
+    arguments.calibration = sources[0]
+    if not config.removes_tokens and len(sources) > 1:
+        raise ValueError(f"--calibration has {len(sources)} sources: pass one, or a pattern such as vocab:0.35.")
+    if not config.removes_tokens:
+        return "", None
+    if "self" in sources:
+        raise ValueError("--calibration self: a model's own text is too short for rare tokens, pass files or c4.")
+    documents = (text for source in sources for text in load_text(source, "calibration").documents)
+    return ", ".join(map(public_name, sources)), documents
 
 
 def _batches(

@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optimum_fista.folder.checkpoint import kept_tokens
 from optimum_fista.folder.loading import load_lazily
 from optimum_fista.folder.packed_folder import is_packed
 from optimum_fista.folder.stored_tensors import read_stored, source_tensors
@@ -48,12 +49,14 @@ def compare_with_dense(folder: Path, report: PruningReport, dense: str, progress
         changed |= {f"{mixture.name}.down_proj" for mixture in report.mixtures if mixture.num_refitted}
         if report.config["reorder_channels"]:
             changed |= {name for part in find_parts(ours, "channels").parts for name in part.tensors}
-        left, equal = _tensor_names(ours), 0
+        left, equal, kept = _tensor_names(ours), 0, kept_tokens(folder, read_from)
         all_of_it = ((name, stored_tensor(theirs, name)) for name in _tensor_names(theirs))
         for name, expected in _what_stays(theirs, report, pruned) if report.removed else all_of_it:
             if name not in left:
                 raise VerificationError(f"{name} is in {dense!r} and not in the pruned model.")
             found = stored_tensor(ours, left.pop(left.index(name)))
+            if kept is not None and found.shape == (len(kept), *expected.shape[1:]) != expected.shape:
+                expected = expected[kept[kept < len(expected)]]
             if found.shape != expected.shape:
                 raise VerificationError(f"{name} has shape {(*found.shape,)}, from {dense!r} {(*expected.shape,)}.")
             if name not in changed and (differing := int((found != expected).sum())):
@@ -67,6 +70,8 @@ def compare_with_dense(folder: Path, report: PruningReport, dense: str, progress
         source = replace(source, lost=report.model.get("lacks", {}))
         here = read_stored(folder)
         for name, tensor in source.renamed(report.model.get("layers_kept", range(total)), total).unplaced.items():
+            if kept is not None and name in here and here[name].shape == (len(kept), *tensor.shape[1:]) != tensor.shape:
+                tensor = tensor.selected(0, kept[kept < tensor.shape[0]])
             if name not in here or not tensor.equals(here[name]):
                 raise VerificationError(f"{name} of {dense!r} was not copied as it is, and its report does not say so.")
             equal += 1

@@ -25,7 +25,9 @@ from optimum_fista.folder.checkpoint import (
     CONFIG_KEY,
     MASKS_FILE,
     REPORT_FILE,
+    VOCABULARY_FILE,
     checkpoint_files,
+    kept_tokens,
     read_json,
     read_report,
     read_tensors,
@@ -34,6 +36,7 @@ from optimum_fista.folder.checkpoint import (
 from optimum_fista.folder.packed_folder import is_packed, packed_operators
 from optimum_fista.folder.stored_tensors import source_tensors
 from optimum_fista.folder.writing import summary
+from optimum_fista.model.architecture import token_limits
 from optimum_fista.model.expert_removal import experts_to_keep
 from optimum_fista.model.parts import runs_of_experts
 from optimum_fista.model.stored_names import split_index
@@ -112,6 +115,9 @@ def _verify_totals(
         parameters = int(model.num_parameters())
         if parameters != claimed:
             raise VerificationError(f"{REPORT_FILE} promises {claimed} parameters, the model has {parameters}.")
+        kept, size = kept_tokens(folder), token_limits(model)[0]
+        if kept is not None and len(kept) != size:
+            raise VerificationError(f"{VOCABULARY_FILE} names {len(kept)} tokens, the embedding has {size} rows.")
         if report.removed:
             _verify_shapes(folder, model)
             _verify_mixtures(model, report)

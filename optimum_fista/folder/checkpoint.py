@@ -88,10 +88,11 @@ def read_report(folder: Path) -> PruningReport:
         raise ValueError(f"{str(file)!r} is no report of optimum-fista ({error}).") from error
 
 
-def kept_tokens(folder: Path) -> Tensor | None:
-    """Ids in the first model's vocabulary of the tokens of a smaller one, int64, rising; `None` if all tokens stayed.
+def kept_tokens(folder: Path, before: Path | None = None) -> Tensor | None:
+    """Old ids of the tokens of a smaller vocabulary, int64, rising; `None` if no token was removed.
 
-    Row `i` of the embedding is row `kept_tokens(folder)[i]` of the embedding before the first token was removed.
+    Row `i` of the embedding is row `kept_tokens(folder)[i]` of the embedding before the first token was removed, or of
+    that in the folder `before`, which may have lost some of the tokens already.
     """
     file = folder / VOCABULARY_FILE
     if not file.exists():
@@ -101,7 +102,8 @@ def kept_tokens(folder: Path) -> Tensor | None:
     numbers: list[Any] = [*kept, total] if isinstance(kept, list) and kept else [total, total]
     if not all(type(n) is int and n >= 0 for n in numbers) or numbers != sorted({*numbers}):
         raise ValueError(f"{str(file)!r} is damaged: it does not list rising ids below num_tokens.")
-    return torch.tensor(kept)
+    earlier = None if before is None else kept_tokens(before)
+    return torch.tensor(kept) if earlier is None else torch.searchsorted(earlier, torch.tensor(kept))
 
 
 def mark_retrained(model: PreTrainedModel) -> None:

@@ -97,10 +97,10 @@ class Parts:
 
 
 def numbers_kept(model: PreTrainedModel, pattern: WholeParts) -> dict[str, int]:
-    """Count the channels, heads and experts that a decoder layer keeps, by kind; whole layers are counted elsewhere."""
+    """Count the channels, heads and experts that a decoder layer keeps, by kind; others are counted elsewhere."""
     counts: dict[str, int] = {}
     for share in pattern.shares:
-        if share.kind != "layers":
+        if share.kind != "layers" and share.kind != "vocab":
             found = find_parts(model, share.kind)
             counts[share.kind] = share.num_kept(found.groups, found.equal_runs, found.at_least)
     return counts

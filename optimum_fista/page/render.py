@@ -28,9 +28,9 @@ _JOINED = "\u00a0"  # a blank that no line is broken at
 
 
 def read_pruned_report(folder: Path) -> PruningReport:
-    """Read the report of a pruned folder, packed or not, whose operators or mixtures a page can show."""
+    """Read the report of a pruned folder, packed or not, of whose operators, mixtures or tokens a page can be made."""
     report = read_report(folder)
-    if not report.operators and not report.mixtures:
+    if not report.operators and not report.mixtures and "vocabulary" not in report.model:
         why = "only decoder layers were removed, the model card says which" if report.removed else "pass another folder"
         raise ValueError(f"{str(folder / REPORT_FILE)!r} names no pruned operator: {why}.")
     return report

@@ -127,6 +127,9 @@ class PartsRemoval(Removal):
         """
         model, pattern, asked = layers.model, config.whole_parts, config
         assert pattern is not None
+        if config.removes_tokens:
+            what = f"pattern='{pattern}' removes tokens from files, and their tokenizer"
+            raise ValueError(f"{what}: pass the model's folder or Hub id, and output_dir, to FistaPruner.prune.")
         if pattern.size is not None:
             share = share_for_size(model, pattern)
             pattern = replace(pattern, sparsity=share.share, shares=(share,), size=None)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder.checkpoint import names_in, write_index
 from optimum_fista.folder.loading import load_lazily, storage_place, usable_device
-from optimum_fista.folder.output import FOLDER, install, locked_output, require_output
+from optimum_fista.folder.output import FOLDER, install, locked_output, new_output, require_output
 from optimum_fista.folder.packed_folder import Packer, packed_settings, require_packable
 from optimum_fista.folder.source_files import copy_source
 from optimum_fista.folder.stored_tensors import StoredTensor, write_stored
@@ -42,6 +42,7 @@ from optimum_fista.prune.plan import Plan, complete_report, plan_run
 from optimum_fista.prune.ranks import RankError, Ranks, joined_ranks, require_independent_layers, share_layers
 from optimum_fista.prune.removal import groups_kept, require_zeros_to_pack
 from optimum_fista.prune.sink import ModelSink, Travelling
+from optimum_fista.prune.vocabulary import VocabularyPlan
 from optimum_fista.report import LayerRecord, PruningReport
 
 
@@ -64,6 +65,16 @@ def prune_files(
     started = time.perf_counter()
     require_output(output_dir, overwrite, source=name)  # cheap checks come before the model is read
     require_zeros_to_pack(config, packed)
+    if config.removes_tokens:  # tensors are copied: there is no dtype or device to choose
+        with locked_output(output_dir):
+            vocabulary = VocabularyPlan.of(name, calib_dataloader, config, calibration_source, progress)
+            for callback in callbacks:
+                callback.on_prune_begin(vocabulary.report)
+            with new_output(output_dir, overwrite, vocabulary.source) as written:
+                vocabulary.write(written, started, progress)
+        for callback in callbacks:
+            callback.on_prune_end(vocabulary.report)
+        return vocabulary.report
     usable_device(device)
     storage = storage_place(storage_device)
     with joined_ranks(device) as ranks, ExitStack() as opened, ExitStack() as offloaded:

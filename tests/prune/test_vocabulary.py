@@ -1,10 +1,301 @@
 """Models that lose tokens: rows of the embedding and the head, the tokenizer, and every id in the files."""
 
 import json
+import random
+import shutil
+import string
+from pathlib import Path
 
 import pytest
+import torch
+from folder_files import bytes_of, tensors_of
+from media_models import media_batch, media_model
+from quantized_models import compressed_qwen3_moe, fp8_deepseek
+from safetensors.torch import load_file, save_file
+from tiny_llama import tiny_llama, tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from optimum_fista.folder.checkpoint import VOCABULARY_FILE, kept_tokens
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.cli.main import main
+from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
+from optimum_fista.folder.checkpoint import VOCABULARY_FILE, kept_tokens, read_report
+from optimum_fista.folder.packed_folder import pack_folder
+from optimum_fista.prune import vocabulary
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(tokens that stay|belong to no token|was pruned before|calibration)")
+COMMON = "the sea is deep and ships are small so sailors look at sky count days"
+RARE = "zebras yodel quietly whenever jazz quartets vex foggy xylophones"
+
+
+def text_of(words: str, length: int = 300) -> str:
+    """Words in random order: each becomes a token, no pair of them does."""
+    return " ".join(random.Random(0).choices(words.split(), k=length))
+
+
+TEXT = text_of(COMMON)
+
+
+def bpe_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE: 3 special tokens, 256 bytes, merges for all words, and a token that was added."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    settings = {"vocab_size": 400, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    trainer = trainers.BpeTrainer(special_tokens=["<unk>", "<s>", "</s>"], **settings)
+    tokenizer.train_from_iterator([TEXT, text_of(RARE)], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.add_tokens(["<image>"], special_tokens=True)
+    return fast
+
+
+def unigram_tokenizer(size: int = 64) -> PreTrainedTokenizerFast:
+    """3 special tokens, the space, 26 letters, 23 words, and rare pieces."""
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁", -4.0)]
+    pieces += [(letter, -6.0) for letter in string.ascii_lowercase]
+    pieces += [(f"▁{word}", -3.0) for word in f"{COMMON} {RARE}".split()]
+    pieces += [(f"q{number}", -20.0) for number in range(size - len(pieces))]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def save(folder: Path, spare: int = 8, **changes) -> Path:
+    """A dense model with its tokenizer; `spare` rows of the embedding have no token."""
+    tokenizer = bpe_tokenizer()
+    tiny_llama(**{"vocab_size": len(tokenizer) + spare, "pad_token_id": None, **changes}).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def remove_tokens(folder: Path, output: Path, pattern="vocab:unused", texts=(TEXT,), **options):
+    pruner = FistaPruner(FistaPruningConfig(pattern=pattern, **options), progress=False)
+    return pruner.prune(folder, texts, output_dir=output)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    return save(tmp_path_factory.mktemp("vocabulary") / "dense")
+
+
+@pytest.fixture(scope="module")
+def smaller(dense) -> Path:
+    """The dense model with the tokens of `TEXT`; do not write to it."""
+    remove_tokens(dense, dense.with_name("smaller"))
+    return dense.with_name("smaller")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_text_whose_tokens_stay_has_the_logits_of_the_dense_model(tmp_path, tied):
+    dense = save(tmp_path / "dense", tie_word_embeddings=tied)
+    with pytest.warns(UserWarning, match="8 of the 364 rows of the embedding belong to no token"):
+        report = remove_tokens(dense, tmp_path / "smaller")
+    kept = kept_tokens(tmp_path / "smaller")
+    networks = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("dense", "smaller")]
+    tokenizers = [AutoTokenizer.from_pretrained(tmp_path / name) for name in ("dense", "smaller")]
+    old, new = (tokenizer(TEXT[:200], return_tensors="pt")["input_ids"] for tokenizer in tokenizers)
+    assert torch.equal(kept[new], old)
+    assert tokenizers[1].decode(tokenizers[1](string.printable + "é東").input_ids) == string.printable + "é東"
+    weights, found = tensors_of(dense), tensors_of(tmp_path / "smaller")
+    rows = {"model.embed_tokens.weight"} if tied else {"model.embed_tokens.weight", "lm_head.weight"}
+    assert weights.keys() == found.keys()
+    assert all(torch.equal(found[name], weights[name][kept] if name in rows else weights[name]) for name in weights)
+    with torch.no_grad():
+        wanted, logits = (model(ids).logits for model, ids in zip(networks, (old, new), strict=True))
+    torch.testing.assert_close(logits, wanted[..., kept])
+    assert networks[1].config.vocab_size == len(kept) == len(tokenizers[1]) == 320  # a multiple of 64
+    assert report.removed.endswith("with 320 of 364 tokens")
+
+
+def test_a_share_goes_tokens_that_are_asked_for_stay_and_batches_count_as_texts(dense, tmp_path):
+    ids = bpe_tokenizer()(TEXT, return_tensors="pt")["input_ids"]
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    held_out = {"input_ids": torch.full((1, 4), 300), "held_out": "other"}
+    options = {"pattern": "vocab:0.18/1", "keep_tokens": [" xylophones", 340]}
+    for name, texts in (("texts", (t for t in (TEXT, ""))), ("batches", [batch, held_out])):
+        report = remove_tokens(dense, tmp_path / name, texts=texts, **options)
+        assert report.calibration["num_tokens"] == ids.numel()
+    kept = kept_tokens(tmp_path / "texts")
+    assert len(kept) == round(364 * 0.82)
+    assert {340, *bpe_tokenizer().encode(" xylophones")} <= {*kept.tolist()}
+    assert torch.equal(kept, kept_tokens(tmp_path / "batches"))
+
+
+def test_ids_are_renumbered_in_every_file_and_old_tokenizer_files_are_gone(dense, tmp_path):
+    folder, last = shutil.copytree(dense, tmp_path / "dense"), bpe_tokenizer().convert_tokens_to_ids("<image>")
+    ids = {"eos_token_id": [2, last], "suppress_tokens": [300, -1], "bad_words_ids": [[301, 302]], "max_length": 300}
+    (folder / "generation_config.json").write_text(json.dumps(ids))
+    (folder / "processor_config.json").write_text(json.dumps({"image": {"image_token_id": last}, "num_tokens": last}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": 360}))  # a row without a token
+    for name in ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "special_tokens_map.json"):
+        (folder / name).write_text("{}")
+    remove_tokens(folder, tmp_path / "smaller")
+    kept = kept_tokens(tmp_path / "smaller").tolist()
+    new = {old: number for number, old in enumerate(kept)}
+    generation, processor, config, tokenizer = (
+        json.loads((tmp_path / "smaller" / f"{name}_config.json".removeprefix("_")).read_text())
+        for name in ("generation", "processor", "", "tokenizer")
+    )
+    assert generation["eos_token_id"] == [2, new[last]]
+    assert generation["suppress_tokens"] == [new[300], -1]
+    assert generation["bad_words_ids"] == [[new[301], new[302]]]
+    assert generation["max_length"] == 300
+    assert processor == {"image": {"image_token_id": new[last]}, "num_tokens": last}
+    assert config["pad_token_id"] == new[360] == len(kept) - 1
+    assert "<image>" in AutoTokenizer.from_pretrained(tmp_path / "smaller").convert_ids_to_tokens([new[last]])
+    added = tokenizer.get("added_tokens_decoder", {str(new[last]): {"content": "<image>"}})
+    assert added[str(new[last])]["content"] == "<image>"
+    names = {file.name for file in (tmp_path / "smaller").iterdir()}
+    assert not names & {"vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"}
+    assert {"tokenizer.json", "special_tokens_map.json"} <= names
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "qwen2_audio"])
+def test_a_multimodal_model_sees_its_images_as_before(tmp_path, family):
+    media_model(family).save_pretrained(tmp_path / "dense")
+    unigram_tokenizer().save_pretrained(tmp_path / "dense")
+    remove_tokens(tmp_path / "dense", tmp_path / "smaller", "vocab:0.2")
+    kept, batch = kept_tokens(tmp_path / "smaller"), media_batch(family)
+    new = {old: number for number, old in enumerate(kept.tolist())}
+    old = batch["input_ids"].clone().apply_(lambda index: index if index in new else 4)
+    dense, smaller = (AutoModelForMultimodalLM.from_pretrained(tmp_path / name) for name in ("dense", "smaller"))
+    with torch.no_grad():
+        wanted = dense(**batch | {"input_ids": old}).logits[..., kept]
+        found = smaller(**batch | {"input_ids": old.clone().apply_(new.__getitem__)}).logits
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("make", [fp8_deepseek, lambda folder: compressed_qwen3_moe(folder, "W4A16")])
+def test_quantized_layers_stay_as_they_are_stored(tmp_path, make):
+    folder = make(tmp_path / "dense")
+    unigram_tokenizer().save_pretrained(folder)
+    remove_tokens(folder, tmp_path / "smaller", "vocab:0.2")
+    kept, before, after = kept_tokens(tmp_path / "smaller"), tensors_of(folder), tensors_of(tmp_path / "smaller")
+    rows = {"model.embed_tokens.weight", "lm_head.weight"}
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], before[name][kept] if name in rows else before[name]) for name in before)
+    settings = [
+        json.loads((tmp_path / n / "config.json").read_text())["quantization_config"] for n in ("dense", "smaller")
+    ]
+    assert settings[0] == settings[1]
+    verify_checkpoint(tmp_path / "smaller", dense=folder)
+
+
+def test_embeddings_that_the_class_does_not_load_are_cut_too(dense, tmp_path):
+    folder = shutil.copytree(dense, tmp_path / "dense")
+    file, extra = folder / "model.safetensors", {"mtp.norm.weight": torch.ones(32), "mtp.0.embed_tokens.weight": None}
+    tensors = load_file(file)
+    extra["mtp.0.embed_tokens.weight"] = tensors["lm_head.weight"] * 2
+    save_file(tensors | extra, file, {"format": "pt"})
+    report = remove_tokens(folder, tmp_path / "smaller")
+    found, kept = tensors_of(tmp_path / "smaller"), kept_tokens(tmp_path / "smaller")
+    assert torch.equal(found["mtp.0.embed_tokens.weight"], extra["mtp.0.embed_tokens.weight"][kept])
+    assert torch.equal(found["mtp.norm.weight"], extra["mtp.norm.weight"])
+    assert report.model["copied"] == {"mtp": 2}
+    verify_checkpoint(tmp_path / "smaller", dense=folder)
+    save_file(tensors | {"mtp.counts": torch.ones(364)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"mtp.counts is stored as F32 \[364\]"):
+        remove_tokens(folder, tmp_path / "other")
+
+
+def test_a_second_run_keeps_the_table_and_runs_compose(dense, smaller, tmp_path):
+    batches, table = (
+        torch.randint(3, 320, (8, 16), generator=torch.Generator().manual_seed(0)).split(4),
+        VOCABULARY_FILE,
+    )
+    for pattern, name in (("2:4", "zeros"), ("channels:0.25/4", "channels")):
+        pruner = FistaPruner(FistaPruningConfig(pattern=pattern, method="wanda"), progress=False)
+        pruner.prune(smaller, batches, output_dir=tmp_path / name)
+        assert (tmp_path / name / table).read_bytes() == (smaller / table).read_bytes()
+        assert verify_checkpoint(tmp_path / name, dense=dense).num_equal
+    pack_folder(tmp_path / "zeros", tmp_path / "packed")
+    assert (tmp_path / "packed" / table).read_bytes() == (smaller / table).read_bytes()
+    remove_tokens(tmp_path / "channels", tmp_path / "twice", "vocab:0.1/1")
+    twice = kept_tokens(tmp_path / "twice")
+    embeddings = [tensors_of(folder)["model.embed_tokens.weight"] for folder in (dense, tmp_path / "twice")]
+    assert torch.equal(embeddings[0][twice], embeddings[1])
+    assert json.loads((tmp_path / "twice" / table).read_text())["num_tokens"] == 364
+    verify_checkpoint(tmp_path / "twice", dense=tmp_path / "channels")
+    shutil.copyfile(smaller / table, tmp_path / "twice" / table)
+    with pytest.raises(VerificationError, match="names 320 tokens, the embedding has 288 rows"):
+        verify_checkpoint(tmp_path / "twice")
+
+
+def change_config(folder: Path, **values) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+BAD = {
+    "few tokens": (lambda _: None, {"pattern": "vocab:0.9"}, r"pattern='vocab:0.9' of 364 tokens: .*pass 260 .*to 356"),
+    "no such id": (lambda _: None, {"keep_tokens": [360]}, "keep has the id 360"),
+    "one text": (lambda _: None, {"texts": TEXT}, "calib_dataloader is one text"),
+    "no text": (lambda _: None, {"texts": []}, "calib_dataloader holds no token"),
+    "other vocabulary": (lambda f: change_config(f, audio_vocab_size=2048), {}, "audio_vocab_size of 2048"),
+    "small embedding": (lambda f: change_config(f, vocab_size=300), {}, "the tokenizer has the id 354"),
+    "words": (lambda f: tiny_tokenizer().save_pretrained(f), {}, "WordLevel"),
+    "no tokenizer": (lambda f: [file.unlink() for file in f.glob("tokenizer*")], {}, "has no tokenizer"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "options", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_gives_one_error_and_nothing_is_written(dense, tmp_path, spoil, options, message):
+    folder = shutil.copytree(dense, tmp_path / "dense")
+    spoil(folder)
+    with pytest.raises(ValueError, match=message):
+        remove_tokens(folder, tmp_path / "smaller", **options)
+    assert [file.name for file in tmp_path.iterdir()] == ["dense"]
+
+
+def test_a_run_that_fails_leaves_the_old_output_and_no_other_file(dense, smaller, tmp_path, monkeypatch):
+    output = shutil.copytree(smaller, tmp_path / "smaller", copy_function=shutil.copy2)
+    before = bytes_of(output)
+    monkeypatch.setattr(vocabulary, "write_all_but_weights", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        FistaPruner(FistaPruningConfig(pattern="vocab:0.1")).prune(dense, [TEXT], output_dir=output, overwrite=True)
+    assert bytes_of(output) == before
+    assert [file.name for file in tmp_path.iterdir()] == ["smaller"]
+
+
+def test_a_model_in_memory_is_refused():
+    with pytest.raises(ValueError, match="pass the model's folder or Hub id, and output_dir"):
+        FistaPruner(FistaPruningConfig(pattern="vocab:0.1")).prune(tiny_llama(), [TEXT])
+
+
+def test_the_command_counts_several_files_and_other_commands_tell_of_tokens(dense, tmp_path, capsys):
+    for name, words in (("a.txt", COMMON), ("b.txt", RARE)):
+        (tmp_path / name).write_text(text_of(words))
+    texts, output = [str(tmp_path / name) for name in ("a.txt", "b.txt")], tmp_path / "smaller"
+    command = [
+        "prune",
+        str(dense),
+        "-o",
+        str(output),
+        "--pattern",
+        "vocab:0.1",
+        "--keep-tokens",
+        "zebras",
+        "--calibration",
+    ]
+    assert main([*command, *texts, "--dry-run"]) == 0
+    assert not output.exists()
+    said = capsys.readouterr().out
+    assert main([*command, *texts]) == 0
+    assert capsys.readouterr().out.startswith(said.partition(";")[0])
+    report = read_report(output)
+    assert report.calibration["num_tokens"] == 600
+    assert "--calibration a.txt b.txt" in report.command()
+    assert main(["verify", str(output), "--dense", str(dense)]) == 0
+    assert "with 320 of 364 tokens" in capsys.readouterr().out
+    assert "with 320 of 364 tokens" in (output / "README.md").read_text()
+    assert main(["report", str(output)]) == 0
+    assert "320 of 364 stay" in (output / "fista" / "report.html").read_text()
+    assert main(["pack", str(output), "-o", str(tmp_path / "packed")]) == 1
+    assert main([*command[:-1], "--overwrite", "--calibration", "self"]) == 1
+    assert "a model's own text is too short" in capsys.readouterr().err
+    assert main(["prune", str(dense), "-o", str(tmp_path / "zeros"), "--calibration", *texts]) == 1
+    assert "--calibration has 2 sources" in capsys.readouterr().err
 
 
 def test_the_table_of_kept_tokens_is_read_and_damage_is_named(tmp_path):
