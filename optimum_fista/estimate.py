@@ -187,7 +187,7 @@ class Estimate:
             held |= {"one batch": value * batch * (2 * self.hidden + 3 * max(map(max, seen.values()), default=0))}
             if self.config.correction.carry == "none" or self.config.held_out:
                 # All groups of a decoder layer are summed in one pass over the tokens.
-                held |= {"other Gram matrices": sum(4 * columns**2 for _, columns in seen)}
+                held |= {"other Gram matrices": sum(4 * columns**2 for _, columns in groups)}
             for (_, columns), those in groups.items():
                 gram, matrix = 4 * columns**2, 4 * sum(those) * columns  # float32
                 block = 4 * columns * rows_in_block(max(those), columns, 1 if self.on_cpu else SCALE_ON_DEVICES)

@@ -68,6 +68,7 @@ def estimate_of(arguments: argparse.Namespace, config: FistaPruningConfig, batch
 def overview_of(estimate: Estimate) -> list[str]:
     """Say in a few lines what a run will do and need."""
     from optimum_fista.report import lines_of_unplaced
+    from optimum_fista.text.sources import require_source
 
     model, config, parameters = estimate.model, estimate.config, estimate.model.num_parameters()
     dtype, weights = str(model.dtype).removeprefix("torch."), sum(estimate.weights.values())
@@ -77,7 +78,10 @@ def overview_of(estimate: Estimate) -> list[str]:
         pruned += f"; {removed:,} parameters are removed ({removed / parameters:.1%})"
     elif weights:
         pruned += f"; {zeros:,} become zero ({zeros / weights:.1%})"
-    tokens = f"{estimate.num_samples} x {estimate.length} tokens"
+    tokens, more = f"{estimate.num_samples} x {estimate.length} tokens", ""
+    if estimate.calibration.endswith(".jsonl") and require_source(estimate.calibration, with_images=True):
+        tokens = f"{estimate.num_samples} sequences with images of {estimate.length} tokens or fewer"
+        more = ", and what the encoders of images need"
     held_out = f" ({config.held_out} held out)" if config.held_out else ""
     text = "that the model writes itself" if estimate.calibration == "self" else f"of {estimate.calibration}"
     if estimate.too_large_to_write:
@@ -93,7 +97,7 @@ def overview_of(estimate: Estimate) -> list[str]:
         "pattern": str(config.sparsity if estimate.asked.pattern == "unstructured" else estimate.asked.pattern),
         "method": f"{config.method}{default}, error correction {config.error_correction}",
         "calibration": f"{tokens}{held_out} {text}, batches of {estimate.batch_size}",
-        "memory": f"{memory}, at most, on {estimate.device}",
+        "memory": f"{memory}, at most, on {estimate.device}{more}",
         "disk": size_text(sum(estimate.disk_bytes.values())),
     }
     unplaced = lines_of_unplaced(estimate.source.copied, estimate.source.lost)

@@ -196,20 +196,25 @@ class SourceTensors:
                     found[name] = tensor.selected(axis, part.entries(size, repeats, groups))
                 elif strict:
                     gone = whole[axis] // (part.groups * repeats)
+                    why = f"stores one value for {span} rows or columns of {place}, and groups of {gone} are removed"
+                    why = "is of a packed weight, which can't be cut" if re.search("_(packed|shape)$", name) else why
                     raise ValueError(
-                        f"{name} stores one value for {span} rows or columns of {place}, and groups of {gone} are "
-                        "removed: pass another pattern, or a dtype (--dtype), in which the result is then written."
+                        f"{name} {why}: pass another pattern, or a dtype (--dtype), and it is written in that."
                     )
         return found
 
     def require_no_numbers(self) -> None:
         """Refuse patterns of quantized modules that name decoder layers by number: only plain names are renumbered."""
         plain, word = map(re.escape, (self.layers, self.layers.removesuffix(".").rpartition(".")[2]))
+        known = [name for name in self.stored if not name.startswith(self.layers)]
+        known += [self.places[name] for name in known if name in self.places]
         waiting: list[Any] = [value for value in self.settings.values() if isinstance(value, dict | list)]
         while waiting:
             value = waiting.pop()
             if isinstance(value, dict | list):
                 waiting += value.values() if isinstance(value, dict) else value
+            elif any(name.startswith(f"{value}.") for name in known):  # a module outside the decoder layers
+                continue
             elif re.search(rf"^(?!{plain}).*\b{word}\\?\.[^.a-zA-Z]*\d", str(value).replace("[0-9]", "")):
                 raise ValueError(
                     f"quantization_config names decoder layers by number in {value!r}, and other layers get these "

@@ -40,6 +40,8 @@ class MediaArguments:
         kinds: dict[str, dict[str, Tensor]] = {kind: {} for kind in _KINDS}
         for key in (key for key in item if key in self.names and item[key] is not None):
             value = as_tensor(item[key], where, key, "what the model's processor returns with return_tensors='pt'")
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{where}: {key} holds NaN or Inf: pass another image or sound.")
             by_token = bool(_BY_TOKEN.search(key))
             if by_token and len(ids) == 1 and value.shape[:1] == ids.shape[1:]:
                 value = value[None]  # [sequence] -> [1, sequence]

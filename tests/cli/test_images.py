@@ -52,6 +52,8 @@ def test_other_images_give_other_weights_and_no_run_goes_on_with_them(prune, tmp
         assert (report["calibration"]["num_sequences"], report["calibration"]["held_out"]["num_sequences"]) == (3, 1)
         assert report["perplexity"]["text"] == "lines.jsonl"
         said = capsys.readouterr().err
+        assert "sequences with images of 32 tokens or fewer of lines.jsonl" in said
+        assert "and what the encoders of images need" in said
         assert "1 lines of lines.jsonl are skipped: 1 have tokens of an image after token 32" in caplog.text
         assert ("2 of 4 decoder layers are done already" in said) is not flags
         files = sorted((tmp_path / "out").glob("*.safetensors"))

@@ -105,6 +105,7 @@ BAD = {
         {"input_ids": torch.ones(1, 17).long()},
         r"none of its input_ids is the token of images \(60",
     ),
+    "NaN": ("llava", {"pixel_values": torch.full((1, 3, 8, 8), torch.nan)}, "pixel_values holds NaN or Inf: pass"),
     "one value": ("llava", {"pixel_values": 1.0}, r"pixel_values has shape \(\), input_ids \(1, 17\): pass what the"),
     "lists": ("llava", {"pixel_values": [torch.ones(3, 8, 8), torch.ones(3, 4, 4)]}, "pixel_values can't be read as a"),
     "types": (

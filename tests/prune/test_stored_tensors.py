@@ -181,10 +181,19 @@ def test_a_quantized_layer_that_is_not_loaded_is_dequantized_or_named_if_the_res
 
 @pytest.mark.parametrize(
     ("entry", "is_refused"),
-    [(r"re:.*layers\.[12]\..*", True), ("layers.1.mlp", True), (r"re:.*layers\.[0-9]+\.mlp", False), ("a.0.b", False)],
+    [
+        (r"re:.*layers\.[12]\..*", True),
+        ("layers.1.mlp", True),
+        (r"re:.*layers\.[0-9]+\.mlp", False),
+        ("a.0.b", False),
+        ("mtp.layers.0.fc", False),  # a module that is stored
+        ("mtp.layers.1", True),
+    ],
 )
 def test_patterns_of_numbered_layers_are_refused_if_layers_go(tmp_path, entry, is_refused):
     source = fp8_with_more_tokens(tmp_path / "source")
+    other = {"mtp.layers.0.fc.weight": torch.ones(2, 2)}
+    save_file(load_file(source / "model.safetensors") | other, source / "model.safetensors", {"format": "pt"})
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] |= {"ignore": ["model.layers.1.mlp.gate"], "groups": {"one": {"targets": [entry]}}}
     (source / "config.json").write_text(json.dumps(config))
@@ -208,6 +217,14 @@ def test_scales_that_would_be_cut_are_refused(tmp_path, pattern, nope, tensor, g
         prune(source, tmp_path / "out", pattern=pattern, method="wanda")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     prune(source, tmp_path / "out", pattern=pattern, method="wanda", dtype="bfloat16")
+
+
+def test_packed_numbers_are_not_cut(tmp_path):
+    pytest.importorskip("compressed_tensors")
+    source = compressed_qwen3_moe(tmp_path / "source", "W4A16")
+    with pytest.raises(ValueError, match="weight_shape is of a packed weight, which can't be cut: pass another"):
+        prune(source, tmp_path / "out", pattern="heads:0.5", method="wanda")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_heads_go_with_their_scales(tmp_path):
