@@ -96,19 +96,13 @@ class StoredTensor:
 
 
 def read_stored(source: Path) -> dict[str, StoredTensor]:
-    """All tensors in the weight files of a model folder, packed or not; of a GGUF file none. Only headers are read.
-
-    Raises:
-        ValueError: If two files hold tensors of one name with different values.
-    """
+    """All tensors in the weight files of a model folder, packed or not; of a GGUF file none. Only headers are read."""
     found: dict[str, StoredTensor] = {}
     for file in sorted(weight_files(source)):
         for name, tensor in (_binary if file.suffix == ".bin" else _safetensors)(file):
             if name in found and not tensor.equals(found[name]):
-                raise ValueError(
-                    f"model={str(source)!r} holds {name} twice, with different values: {file.name} is the second file "
-                    "with it. Delete the wrong one from its file."
-                )
+                why = f"twice, with different values: {file.name} is the second file with it"
+                raise ValueError(f"model={str(source)!r} holds {name} {why}. Delete the wrong one from its file.")
             found[name] = tensor
     return found
 
@@ -262,10 +256,8 @@ def source_tensors(
 
     A run that makes the tensors of parts smaller (`part_of`) does not copy other modules that have tensors of the same
     name and shape, because the configuration has one number of experts, for instance, for decoder layers and for layers
-    that predict more tokens. If the result is not `quantized`, other modules are dequantized, or not copied.
-
-    Raises:
-        ValueError: If two tensors with different values have the same place, or the same name.
+    that predict more tokens. If the result is not `quantized`, other modules are dequantized, or not copied. Two
+    tensors with different values for one place are refused.
     """
     stored, state = read_stored(source), model.state_dict()
     config = read_json(source / CONFIG_FILE) if (source / CONFIG_FILE).exists() else {}
@@ -289,15 +281,11 @@ def source_tensors(
         if place in state or (dequantizer is not None and _ACTIVATION_SCALES.search(name)):
             places[name] = place
             if dequantizer is None and stored[name].dtype not in DENSE and state[place].is_floating_point():
-                raise ValueError(
-                    f"{name} has dtype {stored[name].dtype}, and config.json has no quantization_config that says how "
-                    f"to read it: copy that of the quantized model into the config.json of {str(source)!r}."
-                )
+                why = f"has dtype {stored[name].dtype}, and config.json has no quantization_config to read it by"
+                raise ValueError(f"{name} {why}: copy that of the quantized model into {str(source / CONFIG_FILE)!r}.")
             if (other := loaded_as.setdefault(own, name)) != name and not stored[name].equals(stored[other]):
-                raise ValueError(
-                    f"{name} and {other} are both {own} of {type(model).__name__}, with different values: delete the "
-                    "wrong one from the files of the model."
-                )
+                why = f"are both {own} of {type(model).__name__}, with different values"
+                raise ValueError(f"{name} and {other} {why}: delete the wrong one from the files of the model.")
             if place.startswith(layers):
                 prefix, number, _ = f".{name}".partition(f".{place.removeprefix(layers).partition('.')[0]}.")
                 prefixes[f"{prefix}."[1:]] += bool(number)

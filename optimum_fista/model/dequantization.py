@@ -73,10 +73,8 @@ def read_dequantized(config: PreTrainedConfig) -> PreTrainedConfig:
         raise ImportError(f"model={name!r} is quantized by {method!r}, which needs this package: run {command}.")
     if kind is None or "dequantize" not in inspect.signature(kind).parameters:
         reader = _READERS.get(method, "the library that wrote it")
-        raise ValueError(
-            f"model={name!r} is quantized by {method!r}, which {here} can't dequantize a parameter at a time: "
-            f"dequantize it with {reader}, save it, and pass that folder."
-        )
+        why = f"is quantized by {method!r}, which {here} can't dequantize a parameter at a time"
+        raise ValueError(f"model={name!r} {why}: dequantize it with {reader}, save it, and pass that folder.")
     forget_quantization(config)
     config.quantization_config = {"quant_method": _METHOD, "settings": settings}
     config.dtype = getattr(config, "dtype", None) or torch.bfloat16  # Transformers would take that of an FP8 tensor
@@ -126,7 +124,7 @@ class Dequantizer(HfQuantizer):
         self.keeps = False
         self.kept: dict[str, Callable[[], Tensor]] = {}  # makes a parameter
         self.converted: set[str] = set()  # names of stored tensors that a conversion takes
-        self._stored: dict[str, tuple[str, str]] = {}  # file and dtype of all tensors of the source
+        self.stored: dict[str, tuple[str, str]] = {}  # file and dtype of all tensors of the source
         self._transforms: tuple[list[Any], list[Any]] = [], []  # of the dense model, and those in use
 
     def __deepcopy__(self, memo: Any) -> Dequantizer:
@@ -140,7 +138,7 @@ class Dequantizer(HfQuantizer):
             self.inner._process_model_before_weight_loading(model, device_map=device_map, **options)
         for path in checkpoint_files:
             with safe_open(path, "pt") as file:
-                self._stored |= {name: (path, file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
+                self.stored |= {name: (path, file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
         self.keeps = device_map == {"": "disk"}
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
@@ -180,11 +178,11 @@ class Dequantizer(HfQuantizer):
 
     def _require_scales(self, model: PreTrainedModel) -> None:
         """Refuse quantized tensors that Transformers would take for values."""
-        scaled = {name.rpartition(".")[0] for name in self._stored if "scale" in name.rpartition(".")[2]}
+        scaled = {name.rpartition(".")[0] for name in self.stored if "scale" in name.rpartition(".")[2]}
         renamings = [transform for transform in self._transforms[1] if isinstance(transform, WeightRenaming)]
         converters = [transform for transform in self._transforms[1] if isinstance(transform, WeightConverter)]
         prefix, state = model.base_model_prefix, model.state_dict()
-        for name, (_, dtype) in self._stored.items():
+        for name, (_, dtype) in self.stored.items():
             if dtype not in DENSE and not (name in self.converted and name.rpartition(".")[0] in scaled):
                 target = rename_source_key(name, renamings, converters, prefix, state)[0]
                 if target in state and state[target].is_floating_point():
@@ -192,13 +190,9 @@ class Dequantizer(HfQuantizer):
 
     def read(self, name: str) -> Tensor:
         """Read a tensor of the source."""
-        with safe_open(self._stored[name][0], "pt") as file:
+        with safe_open(self.stored[name][0], "pt") as file:
             tensor: Tensor = file.get_tensor(name)
             return tensor
-
-    def holds_values(self, name: str) -> bool:
-        """Tell whether a tensor of the source is a weight that is not quantized."""
-        return self._stored[name][1] in DENSE
 
     def dense(self, module: str, parts: Mapping[str, Callable[[], Tensor]], dtype: torch.dtype) -> Tensor:
         """Dequantize a matrix [out, in] that the model's class does not load; `parts` read what its module stores."""
@@ -261,7 +255,7 @@ class KeptConversion(WeightConverter):
         """Convert, or keep the conversion for later."""
         keeper, first = self.keeper, self.target_patterns[0]
         targets = [layer_name, *(layer_name.replace(first, pattern) for pattern in self.target_patterns[1:])]
-        is_dense = len(self.names) == 1 and all(map(keeper.holds_values, self.names))
+        is_dense = len(self.names) == 1 and all(keeper.stored[name][1] in DENSE for name in self.names)
         is_dense = is_dense and all(map(_reads_scales, self.operations))  # without scales, these change nothing
         keeper.converted.update(self.names)
         if not keeper.keeps or "*" in first:  # one stored tensor makes many: Transformers copies them to files
