@@ -43,6 +43,8 @@ def test_a_size_is_reached_by_channels_and_this_is_said(tiny_folder, text_file, 
     report = read_report(folder)
     assert report.config["pattern"].startswith("channels:0.")
     assert f"pattern bytes:0.8: {report.config['pattern']} leaves 0." in said
+    tokens = 0.29 * 2 * 64 * 32 / DENSE  # embedding and head
+    assert f"a run with pattern vocab:0.29 before this one removes {tokens:.4f}\n" in said
     one_channel_more = 2 * 3 * 32
     assert 0.8 * DENSE - one_channel_more < report.model["num_parameters"] <= 0.8 * DENSE
 
