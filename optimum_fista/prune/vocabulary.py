@@ -46,7 +46,6 @@ _IDS = re.compile(
 # Files that describe the old tokenizer; the new one is in tokenizer.json alone.
 _OLD_FILES = re.compile(r"(vocab|encoder|merges|added_tokens|tekken)\.\w+|.*\.(model(\.\w+)?|tiktoken|spm|vocab)")
 _SMALL = 1024  # smaller numbers are multiples, and sizes of codecs, not of another vocabulary
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of safetensors
 
 
 @dataclass(frozen=True)
@@ -79,11 +78,9 @@ class VocabularyPlan:
             _with_ids(values, lambda index: named.add(index) or index)  # type: ignore[func-returns-value]
         spare = sorted(index for index in named - tokens if 0 <= index < size)  # rows of no token that are named
         asked = ([token] if isinstance(token, int) else tokenizer.encode(token) for token in config.keep_tokens)
-        content = json.loads(tokenizer.backend_tokenizer.to_str())
-        if (file := folder / "tokenizer.json").exists() and _vocabulary(
-            known := checkpoint.read_json(file)
-        ) == vocabulary:
-            content = known  # as other programs read it; Transformers may add tokens
+        contents = [*map(checkpoint.read_json, folder.glob("tokenizer.json"))]  # as other programs read it
+        contents += [json.loads(tokenizer.backend_tokenizer.to_str())]  # if Transformers adds tokens to the file
+        content = next(content for content in contents if _vocabulary(content) == vocabulary)
         smaller = _smaller(content, counts, config, (named & tokens).union(*asked), len(spare))
         new_ids = {old: new for new, old in enumerate([*smaller.kept.tolist(), *spare])}
         for section in sections:
@@ -92,8 +89,8 @@ class VocabularyPlan:
                 section.vocab_size = len(new_ids)
         model, kept = _described(settings), torch.tensor([*new_ids])
         stored = _cut(source, dense, model, kept)
-        dtypes = (_DTYPES[tensor.dtype] for tensor in stored.values() if tensor.dtype in DENSE)
-        torch.nn.Module.to(model, loading.floating_dtype(getattr(settings, "dtype", None) or next(dtypes, "float32")))
+        dtypes = (tensor.tensor().dtype for tensor in stored.values() if tensor.dtype in DENSE)
+        torch.nn.Module.to(model, loading.floating_dtype(getattr(settings, "dtype", None) or next(dtypes)))
         described: dict[str, Any] = {"class": type(model).__name__, "model_type": settings.model_type}
         described |= {"name": public_name(name), "dtype": str(model.dtype).removeprefix("torch.")}
         described |= {"num_parameters": model.num_parameters(), "dense_num_parameters": dense.num_parameters()}
@@ -120,8 +117,7 @@ class VocabularyPlan:
         for shard in tqdm(sorted({*weight_map.values()}), desc="Writing weights", unit="file", disable=not progress):
             write_stored(folder / shard, {name: t for name, t in self.stored.items() if weight_map[name] == shard})
         if {*weight_map.values()} != {"model.safetensors"}:
-            metadata = {"total_parameters": self.report.model["num_parameters"]}
-            checkpoint.write_index(folder, "model", weight_map, metadata)
+            checkpoint.write_index(folder, "model", weight_map, {"total_parameters": self.model.num_parameters()})
         for name, values in _configurations(folder).items():
             changed = _with_ids(values, lambda index: self.new_ids.get(index, index))
             if added := values.get("added_tokens_decoder"):
@@ -179,10 +175,10 @@ def _size(model: PreTrainedModel) -> int:
     sizes = [("vocab_size", int(model.config.get_text_config(decoder=True).vocab_size))]
     modules = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
     sizes += [(name, len(p)) for name, module in modules.items() if module for p in module.parameters()]
-    others = [pair for section in _sections(model.config) for pair in vars(section).items() if "vocab" in pair[0]]
-    others = [(key, len(value) if isinstance(value, dict | list) else value) for key, value in others]
-    others = [(key, size) for key, size in others if key not in ("vocab_size", "type_vocab_size")]
-    others = [(key, size) for key, size in others if type(size) is int and size >= _SMALL]
+    values = [pair for section in _sections(model.config) for pair in vars(section).items() if "vocab" in pair[0]]
+    values = [(key, len(value) if isinstance(value, dict | list) else value) for key, value in values]
+    known = ("vocab_size", "type_vocab_size")
+    others = [(key, n) for key, n in values if key not in known and type(n) is int and n >= _SMALL]
     if others or len({size for _, size in sizes}) > 1:
         shown = ", ".join(f"{name} of {size}" for name, size in sizes + others)
         raise ValueError(f"{type(model).__name__} has more than one vocabulary, so no token can be removed: {shown}.")
@@ -245,12 +241,10 @@ def _cut(
 ) -> dict[str, StoredTensor]:
     """All tensors of the files, with the entries `kept` of those that have one for each token."""
     size, after, stored = _size(dense), smaller.state_dict(), dict[str, StoredTensor]()
-    shapes = {
-        name: [*enumerate(zip(t.shape, after[name].shape, strict=True))] for name, t in dense.state_dict().items()
-    }
-    axes = {name: axis for name, sizes in shapes.items() for axis, (old, new) in sizes if old != new}
+    pairs = {n: [*enumerate(zip(t.shape, after[n].shape, strict=True))] for n, t in dense.state_dict().items()}
+    axes = {name: axis for name, sizes in pairs.items() for axis, (old, new) in sizes if old != new}
     if missing := axes.keys() - {*source.places.values()} - {*dense.all_tied_weights_keys}:
-        raise ValueError(f"the model's files lack {min(missing)}: download them again.")
+        raise ValueError(f"{str(smaller.config.name_or_path)!r} lacks {min(missing)}: download it again.")
     rows = tuple(next(dense.get_input_embeddings().parameters()).shape)
     for name, tensor in source.stored.items():
         # embeddings and heads of layers that predict more tokens, which no class loads, are cut too
@@ -260,10 +254,8 @@ def _cut(
         elif math.prod(tensor.shape) == 1 or (axis is None and not (name in source.others and size in tensor.shape)):
             stored[name] = tensor
         else:
-            raise ValueError(
-                f"{name} is stored as {tensor.dtype} {[*tensor.shape]}, of which the entries of single tokens are not "
-                "known: take a model whose embedding and head are not quantized in blocks, or delete the tensor."
-            )
+            what = f"{name} ({tensor.dtype} {[*tensor.shape]}) can't be cut to some of the {size} tokens"
+            raise ValueError(f"{what}: delete it, or take a model whose embedding and head are in 16 bits.")
     return stored
 
 

@@ -73,6 +73,10 @@ def remove_tokens(folder: Path, output: Path, pattern="vocab:unused", texts=(TEX
     return pruner.prune(folder, texts, output_dir=output)
 
 
+def change_json(file: Path, **values) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory) -> Path:
     return save(tmp_path_factory.mktemp("vocabulary") / "dense")
@@ -126,26 +130,20 @@ def test_ids_are_renumbered_in_every_file_and_old_tokenizer_files_are_gone(dense
     ids = {"eos_token_id": [2, last], "suppress_tokens": [300, -1], "bad_words_ids": [[301, 302]], "max_length": 300}
     (folder / "generation_config.json").write_text(json.dumps(ids))
     (folder / "processor_config.json").write_text(json.dumps({"image": {"image_token_id": last}, "num_tokens": last}))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": 360}))  # a row without a token
+    change_json(folder / "config.json", pad_token_id=360)  # a row without a token
+    change_json(folder / "tokenizer_config.json", added_tokens_decoder={last: {"content": "<image>"}})
     for name in ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "special_tokens_map.json"):
         (folder / name).write_text("{}")
     remove_tokens(folder, tmp_path / "smaller")
     kept = kept_tokens(tmp_path / "smaller").tolist()
     new = {old: number for number, old in enumerate(kept)}
-    generation, processor, config, tokenizer = (
-        json.loads((tmp_path / "smaller" / f"{name}_config.json".removeprefix("_")).read_text())
-        for name in ("generation", "processor", "", "tokenizer")
-    )
-    assert generation["eos_token_id"] == [2, new[last]]
-    assert generation["suppress_tokens"] == [new[300], -1]
-    assert generation["bad_words_ids"] == [[new[301], new[302]]]
-    assert generation["max_length"] == 300
-    assert processor == {"image": {"image_token_id": new[last]}, "num_tokens": last}
-    assert config["pad_token_id"] == new[360] == len(kept) - 1
-    assert "<image>" in AutoTokenizer.from_pretrained(tmp_path / "smaller").convert_ids_to_tokens([new[last]])
-    added = tokenizer.get("added_tokens_decoder", {str(new[last]): {"content": "<image>"}})
-    assert added[str(new[last])]["content"] == "<image>"
+    read = lambda name: json.loads((tmp_path / "smaller" / name).read_text())  # noqa: E731
+    wanted = {"eos_token_id": [2, new[last]], "suppress_tokens": [new[300], -1], "max_length": 300}
+    assert read("generation_config.json") == wanted | {"bad_words_ids": [[new[301], new[302]]]}
+    assert read("processor_config.json") == {"image": {"image_token_id": new[last]}, "num_tokens": last}
+    assert read("tokenizer_config.json")["added_tokens_decoder"] == {str(new[last]): {"content": "<image>"}}
+    assert read("config.json")["pad_token_id"] == new[360] == len(kept) - 1
+    assert AutoTokenizer.from_pretrained(tmp_path / "smaller").convert_tokens_to_ids("<image>") == new[last]
     names = {file.name for file in (tmp_path / "smaller").iterdir()}
     assert not names & {"vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"}
     assert {"tokenizer.json", "special_tokens_map.json"} <= names
@@ -195,7 +193,7 @@ def test_embeddings_that_the_class_does_not_load_are_cut_too(dense, tmp_path):
     assert report.model["copied"] == {"mtp": 2}
     verify_checkpoint(tmp_path / "smaller", dense=folder)
     save_file(tensors | {"mtp.counts": torch.ones(364)}, file, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"mtp.counts is stored as F32 \[364\]"):
+    with pytest.raises(ValueError, match=r"mtp.counts \(F32 \[364\]\) can.t be cut"):
         remove_tokens(folder, tmp_path / "other")
 
 
@@ -222,18 +220,17 @@ def test_a_second_run_keeps_the_table_and_runs_compose(dense, smaller, tmp_path)
         verify_checkpoint(tmp_path / "twice")
 
 
-def change_config(folder: Path, **values) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
 BAD = {
     "few tokens": (lambda _: None, {"pattern": "vocab:0.9"}, r"pattern='vocab:0.9' of 364 tokens: .*pass 260 .*to 356"),
     "no such id": (lambda _: None, {"keep_tokens": [360]}, "keep has the id 360"),
     "one text": (lambda _: None, {"texts": TEXT}, "calib_dataloader is one text"),
     "no text": (lambda _: None, {"texts": []}, "calib_dataloader holds no token"),
-    "other vocabulary": (lambda f: change_config(f, audio_vocab_size=2048), {}, "audio_vocab_size of 2048"),
-    "small embedding": (lambda f: change_config(f, vocab_size=300), {}, "the tokenizer has the id 354"),
+    "other vocabulary": (
+        lambda f: change_json(f / "config.json", audio_vocab_size=2048),
+        {},
+        "audio_vocab_size of 2048",
+    ),
+    "small embedding": (lambda f: change_json(f / "config.json", vocab_size=300), {}, "the tokenizer has the id 354"),
     "words": (lambda f: tiny_tokenizer().save_pretrained(f), {}, "WordLevel"),
     "no tokenizer": (lambda f: [file.unlink() for file in f.glob("tokenizer*")], {}, "has no tokenizer"),
 }
