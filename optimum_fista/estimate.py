@@ -179,7 +179,7 @@ class Estimate:
             seen = {place: those for place, those in groups.items() if ".experts." not in f"{place[0]}."}
             features = sum(min(sum(those), columns) for (_, columns), those in seen.items())  # outputs, or inputs
             recorded = features * self.config.correction.needs_dense
-            held: dict[str, float] = {"decoder layer": sum(p.nbytes for p in layer.parameters()) * self.reads}
+            held: dict[str, float] = {"decoder layer": sum(p.nbytes for p in layer.parameters()) * (not self.whole)}
             if self.quantized:  # experts are dequantized one by one and then put together
                 held["dequantizing"] = max(p.nbytes for p in layer.parameters())
             matrices = [4 * (math.prod(o) + batch * sum(o)) for o in map(self.operators.__getitem__, names)]

@@ -39,7 +39,7 @@ def in_blocks(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return found.to(torch.float8_e4m3fn).contiguous(), scales
 
 
-def fp8_deepseek(folder: Path, rotated: int = 16, nope: int = 8) -> Path:
+def fp8_deepseek(folder: Path, rotated: int = 16, nope: int = 8, **larger: int) -> Path:
     """DeepSeek-V3 in fine-grained FP8: routers, embedding and head are not quantized.
 
     `kv_a_proj_with_mqa` has 16 rows and `rotated` more, which are whole blocks of 16 or not. `kv_b_proj` has `nope`
@@ -49,7 +49,9 @@ def fp8_deepseek(folder: Path, rotated: int = 16, nope: int = 8) -> Path:
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16}
     sizes |= {"qk_rope_head_dim": rotated, "qk_nope_head_dim": nope, "v_head_dim": 16, "first_k_dense_replace": 1}
     sizes |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
-    config = DeepseekV3Config(**sizes, vocab_size=VOCAB_SIZE, initializer_range=0.2, num_nextn_predict_layers=0)
+    config = DeepseekV3Config(
+        **(sizes | larger), vocab_size=VOCAB_SIZE, initializer_range=0.2, num_nextn_predict_layers=0
+    )
 
     def quantize(name: str, weight: Tensor) -> dict[str, Tensor]:
         if weight.ndim < 2 or "layers" not in name or name.endswith("gate.weight"):

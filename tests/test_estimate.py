@@ -65,6 +65,14 @@ def test_a_model_of_405_billion_parameters_needs_no_weights():
         _ = estimated(**LARGE_RUN | {"device": "cpu"}).seconds
 
 
+def test_every_expert_has_gram_matrices():
+    config, sizes = FistaPruningConfig(method="magnitude"), []
+    for number in (2, 4):
+        found = estimated(config, tiny_model("mixtral", num_local_experts=number).config)
+        sizes.append(found.memory["host"]["other Gram matrices"])
+    assert sizes[1] - sizes[0] == 2 * 4 * (32**2 + 48**2)
+
+
 def test_activations_wait_where_they_are_told_to():
     near, far, disk = (estimated(**LARGE_RUN, storage_device=place) for place in (None, "cpu", "disk"))
     assert held(near, "device") > held(far, "device") == held(disk, "device")

@@ -4,8 +4,12 @@ import sys
 from argparse import Namespace
 
 import pytest
+from quantized_models import VOCAB_SIZE, fp8_deepseek
 
 from benchmarks.memory import measure
+from benchmarks.shared import watched
+from optimum_fista import FistaPruningConfig
+from optimum_fista.estimate import Estimate
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
 
@@ -37,6 +41,18 @@ def test_peak_memory_is_what_the_formula_says():
     most = bound(384, 1536)
     assert run["peak_bytes"] <= most
     assert run["peak_bytes"] + run["model_bytes"] > most + 16 * MIB  # it would not pass if the model were held as well
+
+
+def test_a_quantized_model_is_in_16_bits_a_decoder_layer_at_a_time(tmp_path):
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 512, "n_routed_experts": 32, "num_hidden_layers": 4}
+    source = fp8_deepseek(tmp_path / "source", **sizes)
+    config = {"method": "magnitude", "exclude": ["*.experts.*"]}  # pruning all of them would take long
+    run = {"source": source, "output": tmp_path / "out", "config": config, "vocabulary": VOCAB_SIZE}
+    _, curve, _ = watched(**run, samples=4, length=32)
+    options = {"num_samples": 4, "sequence_length": 32, "calibration": "text", "device": "cpu"}
+    estimate = Estimate(source, FistaPruningConfig.from_dict(config), **options)
+    difference = max(held for _, held in curve) - sum(estimate.memory["host"].values())
+    assert abs(difference) < max(sum(p.nbytes for p in layer.parameters()) for _, layer in estimate.layers)
 
 
 @pytest.mark.slow
