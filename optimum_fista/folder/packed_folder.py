@@ -209,7 +209,9 @@ class Packer:
     ) -> None:
         self._read_mask = read_mask  # of an operator by its name, packed by `solve.pattern.pack_mask`
         self._operators = _operators_by_tensor(operators)
-        self.names = {*self._operators, *_siblings(self._operators, names)}
+        # Loading merges the experts of a mixture, so all are packed if some are.
+        kinds = {kind for name in self._operators if (kind := _EXPERT.sub(".experts.*.", name)) != name}
+        self.names = {*self._operators, *(name for name in names if _EXPERT.sub(".experts.*.", name) in kinds)}
 
     def pack(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors as a packed folder stores them."""
@@ -251,9 +253,3 @@ def packed_settings(weights: str, names: Iterable[str]) -> dict[str, Any]:
         # for users whose Transformers reported an unknown quantization method
         "note": f"packed by {NAME}: import optimum_fista.packed before from_pretrained, or run `optimum-fista unpack`",
     }
-
-
-def _siblings(packed: Iterable[str], names: Iterable[str]) -> list[str]:
-    """Weights of other experts of a mixture that has packed ones: loading merges them, so all are packed."""
-    kinds = {kind for name in packed if (kind := _EXPERT.sub(".experts.*.", name)) != name}
-    return [name for name in names if _EXPERT.sub(".experts.*.", name) in kinds]

@@ -5,8 +5,6 @@ writes the weights layer by layer and the rest here (`write_all_but_weights`). B
 the weights, so any program can read them, but the file is not smaller.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -50,7 +50,13 @@ def stored_names(
     """
     asked, prefixes = list(operators), {id(module): name for name, module in model.named_modules()}
     # Those that are not pruned as well: Transformers may store them in one tensor with others, whose place they decide.
-    found = [*({o.name: o for o in _all_operators(model)} | {o.name: o for o in asked}).values()]
+    layers, by_name = find_decoder_layers(model).name, dict[str, LinearOperator]()
+    for name, module in model.get_submodule(layers).named_modules(prefix=layers):
+        if isinstance(module, LINEAR) and module.weight.ndim == 2:
+            by_name[name] = LinearOperator(name, module)
+        elif is_fused_experts(module) and can_be_split(module):
+            by_name |= {o.name: o for o in FusedExperts(name, module).operators}
+    found = [*(by_name | {o.name: o for o in asked}).values()]
     stand_ins: dict[str, Tensor] = {}  # by the name of the parameter that holds the weight
     for number, operator in enumerate(found):
         prefix = renamed(prefixes[id(operator.owner)])
@@ -87,16 +93,6 @@ def as_saved(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str,
     # Rules that look at the shape of a parameter, to find out if it is transposed, get that of the tensor to save.
     shown.get_parameter = lambda name: tensors[name] if name in tensors else model.get_parameter(name)
     return revert_weight_conversion(shown, dict(tensors))
-
-
-def _all_operators(model: PreTrainedModel) -> Iterator[LinearOperator]:
-    """All linear operators of the decoder layers, those that can't be pruned included."""
-    layers = find_decoder_layers(model)
-    for name, module in model.get_submodule(layers.name).named_modules(prefix=layers.name):
-        if isinstance(module, LINEAR) and module.weight.ndim == 2:
-            yield LinearOperator(name, module)
-        elif is_fused_experts(module) and can_be_split(module):
-            yield from FusedExperts(name, module).operators
 
 
 def _places(

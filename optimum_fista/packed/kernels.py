@@ -43,10 +43,6 @@ class Kernels:
         self._path = PATHS.index(self.path)
         self._use_threads_of_torch()
 
-    def takes_many(self, dtype: torch.dtype) -> bool:
-        """True if `linear` is at least about as fast as a dense product with any number of inputs of a dtype."""
-        return self.path == "avx512" and dtype == torch.bfloat16  # VDPBF16PS; the others multiply in float32
-
     def linear(self, x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None) -> Tensor:
         """Product y = W x + b of contiguous tensors on the CPU, as in `operation.packed_linear`.
 

@@ -117,7 +117,8 @@ def _multiply_on_cpu(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bi
     if compiled is None or dtype not in KERNEL_DTYPES or x.numel() == 0:
         return _multiply(x, values, mask, starts, bias)
     inputs, bias = x.contiguous(), None if bias is None else bias.contiguous()
-    if x.numel() <= _MAX_BATCH * x.shape[-1] or compiled.takes_many(dtype):
+    takes_many = compiled.path == "avx512" and dtype == torch.bfloat16  # VDPBF16PS; other kernels multiply in float32
+    if x.numel() <= _MAX_BATCH * x.shape[-1] or takes_many:
         if not (
             dtype == values.dtype
             and (bias is None or (bias.dtype == dtype and bias.is_cpu))
