@@ -28,12 +28,8 @@ def test_scope_is_that_of_the_method_unless_given():
     ("options", "message"),
     [
         ({"sparsity": 1.0}, r"sparsity=1\.0 is outside \[0, 1\)"),
-        ({"sparsity": float("nan")}, "sparsity=nan"),
-        ({"pattern": "4:2"}, "pattern='4:2' keeps 4 of every 2"),
         ({"overrides": {"*": {"*": 1}}}, "pass a dictionary of text to a number or text"),
         ({"include": 3}, "include=3: pass a tuple of text"),
-        ({"pattern": "half"}, "pattern='half': pass 'unstructured', '2:4' or 'channels:0.25'"),
-        ({"pattern": "2:4", "sparsity": 0.6}, "disagree: 2:4 means a sparsity of 0.5"),
         ({"method": "obd"}, "method='obd': pass one of .*'fista'"),
         (
             {"error_correction": "inter"},
@@ -49,7 +45,6 @@ def test_scope_is_that_of_the_method_unless_given():
         ({"reorder_channels": True}, "reorder_channels=True has no meaning for pattern='unstructured'"),
         ({"pattern": "channels:0.5", "include": "*.0.*"}, "include=.* has no meaning for pattern='channels:0.5'"),
         ({"method": "greedy_obs"}, "^method 'greedy_obs' can't remove single weights"),
-        ({"method": "dsnot", "pattern": "columns:0.25"}, "^method 'dsnot' can't remove whole columns"),
         ({"overrides": {"*q_proj": "5:4"}}, r"overrides\['\*q_proj'\]: pattern='5:4'"),
     ],
 )
