@@ -6,18 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from media_models import media_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, PreTrainedConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GptOssConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
 
 VOCAB_SIZE = 64
 
 
-def _save(folder: Path, config: PreTrainedConfig, quantize: Any, settings: dict[str, Any]) -> Path:
-    """Save a random model whose tensors `quantize` has replaced, by name."""
+def _save(folder: Path, config: PreTrainedConfig | PreTrainedModel, quantize: Any, settings: dict[str, Any]) -> Path:
+    """Save a model, or a random one of a configuration, whose tensors `quantize` has replaced, by name."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        is_model = isinstance(config, PreTrainedModel)
+        model = config if is_model else AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(folder)
         tensors = {}
         for name, tensor in load_file(folder / "model.safetensors").items():
@@ -53,13 +62,22 @@ def fp8_deepseek(folder: Path, rotated: int = 16, nope: int = 8, **larger: int) 
         **(sizes | larger), vocab_size=VOCAB_SIZE, initializer_range=0.2, num_nextn_predict_layers=0
     )
 
-    def quantize(name: str, weight: Tensor) -> dict[str, Tensor]:
-        if weight.ndim < 2 or "layers" not in name or name.endswith("gate.weight"):
-            return {name: weight}
-        return dict(zip((name, f"{name}_scale_inv"), in_blocks(weight.float(), 16), strict=True))
+    return _save(folder, config, _fp8, _FP8)
 
-    settings = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
-    return _save(folder, config, quantize, settings)
+
+def fp8_llava(folder: Path) -> Path:
+    """LLaVA whose text decoder is in fine-grained FP8."""
+    settings = _FP8 | {"modules_to_not_convert": ["lm_head", "vision_tower", "multi_modal_projector"]}
+    return _save(folder, media_model("llava").bfloat16(), _fp8, settings)
+
+
+_FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
+
+
+def _fp8(name: str, weight: Tensor) -> dict[str, Tensor]:
+    if weight.ndim < 2 or "layers" not in name or "vision" in name or name.endswith("gate.weight"):
+        return {name: weight}
+    return dict(zip((name, f"{name}_scale_inv"), in_blocks(weight.float(), 16), strict=True))
 
 
 def mxfp4_gpt_oss(folder: Path) -> Path:

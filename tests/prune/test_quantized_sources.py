@@ -11,16 +11,16 @@ import transformers
 from _pytest.mark import ParameterSet
 from folder_files import bytes_of, tensors_of
 from pruning import same
-from quantized_models import VOCAB_SIZE, compressed_qwen3_moe, fp8_deepseek, mxfp4_gpt_oss
+from quantized_models import VOCAB_SIZE, compressed_qwen3_moe, fp8_deepseek, fp8_llava, mxfp4_gpt_oss
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers.base import HfQuantizer
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
 from optimum_fista.cli.overview import overview_of
 from optimum_fista.estimate import Estimate
 from optimum_fista.evaluate.verification import verify_checkpoint
-from optimum_fista.folder.loading import load_lazily, read_model
+from optimum_fista.folder.loading import load_lazily, model_class, read_model
 from optimum_fista.model import dequantization
 from optimum_fista.model.offload import stored_tensor
 
@@ -49,6 +49,7 @@ def write_compressed(preset: str) -> ParameterSet:
     ("write", "settings"),
     [
         (fp8_deepseek, "FineGrainedFP8Config"),
+        (fp8_llava, "FineGrainedFP8Config"),
         (mxfp4_gpt_oss, "Mxfp4Config"),
         write_compressed("W4A16"),
         write_compressed("FP8_DYNAMIC"),
@@ -58,7 +59,8 @@ def test_a_quantized_source_is_pruned_as_the_model_that_transformers_dequantizes
     source = write(tmp_path / "source")
     before = bytes_of(source)
     wanted = getattr(transformers, settings)(dequantize=True)
-    dense = AutoModelForCausalLM.from_pretrained(source, quantization_config=wanted)
+    kind = model_class(AutoConfig.from_pretrained(source))
+    dense = kind.from_pretrained(source, quantization_config=wanted)
     dense._weight_conversions = None  # Transformers 5.17 would save it by those of the quantized model
     dense.save_pretrained(tmp_path / "dense")
     report = prune(source, tmp_path / "pruned")
