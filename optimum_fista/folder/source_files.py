@@ -43,6 +43,7 @@ def copy_source(source: Path, folder: Path, pattern: str = "*") -> None:
             shutil.copyfile(path, folder / name)
         elif name == _TEMPLATES and path.is_dir():
             shutil.copytree(path, folder / name, copy_function=shutil.copyfile, dirs_exist_ok=True)
+            (folder / name).chmod(folder.stat().st_mode)  # the source may be read-only
         elif not (name.startswith(".") or name in _WRITTEN or name.endswith(".index.json")):
             left.append(path)
     read = weight_files(source) if left else set()

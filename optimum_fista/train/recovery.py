@@ -49,7 +49,7 @@ from optimum_fista.memory import available_bytes
 from optimum_fista.model.media import media_arguments
 from optimum_fista.prune.journal import SourceFiles, join_run, shared_files
 from optimum_fista.prune.ranks import Ranks, joined_ranks
-from optimum_fista.report import RecoveryReport, library_versions, public_name
+from optimum_fista.report import RecoveryReport, library_versions, lines_of_unplaced, public_name
 from optimum_fista.text.calibration_tokens import calibration_tokens_by_name
 from optimum_fista.train.distillation import DistillationTrainer, Watch, kept_states
 from optimum_fista.train.recovery_plan import Choice, RecoveryPlan, choose, load_student, mark_trained, plan_recovery
@@ -135,7 +135,11 @@ def recover(
             shutil.rmtree(unfinished / MODEL, ignore_errors=True)  # of an earlier start
             (unfinished / MODEL).mkdir()
             copy_source(Path(plan.source), unfinished / MODEL)
-            write_checkpoint(model, unfinished / MODEL, record, masks, None, source_tensors(model, Path(plan.source)))
+            tensors = source_tensors(model, Path(plan.source), quantized=False)
+            for line in lines_of_unplaced({}, tensors.lost):
+                logger.warning("%s", line)
+            record.model |= {"lacks": dict(tensors.lost)} if tensors.lost else {}
+            write_checkpoint(model, unfinished / MODEL, record, masks, None, tensors)
             install(unfinished, plan.output, overwrite, Path(plan.source))
 
         ranks.first(finish)

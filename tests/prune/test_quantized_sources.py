@@ -13,7 +13,7 @@ from folder_files import bytes_of, tensors_of
 from pruning import same
 from quantized_models import VOCAB_SIZE, compressed_qwen3_moe, fp8_deepseek, fp8_llava, mxfp4_gpt_oss
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.quantizers.base import HfQuantizer
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport

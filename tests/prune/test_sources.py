@@ -110,6 +110,7 @@ def folder_with_code(folder: Path) -> Path:
 def test_files_beside_the_weights_come_along(tmp_path, caplog):
     source, output = folder_with_code(tmp_path / "my source"), tmp_path / "out"
     (source / "gone.safetensors").symlink_to("blob")
+    (source / "additional_chat_templates").chmod(0o555)
     with caplog.at_level(logging.WARNING):
         pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
         pruner.prune(source, tiny_tokens().split(4), output_dir=output)
@@ -118,6 +119,7 @@ def test_files_beside_the_weights_come_along(tmp_path, caplog):
     assert {name: (output / name).read_text() for name in BESIDE} == BESIDE
     assert (output / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert not (output / ".git").exists()
+    assert (output / "additional_chat_templates").stat().st_mode == output.stat().st_mode
     assert "Pruned after training" in (output / "README.md").read_text()
     assert AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True).own
     text = tmp_path / "text.txt"

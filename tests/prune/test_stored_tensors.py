@@ -14,11 +14,12 @@ from killed import Killed, killed_at_write
 from pruning import same
 from quantized_models import VOCAB_SIZE, compressed_qwen3_moe, fp8_deepseek, mxfp4_gpt_oss
 from safetensors.torch import load_file, save_file
+from tiny_llama import TEXT, tiny_tokenizer
 from tiny_models import tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
+from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport, recover
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder import output as writing
 from optimum_fista.folder.loading import read_model
@@ -125,6 +126,17 @@ def test_layers_go_from_a_quantized_model_that_stays_quantized(tmp_path, write):
         assert {*settings_of(tmp_path / "out")["modules_to_not_convert"]} == gates | {"lm_head"}
     assert torch.isfinite(logits_of(tmp_path / "out")).all()
     assert verify_checkpoint(tmp_path / "out", dense=source).num_equal
+
+
+def test_what_recover_makes_of_a_quantized_model_is_not_quantized(tmp_path):
+    tiny_tokenizer().save_pretrained(fp8_with_more_tokens(source := tmp_path / "source"))
+    prune(source, tmp_path / "out", **LAYERS)
+    (text := tmp_path / "text.txt").write_text(TEXT)
+    sizes = {"tokens": 256, "sequence_length": 16, "held_out": 4, "device": "cpu", "progress": False}
+    recover(tmp_path / "out", source, tmp_path / "trained", calibration=str(text), **sizes)
+    before, after = read_stored(tmp_path / "out"), read_stored(tmp_path / "trained")
+    assert {tensor.dtype for tensor in after.values()} == {"BF16", "F32"}
+    assert after.keys() == {name for name in before if "scale" not in name}  # the layer for more tokens included
 
 
 def test_a_killed_run_or_a_full_disk_loses_no_stored_tensor(tmp_path, monkeypatch):
