@@ -36,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Answer line after line."""
     require_seed(arguments.seed)
     terminal, names = sys.stdin.isatty() and sys.stdout.isatty(), filter(None, (arguments.model, arguments.beside))
     speakers = [_Speaker(name, arguments, writes=terminal) for name in names]

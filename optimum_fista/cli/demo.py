@@ -45,7 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prune, print one table, save, verify, reload, and show sizes and texts."""
     from optimum_fista.config import FistaPruningConfig
     from optimum_fista.evaluate.perplexity import evaluate_perplexity
     from optimum_fista.folder.card import markdown_lines

@@ -18,7 +18,6 @@ def add_arguments(_: argparse.ArgumentParser) -> None:
 
 
 def run(_: argparse.Namespace) -> int:
-    """Check, and say what failed."""
     from optimum_fista.diagnosis import diagnose
 
     failed = diagnose(lambda line: print(line, flush=True))

@@ -30,7 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure and print."""
     from optimum_fista.evaluate.perplexity import evaluate_perplexity
     from optimum_fista.folder.loading import load_model
     from optimum_fista.text.sources import load_text

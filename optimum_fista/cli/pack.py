@@ -25,7 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Pack, and print what it saved."""
     from optimum_fista.folder.packed_folder import pack_folder
 
     return convert(arguments, pack_folder, "Packing")

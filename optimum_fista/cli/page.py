@@ -22,7 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Read the folder, write the page, print where it is."""
     from optimum_fista.folder.output import require_writable, write_about
     from optimum_fista.page.render import read_pruned_report, render_page
 

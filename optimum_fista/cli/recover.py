@@ -41,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Recover, and print what was gained."""
     from optimum_fista.cli.messages import speaking_ranks
     from optimum_fista.cli.overview import next_commands
     from optimum_fista.folder.output import folder_beside

@@ -17,7 +17,6 @@ add_arguments = pack.add_arguments
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Unpack, and print the sizes."""
     from optimum_fista.folder.packed_folder import unpack_folder
 
     return pack.convert(arguments, unpack_folder, "Unpacking")

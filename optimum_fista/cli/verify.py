@@ -27,7 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Verify and print what was proven."""
     from tqdm.auto import tqdm
 
     from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint

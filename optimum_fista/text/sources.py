@@ -19,9 +19,8 @@ from optimum_fista.report import HUB_DATASETS
 Split = Literal["calibration", "test"]
 
 _ACCEPTED_SOURCES = (
-    "a path that ends in .txt (one document) or .jsonl (field 'text' in every line), 'pydoc' (Python's own "
-    "documentation, no download), 'wikitext2', 'c4' or 'ptb' (from the Hub, with the package `datasets`), "
-    "or, for calibration only and not read from a text, 'self' (the model writes its own tokens)"
+    "a path that ends in .txt (one document) or .jsonl (field 'text' in every line), 'pydoc', 'wikitext2', "
+    "'c4' or 'ptb' (from the Hub, with the package `datasets`), or, for calibration only, 'self' (the model writes it)"
 )
 _MEDIA = (b'"image', b'"audio', b'"video')  # what the keys of lines begin with that are not only text
 
