@@ -176,7 +176,7 @@ def argument(path: str | Path) -> str:
     return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
-def next_commands(model: str, folder: Path, calibration: str | None) -> str:
+def next_commands(model: str, folder: Path, calibration: str | None, *, has_zeros: bool = True) -> str:
     """List commands to use on a pruned model; `calibration` is `None` if the model was recovered already."""
     from optimum_fista.text.sources import usual_texts
 
@@ -187,10 +187,11 @@ def next_commands(model: str, folder: Path, calibration: str | None) -> str:
         f"chat {name} --beside {dense}": "talk to the pruned and to the dense model",
         f"evaluate {name} --text {measured}": "perplexity; run it on the dense model too, to compare",
         f"recover {name} --teacher {dense} --calibration {text}": "train it to be more like the dense model",
-        f"report {name}": "a page about every operator",
-        f"pack {name} --output {name}-packed": "store it without its zeros",
-        f"verify {name}": "counts the zeros in the files again",
+        f"report {name}": "a page about the run",
     }
+    if has_zeros:
+        commands[f"pack {name} --output {name}-packed"] = "store it without its zeros"
+        commands[f"verify {name}"] = "counts the zeros in the files again"
     shown = {c: why for c, why in commands.items() if calibration or not c.startswith("recover ")}
     lines = [f"optimum-fista {command}    # {why}" for command, why in shown.items()]
     repository = re.sub(r"[^\w.]+", "-", folder.name, flags=re.ASCII).strip("-.")  # letters that the Hub takes

@@ -128,7 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(push_folder(arguments.output, arguments.push_to_hub, private=arguments.private))
     else:
         text = "self" if "media" in report.calibration else arguments.calibration  # other commands take text only
-        print(next_commands(arguments.model, arguments.output, text))
+        print(next_commands(arguments.model, arguments.output, text, has_zeros=not report.removed))
     return 0
 
 
