@@ -73,6 +73,9 @@ def require_output(output_dir: Path, overwrite: bool, *, source: str | Path | No
         raise ValueError(f"{shown} is a mount point, which can't be replaced: pass a folder in it.")
     noted = _noted(output)
     if noted and not overwrite:
+        if Path(f"{unfinished_folder(output_dir)}.lock").exists():  # of a run that was killed at its end, or goes on
+            with suppress(OSError), locked_output(output_dir):
+                pass
         raise FileExistsError(f"{shown} already holds a model: pass another folder, or overwrite=True (--overwrite).")
     if others := foreign_files(output) if noted else sorted(os.listdir(output)):
         if _noted(output) != noted:  # another run's model came meanwhile
@@ -199,7 +202,7 @@ def discard(folder: Path, *, keep_texts: bool = False) -> None:
     journal = folder / FOLDER
     (folder / RUN_FILE).unlink(missing_ok=True)  # first: what is left then is no run
     kept = [folder / _MARK, *journal.glob(_OFFLOADED), *(journal.glob(SAMPLED_TEXTS) if keep_texts else ())]
-    for path in [folder / MODEL, folder / _REPLACED, *(path for path in journal.iterdir() if path not in kept)]:
+    for path in [folder / MODEL, folder / _REPLACED, *(path for path in journal.glob("*") if path not in kept)]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -223,7 +226,9 @@ def _tidy(folder: Path, output: Path) -> None:
     if model.exists() and replaced.exists():  # a process was killed between the two renames of `install`
         replaced.rename(output)
     with suppress(FileNotFoundError):  # after a failure other ranks remove what they have offloaded at the same time
-        for path in [replaced, *(folder / FOLDER).glob(_OFFLOADED), *([] if (folder / RUN_FILE).exists() else [model])]:
+        if not (folder / RUN_FILE).exists():
+            discard(folder, keep_texts=True)
+        for path in [replaced, *(folder / FOLDER).glob(_OFFLOADED)]:
             if path.exists():
                 shutil.rmtree(path)
         if folder.exists() and {*all_names(folder)} <= {_MARK}:

@@ -94,9 +94,16 @@ def test_whenever_it_is_killed_the_old_or_the_new_folder_is_there(tmp_path, monk
                     pass
             found.add("old" if contents(folder) == old else "new")
             assert contents(folder) in (old, dict.fromkeys(NEW, "new"))
+            if contents(folder) != old and (lock := Path(f"{unfinished_folder(folder)}.lock")).exists():
+                if (mark := lock.with_suffix("") / "journal" / "optimum-fista").exists():
+                    write(mark.parent, ("layer-0.json",), "finished")  # as a streamed run has it
+                with pytest.raises(FileExistsError, match="already holds a model"):
+                    require_output(folder, overwrite=False)  # the same command tidies up
+                assert [path.name for path in folder.parent.iterdir()] == ["model"]
+                found.add("tidied")
             put(folder)
             assert contents(folder.parent) == {f"model/{name}": "new" for name in NEW}
-    assert found == {"old", "new"} | (set() if swaps else {"none"})
+    assert found == {"old", "new", "tidied"} | (set() if swaps else {"none"})
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
