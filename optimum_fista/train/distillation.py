@@ -13,28 +13,34 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
 from accelerate.utils import fsdp2_prepare_model
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils import ModelOutput
 
 from optimum_fista.folder.output import digest_of, errors_of_writing, is_whole, read_record, write_file, write_record
 from optimum_fista.prune.ranks import Ranks
+from optimum_fista.train.training import local
 
 _STATE_RECORD = "files.json"  # in the folder of a state: the best step until then, and digests of the state's files
 LOGITS_PER_CHUNK = 2**25  # that the loss has at a time: 134 MB in float32, several times
 _POSITIONS_ON_CPU = 16  # of them: as many as the caches of a CPU hold
 _ROUNDING = 0.02  # of a product in bfloat16 by another algorithm
 _SAVE_SECONDS = 120.0
+_WARM_UP, _LEAST_WARM_UP = 0.05, 10  # a share of the steps, and steps; at most half of them
+_BACK_OFF = 4  # divides the learning rate
 logger = logging.getLogger(__name__)
 
 
@@ -171,6 +177,33 @@ def text_loss(student: Predictor, ids: Tensor, wrapped: Any = None) -> Tensor:
     return torch.stack(losses).sum() / len(labels)
 
 
+class Schedule:
+    """Shares of the learning rate by step: a warm-up and a cosine to zero, and again with a quarter after each failure.
+
+    The scheduler keeps the attributes in a saved state.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.began, self.share = steps, 0, 1.0
+
+    @property
+    def warm_up(self) -> int:
+        """Steps of the warm-up: the first step of Adam moves every weight by the whole rate."""
+        left = self.steps - self.began
+        return min(max(_LEAST_WARM_UP, round(_WARM_UP * left)), (left + 1) // 2)
+
+    def __call__(self, step: int) -> float:
+        """The share at a step, counted from 0."""
+        warm_up, done = self.warm_up, step - self.began + 1
+        if done <= warm_up:
+            return self.share * done / warm_up
+        return self.share * (1 + math.cos(math.pi * (done - warm_up) / (self.steps - self.began - warm_up))) / 2
+
+    def fail(self, step: int) -> None:
+        """Begin again after this step."""
+        self.began, self.share = step, self.share / _BACK_OFF
+
+
 class DistillationTrainer(Trainer):
     """The Trainer with `divergence` as its loss; evaluation gives the cross-entropy of the held-out text.
 
@@ -183,6 +216,8 @@ class DistillationTrainer(Trainer):
         teacher: PreTrainedModel,
         kept: Tensor | None,
         label_share: float,
+        steps: int,
+        start: Callable[[], Mapping[str, Tensor]],
         arguments: TrainingArguments,
         trained_on: Tensor,
         held_out: Tensor,
@@ -197,7 +232,29 @@ class DistillationTrainer(Trainer):
         sharded = bool(self.is_fsdp_enabled)  # then the head is whole only inside a call of the wrapper
         teacher = fsdp2_prepare_model(self.accelerator, teacher) if sharded else teacher
         self._student, self._teacher = Predictor(model, whole=sharded), Predictor(teacher, kept, whole=sharded)
-        self._label_share = label_share
+        self._label_share, self._start, self.schedule = label_share, start, Schedule(steps)
+
+    def create_scheduler(self, *_: Any, **__: Any) -> LambdaLR:
+        """Make the scheduler; a checkpoint brings the attributes of the schedule."""
+        scheduler = LambdaLR(cast(Optimizer, self.optimizer), self.schedule)
+        self.lr_scheduler = scheduler
+        return scheduler
+
+    def back_off(self) -> None:
+        """Go on from the weights before the training, with a quarter of the learning rate."""
+        model, optimizer, scheduler = cast(nn.Module, self.model), cast(Optimizer, self.optimizer), self.lr_scheduler
+        parameters, start = dict(model.named_parameters()), self._start()
+        for name in self._trained:
+            value, parameter = start[name], parameters[name]
+            if isinstance(parameter, DTensor):  # every process has the whole value: none is sent
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            local(parameter.data).copy_(local(value))
+        for moments in optimizer.state.values():
+            for value in moments.values():
+                value.zero_()
+        self.schedule.fail(done := cast(LambdaLR, scheduler).last_epoch)
+        for group, rate in zip(optimizer.param_groups, cast(LambdaLR, scheduler).base_lrs, strict=True):
+            group["lr"] = rate * self.schedule(done)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """The divergence from the teacher and the text."""
@@ -231,12 +288,15 @@ class DistillationTrainer(Trainer):
 
 
 class Watch(TrainerCallback):
-    """Shows a training, saves its state every two minutes, and ends it early if asked, or if it fails.
+    """Shows a training, saves its state every two minutes, backs off if the loss rises, and ends it early if asked.
 
     Weights only count as the best if their loss is smaller than that before the training.
     """
 
-    def __init__(self, ranks: Ranks, progress: bool) -> None:
+    def __init__(self, ranks: Ranks, progress: bool, check: int) -> None:
+        """`check` is a step after which the held-out loss is measured, besides those of the Trainer's arguments."""
+        self.back_off: Callable[[], None] = lambda: None  # of the trainer, which is made with its callbacks
+        self._check = check
         self.stopped = self._asked = False  # by Ctrl-C: in some process, and so in all; in this one
         self._ranks, self._progress = ranks, progress and not ranks.index
         self._began = self._saved = time.perf_counter()
@@ -279,6 +339,7 @@ class Watch(TrainerCallback):
         found = self._ranks.gather((late, self._asked))
         self.stopped = any(stopped for _, stopped in found)
         given[2].should_save |= found[0][0]
+        given[2].should_evaluate |= given[1].global_step == self._check
         given[2].should_training_stop |= self.stopped
 
     def on_epoch_end(self, *given: Any, **_: Any) -> None:
@@ -296,20 +357,21 @@ class Watch(TrainerCallback):
         given[1].log_history[-1]["seconds"] = round(time.perf_counter() - self._began, 1)
 
     def on_evaluate(self, *given: Any, **named: Any) -> None:
-        """Say the held-out loss; end a training whose loss is no longer finite."""
-        (_, state, control), loss = given, named["metrics"]["eval_loss"]
+        """Say the held-out loss; back off if it is larger than before the training, or not finite."""
+        state, loss = given[1], named["metrics"]["eval_loss"]
         if self._bar is None:  # after the training: the caller compares
             return
         self._bar.set_postfix({"held-out loss": f"{loss:.4f}"})
         logger.info("held-out loss %.4f after step %d of %d", loss, state.global_step, state.max_steps)
         if not state.global_step:
             state.best_metric = loss
-        if math.isfinite(loss):
-            return
-        if not state.global_step:
-            raise ValueError(f"the pruned model's loss on the held-out text is {loss}: look for NaN in its weights.")
-        logger.warning("the loss is no longer finite at step %d: the training ends here", state.global_step)
-        control.should_training_stop = True
+            if not math.isfinite(loss):
+                raise ValueError(f"the pruned model's held-out loss is {loss}: look for NaN in its weights.")
+        before = next(row["eval_loss"] for row in state.log_history if "eval_loss" in row)
+        if not loss <= before and state.global_step < state.max_steps:
+            step = f"held-out loss {loss:.4f} after step {state.global_step}, {before:.4f} before the training"
+            logger.warning("%s: back to the weights before, with a quarter of the learning rate", step)
+            self.back_off()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Take the bar away, also after an error."""

@@ -57,14 +57,13 @@ from optimum_fista.train.training import MaskedTrainingCallback, find_record, lo
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 3  # of the fingerprint and the states
+_FORMAT = 4  # of the fingerprint and the states
 CHECKPOINTING = "activation_checkpointing"
 if not hasattr(TrainingArguments, CHECKPOINTING):  # before Transformers 5.24
     CHECKPOINTING = "gradient_checkpointing"
 _RATES = {"all": 2e-4, "norms": 2e-3}  # tuned on SmolLM2-135M
-_WIDTH_OF_RATE = 576  # its hidden size: with Adam the rate of "all" goes down as the width goes up
-_WARM_UP, _LEAST_WARM_UP = 0.05, 10  # a share of the steps, and steps
-_EVALUATIONS = 4  # after the first
+_WIDTH_OF_RATE = 576  # its hidden size: with Adam the rate of "all" is proportional to 1 / width
+_EVALUATIONS = 4  # after the first, and one after a tenth of the steps
 
 
 @numerical_environment()
@@ -191,10 +190,13 @@ def _train(
     mark_trained(model, choice.train)
     kept = ranks.first(lambda: kept_states(journal))
     arguments = _arguments(plan, choice, model, journal, ranks.count, resumed=bool(kept))
-    watch = Watch(ranks, progress)
+    watch = Watch(ranks, progress, math.ceil(plan.steps / 10))
     callbacks: list[Any] = [watch, *([MaskedTrainingCallback(plan.source)] if choice.train == "all" else [])]
     texts = windows[plan.options.held_out :], windows[: plan.options.held_out]
-    trainer = DistillationTrainer(model, teacher, plan.kept, plan.options.label_share, arguments, *texts, callbacks)
+    start = lambda: dict(load_student(plan.source).named_parameters())  # noqa: E731
+    given = plan.kept, plan.options.label_share, plan.steps, start
+    trainer = DistillationTrainer(model, teacher, *given, arguments, *texts, callbacks)
+    watch.back_off = trainer.back_off
     try:
         with watch.stopping_at_a_step():
             trainer.train(str(kept[max(kept)]) if kept else None)
@@ -226,7 +228,7 @@ def _train(
             "sequence_length": plan.length,
             "held_out": plan.options.held_out,
         },
-        options=fingerprint["options"] | {"learning_rate": arguments.learning_rate},
+        options=fingerprint["options"] | {"learning_rate": arguments.learning_rate * trainer.schedule.share},
         evaluations=evaluations,
         best_step=best_step,
         held_out_loss_before=before,
@@ -259,7 +261,7 @@ def _arguments(
     plan: RecoveryPlan, choice: Choice, model: PreTrainedModel, journal: Path, processes: int, *, resumed: bool
 ) -> TrainingArguments:
     width, every = model.config.get_text_config(decoder=True).hidden_size, math.ceil(plan.steps / _EVALUATIONS)
-    rate = _RATES[choice.train] * (min(1.0, _WIDTH_OF_RATE / width) if choice.train == "all" else 1.0)
+    rate = _RATES[choice.train] * (_WIDTH_OF_RATE / width if choice.train == "all" else 1.0)
     arguments = TrainingArguments(
         str(journal.resolve()),
         per_device_train_batch_size=plan.options.batch_size,
@@ -268,9 +270,6 @@ def _arguments(
         num_train_epochs=1,
         train_sampling_strategy="sequential",  # the windows are in random order already
         learning_rate=plan.options.learning_rate or rate,
-        lr_scheduler_type="cosine_warmup_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.0},
-        warmup_steps=min(plan.steps, max(_LEAST_WARM_UP, round(_WARM_UP * plan.steps))),
         optim="adamw_torch_fused",
         adam_beta2=0.95,
         bf16=plan.compute == torch.bfloat16,
