@@ -1,6 +1,6 @@
 """What to remove first: bits per byte of held-out text against megabytes and against time, in a table and a picture.
 
-A variant is `dense`, a pattern, or patterns joined by commas, each pruned in a run of its own. It is recovered on so
+A variant is `dense`, a pattern, or patterns joined by `_`, each pruned in a run of its own. It is recovered on so
 many `--tokens`, and measured in `--formats`: bits a weight (`llama_cpp.py`; IQ4_NL is llama.cpp's best of 4 bits in
 blocks of 32; the head has 8 bits at least, but for IQ4_NL*), or `packed` for zeros. Weights are rounded as llama.cpp
 stores them, and Transformers then measures the model. Of every text, the first `--bytes` are measured, whatever the
@@ -46,7 +46,7 @@ from optimum_fista.folder.packed_folder import pack_folder
 from optimum_fista.text.sources import load_text
 
 Row = dict[str, Any]
-VARIANTS = "dense vocab:0.29 channels:0.1 channels:0.2 channels:0.3 layers:0.2 vocab:0.29,channels:0.2 0.5"
+VARIANTS = "dense vocab:0.29 channels:0.1 channels:0.2 channels:0.3 layers:0.2 vocab:0.29_channels:0.2 0.5"
 TIMES = {"prefill": (1, 512, 1), "decode": (1, 16, 32), "batch 16": (16, 16, 32)}  # prompts, their tokens, new tokens
 
 
@@ -55,7 +55,7 @@ def made(arguments: Namespace, variant: str, tokens: int) -> tuple[Path, list[st
     folder, name, commands, minutes = Path(arguments.model), Path(arguments.model).name, [], 0.0
     common = ["--calibration", arguments.calibration, "--seed", str(arguments.seed), "--device", "cpu", "--output"]
     sizes = ["--num-samples", str(arguments.num_samples), "--sequence-length", str(arguments.sequence_length)]
-    for step in [*variant.split(",")[variant == "dense" :], *[tokens] * bool(tokens)]:
+    for step in [*variant.split("_")[variant == "dense" :], *[tokens] * bool(tokens)]:
         name += f"-{step}".replace(":", "-")
         if step == tokens:
             words = ["recover", str(folder), "--teacher", arguments.model, "--tokens", str(tokens)]
