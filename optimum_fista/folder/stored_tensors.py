@@ -69,7 +69,7 @@ class StoredTensor:
         shape = (*self.shape[:axis], len(entries), *self.shape[axis + 1 :])
 
         def pieces() -> Iterator[bytes | memoryview]:
-            values = torch.frombuffer(bytearray(b"".join(self.pieces())), dtype=torch.uint8).view(*self.shape, -1)
+            values = torch.frombuffer(bytearray().join(self.pieces()), dtype=torch.uint8).view(*self.shape, -1)
             yield values.index_select(axis, entries).view(-1).numpy().data
 
         return replace(self, shape=shape, num_bytes=self.num_bytes // self.shape[axis] * len(entries), pieces=pieces)

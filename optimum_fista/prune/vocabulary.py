@@ -111,17 +111,11 @@ class VocabularyPlan:
         copy_source(self.source, folder)
         for file in [file for file in folder.iterdir() if _OLD_FILES.fullmatch(file.name)]:
             file.unlink()
-        files = {*checkpoint.checkpoint_files(self.source).values()} if any(self.source.glob("*.safetensors")) else ()
-        shards = {name: file.name for file in files for name in checkpoint.names_in(file)}
-        weight_map = {name: shards.get(name, "model.safetensors") for name in self.stored}
-        for shard in tqdm(sorted({*weight_map.values()}), desc="Writing weights", unit="file", disable=not progress):
-            write_stored(folder / shard, {name: t for name, t in self.stored.items() if weight_map[name] == shard})
-        if {*weight_map.values()} != {"model.safetensors"}:
-            checkpoint.write_index(folder, "model", weight_map, {"total_parameters": self.model.num_parameters()})
         for name, values in _configurations(folder).items():
             changed = _with_ids(values, lambda index: self.new_ids.get(index, index))
             if added := values.get("added_tokens_decoder"):
-                changed["added_tokens_decoder"] = {str(self.new_ids[int(old)]): token for old, token in added.items()}
+                pairs = [(self.new_ids.get(int(old)), token) for old, token in added.items()]
+                changed["added_tokens_decoder"] = {str(new): token for new, token in pairs if new is not None}
             if changed != values:
                 write_file(folder / name, json.dumps(changed, indent=2, ensure_ascii=False) + "\n")
         write_file(folder / "tokenizer.json", json.dumps(self.tokenizer, indent=2, ensure_ascii=False))
@@ -130,6 +124,13 @@ class VocabularyPlan:
         if found.get_vocab() != _vocabulary(self.tokenizer):
             what = f"{type(found).__name__} of Transformers gives other ids than the smaller tokenizer.json"
             raise ValueError(f"model={str(self.source)!r}: {what}, so no token can be removed.")
+        files = {*checkpoint.checkpoint_files(self.source).values()} if any(self.source.glob("*.safetensors")) else ()
+        shards = {name: file.name for file in files for name in checkpoint.names_in(file)}
+        weight_map = {name: shards.get(name, "model.safetensors") for name in self.stored}
+        for shard in tqdm(sorted({*weight_map.values()}), desc="Writing weights", unit="file", disable=not progress):
+            write_stored(folder / shard, {name: t for name, t in self.stored.items() if weight_map[name] == shard})
+        if {*weight_map.values()} != {"model.safetensors"}:
+            checkpoint.write_index(folder, "model", weight_map, {"total_parameters": self.model.num_parameters()})
         self.report.seconds["total"] = time.perf_counter() - started
         write_all_but_weights(folder, self.model, None, self.report, {}, None, self.quantized)
         table = {"kept": [*self.new_ids], "num_tokens": self.report.model["vocabulary"]["before"]}
@@ -174,7 +175,7 @@ def _size(model: PreTrainedModel) -> int:
     """The number of rows of the embedding and of the head; refuses models with more than one vocabulary."""
     sizes = [("vocab_size", int(model.config.get_text_config(decoder=True).vocab_size))]
     modules = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
-    sizes += [(name, len(p)) for name, module in modules.items() if module for p in module.parameters()]
+    sizes += [(name, len(p)) for name, m in modules.items() if m for p in m.parameters() if p.ndim > 1]  # no norms
     values = [pair for section in _sections(model.config) for pair in vars(section).items() if "vocab" in pair[0]]
     values = [(key, len(value) if isinstance(value, dict | list) else value) for key, value in values]
     known = ("vocab_size", "type_vocab_size")
