@@ -4,11 +4,10 @@ Everything here works on the content of a `tokenizer.json`: no model, no files. 
 the same tokens as before if all of these stay. It knows every character that was known, and decodes to itself every
 text that did. Each kind of tokenizer keeps this promise in its own way:
 
-- **BPE** merges the adjacent pair of the lowest rank until no pair is left. A token stays together with the two
-  tokens of the last merge that makes it, and so on down to single symbols; a merge stays if its parts and its result
-  do. *Proof*: what lies outside of a token has no say in how the token is merged, because no merge crosses its border.
-  So one merge is the last in every text, and all symbols on the way to tokens that stay are there. The merge that was
-  lowest at a step is still there, and merges that went can only have been higher: every step is the same.
+- **BPE** merges the adjacent pair of the lowest rank until no pair is left. A token stays with the two tokens of the
+  last merge that makes it, and so on down to single symbols; a merge stays if its parts and its result do. *Proof*: no
+  merge crosses the border of a token of the result, so the same merges make that token in every text, and all symbols
+  on the way to it stay. The lowest merge of each step stays too, and no other comes before it: every step is the same.
 - **Unigram** takes the path of the highest total score. Paths that went were not better than the one that stays, and of
   equal ones the same comes first. The lowest score stays, from which that of unknown characters is derived.
 - **WordPiece** takes the longest piece at each place: if it stays, it is still the longest.
@@ -17,6 +16,7 @@ text that did. Each kind of tokenizer keeps this promise in its own way:
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -44,18 +44,13 @@ class SmallerVocabulary:
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], size: int) -> Tensor:
-    """Count each token in documents, without special tokens around them: int64, [size].
-
-    Documents are read one after the other; long ones are cut between words.
+    """Count each token in documents, read one after the other, without special tokens around them: int64, [size].
 
     Raises:
         ValueError: If the tokenizer is not a fast one, or has an id that is not less than `size`.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
-            f"tokenizer={type(tokenizer).__name__} is not a fast tokenizer, and only those can be made smaller: "
-            "pass one that has a tokenizer.json."
-        )
+        raise ValueError(f"tokenizer={type(tokenizer).__name__} is not a fast one: pass one that has a tokenizer.json.")
     counts = torch.zeros(size, dtype=torch.int64)
     for texts in _texts(documents):
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -112,8 +107,7 @@ def reduce_vocabulary(
         raise ValueError(f"tokenizer: {model['type']} has no smaller pieces for what goes; pass one of {_KINDS}.")
     vocabulary = model["vocab"]
     pieces = {entry[0]: i for i, entry in enumerate(vocabulary)} if model["type"] == "Unigram" else dict(vocabulary)
-    ids = pieces | {token["content"]: token["id"] for token in content["added_tokens"]}
-    tokens = {index: token for token, index in ids.items()}
+    tokens = {i: token for token, i in pieces.items()} | {t["id"]: t["content"] for t in content["added_tokens"]}
     if len(counts) <= max(tokens):
         raise ValueError(f"counts is of {len(counts)} ids, but the tokenizer has {max(tokens) + 1}: count all of them.")
     required, asked = _always_kept(content, pieces), set(keep)
@@ -131,9 +125,14 @@ def reduce_vocabulary(
             first[part] = min(first[part], first[index])
         if index in required:
             required.update(parts[index])
-    # Each use of a merge saves one token, and no token is used more than its parts, which come first among equals: so
-    # the first ones always have all their parts, and no other choice of as many tokens saves more.
-    ranked = sorted(tokens, key=lambda index: (index not in required, -uses[index], first[index], length[index]))
+    # Each use of a merge saves one token. To its uses a thirtieth of what Zipf's law expects is added, so that what the
+    # text has once does not replace what it lacks by chance; equal ones go by the uses of their parts. Parts are first.
+    zipf = 0 if num_kept is None else sum(counts.tolist()) / (30 * math.log(len(tokens) + 1))
+
+    def rank(index: int) -> tuple[float, ...]:
+        of_parts = min(uses[part] for part in parts.get(index, (index,)))
+        return index not in required, -uses[index] - zipf // (first[index] + 1), -of_parts, first[index], length[index]
+
     if num_kept is None:
         num_kept = sum(index in required or uses[index] > 0 for index in tokens)
     if not len(required) <= num_kept <= len(tokens):
@@ -141,7 +140,7 @@ def reduce_vocabulary(
             f"num_kept={num_kept}; pass {len(required)} (alphabet, special and added tokens, `keep`, and what they are "
             f"made of) to {len(tokens)} (all tokens)."
         )
-    kept = sorted(ranked[:num_kept])
+    kept = sorted(sorted(tokens, key=rank)[:num_kept])
     _renumber(content, pieces, {old: new for new, old in enumerate(kept)})
     return SmallerVocabulary(content, torch.tensor(kept, dtype=torch.int64))
 
@@ -161,8 +160,7 @@ def _always_kept(content: dict[str, Any], pieces: dict[str, int]) -> set[int]:
     """Ids of special and added tokens and of the alphabet."""
     model, required = content["model"], set[int]()
     _change_ids(content, lambda index: required.add(index) or index)  # type: ignore[func-returns-value]
-    if model.get("unk_token") in pieces:
-        required.add(pieces[model["unk_token"]])
+    required |= {pieces[token] for token in [model.get("unk_token")] if token in pieces}
     if model["type"] == "Unigram":
         required.add(min(pieces.values(), key=lambda index: model["vocab"][index][1]))
     decoder = json.dumps(content["decoder"], ensure_ascii=False)
