@@ -52,4 +52,5 @@ def copy_source(source: Path, folder: Path, pattern: str = "*") -> None:
 
 
 def _comes_along(name: str, size: int) -> bool:
-    return not name.startswith(".") and name not in _WRITTEN and not _WEIGHTS.search(name) and size <= _MOST_BYTES
+    other = name.startswith(".") or name in _WRITTEN or "/" in name or _WEIGHTS.search(name)
+    return not other and size <= _MOST_BYTES
