@@ -64,11 +64,7 @@ class VocabularyPlan:
     def of(
         cls, name: str, texts: Iterable[Any], config: FistaPruningConfig, text_name: str | None, progress: bool = True
     ) -> VocabularyPlan:
-        """Count the tokens of texts, or of batches of ids, choose those that stay, and find what changes with them.
-
-        Raises:
-            ValueError: If the pattern or the tokenizer can't be used, or the model has more than one vocabulary.
-        """
+        """Count tokens of texts, or batches of ids, and plan what changes; ValueError if no token can be removed."""
         folder, settings = _source(name, config.pattern)
         tokenizer, dense = loading.require_tokenizer(name), _described(settings)
         source, size, sections = source_tensors(dense, folder), _size(dense), [*_sections(settings)]
@@ -176,10 +172,10 @@ def _size(model: PreTrainedModel) -> int:
     sizes = [("vocab_size", int(model.config.get_text_config(decoder=True).vocab_size))]
     modules = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
     sizes += [(name, len(p)) for name, m in modules.items() if m for p in m.parameters() if p.ndim > 1]  # no norms
-    values = [pair for section in _sections(model.config) for pair in vars(section).items() if "vocab" in pair[0]]
-    values = [(key, len(value) if isinstance(value, dict | list) else value) for key, value in values]
+    values = {key: v for part in _sections(model.config) for key, v in vars(part).items() if "vocab" in key}
+    lengths = {key: len(value) if isinstance(value, dict | list) else value for key, value in values.items()}
     known = ("vocab_size", "type_vocab_size")
-    others = [(key, n) for key, n in values if key not in known and type(n) is int and n >= _SMALL]
+    others = [(key, n) for key, n in lengths.items() if key not in known and type(n) is int and n >= _SMALL]
     if others or len({size for _, size in sizes}) > 1:
         shown = ", ".join(f"{name} of {size}" for name, size in sizes + others)
         raise ValueError(f"{type(model).__name__} has more than one vocabulary, so no token can be removed: {shown}.")
@@ -262,8 +258,7 @@ def _cut(
 
 def _configurations(folder: Path) -> dict[str, dict[str, Any]]:
     """The configurations beside that of the model, by file: of generation, tokenizer and processor."""
-    files = (file for file in sorted(folder.glob("*config.json")) if file.name != checkpoint.CONFIG_FILE)
-    return {file.name: checkpoint.read_json(file) for file in files}
+    return {file.name: checkpoint.read_json(file) for file in sorted(folder.glob("*_config.json"))}
 
 
 def _with_ids(value: Any, change: Callable[[int], int], named: bool = False) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from folder_files import bytes_of, tensors_of
+from folder_files import tensors_of
 from media_models import media_batch, media_model
 from quantized_models import compressed_qwen3_moe, fp8_deepseek
 from safetensors.torch import load_file, save_file
@@ -21,7 +21,6 @@ from optimum_fista.cli.main import main
 from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
 from optimum_fista.folder.checkpoint import VOCABULARY_FILE, kept_tokens, read_report
 from optimum_fista.folder.packed_folder import pack_folder
-from optimum_fista.prune import vocabulary
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(tokens that stay|belong to no token|was pruned before|calibration)")
 COMMON = "the sea is deep and ships are small so sailors look at sky count days"
@@ -243,16 +242,6 @@ def test_bad_input_gives_one_error_and_nothing_is_written(dense, tmp_path, spoil
     with pytest.raises(ValueError, match=message):
         remove_tokens(folder, tmp_path / "smaller", **options)
     assert [file.name for file in tmp_path.iterdir()] == ["dense"]
-
-
-def test_a_run_that_fails_leaves_the_old_output_and_no_other_file(dense, smaller, tmp_path, monkeypatch):
-    output = shutil.copytree(smaller, tmp_path / "smaller", copy_function=shutil.copy2)
-    before = bytes_of(output)
-    monkeypatch.setattr(vocabulary, "write_all_but_weights", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        FistaPruner(FistaPruningConfig(pattern="vocab:0.1")).prune(dense, [TEXT], output_dir=output, overwrite=True)
-    assert bytes_of(output) == before
-    assert [file.name for file in tmp_path.iterdir()] == ["smaller"]
 
 
 def test_a_model_in_memory_is_refused():
