@@ -162,12 +162,15 @@ def _fingerprint(plan: RecoveryPlan, files: Sequence[SourceFiles], windows: Tens
     versions, masks_file = library_versions(), Path(plan.source) / MASKS_FILE
     options = {name: getattr(plan.options, name) for name in ("batch_size", "label_share", "seed", "train")}
     options |= {"learning_rate": plan.options.learning_rate, "accumulate": plan.accumulate}
+    kept = plan.kept  # the teacher's predictions are those of the tokens that stay
+    options |= {} if kept is None else {"kept_tokens": len(kept)}
     return {
         "recovery": _FORMAT,
         "processes": processes,  # sums are rounded otherwise with others
         "weights": files[0].digests,
         "masks": digest_of(masks_file) if masks_file.exists() else None,  # a packed folder has none
         "teacher": files[1].digests,
+        "kept": None if kept is None else hashlib.sha256(kept.numpy().tobytes()).hexdigest(),
         "shape": [plan.num_sequences, plan.options.held_out, plan.length],
         "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         "options": options | {"compute_dtype": str(plan.compute).removeprefix("torch.")},

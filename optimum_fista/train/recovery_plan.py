@@ -237,7 +237,7 @@ def preview(plan: RecoveryPlan) -> str:
     passes = f"{plan.accumulate} x {options.batch_size} sequences of {plan.length} tokens"
     lines = {
         "pruned": f"{plan.source}, {plan.report.model['num_parameters']:,} parameters",
-        "teacher": plan.teacher_name,
+        "teacher": plan.teacher_name + ("" if plan.kept is None else f", its predictions of {len(plan.kept):,} tokens"),
         "trained": str(choice),
         "text": f"{plan.num_sequences * plan.length:,} tokens of {plan.calibration}, {plan.steps} steps of {passes}; "
         f"{options.held_out} more sequences are held out",

@@ -16,7 +16,7 @@ from tiny_llama import tiny_llama, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista import FistaPruner, FistaPruningConfig, recover
 from optimum_fista.cli.main import main
 from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
 from optimum_fista.folder.checkpoint import VOCABULARY_FILE, kept_tokens, read_report
@@ -233,6 +233,28 @@ BAD = {
     "words": (lambda f: tiny_tokenizer().save_pretrained(f), {}, "WordLevel"),
     "no tokenizer": (lambda f: [file.unlink() for file in f.glob("tokenizer*")], {}, "has no tokenizer"),
 }
+
+
+def test_recovery_learns_from_a_teacher_with_all_tokens(dense, smaller, tmp_path):
+    pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False)
+    pruner.prune(smaller, torch.randint(3, 300, (2, 16)).split(1), output_dir=tmp_path / "zeros")
+    (tmp_path / "text.txt").write_text(TEXT * 3)
+    options = {"calibration": str(tmp_path / "text.txt"), "tokens": 512, "sequence_length": 16, "held_out": 4}
+    options |= {"device": "cpu", "compute_dtype": "float32", "progress": False}
+    for folder in (smaller, tmp_path / "zeros"):
+        found = recover(folder, dense, tmp_path / "out", overwrite=True, **options)
+        assert found.held_out_loss < found.held_out_loss_before - 0.02
+        assert found.options["kept_tokens"] == 320
+        assert (tmp_path / "out" / VOCABULARY_FILE).read_bytes() == (smaller / VOCABULARY_FILE).read_bytes()
+        verify_checkpoint(tmp_path / "out")
+    with pytest.raises(ValueError, match="has 320 of the 364 tokens that the teacher would write: pass a text"):
+        recover(smaller, dense, tmp_path / "other", **options | {"calibration": "self"})
+    table = shutil.copytree(smaller, tmp_path / "damaged") / VOCABULARY_FILE
+    kept = json.loads(table.read_text())["kept"]
+    change_json(table, kept=[*kept[:-1], 363])
+    with pytest.raises(ValueError, match=r"has another vocabulary \(364 tokens\) than .* \(320\)"):
+        recover(tmp_path / "damaged", dense, tmp_path / "other", **options)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(("spoil", "options", "message"), BAD.values(), ids=BAD.keys())
