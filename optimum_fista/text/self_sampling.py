@@ -55,12 +55,7 @@ def sample_text_from_model(
     _, limit = token_limits(model)
     if limit is not None and sequence_length > limit:
         raise ValueError(f"sequence_length={sequence_length}: pass at most {limit} (max_position_embeddings).")
-    with (
-        evaluation_mode(model),
-        _plain_generation(model),
-        _seeded(execution_device(model.get_input_embeddings()), seed),
-        torch.no_grad(),
-    ):
+    with evaluation_mode(model), _own_sampling(model, seed), torch.no_grad():
         texts = num_texts(sequence_length)
         beginnings = _beginnings(model, tokenizer, num_samples * texts, torch.Generator().manual_seed(seed))
         new_tokens = -(-sequence_length // texts) - beginnings.shape[1]  # rounded up: the last text is cut below
@@ -115,23 +110,18 @@ class _Counter(BaseStreamer):
 
 
 @contextmanager
-def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Replace the model's generation config, so that `generate` ignores its EOS, penalties and lengths."""
-    original = model.generation_config
+def _own_sampling(model: PreTrainedModel, seed: int) -> Iterator[None]:
+    """Have `generate` ignore the model's EOS, penalties and lengths, and seed the generators that it draws from.
+
+    Afterwards they and the model's generation config are as they were.
+    """
+    device, settings = execution_device(model.get_input_embeddings()), model.generation_config
+    devices = range(torch.accelerator.device_count()) if device.type != "cpu" else ()
     model.generation_config = GenerationConfig()
     try:
-        yield
+        with torch.random.fork_rng(devices=devices, device_type=device.type):
+            # torch.manual_seed reaches all accelerators, which are forked only if one of them samples
+            (torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed)(seed)
+            yield
     finally:
-        model.generation_config = original
-
-
-@contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed the generators that sampling on `device` uses; afterwards they are in their previous state."""
-    devices = range(torch.accelerator.device_count()) if device.type != "cpu" else ()
-    with torch.random.fork_rng(devices=devices, device_type=device.type):
-        if device.type == "cpu":
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the accelerators as well
-        else:
-            torch.manual_seed(seed)  # those of all accelerators, which are forked too
-        yield
+        model.generation_config = settings
