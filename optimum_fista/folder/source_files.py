@@ -14,8 +14,8 @@ from optimum_fista.folder.stored_tensors import weight_files
 
 _TEMPLATES = "additional_chat_templates"
 _WRITTEN = {"config.json", "README.md", "fista"}  # by the run
-_WEIGHTS = re.compile(
-    r"\.(safetensors|bin|gguf|pth?|ckpt|h5|msgpack|onnx(_data)?|tflite|npz|ot)(\.index\.json)?$|^adapter_config\.json$"
+_LEFT = re.compile(
+    r"^\.|/|\.(safetensors|bin|gguf|pth?|ckpt|h5|msgpack|onnx(_data)?|tflite|npz|ot)(\.index\.json)?$|^adapter_config\."
 )
 _MOST_BYTES = 2**28  # the largest vocabularies have about 2**25
 logger = logging.getLogger(__name__)
@@ -52,5 +52,4 @@ def copy_source(source: Path, folder: Path, pattern: str = "*") -> None:
 
 
 def _comes_along(name: str, size: int) -> bool:
-    other = name.startswith(".") or name in _WRITTEN or "/" in name or _WEIGHTS.search(name)
-    return not other and size <= _MOST_BYTES
+    return name not in _WRITTEN and not _LEFT.search(name) and size <= _MOST_BYTES

@@ -155,8 +155,7 @@ class Dequantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         self._require_scales(model)
         plain, used = self._transforms  # the model is saved by the names of the source, without what dequantizes
-        kept = [one for one in used if isinstance(one, KeptConversion) and one.was_used()]
-        targets = [conversion._original_target_patterns for conversion in kept]
+        targets = [one._original_target_patterns for one in used if isinstance(one, KeptConversion) and one.was_used()]
         plain = [t for t in plain if t.was_used() or t._original_target_patterns in targets]
         vars(model).update(_weight_conversions=plain, _quantized_source=self.quantization_config.settings)
         kinds = {re.sub(r"\d+", "*", name): name for name in self.kept}
