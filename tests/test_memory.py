@@ -7,7 +7,7 @@ import torch
 from pruning import prune
 
 from optimum_fista import memory
-from optimum_fista.memory import available_bytes, is_out_of_memory, total_bytes, watched_memory
+from optimum_fista.memory import available_bytes, is_out_of_memory, release_memory, total_bytes, watched_memory
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,15 @@ def test_what_was_freed_again_is_seen():
     with watched_memory(torch.device("cpu")) as later:
         pass
     assert 0 < later.resident_bytes < peak.resident_bytes
+
+
+@pytest.mark.skipif(not hasattr(memory._LIBRARY, "malloc_trim"), reason="the C library is not glibc")
+def test_freed_blocks_go_back_to_the_system():
+    blocks, process = [torch.ones(2**14) for _ in range(1024)], psutil.Process()  # 64 MiB
+    del blocks[::2]  # each lies between two that stay
+    before = process.memory_info().rss
+    release_memory()
+    assert process.memory_info().rss < before - 24 * 2**20
 
 
 def test_the_thread_ends_after_an_error():

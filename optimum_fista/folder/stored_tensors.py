@@ -135,10 +135,7 @@ class SourceTensors:
         return {name: self.stored[name] for name, module in self.others.items() if module not in self.lost}
 
     def loaded_in(self, dtype: torch.dtype) -> dict[str, StoredTensor]:
-        """The tensors that are loaded, if a model in `dtype` has the dtype of most of them; otherwise none.
-
-        A model in another dtype was brought to it by somebody, and not by Transformers, which takes that of most.
-        """
+        """The tensors that are loaded; none if `dtype` is not that of most, so that somebody asked for another one."""
         placed, sizes = {name: self.stored[name] for name in self.places if name in self.stored}, Counter[str]()
         for tensor in placed.values():
             sizes[tensor.dtype] += math.prod(tensor.shape) * (tensor.dtype in DENSE)
@@ -163,11 +160,7 @@ class SourceTensors:
         kept: Mapping[str, Sequence[int]],
         strict: bool,
     ) -> dict[str, StoredTensor]:
-        """The tensors that are loaded, with the groups `kept` of each part.
-
-        If `strict` is False, tensors are left out of which no part can be removed, such as scales of several groups;
-        otherwise they are refused.
-        """
+        """The tensors that are loaded, with the groups `kept` of each part; if `strict`, all or a ValueError."""
         found = dict[str, StoredTensor]()
         for name, place in self.places.items():
             tensor = self.stored[name]
@@ -324,8 +317,7 @@ def _dequantized(
                 kinds[kind] = len(readers) > 1 and read().shape == stored[name].shape
         if kinds.setdefault(kind, False):
             stored[name] = StoredTensor.of(torch.empty(stored[name].shape, dtype=dtype, device="meta"), read)
-            for scale in {*parts.values()} - {name}:
-                others.pop(scale, None)
+            others = {key: other for key, other in others.items() if key == name or key not in parts.values()}
     return stored, others
 
 

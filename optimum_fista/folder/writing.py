@@ -64,10 +64,7 @@ def write_checkpoint(
     tokenizer: PreTrainedTokenizerBase | None,
     stored_as: SourceTensors,
 ) -> None:
-    """Write all files of a pruned model into an unfinished folder; `stored_as` are tensors of the model it was.
-
-    Tensors that are not in the model are copied from there, and the others get their dtypes back.
-    """
+    """Write all files of a pruned model into an unfinished folder; `stored_as` has more tensors, and dtypes to keep."""
     found = operators_by_weight(model, report)
     operators = [found[o.name] for o in report.operators]
     for operator in operators:  # after a training step without masks, the zeros would be gone and the masks wrong
