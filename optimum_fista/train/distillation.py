@@ -21,10 +21,9 @@ from unittest.mock import patch
 
 import torch
 from accelerate.utils import fsdp2_prepare_model
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import cross_entropy
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -39,7 +38,8 @@ LOGITS_PER_CHUNK = 2**25  # that the loss has at a time: 134 MB in float32, seve
 _POSITIONS_ON_CPU = 16  # of them: as many as the caches of a CPU hold
 _ROUNDING = 0.02  # of a product in bfloat16 by another algorithm
 _SAVE_SECONDS = 120.0
-_WARM_UP, _LEAST_WARM_UP = 0.05, 10  # a share of the steps, and steps; at most half of them
+# A share of the steps, and steps; at most half of them. The first step of Adam moves every weight by the whole rate.
+_WARM_UP, _LEAST_WARM_UP = 0.05, 10
 _BACK_OFF = 4  # divides the learning rate
 logger = logging.getLogger(__name__)
 
@@ -150,58 +150,35 @@ def divergence(
 
     The distance is `(1 - s) KL(p || q) - s log q(label)`, with `p` of the teacher, `q` of the student, `label` the
     token that follows in the text, and `s = label_share`. The gradient by hidden states is computed with the value, a
-    few positions at a time. The head gets no gradient.
-
-    Args:
-        student: The model that is trained.
-        teacher: The other one.
-        ids: Token ids of the student [batch, length].
-        label_share: The share of the text.
-        wrapped: The student in a wrapper that has to be called.
+    few positions at a time. The head gets no gradient. `ids` [batch, length] are the student's.
     """
     with torch.no_grad():
         wanted = teacher.hidden_states(ids)
-    found: Tensor = _Divergence.apply(
-        student.hidden_states(ids, wrapped), wanted, student, teacher, ids[:, 1:].flatten(), label_share
-    )
+    given = student.hidden_states(ids, wrapped), wanted, student, teacher, ids[:, 1:].flatten(), label_share
+    found: Tensor = _Divergence.apply(*given)
     return found
 
 
 def text_loss(student: Predictor, ids: Tensor, wrapped: Any = None) -> Tensor:
     """The mean negative log-likelihood of the tokens that `ids` [batch, length] predict."""
     hidden, labels = student.hidden_states(ids, wrapped), ids[:, 1:].flatten()
-    losses = [
-        cross_entropy(student.logits(hidden[rows]).float(), labels[rows], reduction="sum")
-        for rows in student.chunks(len(labels))
-    ]
-    return torch.stack(losses).sum() / len(labels)
+    parts = ((student.logits(hidden[rows]).float(), labels[rows]) for rows in student.chunks(len(labels)))
+    return torch.stack([cross_entropy(*part, reduction="sum") for part in parts]).sum() / len(labels)
 
 
 class Schedule:
-    """Shares of the learning rate by step: a warm-up and a cosine to zero, and again with a quarter after each failure.
-
-    The scheduler keeps the attributes in a saved state.
-    """
+    """Shares of the learning rate by step: warm-up and cosine. The scheduler keeps the attributes in a saved state."""
 
     def __init__(self, steps: int) -> None:
         self.steps, self.began, self.share = steps, 0, 1.0
 
-    @property
-    def warm_up(self) -> int:
-        """Steps of the warm-up: the first step of Adam moves every weight by the whole rate."""
-        left = self.steps - self.began
-        return min(max(_LEAST_WARM_UP, round(_WARM_UP * left)), (left + 1) // 2)
-
     def __call__(self, step: int) -> float:
         """The share at a step, counted from 0."""
-        warm_up, done = self.warm_up, step - self.began + 1
+        left, done = self.steps - self.began, step - self.began + 1
+        warm_up = min(max(_LEAST_WARM_UP, round(_WARM_UP * left)), (left + 1) // 2)
         if done <= warm_up:
             return self.share * done / warm_up
-        return self.share * (1 + math.cos(math.pi * (done - warm_up) / (self.steps - self.began - warm_up))) / 2
-
-    def fail(self, step: int) -> None:
-        """Begin again after this step."""
-        self.began, self.share = step, self.share / _BACK_OFF
+        return self.share * (1 + math.cos(math.pi * (done - warm_up) / (left - warm_up))) / 2
 
 
 class DistillationTrainer(Trainer):
@@ -236,13 +213,12 @@ class DistillationTrainer(Trainer):
 
     def create_scheduler(self, *_: Any, **__: Any) -> LambdaLR:
         """Make the scheduler; a checkpoint brings the attributes of the schedule."""
-        scheduler = LambdaLR(cast(Optimizer, self.optimizer), self.schedule)
-        self.lr_scheduler = scheduler
+        self.lr_scheduler = scheduler = LambdaLR(cast(Any, self.optimizer), self.schedule)
         return scheduler
 
     def back_off(self) -> None:
         """Go on from the weights before the training, with a quarter of the learning rate."""
-        model, optimizer, scheduler = cast(nn.Module, self.model), cast(Optimizer, self.optimizer), self.lr_scheduler
+        model, optimizer, scheduler = cast(Any, (self.model, self.optimizer, self.lr_scheduler))
         parameters, start = dict(model.named_parameters()), self._start()
         for name in self._trained:
             value, parameter = start[name], parameters[name]
@@ -252,9 +228,9 @@ class DistillationTrainer(Trainer):
         for moments in optimizer.state.values():
             for value in moments.values():
                 value.zero_()
-        self.schedule.fail(done := cast(LambdaLR, scheduler).last_epoch)
-        for group, rate in zip(optimizer.param_groups, cast(LambdaLR, scheduler).base_lrs, strict=True):
-            group["lr"] = rate * self.schedule(done)
+        self.schedule.began, self.schedule.share = scheduler.last_epoch, self.schedule.share / _BACK_OFF
+        for group, rate in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
+            group["lr"] = rate * self.schedule(scheduler.last_epoch)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """The divergence from the teacher and the text."""

@@ -62,7 +62,7 @@ CHECKPOINTING = "activation_checkpointing"
 if not hasattr(TrainingArguments, CHECKPOINTING):  # before Transformers 5.24
     CHECKPOINTING = "gradient_checkpointing"
 _RATES = {"all": 2e-4, "norms": 2e-3}  # tuned on SmolLM2-135M
-_WIDTH_OF_RATE = 576  # its hidden size: with Adam the rate of "all" is proportional to 1 / width
+_WIDTH_OF_RATE = 576  # its hidden size: with Adam the rate of "all" goes down as the width goes up
 _EVALUATIONS = 4  # after the first, and one after a tenth of the steps
 
 
@@ -264,7 +264,7 @@ def _arguments(
     plan: RecoveryPlan, choice: Choice, model: PreTrainedModel, journal: Path, processes: int, *, resumed: bool
 ) -> TrainingArguments:
     width, every = model.config.get_text_config(decoder=True).hidden_size, math.ceil(plan.steps / _EVALUATIONS)
-    rate = _RATES[choice.train] * (_WIDTH_OF_RATE / width if choice.train == "all" else 1.0)
+    rate = _RATES[choice.train] * (min(1.0, _WIDTH_OF_RATE / width) if choice.train == "all" else 1.0)
     arguments = TrainingArguments(
         str(journal.resolve()),
         per_device_train_batch_size=plan.options.batch_size,
