@@ -4,8 +4,6 @@ Every device prunes a small random model, and the result must be the CPU's but f
 computes wrongly is found here and not in a model that was pruned for hours.
 """
 
-from __future__ import annotations
-
 import platform
 import shutil
 import tempfile

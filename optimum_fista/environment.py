@@ -1,7 +1,5 @@
 """The numerical environment of a run, and the processor that it computes on."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

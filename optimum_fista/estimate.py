@@ -6,8 +6,6 @@ besides solving grows in proportion. No formula knows the speed of a machine, bu
 of a layer and less than half a minute to solve it; otherwise a run shows the time left once its first layer is pruned.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import time

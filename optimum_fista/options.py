@@ -5,8 +5,6 @@ the documentation lists them. A `Literal` gives the choices. Records of a run ar
 them from JSON and checks them in the same way. This module loads neither torch nor transformers: `--help` is quick.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -1,7 +1,5 @@
 """The pruner: it takes a model, prunes it, and returns a report."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Iterable, Sequence

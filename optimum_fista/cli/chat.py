@@ -1,7 +1,5 @@
 """The command `optimum-fista chat`."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys

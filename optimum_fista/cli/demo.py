@@ -1,7 +1,5 @@
 """`optimum-fista demo`: show the claims of the README on a small real model, in minutes on a laptop's processor."""
 
-from __future__ import annotations
-
 import argparse
 import copy
 import importlib.util

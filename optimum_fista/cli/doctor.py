@@ -1,7 +1,5 @@
 """`optimum-fista doctor`."""
 
-from __future__ import annotations
-
 import argparse
 
 DESCRIPTION = """\

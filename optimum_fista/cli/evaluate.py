@@ -1,7 +1,5 @@
 """`optimum-fista evaluate`."""
 
-from __future__ import annotations
-
 import argparse
 
 from optimum_fista.cli.flags import DEVICE, DTYPE

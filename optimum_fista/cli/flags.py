@@ -1,7 +1,5 @@
 """Flags of a command, made from the fields of a dataclass that declares its options."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping
 from dataclasses import fields

@@ -1,7 +1,5 @@
 """The `optimum-fista` command and its subcommands; `optimum-cli fista` has the same."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import re

@@ -1,7 +1,5 @@
 """The processes of a command, and what they say while they run."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager

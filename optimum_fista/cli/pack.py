@@ -1,7 +1,5 @@
 """`optimum-fista pack`."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`optimum-fista unpack`."""
 
-from __future__ import annotations
-
 import argparse
 
 from optimum_fista.cli import pack

@@ -4,8 +4,6 @@ Verification needs only the pruned folder. With the dense model, the rest of the
 run did not change equal those of the dense model, without the removed parts.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace

@@ -5,8 +5,6 @@ Perplexities are comparable only on the same windows, so a result names its text
 byte compare models with different vocabularies, on windows of the same stretch of text.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from dataclasses import dataclass

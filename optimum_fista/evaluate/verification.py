@@ -4,8 +4,6 @@ The run that wrote the folder is not trusted: weights, masks and report are read
 number is counted again. Only errors can't be checked, because the calibration text is not in the folder.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping

@@ -4,8 +4,6 @@ The templates have the words, and show a part of the page only if there is somet
 numbers as text.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

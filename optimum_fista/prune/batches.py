@@ -4,8 +4,6 @@ A step of the run is a function of the batches and their hidden states. So a ste
 again, with half as many sequences in a batch (`retried`). Only the rounding of sums over tokens changes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar

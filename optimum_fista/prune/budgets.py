@@ -1,7 +1,5 @@
 """Decide by the loss of the dense model how many zeros each operator gets and which decoder layers are removed."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Sequence

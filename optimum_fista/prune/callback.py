@@ -1,7 +1,5 @@
 """Callbacks for pruning runs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from optimum_fista.report import LayerReport, OperatorReport, PruningReport

@@ -7,8 +7,6 @@ Any method can solve them. Only one decoder layer is on the device at a time, so
 memory, but hidden states must be kept between the layers.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Collection, Sequence
 from contextlib import closing, nullcontext

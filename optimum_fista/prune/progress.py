@@ -1,7 +1,5 @@
 """What a run shows while it prunes: a bar, and a line for each finished decoder layer."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping, Sequence
 from statistics import fmean

@@ -1,7 +1,5 @@
 """Processes that prune or recover one model together, started by `accelerate launch` or `torchrun`."""
 
-from __future__ import annotations
-
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence

@@ -5,8 +5,6 @@ any method, and the rows that compute them are removed afterwards. The smaller m
 with zeros. This is proved on shapes (`model.shrinking`), and once on numbers for every kind of decoder layer.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

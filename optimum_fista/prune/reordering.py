@@ -1,7 +1,5 @@
 """Reordering of MLP channels before they are pruned, so that n:m patterns keep larger weights."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

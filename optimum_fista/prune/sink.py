@@ -1,7 +1,5 @@
 """Where pruned weights are written: into the model (a failure puts the old ones back), or into files."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Callable, Sequence

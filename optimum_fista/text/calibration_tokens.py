@@ -4,8 +4,6 @@ A model may need hours to write its text. So the text is kept in the unfinished 
 files and the settings, and a run that is started again reads it there.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Calibration sequences with images: one for each line of a `.jsonl` file, as the model's processor makes them."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 No other text is needed, and the model's text is like its training text. But writing the text takes time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

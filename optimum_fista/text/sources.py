@@ -4,8 +4,6 @@ The texts of the Hub are cut and joined as in the scripts of SparseGPT and Wanda
 with published ones.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass

@@ -13,8 +13,6 @@ text that did. Each kind of tokenizer keeps this promise in its own way:
 - **WordPiece** takes the longest piece at each place: if it stays, it is still the longest.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """Windows: token sequences of equal length, cut at random for calibration and in order for perplexity."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Literal
 

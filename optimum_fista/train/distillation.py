@@ -4,8 +4,6 @@ The Trainer of Transformers does the training; this file gives it the loss. It a
 killed run resumes with the same bits: they hold only trained parameters, and their digests are written last.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -5,8 +5,6 @@ dense model is the teacher, and all kept weights are trained under their masks. 
 never worse than before. This needs memory for both models, and for gradients and two moments in float32.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import logging

@@ -3,8 +3,6 @@
 This module loads neither torch nor transformers.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

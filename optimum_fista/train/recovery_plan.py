@@ -4,8 +4,6 @@ The plan is made before anything large is read, from configurations and a model 
 `preview` prints it, and measures the time of one step. Nothing here writes a file of the run.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import os

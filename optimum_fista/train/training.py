@@ -5,8 +5,6 @@ after each step. So every PyTorch optimizer, clipping, accumulation and FSDP2 wo
 weights. The masks come from the run, by parameter name, because a kept weight may be zero too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
