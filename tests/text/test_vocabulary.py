@@ -251,21 +251,22 @@ def test_characters_become_bytes_unless_the_decoder_replaces_them():
     assert ids["天"] in reduce_vocabulary(content, count(content, ["abc"]), None).kept
 
 
-def test_ids_outside_of_the_vocabulary_are_renumbered():
-    content = llama3()
-    ids = content["model"]["vocab"]
-    word, word_id = "Ġstatement", ids["Ġstatement"]
-    padding = Tokenizer.from_str(json.dumps(content))
-    padding.enable_padding(pad_id=ids["the"], pad_token="the")
-    content["padding"] = json.loads(padding.to_str())["padding"]
-    counts = torch.zeros(1200, dtype=torch.int64)  # rows that only the model has
-    fewest = least(content, counts, [word_id])
-    new = Tokenizer.from_str(json.dumps(reduced := reduce_vocabulary(content, counts, fewest, [word_id]).tokenizer))
-    assert new.encode(" statement").tokens == ["<s>", word]
-    assert new.padding["pad_id"] == new.token_to_id("the") < ids["the"]
-    added = {token["content"]: token["id"] for token in reduced["added_tokens"]}
-    assert added == {token: new.token_to_id(token) for token in added}
-    assert max(added.values()) == fewest - 1 == new.get_vocab_size() - 1
+@pytest.mark.parametrize("kind", ["TemplateProcessing", "BertProcessing", "RobertaProcessing"])
+def test_ids_outside_of_the_vocabulary_are_renumbered(kind):
+    tokenizer = Tokenizer.from_str(json.dumps(llama3()))
+    start, word, pad = (tokenizer.token_to_id(token) for token in ("<|im_start|>", "Ġstatement", "the"))
+    pair = ("<|im_start|>", start)
+    arguments = ("<|im_start|> $A", None, [pair]) if kind == "TemplateProcessing" else (pair, pair)
+    tokenizer.post_processor = processors.Sequence([getattr(processors, kind)(*arguments)])
+    tokenizer.enable_padding(pad_id=pad, pad_token="the")
+    content, counts = json.loads(tokenizer.to_str()), torch.zeros(1200, dtype=torch.int64)  # more rows than tokens
+    fewest = least(content, counts, [word])
+    new = Tokenizer.from_str(json.dumps(reduced := reduce_vocabulary(content, counts, fewest, [word]).tokenizer))
+    ids = [new.token_to_id("<|im_start|>"), new.token_to_id("Ġstatement")]
+    assert new.encode(" statement").ids[:2] == ids < [start, word]
+    assert new.padding["pad_id"] == new.token_to_id("the") < pad
+    assert all(token["id"] == new.token_to_id(token["content"]) for token in reduced["added_tokens"])
+    assert reduced["added_tokens"][-1]["id"] == fewest - 1 == new.get_vocab_size() - 1
 
 
 def test_counts_are_those_of_whole_documents(monkeypatch):
