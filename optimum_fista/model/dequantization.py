@@ -41,7 +41,8 @@ from optimum_fista.model.offload import offload_hook
 
 _METHOD = "fista_dequantized"
 DENSE = {"F64", "F32", "F16", "BF16"}  # dtypes of safetensors that need no scales
-_READERS = {"gptq": "GPTQModel", "awq": "GPTQModel", "bitsandbytes": "Transformers' model.dequantize()"}
+_READERS = dict.fromkeys(("gptq", "awq"), "GPTQModel (gptqmodel.utils.model_dequant)")
+_READERS |= {"bitsandbytes": "Transformers' model.dequantize()"}
 
 
 def quantization(config: PreTrainedConfig) -> dict[str, Any] | None:

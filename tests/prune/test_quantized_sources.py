@@ -112,8 +112,9 @@ def test_formats_that_cannot_be_read_are_refused_by_name(tmp_path, monkeypatch):
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
         return str(raised.value)
 
-    assert "quantized by 'gptq', which Transformers" in (message := refusal(quant_method="gptq"))
-    assert "dequantize it with GPTQModel, save it" in message
+    for method in ("gptq", "awq"):
+        assert f"quantized by {method!r}, which Transformers" in (message := refusal(quant_method=method))
+        assert "dequantize it with GPTQModel (gptqmodel.utils.model_dequant), save it" in message
     assert "quantized by 'new', which Transformers" in refusal(quant_method="new")
     assert "dtype F8_E4M3, and config.json has no quantization_config" in refusal("quantization_config")
     monkeypatch.setattr(dequantization, "find_spec", lambda _: None)
