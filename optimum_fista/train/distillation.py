@@ -176,7 +176,8 @@ class Schedule:
         warm_up = min(max(_LEAST_WARM_UP, round(_WARM_UP * left)), (left + 1) // 2)
         if done <= warm_up:
             return self.share * done / warm_up
-        return self.share * (1 + math.cos(math.pi * (done - warm_up) / (left - warm_up))) / 2
+        # the scheduler also asks for the step after the last one
+        return self.share * (1 + math.cos(math.pi * (done - warm_up) / max(1, left - warm_up))) / 2
 
 
 class DistillationTrainer(Trainer):
