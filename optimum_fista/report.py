@@ -247,7 +247,8 @@ class PruningReport:
         tokens, sequences = self.calibration["num_tokens"], self.calibration["num_sequences"]
         words = ["optimum-fista", "prune", self.model.get("name") or "MODEL", "--output", "DIR"]
         words += ["--config", "fista/report.json"]
-        words += ["--calibration", *(self.calibration.get("source") or "SOURCE").split(", ")]  # several for tokens
+        for source in (self.calibration.get("source") or "SOURCE").split(", "):  # several for tokens
+            words += ["--calibration", source]
         words += ["--num-samples", str(sequences)]
         if sequences and tokens % sequences == 0:
             words += ["--sequence-length", str(tokens // sequences)]

@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target-size", type=float, metavar="SHARE", help="remove channels until this share of the bytes is left")
     add("--recipe", metavar="NAME", help="default, fast, or paper (FISTAPruner as published); other flags override it")
     sources = "self (the model writes it; default if it fits), .txt, .jsonl (images too), wikitext2, c4, ptb or pydoc"
-    sources += "; several are taken if tokens are removed (vocab:0.35)"
-    add("--calibration", nargs="+", metavar="SOURCE", help=sources)
+    sources += "; repeatable if tokens are removed (vocab:0.35)"
+    add("--calibration", action="append", metavar="SOURCE", help=sources)
     add("--num-samples", type=int, default=128, metavar="N", help="calibration sequences (default 128)")
     add("--sequence-length", type=int, metavar="N", help="tokens in a sequence (default: 2048, or the model's limit)")
     add("--device", **DEVICE)

@@ -274,7 +274,7 @@ def test_a_model_in_memory_is_refused():
 def test_the_command_counts_several_files_and_other_commands_tell_of_tokens(dense, tmp_path, capsys):
     for name, words in (("a.txt", COMMON), ("b.txt", RARE)):
         (tmp_path / name).write_text(text_of(words))
-    texts, output = [str(tmp_path / name) for name in ("a.txt", "b.txt")], tmp_path / "smaller"
+    texts, output = [f"--calibration={tmp_path / name}" for name in ("a.txt", "b.txt")], tmp_path / "smaller"
     command = [
         "prune",
         str(dense),
@@ -284,7 +284,6 @@ def test_the_command_counts_several_files_and_other_commands_tell_of_tokens(dens
         "vocab:0.1",
         "--keep-tokens",
         "zebras",
-        "--calibration",
     ]
     assert main([*command, *texts, "--dry-run"]) == 0
     assert not output.exists()
@@ -293,16 +292,16 @@ def test_the_command_counts_several_files_and_other_commands_tell_of_tokens(dens
     assert capsys.readouterr().out.startswith(said.partition(";")[0])
     report = read_report(output)
     assert report.calibration["num_tokens"] == 600
-    assert "--calibration a.txt b.txt" in report.command()
+    assert "--calibration a.txt --calibration b.txt" in report.command()
     assert main(["verify", str(output), "--dense", str(dense)]) == 0
     assert "with 320 of 364 tokens" in capsys.readouterr().out
     assert "with 320 of 364 tokens" in (output / "README.md").read_text()
     assert main(["report", str(output)]) == 0
     assert "320 of 364 stay" in (output / "fista" / "report.html").read_text()
     assert main(["pack", str(output), "-o", str(tmp_path / "packed")]) == 1
-    assert main([*command[:-1], "--overwrite", "--calibration", "self"]) == 1
+    assert main([*command, "--overwrite", "--calibration", "self"]) == 1
     assert "a model's own text is too short" in capsys.readouterr().err
-    assert main(["prune", str(dense), "-o", str(tmp_path / "zeros"), "--calibration", *texts]) == 1
+    assert main(["prune", str(dense), "-o", str(tmp_path / "zeros"), *texts]) == 1
     assert "--calibration has 2 sources" in capsys.readouterr().err
 
 
