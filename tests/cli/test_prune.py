@@ -19,11 +19,11 @@ from optimum_fista.text.calibration_tokens import calibration_tokens_by_name
 
 @pytest.fixture
 def prune(tiny_folder, text_file, tmp_path):
-    """`prune(*flags)` prunes into `tmp_path / "out"` and returns the exit code; later flags override the first."""
+    """`prune(*flags)` prunes into `tmp_path / "out"` and returns the exit code; flags override the fixture's."""
 
     def run(*flags: str | Path) -> int:
-        first = ["prune", str(tiny_folder), "--output", str(tmp_path / "out"), *QUICK, "--calibration", str(text_file)]
-        return main([*first, *map(str, flags)])
+        text = [] if "--calibration" in flags else ["--calibration", str(text_file)]
+        return main(["prune", str(tiny_folder), "--output", str(tmp_path / "out"), *QUICK, *text, *map(str, flags)])
 
     return run
 
