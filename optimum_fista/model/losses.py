@@ -112,6 +112,9 @@ class Sweep:
         """
         model, total, count = self.layers.model, torch.zeros((), dtype=torch.float64, device=stream.device), 0
         place = execution_device(model.get_input_embeddings())
+        settings: dict[str, bool] = {"use_cache": False}
+        if getattr(model.config.get_text_config(decoder=True), "output_router_logits", False):
+            settings["output_router_logits"] = False  # routers do not run here, and their loss is not part of this one
         for hidden, batch in zip(stream, self.sequences, strict=True):
             ids, step = batch.input_ids, max(1, together // len(batch.input_ids))
             for start in range(0, ids.shape[1] - 1, step):
@@ -120,7 +123,7 @@ class Sweep:
                 # The model runs with decoder layers that return these hidden states for any arguments.
                 forwards = [lambda *_, output=output, **__: output] * len(self.layers)
                 with replaced_forwards(self.layers.modules, forwards), quick_products():
-                    logits = model(input_ids=ids[:, start : start + step].to(place), use_cache=False).logits
+                    logits = model(input_ids=ids[:, start : start + step].to(place), **settings).logits
                 targets = targets_of(ids[:, start + 1 : start + 1 + step], model.config)
                 count += int((targets >= 0).sum())  # ids are on the CPU: the device is not waited for
                 found = logits[:, : targets.shape[1]].flatten(0, 1).float()  # [batch * tokens, vocabulary]
