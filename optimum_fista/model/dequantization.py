@@ -204,8 +204,8 @@ class Dequantizer(HfQuantizer):
         found: dict[str, Any] = {part: [tensor] for part, tensor in tensors.items()}
         for operation in next(one for one in conversions if all(map(_reads_scales, one))):
             found = operation.convert(found, source_patterns=[*found], target_patterns=["weight"])
-        weight: Tensor = found["weight"]
-        return weight.to(dtype)
+        weight: Tensor | list[Tensor] = found["weight"]  # Transformers 5.17 gives a list of one
+        return (weight[0] if isinstance(weight, list) else weight).to(dtype)
 
     def is_serializable(self) -> bool:
         """True if `save_pretrained` can save the model."""
