@@ -1,8 +1,8 @@
 """Make a tokenizer smaller: keep the tokens that a text uses, and what they are made of.
 
 Everything here works on the content of a `tokenizer.json`: no model, no files. The smaller tokenizer splits a text into
-the same tokens as before if all of these stay. It knows every character that was known, and decodes to itself every
-text that did. Each kind of tokenizer keeps this promise in its own way:
+the same tokens as before if all of these stay. It knows every character that is a token of its own, or all bytes, and
+decodes texts of these as before. Each kind of tokenizer keeps this promise in its own way:
 
 - **BPE** merges the adjacent pair of the lowest rank until no pair is left. A token stays with the two tokens of the
   last merge that makes it, and so on down to single symbols; a merge stays if its parts and its result do. *Proof*: no

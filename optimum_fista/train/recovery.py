@@ -194,7 +194,10 @@ def _train(
     watch = Watch(ranks, progress, math.ceil(plan.steps / 10))
     callbacks: list[Any] = [watch, *([MaskedTrainingCallback(plan.source)] if choice.train == "all" else [])]
     texts = windows[plan.options.held_out :], windows[: plan.options.held_out]
-    start = lambda: dict(load_student(plan.source).named_parameters())  # noqa: E731
+
+    def start() -> dict[str, Tensor]:
+        return dict(load_student(plan.source).named_parameters())
+
     given = plan.kept, plan.options.label_share, plan.steps, start
     trainer = DistillationTrainer(model, teacher, *given, arguments, *texts, callbacks)
     watch.back_off = trainer.back_off

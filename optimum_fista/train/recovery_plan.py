@@ -40,7 +40,7 @@ from optimum_fista.model.forward import is_fast
 from optimum_fista.report import WORDS_OF_TRAIN, PruningReport
 from optimum_fista.text.calibration_tokens import usual_length
 from optimum_fista.text.sources import require_source
-from optimum_fista.train.distillation import LOGITS_PER_CHUNK, Predictor, divergence
+from optimum_fista.train.divergence import LOGITS_PER_CHUNK, Predictor, divergence
 from optimum_fista.train.recovery_options import RecoveryOptions
 from optimum_fista.train.training import pruned_folder
 
