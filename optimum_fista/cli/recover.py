@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.cli.messages import speaking_ranks
     from optimum_fista.cli.overview import next_commands
+    from optimum_fista.folder.checkpoint import read_report
     from optimum_fista.folder.output import folder_beside
     from optimum_fista.train.recovery import recover
     from optimum_fista.train.recovery_plan import plan_recovery, preview
@@ -62,5 +63,6 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     print(found)
     print(f"saved to {output}")
-    print(next_commands(arguments.teacher or found.teacher, output, None))
+    has_zeros = not read_report(output).removed
+    print(next_commands(arguments.teacher or found.teacher, output, None, has_zeros=has_zeros))
     return 0
