@@ -76,15 +76,15 @@ def saved_gpt2(tmp_path_factory) -> Saved:
 
 @pytest.fixture(scope="session")
 def pruned(tmp_path_factory):
-    """A pruned folder by family and pattern, bfloat16."""
-    found: dict[tuple[str, str, tuple], Path] = {}
+    """A pruned folder by family, bfloat16."""
+    found: dict[tuple[str, tuple], Path] = {}
     tokens = torch.randint(0, VOCAB_SIZE, (4, 24), generator=torch.Generator().manual_seed(1))
 
-    def make(family: str, pattern: str = "unstructured", exclude: tuple[str, ...] = ()) -> Path:
-        key = family, pattern, exclude
+    def make(family: str, exclude: tuple[str, ...] = ()) -> Path:
+        key = family, exclude
         if key not in found:
             model = tiny_model(family)
-            config = FistaPruningConfig(pattern=pattern, exclude=exclude)
+            config = FistaPruningConfig(exclude=exclude)
             pruner = FistaPruner(config, progress=False)
             pruner.prune(model, tokens.split(2))
             found[key] = tmp_path_factory.mktemp("pruned") / family

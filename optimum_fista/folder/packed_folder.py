@@ -37,7 +37,6 @@ from optimum_fista.packed.format import unpack_mask as packed_mask
 from optimum_fista.packed.quantizer import QUANT_METHOD, read_packed
 from optimum_fista.report import OperatorReport, PruningReport
 from optimum_fista.solve.pattern import pack_mask, unpack_mask
-from optimum_fista.solve.patterns import parse_pattern
 
 _REWRITTEN = {CONFIG_FILE, CARD_FILE, MASKS_FILE}  # by `write_form`
 _EXPERT = re.compile(r"\.experts\.\d+\.(?=[^.]+\.[^.]+$)")  # in `layers.1.mlp.experts.3.w1.weight`
@@ -220,16 +219,12 @@ class Packer:
             if name not in self.names:
                 stored[name] = tensor
                 continue
-            mask, n_of_m = torch.ones(tensor.shape, dtype=torch.bool), None  # what belongs to no operator is kept
+            mask = torch.ones(tensor.shape, dtype=torch.bool)  # what belongs to no operator is kept
             for operator in self._operators.get(name, []):
-                index = split_index(operator.name)[1]
-                part = mask[index]  # a view, which is written to
+                part = mask[split_index(operator.name)[1]]  # a view, which is written to
                 part.copy_(unpack_mask(self._read_mask(operator.name), tuple(part.shape)))
-                if not operator.stored_transposed and not index:  # else groups along the inputs are not those of rows
-                    pattern = parse_pattern(operator.pattern)
-                    n_of_m = (pattern.num_kept((1, pattern.span)), pattern.span) if pattern.span else None
             try:
-                stored |= pack(tensor, mask, n_of_m).named(name)
+                stored |= pack(tensor, mask).named(name)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
         return stored

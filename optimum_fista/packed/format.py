@@ -13,20 +13,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from optimum_fista.packed.masks import (
-    BITS,
-    CHUNK,
-    MAX_GROUP,
-    GroupMask,
-    MaskEncoding,
-    as_words,
-    place,
-    select,
-    smallest_encoding,
-)
+from optimum_fista.packed.masks import CHUNK, as_words, count_bits, pack_bits, place, row_bytes, select, unpack_bits
 
 SUFFIXES = ("_values", "_mask", "_layout")
-VERSION = 2
+VERSION = [2, 0, 0]  # the zeros are reserved: earlier they described masks of n:m groups
 MAX_DIMENSIONS = 8
 
 
@@ -38,24 +28,18 @@ class PackedFormatError(ValueError):
 class PackedTensor:
     """A sparse tensor of shape [..., cols] and dtype D; rows is the product of all dimensions but the last.
 
-    The layout is int64 [4 + ndim]: version, n, m (0, 0: one bit per weight), the checksum, and the shape. The checksum
-    is that of the tensors in a file. In memory it may be wrong, because values may change their dtype there.
+    The layout is int64 [4 + ndim]: version, 0, 0, the checksum, and the shape. The checksum is that of the tensors in a
+    file. In memory it may be wrong, because values may change their dtype there.
     """
 
     values: Tensor  # D [kept], the kept weights, row-major
-    mask: Tensor  # uint8 [rows, bytes], one bit a weight, or for n:m the places of the kept weights inside their groups
+    mask: Tensor  # uint8 [rows, bytes], one bit a weight
     layout: Tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the dense tensor."""
         return tuple(self.layout[4:].tolist())
-
-    @property
-    def encoding(self) -> MaskEncoding:
-        """The form in which the mask is written."""
-        n, m = self.layout[1:3].tolist()
-        return GroupMask(n, m) if m else BITS
 
     @property
     def num_bytes(self) -> int:
@@ -72,12 +56,11 @@ class PackedTensor:
         return dict(zip((name + suffix for suffix in SUFFIXES), (self.values, self.mask, self.layout), strict=True))
 
 
-def pack(weight: Tensor, mask: Tensor | None = None, pattern: tuple[int, int] | None = None) -> PackedTensor:
+def pack(weight: Tensor, mask: Tensor | None = None) -> PackedTensor:
     """Pack a sparse tensor [..., cols] of any floating dtype, on its device; the result may be larger.
 
     `mask` has the shape of `weight`, True = kept, zero or not; `None`: all weights with a bit set are kept, so also
-    -0.0. With a pattern `(n, m)` the places of the kept weights inside their groups are stored, if exactly n of every m
-    consecutive ones are kept and this takes no more room; one bit a weight otherwise.
+    -0.0.
     """
     if not weight.is_floating_point() or weight.numel() == 0 or weight.dim() == 0:
         found = f"weight is {weight.dtype} of shape {tuple(weight.shape)}"
@@ -89,20 +72,19 @@ def pack(weight: Tensor, mask: Tensor | None = None, pattern: tuple[int, int] | 
     dense = weight.detach().reshape(-1, columns)  # [..., cols] -> [rows, cols]
     rows = dense.shape[0]
     kept = None if mask is None else mask.reshape(rows, columns)
-    # Three passes over the rows, a few megabytes at a time: choose the encoding, write the mask, copy the values.
-    written = smallest_encoding(columns, pattern, (_kept(dense, kept, chunk) for chunk in _chunks(rows, columns)))
-    packed_mask = torch.zeros(rows, written.row_bytes(columns), dtype=torch.uint8)
+    # Two passes over the rows, a few megabytes at a time: write the mask, copy the values.
+    packed_mask = torch.zeros(rows, row_bytes(columns), dtype=torch.uint8)
     counts = []
     for chunk in _chunks(rows, columns):
         bits = _kept(dense, kept, chunk)
         if mask is not None and bool(((dense[chunk] != 0).cpu() & ~bits).any()):
             raise ValueError("weight has values other than zero outside of mask: pass the mask it was pruned with.")
         counts.append(int(torch.count_nonzero(bits)))
-        written.write(bits, packed_mask[chunk])
+        pack_bits(bits, packed_mask[chunk])
     values = torch.empty(sum(counts), dtype=dense.dtype)
     for chunk, target in zip(_chunks(rows, columns), as_words(values).split(counts), strict=True):
         target.copy_(select(as_words(dense[chunk]).cpu(), _kept(dense, kept, chunk)))  # one chunk leaves the device
-    layout = torch.tensor([VERSION, *written.numbers, 0, *weight.shape])  # the checksum does not cover itself
+    layout = torch.tensor([*VERSION, 0, *weight.shape])  # the checksum does not cover itself
     layout[3] = _checksum(PackedTensor(values, packed_mask, layout))
     return PackedTensor(*(t.to(weight.device) for t in (values, packed_mask, layout)))
 
@@ -116,7 +98,7 @@ def check(packed: PackedTensor, name: str = "weight", *, checksum: bool = True) 
     values, mask, layout = packed.values, packed.mask, packed.layout
     _check_layout(layout, name)
     rows, columns = prod(packed.shape[:-1]), packed.shape[-1]
-    width = packed.encoding.row_bytes(columns)
+    width = row_bytes(columns)
     if mask.dtype != torch.uint8 or tuple(mask.shape) != (rows, width):
         needed = f"the layout {layout.tolist()} needs torch.uint8 of shape {(rows, width)}"
         raise PackedFormatError(f"{name}_mask is {mask.dtype} of shape {tuple(mask.shape)}: {needed}.")
@@ -126,16 +108,13 @@ def check(packed: PackedTensor, name: str = "weight", *, checksum: bool = True) 
     if not (mask.is_contiguous() and values.is_contiguous()) or values.is_neg():  # the kernels read bytes
         raise PackedFormatError(f"{name}_values and {name}_mask must be contiguous, and no negative views.")
     # A kernel would treat a bit after the last column as a weight, and write after the end of its row.
-    used = packed.encoding.used_bits(columns)
-    tail = mask[:, used // 8 :]
-    # The first byte may hold the last used bits, too.
-    if tail.shape[1] and (bool((tail[:, 0] >> (used % 8)).any()) or bool(tail[:, 1:].any())):
-        raise PackedFormatError(f"{name}_mask has bits set after the {used} that a row has.")
-    kept = packed.encoding.num_kept(mask, columns)
+    tail = mask[:, columns // 8 :]
+    # The first byte may hold the bits of the last columns, too.
+    if tail.shape[1] and (bool((tail[:, 0] >> (columns % 8)).any()) or bool(tail[:, 1:].any())):
+        raise PackedFormatError(f"{name}_mask has bits set after the {columns} that a row has.")
+    kept = int(count_bits(mask).sum())
     if values.numel() != kept:
         raise PackedFormatError(f"{name}_values holds {values.numel()} weights, but the mask keeps {kept}.")
-    if defect := packed.encoding.defect(mask, columns):
-        raise PackedFormatError(f"{name}_mask {defect}: the file is damaged.")
     if checksum and layout[3] != _checksum(packed):  # last: it reads every value
         raise PackedFormatError(f"{name} has another checksum than its layout says: the file is damaged.")
 
@@ -148,7 +127,7 @@ def unpack(packed: PackedTensor, name: str = "weight") -> Tensor:
     dense = torch.zeros(rows, columns, dtype=packed.values.dtype, device=device)
     start = 0  # of the chunk's values
     for chunk in _chunks(rows, columns):
-        bits = packed.encoding.read(packed.mask[chunk].to(device), columns)
+        bits = unpack_bits(packed.mask[chunk].to(device), columns)
         stop = start + int(torch.count_nonzero(bits))
         place(as_words(packed.values[start:stop]), bits, as_words(dense)[chunk])
         start = stop
@@ -159,7 +138,7 @@ def unpack_mask(packed: PackedTensor) -> Tensor:
     """Boolean mask of the dense tensor's shape, True = kept."""
     check(packed, checksum=False)
     rows, columns = packed.mask.shape[0], packed.shape[-1]
-    chunks = (packed.encoding.read(packed.mask[chunk], columns) for chunk in _chunks(rows, columns))
+    chunks = (unpack_bits(packed.mask[chunk], columns) for chunk in _chunks(rows, columns))
     return torch.cat(list(chunks)).view(packed.shape)
 
 
@@ -177,32 +156,17 @@ def packed_names(names: Iterable[str]) -> list[str]:
     return found
 
 
-def with_bits(packed: PackedTensor) -> PackedTensor:
-    """The same tensor with one bit a weight in its mask; the values are shared."""
-    if packed.encoding is BITS:
-        return packed
-    columns = packed.shape[-1]
-    mask = torch.zeros(packed.mask.shape[0], BITS.row_bytes(columns), dtype=torch.uint8)
-    BITS.write(unpack_mask(packed).view(-1, columns).cpu(), mask)
-    device = packed.mask.device
-    layout = torch.tensor([VERSION, 0, 0, 0, *packed.shape], device=device)
-    return PackedTensor(packed.values, mask.to(device), layout)
-
-
 def _check_layout(layout: Tensor, name: str) -> None:
     """Refuse a layout with impossible numbers."""
     if layout.dtype != torch.int64 or layout.dim() != 1 or not 5 <= layout.numel() <= 4 + MAX_DIMENSIONS:
         needed = f"torch.int64 of one dimension and 5 to {4 + MAX_DIMENSIONS} numbers is needed"
         raise PackedFormatError(f"{name}_layout is {layout.dtype} of shape {tuple(layout.shape)}: {needed}.")
-    version, n, m, _, *shape = layout.tolist()
+    version, shape = layout[:3].tolist(), layout[4:].tolist()
     if version != VERSION:
         why = f"{name} is packed in version {version} of the format; this package reads version {VERSION}"
         raise PackedFormatError(f"{why}. Update it, or pack the model again.")
     if min(shape) < 1:
         raise PackedFormatError(f"{name}_layout says shape {tuple(shape)}: every dimension must be positive.")
-    if (n, m) != (0, 0) and (not 0 < n < m <= MAX_GROUP or shape[-1] % m):
-        needed = f"0 < n < m <= {MAX_GROUP} and m dividing the row are needed"
-        raise PackedFormatError(f"{name}_layout says {n} kept of every {m} in rows of {shape[-1]}: {needed}.")
 
 
 def _checksum(packed: PackedTensor) -> int:

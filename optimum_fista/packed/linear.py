@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from optimum_fista.packed.format import PackedFormatError, PackedTensor, check, pack, unpack, unpack_mask, with_bits
+from optimum_fista.packed.format import PackedFormatError, PackedTensor, check, pack, unpack, unpack_mask
 from optimum_fista.packed.operation import packed_linear, row_starts
 
 
@@ -17,15 +17,13 @@ class PackedLinear(nn.Module):
     """`nn.Linear` with a sparse weight, kept as the three tensors of docs/formats.md.
 
     The weight is fixed; gradients reach the input and the bias. On the CPU the products are those of the compiled
-    kernels. n:m masks become one bit a weight when the layer is prepared, which is as large for 2:4.
-
-    The tensors of `packed`, a matrix, are not copied, unless the mask holds places in groups. Tensors on the meta
-    device are placeholders for those of a file.
+    kernels. The tensors of `packed`, a matrix, are not copied. Tensors on the meta device are placeholders for those of
+    a file.
     """
 
     weight_values: Tensor  # [num_kept], the kept weights
     weight_mask: Tensor  # uint8 [out_features, bytes]
-    weight_layout: Tensor  # int64 [6]: version, n, m, nothing, out_features, in_features
+    weight_layout: Tensor  # int64 [6]: version, 0, 0, nothing, out_features, in_features
     weight_starts: Tensor | None  # int64 [out_features + 1], where the values of each row start; not in the state
     bias: nn.Parameter | None
 
@@ -41,9 +39,9 @@ class PackedLinear(nn.Module):
         self.prepare()
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, mask: Tensor | None = None, pattern: tuple[int, int] | None = None) -> Self:
-        """Pack a sparse linear layer; its bias is shared. `mask` and `pattern` are those of `format.pack`."""
-        return cls(pack(linear.weight.detach(), mask, pattern), linear.bias).train(linear.training)
+    def from_linear(cls, linear: nn.Linear, mask: Tensor | None = None) -> Self:
+        """Pack a sparse linear layer; its bias is shared. `mask` is that of `format.pack`."""
+        return cls(pack(linear.weight.detach(), mask), linear.bias).train(linear.training)
 
     @property
     def weight(self) -> Tensor:
@@ -64,19 +62,15 @@ class PackedLinear(nn.Module):
         wanted = (self.out_features, self.in_features)
         if self.packed.shape != wanted:
             raise PackedFormatError(f"weight_layout says shape {self.packed.shape}: this layer's weight is {wanted}.")
-        self._hold(with_bits(self.packed))  # the only encoding that the kernels read
         self.weight_starts = row_starts(self.weight_mask)
 
     def transpose_(self) -> None:
         """Transpose the weight; it is dense for a moment, and the bias already fits the new shape."""
         self.in_features, self.out_features = self.out_features, self.in_features
-        self._hold(pack(unpack(self.packed).t(), unpack_mask(self.packed).t()))
-        self.prepare()
-
-    def _hold(self, packed: PackedTensor) -> None:
-        """Take the three tensors of another packed weight."""
-        for name, tensor in packed.named("weight").items():
+        transposed = pack(unpack(self.packed).t(), unpack_mask(self.packed).t())
+        for name, tensor in transposed.named("weight").items():
             setattr(self, name, tensor)
+        self.prepare()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], sums in float32."""

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 
 from optimum_fista.packed.kernels import Kernels, kernels
-from optimum_fista.packed.masks import BITS, as_words, count_bits, place, unpack_bits
+from optimum_fista.packed.masks import as_words, count_bits, place, row_bytes, unpack_bits
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_BATCH = 32  # inputs up to which the kernels are faster than tiles, also without AVX-512
@@ -99,7 +99,7 @@ def _check(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor
         raise ValueError(f"mask is {mask.dtype}, starts {starts.dtype}: pass torch.uint8 and torch.int64.")
     if not (values.is_contiguous() and mask.is_contiguous() and starts.is_contiguous()):
         raise ValueError("values, mask and starts must be contiguous: pass them as PackedLinear.prepare leaves them.")
-    if mask.shape[1] != BITS.row_bytes(columns) or starts.numel() != rows + 1:
+    if mask.shape[1] != row_bytes(columns) or starts.numel() != rows + 1:
         raise ValueError(f"x has {columns} columns, which a mask of shape {tuple(mask.shape)} does not fit.")
     if bias is not None and tuple(bias.shape) != (rows,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}: pass one of shape {(rows,)}.")

@@ -29,10 +29,9 @@ def assert_same_weights(folder: Path, expected: dict[str, torch.Tensor]) -> None
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_round_trip_and_loading(family, pattern, pruned, tmp_path):
-    dense, packed = pruned(family, pattern), tmp_path / "packed"
+def test_round_trip_and_loading(family, pruned, tmp_path):
+    dense, packed = pruned(family), tmp_path / "packed"
     packing = pack_folder(dense, packed)
     assert packing.packed_bytes < packing.dense_bytes
     assert is_packed(packed)
@@ -47,10 +46,9 @@ def test_round_trip_and_loading(family, pattern, pruned, tmp_path):
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor), name
-    if pattern == "2:4":
-        model.save_pretrained(tmp_path / "saved")  # a dense model like any other
-        assert not is_packed(tmp_path / "saved")
-        assert_same_weights(tmp_path / "saved", expected)
+    model.save_pretrained(tmp_path / "saved")  # a dense model like any other
+    assert not is_packed(tmp_path / "saved")
+    assert_same_weights(tmp_path / "saved", expected)
 
 
 @pytest.mark.parametrize("exclude", ["*.down_proj", "*.layers.0.*", "*.experts.[1-9].*"])

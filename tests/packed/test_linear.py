@@ -12,23 +12,19 @@ from optimum_fista.packed.format import PackedFormatError, pack
 from optimum_fista.packed.linear import PackedLinear
 
 
-def sparse_linear(rows=24, columns=80, bias=True, dtype=torch.float32, seed=0, pattern=None):
+def sparse_linear(rows=24, columns=80, bias=True, dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
     linear = nn.Linear(columns, rows, bias=bias, dtype=dtype)
-    if pattern:
-        mask = (torch.arange(columns) % pattern[1] < pattern[0]).expand(rows, columns)
-    else:
-        mask = torch.rand(rows, columns) < 0.5
+    mask = torch.rand(rows, columns) < 0.5
     linear.weight.data.masked_fill_(~mask, 0)
     return linear, mask
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("pattern", [None, (2, 4), (1, 4)])
-def test_dense_and_back(bias, dtype, pattern):
-    linear, mask = sparse_linear(bias=bias, dtype=dtype, pattern=pattern)
-    packed = PackedLinear.from_linear(linear, mask, pattern)
+def test_dense_and_back(bias, dtype):
+    linear, mask = sparse_linear(bias=bias, dtype=dtype)
+    packed = PackedLinear.from_linear(linear, mask)
     assert torch.equal(packed.weight, linear.weight)
     assert packed.bias is linear.bias
     assert list(packed.state_dict()) == (["bias"] if bias else []) + ["weight_values", "weight_mask", "weight_layout"]
@@ -89,10 +85,9 @@ def test_modes_and_what_is_trained():
     assert "in_features=80, out_features=24, bias=True, sparsity=0.485" in repr(layer)
 
 
-@pytest.mark.parametrize("pattern", [None, (2, 4)])
-def test_transposed_in_place(pattern):
-    linear, mask = sparse_linear(bias=False, pattern=pattern)
-    layer = PackedLinear.from_linear(linear, mask, pattern)
+def test_transposed_in_place():
+    linear, mask = sparse_linear(bias=False)
+    layer = PackedLinear.from_linear(linear, mask)
     layer.transpose_()
     assert (layer.in_features, layer.out_features) == (24, 80)
     assert torch.equal(layer.weight, linear.weight.T)

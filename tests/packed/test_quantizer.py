@@ -42,11 +42,10 @@ def weight_bytes(model: nn.Module) -> int:
     return sum({t.data_ptr(): t.nbytes for t in tensors if t.numel()}.values())
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 @pytest.mark.parametrize("family", NUM_PACKED)
-def test_the_same_logits_and_text(family, pattern, pruned, tmp_path, caplog):
-    pack_folder(pruned(family, pattern), tmp_path / "packed")
-    expected = AutoModelForCausalLM.from_pretrained(pruned(family, pattern), dtype=torch.float32)
+def test_the_same_logits_and_text(family, pruned, tmp_path, caplog):
+    pack_folder(pruned(family), tmp_path / "packed")
+    expected = AutoModelForCausalLM.from_pretrained(pruned(family), dtype=torch.float32)
     caplog.clear()
     model = load(tmp_path / "packed")
     assert not [record for record in caplog.records if "UNEXPECTED" in record.message or "MISSING" in record.message]
@@ -97,8 +96,8 @@ def test_device_maps(family, place, pruned, tmp_path):
 @pytest.mark.parametrize("offload_buffers", [False, True])
 @pytest.mark.parametrize("offload", ["cpu", "disk"])
 def test_hooks_of_accelerate(offload, offload_buffers, pruned, tmp_path):
-    pack_folder(pruned("gpt2", "2:4"), tmp_path / "packed")
-    expected = AutoModelForCausalLM.from_pretrained(pruned("gpt2", "2:4"), dtype=torch.float32)
+    pack_folder(pruned("gpt2"), tmp_path / "packed")
+    expected = AutoModelForCausalLM.from_pretrained(pruned("gpt2"), dtype=torch.float32)
     model = load(tmp_path / "packed")
     options = {"execution_device": torch.device("cpu"), "offload_buffers": offload_buffers}
     if offload == "cpu":
