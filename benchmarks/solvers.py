@@ -130,8 +130,7 @@ _HELP = {
 
 @torch.no_grad()
 def main() -> None:
-    methods = [name for name, method in METHODS.items() if method.takes_weights]
-    choices = {"layers": ["all"], "patterns": ["0.5", "0.6", "0.7", "2:4", "4:8"], "methods": methods}
+    choices = {"layers": ["all"], "patterns": ["0.5", "0.6", "0.7", "2:4", "4:8"], "methods": [*METHODS]}
     sizes = {"num_samples": 24, "num_fresh": 8, "sequence_length": 1024, "seed": 0}
     files = {"output": Path("runs/solvers.json"), "plot": Path}
     arguments = parse_arguments(__doc__, "model", "calibration", "other", helps=_HELP, **choices, **sizes, **files)

@@ -51,9 +51,7 @@ class PruningOptions:
         "matrix: the rows of an operator share its zeros; row: all rows have as many zeros (default: by method)",
         advanced=_WHICH,
     )
-    method: str = option(
-        "obs_admm", "obs_admm, fista, magnitude, wanda, dsnot, sparsegpt, admm, alps, flap or greedy_obs"
-    )
+    method: str = option("obs_admm", "obs_admm, fista, magnitude, wanda, dsnot, sparsegpt, admm, alps or flap")
     error_correction: ErrorCorrection | None = option(
         None,
         "compensate for the errors of operators that were pruned before: none; intra: those in the same decoder layer; "

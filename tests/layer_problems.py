@@ -5,11 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.methods import METHODS
 from optimum_fista.solve.problem import InputStatistics, LayerProblem
-
-WEIGHT_METHODS = [name for name, method in METHODS.items() if method.takes_weights]
-"""Methods for patterns in which every row has zeros of its own."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@ import dataclasses
 import json
 
 import pytest
-from layer_problems import WEIGHT_METHODS
 
 from optimum_fista.config import RECIPES, FistaPruningConfig, method_defaults
 from optimum_fista.solve.methods import METHODS
@@ -44,7 +43,6 @@ def test_scope_is_that_of_the_method_unless_given():
         ({"expert_refit": False}, "expert_refit=False has no meaning for pattern='unstructured'"),
         ({"reorder_channels": True}, "reorder_channels=True has no meaning for pattern='unstructured'"),
         ({"pattern": "channels:0.5", "include": "*.0.*"}, "include=.* has no meaning for pattern='channels:0.5'"),
-        ({"method": "greedy_obs"}, "^method 'greedy_obs' can't remove single weights"),
         ({"overrides": {"*q_proj": "5:4"}}, r"overrides\['\*q_proj'\]: pattern='5:4'"),
     ],
 )
@@ -96,7 +94,7 @@ def test_overrides_first_match_wins():
     assert config.reason_left_dense(DOWN) is None
 
 
-@pytest.mark.parametrize("name", WEIGHT_METHODS)
+@pytest.mark.parametrize("name", METHODS)
 def test_options_left_open_are_as_the_method_has_them(name):
     defaults = method_defaults(name)
     resolved = FistaPruningConfig(method=name).resolved()

@@ -4,15 +4,15 @@ from copy import deepcopy
 
 import pytest
 import torch
-from layer_problems import WEIGHT_METHODS
 from tiny_llama import tiny_llama, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.solve.methods import METHODS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
-@pytest.mark.parametrize("method", WEIGHT_METHODS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 @pytest.mark.parametrize("storage_device", [None, "cpu"])
 def test_a_gpu_prunes_as_the_cpu_does(method, pattern, storage_device):

@@ -2,15 +2,15 @@ import warnings
 
 import pytest
 import torch
-from layer_problems import WEIGHT_METHODS
 from pruning import prune, same, weights
 from tiny_llama import tiny_llama
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.config import method_defaults
+from optimum_fista.solve.methods import METHODS
 
 
-@pytest.mark.parametrize("method", WEIGHT_METHODS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_every_method_makes_exactly_the_zeros_of_the_pattern(llama, tokens, method, pattern):
     report = prune(llama, tokens.split(4), method=method, pattern=pattern, allocation="uniform")

@@ -55,16 +55,13 @@ class PruningMethod(ABC):
 
     name: ClassVar[str]
     updates_weights: ClassVar[bool] = True  # whether weights that it keeps get other values
-    takes_weights: ClassVar[bool] = True  # whether it prunes to patterns in which every row has zeros of its own
     takes_columns: ClassVar[bool] = True  # whether it prunes to patterns with `whole_columns`
 
     def require_pattern(self, pattern: SparsityPattern) -> None:
         """Check that the method prunes to `pattern`."""
-        columns = pattern.whole_columns
-        takes, kind = ("takes_columns", "whole columns") if columns else ("takes_weights", "single weights")
-        if not getattr(self, takes):
-            fitting = ", ".join(repr(name) for name, method in sorted(METHODS.items()) if getattr(method, takes))
-            why = f"can't remove {kind}, as pattern='{pattern}' wants"
+        if pattern.whole_columns and not self.takes_columns:
+            fitting = ", ".join(repr(name) for name, method in sorted(METHODS.items()) if method.takes_columns)
+            why = f"can't remove whole columns, as pattern='{pattern}' wants"
             raise ValueError(f"method {self.name!r} {why}: take one of {fitting}.")
 
     @abstractmethod

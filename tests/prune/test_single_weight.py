@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from layer_problems import WEIGHT_METHODS
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PrunedOperator
 from optimum_fista.model.gram import single_problem
+from optimum_fista.solve.methods import METHODS
 
 generator = torch.Generator().manual_seed(0)
 WEIGHT = torch.randn(6, 16, generator=generator)
@@ -24,7 +24,7 @@ def test_problem_is_that_of_the_matrices():
     assert single_problem(WEIGHT, INPUTS).fit_error(WEIGHT) == 0
 
 
-@pytest.mark.parametrize("method", WEIGHT_METHODS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dense_inputs", [None, DENSE_INPUTS])
 def test_record(method, dense_inputs):
     weight, inputs = WEIGHT.clone(), INPUTS.clone()

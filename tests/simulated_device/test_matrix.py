@@ -5,13 +5,13 @@ from functools import cache
 from itertools import product
 
 import pytest
-from layer_problems import WEIGHT_METHODS
 from simulated_device.backend import counted
 from simulated_device.places import PLACES, pruned_at, require_the_same
 from tiny_llama import tiny_llama, tiny_tokens
 from torch import Tensor
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
+from optimum_fista.solve.methods import METHODS
 
 PATTERNS = ({"sparsity": 0.5, "scope": "matrix"}, {"sparsity": 0.6, "scope": "row"}, {"pattern": "2:4"})
 CORRECTIONS = (
@@ -22,7 +22,7 @@ CORRECTIONS = (
 )
 ALLOCATIONS = ({"allocation": "uniform"}, {"allocation": "fisher"})
 CASES = [  # every place meets every pattern, correction and allocation; two places share a result of the CPU
-    (WEIGHT_METHODS[(4 * k + j) % len(WEIGHT_METHODS)], place, (j + k) % len(PATTERNS), k, (j + k // 2) % 2)
+    ([*METHODS][(4 * k + j) % len(METHODS)], place, (j + k) % len(PATTERNS), k, (j + k // 2) % 2)
     for (p, place), k in product(enumerate(PLACES), range(len(CORRECTIONS)))
     for j in [p % 4]
 ]

@@ -2,22 +2,21 @@
 
 import pytest
 import torch
-from layer_problems import WEIGHT_METHODS, example
+from layer_problems import example
 from simulated_device.backend import counted
 
-from optimum_fista.solve.methods import create_method
+from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.patterns import Columns, Unstructured, parse_pattern
 from optimum_fista.solve.problem import InputStatistics, LayerProblem
 from optimum_fista.solve.selection import keep_largest, keep_largest_in_groups, keep_largest_in_rows, kth_smallest
 
 PATTERNS = [Unstructured(0.5), Unstructured(0.5, "row"), parse_pattern("2:4")]
-CASES = [(name, p, *given) for name in WEIGHT_METHODS for p in PATTERNS for given in ((False, 0), (True, 12))]
-CASES += [(n, Columns(0.5, width=w), True, 4) for n in ("greedy_obs", "obs_admm", "flap") for w in (1, 4)]
+CASES = [(name, p, *given) for name in METHODS for p in PATTERNS for given in ((False, 0), (True, 12))]
+CASES += [(n, Columns(0.5, width=w), True, 4) for n in ("obs_admm", "flap") for w in (1, 4)]
 WAITS = {  # an operator of any size and pattern: two for its error, one for the statistics, one a factorisation
     "magnitude": 2,
     "wanda": 2,
     "flap": 3,
-    "greedy_obs": 5,
     "sparsegpt": 5,
     "admm": 5,
     "dsnot": 5,

@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
-from layer_problems import WEIGHT_METHODS, example
+from layer_problems import example
 
 from optimum_fista.solve.allocation import LEAST_DENSITY, REACH, SLOPE, allocate, prune_stacked, removal_cost
-from optimum_fista.solve.methods import create_method
+from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.patterns import Unstructured
 from optimum_fista.solve.problem import LayerProblem
 
@@ -70,7 +70,7 @@ def parts(made, *sizes):
 
 
 @pytest.mark.parametrize("corrected", [False, True])
-@pytest.mark.parametrize("name", WEIGHT_METHODS)
+@pytest.mark.parametrize("name", METHODS)
 def test_equal_weights_prune_the_operators_as_one(name, corrected):
     made = example(12, 16, corrected=corrected, correlation=2.0)
     method = create_method(name)
@@ -81,7 +81,7 @@ def test_equal_weights_prune_the_operators_as_one(name, corrected):
 
 
 @pytest.mark.parametrize("corrected", [False, True])
-@pytest.mark.parametrize("name", WEIGHT_METHODS)
+@pytest.mark.parametrize("name", METHODS)
 def test_zeros_are_shared_exactly_and_errors_are_those_of_the_operators(name, corrected):
     made = example(12, 16, corrected=corrected, correlation=2.0, dtype=torch.float32)
     problems = parts(made, 5, 7)
@@ -110,7 +110,7 @@ def test_scores_are_weighted_by_the_square_root():
     assert torch.equal(pruned.mask, HALF.mask(scores))
 
 
-@pytest.mark.parametrize("name", WEIGHT_METHODS)
+@pytest.mark.parametrize("name", METHODS)
 def test_outputs_without_gradient_lose_more_weights_and_not_all(name):
     made = example(6, 64)
     weights = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 1.0])

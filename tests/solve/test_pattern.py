@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from layer_problems import WEIGHT_METHODS, example
+from layer_problems import example
 
-from optimum_fista.solve.methods import create_method
+from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.pattern import SparsityPattern, pack_mask, unpack_mask
 from optimum_fista.solve.patterns import Unstructured, parse_pattern
 
@@ -120,7 +120,7 @@ def test_a_new_pattern_is_a_class_with_a_name(scope):
     assert pattern.violation(torn) is not None
     with pytest.raises(ValueError, match="rows of 16 inputs, which runs of 3 does not divide"):
         pattern.mask(matrix[:, :16])
-    for name in WEIGHT_METHODS:
+    for name in METHODS:
         if name != "dsnot" or scope == "row":
             options = {"block_size": 8} if name == "sparsegpt" else {}
             pruned = create_method(name, **options).prune(example(6, 24).problem, pattern)

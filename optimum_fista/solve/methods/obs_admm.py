@@ -117,8 +117,8 @@ class _Surgeon:
     """`W = W' S B^T` with a diagonal `S`, and a block-diagonal `B` if columns are removed in groups.
 
     In these coordinates the diagonal of `G_r^-1`, or its diagonal blocks, are those of the identity: the squared norm
-    of a weight, or of a group of columns, is the cost of its removal (`greedy_obs`, step 2). This accounts for the
-    correlation of columns in a group.
+    of a weight, or of a group of columns, is the cost of its removal. For a group that is
+    `tr(W_g ([G_r^-1]_gg)^-1 W_g^T)` (ZipLM, arXiv 2302.04089), with the correlation of its columns.
     """
 
     scale: Tensor  # `S` [in]

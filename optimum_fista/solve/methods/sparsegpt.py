@@ -26,7 +26,7 @@ class SparseGPT(PruningMethod):
     damping: float = 0.01
     block_size: int = 128  # columns whose mask is chosen together
     name: ClassVar[str] = "sparsegpt"
-    takes_columns: ClassVar[bool] = False  # a block can't know how good the columns to its right are: see greedy_obs
+    takes_columns: ClassVar[bool] = False  # a block can't know how good the columns to its right are
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`. The problem's target is ignored: SparseGPT's target is W X*."""

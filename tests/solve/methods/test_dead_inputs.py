@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from layer_problems import WEIGHT_METHODS, correlated_inputs
+from layer_problems import correlated_inputs
 
 from optimum_fista.config import method_defaults
-from optimum_fista.solve.methods import create_method
+from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.patterns import Unstructured, parse_pattern
 from optimum_fista.solve.problem import InputStatistics, LayerProblem
 
-SEEING = sorted(set(WEIGHT_METHODS) - {"magnitude"})  # magnitude pruning looks at no input
+SEEING = sorted(set(METHODS) - {"magnitude"})  # magnitude pruning looks at no input
 METHOD_OPTIONS = [(name, {}) for name in SEEING]
 METHOD_OPTIONS += [("fista", {"warm_start": "wanda"})]
 ROWS, COLUMNS, DEAD = 48, 96, 36

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from doc_pages import ROOT
-from layer_problems import WEIGHT_METHODS, example
+from layer_problems import example
 
 from optimum_fista.options import PruningOptions
 from optimum_fista.solve import methods
@@ -29,7 +29,7 @@ CASES = [
     (name, pattern)
     for name, method in METHODS.items()
     for pattern in PATTERNS
-    if (method.takes_columns if pattern.whole_columns else method.takes_weights)
+    if method.takes_columns or not pattern.whole_columns
 ]
 
 
@@ -108,7 +108,7 @@ def test_every_method_keeps_the_pattern_and_tells_its_error(name, pattern, corre
     assert all(map(torch.equal, tensors, before)), "the problem must not change"
 
 
-SHARING = [(name, [Unstructured(0.5), parse_pattern("2:4")]) for name in WEIGHT_METHODS]
+SHARING = [(name, [Unstructured(0.5), parse_pattern("2:4")]) for name in METHODS]
 SHARING += [("obs_admm", [Columns(0.5), Columns(0.5, width=4), Unstructured(0.5)])]
 
 

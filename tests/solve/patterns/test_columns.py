@@ -121,7 +121,7 @@ def test_methods_that_compensate_are_near_the_best_weights_of_the_columns(name, 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - set(TAKING)))
 def test_methods_that_decide_row_by_row_say_what_to_take(name):
-    with pytest.raises(ValueError, match=rf"method '{name}' can't remove whole columns.* take one of .*'greedy_obs'"):
+    with pytest.raises(ValueError, match=rf"method '{name}' can't remove whole columns.* take one of .*'obs_admm'"):
         create_method(name).prune(example(4, 8).problem, Columns(0.5))
 
 
