@@ -58,21 +58,3 @@ def enough_tokens():
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(loop, "UNDER_CALIBRATED_TOKENS", 0)
         yield
-
-
-@pytest.fixture(scope="module")
-def no_pictures():
-    """Model cards are saved without their picture, which takes longer to draw than a tiny model to prune."""
-    from optimum_fista.folder import writing
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(writing, "error_picture", lambda report: None)
-        yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_pictures(request):
-    """Commands and runs save many models; other processes draw their pictures, though."""
-    folder, drawn = request.path.parent.name, ("test_ranks", "test_streamed")
-    if folder in ("cli", "prune", "train") and request.path.stem not in drawn:
-        request.getfixturevalue("no_pictures")

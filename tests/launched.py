@@ -26,7 +26,6 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig, masked_training, recover, save_masked
-from optimum_fista.folder import writing
 from optimum_fista.prune import journal
 from optimum_fista.prune.ranks import joined_ranks
 from optimum_fista.train import distillation
@@ -183,7 +182,6 @@ def recover_together(rank: int, calls: list[dict[str, Any]], log: Path) -> None:
     this one a rank is killed, or fails. And `sharded`: by FSDP2, which Accelerate has for accelerators only. And
     `rank_1`: what rank 1 is called with instead.
     """
-    writing.error_picture = lambda _: None
     on_step_end, codes, start = distillation.Watch.on_step_end, {0}, PartialState.__init__
     for number, given in enumerate(calls):
         how, victim, last = given.get("stop", (None, None, None))

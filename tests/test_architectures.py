@@ -11,12 +11,9 @@ from packaging.version import parse
 
 TABLE, MULTIMODAL_TABLE = read_outcomes(), read_outcomes(multimodal=True)
 WRITTEN_WITH = re.search(r"^transformers (\S+):", PAGE.read_text(), re.MULTILINE)[1]
-pytestmark = [
-    pytest.mark.usefixtures("no_pictures"),
-    pytest.mark.skipif(
-        parse(importlib.metadata.version("transformers")) < parse(WRITTEN_WITH), reason="the page is of a newer version"
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    parse(importlib.metadata.version("transformers")) < parse(WRITTEN_WITH), reason="the page is of a newer version"
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

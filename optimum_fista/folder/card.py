@@ -1,17 +1,14 @@
-"""The model card of a pruned model, and its picture of the fit errors.
+"""The model card of a pruned model.
 
 The template card.md has the text; this file computes its values. A card does not depend on the time of writing, so
 equal runs write equal folders.
 """
 
-import io
 import json
-import math
 import re
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
@@ -30,16 +27,14 @@ loads it as a dense model, bit for bit; `optimum-fista unpack` writes that as a 
 {install_command()}.
 """
 
-PICTURE_FILE = "fista/relative_error.png"
 _SPECIAL = re.compile(r"([\\`*{}\[\]<>|~$&]|\b_|_\b)")
 _INHERITED = ("license", "license_name", "license_link", "language")
 
 
-def model_card(report: PruningReport, picture: str | None = None, dense: str = "") -> str:
+def model_card(report: PruningReport, dense: str = "") -> str:
     """Markdown of the model card, card.md filled in, with the metadata the Hub reads.
 
-    `picture` is the path of the picture of the fit errors, relative to the card. `dense` is the folder or Hub id of the
-    dense model, whose license and languages the pruned one keeps.
+    `dense` is the folder or Hub id of the dense model, whose license and languages the pruned one keeps.
     """
     inherited, file = {}, Path(dense, "README.md")
     try:
@@ -83,7 +78,6 @@ def model_card(report: PruningReport, picture: str | None = None, dense: str = "
             pattern=pattern if pattern.fixed else f"{100 * pattern.sparsity:g}% {pattern}",
             zeros=zeros,
             before=", before retraining" if report.retrained else "",
-            picture=picture,
             kinds=OperatorGrid(report.operators).kinds,  # one row for the operators of a kind in all decoder layers
             config=json.dumps(report.config, indent=2),
         )
@@ -95,35 +89,3 @@ def markdown_lines(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> li
     """Lines of a table; cells are written by `str`."""
     first, *others = (f"| {' | '.join(map(str, cells))} |" for cells in (headings, *rows))
     return [first, "|---" * len(headings) + "|", *others]
-
-
-def error_picture(report: PruningReport) -> bytes | None:
-    """Draw the mean fit error by decoder layer and kind of operator as a heat map: the bytes of a PNG file.
-
-    `None` if Matplotlib (extra `plots`) is not installed, or no operator was pruned. Equal reports give equal bytes
-    under one version of Matplotlib.
-    """
-    if not report.operators:
-        return None
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    grid = OperatorGrid(report.operators)
-    errors = {place: fmean(o.fit_error for o in found) for place, found in grid.cells.items()}
-    values = [[errors.get((layer, kind), math.nan) for kind in grid.kinds] for layer in grid.layers]
-    size = (2.2 + 0.75 * len(grid.kinds), 2.0 + 0.16 * len(grid.layers))
-    with rc_context({"font.family": "DejaVu Sans", "font.size": 8}):  # comes with Matplotlib
-        figure = Figure(figsize=size, layout="constrained", facecolor="white")
-        axes = figure.subplots()
-        image = axes.imshow(values, aspect="auto", cmap="cividis_r", vmin=0)
-        axes.set_xticks(range(len(grid.kinds)), grid.kinds, rotation=40, ha="right", rotation_mode="anchor")
-        every = math.ceil(len(grid.layers) / 16)
-        axes.set_yticks(range(0, len(grid.layers), every), [name.rpartition(".")[2] for name in grid.layers[::every]])
-        axes.set(ylabel="decoder layer", title="fit error")
-        axes.spines[:].set_visible(False)
-        figure.colorbar(image, ax=axes, shrink=0.8)
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
-    return file.getvalue()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from optimum_fista.folder.card import PACKED_NOTE, PICTURE_FILE, error_picture, model_card
+from optimum_fista.folder.card import PACKED_NOTE, model_card
 from optimum_fista.folder.checkpoint import (
     CARD_FILE,
     CONFIG_FILE,
@@ -133,9 +133,6 @@ def write_all_but_weights(
     source = local_source(model)
     if source is not None and (source / VOCABULARY_FILE).exists():  # tokens that an earlier run removed
         shutil.copyfile(source / VOCABULARY_FILE, folder / VOCABULARY_FILE)
-    picture = error_picture(report)  # none without Matplotlib
-    if picture is not None:
-        write_file(folder / PICTURE_FILE, picture)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if model.can_generate() and not (folder / "generation_config.json").exists():
@@ -149,7 +146,7 @@ def write_all_but_weights(
     model.config.architectures = [type(model).__name__]  # a configuration made in Python names none
     model.config.dtype = str(model.dtype).removeprefix("torch.")  # in which Transformers loads it
     dense = getattr(model.config, "_name_or_path", "") or ""
-    card = model_card(report, None if picture is None else PICTURE_FILE, dense)
+    card = model_card(report, dense)
     write_form(folder, json.loads(model.config.to_json_string()), card, masks, packed, quantized)
 
 

@@ -1,13 +1,10 @@
 import dataclasses
-import io
 import json
-import sys
 
 import pytest
 from huggingface_hub import ModelCard
 
-from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.folder.card import PICTURE_FILE, error_picture, model_card
+from optimum_fista.folder.card import model_card
 
 
 def card_of(saved, **model) -> ModelCard:
@@ -117,27 +114,3 @@ def test_text_of_others_is_no_markdown(saved):
     text = model_card(report)
     assert r"# a\|b \*c\* \<img src=x\> \`d\`, 2:4" in text
     assert r"of \[click\](http://x) # Title \__e_\_ \$1\$ |" in text
-
-
-def test_the_picture_is_saved_and_the_card_shows_it(saved):
-    pytest.importorskip("matplotlib", reason="needs Matplotlib: pip install 'optimum-fista[plots]'")
-    from PIL import Image
-
-    data = (saved.folder / PICTURE_FILE).read_bytes()
-    assert data == error_picture(saved.report)  # equal reports, equal bytes
-    image = Image.open(io.BytesIO(data))
-    assert image.format == "PNG"
-    assert "Software" not in image.info
-    assert image.width > 300
-    assert len(image.convert("RGB").getcolors(1 << 20)) > 20
-    assert f"]({PICTURE_FILE})\n\n| operator |" in (saved.folder / "README.md").read_text()
-
-
-def test_without_matplotlib_there_is_none(saved, llama, tokens, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert error_picture(saved.report) is None
-    pruner = FistaPruner(FistaPruningConfig(method="magnitude"), progress=False)
-    pruner.prune(llama, tokens.split(4))
-    pruner.save_pretrained(llama, tmp_path / "saved")
-    assert not (tmp_path / "saved" / PICTURE_FILE).exists()
-    assert "![" not in (tmp_path / "saved" / "README.md").read_text()

@@ -58,7 +58,7 @@ def test_the_class_is_the_one_that_the_configuration_names():
         model_class(T5Config())
 
 
-def test_offloaded_packed_and_streamed_are_the_same_with_all_files(folders, tmp_path, no_pictures):
+def test_offloaded_packed_and_streamed_are_the_same_with_all_files(folders, tmp_path):
     dense, found = folders("qwen3_vl"), {}
     with pytest.warns(UserWarning, match="Qwen3VLForConditionalGeneration saw no image or video"):
         pruner().prune(dense, family_tokens(), output_dir=tmp_path / "streamed", device="cpu")
@@ -80,7 +80,7 @@ def test_offloaded_packed_and_streamed_are_the_same_with_all_files(folders, tmp_
     assert torch.equal(found["streamed"], found["packed"])
 
 
-def test_fused_experts_go_from_files(folders, tmp_path, no_pictures):
+def test_fused_experts_go_from_files(folders, tmp_path):
     with ENOUGH_TOKENS:
         report = pruner("experts:0.5").prune(
             folders("qwen3_vl_moe"), family_tokens(), output_dir=tmp_path / "out", device="cpu"
@@ -111,7 +111,7 @@ def prune(source, output, pattern, **options):
     return FistaPruner(config, progress=False).prune(source, batches, **places | options)
 
 
-def test_decoder_layers_go_and_an_interrupted_run_resumes(llava, tmp_path, no_pictures):
+def test_decoder_layers_go_and_an_interrupted_run_resumes(llava, tmp_path):
     before = bytes_of(llava)
     prune(llava, tmp_path / "whole", "layers:0.5")
     prune(llava, tmp_path / "out", "2:4")
@@ -127,7 +127,7 @@ def test_decoder_layers_go_and_an_interrupted_run_resumes(llava, tmp_path, no_pi
     assert bytes_of(llava) == before
 
 
-def test_commands_and_recover_take_multimodal_folders(llava, tmp_path, no_pictures, monkeypatch, capsys):
+def test_commands_and_recover_take_multimodal_folders(llava, tmp_path, monkeypatch, capsys):
     prune(llava, tmp_path / "pruned", "2:4")
     prune(llava, tmp_path / "packed", "2:4", packed=True)
     assert main(["report", str(tmp_path / "pruned")]) == 0

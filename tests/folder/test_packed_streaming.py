@@ -42,7 +42,6 @@ def whole(source, tmp_path_factory) -> Path:
     return output
 
 
-@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "gpt_oss", "granitemoe"])
 def test_the_same_folder_as_packed_afterwards(family, tmp_path):
     tiny_model(family).to(torch.bfloat16).save_pretrained(tmp_path / "source")

@@ -2,7 +2,6 @@ import json
 import subprocess
 import sys
 import textwrap
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -50,7 +49,6 @@ def test_plain_transformers_loads_the_same_bits(saved, saved_by_rows, saved_gpt2
 def test_files(saved, saved_gpt2):
     expected = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
     expected |= {"fista/masks.safetensors", "fista/report.json", "fista/files.json"}
-    expected |= {"fista/relative_error.png"} if find_spec("matplotlib") else set()
     assert set(bytes_of(saved.folder)) == expected | {"model.safetensors"}
     shards = set(bytes_of(saved_gpt2.folder)) - expected
     assert "model.safetensors.index.json" in shards
