@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.methods.admm import SplitState
 from optimum_fista.solve.patterns import Unstructured
 from optimum_fista.solve.problem import LayerProblem, inner, largest_eigenvalue
-from optimum_fista.solve.proximal_gradient import fista, soft_threshold
+from optimum_fista.solve.proximal_gradient import soft_threshold
 from optimum_fista.solve.refit import refit
 
 Step = Callable[[int, Tensor], None]
@@ -69,18 +68,23 @@ class Scaled:
         return smooth + l1_penalty * float((weight.abs() * self.scale).sum(dtype=torch.float64))
 
     def fista(self, start: Tensor, l1_penalty: float, steps: int, restart: bool, see: Step | None = None) -> Tensor:
-        """FISTA with thresholds `l1_penalty * s_j / L`: the LASSO of the unscaled weights, whatever the scale."""
-        count = itertools.count(1)
+        """FISTA with thresholds `l1_penalty * s_j / L`: the LASSO of the unscaled weights, whatever the scale.
 
-        def step(values: Tensor, threshold: Tensor) -> Tensor:
-            weight = soft_threshold(values, threshold)  # an iterate
+        `restart` drops the momentum when it points uphill (O'Donoghue & Candes 2015, gradient scheme).
+        """
+        weight = point = start
+        lipschitz, t = largest_eigenvalue(self.gram), 1.0
+        for count in range(1, steps + 1):
+            values = torch.addmm(point, point, self.gram, alpha=-1 / lipschitz).add_(self.target, alpha=1 / lipschitz)
+            found = soft_threshold(values, l1_penalty * self.scale / lipschitz)
             if see is not None:
-                see(next(count), weight)
-            return weight
-
-        options = {"max_iterations": steps, "tolerance": 0.0, "restart": restart, "proximal_step": step}
-        lipschitz = largest_eigenvalue(self.gram)
-        return fista(self.gram, self.target, start, l1_penalty * self.scale, lipschitz, **options).weight
+                see(count, found)
+            # point - found is the generalized gradient over L; a step along it goes uphill.
+            t = 1.0 if restart and inner(point - found, found - weight) > 0 else t
+            t_next = (1 + math.sqrt(1 + 4 * t * t)) / 2
+            point = torch.add(found, found - weight, alpha=(t - 1) / t_next)
+            weight, t = found, t_next
+        return weight
 
 
 def admm(scaled: Scaled, rho: float, iterations: int, see: Callable[[int, Tensor, Tensor], None] | None) -> SplitState:

@@ -51,7 +51,7 @@ def method_defaults(name: str) -> MethodDefaults:
 
 
 # The published settings of FISTAPruner (arXiv 2408.03728, section 4); others have the defaults of `Fista`.
-_PAPER = {"patience": 3, "max_trials": 30, "rounding_share": 0.3, "refit_iterations": 0, "restart": False}
+_PAPER = {"patience": 3, "max_trials": 30, "rounding_share": 0.3, "refit_iterations": 0}
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "fast": {"error_correction": "none", "residual_correction": 0.0},

@@ -60,7 +60,7 @@ def test_values_of_any_type_are_options_or_named(option, value):
 
 
 def test_options_of_methods_have_types():
-    for options in ({"patience": "3"}, {"rounding_share": None}, {"restart": "no"}, {"warm_start": 3}):
+    for options in ({"patience": "3"}, {"rounding_share": None}, {"warm_start": 3}):
         with pytest.raises(ValueError, match=f"{next(iter(options))}|method_options"):
             FistaPruningConfig(method="fista", method_options=options)
 
@@ -180,7 +180,6 @@ def test_paper_settings():
         assert method.patience == 3
         assert method.rounding_share == 0.3
         assert method.refit_iterations == 0
-        assert method.restart is False
 
 
 def test_a_recipe_holds_only_what_differs_from_the_defaults():

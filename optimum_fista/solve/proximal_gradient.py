@@ -4,13 +4,10 @@ G and C are sums over all tokens, so that a step takes one product with G for an
 a device, convergence is tested only every ten steps there, so up to nine steps may be superfluous.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from optimum_fista.solve.problem import inner_by_rows
 
 
 @dataclass(frozen=True)
@@ -36,8 +33,6 @@ def fista(
     *,
     max_iterations: int = 20,
     tolerance: float = 1e-6,
-    restart: bool = False,
-    proximal_step: Callable[[Tensor, float], Tensor] = soft_threshold,
 ) -> FistaSolution:
     """Solve the LASSO of a layer problem by FISTA.
 
@@ -47,31 +42,20 @@ def fista(
     Symbols: W iterates, Y extrapolated points, t momentum.
 
     `gram` is `G` [in, in], symmetric positive semidefinite; `target` is `C` [out, in], as large as `start`. `lipschitz`
-    is `L`, at least `lambda_max(G)`. It stops when `|| W_{k+1} - W_k ||_F <= tolerance * || W_{k+1} ||_F`. `restart`
-    drops the momentum when it points uphill (O'Donoghue & Candes 2015, gradient scheme). Another penalty than l1 has a
-    `proximal_step` of its own, `(V, threshold) -> W`.
+    is `L`, at least `lambda_max(G)`. It stops when `|| W_{k+1} - W_k ||_F <= tolerance * || W_{k+1} ||_F`.
     """
     if lipschitz <= 0:
         return FistaSolution(torch.zeros_like(start), 0, True)
-    W, Y = start, start
-    # With restarts t depends on the iterates: it stays on the device, which nobody has to wait for.
-    t: float | Tensor = torch.ones((), dtype=torch.float64, device=start.device) if restart else 1.0
+    W, Y, t = start, start, 1.0
     moves: list[Tensor] = []
     converged, iteration = False, 0
     look = 1 if start.device.type == "cpu" else 10  # steps between readings, which make the host wait for a device
     for iteration in range(1, max_iterations + 1):
         V = torch.addmm(Y, Y, gram, alpha=-1 / lipschitz).add_(target, alpha=1 / lipschitz)  # the gradient step
-        W_next = proximal_step(V, l1_penalty / lipschitz)  # eq. 4.1
+        W_next = soft_threshold(V, l1_penalty / lipschitz)  # eq. 4.1
         step = W_next - W
-        if isinstance(t, Tensor):
-            # Y - W_next is the generalized gradient over L; a step along it goes uphill.
-            t = t.masked_fill(inner_by_rows(Y - W_next, step).sum() > 0, 1.0)
         t_next = (1 + (1 + 4 * t * t) ** 0.5) / 2  # eq. 4.2
-        extrapolation = (t - 1) / t_next  # eq. 4.3
-        if isinstance(extrapolation, Tensor):
-            Y = torch.addcmul(W_next, step, extrapolation.to(step.dtype))
-        else:
-            Y = torch.add(W_next, step, alpha=extrapolation)
+        Y = torch.add(W_next, step, alpha=(t - 1) / t_next)  # eq. 4.3
         W, t = W_next, t_next
         moves.append(torch.stack([step.norm(), W.norm()]))
         if iteration % look and iteration < max_iterations:

@@ -6,7 +6,7 @@ import torch
 from layer_problems import Example, example
 from sklearn.linear_model import Lasso
 
-from optimum_fista.solve.proximal_gradient import FistaSolution, fista, soft_threshold
+from optimum_fista.solve.proximal_gradient import FistaSolution, fista
 
 FRACTIONS = [0.5, 0.1, 0.01, 1e-3]
 
@@ -15,7 +15,6 @@ def solved(
     made: Example,
     l1_penalty: float,
     *,
-    restart: bool = False,
     start: torch.Tensor | None = None,
     tolerance: float = 1e-13,
 ) -> FistaSolution:
@@ -28,7 +27,6 @@ def solved(
         problem.statistics.lipschitz,
         max_iterations=50_000,
         tolerance=tolerance,
-        restart=restart,
     )
 
 
@@ -43,12 +41,11 @@ def critical_penalty(made: Example) -> float:
 
 
 @pytest.mark.parametrize("corrected", [False, True])
-@pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("fraction", FRACTIONS)
-def test_optimality_conditions_hold_at_convergence(corrected, restart, fraction):
+def test_optimality_conditions_hold_at_convergence(corrected, fraction):
     made = example(6, 10, corrected=corrected)
     l1_penalty = fraction * critical_penalty(made)
-    solution = solved(made, l1_penalty, restart=restart)
+    solution = solved(made, l1_penalty)
     assert solution.converged
     weight, gradient = solution.weight, gradient_of(made, solution.weight)
     support = weight != 0
@@ -91,27 +88,12 @@ def test_every_iterate_is_the_published_one():
     problem, l1_penalty = made.problem, 0.02 * critical_penalty(made)
     start = torch.randn(4, 8, dtype=torch.float64)
     given = (problem.gram, problem.target, start)
-    penalty_and_step, seen = (l1_penalty, problem.statistics.lipschitz), []
-
-    def step(values, threshold):
-        seen.append(soft_threshold(values, threshold))
-        return seen[-1]
-
-    solution = fista(*given, *penalty_and_step, max_iterations=20, tolerance=0, proximal_step=step)
-    assert (len(seen), solution.iterations, solution.converged) == (20, 20, False)
-    assert seen[-1] is solution.weight
-    for steps, weight in enumerate(seen, 1):
+    penalty_and_step = (l1_penalty, problem.statistics.lipschitz)
+    for steps in range(1, 21):
+        solution = fista(*given, *penalty_and_step, max_iterations=steps, tolerance=0)
+        assert (solution.iterations, solution.converged) == (steps, False)
         expected = beck_teboulle(*(tensor.numpy() for tensor in given), *penalty_and_step, steps)
-        assert np.allclose(weight.numpy(), expected, rtol=1e-10, atol=1e-12)
-
-
-def test_restart_finds_the_same_solution_in_fewer_iterations():
-    made = example(6, 12, tokens=24, seed=1)
-    l1_penalty = 0.005 * critical_penalty(made)
-    plain, restarted = solved(made, l1_penalty), solved(made, l1_penalty, restart=True)
-    assert plain.converged
-    assert torch.allclose(plain.weight, restarted.weight, rtol=1e-6, atol=1e-8)
-    assert restarted.iterations < 0.7 * plain.iterations
+        assert np.allclose(solution.weight.numpy(), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("start", ["zero", "dense"])

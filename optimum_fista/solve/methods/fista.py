@@ -48,7 +48,6 @@ class Fista(PruningMethod):
     max_trials: int = 4  # the paper names no limit
     rounding_share: float = 0.3  # share of the rounding error above which the penalty rises, the paper's xi
     refit_iterations: int = 20  # conjugate-gradient steps on the final mask; 0 (as in the paper) refits nothing
-    restart: bool = False  # adaptive restart of FISTA's momentum; the paper has none
     name: ClassVar[str] = "fista"
     takes_columns: ClassVar[bool] = False  # the l1 norm makes single weights zero
 
@@ -108,7 +107,6 @@ class Fista(PruningMethod):
                 problem.statistics.lipschitz,
                 max_iterations=self.max_iterations,
                 tolerance=self.tolerance,
-                restart=self.restart,
             )
             mask = pattern.mask(solution.weight * standing)
             weight = solution.weight * mask  # W_round
