@@ -1,7 +1,7 @@
 """Perplexity of a causal language model on windows of tokens.
 
 This is the protocol of the pruning literature: windows do not overlap, and each is scored without the text before it.
-Perplexities are comparable only on the same windows, so a result names its text and their number and length. Bits per
+Perplexities are comparable only on the same windows, so a result has their number and length. Bits per
 byte compare models with different vocabularies, on windows of the same stretch of text.
 """
 
@@ -33,8 +33,6 @@ class PerplexityResult:
     num_tokens: int  # N (T - 1): the first token of a window is not predicted
     sequence_length: int  # T
     seconds: float
-    text_name: str | None = None
-    text_sha256: str | None = None
     num_bytes: int | None = None  # of the text, in UTF-8, that the predicted tokens stand for (`count_bytes`)
 
     @property
@@ -62,8 +60,8 @@ def evaluate_perplexity(
         windows: Token ids, integer, [N, T].
         batch_size: Windows per forward pass. The logits of a batch are held at once.
         progress: Show a progress bar.
-        text: Where the windows come from, for the result's `text_name` and `text_sha256`.
-        tokenizer: The one that made the windows of `text`, for the result's `bits_per_byte`.
+        text: Where the windows come from, for the result's `bits_per_byte`.
+        tokenizer: The one that made the windows of `text`.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}; pass 1 or more.")
@@ -97,8 +95,6 @@ def evaluate_perplexity(
         num_tokens=num_tokens,
         sequence_length=sequence_length,
         seconds=time.perf_counter() - started,
-        text_name=None if text is None else text.name,
-        text_sha256=None if text is None else text.sha256,
         num_bytes=None if text is None or tokenizer is None else count_bytes(tokenizer, text, windows),
     )
 
