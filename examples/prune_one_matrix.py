@@ -11,7 +11,10 @@ import argparse
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_fista import FistaPruner, FistaPruningConfig, calibration_windows, load_text
+from optimum_fista import calibration_windows, load_text
+from optimum_fista.solve.methods import create_method
+from optimum_fista.solve.patterns import parse_pattern
+from optimum_fista.solve.problem import InputStatistics, LayerProblem
 
 
 def main() -> None:
@@ -35,11 +38,14 @@ def main() -> None:
         model(tokens)
     hook.remove()
     inputs = torch.cat(seen)  # [tokens, in]
+    # For W* on other inputs X* than those of the dense network, pass `W X X*^T` and the squared norms of the rows of
+    # `W X` as well.
+    statistics = InputStatistics(inputs.T @ inputs, len(inputs), inputs.mean(0))
+    problem, pattern = LayerProblem(operator.weight.detach(), statistics), parse_pattern(arguments.pattern)
 
     print(f"{arguments.operator} {tuple(operator.weight.shape)} on {len(inputs)} tokens, {arguments.pattern}")
     for method in ("magnitude", "wanda", "sparsegpt", "fista"):
-        pruner = FistaPruner(FistaPruningConfig(pattern=arguments.pattern, method=method))
-        pruned = pruner.prune_weight(operator.weight, inputs)
+        pruned = create_method(method).prune(problem, pattern)
         penalty = "" if pruned.l1_penalty is None else f", penalty {pruned.l1_penalty:.3g}"
         print(
             f"{method:<10} fit error {pruned.fit_error:.4f}, {pruned.sparsity:.1%} zeros, "

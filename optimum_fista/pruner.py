@@ -20,7 +20,6 @@ from optimum_fista.folder.output import new_output
 from optimum_fista.folder.stored_tensors import SourceTensors
 from optimum_fista.folder.writing import summary, write_checkpoint
 from optimum_fista.model.forward import products_as
-from optimum_fista.model.gram import single_problem
 from optimum_fista.model.offload import offload_hook
 from optimum_fista.prune.batches import begin
 from optimum_fista.prune.budgets import share_budgets
@@ -31,7 +30,6 @@ from optimum_fista.prune.removal import groups_kept
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.prune.streamed import prune_files
 from optimum_fista.report import PruningReport
-from optimum_fista.solve.method import PrunedOperator
 
 logger = logging.getLogger(__name__)
 
@@ -151,19 +149,6 @@ class FistaPruner:
         for callback in self.callbacks:
             callback.on_prune_end(report)
         return report
-
-    @numerical_environment()
-    def prune_weight(self, weight: Tensor, inputs: Tensor, dense_inputs: Tensor | None = None) -> PrunedOperator:
-        """Prune one matrix without a model: minimize `|| W* X* - W X ||_F` over weights in the configured pattern.
-
-        `weight` is `W` [out, in], `inputs` are `X*` [tokens, in], and `dense_inputs` are `X` of the same tokens in the
-        dense network (`None`: equal to `inputs`).
-        """
-        pattern = self.config.pattern_for("weight")
-        with torch.no_grad():
-            problem = single_problem(weight, inputs, dense_inputs)
-            pattern.require_shape((weight.shape[0], weight.shape[1]))
-            return self.config.create_method("").prune(problem, pattern)
 
     def result(self, model: PreTrainedModel) -> tuple[PruningReport, dict[str, Tensor]]:
         """Return the report of a model that this pruner has pruned in place, and its masks by `"{operator}.weight"`.

@@ -9,8 +9,11 @@ from pruning import same, weights
 from safetensors.torch import load_file
 from tiny_llama import tiny_llama, tiny_tokens
 
-from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback
+from optimum_fista import FistaPruner, PruningCallback
 from optimum_fista.environment import numerical_environment
+from optimum_fista.solve.methods import create_method
+from optimum_fista.solve.patterns import Unstructured
+from optimum_fista.solve.problem import InputStatistics, LayerProblem
 
 
 @contextmanager
@@ -73,14 +76,17 @@ def prune_files(inside, batches, given, tmp_path):
     return {k: v for path in sorted((tmp_path / "out").glob("*.safetensors")) for k, v in load_file(path).items()}
 
 
-def prune_weight(inside, batches, given, tmp_path):
+def solve(inside, batches, given, tmp_path):
     generator = torch.Generator().manual_seed(0)
-    weight, inputs = (torch.randn(n, 32, generator=generator, device="cpu", dtype=torch.float32) for n in (16, 90))
-    found = FistaPruner(FistaPruningConfig(method="fista")).prune_weight(weight, inputs)
+    with numerical_environment(), torch.no_grad():
+        weight, inputs = (torch.randn(n, 32, generator=generator) for n in (16, 90))
+        problem = LayerProblem(weight, InputStatistics(inputs.T @ inputs, 90, inputs.mean(0)))
+        found = create_method("fista").prune(problem, Unstructured(0.5))
+        inside.seen = surroundings()
     return {"weight": found.weight, "mask": found.mask}
 
 
-RUNS = [prune_in_memory, prune_files, prune_weight]
+RUNS = [prune_in_memory, prune_files, solve]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +98,7 @@ def undisturbed(tmp_path_factory):
     ("run", "around"),
     [
         (prune_in_memory, all_at_once),
-        *((prune_weight, around) for around in AROUND.values()),
+        *((solve, around) for around in AROUND.values()),
         (prune_files, all_at_once),
     ],
 )
@@ -103,8 +109,7 @@ def test_a_run_sets_its_own_and_restores_the_callers(around, run, undisturbed, t
         found = run(inside, [batch.clone() for batch in tokens.split(4)], model, tmp_path)
         assert surroundings() == outside
     assert same(found, undisturbed[run])
-    if run is not prune_weight:
-        assert inside.seen == (False, torch.float32, torch.device("cpu"), False, False, "ieee", "ieee")
+    assert inside.seen == (False, torch.float32, torch.device("cpu"), False, False, "ieee", "ieee")
 
 
 def test_weights_that_change_are_not_cached_by_the_callers_autocast():

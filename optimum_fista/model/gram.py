@@ -133,27 +133,3 @@ def _problem(
     # || a W X + (1 - a) W X* ||^2 by rows, expanded
     energies = dense_share**2 * energies + 2 * dense_share * (1 - dense_share) * mixed + (1 - dense_share) ** 2 * remade
     return LayerProblem(weight, statistics, cross, energies, name, same_energies=remade, dense=dense)
-
-
-def single_problem(weight: Tensor, inputs: Tensor, dense_inputs: Tensor | None = None) -> LayerProblem:
-    """Form the layer problem of `weight` [out, in] on `inputs` X* [tokens, in], dense inputs X [tokens, in]."""
-    named = {"weight": weight, "inputs": inputs}
-    for name, tensor in (named if dense_inputs is None else named | {"dense_inputs": dense_inputs}).items():
-        if tensor.ndim != 2 or tensor.shape[1] != weight.shape[-1] or tensor.numel() == 0:
-            wanted = "[out, in]" if name == "weight" else f"[tokens, in] with in = {weight.shape[-1]} as in weight"
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: pass a non-empty {wanted}.")
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name} holds NaN or Inf: pass finite values.")
-    if dense_inputs is not None and dense_inputs.shape != inputs.shape:
-        shapes = f"shape {tuple(dense_inputs.shape)}, inputs {tuple(inputs.shape)}"
-        raise ValueError(f"dense_inputs has {shapes}: pass the same tokens.")
-    weight, inputs = weight.detach().float(), inputs.detach().float()
-    sums = GroupSums(weight.shape[1], weight.device)
-    sums.add(inputs)
-    statistics = sums.statistics()
-    if not bool(torch.isfinite(statistics.gram).all()):
-        raise ValueError("inputs overflow when squared in float32: pass them scaled down; the error is relative.")
-    if dense_inputs is None:
-        return LayerProblem(weight, statistics)
-    outputs = dense_inputs.detach().float() @ weight.T  # Y = W X, [tokens, out]
-    return LayerProblem(weight, statistics, outputs.T @ inputs, outputs.square().sum(0))
