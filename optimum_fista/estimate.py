@@ -73,8 +73,7 @@ class Estimate:
             forget_quantization(read_dequantized(given))
         stored = loading.floating_dtype((None if self.whole else getattr(given, "dtype", None)) or torch.float32)
         keeps, dtype = dtype == "auto", stored if dtype == "auto" else loading.floating_dtype(dtype)
-        with loading.reading(given.name_or_path or type(given).__name__), torch.device("meta"):
-            self.model = loading.model_class(given).from_config(given, dtype=dtype, trust_remote_code=False)
+        self.model = loading.described(given, dtype)
         self.place, self.device = device, (device or loading.default_device()).partition(":")[0]
         self.on_cpu, self.storage_device = self.device == "cpu", storage_device
         storage = (storage_device or ("disk" if self.on_cpu else self.device)).partition(":")[0]

@@ -34,7 +34,6 @@ def held(estimate: Estimate, place: str = "host") -> float:
         ("llama", FistaPruningConfig(pattern="2:4", method="wanda")),
         ("llama", FistaPruningConfig(pattern="channels:0.25/4+heads:0.5", method="wanda")),
         ("llama", FistaPruningConfig(pattern="layers:0.4", allocation_tokens=16)),
-        ("llama", FistaPruningConfig(pattern="bytes:0.8")),
         ("gpt2", FistaPruningConfig(0.6, method="magnitude", exclude="*.0.*.c_fc", overrides={"*.c_attn": "1:4"})),
         ("gpt_oss", FistaPruningConfig(method="magnitude", scope="row", exclude=("*.experts.1.down_proj",))),
         ("mixtral", FistaPruningConfig(method="magnitude", overrides={"*.experts.0.*": 0.25, "*.up_proj": "2:4"})),

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
     add("--output", "-o", type=Path, metavar="DIR", help="new folder (default: MODEL's name with -50pct, -2of4, ...)")
     advanced = add_options(parser, PruningOptions)
-    add("--target-size", type=float, metavar="SHARE", help="remove channels until this share of the bytes is left")
+    add("--target-size", type=float, metavar="SHARE", help="remove rare tokens, then channels, until this is left")
     add("--recipe", metavar="NAME", help="default, fast, or paper (FISTAPruner as published); other flags override it")
     sources = "self (the model writes it; default if it fits), .txt, .jsonl (images too), wikitext2, c4, ptb or pydoc"
     sources += "; repeatable if tokens are removed (vocab:0.35)"
@@ -83,14 +83,21 @@ def run(arguments: argparse.Namespace) -> int:
     require_name(arguments.model)  # before the imports below, which take seconds
     from optimum_fista.cli.messages import speaking_ranks
     from optimum_fista.cli.overview import details_of, estimate_of, next_commands, say_before, verdicts
+    from optimum_fista.cli.target_size import plan_size
     from optimum_fista.folder.hub import push_folder
     from optimum_fista.folder.output import FOLDER, locked_output, require_output
     from optimum_fista.folder.packed_folder import packing_of
     from optimum_fista.prune.vocabulary import VocabularyPlan
     from optimum_fista.pruner import FistaPruner
 
+    model, tokens_first = arguments.model, None
+    if arguments.target_size is not None:
+        for name in {"sparsity", "pattern"} & set(given(arguments, PruningOptions)):
+            raise ValueError(f"--target-size says what goes: pass it without --{name}.")
+        arguments.output = arguments.output or Path(f"{_name_of(model)}-size-{arguments.target_size:g}")
+        tokens_first = plan_size(arguments)
     config = _config(arguments)
-    arguments.output = arguments.output or default_output(arguments.model, config)
+    arguments.output = arguments.output or default_output(model, config)
     names, documents = _documents(arguments, config)
     if arguments.dry_run and documents is not None:
         print(VocabularyPlan.of(arguments.model, documents, config, names).report)
@@ -102,6 +109,8 @@ def run(arguments: argparse.Namespace) -> int:
         require_output(arguments.output, arguments.overwrite, source=arguments.model)
         return 0
     _require_options(arguments, config)
+    if tokens_first is not None:
+        tokens_first.run(arguments.overwrite)
     with speaking_ranks(arguments.device, "optimum_fista.model.parts") as ranks, ExitStack() as opened:
         try:
             # held to the end of the run: two runs must not write into one folder
@@ -128,7 +137,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(push_folder(arguments.output, arguments.push_to_hub, private=arguments.private))
     else:
         text = "self" if "media" in report.calibration else arguments.calibration  # other commands take text only
-        print(next_commands(arguments.model, arguments.output, text, has_zeros=not report.removed))
+        print(next_commands(model, arguments.output, text, has_zeros=not report.removed))
     return 0
 
 
@@ -139,9 +148,11 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
     from optimum_fista.folder.output import require_output, unfinished_folder
     from optimum_fista.prune.journal import require_same_run
     from optimum_fista.prune.ranks import launched_processes, require_independent_layers
+    from optimum_fista.prune.removal import require_zeros_to_pack
     from optimum_fista.text.sources import require_source
 
     require_independent_layers(config, launched_processes())
+    require_zeros_to_pack(config, arguments.packed)
     require_output(arguments.output, arguments.overwrite, source=arguments.model)
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise ValueError(f"--batch-size {arguments.batch_size}: pass at least 1.")
@@ -155,8 +166,7 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
         raise ValueError("--private makes sense with --push-to-hub REPO only.")
     if not arguments.overwrite:  # refuse an unfinished run with other settings now; other text is noticed later
         wanted: dict[str, Any] = {"recovery": None, "sequences": arguments.num_samples + config.held_out}
-        if config.whole_parts is None or config.whole_parts.size is None:  # otherwise the model decides it
-            wanted["config"] = json.loads(json.dumps(config.resolved().to_dict()))  # tuples to lists
+        wanted["config"] = json.loads(json.dumps(config.resolved().to_dict()))  # tuples to lists
         if arguments.sequence_length is not None and not has_images:  # otherwise sequences may be shorter
             wanted["length"] = arguments.sequence_length
         require_same_run(unfinished_folder(arguments.output), wanted)
@@ -167,8 +177,11 @@ def default_output(model: str, config: FistaPruningConfig) -> Path:
     percent = f"{100 * (config.sparsity or 0.0):.6g}pct"
     pattern = percent if config.pattern == "unstructured" else config.pattern
     pattern = re.sub(r"[:+/]", "-", re.sub(r"(\d+):(\d+)", r"\1of\2", pattern))
-    name = Path(os.path.abspath(model)).name if Path(model).exists() else model.rpartition("/")[2]
-    return Path(f"{name}-{pattern}")
+    return Path(f"{_name_of(model)}-{pattern}")
+
+
+def _name_of(model: str) -> str:
+    return Path(os.path.abspath(model)).name if Path(model).exists() else model.rpartition("/")[2]
 
 
 def _documents(arguments: argparse.Namespace, config: FistaPruningConfig) -> tuple[str, Iterator[str] | None]:
@@ -249,10 +262,6 @@ def _config(arguments: argparse.Namespace) -> FistaPruningConfig:
     from optimum_fista.config import FistaPruningConfig
 
     flags = given(arguments, PruningOptions)
-    if arguments.target_size is not None:
-        for name in {"sparsity", "pattern"} & set(flags):
-            raise ValueError(f"--target-size says how many channels go: pass it without --{name}.")
-        flags["pattern"] = f"bytes:{arguments.target_size!r}"
     if arguments.recipe and arguments.config:
         raise ValueError(f"--recipe {arguments.recipe} and --config {arguments.config}: pass only one of them.")
     if arguments.recipe:

@@ -4,6 +4,7 @@ Transformers reads every file; its errors on damaged files become one error that
 model with all weights left in their files (`load_lazily`).
 """
 
+import copy
 import functools
 import gc
 import importlib.util
@@ -144,6 +145,14 @@ def model_class(config: PreTrainedConfig) -> Any:
         )
     named = [kind for kind in known if known[kind] in (config.architectures or ())]
     return [*named, *known, AutoModelForCausalLM][0]
+
+
+def described(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Build the model of a configuration without weights, on the meta device; the configuration stays as it is."""
+    with reading(config.name_or_path or type(config).__name__), torch.device("meta"):
+        given = copy.deepcopy(config)
+        model: PreTrainedModel = model_class(config).from_config(given, dtype=dtype, trust_remote_code=False)
+    return model
 
 
 def read_model(name: str, **options: Any) -> PreTrainedModel:

@@ -6,8 +6,6 @@ a new family needs no code. If a configuration does not state the number of part
 """
 
 import copy
-import logging
-import math
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,10 +20,9 @@ from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.offload import describe_ties
 from optimum_fista.model.operator import LINEAR
-from optimum_fista.solve.patterns import PartShare, WholeParts
+from optimum_fista.solve.patterns import WholeParts
 
 Kind = Literal["channels", "heads", "experts"]
-logger = logging.getLogger(__name__)
 
 # What configurations call these numbers. Of several words, the first that changes the right shapes is used.
 _WORDS: dict[Kind, tuple[str, ...]] = {
@@ -104,37 +101,6 @@ def numbers_kept(model: PreTrainedModel, pattern: WholeParts) -> dict[str, int]:
             found = find_parts(model, share.kind)
             counts[share.kind] = share.num_kept(found.groups, found.equal_runs, found.at_least)
     return counts
-
-
-def share_for_size(model: PreTrainedModel, pattern: WholeParts) -> PartShare:
-    """Find the share of the channels that must be removed for a pattern such as `bytes:0.75`.
-
-    All bytes of the weights count, each shared tensor once. Channels are removed, because their loss was the smallest
-    of all parts at every measured share (docs/results.md). Tokens cost less for as many bytes, but need a run of their
-    own (docs/should-you-prune.md), so the user is told how many bytes that would remove.
-    """
-    assert pattern.size is not None
-    parts = find_parts(model, "channels")
-    tensors = dict(model.named_parameters())
-    whole = sum(tensor.nbytes for tensor in tensors.values())
-    shrinking = [tensors[name] for part in parts.parts for name in part.tensors if name in tensors]
-    channel = sum(tensor.nbytes for tensor in shrinking) / parts.groups  # one of every decoder layer
-    step = PartShare.usual_step("channels", parts.groups)
-    least = -(-parts.at_least // step) * step
-    kept = math.floor((parts.groups - (1 - pattern.size) * whole / channel) / step) * step
-    kept = min(kept, (parts.groups - 1) // step * step)
-    if kept < least:
-        smallest = 1 - (parts.groups - least) * channel / whole
-        raise ValueError(
-            f"pattern='{pattern}': {smallest:.4f} of the model's bytes are left if {least} of {parts.groups} channels "
-            f"stay in every decoder layer: pass at least {math.ceil(smallest * 1e4) / 1e4:g}."
-        )
-    found, left = PartShare.keeping("channels", kept, parts.groups), 1 - (parts.groups - kept) * channel / whole
-    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
-    rows = sum({id(p): p.nbytes for end in ends for p in end.parameters()}.values()) / whole  # tied ones once
-    first = f"rare tokens cost less, and a run with pattern vocab:0.29 before this one removes {0.29 * rows:.4f}"
-    logger.info("pattern %s: %s leaves %.4f of the model's bytes; %s", pattern, found, left, first)
-    return found
 
 
 def find_parts(model: PreTrainedModel, kind: Kind) -> Parts:

@@ -24,7 +24,7 @@ from optimum_fista.model.expert_removal import SmallerMixture, experts_of, exper
 from optimum_fista.model.groups import is_added_to_output
 from optimum_fista.model.layer_inputs import HiddenStates, LayerActivations
 from optimum_fista.model.operator import Group, LinearOperator
-from optimum_fista.model.parts import Part, numbers_kept, share_for_size
+from optimum_fista.model.parts import Part, numbers_kept
 from optimum_fista.model.shrinking import (
     Shrinking,
     plan_shrinking,
@@ -128,10 +128,6 @@ class PartsRemoval(Removal):
         if config.removes_tokens:
             what = f"pattern='{pattern}' removes tokens from files, and their tokenizer"
             raise ValueError(f"{what}: pass the model's folder or Hub id, and output_dir, to FistaPruner.prune.")
-        if pattern.size is not None:
-            share = share_for_size(model, pattern)
-            pattern = replace(pattern, sparsity=share.share, shares=(share,), size=None)
-            asked = replace(config, pattern=str(pattern), sparsity=None)
         counts = numbers_kept(model, pattern)
         smaller, columns = plan_shrinkings(model, counts)
         mixtures = [part for part in smaller.parts.values() if part.is_mixture]

@@ -66,7 +66,7 @@ class VocabularyPlan:
     ) -> VocabularyPlan:
         """Count tokens of texts, or batches of ids, and plan what changes; ValueError if no token can be removed."""
         folder, settings = _source(name, config.pattern)
-        tokenizer, dense = loading.require_tokenizer(name), _described(settings)
+        tokenizer, dense = loading.require_tokenizer(name), loading.described(settings)
         source, size, sections = source_tensors(dense, folder), _size(dense), [*_sections(settings)]
         counts, documents = _count(tokenizer, texts, dense, progress)
         named, tokens = set[int](), {*(vocabulary := tokenizer.get_vocab()).values()}
@@ -83,7 +83,7 @@ class VocabularyPlan:
             vars(section).update(_with_ids(vars(section), lambda index: new_ids.get(index, index)))
             if getattr(section, "vocab_size", None) == size:
                 section.vocab_size = len(new_ids)
-        model, kept = _described(settings), torch.tensor([*new_ids])
+        model, kept = loading.described(settings), torch.tensor([*new_ids])
         stored = _cut(source, dense, model, kept)
         dtypes = (tensor.tensor().dtype for tensor in stored.values() if tensor.dtype in DENSE)
         torch.nn.Module.to(model, loading.floating_dtype(getattr(settings, "dtype", None) or next(dtypes)))
@@ -149,13 +149,6 @@ def _source(name: str, pattern: str) -> tuple[Path, PreTrainedConfig]:
         raise ValueError(f"{what}, and this one is packed: unpack it first (optimum-fista unpack).")
     forget_quantization(settings)
     return folder, settings
-
-
-def _described(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a configuration, without weights."""
-    with loading.reading(str(config.name_or_path)), torch.device("meta"):
-        model: PreTrainedModel = loading.model_class(config).from_config(copy.deepcopy(config), trust_remote_code=False)
-    return model
 
 
 def _sections(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:

@@ -1,7 +1,6 @@
 """A model that lost whole parts, in every command: what is said of it is true."""
 
 import pytest
-from killed import interrupted_after
 from tiny_llama import QUICK, tiny_tokenizer
 from tiny_models import tiny_model
 
@@ -31,40 +30,6 @@ def test_what_was_removed_is_said_wherever_zeros_would_be(smaller, capsys):
     assert REMOVED in card
     assert "| mlp.down_proj | 32 x 36 | 25.00% |" in card
     assert "zero (" not in card
-
-
-def test_a_size_is_reached_by_channels_and_this_is_said(tiny_folder, text_file, tmp_path, capsys):
-    folder, flags = tmp_path / "sized", ["--method", "wanda", *QUICK, "--calibration", str(text_file)]
-    command = ["prune", str(tiny_folder), "-o", str(folder), "--target-size", "0.8", *flags]
-    with interrupted_after(0):
-        assert main(command) == 130
-    assert main(command) == 0
-    said = capsys.readouterr().err
-    report = read_report(folder)
-    assert report.config["pattern"].startswith("channels:0.")
-    assert f"pattern bytes:0.8: {report.config['pattern']} leaves 0." in said
-    tokens = 0.29 * 2 * 64 * 32 / DENSE  # embedding and head
-    assert f"a run with pattern vocab:0.29 before this one removes {tokens:.4f}\n" in said
-    one_channel_more = 2 * 3 * 32
-    assert 0.8 * DENSE - one_channel_more < report.model["num_parameters"] <= 0.8 * DENSE
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--target-size", "0.8", "--pattern", "2:4"], "pass it without --pattern"),
-        (["--target-size", "1.5"], "pattern='bytes:1.5': pass the share of the bytes that is to be left, in (0, 1)"),
-        (["--target-size", "0.8", "--packed"], "leaves a dense model: there are no zeros to pack"),
-        (
-            ["--target-size", "0.01", "--dry-run"],
-            "of the model's bytes are left if 1 of 48 channels stay in every decoder layer: pass at least 0.",
-        ),
-    ],
-)
-def test_sizes_that_make_no_sense(tiny_folder, tmp_path, capsys, flags, message):
-    assert main(["prune", str(tiny_folder), "-o", str(tmp_path / "out"), *QUICK, *flags]) == 1
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 def test_decoder_layers_that_went_are_named(tiny_folder, text_file, tmp_path, capsys):

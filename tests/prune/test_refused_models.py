@@ -39,7 +39,7 @@ def test_weights_that_are_computed(change):
     FistaPruner(FistaPruningConfig(method="wanda", exclude=(UP,)), progress=False).prune(model, tiny_tokens().split(4))
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "bytes:0.9"])
+@pytest.mark.parametrize("pattern", ["2:4", "channels:0.1"])
 @pytest.mark.parametrize("prune_base", [True, False])
 def test_adapters(prune_base, pattern):
     peft = pytest.importorskip("peft")
@@ -53,7 +53,7 @@ def test_adapters(prune_base, pattern):
 def test_compiled_models():
     compiled = "is compiled (torch.compile): prune the model before it is compiled"
     model = tiny_llama()
-    for pattern in ("2:4", "bytes:0.9"):
+    for pattern in ("2:4", "channels:0.1"):
         assert refused(torch.compile(model), pattern=pattern).startswith(f"model {compiled}")
     model.model.layers[1].compile()
     assert refused(model, method="wanda").startswith(f"model.model.layers.1 {compiled}")

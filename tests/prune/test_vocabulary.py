@@ -1,7 +1,6 @@
 """Models that lose tokens: rows of the embedding and the head, the tokenizer, and every id in the files."""
 
 import json
-import random
 import shutil
 import string
 from pathlib import Path
@@ -11,9 +10,10 @@ import torch
 from folder_files import tensors_of
 from media_models import media_batch, media_model
 from quantized_models import compressed_qwen3_moe, fp8_deepseek
+from rare_tokens import COMMON, RARE, TEXT, bpe_tokenizer, save, text_of
 from safetensors.torch import load_file, save_file
 from tiny_llama import tiny_llama, tiny_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from optimum_fista import FistaPruner, FistaPruningConfig, recover
@@ -23,29 +23,6 @@ from optimum_fista.folder.checkpoint import VOCABULARY_FILE, kept_tokens, read_r
 from optimum_fista.folder.packed_folder import pack_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(tokens that stay|belong to no token|was pruned before|calibration)")
-COMMON = "the sea is deep and ships are small so sailors look at sky count days"
-RARE = "zebras yodel quietly whenever jazz quartets vex foggy xylophones"
-
-
-def text_of(words: str, length: int = 300) -> str:
-    """Words in random order: each becomes a token, no pair of them does."""
-    return " ".join(random.Random(0).choices(words.split(), k=length))
-
-
-TEXT = text_of(COMMON)
-
-
-def bpe_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE: 3 special tokens, 256 bytes, merges for all words, and a token that was added."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    settings = {"vocab_size": 400, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
-    trainer = trainers.BpeTrainer(special_tokens=["<unk>", "<s>", "</s>"], **settings)
-    tokenizer.train_from_iterator([TEXT, text_of(RARE)], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    fast.add_tokens(["<image>"], special_tokens=True)
-    return fast
 
 
 def unigram_tokenizer(size: int = 64) -> PreTrainedTokenizerFast:
@@ -57,14 +34,6 @@ def unigram_tokenizer(size: int = 64) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-def save(folder: Path, spare: int = 8, **changes) -> Path:
-    """A dense model with its tokenizer; `spare` rows of the embedding have no token."""
-    tokenizer = bpe_tokenizer()
-    tiny_llama(**{"vocab_size": len(tokenizer) + spare, "pad_token_id": None, **changes}).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def remove_tokens(folder: Path, output: Path, pattern="vocab:unused", texts=(TEXT,), **options):

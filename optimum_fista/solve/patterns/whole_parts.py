@@ -14,7 +14,6 @@ PartKind = Literal["channels", "heads", "experts", "layers", "vocab"]
 
 _SHARE = r"((?:\d+\.?\d*|\.\d+)(?:e-\d+)?)"  # what `float` reads
 _PART = re.compile(rf"(channels|heads|experts|layers|vocab):(?:{_SHARE}|(unused))(?:/(\d+))?")
-_SIZE = re.compile(rf"bytes:{_SHARE}")
 
 
 @dataclass(frozen=True)
@@ -73,18 +72,12 @@ class WholeParts(SparsityPattern):
     Experts are chosen by their outputs, decoder layers by the loss without them. Its sparsity is the largest share.
     """
 
-    shares: tuple[PartShare, ...] = ()  # to remove, one for each kind; empty if there is a `size`
-    size: float | None = None  # share of the dense model's bytes that is left, in (0, 1), reached by channels
+    shares: tuple[PartShare, ...] = ()  # to remove, one for each kind
     whole_columns: ClassVar[bool] = True  # the operators that read parts lose columns
 
     @classmethod
     def read(cls, text: str, sparsity: float | None, scope: Scope) -> Self | None:  # noqa: ARG003, the text says it
-        """Read `"channels:0.25"`, with a multiple `"channels:0.25/64"`, several joined by `"+"`, or `"bytes:0.75"`."""
-        if (wanted := _SIZE.fullmatch(text)) is not None:
-            size = float(wanted[1])
-            if not 0 < size < 1:
-                raise ValueError(f"pattern={text!r}: pass the share of the bytes that is to be left, in (0, 1).")
-            return cls(1 - size, scope, size=size)
+        """Read `"channels:0.25"`, with a multiple `"channels:0.25/64"`, several joined by `"+"`."""
         found = [_PART.fullmatch(part) for part in text.split("+")]
         shares = []
         for part in found:
@@ -105,7 +98,7 @@ class WholeParts(SparsityPattern):
         return cls(max(part.share for part in shares), scope, shares=tuple(shares))
 
     def __str__(self) -> str:
-        return "+".join(map(str, self.shares)) if self.size is None else f"bytes:{self.size!r}"
+        return "+".join(map(str, self.shares))
 
     def require_shape(self, shape: tuple[int, ...], name: str = "weight") -> NoReturn:
         """Refuse a single matrix."""

@@ -1,0 +1,101 @@
+"""`prune --target-size`: what to remove for a given size, by docs/should-you-prune.md: tokens first, then channels."""
+
+import argparse
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from optimum_fista.config import FistaPruningConfig
+from optimum_fista.folder import loading
+from optimum_fista.folder.checkpoint import REPORT_FILE, read_report
+from optimum_fista.folder.output import locked_output, new_output
+from optimum_fista.model.parts import find_parts
+from optimum_fista.prune.ranks import launched_processes
+from optimum_fista.prune.vocabulary import VocabularyPlan
+from optimum_fista.report import public_name
+from optimum_fista.solve.patterns import PartShare
+from optimum_fista.text.sources import load_text, usual_texts
+
+
+@dataclass
+class TokensFirst:
+    """A run that removes tokens, before the one that removes channels."""
+
+    plan: VocabularyPlan
+    folder: Path
+
+    def run(self, overwrite: bool) -> None:
+        """Write the folder of the model with fewer tokens, if an earlier start did not."""
+        with locked_output(self.folder):
+            if (self.folder / REPORT_FILE).exists():
+                found, planned = read_report(self.folder), self.plan.report
+                if (found.config, found.calibration) == (planned.config, planned.calibration):
+                    return
+            with new_output(self.folder, overwrite, self.plan.source) as written:
+                self.plan.write(written, time.perf_counter(), progress=True)
+        print(f"{self.plan.report}\nsaved to {self.folder}", file=sys.stderr)
+
+
+def plan_size(arguments: argparse.Namespace) -> TokensFirst | None:
+    """Choose what is removed until `--target-size` of the parameters is left, say it, and set the pattern of the run.
+
+    Tokens that the text does not use go first. If more has to go, channels of the model without these tokens go in a
+    second run, of which `arguments` then speak; what is returned is the first one.
+    """
+    wanted, name = arguments.target_size, arguments.model
+    if not 0 < wanted < 1:
+        raise ValueError(f"--target-size {wanted:g}: pass the share of the parameters that is to be left, in (0, 1).")
+    if launched_processes() > 1:
+        raise ValueError("--target-size makes two runs: pass vocab:unused and channels:SHARE to several processes.")
+    arguments.calibration = sources = arguments.calibration or [usual_texts()[1]]
+    keep, arguments.keep_tokens = arguments.keep_tokens or (), None  # the second run removes no tokens
+    try:
+        if "self" in sources:
+            raise ValueError("a model's own text is too short to tell which tokens are rare")
+        documents = (text for source in sources for text in load_text(source, "calibration").documents)
+        config = FistaPruningConfig(pattern="vocab:unused", keep_tokens=keep)
+        tokens = VocabularyPlan.of(name, documents, config, ", ".join(map(public_name, sources)))
+    except ValueError as error:
+        print(f"no token is removed: {error}", file=sys.stderr)
+        model = loading.described(loading.read_config(name))
+        arguments.pattern = str(_channels(model, wanted * model.num_parameters(), wanted))
+        return None
+    described, vocabulary = tokens.report.model, tokens.report.model["vocabulary"]
+    before, after, size = described["dense_num_parameters"], described["num_parameters"], vocabulary["before"]
+    gone, most = size - vocabulary["kept"], wanted * before
+    why = f"{gone} of {size} tokens do not occur in the text, and losing them costs least"
+    if after <= most:
+        step = PartShare.usual_step("vocab", size)
+        kept = math.floor((size - (before - most) * gone / (before - after)) / step) * step
+        arguments.pattern, arguments.keep_tokens = str(PartShare.keeping("vocab", kept, size)), keep or None
+        print(f"{why}: {arguments.pattern} is enough", file=sys.stderr)
+        return None
+    share = _channels(tokens.model, most, wanted)
+    print(f"{why}: they go first ({after / before:.4f} is left), and then {share}", file=sys.stderr)
+    arguments.pattern, arguments.calibration = str(share), sources[:1]
+    first = TokensFirst(tokens, arguments.output.with_name(f"{arguments.output.name}-tokens"))
+    if not arguments.dry_run:
+        arguments.model = str(first.folder)
+    return first
+
+
+def _channels(model: PreTrainedModel, most: float, wanted: float) -> PartShare:
+    """The share of the channels to remove, so that at most `most` parameters are left; shared tensors count once."""
+    parts, tensors = find_parts(model, "channels"), dict(model.named_parameters())
+    whole = sum(tensor.numel() for tensor in tensors.values())
+    one = [tensors[name].numel() for part in parts.parts for name in part.tensors if name in tensors]
+    channel = sum(one) / parts.groups  # of every decoder layer
+    step = PartShare.usual_step("channels", parts.groups)
+    least = -(-parts.at_least // step) * step
+    kept = min(math.floor((parts.groups - (whole - most) / channel) / step), (parts.groups - 1) // step) * step
+    if kept < least:
+        smallest = math.ceil(1e4 * (whole - (parts.groups - least) * channel) * wanted / most) / 1e4
+        stay = f"if {least} of {parts.groups} channels stay in every decoder layer"
+        raise ValueError(
+            f"--target-size {wanted:g}: {smallest:g} of the parameters are left {stay}: pass at least that."
+        )
+    return PartShare.keeping("channels", kept, parts.groups)

@@ -1,0 +1,95 @@
+"""`--target-size`: what goes is chosen, said before, and leaves at most the size that was asked for."""
+
+import pytest
+from killed import interrupted_after
+from rare_tokens import TEXT, save
+from tiny_llama import QUICK
+
+from optimum_fista.cli.main import main
+from optimum_fista.folder.checkpoint import kept_tokens, read_report
+from optimum_fista.folder.loading import load_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(tokens that stay|belong to no token)")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A dense model, of whose tokens the text uses some; do not write to it."""
+    return save(tmp_path_factory.mktemp("dense"), spare=0)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(TEXT)
+    return file
+
+
+def parameters_of(folder) -> int:
+    return load_model(str(folder))[0].num_parameters()
+
+
+def test_a_size_is_reached_by_tokens_that_the_text_lacks_and_then_by_channels(dense, text, tmp_path, capsys):
+    folder, flags = tmp_path / "sized", ["--method", "wanda", *QUICK, "--calibration", str(text)]
+    command = ["prune", str(dense), "-o", str(folder), "--target-size", "0.8", *flags]
+    with interrupted_after(0):
+        assert main(command) == 130
+    capsys.readouterr()
+    tokens, written = (
+        tmp_path / "sized-tokens",
+        {f: f.stat().st_mtime_ns for f in (tmp_path / "sized-tokens").iterdir()},
+    )
+    assert main(command) == 0
+    assert {f: f.stat().st_mtime_ns for f in tokens.iterdir()} == written  # it was there from the first start
+    first, second = read_report(tokens), read_report(folder)
+    share = second.config["pattern"]
+    gone = first.model["vocabulary"]["before"] - first.model["vocabulary"]["kept"]
+    left, before = first.model["num_parameters"], first.model["dense_num_parameters"]
+    said, out = capsys.readouterr()[::-1]
+    assert f"{gone} of {gone + first.model['vocabulary']['kept']} tokens do not occur in the text" in said
+    assert f"they go first ({left / before:.4f} is left), and then {share}" in said
+    assert f"recover {folder} --teacher {dense} " in out  # the dense model, not that with fewer tokens
+    one_channel_more = 2 * 3 * 32
+    assert share.startswith("channels:0.")
+    assert 0.8 * before - one_channel_more < second.model["num_parameters"] <= 0.8 * before < left
+    assert kept_tokens(folder).tolist() == kept_tokens(tokens).tolist()
+
+
+def test_a_size_that_tokens_reach_needs_one_run(dense, text, tmp_path, capsys):
+    folder = tmp_path / "sized"
+    command = ["prune", str(dense), "-o", str(folder), "--target-size", "0.97", *QUICK]
+    assert main([*command, "--calibration", str(text), "--keep-tokens", "zebra"]) == 0
+    report = read_report(folder)
+    before = report.model["dense_num_parameters"]
+    assert f"losing them costs least: {report.config['pattern']} is enough" in capsys.readouterr().err
+    assert report.config["keep_tokens"] == ["zebra"]
+    assert report.config["pattern"].startswith("vocab:0.")
+    assert 0.97 * before - 64 * 64 < report.model["num_parameters"] <= 0.97 * before
+    assert [file.name for file in tmp_path.iterdir() if file.is_dir()] == ["sized"]
+
+
+def test_a_size_is_reached_by_channels_alone_if_no_text_says_which_tokens_are_rare(dense, tmp_path, capsys):
+    folder = tmp_path / "sized"
+    flags = ["--method", "wanda", *QUICK, "--calibration", "self"]
+    assert main(["prune", str(dense), "-o", str(folder), "--target-size", "0.9", *flags]) == 0
+    assert "no token is removed: a model's own text is too short to tell" in capsys.readouterr().err
+    assert read_report(folder).model["num_parameters"] <= 0.9 * parameters_of(dense)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--target-size", "0.8", "--pattern", "2:4"], "pass it without --pattern"),
+        (["--target-size", "1.5"], "--target-size 1.5: pass the share of the parameters that is to be left, in (0, 1)"),
+        (["--target-size", "0.8", "--packed"], "leaves a dense model: there are no zeros to pack"),
+        (
+            ["--target-size", "0.01", "--dry-run"],
+            "of the parameters are left if 1 of 48 channels stay in every decoder layer: pass at least that",
+        ),
+    ],
+)
+def test_sizes_that_make_no_sense(dense, text, tmp_path, capsys, flags, message):
+    text = ["--calibration", str(text)]
+    assert main(["prune", str(dense), "-o", str(tmp_path / "out"), *text, *QUICK, *flags]) == 1
+    assert message in capsys.readouterr().err
+    assert not any(file.is_dir() for file in tmp_path.iterdir())
