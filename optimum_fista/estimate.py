@@ -136,6 +136,10 @@ class Estimate:
         """Bytes by part when most is held, by place: `"device"` and `"host"`, or `"host"` alone on a CPU."""
         tokens = 8 * self.num_samples * self.length  # int64
         always: dict[str, float] = {"Python and libraries": LIBRARIES, "calibration tokens": tokens}
+        if self.on_cpu and not self.widens and self.value == 2 and any(".experts." in key for key in self.operators):
+            # for each shape of six products, and of as many for gradients, with the sizes of `in_few_sizes`
+            sizes = max(0.0, 8 + 4 * math.log2(self.batch_size * self.length / 128))
+            always["kept by oneDNN"] = 0.55 * 2**20 * 6 * (1 + self.allocates) * sizes
         peaks: dict[str, dict[str, float]] = {"host": always | {"masks": sum(self.weights.values()) // 8}}
         for computing, waiting in self._moments():
             host, device = dict(always), {**computing, "all weights": self.weight_bytes * self.whole}
@@ -177,8 +181,9 @@ class Estimate:
             features = sum(min(sum(those), columns) for (_, columns), those in seen.items())  # outputs, or inputs
             recorded = features * self.config.correction.needs_dense
             held: dict[str, float] = {"decoder layer": sum(p.nbytes for p in layer.parameters()) * (not self.whole)}
-            if self.quantized:  # experts are dequantized one by one and then put together
-                held["dequantizing"] = max(p.nbytes for p in layer.parameters())
+            if self.quantized:  # experts are dequantized one by one and then put together, before the layer runs
+                largest = max(p.nbytes for p in layer.parameters())
+                yield held | {"dequantizing": largest}, tokens * self.streams * self.hidden
             matrices = [4 * (math.prod(o) + batch * sum(o)) for o in map(self.operators.__getitem__, names)]
             held |= {"float32 copies": max(matrices, default=0) * self.widens}
             held |= {"one batch": value * batch * (2 * self.hidden + 3 * max(map(max, seen.values()), default=0))}

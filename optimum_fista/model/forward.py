@@ -122,6 +122,18 @@ def as_multiplied(values: Tensor) -> Tensor:
     return values.float()
 
 
+def in_few_sizes(rows: Tensor) -> Tensor:
+    """Append rows of zeros to [rows, ...] before a product by oneDNN, so that few numbers of rows occur.
+
+    oneDNN keeps half a MiB for each shape of a product, and an expert gets any number of tokens.
+    """
+    products, count = _PRODUCTS.get(), len(rows)
+    if rows.device.type != "cpu" or products == "widened" or (products == "float32" and not _is_half(rows)):
+        return rows  # multiplied by MKL, which keeps nothing
+    step = 1 << max(4, (count - 1).bit_length() - 3)  # 16; above 128 rows, a quarter of a power of two
+    return nn.functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, -count % step))
+
+
 def operator_input(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
     """Find the input of a linear operator in the arguments of its call."""
     return arguments[0] if arguments else next(iter(keywords.values()))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from optimum_fista.model.forward import as_multiplied, quick_products
+from optimum_fista.model.forward import as_multiplied, in_few_sizes, quick_products
 from optimum_fista.model.operator import Group
 from optimum_fista.solve.linalg import row_blocks
 from optimum_fista.solve.problem import DenseOutputs, InputStatistics, LayerProblem, inner_by_rows
@@ -41,13 +41,13 @@ class GroupSums:
         """Add `X*` [tokens, in]; `others` [tokens, n] are dense inputs, outputs side by side or targets: the `kind`."""
         if self._gram is None:
             self._gram = self._total.new_zeros(len(self._total), len(self._total))
-        inputs = as_multiplied(inputs)
+        self.num_tokens += inputs.shape[0]
+        inputs = in_few_sizes(as_multiplied(inputs))
         _add_upper(self._gram, inputs)
         self._total += inputs.sum(0)
-        self.num_tokens += inputs.shape[0]
         if others is None:
             return
-        others = as_multiplied(others)
+        others = in_few_sizes(as_multiplied(others))
         if kind not in self.cross:
             self.cross[kind] = torch.zeros(others.shape[1], inputs.shape[1], device=inputs.device)
         self.cross[kind].addmm_(others.T, inputs)  # in place: no second matrix of this size

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from optimum_fista.model.activation_store import ActivationStore, Storage
 from optimum_fista.model.architecture import DecoderLayers
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.forward import operator_input, quick_products, replaced_forwards
+from optimum_fista.model.forward import in_few_sizes, operator_input, quick_products, replaced_forwards
 from optimum_fista.model.media import targets_of
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.operator import LinearOperator
@@ -131,7 +131,7 @@ class _Watcher:
         """Add the squares of the inputs, and request the gradient if the output is a product with one matrix."""
         inputs = operator_input(arguments, keywords).detach()
         squares = inputs.reshape(-1, inputs.shape[-1]).float().square()  # [batch, sequence, in] -> [tokens, in]
-        energies = squares @ self.columns  # e_t [tokens]
+        energies = (in_few_sizes(squares) @ self.columns)[: len(squares)]  # e_t [tokens]
         self.calls += 1
         if energies.numel():  # an expert may get no token
             energies.clamp_(max=_TYPICAL * energies.median())
@@ -144,7 +144,8 @@ class _Watcher:
     def _add_gradient(self, energies: Tensor, gradient: Tensor) -> None:
         # If an operator was called twice, it is unknown which gradient belongs to which inputs.
         if self.calls == 1:
-            self.gradients += energies @ gradient.detach().reshape(-1, gradient.shape[-1]).float().square()
+            squares = gradient.detach().reshape(-1, gradient.shape[-1]).float().square()
+            self.gradients += in_few_sizes(energies) @ in_few_sizes(squares)
 
 
 @contextmanager

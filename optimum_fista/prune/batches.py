@@ -24,6 +24,7 @@ from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.layer_inputs import HiddenStates, RecordedInputs, cut_states, record_inputs
 from optimum_fista.model.media import media_arguments, targets_of
 from optimum_fista.model.offload import execution_device
+from optimum_fista.model.operator import split_experts
 from optimum_fista.prune.plan import Plan, begin_report
 from optimum_fista.report import PruningReport, public_name
 
@@ -74,7 +75,8 @@ def record(plan: Plan, calibration: Calibration) -> Calibration:
     """Record the arguments of the decoder layers, unless they are recorded already."""
     if calibration.recorded is not None:
         return calibration
-    recorded = record_inputs(plan.layers, calibration.batches, plan.storage, progress=plan.progress)
+    with split_experts(plan.all_operators.values()):
+        recorded = record_inputs(plan.layers, calibration.batches, plan.storage, progress=plan.progress)
     states = calibration.states or plan.config.correction.enter(recorded.hidden_states)
     del recorded.hidden_states  # only `states` has them now, so that they are freed with the first layer
     return replace(calibration, states=states, recorded=recorded)
