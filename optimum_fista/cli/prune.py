@@ -95,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         for name in {"sparsity", "pattern"} & set(given(arguments, PruningOptions)):
             raise ValueError(f"--target-size says what goes: pass it without --{name}.")
         arguments.output = arguments.output or Path(f"{_name_of(model)}-size-{arguments.target_size:g}")
+        require_output(arguments.output, arguments.overwrite, source=model)  # before the tokens are counted
         tokens_first = plan_size(arguments)
     config = _config(arguments)
     arguments.output = arguments.output or default_output(model, config)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder import loading
 from optimum_fista.folder.checkpoint import REPORT_FILE, read_report
-from optimum_fista.folder.output import locked_output, new_output
+from optimum_fista.folder.output import new_output
 from optimum_fista.model.parts import find_parts
 from optimum_fista.prune.ranks import launched_processes
 from optimum_fista.prune.vocabulary import VocabularyPlan
@@ -29,14 +29,12 @@ class TokensFirst:
     folder: Path
 
     def run(self, overwrite: bool) -> None:
-        """Write the folder of the model with fewer tokens, if an earlier start did not."""
-        with locked_output(self.folder):
-            if (self.folder / REPORT_FILE).exists():
-                found, planned = read_report(self.folder), self.plan.report
-                if (found.config, found.calibration) == (planned.config, planned.calibration):
-                    return
-            with new_output(self.folder, overwrite, self.plan.source) as written:
-                self.plan.write(written, time.perf_counter(), progress=True)
+        """Write the folder of the model with fewer tokens, again if an earlier start did: the model may be another."""
+        if not overwrite and (self.folder / REPORT_FILE).exists():
+            found, planned = vars(read_report(self.folder)), vars(self.plan.report)
+            overwrite = all(found[name] == planned[name] for name in ("config", "calibration", "model"))
+        with new_output(self.folder, overwrite, self.plan.source) as written:
+            self.plan.write(written, time.perf_counter(), progress=True)
         print(f"{self.plan.report}\nsaved to {self.folder}", file=sys.stderr)
 
 
@@ -53,14 +51,16 @@ def plan_size(arguments: argparse.Namespace) -> TokensFirst | None:
         raise ValueError("--target-size makes two runs: pass vocab:unused and channels:SHARE to several processes.")
     arguments.calibration = sources = arguments.calibration or [usual_texts()[1]]
     keep, arguments.keep_tokens = arguments.keep_tokens or (), None  # the second run removes no tokens
+    texts = [load_text(source, "calibration") for source in sources if source != "self"]  # or it is their error
     try:
         if "self" in sources:
             raise ValueError("a model's own text is too short to tell which tokens are rare")
-        documents = (text for source in sources for text in load_text(source, "calibration").documents)
         config = FistaPruningConfig(pattern="vocab:unused", keep_tokens=keep)
+        documents = (document for text in texts for document in text.documents)
         tokens = VocabularyPlan.of(name, documents, config, ", ".join(map(public_name, sources)))
     except ValueError as error:
         print(f"no token is removed: {error}", file=sys.stderr)
+        arguments.calibration = sources if "self" in sources else sources[:1]
         model = loading.described(loading.read_config(name))
         arguments.pattern = str(_channels(model, wanted * model.num_parameters(), wanted))
         return None

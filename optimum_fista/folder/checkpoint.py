@@ -89,7 +89,7 @@ def read_report(folder: Path) -> PruningReport:
 
 
 def kept_tokens(folder: Path, before: Path | None = None) -> Tensor | None:
-    """Old ids of the tokens of a smaller vocabulary, int64, rising; `None` if no token was removed.
+    """Old ids of the tokens of a smaller vocabulary, int64; `None` if no token was removed.
 
     Row `i` of the embedding is row `kept_tokens(folder)[i]` of the embedding before the first token was removed, or of
     that in the folder `before`, which may have lost some of the tokens already.
@@ -99,11 +99,12 @@ def kept_tokens(folder: Path, before: Path | None = None) -> Tensor | None:
         return None
     found = read_json(file)
     kept, total = found.get("kept"), found.get("num_tokens")
-    numbers: list[Any] = [*kept, total] if isinstance(kept, list) and kept else [total, total]
-    if not all(type(n) is int and n >= 0 for n in numbers) or numbers != sorted({*numbers}):
-        raise ValueError(f"{str(file)!r} is damaged: it does not list rising ids below num_tokens.")
+    ids: list[Any] = kept if isinstance(kept, list) and kept else [total]
+    if not all(type(n) is int and n >= 0 for n in [*ids, total]) or sorted({*ids, total}) != [*sorted(ids), total]:
+        raise ValueError(f"{str(file)!r} is damaged: it does not list different ids below num_tokens.")
     earlier = None if before is None else kept_tokens(before)
-    return torch.tensor(kept) if earlier is None else torch.searchsorted(earlier, torch.tensor(kept))
+    rows = {} if earlier is None else {old: row for row, old in enumerate(earlier.tolist())}
+    return torch.tensor(ids if earlier is None else [rows.get(old, total) for old in ids])
 
 
 def mark_retrained(model: PreTrainedModel) -> None:

@@ -149,7 +149,7 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
 def new_output(output_dir: Path, overwrite: bool, source: Path | None = None) -> Iterator[Path]:
     """Write a folder at once: yields an empty one, which becomes `output_dir` at the end (`install`)."""
     with locked_output(output_dir) as folder:
-        require_output(output_dir, overwrite)
+        require_output(output_dir, overwrite, source=source)
         if (folder / RUN_FILE).exists() and not overwrite:
             raise FileExistsError(
                 f"{str(folder)!r} holds an unfinished run: give its command again to finish it, delete the folder, or "

@@ -30,7 +30,7 @@ from optimum_fista.folder import checkpoint, loading
 from optimum_fista.folder.output import write_file
 from optimum_fista.folder.packed_folder import is_packed
 from optimum_fista.folder.source_files import copy_source, source_folder
-from optimum_fista.folder.stored_tensors import SourceTensors, StoredTensor, source_tensors, write_stored
+from optimum_fista.folder.stored_tensors import SourceTensors, StoredTensor, source_tensors, weight_files, write_stored
 from optimum_fista.folder.writing import write_all_but_weights
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.dequantization import DENSE, forget_quantization
@@ -57,7 +57,7 @@ class VocabularyPlan:
     stored: Mapping[str, StoredTensor]  # all tensors of the result, by name
     quantized: Mapping[str, Any]  # what the configuration says of quantized weights
     tokenizer: Mapping[str, Any]  # content of tokenizer.json
-    new_ids: Mapping[int, int]  # of the tokens that stay, by their old ids, both rising
+    new_ids: Mapping[int, int]  # of the tokens that stay, by their old ids; last, rows of no token
     report: PruningReport
 
     @classmethod
@@ -120,7 +120,7 @@ class VocabularyPlan:
         if found.get_vocab() != _vocabulary(self.tokenizer):
             what = f"{type(found).__name__} of Transformers gives other ids than the smaller tokenizer.json"
             raise ValueError(f"model={str(self.source)!r}: {what}, so no token can be removed.")
-        files = {*checkpoint.checkpoint_files(self.source).values()} if any(self.source.glob("*.safetensors")) else ()
+        files = [file for file in weight_files(self.source) if file.suffix == ".safetensors"]
         shards = {name: file.name for file in files for name in checkpoint.names_in(file)}
         weight_map = {name: shards.get(name, "model.safetensors") for name in self.stored}
         for shard in tqdm(sorted({*weight_map.values()}), desc="Writing weights", unit="file", disable=not progress):

@@ -1,8 +1,13 @@
 """`--target-size`: what goes is chosen, said before, and leaves at most the size that was asked for."""
 
+import shutil
+
 import pytest
+import torch
+from folder_files import tensors_of
 from killed import interrupted_after
-from rare_tokens import TEXT, save
+from rare_tokens import RARE, TEXT, save, text_of
+from safetensors.torch import save_file
 from tiny_llama import QUICK
 
 from optimum_fista.cli.main import main
@@ -35,12 +40,8 @@ def test_a_size_is_reached_by_tokens_that_the_text_lacks_and_then_by_channels(de
     with interrupted_after(0):
         assert main(command) == 130
     capsys.readouterr()
-    tokens, written = (
-        tmp_path / "sized-tokens",
-        {f: f.stat().st_mtime_ns for f in (tmp_path / "sized-tokens").iterdir()},
-    )
+    tokens = tmp_path / "sized-tokens"
     assert main(command) == 0
-    assert {f: f.stat().st_mtime_ns for f in tokens.iterdir()} == written  # it was there from the first start
     first, second = read_report(tokens), read_report(folder)
     share = second.config["pattern"]
     gone = first.model["vocabulary"]["before"] - first.model["vocabulary"]["kept"]
@@ -53,6 +54,20 @@ def test_a_size_is_reached_by_tokens_that_the_text_lacks_and_then_by_channels(de
     assert share.startswith("channels:0.")
     assert 0.8 * before - one_channel_more < second.model["num_parameters"] <= 0.8 * before < left
     assert kept_tokens(folder).tolist() == kept_tokens(tokens).tolist()
+
+
+def test_tokens_that_an_earlier_start_removed_are_those_of_the_model_as_it_is_now(dense, text, tmp_path, capsys):
+    model, folder, file = shutil.copytree(dense, tmp_path / "model"), tmp_path / "sized", "model.safetensors"
+    flags = ["-o", str(folder), "--target-size", "0.8", "--method", "wanda", *QUICK, "--calibration", str(text)]
+    with interrupted_after(0):
+        assert main(["prune", str(model), *flags]) == 130
+    first = tensors_of(tmp_path / "sized-tokens")
+    save_file({name: 2 * tensor for name, tensor in tensors_of(model).items()}, model / file, {"format": "pt"})
+    assert main(["prune", str(shutil.copytree(model, tmp_path / "other")), *flags]) == 1  # it may be a model of its own
+    assert "sized-tokens' already holds a model" in capsys.readouterr().err
+    assert main(["prune", str(model), *flags, "--overwrite"]) == 0
+    for name in ("sized", "sized-tokens"):
+        assert torch.equal(tensors_of(tmp_path / name)["lm_head.weight"], 2 * first["lm_head.weight"])
 
 
 def test_a_size_that_tokens_reach_needs_one_run(dense, text, tmp_path, capsys):
@@ -74,6 +89,18 @@ def test_a_size_is_reached_by_channels_alone_if_no_text_says_which_tokens_are_ra
     assert main(["prune", str(dense), "-o", str(folder), "--target-size", "0.9", *flags]) == 0
     assert "no token is removed: a model's own text is too short to tell" in capsys.readouterr().err
     assert read_report(folder).model["num_parameters"] <= 0.9 * parameters_of(dense)
+
+
+def test_all_texts_are_read_and_the_first_is_enough_if_they_have_all_tokens(dense, text, tmp_path, capsys):
+    (tmp_path / "all.txt").write_text(f"{TEXT} {text_of(RARE)} {''.join(map(chr, range(256)))}")
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin1"))
+    command = ["prune", str(dense), "-o", str(tmp_path / "sized"), "--target-size", "0.9", "--method", "wanda", *QUICK]
+    command += ["--calibration", str(text), "--calibration"]
+    assert main([*command, str(tmp_path / "latin.txt")]) == 1
+    assert "error: source" in (said := capsys.readouterr().err)
+    assert "no token is removed" not in said
+    assert main([*command, str(tmp_path / "all.txt")]) == 0
+    assert "all 356 tokens would stay" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

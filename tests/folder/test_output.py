@@ -196,6 +196,8 @@ def test_outputs_that_cant_work_are_refused(tmp_path, monkeypatch):
     assert "has no name of its own" in refused(tmp_path / "..")
     for name in ("source", "source/sub/out", "alias", "alias/out"):
         assert "lies in the folder that is read" in refused(tmp_path / name, source="source")
+    with pytest.raises(ValueError, match="lies in the folder that is read"), new_output(source, True, source):
+        pass
     write(tmp_path / "out.unfinished", ("journal/optimum-fista", "model/config.json"), "kept")
     (tmp_path / "model").symlink_to("out.unfinished/model")
     for name in ("out.unfinished", "model"):

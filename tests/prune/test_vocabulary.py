@@ -148,6 +148,30 @@ def test_quantized_layers_stay_as_they_are_stored(tmp_path, make):
     verify_checkpoint(tmp_path / "smaller", dense=folder)
 
 
+def test_a_row_of_no_token_that_is_named_may_lie_between_tokens(dense, tmp_path):
+    folder = shutil.copytree(dense, tmp_path / "dense")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    model = content["model"]
+    last = [token for token in model["vocab"] if not any(token in merge for merge in model["merges"])][-4]
+    hole = model["vocab"].pop(last)
+    model["merges"] = [merge for merge in model["merges"] if "".join(merge) != last]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    change_json(folder / "config.json", pad_token_id=hole)
+    remove_tokens(folder, tmp_path / "smaller")
+    kept = kept_tokens(tmp_path / "smaller", folder)
+    assert int(kept[-1]) == hole < int(kept[-2])
+    assert torch.equal(kept_tokens(tmp_path / "smaller", tmp_path / "smaller"), torch.arange(len(kept)))
+    verify_checkpoint(tmp_path / "smaller", dense=folder)
+
+
+def test_weights_of_pickle_lie_beside_those_of_an_adapter(dense, tmp_path):
+    folder = shutil.copytree(dense, tmp_path / "dense")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    remove_tokens(folder, tmp_path / "smaller")
+    verify_checkpoint(tmp_path / "smaller", dense=folder)
+
+
 def test_embeddings_that_the_class_does_not_load_are_cut_too(dense, tmp_path):
     folder = shutil.copytree(dense, tmp_path / "dense")
     file, extra = folder / "model.safetensors", {"mtp.norm.weight": torch.ones(32), "mtp.0.embed_tokens.weight": None}
@@ -280,7 +304,7 @@ def test_the_table_of_kept_tokens_is_read_and_damage_is_named(tmp_path):
     file.parent.mkdir()
     file.write_text(json.dumps({"kept": [0, 2, 5], "num_tokens": 6}))
     assert kept_tokens(tmp_path).tolist() == [0, 2, 5]
-    for damaged in ({"kept": [0, 2, 2], "num_tokens": 6}, {"kept": [0, 6], "num_tokens": 6}, {"kept": []}, {}):
+    for damaged in ({"kept": [0, 2, 2], "num_tokens": 6}, {"kept": [6, 0], "num_tokens": 6}, {"kept": []}, {}):
         file.write_text(json.dumps(damaged))
         with pytest.raises(ValueError, match=r"vocabulary.json' is damaged"):
             kept_tokens(tmp_path)
