@@ -68,6 +68,8 @@ def prune_files(
     if config.removes_tokens:  # tensors are copied: there is no dtype or device to choose
         with locked_output(output_dir):
             vocabulary = VocabularyPlan.of(name, calib_dataloader, config, calibration_source, progress)
+            if str(dtype).removeprefix("torch.") not in ("auto", found := vocabulary.report.model["dtype"]):
+                vocabulary.report.warn(f"dtype={dtype} is not used: tensors are copied as they are stored ({found}).")
             for callback in callbacks:
                 callback.on_prune_begin(vocabulary.report)
             with new_output(output_dir, overwrite, vocabulary.source) as written:

@@ -130,9 +130,10 @@ class VocabularyPlan:
         self.report.seconds["total"] = time.perf_counter() - started
         write_all_but_weights(folder, self.model, None, self.report, {}, None, self.quantized)
         table = {"kept": [*self.new_ids], "num_tokens": self.report.model["vocabulary"]["before"]}
-        if (old := checkpoint.kept_tokens(self.source)) is not None:  # ids are always those of the first model
-            known = checkpoint.read_json(self.source / checkpoint.VOCABULARY_FILE)
-            table = {"kept": old[table["kept"]].tolist(), "num_tokens": known["num_tokens"]}
+        old = checkpoint.kept_tokens(self.source)
+        if old is not None and len(old) == table["num_tokens"]:  # else somebody has resized the embedding since
+            known = checkpoint.read_json(self.source / checkpoint.VOCABULARY_FILE)  # ids are those of the first model
+            table = known | {"kept": old[table["kept"]].tolist()}
         write_file(folder / checkpoint.VOCABULARY_FILE, json.dumps(table) + "\n")
 
 

@@ -207,6 +207,13 @@ def test_a_second_run_keeps_the_table_and_runs_compose(dense, smaller, tmp_path)
     assert torch.equal(embeddings[0][twice], embeddings[1])
     assert json.loads((tmp_path / "twice" / table).read_text())["num_tokens"] == 364
     verify_checkpoint(tmp_path / "twice", dense=tmp_path / "channels")
+    # a table that is older than the embedding, to which somebody has added rows, says nothing of it
+    resized = shutil.copytree(dense, tmp_path / "resized")
+    shutil.copytree(smaller / "fista", resized / "fista")
+    pruner = FistaPruner(FistaPruningConfig(pattern="vocab:unused"), progress=False)
+    with pytest.warns(UserWarning, match="dtype=bfloat16 is not used: tensors are copied as they are stored .float32"):
+        pruner.prune(resized, [TEXT], output_dir=tmp_path / "again", dtype="bfloat16")
+    assert (tmp_path / "again" / table).read_bytes() == (smaller / table).read_bytes()
     shutil.copyfile(smaller / table, tmp_path / "twice" / table)
     with pytest.raises(VerificationError, match="names 320 tokens, the embedding has 288 rows"):
         verify_checkpoint(tmp_path / "twice")
