@@ -11,7 +11,14 @@ from transformers import AutoModelForCausalLM
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model import forward
 from optimum_fista.model import gram as module
-from optimum_fista.model.forward import as_multiplied, choose_products, is_fast, products_as, quick_products
+from optimum_fista.model.forward import (
+    as_multiplied,
+    choose_products,
+    in_few_sizes,
+    is_fast,
+    products_as,
+    quick_products,
+)
 from optimum_fista.prune import loop
 
 precision = torch.get_float32_matmul_precision
@@ -49,6 +56,17 @@ def test_auto_asks_the_device_and_the_checkpoint(monkeypatch, device, stored, fa
     assert choose_products("auto", torch.device(device), stored) == chosen
     for given in ("float32", "bfloat16"):
         assert choose_products(given, torch.device(device), stored) == given
+
+
+def test_products_of_few_sizes_are_of_zeros_besides():
+    sizes = set()
+    for count in range(2049):
+        rows = torch.ones(count, 1, dtype=torch.bfloat16)
+        sizes.add(len(found := in_few_sizes(rows)))
+        assert found.sum(dtype=torch.float32) == count
+        assert count <= len(found) <= max(count + 15, 1.25 * count)
+        assert len(in_few_sizes(rows.float())) == count  # MKL keeps nothing
+    assert len(sizes) == 1 + 8 + 4 * 4  # none, up to 128, for each power of two
 
 
 class SeesProducts(TorchDispatchMode):
