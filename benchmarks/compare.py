@@ -11,10 +11,12 @@ SparseGPT and Wanda: the text is cut into windows without overlap, and every win
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -41,12 +43,7 @@ HELPS = {
     "bos": "auto, every (window), start (of a text only, as in the scripts of SparseGPT and Wanda) or none",
 }
 CALIBRATED, HELD_OUT = "calibrated", "held-out"
-BOS: dict[str, tuple[Any, bool | None]] = {  # in windows to measure on, in windows to calibrate on
-    "auto": (None, None),
-    "every": (True, True),
-    "start": ("start", False),
-    "none": (False, False),
-}
+BOS = ("auto", "every", "start", "none")
 Row = dict[str, Any]
 
 
@@ -55,10 +52,15 @@ def draw(
 ) -> tuple[Tensor, dict[str, Tensor], list[str]]:
     """Windows to calibrate on, those to measure on by name of the text, and how both were made, a line each."""
     length = arguments.sequence_length or usual_length(read_config(arguments.model))
-    (of_texts, of_calibration), texts, recipe = BOS[arguments.bos], {}, []
+    texts, recipe, start = {}, [], tokenizer.bos_token if arguments.bos == "start" else ""
+    if arguments.bos != "auto":
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.add_bos_token = arguments.bos == "every"
+        tokenizer.bos_token = tokenizer.bos_token if arguments.bos == "every" else None
     for source in arguments.texts:
         text, name = load_text(source, "test"), Path(source).stem
-        whole = evaluation_windows(tokenizer, text, length, add_bos=of_texts)
+        started = replace(text, documents=(start + text.documents[0], *text.documents[1:]))
+        whole = evaluation_windows(tokenizer, started, length)
         texts[name] = whole[: arguments.max_windows]
         recipe.append(
             f"Perplexity on {name}: {text.name} (sha256 {text.sha256[:16]}), the first {len(texts[name])} of "
@@ -71,7 +73,7 @@ def draw(
         origin = "text that the model samples itself"
     else:
         text = load_text(arguments.calibration, "calibration")
-        windows = calibration_windows(tokenizer, text, count, longest, seed, add_bos=of_calibration)
+        windows = calibration_windows(tokenizer, text, count, longest, seed)
         origin = f"{text.name} (sha256 {text.sha256[:16]})"
     calibration, held_out = windows[: arguments.num_samples], windows[arguments.num_samples :]
     recipe.append(f"Calibration, seed {seed}: {len(calibration)} random windows of {longest} tokens of {origin}.")

@@ -82,9 +82,3 @@ class PackedLinear(nn.Module):
             self.prepare()
             starts, mask = self.weight_starts, self.weight_mask
         return packed_linear(x, tensors["weight_values"], mask, starts, self._parameters["bias"])  # type: ignore[arg-type]
-
-    def extra_repr(self) -> str:
-        """Sizes, fraction of zeros and dtype."""
-        sparsity = 1 - self.weight_values.numel() / (self.in_features * self.out_features)
-        shape = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{shape}, bias={self.bias is not None}, sparsity={sparsity:.3g}, dtype={self.weight_values.dtype}"

@@ -1,7 +1,6 @@
 """Windows: token sequences of equal length, cut at random for calibration and in order for perplexity."""
 
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch.nn.functional import pad
@@ -21,7 +20,6 @@ def calibration_windows(
     seed: int,
     *,
     held_out: int = 0,
-    add_bos: bool | None = None,
 ) -> torch.Tensor:
     """Draw random windows that do not overlap: token ids, int64, [num_samples, sequence_length].
 
@@ -30,13 +28,12 @@ def calibration_windows(
     seed decides every random choice; the global random state is neither used nor changed. The first `held_out` windows
     are the same for every `num_samples`.
 
-    `add_bos` starts every window with BOS, which counts as a token of it; `None`: if the tokenizer starts texts with it
-    or its class is Gemma's.
+    Every window starts with BOS, which counts as a token of it, if the tokenizer starts texts with it or is Gemma's.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}; pass 1 or more.")
     require_seed(seed)
-    bos, length = _bos_and_length(tokenizer, add_bos, sequence_length)
+    bos, length = _bos_and_length(tokenizer, sequence_length)
     generator = torch.Generator().manual_seed(seed)
     if len(text.documents) > 1:  # windows follow one another, so that the first ones are always the same
         return _with_bos(_windows_of_documents(tokenizer, text, num_samples, length, generator), bos)
@@ -52,20 +49,17 @@ def evaluation_windows(
     text: TextSource,
     sequence_length: int,
     max_windows: int | None = None,
-    *,
-    add_bos: bool | Literal["start"] | None = None,
 ) -> torch.Tensor:
     """Cut the joined text into consecutive windows from its start, as pruning papers measure perplexity.
 
     The whole text is tokenised at once; the tail shorter than a window is dropped: token ids, int64, [windows,
-    sequence_length]. `max_windows=None` takes all, or as many as the text's protocol says. `add_bos` is that of
-    `calibration_windows`, or "start": only the text starts with the tokenizer's special tokens, as in the scripts of
-    SparseGPT and Wanda.
+    sequence_length]. `max_windows=None` takes all, or as many as the text's protocol says. BOS is added as in
+    `calibration_windows`.
     """
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"max_windows={max_windows}; pass 1 or more, or None for all.")
-    bos, length = _bos_and_length(tokenizer, add_bos, sequence_length)
-    ids = _tokenise(tokenizer, text.joined, special=add_bos == "start")
+    bos, length = _bos_and_length(tokenizer, sequence_length)
+    ids = _tokenise(tokenizer, text.joined)
     if len(ids) < length:
         few = f"{len(ids)} tokens, fewer than one window of {length}"
         raise ValueError(f"text {text.name!r} has {few}; pass a longer text or a smaller sequence_length.")
@@ -94,33 +88,27 @@ def count_bytes(tokenizer: PreTrainedTokenizerBase, text: TextSource, windows: t
     return None
 
 
-def _bos_and_length(
-    tokenizer: PreTrainedTokenizerBase, add_bos: bool | Literal["start"] | None, sequence_length: int
-) -> tuple[int | None, int]:
+def _bos_and_length(tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> tuple[int | None, int]:
     """BOS id that every window starts with, `None` if none, and tokens of text in a window."""
     if sequence_length < 2:
         raise ValueError(f"sequence_length={sequence_length}; pass 2 or more.")
-    if add_bos is None:
-        # Llama 3's tokenizer adds BOS in its post-processor and leaves the attribute False. Gemma's perplexity without
-        # BOS is meaningless, whatever its tokenizer's attribute says.
-        known = tokenizer.bos_token_id is not None
-        starts = known and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-        attribute = getattr(tokenizer, "add_bos_token", False) is True
-        add_bos = known and (starts or attribute or "Gemma" in type(tokenizer).__name__)
-    if add_bos is not True:
-        return None, sequence_length
-    if tokenizer.bos_token_id is None:
-        raise ValueError("add_bos=True, but the tokenizer has no BOS token; pass add_bos=False.")
-    return tokenizer.bos_token_id, sequence_length - 1
+    # Llama 3's tokenizer adds BOS in its post-processor and leaves the attribute False. Gemma's perplexity without
+    # BOS is meaningless, whatever its tokenizer's attribute says.
+    known = tokenizer.bos_token_id is not None
+    starts = known and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    attribute = getattr(tokenizer, "add_bos_token", False) is True
+    if known and (starts or attribute or "Gemma" in type(tokenizer).__name__):
+        return tokenizer.bos_token_id, sequence_length - 1
+    return None, sequence_length
 
 
 def _with_bos(windows: torch.Tensor, bos: int | None) -> torch.Tensor:
     return windows if bos is None else pad(windows, (1, 0), value=bos)  # [N, T - 1] -> [N, T]
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> torch.Tensor:
+def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     # verbose=False: a text longer than the model's context is no mistake here.
-    encoded = tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)
+    encoded = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 

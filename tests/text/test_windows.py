@@ -142,43 +142,28 @@ class GemmaTokenizer(CountingTokenizer):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "add_bos", "expected"),
+    ("kind", "options", "expected"),
     [
-        (CountingTokenizer, {}, None, False),
-        (CountingTokenizer, {"add_bos_token": True}, None, True),
-        (CountingTokenizer, {"special": True}, None, True),
-        (GemmaTokenizer, {}, None, True),
-        (CountingTokenizer, {}, True, True),
-        (CountingTokenizer, {"special": True}, False, False),
+        (CountingTokenizer, {}, False),
+        (CountingTokenizer, {"add_bos_token": True}, True),
+        (CountingTokenizer, {"special": True}, True),
+        (GemmaTokenizer, {}, True),
     ],
 )
-def test_bos(kind, options, add_bos, expected):
+def test_bos(kind, options, expected):
     chosen = tokenizer(kind=kind, **options)
-    evaluation = evaluation_windows(chosen, source(range(8)), 4, add_bos=add_bos)
+    evaluation = evaluation_windows(chosen, source(range(8)), 4)
     assert evaluation.tolist() == ([[BOS, 0, 1, 2], [BOS, 3, 4, 5]] if expected else [[0, 1, 2, 3], [4, 5, 6, 7]])
-    calibration = calibration_windows(chosen, source(range(500)), 5, 20, seed=0, add_bos=add_bos)
+    calibration = calibration_windows(chosen, source(range(500)), 5, 20, seed=0)
     assert calibration.shape == (5, 20)
     assert ((calibration[:, 0] == BOS) == expected).all()
     assert_disjoint_runs(calibration[:, 1:])
-
-
-def test_bos_at_the_start_of_the_text_only():
-    windows = evaluation_windows(tokenizer(special=True), source(range(8)), 4, add_bos="start")
-    assert windows.tolist() == [[BOS, 0, 1, 2], [3, 4, 5, 6]]
-    assert evaluation_windows(tokenizer(), source(range(8)), 4, add_bos="start").tolist()[0] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("asked", "windows"), [(None, 3), (2, 2), (5, 3)])
 def test_the_protocol_of_a_text_may_end_it(asked, windows):
     text = replace(source(range(40)), max_windows=3)
     assert evaluation_windows(tokenizer(), text, 4, asked).shape == (windows, 4)
-
-
-def test_bos_that_does_not_exist():
-    without_bos = tokenizer()
-    without_bos.bos_token = None
-    with pytest.raises(ValueError, match="add_bos=True, but the tokenizer has no BOS"):
-        evaluation_windows(without_bos, source(range(9)), 4, add_bos=True)
 
 
 def test_sizes_out_of_range():
@@ -194,10 +179,10 @@ def test_sizes_out_of_range():
 def test_bytes_are_those_of_the_text_that_predicted_tokens_stand_for(add_bos):
     """Words of 3 to 6 capitals that the tokenizer makes small, with white space that is in no token."""
     words = [("WÖRD"[: 3 + i % 2]) + str(i % 50) for i in range(12)]
-    lower = tokenizer(lambda i: words[i % 12].lower() + "x" * (i // 12))
+    lower = tokenizer(lambda i: words[i % 12].lower() + "x" * (i // 12), add_bos_token=add_bos)
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
     text = TextSource("capitals", tuple(words), separator="\n \n")
-    windows = evaluation_windows(lower, text, 5, 2, add_bos=add_bos)
+    windows = evaluation_windows(lower, text, 5, 2)
     assert (windows != WORDS).all()  # no <unk>
     predicted = words[:8] if add_bos else words[1:5] + words[6:10]  # 4 words a window
     spaces = (7 if add_bos else 8) * len(text.separator)  # before every predicted word but the first of the text
