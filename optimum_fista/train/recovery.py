@@ -120,7 +120,7 @@ def recover(
         fingerprint = _fingerprint(plan, files, windows, ranks.count)
         join_run(unfinished, fingerprint, overwrite, ranks)
         ranks.first(lambda: write_record(unfinished / RUN_FILE, fingerprint))  # the folder is kept until the run ends
-        with _trainers_settings(plan.place, plan.output), ranks.exchanging():
+        with _trainers_settings(plan.place), ranks.exchanging():
             model, found = _train(plan, windows, fingerprint, unfinished / FOLDER, ranks, progress)
 
         def finish() -> None:
@@ -284,9 +284,9 @@ def _arguments(
         metric_for_best_model="eval_loss",
         load_best_model_at_end=True,
         save_strategy="best",  # and every two minutes, by Watch
-        logging_steps=every if plan.options.report_to == "none" else 1,
+        logging_steps=every,
         logging_nan_inf_filter=False,  # Watch ends a training whose loss is not finite
-        report_to=plan.options.report_to,
+        report_to="none",
         disable_tqdm=True,  # Watch has the bar
         dataloader_pin_memory=False,
         use_cpu=plan.place.type == "cpu",
@@ -308,7 +308,7 @@ def _recovered(plan: RecoveryPlan, trained: nn.Module | None, *, is_saved: bool)
 
 
 @contextmanager
-def _trainers_settings(place: torch.device, output: Path) -> Iterator[None]:
+def _trainers_settings(place: torch.device) -> Iterator[None]:
     """Put back what the Trainer and Accelerate change in the process: states, random numbers, the environment."""
     with ExitStack() as stack:
         for kind in (AcceleratorState, GradientState, PartialState):
@@ -318,7 +318,6 @@ def _trainers_settings(place: torch.device, output: Path) -> Iterator[None]:
         stack.callback(np.random.set_state, np.random.get_state())
         devices = range(torch.accelerator.device_count()) if place.type != "cpu" else ()
         stack.enter_context(torch.random.fork_rng(devices=devices, device_type=place.type))
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{output}-logs")
         if place.type != "cpu":
             os.environ["ACCELERATE_TORCH_DEVICE"] = str(place)
         yield

@@ -44,9 +44,6 @@ class RecoveryOptions:
         0.5, "share of the text's own cross-entropy in the loss", limits=(0, 1), advanced=_TRAINING
     )
     seed: int = option(0, "seed by which text is drawn and ordered", limits=SEEDS, advanced=_TRAINING)
-    report_to: str = option(
-        "none", "a tracker of the Trainer, such as tensorboard (into the output's name + -logs)", advanced=_TRAINING
-    )
 
     def __post_init__(self) -> None:
         if wrong := wrong_field(self):
