@@ -44,11 +44,6 @@ class Predictor:
         finally:
             self._output = None
 
-    @property
-    def is_cut(self) -> bool:
-        """Whether only a few positions have logits at a time."""
-        return self._output is not None
-
     def hidden_states(self, ids: Tensor, wrapped: Any = None) -> Tensor:
         """What enters the head at all tokens of `ids` [batch, length] but the last: [batch * (length - 1), hidden].
 
