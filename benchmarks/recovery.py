@@ -17,6 +17,7 @@ and the same output file. A second table then has the means over the seeds.
 from __future__ import annotations
 
 import dataclasses
+import time
 from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
@@ -70,7 +71,9 @@ def measure(arguments: Namespace, folder: Path, kind: str, text: Path, texts: di
                 length, count = arguments.test_length, arguments.num_samples
                 options |= {"calibration": arguments.calibration, "train": "all", "tokens": count * length}
                 options |= {"sequence_length": length, "batch_size": 1, "held_out": SELECTING}
+            started = time.process_time()
             recover(folder, arguments.model, source, seed=arguments.seed, device="cpu", **options)
+            row["core_minutes"] = (time.process_time() - started) / 60
         row["recovery"] = dataclasses.asdict(read_report(source).recoveries[-1])
     if kind != "dense":
         row["num_zeros"] = verify_checkpoint(source).num_zeros
