@@ -83,20 +83,14 @@ def run(arguments: argparse.Namespace) -> int:
     require_name(arguments.model)  # before the imports below, which take seconds
     from optimum_fista.cli.messages import speaking_ranks
     from optimum_fista.cli.overview import details_of, estimate_of, next_commands, say_before, verdicts
-    from optimum_fista.cli.target_size import plan_size
+    from optimum_fista.cli.target_size import plan_size, remove_tokens
     from optimum_fista.folder.hub import push_folder
     from optimum_fista.folder.output import FOLDER, locked_output, require_output
     from optimum_fista.folder.packed_folder import packing_of
     from optimum_fista.prune.vocabulary import VocabularyPlan
     from optimum_fista.pruner import FistaPruner
 
-    model, tokens_first = arguments.model, None
-    if arguments.target_size is not None:
-        for name in {"sparsity", "pattern"} & set(given(arguments, PruningOptions)):
-            raise ValueError(f"--target-size says what goes: pass it without --{name}.")
-        arguments.output = arguments.output or Path(f"{_name_of(model)}-size-{arguments.target_size:g}")
-        require_output(arguments.output, arguments.overwrite, source=model)  # before the tokens are counted
-        tokens_first = plan_size(arguments)
+    model, tokens = arguments.model, None if arguments.target_size is None else plan_size(arguments)
     config = _config(arguments)
     arguments.output = arguments.output or default_output(model, config)
     names, documents = _documents(arguments, config)
@@ -110,8 +104,10 @@ def run(arguments: argparse.Namespace) -> int:
         require_output(arguments.output, arguments.overwrite, source=arguments.model)
         return 0
     _require_options(arguments, config)
-    if tokens_first is not None:
-        tokens_first.run(arguments.overwrite)
+    if tokens is not None:
+        first = arguments.output.with_name(f"{arguments.output.name}-tokens")
+        remove_tokens(tokens, first, arguments.overwrite)
+        arguments.model = str(first)
     with speaking_ranks(arguments.device, "optimum_fista.model.parts") as ranks, ExitStack() as opened:
         try:
             # held to the end of the run: two runs must not write into one folder
@@ -178,11 +174,8 @@ def default_output(model: str, config: FistaPruningConfig) -> Path:
     percent = f"{100 * (config.sparsity or 0.0):.6g}pct"
     pattern = percent if config.pattern == "unstructured" else config.pattern
     pattern = re.sub(r"[:+/]", "-", re.sub(r"(\d+):(\d+)", r"\1of\2", pattern))
-    return Path(f"{_name_of(model)}-{pattern}")
-
-
-def _name_of(model: str) -> str:
-    return Path(os.path.abspath(model)).name if Path(model).exists() else model.rpartition("/")[2]
+    name = Path(os.path.abspath(model)).name if Path(model).exists() else model.rpartition("/")[2]
+    return Path(f"{name}-{pattern}")
 
 
 def _documents(arguments: argparse.Namespace, config: FistaPruningConfig) -> tuple[str, Iterator[str] | None]:

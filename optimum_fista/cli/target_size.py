@@ -4,16 +4,17 @@ import argparse
 import math
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from optimum_fista.cli.flags import given
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder import loading
 from optimum_fista.folder.checkpoint import REPORT_FILE, read_report
-from optimum_fista.folder.output import new_output
+from optimum_fista.folder.output import new_output, require_output
 from optimum_fista.model.parts import find_parts
+from optimum_fista.options import PruningOptions
 from optimum_fista.prune.ranks import launched_processes
 from optimum_fista.prune.vocabulary import VocabularyPlan
 from optimum_fista.report import public_name
@@ -21,34 +22,21 @@ from optimum_fista.solve.patterns import PartShare
 from optimum_fista.text.sources import load_text, usual_texts
 
 
-@dataclass
-class TokensFirst:
-    """A run that removes tokens, before the one that removes channels."""
-
-    plan: VocabularyPlan
-    folder: Path
-
-    def run(self, overwrite: bool) -> None:
-        """Write the folder of the model with fewer tokens, again if an earlier start did: the model may be another."""
-        if not overwrite and (self.folder / REPORT_FILE).exists():
-            found, planned = vars(read_report(self.folder)), vars(self.plan.report)
-            overwrite = all(found[name] == planned[name] for name in ("config", "calibration", "model"))
-        with new_output(self.folder, overwrite, self.plan.source) as written:
-            self.plan.write(written, time.perf_counter(), progress=True)
-        print(f"{self.plan.report}\nsaved to {self.folder}", file=sys.stderr)
-
-
-def plan_size(arguments: argparse.Namespace) -> TokensFirst | None:
+def plan_size(arguments: argparse.Namespace) -> VocabularyPlan | None:
     """Choose what is removed until `--target-size` of the parameters is left, say it, and set the pattern of the run.
 
-    Tokens that the text does not use go first. If more has to go, channels of the model without these tokens go in a
-    second run, of which `arguments` then speak; what is returned is the first one.
+    Tokens that the text does not use go first. If more has to go, `remove_tokens` makes a run of its own of the plan
+    that is returned, and `arguments` speak of the second run, in which channels of its result go.
     """
     wanted, name = arguments.target_size, arguments.model
+    for other in {"sparsity", "pattern"} & set(given(arguments, PruningOptions)):
+        raise ValueError(f"--target-size says what goes: pass it without --{other}.")
     if not 0 < wanted < 1:
         raise ValueError(f"--target-size {wanted:g}: pass the share of the parameters that is to be left, in (0, 1).")
     if launched_processes() > 1:
         raise ValueError("--target-size makes two runs: pass vocab:unused and channels:SHARE to several processes.")
+    if arguments.output is not None:
+        require_output(arguments.output, arguments.overwrite, source=name)  # before the tokens are counted
     arguments.calibration = sources = arguments.calibration or [usual_texts()[1]]
     keep, arguments.keep_tokens = arguments.keep_tokens or (), None  # the second run removes no tokens
     texts = [load_text(source, "calibration") for source in sources if source != "self"]  # or it is their error
@@ -77,10 +65,17 @@ def plan_size(arguments: argparse.Namespace) -> TokensFirst | None:
     share = _channels(tokens.model, most, wanted)
     print(f"{why}: they go first ({after / before:.4f} is left), and then {share}", file=sys.stderr)
     arguments.pattern, arguments.calibration = str(share), sources[:1]
-    first = TokensFirst(tokens, arguments.output.with_name(f"{arguments.output.name}-tokens"))
-    if not arguments.dry_run:
-        arguments.model = str(first.folder)
-    return first
+    return tokens
+
+
+def remove_tokens(plan: VocabularyPlan, folder: Path, overwrite: bool) -> None:
+    """Write the folder of the model with fewer tokens, again if an earlier start did: the model may be another."""
+    if not overwrite and (folder / REPORT_FILE).exists():
+        found, planned = vars(read_report(folder)), vars(plan.report)
+        overwrite = all(found[name] == planned[name] for name in ("config", "calibration", "model"))
+    with new_output(folder, overwrite, plan.source) as written:
+        plan.write(written, time.perf_counter(), progress=True)
+    print(f"{plan.report}\nsaved to {folder}", file=sys.stderr)
 
 
 def _channels(model: PreTrainedModel, most: float, wanted: float) -> PartShare:
