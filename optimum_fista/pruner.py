@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.environment import numerical_environment
 from optimum_fista.folder.checkpoint import CONFIG_KEY
+from optimum_fista.folder.hub import push_folder, require_repo_id
 from optimum_fista.folder.loading import storage_place
 from optimum_fista.folder.output import new_output
 from optimum_fista.folder.stored_tensors import SourceTensors
@@ -180,3 +181,23 @@ class FistaPruner:
         report, masks = self.result(model)
         with new_output(Path(folder), overwrite) as unfinished:
             write_checkpoint(model, unfinished, report, masks, tokenizer, self.sources[model])
+
+    def push_to_hub(
+        self,
+        model: PreTrainedModel,
+        repo_id: str,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        folder: str | Path | None = None,
+        overwrite: bool = False,
+        **options: Any,
+    ) -> str:
+        """Save a pruned model (`save_pretrained`), upload it, and return the URL of the commit.
+
+        The files stay in `folder` (`None`: one with the last part of `repo_id` as its name), also if the Hub can't be
+        reached (OSError). `options` are those of `push_folder`.
+        """
+        require_repo_id(repo_id)
+        target = Path(folder) if folder is not None else Path(repo_id.split("/")[-1])
+        self.save_pretrained(model, target, tokenizer, overwrite=overwrite)
+        return push_folder(target, repo_id, **options)

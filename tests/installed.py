@@ -14,6 +14,7 @@ from tiny_llama import TEXT, save_tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import optimum_fista
+from optimum_fista.packed.format import pack
 from optimum_fista.packed.kernels import kernels
 from optimum_fista.packed.linear import PackedLinear
 
@@ -49,7 +50,7 @@ def main() -> None:
         assert answers[0] == answers[1]
         dense = models[1].model.layers[0].mlp.up_proj
         inputs = torch.randn(3, 32)
-        assert torch.allclose(PackedLinear.from_linear(dense)(inputs), dense(inputs), atol=1e-5)
+        assert torch.allclose(PackedLinear(pack(dense.weight.detach()), dense.bias)(inputs), dense(inputs), atol=1e-5)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from tiny_llama import tiny_llama
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.config import method_defaults
+from optimum_fista.folder.checkpoint import read_report
 from optimum_fista.solve.methods import METHODS
 
 
@@ -76,3 +78,17 @@ def test_too_few_tokens_are_warned_about_once(llama, tokens):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert prune(tiny_llama(), tokens, method="wanda").warnings == []
+
+
+def test_a_model_in_memory_is_saved_and_pushed(llama, tokens, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pushed = []
+    monkeypatch.setattr("optimum_fista.pruner.push_folder", lambda *given, **options: pushed.append((given, options)))
+    pruner = FistaPruner(FistaPruningConfig(method="magnitude"), progress=False)
+    report = pruner.prune(llama, tokens)
+    with pytest.raises(ValueError, match="repo_id='a b' is not a repository name"):
+        pruner.push_to_hub(llama, "a b")
+    assert not list(tmp_path.iterdir())
+    pruner.push_to_hub(llama, "owner/model-50", private=True)
+    assert pushed == [((Path("model-50"), "owner/model-50"), {"private": True})]
+    assert read_report(Path("model-50")).totals == report.totals

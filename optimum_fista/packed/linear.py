@@ -4,8 +4,6 @@ Decoding one token reads every weight once and computes little, so a layer with 
 unpacked its weight first, it would also write and read the dense weight.
 """
 
-from typing import Self
-
 import torch
 from torch import Tensor, nn
 
@@ -37,11 +35,6 @@ class PackedLinear(nn.Module):
         self.register_buffer("weight_starts", None, persistent=False)
         self.register_parameter("bias", bias)
         self.prepare()
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, mask: Tensor | None = None) -> Self:
-        """Pack a sparse linear layer; its bias is shared. `mask` is that of `format.pack`."""
-        return cls(pack(linear.weight.detach(), mask), linear.bias).train(linear.training)
 
     @property
     def weight(self) -> Tensor:

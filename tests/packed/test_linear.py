@@ -24,7 +24,7 @@ def sparse_linear(rows=24, columns=80, bias=True, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dense_and_back(bias, dtype):
     linear, mask = sparse_linear(bias=bias, dtype=dtype)
-    packed = PackedLinear.from_linear(linear, mask)
+    packed = PackedLinear(pack(linear.weight.detach(), mask), linear.bias)
     assert torch.equal(packed.weight, linear.weight)
     assert packed.bias is linear.bias
     assert list(packed.state_dict()) == (["bias"] if bias else []) + ["weight_values", "weight_mask", "weight_layout"]
@@ -43,7 +43,10 @@ def test_tensors_that_make_no_layer_are_refused():
 
 def test_a_state_of_another_mask_is_never_computed_with_old_row_starts():
     (first, one), (second, two) = sparse_linear(), sparse_linear(rows=24, seed=1)
-    layer, other = PackedLinear.from_linear(first, one), PackedLinear.from_linear(second, two)
+    layer, other = (
+        PackedLinear(pack(first.weight.detach(), one), first.bias),
+        PackedLinear(pack(second.weight.detach(), two), second.bias),
+    )
     layer.weight_values, layer.weight_mask = other.weight_values, other.weight_mask
     layer.bias = other.bias
     with pytest.raises(ValueError, match=r"do not fit|PackedLinear\.prepare finds them"):
@@ -54,7 +57,7 @@ def test_a_state_of_another_mask_is_never_computed_with_old_row_starts():
 
 def test_copies_and_pickles():
     linear, mask = sparse_linear()
-    layer = PackedLinear.from_linear(linear, mask)
+    layer = PackedLinear(pack(linear.weight.detach(), mask), linear.bias)
     x = torch.randn(2, 80)
     file = io.BytesIO()
     torch.save(layer, file)
@@ -66,7 +69,7 @@ def test_copies_and_pickles():
 
 def test_dtypes_and_devices():
     linear, mask = sparse_linear()
-    layer = PackedLinear.from_linear(linear, mask)
+    layer = PackedLinear(pack(linear.weight.detach(), mask), linear.bias)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         moved = copy.deepcopy(layer).to(dtype)
         assert moved.weight_layout.dtype == moved.weight_starts.dtype == torch.int64
@@ -77,16 +80,15 @@ def test_dtypes_and_devices():
     assert on_meta(torch.ones(3, 80, device="meta")).shape == (3, 24)
 
 
-def test_modes_and_what_is_trained():
+def test_the_bias_alone_is_trained():
     linear, mask = sparse_linear()
-    layer = PackedLinear.from_linear(linear.eval(), mask)
-    assert not layer.training
+    layer = PackedLinear(pack(linear.weight.detach(), mask), linear.bias)
     assert [name for name, _ in layer.named_parameters()] == ["bias"]
 
 
 def test_transposed_in_place():
     linear, mask = sparse_linear(bias=False)
-    layer = PackedLinear.from_linear(linear, mask)
+    layer = PackedLinear(pack(linear.weight.detach(), mask), linear.bias)
     layer.transpose_()
     assert (layer.in_features, layer.out_features) == (24, 80)
     assert torch.equal(layer.weight, linear.weight.T)
@@ -97,7 +99,7 @@ def test_transposed_in_place():
 def test_inputs_of_another_width_are_refused(columns):
     """Also those that fill the same words of a mask as the layer's do."""
     linear, mask = sparse_linear()
-    layer = PackedLinear.from_linear(linear, mask)
+    layer = PackedLinear(pack(linear.weight.detach(), mask), linear.bias)
     with pytest.raises(ValueError, match=rf"x has shape \(3, {columns}\): pass one of shape \(\.\.\., 80\)"):
         layer(torch.ones(3, columns))
 
@@ -105,4 +107,4 @@ def test_inputs_of_another_width_are_refused(columns):
 def test_inputs_on_another_device_are_refused():
     linear, mask = sparse_linear()
     with pytest.raises(ValueError, match="x is on meta, the packed weight on cpu: bring them to one device"):
-        PackedLinear.from_linear(linear, mask)(torch.ones(1, 80, device="meta"))
+        PackedLinear(pack(linear.weight.detach(), mask), linear.bias)(torch.ones(1, 80, device="meta"))

@@ -24,7 +24,7 @@ def layer(dtype=torch.float32):
     weight, _, bias = problem(dtype=dtype)
     dense = torch.nn.Linear(100, 40, dtype=dtype)
     dense.load_state_dict({"weight": weight, "bias": bias})
-    return PackedLinear.from_linear(dense), dense
+    return PackedLinear(pack(dense.weight.detach()), dense.bias), dense
 
 
 @pytest.fixture(params=["kernels", "none"])

@@ -14,6 +14,7 @@ from optimum_fista.cli.main import main
 from optimum_fista.estimate import Estimate
 from optimum_fista.folder.loading import usable_device
 from optimum_fista.memory import available_bytes, release_memory
+from optimum_fista.packed.format import pack
 from optimum_fista.packed.linear import PackedLinear
 from optimum_fista.prune import removal
 from optimum_fista.report import device_name, library_versions
@@ -93,7 +94,7 @@ def packed_layer():
     torch.manual_seed(0)
     linear = torch.nn.Linear(100, 40)
     linear.weight.data.masked_fill_(torch.rand(40, 100) < 0.5, 0)
-    return PackedLinear.from_linear(linear)
+    return PackedLinear(pack(linear.weight.detach()), linear.bias)
 
 
 @pytest.mark.parametrize("inputs", [1, 5])
