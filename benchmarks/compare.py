@@ -52,8 +52,12 @@ def draw(
 ) -> tuple[Tensor, dict[str, Tensor], list[str]]:
     """Windows to calibrate on, those to measure on by name of the text, and how both were made, a line each."""
     length = arguments.sequence_length or usual_length(read_config(arguments.model))
-    texts, recipe, start = {}, [], tokenizer.bos_token if arguments.bos == "start" else ""
+    texts, recipe, start = {}, [], ""
     if arguments.bos != "auto":
+        if arguments.bos == "every" and tokenizer.bos_token_id is None:
+            raise SystemExit(f"--bos every: {arguments.model} has no BOS token.")
+        if arguments.bos == "start" and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
+            start = tokenizer.bos_token
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.add_bos_token = arguments.bos == "every"
         tokenizer.bos_token = tokenizer.bos_token if arguments.bos == "every" else None
