@@ -34,7 +34,7 @@ from optimum_fista.text.calibration_tokens import usual_length
 from optimum_fista.text.self_sampling import num_batches, num_texts
 from optimum_fista.text.sources import usual_texts
 
-LIBRARIES = 325 * 2**20  # bytes of Python, torch, Transformers, and of the picture of the model card
+LIBRARIES = 325 * 2**20  # bytes of Python, torch and Transformers
 # Gram matrices, weights, and blocks of rows, in float32, that a method holds besides its problem, as measured.
 _SOLVERS = {"obs_admm": (1.1, 1.2, 3.8), "sparsegpt": (2.4, 2.0, 1.1), "fista": (1.6, 5.5, 0.3), "admm": (2, 4.1, 1.8)}
 _SOLVERS |= {"dsnot": (0.8, 3.7, 0), **dict.fromkeys(("wanda", "magnitude", "flap"), (0.2, 1.3, 2.6))}

@@ -131,7 +131,8 @@ def in_few_sizes(rows: Tensor) -> Tensor:
     if rows.device.type != "cpu" or products == "widened" or (products == "float32" and not _is_half(rows)):
         return rows  # multiplied by MKL, which keeps nothing
     step = 1 << max(4, (count - 1).bit_length() - 3)  # 16; above 128 rows, a quarter of a power of two
-    return nn.functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, -count % step))
+    missing = -count % step
+    return nn.functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing)) if missing else rows  # not copied
 
 
 def operator_input(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:

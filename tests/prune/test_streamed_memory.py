@@ -4,7 +4,10 @@ import sys
 from argparse import Namespace
 
 import pytest
+import torch
+from conftest import PINNED
 from quantized_models import VOCAB_SIZE, fp8_deepseek
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from benchmarks.memory import measure
 from benchmarks.shared import watched
@@ -43,16 +46,32 @@ def test_peak_memory_is_what_the_formula_says():
     assert run["peak_bytes"] + run["model_bytes"] > most + 16 * MIB  # it would not pass if the model were held as well
 
 
-def test_a_quantized_model_is_in_16_bits_a_decoder_layer_at_a_time(tmp_path):
-    sizes = {"hidden_size": 512, "moe_intermediate_size": 512, "n_routed_experts": 32, "num_hidden_layers": 4}
-    source = fp8_deepseek(tmp_path / "source", **sizes)
-    config = {"method": "magnitude", "exclude": ["*.experts.*"]}  # pruning all of them would take long
-    run = {"source": source, "output": tmp_path / "out", "config": config, "vocabulary": VOCAB_SIZE}
-    _, curve, _ = watched(**run, samples=4, length=32)
-    options = {"num_samples": 4, "sequence_length": 32, "calibration": "text", "device": "cpu"}
+def require_estimated(source, folder, samples, length, **config):
+    """Prune a model from its files: the peak is at most one decoder layer away from the estimate."""
+    run = {"source": source, "output": folder, "config": config, "vocabulary": VOCAB_SIZE}
+    _, curve, _ = watched(**run, samples=samples, length=length)
+    options = {"num_samples": samples, "sequence_length": length, "calibration": "text", "device": "cpu"}
     estimate = Estimate(source, FistaPruningConfig.from_dict(config), **options)
     difference = max(held for _, held in curve) - sum(estimate.memory["host"].values())
     assert abs(difference) < max(sum(p.nbytes for p in layer.parameters()) for _, layer in estimate.layers)
+
+
+def test_a_quantized_model_is_in_16_bits_a_decoder_layer_at_a_time(tmp_path):
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 512, "n_routed_experts": 32, "num_hidden_layers": 4}
+    source = fp8_deepseek(tmp_path / "source", **sizes)
+    # pruning all experts would take long
+    require_estimated(source, tmp_path / "out", 4, 32, method="magnitude", exclude=["*.experts.*"])
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="needs a CPU that is fast in bfloat16")
+def test_a_mixture_does_not_keep_memory_for_every_number_of_tokens_of_an_expert(tmp_path, monkeypatch):
+    for name in PINNED:  # oneDNN keeps what it compiles for the instructions of bfloat16
+        monkeypatch.delenv(name, raising=False)
+    attention = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
+    experts = {"moe_intermediate_size": 256, "num_experts": 32, "num_experts_per_tok": 2}
+    config = Qwen3MoeConfig(hidden_size=512, num_hidden_layers=2, vocab_size=VOCAB_SIZE, **attention, **experts)
+    Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(tmp_path / "source")
+    require_estimated(tmp_path / "source", tmp_path / "out", 16, 128, method="wanda", compute_dtype="bfloat16")
 
 
 @pytest.mark.slow

@@ -257,6 +257,25 @@ def test_recovery_learns_from_a_teacher_with_all_tokens(dense, smaller, tmp_path
     assert not (tmp_path / "other").exists()
 
 
+def test_the_recover_command_does_not_tell_to_pack_a_model_without_zeros(dense, smaller, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT * 3)
+    flags = [
+        "--calibration",
+        str(tmp_path / "text.txt"),
+        "--tokens",
+        "64",
+        "--sequence-length",
+        "16",
+        "--held-out",
+        "2",
+    ]
+    command = ["recover", str(smaller), "--teacher", str(dense), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    assert main([*command, *flags]) == 0
+    told = capsys.readouterr().out
+    assert f"optimum-fista report {tmp_path / 'out'} " in told
+    assert "optimum-fista pack" not in told
+
+
 @pytest.mark.parametrize(("spoil", "options", "message"), BAD.values(), ids=BAD.keys())
 def test_bad_input_gives_one_error_and_nothing_is_written(dense, tmp_path, spoil, options, message):
     folder = shutil.copytree(dense, tmp_path / "dense")
