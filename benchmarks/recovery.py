@@ -65,6 +65,7 @@ def measure(arguments: Namespace, folder: Path, kind: str, text: Path, texts: di
             trains, _, amount = kind.partition(":")
             tokens, _, rate = amount.partition("@")
             options: dict[str, Any] = {"calibration": str(text), "train": trains, "accumulate": 1}
+            options |= {"sequence_length": arguments.length, "batch_size": max(1, 1024 // arguments.length)}
             options |= {} if kind == "once" else {"tokens": int(tokens)}
             options |= {"learning_rate": float(rate)} if rate else {}
             if kind == "once":  # the windows that the model was calibrated on, in the same order
@@ -153,13 +154,14 @@ _HELP = {
     "folders": "pruned models",
     "rows": "dense, pruned, once, or what is trained, a colon, tokens, and maybe @ and a learning rate",
     "test_length": "tokens a window to measure on",
+    "length": "tokens a sequence to recover on; a step has 1,024 tokens",
     "bfloat16": "measure perplexity with products in bfloat16",
 }
 
 
 def main() -> None:
     ways = {"rows": ["dense", "pruned", "once", "all:98304"], "bfloat16": False}
-    sizes = {"num_samples": 24, "max_windows": 12, "test_length": 1024}
+    sizes = {"num_samples": 24, "max_windows": 12, "test_length": 1024, "length": 512}
     others = {"threads": 1, "seed": 0, "output": Path("runs/recovery.json"), "plot": Path}
     required = ("model", "calibration", "texts", "folders")
     arguments = parse_arguments(__doc__, *required, helps=_HELP, **ways, **sizes, **others)
