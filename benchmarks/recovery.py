@@ -4,9 +4,10 @@
 prune` with the same `--num-samples` and `--test-length`, seed 0). Perplexity is measured on the first windows of
 `--texts`, on the first windows that the model was calibrated on, and on as many of the same text that nothing was
 fitted to. Rows are `dense`, `pruned`, what is trained on how many tokens of the text without the latter (`all:98304`,
-`norms:49152`, and `all:98304@4e-4` with a learning rate of its own), and `once`: all weights, once on the
-calibration windows, the best state chosen on two others. Recovered models lie beside their folders, as
-FOLDER-all-98304 and so on; those that are there are not made again. Finished rows are read from the output file.
+`norms:49152`; `all:98304@4e-4` with a learning rate and `all:98304@label_share=0` with an option of its own), and
+`once`: all weights, once on the calibration windows, the best state chosen on two others. Recovered models lie beside
+their folders, as FOLDER-all-98304 and so on; those that are there are not made again. Finished rows are read from the
+output file.
 
 Folders that were pruned with the seeds 0 and 1 are called NAME-0 and NAME-1, and each seed is a call with its `--seed`
 and the same output file. A second table then has the means over the seeds.
@@ -17,6 +18,7 @@ and the same output file. A second table then has the means over the seeds.
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from argparse import Namespace
 from contextlib import nullcontext
@@ -63,11 +65,12 @@ def measure(arguments: Namespace, folder: Path, kind: str, text: Path, texts: di
     if kind not in ("dense", "pruned"):
         if not source.exists():
             trains, _, amount = kind.partition(":")
-            tokens, _, rate = amount.partition("@")
+            tokens, *others = amount.split("@")
             options: dict[str, Any] = {"calibration": str(text), "train": trains, "accumulate": 1}
-            options |= {"sequence_length": arguments.length, "batch_size": max(1, 1024 // arguments.length)}
             options |= {} if kind == "once" else {"tokens": int(tokens)}
-            options |= {"learning_rate": float(rate)} if rate else {}
+            for other in others:
+                name, _, value = other.rpartition("=")
+                options[name or "learning_rate"] = json.loads(value)
             if kind == "once":  # the windows that the model was calibrated on, in the same order
                 length, count = arguments.test_length, arguments.num_samples
                 options |= {"calibration": arguments.calibration, "train": "all", "tokens": count * length}
@@ -152,16 +155,15 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
 
 _HELP = {
     "folders": "pruned models",
-    "rows": "dense, pruned, once, or what is trained, a colon, tokens, and maybe @ and a learning rate",
+    "rows": "dense, pruned, once, or what is trained, a colon, tokens, and maybe @ and an option",
     "test_length": "tokens a window to measure on",
-    "length": "tokens a sequence to recover on; a step has 1,024 tokens",
     "bfloat16": "measure perplexity with products in bfloat16",
 }
 
 
 def main() -> None:
     ways = {"rows": ["dense", "pruned", "once", "all:98304"], "bfloat16": False}
-    sizes = {"num_samples": 24, "max_windows": 12, "test_length": 1024, "length": 512}
+    sizes = {"num_samples": 24, "max_windows": 12, "test_length": 1024}
     others = {"threads": 1, "seed": 0, "output": Path("runs/recovery.json"), "plot": Path}
     required = ("model", "calibration", "texts", "folders")
     arguments = parse_arguments(__doc__, *required, helps=_HELP, **ways, **sizes, **others)
