@@ -95,6 +95,12 @@ def bits_per_byte(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
     return bits / len(text.encode())
 
 
+def starts_of(arguments: Namespace) -> dict[str, str]:
+    """The first `--bytes` of every text, by its name."""
+    starts = {Path(name).stem: load_text(name, "test").joined.encode()[: arguments.bytes] for name in arguments.texts}
+    return {name: start.decode(errors="ignore") for name, start in starts.items()}  # the last character may be cut
+
+
 def measure(arguments: Namespace, key: Row, texts: dict[str, str]) -> Row:
     """Make a row: a variant, pruned and maybe recovered, in one format."""
     folder, commands, minutes = made(arguments, key["variant"], key["tokens"])
@@ -209,8 +215,7 @@ def main() -> None:
     places = {"work": Path("runs"), "output": Path("runs/frontier.json"), "plot": Path}
     arguments = parse_arguments(__doc__, "model", "calibration", "texts", helps=helps, **lists, **sizes, **places)
     torch.set_num_threads(arguments.threads)
-    starts = {Path(name).stem: load_text(name, "test").joined.encode()[: arguments.bytes] for name in arguments.texts}
-    texts = {name: start.decode(errors="ignore") for name, start in starts.items()}  # the last character may be cut
+    texts = starts_of(arguments)
     record = open_record(arguments, "variants", "tokens", "formats", "work", "threads", "rounds", "seed")
     for variant in arguments.variants:
         for tokens in [0] if variant == "dense" else arguments.tokens:

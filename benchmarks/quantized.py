@@ -17,14 +17,13 @@ from typing import Any
 import gguf
 import torch
 from ablations import geometric_mean
-from frontier import bits_per_byte
+from frontier import bits_per_byte, starts_of
 from safetensors.torch import load_file
 from shared import open_record, parse_arguments, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_fista.folder.loading import load_model, require_tokenizer
-from optimum_fista.text.sources import load_text
 
 
 def unpacked(numbers: Tensor, dim: int) -> Tensor:
@@ -78,10 +77,7 @@ def main() -> None:
     others = {"bytes": 30_000, "threads": 1, "output": Path("runs/quantized.json")}
     arguments = parse_arguments(__doc__, "model", "texts", "results", helps=helps, **others)
     torch.set_num_threads(arguments.threads)
-    texts = {}
-    for source in arguments.texts:
-        text = load_text(source, "test").joined.encode()[: arguments.bytes]
-        texts[Path(source).stem] = text.decode(errors="ignore")
+    texts = starts_of(arguments)
     record = open_record(arguments, "results", "threads")
     for result in [arguments.model, *arguments.results.split(",")]:
         if not any(row["result"] == Path(result).name for row in record["rows"]):

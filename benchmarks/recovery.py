@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from argparse import Namespace
 from contextlib import nullcontext
@@ -96,17 +97,22 @@ def trained(row: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Perplexities by what was trained, in Markdown."""
-    shown = []
+    """Perplexities by what was trained, and the ratio of `of_texts` to that of `dense`, in Markdown."""
+    shown, dense = [], next((of_texts(row) for row in rows if row["row"] == "dense"), math.nan)
     for row in sorted(rows, key=lambda row: KINDS.index(trained(row).partition("@")[0])):
         found = row.get("recovery", {"num_trained": 0, "num_tokens": 0})
         cells = (f"{value:.2f}" for value in row["perplexity"].values())
         done = (f"{found[name]:,}" if found[name] else "" for name in ("num_trained", "num_tokens"))
         minutes = f"{found['seconds'] / 60:.1f}" if "seconds" in found else ""
-        shown.append((row["folder"], trained(row), *cells, *done, minutes))
+        shown.append((row["folder"], trained(row), *cells, f"{of_texts(row) / dense:.3f}", *done, minutes))
     shown.sort(key=lambda cells: cells[0])
-    names = ("weights", "tokens", "minutes")
+    names = ("ratio", "weights", "tokens", "minutes")
     return markdown_lines(("model", "trained", *rows[0]["perplexity"], *names), shown)
+
+
+def of_texts(row: dict[str, Any]) -> float:
+    """The geometric mean of a row's perplexities on `--texts`."""
+    return geometric_mean(value for name, value in row["perplexity"].items() if name not in ("calibrated", "held out"))
 
 
 def table_of_seeds(rows: list[dict[str, Any]]) -> list[str]:

@@ -259,16 +259,7 @@ def test_recovery_learns_from_a_teacher_with_all_tokens(dense, smaller, tmp_path
 
 def test_the_recover_command_does_not_tell_to_pack_a_model_without_zeros(dense, smaller, tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT * 3)
-    flags = [
-        "--calibration",
-        str(tmp_path / "text.txt"),
-        "--tokens",
-        "64",
-        "--sequence-length",
-        "16",
-        "--held-out",
-        "2",
-    ]
+    flags = f"--calibration {tmp_path / 'text.txt'} --tokens 64 --sequence-length 16 --held-out 2".split()
     command = ["recover", str(smaller), "--teacher", str(dense), "--output", str(tmp_path / "out"), "--device", "cpu"]
     assert main([*command, *flags]) == 0
     told = capsys.readouterr().out
