@@ -2,8 +2,8 @@
 
 Weights are dequantized to float32 and measured as `frontier.py` does, on the first `--bytes` of every text, whatever
 kernels the tool itself would use. Folders of compressed-tensors need `pip install '.[compressed-tensors]'`. The weights
-of AutoRound are unpacked here; all its tensors that are not quantized must be those of DIR. Of a file, the bytes of all
-tensors count; of a folder, 16 bits for each number that is not quantized.
+of AutoRound and GPTQModel are unpacked here; all their tensors that are not quantized must be those of DIR. Of a file,
+the bytes of all tensors count; of a folder, 16 bits for each number that is not quantized.
 
     python benchmarks/quantized.py DIR --results IQ4_NL.gguf,DIR-autoround/DIR-w4g32 --texts TEXT1,TEXT2
 """
@@ -31,12 +31,12 @@ def unpacked(numbers: Tensor, dim: int) -> Tensor:
     return torch.stack([(numbers >> 4 * place) & 15 for place in range(8)], dim + 1).flatten(dim, dim + 1)
 
 
-def with_autoround(model: PreTrainedModel, tensors: dict[str, Tensor]) -> PreTrainedModel:
-    """Put AutoRound's weights, int32 [in / 8, out] with scales [groups, out], in the place of a model's [out, in]."""
+def with_unpacked(model: PreTrainedModel, tensors: dict[str, Tensor]) -> PreTrainedModel:
+    """Put weights, int32 [in / 8, out] with scales [groups, out], in the place of a model's [out, in]."""
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         base, _, kind = name.rpartition(".")
-        if kind == "weight" and not torch.equal(parameters[name], tensor.float()):
+        if kind == "weight" and not torch.equal(parameters[name].to(tensor.dtype), tensor):
             raise SystemExit(f"{name} is not that of DIR.")
         if kind == "qweight":
             scales, values = tensors[f"{base}.scales"].float(), unpacked(tensor, 0)
@@ -60,7 +60,7 @@ def opened(folder: str, result: str) -> tuple[PreTrainedModel, int]:
     size = sum(t.nbytes if t.dtype in (torch.int32, torch.int64) else 2 * t.numel() for t in tensors.values())
     quantized = any(name.endswith(".qweight") for name in tensors)
     model, _ = load_model(folder if quantized else result, dtype="float32", device="cpu")
-    return with_autoround(model, tensors) if quantized else model, size
+    return with_unpacked(model, tensors) if quantized else model, size
 
 
 def measure(arguments: Namespace, result: str, texts: dict[str, str]) -> dict[str, Any]:
