@@ -186,23 +186,26 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:
-    """Bits per byte against each cost, and the frontier as a line; full circles are recovered."""
+    """Bits per byte against each cost, and the frontier as a line; full marks are recovered, shapes are formats."""
     from matplotlib.figure import Figure
 
     counted, variants = points_of(rows), list(dict.fromkeys(row["variant"] for row in rows))
+    shapes = dict(zip(dict.fromkeys(row["format"] for row in rows), "sov^DPX", strict=False))
     size = 1 if len(counted) == 1 else 2  # one panel, or four
     figure = Figure(figsize=(7, 4.5) if size == 1 else (11, 8), layout="constrained")
     panels = figure.subplots(size, size, squeeze=False).flat
     for axes, (name, points) in zip(panels, counted.items(), strict=True):
         axes.plot(*zip(*(points[i] for i in frontier(points)), strict=True), color="grey", linewidth=1, zorder=0)
         for index, point in points.items():
-            colour = f"C{variants.index(rows[index]['variant'])}"
-            axes.plot(*point, "o", color=colour, markerfacecolor=colour if rows[index]["tokens"] else "white")
-            axes.annotate(rows[index]["format"], point, fontsize=7, xytext=(3, 3), textcoords="offset points")
+            row, colour = rows[index], f"C{variants.index(rows[index]['variant'])}"
+            axes.plot(*point, shapes[row["format"]], color=colour, markerfacecolor=colour if row["tokens"] else "white")
         axes.set(xlabel=name, ylabel="bits per byte")
         axes.grid(alpha=0.3)
     for index, variant in enumerate(variants):
         axes.plot([], [], "o", color=f"C{index}", label=variant)
+    for bits, shape in shapes.items():
+        label = f"{bits} bits" if bits.isdigit() else bits
+        axes.plot([], [], shape, color="black", markerfacecolor="white", label=label)
     axes.legend(fontsize=8)
     figure.savefig(file, dpi=90, metadata={"Software": None})
 
