@@ -43,8 +43,7 @@ def model_card(report: PruningReport, dense: str = "") -> str:
             inherited = ModelCard.load(found, ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, YAMLError):  # no name of a repository, or a card that can't be read
         pass
-    name = report.model["name"]
-    of_hub = name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+    of_hub = name if re.fullmatch(r"[\w.-]+/[\w.-]+", name := report.model["name"]) else None
     dataset = HUB_DATASETS.get(report.calibration.get("source") or "")
     metadata = ModelCardData(
         library_name="transformers",

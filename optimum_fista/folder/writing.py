@@ -186,6 +186,7 @@ def summary(report: PruningReport) -> dict[str, Any]:
         "masks": MASKS_FILE,
         "report": REPORT_FILE,
         "version": report.versions["optimum-fista"],
+        **{key: report.model[key] for key in {"pruned_before"} & report.model.keys()},
     } | ({"retrained": True} if report.retrained else {})
 
 

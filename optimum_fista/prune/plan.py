@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.environment import processor_name
+from optimum_fista.folder.checkpoint import earlier_runs
 from optimum_fista.folder.loading import local_source, reading
 from optimum_fista.folder.stored_tensors import SourceTensors, StoredTensor, source_tensors
 from optimum_fista.memory import size_text
@@ -151,12 +152,11 @@ def plan_run(
             f"{list(config.include)}, exclude={list(config.exclude)} found {len(left_dense)}, all left dense: {shown}."
         )
     try:
-        channels = find_parts(model, "channels").parts if config.reorder_channels else ()
+        parts = find_parts(model, "channels").parts if config.reorder_channels else ()
     except UnsupportedArchitectureError as error:
         raise UnsupportedArchitectureError(f"reorder_channels=True: {error} Leave it out.") from error
     products = choose_products(config.compute_dtype, execution_device(model.get_input_embeddings()), model.dtype)
-    reordered = {part.name: part for part in channels}
-    plan = Plan(layers, asked, config, operators, left_dense, removal, products, reordered, **places)
+    plan = Plan(layers, asked, config, operators, left_dense, removal, products, {p.name: p for p in parts}, **places)
     if loaded:
         stored_names(model, plan.all_operators.values())  # refuses a weight whose mask could not be saved
     if in_memory:
@@ -193,6 +193,7 @@ def begin_report(plan: Plan) -> PruningReport:
             "name": public_name(getattr(model.config, "_name_or_path", "") or ""),
             "num_parameters": model.num_parameters(),
             "dtype": str(model.dtype).removeprefix("torch."),
+            **earlier_runs(model.config),
         },
         calibration={},
         left_dense=dict(plan.left_dense),
@@ -215,9 +216,8 @@ def begin_report(plan: Plan) -> PruningReport:
         )
     if source := quantized_source(model):
         size = size_text(sum(p.numel() * p.element_size() for p in model.parameters()))
-        method, dtype = source["quant_method"], report.model["dtype"]
-        written = "and written as they are stored" if plan.as_stored else f"and written in {dtype} ({size})"
-        report.warn(f"the weights were quantized by {method!r}: they are dequantized to prune, {written}.")
+        written = "as they are stored" if plan.as_stored else f"in {report.model['dtype']} ({size})"
+        report.warn(f"weights quantized by {source['quant_method']!r} are dequantized to prune, and written {written}.")
     idle = plan.asked.idle_patterns([*plan.all_operators, *plan.left_dense])
     for message in (*idle, *lines_of_unplaced({}, plan.source.lost)):
         report.warn(message)
@@ -227,8 +227,7 @@ def begin_report(plan: Plan) -> PruningReport:
 def complete_report(plan: Plan, report: PruningReport, held_out: HeldOut | None) -> None:
     """Describe the pruned model once all operators are pruned, and add what the user should know."""
     plan.removal.describe(report)
-    unplaced = {"copied": plan.source.copied, "lacks": dict(plan.source.lost)}
-    report.model |= {key: found for key, found in unplaced.items() if found}
+    report.model |= {k: v for k, v in {"copied": plan.source.copied, "lacks": dict(plan.source.lost)}.items() if v}
     operators, config = report.operators, plan.config
     if unfelt := plan.budgets.unfelt:
         report.warnings.append(

@@ -87,8 +87,8 @@ class VocabularyPlan:
         stored = _cut(source, dense, model, kept)
         dtypes = (tensor.tensor().dtype for tensor in stored.values() if tensor.dtype in DENSE)
         torch.nn.Module.to(model, loading.floating_dtype(getattr(settings, "dtype", None) or next(dtypes)))
-        described: dict[str, Any] = {"class": type(model).__name__, "model_type": settings.model_type}
-        described |= {"name": public_name(name), "dtype": str(model.dtype).removeprefix("torch.")}
+        described = checkpoint.earlier_runs(settings) | {"class": type(model).__name__, "name": public_name(name)}
+        described |= {"model_type": settings.model_type, "dtype": str(model.dtype).removeprefix("torch.")}
         described |= {"num_parameters": model.num_parameters(), "dense_num_parameters": dense.num_parameters()}
         described |= {"vocabulary": {"kept": len(kept), "before": size}, "copied": source.copied}
         digest = hashlib.sha256(counts.numpy().tobytes()).hexdigest()

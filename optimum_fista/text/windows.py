@@ -45,10 +45,7 @@ def calibration_windows(
 
 
 def evaluation_windows(
-    tokenizer: PreTrainedTokenizerBase,
-    text: TextSource,
-    sequence_length: int,
-    max_windows: int | None = None,
+    tokenizer: PreTrainedTokenizerBase, text: TextSource, sequence_length: int, max_windows: int | None = None
 ) -> torch.Tensor:
     """Cut the joined text into consecutive windows from its start, as pruning papers measure perplexity.
 

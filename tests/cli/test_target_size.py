@@ -54,6 +54,12 @@ def test_a_size_is_reached_by_tokens_that_the_text_lacks_and_then_by_channels(de
     assert share.startswith("channels:0.")
     assert 0.8 * before - one_channel_more < second.model["num_parameters"] <= 0.8 * before < left
     assert kept_tokens(folder).tolist() == kept_tokens(tokens).tolist()
+    assert second.model["pruned_before"] == ["vocab:unused"]
+    assert "| earlier runs on the same model | vocab:unused |" in (folder / "README.md").read_text()
+    flags = ["--method", "wanda", "--pattern", "2:4", *QUICK, "--calibration", str(text)]
+    assert main(["prune", str(folder), "-o", str(tmp_path / "zeros"), *flags]) == 0
+    assert read_report(tmp_path / "zeros").model["pruned_before"] == ["vocab:unused", share]
+    assert main(["verify", str(tmp_path / "zeros")]) == 0
 
 
 def test_tokens_that_an_earlier_start_removed_are_those_of_the_model_as_it_is_now(dense, text, tmp_path, capsys):
