@@ -199,7 +199,7 @@ class FistaPruningConfig(PruningOptions):
                 raise FileNotFoundError(f"{str(source)!r} holds neither {' nor '.join(_FILES)}: pass a pruned folder.")
             file = Path(name)
         try:
-            values = json.loads(file.read_text())
+            values = json.loads(file.read_bytes())
         except ValueError as error:
             raise ValueError(f"config {str(file)!r} is not JSON: {error}.") from error
         if not isinstance(values, dict):

@@ -72,7 +72,7 @@ def remove_tokens(plan: VocabularyPlan, folder: Path, overwrite: bool) -> None:
     """Write the folder of the model with fewer tokens, again if an earlier start did: the model may be another."""
     if not overwrite and (folder / REPORT_FILE).exists():
         found, planned = vars(read_report(folder)), vars(plan.report)
-        overwrite = all(found[name] == planned[name] for name in ("config", "calibration", "model"))
+        overwrite = all(found[name] == planned[name] for name in ("config", "calibration", "model", "retrained"))
     with new_output(folder, overwrite, plan.source) as written:
         plan.write(written, time.perf_counter(), progress=True)
     print(f"{plan.report}\nsaved to {folder}", file=sys.stderr)
@@ -88,9 +88,7 @@ def _channels(model: PreTrainedModel, most: float, wanted: float) -> PartShare:
     least = -(-parts.at_least // step) * step
     kept = min(math.floor((parts.groups - (whole - most) / channel) / step), (parts.groups - 1) // step) * step
     if kept < least:
-        smallest = math.ceil(1e4 * (whole - (parts.groups - least) * channel) * wanted / most) / 1e4
+        left = math.ceil(1e4 * (whole - (parts.groups - least) * channel) * wanted / most) / 1e4
         stay = f"if {least} of {parts.groups} channels stay in every decoder layer"
-        raise ValueError(
-            f"--target-size {wanted:g}: {smallest:g} of the parameters are left {stay}: pass at least that."
-        )
+        raise ValueError(f"--target-size {wanted:g}: {left:g} of the parameters are left {stay}: pass at least that.")
     return PartShare.keeping("channels", kept, parts.groups)

@@ -67,7 +67,7 @@ def model_card(report: PruningReport, dense: str = "") -> str:
     formats = {"thousands": "{:,}", "percent": "{:.2%}", "error": "{:.4f}"}
     environment.filters |= {name: form.format for name, form in formats.items()}
     environment.filters["escaped"] = partial(_SPECIAL.sub, r"\\\1")  # names from other people must not act as Markdown
-    template = environment.from_string(Path(__file__).with_name("card.md").read_text())
+    template = environment.from_string(Path(__file__).with_name("card.md").read_text("utf-8"))
     return (
         template.render(
             report=report,

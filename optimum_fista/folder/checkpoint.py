@@ -37,7 +37,7 @@ MASKS_METADATA = {"format": MASKS_FORMAT}  # one key only: safetensors writes se
 def read_json(file: Path) -> dict[str, Any]:
     """The object that a JSON file holds."""
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_bytes())
     except ValueError as error:  # of JSON, or of UTF-8
         raise ValueError(f"{str(file)!r} is damaged: it is not JSON ({error}).") from error
     if not isinstance(values, dict):
@@ -108,7 +108,8 @@ def kept_tokens(folder: Path, before: Path | None = None) -> Tensor | None:
     ids: list[Any] = kept if isinstance(kept, list) and kept else [total]
     if not all(type(n) is int and n >= 0 for n in [*ids, total]) or sorted({*ids, total}) != [*sorted(ids), total]:
         raise ValueError(f"{str(file)!r} is damaged: it does not list different ids below num_tokens.")
-    earlier = None if before is None else kept_tokens(before)
+    first = {} if before is None or not (file := before / VOCABULARY_FILE).exists() else read_json(file)
+    earlier = kept_tokens(before) if before and first.get("num_tokens") == total else None  # else of another model
     rows = {} if earlier is None else {old: row for row, old in enumerate(earlier.tolist())}
     return torch.tensor(ids if earlier is None else [rows.get(old, total) for old in ids])
 

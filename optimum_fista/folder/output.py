@@ -247,7 +247,7 @@ def _swapped(first: Path, second: Path) -> bool:
 def _noted(folder: Path) -> dict[str, Any]:
     """The list of a finished folder; empty if there is none, or it is damaged."""
     try:
-        found = json.loads((folder / FILES_FILE).read_text())
+        found = json.loads((folder / FILES_FILE).read_bytes())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -270,7 +270,7 @@ def write_file(
     try:
         with errors_of_writing(path):
             if isinstance(content, str):
-                partial.write_text(content)
+                partial.write_text(content, "utf-8")
             elif isinstance(content, bytes):
                 partial.write_bytes(content)
             elif isinstance(content, Iterator):

@@ -192,7 +192,7 @@ def _convert_folder(
         weights_name = f"{new}.safetensors"
         if index.exists():
             weights_name = write_index(partial, new, weight_map, read_json(index).get("metadata", {}))
-        card = (folder / CARD_FILE).read_text() if CARD_FILE in copied else None
+        card = (folder / CARD_FILE).read_text("utf-8") if CARD_FILE in copied else None
         settings = None if packed is None else packed_settings(weights_name, packed)
         write_form(partial, read_json(folder / CONFIG_FILE), card, masks, settings)
 

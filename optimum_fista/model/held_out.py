@@ -59,10 +59,8 @@ class HeldOut:
             recorded = record_inputs(sweep.layers, self.sequences, sweep.storage)
             self._calls[network], sweep.rest = recorded.calls, recorded.rest
             self._streams.setdefault(network, recorded.hidden_states)
-        calls = (call for of_layer in recorded.calls for call in of_layer)
-        shares = any(
-            isinstance(v, MutableMapping) for call in calls for v in (*call.arguments, *call.keywords.values())
-        )
+        given = (v for layer in recorded.calls for call in layer for v in (*call.arguments, *call.keywords.values()))
+        shares = any(isinstance(value, MutableMapping) for value in given)
         return bool(self.sequences) and not recorded.handed_on and not (shares and resumes)
 
     def resume(self, kept: Mapping[str, Sequence[Tensor]]) -> bool:

@@ -238,9 +238,8 @@ def complete_report(plan: Plan, report: PruningReport, held_out: HeldOut | None)
     left = {name: why for name, why in reasons.items() if config.reason_left_dense(name) is None}
     if not operators and not report.mixtures and not plan.budgets.removed_layers:
         name = next(iter(left))
-        raise UnsupportedArchitectureError(
-            f"no linear operator of {plan.layers.name} can be pruned; {name}, for one: {left[name]}."
-        )
+        why = f"{name}, for one: {left[name]}"
+        raise UnsupportedArchitectureError(f"no linear operator of {plan.layers.name} can be pruned; {why}.")
     if left:
         shown = first_names([f"{name} ({reason})" for name, reason in left.items()])
         report.warn(f"{len(left)} operators were left dense: {shown}")

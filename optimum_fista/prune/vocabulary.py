@@ -14,6 +14,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ _IDS = re.compile(
     r"(tokens?_(ids?|index|indices)|(start|end|patch|newline|bos|eos|pad)_ids?|suppress_tokens|words_ids|sequence_bias)"
 )
 # Files that describe the old tokenizer; the new one is in tokenizer.json alone.
-_OLD_FILES = re.compile(r"(vocab|encoder|merges|added_tokens|tekken)\.\w+|.*\.(model(\.\w+)?|tiktoken|spm|vocab)")
+_OLD = re.compile(r"(vocab|encoder|merges|added_tokens|tekken)\.(json|txt|bpe)|.*\.(model(\.\w+)?|tiktoken|spm|vocab)")
 _SMALL = 1024  # smaller numbers are multiples, and sizes of codecs, not of another vocabulary
 
 
@@ -72,8 +73,14 @@ class VocabularyPlan:
         named, tokens = set[int](), {*(vocabulary := tokenizer.get_vocab()).values()}
         for values in [*map(vars, sections), *_configurations(folder).values()]:
             _with_ids(values, lambda index: named.add(index) or index)  # type: ignore[func-returns-value]
+        for roles in (("system", "user", "assistant"), ("user", "assistant")):
+            with suppress(Exception):  # there is no chat template, or it refuses a role: it is code of other people
+                turns = [{"role": role, "content": ""} for role in roles]
+                chat = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+                named.update(tokenizer.encode(chat, add_special_tokens=False))
         spare = sorted(index for index in named - tokens if 0 <= index < size)  # rows of no token that are named
-        asked = ([token] if isinstance(token, int) else tokenizer.encode(token) for token in config.keep_tokens)
+        given = (t for token in config.keep_tokens for t in ([token] if type(token) is int else [token, f" {token}"]))
+        asked = ([token] if isinstance(token, int) else tokenizer.encode(token) for token in given)
         contents = [*map(checkpoint.read_json, folder.glob("tokenizer.json"))]  # as other programs read it
         contents += [json.loads(tokenizer.backend_tokenizer.to_str())]  # if Transformers adds tokens to the file
         content = next(content for content in contents if _vocabulary(content) == vocabulary)
@@ -105,7 +112,7 @@ class VocabularyPlan:
     def write(self, folder: Path, started: float, progress: bool) -> None:
         """Write all files of the smaller model into an unfinished folder, and note the seconds since `started`."""
         copy_source(self.source, folder)
-        for file in [file for file in folder.iterdir() if _OLD_FILES.fullmatch(file.name)]:
+        for file in [file for file in folder.iterdir() if _OLD.fullmatch(file.name)]:
             file.unlink()
         for name, values in _configurations(folder).items():
             changed = _with_ids(values, lambda index: self.new_ids.get(index, index))
@@ -234,7 +241,8 @@ def _cut(
     size, after, stored = _size(dense), smaller.state_dict(), dict[str, StoredTensor]()
     pairs = {n: [*enumerate(zip(t.shape, after[n].shape, strict=True))] for n, t in dense.state_dict().items()}
     axes = {name: axis for name, sizes in pairs.items() for axis, (old, new) in sizes if old != new}
-    if missing := axes.keys() - {*source.places.values()} - {*dense.all_tied_weights_keys}:
+    present, tied = {*source.places.values()}, dense.all_tied_weights_keys
+    if missing := axes.keys() - present - {*tied} - {tied[name] for name in present & tied.keys()}:
         raise ValueError(f"{str(smaller.config.name_or_path)!r} lacks {min(missing)}: download it again.")
     rows = tuple(next(dense.get_input_embeddings().parameters()).shape)
     for name, tensor in source.stored.items():
@@ -252,7 +260,7 @@ def _cut(
 
 def _configurations(folder: Path) -> dict[str, dict[str, Any]]:
     """The configurations beside that of the model, by file: of generation, tokenizer and processor."""
-    return {file.name: checkpoint.read_json(file) for file in sorted(folder.glob("*_config.json"))}
+    return {file.name: checkpoint.read_json(file) for file in sorted(folder.glob("[!.]*_config.json"))}
 
 
 def _with_ids(value: Any, change: Callable[[int], int], named: bool = False) -> Any:

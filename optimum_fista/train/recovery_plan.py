@@ -115,7 +115,7 @@ def plan_recovery(
     config, tokenizers = read_config(source), [load_tokenizer(source), load_tokenizer(name)]
     sizes = [found.get_text_config(decoder=True).vocab_size for found in (config, read_config(name))]
     known = [tokenizer.get_vocab() for tokenizer in tokenizers if tokenizer is not None]
-    kept = _kept_of(source, sizes) if sizes[0] < sizes[1] else None
+    kept = _kept_of(source, name, sizes) if sizes[0] < sizes[1] else None
     if kept is not None and len(known) == 2:  # the ids that the teacher has for the student's tokens
         known[0] = {token: int(kept[number]) for token, number in known[0].items() if number < len(kept)}
         known[1] = {token: number for token, number in known[1].items() if token in known[0]}
@@ -123,10 +123,7 @@ def plan_recovery(
         other = f"has another vocabulary ({sizes[1]:,} tokens) than {source!r} ({sizes[0]:,})"
         raise ValueError(f"teacher={name!r} {other}: pass the dense model that this one was pruned from.")
     if kept is not None and calibration == "self":
-        raise ValueError(
-            f"calibration='self': {source!r} has {sizes[0]:,} of the {sizes[1]:,} tokens that the teacher would write: "
-            "pass a text (--calibration)."
-        )
+        raise ValueError(f"calibration='self': the teacher would write tokens that {source!r} lacks: pass a text.")
     text_model = source if calibration != "self" and tokenizers[0] is not None else name
     require_tokenizer(text_model)
     length = asked.sequence_length or min(_USUAL_LENGTH, usual_length(config))
@@ -135,10 +132,8 @@ def plan_recovery(
         accumulate = max(1, min(_MOST_SEQUENCES, asked.tokens // (_USUAL_STEPS * length)) // batch_size)
         accumulate = processes * math.ceil(accumulate / processes)
     if accumulate % processes:
-        raise ValueError(
-            f"accumulate={accumulate}: {processes} processes share the passes of a step: pass a multiple of "
-            f"{processes} (--accumulate)."
-        )
+        share = f"{processes} processes share the passes of a step"
+        raise ValueError(f"accumulate={accumulate}: {share}: pass a multiple of {processes} (--accumulate).")
     tokens_of_step = length * batch_size * accumulate
     if asked.tokens < tokens_of_step:
         raise ValueError(
@@ -160,11 +155,12 @@ def plan_recovery(
     return RecoveryPlan(*names, output, asked, length, accumulate, steps, place, compute, report, kept)
 
 
-def _kept_of(source: str, sizes: Sequence[int]) -> Tensor | None:
+def _kept_of(source: str, teacher: str, sizes: Sequence[int]) -> Tensor | None:
     """The teacher's id of each token of a student with fewer tokens; `None` if they do not fit together."""
-    if cached_file(source, VOCABULARY_FILE, _raise_exceptions_for_missing_entries=False) is None:
-        return None
-    kept = kept_tokens(pruned_folder(source))
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    files = (cached_file(name, VOCABULARY_FILE, **quiet) for name in (source, teacher))
+    folder, before = (None if file is None else Path(file).parents[1] for file in files)
+    kept = None if folder is None else kept_tokens(folder, before)
     return kept if kept is not None and len(kept) == sizes[0] and int(kept.max()) < sizes[1] else None
 
 

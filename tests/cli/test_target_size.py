@@ -1,5 +1,6 @@
 """`--target-size`: what goes is chosen, said before, and leaves at most the size that was asked for."""
 
+import json
 import shutil
 
 import pytest
@@ -74,6 +75,11 @@ def test_tokens_that_an_earlier_start_removed_are_those_of_the_model_as_it_is_no
     assert main(["prune", str(model), *flags, "--overwrite"]) == 0
     for name in ("sized", "sized-tokens"):
         assert torch.equal(tensors_of(tmp_path / name)["lm_head.weight"], 2 * first["lm_head.weight"])
+    report = tmp_path / "sized-tokens" / "fista" / "report.json"
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"retrained": True}))
+    shutil.rmtree(folder)
+    assert main(["prune", str(model), *flags]) == 1  # weights that were trained are not made again
+    assert "sized-tokens' already holds a model" in capsys.readouterr().err
 
 
 def test_a_size_that_tokens_reach_needs_one_run(dense, text, tmp_path, capsys):

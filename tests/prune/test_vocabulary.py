@@ -22,6 +22,7 @@ from optimum_fista.evaluate.verification import VerificationError, verify_checkp
 from optimum_fista.folder.checkpoint import VOCABULARY_FILE, kept_tokens, read_report
 from optimum_fista.folder.packed_folder import pack_folder
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 pytestmark = pytest.mark.filterwarnings("ignore:.*(tokens that stay|belong to no token|was pruned before|calibration)")
 
 
@@ -57,9 +58,12 @@ def smaller(dense) -> Path:
     return dense.with_name("smaller")
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_text_whose_tokens_stay_has_the_logits_of_the_dense_model(tmp_path, tied):
-    dense = save(tmp_path / "dense", tie_word_embeddings=tied)
+@pytest.mark.parametrize("rows", [{EMBEDDING, HEAD}, {EMBEDDING}, {HEAD}], ids=["untied", "tied", "tied, as head"])
+def test_a_text_whose_tokens_stay_has_the_logits_of_the_dense_model(tmp_path, rows):
+    dense = save(tmp_path / "dense", tie_word_embeddings=len(rows) == 1)
+    if rows == {HEAD}:
+        tensors = tensors_of(dense)
+        save_file(tensors | {HEAD: tensors.pop(EMBEDDING)}, dense / "model.safetensors", {"format": "pt"})
     with pytest.warns(UserWarning, match="8 of the 364 rows of the embedding belong to no token"):
         report = remove_tokens(dense, tmp_path / "smaller")
     kept = kept_tokens(tmp_path / "smaller")
@@ -69,7 +73,6 @@ def test_a_text_whose_tokens_stay_has_the_logits_of_the_dense_model(tmp_path, ti
     assert torch.equal(kept[new], old)
     assert tokenizers[1].decode(tokenizers[1](string.printable + "é東").input_ids) == string.printable + "é東"
     weights, found = tensors_of(dense), tensors_of(tmp_path / "smaller")
-    rows = {"model.embed_tokens.weight"} if tied else {"model.embed_tokens.weight", "lm_head.weight"}
     assert weights.keys() == found.keys()
     assert all(torch.equal(found[name], weights[name][kept] if name in rows else weights[name]) for name in weights)
     with torch.no_grad():
@@ -83,14 +86,23 @@ def test_a_share_goes_tokens_that_are_asked_for_stay_and_batches_count_as_texts(
     ids = bpe_tokenizer()(TEXT, return_tensors="pt")["input_ids"]
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     held_out = {"input_ids": torch.full((1, 4), 300), "held_out": "other"}
-    options = {"pattern": "vocab:0.18/1", "keep_tokens": [" xylophones", 340]}
+    options = {"pattern": "vocab:0.18/1", "keep_tokens": ["xylophones", 340]}
     for name, texts in (("texts", (t for t in (TEXT, ""))), ("batches", [batch, held_out])):
         report = remove_tokens(dense, tmp_path / name, texts=texts, **options)
         assert report.calibration["num_tokens"] == ids.numel()
     kept = kept_tokens(tmp_path / "texts")
     assert len(kept) == round(364 * 0.82)
-    assert {340, *bpe_tokenizer().encode(" xylophones")} <= {*kept.tolist()}
+    assert {340, *bpe_tokenizer().encode("xylophones"), *bpe_tokenizer().encode(" xylophones")} <= {*kept.tolist()}
     assert torch.equal(kept, kept_tokens(tmp_path / "batches"))
+
+
+def test_what_a_chat_template_writes_stays(dense, tmp_path):
+    folder, rare = shutil.copytree(dense, tmp_path / "dense"), {*bpe_tokenizer().encode(" zebras")}
+    assert not rare <= {*(remove_tokens(dense, tmp_path / "without"), kept_tokens(tmp_path / "without").tolist())[1]}
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(refuses + "{% for m in messages %} zebras{{ m.content }}{% endfor %}")
+    remove_tokens(folder, tmp_path / "with")
+    assert rare <= {*kept_tokens(tmp_path / "with").tolist()}
 
 
 def test_ids_are_renumbered_in_every_file_and_old_tokenizer_files_are_gone(dense, tmp_path):
@@ -102,6 +114,8 @@ def test_ids_are_renumbered_in_every_file_and_old_tokenizer_files_are_gone(dense
     change_json(folder / "tokenizer_config.json", added_tokens_decoder={last: {"content": "<image>"}})
     for name in ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "special_tokens_map.json"):
         (folder / name).write_text("{}")
+    (folder / "encoder.py").write_text("")  # custom code
+    (folder / "._generation_config.json").write_bytes(b"\x00\x05\x16\x07")  # macOS writes such files
     remove_tokens(folder, tmp_path / "smaller")
     kept = kept_tokens(tmp_path / "smaller").tolist()
     new = {old: number for number, old in enumerate(kept)}
@@ -114,7 +128,7 @@ def test_ids_are_renumbered_in_every_file_and_old_tokenizer_files_are_gone(dense
     assert AutoTokenizer.from_pretrained(tmp_path / "smaller").convert_tokens_to_ids("<image>") == new[last]
     names = {file.name for file in (tmp_path / "smaller").iterdir()}
     assert not names & {"vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"}
-    assert {"tokenizer.json", "special_tokens_map.json"} <= names
+    assert {"tokenizer.json", "special_tokens_map.json", "encoder.py"} <= names
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "qwen2_audio"])
@@ -248,7 +262,12 @@ def test_recovery_learns_from_a_teacher_with_all_tokens(dense, smaller, tmp_path
         assert found.options["kept_tokens"] == 320
         assert (tmp_path / "out" / VOCABULARY_FILE).read_bytes() == (smaller / VOCABULARY_FILE).read_bytes()
         verify_checkpoint(tmp_path / "out")
-    with pytest.raises(ValueError, match="has 320 of the 364 tokens that the teacher would write: pass a text"):
+    remove_tokens(smaller, tmp_path / "twice", "vocab:0.1/1")
+    for teacher in (dense, smaller):
+        found = recover(tmp_path / "twice", teacher, tmp_path / "out", overwrite=True, **options)
+        assert found.options["kept_tokens"] == 288
+        assert found.held_out_loss < found.held_out_loss_before
+    with pytest.raises(ValueError, match=r"the teacher would write tokens that .* lacks: pass a text"):
         recover(smaller, dense, tmp_path / "other", **options | {"calibration": "self"})
     table = shutil.copytree(smaller, tmp_path / "damaged") / VOCABULARY_FILE
     kept = json.loads(table.read_text())["kept"]
