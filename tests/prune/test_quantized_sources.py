@@ -68,7 +68,7 @@ def test_a_quantized_source_is_pruned_as_the_model_that_transformers_dequantizes
     assert same(tensors_of(tmp_path / "pruned"), tensors_of(tmp_path / "expected"))
     found, expected = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("pruned", "expected"))
     assert found == {key: value for key, value in expected.items() if key != "base_model_ep_plan"}  # of 5.17
-    assert f"quantized by {wanted.quant_method.value!r}: they are dequantized" in report.warnings[0]
+    assert f"quantized by {wanted.quant_method.value!r} are dequantized" in report.warnings[0]
     assert bytes_of(source) == before
     assert verify_checkpoint(tmp_path / "pruned", dense=source).num_equal
 
