@@ -91,7 +91,7 @@ class PruningOptions:
         dict, "sparsity or pattern of operators whose names match; the first match counts, 0 leaves an operator dense"
     )
     keep_tokens: tuple[str | int, ...] = option(
-        (), "for vocab: a token, or a text all of whose tokens, must stay; repeatable", advanced=_WHICH
+        (), "for vocab: a token, or a text whose tokens must all stay, also after a space; repeatable", advanced=_WHICH
     )
     expert_refit: bool = option(True, "refit the experts that stay if others are removed", advanced=_METHOD)
     reorder_channels: bool = option(
