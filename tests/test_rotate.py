@@ -1,0 +1,206 @@
+"""examples/rotate.py: the rotated model computes the same, its files are those of a dense model, others are refused."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from folder_files import bytes_of, tensors_of
+from safetensors.torch import load_file, save_file
+from tiny_llama import TEXT, tiny_llama, tiny_tokenizer, tiny_tokens
+from tiny_models import VOCAB_SIZE, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_fista import FistaPruner, FistaPruningConfig, recover
+from optimum_fista.solve.pattern import parse_pattern
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+import rotate as example
+
+FITTING = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma", "granite", "smollm3")
+OTHERS = ("gemma2", "gemma3_text", "olmo2", "cohere", "gpt2", "gpt_neox", "opt", "qwen3_moe", "mixtral")
+QUICK = {"pattern": "2:4", "num_samples": 4, "sequence_length": 16, "steps": 4, "seed": 0, "device": "cpu"}
+QUICK |= {"dtype": "auto", "overwrite": False}
+
+
+@pytest.fixture
+def rotate(tmp_path):
+    """`rotate(source, name, **options)` writes `tmp_path / name`."""
+    (tmp_path / "sea.txt").write_text(TEXT)
+
+    def run(source, name="rotated", **options):
+        given = QUICK | {"calibration": str(tmp_path / "sea.txt")} | options
+        return example.rotate(str(source), tmp_path / name, **given), tmp_path / name
+
+    return run
+
+
+def logits(folder):
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")(tiny_tokens()).logits.float()
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def model_of(family):
+    sizes = {} if family in ("gpt2",) else {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+    if family in ("gemma", "gemma2", "granite", "smollm3", "olmo2", "cohere"):
+        sizes |= {"vocab_size": VOCAB_SIZE, "intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": 0}
+        sizes |= {"head_dim": 8} if family.startswith("gemma") else {}
+        import tiny_models
+
+        tiny_models._CONFIGS.setdefault(family, {})
+    return tiny_model(family, **sizes)
+
+
+@pytest.mark.parametrize("family", FITTING)
+def test_families_compute_the_same(family):
+    model, ids = model_of(family), torch.randint(3, VOCAB_SIZE, (4, 16), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = model(ids).logits
+        weights = {name: value.clone() for name, value in model.named_parameters()}
+        ratio, difference = example.rotate_model(model, ids, parse_pattern("2:4", None), 30, 0)
+        torch.testing.assert_close(model(ids).logits, before, rtol=1e-3, atol=1e-4)
+    assert 0 < ratio < 1
+    assert difference < 1e-4
+    moved = {
+        name for name, value in model.named_parameters() if name in weights and not torch.equal(value, weights[name])
+    }
+    assert {"model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.o_proj.weight"} <= moved
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families_are_refused(family):
+    model, ids = model_of(family), torch.randint(3, VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(1))
+    with pytest.raises(ValueError, match=r"can't be rotated: .*Prune it as it is"):
+        example.rotate_model(model, ids, parse_pattern("2:4", None), 2, 0)
+
+
+def test_the_folder_is_an_ordinary_dense_model(tiny_folder, rotate):
+    before = bytes_of(tiny_folder)
+    found, output = rotate(tiny_folder, steps=60)
+    assert bytes_of(tiny_folder) == before
+    torch.testing.assert_close(logits(output), logits(tiny_folder), rtol=1e-3, atol=1e-4)
+    assert found["error_ratio"] < 0.97
+    assert found["difference"] < 1e-5
+    assert AutoTokenizer.from_pretrained(output).get_vocab() == tiny_tokenizer().get_vocab()
+    assert json.loads((output / "config.json").read_text())["fista_rotation"] == found
+    for name, tensor in tensors_of(output).items():
+        if "norm" in name:
+            assert float(tensor.std()) == 0  # only their size is left
+    assert [*output.parent.glob("*.unfinished*")] == []
+
+
+def test_a_head_that_shared_the_embedding_has_weights_of_its_own(rotate, tmp_path):
+    source = saved(tiny_llama(tie_word_embeddings=True).bfloat16(), tmp_path / "source")
+    found, output = rotate(source)
+    tensors = tensors_of(output)
+    assert tensors["lm_head.weight"].dtype == tensors["model.norm.weight"].dtype == torch.bfloat16
+    assert found["growth"] == pytest.approx(
+        tensors["lm_head.weight"].numel() / tiny_llama(tie_word_embeddings=True).num_parameters()
+    )
+    difference = logits(output) - logits(source)
+    assert float(difference.norm() / logits(source).norm()) < 0.03
+
+
+def mean_log_error(model, ids, pattern):
+    """The mean of the logarithms of the errors of the pattern as `prune` sees it, groups side by side."""
+    stream, terms = example._Stream(model, ids[:1], pattern), []
+    stream.measure(ids)
+    for layer in stream.layers:
+        costs = {r: 1 / layer.inverses[norm].diagonal() for norm, readers in layer.readers.items() for r in readers}
+        costs |= layer.squares | {layer.output: 1 / layer.blocks.diagonal(dim1=-2, dim2=-1).flatten()}
+        for operator, cost in costs.items():
+            scores = operator.read().square() * cost
+            lost = scores[~pattern.mask(scores, squared=True)].sum()
+            terms.append((operator.parameter.numel(), math.log(float(lost))))
+    return sum(count * term for count, term in terms) / sum(count for count, _ in terms)
+
+
+def test_the_predicted_error_is_that_of_the_pattern():
+    before, after, ids, pattern = tiny_llama(), tiny_llama(), tiny_tokens(), parse_pattern("2:4", None)
+    with torch.no_grad():
+        ratio, _ = example.rotate_model(after, ids, pattern, 50, 0)
+        stream = example._Stream(before, ids[:1], pattern)
+        stream.move_gains()
+        orders = [torch.arange(turn.value.shape[-1]).view(4, -1).T.flatten() for turn in stream.turns()]
+        stream.rotate([turn.value.double()[..., order] for turn, order in zip(stream.turns(), orders, strict=True)])
+        found = mean_log_error(after, ids, pattern) - mean_log_error(before, ids, pattern)
+    assert math.exp(found) == pytest.approx(ratio, rel=0.01)
+    assert ratio < 0.9
+
+
+def test_it_is_pruned_and_recovered_like_any_other(tiny_folder, rotate, tmp_path):
+    _, output = rotate(tiny_folder, steps=20)
+    config = FistaPruningConfig(pattern="2:4", reorder_channels=True)
+    FistaPruner(config, progress=False).prune(output, tiny_tokens().split(4), output_dir=tmp_path / "p", device="cpu")
+    assert json.loads((tmp_path / "p" / "config.json").read_text())["fista_rotation"]["pattern"] == "2:4"
+    text, quiet = str(tmp_path / "sea.txt"), {"device": "cpu", "progress": False, "tokens": 64, "sequence_length": 16}
+    recover(tmp_path / "p", tiny_folder, tmp_path / "r", calibration=text, **quiet)  # the teacher is the first model
+    with pytest.raises(ValueError, match="was pruned, and a rotation fills its zeros"):
+        rotate(tmp_path / "p", "again")
+
+
+def test_the_seed_decides(tiny_folder, rotate):
+    folders = [rotate(tiny_folder, name, seed=seed)[1] for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    a, b, c = (load_file(folder / "model.safetensors") for folder in folders)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["lm_head.weight"], c["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"pattern": "unstructured"}, "a rotation is trained for n:m"),
+        ({"pattern": "channels:0.25"}, "a rotation is trained for n:m"),
+        ({"pattern": "4:8-pairs"}, "a rotation is trained for n:m"),
+        ({"pattern": "2:5"}, "what the decoder layers read"),
+        ({"steps": 0}, "steps is too small: pass at least 1"),
+        ({"num_samples": 0}, "num_samples is too small: pass at least 1"),
+        ({"sequence_length": 1}, "sequence_length is too small: pass at least 2"),
+        ({"device": "nowhere"}, "device='nowhere'"),
+    ],
+)
+def test_bad_options_write_nothing(tiny_folder, rotate, tmp_path, options, why):
+    with pytest.raises(ValueError, match=why):
+        rotate(tiny_folder, **options)
+    assert not (tmp_path / "rotated").exists()
+
+
+def test_tensors_that_no_class_loads_are_not_left_behind(tiny_folder, rotate, tmp_path):
+    source = saved(tiny_llama(), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors | {"mtp.0.proj.weight": torch.ones(32, 64)}, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"has mtp\.0\.proj\.weight, which LlamaForCausalLM does not load"):
+        rotate(source)
+    assert not (tmp_path / "rotated").exists()
+
+
+def test_a_model_of_the_user_is_replaced_only_if_asked(tiny_folder, rotate):
+    _, output = rotate(tiny_folder)
+    before = bytes_of(output)
+    with pytest.raises(FileExistsError):
+        rotate(tiny_folder, seed=1)
+    assert bytes_of(output) == before
+    rotate(tiny_folder, seed=1, overwrite=True)
+    assert bytes_of(output) != before
+
+
+def test_the_command(tiny_folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "sea.txt").write_text(TEXT)
+    flags = ["--model", str(tiny_folder), "--output", str(tmp_path / "out"), "--calibration", str(tmp_path / "sea.txt")]
+    flags += ["--num-samples", "4", "--sequence-length", "16", "--steps", "3", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["rotate.py", *flags])
+    example.main()
+    shown = capsys.readouterr().out
+    assert "the predicted error of 2:4 is" in shown
+    assert "the logits differ by" in shown
+    with pytest.raises(SystemExit, match="error: "):
+        example.main()
