@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--calibration", default="self", help="text to calibrate on: .txt, .jsonl, c4, self, ...")
     parser.add_argument("--num-samples", type=int, default=16, help="calibration sequences")
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens a sequence")
-    parser.add_argument("--steps", type=int, default=1000, help="steps of the training")
+    parser.add_argument("--steps", type=int, default=500, help="steps of the training")
     parser.add_argument("--seed", type=int, default=0, help="of the text, and of what the steps look at")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
     parser.add_argument("--dtype", default="auto", help="dtype to save in (default: as it is stored)")

@@ -4,10 +4,12 @@ from copy import deepcopy
 
 import pytest
 import torch
+from rotate import rotate_model
 from tiny_llama import tiny_llama, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.solve.methods import METHODS
+from optimum_fista.solve.pattern import parse_pattern
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -25,3 +27,13 @@ def test_a_gpu_prunes_as_the_cpu_does(method, pattern, storage_device):
     assert report.totals["num_zeros"] == expected.totals["num_zeros"]
     assert all(layer.memory.device_bytes > 0 for layer in report.layers)
     assert report.totals["mean_fit_error"] == pytest.approx(expected.totals["mean_fit_error"], rel=2e-2)
+
+
+def test_a_gpu_rotates_as_the_cpu_does():
+    found = []
+    for device in ("cpu", "cuda"):
+        with torch.no_grad():
+            found.append(rotate_model(tiny_llama().to(device), tiny_tokens(), parse_pattern("2:4", None), 10, 0))
+    (expected, _), (ratio, difference) = found
+    assert ratio == pytest.approx(expected, rel=0.02)
+    assert difference < 1e-4

@@ -3,9 +3,9 @@
 import json
 import math
 import sys
-from pathlib import Path
 
 import pytest
+import rotate as example
 import torch
 from folder_files import bytes_of, tensors_of
 from safetensors.torch import load_file, save_file
@@ -15,9 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_fista import FistaPruner, FistaPruningConfig, recover
 from optimum_fista.solve.pattern import parse_pattern
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-import rotate as example
 
 FITTING = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma", "granite", "smollm3")
 OTHERS = ("gemma2", "gemma3_text", "olmo2", "cohere", "gpt2", "gpt_neox", "opt", "qwen3_moe", "mixtral")

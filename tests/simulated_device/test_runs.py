@@ -5,6 +5,7 @@ import torch
 from killed import interrupted_after
 from launched import exit_codes, launch
 from media_models import media_batch, media_model
+from rotate import rotate_model
 from simulated_device.places import dispatched, placed, prune_on_device, pruned_at, require_the_same
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
 from tiny_models import VOCAB_SIZE, tiny_model
@@ -17,6 +18,7 @@ from optimum_fista.evaluate.perplexity import evaluate_perplexity
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder.packed_folder import pack_folder
 from optimum_fista.packed.quantizer import FistaPackedConfig
+from optimum_fista.solve.pattern import parse_pattern
 
 pytestmark = pytest.mark.usefixtures("enough_tokens")
 ALL = {"sparsity": 0.5, "error_correction": 0.5, "allocation": "fisher"}
@@ -99,6 +101,19 @@ def test_whole_parts_go_as_on_the_cpu(place, family, pattern, tmp_path):
     assert [m.groups_kept for m in report.mixtures] == [m.groups_kept for m in expected_report.mixtures]
     assert found.keys() >= expected.keys()
     require_the_same(found, expected)
+
+
+def test_a_model_is_rotated_as_on_the_cpu():
+    pattern, found = parse_pattern("2:4", None), []
+    for device in ("cpu", "simulated:0"):
+        model = tiny_llama().to(device)
+        with torch.no_grad():
+            found.append((model, rotate_model(model, tiny_tokens(), pattern, 10, 0)))
+    (on_cpu, (expected, _)), (on_device, (ratio, difference)) = found
+    assert ratio == pytest.approx(expected, rel=0.02)
+    assert difference < 1e-4
+    for name, weight in weights_of(on_cpu).items():
+        torch.testing.assert_close(weights_of(on_device)[name], weight, rtol=1e-2, atol=1e-3)
 
 
 def test_masked_training_and_perplexity(tmp_path):
