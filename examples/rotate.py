@@ -1,13 +1,14 @@
-"""Rotate a dense model: it computes the same in another basis, in which a pattern n:m removes less.
+"""Rotate a dense model: it gives the same outputs, but pruning it to a pattern n:m costs less.
 
-What adds to the residual stream applies an orthogonal matrix `Q`, and what reads it undoes this. Each key-value head
-has a matrix `R` of its own between its values and the output projection. The matrices are multiplied into the weights
-(SliceGPT, arXiv 2401.15024; QuaRot, arXiv 2404.00456), so nothing is added at run time. They are trained so that the
-weights that go are small ones, as in DenoiseRotator (arXiv 2505.23049), but on the error that is predicted for the
-pattern itself, and not on an entropy.
+What writes to the residual stream is multiplied by an orthogonal matrix `Q`, and what reads it by the inverse. If
+values have a projection of their own, each key-value head has a matrix `R` between them and the output projection. All
+products are taken once, in the weights (SliceGPT, arXiv 2401.15024; QuaRot, arXiv 2404.00456). The matrices are trained
+to make the predicted error of the pattern small. DenoiseRotator (arXiv 2505.23049) has the same aim, but trains on an
+entropy.
 
-The model needs norms before its attention and its MLP that only scale (RMSNorm), and no mixtures of experts: others are
-refused. It is in memory in float32. A head that shares the weights of the embedding gets weights of its own.
+The model needs RMSNorm right before its attention, its MLP and its head, and no mixtures of experts. Models that would
+give other outputs are refused. The model is kept in memory in float32. If the head shares the weights of the embedding,
+it gets weights of its own.
 
 python examples/rotate.py --model MODEL --output rotated --calibration texts.txt
 optimum-fista prune rotated --output rotated-24 --pattern 2:4 --reorder-channels --calibration texts.txt
@@ -16,6 +17,7 @@ optimum-fista prune rotated --output rotated-24 --pattern 2:4 --reorder-channels
 import argparse
 import itertools
 import math
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -31,7 +33,8 @@ from transformers import PreTrainedModel
 
 from optimum_fista import calibration_tokens, load_model
 from optimum_fista.environment import numerical_environment
-from optimum_fista.folder.loading import gguf_file, usable_device
+from optimum_fista.folder.checkpoint import CARD_FILE
+from optimum_fista.folder.loading import floating_dtype, gguf_file, usable_device
 from optimum_fista.folder.output import errors_of_writing, new_output, require_output
 from optimum_fista.folder.source_files import copy_source, source_folder
 from optimum_fista.folder.stored_tensors import source_tensors
@@ -41,6 +44,7 @@ from optimum_fista.model.forward import evaluation_mode, is_fast, watching
 from optimum_fista.model.media import media_arguments
 from optimum_fista.model.operator import LINEAR, LinearOperator, is_fused_experts
 from optimum_fista.model.parts import find_parts
+from optimum_fista.report import public_name
 from optimum_fista.solve.linalg import damped_inverse, diagonal_blocks
 from optimum_fista.solve.pattern import SparsityPattern, parse_pattern
 
@@ -58,18 +62,20 @@ def main() -> None:
     parser.add_argument("--pattern", default="2:4", help="the pattern n:m that it will be pruned to")
     parser.add_argument("--calibration", default="self", help="text to calibrate on: .txt, .jsonl, c4, self, ...")
     parser.add_argument("--num-samples", type=int, default=16, help="calibration sequences")
-    parser.add_argument("--sequence-length", type=int, default=512, help="tokens a sequence")
+    parser.add_argument("--sequence-length", type=int, default=512, help="tokens in each sequence")
     parser.add_argument("--steps", type=int, default=500, help="steps of the training")
-    parser.add_argument("--seed", type=int, default=0, help="of the text, and of what the steps look at")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the text, and the weights that each step uses")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
-    parser.add_argument("--dtype", default="auto", help="dtype to save in (default: as it is stored)")
+    parser.add_argument("--dtype", default="auto", help="dtype to save in (default: as Transformers loads it)")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that --output already holds")
     try:
         found = rotate(**vars(parser.parse_args()))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: nothing is written") from None
     print("the predicted error of {pattern} is {error_ratio:.3f} times that before ({seconds:.0f} s)".format(**found))
-    print("in float32 the logits differ by {difference:.1e}; {growth:+.1%} parameters".format(**found))
+    print("in float32 the logits differ by {difference:.1e}; {growth:+.1%} parameters; {heads} heads".format(**found))
 
 
 @numerical_environment()
@@ -88,12 +94,13 @@ def rotate(
 ) -> dict[str, Any]:
     """Save a rotated model, and return what `config.json` says of it; the arguments are those of the command.
 
-    The gains of the norms move into the weights behind them, except for their mean size, so that learning rates still
-    fit. Weights are multiplied in float64, and rounded to their own dtype once.
+    The gains of the norms are multiplied into the weights that follow. One number for each norm stays, so that the
+    weights keep their size, and learning rates still suit. Products are taken in float64 and kept in float32.
 
     Raises:
-        ValueError: If an option can't be used, the model was pruned, or its class does not load all of its tensors.
-        UnsupportedArchitectureError: If the model would compute something else (a ValueError).
+        ValueError: If an option can't be used, the model is pruned, its class does not load all of its tensors, or no
+            rotation with a smaller error was found.
+        UnsupportedArchitectureError: If the model would give other outputs (a ValueError).
         FileExistsError: If `output` holds a model and `overwrite` is False, or files of the user.
     """
     started, aim, place = time.perf_counter(), parse_pattern(pattern, None), usable_device(device)
@@ -103,9 +110,10 @@ def rotate(
         if value < 1:
             raise ValueError(f"{name} is too small: pass at least {2 if name == 'sequence_length' else 1}.")
     require_output(output, overwrite, source=model)
-    dense, tokenizer = load_model(model, device=str(place), dtype=dtype)
+    target = None if dtype == "auto" else floating_dtype(dtype)
+    dense, tokenizer = load_model(model, device=str(place))
     if getattr(dense.config, "fista_pruning", None):
-        raise ValueError(f"model={model!r} was pruned, and a rotation fills its zeros: pass the dense model.")
+        raise ValueError(f"model={model!r} is pruned, and a rotation would fill its zeros: pass the dense model.")
     source = None if gguf_file(model) else source_folder(model, getattr(dense.config, "_commit_hash", None))
     if source is not None and (others := source_tensors(dense, source).others):
         what = f"{min(others)}, which {type(dense).__name__} does not load and which can't be rotated with it"
@@ -114,13 +122,19 @@ def rotate(
     with new_output(output, overwrite, source) as folder, evaluation_mode(dense):
         ids = calibration_tokens(calibration, dense, tokenizer, num_samples, sequence_length, seed)
         torch.nn.Module.float(dense)
-        ratio, difference = rotate_model(dense, ids, aim, steps, seed)
+        found: dict[str, Any] = {
+            "model": public_name(model),
+            "pattern": pattern,
+            "calibration": public_name(calibration),
+        }
+        found |= {"num_tokens": ids.numel(), "steps": steps, "seed": seed}
+        found |= rotate_model(dense, ids, aim, steps, seed)
         for name, tensor in _tensors(dense):
-            tensor.data = tensor.data.to(dtypes[name])
+            tensor.data = tensor.data.to(target if target and tensor.is_floating_point() else dtypes[name])
             if not bool(tensor.isfinite().all()):
                 raise ValueError(f"dtype={dtype!r} can't hold values of {name}: pass 'bfloat16' or 'float32'.")
-        found = {"pattern": pattern, "error_ratio": ratio, "difference": difference, "num_tokens": ids.numel()}
-        found |= {"steps": steps, "seed": seed, "growth": dense.num_parameters() / size - 1}
+        dense.config.dtype = dense.dtype
+        found |= {"growth": dense.num_parameters() / size - 1}
         found |= {"seconds": time.perf_counter() - started}
         dense.config.fista_rotation = found
         with errors_of_writing(folder):
@@ -128,28 +142,45 @@ def rotate(
             tokenizer.save_pretrained(folder)
             if source is not None:
                 copy_source(source, folder)
+                for card in source.glob(CARD_FILE):  # its licence goes to the cards of pruned models
+                    shutil.copyfile(card, folder / card.name)
     return found
 
 
 def rotate_model(
     model: PreTrainedModel, ids: Tensor, pattern: SparsityPattern, steps: int, seed: int
-) -> tuple[float, float]:
+) -> dict[str, float]:
     """Rotate a float32 model, by a rotation trained on tokens [sequences, length].
 
-    Returns the predicted error after over that before, and the relative difference of the logits.
+    Returns the predicted error after over that before (a geometric mean over the weights), the relative difference of
+    the logits, and the number of heads that turned.
     """
     stream, expected, generator = _Stream(model, ids[:1, :16], pattern), _logits(model, ids), torch.Generator()
-    pattern.require_shape((1, stream.size), "what the decoder layers read")
     stream.move_gains()
-    trial = [torch.randn(turn.value.shape, generator=generator.manual_seed(seed)) for turn in stream.turns()]
-    trial = [torch.linalg.qr(values.double())[0].to(model.device) for values in trial]
-    for turns in (trial, [turn.mT for turn in trial]):  # there and back: a model that can't be rotated is refused now
+
+    def change() -> float:  # by any rotation, there and back, before all the work
+        trial = [torch.randn(turn.value.shape, generator=generator.manual_seed(seed)) for turn in stream.turns()]
+        trial = [torch.linalg.qr(values.double())[0].to(model.device) for values in trial]
+        stream.rotate(trial)
+        found = _difference(_logits(model, ids), expected)
+        stream.rotate([turn.mT for turn in trial])
+        return found
+
+    if not (found := change()) <= _ROUNDING and any(layer.value for layer in stream.layers):
+        for layer in stream.layers:  # something else is between values and output, such as a gate
+            layer.value, layer.output, layer.heads = None, None, (0, 1, 1)
+        found = change()
+    if found <= _ROUNDING:
+        stream.measure(ids)
+        turns, ratio = _train(stream, pattern, steps, generator)
+        if not ratio < 1:
+            raise ValueError(f"no rotation with a smaller error of {pattern} was found: prune the model as it is.")
         stream.rotate(turns)
-        _require_same(model, ids, expected)
-    stream.measure(ids)
-    found, ratio = _train(stream, pattern, steps, generator)
-    stream.rotate(found)
-    return ratio, _require_same(model, ids, expected)
+        found = _difference(after := _logits(model, ids), expected)
+    if not found <= _ROUNDING:
+        raise _unsupported(model, f"its outputs would change (relative difference {found:.1e})")
+    difference = float((after - expected).norm() / expected.norm())
+    return {"error_ratio": ratio, "difference": difference, "heads": sum(layer.heads[0] for layer in stream.layers)}
 
 
 @dataclass(eq=False)
@@ -172,9 +203,9 @@ class _Layer:
     ) -> Iterator[tuple[int, Tensor]]:
         """For each operator its number of weights, and the error that the pattern is predicted to cause, a scalar.
 
-        A weight that goes alone costs `w_ij^2 / [H^-1]_jj` (optimal brain surgeon), or `w_ij^2 E[x_j^2]` behind the
-        MLP, whose large Gram matrix is not kept. With a `generator`, random rows or columns stand for all. Of the n
-        inputs that are turned, j, j + n / m, j + 2 n / m, ... are a group: that is faster than side by side.
+        Removing one weight costs `w_ij^2 / [H^-1]_jj` (optimal brain surgeon), or `w_ij^2 E[x_j^2]` behind the MLP,
+        whose large Gram matrix is not kept. With a `generator`, random rows or columns stand for all. Of inputs that
+        are turned, every (number / m)-th is of one group, which is faster than side by side (`_side_by_side`).
         """
         span = pattern.span or 1
         for norm, operators in self.readers.items():
@@ -211,8 +242,11 @@ class _Stream:
         """Find it by a run on a few tokens: an operator reads the stream if its input is the output of a norm."""
         found, self.model = find_decoder_layers(model), model
         self.size: int = cast(Tensor, model.get_input_embeddings().weight).shape[1]
-        if found.shared or media_arguments(model).names or any(map(is_fused_experts, model.modules())):
-            raise _unsupported(model, "it shares weights between layers, takes images or sounds, or is a mixture")
+        reasons: dict[str, Any] = {"its layers share weights": found.shared}
+        reasons["it takes images or sounds"] = media_arguments(model).names
+        reasons["it is a mixture of experts"] = any(map(is_fused_experts, model.modules()))
+        for why in (why for why, holds in reasons.items() if holds):
+            raise _unsupported(model, why)
         head, self.layers = model.get_output_embeddings(), [_Layer() for _ in found]
         self.norms = dict[nn.Module, list[LinearOperator]]()  # all readers, the head too
         operators = {head: (LinearOperator("head", head), _Layer())}
@@ -230,14 +264,18 @@ class _Stream:
         with watching(calls, norms), torch.no_grad():
             model(input_ids=ids.to(model.device), use_cache=False)
         for module, (operator, layer) in operators.items():
-            norm = outputs.get(inputs[module].data_ptr(), (None,))[0] if module in inputs else None
+            if module not in inputs:
+                raise _unsupported(model, f"a run on text does not call {operator.name}")
+            norm = outputs.get(inputs[module].data_ptr(), (None,))[0]
             if norm is not None:
                 layer.readers.setdefault(norm, []).append(operator)
                 self.norms.setdefault(norm, []).append(operator)
             elif module is head:
-                raise _unsupported(model, "no norm with a weight alone is before its head")
+                raise _unsupported(model, "its head does not directly follow an RMSNorm")
             elif operator.shape[0] == self.size:
                 layer.writers.append(operator)
+            if operator.name != "head":
+                pattern.require_shape(operator.shape, operator.name)
         names = {operator.name: (operator, layer) for operator, layer in operators.values()}
         with suppress(UnsupportedArchitectureError):  # then no heads are turned
             for part in find_parts(model, "heads").parts:
@@ -269,6 +307,7 @@ class _Stream:
             gain, dense = scale.double() + shift, [reader.read().double() for reader in readers]
             new = [weight * gain for weight in dense]
             mean = torch.cat(new).norm() / torch.cat(dense).norm()  # so that the weights keep their size
+            mean = torch.where(mean.isfinite() & (mean > 0), mean, 1.0)  # all of them are zero
             for reader, weight in zip(readers, new, strict=True):
                 reader.write(weight / mean)
             scale.fill_(mean - shift)
@@ -311,7 +350,7 @@ class _Stream:
                 self.model(input_ids=row[None].to(self.model.device), use_cache=False)
 
         def inverse(gram: Tensor) -> Tensor:
-            return damped_inverse(gram, _DAMPING * float(gram.diagonal().mean()))
+            return damped_inverse(gram, _DAMPING * float(gram.diagonal().mean()) or 1.0)
 
         for layer in self.layers:
             layer.inverses = {norm: inverse(sums.pop(norm)) for norm in layer.readers}
@@ -349,6 +388,8 @@ def _train(
     Returns them in float64, with inputs of a group side by side, and the mean after over that before.
     """
     turns, layers, waiting, device = stream.turns(), stream.layers, list[int](), stream.model.device
+    for turn in turns:
+        turn.value = turn.value[..., _side_by_side(turn.value, pattern).argsort()]
 
     @torch.no_grad()
     def mean_log() -> float:
@@ -377,9 +418,14 @@ def _train(
     found = []
     for turn in turns:
         u, _, v = torch.linalg.svd(turn.value.double())  # in float32 they are less orthogonal
-        order = torch.arange(turn.value.shape[-1]).view((pattern.span or 1) if len(turn.value) else 1, -1).T.flatten()
-        found.append((u @ v)[..., order.to(u.device)])
+        found.append((u @ v)[..., _side_by_side(turn.value, pattern)])
     return found, ratio
+
+
+def _side_by_side(turns: Tensor, pattern: SparsityPattern) -> Tensor:
+    """The order of columns in which the members of a group of the pattern are side by side."""
+    count = turns.shape[-1]
+    return torch.arange(count, device=turns.device).view((pattern.span or 1) if len(turns) else 1, -1).T.flatten()
 
 
 def _quickly(device: torch.device) -> torch.autocast:
@@ -423,13 +469,9 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return model(input_ids=ids[:1].to(model.device), use_cache=False).logits[0].float().cpu()
 
 
-def _require_same(model: PreTrainedModel, ids: Tensor, expected: Tensor) -> float:
-    """The relative difference of the logits from those before; an error if rounding doesn't explain that of a token."""
-    found = _logits(model, ids)
-    worst = float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
-    if not worst <= _ROUNDING:
-        raise _unsupported(model, f"its logits would differ by {worst:.1e}")
-    return float((found - expected).norm() / expected.norm())
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """The largest relative difference of the logits of a token."""
+    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
 
 
 def _unsupported(model: PreTrainedModel, why: str) -> UnsupportedArchitectureError:

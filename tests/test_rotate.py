@@ -6,17 +6,18 @@ import sys
 
 import pytest
 import rotate as example
+import tiny_models
 import torch
 from folder_files import bytes_of, tensors_of
 from safetensors.torch import load_file, save_file
 from tiny_llama import TEXT, tiny_llama, tiny_tokenizer, tiny_tokens
-from tiny_models import VOCAB_SIZE, tiny_model
+from tiny_models import VOCAB_SIZE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_fista import FistaPruner, FistaPruningConfig, recover
 from optimum_fista.solve.pattern import parse_pattern
 
-FITTING = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma", "granite", "smollm3")
+FITTING = ("llama", "qwen2", "qwen3", "qwen3_next", "mistral", "phi3", "gemma", "granite", "smollm3")
 OTHERS = ("gemma2", "gemma3_text", "olmo2", "cohere", "gpt2", "gpt_neox", "opt", "qwen3_moe", "mixtral")
 QUICK = {"pattern": "2:4", "num_samples": 4, "sequence_length": 16, "steps": 4, "seed": 0, "device": "cpu"}
 QUICK |= {"dtype": "auto", "overwrite": False}
@@ -45,27 +46,30 @@ def saved(model, folder):
     return folder
 
 
-def model_of(family):
-    sizes = {} if family in ("gpt2",) else {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
-    if family in ("gemma", "gemma2", "granite", "smollm3", "olmo2", "cohere"):
-        sizes |= {"vocab_size": VOCAB_SIZE, "intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": 0}
-        sizes |= {"head_dim": 8} if family.startswith("gemma") else {}
-        import tiny_models
-
-        tiny_models._CONFIGS.setdefault(family, {})
-    return tiny_model(family, **sizes)
+def model_of(family, monkeypatch):
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2}
+    sizes |= {"vocab_size": VOCAB_SIZE, "intermediate_size": 48, "pad_token_id": 0}
+    sizes |= {"head_dim": 8} if family.startswith(("gemma", "qwen3_next")) else {}
+    if family == "qwen3_next":  # its attention has a gate before the output projection
+        sizes |= {"layer_types": ["full_attention"] * 2, "mlp_only_layers": [0, 1]}
+    monkeypatch.setattr(tiny_models, "_CONFIGS", {family: sizes} | tiny_models._CONFIGS)
+    return tiny_models.tiny_model(family)
 
 
 @pytest.mark.parametrize("family", FITTING)
-def test_families_compute_the_same(family):
-    model, ids = model_of(family), torch.randint(3, VOCAB_SIZE, (4, 16), generator=torch.Generator().manual_seed(1))
+def test_families_compute_the_same(family, monkeypatch):
+    model, ids = (
+        model_of(family, monkeypatch),
+        torch.randint(3, VOCAB_SIZE, (4, 16), generator=torch.Generator().manual_seed(1)),
+    )
     with torch.no_grad():
         before = model(ids).logits
         weights = {name: value.clone() for name, value in model.named_parameters()}
-        ratio, difference = example.rotate_model(model, ids, parse_pattern("2:4", None), 30, 0)
+        found = example.rotate_model(model, ids, parse_pattern("2:4", None), 30, 0)
         torch.testing.assert_close(model(ids).logits, before, rtol=1e-3, atol=1e-4)
-    assert 0 < ratio < 1
-    assert difference < 1e-4
+    assert 0 < found["error_ratio"] < 1
+    assert found["difference"] < 1e-4
+    assert found["heads"] == (0 if family in ("phi3", "qwen3_next") else 4)
     moved = {
         name for name, value in model.named_parameters() if name in weights and not torch.equal(value, weights[name])
     }
@@ -74,8 +78,11 @@ def test_families_compute_the_same(family):
 
 
 @pytest.mark.parametrize("family", OTHERS)
-def test_other_families_are_refused(family):
-    model, ids = model_of(family), torch.randint(3, VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(1))
+def test_other_families_are_refused(family, monkeypatch):
+    model, ids = (
+        model_of(family, monkeypatch),
+        torch.randint(3, VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(1)),
+    )
     with pytest.raises(ValueError, match=r"can't be rotated: .*Prune it as it is"):
         example.rotate_model(model, ids, parse_pattern("2:4", None), 2, 0)
 
@@ -124,11 +131,8 @@ def mean_log_error(model, ids, pattern):
 def test_the_predicted_error_is_that_of_the_pattern():
     before, after, ids, pattern = tiny_llama(), tiny_llama(), tiny_tokens(), parse_pattern("2:4", None)
     with torch.no_grad():
-        ratio, _ = example.rotate_model(after, ids, pattern, 50, 0)
-        stream = example._Stream(before, ids[:1], pattern)
-        stream.move_gains()
-        orders = [torch.arange(turn.value.shape[-1]).view(4, -1).T.flatten() for turn in stream.turns()]
-        stream.rotate([turn.value.double()[..., order] for turn, order in zip(stream.turns(), orders, strict=True)])
+        ratio = example.rotate_model(after, ids, pattern, 50, 0)["error_ratio"]
+        example._Stream(before, ids[:1], pattern).move_gains()
         found = mean_log_error(after, ids, pattern) - mean_log_error(before, ids, pattern)
     assert math.exp(found) == pytest.approx(ratio, rel=0.01)
     assert ratio < 0.9
@@ -141,8 +145,44 @@ def test_it_is_pruned_and_recovered_like_any_other(tiny_folder, rotate, tmp_path
     assert json.loads((tmp_path / "p" / "config.json").read_text())["fista_rotation"]["pattern"] == "2:4"
     text, quiet = str(tmp_path / "sea.txt"), {"device": "cpu", "progress": False, "tokens": 64, "sequence_length": 16}
     recover(tmp_path / "p", tiny_folder, tmp_path / "r", calibration=text, **quiet)  # the teacher is the first model
-    with pytest.raises(ValueError, match="was pruned, and a rotation fills its zeros"):
+    with pytest.raises(ValueError, match="is pruned, and a rotation would fill its zeros"):
         rotate(tmp_path / "p", "again")
+
+
+def test_weights_are_rounded_once(rotate, tmp_path):
+    source = saved(tiny_llama(), tmp_path / "source")
+    once, exact = rotate(source, "once", dtype="bfloat16")[1], rotate(source, "exact")[1]
+    for name, tensor in tensors_of(once).items():
+        assert torch.equal(tensor, tensors_of(exact)[name].bfloat16())
+    assert json.loads((once / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_licence_comes_along(tiny_folder, rotate, tmp_path):
+    source = saved(tiny_llama(), tmp_path / "source")
+    (source / "README.md").write_text("---\nlicense: llama3.2\n---\n")
+    (source / "LICENSE").write_text("text")
+    found, output = rotate(source)
+    assert all((output / name).read_bytes() == (source / name).read_bytes() for name in ("README.md", "LICENSE"))
+    assert (found["model"], found["calibration"]) == ("source", "sea.txt")
+
+
+def test_a_rotation_that_does_not_help_is_not_written(rotate, tmp_path):
+    model, pattern = tiny_llama(), parse_pattern("2:4", None)
+    for name, parameter in model.named_parameters():
+        if "proj" in name:  # as pruned elsewhere
+            parameter.data *= pattern.mask(parameter)
+    with pytest.raises(ValueError, match="no rotation with a smaller error of 2:4 was found"):
+        rotate(saved(model, tmp_path / "source"))
+    assert not (tmp_path / "rotated").exists()
+
+
+def test_operators_of_zeros_are_rotated(rotate, tmp_path):
+    model = tiny_llama()
+    attention = model.model.layers[1].self_attn
+    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+        projection.weight.data.zero_()
+    source = saved(model, tmp_path / "source")
+    torch.testing.assert_close(logits(rotate(source)[1]), logits(source), rtol=1e-3, atol=1e-4)
 
 
 def test_the_seed_decides(tiny_folder, rotate):
@@ -158,7 +198,8 @@ def test_the_seed_decides(tiny_folder, rotate):
         ({"pattern": "unstructured"}, "a rotation is trained for n:m"),
         ({"pattern": "channels:0.25"}, "a rotation is trained for n:m"),
         ({"pattern": "4:8-pairs"}, "a rotation is trained for n:m"),
-        ({"pattern": "2:5"}, "what the decoder layers read"),
+        ({"pattern": "2:5"}, "model.layers.0.self_attn.q_proj"),
+        ({"pattern": "16:32"}, "model.layers.0.mlp.down_proj"),
         ({"steps": 0}, "steps is too small: pass at least 1"),
         ({"num_samples": 0}, "num_samples is too small: pass at least 1"),
         ({"sequence_length": 1}, "sequence_length is too small: pass at least 2"),
