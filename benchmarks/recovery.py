@@ -44,8 +44,8 @@ SELECTING = 2
 """Windows after the calibrated ones that choose the best state of `once`."""
 
 
-def text_without(source: str, windows: Tensor, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
-    """A text file without some windows of its tokens, in `folder`."""
+def text_without(source: str, windows: Tensor, tokenizer: PreTrainedTokenizerBase, file: Path) -> Path:
+    """Write a text without some windows of its tokens to a file, and return it."""
     text = Path(source).read_text()
     for window in windows:
         # A character of several bytes may be cut at either end.
@@ -53,7 +53,6 @@ def text_without(source: str, windows: Tensor, tokenizer: PreTrainedTokenizerBas
         if text.count(part) != 1:
             raise SystemExit(f"{source}: a held-out window is not in the text once.")
         text = text.replace(part, "\n\n")
-    file = folder / f"{Path(source).stem}-train.txt"
     file.write_text(text)
     return file
 
@@ -181,7 +180,8 @@ def main() -> None:
     windows = calibration_of(arguments, tokenizer, first + arguments.max_windows)
     unseen, calibrated = windows[first:], windows[: min(arguments.num_samples, arguments.max_windows)]
     texts = texts_of(arguments, tokenizer, arguments.test_length) | {"calibrated": calibrated, "held out": unseen}
-    text = text_without(arguments.calibration, unseen, tokenizer, folders[0].parent)
+    file = folders[0].parent / f"{Path(arguments.calibration).stem}-train-{arguments.seed}.txt"  # seeds may run at once
+    text = text_without(arguments.calibration, unseen, tokenizer, file)
     record = open_record(arguments, "folders", "rows", "threads", "seed")
     for folder in folders:
         for kind in arguments.rows:

@@ -33,13 +33,14 @@ from transformers import PreTrainedModel
 
 from optimum_fista import calibration_tokens, load_model
 from optimum_fista.environment import numerical_environment
-from optimum_fista.folder.checkpoint import CARD_FILE
+from optimum_fista.folder.checkpoint import CARD_FILE, CONFIG_KEY
 from optimum_fista.folder.loading import floating_dtype, gguf_file, usable_device
 from optimum_fista.folder.output import errors_of_writing, new_output, require_output
 from optimum_fista.folder.source_files import copy_source, source_folder
 from optimum_fista.folder.stored_tensors import source_tensors
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.architecture import find_decoder_layers
+from optimum_fista.model.architecture import find_decoder_layers, token_limits
+from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.forward import evaluation_mode, is_fast, watching
 from optimum_fista.model.media import media_arguments
 from optimum_fista.model.operator import LINEAR, LinearOperator, is_fused_experts
@@ -112,8 +113,9 @@ def rotate(
     require_output(output, overwrite, source=model)
     target = None if dtype == "auto" else floating_dtype(dtype)
     dense, tokenizer = load_model(model, device=str(place))
-    if getattr(dense.config, "fista_pruning", None):
-        raise ValueError(f"model={model!r} is pruned, and a rotation would fill its zeros: pass the dense model.")
+    if getattr(dense.config, CONFIG_KEY, None):
+        why = "is pruned, and a rotation would fill its zeros and lose its report"
+        raise ValueError(f"model={model!r} {why}: rotate the dense model, then prune it.")
     source = None if gguf_file(model) else source_folder(model, getattr(dense.config, "_commit_hash", None))
     if source is not None and (others := source_tensors(dense, source).others):
         what = f"{min(others)}, which {type(dense).__name__} does not load and which can't be rotated with it"
@@ -121,29 +123,25 @@ def rotate(
     size, dtypes = dense.num_parameters(), {name: tensor.dtype for name, tensor in _tensors(dense)}
     with new_output(output, overwrite, source) as folder, evaluation_mode(dense):
         ids = calibration_tokens(calibration, dense, tokenizer, num_samples, sequence_length, seed)
+        read_batches([ids], *token_limits(dense))  # refuses what the model can't read
         torch.nn.Module.float(dense)
-        found: dict[str, Any] = {
-            "model": public_name(model),
-            "pattern": pattern,
-            "calibration": public_name(calibration),
-        }
-        found |= {"num_tokens": ids.numel(), "steps": steps, "seed": seed}
+        found: dict[str, Any] = {"model": public_name(model), "calibration": public_name(calibration)}
+        found |= {"pattern": pattern, "num_tokens": ids.numel(), "steps": steps, "seed": seed}
         found |= rotate_model(dense, ids, aim, steps, seed)
         for name, tensor in _tensors(dense):
             tensor.data = tensor.data.to(target if target and tensor.is_floating_point() else dtypes[name])
             if not bool(tensor.isfinite().all()):
                 raise ValueError(f"dtype={dtype!r} can't hold values of {name}: pass 'bfloat16' or 'float32'.")
         dense.config.dtype = dense.dtype
-        found |= {"growth": dense.num_parameters() / size - 1}
-        found |= {"seconds": time.perf_counter() - started}
+        found |= {"growth": dense.num_parameters() / size - 1, "seconds": time.perf_counter() - started}
         dense.config.fista_rotation = found
         with errors_of_writing(folder):
             dense.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             if source is not None:
                 copy_source(source, folder)
-                for card in source.glob(CARD_FILE):  # its licence goes to the cards of pruned models
-                    shutil.copyfile(card, folder / card.name)
+                if (card := source / CARD_FILE).exists():  # its licence goes to the cards of pruned models
+                    shutil.copyfile(card, folder / CARD_FILE)
     return found
 
 

@@ -27,7 +27,8 @@ def test_a_training_text_has_no_window_that_is_measured_on(benchmark, tmp_path):
     (tmp_path / "text.txt").write_text("".join(words))
     tokenizer, script = tiny_tokenizer(), benchmark("recovery")
     windows = calibration_windows(tokenizer, load_text(str(tmp_path / "text.txt"), "calibration"), 6, 64, 0)
-    left = script.text_without(str(tmp_path / "text.txt"), windows[4:], tokenizer, tmp_path).read_text()
+    given = str(tmp_path / "text.txt"), windows[4:], tokenizer, tmp_path / "left.txt"
+    left = script.text_without(*given).read_text()
     found = [tokenizer.decode(window) in left for window in windows]
     assert found == [True] * 4 + [False] * 2
     assert len("".join(words)) - len(left) == 2 * (64 - 2)

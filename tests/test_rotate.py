@@ -63,6 +63,8 @@ def test_families_compute_the_same(family, monkeypatch):
         torch.randint(3, VOCAB_SIZE, (4, 16), generator=torch.Generator().manual_seed(1)),
     )
     with torch.no_grad():
+        for layer in model.model.layers:
+            layer.post_attention_layernorm.weight.mul_(0.3)
         before = model(ids).logits
         weights = {name: value.clone() for name, value in model.named_parameters()}
         found = example.rotate_model(model, ids, parse_pattern("2:4", None), 30, 0)
@@ -74,6 +76,9 @@ def test_families_compute_the_same(family, monkeypatch):
         name for name, value in model.named_parameters() if name in weights and not torch.equal(value, weights[name])
     }
     assert {"model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.o_proj.weight"} <= moved
+    for name in ("gate_up_proj",) if family == "phi3" else ("gate_proj", "up_proj"):  # so that learning rates suit
+        name = f"model.layers.1.mlp.{name}.weight"
+        assert float(model.get_parameter(name).detach().norm()) == pytest.approx(float(weights[name].norm()), rel=0.03)
     assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
 
 
@@ -131,11 +136,23 @@ def mean_log_error(model, ids, pattern):
 def test_the_predicted_error_is_that_of_the_pattern():
     before, after, ids, pattern = tiny_llama(), tiny_llama(), tiny_tokens(), parse_pattern("2:4", None)
     with torch.no_grad():
+        for layer in (layer for model in (before, after) for layer in model.model.layers):
+            for projection in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.self_attn.o_proj):
+                projection.weight[:, ::2] *= 0.8  # it matters which inputs are side by side
         ratio = example.rotate_model(after, ids, pattern, 50, 0)["error_ratio"]
         example._Stream(before, ids[:1], pattern).move_gains()
         found = mean_log_error(after, ids, pattern) - mean_log_error(before, ids, pattern)
     assert math.exp(found) == pytest.approx(ratio, rel=0.01)
     assert ratio < 0.9
+
+
+def test_heads_turn_too(monkeypatch):
+    ratios = []
+    for rate in (example._RATE_OF_HEADS, 0.0):
+        monkeypatch.setattr(example, "_RATE_OF_HEADS", rate)
+        found = example.rotate_model(tiny_llama(), tiny_tokens(), parse_pattern("2:4", None), 50, 0)
+        ratios.append(found["error_ratio"])
+    assert ratios[0] < ratios[1] - 0.01
 
 
 def test_it_is_pruned_and_recovered_like_any_other(tiny_folder, rotate, tmp_path):
@@ -145,7 +162,7 @@ def test_it_is_pruned_and_recovered_like_any_other(tiny_folder, rotate, tmp_path
     assert json.loads((tmp_path / "p" / "config.json").read_text())["fista_rotation"]["pattern"] == "2:4"
     text, quiet = str(tmp_path / "sea.txt"), {"device": "cpu", "progress": False, "tokens": 64, "sequence_length": 16}
     recover(tmp_path / "p", tiny_folder, tmp_path / "r", calibration=text, **quiet)  # the teacher is the first model
-    with pytest.raises(ValueError, match="is pruned, and a rotation would fill its zeros"):
+    with pytest.raises(ValueError, match="is pruned, and a rotation would fill its zeros and lose its report"):
         rotate(tmp_path / "p", "again")
 
 
@@ -203,6 +220,7 @@ def test_the_seed_decides(tiny_folder, rotate):
         ({"steps": 0}, "steps is too small: pass at least 1"),
         ({"num_samples": 0}, "num_samples is too small: pass at least 1"),
         ({"sequence_length": 1}, "sequence_length is too small: pass at least 2"),
+        ({"sequence_length": 65}, "65"),
         ({"device": "nowhere"}, "device='nowhere'"),
     ],
 )
