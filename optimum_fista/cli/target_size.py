@@ -69,10 +69,11 @@ def plan_size(arguments: argparse.Namespace) -> VocabularyPlan | None:
 
 
 def remove_tokens(plan: VocabularyPlan, folder: Path, overwrite: bool) -> None:
-    """Write the folder of the model with fewer tokens, again if an earlier start did: the model may be another."""
-    if not overwrite and (folder / REPORT_FILE).exists():
+    """Write the folder of the model with fewer tokens, also over that of an earlier start, but over no other model."""
+    if (folder / REPORT_FILE).exists():
         found, planned = vars(read_report(folder)), vars(plan.report)
-        overwrite = all(found[name] == planned[name] for name in ("config", "calibration", "model", "retrained"))
+        same = all(found[name] == planned[name] for name in ("config", "calibration", "model", "retrained"))
+        overwrite = same or (overwrite and found["config"]["pattern"] == planned["config"]["pattern"])
     with new_output(folder, overwrite, plan.source) as written:
         plan.write(written, time.perf_counter(), progress=True)
     print(f"{plan.report}\nsaved to {folder}", file=sys.stderr)
@@ -82,8 +83,7 @@ def _channels(model: PreTrainedModel, most: float, wanted: float) -> PartShare:
     """The share of the channels to remove, so that at most `most` parameters are left; shared tensors count once."""
     parts, tensors = find_parts(model, "channels"), dict(model.named_parameters())
     whole = sum(tensor.numel() for tensor in tensors.values())
-    one = [tensors[name].numel() for part in parts.parts for name in part.tensors if name in tensors]
-    channel = sum(one) / parts.groups  # of every decoder layer
+    channel = sum(tensors[n].numel() for part in parts.parts for n in part.tensors if n in tensors) / parts.groups
     step = PartShare.usual_step("channels", parts.groups)
     least = -(-parts.at_least // step) * step
     kept = min(math.floor((parts.groups - (whole - most) / channel) / step), (parts.groups - 1) // step) * step

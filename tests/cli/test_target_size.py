@@ -80,6 +80,12 @@ def test_tokens_that_an_earlier_start_removed_are_those_of_the_model_as_it_is_no
     shutil.rmtree(folder)
     assert main(["prune", str(model), *flags]) == 1  # weights that were trained are not made again
     assert "sized-tokens' already holds a model" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "sized-tokens")
+    again = [*QUICK, "--calibration", str(text), "-o", str(tmp_path / "sized-tokens")]
+    assert main(["prune", str(dense), "--pattern", "channels:0.25", "--method", "wanda", *again]) == 0
+    assert main(["prune", str(model), *flags, "--overwrite"]) == 1  # that is for `sized`, and this is something else
+    assert "sized-tokens' already holds a model" in capsys.readouterr().err
+    assert read_report(tmp_path / "sized-tokens").config["pattern"] == "channels:0.25"
 
 
 def test_a_size_that_tokens_reach_needs_one_run(dense, text, tmp_path, capsys):
