@@ -69,7 +69,7 @@ def plan_size(arguments: argparse.Namespace) -> VocabularyPlan | None:
 
 
 def remove_tokens(plan: VocabularyPlan, folder: Path, overwrite: bool) -> None:
-    """Write the folder of the model with fewer tokens, also over that of an earlier start, but over no other pattern."""
+    """Write the folder of the model with fewer tokens, also over that of an earlier start, but no other pattern."""
     if (folder / REPORT_FILE).exists():
         found, planned = vars(read_report(folder)), vars(plan.report)
         same = all(found[name] == planned[name] for name in ("config", "calibration", "model", "retrained"))
