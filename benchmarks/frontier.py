@@ -10,9 +10,9 @@ weights, without tokenizers.
     python benchmarks/frontier.py MODEL --calibration TEXT --texts TEXT1,TEXT2 --work runs/frontier --plot FILE.png
 
 The same call resumes: rows in `--output` are not measured again. With `--rounds 5` it also takes the times of all rows
-of a Llama in turn, with llama.cpp (`pip install xllamacpp`) or, if packed, our kernels; close other programs before.
-Times are of 1,000 characters of the texts, since a smaller vocabulary needs more tokens. They depend on shapes and
-formats alone, so recovered models are as fast as those that they were made from.
+of a Llama or Gemma 3 in turn, with llama.cpp (`pip install xllamacpp`) or, if packed, our kernels; close other programs
+before. Times are of 1,000 characters of the texts, since a smaller vocabulary needs more tokens. They depend on shapes
+and formats alone, so recovered models are as fast as those that they were made from.
 """
 
 from __future__ import annotations

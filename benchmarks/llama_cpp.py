@@ -1,4 +1,4 @@
-"""Llamas of several sizes through llama.cpp at 16, 8 and 4 bits, in turn: speed, memory, size of the file.
+"""Llamas (or Gemma 3) of several sizes in llama.cpp at 16, 8 and 4 bits, in turn: speed, memory, size of the file.
 
 Before that, greedy tokens of llama.cpp in float32 must be those of Transformers in float32. Prompts are random tokens,
 and the words of the GGUF files are the numbers of their tokens. The package `gguf` rounds weights to 8 and 4 bits
@@ -25,7 +25,7 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 from shared import parse_arguments, save
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_fista.environment import processor_name
 from optimum_fista.folder.card import markdown_lines
@@ -62,15 +62,16 @@ def kind_of(bits: str, shape: Sequence[int], is_head: bool) -> GGMLQuantizationT
 
 
 def write_gguf(folder: Path, file: Path, bits: str) -> None:
-    """Write a Llama as GGUF, with `bits` a weight (`kind_of`).
+    """Write a Llama, or the text model of a Gemma 3, as GGUF, with `bits` a weight (`kind_of`).
 
     Raises:
         SystemExit: If `bits` is not known, or the rows of a matrix can't be cut into blocks.
     """
     if bits.rstrip("*") not in KINDS:
         raise SystemExit(f"--bits {bits} is not known; pass some of {[*KINDS]}.")
-    config = LlamaConfig.from_pretrained(folder)
-    writer = gguf.GGUFWriter(file, "llama")
+    config = AutoConfig.from_pretrained(folder)
+    is_gemma = config.model_type == "gemma3_text"
+    writer = gguf.GGUFWriter(file, "gemma3" if is_gemma else "llama")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -80,7 +81,10 @@ def write_gguf(folder: Path, file: Path, bits: str) -> None:
     writer.add_key_length(config.head_dim)  # without heads it is not hidden_size / num_attention_heads
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if is_gemma:
+        writer.add_sliding_window(config.sliding_window)
+    rope = config.rope_parameters["full_attention"] if is_gemma else config.rope_parameters
+    writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(KINDS[bits.rstrip("*")][1])
@@ -89,14 +93,16 @@ def write_gguf(folder: Path, file: Path, bits: str) -> None:
     writer.add_token_list([f"<{index}>" for index in range(config.vocab_size)])
     writer.add_token_scores([0.0] * config.vocab_size)
     writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    architecture = gguf.MODEL_ARCH.GEMMA3 if is_gemma else gguf.MODEL_ARCH.LLAMA
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     head = "token_embd.weight" if config.tie_word_embeddings else "output.weight"
     files = checkpoint_files(folder)
     for name, tensor in read_tensors(files, sorted(files)):
         new_name = names.get_name(name, try_suffixes=(".weight",))
-        if new_name.endswith(
-            ("attn_q.weight", "attn_k.weight")
-        ):  # llama.cpp rotates neighbours, Transformers the halves of a head
+        if is_gemma:
+            tensor = tensor + 1 if tensor.ndim == 1 else tensor  # llama.cpp's norms scale by w, Gemma's by 1 + w
+        elif new_name.endswith(("attn_q.weight", "attn_k.weight")):
+            # llama.cpp rotates neighbours, Transformers the halves of a head
             tensor = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
         kind = kind_of(bits, tensor.shape, new_name == head)
         writer.add_tensor(new_name, rounded(name, tensor, kind), raw_dtype=kind)
@@ -167,7 +173,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     helps = {
-        "models": "folders of Llamas; ratios are to the first",
+        "models": "folders of models; ratios are to the first",
         "bits": "bits a weight",
         "checked": "greedy tokens to compare; 0 = none",
     }
@@ -179,7 +185,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     folders = [Path(name) for name in arguments.models]
     generator = torch.Generator().manual_seed(0)
-    vocabulary = min(LlamaConfig.from_pretrained(folder).vocab_size for folder in folders)
+    vocabulary = min(AutoConfig.from_pretrained(folder).vocab_size for folder in folders)
     prompt = torch.randint(0, vocabulary, (arguments.prompt_tokens,), generator=generator)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
