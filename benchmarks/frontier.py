@@ -188,6 +188,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 def draw(rows: Sequence[Row], file: Path) -> None:
     """Bits per byte against each cost, and the frontier as a line; full marks are recovered, shapes are formats."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     counted, variants = points_of(rows), list(dict.fromkeys(row["variant"] for row in rows))
     shapes = dict(zip(dict.fromkeys(row["format"] for row in rows), "sov^DPX", strict=False))
@@ -199,7 +200,10 @@ def draw(rows: Sequence[Row], file: Path) -> None:
         for index, point in points.items():
             row, colour = rows[index], f"C{variants.index(rows[index]['variant'])}"
             axes.plot(*point, shapes[row["format"]], color=colour, markerfacecolor=colour if row["tokens"] else "white")
-        axes.set(xlabel=name, ylabel="bits per byte")
+        axes.set(xlabel=name, ylabel="bits per byte", xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
     for index, variant in enumerate(variants):
         axes.plot([], [], "o", color=f"C{index}", label=variant)

@@ -46,6 +46,7 @@ KINDS: dict[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "IQ4_NL": (GGMLQuantizationType.IQ4_NL, LlamaFileType.MOSTLY_IQ4_NL),
     "Q3_K": (GGMLQuantizationType.Q3_K, LlamaFileType.MOSTLY_Q3_K_S),
 }
+CONTEXT = 1024  # tokens of all prompts of a server together, with those that follow
 
 
 def kind_of(bits: str, shape: Sequence[int], is_head: bool) -> GGMLQuantizationType:
@@ -73,7 +74,7 @@ def write_gguf(folder: Path, file: Path, bits: str) -> None:
     is_gemma = config.model_type == "gemma3_text"
     writer = gguf.GGUFWriter(file, "gemma3" if is_gemma else "llama")
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(max(config.max_position_embeddings, CONTEXT))  # a small model may have seen fewer tokens
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
@@ -133,8 +134,8 @@ def server_of(file: Path, threads: int, parallel: int = 1) -> Any:
     """llama.cpp with one model, for so many prompts at a time."""
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(file)
-    parameters.n_ctx, parameters.n_parallel, parameters.n_gpu_layers = 1024, parallel, 0
-    parameters.kv_unified = True  # the prompts share the 1024 tokens
+    parameters.n_ctx, parameters.n_parallel, parameters.n_gpu_layers = CONTEXT, parallel, 0
+    parameters.kv_unified = True  # the prompts share these tokens
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
     parameters.verbosity = 0
     return xllamacpp.Server(parameters)
@@ -143,7 +144,10 @@ def server_of(file: Path, threads: int, parallel: int = 1) -> Any:
 def generate(server: Any, prompt: Tensor, new_tokens: int) -> dict[str, Any]:
     """Greedy decoding: what llama.cpp answers, with the text and its own times."""
     options = {"n_predict": new_tokens, "temperature": 0.0, "ignore_eos": True, "cache_prompt": False}
-    return server.handle_completions({"prompt": prompt.tolist(), **options})
+    answer = server.handle_completions({"prompt": prompt.tolist(), **options})
+    if "error" in answer:
+        raise SystemExit(f"llama.cpp refuses {prompt.numel()} tokens: {answer['error']}")
+    return answer
 
 
 def require_same_tokens(folder: Path, file: Path, prompt: Tensor, new_tokens: int, threads: int) -> None:
