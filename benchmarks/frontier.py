@@ -1,11 +1,11 @@
 """What to remove first: bits per byte of held-out text against megabytes and against time, in a table and a picture.
 
 A variant is `dense`, a pattern, or patterns joined by `_`, each pruned in a run of its own. It is recovered on so
-many `--tokens`, and measured in `--formats`: bits a weight (`llama_cpp.py`; IQ4_NL is llama.cpp's best of 4 bits in
-blocks of 32; the head has 8 bits at least, but for IQ4_NL*), or `packed` for zeros. Weights are rounded as llama.cpp
-stores them, and Transformers then measures the model. Of every text, the first `--bytes` are measured, whatever the
-vocabulary: windows share one token, so that all tokens but the first of a text are predicted. Sizes are those of the
-weights, without tokenizers.
+many `--tokens` (so is the dense model, to compare), and measured in `--formats`: bits a weight (`llama_cpp.py`;
+IQ4_NL is llama.cpp's best of 4 bits in blocks of 32; the head has 8 bits at least, but for IQ4_NL*), or `packed` for
+zeros. Weights are rounded as llama.cpp stores them, and Transformers then measures the model. Of every text, the first
+`--bytes` are measured, whatever the vocabulary: windows share one token, so that all tokens but the first of a text are
+predicted. Sizes are those of the weights, without tokenizers.
 
     python benchmarks/frontier.py MODEL --calibration TEXT --texts TEXT1,TEXT2 --work runs/frontier --plot FILE.png
 
@@ -55,7 +55,9 @@ def made(arguments: Namespace, variant: str, tokens: int) -> tuple[Path, list[st
     folder, name, commands, minutes = Path(arguments.model), Path(arguments.model).name, [], 0.0
     common = ["--calibration", arguments.calibration, "--seed", str(arguments.seed), "--device", "cpu", "--output"]
     sizes = ["--num-samples", str(arguments.num_samples), "--sequence-length", str(arguments.sequence_length)]
-    for step in [*variant.split("_")[variant == "dense" :], *[tokens] * bool(tokens)]:
+    if variant == "dense":  # `recover` takes pruned models only: the least that can go are 64 tokens, the rarest
+        variant = f"vocab:{64 / read_config(arguments.model).vocab_size:.4f}" if tokens else ""
+    for step in [*filter(None, variant.split("_")), *[tokens] * bool(tokens)]:
         name += f"-{step}".replace(":", "-")
         if step == tokens:
             words = ["recover", str(folder), "--teacher", arguments.model, "--tokens", str(tokens)]
@@ -225,7 +227,7 @@ def main() -> None:
     texts = starts_of(arguments)
     record = open_record(arguments, "variants", "tokens", "formats", "work", "threads", "rounds", "seed")
     for variant in arguments.variants:
-        for tokens in [0] if variant == "dense" else arguments.tokens:
+        for tokens in arguments.tokens:
             for bits in arguments.formats if sparsity_of(variant) is None else ["packed"]:
                 key: Row = {"model": Path(arguments.model).name, "variant": variant, "tokens": tokens, "format": bits}
                 key |= {"seed": arguments.seed}

@@ -37,11 +37,12 @@ except ImportError:  # `--help` needs no llama.cpp
     xllamacpp = None
 
 
-# How GGUF stores so many bits a weight: 8 and 4 in blocks of 32 with one scale in float16, Q3_K in blocks of 256.
+# How GGUF stores so many bits a weight: 8, 5 and 4 in blocks of 32 with one scale in float16, Q3_K in blocks of 256.
 KINDS: dict[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
     "8": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "5": (GGMLQuantizationType.Q5_0, LlamaFileType.MOSTLY_Q5_0),
     "4": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
     "IQ4_NL": (GGMLQuantizationType.IQ4_NL, LlamaFileType.MOSTLY_IQ4_NL),
     "Q3_K": (GGMLQuantizationType.Q3_K, LlamaFileType.MOSTLY_Q3_K_S),
