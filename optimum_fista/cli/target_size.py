@@ -55,7 +55,7 @@ def plan_size(arguments: argparse.Namespace) -> VocabularyPlan | None:
     described, vocabulary = tokens.report.model, tokens.report.model["vocabulary"]
     before, after, size = described["dense_num_parameters"], described["num_parameters"], vocabulary["before"]
     gone, most = size - vocabulary["kept"], wanted * before
-    why = f"{gone} of {size} tokens do not occur in the text, and losing them costs least"
+    why = f"{gone} of {size} tokens do not occur in the text, which loses nothing without them"
     if after <= most:
         step = PartShare.usual_step("vocab", size)
         kept = math.floor((size - (before - most) * gone / (before - after)) / step) * step
