@@ -67,11 +67,13 @@ def write_gguf(folder: Path, file: Path, bits: str) -> None:
     """Write a Llama, or the text model of a Gemma 3, as GGUF, with `bits` a weight (`kind_of`).
 
     Raises:
-        SystemExit: If `bits` is not known, or the rows of a matrix can't be cut into blocks.
+        SystemExit: If `bits` or the kind of model is not known, or the rows of a matrix can't be cut into blocks.
     """
     if bits.rstrip("*") not in KINDS:
         raise SystemExit(f"--bits {bits} is not known; pass some of {[*KINDS]}.")
     config = AutoConfig.from_pretrained(folder)
+    if config.model_type not in ("llama", "gemma3_text"):
+        raise SystemExit(f"{folder} is a {config.model_type}: pass a llama or a gemma3_text.")
     is_gemma = config.model_type == "gemma3_text"
     writer = gguf.GGUFWriter(file, "gemma3" if is_gemma else "llama")
     writer.add_block_count(config.num_hidden_layers)
