@@ -21,7 +21,6 @@ from shared import calibration_of, parse_arguments, save
 from solvers import layer_problems
 from torch import Tensor
 
-from optimum_fista.folder.loading import load_model
 from optimum_fista.solve.linalg import damped_cholesky, damped_inverse
 from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.methods.admm import SplitState
@@ -29,6 +28,7 @@ from optimum_fista.solve.patterns import Unstructured
 from optimum_fista.solve.problem import LayerProblem, inner, largest_eigenvalue
 from optimum_fista.solve.proximal_gradient import soft_threshold
 from optimum_fista.solve.refit import refit
+from optimum_fista.source.loading import load_model
 
 Step = Callable[[int, Tensor], None]
 

@@ -41,8 +41,8 @@ from optimum_fista.cli.main import main as optimum_fista
 from optimum_fista.environment import processor_name
 from optimum_fista.evaluate.perplexity import evaluate_perplexity
 from optimum_fista.folder.card import markdown_lines
-from optimum_fista.folder.loading import load_model, read_config
 from optimum_fista.folder.packed_folder import pack_folder
+from optimum_fista.source.loading import load_model, read_config
 from optimum_fista.text.sources import load_text
 
 Row = dict[str, Any]

@@ -23,7 +23,7 @@ from shared import open_record, parse_arguments, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from optimum_fista.folder.loading import load_model, require_tokenizer
+from optimum_fista.source.loading import load_model, require_tokenizer
 
 
 def unpacked(numbers: Tensor, dim: int) -> Tensor:

@@ -37,7 +37,7 @@ from optimum_fista.evaluate.perplexity import evaluate_perplexity
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder.card import markdown_lines
 from optimum_fista.folder.checkpoint import read_report
-from optimum_fista.folder.loading import load_model, require_tokenizer
+from optimum_fista.source.loading import load_model, require_tokenizer
 
 KINDS = ("dense", "pruned", "once", "all", "lora", "norms")  # "lora" only in rows of an earlier version
 SELECTING = 2

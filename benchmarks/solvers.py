@@ -23,14 +23,14 @@ from tqdm.auto import tqdm
 
 from optimum_fista.config import method_defaults
 from optimum_fista.folder.card import markdown_lines
-from optimum_fista.folder.loading import load_model
-from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.correction import Correction, LayerTargets
 from optimum_fista.model.groups import trace_groups
-from optimum_fista.model.layer_inputs import HiddenStates, LayerActivations, record_inputs
+from optimum_fista.model.inputs import HiddenStates, LayerActivations, record_inputs
+from optimum_fista.model.layers import find_decoder_layers, find_operators
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.source.loading import load_model
 from optimum_fista.text.sources import load_text
 from optimum_fista.text.windows import evaluation_windows
 

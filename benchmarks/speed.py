@@ -31,12 +31,12 @@ from torch import Tensor, nn
 from optimum_fista.environment import processor_name
 from optimum_fista.folder.card import markdown_lines
 from optimum_fista.folder.checkpoint import read_report
-from optimum_fista.folder.loading import read_model
 from optimum_fista.folder.packed_folder import is_packed, pack_folder, unpack_folder
 from optimum_fista.memory import device_counts, release_memory
 from optimum_fista.packed.kernels import kernels
 from optimum_fista.packed.quantizer import FistaPackedConfig
 from optimum_fista.report import device_name
+from optimum_fista.source.loading import read_model
 
 HELPS = {
     "model": "pruned model folder, packed or not; or the JSON file of an earlier call, to show it again",

@@ -34,20 +34,20 @@ from transformers import PreTrainedModel
 from optimum_fista import calibration_tokens, load_model
 from optimum_fista.environment import numerical_environment
 from optimum_fista.folder.checkpoint import CARD_FILE, CONFIG_KEY
-from optimum_fista.folder.loading import floating_dtype, gguf_file, usable_device
 from optimum_fista.folder.output import errors_of_writing, new_output, require_output
-from optimum_fista.folder.source_files import copy_source, source_folder
-from optimum_fista.folder.stored_tensors import source_tensors
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.architecture import find_decoder_layers, token_limits
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.forward import evaluation_mode, is_fast, watching
+from optimum_fista.model.layers import find_decoder_layers, token_limits
 from optimum_fista.model.media import media_arguments
-from optimum_fista.model.operator import LINEAR, LinearOperator, is_fused_experts
-from optimum_fista.model.parts import find_parts
+from optimum_fista.model.operators import LINEAR, LinearOperator, is_fused_experts
+from optimum_fista.removal.parts import find_parts
 from optimum_fista.report import public_name
 from optimum_fista.solve.linalg import damped_inverse, diagonal_blocks
 from optimum_fista.solve.pattern import SparsityPattern, parse_pattern
+from optimum_fista.source.files import copy_source, source_folder
+from optimum_fista.source.loading import floating_dtype, gguf_file, usable_device
+from optimum_fista.source.source_tensors import source_tensors
 
 _DAMPING = 0.01  # of a Gram matrix, in means of its diagonal
 _LAYERS, _SHARE = 10, 0.3  # what a step looks at: decoder layers, and of each this share of its rows or columns

@@ -10,7 +10,6 @@ if TYPE_CHECKING:  # type checkers and editors do not run __getattr__
     from optimum_fista.evaluate.perplexity import evaluate_perplexity as evaluate_perplexity
     from optimum_fista.evaluate.verification import verify_checkpoint as verify_checkpoint
     from optimum_fista.folder.hub import push_folder as push_folder
-    from optimum_fista.folder.loading import load_model as load_model
     from optimum_fista.folder.packed_folder import pack_folder as pack_folder
     from optimum_fista.folder.packed_folder import unpack_folder as unpack_folder
     from optimum_fista.on_load import FistaOnLoadConfig as FistaOnLoadConfig
@@ -19,6 +18,7 @@ if TYPE_CHECKING:  # type checkers and editors do not run __getattr__
     from optimum_fista.pruner import FistaPruner as FistaPruner
     from optimum_fista.report import PruningReport as PruningReport
     from optimum_fista.solve.method import PrunedOperator as PrunedOperator
+    from optimum_fista.source.loading import load_model as load_model
     from optimum_fista.text.calibration_tokens import calibration_tokens as calibration_tokens
     from optimum_fista.text.sources import load_text as load_text
     from optimum_fista.text.windows import calibration_windows as calibration_windows
@@ -43,7 +43,7 @@ _HOMES = {
     "calibration_windows": "text.windows",
     "evaluate_perplexity": "evaluate.perplexity",
     "evaluation_windows": "text.windows",
-    "load_model": "folder.loading",
+    "load_model": "source.loading",
     "load_text": "text.sources",
     "masked_training": "train.training",
     "pack_folder": "folder.packed_folder",

@@ -20,16 +20,16 @@ from torch.utils.benchmark import Timer
 from transformers import PreTrainedConfig
 
 from optimum_fista.config import FistaPruningConfig
-from optimum_fista.folder import loading
 from optimum_fista.memory import available_bytes, total_bytes
-from optimum_fista.model.dequantization import forget_quantization, quantization, read_dequantized
 from optimum_fista.model.forward import choose_products
-from optimum_fista.model.operator import is_fused_experts
-from optimum_fista.model.shrinking import plan_shrinking
+from optimum_fista.model.operators import is_fused_experts
 from optimum_fista.prune.plan import Budgets, plan_run
-from optimum_fista.prune.removal import PartsRemoval, require_zeros_to_pack
 from optimum_fista.pruner import FistaPruner
+from optimum_fista.removal.parts_removal import PartsRemoval, require_zeros_to_pack
+from optimum_fista.removal.shrinking import plan_shrinking
 from optimum_fista.solve.linalg import SCALE_ON_DEVICES, rows_in_block
+from optimum_fista.source import loading
+from optimum_fista.source.formats.dequantization import forget_quantization, quantization, read_dequantized
 from optimum_fista.text.calibration_tokens import usual_length
 from optimum_fista.text.self_sampling import num_batches, num_texts
 from optimum_fista.text.sources import usual_texts

@@ -14,8 +14,8 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from optimum_fista.folder.loading import require_tokenizer
 from optimum_fista.pruner import FistaPruner
+from optimum_fista.source.loading import require_tokenizer
 from optimum_fista.text.calibration_tokens import calibration_tokens, usual_length
 from optimum_fista.text.sources import require_source
 

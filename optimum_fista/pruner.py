@@ -16,9 +16,7 @@ from optimum_fista.config import FistaPruningConfig
 from optimum_fista.environment import numerical_environment
 from optimum_fista.folder.checkpoint import CONFIG_KEY
 from optimum_fista.folder.hub import push_folder, require_repo_id
-from optimum_fista.folder.loading import storage_place
 from optimum_fista.folder.output import new_output
-from optimum_fista.folder.stored_tensors import SourceTensors
 from optimum_fista.folder.writing import summary, write_checkpoint
 from optimum_fista.model.forward import products_as
 from optimum_fista.model.offload import offload_hook
@@ -27,10 +25,12 @@ from optimum_fista.prune.budgets import share_budgets
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.loop import prune_layers
 from optimum_fista.prune.plan import complete_report, plan_run
-from optimum_fista.prune.removal import groups_kept
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.prune.streamed import prune_files
+from optimum_fista.removal.parts_removal import groups_kept
 from optimum_fista.report import PruningReport
+from optimum_fista.source.loading import storage_place
+from optimum_fista.source.source_tensors import SourceTensors
 
 logger = logging.getLogger(__name__)
 

@@ -58,7 +58,7 @@ class _Speaker:
     def __init__(self, name: str, settings: argparse.Namespace, *, writes: bool = False) -> None:
         from transformers import GenerationConfig
 
-        from optimum_fista.folder.loading import load_model
+        from optimum_fista.source.loading import load_model
 
         self.name, self.settings, self.writes = name, settings, writes
         self.failed, self.turns = False, list[dict[str, str]]()

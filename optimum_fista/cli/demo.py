@@ -46,9 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.config import FistaPruningConfig
     from optimum_fista.evaluate.perplexity import evaluate_perplexity
     from optimum_fista.folder.card import markdown_lines
-    from optimum_fista.folder.loading import load_model
     from optimum_fista.folder.output import require_output
     from optimum_fista.pruner import FistaPruner
+    from optimum_fista.source.loading import load_model
     from optimum_fista.text.sources import require_source
 
     started, saved = time.perf_counter(), [arguments.output / folder for *_, folder in _RUNS if folder]

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.evaluate.perplexity import evaluate_perplexity
-    from optimum_fista.folder.loading import load_model
+    from optimum_fista.source.loading import load_model
     from optimum_fista.text.sources import load_text
     from optimum_fista.text.windows import evaluation_windows
 

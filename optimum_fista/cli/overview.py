@@ -106,7 +106,7 @@ def overview_of(estimate: Estimate) -> list[str]:
 
 def details_of(estimate: Estimate) -> list[str]:
     """What `--dry-run` prints: the overview, operators by name, memory and disk by part, time by stage, and notes."""
-    from optimum_fista.prune.removal import first_names
+    from optimum_fista.removal.parts_removal import first_names
 
     lines, kinds = overview_of(estimate), dict[str, list[str]]()
     for name in estimate.weights:

@@ -87,8 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.folder.hub import push_folder
     from optimum_fista.folder.output import FOLDER, locked_output, require_output
     from optimum_fista.folder.packed_folder import packing_of
-    from optimum_fista.prune.vocabulary import VocabularyPlan
     from optimum_fista.pruner import FistaPruner
+    from optimum_fista.removal.tokens import VocabularyPlan
 
     model, tokens = arguments.model, None if arguments.target_size is None else plan_size(arguments)
     config = _config(arguments)
@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
         first = arguments.output.with_name(f"{arguments.output.name}-tokens")
         remove_tokens(tokens, first, arguments.overwrite)
         arguments.model = str(first)
-    with speaking_ranks(arguments.device, "optimum_fista.model.parts") as ranks, ExitStack() as opened:
+    with speaking_ranks(arguments.device, "optimum_fista.removal.parts") as ranks, ExitStack() as opened:
         try:
             # held to the end of the run: two runs must not write into one folder
             folder = ranks.first(lambda: opened.enter_context(locked_output(arguments.output)))
@@ -141,11 +141,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:
     """Refuse options that can't work before anything is read or printed."""
     from optimum_fista.folder.hub import require_push
-    from optimum_fista.folder.loading import storage_place, usable_device
     from optimum_fista.folder.output import require_output, unfinished_folder
     from optimum_fista.prune.journal import require_same_run
     from optimum_fista.prune.ranks import launched_processes, require_independent_layers
-    from optimum_fista.prune.removal import require_zeros_to_pack
+    from optimum_fista.removal.parts_removal import require_zeros_to_pack
+    from optimum_fista.source.loading import storage_place, usable_device
     from optimum_fista.text.sources import require_source
 
     require_independent_layers(config, launched_processes())
@@ -203,8 +203,8 @@ def _batches(
     A sequence with images is a batch of its own. Text that a model has written is too easy for it, so then the
     perplexity is measured on Python's documentation.
     """
-    from optimum_fista.folder.loading import read_config, require_processor, require_tokenizer
     from optimum_fista.model.held_out import LEAST_TOKENS
+    from optimum_fista.source.loading import read_config, require_processor, require_tokenizer
     from optimum_fista.text.calibration_tokens import calibration_tokens_by_name, usual_length
     from optimum_fista.text.images import image_sequences
     from optimum_fista.text.sources import load_text, require_source

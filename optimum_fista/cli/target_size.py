@@ -10,15 +10,15 @@ from transformers import PreTrainedModel
 
 from optimum_fista.cli.flags import given
 from optimum_fista.config import FistaPruningConfig
-from optimum_fista.folder import loading
 from optimum_fista.folder.checkpoint import REPORT_FILE, read_report
 from optimum_fista.folder.output import new_output, require_output
-from optimum_fista.model.parts import find_parts
 from optimum_fista.options import PruningOptions
 from optimum_fista.prune.ranks import launched_processes
-from optimum_fista.prune.vocabulary import VocabularyPlan
+from optimum_fista.removal.parts import find_parts
+from optimum_fista.removal.tokens import VocabularyPlan
 from optimum_fista.report import public_name
 from optimum_fista.solve.patterns import PartShare
+from optimum_fista.source import loading
 from optimum_fista.text.sources import load_text, usual_texts
 
 

@@ -13,18 +13,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_fista.folder.checkpoint import kept_tokens
-from optimum_fista.folder.loading import load_lazily
 from optimum_fista.folder.packed_folder import is_packed
-from optimum_fista.folder.stored_tensors import read_stored, source_tensors
 from optimum_fista.folder.writing import operators_by_weight
-from optimum_fista.model.architecture import find_decoder_layers
-from optimum_fista.model.dequantization import dequantizer_of
+from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.offload import stored_tensor
-from optimum_fista.model.parts import find_parts, numbers_kept
-from optimum_fista.model.shrinking import plan_shrinking
-from optimum_fista.model.stored_names import stored_names
+from optimum_fista.removal.parts import find_parts, numbers_kept
+from optimum_fista.removal.shrinking import plan_shrinking
 from optimum_fista.report import OperatorReport, PruningReport
 from optimum_fista.solve.patterns import WholeParts, parse_pattern
+from optimum_fista.source.formats.dequantization import dequantizer_of
+from optimum_fista.source.loading import load_lazily
+from optimum_fista.source.names import stored_names
+from optimum_fista.source.source_tensors import read_stored, source_tensors
 
 
 class VerificationError(ValueError):

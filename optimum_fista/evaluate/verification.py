@@ -32,16 +32,16 @@ from optimum_fista.folder.checkpoint import (
     require_files,
 )
 from optimum_fista.folder.packed_folder import is_packed, packed_operators
-from optimum_fista.folder.stored_tensors import source_tensors
 from optimum_fista.folder.writing import summary
-from optimum_fista.model.architecture import token_limits
-from optimum_fista.model.expert_removal import experts_to_keep
-from optimum_fista.model.parts import runs_of_experts
-from optimum_fista.model.stored_names import split_index
+from optimum_fista.model.layers import token_limits
 from optimum_fista.packed.format import PackedFormatError
+from optimum_fista.removal.experts import experts_to_keep
+from optimum_fista.removal.parts import runs_of_experts
 from optimum_fista.report import OperatorReport, PruningReport
 from optimum_fista.solve.pattern import SparsityPattern, unpack_mask
 from optimum_fista.solve.patterns import Columns, parse_pattern
+from optimum_fista.source.names import split_index
+from optimum_fista.source.source_tensors import source_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -31,12 +31,12 @@ from optimum_fista.folder.checkpoint import (
 from optimum_fista.folder.output import FILES_FILE, all_names, new_output, require_output, write_file
 from optimum_fista.folder.writing import write_form
 from optimum_fista.installing import NAME
-from optimum_fista.model.stored_names import split_index
 from optimum_fista.packed.format import SUFFIXES, PackedFormatError, PackedTensor, pack, packed_names, unpack
 from optimum_fista.packed.format import unpack_mask as packed_mask
 from optimum_fista.packed.quantizer import QUANT_METHOD, read_packed
 from optimum_fista.report import OperatorReport, PruningReport
 from optimum_fista.solve.pattern import pack_mask, unpack_mask
+from optimum_fista.source.names import split_index
 
 _REWRITTEN = {CONFIG_FILE, CARD_FILE, MASKS_FILE}  # by `write_form`
 _EXPERT = re.compile(r"\.experts\.\d+\.(?=[^.]+\.[^.]+$)")  # in `layers.1.mlp.experts.3.w1.weight`

@@ -32,16 +32,16 @@ from optimum_fista.folder.checkpoint import (
     read_json,
     write_index,
 )
-from optimum_fista.folder.loading import forget_gguf, local_source
 from optimum_fista.folder.output import errors_of_writing, write_file
-from optimum_fista.folder.source_files import copy_source
-from optimum_fista.folder.stored_tensors import SourceTensors, StoredTensor, in_dtypes_of, write_stored
-from optimum_fista.model.architecture import find_decoder_layers, find_operators
+from optimum_fista.model.layers import find_decoder_layers, find_operators
 from optimum_fista.model.offload import describe_ties, stored_tensor
-from optimum_fista.model.operator import LinearOperator
-from optimum_fista.model.stored_names import StoredName, stored_names
+from optimum_fista.model.operators import LinearOperator
 from optimum_fista.report import OperatorReport, PruningReport
 from optimum_fista.solve.pattern import pack_mask, unpack_mask
+from optimum_fista.source.files import copy_source
+from optimum_fista.source.loading import forget_gguf, local_source
+from optimum_fista.source.names import StoredName, stored_names
+from optimum_fista.source.source_tensors import SourceTensors, StoredTensor, in_dtypes_of, write_stored
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optimum_fista.model.forward import as_multiplied, in_few_sizes, quick_products
-from optimum_fista.model.operator import Group
+from optimum_fista.model.operators import Group
 from optimum_fista.solve.linalg import row_blocks
 from optimum_fista.solve.problem import DenseOutputs, InputStatistics, LayerProblem, inner_by_rows
 

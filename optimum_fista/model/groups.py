@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.activation_store import ActivationStore
+from optimum_fista.model.activations import ActivationStore
 from optimum_fista.model.forward import operator_input, replaced_forwards, watching
-from optimum_fista.model.layer_inputs import LayerActivations, LayerCall
-from optimum_fista.model.operator import LINEAR, Group, LinearOperator
+from optimum_fista.model.inputs import LayerActivations, LayerCall
+from optimum_fista.model.operators import LINEAR, Group, LinearOperator
 
 _ROUNDED = 0.5
 """Largest mean error of a rounded sum, in units of its last place; layers of 172 families that add show at most .29."""

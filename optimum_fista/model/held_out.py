@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimum_fista.model.activation_store import ActivationStore, Storage
-from optimum_fista.model.architecture import DecoderLayers
+from optimum_fista.model.activations import ActivationStore, Storage
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.layer_inputs import LayerCall, record_inputs
-from optimum_fista.model.losses import Sweep
+from optimum_fista.model.inputs import LayerCall, record_inputs
+from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.offload import execution_device, onloaded
+from optimum_fista.removal.layers import Sweep
 
 LEAST_TOKENS = 4096  # sequences are taken until they hold this many; a perplexity on fewer says little
 LOGITS_TOGETHER = 512  # tokens whose logits are held at a time: a vocabulary may have 250,000 entries

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 
 from optimum_fista.memory import is_out_of_memory, release_memory
-from optimum_fista.model.architecture import token_limits
 from optimum_fista.model.calibration import (
     CalibrationBatch,
     cut_batches,
@@ -21,10 +20,11 @@ from optimum_fista.model.calibration import (
     shapes_of,
 )
 from optimum_fista.model.held_out import HeldOut
-from optimum_fista.model.layer_inputs import HiddenStates, RecordedInputs, cut_states, record_inputs
+from optimum_fista.model.inputs import HiddenStates, RecordedInputs, cut_states, record_inputs
+from optimum_fista.model.layers import token_limits
 from optimum_fista.model.media import media_arguments, targets_of
 from optimum_fista.model.offload import execution_device
-from optimum_fista.model.operator import split_experts
+from optimum_fista.model.operators import split_experts
 from optimum_fista.prune.plan import Plan, begin_report
 from optimum_fista.report import PruningReport, public_name
 

@@ -32,7 +32,7 @@ from optimum_fista.folder.output import (
     write_record,
     write_tensors,
 )
-from optimum_fista.model.activation_store import Storage
+from optimum_fista.model.activations import Storage
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.options import as_record
 from optimum_fista.prune.plan import Budgets, Plan

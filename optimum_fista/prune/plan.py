@@ -19,24 +19,24 @@ from transformers import PreTrainedModel
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.environment import processor_name
 from optimum_fista.folder.checkpoint import earlier_runs
-from optimum_fista.folder.loading import local_source, reading
-from optimum_fista.folder.stored_tensors import SourceTensors, StoredTensor, source_tensors
 from optimum_fista.memory import size_text
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.activation_store import Storage
-from optimum_fista.model.architecture import DecoderLayers, choose_operators, prunable_layers
-from optimum_fista.model.dequantization import quantized_source
+from optimum_fista.model.activations import Storage
 from optimum_fista.model.forward import Products, choose_products
 from optimum_fista.model.held_out import HeldOut
+from optimum_fista.model.layers import DecoderLayers, choose_operators, prunable_layers
 from optimum_fista.model.offload import execution_device
-from optimum_fista.model.operator import LinearOperator
-from optimum_fista.model.parts import Part, find_parts
-from optimum_fista.model.stored_names import stored_names
+from optimum_fista.model.operators import LinearOperator
 from optimum_fista.prune.callback import PruningCallback
-from optimum_fista.prune.removal import PartsRemoval, Removal, first_names
+from optimum_fista.removal.parts import Part, find_parts
+from optimum_fista.removal.parts_removal import PartsRemoval, Removal, first_names
 from optimum_fista.report import PruningReport, layer_and_kind, lines_of_unplaced, public_name
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.methods.magnitude import Magnitude
+from optimum_fista.source.formats.dequantization import quantized_source
+from optimum_fista.source.loading import local_source, reading
+from optimum_fista.source.names import stored_names
+from optimum_fista.source.source_tensors import SourceTensors, StoredTensor, source_tensors
 
 UNDER_CALIBRATED_TOKENS = 128
 """An expert to which the router sends fewer calibration tokens is pruned by magnitude."""

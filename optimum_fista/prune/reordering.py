@@ -7,10 +7,10 @@ from torch import Tensor
 
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.forward import operator_input
-from optimum_fista.model.layer_inputs import LayerActivations
-from optimum_fista.model.shrinking import difference_beyond_rounding, small_hidden_states
+from optimum_fista.model.inputs import LayerActivations
 from optimum_fista.prune.plan import Plan
 from optimum_fista.prune.sink import ModelSink
+from optimum_fista.removal.shrinking import difference_beyond_rounding, small_hidden_states
 from optimum_fista.solve.patterns.n_of_m import best_order
 
 _TOKENS_OF_ORDER = 8192  # tokens that are not held out, to the end of their batch; as many as in docs/ablations.md

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from optimum_fista.model.forward import evaluation_mode
 from optimum_fista.model.held_out import HeldOut
-from optimum_fista.model.layer_inputs import HiddenStates
+from optimum_fista.model.inputs import HiddenStates
 from optimum_fista.model.offload import alignment_hooks, kept_tensor, offload_hook, store_tensor
-from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.operators import LinearOperator
 from optimum_fista.report import LayerRecord
 from optimum_fista.solve.pattern import pack_mask
 

@@ -21,17 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder.checkpoint import names_in, write_index
-from optimum_fista.folder.loading import load_lazily, storage_place, usable_device
 from optimum_fista.folder.output import FOLDER, install, locked_output, new_output, require_output
 from optimum_fista.folder.packed_folder import Packer, packed_settings, require_packable
-from optimum_fista.folder.source_files import copy_source
-from optimum_fista.folder.stored_tensors import StoredTensor, write_stored
 from optimum_fista.folder.writing import as_stored, write_all_but_weights
 from optimum_fista.model.forward import evaluation_mode, products_as
 from optimum_fista.model.held_out import HeldOut
-from optimum_fista.model.layer_inputs import HiddenStates
+from optimum_fista.model.inputs import HiddenStates
 from optimum_fista.model.offload import execution_device, stored_tensor
-from optimum_fista.model.stored_names import as_saved, stored_names
 from optimum_fista.packed.format import packed_names
 from optimum_fista.prune.batches import Calibration, begin, cut_batches
 from optimum_fista.prune.budgets import share_budgets
@@ -40,10 +36,14 @@ from optimum_fista.prune.journal import Journal, KeptLayer, SourceFiles, join_ru
 from optimum_fista.prune.loop import prune_layers
 from optimum_fista.prune.plan import Plan, complete_report, plan_run
 from optimum_fista.prune.ranks import RankError, Ranks, joined_ranks, require_independent_layers, share_layers
-from optimum_fista.prune.removal import groups_kept, require_zeros_to_pack
 from optimum_fista.prune.sink import ModelSink, Travelling
-from optimum_fista.prune.vocabulary import VocabularyPlan
+from optimum_fista.removal.parts_removal import groups_kept, require_zeros_to_pack
+from optimum_fista.removal.tokens import VocabularyPlan
 from optimum_fista.report import LayerRecord, PruningReport
+from optimum_fista.source.files import copy_source
+from optimum_fista.source.loading import load_lazily, storage_place, usable_device
+from optimum_fista.source.names import as_saved, stored_names
+from optimum_fista.source.source_tensors import StoredTensor, write_stored
 
 
 def prune_files(

@@ -27,7 +27,6 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from optimum_fista.environment import numerical_environment
 from optimum_fista.folder.checkpoint import MASKS_FILE, mark_retrained
-from optimum_fista.folder.loading import load_model, read_model
 from optimum_fista.folder.output import (
     FOLDER,
     MODEL,
@@ -40,14 +39,15 @@ from optimum_fista.folder.output import (
     unfinished_folder,
     write_record,
 )
-from optimum_fista.folder.source_files import copy_source
-from optimum_fista.folder.stored_tensors import source_tensors
 from optimum_fista.folder.writing import write_checkpoint
 from optimum_fista.memory import available_bytes
 from optimum_fista.model.media import media_arguments
 from optimum_fista.prune.journal import SourceFiles, join_run, shared_files
 from optimum_fista.prune.ranks import Ranks, joined_ranks
 from optimum_fista.report import RecoveryReport, library_versions, lines_of_unplaced, public_name
+from optimum_fista.source.files import copy_source
+from optimum_fista.source.loading import load_model, read_model
+from optimum_fista.source.source_tensors import source_tensors
 from optimum_fista.text.calibration_tokens import calibration_tokens_by_name
 from optimum_fista.train.distillation import DistillationTrainer, Watch, kept_states
 from optimum_fista.train.recovery_plan import Choice, RecoveryPlan, choose, load_student, mark_trained, plan_recovery

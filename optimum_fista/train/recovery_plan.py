@@ -23,7 +23,12 @@ from transformers.utils import cached_file
 
 from optimum_fista.environment import numerical_environment
 from optimum_fista.folder.checkpoint import CONFIG_FILE, VOCABULARY_FILE, kept_tokens, read_report
-from optimum_fista.folder.loading import (
+from optimum_fista.folder.output import folder_beside, require_output
+from optimum_fista.memory import available_bytes, size_text
+from optimum_fista.model.forward import is_fast
+from optimum_fista.model.layers import find_decoder_layers, find_operators
+from optimum_fista.report import WORDS_OF_TRAIN, PruningReport
+from optimum_fista.source.loading import (
     load_model,
     load_tokenizer,
     model_class,
@@ -32,11 +37,6 @@ from optimum_fista.folder.loading import (
     require_tokenizer,
     usable_device,
 )
-from optimum_fista.folder.output import folder_beside, require_output
-from optimum_fista.memory import available_bytes, size_text
-from optimum_fista.model.architecture import find_decoder_layers, find_operators
-from optimum_fista.model.forward import is_fast
-from optimum_fista.report import WORDS_OF_TRAIN, PruningReport
 from optimum_fista.text.calibration_tokens import usual_length
 from optimum_fista.text.sources import require_source
 from optimum_fista.train.divergence import LOGITS_PER_CHUNK, Predictor, divergence

@@ -22,13 +22,13 @@ from transformers.utils import cached_file
 from optimum_fista.folder.checkpoint import CONFIG_KEY, MASKS_FILE, REPORT_FILE, mark_retrained, read_report
 from optimum_fista.folder.output import new_output
 from optimum_fista.folder.packed_folder import is_packed, packed_operators
-from optimum_fista.folder.stored_tensors import source_tensors
 from optimum_fista.folder.writing import as_in_model, operators_by_weight, summary, write_checkpoint
-from optimum_fista.model.architecture import find_decoder_layers, require_unquantized
-from optimum_fista.model.operator import LINEAR, is_fused_experts
+from optimum_fista.model.layers import find_decoder_layers, require_unquantized
+from optimum_fista.model.operators import LINEAR, is_fused_experts
 from optimum_fista.pruner import FistaPruner
 from optimum_fista.report import PruningReport
 from optimum_fista.solve.pattern import unpack_mask
+from optimum_fista.source.source_tensors import source_tensors
 
 MaskSource: TypeAlias = FistaPruner | str | Path | Mapping[str, Tensor] | None
 

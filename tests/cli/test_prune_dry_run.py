@@ -10,7 +10,7 @@ from optimum_fista.cli.main import main
 def test_a_dry_run_writes_nothing_and_needs_no_weights(tiny_folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "config.json").write_text((tiny_folder / "config.json").read_text())
     monkeypatch.setattr("optimum_fista.text.calibration_tokens.load_model", None)
-    monkeypatch.setattr("optimum_fista.folder.loading.load_model", None)
+    monkeypatch.setattr("optimum_fista.source.loading.load_model", None)
     monkeypatch.chdir(tmp_path)
     flags = ["--dry-run", "--method", "wanda", "--pattern", "2:4", "--exclude", "*.0.*", *QUICK]
     shown = []

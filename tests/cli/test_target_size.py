@@ -13,7 +13,7 @@ from tiny_llama import QUICK
 
 from optimum_fista.cli.main import main
 from optimum_fista.folder.checkpoint import kept_tokens, read_report
-from optimum_fista.folder.loading import load_model
+from optimum_fista.source.loading import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(tokens that stay|belong to no token)")
 

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMulti
 from optimum_fista import FistaPruner, FistaPruningConfig, recover
 from optimum_fista.cli.main import main
 from optimum_fista.evaluate.verification import verify_checkpoint
-from optimum_fista.folder.loading import model_class, read_model
+from optimum_fista.source.loading import model_class, read_model
 
 PROCESSOR = (
     "preprocessor_config.json",

@@ -8,7 +8,7 @@ from torch import Tensor
 from toy_layer import ToyLayer, toy_layer
 
 from optimum_fista.model.correction import Correction, LayerTargets
-from optimum_fista.model.layer_inputs import HiddenStates, LayerActivations, LayerCall
+from optimum_fista.model.inputs import HiddenStates, LayerActivations, LayerCall
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 CPU = torch.device("cpu")

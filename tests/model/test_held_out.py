@@ -7,9 +7,9 @@ from families import family_model, family_tokens
 from tiny_llama import tiny_llama, tiny_tokens
 
 from optimum_fista.model import held_out as module
-from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.held_out import HeldOut
+from optimum_fista.model.layers import find_decoder_layers
 
 
 def measured(model, batches) -> HeldOut:

@@ -9,12 +9,12 @@ from media_models import IMAGE, MEDIA_FAMILIES, media_batch, media_model
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.architecture import find_decoder_layers, token_limits
 from optimum_fista.model.calibration import CalibrationBatch, hold_out, read_batches, tokens_sha256
-from optimum_fista.model.layer_inputs import record_inputs
-from optimum_fista.model.losses import choose_layers
+from optimum_fista.model.inputs import record_inputs
+from optimum_fista.model.layers import find_decoder_layers, token_limits
 from optimum_fista.model.media import media_arguments, targets_of
 from optimum_fista.model.sensitivity import DenseLoss
+from optimum_fista.removal.layers import choose_layers
 
 
 def read(model, *batches) -> list[CalibrationBatch]:

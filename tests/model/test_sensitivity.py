@@ -5,9 +5,9 @@ from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 from torch import nn
 from untouched import Untouched
 
-from optimum_fista.model.activation_store import ActivationStore
-from optimum_fista.model.architecture import find_decoder_layers, find_operators
+from optimum_fista.model.activations import ActivationStore
 from optimum_fista.model.calibration import read_batches
+from optimum_fista.model.layers import find_decoder_layers, find_operators
 from optimum_fista.model.sensitivity import DenseLoss, measure_sensitivities
 
 LENGTH = 10

@@ -10,7 +10,7 @@ from untouched import Untouched
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.calibration import CalibrationBatch, cut_batches
-from optimum_fista.model.layer_inputs import HiddenStates, cut_states
+from optimum_fista.model.inputs import HiddenStates, cut_states
 from optimum_fista.prune import streamed as streamed_run
 
 CONFIGS = [FistaPruningConfig(), FistaPruningConfig(method="sparsegpt", error_correction="intra")]

@@ -14,7 +14,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.offload import stored_tensor
-from optimum_fista.model.parts import Part, find_parts
+from optimum_fista.removal.parts import Part, find_parts
 
 BATCHES = tiny_tokens().split(4)
 

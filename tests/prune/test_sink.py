@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from optimum_fista.model.offload import kept_tensor, onloaded
-from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.operators import LinearOperator
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.report import LayerRecord, LayerReport
 

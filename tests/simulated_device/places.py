@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from untouched import weights_of
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
-from optimum_fista.model.architecture import find_decoder_layers
+from optimum_fista.model.layers import find_decoder_layers
 
 PLACES = (
     "in memory",

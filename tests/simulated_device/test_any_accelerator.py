@@ -12,12 +12,12 @@ from untouched import Untouched
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.cli.main import main
 from optimum_fista.estimate import Estimate
-from optimum_fista.folder.loading import usable_device
 from optimum_fista.memory import available_bytes, release_memory
 from optimum_fista.packed.format import pack
 from optimum_fista.packed.linear import PackedLinear
-from optimum_fista.prune import removal
+from optimum_fista.removal import parts_removal
 from optimum_fista.report import device_name, library_versions
+from optimum_fista.source.loading import usable_device
 from optimum_fista.text.self_sampling import sample_text_from_model
 
 
@@ -64,7 +64,7 @@ def test_sampling_leaves_its_generators_as_they_were(device):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_device_that_is_nearly_full_has_room_for_the_smaller_model(fails, monkeypatch):
-    model, device, shrink = tiny_llama().to("simulated:0"), torch.device("simulated:0"), removal.shrink_model
+    model, device, shrink = tiny_llama().to("simulated:0"), torch.device("simulated:0"), parts_removal.shrink_model
     untouched, largest = Untouched(model), model.model.layers[0].mlp.down_proj.weight.nbytes
 
     def shrink_with_little_memory(*arguments):
@@ -73,7 +73,7 @@ def test_a_device_that_is_nearly_full_has_room_for_the_smaller_model(fails, monk
         if fails:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(removal, "shrink_model", shrink_with_little_memory)
+    monkeypatch.setattr(parts_removal, "shrink_model", shrink_with_little_memory)
     pruner = FistaPruner(FistaPruningConfig(pattern="channels:0.25/4+heads:0.5", method="wanda"), progress=False)
     with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
         pruner.prune(model, tiny_tokens().split(4))

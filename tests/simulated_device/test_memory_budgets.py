@@ -9,7 +9,7 @@ from tiny_llama import tiny_llama, tiny_tokens
 from tiny_models import tiny_model
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.model.activation_store import ActivationStore
+from optimum_fista.model.activations import ActivationStore
 
 OPERATORS = 7  # of a decoder layer
 

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from optimum_fista.folder.loading import load_tokenizer
+from optimum_fista.source.loading import load_tokenizer
 from optimum_fista.text.vocabulary import count_tokens, reduce_vocabulary
 
 ENGLISH = [

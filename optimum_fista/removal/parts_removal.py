@@ -1,0 +1,344 @@
+"""Removing whole parts of a model: the run prunes columns of some operators, then the model becomes a smaller one.
+
+A channel, a head or an expert is a group of columns of the operator that reads it. So the loop prunes these columns by
+any method, and the rows that compute them are removed afterwards. The smaller model must compute the same as the model
+with zeros. This is proved on shapes (`removal.shrinking`), and once on numbers for every kind of decoder layer.
+"""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from optimum_fista.config import FistaPruningConfig
+from optimum_fista.memory import is_out_of_memory
+from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.model.correction import LayerTargets
+from optimum_fista.model.groups import is_added_to_output
+from optimum_fista.model.inputs import HiddenStates, LayerActivations
+from optimum_fista.model.layers import DecoderLayers, find_operators
+from optimum_fista.model.operators import Group, LinearOperator
+from optimum_fista.prune.sink import ModelSink
+from optimum_fista.removal.experts import SmallerMixture, experts_of, experts_to_keep, score_experts
+from optimum_fista.removal.parts import Part, numbers_kept
+from optimum_fista.removal.shrinking import (
+    Shrinking,
+    plan_shrinking,
+    plan_shrinkings,
+    require_same_outputs,
+    shrink_model,
+    small_hidden_states,
+    smaller_copy,
+)
+from optimum_fista.report import LayerRecord, LayerReport, MixtureReport, OperatorReport, PruningReport
+from optimum_fista.solve.method import METHODS
+from optimum_fista.solve.pattern import pack_mask, unpack_mask
+from optimum_fista.solve.patterns import Columns
+
+T = TypeVar("T")
+Operators = Mapping[str, Mapping[str, LinearOperator]]  # to prune, by the names of their decoder layers
+Reasons = Mapping[str, str]  # why other operators stay dense
+Losses = Mapping[int, float]  # removed decoder layers, each with the loss after its removal
+Reports = list[OperatorReport]
+Applied = tuple["PartsRemoval", dict[str, dict[str, LinearOperator]], dict[str, str], FistaPruningConfig]
+Chosen = tuple[list[Group], dict[str, str], nn.Module | None]
+Leaving = tuple[HiddenStates, Reports, MixtureReport | None]
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What a run does besides setting weights to zero; this base class does nothing."""
+
+    layers: DecoderLayers  # of the model
+    mixtures: Mapping[str, Part] = field(default_factory=dict)  # that lose experts, by their decoder layers
+    num_removed_layers: int = 0
+    removed_layers: Losses = field(default_factory=dict)  # empty until they are chosen
+
+    def before(self, layer_name: str, groups: list[Group], activations: LayerActivations, hidden: Tensor) -> Chosen:  # noqa: ARG002
+        """Choose the groups to prune in a decoder layer, and prove that zeros there equal their removal.
+
+        Returns also its other operators, with the reason, and the module with its experts if some are removed.
+        """
+        return groups, {}, None
+
+    def after(self, layer_name: str, sink: ModelSink, targets: LayerTargets, operators: Reports) -> Leaving:  # noqa: ARG002
+        """Remove experts of a pruned decoder layer, and refit the others.
+
+        Returns the layer's output, and the reports of its pruned operators as they will be in the smaller model.
+        """
+        return targets.leave(), operators, None
+
+    def new_name(self, name: str) -> str | None:
+        """The name of a module or tensor in the pruned model; `None` if it is removed."""
+        return name
+
+    def renamed(self, values: Mapping[str, T]) -> dict[str, T]:
+        """Values by their names in the pruned model, without those of removed modules."""
+        return {new: value for name, value in values.items() if (new := self.new_name(name)) is not None}
+
+    def part_of(self, name: str) -> Part | None:  # noqa: ARG002
+        """The part that a tensor of the model belongs to and that becomes smaller; `None` if it stays as it is."""
+        return None
+
+    @property
+    def keeps_values(self) -> bool:
+        """Tell whether all weights that stay keep their values."""
+        return False
+
+    def shrink_tensors(self, record: LayerRecord, tensors: Tensors) -> Tensors:  # noqa: ARG002
+        """Return the tensors of a pruned decoder layer in their smaller form, by their new names."""
+        return tensors
+
+    def describe(self, report: PruningReport) -> None:
+        """Write into the report of all decoder layers, and into the model's configuration, what was removed."""
+
+    def make_smaller(self, model: PreTrainedModel, report: PruningReport, sink: ModelSink) -> None:
+        """Make a pruned model in memory smaller, after its report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartsRemoval(Removal):
+    """Removes whole parts of a model in a run."""
+
+    asked: FistaPruningConfig  # with a pattern of parts by number
+    counts: Mapping[str, int]  # how many parts of each kind a decoder layer keeps
+    smaller: Shrinking  # the smaller model; it has all decoder layers until those to remove are chosen
+    columns: Shrinking  # a model that keeps all experts, for the proof of the other kinds
+    experts: Shrinking  # a model that loses experts only, to run a decoder layer without them
+    # Kinds of layers that are proved to return the same without removed groups; only this changes during the run.
+    proven: set[object] = field(default_factory=set, compare=False)
+
+    @classmethod
+    def planned(
+        cls, layers: DecoderLayers, config: FistaPruningConfig
+    ) -> tuple[Removal, FistaPruningConfig, FistaPruningConfig]:
+        """Plan the removal that a configuration asks for; returns also `Plan.asked` and `Plan.config`.
+
+        `asked` has the pattern of whole parts, with numbers. `config` has a pattern of whole columns for each operator
+        that reads a removed part, and for no others.
+        """
+        model, pattern, asked = layers.model, config.whole_parts, config
+        assert pattern is not None
+        if config.removes_tokens:
+            what = f"pattern='{pattern}' removes tokens from files, and their tokenizer"
+            raise ValueError(f"{what}: pass the model's folder or Hub id, and output_dir, to FistaPruner.prune.")
+        counts = numbers_kept(model, pattern)
+        smaller, columns = plan_shrinkings(model, counts)
+        mixtures = [part for part in smaller.parts.values() if part.is_mixture]
+        overrides: dict[str, float | str] = {
+            name: str(Columns.keeping(smaller.counts[name], part.groups, part.width))
+            for name, part in smaller.parts.items()
+            if not part.is_mixture
+        }
+        names = tuple(part.name for part in mixtures)  # their matrices are not pruned as operators
+        config = replace(
+            asked,
+            pattern=f"columns:{max(part.share for part in pattern.shares)!r}",
+            sparsity=None,
+            scope=None,
+            expert_refit=True,
+            include=tuple(overrides),
+            exclude=names if overrides else ("*",),
+            overrides=overrides,
+        )
+        total = len(layers)
+        removal = cls(
+            layers,
+            mixtures={name: part for name, _ in layers for part in mixtures if part.name.startswith(f"{name}.")},
+            num_removed_layers=sum(total - part.num_kept(total) for part in pattern.shares if part.kind == "layers"),
+            asked=asked,
+            counts=counts,
+            smaller=smaller,
+            columns=columns,
+            experts=plan_shrinking(model, layers=None, **{k: n for k, n in counts.items() if k == "experts"}),
+        )
+        return removal, asked, config
+
+    def new_name(self, name: str) -> str | None:
+        """The name of a module or tensor in the smaller model; `None` if its decoder layer is removed."""
+        return self.smaller.new_name(name)
+
+    def part_of(self, name: str) -> Part | None:
+        """See `Removal.part_of`. Scales of the inputs of experts are no parameters, but go with them."""
+        mixtures = (part for part in self.mixtures.values() if name.startswith(f"{part.name}."))
+        return self.smaller.part_of(name) or next(mixtures, None)
+
+    @property
+    def keeps_values(self) -> bool:
+        """See `Removal.keeps_values`."""
+        config, correction = self.asked, self.asked.correction
+        repairs = "heads" in self.counts or (self.num_removed_layers and correction.carry == "full")
+        updates = METHODS[config.method].updates_weights and not self.counts.keys() <= {"experts"}
+        refits = bool(self.mixtures) and config.expert_refit
+        return not (updates or refits or (repairs and correction.residual_share > 0))
+
+    def applied(self, operators: Operators, left_dense: Reasons, config: FistaPruningConfig, gone: Losses) -> Applied:
+        """Apply the removal to the operators to prune, and to the reasons why others stay dense.
+
+        Returns the removal (with the decoder layers `gone`), and a configuration with patterns for new operators. These
+        may compensate for removed parts. If the residual correction is on, this is done in a decoder layer that loses
+        heads or comes after a removed one: its last operator is refitted, unless it loses columns itself. `before`
+        finds out which operator is the last, when the layer runs.
+        """
+        removal, correction = self, self.asked.correction
+        if gone:
+            stay = [index for index in range(len(self.layers)) if index not in gone]
+            smaller, columns = plan_shrinkings(self.layers.model, self.counts, stay)
+            mixtures = {name: part for name, part in self.mixtures.items() if part.name in smaller.parts}
+            removal = replace(self, mixtures=mixtures, smaller=smaller, columns=columns, removed_layers=gone)
+        after_removed = {index + 1 for index in gone if correction.carry == "full"}
+        repaired, all_columns = dict[str, dict[str, LinearOperator]](), dict[str, float | str]()
+        for index, (name, layer) in enumerate(self.layers):
+            repaired[name] = {} if index in gone else dict(operators[name])
+            loses = ("heads" in self.counts and repaired[name]) or index in after_removed
+            if loses and correction.residual_share > 0 and index not in gone:
+                others = find_operators(name, layer, dense_experts=("*",))
+                all_columns |= {key: f"columns:{o.shape[1]}of{o.shape[1]}" for key, o in others.items()}
+                repaired[name] = others | repaired[name]
+        chosen = {name for found in repaired.values() for name in found}
+        reasons = removal.smaller.reasons_left_dense(name for name in left_dense if name not in chosen)
+        return removal, repaired, reasons, replace(config, overrides={**all_columns, **config.overrides})
+
+    def before(self, layer_name: str, groups: list[Group], activations: LayerActivations, hidden: Tensor) -> Chosen:
+        """See `Removal.before`. Besides the operators that lose columns, the last one may be refitted."""
+        self._prove(layer_name, activations, hidden)
+        called = {operator.name for group in groups for operator in group}
+        for name, part in self.smaller.parts.items():
+            if name.startswith(f"{layer_name}.") and not part.is_mixture and name not in called:
+                raise UnsupportedArchitectureError(f"{name} loses columns, and is never called: pass another pattern.")
+        chosen = [[o for o in group if o.name in self.smaller.parts] for group in groups]
+        if groups and not chosen[-1] and len(groups[-1]) == 1:
+            # it can be refitted only if the layer's output is a sum of its output and the rest
+            chosen[-1] = [o for o in groups[-1] if is_added_to_output(activations, o.module, hidden)]
+        pruned = {operator.name for group in chosen for operator in group}
+        names = [operator.name for group in groups for operator in group if operator.name not in pruned]
+        mixture, layer = self.mixtures.get(layer_name), activations.layer
+        experts = None if mixture is None else layer.get_submodule(mixture.name.removeprefix(f"{layer_name}."))
+        return [group for group in chosen if group], self.smaller.reasons_left_dense(names), experts
+
+    def _prove(self, layer_name: str, activations: LayerActivations, hidden_states: Tensor) -> None:
+        """Prove once for each kind of decoder layer that it returns the same without the groups as with zeros there."""
+        names = [name for name in self.columns.parts if name.startswith(f"{layer_name}.")]
+        modules = ((name, type(module)) for name, module in activations.layer.named_modules())
+        kind = tuple(modules), tuple(name.removeprefix(layer_name) for name in names)
+        if kind in self.proven or not names:
+            return
+        # The groups to remove are not known yet. Without the first ones all others get new numbers. So the test also
+        # finds modules that depend on the number of a group, or on all groups together.
+        groups = {name: (self.columns.parts[name].groups, self.columns.counts[name]) for name in names}
+        kept = {name: tuple(range(total - count, total)) for name, (total, count) in groups.items()}
+        call, hidden = activations.calls[0], small_hidden_states(hidden_states.to(activations.device))
+        run, layer = partial(call.run, hidden_states=hidden), activations.layer
+        try:
+            require_same_outputs(self.columns, layer_name, layer, kept, run)
+        except UnsupportedArchitectureError as error:
+            if error.__cause__ is not None and is_out_of_memory(error.__cause__):
+                raise error.__cause__ from None  # smaller batches may fit
+            raise
+        self.proven.add(kind)
+
+    def after(self, layer_name: str, sink: ModelSink, targets: LayerTargets, operators: Reports) -> Leaving:
+        """See `Removal.after`. The kept experts are refitted so that their sum comes close to the layer's targets."""
+        operators = [self._smaller(operator, sink) for operator in operators]
+        if layer_name not in self.mixtures:
+            return targets.leave(), operators, None
+        started, part, layer = time.perf_counter(), self.mixtures[layer_name], targets.activations.layer
+        experts = experts_of(part, layer_name, layer)
+        num_tokens, saliency, wanted = score_experts(experts, targets)
+        kept = experts_to_keep(saliency, self.smaller.counts[part.name], part.equal_runs)
+        smaller = smaller_copy(self.experts, layer_name, layer, {part.name: kept})
+        left = experts_of(part, layer_name, smaller)  # on the tokens that the router sends them now
+        mixture = SmallerMixture(left, replace(targets.activations, layer=smaller), targets.entering.entering, wanted)
+        before, held_out = mixture.errors()
+        fit_error, num_refitted, message = before, 0, ""  # before refits
+        if self.asked.expert_refit:
+            down = [operator for operator in experts.operators if operator.kind == "down_proj"]
+            num_refitted, message = mixture.refit(lambda expert, weight: sink.write(down[kept[expert]], weight))
+            fit_error, held_out = mixture.errors()
+        report = MixtureReport(
+            name=part.name,
+            groups_kept=kept,
+            saliency=tuple(saliency.tolist()),
+            expert_tokens=tuple(num_tokens.tolist()),
+            fit_error=fit_error,
+            fit_error_before=before,
+            num_refitted=num_refitted,
+            solve_seconds=time.perf_counter() - started,
+            message=message,
+            held_out_fit_error=held_out,
+            residual_corrected=targets.adds_experts,
+        )
+        return targets.leave(smaller), operators, report
+
+    def _smaller(self, operator: OperatorReport, sink: ModelSink) -> OperatorReport:
+        """Report an operator as it is without the removed parts; all weights that stay are kept."""
+        mask = unpack_mask(sink.masks[operator.name], operator.stored_shape)
+        part = self.smaller.parts.get(operator.name.removesuffix(".weight"))  # None: it was only refitted
+        groups = None if part is None else part.kept_by(mask.T if operator.stored_transposed else mask)
+        left = torch.ones(self.smaller.model.get_parameter(self.new_name(operator.name) or "").shape, dtype=torch.bool)
+        sink.masks[operator.name] = pack_mask(left)
+        out, columns = left.shape[::-1] if operator.stored_transposed else left.shape
+        return replace(operator, shape=(out, columns), groups_kept=groups, num_kept=left.numel(), sparsity=0.0)
+
+    def shrink_tensors(self, record: LayerRecord, tensors: Tensors) -> Tensors:
+        """See `Removal.shrink_tensors`."""
+        kept = groups_kept([record.report], record.operators)
+        return self.renamed({name: self.smaller.shrink_tensor(name, tensor, kept) for name, tensor in tensors.items()})
+
+    def describe(self, report: PruningReport) -> None:
+        """Give what is left the names of the smaller model, and count its parameters; see `Removal.describe`."""
+        layers, report.layers = report.layers, []
+        for layer in layers:
+            if (name := self.new_name(layer.name)) is not None:
+                found = layer.mixture
+                mixture = None if found is None else replace(found, name=self.new_name(found.name) or found.name)
+                report.layers.append(replace(layer, name=name, mixture=mixture))
+        report.operators = [replace(o, name=self.new_name(o.name) or o.name) for o in report.operators]
+        report.left_dense = self.renamed(report.left_dense)
+        self.layers.model.config = self.smaller.model.config
+        report.model["dense_num_parameters"] = report.model["num_parameters"]
+        report.model["num_parameters"] = self.smaller.model.num_parameters()
+        if self.removed_layers:
+            report.model["layers_kept"] = list(self.smaller.layers)
+            report.model["layers_removed"] = [[index, loss] for index, loss in self.removed_layers.items()]
+
+    def make_smaller(self, model: PreTrainedModel, report: PruningReport, sink: ModelSink) -> None:
+        """Make a pruned model in memory smaller; see `Removal.make_smaller`."""
+        groups = groups_kept(report.layers, report.operators)
+        kept = {name: groups[new] for name in self.smaller.parts if (new := self.new_name(name)) is not None}
+        # old tensors are kept on the CPU: a device that is nearly full has no room for both sizes of all tensors
+        before = [
+            (tensor, tensor.device, tensor.data if self.smaller.part_of(name) is None else tensor.data.cpu())
+            for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        ]
+
+        def restore() -> None:
+            for tensor, device, data in before:
+                tensor.data = data.to(device)
+
+        sink.undo_first(restore)
+        sink.masks = self.renamed(sink.masks)
+        shrink_model(model, self.smaller, kept)
+
+
+def groups_kept(layers: Iterable[LayerReport], operators: Iterable[OperatorReport]) -> dict[str, tuple[int, ...]]:
+    """The groups that stay of each part, by its name in the reports."""
+    kept = {layer.mixture.name: layer.mixture.groups_kept for layer in layers if layer.mixture is not None}
+    return kept | {o.name.removesuffix(".weight"): o.groups_kept for o in operators if o.groups_kept is not None}
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first four of many names, for a message."""
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def require_zeros_to_pack(config: FistaPruningConfig, packed: bool) -> None:
+    """Refuse `packed` for a run that removes whole parts."""
+    if packed and config.whole_parts is not None:
+        raise ValueError(f"packed=True: pattern={config.pattern!r} leaves a dense model: there are no zeros to pack.")

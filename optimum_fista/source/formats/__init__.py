@@ -1,0 +1,1 @@
+"""Quantized formats: each is read as plain floating-point weights, and written back as it was stored."""

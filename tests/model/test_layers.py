@@ -1,0 +1,145 @@
+import pytest
+import torch
+from families import family_model
+from tiny_models import FAMILIES, MOE_FAMILIES, tiny_model
+from torch import nn
+from transformers import (
+    AutoModelForMultimodalLM,
+    BertConfig,
+    BertGenerationConfig,
+    BertGenerationDecoder,
+    BertLMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.model.layers import find_decoder_layers, find_operators, left_out
+
+LAYERS = {
+    "opt": "model.decoder.layers",
+    "gpt2": "transformer.h",
+    "gpt_neox": "gpt_neox.layers",
+    "falcon": "transformer.h",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES + MOE_FAMILIES)
+def test_decoder_layers_are_found_in_order(family):
+    model = tiny_model(family, num_hidden_layers=3)
+    layers = find_decoder_layers(model)
+    assert layers.name == LAYERS.get(family, "model.layers")
+    assert len(layers) == 3
+    assert [name for name, _ in layers] == [f"{layers.name}.{i}" for i in range(3)]
+    assert all(model.get_submodule(name) is module for name, module in layers)
+
+
+T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+BERT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (
+            lambda: T5ForConditionalGeneration(T5Config(**T5)),
+            "T5ForConditionalGeneration can't be pruned: it is an enc",
+        ),
+        (lambda: BertLMHeadModel(BertConfig(**BERT)), "BertLMHeadModel can't be pruned: it is an encoder, in which"),
+        (lambda: tiny_model("llama").model, "LlamaModel can't be pruned: it can't generate text"),
+    ],
+)
+def test_what_is_not_a_causal_language_model_is_refused_by_its_class(model, reason):
+    with pytest.raises(UnsupportedArchitectureError, match=reason):
+        find_decoder_layers(model())
+
+
+def test_encoder_that_runs_as_a_decoder_and_names_no_layers_is_found_by_its_checkpointed_layers():
+    model = BertGenerationDecoder(BertGenerationConfig(**BERT, is_decoder=True))
+    assert not model._no_split_modules
+    assert find_decoder_layers(model).name == "bert.encoder.layer"
+
+
+def test_text_decoder_is_chosen_beside_a_vision_encoder():
+    layers = find_decoder_layers(family_model("gemma3"))
+    assert layers.name == "model.language_model.layers"
+
+
+def test_several_lists_of_decoder_layers_are_refused_with_what_was_found():
+    model = tiny_model("llama")
+    model.model.more = nn.ModuleList(list(model.model.layers))
+    with pytest.raises(UnsupportedArchitectureError) as refused:
+        find_decoder_layers(model)
+    message = str(refused.value)
+    assert "LlamaForCausalLM can't be pruned: looked for one nn.ModuleList of LlamaDecoderLayer and found 2" in message
+    assert "model.layers (2 x LlamaDecoderLayer), model.more (2 x LlamaDecoderLayer)" in message
+
+
+def test_weights_that_operators_share_are_named_with_each_other():
+    model = tiny_model("llama", num_hidden_layers=3)
+    first, _, last = model.model.layers
+    last.mlp = first.mlp
+    last.self_attn.k_proj.weight = last.self_attn.v_proj.weight
+    found = find_decoder_layers(model).shared
+    pairs = [[f"model.layers.{i}.mlp.{proj}" for i in (0, 2)] for proj in ("gate_proj", "up_proj", "down_proj")]
+    pairs.append([f"model.layers.2.self_attn.{proj}" for proj in ("k_proj", "v_proj")])
+    expected = {one: f"shares its weight with {other}" for a, b in pairs for one, other in ((a, b), (b, a))}
+    assert found == expected
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_matrices_of_fused_experts_are_operators_unless_they_stay_dense(family):
+    name, layer = list(find_decoder_layers(tiny_model(family)))[1]
+    fused = next(key for key, module in layer.named_modules(prefix=name) if key.endswith(".experts"))
+    operators = find_operators(name, layer)
+    assert [key for key in operators if key.startswith(f"{fused}.")] == [
+        f"{fused}.{expert}.{kind}" for expert in range(4) for kind in ("gate_proj", "up_proj", "down_proj")
+    ]
+    rest = {key for key in operators if not key.startswith(f"{fused}.")}
+    assert {"q_proj", "o_proj"} <= {key.rpartition(".")[2].replace("q_b_proj", "q_proj") for key in rest}
+    for pattern in ("*.experts", fused):
+        assert set(find_operators(name, layer, [pattern])) == rest
+        assert left_out(name, layer, [pattern])[fused] == "exclude"
+    assert set(find_operators(name, layer, ["*.q_proj", "model.layers.0.*"])) == set(operators)
+
+
+def test_fused_experts_of_an_unknown_form_are_refused_unless_they_stay_dense():
+    layer = nn.Module()
+    layer.experts = nn.Module()
+    layer.experts.mixed = nn.Parameter(torch.zeros(2, 4, 4))
+    layer.proj = nn.Linear(4, 4)
+    with pytest.raises(
+        UnsupportedArchitectureError,
+        match=r"^layer\.experts \(Module\) keeps .*gate_up_proj.*exclude=\['\*\.experts'\]",
+    ):
+        find_operators("layer", layer)
+    assert list(find_operators("layer", layer, ["*.experts"])) == ["layer.proj"]
+
+
+def test_routers_beside_fused_experts_stay_dense():
+    name, layer = next(iter(find_decoder_layers(tiny_model("qwen3_moe"))))
+    layer.mlp.gate = nn.Linear(32, 4)
+    layer.mlp.shared_expert_gate = nn.Linear(32, 1)
+    layer.mlp.latent = nn.Linear(32, 8)
+    operators = find_operators(name, layer)
+    assert "model.layers.0.mlp.latent" in operators
+    assert "model.layers.0.mlp.gate" not in operators
+    assert left_out(name, layer) == {
+        "model.layers.0.mlp.gate": "router",
+        "model.layers.0.mlp.shared_expert_gate": "router",
+    }
+
+
+def test_convolutions_and_stacked_scales_are_not_taken_for_experts():
+    layer = nn.ModuleDict({"conv": nn.Conv1d(4, 4, 3), "linear": nn.Linear(4, 4)})
+    layer["linear"].register_parameter("scale", nn.Parameter(torch.ones(1, 1, 4)))
+    assert list(find_operators("layer", layer)) == ["layer.linear"]
+    layer["conv"].register_module("experts", nn.ParameterList([torch.ones(2, 3, 4)]))
+    with pytest.raises(UnsupportedArchitectureError, match=r"^layer\.conv\.experts \(ParameterList\)"):
+        find_operators("layer", layer)
+
+
+def test_layers_of_a_vision_encoder_alone_are_not_taken_for_decoder_layers():
+    # BLIP declares no layers of its text decoder
+    layers = find_decoder_layers(family_model("blip", kind=AutoModelForMultimodalLM))
+    assert layers.name == "text_decoder.bert.encoder.layer"

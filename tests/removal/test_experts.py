@@ -1,0 +1,152 @@
+"""Which experts go, what the others are fitted to, and how they are refitted."""
+
+import pytest
+import torch
+from families import family_model, family_tokens
+
+from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.model.calibration import hold_out, read_batches
+from optimum_fista.model.correction import Correction, LayerTargets
+from optimum_fista.model.inputs import HiddenStates, LayerActivations, record_inputs
+from optimum_fista.model.layers import find_decoder_layers
+from optimum_fista.removal.experts import SmallerMixture, experts_of, experts_to_keep, score_experts
+from optimum_fista.removal.parts import find_parts
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
+CPU = torch.device("cpu")
+
+
+def mixture_layer(family, batches=None, held_out=0):
+    """The first mixture of a model, its experts, the activations of its decoder layer, and hidden states for that."""
+    model = family_model(family)
+    layers = find_decoder_layers(model)
+    part = find_parts(model, "experts").parts[0]
+    index = next(index for index, (name, _) in enumerate(layers) if part.name.startswith(f"{name}."))
+    name, layer = list(layers)[index]
+    batches = family_tokens() if batches is None else batches
+    recorded = record_inputs(layers, hold_out(read_batches(batches, 64), held_out))
+    activations = LayerActivations(layer, recorded.calls[index], recorded.token_masks, CPU, recorded.held_out)
+    return part, experts_of(part, name, layer), activations, list(recorded.hidden_states)
+
+
+def output_of_experts(experts, activations, hidden):
+    """What the experts get, their routing, and what they return together, as the model computes it."""
+    ((arguments, keywords),) = activations.arguments_of(experts.module, [hidden])
+    return arguments, experts.module(*arguments, **keywords)
+
+
+def test_scores_are_those_of_a_plain_loop_over_tokens():
+    ids = torch.cat(family_tokens())
+    mask = torch.ones_like(ids)
+    mask[0, 20:] = 0
+    batches = [{"input_ids": ids[:1], "attention_mask": mask[:1]}, ids[1:], ids[1:]]
+    _, experts, activations, entering = mixture_layer("mixtral", batches, held_out=1)
+    targets = LayerTargets(activations, [], Correction("full"), HiddenStates(entering, entering), experts.module)
+    num_tokens, saliency, _ = score_experts(experts, targets)
+    counts, norms, module = [0] * 4, [0.0] * 4, experts.module
+    for batch, length in ((0, 20), (1, 32)):
+        for hidden, call in [(entering[batch], activations.calls[batch])]:
+            one = LayerActivations(activations.layer, [call], [None], CPU)
+            (states, chosen, weights), _ = output_of_experts(experts, one, hidden)
+        for token in range(length):
+            for expert, weight in zip(chosen[token].tolist(), weights[token], strict=True):
+                gate, up = (module.gate_up_proj[expert] @ states[token]).chunk(2)
+                output = module.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)
+                counts[expert] += 1
+                norms[expert] += float(weight * output.norm())
+    assert num_tokens.tolist() == counts
+    means = [norm / max(1, count) for norm, count in zip(norms, counts, strict=True)]
+    assert saliency.tolist() == pytest.approx(means, rel=1e-5)
+
+
+def test_every_run_keeps_as_many_and_the_first_of_equals_stay():
+    assert experts_to_keep(torch.tensor([1.0, 3.0, 3.0, 3.0]), 2) == (1, 2)
+    assert experts_to_keep(torch.tensor([5.0, 4.0, 1.0, 2.0]), 2, equal_runs=2) == (0, 3)
+
+
+def test_targets_bring_the_layer_to_the_dense_output():
+    """With a = b = 1, D* + Y = D + E(X)."""
+    _, experts, activations, dense = mixture_layer("mixtral")
+    pruned = [hidden + 0.1 * torch.randn_like(hidden) for hidden in dense]
+    targets = LayerTargets(activations, [], Correction("full", 1.0, 1.0), HiddenStates(dense, pruned), experts.module)
+    assert targets.adds_experts
+    for batch, wanted in enumerate(list(targets.expert_targets())):
+        handle = experts.module.register_forward_hook(lambda _, __, output, y=wanted: y.view(output.shape))
+        found = activations.run(batch, pruned[batch])
+        handle.remove()
+        assert torch.allclose(found, activations.run(batch, dense[batch]), atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "left"), [("llama4_text", 1e-3), ("mixtral", 0.3)])
+def test_refits_find_the_weights_that_made_the_outputs(family, left):
+    ids = torch.randint(3, 64, (24, 32), generator=torch.Generator().manual_seed(2))
+    _, experts, activations, entering = mixture_layer(family, list(ids.split(8)))
+    down = experts.module.down_proj.data
+    own = down.clone()
+    down += 0.5 * own.std() * torch.randn_like(own)
+    wanted = activations.store()
+    for target in LayerTargets(
+        activations, [], Correction("full", 0.0), HiddenStates(None, entering), experts.module
+    ).expert_targets():
+        wanted.append(target)
+    made = down.clone()
+    down.copy_(own)
+    mixture, written = SmallerMixture(experts, activations, entering, wanted), {}
+    before, _ = mixture.errors()
+    count, message = mixture.refit(written.__setitem__)
+    after, _ = mixture.errors()
+    assert (count, message, sorted(written)) == (4, "", [0, 1, 2, 3])
+    assert after < left * before
+    assert (down - made).norm() < (own - made).norm()
+    again = SmallerMixture(experts, activations, entering, wanted)
+    assert again.errors()[0] == pytest.approx(after, rel=1e-3)  # what was taken off step by step is what is left
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_counts_in_no_half_of_a_sequence(side):
+    lengths, ids = [8] * 7 + [32], torch.randint(3, 64, (8, 32), generator=torch.Generator().manual_seed(2))
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, slice(length) if side == "right" else slice(-length, None)] = 1
+    alone = [ids[row : row + 1, mask[row] > 0] for row in range(len(ids))]
+    found = []
+    for batches in ([{"input_ids": ids, "attention_mask": mask}], alone):
+        _, experts, activations, entering = mixture_layer("mixtral", batches)
+        wanted = activations.store()
+        for hidden in entering:
+            wanted.append(torch.zeros_like(hidden))
+        mixture = SmallerMixture(experts, activations, entering, wanted)
+        halves = mixture._problems(0, mixture._down[0].read())
+        found.append([problem.statistics.num_tokens for problem in halves])
+    assert found[0] == found[1]
+
+
+def test_refits_to_noise_are_not_kept():
+    _, experts, activations, entering = mixture_layer("mixtral")
+    wanted = activations.store()
+    for hidden in entering:
+        wanted.append(torch.randn_like(hidden))
+    before = experts.module.down_proj.clone()
+    mixture = SmallerMixture(experts, activations, entering, wanted)
+    assert mixture.refit(lambda *_: pytest.fail("an expert was written")) == (0, "")
+    assert torch.equal(experts.module.down_proj, before)
+
+
+def test_experts_whose_outputs_pass_a_norm_are_not_refitted():
+    _, experts, activations, entering = mixture_layer("mixtral")
+    wanted = activations.store()
+    for hidden in entering:
+        wanted.append(hidden)
+    mixture = SmallerMixture(experts, activations, entering, wanted)
+    experts.module.has_post_expert_norm = True
+    assert mixture.refit(lambda *_: None) == (0, "not refitted: a norm follows every expert")
+
+
+def test_experts_that_are_called_twice_are_refused():
+    _, experts, activations, entering = mixture_layer("mixtral")
+    own = activations.layer.mlp.forward
+    activations.layer.mlp.forward = lambda hidden: own(hidden) + own(hidden)
+    states = HiddenStates(None, entering)
+    targets = LayerTargets(activations, [], Correction("full", 0.0), states, experts.module)
+    with pytest.raises(UnsupportedArchitectureError, match="MixtralExperts is called 2 times in a forward pass"):
+        next(targets.expert_targets())

@@ -1,0 +1,124 @@
+"""Decoder layers to remove are those that trying all of them, one model after another, would find."""
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from families import family_model, family_tokens
+from tiny_llama import tiny_llama, tiny_tokens
+from tiny_models import tiny_model
+from transformers.models.llama.modeling_llama import LlamaAttention
+from untouched import Untouched
+
+from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.model import losses as module
+from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.layers import find_decoder_layers
+from optimum_fista.model.sensitivity import DenseLoss
+from optimum_fista.removal.layers import choose_layers
+from optimum_fista.removal.shrinking import plan_shrinking, shrink_model
+
+
+def chosen(model, tokens, count, num_tokens=10**6, **options):
+    batches = [tokens] if isinstance(tokens, CalibrationBatch) else [CalibrationBatch(ids) for ids in tokens.split(4)]
+    with torch.no_grad():
+        return choose_layers(DenseLoss(find_decoder_layers(model), batches, num_tokens, **options), count)
+
+
+def loss_with(make, tokens, left) -> float:
+    """Cross-entropy of the next token of a new model that keeps only the layers `left`."""
+    model = make()
+    shrink_model(model, plan_shrinking(model, layers=left), {})
+    with torch.no_grad():
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), tokens[:, 1:].flatten()))
+
+
+def by_brute_force(make, tokens, total, count):
+    left, removed = list(range(total)), []
+    for _ in range(count):
+        losses = {out: loss_with(make, tokens, [i for i in left if i != out]) for out in left}
+        removed.append(min(losses.items(), key=lambda found: found[1]))
+        left.remove(removed[-1][0])
+    return removed
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: tiny_llama(num_hidden_layers=5),
+        lambda: tiny_model("gpt2", n_layer=4),
+        lambda: tiny_model("opt", num_hidden_layers=4, word_embed_proj_dim=16),  # projections beside the layers
+        lambda: tiny_model("gemma3_text", num_hidden_layers=4, final_logit_softcapping=2.0),
+        lambda: tiny_model("qwen3_moe", num_hidden_layers=4, mlp_only_layers=[1]),
+    ],
+    ids=["llama", "gpt2", "opt", "gemma3", "qwen3_moe"],
+)
+def test_the_choice_is_that_of_trying_every_model(make):
+    model, tokens = make(), tiny_tokens(6, 12)
+    total = len(find_decoder_layers(model))
+    with Untouched(model):
+        found, expected = chosen(model, tokens, total - 2), by_brute_force(make, tokens, total, total - 2)
+    assert [index for index, _ in found] == [index for index, _ in expected]
+    assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], rel=1e-5)
+    assert len(find_decoder_layers(model)) == total
+
+
+def test_padding_and_later_sequences_count_nowhere():
+    model, tokens = tiny_llama(num_hidden_layers=4), tiny_tokens(4, 12)
+    padded = torch.cat([tokens, torch.full((4, 3), 3)], dim=1)
+    mask = torch.ones_like(padded, dtype=torch.bool)
+    mask[:, 12:] = False
+    assert chosen(model, CalibrationBatch(padded, mask), 2) == chosen(model, tokens, 2)
+    assert chosen(model, tokens, 2, num_tokens=24) == chosen(model, tokens[:2], 2)
+
+
+def test_weights_and_hidden_states_may_wait_elsewhere(tmp_path):
+    expected = chosen(tiny_llama(num_hidden_layers=4), tiny_tokens(), 2)
+    assert chosen(cpu_offload(tiny_llama(num_hidden_layers=4)), tiny_tokens(), 2, storage=tmp_path) == expected
+
+
+def test_a_layer_that_no_configuration_can_do_without_is_passed_over(monkeypatch):
+    model, tokens = tiny_llama(num_hidden_layers=4), tiny_tokens()
+    (first, _), (second, _) = chosen(model, tokens, 2)
+
+    def plan(model, *, layers):
+        if first not in layers:
+            raise ValueError("it can't be said")
+        return plan_shrinking(model, layers=layers)
+
+    monkeypatch.setattr(module, "plan_shrinking", plan)
+    assert first not in dict(chosen(model, tokens, 2))
+    with pytest.raises(ValueError, match=rf"none of the decoder layers \[{first}\] can be removed: it can't be said"):
+        chosen(model, tokens, 4)
+    assert second != first
+
+
+def test_a_model_whose_loss_is_not_finite_is_damaged():
+    model = tiny_llama(num_hidden_layers=3)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="the loss of the model on the calibration tokens is NaN or Inf"):
+        chosen(model, tiny_tokens(), 1)
+
+
+def test_layers_that_depend_on_their_number_stay(monkeypatch):
+    model, attend = tiny_llama(num_hidden_layers=5), LlamaAttention.forward
+    assert chosen(model, tiny_tokens(), 1)[0][0] == 0  # so that all others get another number
+
+    def forward(self, *arguments, **keywords):
+        output, weights = attend(self, *arguments, **keywords)
+        return output * (1 + self.layer_idx), weights
+
+    monkeypatch.setattr(LlamaAttention, "forward", forward)
+    with pytest.raises(UnsupportedArchitectureError, match=r"layers.1 does not .* on the number of the decoder layer"):
+        chosen(model, tiny_tokens(), 1)
+
+
+def test_layers_that_hand_on_more_than_hidden_states_stay():
+    with pytest.raises(UnsupportedArchitectureError, match="pass more than hidden states to the next one, so none can"):
+        chosen(family_model("glm_moe_dsa"), family_tokens()[0], 1)
+
+
+def test_sequences_of_one_token_show_no_loss():
+    with pytest.raises(ValueError, match="no sequence of two tokens"):
+        chosen(tiny_llama(), torch.ones(4, 1, dtype=torch.int64), 1)

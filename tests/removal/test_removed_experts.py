@@ -1,0 +1,162 @@
+"""Experts go in every kind of run: those that matter least, chosen in the network as pruned so far."""
+
+import copy
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import read_outcomes
+from families import family_model, family_tokens, logits
+from folder_files import files_of
+from killed import Killed, killed_at_write
+from tiny_llama import tiny_llama
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
+from untouched import Untouched
+
+from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback
+from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
+from optimum_fista.folder.checkpoint import read_report
+from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.removal.parts import find_parts
+
+IDLE = (1, 2)
+SOON = ("mixtral", "deepseek_v3", "gpt_oss", "llama4_text")
+MIXTURES = [family for family, outcome in read_outcomes().items() if "experts" in outcome.smaller]
+
+
+def pruned(model, pattern="experts:0.5", batches=None, output=None, **options):
+    """Prune a model, in memory or from a folder to another; returns the pruner and its report."""
+    pruner = FistaPruner(FistaPruningConfig(pattern=pattern, **options), progress=False)
+    batches = family_tokens() if batches is None else batches
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of few tokens, and of layers without residual correction
+        return pruner, pruner.prune(model, batches, **({} if output is None else {"output_dir": output}))
+
+
+def kept(report):
+    return [mixture.groups_kept for mixture in report.mixtures]
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
+def test_experts_that_are_never_chosen_go_and_nothing_changes(family):
+    model = family_model(family)
+    tensors = model.state_dict()
+    for part in find_parts(model, "experts").parts:
+        bias = next(name for name in part.tensors if "bias" in name and not name.startswith(f"{part.name}."))
+        tensors[bias][list(IDLE)] = -1000  # of the router
+    expected = logits(model)
+    _, report = pruned(model)
+    assert set(kept(report)) == {(0, 3)}
+    assert {mixture.expert_tokens[expert] for mixture in report.mixtures for expert in IDLE} == {0}
+    assert torch.allclose(logits(model), expected, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name in SOON else pytest.mark.slow) for name in MIXTURES]
+)
+def test_what_a_family_keeps_loads_plainly_and_is_that_of_the_dense_model(family, tmp_path):
+    model = family_model(family)
+    model.save_pretrained(tmp_path / "dense")
+    pruner, report = pruned(model, "experts:0.5+heads:0.5" if family == "mixtral" else "experts:0.5")
+    pruner.save_pretrained(model, tmp_path / "smaller")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
+    assert again.num_parameters() == model.num_parameters() == report.model["num_parameters"]
+    assert torch.equal(logits(copy.deepcopy(again)), logits(model))
+    verified = verify_checkpoint(tmp_path / "smaller", dense=tmp_path / "dense")
+    assert verified.num_mixtures == len(report.mixtures) > 0
+    assert verified.num_equal
+    assert verified.removed
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A dense mixture of four decoder layers, and what a run without an interruption makes of it."""
+    folder = tmp_path_factory.mktemp("experts")
+    tiny_model("mixtral", num_hidden_layers=4).save_pretrained(folder / "dense")
+    _, report = pruned(folder / "dense", "experts:0.5+layers:0.25", output=folder / "smaller")
+    return folder / "dense", folder / "smaller", report
+
+
+def test_a_killed_run_resumes_to_the_same_bytes_and_is_that_in_memory(folders, tmp_path):
+    dense, smaller, report = folders
+    with pytest.raises(Killed), killed_at_write(14):
+        pruned(dense, "experts:0.5+layers:0.25", output=tmp_path / "smaller")
+    assert 0 < len(list((tmp_path / "smaller.unfinished" / "journal").glob("layer-*.json"))) < 4
+    pruned(dense, "experts:0.5+layers:0.25", output=tmp_path / "smaller")
+    assert files_of(tmp_path / "smaller") == files_of(smaller)
+    model = tiny_model("mixtral", num_hidden_layers=4)
+    _, here = pruned(model, "experts:0.5+layers:0.25")
+    assert kept(here) == kept(report) == kept(read_report(smaller))
+    assert len(kept(here)) == 3
+    loaded = AutoModelForCausalLM.from_pretrained(smaller).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+    assert verify_checkpoint(smaller, dense=dense).num_mixtures == 3
+
+
+@pytest.mark.parametrize("at", ["layer", "shrink"])
+@pytest.mark.usefixtures("fails_at_the_end")
+def test_a_failure_leaves_the_model_as_it_was(at):
+    model, changed = tiny_model("mixtral"), []
+    before, config = {name: value.clone() for name, value in model.state_dict().items()}, model.config
+    batches = torch.randint(3, 64, (48, 32), generator=torch.Generator().manual_seed(1)).split(8)
+
+    class Watch(PruningCallback):
+        def on_layer_end(self, index, report, operators):
+            down = f"{report.mixture.name}.down_proj"
+            changed.append(not torch.equal(model.state_dict()[down], before[down]))
+            if index == 1 and at == "layer":
+                raise KeyboardInterrupt
+
+    pruner = FistaPruner(FistaPruningConfig(pattern="experts:0.5"), progress=False, callbacks=[Watch()])
+    with pytest.raises(KeyboardInterrupt):
+        pruner.prune(model, batches)
+    assert any(changed), "no expert was refitted, so that there was nothing to put back"
+    assert model.config is config
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_runs_of_experts_that_the_router_chooses_first_keep_as_many():
+    model = tiny_model("deepseek_v3", n_routed_experts=8, n_group=2, topk_group=1)
+    _, report = pruned(model, "experts:0.3")  # 5.6 experts, to the nearest even number
+    assert all(sum(expert < 4 for expert in found) == 3 for found in kept(report))
+    assert model.config.n_routed_experts == 6
+
+
+def test_without_refits_no_weight_changes():
+    _, report = pruned(tiny_model("mixtral"), expert_refit=False)
+    assert {mixture.num_refitted for mixture in report.mixtures} == {0}
+    assert "2 of 4 experts left in each of 2 mixtures (REAP)" in str(report)
+    assert "before refits" not in str(report)
+
+
+def test_verify_finds_experts_that_were_not_chosen(folders, tmp_path):
+    """Without the dense model by their saliency, and with it by their values if saliencies fit the choice."""
+    shutil.copytree(folders[1], tmp_path / "changed")
+    edit(tmp_path / "changed", lambda found: [expert for expert in range(4) if expert not in found])
+    with pytest.raises(VerificationError, match="groups_kept are not the experts with the largest saliency"):
+        verify_checkpoint(tmp_path / "changed")
+    edit(tmp_path / "changed", lambda found: [-value for value in found], "saliency")
+    verify_checkpoint(tmp_path / "changed")
+    with pytest.raises(VerificationError, match=r"mlp\.gate\.weight differs from"):
+        verify_checkpoint(tmp_path / "changed", dense=folders[0])
+
+
+def edit(folder: Path, change, key="groups_kept") -> None:
+    """Change what the report says of the first mixture."""
+    file = folder / "fista" / "report.json"
+    values = json.loads(file.read_text())
+    mixture = values["layers"][0]["mixture"]
+    mixture[key] = change(mixture[key])
+    file.write_text(json.dumps(values))
+
+
+def test_what_can_not_go_is_refused_and_the_model_stays():
+    with Untouched(model := tiny_llama()), pytest.raises(UnsupportedArchitectureError, match="can't lose experts: its"):
+        pruned(model, "experts:0.5")
+    message = r"^pattern='experts:0.75': 1 of 4 experts would stay .* for which 2 to 3 stay"
+    with Untouched(model := tiny_model("mixtral")), pytest.raises(ValueError, match=message):
+        pruned(model, "experts:0.75")

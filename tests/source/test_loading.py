@@ -1,0 +1,211 @@
+import gc
+import json
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+from hub_standin import connect, hub_fixture  # noqa: F401
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+from tiny_llama import tiny_llama, tiny_tokens
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.evaluate.verification import verify_checkpoint
+from optimum_fista.model.layers import require_unquantized
+from optimum_fista.source import loading
+from optimum_fista.source.loading import load_model, load_tokenizer, require_tokenizer
+from optimum_fista.text.calibration_tokens import calibration_tokens_by_name
+
+
+@pytest.fixture(scope="module")
+def gguf_folder(tmp_path_factory) -> Path:
+    """A folder with one GGUF file as llama.cpp quantizes it: matrices in Q8_0, the head tied, a tokenizer of bytes."""
+    gguf = pytest.importorskip("gguf")
+    folder = tmp_path_factory.mktemp("gguf")
+    model = tiny_llama(tie_word_embeddings=True, intermediate_size=64)
+    writer = gguf.GGUFWriter(folder / "tiny.Q8_0.gguf", "llama")
+    shape = {"context_length": 64, "block_count": 2, "feed_forward_length": 64, "embedding_length": 32, "head_count": 4}
+    shape |= {"head_count_kv": 2, "layer_norm_rms_eps": 1e-6, "rope_dimension_count": 8, "vocab_size": 64}
+    tokens = ["<unk>", "<s>", "<|endoftext|>", *map(chr, range(ord("@"), ord("z") + 1)), "th", "he"]
+    vocabulary = {"tokenizer_model": "gpt2", "token_list": tokens, "token_types": [3, 3, 3] + 61 * [1]}
+    vocabulary |= {"token_merges": ["t h", "h e"], "bos_token_id": 1, "eos_token_id": 2, "unk_token_id": 0}
+    for name, value in (shape | vocabulary).items():
+        getattr(writer, f"add_{name}")(value)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for name, parameter in model.named_parameters():
+        new_name = names.get_name(name, try_suffixes=(".weight",))
+        values = parameter.detach().numpy()
+        if parameter.ndim == 1:
+            writer.add_tensor(new_name, values)
+        else:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(new_name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder
+
+
+def test_folder(tiny_folder):
+    model, tokenizer = load_model(str(tiny_folder), device="cpu")
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in tiny_llama().state_dict().items())
+    assert tokenizer.decode(tokenizer("the sea").input_ids) == "the sea"
+    assert not model.training
+
+
+def test_a_tokenizer_of_old_files_is_one_and_a_folder_without_any_is_named(tmp_path):
+    tiny_llama().config.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)) is None
+    with pytest.raises(ValueError, match=r"model='.*' has no tokenizer: copy the files"):
+        require_tokenizer(str(tmp_path))
+    GPT2Config(vocab_size=3, bos_token_id=0, eos_token_id=0).save_pretrained(tmp_path)
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    assert load_tokenizer(str(tmp_path))("ab").input_ids == [2]
+
+
+def test_gguf_is_dequantized_pruned_saved_and_verified(gguf_folder, tmp_path):
+    model, tokenizer = load_model(str(gguf_folder), device="cpu", dtype="float32")
+    assert load_tokenizer(str(gguf_folder)).get_vocab() == tokenizer.get_vocab()
+    original = tiny_llama(tie_word_embeddings=True, intermediate_size=64).model.layers[1].mlp.up_proj.weight
+    loaded = model.model.layers[1].mlp.up_proj.weight
+    assert loaded.dtype == torch.float32
+    assert 0 < float((loaded - original).detach().abs().max()) < 0.01  # 8 bits of values up to about 0.8
+    assert tokenizer.tokenize("then") == ["th", "e", "n"]
+    assert len(tokenizer) == 64
+
+    pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False)
+    pruner.prune(model, tiny_tokens().split(4))
+    pruner.save_pretrained(model, tmp_path / "pruned", tokenizer)
+    assert verify_checkpoint(tmp_path / "pruned").num_operators == 14
+    assert "quantization_config" not in json.loads((tmp_path / "pruned" / "config.json").read_text())
+    again, _ = load_model(str(tmp_path / "pruned"), device="cpu")
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+def test_a_model_loaded_from_gguf_by_transformers_itself_can_be_saved(gguf_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file="tiny.Q8_0.gguf", dtype=torch.float32)
+    require_unquantized(model)
+    pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
+    pruner.prune(model, tiny_tokens().split(4))
+    pruner.save_pretrained(model, tmp_path / "pruned")
+    verify_checkpoint(tmp_path / "pruned")
+
+
+def test_folders_without_one_model(tmp_path):
+    for files in ([], ["a.gguf", "b.gguf"]):
+        for name in files:
+            (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=r"neither a config\.json nor exactly one \.gguf file: pass"):
+            load_model(str(tmp_path))
+
+
+def test_names_that_are_no_model(tmp_path):
+    (tmp_path / "absnt").mkdir()
+    (tmp_path / "a.gguf").touch()
+    with pytest.raises(ValueError, match=r"a\.gguf' is a file: pass the folder that holds it"):
+        load_model(str(tmp_path / "a.gguf"))
+    for name, meant in ((str(tmp_path / "absent"), r" Did you mean '.*/absnt'\?"), ("./absent", "")):
+        with pytest.raises(ValueError, match=rf"absent' is neither a folder .* nor a Hub id: pass .*name'\.{meant}$"):
+            load_model(name)
+
+
+@pytest.mark.parametrize(
+    ("state", "why"),
+    [
+        ("open", "has no such model that you may read"),
+        ("closed", r"can't be reached \(.*refused\)"),
+        ("offline", r"can't be reached \(.*offline mode is enabled.*\)"),
+    ],
+)
+def test_a_misspelt_name_fails_at_once_and_offers_the_closest(state, why, hub, tmp_path, monkeypatch):
+    """One request, and no retries, which take Transformers a minute."""
+    connect(hub, monkeypatch)
+    template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tester/model-50").mkdir(parents=True)
+    if state == "closed":
+        hub.__exit__()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", state == "offline")
+    with pytest.raises(OSError, match=rf"no such folder, and the Hub {why}\. Did you mean 'tester/model-50'\?$"):
+        load_model("tester/model-5O", device="cpu")
+    assert sum("model-5O" in request for request in hub.requests) == (state == "open")
+
+
+def test_a_model_in_the_cache_is_not_asked_for(monkeypatch):
+    monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *_: "config.json")
+    monkeypatch.setattr(loading, "get_hf_file_metadata", None)
+    loading._require_on_hub("tester/cached")
+
+
+@pytest.mark.parametrize("kind", [GatedRepoError, HfHubHTTPError])
+def test_a_gated_model_and_a_busy_hub_are_left_to_transformers(kind, monkeypatch):
+    def refuse(url):
+        raise kind(f"refused: {url}", response=Mock(headers={}))
+
+    monkeypatch.setattr(loading, "get_hf_file_metadata", refuse)
+    loading._require_on_hub(f"tester/{kind.__name__}")
+
+
+@pytest.mark.parametrize("device", ["cpu:x", "cuda:99", "meta"])
+def test_unusable_device_is_found_before_the_model_is_read(device):
+    with pytest.raises(ValueError, match=rf"device='{device}' can't be used: .*Pass 'cpu', 'cuda' or 'cuda:N'"):
+        load_model("no-such-model", device=device)
+
+
+@pytest.mark.parametrize("dtype", ["nn", torch.int8, "float8_e4m3fn"])
+def test_unusable_dtype_is_found_before_the_model_is_read(dtype):
+    with pytest.raises(ValueError, match=r"dtype=.*: pass 'auto', 'float32', 'bfloat16' or 'float16'"):
+        load_model("no-such-model", device="cpu", dtype=dtype)
+
+
+@pytest.mark.parametrize("settings", [{"quant_method": "awq"}, type("Settings", (), {"quant_method": "awq"})()])
+def test_quantized_models_are_refused(settings):
+    model = tiny_llama()
+    require_unquantized(model)
+    model.config.quantization_config = settings
+    with pytest.raises(ValueError, match="quantized by 'awq'"):
+        require_unquantized(model)
+
+
+def test_eight_bit_floats_are_not():
+    model = tiny_llama()
+    weight = model.model.layers[0].mlp.up_proj.weight.detach()
+    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match=r"up_proj\.weight has dtype torch\.float8_e4m3fn: prune the model in float32"):
+        require_unquantized(model)
+
+
+def test_text_for_a_gguf_file_is_cut_without_its_weights(gguf_folder, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("the moth " * 200)
+    monkeypatch.setattr(loading, "read_model", None)
+    tokens = calibration_tokens_by_name(str(gguf_folder), str(tmp_path / "text.txt"), 3, 8, 0, keep_in=tmp_path)
+    assert tokens.shape == (3, 8)
+
+
+def test_the_collector_waits_while_a_gguf_file_is_read(gguf_folder, monkeypatch):
+    def read(name, **options):
+        assert not gc.isenabled()
+        raise OSError("no file")
+
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", read)
+    with pytest.raises(OSError, match="no file"):
+        loading.read_config(str(gguf_folder))
+    assert gc.isenabled()
+
+
+def test_a_gguf_file_without_its_package_names_the_extra(tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"needs the package gguf: run `pip install '\.\[gguf\]'` in a clone of"):
+        load_model(str(tmp_path), device="cpu")
+
+
+def test_offloading_that_was_asked_for_is_no_warning(tiny_folder, tmp_path, caplog):
+    loading.load_lazily(str(tiny_folder), tmp_path / "offload", device="cpu")
+    assert "meta device" not in caplog.text
