@@ -21,7 +21,9 @@ from shared import parse_arguments
 
 _PIPELINE = "error_correction=0.5:residual_correction=1"
 _WHOLE = f"{_PIPELINE}:allocation=fisher"
-_CORRECTIONS = "default default:error_correction=0 default:error_correction=1 default:residual_correction=0"
+_CORRECTIONS = (
+    "default default:error_correction=0 default:error_correction=1 default:residual_correction=0"
+)
 _SHARED = f"default default:error_correction=0 default:allocation=uniform alps:{_WHOLE}"
 _BARE = "obs_admm:allocation=uniform:residual_correction=0"
 KEPT = ("method", "pattern", "seed", "perplexity", "totals", "seconds", "versions")
@@ -55,20 +57,35 @@ STUDIES: dict[str, Callable[[Namespace], list[Case]]] = {
             arguments.seeds,
         )
     ],
-    "groups": lambda _: [_methods(pattern, "default sparsegpt wanda") for pattern in ("2:4", "4:8", "8:16", "16:32")],
-    "gradients": lambda arguments: [_methods("0.5", "default default:allocation_tokens=8192", arguments.seeds)],
+    "groups": lambda _: [
+        _methods(pattern, "default sparsegpt wanda") for pattern in ("2:4", "4:8", "8:16", "16:32")
+    ],
+    "gradients": lambda arguments: [
+        _methods("0.5", "default default:allocation_tokens=8192", arguments.seeds)
+    ],
     "correction": lambda _: [
-        _methods(pattern, " ".join(f"{_BARE}:error_correction={value}" for value in ("none", "intra", "full")))
+        _methods(
+            pattern,
+            " ".join(f"{_BARE}:error_correction={value}" for value in ("none", "intra", "full")),
+        )
         for pattern in ("0.05", "0.1", "0.2", "0.5", "2:4")
     ],
     "samples": lambda arguments: [
-        (f"{count} windows", {"num_samples": count, "patterns": ["0.5", "0.7"], "methods": ["default"]})
+        (
+            f"{count} windows",
+            {"num_samples": count, "patterns": ["0.5", "0.7"], "methods": ["default"]},
+        )
         for count in arguments.sample_counts
     ],
     "lengths": lambda arguments: [
         (
             f"{tokens // length} windows of {length}",
-            {"num_samples": tokens // length, "calibration_length": length, **case, "seeds": arguments.seeds},
+            {
+                "num_samples": tokens // length,
+                "calibration_length": length,
+                **case,
+                "seeds": arguments.seeds,
+            },
         )
         for tokens in [arguments.num_samples * arguments.sequence_length]
         for length in arguments.lengths
@@ -77,7 +94,12 @@ STUDIES: dict[str, Callable[[Namespace], list[Case]]] = {
     "calibration": lambda arguments: [
         (
             Path(source).stem,
-            {"calibration": source, "patterns": ["0.5"], "methods": ["default"], "seeds": arguments.seeds},
+            {
+                "calibration": source,
+                "patterns": ["0.5"],
+                "methods": ["default"],
+                "seeds": arguments.seeds,
+            },
         )
         for source in (arguments.calibration, *arguments.other_calibrations)
     ],
@@ -96,12 +118,24 @@ _HELP = {
 
 
 def arguments_given() -> Namespace:
-    choices = {"other_calibrations": [], "studies": list(STUDIES), "seeds": [0, 1, 2], "lengths": [512, 1024]}
-    sizes = {"sample_counts": [8, 16, 32, 64, 128], "num_samples": 16, "sequence_length": 512, "max_windows": 16}
+    choices = {
+        "other_calibrations": [],
+        "studies": list(STUDIES),
+        "seeds": [0, 1, 2],
+        "lengths": [512, 1024],
+    }
+    sizes = {
+        "sample_counts": [8, 16, 32, 64, 128],
+        "num_samples": 16,
+        "sequence_length": 512,
+        "max_windows": 16,
+    }
     machine = {"batch_size": 4, "threads": 1}
     files = {"output": Path("runs/ablations.json"), "plot": Path}
     required = ("model", "calibration", "texts")
-    arguments = parse_arguments(__doc__, *required, helps=_HELP, **choices, **sizes, **machine, **files)
+    arguments = parse_arguments(
+        __doc__, *required, helps=_HELP, **choices, **sizes, **machine, **files
+    )
     for study in arguments.studies:
         if study not in STUDIES:
             raise SystemExit(f"--studies: {study!r} is unknown; pass some of {', '.join(STUDIES)}.")
@@ -111,14 +145,22 @@ def arguments_given() -> Namespace:
 def run_study(study: str, arguments: Namespace) -> dict[str, Any]:
     """All rows of a study, labelled, with the recipes of its comparisons; those in `--output` are taken from there."""
     alone = {"held_out": 0, "bos": "auto", "device": "cpu", "dtype": "float32", "device_map": None}
-    base = vars(arguments) | alone | {"storage_device": None, "calibration_length": arguments.sequence_length}
+    base = (
+        vars(arguments)
+        | alone
+        | {"storage_device": None, "calibration_length": arguments.sequence_length}
+    )
     every = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     found = every.setdefault(study, {"recipe": [], "rows": []})
     done = {(row["label"], row["pattern"], row["seed"]) for row in found["rows"]}
     for label, changes in STUDIES[study](arguments):
         case = Namespace(**base | {"methods": ["default"], "seeds": [0]} | changes)
         for method, pattern, seed in wanted(case):
-            name = method.removeprefix("default:") if (method, pattern) == DENSE or not label else label
+            name = (
+                method.removeprefix("default:")
+                if (method, pattern) == DENSE or not label
+                else label
+            )
             if (name, pattern, seed) in done:
                 continue
             row, recipe = measure(case, method, pattern, seed)
@@ -139,7 +181,9 @@ def table(study: dict[str, Any]) -> list[str]:
     model is left out: it is the same in every study.
     """
     rows = [row for row in study["rows"] if row["pattern"] != "-"]
-    patterns, labels = (list(dict.fromkeys(row[key] for row in rows)) for key in ("pattern", "label"))
+    patterns, labels = (
+        list(dict.fromkeys(row[key] for row in rows)) for key in ("pattern", "label")
+    )
     lines = [f"| | {' | '.join(patterns)} |", "|---" * (len(patterns) + 1) + "|"]
     first: dict[str, dict[int, float]] = {}
     for label in labels:
@@ -151,7 +195,9 @@ def table(study: dict[str, Any]) -> list[str]:
                 continue
             mean = {row["seed"]: geometric_mean(row["perplexity"].values()) for row in found}
             reference = first.setdefault(pattern, mean)
-            cell = "/".join(shown([row["perplexity"][text] for row in found]) for text in found[0]["perplexity"])
+            cell = "/".join(
+                shown([row["perplexity"][text] for row in found]) for text in found[0]["perplexity"]
+            )
             ratios = [mean[seed] / reference[seed] for seed in mean if seed in reference]
             cells.append(cell if reference is mean else f"{cell} ({shown(ratios, 3)})")
         lines.append(f"| {label} | {' | '.join(cells)} |")
@@ -165,10 +211,14 @@ def plot(study: dict[str, Any], path: Path) -> None:
     panels: dict[str, dict[str, float]] = {}
     for row in study["rows"]:
         if row["pattern"] != "-":
-            panels.setdefault(row["pattern"], {})[row["label"]] = geometric_mean(row["perplexity"].values())
+            panels.setdefault(row["pattern"], {})[row["label"]] = geometric_mean(
+                row["perplexity"].values()
+            )
     heights = [len(found) for found in panels.values()]
     size = (9, 0.34 * sum(heights) + 1.2)
-    figure, axes = plt.subplots(len(panels), 1, figsize=size, layout="constrained", sharex=True, height_ratios=heights)
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=size, layout="constrained", sharex=True, height_ratios=heights
+    )
     for axis, (pattern, found) in zip(axes, panels.items(), strict=True):
         labels, means = list(found)[::-1], list(found.values())[::-1]
         ratios = [mean / means[-1] for mean in means]

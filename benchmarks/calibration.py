@@ -43,7 +43,9 @@ def plain_flops(model, tokens: torch.Tensor) -> float:
     name, layer = next(iter(decoder))
     operators = find_operators(name, layer)
     with counted_products() as counter:
-        recorded = record_inputs(decoder, read_batches(tokens[:1].split(1), model.config.vocab_size))
+        recorded = record_inputs(
+            decoder, read_batches(tokens[:1].split(1), model.config.vocab_size)
+        )
         before = counter.get_total_flops()
         output = recorded.calls[0][0].run(layer, recorded.hidden_states[0])
         one_pass = (counter.get_total_flops() - before) / output.shape[:2].numel()
@@ -57,7 +59,12 @@ def main() -> None:
     sizes = {"num_samples": 24, "sequence_length": 1024, "batch_size": 4, "layers": 6, "seed": 0}
     output = Path("runs/calibration.json")
     arguments = parse_arguments(
-        __doc__, "model", "calibration", helps={"layers": "decoder layers that are run"}, **sizes, output=output
+        __doc__,
+        "model",
+        "calibration",
+        helps={"layers": "decoder layers that are run"},
+        **sizes,
+        output=output,
     )
     model, tokenizer = load_model(arguments.model, dtype="float32", device="cpu")
     del model.get_submodule(find_decoder_layers(model).name)[arguments.layers :]
@@ -84,15 +91,27 @@ def main() -> None:
             seconds.append(prune(options))
         rate = statistics.median(rates)
         reached = flops / statistics.median(seconds)
-        rows.append({"error_correction": name, "flops": flops, "seconds": seconds, "matrix_rate": rate})
+        rows.append(
+            {"error_correction": name, "flops": flops, "seconds": seconds, "matrix_rate": rate}
+        )
         rows[-1]["share"] = reached / rate
         print(f"{name}: {flops / 1e12:.2f} TFLOP, {reached / rate:.0%}", flush=True)
     shown = [("textbook, corrected", f"{plain / 1e12:.2f}", "", "", "")]
     for row in rows:
         seconds = statistics.median(row["seconds"])
-        cells = (f"{row['flops'] / 1e12:.2f}", f"{seconds:.1f}", f"{row['flops'] / seconds / 1e9:.0f}")
+        cells = (
+            f"{row['flops'] / 1e12:.2f}",
+            f"{seconds:.1f}",
+            f"{row['flops'] / seconds / 1e9:.0f}",
+        )
         shown.append((row["error_correction"], *cells, f"{row['share']:.0%}"))
-    headings = ("error correction", f"TFLOP, {layers} layers", "seconds", "GFLOP/s", "share of the matrix rate")
+    headings = (
+        "error correction",
+        f"TFLOP, {layers} layers",
+        "seconds",
+        "GFLOP/s",
+        "share of the matrix rate",
+    )
     print("\n".join(markdown_lines(headings, shown)))
     save(arguments, {"threads": torch.get_num_threads(), "textbook_flops": plain, "rows": rows})
 

@@ -70,20 +70,33 @@ def draw(
             f"Perplexity on {name}: {text.name} (sha256 {text.sha256[:16]}), the first {len(texts[name])} of "
             f"{len(whole)} windows of {length} tokens, BOS: {arguments.bos}."
         )
-    count, longest = arguments.num_samples + arguments.held_out, arguments.calibration_length or length
+    count, longest = (
+        arguments.num_samples + arguments.held_out,
+        arguments.calibration_length or length,
+    )
     if arguments.calibration == "self":
-        options = {"device": arguments.device, "dtype": arguments.dtype, "keep_in": arguments.output.with_suffix("")}
-        windows = calibration_tokens_by_name(arguments.model, "self", count, longest, seed, **options)
+        options = {
+            "device": arguments.device,
+            "dtype": arguments.dtype,
+            "keep_in": arguments.output.with_suffix(""),
+        }
+        windows = calibration_tokens_by_name(
+            arguments.model, "self", count, longest, seed, **options
+        )
         origin = "text that the model samples itself"
     else:
         text = load_text(arguments.calibration, "calibration")
         windows = calibration_windows(tokenizer, text, count, longest, seed)
         origin = f"{text.name} (sha256 {text.sha256[:16]})"
     calibration, held_out = windows[: arguments.num_samples], windows[arguments.num_samples :]
-    recipe.append(f"Calibration, seed {seed}: {len(calibration)} random windows of {longest} tokens of {origin}.")
+    recipe.append(
+        f"Calibration, seed {seed}: {len(calibration)} random windows of {longest} tokens of {origin}."
+    )
     if arguments.held_out:
         texts |= {CALIBRATED: calibration[: arguments.held_out], HELD_OUT: held_out}
-        recipe.append(f"Perplexity on {HELD_OUT}: {len(held_out)} further windows of that text, not calibrated on.")
+        recipe.append(
+            f"Perplexity on {HELD_OUT}: {len(held_out)} further windows of that text, not calibrated on."
+        )
     return calibration, texts, recipe
 
 
@@ -100,7 +113,13 @@ def measure(arguments: Namespace, method: str, pattern: str, seed: int) -> tuple
     tokenizer = require_tokenizer(arguments.model)
     calibration, texts, recipe = draw(arguments, tokenizer, seed)
     row: Row = {"method": method, "pattern": pattern, "seed": seed, "perplexity": {}}
-    row |= {"totals": {}, "seconds": {}, "config": {}, "versions": library_versions(), "error": None}
+    row |= {
+        "totals": {},
+        "seconds": {},
+        "config": {},
+        "versions": library_versions(),
+        "error": None,
+    }
     if (method, pattern) == DENSE and seed != arguments.seeds[0]:
         texts = {name: texts[name] for name in (CALIBRATED, HELD_OUT)}
     places = {name: getattr(arguments, name) for name in ("device", "dtype", "device_map")}
@@ -110,10 +129,14 @@ def measure(arguments: Namespace, method: str, pattern: str, seed: int) -> tuple
             config = parse_config(method, pattern, seed, arguments.held_out)
             batches = [*calibration.split(arguments.batch_size)]
             batches += texts[HELD_OUT].split(arguments.batch_size) if arguments.held_out else []
-            report = FistaPruner(config, storage_device=arguments.storage_device).prune(model, batches)
+            report = FistaPruner(config, storage_device=arguments.storage_device).prune(
+                model, batches
+            )
             row |= {name: getattr(report, name) for name in ("totals", "seconds", "config")}
         for name, windows in texts.items():
-            row["perplexity"][name] = evaluate_perplexity(model, windows, batch_size=arguments.batch_size).perplexity
+            row["perplexity"][name] = evaluate_perplexity(
+                model, windows, batch_size=arguments.batch_size
+            ).perplexity
     except Exception as error:
         if (method, pattern) == DENSE:
             raise
@@ -125,7 +148,9 @@ def measure(arguments: Namespace, method: str, pattern: str, seed: int) -> tuple
 
 def compare(arguments: Namespace) -> dict[str, Any]:
     """Measure the rows that `arguments.output` lacks, and write each; returns the record."""
-    record = open_record(arguments, "methods", "patterns", "seeds", "device", "device_map", "storage_device")
+    record = open_record(
+        arguments, "methods", "patterns", "seeds", "device", "device_map", "storage_device"
+    )
     rows, recipe = [row for row in record["rows"] if row["error"] is None], record.get("recipe", [])
     done = {(row["method"], row["pattern"], row["seed"]) for row in rows}
     for key in wanted(arguments):
@@ -145,7 +170,11 @@ Value = tuple[float, float | None] | None
 def spread(values: Iterable[float | None]) -> Value:
     """Mean and, of several values, standard deviation; those that are `None` do not count."""
     known = [value for value in values if value is not None]
-    return (statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None) if known else None
+    return (
+        (statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
+        if known
+        else None
+    )
 
 
 def accuracy(rows: Sequence[Row], tasks: Sequence[str]) -> Value:
@@ -159,14 +188,23 @@ def accuracy(rows: Sequence[Row], tasks: Sequence[str]) -> Value:
 
 def total(rows: Sequence[Row], name: str) -> Value:
     """One of `PruningReport.totals`; none for the errors of operators if no operator was pruned."""
-    some = [row["totals"] for row in rows if row["totals"].get("num_operators", 1) or not name.endswith("_error")]
+    some = [
+        row["totals"]
+        for row in rows
+        if row["totals"].get("num_operators", 1) or not name.endswith("_error")
+    ]
     return spread(totals.get(name) for totals in some)
 
 
 def columns(rows: Sequence[Row]) -> Iterator[tuple[str, Callable[[list[Row]], Value], str, Any]]:
     """Header, value, format, and what makes a value the best of its pattern."""
     for text in dict.fromkeys(text for row in rows for text in row["perplexity"]):
-        yield text, lambda those, text=text: spread(row["perplexity"].get(text) for row in those), "{:.2f}", min
+        yield (
+            text,
+            lambda those, text=text: spread(row["perplexity"].get(text) for row in those),
+            "{:.2f}",
+            min,
+        )
     tasks = list(dict.fromkeys(task for row in rows for task in row.get("accuracy", ())))
     for task in tasks:
         yield f"{task}, %", lambda those, task=task: accuracy(those, [task]), "{:.1%}", max
@@ -176,8 +214,18 @@ def columns(rows: Sequence[Row]) -> Iterator[tuple[str, Callable[[list[Row]], Va
     totals = {name: f"mean_{name.replace(' ', '_').replace('-', '_')}" for name in errors}
     for name, key in (totals | {"zeros, %": "sparsity", "removed, %": "share_removed"}).items():
         if name in ("fit error", "zeros, %") or any(row["totals"].get(key) for row in rows):
-            yield name, lambda those, key=key: total(those, key), "{:.2%}" if "%" in name else "{:.4f}", None
-    yield "seconds", lambda those: spread(row["seconds"].get("total") for row in those), "{:.0f}", None
+            yield (
+                name,
+                lambda those, key=key: total(those, key),
+                "{:.2%}" if "%" in name else "{:.4f}",
+                None,
+            )
+    yield (
+        "seconds",
+        lambda those: spread(row["seconds"].get("total") for row in those),
+        "{:.0f}",
+        None,
+    )
     yield "solving", lambda those: total(those, "solve_seconds"), "{:.0f}", None
 
 
@@ -186,7 +234,10 @@ def table(rows: Sequence[Row]) -> list[str]:
     shown, lines = list(columns(rows)), []
     for pattern in dict.fromkeys(row["pattern"] for row in rows):
         methods = dict.fromkeys(row["method"] for row in rows if row["pattern"] == pattern)
-        groups = [[r for r in rows if (r["method"], r["pattern"], r["error"]) == (m, pattern, None)] for m in methods]
+        groups = [
+            [r for r in rows if (r["method"], r["pattern"], r["error"]) == (m, pattern, None)]
+            for m in methods
+        ]
         cells = []
         for _, value, form, best in shown:
             values = [value(group) for group in groups]
@@ -194,7 +245,11 @@ def table(rows: Sequence[Row]) -> list[str]:
             bold = form.format(best(means)) if best and len(means) > 1 else None
             cells.append([in_cell(found, form, bold).replace("%", "") for found in values])
         for index, (method, group) in enumerate(zip(methods, groups, strict=True)):
-            own = [column[index] for column in cells] if group else ["failed", *[""] * (len(shown) - 1)]
+            own = (
+                [column[index] for column in cells]
+                if group
+                else ["failed", *[""] * (len(shown) - 1)]
+            )
             lines.append(["" if pattern == DENSE[1] else pattern, f"`{method}`", *own])
     return markdown_lines(["pattern", "method", *(header for header, *_ in shown)], lines)
 
@@ -203,20 +258,44 @@ def in_cell(found: Value, form: str, bold: str | None) -> str:
     if found is None:
         return ""
     mean = form.format(found[0])
-    return (f"**{mean}**" if mean == bold else mean) + (f" ± {form.format(found[1])}" if found[1] is not None else "")
+    return (f"**{mean}**" if mean == bold else mean) + (
+        f" ± {form.format(found[1])}" if found[1] is not None else ""
+    )
 
 
 def main() -> None:
-    choices: dict[str, Any] = {"methods": ["magnitude", "wanda", "sparsegpt", "fista", "default"], "seeds": [0]}
+    choices: dict[str, Any] = {
+        "methods": ["magnitude", "wanda", "sparsegpt", "fista", "default"],
+        "seeds": [0],
+    }
     choices |= {"patterns": ["0.5", "2:4"], "texts": ["wikitext2"]}
-    sizes = {"num_samples": 128, "held_out": 0, "calibration_length": int, "sequence_length": int, "max_windows": int}
-    machine = {"batch_size": 1, "device": str, "device_map": str, "dtype": "auto", "storage_device": str}
-    options = choices | sizes | machine | {"calibration": "self", "bos": "auto", "output": Path("runs/compare.json")}
+    sizes = {
+        "num_samples": 128,
+        "held_out": 0,
+        "calibration_length": int,
+        "sequence_length": int,
+        "max_windows": int,
+    }
+    machine = {
+        "batch_size": 1,
+        "device": str,
+        "device_map": str,
+        "dtype": "auto",
+        "storage_device": str,
+    }
+    options = (
+        choices
+        | sizes
+        | machine
+        | {"calibration": "self", "bos": "auto", "output": Path("runs/compare.json")}
+    )
     arguments = parse_arguments(__doc__, "model", helps=HELPS, **options)
     file = Path(arguments.model)
     record = json.loads(file.read_text()) if file.is_file() else compare(arguments)
     failures = [
-        f"- {r['method']}, {r['pattern']}, seed {r['seed']}: {r['error']}" for r in record["rows"] if r["error"]
+        f"- {r['method']}, {r['pattern']}, seed {r['seed']}: {r['error']}"
+        for r in record["rows"]
+        if r["error"]
     ]
     print("\n".join([*table(record["rows"]), "", *(f"- {line}" for line in record["recipe"])]))
     print("".join(["\nFailed:\n", *(f"\n{line}" for line in failures)]) if failures else "", end="")

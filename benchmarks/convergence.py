@@ -67,7 +67,9 @@ class Scaled:
         smooth = inner(weight @ self.gram, weight) / 2 - inner(weight, self.target)
         return smooth + l1_penalty * float((weight.abs() * self.scale).sum(dtype=torch.float64))
 
-    def fista(self, start: Tensor, l1_penalty: float, steps: int, restart: bool, see: Step | None = None) -> Tensor:
+    def fista(
+        self, start: Tensor, l1_penalty: float, steps: int, restart: bool, see: Step | None = None
+    ) -> Tensor:
         """FISTA with thresholds `l1_penalty * s_j / L`: the LASSO of the unscaled weights, whatever the scale.
 
         `restart` drops the momentum when it points uphill (O'Donoghue & Candes 2015, gradient scheme).
@@ -75,7 +77,9 @@ class Scaled:
         weight = point = start
         lipschitz, t = largest_eigenvalue(self.gram), 1.0
         for count in range(1, steps + 1):
-            values = torch.addmm(point, point, self.gram, alpha=-1 / lipschitz).add_(self.target, alpha=1 / lipschitz)
+            values = torch.addmm(point, point, self.gram, alpha=-1 / lipschitz).add_(
+                self.target, alpha=1 / lipschitz
+            )
             found = soft_threshold(values, l1_penalty * self.scale / lipschitz)
             if see is not None:
                 see(count, found)
@@ -87,7 +91,9 @@ class Scaled:
         return weight
 
 
-def admm(scaled: Scaled, rho: float, iterations: int, see: Callable[[int, Tensor, Tensor], None] | None) -> SplitState:
+def admm(
+    scaled: Scaled, rho: float, iterations: int, see: Callable[[int, Tensor, Tensor], None] | None
+) -> SplitState:
     inverse = damped_inverse(scaled.gram.clone(), rho)
     state = SplitState(scaled.target.__getitem__, scaled.start.clone())
     for iteration in range(1, iterations + 1):
@@ -133,7 +139,9 @@ def stalling(problem: LayerProblem, steps: int) -> tuple[dict[str, list], dict[s
             if shown(step):
                 gaps[name].append((step, (scaled.objective(weight, l1_penalty) - best) / dense))
                 if rounded:
-                    errors[name].append((step, scaled.error(weight, HALF.mask((weight * scaled.scale).abs()))))
+                    errors[name].append(
+                        (step, scaled.error(weight, HALF.mask((weight * scaled.scale).abs())))
+                    )
 
         scaled.fista(start, l1_penalty, steps, restart, see)
 
@@ -166,7 +174,9 @@ def by_rho(problems: list[LayerProblem]) -> dict[str, list]:
             for rho in RHOS:
                 state = admm(scaled, rho, 12, None)
                 logs[rho].append(math.log(scaled.error(state.point, state.mask)))  # type: ignore[arg-type]
-        curves[coordinates] = [(rho, math.exp(statistics.fmean(values))) for rho, values in logs.items()]
+        curves[coordinates] = [
+            (rho, math.exp(statistics.fmean(values))) for rho, values in logs.items()
+        ]
     return curves
 
 
@@ -180,10 +190,17 @@ def plot(record: dict, path: Path) -> None:
         "error after 12 ADMM iterations",
     )
     labels = ("FISTA step", "products with the Gram matrix", "rho")
-    for axis, key, title, label in zip(axes, ("gaps", "errors", "by_rho"), titles, labels, strict=True):
+    for axis, key, title, label in zip(
+        axes, ("gaps", "errors", "by_rho"), titles, labels, strict=True
+    ):
         for name, curve in record[key].items():
             places, values = zip(*curve, strict=True)
-            axis.plot(places, [max(v, 1e-9) for v in values], label=name, marker="." if key == "by_rho" else None)
+            axis.plot(
+                places,
+                [max(v, 1e-9) for v in values],
+                label=name,
+                marker="." if key == "by_rho" else None,
+            )
         axis.set(title=title, xlabel=label, xscale="log", yscale="log")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
@@ -196,19 +213,34 @@ def plot(record: dict, path: Path) -> None:
 
 @torch.no_grad()
 def main() -> None:
-    sizes = {"num_samples": 24, "sequence_length": 1024, "layers": [3, 15, 26], "steps": 300, "seed": 0}
-    helps = {"layers": "decoder layers; pictures 1 and 2 use the middle one", "steps": "FISTA steps shown"}
+    sizes = {
+        "num_samples": 24,
+        "sequence_length": 1024,
+        "layers": [3, 15, 26],
+        "steps": 300,
+        "seed": 0,
+    }
+    helps = {
+        "layers": "decoder layers; pictures 1 and 2 use the middle one",
+        "steps": "FISTA steps shown",
+    }
     files = {"output": Path("runs/convergence.json"), "plot": Path}
     arguments = parse_arguments(__doc__, "model", "calibration", helps=helps, **sizes, **files)
     model, tokenizer = load_model(arguments.model, dtype="float32", device="cpu")
     windows = calibration_of(arguments, tokenizer, arguments.num_samples)
     layers = arguments.layers
-    found = [problem for (group,) in layer_problems(model, [windows], set(layers)) for problem in group[:1]]
+    found = [
+        problem
+        for (group,) in layer_problems(model, [windows], set(layers))
+        for problem in group[:1]
+    ]
     middle = layers[len(layers) // 2]
     chosen = next(p for p in found if f".{middle}." in p.name and p.name.endswith("o_proj"))
     gaps, errors = stalling(chosen, arguments.steps)
     record = {"operator": chosen.name, "gaps": gaps, "errors": errors}
-    record["by_rho"] = by_rho([p for p in found if p.name.endswith(("o_proj", "q_proj", "gate_proj"))])
+    record["by_rho"] = by_rho(
+        [p for p in found if p.name.endswith(("o_proj", "q_proj", "gate_proj"))]
+    )
     save(arguments, record)
     for key in ("gaps", "errors", "by_rho"):
         for name, curve in record[key].items():

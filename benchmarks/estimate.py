@@ -26,7 +26,12 @@ from transformers import AutoConfig
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.estimate import Estimate
 
-_LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "dtype": "bfloat16"}
+_LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "num_key_value_heads": 8,
+    "dtype": "bfloat16",
+}
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 MODELS: dict[str, dict[str, Any]] = {
     "Llama-3-8B": _LLAMA | dict(zip(_SIZES, (4096, 14336, 32, 32), strict=True)),
@@ -42,7 +47,8 @@ CASES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden": 256, "ffn": 1024, "layers": 4, "samples": 8},
     "small": _SMALL,
     "3 layers of SmolLM2-135M": _SMOLLM2,
-    "3 layers of SmolLM2-135M, wanda 2:4": _SMOLLM2 | {"config": {"method": "wanda", "pattern": "2:4"}},
+    "3 layers of SmolLM2-135M, wanda 2:4": _SMOLLM2
+    | {"config": {"method": "wanda", "pattern": "2:4"}},
     "2:4": _SMALL | {"config": {"pattern": "2:4"}},
     "channels": _SMALL | {"config": {"pattern": "channels:0.25"}},
     "float32, batches of 4": _SMALL | {"dtype": "float32", "batch": 4},
@@ -64,7 +70,10 @@ def large_models_table() -> list[str]:
         estimate = Estimate(model, device="cuda", storage_device="cpu", batch_size=1)
         cells = {
             "weights": _size(estimate.weight_bytes),
-            **{f"{place}, peak": _size(sum(parts.values())) for place, parts in estimate.memory.items()},
+            **{
+                f"{place}, peak": _size(sum(parts.values()))
+                for place, parts in estimate.memory.items()
+            },
             "disk": _size(sum(estimate.disk_bytes.values())),
         }
         for name, cell in cells.items():
@@ -76,7 +85,9 @@ def _size(count: float) -> str:
     return tqdm.format_sizeof(count, "iB", 1024)
 
 
-def beside_a_run(case: dict[str, Any], measured: dict[str, float] | None = None) -> dict[str, float]:
+def beside_a_run(
+    case: dict[str, Any], measured: dict[str, float] | None = None
+) -> dict[str, float]:
     """Peak memory and time of a case, estimated and measured."""
     run = {"length": 256, "vocabulary": 256, "batch": 1, "config": {}, "dtype": "bfloat16"} | case
     with tempfile.TemporaryDirectory() as folder:
@@ -97,8 +108,12 @@ def beside_a_run(case: dict[str, Any], measured: dict[str, float] | None = None)
 
         before = sum(estimated().seconds.values())
         if measured is None:
-            settings = {name: run[name] for name in ("samples", "length", "vocabulary", "batch", "config")}
-            imports, curve, seconds = watched(source=source, output=f"{folder}/out", processor_time=True, **settings)
+            settings = {
+                name: run[name] for name in ("samples", "length", "vocabulary", "batch", "config")
+            }
+            imports, curve, seconds = watched(
+                source=source, output=f"{folder}/out", processor_time=True, **settings
+            )
             measured = {"import_bytes": imports, "measured_bytes": max(held for _, held in curve)}
             measured["measured_seconds"] = seconds["processor"]
         found = {"estimated_bytes": sum(estimated().memory["host"].values())}
@@ -108,9 +123,15 @@ def beside_a_run(case: dict[str, Any], measured: dict[str, float] | None = None)
 
 def runs_table(runs: dict[str, dict[str, float]]) -> list[str]:
     """Estimates beside what the runs took."""
-    lines = ["| case | MiB estimated | measured | ratio | seconds estimated | measured | ratio |", "|---" * 7 + "|"]
+    lines = [
+        "| case | MiB estimated | measured | ratio | seconds estimated | measured | ratio |",
+        "|---" * 7 + "|",
+    ]
     for name, run in runs.items():
-        mib, seconds = ([run[f"{how}_{unit}"] for how in ("estimated", "measured")] for unit in ("bytes", "seconds"))
+        mib, seconds = (
+            [run[f"{how}_{unit}"] for how in ("estimated", "measured")]
+            for unit in ("bytes", "seconds")
+        )
         cells = [f"{mib[0] / 2**20:.0f}", f"{mib[1] / 2**20:.0f}", f"{mib[0] / mib[1]:.2f}"]
         cells += [f"{seconds[0]:.1f}", f"{seconds[1]:.1f}", f"{seconds[0] / seconds[1]:.2f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -118,10 +139,16 @@ def runs_table(runs: dict[str, dict[str, float]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default=";".join(CASES), help="some of the cases, separated by ;")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cases", default=";".join(CASES), help="some of the cases, separated by ;"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/estimate.json"))
-    parser.add_argument("--measured", type=Path, help="estimate the runs of this earlier output again, run none")
+    parser.add_argument(
+        "--measured", type=Path, help="estimate the runs of this earlier output again, run none"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     runs: dict[str, dict[str, float]] = {}

@@ -46,16 +46,37 @@ from optimum_fista.source.loading import load_model, read_config
 from optimum_fista.text.sources import load_text
 
 Row = dict[str, Any]
-VARIANTS = "dense vocab:0.29 channels:0.1 channels:0.2 channels:0.3 layers:0.2 vocab:0.29_channels:0.2 0.5"
-TIMES = {"prefill": (1, 512, 1), "decode": (1, 16, 32), "batch 16": (16, 16, 32)}  # prompts, their tokens, new tokens
+VARIANTS = (
+    "dense vocab:0.29 channels:0.1 channels:0.2 channels:0.3 layers:0.2 vocab:0.29_channels:0.2 0.5"
+)
+TIMES = {
+    "prefill": (1, 512, 1),
+    "decode": (1, 16, 32),
+    "batch 16": (16, 16, 32),
+}  # prompts, their tokens, new tokens
 
 
 def made(arguments: Namespace, variant: str, tokens: int) -> tuple[Path, list[str], float]:
     """The folder of a variant, which is made if it is not there, its commands, and processor minutes of the last."""
     folder, name, commands, minutes = Path(arguments.model), Path(arguments.model).name, [], 0.0
-    common = ["--calibration", arguments.calibration, "--seed", str(arguments.seed), "--device", "cpu", "--output"]
-    sizes = ["--num-samples", str(arguments.num_samples), "--sequence-length", str(arguments.sequence_length)]
-    if variant == "dense":  # `recover` takes pruned models only: the least that can go are 64 tokens, the rarest
+    common = [
+        "--calibration",
+        arguments.calibration,
+        "--seed",
+        str(arguments.seed),
+        "--device",
+        "cpu",
+        "--output",
+    ]
+    sizes = [
+        "--num-samples",
+        str(arguments.num_samples),
+        "--sequence-length",
+        str(arguments.sequence_length),
+    ]
+    if (
+        variant == "dense"
+    ):  # `recover` takes pruned models only: the least that can go are 64 tokens, the rarest
         variant = f"vocab:{64 / read_config(arguments.model).vocab_size:.4f}" if tokens else ""
     for step in [*filter(None, variant.split("_")), *[tokens] * bool(tokens)]:
         name += f"-{step}".replace(":", "-")
@@ -70,7 +91,9 @@ def made(arguments: Namespace, variant: str, tokens: int) -> tuple[Path, list[st
             if optimum_fista(words):
                 raise SystemExit(f"optimum-fista {shlex.join(words)} failed.")
             minutes = (time.process_time() - started) / 60
-        commands.append(shlex.join(["optimum-fista", *(Path(w).name if "/" in w else w for w in words)]))
+        commands.append(
+            shlex.join(["optimum-fista", *(Path(w).name if "/" in w else w for w in words)])
+        )
     return folder, commands, minutes
 
 
@@ -82,14 +105,20 @@ def round_weights(model: PreTrainedModel, bits: str) -> int:
         block, size = gguf.GGML_QUANT_SIZES[kind]
         total += weight.numel() // block * size
         if weight.ndim > 1:
-            weight.data.copy_(torch.from_numpy(gguf.dequantize(rounded(name, weight.data, kind), kind)))
+            weight.data.copy_(
+                torch.from_numpy(gguf.dequantize(rounded(name, weight.data, kind), kind))
+            )
     return total
 
 
-def bits_per_byte(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> float:
+def bits_per_byte(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, length: int
+) -> float:
     """Bits per byte of a whole text, of which every token but the first is predicted."""
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    windows = [ids[start : start + length] for start in range(0, len(ids) - 1, length - 1)]  # they share one token
+    windows = [
+        ids[start : start + length] for start in range(0, len(ids) - 1, length - 1)
+    ]  # they share one token
     bits = 0.0
     for group in (torch.stack(windows[:-1]), windows[-1][None]):
         found = evaluate_perplexity(model, group, batch_size=4, progress=False)
@@ -99,8 +128,13 @@ def bits_per_byte(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
 
 def starts_of(arguments: Namespace) -> dict[str, str]:
     """The first `--bytes` of every text, by its name."""
-    starts = {Path(name).stem: load_text(name, "test").joined.encode()[: arguments.bytes] for name in arguments.texts}
-    return {name: start.decode(errors="ignore") for name, start in starts.items()}  # the last character may be cut
+    starts = {
+        Path(name).stem: load_text(name, "test").joined.encode()[: arguments.bytes]
+        for name in arguments.texts
+    }
+    return {
+        name: start.decode(errors="ignore") for name, start in starts.items()
+    }  # the last character may be cut
 
 
 def measure(arguments: Namespace, key: Row, texts: dict[str, str]) -> Row:
@@ -114,11 +148,15 @@ def measure(arguments: Namespace, key: Row, texts: dict[str, str]) -> Row:
             row["bytes"] = sum(file.stat().st_size for file in packed.glob("*.safetensors"))
     else:
         row["bytes"] = round_weights(model, key["format"])
-    tokens, written = (sum(map(len, found)) for found in (tokenizer([*texts.values()]).input_ids, texts.values()))
+    tokens, written = (
+        sum(map(len, found)) for found in (tokenizer([*texts.values()]).input_ids, texts.values())
+    )
     row["tokens_per_character"] = tokens / written
     with torch.autocast("cpu", torch.bfloat16):
         length = arguments.sequence_length
-        row["bits_per_byte"] = {name: bits_per_byte(model, tokenizer, text, length) for name, text in texts.items()}
+        row["bits_per_byte"] = {
+            name: bits_per_byte(model, tokenizer, text, length) for name, text in texts.items()
+        }
     return row | {"mean": geometric_mean(row["bits_per_byte"].values())}
 
 
@@ -146,12 +184,19 @@ def take_times(arguments: Namespace, rows: Sequence[Row]) -> None:
                 models.append(server_of(place, arguments.threads, parallel=16))
             row["seconds"] = {name: [] for name in TIMES}
         for turn in range(arguments.rounds + 1):  # the first one warms up
-            for (row, model), (name, question) in product(zip(rows, models, strict=True), asked.items()):
+            for (row, model), (name, question) in product(
+                zip(rows, models, strict=True), asked.items()
+            ):
                 row["seconds"][name] += [seconds(model, *question)] * bool(turn)
     # a prefill counts the tokens of the prompt, the others the new ones
-    tokens = {name: prompts * (length if new == 1 else new) for name, (prompts, length, new) in TIMES.items()}
+    tokens = {
+        name: prompts * (length if new == 1 else new)
+        for name, (prompts, length, new) in TIMES.items()
+    }
     for row in rows:
-        row["ms_a_token"] = {n: 1e3 * statistics.median(times) / tokens[n] for n, times in row["seconds"].items()}
+        row["ms_a_token"] = {
+            n: 1e3 * statistics.median(times) / tokens[n] for n, times in row["seconds"].items()
+        }
 
 
 def frontier(points: dict[int, tuple[float, float]]) -> list[int]:
@@ -167,10 +212,16 @@ def frontier(points: dict[int, tuple[float, float]]) -> list[int]:
 def points_of(rows: Sequence[Row]) -> dict[str, dict[int, tuple[float, float]]]:
     """Cost and loss of the rows by what is counted: megabytes, and milliseconds for 1,000 characters of the texts."""
     found = {"megabytes": {i: (row["bytes"] / 1e6, row["mean"]) for i, row in enumerate(rows)}}
-    timed = {(row["variant"], row["format"]): row["ms_a_token"] for row in rows if "ms_a_token" in row}
+    timed = {
+        (row["variant"], row["format"]): row["ms_a_token"] for row in rows if "ms_a_token" in row
+    }
     of_rows = {i: timed.get((row["variant"], row["format"])) for i, row in enumerate(rows)}
     for name in TIMES if timed else ():
-        ms = {i: 1e3 * rows[i]["tokens_per_character"] * times[name] for i, times in of_rows.items() if times}
+        ms = {
+            i: 1e3 * rows[i]["tokens_per_character"] * times[name]
+            for i, times in of_rows.items()
+            if times
+        }
         found[f"{name}, ms"] = {index: (cost, rows[index]["mean"]) for index, cost in ms.items()}
     return found
 
@@ -181,10 +232,15 @@ def table(rows: Sequence[Row]) -> list[str]:
     for index in sorted(range(len(rows)), key=lambda i: rows[i]["bytes"]):
         row = rows[index]
         costs = [f"{found[index][0]:.3g}" if index in found else "" for found in points.values()]
-        bold = [f"**{c}**" if index in frontier(f) else c for c, f in zip(costs, points.values(), strict=True)]
+        bold = [
+            f"**{c}**" if index in frontier(f) else c
+            for c, f in zip(costs, points.values(), strict=True)
+        ]
         losses = (f"{loss:.4f}" for loss in (row["mean"], *row["bits_per_byte"].values()))
         lines.append((row["variant"], row["tokens"] or "", row["format"], *bold, *losses))
-    return markdown_lines(("removed", "recovered on", "bits", *points, "mean", *rows[0]["bits_per_byte"]), lines)
+    return markdown_lines(
+        ("removed", "recovered on", "bits", *points, "mean", *rows[0]["bits_per_byte"]), lines
+    )
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:
@@ -198,10 +254,20 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     figure = Figure(figsize=(7, 4.5) if size == 1 else (11, 8), layout="constrained")
     panels = figure.subplots(size, size, squeeze=False).flat
     for axes, (name, points) in zip(panels, counted.items(), strict=True):
-        axes.plot(*zip(*(points[i] for i in frontier(points)), strict=True), color="grey", linewidth=1, zorder=0)
+        axes.plot(
+            *zip(*(points[i] for i in frontier(points)), strict=True),
+            color="grey",
+            linewidth=1,
+            zorder=0,
+        )
         for index, point in points.items():
             row, colour = rows[index], f"C{variants.index(rows[index]['variant'])}"
-            axes.plot(*point, shapes[row["format"]], color=colour, markerfacecolor=colour if row["tokens"] else "white")
+            axes.plot(
+                *point,
+                shapes[row["format"]],
+                color=colour,
+                markerfacecolor=colour if row["tokens"] else "white",
+            )
         axes.set(xlabel=name, ylabel="bits per byte", xscale="log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
         axes.xaxis.set_major_formatter("{x:g}")
@@ -217,26 +283,57 @@ def draw(rows: Sequence[Row], file: Path) -> None:
 
 
 def main() -> None:
-    helps = {"variants": "what is removed", "tokens": "to recover on; 0: not recovered", "bytes": "of each text"}
-    helps |= {"formats": "bits a weight", "work": "folder for models", "rounds": "of times, in turn; 0: none"}
-    lists: dict[str, list[Any]] = {"variants": VARIANTS.split(), "tokens": [0], "formats": ["16", "8", "IQ4_NL"]}
-    sizes = {"num_samples": 16, "sequence_length": 512, "bytes": 60_000, "seed": 0, "threads": 1, "rounds": 0}
+    helps = {
+        "variants": "what is removed",
+        "tokens": "to recover on; 0: not recovered",
+        "bytes": "of each text",
+    }
+    helps |= {
+        "formats": "bits a weight",
+        "work": "folder for models",
+        "rounds": "of times, in turn; 0: none",
+    }
+    lists: dict[str, list[Any]] = {
+        "variants": VARIANTS.split(),
+        "tokens": [0],
+        "formats": ["16", "8", "IQ4_NL"],
+    }
+    sizes = {
+        "num_samples": 16,
+        "sequence_length": 512,
+        "bytes": 60_000,
+        "seed": 0,
+        "threads": 1,
+        "rounds": 0,
+    }
     places = {"work": Path("runs"), "output": Path("runs/frontier.json"), "plot": Path}
-    arguments = parse_arguments(__doc__, "model", "calibration", "texts", helps=helps, **lists, **sizes, **places)
+    arguments = parse_arguments(
+        __doc__, "model", "calibration", "texts", helps=helps, **lists, **sizes, **places
+    )
     torch.set_num_threads(arguments.threads)
     texts = starts_of(arguments)
-    record = open_record(arguments, "variants", "tokens", "formats", "work", "threads", "rounds", "seed")
+    record = open_record(
+        arguments, "variants", "tokens", "formats", "work", "threads", "rounds", "seed"
+    )
     for variant in arguments.variants:
         for tokens in arguments.tokens:
             for bits in arguments.formats if sparsity_of(variant) is None else ["packed"]:
-                key: Row = {"model": Path(arguments.model).name, "variant": variant, "tokens": tokens, "format": bits}
+                key: Row = {
+                    "model": Path(arguments.model).name,
+                    "variant": variant,
+                    "tokens": tokens,
+                    "format": bits,
+                }
                 key |= {"seed": arguments.seed}
                 if not any(key.items() <= row.items() for row in record["rows"]):
                     record["rows"].append(measure(arguments, key, texts))
                     save(arguments, record)
     if arguments.rounds:
         take_times(arguments, [row for row in record["rows"] if not row["tokens"]])
-        save(arguments, record | {"machine": {"processor": processor_name(), "threads": arguments.threads}})
+        save(
+            arguments,
+            record | {"machine": {"processor": processor_name(), "threads": arguments.threads}},
+        )
     print("\n".join(table(record["rows"])))
     if arguments.plot is not None:
         draw(record["rows"], arguments.plot)

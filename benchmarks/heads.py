@@ -32,7 +32,11 @@ from optimum_fista.source.loading import load_model
 
 def queries(layers: DecoderLayers) -> dict[str, LinearOperator]:
     """Operators that make the queries, by name."""
-    found = {name: o for layer_name, layer in layers for name, o in find_operators(layer_name, layer).items()}
+    found = {
+        name: o
+        for layer_name, layer in layers
+        for name, o in find_operators(layer_name, layer).items()
+    }
     chosen = {name: operator for name, operator in found.items() if name.endswith("q_proj")}
     if not chosen:
         raise SystemExit(f"no operator is called q_proj: {', '.join(found)}.")
@@ -50,10 +54,15 @@ def predicted(model: PreTrainedModel, windows: Tensor, head_size: int) -> dict[s
     def add(name: str, _: nn.Module, __: object, output: Tensor) -> None:
         energies[name] += output.reshape(-1, output.shape[-1]).square().sum(0) / windows.numel()
 
-    with torch.no_grad(), watching({}, {o.module: partial(add, name) for name, o in operators.items()}):
+    with (
+        torch.no_grad(),
+        watching({}, {o.module: partial(add, name) for name, o in operators.items()}),
+    ):
         for window in windows:
             model(window[None], use_cache=False)
-    return {n: (found[n].outputs * energies[n]).view(-1, head_size).sum(1).tolist() for n in operators}
+    return {
+        n: (found[n].outputs * energies[n]).view(-1, head_size).sum(1).tolist() for n in operators
+    }
 
 
 def attention_on_first(model: PreTrainedModel, ids: Tensor) -> list[list[float]]:
@@ -68,7 +77,10 @@ def attention_on_first(model: PreTrainedModel, ids: Tensor) -> list[list[float]]
 
 def measure(model: PreTrainedModel, windows: Tensor, ids: Tensor) -> list[dict[str, Any]]:
     """A row for every query head."""
-    head_size = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
+    head_size = (
+        getattr(model.config, "head_dim", None)
+        or model.config.hidden_size // model.config.num_attention_heads
+    )
     expected, attention = predicted(model, windows, head_size), attention_on_first(model, ids)
 
     def loss() -> float:
@@ -76,7 +88,11 @@ def measure(model: PreTrainedModel, windows: Tensor, ids: Tensor) -> list[dict[s
 
     dense, rows = loss(), []
     operators = queries(find_decoder_layers(model))
-    heads = [(layer, name, head) for layer, name in enumerate(operators) for head in range(len(expected[name]))]
+    heads = [
+        (layer, name, head)
+        for layer, name in enumerate(operators)
+        for head in range(len(expected[name]))
+    ]
     for layer, name, head in tqdm(heads, desc="Heads", unit="head"):
         weight = operators[name].read()
         without = weight.clone()
@@ -91,7 +107,13 @@ def measure(model: PreTrainedModel, windows: Tensor, ids: Tensor) -> list[dict[s
 
 def table(rows: list[dict[str, Any]], number: int = 5) -> list[str]:
     """The heads that cost most."""
-    headings = ("decoder layer", "head", "attention on the first token", "predicted, nats", "measured, nats")
+    headings = (
+        "decoder layer",
+        "head",
+        "attention on the first token",
+        "predicted, nats",
+        "measured, nats",
+    )
     lines = []
     for row in sorted(rows, key=lambda row: -row["measured"])[:number]:
         cells = f"{row['attention']:.3f}", f"{row['predicted']:.2g}", f"{row['measured']:.2g}"
@@ -104,12 +126,20 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
-    expected, measured = [row["predicted"] for row in rows], [max(row["measured"], 1e-4) for row in rows]
-    points = axis.scatter(expected, measured, c=[row["attention"] for row in rows], s=16, cmap="viridis")
+    expected, measured = (
+        [row["predicted"] for row in rows],
+        [max(row["measured"], 1e-4) for row in rows],
+    )
+    points = axis.scatter(
+        expected, measured, c=[row["attention"] for row in rows], s=16, cmap="viridis"
+    )
     ends = min(expected), max(expected)
     axis.plot(ends, ends, color="gray", linewidth=1)
     axis.set(
-        xscale="log", yscale="log", xlabel="predicted by gradients, nats a token", ylabel="measured (1e-4: or less)"
+        xscale="log",
+        yscale="log",
+        xlabel="predicted by gradients, nats a token",
+        ylabel="measured (1e-4: or less)",
     )
     axis.set_title("Rise of the loss when the queries of one head are zero")
     figure.colorbar(points, label="attention on the first token")
@@ -125,7 +155,9 @@ def main() -> None:
     if not record["rows"]:
         model, tokenizer = load_model(arguments.model, dtype="float32", device="cpu")
         (ids,) = texts_of(arguments, tokenizer, arguments.sequence_length).values()
-        record["rows"] = measure(model, calibration_of(arguments, tokenizer, arguments.num_samples), ids)
+        record["rows"] = measure(
+            model, calibration_of(arguments, tokenizer, arguments.num_samples), ids
+        )
         save(arguments, record)
     print("\n".join(table(record["rows"])))
     if arguments.plot:

@@ -77,12 +77,16 @@ def write_gguf(folder: Path, file: Path, bits: str) -> None:
     is_gemma = config.model_type == "gemma3_text"
     writer = gguf.GGUFWriter(file, "gemma3" if is_gemma else "llama")
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(max(config.max_position_embeddings, CONTEXT))  # a small model may have seen fewer tokens
+    writer.add_context_length(
+        max(config.max_position_embeddings, CONTEXT)
+    )  # a small model may have seen fewer tokens
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)  # without heads it is not hidden_size / num_attention_heads
+    writer.add_key_length(
+        config.head_dim
+    )  # without heads it is not hidden_size / num_attention_heads
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
     if is_gemma:
@@ -104,10 +108,14 @@ def write_gguf(folder: Path, file: Path, bits: str) -> None:
     for name, tensor in read_tensors(files, sorted(files)):
         new_name = names.get_name(name, try_suffixes=(".weight",))
         if is_gemma:
-            tensor = tensor + 1 if tensor.ndim == 1 else tensor  # llama.cpp's norms scale by w, Gemma's by 1 + w
+            tensor = (
+                tensor + 1 if tensor.ndim == 1 else tensor
+            )  # llama.cpp's norms scale by w, Gemma's by 1 + w
         elif new_name.endswith(("attn_q.weight", "attn_k.weight")):
             # llama.cpp rotates neighbours, Transformers the halves of a head
-            tensor = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+            tensor = (
+                tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+            )
         kind = kind_of(bits, tensor.shape, new_name == head)
         writer.add_tensor(new_name, rounded(name, tensor, kind), raw_dtype=kind)
     writer.write_header_to_file()
@@ -120,15 +128,23 @@ def rounded(name: str, tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray
     """Values of a tensor, or the bytes of its blocks."""
     block, _ = gguf.GGML_QUANT_SIZES[kind]
     if tensor.shape[-1] % block:
-        raise SystemExit(f"{name} has rows of {tensor.shape[-1]} weights; {kind.name} needs a multiple of {block}.")
+        raise SystemExit(
+            f"{name} has rows of {tensor.shape[-1]} weights; {kind.name} needs a multiple of {block}."
+        )
     values = tensor.float().contiguous().numpy()
     if kind not in (KINDS["IQ4_NL"][0], KINDS["Q3_K"][0]):
         return gguf.quantize(values, kind)
     written = np.empty(gguf.quant_shape_to_byte_shape(values.shape, kind), np.uint8)
     sizes = (ctypes.c_int64(size) for size in (0, *values.shape))  # first row, rows, columns
-    library = ctypes.CDLL(xllamacpp.xllamacpp.__file__)  # `gguf` reads these kinds and can't write them
+    library = ctypes.CDLL(
+        xllamacpp.xllamacpp.__file__
+    )  # `gguf` reads these kinds and can't write them
     library.ggml_quantize_chunk(
-        int(kind), ctypes.c_void_p(values.ctypes.data), ctypes.c_void_p(written.ctypes.data), *sizes, None
+        int(kind),
+        ctypes.c_void_p(values.ctypes.data),
+        ctypes.c_void_p(written.ctypes.data),
+        *sizes,
+        None,
     )
     return written
 
@@ -146,24 +162,39 @@ def server_of(file: Path, threads: int, parallel: int = 1) -> Any:
 
 def generate(server: Any, prompt: Tensor, new_tokens: int) -> dict[str, Any]:
     """Greedy decoding: what llama.cpp answers, with the text and its own times."""
-    options = {"n_predict": new_tokens, "temperature": 0.0, "ignore_eos": True, "cache_prompt": False}
+    options = {
+        "n_predict": new_tokens,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "cache_prompt": False,
+    }
     answer = server.handle_completions({"prompt": prompt.tolist(), **options})
     if "error" in answer:
         raise SystemExit(f"llama.cpp refuses {prompt.numel()} tokens: {answer['error']}")
     return answer
 
 
-def require_same_tokens(folder: Path, file: Path, prompt: Tensor, new_tokens: int, threads: int) -> None:
+def require_same_tokens(
+    folder: Path, file: Path, prompt: Tensor, new_tokens: int, threads: int
+) -> None:
     """End the program unless llama.cpp and Transformers write the same greedy tokens in float32."""
     write_gguf(folder, file, "32")
     (answer,) = generate(server_of(file, threads), prompt, new_tokens)["choices"]
     found = [int(word) for word in re.findall(r"<(\d+)>", answer["text"])]
     file.unlink()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    options: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
-    wanted = model.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), pad_token_id=0, **options)
+    options: dict[str, Any] = {
+        "max_new_tokens": new_tokens,
+        "min_new_tokens": new_tokens,
+        "do_sample": False,
+    }
+    wanted = model.generate(
+        prompt[None], attention_mask=torch.ones_like(prompt[None]), pad_token_id=0, **options
+    )
     if found != wanted[0, len(prompt) :].tolist():
-        raise SystemExit(f"{folder.name}: llama.cpp writes {found}, Transformers {wanted[0, len(prompt) :].tolist()}")
+        raise SystemExit(
+            f"{folder.name}: llama.cpp writes {found}, Transformers {wanted[0, len(prompt) :].tolist()}"
+        )
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -172,8 +203,14 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         same_bits = next(other for other in rows if other["bits"] == row["bits"])
         base = rows[0] if row is same_bits else same_bits
-        speeds = [statistics.median(row[k]) / statistics.median(base[k]) for k in ("decode", "prefill")]
-        ratios = (*speeds, row["memory_bytes"] / base["memory_bytes"], row["file_bytes"] / base["file_bytes"])
+        speeds = [
+            statistics.median(row[k]) / statistics.median(base[k]) for k in ("decode", "prefill")
+        ]
+        ratios = (
+            *speeds,
+            row["memory_bytes"] / base["memory_bytes"],
+            row["file_bytes"] / base["file_bytes"],
+        )
         lines.append((row["model"], row["bits"], *(f"{ratio:.2f}x" for ratio in ratios)))
     return markdown_lines(("model", "bits", "decode", "prefill", "memory", "file"), lines)
 
@@ -186,7 +223,9 @@ def main() -> None:
     }
     numbers = {"prompt_tokens": 512, "new_tokens": 32, "checked": 24, "rounds": 5, "threads": 1}
     lists: dict[str, list[Any]] = {"models": [""], "bits": ["16", "8", "4"]}
-    arguments = parse_arguments(__doc__, helps=helps, **lists, **numbers, output=Path("runs/llama_cpp.json"))
+    arguments = parse_arguments(
+        __doc__, helps=helps, **lists, **numbers, output=Path("runs/llama_cpp.json")
+    )
     if xllamacpp is None:
         raise SystemExit("llama.cpp is missing: pip install xllamacpp")
     torch.set_num_threads(arguments.threads)

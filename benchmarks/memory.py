@@ -30,10 +30,15 @@ def measure(arguments: Namespace, layers: int) -> dict[str, Any]:
         size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
         sizes = {"samples": arguments.num_samples, "length": arguments.sequence_length}
         config = {"method_options": steps}
-        imports, found, _ = watched(source=source, output=Path(temporary) / "out", config=config, **sizes)
+        imports, found, _ = watched(
+            source=source, output=Path(temporary) / "out", config=config, **sizes
+        )
     curve = [(moment, held - imports) for moment, held in found if held]
     peak = max(held for _, held in curve)
-    print(f"{layers} layers: model {size / 2**20:.0f} MiB, peak {peak / 2**20:.0f} MiB, {peak / size:.0%}", flush=True)
+    print(
+        f"{layers} layers: model {size / 2**20:.0f} MiB, peak {peak / 2**20:.0f} MiB, {peak / size:.0%}",
+        flush=True,
+    )
     return {"layers": layers, "model_bytes": size, "peak_bytes": peak, "curve": thinned(curve)}
 
 
@@ -43,19 +48,32 @@ def thinned(curve: list[tuple[float, int]]) -> list[tuple[float, int]]:
     largest: dict[int, tuple[float, int]] = {}
     for moment, held in curve:
         place = int(moment / step)
-        largest[place] = max(largest.get(place, (moment, held)), (moment, held), key=lambda point: point[1])
+        largest[place] = max(
+            largest.get(place, (moment, held)), (moment, held), key=lambda point: point[1]
+        )
     return list(largest.values())
 
 
 def plot(runs: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(runs), figsize=(5.5 * len(runs), 3.6), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(runs), figsize=(5.5 * len(runs), 3.6), layout="constrained", squeeze=False
+    )
     for axis, run in zip(axes[0], runs, strict=True):
         times, held = zip(*run["curve"], strict=True)
-        axis.plot(times, [value / 2**20 for value in held], linewidth=0.8, label="anonymous memory above the imports")
-        axis.axhline(run["model_bytes"] / 2**20, color="black", linestyle="--", label="the whole model")
-        axis.set(title=f"{run['layers']} decoder layers", xlabel="seconds", ylabel="MiB", ylim=(0, None))
+        axis.plot(
+            times,
+            [value / 2**20 for value in held],
+            linewidth=0.8,
+            label="anonymous memory above the imports",
+        )
+        axis.axhline(
+            run["model_bytes"] / 2**20, color="black", linestyle="--", label="the whole model"
+        )
+        axis.set(
+            title=f"{run['layers']} decoder layers", xlabel="seconds", ylabel="MiB", ylim=(0, None)
+        )
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 

@@ -36,7 +36,9 @@ def network(arguments: Any, sparsity: float) -> Any:
         scale = abs(weight).max(axis=1, keepdims=True) / 127
         whole = ops.constant(np.rint(weight / scale).astype(np.int8))
         inputs = ops.fake_quantize(outputs, low, high, low, high, 256)
-        outputs = ops.matmul(inputs, ops.multiply(ops.convert(whole, np.float32), ops.constant(scale)), False, True)
+        outputs = ops.matmul(
+            inputs, ops.multiply(ops.convert(whole, np.float32), ops.constant(scale)), False, True
+        )
     return ov.Model([ops.result(outputs)], [start])
 
 
@@ -51,19 +53,31 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    helps = {"hidden": "hidden size", "ffn": "size of the MLP", "pairs": "MLPs", "inputs": "tokens at once"}
+    helps = {
+        "hidden": "hidden size",
+        "ffn": "size of the MLP",
+        "pairs": "MLPs",
+        "inputs": "tokens at once",
+    }
     numbers = {"hidden": 1024, "ffn": 2816, "pairs": 12, "inputs": 1, "rounds": 60}
-    arguments = parse_arguments(__doc__, helps=helps, **numbers, output=Path("runs/openvino_zeros.json"))
+    arguments = parse_arguments(
+        __doc__, helps=helps, **numbers, output=Path("runs/openvino_zeros.json")
+    )
     ov = importlib.import_module("openvino")
     rows: list[dict[str, Any]] = []
-    networks, tokens = [], np.random.default_rng(1).normal(size=(arguments.inputs, arguments.hidden))
+    networks, tokens = (
+        [],
+        np.random.default_rng(1).normal(size=(arguments.inputs, arguments.hidden)),
+    )
     for sparsity in (0.0, 0.5, 0.7, 0.8):
         model = network(arguments, sparsity)
         for option in (False, True) if sparsity else (False,):
             more = {"CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": sparsity - 0.05} if option else {}
             networks.append(ov.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": 1} | more))
             rows.append({"sparsity": sparsity, "option": option, "seconds": []})
-        if sparsity and not np.array_equal(*(found(tokens.astype(np.float32))[0] for found in networks[-2:])):
+        if sparsity and not np.array_equal(
+            *(found(tokens.astype(np.float32))[0] for found in networks[-2:])
+        ):
             raise SystemExit("the option changes what is computed")
     for _ in range(arguments.rounds):
         for row, found in zip(rows, networks, strict=True):
@@ -71,7 +85,10 @@ def main() -> None:
             found(tokens.astype(np.float32))
             row["seconds"].append(round(time.process_time() - started, 6))
     print("\n".join(table(rows)))
-    save(arguments, {"machine": {"processor": processor_name(), "openvino": ov.__version__}, "rows": rows})
+    save(
+        arguments,
+        {"machine": {"processor": processor_name(), "openvino": ov.__version__}, "rows": rows},
+    )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ def sparse_weight(rows: int, columns: int, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def medians(
-    runs: dict[str, Callable[[], object]], seconds: float, before: Callable[[], object] | None = None
+    runs: dict[str, Callable[[], object]],
+    seconds: float,
+    before: Callable[[], object] | None = None,
 ) -> dict[str, float]:
     """Median seconds of each, measured in turn, with `before` run before each."""
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -59,7 +61,9 @@ def dense_kernel(library: ctypes.CDLL, weight: Tensor, x: Tensor) -> Callable[[]
 
     def run() -> Tensor:
         if library.optimum_fista_measure_dense(*sizes, *pointers, torch.get_num_threads()):
-            raise SystemExit("This CPU has neither AVX2 nor AVX-512, one of which the dense kernel needs.")
+            raise SystemExit(
+                "This CPU has neither AVX2 nor AVX-512, one of which the dense kernel needs."
+            )
         return y
 
     torch.testing.assert_close(run(), linear(x, weight)[0], rtol=2e-2, atol=2e-1)
@@ -69,7 +73,11 @@ def dense_kernel(library: ctypes.CDLL, weight: Tensor, x: Tensor) -> Callable[[]
 def reading(library: ctypes.CDLL, num_bytes: int) -> Callable[[], object]:
     data = torch.ones(num_bytes // 4096 * 1024, dtype=torch.int32)
     result = torch.zeros(256, dtype=torch.int64)
-    arguments = [ctypes.c_void_p(data.data_ptr()), ctypes.c_int64(data.numel() * 4), ctypes.c_void_p(result.data_ptr())]
+    arguments = [
+        ctypes.c_void_p(data.data_ptr()),
+        ctypes.c_int64(data.numel() * 4),
+        ctypes.c_void_p(result.data_ptr()),
+    ]
 
     def run() -> tuple[Tensor, Tensor]:
         library.optimum_fista_measure_read(*arguments, torch.get_num_threads())
@@ -79,7 +87,12 @@ def reading(library: ctypes.CDLL, num_bytes: int) -> Callable[[], object]:
 
 
 def measure(
-    rows: int, columns: int, batches: list[int], threads: list[int], seconds: float, cache_bytes: int
+    rows: int,
+    columns: int,
+    batches: list[int],
+    threads: list[int],
+    seconds: float,
+    cache_bytes: int,
 ) -> list[dict]:
     library = ctypes.CDLL(str(find_library()))
     operators, num_bytes = {}, 0
@@ -102,7 +115,9 @@ def measure(
             for kind, operator in operators.items():
                 runs[kind] = lambda x=x, operator=operator: packed_linear(x, *operator)
             found = medians(runs, seconds, emptied)
-            lines.append({"shape": f"{rows}x{columns}", "threads": count, "batch": batch, "seconds": found})
+            lines.append(
+                {"shape": f"{rows}x{columns}", "threads": count, "batch": batch, "seconds": found}
+            )
     return lines
 
 
@@ -118,23 +133,42 @@ def table(lines: list[dict], threads: int) -> list[str]:
                 dense[0] = f"{seconds['own dense'] / seconds['50%']:.2f}x"
                 dense[1] = f"{seconds['reading the bytes of 50%'] / seconds['50%']:.0%}"
             found.append((line["shape"].replace("x", " x "), line["batch"], *times, *dense))
-    return markdown_lines(("weight", "inputs", *KINDS, "50%: own dense kernel", "50%: reading"), found)
+    return markdown_lines(
+        ("weight", "inputs", *KINDS, "50%: own dense kernel", "50%: reading"), found
+    )
 
 
 def main() -> None:
-    settings = {"shapes": ["14336x4096", "4096x14336", "2048x1024"], "batches": [1, 4, 16, 512], "threads": [1, 2]}
-    helps = {"shapes": "rows x columns", "seconds": "time for one line of the table", "cache": "MiB of the last cache"}
+    settings = {
+        "shapes": ["14336x4096", "4096x14336", "2048x1024"],
+        "batches": [1, 4, 16, 512],
+        "threads": [1, 2],
+    }
+    helps = {
+        "shapes": "rows x columns",
+        "seconds": "time for one line of the table",
+        "cache": "MiB of the last cache",
+    }
     output = Path("runs/kernels.json")
-    arguments = parse_arguments(__doc__, helps=helps, **settings, seconds=3.0, cache=32, output=output)
+    arguments = parse_arguments(
+        __doc__, helps=helps, **settings, seconds=3.0, cache=32, output=output
+    )
     if find_library() is None:
-        raise SystemExit("The kernels are not compiled: install the package where there is a C++ compiler.")
+        raise SystemExit(
+            "The kernels are not compiled: install the package where there is a C++ compiler."
+        )
     torch.manual_seed(0)
     lines = []
     with torch.no_grad():
         for shape in arguments.shapes:
             rows, columns = (int(size) for size in shape.split("x"))
             lines += measure(
-                rows, columns, arguments.batches, arguments.threads, arguments.seconds, arguments.cache * 2**20
+                rows,
+                columns,
+                arguments.batches,
+                arguments.threads,
+                arguments.seconds,
+                arguments.cache * 2**20,
             )
     for count in arguments.threads:
         print(f"\n{count} threads\n", *table(lines, count), sep="\n")

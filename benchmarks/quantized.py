@@ -28,7 +28,9 @@ from optimum_fista.source.loading import load_model, require_tokenizer
 
 def unpacked(numbers: Tensor, dim: int) -> Tensor:
     """Eight numbers of 4 bits from each int32, side by side along a dimension."""
-    return torch.stack([(numbers >> 4 * place) & 15 for place in range(8)], dim + 1).flatten(dim, dim + 1)
+    return torch.stack([(numbers >> 4 * place) & 15 for place in range(8)], dim + 1).flatten(
+        dim, dim + 1
+    )
 
 
 def with_unpacked(model: PreTrainedModel, tensors: dict[str, Tensor]) -> PreTrainedModel:
@@ -41,9 +43,13 @@ def with_unpacked(model: PreTrainedModel, tensors: dict[str, Tensor]) -> PreTrai
         if kind == "qweight":
             scales, values = tensors[f"{base}.scales"].float(), unpacked(tensor, 0)
             zeros = unpacked(tensors[f"{base}.qzeros"], 1)
-            zeros = zeros + (zeros == 7)  # of symmetric weights: 8, which the format of GPTQ stores less 1
+            zeros = zeros + (
+                zeros == 7
+            )  # of symmetric weights: 8, which the format of GPTQ stores less 1
             group = len(values) // len(scales)
-            dense = (values - zeros.repeat_interleave(group, 0)) * scales.repeat_interleave(group, 0)
+            dense = (values - zeros.repeat_interleave(group, 0)) * scales.repeat_interleave(
+                group, 0
+            )
             parameters[f"{base}.weight"].data.copy_(dense.T)
     return model
 
@@ -52,12 +58,17 @@ def opened(folder: str, result: str) -> tuple[PreTrainedModel, int]:
     """The dequantized model of a result, and the bytes that it takes."""
     file = Path(result)
     if file.suffix == ".gguf":
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32
+        )
         return model, sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(file).tensors)
     tensors: dict[str, Tensor] = {}
     for part in sorted(file.glob("*.safetensors")):
         tensors |= load_file(part)
-    size = sum(t.nbytes if t.dtype in (torch.int32, torch.int64) else 2 * t.numel() for t in tensors.values())
+    size = sum(
+        t.nbytes if t.dtype in (torch.int32, torch.int64) else 2 * t.numel()
+        for t in tensors.values()
+    )
     quantized = any(name.endswith(".qweight") for name in tensors)
     model, _ = load_model(folder if quantized else result, dtype="float32", device="cpu")
     return with_unpacked(model, tensors) if quantized else model, size
@@ -68,12 +79,22 @@ def measure(arguments: Namespace, result: str, texts: dict[str, str]) -> dict[st
     model, size = opened(arguments.model, result)
     tokenizer = require_tokenizer(arguments.model)
     with torch.autocast("cpu", torch.bfloat16):
-        found = {name: bits_per_byte(model.eval(), tokenizer, text, 512) for name, text in texts.items()}
-    return {"result": Path(result).name, "bytes": size, "bits_per_byte": found, "mean": geometric_mean(found.values())}
+        found = {
+            name: bits_per_byte(model.eval(), tokenizer, text, 512) for name, text in texts.items()
+        }
+    return {
+        "result": Path(result).name,
+        "bytes": size,
+        "bits_per_byte": found,
+        "mean": geometric_mean(found.values()),
+    }
 
 
 def main() -> None:
-    helps = {"results": "GGUF files and folders that were made of the model", "bytes": "of each text to measure on"}
+    helps = {
+        "results": "GGUF files and folders that were made of the model",
+        "bytes": "of each text to measure on",
+    }
     others = {"bytes": 30_000, "threads": 1, "output": Path("runs/quantized.json")}
     arguments = parse_arguments(__doc__, "model", "texts", "results", helps=helps, **others)
     torch.set_num_threads(arguments.threads)

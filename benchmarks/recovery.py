@@ -39,12 +39,21 @@ from optimum_fista.folder.card import markdown_lines
 from optimum_fista.folder.checkpoint import read_report
 from optimum_fista.source.loading import load_model, require_tokenizer
 
-KINDS = ("dense", "pruned", "once", "all", "lora", "norms")  # "lora" only in rows of an earlier version
+KINDS = (
+    "dense",
+    "pruned",
+    "once",
+    "all",
+    "lora",
+    "norms",
+)  # "lora" only in rows of an earlier version
 SELECTING = 2
 """Windows after the calibrated ones that choose the best state of `once`."""
 
 
-def text_without(source: str, windows: Tensor, tokenizer: PreTrainedTokenizerBase, file: Path) -> Path:
+def text_without(
+    source: str, windows: Tensor, tokenizer: PreTrainedTokenizerBase, file: Path
+) -> Path:
     """Write a text without some windows of its tokens to a file, and return it."""
     text = Path(source).read_text()
     for window in windows:
@@ -57,7 +66,9 @@ def text_without(source: str, windows: Tensor, tokenizer: PreTrainedTokenizerBas
     return file
 
 
-def measure(arguments: Namespace, folder: Path, kind: str, text: Path, texts: dict[str, Tensor]) -> dict[str, Any]:
+def measure(
+    arguments: Namespace, folder: Path, kind: str, text: Path, texts: dict[str, Tensor]
+) -> dict[str, Any]:
     """A row: the folder as it is (`pruned`), or recovered; `dense` is the model."""
     row: dict[str, Any] = {"folder": folder.name, "row": kind, "seed": arguments.seed}
     beside = folder.with_name(f"{folder.name}-{kind.replace(':', '-')}")
@@ -73,7 +84,11 @@ def measure(arguments: Namespace, folder: Path, kind: str, text: Path, texts: di
                 options[name or "learning_rate"] = json.loads(value)
             if kind == "once":  # the windows that the model was calibrated on, in the same order
                 length, count = arguments.test_length, arguments.num_samples
-                options |= {"calibration": arguments.calibration, "train": "all", "tokens": count * length}
+                options |= {
+                    "calibration": arguments.calibration,
+                    "train": "all",
+                    "tokens": count * length,
+                }
                 options |= {"sequence_length": length, "batch_size": 1, "held_out": SELECTING}
             started = time.process_time()
             recover(folder, arguments.model, source, seed=arguments.seed, device="cpu", **options)
@@ -84,7 +99,8 @@ def measure(arguments: Namespace, folder: Path, kind: str, text: Path, texts: di
     model, _ = load_model(str(source), dtype="float32", device="cpu")
     with torch.autocast("cpu", torch.bfloat16) if arguments.bfloat16 else nullcontext():
         row["perplexity"] = {
-            name: evaluate_perplexity(model, windows, progress=False).perplexity for name, windows in texts.items()
+            name: evaluate_perplexity(model, windows, progress=False).perplexity
+            for name, windows in texts.items()
         }
     return row
 
@@ -103,7 +119,9 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         cells = (f"{value:.2f}" for value in row["perplexity"].values())
         done = (f"{found[name]:,}" if found[name] else "" for name in ("num_trained", "num_tokens"))
         minutes = f"{found['seconds'] / 60:.1f}" if "seconds" in found else ""
-        shown.append((row["folder"], trained(row), *cells, f"{of_texts(row) / dense:.3f}", *done, minutes))
+        shown.append(
+            (row["folder"], trained(row), *cells, f"{of_texts(row) / dense:.3f}", *done, minutes)
+        )
     shown.sort(key=lambda cells: cells[0])
     names = ("ratio", "weights", "tokens", "minutes")
     return markdown_lines(("model", "trained", *rows[0]["perplexity"], *names), shown)
@@ -111,7 +129,9 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 def of_texts(row: dict[str, Any]) -> float:
     """The geometric mean of a row's perplexities on `--texts`."""
-    return geometric_mean(value for name, value in row["perplexity"].items() if name not in ("calibrated", "held out"))
+    return geometric_mean(
+        value for name, value in row["perplexity"].items() if name not in ("calibrated", "held out")
+    )
 
 
 def table_of_seeds(rows: list[dict[str, Any]]) -> list[str]:
@@ -124,8 +144,12 @@ def table_of_seeds(rows: list[dict[str, Any]]) -> list[str]:
         if row["row"] != "dense":
             found.setdefault((row["folder"].rpartition("-")[0], trained(row)), []).append(row)
     lines = []
-    for (model, kind), group in sorted(found.items(), key=lambda item: (item[0][0], item[0][1] != "pruned")):
-        cells = [shown([row["perplexity"][name] for row in group]) for name in group[0]["perplexity"]]
+    for (model, kind), group in sorted(
+        found.items(), key=lambda item: (item[0][0], item[0][1] != "pruned")
+    ):
+        cells = [
+            shown([row["perplexity"][name] for row in group]) for name in group[0]["perplexity"]
+        ]
         before = {row["seed"]: mean(row) for row in found[model, "pruned"]}
         ratios = [mean(row) / before[row["seed"]] for row in group if kind != "pruned"]
         lines.append((model, kind, *cells, shown(ratios, 3) if ratios else ""))
@@ -134,7 +158,9 @@ def table_of_seeds(rows: list[dict[str, Any]]) -> list[str]:
 
 def mean(row: dict[str, Any]) -> float:
     """The geometric mean of a row's perplexities, without `calibrated`."""
-    return geometric_mean(value for name, value in row["perplexity"].items() if name != "calibrated")
+    return geometric_mean(
+        value for name, value in row["perplexity"].items() if name != "calibrated"
+    )
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
@@ -145,7 +171,11 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in rows:
         if "recovery" in row:
-            start = next(other for other in rows if (other["folder"], other["row"]) == (row["folder"], "pruned"))
+            start = next(
+                other
+                for other in rows
+                if (other["folder"], other["row"]) == (row["folder"], "pruned")
+            )
             points = lines.setdefault((row["folder"], trained(row)), [(0.0, mean(start) / dense)])
             points.append((row["recovery"]["seconds"] / 60, mean(row) / dense))
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -178,9 +208,17 @@ def main() -> None:
     arguments.sequence_length = arguments.test_length
     first = arguments.num_samples + SELECTING
     windows = calibration_of(arguments, tokenizer, first + arguments.max_windows)
-    unseen, calibrated = windows[first:], windows[: min(arguments.num_samples, arguments.max_windows)]
-    texts = texts_of(arguments, tokenizer, arguments.test_length) | {"calibrated": calibrated, "held out": unseen}
-    file = folders[0].parent / f"{Path(arguments.calibration).stem}-train-{arguments.seed}.txt"  # seeds may run at once
+    unseen, calibrated = (
+        windows[first:],
+        windows[: min(arguments.num_samples, arguments.max_windows)],
+    )
+    texts = texts_of(arguments, tokenizer, arguments.test_length) | {
+        "calibrated": calibrated,
+        "held out": unseen,
+    }
+    file = (
+        folders[0].parent / f"{Path(arguments.calibration).stem}-train-{arguments.seed}.txt"
+    )  # seeds may run at once
     text = text_without(arguments.calibration, unseen, tokenizer, file)
     record = open_record(arguments, "folders", "rows", "threads", "seed")
     for folder in folders:

@@ -27,7 +27,9 @@ from optimum_fista import FistaPruner, FistaPruningConfig  # noqa: E402
 def main() -> None:
     generator = torch.Generator().manual_seed(0)
     samples, unseen = OPTIONS["samples"], OPTIONS.get("unseen", 0)
-    tokens = torch.randint(0, OPTIONS["vocabulary"], (samples + unseen, OPTIONS["length"]), generator=generator)
+    tokens = torch.randint(
+        0, OPTIONS["vocabulary"], (samples + unseen, OPTIONS["length"]), generator=generator
+    )
     batches = tokens[:samples].split(OPTIONS["batch"])
     batches += ({"input_ids": tokens[samples:], "held_out": True},) * bool(unseen)
     config = FistaPruningConfig.from_dict(OPTIONS["config"])

@@ -8,7 +8,12 @@ import statistics
 import subprocess
 import sys
 import time
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import (
+    ArgumentDefaultsHelpFormatter,
+    ArgumentParser,
+    Namespace,
+    RawDescriptionHelpFormatter,
+)
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -62,7 +67,9 @@ def parse_arguments(
         if name == "model":
             parser.add_argument(name, help=told[name])
         else:
-            parser.add_argument(f"--{name}", required=True, type=_words if name == "texts" else str, help=told[name])
+            parser.add_argument(
+                f"--{name}", required=True, type=_words if name == "texts" else str, help=told[name]
+            )
     for name, default in defaults.items():
         options: dict[str, Any] = {"default": default, "help": told.get(name, " ")}
         if isinstance(default, bool):
@@ -91,10 +98,14 @@ def calibration_of(arguments: Namespace, tokenizer: PreTrainedTokenizerBase, cou
     return calibration_windows(tokenizer, text, count, arguments.sequence_length, arguments.seed)
 
 
-def texts_of(arguments: Namespace, tokenizer: PreTrainedTokenizerBase, length: int) -> dict[str, Tensor]:
+def texts_of(
+    arguments: Namespace, tokenizer: PreTrainedTokenizerBase, length: int
+) -> dict[str, Tensor]:
     """Token ids [windows, length] of `arguments.texts` by name; at most `arguments.max_windows`."""
     return {
-        Path(source).stem: evaluation_windows(tokenizer, load_text(source, "test"), length, arguments.max_windows)
+        Path(source).stem: evaluation_windows(
+            tokenizer, load_text(source, "test"), length, arguments.max_windows
+        )
         for source in arguments.texts
     }
 
@@ -132,14 +143,26 @@ def parse_config(method: str, pattern: str, seed: int = 0, held_out: int = 0) ->
 def pattern_of(text: str, scope: Scope = "matrix") -> SparsityPattern:
     """The pattern of a fraction of zeros, such as `0.5`, or of a pattern's text, such as `2:4`."""
     sparsity = sparsity_of(text)
-    return parse_pattern(text, scope=scope) if sparsity is None else parse_pattern(sparsity=sparsity, scope=scope)
+    return (
+        parse_pattern(text, scope=scope)
+        if sparsity is None
+        else parse_pattern(sparsity=sparsity, scope=scope)
+    )
 
 
 def settings_of(arguments: Namespace, *without: str) -> dict[str, str]:
     """Arguments as text, paths by their names alone; without those on which no result depends."""
-    found = {key: value for key, value in vars(arguments).items() if key not in (*without, "output", "plot")}
+    found = {
+        key: value
+        for key, value in vars(arguments).items()
+        if key not in (*without, "output", "plot")
+    }
     named = {name: Path(found[name]).name for name in ("model", "calibration") if found.get(name)}
-    texts = {"texts": ",".join(Path(source).name for source in found["texts"])} if "texts" in found else {}
+    texts = (
+        {"texts": ",".join(Path(source).name for source in found["texts"])}
+        if "texts" in found
+        else {}
+    )
     joined = {k: ",".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in found.items()}
     return joined | named | texts
 
@@ -162,17 +185,23 @@ def open_record(arguments: Namespace, *without: str) -> dict[str, Any]:
     if arguments.output.exists():
         previous = json.loads(arguments.output.read_text())
         if previous["settings"] != settings:
-            raise SystemExit(f"{arguments.output} holds rows with other settings: pass another --output.")
+            raise SystemExit(
+                f"{arguments.output} holds rows with other settings: pass another --output."
+            )
         record |= {key: previous[key] for key in ("recipe", "rows") if key in previous}
     return record
 
 
-def save_llama(folder: Path, hidden: int, ffn: int, layers: int, dtype: str = "bfloat16", **config: Any) -> None:
+def save_llama(
+    folder: Path, hidden: int, ffn: int, layers: int, dtype: str = "bfloat16", **config: Any
+) -> None:
     """Write a random Llama; heads have 64 channels and the vocabulary 256 tokens, unless `config` says otherwise."""
     sizes = {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers}
     config = {"num_attention_heads": hidden // 64, "vocab_size": 256} | config
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**sizes, **config)).to(getattr(torch, dtype)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**sizes, **config)).to(getattr(torch, dtype)).save_pretrained(
+        folder
+    )
 
 
 def prune_apart(*, ranks: int = 1, threads: int = 1, **options: Any) -> subprocess.Popen[str]:
@@ -183,12 +212,26 @@ def prune_apart(*, ranks: int = 1, threads: int = 1, **options: Any) -> subproce
         threads: Threads of each.
         options: Those of `run_once.py`.
     """
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        if ranks > 1
+        else []
+    )
     script = str(Path(__file__).with_name("run_once.py"))
-    command = [sys.executable, *launcher, script, json.dumps(options | {"waits": ranks == 1}, default=str)]
+    command = [
+        sys.executable,
+        *launcher,
+        script,
+        json.dumps(options | {"waits": ranks == 1}, default=str),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    pipe, noise = subprocess.PIPE, subprocess.DEVNULL if ranks > 1 else None  # torchrun says much of a killed rank
-    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=noise, env=environment, text=True)
+    pipe, noise = (
+        subprocess.PIPE,
+        subprocess.DEVNULL if ranks > 1 else None,
+    )  # torchrun says much of a killed rank
+    process = subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=noise, env=environment, text=True
+    )
     assert process.stdout is not None
     for _ in range(ranks):
         if process.stdout.readline() != "ready\n":
@@ -196,7 +239,9 @@ def prune_apart(*, ranks: int = 1, threads: int = 1, **options: Any) -> subproce
     return process
 
 
-def finish(process: subprocess.Popen[str], watch: Callable[[], None] = lambda: None) -> list[dict[str, float]]:
+def finish(
+    process: subprocess.Popen[str], watch: Callable[[], None] = lambda: None
+) -> list[dict[str, float]]:
     """Let a process prune, watched 50 times a second; returns the seconds that each rank tells.
 
     Raises:
@@ -252,5 +297,7 @@ def matrix_rate() -> float:
 
 def counted_products() -> FlopCounterMode:
     """A context that counts the FLOP of matrix products, products in place included (`get_total_flops`)."""
-    in_place = {torch.ops.aten.addmm_: lambda _, left, right, **__: 2 * left[0] * left[1] * right[1]}
+    in_place = {
+        torch.ops.aten.addmm_: lambda _, left, right, **__: 2 * left[0] * left[1] * right[1]
+    }
     return FlopCounterMode(display=False, custom_mapping=in_place)

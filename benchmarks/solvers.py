@@ -42,18 +42,27 @@ def layer_problems(
 ) -> Iterator[list[list[LayerProblem]]]:
     """Groups of operators, decoder layer by decoder layer: `[text][operator]` problems that share their inputs."""
     decoder = find_decoder_layers(model)
-    records = [record_inputs(decoder, read_batches(tokens.split(1), model.config.vocab_size)) for tokens in token_sets]
+    records = [
+        record_inputs(decoder, read_batches(tokens.split(1), model.config.vocab_size))
+        for tokens in token_sets
+    ]
     hidden: list[Sequence[torch.Tensor]] = [record.hidden_states for record in records]
     last = len(decoder) - 1 if layers is None else max(layers)
     for index, (name, layer) in enumerate(decoder):
         if index > last:
             return
-        groups, _ = trace_groups(layer, find_operators(name, layer), records[0].calls[index][0], hidden[0][0])
+        groups, _ = trace_groups(
+            layer, find_operators(name, layer), records[0].calls[index][0], hidden[0][0]
+        )
         by_text = []
         for text, record in enumerate(records):
-            activations = LayerActivations(layer, record.calls[index], record.token_masks, hidden[text][0].device)
+            activations = LayerActivations(
+                layer, record.calls[index], record.token_masks, hidden[text][0].device
+            )
             chosen = groups if layers is None or index in layers else []
-            targets = LayerTargets(activations, chosen, Correction("none"), HiddenStates(hidden[text]))
+            targets = LayerTargets(
+                activations, chosen, Correction("none"), HiddenStates(hidden[text])
+            )
             by_text.append([targets.problems(group).fitted for group in range(len(chosen))])
             hidden[text] = targets.leave().entering
         yield from map(list, zip(*by_text, strict=True))
@@ -61,7 +70,9 @@ def layer_problems(
 
 def parse_method(text: str):
     name, *options = text.split(":")
-    return create_method(name, **{key: json.loads(value) for key, value in (o.split("=") for o in options)})
+    return create_method(
+        name, **{key: json.loads(value) for key, value in (o.split("=") for o in options)}
+    )
 
 
 def measure(text: str, problems: list[list[LayerProblem]], pattern: str) -> list[dict]:
@@ -105,15 +116,26 @@ def summarise(rows: list[dict], rate: float) -> list[str]:
 def plot(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    patterns, methods = (list(dict.fromkeys(row[key] for row in rows)) for key in ("pattern", "method"))
+    patterns, methods = (
+        list(dict.fromkeys(row[key] for row in rows)) for key in ("pattern", "method")
+    )
     figure, axes = plt.subplots(1, len(patterns), figsize=(3.2 * len(patterns), 4), squeeze=False)
     for axis, pattern in zip(axes[0], patterns, strict=True):
         for offset, text in enumerate(TEXTS):
             values = [
-                geometric_mean([r[text] for r in rows if (r["pattern"], r["method"]) == (pattern, m)]) for m in methods
+                geometric_mean(
+                    [r[text] for r in rows if (r["pattern"], r["method"]) == (pattern, m)]
+                )
+                for m in methods
             ]
-            axis.barh([i + 0.27 * (1 - offset) for i in range(len(methods))], values, 0.25, label=text)
-        axis.set(title=pattern, yticks=range(len(methods)), yticklabels=methods if axis is axes[0][0] else [])
+            axis.barh(
+                [i + 0.27 * (1 - offset) for i in range(len(methods))], values, 0.25, label=text
+            )
+        axis.set(
+            title=pattern,
+            yticks=range(len(methods)),
+            yticklabels=methods if axis is axes[0][0] else [],
+        )
     axes[0][0].legend(fontsize=8)
     figure.supxlabel("squared relative error, geometric mean over operators")
     figure.tight_layout()
@@ -130,10 +152,16 @@ _HELP = {
 
 @torch.no_grad()
 def main() -> None:
-    choices = {"layers": ["all"], "patterns": ["0.5", "0.6", "0.7", "2:4", "4:8"], "methods": [*METHODS]}
+    choices = {
+        "layers": ["all"],
+        "patterns": ["0.5", "0.6", "0.7", "2:4", "4:8"],
+        "methods": [*METHODS],
+    }
     sizes = {"num_samples": 24, "num_fresh": 8, "sequence_length": 1024, "seed": 0}
     files = {"output": Path("runs/solvers.json"), "plot": Path}
-    arguments = parse_arguments(__doc__, "model", "calibration", "other", helps=_HELP, **choices, **sizes, **files)
+    arguments = parse_arguments(
+        __doc__, "model", "calibration", "other", helps=_HELP, **choices, **sizes, **files
+    )
     model, tokenizer = load_model(arguments.model, dtype="float32")
     windows = calibration_of(arguments, tokenizer, arguments.num_samples + arguments.num_fresh)
     text = load_text(arguments.other, "test")

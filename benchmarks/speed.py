@@ -53,7 +53,11 @@ class Runner:
         torch.randn(64, 64) @ torch.randn(64, 64)
         self._before = psutil.Process().memory_info().rss
         runtime, dtype = variant.split()
-        config = {"quantization_config": FistaPackedConfig(runtime="packed")} if runtime == "packed" else {}
+        config = (
+            {"quantization_config": FistaPackedConfig(runtime="packed")}
+            if runtime == "packed"
+            else {}
+        )
         model: Any = read_model(str(folder), dtype=getattr(torch, dtype), **config)
         self.model: Any = nn.Module.to(model, device).eval()
         self.device = torch.device(device)
@@ -61,8 +65,13 @@ class Runner:
 
     def sizes(self) -> tuple[int, int]:
         """Entries of the vocabulary, and bytes of all tensors of the state, each counted once."""
-        tensors = {t.data_ptr() if t.device.type != "meta" else id(t): t for t in self.model.state_dict().values()}
-        return self.model.get_input_embeddings().weight.shape[0], sum(t.nbytes for t in tensors.values())
+        tensors = {
+            t.data_ptr() if t.device.type != "meta" else id(t): t
+            for t in self.model.state_dict().values()
+        }
+        return self.model.get_input_embeddings().weight.shape[0], sum(
+            t.nbytes for t in tensors.values()
+        )
 
     def memory(self) -> int:
         """Bytes that loading and running the model have added: on the device, or resident in this process."""
@@ -75,7 +84,9 @@ class Runner:
         """Seconds of greedy decoding, and the tokens [batch, new_tokens]."""
         ids, started = prompt.to(self.device), self._now()
         length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "pad_token_id": 0}
-        output = self.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1, **length)
+        output = self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1, **length
+        )
         return self._now() - started, output[:, ids.shape[1] :].cpu()
 
     def prefill(self, prompt: Tensor) -> tuple[float, Tensor]:
@@ -105,7 +116,11 @@ def measure(arguments: Namespace) -> dict[str, Any]:
     """Measure all variants in turn; the prompts are random tokens."""
     given = Path(arguments.model)
     packed = ["packed bfloat16"] if read_report(given).totals["num_zeros"] else []
-    usual = ["original bfloat16", "dense bfloat16"] if arguments.original else ["dense bfloat16", "dense float32"]
+    usual = (
+        ["original bfloat16", "dense bfloat16"]
+        if arguments.original
+        else ["dense bfloat16", "dense float32"]
+    )
     variants = arguments.variants or (usual if arguments.original else usual + packed)
     threads, pipes = arguments.threads or torch.get_num_threads(), {}
     context = multiprocessing.get_context("spawn")
@@ -120,11 +135,17 @@ def measure(arguments: Namespace) -> dict[str, Any]:
             context.Process(target=serve, args=(end, *model), daemon=True).start()
             end.close()
         sizes = {name: ask(pipes[name], "sizes") for name in variants}
-    random = partial(torch.randint, min(entries for entries, _ in sizes.values()), generator=torch.manual_seed(0))
+    random = partial(
+        torch.randint, min(entries for entries, _ in sizes.values()), generator=torch.manual_seed(0)
+    )
     length, new_tokens = arguments.prompt_tokens, arguments.new_tokens
-    asked = {f"batch {n}": ("generate", random((n, length)), new_tokens) for n in arguments.batch_sizes}
+    asked = {
+        f"batch {n}": ("generate", random((n, length)), new_tokens) for n in arguments.batch_sizes
+    }
     asked["prefill"] = "prefill", random((1, arguments.prefill_tokens))
-    seconds: dict[str, dict[str, list[float]]] = {name: {key: [] for key in asked} for name in variants}
+    seconds: dict[str, dict[str, list[float]]] = {
+        name: {key: [] for key in asked} for name in variants
+    }
     outputs: dict[str, dict[str, Tensor]] = {name: {} for name in variants}
     for turn in range(arguments.rounds + 1):  # the first one warms up
         print(f"round {turn} of {arguments.rounds}" if turn else "warming up", flush=True)
@@ -135,7 +156,9 @@ def measure(arguments: Namespace) -> dict[str, Any]:
     found = {}
     for name in variants:
         median = {key: statistics.median(values) for key, values in seconds[name].items()}
-        rates = {str(size): size * new_tokens / median[f"batch {size}"] for size in arguments.batch_sizes}
+        rates = {
+            str(size): size * new_tokens / median[f"batch {size}"] for size in arguments.batch_sizes
+        }
         dense = outputs.get(name.replace("packed", "dense"), {}) if "packed" in name else {}
         same = [(outputs[name][key] == dense[key]).flatten() for key in dense if key != "prefill"]
         found[name] = {
@@ -146,7 +169,11 @@ def measure(arguments: Namespace) -> dict[str, Any]:
             "same_tokens": torch.cat(same).float().mean().item() if same else None,
             "seconds": seconds[name],
         }
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("model", "original", "output")}
+    settings = {
+        name: value
+        for name, value in vars(arguments).items()
+        if name not in ("model", "original", "output")
+    }
     place, compiled = device_name(torch.device(arguments.device)), kernels()
     machine = {"processor": processor_name(), "device": place, "threads": threads}
     return {
@@ -167,27 +194,59 @@ def table(report: dict[str, Any]) -> list[str]:
     """Tokens a second, memory and weights of each variant, and how many times those of the first."""
     sizes = [str(size) for size in report["settings"]["batch_sizes"]]
     head = [report["model"], *(f"batch {size}, tokens/s" for size in sizes)]
-    head += [f"prefill {report['settings']['prefill_tokens']}, tokens/s", "memory, MiB", "weights, MiB", "same text"]
+    head += [
+        f"prefill {report['settings']['prefill_tokens']}, tokens/s",
+        "memory, MiB",
+        "weights, MiB",
+        "same text",
+    ]
     speeds = {
-        name: [*(found["tokens_per_second"][size] for size in sizes), found["prefill_tokens_per_second"]]
+        name: [
+            *(found["tokens_per_second"][size] for size in sizes),
+            found["prefill_tokens_per_second"],
+        ]
         for name, found in report["variants"].items()
     }
     rows, (first, *_) = [], report["variants"]
     for name, found in report["variants"].items():
-        cells = [f"{value:.1f} ({value / base:.2f}x)" for value, base in zip(speeds[name], speeds[first], strict=True)]
-        sizes = ((found[key], report["variants"][first][key]) for key in ("memory_bytes", "weight_bytes"))
+        cells = [
+            f"{value:.1f} ({value / base:.2f}x)"
+            for value, base in zip(speeds[name], speeds[first], strict=True)
+        ]
+        sizes = (
+            (found[key], report["variants"][first][key]) for key in ("memory_bytes", "weight_bytes")
+        )
         cells += [f"{size / 2**20:,.0f} ({size / max(1, base):.2f}x)" for size, base in sizes]
-        rows.append([name, *cells, "" if found["same_tokens"] is None else f"{found['same_tokens']:.0%}"])
+        rows.append(
+            [name, *cells, "" if found["same_tokens"] is None else f"{found['same_tokens']:.0%}"]
+        )
     machine = report["machine"]
-    where = machine["device"] if machine["device"] != "cpu" else f"{machine['processor']}, {machine['threads']} threads"
+    where = (
+        machine["device"]
+        if machine["device"] != "cpu"
+        else f"{machine['processor']}, {machine['threads']} threads"
+    )
     origin = f"{where}; kernels: {machine['kernels']}; torch {report['versions']['torch']}; medians of rounds in turn"
     return [*markdown_lines(head, rows), "", origin]
 
 
 def main() -> None:
-    options: dict[str, Any] = {"variants": [], "original": Path, "batch_sizes": [1, 4, 16], "device": "cpu"}
-    options |= {"new_tokens": 32, "prompt_tokens": 16, "prefill_tokens": 512, "rounds": 5, "threads": int}
-    arguments = parse_arguments(__doc__, "model", helps=HELPS, output=Path("runs/speed.json"), **options)
+    options: dict[str, Any] = {
+        "variants": [],
+        "original": Path,
+        "batch_sizes": [1, 4, 16],
+        "device": "cpu",
+    }
+    options |= {
+        "new_tokens": 32,
+        "prompt_tokens": 16,
+        "prefill_tokens": 512,
+        "rounds": 5,
+        "threads": int,
+    }
+    arguments = parse_arguments(
+        __doc__, "model", helps=HELPS, output=Path("runs/speed.json"), **options
+    )
     file = Path(arguments.model)
     if not file.is_file():
         file = arguments.output

@@ -45,7 +45,11 @@ def run(arguments: Namespace, way: str, source: Path, output: Path) -> dict[str,
     told = finish(process)
     processor = max(seconds["processor"] for seconds in told)
     print(f"{way}: {told[0]['wall']:.1f} s, processor {processor:.1f} s", flush=True)
-    return {"seconds": told[0]["wall"], "allocation": told[0].get("allocation", 0.0), "processor_seconds": processor}
+    return {
+        "seconds": told[0]["wall"],
+        "allocation": told[0].get("allocation", 0.0),
+        "processor_seconds": processor,
+    }
 
 
 def require_same(left: Path, right: Path) -> None:
@@ -54,17 +58,30 @@ def require_same(left: Path, right: Path) -> None:
     names = sorted(files)
     if names != sorted(others):
         raise SystemExit(f"{left.name} and {right.name} hold other tensors")
-    for (name, one), (_, other) in zip(read_tensors(files, names), read_tensors(others, names), strict=True):
+    for (name, one), (_, other) in zip(
+        read_tensors(files, names), read_tensors(others, names), strict=True
+    ):
         if not torch.equal(one, other):
             raise SystemExit(f"{name} differs between {left.name} and {right.name}")
 
 
 def main() -> None:
     model = {"model": str, "dtype": "float32", "layers": 8, "hidden": 512, "ffn": 1408}
-    settings = {"method": "obs_admm", "error_correction": str, "num_samples": 8, "sequence_length": 512, "rounds": 3}
-    helps = {"ways": f"some of {', '.join(_WAYS)}", "model": "a model folder or a folder with one GGUF file"}
+    settings = {
+        "method": "obs_admm",
+        "error_correction": str,
+        "num_samples": 8,
+        "sequence_length": 512,
+        "rounds": 3,
+    }
+    helps = {
+        "ways": f"some of {', '.join(_WAYS)}",
+        "model": "a model folder or a folder with one GGUF file",
+    }
     files = {"output": Path("runs/ways.json")}
-    arguments = parse_arguments(__doc__, helps=helps, ways=["memory", "files"], **model, **settings, **files)
+    arguments = parse_arguments(
+        __doc__, helps=helps, ways=["memory", "files"], **model, **settings, **files
+    )
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in arguments.ways}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -81,10 +98,15 @@ def main() -> None:
         for index in range(arguments.rounds):
             for way in arguments.ways:
                 runs[way].append(run(arguments, way, source, folder / f"{way} {index}"))
-            first, *others = [folder / f"{way} {index}" for way in arguments.ways if _WAYS[way][1] == 1]
+            first, *others = [
+                folder / f"{way} {index}" for way in arguments.ways if _WAYS[way][1] == 1
+            ]
             for other in others:
                 require_same(first, other)
-    medians = {way: {key: statistics.median(m[key] for m in found) for key in found[0]} for way, found in runs.items()}
+    medians = {
+        way: {key: statistics.median(m[key] for m in found) for key in found[0]}
+        for way, found in runs.items()
+    }
     for way, found in medians.items():
         print(f"{way}: " + ", ".join(f"{key} {value:.1f}" for key, value in found.items()))
     save(arguments, {"matrix_rate": matrix_rate(), "runs": runs, "medians": medians})

@@ -24,10 +24,18 @@ from optimum_fista import (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id or model folder")
-    parser.add_argument("--output", type=Path, default=Path("pruned-2-4"), help="folder to write the model to")
-    parser.add_argument("--calibration", default="self", help="text to calibrate on: .txt, .jsonl, c4, self, ...")
-    parser.add_argument("--test", default="pydoc", help="text to measure on: .txt, .jsonl, wikitext2, pydoc, ...")
+    parser.add_argument(
+        "--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id or model folder"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("pruned-2-4"), help="folder to write the model to"
+    )
+    parser.add_argument(
+        "--calibration", default="self", help="text to calibrate on: .txt, .jsonl, c4, self, ..."
+    )
+    parser.add_argument(
+        "--test", default="pydoc", help="text to measure on: .txt, .jsonl, wikitext2, pydoc, ..."
+    )
     parser.add_argument("--num-samples", type=int, default=32, help="calibration sequences")
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens a sequence")
     arguments = parser.parse_args()
@@ -36,18 +44,30 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").to(device)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     length = arguments.sequence_length
-    windows = evaluation_windows(tokenizer, load_text(arguments.test, "test"), length, max_windows=16)
+    windows = evaluation_windows(
+        tokenizer, load_text(arguments.test, "test"), length, max_windows=16
+    )
     dense = evaluate_perplexity(model, windows).perplexity
 
-    tokens = calibration_tokens(arguments.calibration, model, tokenizer, arguments.num_samples, length)
-    config = FistaPruningConfig(pattern="2:4", overrides={"*.down_proj": 0.25})  # 25% zeros, anywhere
+    tokens = calibration_tokens(
+        arguments.calibration, model, tokenizer, arguments.num_samples, length
+    )
+    config = FistaPruningConfig(
+        pattern="2:4", overrides={"*.down_proj": 0.25}
+    )  # 25% zeros, anywhere
     pruner = FistaPruner(config)
     print(pruner.prune(model, tokens.split(1), calibration_source=arguments.calibration))
-    print(f"perplexity {dense:.2f} -> {evaluate_perplexity(model, windows).perplexity:.2f} on {arguments.test}")
+    print(
+        f"perplexity {dense:.2f} -> {evaluate_perplexity(model, windows).perplexity:.2f} on {arguments.test}"
+    )
 
     pruner.save_pretrained(model, arguments.output, tokenizer)
-    proven = verify_checkpoint(arguments.output)  # reads the files again and checks every group of four
-    print(f"{proven.num_operators} operators keep their pattern: {proven.num_zeros:,} of {proven.num_weights:,} zero")
+    proven = verify_checkpoint(
+        arguments.output
+    )  # reads the files again and checks every group of four
+    print(
+        f"{proven.num_operators} operators keep their pattern: {proven.num_zeros:,} of {proven.num_weights:,} zero"
+    )
 
 
 if __name__ == "__main__":

@@ -21,11 +21,17 @@ from optimum_fista import FistaPruner, FistaPruningConfig, calibration_tokens
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id or model folder")
-    parser.add_argument("--output", type=Path, default=Path("pruned-offloaded"), help="folder to write the model to")
+    parser.add_argument(
+        "--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id or model folder"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("pruned-offloaded"), help="folder to write the model to"
+    )
     parser.add_argument("--num-samples", type=int, default=64, help="calibration sequences")
     parser.add_argument("--sequence-length", type=int, default=1024, help="tokens a sequence")
-    parser.add_argument("--device-map", help="Accelerate's device_map: auto, cpu, disk (default: all on the device)")
+    parser.add_argument(
+        "--device-map", help="Accelerate's device_map: auto, cpu, disk (default: all on the device)"
+    )
     arguments = parser.parse_args()
 
     has_gpu = torch.cuda.is_available()
@@ -34,13 +40,23 @@ def main() -> None:
     if places is None:
         model = model.to("cuda" if has_gpu else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    tokens = calibration_tokens("self", model, tokenizer, arguments.num_samples, arguments.sequence_length)
+    tokens = calibration_tokens(
+        "self", model, tokenizer, arguments.num_samples, arguments.sequence_length
+    )
 
     pruner = FistaPruner(FistaPruningConfig(sparsity=0.5), storage_device="cpu")
-    report = pruner.prune(model, tokens.split(1), calibration_source="self")  # batches of 1: least memory
+    report = pruner.prune(
+        model, tokens.split(1), calibration_source="self"
+    )  # batches of 1: least memory
     print(report)
-    peaks = [layer.memory.device_bytes or layer.memory.resident_bytes for layer in report.layers if layer.memory]
-    print(f"peak memory {max(peaks) / 2**30:.1f} GiB {'on the GPU' if has_gpu else 'of the process'}")
+    peaks = [
+        layer.memory.device_bytes or layer.memory.resident_bytes
+        for layer in report.layers
+        if layer.memory
+    ]
+    print(
+        f"peak memory {max(peaks) / 2**30:.1f} GiB {'on the GPU' if has_gpu else 'of the process'}"
+    )
     pruner.save_pretrained(model, arguments.output, tokenizer)
 
 

@@ -19,8 +19,12 @@ from optimum_fista.solve.problem import InputStatistics, LayerProblem
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id or model folder")
-    parser.add_argument("--operator", default="model.layers.0.self_attn.o_proj", help="name of a linear operator")
+    parser.add_argument(
+        "--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id or model folder"
+    )
+    parser.add_argument(
+        "--operator", default="model.layers.0.self_attn.o_proj", help="name of a linear operator"
+    )
     parser.add_argument("--pattern", default="2:4", help="n:m or unstructured (50%%)")
     parser.add_argument("--num-samples", type=int, default=8, help="sequences")
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens a sequence")
@@ -28,12 +32,18 @@ def main() -> None:
 
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    text = load_text("pydoc", "calibration")  # Python's own documentation: English that needs no download
-    tokens = calibration_windows(tokenizer, text, arguments.num_samples, arguments.sequence_length, seed=0)
+    text = load_text(
+        "pydoc", "calibration"
+    )  # Python's own documentation: English that needs no download
+    tokens = calibration_windows(
+        tokenizer, text, arguments.num_samples, arguments.sequence_length, seed=0
+    )
 
     operator = model.get_submodule(arguments.operator)
     seen: list[torch.Tensor] = []
-    hook = operator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
+    hook = operator.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].flatten(0, 1))
+    )
     with torch.no_grad():
         model(tokens)
     hook.remove()
@@ -41,9 +51,14 @@ def main() -> None:
     # For W* on other inputs X* than those of the dense network, pass `W X X*^T` and the squared norms of the rows of
     # `W X` as well.
     statistics = InputStatistics(inputs.T @ inputs, len(inputs), inputs.mean(0))
-    problem, pattern = LayerProblem(operator.weight.detach(), statistics), parse_pattern(arguments.pattern)
+    problem, pattern = (
+        LayerProblem(operator.weight.detach(), statistics),
+        parse_pattern(arguments.pattern),
+    )
 
-    print(f"{arguments.operator} {tuple(operator.weight.shape)} on {len(inputs)} tokens, {arguments.pattern}")
+    print(
+        f"{arguments.operator} {tuple(operator.weight.shape)} on {len(inputs)} tokens, {arguments.pattern}"
+    )
     for method in ("magnitude", "wanda", "sparsegpt", "fista"):
         pruned = create_method(method).prune(problem, pattern)
         penalty = "" if pruned.l1_penalty is None else f", penalty {pruned.l1_penalty:.3g}"

@@ -23,18 +23,32 @@ from optimum_fista import (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id or model folder")
-    parser.add_argument("--output", type=Path, default=Path("retrained-2-4"), help="folder to write the model to")
-    parser.add_argument("--calibration", default="self", help="text to prune and train on: .txt, .jsonl, c4, self, ...")
-    parser.add_argument("--test", default="pydoc", help="text to measure on: .txt, .jsonl, wikitext2, pydoc, ...")
-    parser.add_argument("--num-samples", type=int, default=64, help="sequences; each is a step of training")
+    parser.add_argument(
+        "--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id or model folder"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("retrained-2-4"), help="folder to write the model to"
+    )
+    parser.add_argument(
+        "--calibration",
+        default="self",
+        help="text to prune and train on: .txt, .jsonl, c4, self, ...",
+    )
+    parser.add_argument(
+        "--test", default="pydoc", help="text to measure on: .txt, .jsonl, wikitext2, pydoc, ..."
+    )
+    parser.add_argument(
+        "--num-samples", type=int, default=64, help="sequences; each is a step of training"
+    )
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens a sequence")
     arguments = parser.parse_args()
 
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     num_samples, length = arguments.num_samples, arguments.sequence_length
-    windows = evaluation_windows(tokenizer, load_text(arguments.test, "test"), length, max_windows=16)
+    windows = evaluation_windows(
+        tokenizer, load_text(arguments.test, "test"), length, max_windows=16
+    )
     tokens = calibration_tokens(arguments.calibration, model, tokenizer, num_samples, length)
     pruner = FistaPruner(FistaPruningConfig(pattern="2:4"))
     print(pruner.prune(model, tokens[:32].split(1), calibration_source=arguments.calibration))
@@ -47,8 +61,12 @@ def main() -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-    print(f"perplexity {before:.2f} -> {evaluate_perplexity(model, windows).perplexity:.2f} on {arguments.test}")
-    pruner.save_pretrained(model, arguments.output, tokenizer)  # the report says that it was retrained
+    print(
+        f"perplexity {before:.2f} -> {evaluate_perplexity(model, windows).perplexity:.2f} on {arguments.test}"
+    )
+    pruner.save_pretrained(
+        model, arguments.output, tokenizer
+    )  # the report says that it was retrained
     print(f"{verify_checkpoint(arguments.output).num_zeros:,} weights are still zero")
 
 

@@ -50,33 +50,66 @@ from optimum_fista.source.loading import floating_dtype, gguf_file, usable_devic
 from optimum_fista.source.source_tensors import source_tensors
 
 _DAMPING = 0.01  # of a Gram matrix, in means of its diagonal
-_LAYERS, _SHARE = 10, 0.3  # what a step looks at: decoder layers, and of each this share of its rows or columns
+_LAYERS, _SHARE = (
+    10,
+    0.3,
+)  # what a step looks at: decoder layers, and of each this share of its rows or columns
 _BETAS = 0.9, 0.95  # of Adam
-_RATE, _RATE_OF_HEADS, _WARM_UP = 5e-3, 4e-2, 10  # a head is looked at in fewer steps, so it turns further in each
-_ROUNDING = 1e-3  # of the logits of a token, relative; that of 30 decoder layers in float32 comes to 1e-5
+_RATE, _RATE_OF_HEADS, _WARM_UP = (
+    5e-3,
+    4e-2,
+    10,
+)  # a head is looked at in fewer steps, so it turns further in each
+_ROUNDING = (
+    1e-3  # of the logits of a token, relative; that of 30 decoder layers in float32 comes to 1e-5
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id or model folder")
-    parser.add_argument("--output", type=Path, default=Path("rotated"), help="folder to write the dense model to")
-    parser.add_argument("--pattern", default="2:4", help="the pattern n:m that it will be pruned to")
-    parser.add_argument("--calibration", default="self", help="text to calibrate on: .txt, .jsonl, c4, self, ...")
+    parser.add_argument(
+        "--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id or model folder"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("rotated"), help="folder to write the dense model to"
+    )
+    parser.add_argument(
+        "--pattern", default="2:4", help="the pattern n:m that it will be pruned to"
+    )
+    parser.add_argument(
+        "--calibration", default="self", help="text to calibrate on: .txt, .jsonl, c4, self, ..."
+    )
     parser.add_argument("--num-samples", type=int, default=16, help="calibration sequences")
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens in each sequence")
     parser.add_argument("--steps", type=int, default=500, help="steps of the training")
-    parser.add_argument("--seed", type=int, default=0, help="chooses the text, and the weights that each step uses")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
-    parser.add_argument("--dtype", default="auto", help="dtype to save in (default: as Transformers loads it)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model that --output already holds")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="chooses the text, and the weights that each step uses"
+    )
+    parser.add_argument(
+        "--device", help="cpu, cuda, ... (default: the accelerator if there is one)"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", help="dtype to save in (default: as Transformers loads it)"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a model that --output already holds"
+    )
     try:
         found = rotate(**vars(parser.parse_args()))
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
         raise SystemExit("interrupted: nothing is written") from None
-    print("the predicted error of {pattern} is {error_ratio:.3f} times that before ({seconds:.0f} s)".format(**found))
-    print("in float32 the logits differ by {difference:.1e}; {growth:+.1%} parameters; {heads} heads".format(**found))
+    print(
+        "the predicted error of {pattern} is {error_ratio:.3f} times that before ({seconds:.0f} s)".format(
+            **found
+        )
+    )
+    print(
+        "in float32 the logits differ by {difference:.1e}; {growth:+.1%} parameters; {heads} heads".format(
+            **found
+        )
+    )
 
 
 @numerical_environment()
@@ -106,41 +139,67 @@ def rotate(
     """
     started, aim, place = time.perf_counter(), parse_pattern(pattern, None), usable_device(device)
     if aim.span is None or aim.width > 1:
-        raise ValueError(f"pattern={pattern!r}: a rotation is trained for n:m, pass a pattern such as '2:4'.")
-    for name, value in {"num_samples": num_samples, "sequence_length": sequence_length - 1, "steps": steps}.items():
+        raise ValueError(
+            f"pattern={pattern!r}: a rotation is trained for n:m, pass a pattern such as '2:4'."
+        )
+    for name, value in {
+        "num_samples": num_samples,
+        "sequence_length": sequence_length - 1,
+        "steps": steps,
+    }.items():
         if value < 1:
-            raise ValueError(f"{name} is too small: pass at least {2 if name == 'sequence_length' else 1}.")
+            raise ValueError(
+                f"{name} is too small: pass at least {2 if name == 'sequence_length' else 1}."
+            )
     require_output(output, overwrite, source=model)
     target = None if dtype == "auto" else floating_dtype(dtype)
     dense, tokenizer = load_model(model, device=str(place))
     if getattr(dense.config, CONFIG_KEY, None):
         why = "is pruned, and a rotation would fill its zeros and lose its report"
         raise ValueError(f"model={model!r} {why}: rotate the dense model, then prune it.")
-    source = None if gguf_file(model) else source_folder(model, getattr(dense.config, "_commit_hash", None))
+    source = (
+        None
+        if gguf_file(model)
+        else source_folder(model, getattr(dense.config, "_commit_hash", None))
+    )
     if source is not None and (others := source_tensors(dense, source).others):
         what = f"{min(others)}, which {type(dense).__name__} does not load and which can't be rotated with it"
-        raise ValueError(f"model={model!r} has {what}: pass a folder without such tensors (model.save_pretrained).")
+        raise ValueError(
+            f"model={model!r} has {what}: pass a folder without such tensors (model.save_pretrained)."
+        )
     size, dtypes = dense.num_parameters(), {name: tensor.dtype for name, tensor in _tensors(dense)}
     with new_output(output, overwrite, source) as folder, evaluation_mode(dense):
         ids = calibration_tokens(calibration, dense, tokenizer, num_samples, sequence_length, seed)
         read_batches([ids], *token_limits(dense))  # refuses what the model can't read
         torch.nn.Module.float(dense)
-        found: dict[str, Any] = {"model": public_name(model), "calibration": public_name(calibration)}
+        found: dict[str, Any] = {
+            "model": public_name(model),
+            "calibration": public_name(calibration),
+        }
         found |= {"pattern": pattern, "num_tokens": ids.numel(), "steps": steps, "seed": seed}
         found |= rotate_model(dense, ids, aim, steps, seed)
         for name, tensor in _tensors(dense):
-            tensor.data = tensor.data.to(target if target and tensor.is_floating_point() else dtypes[name])
+            tensor.data = tensor.data.to(
+                target if target and tensor.is_floating_point() else dtypes[name]
+            )
             if not bool(tensor.isfinite().all()):
-                raise ValueError(f"dtype={dtype!r} can't hold values of {name}: pass 'bfloat16' or 'float32'.")
+                raise ValueError(
+                    f"dtype={dtype!r} can't hold values of {name}: pass 'bfloat16' or 'float32'."
+                )
         dense.config.dtype = dense.dtype
-        found |= {"growth": dense.num_parameters() / size - 1, "seconds": time.perf_counter() - started}
+        found |= {
+            "growth": dense.num_parameters() / size - 1,
+            "seconds": time.perf_counter() - started,
+        }
         dense.config.fista_rotation = found
         with errors_of_writing(folder):
             dense.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             if source is not None:
                 copy_source(source, folder)
-                if (card := source / CARD_FILE).exists():  # its licence goes to the cards of pruned models
+                if (
+                    card := source / CARD_FILE
+                ).exists():  # its licence goes to the cards of pruned models
                     shutil.copyfile(card, folder / CARD_FILE)
     return found
 
@@ -153,11 +212,18 @@ def rotate_model(
     Returns the predicted error after over that before (a geometric mean over the weights), the relative difference of
     the logits, and the number of heads that turned.
     """
-    stream, expected, generator = _Stream(model, ids[:1, :16], pattern), _logits(model, ids), torch.Generator()
+    stream, expected, generator = (
+        _Stream(model, ids[:1, :16], pattern),
+        _logits(model, ids),
+        torch.Generator(),
+    )
     stream.move_gains()
 
     def change() -> float:  # by any rotation, there and back, before all the work
-        trial = [torch.randn(turn.value.shape, generator=generator.manual_seed(seed)) for turn in stream.turns()]
+        trial = [
+            torch.randn(turn.value.shape, generator=generator.manual_seed(seed))
+            for turn in stream.turns()
+        ]
         trial = [torch.linalg.qr(values.double())[0].to(model.device) for values in trial]
         stream.rotate(trial)
         found = _difference(_logits(model, ids), expected)
@@ -172,32 +238,50 @@ def rotate_model(
         stream.measure(ids)
         turns, ratio = _train(stream, pattern, steps, generator)
         if not ratio < 1:
-            raise ValueError(f"no rotation with a smaller error of {pattern} was found: prune the model as it is.")
+            raise ValueError(
+                f"no rotation with a smaller error of {pattern} was found: prune the model as it is."
+            )
         stream.rotate(turns)
         found = _difference(after := _logits(model, ids), expected)
     if not found <= _ROUNDING:
         raise _unsupported(model, f"its outputs would change (relative difference {found:.1e})")
     difference = float((after - expected).norm() / expected.norm())
-    return {"error_ratio": ratio, "difference": difference, "heads": sum(layer.heads[0] for layer in stream.layers)}
+    return {
+        "error_ratio": ratio,
+        "difference": difference,
+        "heads": sum(layer.heads[0] for layer in stream.layers),
+    }
 
 
 @dataclass(eq=False)
 class _Layer:
     """What a decoder layer reads from the residual stream and adds to it, and sums over the calibration tokens."""
 
-    readers: dict[nn.Module, list[LinearOperator]] = field(default_factory=dict)  # by the norm before them
+    readers: dict[nn.Module, list[LinearOperator]] = field(
+        default_factory=dict
+    )  # by the norm before them
     writers: list[LinearOperator] = field(default_factory=list)
     # The projection to values, the one that reads the attended values, and the numbers of key-value heads, of query
     # heads for each, and of inputs of a head. Without heads that can turn there are none.
     value: LinearOperator | None = None
     output: LinearOperator | None = None
     heads: tuple[int, int, int] = (0, 1, 1)
-    inverses: dict[nn.Module, Tensor] = field(default_factory=dict)  # of damped Gram matrices, by norm
-    blocks: Tensor | None = None  # of that of `output`, [key-value heads, query heads, width, width]
-    squares: dict[LinearOperator, Tensor] = field(default_factory=dict)  # mean squares of inputs, by writer
+    inverses: dict[nn.Module, Tensor] = field(
+        default_factory=dict
+    )  # of damped Gram matrices, by norm
+    blocks: Tensor | None = (
+        None  # of that of `output`, [key-value heads, query heads, width, width]
+    )
+    squares: dict[LinearOperator, Tensor] = field(
+        default_factory=dict
+    )  # mean squares of inputs, by writer
 
     def errors(
-        self, rotation: Tensor, turn: Tensor, pattern: SparsityPattern, generator: torch.Generator | None = None
+        self,
+        rotation: Tensor,
+        turn: Tensor,
+        pattern: SparsityPattern,
+        generator: torch.Generator | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """For each operator its number of weights, and the error that the pattern is predicted to cause, a scalar.
 
@@ -219,7 +303,9 @@ class _Layer:
         for operator in self.writers:
             weight = _matrix(operator)
             if operator is self.output and self.blocks is not None:
-                sizes = (turn[:, None] * (self.blocks @ turn[:, None])).sum(-2)  # [key-value heads, query heads, width]
+                sizes = (turn[:, None] * (self.blocks @ turn[:, None])).sum(
+                    -2
+                )  # [key-value heads, query heads, width]
                 weight = torch.einsum("okgi,kij->okgj", weight.unflatten(1, self.heads), turn)
                 scores = (rotation.T @ weight.flatten(1)).float().view_as(weight).square() / sizes
                 yield operator.parameter.numel(), _lost(scores.unflatten(-1, (span, -1)), pattern)
@@ -249,14 +335,21 @@ class _Stream:
         self.norms = dict[nn.Module, list[LinearOperator]]()  # all readers, the head too
         operators = {head: (LinearOperator("head", head), _Layer())}
         for own, (prefix, whole) in zip(self.layers, found, strict=True):
-            linear = [(name, m) for name, m in whole.named_modules(prefix=prefix) if isinstance(m, LINEAR)]
+            linear = [
+                (name, m) for name, m in whole.named_modules(prefix=prefix) if isinstance(m, LINEAR)
+            ]
             operators |= {m: (LinearOperator(name, m), own) for name, m in linear}
         outputs, inputs = dict[int, tuple[nn.Module, Tensor]](), dict[nn.Module, Tensor]()
 
         def see(module: nn.Module, _: Any, output: Tensor) -> None:
-            outputs[output.data_ptr()] = module, output  # kept, so that no other tensor gets its place in memory
+            outputs[output.data_ptr()] = (
+                module,
+                output,
+            )  # kept, so that no other tensor gets its place in memory
 
-        alone = [m for m in model.modules() if [name for name, _ in m.named_parameters()] == ["weight"]]
+        alone = [
+            m for m in model.modules() if [name for name, _ in m.named_parameters()] == ["weight"]
+        ]
         norms = {m: see for m in alone if m.weight.shape == (self.size,)}
         calls = {m: partial(inputs.__setitem__, m) for m in operators}
         with watching(calls, norms), torch.no_grad():
@@ -278,33 +371,56 @@ class _Stream:
         with suppress(UnsupportedArchitectureError):  # then no heads are turned
             for part in find_parts(model, "heads").parts:
                 values = [
-                    name for tensor in part.tensors if (name := tensor.removesuffix(".weight")).endswith("v_proj")
+                    name
+                    for tensor in part.tensors
+                    if (name := tensor.removesuffix(".weight")).endswith("v_proj")
                 ]
                 (output, layer), value = names[part.name], names[values[0]][0] if values else None
                 width = value.shape[0] // part.groups if value else 0
-                if width and not (width % (pattern.span or 1) or part.width % width) and output in layer.writers:
-                    layer.value, layer.output, layer.heads = value, output, (part.groups, part.width // width, width)
+                if (
+                    width
+                    and not (width % (pattern.span or 1) or part.width % width)
+                    and output in layer.writers
+                ):
+                    layer.value, layer.output, layer.heads = (
+                        value,
+                        output,
+                        (part.groups, part.width // width, width),
+                    )
 
     def turns(self) -> list["_Turn"]:
         """No rotation: the matrix of the stream [1, hidden, hidden], and those of the heads of each decoder layer."""
         sizes = [(1, self.size), *((layer.heads[0], layer.heads[2]) for layer in self.layers)]
-        return [_Turn(torch.eye(size, device=self.model.device).repeat(count, 1, 1)) for count, size in sizes]
+        return [
+            _Turn(torch.eye(size, device=self.model.device).repeat(count, 1, 1))
+            for count, size in sizes
+        ]
 
     @torch.no_grad()
     def move_gains(self) -> None:
         """Move the gains of norms into the operators behind them, except for a number; the head gets its own weight."""
-        head, embedding = cast(Any, (self.model.get_output_embeddings(), self.model.get_input_embeddings()))
+        head, embedding = cast(
+            Any, (self.model.get_output_embeddings(), self.model.get_input_embeddings())
+        )
         if head.weight is embedding.weight:
-            head.weight = nn.Parameter(embedding.weight.detach().clone(), embedding.weight.requires_grad)
+            head.weight = nn.Parameter(
+                embedding.weight.detach().clone(), embedding.weight.requires_grad
+            )
         for config in (self.model.config, self.model.config.get_text_config(decoder=True)):
             config.tie_word_embeddings = False
-        self.model.all_tied_weights_keys = self.model.get_expanded_tied_weights_keys(all_submodels=True)
+        self.model.all_tied_weights_keys = self.model.get_expanded_tied_weights_keys(
+            all_submodels=True
+        )
         for norm, readers in self.norms.items():
             scale: Any = norm.weight
-            shift = (norm(torch.ones_like(scale)) - scale).mean().round()  # 1 if it multiplies by 1 + weight
+            shift = (
+                (norm(torch.ones_like(scale)) - scale).mean().round()
+            )  # 1 if it multiplies by 1 + weight
             gain, dense = scale.double() + shift, [reader.read().double() for reader in readers]
             new = [weight * gain for weight in dense]
-            mean = torch.cat(new).norm() / torch.cat(dense).norm()  # so that the weights keep their size
+            mean = (
+                torch.cat(new).norm() / torch.cat(dense).norm()
+            )  # so that the weights keep their size
             mean = torch.where(mean.isfinite() & (mean > 0), mean, 1.0)  # all of them are zero
             for reader, weight in zip(readers, new, strict=True):
                 reader.write(weight / mean)
@@ -341,7 +457,10 @@ class _Stream:
                 sums[key] = sums.get(key, 0) + (rows.T @ rows if square else rows.square().sum(0))
 
         for layer in self.layers:
-            calls |= {readers[0].module: partial(add, norm, True) for norm, readers in layer.readers.items()}
+            calls |= {
+                readers[0].module: partial(add, norm, True)
+                for norm, readers in layer.readers.items()
+            }
             calls |= {w.module: partial(add, w.module, w is layer.output) for w in layer.writers}
         with watching(calls), torch.no_grad(), _quickly(self.model.device):
             for row in tqdm(ids, desc="Measuring inputs", unit="sequence"):
@@ -355,7 +474,9 @@ class _Stream:
             for writer in layer.writers:
                 found = sums.pop(writer.module)
                 if writer is layer.output:
-                    layer.blocks = diagonal_blocks(inverse(found), layer.heads[2]).unflatten(0, layer.heads[:2])
+                    layer.blocks = diagonal_blocks(inverse(found), layer.heads[2]).unflatten(
+                        0, layer.heads[:2]
+                    )
                 else:
                     layer.squares[writer] = found
 
@@ -364,7 +485,12 @@ class _Turn:
     """Orthogonal matrices [number, n, n], moved by Adam in the tangent space (skew-symmetric matrices)."""
 
     def __init__(self, value: Tensor) -> None:
-        self.value, self.mean, self.square, self.count = value, torch.zeros_like(value), torch.zeros_like(value), 0
+        self.value, self.mean, self.square, self.count = (
+            value,
+            torch.zeros_like(value),
+            torch.zeros_like(value),
+            0,
+        )
 
     def step(self, gradient: Tensor, rate: float) -> None:
         """Move against a gradient: `Q exp(-rate A)`, with `A` from the skew-symmetric part of `Q^T gradient`."""
@@ -393,8 +519,14 @@ def _train(
     def mean_log() -> float:
         pairs = zip(layers, turns[1:], strict=True)
         with _quickly(device):
-            found = [e for layer, turn in pairs for e in layer.errors(turns[0].value[0], turn.value, pattern)]
-        return sum(count * float(_log(error)) for count, error in found) / sum(count for count, _ in found)
+            found = [
+                e
+                for layer, turn in pairs
+                for e in layer.errors(turns[0].value[0], turn.value, pattern)
+            ]
+        return sum(count * float(_log(error)) for count, error in found) / sum(
+            count for count, _ in found
+        )
 
     before = mean_log()
     for step in tqdm(range(steps), desc="Training the rotation", unit="step"):
@@ -423,12 +555,18 @@ def _train(
 def _side_by_side(turns: Tensor, pattern: SparsityPattern) -> Tensor:
     """The order of columns in which the members of a group of the pattern are side by side."""
     count = turns.shape[-1]
-    return torch.arange(count, device=turns.device).view((pattern.span or 1) if len(turns) else 1, -1).T.flatten()
+    return (
+        torch.arange(count, device=turns.device)
+        .view((pattern.span or 1) if len(turns) else 1, -1)
+        .T.flatten()
+    )
 
 
 def _quickly(device: torch.device) -> torch.autocast:
     """Inside, products are taken in bfloat16 where that is fast; weights are rotated in float64 elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=is_fast(torch.bfloat16, device), cache_enabled=False)
+    return torch.autocast(
+        device.type, torch.bfloat16, enabled=is_fast(torch.bfloat16, device), cache_enabled=False
+    )
 
 
 def _log(error: Tensor) -> Tensor:
@@ -473,7 +611,9 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 def _unsupported(model: PreTrainedModel, why: str) -> UnsupportedArchitectureError:
-    return UnsupportedArchitectureError(f"{type(model).__name__} can't be rotated: {why}. Prune it as it is.")
+    return UnsupportedArchitectureError(
+        f"{type(model).__name__} can't be rotated: {why}. Prune it as it is."
+    )
 
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ class MethodDefaults:
 
 _METHOD_DEFAULTS = {
     "dsnot": MethodDefaults(scope="row"),
-    "fista": MethodDefaults(error_correction="intra"),  # the intra-layer correction of arXiv 2408.03728
+    "fista": MethodDefaults(
+        error_correction="intra"
+    ),  # the intra-layer correction of arXiv 2408.03728
     "flap": MethodDefaults(error_correction="none"),
     "magnitude": MethodDefaults(error_correction="none"),
     "obs_admm": MethodDefaults(error_correction=0.5, residual_correction=1.0, allocation="fisher"),
@@ -55,7 +57,12 @@ _PAPER = {"patience": 3, "max_trials": 30, "rounding_share": 0.3, "refit_iterati
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "fast": {"error_correction": "none", "residual_correction": 0.0},
-    "paper": {"method": "fista", "warm_start": "auto", "max_iterations": 20, "method_options": _PAPER},
+    "paper": {
+        "method": "fista",
+        "warm_start": "auto",
+        "max_iterations": 20,
+        "method_options": _PAPER,
+    },
 }
 """The options of each recipe (`FistaPruningConfig.recipe`) that are not the defaults."""
 
@@ -82,20 +89,30 @@ class FistaPruningConfig(PruningOptions):
         usual, parts = self._pattern_of(None), self.whole_parts
         object.__setattr__(self, "sparsity", usual.sparsity)
         loses_experts = parts is not None and any(part.kind == "experts" for part in parts.shares)
-        ordered = usual.span is not None and usual.width == 1  # which weights compete depends on the inputs' order
+        ordered = (
+            usual.span is not None and usual.width == 1
+        )  # which weights compete depends on the inputs' order
         whole = parts is not None, "whole parts are removed: pass only one of them"
         # option: whether it would change nothing, and what to do instead
         idle = {
             "scope": (usual.fixed and not self.overrides, "pass only one of them"),
             **dict.fromkeys(("include", "exclude", "overrides"), whole),
-            "keep_tokens": (not self.removes_tokens, "leave it out, or pass a pattern such as 'vocab:0.35'"),
-            "expert_refit": (not loses_experts, "leave it out, or pass a pattern such as 'experts:0.25'"),
+            "keep_tokens": (
+                not self.removes_tokens,
+                "leave it out, or pass a pattern such as 'vocab:0.35'",
+            ),
+            "expert_refit": (
+                not loses_experts,
+                "leave it out, or pass a pattern such as 'experts:0.25'",
+            ),
             "reorder_channels": (not ordered, "leave it out, or pass a pattern such as '2:4'"),
         }
         for name, (changes_nothing, advice) in idle.items():
             value = getattr(self, name)
             if changes_nothing and value != getattr(_DEFAULTS, name):
-                raise ValueError(f"{name}={value!r} has no meaning for pattern={self.pattern!r}: {advice}.")
+                raise ValueError(
+                    f"{name}={value!r} has no meaning for pattern={self.pattern!r}: {advice}."
+                )
         method = self.create_method("")  # this checks the options of the method
         method.require_pattern(usual)
         for pattern, value in self.overrides.items():
@@ -105,7 +122,9 @@ class FistaPruningConfig(PruningOptions):
                 raise ValueError(f"overrides[{pattern!r}]: {error}") from error
 
     @classmethod
-    def paper(cls, sparsity: float | None = None, pattern: str = "unstructured", **options: Any) -> FistaPruningConfig:
+    def paper(
+        cls, sparsity: float | None = None, pattern: str = "unstructured", **options: Any
+    ) -> FistaPruningConfig:
         """The published settings of FISTAPruner (arXiv 2408.03728); docs/method.md lists them."""
         return cls.recipe("paper", sparsity=sparsity, pattern=pattern, **options)
 
@@ -119,7 +138,9 @@ class FistaPruningConfig(PruningOptions):
             raise ValueError(f"recipe={name!r}: pass one of {', '.join(map(repr, RECIPES))}.")
         settings = RECIPES[name]
         if options.get("method", settings.get("method")) != settings.get("method"):
-            settings = {key: value for key, value in settings.items() if key not in _OPTIONS_OF_METHOD}
+            settings = {
+                key: value for key, value in settings.items() if key not in _OPTIONS_OF_METHOD
+            }
         return cls(**(settings | options))
 
     def create_method(self, model_type: str) -> PruningMethod:
@@ -127,7 +148,9 @@ class FistaPruningConfig(PruningOptions):
         options = dict(self.method_options)
         named = ("max_iterations", "tolerance", "warm_start")
         options |= {name: value for name in named if (value := getattr(self, name)) is not None}
-        if options.get("warm_start") == "auto":  # as published: FISTAPruner starts OPT from SparseGPT, Llama from Wanda
+        if (
+            options.get("warm_start") == "auto"
+        ):  # as published: FISTAPruner starts OPT from SparseGPT, Llama from Wanda
             options["warm_start"] = "sparsegpt" if model_type == "opt" else "wanda"
         try:
             method = create_method(self.method, **options)
@@ -165,7 +188,9 @@ class FistaPruningConfig(PruningOptions):
     def idle_patterns(self, names: Sequence[str]) -> Iterator[str]:
         """Say which name patterns match none of these linear operators, such as patterns that end with ".weight"."""
         for option in ("include", "exclude", "overrides"):
-            idle = [p for p in getattr(self, option) if not any(matches(name, (p,)) for name in names)]
+            idle = [
+                p for p in getattr(self, option) if not any(matches(name, (p,)) for name in names)
+            ]
             if idle:
                 shown = ", ".join(map(repr, idle))
                 yield f"{option}: {shown} matches no linear operator of the decoder layers: {names[0]!r} is one."
@@ -181,7 +206,9 @@ class FistaPruningConfig(PruningOptions):
         known = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise ValueError(f"unknown options {', '.join(map(repr, unknown))}: pass some of {', '.join(known)}.")
+            raise ValueError(
+                f"unknown options {', '.join(map(repr, unknown))}: pass some of {', '.join(known)}."
+            )
         return cls(**values)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -194,22 +221,33 @@ class FistaPruningConfig(PruningOptions):
         """Read a configuration: of a pruned folder or Hub id, a folder of `save_pretrained`, or a JSON file."""
         file = Path(source)
         if not file.is_file():
-            found = (cached_file(str(source), name, _raise_exceptions_for_missing_entries=False) for name in _FILES)
+            found = (
+                cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)
+                for name in _FILES
+            )
             if (name := next(filter(None, found), None)) is None:
-                raise FileNotFoundError(f"{str(source)!r} holds neither {' nor '.join(_FILES)}: pass a pruned folder.")
+                raise FileNotFoundError(
+                    f"{str(source)!r} holds neither {' nor '.join(_FILES)}: pass a pruned folder."
+                )
             file = Path(name)
         try:
             values = json.loads(file.read_bytes())
         except ValueError as error:
             raise ValueError(f"config {str(file)!r} is not JSON: {error}.") from error
         if not isinstance(values, dict):
-            raise ValueError(f"config {str(file)!r} holds a JSON {type(values).__name__}: pass an object of options.")
-        return cls.from_dict(values["config"] if "operators" in values else values)  # in a report, or alone
+            raise ValueError(
+                f"config {str(file)!r} holds a JSON {type(values).__name__}: pass an object of options."
+            )
+        return cls.from_dict(
+            values["config"] if "operators" in values else values
+        )  # in a report, or alone
 
     def resolved(self) -> FistaPruningConfig:
         """Return the configuration with the method's own value for each option of `MethodDefaults` that is `None`."""
         defaults = method_defaults(self.method)
-        missing = {name: value for name, value in vars(defaults).items() if getattr(self, name) is None}
+        missing = {
+            name: value for name, value in vars(defaults).items() if getattr(self, name) is None
+        }
         if self._pattern_of(None).fixed and not self.overrides:
             missing.pop("scope", None)  # a pattern such as 2:4 has no scope
         return dataclasses.replace(self, **missing)
@@ -224,7 +262,9 @@ class FistaPruningConfig(PruningOptions):
     def shares_budget(self, name: str) -> bool:
         """Whether the operator called `name` takes part in the allocation of zeros."""
         allocation = self.allocation or method_defaults(self.method).allocation
-        allocated = allocation == "fisher" and not self._pattern_of(None).fixed  # 2:4 leaves nothing to share out
+        allocated = (
+            allocation == "fisher" and not self._pattern_of(None).fixed
+        )  # 2:4 leaves nothing to share out
         # an override is a number of zeros that the user has chosen
         return allocated and not any(matches(name, (pattern,)) for pattern in self.overrides)
 

@@ -50,9 +50,14 @@ def diagnose(say: Callable[[str], None]) -> int:
             text = " ".join(str(error).split()).replace(str(Path.home()), "~")
             show(name, f"FAILED: {type(error).__name__}: {text[:400]}")
 
-    show("versions", ", ".join(f"{name} {text}" for name, text in library_versions().items() if name != "gpu"))
+    show(
+        "versions",
+        ", ".join(f"{name} {text}" for name, text in library_versions().items() if name != "gpu"),
+    )
     show("system", f"{platform.system()} {platform.release()} {platform.machine()}")
-    show("memory", _free_of(available_bytes(torch.device("cpu")) or 0, psutil.virtual_memory().total))
+    show(
+        "memory", _free_of(available_bytes(torch.device("cpu")) or 0, psutil.virtual_memory().total)
+    )
     disk = shutil.disk_usage(tempfile.gettempdir())
     show("temporary folder", _free_of(disk.free, disk.total))
     check("packed kernels", lambda: found.path if (found := kernels()) else "not compiled")
@@ -68,7 +73,9 @@ def diagnose(say: Callable[[str], None]) -> int:
 def devices() -> Iterator[torch.device]:
     """The CPU, and every accelerator that PyTorch finds (CUDA, ROCm, XPU, MPS and others)."""
     yield torch.device("cpu")
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accelerator = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    )
     if accelerator is not None:
         for index in range(torch.accelerator.device_count()):
             yield torch.device(accelerator.type, index)
@@ -99,7 +106,10 @@ def _products(device: torch.device) -> Iterator[tuple[str, str]]:
     except Exception as error:  # as above; the check that follows fails too
         yield "products", f"can't be timed ({type(error).__name__})"
         return
-    yield "products", ", ".join(f"{names[dtype]} {_digits(rate)}" for dtype, rate in rates.items()) + " GFLOP/s"
+    yield (
+        "products",
+        ", ".join(f"{names[dtype]} {_digits(rate)}" for dtype, rate in rates.items()) + " GFLOP/s",
+    )
     for stored in (torch.bfloat16, torch.float16):
         used, other = stored, torch.float32
         if choose_products("auto", device, stored) == "widened":
@@ -118,7 +128,11 @@ def _rate(device: torch.device, dtype: torch.dtype) -> float:
     for size in (512, 4096):
         square = torch.ones(size, size, device=device, dtype=dtype)
         options: Any = {"globals": {"square": square}, "num_threads": torch.get_num_threads()}
-        seconds = Timer("torch.nn.functional.linear(square, square)", "import torch", **options).timeit(5).median
+        seconds = (
+            Timer("torch.nn.functional.linear(square, square)", "import torch", **options)
+            .timeit(5)
+            .median
+        )
         if seconds > 1e-3:  # otherwise the product is too small to tell the rate
             break
     return 2 * size**3 / seconds / 1e9
@@ -126,7 +140,12 @@ def _rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def _try_pruning(device: torch.device, expected: list[Tensor]) -> str:
     """Prune a random model of two decoder layers and compare it with the CPU's result, which comes first."""
-    shape: Any = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": 128}
+    shape: Any = {
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "vocab_size": 128,
+    }
     heads: Any = {"num_attention_heads": 4, "num_key_value_heads": 2}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
@@ -138,7 +157,9 @@ def _try_pruning(device: torch.device, expected: list[Tensor]) -> str:
     config = FistaPruningConfig(0.5, compute_dtype="float32")  # as exact as the CPU
     report = FistaPruner(config, progress=False).prune(model, tokens.split(4))
     seconds = time.perf_counter() - started
-    found = torch.cat([model.get_parameter(o.name).detach().cpu().flatten() for o in report.operators])
+    found = torch.cat(
+        [model.get_parameter(o.name).detach().cpu().flatten() for o in report.operators]
+    )
     if not expected:
         expected.append(found)
     same = float(((found == 0) == (expected[0] == 0)).float().mean())
@@ -146,7 +167,13 @@ def _try_pruning(device: torch.device, expected: list[Tensor]) -> str:
         raise ValueError(f"only {same:.1%} of the weights are zero or kept as on the CPU")
     distance = float((found - expected[0]).norm() / expected[0].norm())
     if not distance <= _SAME_WEIGHTS:  # NaN included
-        raise ValueError(f"relative distance {distance:.2g} from the CPU's, but rounding makes at most {_SAME_WEIGHTS}")
+        raise ValueError(
+            f"relative distance {distance:.2g} from the CPU's, but rounding makes at most {_SAME_WEIGHTS}"
+        )
     error = report.totals["mean_fit_error"]
     text = f"{len(report.operators)} operators in {seconds:.1f} s, error {error:.4f}"
-    return text if device.type == "cpu" else f"{text}, {same:.2%} of the weights zero or kept as on the CPU"
+    return (
+        text
+        if device.type == "cpu"
+        else f"{text}, {same:.2%} of the weights zero or kept as on the CPU"
+    )

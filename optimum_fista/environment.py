@@ -20,7 +20,9 @@ def numerical_environment() -> Iterator[None]:
     accelerator = torch.accelerator.current_accelerator()
     kinds = {"cpu", accelerator.type} if accelerator is not None else {"cpu"}
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))  # its tensors can't be written to, nor take part in autograd
+        stack.enter_context(
+            torch.inference_mode(False)
+        )  # its tensors can't be written to, nor take part in autograd
         for kind in kinds:
             if torch.is_autocast_enabled(kind):
                 # Its cache of rounded weights lives until the caller's autocast ends: training would see old ones.
@@ -29,7 +31,10 @@ def numerical_environment() -> Iterator[None]:
             stack.enter_context(torch.device("cpu"))
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
-        modules: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+        modules: list[Any] = [
+            torch.backends.cuda.matmul,
+            getattr(torch.backends.mkldnn, "matmul", None),
+        ]
         for module in modules:
             if hasattr(module, "fp32_precision"):  # from PyTorch 2.9 on
                 stack.callback(setattr, module, "fp32_precision", module.fp32_precision)
@@ -46,6 +51,8 @@ def processor_name() -> str:
     """Name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

@@ -16,7 +16,9 @@ from torch import nn
 from tqdm import tqdm
 
 _GROUP = Path("/sys/fs/cgroup")
-_WORTH_A_SEARCH = 2**20  # bytes of weights: looking for cycles takes longer than pruning a toy model
+_WORTH_A_SEARCH = (
+    2**20
+)  # bytes of weights: looking for cycles takes longer than pruning a toy model
 _LIBRARY: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 _EXHAUSTED = (
     "out of memory",  # CUDA, ROCm, XPU, MPS
@@ -36,7 +38,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device, one of its libraries, or the CPU has no more memory to give."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _EXHAUSTED)
+    return isinstance(error, RuntimeError) and any(
+        words in str(error).lower() for words in _EXHAUSTED
+    )
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -47,15 +51,25 @@ def available_bytes(device: torch.device) -> int | None:
     """
     if device.type == "cpu":
         left = psutil.virtual_memory().available
-        with suppress(OSError, ValueError, KeyError):  # there is no such group, or it has no limit ("max")
-            limit, used = (int((_GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        with suppress(
+            OSError, ValueError, KeyError
+        ):  # there is no such group, or it has no limit ("max")
+            limit, used = (
+                int((_GROUP / f"memory.{name}").read_text()) for name in ("max", "current")
+            )
             pages = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
-            left = min(left, max(0, limit - used + int(pages["inactive_file"])))  # pages of files can be dropped
+            left = min(
+                left, max(0, limit - used + int(pages["inactive_file"]))
+            )  # pages of files can be dropped
         return left
     counts = device_counts(device)
     if counts is None or not hasattr(counts, "mem_get_info") or not counts.is_available():
         return None
-    return counts.mem_get_info(device)[0] + counts.memory_reserved(device) - counts.memory_allocated(device)
+    return (
+        counts.mem_get_info(device)[0]
+        + counts.memory_reserved(device)
+        - counts.memory_allocated(device)
+    )
 
 
 def size_text(count: float) -> str:
@@ -81,9 +95,15 @@ def device_counts(device: torch.device) -> Any:
 class MemoryPeak:
     """Largest memory of a process, in bytes."""
 
-    resident_bytes: int  # all that is in physical memory, with pages of files that are read or mapped
-    anonymous_bytes: int | None = None  # what no file backs, so that the system can't drop it; None if unknown
-    device_bytes: int | None = None  # tensors on the accelerator; None on the CPU, and if PyTorch does not count them
+    resident_bytes: (
+        int  # all that is in physical memory, with pages of files that are read or mapped
+    )
+    anonymous_bytes: int | None = (
+        None  # what no file backs, so that the system can't drop it; None if unknown
+    )
+    device_bytes: int | None = (
+        None  # tensors on the accelerator; None on the CPU, and if PyTorch does not count them
+    )
 
 
 @contextmanager
@@ -92,7 +112,12 @@ def watched_memory(device: torch.device) -> Iterator[MemoryPeak]:
 
     PyTorch's exact count on an accelerator (`torch.cuda.max_memory_allocated` and its like) starts again with it.
     """
-    peak, counts, process, ended = MemoryPeak(0), device_counts(device), psutil.Process(), threading.Event()
+    peak, counts, process, ended = (
+        MemoryPeak(0),
+        device_counts(device),
+        psutil.Process(),
+        threading.Event(),
+    )
 
     def watch() -> None:
         is_last = False

@@ -49,7 +49,9 @@ class FistaOnLoadConfig(QuantizationConfigMixin):
             require_source(dataset)
         self.pruner, self.dataset, self.tokenizer = pruner, dataset, tokenizer
         self.num_samples, self.sequence_length = num_samples, sequence_length
-        self.texts = isinstance(dataset, list | tuple) and all(isinstance(text, str) for text in dataset)
+        self.texts = isinstance(dataset, list | tuple) and all(
+            isinstance(text, str) for text in dataset
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FistaOnLoadConfig:
         """Transformers copies a model's configuration; pruner and text are the caller's."""
@@ -66,7 +68,7 @@ class FistaOnLoadQuantizer(HfQuantizer):
 
     quantization_config: FistaOnLoadConfig
 
-    def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **_: Any) -> None:  # noqa: ARG002
+    def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **_: Any) -> None:
         """Find the tokenizer before the weights are read."""
         del model.config.quantization_config
         given = self.quantization_config
@@ -81,10 +83,15 @@ class FistaOnLoadQuantizer(HfQuantizer):
         length = given.sequence_length or usual_length(model.config)
         if isinstance(data, str):
             source, seed, shows = data, given.pruner.config.seed, given.pruner.progress
-            tokens = calibration_tokens(source, model, self._tokenizer, given.num_samples, length, seed, progress=shows)
+            tokens = calibration_tokens(
+                source, model, self._tokenizer, given.num_samples, length, seed, progress=shows
+            )
             data = tokens.split(1)
         elif given.texts:
-            data = [self._tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in data]
+            data = [
+                self._tokenizer(text, truncation=True, max_length=length)["input_ids"]
+                for text in data
+            ]
         given.pruner.prune(model, data, calibration_source=source)
 
     def is_serializable(self) -> bool:  # noqa: D102

@@ -21,11 +21,15 @@ SEEDS = (0, 2**64 - 1)  # least and largest seed of torch.manual_seed
 _WHICH, _METHOD, _MACHINE = "which operators", "method", "calibration and machine"
 
 
-def option(default: Any, text: str, *, limits: Limits | None = None, advanced: str | None = None) -> Any:
+def option(
+    default: Any, text: str, *, limits: Limits | None = None, advanced: str | None = None
+) -> Any:
     """Declare an option of a dataclass: its default (or a function that makes the default), its help, its least and
     largest number (`None`: any), and its group if it is rarely used.
     """
-    kind = "default_factory" if callable(default) else "default"  # dict, so that no two configurations share one
+    kind = (
+        "default_factory" if callable(default) else "default"
+    )  # dict, so that no two configurations share one
     return field(**{kind: default}, metadata={"help": text, "limits": limits, "advanced": advanced})
 
 
@@ -39,7 +43,9 @@ def require_seed(seed: int) -> None:
 class PruningOptions:
     """The fields of `FistaPruningConfig`. If an option is `None`, the method chooses it (`MethodDefaults`)."""
 
-    sparsity: float | None = option(None, "share of weights to set to zero, in [0, 1) (default 0.5, or the pattern's)")
+    sparsity: float | None = option(
+        None, "share of weights to set to zero, in [0, 1) (default 0.5, or the pattern's)"
+    )
     pattern: str = option(
         "unstructured",
         "2:4 keeps 2 of every 4 consecutive inputs of a row; 4:8-pairs keeps 2 whole pairs of every 4; channels:0.25, "
@@ -51,7 +57,9 @@ class PruningOptions:
         "matrix: the rows of an operator share its zeros; row: all rows have as many zeros (default: by method)",
         advanced=_WHICH,
     )
-    method: str = option("obs_admm", "obs_admm, fista, magnitude, wanda, dsnot, sparsegpt, admm, alps or flap")
+    method: str = option(
+        "obs_admm", "obs_admm, fista, magnitude, wanda, dsnot, sparsegpt, admm, alps or flap"
+    )
     error_correction: ErrorCorrection | None = option(
         None,
         "compensate for the errors of operators that were pruned before: none; intra: those in the same decoder layer; "
@@ -74,28 +82,49 @@ class PruningOptions:
         advanced=_WHICH,
     )
     allocation_tokens: int = option(
-        2048, "calibration tokens to compute the loss and its gradients on", limits=(2, None), advanced=_MACHINE
+        2048,
+        "calibration tokens to compute the loss and its gradients on",
+        limits=(2, None),
+        advanced=_MACHINE,
     )
     held_out: int = option(
-        0, "further sequences to measure errors on; no weight is fitted to them", limits=(0, None), advanced=_MACHINE
+        0,
+        "further sequences to measure errors on; no weight is fitted to them",
+        limits=(0, None),
+        advanced=_MACHINE,
     )
     warm_start: str | None = option(
         None, "how FISTA gets its first weights: auto, wanda or sparsegpt", advanced=_METHOD
     )
-    max_iterations: int | None = option(None, "maximum number of iterations of the method", advanced=_METHOD)
-    tolerance: float | None = option(None, "relative change at which the method stops", advanced=_METHOD)
+    max_iterations: int | None = option(
+        None, "maximum number of iterations of the method", advanced=_METHOD
+    )
+    tolerance: float | None = option(
+        None, "relative change at which the method stops", advanced=_METHOD
+    )
     method_options: Mapping[str, Any] = option(dict, "further options of the method, by name")
-    include: tuple[str, ...] = option((), "prune only operators whose names match; repeatable", advanced=_WHICH)
-    exclude: tuple[str, ...] = option((), "leave operators whose names match dense; repeatable", advanced=_WHICH)
+    include: tuple[str, ...] = option(
+        (), "prune only operators whose names match; repeatable", advanced=_WHICH
+    )
+    exclude: tuple[str, ...] = option(
+        (), "leave operators whose names match dense; repeatable", advanced=_WHICH
+    )
     overrides: Mapping[str, float | str] = option(
-        dict, "sparsity or pattern of operators whose names match; the first match counts, 0 leaves an operator dense"
+        dict,
+        "sparsity or pattern of operators whose names match; the first match counts, 0 leaves an operator dense",
     )
     keep_tokens: tuple[str | int, ...] = option(
-        (), "for vocab: a token, or a text whose tokens must all stay, also after a space; repeatable", advanced=_WHICH
+        (),
+        "for vocab: a token, or a text whose tokens must all stay, also after a space; repeatable",
+        advanced=_WHICH,
     )
-    expert_refit: bool = option(True, "refit the experts that stay if others are removed", advanced=_METHOD)
+    expert_refit: bool = option(
+        True, "refit the experts that stay if others are removed", advanced=_METHOD
+    )
     reorder_channels: bool = option(
-        False, "for n:m: reorder MLP channels to keep larger weights; existing adapters no longer fit", advanced=_METHOD
+        False,
+        "for n:m: reorder MLP channels to keep larger weights; existing adapters no longer fit",
+        advanced=_METHOD,
     )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto",
@@ -108,7 +137,9 @@ class PruningOptions:
 
 
 T = TypeVar("T")
-_types_of: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)  # slow, and needed for every record
+_types_of: Callable[[Any], dict[str, Any]] = functools.cache(
+    get_type_hints
+)  # slow, and needed for every record
 
 
 def as_record(kind: type[T], values: Mapping[str, Any]) -> T:
@@ -128,7 +159,9 @@ def _as_declared(value: Any, hint: Any) -> Any:
     if isinstance(value, dict) and dataclasses.is_dataclass(hint):
         return as_record(hint, value)  # type: ignore[arg-type]
     if isinstance(value, dict) and inner:
-        return {int(k) if inner[0] is int else k: _as_declared(v, inner[1]) for k, v in value.items()}
+        return {
+            int(k) if inner[0] is int else k: _as_declared(v, inner[1]) for k, v in value.items()
+        }
     if isinstance(value, list) and inner:
         return (tuple if origin is tuple else list)(_as_declared(part, inner[0]) for part in value)
     return value
@@ -143,17 +176,33 @@ def wrong_field(record: Any) -> str | None:
         limited = least is not None and isinstance(value, int | float)
         # `not least <= value` and not `value < least`: NaN is neither
         if not _fits(value, hint) or (limited and not least <= value <= (most or math.inf)):
-            limits = "" if least is None else f" of at least {least}" if most is None else f" from {least} to {most}"
+            limits = (
+                ""
+                if least is None
+                else f" of at least {least}"
+                if most is None
+                else f" from {least} to {most}"
+            )
             return f"{one.name}={value!r}: pass {_words(hint)}{limits}."
     return None
 
 
 def kinds_of(hint: Any) -> list[Any]:
     """The types that a field takes, without None."""
-    return [t for t in (get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]) if t is not NoneType]
+    return [
+        t
+        for t in (get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint])
+        if t is not NoneType
+    ]
 
 
-_WORDS = {Any: "anything", int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+_WORDS = {
+    Any: "anything",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "True or False",
+}
 
 
 def _words(hint: Any) -> str:
@@ -181,11 +230,15 @@ def _fits(value: object, hint: Any) -> bool:
     if origin is Literal:
         return value in inner
     if origin is tuple and inner[1:] != (...,):  # one type for each place
-        return isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
+        return (
+            isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
+        )
     if origin in (tuple, list, Sequence):
         return isinstance(value, origin) and all(_fits(part, inner[0]) for part in value)
     if origin is not None:
-        return isinstance(value, origin) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+        return isinstance(value, origin) and all(
+            _fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items()
+        )
     if hint in (int, float):  # for Python, True is an int, and 1 is not a float
         return isinstance(value, int | hint) and not isinstance(value, bool)
     return isinstance(value, hint)

@@ -62,7 +62,9 @@ class FistaPruner:
         self.progress = progress
         self.storage_device = storage_device
         self.callbacks = tuple(callbacks)
-        self._results: WeakKeyDictionary[PreTrainedModel, tuple[PruningReport, dict[str, Tensor]]] = WeakKeyDictionary()
+        self._results: WeakKeyDictionary[
+            PreTrainedModel, tuple[PruningReport, dict[str, Tensor]]
+        ] = WeakKeyDictionary()
         # tensors in the files of its source, by their names in the pruned model
         self.sources: WeakKeyDictionary[PreTrainedModel, SourceTensors] = WeakKeyDictionary()
 
@@ -103,7 +105,9 @@ class FistaPruner:
         """
         if isinstance(model, str | Path):
             if output_dir is None:
-                raise ValueError(f"model={str(model)!r} is a name: pass output_dir as well, or a loaded model.")
+                raise ValueError(
+                    f"model={str(model)!r} is a name: pass output_dir as well, or a loaded model."
+                )
             return prune_files(
                 str(model),
                 calib_dataloader,
@@ -120,12 +124,24 @@ class FistaPruner:
             )
         if output_dir is not None or packed:
             option = "packed=True" if packed else "output_dir"
-            raise ValueError(f"{option} is for a model given by name: save a loaded model by save_pretrained.")
+            raise ValueError(
+                f"{option} is for a model given by name: save a loaded model by save_pretrained."
+            )
         if self.config.whole_parts is not None and any(map(offload_hook, model.modules())):
             why = "the model is offloaded, so it can't be made smaller in place"
-            raise ValueError(f"pattern={self.config.pattern!r}: {why}: pass its name or folder and output_dir instead.")
-        started, sink, storage = time.perf_counter(), ModelSink(model), storage_place(self.storage_device)
-        places: dict[str, Any] = {"storage": storage, "progress": self.progress, "callbacks": self.callbacks}
+            raise ValueError(
+                f"pattern={self.config.pattern!r}: {why}: pass its name or folder and output_dir instead."
+            )
+        started, sink, storage = (
+            time.perf_counter(),
+            ModelSink(model),
+            storage_place(self.storage_device),
+        )
+        places: dict[str, Any] = {
+            "storage": storage,
+            "progress": self.progress,
+            "callbacks": self.callbacks,
+        }
         plan = plan_run(model, self.config, in_memory=True, **places)
         calibration, held_out, report = begin(plan, calib_dataloader, calibration_source)
         if plan.source.loaded_in(model.dtype):
@@ -143,7 +159,9 @@ class FistaPruner:
             plan.removal.make_smaller(model, report, sink)
             report.model["sha256"] = plan.layers.dense_digest(dense_sha256)
             report.seconds["total"] = time.perf_counter() - started
-            model.config.fista_pruning = summary(report)  # in the sink: after an interrupt here all is put back
+            model.config.fista_pruning = summary(
+                report
+            )  # in the sink: after an interrupt here all is put back
             self._results[model] = (report, sink.masks)
             self.sources[model] = replace(plan.source, stored=plan.source.unplaced | stored)
         logger.info("%s", report)
@@ -157,13 +175,20 @@ class FistaPruner:
         A mask is packed to one bit a weight (`solve.pattern.unpack_mask`), in the layout of the model's weight.
         """
         if model not in self._results:
-            raise ValueError(f"model {type(model).__name__} was not pruned by this FistaPruner: call prune first.")
+            raise ValueError(
+                f"model {type(model).__name__} was not pruned by this FistaPruner: call prune first."
+            )
         report, masks = self._results[model]
         latest = getattr(model.config, CONFIG_KEY, None)
         # No operator is pruned if only experts or decoder layers go: two such runs have the same summary.
         smaller = bool(report.removed) and model.num_parameters() != report.model["num_parameters"]
-        if smaller or (latest is not None and latest | {"retrained": True} != summary(report) | {"retrained": True}):
-            raise ValueError(f"model {type(model).__name__} was pruned again by another FistaPruner: use that one.")
+        if smaller or (
+            latest is not None
+            and latest | {"retrained": True} != summary(report) | {"retrained": True}
+        ):
+            raise ValueError(
+                f"model {type(model).__name__} was pruned again by another FistaPruner: use that one."
+            )
         return report, masks
 
     def save_pretrained(

@@ -60,20 +60,30 @@ class OperatorReport:
     num_kept: int  # weights
     sparsity: float  # share of zeros
     method: str
-    fit_error: float  # || W* X* - Y || / || Y || on the calibration tokens; the error correction chooses Y
+    fit_error: (
+        float  # || W* X* - Y || / || Y || on the calibration tokens; the error correction chooses Y
+    )
     l1_penalty: float | None  # of the solution, if the method has one
     iterations: int  # over all trials
     converged: bool  # False if an iteration limit or a numerical failure ended the method
     message: str  # advice or remark of the method
     num_tokens: int  # calibration tokens that reached it
     solve_seconds: float  # shared evenly over the operators that were solved together
-    output_error: float | None = None  # || W* X* - W X || / || W X ||; `None` if the dense network did not run
+    output_error: float | None = (
+        None  # || W* X* - W X || / || W X ||; `None` if the dense network did not run
+    )
     held_out_fit_error: float | None = None  # on held-out tokens, to which no weight was fitted
     held_out_output_error: float | None = None
     held_out_tokens: int = 0  # that reached it
-    residual_corrected: bool = False  # whether it compensates for the error in the rest of its layer
-    groups_kept: tuple[int, ...] | None = None  # of columns, if others were removed; `shape` is the smaller one
-    input_order: tuple[int, ...] | None = None  # numbers of the inputs in the dense model; `None`: the same order
+    residual_corrected: bool = (
+        False  # whether it compensates for the error in the rest of its layer
+    )
+    groups_kept: tuple[int, ...] | None = (
+        None  # of columns, if others were removed; `shape` is the smaller one
+    )
+    input_order: tuple[int, ...] | None = (
+        None  # numbers of the inputs in the dense model; `None`: the same order
+    )
 
     @property
     def stored_shape(self) -> tuple[int, int]:
@@ -103,9 +113,13 @@ class LayerReport:
     """Numbers of one pruned decoder layer."""
 
     name: str  # in the model
-    hidden_state_error: float | None  # || H* - H || / || H || after the layer; `None` if one of the two is not computed
+    hidden_state_error: (
+        float | None
+    )  # || H* - H || / || H || after the layer; `None` if one of the two is not computed
     seconds: float  # wall time
-    memory: MemoryPeak | None = None  # peak while its operators were pruned; `None` if none was pruned
+    memory: MemoryPeak | None = (
+        None  # peak while its operators were pruned; `None` if none was pruned
+    )
     mixture: MixtureReport | None = None  # if it lost experts
     dense_sha256: str | None = None  # of its tensors before pruning (`model.offload.sha256_of`)
 
@@ -127,10 +141,16 @@ class RecoveryReport:
     train: str  # a key of `WORDS_OF_TRAIN`
     num_trained: int  # weights, without zeros
     num_tokens: int  # trained on
-    calibration: dict[str, Any]  # `source` and `sha256` of the tokens, `sequence_length`, `held_out` sequences
+    calibration: dict[
+        str, Any
+    ]  # `source` and `sha256` of the tokens, `sequence_length`, `held_out` sequences
     options: dict[str, Any]
-    evaluations: list[list[float]]  # steps, seconds, held-out loss: mean negative log-likelihood of a token
-    best_step: int  # the weights after this step were kept; 0: no step was better than the weights before
+    evaluations: list[
+        list[float]
+    ]  # steps, seconds, held-out loss: mean negative log-likelihood of a token
+    best_step: (
+        int  # the weights after this step were kept; 0: no step was better than the weights before
+    )
     held_out_loss_before: float  # of the pruned model
     held_out_loss: float  # of the saved weights
     seconds: float  # of training and evaluation
@@ -139,7 +159,11 @@ class RecoveryReport:
         """One line for people."""
         perplexities = f"perplexity {math.exp(self.held_out_loss_before):.2f} -> {math.exp(self.held_out_loss):.2f}"
         held_out = f"{self.calibration['held_out']} held-out sequences of {self.calibration['sequence_length']} tokens"
-        kept = f"best after step {self.best_step}" if self.best_step else "nothing gained, so the weights stayed"
+        kept = (
+            f"best after step {self.best_step}"
+            if self.best_step
+            else "nothing gained, so the weights stayed"
+        )
         return (
             f"held-out loss {self.held_out_loss_before:.4f} -> {self.held_out_loss:.4f} ({perplexities}) on {held_out}"
             f"; {WORDS_OF_TRAIN[self.train]} trained ({self.num_trained:,} weights) on {self.num_tokens:,} tokens of "
@@ -157,17 +181,27 @@ class PruningReport:
     """Record of a pruning run."""
 
     config: dict[str, Any]  # the configuration as plain values
-    model: dict[str, Any]  # class, name, num_parameters, sha256 of the dense tensors, what is copied or lacks
-    calibration: dict[str, Any]  # sha256, num_sequences, num_tokens, source if known; `held_out` has the same keys
+    model: dict[
+        str, Any
+    ]  # class, name, num_parameters, sha256 of the dense tensors, what is copied or lacks
+    calibration: dict[
+        str, Any
+    ]  # sha256, num_sequences, num_tokens, source if known; `held_out` has the same keys
     operators: list[OperatorReport] = field(default_factory=list)  # in pruning order
     layers: list[LayerReport] = field(default_factory=list)
-    left_dense: dict[str, str] = field(default_factory=dict)  # operators that were not pruned, with the reason
+    left_dense: dict[str, str] = field(
+        default_factory=dict
+    )  # operators that were not pruned, with the reason
     warnings: list[str] = field(default_factory=list)  # what the user should know
     seconds: dict[str, float] = field(default_factory=dict)  # wall time of the parts of the run
     versions: dict[str, str] = field(default_factory=library_versions)
     retrained: bool = False  # whether weights were trained after pruning
-    perplexity: dict[str, Any] | None = None  # of dense and pruned, bits_per_byte, num_tokens, text, vocabulary
-    environment: dict[str, Any] = field(default_factory=dict)  # dtypes, device, ..., and batches [number, rows, tokens]
+    perplexity: dict[str, Any] | None = (
+        None  # of dense and pruned, bits_per_byte, num_tokens, text, vocabulary
+    )
+    environment: dict[str, Any] = field(
+        default_factory=dict
+    )  # dtypes, device, ..., and batches [number, rows, tokens]
     recoveries: list[RecoveryReport] = field(default_factory=list)  # in order
 
     def add(self, record: LayerRecord) -> None:
@@ -199,7 +233,11 @@ class PruningReport:
         gone, left = self.totals["num_removed"], self.model["num_parameters"]
         share, found = self.totals["share_removed"], self.model.get("vocabulary")
         tokens = f", with {found['kept']:,} of {found['before']:,} tokens" if found else ""
-        return f"{gone:,} of {gone + left:,} parameters removed ({share:.2%}), {left:,} left{tokens}" if gone else ""
+        return (
+            f"{gone:,} of {gone + left:,} parameters removed ({share:.2%}), {left:,} left{tokens}"
+            if gone
+            else ""
+        )
 
     @property
     def experts_left(self) -> str:
@@ -224,19 +262,31 @@ class PruningReport:
         for name in ("fit_error", "output_error", "held_out_fit_error", "held_out_output_error"):
             known = [value for o in self.operators if (value := getattr(o, name)) is not None]
             nothing = 0.0 if name == "fit_error" else None  # every operator has a fit error
-            errors |= {f"mean_{name}": fmean(known) if known else nothing, f"max_{name}": max(known, default=nothing)}
-        both = [(o.held_out_fit_error, o.fit_error) for o in self.operators if o.held_out_fit_error is not None]
-        held_out, fitted = (sum(values) for values in zip(*both, strict=True)) if both else (0.0, 0.0)
+            errors |= {
+                f"mean_{name}": fmean(known) if known else nothing,
+                f"max_{name}": max(known, default=nothing),
+            }
+        both = [
+            (o.held_out_fit_error, o.fit_error)
+            for o in self.operators
+            if o.held_out_fit_error is not None
+        ]
+        held_out, fitted = (
+            (sum(values) for values in zip(*both, strict=True)) if both else (0.0, 0.0)
+        )
         return {
             "num_operators": len(self.operators),
             "num_weights": weights,
             "num_zeros": zeros,
             "sparsity": zeros / weights if weights else 0.0,
-            "model_sparsity": zeros / self.model["num_parameters"],  # of all parameters, embeddings too
+            "model_sparsity": zeros
+            / self.model["num_parameters"],  # of all parameters, embeddings too
             "num_removed": removed,  # parameters of whole parts that were removed
             "share_removed": removed / dense,  # of the dense model's parameters
             **errors,
-            "held_out_ratio": held_out / fitted if fitted else None,  # of the same operators; 1: no overfitting
+            "held_out_ratio": held_out / fitted
+            if fitted
+            else None,  # of the same operators; 1: no overfitting
             "solve_seconds": sum(o.solve_seconds for o in self.operators)
             + sum(mixture.solve_seconds for mixture in self.mixtures),
             "num_not_converged": sum(not o.converged for o in self.operators),
@@ -247,25 +297,33 @@ class PruningReport:
         tokens, sequences = self.calibration["num_tokens"], self.calibration["num_sequences"]
         words = ["optimum-fista", "prune", self.model.get("name") or "MODEL", "--output", "DIR"]
         words += ["--config", "fista/report.json"]
-        for source in (self.calibration.get("source") or "SOURCE").split(", "):  # several for tokens
+        for source in (self.calibration.get("source") or "SOURCE").split(
+            ", "
+        ):  # several for tokens
             words += ["--calibration", source]
         words += ["--num-samples", str(sequences)]
         if sequences and tokens % sequences == 0:
             words += ["--sequence-length", str(tokens // sequences)]
         if found := self.environment:
             words += ["--batch-size", str(found["batches"][0][1]), "--device", found["device"]]
-            if found.get("written", found["dtype"]) == found["dtype"]:  # not as in the files, which is the default
+            if (
+                found.get("written", found["dtype"]) == found["dtype"]
+            ):  # not as in the files, which is the default
                 words += ["--dtype", found["dtype"].removeprefix("torch.")]
         return shlex.join(words)
 
     def to_json(self) -> str:
         """Write JSON text; the `totals` and `command` in it are for readers: `from_dict` does not need them."""
-        return json.dumps(dataclasses.asdict(self) | {"totals": self.totals, "command": self.command()}, indent=1)
+        return json.dumps(
+            dataclasses.asdict(self) | {"totals": self.totals, "command": self.command()}, indent=1
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PruningReport:
         """Read the parsed JSON of `to_json`; TypeError if a field is missing, unknown, or of another type."""
-        report = as_record(cls, {key: value for key, value in values.items() if key not in ("totals", "command")})
+        report = as_record(
+            cls, {key: value for key, value in values.items() if key not in ("totals", "command")}
+        )
         if not report.model["num_parameters"] > 0:  # shares are divided by this number
             raise TypeError(f"model has {report.model['num_parameters']} parameters")
         return report
@@ -281,7 +339,12 @@ class PruningReport:
                 f"held-out tokens, {totals['mean_held_out_fit_error']:.4f} on average)"
             )
         if self.removed and not self.operators:
-            return "; ".join(filter(None, (self.removed, self.experts_left, f"{self.seconds.get('total', 0.0):.1f} s")))
+            return "; ".join(
+                filter(
+                    None,
+                    (self.removed, self.experts_left, f"{self.seconds.get('total', 0.0):.1f} s"),
+                )
+            )
         experts = f"{self.experts_left}; " if self.mixtures else ""
         zeros = f"{totals['num_zeros']:,} of {totals['num_weights']:,} weights zero ({totals['sparsity']:.2%})"
         return (
@@ -298,14 +361,22 @@ def lines_of_unplaced(copied: Mapping[str, int], lacks: Mapping[str, str]) -> li
     lines = []
     if copied:
         shown = ", ".join(f"{module} ({count})" for module, count in copied.items())
-        lines.append(f"{sum(copied.values())} tensors that the model's class does not load are copied: {shown}")
+        lines.append(
+            f"{sum(copied.values())} tensors that the model's class does not load are copied: {shown}"
+        )
     if lacks:
-        lines.append(f"not in the pruned model: {', '.join(f'{module} ({why})' for module, why in lacks.items())}")
+        lines.append(
+            f"not in the pruned model: {', '.join(f'{module} ({why})' for module, why in lacks.items())}"
+        )
     return lines
 
 
 # repositories of the data sets that have a short name here
-HUB_DATASETS = {"wikitext2": "Salesforce/wikitext", "c4": "allenai/c4", "ptb": "ptb-text-only/ptb_text_only"}
+HUB_DATASETS = {
+    "wikitext2": "Salesforce/wikitext",
+    "c4": "allenai/c4",
+    "ptb": "ptb-text-only/ptb_text_only",
+}
 
 
 def public_name(name: str) -> str:
@@ -318,7 +389,9 @@ class OperatorGrid:
     """Operators by decoder layer (rows) and kind (columns); the experts of a mixture share a kind."""
 
     def __init__(self, operators: Iterable[OperatorReport]) -> None:
-        self.cells: dict[tuple[str, str], list[OperatorReport]] = {}  # by layer and kind; no empty lists
+        self.cells: dict[
+            tuple[str, str], list[OperatorReport]
+        ] = {}  # by layer and kind; no empty lists
         self.kinds: dict[str, list[OperatorReport]] = {}  # layer by layer
         for operator in operators:
             layer, kind = layer_and_kind(operator.name)
@@ -331,5 +404,7 @@ def layer_and_kind(name: str) -> tuple[str, str]:
     """`model.layers.3` and `self_attn.q_proj` of `model.layers.3.self_attn.q_proj.weight`."""
     match = re.fullmatch(r"(.*?\.\d+)\.(.+)", name)
     layer, kind = match.groups() if match else ("", name)
-    kind = re.sub(r"(experts)\.\d+\.", r"\1.*.", kind.removesuffix(".weight"))  # experts that are modules
+    kind = re.sub(
+        r"(experts)\.\d+\.", r"\1.*.", kind.removesuffix(".weight")
+    )  # experts that are modules
     return layer, re.sub(r"\[\d+", "[*", kind)  # fused ones: "experts.gate_up_proj[3, :, 0::2]"

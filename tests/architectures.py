@@ -28,7 +28,9 @@ def read_outcomes(file: Path = KEPT, *, multimodal: bool = False) -> dict[str, O
     """The outcomes that the page promises of causal language models, or of multimodal models, by family."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     rows = [row for row in rows if row.get("multimodal", False) == multimodal]
-    tuples = [{name: tuple(row.get(name, ())) for name in ("dense", "smaller", "seen")} for row in rows]
+    tuples = [
+        {name: tuple(row.get(name, ())) for name in ("dense", "smaller", "seen")} for row in rows
+    ]
     return {row["family"]: Outcome(**row | found) for row, found in zip(rows, tuples, strict=True)}
 
 
@@ -46,7 +48,10 @@ def format_page(outcomes: Iterable[Outcome], multimodal: Iterable[Outcome]) -> s
         *("", "## Multimodal models", ""),
     ]
     works = [o for o in others if o.status == "works"]
-    image, sound = (sum(not kinds.isdisjoint(o.seen) for o in works) for kinds in ({"image", "video"}, {"audio"}))
+    image, sound = (
+        sum(not kinds.isdisjoint(o.seen) for o in works)
+        for kinds in ({"image", "video"}, {"audio"})
+    )
     lines += [
         f"Of {len(others)} families with a class for images or sounds, {len(works)} work. The saved model was also "
         f"compared on an image or video in {image} of them, and on a sound in {sound}.",
@@ -60,7 +65,9 @@ def format_page(outcomes: Iterable[Outcome], multimodal: Iterable[Outcome]) -> s
 
 def _smaller(works: list[Outcome]) -> list[str]:
     """How many families can lose parts, and which."""
-    channels, heads, experts = (sum(kind in o.smaller for o in works) for kind in ("channels", "heads", "experts"))
+    channels, heads, experts = (
+        sum(kind in o.smaller for o in works) for kind in ("channels", "heads", "experts")
+    )
     return [
         f"[Whole parts](smaller.md) can go: channels in {channels}, heads in {heads}, and experts in {experts} "
         "families.",
@@ -71,7 +78,9 @@ def _smaller(works: list[Outcome]) -> list[str]:
 
 def _failure(outcome: Outcome) -> str:
     """Status and, if this package refuses it, the reason without the name of the class: families that fail alike."""
-    reason = outcome.reason.removeprefix(f"{outcome.model_class} can't be pruned: ").partition(". ")[0]
+    reason = outcome.reason.removeprefix(f"{outcome.model_class} can't be pruned: ").partition(
+        ". "
+    )[0]
     return f"{outcome.status}: {reason}" if outcome.status == "refused" else outcome.status
 
 
@@ -80,7 +89,11 @@ def _grouped(title: str, pairs: Iterable[tuple[str, str]]) -> list[str]:
     families: dict[str, list[str]] = {}
     for text, family in sorted(pairs):
         families.setdefault(text.replace("|", "\\|"), []).append(f"`{family}`")
-    return [f"| {title} | families |", "|---|---|", *(f"| {text} | {', '.join(n)} |" for text, n in families.items())]
+    return [
+        f"| {title} | families |",
+        "|---|---|",
+        *(f"| {text} | {', '.join(n)} |" for text, n in families.items()),
+    ]
 
 
 def main() -> None:
@@ -88,7 +101,9 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     outcomes = []
-    for multimodal, family in tqdm([(False, f) for f in FAMILIES] + [(True, f) for f in MULTIMODAL], unit="family"):
+    for multimodal, family in tqdm(
+        [(False, f) for f in FAMILIES] + [(True, f) for f in MULTIMODAL], unit="family"
+    ):
         with tempfile.TemporaryDirectory() as folder:
             outcome = try_family(family, Path(folder) / "model", multimodal=multimodal)
             if outcome.status == "works":
@@ -99,9 +114,15 @@ def main() -> None:
 
 def keep(outcomes: Iterable[Outcome]) -> None:
     """Write the outcomes, and the page that is made from them."""
-    rows = [{"model_class": ""} | {key: value for key, value in asdict(o).items() if value} for o in outcomes]
+    rows = [
+        {"model_class": ""} | {key: value for key, value in asdict(o).items() if value}
+        for o in outcomes
+    ]
     KEPT.write_text("".join(f"{json.dumps(row)}\n" for row in rows))  # empty fields are left out
-    text, tables = PAGE.read_text().partition(MARKER)[0], (read_outcomes(), read_outcomes(multimodal=True))
+    text, tables = (
+        PAGE.read_text().partition(MARKER)[0],
+        (read_outcomes(), read_outcomes(multimodal=True)),
+    )
     PAGE.write_text(f"{text}{MARKER}\n\n{format_page(*(table.values() for table in tables))}")
 
 

@@ -25,7 +25,12 @@ def run(command: str) -> str:
     """Run one of the installed commands, and return what it printed."""
     print(f"  {command}", flush=True)  # noqa: T201
     program, *rest = command.split()
-    done = subprocess.run([Path(sys.executable).parent / program, *rest], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [Path(sys.executable).parent / program, *rest],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
     return done.stdout
 
 
@@ -46,11 +51,16 @@ def main() -> None:
         run("optimum-fista pack pruned --output packed")
         tokens = AutoTokenizer.from_pretrained("packed")("the sea is", return_tensors="pt")
         models = [AutoModelForCausalLM.from_pretrained(name) for name in ("packed", "pruned")]
-        answers = [model.generate(**tokens, max_new_tokens=8, do_sample=False)[0].tolist() for model in models]
+        answers = [
+            model.generate(**tokens, max_new_tokens=8, do_sample=False)[0].tolist()
+            for model in models
+        ]
         assert answers[0] == answers[1]
         dense = models[1].model.layers[0].mlp.up_proj
         inputs = torch.randn(3, 32)
-        assert torch.allclose(PackedLinear(pack(dense.weight.detach()), dense.bias)(inputs), dense(inputs), atol=1e-5)
+        assert torch.allclose(
+            PackedLinear(pack(dense.weight.detach()), dense.bias)(inputs), dense(inputs), atol=1e-5
+        )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from packaging.version import parse
 TABLE, MULTIMODAL_TABLE = read_outcomes(), read_outcomes(multimodal=True)
 WRITTEN_WITH = re.search(r"^transformers (\S+):", PAGE.read_text(), re.MULTILINE)[1]
 pytestmark = pytest.mark.skipif(
-    parse(importlib.metadata.version("transformers")) < parse(WRITTEN_WITH), reason="the page is of a newer version"
+    parse(importlib.metadata.version("transformers")) < parse(WRITTEN_WITH),
+    reason="the page is of a newer version",
 )
 
 
@@ -21,8 +22,12 @@ def test_family_does_as_the_page_says(family, tmp_path):
     outcome = try_family(family, tmp_path / "model")
     promised = TABLE.get(family)
     if promised is None:
-        pytest.skip(f"not in docs/architectures.md ({outcome.status}: {outcome.reason}); run {COMMAND}")
-    assert (outcome.model_class, outcome.status) == (promised.model_class, promised.status), outcome.reason
+        pytest.skip(
+            f"not in docs/architectures.md ({outcome.status}: {outcome.reason}); run {COMMAND}"
+        )
+    assert (outcome.model_class, outcome.status) == (promised.model_class, promised.status), (
+        outcome.reason
+    )
     assert outcome.dense == promised.dense
     if outcome.status != "not built":  # those are words of Transformers, which may change
         assert outcome.reason == promised.reason
@@ -34,7 +39,9 @@ def test_whole_parts_of_a_family_can_go_as_the_page_says(family):
         assert what_can_go(family) == TABLE[family].smaller
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl_moe", "mistral3", "molmo2", "idefics3", "blip-2", "kosmos-2", "step3p7"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_vl_moe", "mistral3", "molmo2", "idefics3", "blip-2", "kosmos-2", "step3p7"]
+)
 def test_multimodal_family_does_as_the_page_says(family, tmp_path):
     promised = MULTIMODAL_TABLE[family]
     outcome = try_family(family, tmp_path / "model", multimodal=True)
@@ -46,8 +53,13 @@ def test_parts_of_a_multimodal_family_can_go_as_the_page_says():
 
 
 def test_readme_and_page_count_what_was_found():
-    works, multimodal = (sum(o.status == "works" for o in table.values()) for table in (TABLE, MULTIMODAL_TABLE))
+    works, multimodal = (
+        sum(o.status == "works" for o in table.values()) for table in (TABLE, MULTIMODAL_TABLE)
+    )
     readme = " ".join((PAGE.parents[1] / "README.md").read_text().split())
     assert f"{works} of the {len(TABLE)} families of causal language models" in readme
     assert f"{multimodal} of {len(MULTIMODAL_TABLE)} multimodal ones" in readme
-    assert format_page(TABLE.values(), MULTIMODAL_TABLE.values()).partition(": ")[2] in PAGE.read_text()
+    assert (
+        format_page(TABLE.values(), MULTIMODAL_TABLE.values()).partition(": ")[2]
+        in PAGE.read_text()
+    )

@@ -26,7 +26,9 @@ def test_a_training_text_has_no_window_that_is_measured_on(benchmark, tmp_path):
     words = [f"word{number} " for number in range(600)]
     (tmp_path / "text.txt").write_text("".join(words))
     tokenizer, script = tiny_tokenizer(), benchmark("recovery")
-    windows = calibration_windows(tokenizer, load_text(str(tmp_path / "text.txt"), "calibration"), 6, 64, 0)
+    windows = calibration_windows(
+        tokenizer, load_text(str(tmp_path / "text.txt"), "calibration"), 6, 64, 0
+    )
     given = str(tmp_path / "text.txt"), windows[4:], tokenizer, tmp_path / "left.txt"
     left = script.text_without(*given).read_text()
     found = [tokenizer.decode(window) in left for window in windows]
@@ -37,24 +39,39 @@ def test_a_training_text_has_no_window_that_is_measured_on(benchmark, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize(
     ("bits", "largest_error"),
-    [("32", 0), ("16", 2**-11), ("8", 0.5 / 127 + 2**-11), ("5", 1 / 16 + 2**-11), ("4", 1 / 8 + 2**-11)],
+    [
+        ("32", 0),
+        ("16", 2**-11),
+        ("8", 0.5 / 127 + 2**-11),
+        ("5", 1 / 16 + 2**-11),
+        ("4", 1 / 8 + 2**-11),
+    ],
 )
 def test_gguf_files_hold_the_weights(benchmark, tmp_path, bits, largest_error, family):
     """Transformers reads a model back with errors of at most so many times the largest weight of a matrix."""
     model = tiny_llama(intermediate_size=64, tie_word_embeddings=True)
     if family == "gemma3_text":
-        config = model.config.to_dict() | {"head_dim": 32, "layer_types": None, "rope_parameters": None}
+        config = model.config.to_dict() | {
+            "head_dim": 32,
+            "layer_types": None,
+            "rope_parameters": None,
+        }
         model = Gemma3ForCausalLM(Gemma3TextConfig.from_dict(config | {"model_type": family}))
     for vector in (parameter for parameter in model.parameters() if parameter.ndim == 1):
         vector.data.uniform_(1, 2)
     model.save_pretrained(tmp_path)
     benchmark("llama_cpp").write_gguf(tmp_path, tmp_path / "model.gguf", bits)
-    found = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32).state_dict()
+    found = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", dtype=torch.float32
+    ).state_dict()
     for name, weight in model.state_dict().items():
         error = (found[name] - weight).abs().max() / weight.abs().max()
         if weight.ndim == 1:
             assert error < 1e-6
-        elif bits in ("5", "4") and name in ("model.embed_tokens.weight", "lm_head.weight"):  # the head keeps 8 bits
+        elif bits in ("5", "4") and name in (
+            "model.embed_tokens.weight",
+            "lm_head.weight",
+        ):  # the head keeps 8 bits
             assert 0 < error < 0.5 / 127 + 2**-11
         else:
             assert largest_error / 8 <= error <= largest_error
@@ -67,8 +84,24 @@ def compared(benchmark, tmp_path, monkeypatch, capsys):
     (tmp_path / "sea.txt").write_text(TEXT)
     (tmp_path / "calm.txt").write_text(TEXT[::-1])
     script, output = benchmark("compare"), tmp_path / "out" / "compare.json"
-    given = ["--texts", str(tmp_path / "sea.txt"), "--calibration", str(tmp_path / "calm.txt"), "--output", str(output)]
-    given += ["--num-samples", "6", "--sequence-length", "32", "--max-windows", "3", "--device", "cpu"]
+    given = [
+        "--texts",
+        str(tmp_path / "sea.txt"),
+        "--calibration",
+        str(tmp_path / "calm.txt"),
+        "--output",
+        str(output),
+    ]
+    given += [
+        "--num-samples",
+        "6",
+        "--sequence-length",
+        "32",
+        "--max-windows",
+        "3",
+        "--device",
+        "cpu",
+    ]
     monkeypatch.setattr(script, "release_memory", lambda **_: None)
 
     def run(*flags, model=tmp_path / "model"):
@@ -80,11 +113,17 @@ def compared(benchmark, tmp_path, monkeypatch, capsys):
 
 
 def test_compared_rows_are_what_pruning_and_measuring_give(compared, tmp_path):
-    shown, record = compared("--methods", "wanda:error_correction=intra", "--patterns", "2:4,3:5", "--held-out", "2")
+    shown, record = compared(
+        "--methods", "wanda:error_correction=intra", "--patterns", "2:4,3:5", "--held-out", "2"
+    )
     dense, wanda, failed = record["rows"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    windows = evaluation_windows(tiny_tokenizer(), load_text(str(tmp_path / "sea.txt"), "test"), 32, 3)
-    tokens = calibration_windows(tiny_tokenizer(), load_text(str(tmp_path / "calm.txt"), "calibration"), 8, 32, 0)
+    windows = evaluation_windows(
+        tiny_tokenizer(), load_text(str(tmp_path / "sea.txt"), "test"), 32, 3
+    )
+    tokens = calibration_windows(
+        tiny_tokenizer(), load_text(str(tmp_path / "calm.txt"), "calibration"), 8, 32, 0
+    )
     assert dense["perplexity"]["held-out"] == evaluate_perplexity(model, tokens[6:]).perplexity
     assert dense["perplexity"]["calibrated"] == evaluate_perplexity(model, tokens[:2]).perplexity
     config = FistaPruningConfig(pattern="2:4", method="wanda", error_correction="intra", held_out=2)
@@ -113,31 +152,83 @@ def test_a_comparison_resumes_and_its_table_is_shown_again(compared, tmp_path):
 
 def test_speed_of_every_variant(benchmark, tmp_path, monkeypatch):
     script, output = benchmark("speed"), tmp_path / "speed.json"
-    pruner, model = FistaPruner(FistaPruningConfig(method="magnitude"), progress=False), tiny_llama()
+    pruner, model = (
+        FistaPruner(FistaPruningConfig(method="magnitude"), progress=False),
+        tiny_llama(),
+    )
     pruner.prune(model, tiny_tokens())
     pruner.save_pretrained(model, tmp_path / "pruned")
     get = script.multiprocessing.get_context
     monkeypatch.setattr(script.multiprocessing, "get_context", lambda _: get("fork"))
-    flags = ["--variants", "dense float32,packed float32", "--batch-sizes", "1,2", "--rounds", "2", "--threads", "1"]
-    flags += ["--new-tokens", "4", "--prompt-tokens", "3", "--prefill-tokens", "5", "--output", str(output)]
+    flags = [
+        "--variants",
+        "dense float32,packed float32",
+        "--batch-sizes",
+        "1,2",
+        "--rounds",
+        "2",
+        "--threads",
+        "1",
+    ]
+    flags += [
+        "--new-tokens",
+        "4",
+        "--prompt-tokens",
+        "3",
+        "--prefill-tokens",
+        "5",
+        "--output",
+        str(output),
+    ]
     monkeypatch.setattr(sys, "argv", ["speed.py", str(tmp_path / "pruned"), *flags])
     script.main()
     variants = json.loads(output.read_text())["variants"]
     for found in variants.values():
-        assert found["tokens_per_second"]["2"] == pytest.approx(8 / (sum(found["seconds"]["batch 2"]) / 2))
+        assert found["tokens_per_second"]["2"] == pytest.approx(
+            8 / (sum(found["seconds"]["batch 2"]) / 2)
+        )
     dense, packed = variants["dense float32"], variants["packed float32"]
     assert (dense["same_tokens"], packed["same_tokens"]) == (None, 1)
     assert packed["weight_bytes"] < dense["weight_bytes"] == 4 * model.num_parameters()
 
 
-def test_the_frontier_is_measured_on_whole_texts_and_resumes(benchmark, tmp_path, monkeypatch, capsys):
-    model, text, script = tiny_llama(intermediate_size=64), tmp_path / "sea.txt", benchmark("frontier")
+def test_the_frontier_is_measured_on_whole_texts_and_resumes(
+    benchmark, tmp_path, monkeypatch, capsys
+):
+    model, text, script = (
+        tiny_llama(intermediate_size=64),
+        tmp_path / "sea.txt",
+        benchmark("frontier"),
+    )
     for part in (model, tiny_tokenizer()):
         part.save_pretrained(tmp_path / "model")
     text.write_text(TEXT)
-    flags = ["--calibration", str(text), "--texts", str(text), "--bytes", "100", "--work", str(tmp_path)]
-    flags += ["--num-samples", "4", "--sequence-length", "32", "--variants", "dense,channels:0.5,0.5"]
-    flags += ["--formats", "32,8", "--plot", str(tmp_path / "plot.png"), "--output", str(tmp_path / "rows.json")]
+    flags = [
+        "--calibration",
+        str(text),
+        "--texts",
+        str(text),
+        "--bytes",
+        "100",
+        "--work",
+        str(tmp_path),
+    ]
+    flags += [
+        "--num-samples",
+        "4",
+        "--sequence-length",
+        "32",
+        "--variants",
+        "dense,channels:0.5,0.5",
+    ]
+    flags += [
+        "--formats",
+        "32,8",
+        "--plot",
+        str(tmp_path / "plot.png"),
+        "--output",
+        str(tmp_path / "rows.json"),
+    ]
     monkeypatch.setattr(sys, "argv", ["frontier.py", str(tmp_path / "model"), *flags])
     script.main()
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
@@ -146,7 +237,9 @@ def test_the_frontier_is_measured_on_whole_texts_and_resumes(benchmark, tmp_path
     ids, nats = torch.tensor(tiny_tokenizer()(TEXT[:100]).input_ids), 0.0
     for window in ids[:32], ids[31:63], ids[62:94], ids[93:]:
         nats += (len(window) - 1) * float(model(window[None], labels=window[None]).loss)
-    assert rows[0]["mean"] == pytest.approx(nats / math.log(2) / 100, rel=1e-2)  # products in bfloat16
+    assert rows[0]["mean"] == pytest.approx(
+        nats / math.log(2) / 100, rel=1e-2
+    )  # products in bfloat16
     assert (tmp_path / "plot.png").stat().st_size > 0
     table = capsys.readouterr().out
     monkeypatch.setattr(script, "measure", None)

@@ -20,7 +20,9 @@ def test_scope_is_that_of_the_method_unless_given():
     assert FistaPruningConfig(method="wanda").pattern_for(DOWN).scope == "row"
     assert FistaPruningConfig(method="wanda", scope="matrix").pattern_for(DOWN).scope == "matrix"
     assert FistaPruningConfig(method="magnitude", scope="row").pattern_for(DOWN).scope == "row"
-    assert FistaPruningConfig(method="wanda", overrides={"*": 0.25}).pattern_for(DOWN).scope == "row"
+    assert (
+        FistaPruningConfig(method="wanda", overrides={"*": 0.25}).pattern_for(DOWN).scope == "row"
+    )
 
 
 @pytest.mark.parametrize(
@@ -41,8 +43,14 @@ def test_scope_is_that_of_the_method_unless_given():
         ({"method": "fista", "max_iterations": 0}, "max_iterations=0"),
         ({"seed": -1}, "seed=-1: pass a whole number from 0 to 18446744073709551615"),
         ({"expert_refit": False}, "expert_refit=False has no meaning for pattern='unstructured'"),
-        ({"reorder_channels": True}, "reorder_channels=True has no meaning for pattern='unstructured'"),
-        ({"pattern": "channels:0.5", "include": "*.0.*"}, "include=.* has no meaning for pattern='channels:0.5'"),
+        (
+            {"reorder_channels": True},
+            "reorder_channels=True has no meaning for pattern='unstructured'",
+        ),
+        (
+            {"pattern": "channels:0.5", "include": "*.0.*"},
+            "include=.* has no meaning for pattern='channels:0.5'",
+        ),
         ({"overrides": {"*q_proj": "5:4"}}, r"overrides\['\*q_proj'\]: pattern='5:4'"),
     ],
 )
@@ -86,7 +94,9 @@ def test_options_are_frozen_and_detached_from_the_callers():
 
 
 def test_overrides_first_match_wins():
-    config = FistaPruningConfig(0.6, overrides={"*.3.*.down_proj": "1:4", "*.down_proj": 0.25, "*.q_proj": 0})
+    config = FistaPruningConfig(
+        0.6, overrides={"*.3.*.down_proj": "1:4", "*.down_proj": 0.25, "*.q_proj": 0}
+    )
     assert config.pattern_for(DOWN) == parse_pattern("1:4")
     assert config.pattern_for("model.layers.4.mlp.down_proj") == Unstructured(0.25)
     assert config.pattern_for("model.layers.4.mlp.up_proj") == Unstructured(0.6)
@@ -100,7 +110,9 @@ def test_options_left_open_are_as_the_method_has_them(name):
     resolved = FistaPruningConfig(method=name).resolved()
     for field in dataclasses.fields(defaults):
         assert getattr(resolved, field.name) == getattr(defaults, field.name)
-    chosen = FistaPruningConfig(method=name, error_correction="full", residual_correction=0.25, allocation="uniform")
+    chosen = FistaPruningConfig(
+        method=name, error_correction="full", residual_correction=0.25, allocation="uniform"
+    )
     assert chosen.resolved() == dataclasses.replace(chosen, scope=defaults.scope)
     assert resolved.resolved() == resolved
 
@@ -129,8 +141,12 @@ def test_include_and_exclude():
     "config",
     [
         FistaPruningConfig(),
-        FistaPruningConfig(0.7, scope="row", include=("*.mlp.*",), overrides={"*up*": "2:4", "*gate*": 0.1}),
-        FistaPruningConfig(method="fista", max_iterations=5, tolerance=0.0, method_options={"patience": 2}),
+        FistaPruningConfig(
+            0.7, scope="row", include=("*.mlp.*",), overrides={"*up*": "2:4", "*gate*": 0.1}
+        ),
+        FistaPruningConfig(
+            method="fista", max_iterations=5, tolerance=0.0, method_options={"patience": 2}
+        ),
     ],
 )
 def test_json_round_trip(config, tmp_path):
@@ -147,10 +163,14 @@ def test_json_round_trip(config, tmp_path):
 def test_a_pruned_folder_has_its_configuration(tmp_path):
     config = FistaPruningConfig(0.25, method="wanda", exclude=("*.o_proj",))
     (tmp_path / "fista").mkdir()
-    (tmp_path / "fista" / "report.json").write_text(json.dumps({"config": config.to_dict(), "operators": []}))
+    (tmp_path / "fista" / "report.json").write_text(
+        json.dumps({"config": config.to_dict(), "operators": []})
+    )
     assert FistaPruningConfig.from_pretrained(tmp_path) == config
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"empty' holds neither fista/report.json nor pruning_config.json"):
+    with pytest.raises(
+        FileNotFoundError, match=r"empty' holds neither fista/report.json nor pruning_config.json"
+    ):
         FistaPruningConfig.from_pretrained(tmp_path / "empty")
 
 
@@ -160,9 +180,13 @@ def test_json_that_is_no_configuration(tmp_path):
     with pytest.raises(ValueError, match=r"config '.*half\.json' is not JSON: Expecting"):
         FistaPruningConfig.from_pretrained(file)
     file.write_text("0.5")
-    with pytest.raises(ValueError, match=r"half\.json' holds a JSON float: pass an object of options"):
+    with pytest.raises(
+        ValueError, match=r"half\.json' holds a JSON float: pass an object of options"
+    ):
         FistaPruningConfig.from_pretrained(file)
-    with pytest.raises(ValueError, match=r"unknown options 'sparcity', 'zeros': pass some of sparsity, pattern"):
+    with pytest.raises(
+        ValueError, match=r"unknown options 'sparcity', 'zeros': pass some of sparsity, pattern"
+    ):
         FistaPruningConfig.from_dict({"sparcity": 0.5, "zeros": 1, "seed": 0})
 
 
@@ -172,7 +196,12 @@ def test_paper_settings():
     assert config.resolved().error_correction == "intra"
     assert (config.resolved().allocation, config.resolved().residual_correction) == ("uniform", 0)
     assert config.sparsity == 0.5
-    for model_type, warm_start in (("opt", "sparsegpt"), ("llama", "wanda"), ("gpt2", "wanda"), ("", "wanda")):
+    for model_type, warm_start in (
+        ("opt", "sparsegpt"),
+        ("llama", "wanda"),
+        ("gpt2", "wanda"),
+        ("", "wanda"),
+    ):
         method = config.create_method(model_type)
         assert type(method) is METHODS["fista"]
         assert method.warm_start == warm_start
@@ -194,7 +223,11 @@ def test_a_recipe_holds_only_what_differs_from_the_defaults():
 
 
 def test_options_win_over_a_recipe():
-    config = FistaPruningConfig.recipe("fast", pattern="2:4", residual_correction=0.5, error_correction="full")
-    assert config == FistaPruningConfig(pattern="2:4", residual_correction=0.5, error_correction="full")
+    config = FistaPruningConfig.recipe(
+        "fast", pattern="2:4", residual_correction=0.5, error_correction="full"
+    )
+    assert config == FistaPruningConfig(
+        pattern="2:4", residual_correction=0.5, error_correction="full"
+    )
     config = FistaPruningConfig.recipe("paper", method="wanda", seed=3)
     assert config == FistaPruningConfig(method="wanda", seed=3)  # without the options of FISTA

@@ -33,11 +33,20 @@ def test_a_machine_that_prunes(doctor):
 def test_rates_and_the_dtype_of_a_run(doctor, monkeypatch):
     rates = {torch.float32: 97.4, torch.bfloat16: 0.043, torch.float16: 1234.5}
     monkeypatch.setattr(diagnosis, "_rate", lambda _, dtype: rates[dtype])
-    monkeypatch.setattr(diagnosis, "choose_products", lambda _, __, stored: ("", "widened")[stored == torch.bfloat16])
+    monkeypatch.setattr(
+        diagnosis,
+        "choose_products",
+        lambda _, __, stored: ("", "widened")[stored == torch.bfloat16],
+    )
     _, shown = doctor("cpu")
     assert "products:       float32 97, bfloat16 0.043, float16 1,234 GFLOP/s" in shown
-    assert "bfloat16 model: a run multiplies in float32; bfloat16 would take 2,265 times as long" in shown
-    assert "float16 model:  a run multiplies in float16; float32 would take 13 times as long" in shown
+    assert (
+        "bfloat16 model: a run multiplies in float32; bfloat16 would take 2,265 times as long"
+        in shown
+    )
+    assert (
+        "float16 model:  a run multiplies in float16; float32 would take 13 times as long" in shown
+    )
 
 
 def test_a_device_that_prunes_wrongly(doctor, monkeypatch):

@@ -22,7 +22,9 @@ def parse_own(arguments: list[str]) -> None:
 
 
 def extras_exist(arguments: list[str]) -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     for names in re.findall(r"\[(.+?)\]", " ".join(arguments)):
         assert set(names.split(",")) <= set(extras)
 
@@ -35,7 +37,9 @@ def targets_exist(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_of_the_docs_parse(command):
-    words = shlex.split(re.sub(r"^(\w+=(\$\([^)]*\)|\S*)\s*)+", "", command))  # without assignments in front of it
+    words = shlex.split(
+        re.sub(r"^(\w+=(\$\([^)]*\)|\S*)\s*)+", "", command)
+    )  # without assignments in front of it
     if "optimum_fista" in words:  # what a launcher starts
         words = ["optimum-fista", *words[words.index("optimum_fista") + 1 :]]
     program, *arguments = words or ["source"]
@@ -54,7 +58,14 @@ def test_commands_of_the_docs_parse(command):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_options_named_in_sentences_exist(page):
-    commands = next(a.choices for a in build_parser()._actions if isinstance(a.choices, dict)).values()
-    ours = {flag for command in commands for action in command._actions for flag in action.option_strings}
+    commands = next(
+        a.choices for a in build_parser()._actions if isinstance(a.choices, dict)
+    ).values()
+    ours = {
+        flag
+        for command in commands
+        for action in command._actions
+        for flag in action.option_strings
+    }
     for flag in re.findall(r"`(--[\w-]+)", page.read_text()):
         assert flag in ours | {"--machine_rank"}, flag

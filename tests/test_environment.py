@@ -33,8 +33,12 @@ AROUND = {
     "default device": partial(set_to, lambda: None, torch.set_default_device, "meta"),
     "device context": partial(torch.device, "meta"),
     "inference mode": torch.inference_mode,
-    "precision": partial(set_to, torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium"),
-    "newer precision": partial(set_to, lambda: cuda.fp32_precision, partial(setattr, cuda, "fp32_precision"), "tf32"),
+    "precision": partial(
+        set_to, torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium"
+    ),
+    "newer precision": partial(
+        set_to, lambda: cuda.fp32_precision, partial(setattr, cuda, "fp32_precision"), "tf32"
+    ),
 }
 
 
@@ -72,8 +76,14 @@ def prune_in_memory(inside, batches, given, tmp_path):
 
 def prune_files(inside, batches, given, tmp_path):
     given.save_pretrained(tmp_path / "dense")
-    FistaPruner(progress=False, callbacks=[inside]).prune(tmp_path / "dense", batches, output_dir=tmp_path / "out")
-    return {k: v for path in sorted((tmp_path / "out").glob("*.safetensors")) for k, v in load_file(path).items()}
+    FistaPruner(progress=False, callbacks=[inside]).prune(
+        tmp_path / "dense", batches, output_dir=tmp_path / "out"
+    )
+    return {
+        k: v
+        for path in sorted((tmp_path / "out").glob("*.safetensors"))
+        for k, v in load_file(path).items()
+    }
 
 
 def solve(inside, batches, given, tmp_path):
@@ -91,7 +101,10 @@ RUNS = [prune_in_memory, prune_files, solve]
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    return {run: run(Inside(), tiny_tokens().split(4), tiny_llama(), tmp_path_factory.mktemp("x")) for run in RUNS}
+    return {
+        run: run(Inside(), tiny_tokens().split(4), tiny_llama(), tmp_path_factory.mktemp("x"))
+        for run in RUNS
+    }
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,20 @@ def estimated(config=None, model=None, **options) -> Estimate:
     return Estimate(tiny_llama().config if model is None else model, config, **(settings | options))
 
 
-SIZES = {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "vocab_size": 128256}
+SIZES = {
+    "hidden_size": 16384,
+    "intermediate_size": 53248,
+    "num_hidden_layers": 126,
+    "vocab_size": 128256,
+}
 HUGE = LlamaConfig(**SIZES, num_attention_heads=128, num_key_value_heads=8, dtype="bfloat16")
-LARGE_RUN = {"model": HUGE, "num_samples": 128, "sequence_length": 2048, "device": "cuda", "batch_size": 1}
+LARGE_RUN = {
+    "model": HUGE,
+    "num_samples": 128,
+    "sequence_length": 2048,
+    "device": "cuda",
+    "batch_size": 1,
+}
 
 
 def held(estimate: Estimate, place: str = "host") -> float:
@@ -34,9 +45,22 @@ def held(estimate: Estimate, place: str = "host") -> float:
         ("llama", FistaPruningConfig(pattern="2:4", method="wanda")),
         ("llama", FistaPruningConfig(pattern="channels:0.25/4+heads:0.5", method="wanda")),
         ("llama", FistaPruningConfig(pattern="layers:0.4", allocation_tokens=16)),
-        ("gpt2", FistaPruningConfig(0.6, method="magnitude", exclude="*.0.*.c_fc", overrides={"*.c_attn": "1:4"})),
-        ("gpt_oss", FistaPruningConfig(method="magnitude", scope="row", exclude=("*.experts.1.down_proj",))),
-        ("mixtral", FistaPruningConfig(method="magnitude", overrides={"*.experts.0.*": 0.25, "*.up_proj": "2:4"})),
+        (
+            "gpt2",
+            FistaPruningConfig(
+                0.6, method="magnitude", exclude="*.0.*.c_fc", overrides={"*.c_attn": "1:4"}
+            ),
+        ),
+        (
+            "gpt_oss",
+            FistaPruningConfig(method="magnitude", scope="row", exclude=("*.experts.1.down_proj",)),
+        ),
+        (
+            "mixtral",
+            FistaPruningConfig(
+                method="magnitude", overrides={"*.experts.0.*": 0.25, "*.up_proj": "2:4"}
+            ),
+        ),
     ],
 )
 def test_operators_are_those_of_the_run(family, config):
@@ -47,9 +71,15 @@ def test_operators_are_those_of_the_run(family, config):
     assert estimate.num_removed == (report.totals.get("num_removed") or 0)
     if "layers" in config.pattern:  # which ones, values decide
         return
-    assert {*estimate.operators} == {operator.name.removesuffix(".weight") for operator in report.operators}
-    assert sum(estimate.weights.values()) == sum(before.get(o.name, o.shape[0] * o.shape[1]) for o in report.operators)
-    assert sum(estimate.weights.values()) - sum(estimate.zeros.values()) == sum(o.num_kept for o in report.operators)
+    assert {*estimate.operators} == {
+        operator.name.removesuffix(".weight") for operator in report.operators
+    }
+    assert sum(estimate.weights.values()) == sum(
+        before.get(o.name, o.shape[0] * o.shape[1]) for o in report.operators
+    )
+    assert sum(estimate.weights.values()) - sum(estimate.zeros.values()) == sum(
+        o.num_kept for o in report.operators
+    )
     assert estimate.left_dense == report.left_dense
 
 
@@ -73,7 +103,9 @@ def test_every_expert_has_gram_matrices():
 
 
 def test_activations_wait_where_they_are_told_to():
-    near, far, disk = (estimated(**LARGE_RUN, storage_device=place) for place in (None, "cpu", "disk"))
+    near, far, disk = (
+        estimated(**LARGE_RUN, storage_device=place) for place in (None, "cpu", "disk")
+    )
     assert held(near, "device") > held(far, "device") == held(disk, "device")
     assert held(far) > 1.5 * max(held(near), held(disk))
     assert far.memory["host"]["activations that wait"] > 5 * 2 * 128 * 2048 * 16384
@@ -107,9 +139,14 @@ def test_disk_is_what_a_run_writes(tmp_path, monkeypatch, pattern):
     config = FistaPruningConfig(pattern=pattern)
     FistaPruner(config, progress=False).prune(source, tiny_tokens().split(4), output_dir=output)
     ids = tiny_tokens()
-    found = estimated(config, str(source), num_samples=len(ids), sequence_length=ids.shape[1]).disk_bytes
+    found = estimated(
+        config, str(source), num_samples=len(ids), sequence_length=ids.shape[1]
+    ).disk_bytes
     assert (
-        sum(t.nbytes for path in output.glob("model*.safetensors") for t in load_file(path).values()) == found["model"]
+        sum(
+            t.nbytes for path in output.glob("model*.safetensors") for t in load_file(path).values()
+        )
+        == found["model"]
     )
     assert max(sizes) < 1.05 * sum(found.values())
 
@@ -126,9 +163,15 @@ def test_layers_of_every_kind_are_tried_and_time_grows_with_layers_and_tokens():
     def seconds(layers, samples=4):
         torch.manual_seed(0)
         config = LlamaConfig(
-            hidden_size=64, intermediate_size=128, num_attention_heads=2, vocab_size=64, num_hidden_layers=layers
+            hidden_size=64,
+            intermediate_size=128,
+            num_attention_heads=2,
+            vocab_size=64,
+            num_hidden_layers=layers,
         )
-        return estimated(FistaPruningConfig(method="sparsegpt"), config, num_samples=samples, batch_size=4).seconds
+        return estimated(
+            FistaPruningConfig(method="sparsegpt"), config, num_samples=samples, batch_size=4
+        ).seconds
 
     assert sum(seconds(200).values()) > 5 * sum(seconds(2).values())
     mixed = tiny_model("qwen3_moe", mlp_only_layers=[0], num_hidden_layers=3).config

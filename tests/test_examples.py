@@ -22,7 +22,9 @@ def run(tiny_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
     def run_example(name: str, *flags: str) -> str:
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--model", str(tiny_folder), *SMALL, *flags])
+        monkeypatch.setattr(
+            sys, "argv", [f"{name}.py", "--model", str(tiny_folder), *SMALL, *flags]
+        )
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
         return capsys.readouterr().out
 
@@ -34,7 +36,10 @@ def test_prune_2_4(run, tmp_path):
     shown = run("prune_2_4", "--output", "out", "--calibration", "sea.txt", "--test", "sea.txt")
     assert re.search(r"perplexity [\d.]+ -> [\d.]+ on sea\.txt", shown)
     assert "14 operators keep their pattern" in shown
-    assert json.loads((tmp_path / "out" / "fista" / "report.json").read_text())["config"]["pattern"] == "2:4"
+    assert (
+        json.loads((tmp_path / "out" / "fista" / "report.json").read_text())["config"]["pattern"]
+        == "2:4"
+    )
 
 
 @pytest.mark.parametrize("flags", [[], ["--device-map", "disk"]])
@@ -46,8 +51,12 @@ def test_prune_offloaded(run, tmp_path, flags):
 
 def test_retrain_masked(run, tmp_path):
     (tmp_path / "sea.txt").write_text(TEXT)
-    shown = run("retrain_masked", "--output", "out", "--calibration", "sea.txt", "--test", "sea.txt")
-    before, after = map(float, re.search(r"perplexity ([\d.]+) -> ([\d.]+) on sea\.txt", shown).groups())
+    shown = run(
+        "retrain_masked", "--output", "out", "--calibration", "sea.txt", "--test", "sea.txt"
+    )
+    before, after = map(
+        float, re.search(r"perplexity ([\d.]+) -> ([\d.]+) on sea\.txt", shown).groups()
+    )
     assert after < before
     assert shown.splitlines()[-1] == "7,680 weights are still zero"
     assert json.loads((tmp_path / "out" / "fista" / "report.json").read_text())["retrained"]

@@ -37,7 +37,13 @@ def arithmetic() -> str:
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(200, 300, generator=generator)
     gram = a @ a.T + torch.eye(200)
-    results = [gram, torch.linalg.cholesky(gram), torch.linalg.eigh(gram)[1], a.bfloat16() @ a.T.bfloat16(), a.exp()]
+    results = [
+        gram,
+        torch.linalg.cholesky(gram),
+        torch.linalg.eigh(gram)[1],
+        a.bfloat16() @ a.T.bfloat16(),
+        a.exp(),
+    ]
     return _sha(*(t.float().numpy().tobytes() for t in results), torch.__version__.encode())[:16]
 
 
@@ -56,7 +62,9 @@ def _tensors_sha(tensors: dict[str, torch.Tensor]) -> str:
     return _sha(*parts)[:16]
 
 
-def _digest(weights: dict[str, torch.Tensor], masks: dict[str, torch.Tensor], report: PruningReport | None) -> Digest:
+def _digest(
+    weights: dict[str, torch.Tensor], masks: dict[str, torch.Tensor], report: PruningReport | None
+) -> Digest:
     """What is kept of a result: hashes of what is equal everywhere, sums of what is equal but for the last bits."""
     values = torch.cat([weights[name].detach().double().flatten() for name in sorted(weights)])
     found = {
@@ -66,10 +74,18 @@ def _digest(weights: dict[str, torch.Tensor], masks: dict[str, torch.Tensor], re
     }
     if report is not None:
         operators = [
-            (o.name, o.shape, o.num_kept, o.method, o.iterations, o.converged, o.num_tokens) for o in report.operators
+            (o.name, o.shape, o.num_kept, o.method, o.iterations, o.converged, o.num_tokens)
+            for o in report.operators
         ]
-        errors = [error for o in report.operators for error in (o.fit_error, o.l1_penalty) if error is not None]
-        errors += [error for layer in report.layers if (error := layer.hidden_state_error) is not None]
+        errors = [
+            error
+            for o in report.operators
+            for error in (o.fit_error, o.l1_penalty)
+            if error is not None
+        ]
+        errors += [
+            error for layer in report.layers if (error := layer.hidden_state_error) is not None
+        ]
         found["counts"] = _sha(json.dumps([operators, report.left_dense]).encode())[:16]
         found["errors"] = math.fsum(errors)
     return found
@@ -94,7 +110,10 @@ def in_memory(
     if padded:
         mask = torch.ones_like(tokens)
         mask[::2, -5:] = 0
-        batches = [{"input_ids": i, "attention_mask": m} for i, m in zip(tokens.split(4), mask.split(4), strict=True)]
+        batches = [
+            {"input_ids": i, "attention_mask": m}
+            for i, m in zip(tokens.split(4), mask.split(4), strict=True)
+        ]
     pruner = FistaPruner(FistaPruningConfig(**options), progress=False)
     report = pruner.prune(model, batches)
     return _digest(dict(model.named_parameters()), pruner.result(model)[1], report)
@@ -111,12 +130,16 @@ class _FailsInTheSecondLayer(PruningCallback):
 
 
 def _folder_digest(folder: Path, report: PruningReport | None = None) -> Digest:
-    weights = {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+    weights = {
+        k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()
+    }
     masks = folder / "fista" / "masks.safetensors"
     return _digest(weights, load_file(masks) if masks.exists() else {}, report)
 
 
-def streamed(family: str = "llama", packed: bool = False, resumed: bool = False, **options: Any) -> Digest:
+def streamed(
+    family: str = "llama", packed: bool = False, resumed: bool = False, **options: Any
+) -> Digest:
     """Prune from files to files, `resumed` after a failure in the second decoder layer."""
     config = FistaPruningConfig(**options)
     with tempfile.TemporaryDirectory() as scratch:
@@ -145,12 +168,14 @@ METHODS = ("fista", "magnitude", "wanda", "sparsegpt", "dsnot", "admm", "alps", 
 CASES: dict[str, Callable[[], Digest]] = {}
 for _method in METHODS:
     for _pattern in ("unstructured", "2:4"):
-        CASES[f"{_method} {_pattern}"] = lambda m=_method, p=_pattern: in_memory(method=m, pattern=p)
+        CASES[f"{_method} {_pattern}"] = lambda m=_method, p=_pattern: in_memory(
+            method=m, pattern=p
+        )
     CASES[f"{_method} streamed"] = lambda m=_method: streamed(method=m, sparsity=0.6)
 for _correction in ("none", "intra", "full", 0.25):
     for _allocation in ("uniform", "fisher"):
-        CASES[f"correction {_correction} {_allocation}"] = lambda c=_correction, a=_allocation: in_memory(
-            error_correction=c, allocation=a, sparsity=0.6
+        CASES[f"correction {_correction} {_allocation}"] = lambda c=_correction, a=_allocation: (
+            in_memory(error_correction=c, allocation=a, sparsity=0.6)
         )
 for _family in ("gpt2", "gemma3_text", "opt", "mixtral", "gpt_oss", "llama4_text", "deepseek_v3"):
     CASES[f"{_family} in memory"] = lambda f=_family: in_memory(f)
@@ -159,7 +184,9 @@ CASES |= {
     "paper": lambda: in_memory(**_paper()),
     "paper 2:4": lambda: in_memory(**_paper(pattern="2:4")),
     "by rows": lambda: in_memory(scope="row", method="sparsegpt", allocation="uniform"),
-    "1:4 and overrides": lambda: in_memory(pattern="1:4", overrides={"*.down_proj": 0.3, "*.q_proj": "4:8"}),
+    "1:4 and overrides": lambda: in_memory(
+        pattern="1:4", overrides={"*.down_proj": 0.3, "*.q_proj": "4:8"}
+    ),
     "residual only": lambda: in_memory(error_correction=0.0, residual_correction=1.0),
     "no residual": lambda: in_memory(residual_correction=0.0),
     "padded": lambda: in_memory(padded=True),
@@ -188,7 +215,9 @@ def _paper(**options: Any) -> dict[str, Any]:
 KEPT = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {"cases": {}, "exact": {}}
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="results were recorded on x86 processors only")
+@pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="results were recorded on x86 processors only"
+)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", list(CASES))
 def test_results_are_those_recorded(name):
@@ -217,5 +246,8 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     cases = {name: run() for name, run in CASES.items()}
     exact = {name: case.pop("exact") for name, case in cases.items()}
-    GOLDEN.write_text(json.dumps({"cases": cases, "exact": {arithmetic(): exact}}, indent=1, sort_keys=True) + "\n")
+    GOLDEN.write_text(
+        json.dumps({"cases": cases, "exact": {arithmetic(): exact}}, indent=1, sort_keys=True)
+        + "\n"
+    )
     sys.stdout.write(f"{len(cases)} configurations recorded for {arithmetic()}\n")

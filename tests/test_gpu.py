@@ -11,7 +11,10 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.solve.methods import METHODS
 from optimum_fista.solve.pattern import parse_pattern
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -26,13 +29,19 @@ def test_a_gpu_prunes_as_the_cpu_does(method, pattern, storage_device):
     report = pruner.prune(on_gpu, tiny_tokens().split(4))
     assert report.totals["num_zeros"] == expected.totals["num_zeros"]
     assert all(layer.memory.device_bytes > 0 for layer in report.layers)
-    assert report.totals["mean_fit_error"] == pytest.approx(expected.totals["mean_fit_error"], rel=2e-2)
+    assert report.totals["mean_fit_error"] == pytest.approx(
+        expected.totals["mean_fit_error"], rel=2e-2
+    )
 
 
 def test_a_gpu_rotates_as_the_cpu_does():
     found = []
     for device in ("cpu", "cuda"):
         with torch.no_grad():
-            found.append(rotate_model(tiny_llama().to(device), tiny_tokens(), parse_pattern("2:4", None), 10, 0))
+            found.append(
+                rotate_model(
+                    tiny_llama().to(device), tiny_tokens(), parse_pattern("2:4", None), 10, 0
+                )
+            )
     assert found[1]["error_ratio"] == pytest.approx(found[0]["error_ratio"], rel=0.02)
     assert found[1]["difference"] < 1e-4

@@ -7,7 +7,13 @@ import torch
 from pruning import prune
 
 from optimum_fista import memory
-from optimum_fista.memory import available_bytes, is_out_of_memory, release_memory, total_bytes, watched_memory
+from optimum_fista.memory import (
+    available_bytes,
+    is_out_of_memory,
+    release_memory,
+    total_bytes,
+    watched_memory,
+)
 
 
 @pytest.mark.parametrize(
@@ -17,13 +23,25 @@ from optimum_fista.memory import available_bytes, is_out_of_memory, release_memo
         MemoryError(),
         RuntimeError("CUDA error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
-        RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnSpotrf(...)`"),
-        RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`"),
+        RuntimeError(
+            "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"
+        ),
+        RuntimeError(
+            "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnSpotrf(...)`"
+        ),
+        RuntimeError(
+            "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`"
+        ),
         RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB, max allowed: 9.07 GB)"),
-        RuntimeError("Native API failed. Native API returns: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:98] data. DefaultCPUAllocator: not enough memory"),
+        RuntimeError(
+            "Native API failed. Native API returns: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"
+        ),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"
+        ),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:98] data. DefaultCPUAllocator: not enough memory"
+        ),
     ],
     ids=str,
 )
@@ -35,7 +53,9 @@ def test_every_device_and_library_has_its_own_words(error):
     "error",
     [
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
-        RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnSpotrf(...)`"),
+        RuntimeError(
+            "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnSpotrf(...)`"
+        ),
         ValueError("the plan says: out of memory"),
         KeyboardInterrupt(),
     ],
@@ -79,7 +99,9 @@ def test_what_was_freed_again_is_seen():
     assert 0 < later.resident_bytes < peak.resident_bytes
 
 
-@pytest.mark.skipif(not hasattr(memory._LIBRARY, "malloc_trim"), reason="the C library is not glibc")
+@pytest.mark.skipif(
+    not hasattr(memory._LIBRARY, "malloc_trim"), reason="the C library is not glibc"
+)
 def test_freed_blocks_go_back_to_the_system():
     blocks, process = [torch.ones(2**14) for _ in range(1024)], psutil.Process()  # 64 MiB
     del blocks[::2]  # each lies between two that stay

@@ -7,12 +7,20 @@ from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
-from optimum_fista import FistaOnLoadConfig, FistaPruner, FistaPruningConfig, calibration_tokens, verify_checkpoint
+from optimum_fista import (
+    FistaOnLoadConfig,
+    FistaPruner,
+    FistaPruningConfig,
+    calibration_tokens,
+    verify_checkpoint,
+)
 
 
 def loaded_and_pruned(folder, dataset, batches, **options):
     """A model that is pruned as it is loaded, its pruner, and a model that is pruned afterwards."""
-    pruner, later = (FistaPruner(FistaPruningConfig(method="wanda"), progress=False) for _ in range(2))
+    pruner, later = (
+        FistaPruner(FistaPruningConfig(method="wanda"), progress=False) for _ in range(2)
+    )
     on_load = FistaOnLoadConfig(pruner, dataset, num_samples=4, sequence_length=16)
     loaded = AutoModelForCausalLM.from_pretrained(folder, quantization_config=on_load, **options)
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
@@ -24,7 +32,10 @@ def loaded_and_pruned(folder, dataset, batches, **options):
 def test_pruning_on_load_leaves_the_model_that_prune_leaves(tmp_path, source):
     folder, tokenizer, texts = save_tiny_folder(tmp_path), tiny_tokenizer(), [TEXT[:40], TEXT[3:11]]
     dataset, batches = {
-        "self": ("self", lambda model: calibration_tokens("self", model, tokenizer, 4, 16).split(1)),
+        "self": (
+            "self",
+            lambda model: calibration_tokens("self", model, tokenizer, 4, 16).split(1),
+        ),
         "texts": (texts, lambda _: [tokenizer(text)["input_ids"][:16] for text in texts]),
     }[source]
     loaded, pruner, model = loaded_and_pruned(folder, dataset, batches)
@@ -34,11 +45,15 @@ def test_pruning_on_load_leaves_the_model_that_prune_leaves(tmp_path, source):
     assert pruner.result(loaded)[0].calibration["source"] == ("self" if source == "self" else None)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mixtral"])  # experts are stored under other names than in memory
+@pytest.mark.parametrize(
+    "family", ["gpt2", "mixtral"]
+)  # experts are stored under other names than in memory
 def test_a_model_that_is_pruned_on_load_is_saved_as_any_other(tmp_path, family):
     tiny_model(family).save_pretrained(tmp_path / "dense")
     batches, options = tiny_tokens().split(4), {"dtype": torch.bfloat16, "device_map": {"": "cpu"}}
-    loaded, pruner, model = loaded_and_pruned(tmp_path / "dense", batches, lambda _: batches, **options)
+    loaded, pruner, model = loaded_and_pruned(
+        tmp_path / "dense", batches, lambda _: batches, **options
+    )
     loaded.save_pretrained(tmp_path / "plain")
     model.save_pretrained(tmp_path / "later")
     for name in ("config.json", "model.safetensors"):
@@ -50,10 +65,16 @@ def test_a_model_that_is_pruned_on_load_is_saved_as_any_other(tmp_path, family):
 def test_what_can_not_be_pruned_on_load_is_refused_before_weights_are_read(tmp_path):
     with pytest.raises(ValueError, match="source='nowhere' is not known"):
         FistaOnLoadConfig(FistaPruner(), "nowhere")
-    on_load, config = FistaOnLoadConfig(FistaPruner()), tiny_llama().config.to_dict() | {"dtype": "float32"}
+    on_load, config = (
+        FistaOnLoadConfig(FistaPruner()),
+        tiny_llama().config.to_dict() | {"dtype": "float32"},
+    )
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
     method = {"quantization_config": {"quant_method": "fp8"}}
-    for values, message in ((config, "has no tokenizer"), (config | method, "but you are passing a FistaOnLoadConfig")):
+    for values, message in (
+        (config, "has no tokenizer"),
+        (config | method, "but you are passing a FistaOnLoadConfig"),
+    ):
         (tmp_path / "config.json").write_text(json.dumps(values))
         with pytest.raises(ValueError, match=message):
             AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=on_load)

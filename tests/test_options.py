@@ -22,7 +22,11 @@ class Outer:
 
 
 @pytest.mark.parametrize(
-    "record", [Outer("a"), Outer("b", [(1, 0.5), (2, 1)], {16: Inner(0.5, (1, 2)), 32: Inner(1, ())}, Inner(2.0))]
+    "record",
+    [
+        Outer("a"),
+        Outer("b", [(1, 0.5), (2, 1)], {16: Inner(0.5, (1, 2)), 32: Inner(1, ())}, Inner(2.0)),
+    ],
 )
 def test_json_gives_the_record_back(record):
     assert as_record(Outer, json.loads(json.dumps(dataclasses.asdict(record)))) == record

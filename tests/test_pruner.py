@@ -33,7 +33,9 @@ def test_every_method_makes_exactly_the_zeros_of_the_pattern(llama, tokens, meth
         assert operator.sparsity == 1 - operator.num_kept / nonzero.numel()
         assert 0 < operator.fit_error < 1.2
         assert operator.num_tokens == 128
-    assert report.totals["num_zeros"] == sum(int((parameters[o.name] == 0).sum()) for o in report.operators)
+    assert report.totals["num_zeros"] == sum(
+        int((parameters[o.name] == 0).sum()) for o in report.operators
+    )
 
 
 def test_everything_but_the_operators_is_bit_identical(llama, tokens):
@@ -58,8 +60,14 @@ def test_report_describes_the_run(llama, tokens):
     report = pruner.prune(llama, tokens.split(4), calibration_source="pydoc")
     assert report.config == pruner.config.resolved().to_dict()
     wanted = {"class": "LlamaForCausalLM", "model_type": "llama", "dtype": "float32"}
-    assert report.model.items() >= (wanted | {"num_parameters": sum(p.numel() for p in llama.parameters())}).items()
-    assert report.calibration.items() >= {"source": "pydoc", "num_sequences": 8, "num_tokens": 128}.items()
+    assert (
+        report.model.items()
+        >= (wanted | {"num_parameters": sum(p.numel() for p in llama.parameters())}).items()
+    )
+    assert (
+        report.calibration.items()
+        >= {"source": "pydoc", "num_sequences": 8, "num_tokens": 128}.items()
+    )
     assert 0 < report.totals["solve_seconds"] <= report.seconds["total"]
     names = [o.name for o in report.operators]
     assert names[0] == "model.layers.0.self_attn.q_proj.weight"
@@ -72,7 +80,9 @@ def test_too_few_tokens_are_warned_about_once(llama, tokens):
     with pytest.warns(
         UserWarning, match=r"32 calibration tokens for the 48 inputs of .*down_proj.*rank-deficient"
     ) as seen:
-        report = FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(llama, tokens[:2])
+        report = FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(
+            llama, tokens[:2]
+        )
     assert len(seen) == 1
     assert report.warnings == [str(seen[0].message)]
     with warnings.catch_warnings():
@@ -83,7 +93,10 @@ def test_too_few_tokens_are_warned_about_once(llama, tokens):
 def test_a_model_in_memory_is_saved_and_pushed(llama, tokens, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pushed = []
-    monkeypatch.setattr("optimum_fista.pruner.push_folder", lambda *given, **options: pushed.append((given, options)))
+    monkeypatch.setattr(
+        "optimum_fista.pruner.push_folder",
+        lambda *given, **options: pushed.append((given, options)),
+    )
     pruner = FistaPruner(FistaPruningConfig(method="magnitude"), progress=False)
     report = pruner.prune(llama, tokens)
     with pytest.raises(ValueError, match="repo_id='a b' is not a repository name"):

@@ -35,14 +35,20 @@ def test_an_error_of_the_loader_reaches_the_user(llama, tokens):
 
 def test_damaged_weights_are_named(llama, tokens):
     llama.model.layers[1].mlp.up_proj.weight.data[3, 4] = math.nan
-    refuse(llama, tokens.split(4), match=r"weight of model\.layers\.1\.mlp\.up_proj holds NaN or Inf")
+    refuse(
+        llama, tokens.split(4), match=r"weight of model\.layers\.1\.mlp\.up_proj holds NaN or Inf"
+    )
 
 
 @pytest.mark.parametrize("error_correction", ["none", "intra", "full"])
 @pytest.mark.parametrize("norm", ["input_layernorm", "post_attention_layernorm"])
-def test_damaged_activations_of_the_last_layer_undo_the_layers_before(llama, tokens, norm, error_correction):
+def test_damaged_activations_of_the_last_layer_undo_the_layers_before(
+    llama, tokens, norm, error_correction
+):
     getattr(llama.model.layers[1], norm).weight.data.fill_(1e30)
-    first = {"input_layernorm": "self_attn.q_proj", "post_attention_layernorm": "mlp.gate_proj"}[norm]
+    first = {"input_layernorm": "self_attn.q_proj", "post_attention_layernorm": "mlp.gate_proj"}[
+        norm
+    ]
     message = rf"inputs of model\.layers\.1\.{first} hold NaN or Inf"
     refuse(llama, tokens.split(4), match=message, error_correction=error_correction)
 
@@ -50,8 +56,13 @@ def test_damaged_activations_of_the_last_layer_undo_the_layers_before(llama, tok
 def test_outputs_that_overflow_are_warned_of(llama, tokens):
     """Weights that float32 holds, but not the squares of what they make."""
     llama.model.layers[1].mlp.down_proj.weight.data.fill_(1e30)
-    with pytest.warns(UserWarning, match=r"errors of 1 operators are NaN or Inf \(model\.layers\.1\.mlp\.down_proj"):
-        report = FistaPruner(FistaPruningConfig(method="magnitude"), progress=False).prune(llama, tokens.split(4))
+    with pytest.warns(
+        UserWarning,
+        match=r"errors of 1 operators are NaN or Inf \(model\.layers\.1\.mlp\.down_proj",
+    ):
+        report = FistaPruner(FistaPruningConfig(method="magnitude"), progress=False).prune(
+            llama, tokens.split(4)
+        )
     assert len([warning for warning in report.warnings if "NaN or Inf" in warning]) == 1
 
 
@@ -63,7 +74,9 @@ def test_quantized_models(llama, tokens):
 def test_models_that_are_not_in_memory(tokens):
     with torch.device("meta"):
         model = tiny_llama()
-    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight is not loaded \(device meta\)"):
+    with pytest.raises(
+        ValueError, match=r"model\.embed_tokens\.weight is not loaded \(device meta\)"
+    ):
         FistaPruner(progress=False).prune(model, tokens.split(4))
 
 
@@ -71,7 +84,9 @@ def test_models_of_integers_and_things_that_are_no_models(llama, tokens):
     layer = llama.model.layers[0].mlp.up_proj
     layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
     refuse(llama, tokens.split(4), match=r"layers\.0\.mlp\.up_proj\.weight has dtype torch\.int8")
-    with pytest.raises(ValueError, match=r"model is a Linear: pass a transformers\.PreTrainedModel"):
+    with pytest.raises(
+        ValueError, match=r"model is a Linear: pass a transformers\.PreTrainedModel"
+    ):
         FistaPruner().prune(nn.Linear(4, 4), tokens.split(4))
 
 
@@ -83,7 +98,12 @@ def test_nothing_to_prune(llama, tokens):
 
 def test_pattern_that_does_not_divide_a_row_is_found_before_any_work(tokens):
     model = tiny_llama(intermediate_size=44)  # 44 inputs of down_proj: 8 does not divide them
-    refuse(model, tokens.split(4), pattern="2:8", match=r"layers\.0\.mlp\.down_proj has rows of 44 inputs, which 2:8")
+    refuse(
+        model,
+        tokens.split(4),
+        pattern="2:8",
+        match=r"layers\.0\.mlp\.down_proj has rows of 44 inputs, which 2:8",
+    )
 
 
 @pytest.mark.parametrize("fault", ["wrong count", "not finite"])
@@ -112,6 +132,8 @@ def test_not_converged_operators_are_named_in_the_warnings(llama, tokens, monkey
         return result
 
     monkeypatch.setattr(Wanda, "prune", stopped)
-    report = FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(llama, tokens.split(4))
+    report = FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(
+        llama, tokens.split(4)
+    )
     assert report.warnings == ["model.layers.1.mlp.up_proj.weight: stopped early: try more"]
     assert report.totals["num_not_converged"] == 1

@@ -24,7 +24,14 @@ for name in sys.argv[1:]:
 
 
 def test_public_names_can_be_imported_first():
-    names = ["FistaPackedConfig", "FistaPruner", "FistaPruningConfig", "load_model", "masked_training", "recover"]
+    names = [
+        "FistaPackedConfig",
+        "FistaPruner",
+        "FistaPruningConfig",
+        "load_model",
+        "masked_training",
+        "recover",
+    ]
     done = subprocess.run([sys.executable, "-c", _SCRIPT, *names], capture_output=True, text=True)
     assert not done.returncode, done.stderr
 

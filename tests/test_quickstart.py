@@ -26,5 +26,7 @@ def test_the_quickstart_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     assert "operators keep their pattern" in printed
     assert printed.count("perplexity ") == 1 + 2  # of the run, and of the two commands
     assert verify_checkpoint(tmp_path / "pruned").num_operators == 14
-    weights = AutoModelForCausalLM.from_pretrained("runs/smollm2-50").model.layers[0].mlp.up_proj.weight
+    weights = (
+        AutoModelForCausalLM.from_pretrained("runs/smollm2-50").model.layers[0].mlp.up_proj.weight
+    )
     assert torch.count_nonzero(weights) == weights.numel() / 2

@@ -4,13 +4,38 @@ import json
 import pytest
 
 from optimum_fista.memory import MemoryPeak
-from optimum_fista.report import LayerReport, OperatorGrid, OperatorReport, PruningReport, layer_and_kind, public_name
+from optimum_fista.report import (
+    LayerReport,
+    OperatorGrid,
+    OperatorReport,
+    PruningReport,
+    layer_and_kind,
+    public_name,
+)
 
 
 def operator(name: str, **changes) -> OperatorReport:
-    values = {"name": name, "shape": (4, 8), "stored_transposed": False, "pattern": "unstructured", "scope": "matrix"}
-    values |= {"target_sparsity": 0.5, "num_kept": 16, "sparsity": 0.5, "method": "fista", "fit_error": 0.2}
-    values |= {"l1_penalty": 0.03, "iterations": 40, "converged": True, "message": "", "num_tokens": 128}
+    values = {
+        "name": name,
+        "shape": (4, 8),
+        "stored_transposed": False,
+        "pattern": "unstructured",
+        "scope": "matrix",
+    }
+    values |= {
+        "target_sparsity": 0.5,
+        "num_kept": 16,
+        "sparsity": 0.5,
+        "method": "fista",
+        "fit_error": 0.2,
+    }
+    values |= {
+        "l1_penalty": 0.03,
+        "iterations": 40,
+        "converged": True,
+        "message": "",
+        "num_tokens": 128,
+    }
     values |= {"solve_seconds": 0.25}
     return OperatorReport(**values | changes)
 
@@ -21,7 +46,10 @@ def report(*operators: OperatorReport) -> PruningReport:
         model={"num_parameters": 400},
         calibration={"sha256": "ab", "num_tokens": 128, "num_sequences": 8},
         operators=list(operators),
-        layers=[LayerReport("layers.0", 0.25, 1.0, MemoryPeak(5, 3)), LayerReport("layers.1", None, 0.5)],
+        layers=[
+            LayerReport("layers.0", 0.25, 1.0, MemoryPeak(5, 3)),
+            LayerReport("layers.1", None, 0.5),
+        ],
         left_dense={"layers.0.gate": "exclude"},
         warnings=["few tokens"],
         seconds={"total": 1.5},
@@ -30,7 +58,14 @@ def report(*operators: OperatorReport) -> PruningReport:
 
 TWO = report(
     operator("layers.0.up.weight"),
-    operator("layers.0.down.weight", shape=(2, 4), num_kept=2, sparsity=0.75, fit_error=0.6, converged=False),
+    operator(
+        "layers.0.down.weight",
+        shape=(2, 4),
+        num_kept=2,
+        sparsity=0.75,
+        fit_error=0.6,
+        converged=False,
+    ),
 )
 
 
@@ -67,14 +102,19 @@ def test_summary_for_people():
 
 def test_held_out_errors_are_compared_with_those_of_the_same_operators():
     first, second = TWO.operators
-    third = dataclasses.replace(first, name="layers.0.gate.weight", fit_error=0.4, held_out_fit_error=0.5)
+    third = dataclasses.replace(
+        first, name="layers.0.gate.weight", fit_error=0.4, held_out_fit_error=0.5
+    )
     held_out = report(dataclasses.replace(first, held_out_fit_error=0.25), second, third)
     held_out.calibration["held_out"] = {"sha256": "cd", "num_tokens": 1024, "num_sequences": 2}
     totals = held_out.totals
     assert totals["mean_held_out_fit_error"] == pytest.approx(0.375)
     assert totals["max_held_out_fit_error"] == 0.5
     assert totals["held_out_ratio"] == pytest.approx(0.75 / 0.6)
-    assert "0.6000 at most (1.25 times that on 1,024 held-out tokens, 0.3750 on average), output" in str(held_out)
+    assert (
+        "0.6000 at most (1.25 times that on 1,024 held-out tokens, 0.3750 on average), output"
+        in str(held_out)
+    )
     assert PruningReport.from_dict(json.loads(held_out.to_json())) == held_out
 
 
@@ -110,9 +150,21 @@ def test_only_the_last_part_of_a_path_is_public(name, shown, tmp_path, monkeypat
     ("name", "layer", "kind"),
     [
         ("model.layers.3.self_attn.q_proj.weight", "model.layers.3", "self_attn.q_proj"),
-        ("model.layers.0.block_sparse_moe.experts.7.w2.weight", "model.layers.0", "block_sparse_moe.experts.*.w2"),
-        ("model.layers.0.mlp.shared_experts.up_proj.weight", "model.layers.0", "mlp.shared_experts.up_proj"),
-        ("h.11.mlp.experts.gate_up_proj[31, :, 0::2]", "h.11", "mlp.experts.gate_up_proj[*, :, 0::2]"),
+        (
+            "model.layers.0.block_sparse_moe.experts.7.w2.weight",
+            "model.layers.0",
+            "block_sparse_moe.experts.*.w2",
+        ),
+        (
+            "model.layers.0.mlp.shared_experts.up_proj.weight",
+            "model.layers.0",
+            "mlp.shared_experts.up_proj",
+        ),
+        (
+            "h.11.mlp.experts.gate_up_proj[31, :, 0::2]",
+            "h.11",
+            "mlp.experts.gate_up_proj[*, :, 0::2]",
+        ),
         ("<b>.weight", "", "<b>"),
     ],
 )
@@ -124,6 +176,10 @@ def test_a_grid_has_all_operators_of_a_kind():
     names = ["l.2.up.weight", "l.2.experts.0.w.weight", "l.2.experts.1.w.weight", "l.10.up.weight"]
     grid = OperatorGrid(operator(name) for name in names)
     found = {place: [o.name for o in found] for place, found in grid.cells.items()}
-    assert found == {("l.2", "up"): names[:1], ("l.2", "experts.*.w"): names[1:3], ("l.10", "up"): names[3:]}
+    assert found == {
+        ("l.2", "up"): names[:1],
+        ("l.2", "experts.*.w"): names[1:3],
+        ("l.10", "up"): names[3:],
+    }
     assert grid.layers == ["l.2", "l.10"]
     assert [o.name for o in grid.kinds["up"]] == [names[0], names[3]]

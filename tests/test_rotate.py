@@ -17,9 +17,36 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_fista import FistaPruner, FistaPruningConfig, recover
 from optimum_fista.solve.pattern import parse_pattern
 
-FITTING = ("llama", "qwen2", "qwen3", "qwen3_next", "mistral", "phi3", "gemma", "granite", "smollm3")
-OTHERS = ("gemma2", "gemma3_text", "olmo2", "cohere", "gpt2", "gpt_neox", "opt", "qwen3_moe", "mixtral")
-QUICK = {"pattern": "2:4", "num_samples": 4, "sequence_length": 16, "steps": 4, "seed": 0, "device": "cpu"}
+FITTING = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "qwen3_next",
+    "mistral",
+    "phi3",
+    "gemma",
+    "granite",
+    "smollm3",
+)
+OTHERS = (
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "cohere",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "qwen3_moe",
+    "mixtral",
+)
+QUICK = {
+    "pattern": "2:4",
+    "num_samples": 4,
+    "sequence_length": 16,
+    "steps": 4,
+    "seed": 0,
+    "device": "cpu",
+}
 QUICK |= {"dtype": "auto", "overwrite": False}
 
 
@@ -37,7 +64,9 @@ def rotate(tmp_path):
 
 def logits(folder):
     with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")(tiny_tokens()).logits.float()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")(
+            tiny_tokens()
+        ).logits.float()
 
 
 def saved(model, folder):
@@ -47,7 +76,12 @@ def saved(model, folder):
 
 
 def model_of(family, monkeypatch):
-    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+    }
     sizes |= {"vocab_size": VOCAB_SIZE, "intermediate_size": 48, "pad_token_id": 0}
     sizes |= {"head_dim": 8} if family.startswith(("gemma", "qwen3_next")) else {}
     if family == "qwen3_next":  # its attention has a gate before the output projection
@@ -73,12 +107,21 @@ def test_families_compute_the_same(family, monkeypatch):
     assert found["difference"] < 1e-4
     assert found["heads"] == (0 if family in ("phi3", "qwen3_next") else 4)
     moved = {
-        name for name, value in model.named_parameters() if name in weights and not torch.equal(value, weights[name])
+        name
+        for name, value in model.named_parameters()
+        if name in weights and not torch.equal(value, weights[name])
     }
-    assert {"model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.o_proj.weight"} <= moved
-    for name in ("gate_up_proj",) if family == "phi3" else ("gate_proj", "up_proj"):  # so that learning rates suit
+    assert {
+        "model.layers.0.mlp.down_proj.weight",
+        "model.layers.1.self_attn.o_proj.weight",
+    } <= moved
+    for name in (
+        ("gate_up_proj",) if family == "phi3" else ("gate_proj", "up_proj")
+    ):  # so that learning rates suit
         name = f"model.layers.1.mlp.{name}.weight"
-        assert float(model.get_parameter(name).detach().norm()) == pytest.approx(float(weights[name].norm()), rel=0.03)
+        assert float(model.get_parameter(name).detach().norm()) == pytest.approx(
+            float(weights[name].norm()), rel=0.03
+        )
     assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
 
 
@@ -124,8 +167,14 @@ def mean_log_error(model, ids, pattern):
     stream, terms = example._Stream(model, ids[:1], pattern), []
     stream.measure(ids)
     for layer in stream.layers:
-        costs = {r: 1 / layer.inverses[norm].diagonal() for norm, readers in layer.readers.items() for r in readers}
-        costs |= layer.squares | {layer.output: 1 / layer.blocks.diagonal(dim1=-2, dim2=-1).flatten()}
+        costs = {
+            r: 1 / layer.inverses[norm].diagonal()
+            for norm, readers in layer.readers.items()
+            for r in readers
+        }
+        costs |= layer.squares | {
+            layer.output: 1 / layer.blocks.diagonal(dim1=-2, dim2=-1).flatten()
+        }
         for operator, cost in costs.items():
             scores = operator.read().square() * cost
             lost = scores[~pattern.mask(scores, squared=True)].sum()
@@ -134,7 +183,12 @@ def mean_log_error(model, ids, pattern):
 
 
 def test_the_predicted_error_is_that_of_the_pattern():
-    before, after, ids, pattern = tiny_llama(), tiny_llama(), tiny_tokens(), parse_pattern("2:4", None)
+    before, after, ids, pattern = (
+        tiny_llama(),
+        tiny_llama(),
+        tiny_tokens(),
+        parse_pattern("2:4", None),
+    )
     with torch.no_grad():
         for layer in (layer for model in (before, after) for layer in model.model.layers):
             for projection in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.self_attn.o_proj):
@@ -158,11 +212,23 @@ def test_heads_turn_too(monkeypatch):
 def test_it_is_pruned_and_recovered_like_any_other(tiny_folder, rotate, tmp_path):
     _, output = rotate(tiny_folder, steps=20)
     config = FistaPruningConfig(pattern="2:4", reorder_channels=True)
-    FistaPruner(config, progress=False).prune(output, tiny_tokens().split(4), output_dir=tmp_path / "p", device="cpu")
-    assert json.loads((tmp_path / "p" / "config.json").read_text())["fista_rotation"]["pattern"] == "2:4"
-    text, quiet = str(tmp_path / "sea.txt"), {"device": "cpu", "progress": False, "tokens": 64, "sequence_length": 16}
-    recover(tmp_path / "p", tiny_folder, tmp_path / "r", calibration=text, **quiet)  # the teacher is the first model
-    with pytest.raises(ValueError, match="is pruned, and a rotation would fill its zeros and lose its report"):
+    FistaPruner(config, progress=False).prune(
+        output, tiny_tokens().split(4), output_dir=tmp_path / "p", device="cpu"
+    )
+    assert (
+        json.loads((tmp_path / "p" / "config.json").read_text())["fista_rotation"]["pattern"]
+        == "2:4"
+    )
+    text, quiet = (
+        str(tmp_path / "sea.txt"),
+        {"device": "cpu", "progress": False, "tokens": 64, "sequence_length": 16},
+    )
+    recover(
+        tmp_path / "p", tiny_folder, tmp_path / "r", calibration=text, **quiet
+    )  # the teacher is the first model
+    with pytest.raises(
+        ValueError, match="is pruned, and a rotation would fill its zeros and lose its report"
+    ):
         rotate(tmp_path / "p", "again")
 
 
@@ -179,7 +245,10 @@ def test_the_licence_comes_along(tiny_folder, rotate, tmp_path):
     (source / "README.md").write_text("---\nlicense: llama3.2\n---\n")
     (source / "LICENSE").write_text("text")
     found, output = rotate(source)
-    assert all((output / name).read_bytes() == (source / name).read_bytes() for name in ("README.md", "LICENSE"))
+    assert all(
+        (output / name).read_bytes() == (source / name).read_bytes()
+        for name in ("README.md", "LICENSE")
+    )
     assert (found["model"], found["calibration"]) == ("source", "sea.txt")
 
 
@@ -203,7 +272,9 @@ def test_operators_of_zeros_are_rotated(rotate, tmp_path):
 
 
 def test_the_seed_decides(tiny_folder, rotate):
-    folders = [rotate(tiny_folder, name, seed=seed)[1] for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    folders = [
+        rotate(tiny_folder, name, seed=seed)[1] for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
     a, b, c = (load_file(folder / "model.safetensors") for folder in folders)
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not torch.equal(a["lm_head.weight"], c["lm_head.weight"])
@@ -233,8 +304,14 @@ def test_bad_options_write_nothing(tiny_folder, rotate, tmp_path, options, why):
 def test_tensors_that_no_class_loads_are_not_left_behind(tiny_folder, rotate, tmp_path):
     source = saved(tiny_llama(), tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
-    save_file(tensors | {"mtp.0.proj.weight": torch.ones(32, 64)}, source / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"has mtp\.0\.proj\.weight, which LlamaForCausalLM does not load"):
+    save_file(
+        tensors | {"mtp.0.proj.weight": torch.ones(32, 64)},
+        source / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(
+        ValueError, match=r"has mtp\.0\.proj\.weight, which LlamaForCausalLM does not load"
+    ):
         rotate(source)
     assert not (tmp_path / "rotated").exists()
 
@@ -251,7 +328,14 @@ def test_a_model_of_the_user_is_replaced_only_if_asked(tiny_folder, rotate):
 
 def test_the_command(tiny_folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "sea.txt").write_text(TEXT)
-    flags = ["--model", str(tiny_folder), "--output", str(tmp_path / "out"), "--calibration", str(tmp_path / "sea.txt")]
+    flags = [
+        "--model",
+        str(tiny_folder),
+        "--output",
+        str(tmp_path / "out"),
+        "--calibration",
+        str(tmp_path / "sea.txt"),
+    ]
     flags += ["--num-samples", "4", "--sequence-length", "16", "--steps", "3", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["rotate.py", *flags])
     example.main()

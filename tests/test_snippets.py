@@ -25,12 +25,18 @@ def test_python_snippets_run(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_tiny_folder(tmp_path / "hub-id-or-folder")
     (tmp_path / "text.txt").write_text(3 * TEXT)
-    names = {"model": tiny_llama(), "calib_dataloader": tiny_tokens().split(4), "tokenizer": tiny_tokenizer()}
+    names = {
+        "model": tiny_llama(),
+        "calib_dataloader": tiny_tokens().split(4),
+        "tokenizer": tiny_tokenizer(),
+    }
     names["train_dataset"] = [{"input_ids": row, "labels": row} for row in tiny_tokens()]
     if "tensorboard" in snippet:
         pytest.importorskip("tensorboard", reason="needs TensorBoard: pip install tensorboard")
     if "torch.onnx" in snippet:
-        pytest.importorskip("onnxscript", reason="needs ONNX: pip install onnx onnxscript onnxruntime")
+        pytest.importorskip(
+            "onnxscript", reason="needs ONNX: pip install onnx onnxscript onnxruntime"
+        )
         pytest.importorskip("onnxruntime", reason="needs ONNX Runtime: pip install onnxruntime")
     if '"pruned-2-4"' in snippet or '"model-50-packed"' in snippet:
         prune_and_save(tiny_llama(), tmp_path / "pruned-2-4", pattern="2:4", method="wanda")

@@ -13,7 +13,10 @@ _WIDTH = "100"
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Replace the places on the pages by a section a command, and by a line an option."""
-    for place, kind in (("<!-- options -->", PruningOptions), ("<!-- recovery -->", RecoveryOptions)):
+    for place, kind in (
+        ("<!-- options -->", PruningOptions),
+        ("<!-- recovery -->", RecoveryOptions),
+    ):
         markdown = markdown.replace(place, _options(kind))
     return markdown.replace("<!-- commands -->", _sections())
 
@@ -22,8 +25,12 @@ def _sections() -> str:
     os.environ["COLUMNS"] = _WIDTH
     parser = build_parser()
     commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
-    return "\n".join(f"## {name}\n\n```text\n{command.format_help()}```\n" for name, command in commands.items())
+    return "\n".join(
+        f"## {name}\n\n```text\n{command.format_help()}```\n" for name, command in commands.items()
+    )
 
 
 def _options(kind: type) -> str:
-    return "\n".join(f"- `{f.name}: {f.type}`: {f.metadata['help']}" for f in dataclasses.fields(kind))
+    return "\n".join(
+        f"- `{f.name}: {f.type}`: {f.metadata['help']}" for f in dataclasses.fields(kind)
+    )

@@ -25,17 +25,41 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="DIR", help="pruned model folder, packed or not, or any other model")
-    add("--beside", metavar="MODEL", help="another model, such as the dense one: its answers are shown as well")
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer, in tokens (default 256)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the most probable token")
-    add("--seed", type=int, default=0, help="seed of the sampling at a temperature above 0 (default 0)")
+    add(
+        "--beside",
+        metavar="MODEL",
+        help="another model, such as the dense one: its answers are shown as well",
+    )
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="longest answer, in tokens (default 256)",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 (default) takes the most probable token",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the sampling at a temperature above 0 (default 0)",
+    )
     add("--device", **DEVICE)
     add("--dtype", **DTYPE)
 
 
 def run(arguments: argparse.Namespace) -> int:
     require_seed(arguments.seed)
-    terminal, names = sys.stdin.isatty() and sys.stdout.isatty(), filter(None, (arguments.model, arguments.beside))
+    terminal, names = (
+        sys.stdin.isatty() and sys.stdout.isatty(),
+        filter(None, (arguments.model, arguments.beside)),
+    )
     speakers = [_Speaker(name, arguments, writes=terminal) for name in names]
     if terminal:
         print("Ctrl-C stops an answer, Ctrl-D ends.")
@@ -48,7 +72,9 @@ def run(arguments: argparse.Namespace) -> int:
                     if terminal:
                         print(*who, end=" " * len(who), flush=True)
                     answer = speaker.answer(question)
-                    print(*([] if terminal else [*who, *answer.split()]), flush=True)  # a terminal has shown it
+                    print(
+                        *([] if terminal else [*who, *answer.split()]), flush=True
+                    )  # a terminal has shown it
     return int(any(speaker.failed for speaker in speakers))
 
 
@@ -64,10 +90,14 @@ class _Speaker:
         self.failed, self.turns = False, list[dict[str, str]]()
         loaded: Any = load_model(name, device=settings.device, dtype=settings.dtype)
         self.model, self.tokenizer = loaded
-        ends = getattr(self.model.generation_config, "eos_token_id", None)  # a number, a list or None
+        ends = getattr(
+            self.model.generation_config, "eos_token_id", None
+        )  # a number, a list or None
         ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id} - {None}
         # Otherwise `generate` would use the folder's settings of sampling and lengths.
-        self.model.eval().generation_config = GenerationConfig(eos_token_id=[*ends] or None, pad_token_id=[*ends, 0][0])
+        self.model.eval().generation_config = GenerationConfig(
+            eos_token_id=[*ends] or None, pad_token_id=[*ends, 0][0]
+        )
         config = self.model.config.get_text_config(decoder=True)
         self.room: float = getattr(config, "max_position_embeddings", None) or math.inf
 
@@ -77,9 +107,13 @@ class _Speaker:
         from jinja2 import TemplateError
         from transformers import TextStreamer
 
-        def refuse_nan(_: Any, scores: Any) -> Any:  # otherwise the first token would seem the most probable
+        def refuse_nan(
+            _: Any, scores: Any
+        ) -> Any:  # otherwise the first token would seem the most probable
             if scores.isnan().any():
-                raise ValueError(f"{self.name} gives NaN logits: look for NaN in its weights, or pass --dtype float32.")
+                raise ValueError(
+                    f"{self.name} gives NaN logits: look for NaN in its weights, or pass --dtype float32."
+                )
             return scores
 
         def say(piece: str, **_: Any) -> None:
@@ -99,7 +133,10 @@ class _Speaker:
         heat, room = self.settings.temperature, self.room - prompt["input_ids"].shape[1]
         options: Any = {"do_sample": True, "temperature": heat, "top_k": 0} if heat else {}
         # Beyond its last position a model writes nonsense, or fails.
-        options |= {"max_new_tokens": int(min(self.settings.max_new_tokens, room)), "streamer": streamer}
+        options |= {
+            "max_new_tokens": int(min(self.settings.max_new_tokens, room)),
+            "streamer": streamer,
+        }
         torch.manual_seed(self.settings.seed)  # for every answer, so that two models draw alike
         try:
             self.model.generate(**prompt, **options, logits_processor=[refuse_nan])
@@ -115,9 +152,18 @@ class _Speaker:
                 found = self.tokenizer(turns[-1]["content"], return_tensors="pt")
             else:
                 shown, template = list[Any](turns[start:]), self.tokenizer.apply_chat_template
-                if turns[-1]["content"].strip() not in template(shown, tokenize=False):  # it reads parts, as of images
-                    shown = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in shown]
+                if turns[-1]["content"].strip() not in template(
+                    shown, tokenize=False
+                ):  # it reads parts, as of images
+                    shown = [
+                        turn | {"content": [{"type": "text", "text": turn["content"]}]}
+                        for turn in shown
+                    ]
                 found = template(shown, **form)
             if 0 < (count := found["input_ids"].shape[1]) < self.room:
-                return turns[start:], {n: found[n].to(self.model.device) for n in ("input_ids", "attention_mask")}
-        raise ValueError(f"the question has {count} tokens: it takes at least 1, and fewer than {self.room}.")
+                return turns[start:], {
+                    n: found[n].to(self.model.device) for n in ("input_ids", "attention_mask")
+                }
+        raise ValueError(
+            f"the question has {count} tokens: it takes at least 1, and fewer than {self.room}."
+        )

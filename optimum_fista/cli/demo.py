@@ -38,8 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", metavar="MODEL", help="another model than SmolLM2-135M")
     add("--text", default="pydoc", metavar="SOURCE", help="text to measure on (default pydoc)")
-    add("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="for the models (default runs/demo)")
-    add("--overwrite", action="store_true", help="replace the models of an earlier demo in --output")
+    add(
+        "--output",
+        type=Path,
+        default=Path("runs/demo"),
+        metavar="DIR",
+        help="for the models (default runs/demo)",
+    )
+    add(
+        "--overwrite", action="store_true", help="replace the models of an earlier demo in --output"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -51,7 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.source.loading import load_model
     from optimum_fista.text.sources import require_source
 
-    started, saved = time.perf_counter(), [arguments.output / folder for *_, folder in _RUNS if folder]
+    started, saved = (
+        time.perf_counter(),
+        [arguments.output / folder for *_, folder in _RUNS if folder],
+    )
     for folder in saved:
         require_output(folder, arguments.overwrite)
     require_source(arguments.text)
@@ -67,26 +78,41 @@ def run(arguments: argparse.Namespace) -> int:
 
     def measured(model: Any) -> list[str]:
         found = evaluate_perplexity(model, windows, progress=False, text=text, tokenizer=tokenizer)
-        return [f"{found.perplexity:.2f}", f"{found.bits_per_byte or math.nan:.3f}"]  # only fast tokenizers know bytes
+        return [
+            f"{found.perplexity:.2f}",
+            f"{found.bits_per_byte or math.nan:.3f}",
+        ]  # only fast tokenizers know bytes
 
     rows = [["dense", "", *measured(dense)]]
     for method, pattern, folder in _RUNS:
         say(f"pruning by {method}, {pattern}")
-        pruned, pruner = copy.deepcopy(dense), FistaPruner(FistaPruningConfig(method=method, pattern=pattern))
+        pruned, pruner = (
+            copy.deepcopy(dense),
+            FistaPruner(FistaPruningConfig(method=method, pattern=pattern)),
+        )
         pruner.prune(pruned, tokens.split(1), calibration_source=arguments.text)
         rows.append([method, pattern, *measured(pruned)])
         if folder:
             pruner.save_pretrained(pruned, arguments.output / folder, tokenizer, overwrite=True)
-    print(f"\nPerplexity on {arguments.text} ({len(windows)} windows of {windows.shape[1]} tokens), lower is better\n")
-    print("\n".join(markdown_lines(["method", "pattern", "perplexity", "bits per byte"], rows)), end="\n\n")
+    print(
+        f"\nPerplexity on {arguments.text} ({len(windows)} windows of {windows.shape[1]} tokens), lower is better\n"
+    )
+    print(
+        "\n".join(markdown_lines(["method", "pattern", "perplexity", "bits per byte"], rows)),
+        end="\n\n",
+    )
     say("verifying and reloading")
     _show_models(dense, saved, tokenizer)
     name = arguments.model or os.path.relpath(_smollm2_folder())
     # The program as it was called, so that the commands can be copied in any environment.
     program = sys.argv[0] if Path(sys.argv[0]).name == "optimum-fista" else "optimum-fista"
     print("\nnext:")
-    print(f"  {program} chat {saved[0]} --beside {name}    # talk to the pruned model and to the dense one")
-    print(f"  {program} prune {name} --dry-run    # memory and time of a run with the model's own text")
+    print(
+        f"  {program} chat {saved[0]} --beside {name}    # talk to the pruned model and to the dense one"
+    )
+    print(
+        f"  {program} prune {name} --dry-run    # memory and time of a run with the model's own text"
+    )
     print(f"  {program} prune MODEL --output pruned    # a model of your own: Hub id or folder")
     return 0
 
@@ -101,7 +127,9 @@ def _material(source: str, model: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
     windows = evaluation_windows(tokenizer, text, min(_LENGTH, usual_length(model.config)))
     if len(windows) < 2 * _WINDOWS:
         needed = f"the demo calibrates on {_WINDOWS} windows and measures on {_WINDOWS}"
-        raise ValueError(f"--text {source} has {len(windows)} windows, and {needed}: pass a longer text.")
+        raise ValueError(
+            f"--text {source} has {len(windows)} windows, and {needed}: pass a longer text."
+        )
     others = windows[_WINDOWS:]  # the windows to calibrate on are spread over the rest of the text
     return others[:: len(others) // _WINDOWS][:_WINDOWS], windows[:_WINDOWS], text
 
@@ -117,10 +145,18 @@ def _show_models(dense: Any, folders: list[Path], tokenizer: Any) -> None:
         if folder is not None:
             verify_checkpoint(folder)
             model = AutoModelForCausalLM.from_pretrained(folder).to(dense.device)
-        size, name = sum(p.nbytes for p in model.parameters()) / 1e6, folder.name if folder else "dense"
-        print(f"\n{name:<12}{model.num_parameters():>13,} parameters, {size:.0f} MB in memory", flush=True)
+        size, name = (
+            sum(p.nbytes for p in model.parameters()) / 1e6,
+            folder.name if folder else "dense",
+        )
+        print(
+            f"\n{name:<12}{model.num_parameters():>13,} parameters, {size:.0f} MB in memory",
+            flush=True,
+        )
         inputs = tokenizer(_PROMPT, return_tensors="pt").to(model.device)
-        output = model.generate(**inputs, max_new_tokens=40, do_sample=False, repetition_penalty=1.2)
+        output = model.generate(
+            **inputs, max_new_tokens=40, do_sample=False, repetition_penalty=1.2
+        )
         print(" ".join(tokenizer.decode(output[0], skip_special_tokens=True).split()))
 
 

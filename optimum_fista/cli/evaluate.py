@@ -19,7 +19,12 @@ example:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
-    add("--text", required=True, metavar="SOURCE", help="a .txt or .jsonl file, wikitext2, c4, ptb or pydoc")
+    add(
+        "--text",
+        required=True,
+        metavar="SOURCE",
+        help="a .txt or .jsonl file, wikitext2, c4, ptb or pydoc",
+    )
     add("--sequence-length", type=int, default=1024, help="tokens in a window (default 1024)")
     add("--max-windows", type=int, help="stop after this many windows (default: the whole text)")
     add("--batch-size", type=int, default=1, help="windows in a forward pass (default 1)")
@@ -36,8 +41,12 @@ def run(arguments: argparse.Namespace) -> int:
     text = load_text(arguments.text, "test")
     model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     windows = evaluation_windows(tokenizer, text, arguments.sequence_length, arguments.max_windows)
-    found = evaluate_perplexity(model, windows, batch_size=arguments.batch_size, text=text, tokenizer=tokenizer)
+    found = evaluate_perplexity(
+        model, windows, batch_size=arguments.batch_size, text=text, tokenizer=tokenizer
+    )
     place = f"{found.num_windows} windows of {found.sequence_length} tokens, {found.num_tokens} predicted"
     per_byte = "" if found.bits_per_byte is None else f", {found.bits_per_byte:.4f} bits per byte"
-    print(f"perplexity {found.perplexity:.3f}{per_byte} on {arguments.text}: {place}, {found.seconds:.1f} s")
+    print(
+        f"perplexity {found.perplexity:.3f}{per_byte} on {arguments.text}: {place}, {found.seconds:.1f} s"
+    )
     return 0

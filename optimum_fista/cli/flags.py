@@ -8,7 +8,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from optimum_fista.options import kinds_of
 
-DEVICE: dict[str, Any] = {"help": "cpu, cuda, cuda:1 (default: the accelerator unless it is mps, otherwise the CPU)"}
+DEVICE: dict[str, Any] = {
+    "help": "cpu, cuda, cuda:1 (default: the accelerator unless it is mps, otherwise the CPU)"
+}
 DTYPE: dict[str, Any] = {
     "default": "auto",
     "help": "dtype of the weights: float32, bfloat16, float16, or auto: as they are stored (default)",
@@ -30,14 +32,20 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> dict[str, Any
             continue  # only for Python and --config files
         text, flag, settings = field.metadata["help"], field.name.replace("_", "-"), {}
         if kind is bool:
-            settings = {"action": "store_const", "const": not field.default}  # None if the flag is not given
+            settings = {
+                "action": "store_const",
+                "const": not field.default,
+            }  # None if the flag is not given
             flag, text = (f"no-{flag}", f"do not {text}") if field.default else (flag, text)
         elif origin is tuple:
             settings = {"action": "append", "metavar": "GLOB"}  # a flag for each pattern
         elif origin is Literal and len(kinds) == 1:
             settings = {"choices": get_args(kind)}
         else:
-            settings = {"type": _word_or_number if origin else kind, "metavar": _NAMES[str if origin else kind]}
+            settings = {
+                "type": _word_or_number if origin else kind,
+                "metavar": _NAMES[str if origin else kind],
+            }
         if not isinstance(field.default, bool | tuple | NoneType):
             text += f" (default {field.default})"
         if title is not None and title not in groups:

@@ -13,9 +13,26 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from optimum_fista.cli import chat, demo, doctor, evaluate, pack, page, prune, recover, unpack, verify
+from optimum_fista.cli import (
+    chat,
+    demo,
+    doctor,
+    evaluate,
+    pack,
+    page,
+    prune,
+    recover,
+    unpack,
+    verify,
+)
 
-_COMMANDS: dict[str, Any] = {"prune": prune, "recover": recover, "evaluate": evaluate, "report": page, "verify": verify}
+_COMMANDS: dict[str, Any] = {
+    "prune": prune,
+    "recover": recover,
+    "evaluate": evaluate,
+    "report": page,
+    "verify": verify,
+}
 _COMMANDS |= {"chat": chat, "pack": pack, "unpack": unpack, "demo": demo, "doctor": doctor}
 _SECONDS_BETWEEN_LINES = 30.0  # of bars in a log, besides the first line of each bar
 
@@ -38,14 +55,20 @@ class _Parser(argparse.ArgumentParser):
                 action.help = argparse.SUPPRESS  # the process ends with this help
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, 1)
-            self.error(f"unknown: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
+            near = difflib.get_close_matches(
+                unknown[0].partition("=")[0], self._option_string_actions, 1
+            )
+            self.error(
+                f"unknown: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else "")
+            )
         return found, unknown
 
     @property
     def rare(self) -> list[argparse.Action]:
         """The options that only `--help-all` shows."""
-        groups = [group for group in self._action_groups if (group.title or "").startswith("advanced: ")]
+        groups = [
+            group for group in self._action_groups if (group.title or "").startswith("advanced: ")
+        ]
         return [action for group in groups for action in group._group_actions]
 
 
@@ -55,11 +78,16 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     for name, command in _COMMANDS.items():
         summary = command.DESCRIPTION.split("\n", 1)[0].replace("%", "%%")
         subparser = subparsers.add_parser(
-            name, help=summary, description=command.DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=summary,
+            description=command.DESCRIPTION,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_arguments(subparser)
         if subparser.rare:
-            subparser.add_argument("--help-all", action="help", help="show all options, rare ones too")
+            subparser.add_argument(
+                "--help-all", action="help", help="show all options, rare ones too"
+            )
             subparser.epilog = f"{subparser.prog} --help-all shows the other options."
         subparser.set_defaults(fista_run=command.run)
 
@@ -68,7 +96,9 @@ def execute(arguments: argparse.Namespace) -> int:
     """Run a parsed command; errors of the user or the system become one line and 1, an interrupt 130."""
     formatted, stream = warnings.formatwarning, sys.stderr
     # Show no line of code with a warning: it is of no use here.
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
+    warnings.formatwarning = lambda message, *_, **__: (
+        f"warning: {' '.join(str(message).split())}\n"
+    )
     try:
         with redirect_stderr(stream if stream.isatty() else _BarsAsLines(stream)):
             return int(arguments.fista_run(arguments))
@@ -98,8 +128,12 @@ class _BarsAsLines:
         line = text.replace("\x1b[A", "").strip()  # a second bar goes up to the first one
         if text.startswith("\r") and "\n" not in line:
             self._in_bar = True
-            name = re.sub(r"\d+", "", re.split(r"[:|]", line)[0])  # "3 of 30 layers done: ..." and "4 of ..." are one
-            if line and (name not in self._names or time.monotonic() - self._last > _SECONDS_BETWEEN_LINES):
+            name = re.sub(
+                r"\d+", "", re.split(r"[:|]", line)[0]
+            )  # "3 of 30 layers done: ..." and "4 of ..." are one
+            if line and (
+                name not in self._names or time.monotonic() - self._last > _SECONDS_BETWEEN_LINES
+            ):
                 self._names.add(name)
                 self._last = time.monotonic()
                 self._stream.write(f"{line}\n")
@@ -129,7 +163,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of `optimum-fista`."""
     raw = argparse.RawDescriptionHelpFormatter  # the others would join the lines of examples
     parser = argparse.ArgumentParser("optimum-fista", description=_DESCRIPTION, formatter_class=raw)
-    parser.add_argument("--version", action="version", version=f"optimum-fista {version('optimum-fista')}")
+    parser.add_argument(
+        "--version", action="version", version=f"optimum-fista {version('optimum-fista')}"
+    )
     add_commands(parser)
     return parser
 

@@ -29,7 +29,9 @@ def say_before(arguments: argparse.Namespace, config: FistaPruningConfig) -> tup
     from optimum_fista.memory import available_bytes
     from optimum_fista.prune.journal import begun_batch_size
 
-    chosen: int | None = arguments.batch_size or begun_batch_size(unfinished_folder(arguments.output))
+    chosen: int | None = arguments.batch_size or begun_batch_size(
+        unfinished_folder(arguments.output)
+    )
     try:
         estimate = estimate_of(arguments, config, chosen)
         lines, parts = overview_of(estimate), estimate.memory["host"]
@@ -55,7 +57,9 @@ def say_before(arguments: argparse.Namespace, config: FistaPruningConfig) -> tup
     return estimate.batch_size, estimate.calibration
 
 
-def estimate_of(arguments: argparse.Namespace, config: FistaPruningConfig, batch_size: int | None) -> Estimate:
+def estimate_of(
+    arguments: argparse.Namespace, config: FistaPruningConfig, batch_size: int | None
+) -> Estimate:
     """Estimate memory and time of the run, with batches of this size; `None`: the best size for the device."""
     from optimum_fista.estimate import Estimate
 
@@ -79,29 +83,46 @@ def overview_of(estimate: Estimate) -> list[str]:
     elif weights:
         pruned += f"; {zeros:,} become zero ({zeros / weights:.1%})"
     tokens, more = f"{estimate.num_samples} x {estimate.length} tokens", ""
-    if estimate.calibration.endswith(".jsonl") and require_source(estimate.calibration, with_images=True):
-        tokens = f"{estimate.num_samples} sequences with images of {estimate.length} tokens or fewer"
+    if estimate.calibration.endswith(".jsonl") and require_source(
+        estimate.calibration, with_images=True
+    ):
+        tokens = (
+            f"{estimate.num_samples} sequences with images of {estimate.length} tokens or fewer"
+        )
         more = ", and what the encoders of images need"
     held_out = f" ({config.held_out} held out)" if config.held_out else ""
-    text = "that the model writes itself" if estimate.calibration == "self" else f"of {estimate.calibration}"
+    text = (
+        "that the model writes itself"
+        if estimate.calibration == "self"
+        else f"of {estimate.calibration}"
+    )
     if estimate.too_large_to_write:
         text += " (to write its own text, the whole model would have to fit into memory)"
-    memory = ", ".join(f"{size_text(sum(parts.values()))} of the {place}" for place, parts in estimate.memory.items())
+    memory = ", ".join(
+        f"{size_text(sum(parts.values()))} of the {place}"
+        for place, parts in estimate.memory.items()
+    )
     model_size = f"{parameters:,} parameters in {dtype} ({size_text(estimate.weight_bytes)})"
-    quantized = f"; dequantized from {estimate.quantized['quant_method']}" if estimate.quantized else ""
+    quantized = (
+        f"; dequantized from {estimate.quantized['quant_method']}" if estimate.quantized else ""
+    )
     quantized += ", written as it is stored" if estimate.as_stored else ""
     default = " (the default)" * (config.method == type(config).method)
     lines = {
         "model": f"{type(model).__name__}, {model_size}, {len(estimate.layers)} decoder layers{quantized}",
         "pruned": pruned,
-        "pattern": str(config.sparsity if estimate.asked.pattern == "unstructured" else estimate.asked.pattern),
+        "pattern": str(
+            config.sparsity if estimate.asked.pattern == "unstructured" else estimate.asked.pattern
+        ),
         "method": f"{config.method}{default}, error correction {config.error_correction}",
         "calibration": f"{tokens}{held_out} {text}, batches of {estimate.batch_size}",
         "memory": f"{memory}, at most, on {estimate.device}{more}",
         "disk": size_text(sum(estimate.disk_bytes.values())),
     }
     unplaced = lines_of_unplaced(estimate.source.copied, estimate.source.lost)
-    return [f"{name:<13}{text}" for name, text in lines.items()] + [f"{'beside it':<13}{line}" for line in unplaced]
+    return [f"{name:<13}{text}" for name, text in lines.items()] + [
+        f"{'beside it':<13}{line}" for line in unplaced
+    ]
 
 
 def details_of(estimate: Estimate) -> list[str]:
@@ -111,9 +132,14 @@ def details_of(estimate: Estimate) -> list[str]:
     lines, kinds = overview_of(estimate), dict[str, list[str]]()
     for name in estimate.weights:
         kinds.setdefault(name.rpartition(".")[2], []).append(name)
-    lines += ["", f"{'operators':<24}{'number':>8}{'weights':>20}{'removed' if estimate.num_removed else 'zeros':>20}"]
+    lines += [
+        "",
+        f"{'operators':<24}{'number':>8}{'weights':>20}{'removed' if estimate.num_removed else 'zeros':>20}",
+    ]
     for kind, names in kinds.items():
-        weights, zeros = (sum(count[name] for name in names) for count in (estimate.weights, estimate.zeros))
+        weights, zeros = (
+            sum(count[name] for name in names) for count in (estimate.weights, estimate.zeros)
+        )
         lines.append(f"{kind:<24}{len(names):>8}{weights:>20,}{zeros:>20,}")
     reasons = dict[str, list[str]]()
     for name, why in estimate.left_dense.items():
@@ -121,7 +147,9 @@ def details_of(estimate: Estimate) -> list[str]:
         reasons.setdefault(re.sub(r"\.\d+\.", ".*.", why), []).append(name)
     lines += [f"left dense ({reason}): {first_names(names)}" for reason, names in reasons.items()]
     notes = list(estimate.config.idle_patterns([*estimate.operators, *estimate.left_dense]))
-    tables: dict[str, Any] = {f"memory, {place}": (parts, size_text) for place, parts in estimate.memory.items()}
+    tables: dict[str, Any] = {
+        f"memory, {place}": (parts, size_text) for place, parts in estimate.memory.items()
+    }
     tables["disk"] = estimate.disk_bytes, size_text
     try:
         tables["time"] = estimate.seconds, tqdm.format_interval
@@ -129,9 +157,15 @@ def details_of(estimate: Estimate) -> list[str]:
         notes.append(f"time is not estimated: {error}")
     for title, (parts, text_of) in tables.items():
         lines += ["", f"{title:<44}{text_of(sum(parts.values())):>12}"]
-        lines += [f"  {name:<42}{text_of(n):>12}" for name, n in sorted(parts.items(), key=lambda p: -p[1]) if n]
+        lines += [
+            f"  {name:<42}{text_of(n):>12}"
+            for name, n in sorted(parts.items(), key=lambda p: -p[1])
+            if n
+        ]
     if estimate.calibration == "self":
-        notes.append("--calibration self loads the whole model, which writes its text; no time is counted for that.")
+        notes.append(
+            "--calibration self loads the whole model, which writes its text; no time is counted for that."
+        )
     return [*lines, *(f"note: {note}" for note in notes)]
 
 
@@ -166,7 +200,11 @@ def _verdict(found: Mapping[str, Any]) -> str:
         return "no verdict on text of its own"
     if found["dense"] > found["vocabulary"] / 2:  # chance is the size of the vocabulary
         return "the dense model is no better than chance"
-    words = {1.1: "close to the dense model", 1.5: "usable as it is", 3.0: "clearly worse, training would help"}
+    words = {
+        1.1: "close to the dense model",
+        1.5: "usable as it is",
+        3.0: "clearly worse, training would help",
+    }
     fitting = (word for most, word in words.items() if found["pruned"] <= most * found["dense"])
     return next(fitting, "broken: prune less")
 
@@ -176,13 +214,17 @@ def argument(path: str | Path) -> str:
     return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
-def next_commands(model: str, folder: Path, calibration: str | None, *, has_zeros: bool = True) -> str:
+def next_commands(
+    model: str, folder: Path, calibration: str | None, *, has_zeros: bool = True
+) -> str:
     """List commands to use on a pruned model; `calibration` is `None` if the model was recovered already."""
     from optimum_fista.text.sources import usual_texts
 
     name, dense = argument(folder), argument(model)
     measured, trained = usual_texts()
-    text = trained if calibration == "self" else argument(calibration or trained)  # a model would write for hours
+    text = (
+        trained if calibration == "self" else argument(calibration or trained)
+    )  # a model would write for hours
     commands = {
         f"chat {name} --beside {dense}": "talk to the pruned and to the dense model",
         f"evaluate {name} --text {measured}": "perplexity; run it on the dense model too, to compare",
@@ -194,6 +236,10 @@ def next_commands(model: str, folder: Path, calibration: str | None, *, has_zero
         commands[f"verify {name}"] = "counts the zeros in the files again"
     shown = {c: why for c, why in commands.items() if calibration or not c.startswith("recover ")}
     lines = [f"optimum-fista {command}    # {why}" for command, why in shown.items()]
-    repository = re.sub(r"[^\w.]+", "-", folder.name, flags=re.ASCII).strip("-.")  # letters that the Hub takes
-    lines.append(f"hf upload YOUR-NAME/{repository} {name}    # put it on the Hub, after hf auth login")
+    repository = re.sub(r"[^\w.]+", "-", folder.name, flags=re.ASCII).strip(
+        "-."
+    )  # letters that the Hub takes
+    lines.append(
+        f"hf upload YOUR-NAME/{repository} {name}    # put it on the Hub, after hf auth login"
+    )
     return "\n".join(["next:", *(f"  {line}" for line in lines)])

@@ -18,8 +18,12 @@ example:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", type=Path, help="model folder")
-    parser.add_argument("--output", "-o", required=True, type=Path, metavar="DIR", help="folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model that --output already holds")
+    parser.add_argument(
+        "--output", "-o", required=True, type=Path, metavar="DIR", help="folder to write"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a model that --output already holds"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -34,6 +38,8 @@ def convert(arguments: argparse.Namespace, write: Callable[..., object], title: 
 
     folder, output = arguments.folder, arguments.output
     with tqdm(desc=title, unit="file", leave=False) as bar:
-        sizes = write(folder, output, overwrite=arguments.overwrite, progress=lambda _: bar.update())
+        sizes = write(
+            folder, output, overwrite=arguments.overwrite, progress=lambda _: bar.update()
+        )
     print(sizes, f"saved to {output}", sep="\n")
     return 0

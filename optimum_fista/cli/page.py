@@ -16,7 +16,13 @@ example:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", metavar="DIR", type=Path, help="folder saved by optimum-fista")
-    add("--output", "-o", type=Path, metavar="FILE.html", help="page to write (default DIR/fista/report.html)")
+    add(
+        "--output",
+        "-o",
+        type=Path,
+        metavar="FILE.html",
+        help="page to write (default DIR/fista/report.html)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
     from optimum_fista.config import FistaPruningConfig
 
-_MEASURED_IMAGES = 16  # sequences with images that the perplexity is measured on: they have 300 tokens or more
+_MEASURED_IMAGES = (
+    16  # sequences with images that the perplexity is measured on: they have 300 tokens or more
+)
 
 DESCRIPTION = """\
 Prune a model and save it as a folder that plain Transformers loads.
@@ -48,27 +50,72 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add, parser.usage = parser.add_argument, "%(prog)s MODEL [options]"  # argparse's own would fill a screen
+    add, parser.usage = (
+        parser.add_argument,
+        "%(prog)s MODEL [options]",
+    )  # argparse's own would fill a screen
     add("model", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
-    add("--output", "-o", type=Path, metavar="DIR", help="new folder (default: MODEL's name with -50pct, -2of4, ...)")
+    add(
+        "--output",
+        "-o",
+        type=Path,
+        metavar="DIR",
+        help="new folder (default: MODEL's name with -50pct, -2of4, ...)",
+    )
     advanced = add_options(parser, PruningOptions)
-    add("--target-size", type=float, metavar="SHARE", help="remove rare tokens, then channels, until this is left")
-    add("--recipe", metavar="NAME", help="default, fast, or paper (FISTAPruner as published); other flags override it")
+    add(
+        "--target-size",
+        type=float,
+        metavar="SHARE",
+        help="remove rare tokens, then channels, until this is left",
+    )
+    add(
+        "--recipe",
+        metavar="NAME",
+        help="default, fast, or paper (FISTAPruner as published); other flags override it",
+    )
     sources = "self (the model writes it; default if it fits), .txt, .jsonl (images too), wikitext2, c4, ptb or pydoc"
     sources += "; repeatable if tokens are removed (vocab:0.35)"
     add("--calibration", action="append", metavar="SOURCE", help=sources)
-    add("--num-samples", type=int, default=128, metavar="N", help="calibration sequences (default 128)")
-    add("--sequence-length", type=int, metavar="N", help="tokens in a sequence (default: 2048, or the model's limit)")
+    add(
+        "--num-samples",
+        type=int,
+        default=128,
+        metavar="N",
+        help="calibration sequences (default 128)",
+    )
+    add(
+        "--sequence-length",
+        type=int,
+        metavar="N",
+        help="tokens in a sequence (default: 2048, or the model's limit)",
+    )
     add("--device", **DEVICE)
     add("--dtype", **DTYPE)
-    add("--dry-run", action="store_true", help="only print what a run would prune and need; MODEL may be a config.json")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="only print what a run would prune and need; MODEL may be a config.json",
+    )
     add("--overwrite", action="store_true", help="replace a model that --output already holds")
-    add("--packed", action="store_true", help="store the pruned weights without their zeros (see pack --help)")
-    add("--push-to-hub", metavar="REPO", help="upload the folder, with copies of small files beside MODEL's weights")
+    add(
+        "--packed",
+        action="store_true",
+        help="store the pruned weights without their zeros (see pack --help)",
+    )
+    add(
+        "--push-to-hub",
+        metavar="REPO",
+        help="upload the folder, with copies of small files beside MODEL's weights",
+    )
     # None: the Hub decides, by the settings of an organisation.
     add("--private", action="store_true", default=None, help="make a new repository private")
     add = advanced["method"].add_argument
-    add("--config", metavar="FILE", help="JSON file, pruned folder or Hub id with a configuration; flags override it")
+    add(
+        "--config",
+        metavar="FILE",
+        help="JSON file, pruned folder or Hub id with a configuration; flags override it",
+    )
     add = advanced["calibration and machine"].add_argument
     pass_size = "sequences in a forward pass (default: 1 on a CPU; on others up to 8192 tokens, if memory allows)"
     add("--batch-size", type=int, metavar="N", help=pass_size)
@@ -82,7 +129,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     require_name(arguments.model)  # before the imports below, which take seconds
     from optimum_fista.cli.messages import speaking_ranks
-    from optimum_fista.cli.overview import details_of, estimate_of, next_commands, say_before, verdicts
+    from optimum_fista.cli.overview import (
+        details_of,
+        estimate_of,
+        next_commands,
+        say_before,
+        verdicts,
+    )
     from optimum_fista.cli.target_size import plan_size, remove_tokens
     from optimum_fista.folder.hub import push_folder
     from optimum_fista.folder.output import FOLDER, locked_output, require_output
@@ -108,21 +161,37 @@ def run(arguments: argparse.Namespace) -> int:
         first = arguments.output.with_name(f"{arguments.output.name}-tokens")
         remove_tokens(tokens, first, arguments.overwrite)
         arguments.model = str(first)
-    with speaking_ranks(arguments.device, "optimum_fista.removal.parts") as ranks, ExitStack() as opened:
+    with (
+        speaking_ranks(arguments.device, "optimum_fista.removal.parts") as ranks,
+        ExitStack() as opened,
+    ):
         try:
             # held to the end of the run: two runs must not write into one folder
             folder = ranks.first(lambda: opened.enter_context(locked_output(arguments.output)))
             batches: Any = documents
             if documents is None:
-                arguments.batch_size, arguments.calibration = ranks.first(lambda: say_before(arguments, config))
-                batches = ranks.first(lambda: _batches(arguments, config, ranks.device, folder / FOLDER))
-            options = {name: getattr(arguments, name) for name in ("device", "dtype", "overwrite", "packed")}
-            options |= {"calibration_source": names or arguments.calibration, "output_dir": arguments.output}
+                arguments.batch_size, arguments.calibration = ranks.first(
+                    lambda: say_before(arguments, config)
+                )
+                batches = ranks.first(
+                    lambda: _batches(arguments, config, ranks.device, folder / FOLDER)
+                )
+            options = {
+                name: getattr(arguments, name)
+                for name in ("device", "dtype", "overwrite", "packed")
+            }
+            options |= {
+                "calibration_source": names or arguments.calibration,
+                "output_dir": arguments.output,
+            }
             pruner = FistaPruner(config, storage_device=arguments.storage_device)
             report = pruner.prune(arguments.model, batches, **options)
         except KeyboardInterrupt:
             if not names:
-                print("\nfinished decoder layers are kept: give the same command again to resume", file=sys.stderr)
+                print(
+                    "\nfinished decoder layers are kept: give the same command again to resume",
+                    file=sys.stderr,
+                )
             raise
     if ranks.index:
         return 0
@@ -133,7 +202,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.push_to_hub:
         print(push_folder(arguments.output, arguments.push_to_hub, private=arguments.private))
     else:
-        text = "self" if "media" in report.calibration else arguments.calibration  # other commands take text only
+        text = (
+            "self" if "media" in report.calibration else arguments.calibration
+        )  # other commands take text only
         print(next_commands(model, arguments.output, text, has_zeros=not report.removed))
     return 0
 
@@ -161,10 +232,17 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
         require_push(arguments.push_to_hub)
     elif arguments.private:
         raise ValueError("--private makes sense with --push-to-hub REPO only.")
-    if not arguments.overwrite:  # refuse an unfinished run with other settings now; other text is noticed later
-        wanted: dict[str, Any] = {"recovery": None, "sequences": arguments.num_samples + config.held_out}
+    if (
+        not arguments.overwrite
+    ):  # refuse an unfinished run with other settings now; other text is noticed later
+        wanted: dict[str, Any] = {
+            "recovery": None,
+            "sequences": arguments.num_samples + config.held_out,
+        }
         wanted["config"] = json.loads(json.dumps(config.resolved().to_dict()))  # tuples to lists
-        if arguments.sequence_length is not None and not has_images:  # otherwise sequences may be shorter
+        if (
+            arguments.sequence_length is not None and not has_images
+        ):  # otherwise sequences may be shorter
             wanted["length"] = arguments.sequence_length
         require_same_run(unfinished_folder(arguments.output), wanted)
 
@@ -178,7 +256,9 @@ def default_output(model: str, config: FistaPruningConfig) -> Path:
     return Path(f"{name}-{pattern}")
 
 
-def _documents(arguments: argparse.Namespace, config: FistaPruningConfig) -> tuple[str, Iterator[str] | None]:
+def _documents(
+    arguments: argparse.Namespace, config: FistaPruningConfig
+) -> tuple[str, Iterator[str] | None]:
     """Names and documents of all sources, if tokens are removed; `arguments.calibration` becomes the first one."""
     from optimum_fista.report import public_name
     from optimum_fista.text.sources import load_text, usual_texts
@@ -186,11 +266,15 @@ def _documents(arguments: argparse.Namespace, config: FistaPruningConfig) -> tup
     sources = arguments.calibration or [usual_texts()[1] if config.removes_tokens else None]
     arguments.calibration = sources[0]
     if not config.removes_tokens and len(sources) > 1:
-        raise ValueError(f"--calibration has {len(sources)} sources: pass one, or a pattern such as vocab:0.35.")
+        raise ValueError(
+            f"--calibration has {len(sources)} sources: pass one, or a pattern such as vocab:0.35."
+        )
     if not config.removes_tokens:
         return "", None
     if "self" in sources:
-        raise ValueError("--calibration self: a model's own text is too short for rare tokens, pass files or c4.")
+        raise ValueError(
+            "--calibration self: a model's own text is too short for rare tokens, pass files or c4."
+        )
     documents = (text for source in sources for text in load_text(source, "calibration").documents)
     return ", ".join(map(public_name, sources)), documents
 
@@ -217,19 +301,26 @@ def _batches(
     count = 0 if any(part.kind == "experts" for part in parts) else -(-LEAST_TOKENS // length)
     has_images = source != "self" and require_source(source, with_images=True)
     if has_images:
-        processor, lines = require_processor(arguments.model), load_text(source, "calibration", with_images=True)
+        processor, lines = (
+            require_processor(arguments.model),
+            load_text(source, "calibration", with_images=True),
+        )
 
     def draw(number: int) -> Any:  # a tensor, or a list of batches
         if has_images:
             return image_sequences(processor, model_config, lines, number, length, config.seed)
         places = {"device": device, "dtype": arguments.dtype, "keep_in": keep_in}
-        return calibration_tokens_by_name(arguments.model, source, number, length, config.seed, **places)
+        return calibration_tokens_by_name(
+            arguments.model, source, number, length, config.seed, **places
+        )
 
     if source == "self":
         tokens, source = draw(wanted), "pydoc"
         with suppress(ValueError):  # this text is too short for the length
             tokenizer = require_tokenizer(arguments.model)
-            measured = calibration_windows(tokenizer, load_text(source, "test"), count, length, config.seed)
+            measured = calibration_windows(
+                tokenizer, load_text(source, "test"), count, length, config.seed
+            )
     else:
         counts = (_MEASURED_IMAGES, 1) if has_images else (count, 1)
         further = counts if count and not config.held_out and arguments.num_samples > 0 else ()
@@ -245,7 +336,9 @@ def _batches(
         return [*tokens[:wanted], *({**batch, "held_out": source} for batch in measured or ())]
     batches: list[Tensor | dict[str, Any]] = [*tokens[:wanted].split(arguments.batch_size)]
     if measured is not None:
-        decoded = "".join(require_tokenizer(arguments.model).batch_decode(measured, skip_special_tokens=True))
+        decoded = "".join(
+            require_tokenizer(arguments.model).batch_decode(measured, skip_special_tokens=True)
+        )
         per_token = len(decoded.encode()) / measured.numel()
         batches.append({"input_ids": measured, "held_out": source, "bytes_per_token": per_token})
     return batches
@@ -257,10 +350,14 @@ def _config(arguments: argparse.Namespace) -> FistaPruningConfig:
 
     flags = given(arguments, PruningOptions)
     if arguments.recipe and arguments.config:
-        raise ValueError(f"--recipe {arguments.recipe} and --config {arguments.config}: pass only one of them.")
+        raise ValueError(
+            f"--recipe {arguments.recipe} and --config {arguments.config}: pass only one of them."
+        )
     if arguments.recipe:
         return FistaPruningConfig.recipe(arguments.recipe, **flags)
-    base = FistaPruningConfig.from_pretrained(arguments.config).to_dict() if arguments.config else {}
+    base = (
+        FistaPruningConfig.from_pretrained(arguments.config).to_dict() if arguments.config else {}
+    )
     if {"sparsity", "pattern"} & set(flags):  # each of them decides the other
         base = {key: value for key, value in base.items() if key not in ("sparsity", "pattern")}
     return FistaPruningConfig.from_dict(base | flags)

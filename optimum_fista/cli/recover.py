@@ -28,13 +28,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s DIR --teacher MODEL [options]"
     add = parser.add_argument
     add("folder", metavar="DIR", help="folder or Hub id of a pruned model, packed or not")
-    add("--teacher", metavar="MODEL", help="the dense model: Hub id or folder (default: the Hub id in DIR's report)")
-    add("--output", "-o", type=Path, metavar="DIR", help="folder to write to (default: DIR's name and -recovered)")
-    sources = "self (the teacher writes it; default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
+    add(
+        "--teacher",
+        metavar="MODEL",
+        help="the dense model: Hub id or folder (default: the Hub id in DIR's report)",
+    )
+    add(
+        "--output",
+        "-o",
+        type=Path,
+        metavar="DIR",
+        help="folder to write to (default: DIR's name and -recovered)",
+    )
+    sources = (
+        "self (the teacher writes it; default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
+    )
     add("--calibration", default="self", metavar="SOURCE", help=sources)
     add_options(parser, RecoveryOptions)
     add("--device", **DEVICE)
-    add("--dry-run", action="store_true", help="only print what would be trained, and estimate memory and time")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="only print what would be trained, and estimate memory and time",
+    )
     add("--overwrite", action="store_true", help="replace a model that --output already holds")
 
 
@@ -46,7 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.train.recovery import recover
     from optimum_fista.train.recovery_plan import plan_recovery, preview
 
-    options = {name: getattr(arguments, name) for name in ("teacher", "calibration", "device", "overwrite")}
+    options = {
+        name: getattr(arguments, name) for name in ("teacher", "calibration", "device", "overwrite")
+    }
     options |= given(arguments, RecoveryOptions)
     output = arguments.output or folder_beside(arguments.folder, "-recovered")
     if arguments.dry_run:
@@ -57,7 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
             found = recover(arguments.folder, output_dir=output, **options)
         except KeyboardInterrupt:
             if not ranks.index:
-                print("\nthe same command resumes after the last step that was saved", file=sys.stderr)
+                print(
+                    "\nthe same command resumes after the last step that was saved", file=sys.stderr
+                )
             raise
     if ranks.index:
         return 0

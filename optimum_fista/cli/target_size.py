@@ -32,14 +32,25 @@ def plan_size(arguments: argparse.Namespace) -> VocabularyPlan | None:
     for other in {"sparsity", "pattern"} & set(given(arguments, PruningOptions)):
         raise ValueError(f"--target-size says what goes: pass it without --{other}.")
     if not 0 < wanted < 1:
-        raise ValueError(f"--target-size {wanted:g}: pass the share of the parameters that is to be left, in (0, 1).")
+        raise ValueError(
+            f"--target-size {wanted:g}: pass the share of the parameters that is to be left, in (0, 1)."
+        )
     if launched_processes() > 1:
-        raise ValueError("--target-size makes two runs: pass vocab:unused and channels:SHARE to several processes.")
+        raise ValueError(
+            "--target-size makes two runs: pass vocab:unused and channels:SHARE to several processes."
+        )
     if arguments.output is not None:
-        require_output(arguments.output, arguments.overwrite, source=name)  # before the tokens are counted
+        require_output(
+            arguments.output, arguments.overwrite, source=name
+        )  # before the tokens are counted
     arguments.calibration = sources = arguments.calibration or [usual_texts()[1]]
-    keep, arguments.keep_tokens = arguments.keep_tokens or (), None  # the second run removes no tokens
-    texts = [load_text(source, "calibration") for source in sources if source != "self"]  # or it is their error
+    keep, arguments.keep_tokens = (
+        arguments.keep_tokens or (),
+        None,
+    )  # the second run removes no tokens
+    texts = [
+        load_text(source, "calibration") for source in sources if source != "self"
+    ]  # or it is their error
     try:
         if "self" in sources:
             raise ValueError("a model's own text is too short to tell which tokens are rare")
@@ -53,13 +64,20 @@ def plan_size(arguments: argparse.Namespace) -> VocabularyPlan | None:
         arguments.pattern = str(_channels(model, wanted * model.num_parameters(), wanted))
         return None
     described, vocabulary = tokens.report.model, tokens.report.model["vocabulary"]
-    before, after, size = described["dense_num_parameters"], described["num_parameters"], vocabulary["before"]
+    before, after, size = (
+        described["dense_num_parameters"],
+        described["num_parameters"],
+        vocabulary["before"],
+    )
     gone, most = size - vocabulary["kept"], wanted * before
     why = f"{gone} of {size} tokens do not occur in the text, which loses nothing without them"
     if after <= most:
         step = PartShare.usual_step("vocab", size)
         kept = math.floor((size - (before - most) * gone / (before - after)) / step) * step
-        arguments.pattern, arguments.keep_tokens = str(PartShare.keeping("vocab", kept, size)), keep or None
+        arguments.pattern, arguments.keep_tokens = (
+            str(PartShare.keeping("vocab", kept, size)),
+            keep or None,
+        )
         print(f"{why}: {arguments.pattern} is enough", file=sys.stderr)
         return None
     share = _channels(tokens.model, most, wanted)
@@ -72,8 +90,12 @@ def remove_tokens(plan: VocabularyPlan, folder: Path, overwrite: bool) -> None:
     """Write the folder of the model with fewer tokens, also over that of an earlier start, but no other pattern."""
     if (folder / REPORT_FILE).exists():
         found, planned = vars(read_report(folder)), vars(plan.report)
-        same = all(found[name] == planned[name] for name in ("config", "calibration", "model", "retrained"))
-        overwrite = same or (overwrite and found["config"]["pattern"] == planned["config"]["pattern"])
+        same = all(
+            found[name] == planned[name] for name in ("config", "calibration", "model", "retrained")
+        )
+        overwrite = same or (
+            overwrite and found["config"]["pattern"] == planned["config"]["pattern"]
+        )
     with new_output(folder, overwrite, plan.source) as written:
         plan.write(written, time.perf_counter(), progress=True)
     print(f"{plan.report}\nsaved to {folder}", file=sys.stderr)
@@ -83,12 +105,22 @@ def _channels(model: PreTrainedModel, most: float, wanted: float) -> PartShare:
     """The share of the channels to remove, so that at most `most` parameters are left; shared tensors count once."""
     parts, tensors = find_parts(model, "channels"), dict(model.named_parameters())
     whole = sum(tensor.numel() for tensor in tensors.values())
-    channel = sum(tensors[n].numel() for part in parts.parts for n in part.tensors if n in tensors) / parts.groups
+    channel = (
+        sum(tensors[n].numel() for part in parts.parts for n in part.tensors if n in tensors)
+        / parts.groups
+    )
     step = PartShare.usual_step("channels", parts.groups)
     least = -(-parts.at_least // step) * step
-    kept = min(math.floor((parts.groups - (whole - most) / channel) / step), (parts.groups - 1) // step) * step
+    kept = (
+        min(
+            math.floor((parts.groups - (whole - most) / channel) / step), (parts.groups - 1) // step
+        )
+        * step
+    )
     if kept < least:
         left = math.ceil(1e4 * (whole - (parts.groups - least) * channel) * wanted / most) / 1e4
         stay = f"if {least} of {parts.groups} channels stay in every decoder layer"
-        raise ValueError(f"--target-size {wanted:g}: {left:g} of the parameters are left {stay}: pass at least that.")
+        raise ValueError(
+            f"--target-size {wanted:g}: {left:g} of the parameters are left {stay}: pass at least that."
+        )
     return PartShare.keeping("channels", kept, parts.groups)

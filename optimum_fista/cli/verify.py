@@ -31,7 +31,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     try:
         with tqdm(desc="Verifying", unit="tensor") as bar:
-            proven = verify_checkpoint(arguments.folder, lambda _: bar.update(), dense=arguments.dense)
+            proven = verify_checkpoint(
+                arguments.folder, lambda _: bar.update(), dense=arguments.dense
+            )
     except VerificationError as error:
         print(f"{arguments.folder}: BROKEN: {error}", file=sys.stderr)
         return 1
@@ -40,9 +42,13 @@ def run(arguments: argparse.Namespace) -> int:
         share = proven.num_zeros / max(1, proven.num_weights)
         found.append(f"{proven.num_zeros:,} of {proven.num_weights:,} weights zero ({share:.4%})")
     mixtures = f" and {proven.num_mixtures} mixtures" if proven.num_mixtures else ""
-    print(f"{arguments.folder}: {proven.num_operators} operators{mixtures} keep their pattern, {'; '.join(found)}")
+    print(
+        f"{arguments.folder}: {proven.num_operators} operators{mixtures} keep their pattern, {'; '.join(found)}"
+    )
     if proven.num_equal is not None:
         print(f"{proven.num_equal} tensors that were not pruned equal those of {arguments.dense}")
     if proven.num_parameters is None:
-        print("its parameters were not counted: Transformers can't make a model of its class without weights")
+        print(
+            "its parameters were not counted: Transformers can't make a model of its class without weights"
+        )
     return 0

@@ -21,7 +21,9 @@ from optimum_fista.model.offload import execution_device
 from optimum_fista.text.sources import TextSource
 from optimum_fista.text.windows import count_bytes
 
-POSITIONS_PER_CHUNK = 256  # copied to float32 at a time: 131 MB of logits for a vocabulary of 128 thousand
+POSITIONS_PER_CHUNK = (
+    256  # copied to float32 at a time: 131 MB of logits for a vocabulary of 128 thousand
+)
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,18 @@ class PerplexityResult:
     num_tokens: int  # N (T - 1): the first token of a window is not predicted
     sequence_length: int  # T
     seconds: float
-    num_bytes: int | None = None  # of the text, in UTF-8, that the predicted tokens stand for (`count_bytes`)
+    num_bytes: int | None = (
+        None  # of the text, in UTF-8, that the predicted tokens stand for (`count_bytes`)
+    )
 
     @property
     def bits_per_byte(self) -> float | None:
         """Sum of -log2 p over the predicted tokens / `num_bytes`; `None` if these are not known."""
-        return math.log2(self.perplexity) * self.num_tokens / self.num_bytes if self.num_bytes else None
+        return (
+            math.log2(self.perplexity) * self.num_tokens / self.num_bytes
+            if self.num_bytes
+            else None
+        )
 
 
 def evaluate_perplexity(
@@ -80,7 +88,9 @@ def evaluate_perplexity(
             try:
                 total += _negative_log_likelihood(model, ids, first)
             except (IndexError, RuntimeError) as error:
-                _, limit = token_limits(model)  # only after a failure: without a table of positions longer windows work
+                _, limit = token_limits(
+                    model
+                )  # only after a failure: without a table of positions longer windows work
                 if limit is None or sequence_length <= limit or is_out_of_memory(error):
                     raise
                 raise ValueError(
@@ -95,14 +105,23 @@ def evaluate_perplexity(
         num_tokens=num_tokens,
         sequence_length=sequence_length,
         seconds=time.perf_counter() - started,
-        num_bytes=None if text is None or tokenizer is None else count_bytes(tokenizer, text, windows),
+        num_bytes=None
+        if text is None or tokenizer is None
+        else count_bytes(tokenizer, text, windows),
     )
 
 
 def _check_windows(model: PreTrainedModel, windows: torch.Tensor) -> None:
-    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2 or windows.is_floating_point():
+    if (
+        windows.ndim != 2
+        or windows.shape[0] < 1
+        or windows.shape[1] < 2
+        or windows.is_floating_point()
+    ):
         found = f"windows has shape {list(windows.shape)} and dtype {windows.dtype}"
-        raise ValueError(f"{found}; pass integer token ids [N, T] of at least one window of at least two tokens.")
+        raise ValueError(
+            f"{found}; pass integer token ids [N, T] of at least one window of at least two tokens."
+        )
     vocabulary, _ = token_limits(model)
     smallest, largest = int(windows.min()), int(windows.max())
     if smallest < 0 or largest >= vocabulary:
@@ -117,10 +136,16 @@ def _negative_log_likelihood(model: PreTrainedModel, ids: torch.Tensor, first: i
     for start in range(0, ids.shape[1] - 1, POSITIONS_PER_CHUNK):
         end = min(start + POSITIONS_PER_CHUNK, ids.shape[1] - 1)
         targets = ids[:, start + 1 : end + 1].to(logits.device)
-        rows = logits[:, start:end].flatten(0, 1).float()  # [B, chunk, vocabulary] -> [B * chunk, vocabulary]
-        losses = cross_entropy(rows, targets.flatten(), reduction="none")  # position t predicts token t + 1
+        rows = (
+            logits[:, start:end].flatten(0, 1).float()
+        )  # [B, chunk, vocabulary] -> [B * chunk, vocabulary]
+        losses = cross_entropy(
+            rows, targets.flatten(), reduction="none"
+        )  # position t predicts token t + 1
         total += losses.double().sum()
     if total.isnan():  # once a batch: each look waits for the device
         where = f"windows {first} to {first + len(ids) - 1}"
-        raise ValueError(f"model gives NaN logits in {where}: look for NaN in its weights, or for overflow in float16.")
+        raise ValueError(
+            f"model gives NaN logits in {where}: look for NaN in its weights, or for overflow in float16."
+        )
     return total.item()

@@ -54,13 +54,20 @@ class Verification:
     num_weights: int  # in these operators
     num_zeros: int  # of these weights, by the masks and in the files
     num_parameters: int | None = None  # of the model; `None` if they could not be counted
-    removed: str = ""  # how much smaller than the dense model it is, in words; empty if no part was removed
-    num_equal: int | None = None  # tensors equal to the dense model's; `None` if they were not compared
+    removed: str = (
+        ""  # how much smaller than the dense model it is, in words; empty if no part was removed
+    )
+    num_equal: int | None = (
+        None  # tensors equal to the dense model's; `None` if they were not compared
+    )
     num_mixtures: int = 0  # that lost experts
 
 
 def verify_checkpoint(
-    folder: Path, progress: Callable[[str], None] = lambda _: None, *, dense: str | Path | None = None
+    folder: Path,
+    progress: Callable[[str], None] = lambda _: None,
+    *,
+    dense: str | Path | None = None,
 ) -> Verification:
     """Read a pruned model's files again and check every operator, one tensor in memory at a time.
 
@@ -77,7 +84,9 @@ def verify_checkpoint(
     `progress` is called with each operator's name once it is checked, then with that of each tensor compared.
     """
     try:
-        require_files(folder, CONFIG_FILE, *(() if is_packed(folder) else (MASKS_FILE,)), REPORT_FILE)
+        require_files(
+            folder, CONFIG_FILE, *(() if is_packed(folder) else (MASKS_FILE,)), REPORT_FILE
+        )
         config = read_json(folder / CONFIG_FILE).get(CONFIG_KEY)
         report = read_report(folder)
     except ValueError as error:
@@ -86,22 +95,42 @@ def verify_checkpoint(
         raise VerificationError(f"config.json has no {CONFIG_KEY!r}.")
     try:
         zeros = weights = 0
-        for operator, weight, mask in (packed_operators if is_packed(folder) else _read_dense)(folder, report):
+        for operator, weight, mask in (packed_operators if is_packed(folder) else _read_dense)(
+            folder, report
+        ):
             zeros += _verify_operator(operator, weight, mask)
             weights += weight.numel()
             progress(operator.name)
-        parameters = _verify_totals(folder, report, read_json(folder / REPORT_FILE)["totals"], zeros, weights)
-    except (AttributeError, KeyError, TypeError) as error:  # of the report, which is only plain JSON
-        raise VerificationError(f"{REPORT_FILE} lacks a field, or has one too many: {error}.") from error
+        parameters = _verify_totals(
+            folder, report, read_json(folder / REPORT_FILE)["totals"], zeros, weights
+        )
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+    ) as error:  # of the report, which is only plain JSON
+        raise VerificationError(
+            f"{REPORT_FILE} lacks a field, or has one too many: {error}."
+        ) from error
     except PackedFormatError as error:
         raise VerificationError(str(error)) from error
     except SafetensorError as error:
         raise VerificationError(f"a safetensors file is damaged or incomplete: {error}.") from error
     for name, value in summary(report).items():  # the totals are proven, so equal numbers are, too
         if config.get(name) != value:
-            raise VerificationError(f"config.json promises {name} {config.get(name)!r}, {REPORT_FILE} says {value!r}.")
+            raise VerificationError(
+                f"config.json promises {name} {config.get(name)!r}, {REPORT_FILE} says {value!r}."
+            )
     equal = None if dense is None else compare_with_dense(folder, report, str(dense), progress)
-    return Verification(len(report.operators), weights, zeros, parameters, report.removed, equal, len(report.mixtures))
+    return Verification(
+        len(report.operators),
+        weights,
+        zeros,
+        parameters,
+        report.removed,
+        equal,
+        len(report.mixtures),
+    )
 
 
 def _verify_totals(
@@ -112,19 +141,33 @@ def _verify_totals(
     if (model := _described_model(folder, report.model["class"])) is not None:
         parameters = int(model.num_parameters())
         if parameters != claimed:
-            raise VerificationError(f"{REPORT_FILE} promises {claimed} parameters, the model has {parameters}.")
+            raise VerificationError(
+                f"{REPORT_FILE} promises {claimed} parameters, the model has {parameters}."
+            )
         kept, size = kept_tokens(folder), token_limits(model)[0]
         if kept is not None and len(kept) != size:
-            raise VerificationError(f"{VOCABULARY_FILE} names {len(kept)} tokens, the embedding has {size} rows.")
+            raise VerificationError(
+                f"{VOCABULARY_FILE} names {len(kept)} tokens, the embedding has {size} rows."
+            )
         if report.removed:
             _verify_shapes(folder, model)
             _verify_mixtures(model, report)
-    counted = {"num_zeros": zeros, "num_weights": weights, "sparsity": zeros / weights if weights else 0.0}
+    counted = {
+        "num_zeros": zeros,
+        "num_weights": weights,
+        "sparsity": zeros / weights if weights else 0.0,
+    }
     counted |= {"model_sparsity": zeros / claimed}
-    for name, value in (report.totals | counted).items():  # errors are averaged anew, zeros were counted in the files
+    for name, value in (
+        report.totals | counted
+    ).items():  # errors are averaged anew, zeros were counted in the files
         found = promised[name]
-        if found != value and (None in (found, value) or not math.isclose(found, value, rel_tol=1e-9)):
-            raise VerificationError(f"{REPORT_FILE}: totals promise {name} {found}, the operators make {value}.")
+        if found != value and (
+            None in (found, value) or not math.isclose(found, value, rel_tol=1e-9)
+        ):
+            raise VerificationError(
+                f"{REPORT_FILE}: totals promise {name} {found}, the operators make {value}."
+            )
     return parameters
 
 
@@ -134,46 +177,68 @@ def _verify_mixtures(model: PreTrainedModel, report: PruningReport) -> None:
     for mixture in report.mixtures:
         kept, saliency = mixture.groups_kept, torch.tensor(mixture.saliency, dtype=torch.float64)
         fused = model.get_submodule(mixture.name).parameters(recurse=False)
-        found = {len(p) for p in fused if p.ndim == 3}  # [experts, out, in]; biases are [experts, out]
+        found = {
+            len(p) for p in fused if p.ndim == 3
+        }  # [experts, out, in]; biases are [experts, out]
         if found != {len(kept)}:
-            raise VerificationError(f"{mixture.name} has {found.pop()} experts, and the report says {len(kept)}.")
+            raise VerificationError(
+                f"{mixture.name} has {found.pop()} experts, and the report says {len(kept)}."
+            )
         if len(saliency) % runs or kept != experts_to_keep(saliency, len(kept), runs):
-            raise VerificationError(f"{mixture.name}: groups_kept are not the experts with the largest saliency.")
+            raise VerificationError(
+                f"{mixture.name}: groups_kept are not the experts with the largest saliency."
+            )
 
 
-def _read_dense(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
+def _read_dense(
+    folder: Path, report: PruningReport
+) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
     """Every operator of a folder that is not packed, with its weight and its mask, packed to bits."""
     files = checkpoint_files(folder)
     names = [operator.name for operator in report.operators]
-    tensors = [split_index(name)[0] for name in names]  # experts share one: "gate_up_proj[2, :, 1::2]"
+    tensors = [
+        split_index(name)[0] for name in names
+    ]  # experts share one: "gate_up_proj[2, :, 1::2]"
     missing = [name for name in tensors if name not in files]
     if missing:
         raise VerificationError(f"{missing[0]} is in the report but not in the checkpoint.")
     with safe_open(folder / MASKS_FILE, "pt") as masks:
         if sorted(masks.keys()) != sorted(names):
             raise VerificationError("the masks and the report name different operators.")
-        for operator, (_, tensor) in zip(report.operators, read_tensors(files, tensors), strict=True):
+        for operator, (_, tensor) in zip(
+            report.operators, read_tensors(files, tensors), strict=True
+        ):
             yield operator, tensor[split_index(operator.name)[1]], masks.get_tensor(operator.name)
 
 
 def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -> int:
     """Check one operator; returns its number of zeros by the mask."""
     name = operator.name
-    shape = tuple(weight.T.shape) if operator.stored_transposed else tuple(weight.shape)  # (out, in)
+    shape = (
+        tuple(weight.T.shape) if operator.stored_transposed else tuple(weight.shape)
+    )  # (out, in)
     if shape != operator.shape:
         raise VerificationError(f"{name} has shape {shape}, the report says {operator.shape}.")
-    whole = operator.target_sparsity == 1  # operators with the same inputs share their zeros: one may get them all
+    whole = (
+        operator.target_sparsity == 1
+    )  # operators with the same inputs share their zeros: one may get them all
     try:
         mask = unpack_mask(packed, tuple(weight.shape))
-        pattern = parse_pattern(operator.pattern, None if whole else operator.target_sparsity, operator.scope)
+        pattern = parse_pattern(
+            operator.pattern, None if whole else operator.target_sparsity, operator.scope
+        )
     except ValueError as error:
         raise VerificationError(f"{name}: {error}") from error
-    weight = weight.float() if weight.dtype.itemsize == 1 else weight  # of quantized weights, few operations exist
+    weight = (
+        weight.float() if weight.dtype.itemsize == 1 else weight
+    )  # of quantized weights, few operations exist
     if not bool(torch.isfinite(weight).all()):
         raise VerificationError(f"{name} holds NaN or Inf.")
     if stray := int(torch.count_nonzero(weight.masked_select(~mask))):
         raise VerificationError(f"{name} has {stray} weights outside its mask that are not zero.")
-    checked = mask.T if operator.stored_transposed else mask  # [out, in]: patterns count along the inputs
+    checked = (
+        mask.T if operator.stored_transposed else mask
+    )  # [out, in]: patterns count along the inputs
     if operator.groups_kept is not None:
         checked = _mask_of_pattern(operator, pattern, checked)
     if whole and not pattern.fixed:
@@ -183,7 +248,9 @@ def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -
     kept, promised = int(mask.sum()), f"{operator.num_kept}, and {operator.sparsity:.6%} zeros"
     same = math.isclose(operator.sparsity, 1 - kept / mask.numel(), rel_tol=1e-9, abs_tol=1e-12)
     if kept != operator.num_kept or not same:
-        raise VerificationError(f"{name}: its mask keeps {kept} weights, the report says {promised}.")
+        raise VerificationError(
+            f"{name}: its mask keeps {kept} weights, the report says {promised}."
+        )
     return mask.numel() - kept
 
 
@@ -191,24 +258,36 @@ def _mask_of_pattern(operator: OperatorReport, pattern: SparsityPattern, mask: T
     """The mask before groups of columns were removed, of which the report names those that stayed."""
     name, kept = operator.name, operator.groups_kept or ()
     if not isinstance(pattern, Columns) or pattern.groups is None:
-        raise VerificationError(f"{name}: the report says that columns were removed, but its pattern is {pattern}.")
+        raise VerificationError(
+            f"{name}: the report says that columns were removed, but its pattern is {pattern}."
+        )
     if not kept or list(kept) != sorted(set(kept) & set(range(pattern.groups))):
-        raise VerificationError(f"{name}: groups_kept are not numbers from 0 to {pattern.groups - 1} in rising order.")
+        raise VerificationError(
+            f"{name}: groups_kept are not numbers from 0 to {pattern.groups - 1} in rising order."
+        )
     if mask.shape[1] != len(kept) * pattern.width or not bool(mask.all()):
         named = f"the report names {len(kept)} groups of {pattern.width} columns that stayed"
-        raise VerificationError(f"{name}: {named}, the mask keeps {int(mask.sum())} of {mask.numel()} weights.")
+        raise VerificationError(
+            f"{name}: {named}, the mask keeps {int(mask.sum())} of {mask.numel()} weights."
+        )
     groups = torch.zeros(pattern.groups, dtype=torch.bool)
     groups[list(kept)] = True
-    return groups.repeat_interleave(pattern.width).expand(mask.shape[0], -1)  # [groups] -> [out, columns before]
+    return groups.repeat_interleave(pattern.width).expand(
+        mask.shape[0], -1
+    )  # [groups] -> [out, columns before]
 
 
 def _verify_shapes(folder: Path, model: PreTrainedModel) -> None:
     """Check that the files hold a smaller model's tensors, also those that are no pruned operators but lost rows."""
     source = source_tensors(model, folder)
     left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
-    described = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+    described = {
+        name: tensor for name, tensor in model.state_dict().items() if name not in left_out
+    }
     missing = [name for name in described if name not in source.stored]
-    if missing and source.places.keys() <= described.keys():  # otherwise files and class name tensors in two ways
+    if (
+        missing and source.places.keys() <= described.keys()
+    ):  # otherwise files and class name tensors in two ways
         raise VerificationError(f"{missing[0]} is not in the checkpoint.")
     for name in described.keys() & source.stored.keys():
         found, shape = source.stored[name].shape, tuple(described[name].shape)
@@ -219,7 +298,10 @@ def _verify_shapes(folder: Path, model: PreTrainedModel) -> None:
 def _described_model(folder: Path, model_class: str) -> PreTrainedModel | None:
     """The model without weights that `config.json` describes; `None` if Transformers can't make one of this class."""
     found = getattr(transformers, model_class, None)
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)) or found.config_class is None:
+    if (
+        not (isinstance(found, type) and issubclass(found, PreTrainedModel))
+        or found.config_class is None
+    ):
         return None
     try:
         config = found.config_class.from_pretrained(folder)

@@ -41,7 +41,11 @@ def model_card(report: PruningReport, dense: str = "") -> str:
         found = file if file.is_file() else try_to_load_from_cache(dense, "README.md")
         if isinstance(found, str | Path):
             inherited = ModelCard.load(found, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, YAMLError):  # no name of a repository, or a card that can't be read
+    except (
+        OSError,
+        ValueError,
+        YAMLError,
+    ):  # no name of a repository, or a card that can't be read
         pass
     of_hub = name if re.fullmatch(r"[\w.-]+/[\w.-]+", name := report.model["name"]) else None
     dataset = HUB_DATASETS.get(report.calibration.get("source") or "")
@@ -66,7 +70,9 @@ def model_card(report: PruningReport, dense: str = "") -> str:
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     formats = {"thousands": "{:,}", "percent": "{:.2%}", "error": "{:.4f}"}
     environment.filters |= {name: form.format for name, form in formats.items()}
-    environment.filters["escaped"] = partial(_SPECIAL.sub, r"\\\1")  # names from other people must not act as Markdown
+    environment.filters["escaped"] = partial(
+        _SPECIAL.sub, r"\\\1"
+    )  # names from other people must not act as Markdown
     template = environment.from_string(Path(__file__).with_name("card.md").read_text("utf-8"))
     return (
         template.render(
@@ -77,7 +83,9 @@ def model_card(report: PruningReport, dense: str = "") -> str:
             pattern=pattern if pattern.fixed else f"{100 * pattern.sparsity:g}% {pattern}",
             zeros=zeros,
             before=", before retraining" if report.retrained else "",
-            kinds=OperatorGrid(report.operators).kinds,  # one row for the operators of a kind in all decoder layers
+            kinds=OperatorGrid(
+                report.operators
+            ).kinds,  # one row for the operators of a kind in all decoder layers
             config=json.dumps(report.config, indent=2),
         )
         + "\n"

@@ -41,37 +41,52 @@ def read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:  # of JSON, or of UTF-8
         raise ValueError(f"{str(file)!r} is damaged: it is not JSON ({error}).") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{str(file)!r} is damaged: it holds a JSON {type(values).__name__}, not an object.")
+        raise ValueError(
+            f"{str(file)!r} is damaged: it holds a JSON {type(values).__name__}, not an object."
+        )
     return values
 
 
 def closest_folder(name: str) -> str:
     """Ask if the folder with the closest name is meant, if one is close."""
     path = Path(name)
-    others = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
+    others = (
+        [other.name for other in path.parent.iterdir() if other.is_dir()]
+        if path.parent.is_dir()
+        else []
+    )
     close = get_close_matches(path.name, others, n=1)
     return f" Did you mean {str(path.with_name(close[0]))!r}?" if close else ""
 
 
 def require_name(name: str) -> None:
     """Refuse a model that is neither a folder or file nor, by its form, a Hub id."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id  # slow, and not needed to read a folder
+    from huggingface_hub.utils import (
+        HFValidationError,
+        validate_repo_id,
+    )  # slow, and not needed to read a folder
 
     if not Path(name).exists():
         try:
             validate_repo_id(name)
         except HFValidationError as error:
-            why = "is neither a folder that exists nor a Hub id: pass a model folder, or 'owner/name'"
+            why = (
+                "is neither a folder that exists nor a Hub id: pass a model folder, or 'owner/name'"
+            )
             raise ValueError(f"model={name!r} {why}.{closest_folder(name)}") from error
 
 
 def require_files(folder: Path, *names: str) -> None:
     """Refuse a folder if one of these files is missing."""
     if not folder.exists():
-        raise FileNotFoundError(f"{str(folder)!r}: there is no such folder.{closest_folder(str(folder))}")
+        raise FileNotFoundError(
+            f"{str(folder)!r}: there is no such folder.{closest_folder(str(folder))}"
+        )
     for name in names:
         if not (folder / name).exists():
-            raise FileNotFoundError(f"{str(folder)!r} holds no {name}: pass a folder saved by optimum-fista.")
+            raise FileNotFoundError(
+                f"{str(folder)!r} holds no {name}: pass a folder saved by optimum-fista."
+            )
 
 
 def read_report(folder: Path) -> PruningReport:
@@ -80,7 +95,11 @@ def read_report(folder: Path) -> PruningReport:
     require_files(folder, REPORT_FILE)
     try:
         report = PruningReport.from_dict(read_json(file))
-        parts = (report.config, _CONFIG_KEYS), (report.calibration, _CALIBRATION_KEYS), (report.model, _MODEL_KEYS)
+        parts = (
+            (report.config, _CONFIG_KEYS),
+            (report.calibration, _CALIBRATION_KEYS),
+            (report.model, _MODEL_KEYS),
+        )
         if missing := sorted(key for record, keys in parts for key in keys - record.keys()):
             raise KeyError(*missing)
         return report
@@ -91,7 +110,11 @@ def read_report(folder: Path) -> PruningReport:
 def earlier_runs(config: Any) -> dict[str, Any]:
     """What `model` of a report says of earlier runs on this model: their patterns, in order; or nothing."""
     last = getattr(config, CONFIG_KEY, None) or {}
-    return {"pruned_before": [*last.get("pruned_before", ()), last["pattern"]]} if "pattern" in last else {}
+    return (
+        {"pruned_before": [*last.get("pruned_before", ()), last["pattern"]]}
+        if "pattern" in last
+        else {}
+    )
 
 
 def kept_tokens(folder: Path, before: Path | None = None) -> Tensor | None:
@@ -106,10 +129,19 @@ def kept_tokens(folder: Path, before: Path | None = None) -> Tensor | None:
     found = read_json(file)
     kept, total = found.get("kept"), found.get("num_tokens")
     ids: list[Any] = kept if isinstance(kept, list) and kept else [total]
-    if not all(type(n) is int and n >= 0 for n in [*ids, total]) or sorted({*ids, total}) != [*sorted(ids), total]:
-        raise ValueError(f"{str(file)!r} is damaged: it does not list different ids below num_tokens.")
-    first = {} if before is None or not (file := before / VOCABULARY_FILE).exists() else read_json(file)
-    earlier = kept_tokens(before) if before and first.get("num_tokens") == total else None  # else of another model
+    if not all(type(n) is int and n >= 0 for n in [*ids, total]) or sorted({*ids, total}) != [
+        *sorted(ids),
+        total,
+    ]:
+        raise ValueError(
+            f"{str(file)!r} is damaged: it does not list different ids below num_tokens."
+        )
+    first = (
+        {} if before is None or not (file := before / VOCABULARY_FILE).exists() else read_json(file)
+    )
+    earlier = (
+        kept_tokens(before) if before and first.get("num_tokens") == total else None
+    )  # else of another model
     rows = {} if earlier is None else {old: row for row, old in enumerate(earlier.tolist())}
     return torch.tensor(ids if earlier is None else [rows.get(old, total) for old in ids])
 
@@ -127,13 +159,21 @@ def checkpoint_files(folder: Path, stem: str = "model") -> dict[str, Path]:
     if index.exists() and not single.exists():  # Transformers prefers the single file as well
         found = read_json(index)
         weight_map, metadata = found.get("weight_map"), found.get("metadata", {})
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise ValueError(f"{str(index)!r} is damaged: it has no weight_map that names a file for each tensor.")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(file, str) for file in weight_map.values()
+        ):
+            raise ValueError(
+                f"{str(index)!r} is damaged: it has no weight_map that names a file for each tensor."
+            )
         if not isinstance(metadata, dict):
-            raise ValueError(f"{str(index)!r} is damaged: its metadata is a JSON {type(metadata).__name__}.")
+            raise ValueError(
+                f"{str(index)!r} is damaged: its metadata is a JSON {type(metadata).__name__}."
+            )
         return {name: folder / file for name, file in weight_map.items()}
     if not single.exists():
-        raise FileNotFoundError(f"{str(folder)!r} holds no {stem}.safetensors: pass a pruned model folder.")
+        raise FileNotFoundError(
+            f"{str(folder)!r} holds no {stem}.safetensors: pass a pruned model folder."
+        )
     return dict.fromkeys(names_in(single), single)
 
 
@@ -143,13 +183,20 @@ def names_in(file: Path) -> list[str]:
         return list(opened.keys())
 
 
-def write_index(folder: Path, stem: str, weight_map: Mapping[str, str], metadata: Mapping[str, Any]) -> str:
+def write_index(
+    folder: Path, stem: str, weight_map: Mapping[str, str], metadata: Mapping[str, Any]
+) -> str:
     """Write which of a folder's weight files holds which tensor, and the bytes of all tensors; returns its name."""
     total = 0
     for name in {*weight_map.values()}:
-        with (folder / name).open("rb") as file:  # it begins with the length of its header, in 8 bytes
+        with (folder / name).open(
+            "rb"
+        ) as file:  # it begins with the length of its header, in 8 bytes
             total += (folder / name).stat().st_size - 8 - int.from_bytes(file.read(8), "little")
-    index = {"metadata": {**metadata, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    index = {
+        "metadata": {**metadata, "total_size": total},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
     name = f"{stem}.safetensors.index.json"
     write_file(folder / name, json.dumps(index, indent=2) + "\n")
     return name

@@ -15,7 +15,14 @@ from optimum_fista.folder.output import all_names, model_files
 
 logger = logging.getLogger(__name__)
 
-_STEMS = ("model.", "model-*-of-*.", "packed.", "packed-*-of-*.", "pytorch_model.", "pytorch_model-*-of-*.")
+_STEMS = (
+    "model.",
+    "model-*-of-*.",
+    "packed.",
+    "packed-*-of-*.",
+    "pytorch_model.",
+    "pytorch_model-*-of-*.",
+)
 _ENDINGS = ("safetensors", "safetensors.index.json", "bin", "bin.index.json")
 
 
@@ -51,19 +58,33 @@ def push_folder(
     names = model_files(folder)
     for pattern in ("fista/files.json", "config.json", "*.safetensors"):
         if not names or not any(folder.glob(pattern)):
-            raise ValueError(f"folder='{folder}' has no {pattern} of optimum-fista: pass a folder that it wrote.")
+            raise ValueError(
+                f"folder='{folder}' has no {pattern} of optimum-fista: pass a folder that it wrote."
+            )
     require_repo_id(repo_id)
-    others = [name for name in all_names(folder) if name not in names and not name.startswith((".git/", ".cache/"))]
+    others = [
+        name
+        for name in all_names(folder)
+        if name not in names and not name.startswith((".git/", ".cache/"))
+    ]
     if others:
-        shown = ", ".join(others[:10]) + (f" and {len(others) - 10} more" if len(others) > 10 else "")
-        logger.warning("Not uploaded (`hf upload %s FILE` does), as no files of the model: %s.", repo_id, shown)
+        shown = ", ".join(others[:10]) + (
+            f" and {len(others) - 10} more" if len(others) > 10 else ""
+        )
+        logger.warning(
+            "Not uploaded (`hf upload %s FILE` does), as no files of the model: %s.", repo_id, shown
+        )
     api = HfApi(token=token)
     try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with its namespace
+        repo_id = api.create_repo(
+            repo_id, private=private, exist_ok=True
+        ).repo_id  # with its namespace
         # An existing repository keeps its visibility, whatever was asked.
         found_private = private if private is None else api.model_info(repo_id).private
         if found_private == private:
-            if revision is not None and not revision.startswith("refs/"):  # a pull request's ref exists already
+            if revision is not None and not revision.startswith(
+                "refs/"
+            ):  # a pull request's ref exists already
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             commit = api.upload_folder(
                 repo_id=repo_id,
@@ -71,7 +92,10 @@ def push_folder(
                 commit_message=commit_message,
                 revision=revision,
                 allow_patterns=[glob.escape(name) for name in sorted(names)],
-                delete_patterns=[*(stem + ending for stem in _STEMS for ending in _ENDINGS), "fista/*"],
+                delete_patterns=[
+                    *(stem + ending for stem in _STEMS for ending in _ENDINGS),
+                    "fista/*",
+                ],
             )
             return commit.commit_url
     except Exception as error:  # no common base: httpx errors, RuntimeError of threads, ValueError
@@ -92,13 +116,19 @@ def require_push(repo_id: str, token: str | None = None) -> None:
         user = HfApi(token=token).whoami()
     except Exception as error:  # no common base: httpx errors, OSError of the client
         why = str(error).partition("\n")[0]
-        raise OSError(f"repo_id={repo_id!r} can't be pushed to, and nothing was done: {why}") from error
+        raise OSError(
+            f"repo_id={repo_id!r} can't be pushed to, and nothing was done: {why}"
+        ) from error
     names = [user["name"], *(organization["name"] for organization in user.get("orgs", ()))]
     namespace = repo_id.rpartition("/")[0] or user["name"]
     if namespace not in names:
         why = f"{user['name']}, whose token this is, can't write to {namespace!r}"
-        raise ValueError(f"repo_id={repo_id!r}: {why}: pass one of {', '.join(f'{name}/...' for name in names)}")
-    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":  # others may write, or write to some
+        raise ValueError(
+            f"repo_id={repo_id!r}: {why}: pass one of {', '.join(f'{name}/...' for name in names)}"
+        )
+    if (
+        user.get("auth", {}).get("accessToken", {}).get("role") == "read"
+    ):  # others may write, or write to some
         advice = "pass one that can write (https://hf.co/settings/tokens)"
         raise ValueError(f"repo_id={repo_id!r}: the token can only read: {advice}")
 
@@ -108,4 +138,6 @@ def require_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"repo_id={repo_id!r} is not a repository name, pass 'namespace/name': {error}") from None
+        raise ValueError(
+            f"repo_id={repo_id!r} is not a repository name, pass 'namespace/name': {error}"
+        ) from None

@@ -30,8 +30,12 @@ FILES_FILE = "fista/files.json"
 SAMPLED_TEXTS = "calibration-*.safetensors"  # in the journal: tokens that a model wrote, a file for each way to do so
 _ABOUT = ("README.md", "fista/report.html")  # files that commands write into a finished folder
 _MARK = f"{FOLDER}/optimum-fista"  # of an unfinished folder of this package
-_REPLACED = "replaced"  # the old output, for a moment, where two folders can't be swapped in one step
-_OFFLOADED = "offload-*"  # in the journal: weights that a rank of a running run reads again and again
+_REPLACED = (
+    "replaced"  # the old output, for a moment, where two folders can't be swapped in one step
+)
+_OFFLOADED = (
+    "offload-*"  # in the journal: weights that a rank of a running run reads again and again
+)
 logger = logging.getLogger(__name__)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
@@ -55,12 +59,18 @@ def require_output(output_dir: Path, overwrite: bool, *, source: str | Path | No
     """
     shown, output = f"output {str(output_dir)!r}", Path(os.path.realpath(output_dir))
     if output_dir.name in ("", ".."):
-        raise ValueError(f"{shown} has no name of its own: pass a folder by its name, such as 'model-50'.")
+        raise ValueError(
+            f"{shown} has no name of its own: pass a folder by its name, such as 'model-50'."
+        )
     places = [path for path in (output, *output.parents) if path.exists()]
     if source is not None and Path(source).is_dir():
         if any(path.samefile(source) for path in places):
-            raise ValueError(f"{shown} lies in the folder that is read, {str(source)!r}: pass a folder outside of it.")
-        if Path(os.path.realpath(source)).is_relative_to(unfinished := unfinished_folder(output_dir)):
+            raise ValueError(
+                f"{shown} lies in the folder that is read, {str(source)!r}: pass a folder outside of it."
+            )
+        if Path(os.path.realpath(source)).is_relative_to(
+            unfinished := unfinished_folder(output_dir)
+        ):
             raise ValueError(
                 f"{shown}: the folder that is read, {str(source)!r}, lies in {str(unfinished)!r}, which a run into the "
                 "output deletes: pass another output, or move the folder that is read."
@@ -73,10 +83,14 @@ def require_output(output_dir: Path, overwrite: bool, *, source: str | Path | No
         raise ValueError(f"{shown} is a mount point, which can't be replaced: pass a folder in it.")
     noted = _noted(output)
     if noted and not overwrite:
-        if Path(f"{unfinished_folder(output_dir)}.lock").exists():  # of a run that was killed at its end, or goes on
+        if Path(
+            f"{unfinished_folder(output_dir)}.lock"
+        ).exists():  # of a run that was killed at its end, or goes on
             with suppress(OSError), locked_output(output_dir):
                 pass
-        raise FileExistsError(f"{shown} already holds a model: pass another folder, or overwrite=True (--overwrite).")
+        raise FileExistsError(
+            f"{shown} already holds a model: pass another folder, or overwrite=True (--overwrite)."
+        )
     if others := foreign_files(output) if noted else sorted(os.listdir(output)):
         if _noted(output) != noted:  # another run's model came meanwhile
             require_output(output_dir, overwrite, source=source)
@@ -94,7 +108,11 @@ def require_output(output_dir: Path, overwrite: bool, *, source: str | Path | No
 def foreign_files(folder: Path) -> list[str]:
     """Names of the files in a folder that are not on its list, or not as they were written."""
     noted, found = _noted(folder), [name for name in all_names(folder) if name != FILES_FILE]
-    return [name for name in found if not (folder / name).is_file() or noted.get(name) != _stamp(folder / name)]
+    return [
+        name
+        for name in found
+        if not (folder / name).is_file() or noted.get(name) != _stamp(folder / name)
+    ]
 
 
 def model_files(folder: Path) -> set[str]:
@@ -131,14 +149,22 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
             raise BlockingIOError(f"output_dir={str(output_dir)!r} {why}.") from error
         except OSError as error:
             what = f"output_dir={str(output_dir)!r} can't be written to ({error.strerror}), nothing was done: pass "
-            raise OSError(error.errno, f"{what}another folder, or make this one writable", error.filename) from error
+            raise OSError(
+                error.errno, f"{what}another folder, or make this one writable", error.filename
+            ) from error
         at_the_end.callback(lock.release)
         at_the_end.callback(Path(lock.lock_file).unlink, missing_ok=True)
-        ours = folder.is_dir() and not folder.is_symlink() and ((folder / _MARK).exists() or not all_names(folder))
+        ours = (
+            folder.is_dir()
+            and not folder.is_symlink()
+            and ((folder / _MARK).exists() or not all_names(folder))
+        )
         if os.path.lexists(folder) and not ours:
             why = "is in the way and no unfinished run's: move it away, or pass another output"
             raise FileExistsError(f"{str(folder)!r} {why}.")
-        at_the_end.callback(_tidy, folder, output)  # the last in is the first out: while the lock is held
+        at_the_end.callback(
+            _tidy, folder, output
+        )  # the last in is the first out: while the lock is held
         _tidy(folder, output)  # after a process that was killed
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
         (folder / _MARK).touch()
@@ -168,13 +194,21 @@ def install(folder: Path, output_dir: Path, overwrite: bool, source: Path | None
     If the second one fails, or the process is killed before it, `locked_output` undoes the first one. Copies of files
     that the user had added to `source`, the folder that was read, are not listed.
     """
-    model, output, replaced = folder / MODEL, Path(os.path.realpath(output_dir)), folder / _REPLACED  # a link stays one
+    model, output, replaced = (
+        folder / MODEL,
+        Path(os.path.realpath(output_dir)),
+        folder / _REPLACED,
+    )  # a link stays one
     names = [name for name in all_names(model) if name != FILES_FILE]
     for name in names:
         if name.endswith(".safetensors"):  # which safetensors writes for their owner alone
             (model / name).chmod(model.stat().st_mode & 0o666)
         flush(model / name)  # before the folder has its name: whoever finds it finds all of it
-    added = {*all_names(source)} - model_files(source) if source is not None and _noted(source) else set()
+    added = (
+        {*all_names(source)} - model_files(source)
+        if source is not None and _noted(source)
+        else set()
+    )
     noted = {name: _stamp(model / name) for name in names if name not in added}
     (model / FILES_FILE).parent.mkdir(exist_ok=True)
     write_file(model / FILES_FILE, json.dumps(noted, indent=1, sort_keys=True) + "\n")
@@ -201,8 +235,16 @@ def discard(folder: Path, *, keep_texts: bool = False) -> None:
     """
     journal = folder / FOLDER
     (folder / RUN_FILE).unlink(missing_ok=True)  # first: what is left then is no run
-    kept = [folder / _MARK, *journal.glob(_OFFLOADED), *(journal.glob(SAMPLED_TEXTS) if keep_texts else ())]
-    for path in [folder / MODEL, folder / _REPLACED, *(path for path in journal.glob("*") if path not in kept)]:
+    kept = [
+        folder / _MARK,
+        *journal.glob(_OFFLOADED),
+        *(journal.glob(SAMPLED_TEXTS) if keep_texts else ()),
+    ]
+    for path in [
+        folder / MODEL,
+        folder / _REPLACED,
+        *(path for path in journal.glob("*") if path not in kept),
+    ]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -217,15 +259,22 @@ def write_about(file: Path, text: str) -> None:
     listed = bool(noted) and name not in foreign_files(folder)
     write_file(file, text)
     if listed:
-        write_file(folder / FILES_FILE, json.dumps(noted | {name: _stamp(file)}, indent=1, sort_keys=True) + "\n")
+        write_file(
+            folder / FILES_FILE,
+            json.dumps(noted | {name: _stamp(file)}, indent=1, sort_keys=True) + "\n",
+        )
 
 
 def _tidy(folder: Path, output: Path) -> None:
     """Remove files that no later run needs, an old output that was replaced, and the folder if it is then empty."""
     model, replaced = folder / MODEL, folder / _REPLACED
-    if model.exists() and replaced.exists():  # a process was killed between the two renames of `install`
+    if (
+        model.exists() and replaced.exists()
+    ):  # a process was killed between the two renames of `install`
         replaced.rename(output)
-    with suppress(FileNotFoundError):  # after a failure other ranks remove what they have offloaded at the same time
+    with suppress(
+        FileNotFoundError
+    ):  # after a failure other ranks remove what they have offloaded at the same time
         if not (folder / RUN_FILE).exists():
             discard(folder, keep_texts=True)
         for path in [replaced, *(folder / FOLDER).glob(_OFFLOADED)]:
@@ -241,7 +290,9 @@ def _swapped(first: Path, second: Path) -> bool:
         swap = ctypes.CDLL(None).renameat2
     except (AttributeError, TypeError, OSError):
         return False
-    return swap(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
+    return (
+        swap(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
+    )
 
 
 def _noted(folder: Path) -> dict[str, Any]:
@@ -279,7 +330,9 @@ def write_file(
             else:
                 save_file(dict(content), partial, metadata=metadata)
             flush(partial)
-            partial.replace(path)  # on the disk before its name is, or a power cut leaves an empty file
+            partial.replace(
+                path
+            )  # on the disk before its name is, or a power cut leaves an empty file
             flush(path.parent)
     finally:
         partial.unlink(missing_ok=True)
@@ -290,7 +343,10 @@ def errors_of_writing(path: Path) -> Iterator[None]:
     """Turn every error of the system into an OSError that names the file that could not be written."""
     try:
         yield
-    except (SafetensorError, RuntimeError) as error:  # safetensors and torch.save wrap the system's errors in a text
+    except (
+        SafetensorError,
+        RuntimeError,
+    ) as error:  # safetensors and torch.save wrap the system's errors in a text
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         full = "os error 28" in str(error)
@@ -310,7 +366,9 @@ def require_writable(file: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         if file.is_file() or not file.exists():  # and no pipe
             parents = Path(os.path.realpath(file)).parents
-            tempfile.TemporaryFile(dir=next(folder for folder in parents if folder.exists())).close()
+            tempfile.TemporaryFile(
+                dir=next(folder for folder in parents if folder.exists())
+            ).close()
     except OSError as error:
         what = f"output can't be written to ({error.strerror}), nothing was done: pass another file"
         raise OSError(error.errno, what, str(file)) from error
@@ -331,7 +389,9 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def write_record(path: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
+def write_record(
+    path: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
+) -> None:
     """Write the tensors of a record, then its plain values as JSON with their digest."""
     sha256 = None if tensors is None else write_tensors(path.with_suffix(".safetensors"), tensors)
     record = {"values": values, "tensors": sha256}
@@ -344,7 +404,11 @@ def read_record(path: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_bytes())
         sha256, values, tensors = found.pop("sha256"), found["values"], found["tensors"]
         if sha256 == _digest(found):
-            return values if tensors is None or is_whole(path.with_suffix(".safetensors"), tensors) else None
+            return (
+                values
+                if tensors is None or is_whole(path.with_suffix(".safetensors"), tensors)
+                else None
+            )
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError, AttributeError):

@@ -28,10 +28,23 @@ from optimum_fista.folder.checkpoint import (
     require_files,
     write_index,
 )
-from optimum_fista.folder.output import FILES_FILE, all_names, new_output, require_output, write_file
+from optimum_fista.folder.output import (
+    FILES_FILE,
+    all_names,
+    new_output,
+    require_output,
+    write_file,
+)
 from optimum_fista.folder.writing import write_form
 from optimum_fista.installing import NAME
-from optimum_fista.packed.format import SUFFIXES, PackedFormatError, PackedTensor, pack, packed_names, unpack
+from optimum_fista.packed.format import (
+    SUFFIXES,
+    PackedFormatError,
+    PackedTensor,
+    pack,
+    packed_names,
+    unpack,
+)
 from optimum_fista.packed.format import unpack_mask as packed_mask
 from optimum_fista.packed.quantizer import QUANT_METHOD, read_packed
 from optimum_fista.report import OperatorReport, PruningReport
@@ -66,7 +79,9 @@ def packed_files(folder: Path) -> dict[str, Path]:
     """The file of every tensor of a packed folder."""
     weights = read_json(folder / CONFIG_FILE)[PACKED_KEY].get("weights")
     if not isinstance(weights, str):
-        raise PackedFormatError(f"{str(folder / CONFIG_FILE)!r} is damaged: {PACKED_KEY} names no file of weights.")
+        raise PackedFormatError(
+            f"{str(folder / CONFIG_FILE)!r} is damaged: {PACKED_KEY} names no file of weights."
+        )
     return checkpoint_files(folder, weights.partition(".")[0])
 
 
@@ -81,7 +96,9 @@ def packing_of(folder: Path) -> Packing:
     return Packing(len(found), sum(p.dense_bytes for p in found), sum(p.num_bytes for p in found))
 
 
-def packed_operators(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
+def packed_operators(
+    folder: Path, report: PruningReport
+) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
     """Every operator of a packed folder with its weight, dense, and its mask, packed to bits as in the masks' file."""
     files = packed_files(folder)
     names = {*packed_names(files)}
@@ -99,18 +116,26 @@ def packed_operators(folder: Path, report: PruningReport) -> Iterator[tuple[Oper
 def require_packable(names: Iterable[str]) -> None:
     """Refuse to pack a matrix of several operators: Transformers divides it on loading, and can't then."""
     if shared := next((name for name in names if len(split_index(name)[1]) == 2), None):
-        raise ValueError(f"{shared} is a part of a matrix with other operators, which can't be packed: leave it dense.")
+        raise ValueError(
+            f"{shared} is a part of a matrix with other operators, which can't be packed: leave it dense."
+        )
 
 
 def pack_folder(
-    folder: Path, output: Path, *, overwrite: bool = False, progress: Callable[[str], None] = lambda _: None
+    folder: Path,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Packing:
     """Pack a folder saved by optimum-fista, and copy its other files.
 
     `overwrite` replaces a model that `output` already holds. `progress` is called with the name of each weight file.
     """
     if is_packed(folder):
-        raise ValueError(f"folder {str(folder)!r} is packed already: pass a folder with dense weights.")
+        raise ValueError(
+            f"folder {str(folder)!r} is packed already: pass a folder with dense weights."
+        )
     require_files(folder, CONFIG_FILE, MASKS_FILE, REPORT_FILE)
     report, files = read_report(folder), checkpoint_files(folder)
     if report.removed:
@@ -118,7 +143,9 @@ def pack_folder(
         raise ValueError(f"folder {str(folder)!r} has no zeros to pack: {why}.")
     require_packable(operator.name for operator in report.operators)
     if missing := sorted(_operators_by_tensor(report.operators).keys() - files.keys()):
-        raise ValueError(f"folder {str(folder)!r} is damaged: no weight file has {missing[0]}, which its report names.")
+        raise ValueError(
+            f"folder {str(folder)!r} is damaged: no weight file has {missing[0]}, which its report names."
+        )
     with safe_open(folder / MASKS_FILE, "pt") as masks:
         packer = Packer(report.operators, files, masks.get_tensor)
 
@@ -130,11 +157,17 @@ def pack_folder(
 
 
 def unpack_folder(
-    folder: Path, output: Path, *, overwrite: bool = False, progress: Callable[[str], None] = lambda _: None
+    folder: Path,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Packing:
     """Make a packed folder dense again, with its masks; the inverse of `pack_folder`."""
     if not is_packed(folder):
-        raise ValueError(f"folder {str(folder)!r} is not packed: pass a folder made by `optimum-fista pack`.")
+        raise ValueError(
+            f"folder {str(folder)!r} is not packed: pass a folder made by `optimum-fista pack`."
+        )
     files, operators = packed_files(folder), _operators_by_tensor(read_report(folder).operators)
     parts = {name + suffix: name for name in packed_names(files) for suffix in SUFFIXES}
     masks: dict[str, Tensor] = {}
@@ -148,7 +181,12 @@ def unpack_folder(
                 name = parts[stored]
                 packed = read_packed(files, name)
                 dense[name], mask = unpack(packed), packed_mask(packed)
-                masks.update({o.name: pack_mask(mask[split_index(o.name)[1]]) for o in operators.get(name, [])})
+                masks.update(
+                    {
+                        o.name: pack_mask(mask[split_index(o.name)[1]])
+                        for o in operators.get(name, [])
+                    }
+                )
         return dense
 
     _convert_folder(folder, output, files, convert, masks, None, overwrite, progress)
@@ -181,7 +219,9 @@ def _convert_folder(
         (partial / MASKS_FILE).parent.mkdir(exist_ok=True)
         for name in (name for name in copied if name not in _REWRITTEN):
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(folder / name, partial / name)  # with its time: `files.json` notes that of weights
+            shutil.copy2(
+                folder / name, partial / name
+            )  # with its time: `files.json` notes that of weights
         weight_map: dict[str, str] = {}
         for source, target in targets.items():
             with safe_open(source, "pt") as file:
@@ -191,7 +231,9 @@ def _convert_folder(
             progress(target)
         weights_name = f"{new}.safetensors"
         if index.exists():
-            weights_name = write_index(partial, new, weight_map, read_json(index).get("metadata", {}))
+            weights_name = write_index(
+                partial, new, weight_map, read_json(index).get("metadata", {})
+            )
         card = (folder / CARD_FILE).read_text("utf-8") if CARD_FILE in copied else None
         settings = None if packed is None else packed_settings(weights_name, packed)
         write_form(partial, read_json(folder / CONFIG_FILE), card, masks, settings)
@@ -204,13 +246,23 @@ class Packer:
     """
 
     def __init__(
-        self, operators: Iterable[OperatorReport], names: Iterable[str], read_mask: Callable[[str], Tensor]
+        self,
+        operators: Iterable[OperatorReport],
+        names: Iterable[str],
+        read_mask: Callable[[str], Tensor],
     ) -> None:
-        self._read_mask = read_mask  # of an operator by its name, packed by `solve.pattern.pack_mask`
+        self._read_mask = (
+            read_mask  # of an operator by its name, packed by `solve.pattern.pack_mask`
+        )
         self._operators = _operators_by_tensor(operators)
         # Loading merges the experts of a mixture, so all are packed if some are.
-        kinds = {kind for name in self._operators if (kind := _EXPERT.sub(".experts.*.", name)) != name}
-        self.names = {*self._operators, *(name for name in names if _EXPERT.sub(".experts.*.", name) in kinds)}
+        kinds = {
+            kind for name in self._operators if (kind := _EXPERT.sub(".experts.*.", name)) != name
+        }
+        self.names = {
+            *self._operators,
+            *(name for name in names if _EXPERT.sub(".experts.*.", name) in kinds),
+        }
 
     def pack(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors as a packed folder stores them."""

@@ -41,14 +41,21 @@ from optimum_fista.solve.pattern import pack_mask, unpack_mask
 from optimum_fista.source.files import copy_source
 from optimum_fista.source.loading import forget_gguf, local_source
 from optimum_fista.source.names import StoredName, stored_names
-from optimum_fista.source.source_tensors import SourceTensors, StoredTensor, in_dtypes_of, write_stored
+from optimum_fista.source.source_tensors import (
+    SourceTensors,
+    StoredTensor,
+    in_dtypes_of,
+    write_stored,
+)
 
 
 @contextlib.contextmanager
 def _saved_as_loaded(generation: GenerationConfig | None) -> Iterator[None]:
     """Let Transformers 5.17 save a generation configuration that it loaded and calls invalid; 5.24 does so itself."""
     validate = GenerationConfig.validate
-    if getattr(generation, "_original_object_hash", None) == hash(generation):  # nobody has changed it since
+    if getattr(generation, "_original_object_hash", None) == hash(
+        generation
+    ):  # nobody has changed it since
         GenerationConfig.validate = lambda *_, **__: None  # type: ignore[method-assign]
     try:
         yield
@@ -67,30 +74,45 @@ def write_checkpoint(
     """Write all files of a pruned model into an unfinished folder; `stored_as` has more tensors, and dtypes to keep."""
     found = operators_by_weight(model, report)
     operators = [found[o.name] for o in report.operators]
-    for operator in operators:  # after a training step without masks, the zeros would be gone and the masks wrong
+    for operator in (
+        operators
+    ):  # after a training step without masks, the zeros would be gone and the masks wrong
         weight = operator.select(stored_tensor(operator.owner, operator.tensor))
         mask = unpack_mask(masks[f"{operator.name}.weight"], tuple(weight.shape)).to(weight.device)
         if bool(torch.any(weight.masked_select(~mask) != 0)):
             why = f"{operator.name}.weight is no longer zero outside its mask: the model was changed after pruning"
-            raise ValueError(f"{why}. Save it right after prune(), or keep the mask while training.")
+            raise ValueError(
+                f"{why}. Save it right after prune(), or keep the mask while training."
+            )
     stored, masks = as_stored(report.operators, masks, stored_names(model, operators))
-    retrained = report.retrained or bool((getattr(model.config, CONFIG_KEY, None) or {}).get("retrained"))
+    retrained = report.retrained or bool(
+        (getattr(model.config, CONFIG_KEY, None) or {}).get("retrained")
+    )
     report = dataclasses.replace(report, operators=stored, retrained=retrained)
     forget_gguf(model)
     source = local_source(model)
     with errors_of_writing(folder), _saved_as_loaded(getattr(model, "generation_config", None)):
         if source is not None and getattr(model.config, "auto_map", None):
-            copy_source(source, folder, "*.py")  # Transformers copies no code without `trust_remote_code`
+            copy_source(
+                source, folder, "*.py"
+            )  # Transformers copies no code without `trust_remote_code`
         if source is not None and any(source.glob("*processor_config.json")):
             for pattern in ("*processor_config.json", "chat_template.*"):  # of images and sounds
                 copy_source(source, folder, pattern)
-        if hasattr(model, "hf_device_map") or not any(parameter.is_meta for parameter in model.parameters()):
+        if hasattr(model, "hf_device_map") or not any(
+            parameter.is_meta for parameter in model.parameters()
+        ):
             model.save_pretrained(folder)
         else:  # it was offloaded after it was loaded, which Transformers does not notice
-            tied = model.all_tied_weights_keys  # two parameters once they are offloaded, but the same memory
+            tied = (
+                model.all_tied_weights_keys
+            )  # two parameters once they are offloaded, but the same memory
             model.hf_device_map = {"": "cpu"}  # type: ignore[assignment]
             try:
-                model.save_pretrained(folder, state_dict={k: v for k, v in model.state_dict().items() if k not in tied})
+                model.save_pretrained(
+                    folder,
+                    state_dict={k: v for k, v in model.state_dict().items() if k not in tied},
+                )
             finally:
                 del model.hf_device_map
         known = stored_as.loaded_in(model.dtype)
@@ -105,13 +127,20 @@ def _add_shard(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
     """Write further tensors into a last file of weights, and the index."""
     weights, index = checkpoint_files(folder), folder / "model.safetensors.index.json"
     shards = sorted({*weights.values()})
-    names = [f"model-{number:05}-of-{len(shards) + 1:05}.safetensors" for number in range(1, len(shards) + 2)]
+    names = [
+        f"model-{number:05}-of-{len(shards) + 1:05}.safetensors"
+        for number in range(1, len(shards) + 2)
+    ]
     for shard, name in zip(shards, names, strict=False):
         shard.rename(folder / name)
     write_stored(folder / names[-1], tensors)
     new_names = dict(zip(shards, names, strict=False))
-    weight_map = {name: new_names[shard] for name, shard in weights.items()} | dict.fromkeys(tensors, names[-1])
-    write_index(folder, "model", weight_map, read_json(index).get("metadata", {}) if index.exists() else {})
+    weight_map = {name: new_names[shard] for name, shard in weights.items()} | dict.fromkeys(
+        tensors, names[-1]
+    )
+    write_index(
+        folder, "model", weight_map, read_json(index).get("metadata", {}) if index.exists() else {}
+    )
 
 
 def write_all_but_weights(
@@ -131,7 +160,9 @@ def write_all_but_weights(
     (folder / "fista").mkdir(exist_ok=True)
     write_file(folder / REPORT_FILE, report.to_json())
     source = local_source(model)
-    if source is not None and (source / VOCABULARY_FILE).exists():  # tokens that an earlier run removed
+    if (
+        source is not None and (source / VOCABULARY_FILE).exists()
+    ):  # tokens that an earlier run removed
         shutil.copyfile(source / VOCABULARY_FILE, folder / VOCABULARY_FILE)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -140,9 +171,13 @@ def write_all_but_weights(
     describe_ties(model, model.config)
     settings = model.config.get_text_config(decoder=True)
     for word, value in [*vars(settings).items()] if "lacks" in report.model else ():
-        if type(value) is int and ("nextn" in word or "mtp" in word):  # layers that predict more tokens
+        if type(value) is int and (
+            "nextn" in word or "mtp" in word
+        ):  # layers that predict more tokens
             setattr(settings, word, 0)
-    model.config.fista_pruning = summary(report)  # survives `save_pretrained` of whoever loads the model
+    model.config.fista_pruning = summary(
+        report
+    )  # survives `save_pretrained` of whoever loads the model
     model.config.architectures = [type(model).__name__]  # a configuration made in Python names none
     model.config.dtype = str(model.dtype).removeprefix("torch.")  # in which Transformers loads it
     dense = getattr(model.config, "_name_or_path", "") or ""
@@ -166,8 +201,15 @@ def write_form(
     if packed is None:
         write_file(folder / MASKS_FILE, dict(masks), MASKS_METADATA)
     if card is not None:
-        write_file(folder / CARD_FILE, card.replace(PACKED_NOTE, "") + ("" if packed is None else PACKED_NOTE))
-    config = {key: value for key, value in config.items() if key not in (PACKED_KEY, "transformers_weights")}
+        write_file(
+            folder / CARD_FILE,
+            card.replace(PACKED_NOTE, "") + ("" if packed is None else PACKED_NOTE),
+        )
+    config = {
+        key: value
+        for key, value in config.items()
+        if key not in (PACKED_KEY, "transformers_weights")
+    }
     config |= {PACKED_KEY: dict(quantized)} if quantized else {}
     if packed is not None:
         # Our loader replaces this name. Transformers without it finds no such file, and its error says what to do.
@@ -181,8 +223,13 @@ def summary(report: PruningReport) -> dict[str, Any]:
     totals = report.totals
     return {
         "format": MASKS_FORMAT,
-        **{key: report.config[key] for key in ("method", "pattern", "sparsity", "error_correction")},
-        **{key: totals[key] for key in ("num_operators", "num_zeros", "mean_fit_error", "mean_output_error")},
+        **{
+            key: report.config[key] for key in ("method", "pattern", "sparsity", "error_correction")
+        },
+        **{
+            key: totals[key]
+            for key in ("num_operators", "num_zeros", "mean_fit_error", "mean_output_error")
+        },
         "masks": MASKS_FILE,
         "report": REPORT_FILE,
         "version": report.versions["optimum-fista"],
@@ -192,9 +239,15 @@ def summary(report: PruningReport) -> dict[str, Any]:
 
 def operators_by_weight(model: PreTrainedModel, report: PruningReport) -> dict[str, LinearOperator]:
     """The linear operators of a pruned model, by the names of their weights in the model."""
-    dense_experts = ["*"] if report.removed else report.config["exclude"]  # removing parts prunes no experts
-    found = (find_operators(name, layer, dense_experts) for name, layer in find_decoder_layers(model))
-    return {f"{name}.weight": operator for operators in found for name, operator in operators.items()}
+    dense_experts = (
+        ["*"] if report.removed else report.config["exclude"]
+    )  # removing parts prunes no experts
+    found = (
+        find_operators(name, layer, dense_experts) for name, layer in find_decoder_layers(model)
+    )
+    return {
+        f"{name}.weight": operator for operators in found for name, operator in operators.items()
+    }
 
 
 def as_stored(
@@ -204,20 +257,31 @@ def as_stored(
     operators, stored = [], {}
     for operator in reports:
         found, mask = names[operator.name], masks[operator.name]
-        if found.transposed != operator.stored_transposed:  # bits are row by row: [out, in] -> [in, out], or back
+        if (
+            found.transposed != operator.stored_transposed
+        ):  # bits are row by row: [out, in] -> [in, out], or back
             mask = pack_mask(unpack_mask(mask, operator.stored_shape).T)
         stored[found.name] = mask
-        operators.append(dataclasses.replace(operator, name=found.name, stored_transposed=found.transposed))
+        operators.append(
+            dataclasses.replace(operator, name=found.name, stored_transposed=found.transposed)
+        )
     return operators, stored
 
 
 def as_in_model(
-    model: PreTrainedModel, operators: Iterable[LinearOperator], report: PruningReport, masks: Mapping[str, Tensor]
+    model: PreTrainedModel,
+    operators: Iterable[LinearOperator],
+    report: PruningReport,
+    masks: Mapping[str, Tensor],
 ) -> tuple[PruningReport, dict[str, Tensor]]:
     """A report and packed masks, read from a checkpoint, under the names of the model: undoes `as_stored`."""
     found = list(operators)
     names = stored_names(model, found, all_of_them=False)
-    by_name = {names[key].name: operator for operator in found if (key := f"{operator.name}.weight") in names}
+    by_name = {
+        names[key].name: operator
+        for operator in found
+        if (key := f"{operator.name}.weight") in names
+    }
     for entry in report.operators:
         operator = by_name.get(entry.name)
         if operator is None or operator.shape != entry.shape:

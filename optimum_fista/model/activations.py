@@ -43,9 +43,13 @@ class ActivationStore(Sequence[Tensor]):
         """Keep a tensor; with `copy`, the caller may overwrite it afterwards."""
         tensor = tensor.detach()
         if self.staging is not None:
-            self.staging.write(tensor.clone() if copy else tensor)  # the stream reads it at any time from now on
+            self.staging.write(
+                tensor.clone() if copy else tensor
+            )  # the stream reads it at any time from now on
         else:
-            self._kept.append(tensor.to(self._storage, copy=copy and self._folder is None))  # a file has its own copy
+            self._kept.append(
+                tensor.to(self._storage, copy=copy and self._folder is None)
+            )  # a file has its own copy
 
     def kept(self) -> list[Tensor]:
         """All tensors where they are kept."""
@@ -57,8 +61,14 @@ class ActivationStore(Sequence[Tensor]):
         """From now on return the tensors on another device, and keep them at `storage` if that is a device."""
         if self.staging is not None:
             self.staging.finish()
-        if isinstance(self._kept, list) and isinstance(storage, torch.device) and storage != self._storage:
-            for index, tensor in enumerate(self._kept):  # one after the other, so that few are held twice
+        if (
+            isinstance(self._kept, list)
+            and isinstance(storage, torch.device)
+            and storage != self._storage
+        ):
+            for index, tensor in enumerate(
+                self._kept
+            ):  # one after the other, so that few are held twice
                 self._kept[index] = tensor.to(storage)
             self._storage = storage
         if device != self.device:
@@ -79,7 +89,9 @@ class ActivationStore(Sequence[Tensor]):
     def __getitem__(self, index: Any) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self._kept[index].to(self.device) if self.staging is None else self.staging.read(index)
+        return (
+            self._kept[index].to(self.device) if self.staging is None else self.staging.read(index)
+        )
 
 
 class _File(Sequence[Tensor]):
@@ -97,7 +109,9 @@ class _File(Sequence[Tensor]):
         """Write a copy of a CPU tensor to the end of the file."""
         self._places.append((self._file.seek(0, 2), tensor.shape, tensor.dtype))
         self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        self._file.write(b"\0" * (-self._file.tell() % mmap.PAGESIZE))  # a tensor at a page's start fits any dtype
+        self._file.write(
+            b"\0" * (-self._file.tell() % mmap.PAGESIZE)
+        )  # a tensor at a page's start fits any dtype
         self._file.flush()
 
     def __len__(self) -> int:
@@ -148,13 +162,19 @@ class _Staging:
     def read(self, index: int) -> Tensor:
         self.finish()
         known, self._next = self._next, None
-        found = known[1] if known is not None and known[0] == index else self._thread.submit(self._load, index)
+        found = (
+            known[1]
+            if known is not None and known[0] == index
+            else self._thread.submit(self._load, index)
+        )
         tensor, copied = found.result()
         if copied is not None:
             current = self._module.current_stream(self._device)
             current.wait_event(copied)
             tensor.record_stream(current)
-        expected = index - 1 if 0 < index < self._last else index + 1  # after a step back, expect another step back
+        expected = (
+            index - 1 if 0 < index < self._last else index + 1
+        )  # after a step back, expect another step back
         self._last = index
         if 0 <= expected < self.count:
             self._next = (expected, self._thread.submit(self._load, expected))
@@ -168,7 +188,9 @@ class _Staging:
     def _keep(self, buffer: Tensor, made: Any) -> None:
         if made is not None:
             made.synchronize()
-        self._kept.append(buffer.clone() if isinstance(self._kept, list) else buffer)  # the buffer is used again
+        self._kept.append(
+            buffer.clone() if isinstance(self._kept, list) else buffer
+        )  # the buffer is used again
 
     def _load(self, index: int) -> tuple[Tensor, Any]:
         stored = self._kept[index]
@@ -176,7 +198,9 @@ class _Staging:
             buffer = self._buffer(index, stored)
             if self._stream is not None:
                 self._stream.synchronize()  # the buffer's last copy is done
-            buffer.copy_(stored)  # for a file this reads the disk, in this thread, not in the computing one
+            buffer.copy_(
+                stored
+            )  # for a file this reads the disk, in this thread, not in the computing one
             tensor = buffer.to(self._device, non_blocking=True, copy=True)
             return tensor, self._stream.record_event() if self._stream is not None else None
 
@@ -184,5 +208,7 @@ class _Staging:
         """A pinned tensor with the shape and dtype of `like`, in one of the two buffers."""
         size = like.numel() * like.element_size()
         if self._buffers[turn % 2].numel() < size:
-            self._buffers[turn % 2] = torch.empty(size, dtype=torch.uint8, pin_memory=self._stream is not None)
+            self._buffers[turn % 2] = torch.empty(
+                size, dtype=torch.uint8, pin_memory=self._stream is not None
+            )
         return self._buffers[turn % 2][:size].view(like.dtype).view(like.shape)

@@ -33,16 +33,24 @@ class CalibrationBatch:
     """One batch of token ids; a sequence with images is alone in its batch, without padding."""
 
     input_ids: Tensor  # int64 [batch, sequence]
-    attention_mask: Tensor | None = None  # bool [batch, sequence], True = a real token; None when all are
+    attention_mask: Tensor | None = (
+        None  # bool [batch, sequence], True = a real token; None when all are
+    )
     held_out: bool = False  # whether no weight is fitted to it
     text: str | None = None  # name of its text, if known
     bytes_per_token: float | None = None  # of its text in UTF-8, if known
-    media: Mapping[str, Tensor] = field(default_factory=dict)  # other arguments of the model: images, types of tokens
+    media: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # other arguments of the model: images, types of tokens
 
     @property
     def num_tokens(self) -> int:
         """Number of real tokens."""
-        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+        return (
+            self.input_ids.numel()
+            if self.attention_mask is None
+            else int(self.attention_mask.sum())
+        )
 
     def rows(self) -> Iterator[Self]:
         """Every sequence as a batch of its own, without padding."""
@@ -53,19 +61,32 @@ class CalibrationBatch:
     def arguments(self, model: PreTrainedModel) -> dict[str, Any]:
         """Arguments to run a model with, where it computes; images are in its dtype."""
         device, mask = execution_device(model.get_input_embeddings()), self.attention_mask
-        media = {k: v.to(device, model.dtype if v.is_floating_point() else v.dtype) for k, v in self.media.items()}
+        media = {
+            k: v.to(device, model.dtype if v.is_floating_point() else v.dtype)
+            for k, v in self.media.items()
+        }
         mask = None if mask is None else mask.to(device).long()
-        return {"input_ids": self.input_ids.to(device), "attention_mask": mask, "use_cache": False, **media}
+        return {
+            "input_ids": self.input_ids.to(device),
+            "attention_mask": mask,
+            "use_cache": False,
+            **media,
+        }
 
     def sequences(self, start: int, stop: int) -> Self:
         """A batch of some of the sequences."""
         mask = None if self.attention_mask is None else self.attention_mask[start:stop]
-        mask = None if mask is None or bool(mask.all()) else mask  # attention is quicker without one
+        mask = (
+            None if mask is None or bool(mask.all()) else mask
+        )  # attention is quicker without one
         return replace(self, input_ids=self.input_ids[start:stop], attention_mask=mask)
 
 
 def read_batches(
-    loader: Iterable[Any], vocab_size: int, longest: int | None = None, media: MediaArguments = TEXT_ONLY
+    loader: Iterable[Any],
+    vocab_size: int,
+    longest: int | None = None,
+    media: MediaArguments = TEXT_ONLY,
 ) -> list[CalibrationBatch]:
     """Read every batch of a calibration loader once, and move padding to the end of each sequence.
 
@@ -77,19 +98,27 @@ def read_batches(
     """
     if isinstance(loader, Mapping | str) or not isinstance(loader, Iterable | Dataset):
         wanted = "batches, such as a DataLoader or a list of {'input_ids': ..., 'attention_mask': ...} dicts"
-        raise ValueError(f"calib_dataloader is a {type(loader).__name__}: pass an iterable of {wanted}.")
+        raise ValueError(
+            f"calib_dataloader is a {type(loader).__name__}: pass an iterable of {wanted}."
+        )
     items: Iterable[Any] = loader
     if isinstance(loader, Tensor) and loader.ndim < 2:
         items = [loader]  # a tensor [sequences, length] gives one sequence after another
     elif isinstance(loader, list | tuple) and loader and all(isinstance(i, int) for i in loader):
         items = [loader]
-    elif isinstance(loader, Dataset) and not isinstance(loader, Iterable) and hasattr(loader, "__len__"):
+    elif (
+        isinstance(loader, Dataset)
+        and not isinstance(loader, Iterable)
+        and hasattr(loader, "__len__")
+    ):
         items = (loader[i] for i in range(len(loader)))  # Python would read on until an IndexError
     batches = list[CalibrationBatch]()
     for number, item in enumerate(items):
         batches += _read_batch(item, f"calib_dataloader[{number}]", vocab_size, longest, media)
     if not batches:
-        raise ValueError("calib_dataloader gave no batch: pass at least one batch; a generator can be read only once.")
+        raise ValueError(
+            "calib_dataloader gave no batch: pass at least one batch; a generator can be read only once."
+        )
     if not any(batch.num_tokens for batch in batches):
         raise ValueError("calib_dataloader holds no real token: every attention_mask is zero.")
     return batches
@@ -102,13 +131,19 @@ def hold_out(batches: Sequence[CalibrationBatch], num_sequences: int) -> list[Ca
     total = sum(batch.input_ids.shape[0] for batch in batches)
     if num_sequences >= total:
         why = f"calib_dataloader holds {total} sequences, so none is left to calibrate on"
-        raise ValueError(f"held_out={num_sequences}: {why}: pass a smaller number, or more sequences.")
+        raise ValueError(
+            f"held_out={num_sequences}: {why}: pass a smaller number, or more sequences."
+        )
     found, left = list[CalibrationBatch](), total - num_sequences
     for batch in batches:
         size = batch.input_ids.shape[0]
         cut = min(left, size)
         parts = ((0, cut, False), (cut, size, True))
-        found += [replace(batch.sequences(start, stop), held_out=kind) for start, stop, kind in parts if start < stop]
+        found += [
+            replace(batch.sequences(start, stop), held_out=kind)
+            for start, stop, kind in parts
+            if start < stop
+        ]
         left -= cut
     for held_out, name in ((False, "other"), (True, "held-out")):
         if not any(batch.num_tokens for batch in found if batch.held_out == held_out):
@@ -125,7 +160,11 @@ def describe_batches(batches: Sequence[CalibrationBatch]) -> dict[str, Any]:
             "num_sequences": sum(batch.input_ids.shape[0] for batch in chosen),
             "num_tokens": sum(batch.num_tokens for batch in chosen),
         }
-        | ({"media": media} if (media := sorted({name for batch in chosen for name in batch.media})) else {})
+        | (
+            {"media": media}
+            if (media := sorted({name for batch in chosen for name in batch.media}))
+            else {}
+        )
         for held_out in (False, True)
         if (chosen := [batch for batch in batches if batch.held_out == held_out]) or not held_out
     ]
@@ -147,7 +186,9 @@ def tokens_sha256(batches: Sequence[CalibrationBatch]) -> str:
             digest.update(row.input_ids.cpu().to(torch.int64).numpy().tobytes() + b"|")
             for name, values in sorted(row.media.items()):
                 digest.update(f"{name} {values.dtype} {tuple(values.shape)} ".encode())
-                digest.update(values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+                digest.update(
+                    values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+                )
     return digest.hexdigest()
 
 
@@ -157,14 +198,23 @@ def _read_batch(
     others: Mapping[str, Any] = {}
     if isinstance(item, Mapping):
         for key, value in item.items():
-            known = value is None or isinstance(value, str) or key in media.names or not _NOT_READ.search(key)
-            if not known and (not key.endswith("token_type_ids") or torch.as_tensor(value).any()):  # 0: the default
+            known = (
+                value is None
+                or isinstance(value, str)
+                or key in media.names
+                or not _NOT_READ.search(key)
+            )
+            if not known and (
+                not key.endswith("token_type_ids") or torch.as_tensor(value).any()
+            ):  # 0: the default
                 taken = ", ".join(sorted(media.names))
                 takes = f"takes only {taken} besides" if taken else "runs on token ids only"
                 advice = "pass text without it, as 'input_ids' (and 'attention_mask')"
                 raise ValueError(f"{where} holds {key!r}, but the model {takes}: {advice}.")
         if "input_ids" not in item:
-            raise ValueError(f"{where} has the keys {sorted(item)}: pass 'input_ids' (and 'attention_mask').")
+            raise ValueError(
+                f"{where} has the keys {sorted(item)}: pass 'input_ids' (and 'attention_mask')."
+            )
         others, item = item, item["input_ids"]
     elif isinstance(item, list | tuple) and len(item) == 1 and isinstance(item[0], Tensor):
         item = item[0]  # a batch of a TensorDataset
@@ -172,7 +222,9 @@ def _read_batch(
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         why = f"the token id {low if low < 0 else high}, outside the model's vocabulary [0, {vocab_size})"
-        raise ValueError(f"{where}: input_ids holds {why}: tokenise with the model's own tokenizer.")
+        raise ValueError(
+            f"{where}: input_ids holds {why}: tokenise with the model's own tokenizer."
+        )
     if longest is not None and ids.shape[1] > longest:
         most = f"{longest}, the model's max_position_embeddings (--sequence-length {longest})"
         raise ValueError(f"{where} holds sequences of {ids.shape[1]} tokens: pass at most {most}.")
@@ -182,7 +234,9 @@ def _read_batch(
     held_out = others.get("held_out")
     text = held_out if isinstance(held_out, str) else None
     mask = None if bool(real.all()) else real.gather(1, order)
-    batch = CalibrationBatch(ids.gather(1, order), mask, bool(held_out), text, others.get("bytes_per_token"))
+    batch = CalibrationBatch(
+        ids.gather(1, order), mask, bool(held_out), text, others.get("bytes_per_token")
+    )
     read = media.read(others, ids, real, where) if media.names else []
     if not any(read):
         return [batch]
@@ -198,7 +252,9 @@ def _real_tokens(ids: Tensor, others: Mapping[str, Any], where: str) -> Tensor:
     mask = others.get("attention_mask")
     numbers = torch.ones_like(ids) if mask is None else _as_rows(mask, where, "attention_mask", ids)
     real = numbers.bool()
-    packing = [key for key in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k") if others.get(key) is not None]
+    packing = [
+        key for key in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k") if others.get(key) is not None
+    ]
     if int(numbers.max()) > 1:  # 1, 1, 2, 2: two documents
         packing.append("attention_mask")
     if others.get("position_ids") is not None:
@@ -209,7 +265,9 @@ def _real_tokens(ids: Tensor, others: Mapping[str, Any], where: str) -> Tensor:
             packing.append("position_ids")
     if packing:
         why = f"{packing[0]} says that a row holds several documents, or begins late"
-        raise ValueError(f"{where}: {why}: pass every document as a sequence of its own, without {packing[0]}.")
+        raise ValueError(
+            f"{where}: {why}: pass every document as a sequence of its own, without {packing[0]}."
+        )
     begins = real[:, 1:] & ~real[:, :-1]
     if bool((begins.sum(1) + real[:, 0] > 1).any()):
         why = "attention_mask has a hole, zeros between two tokens"
@@ -231,7 +289,9 @@ def _as_rows(values: Any, where: str, key: str, like: Tensor | None = None) -> T
     return rows if like is None else rows.to(like)
 
 
-def cut_batches(batches: Sequence[CalibrationBatch], sizes: Sequence[int]) -> list[CalibrationBatch]:
+def cut_batches(
+    batches: Sequence[CalibrationBatch], sizes: Sequence[int]
+) -> list[CalibrationBatch]:
     """Cut batches into batches of other sizes; no new batch has sequences of two old ones."""
     lengths = [batch.input_ids.shape[0] for batch in batches]
     return [batches[number].sequences(start, end) for number, start, end in pieces(lengths, sizes)]

@@ -23,7 +23,13 @@ from optimum_fista.model.forward import operator_input, quick_products, watching
 from optimum_fista.model.gram import GroupSums
 from optimum_fista.model.groups import FinishedParts, is_added_to_output
 from optimum_fista.model.inputs import HiddenStates, LayerActivations
-from optimum_fista.model.operators import AssignedTokens, ExpertOperator, FusedExperts, Group, LinearOperator
+from optimum_fista.model.operators import (
+    AssignedTokens,
+    ExpertOperator,
+    FusedExperts,
+    Group,
+    LinearOperator,
+)
 from optimum_fista.solve.problem import LayerProblem, relative
 
 Carry = Literal["none", "intra", "full"]
@@ -52,7 +58,8 @@ class Correction:
         """Read the two options of a configuration; a number means `"full"` with this share of the dense inputs."""
         if isinstance(error_correction, int | float):
             return cls("full", float(error_correction), residual_correction)
-        return cls(error_correction, 1.0, residual_correction if error_correction != "none" else 0.0)  # type: ignore[arg-type]
+        residual_share = residual_correction if error_correction != "none" else 0.0
+        return cls(error_correction, 1.0, residual_share)  # type: ignore[arg-type]
 
     @property
     def needs_dense(self) -> bool:
@@ -76,7 +83,9 @@ class LastOperator:
 
     operator: LinearOperator
     activations: LayerActivations
-    energies: dict[bool, Tensor]  # squared norms of the rows of W X, [out], float64: held out (True) and others
+    energies: dict[
+        bool, Tensor
+    ]  # squared norms of the rows of W X, [out], float64: held out (True) and others
     inputs: ActivationStore  # X*
     rest: ActivationStore | None  # D*; None if the layer's output hidden states are not needed
     dense: ActivationStore  # W X in the dense network, [tokens, out]
@@ -88,7 +97,10 @@ class LastOperator:
         The operator runs once, with the weights that it has at the first access.
         """
         activations, operator = self.activations, self.operator
-        squares = {kind: torch.zeros((), dtype=torch.float64, device=activations.device) for kind in (False, True)}
+        squares = {
+            kind: torch.zeros((), dtype=torch.float64, device=activations.device)
+            for kind in (False, True)
+        }
         outputs = None if self.rest is None else activations.store()
         for batch, inputs in enumerate(self.inputs):
             with quick_products():
@@ -108,7 +120,9 @@ class GroupProblems:
 
     operators: Group
     fitted: list[LayerProblem]
-    held_out: Iterator[LayerProblem | None]  # over held-out tokens, made one by one; None if an operator got none
+    held_out: Iterator[
+        LayerProblem | None
+    ]  # over held-out tokens, made one by one; None if an operator got none
     last: LastOperator | None  # the operator, if it has a residual correction
 
     def output_error(
@@ -146,13 +160,17 @@ class LayerTargets:
         self._groups = groups
         self._correction = correction
         self._finished = FinishedParts(activations, groups)
-        self._records = {i: _DenseRecord(group, activations, correction, i) for i, group in enumerate(groups)}
+        self._records = {
+            i: _DenseRecord(group, activations, correction, i) for i, group in enumerate(groups)
+        }
         self._mixture: tuple[FusedExperts, list[AssignedTokens]] | None = None
         self._last: LastOperator | None = None
         self._experts, self._expert_outputs = experts, activations.store()
         corrects = correction.residual_share > 0 and not correction.sees_dense_inputs(len(groups))
         self.adds_experts = (  # whether the sum of all experts gets a residual correction
-            experts is not None and corrects and is_added_to_output(activations, experts, entering.entering[0])
+            experts is not None
+            and corrects
+            and is_added_to_output(activations, experts, entering.entering[0])
         )
         self._outputs: ActivationStore | None = None
         if entering.dense is None:
@@ -160,9 +178,15 @@ class LayerTargets:
         # one pass serves all groups: each records the inputs and outputs of its operators
         records, count, self._outputs = self._records.values(), 0, activations.store()
         hooks: dict[nn.Module, Callable[..., None]]
-        hooks = {operator.module: partial(r.see_output, operator) for r in records for operator in r.group}
+        hooks = {
+            operator.module: partial(r.see_output, operator)
+            for r in records
+            for operator in r.group
+        }
         if experts is not None:
-            hooks[experts] = lambda _, __, output: self._expert_outputs.append(tokens_of(output, count))
+            hooks[experts] = lambda _, __, output: self._expert_outputs.append(
+                tokens_of(output, count)
+            )
         with watching({record.group[0].module: record.see_input for record in records}, hooks):
             for batch, hidden in enumerate(entering.dense):
                 count = hidden.shape[:2].numel()
@@ -175,20 +199,35 @@ class LayerTargets:
         # popped, so that the record and its sums are freed with the problems, before the next group's are made
         group, record, correction = self._groups[index], self._records.pop(index), self._correction
         is_last = index == len(self._groups) - 1
-        if not correction.sees_dense_inputs(index):  # otherwise X* = X, and the dense pass has summed them
+        if not correction.sees_dense_inputs(
+            index
+        ):  # otherwise X* = X, and the dense pass has summed them
             # only the last operator has a residual correction, and only if it is alone in its group
-            corrects = correction.residual_share > 0 and is_last and len(group) == 1 and group[0].tokens is None
-            if corrects and is_added_to_output(self.activations, group[0].module, self.entering.entering[0]):
+            corrects = (
+                correction.residual_share > 0
+                and is_last
+                and len(group) == 1
+                and group[0].tokens is None
+            )
+            if corrects and is_added_to_output(
+                self.activations, group[0].module, self.entering.entering[0]
+            ):
                 with self._finished.skipped(index, keep=False):
                     self._last = self._sum_residual(record)
             else:
-                with self._finished.skipped(index, keep=not is_last or self.entering.pruned is not None):
+                with self._finished.skipped(
+                    index, keep=not is_last or self.entering.pruned is not None
+                ):
                     self._sum_inputs(record)
         share = correction.dense_share
-        fitted = list(record.sums[False].problems(group, [operator.read() for operator in group], share))
+        fitted = list(
+            record.sums[False].problems(group, [operator.read() for operator in group], share)
+        )
         held_out: Iterator[LayerProblem | None] = iter([None] * len(group))
         if True in record.sums and record.sums[True].num_tokens:
-            held_out = record.sums[True].problems(group, (problem.weight for problem in fitted), share)
+            held_out = record.sums[True].problems(
+                group, (problem.weight for problem in fitted), share
+            )
         return GroupProblems(group, fitted, held_out, self._last)
 
     def pass_by(self) -> HiddenStates:
@@ -206,20 +245,28 @@ class LayerTargets:
         """
         assert self._experts is not None
         correction, seen, count = self._correction, list[Tensor](), 0
-        with watching({}, {self._experts: lambda _, __, output: seen.append(tokens_of(output, count).float())}):
+        with watching(
+            {}, {self._experts: lambda _, __, output: seen.append(tokens_of(output, count).float())}
+        ):
             for batch, hidden in enumerate(self.entering.entering):
                 count = hidden.shape[:2].numel()
                 output = self.activations.run(batch, hidden)
                 if len(seen) != 1:
                     why = f"is called {len(seen)} times in a forward pass of its decoder layer, so its experts can't go"
-                    raise UnsupportedArchitectureError(f"a {type(self._experts).__name__} {why}: use another pattern.")
+                    raise UnsupportedArchitectureError(
+                        f"a {type(self._experts).__name__} {why}: use another pattern."
+                    )
                 target = same = seen.pop()
                 if correction.needs_dense:
                     dense = self._expert_outputs[batch].float()
                     target = torch.lerp(same, dense, correction.dense_share)
                     if self.adds_experts:
                         assert self._outputs is not None
-                        both = (output - self._outputs[batch].to(output.device)).reshape(same.shape).float()
+                        both = (
+                            (output - self._outputs[batch].to(output.device))
+                            .reshape(same.shape)
+                            .float()
+                        )
                         target -= (both - same + dense) * correction.residual_share
                 # of hidden states, of which a layer may have several for a token (hyper-connections)
                 yield target.to(output.dtype).view(*hidden.shape[:2], -1)
@@ -228,7 +275,11 @@ class LayerTargets:
         """Hidden states after the layer, or after the `smaller` one without experts, when all groups are pruned."""
         entering, pruned = self.entering.pruned, None
         if smaller is not None:
-            pruned = None if entering is None else replace(self.activations, layer=smaller).outputs(entering)
+            pruned = (
+                None
+                if entering is None
+                else replace(self.activations, layer=smaller).outputs(entering)
+            )
         elif self._last is not None:
             pruned = self._last.results[1]  # D* was kept, so only the operator itself runs
         elif entering is not None:
@@ -239,16 +290,24 @@ class LayerTargets:
     def _sum_inputs(self, record: _DenseRecord) -> None:
         """Sum over `X*` of a group and over the dense network's record; the layer runs up to the group."""
         operator, activations, entering = record.group[0], self.activations, self.entering.entering
-        found: Iterator[Tensor]  # [batch, sequence, in] or, of an expert, [tokens, in], a batch each
+        found: Iterator[
+            Tensor
+        ]  # [batch, sequence, in] or, of an expert, [tokens, in], a batch each
         weights: list[Tensor] = []
         if isinstance(operator, ExpertOperator):
             if self._mixture is None or self._mixture[0] is not operator.experts:
                 # one run for all experts of a mixture: their inputs are computed from the input of the mixture
-                self._mixture = (operator.experts, activations.assigned_tokens(operator.experts, entering))
+                self._mixture = (
+                    operator.experts,
+                    activations.assigned_tokens(operator.experts, entering),
+                )
             found = (operator.inputs(tokens, activations.device) for tokens in self._mixture[1])
             weights = [expert.read() for expert in record.group]
         else:
-            found = (operator_input(*given) for given in activations.arguments_of(operator.module, entering))
+            found = (
+                operator_input(*given)
+                for given in activations.arguments_of(operator.module, entering)
+            )
         for batch, inputs in enumerate(found):
             record.batch = batch
             record.add(inputs, weights)
@@ -269,52 +328,85 @@ class LayerTargets:
         )
         weight = operator.read() if record.outputs is None else None
         assert self._outputs is not None
-        seen: list[Tensor] = []  # its input, and a copy of its output: some layers add to that in place
+        seen: list[
+            Tensor
+        ] = []  # its input, and a copy of its output: some layers add to that in place
         copy_output = {operator.module: lambda _, __, output: seen.append(output.clone())}
         with watching({operator.module: seen.append}, copy_output):
             for batch, hidden in enumerate(self.entering.entering):
                 output = activations.run(batch, hidden)
-                own, inputs = seen.pop().view(output.shape), seen.pop()  # some call their operator with [tokens, in]
-                same = operator.outputs_without_bias(activations.rows(own, batch, operator)).float()  # W X*
+                own, inputs = (
+                    seen.pop().view(output.shape),
+                    seen.pop(),
+                )  # some call their operator with [tokens, in]
+                same = operator.outputs_without_bias(
+                    activations.rows(own, batch, operator)
+                ).float()  # W X*
                 if record.inputs is not None and weight is not None:
-                    dense = record.inputs[batch].to(same.device, non_blocking=True).float() @ weight.T
+                    dense = (
+                        record.inputs[batch].to(same.device, non_blocking=True).float() @ weight.T
+                    )
                     last.dense.append(dense)
                 else:
                     dense = last.dense[batch].to(same.device, non_blocking=True).float()  # W X
                 # in the layer's dtype: the two sums are close, so little is lost in their difference
                 both = output - self._outputs[batch].to(same.device)  # (D* + W X*) - (D + W X)
                 moved = activations.rows(both, batch, operator).float() - same + dense  # D* - D
-                targets = same.mul(1 - correction.dense_share).add_(dense, alpha=correction.dense_share)
+                targets = same.mul(1 - correction.dense_share).add_(
+                    dense, alpha=correction.dense_share
+                )
                 targets.sub_(moved, alpha=correction.residual_share)
                 rows = activations.rows(inputs, batch, operator)
                 record.sums[activations.held_out[batch]].add(rows, "targets", targets)
                 last.inputs.append(inputs)
                 if last.rest is not None:
                     last.rest.append(output - own)
-                del output, own, inputs, same, dense, both, moved, targets, rows  # before the next batch runs
+                del (
+                    output,
+                    own,
+                    inputs,
+                    same,
+                    dense,
+                    both,
+                    moved,
+                    targets,
+                    rows,
+                )  # before the next batch runs
         return last
 
 
 class _DenseRecord:
     """Activations of one group in the dense network: enough to form `W X X*^T` with any later `X*`."""
 
-    def __init__(self, group: Group, activations: LayerActivations, correction: Correction, index: int) -> None:
+    def __init__(
+        self, group: Group, activations: LayerActivations, correction: Correction, index: int
+    ) -> None:
         self.group = group
         self.batch = 0  # number of the batch that runs
         self._activations = activations
         self._same = correction.sees_dense_inputs(index)
         size, device = group[0].shape[1], activations.device
-        kinds = sorted({False, *activations.held_out})  # tokens to fit, and those held out if there are any
+        kinds = sorted(
+            {False, *activations.held_out}
+        )  # tokens to fit, and those held out if there are any
         self.sums = {kind: GroupSums(size, device, same_inputs=self._same) for kind in kinds}
         self.inputs: ActivationStore | None = None  # X [tokens, in] by batch, in the model's dtype
-        self.outputs: ActivationStore | None = None  # or W X of all operators side by side, [tokens, out] by batch
-        self.tokens: list[Tensor] = []  # which tokens are the rows of X, by batch, if these are not all tokens
+        self.outputs: ActivationStore | None = (
+            None  # or W X of all operators side by side, [tokens, out] by batch
+        )
+        self.tokens: list[
+            Tensor
+        ] = []  # which tokens are the rows of X, by batch, if these are not all tokens
         self._side_by_side: list[Tensor] = []  # outputs of the batch that runs
         if self._same or not correction.needs_dense:
             return
-        if group[0].tokens is not None:  # experts are many and small: their inputs are kept, and not in files
+        if (
+            group[0].tokens is not None
+        ):  # experts are many and small: their inputs are kept, and not in files
             on_disk = isinstance(activations.storage, Path)
-            self.inputs = ActivationStore(torch.device("cpu") if on_disk else activations.storage, device)
+            self.inputs = ActivationStore(
+                torch.device("cpu") if on_disk else activations.storage, device
+            )
         elif sum(operator.shape[0] for operator in group) < size:  # keep the smaller one
             self.outputs = activations.store()
         else:
@@ -329,16 +421,22 @@ class _DenseRecord:
         elif self.inputs is not None:
             self.inputs.append(rows, copy=True)  # the layer may overwrite it
             if operator.tokens is not None:
-                self.tokens.append(self._activations.rows(operator.tokens[:, None], self.batch, operator)[:, 0])
+                self.tokens.append(
+                    self._activations.rows(operator.tokens[:, None], self.batch, operator)[:, 0]
+                )
 
-    def see_output(self, operator: LinearOperator, _: nn.Module, __: object, output: Tensor) -> None:
+    def see_output(
+        self, operator: LinearOperator, _: nn.Module, __: object, output: Tensor
+    ) -> None:
         """Record the dense outputs of one operator, as its forward hook; those of a group come in its order."""
         if self._same or operator.tokens is not None:
             return
         rows = operator.outputs_without_bias(self._activations.rows(output, self.batch, operator))
         self.sums[self._activations.held_out[self.batch]].add_energies(operator.name, rows)
         if self.outputs is not None:
-            self._side_by_side.append(rows.to(output.dtype, copy=True))  # Falcon adds to it in place
+            self._side_by_side.append(
+                rows.to(output.dtype, copy=True)
+            )  # Falcon adds to it in place
             if operator is self.group[-1]:
                 self.outputs.append(torch.cat(self._side_by_side, dim=1))
                 self._side_by_side.clear()
@@ -351,8 +449,12 @@ class _DenseRecord:
             sums.add(rows, "outputs", self.outputs[self.batch].to(rows.device, non_blocking=True))
         elif self.inputs is not None:
             dense = self.inputs[self.batch].to(rows.device, non_blocking=True)
-            if operator.tokens is not None:  # in the dense network other tokens may have reached the expert
-                tokens = self._activations.rows(operator.tokens[:, None], self.batch, operator)[:, 0]
+            if (
+                operator.tokens is not None
+            ):  # in the dense network other tokens may have reached the expert
+                tokens = self._activations.rows(operator.tokens[:, None], self.batch, operator)[
+                    :, 0
+                ]
                 dense = _rows_of(tokens, dense, self.tokens[self.batch], rows)
                 for expert, weight in zip(self.group, weights, strict=True):
                     sums.add_energies(expert.name, dense.float() @ weight.T)

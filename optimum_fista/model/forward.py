@@ -58,7 +58,11 @@ def is_fast(dtype: torch.dtype, device: torch.device) -> bool:
     # On x86 the answer for bfloat16 is yes for any AVX-512, which without these units reaches 0.4 of float32's rate.
     units = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # an older PyTorch may not tell
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return kind == "fp16" or not is_x86 or any(getattr(torch.cpu, unit, lambda: False)() for unit in units)
+    return (
+        kind == "fp16"
+        or not is_x86
+        or any(getattr(torch.cpu, unit, lambda: False)() for unit in units)
+    )
 
 
 @contextmanager
@@ -82,9 +86,13 @@ class _Widened(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in _WIDENED and "out" not in kwargs:
-            halves = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and _is_half(v)]
+            halves = [
+                v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and _is_half(v)
+            ]
             if halves and halves[0].device.type == "cpu":
-                args, kwargs = tree_map_only(Tensor, lambda v: v.float() if _is_half(v) else v, (args, kwargs))
+                args, kwargs = tree_map_only(
+                    Tensor, lambda v: v.float() if _is_half(v) else v, (args, kwargs)
+                )
                 return func(*args, **kwargs).to(halves[0].dtype)
         return func(*args, **kwargs)
 
@@ -117,7 +125,9 @@ def as_multiplied(values: Tensor) -> Tensor:
     products = _PRODUCTS.get()
     if products == "bfloat16" and values.dtype != torch.bfloat16:
         return values.to(torch.bfloat16).float()
-    if products == "tf32" and not _is_half(values):  # to 10 bits of the 23 that are stored after the first one
+    if products == "tf32" and not _is_half(
+        values
+    ):  # to 10 bits of the 23 that are stored after the first one
         return ((values.float().view(torch.int32) + (1 << 12)) & -(1 << 13)).view(torch.float32)
     return values.float()
 
@@ -128,11 +138,19 @@ def in_few_sizes(rows: Tensor) -> Tensor:
     oneDNN keeps half a MiB for each shape of a product, and an expert gets any number of tokens.
     """
     products, count = _PRODUCTS.get(), len(rows)
-    if rows.device.type != "cpu" or products == "widened" or (products == "float32" and not _is_half(rows)):
+    if (
+        rows.device.type != "cpu"
+        or products == "widened"
+        or (products == "float32" and not _is_half(rows))
+    ):
         return rows  # multiplied by MKL, which keeps nothing
-    step = 1 << max(4, (count - 1).bit_length() - 3)  # 16; above 128 rows, a quarter of a power of two
+    step = 1 << max(
+        4, (count - 1).bit_length() - 3
+    )  # 16; above 128 rows, a quarter of a power of two
     missing = -count % step
-    return nn.functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing)) if missing else rows  # not copied
+    return (
+        nn.functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing)) if missing else rows
+    )  # not copied
 
 
 def operator_input(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
@@ -142,13 +160,16 @@ def operator_input(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> T
 
 @contextmanager
 def watching(
-    inputs: Mapping[nn.Module, Callable[[Tensor], None]], hooks: Mapping[nn.Module, Callable[..., None]] | None = None
+    inputs: Mapping[nn.Module, Callable[[Tensor], None]],
+    hooks: Mapping[nn.Module, Callable[..., None]] | None = None,
 ) -> Iterator[None]:
     """Inside, call back with the input of operators before they compute, and register forward hooks."""
     with ExitStack() as registered:
         for module, callback in inputs.items():
             # a default argument binds the callback of this turn of the loop
-            def before(_: nn.Module, args: Any, kwargs: Any, callback: Callable[[Tensor], None] = callback) -> None:
+            def before(
+                _: nn.Module, args: Any, kwargs: Any, callback: Callable[[Tensor], None] = callback
+            ) -> None:
                 callback(operator_input(args, kwargs))
 
             registered.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))

@@ -33,7 +33,9 @@ class GroupSums:
         self.cross: dict[str, Tensor] = {}
         # squared norms of the rows of W X, [out], float64, by operator, and of Y as "targets"
         self.energies: dict[str, Tensor] = {}
-        self._gram: Tensor | None = None  # its upper half; made with the first tokens, so that only one group has it
+        self._gram: Tensor | None = (
+            None  # its upper half; made with the first tokens, so that only one group has it
+        )
         self._total = torch.zeros(size, device=device)  # of each input
 
     @quick_products()
@@ -62,7 +64,11 @@ class GroupSums:
 
     def statistics(self) -> InputStatistics:
         """The symmetric Gram matrix and the mean of the inputs; nothing can be added afterwards."""
-        gram = self._total.new_zeros(len(self._total), len(self._total)) if self._gram is None else self._gram
+        gram = (
+            self._total.new_zeros(len(self._total), len(self._total))
+            if self._gram is None
+            else self._gram
+        )
         for start in range(0, gram.shape[0], _LEAF):
             end = start + _LEAF
             # Only upper blocks were summed. They are copied, so that both halves are equal to the last bit.
@@ -71,7 +77,9 @@ class GroupSums:
             gram[end:, start:end] = gram[start:end, end:].T
         return InputStatistics(gram, self.num_tokens, self._total / max(1, self.num_tokens))
 
-    def problems(self, group: Group, weights: Iterable[Tensor], dense_share: float) -> Iterator[LayerProblem]:
+    def problems(
+        self, group: Group, weights: Iterable[Tensor], dense_share: float
+    ) -> Iterator[LayerProblem]:
         """The problems of the operators with their dense weights `W` [out, in], one by one; the sums are used up.
 
         `dense_share` is `a` in the targets `W (a X + (1 - a) X*)`; it is not used if `X* = X` or targets were summed.
@@ -79,13 +87,17 @@ class GroupSums:
         statistics, row = self.statistics(), 0
         if not bool(torch.isfinite(torch.stack(statistics.gram.aminmax())).all()):
             found = f"the inputs of {group[0].name} hold NaN or Inf (or overflow when squared in float32)"
-            raise ValueError(f"{found}: the model is damaged there, or overflows its dtype; try float32 or bfloat16.")
+            raise ValueError(
+                f"{found}: the model is damaged there, or overflows its dtype; try float32 or bfloat16."
+            )
         for operator, weight in zip(group, weights, strict=True):
             name = operator.name
             if not self.cross:
                 yield LayerProblem(weight, statistics, name=name, aims_at_dense=self.same_inputs)
             elif "targets" in self.cross:
-                yield LayerProblem(weight, statistics, self.cross["targets"], self.energies["targets"], name)
+                yield LayerProblem(
+                    weight, statistics, self.cross["targets"], self.energies["targets"], name
+                )
             else:
                 # `_problem` may overwrite these rows or this product, because they are read only once
                 if "outputs" in self.cross:
@@ -110,7 +122,12 @@ def _add_upper(out: Tensor, inputs: Tensor) -> None:
 
 
 def _problem(
-    weight: Tensor, statistics: InputStatistics, cross: Tensor, energies: Tensor, dense_share: float, name: str
+    weight: Tensor,
+    statistics: InputStatistics,
+    cross: Tensor,
+    energies: Tensor,
+    dense_share: float,
+    name: str,
 ) -> LayerProblem:
     """The problem of target outputs `Y = W (a X + (1 - a) X*)`, a = `dense_share`, with the statistics of `X*`.
 
@@ -128,8 +145,16 @@ def _problem(
     # || W X* - W X ||^2 by rows; computed from Y, a small share would magnify its rounding error
     unpruned_errors = energies - 2 * mixed + remade
     if dense_share == 0:  # Y = W X*: nothing is mixed into the cross-Gram
-        return LayerProblem(weight, statistics, name=name, dense=DenseOutputs(energies, unpruned_errors, cross))
+        return LayerProblem(
+            weight, statistics, name=name, dense=DenseOutputs(energies, unpruned_errors, cross)
+        )
     dense = DenseOutputs(energies, unpruned_errors, dense_share=dense_share)
     # || a W X + (1 - a) W X* ||^2 by rows, expanded
-    energies = dense_share**2 * energies + 2 * dense_share * (1 - dense_share) * mixed + (1 - dense_share) ** 2 * remade
-    return LayerProblem(weight, statistics, cross, energies, name, same_energies=remade, dense=dense)
+    energies = (
+        dense_share**2 * energies
+        + 2 * dense_share * (1 - dense_share) * mixed
+        + (1 - dense_share) ** 2 * remade
+    )
+    return LayerProblem(
+        weight, statistics, cross, energies, name, same_energies=remade, dense=dense
+    )

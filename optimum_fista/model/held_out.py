@@ -14,8 +14,12 @@ from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.removal.layers import Sweep
 
-LEAST_TOKENS = 4096  # sequences are taken until they hold this many; a perplexity on fewer says little
-LOGITS_TOGETHER = 512  # tokens whose logits are held at a time: a vocabulary may have 250,000 entries
+LEAST_TOKENS = (
+    4096  # sequences are taken until they hold this many; a perplexity on fewer says little
+)
+LOGITS_TOGETHER = (
+    512  # tokens whose logits are held at a time: a vocabulary may have 250,000 entries
+)
 _NETWORKS = ("dense", "pruned")
 
 
@@ -26,8 +30,13 @@ class HeldOut:
     after it is pruned. After the last layer come the model's own norm and head.
     """
 
-    def __init__(self, layers: DecoderLayers, batches: Sequence[CalibrationBatch], storage: Storage | None) -> None:
-        groups, count = list[list[CalibrationBatch]](), 0  # without padding; short ones of one length share a batch
+    def __init__(
+        self, layers: DecoderLayers, batches: Sequence[CalibrationBatch], storage: Storage | None
+    ) -> None:
+        groups, count = (
+            list[list[CalibrationBatch]](),
+            0,
+        )  # without padding; short ones of one length share a batch
         for row in (row for batch in batches for row in batch.rows() if row.num_tokens > 1):
             if count >= LEAST_TOKENS:
                 break
@@ -39,11 +48,14 @@ class HeldOut:
             else:
                 groups.append([row])
         self.sequences = [
-            CalibrationBatch(torch.cat([row.input_ids for row in group]), media=group[0].media) for group in groups
+            CalibrationBatch(torch.cat([row.input_ids for row in group]), media=group[0].media)
+            for group in groups
         ]
         self.text = batches[0].text if batches else None
         self.bytes_per_token = batches[0].bytes_per_token if batches else None
-        self.losses: dict[str, float] = {}  # nats per token; empty until the last decoder layer has run
+        self.losses: dict[
+            str, float
+        ] = {}  # nats per token; empty until the last decoder layer has run
         self._streams: dict[str, ActivationStore] = {}
         self._calls: dict[str, list[list[LayerCall]]] = {}
         self._sweep = Sweep(layers, range(len(layers)), self.sequences, storage)
@@ -55,11 +67,18 @@ class HeldOut:
         if a run resumes and earlier layers have written to a dictionary that layers share.
         """
         resumes, sweep = bool(self._streams), self._sweep
-        for network in _NETWORKS:  # once for each network, because each writes to its own dictionaries
+        for (
+            network
+        ) in _NETWORKS:  # once for each network, because each writes to its own dictionaries
             recorded = record_inputs(sweep.layers, self.sequences, sweep.storage)
             self._calls[network], sweep.rest = recorded.calls, recorded.rest
             self._streams.setdefault(network, recorded.hidden_states)
-        given = (v for layer in recorded.calls for call in layer for v in (*call.arguments, *call.keywords.values()))
+        given = (
+            v
+            for layer in recorded.calls
+            for call in layer
+            for v in (*call.arguments, *call.keywords.values())
+        )
         shares = any(isinstance(value, MutableMapping) for value in given)
         return bool(self.sequences) and not recorded.handed_on and not (shares and resumes)
 
@@ -78,24 +97,34 @@ class HeldOut:
         """Hidden states that enter the next decoder layer; after the last one, the losses."""
         if self.losses:
             return {"losses": [torch.tensor([*self.losses.values()], dtype=torch.float64)]}
-        return {f"held_out_{network}": list(stream.kept()) for network, stream in self._streams.items()}
+        return {
+            f"held_out_{network}": list(stream.kept()) for network, stream in self._streams.items()
+        }
 
     def run(self, index: int, network: str) -> None:
         """Run a decoder layer, which must be on its device, as it is now: `"dense"` or `"pruned"`."""
         layer = self._sweep.layers.modules[index]
-        self._streams[network] = self._sweep.run(layer, self._streams[network], self._calls[network][index])
+        self._streams[network] = self._sweep.run(
+            layer, self._streams[network], self._calls[network][index]
+        )
 
     def measure(self) -> None:
         """Measure the losses, after the last decoder layer."""
         sweep = self._sweep
-        with onloaded([*sweep.layers.around, sweep.layers.model.get_output_embeddings()], copy=False):
-            self.losses = {name: sweep.loss(self._streams[name], LOGITS_TOGETHER) for name in _NETWORKS}
+        with onloaded(
+            [*sweep.layers.around, sweep.layers.model.get_output_embeddings()], copy=False
+        ):
+            self.losses = {
+                name: sweep.loss(self._streams[name], LOGITS_TOGETHER) for name in _NETWORKS
+            }
 
     def perplexity(self) -> dict[str, Any] | None:
         """Perplexities of both networks, and bits per byte if known; `None` if one is not measured or not finite."""
         if not self.losses or not all(map(math.isfinite, self.losses.values())):
             return None
-        found: dict[str, Any] = {network: math.exp(min(loss, 700.0)) for network, loss in self.losses.items()}
+        found: dict[str, Any] = {
+            network: math.exp(min(loss, 700.0)) for network, loss in self.losses.items()
+        }
         if self.bytes_per_token:
             bits = math.log(2) * self.bytes_per_token
             found["bits_per_byte"] = {network: loss / bits for network, loss in self.losses.items()}

@@ -44,7 +44,9 @@ class Addition:
 
     def to(self, hidden_states: Tensor) -> Tensor:
         """The sum, as the model computes it."""
-        flat = hidden_states.reshape(-1, hidden_states.shape[-1])  # [batch, sequence, hidden] -> [tokens, hidden]
+        flat = hidden_states.reshape(
+            -1, hidden_states.shape[-1]
+        )  # [batch, sequence, hidden] -> [tokens, hidden]
         sums = flat[self.tokens] + self.rows[self.number].to(flat)
         return flat.index_copy(0, self.tokens, sums).view_as(hidden_states)
 
@@ -68,12 +70,18 @@ class LayerCall:
 class RecordedInputs:
     """Arguments of all decoder layers on all batches."""
 
-    hidden_states: ActivationStore  # [batch, sequence, hidden] of each batch, as they enter the first layer
+    hidden_states: (
+        ActivationStore  # [batch, sequence, hidden] of each batch, as they enter the first layer
+    )
     calls: list[list[LayerCall]]  # other arguments, calls[layer][batch], where the layer computes
-    token_masks: list[Tensor | None]  # of each batch, bool [batch, sequence]; None when all are real
+    token_masks: list[
+        Tensor | None
+    ]  # of each batch, bool [batch, sequence]; None when all are real
     held_out: list[bool]  # whether a batch only measures
     handed_on: bool  # whether all layers had to run, because they pass more than hidden states to the next one
-    rest: tuple[Any, ...] | None  # what a layer returns after the hidden states; None: it returns no tuple
+    rest: (
+        tuple[Any, ...] | None
+    )  # what a layer returns after the hidden states; None: it returns no tuple
 
 
 def record_inputs(
@@ -91,23 +99,38 @@ def record_inputs(
     (`runs_layers`), and these arguments are recorded as in the dense network. Hidden states are kept at
     `storage`; `None`: on the device.
     """
-    model, recorder = layers.model, _Recorder(layers, runs_layers, storage, [[] for _ in layers.modules])
+    model, recorder = (
+        layers.model,
+        _Recorder(layers, runs_layers, storage, [[] for _ in layers.modules]),
+    )
     device = execution_device(model.get_input_embeddings())
     hidden_states, token_masks = ActivationStore(storage or device, device), list[Tensor | None]()
-    forwards = [partial(recorder.forward, index, layer.forward) for index, layer in enumerate(layers.modules)]
+    forwards = [
+        partial(recorder.forward, index, layer.forward)
+        for index, layer in enumerate(layers.modules)
+    ]
     try:
         outside = layers.outside(with_media=any(batch.media for batch in batches))
         with onloaded(outside, copy=False), replaced_forwards(layers.modules, forwards):
-            for batch in tqdm(batches, desc="Recording inputs", unit="batch", leave=False, disable=not progress):
+            for batch in tqdm(
+                batches, desc="Recording inputs", unit="batch", leave=False, disable=not progress
+            ):
                 recorder.record(partial(model, **batch.arguments(model)))
                 if recorder.first is None or not bool(torch.isfinite(recorder.first).all()):
                     damage = "the inputs of the first decoder layer hold NaN or Inf"
                     raise ValueError(f"{damage}: the embeddings of the model are damaged.")
                 hidden_states.append(recorder.first)
-                token_masks.append(None if batch.attention_mask is None else batch.attention_mask.to(device))
-    except _HandsOnMore:  # only a cheap recording without the layers shows whether a model needs them to run
+                token_masks.append(
+                    None if batch.attention_mask is None else batch.attention_mask.to(device)
+                )
+    except (
+        _HandsOnMore
+    ):  # only a cheap recording without the layers shows whether a model needs them to run
         return record_inputs(layers, batches, storage, runs_layers=True, progress=progress)
-    rest, held_out = recorder.rest if recorder.is_tuple else None, [batch.held_out for batch in batches]
+    rest, held_out = (
+        recorder.rest if recorder.is_tuple else None,
+        [batch.held_out for batch in batches],
+    )
     return RecordedInputs(hidden_states, recorder.calls, token_masks, held_out, runs_layers, rest)
 
 
@@ -141,10 +164,14 @@ class _Recorder:
     # layers in front of which the model changes the hidden states in this pass, before and after the change
     changes: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     additive: set[int] = field(default_factory=set)  # those where the change was shown to be a sum
-    added: dict[int, ActivationStore] = field(default_factory=dict)  # what is added, of all batches that have it
+    added: dict[int, ActivationStore] = field(
+        default_factory=dict
+    )  # what is added, of all batches that have it
     # tensors of this batch's arguments, and the equal tensors kept for them, by their id and the device
     met: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    interned: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)  # tensors kept for equal ones, of all batches
+    interned: dict[tuple[Any, ...], Tensor] = field(
+        default_factory=dict
+    )  # tensors kept for equal ones, of all batches
     is_tuple: bool | None = None  # whether layers return a tuple; None before one has run
     rest: tuple[Any, ...] = ()  # what they return after the hidden states
 
@@ -157,16 +184,25 @@ class _Recorder:
             plain, changes = (other, changes) if self.additive else (changes, other)
             for index in sorted(new | other.keys()):
                 both = index in plain and index in changes
-                if not both or not torch.equal(plain[index][0] + changes[index][1], plain[index][1]):
+                if not both or not torch.equal(
+                    plain[index][0] + changes[index][1], plain[index][1]
+                ):
                     raise _refusal(f"{_CHANGES_STATES} {self.layers.name}.{index}")
             self.additive |= new
         for index, (_, added) in changes.items():
-            flat = added.reshape(-1, added.shape[-1])  # [batch, sequence, hidden] -> [tokens, hidden]
-            tokens, device = flat.any(-1).nonzero()[:, 0], execution_device(self.layers.modules[index])
+            flat = added.reshape(
+                -1, added.shape[-1]
+            )  # [batch, sequence, hidden] -> [tokens, hidden]
+            tokens, device = (
+                flat.any(-1).nonzero()[:, 0],
+                execution_device(self.layers.modules[index]),
+            )
             rows = self.added.setdefault(index, ActivationStore(self.storage or device, device))
             rows.append(flat[tokens])
             call = self.calls[index][-1]
-            self.calls[index][-1] = replace(call, added=Addition(tokens.to(device), rows, len(rows) - 1))
+            self.calls[index][-1] = replace(
+                call, added=Addition(tokens.to(device), rows, len(rows) - 1)
+            )
 
     def _pass(
         self, run: Callable[[], Any], gives_zeros: bool, *, is_repeated: bool = False
@@ -178,7 +214,9 @@ class _Recorder:
             run()
         return self.changes
 
-    def forward(self, index: int, original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    def forward(
+        self, index: int, original: Callable[..., Any], *arguments: Any, **keywords: Any
+    ) -> Any:
         """Replace the forward pass of a decoder layer."""
         if arguments:
             hidden_states, *others = arguments
@@ -196,7 +234,10 @@ class _Recorder:
             or hidden_states.shape != expected.shape
             or hidden_states._version != self.version
         ):
-            if self.runs_layers or (hidden_states.shape, hidden_states.dtype) != (expected.shape, expected.dtype):
+            if self.runs_layers or (hidden_states.shape, hidden_states.dtype) != (
+                expected.shape,
+                expected.dtype,
+            ):
                 raise _refusal(f"{_CHANGES_STATES} {name}")
             self.changes[index] = (expected, hidden_states)
         carried = [value for value in self.rest if value is not None]
@@ -207,7 +248,9 @@ class _Recorder:
         device = execution_device(layer)
         if not self.is_repeated:
             kept = {name: self._intern(value, device) for name, value in keywords.items()}
-            self.calls[index].append(LayerCall(tuple(self._intern(value, device) for value in others), kept))
+            self.calls[index].append(
+                LayerCall(tuple(self._intern(value, device) for value in others), kept)
+            )
         if index == len(self.layers) - 1:
             raise StopForward  # the final norm and the head are not needed
         # a skipped layer returns its input
@@ -220,7 +263,10 @@ class _Recorder:
                 self.version = self.expected._version
                 return output
             # a layer that is called with one of the rest gets more than hidden states from the layer before
-            self.is_tuple, self.rest = isinstance(output, tuple), tuple(output[1:] if isinstance(output, tuple) else ())
+            self.is_tuple, self.rest = (
+                isinstance(output, tuple),
+                tuple(output[1:] if isinstance(output, tuple) else ()),
+            )
         self.expected, self.version = leaving, leaving._version
         return (leaving, *self.rest) if self.is_tuple else leaving
 
@@ -230,12 +276,23 @@ class _Recorder:
             return type(value)(self._intern(item, device) for item in value)
         if not isinstance(value, Tensor):
             return value
-        if (id(value), device) not in self.met:  # most layers of a batch get the same tensor: compare it once
+        if (
+            id(value),
+            device,
+        ) not in self.met:  # most layers of a batch get the same tensor: compare it once
             moved = value.to(device)
             # Most unequal tensors differ in their last value, so that few are compared whole.
-            key = (device, tuple(moved.shape), moved.dtype, moved.flatten()[-1].item() if moved.numel() else 0.0)
+            key = (
+                device,
+                tuple(moved.shape),
+                moved.dtype,
+                moved.flatten()[-1].item() if moved.numel() else 0.0,
+            )
             known = self.interned.setdefault(key, moved)
-            self.met[id(value), device] = (value, known if known is moved or torch.equal(known, moved) else moved)
+            self.met[id(value), device] = (
+                value,
+                known if known is moved or torch.equal(known, moved) else moved,
+            )
         return self.met[id(value), device][1]
 
 
@@ -244,7 +301,9 @@ class HiddenStates:
     """Hidden states that enter a decoder layer, [batch, sequence, hidden], a batch each."""
 
     dense: Sequence[Tensor] | None  # of the dense network; None if nothing needs them
-    pruned: Sequence[Tensor] | None = None  # of the network pruned so far; None if every layer starts from dense ones
+    pruned: Sequence[Tensor] | None = (
+        None  # of the network pruned so far; None if every layer starts from dense ones
+    )
 
     @property
     def entering(self) -> Sequence[Tensor]:
@@ -256,7 +315,10 @@ class HiddenStates:
     def kept(self) -> dict[str, list[Tensor]]:
         """Tensors of both streams, where they are kept; a missing stream has none."""
         streams = {"dense": self.dense, "pruned": self.pruned}
-        return {k: s.kept() if isinstance(s, ActivationStore) else list(s or []) for k, s in streams.items()}
+        return {
+            k: s.kept() if isinstance(s, ActivationStore) else list(s or [])
+            for k, s in streams.items()
+        }
 
     def move(self, storage: Storage, device: torch.device) -> None:
         """Return both streams on another layer's device from now on, and keep them at its storage, unless in files."""
@@ -271,19 +333,29 @@ class LayerActivations:
 
     layer: nn.Module
     calls: Sequence[LayerCall]  # its arguments besides the hidden states, a batch each
-    token_masks: Sequence[Tensor | None]  # of each batch, bool [batch, sequence]; False tokens are ignored
+    token_masks: Sequence[
+        Tensor | None
+    ]  # of each batch, bool [batch, sequence]; False tokens are ignored
     storage: Storage  # where hidden states and recorded activations are kept between passes
-    held_out: Sequence[bool] = ()  # whether a batch only measures, for each batch; () means none does
+    held_out: Sequence[
+        bool
+    ] = ()  # whether a batch only measures, for each batch; () means none does
     device: torch.device = field(init=False)  # where the layer computes
-    store: Callable[[], ActivationStore] = field(init=False)  # makes an empty list of activations for that device
+    store: Callable[[], ActivationStore] = field(
+        init=False
+    )  # makes an empty list of activations for that device
 
     def __post_init__(self) -> None:
         self.held_out = self.held_out or [False] * len(self.calls)
         self.device = execution_device(self.layer)
         self.store = partial(ActivationStore, self.storage, self.device)
-        self.token_masks = [None if mask is None else mask.to(self.device) for mask in self.token_masks]
+        self.token_masks = [
+            None if mask is None else mask.to(self.device) for mask in self.token_masks
+        ]
         # found once: selection by a mask makes the host wait for the device each time
-        self._real = [None if mask is None else mask.reshape(-1).nonzero()[:, 0] for mask in self.token_masks]
+        self._real = [
+            None if mask is None else mask.reshape(-1).nonzero()[:, 0] for mask in self.token_masks
+        ]
 
     @quick_products()
     def run(self, batch: int, hidden_states: Tensor) -> Tensor:
@@ -324,16 +396,22 @@ class LayerActivations:
     ) -> list[AssignedTokens]:
         """Inputs of the experts of a mixture in every batch, kept at `storage`; first `see` is called with each."""
         store, assigned = self.store(), list[AssignedTokens]()
-        for batch, (arguments, keywords) in enumerate(self.arguments_of(experts.module, hidden_states)):
+        for batch, (arguments, keywords) in enumerate(
+            self.arguments_of(experts.module, hidden_states)
+        ):
             assigned.append(experts.assigned(*arguments, **keywords))
             see(batch, assigned[-1])
             store.append(assigned[-1].hidden_states)
-            assigned[-1].hidden_states = assigned[-1].hidden_states[:0]  # frees the batch on the device
+            assigned[-1].hidden_states = assigned[-1].hidden_states[
+                :0
+            ]  # frees the batch on the device
         for tokens, kept in zip(assigned, store.kept(), strict=True):
             tokens.hidden_states, tokens.rows = kept, tokens.rows.to(kept.device)
         return assigned
 
-    def rows(self, activations: Tensor, batch: int, operator: LinearOperator | None = None) -> Tensor:
+    def rows(
+        self, activations: Tensor, batch: int, operator: LinearOperator | None = None
+    ) -> Tensor:
         """Real tokens of activations [batch, sequence, n] or [batch * sequence, n] as [tokens, n].
 
         If `operator` is an expert, the rows are its own tokens; otherwise all tokens, real or padding.
@@ -346,7 +424,9 @@ class LayerActivations:
         seen = mask.numel() if tokens is None else tokens.numel()
         if operator is not None and flat.shape[0] != seen:
             why = f"{operator.name} sees {flat.shape[0]} rows for {seen} tokens, so padding can't be told apart"
-            raise ValueError(f"{why}: pass batches without padding, or exclude=['{operator.name}'].")
+            raise ValueError(
+                f"{why}: pass batches without padding, or exclude=['{operator.name}']."
+            )
         return flat[self._real[batch] if tokens is None else mask.reshape(-1)[tokens]]
 
     def hidden_state_error(self, states: HiddenStates) -> float | None:
@@ -365,7 +445,9 @@ class LayerActivations:
         return math.sqrt(error / energy) if energy else 0.0
 
 
-def cut_states(states: HiddenStates, sizes: Sequence[int], storage: Storage, device: torch.device) -> HiddenStates:
+def cut_states(
+    states: HiddenStates, sizes: Sequence[int], storage: Storage, device: torch.device
+) -> HiddenStates:
     """The same hidden states in batches of other sizes, kept at `storage`; those in stores are freed."""
 
     def cut(stream: Sequence[Tensor] | None) -> ActivationStore | None:
@@ -378,5 +460,7 @@ def cut_states(states: HiddenStates, sizes: Sequence[int], storage: Storage, dev
             stream.clear()  # otherwise the run would hold it until the layer is done
         return store
 
-    dense = cut(states.dense)  # before the first pruned layer both streams are the same tensors: cut them once
+    dense = cut(
+        states.dense
+    )  # before the first pruned layer both streams are the same tensors: cut them once
     return HiddenStates(dense, dense if states.pruned is states.dense else cut(states.pruned))

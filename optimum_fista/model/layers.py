@@ -34,9 +34,13 @@ class DecoderLayers:
     model: PreTrainedModel
     name: str  # of their nn.ModuleList, such as model.layers
     modules: tuple[nn.Module, ...]
-    around: tuple[nn.Module, ...]  # embeddings, norms and the like: of the decoder, in no layer, not the head
+    around: tuple[
+        nn.Module, ...
+    ]  # embeddings, norms and the like: of the decoder, in no layer, not the head
     names_around: tuple[str, ...]  # of the model's tensors in no layer; of those that are tied, one
-    shared: dict[str, str]  # modules in the layers that share their weight, with the reason to leave them dense
+    shared: dict[
+        str, str
+    ]  # modules in the layers that share their weight, with the reason to leave them dense
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -47,7 +51,10 @@ class DecoderLayers:
 
     def outside(self, *, with_media: bool) -> Sequence[nn.Module]:
         """The modules around the layers; `with_media` those of encoders for images and sounds, too."""
-        inside = {self.model.get_output_embeddings(), *(part for layer in self.modules for part in layer.modules())}
+        inside = {
+            self.model.get_output_embeddings(),
+            *(part for layer in self.modules for part in layer.modules()),
+        }
         return [m for m in self.model.modules() if m not in inside] if with_media else self.around
 
     def dense_digest(self, of_layers: Iterable[str | None]) -> str:
@@ -70,27 +77,42 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
         why = "it is an encoder, in which every token sees all others (config.is_decoder is False)"
     if why is not None:
         advice = "Pass a decoder-only model, loaded by AutoModelForCausalLM"
-        raise UnsupportedArchitectureError(f"{type(model).__name__} can't be pruned: {why}. {advice}.")
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} can't be pruned: {why}. {advice}."
+        )
     decoder = model.get_decoder()
     # Names of classes that Transformers does not split over devices, because they hold a residual connection.
     wanted = set(getattr(model, "_no_split_modules", None) or ())
-    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    lists = {
+        name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)
+    }
     # PyTorch's fully_shard puts FSDP before the name of a layer's class.
-    found = {n: m for n, m in lists.items() if wanted & {type(layer).__name__.removeprefix("FSDP") for layer in m}}
+    found = {
+        n: m
+        for n, m in lists.items()
+        if wanted & {type(layer).__name__.removeprefix("FSDP") for layer in m}
+    }
     own = {*decoder.modules()}
     if not own.intersection(found.values()):  # none, or those of a vision encoder only (BLIP)
-        found = {name: m for name, m in lists.items() if isinstance(m[0], GradientCheckpointingLayer)}
+        found = {
+            name: m for name, m in lists.items() if isinstance(m[0], GradientCheckpointingLayer)
+        }
     if len(found) > 1:  # others may be layers of a vision encoder, which may be inside the decoder
         while isinstance(decoder, PreTrainedModel) and decoder.get_decoder() is not decoder:
             decoder = decoder.get_decoder()  # of a causal language model inside a multimodal one
         own = {*decoder.modules()}
         found = {name: m for name, m in found.items() if m in own}
     if len(found) > 1:
-        inner = [m for m in decoder.modules() if isinstance(m, PreTrainedModel) and m is not decoder]
+        inner = [
+            m for m in decoder.modules() if isinstance(m, PreTrainedModel) and m is not decoder
+        ]
         own = own.difference(*(m.modules() for m in inner))
         found = {name: m for name, m in found.items() if m in own}
     if len(found) != 1:
-        seen = ", ".join(f"{name} ({len(m)} x {type(m[0]).__name__})" for name, m in lists.items()) or "none"
+        seen = (
+            ", ".join(f"{name} ({len(m)} x {type(m[0]).__name__})" for name, m in lists.items())
+            or "none"
+        )
         raise UnsupportedArchitectureError(
             f"{type(model).__name__} can't be pruned: looked for one nn.ModuleList of "
             f"{' or '.join(sorted(wanted)) or 'decoder layers (the model declares no _no_split_modules)'} "
@@ -107,10 +129,14 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
             shared.setdefault(first, f"shares its weight with {one}")
     around = tuple(module for module in decoder.modules() if module not in inside)
     # A model is on the device of its first parameter, as Transformers sees it: inputs go there.
-    foremost = model.get_submodule(next(path for path, _ in model.named_parameters()).rpartition(".")[0])
+    foremost = model.get_submodule(
+        next(path for path, _ in model.named_parameters()).rpartition(".")[0]
+    )
     around = around if foremost in {*around, *inside} else (*around, foremost)
     tied = model.all_tied_weights_keys
-    names_around = tuple(n for n in model.state_dict() if not n.startswith(f"{name}.") and n not in tied)
+    names_around = tuple(
+        n for n in model.state_dict() if not n.startswith(f"{name}.") and n not in tied
+    )
     return DecoderLayers(model, name, tuple(layers), around, names_around, shared)
 
 
@@ -122,20 +148,28 @@ def prunable_layers(model: PreTrainedModel, *, loaded: bool = True) -> DecoderLa
     for name, module in model.named_modules():
         where, forward = f"model.{name}" if name else "model", module.forward
         # Compiled by torch.compile(module.forward), torch.compile(module), or module.compile(): hooks may not run.
-        by_dynamo = hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(forward, "_torchdynamo_disable")
+        by_dynamo = hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(
+            forward, "_torchdynamo_disable"
+        )
         if by_dynamo or "_orig_mod" in module._modules or module._compiled_call_impl is not None:
             raise UnsupportedArchitectureError(
                 f"{where} is compiled (torch.compile): prune the model before it is compiled, and compile the pruned "
                 "one. The original is the attribute _orig_mod of the module that torch.compile returned."
             )
-        if isinstance(getattr(module, "base_layer", None), nn.Module):  # its own matrices look like operators
+        if isinstance(
+            getattr(module, "base_layer", None), nn.Module
+        ):  # its own matrices look like operators
             advice = "or merge it before (model = peft_model.merge_and_unload(); unload() drops it)"
-            raise UnsupportedArchitectureError(f"{where} has a PEFT adapter: prune the model first, {advice}.")
+            raise UnsupportedArchitectureError(
+                f"{where} has a PEFT adapter: prune the model first, {advice}."
+            )
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model is a {type(model).__name__}: pass a transformers.PreTrainedModel.")
     require_unquantized(model, loaded=loaded)
     if any(parameter.is_inference() for parameter in model.parameters()):
-        raise ValueError("model was loaded in inference mode, so it can't be changed: load it outside of that.")
+        raise ValueError(
+            "model was loaded in inference mode, so it can't be changed: load it outside of that."
+        )
     if loaded:
         settle_ties(model)
     layers, ties = find_decoder_layers(model), model.all_tied_weights_keys
@@ -143,9 +177,13 @@ def prunable_layers(model: PreTrainedModel, *, loaded: bool = True) -> DecoderLa
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.device.type != "meta" and parameter.numel():
             # All elements from the first to the last one in memory, whatever the strides.
-            length = 1 + sum((n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True))
+            length = 1 + sum(
+                (n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True)
+            )
             first = parameter.data_ptr()
-            spans.append((str(parameter.device), first, first + length * parameter.element_size(), name))
+            spans.append(
+                (str(parameter.device), first, first + length * parameter.element_size(), name)
+            )
     for (place, _, end, before), (device, first, _, name) in pairwise(sorted(spans)):
         overlap = device == place and first < end and not {before, name} <= {*ties, *ties.values()}
         # Pruning one would change the other, and Transformers can't save them.
@@ -160,22 +198,36 @@ def prunable_layers(model: PreTrainedModel, *, loaded: bool = True) -> DecoderLa
 
 def require_unquantized(model: PreTrainedModel, *, loaded: bool = True) -> None:
     """Refuse models whose weights are not plain floating point, or not loaded (if `loaded` is True)."""
-    settings = getattr(model.config, "quantization_config", None)  # a dict until a model is loaded, then an object
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    settings = getattr(
+        model.config, "quantization_config", None
+    )  # a dict until a model is loaded, then an object
+    method = (
+        settings.get("quant_method")
+        if isinstance(settings, dict)
+        else getattr(settings, "quant_method", None)
+    )
     if settings is not None and method != "gguf":  # GGUF weights are dequantized when they are read
         shown = getattr(method, "value", method)
         advice = "or pass the folder or Hub id, from which one decoder layer after the other is dequantized"
         raise ValueError(f"model is quantized by {shown!r}: prune the unquantized model, {advice}.")
     kept = [(name, module) for name, module in model.named_modules() if offload_hook(module)]
-    offloaded = {key for name, module in kept for key, _ in module.named_parameters(name, recurse=False)}
+    offloaded = {
+        key for name, module in kept for key, _ in module.named_parameters(name, recurse=False)
+    }
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or parameter.element_size() < 2:
-            raise ValueError(f"{name} has dtype {parameter.dtype}: prune the model in float32, bfloat16 or float16.")
+            raise ValueError(
+                f"{name} has dtype {parameter.dtype}: prune the model in float32, bfloat16 or float16."
+            )
         if loaded and parameter.device.type == "meta" and name not in offloaded:
-            raise ValueError(f"{name} is not loaded (device meta): load it or have Accelerate offload it (device_map).")
+            raise ValueError(
+                f"{name} is not loaded (device meta): load it or have Accelerate offload it (device_map)."
+            )
 
 
-def find_operators(layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = ()) -> dict[str, LinearOperator]:
+def find_operators(
+    layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = ()
+) -> dict[str, LinearOperator]:
     """Find the linear operators of a decoder layer, by their full names; every matrix of every expert is one.
 
     `layer_name` is the layer's name in the model; fused experts whose names match `dense_experts` are skipped.
@@ -194,7 +246,9 @@ def find_operators(layer_name: str, layer: nn.Module, dense_experts: Sequence[st
                     "pruned: looked for 3-D parameters gate_up_proj (or up_proj) and down_proj. To prune the rest of "
                     f"the model and leave the experts dense, pass exclude=['*.{name.rsplit('.', 1)[-1]}']."
                 )
-            operators |= {operator.name: operator for operator in FusedExperts(name, module).operators}
+            operators |= {
+                operator.name: operator for operator in FusedExperts(name, module).operators
+            }
     return operators
 
 
@@ -225,7 +279,9 @@ def choose_operators(
     return chosen, left_dense
 
 
-def left_out(layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = ()) -> dict[str, str]:
+def left_out(
+    layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = ()
+) -> dict[str, str]:
     """Names in a mixture of experts that `find_operators` skips, with the reason.
 
     Routers decide by small differences and have few weights, so they stay dense. A router is a linear module beside
@@ -235,9 +291,18 @@ def left_out(layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = (
     for name, module in layer.named_modules(prefix=layer_name):
         if is_fused_experts(module) and matches(name, dense_experts):
             found[name] = "exclude"
-        experts = [child for child in module.children() if is_fused_experts(child) and can_be_split(child)]
+        experts = [
+            child for child in module.children() if is_fused_experts(child) and can_be_split(child)
+        ]
         # One output for each expert is a router, a single one the gate of a shared expert.
-        sizes = {1, *(parameter.shape[0] for child in experts for parameter in child.parameters(recurse=False))}
+        sizes = {
+            1,
+            *(
+                parameter.shape[0]
+                for child in experts
+                for parameter in child.parameters(recurse=False)
+            ),
+        }
         for child_name, child in module.named_children() if experts else ():
             if isinstance(child, LINEAR) and child.weight.shape[0] in sizes:
                 found[f"{name}.{child_name}"] = "router"
@@ -254,5 +319,9 @@ def token_limits(model: PreTrainedModel) -> tuple[int, int | None]:
     embedding: Any = model.get_input_embeddings()
     config = model.config.get_text_config(decoder=True)
     # With ALiBi, attention depends on distance: a table of positions in the configuration is not used.
-    positions = None if getattr(config, "alibi", False) else getattr(config, "max_position_embeddings", None)
+    positions = (
+        None
+        if getattr(config, "alibi", False)
+        else getattr(config, "max_position_embeddings", None)
+    )
     return embedding.weight.shape[0], positions

@@ -16,7 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-_KINDS = {"video": "video|second_per_grid|frames", "audio": "audio|feature|input_values|padding_mask", "image": ""}
+_KINDS = {
+    "video": "video|second_per_grid|frames",
+    "audio": "audio|feature|input_values|padding_mask",
+    "image": "",
+}
 """Kinds of media, and what the names of their arguments hold; all others are of images."""
 _MAKES_MEDIA = re.compile("pixel|image|video|audio|input_features|input_values|patches")
 _NOT_MEDIA = re.compile(
@@ -32,14 +36,20 @@ class MediaArguments:
     """Arguments of a model for images, video and audio; empty for a model of text."""
 
     names: frozenset[str] = frozenset()
-    placeholders: tuple[tuple[str, int], ...] = ()  # kinds of media, each with the token id that marks its place
+    placeholders: tuple[
+        tuple[str, int], ...
+    ] = ()  # kinds of media, each with the token id that marks its place
 
-    def read(self, item: Mapping[str, Any], ids: Tensor, real: Tensor, where: str) -> list[dict[str, Tensor]]:
+    def read(
+        self, item: Mapping[str, Any], ids: Tensor, real: Tensor, where: str
+    ) -> list[dict[str, Tensor]]:
         """Read these arguments of a batch, for each row of `ids` [batch, sequence] without padding (not `real`)."""
         rows: list[dict[str, Tensor]] = [{} for _ in ids]
         kinds: dict[str, dict[str, Tensor]] = {kind: {} for kind in _KINDS}
         for key in (key for key in item if key in self.names and item[key] is not None):
-            value = as_tensor(item[key], where, key, "what the model's processor returns with return_tensors='pt'")
+            value = as_tensor(
+                item[key], where, key, "what the model's processor returns with return_tensors='pt'"
+            )
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{where}: {key} holds NaN or Inf: pass another image or sound.")
             by_token = bool(_BY_TOKEN.search(key))
@@ -47,14 +57,21 @@ class MediaArguments:
                 value = value[None]  # [sequence] -> [1, sequence]
             if not value.ndim or (by_token and value.shape[:2] != ids.shape):
                 shapes = f"has shape {tuple(value.shape)}, input_ids {tuple(ids.shape)}"
-                raise ValueError(f"{where}: {key} {shapes}: pass what the model's processor returns for these ids.")
+                raise ValueError(
+                    f"{where}: {key} {shapes}: pass what the model's processor returns for these ids."
+                )
             if by_token:
                 for row, values, kept in zip(rows, value, real, strict=True):
                     row[key] = values[kept][None]
             else:
-                kinds[next(kind for kind, words in _KINDS.items() if re.search(words, key))][key] = value
+                kinds[next(kind for kind, words in _KINDS.items() if re.search(words, key))][
+                    key
+                ] = value
         for kind, values in kinds.items():
-            tokens = sum((ids == token for name, token in self.placeholders if name == kind), torch.zeros_like(ids))
+            tokens = sum(
+                (ids == token for name, token in self.placeholders if name == kind),
+                torch.zeros_like(ids),
+            )
             counts, known = tokens.sum(1).tolist(), kind in dict(self.placeholders)
             if values and known and not any(counts):
                 raise ValueError(
@@ -63,7 +80,10 @@ class MediaArguments:
                 )
             for row, part in zip(rows, _split(values, counts, where), strict=True):
                 row |= part
-        return [row if any(v.any() or not _BY_TOKEN.search(k) for k, v in row.items()) else {} for row in rows]
+        return [
+            row if any(v.any() or not _BY_TOKEN.search(k) for k, v in row.items()) else {}
+            for row in rows
+        ]
 
 
 TEXT_ONLY = MediaArguments()
@@ -71,16 +91,24 @@ TEXT_ONLY = MediaArguments()
 
 def media_arguments(model: PreTrainedModel) -> MediaArguments:
     """Find which arguments of a model's forward pass hold media, by their names."""
-    names = [name for name in inspect.signature(type(model).forward).parameters if not _NOT_MEDIA.search(name)]
+    names = [
+        name
+        for name in inspect.signature(type(model).forward).parameters
+        if not _NOT_MEDIA.search(name)
+    ]
     if not any(_MAKES_MEDIA.search(name) for name in names):
         return TEXT_ONLY
     return MediaArguments(frozenset(names), tuple(_placeholders(model.config)))
 
 
-def cut_sequence(batch: Mapping[str, Tensor], length: int, config: PreTrainedConfig) -> dict[str, Tensor] | None:
+def cut_sequence(
+    batch: Mapping[str, Tensor], length: int, config: PreTrainedConfig
+) -> dict[str, Tensor] | None:
     """Cut a batch of one sequence at `length` tokens; `None` if that cuts tokens of an image, or may do so."""
     ids, marks = batch["input_ids"], [token for _, token in _placeholders(config)]
-    if ids.shape[1] > length and (not marks or torch.isin(ids[:, length:], torch.tensor(marks)).any()):
+    if ids.shape[1] > length and (
+        not marks or torch.isin(ids[:, length:], torch.tensor(marks)).any()
+    ):
         return None
     own = {"input_ids", "attention_mask"}
     return {k: v[:, :length] if k in own or _BY_TOKEN.search(k) else v for k, v in batch.items()}
@@ -89,11 +117,19 @@ def cut_sequence(batch: Mapping[str, Tensor], length: int, config: PreTrainedCon
 def targets_of(ids: Tensor, config: PreTrainedConfig) -> Tensor:
     """The tokens to predict: `ids`, with -100 (no loss) in place of those that mark images."""
     marks = [token for _, token in _placeholders(config)]
-    return ids.masked_fill(torch.isin(ids, torch.tensor(marks, device=ids.device)), -100) if marks else ids
+    return (
+        ids.masked_fill(torch.isin(ids, torch.tensor(marks, device=ids.device)), -100)
+        if marks
+        else ids
+    )
 
 
 def _placeholders(config: PreTrainedConfig) -> list[tuple[str, int]]:
-    found = ((kind, getattr(config, f"{kind}_token_{word}", None)) for kind in _KINDS for word in ("id", "index"))
+    found = (
+        (kind, getattr(config, f"{kind}_token_{word}", None))
+        for kind in _KINDS
+        for word in ("id", "index")
+    )
     return list(dict.fromkeys((kind, token) for kind, token in found if isinstance(token, int)))
 
 
@@ -102,8 +138,12 @@ def as_tensor(value: Any, where: str, key: str, advice: str) -> Tensor:
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{where}: {key} can't be read as a tensor ({error}): pass {advice}.") from error
-    return tensor.clone() if tensor.is_inference() else tensor  # no gradients with tensors of inference mode
+        raise ValueError(
+            f"{where}: {key} can't be read as a tensor ({error}): pass {advice}."
+        ) from error
+    return (
+        tensor.clone() if tensor.is_inference() else tensor
+    )  # no gradients with tensors of inference mode
 
 
 def _split(values: Mapping[str, Tensor], counts: list[int], where: str) -> list[dict[str, Tensor]]:
@@ -113,11 +153,15 @@ def _split(values: Mapping[str, Tensor], counts: list[int], where: str) -> list[
     """
     if not values or len(counts) == 1:
         return [dict(values) for _ in counts]
-    grid = next((value for key, value in values.items() if key.endswith(("grid_thw", "grid_hw"))), None)
+    grid = next(
+        (value for key, value in values.items() if key.endswith(("grid_thw", "grid_hw"))), None
+    )
     lengths = [len(value) for value in values.values()]
     patches = [1] * lengths[0] if grid is None else grid.prod(-1).tolist()  # of each image
     places, total, ends = [0, *accumulate(patches)], sum(counts), list[int | None]()
-    alike = grid is not None or all(v.is_floating_point() or bool((v == v[:1]).all()) for v in values.values())
+    alike = grid is not None or all(
+        v.is_floating_point() or bool((v == v[:1]).all()) for v in values.values()
+    )
     if len(patches) == len(counts) and (all(counts) or not total):  # one image for each row
         ends = [*range(1, len(counts) + 1)]
     elif total and alike:
@@ -129,6 +173,11 @@ def _split(values: Mapping[str, Tensor], counts: list[int], where: str) -> list[
         raise ValueError(f"{where}: {why}: pass one sequence a batch.")
 
     def part(value: Tensor, start: int, end: int) -> Tensor:
-        return value[start:end] if len(value) == len(patches) else value[places[start] : places[end]]
+        return (
+            value[start:end] if len(value) == len(patches) else value[places[start] : places[end]]
+        )
 
-    return [{key: part(v, *ends) for key, v in values.items()} if ends[0] < ends[1] else {} for ends in bounds]
+    return [
+        {key: part(v, *ends) for key, v in values.items()} if ends[0] < ends[1] else {}
+        for ends in bounds
+    ]

@@ -13,7 +13,12 @@ from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
-from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, offload_weight, set_module_tensor_to_device
+from accelerate.utils import (
+    OffloadedWeightsLoader,
+    PrefixedDataset,
+    offload_weight,
+    set_module_tensor_to_device,
+)
 from accelerate.utils.modeling import named_module_tensors
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -40,7 +45,9 @@ def stored_tensor(module: nn.Module, name: str) -> Tensor:
         return tensor.detach()
     hook = offload_hook(owner)
     if hook is None:
-        raise ValueError(f"{name} of a {type(module).__name__} is on the meta device and kept nowhere: load the model.")
+        raise ValueError(
+            f"{name} of a {type(module).__name__} is on the meta device and kept nowhere: load the model."
+        )
     return hook.weights_map[leaf]
 
 
@@ -51,7 +58,9 @@ def kept_tensor(module: nn.Module, name: str) -> Tensor:
     return hook.weights_map[name]
 
 
-def store_tensor(module: nn.Module, name: str, value: Tensor, keep_undo: Callable[[Callable[[], None]], None]) -> None:
+def store_tensor(
+    module: nn.Module, name: str, value: Tensor, keep_undo: Callable[[Callable[[], None]], None]
+) -> None:
     """Replace an offloaded parameter where it is kept; first, `keep_undo` gets a function that puts the old one back.
 
     The checkpoint from which the model was loaded is never changed: the new value goes to a new file.
@@ -96,10 +105,14 @@ def onloaded(modules: Iterable[nn.Module], *, copy: bool = True) -> Iterator[Non
                 recurse, buffers = hook.place_submodules, hook.offload_buffers
                 found = named_module_tensors(module, buffers, recurse, remove_non_persistent=True)
                 names = [name for name, _ in found]
-                brought.append((module, hook, names))  # before the first is loaded, so that an error removes all
+                brought.append(
+                    (module, hook, names)
+                )  # before the first is loaded, so that an error removes all
                 for name in names:
                     value = hook.weights_map[name].to(hook.execution_device, copy=copy)
-                    set_module_tensor_to_device(module, name, hook.execution_device, value=value, clear_cache=False)
+                    set_module_tensor_to_device(
+                        module, name, hook.execution_device, value=value, clear_cache=False
+                    )
                 # Until this is undone, the hook neither loads weights nor removes them.
                 hook.offload = False
         yield
@@ -123,7 +136,11 @@ def settle_ties(model: PreTrainedModel) -> None:
             continue
         theirs = model.get_parameter(source)
         data, _ = _whole_map(owner, leaf)
-        if isinstance(data, OffloadedWeightsLoader) and target in data.index and source not in data.state_dict:
+        if (
+            isinstance(data, OffloadedWeightsLoader)
+            and target in data.index
+            and source not in data.state_dict
+        ):
             data.index.setdefault(source, data.index[target])
         if getattr(owner, leaf) is theirs:
             continue

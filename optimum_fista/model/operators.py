@@ -40,9 +40,13 @@ class LinearOperator:
     ) -> None:
         self.name = name  # of the module in the model
         self.module = module  # computes the operator
-        self.owner = module if owner is None else owner  # holds the weight; all experts have the same owner
+        self.owner = (
+            module if owner is None else owner
+        )  # holds the weight; all experts have the same owner
         self.tensor = tensor  # the owner's parameter
-        self.transposed = isinstance(module, Conv1D) if transposed is None else transposed  # stored as [in, out]
+        self.transposed = (
+            isinstance(module, Conv1D) if transposed is None else transposed
+        )  # stored as [in, out]
         out, columns = self.parameter.shape[::-1] if self.transposed else self.parameter.shape
         self.shape: tuple[int, int] = (out, columns)
         # Tokens of the latest call if it does not get all: int64, indices into the flattened batch, rising.
@@ -63,8 +67,14 @@ class LinearOperator:
     def read(self) -> Tensor:
         """Read a float32 copy of the weight, [out, in], to the device where it computes."""
         kept = self.select(stored_tensor(self.owner, self.tensor))
-        weight = kept.to(execution_device(self.owner))  # moved in its own dtype, which may take half the bytes
-        return (weight.T if self.transposed else weight).to(torch.float32, copy=weight is kept).contiguous()
+        weight = kept.to(
+            execution_device(self.owner)
+        )  # moved in its own dtype, which may take half the bytes
+        return (
+            (weight.T if self.transposed else weight)
+            .to(torch.float32, copy=weight is kept)
+            .contiguous()
+        )
 
     def write(self, weight: Tensor) -> None:
         """Overwrite the weight in place with `weight` [out, in], rounded to the parameter's dtype."""
@@ -90,7 +100,9 @@ class AssignedTokens:
     hidden_states: Tensor  # [rows, hidden]
     rows: Tensor  # int64, rows of `hidden_states` for the experts, one expert after the other
     tokens: Tensor  # int64, the tokens of these rows, indices into the flattened batch, rising for each expert
-    weights: Tensor | None  # the router's weights of the outputs [rows, 1]; None if the inputs have them already
+    weights: (
+        Tensor | None
+    )  # the router's weights of the outputs [rows, 1]; None if the inputs have them already
     bounds: list[int]  # where each expert begins in the last three, and their length
 
     def part(self, expert: int) -> slice:
@@ -109,7 +121,9 @@ class ExpertLinear(nn.Module):
     def bias(self) -> Tensor | None:
         """The bias [out], a view; `None` without."""
         bias = getattr(self.operator.owner, f"{self.operator.tensor}_bias", None)
-        return None if bias is None else bias[self.operator.expert][self.operator.rows(bias.shape[-1])]
+        return (
+            None if bias is None else bias[self.operator.expert][self.operator.rows(bias.shape[-1])]
+        )
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Outputs [tokens, out] of inputs [tokens, in]."""
@@ -124,7 +138,9 @@ class ExpertOperator(LinearOperator):
     both the gate and the up projection, `half` is 0 for gate and 1 for up; otherwise `None`.
     """
 
-    def __init__(self, experts: FusedExperts, kind: str, expert: int, tensor: str, half: int | None) -> None:
+    def __init__(
+        self, experts: FusedExperts, kind: str, expert: int, tensor: str, half: int | None
+    ) -> None:
         self.experts = experts
         self.kind = kind  # gate_proj, up_proj or down_proj
         self.expert = expert
@@ -152,7 +168,11 @@ class ExpertOperator(LinearOperator):
         hidden_states = batch.hidden_states[batch.rows[part]].to(device)
         self.tokens = batch.tokens[part]
         is_down = self.kind == "down_proj"
-        return self.experts.middle(self.expert, hidden_states, self.tokens) if is_down else hidden_states
+        return (
+            self.experts.middle(self.expert, hidden_states, self.tokens)
+            if is_down
+            else hidden_states
+        )
 
 
 class FusedExperts:
@@ -167,16 +187,28 @@ class FusedExperts:
         self.gated = hasattr(module, "gate_up_proj")  # gate and up projection in one matrix
         # Transformers' experts get the router's choices, too; Llama-4's only get hidden states.
         self._is_routed = len(inspect.signature(type(module).forward).parameters) > 2
-        self.interleaved = not getattr(module, "is_concatenated", True)  # outputs of gate and up alternate (gpt-oss)
-        first, down = (module.get_parameter(n) for n in ("gate_up_proj" if self.gated else "up_proj", "down_proj"))
-        self.transposed = bool(getattr(module, "is_transposed", first.shape[1] == down.shape[2]))  # stored as [in, out]
+        self.interleaved = not getattr(
+            module, "is_concatenated", True
+        )  # outputs of gate and up alternate (gpt-oss)
+        first, down = (
+            module.get_parameter(n)
+            for n in ("gate_up_proj" if self.gated else "up_proj", "down_proj")
+        )
+        self.transposed = bool(
+            getattr(module, "is_transposed", first.shape[1] == down.shape[2])
+        )  # stored as [in, out]
         both = [("gate_proj", "gate_up_proj", 0), ("up_proj", "gate_up_proj", 1)]
-        kinds = [*(both if self.gated else [("up_proj", "up_proj", None)]), ("down_proj", "down_proj", None)]
+        kinds = [
+            *(both if self.gated else [("up_proj", "up_proj", None)]),
+            ("down_proj", "down_proj", None),
+        ]
         self._experts = [
             {kind: ExpertOperator(self, kind, i, tensor, half) for kind, tensor, half in kinds}
             for i in range(len(module.get_parameter("down_proj")))
         ]
-        self.operators = [operator for expert in self._experts for operator in expert.values()]  # as they are called
+        self.operators = [
+            operator for expert in self._experts for operator in expert.values()
+        ]  # as they are called
         # Called with every expert, the tokens that it gets, and its weighted outputs for them.
         self.watcher: Callable[[int, Tensor, Tensor], None] | None = None
         self._checked = False
@@ -194,10 +226,15 @@ class FusedExperts:
         some = slice(16 if self._is_routed and values[0].ndim == 2 else None)
         with torch.no_grad():
             expected = original(*(value[some] for value in values))
-            difference, size = (float(each.float().norm()) for each in (output[some] - expected, expected))
+            difference, size = (
+                float(each.float().norm()) for each in (output[some] - expected, expected)
+            )
         self._checked = True
         exact = 2e-2 if torch.get_float32_matmul_precision() != "highest" else 1e-3
-        if not difference <= {torch.float64: 1e-6, torch.float32: exact}.get(output.dtype, 2e-2) * size:  # or NaN
+        if (
+            not difference
+            <= {torch.float64: 1e-6, torch.float32: exact}.get(output.dtype, 2e-2) * size
+        ):  # or NaN
             raise UnsupportedArchitectureError(
                 f"{self.name} ({type(self.module).__name__}) computes its experts in an unknown way: to "
                 f"prune the rest of the model and leave them dense, pass exclude=['*.{self.name.rsplit('.', 1)[-1]}']."
@@ -218,11 +255,15 @@ class FusedExperts:
             experts, tokens = rows // (flat.shape[0] // count), rows % (flat.shape[0] // count)
         # Where each expert begins among the sorted choices; choices of unknown experts are left out.
         first = torch.arange(count + 1, device=experts.device, dtype=experts.dtype)
-        return AssignedTokens(flat, rows, tokens, weights, torch.searchsorted(experts, first).tolist())
+        return AssignedTokens(
+            flat, rows, tokens, weights, torch.searchsorted(experts, first).tolist()
+        )
 
     def _values(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Any]:
         # By position, however the decoder layer passes them; the first is the module itself.
-        bound = inspect.signature(type(self.module).forward).bind(self.module, *arguments, **keywords)
+        bound = inspect.signature(type(self.module).forward).bind(
+            self.module, *arguments, **keywords
+        )
         return list(bound.arguments.values())[1:]
 
     def outputs(self, batch: AssignedTokens) -> Tensor:
@@ -233,14 +274,18 @@ class FusedExperts:
             part = batch.part(expert)
             rows, tokens = batch.rows[part], batch.tokens[part]
             middle = self.middle(expert, batch.hidden_states[rows], tokens)
-            found = self._call(expert, "down_proj", middle, tokens)  # [tokens of the expert, hidden]
+            found = self._call(
+                expert, "down_proj", middle, tokens
+            )  # [tokens of the expert, hidden]
             if getattr(module, "has_post_expert_norm", False):
                 found = module.post_expert_norm(found)
             if batch.weights is not None:  # before it is added, as Transformers does
                 found = found * batch.weights[part]
             if self.watcher is not None:
                 self.watcher(expert, tokens, found)
-            output = output.index_add(0, rows, found.to(output.dtype))  # which has the dtype of the hidden states
+            output = output.index_add(
+                0, rows, found.to(output.dtype)
+            )  # which has the dtype of the hidden states
         return output
 
     def middle(self, expert: int, inputs: Tensor, tokens: Tensor) -> Tensor:
@@ -252,7 +297,11 @@ class FusedExperts:
         if not hasattr(module, "_apply_gate"):
             return up * module.act_fn(gate)
         # The module itself applies the gate; it needs both in the order of the fused matrix.
-        both = torch.stack((gate, up), dim=-1).flatten(-2) if self.interleaved else torch.cat((gate, up), dim=-1)
+        both = (
+            torch.stack((gate, up), dim=-1).flatten(-2)
+            if self.interleaved
+            else torch.cat((gate, up), dim=-1)
+        )
         return module._apply_gate(both)  # [tokens, 2 * intermediate] -> [tokens, intermediate]
 
     def _call(self, expert: int, kind: str, values: Tensor, tokens: Tensor) -> Tensor:
@@ -283,7 +332,9 @@ def split_experts(operators: Iterable[LinearOperator]) -> Iterator[None]:
     with ExitStack() as replaced:
         for experts in found.values():
             module = experts.module
-            name = "_old_forward" if "_old_forward" in vars(module) else "forward"  # the hooks of Accelerate still run
+            name = (
+                "_old_forward" if "_old_forward" in vars(module) else "forward"
+            )  # the hooks of Accelerate still run
             forward = partial(experts.forward, getattr(module, name))
             replaced.enter_context(replaced_forwards([module], [forward], name))
         yield
@@ -294,7 +345,11 @@ def require_finite(operators: Sequence[LinearOperator]) -> None:
     if not operators:
         return
     place = operators[0].parameter.device
-    finite = torch.stack([torch.isfinite(operator.parameter).all().to(place) for operator in operators])
+    finite = torch.stack(
+        [torch.isfinite(operator.parameter).all().to(place) for operator in operators]
+    )
     for operator, is_finite in zip(operators, finite.tolist(), strict=True):
         if not is_finite:
-            raise ValueError(f"the weight of {operator.name} holds NaN or Inf: the model is damaged, load it again.")
+            raise ValueError(
+                f"the weight of {operator.name} holds NaN or Inf: the model is damaged, load it again."
+            )

@@ -19,7 +19,12 @@ from tqdm.auto import tqdm
 
 from optimum_fista.model.activations import ActivationStore, Storage
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.forward import in_few_sizes, operator_input, quick_products, replaced_forwards
+from optimum_fista.model.forward import (
+    in_few_sizes,
+    operator_input,
+    quick_products,
+    replaced_forwards,
+)
 from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.media import targets_of
 from optimum_fista.model.offload import execution_device, onloaded
@@ -36,7 +41,9 @@ class DenseLoss:
     batches: Sequence[CalibrationBatch]
     num_tokens: int  # sequences are taken in order until they have this many real tokens
     progress: bool = False
-    storage: Storage | None = None  # of hidden states between decoder layers; None: where each layer computes
+    storage: Storage | None = (
+        None  # of hidden states between decoder layers; None: where each layer computes
+    )
 
     def sequences(self) -> list[CalibrationBatch]:
         """The sequences, one a batch and without padding; those of a single token have no loss."""
@@ -72,7 +79,9 @@ class Sensitivity:
         return weight.float().square() * self.outputs[:, None] * self.inputs
 
 
-def measure_sensitivities(loss: DenseLoss, operators: Mapping[str, LinearOperator]) -> dict[str, Sensitivity]:
+def measure_sensitivities(
+    loss: DenseLoss, operators: Mapping[str, LinearOperator]
+) -> dict[str, Sensitivity]:
     """Run a model forwards and backwards on the sequences of its loss, one at a time; sum inputs and gradients.
 
     Decoder layers are recomputed in the backward pass, so that memory is needed for the activations of one layer, and
@@ -81,20 +90,28 @@ def measure_sensitivities(loss: DenseLoss, operators: Mapping[str, LinearOperato
     """
     model, sequences = loss.layers.model, loss.sequences()
     device = execution_device(model.get_input_embeddings())
-    passes = 2 * len(sequences) * len(loss.layers)  # of single decoder layers: a sequence alone may take minutes
+    passes = (
+        2 * len(sequences) * len(loss.layers)
+    )  # of single decoder layers: a sequence alone may take minutes
     with (
         onloaded(loss.layers.outside(with_media=any(row.media for row in sequences)), copy=False),
-        tqdm(total=passes, desc="Gradients of the loss", unit="layer", disable=not loss.progress) as bar,
+        tqdm(
+            total=passes, desc="Gradients of the loss", unit="layer", disable=not loss.progress
+        ) as bar,
         _recomputed_layers(loss, bar) as waiting,
         torch.enable_grad(),
         quick_products(),
     ):
         watchers = {name: _Watcher(operator) for name, operator in operators.items()}
         for row in sequences:
-            with ExitStack() as handles:  # in the forward pass only: recomputed layers call their operators again
+            with (
+                ExitStack() as handles
+            ):  # in the forward pass only: recomputed layers call their operators again
                 for watcher in watchers.values():
                     watcher.calls = 0
-                    hook = watcher.operator.module.register_forward_hook(watcher.see, with_kwargs=True)
+                    hook = watcher.operator.module.register_forward_hook(
+                        watcher.see, with_kwargs=True
+                    )
                     handles.enter_context(hook)
                 logits = model(**row.arguments(model)).logits
             targets = targets_of(row.input_ids[0, 1:], model.config).to(logits.device)
@@ -103,12 +120,18 @@ def measure_sensitivities(loss: DenseLoss, operators: Mapping[str, LinearOperato
             del logits  # with its graph, before the next sequence runs
             waiting.clear()
     num_tokens = max(1, sum(row.num_tokens for row in sequences))
-    totals = torch.stack([w.gradients.sum(dtype=torch.float64).to(device) for w in watchers.values()])
+    totals = torch.stack(
+        [w.gradients.sum(dtype=torch.float64).to(device) for w in watchers.values()]
+    )
     found = {}
-    for (name, watcher), total in zip(watchers.items(), totals.tolist(), strict=True):  # one transfer
+    for (name, watcher), total in zip(
+        watchers.items(), totals.tolist(), strict=True
+    ):  # one transfer
         if not math.isfinite(total):
             why = f"the gradients of the loss by the outputs of {name} hold NaN or Inf, so budgets can't be shared"
-            raise ValueError(f"{why}: pass allocation='uniform', or a model in float32 or bfloat16.")
+            raise ValueError(
+                f"{why}: pass allocation='uniform', or a model in float32 or bfloat16."
+            )
         # 1/2 (sum_t e_t g_ti^2) / (sum_t e_t): the numbers of tokens cancel.
         outputs = watcher.gradients * (0.5 / watcher.energy.clamp_min(1e-30))
         found[name] = Sensitivity(outputs, watcher.inputs / num_tokens, watcher.seen, total > 0)
@@ -120,17 +143,23 @@ class _Watcher:
 
     def __init__(self, operator: LinearOperator) -> None:
         self.operator = operator
-        self.columns = operator.read().square().sum(0)  # sum_i w_ij^2 [in]: e_t is its product with x_t^2
+        self.columns = (
+            operator.read().square().sum(0)
+        )  # sum_i w_ij^2 [in]: e_t is its product with x_t^2
         device = self.columns.device
         # sum_t e_t g_ti^2 [out] and sum_t x_tj^2 [in], float32
         self.gradients, self.inputs = (torch.zeros(size, device=device) for size in operator.shape)
         self.energy = torch.zeros((), dtype=torch.float64, device=device)  # sum_t e_t
         self.seen = self.calls = 0
 
-    def see(self, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: object) -> None:
+    def see(
+        self, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: object
+    ) -> None:
         """Add the squares of the inputs, and request the gradient if the output is a product with one matrix."""
         inputs = operator_input(arguments, keywords).detach()
-        squares = inputs.reshape(-1, inputs.shape[-1]).float().square()  # [batch, sequence, in] -> [tokens, in]
+        squares = (
+            inputs.reshape(-1, inputs.shape[-1]).float().square()
+        )  # [batch, sequence, in] -> [tokens, in]
         energies = (in_few_sizes(squares) @ self.columns)[: len(squares)]  # e_t [tokens]
         self.calls += 1
         if energies.numel():  # an expert may get no token
@@ -138,7 +167,11 @@ class _Watcher:
             self.inputs += squares.sum(0)
             self.energy += energies.double().sum()
             self.seen += squares.shape[0]
-        if isinstance(output, Tensor) and output.shape[-1] == self.operator.shape[0] and output.requires_grad:
+        if (
+            isinstance(output, Tensor)
+            and output.shape[-1] == self.operator.shape[0]
+            and output.requires_grad
+        ):
             output.register_hook(partial(self._add_gradient, energies))
 
     def _add_gradient(self, energies: Tensor, gradient: Tensor) -> None:
@@ -160,7 +193,9 @@ def _recomputed_layers(loss: DenseLoss, bar: tqdm) -> Iterator[ActivationStore]:
     stays = loss.storage is None or loss.storage == device
 
     def keep(tensor: Tensor) -> int | Tensor:
-        if not tensor.requires_grad or tensor.device != device:  # masks, positions: the same in every layer
+        if (
+            not tensor.requires_grad or tensor.device != device
+        ):  # masks, positions: the same in every layer
             return tensor
         waiting.append(tensor)
         return len(waiting) - 1  # this number replaces the hidden states in the graph
@@ -171,7 +206,9 @@ def _recomputed_layers(loss: DenseLoss, bar: tqdm) -> Iterator[ActivationStore]:
     def recomputed(forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
         with (
             nullcontext() if stays else saved_tensors_hooks(keep, hand_out),
-            set_checkpoint_early_stop(False),  # stopped early, a layer would keep weights that Accelerate loaded
+            set_checkpoint_early_stop(
+                False
+            ),  # stopped early, a layer would keep weights that Accelerate loaded
         ):
             return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
 
@@ -194,7 +231,9 @@ def _recomputed_layers(loss: DenseLoss, bar: tqdm) -> Iterator[ActivationStore]:
             getattr(module, name).requires_grad_(False)
         with (
             # A tensor with a gradient that may be overwritten in place; a leaf may not.
-            model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_(True).clone()),
+            model.get_input_embeddings().register_forward_hook(
+                lambda _, __, out: out.requires_grad_(True).clone()
+            ),
             replaced_forwards(layers, [partial(recomputed, forward) for forward in brought]),
         ):
             yield waiting

@@ -13,7 +13,16 @@ from math import prod
 import torch
 from torch import Tensor
 
-from optimum_fista.packed.masks import CHUNK, as_words, count_bits, pack_bits, place, row_bytes, select, unpack_bits
+from optimum_fista.packed.masks import (
+    CHUNK,
+    as_words,
+    count_bits,
+    pack_bits,
+    place,
+    row_bytes,
+    select,
+    unpack_bits,
+)
 
 SUFFIXES = ("_values", "_mask", "_layout")
 VERSION = [2, 0, 0]  # the zeros are reserved: earlier they described masks of n:m groups
@@ -53,7 +62,13 @@ class PackedTensor:
 
     def named(self, name: str) -> dict[str, Tensor]:
         """The three tensors under the names that they have in a file, for a dense tensor called `name`."""
-        return dict(zip((name + suffix for suffix in SUFFIXES), (self.values, self.mask, self.layout), strict=True))
+        return dict(
+            zip(
+                (name + suffix for suffix in SUFFIXES),
+                (self.values, self.mask, self.layout),
+                strict=True,
+            )
+        )
 
 
 def pack(weight: Tensor, mask: Tensor | None = None) -> PackedTensor:
@@ -78,12 +93,16 @@ def pack(weight: Tensor, mask: Tensor | None = None) -> PackedTensor:
     for chunk in _chunks(rows, columns):
         bits = _kept(dense, kept, chunk)
         if mask is not None and bool(((dense[chunk] != 0).cpu() & ~bits).any()):
-            raise ValueError("weight has values other than zero outside of mask: pass the mask it was pruned with.")
+            raise ValueError(
+                "weight has values other than zero outside of mask: pass the mask it was pruned with."
+            )
         counts.append(int(torch.count_nonzero(bits)))
         pack_bits(bits, packed_mask[chunk])
     values = torch.empty(sum(counts), dtype=dense.dtype)
     for chunk, target in zip(_chunks(rows, columns), as_words(values).split(counts), strict=True):
-        target.copy_(select(as_words(dense[chunk]).cpu(), _kept(dense, kept, chunk)))  # one chunk leaves the device
+        target.copy_(
+            select(as_words(dense[chunk]).cpu(), _kept(dense, kept, chunk))
+        )  # one chunk leaves the device
     layout = torch.tensor([*VERSION, 0, *weight.shape])  # the checksum does not cover itself
     layout[3] = _checksum(PackedTensor(values, packed_mask, layout))
     return PackedTensor(*(t.to(weight.device) for t in (values, packed_mask, layout)))
@@ -101,12 +120,18 @@ def check(packed: PackedTensor, name: str = "weight", *, checksum: bool = True) 
     width = row_bytes(columns)
     if mask.dtype != torch.uint8 or tuple(mask.shape) != (rows, width):
         needed = f"the layout {layout.tolist()} needs torch.uint8 of shape {(rows, width)}"
-        raise PackedFormatError(f"{name}_mask is {mask.dtype} of shape {tuple(mask.shape)}: {needed}.")
+        raise PackedFormatError(
+            f"{name}_mask is {mask.dtype} of shape {tuple(mask.shape)}: {needed}."
+        )
     if not values.is_floating_point() or values.dim() != 1:
         found = f"{name}_values is {values.dtype} of shape {tuple(values.shape)}"
         raise PackedFormatError(f"{found}: a floating dtype and one dimension are needed.")
-    if not (mask.is_contiguous() and values.is_contiguous()) or values.is_neg():  # the kernels read bytes
-        raise PackedFormatError(f"{name}_values and {name}_mask must be contiguous, and no negative views.")
+    if (
+        not (mask.is_contiguous() and values.is_contiguous()) or values.is_neg()
+    ):  # the kernels read bytes
+        raise PackedFormatError(
+            f"{name}_values and {name}_mask must be contiguous, and no negative views."
+        )
     # A kernel would treat a bit after the last column as a weight, and write after the end of its row.
     tail = mask[:, columns // 8 :]
     # The first byte may hold the bits of the last columns, too.
@@ -114,9 +139,13 @@ def check(packed: PackedTensor, name: str = "weight", *, checksum: bool = True) 
         raise PackedFormatError(f"{name}_mask has bits set after the {columns} that a row has.")
     kept = int(count_bits(mask).sum())
     if values.numel() != kept:
-        raise PackedFormatError(f"{name}_values holds {values.numel()} weights, but the mask keeps {kept}.")
+        raise PackedFormatError(
+            f"{name}_values holds {values.numel()} weights, but the mask keeps {kept}."
+        )
     if checksum and layout[3] != _checksum(packed):  # last: it reads every value
-        raise PackedFormatError(f"{name} has another checksum than its layout says: the file is damaged.")
+        raise PackedFormatError(
+            f"{name} has another checksum than its layout says: the file is damaged."
+        )
 
 
 def unpack(packed: PackedTensor, name: str = "weight") -> Tensor:
@@ -145,28 +174,42 @@ def unpack_mask(packed: PackedTensor) -> Tensor:
 def packed_names(names: Iterable[str]) -> list[str]:
     """Names of the dense tensors that are packed among the tensors called `names`, in their order."""
     known = dict.fromkeys(names)
-    stems = dict.fromkeys(name.removesuffix(suffix) for name in known for suffix in SUFFIXES if name.endswith(suffix))
+    stems = dict.fromkeys(
+        name.removesuffix(suffix) for name in known for suffix in SUFFIXES if name.endswith(suffix)
+    )
     # Two parts of three must be there: another tensor may be called `attention_mask`.
     found = [stem for stem in stems if sum(stem + suffix in known for suffix in SUFFIXES) > 1]
     for name in found:
         if missing := [name + suffix for suffix in SUFFIXES if name + suffix not in known]:
-            raise PackedFormatError(f"{name} is packed, but {missing[0]} is missing: the file is incomplete.")
+            raise PackedFormatError(
+                f"{name} is packed, but {missing[0]} is missing: the file is incomplete."
+            )
         if name in known:
-            raise PackedFormatError(f"{name} is there both packed and dense: the file is malformed.")
+            raise PackedFormatError(
+                f"{name} is there both packed and dense: the file is malformed."
+            )
     return found
 
 
 def _check_layout(layout: Tensor, name: str) -> None:
     """Refuse a layout with impossible numbers."""
-    if layout.dtype != torch.int64 or layout.dim() != 1 or not 5 <= layout.numel() <= 4 + MAX_DIMENSIONS:
+    if (
+        layout.dtype != torch.int64
+        or layout.dim() != 1
+        or not 5 <= layout.numel() <= 4 + MAX_DIMENSIONS
+    ):
         needed = f"torch.int64 of one dimension and 5 to {4 + MAX_DIMENSIONS} numbers is needed"
-        raise PackedFormatError(f"{name}_layout is {layout.dtype} of shape {tuple(layout.shape)}: {needed}.")
+        raise PackedFormatError(
+            f"{name}_layout is {layout.dtype} of shape {tuple(layout.shape)}: {needed}."
+        )
     version, shape = layout[:3].tolist(), layout[4:].tolist()
     if version != VERSION:
         why = f"{name} is packed in version {version} of the format; this package reads version {VERSION}"
         raise PackedFormatError(f"{why}. Update it, or pack the model again.")
     if min(shape) < 1:
-        raise PackedFormatError(f"{name}_layout says shape {tuple(shape)}: every dimension must be positive.")
+        raise PackedFormatError(
+            f"{name}_layout says shape {tuple(shape)}: every dimension must be positive."
+        )
 
 
 def _checksum(packed: PackedTensor) -> int:

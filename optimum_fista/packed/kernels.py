@@ -31,7 +31,14 @@ class Kernels:
         self._library = ctypes.CDLL(str(library))
         # Without these types ctypes would cut addresses to 32 bits.
         number, size, buffer = ctypes.c_int, ctypes.c_int64, (ctypes.c_void_p, ctypes.c_int64)
-        matrix: list[Any] = [number, number, size, *buffer, *buffer, *buffer]  # path, dtype, columns, three tensors
+        matrix: list[Any] = [
+            number,
+            number,
+            size,
+            *buffer,
+            *buffer,
+            *buffer,
+        ]  # path, dtype, columns, three tensors
         self._linear = self._library.optimum_fista_multiply
         self._linear.argtypes = [*matrix, *buffer, *buffer, *buffer, number]
         self._unpack = self._library.optimum_fista_unpack
@@ -43,24 +50,52 @@ class Kernels:
         self._path = PATHS.index(self.path)
         self._use_threads_of_torch()
 
-    def linear(self, x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None) -> Tensor:
+    def linear(
+        self, x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None
+    ) -> Tensor:
         """Product y = W x + b of contiguous tensors on the CPU, as in `operation.packed_linear`.
 
         `x`, values and bias are of one dtype, float32, float16 or bfloat16; sums are taken in float32.
         """
         *leading, columns = x.shape
-        y = torch.empty((*leading, mask.shape[0]), dtype=x.dtype)  # every row is written, or the call is refused
-        matrix = (values.data_ptr(), values.nbytes, mask.data_ptr(), mask.nbytes, starts.data_ptr(), starts.nbytes)
-        others = (x.data_ptr(), x.nbytes, *((None, 0) if bias is None else (bias.data_ptr(), bias.nbytes)))
+        y = torch.empty(
+            (*leading, mask.shape[0]), dtype=x.dtype
+        )  # every row is written, or the call is refused
+        matrix = (
+            values.data_ptr(),
+            values.nbytes,
+            mask.data_ptr(),
+            mask.nbytes,
+            starts.data_ptr(),
+            starts.nbytes,
+        )
+        others = (
+            x.data_ptr(),
+            x.nbytes,
+            *((None, 0) if bias is None else (bias.data_ptr(), bias.nbytes)),
+        )
         path, dtype, threads = self._path, _TYPES[x.dtype], torch.get_num_threads()
-        failed = self._linear(path, dtype, columns, *matrix, *others, y.data_ptr(), y.nbytes, threads)
+        failed = self._linear(
+            path, dtype, columns, *matrix, *others, y.data_ptr(), y.nbytes, threads
+        )
         return y if not failed else _refuse(failed, columns, values, mask, starts, bias)
 
-    def unpack_rows(self, values: Tensor, mask: Tensor, starts: Tensor, first: int, dense: Tensor) -> Tensor:
+    def unpack_rows(
+        self, values: Tensor, mask: Tensor, starts: Tensor, first: int, dense: Tensor
+    ) -> Tensor:
         """Write rows from `first` on into `dense`, [count, columns] of the values' dtype; raises as `linear` does."""
-        matrix = (values.data_ptr(), values.nbytes, mask.data_ptr(), mask.nbytes, starts.data_ptr(), starts.nbytes)
+        matrix = (
+            values.data_ptr(),
+            values.nbytes,
+            mask.data_ptr(),
+            mask.nbytes,
+            starts.data_ptr(),
+            starts.nbytes,
+        )
         path, dtype, threads = self._path, _TYPES[values.dtype], torch.get_num_threads()
-        failed = self._unpack(path, dtype, dense.shape[1], *matrix, first, dense.data_ptr(), dense.nbytes, threads)
+        failed = self._unpack(
+            path, dtype, dense.shape[1], *matrix, first, dense.data_ptr(), dense.nbytes, threads
+        )
         return dense if not failed else _refuse(failed, dense.shape[1], values, mask, starts, None)
 
     def _use_threads_of_torch(self) -> None:
@@ -68,7 +103,9 @@ class Kernels:
         # A second OpenMP would have its own threads, which compete with the spinning threads of PyTorch.
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
         try:
-            torch_cpu = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))))
+            torch_cpu = ctypes.CDLL(
+                str(next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")))
+            )
             functions = [ctypes.cast(getattr(torch_cpu, name), ctypes.c_void_p) for name in names]
         except (StopIteration, OSError, AttributeError):
             functions = [ctypes.c_void_p(None)] * 3
@@ -92,12 +129,17 @@ def kernels() -> Kernels | None:
     if wanted == "none":
         return None
     if wanted is not None and wanted not in PATHS:
-        raise ValueError(f"{_ENVIRONMENT}={wanted!r}: set it to one of {', '.join(PATHS)}, or none.")
+        raise ValueError(
+            f"{_ENVIRONMENT}={wanted!r}: set it to one of {', '.join(PATHS)}, or none."
+        )
     library = find_library()
     if library is not None:
         try:
             return Kernels(library, wanted)
-        except (OSError, AttributeError) as error:  # the latter from a library that another version compiled
+        except (
+            OSError,
+            AttributeError,
+        ) as error:  # the latter from a library that another version compiled
             reason = f"could not be loaded ({error})"
     else:
         reason = "were not compiled when optimum-fista was installed"
@@ -110,10 +152,14 @@ def kernels() -> Kernels | None:
     return None
 
 
-def _refuse(failed: int, columns: int, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None) -> NoReturn:
+def _refuse(
+    failed: int, columns: int, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None
+) -> NoReturn:
     sizes = f"a mask of shape {tuple(mask.shape)}, {starts.numel()} row starts and {values.numel()} values"
     sizes += "" if bias is None else f" with a bias of shape {tuple(bias.shape)}"
     if failed == 1:
-        raise ValueError(f"x has {columns} columns, which {sizes} do not fit: pass the tensors of one such matrix.")
+        raise ValueError(
+            f"x has {columns} columns, which {sizes} do not fit: pass the tensors of one such matrix."
+        )
     why = f"The mask keeps other numbers of weights than its row starts say ({sizes}, {columns} columns)"
     raise ValueError(f"{why}: pass the row starts of this mask; PackedLinear.prepare finds them.")

@@ -7,7 +7,14 @@ unpacked its weight first, it would also write and read the dense weight.
 import torch
 from torch import Tensor, nn
 
-from optimum_fista.packed.format import PackedFormatError, PackedTensor, check, pack, unpack, unpack_mask
+from optimum_fista.packed.format import (
+    PackedFormatError,
+    PackedTensor,
+    check,
+    pack,
+    unpack,
+    unpack_mask,
+)
 from optimum_fista.packed.operation import packed_linear, row_starts
 
 
@@ -22,13 +29,17 @@ class PackedLinear(nn.Module):
     weight_values: Tensor  # [num_kept], the kept weights
     weight_mask: Tensor  # uint8 [out_features, bytes]
     weight_layout: Tensor  # int64 [6]: version, 0, 0, nothing, out_features, in_features
-    weight_starts: Tensor | None  # int64 [out_features + 1], where the values of each row start; not in the state
+    weight_starts: (
+        Tensor | None
+    )  # int64 [out_features + 1], where the values of each row start; not in the state
     bias: nn.Parameter | None
 
     def __init__(self, packed: PackedTensor, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         if len(packed.shape) != 2:
-            raise PackedFormatError(f"weight_layout says shape {packed.shape}: a linear layer needs a matrix.")
+            raise PackedFormatError(
+                f"weight_layout says shape {packed.shape}: a linear layer needs a matrix."
+            )
         self.out_features, self.in_features = packed.shape
         for name, tensor in packed.named("weight").items():
             self.register_buffer(name, tensor)
@@ -48,13 +59,19 @@ class PackedLinear(nn.Module):
 
     def prepare(self) -> None:
         """Check the tensors and find the row starts. Call it after you replace a tensor."""
-        if self.weight_mask.is_meta:  # offloaded: Accelerate wants a tensor for each buffer, and fills it later
-            self.weight_starts = torch.empty(self.out_features + 1, dtype=torch.int64, device="meta")
+        if (
+            self.weight_mask.is_meta
+        ):  # offloaded: Accelerate wants a tensor for each buffer, and fills it later
+            self.weight_starts = torch.empty(
+                self.out_features + 1, dtype=torch.int64, device="meta"
+            )
             return
         check(self.packed, checksum=False)
         wanted = (self.out_features, self.in_features)
         if self.packed.shape != wanted:
-            raise PackedFormatError(f"weight_layout says shape {self.packed.shape}: this layer's weight is {wanted}.")
+            raise PackedFormatError(
+                f"weight_layout says shape {self.packed.shape}: this layer's weight is {wanted}."
+            )
         self.weight_starts = row_starts(self.weight_mask)
 
     def transpose_(self) -> None:
@@ -68,8 +85,12 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], sums in float32."""
         tensors = self._buffers  # quicker than attributes, which small layers would notice
-        if x.shape[-1] != self.in_features:  # the operation knows the width only to the next multiple of 64
-            raise ValueError(f"x has shape {tuple(x.shape)}: pass one of shape (..., {self.in_features}).")
+        if (
+            x.shape[-1] != self.in_features
+        ):  # the operation knows the width only to the next multiple of 64
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}: pass one of shape (..., {self.in_features})."
+            )
         starts, mask = tensors["weight_starts"], tensors["weight_mask"]
         if starts is None or starts.is_meta > mask.is_meta:  # type: ignore[union-attr]
             self.prepare()

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 22  # weights that are handled together, so that little memory is needed besides the result
+CHUNK = (
+    1 << 22
+)  # weights that are handled together, so that little memory is needed besides the result
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -26,7 +28,9 @@ def row_bytes(columns: int) -> int:
 
 def pack_bits(bits: Tensor, target: Tensor) -> None:
     """Write booleans [rows, count] into `target`, uint8 [rows, >= ceil(count / 8)]; both on the CPU."""
-    packed = np.packbits(bits.numpy(), axis=1, bitorder="little")  # vectorised; PyTorch has no such operation
+    packed = np.packbits(
+        bits.numpy(), axis=1, bitorder="little"
+    )  # vectorised; PyTorch has no such operation
     target[:, : packed.shape[1]] = torch.from_numpy(packed)  # bytes after these stay padding
 
 
@@ -36,19 +40,25 @@ def unpack_bits(packed: Tensor, count: int) -> Tensor:
         bits = np.unpackbits(packed.numpy(), axis=1, count=count, bitorder="little")
         return torch.from_numpy(bits.view(bool))  # [rows, count], no copy
     # [rows, bytes, 1] >> [8] -> [rows, bytes, 8], lowest bit first
-    bits_of_bytes = (packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    bits_of_bytes = (
+        packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)
+    ) & 1
     return bits_of_bytes.view(packed.shape[0], -1)[:, :count].bool()
 
 
 def count_bits(packed: Tensor) -> Tensor:
     """Number of bits set in each row of uint8 [rows, bytes], bytes a multiple of 8: int64 [rows]."""
-    aligned = packed if packed.is_contiguous() and packed.storage_offset() % 8 == 0 else packed.clone()
+    aligned = (
+        packed if packed.is_contiguous() and packed.storage_offset() % 8 == 0 else packed.clone()
+    )
     words = aligned.view(torch.int64)  # refuses an address that is no multiple of 8
     # Sums of neighbours in 2, then 4, then 8 bits (Hacker's Delight, 5-1). PyTorch has no popcount.
     words = words - ((words >> 1) & 0x5555555555555555)
     words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
     words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
-    return ((words * 0x0101010101010101) >> 56 & 0xFF).sum(1)  # the product adds all eight bytes in the highest one
+    return ((words * 0x0101010101010101) >> 56 & 0xFF).sum(
+        1
+    )  # the product adds all eight bytes in the highest one
 
 
 def select(values: Tensor, kept: Tensor) -> Tensor:

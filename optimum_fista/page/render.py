@@ -29,7 +29,11 @@ def read_pruned_report(folder: Path) -> PruningReport:
     """Read the report of a pruned folder, packed or not, of whose operators, mixtures or tokens a page can be made."""
     report = read_report(folder)
     if not report.operators and not report.mixtures and "vocabulary" not in report.model:
-        why = "only decoder layers were removed, the model card says which" if report.removed else "pass another folder"
+        why = (
+            "only decoder layers were removed, the model card says which"
+            if report.removed
+            else "pass another folder"
+        )
         raise ValueError(f"{str(folder / REPORT_FILE)!r} names no pruned operator: {why}.")
     return report
 
@@ -55,10 +59,23 @@ def render_page(report: PruningReport) -> str:
     shown = pattern if pattern.fixed else f"{100 * pattern.sparsity:g}% {pattern}"
     zeros = [operator.sparsity for operator in report.operators]
     outputs = [operator for operator in report.operators if operator.output_error is not None]
-    held_out = [operator for operator in report.operators if operator.held_out_fit_error is not None]
-    kinds = {"anonymous": "anonymous_bytes", "resident": "resident_bytes", "on the GPU": "device_bytes"}
-    memory = {name: [getattr(layer.memory, key, None) for layer in report.layers] for name, key in kinds.items()}
-    memory_peaks = {name: max(known) for name, held in memory.items() if (known := [h for h in held if h is not None])}
+    held_out = [
+        operator for operator in report.operators if operator.held_out_fit_error is not None
+    ]
+    kinds = {
+        "anonymous": "anonymous_bytes",
+        "resident": "resident_bytes",
+        "on the GPU": "device_bytes",
+    }
+    memory = {
+        name: [getattr(layer.memory, key, None) for layer in report.layers]
+        for name, key in kinds.items()
+    }
+    memory_peaks = {
+        name: max(known)
+        for name, held in memory.items()
+        if (known := [h for h in held if h is not None])
+    }
     names = [layer.name for layer in report.layers]
     moved = {"hidden states": [layer.hidden_state_error for layer in report.layers]}
     return environment.get_template("page.html").render(
@@ -67,13 +84,18 @@ def render_page(report: PruningReport) -> str:
         title=f"{report.model['name'].split('/')[-1] or report.model['class']}, {shown}",
         colours=range(STEPS),
         errors=by_operator(report.operators, "fit error", lambda o: o.fit_error, three),
-        output_errors=outputs and by_operator(outputs, "output error", lambda o: o.output_error or 0.0, three),
-        held_out=held_out and by_operator(held_out, "held-out fit error over fit error", _over_fit, three),
+        output_errors=outputs
+        and by_operator(outputs, "output error", lambda o: o.output_error or 0.0, three),
+        held_out=held_out
+        and by_operator(held_out, "held-out fit error over fit error", _over_fit, three),
         zeros=by_operator(report.operators, "zeros", lambda o: o.sparsity, share),
-        even=max(zeros, default=0.0) - min(zeros, default=0.0) < 5e-4,  # counts are whole, so shares differ a little
+        even=max(zeros, default=0.0) - min(zeros, default=0.0)
+        < 5e-4,  # counts are whole, so shares differ a little
         columns_left=_columns_left(report),
         moved=coloured("error of the hidden states", names, moved, three),
-        times=coloured("time", names, {"time": [layer.seconds for layer in report.layers]}, duration),
+        times=coloured(
+            "time", names, {"time": [layer.seconds for layer in report.layers]}, duration
+        ),
         memory=coloured("memory", names, memory, size_text),
         memory_peaks=memory_peaks,
         config=json.dumps(report.config, indent=2),
@@ -87,26 +109,43 @@ class Coloured:
 
     name: str  # what the numbers are
     columns: Sequence[str]
-    rows: Sequence[tuple[str, list[tuple[str, int | None]]]]  # an empty text if a number is not known
+    rows: Sequence[
+        tuple[str, list[tuple[str, int | None]]]
+    ]  # an empty text if a number is not known
     low: str  # of the first colour
     high: str
 
 
 def coloured(
-    name: str, layers: Sequence[str], columns: Mapping[str, Sequence[float | None]], text_of: Callable[[float], str]
+    name: str,
+    layers: Sequence[str],
+    columns: Mapping[str, Sequence[float | None]],
+    text_of: Callable[[float], str],
 ) -> Coloured | None:
     """Colour all finite numbers by one scale, and drop columns without a number; `None` if no column is left."""
-    known = {key: column for key, column in columns.items() if any(value is not None for value in column)}
-    finite = [value for column in known.values() for value in column if value is not None and math.isfinite(value)]
+    known = {
+        key: column for key, column in columns.items() if any(value is not None for value in column)
+    }
+    finite = [
+        value
+        for column in known.values()
+        for value in column
+        if value is not None and math.isfinite(value)
+    ]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
 
     def cell(value: float | None) -> tuple[str, int | None]:
         if value is None:
             return "", None
         step = int(STEPS * (value - low) / (high - low or 1.0)) if math.isfinite(value) else None
-        return text_of(value), step if step is None else min(step, STEPS - 1)  # the highest is no step of its own
+        return text_of(value), step if step is None else min(
+            step, STEPS - 1
+        )  # the highest is no step of its own
 
-    rows = [(layer.rpartition(".")[2], [cell(c[i]) for c in known.values()]) for i, layer in enumerate(layers)]
+    rows = [
+        (layer.rpartition(".")[2], [cell(c[i]) for c in known.values()])
+        for i, layer in enumerate(layers)
+    ]
     return Coloured(name, list(known), rows, text_of(low), text_of(high)) if known else None
 
 
@@ -122,7 +161,10 @@ def by_operator(
     """
     grid, columns = OperatorGrid(operators), dict[str, list[float | None]]()
     for kind in grid.kinds:
-        found = [[value_of(operator) for operator in grid.cells.get((layer, kind), ())] for layer in grid.layers]
+        found = [
+            [value_of(operator) for operator in grid.cells.get((layer, kind), ())]
+            for layer in grid.layers
+        ]
         if all(len(values) < 2 for values in found):
             columns[kind] = [values[0] if values else None for values in found]
         else:
@@ -133,7 +175,9 @@ def by_operator(
 
 def _columns_left(report: PruningReport) -> list[tuple[str, int, int]]:
     """For each kind of operator that lost columns: its name, how many stayed, and how many there were."""
-    grid = OperatorGrid(operator for operator in report.operators if operator.groups_kept is not None)
+    grid = OperatorGrid(
+        operator for operator in report.operators if operator.groups_kept is not None
+    )
     kinds = [(kind, found[0]) for kind, found in grid.kinds.items()]  # all layers lose as many
     return [(kind, o.shape[1], round(o.shape[1] / (1 - o.target_sparsity))) for kind, o in kinds]
 

@@ -37,7 +37,9 @@ class Calibration:
 
     batches: Sequence[CalibrationBatch]  # first those to fit to, then the held-out ones
     states: HiddenStates | None = None  # inputs of the layer; None before the first one
-    recorded: RecordedInputs | None = None  # other arguments of the layers; None until batches of this size were run
+    recorded: RecordedInputs | None = (
+        None  # other arguments of the layers; None until batches of this size were run
+    )
 
 
 def begin(
@@ -47,26 +49,42 @@ def begin(
 
     Returns a `HeldOut` if a perplexity can be measured.
     """
-    report, inputs = begin_report(plan), {name: o.shape[1] for name, o in plan.all_operators.items()}
+    report, inputs = (
+        begin_report(plan),
+        {name: o.shape[1] for name, o in plan.all_operators.items()},
+    )
     model, media = plan.layers.model, media_arguments(plan.layers.model)
     given = read_batches(calib_dataloader, *token_limits(model), media)
     measured = [batch for batch in given if batch.held_out]
     batches = hold_out([batch for batch in given if not batch.held_out], plan.config.held_out)
-    report.calibration = {"source": source and public_name(source)} | describe_batches(batches + measured)
+    report.calibration = {"source": source and public_name(source)} | describe_batches(
+        batches + measured
+    )
     report.environment["batches"] = shapes_of(batches + measured)
     if media.names and not any(batch.media for batch in batches):
         kinds = " or ".join(sorted({kind for kind, _ in media.placeholders})) or "image"
         which = f"{type(model).__name__} saw no {kinds}"
-        report.warn(f"the calibration is text alone: {which}. Pass batches as its processor makes them, for all uses.")
-    tokens, widest = report.calibration["num_tokens"], max(inputs, key=inputs.__getitem__, default=None)
+        report.warn(
+            f"the calibration is text alone: {which}. Pass batches as its processor makes them, for all uses."
+        )
+    tokens, widest = (
+        report.calibration["num_tokens"],
+        max(inputs, key=inputs.__getitem__, default=None),
+    )
     if widest is not None and tokens < inputs[widest]:
         few = f"{tokens} calibration tokens for the {inputs[widest]} inputs of {widest}"
-        report.warn(f"{few}: its Gram matrix is rank-deficient, and the result fits these tokens only. Pass more.")
-    if empty := sum(not b.media and bool((targets_of(b.input_ids, model.config) < 0).any()) for b in given):
+        report.warn(
+            f"{few}: its Gram matrix is rank-deficient, and the result fits these tokens only. Pass more."
+        )
+    if empty := sum(
+        not b.media and bool((targets_of(b.input_ids, model.config) < 0).any()) for b in given
+    ):
         why = "hold tokens that mark images or sounds, but no images or sounds"
         report.warn(f"{empty} batches {why}: pass all that the model's processor returns.")
     measured = measured or [replace(batch, text=source) for batch in batches if batch.held_out]
-    if not measured or plan.removal.mixtures:  # the decoder layer without experts is not in the model
+    if (
+        not measured or plan.removal.mixtures
+    ):  # the decoder layer without experts is not in the model
         return Calibration(batches), None, report
     return Calibration(batches), HeldOut(plan.layers, measured, plan.storage), report
 
@@ -76,9 +94,13 @@ def record(plan: Plan, calibration: Calibration) -> Calibration:
     if calibration.recorded is not None:
         return calibration
     with split_experts(plan.all_operators.values()):
-        recorded = record_inputs(plan.layers, calibration.batches, plan.storage, progress=plan.progress)
+        recorded = record_inputs(
+            plan.layers, calibration.batches, plan.storage, progress=plan.progress
+        )
     states = calibration.states or plan.config.correction.enter(recorded.hidden_states)
-    del recorded.hidden_states  # only `states` has them now, so that they are freed with the first layer
+    del (
+        recorded.hidden_states
+    )  # only `states` has them now, so that they are freed with the first layer
     return replace(calibration, states=states, recorded=recorded)
 
 
@@ -103,10 +125,14 @@ def retried(
         calibration = _halved(calibration, plan, report, reason)
         release_memory(collect=True)
         most = max(batch.input_ids.shape[0] for batch in calibration.batches)
-        report.warn(f"out of memory in {where}: batches of {most} sequences from here on ({reason.splitlines()[0]})")
+        report.warn(
+            f"out of memory in {where}: batches of {most} sequences from here on ({reason.splitlines()[0]})"
+        )
 
 
-def _halved(calibration: Calibration, plan: Plan, report: PruningReport, reason: str) -> Calibration:
+def _halved(
+    calibration: Calibration, plan: Plan, report: PruningReport, reason: str
+) -> Calibration:
     """Cut every batch in two; `reason` is what the device said."""
     sizes = [batch.input_ids.shape[0] for batch in calibration.batches]
     if max(sizes) == 1:

@@ -26,7 +26,9 @@ class PruningCallback:
     def on_operator_end(self, report: OperatorReport) -> None:
         """An operator is pruned. If the device then runs out of memory, its decoder layer is pruned once more."""
 
-    def on_layer_end(self, index: int, layer: LayerReport, operators: Sequence[OperatorReport]) -> None:
+    def on_layer_end(
+        self, index: int, layer: LayerReport, operators: Sequence[OperatorReport]
+    ) -> None:
         """A decoder layer is finished, and on disk if the model is pruned from its files.
 
         `operators` is empty if the layer stays dense, is removed, or loses nothing but experts.

@@ -71,7 +71,10 @@ class Journal:
     """
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
-        self.folder, self.model = folder, folder / MODEL  # the folder that becomes the output, with the final shards
+        self.folder, self.model = (
+            folder,
+            folder / MODEL,
+        )  # the folder that becomes the output, with the final shards
         self._budgets_sha256: str | None = None  # of the budgets read last
         self._fingerprint = fingerprint
         self._states_sha256: dict[int, str] = {}  # of the states written or read last
@@ -104,7 +107,11 @@ class Journal:
         layer, states = self._file("layer", index), self._file("states", index)
         next_states = self._file("states", index + 1)
         if streams:
-            hidden = {f"{name}.{i}": h.contiguous() for name, stream in streams.items() for i, h in enumerate(stream)}
+            hidden = {
+                f"{name}.{i}": h.contiguous()
+                for name, stream in streams.items()
+                for i, h in enumerate(stream)
+            }
             self._states_sha256[index + 1] = write_tensors(next_states, hidden)
         sha256 = {
             "shard": shard[1] if shard else None,
@@ -120,7 +127,9 @@ class Journal:
         """Packed masks of a finished decoder layer."""
         return load_file(self._file("layer", index))
 
-    def resume(self, finished: Mapping[int, KeptLayer], storage: Storage) -> tuple[int, dict[str, list[Tensor]] | None]:
+    def resume(
+        self, finished: Mapping[int, KeptLayer], storage: Storage
+    ) -> tuple[int, dict[str, list[Tensor]] | None]:
         """Count the first decoder layers that are finished, each on the hidden states of the layer before.
 
         Returns also the hidden states after them, by name; `None` if their file is missing or damaged.
@@ -142,9 +151,13 @@ class Journal:
     def keep_budgets(self, budgets: Budgets, weights: Mapping[str, Any]) -> None:
         """Begin the run: write the budgets of the operators, the decoder layers to remove, and the hashed files."""
         write_record(self.folder / WEIGHTS_FILE, weights)
-        write_record(self.folder / RUN_FILE, self._fingerprint)  # from now on the folder is kept until the run ends
+        write_record(
+            self.folder / RUN_FILE, self._fingerprint
+        )  # from now on the folder is kept until the run ends
         values = {name: value for name, value in vars(budgets).items() if name != "output_weights"}
-        values["run"] = digest_of(self.folder / RUN_FILE)  # ties budgets (and layers, by their digest) to this run
+        values["run"] = digest_of(
+            self.folder / RUN_FILE
+        )  # ties budgets (and layers, by their digest) to this run
         tensors = {name: t.cpu().contiguous() for name, t in budgets.output_weights.items()}
         write_record(self._budgets, values, tensors)
 
@@ -168,14 +181,18 @@ def join_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool, rank
     def begin() -> Mapping[str, Any]:
         if not overwrite:
             require_same_run(folder, fingerprint)
-        if json.dumps(read_record(folder / RUN_FILE)) != json.dumps(fingerprint):  # their order counts, too
+        if json.dumps(read_record(folder / RUN_FILE)) != json.dumps(
+            fingerprint
+        ):  # their order counts, too
             discard(folder, keep_texts=True)  # also the rest of a run that was only half discarded
         return fingerprint
 
     def join() -> None:
         if different := [key for key in fingerprint if fingerprint[key] != begun[key]]:
             which = f"{' and '.join(different)} differ from those of rank 0"
-            raise ValueError(f"{which}: start every process with the same model, options and calibration text.")
+            raise ValueError(
+                f"{which}: start every process with the same model, options and calibration text."
+            )
 
     begun = ranks.first(begin)
     ranks.each(join)
@@ -188,7 +205,9 @@ def require_same_run(folder: Path, wanted: Mapping[str, Any]) -> None:
     begun = read_record(folder / RUN_FILE)
     if begun is None:
         file = str(folder / RUN_FILE)
-        raise ValueError(f"output: {file!r} is damaged, so it is not known which run it belongs to: {_ADVICE}")
+        raise ValueError(
+            f"output: {file!r} is damaged, so it is not known which run it belongs to: {_ADVICE}"
+        )
     if different := list(_differences({key: begun.get(key) for key in wanted}, wanted)):
         shown = "; ".join(different[:_SHOWN]) + ("; ..." if len(different) > _SHOWN else "")
         run = f"the unfinished run in {str(folder)!r} was another one ({shown})"
@@ -201,20 +220,30 @@ def begun_batch_size(folder: Path) -> int | None:
     return max((batch[0] for batch in begun.get("batches", ())), default=None)
 
 
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _differences(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
+) -> Iterator[str]:
     """Say in words what differs between two dictionaries of dictionaries."""
     for key in {**found, **wanted}:
         was, now = found.get(key), wanted.get(key)
         if isinstance(was, dict) and isinstance(now, dict) and (was != now or [*was] == [*now]):
             yield from _differences(was, now, f"{prefix}{key}.")
-        elif was != now or isinstance(was, dict):  # the order differs, and the first matching override counts
+        elif was != now or isinstance(
+            was, dict
+        ):  # the order differs, and the first matching override counts
             texts = [json.dumps(value) for value in (was, now)]
-            before, after = (text if len(text) <= _LETTERS else f"{text[:_LETTERS]}..." for text in texts)
+            before, after = (
+                text if len(text) <= _LETTERS else f"{text[:_LETTERS]}..." for text in texts
+            )
             yield f"{prefix}{key} was {before}, is {after}"
 
 
 def run_fingerprint(
-    source: SourceFiles, plan: Plan, batches: Sequence[CalibrationBatch], report: PruningReport, packed: bool
+    source: SourceFiles,
+    plan: Plan,
+    batches: Sequence[CalibrationBatch],
+    report: PruningReport,
+    packed: bool,
 ) -> dict[str, Any]:
     """Everything that the bytes of a run depend on: weights, configurations, arithmetic, tokens, versions."""
     shapes = [list(batch.input_ids.shape) for batch in batches]
@@ -226,8 +255,12 @@ def run_fingerprint(
     fingerprint = {
         "journal": _FORMAT,
         "weights": {name: digest for name, digest in source.digests.items() if name != CONFIG_FILE},
-        "model_config": {key: value for key, value in network.items() if key not in _NOT_COMPUTED_WITH},
-        "arithmetic": {k: v for k, v in report.environment.items() if k not in ("processor", "batches")},
+        "model_config": {
+            key: value for key, value in network.items() if key not in _NOT_COMPUTED_WITH
+        },
+        "arithmetic": {
+            k: v for k, v in report.environment.items() if k not in ("processor", "batches")
+        },
         "config": report.config,  # as the user gave it: after a removal changes it, some patterns look the same
         "calibration": tokens,
         "batches": shapes,
@@ -256,17 +289,29 @@ class SourceFiles:
         self.folder = folder
         self._progress = progress
         self.hashes: dict[str, list[Any]] = {}
-        there = sorted(filter(Path.is_file, folder.iterdir()))  # a link in the Hub's cache may lead nowhere
+        there = sorted(
+            filter(Path.is_file, folder.iterdir())
+        )  # a link in the Hub's cache may lead nowhere
         files = [file for file in there if file.name == CONFIG_FILE or file.name.endswith(_WEIGHTS)]
         for file in files:
             found = file.stat()
             # a file with the same numbers is not read again: a write changes its ctime, which no program can set
             stamp = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
-            self.hashes[file.name] = [*stamp, None if known.get(file.name, [])[:-1] != stamp else known[file.name][-1]]
+            self.hashes[file.name] = [
+                *stamp,
+                None if known.get(file.name, [])[:-1] != stamp else known[file.name][-1],
+            ]
         changed = [file for file in files if self.hashes[file.name][-1] is None]
         with ThreadPoolExecutor(_READERS) as pool:
-            shown: Any = {"desc": "Hashing weights", "total": len(changed), "unit": "file", "leave": False}
-            digests = tqdm(pool.map(digest_of, changed), **shown, disable=not (progress and changed))
+            shown: Any = {
+                "desc": "Hashing weights",
+                "total": len(changed),
+                "unit": "file",
+                "leave": False,
+            }
+            digests = tqdm(
+                pool.map(digest_of, changed), **shown, disable=not (progress and changed)
+            )
             for file, digest in zip(changed, digests, strict=True):
                 self.hashes[file.name][-1] = digest
 
@@ -280,5 +325,7 @@ class SourceFiles:
         found = SourceFiles(self.folder, self.hashes, self._progress)
         if changed := sorted({name for name, _ in self.digests.items() ^ found.digests.items()}):
             which = f"{', '.join(changed)} in {str(self.folder)!r} changed during the run"
-            raise ValueError(f"{which}: restore the old files and start again with the same output, or {_ADVICE}")
+            raise ValueError(
+                f"{which}: restore the old files and start again with the same output, or {_ADVICE}"
+            )
         self.hashes = found.hashes

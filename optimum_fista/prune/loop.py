@@ -53,13 +53,17 @@ def prune_layers(
     """
     todo = range(len(plan.layers)) if todo is None else todo
     pruned, is_carried = plan.pruned_layers, plan.config.correction.carry == "full"
-    last = max((index for index in pruned if index in todo), default=-1)  # later layers need not run
+    last = max(
+        (index for index in pruned if index in todo), default=-1
+    )  # later layers need not run
     first = 0 if calibration.states is None else min(todo)
     report.left_dense = dict(plan.left_dense)
     with closing(Progress(num_done)) if plan.progress else nullcontext() as bar:
         callbacks = plan.callbacks if bar is None else (bar, *plan.callbacks)
         for callback in callbacks:
-            callback.on_layers_begin(len(plan.layers), {i: 1 + c for i, c in enumerate(plan.costs) if i in todo})
+            callback.on_layers_begin(
+                len(plan.layers), {i: 1 + c for i, c in enumerate(plan.costs) if i in todo}
+            )
         calibration = retried(partial(record, plan), calibration, "the embeddings", plan, report)
         held_out = held_out if held_out is not None and held_out.begin() else None
         for index, (name, layer) in enumerate(plan.layers):
@@ -81,12 +85,29 @@ def prune_layers(
                 if followed is not None and index == len(plan.layers) - 1:
                     followed.measure()
                 if is_mine:
-                    known = {key: why for key, why in plan.left_dense.items() if key.startswith(f"{name}.")}
-                    about = replace(done.report, seconds=time.perf_counter() - started, dense_sha256=dense_sha256)
+                    known = {
+                        key: why
+                        for key, why in plan.left_dense.items()
+                        if key.startswith(f"{name}.")
+                    }
+                    about = replace(
+                        done.report,
+                        seconds=time.perf_counter() - started,
+                        dense_sha256=dense_sha256,
+                    )
                     done = LayerRecord(about, done.operators, known | done.left_dense)
                     report.add(done)
-                    states = calibration.states if is_carried and index < max(pruned, default=-1) else None
-                    sink.commit(index, layer, done, [part for part in (states, followed) if part is not None])
+                    states = (
+                        calibration.states
+                        if is_carried and index < max(pruned, default=-1)
+                        else None
+                    )
+                    sink.commit(
+                        index,
+                        layer,
+                        done,
+                        [part for part in (states, followed) if part is not None],
+                    )
             if is_mine:
                 for callback in callbacks:
                     callback.on_layer_end(index, done.report, done.operators)
@@ -106,7 +127,9 @@ def prune_layer(
     """
     name, layer = f"{plan.layers.name}.{index}", plan.layers.modules[index]
     release_memory(layer)  # of the decoder layer before
-    calibration = record(plan, calibration)  # again, if memory ran out and the batches are smaller now
+    calibration = record(
+        plan, calibration
+    )  # again, if memory ran out and the batches are smaller now
     states, recorded = calibration.states, calibration.recorded
     assert states is not None
     assert recorded is not None
@@ -138,7 +161,11 @@ def prune_layer(
                     callback.on_operator_end(report)
         states, reports, mixture = plan.removal.after(name, sink, targets, reports)
     about = LayerReport(
-        name, activations.hidden_state_error(states), 0.0, peak if operators or mixture else None, mixture
+        name,
+        activations.hidden_state_error(states),
+        0.0,
+        peak if operators or mixture else None,
+        mixture,
     )
     return replace(calibration, states=states), LayerRecord(about, reports, left_dense | others)
 
@@ -148,13 +175,19 @@ def prune_group(plan: Plan, sink: ModelSink, problems: GroupProblems) -> list[Op
     release_memory()  # the solver needs the memory that capturing left in the allocator
     started = time.perf_counter()
     pruned_group, patterns, method = solve_group(plan, problems)
-    seconds = time.perf_counter() - started  # results were read, so the device has finished its kernels
+    seconds = (
+        time.perf_counter() - started
+    )  # results were read, so the device has finished its kernels
     for operator, pruned in zip(problems.operators, pruned_group, strict=True):
         sink.write(operator, pruned.weight, pruned.mask)
     reports = []
-    parts = zip(problems.operators, problems.fitted, problems.held_out, pruned_group, patterns, strict=True)
+    parts = zip(
+        problems.operators, problems.fitted, problems.held_out, pruned_group, patterns, strict=True
+    )
     for operator, problem, held_out, pruned, pattern in parts:
-        exact = operator.parameter.dtype == problem.weight.dtype  # otherwise the solution was rounded
+        exact = (
+            operator.parameter.dtype == problem.weight.dtype
+        )  # otherwise the solution was rounded
         written = pruned.weight if exact else operator.read()
         fit_error = pruned.fit_error if exact else problem.fit_error(written)
         kept = pattern.num_kept(operator.shape)  # the mask was counted when the pattern was checked
@@ -183,22 +216,31 @@ def prune_group(plan: Plan, sink: ModelSink, problems: GroupProblems) -> list[Op
             report = replace(
                 report,
                 held_out_fit_error=error,
-                held_out_output_error=problems.output_error(held_out, written, error, held_out=True),
+                held_out_output_error=problems.output_error(
+                    held_out, written, error, held_out=True
+                ),
                 held_out_tokens=held_out.statistics.num_tokens,
             )
         reports.append(report)
     return reports
 
 
-def solve_group(plan: Plan, problems: GroupProblems) -> tuple[list[PrunedOperator], list[SparsityPattern], str]:
+def solve_group(
+    plan: Plan, problems: GroupProblems
+) -> tuple[list[PrunedOperator], list[SparsityPattern], str]:
     """Solve for the operators of a group, without writing; returns also their patterns and the method's name."""
     group, fitted, output_weights = problems.operators, problems.fitted, plan.budgets.output_weights
     method: PruningMethod = plan.method
-    shares, patterns = plan.budgets.sparsities, [plan.config.pattern_for(operator.name) for operator in group]
+    shares, patterns = (
+        plan.budgets.sparsities,
+        [plan.config.pattern_for(operator.name) for operator in group],
+    )
     pairs = zip(group, patterns, strict=True)
     patterns = [replace(p, sparsity=shares[o.name]) if o.name in shares else p for o, p in pairs]
     tokens, name, message = fitted[0].statistics.num_tokens, method.name, ""
-    if group[0].tokens is not None and tokens < UNDER_CALIBRATED_TOKENS:  # the router sent hardly any
+    if (
+        group[0].tokens is not None and tokens < UNDER_CALIBRATED_TOKENS
+    ):  # the router sent hardly any
         method, name = Magnitude(), Magnitude.name
         message = f"under-calibrated expert: {tokens} calibration tokens reached it, so magnitude pruned it"
     if all(pattern.whole_columns and not pattern.sparsity for pattern in patterns):
@@ -208,17 +250,29 @@ def solve_group(plan: Plan, problems: GroupProblems) -> tuple[list[PrunedOperato
             mask = torch.ones_like(problem.weight, dtype=torch.bool)
             found, advice = refit_columns(problem, mask[0])  # least squares over all weights
             error = problem.fit_error(found)
-            pruned.append(PrunedOperator(found, mask, error, 1, converged=not advice, message=advice))
+            pruned.append(
+                PrunedOperator(found, mask, error, 1, converged=not advice, message=advice)
+            )
     elif not message and all(operator.name in output_weights for operator in group):
         # rows of all operators compete for the zeros of the group, which decides how many each operator gets
-        pruned = prune_stacked(method, fitted, patterns, [output_weights[operator.name] for operator in group])
+        pruned = prune_stacked(
+            method, fitted, patterns, [output_weights[operator.name] for operator in group]
+        )
         patterns = [replace(p, sparsity=q.sparsity) for p, q in zip(patterns, pruned, strict=True)]
     else:
-        pruned = [replace(p, message=message or p.message) for p in method.prune_sharing(fitted, patterns)]
-    finite = torch.stack([torch.isfinite(result.weight).all() for result in pruned]).tolist()  # one transfer
+        pruned = [
+            replace(p, message=message or p.message) for p in method.prune_sharing(fitted, patterns)
+        ]
+    finite = torch.stack(
+        [torch.isfinite(result.weight).all() for result in pruned]
+    ).tolist()  # one transfer
     for operator, pattern, result, is_finite in zip(group, patterns, pruned, finite, strict=True):
-        broken = pattern.violation(result.mask) or (None if is_finite else "weights hold NaN or Inf")
+        broken = pattern.violation(result.mask) or (
+            None if is_finite else "weights hold NaN or Inf"
+        )
         if broken:
-            raise RuntimeError(f"method {method.name!r} failed on {operator.name}: {broken}. Pass another method.")
+            raise RuntimeError(
+                f"method {method.name!r} failed on {operator.name}: {broken}. Pass another method."
+            )
         result.weight.masked_fill_(~result.mask, 0.0)  # no -0.0
     return pruned, patterns, name

@@ -23,22 +23,33 @@ class Progress(PruningCallback):
         """Take the bar away."""
         self._bar.close()
 
-    def on_layers_begin(self, num_layers: int, costs: Mapping[int, float]) -> None:  # noqa: ARG002
+    def on_layers_begin(self, num_layers: int, costs: Mapping[int, float]) -> None:
         """Begin the bar; layers of other processes are not counted."""
         self._costs, self._num_layers = costs, self._num_done + len(costs)
         if self._num_done:
-            self._bar.write(f"{self._num_done} of {self._num_layers} decoder layers are done already", file=sys.stderr)
+            self._bar.write(
+                f"{self._num_done} of {self._num_layers} decoder layers are done already",
+                file=sys.stderr,
+            )
         # smoothing=0: the rate is that of the whole run, not of the last layer
-        layout = {"bar_format": "{desc} |{bar}| {elapsed} gone, {remaining} left", "smoothing": 0, "leave": False}
+        layout = {
+            "bar_format": "{desc} |{bar}| {elapsed} gone, {remaining} left",
+            "smoothing": 0,
+            "leave": False,
+        }
         self._bar = tqdm(desc=self._layers, total=sum(costs.values()), **layout)
 
     def on_operator_end(self, report: OperatorReport) -> None:
         """Show the newest operator."""
         kind, error = layer_and_kind(report.name)[1], report.held_out_fit_error
         held_out = "" if error is None else f", held out {error:.4f}"
-        self._bar.set_description_str(f"{self._layers}: {kind}, fit error {report.fit_error:.4f}{held_out}")
+        self._bar.set_description_str(
+            f"{self._layers}: {kind}, fit error {report.fit_error:.4f}{held_out}"
+        )
 
-    def on_layer_end(self, index: int, layer: LayerReport, operators: Sequence[OperatorReport]) -> None:
+    def on_layer_end(
+        self, index: int, layer: LayerReport, operators: Sequence[OperatorReport]
+    ) -> None:
         """Print a line about the finished decoder layer, above the bar; a log keeps every one of them."""
         self._num_done += 1
         done = f"decoder layer {index} ({self._num_done} of {self._num_layers})"  # from 0, as in the names of operators

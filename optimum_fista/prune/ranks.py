@@ -19,8 +19,15 @@ from optimum_fista.source.loading import default_device
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as Accelerate reads them
-_PATIENCE = timedelta(days=7)  # finished ranks wait so long for the slowest; a rank that ended is noticed at once
+_COUNTS = (
+    "WORLD_SIZE",
+    "PMI_SIZE",
+    "OMPI_COMM_WORLD_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+)  # as Accelerate reads them
+_PATIENCE = timedelta(
+    days=7
+)  # finished ranks wait so long for the slowest; a rank that ended is noticed at once
 
 
 class RankError(RuntimeError):
@@ -52,7 +59,11 @@ class Ranks:
             raise failure or error from error
         if failure is not None:
             raise failure
-        if failed := [f"rank {index} of {self.count} failed: {text}" for index, text in enumerate(failures) if text]:
+        if failed := [
+            f"rank {index} of {self.count} failed: {text}"
+            for index, text in enumerate(failures)
+            if text
+        ]:
             raise RankError("; ".join(failed))
         return cast(T, result)
 
@@ -99,7 +110,9 @@ def joined_ranks(device: str | None) -> Iterator[Ranks]:
     # Accelerate can't start processes on an accelerator without a PyTorch backend; gloo works on any machine.
     state = PartialState(cpu=kind == "cpu" or kind not in dist.Backend.default_device_backend_map)
     if state.num_processes != count:
-        found = f"the environment names {count} processes and Accelerate finds {state.num_processes}"
+        found = (
+            f"the environment names {count} processes and Accelerate finds {state.num_processes}"
+        )
         raise ValueError(f"{found}: start them by `accelerate launch` or `torchrun`.")
     group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
     try:
@@ -118,7 +131,9 @@ def require_independent_layers(config: FistaPruningConfig, count: int) -> None:
         )
 
 
-def share_layers(unfinished: Sequence[int], pruning_costs: Sequence[float], num_ranks: int) -> list[list[int]]:
+def share_layers(
+    unfinished: Sequence[int], pruning_costs: Sequence[float], num_ranks: int
+) -> list[list[int]]:
     """Share the unfinished decoder layers so that the slowest rank ends as early as possible; the last may get none.
 
     Shares are contiguous, because a rank runs the dense network only up to its last layer:
@@ -127,7 +142,9 @@ def share_layers(unfinished: Sequence[int], pruning_costs: Sequence[float], num_
     """
 
     def cost(share: Sequence[int]) -> float:
-        pruned = [index for index in share if pruning_costs[index] > 0]  # others need no hidden states
+        pruned = [
+            index for index in share if pruning_costs[index] > 0
+        ]  # others need no hidden states
         return 1 + pruned[-1] + sum(pruning_costs[index] for index in pruned) if pruned else 0.0
 
     def fill(limit: float) -> list[list[int]]:
@@ -139,7 +156,13 @@ def share_layers(unfinished: Sequence[int], pruning_costs: Sequence[float], num_
             shares[-1].append(index)
         return shares
 
-    limits = sorted({cost(unfinished[i:j]) for i in range(len(unfinished)) for j in range(i + 1, len(unfinished) + 1)})
+    limits = sorted(
+        {
+            cost(unfinished[i:j])
+            for i in range(len(unfinished))
+            for j in range(i + 1, len(unfinished) + 1)
+        }
+    )
     enough = bisect_left(limits, True, key=lambda limit: len(fill(limit)) <= num_ranks)
     shares = fill(limits[enough]) if limits else []
     return shares + [[] for _ in range(num_ranks - len(shares))]

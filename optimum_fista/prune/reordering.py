@@ -13,11 +13,17 @@ from optimum_fista.prune.sink import ModelSink
 from optimum_fista.removal.shrinking import difference_beyond_rounding, small_hidden_states
 from optimum_fista.solve.patterns.n_of_m import best_order
 
-_TOKENS_OF_ORDER = 8192  # tokens that are not held out, to the end of their batch; as many as in docs/ablations.md
+_TOKENS_OF_ORDER = (
+    8192  # tokens that are not held out, to the end of their batch; as many as in docs/ablations.md
+)
 
 
 def reorder_channels(
-    plan: Plan, sink: ModelSink, layer_name: str, activations: LayerActivations, hidden_states: Sequence[Tensor]
+    plan: Plan,
+    sink: ModelSink,
+    layer_name: str,
+    activations: LayerActivations,
+    hidden_states: Sequence[Tensor],
 ) -> dict[str, tuple[int, ...]]:
     """Reorder the channels of a decoder layer's MLPs if their down projections are to be pruned.
 
@@ -30,7 +36,9 @@ def reorder_channels(
             continue
         # |W_ij| * rms(x_j) measures the importance of a weight, as in Wanda (arXiv 2306.11695)
         energies, tokens = torch.zeros(operator.shape[1], device=activations.device), 0
-        for batch, (arguments, keywords) in enumerate(activations.arguments_of(operator.module, hidden_states)):
+        for batch, (arguments, keywords) in enumerate(
+            activations.arguments_of(operator.module, hidden_states)
+        ):
             if not activations.held_out[batch]:
                 inputs = activations.rows(operator_input(arguments, keywords), batch, operator)
                 energies += inputs.float().square().sum(0)  # [tokens, in] -> [in]

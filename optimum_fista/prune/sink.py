@@ -37,13 +37,19 @@ class ModelSink:
         # Entered after the sink: inside, an interrupt ends the run at once. It is a lock because Python leaves a lock
         # in a single step, and no interrupt can come between that step and `__exit__`.
         self.interruptible = threading.Lock()
-        self.masks: dict[str, Tensor] = {}  # by "{operator}.weight", laid out like it, packed to one bit a weight
+        self.masks: dict[
+            str, Tensor
+        ] = {}  # by "{operator}.weight", laid out like it, packed to one bit a weight
         self._model = model
-        self._entered = ExitStack()  # contexts around the run; no interrupt can come while they are left
+        self._entered = (
+            ExitStack()
+        )  # contexts around the run; no interrupt can come while they are left
         self._undo: list[Callable[[], None]] = []
         self._first: list[Callable[[], None]] = []
         self._committed = 0  # number of entries of `_undo` that belong to finished decoder layers
-        self._onloaded: dict[tuple[int, str], tuple[nn.Module, str]] = {}  # written where Accelerate brought them
+        self._onloaded: dict[
+            tuple[int, str], tuple[nn.Module, str]
+        ] = {}  # written where Accelerate brought them
         self._interrupt: Callable[[int, FrameType | None], Any] = signal.default_int_handler
         self._waits = False  # whether an interrupt waits until the model is whole
 
@@ -52,7 +58,9 @@ class ModelSink:
         self._keep(operator.owner, operator.tensor, partial(getattr, operator, "parameter"))
         operator.write(weight)
         if mask is not None:
-            self.masks[f"{operator.name}.weight"] = pack_mask(mask.T if operator.transposed else mask)
+            self.masks[f"{operator.name}.weight"] = pack_mask(
+                mask.T if operator.transposed else mask
+            )
 
     def replace(self, owner: nn.Module, name: str, value: Tensor) -> None:
         """Overwrite a whole parameter of a module, as it is stored."""
@@ -61,7 +69,9 @@ class ModelSink:
 
     def _keep(self, owner: nn.Module, name: str, parameter: Callable[[], Tensor]) -> None:
         """Keep a parameter of a module, or a part of it, before it is overwritten."""
-        if offload_hook(owner):  # only the copy on the device is overwritten until the layer is committed
+        if offload_hook(
+            owner
+        ):  # only the copy on the device is overwritten until the layer is committed
             self._onloaded[id(owner), name] = (owner, name)
             return
         original = parameter().detach().to("cpu", copy=True)
@@ -80,10 +90,14 @@ class ModelSink:
             getattr(owner, tensor).data.copy_(kept_tensor(owner, tensor))
         self._onloaded.clear()
 
-    def commit(self, index: int, layer: nn.Module, record: LayerRecord, travelling: Travelling) -> None:  # noqa: ARG002
+    def commit(
+        self, index: int, layer: nn.Module, record: LayerRecord, travelling: Travelling
+    ) -> None:
         """Make the weights of a decoder layer final, while they are on the device; `travelling` enters the next one."""
         for owner, tensor in self._onloaded.values():
-            store_tensor(owner, tensor, getattr(owner, tensor), self._undo.append)  # where Accelerate keeps it
+            store_tensor(
+                owner, tensor, getattr(owner, tensor), self._undo.append
+            )  # where Accelerate keeps it
         self._onloaded.clear()
         self._committed = len(self._undo)
 
@@ -103,8 +117,14 @@ class ModelSink:
         # instance dictionaries of modules, one level deep; hooks of Accelerate and the configuration change too.
         modules = list(self._model.modules())
         holders = [*modules, *(hook for module in modules for hook in alignment_hooks(module))]
-        attributes = [vars(holder) for holder in (*holders, getattr(self._model, "config", None)) if holder is not None]
-        inner = [value for found in attributes for value in found.values() if isinstance(value, dict)]
+        attributes = [
+            vars(holder)
+            for holder in (*holders, getattr(self._model, "config", None))
+            if holder is not None
+        ]
+        inner = [
+            value for found in attributes for value in found.values() if isinstance(value, dict)
+        ]
         self._held = [(found, dict(found)) for found in (*attributes, *inner)]
         self._gradients = [(p, p.requires_grad, p.grad) for p in self._model.parameters()]
         handler = signal.getsignal(signal.SIGINT)
@@ -123,7 +143,10 @@ class ModelSink:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         with ExitStack() as steps:  # run from the last to the first, even if one fails
             steps.callback(self.forget)

@@ -32,10 +32,23 @@ from optimum_fista.packed.format import packed_names
 from optimum_fista.prune.batches import Calibration, begin, cut_batches
 from optimum_fista.prune.budgets import share_budgets
 from optimum_fista.prune.callback import PruningCallback
-from optimum_fista.prune.journal import Journal, KeptLayer, SourceFiles, join_run, run_fingerprint, shared_files
+from optimum_fista.prune.journal import (
+    Journal,
+    KeptLayer,
+    SourceFiles,
+    join_run,
+    run_fingerprint,
+    shared_files,
+)
 from optimum_fista.prune.loop import prune_layers
 from optimum_fista.prune.plan import Plan, complete_report, plan_run
-from optimum_fista.prune.ranks import RankError, Ranks, joined_ranks, require_independent_layers, share_layers
+from optimum_fista.prune.ranks import (
+    RankError,
+    Ranks,
+    joined_ranks,
+    require_independent_layers,
+    share_layers,
+)
 from optimum_fista.prune.sink import ModelSink, Travelling
 from optimum_fista.removal.parts_removal import groups_kept, require_zeros_to_pack
 from optimum_fista.removal.tokens import VocabularyPlan
@@ -67,9 +80,16 @@ def prune_files(
     require_zeros_to_pack(config, packed)
     if config.removes_tokens:  # tensors are copied: there is no dtype or device to choose
         with locked_output(output_dir):
-            vocabulary = VocabularyPlan.of(name, calib_dataloader, config, calibration_source, progress)
-            if str(dtype).removeprefix("torch.") not in ("auto", found := vocabulary.report.model["dtype"]):
-                vocabulary.report.warn(f"dtype={dtype} is not used: tensors are copied as they are stored ({found}).")
+            vocabulary = VocabularyPlan.of(
+                name, calib_dataloader, config, calibration_source, progress
+            )
+            if str(dtype).removeprefix("torch.") not in (
+                "auto",
+                found := vocabulary.report.model["dtype"],
+            ):
+                vocabulary.report.warn(
+                    f"dtype={dtype} is not used: tensors are copied as they are stored ({found})."
+                )
             for callback in callbacks:
                 callback.on_prune_begin(vocabulary.report)
             with new_output(output_dir, overwrite, vocabulary.source) as written:
@@ -83,17 +103,25 @@ def prune_files(
 
         def load() -> tuple[Plan, PreTrainedTokenizerBase | None, Path]:
             if not (folder / FOLDER).exists():
-                raise ValueError(f"output: rank 0 began {str(folder)!r}, and it isn't here: pass a shared folder.")
+                raise ValueError(
+                    f"output: rank 0 began {str(folder)!r}, and it isn't here: pass a shared folder."
+                )
             require_independent_layers(config, ranks.count)
-            offload = offloaded.enter_context(tempfile.TemporaryDirectory(prefix="offload-", dir=folder / FOLDER))
-            model, tokenizer, read_from = load_lazily(name, Path(offload), device=ranks.device, dtype=dtype)
+            offload = offloaded.enter_context(
+                tempfile.TemporaryDirectory(prefix="offload-", dir=folder / FOLDER)
+            )
+            model, tokenizer, read_from = load_lazily(
+                name, Path(offload), device=ranks.device, dtype=dtype
+            )
             on_cpu = execution_device(model.get_input_embeddings()).type == "cpu"
             on_disk = storage_device == "disk" or (storage is None and on_cpu)
             place, shows = folder / FOLDER if on_disk else storage, progress and not ranks.index
             places: dict[str, Any] = {"storage": place, "progress": shows, "callbacks": callbacks}
             plan = plan_run(model, config, read_from, files_dtypes=dtype == "auto", **places)
             if packed:
-                require_packable(n.name for n in stored_names(model, plan.all_operators.values()).values())
+                require_packable(
+                    n.name for n in stored_names(model, plan.all_operators.values()).values()
+                )
             return plan, tokenizer, read_from
 
         def tell() -> None:
@@ -101,22 +129,30 @@ def prune_files(
                 callback.on_prune_begin(report)
 
         folder = ranks.first(lambda: opened.enter_context(locked_output(output_dir)))
-        ranks.first(lambda: require_output(output_dir, overwrite))  # another run may just have ended
+        ranks.first(
+            lambda: require_output(output_dir, overwrite)
+        )  # another run may just have ended
         plan, tokenizer, read_from = ranks.each(load)
-        calibration, held_out, report = ranks.each(lambda: begin(plan, calib_dataloader, calibration_source))
+        calibration, held_out, report = ranks.each(
+            lambda: begin(plan, calib_dataloader, calibration_source)
+        )
         held_out = None if ranks.count > 1 else held_out  # a rank runs only some of the layers
         source = shared_files(read_from, folder, ranks, progress and not ranks.index)
         fingerprint = run_fingerprint(source, plan, calibration.batches, report, packed)
         join_run(folder, fingerprint, overwrite, ranks)
         journal = ranks.each(lambda: Journal(folder, fingerprint))
-        run = StreamedRun(ranks, plan, calibration, held_out, report, source, journal, packed, started)
+        run = StreamedRun(
+            ranks, plan, calibration, held_out, report, source, journal, packed, started
+        )
         with run.advising():
             ranks.each(tell)
             sink = run.prune()
             report = ranks.first(lambda: run.complete(sink, tokenizer, output_dir, overwrite))
             offloaded.close()
             with suppress(RankError):  # the model is in its place, so no failed rank can do harm
-                ranks.gather(None)  # after that, rank 0 may tidy the folder to which all ranks offload
+                ranks.gather(
+                    None
+                )  # after that, rank 0 may tidy the folder to which all ranks offload
     for callback in callbacks:
         callback.on_prune_end(report)
     return report
@@ -149,7 +185,9 @@ class StreamedRun:
                 journal.keep_budgets(budgets, self.source.hashes)
 
         ranks.first(share)
-        budgets = ranks.each(journal.budgets)  # read from disk, so that all ranks and all starts have the same
+        budgets = ranks.each(
+            journal.budgets
+        )  # read from disk, so that all ranks and all starts have the same
         assert budgets is not None
         self.plan = plan = self.plan.with_budgets(budgets)
         finished = ranks.first(lambda: journal.finished(progress=plan.progress))
@@ -163,34 +201,50 @@ class StreamedRun:
 
         def work() -> None:
             with sink, sink.interruptible, products_as(plan.products):
-                num_done = len(finished) if ranks.count == 1 else 0  # shared layers: each rank counts its own
-                prune_layers(plan, self.calibration, self.report, sink, self.held_out, todo, num_done)
+                num_done = (
+                    len(finished) if ranks.count == 1 else 0
+                )  # shared layers: each rank counts its own
+                prune_layers(
+                    plan, self.calibration, self.report, sink, self.held_out, todo, num_done
+                )
 
         ranks.each(work if todo else lambda: None)
         return sink
 
     def complete(
-        self, sink: FileSink, tokenizer: PreTrainedTokenizerBase | None, output_dir: Path, overwrite: bool
+        self,
+        sink: FileSink,
+        tokenizer: PreTrainedTokenizerBase | None,
+        output_dir: Path,
+        overwrite: bool,
     ) -> PruningReport:
         """Write everything except decoder layers, and move the model to `output_dir`."""
         report, plan, journal, folder = self.report, self.plan, self.journal, self.journal.model
         model, layers = plan.layers.model, journal.finished(read_shards=False)
         if len(layers) < len(plan.layers):
-            raise RankError("decoder layers that other ranks finished are not here: pass a folder that all nodes share")
+            raise RankError(
+                "decoder layers that other ranks finished are not here: pass a folder that all nodes share"
+            )
         report.operators, report.layers, report.left_dense = [], [], {}
         for layer in layers.values():
             report.add(layer.record)
         report.seconds["total"] = self.seconds_before + time.perf_counter() - self.started
         complete_report(plan, report, self.held_out)
-        report.model["sha256"] = plan.layers.dense_digest(one.record.report.dense_sha256 for one in layers.values())
+        report.model["sha256"] = plan.layers.dense_digest(
+            one.record.report.dense_sha256 for one in layers.values()
+        )
         shards = {folder / layer.shard for layer in layers.values() if layer.shard}
-        for left in {*folder.iterdir()} - shards:  # files of a killed process, or of a run with more layers
+        for left in {
+            *folder.iterdir()
+        } - shards:  # files of a killed process, or of a run with more layers
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         rest = {name: stored_tensor(model, name) for name in plan.layers.names_around}
         around = sink.to_write(plan.stored(None, {}), {} if plan.as_stored else sink.stored(rest))
         shards.add(folder / sink.write_shard(len(sink.left), around | plan.source.unplaced)[0])
         weight_map = {name: shard.name for shard in shards for name in names_in(shard)}
-        index_name = write_index(folder, sink.stem, weight_map, {"total_parameters": report.model["num_parameters"]})
+        index_name = write_index(
+            folder, sink.stem, weight_map, {"total_parameters": report.model["num_parameters"]}
+        )
         masks = {name: mask for index in layers for name, mask in journal.masks(index).items()}
         operators, masks = as_stored(report.operators, plan.removal.renamed(masks), sink.names)
         report = replace(report, operators=operators)
@@ -208,7 +262,10 @@ class StreamedRun:
         try:
             yield
         except (OSError, RankError) as error:
-            finished, folder = len(self.journal.finished(read_shards=False)), str(self.journal.folder)
+            finished, folder = (
+                len(self.journal.finished(read_shards=False)),
+                str(self.journal.folder),
+            )
             kept = f"{finished} of {len(self.plan.layers)} decoder layers are finished and kept in {folder!r}"
             advice = f"{kept}; start again with the same output"
             if isinstance(error, RankError):
@@ -232,14 +289,20 @@ class StreamedRun:
                 else:
                     states = HiddenStates(streams.get("dense"), streams.get("pruned"))
                     sizes = [len(hidden) for hidden in states.entering]
-                    if sizes != [batch.input_ids.shape[0] for batch in batches]:  # memory ran out before
+                    if sizes != [
+                        batch.input_ids.shape[0] for batch in batches
+                    ]:  # memory ran out before
                         batches, most = cut_batches(batches, sizes), max(sizes)
                         self.report.warnings.append(
                             f"continues with the batches of the last run, {most} sequences at most"
                         )
                     self.calibration = Calibration(batches, states)
             finished = {index: finished[index] for index in range(first)}
-        if held_out is not None and finished and not (len(finished) == first and held_out.resume(streams or {})):
+        if (
+            held_out is not None
+            and finished
+            and not (len(finished) == first and held_out.resume(streams or {}))
+        ):
             self.held_out = None  # its sequences must pass all layers in both networks
         return finished
 
@@ -252,11 +315,19 @@ class FileSink(ModelSink):
     def __init__(self, plan: Plan, journal: Journal, source: SourceFiles, packed: bool) -> None:
         super().__init__(plan.layers.model)
         self._plan, self._journal, self._source, self._packed = plan, journal, source, packed
-        self.stem = "packed" if packed else "model"  # plain Transformers finds no weights in a packed folder
-        self.left = [index for index in range(len(plan.layers)) if index not in plan.removal.removed_layers]
-        self.names = stored_names(plan.layers.model, plan.all_operators.values(), plan.removal.new_name)
+        self.stem = (
+            "packed" if packed else "model"
+        )  # plain Transformers finds no weights in a packed folder
+        self.left = [
+            index for index in range(len(plan.layers)) if index not in plan.removal.removed_layers
+        ]
+        self.names = stored_names(
+            plan.layers.model, plan.all_operators.values(), plan.removal.new_name
+        )
 
-    def commit(self, index: int, layer: nn.Module, record: LayerRecord, travelling: Travelling) -> None:
+    def commit(
+        self, index: int, layer: nn.Module, record: LayerRecord, travelling: Travelling
+    ) -> None:
         """Write a finished decoder layer; for a removed one, only its record.
 
         The record comes last. `StreamedRun.complete` deletes all files beside the shards that records name.
@@ -266,9 +337,15 @@ class FileSink(ModelSink):
         plan, masks, self.masks = self._plan, self.masks, {}
         written: dict[str, StoredTensor] | None = None
         if index not in plan.removal.removed_layers:
-            originals = plan.stored(record.report.name, groups_kept([record.report], record.operators))
-            dense = {f"{record.report.name}.{key}": tensor for key, tensor in layer.state_dict().items()}
-            tensors = {} if plan.as_stored else self.stored(plan.removal.shrink_tensors(record, dense))
+            originals = plan.stored(
+                record.report.name, groups_kept([record.report], record.operators)
+            )
+            dense = {
+                f"{record.report.name}.{key}": tensor for key, tensor in layer.state_dict().items()
+            }
+            tensors = (
+                {} if plan.as_stored else self.stored(plan.removal.shrink_tensors(record, dense))
+            )
             if self._packed:
                 operators, stored = as_stored(record.operators, masks, self.names)
                 # zeros never reach the disk
@@ -287,16 +364,27 @@ class FileSink(ModelSink):
         shard = self._journal.model / f"{self.stem}-{index + 1:05}-of-{total:05}.safetensors"
         return shard.name, write_stored(shard, tensors)
 
-    def to_write(self, originals: Mapping[str, StoredTensor], tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
+    def to_write(
+        self, originals: Mapping[str, StoredTensor], tensors: Mapping[str, Tensor]
+    ) -> dict[str, StoredTensor]:
         """The tensors to write: stored ones if the run only removes, otherwise new values in the dtypes of these."""
         if self._plan.as_stored:
             return dict(originals)
         known = originals if self._plan.files_dtypes else {}
-        return {name: known[name].holding(t) if name in known else StoredTensor.of(t) for name, t in tensors.items()}
+        return {
+            name: known[name].holding(t) if name in known else StoredTensor.of(t)
+            for name, t in tensors.items()
+        }
 
     def stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors under their names in the checkpoint, on the CPU, without those that are tied to others."""
         # Transformers ties them again when it loads the folder
-        left_out = set(self._model.all_tied_weights_keys) | set(self._model._keys_to_ignore_on_save or ())
-        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if name not in left_out}
+        left_out = set(self._model.all_tied_weights_keys) | set(
+            self._model._keys_to_ignore_on_save or ()
+        )
+        kept = {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in tensors.items()
+            if name not in left_out
+        }
         return as_saved(self._model, kept)

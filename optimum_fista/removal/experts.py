@@ -27,7 +27,9 @@ def experts_of(part: Part, layer_name: str, layer: nn.Module) -> FusedExperts:
     return FusedExperts(part.name, layer.get_submodule(part.name.removeprefix(f"{layer_name}.")))
 
 
-def score_experts(experts: FusedExperts, targets: LayerTargets) -> tuple[Tensor, Tensor, ActivationStore]:
+def score_experts(
+    experts: FusedExperts, targets: LayerTargets
+) -> tuple[Tensor, Tensor, ActivationStore]:
     """Run the decoder layer on its inputs, and measure the saliency of its experts on tokens that are not held out.
 
     Returns how many tokens the router sends to each expert, int64 [experts]; its saliency, float64 [experts]: the mean
@@ -45,7 +47,9 @@ def score_experts(experts: FusedExperts, targets: LayerTargets) -> tuple[Tensor,
             mask = activations.token_masks[batch]
             real = outputs if mask is None else outputs[mask.reshape(-1)[tokens]]
             # Norms in float32, their sum over all tokens in float64: only that has many terms.
-            norms[expert] += torch.linalg.vector_norm(real.detach().float(), dim=-1).sum(dtype=torch.float64)
+            norms[expert] += torch.linalg.vector_norm(real.detach().float(), dim=-1).sum(
+                dtype=torch.float64
+            )
             counts[expert] += len(real)
 
     experts.watcher = see
@@ -89,12 +93,16 @@ class SmallerMixture:
         self._down = [operator for operator in experts.operators if operator.kind == "down_proj"]
         self._activations = activations
         self._residuals: list[Tensor] = []  # Y - E*; not in a file, because every refit changes it
-        self._energies = dict.fromkeys((False, True), 0.0)  # || Y ||^2 of tokens to fit, and of those held out
+        self._energies = dict.fromkeys(
+            (False, True), 0.0
+        )  # || Y ||^2 of tokens to fit, and of those held out
         place = activations.device if isinstance(activations.storage, Path) else activations.storage
 
         def see(batch: int, assigned: AssignedTokens) -> None:
             target = wanted[batch].to(activations.device)
-            found = tokens_of(experts.outputs(assigned), target.shape[:2].numel()).view(target.shape)
+            found = tokens_of(experts.outputs(assigned), target.shape[:2].numel()).view(
+                target.shape
+            )
             self._residuals.append((target - found).to(place))
             self._energies[activations.held_out[batch]] += self._energy(batch, target)
 
@@ -129,12 +137,20 @@ class SmallerMixture:
                 if not halves or (not number and not _gain(*halves)):
                     continue
                 first, last = halves
-                statistics = InputStatistics(first.gram + last.gram, sum(p.statistics.num_tokens for p in halves))
+                statistics = InputStatistics(
+                    first.gram + last.gram, sum(p.statistics.num_tokens for p in halves)
+                )
                 energies = first.output_energies + last.output_energies
-                problem = LayerProblem(weight, statistics, first.target + last.target, energies, first.name)
-                found, message = refit_columns(problem, torch.ones_like(weight[0], dtype=torch.bool))
+                problem = LayerProblem(
+                    weight, statistics, first.target + last.target, energies, first.name
+                )
+                found, message = refit_columns(
+                    problem, torch.ones_like(weight[0], dtype=torch.bool)
+                )
                 if not bool(torch.isfinite(found).all()):
-                    raise RuntimeError(f"the refit of {operator.name} failed: weights hold NaN or Inf.")
+                    raise RuntimeError(
+                        f"the refit of {operator.name} failed: weights hold NaN or Inf."
+                    )
                 operator.write(found)
                 self._move(expert, operator.read() - weight)
                 refitted[expert] = True
@@ -156,8 +172,12 @@ class SmallerMixture:
             if mask is None:
                 mask = torch.ones(residual.shape[:2], dtype=torch.bool, device=device)
             real = mask.reshape(-1)[tokens]
-            early = (mask.cumsum(1) <= mask.sum(1, keepdim=True) // 2).reshape(-1)[tokens]  # of the real tokens
-            own = residual.flatten(0, 1)[tokens.to(residual.device)].to(device).float()  # of the tokens that it gets
+            early = (mask.cumsum(1) <= mask.sum(1, keepdim=True) // 2).reshape(-1)[
+                tokens
+            ]  # of the real tokens
+            own = (
+                residual.flatten(0, 1)[tokens.to(residual.device)].to(device).float()
+            )  # of the tokens that it gets
             targets = own + inputs @ weight.T  # Y - E* without what these weights add to E*
             for half, counted in zip(sums, (early & real, ~early & real), strict=True):
                 half.add(inputs[counted], "targets", targets[counted])
@@ -178,7 +198,9 @@ class SmallerMixture:
         assigned = self._batches[batch]
         inputs = self._down[expert].inputs(assigned, self._activations.device).float()
         part = assigned.part(expert)
-        return inputs if assigned.weights is None else inputs * assigned.weights[part].float(), assigned.tokens[part]
+        return inputs if assigned.weights is None else inputs * assigned.weights[
+            part
+        ].float(), assigned.tokens[part]
 
     def _energy(self, batch: int, values: Tensor) -> float:
         """Squared norm of the real tokens."""

@@ -35,17 +35,27 @@ from optimum_fista.removal.shrinking import (
     small_hidden_states,
     smaller_copy,
 )
-from optimum_fista.report import LayerRecord, LayerReport, MixtureReport, OperatorReport, PruningReport
+from optimum_fista.report import (
+    LayerRecord,
+    LayerReport,
+    MixtureReport,
+    OperatorReport,
+    PruningReport,
+)
 from optimum_fista.solve.method import METHODS
 from optimum_fista.solve.pattern import pack_mask, unpack_mask
 from optimum_fista.solve.patterns import Columns
 
 T = TypeVar("T")
-Operators = Mapping[str, Mapping[str, LinearOperator]]  # to prune, by the names of their decoder layers
+Operators = Mapping[
+    str, Mapping[str, LinearOperator]
+]  # to prune, by the names of their decoder layers
 Reasons = Mapping[str, str]  # why other operators stay dense
 Losses = Mapping[int, float]  # removed decoder layers, each with the loss after its removal
 Reports = list[OperatorReport]
-Applied = tuple["PartsRemoval", dict[str, dict[str, LinearOperator]], dict[str, str], FistaPruningConfig]
+Applied = tuple[
+    "PartsRemoval", dict[str, dict[str, LinearOperator]], dict[str, str], FistaPruningConfig
+]
 Chosen = tuple[list[Group], dict[str, str], nn.Module | None]
 Leaving = tuple[HiddenStates, Reports, MixtureReport | None]
 Tensors = dict[str, Tensor]
@@ -56,18 +66,24 @@ class Removal:
     """What a run does besides setting weights to zero; this base class does nothing."""
 
     layers: DecoderLayers  # of the model
-    mixtures: Mapping[str, Part] = field(default_factory=dict)  # that lose experts, by their decoder layers
+    mixtures: Mapping[str, Part] = field(
+        default_factory=dict
+    )  # that lose experts, by their decoder layers
     num_removed_layers: int = 0
     removed_layers: Losses = field(default_factory=dict)  # empty until they are chosen
 
-    def before(self, layer_name: str, groups: list[Group], activations: LayerActivations, hidden: Tensor) -> Chosen:  # noqa: ARG002
+    def before(
+        self, layer_name: str, groups: list[Group], activations: LayerActivations, hidden: Tensor
+    ) -> Chosen:
         """Choose the groups to prune in a decoder layer, and prove that zeros there equal their removal.
 
         Returns also its other operators, with the reason, and the module with its experts if some are removed.
         """
         return groups, {}, None
 
-    def after(self, layer_name: str, sink: ModelSink, targets: LayerTargets, operators: Reports) -> Leaving:  # noqa: ARG002
+    def after(
+        self, layer_name: str, sink: ModelSink, targets: LayerTargets, operators: Reports
+    ) -> Leaving:
         """Remove experts of a pruned decoder layer, and refit the others.
 
         Returns the layer's output, and the reports of its pruned operators as they will be in the smaller model.
@@ -80,9 +96,11 @@ class Removal:
 
     def renamed(self, values: Mapping[str, T]) -> dict[str, T]:
         """Values by their names in the pruned model, without those of removed modules."""
-        return {new: value for name, value in values.items() if (new := self.new_name(name)) is not None}
+        return {
+            new: value for name, value in values.items() if (new := self.new_name(name)) is not None
+        }
 
-    def part_of(self, name: str) -> Part | None:  # noqa: ARG002
+    def part_of(self, name: str) -> Part | None:
         """The part that a tensor of the model belongs to and that becomes smaller; `None` if it stays as it is."""
         return None
 
@@ -91,7 +109,7 @@ class Removal:
         """Tell whether all weights that stay keep their values."""
         return False
 
-    def shrink_tensors(self, record: LayerRecord, tensors: Tensors) -> Tensors:  # noqa: ARG002
+    def shrink_tensors(self, record: LayerRecord, tensors: Tensors) -> Tensors:
         """Return the tensors of a pruned decoder layer in their smaller form, by their new names."""
         return tensors
 
@@ -108,7 +126,9 @@ class PartsRemoval(Removal):
 
     asked: FistaPruningConfig  # with a pattern of parts by number
     counts: Mapping[str, int]  # how many parts of each kind a decoder layer keeps
-    smaller: Shrinking  # the smaller model; it has all decoder layers until those to remove are chosen
+    smaller: (
+        Shrinking  # the smaller model; it has all decoder layers until those to remove are chosen
+    )
     columns: Shrinking  # a model that keeps all experts, for the proof of the other kinds
     experts: Shrinking  # a model that loses experts only, to run a decoder layer without them
     # Kinds of layers that are proved to return the same without removed groups; only this changes during the run.
@@ -127,7 +147,9 @@ class PartsRemoval(Removal):
         assert pattern is not None
         if config.removes_tokens:
             what = f"pattern='{pattern}' removes tokens from files, and their tokenizer"
-            raise ValueError(f"{what}: pass the model's folder or Hub id, and output_dir, to FistaPruner.prune.")
+            raise ValueError(
+                f"{what}: pass the model's folder or Hub id, and output_dir, to FistaPruner.prune."
+            )
         counts = numbers_kept(model, pattern)
         smaller, columns = plan_shrinkings(model, counts)
         mixtures = [part for part in smaller.parts.values() if part.is_mixture]
@@ -150,13 +172,22 @@ class PartsRemoval(Removal):
         total = len(layers)
         removal = cls(
             layers,
-            mixtures={name: part for name, _ in layers for part in mixtures if part.name.startswith(f"{name}.")},
-            num_removed_layers=sum(total - part.num_kept(total) for part in pattern.shares if part.kind == "layers"),
+            mixtures={
+                name: part
+                for name, _ in layers
+                for part in mixtures
+                if part.name.startswith(f"{name}.")
+            },
+            num_removed_layers=sum(
+                total - part.num_kept(total) for part in pattern.shares if part.kind == "layers"
+            ),
             asked=asked,
             counts=counts,
             smaller=smaller,
             columns=columns,
-            experts=plan_shrinking(model, layers=None, **{k: n for k, n in counts.items() if k == "experts"}),
+            experts=plan_shrinking(
+                model, layers=None, **{k: n for k, n in counts.items() if k == "experts"}
+            ),
         )
         return removal, asked, config
 
@@ -178,7 +209,9 @@ class PartsRemoval(Removal):
         refits = bool(self.mixtures) and config.expert_refit
         return not (updates or refits or (repairs and correction.residual_share > 0))
 
-    def applied(self, operators: Operators, left_dense: Reasons, config: FistaPruningConfig, gone: Losses) -> Applied:
+    def applied(
+        self, operators: Operators, left_dense: Reasons, config: FistaPruningConfig, gone: Losses
+    ) -> Applied:
         """Apply the removal to the operators to prune, and to the reasons why others stay dense.
 
         Returns the removal (with the decoder layers `gone`), and a configuration with patterns for new operators. These
@@ -190,8 +223,12 @@ class PartsRemoval(Removal):
         if gone:
             stay = [index for index in range(len(self.layers)) if index not in gone]
             smaller, columns = plan_shrinkings(self.layers.model, self.counts, stay)
-            mixtures = {name: part for name, part in self.mixtures.items() if part.name in smaller.parts}
-            removal = replace(self, mixtures=mixtures, smaller=smaller, columns=columns, removed_layers=gone)
+            mixtures = {
+                name: part for name, part in self.mixtures.items() if part.name in smaller.parts
+            }
+            removal = replace(
+                self, mixtures=mixtures, smaller=smaller, columns=columns, removed_layers=gone
+            )
         after_removed = {index + 1 for index in gone if correction.carry == "full"}
         repaired, all_columns = dict[str, dict[str, LinearOperator]](), dict[str, float | str]()
         for index, (name, layer) in enumerate(self.layers):
@@ -199,27 +236,48 @@ class PartsRemoval(Removal):
             loses = ("heads" in self.counts and repaired[name]) or index in after_removed
             if loses and correction.residual_share > 0 and index not in gone:
                 others = find_operators(name, layer, dense_experts=("*",))
-                all_columns |= {key: f"columns:{o.shape[1]}of{o.shape[1]}" for key, o in others.items()}
+                all_columns |= {
+                    key: f"columns:{o.shape[1]}of{o.shape[1]}" for key, o in others.items()
+                }
                 repaired[name] = others | repaired[name]
         chosen = {name for found in repaired.values() for name in found}
-        reasons = removal.smaller.reasons_left_dense(name for name in left_dense if name not in chosen)
-        return removal, repaired, reasons, replace(config, overrides={**all_columns, **config.overrides})
+        reasons = removal.smaller.reasons_left_dense(
+            name for name in left_dense if name not in chosen
+        )
+        return (
+            removal,
+            repaired,
+            reasons,
+            replace(config, overrides={**all_columns, **config.overrides}),
+        )
 
-    def before(self, layer_name: str, groups: list[Group], activations: LayerActivations, hidden: Tensor) -> Chosen:
+    def before(
+        self, layer_name: str, groups: list[Group], activations: LayerActivations, hidden: Tensor
+    ) -> Chosen:
         """See `Removal.before`. Besides the operators that lose columns, the last one may be refitted."""
         self._prove(layer_name, activations, hidden)
         called = {operator.name for group in groups for operator in group}
         for name, part in self.smaller.parts.items():
             if name.startswith(f"{layer_name}.") and not part.is_mixture and name not in called:
-                raise UnsupportedArchitectureError(f"{name} loses columns, and is never called: pass another pattern.")
+                raise UnsupportedArchitectureError(
+                    f"{name} loses columns, and is never called: pass another pattern."
+                )
         chosen = [[o for o in group if o.name in self.smaller.parts] for group in groups]
         if groups and not chosen[-1] and len(groups[-1]) == 1:
             # it can be refitted only if the layer's output is a sum of its output and the rest
-            chosen[-1] = [o for o in groups[-1] if is_added_to_output(activations, o.module, hidden)]
+            chosen[-1] = [
+                o for o in groups[-1] if is_added_to_output(activations, o.module, hidden)
+            ]
         pruned = {operator.name for group in chosen for operator in group}
-        names = [operator.name for group in groups for operator in group if operator.name not in pruned]
+        names = [
+            operator.name for group in groups for operator in group if operator.name not in pruned
+        ]
         mixture, layer = self.mixtures.get(layer_name), activations.layer
-        experts = None if mixture is None else layer.get_submodule(mixture.name.removeprefix(f"{layer_name}."))
+        experts = (
+            None
+            if mixture is None
+            else layer.get_submodule(mixture.name.removeprefix(f"{layer_name}."))
+        )
         return [group for group in chosen if group], self.smaller.reasons_left_dense(names), experts
 
     def _prove(self, layer_name: str, activations: LayerActivations, hidden_states: Tensor) -> None:
@@ -231,9 +289,14 @@ class PartsRemoval(Removal):
             return
         # The groups to remove are not known yet. Without the first ones all others get new numbers. So the test also
         # finds modules that depend on the number of a group, or on all groups together.
-        groups = {name: (self.columns.parts[name].groups, self.columns.counts[name]) for name in names}
+        groups = {
+            name: (self.columns.parts[name].groups, self.columns.counts[name]) for name in names
+        }
         kept = {name: tuple(range(total - count, total)) for name, (total, count) in groups.items()}
-        call, hidden = activations.calls[0], small_hidden_states(hidden_states.to(activations.device))
+        call, hidden = (
+            activations.calls[0],
+            small_hidden_states(hidden_states.to(activations.device)),
+        )
         run, layer = partial(call.run, hidden_states=hidden), activations.layer
         try:
             require_same_outputs(self.columns, layer_name, layer, kept, run)
@@ -243,23 +306,33 @@ class PartsRemoval(Removal):
             raise
         self.proven.add(kind)
 
-    def after(self, layer_name: str, sink: ModelSink, targets: LayerTargets, operators: Reports) -> Leaving:
+    def after(
+        self, layer_name: str, sink: ModelSink, targets: LayerTargets, operators: Reports
+    ) -> Leaving:
         """See `Removal.after`. The kept experts are refitted so that their sum comes close to the layer's targets."""
         operators = [self._smaller(operator, sink) for operator in operators]
         if layer_name not in self.mixtures:
             return targets.leave(), operators, None
-        started, part, layer = time.perf_counter(), self.mixtures[layer_name], targets.activations.layer
+        started, part, layer = (
+            time.perf_counter(),
+            self.mixtures[layer_name],
+            targets.activations.layer,
+        )
         experts = experts_of(part, layer_name, layer)
         num_tokens, saliency, wanted = score_experts(experts, targets)
         kept = experts_to_keep(saliency, self.smaller.counts[part.name], part.equal_runs)
         smaller = smaller_copy(self.experts, layer_name, layer, {part.name: kept})
         left = experts_of(part, layer_name, smaller)  # on the tokens that the router sends them now
-        mixture = SmallerMixture(left, replace(targets.activations, layer=smaller), targets.entering.entering, wanted)
+        mixture = SmallerMixture(
+            left, replace(targets.activations, layer=smaller), targets.entering.entering, wanted
+        )
         before, held_out = mixture.errors()
         fit_error, num_refitted, message = before, 0, ""  # before refits
         if self.asked.expert_refit:
             down = [operator for operator in experts.operators if operator.kind == "down_proj"]
-            num_refitted, message = mixture.refit(lambda expert, weight: sink.write(down[kept[expert]], weight))
+            num_refitted, message = mixture.refit(
+                lambda expert, weight: sink.write(down[kept[expert]], weight)
+            )
             fit_error, held_out = mixture.errors()
         report = MixtureReport(
             name=part.name,
@@ -279,17 +352,31 @@ class PartsRemoval(Removal):
     def _smaller(self, operator: OperatorReport, sink: ModelSink) -> OperatorReport:
         """Report an operator as it is without the removed parts; all weights that stay are kept."""
         mask = unpack_mask(sink.masks[operator.name], operator.stored_shape)
-        part = self.smaller.parts.get(operator.name.removesuffix(".weight"))  # None: it was only refitted
-        groups = None if part is None else part.kept_by(mask.T if operator.stored_transposed else mask)
-        left = torch.ones(self.smaller.model.get_parameter(self.new_name(operator.name) or "").shape, dtype=torch.bool)
+        part = self.smaller.parts.get(
+            operator.name.removesuffix(".weight")
+        )  # None: it was only refitted
+        groups = (
+            None if part is None else part.kept_by(mask.T if operator.stored_transposed else mask)
+        )
+        left = torch.ones(
+            self.smaller.model.get_parameter(self.new_name(operator.name) or "").shape,
+            dtype=torch.bool,
+        )
         sink.masks[operator.name] = pack_mask(left)
         out, columns = left.shape[::-1] if operator.stored_transposed else left.shape
-        return replace(operator, shape=(out, columns), groups_kept=groups, num_kept=left.numel(), sparsity=0.0)
+        return replace(
+            operator, shape=(out, columns), groups_kept=groups, num_kept=left.numel(), sparsity=0.0
+        )
 
     def shrink_tensors(self, record: LayerRecord, tensors: Tensors) -> Tensors:
         """See `Removal.shrink_tensors`."""
         kept = groups_kept([record.report], record.operators)
-        return self.renamed({name: self.smaller.shrink_tensor(name, tensor, kept) for name, tensor in tensors.items()})
+        return self.renamed(
+            {
+                name: self.smaller.shrink_tensor(name, tensor, kept)
+                for name, tensor in tensors.items()
+            }
+        )
 
     def describe(self, report: PruningReport) -> None:
         """Give what is left the names of the smaller model, and count its parameters; see `Removal.describe`."""
@@ -297,24 +384,40 @@ class PartsRemoval(Removal):
         for layer in layers:
             if (name := self.new_name(layer.name)) is not None:
                 found = layer.mixture
-                mixture = None if found is None else replace(found, name=self.new_name(found.name) or found.name)
+                mixture = (
+                    None
+                    if found is None
+                    else replace(found, name=self.new_name(found.name) or found.name)
+                )
                 report.layers.append(replace(layer, name=name, mixture=mixture))
-        report.operators = [replace(o, name=self.new_name(o.name) or o.name) for o in report.operators]
+        report.operators = [
+            replace(o, name=self.new_name(o.name) or o.name) for o in report.operators
+        ]
         report.left_dense = self.renamed(report.left_dense)
         self.layers.model.config = self.smaller.model.config
         report.model["dense_num_parameters"] = report.model["num_parameters"]
         report.model["num_parameters"] = self.smaller.model.num_parameters()
         if self.removed_layers:
             report.model["layers_kept"] = list(self.smaller.layers)
-            report.model["layers_removed"] = [[index, loss] for index, loss in self.removed_layers.items()]
+            report.model["layers_removed"] = [
+                [index, loss] for index, loss in self.removed_layers.items()
+            ]
 
     def make_smaller(self, model: PreTrainedModel, report: PruningReport, sink: ModelSink) -> None:
         """Make a pruned model in memory smaller; see `Removal.make_smaller`."""
         groups = groups_kept(report.layers, report.operators)
-        kept = {name: groups[new] for name in self.smaller.parts if (new := self.new_name(name)) is not None}
+        kept = {
+            name: groups[new]
+            for name in self.smaller.parts
+            if (new := self.new_name(name)) is not None
+        }
         # old tensors are kept on the CPU: a device that is nearly full has no room for both sizes of all tensors
         before = [
-            (tensor, tensor.device, tensor.data if self.smaller.part_of(name) is None else tensor.data.cpu())
+            (
+                tensor,
+                tensor.device,
+                tensor.data if self.smaller.part_of(name) is None else tensor.data.cpu(),
+            )
             for name, tensor in (*model.named_parameters(), *model.named_buffers())
         ]
 
@@ -327,10 +430,20 @@ class PartsRemoval(Removal):
         shrink_model(model, self.smaller, kept)
 
 
-def groups_kept(layers: Iterable[LayerReport], operators: Iterable[OperatorReport]) -> dict[str, tuple[int, ...]]:
+def groups_kept(
+    layers: Iterable[LayerReport], operators: Iterable[OperatorReport]
+) -> dict[str, tuple[int, ...]]:
     """The groups that stay of each part, by its name in the reports."""
-    kept = {layer.mixture.name: layer.mixture.groups_kept for layer in layers if layer.mixture is not None}
-    return kept | {o.name.removesuffix(".weight"): o.groups_kept for o in operators if o.groups_kept is not None}
+    kept = {
+        layer.mixture.name: layer.mixture.groups_kept
+        for layer in layers
+        if layer.mixture is not None
+    }
+    return kept | {
+        o.name.removesuffix(".weight"): o.groups_kept
+        for o in operators
+        if o.groups_kept is not None
+    }
 
 
 def first_names(names: Sequence[str]) -> str:
@@ -341,4 +454,6 @@ def first_names(names: Sequence[str]) -> str:
 def require_zeros_to_pack(config: FistaPruningConfig, packed: bool) -> None:
     """Refuse `packed` for a run that removes whole parts."""
     if packed and config.whole_parts is not None:
-        raise ValueError(f"packed=True: pattern={config.pattern!r} leaves a dense model: there are no zeros to pack.")
+        raise ValueError(
+            f"packed=True: pattern={config.pattern!r} leaves a dense model: there are no zeros to pack."
+        )

@@ -70,7 +70,9 @@ class Shrinking:
         return tensor if part is None else part.shrink(name, tensor, kept[part.name])
 
 
-def plan_shrinking(model: PreTrainedModel, *, layers: Sequence[int] | None = None, **numbers: int) -> Shrinking:
+def plan_shrinking(
+    model: PreTrainedModel, *, layers: Sequence[int] | None = None, **numbers: int
+) -> Shrinking:
     """Plan a smaller model from the numbers of parts that each decoder layer keeps, by kind, and the `layers` left.
 
     The smaller model is built, without weights, from the changed configuration. Every tensor must have the shape that
@@ -81,7 +83,9 @@ def plan_shrinking(model: PreTrainedModel, *, layers: Sequence[int] | None = Non
     total, prefix = len(decoder_layers), decoder_layers.name
     stay = tuple(range(total) if layers is None else layers)
     for name, why in decoder_layers.shared.items():
-        raise UnsupportedArchitectureError(f"{type(model).__name__} can't be made smaller: {name} {why}.")
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} can't be made smaller: {name} {why}."
+        )
     dense = described_model(model, {})
     described = shapes_of(dense)
     for name, tensor in _tensors(model):
@@ -109,7 +113,9 @@ def plan_shrinking(model: PreTrainedModel, *, layers: Sequence[int] | None = Non
             return plan
         except ValueError as error:
             reasons.append(str(error))
-    wanted = ", ".join([*(f"{kind}={count}" for kind, count in numbers.items()), f"{len(stay)} decoder layers"])
+    wanted = ", ".join(
+        [*(f"{kind}={count}" for kind, count in numbers.items()), f"{len(stay)} decoder layers"]
+    )
     why = f"no configuration describes {type(model).__name__} with {wanted}: {'; or '.join(dict.fromkeys(reasons))}"
     raise ValueError(f"{why}. Pass other numbers, or use another pattern.")
 
@@ -125,7 +131,9 @@ def plan_shrinkings(
     return smaller, plan_shrinking(model, layers=layers, **others)
 
 
-def shrink_model(model: PreTrainedModel, plan: Shrinking, kept: Mapping[str, Sequence[int]]) -> None:
+def shrink_model(
+    model: PreTrainedModel, plan: Shrinking, kept: Mapping[str, Sequence[int]]
+) -> None:
     """Make a model in memory smaller, in place, with the groups `kept` of each part.
 
     Modules and parameters stay the same objects, with their devices, modes and hooks. Tensors that lose nothing keep
@@ -143,19 +151,33 @@ def shrink_model(model: PreTrainedModel, plan: Shrinking, kept: Mapping[str, Seq
     whole: Any = model
     places = getattr(model, "hf_device_map", None)
     if places is not None:
-        whole.hf_device_map = {new: place for name, place in places.items() if (new := plan.new_name(name)) is not None}
+        whole.hf_device_map = {
+            new: place for name, place in places.items() if (new := plan.new_name(name)) is not None
+        }
 
 
-def smaller_copy(plan: Shrinking, name: str, module: nn.Module, kept: Mapping[str, Sequence[int]]) -> nn.Module:
+def smaller_copy(
+    plan: Shrinking, name: str, module: nn.Module, kept: Mapping[str, Sequence[int]]
+) -> nn.Module:
     """Copy a module without the removed groups; unchanged tensors are shared."""
-    shrinking = [(full, tensor.detach()) for full, tensor in _tensors(module, name) if plan.part_of(full) is not None]
-    small = _copied(module, name, {full: plan.shrink_tensor(full, tensor, kept) for full, tensor in shrinking})
+    shrinking = [
+        (full, tensor.detach())
+        for full, tensor in _tensors(module, name)
+        if plan.part_of(full) is not None
+    ]
+    small = _copied(
+        module, name, {full: plan.shrink_tensor(full, tensor, kept) for full, tensor in shrinking}
+    )
     _describe(small, name, plan)
     return small
 
 
 def require_same_outputs(
-    plan: Shrinking, name: str, module: nn.Module, kept: Mapping[str, Sequence[int]], run: Callable[[nn.Module], Tensor]
+    plan: Shrinking,
+    name: str,
+    module: nn.Module,
+    kept: Mapping[str, Sequence[int]],
+    run: Callable[[nn.Module], Tensor],
 ) -> None:
     """Prove that a module returns the same without the removed groups as with zeros in their columns.
 
@@ -174,7 +196,9 @@ def require_same_outputs(
         try:
             found = run(small)
         except RuntimeError as error:
-            raise UnsupportedArchitectureError(f"{shown} does not run without the removed groups: {error}") from error
+            raise UnsupportedArchitectureError(
+                f"{shown} does not run without the removed groups: {error}"
+            ) from error
     difference = difference_beyond_rounding(found, expected)
     if difference is not None:
         raise UnsupportedArchitectureError(
@@ -188,27 +212,46 @@ def difference_beyond_rounding(found: Tensor, expected: Tensor) -> float | None:
     """The relative difference of hidden states [batch, tokens, hidden]; `None` if rounding explains it."""
     # token by token: the hidden states of a few are a thousand times as large as those of others
     sizes = expected.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-    difference = float(((found.float() - expected.float()).norm(dim=-1) / sizes).square().mean().sqrt())
+    difference = float(
+        ((found.float() - expected.float()).norm(dim=-1) / sizes).square().mean().sqrt()
+    )
     return None if difference <= min(100 * torch.finfo(expected.dtype).eps, 2e-2) else difference
 
 
 def small_hidden_states(hidden_states: Tensor) -> Tensor:
     """Make hidden states small: in 16 bits, the rounding of large ones hides what attention and MLP add."""
-    small = nn.functional.normalize(hidden_states.float(), dim=-1) * (0.01 * hidden_states.shape[-1] ** 0.5)
+    small = nn.functional.normalize(hidden_states.float(), dim=-1) * (
+        0.01 * hidden_states.shape[-1] ** 0.5
+    )
     return small.to(hidden_states.dtype)
 
 
-def _layer_settings(config: PreTrainedConfig, stay: Sequence[int], total: int) -> Iterator[dict[str, Any]]:
+def _layer_settings(
+    config: PreTrainedConfig, stay: Sequence[int], total: int
+) -> Iterator[dict[str, Any]]:
     """Try settings for fewer decoder layers: their number, and lists with an entry for each layer."""
     if len(stay) == total:
         yield {}
         return
-    values: dict[str, Any] = {word: value for word, value in vars(config).items() if "token_id" not in word}
+    values: dict[str, Any] = {
+        word: value for word, value in vars(config).items() if "token_id" not in word
+    }
     lists = {word: value for word, value in values.items() if isinstance(value, list | tuple)}
-    others: dict[str, Any] = {w: [stay.index(i) for i in lists[w] if i in stay] for w in _LAYER_NUMBERS if w in lists}
-    others |= {w: sum(i < values[w] for i in stay) for w in _FIRST_LAYERS if type(values.get(w)) is int}
-    for part_of_name in ("", "layer"):  # a list of another meaning may have as many entries by chance
-        by_layer = [word for word in lists if len(lists[word]) == total and part_of_name in word and word not in others]
+    others: dict[str, Any] = {
+        w: [stay.index(i) for i in lists[w] if i in stay] for w in _LAYER_NUMBERS if w in lists
+    }
+    others |= {
+        w: sum(i < values[w] for i in stay) for w in _FIRST_LAYERS if type(values.get(w)) is int
+    }
+    for part_of_name in (
+        "",
+        "layer",
+    ):  # a list of another meaning may have as many entries by chance
+        by_layer = [
+            word
+            for word in lists
+            if len(lists[word]) == total and part_of_name in word and word not in others
+        ]
         settings = {word: [lists[word][i] for i in stay] for word in by_layer} | others
         for word in _NUM_LAYERS:
             if hasattr(config, word):
@@ -228,10 +271,14 @@ def _require_described(dense: PreTrainedModel, plan: Shrinking) -> None:
     described = shapes_of(plan.model)
     for name in left | described:
         if left.get(name) != described.get(name):
-            raise ValueError(f"{name} keeps shape {left.get(name)}, but would have to have {described.get(name)}")
+            raise ValueError(
+                f"{name} keeps shape {left.get(name)}, but would have to have {described.get(name)}"
+            )
 
 
-def _changed_attributes(dense: PreTrainedModel, plan: Shrinking, total: int) -> dict[str, dict[str, Any]]:
+def _changed_attributes(
+    dense: PreTrainedModel, plan: Shrinking, total: int
+) -> dict[str, dict[str, Any]]:
     """`Shrinking.attributes`: sizes that shrink as parts do, numbers of layers, lists with an entry for each."""
     others, stay = dict(plan.model.named_modules()), plan.layers
     ratios = {Fraction(plan.counts[name], part.groups) for name, part in plan.parts.items()}
@@ -243,7 +290,9 @@ def _changed_attributes(dense: PreTrainedModel, plan: Shrinking, total: int) -> 
         other = others.get(new)
         # Such as attention of another kind in every fourth layer. Parametrized modules have a class of their own each.
         if type(other).__qualname__ != type(module).__qualname__:
-            raise ValueError(f"{name} ({type(module).__name__}) would become {type(other).__name__}")
+            raise ValueError(
+                f"{name} ({type(module).__name__}) would become {type(other).__name__}"
+            )
         for word, value in vars(module).items():
             now: Any = vars(other).get(word)
             plain = isinstance(value, bool | int | float | str | list | tuple | None)
@@ -251,13 +300,18 @@ def _changed_attributes(dense: PreTrainedModel, plan: Shrinking, total: int) -> 
                 continue
             if type(value) is int and type(now) is int:
                 number = "layer" in word or "idx" in word
-                fits = (number and value in stay and now == stay.index(value)) or (value, now) == (total, len(stay))
+                fits = (number and value in stay and now == stay.index(value)) or (value, now) == (
+                    total,
+                    len(stay),
+                )
                 fits = fits or (value != 0 and Fraction(now, value) in ratios)
             else:  # a list with an entry for each layer
                 fits = "layer" in word and type(value) is list and len(value) == total
                 fits = fits and now == [value[i] for i in stay]
             if not fits:
-                raise ValueError(f"{name or type(module).__name__} would have {word}={now} instead of {value}")
+                raise ValueError(
+                    f"{name or type(module).__name__} would have {word}={now} instead of {value}"
+                )
             found.setdefault(name, {})[word] = now
     return found
 
@@ -277,11 +331,19 @@ def _describe(module: nn.Module, name: str, plan: Shrinking) -> None:
 def _copied(module: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Copy a module; the copy shares its tensors, except for those that are given by their names in the model."""
     # The hooks of Accelerate are shared too: they hold the offloaded weights of the whole model.
-    memo: dict[int, Any] = {id(hook): hook for child in module.modules() for hook in alignment_hooks(child)}
+    memo: dict[int, Any] = {
+        id(hook): hook for child in module.modules() for hook in alignment_hooks(child)
+    }
     # So are hooks of the user, except methods of modules inside: they may hold the whole model, or can't be copied.
     inside = [*module.modules()]
-    for hooks in (found for child in inside for word, found in vars(child).items() if word.endswith("_hooks")):
-        memo |= {id(hook): hook for hook in hooks.values() if getattr(hook, "__self__", None) not in inside}
+    for hooks in (
+        found for child in inside for word, found in vars(child).items() if word.endswith("_hooks")
+    ):
+        memo |= {
+            id(hook): hook
+            for hook in hooks.values()
+            if getattr(hook, "__self__", None) not in inside
+        }
     for full, tensor in _tensors(module, name):
         other = tensors.get(full, tensor)
         is_new = isinstance(tensor, nn.Parameter) and other is not tensor

@@ -41,7 +41,9 @@ def removal_cost(saliency: Tensor, sparsity: float) -> float:
     return cost + (count - smaller) * largest
 
 
-def allocate(costs: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:
+def allocate(
+    costs: Mapping[str, float], sizes: Mapping[str, int], sparsity: float
+) -> dict[str, float]:
     """Choose the sparsity of every operator so that the loss rises least at the same number of zeros.
 
     With `E_k(s) = cost_k exp(SLOPE (s - sparsity))` the sum of all `E_k(s_k)` is least, at a given sum of
@@ -59,8 +61,13 @@ def allocate(costs: Mapping[str, float], sizes: Mapping[str, int], sparsity: flo
     below, above = min(densities.values()) - SLOPE, max(densities.values()) + SLOPE
     for _ in range(60):
         middle = (below + above) / 2  # mu of the docstring
-        wishes = {name: sparsity + (middle - density) / SLOPE for name, density in densities.items()}
-        found = {name: round(sizes[name] * min(highest, max(lowest, wish))) for name, wish in wishes.items()}
+        wishes = {
+            name: sparsity + (middle - density) / SLOPE for name, density in densities.items()
+        }
+        found = {
+            name: round(sizes[name] * min(highest, max(lowest, wish)))
+            for name, wish in wishes.items()
+        }
         if sum(found.values()) <= wanted:
             below, zeros = middle, found
         else:
@@ -90,7 +97,9 @@ def prune_stacked(
     scales = torch.cat([weights.to(problems[0].weight) for weights in output_weights]).sqrt()
     scales /= scales.square().mean().sqrt().clamp_min(torch.finfo(scales.dtype).tiny)
     scales = scales.clamp_min(_LEAST_SCALE)[:, None]
-    kept = sum(pattern.num_kept(p.weight.shape) for pattern, p in zip(patterns, problems, strict=True))
+    kept = sum(
+        pattern.num_kept(p.weight.shape) for pattern, p in zip(patterns, problems, strict=True)
+    )
     rows = [p.weight.shape[0] for p in problems]
     stacked = copy(problems[0])
     for key in ("weight", "target"):

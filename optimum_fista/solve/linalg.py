@@ -11,7 +11,9 @@ from torch import Tensor
 
 _ROWS = 192  # at least, or a product is inefficient
 _VALUES = 2**19  # about this many on a CPU: 2 MiB of float32
-SCALE_ON_DEVICES = 128  # times as many values on other devices than the CPU, where a call is expensive: 256 MiB
+SCALE_ON_DEVICES = (
+    128  # times as many values on other devices than the CPU, where a call is expensive: 256 MiB
+)
 
 
 def rows_in_block(rows: int, columns: int, scale: int = 1) -> int:
@@ -55,7 +57,9 @@ def damped_cholesky(
         # From 1e-4 because zero times ten is zero. Nearly dead inputs are damped like all others now.
         damping, ratios = max(10 * damping, 1e-4), 1.0
     why = f"Cholesky failed with damping up to {damping / 10:g}"
-    raise torch.linalg.LinAlgError(f"the Gram matrix of {size} inputs is not positive semidefinite: {why}")
+    raise torch.linalg.LinAlgError(
+        f"the Gram matrix of {size} inputs is not positive semidefinite: {why}"
+    )
 
 
 def mean_damping(diagonal: Tensor, damping: float) -> Tensor:
@@ -88,11 +92,15 @@ def damped_inverse(gram: Tensor, rho: float) -> Tensor:
     gram.diagonal().add_(rho)
     factor, failed = cholesky_in_place(gram)
     if failed:
-        raise torch.linalg.LinAlgError(f"a Gram matrix of {gram.shape[0]} inputs plus {rho:g} is not positive definite")
+        raise torch.linalg.LinAlgError(
+            f"a Gram matrix of {gram.shape[0]} inputs plus {rho:g} is not positive definite"
+        )
     return inverse_in_place(factor)
 
 
 def diagonal_blocks(matrix: Tensor, width: int) -> Tensor:
     """The blocks [n / width, width, width] along the diagonal of a matrix [n, n], in a matrix of their own."""
-    blocks = matrix.unflatten(0, (-1, width)).unflatten(2, (-1, width))  # [n / width, width, n / width, width]
+    blocks = matrix.unflatten(0, (-1, width)).unflatten(
+        2, (-1, width)
+    )  # [n / width, width, n / width, width]
     return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()

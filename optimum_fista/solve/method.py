@@ -60,7 +60,9 @@ class PruningMethod(ABC):
     def require_pattern(self, pattern: SparsityPattern) -> None:
         """Check that the method prunes to `pattern`."""
         if pattern.whole_columns and not self.takes_columns:
-            fitting = ", ".join(repr(name) for name, method in sorted(METHODS.items()) if method.takes_columns)
+            fitting = ", ".join(
+                repr(name) for name, method in sorted(METHODS.items()) if method.takes_columns
+            )
             why = f"can't remove whole columns, as pattern='{pattern}' wants"
             raise ValueError(f"method {self.name!r} {why}: take one of {fitting}.")
 
@@ -72,21 +74,30 @@ class PruningMethod(ABC):
         self, problems: Sequence[LayerProblem], patterns: Sequence[SparsityPattern]
     ) -> list[PrunedOperator]:
         """Prune operators that share their inputs (and `InputStatistics`); override to share work."""
-        return [self.prune(problem, pattern) for problem, pattern in zip(problems, patterns, strict=True)]
+        return [
+            self.prune(problem, pattern)
+            for problem, pattern in zip(problems, patterns, strict=True)
+        ]
 
 
-METHODS: dict[str, type[PruningMethod]] = {}  # by name; `optimum_fista.solve.methods` registers the package's own
+METHODS: dict[
+    str, type[PruningMethod]
+] = {}  # by name; `optimum_fista.solve.methods` registers the package's own
 
 
 def register(method: type[Method]) -> type[Method]:
     """Make a method known by its name, so that configurations and reports can name it. A decorator of classes."""
     name = getattr(method, "name", None)
     if not isinstance(name, str) or not name:
-        raise ValueError(f"{method.__qualname__}.name={name!r}: give the class a name, such as 'wanda'.")
+        raise ValueError(
+            f"{method.__qualname__}.name={name!r}: give the class a name, such as 'wanda'."
+        )
     known = METHODS.setdefault(name, method)
     # A notebook cell that runs again defines its class again.
     if (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
-        raise ValueError(f"name={name!r} of {method.__qualname__} is that of {known.__qualname__}: choose another.")
+        raise ValueError(
+            f"name={name!r} of {method.__qualname__} is that of {known.__qualname__}: choose another."
+        )
     METHODS[name] = method
     return method
 

@@ -34,9 +34,13 @@ class SparsityPattern(ABC):
     # spans or have whole columns
     scope: Scope = "matrix"
     width: int = 1  # consecutive inputs whose weights form a group
-    span: int | None = None  # consecutive inputs of a row whose groups compete, the m of n:m; None: see `scope`
+    span: int | None = (
+        None  # consecutive inputs of a row whose groups compete, the m of n:m; None: see `scope`
+    )
     whole_columns: ClassVar[bool] = False  # whether a group has the weights of all rows
-    fixed: ClassVar[bool] = True  # whether the pattern's name determines its sparsity, so that budgets can't change it
+    fixed: ClassVar[bool] = (
+        True  # whether the pattern's name determines its sparsity, so that budgets can't change it
+    )
 
     @classmethod
     @abstractmethod
@@ -51,7 +55,9 @@ class SparsityPattern(ABC):
         """Refuse a matrix of `shape` [out, in] that the pattern does not fit."""
         if shape[1] % (self.span or self.width):
             advice = f"choose a pattern whose groups divide {shape[1]}, 'unstructured', or exclude this operator"
-            raise ValueError(f"{name} has rows of {shape[1]} inputs, which {self} does not divide: {advice}.")
+            raise ValueError(
+                f"{name} has rows of {shape[1]} inputs, which {self} does not divide: {advice}."
+            )
 
     def num_kept(self, shape: tuple[int, ...]) -> int:
         """Exact number of weights kept in a matrix of `shape` [out, in]."""
@@ -68,7 +74,9 @@ class SparsityPattern(ABC):
             contests, rivals = rows * (columns // self.span), self.span // self.width
         return contests, rivals, round(self.sparsity * rivals)
 
-    def mask(self, matrix: Tensor, *, squared: bool = False, within: tuple[int, int] | None = None) -> Tensor:
+    def mask(
+        self, matrix: Tensor, *, squared: bool = False, within: tuple[int, int] | None = None
+    ) -> Tensor:
         """Mask [out, in], True = kept, of the nearest matrix in the pattern: the groups with the largest norms stay.
 
         Scores of a group are sums of squares. For squared saliencies this is the cost of the removal if the weights
@@ -102,12 +110,20 @@ class SparsityPattern(ABC):
             sums = torch.cat([scores(part) for part in row_blocks(matrix)]).sum(0, keepdim=True)
             return keep_largest(sums, kept).repeat_interleave(self.width, dim=1).repeat(rows, 1)
         if contests == 1:
-            all_scores = matrix if self.width == 1 else torch.cat([scores(part) for part in row_blocks(matrix)])
+            all_scores = (
+                matrix
+                if self.width == 1
+                else torch.cat([scores(part) for part in row_blocks(matrix)])
+            )
             mask = keep_largest(all_scores, kept)  # of single weights without a copy of the matrix
         elif self.span is None:
-            mask = torch.cat([keep_largest_in_rows(scores(part), kept) for part in row_blocks(matrix)])
+            mask = torch.cat(
+                [keep_largest_in_rows(scores(part), kept) for part in row_blocks(matrix)]
+            )
         else:
-            mask = torch.cat([keep_largest_in_groups(scores(part), kept, rivals) for part in row_blocks(matrix)])
+            mask = torch.cat(
+                [keep_largest_in_groups(scores(part), kept, rivals) for part in row_blocks(matrix)]
+            )
         return mask if self.width == 1 else mask.repeat_interleave(self.width, dim=1)
 
     def violation(self, mask: Tensor) -> str | None:
@@ -115,7 +131,9 @@ class SparsityPattern(ABC):
         rows, columns = mask.shape
         kept, expected = int(mask.sum()), self.num_kept(mask.shape)
         if kept != expected:
-            return f"keeps {kept} weights, but {self} of {tuple(mask.shape)} keeps exactly {expected}"
+            return (
+                f"keeps {kept} weights, but {self} of {tuple(mask.shape)} keeps exactly {expected}"
+            )
         if self.width > 1 or self.whole_columns:  # a device is asked once more for it
             # The first weight of each group speaks for all of them; that of row 0 if groups have whole columns.
             first = (mask[:1] if self.whole_columns else mask)[:, :: self.width]
@@ -144,7 +162,11 @@ class Unstructured(SparsityPattern):
     @classmethod
     def read(cls, text: str, sparsity: float | None, scope: Scope) -> Self | None:
         """50% zeros if `sparsity` is not given."""
-        return cls(0.5 if sparsity is None else float(sparsity), scope) if text == "unstructured" else None
+        return (
+            cls(0.5 if sparsity is None else float(sparsity), scope)
+            if text == "unstructured"
+            else None
+        )
 
     def __str__(self) -> str:
         return "unstructured"
@@ -157,23 +179,31 @@ def parse_pattern(
     if scope not in ("matrix", "row"):
         raise ValueError(f"scope={scope!r}: pass 'matrix' or 'row'.")
     if sparsity is not None and (isinstance(sparsity, bool) or not 0 <= float(sparsity) < 1):
-        raise ValueError(f"sparsity={sparsity!r} is outside [0, 1): pass the fraction of zeros, such as 0.5.")
+        raise ValueError(
+            f"sparsity={sparsity!r} is outside [0, 1): pass the fraction of zeros, such as 0.5."
+        )
     before, comma, after = str(text).partition(",")
     if comma:
         advice = f"Prune with {before!r}, and then prune the smaller model with {after!r}"
         raise ValueError(f"pattern={text!r}: one run removes parts or sets zeros. {advice}.")
     kinds = SparsityPattern.__subclasses__()  # also those that users have defined
-    found = next((pattern for kind in kinds if (pattern := kind.read(str(text), sparsity, scope))), None)
+    found = next(
+        (pattern for kind in kinds if (pattern := kind.read(str(text), sparsity, scope))), None
+    )
     if found is None:
         usual = "'unstructured', '2:4' or 'channels:0.25' (`optimum-fista prune --help` names all patterns)"
-        if n_of_m := re.fullmatch(r"(\d+)of(\d+)", str(text)):  # so the program itself names folders
+        if n_of_m := re.fullmatch(
+            r"(\d+)of(\d+)", str(text)
+        ):  # so the program itself names folders
             usual = f"'{n_of_m[1]}:{n_of_m[2]}'"
         elif re.fullmatch(r"0?\.\d+", str(text)):
             usual = f"sparsity={text} (--sparsity {text}) for this share of zeros"
         raise ValueError(f"pattern={text!r}: pass {usual}.")
     if sparsity is not None and abs(float(sparsity) - found.sparsity) > 1e-9:
         why = f"sparsity={sparsity!r} and pattern={text!r} disagree: {text} means a sparsity of {found.sparsity:g}"
-        raise ValueError(f"{why}. Pass only one of them, and for parts and zeros prune the smaller model again.")
+        raise ValueError(
+            f"{why}. Pass only one of them, and for parts and zeros prune the smaller model again."
+        )
     return found
 
 

@@ -37,7 +37,9 @@ class InputStatistics:
         self.num_tokens = num_tokens
         self._mean = mean
         energy = gram.diagonal().mean()
-        energy = torch.where(energy == 0, torch.ones_like(energy), energy)  # 1 if all inputs are dead
+        energy = torch.where(
+            energy == 0, torch.ones_like(energy), energy
+        )  # 1 if all inputs are dead
         # Squared norms of the inputs over the tokens, [in], to divide by. A copy: the Gram matrix may be used up.
         self.diagonal = torch.maximum(gram.diagonal(), _DEAD * energy)
         ratios = self.diagonal / energy
@@ -49,7 +51,9 @@ class InputStatistics:
     def mean(self) -> Tensor:
         """Mean of the inputs over the tokens, [in]."""
         if self._mean is None:
-            raise ValueError("these statistics hold no mean of the inputs: pass mean to InputStatistics.")
+            raise ValueError(
+                "these statistics hold no mean of the inputs: pass mean to InputStatistics."
+            )
         return self._mean
 
     @cached_property
@@ -61,7 +65,9 @@ class InputStatistics:
         live = self.energy_ratios == 1
         if bool(live.all()):
             return None
-        gram = self.gram.mul(live).mul_(live[:, None])  # rows and columns of nearly dead inputs vanish
+        gram = self.gram.mul(live).mul_(
+            live[:, None]
+        )  # rows and columns of nearly dead inputs vanish
         gram.diagonal().copy_(self.diagonal)  # but for the diagonal
         return InputStatistics(gram, self.num_tokens, self._mean)
 
@@ -120,19 +126,27 @@ class LayerProblem:
         self.corrected = target is not None  # whether Y is another matrix than W X*
         self.aims_at_dense = aims_at_dense  # whether Y is known to be W X
         self.dense = dense  # sums over W X if Y is another matrix; None if they are not known
-        self._errors_of: LayerProblem | None = None  # a decoupled problem has the errors of the original
+        self._errors_of: LayerProblem | None = (
+            None  # a decoupled problem has the errors of the original
+        )
         # C = Y X*^T [out, in], and the squared norms of the rows of Y and of W X* - Y, [out], float64; e0 sums the last
         if target is None or output_energies is None:
             self.target = weight @ statistics.gram  # C = W X* X*^T
-            self.output_energies = inner_by_rows(self.target, weight)  # || W X* ||^2 = <W G, W>, by rows
+            self.output_energies = inner_by_rows(
+                self.target, weight
+            )  # || W X* ||^2 = <W G, W>, by rows
             self.unpruned_errors = torch.zeros_like(self.output_energies)
         else:
             self.target, self.output_energies = target, output_energies.double()
             # || W X* - Y ||^2 = || W X* ||^2 - 2 <W X*, Y> + || Y ||^2 by rows, with <W X*, Y> = <W, C>.
             if same_energies is None:
                 parts = [weight[rows] for rows in row_blocks(weight)]
-                same_energies = torch.cat([inner_by_rows(part @ statistics.gram, part) for part in parts])
-            self.unpruned_errors = same_energies - 2 * inner_by_rows(weight, target) + self.output_energies
+                same_energies = torch.cat(
+                    [inner_by_rows(part @ statistics.gram, part) for part in parts]
+                )
+            self.unpruned_errors = (
+                same_energies - 2 * inner_by_rows(weight, target) + self.output_energies
+            )
 
     def decoupled(self) -> LayerProblem:
         """The problem that methods solve: nearly dead inputs are alone (`InputStatistics`), errors are those of `self`.
@@ -172,7 +186,9 @@ class LayerProblem:
         error = self.unpruned_errors.sum().clamp_min(0.0)  # e0, zero when Y = W X*
         for rows in row_blocks(weight):
             new, dense = weight[rows], self.weight[rows]
-            if self.corrected:  # <D G, D> - 2 <D, C - W G> = <(W* + W) G - 2 C, D>: one product, two matrices
+            if (
+                self.corrected
+            ):  # <D G, D> - 2 <D, C - W G> = <(W* + W) G - 2 C, D>: one product, two matrices
                 difference = new + dense
                 residual = torch.addmm(self.target[rows], difference, self.gram, beta=-2)
                 torch.sub(new, dense, out=difference)
@@ -185,7 +201,9 @@ class LayerProblem:
 
     def fit_error(self, weight: Tensor) -> float:
         """`|| W* X* - Y ||_F / || Y ||_F`, with 0/0 = 0."""
-        error, energy = torch.stack([self._squared_error(weight), self.output_energies.sum()]).tolist()  # one transfer
+        error, energy = torch.stack(
+            [self._squared_error(weight), self.output_energies.sum()]
+        ).tolist()  # one transfer
         return relative(max(error, 0.0), energy)
 
     def output_error(self, weight: Tensor) -> float | None:
@@ -210,7 +228,9 @@ class LayerProblem:
             both = torch.add(difference, self.weight[rows], alpha=factor)  # D + (2/a) W
             residual = torch.addmm(cross[rows], both, self.gram, beta=-factor)
             error += inner_by_rows(residual, difference).sum()
-        squares, energy = torch.stack([error, self.dense.energies.sum()]).tolist()  # one wait for the device
+        squares, energy = torch.stack(
+            [error, self.dense.energies.sum()]
+        ).tolist()  # one wait for the device
         return relative(max(squares, 0.0), energy)
 
     def seminorm(self, difference: Tensor) -> float:
@@ -220,7 +240,9 @@ class LayerProblem:
 
 def inner_by_rows(left: Tensor, right: Tensor) -> Tensor:
     """Inner products of the rows of two matrices, [rows], float64."""
-    parts = zip(left.split(256), right.split(256), strict=True)  # some rows at a time: no third matrix of this size
+    parts = zip(
+        left.split(256), right.split(256), strict=True
+    )  # some rows at a time: no third matrix of this size
     # A row is summed in its own dtype, rows are added up in float64 by the callers.
     return torch.cat([torch.linalg.vecdot(a, b).double() for a, b in parts])
 
@@ -237,7 +259,9 @@ def relative(squared_error: float, energy: float) -> float:
     return math.sqrt(squared_error / energy)
 
 
-def largest_eigenvalue(gram: Tensor, *, tolerance: float = 1e-4, max_iterations: int = 300) -> float:
+def largest_eigenvalue(
+    gram: Tensor, *, tolerance: float = 1e-4, max_iterations: int = 300
+) -> float:
     """Upper estimate of `lambda_max(G)`, G [n, n] symmetric positive semidefinite, by power iteration.
 
     The Rayleigh quotient `q` of a unit vector `v` never exceeds `lambda_max`, and some eigenvalue lies within
@@ -254,7 +278,9 @@ def largest_eigenvalue(gram: Tensor, *, tolerance: float = 1e-4, max_iterations:
     vector /= vector.norm()
     quotient, residual = 0.0, bound
     found: list[Tensor] = []
-    look = 1 if gram.device.type == "cpu" else 10  # reading a residual makes the host wait for a device
+    look = (
+        1 if gram.device.type == "cpu" else 10
+    )  # reading a residual makes the host wait for a device
     for iteration in range(1, max_iterations + 1):
         product = gram @ vector
         rayleigh = vector @ product  # q; the next line has r

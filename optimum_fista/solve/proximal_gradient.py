@@ -49,9 +49,13 @@ def fista(
     W, Y, t = start, start, 1.0
     moves: list[Tensor] = []
     converged, iteration = False, 0
-    look = 1 if start.device.type == "cpu" else 10  # steps between readings, which make the host wait for a device
+    look = (
+        1 if start.device.type == "cpu" else 10
+    )  # steps between readings, which make the host wait for a device
     for iteration in range(1, max_iterations + 1):
-        V = torch.addmm(Y, Y, gram, alpha=-1 / lipschitz).add_(target, alpha=1 / lipschitz)  # the gradient step
+        V = torch.addmm(Y, Y, gram, alpha=-1 / lipschitz).add_(
+            target, alpha=1 / lipschitz
+        )  # the gradient step
         W_next = soft_threshold(V, l1_penalty / lipschitz)  # eq. 4.1
         step = W_next - W
         t_next = (1 + (1 + 4 * t * t) ** 0.5) / 2  # eq. 4.2

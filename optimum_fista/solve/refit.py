@@ -13,7 +13,10 @@ from optimum_fista.solve.problem import LayerProblem, inner_by_rows
 # Tokens that tell as much as one that is independent of all others: neighbours are alike, and a few are large. On
 # held-out tokens of SmolLM2-135M the error was least with 8 or 16 of 4, 8 and 16, for both projections.
 _DEPENDENT_TOKENS = 8.0
-_LEAST_RIDGE, _MOST_RIDGE = 1e-5, 1.0  # of the diagonal: enough for float32, and as much as the data itself
+_LEAST_RIDGE, _MOST_RIDGE = (
+    1e-5,
+    1.0,
+)  # of the diagonal: enough for float32, and as much as the data itself
 
 
 def refit(
@@ -51,16 +54,23 @@ def refit(
     noise = torch.zeros_like(weight[:, 0])
     if singular:
         # Squared rounding error of the residual C - W G, sums of n terms, in the norm of `energy` below.
-        noise += torch.mul(target, mask, out=product).square_() @ scale + torch.square(weight, out=product) @ diagonal
+        noise += (
+            torch.mul(target, mask, out=product).square_() @ scale
+            + torch.square(weight, out=product) @ diagonal
+        )
         noise *= gram.shape[0] * torch.finfo(gram.dtype).eps ** 2
     # The negative gradient on the mask; it takes the memory of C if that may be used up.
-    residual = torch.addmm(target, weight, gram, alpha=-1, out=target if in_place else None).mul_(mask)
+    residual = torch.addmm(target, weight, gram, alpha=-1, out=target if in_place else None).mul_(
+        mask
+    )
     direction = residual * scale
     energy = inner_by_rows(residual, direction).to(residual.dtype)
     energy.masked_fill_(energy <= noise, 0.0)  # NaN stays
     stop = tolerance**2 * energy.sum().double()
     steps = torch.zeros((), dtype=torch.int64, device=gram.device)
-    look = 1 if gram.device.type == "cpu" else 10  # steps after the last one change nothing, so few need asking
+    look = (
+        1 if gram.device.type == "cpu" else 10
+    )  # steps after the last one change nothing, so few need asking
     for iteration in range(1, max_iterations + 1):
         at_rest = energy.sum() <= stop
         if iteration % look == 0 and bool(at_rest):
@@ -69,20 +79,28 @@ def refit(
         torch.mm(direction, gram, out=product).mul_(mask)
         curvature = inner_by_rows(direction, product).to(residual.dtype)
         # No step along directions that no token has, nor after the end. 1e-38 is about the least normal float32.
-        length = torch.where((curvature > 0) & ~at_rest, energy / curvature.clamp_min(1e-38), torch.zeros_like(energy))
+        length = torch.where(
+            (curvature > 0) & ~at_rest,
+            energy / curvature.clamp_min(1e-38),
+            torch.zeros_like(energy),
+        )
         weight.addcmul_(length[:, None], direction)
         residual.addcmul_(length[:, None], product, value=-1)
         preconditioned = torch.mul(residual, scale, out=product)
         energy_next = inner_by_rows(residual, preconditioned).to(residual.dtype)
         energy_next.masked_fill_(energy_next <= noise, 0.0)
         # Fletcher and Reeves: the next direction is conjugate to the last one.
-        momentum = torch.where(energy > 0, energy_next / energy.clamp_min(1e-38), torch.zeros_like(energy))
+        momentum = torch.where(
+            energy > 0, energy_next / energy.clamp_min(1e-38), torch.zeros_like(energy)
+        )
         direction.mul_(momentum[:, None]).add_(preconditioned)
         energy = energy_next
     return weight, steps
 
 
-def refit_columns(problem: LayerProblem, kept: Tensor, ridge: float | None = None) -> tuple[Tensor, str]:
+def refit_columns(
+    problem: LayerProblem, kept: Tensor, ridge: float | None = None
+) -> tuple[Tensor, str]:
     """Least squares over weights whose columns outside `kept`, booleans [in], are zero, with a ridge.
 
     It minimizes `|| W* X* - Y ||_F^2 + r sum_ij G_jj (W*_ij - W_ij)^2` exactly: all rows share one linear system, and
@@ -103,7 +121,9 @@ def refit_columns(problem: LayerProblem, kept: Tensor, ridge: float | None = Non
     def solve(ridge: float) -> tuple[Tensor, str]:
         # W_K = C_K (G_KK)^-1 in coordinates of unit diagonal.
         gram, target, scale = problem.with_ridge(problem.statistics.diagonal * ridge)
-        factor, message = damped_cholesky(lambda: gram.index_select(0, places).index_select(1, places))
+        factor, message = damped_cholesky(
+            lambda: gram.index_select(0, places).index_select(1, places)
+        )
         solved = torch.cholesky_solve(target.index_select(1, places).mT, factor)
         return torch.zeros_like(target).index_copy_(1, places, solved.mT).mul_(scale), message
 
@@ -115,5 +135,7 @@ def refit_columns(problem: LayerProblem, kept: Tensor, ridge: float | None = Non
             error = problem.squared_error(plain) / (1 - share)  # e
             explained = problem.squared_error(problem.weight * kept) - error  # e0 - e
             if explained > 0:  # otherwise the refit gains nothing, and the ridge is the highest
-                ridge = min(_MOST_RIDGE, max(_LEAST_RIDGE, _DEPENDENT_TOKENS * share * error / explained))
+                ridge = min(
+                    _MOST_RIDGE, max(_LEAST_RIDGE, _DEPENDENT_TOKENS * share * error / explained)
+                )
     return solve(ridge)

@@ -40,7 +40,9 @@ def _kth_in_rows(magnitudes: Tensor, k: int) -> Tensor:
         found = np.partition(magnitudes.detach().numpy(), k - 1, axis=1)[:, k - 1 : k]
         return torch.from_numpy(np.ascontiguousarray(found))
     like = magnitudes.new_empty(len(magnitudes), 1)
-    return _kth_by_halving(lambda threshold: (magnitudes <= threshold).sum(1, keepdim=True), k, like)
+    return _kth_by_halving(
+        lambda threshold: (magnitudes <= threshold).sum(1, keepdim=True), k, like
+    )
 
 
 def _kth_by_bracket(array: np.ndarray, k: int) -> float:
@@ -53,7 +55,9 @@ def _kth_by_bracket(array: np.ndarray, k: int) -> float:
     sample = np.sort(np.abs(array[:: array.size // _SAMPLE | 1]))
     # The rank of a sampled quantile has a standard deviation of at most sqrt(n) / 2: five of them to each side.
     rank, margin = (k - 1) / array.size * sample.size, 2.5 * math.sqrt(sample.size)
-    low, high = (sample[min(max(0, int(place)), sample.size - 1)] for place in (rank - margin, rank + margin))
+    low, high = (
+        sample[min(max(0, int(place)), sample.size - 1)] for place in (rank - margin, rank + margin)
+    )
     below, parts = 0, []
     for start in range(0, array.size, _BLOCK):
         block = np.abs(array[start : start + _BLOCK])
@@ -133,12 +137,16 @@ def keep_largest_in_groups(values: Tensor, n: int, m: int) -> Tensor:
     weight, which for small m is far cheaper than sorting the groups.
     """
     # On a CPU a part stays in the cache; elsewhere a call is expensive.
-    rows_of_part = max(1, (_PART if values.device.type == "cpu" else 64 * _PART) // max(1, values.shape[1]))
+    rows_of_part = max(
+        1, (_PART if values.device.type == "cpu" else 64 * _PART) // max(1, values.shape[1])
+    )
     mask = torch.empty(values.shape, dtype=torch.bool, device=values.device)
     for rows, kept in zip(values.split(rows_of_part), mask.split(rows_of_part), strict=True):
         # [rows, columns] -> [m, groups]: members of one number lie beside each other.
         groups = rows.abs().reshape(-1, m).T.contiguous()
-        ranks = torch.zeros(groups.shape, dtype=torch.uint8 if m < 256 else torch.int16, device=values.device)
+        ranks = torch.zeros(
+            groups.shape, dtype=torch.uint8 if m < 256 else torch.int16, device=values.device
+        )
         for i in range(m):
             for j in range(i + 1, m):
                 first_wins = groups[i] >= groups[j]

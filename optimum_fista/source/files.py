@@ -27,10 +27,18 @@ def source_folder(name: str, revision: str | None) -> Path:
         return Path(name)
     try:
         tree = HfApi().list_repo_tree(name, revision=revision)
-        small = [file.path for file in tree if isinstance(file, RepoFile) and _comes_along(file.path, file.size)]
+        small = [
+            file.path
+            for file in tree
+            if isinstance(file, RepoFile) and _comes_along(file.path, file.size)
+        ]
         snapshot_download(name, revision=revision, allow_patterns=[*small, f"{_TEMPLATES}/*"])
     except Exception as error:  # the client has no common base
-        logger.warning("the Hub doesn't tell which files %s has (%s): those in the cache are copied", name, error)
+        logger.warning(
+            "the Hub doesn't tell which files %s has (%s): those in the cache are copied",
+            name,
+            error,
+        )
     return Path(str(try_to_load_from_cache(name, "config.json", revision=revision))).parent
 
 
@@ -47,7 +55,9 @@ def copy_source(source: Path, folder: Path, pattern: str = "*") -> None:
         elif not (name.startswith(".") or name in _WRITTEN or name.endswith(".index.json")):
             left.append(path)
     read = weight_files(source) if left else set()
-    if names := [f"{path.name}/" if path.is_dir() else path.name for path in left if path not in read]:
+    if names := [
+        f"{path.name}/" if path.is_dir() else path.name for path in left if path not in read
+    ]:
         logger.warning("not copied from %s: %s", source, ", ".join(names))
 
 

@@ -17,7 +17,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -41,7 +46,11 @@ from optimum_fista.source.formats.dequantization import quantization, read_dequa
 
 
 def load_model(
-    name: str, *, device: str | None = None, dtype: str | torch.dtype = "auto", device_map: str | None = None
+    name: str,
+    *,
+    device: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device_map: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
@@ -79,7 +88,9 @@ def load_lazily(
     talker.addFilter(is_news)
     try:
         # Weights stay in safetensors files. Those that are stored in another form are copied into the offload folder.
-        model = read_model(name, dtype=dtype, device_map={"": "disk"}, offload_folder=offload_folder)
+        model = read_model(
+            name, dtype=dtype, device_map={"": "disk"}, offload_folder=offload_folder
+        )
     finally:
         talker.removeFilter(is_news)
     source = source_folder(name, getattr(model.config, "_commit_hash", None))
@@ -90,7 +101,10 @@ def load_lazily(
 
 def local_source(model: PreTrainedModel) -> Path | None:
     """The folder from which a model in memory was loaded, in the cache of the Hub too; `None` if there is none."""
-    name, revision = getattr(model.config, "_name_or_path", ""), getattr(model.config, "_commit_hash", None)
+    name, revision = (
+        getattr(model.config, "_name_or_path", ""),
+        getattr(model.config, "_commit_hash", None),
+    )
     if not name or Path(name).is_dir():
         return Path(name) if name else None
     try:
@@ -113,7 +127,9 @@ def require_tokenizer(name: str) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(name)
     if tokenizer is None:
         files = "tokenizer.json, tokenizer_config.json"
-        raise ValueError(f"model={name!r} has no tokenizer: copy the files of its tokenizer into the folder ({files}).")
+        raise ValueError(
+            f"model={name!r} has no tokenizer: copy the files of its tokenizer into the folder ({files})."
+        )
     return tokenizer
 
 
@@ -122,7 +138,9 @@ def require_processor(name: str) -> ProcessorMixin:
     processor = _read(AutoProcessor, name)
     if not isinstance(processor, ProcessorMixin):  # the tokenizer of a model of text
         advice = "pass text alone, or copy its processor_config.json and preprocessor_config.json into the folder"
-        raise ValueError(f"model={name!r} has no processor, so it can't be calibrated with images: {advice}.")
+        raise ValueError(
+            f"model={name!r} has no processor, so it can't be calibrated with images: {advice}."
+        )
     return processor
 
 
@@ -136,9 +154,17 @@ def model_class(config: PreTrainedConfig) -> Any:
 
     If it names none that writes text, a causal language model is preferred: Transformers may load a part only.
     """
-    kinds: dict[Any, Any] = {kind: kind._model_mapping for kind in (AutoModelForCausalLM, AutoModelForMultimodalLM)}
-    known = {kind: classes[type(config)].__name__ for kind, classes in kinds.items() if type(config) in classes}
-    if not known and not getattr(config, "auto_map", None):  # about code beside the model, Transformers has an error
+    kinds: dict[Any, Any] = {
+        kind: kind._model_mapping for kind in (AutoModelForCausalLM, AutoModelForMultimodalLM)
+    }
+    known = {
+        kind: classes[type(config)].__name__
+        for kind, classes in kinds.items()
+        if type(config) in classes
+    }
+    if not known and not getattr(
+        config, "auto_map", None
+    ):  # about code beside the model, Transformers has an error
         raise ValueError(
             f"model {config.name_or_path!r} has model_type={config.model_type!r}, of which Transformers has no class "
             "that writes text: pass a causal language model, or a multimodal one with a text decoder."
@@ -151,7 +177,9 @@ def described(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> Pre
     """Build the model of a configuration without weights, on the meta device; the configuration stays as it is."""
     with reading(config.name_or_path or type(config).__name__), torch.device("meta"):
         given = copy.deepcopy(config)
-        model: PreTrainedModel = model_class(config).from_config(given, dtype=dtype, trust_remote_code=False)
+        model: PreTrainedModel = model_class(config).from_config(
+            given, dtype=dtype, trust_remote_code=False
+        )
     return model
 
 
@@ -177,7 +205,9 @@ def reading(name: str) -> Iterator[None]:
     except (OSError, ImportError):  # which say what is wrong
         raise
     except Exception as error:
-        if type(error) is ValueError or is_out_of_memory(error):  # parsers raise subclasses of ValueError
+        if type(error) is ValueError or is_out_of_memory(
+            error
+        ):  # parsers raise subclasses of ValueError
             raise
         raise ValueError(
             f"model={name!r} can't be loaded ({type(error).__name__}: {error}). If its files are damaged, or pointers "
@@ -193,7 +223,9 @@ def _read(kind: Any, name: str, **options: Any) -> Any:
             _require_on_hub(name)
     elif importlib.util.find_spec("gguf") is None:
         command = install_command("gguf")
-        raise ImportError(f"model={name!r} is a GGUF file, which needs the package gguf: run {command}.")
+        raise ImportError(
+            f"model={name!r} is a GGUF file, which needs the package gguf: run {command}."
+        )
     else:
         options["gguf_file"] = file
         gc.disable()  # the tokens of the file are many objects, at all of which the collector would look many times
@@ -213,12 +245,18 @@ def _require_on_hub(name: str) -> None:
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"))
     except Exception as error:  # the client has no common base
-        absent = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
-        if isinstance(error, HfHubHTTPError) and not absent:  # it has another file, it is gated, or is busy
+        absent = isinstance(error, RepositoryNotFoundError) and not isinstance(
+            error, GatedRepoError
+        )
+        if (
+            isinstance(error, HfHubHTTPError) and not absent
+        ):  # it has another file, it is gated, or is busy
             return
         unreached = f"can't be reached ({str(error).partition(chr(10))[0]})"
         why = "has no such model that you may read" if absent else unreached
-        raise OSError(f"model={name!r}: there is no such folder, and the Hub {why}.{closest_folder(name)}") from error
+        raise OSError(
+            f"model={name!r}: there is no such folder, and the Hub {why}.{closest_folder(name)}"
+        ) from error
 
 
 def gguf_file(name: str) -> str | None:
@@ -246,12 +284,16 @@ def usable_device(device: str | None) -> torch.device:
     """A device by name; `None`: `default_device()`."""
     device = device or default_device()
     try:
-        found = torch.empty(0, device=device).device  # with the number of the current one, if none was named
+        found = torch.empty(
+            0, device=device
+        ).device  # with the number of the current one, if none was named
         if found.type == "meta":
             raise RuntimeError("it holds no values")
         return found
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
-        raise ValueError(f"device={device!r} can't be used: {error}. Pass 'cpu', 'cuda' or 'cuda:N'.") from error
+        raise ValueError(
+            f"device={device!r} can't be used: {error}. Pass 'cpu', 'cuda' or 'cuda:N'."
+        ) from error
 
 
 def storage_place(name: str | torch.device | Path | None) -> Storage | None:
@@ -272,7 +314,9 @@ def storage_place(name: str | torch.device | Path | None) -> Storage | None:
 def floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """A floating dtype by name."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:  # no sums in 8 bits
+    if (
+        not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2
+    ):  # no sums in 8 bits
         raise ValueError(f"dtype={dtype!r}: pass 'auto', 'float32', 'bfloat16' or 'float16'.")
     return found
 

@@ -64,34 +64,48 @@ def stored_names(
             continue
         tensor = f"{prefix}.{operator.tensor}"
         if isinstance(operator, ExpertOperator):  # all experts of a parameter share a stand-in
-            halves = 2 if operator.experts.gated and operator.kind != "down_proj" else 1  # gate and up projections
+            halves = (
+                2 if operator.experts.gated and operator.kind != "down_proj" else 1
+            )  # gate and up projections
             out, inputs = halves * _SHAPE[0], _SHAPE[1]
             matrix = (inputs, out) if operator.experts.transposed else (out, inputs)
-            stand_ins.setdefault(tensor, torch.zeros((len(operator.experts), *matrix), dtype=torch.int32))
+            stand_ins.setdefault(
+                tensor, torch.zeros((len(operator.experts), *matrix), dtype=torch.int32)
+            )
         shape = _SHAPE[::-1] if operator.transposed else _SHAPE
         stand_in = stand_ins.setdefault(tensor, torch.zeros(shape, dtype=torch.int32))
         operator.select(stand_in).fill_(number)
     names: dict[str, StoredName] = {}
     for tensor, numbers in as_saved(model, stand_ins).items():
         for place, operator, transposed in _places(numbers, found):
-            stored = StoredName(tensor if place == (slice(None),) * 2 else f"{tensor}[{_text(place)}]", transposed)
+            stored = StoredName(
+                tensor if place == (slice(None),) * 2 else f"{tensor}[{_text(place)}]", transposed
+            )
             names.setdefault(f"{renamed(operator.name)}.weight", stored)
     for operator in asked if all_of_them else ():
         if renamed(operator.name) is not None and f"{renamed(operator.name)}.weight" not in names:
             name = operator.name
             if isinstance(operator, ExpertOperator):
                 name = f"*.{operator.experts.name.rsplit('.', 1)[-1]}"
-            why = "the checkpoint does not keep its weight as one matrix, so its mask can't be saved"
-            raise UnsupportedArchitectureError(f"{operator.name}: {why}. Pass exclude=['{name}'] to leave it dense.")
+            why = (
+                "the checkpoint does not keep its weight as one matrix, so its mask can't be saved"
+            )
+            raise UnsupportedArchitectureError(
+                f"{operator.name}: {why}. Pass exclude=['{name}'] to leave it dense."
+            )
     return names
 
 
 def as_saved(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename, split and merge tensors of a model as `save_pretrained` does; they may be smaller than the model's."""
-    shown: Any = object.__new__(type(model))  # a shallow copy; copy.copy fails for classes of fully_shard
+    shown: Any = object.__new__(
+        type(model)
+    )  # a shallow copy; copy.copy fails for classes of fully_shard
     vars(shown).update(vars(model))
     # Rules that look at the shape of a parameter, to find out if it is transposed, get that of the tensor to save.
-    shown.get_parameter = lambda name: tensors[name] if name in tensors else model.get_parameter(name)
+    shown.get_parameter = lambda name: (
+        tensors[name] if name in tensors else model.get_parameter(name)
+    )
     return revert_weight_conversion(shown, dict(tensors))
 
 
@@ -112,7 +126,9 @@ def _places(
         held = [operators[number] for number in dict.fromkeys(order)]
         total, start = sum(operator.shape[0] for operator in held), 0
         alternate = numbers.ndim == 3 and order == [*dict.fromkeys(order)] * _SHAPE[0]
-        if not alternate and order != [number for number in dict.fromkeys(order) for _ in range(_SHAPE[0])]:
+        if not alternate and order != [
+            number for number in dict.fromkeys(order) for _ in range(_SHAPE[0])
+        ]:
             continue
         for position, operator in enumerate(held):
             end = start + operator.shape[0]
@@ -139,5 +155,7 @@ def _text(index: tuple[int | slice, ...]) -> str:
     parts = []
     for part in index:
         numbers = (part,) if isinstance(part, int) else (part.start, part.stop, part.step)
-        parts.append(":".join("" if number is None else str(number) for number in numbers).removesuffix(":"))
+        parts.append(
+            ":".join("" if number is None else str(number) for number in numbers).removesuffix(":")
+        )
     return ", ".join(parts)

@@ -55,7 +55,15 @@ class StoredTensor:
         """Describe a tensor in memory; or one on the meta device, which `read` reads."""
 
         def pieces() -> Iterator[bytes | memoryview]:
-            yield (read or (lambda: tensor))().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+            yield (
+                (read or (lambda: tensor))()
+                .cpu()
+                .contiguous()
+                .view(-1)
+                .view(torch.uint8)
+                .numpy()
+                .data
+            )
 
         empty = save({"": tensor.new_empty(0, device="cpu")})
         return cls(json.loads(empty[8:])[""]["dtype"], tuple(tensor.shape), tensor.nbytes, pieces)
@@ -69,10 +77,17 @@ class StoredTensor:
         shape = (*self.shape[:axis], len(entries), *self.shape[axis + 1 :])
 
         def pieces() -> Iterator[bytes | memoryview]:
-            values = torch.frombuffer(bytearray().join(self.pieces()), dtype=torch.uint8).view(*self.shape, -1)
+            values = torch.frombuffer(bytearray().join(self.pieces()), dtype=torch.uint8).view(
+                *self.shape, -1
+            )
             yield values.index_select(axis, entries).view(-1).numpy().data
 
-        return replace(self, shape=shape, num_bytes=self.num_bytes // self.shape[axis] * len(entries), pieces=pieces)
+        return replace(
+            self,
+            shape=shape,
+            num_bytes=self.num_bytes // self.shape[axis] * len(entries),
+            pieces=pieces,
+        )
 
     def holding(self, value: Tensor) -> StoredTensor:
         """Describe a new value in this tensor's dtype; if the old one is rounded to it, nothing has changed."""
@@ -102,7 +117,9 @@ def read_stored(source: Path) -> dict[str, StoredTensor]:
         for name, tensor in (_binary if file.suffix == ".bin" else _safetensors)(file):
             if name in found and not tensor.equals(found[name]):
                 why = f"twice, with different values: {file.name} is the second file with it"
-                raise ValueError(f"model={str(source)!r} holds {name} {why}. Delete the wrong one from its file.")
+                raise ValueError(
+                    f"model={str(source)!r} holds {name} {why}. Delete the wrong one from its file."
+                )
             found[name] = tensor
     return found
 
@@ -123,20 +140,35 @@ class SourceTensors:
     """The tensors in a model's files: those that its class loads, and the others, which are copied as they are."""
 
     stored: Mapping[str, StoredTensor] = field(default_factory=dict)  # by name
-    places: Mapping[str, str] = field(default_factory=dict)  # the tensors of the model as which they are loaded
-    others: Mapping[str, str] = field(default_factory=dict)  # not loaded; each with its module, for people
-    lost: Mapping[str, str] = field(default_factory=dict)  # modules that are not copied, with the reason
+    places: Mapping[str, str] = field(
+        default_factory=dict
+    )  # the tensors of the model as which they are loaded
+    others: Mapping[str, str] = field(
+        default_factory=dict
+    )  # not loaded; each with its module, for people
+    lost: Mapping[str, str] = field(
+        default_factory=dict
+    )  # modules that are not copied, with the reason
     layers: str = ""  # what names begin with, before the number of a decoder layer
-    settings: Mapping[str, Any] = field(default_factory=dict)  # what the configuration says of quantized weights
+    settings: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # what the configuration says of quantized weights
 
     @property
     def unplaced(self) -> dict[str, StoredTensor]:
         """The tensors that are not loaded, and are copied."""
-        return {name: self.stored[name] for name, module in self.others.items() if module not in self.lost}
+        return {
+            name: self.stored[name]
+            for name, module in self.others.items()
+            if module not in self.lost
+        }
 
     def loaded_in(self, dtype: torch.dtype) -> dict[str, StoredTensor]:
         """The tensors that are loaded; none if `dtype` is not that of most, so that somebody asked for another one."""
-        placed, sizes = {name: self.stored[name] for name in self.places if name in self.stored}, Counter[str]()
+        placed, sizes = (
+            {name: self.stored[name] for name in self.places if name in self.stored},
+            Counter[str](),
+        )
         for tensor in placed.values():
             sizes[tensor.dtype] += math.prod(tensor.shape) * (tensor.dtype in DENSE)
         usual = StoredTensor.of(torch.empty(0, dtype=dtype)).dtype
@@ -150,7 +182,10 @@ class SourceTensors:
     @property
     def blocks(self) -> list[int]:
         """Sizes of blocks of rows or columns that share a scale. The last block of a weight may be smaller."""
-        sizes = re.findall(r'"(?:weight_block_size|block_structure|group_size)": ([^"]*)', json.dumps(self.settings))
+        sizes = re.findall(
+            r'"(?:weight_block_size|block_structure|group_size)": ([^"]*)',
+            json.dumps(self.settings),
+        )
         return sorted({int(number) for text in sizes for number in re.findall(r"\d+", text)})
 
     def smaller(
@@ -168,23 +203,39 @@ class SourceTensors:
             groups = () if part is None else kept[part.name]
             if part is None:
                 found[name] = tensor
-            elif part.is_mixture and (match := _EXPERT.fullmatch(name)):  # every expert has tensors of its own
+            elif part.is_mixture and (
+                match := _EXPERT.fullmatch(name)
+            ):  # every expert has tensors of its own
                 if int(match[2]) in groups:
                     found[f"{match[1]}{groups.index(int(match[2]))}{match[3]}"] = tensor
             else:
-                axis, repeats = part.tensors.get(place, (0, 1))  # scales of inputs of experts are no parameters
+                axis, repeats = part.tensors.get(
+                    place, (0, 1)
+                )  # scales of inputs of experts are no parameters
                 whole = tensor.shape if part.is_mixture else model.get_parameter(place).shape
                 size = tensor.shape[axis] if len(tensor.shape) == len(whole) else 0
                 span = math.ceil(whole[axis] / size) if size else whole[axis]
-                span = span if span == 1 else min((block for block in self.blocks if block >= span), default=span)
+                span = (
+                    span
+                    if span == 1
+                    else min((block for block in self.blocks if block >= span), default=span)
+                )
                 if math.prod(tensor.shape) == 1 or size == 1:  # a scale of all groups
                     found[name] = tensor
-                elif not (size % (part.groups * repeats) or span * size != whole[axis] or name.endswith("_packed")):
+                elif not (
+                    size % (part.groups * repeats)
+                    or span * size != whole[axis]
+                    or name.endswith("_packed")
+                ):
                     found[name] = tensor.selected(axis, part.entries(size, repeats, groups))
                 elif strict:
                     gone = whole[axis] // (part.groups * repeats)
                     why = f"stores one value for {span} rows or columns of {place}, and groups of {gone} are removed"
-                    why = "is of a packed weight, which can't be cut" if re.search("_(packed|shape)$", name) else why
+                    why = (
+                        "is of a packed weight, which can't be cut"
+                        if re.search("_(packed|shape)$", name)
+                        else why
+                    )
                     raise ValueError(
                         f"{name} {why}: pass another pattern, or a dtype (--dtype), and it is written in that."
                     )
@@ -192,17 +243,25 @@ class SourceTensors:
 
     def require_no_numbers(self) -> None:
         """Refuse patterns of quantized modules that name decoder layers by number: only plain names are renumbered."""
-        plain, word = map(re.escape, (self.layers, self.layers.removesuffix(".").rpartition(".")[2]))
+        plain, word = map(
+            re.escape, (self.layers, self.layers.removesuffix(".").rpartition(".")[2])
+        )
         known = [name for name in self.stored if not name.startswith(self.layers)]
         known += [self.places[name] for name in known if name in self.places]
-        waiting: list[Any] = [value for value in self.settings.values() if isinstance(value, dict | list)]
+        waiting: list[Any] = [
+            value for value in self.settings.values() if isinstance(value, dict | list)
+        ]
         while waiting:
             value = waiting.pop()
             if isinstance(value, dict | list):
                 waiting += value.values() if isinstance(value, dict) else value
-            elif any(name.startswith(f"{value}.") for name in known):  # a module outside the decoder layers
+            elif any(
+                name.startswith(f"{value}.") for name in known
+            ):  # a module outside the decoder layers
                 continue
-            elif re.search(rf"^(?!{plain}).*\b{word}\\?\.[^.a-zA-Z]*\d", str(value).replace("[0-9]", "")):
+            elif re.search(
+                rf"^(?!{plain}).*\b{word}\\?\.[^.a-zA-Z]*\d", str(value).replace("[0-9]", "")
+            ):
                 raise ValueError(
                     f"quantization_config names decoder layers by number in {value!r}, and other layers get these "
                     "numbers: pass another pattern, or a dtype (--dtype), in which the result is then written."
@@ -224,7 +283,9 @@ class SourceTensors:
             return None if new is None else f"{match[1]}{new}{match[3]}"
 
         def renamed(values: Mapping[str, T]) -> dict[str, T]:
-            return {new: value for name, value in values.items() if (new := new_name(name)) is not None}
+            return {
+                new: value for name, value in values.items() if (new := new_name(name)) is not None
+            }
 
         def in_lists(value: Any) -> Any:  # such as the modules that are not quantized
             if isinstance(value, dict):
@@ -254,17 +315,31 @@ def source_tensors(
     """
     stored, state = read_stored(source), model.state_dict()
     config = read_json(source / CONFIG_FILE) if (source / CONFIG_FILE).exists() else {}
-    sections = [config, *(value for value in config.values() if isinstance(value, dict))]  # the decoder's may have it
-    settings: dict[str, Any] = next((part[PACKED_KEY] for part in sections if PACKED_KEY in part), {})
-    dequantizer = dequantizer_of(source) if settings else None  # it reads the configuration by its class
+    sections = [
+        config,
+        *(value for value in config.values() if isinstance(value, dict)),
+    ]  # the decoder's may have it
+    settings: dict[str, Any] = next(
+        (part[PACKED_KEY] for part in sections if PACKED_KEY in part), {}
+    )
+    dequantizer = (
+        dequantizer_of(source) if settings else None
+    )  # it reads the configuration by its class
     settings = settings if dequantizer else {}  # packed ones are not quantized
     transforms = get_model_conversion_mapping(model, hf_quantizer=dequantizer)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     layers, modules = f"{find_decoder_layers(model).name}.", dict(model.named_modules())
     packed = {f"{name}{suffix}" for name in packed_names(stored) for suffix in SUFFIXES}
-    loaded_as, places, others, prefixes = dict[str, str](), dict[str, str](), dict[str, str](), Counter[str]()
-    rename = partial(rename_source_key, base_model_prefix=model.base_model_prefix, meta_state_dict=state)
+    loaded_as, places, others, prefixes = (
+        dict[str, str](),
+        dict[str, str](),
+        dict[str, str](),
+        Counter[str](),
+    )
+    rename = partial(
+        rename_source_key, base_model_prefix=model.base_model_prefix, meta_state_dict=state
+    )
     for name in (name for name in stored if name not in packed):
         # as this version of Transformers names a stored tensor; several that it merges still have names of their own
         own, place = (rename(name, renamings, found)[0] for found in ([], converters))
@@ -273,24 +348,40 @@ def source_tensors(
             own = plain if plain in state else own
         if place in state or (dequantizer is not None and _ACTIVATION_SCALES.search(name)):
             places[name] = place
-            if dequantizer is None and stored[name].dtype not in DENSE and state[place].is_floating_point():
+            if (
+                dequantizer is None
+                and stored[name].dtype not in DENSE
+                and state[place].is_floating_point()
+            ):
                 why = f"has dtype {stored[name].dtype}, and config.json has no quantization_config to read it by"
-                raise ValueError(f"{name} {why}: copy that of the quantized model into {str(source / CONFIG_FILE)!r}.")
-            if (other := loaded_as.setdefault(own, name)) != name and not stored[name].equals(stored[other]):
+                raise ValueError(
+                    f"{name} {why}: copy that of the quantized model into {str(source / CONFIG_FILE)!r}."
+                )
+            if (other := loaded_as.setdefault(own, name)) != name and not stored[name].equals(
+                stored[other]
+            ):
                 why = f"are both {own} of {type(model).__name__}, with different values"
-                raise ValueError(f"{name} and {other} {why}: delete the wrong one from the files of the model.")
+                raise ValueError(
+                    f"{name} and {other} {why}: delete the wrong one from the files of the model."
+                )
             if place.startswith(layers):
-                prefix, number, _ = f".{name}".partition(f".{place.removeprefix(layers).partition('.')[0]}.")
+                prefix, number, _ = f".{name}".partition(
+                    f".{place.removeprefix(layers).partition('.')[0]}."
+                )
                 prefixes[f"{prefix}."[1:]] += bool(number)
             continue
         if f"{model.base_model_prefix}.{own.partition('.')[0]}" in modules:
             own = f"{model.base_model_prefix}.{own}"  # stored without it
         words = own.split(".")
-        above = (".".join(words[:count]) for count in range(1, len(words)))  # from the outermost module inwards
+        above = (
+            ".".join(words[:count]) for count in range(1, len(words))
+        )  # from the outermost module inwards
         others[name] = next((module for module in above if module not in modules), own)
     prefix = max(prefixes, key=lambda prefix: prefixes[prefix], default="")
     smaller = [name for name, place in places.items() if part_of(place)]
-    ends = {(re.sub(r"^.*?\.\d+\.", "", name), stored[name].shape) for name in smaller}  # inside a layer
+    ends = {
+        (re.sub(r"^.*?\.\d+\.", "", name), stored[name].shape) for name in smaller
+    }  # inside a layer
     if dequantizer is not None and not quantized:
         stored, others = _dequantized(stored, others, dequantizer, model.dtype)
     counts, lost = Counter(others.values()), dict[str, str]()
@@ -303,30 +394,50 @@ def source_tensors(
 
 
 def _dequantized(
-    stored: Mapping[str, StoredTensor], others: Mapping[str, str], dequantizer: Dequantizer, dtype: torch.dtype
+    stored: Mapping[str, StoredTensor],
+    others: Mapping[str, str],
+    dequantizer: Dequantizer,
+    dtype: torch.dtype,
 ) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Have tensors in FP8 that are not loaded dequantized when they are written. Other formats have other shapes."""
     stored, others, kinds = dict(stored), dict(others), dict[str, bool]()
-    for name in [name for name in others if name.endswith(".weight") and stored[name].dtype.startswith("F8")]:
+    for name in [
+        name for name in others if name.endswith(".weight") and stored[name].dtype.startswith("F8")
+    ]:
         module, kind = name.removesuffix(".weight"), re.sub(r"\d+", "*", name)
-        parts = {part: f"{module}.{part}" for part in ("weight", "weight_scale_inv", "weight_scale")}
+        parts = {
+            part: f"{module}.{part}" for part in ("weight", "weight_scale_inv", "weight_scale")
+        }
         readers = {part: stored[key].tensor for part, key in parts.items() if key in others}
         read = partial(dequantizer.dense, module, readers, dtype)
         if kind not in kinds:  # one of each is tried, before the first decoder layer
             with suppress(Exception):  # of the format's operations
                 kinds[kind] = len(readers) > 1 and read().shape == stored[name].shape
         if kinds.setdefault(kind, False):
-            stored[name] = StoredTensor.of(torch.empty(stored[name].shape, dtype=dtype, device="meta"), read)
-            others = {key: other for key, other in others.items() if key == name or key not in parts.values()}
+            stored[name] = StoredTensor.of(
+                torch.empty(stored[name].shape, dtype=dtype, device="meta"), read
+            )
+            others = {
+                key: other
+                for key, other in others.items()
+                if key == name or key not in parts.values()
+            }
     return stored, others
 
 
 def in_dtypes_of(file: Path, known: Mapping[str, StoredTensor]) -> None:
     """Write a safetensors file again if tensors with `known` names have other dtypes there (`StoredTensor.holding`)."""
     saved = dict(_safetensors(file))
-    both = {name: {known[name].dtype, tensor.dtype} for name, tensor in saved.items() if name in known}
+    both = {
+        name: {known[name].dtype, tensor.dtype} for name, tensor in saved.items() if name in known
+    }
     if differing := [name for name, dtypes in both.items() if len(dtypes) == 2 and dtypes <= DENSE]:
-        write_file(file, _file_of(saved | {name: known[name].holding(saved[name].tensor()) for name in differing}))
+        write_file(
+            file,
+            _file_of(
+                saved | {name: known[name].holding(saved[name].tensor()) for name in differing}
+            ),
+        )
 
 
 def write_stored(path: Path, tensors: Mapping[str, StoredTensor]) -> str:
@@ -359,13 +470,20 @@ def _safetensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if length > file.stat().st_size:
-            raise ValueError(f"{str(file)!r} is damaged, or a pointer of Git LFS: download it again (git lfs pull).")
+            raise ValueError(
+                f"{str(file)!r} is damaged, or a pointer of Git LFS: download it again (git lfs pull)."
+            )
         header = json.loads(opened.read(length))
     read = partial(_read, file, _state(file))
     for name, entry in header.items():
         if name != "__metadata__":
             start, end = (8 + length + offset for offset in entry["data_offsets"])
-            yield name, StoredTensor(entry["dtype"], tuple(entry["shape"]), end - start, partial(read, start, end))
+            yield (
+                name,
+                StoredTensor(
+                    entry["dtype"], tuple(entry["shape"]), end - start, partial(read, start, end)
+                ),
+            )
 
 
 def _state(file: Path) -> tuple[int, int]:
@@ -373,7 +491,9 @@ def _state(file: Path) -> tuple[int, int]:
 
 
 def _read(file: Path, state: tuple[int, int], start: int, end: int) -> Iterator[bytes]:
-    if not file.exists() or _state(file) != state:  # a model in memory may be saved long after its files were read
+    if (
+        not file.exists() or _state(file) != state
+    ):  # a model in memory may be saved long after its files were read
         raise ValueError(
             f"{str(file)!r} changed or went during the run or after it: restore the old file and start again with it, "
             "or save the model without the tensors that its class does not load (model.save_pretrained)."
@@ -389,4 +509,7 @@ def _binary(file: Path) -> Iterator[tuple[str, StoredTensor]]:
     read = partial(torch.load, file, weights_only=True, mmap=is_zipfile(file))
     for name, tensor in read(map_location="meta").items():
         if isinstance(tensor, Tensor):
-            yield name, StoredTensor.of(tensor, partial(lambda name: read(map_location="cpu")[name], name))
+            yield (
+                name,
+                StoredTensor.of(tensor, partial(lambda name: read(map_location="cpu")[name], name)),
+            )

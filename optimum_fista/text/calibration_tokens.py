@@ -44,8 +44,15 @@ def calibration_tokens(
     """
     length = usual_length(model.config) if sequence_length is None else sequence_length
     if source == "self":
-        counts = {seed: num_samples - held_out} if not held_out else {seed: held_out, seed ^ 1: num_samples - held_out}
-        sampled = [sample_text_from_model(model, tokenizer, n, length, by, progress) for by, n in counts.items()]
+        counts = (
+            {seed: num_samples - held_out}
+            if not held_out
+            else {seed: held_out, seed ^ 1: num_samples - held_out}
+        )
+        sampled = [
+            sample_text_from_model(model, tokenizer, n, length, by, progress)
+            for by, n in counts.items()
+        ]
         return torch.cat(sampled)
     return calibration_windows(
         tokenizer, load_text(source, "calibration"), num_samples, length, seed, held_out=held_out
@@ -70,16 +77,28 @@ def calibration_tokens_by_name(
     """
     if source != "self":
         tokenizer, text = require_tokenizer(name), load_text(source, "calibration")
-        return calibration_windows(tokenizer, text, num_samples, sequence_length, seed, held_out=held_out)
-    files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in Path(name).glob("*") if p.is_file())
-    settings = json.dumps([name, files, source, num_samples, sequence_length, seed, held_out, dtype])
-    key = hashlib.sha256(settings.encode()).hexdigest()[:16]  # other settings do not overwrite this text
+        return calibration_windows(
+            tokenizer, text, num_samples, sequence_length, seed, held_out=held_out
+        )
+    files = sorted(
+        (p.name, p.stat().st_size, p.stat().st_mtime_ns)
+        for p in Path(name).glob("*")
+        if p.is_file()
+    )
+    settings = json.dumps(
+        [name, files, source, num_samples, sequence_length, seed, held_out, dtype]
+    )
+    key = hashlib.sha256(settings.encode()).hexdigest()[
+        :16
+    ]  # other settings do not overwrite this text
     file = keep_in / SAMPLED_TEXTS.replace("*", key)
     with suppress(FileNotFoundError, SafetensorError):  # it is damaged: the model writes again
         return load_file(file)["tokens"]
     model, own_tokenizer = load_model(name, device=device, dtype=dtype)
     places: dict[str, Any] = {"held_out": held_out, "progress": progress}
-    tokens = calibration_tokens(source, model, own_tokenizer, num_samples, sequence_length, seed, **places)
+    tokens = calibration_tokens(
+        source, model, own_tokenizer, num_samples, sequence_length, seed, **places
+    )
     keep_in.mkdir(parents=True, exist_ok=True)
     write_file(file, {"tokens": tokens})
     return tokens

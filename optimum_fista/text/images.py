@@ -16,7 +16,12 @@ logger = logging.getLogger(__name__)
 
 
 def image_sequences(
-    processor: Any, config: PreTrainedConfig, text: TextSource, num_samples: int, length: int, seed: int
+    processor: Any,
+    config: PreTrainedConfig,
+    text: TextSource,
+    num_samples: int,
+    length: int,
+    seed: int,
 ) -> list[dict[str, Any]]:
     """Make `num_samples` batches of one sequence, of lines in random order, each with its images.
 
@@ -47,12 +52,16 @@ def image_sequences(
 def _sequence(processor: Any, text: str, files: Sequence[Path]) -> dict[str, Any]:
     """Run the processor on one text and its images; if the text does not say where they are, the chat template does."""
     names = ("image_token", "boi_token")
-    marks = [mark for mark in (getattr(processor, name, None) for name in names) if isinstance(mark, str)]
+    marks = [
+        mark for mark in (getattr(processor, name, None) for name in names) if isinstance(mark, str)
+    ]
     options: dict[str, Any] = {}
     if not any(mark in text for mark in marks):
         if processor.chat_template:
             parts = [*({"type": "image"} for _ in files), {"type": "text", "text": text}]
-            text = processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+            text = processor.apply_chat_template(
+                [{"role": "user", "content": parts}], tokenize=False
+            )
             if processor.tokenizer.bos_token and text.startswith(processor.tokenizer.bos_token):
                 options["add_special_tokens"] = False  # not a second one
         elif files:
@@ -63,6 +72,11 @@ def _sequence(processor: Any, text: str, files: Sequence[Path]) -> dict[str, Any
     try:
         images = [[load_image(str(file)) for file in files]] if files else None
         return dict(processor(text=[text], images=images, return_tensors="pt", **options))
-    except (OSError, ValueError) as error:  # a damaged file, or more images than the text has places for
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # a damaged file, or more images than the text has places for
         shown = ", ".join(map(str, files)) or "no image"
-        raise ValueError(f"the model's processor can't read {text[:60]!r} with {shown}: {error}") from error
+        raise ValueError(
+            f"the model's processor can't read {text[:60]!r} with {shown}: {error}"
+        ) from error

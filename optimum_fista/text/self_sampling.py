@@ -47,16 +47,25 @@ def sample_text_from_model(
     temperature 1 from the whole distribution: less likely tokens make worse reading, but better calibration text
     (docs/ablations.md). EOS does not end a text: the model continues with the next document.
     """
-    for name, value, least in (("num_samples", num_samples, 1), ("sequence_length", sequence_length, 2)):
+    for name, value, least in (
+        ("num_samples", num_samples, 1),
+        ("sequence_length", sequence_length, 2),
+    ):
         if value < least:
             raise ValueError(f"{name}={value}; pass {least} or more.")
     _, limit = token_limits(model)
     if limit is not None and sequence_length > limit:
-        raise ValueError(f"sequence_length={sequence_length}: pass at most {limit} (max_position_embeddings).")
+        raise ValueError(
+            f"sequence_length={sequence_length}: pass at most {limit} (max_position_embeddings)."
+        )
     with evaluation_mode(model), _own_sampling(model, seed), torch.no_grad():
         texts = num_texts(sequence_length)
-        beginnings = _beginnings(model, tokenizer, num_samples * texts, torch.Generator().manual_seed(seed))
-        new_tokens = -(-sequence_length // texts) - beginnings.shape[1]  # rounded up: the last text is cut below
+        beginnings = _beginnings(
+            model, tokenizer, num_samples * texts, torch.Generator().manual_seed(seed)
+        )
+        new_tokens = (
+            -(-sequence_length // texts) - beginnings.shape[1]
+        )  # rounded up: the last text is cut below
         total, written = len(beginnings) * new_tokens, beginnings
         if new_tokens:
             with tqdm(total=total, desc="Self-sampling", unit="token", disable=not progress) as bar:
@@ -66,7 +75,10 @@ def sample_text_from_model(
 
 
 def _beginnings(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_samples: int, generator: torch.Generator
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    num_samples: int,
+    generator: torch.Generator,
 ) -> torch.Tensor:
     """First tokens of every sample [N, 1 or 2]."""
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -80,13 +92,23 @@ def _beginnings(
     # A special token would begin a conversation or an image that the text does not go on with.
     weights[[token for token in tokenizer.all_special_ids if token < len(weights)]] = 0
     replacement = num_samples > int(weights.count_nonzero())
-    draws = torch.multinomial(weights, num_samples, replacement=replacement, generator=generator).unsqueeze(1)
+    draws = torch.multinomial(
+        weights, num_samples, replacement=replacement, generator=generator
+    ).unsqueeze(1)
     return draws if start is None else torch.cat([torch.full_like(draws, start), draws], dim=1)
 
 
-def _continue(model: PreTrainedModel, beginnings: torch.Tensor, new_tokens: int, bar: tqdm) -> torch.Tensor:
+def _continue(
+    model: PreTrainedModel, beginnings: torch.Tensor, new_tokens: int, bar: tqdm
+) -> torch.Tensor:
     ids = beginnings.to(execution_device(model.get_input_embeddings()))
-    options: Any = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens": new_tokens, "use_cache": True}
+    options: Any = {
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 0,
+        "max_new_tokens": new_tokens,
+        "use_cache": True,
+    }
     options |= {"attention_mask": torch.ones_like(ids), "streamer": _Counter(bar)}
     samples: torch.Tensor = model.generate(input_ids=ids, **options)  # type: ignore[operator]
     return samples.cpu()
@@ -119,7 +141,9 @@ def _own_sampling(model: PreTrainedModel, seed: int) -> Iterator[None]:
     try:
         with torch.random.fork_rng(devices=devices, device_type=device.type):
             # torch.manual_seed reaches all accelerators, which are forked only if one of them samples
-            (torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed)(seed)
+            (torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed)(
+                seed
+            )
             yield
     finally:
         model.generation_config = settings

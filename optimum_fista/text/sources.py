@@ -20,7 +20,11 @@ _ACCEPTED_SOURCES = (
     "a path that ends in .txt (one document) or .jsonl (field 'text' in every line), 'pydoc', 'wikitext2', "
     "'c4' or 'ptb' (from the Hub, with the package `datasets`), or, for calibration only, 'self' (the model writes it)"
 )
-_MEDIA = (b'"image', b'"audio', b'"video')  # what the keys of lines begin with that are not only text
+_MEDIA = (
+    b'"image',
+    b'"audio',
+    b'"video',
+)  # what the keys of lines begin with that are not only text
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,9 @@ class TextSource:
     name: str  # of the file, or the data set's usual name
     documents: tuple[str, ...]
     separator: str = "\n\n"  # between two documents when the source is read as one text
-    max_windows: int | None = None  # that perplexity is measured on, by the literature's protocol; None = all
+    max_windows: int | None = (
+        None  # that perplexity is measured on, by the literature's protocol; None = all
+    )
     images: tuple[tuple[Path, ...], ...] = ()  # files of each document; () if none has any
 
     @property
@@ -53,9 +59,24 @@ _HUB: dict[tuple[str, Split], tuple[str, dict[str, str], str | None, dict[str, A
     ("wikitext2", "calibration"): ("train", _WIKITEXT, None, {}),
     ("wikitext2", "test"): ("test", _WIKITEXT, None, {"separator": "\n\n"}),
     # C4's files are shuffled: the first documents of one, 10 million tokens, represent all and fit in memory.
-    ("c4", "calibration"): ("train", {}, "en/c4-train.00000-of-01024.json.gz", {"max_rows": 20_000, "whole": False}),
-    ("c4", "test"): ("validation", {}, "en/c4-validation.00000-of-00008.json.gz", {"max_rows": 1100, "windows": 256}),
-    ("ptb", "calibration"): ("train", _PTB, "penn_treebank/train/0000.parquet", {"column": "sentence"}),
+    ("c4", "calibration"): (
+        "train",
+        {},
+        "en/c4-train.00000-of-01024.json.gz",
+        {"max_rows": 20_000, "whole": False},
+    ),
+    ("c4", "test"): (
+        "validation",
+        {},
+        "en/c4-validation.00000-of-00008.json.gz",
+        {"max_rows": 1100, "windows": 256},
+    ),
+    ("ptb", "calibration"): (
+        "train",
+        _PTB,
+        "penn_treebank/train/0000.parquet",
+        {"column": "sentence"},
+    ),
     ("ptb", "test"): ("test", _PTB, "penn_treebank/test/0000.parquet", {"column": "sentence"}),
 }
 
@@ -70,12 +91,18 @@ def require_source(source: str, *, with_images: bool = False) -> bool:
     if source in HUB_DATASETS:
         if find_spec("datasets") is None:
             run = f"run {install_command('datasets')}, or pass a local .txt or .jsonl file"
-            raise ImportError(f"source={source!r} needs the package `datasets`, which is not installed: {run}.")
+            raise ImportError(
+                f"source={source!r} needs the package `datasets`, which is not installed: {run}."
+            )
     elif Path(source).suffix not in (".txt", ".jsonl"):
         raise ValueError(f"source={source!r} is not known; pass {_ACCEPTED_SOURCES}.")
     elif not Path(source).is_file():
-        raise FileNotFoundError(f"source={source!r}: there is no such file; pass {_ACCEPTED_SOURCES}.")
-    elif Path(source).suffix == ".jsonl" and any(word in Path(source).read_bytes() for word in _MEDIA):
+        raise FileNotFoundError(
+            f"source={source!r}: there is no such file; pass {_ACCEPTED_SOURCES}."
+        )
+    elif Path(source).suffix == ".jsonl" and any(
+        word in Path(source).read_bytes() for word in _MEDIA
+    ):
         has_images = bool(_read_file(Path(source)).images)
         if has_images and not with_images:
             why = "which only the calibration of optimum-fista prune takes"
@@ -120,11 +147,17 @@ def _read_file(path: Path) -> TextSource:
         raise ValueError(f"{where} is not UTF-8 ({error}); save it as UTF-8.") from error
     documents, images = (content,), ((),)  # type: tuple[tuple[str, ...], tuple[tuple[Path, ...], ...]]
     if path.suffix == ".jsonl":
-        lines = enumerate(content.split("\n"), start=1)  # not splitlines, which ends lines at U+2028 too
-        read = [_document(line, f"{where}, line {n}", path.parent) for n, line in lines if line.strip()]
+        lines = enumerate(
+            content.split("\n"), start=1
+        )  # not splitlines, which ends lines at U+2028 too
+        read = [
+            _document(line, f"{where}, line {n}", path.parent) for n, line in lines if line.strip()
+        ]
         documents, images = tuple(text for text, _ in read), tuple(files for _, files in read)
     if not any(map(str.strip, documents)):
-        raise ValueError(f'{where} is empty; pass a file with text (in a .jsonl file under "text").')
+        raise ValueError(
+            f'{where} is empty; pass a file with text (in a .jsonl file under "text").'
+        )
     return TextSource(path.name, documents, images=images if any(images) else ())
 
 
@@ -136,14 +169,22 @@ def _document(line: str, place: str, folder: Path) -> tuple[str, tuple[Path, ...
     except (ValueError, TypeError, KeyError, AttributeError):  # no JSON, no object, another key
         item, text, found = {}, None, []
     paths = [found] if isinstance(found, str) else found
-    if not isinstance(text, str) or not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
+    if (
+        not isinstance(text, str)
+        or not isinstance(paths, list)
+        or not all(isinstance(p, str) for p in paths)
+    ):
         advice = 'every line must be a JSON object with a string under "text", and a path, or a list, under "image"'
         raise ValueError(f"{place}: found {line.strip()[:80]}; {advice}.")
     if ignored := [key for key in ("audio", "video") if item.get(key)]:
-        raise ValueError(f'{place}: {ignored[0]!r} cannot be read from files: pass lines with "text" and "image" only.')
+        raise ValueError(
+            f'{place}: {ignored[0]!r} cannot be read from files: pass lines with "text" and "image" only.'
+        )
     files = tuple(folder / path for path in paths)
     if missing := [str(file) for file in files if not file.is_file()]:
-        raise FileNotFoundError(f"{place}: there is no image {missing[0]!r}; paths are relative to the .jsonl file.")
+        raise FileNotFoundError(
+            f"{place}: there is no image {missing[0]!r}; paths are relative to the .jsonl file."
+        )
     return text, files
 
 

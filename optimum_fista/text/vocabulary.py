@@ -28,7 +28,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 _KINDS = ("BPE", "Unigram", "WordPiece")
-_BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))  # tokens for the bytes of characters that are no token
+_BYTES = frozenset(
+    f"<0x{byte:02X}>" for byte in range(256)
+)  # tokens for the bytes of characters that are no token
 _CHARACTERS = 1 << 15  # of a part that is tokenised alone
 _PARTS = 32  # tokenised in one call, in parallel: 1 million characters, whose encodings need about 100 MB
 
@@ -48,13 +50,19 @@ def count_tokens(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], s
         ValueError: If the tokenizer is not a fast one, or has an id that is not less than `size`.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"tokenizer={type(tokenizer).__name__} is not a fast one: pass one that has a tokenizer.json.")
+        raise ValueError(
+            f"tokenizer={type(tokenizer).__name__} is not a fast one: pass one that has a tokenizer.json."
+        )
     counts = torch.zeros(size, dtype=torch.int64)
     for texts in _texts(documents):
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        encoded = tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
         ids = torch.tensor([token for text in encoded for token in text], dtype=torch.int64)
         if len(ids) and int(ids.max()) >= size:
-            raise ValueError(f"size={size}, but the tokenizer has the id {int(ids.max())}: pass the rows of the model.")
+            raise ValueError(
+                f"size={size}, but the tokenizer has the id {int(ids.max())}: pass the rows of the model."
+            )
         counts += torch.bincount(ids, minlength=size)
     return counts
 
@@ -99,19 +107,33 @@ def reduce_vocabulary(
     try:  # the library's own form: ids as it loads them, each merge a pair
         content = json.loads(Tokenizer.from_str(json.dumps(tokenizer)).to_str())
     except Exception as error:  # the library raises nothing more special
-        raise ValueError(f"tokenizer: it can't be loaded ({error}); pass the content of tokenizer.json.") from error
+        raise ValueError(
+            f"tokenizer: it can't be loaded ({error}); pass the content of tokenizer.json."
+        ) from error
     model = content["model"]
     if model["type"] not in _KINDS:
-        raise ValueError(f"tokenizer: {model['type']} has no smaller pieces for what goes; pass one of {_KINDS}.")
+        raise ValueError(
+            f"tokenizer: {model['type']} has no smaller pieces for what goes; pass one of {_KINDS}."
+        )
     vocabulary = model["vocab"]
-    pieces = {entry[0]: i for i, entry in enumerate(vocabulary)} if model["type"] == "Unigram" else dict(vocabulary)
-    tokens = {i: token for token, i in pieces.items()} | {t["id"]: t["content"] for t in content["added_tokens"]}
+    pieces = (
+        {entry[0]: i for i, entry in enumerate(vocabulary)}
+        if model["type"] == "Unigram"
+        else dict(vocabulary)
+    )
+    tokens = {i: token for token, i in pieces.items()} | {
+        t["id"]: t["content"] for t in content["added_tokens"]
+    }
     if len(counts) <= max(tokens):
-        raise ValueError(f"counts is of {len(counts)} ids, but the tokenizer has {max(tokens) + 1}: count all of them.")
+        raise ValueError(
+            f"counts is of {len(counts)} ids, but the tokenizer has {max(tokens) + 1}: count all of them."
+        )
     required, asked = _always_kept(content, pieces), set(keep)
     for name, wanted in (("keep", asked), ("tokenizer: its padding or post-processor", required)):
         if unknown := sorted(wanted - tokens.keys()):
-            raise ValueError(f"{name} has the id {unknown[0]}, which is no token; pass ids of 0 to {max(tokens)}.")
+            raise ValueError(
+                f"{name} has the id {unknown[0]}, which is no token; pass ids of 0 to {max(tokens)}."
+            )
     required |= asked
 
     parts, uses = _parts(model, pieces), counts.tolist()
@@ -129,7 +151,13 @@ def reduce_vocabulary(
 
     def rank(index: int) -> tuple[float, ...]:
         of_parts = min(uses[part] for part in parts.get(index, (index,)))
-        return index not in required, -uses[index] - zipf // (first[index] + 1), -of_parts, first[index], length[index]
+        return (
+            index not in required,
+            -uses[index] - zipf // (first[index] + 1),
+            -of_parts,
+            first[index],
+            length[index],
+        )
 
     if num_kept is None:
         num_kept = sum(index in required or uses[index] > 0 for index in tokens)
@@ -145,9 +173,15 @@ def reduce_vocabulary(
 
 def _symbols(token: str, model: dict[str, Any]) -> list[str]:
     """The single characters of a token, as the model writes them inside and at the end of a word."""
-    prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
+    prefix, suffix = (
+        model.get("continuing_subword_prefix") or "",
+        model.get("end_of_word_suffix") or "",
+    )
     inner = token.removesuffix(suffix)
-    begin, end = prefix if inner.startswith(prefix) else "", suffix if token.endswith(suffix) else ""
+    begin, end = (
+        prefix if inner.startswith(prefix) else "",
+        suffix if token.endswith(suffix) else "",
+    )
     symbols = [prefix + character for character in inner.removeprefix(prefix)] or [""]
     symbols[0] = begin + symbols[0].removeprefix(prefix)
     symbols[-1] += end
@@ -187,7 +221,9 @@ def _parts(model: dict[str, Any], pieces: dict[str, int]) -> dict[int, tuple[int
     return parts
 
 
-def _last_merge(symbols: list[str], ranks: dict[tuple[str, str], int], prefix: int) -> tuple[str, str] | None:
+def _last_merge(
+    symbols: list[str], ranks: dict[tuple[str, str], int], prefix: int
+) -> tuple[str, str] | None:
     """Merge a token's symbols as the tokenizer does; `None` if they do not become one."""
     found = [ranks.get(pair, len(ranks)) for pair in pairwise(symbols)]
     while len(found) > 1 and (rank := min(found)) < len(ranks):
@@ -207,7 +243,9 @@ def _change_ids(content: dict[str, Any], change: Callable[[int], int]) -> None:
             owner[name] = change(owner[name])
     processors = [content["post_processor"] or {}]
     for processor in processors:
-        processors += processor.get("processors", [])  # those of a sequence are visited by this loop too
+        processors += processor.get(
+            "processors", []
+        )  # those of a sequence are visited by this loop too
         for special in processor.get("special_tokens", {}).values():
             special["ids"] = [change(index) for index in special["ids"]]
         for name in {"sep", "cls"} & processor.keys():
@@ -221,8 +259,12 @@ def _renumber(content: dict[str, Any], pieces: dict[str, int], new: dict[int, in
     if model["type"] == "Unigram":
         model["vocab"] = [entry for index, entry in enumerate(model["vocab"]) if index in new]
         return
-    model["vocab"] = vocabulary = {token: new[index] for token, index in pieces.items() if index in new}
+    model["vocab"] = vocabulary = {
+        token: new[index] for token, index in pieces.items() if index in new
+    }
     if "merges" in model:
         prefix = len(model.get("continuing_subword_prefix") or "")
         results = ([left, right, left + right[prefix:]] for left, right in model["merges"])
-        model["merges"] = [[*parts] for *parts, result in results if {*parts, result} <= vocabulary.keys()]
+        model["merges"] = [
+            [*parts] for *parts, result in results if {*parts, result} <= vocabulary.keys()
+        ]

@@ -9,7 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from optimum_fista.options import require_seed
 from optimum_fista.text.sources import TextSource
 
-_CHARACTERS_PER_TOKEN = 8  # English has 4 to 5: a segment is longer than a window, so that its start is random
+_CHARACTERS_PER_TOKEN = (
+    8  # English has 4 to 5: a segment is longer than a window, so that its start is random
+)
 
 
 def calibration_windows(
@@ -35,8 +37,12 @@ def calibration_windows(
     require_seed(seed)
     bos, length = _bos_and_length(tokenizer, sequence_length)
     generator = torch.Generator().manual_seed(seed)
-    if len(text.documents) > 1:  # windows follow one another, so that the first ones are always the same
-        return _with_bos(_windows_of_documents(tokenizer, text, num_samples, length, generator), bos)
+    if (
+        len(text.documents) > 1
+    ):  # windows follow one another, so that the first ones are always the same
+        return _with_bos(
+            _windows_of_documents(tokenizer, text, num_samples, length, generator), bos
+        )
     first = torch.empty(0, length, dtype=torch.int64)
     if held_out:
         first, text = _set_apart(tokenizer, text, held_out, length, generator)
@@ -45,7 +51,10 @@ def calibration_windows(
 
 
 def evaluation_windows(
-    tokenizer: PreTrainedTokenizerBase, text: TextSource, sequence_length: int, max_windows: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    text: TextSource,
+    sequence_length: int,
+    max_windows: int | None = None,
 ) -> torch.Tensor:
     """Cut the joined text into consecutive windows from its start, as pruning papers measure perplexity.
 
@@ -59,13 +68,17 @@ def evaluation_windows(
     ids = _tokenise(tokenizer, text.joined)
     if len(ids) < length:
         few = f"{len(ids)} tokens, fewer than one window of {length}"
-        raise ValueError(f"text {text.name!r} has {few}; pass a longer text or a smaller sequence_length.")
+        raise ValueError(
+            f"text {text.name!r} has {few}; pass a longer text or a smaller sequence_length."
+        )
     count = len(ids) // length
     windows = ids[: count * length].view(count, length)  # [tokens] -> [windows, tokens]
     return _with_bos(windows[: text.max_windows][:max_windows], bos)
 
 
-def count_bytes(tokenizer: PreTrainedTokenizerBase, text: TextSource, windows: torch.Tensor) -> int | None:
+def count_bytes(
+    tokenizer: PreTrainedTokenizerBase, text: TextSource, windows: torch.Tensor
+) -> int | None:
     """Count the UTF-8 bytes of a text that the predicted tokens of its first `evaluation_windows` stand for.
 
     The first token of a window is not predicted. A token stands for the bytes from the end of the token before it to
@@ -75,17 +88,26 @@ def count_bytes(tokenizer: PreTrainedTokenizerBase, text: TextSource, windows: t
     if not tokenizer.is_fast:
         return None
     joined = text.joined
-    encoded = tokenizer(joined, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, ends = torch.tensor(encoded["input_ids"]), [0, *(end for _, end in encoded["offset_mapping"])]
+    encoded = tokenizer(
+        joined, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    ids, ends = (
+        torch.tensor(encoded["input_ids"]),
+        [0, *(end for _, end in encoded["offset_mapping"])],
+    )
     for bos in (0, 1):  # a BOS token before every window is not predicted, and stands for nothing
         of_text, length = windows.cpu()[:, bos:].flatten(), windows.shape[1] - bos
         if ids[: len(of_text)].equal(of_text.long()):
-            parts = (joined[ends[i + 1 - bos] : ends[i + length]] for i in range(0, len(of_text), length))
+            parts = (
+                joined[ends[i + 1 - bos] : ends[i + length]] for i in range(0, len(of_text), length)
+            )
             return len("".join(parts).encode("utf-8", "surrogatepass"))
     return None
 
 
-def _bos_and_length(tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> tuple[int | None, int]:
+def _bos_and_length(
+    tokenizer: PreTrainedTokenizerBase, sequence_length: int
+) -> tuple[int | None, int]:
     """BOS id that every window starts with, `None` if none, and tokens of text in a window."""
     if sequence_length < 2:
         raise ValueError(f"sequence_length={sequence_length}; pass 2 or more.")
@@ -110,11 +132,17 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
 
 
 def _set_apart(
-    tokenizer: PreTrainedTokenizerBase, text: TextSource, count: int, length: int, generator: torch.Generator
+    tokenizer: PreTrainedTokenizerBase,
+    text: TextSource,
+    count: int,
+    length: int,
+    generator: torch.Generator,
 ) -> tuple[torch.Tensor, TextSource]:
     """The first window of each of `count` segments of a document, and the text without these windows."""
     document, windows = text.documents[0], list[torch.Tensor]()
-    characters = min(_CHARACTERS_PER_TOKEN * length, len(document) // (2 * count))  # less if the text is short
+    characters = min(
+        _CHARACTERS_PER_TOKEN * length, len(document) // (2 * count)
+    )  # less if the text is short
     segments = _segments(document, max(1, characters))
     for index in torch.randperm(len(segments), generator=generator).tolist():
         ids = _tokenise(tokenizer, segments[index])
@@ -126,7 +154,11 @@ def _set_apart(
 
 
 def _windows_of_document(
-    tokenizer: PreTrainedTokenizerBase, text: TextSource, num_samples: int, length: int, generator: torch.Generator
+    tokenizer: PreTrainedTokenizerBase,
+    text: TextSource,
+    num_samples: int,
+    length: int,
+    generator: torch.Generator,
 ) -> torch.Tensor:
     """One window from each of `num_samples` segments; from the whole document if it has too few segments."""
     document, characters = text.documents[0], _CHARACTERS_PER_TOKEN * length
@@ -148,10 +180,14 @@ def _segments(document: str, characters: int) -> list[str]:
         cut = cuts[-1] + characters
         # a cut within a word would make tokens that the text does not have
         cuts.append(next((i for i in range(cut, cut + characters) if document[i].isspace()), cut))
-    return [document[start:end] for start, end in zip(cuts, [*cuts[1:], len(document)], strict=True)]
+    return [
+        document[start:end] for start, end in zip(cuts, [*cuts[1:], len(document)], strict=True)
+    ]
 
 
-def _spread_windows(ids: torch.Tensor, num_samples: int, length: int, generator: torch.Generator) -> torch.Tensor:
+def _spread_windows(
+    ids: torch.Tensor, num_samples: int, length: int, generator: torch.Generator
+) -> torch.Tensor:
     """Windows at random places of `ids`, in random order; the gaps between them are uniformly random."""
     slack = len(ids) - num_samples * length  # tokens that are in no window
     gaps = torch.randint(slack + 1, (num_samples,), generator=generator).sort().values
@@ -161,7 +197,11 @@ def _spread_windows(ids: torch.Tensor, num_samples: int, length: int, generator:
 
 
 def _windows_of_documents(
-    tokenizer: PreTrainedTokenizerBase, text: TextSource, num_samples: int, length: int, generator: torch.Generator
+    tokenizer: PreTrainedTokenizerBase,
+    text: TextSource,
+    num_samples: int,
+    length: int,
+    generator: torch.Generator,
 ) -> torch.Tensor:
     eos = tokenizer.eos_token_id
     separator = torch.tensor([] if eos is None else [eos], dtype=torch.int64)
@@ -178,4 +218,6 @@ def _windows_of_documents(
 def _check_enough(text: TextSource, tokens: int, num_samples: int, length: int) -> None:
     if tokens < num_samples * length:
         need = f"num_samples={num_samples} windows of {length} need {num_samples * length}"
-        raise ValueError(f"text {text.name!r} has {tokens} tokens, and {need}; pass a longer text or smaller numbers.")
+        raise ValueError(
+            f"text {text.name!r} has {tokens} tokens, and {need}; pass a longer text or smaller numbers."
+        )

@@ -22,9 +22,23 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
-from optimum_fista.folder.output import digest_of, errors_of_writing, is_whole, read_record, write_file, write_record
+from optimum_fista.folder.output import (
+    digest_of,
+    errors_of_writing,
+    is_whole,
+    read_record,
+    write_file,
+    write_record,
+)
 from optimum_fista.prune.ranks import Ranks
 from optimum_fista.train.divergence import Predictor, divergence, text_loss
 from optimum_fista.train.training import local
@@ -73,14 +87,25 @@ class DistillationTrainer(Trainer):
         callbacks: list[TrainerCallback],
     ) -> None:
         texts: Any = [[{"input_ids": row} for row in windows] for windows in (trained_on, held_out)]
-        self._trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        super().__init__(model, arguments, train_dataset=texts[0], eval_dataset=texts[1], callbacks=callbacks)
+        self._trained = [
+            name for name, parameter in model.named_parameters() if parameter.requires_grad
+        ]
+        super().__init__(
+            model, arguments, train_dataset=texts[0], eval_dataset=texts[1], callbacks=callbacks
+        )
         self.remove_callback(PrinterCallback)
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
-            raise ValueError("recover does not know the weights that DeepSpeed and FSDP1 keep: pass --fsdp_version 2.")
-        sharded = bool(self.is_fsdp_enabled)  # then the head is whole only inside a call of the wrapper
+            raise ValueError(
+                "recover does not know the weights that DeepSpeed and FSDP1 keep: pass --fsdp_version 2."
+            )
+        sharded = bool(
+            self.is_fsdp_enabled
+        )  # then the head is whole only inside a call of the wrapper
         teacher = fsdp2_prepare_model(self.accelerator, teacher) if sharded else teacher
-        self._student, self._teacher = Predictor(model, whole=sharded), Predictor(teacher, kept, whole=sharded)
+        self._student, self._teacher = (
+            Predictor(model, whole=sharded),
+            Predictor(teacher, kept, whole=sharded),
+        )
         self._label_share, self._start, self.schedule = label_share, start, Schedule(steps)
 
     def create_scheduler(self, *_: Any, **__: Any) -> LambdaLR:
@@ -95,20 +120,29 @@ class DistillationTrainer(Trainer):
         for name in self._trained:
             value, parameter = start[name], parameters[name]
             if isinstance(parameter, DTensor):  # every process has the whole value: none is sent
-                value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                value = distribute_tensor(
+                    value, parameter.device_mesh, parameter.placements, src_data_rank=None
+                )
             local(parameter.data).copy_(local(value))
         for moments in optimizer.state.values():
             for value in moments.values():
                 value.zero_()
-        self.schedule.began, self.schedule.share = scheduler.last_epoch, self.schedule.share / _BACK_OFF
+        self.schedule.began, self.schedule.share = (
+            scheduler.last_epoch,
+            self.schedule.share / _BACK_OFF,
+        )
         for group, rate in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
             group["lr"] = rate * self.schedule(scheduler.last_epoch)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """The divergence from the teacher and the text."""
-        return divergence(self._student, self._teacher, inputs["input_ids"], self._label_share, model)
+        return divergence(
+            self._student, self._teacher, inputs["input_ids"], self._label_share, model
+        )
 
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[Tensor, None, None]:
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any
+    ) -> tuple[Tensor, None, None]:
         """The mean negative log-likelihood of a token of held-out sequences."""
         ids = self._prepare_inputs(inputs)["input_ids"]
         with torch.no_grad():
@@ -120,7 +154,9 @@ class DistillationTrainer(Trainer):
         Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
         super().save_model(output_dir, _internal_call)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
         if self.args.should_save:
             model: Any = self.model
             found = state_dict or model.state_dict()
@@ -143,7 +179,9 @@ class Watch(TrainerCallback):
 
     def __init__(self, ranks: Ranks, progress: bool, check: int) -> None:
         """`check` is a step after which the held-out loss is measured, besides those of the Trainer's arguments."""
-        self.back_off: Callable[[], None] = lambda: None  # of the trainer, which is made with its callbacks
+        self.back_off: Callable[[], None] = lambda: (
+            None
+        )  # of the trainer, which is made with its callbacks
         self._check = check
         self.stopped = self._asked = False  # by Ctrl-C: in some process, and so in all; in this one
         self._ranks, self._progress = ranks, progress and not ranks.index
@@ -158,10 +196,15 @@ class Watch(TrainerCallback):
             if self._asked:
                 raise KeyboardInterrupt
             self._asked = True
-            logger.warning("stopping: this step is finished and saved first; Ctrl-C again stops at once")
+            logger.warning(
+                "stopping: this step is finished and saved first; Ctrl-C again stops at once"
+            )
 
         handler = signal.getsignal(signal.SIGINT)
-        ours = threading.current_thread() is threading.main_thread() and handler is signal.default_int_handler
+        ours = (
+            threading.current_thread() is threading.main_thread()
+            and handler is signal.default_int_handler
+        )
         if ours:  # another handler is the caller's
             signal.signal(signal.SIGINT, stop)
         try:
@@ -175,9 +218,15 @@ class Watch(TrainerCallback):
         arguments, state = given[:2]
         before = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
         if state.best_global_step:
-            state.best_model_checkpoint = f"{arguments.output_dir}/checkpoint-{state.best_global_step}"
+            state.best_model_checkpoint = (
+                f"{arguments.output_dir}/checkpoint-{state.best_global_step}"
+            )
         self._began, self._saved = time.perf_counter() - before, time.perf_counter()
-        shown: dict[str, Any] = {"initial": state.global_step, "unit": "step", "disable": not self._progress}
+        shown: dict[str, Any] = {
+            "initial": state.global_step,
+            "unit": "step",
+            "disable": not self._progress,
+        }
         self._bar = tqdm(total=state.max_steps, desc="Training", **shown)
 
     def on_step_end(self, *given: Any, **_: Any) -> None:
@@ -210,15 +259,21 @@ class Watch(TrainerCallback):
         if self._bar is None:  # after the training: the caller compares
             return
         self._bar.set_postfix({"held-out loss": f"{loss:.4f}"})
-        logger.info("held-out loss %.4f after step %d of %d", loss, state.global_step, state.max_steps)
+        logger.info(
+            "held-out loss %.4f after step %d of %d", loss, state.global_step, state.max_steps
+        )
         if not state.global_step:
             state.best_metric = loss
             if not math.isfinite(loss):
-                raise ValueError(f"the pruned model's held-out loss is {loss}: look for NaN in its weights.")
+                raise ValueError(
+                    f"the pruned model's held-out loss is {loss}: look for NaN in its weights."
+                )
         before = next(row["eval_loss"] for row in state.log_history if "eval_loss" in row)
         if not loss <= before and state.global_step < state.max_steps:
             step = f"held-out loss {loss:.4f} after step {state.global_step}, {before:.4f} before the training"
-            logger.warning("%s: back to the weights before, with a quarter of the learning rate", step)
+            logger.warning(
+                "%s: back to the weights before, with a quarter of the learning rate", step
+            )
             self.back_off()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
@@ -232,8 +287,12 @@ def _finish_state(journal: Path, state: TrainerState) -> None:
     """Write the digests of a state's files last, and only then remove the states that it replaces."""
     best, folder = state.best_global_step, journal / f"checkpoint-{state.global_step}"
     file = folder / "trainer_state.json"
-    write_file(file, json.dumps(json.loads(file.read_text()) | {"best_model_checkpoint": None}))  # folders may be moved
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != _STATE_RECORD]
+    write_file(
+        file, json.dumps(json.loads(file.read_text()) | {"best_model_checkpoint": None})
+    )  # folders may be moved
+    files = [
+        file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != _STATE_RECORD
+    ]
     digests = {file.relative_to(folder).as_posix(): digest_of(file) for file in files}
     write_record(folder / _STATE_RECORD, {"best": best, "files": digests})
     for other in {*journal.glob("checkpoint-*")} - {folder, journal / f"checkpoint-{best}"}:
@@ -246,10 +305,14 @@ def kept_states(journal: Path) -> dict[int, Path]:
     found, best = {}, {}
     for folder in journal.glob("checkpoint-*"):
         record = read_record(folder / _STATE_RECORD)
-        if record is not None and all(is_whole(folder / name, digest) for name, digest in record["files"].items()):
+        if record is not None and all(
+            is_whole(folder / name, digest) for name, digest in record["files"].items()
+        ):
             step = int(folder.name.rpartition("-")[2])
             found[step], best[step] = folder.resolve(), record["best"]
-    found = {step: folder for step, folder in found.items() if not best[step] or best[step] in found}
+    found = {
+        step: folder for step, folder in found.items() if not best[step] or best[step] in found
+    }
     for folder in journal.glob("checkpoint-*"):
         if folder.resolve() not in found.values():
             shutil.rmtree(folder)

@@ -26,12 +26,17 @@ class Predictor:
     logits for a few tokens, the model can't be cut; then whole logits take the place of hidden states.
     """
 
-    def __init__(self, model: PreTrainedModel, kept: Tensor | None = None, *, whole: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, kept: Tensor | None = None, *, whole: bool = False
+    ) -> None:
         """`kept` are the tokens [vocabulary of the student] that a student has of this model's; `whole`: don't cut."""
         self._model, self._base, self._output = model, model.get_decoder(), None
         self._kept = None if kept is None else kept.to(model.device)
         if not whole:
-            with suppress(Exception), torch.no_grad():  # code of other people: whatever fails, it can't be cut
+            with (
+                suppress(Exception),
+                torch.no_grad(),
+            ):  # code of other people: whatever fails, it can't be cut
                 self._output = self._output_if_cut(torch.arange(4, device=model.device)[None])
 
     def _output_if_cut(self, ids: Tensor) -> type[ModelOutput] | None:
@@ -53,7 +58,9 @@ class Predictor:
 
         def keep(_: Any, __: Any, output: Any) -> Any:
             found.append(output.last_hidden_state)
-            return type(output)(last_hidden_state=output.last_hidden_state[:, :1])  # logits of one token
+            return type(output)(
+                last_hidden_state=output.last_hidden_state[:, :1]
+            )  # logits of one token
 
         ids = ids if self._kept is None else self._kept[ids]
         with self._base.register_forward_hook(keep) if self._output else nullcontext():
@@ -63,9 +70,14 @@ class Predictor:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [positions, vocabulary] for hidden states [positions, hidden]."""
         if self._output:
-            output, ids = self._output(last_hidden_state=hidden[None]), torch.zeros(1, len(hidden)).long()
+            output, ids = (
+                self._output(last_hidden_state=hidden[None]),
+                torch.zeros(1, len(hidden)).long(),
+            )
             with patch.object(self._base, "forward", lambda *_, **__: output):
-                hidden = self._model.forward(input_ids=ids.to(hidden.device), use_cache=False).logits[0]
+                hidden = self._model.forward(
+                    input_ids=ids.to(hidden.device), use_cache=False
+                ).logits[0]
         return hidden if self._kept is None else hidden[:, self._kept]
 
     def chunks(self, positions: int) -> Iterator[slice]:
@@ -78,14 +90,25 @@ class Predictor:
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, wanted: Tensor, student: Predictor, teacher: Predictor, labels: Tensor, share: float
+        ctx: Any,
+        hidden: Tensor,
+        wanted: Tensor,
+        student: Predictor,
+        teacher: Predictor,
+        labels: Tensor,
+        share: float,
     ) -> Tensor:
-        gradient, total = torch.empty_like(hidden), torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient, total = (
+            torch.empty_like(hidden),
+            torch.zeros((), dtype=torch.float32, device=hidden.device),
+        )
         for rows in student.chunks(len(hidden)):
             part = hidden[rows].detach().requires_grad_()
             with torch.enable_grad():
                 logits = student.logits(part)
-            loss, slope = _loss_and_slope(logits.detach(), teacher.logits(wanted[rows]), labels[rows], share)
+            loss, slope = _loss_and_slope(
+                logits.detach(), teacher.logits(wanted[rows]), labels[rows], share
+            )
             total += loss
             gradient[rows] = torch.autograd.grad(logits, part, slope.div_(len(hidden)))[0]
         ctx.save_for_backward(gradient)
@@ -96,13 +119,20 @@ class _Divergence(torch.autograd.Function):
         return ctx.saved_tensors[0] * outward[0], None, None, None, None, None
 
 
-def _loss_and_slope(logits: Tensor, teacher: Tensor, labels: Tensor, label_share: float) -> tuple[Tensor, Tensor]:
+def _loss_and_slope(
+    logits: Tensor, teacher: Tensor, labels: Tensor, label_share: float
+) -> tuple[Tensor, Tensor]:
     """The sum of the divergence over positions, and its gradient by the logits [positions, vocabulary]."""
-    slopes, total = torch.empty_like(logits), torch.zeros((), dtype=torch.float32, device=logits.device)
+    slopes, total = (
+        torch.empty_like(logits),
+        torch.zeros((), dtype=torch.float32, device=logits.device),
+    )
     size = _POSITIONS_ON_CPU if logits.device.type == "cpu" else len(logits)
     for start in range(0, len(logits), size):
         rows = slice(start, start + size)
-        log_q, log_p = (values[rows].float().log_softmax(-1) for values in (logits, teacher))  # [chunk, vocabulary]
+        log_q, log_p = (
+            values[rows].float().log_softmax(-1) for values in (logits, teacher)
+        )  # [chunk, vocabulary]
         q, p, following = log_q.exp(), log_p.exp(), labels[rows, None]
         total += (1 - label_share) * log_p.sub_(log_q).mul_(p).sum()
         if label_share:  # the label may be of no probability
@@ -114,7 +144,11 @@ def _loss_and_slope(logits: Tensor, teacher: Tensor, labels: Tensor, label_share
 
 
 def divergence(
-    student: Predictor, teacher: Predictor, ids: Tensor, label_share: float = 0.0, wrapped: Any = None
+    student: Predictor,
+    teacher: Predictor,
+    ids: Tensor,
+    label_share: float = 0.0,
+    wrapped: Any = None,
 ) -> Tensor:
     """Distance of predictions from a teacher's and from the text, on average over the tokens that `ids` predict.
 
@@ -124,7 +158,14 @@ def divergence(
     """
     with torch.no_grad():
         wanted = teacher.hidden_states(ids)
-    given = student.hidden_states(ids, wrapped), wanted, student, teacher, ids[:, 1:].flatten(), label_share
+    given = (
+        student.hidden_states(ids, wrapped),
+        wanted,
+        student,
+        teacher,
+        ids[:, 1:].flatten(),
+        label_share,
+    )
     found: Tensor = _Divergence.apply(*given)
     return found
 
@@ -132,5 +173,9 @@ def divergence(
 def text_loss(student: Predictor, ids: Tensor, wrapped: Any = None) -> Tensor:
     """The mean negative log-likelihood of the tokens that `ids` [batch, length] predict."""
     hidden, labels = student.hidden_states(ids, wrapped), ids[:, 1:].flatten()
-    parts = ((student.logits(hidden[rows]).float(), labels[rows]) for rows in student.chunks(len(labels)))
-    return torch.stack([cross_entropy(*part, reduction="sum") for part in parts]).sum() / len(labels)
+    parts = (
+        (student.logits(hidden[rows]).float(), labels[rows]) for rows in student.chunks(len(labels))
+    )
+    return torch.stack([cross_entropy(*part, reduction="sum") for part in parts]).sum() / len(
+        labels
+    )

@@ -50,7 +50,14 @@ from optimum_fista.source.loading import load_model, read_model
 from optimum_fista.source.source_tensors import source_tensors
 from optimum_fista.text.calibration_tokens import calibration_tokens_by_name
 from optimum_fista.train.distillation import DistillationTrainer, Watch, kept_states
-from optimum_fista.train.recovery_plan import Choice, RecoveryPlan, choose, load_student, mark_trained, plan_recovery
+from optimum_fista.train.recovery_plan import (
+    Choice,
+    RecoveryPlan,
+    choose,
+    load_student,
+    mark_trained,
+    plan_recovery,
+)
 from optimum_fista.train.training import MaskedTrainingCallback, find_record, local
 
 logger = logging.getLogger(__name__)
@@ -106,8 +113,14 @@ def recover(
         FileExistsError: If `output_dir` holds a model and `overwrite` is False, or files of the user.
     """
     with joined_ranks(device) as ranks, ExitStack() as opened:
-        asked: dict[str, Any] = {"calibration": calibration, "device": ranks.device, "overwrite": overwrite} | options
-        plan = ranks.each(lambda: plan_recovery(folder, teacher, output_dir, processes=ranks.count, **asked))
+        asked: dict[str, Any] = {
+            "calibration": calibration,
+            "device": ranks.device,
+            "overwrite": overwrite,
+        } | options
+        plan = ranks.each(
+            lambda: plan_recovery(folder, teacher, output_dir, processes=ranks.count, **asked)
+        )
         unfinished = unfinished_folder(plan.output)
 
         def lock() -> None:
@@ -115,11 +128,16 @@ def recover(
             require_output(plan.output, overwrite)  # another run may just have ended
 
         ranks.first(lock)
-        files = [shared_files(Path(name), unfinished, ranks, progress) for name in (plan.source, plan.teacher)]
+        files = [
+            shared_files(Path(name), unfinished, ranks, progress)
+            for name in (plan.source, plan.teacher)
+        ]
         windows = ranks.first(lambda: _draw(plan, unfinished / FOLDER, progress))
         fingerprint = _fingerprint(plan, files, windows, ranks.count)
         join_run(unfinished, fingerprint, overwrite, ranks)
-        ranks.first(lambda: write_record(unfinished / RUN_FILE, fingerprint))  # the folder is kept until the run ends
+        ranks.first(
+            lambda: write_record(unfinished / RUN_FILE, fingerprint)
+        )  # the folder is kept until the run ends
         with _trainers_settings(plan.place), ranks.exchanging():
             model, found = _train(plan, windows, fingerprint, unfinished / FOLDER, ranks, progress)
 
@@ -147,7 +165,12 @@ def _draw(plan: RecoveryPlan, journal: Path, progress: bool) -> Tensor:
     """Draw the text as tokens [sequences, length]; the first sequences are held out."""
     held_out = plan.options.held_out
     numbers = plan.num_sequences + held_out, plan.length, plan.options.seed
-    places: dict[str, Any] = {"held_out": held_out, "device": str(plan.place), "keep_in": journal, "progress": progress}
+    places: dict[str, Any] = {
+        "held_out": held_out,
+        "device": str(plan.place),
+        "keep_in": journal,
+        "progress": progress,
+    }
     try:
         return calibration_tokens_by_name(plan.text_model, plan.calibration, *numbers, **places)
     except ValueError as error:
@@ -155,10 +178,14 @@ def _draw(plan: RecoveryPlan, journal: Path, progress: bool) -> Tensor:
         raise ValueError(f"{text}: {error}") from error
 
 
-def _fingerprint(plan: RecoveryPlan, files: Sequence[SourceFiles], windows: Tensor, processes: int) -> dict[str, Any]:
+def _fingerprint(
+    plan: RecoveryPlan, files: Sequence[SourceFiles], windows: Tensor, processes: int
+) -> dict[str, Any]:
     """List all that the bytes of the result depend on."""
     versions, masks_file = library_versions(), Path(plan.source) / MASKS_FILE
-    options = {name: getattr(plan.options, name) for name in ("batch_size", "label_share", "seed", "train")}
+    options = {
+        name: getattr(plan.options, name) for name in ("batch_size", "label_share", "seed", "train")
+    }
     options |= {"learning_rate": plan.options.learning_rate, "accumulate": plan.accumulate}
     kept = plan.kept  # the teacher's predictions are those of the tokens that stay
     options |= {} if kept is None else {"kept_tokens": len(kept)}
@@ -178,21 +205,31 @@ def _fingerprint(plan: RecoveryPlan, files: Sequence[SourceFiles], windows: Tens
 
 
 def _train(
-    plan: RecoveryPlan, windows: Tensor, fingerprint: dict[str, Any], journal: Path, ranks: Ranks, progress: bool
+    plan: RecoveryPlan,
+    windows: Tensor,
+    fingerprint: dict[str, Any],
+    journal: Path,
+    ranks: Ranks,
+    progress: bool,
 ) -> tuple[PreTrainedModel | None, RecoveryReport]:
     """Train or resume; returns the model to save (in rank 0) and the report."""
     free = ranks.gather(available_bytes(plan.place))
     choice = ranks.first(lambda: _choose_once(plan, journal, free))
     model, teacher = ranks.each(lambda: _load(plan, journal))
     if media_arguments(model).names:
-        logger.info("%s takes images or sounds, too: it is trained on text alone", type(model).__name__)
+        logger.info(
+            "%s takes images or sounds, too: it is trained on text alone", type(model).__name__
+        )
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     model.float()  # a step in bfloat16 would often be smaller than the weight's last bit
     mark_trained(model, choice.train)
     kept = ranks.first(lambda: kept_states(journal))
     arguments = _arguments(plan, choice, model, journal, ranks.count, resumed=bool(kept))
     watch = Watch(ranks, progress, math.ceil(plan.steps / 10))
-    callbacks: list[Any] = [watch, *([MaskedTrainingCallback(plan.source)] if choice.train == "all" else [])]
+    callbacks: list[Any] = [
+        watch,
+        *([MaskedTrainingCallback(plan.source)] if choice.train == "all" else []),
+    ]
     texts = windows[plan.options.held_out :], windows[: plan.options.held_out]
 
     def start() -> dict[str, Tensor]:
@@ -232,7 +269,8 @@ def _train(
             "sequence_length": plan.length,
             "held_out": plan.options.held_out,
         },
-        options=fingerprint["options"] | {"learning_rate": arguments.learning_rate * trainer.schedule.share},
+        options=fingerprint["options"]
+        | {"learning_rate": arguments.learning_rate * trainer.schedule.share},
         evaluations=evaluations,
         best_step=best_step,
         held_out_loss_before=before,
@@ -262,10 +300,21 @@ def _load(plan: RecoveryPlan, journal: Path) -> tuple[PreTrainedModel, PreTraine
 
 
 def _arguments(
-    plan: RecoveryPlan, choice: Choice, model: PreTrainedModel, journal: Path, processes: int, *, resumed: bool
+    plan: RecoveryPlan,
+    choice: Choice,
+    model: PreTrainedModel,
+    journal: Path,
+    processes: int,
+    *,
+    resumed: bool,
 ) -> TrainingArguments:
-    width, every = model.config.get_text_config(decoder=True).hidden_size, math.ceil(plan.steps / _EVALUATIONS)
-    rate = _RATES[choice.train] * (min(1.0, _WIDTH_OF_RATE / width) if choice.train == "all" else 1.0)
+    width, every = (
+        model.config.get_text_config(decoder=True).hidden_size,
+        math.ceil(plan.steps / _EVALUATIONS),
+    )
+    rate = _RATES[choice.train] * (
+        min(1.0, _WIDTH_OF_RATE / width) if choice.train == "all" else 1.0
+    )
     arguments = TrainingArguments(
         str(journal.resolve()),
         per_device_train_batch_size=plan.options.batch_size,
@@ -291,15 +340,22 @@ def _arguments(
         dataloader_pin_memory=False,
         use_cpu=plan.place.type == "cpu",
     )
-    arguments._setup_devices, arguments._n_gpu = plan.place, 1  # the first accelerator or all of them otherwise
+    arguments._setup_devices, arguments._n_gpu = (
+        plan.place,
+        1,
+    )  # the first accelerator or all of them otherwise
     return arguments
 
 
-def _recovered(plan: RecoveryPlan, trained: nn.Module | None, *, is_saved: bool) -> PreTrainedModel | None:
+def _recovered(
+    plan: RecoveryPlan, trained: nn.Module | None, *, is_saved: bool
+) -> PreTrainedModel | None:
     """The source's model in its own dtypes, with the trained weights if they are better; only in rank 0."""
     model = read_model(plan.source, dtype="auto") if is_saved else None
     for name, parameter in trained.named_parameters() if trained is not None else ():
-        value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter  # all ranks take part
+        value = (
+            parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        )  # all ranks take part
         if model is not None:
             model.get_parameter(name).data.copy_(value.detach())
     if model is not None and trained is not None:
@@ -312,7 +368,9 @@ def _trainers_settings(place: torch.device) -> Iterator[None]:
     """Put back what the Trainer and Accelerate change in the process: states, random numbers, the environment."""
     with ExitStack() as stack:
         for kind in (AcceleratorState, GradientState, PartialState):
-            stack.enter_context(patch.dict(kind._shared_state))  # as it was at the end, whatever is in it meanwhile
+            stack.enter_context(
+                patch.dict(kind._shared_state)
+            )  # as it was at the end, whatever is in it meanwhile
         stack.enter_context(patch.dict(os.environ))
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())

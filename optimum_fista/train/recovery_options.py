@@ -17,15 +17,22 @@ class RecoveryOptions:
 
     tokens: int = option(262_144, "tokens to train on", limits=(1, None))
     train: Literal["auto", "all", "norms"] = option(
-        "auto", "all: kept weights but embeddings and head; norms: norms and biases; auto: all if that fits into memory"
+        "auto",
+        "all: kept weights but embeddings and head; norms: norms and biases; auto: all if that fits into memory",
     )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "dtype of products; weights are trained in float32; auto: bfloat16 if the device is fast in it"
+        "auto",
+        "dtype of products; weights are trained in float32; auto: bfloat16 if the device is fast in it",
     )
     sequence_length: int | None = option(
-        None, "tokens in a sequence (default: 512, at most the model's limit)", limits=(2, None), advanced=_TRAINING
+        None,
+        "tokens in a sequence (default: 512, at most the model's limit)",
+        limits=(2, None),
+        advanced=_TRAINING,
     )
-    batch_size: int = option(2, "sequences in a forward and backward pass", limits=(1, None), advanced=_TRAINING)
+    batch_size: int = option(
+        2, "sequences in a forward and backward pass", limits=(1, None), advanced=_TRAINING
+    )
     accumulate: int | None = option(
         None,
         "passes in one update, of all processes together (default: so many that there are about 256 updates, with at "
@@ -34,15 +41,22 @@ class RecoveryOptions:
         advanced=_TRAINING,
     )
     held_out: int = option(
-        8, "sequences to measure the loss on, never trained on", limits=(1, None), advanced=_TRAINING
+        8,
+        "sequences to measure the loss on, never trained on",
+        limits=(1, None),
+        advanced=_TRAINING,
     )
     learning_rate: float | None = option(
-        None, "largest learning rate (default: by what is trained and the model's width)", advanced=_TRAINING
+        None,
+        "largest learning rate (default: by what is trained and the model's width)",
+        advanced=_TRAINING,
     )
     label_share: float = option(
         0.5, "share of the text's own cross-entropy in the loss", limits=(0, 1), advanced=_TRAINING
     )
-    seed: int = option(0, "seed by which text is drawn and ordered", limits=SEEDS, advanced=_TRAINING)
+    seed: int = option(
+        0, "seed by which text is drawn and ordered", limits=SEEDS, advanced=_TRAINING
+    )
 
     def __post_init__(self) -> None:
         if wrong := wrong_field(self):

@@ -44,7 +44,10 @@ from optimum_fista.train.recovery_options import RecoveryOptions
 from optimum_fista.train.training import pruned_folder
 
 _USUAL_LENGTH = 512  # tokens
-_USUAL_STEPS, _MOST_SEQUENCES = 256, 32  # defaults: the number of steps, and the most sequences in a step
+_USUAL_STEPS, _MOST_SEQUENCES = (
+    256,
+    32,
+)  # defaults: the number of steps, and the most sequences in a step
 _MARGIN = 0.9  # of the memory that is free: the rest is for what is not counted
 
 
@@ -65,7 +68,9 @@ class RecoveryPlan:
     place: torch.device
     compute: torch.dtype  # of products
     report: PruningReport  # of the pruned model
-    kept: Tensor | None  # the teacher's token for each of the student's, if the vocabulary was pruned
+    kept: (
+        Tensor | None
+    )  # the teacher's token for each of the student's, if the vocabulary was pruned
 
     @property
     def num_sequences(self) -> int:
@@ -80,7 +85,9 @@ class Choice:
     train: str  # "all" or "norms"
     checkpointed: bool  # whether decoder layers compute their activations twice
     num_trained: int  # weights, zeros aside
-    num_bytes: int  # of both models, gradients, moments and activations, on the device of one process
+    num_bytes: (
+        int  # of both models, gradients, moments and activations, on the device of one process
+    )
 
     def __str__(self) -> str:
         """A line for people."""
@@ -106,34 +113,50 @@ def plan_recovery(
     name = str(teacher or report.model["name"])
     if teacher is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         why = f"the report of {source!r} calls the dense model {name!r}, which is no Hub id"
-        raise ValueError(f"teacher is missing: {why}: pass the folder or Hub id of it (--teacher MODEL).")
+        raise ValueError(
+            f"teacher is missing: {why}: pass the folder or Hub id of it (--teacher MODEL)."
+        )
     output = folder_beside(source, "-recovered") if output_dir is None else Path(output_dir)
     for read in (source, name):
         require_output(output, overwrite, source=read)
     if calibration != "self":
         require_source(calibration)
     config, tokenizers = read_config(source), [load_tokenizer(source), load_tokenizer(name)]
-    sizes = [found.get_text_config(decoder=True).vocab_size for found in (config, read_config(name))]
+    sizes = [
+        found.get_text_config(decoder=True).vocab_size for found in (config, read_config(name))
+    ]
     known = [tokenizer.get_vocab() for tokenizer in tokenizers if tokenizer is not None]
     kept = _kept_of(source, name, sizes) if sizes[0] < sizes[1] else None
-    if kept is not None and len(known) == 2:  # the ids that the teacher has for the student's tokens
-        known[0] = {token: int(kept[number]) for token, number in known[0].items() if number < len(kept)}
+    if (
+        kept is not None and len(known) == 2
+    ):  # the ids that the teacher has for the student's tokens
+        known[0] = {
+            token: int(kept[number]) for token, number in known[0].items() if number < len(kept)
+        }
         known[1] = {token: number for token, number in known[1].items() if token in known[0]}
     if (kept is None and sizes[0] != sizes[1]) or (len(known) == 2 and known[0] != known[1]):
         other = f"has another vocabulary ({sizes[1]:,} tokens) than {source!r} ({sizes[0]:,})"
-        raise ValueError(f"teacher={name!r} {other}: pass the dense model that this one was pruned from.")
+        raise ValueError(
+            f"teacher={name!r} {other}: pass the dense model that this one was pruned from."
+        )
     if kept is not None and calibration == "self":
-        raise ValueError(f"calibration='self': the teacher would write tokens that {source!r} lacks: pass a text.")
+        raise ValueError(
+            f"calibration='self': the teacher would write tokens that {source!r} lacks: pass a text."
+        )
     text_model = source if calibration != "self" and tokenizers[0] is not None else name
     require_tokenizer(text_model)
     length = asked.sequence_length or min(_USUAL_LENGTH, usual_length(config))
     batch_size, accumulate = asked.batch_size, asked.accumulate
     if accumulate is None:
-        accumulate = max(1, min(_MOST_SEQUENCES, asked.tokens // (_USUAL_STEPS * length)) // batch_size)
+        accumulate = max(
+            1, min(_MOST_SEQUENCES, asked.tokens // (_USUAL_STEPS * length)) // batch_size
+        )
         accumulate = processes * math.ceil(accumulate / processes)
     if accumulate % processes:
         share = f"{processes} processes share the passes of a step"
-        raise ValueError(f"accumulate={accumulate}: {share}: pass a multiple of {processes} (--accumulate).")
+        raise ValueError(
+            f"accumulate={accumulate}: {share}: pass a multiple of {processes} (--accumulate)."
+        )
     tokens_of_step = length * batch_size * accumulate
     if asked.tokens < tokens_of_step:
         raise ValueError(
@@ -148,20 +171,29 @@ def plan_recovery(
     folder_of_teacher = name
     if not Path(name).is_dir():
         read_model(name, device_map="meta")  # into the cache, only the files that are needed
-        folder_of_teacher = str(Path(str(cached_file(name, CONFIG_FILE))).parent)  # of the commit that main is at now
+        folder_of_teacher = str(
+            Path(str(cached_file(name, CONFIG_FILE))).parent
+        )  # of the commit that main is at now
     text_model = folder_of_teacher if text_model == name else source
     names = source, folder_of_teacher, name, calibration, text_model
     steps = asked.tokens // tokens_of_step
-    return RecoveryPlan(*names, output, asked, length, accumulate, steps, place, compute, report, kept)
+    return RecoveryPlan(
+        *names, output, asked, length, accumulate, steps, place, compute, report, kept
+    )
 
 
 def _kept_of(source: str, teacher: str, sizes: Sequence[int]) -> Tensor | None:
     """The teacher's id of each token of a student with fewer tokens; `None` if they do not fit together."""
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    quiet = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
     files = (cached_file(name, VOCABULARY_FILE, **quiet) for name in (source, teacher))
     folder, before = (None if file is None else Path(file).parents[1] for file in files)
     kept = None if folder is None else kept_tokens(folder, before)
-    return kept if kept is not None and len(kept) == sizes[0] and int(kept.max()) < sizes[1] else None
+    return (
+        kept if kept is not None and len(kept) == sizes[0] and int(kept.max()) < sizes[1] else None
+    )
 
 
 def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
@@ -173,23 +205,37 @@ def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
         model = model_class(config := read_config(plan.source)).from_config(config)
     size, config = model.num_parameters(), model.config.get_text_config(decoder=True)
     layers = find_decoder_layers(model)
-    operators = [operator for name, layer in layers for operator in find_operators(name, layer, ["*"]).values()]
+    operators = [
+        operator
+        for name, layer in layers
+        for operator in find_operators(name, layer, ["*"]).values()
+    ]
     inner = _inner_parameters(model)
     small = sum(parameter.numel() for parameter in inner if parameter.ndim == 1)
     trained = {"all": sum(parameter.numel() for parameter in inner), "norms": small}
     kinds = [kind for kind in trained if plan.options.train in (kind, "auto")]
     known = [found for found in free if found is not None]
     shared = int(os.environ.get("LOCAL_WORLD_SIZE", len(free))) if plan.place.type == "cpu" else 1
-    for kind, twice in itertools.product(kinds, (False, True) if model.supports_gradient_checkpointing else (False,)):
+    for kind, twice in itertools.product(
+        kinds, (False, True) if model.supports_gradient_checkpointing else (False,)
+    ):
         needed = 4 * size + 12 * trained[kind]  # float32: weights; a gradient and two moments
         needed += size if kind == "all" else 0  # masks, a byte a weight
-        needed += (plan.report.model.get("dense_num_parameters") or size) * plan.compute.itemsize  # the teacher
-        inside = 8 * sum(sum(operator.shape) for operator in operators)  # inputs and outputs of operators, a token
+        needed += (
+            plan.report.model.get("dense_num_parameters") or size
+        ) * plan.compute.itemsize  # the teacher
+        inside = 8 * sum(
+            sum(operator.shape) for operator in operators
+        )  # inputs and outputs of operators, a token
         if twice:  # those of one layer at a time, and what enters each layer
             inside = inside // len(layers) + 4 * len(layers) * config.hidden_size
         tokens = plan.options.batch_size * plan.length
-        needed += tokens * (inside + 12 * config.hidden_size)  # and what enters both heads, with its gradient
-        needed += 20 * min(LOGITS_PER_CHUNK, tokens * config.vocab_size)  # of both, in two dtypes, with their gradient
+        needed += tokens * (
+            inside + 12 * config.hidden_size
+        )  # and what enters both heads, with its gradient
+        needed += 20 * min(
+            LOGITS_PER_CHUNK, tokens * config.vocab_size
+        )  # of both, in two dtypes, with their gradient
         if not known or needed <= _MARGIN * min(known) / shared:
             break
     zeros = plan.report.totals["num_zeros"] if kind == "all" else 0
@@ -216,7 +262,11 @@ def mark_trained(model: PreTrainedModel, train: str) -> None:
 def _inner_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
     """Parameters but those of embeddings and head, which are large and are never pruned."""
     head = model.get_output_embeddings()
-    outer = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding) or module is head}
+    outer = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) or module is head
+    }
     return [p for name, p in model.named_parameters() if name.rpartition(".")[0] not in outer]
 
 
@@ -228,17 +278,21 @@ def preview(plan: RecoveryPlan) -> str:
     passes = f"{plan.accumulate} x {options.batch_size} sequences of {plan.length} tokens"
     lines = {
         "pruned": f"{plan.source}, {plan.report.model['num_parameters']:,} parameters",
-        "teacher": plan.teacher_name + ("" if plan.kept is None else f", its predictions of {len(plan.kept):,} tokens"),
+        "teacher": plan.teacher_name
+        + ("" if plan.kept is None else f", its predictions of {len(plan.kept):,} tokens"),
         "trained": str(choice),
         "text": f"{plan.num_sequences * plan.length:,} tokens of {plan.calibration}, {plan.steps} steps of {passes}; "
         f"{options.held_out} more sequences are held out",
-        "memory": f"{size_text(choice.num_bytes)} on {plan.place}" + (f", {size_text(free)} are free" if free else ""),
+        "memory": f"{size_text(choice.num_bytes)} on {plan.place}"
+        + (f", {size_text(free)} are free" if free else ""),
         "time": "not measured: one step does not fit into the free memory",
         "output": str(plan.output),
     }
     if free is None or choice.num_bytes <= free:
         seconds = _seconds_of_step(plan, choice)
-        lines["time"] = f"about {tqdm.format_interval(plan.steps * seconds)}, {seconds:.1f} seconds a step"
+        lines["time"] = (
+            f"about {tqdm.format_interval(plan.steps * seconds)}, {seconds:.1f} seconds a step"
+        )
     return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
 
 
@@ -252,7 +306,12 @@ def _seconds_of_step(plan: RecoveryPlan, choice: Choice) -> float:
     teacher, _ = load_model(plan.teacher, device=str(plan.place), dtype=plan.compute)
     both = Predictor(student.train()), Predictor(teacher.eval(), plan.kept)
     vocabulary = student.get_input_embeddings().num_embeddings
-    ids = torch.arange(plan.options.batch_size * plan.length).remainder(vocabulary).view(-1, plan.length).to(plan.place)
+    ids = (
+        torch.arange(plan.options.batch_size * plan.length)
+        .remainder(vocabulary)
+        .view(-1, plan.length)
+        .to(plan.place)
+    )
     seconds = 0.0
     for _ in range(2):  # the first pass also fills caches
         started = time.perf_counter()

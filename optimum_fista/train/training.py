@@ -16,10 +16,21 @@ from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.utils import cached_file
 
-from optimum_fista.folder.checkpoint import CONFIG_KEY, MASKS_FILE, REPORT_FILE, mark_retrained, read_report
+from optimum_fista.folder.checkpoint import (
+    CONFIG_KEY,
+    MASKS_FILE,
+    REPORT_FILE,
+    mark_retrained,
+    read_report,
+)
 from optimum_fista.folder.output import new_output
 from optimum_fista.folder.packed_folder import is_packed, packed_operators
 from optimum_fista.folder.writing import as_in_model, operators_by_weight, summary, write_checkpoint
@@ -33,7 +44,9 @@ from optimum_fista.source.source_tensors import source_tensors
 MaskSource: TypeAlias = FistaPruner | str | Path | Mapping[str, Tensor] | None
 
 _BITS = {size: getattr(torch, f"int{8 * size}") for size in (1, 2, 4, 8)}  # dtypes by their bytes
-_LEAST_ZEROS = 1e-3  # a model with a smaller share of zeros counts as dense: a few may be zero by chance
+_LEAST_ZEROS = (
+    1e-3  # a model with a smaller share of zeros counts as dense: a few may be zero by chance
+)
 
 
 @contextmanager
@@ -60,7 +73,9 @@ def masked_training(model: PreTrainedModel, masks: MaskSource = None) -> Iterato
     parameters = dict(model.named_parameters())
     ours = {*parameters.values()}
     found = find_masks(model, masks)
-    kept: dict[Tensor, Tensor] = {parameters[name]: mask for name, mask in found.items() if not mask.all()}
+    kept: dict[Tensor, Tensor] = {
+        parameters[name]: mask for name, mask in found.items() if not mask.all()
+    }
 
     def clear(tensor: Tensor, parameter: Tensor) -> Tensor:
         """Make a parameter, or its gradient, zero where it is pruned."""
@@ -75,7 +90,9 @@ def masked_training(model: PreTrainedModel, masks: MaskSource = None) -> Iterato
             clear(parameter.data, parameter)
 
     def after_step(optimizer: Optimizer, *_: Any) -> None:
-        if any(parameter in ours for group in optimizer.param_groups for parameter in group["params"]):
+        if any(
+            parameter in ours for group in optimizer.param_groups for parameter in group["params"]
+        ):
             mark_retrained(model)
             clear_weights()
 
@@ -84,7 +101,9 @@ def masked_training(model: PreTrainedModel, masks: MaskSource = None) -> Iterato
             if not parameter.requires_grad:
                 continue
             if isinstance(parameter, DTensor):  # FSDP2 calls these hooks and no others
-                summed = parameter.register_post_accumulate_grad_hook(lambda of: clear(cast(Tensor, of.grad), of))
+                summed = parameter.register_post_accumulate_grad_hook(
+                    lambda of: clear(cast(Tensor, of.grad), of)
+                )
                 hooks.callback(summed.remove)
             else:
                 mask = lambda gradient, of=parameter: clear(gradient.clone(), of)  # noqa: E731
@@ -159,7 +178,9 @@ def save_masked(
 def find_masks(model: PreTrainedModel, source: MaskSource = None) -> dict[str, Tensor]:
     """Masks of the parameters that hold pruned weights, True = kept; of sharded ones (FSDP2) this process's part."""
     if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
-        raise ValueError(f"model is a {type(model).__name__}: merge its adapters first (merge_and_unload()).")
+        raise ValueError(
+            f"model is a {type(model).__name__}: merge its adapters first (merge_and_unload())."
+        )
     require_unquantized(model)
     if source is None:
         masks = _from_zeros(model)
@@ -170,16 +191,24 @@ def find_masks(model: PreTrainedModel, source: MaskSource = None) -> dict[str, T
     parameters = dict(model.named_parameters())
     for name, mask in masks.items():
         if name not in parameters:
-            raise ValueError(f"masks name {name!r}, which is no parameter of {type(model).__name__}.")
+            raise ValueError(
+                f"masks name {name!r}, which is no parameter of {type(model).__name__}."
+            )
         weight = parameters[name]
         if mask.dtype != torch.bool or mask.shape != weight.shape:
             wanted = f"pass torch.bool of shape {tuple(weight.shape)}, True = kept"
-            raise ValueError(f"masks[{name!r}] has shape {tuple(mask.shape)} and dtype {mask.dtype}: {wanted}.")
+            raise ValueError(
+                f"masks[{name!r}] has shape {tuple(mask.shape)} and dtype {mask.dtype}: {wanted}."
+            )
         if weight.device.type == "meta":
-            raise ValueError(f"{name} is offloaded, and offloaded weights can't be trained: load the model without it.")
+            raise ValueError(
+                f"{name} is offloaded, and offloaded weights can't be trained: load the model without it."
+            )
         if isinstance(weight, DTensor):
             # every process has the whole mask: none is sent
-            mask = distribute_tensor(mask, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
+            mask = distribute_tensor(
+                mask, weight.device_mesh, weight.placements, src_data_rank=None
+            ).to_local()
         masks[name] = mask.to(weight.device)
         if stray := int(torch.count_nonzero(local(weight.detach()).masked_fill(masks[name], 0))):
             raise ValueError(
@@ -194,7 +223,9 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def find_record(model: PreTrainedModel, source: FistaPruner | str | Path) -> tuple[PruningReport, dict[str, Tensor]]:
+def find_record(
+    model: PreTrainedModel, source: FistaPruner | str | Path
+) -> tuple[PruningReport, dict[str, Tensor]]:
     """The report and the packed masks of a pruned model, under the names of the model."""
     if isinstance(source, FistaPruner):
         return source.result(model)
@@ -221,7 +252,9 @@ def _file_of(source: str | Path, file: str) -> Path:
         ) from error
 
 
-def _assemble(model: PreTrainedModel, report: PruningReport, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _assemble(
+    model: PreTrainedModel, report: PruningReport, packed: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Unpack the masks of operators into those of parameters; experts and fused operators share a parameter."""
     operators = operators_by_weight(model, report)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -239,7 +272,9 @@ def _from_zeros(model: PreTrainedModel) -> dict[str, Tensor]:
     """Masks of the zeros that the linear operators of the decoder layers have now."""
     masks: dict[str, Tensor] = {}
     record = getattr(model.config, CONFIG_KEY, None)
-    if record is not None and not record.get("num_zeros", 1):  # whole parts were removed: nothing has to stay zero
+    if record is not None and not record.get(
+        "num_zeros", 1
+    ):  # whole parts were removed: nothing has to stay zero
         return masks
     zeros = weights = 0
     candidates = (
@@ -248,11 +283,14 @@ def _from_zeros(model: PreTrainedModel) -> dict[str, Tensor]:
         for name, module in layer.named_modules(prefix=layer_name)
         if isinstance(module, LINEAR) or is_fused_experts(module)
         for key, weight in module.named_parameters(recurse=False)
-        if weight.ndim > 1 and weight.device.type != "meta"  # no biases; offloaded ones are refused by the count below
+        if weight.ndim > 1
+        and weight.device.type != "meta"  # no biases; offloaded ones are refused by the count below
     )
     for name, weight in candidates:
         if local(weight.detach()).shape != weight.shape:
-            raise ValueError(f"{name} is sharded, so its zeros are not all here: pass the folder of the pruned model.")
+            raise ValueError(
+                f"{name} is sharded, so its zeros are not all here: pass the folder of the pruned model."
+            )
         kept = weight.detach() != 0
         found = weight.numel() - int(kept.sum())
         zeros, weights = zeros + found, weights + weight.numel()
@@ -262,6 +300,7 @@ def _from_zeros(model: PreTrainedModel) -> dict[str, Tensor]:
     if zeros < max(promised, _LEAST_ZEROS * weights):
         raise ValueError(
             f"{type(model).__name__} is not pruned, or no longer: {zeros:,} of the {weights:,} weights of its decoder "
-            f"layers' linear operators are zero" + (f", its configuration says {promised:,}." if promised else ".")
+            f"layers' linear operators are zero"
+            + (f", its configuration says {promised:,}." if promised else ".")
         )
     return masks

@@ -19,7 +19,8 @@ from optimum_fista.folder.packed_folder import pack_folder
 
 FEW = ["--device", "cpu", "--max-new-tokens", "6"]
 TEMPLATE = (
-    "{% for m in messages %}<s>{{ m.role[0] }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+    "{% for m in messages %}<s>{{ m.role[0] }}{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}a{% endif %}"
 )
 
 
@@ -39,7 +40,9 @@ def continued(folder, prompt: str, count: int = 6, **options) -> str:
     tokenizer, model = tiny_tokenizer(), AutoModelForCausalLM.from_pretrained(folder)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     with torch.no_grad():
-        out = model.generate(ids, max_new_tokens=count, do_sample=False, **options)[0, ids.shape[1] :]
+        out = model.generate(ids, max_new_tokens=count, do_sample=False, **options)[
+            0, ids.shape[1] :
+        ]
     return " ".join(tokenizer.decode(out, skip_special_tokens=True).split())
 
 
@@ -100,14 +103,18 @@ def test_nan_is_one_error(tiny_folder, tmp_path, monkeypatch, capsys):
     assert main(["chat", str(tmp_path), *FEW, "--temperature", "1"]) == 1
     out, error = capsys.readouterr()
     assert not out
-    assert error.splitlines()[-1].startswith(f"error: {tmp_path} gives NaN logits: look for NaN in its weights")
+    assert error.splitlines()[-1].startswith(
+        f"error: {tmp_path} gives NaN logits: look for NaN in its weights"
+    )
 
 
 def test_beside_another_model_and_packed_folders(ask, tiny_folder, pruned_folder, tmp_path):
     pack_folder(pruned_folder, tmp_path / "packed")
     lines = ask("the sea\n", tmp_path / "packed", "--beside", tiny_folder, *FEW)
     names = (tmp_path / "packed", pruned_folder), (tiny_folder, tiny_folder)
-    assert lines == [f"{name}: {continued(folder, 'the sea')}".rstrip() or name for name, folder in names]
+    assert lines == [
+        f"{name}: {continued(folder, 'the sea')}".rstrip() or name for name, folder in names
+    ]
     assert lines[0].split(": ")[1:] != lines[1].split(": ")[1:]
 
 

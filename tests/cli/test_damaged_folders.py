@@ -58,7 +58,9 @@ def index(text: str) -> Damage:
 
 
 def text(file: str, content: str | bytes) -> Damage:
-    return lambda folder: (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return lambda folder: (folder / file).write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
 
 
 def values(file: str, **changes: Any) -> Damage:
@@ -89,7 +91,9 @@ WEIGHTS = {
     "a tensor has another shape": tensors("", reshape),
     "index is no JSON": index("{"),
     "index without files": index("{}"),
-    "index of absent files": index(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "absent"}})),
+    "index of absent files": index(
+        json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "absent"}})
+    ),
 }
 ANY_CONFIG = {
     "no JSON": text(CONFIG, "{"),
@@ -117,8 +121,14 @@ REPORTS = {
     "calibration is empty": values(REPORT, calibration={}),
     "layers are numbers": values(REPORT, layers=[1]),
 }
-INDEX = {"index of numbers": index(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": 3}}))}
-INDEX |= {"metadata is a number": index(json.dumps({"metadata": 3, "weight_map": {"lm_head.weight": "other"}}))}
+INDEX = {
+    "index of numbers": index(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": 3}}))
+}
+INDEX |= {
+    "metadata is a number": index(
+        json.dumps({"metadata": 3, "weight_map": {"lm_head.weight": "other"}})
+    )
+}
 MASK_FILES = {
     "Git LFS": text(MASKS, LFS),
     "a mask is missing": tensors(MASKS, drop),
@@ -129,12 +139,20 @@ CASES = [
     *(("dense", command, WEIGHTS) for command in ("prune", "evaluate")),
     *(("dense", command, MODEL_CONFIG | TOKENIZER) for command in ("prune", "evaluate")),
     ("dense", "dry run", MODEL_CONFIG),
-    *(("pruned", command, WEIGHTS | ANY_CONFIG | REPORTS | MASK_FILES) for command in ("verify", "pack")),
+    *(
+        ("pruned", command, WEIGHTS | ANY_CONFIG | REPORTS | MASK_FILES)
+        for command in ("verify", "pack")
+    ),
     ("pruned", "report", REPORTS),
     *(("packed", command, WEIGHTS | ANY_CONFIG | REPORTS) for command in ("verify", "unpack")),
     ("packed", "evaluate", WEIGHTS),
     ("pruned", "pack", INDEX),
-    ("packed", "unpack", INDEX | {"no weights": values(CONFIG, quantization_config={"quant_method": "fista_packed"})}),
+    (
+        "packed",
+        "unpack",
+        INDEX
+        | {"no weights": values(CONFIG, quantization_config={"quant_method": "fista_packed"})},
+    ),
 ]
 
 
@@ -150,10 +168,38 @@ def run(folders, text_file, tmp_path, monkeypatch, capsys):
     """`run(kind, command, damage)` damages a copy and runs a command on it; exit code and lines of errors."""
     folder, out = tmp_path / "model", tmp_path / "out"
     quick = ["--num-samples", "4", "--calibration", text_file, "--device", "cpu"]
-    evaluate = ["--text", text_file, "--sequence-length", "16", "--max-windows", "2", "--device", "cpu"]
+    evaluate = [
+        "--text",
+        text_file,
+        "--sequence-length",
+        "16",
+        "--max-windows",
+        "2",
+        "--device",
+        "cpu",
+    ]
     arguments = {
-        "prune": ["prune", folder, "--output", out, "--method", "magnitude", "--sequence-length", "16", *quick],
-        "dry run": ["prune", folder, "--dry-run", "--method", "magnitude", "--sequence-length", "16", *quick],
+        "prune": [
+            "prune",
+            folder,
+            "--output",
+            out,
+            "--method",
+            "magnitude",
+            "--sequence-length",
+            "16",
+            *quick,
+        ],
+        "dry run": [
+            "prune",
+            folder,
+            "--dry-run",
+            "--method",
+            "magnitude",
+            "--sequence-length",
+            "16",
+            *quick,
+        ],
         "evaluate": ["evaluate", folder, *evaluate],
         "verify": ["verify", folder],
         "report": ["report", folder, "--output", out / "page.html"],
@@ -178,7 +224,9 @@ def run(folders, text_file, tmp_path, monkeypatch, capsys):
     return damaged
 
 
-@pytest.mark.parametrize(("kind", "command", "damages"), CASES, ids=lambda value: value if type(value) is str else "")
+@pytest.mark.parametrize(
+    ("kind", "command", "damages"), CASES, ids=lambda value: value if type(value) is str else ""
+)
 def test_damage_is_one_line_and_exit_code_1(run, kind, command, damages):
     for name, damage in damages.items():
         code, lines = run(kind, command, damage)
@@ -188,7 +236,11 @@ def test_damage_is_one_line_and_exit_code_1(run, kind, command, damages):
 @pytest.mark.parametrize("command", ["prune", "dry run", "evaluate"])
 def test_code_of_a_model_is_never_run_nor_asked_for(run, command, tmp_path, monkeypatch):
     def evil(folder: Path) -> None:
-        classes = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model", "AutoTokenizer": "code.Tokenizer"}
+        classes = {
+            "AutoConfig": "code.Config",
+            "AutoModelForCausalLM": "code.Model",
+            "AutoTokenizer": "code.Tokenizer",
+        }
         values(CONFIG, model_type="evil", auto_map=classes)(folder)
         (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
 

@@ -26,6 +26,10 @@ def test_perplexity_is_that_of_the_model(evaluate, text_file, capsys):
     )
     ids = torch.tensor(tiny_tokenizer()(text_file.read_text()).input_ids[: 5 * 32]).view(5, 32)
     with torch.no_grad():
-        expected = math.exp(sum(float(tiny_llama()(row[None], labels=row[None]).loss) for row in ids) / 5)
+        expected = math.exp(
+            sum(float(tiny_llama()(row[None], labels=row[None]).loss) for row in ids) / 5
+        )
     assert float(shown.split()[1].rstrip(",")) == pytest.approx(expected, abs=2e-3)
-    assert float(shown.split()[2]) == pytest.approx(math.log2(expected), abs=2e-4)  # a token is a letter
+    assert float(shown.split()[2]) == pytest.approx(
+        math.log2(expected), abs=2e-4
+    )  # a token is a letter

@@ -17,7 +17,10 @@ def test_a_run_says_what_it_will_do_what_it_cost_and_the_next_commands_which_wor
     tiny_folder, text_file, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    command, name = ["prune", str(tiny_folder), *QUICK, "--calibration", str(text_file)], f"{tiny_folder.name}-50pct"
+    command, name = (
+        ["prune", str(tiny_folder), *QUICK, "--calibration", str(text_file)],
+        f"{tiny_folder.name}-50pct",
+    )
     assert main(command) == 0
     assert [path.name for path in tmp_path.iterdir()] == [name]
     printed = capsys.readouterr()
@@ -27,17 +30,34 @@ def test_a_run_says_what_it_will_do_what_it_cost_and_the_next_commands_which_wor
     assert begin["output"] == name
     assert {"model", "method", "memory", "disk"} < {*begin}
     found = json.loads((tmp_path / name / "fista" / "report.json").read_text())["perplexity"]
-    assert f"perplexity {found['dense']:.2f} before and {found['pruned']:.2f} after (no verdict on few" in printed.out
-    assert re.search(r"\nlargest fit error 0\.\d\d \((low|usual|high)\): model\.layers\.", printed.out)
+    assert (
+        f"perplexity {found['dense']:.2f} before and {found['pruned']:.2f} after (no verdict on few"
+        in printed.out
+    )
+    assert re.search(
+        r"\nlargest fit error 0\.\d\d \((low|usual|high)\): model\.layers\.", printed.out
+    )
     commands = [line.split("#")[0].split() for line in printed.out.split("next:\n")[1].splitlines()]
     assert [command[:2] for command in commands] == [
-        *(["optimum-fista", name] for name in ("chat", "evaluate", "recover", "report", "pack", "verify")),
+        *(
+            ["optimum-fista", name]
+            for name in ("chat", "evaluate", "recover", "report", "pack", "verify")
+        ),
         ["hf", "upload"],
     ]
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     more = {
         "evaluate": ["--sequence-length", "16"],
-        "recover": ["--sequence-length", "16", "--tokens", "64", "--held-out", "2", "--device", "cpu"],
+        "recover": [
+            "--sequence-length",
+            "16",
+            "--tokens",
+            "64",
+            "--held-out",
+            "2",
+            "--device",
+            "cpu",
+        ],
     }
     for command in commands[:-1]:
         rest = [str(text_file) if word == "wikitext2" else word for word in command[1:]]
@@ -45,22 +65,33 @@ def test_a_run_says_what_it_will_do_what_it_cost_and_the_next_commands_which_wor
     shown = capsys.readouterr()
     assert "are trained (all kept weights" in shown.err  # what `recover` chose
     assert "14 weights: " in shown.out  # packed
-    assert ": 14 operators keep their pattern, 7,680 of 15,360 weights zero (50.0000%)\n" in shown.out
+    assert (
+        ": 14 operators keep their pattern, 7,680 of 15,360 weights zero (50.0000%)\n" in shown.out
+    )
 
 
 def test_a_pruned_model_and_rounded_rows_are_said(pruned_folder, text_file, tmp_path):
     flags = ["--sparsity", "0.6", *QUICK, "--calibration", str(text_file)]
-    with pytest.warns(UserWarning, match=r"the model was pruned before \(wanda, 2:4, 7680 zeros\): errors are"):
+    with pytest.warns(
+        UserWarning, match=r"the model was pruned before \(wanda, 2:4, 7680 zeros\): errors are"
+    ):
         assert main(["prune", str(pruned_folder), "-o", str(tmp_path / "again"), *flags]) == 0
     report = (tmp_path / "again" / "fista" / "report.json").read_text()
-    assert "rows have whole numbers of zeros, so 59.58% of the weights are zero instead of 60.00%" in report
+    assert (
+        "rows have whole numbers of zeros, so 59.58% of the weights are zero instead of 60.00%"
+        in report
+    )
 
 
 def test_a_warning_is_one_line_without_code():
     before, shown = warnings.formatwarning, []
 
     def command(_):
-        shown.append(warnings.formatwarning("the text\nends here", UserWarning, "prune.py", 174, "FistaPruner("))
+        shown.append(
+            warnings.formatwarning(
+                "the text\nends here", UserWarning, "prune.py", 174, "FistaPruner("
+            )
+        )
         return 0
 
     assert execute(argparse.Namespace(fista_run=command)) == 0
@@ -74,7 +105,11 @@ def test_help_shows_the_options_of_every_day_alone(capsys):
         with pytest.raises(SystemExit, match="0"):
             main(["prune", flag])
         shown[flag] = capsys.readouterr().out
-    every_day, everything = (re.findall(r"^  (--[\w-]+)", text, re.MULTILINE) for text in shown.values())
-    assert {"--method", "--calibration", "--num-samples", "--dry-run", "--push-to-hub"} < {*every_day}
+    every_day, everything = (
+        re.findall(r"^  (--[\w-]+)", text, re.MULTILINE) for text in shown.values()
+    )
+    assert {"--method", "--calibration", "--num-samples", "--dry-run", "--push-to-hub"} < {
+        *every_day
+    }
     assert {"--storage-device", "--scope", "--warm-start"} <= {*everything} - {*every_day}
     assert everything[: len(every_day)] == every_day

@@ -15,10 +15,31 @@ from tiny_llama import tiny_llama, tiny_tokenizer, tiny_tokens
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.cli.main import main
 
-QUICK = ["--num-samples", "4", "--sequence-length", "16", "--device", "cpu", "--method", "magnitude"]
-FILES = ["notes.txt", "sub/config.json", "sub/deep/model.safetensors", "fista/mine.txt", "adapter.safetensors"]
+QUICK = [
+    "--num-samples",
+    "4",
+    "--sequence-length",
+    "16",
+    "--device",
+    "cpu",
+    "--method",
+    "magnitude",
+]
+FILES = [
+    "notes.txt",
+    "sub/config.json",
+    "sub/deep/model.safetensors",
+    "fista/mine.txt",
+    "adapter.safetensors",
+]
 FILES += ["journal/lock.txt", ".hidden", "model.bin"]
-ALIKE = ["README.md", "tokenizer.json", "generation_config.json", "fista/report.json", "vocab.json"]  # a model's names
+ALIKE = [
+    "README.md",
+    "tokenizer.json",
+    "generation_config.json",
+    "fista/report.json",
+    "vocab.json",
+]  # a model's names
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +47,10 @@ def world(tmp_path_factory, tiny_folder, text_file, pruned_folder):
     """What command lines start from: models dense (multimodal and FP8 too), pruned, packed and in memory, a text."""
     folder = tmp_path_factory.mktemp("world")
     assert main(["pack", str(pruned_folder), "-o", str(folder / "packed")]) == 0
-    pruner, model = FistaPruner(FistaPruningConfig(method="magnitude"), progress=False), tiny_llama()
+    pruner, model = (
+        FistaPruner(FistaPruningConfig(method="magnitude"), progress=False),
+        tiny_llama(),
+    )
     pruner.prune(model, tiny_tokens().split(4))
     dense = [tiny_folder, save_llava_folder(folder / "multimodal"), fp8_deepseek(folder / "fp8")]
     tiny_tokenizer().save_pretrained(dense[-1])
@@ -62,7 +86,10 @@ def scene(root: Path, chance: random.Random, world: dict, overwrite: bool) -> di
     foreign(root / ".out.old.mine", chance, FILES)
     if chance.random() < 0.15:
         foreign(root / "out.unfinished", chance, FILES)
-    place, kind = root / "out", chance.choice(["none", "empty", "others", "alike", "pruned", "packed", "link", "file"])
+    place, kind = (
+        root / "out",
+        chance.choice(["none", "empty", "others", "alike", "pruned", "packed", "link", "file"]),
+    )
     model: set[Path] = set()
     if kind == "link":
         place = root / "behind"
@@ -81,11 +108,20 @@ def scene(root: Path, chance: random.Random, world: dict, overwrite: bool) -> di
     return {path: found for path, found in snapshot(root).items() if path not in model}
 
 
-def command(chance: random.Random, world: dict, output: str, overwrite: bool) -> tuple[str, list[str]]:
+def command(
+    chance: random.Random, world: dict, output: str, overwrite: bool
+) -> tuple[str, list[str]]:
     kind = chance.choice(["prune", "prune", "prune --packed", "pack", "unpack", "save", "save"])
     flags = ["--output", output, *(["--overwrite"] if overwrite else [])]
     if kind.startswith("prune"):
-        flags = [*kind.split(), str(chance.choice(world["dense"])), *flags, *QUICK, "--calibration", str(world["text"])]
+        flags = [
+            *kind.split(),
+            str(chance.choice(world["dense"])),
+            *flags,
+            *QUICK,
+            "--calibration",
+            str(world["text"]),
+        ]
     elif kind in ("pack", "unpack"):
         flags = [kind, str(world["pruned" if kind == "pack" else "packed"]), *flags]
     return kind, flags

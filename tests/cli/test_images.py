@@ -26,8 +26,19 @@ def prune(folder, tmp_path, monkeypatch):
 
     def run(lines: list, *flags: str) -> int:
         Path("lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        quick = ["--num-samples", "3", "--sequence-length", "32", "--device", "cpu", "--method", "wanda"]
-        return main(["prune", str(folder), "-o", "out", "--calibration", "lines.jsonl", *quick, *flags])
+        quick = [
+            "--num-samples",
+            "3",
+            "--sequence-length",
+            "32",
+            "--device",
+            "cpu",
+            "--method",
+            "wanda",
+        ]
+        return main(
+            ["prune", str(folder), "-o", "out", "--calibration", "lines.jsonl", *quick, *flags]
+        )
 
     return run
 
@@ -35,11 +46,16 @@ def prune(folder, tmp_path, monkeypatch):
 def lines(picture: str) -> list[dict]:
     """Four lines of at most 32 tokens, and one whose image comes after them."""
     found = [{"text": f"words {n}", "image": f"{picture}.png"} for n in range(2)]
-    found += [{"text": f"{MARK} and {MARK}", "images": ["red.png", f"{picture}.png"]}, {"text": "none" * 10}]
+    found += [
+        {"text": f"{MARK} and {MARK}", "images": ["red.png", f"{picture}.png"]},
+        {"text": "none" * 10},
+    ]
     return [*found, {"text": 30 * "x" + MARK, "image": "red.png"}]
 
 
-def test_other_images_give_other_weights_and_no_run_goes_on_with_them(prune, tmp_path, capsys, caplog):
+def test_other_images_give_other_weights_and_no_run_goes_on_with_them(
+    prune, tmp_path, capsys, caplog
+):
     with interrupted_after(1):
         assert prune(lines("red")) == 130
     assert prune(lines("blue")) == 1
@@ -49,12 +65,18 @@ def test_other_images_give_other_weights_and_no_run_goes_on_with_them(prune, tmp
         assert prune(lines(picture), *flags) == 0
         report = json.loads((tmp_path / "out" / "fista" / "report.json").read_text())
         assert report["calibration"]["media"] == ["pixel_values"]
-        assert (report["calibration"]["num_sequences"], report["calibration"]["held_out"]["num_sequences"]) == (3, 1)
+        assert (
+            report["calibration"]["num_sequences"],
+            report["calibration"]["held_out"]["num_sequences"],
+        ) == (3, 1)
         assert report["perplexity"]["text"] == "lines.jsonl"
         said = capsys.readouterr().err
         assert "sequences with images of 32 tokens or fewer of lines.jsonl" in said
         assert "and what the encoders of images need" in said
-        assert "1 lines of lines.jsonl are skipped: 1 have tokens of an image after token 32" in caplog.text
+        assert (
+            "1 lines of lines.jsonl are skipped: 1 have tokens of an image after token 32"
+            in caplog.text
+        )
         assert ("2 of 4 decoder layers are done already" in said) is not flags
         files = sorted((tmp_path / "out").glob("*.safetensors"))
         weights.append({name: tensor for file in files for name, tensor in load_file(file).items()})
@@ -87,9 +109,14 @@ def test_bad_lines_are_named(prune, capsys, line, message):
     assert not [path for path in Path().iterdir() if path.suffix not in (".png", ".jsonl")]
 
 
-def test_images_without_a_processor_and_for_commands_of_text_are_refused(prune, folder, tiny_folder, capsys):
+def test_images_without_a_processor_and_for_commands_of_text_are_refused(
+    prune, folder, tiny_folder, capsys
+):
     assert prune(lines("red"), "--num-samples", "6") == 1
-    assert "has 5 lines, and num_samples=6 needs as many: pass num_samples=5" in capsys.readouterr().err
+    assert (
+        "has 5 lines, and num_samples=6 needs as many: pass num_samples=5"
+        in capsys.readouterr().err
+    )
     bare = shutil.copytree(folder, "bare", ignore=shutil.ignore_patterns("processor_config.json"))
     for command in (
         ["prune", str(tiny_folder), "-o", "out", "--calibration", "lines.jsonl"],
@@ -101,4 +128,6 @@ def test_images_without_a_processor_and_for_commands_of_text_are_refused(prune, 
     assert "has no processor, so it can't be calibrated with images" in said
     assert "a directory containing a preprocessor_config.json file" in said
     assert not [path for path in Path().iterdir() if path.name.startswith("out")]
-    assert "'lines.jsonl' has images, which only the calibration of optimum-fista prune takes" in said
+    assert (
+        "'lines.jsonl' has images, which only the calibration of optimum-fista prune takes" in said
+    )

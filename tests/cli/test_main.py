@@ -7,7 +7,18 @@ import pytest
 import optimum_fista
 from optimum_fista.cli.main import build_parser, main
 
-COMMANDS = ("prune", "recover", "evaluate", "report", "verify", "chat", "pack", "unpack", "demo", "doctor")
+COMMANDS = (
+    "prune",
+    "recover",
+    "evaluate",
+    "report",
+    "verify",
+    "chat",
+    "pack",
+    "unpack",
+    "demo",
+    "doctor",
+)
 MANY = ("prune", "recover")
 
 
@@ -20,9 +31,13 @@ def run(*arguments: str) -> int:
 
 
 def test_help_explains_every_argument_of_every_command():
-    (subparsers,) = [action for action in build_parser()._actions if isinstance(action.choices, dict)]
+    (subparsers,) = [
+        action for action in build_parser()._actions if isinstance(action.choices, dict)
+    ]
     assert (*subparsers.choices,) == COMMANDS
-    assert all(action.help for command in subparsers.choices.values() for action in command._actions)
+    assert all(
+        action.help for command in subparsers.choices.values() for action in command._actions
+    )
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, None])
@@ -31,7 +46,9 @@ def test_help_fits_two_screens(command, monkeypatch, capsys):
     assert run(*filter(None, [command]), "--help") == 0
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) <= 2 * 50
-    assert (f"optimum-fista {command} --help-all shows the other options." in shown) == (command in MANY)
+    assert (f"optimum-fista {command} --help-all shows the other options." in shown) == (
+        command in MANY
+    )
 
 
 def test_help_of_the_whole_names_every_command(capsys):
@@ -61,7 +78,9 @@ def test_help_is_quick_because_nothing_heavy_is_imported(tmp_path):
                 pass
         print("loaded:", *sorted({{"torch", "transformers", "numpy", "datasets"}} & set(sys.modules)))
     """
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines()[-1] == "loaded:"
 
@@ -73,7 +92,9 @@ def test_a_report_is_written_without_transformers(pruned_folder, tmp_path):
         assert main(["report", {str(pruned_folder)!r}, "--output", "page.html"]) == 0
         print("loaded:", *sorted({{"transformers", "accelerate", "datasets", "scipy"}} & set(sys.modules)))
     """
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
     assert process.stdout.splitlines()[-1] == "loaded:", process.stderr
 
 
@@ -97,7 +118,10 @@ def test_optimum_cli_passes_the_exit_code_on(tmp_path, monkeypatch, capsys):
     ("error", "shown"),
     [
         (ValueError("two\nlines"), "error: two lines\n"),
-        (RuntimeError("CUDA out of memory. Tried to allocate"), "error: out of memory (CUDA out of memory. Tried"),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate"),
+            "error: out of memory (CUDA out of memory. Tried",
+        ),
         (MemoryError("no more"), "error: out of memory (no more): pass a smaller --batch-size"),
     ],
 )

@@ -20,7 +20,13 @@ from optimum_fista.report import PruningReport
 )
 def test_a_verdict_rests_on_enough_text_that_others_wrote(found, word):
     report = PruningReport({}, {}, {})
-    report.perplexity = {"dense": 20.0, "pruned": 24.0, "num_tokens": 4096, "text": None, "vocabulary": 64} | found
+    report.perplexity = {
+        "dense": 20.0,
+        "pruned": 24.0,
+        "num_tokens": 4096,
+        "text": None,
+        "vocabulary": 64,
+    } | found
     report.perplexity["bits_per_byte"] = {"dense": 1.0, "pruned": 1.25}
     (shown,) = verdicts(report)
     assert f" after ({word}), on {report.perplexity['num_tokens']:,} tokens of text" in shown

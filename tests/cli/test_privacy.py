@@ -30,7 +30,9 @@ def require_private(folder: Path, home: Path) -> None:
     assert {"config.json", "README.md", "report.json"} <= {path.name for path in files}
     for path in files:
         for secret in (home.name, str(home), str(home.parent), "models/tiny", "texts/"):
-            assert secret.encode() not in path.read_bytes(), f"{path.relative_to(folder)} holds {secret!r}"
+            assert secret.encode() not in path.read_bytes(), (
+                f"{path.relative_to(folder)} holds {secret!r}"
+            )
     assert b"tiny" in (folder / "fista" / "report.json").read_bytes()
 
 
@@ -48,9 +50,14 @@ def test_a_streamed_run_and_what_is_made_of_its_folder(home):
 
 def test_a_model_in_memory(home):
     source = home / "models" / "tiny"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(source),
+        AutoTokenizer.from_pretrained(source),
+    )
     pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
-    report = pruner.prune(model, tiny_tokens().split(4), calibration_source=str(home / "texts" / "sea.txt"))
+    report = pruner.prune(
+        model, tiny_tokens().split(4), calibration_source=str(home / "texts" / "sea.txt")
+    )
     assert (report.model["name"], report.calibration["source"]) == ("tiny", "sea.txt")
     pruner.save_pretrained(model, home / "out", tokenizer)
     require_private(home / "out", home)

@@ -23,7 +23,17 @@ def prune(tiny_folder, text_file, tmp_path):
 
     def run(*flags: str | Path) -> int:
         text = [] if "--calibration" in flags else ["--calibration", str(text_file)]
-        return main(["prune", str(tiny_folder), "--output", str(tmp_path / "out"), *QUICK, *text, *map(str, flags)])
+        return main(
+            [
+                "prune",
+                str(tiny_folder),
+                "--output",
+                str(tmp_path / "out"),
+                *QUICK,
+                *text,
+                *map(str, flags),
+            ]
+        )
 
     return run
 
@@ -40,17 +50,23 @@ def test_flags_reach_the_configuration(prune, tmp_path):
     flags = ["--recipe", "fast", "--pattern", "2:4", "--error-correction", "full", "--seed", "3"]
     assert prune(*flags, "--include", "*.mlp.*", "--include", "*.o_proj", "--exclude", "*.1.*") == 0
     names = {"include": ("*.mlp.*", "*.o_proj"), "exclude": ("*.1.*",)}
-    config = FistaPruningConfig.recipe("fast", pattern="2:4", error_correction="full", seed=3, **names)
+    config = FistaPruningConfig.recipe(
+        "fast", pattern="2:4", error_correction="full", seed=3, **names
+    )
     assert config_of(tmp_path / "out") == config.resolved()
     assert report_of(tmp_path / "out")["totals"]["num_operators"] == 4
 
 
 def test_flags_override_a_configuration_file(prune, tmp_path):
     file = tmp_path / "config.json"
-    saved = FistaPruningConfig(pattern="2:4", method="wanda", error_correction="none", exclude=("*.0.*",), seed=2)
+    saved = FistaPruningConfig(
+        pattern="2:4", method="wanda", error_correction="none", exclude=("*.0.*",), seed=2
+    )
     file.write_text(json.dumps(saved.to_dict()))
     assert prune("--config", file, "--sparsity", "0.25", "--seed", "4") == 0
-    expected = FistaPruningConfig(0.25, method="wanda", error_correction="none", exclude=("*.0.*",), seed=4)
+    expected = FistaPruningConfig(
+        0.25, method="wanda", error_correction="none", exclude=("*.0.*",), seed=4
+    )
     assert config_of(tmp_path / "out") == expected.resolved()
 
 
@@ -66,9 +82,15 @@ def test_flags_override_a_configuration_file(prune, tmp_path):
         (["--calibration", "nothing.txt"], "source='nothing.txt': there is no such file"),
         (["--dtype", "float33"], "float33"),
         (["--private"], "--private makes sense with --push-to-hub"),
-        (["--push-to-hub", "tester/tiny"], "repo_id='tester/tiny' can't be pushed to, and nothing was done"),
+        (
+            ["--push-to-hub", "tester/tiny"],
+            "repo_id='tester/tiny' can't be pushed to, and nothing was done",
+        ),
         (["--output", "taken"], "output 'taken' is a file: pass a folder"),
-        (["--recipe", "fast", "--config", "config.json"], "--recipe fast and --config config.json: pass only one"),
+        (
+            ["--recipe", "fast", "--config", "config.json"],
+            "--recipe fast and --config config.json: pass only one",
+        ),
     ],
 )
 def test_errors_are_one_line(prune, tmp_path, capsys, monkeypatch, flags, message):
@@ -90,7 +112,17 @@ def test_what_can_t_be_pruned_is_refused_before_the_model_writes_text(prune, mon
 
 
 def test_a_model_of_the_hub_is_pruned_by_its_id_and_pushed(hub, tiny_folder, text_file, tmp_path):
-    arguments = ["prune", "tester/dense", "-o", "out", "--method", "wanda", "--calibration", str(text_file), *QUICK]
+    arguments = [
+        "prune",
+        "tester/dense",
+        "-o",
+        "out",
+        "--method",
+        "wanda",
+        "--calibration",
+        str(text_file),
+        *QUICK,
+    ]
     arguments += ["--push-to-hub", "tester/tiny-50", "--private"]
     code = f"""if True:
         from optimum_fista.prune import journal
@@ -116,10 +148,15 @@ def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
-def test_a_run_that_was_interrupted_goes_on_with_the_text_it_sampled(prune, tmp_path, monkeypatch, capsys):
+def test_a_run_that_was_interrupted_goes_on_with_the_text_it_sampled(
+    prune, tmp_path, monkeypatch, capsys
+):
     with interrupted_after(0):
         assert prune("--calibration", "self", "--method", "wanda") == 130
-    assert "\nfinished decoder layers are kept: give the same command again to resume\n" in capsys.readouterr().err
+    assert (
+        "\nfinished decoder layers are kept: give the same command again to resume\n"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr("optimum_fista.text.calibration_tokens.sample_text_from_model", None)
     assert prune("--calibration", "self", "--method", "wanda") == 0
@@ -134,12 +171,16 @@ def test_a_model_that_writes_its_own_text_is_measured_on_another(prune, tmp_path
     assert (found["text"], found["num_tokens"]) == ("pydoc", 4096)
     per_byte = math.log2(found["dense"]) / found["bits_per_byte"]["dense"]
     assert per_byte == pytest.approx(math.log2(found["pruned"]) / found["bits_per_byte"]["pruned"])
-    assert 0.8 < per_byte <= 1  # a token is a letter, and the text has some that the tokenizer does not know
+    assert (
+        0.8 < per_byte <= 1
+    )  # a token is a letter, and the text has some that the tokenizer does not know
     assert "on 4,096 tokens of pydoc that no weight was fitted to" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", ["cut", "another model"])
-def test_sampled_text_that_is_damaged_or_of_another_model_is_sampled_again(tiny_folder, tmp_path, change):
+def test_sampled_text_that_is_damaged_or_of_another_model_is_sampled_again(
+    tiny_folder, tmp_path, change
+):
     source, keep = Path(shutil.copytree(tiny_folder, tmp_path / "model")), tmp_path / "journal"
 
     def tokens(kept: Path) -> torch.Tensor:
@@ -184,7 +225,10 @@ def test_a_run_that_resumes_takes_the_batches_it_began_with(prune, text_file, ca
     with interrupted_after(0):
         assert prune("--method", "wanda", "--batch-size", "4") == 130
     assert prune("--method", "wanda") == 0
-    assert f"8 x 16 tokens of {text_file}, batches of 4" in capsys.readouterr().err.split("decoder layers are kept")[1]
+    assert (
+        f"8 x 16 tokens of {text_file}, batches of 4"
+        in capsys.readouterr().err.split("decoder layers are kept")[1]
+    )
 
 
 def test_names_of_folders(tmp_path, monkeypatch):
@@ -192,7 +236,9 @@ def test_names_of_folders(tmp_path, monkeypatch):
     Path("4fe1b2").mkdir()
     Path("my model").symlink_to("4fe1b2")
     assert default_output("my model", FistaPruningConfig(0.625)) == Path("my model-62.5pct")
-    assert default_output("owner/Llama-1B", FistaPruningConfig(pattern="2:4")) == Path("Llama-1B-2of4")
+    assert default_output("owner/Llama-1B", FistaPruningConfig(pattern="2:4")) == Path(
+        "Llama-1B-2of4"
+    )
     parts = FistaPruningConfig(pattern="channels:0.25/8+heads:0.5")
     assert default_output("model.v2", parts) == Path("model.v2-channels-0.25-8-heads-0.5")
 

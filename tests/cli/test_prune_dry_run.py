@@ -18,7 +18,9 @@ def test_a_dry_run_writes_nothing_and_needs_no_weights(tiny_folder, tmp_path, ca
         inside = model == "."  # where a run would be refused
         assert main(["prune", model, *flags, "--calibration", "c4"]) == int(inside)
         said = capsys.readouterr()
-        assert ("lies in the folder that is read, '.': pass a folder outside of it" in said.err) == inside
+        assert (
+            "lies in the folder that is read, '.': pass a folder outside of it" in said.err
+        ) == inside
         shown.append(said.out.split("\ntime ")[0])
     assert shown[0] == shown[1] == shown[2]
     assert "7 operators with 7,680 weights; 3,840 become zero (50.0%)" in shown[0]
@@ -29,15 +31,30 @@ def test_a_dry_run_writes_nothing_and_needs_no_weights(tiny_folder, tmp_path, ca
 
 
 def test_a_dry_run_takes_the_flags_of_a_run(tiny_folder, capsys, monkeypatch):
-    flags = ["--dry-run", "--num-samples", "4", "--sequence-length", "32", "--batch-size", "2", "--dtype", "bfloat16"]
-    assert main(["prune", str(tiny_folder), *flags, "--device", "cpu", "--storage-device", "cpu"]) == 0
+    flags = [
+        "--dry-run",
+        "--num-samples",
+        "4",
+        "--sequence-length",
+        "32",
+        "--batch-size",
+        "2",
+        "--dtype",
+        "bfloat16",
+    ]
+    assert (
+        main(["prune", str(tiny_folder), *flags, "--device", "cpu", "--storage-device", "cpu"]) == 0
+    )
     shown = capsys.readouterr().out
     assert "in bfloat16" in shown
     assert "4 x 32 tokens that the model writes itself, batches of 2" in shown
     assert "note: --calibration self loads the whole model" in shown
     assert "forward passes" in shown
     assert main(["prune", str(tiny_folder), *flags, "--device", "cpu", "--held-out", "2"]) == 0
-    assert "6 x 32 tokens (2 held out) that the model writes itself, batches of 2" in capsys.readouterr().out
+    assert (
+        "6 x 32 tokens (2 held out) that the model writes itself, batches of 2"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_run_that_may_be_killed_is_announced(tiny_folder, tmp_path, capsys, monkeypatch):
@@ -56,9 +73,19 @@ def test_a_model_that_can_not_be_estimated_is_pruned(tiny_folder, tmp_path, caps
 
     (tmp_path / "text.txt").write_text("one two three four five " * 200)
     monkeypatch.setattr("optimum_fista.estimate.plan_run", fail)
-    flags = ["--output", str(tmp_path / "out"), "--calibration", str(tmp_path / "text.txt"), "--method", "magnitude"]
+    flags = [
+        "--output",
+        str(tmp_path / "out"),
+        "--calibration",
+        str(tmp_path / "text.txt"),
+        "--method",
+        "magnitude",
+    ]
     assert main(["prune", str(tiny_folder), *flags, *QUICK]) == 0
-    assert "note: memory could not be estimated: no such operation on meta tensors" in capsys.readouterr().err
+    assert (
+        "note: memory could not be estimated: no such operation on meta tensors"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_model_that_is_too_large_to_write_text_is_given_text(tiny_folder, capsys, monkeypatch):

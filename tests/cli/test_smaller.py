@@ -23,7 +23,9 @@ def smaller(tiny_folder, text_file, tmp_path_factory):
 
 
 def test_what_was_removed_is_said_wherever_zeros_would_be(smaller, capsys):
-    assert str(read_report(smaller)).startswith(f"4 operators pruned by wanda, {REMOVED}; fit error")
+    assert str(read_report(smaller)).startswith(
+        f"4 operators pruned by wanda, {REMOVED}; fit error"
+    )
     assert main(["verify", str(smaller)]) == 0
     assert capsys.readouterr().out == f"{smaller}: 4 operators keep their pattern, {REMOVED}\n"
     card = (smaller / "README.md").read_text()
@@ -33,7 +35,10 @@ def test_what_was_removed_is_said_wherever_zeros_would_be(smaller, capsys):
 
 
 def test_decoder_layers_that_went_are_named(tiny_folder, text_file, tmp_path, capsys):
-    for output, pattern in ((tmp_path / "alone", "layers:0.5"), (tmp_path / "both", "channels:0.25/4+layers:0.5")):
+    for output, pattern in (
+        (tmp_path / "alone", "layers:0.5"),
+        (tmp_path / "both", "channels:0.25/4+layers:0.5"),
+    ):
         flags = ["--pattern", pattern, "--method", "wanda", *QUICK, "--calibration", str(text_file)]
         assert main(["prune", str(tiny_folder), "-o", str(output), *flags]) == 0
         ((index, loss),) = read_report(output).model["layers_removed"]
@@ -57,4 +62,6 @@ def test_experts_that_went_are_counted_in_every_command(text_file, tmp_path, cap
     assert main(["verify", str(folder), "--dense", str(dense)]) == 0
     assert ": 0 operators and 2 mixtures keep their pattern, " in capsys.readouterr().out
     assert main(["prune", str(dense), "--dry-run", *flags, "--no-expert-refit"]) == 0
-    assert "left dense (keeps 2 of 4 experts): model.layers.0.mlp.experts" in capsys.readouterr().out
+    assert (
+        "left dense (keeps 2 of 4 experts): model.layers.0.mlp.experts" in capsys.readouterr().out
+    )

@@ -35,7 +35,9 @@ def parameters_of(folder) -> int:
     return load_model(str(folder))[0].num_parameters()
 
 
-def test_a_size_is_reached_by_tokens_that_the_text_lacks_and_then_by_channels(dense, text, tmp_path, capsys):
+def test_a_size_is_reached_by_tokens_that_the_text_lacks_and_then_by_channels(
+    dense, text, tmp_path, capsys
+):
     folder, flags = tmp_path / "sized", ["--method", "wanda", *QUICK, "--calibration", str(text)]
     command = ["prune", str(dense), "-o", str(folder), "--target-size", "0.8", *flags]
     with interrupted_after(0):
@@ -48,9 +50,14 @@ def test_a_size_is_reached_by_tokens_that_the_text_lacks_and_then_by_channels(de
     gone = first.model["vocabulary"]["before"] - first.model["vocabulary"]["kept"]
     left, before = first.model["num_parameters"], first.model["dense_num_parameters"]
     said, out = capsys.readouterr()[::-1]
-    assert f"{gone} of {gone + first.model['vocabulary']['kept']} tokens do not occur in the text" in said
+    assert (
+        f"{gone} of {gone + first.model['vocabulary']['kept']} tokens do not occur in the text"
+        in said
+    )
     assert f"they go first ({left / before:.4f} is left), and then {share}" in said
-    assert f"recover {folder} --teacher {dense} " in out  # the dense model, not that with fewer tokens
+    assert (
+        f"recover {folder} --teacher {dense} " in out
+    )  # the dense model, not that with fewer tokens
     one_channel_more = 2 * 3 * 32
     assert share.startswith("channels:0.")
     assert 0.8 * before - one_channel_more < second.model["num_parameters"] <= 0.8 * before < left
@@ -63,18 +70,42 @@ def test_a_size_is_reached_by_tokens_that_the_text_lacks_and_then_by_channels(de
     assert main(["verify", str(tmp_path / "zeros")]) == 0
 
 
-def test_tokens_that_an_earlier_start_removed_are_those_of_the_model_as_it_is_now(dense, text, tmp_path, capsys):
-    model, folder, file = shutil.copytree(dense, tmp_path / "model"), tmp_path / "sized", "model.safetensors"
-    flags = ["-o", str(folder), "--target-size", "0.8", "--method", "wanda", *QUICK, "--calibration", str(text)]
+def test_tokens_that_an_earlier_start_removed_are_those_of_the_model_as_it_is_now(
+    dense, text, tmp_path, capsys
+):
+    model, folder, file = (
+        shutil.copytree(dense, tmp_path / "model"),
+        tmp_path / "sized",
+        "model.safetensors",
+    )
+    flags = [
+        "-o",
+        str(folder),
+        "--target-size",
+        "0.8",
+        "--method",
+        "wanda",
+        *QUICK,
+        "--calibration",
+        str(text),
+    ]
     with interrupted_after(0):
         assert main(["prune", str(model), *flags]) == 130
     first = tensors_of(tmp_path / "sized-tokens")
-    save_file({name: 2 * tensor for name, tensor in tensors_of(model).items()}, model / file, {"format": "pt"})
-    assert main(["prune", str(shutil.copytree(model, tmp_path / "other")), *flags]) == 1  # it may be a model of its own
+    save_file(
+        {name: 2 * tensor for name, tensor in tensors_of(model).items()},
+        model / file,
+        {"format": "pt"},
+    )
+    assert (
+        main(["prune", str(shutil.copytree(model, tmp_path / "other")), *flags]) == 1
+    )  # it may be a model of its own
     assert "sized-tokens' already holds a model" in capsys.readouterr().err
     assert main(["prune", str(model), *flags, "--overwrite"]) == 0
     for name in ("sized", "sized-tokens"):
-        assert torch.equal(tensors_of(tmp_path / name)["lm_head.weight"], 2 * first["lm_head.weight"])
+        assert torch.equal(
+            tensors_of(tmp_path / name)["lm_head.weight"], 2 * first["lm_head.weight"]
+        )
     report = tmp_path / "sized-tokens" / "fista" / "report.json"
     report.write_text(json.dumps(json.loads(report.read_text()) | {"retrained": True}))
     shutil.rmtree(folder)
@@ -82,8 +113,12 @@ def test_tokens_that_an_earlier_start_removed_are_those_of_the_model_as_it_is_no
     assert "sized-tokens' already holds a model" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "sized-tokens")
     again = [*QUICK, "--calibration", str(text), "-o", str(tmp_path / "sized-tokens")]
-    assert main(["prune", str(dense), "--pattern", "channels:0.25", "--method", "wanda", *again]) == 0
-    assert main(["prune", str(model), *flags, "--overwrite"]) == 1  # that is for `sized`, and this is something else
+    assert (
+        main(["prune", str(dense), "--pattern", "channels:0.25", "--method", "wanda", *again]) == 0
+    )
+    assert (
+        main(["prune", str(model), *flags, "--overwrite"]) == 1
+    )  # that is for `sized`, and this is something else
     assert "sized-tokens' already holds a model" in capsys.readouterr().err
     assert read_report(tmp_path / "sized-tokens").config["pattern"] == "channels:0.25"
 
@@ -94,14 +129,19 @@ def test_a_size_that_tokens_reach_needs_one_run(dense, text, tmp_path, capsys):
     assert main([*command, "--calibration", str(text), "--keep-tokens", "zebra"]) == 0
     report = read_report(folder)
     before = report.model["dense_num_parameters"]
-    assert f"loses nothing without them: {report.config['pattern']} is enough" in capsys.readouterr().err
+    assert (
+        f"loses nothing without them: {report.config['pattern']} is enough"
+        in capsys.readouterr().err
+    )
     assert report.config["keep_tokens"] == ["zebra"]
     assert report.config["pattern"].startswith("vocab:0.")
     assert 0.97 * before - 64 * 64 < report.model["num_parameters"] <= 0.97 * before
     assert [file.name for file in tmp_path.iterdir() if file.is_dir()] == ["sized"]
 
 
-def test_a_size_is_reached_by_channels_alone_if_no_text_says_which_tokens_are_rare(dense, tmp_path, capsys):
+def test_a_size_is_reached_by_channels_alone_if_no_text_says_which_tokens_are_rare(
+    dense, tmp_path, capsys
+):
     folder = tmp_path / "sized"
     flags = ["--method", "wanda", *QUICK, "--calibration", "self"]
     assert main(["prune", str(dense), "-o", str(folder), "--target-size", "0.9", *flags]) == 0
@@ -109,10 +149,22 @@ def test_a_size_is_reached_by_channels_alone_if_no_text_says_which_tokens_are_ra
     assert read_report(folder).model["num_parameters"] <= 0.9 * parameters_of(dense)
 
 
-def test_all_texts_are_read_and_the_first_is_enough_if_they_have_all_tokens(dense, text, tmp_path, capsys):
+def test_all_texts_are_read_and_the_first_is_enough_if_they_have_all_tokens(
+    dense, text, tmp_path, capsys
+):
     (tmp_path / "all.txt").write_text(f"{TEXT} {text_of(RARE)} {''.join(map(chr, range(256)))}")
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin1"))
-    command = ["prune", str(dense), "-o", str(tmp_path / "sized"), "--target-size", "0.9", "--method", "wanda", *QUICK]
+    command = [
+        "prune",
+        str(dense),
+        "-o",
+        str(tmp_path / "sized"),
+        "--target-size",
+        "0.9",
+        "--method",
+        "wanda",
+        *QUICK,
+    ]
     command += ["--calibration", str(text), "--calibration"]
     assert main([*command, str(tmp_path / "latin.txt")]) == 1
     assert "error: source" in (said := capsys.readouterr().err)
@@ -125,7 +177,10 @@ def test_all_texts_are_read_and_the_first_is_enough_if_they_have_all_tokens(dens
     ("flags", "message"),
     [
         (["--target-size", "0.8", "--pattern", "2:4"], "pass it without --pattern"),
-        (["--target-size", "1.5"], "--target-size 1.5: pass the share of the parameters that is to be left, in (0, 1)"),
+        (
+            ["--target-size", "1.5"],
+            "--target-size 1.5: pass the share of the parameters that is to be left, in (0, 1)",
+        ),
         (["--target-size", "0.8", "--packed"], "leaves a dense model: there are no zeros to pack"),
         (
             ["--target-size", "0.01", "--dry-run"],

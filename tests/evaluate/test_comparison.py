@@ -34,7 +34,9 @@ def dense_and_pruned(model, folder: Path, **options) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def smaller(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("smaller")
-    return dense_and_pruned(tiny_llama(**BIASES), folder, pattern="channels:0.25/4+heads:0.5", method="wanda")
+    return dense_and_pruned(
+        tiny_llama(**BIASES), folder, pattern="channels:0.25/4+heads:0.5", method="wanda"
+    )
 
 
 @pytest.fixture
@@ -60,7 +62,12 @@ def test_all_that_was_only_cut_is_the_dense_models(smaller):
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.0.mlp.gate_proj.weight", "model.layers.1.self_attn.k_proj.bias", "model.embed_tokens.weight"]
+    "name",
+    [
+        "model.layers.0.mlp.gate_proj.weight",
+        "model.layers.1.self_attn.k_proj.bias",
+        "model.embed_tokens.weight",
+    ],
 )
 def test_a_changed_value_names_its_tensor(copied, name):
     dense, folder = copied
@@ -101,9 +108,13 @@ def test_another_dense_model(smaller, tmp_path):
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral"])
 def test_ordinary_pruned_folders(family, tmp_path):
-    dense, folder = dense_and_pruned(tiny_model(family), tmp_path, pattern="2:4", method="magnitude")
+    dense, folder = dense_and_pruned(
+        tiny_model(family), tmp_path, pattern="2:4", method="magnitude"
+    )
     assert verify_checkpoint(folder, dense=dense).num_equal > 4
-    norm = next(name for name in load_file(folder / "model.safetensors") if "norm" in name or "ln_f" in name)
+    norm = next(
+        name for name in load_file(folder / "model.safetensors") if "norm" in name or "ln_f" in name
+    )
     tensors = load_file(folder / "model.safetensors")
     tensors[norm][0] += 1
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -114,7 +125,10 @@ def test_packed_and_trained_folders_are_refused(tmp_path):
     dense, folder = dense_and_pruned(tiny_llama(), tmp_path, pattern="2:4", method="magnitude")
     pack_folder(folder, tmp_path / "packed")
     save_masked(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "trained", folder)
-    for name, why in (("packed", "is packed: unpack it"), ("trained", "was trained, so it can't be compared")):
+    for name, why in (
+        ("packed", "is packed: unpack it"),
+        ("trained", "was trained, so it can't be compared"),
+    ):
         with pytest.raises(ValueError, match=f"dense='{dense}': .* {why}"):
             verify_checkpoint(tmp_path / name, dense=dense)
 
@@ -124,21 +138,32 @@ def folders(tmp_path_factory):
     """The dense model, and the same model pruned from files and in memory."""
     place = tmp_path_factory.mktemp("folders")
     save_tiny_folder(place / "dense")
-    options = {"output_dir": place / "files", "device": "cpu", "calibration_source": "random tokens"}
+    options = {
+        "output_dir": place / "files",
+        "device": "cpu",
+        "calibration_source": "random tokens",
+    }
     FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(
         place / "dense", tiny_tokens().split(4), **options
     )
-    prune_and_save(AutoModelForCausalLM.from_pretrained(place / "dense"), place / "memory", method="wanda")
+    prune_and_save(
+        AutoModelForCausalLM.from_pretrained(place / "dense"), place / "memory", method="wanda"
+    )
     return place
 
 
 def test_the_report_says_how_the_folder_was_made(folders):
-    found, other = (json.loads((folders / name / "fista/report.json").read_text()) for name in ("files", "memory"))
+    found, other = (
+        json.loads((folders / name / "fista/report.json").read_text())
+        for name in ("files", "memory")
+    )
     assert found["environment"] == other["environment"]
     assert found["model"]["sha256"] == other["model"]["sha256"]
     assert found["calibration"]["sha256"] == other["calibration"]["sha256"]
     assert found["environment"]["batches"] == [[2, 4, 16]]
     assert found["environment"]["processor"]["threads"] == torch.get_num_threads()
-    assert found["command"].endswith("--num-samples 8 --sequence-length 16 --batch-size 4 --device cpu")
+    assert found["command"].endswith(
+        "--num-samples 8 --sequence-length 16 --batch-size 4 --device cpu"
+    )
     assert other["command"] == found["command"]
     assert {"python", "torch", "transformers", "optimum-fista"} <= set(found["versions"])

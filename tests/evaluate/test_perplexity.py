@@ -18,7 +18,12 @@ VOCABULARY = 50
 @pytest.fixture
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "vocab_size": VOCABULARY,
+    }
     model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, attention_dropout=0.5))
     with torch.no_grad():
         model.lm_head.weight *= 20  # a model with opinions
@@ -54,7 +59,9 @@ def test_perplexity_is_the_oracles(model, windows, batch_size, positions, monkey
 def test_bits_per_byte_need_the_text_and_its_tokenizer():
     text, model = TextSource("sea", (TEXT,)), tiny_llama()
     windows = evaluation_windows(tiny_tokenizer(), text, 16, 3)
-    result = evaluate_perplexity(model, windows, progress=False, text=text, tokenizer=tiny_tokenizer())
+    result = evaluate_perplexity(
+        model, windows, progress=False, text=text, tokenizer=tiny_tokenizer()
+    )
     bits = 3 * 15 * math.log2(oracle(model, windows))
     assert result.num_bytes == 45  # a token is a letter
     assert result.bits_per_byte == pytest.approx(bits / 45, rel=1e-5)
@@ -72,7 +79,9 @@ def test_the_model_is_left_as_it_was(model, windows):
     model.model.layers[1].eval()
     untouched, seen = Untouched(model), []
     hook = model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append((module.training, kwargs["use_cache"], torch.is_grad_enabled())),
+        lambda module, args, kwargs: seen.append(
+            (module.training, kwargs["use_cache"], torch.is_grad_enabled())
+        ),
         with_kwargs=True,
     )
     evaluate_perplexity(model, windows, progress=False)
@@ -85,7 +94,9 @@ def test_nan_logits_are_located(model, windows):
     windows[:, :] = 3
     windows[3, 4] = 7
     model.model.embed_tokens.weight.data[7] = torch.nan
-    with pytest.raises(ValueError, match="NaN logits in windows 2 to 3: look for NaN in its weights"):
+    with pytest.raises(
+        ValueError, match="NaN logits in windows 2 to 3: look for NaN in its weights"
+    ):
         evaluate_perplexity(model, windows, batch_size=2, progress=False)
 
 
@@ -98,13 +109,19 @@ def test_windows_of_a_wrong_shape_or_dtype(model, bad):
 @pytest.mark.parametrize("token", [-1, VOCABULARY])
 def test_ids_outside_the_vocabulary(model, windows, token):
     windows[2, 3] = token
-    with pytest.raises(ValueError, match=rf"token ids from .*{token}.*the model knows 0 to {VOCABULARY - 1}"):
+    with pytest.raises(
+        ValueError, match=rf"token ids from .*{token}.*the model knows 0 to {VOCABULARY - 1}"
+    ):
         evaluate_perplexity(model, windows, progress=False)
 
 
 def test_windows_that_are_too_long_for_the_model():
     long = torch.randint(0, VOCAB_SIZE, (2, 65), generator=torch.Generator().manual_seed(0))
-    message = r"windows holds sequences of 65 tokens, .* pass at most 64, its max_position_embeddings"
+    message = (
+        r"windows holds sequences of 65 tokens, .* pass at most 64, its max_position_embeddings"
+    )
     with pytest.raises(ValueError, match=message):
         evaluate_perplexity(tiny_model("opt"), long, progress=False)
-    assert evaluate_perplexity(tiny_model("llama"), long, progress=False).sequence_length == 65  # without a table
+    assert (
+        evaluate_perplexity(tiny_model("llama"), long, progress=False).sequence_length == 65
+    )  # without a table

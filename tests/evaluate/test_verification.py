@@ -66,9 +66,13 @@ def test_what_was_saved_is_proven(name, request):
     example = request.getfixturevalue(name)
     seen = []
     proven = verify_checkpoint(example.folder, seen.append)
-    zeros = sum(int((example.model.state_dict()[o.name] == 0).sum()) for o in example.report.operators)
+    zeros = sum(
+        int((example.model.state_dict()[o.name] == 0).sum()) for o in example.report.operators
+    )
     weights = sum(example.model.state_dict()[o.name].numel() for o in example.report.operators)
-    assert proven == Verification(len(example.report.operators), weights, zeros, example.model.num_parameters())
+    assert proven == Verification(
+        len(example.report.operators), weights, zeros, example.model.num_parameters()
+    )
     assert seen == [o.name for o in example.report.operators]
 
 
@@ -124,7 +128,9 @@ def test_a_weight_moved_to_another_row(saved_by_rows, tmp_path):
     assert f"{UP}: its mask row 0 keeps" in broken(folder)
 
 
-def test_n_of_m_is_checked_along_the_inputs_where_weights_are_stored_transposed(saved_gpt2, tmp_path):
+def test_n_of_m_is_checked_along_the_inputs_where_weights_are_stored_transposed(
+    saved_gpt2, tmp_path
+):
     folder = shutil.copytree(saved_gpt2.folder, tmp_path / "model")
     name = saved_gpt2.report.operators[0].name
     stored = saved_gpt2.model.state_dict()[name]  # [in, out]
@@ -149,14 +155,19 @@ def test_a_missing_file(folder, file):
 def test_wrong_promises_of_config_and_report(folder):
     config, report = folder / "config.json", folder / "fista/report.json"
     for name, value in (("mean_fit_error", 0.01), ("num_zeros", 1)):
-        change_json(config, lambda values, changes={name: value}: values["fista_pruning"].update(changes))
+        change_json(
+            config, lambda values, changes={name: value}: values["fista_pruning"].update(changes)
+        )
         assert f"config.json promises {name} {value}, fista/report.json says" in broken(folder)
     change_json(config, lambda values: values.pop("fista_pruning"))
     assert broken(folder) == "config.json has no 'fista_pruning'."
     config.write_text(json.dumps({"fista_pruning": {"num_zeros": 1}}))
     change_json(report, lambda values: values["operators"][2].update(num_kept=3))
     name = json.loads(report.read_text())["operators"][2]["name"]
-    assert f"{name}: its mask keeps 256 weights, the report says 3, and 50.000000% zeros." in broken(folder)
+    assert (
+        f"{name}: its mask keeps 256 weights, the report says 3, and 50.000000% zeros."
+        in broken(folder)
+    )
     change_json(report, lambda values: values["operators"][1].update(shape=[1, 2]))
     assert "has shape (16, 32), the report says (1, 2)" in broken(folder)
     change_json(report, lambda values: values["operators"][0].update(pattern="two of four"))
@@ -167,18 +178,26 @@ def test_wrong_promises_of_config_and_report(folder):
 def test_wrong_totals_of_the_report(folder, saved, name, value):
     change_json(folder / "fista/report.json", lambda values: values["totals"].update({name: value}))
     found = saved.report.totals[name]
-    assert broken(folder) == f"fista/report.json: totals promise {name} {value}, the operators make {found}."
+    assert (
+        broken(folder)
+        == f"fista/report.json: totals promise {name} {value}, the operators make {found}."
+    )
 
 
 def test_a_class_that_transformers_does_not_have_is_not_counted(folder):
-    change_json(folder / "fista/report.json", lambda values: values["model"].update({"class": "OfMyOwn"}))
+    change_json(
+        folder / "fista/report.json", lambda values: values["model"].update({"class": "OfMyOwn"})
+    )
     assert verify_checkpoint(folder).num_parameters is None
 
 
 def test_masks_report_and_checkpoint_name_the_same_operators(folder):
     change_json(folder / "fista/report.json", lambda values: values["operators"].pop())
     assert broken(folder) == "the masks and the report name different operators."
-    change_json(folder / "fista/report.json", lambda values: values["operators"][0].update(name="gone.weight"))
+    change_json(
+        folder / "fista/report.json",
+        lambda values: values["operators"][0].update(name="gone.weight"),
+    )
     assert broken(folder) == "gone.weight is in the report but not in the checkpoint."
 
 

@@ -16,8 +16,14 @@ def test_checkpoint_files_follow_transformers_choice(saved, saved_gpt2, tmp_path
     with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors"):
         checkpoint_files(tmp_path)
     misspelt = saved.folder.with_name(saved.folder.name + "s")
-    with pytest.raises(FileNotFoundError, match=rf"no such folder\. Did you mean '.*/{saved.folder.name}'\?"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"no such folder\. Did you mean '.*/{saved.folder.name}'\?"
+    ):
         read_report(misspelt)
-    shutil.copytree(saved_gpt2.folder, tmp_path / "both")  # `from_pretrained` prefers the single file
+    shutil.copytree(
+        saved_gpt2.folder, tmp_path / "both"
+    )  # `from_pretrained` prefers the single file
     shutil.copy(saved.folder / "model.safetensors", tmp_path / "both")
-    assert set(checkpoint_files(tmp_path / "both").values()) == {tmp_path / "both" / "model.safetensors"}
+    assert set(checkpoint_files(tmp_path / "both").values()) == {
+        tmp_path / "both" / "model.safetensors"
+    }

@@ -30,14 +30,24 @@ def model_folder(model, tmp_path_factory) -> Path:
     (folder / "reports").mkdir()
     (folder / "reports" / "layer 0.json").write_text('{"relative_error": 0.1}')
     (folder / "fista").mkdir()
-    names = ["README.md", "config.json", "generation_config.json", "model.safetensors", "reports/layer 0.json"]
+    names = [
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "reports/layer 0.json",
+    ]
     (folder / "fista" / "files.json").write_text(json.dumps(dict.fromkeys(names)))
     return folder
 
 
-def push(hub: HubStandIn, folder: Path, tmp_path: Path, repo_id=REPO_ID, **options) -> CompletedProcess:
+def push(
+    hub: HubStandIn, folder: Path, tmp_path: Path, repo_id=REPO_ID, **options
+) -> CompletedProcess:
     call = f"push_folder({str(folder)!r}, {repo_id!r}, **{options!r})"
-    return run_with_hub(hub, f"from optimum_fista.folder.hub import push_folder\nprint({call})", tmp_path)
+    return run_with_hub(
+        hub, f"from optimum_fista.folder.hub import push_folder\nprint({call})", tmp_path
+    )
 
 
 def printed(process: CompletedProcess) -> str:
@@ -74,12 +84,19 @@ def test_weights_and_the_page_of_an_earlier_model_are_deleted(hub, model, model_
         model.save_pretrained(folder, max_shard_size="20KB")
     assert len(list(new.glob("*.safetensors"))) > 1
     printed(push(hub, new, tmp_path))
-    kept = {path: data for path, data in bytes_of(old).items() if not path.startswith(("fista/", "model."))}
+    kept = {
+        path: data
+        for path, data in bytes_of(old).items()
+        if not path.startswith(("fista/", "model."))
+    }
     assert hub.files(REPO_ID) == kept | bytes_of(new)
 
 
 def test_files_of_others_stay_here(hub, model_folder, tmp_path):
-    folder, notes = tmp_path / "pruned", {"notes.txt", "fista/mine.txt", "[a-z]*.json", "mine.safetensors"}
+    folder, notes = (
+        tmp_path / "pruned",
+        {"notes.txt", "fista/mine.txt", "[a-z]*.json", "mine.safetensors"},
+    )
     shutil.copytree(model_folder, folder)
     for name in notes:
         (folder / name).write_text("private")
@@ -91,7 +108,9 @@ def test_files_of_others_stay_here(hub, model_folder, tmp_path):
     assert "README.md" not in shown
 
 
-def test_a_card_that_the_hub_refuses_is_one_error_before_anything_is_uploaded(hub, model_folder, tmp_path):
+def test_a_card_that_the_hub_refuses_is_one_error_before_anything_is_uploaded(
+    hub, model_folder, tmp_path
+):
     hub.refused_in_cards = ["license"]
     message = failure(push(hub, model_folder, tmp_path))
     assert "OSError: Pushing to 'tester/tiny-llama' failed" in message
@@ -114,7 +133,11 @@ def test_failure_at_any_step_can_be_retried(hub, model_folder, tmp_path, broken)
 def test_refused_token_foreign_namespace_and_unreachable_hub(hub, model_folder, tmp_path):
     with HubStandIn() as stopped:
         pass
-    refused = {"401": ({"token": "hf_wrong"}, hub), "403": ({"repo_id": "someone/tiny"}, hub), "": ({}, stopped)}
+    refused = {
+        "401": ({"token": "hf_wrong"}, hub),
+        "403": ({"repo_id": "someone/tiny"}, hub),
+        "": ({}, stopped),
+    }
     for reason, (options, server) in refused.items():
         message = failure(push(server, model_folder, tmp_path, **options))
         assert f"safe at {model_folder}" in message
@@ -127,16 +150,23 @@ def test_what_cannot_be_pushed_is_known_before(hub, monkeypatch):
     connect(hub, monkeypatch)
     require_push(REPO_ID)
     require_push("tiny-llama")
-    refused = [("a/b/c", {}, "is not a repository name"), ("someone/tiny", {}, "tester, .* can't write to 'someone'")]
+    refused = [
+        ("a/b/c", {}, "is not a repository name"),
+        ("someone/tiny", {}, "tester, .* can't write to 'someone'"),
+    ]
     refused.append((REPO_ID, {"token": "hf_wrong"}, "Invalid user token"))
     for repo_id, options, why in refused:
         with pytest.raises((OSError, ValueError), match=rf"repo_id='{repo_id}'.*{why}"):
             require_push(repo_id, **options)
     hub.role = "read"
-    with pytest.raises(ValueError, match=rf"repo_id='{REPO_ID}': the token can only read: pass one that can write"):
+    with pytest.raises(
+        ValueError, match=rf"repo_id='{REPO_ID}': the token can only read: pass one that can write"
+    ):
         require_push(REPO_ID)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match=r"can't be pushed to, and nothing was done: .*offline mode is enabled"):
+    with pytest.raises(
+        OSError, match=r"can't be pushed to, and nothing was done: .*offline mode is enabled"
+    ):
         require_push(REPO_ID)
     assert {request.partition(" ")[0] for request in hub.requests} == {"GET"}
 
@@ -145,7 +175,10 @@ def test_private_is_not_ignored_for_an_existing_public_repository(hub, model_fol
     printed(push(hub, model_folder, tmp_path))
     hub.requests.clear()
     message = failure(push(hub, model_folder, tmp_path, private=True))
-    assert "ValueError: private=True was passed, but 'tester/tiny-llama' exists with private=False" in message
+    assert (
+        "ValueError: private=True was passed, but 'tester/tiny-llama' exists with private=False"
+        in message
+    )
     assert not [request for request in hub.requests if "/preupload/" in request]
 
 
@@ -153,7 +186,9 @@ def test_private_is_not_ignored_for_an_existing_public_repository(hub, model_fol
 def test_incomplete_folder_is_refused(model_folder, tmp_path, missing):
     folder = shutil.copytree(model_folder, tmp_path / "pruned")
     (folder / missing).unlink()
-    with pytest.raises(ValueError, match=r"has no .* of optimum-fista: pass a folder that it wrote"):
+    with pytest.raises(
+        ValueError, match=r"has no .* of optimum-fista: pass a folder that it wrote"
+    ):
         push_folder(folder, REPO_ID)
 
 

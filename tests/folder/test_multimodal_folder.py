@@ -12,7 +12,13 @@ from hub_standin import hub_fixture, run_with_hub  # noqa: F401
 from killed import interrupted_after
 from media_models import media_batch, save_llava_folder
 from tiny_llama import TEXT, tiny_tokenizer
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM, Llama4Config, T5Config
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    Llama4Config,
+    T5Config,
+)
 
 from optimum_fista import FistaPruner, FistaPruningConfig, recover
 from optimum_fista.cli.main import main
@@ -29,7 +35,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 def pruner(pattern="2:4"):
-    return FistaPruner(FistaPruningConfig(pattern=pattern, method="magnitude", error_correction="none"), progress=False)
+    return FistaPruner(
+        FistaPruningConfig(pattern=pattern, method="magnitude", error_correction="none"),
+        progress=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +63,9 @@ def test_the_class_is_the_one_that_the_configuration_names():
     assert model_class(both) is AutoModelForMultimodalLM
     both.architectures = ["Llama4ForCausalLM"]
     assert model_class(both) is AutoModelForCausalLM
-    with pytest.raises(ValueError, match="model_type='t5', of which Transformers has no class that writes text"):
+    with pytest.raises(
+        ValueError, match="model_type='t5', of which Transformers has no class that writes text"
+    ):
         model_class(T5Config())
 
 
@@ -62,7 +73,9 @@ def test_offloaded_packed_and_streamed_are_the_same_with_all_files(folders, tmp_
     dense, found = folders("qwen3_vl"), {}
     with pytest.warns(UserWarning, match="Qwen3VLForConditionalGeneration saw no image or video"):
         pruner().prune(dense, family_tokens(), output_dir=tmp_path / "streamed", device="cpu")
-    pruner().prune(dense, family_tokens(), output_dir=tmp_path / "packed", device="cpu", packed=True)
+    pruner().prune(
+        dense, family_tokens(), output_dir=tmp_path / "packed", device="cpu", packed=True
+    )
     verify_checkpoint(tmp_path / "packed")
     model = AutoModelForMultimodalLM.from_pretrained(
         dense, device_map={"": "disk"}, offload_folder=tmp_path / "weights"
@@ -72,7 +85,9 @@ def test_offloaded_packed_and_streamed_are_the_same_with_all_files(folders, tmp_
     saver.save_pretrained(model, tmp_path / "offloaded")
     for name in ("streamed", "packed", "offloaded"):
         assert all((tmp_path / name / file).exists() for file in PROCESSOR)
-        assert json.loads((tmp_path / name / "config.json").read_text())["architectures"] == [type(model).__name__]
+        assert json.loads((tmp_path / name / "config.json").read_text())["architectures"] == [
+            type(model).__name__
+        ]
         found[name] = logits(read_model(str(tmp_path / name)))
     tensors, others = read_tensors(tmp_path / "streamed"), read_tensors(tmp_path / "offloaded")
     assert tensors.keys() == others.keys()
@@ -94,8 +109,16 @@ def test_fused_experts_go_from_files(folders, tmp_path):
 
 @pytest.mark.skipif("molmo2" not in CONFIG_MAPPING, reason="needs a newer Transformers")
 def test_rows_of_several_operators_are_not_packed(folders, tmp_path):
-    with pytest.raises(ValueError, match=r"ff_proj.weight\[0:48, :\] is a part of a matrix with other operators"):
-        pruner().prune(folders("molmo2"), family_tokens(), output_dir=tmp_path / "out", device="cpu", packed=True)
+    with pytest.raises(
+        ValueError, match=r"ff_proj.weight\[0:48, :\] is a part of a matrix with other operators"
+    ):
+        pruner().prune(
+            folders("molmo2"),
+            family_tokens(),
+            output_dir=tmp_path / "out",
+            device="cpu",
+            packed=True,
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -120,7 +143,9 @@ def test_decoder_layers_go_and_an_interrupted_run_resumes(llava, tmp_path):
     assert verify_checkpoint(tmp_path / "out").num_zeros  # the old one is still there
     prune(llava, tmp_path / "out", "layers:0.5", overwrite=True)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
-    assert verify_checkpoint(tmp_path / "out", dense=llava).num_equal == len(read_tensors(tmp_path / "out"))
+    assert verify_checkpoint(tmp_path / "out", dense=llava).num_equal == len(
+        read_tensors(tmp_path / "out")
+    )
     assert read_model(str(tmp_path / "out")).config.text_config.num_hidden_layers == 2
     with pytest.raises(ValueError, match="lies in the folder that is read"):
         prune(llava, llava / "out", "2:4")
@@ -131,23 +156,45 @@ def test_commands_and_recover_take_multimodal_folders(llava, tmp_path, monkeypat
     prune(llava, tmp_path / "pruned", "2:4")
     prune(llava, tmp_path / "packed", "2:4", packed=True)
     assert main(["report", str(tmp_path / "pruned")]) == 0
-    assert "LlavaForConditionalGeneration" in (tmp_path / "pruned" / "fista" / "report.html").read_text()
+    assert (
+        "LlavaForConditionalGeneration"
+        in (tmp_path / "pruned" / "fista" / "report.html").read_text()
+    )
     monkeypatch.setattr(sys, "stdin", io.StringIO("the sea\n"))
     capsys.readouterr()
     command = ["chat", str(tmp_path / "packed"), "--device", "cpu", "--max-new-tokens", "6"]
     assert main(command) == 0
-    ids, model = tiny_tokenizer()("the sea", return_tensors="pt").input_ids, read_model(str(tmp_path / "pruned"))
-    answer = tiny_tokenizer().decode(model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :])
+    ids, model = (
+        tiny_tokenizer()("the sea", return_tensors="pt").input_ids,
+        read_model(str(tmp_path / "pruned")),
+    )
+    answer = tiny_tokenizer().decode(
+        model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+    )
     assert capsys.readouterr().out.strip() == answer.strip()
     (text := tmp_path / "text.txt").write_text(TEXT)
     sizes = {"tokens": 640, "sequence_length": 16, "batch_size": 1, "accumulate": 2, "held_out": 4}
-    recover(tmp_path / "packed", llava, tmp_path / "out", calibration=str(text), **sizes, device="cpu", progress=False)
+    recover(
+        tmp_path / "packed",
+        llava,
+        tmp_path / "out",
+        calibration=str(text),
+        **sizes,
+        device="cpu",
+        progress=False,
+    )
     assert verify_checkpoint(tmp_path / "out").num_zeros
     found, dense = read_tensors(tmp_path / "out"), read_tensors(llava)
     assert found.keys() == dense.keys()
     changed = {name for name in dense if not torch.equal(found[name], dense[name])}
-    assert changed == {name for name in dense if "language_model" in name and ("layers" in name or "norm" in name)}
-    for name in bytes_of(llava).keys() - {"config.json", "generation_config.json", "model.safetensors"}:
+    assert changed == {
+        name for name in dense if "language_model" in name and ("layers" in name or "norm" in name)
+    }
+    for name in bytes_of(llava).keys() - {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }:
         assert (tmp_path / "out" / name).read_bytes() == (llava / name).read_bytes()
 
 

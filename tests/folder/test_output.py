@@ -46,7 +46,9 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text() for path in files}
 
 
-def put(output: Path, names: tuple[str, ...] = NEW, text: str = "new", overwrite: bool = True) -> Path:
+def put(
+    output: Path, names: tuple[str, ...] = NEW, text: str = "new", overwrite: bool = True
+) -> Path:
     """What every writer does."""
     with new_output(output, overwrite) as folder:
         write(folder, names, text)
@@ -71,7 +73,9 @@ def test_another_rank_may_remove_what_it_offloaded_at_the_same_time(tmp_path, mo
     assert not (unfinished / "journal" / "offload-1").exists()
 
 
-@pytest.mark.parametrize("there", ["nothing", "an empty folder", "a model", "a model that can't be swapped"])
+@pytest.mark.parametrize(
+    "there", ["nothing", "an empty folder", "a model", "a model that can't be swapped"]
+)
 def test_whenever_it_is_killed_the_old_or_the_new_folder_is_there(tmp_path, monkeypatch, there):
     found, swaps = set(), "can't" not in there
     if not swaps:
@@ -94,7 +98,10 @@ def test_whenever_it_is_killed_the_old_or_the_new_folder_is_there(tmp_path, monk
                     pass
             found.add("old" if contents(folder) == old else "new")
             assert contents(folder) in (old, dict.fromkeys(NEW, "new"))
-            if contents(folder) != old and (lock := Path(f"{unfinished_folder(folder)}.lock")).exists():
+            if (
+                contents(folder) != old
+                and (lock := Path(f"{unfinished_folder(folder)}.lock")).exists()
+            ):
                 if (mark := lock.with_suffix("") / "journal" / "optimum-fista").exists():
                     write(mark.parent, ("layer-0.json",), "finished")  # as a streamed run has it
                 with pytest.raises(FileExistsError, match="already holds a model"):
@@ -107,7 +114,9 @@ def test_whenever_it_is_killed_the_old_or_the_new_folder_is_there(tmp_path, monk
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
-def test_a_folder_that_came_between_two_renames_is_kept_and_the_old_one_as_well(tmp_path, monkeypatch):
+def test_a_folder_that_came_between_two_renames_is_kept_and_the_old_one_as_well(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(output, "_swapped", lambda *_: False)
     for step in itertools.count():
         folder = put(tmp_path / str(step) / "model", OLD, "old")
@@ -137,7 +146,10 @@ def test_a_model_that_cant_be_put_there_leaves_the_old_one(tmp_path, monkeypatch
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(OSError, match="not permitted: the new model can't take its place; give the same command again"):
+    with pytest.raises(
+        OSError,
+        match="not permitted: the new model can't take its place; give the same command again",
+    ):
         put(folder)
     assert contents(tmp_path) == {f"model/{name}": "old" for name in OLD}
 
@@ -156,7 +168,10 @@ def test_a_file_that_was_added_or_changed_is_kept(tmp_path, name):
     require_output(folder, True)
     write(folder, (name,), "mine")
     assert foreign_files(folder) == [name]
-    assert f"holds {name}, which optimum-fista did not write or somebody changed: it would be lost" in refused(folder)
+    assert (
+        f"holds {name}, which optimum-fista did not write or somebody changed: it would be lost"
+        in refused(folder)
+    )
     (folder / name).unlink()
     require_output(folder, True)
 
@@ -196,17 +211,27 @@ def test_outputs_that_cant_work_are_refused(tmp_path, monkeypatch):
     assert "has no name of its own" in refused(tmp_path / "..")
     for name in ("source", "source/sub/out", "alias", "alias/out"):
         assert "lies in the folder that is read" in refused(tmp_path / name, source="source")
-    with pytest.raises(ValueError, match="lies in the folder that is read"), new_output(source, True, source):
+    with (
+        pytest.raises(ValueError, match="lies in the folder that is read"),
+        new_output(source, True, source),
+    ):
         pass
     write(tmp_path / "out.unfinished", ("journal/optimum-fista", "model/config.json"), "kept")
     (tmp_path / "model").symlink_to("out.unfinished/model")
     for name in ("out.unfinished", "model"):
-        assert "deletes: pass another output, or move the folder" in refused(tmp_path / "out", source=name)
+        assert "deletes: pass another output, or move the folder" in refused(
+            tmp_path / "out", source=name
+        )
     assert "is a file: pass a folder" in refused(source / "config.json")
     assert "holds config.json, model.safetensors, which" in refused(tmp_path / "others")
     with monkeypatch.context() as patched:
-        patched.setattr(os, "access", lambda path, mode: path != source)  # root may write everywhere
-        assert "can't be replaced (Permission denied): make it writable, or pass another folder" in refused(source)
+        patched.setattr(
+            os, "access", lambda path, mode: path != source
+        )  # root may write everywhere
+        assert (
+            "can't be replaced (Permission denied): make it writable, or pass another folder"
+            in refused(source)
+        )
     monkeypatch.setattr(os.path, "ismount", lambda path: True)
     assert "is a mount point, which can't be replaced: pass a folder in it" in refused(source)
 
@@ -239,17 +264,29 @@ def test_what_has_the_name_of_the_unfinished_folder_is_not_touched(tmp_path, kin
     else:
         unfinished.symlink_to("elsewhere")
     before = contents(tmp_path)
-    with pytest.raises(FileExistsError, match=r"model\.unfinished' is in the way and no unfinished run's: move it"):
+    with pytest.raises(
+        FileExistsError, match=r"model\.unfinished' is in the way and no unfinished run's: move it"
+    ):
         put(tmp_path / "model")
     assert contents(tmp_path) == before
 
 
 def test_layers_of_a_streamed_run_are_not_thrown_away_unasked(tmp_path):
     with locked_output(tmp_path / "model") as unfinished:
-        write(unfinished, ("journal/fingerprint.json", "journal/offload-a/weight.dat", "model/shard"), "layers")
-    with pytest.raises(FileExistsError, match="holds an unfinished run: give its command again to finish it, delete"):
+        write(
+            unfinished,
+            ("journal/fingerprint.json", "journal/offload-a/weight.dat", "model/shard"),
+            "layers",
+        )
+    with pytest.raises(
+        FileExistsError,
+        match="holds an unfinished run: give its command again to finish it, delete",
+    ):
         put(tmp_path / "model", overwrite=False)
-    assert {name for name, text in contents(unfinished).items() if text} == {"journal/fingerprint.json", "model/shard"}
+    assert {name for name, text in contents(unfinished).items() if text} == {
+        "journal/fingerprint.json",
+        "model/shard",
+    }
     put(tmp_path / "model")
     assert contents(tmp_path) == {f"model/{name}": "new" for name in NEW}
 
@@ -261,7 +298,10 @@ def test_another_process_is_refused_until_the_first_is_gone(tmp_path):
     try:
         assert holder.stdout.readline() == b"held\n"
         (tmp_path / "link").symlink_to(tmp_path)
-        with pytest.raises(BlockingIOError, match="is being written by another run: wait until it has ended, or pass"):
+        with pytest.raises(
+            BlockingIOError,
+            match="is being written by another run: wait until it has ended, or pass",
+        ):
             put(tmp_path / "link" / "model")
     finally:
         holder.kill()
@@ -274,7 +314,10 @@ def test_many_threads_never_mix_their_models(tmp_path):
     def rounds(text: str) -> None:
         for _ in range(20):
             try:
-                with locked_output(tmp_path / "model"), locked_output(tmp_path / "model") as folder:  # may ask again
+                with (
+                    locked_output(tmp_path / "model"),
+                    locked_output(tmp_path / "model") as folder,
+                ):  # may ask again
                     discard(folder)
                     write(folder / "model", NEW, text)
                     install(folder, tmp_path / "model", True)
@@ -317,10 +360,16 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("I/O error: No space left on device (os error 28)", errno.ENOSPC), ("invalid header", errno.EIO)],
+    [
+        ("I/O error: No space left on device (os error 28)", errno.ENOSPC),
+        ("invalid header", errno.EIO),
+    ],
 )
 def test_errors_of_safetensors_are_errors_of_the_system(tmp_path, text, number):
-    with pytest.raises(OSError, match=r"serializing.*: '.*/model'") as caught, errors_of_writing(tmp_path / "model"):
+    with (
+        pytest.raises(OSError, match=r"serializing.*: '.*/model'") as caught,
+        errors_of_writing(tmp_path / "model"),
+    ):
         raise SafetensorError(f"Error while serializing: {text}")
     assert caught.value.errno == number
 

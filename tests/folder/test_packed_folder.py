@@ -56,7 +56,9 @@ def test_round_trip_and_loading(family, pruned, tmp_path):
 def test_experts_that_were_left_dense(family, exclude, pruned, tmp_path):
     folder = pruned(family, exclude=(exclude,))
     pack_folder(folder, tmp_path / "packed")
-    assert_same_weights(tmp_path / "packed", AutoModelForCausalLM.from_pretrained(folder).state_dict())
+    assert_same_weights(
+        tmp_path / "packed", AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    )
 
 
 WITHOUT = """
@@ -94,7 +96,9 @@ print("equal")
 def test_the_import_is_enough_after_transformers(pruned, tmp_path):
     """A process can't load a packed folder before it imports this package. (The next test imports it first.)"""
     pack_folder(pruned("llama"), tmp_path / "packed")
-    result = run(f"{WITHOUT}import optimum_fista.packed\n{WITH}", tmp_path / "packed", pruned("llama"))
+    result = run(
+        f"{WITHOUT}import optimum_fista.packed\n{WITH}", tmp_path / "packed", pruned("llama")
+    )
     assert result.stdout == "refused\nequal\n", result.stdout + result.stderr
 
 
@@ -134,10 +138,16 @@ NAME = "model.layers.1.mlp.up_proj.weight"
     ("change", "message"),
     [
         (lambda t: t.pop(f"{NAME}_mask"), "up_proj.weight is packed, but .*_mask is missing"),
-        (lambda t: t.update({f"{NAME}_values": t[f"{NAME}_values"][:-1].clone()}), "up_proj.weight_values holds"),
+        (
+            lambda t: t.update({f"{NAME}_values": t[f"{NAME}_values"][:-1].clone()}),
+            "up_proj.weight_values holds",
+        ),
         (lambda t: t[f"{NAME}_mask"][0, 0].bitwise_xor_(1), "up_proj.weight_values holds"),
         (lambda t: t[f"{NAME}_layout"][-2].fill_(2**62), "up_proj.weight"),
-        (lambda t: t[f"{NAME}_values"][0].mul_(2), r"layers\.1\.mlp\.up_proj\.weight has another checksum"),
+        (
+            lambda t: t[f"{NAME}_values"][0].mul_(2),
+            r"layers\.1\.mlp\.up_proj\.weight has another checksum",
+        ),
     ],
     ids=["part missing", "value less", "bit flipped", "hostile shape", "value changed"],
 )
@@ -165,7 +175,9 @@ def widened(name):
     return change
 
 
-@pytest.mark.parametrize(("family", "name"), [("llama", NAME), ("gpt2", "transformer.h.1.mlp.c_fc.weight")])
+@pytest.mark.parametrize(
+    ("family", "name"), [("llama", NAME), ("gpt2", "transformer.h.1.mlp.c_fc.weight")]
+)
 def test_shapes_are_those_of_the_model(family, name, pruned, tmp_path):
     pack_folder(pruned(family), tmp_path / "packed")
     edit(tmp_path / "packed", widened(name))
@@ -211,7 +223,9 @@ def test_a_weight_outside_its_mask_is_not_lost_in_silence(pruned, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors[NAME][tensors[NAME] == 0] = 1.0
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"up_proj\.weight: weight has values other than zero outside of mask"):
+    with pytest.raises(
+        ValueError, match=r"up_proj\.weight: weight has values other than zero outside of mask"
+    ):
         pack_folder(folder, tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
 
@@ -222,7 +236,10 @@ def test_files_of_others_come_along_and_replace_none(pruned, tmp_path):
     (folder / "sub").mkdir()
     (folder / "sub" / "notes.txt").write_text("mine")
     (folder / "nowhere").symlink_to("nothing")
-    for name, mine in (("README.md", "My words.\n"), ("config.json", "\n")):  # edited, but still the model's
+    for name, mine in (
+        ("README.md", "My words.\n"),
+        ("config.json", "\n"),
+    ):  # edited, but still the model's
         (folder / name).write_text((folder / name).read_text() + mine)
     pack_folder(folder, output)
     assert (output / "sub" / "notes.txt").read_text() == "mine"

@@ -31,7 +31,9 @@ def source(tmp_path_factory) -> Path:
 
 def prune(source: Path, output: Path, config: FistaPruningConfig | None = None, **options):
     config = config or FistaPruningConfig(method="wanda")
-    return FistaPruner(config, progress=False).prune(source, tiny_tokens().split(4), output_dir=output, **options)
+    return FistaPruner(config, progress=False).prune(
+        source, tiny_tokens().split(4), output_dir=output, **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -92,17 +94,23 @@ def test_a_run_cut_off_at_any_write_goes_on_to_the_same_bytes(source, whole, tmp
 
 
 def test_a_model_in_memory_is_packed_when_it_is_saved():
-    with pytest.raises(ValueError, match="packed=True is for a model given by name: save a loaded model"):
+    with pytest.raises(
+        ValueError, match="packed=True is for a model given by name: save a loaded model"
+    ):
         FistaPruner(progress=False).prune(tiny_llama(), tiny_tokens().split(4), packed=True)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "1:4"])
 def test_the_plan_counts_the_bytes_of_the_shards(pattern, tmp_path):
-    model = tiny_llama(hidden_size=128, intermediate_size=256, tie_word_embeddings=False).to(torch.bfloat16)
+    model = tiny_llama(hidden_size=128, intermediate_size=256, tie_word_embeddings=False).to(
+        torch.bfloat16
+    )
     model.save_pretrained(tmp_path / "source")
     config = FistaPruningConfig(pattern=pattern, method="wanda")
     prune(tmp_path / "source", tmp_path / "packed", config, packed=True)
-    tensors = [t for f in (tmp_path / "packed").glob("packed-*.safetensors") for t in load_file(f).values()]
+    tensors = [
+        t for f in (tmp_path / "packed").glob("packed-*.safetensors") for t in load_file(f).values()
+    ]
     options = {"num_samples": 4, "sequence_length": 16}
     packed = Estimate(tmp_path / "source", config, packed=True, **options).disk_bytes["model"]
     assert packed == pytest.approx(sum(tensor.nbytes for tensor in tensors), rel=0.02)

@@ -31,7 +31,10 @@ LOAD = """
 
 
 def pruned_model(tokens, **options):
-    pruner, model = FistaPruner(FistaPruningConfig(**{"method": "wanda"} | options), progress=False), tiny_llama()
+    pruner, model = (
+        FistaPruner(FistaPruningConfig(**{"method": "wanda"} | options), progress=False),
+        tiny_llama(),
+    )
     pruner.prune(model, tokens.split(4))
     return pruner, model
 
@@ -47,7 +50,13 @@ def test_plain_transformers_loads_the_same_bits(saved, saved_by_rows, saved_gpt2
 
 
 def test_files(saved, saved_gpt2):
-    expected = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
+    expected = {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "README.md",
+    }
     expected |= {"fista/masks.safetensors", "fista/report.json", "fista/files.json"}
     assert set(bytes_of(saved.folder)) == expected | {"model.safetensors"}
     shards = set(bytes_of(saved_gpt2.folder)) - expected
@@ -61,7 +70,9 @@ def test_files(saved, saved_gpt2):
 def test_the_key_in_the_configuration_survives_saving_by_plain_transformers(saved, tmp_path):
     entry = json.loads((saved.folder / "config.json").read_text())["fista_pruning"]
     assert (entry["pattern"], entry["method"], entry["num_operators"]) == ("2:4", "fista", 14)
-    assert entry["num_zeros"] == sum(int((p == 0).sum()) for n, p in saved.model.named_parameters() if "_proj" in n)
+    assert entry["num_zeros"] == sum(
+        int((p == 0).sum()) for n, p in saved.model.named_parameters() if "_proj" in n
+    )
     assert (saved.folder / entry["masks"]).is_file()
     AutoModelForCausalLM.from_pretrained(saved.folder).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["fista_pruning"] == entry
@@ -88,14 +99,18 @@ def test_masks_are_one_bit_a_weight_and_say_what_was_kept(name, request):
         assert packed.shape == ((weight.numel() + 7) // 8,)
         position = np.arange(weight.numel())
         bits = (packed.numpy()[position // 8] >> (position % 8)) & 1
-        assert np.array_equal(bits.astype(bool), (weight != 0).float().numpy().reshape(-1).astype(bool)), key
+        assert np.array_equal(
+            bits.astype(bool), (weight != 0).float().numpy().reshape(-1).astype(bool)
+        ), key
     with safe_open(example.folder / "fista/masks.safetensors", "pt") as file:
         assert file.metadata() == {"format": "bitmask-1"}
 
 
 @pytest.mark.parametrize("broken", ["model_card", "write_file", "unpack_mask"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_crash_while_saving_leaves_nothing_half_done(tokens, tmp_path, monkeypatch, broken, overwrite):
+def test_a_crash_while_saving_leaves_nothing_half_done(
+    tokens, tmp_path, monkeypatch, broken, overwrite
+):
     def crash(*arguments, **options):
         raise KeyboardInterrupt
 
@@ -116,6 +131,8 @@ def test_a_model_changed_after_pruning_is_refused(tokens, tmp_path):
     pruner, model = pruned_model(tokens)
     weight = model.model.layers[1].mlp.up_proj.weight.data
     weight += 1e-3
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight is no longer zero outside its mask"):
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.mlp\.up_proj\.weight is no longer zero outside its mask"
+    ):
         pruner.save_pretrained(model, tmp_path / "model")
     assert not list(tmp_path.iterdir())

@@ -74,10 +74,14 @@ def test_a_copy_is_not_changed_by_what_happens_to_the_tensor(tmp_path, staged):
         tensor.zero_()
         assert torch.equal(store[0], torch.ones(1000))
         store[0].zero_()
-        assert bool(store[0].all()) == (staged or storage != CPU), "buffers hold copies, and files are not written to"
+        assert bool(store[0].all()) == (staged or storage != CPU), (
+            "buffers hold copies, and files are not written to"
+        )
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no list of mapped files on this system")
+@pytest.mark.skipif(
+    not Path("/proc/self/maps").exists(), reason="no list of mapped files on this system"
+)
 @pytest.mark.parametrize("staged", [False, True])
 def test_a_store_is_one_file_without_a_name_mapped_while_it_is_read(tmp_path, staged):
     store = ActivationStore(tmp_path, CPU, staged=staged)

@@ -19,7 +19,9 @@ LOADERS = {
     "list of arrays": [IDS.numpy()[:1], IDS.numpy()[1:]],
     "dicts of sequences": ROWS,
     "dicts with other keys": [{"input_ids": IDS, "labels": IDS, "text": "x"}],
-    "tokenizer output": [BatchEncoding({"input_ids": IDS.tolist(), "attention_mask": [[1] * 4] * 3})],
+    "tokenizer output": [
+        BatchEncoding({"input_ids": IDS.tolist(), "attention_mask": [[1] * 4] * 3})
+    ],
     "generator": (row for row in ROWS),
     "DataLoader of dicts": DataLoader(ROWS, batch_size=2),
     "DataLoader of a TensorDataset": DataLoader(TensorDataset(IDS), batch_size=2),
@@ -30,7 +32,9 @@ LOADERS = {
 @pytest.mark.parametrize("form", LOADERS)
 def test_every_form_gives_the_same_ids(form):
     batches = read_batches(LOADERS[form], 16)
-    assert all(batch.input_ids.ndim == 2 and batch.input_ids.dtype == torch.int64 for batch in batches)
+    assert all(
+        batch.input_ids.ndim == 2 and batch.input_ids.dtype == torch.int64 for batch in batches
+    )
     assert torch.equal(torch.cat([batch.input_ids for batch in batches]), IDS)
     assert all(batch.attention_mask is None for batch in batches)
     assert sum(batch.num_tokens for batch in batches) == 12
@@ -42,9 +46,14 @@ def test_masks_are_booleans_where_anything_is_masked_and_padding_is_at_the_end(b
     rows = [row for batch in batches for row in batch.rows()]
     assert [row.input_ids[0].tolist() for row in rows] == [[1, 2, 3, 4], [6, 7, 8], [9, 10]]
     assert sum(batch.num_tokens for batch in batches) == 9
-    assert all(batch.attention_mask is None or batch.attention_mask.dtype == torch.bool for batch in batches)
+    assert all(
+        batch.attention_mask is None or batch.attention_mask.dtype == torch.bool
+        for batch in batches
+    )
     assert (batches[0].attention_mask is None) is (batch_size == 1)
-    assert all(batch.attention_mask is None or batch.attention_mask[:, 0].all() for batch in batches)
+    assert all(
+        batch.attention_mask is None or batch.attention_mask[:, 0].all() for batch in batches
+    )
 
 
 class Unguarded(Dataset):
@@ -63,7 +72,9 @@ def test_one_sequence(loader):
 
 
 def test_hash_does_not_depend_on_the_batch_size_or_the_padding():
-    hashes = {tokens_sha256(read_batches(DataLoader(DATA_SET, batch_size=size), 16)) for size in (1, 2, 3)}
+    hashes = {
+        tokens_sha256(read_batches(DataLoader(DATA_SET, batch_size=size), 16)) for size in (1, 2, 3)
+    }
     unpadded = [[1, 2, 3, 4], [6, 7, 8], [9, 10]]
     hashes.add(tokens_sha256(read_batches(unpadded, 16)))
     other_ids = torch.where(MASK.bool(), IDS, 15)
@@ -74,18 +85,32 @@ def test_hash_does_not_depend_on_the_batch_size_or_the_padding():
 def test_hash_tells_tokens_order_and_boundaries_apart():
     hashes = [
         tokens_sha256(read_batches(rows, 16))
-        for rows in ([[1, 2], [3, 4]], [[3, 4], [1, 2]], [[1, 2, 3, 4]], [[1], [2, 3, 4]], [[1, 2], [3, 5]], [[1, 2]])
+        for rows in (
+            [[1, 2], [3, 4]],
+            [[3, 4], [1, 2]],
+            [[1, 2, 3, 4]],
+            [[1], [2, 3, 4]],
+            [[1, 2], [3, 5]],
+            [[1, 2]],
+        )
     ]
     assert len(set(hashes)) == len(hashes)
 
 
-@pytest.mark.parametrize("loader", [{"input_ids": IDS}, BatchEncoding({"input_ids": IDS}), "a text", 5, None])
+@pytest.mark.parametrize(
+    "loader", [{"input_ids": IDS}, BatchEncoding({"input_ids": IDS}), "a text", 5, None]
+)
 def test_what_is_no_iterable_of_batches_is_refused(loader):
-    with pytest.raises(ValueError, match=f"calib_dataloader is a {type(loader).__name__}: pass an iterable of batches"):
+    with pytest.raises(
+        ValueError,
+        match=f"calib_dataloader is a {type(loader).__name__}: pass an iterable of batches",
+    ):
         read_batches(loader, 16)
 
 
-@pytest.mark.parametrize("loader", [[], iter([]), DataLoader([]), torch.empty(0, 4, dtype=torch.int64)])
+@pytest.mark.parametrize(
+    "loader", [[], iter([]), DataLoader([]), torch.empty(0, 4, dtype=torch.int64)]
+)
 def test_no_batch_is_refused(loader):
     with pytest.raises(ValueError, match="gave no batch: pass at least one batch"):
         read_batches(loader, 16)
@@ -100,20 +125,31 @@ def test_no_batch_is_refused(loader):
     ],
 )
 def test_what_says_nothing_new_changes_nothing(other):
-    (batch,), (plain,) = (read_batches([{"input_ids": IDS, "attention_mask": MASK} | o], 16) for o in (other, {}))
+    (batch,), (plain,) = (
+        read_batches([{"input_ids": IDS, "attention_mask": MASK} | o], 16) for o in (other, {})
+    )
     assert torch.equal(batch.input_ids, plain.input_ids)
     assert torch.equal(batch.attention_mask, plain.attention_mask)
 
 
 def test_sequences_longer_than_the_positions_are_refused():
-    with pytest.raises(ValueError, match=r"calib_dataloader\[1\] holds sequences of 65 tokens: pass at most 64, the"):
+    with pytest.raises(
+        ValueError,
+        match=r"calib_dataloader\[1\] holds sequences of 65 tokens: pass at most 64, the",
+    ):
         FistaPruner(progress=False).prune(tiny_llama(), [IDS, torch.zeros(1, 65, dtype=torch.long)])
 
 
 BAD_ITEMS = {
     "no ids": ({"ids": IDS, "mask": MASK}, r"has the keys \['ids', 'mask'\]: pass 'input_ids'"),
-    "negative id": (torch.tensor([[3, -1]]), r"token id -1, outside the model's vocabulary \[0, 16\)"),
-    "id beyond the vocabulary": (torch.tensor([[3, 16]]), r"token id 16, outside the model's vocabulary \[0, 16\)"),
+    "negative id": (
+        torch.tensor([[3, -1]]),
+        r"token id -1, outside the model's vocabulary \[0, 16\)",
+    ),
+    "id beyond the vocabulary": (
+        torch.tensor([[3, 16]]),
+        r"token id 16, outside the model's vocabulary \[0, 16\)",
+    ),
     "ragged": ([[1, 2], [3]], "input_ids can't be read as a tensor"),
     "complex": (torch.tensor([[1j, 2.0]]), r"dtype torch\.complex64: pass integers"),
     "a number": (torch.tensor(3), r"input_ids has shape \(\)"),
@@ -127,12 +163,18 @@ BAD_ITEMS = {
         "holds 'pixel_values', but the model runs on",
     ),
     "types": ({"input_ids": IDS, "token_type_ids": IDS > 3}, "holds 'token_type_ids'"),
-    "a hole": ({"input_ids": IDS, "attention_mask": [[1, 0, 1, 1]] * 3}, "attention_mask has a hole"),
+    "a hole": (
+        {"input_ids": IDS, "attention_mask": [[1, 0, 1, 1]] * 3},
+        "attention_mask has a hole",
+    ),
     "numbers of documents": (
         {"input_ids": IDS, "attention_mask": [[1, 1, 2, 2]] * 3},
         "attention_mask says that a row",
     ),
-    "positions that restart": ({"input_ids": IDS, "position_ids": [[0, 1, 0, 1]] * 3}, "position_ids says that a row"),
+    "positions that restart": (
+        {"input_ids": IDS, "position_ids": [[0, 1, 0, 1]] * 3},
+        "position_ids says that a row",
+    ),
     "positions that begin late": (
         {"input_ids": IDS, "position_ids": IDS + 4},
         "position_ids says .* begins late: pass",

@@ -24,11 +24,16 @@ def hidden_states(scale: float = 1.0) -> list[Tensor]:
 def reference(layer: ToyLayer, name: str, states: list[Tensor]) -> list[Tensor]:
     """Inputs [tokens, in] of an operator on the real tokens, a batch each."""
     inputs: list[Tensor] = []
-    handle = layer.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.append(args[0].clone()))
+    handle = layer.get_submodule(name).register_forward_pre_hook(
+        lambda _, args: inputs.append(args[0].clone())
+    )
     for state in states:
         layer(state)
     handle.remove()
-    return [x.reshape(-1, x.shape[-1]) if mask is None else x[mask] for x, mask in zip(inputs, MASKS, strict=True)]
+    return [
+        x.reshape(-1, x.shape[-1]) if mask is None else x[mask]
+        for x, mask in zip(inputs, MASKS, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -45,12 +50,16 @@ def test_words_and_numbers_are_read_once(given, expected):
     assert Correction.parse(*given) == expected
 
 
-def targets_of(layer: ToyLayer, correction: Correction, held_out: tuple[bool, ...] = ()) -> LayerTargets:
+def targets_of(
+    layer: ToyLayer, correction: Correction, held_out: tuple[bool, ...] = ()
+) -> LayerTargets:
     """Of the layer with hidden states that are others in the pruned network than in the dense one."""
     activations = LayerActivations(layer, [LayerCall((), {})] * 3, MASKS, CPU, held_out)
     states = HiddenStates(hidden_states())
     if correction.carry == "full":
-        states = HiddenStates(hidden_states() if correction.needs_dense else None, hidden_states(0.7))
+        states = HiddenStates(
+            hidden_states() if correction.needs_dense else None, hidden_states(0.7)
+        )
     return LayerTargets(activations, layer.groups(), correction, states)
 
 
@@ -76,8 +85,13 @@ def test_problems_and_errors_are_those_of_the_activations(correction, in_place, 
         problems = targets.problems(index)
         held_out_problems = list(problems.held_out)
         assert len({id(problem.statistics) for problem in problems.fitted}) == 1
-        for kind, batches in ((problems.fitted, chosen), (held_out_problems, [1] if held_out else [])):
-            X, X_star = (torch.cat([x[i] for i in batches] or [x[0][:0]]) for x in (X_all, X_star_all))
+        for kind, batches in (
+            (problems.fitted, chosen),
+            (held_out_problems, [1] if held_out else []),
+        ):
+            X, X_star = (
+                torch.cat([x[i] for i in batches] or [x[0][:0]]) for x in (X_all, X_star_all)
+            )
             for operator, problem in zip(group, kind, strict=True):
                 if not batches:
                     assert problem is None
@@ -91,7 +105,9 @@ def test_problems_and_errors_are_those_of_the_activations(correction, in_place, 
                 assert torch.allclose(problem.target, Y.T @ X_star, rtol=1e-4, atol=1e-4)
                 assert float(problem.output_energies.sum()) == pytest.approx(norm(Y) ** 2, rel=1e-4)
                 pruned = problem.weight * (problem.weight.abs() > 0.1)
-                assert problem.fit_error(pruned) == pytest.approx(norm(X_star @ pruned.T - Y) / norm(Y), rel=1e-3)
+                assert problem.fit_error(pruned) == pytest.approx(
+                    norm(X_star @ pruned.T - Y) / norm(Y), rel=1e-3
+                )
                 wanted = X @ W.T
                 if made.needs_dense:
                     expected = norm(X_star @ pruned.T - wanted) / norm(wanted)
@@ -104,9 +120,15 @@ def test_problems_and_errors_are_those_of_the_activations(correction, in_place, 
     assert (left.dense is not None) is made.needs_dense
     assert (left.pruned is not None) is (made.carry == "full")
     if left.dense is not None:
-        assert all(torch.equal(ours, dense(state)) for ours, state in zip(left.dense, hidden_states(), strict=True))
+        assert all(
+            torch.equal(ours, dense(state))
+            for ours, state in zip(left.dense, hidden_states(), strict=True)
+        )
     if left.pruned is not None:
-        assert all(torch.equal(ours, layer(state)) for ours, state in zip(left.pruned, entering, strict=True))
+        assert all(
+            torch.equal(ours, layer(state))
+            for ours, state in zip(left.pruned, entering, strict=True)
+        )
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
 
 
@@ -127,7 +149,9 @@ def test_output_errors_with_a_small_share_of_the_dense_inputs(share):
     """The share divides the difference of the two targets: rounding must not be magnified by it."""
     layer = toy_layer()
     problem = targets_of(layer, Correction("full", share)).problems(0).fitted[0]
-    X, X_star = (torch.cat(reference(layer, "left", hidden_states(scale))).double() for scale in (1.0, 0.7))
+    X, X_star = (
+        torch.cat(reference(layer, "left", hidden_states(scale))).double() for scale in (1.0, 0.7)
+    )
     W, pruned = problem.weight.double(), problem.weight * (problem.weight.abs() > 0.1)
     expected = norm(X_star @ pruned.double().T - X @ W.T) / norm(X @ W.T)
     assert problem.output_error(pruned) == pytest.approx(expected, rel=1e-3)
@@ -137,7 +161,9 @@ def test_a_group_that_is_not_called_any_more_is_named():
     layer = toy_layer()
     targets = targets_of(layer, Correction("intra"))
     layer.forward = lambda hidden: hidden
-    with pytest.raises(RuntimeError, match="a Linear is not called in every forward pass of its decoder layer"):
+    with pytest.raises(
+        RuntimeError, match="a Linear is not called in every forward pass of its decoder layer"
+    ):
         targets.problems(1)
 
 
@@ -145,16 +171,24 @@ def test_rows_that_do_not_belong_to_tokens_are_refused_only_where_padding_must_b
     layer = toy_layer()
     activations, operator = targets_of(layer, Correction("none")).activations, layer.groups()[1][0]
     assert activations.rows(torch.zeros(5, 2), 0, operator).shape == (5, 2)
-    with pytest.raises(ValueError, match=r"layer\.up sees 5 rows for 12 tokens.*exclude=\['layer\.up'\]"):
+    with pytest.raises(
+        ValueError, match=r"layer\.up sees 5 rows for 12 tokens.*exclude=\['layer\.up'\]"
+    ):
         activations.rows(torch.zeros(5, 2), 2, operator)
 
 
 @pytest.mark.parametrize(("family", "corrected"), [("llama", 2), ("gemma3_text", 0)])
 def test_the_report_says_where_nothing_was_corrected(family, corrected):
     model = tiny_model(family).bfloat16()
-    report = prune(model, IDS.split(4), method="wanda", error_correction=0.5, residual_correction=1.0)
+    report = prune(
+        model, IDS.split(4), method="wanda", error_correction=0.5, residual_correction=1.0
+    )
     assert sum(operator.residual_corrected for operator in report.operators) == corrected
-    said = [warning for warning in report.warnings if "no residual correction in 2 of 2 decoder layers" in warning]
+    said = [
+        warning
+        for warning in report.warnings
+        if "no residual correction in 2 of 2 decoder layers" in warning
+    ]
     assert len(said) == (not corrected)
 
 

@@ -28,7 +28,9 @@ GROUPS = {
 }
 ALL = ["none", "intra", "full", 0.25]
 EVERY_WAY = [  # a correction does not ask for the architecture, so most families take two of them
-    (family, way) for family in FAMILIES for way in (ALL if family in ("llama", "gpt2", "falcon") else ["intra", 0.25])
+    (family, way)
+    for family in FAMILIES
+    for way in (ALL if family in ("llama", "gpt2", "falcon") else ["intra", 0.25])
 ]
 
 
@@ -38,7 +40,9 @@ def observe(model: PreTrainedModel, names: list[str]) -> dict[str, Tensor]:
     seen: dict[str, Tensor] = {}
     handles = [
         model.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, name=name: seen.__setitem__(name, args[0].reshape(8, 10, -1).clone())
+            lambda module, args, name=name: seen.__setitem__(
+                name, args[0].reshape(8, 10, -1).clone()
+            )
         )
         for name in names
     ]
@@ -74,7 +78,9 @@ def test_operators_that_share_an_input_are_pruned_together_in_execution_order(fa
     linear = {
         name
         for name, module in tiny_model(family).named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and "lm_head" not in name and "embed_out" not in name
+        if isinstance(module, nn.Linear | Conv1D)
+        and "lm_head" not in name
+        and "embed_out" not in name
     }
     assert {name for group in names for name in group} == linear
 
@@ -83,7 +89,9 @@ def test_operators_that_share_an_input_are_pruned_together_in_execution_order(fa
 def test_statistics_are_those_of_hooks_on_the_whole_model(family, error_correction):
     dense = tiny_model(family)
     model, progressive = deepcopy(dense), deepcopy(dense)
-    recorder = prune(model, error_correction, batches(3, 2, 3))  # the first three sequences have no padding
+    recorder = prune(
+        model, error_correction, batches(3, 2, 3)
+    )  # the first three sequences have no padding
     dense_inputs = observe(dense, [record.name for record in recorder.records])
     tokens = int(calibration()["attention_mask"].sum())
     layer = 0
@@ -94,7 +102,9 @@ def test_statistics_are_those_of_hooks_on_the_whole_model(family, error_correcti
         X_star = observe(progressive, [group[0].name])[group[0].name]
         for record in group:
             X = dense_inputs[record.name]
-            W = stored(dense.get_submodule(record.name), dense.get_submodule(record.name).weight.detach())
+            W = stored(
+                dense.get_submodule(record.name), dense.get_submodule(record.name).weight.detach()
+            )
             if error_correction == "none":
                 assert torch.equal(X, X_star)
             assert len(X) == tokens

@@ -29,7 +29,9 @@ HALVES = (torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("supported", [False, True])
 @pytest.mark.parametrize("there", [None, *UNITS])
 def test_bfloat16_is_fast_with_units_that_onednn_may_use(monkeypatch, supported, there):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported, raising=False)
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported, raising=False
+    )
     monkeypatch.setattr(forward.platform, "machine", lambda: "x86_64")
     for unit in UNITS:
         monkeypatch.setattr(torch.cpu, unit, lambda unit=unit: unit == there, raising=False)
@@ -78,13 +80,19 @@ class SeesProducts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(word in func.name() for word in ("::mm", "::bmm", "::addmm", "attention")):
-            self.dtypes |= {v.dtype for v in tree_leaves(args) if isinstance(v, torch.Tensor) and v.is_floating_point()}
+            self.dtypes |= {
+                v.dtype
+                for v in tree_leaves(args)
+                if isinstance(v, torch.Tensor) and v.is_floating_point()
+            }
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("stored", HALVES)
 @pytest.mark.parametrize("options", [{}, {"pattern": "layers:0.5"}])
-def test_a_16_bit_model_is_multiplied_in_float32_where_its_dtype_is_slow(monkeypatch, stored, options):
+def test_a_16_bit_model_is_multiplied_in_float32_where_its_dtype_is_slow(
+    monkeypatch, stored, options
+):
     monkeypatch.setattr(forward, "is_fast", lambda *_: False)
     model, tokens = tiny_llama().to(stored), tiny_tokens()
     batches = [*tokens.split(4), {"input_ids": tokens[:2], "held_out": True}]
@@ -93,7 +101,9 @@ def test_a_16_bit_model_is_multiplied_in_float32_where_its_dtype_is_slow(monkeyp
     assert seen.dtypes == {torch.float32}
     assert {p.dtype for p in model.parameters()} == {stored}
     assert report.environment["products"] == "widened"
-    expected = prune(tiny_llama().to(stored), batches, compute_dtype="float32", **options).perplexity
+    expected = prune(
+        tiny_llama().to(stored), batches, compute_dtype="float32", **options
+    ).perplexity
     assert report.perplexity["dense"] == pytest.approx(expected["dense"], rel=0.01)
     assert report.perplexity["pruned"] == pytest.approx(expected["pruned"], rel=0.1)
 
@@ -101,24 +111,34 @@ def test_a_16_bit_model_is_multiplied_in_float32_where_its_dtype_is_slow(monkeyp
 def test_widened_products_are_those_of_float32_rounded_once():
     left, right = torch.randn(3, 40, dtype=torch.bfloat16), torch.randn(40, 5, dtype=torch.bfloat16)
     with products_as("widened"):
-        found = [left @ right, torch.nn.functional.linear(left, right.T), torch.einsum("ij,jk->ik", left, right)]
+        found = [
+            left @ right,
+            torch.nn.functional.linear(left, right.T),
+            torch.einsum("ij,jk->ik", left, right),
+        ]
         assert (left.float() @ right.float()).dtype == torch.float32
     for product in found:
         assert torch.equal(product, (left.float() @ right.float()).bfloat16())
 
 
 def test_values_are_rounded_as_they_are_multiplied():
-    values = torch.tensor([1.0, 1 + 2**-11, 1 + 2**-10 + 2**-12, -(1 + 2**-9), 3e38, float("nan"), float("-inf")])
+    values = torch.tensor(
+        [1.0, 1 + 2**-11, 1 + 2**-10 + 2**-12, -(1 + 2**-9), 3e38, float("nan"), float("-inf")]
+    )
     with products_as("tf32"):
         rounded = as_multiplied(values)
         assert torch.equal(as_multiplied(values[:5].bfloat16()), values[:5].bfloat16().float())
-    expected = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-10, -(1 + 2**-9), 3e38, float("nan"), float("-inf")])
+    expected = torch.tensor(
+        [1.0, 1 + 2**-10, 1 + 2**-10, -(1 + 2**-9), 3e38, float("nan"), float("-inf")]
+    )
     torch.testing.assert_close(rounded, expected, rtol=2**-11, atol=0, equal_nan=True)
     assert torch.equal(rounded[:4], expected[:4])
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", "highest"), ("bfloat16", "medium")])
-def test_layers_and_sums_have_the_precision_asked_for_and_the_solver_float32(monkeypatch, dtype, expected):
+def test_layers_and_sums_have_the_precision_asked_for_and_the_solver_float32(
+    monkeypatch, dtype, expected
+):
     seen: dict[str, set[str]] = {"layer": set(), "gradient": set(), "sum": set(), "solver": set()}
     add_upper, solve = module._add_upper, loop.solve_group
 
@@ -152,7 +172,9 @@ def test_a_run_from_files_multiplies_as_one_in_memory(monkeypatch, tmp_path):
     pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype="auto")
     pruner.prune(model, tiny_tokens().split(4))
-    report = pruner.prune(str(tmp_path / "source"), tiny_tokens().split(4), output_dir=tmp_path / "out", device="cpu")
+    report = pruner.prune(
+        str(tmp_path / "source"), tiny_tokens().split(4), output_dir=tmp_path / "out", device="cpu"
+    )
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
     assert report.environment["products"] == "widened"
     assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())

@@ -30,6 +30,10 @@ def test_a_small_error_is_right_although_one_token_is_huge():
         sums.add(inputs, "targets", targets)
     gram_matrix, cross = sums.statistics().gram.double(), sums.cross["targets"].double()
     weight = weight.double()
-    found = sums.energies["targets"].sum() - 2 * (weight * cross).sum() + (weight @ gram_matrix * weight).sum()
+    found = (
+        sums.energies["targets"].sum()
+        - 2 * (weight * cross).sum()
+        + (weight @ gram_matrix * weight).sum()
+    )
     expected = (targets.bfloat16().double() - inputs.bfloat16().double() @ weight.T).square().sum()
     assert float(found) == pytest.approx(float(expected), rel=0.1)

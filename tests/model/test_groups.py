@@ -54,11 +54,16 @@ class Calls(nn.Module):
     [
         (lambda layer, x: layer.b(layer.a(x)) + layer.c(x), [["a", "c"], ["b"]]),
         (
-            lambda layer, x: layer.a(x).view(-1, 8) + layer.b(x.view(-1, 8)) + layer.c(input=x).view(-1, 8),
+            lambda layer, x: (
+                layer.a(x).view(-1, 8) + layer.b(x.view(-1, 8)) + layer.c(input=x).view(-1, 8)
+            ),
             [["a", "b", "c"]],
         ),
         (lambda layer, x: layer.a(x) + layer.b(x.clone()) + layer.c(x * 1), [["a"], ["b"], ["c"]]),
-        (lambda layer, x: layer.a(x).sum() + layer.b(x[:1]).sum() + layer.c(x[:, :2]).sum(), [["a"], ["b"], ["c"]]),
+        (
+            lambda layer, x: layer.a(x).sum() + layer.b(x[:1]).sum() + layer.c(x[:, :2]).sum(),
+            [["a"], ["b"], ["c"]],
+        ),
     ],
     ids=["parallel branches", "a view of all tokens", "equal values", "part of the tokens"],
 )
@@ -69,13 +74,17 @@ def test_groups_share_a_tensor_and_not_only_its_values(forward, expected):
 def test_memory_that_is_used_again_does_not_join_groups():
     def forward(layer, x):
         for operator in (layer.a, layer.b, layer.c):
-            x = operator(x)  # nothing else holds the old x, so that its memory may be given out again
+            x = operator(
+                x
+            )  # nothing else holds the old x, so that its memory may be given out again
         return x
 
     assert trace(Calls(forward), "a", "b", "c") == [["a"], ["b"], ["c"]]
 
 
-@pytest.mark.parametrize(("times", "reason"), [(0, "not called in a forward pass"), (2, "called 2 times in a forward")])
+@pytest.mark.parametrize(
+    ("times", "reason"), [(0, "not called in a forward pass"), (2, "called 2 times in a forward")]
+)
 def test_operator_that_is_not_called_exactly_once_is_in_no_group_but_has_a_reason(times, reason):
     def forward(layer, x):
         for _ in range(times):
@@ -118,7 +127,9 @@ def test_an_operator_whose_output_is_changed_by_others_is_left_dense():
     layer.a.register_forward_hook(lambda module, arguments, output: 3 * output)
     layer.b.forward = lambda x: 2 * nn.functional.linear(x, layer.b.weight)
     layer.c.register_forward_hook(lambda module, arguments, output: None)  # only looks on
-    assert trace_both(layer, "a", "b", "c")[1] == dict.fromkeys("ab", "returns something other than W x + b")
+    assert trace_both(layer, "a", "b", "c")[1] == dict.fromkeys(
+        "ab", "returns something other than W x + b"
+    )
 
 
 def test_a_layer_that_overwrites_its_hidden_states_is_refused():
@@ -146,7 +157,11 @@ class Layer(nn.Module):
 
     def __init__(self, form=lambda output: output) -> None:
         super().__init__()
-        self.first, self.second, self.last = Part(form), Part(lambda output: output), nn.Linear(4, 4)
+        self.first, self.second, self.last = (
+            Part(form),
+            Part(lambda output: output),
+            nn.Linear(4, 4),
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
         output = self.first(hidden, scale=2.0)
@@ -282,7 +297,11 @@ def added_operators(model, first_token=1.0) -> set[str]:
     hidden = recorded.hidden_states[0]
     hidden[:, 0] *= first_token
     operators = find_operators(name, layer).items()
-    return {key.removeprefix(f"{name}.") for key, o in operators if is_added_to_output(activations, o.module, hidden)}
+    return {
+        key.removeprefix(f"{name}.")
+        for key, o in operators
+        if is_added_to_output(activations, o.module, hidden)
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -34,7 +34,9 @@ def loss_of(model, rows) -> float:
     return float(torch.nn.functional.cross_entropy(torch.cat(logits), targets))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3n_text"])  # the second shares a dictionary between its layers
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma3n_text"]
+)  # the second shares a dictionary between its layers
 def test_losses_are_those_of_the_whole_model(family, monkeypatch):
     monkeypatch.setattr(module, "LOGITS_TOGETHER", 5)
     model, ids = family_model(family), torch.cat(family_tokens())
@@ -42,13 +44,17 @@ def test_losses_are_those_of_the_whole_model(family, monkeypatch):
     mask[1, 20:] = 0
     rows, before = [ids[0], ids[1, :20]], loss_of(model, [ids[0], ids[1, :20]])
     found = measured(model, [{"input_ids": ids, "attention_mask": mask}])
-    assert [found.losses["dense"], found.losses["pruned"]] == pytest.approx([before, loss_of(model, rows)], rel=1e-4)
+    assert [found.losses["dense"], found.losses["pruned"]] == pytest.approx(
+        [before, loss_of(model, rows)], rel=1e-4
+    )
     assert found.perplexity()["num_tokens"] == 52
 
 
 def test_sequences_are_taken_until_there_are_enough(monkeypatch):
     monkeypatch.setattr(module, "LEAST_TOKENS", 25)
-    held_out = HeldOut(find_decoder_layers(tiny_llama()), read_batches(tiny_tokens(8, 12), 64), None)
+    held_out = HeldOut(
+        find_decoder_layers(tiny_llama()), read_batches(tiny_tokens(8, 12), 64), None
+    )
     assert [list(batch.input_ids.shape) for batch in held_out.sequences] == [[3, 12]]
 
 
@@ -72,5 +78,7 @@ def test_what_can_not_be_measured_is_not():
     assert not HeldOut(find_decoder_layers(model), read_batches(family_tokens(), 64), None).begin()
     model = family_model("gemma3n_text")
     again = HeldOut(find_decoder_layers(model), read_batches(family_tokens(), 64), None)
-    assert again.resume({key: [torch.zeros(4, 2, 32, 16)] for key in ("held_out_dense", "held_out_pruned")})
+    assert again.resume(
+        {key: [torch.zeros(4, 2, 32, 16)] for key in ("held_out_dense", "held_out_pruned")}
+    )
     assert not again.begin()

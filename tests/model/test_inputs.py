@@ -11,14 +11,21 @@ from optimum_fista.model.layers import DecoderLayers, find_decoder_layers
 
 
 def batch(rows: int, length: int, *, seed: int = 0, padded: bool = False) -> CalibrationBatch:
-    ids = torch.randint(3, VOCAB_SIZE, (rows, length), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(
+        3, VOCAB_SIZE, (rows, length), generator=torch.Generator().manual_seed(seed)
+    )
     mask = torch.ones_like(ids).bool()
     mask[0, -3:] = False
     mask[-1, :2] = False
     return CalibrationBatch(ids, mask if padded else None)
 
 
-BATCHES = [batch(2, 9), batch(3, 9, seed=1, padded=True), batch(1, 6, seed=2), batch(2, 6, seed=3, padded=True)]
+BATCHES = [
+    batch(2, 9),
+    batch(3, 9, seed=1, padded=True),
+    batch(1, 6, seed=2),
+    batch(2, 6, seed=3, padded=True),
+]
 
 
 def record(model, batches) -> tuple[DecoderLayers, RecordedInputs]:
@@ -32,20 +39,29 @@ def test_running_the_layers_on_what_was_recorded_gives_the_models_hidden_states(
     model = tiny_model(family, num_hidden_layers=3)
     layers, recorded = record(model, BATCHES)
     last = []
-    layers.modules[-1].register_forward_hook(lambda _, __, out: last.append(out[0] if isinstance(out, tuple) else out))
+    layers.modules[-1].register_forward_hook(
+        lambda _, __, out: last.append(out[0] if isinstance(out, tuple) else out)
+    )
     for index, data in enumerate(BATCHES):
         last.clear()
         mask = None if data.attention_mask is None else data.attention_mask.long()
         with torch.no_grad():
             expected = model(
-                input_ids=data.input_ids, attention_mask=mask, output_hidden_states=True, use_cache=False
+                input_ids=data.input_ids,
+                attention_mask=mask,
+                output_hidden_states=True,
+                use_cache=False,
             ).hidden_states[:-1]
             # The last of the model's hidden states has passed the final norm.
             expected = [*expected, last[0]]
             ours = [recorded.hidden_states[index]]
             for layer, calls in zip(layers.modules, recorded.calls, strict=True):
                 ours.append(calls[index].run(layer, ours[-1]))
-        real = torch.ones_like(data.input_ids).bool() if data.attention_mask is None else data.attention_mask
+        real = (
+            torch.ones_like(data.input_ids).bool()
+            if data.attention_mask is None
+            else data.attention_mask
+        )
         for hidden, reference in zip(ours, expected, strict=True):
             assert torch.allclose(hidden[real], reference[real], rtol=1e-5, atol=1e-5)
 
@@ -72,10 +88,19 @@ def rewired(change) -> DecoderLayers:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda layer, x, **more: layer(layer(x, **more), **more), "calls decoder layer .*1 but it should call .*2"),
+        (
+            lambda layer, x, **more: layer(layer(x, **more), **more),
+            "calls decoder layer .*1 but it should call .*2",
+        ),
         (lambda layer, x, **more: x, "calls decoder layer .*2 but it should call .*1"),
-        (lambda layer, x, **more: layer(x * 2, **more), "changes the hidden states in front of decoder layer .*1"),
-        (lambda layer, x, **more: layer(x, **more) + x, "changes the hidden states in front of decoder layer .*2"),
+        (
+            lambda layer, x, **more: layer(x * 2, **more),
+            "changes the hidden states in front of decoder layer .*1",
+        ),
+        (
+            lambda layer, x, **more: layer(x, **more) + x,
+            "changes the hidden states in front of decoder layer .*2",
+        ),
     ],
 )
 def test_anything_but_one_layer_after_another_is_refused(change, reason):
@@ -100,7 +125,10 @@ def test_what_a_layer_hands_on_besides_hidden_states_is_that_of_the_dense_networ
         for number, calls in enumerate(recorded.calls[1:]):
             given = [*calls[index].arguments, *calls[index].keywords.values()]
             values = [value for value in given if isinstance(value, torch.Tensor)]
-            assert any(v.shape == handed[-1][number].shape and torch.equal(v, handed[-1][number]) for v in values)
+            assert any(
+                v.shape == handed[-1][number].shape and torch.equal(v, handed[-1][number])
+                for v in values
+            )
 
 
 def test_the_model_is_left_as_it_was():
@@ -131,7 +159,9 @@ def test_layers_run_once_at_most_and_nothing_behind_them(family):
 
 def test_equal_masks_and_position_embeddings_are_stored_once():
     _, recorded = record(tiny_model("llama"), [batch(2, 9, seed=seed) for seed in range(4)])
-    embeddings = [calls[i].keywords["position_embeddings"] for calls in recorded.calls for i in range(4)]
+    embeddings = [
+        calls[i].keywords["position_embeddings"] for calls in recorded.calls for i in range(4)
+    ]
     assert len({cosine.data_ptr() for cosine, _ in embeddings}) == 1
     assert len({sine.data_ptr() for _, sine in embeddings}) == 1
     assert not torch.equal(*embeddings[0])

@@ -35,7 +35,13 @@ def test_decoder_layers_are_found_in_order(family):
 
 
 T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-BERT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+BERT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 @pytest.mark.parametrize(
@@ -45,7 +51,10 @@ BERT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidde
             lambda: T5ForConditionalGeneration(T5Config(**T5)),
             "T5ForConditionalGeneration can't be pruned: it is an enc",
         ),
-        (lambda: BertLMHeadModel(BertConfig(**BERT)), "BertLMHeadModel can't be pruned: it is an encoder, in which"),
+        (
+            lambda: BertLMHeadModel(BertConfig(**BERT)),
+            "BertLMHeadModel can't be pruned: it is an encoder, in which",
+        ),
         (lambda: tiny_model("llama").model, "LlamaModel can't be pruned: it can't generate text"),
     ],
 )
@@ -71,7 +80,10 @@ def test_several_lists_of_decoder_layers_are_refused_with_what_was_found():
     with pytest.raises(UnsupportedArchitectureError) as refused:
         find_decoder_layers(model)
     message = str(refused.value)
-    assert "LlamaForCausalLM can't be pruned: looked for one nn.ModuleList of LlamaDecoderLayer and found 2" in message
+    assert (
+        "LlamaForCausalLM can't be pruned: looked for one nn.ModuleList of LlamaDecoderLayer and found 2"
+        in message
+    )
     assert "model.layers (2 x LlamaDecoderLayer), model.more (2 x LlamaDecoderLayer)" in message
 
 
@@ -81,22 +93,33 @@ def test_weights_that_operators_share_are_named_with_each_other():
     last.mlp = first.mlp
     last.self_attn.k_proj.weight = last.self_attn.v_proj.weight
     found = find_decoder_layers(model).shared
-    pairs = [[f"model.layers.{i}.mlp.{proj}" for i in (0, 2)] for proj in ("gate_proj", "up_proj", "down_proj")]
+    pairs = [
+        [f"model.layers.{i}.mlp.{proj}" for i in (0, 2)]
+        for proj in ("gate_proj", "up_proj", "down_proj")
+    ]
     pairs.append([f"model.layers.2.self_attn.{proj}" for proj in ("k_proj", "v_proj")])
-    expected = {one: f"shares its weight with {other}" for a, b in pairs for one, other in ((a, b), (b, a))}
+    expected = {
+        one: f"shares its weight with {other}" for a, b in pairs for one, other in ((a, b), (b, a))
+    }
     assert found == expected
 
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)
 def test_matrices_of_fused_experts_are_operators_unless_they_stay_dense(family):
     name, layer = list(find_decoder_layers(tiny_model(family)))[1]
-    fused = next(key for key, module in layer.named_modules(prefix=name) if key.endswith(".experts"))
+    fused = next(
+        key for key, module in layer.named_modules(prefix=name) if key.endswith(".experts")
+    )
     operators = find_operators(name, layer)
     assert [key for key in operators if key.startswith(f"{fused}.")] == [
-        f"{fused}.{expert}.{kind}" for expert in range(4) for kind in ("gate_proj", "up_proj", "down_proj")
+        f"{fused}.{expert}.{kind}"
+        for expert in range(4)
+        for kind in ("gate_proj", "up_proj", "down_proj")
     ]
     rest = {key for key in operators if not key.startswith(f"{fused}.")}
-    assert {"q_proj", "o_proj"} <= {key.rpartition(".")[2].replace("q_b_proj", "q_proj") for key in rest}
+    assert {"q_proj", "o_proj"} <= {
+        key.rpartition(".")[2].replace("q_b_proj", "q_proj") for key in rest
+    }
     for pattern in ("*.experts", fused):
         assert set(find_operators(name, layer, [pattern])) == rest
         assert left_out(name, layer, [pattern])[fused] == "exclude"
@@ -135,7 +158,9 @@ def test_convolutions_and_stacked_scales_are_not_taken_for_experts():
     layer["linear"].register_parameter("scale", nn.Parameter(torch.ones(1, 1, 4)))
     assert list(find_operators("layer", layer)) == ["layer.linear"]
     layer["conv"].register_module("experts", nn.ParameterList([torch.ones(2, 3, 4)]))
-    with pytest.raises(UnsupportedArchitectureError, match=r"^layer\.conv\.experts \(ParameterList\)"):
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"^layer\.conv\.experts \(ParameterList\)"
+    ):
         find_operators("layer", layer)
 
 

@@ -37,14 +37,19 @@ def test_decoder_layers_return_what_they_return_inside_the_model(family):
     layers, given = find_decoder_layers(model), [media_batch(family, (n,), seed=n) for n in (1, 2)]
     given.append({"input_ids": given[0]["input_ids"][:, -5:]})  # text alone
     inside: list[torch.Tensor] = []
-    keep = [layer.register_forward_hook(lambda _, __, out: inside.append(out.clone())) for layer in layers.modules]
+    keep = [
+        layer.register_forward_hook(lambda _, __, out: inside.append(out.clone()))
+        for layer in layers.modules
+    ]
     with torch.no_grad():
         for batch in given:
             model(**batch, use_cache=False)
         for handle in keep:
             handle.remove()
         recorded = record_inputs(layers, read(model, *given))
-        other = record_inputs(layers, read(model, given[0] | {pixels(given[0]): given[0][pixels(given[0])] + 1}))
+        other = record_inputs(
+            layers, read(model, given[0] | {pixels(given[0]): given[0][pixels(given[0])] + 1})
+        )
         for number, hidden in enumerate(recorded.hidden_states):
             for calls, layer in zip(recorded.calls, layers.modules, strict=True):
                 hidden = calls[number].run(layer, hidden)
@@ -59,7 +64,9 @@ def test_a_batch_is_read_as_sequences_with_their_own_images_and_without_padding(
     assert [row.num_tokens for row in rows] == together["attention_mask"].sum(1).tolist()
     with torch.no_grad():
         expected = model(**together, use_cache=False).logits
-        for row, logits, mask in zip(rows, expected, together["attention_mask"].bool(), strict=True):
+        for row, logits, mask in zip(
+            rows, expected, together["attention_mask"].bool(), strict=True
+        ):
             found = model(**row.arguments(model)).logits[0]
             assert torch.allclose(found, logits[mask], atol=1e-4)
     assert [len(batch.media) for batch in hold_out(rows, 1)] == [len(row.media) for row in rows]
@@ -71,13 +78,22 @@ def test_a_batch_is_read_as_sequences_with_their_own_images_and_without_padding(
 def test_rows_without_images_and_images_of_different_sizes():
     model, batch = media_model("qwen3_vl"), media_batch("qwen3_vl", (2, 0, 1))
     first, second, third = read(model, batch)
-    assert [row.media.get("image_grid_thw", torch.ones(0)).shape[0] for row in (first, second, third)] == [2, 0, 1]
+    assert [
+        row.media.get("image_grid_thw", torch.ones(0)).shape[0] for row in (first, second, third)
+    ] == [2, 0, 1]
     assert torch.equal(third.media["pixel_values"], batch["pixel_values"][32:])
     assert not second.media
-    sizes = torch.tensor([[1, 4, 4], [1, 2, 2], [1, 2, 6]])  # 4, 1 and 3 tokens, as the ids have them below
+    sizes = torch.tensor(
+        [[1, 4, 4], [1, 2, 2], [1, 2, 6]]
+    )  # 4, 1 and 3 tokens, as the ids have them below
     ids = torch.tensor([[5, *[IMAGE] * 4, 6, IMAGE], [7, 8, 9, *[IMAGE] * 3, 5]])
     types = (ids == IMAGE).int()
-    batch = {"input_ids": ids, "image_grid_thw": sizes, "pixel_values": torch.randn(32, 12), "mm_token_type_ids": types}
+    batch = {
+        "input_ids": ids,
+        "image_grid_thw": sizes,
+        "pixel_values": torch.randn(32, 12),
+        "mm_token_type_ids": types,
+    }
     first, second = read(model, batch)
     assert torch.equal(second.media["pixel_values"], batch["pixel_values"][20:])
     assert torch.equal(second.media["image_grid_thw"], sizes[2:])
@@ -85,8 +101,15 @@ def test_rows_without_images_and_images_of_different_sizes():
 
 def test_images_that_were_forgotten_are_missed():
     batch = {"input_ids": media_batch("llava")["input_ids"]}
-    with ENOUGH_TOKENS, pytest.warns(UserWarning, match="1 batches hold tokens that mark images or sounds, but no im"):
-        FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(media_model("llava"), [batch])
+    with (
+        ENOUGH_TOKENS,
+        pytest.warns(
+            UserWarning, match="1 batches hold tokens that mark images or sounds, but no im"
+        ),
+    ):
+        FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(
+            media_model("llava"), [batch]
+        )
 
 
 BAD = {
@@ -105,9 +128,21 @@ BAD = {
         {"input_ids": torch.ones(1, 17).long()},
         r"none of its input_ids is the token of images \(60",
     ),
-    "NaN": ("llava", {"pixel_values": torch.full((1, 3, 8, 8), torch.nan)}, "pixel_values holds NaN or Inf: pass"),
-    "one value": ("llava", {"pixel_values": 1.0}, r"pixel_values has shape \(\), input_ids \(1, 17\): pass what the"),
-    "lists": ("llava", {"pixel_values": [torch.ones(3, 8, 8), torch.ones(3, 4, 4)]}, "pixel_values can't be read as a"),
+    "NaN": (
+        "llava",
+        {"pixel_values": torch.full((1, 3, 8, 8), torch.nan)},
+        "pixel_values holds NaN or Inf: pass",
+    ),
+    "one value": (
+        "llava",
+        {"pixel_values": 1.0},
+        r"pixel_values has shape \(\), input_ids \(1, 17\): pass what the",
+    ),
+    "lists": (
+        "llava",
+        {"pixel_values": [torch.ones(3, 8, 8), torch.ones(3, 4, 4)]},
+        "pixel_values can't be read as a",
+    ),
     "types": (
         "gemma3",
         {"token_type_ids": torch.ones(1, 3)},
@@ -126,12 +161,18 @@ def test_bad_media_are_refused_by_name(fault):
 def test_rows_whose_images_cannot_be_told_apart_are_refused():
     batch = media_batch("mistral3", (2, 1))
     batch["image_sizes"] = torch.tensor([[8, 8], [8, 4], [8, 8]])
-    with pytest.raises(ValueError, match=r"which of its 2 sequences the .* belong to can't be told: pass one sequence"):
+    with pytest.raises(
+        ValueError,
+        match=r"which of its 2 sequences the .* belong to can't be told: pass one sequence",
+    ):
         read(media_model("mistral3"), batch)
 
 
 def test_features_added_between_layers_are_kept_for_their_tokens_only():
-    model, given = media_model("qwen3_vl").bfloat16(), [media_batch("qwen3_vl", seed=seed) for seed in range(3)]
+    model, given = (
+        media_model("qwen3_vl").bfloat16(),
+        [media_batch("qwen3_vl", seed=seed) for seed in range(3)],
+    )
     passes: list[int] = []
     model.model.visual.register_forward_hook(lambda *_: passes.append(1))
     layers = find_decoder_layers(model)
@@ -157,7 +198,8 @@ def test_changes_that_are_no_sums_are_refused(change, monkeypatch):
 
     monkeypatch.setattr(model.model.language_model, "_deepstack_process", process)
     with pytest.raises(
-        UnsupportedArchitectureError, match=r"changes the hidden states in front of decoder .*layers\.1"
+        UnsupportedArchitectureError,
+        match=r"changes the hidden states in front of decoder .*layers\.1",
     ):
         record_inputs(find_decoder_layers(model), read(model, media_batch("qwen3_vl")))
 
@@ -174,7 +216,8 @@ def test_no_layer_goes_before_the_features_of_images_are_added():
         chosen = choose_layers(DenseLoss(layers, batches, 100), 1)
         assert [index for index, _ in chosen] == [3]
         with pytest.raises(
-            ValueError, match=r"none of the decoder layers \[0, 1, 2\] can be removed: .* adds features"
+            ValueError,
+            match=r"none of the decoder layers \[0, 1, 2\] can be removed: .* adds features",
         ):
             choose_layers(DenseLoss(layers, batches, 100), 2)
         model.model.language_model.layers = model.model.language_model.layers[:3]
@@ -195,20 +238,35 @@ def test_other_images_give_other_weights_and_leave_the_rest_alone(family):
         model, batch = media_model(family), media_batch(family, (1, 1), padding=2)
         batch[pixels(batch)] = batch[pixels(batch)] + change
         held_out = media_batch(family, seed=5)
-        report = prune(FistaPruner(progress=False), model, [batch, held_out | {"held_out": "photos"}])
-        assert report.calibration["media"] == sorted(set(held_out) - {"input_ids", "attention_mask"})
-        assert report.perplexity["dense"] == pytest.approx(math.exp(loss_of(media_model(family), held_out)))
+        report = prune(
+            FistaPruner(progress=False), model, [batch, held_out | {"held_out": "photos"}]
+        )
+        assert report.calibration["media"] == sorted(
+            set(held_out) - {"input_ids", "attention_mask"}
+        )
+        assert report.perplexity["dense"] == pytest.approx(
+            math.exp(loss_of(media_model(family), held_out))
+        )
         pruned.append(model)
     dense, layers = media_model(family).state_dict(), find_decoder_layers(model).name
     first, second = (model.state_dict() for model in pruned)
     for name, weight in dense.items():
         in_layers = name.startswith(layers) and name.endswith("_proj.weight")
-        assert torch.equal(first[name], second[name]) is torch.equal(first[name], weight) is not in_layers
+        assert (
+            torch.equal(first[name], second[name])
+            is torch.equal(first[name], weight)
+            is not in_layers
+        )
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "qwen2_audio"])
-def test_a_run_from_files_goes_on_with_the_same_images_only_and_ends_as_one_in_memory(family, tmp_path):
-    model, batches = media_model(family), [media_batch(family, (1, 2), seed=seed) for seed in range(2)]
+def test_a_run_from_files_goes_on_with_the_same_images_only_and_ends_as_one_in_memory(
+    family, tmp_path
+):
+    model, batches = (
+        media_model(family),
+        [media_batch(family, (1, 2), seed=seed) for seed in range(2)],
+    )
     model.save_pretrained(tmp_path / "dense")
     pruner, places = FistaPruner(progress=False), {"output_dir": tmp_path / "out", "device": "cpu"}
     prune(pruner, model, batches)

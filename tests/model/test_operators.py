@@ -20,7 +20,11 @@ KINDS = ("gate_proj", "up_proj", "down_proj")
 
 
 def operators_of(model: PreTrainedModel) -> dict[str, LinearOperator]:
-    return {k: o for name, layer in find_decoder_layers(model) for k, o in find_operators(name, layer).items()}
+    return {
+        k: o
+        for name, layer in find_decoder_layers(model)
+        for k, o in find_operators(name, layer).items()
+    }
 
 
 def logits(model: PreTrainedModel) -> Tensor:
@@ -92,7 +96,9 @@ def test_split_experts_compute_what_the_model_computes(family, dtype):
     assert len(called) == len(operators)
     rows = calibration()["attention_mask"].bool()
     distance = (ours - expected)[rows].float().norm() / expected[rows].float().norm()
-    assert distance <= (1e-5 if dtype == torch.float32 else 0.3)  # in bfloat16 rounding may change a token's experts
+    assert distance <= (
+        1e-5 if dtype == torch.float32 else 0.3
+    )  # in bfloat16 rounding may change a token's experts
     called.clear()
     assert torch.equal(logits(model), expected)
     assert not any(".experts." in name for name in called)
@@ -103,7 +109,9 @@ def test_split_experts_compute_what_the_model_computes(family, dtype):
 def test_matrices_are_views_of_the_fused_parameters(family):
     model = tiny_model(family)
     experts = {name: o for name, o in operators_of(model).items() if ".experts." in name}
-    fused = {name: p for name, p in model.named_parameters() if ".experts." in name or "_linear" in name}
+    fused = {
+        name: p for name, p in model.named_parameters() if ".experts." in name or "_linear" in name
+    }
     fused = {name: p for name, p in fused.items() if p.ndim == 3}
     assert sum(o.read().numel() for o in experts.values()) == sum(p.numel() for p in fused.values())
     for number, operator in enumerate(experts.values(), start=1):
@@ -159,7 +167,10 @@ def test_experts_are_pruned_on_the_tokens_that_the_router_sends_them(family, err
                 if error_correction != "none":
                     later[record.name].write(record.pruned)
             continue
-        assert [record.name.rpartition(".")[2] for record in group] in (["gate_proj", "up_proj"], ["down_proj"])
+        assert [record.name.rpartition(".")[2] for record in group] in (
+            ["gate_proj", "up_proj"],
+            ["down_proj"],
+        )
         inputs = expert_inputs(progressive)[group[0].name]
         before = dense_inputs[group[0].name]
         X_star = torch.stack(list(inputs.values()))

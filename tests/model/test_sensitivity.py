@@ -81,7 +81,9 @@ def test_sums_are_those_of_plain_autograd(family, padded):
             energy += float(energies.sum())
             tokens += len(x)
         outputs = gradients / (2 * energy)
-        assert torch.allclose(found[name].outputs, outputs, rtol=1e-3, atol=1e-5 * float(outputs.max()))
+        assert torch.allclose(
+            found[name].outputs, outputs, rtol=1e-3, atol=1e-5 * float(outputs.max())
+        )
         assert torch.allclose(found[name].inputs, inputs / tokens, rtol=1e-4)
         assert found[name].seen == tokens
         assert float(gradients.sum()) > 0
@@ -94,9 +96,13 @@ def test_the_model_is_as_it_was():
         measure(model)
 
 
-@pytest.mark.parametrize(("wanted", "taken"), [(2, 10), (10, 10), (11, 17), (17, 17), (25, 34), (10_000, 44)])
+@pytest.mark.parametrize(
+    ("wanted", "taken"), [(2, 10), (10, 10), (11, 17), (17, 17), (25, 34), (10_000, 44)]
+)
 def test_sequences_are_taken_until_there_are_enough_tokens(wanted, taken):
-    loss = DenseLoss(find_decoder_layers(tiny_model("llama")), read_batches([data()], VOCAB_SIZE), wanted)
+    loss = DenseLoss(
+        find_decoder_layers(tiny_model("llama")), read_batches([data()], VOCAB_SIZE), wanted
+    )
     assert sum(row.num_tokens for row in loss.sequences()) == taken
 
 
@@ -104,7 +110,9 @@ def test_gradients_that_are_not_finite_are_an_error():
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight[5] = float("nan")
-    with pytest.raises(ValueError, match=r"model\.layers\.0\..* hold NaN or Inf.*pass allocation='uniform'"):
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.0\..* hold NaN or Inf.*pass allocation='uniform'"
+    ):
         measure(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all("forward" not in vars(layer) for layer in model.model.layers)
@@ -128,7 +136,9 @@ def test_hidden_states_of_one_sequence_wait_in_files(tmp_path, monkeypatch):
         kept.append(tuple(tensor.shape))
 
     def count_cleared(store):
-        kept.extend([len(store)] if hasattr(store, "_kept") else [])  # a new store clears itself too
+        kept.extend(
+            [len(store)] if hasattr(store, "_kept") else []
+        )  # a new store clears itself too
         clear(store)
 
     monkeypatch.setattr(ActivationStore, "append", count)
@@ -150,7 +160,11 @@ def test_hidden_states_of_one_sequence_wait_in_files(tmp_path, monkeypatch):
 def test_what_is_not_one_matrix_product_has_no_gradient_and_disturbs_no_other(family, names):
     model = family_model(family)
     layers = find_decoder_layers(model)
-    operators = {k: v for name, layer in layers for k, v in find_operators(name, layer, ["*.experts"]).items()}
+    operators = {
+        k: v
+        for name, layer in layers
+        for k, v in find_operators(name, layer, ["*.experts"]).items()
+    }
     with torch.no_grad():
         loss = DenseLoss(layers, read_batches(family_tokens(), VOCAB_SIZE), 64)
         found = measure_sensitivities(loss, operators)

@@ -7,7 +7,14 @@ import zlib
 import pytest
 import torch
 
-from optimum_fista.packed.format import PackedFormatError, check, pack, packed_names, unpack, unpack_mask
+from optimum_fista.packed.format import (
+    PackedFormatError,
+    check,
+    pack,
+    packed_names,
+    unpack,
+    unpack_mask,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn]
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -20,7 +27,9 @@ def generator(seed: int = 0) -> torch.Generator:
 def random_bits(shape, dtype, seed=0):
     """Every bit pattern there is: NaN with payloads, infinities, subnormals, both zeros."""
     size = torch.empty(0, dtype=dtype).element_size()
-    raw = torch.randint(0, 256, (math.prod(shape) * size,), generator=generator(seed), dtype=torch.uint8)
+    raw = torch.randint(
+        0, 256, (math.prod(shape) * size,), generator=generator(seed), dtype=torch.uint8
+    )
     return raw.view(dtype).view(shape)
 
 
@@ -29,7 +38,9 @@ def raw(tensor):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1,), (7,), (3, 64), (5, 65), (2, 3, 130), (4, 1), (257, 33), (3000, 1500)])
+@pytest.mark.parametrize(
+    "shape", [(1,), (7,), (3, 64), (5, 65), (2, 3, 130), (4, 1), (257, 33), (3000, 1500)]
+)
 def test_round_trip_is_bit_for_bit(shape, dtype):
     weight = random_bits(shape, dtype)
     mask = torch.rand(shape, generator=generator(1)) < 0.4
@@ -44,12 +55,20 @@ def test_round_trip_is_bit_for_bit(shape, dtype):
 
 
 def test_bytes_are_as_documented():
-    weight = torch.tensor([[0, 1.5, 0, -2, 0, 0, 0, 0, 3], [4, 0, 0, 0, 0, 0, 0, 5, 0]], dtype=torch.float16)
+    weight = torch.tensor(
+        [[0, 1.5, 0, -2, 0, 0, 0, 0, 3], [4, 0, 0, 0, 0, 0, 0, 5, 0]], dtype=torch.float16
+    )
     packed = pack(weight)
     assert packed.values.tolist() == [1.5, -2, 3, 4, 5]
-    assert packed.mask.tolist() == [[0b1010, 1, 0, 0, 0, 0, 0, 0], [0b10000001, 0, 0, 0, 0, 0, 0, 0]]
+    assert packed.mask.tolist() == [
+        [0b1010, 1, 0, 0, 0, 0, 0, 0],
+        [0b10000001, 0, 0, 0, 0, 0, 0, 0],
+    ]
     checksum = zlib.crc32(
-        b"".join(t.numpy().tobytes() for t in (packed.layout[[0, 1, 2, 4, 5]], packed.mask, packed.values))
+        b"".join(
+            t.numpy().tobytes()
+            for t in (packed.layout[[0, 1, 2, 4, 5]], packed.mask, packed.values)
+        )
     )
     assert packed.layout.tolist() == [2, 0, 0, checksum, 2, 9]
     assert packed.layout.dtype == torch.int64
@@ -101,7 +120,10 @@ def test_packing_and_unpacking_need_little_memory_besides_their_result():
     weight = torch.zeros(4096, 8192, dtype=torch.bfloat16)
     weight[:, ::2] = 1
     packed = pack(weight)
-    for function, argument, result in ((pack, weight, packed.num_bytes), (unpack, packed, packed.dense_bytes)):
+    for function, argument, result in (
+        (pack, weight, packed.num_bytes),
+        (unpack, packed, packed.dense_bytes),
+    ):
         tracemalloc.start()
         with torch.autograd.profiler.profile(profile_memory=True) as profile:
             function(argument)

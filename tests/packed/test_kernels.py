@@ -85,7 +85,9 @@ def test_products_of_a_matrix_that_no_cache_holds(path):
     packed = pack(weight, mask)
     assert packed.values.nbytes > 4 << 20
     x = torch.randn(1, 3001, generator=torch.Generator().manual_seed(1)).bfloat16()
-    y = Kernels(find_library(), path).linear(x, packed.values, packed.mask, row_starts(packed.mask), bias)
+    y = Kernels(find_library(), path).linear(
+        x, packed.values, packed.mask, row_starts(packed.mask), bias
+    )
     assert_within_rounding(y, x, weight, bias)
 
 
@@ -96,7 +98,9 @@ def test_empty_and_full_matrices(path, kept):
     weight, mask, bias = problem(2, 200, torch.bfloat16, kept)
     packed = pack(weight, mask)
     x = torch.randn(3, 200).bfloat16()
-    y = Kernels(find_library(), path).linear(x, packed.values, packed.mask, row_starts(packed.mask), bias)
+    y = Kernels(find_library(), path).linear(
+        x, packed.values, packed.mask, row_starts(packed.mask), bias
+    )
     assert_within_rounding(y, x, weight, bias)
     if kept == 0:
         assert torch.equal(y, bias.expand(3, 2))
@@ -110,7 +114,9 @@ def test_threads_compute_the_same_bits(path, batch, openmp, monkeypatch):
     """With rows whose share of kept weights differs widely, over OpenMP and over std::thread."""
     if not openmp:
         monkeypatch.setattr(
-            Kernels, "_use_threads_of_torch", lambda self: self._library.optimum_fista_use_openmp(0, 0, 0)
+            Kernels,
+            "_use_threads_of_torch",
+            lambda self: self._library.optimum_fista_use_openmp(0, 0, 0),
         )
     compiled = Kernels(find_library(), path)
     weight, mask, bias = problem(700, 650, torch.bfloat16)
@@ -122,7 +128,9 @@ def test_threads_compute_the_same_bits(path, batch, openmp, monkeypatch):
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(compiled.linear(x, packed.values, packed.mask, row_starts(packed.mask), bias))
+            results.append(
+                compiled.linear(x, packed.values, packed.mask, row_starts(packed.mask), bias)
+            )
     finally:
         torch.set_num_threads(before)
         monkeypatch.undo()
@@ -141,7 +149,9 @@ def test_rows_are_unpacked_bit_for_bit(path, dtype, shape):
     packed = pack(weight, mask)
     first, last = shape[0] // 3, shape[0]
     dense = torch.full((last - first, shape[1]), 7, dtype=dtype)
-    Kernels(find_library(), path).unpack_rows(packed.values, packed.mask, row_starts(packed.mask), first, dense)
+    Kernels(find_library(), path).unpack_rows(
+        packed.values, packed.mask, row_starts(packed.mask), first, dense
+    )
     assert torch.equal(dense, weight[first:last])
 
 
@@ -159,9 +169,14 @@ def test_numbers_out_of_range_are_rounded_as_pytorch_does():
         assert torch.equal(one[:, 0], every)
         double = pack(torch.full((1, 2), 0.7, dtype=dtype))
         x = torch.stack([every, every * 0.3], 1)
-        y = Kernels(find_library(), path).linear(x, double.values, double.mask, row_starts(double.mask), None)
+        y = Kernels(find_library(), path).linear(
+            x, double.values, double.mask, row_starts(double.mask), None
+        )
         expected = linear(x.float(), torch.full((1, 2), 0.7, dtype=dtype).float()).to(dtype)
-        assert ((y == expected) | ((y.double() - expected.double()).abs() <= EPSILON[dtype] * expected.abs())).all()
+        assert (
+            (y == expected)
+            | ((y.double() - expected.double()).abs() <= EPSILON[dtype] * expected.abs())
+        ).all()
         for bad in (float("nan"), float("inf"), float("-inf")):
             x = torch.tensor([[bad]], dtype=dtype)
             y = Kernels(find_library(), path).linear(x, packed.values, packed.mask, starts, None)
@@ -234,7 +249,9 @@ def test_missing_kernels_are_said_once(library, reason, monkeypatch):
     monkeypatch.setattr(module, "find_library", lambda: library)
     kernels.cache_clear()
     try:
-        with pytest.warns(UserWarning, match=f"CPU kernels of packed linear layers {reason}.*C.*17 compiler"):
+        with pytest.warns(
+            UserWarning, match=f"CPU kernels of packed linear layers {reason}.*C.*17 compiler"
+        ):
             assert kernels() is None
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -249,7 +266,13 @@ def driver(tmp_path_factory):
     if COMPILER is None:
         pytest.skip("no C++ compiler")
     program = tmp_path_factory.mktemp("driver") / "driver"
-    flags = ["-std=c++17", "-O1", "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-pthread",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+    ]
     source = Path(__file__).parent / "kernels_driver.cpp"
     command = [COMPILER, *flags, f"-I{SOURCES}", str(source), "-o", str(program)]
     build = subprocess.run(command, capture_output=True, text=True)

@@ -27,7 +27,11 @@ def test_dense_and_back(bias, dtype):
     packed = PackedLinear(pack(linear.weight.detach(), mask), linear.bias)
     assert torch.equal(packed.weight, linear.weight)
     assert packed.bias is linear.bias
-    assert list(packed.state_dict()) == (["bias"] if bias else []) + ["weight_values", "weight_mask", "weight_layout"]
+    assert list(packed.state_dict()) == (["bias"] if bias else []) + [
+        "weight_values",
+        "weight_mask",
+        "weight_layout",
+    ]
     x = torch.randn(5, 80).to(dtype)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(packed(x), linear(x), rtol=tolerance, atol=tolerance)
@@ -100,11 +104,17 @@ def test_inputs_of_another_width_are_refused(columns):
     """Also those that fill the same words of a mask as the layer's do."""
     linear, mask = sparse_linear()
     layer = PackedLinear(pack(linear.weight.detach(), mask), linear.bias)
-    with pytest.raises(ValueError, match=rf"x has shape \(3, {columns}\): pass one of shape \(\.\.\., 80\)"):
+    with pytest.raises(
+        ValueError, match=rf"x has shape \(3, {columns}\): pass one of shape \(\.\.\., 80\)"
+    ):
         layer(torch.ones(3, columns))
 
 
 def test_inputs_on_another_device_are_refused():
     linear, mask = sparse_linear()
-    with pytest.raises(ValueError, match="x is on meta, the packed weight on cpu: bring them to one device"):
-        PackedLinear(pack(linear.weight.detach(), mask), linear.bias)(torch.ones(1, 80, device="meta"))
+    with pytest.raises(
+        ValueError, match="x is on meta, the packed weight on cpu: bring them to one device"
+    ):
+        PackedLinear(pack(linear.weight.detach(), mask), linear.bias)(
+            torch.ones(1, 80, device="meta")
+        )

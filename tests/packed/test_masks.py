@@ -11,6 +11,8 @@ def test_written_and_read():
     pack_bits(kept, mask)
     for bits, found in zip(kept.tolist(), mask.tolist(), strict=True):
         assert len(found) == 16
-        assert int.from_bytes(bytes(found), "little") == sum(bit << place for place, bit in enumerate(bits))
+        assert int.from_bytes(bytes(found), "little") == sum(
+            bit << place for place, bit in enumerate(bits)
+        )
     assert torch.equal(unpack_bits(mask, 70), kept)
     assert torch.equal(count_bits(mask), kept.sum(1))

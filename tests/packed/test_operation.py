@@ -35,17 +35,26 @@ def _with_and_without_kernels(request, monkeypatch):
 
 @pytest.mark.usefixtures("_with_and_without_kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("shape", [(100,), (1, 100), (2, 3, 100), (17, 100), (32, 100), (300, 100), (0, 100)])
+@pytest.mark.parametrize(
+    "shape", [(100,), (1, 100), (2, 3, 100), (17, 100), (32, 100), (300, 100), (0, 100)]
+)
 def test_inputs_of_any_shape(shape, dtype):
     weight, packed, bias = problem(dtype=dtype)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float64: 1e-12}[dtype]
+    tolerance = {
+        torch.float32: 1e-5,
+        torch.float16: 4e-3,
+        torch.bfloat16: 3e-2,
+        torch.float64: 1e-12,
+    }[dtype]
     for given in (None, bias):
         y = packed_linear(x, *packed, given)
         assert (y.shape, y.dtype) == ((*shape[:-1], 40), dtype)
         torch.testing.assert_close(y, linear(x, weight, given), rtol=tolerance, atol=tolerance)
     strided = torch.randn(100, 5).to(dtype).T
-    torch.testing.assert_close(packed_linear(strided, *packed), linear(strided, weight), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        packed_linear(strided, *packed), linear(strided, weight), rtol=tolerance, atol=tolerance
+    )
 
 
 @pytest.mark.parametrize("inputs", [33, 300])
@@ -92,7 +101,9 @@ def test_derivatives_of_every_kind():
         lambda f: torch.func.grad(squared(f))(x),
         lambda f: torch.func.hessian(squared(f))(x[0]),
         lambda f: torch.func.vmap(torch.func.grad(squared(f)))(x),
-        lambda f: torch.func.grad(lambda b: torch.func.functional_call(f, b, (x,)).square().sum())({"bias": f.bias}),
+        lambda f: torch.func.grad(lambda b: torch.func.functional_call(f, b, (x,)).square().sum())(
+            {"bias": f.bias}
+        ),
     ):
         assert_equal_derivatives(derivative, packed, dense)
     with torch.no_grad():
@@ -108,7 +119,12 @@ def test_views_of_memory_with_other_strides_and_signs(inputs):
     negative = torch.view_as_complex(torch.stack([bias, -bias], 1)).conj().imag
     assert negative.is_neg()
     assert not spread.is_contiguous()
-    for given_x, given in ((x, spread), (x, negative), (torch._neg_view(-x), bias), (x[:, ::1].T.contiguous().T, None)):
+    for given_x, given in (
+        (x, spread),
+        (x, negative),
+        (torch._neg_view(-x), bias),
+        (x[:, ::1].T.contiguous().T, None),
+    ):
         expected = linear(x, weight, None if given is None else bias)
         torch.testing.assert_close(packed_linear(given_x, *packed, given), expected)
         product = torch.ops.optimum_fista.packed_linear(given_x, *packed, given)
@@ -141,7 +157,9 @@ def test_autocast_as_a_dense_layer(dtype):
 def test_operations_are_registered_as_pytorch_wants_them():
     _, packed, bias = problem()
     x = torch.randn(3, 100, requires_grad=True)
-    torch.library.opcheck(torch.ops.optimum_fista.packed_linear.default, (x, *packed, bias.requires_grad_()))
+    torch.library.opcheck(
+        torch.ops.optimum_fista.packed_linear.default, (x, *packed, bias.requires_grad_())
+    )
     torch.library.opcheck(torch.ops.optimum_fista.unpack.default, (*packed, 100))
 
 
@@ -159,7 +177,9 @@ def test_compiled_without_graph_breaks(backend):
 def test_exported_with_any_number_of_inputs(strict):
     packed, dense = layer()
     batch = torch.export.Dim("batch", min=2, max=64)
-    exported = torch.export.export(packed, (torch.randn(3, 100),), dynamic_shapes=({0: batch},), strict=strict)
+    exported = torch.export.export(
+        packed, (torch.randn(3, 100),), dynamic_shapes=({0: batch},), strict=strict
+    )
     assert "optimum_fista.packed_linear" in exported.graph_module.code
     x = torch.randn(21, 100)
     torch.testing.assert_close(exported.module()(x), dense(x))
@@ -167,11 +187,16 @@ def test_exported_with_any_number_of_inputs(strict):
 
 def test_what_does_not_fit_is_said():
     _, packed, bias = problem()
-    with pytest.raises(ValueError, match=r"x is torch\.float64, the weight torch\.float32: pass tensors of one dtype"):
+    with pytest.raises(
+        ValueError,
+        match=r"x is torch\.float64, the weight torch\.float32: pass tensors of one dtype",
+    ):
         packed_linear(torch.randn(1, 100).double(), *packed)
     with pytest.raises(ValueError, match=r"the bias torch\.float16"):
         packed_linear(torch.randn(1, 100), *packed, bias.half())
-    with pytest.raises(ValueError, match=r"x has 30 columns, which a mask of shape \(40, 16\), .* do not fit"):
+    with pytest.raises(
+        ValueError, match=r"x has 30 columns, which a mask of shape \(40, 16\), .* do not fit"
+    ):
         packed_linear(torch.randn(1, 30), *packed)
     with pytest.raises(ValueError, match=r"a bias of shape \(39,\) do not fit"):
         packed_linear(torch.randn(1, 100), *packed, bias[1:])

@@ -48,7 +48,11 @@ def test_the_same_logits_and_text(family, pruned, tmp_path, caplog):
     expected = AutoModelForCausalLM.from_pretrained(pruned(family), dtype=torch.float32)
     caplog.clear()
     model = load(tmp_path / "packed")
-    assert not [record for record in caplog.records if "UNEXPECTED" in record.message or "MISSING" in record.message]
+    assert not [
+        record
+        for record in caplog.records
+        if "UNEXPECTED" in record.message or "MISSING" in record.message
+    ]
     assert sum(isinstance(module, PackedLinear) for module in model.modules()) == NUM_PACKED[family]
     assert torch.allclose(logits(model), logits(expected), atol=1e-4)
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
@@ -112,7 +116,13 @@ def test_hooks_of_accelerate(offload, offload_buffers, pruned, tmp_path):
 
 def test_packed_weights_on_disk_are_refused(pruned, tmp_path):
     pack_folder(pruned("llama"), tmp_path / "packed")
-    options = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "offload", "offload_buffers": True}
-    with pytest.raises(ValueError, match=r"offload_buffers=True leaves the packed weight of model\.layers\.0\."):
+    options = {
+        "device_map": {"": "disk"},
+        "offload_folder": tmp_path / "offload",
+        "offload_buffers": True,
+    }
+    with pytest.raises(
+        ValueError, match=r"offload_buffers=True leaves the packed weight of model\.layers\.0\."
+    ):
         load(tmp_path / "packed", **options)
     assert logits(load(tmp_path / "packed", "dense", **options)).isfinite().all()

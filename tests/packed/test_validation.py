@@ -23,22 +23,58 @@ def with_layout(packed, *numbers):
 
 HUGE = 2**62
 CASES = {
-    "version": (with_layout(packed_bits(), 2, 2, 4, 0, 6, 70), r"version \[2, 2, 4\] of the format; .* pack the"),
-    "checksum": (with_layout(packed_bits(), 2, 0, 0, 5, 6, 70), "weight has another checksum than its layout says"),
-    "negative": (with_layout(packed_bits(), 2, 0, 0, 0, -6, -70), "every dimension must be positive"),
-    "other rows": (with_layout(packed_bits(), 2, 0, 0, 0, 7, 70), r"needs torch.uint8 of shape \(7, 16\)"),
-    "overflow": (with_layout(packed_bits(), 2, 0, 0, 0, HUGE, HUGE, HUGE, 70), "needs torch.uint8 of shape"),
-    "overflow to the right size": (with_layout(packed_bits(), 2, 0, 0, 0, 2**63 - 1, 2, 3, 70), "needs torch.uint8"),
+    "version": (
+        with_layout(packed_bits(), 2, 2, 4, 0, 6, 70),
+        r"version \[2, 2, 4\] of the format; .* pack the",
+    ),
+    "checksum": (
+        with_layout(packed_bits(), 2, 0, 0, 5, 6, 70),
+        "weight has another checksum than its layout says",
+    ),
+    "negative": (
+        with_layout(packed_bits(), 2, 0, 0, 0, -6, -70),
+        "every dimension must be positive",
+    ),
+    "other rows": (
+        with_layout(packed_bits(), 2, 0, 0, 0, 7, 70),
+        r"needs torch.uint8 of shape \(7, 16\)",
+    ),
+    "overflow": (
+        with_layout(packed_bits(), 2, 0, 0, 0, HUGE, HUGE, HUGE, 70),
+        "needs torch.uint8 of shape",
+    ),
+    "overflow to the right size": (
+        with_layout(packed_bits(), 2, 0, 0, 0, 2**63 - 1, 2, 3, 70),
+        "needs torch.uint8",
+    ),
     "huge columns": (with_layout(packed_bits(), 2, 0, 0, 0, 6, HUGE), "needs torch.uint8 of shape"),
     "long layout": (with_layout(packed_bits(), 2, 0, 0, 0, *[1] * 10), "5 to 12 numbers"),
     "no dimensions": (with_layout(packed_bits(), 2, 0, 0, 6), "5 to 12 numbers"),
-    "layout dtype": (broken(packed_bits(), layout=packed_bits().layout.int()), "weight_layout is torch.int32"),
-    "mask dtype": (broken(packed_bits(), mask=packed_bits().mask.view(torch.int8)), "weight_mask is torch.int8"),
-    "mask shape": (broken(packed_bits(), mask=packed_bits().mask.view(-1)), r"weight_mask is .* of shape \(96,\)"),
-    "strided mask": (broken(packed_bits(), mask=packed_bits().mask.T.contiguous().T), "must be contiguous"),
-    "values dtype": (broken(packed_bits(), values=packed_bits().values.int()), "weight_values is torch.int32"),
+    "layout dtype": (
+        broken(packed_bits(), layout=packed_bits().layout.int()),
+        "weight_layout is torch.int32",
+    ),
+    "mask dtype": (
+        broken(packed_bits(), mask=packed_bits().mask.view(torch.int8)),
+        "weight_mask is torch.int8",
+    ),
+    "mask shape": (
+        broken(packed_bits(), mask=packed_bits().mask.view(-1)),
+        r"weight_mask is .* of shape \(96,\)",
+    ),
+    "strided mask": (
+        broken(packed_bits(), mask=packed_bits().mask.T.contiguous().T),
+        "must be contiguous",
+    ),
+    "values dtype": (
+        broken(packed_bits(), values=packed_bits().values.int()),
+        "weight_values is torch.int32",
+    ),
     "values shape": (broken(packed_bits(), values=packed_bits().values[None]), "one dimension"),
-    "values cut": (broken(packed_bits(), values=packed_bits().values[:-1]), r"holds 2\d\d weights, but the mask keeps"),
+    "values cut": (
+        broken(packed_bits(), values=packed_bits().values[:-1]),
+        r"holds 2\d\d weights, but the mask keeps",
+    ),
 }
 
 
@@ -57,7 +93,9 @@ def test_every_changed_value_is_found_by_the_checksum():
     for place in (0, len(packed.values) // 2, -1):
         changed = packed.values.clone()
         changed.view(torch.int32)[place] ^= 1
-        with pytest.raises(PackedFormatError, match=r"a\.weight has another checksum than its layout says"):
+        with pytest.raises(
+            PackedFormatError, match=r"a\.weight has another checksum than its layout says"
+        ):
             check(broken(packed, values=changed), "a.weight")
         check(broken(packed, values=changed), checksum=False)
 

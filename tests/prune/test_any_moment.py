@@ -20,7 +20,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:out of memory")
 
 def prune_with(error, moment, model, **options):
     """The report, or None after the error."""
-    with RaiseAt(moment, error), suppress(type(error), ValueError):  # which PyTorch turns it into as safetensors loads
+    with (
+        RaiseAt(moment, error),
+        suppress(type(error), ValueError),
+    ):  # which PyTorch turns it into as safetensors loads
         return prune(model, **options)
     return None
 
@@ -47,13 +50,17 @@ def test_out_of_memory_streamed(share, tmp_path, tiny_folder):
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "expected")
     for moment in moments(whole.count, share):
         output = tmp_path / str(moment)
-        report = prune_with(torch.OutOfMemoryError("no room"), moment, tiny_folder, output_dir=output)
+        report = prune_with(
+            torch.OutOfMemoryError("no room"), moment, tiny_folder, output_dir=output
+        )
         if report is None:
             assert not output.exists()
             prune(tiny_folder, output_dir=output)
             assert_same_files(output, tmp_path / "expected")
         else:
-            assert_same_result(AutoModelForCausalLM.from_pretrained(output), report, expected, expected_report)
+            assert_same_result(
+                AutoModelForCausalLM.from_pretrained(output), report, expected, expected_report
+            )
 
 
 def offloaded_llama():
@@ -109,7 +116,10 @@ def test_ctrl_c_in_a_run_from_a_bfloat16_folder(share, tmp_path, monkeypatch):
         assert forward._PRODUCTS.get() == "float32"
         assert _get_current_function_mode() is None
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        assert (torch.get_default_dtype(), torch.get_float32_matmul_precision()) == (torch.float32, "highest")
+        assert (torch.get_default_dtype(), torch.get_float32_matmul_precision()) == (
+            torch.float32,
+            "highest",
+        )
         if not output.exists():  # the very end waits for the signal
             prune(source, output_dir=output)
         assert_same_files(output, tmp_path / "expected")

@@ -41,7 +41,9 @@ def fail_late(model, most):
 
 def assert_same(model, report, expected, expected_report):
     assert report.totals["num_zeros"] == expected_report.totals["num_zeros"]
-    assert [o.num_tokens for o in report.operators] == [o.num_tokens for o in expected_report.operators]
+    assert [o.num_tokens for o in report.operators] == [
+        o.num_tokens for o in expected_report.operators
+    ]
     assert_near(model, report, expected, expected_report)
 
 
@@ -53,14 +55,21 @@ def test_batches_are_halved_until_they_fit(config, place):
         failed = fail_late(model, 2)
     else:
         layer = model.model.layers[1]
-        modules = {"embeddings": model.model, "first pass": layer.self_attn.q_proj, "gradients": model.lm_head}
+        modules = {
+            "embeddings": model.model,
+            "first pass": layer.self_attn.q_proj,
+            "gradients": model.lm_head,
+        }
         failed = fail_above(modules[place], 2)
     expected_report = FistaPruner(config, progress=False).prune(expected, tiny_tokens().split(8))
     if place == "gradients":  # one sequence at a time, whatever the batches
         report = FistaPruner(config, progress=False).prune(model, tiny_tokens().split(8))
         assert failed == report.warnings == []
     else:
-        with pytest.warns(UserWarning, match=r"out of memory in .*: batches of 2 sequences from here on \(CUDA out"):
+        with pytest.warns(
+            UserWarning,
+            match=r"out of memory in .*: batches of 2 sequences from here on \(CUDA out",
+        ):
             report = FistaPruner(config, progress=False).prune(model, tiny_tokens().split(8))
         assert failed == [8, 4]
         where = "the embeddings" if place == "embeddings" else "model.layers.1"

@@ -41,8 +41,12 @@ def test_uniform_budgets_run_nothing(llama, tokens, options):
 
 
 def test_overrides_keep_their_own(llama, tokens):
-    operators, budgets = budgets_of(llama, tokens, overrides={"*.q_proj": 0.25, "*.down_proj": "2:4"})
-    assert set(budgets.sparsities) == {n for n in operators if not n.endswith(("q_proj", "down_proj"))}
+    operators, budgets = budgets_of(
+        llama, tokens, overrides={"*.q_proj": 0.25, "*.down_proj": "2:4"}
+    )
+    assert set(budgets.sparsities) == {
+        n for n in operators if not n.endswith(("q_proj", "down_proj"))
+    }
 
 
 def test_operators_the_loss_does_not_feel_keep_the_average(llama, tokens):
@@ -56,7 +60,9 @@ def test_operators_the_loss_does_not_feel_keep_the_average(llama, tokens):
     (warning,) = [w for w in report.warnings if "has no gradient for" in w]
     assert "3 operators" in warning
     assert "model.layers.1.mlp.up_proj" in warning
-    assert {o.name: o.sparsity for o in report.operators}["model.layers.1.mlp.up_proj.weight"] == 0.5
+    assert {o.name: o.sparsity for o in report.operators}[
+        "model.layers.1.mlp.up_proj.weight"
+    ] == 0.5
 
 
 def test_rows_keep_their_own_budgets(llama, tokens):

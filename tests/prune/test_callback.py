@@ -15,7 +15,9 @@ LAYERS = 3
 class Recorder(PruningCallback):
     """Notes every call, and raises at one of them."""
 
-    def __init__(self, raise_at: tuple[str, int] | None = None, error: type[BaseException] = RuntimeError) -> None:
+    def __init__(
+        self, raise_at: tuple[str, int] | None = None, error: type[BaseException] = RuntimeError
+    ) -> None:
         self.calls: list[tuple] = []
         self.raise_at = raise_at
         self.error = error
@@ -64,7 +66,12 @@ def test_everything_is_told_once_and_in_order(dense, source, tmp_path, from_file
     told = Recorder()
     model, output = (source, tmp_path / "out") if from_files else (dense, None)
     _, report = prune(model, told, output_dir=output, exclude=("*.layers.2.*",))
-    assert [call[0] for call in told.calls] == ["begin", *2 * [*7 * ["operator"], "layer"], "layer", "end"]
+    assert [call[0] for call in told.calls] == [
+        "begin",
+        *2 * [*7 * ["operator"], "layer"],
+        "layer",
+        "end",
+    ]
     ((begun,),) = told.named("begin")
     assert not begun.operators
     assert begun.calibration == report.calibration
@@ -72,7 +79,10 @@ def test_everything_is_told_once_and_in_order(dense, source, tmp_path, from_file
     assert [index for index, *_ in told.named("layer")] == [0, 1, 2]
     assert [len(operators) for *_, operators in told.named("layer")] == [7, 7, 0]
     for (_, layer, _), reported in zip(told.named("layer"), report.layers, strict=True):
-        assert (layer.name, layer.hidden_state_error) == (reported.name, reported.hidden_state_error)
+        assert (layer.name, layer.hidden_state_error) == (
+            reported.name,
+            reported.hidden_state_error,
+        )
     assert told.named("end") == [[report]]
 
 
@@ -80,14 +90,19 @@ def test_everything_is_told_once_and_in_order(dense, source, tmp_path, from_file
 def test_a_callback_that_fails_loses_no_finished_layer_in_files(source, tmp_path, place, finished):
     with pytest.raises(RuntimeError, match="no more of this"):
         prune(source, Recorder(place), output_dir=tmp_path / "out")
-    assert len(list((unfinished_folder(tmp_path / "out") / "journal").glob("layer-*.json"))) == finished
+    assert (
+        len(list((unfinished_folder(tmp_path / "out") / "journal").glob("layer-*.json")))
+        == finished
+    )
     again = Recorder()
     _, report = prune(source, again, output_dir=tmp_path / "out")
     assert [index for index, *_ in again.named("layer")] == list(range(finished, LAYERS))
     assert len(again.named("operator")) == 7 * (LAYERS - finished)
     _, whole = prune(source, output_dir=tmp_path / "whole")
     assert [o.fit_error for o in report.operators] == [o.fit_error for o in whole.operators]
-    assert [o.hidden_state_error for o in report.layers] == [o.hidden_state_error for o in whole.layers]
+    assert [o.hidden_state_error for o in report.layers] == [
+        o.hidden_state_error for o in whole.layers
+    ]
 
 
 def test_a_callback_that_fails_at_the_end_loses_nothing(dense, source, tmp_path):

@@ -65,10 +65,15 @@ def zero(file: Path, name: str) -> None:
 
 
 def test_other_weights_and_another_dtype_are_refused(source, cut_off):
-    with pytest.raises(ValueError, match=r"was another one \(.*arithmetic.dtype was \"torch.float32\", is \"torch.bf"):
+    with pytest.raises(
+        ValueError,
+        match=r"was another one \(.*arithmetic.dtype was \"torch.float32\", is \"torch.bf",
+    ):
         prune(source, dtype="bfloat16")
     zero(source / "model.safetensors", "model.norm.weight")
-    with pytest.raises(ValueError, match=r"was another one \(weights.model.safetensors was .*, is .*\)\. Start it"):
+    with pytest.raises(
+        ValueError, match=r"was another one \(weights.model.safetensors was .*, is .*\)\. Start it"
+    ):
         prune(source)
 
 
@@ -81,14 +86,23 @@ def test_weights_that_were_touched_or_copied_are_the_same(source, cut_off, tmp_p
 
 def test_weights_are_read_again_only_if_their_file_changed(source, cut_off, monkeypatch):
     digest = journal.digest_of
-    monkeypatch.setattr(journal, "digest_of", lambda path: "read again" if path.parent == source else digest(path))
+    monkeypatch.setattr(
+        journal, "digest_of", lambda path: "read again" if path.parent == source else digest(path)
+    )
     prune(source)
 
 
 @pytest.mark.parametrize("write", [None, fp8_deepseek])
-@pytest.mark.parametrize(("after", "kept"), [("keep_budgets", {"budgets"}), ("keep_layer", {"budgets", "layer-00000"})])
-def test_weights_that_change_while_they_are_pruned_end_the_run(source, monkeypatch, tmp_path, after, kept, write):
-    keep, source = getattr(Journal, after), source if write is None else write(tmp_path / "quantized")
+@pytest.mark.parametrize(
+    ("after", "kept"), [("keep_budgets", {"budgets"}), ("keep_layer", {"budgets", "layer-00000"})]
+)
+def test_weights_that_change_while_they_are_pruned_end_the_run(
+    source, monkeypatch, tmp_path, after, kept, write
+):
+    keep, source = (
+        getattr(Journal, after),
+        source if write is None else write(tmp_path / "quantized"),
+    )
 
     def change(*arguments):
         keep(*arguments)
@@ -96,7 +110,9 @@ def test_weights_that_change_while_they_are_pruned_end_the_run(source, monkeypat
 
     with monkeypatch.context() as patched:
         patched.setattr(Journal, after, change)
-        with pytest.raises(ValueError, match=r"^model.safetensors in .* changed during the run: restore"):
+        with pytest.raises(
+            ValueError, match=r"^model.safetensors in .* changed during the run: restore"
+        ):
             prune(source)
     names = {path.stem for path in (source.parent / "pruned.unfinished" / "journal").glob("*.json")}
     assert names - {"fingerprint", "weights"} == kept
@@ -108,7 +124,10 @@ def test_weights_that_change_while_they_are_pruned_end_the_run(source, monkeypat
     ("change", "message"),
     [
         ({"hidden_act": "gelu"}, 'hidden_act was "silu", is "gelu"'),
-        ({"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}, "rope_parameters.rope_theta was 10000.0"),
+        (
+            {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}},
+            "rope_parameters.rope_theta was 10000.0",
+        ),
     ],
 )
 def test_another_configuration_is_refused(source, cut_off, change, message):
@@ -120,16 +139,29 @@ def test_another_configuration_is_refused(source, cut_off, change, message):
 
 def test_overrides_in_another_order_are_refused(source):
     overrides = {"*q_proj": 0.25, "*_proj": 0.75}
-    for names, end in ([*overrides], pytest.raises(KeyboardInterrupt)), ([*overrides][::-1], pytest.raises(ValueError)):
-        config = FistaPruningConfig(method="wanda", overrides={name: overrides[name] for name in names})
+    for names, end in (
+        ([*overrides], pytest.raises(KeyboardInterrupt)),
+        ([*overrides][::-1], pytest.raises(ValueError)),
+    ):
+        config = FistaPruningConfig(
+            method="wanda", overrides={name: overrides[name] for name in names}
+        )
         with interrupted_after(0), end as caught:
             prune(source, config)
-    assert r'config.overrides was {"*q_proj": 0.25, "*_proj": 0.75}, is {"*_proj": 0.75' in str(caught.value)
-    report = prune(source, config, overwrite=True)  # which takes no decoder layer of the other order
+    assert r'config.overrides was {"*q_proj": 0.25, "*_proj": 0.75}, is {"*_proj": 0.75' in str(
+        caught.value
+    )
+    report = prune(
+        source, config, overwrite=True
+    )  # which takes no decoder layer of the other order
     assert {operator.target_sparsity for operator in report.operators} == {0.75}
 
 
 def test_what_a_network_does_not_compute_with_may_change(source, cut_off):
     file = source / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"transformers_version": "1.0", "_name_or_path": "x"}))
+    file.write_text(
+        json.dumps(
+            json.loads(file.read_text()) | {"transformers_version": "1.0", "_name_or_path": "x"}
+        )
+    )
     prune(source)

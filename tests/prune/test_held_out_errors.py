@@ -9,9 +9,13 @@ from tiny_models import VOCAB_SIZE, tiny_model
 
 @pytest.mark.parametrize("error_correction", ["none", "intra", "full", 0.0, 0.25, 1.0])
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_errors_are_those_of_the_inputs_that_the_correction_promises(tokens, error_correction, method):
+def test_errors_are_those_of_the_inputs_that_the_correction_promises(
+    tokens, error_correction, method
+):
     model = tiny_llama()
-    report = prune(model, tokens.split(4), method=method, error_correction=error_correction, held_out=3)
+    report = prune(
+        model, tokens.split(4), method=method, error_correction=error_correction, held_out=3
+    )
     share = error_correction if isinstance(error_correction, float) else 1.0
     dense_weights, pruned_weights = weights(tiny_llama()), weights(model)
     for prefix, rows in (("", tokens[:5]), ("held_out_", tokens[5:])):
@@ -20,10 +24,16 @@ def test_errors_are_those_of_the_inputs_that_the_correction_promises(tokens, err
             name = operator.name
             wanted = share * dense_inputs[name] + (1 - share) * inputs[name]
             expected = error_of(pruned_weights[name], dense_weights[name], inputs[name], wanted)
-            assert getattr(operator, f"{prefix}fit_error") == pytest.approx(expected, rel=1e-4), name
-            expected = error_of(pruned_weights[name], dense_weights[name], inputs[name], dense_inputs[name])
+            assert getattr(operator, f"{prefix}fit_error") == pytest.approx(expected, rel=1e-4), (
+                name
+            )
+            expected = error_of(
+                pruned_weights[name], dense_weights[name], inputs[name], dense_inputs[name]
+            )
             found = getattr(operator, f"{prefix}output_error")
-            assert found == (None if error_correction == 0 else pytest.approx(expected, rel=1e-4)), name
+            assert found == (
+                None if error_correction == 0 else pytest.approx(expected, rel=1e-4)
+            ), name
             assert (operator.num_tokens, operator.held_out_tokens) == (5 * 16, 3 * 16)
     if method == "sparsegpt":  # has fitted 32 to 48 weights an output to 80 tokens
         assert report.totals["held_out_ratio"] > 1.1
@@ -33,7 +43,9 @@ def parts_of(model, tokens, layer):
     """Inputs [tokens, in] and outputs of a down projection, and the hidden states after its layer without it."""
     seen = {}
     projection = model.model.layers[layer].mlp.down_proj
-    with projection.register_forward_hook(lambda _, args, output: seen.update(inputs=args[0], own=output)):
+    with projection.register_forward_hook(
+        lambda _, args, output: seen.update(inputs=args[0], own=output)
+    ):
         seen["after"] = hidden_states_of(model, tokens)[layer]
     flat = {name: value.reshape(-1, value.shape[-1]).double() for name, value in seen.items()}
     return flat["inputs"], flat["own"], flat["after"] - flat["own"]
@@ -57,10 +69,16 @@ def test_residual_correction_aims_at_the_output_of_the_layer(tokens, share, resi
         assert operator.held_out_output_error == pytest.approx(expected, rel=1e-4)
         inputs, own, _ = parts_of(pruned, tokens[:6], layer)
         _, dense_own, _ = parts_of(dense, tokens[:6], layer)
-        assert operator.output_error == pytest.approx(float((own - dense_own).norm() / dense_own.norm()), rel=1e-4)
-        (query,) = [o for o in report.operators if o.name == f"model.layers.{layer}.self_attn.o_proj.weight"]
+        assert operator.output_error == pytest.approx(
+            float((own - dense_own).norm() / dense_own.norm()), rel=1e-4
+        )
+        (query,) = [
+            o for o in report.operators if o.name == f"model.layers.{layer}.self_attn.o_proj.weight"
+        ]
         found, wanted = (inputs_of(model, tokens[:6])[query.name] for model in (pruned, dense))
-        expected = error_of(pruned.get_parameter(query.name), dense.get_parameter(query.name), found, wanted)
+        expected = error_of(
+            pruned.get_parameter(query.name), dense.get_parameter(query.name), found, wanted
+        )
         assert query.output_error == pytest.approx(expected, rel=1e-4)
 
 
@@ -79,7 +97,9 @@ def test_nothing_is_fitted_to_them(tokens, options):
     alone, model, other = tiny_llama(), tiny_llama(), tiny_llama()
     expected = prune(alone, [tokens[:4], tokens[4:6]], **options)
     report = prune(model, tokens.split(4), held_out=2, **options)
-    with_others = prune(other, [tokens[:4], tokens[4:6], tokens[:1], tokens[1:2]], held_out=2, **options)
+    with_others = prune(
+        other, [tokens[:4], tokens[4:6], tokens[:1], tokens[1:2]], held_out=2, **options
+    )
     for run, result in ((report, model), (with_others, other)):
         assert same(weights(result), weights(alone))
         for found, wanted in zip(run.operators, expected.operators, strict=True):
@@ -98,7 +118,9 @@ def test_nothing_is_fitted_to_them(tokens, options):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("error_correction", ["none", "intra", 0.5])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])  # positions relative to each other, and absolute ones
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2"]
+)  # positions relative to each other, and absolute ones
 def test_padding_counts_nowhere(tokens, family, side, error_correction):
     short, padding = tokens[6:, :10], torch.full((2, 6), 5)
     order = (padding, short) if side == "left" else (short, padding)
@@ -125,7 +147,9 @@ def test_bfloat16_errors_are_those_of_the_rounded_weights(tokens):
         inputs = inputs_of(dense, rows)
         for operator in report.operators:
             name = operator.name
-            expected = error_of(pruned_weights[name], dense_weights[name], inputs[name], inputs[name])
+            expected = error_of(
+                pruned_weights[name], dense_weights[name], inputs[name], inputs[name]
+            )
             assert getattr(operator, field) == pytest.approx(expected, rel=1e-2), name
 
 

@@ -35,17 +35,27 @@ def pruner(**options) -> FistaPruner:
 def test_operators_left_dense_are_reported_warned_of_and_untouched(family):
     model = family_model(family)
     dense = {name: model.get_parameter(f"{name}.weight").clone() for name in EXPECTED[family]}
-    with pytest.warns(UserWarning, match=f"{len(dense)} operators were left dense: .*{next(iter(dense))}"):
-        report = pruner(sparsity=0.5, method="magnitude", allocation="fisher").prune(model, family_tokens())
+    with pytest.warns(
+        UserWarning, match=f"{len(dense)} operators were left dense: .*{next(iter(dense))}"
+    ):
+        report = pruner(sparsity=0.5, method="magnitude", allocation="fisher").prune(
+            model, family_tokens()
+        )
     assert report.left_dense == EXPECTED[family]
     assert any("were left dense" in warning for warning in report.warnings)
-    assert all(torch.equal(model.get_parameter(f"{name}.weight"), weight) for name, weight in dense.items())
+    assert all(
+        torch.equal(model.get_parameter(f"{name}.weight"), weight) for name, weight in dense.items()
+    )
     assert report.totals["sparsity"] == pytest.approx(0.5, abs=1e-3)  # of what is pruned
 
 
 def test_shared_weights_stay_as_they_are():
     model = family_model("zamba2")
-    dense = {name: tensor.clone() for name, tensor in model.state_dict().items() if ".shared_transformer." in name}
+    dense = {
+        name: tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if ".shared_transformer." in name
+    }
     with pytest.warns(UserWarning, match="20 operators were left dense: .*shares its weight with"):
         report = pruner(pattern="2:4", method="wanda").prune(model, family_tokens())
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in dense.items())

@@ -58,31 +58,57 @@ def test_a_group_is_written_before_it_is_reported_and_a_layer_committed_before_c
 
 @pytest.mark.parametrize(
     ("error_correction", "residual", "passes"),
-    [("none", 0.0, 1), ("intra", 0.0, 2), ("full", 0.0, 2), (0.5, 0.0, 2), (0.0, 1.0, 2), (0.0, 0.0, 1)],
+    [
+        ("none", 0.0, 1),
+        ("intra", 0.0, 2),
+        ("full", 0.0, 2),
+        (0.5, 0.0, 2),
+        (0.0, 1.0, 2),
+        (0.0, 0.0, 1),
+    ],
 )
 def test_no_stream_runs_that_is_not_needed(llama, tokens, error_correction, residual, passes):
     """The gate of the second layer runs in the dense pass, and up to the down projection; that runs on kept inputs."""
     runs = []
     llama.model.layers[1].mlp.gate_proj.register_forward_hook(lambda *_: runs.append(1))
-    prune(llama, tokens.split(4), method="wanda", error_correction=error_correction, residual_correction=residual)
-    others = 1 + (2 if residual else 0)  # tracing, and whether the last operator is added to the output
+    prune(
+        llama,
+        tokens.split(4),
+        method="wanda",
+        error_correction=error_correction,
+        residual_correction=residual,
+    )
+    others = 1 + (
+        2 if residual else 0
+    )  # tracing, and whether the last operator is added to the output
     assert len(runs) == passes * 2 + others
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"method": "wanda", "error_correction": "full"}, {"residual_correction": 1.0}, {"exclude": ("*.layers.1.*",)}],
+    [
+        {"method": "wanda", "error_correction": "full"},
+        {"residual_correction": 1.0},
+        {"exclude": ("*.layers.1.*",)},
+    ],
 )
 def test_hidden_state_errors_are_those_of_the_two_models_on_real_tokens(llama, tokens, options):
     mask = torch.ones_like(tokens)
     mask[5, 10:] = mask[7, 3:] = 0
     dense = hidden_states_of(llama, tokens, mask)
-    batches = [{"input_ids": i, "attention_mask": m} for i, m in zip(tokens.split(3), mask.split(3), strict=True)]
+    batches = [
+        {"input_ids": i, "attention_mask": m}
+        for i, m in zip(tokens.split(3), mask.split(3), strict=True)
+    ]
     report = FistaPruner(FistaPruningConfig(**options), progress=False).prune(llama, batches)
     assert [layer.name for layer in report.layers] == ["model.layers.0", "model.layers.1"]
-    for layer, pruned, wanted in zip(report.layers, hidden_states_of(llama, tokens, mask), dense, strict=True):
+    for layer, pruned, wanted in zip(
+        report.layers, hidden_states_of(llama, tokens, mask), dense, strict=True
+    ):
         pruned, wanted = pruned[mask.bool()], wanted[mask.bool()]
         if "exclude" in options and layer.name.endswith("1"):
             assert layer.hidden_state_error is None  # after the last operator nothing runs
         else:
-            assert layer.hidden_state_error == pytest.approx(float((pruned - wanted).norm() / wanted.norm()), rel=1e-4)
+            assert layer.hidden_state_error == pytest.approx(
+                float((pruned - wanted).norm() / wanted.norm()), rel=1e-4
+            )

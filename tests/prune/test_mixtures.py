@@ -39,7 +39,9 @@ def same(model: PreTrainedModel, other: PreTrainedModel) -> bool:
 
 @pytest.mark.parametrize("options", [{"sparsity": 0.5}, {"pattern": "2:4"}])
 @pytest.mark.parametrize("family", MOE_FAMILIES)
-def test_a_saved_mixture_is_verified_and_reloaded_weight_for_weight(family, options, tokens, tmp_path):
+def test_a_saved_mixture_is_verified_and_reloaded_weight_for_weight(
+    family, options, tokens, tmp_path
+):
     model = tiny_model(family)
     report = prune_and_save(model, tmp_path / "out", tokens.split(4), **options).report
     found = verify_checkpoint(tmp_path / "out")
@@ -62,7 +64,10 @@ def test_streaming_a_mixture_gives_what_pruning_in_memory_gives(family, tokens, 
     pruner().prune(tmp_path / "in", tokens.split(4), output_dir=tmp_path / "streamed")
     verify_checkpoint(tmp_path / "streamed")
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "streamed"), model)
-    masks = [load_file(tmp_path / kind / "fista" / "masks.safetensors") for kind in ("memory", "streamed")]
+    masks = [
+        load_file(tmp_path / kind / "fista" / "masks.safetensors")
+        for kind in ("memory", "streamed")
+    ]
     assert masks[0].keys() == masks[1].keys()
     assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
 
@@ -73,13 +78,22 @@ def test_an_offloaded_mixture_is_pruned_where_it_is_kept(family, place, tokens, 
     pruner().prune(expected, tokens.split(4))
     if place == "disk":
         model.save_pretrained(tmp_path / "in")
-        places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
+        places = {
+            "model.embed_tokens": "cpu",
+            "model.layers": "disk",
+            "model.norm": "cpu",
+            "lm_head": "cpu",
+        }
         places |= {"model.rotary_emb": "cpu"}
         model = AutoModelForCausalLM.from_pretrained(
             tmp_path / "in", device_map=places, offload_folder=tmp_path / "offload"
         )
     else:
-        cpu_offload(model, execution_device="cpu", state_dict={k: v.clone() for k, v in model.state_dict().items()})
+        cpu_offload(
+            model,
+            execution_device="cpu",
+            state_dict={k: v.clone() for k, v in model.state_dict().items()},
+        )
     prune = pruner()
     prune.prune(model, tokens.split(4))
     with torch.no_grad():
@@ -99,7 +113,9 @@ def test_experts_with_too_few_tokens_are_pruned_by_magnitude_and_reported(tokens
     assert few
     assert all(".experts." in o.name and o.num_tokens < counts[12] for o in few)
     assert all(f"{o.num_tokens} calibration tokens" in o.message for o in few)
-    assert any(w.startswith(f"{len(few)} of {len(report.operators)} operators") for w in report.warnings)
+    assert any(
+        w.startswith(f"{len(few)} of {len(report.operators)} operators") for w in report.warnings
+    )
 
 
 def test_zeros_shared_by_gradients_are_the_same_for_all_experts_of_a_kind(tokens):
@@ -109,7 +125,9 @@ def test_zeros_shared_by_gradients_are_the_same_for_all_experts_of_a_kind(tokens
     report = pruner(sparsity=0.5).prune(model, batches)
     totals = report.totals
     assert abs(totals["num_zeros"] - totals["num_weights"] / 2) <= 1
-    assert [warning.partition(" in ")[0] for warning in report.warnings] == ["no residual correction"]
+    assert [warning.partition(" in ")[0] for warning in report.warnings] == [
+        "no residual correction"
+    ]
     sparsities = {o.name: o.target_sparsity for o in report.operators if "down_proj" in o.name}
     for layer in range(2):
         found = [value for name, value in sparsities.items() if f"layers.{layer}." in name]
@@ -119,7 +137,10 @@ def test_zeros_shared_by_gradients_are_the_same_for_all_experts_of_a_kind(tokens
 
 def test_a_weight_that_came_back_in_a_fused_tensor_is_found(tokens, tmp_path):
     prune_and_save(tiny_model("gpt_oss"), tmp_path / "out", tokens.split(4), pattern="2:4")
-    names = [o["name"] for o in json.loads((tmp_path / "out" / "fista" / "report.json").read_text())["operators"]]
+    names = [
+        o["name"]
+        for o in json.loads((tmp_path / "out" / "fista" / "report.json").read_text())["operators"]
+    ]
     assert "model.layers.1.mlp.experts.gate_up_proj[2, :, 1:96:2]" in names
     file = tmp_path / "out" / "model.safetensors"
     tensors = load_file(file)
@@ -127,5 +148,7 @@ def test_a_weight_that_came_back_in_a_fused_tensor_is_found(tokens, tmp_path):
     place = (part == 0).nonzero()[0]
     part[place[0], place[1]] = 1.0
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(VerificationError, match=r"gate_up_proj\[2, :, 1:96:2\] has 1 weights outside its mask"):
+    with pytest.raises(
+        VerificationError, match=r"gate_up_proj\[2, :, 1:96:2\] has 1 weights outside its mask"
+    ):
         verify_checkpoint(tmp_path / "out")

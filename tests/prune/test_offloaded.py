@@ -24,11 +24,15 @@ class Copies(dict):
 def offloaded(request, tiny_folder, tmp_path):
     folder = tmp_path / "offload"
     if request.param == "lazy reader":
-        return AutoModelForCausalLM.from_pretrained(tiny_folder, device_map={"": "disk"}, offload_folder=folder)
+        return AutoModelForCausalLM.from_pretrained(
+            tiny_folder, device_map={"": "disk"}, offload_folder=folder
+        )
     if request.param == "half of it on disk":
         places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
         places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-        return AutoModelForCausalLM.from_pretrained(tiny_folder, device_map=places, offload_folder=folder)
+        return AutoModelForCausalLM.from_pretrained(
+            tiny_folder, device_map=places, offload_folder=folder
+        )
     model = tiny_llama()
     if request.param == "disk":
         return disk_offload(model, folder, execution_device=torch.device("cpu"))
@@ -36,7 +40,10 @@ def offloaded(request, tiny_folder, tmp_path):
     return cpu_offload(model, execution_device=torch.device("cpu"), state_dict=state)
 
 
-CONFIGS = [FistaPruningConfig(0.5), FistaPruningConfig(0.6, method="wanda", error_correction="intra")]
+CONFIGS = [
+    FistaPruningConfig(0.5),
+    FistaPruningConfig(0.6, method="wanda", error_correction="intra"),
+]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.method)
@@ -53,7 +60,9 @@ def test_offloaded_models_become_what_they_become_in_memory(offloaded, config, t
         logits = offloaded(tokens[:2]).logits
         assert torch.allclose(logits, expected(tokens[:2]).logits, atol=1e-5)
     assert bytes_of(tiny_folder) == checkpoint
-    assert all(h.offload for m in offloaded.modules() for h in hooks_of(m) if h.weights_map is not None)
+    assert all(
+        h.offload for m in offloaded.modules() for h in hooks_of(m) if h.weights_map is not None
+    )
 
 
 def hooks_of(module) -> list[AlignDevicesHook]:
@@ -73,9 +82,13 @@ def test_a_run_that_fails_leaves_them_as_they_were(offloaded, tokens, monkeypatc
 
     monkeypatch.setattr("optimum_fista.solve.methods.wanda.Wanda.prune", prune)
     with Untouched(offloaded), pytest.raises(KeyboardInterrupt):
-        FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(offloaded, tokens.split(4))
+        FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(
+            offloaded, tokens.split(4)
+        )
     with torch.no_grad():
-        assert torch.allclose(offloaded(tokens[:2]).logits, tiny_llama()(tokens[:2]).logits, atol=1e-5)
+        assert torch.allclose(
+            offloaded(tokens[:2]).logits, tiny_llama()(tokens[:2]).logits, atol=1e-5
+        )
 
 
 def test_saving_an_offloaded_model(offloaded, tmp_path, tokens):
@@ -86,7 +99,9 @@ def test_saving_an_offloaded_model(offloaded, tmp_path, tokens):
     assert getattr(offloaded, "hf_device_map", None) == places
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     found = weights_of(offloaded)
-    assert all(torch.equal(found[name], parameter) for name, parameter in reloaded.named_parameters())
+    assert all(
+        torch.equal(found[name], parameter) for name, parameter in reloaded.named_parameters()
+    )
     assert int(sum((p == 0).sum() for n, p in reloaded.named_parameters() if "_proj" in n)) == 7680
 
 
@@ -95,5 +110,9 @@ def test_damaged_offloaded_weights_are_named(tiny_folder, tokens):
     loader = model.model.layers[1].mlp.up_proj._hf_hook.weights_map.dataset
     assert isinstance(loader, OffloadedWeightsLoader)
     loader.state_dict["model.layers.1.mlp.up_proj.weight"] = torch.full((48, 32), float("nan"))
-    with pytest.raises(ValueError, match=r"weight of model\.layers\.1\.mlp\.up_proj holds NaN or Inf"):
-        FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(model, tokens.split(4))
+    with pytest.raises(
+        ValueError, match=r"weight of model\.layers\.1\.mlp\.up_proj holds NaN or Inf"
+    ):
+        FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(
+            model, tokens.split(4)
+        )

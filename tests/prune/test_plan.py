@@ -22,7 +22,9 @@ def test_overrides_by_name(llama, tokens):
     overrides = {"*.down_proj": "1:4", "*.0.*.q_proj": 0, "*.v_proj": 0.25}
     dense = weights(llama)
     report = prune(llama, tokens.split(4), sparsity=0.75, method="wanda", overrides=overrides)
-    sparsity = {name: float((p == 0).double().mean()) for name, p in llama.named_parameters() if p.ndim == 2}
+    sparsity = {
+        name: float((p == 0).double().mean()) for name, p in llama.named_parameters() if p.ndim == 2
+    }
     assert sparsity.pop("model.layers.0.self_attn.q_proj.weight") == 0
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         sparsity.pop(name)
@@ -31,11 +33,18 @@ def test_overrides_by_name(llama, tokens):
     down = llama.model.layers[1].mlp.down_proj.weight
     assert bool(((down != 0).view(32, -1, 4).sum(-1) == 1).all())
     assert report.left_dense == {"model.layers.0.self_attn.q_proj": "sparsity 0"}
-    assert torch.equal(llama.model.layers[0].self_attn.q_proj.weight, dense["model.layers.0.self_attn.q_proj.weight"])
+    assert torch.equal(
+        llama.model.layers[0].self_attn.q_proj.weight,
+        dense["model.layers.0.self_attn.q_proj.weight"],
+    )
 
 
 def test_patterns_that_match_nothing_are_named(llama, tokens):
-    with pytest.warns(UserWarning, match=r"exclude: 'lm_head', '\*\.weight' matches no linear operator"):
-        report = prune(llama, tokens.split(4), method="wanda", exclude=("*.q_proj", "lm_head", "*.weight"))
+    with pytest.warns(
+        UserWarning, match=r"exclude: 'lm_head', '\*\.weight' matches no linear operator"
+    ):
+        report = prune(
+            llama, tokens.split(4), method="wanda", exclude=("*.q_proj", "lm_head", "*.weight")
+        )
     assert len(report.operators) == 12
     assert [message.split(" ")[0] for message in report.warnings] == ["exclude:"]

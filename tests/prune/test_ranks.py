@@ -9,13 +9,28 @@ from pathlib import Path
 import pytest
 import torch
 from folder_files import files_of
-from launched import exit_codes, launch, prune, prune_killed_once, prune_other_tokens, prune_until, run_code, torchrun
+from launched import (
+    exit_codes,
+    launch,
+    prune,
+    prune_killed_once,
+    prune_other_tokens,
+    prune_until,
+    run_code,
+    torchrun,
+)
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder.output import unfinished_folder
-from optimum_fista.prune.ranks import Ranks, joined_ranks, launched_processes, require_independent_layers, share_layers
+from optimum_fista.prune.ranks import (
+    Ranks,
+    joined_ranks,
+    launched_processes,
+    require_independent_layers,
+    share_layers,
+)
 
 LAYERS = 5
 INTRA = FistaPruningConfig(0.5, error_correction="intra")
@@ -51,14 +66,18 @@ def test_processes_write_what_one_writes(source, expected, tmp_path, count):
     [
         FistaPruningConfig(pattern="2:4", method="sparsegpt", error_correction="none"),
         FistaPruningConfig(0.5, method="wanda", error_correction="intra", held_out=3),
-        FistaPruningConfig(pattern="channels:0.25/4+layers:0.4", method="wanda", error_correction="intra"),
+        FistaPruningConfig(
+            pattern="channels:0.25/4+layers:0.4", method="wanda", error_correction="intra"
+        ),
     ],
     ids=["2:4", "held out", "channels and layers removed"],
 )
 def test_other_configurations(source, tmp_path, config):
     assert exit_codes(launch(2, prune, source, tmp_path / "pruned", config)) == [0, 0]
     found, wanted = files_of(tmp_path / "pruned"), whole(source, tmp_path / "whole", config)
-    for name in ("README.md", "fista/report.json") * bool(config.held_out):  # which have one process's perplexity
+    for name in ("README.md", "fista/report.json") * bool(
+        config.held_out
+    ):  # which have one process's perplexity
         assert found.pop(name) != wanted.pop(name)
     assert found == wanted
 
@@ -102,14 +121,21 @@ def test_a_rank_that_fails_lets_the_others_finish_their_layers(source, expected,
 
 
 def test_layers_that_wait_for_each_other_are_not_shared():
-    for config, shown in ((FistaPruningConfig(), 0.5), (FistaPruningConfig(error_correction="full"), "full")):
+    for config, shown in (
+        (FistaPruningConfig(), 0.5),
+        (FistaPruningConfig(error_correction="full"), "full"),
+    ):
         require_independent_layers(config, 1)
-        with pytest.raises(ValueError, match=rf"error_correction={shown!r}: .*correction intra\) or 'none', or"):
+        with pytest.raises(
+            ValueError, match=rf"error_correction={shown!r}: .*correction intra\) or 'none', or"
+        ):
             require_independent_layers(config, 2)
 
 
 def test_calibration_that_differs_by_rank_is_refused(source, tmp_path):
-    codes = exit_codes(launch(2, prune_other_tokens, source, tmp_path / "pruned", INTRA, tmp_path / "log"))
+    codes = exit_codes(
+        launch(2, prune_other_tokens, source, tmp_path / "pruned", INTRA, tmp_path / "log")
+    )
     assert codes == [3, 3]
     message = "ValueError: calibration differ from those of rank 0: start every process with the same model"
     assert (tmp_path / "log-1").read_text().startswith(message)
@@ -126,14 +152,35 @@ def test_one_process_is_a_run_of_its_own(monkeypatch):
 
 
 def test_accelerate_launches_the_command(source, tmp_path):
-    arguments = ["prune", str(source), "--error-correction", "intra", "--num-samples", "8", "--sequence-length", "16"]
+    arguments = [
+        "prune",
+        str(source),
+        "--error-correction",
+        "intra",
+        "--num-samples",
+        "8",
+        "--sequence-length",
+        "16",
+    ]
     arguments += ["--calibration", "self", "--device", "cpu"]
-    launcher = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launcher = [
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+    ]
     launcher += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "optimum_fista"]
     code = "from accelerate.commands.launch import main; main()"
     process = run_code(code, *launcher, *arguments, "--output", tmp_path / "pruned")
     assert process.returncode == 0, process.stderr
-    for once in ("35 operators pruned by ", f"saved to {tmp_path / 'pruned'}", "optimum-fista verify "):
+    for once in (
+        "35 operators pruned by ",
+        f"saved to {tmp_path / 'pruned'}",
+        "optimum-fista verify ",
+    ):
         assert process.stdout.count(once) == 1  # one of the processes speaks for both
     assert verify_checkpoint(tmp_path / "pruned").num_operators == 7 * LAYERS
 
@@ -157,7 +204,9 @@ def best(unfinished: list[int], costs: list[float], num_ranks: int) -> float:
     """The least time of the slowest rank over all contiguous splits, one by one."""
     cuts = itertools.combinations_with_replacement(range(len(unfinished) + 1), num_ranks - 1)
     ends = [(0, *cut, len(unfinished)) for cut in cuts]
-    return min(max(cost(unfinished[a:b], costs) for a, b in itertools.pairwise(end)) for end in ends)
+    return min(
+        max(cost(unfinished[a:b], costs) for a, b in itertools.pairwise(end)) for end in ends
+    )
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 7])

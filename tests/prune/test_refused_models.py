@@ -16,7 +16,9 @@ UP = "model.layers.1.mlp.up_proj"
 def refused(model: nn.Module, **options) -> str:
     """The message, with every weight as it was."""
     with Untouched(model), pytest.raises(ValueError) as caught:
-        FistaPruner(FistaPruningConfig(**options), progress=False).prune(model, tiny_tokens().split(4))
+        FistaPruner(FistaPruningConfig(**options), progress=False).prune(
+            model, tiny_tokens().split(4)
+        )
     return str(caught.value)
 
 
@@ -36,7 +38,9 @@ def test_weights_that_are_computed(change):
     change(model.get_submodule(UP))
     message = refused(model, method="wanda")
     assert message.startswith(f"the weight of {UP} is computed from other tensors (weight_norm, ")
-    FistaPruner(FistaPruningConfig(method="wanda", exclude=(UP,)), progress=False).prune(model, tiny_tokens().split(4))
+    FistaPruner(FistaPruningConfig(method="wanda", exclude=(UP,)), progress=False).prune(
+        model, tiny_tokens().split(4)
+    )
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "channels:0.1"])
@@ -67,7 +71,9 @@ def tie(model):
 
 
 def tie_to_embedding(model):
-    model.model.layers[1].self_attn.q_proj.weight = nn.Parameter(model.model.embed_tokens.weight[:32].detach())
+    model.model.layers[1].self_attn.q_proj.weight = nn.Parameter(
+        model.model.embed_tokens.weight[:32].detach()
+    )
 
 
 def overlap(model):
@@ -80,7 +86,9 @@ def overlap(model):
 def test_weights_that_share_memory(change):
     model = tiny_llama(tie_word_embeddings=True)
     change(model)
-    assert "share memory, and LlamaForCausalLM does not declare them tied" in refused(model, method="wanda")
+    assert "share memory, and LlamaForCausalLM does not declare them tied" in refused(
+        model, method="wanda"
+    )
 
 
 def test_parts_of_one_tensor_that_do_not_overlap_are_pruned():
@@ -88,7 +96,9 @@ def test_parts_of_one_tensor_that_do_not_overlap_are_pruned():
     both = torch.randn(96, 32)
     model.get_submodule(UP).weight = nn.Parameter(both[:48])
     model.model.layers[1].mlp.gate_proj.weight = nn.Parameter(both[48:])
-    report = FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(model, tiny_tokens().split(4))
+    report = FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(
+        model, tiny_tokens().split(4)
+    )
     assert len(report.operators) == 14
     assert float((both == 0).float().mean()) == 0.5
 
@@ -104,7 +114,9 @@ def test_models_that_can_not_be_differentiated_name_uniform(blind):
     model = tiny_llama()
     model.lm_head.register_forward_hook(lambda module, inputs, output: blind(output))
     message = refused(model)
-    assert message.startswith("allocation='fisher' takes gradients of the loss, and they can't be computed: ")
+    assert message.startswith(
+        "allocation='fisher' takes gradients of the loss, and they can't be computed: "
+    )
     assert message.endswith("pass allocation='uniform' (--allocation uniform).")
     config = FistaPruningConfig(allocation="uniform", method="wanda")
     assert FistaPruner(config, progress=False).prune(model, tiny_tokens().split(4)).operators

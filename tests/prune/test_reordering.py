@@ -43,7 +43,9 @@ def biased_llama():
 
 
 # GPT-2 stores [in, out] and has biases; Phi-3 has a gate and an up projection in one matrix.
-@pytest.mark.parametrize("make", [biased_llama, lambda: tiny_model("gpt2"), lambda: tiny_model("phi3")])
+@pytest.mark.parametrize(
+    "make", [biased_llama, lambda: tiny_model("gpt2"), lambda: tiny_model("phi3")]
+)
 def test_rows_and_columns_move_together_and_more_is_kept(make):
     dense, model, plain = make(), make(), make()
     down = ("*mlp.c_proj" if dense.config.model_type == "gpt2" else "*down_proj",)
@@ -55,16 +57,24 @@ def test_rows_and_columns_move_together_and_more_is_kept(make):
     before, after = dict(dense.named_parameters()), dict(model.named_parameters())
     moved = set()
     for part in find_parts(dense, "channels").parts:
-        rows = next(name for name in part.tensors if name.endswith("weight") and not name.startswith(part.name))
+        rows = next(
+            name
+            for name in part.tensors
+            if name.endswith("weight") and not name.startswith(part.name)
+        )
         axis, _ = part.tensors[rows]
-        originals, moves = (tensors[rows].movedim(axis, 0)[: part.groups] for tensors in (before, after))
+        originals, moves = (
+            tensors[rows].movedim(axis, 0)[: part.groups] for tensors in (before, after)
+        )
         order = [int((originals == row).all(1).nonzero()[0]) for row in moves]
         assert order != sorted(order)
         for name in part.tensors:
             expected = part.shrink(name, before[name], order)
             assert torch.equal(after[name], torch.where(after[name] == 0, 0, expected))
         moved |= part.tensors.keys()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if name not in moved)
+    assert all(
+        torch.equal(after[name], tensor) for name, tensor in before.items() if name not in moved
+    )
 
 
 def test_offloaded_weights_move_where_they_are_kept():
@@ -92,8 +102,14 @@ def test_files_to_files_gives_the_same_model(streamed):
     stored = {}
     for path in (streamed / "pruned").glob("model*.safetensors"):
         stored |= load_file(path)
-    assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items() if name in stored)
-    assert json.loads((streamed / "pruned" / "fista" / "report.json").read_text())["config"]["reorder_channels"]
+    assert all(
+        torch.equal(tensor, stored[name])
+        for name, tensor in model.state_dict().items()
+        if name in stored
+    )
+    assert json.loads((streamed / "pruned" / "fista" / "report.json").read_text())["config"][
+        "reorder_channels"
+    ]
     assert verify_checkpoint(streamed / "pruned", dense=str(streamed / "dense")).num_equal > 6
 
 
@@ -105,10 +121,15 @@ def test_a_layer_that_returns_something_else_is_refused_and_put_back(monkeypatch
 
     monkeypatch.setattr(Part, "shrink", wrong)
     message = r"layers\.0 does not return the same after its channels"
-    with Untouched(model := tiny_llama()), pytest.raises(UnsupportedArchitectureError, match=message):
+    with (
+        Untouched(model := tiny_llama()),
+        pytest.raises(UnsupportedArchitectureError, match=message),
+    ):
         pruner().prune(model, BATCHES)
 
 
 def test_models_whose_channels_are_not_found_are_refused():
-    with pytest.raises(UnsupportedArchitectureError, match=r"reorder_channels=True: .* can't lose channels"):
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"reorder_channels=True: .* can't lose channels"
+    ):
         pruner(include=()).prune(tiny_model("mixtral"), BATCHES)

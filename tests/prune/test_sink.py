@@ -96,4 +96,6 @@ def test_an_interrupt_at_any_line_restores_all_or_comes_after_the_end(error):
         assert torch.is_grad_enabled()
         assert model.training
         assert not model._forward_hooks
-        assert torch.equal(model.weight, before) or (error is None and torch.equal(model.weight, torch.ones(3, 4)))
+        assert torch.equal(model.weight, before) or (
+            error is None and torch.equal(model.weight, torch.ones(3, 4))
+        )

@@ -15,7 +15,9 @@ def test_activations_may_wait_elsewhere(tokens, tmp_path, settings):
     for storage_device in (None, "cpu", torch.device("cpu"), "disk", str(tmp_path), tmp_path):
         model = tiny_llama()
         config = FistaPruningConfig(**settings)
-        FistaPruner(config, progress=False, storage_device=storage_device).prune(model, tokens.split(4))
+        FistaPruner(config, progress=False, storage_device=storage_device).prune(
+            model, tokens.split(4)
+        )
         results.append(weights(model))
         assert not [*tmp_path.iterdir()]
     assert all(same(results[0], result) for result in results[1:])
@@ -24,14 +26,21 @@ def test_activations_may_wait_elsewhere(tokens, tmp_path, settings):
 def test_hidden_states_on_the_way_to_the_gradients_wait_there_too(tokens, tmp_path, monkeypatch):
     places, measure = [], budgets.measure_sensitivities
     monkeypatch.setattr(
-        budgets, "measure_sensitivities", lambda loss, o: [places.append(loss.storage), measure(loss, o)][1]
+        budgets,
+        "measure_sensitivities",
+        lambda loss, o: [places.append(loss.storage), measure(loss, o)][1],
     )
-    FistaPruner(FistaPruningConfig(), progress=False, storage_device=tmp_path).prune(tiny_llama(), tokens.split(4))
+    FistaPruner(FistaPruningConfig(), progress=False, storage_device=tmp_path).prune(
+        tiny_llama(), tokens.split(4)
+    )
     assert places == [tmp_path]
 
 
 @pytest.mark.parametrize("place", ["moon", Path("no/such/folder")])
 def test_places_that_are_none(tokens, place):
     pruner = FistaPruner(progress=False, storage_device=place)
-    with pytest.raises(ValueError, match=f"storage_device='{place}': pass a device such as 'cpu', 'disk', or a folder"):
+    with pytest.raises(
+        ValueError,
+        match=f"storage_device='{place}': pass a device such as 'cpu', 'disk', or a folder",
+    ):
         pruner.prune(tiny_llama(), tokens.split(4))

@@ -41,16 +41,22 @@ def source(request, tmp_path_factory) -> Path:
     if folder.name != "plain":
         return save_llava_folder(folder) if folder.name == "multimodal" else fp8_deepseek(folder)
     save_tiny_folder(folder)
-    tiny_llama(num_hidden_layers=LAYERS).to(torch.bfloat16).save_pretrained(folder, max_shard_size="40KB")
+    tiny_llama(num_hidden_layers=LAYERS).to(torch.bfloat16).save_pretrained(
+        folder, max_shard_size="40KB"
+    )
     (folder / "model.safetensors").unlink(missing_ok=True)
     return folder
 
 
-def prune(source: Path, output: Path, config: FistaPruningConfig | None = None, held_out=None, **options):
+def prune(
+    source: Path, output: Path, config: FistaPruningConfig | None = None, held_out=None, **options
+):
     batches = [*tiny_tokens().split(4)]
     batches += [] if held_out is None else [{"input_ids": held_out, "held_out": "/texts/sea.txt"}]
     config = config or FistaPruningConfig(method="wanda" if source.name == "fp8" else "obs_admm")
-    return FistaPruner(config, progress=False).prune(str(source), batches, output_dir=output, **options)
+    return FistaPruner(config, progress=False).prune(
+        str(source), batches, output_dir=output, **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +72,9 @@ def whole(source, tmp_path_factory) -> Path:
     [
         FistaPruningConfig(0.5),
         FistaPruningConfig(pattern="2:4", method="sparsegpt", error_correction="none"),
-        FistaPruningConfig(0.5, method="wanda", error_correction="intra", exclude=("*.layers.3.*", "*.layers.1.*")),
+        FistaPruningConfig(
+            0.5, method="wanda", error_correction="intra", exclude=("*.layers.3.*", "*.layers.1.*")
+        ),
     ],
     ids=["default", "2:4", "layers left dense"],
 )
@@ -78,12 +86,20 @@ def test_files_become_what_the_model_becomes_in_memory(source, tmp_path, config)
     assert [o.fit_error for o in report.operators] == [o.fit_error for o in in_memory.operators]
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert reloaded.dtype == torch.bfloat16
-    for (name, expected), found in zip(model.named_parameters(), reloaded.parameters(), strict=True):
+    for (name, expected), found in zip(
+        model.named_parameters(), reloaded.parameters(), strict=True
+    ):
         assert torch.equal(expected, found), name
     assert verify_checkpoint(tmp_path / "out").num_operators == len(report.operators)
-    files = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
-    assert sorted({*files.values()}) == [f"model-{n:05}-of-{LAYERS + 1:05}.safetensors" for n in range(1, LAYERS + 2)]
-    assert {files[name] for name in files if ".layers.1." in name} == {f"model-00002-of-{LAYERS + 1:05}.safetensors"}
+    files = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())[
+        "weight_map"
+    ]
+    assert sorted({*files.values()}) == [
+        f"model-{n:05}-of-{LAYERS + 1:05}.safetensors" for n in range(1, LAYERS + 2)
+    ]
+    assert {files[name] for name in files if ".layers.1." in name} == {
+        f"model-00002-of-{LAYERS + 1:05}.safetensors"
+    }
     assert not unfinished_folder(tmp_path / "out").exists()
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
@@ -96,7 +112,9 @@ def stop(*arguments):
     raise Stop
 
 
-def cut_off(monkeypatch, target, name, replacement, *arguments, error=Stop, **options) -> BaseException:
+def cut_off(
+    monkeypatch, target, name, replacement, *arguments, error=Stop, **options
+) -> BaseException:
     """Prune until a replaced function raises."""
     with monkeypatch.context() as patched:
         patched.setattr(target, name, replacement)
@@ -105,7 +123,11 @@ def cut_off(monkeypatch, target, name, replacement, *arguments, error=Stop, **op
     return raised.value
 
 
-_WRITES = {"plain": [*range(1, 22, 3), *range(22, 27)], "multimodal": [9, 24, 26], "fp8": [2, 18, 21]}
+_WRITES = {
+    "plain": [*range(1, 22, 3), *range(22, 27)],
+    "multimodal": [9, 24, 26],
+    "fp8": [2, 18, 21],
+}
 
 
 @pytest.mark.parametrize("third", range(3))
@@ -164,12 +186,17 @@ def test_a_damaged_fingerprint_is_one_error(source, cut_off_half_way, tmp_path):
     shutil.copytree(cut_off_half_way, unfinished_folder(tmp_path / "pruned"))
     file = unfinished_folder(tmp_path / "pruned") / "journal" / "fingerprint.json"
     file.write_text(file.read_text().replace("0.5", "0.6"))
-    with pytest.raises(ValueError, match=r"fingerprint\.json' is damaged.*pass another folder, or pass overwrite=True"):
+    with pytest.raises(
+        ValueError,
+        match=r"fingerprint\.json' is damaged.*pass another folder, or pass overwrite=True",
+    ):
         prune(source, tmp_path / "pruned")
     prune(source, tmp_path / "pruned", overwrite=True)
 
 
-def test_hidden_states_of_another_chain_of_layers_are_not_taken(source, whole, cut_off_half_way, tmp_path, monkeypatch):
+def test_hidden_states_of_another_chain_of_layers_are_not_taken(
+    source, whole, cut_off_half_way, tmp_path, monkeypatch
+):
     """Layer 0 is made again and comes out otherwise; the layers after it, which are whole, do not fit it."""
     output = unfinished_folder(tmp_path / "pruned")
     shutil.copytree(cut_off_half_way, output)
@@ -185,7 +212,9 @@ def test_hidden_states_of_another_chain_of_layers_are_not_taken(source, whole, c
             prune(source, tmp_path / "pruned")
     kept, keep = [], journal.Journal.keep_layer
     monkeypatch.setattr(
-        journal.Journal, "keep_layer", lambda self, index, *a: [kept.append(index), keep(self, index, *a)]
+        journal.Journal,
+        "keep_layer",
+        lambda self, index, *a: [kept.append(index), keep(self, index, *a)],
     )
     prune(source, tmp_path / "pruned")
     assert kept == [1, 2, 3]
@@ -193,12 +222,21 @@ def test_hidden_states_of_another_chain_of_layers_are_not_taken(source, whole, c
 
 def test_layers_and_budgets_of_another_run_are_not_taken(source, tmp_path, monkeypatch):
     """Files of two runs with other methods, copied from one unfinished folder into the other."""
-    configs = {name: FistaPruningConfig(method=name, error_correction="none") for name in ("magnitude", "wanda")}
+    configs = {
+        name: FistaPruningConfig(method=name, error_correction="none")
+        for name in ("magnitude", "wanda")
+    }
     for name, config in configs.items():
-        cut_off(monkeypatch, streamed_run.StreamedRun, "complete", stop, source, tmp_path / name, config)
+        cut_off(
+            monkeypatch, streamed_run.StreamedRun, "complete", stop, source, tmp_path / name, config
+        )
     prune(source, tmp_path / "whole", configs["wanda"])
     other, mine = (unfinished_folder(tmp_path / name) for name in configs)
-    for file in [*other.glob("model/model-*"), *other.glob("journal/*.json"), *other.glob("journal/[lb]*.safetensors")]:
+    for file in [
+        *other.glob("model/model-*"),
+        *other.glob("journal/*.json"),
+        *other.glob("journal/[lb]*.safetensors"),
+    ]:
         if file.name not in ("fingerprint.json", "weights.json"):
             shutil.copy2(file, mine / file.relative_to(other))
     prune(source, tmp_path / "wanda", configs["wanda"])
@@ -215,36 +253,52 @@ def test_a_full_disk_keeps_what_is_finished(source, whole, tmp_path, monkeypatch
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         flush(path)
 
-    refused = cut_off(monkeypatch, output, "flush", full, source, tmp_path / "pruned", error=OSError)
+    refused = cut_off(
+        monkeypatch, output, "flush", full, source, tmp_path / "pruned", error=OSError
+    )
     assert refused.errno == errno.ENOSPC
     assert re.search(
-        r"No space left on device.*: 2 of [34] decoder layers are finished and kept in .*pruned", str(refused)
+        r"No space left on device.*: 2 of [34] decoder layers are finished and kept in .*pruned",
+        str(refused),
     )
     assert not [*unfinished_folder(tmp_path / "pruned").rglob("*.partial")]
     prune(source, tmp_path / "pruned")
     assert files_of(tmp_path / "pruned") == files_of(whole)
 
 
-@pytest.mark.parametrize(("option", "pruner"), [({"device": "moon"}, {}), ({}, {"storage_device": "moon"})])
-def test_places_that_are_none_are_refused_before_any_work(source, tmp_path, monkeypatch, option, pruner):
+@pytest.mark.parametrize(
+    ("option", "pruner"), [({"device": "moon"}, {}), ({}, {"storage_device": "moon"})]
+)
+def test_places_that_are_none_are_refused_before_any_work(
+    source, tmp_path, monkeypatch, option, pruner
+):
     monkeypatch.setattr(streamed_run, "load_lazily", None)
     with pytest.raises(ValueError, match=r"device='moon'"):
-        FistaPruner(progress=False, **pruner).prune(source, [], output_dir=tmp_path / "out", **option)
+        FistaPruner(progress=False, **pruner).prune(
+            source, [], output_dir=tmp_path / "out", **option
+        )
     assert not [*tmp_path.iterdir()]
 
 
-def test_an_output_that_cannot_be_written_to_is_refused_before_any_work(source, tmp_path, monkeypatch):
+def test_an_output_that_cannot_be_written_to_is_refused_before_any_work(
+    source, tmp_path, monkeypatch
+):
     monkeypatch.setattr(streamed_run, "load_lazily", None)
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(OSError, match=r"output_dir='.*' can't be written to \(.*\), nothing was done: pass another"):
+    with pytest.raises(
+        OSError, match=r"output_dir='.*' can't be written to \(.*\), nothing was done: pass another"
+    ):
         prune(source, tmp_path / "file" / "pruned")
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_another_run_in_the_same_folder_is_refused_by_its_differences(source, whole, tmp_path, monkeypatch):
+def test_another_run_in_the_same_folder_is_refused_by_its_differences(
+    source, whole, tmp_path, monkeypatch
+):
     cut_off(monkeypatch, journal.Journal, "keep_layer", stop, source, tmp_path / "pruned")
     with pytest.raises(
-        ValueError, match=r"unfinished run in .* was another one \(config\.sparsity was 0\.5, is 0\.25\)\. Start it"
+        ValueError,
+        match=r"unfinished run in .* was another one \(config\.sparsity was 0\.5, is 0\.25\)\. Start it",
     ):
         prune(source, tmp_path / "pruned", FistaPruningConfig(0.25))
     long = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
@@ -252,7 +306,9 @@ def test_another_run_in_the_same_folder_is_refused_by_its_differences(source, wh
     with pytest.raises(ValueError, match=differs):
         prune(source, tmp_path / "pruned", FistaPruningConfig(exclude=long))
     with pytest.raises(ValueError, match=r"another one \(batches was"):
-        FistaPruner(progress=False).prune(source, tiny_tokens().split(2), output_dir=tmp_path / "pruned")
+        FistaPruner(progress=False).prune(
+            source, tiny_tokens().split(2), output_dir=tmp_path / "pruned"
+        )
     prune(source, tmp_path / "pruned", FistaPruningConfig(0.25), overwrite=True)
     assert verify_checkpoint(tmp_path / "pruned").num_operators == 7 * LAYERS
 
@@ -267,7 +323,10 @@ def test_names_and_models_are_told_apart(source, llama, tokens, tmp_path):
 def perplexity_of(folder: Path, tokens: torch.Tensor) -> float:
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
-        losses = [torch.nn.functional.cross_entropy(model(t[None]).logits[0, :-1].float(), t[1:]) for t in tokens]
+        losses = [
+            torch.nn.functional.cross_entropy(model(t[None]).logits[0, :-1].float(), t[1:])
+            for t in tokens
+        ]
     return float(torch.stack(losses).mean().exp())
 
 
@@ -283,11 +342,16 @@ def test_perplexity_of_both_networks_is_measured_in_passing(source, tmp_path, co
     plain = prune(source, tmp_path / "plain", config)
     assert [o.fit_error for o in plain.operators] == [o.fit_error for o in report.operators]
     for network, folder in {"dense": source, "pruned": tmp_path / "out"}.items():
-        assert report.perplexity[network] == pytest.approx(perplexity_of(folder, tokens), rel=2e-2), network
+        assert report.perplexity[network] == pytest.approx(
+            perplexity_of(folder, tokens), rel=2e-2
+        ), network
     assert report.perplexity["dense"] != report.perplexity["pruned"]
     saved = json.loads((tmp_path / "out" / "fista" / "report.json").read_text())
     assert saved["perplexity"] == report.perplexity
-    assert "tokens of sea.txt that no weight was fitted to |" in (tmp_path / "out/README.md").read_text()
+    assert (
+        "tokens of sea.txt that no weight was fitted to |"
+        in (tmp_path / "out/README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(
@@ -300,7 +364,10 @@ def test_perplexity_of_both_networks_is_measured_in_passing(source, tmp_path, co
     ],
 )
 def test_an_interrupted_run_measures_the_same_perplexity(source, tmp_path, layer, correction, lost):
-    config, tokens = FistaPruningConfig(0.5, method="wanda", error_correction=correction), tiny_tokens(10)[8:]
+    config, tokens = (
+        FistaPruningConfig(0.5, method="wanda", error_correction=correction),
+        tiny_tokens(10)[8:],
+    )
     expected = prune(source, tmp_path / "whole", config, held_out=tokens).perplexity
     with interrupted_after(layer), pytest.raises(KeyboardInterrupt):
         prune(source, tmp_path / "out", config, held_out=tokens)

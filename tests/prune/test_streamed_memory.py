@@ -14,12 +14,16 @@ from benchmarks.shared import watched
 from optimum_fista import FistaPruningConfig
 from optimum_fista.estimate import Estimate
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="anonymous memory is read from /proc"
+)
 
 MIB = 2**20
 
 
-def peaks(depths: tuple[int, ...], hidden: int, ffn: int, length: int, *, fewer_steps: bool = False) -> list[dict]:
+def peaks(
+    depths: tuple[int, ...], hidden: int, ffn: int, length: int, *, fewer_steps: bool = False
+) -> list[dict]:
     settings = {"hidden": hidden, "ffn": ffn, "num_samples": 8, "sequence_length": length}
     arguments = Namespace(**settings, storage_device=None, fewer_steps=fewer_steps)
     return [measure(arguments, layers) for layers in depths]
@@ -35,7 +39,9 @@ def bound(hidden: int, ffn: int) -> int:
     down = 4 * (2 * ffn**2 + 3 * hidden * ffn)
     gate_and_up = 4 * (2 * hidden**2 + 6 * hidden * ffn)
     blocks = 4 * 4 * max(2**19, 192 * ffn) + 2 * hidden * ffn * 3
-    rest = 36 * MIB  # left by allocators, MKL's buffers, one batch, the report, what Python loads on the way
+    rest = (
+        36 * MIB
+    )  # left by allocators, MKL's buffers, one batch, the report, what Python loads on the way
     return layer + max(down, gate_and_up) + blocks + rest
 
 
@@ -43,38 +49,60 @@ def test_peak_memory_is_what_the_formula_says():
     (run,) = peaks((12,), 384, 1536, 64, fewer_steps=True)  # a step needs the memory of many
     most = bound(384, 1536)
     assert run["peak_bytes"] <= most
-    assert run["peak_bytes"] + run["model_bytes"] > most + 16 * MIB  # it would not pass if the model were held as well
+    assert (
+        run["peak_bytes"] + run["model_bytes"] > most + 16 * MIB
+    )  # it would not pass if the model were held as well
 
 
 def require_estimated(source, folder, samples, length, **config):
     """Prune a model from its files: the peak is at most one decoder layer away from the estimate."""
     run = {"source": source, "output": folder, "config": config, "vocabulary": VOCAB_SIZE}
     _, curve, _ = watched(**run, samples=samples, length=length)
-    options = {"num_samples": samples, "sequence_length": length, "calibration": "text", "device": "cpu"}
+    options = {
+        "num_samples": samples,
+        "sequence_length": length,
+        "calibration": "text",
+        "device": "cpu",
+    }
     estimate = Estimate(source, FistaPruningConfig.from_dict(config), **options)
     estimated = dict(estimate.memory["host"])
     # an older Transformers imports pandas and scikit-learn where they are installed, 60 MiB more
     estimated["Python and libraries"] = max(estimated["Python and libraries"], curve[0][1])
     difference = max(held for _, held in curve) - sum(estimated.values())
-    assert abs(difference) < max(sum(p.nbytes for p in layer.parameters()) for _, layer in estimate.layers)
+    assert abs(difference) < max(
+        sum(p.nbytes for p in layer.parameters()) for _, layer in estimate.layers
+    )
 
 
 def test_a_quantized_model_is_in_16_bits_a_decoder_layer_at_a_time(tmp_path):
-    sizes = {"hidden_size": 512, "moe_intermediate_size": 512, "n_routed_experts": 32, "num_hidden_layers": 4}
+    sizes = {
+        "hidden_size": 512,
+        "moe_intermediate_size": 512,
+        "n_routed_experts": 32,
+        "num_hidden_layers": 4,
+    }
     source = fp8_deepseek(tmp_path / "source", **sizes)
     # pruning all experts would take long
     require_estimated(source, tmp_path / "out", 4, 32, method="magnitude", exclude=["*.experts.*"])
 
 
-@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="needs a CPU that is fast in bfloat16")
-def test_a_mixture_does_not_keep_memory_for_every_number_of_tokens_of_an_expert(tmp_path, monkeypatch):
+@pytest.mark.skipif(
+    not torch.cpu._is_avx512_bf16_supported(), reason="needs a CPU that is fast in bfloat16"
+)
+def test_a_mixture_does_not_keep_memory_for_every_number_of_tokens_of_an_expert(
+    tmp_path, monkeypatch
+):
     for name in PINNED:  # oneDNN keeps what it compiles for the instructions of bfloat16
         monkeypatch.delenv(name, raising=False)
     attention = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
     experts = {"moe_intermediate_size": 256, "num_experts": 32, "num_experts_per_tok": 2}
-    config = Qwen3MoeConfig(hidden_size=512, num_hidden_layers=2, vocab_size=VOCAB_SIZE, **attention, **experts)
+    config = Qwen3MoeConfig(
+        hidden_size=512, num_hidden_layers=2, vocab_size=VOCAB_SIZE, **attention, **experts
+    )
     Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(tmp_path / "source")
-    require_estimated(tmp_path / "source", tmp_path / "out", 16, 128, method="wanda", compute_dtype="bfloat16")
+    require_estimated(
+        tmp_path / "source", tmp_path / "out", 16, 128, method="wanda", compute_dtype="bfloat16"
+    )
 
 
 @pytest.mark.slow
@@ -82,4 +110,6 @@ def test_a_model_of_24_layers_takes_two_fifths_of_its_size_and_one_of_48_hardly_
     of_24, of_48 = peaks((24, 48), 768, 3072, 512, fewer_steps=True)
     assert of_24["peak_bytes"] <= 0.42 * of_24["model_bytes"]
     assert of_24["peak_bytes"] <= bound(768, 3072)
-    assert of_48["peak_bytes"] == pytest.approx(of_24["peak_bytes"], abs=14 * MIB)  # measured 5; 24 more weigh 433
+    assert of_48["peak_bytes"] == pytest.approx(
+        of_24["peak_bytes"], abs=14 * MIB
+    )  # measured 5; 24 more weigh 433

@@ -17,17 +17,28 @@ from optimum_fista.pruner import FistaPruner
 def surroundings(model):
     return {
         # Libraries that are imported on the way may add finders of their own.
-        "import machinery": [f for f in sys.meta_path if type(f).__module__.startswith("optimum_fista")],
+        "import machinery": [
+            f for f in sys.meta_path if type(f).__module__.startswith("optimum_fista")
+        ],
         "environment": dict(os.environ),
         "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
-        "defaults": (torch.get_default_dtype(), torch.get_default_device(), torch.get_float32_matmul_precision()),
+        "defaults": (
+            torch.get_default_dtype(),
+            torch.get_default_device(),
+            torch.get_float32_matmul_precision(),
+        ),
         "gradients": torch.is_grad_enabled(),
         "torch's random state": torch.get_rng_state().tolist(),
         "NumPy's random state": str(np.random.get_state()),
         "Python's random state": random.getstate(),
-        "requires_grad": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        "requires_grad": {
+            name: parameter.requires_grad for name, parameter in model.named_parameters()
+        },
         "modes": [module.training for module in model.modules()],
-        "hooks": sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()),
+        "hooks": sum(
+            len(module._forward_hooks) + len(module._forward_pre_hooks)
+            for module in model.modules()
+        ),
     }
 
 

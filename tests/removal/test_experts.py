@@ -21,11 +21,15 @@ def mixture_layer(family, batches=None, held_out=0):
     model = family_model(family)
     layers = find_decoder_layers(model)
     part = find_parts(model, "experts").parts[0]
-    index = next(index for index, (name, _) in enumerate(layers) if part.name.startswith(f"{name}."))
+    index = next(
+        index for index, (name, _) in enumerate(layers) if part.name.startswith(f"{name}.")
+    )
     name, layer = list(layers)[index]
     batches = family_tokens() if batches is None else batches
     recorded = record_inputs(layers, hold_out(read_batches(batches, 64), held_out))
-    activations = LayerActivations(layer, recorded.calls[index], recorded.token_masks, CPU, recorded.held_out)
+    activations = LayerActivations(
+        layer, recorded.calls[index], recorded.token_masks, CPU, recorded.held_out
+    )
     return part, experts_of(part, name, layer), activations, list(recorded.hidden_states)
 
 
@@ -41,7 +45,9 @@ def test_scores_are_those_of_a_plain_loop_over_tokens():
     mask[0, 20:] = 0
     batches = [{"input_ids": ids[:1], "attention_mask": mask[:1]}, ids[1:], ids[1:]]
     _, experts, activations, entering = mixture_layer("mixtral", batches, held_out=1)
-    targets = LayerTargets(activations, [], Correction("full"), HiddenStates(entering, entering), experts.module)
+    targets = LayerTargets(
+        activations, [], Correction("full"), HiddenStates(entering, entering), experts.module
+    )
     num_tokens, saliency, _ = score_experts(experts, targets)
     counts, norms, module = [0] * 4, [0.0] * 4, experts.module
     for batch, length in ((0, 20), (1, 32)):
@@ -68,10 +74,14 @@ def test_targets_bring_the_layer_to_the_dense_output():
     """With a = b = 1, D* + Y = D + E(X)."""
     _, experts, activations, dense = mixture_layer("mixtral")
     pruned = [hidden + 0.1 * torch.randn_like(hidden) for hidden in dense]
-    targets = LayerTargets(activations, [], Correction("full", 1.0, 1.0), HiddenStates(dense, pruned), experts.module)
+    targets = LayerTargets(
+        activations, [], Correction("full", 1.0, 1.0), HiddenStates(dense, pruned), experts.module
+    )
     assert targets.adds_experts
     for batch, wanted in enumerate(list(targets.expert_targets())):
-        handle = experts.module.register_forward_hook(lambda _, __, output, y=wanted: y.view(output.shape))
+        handle = experts.module.register_forward_hook(
+            lambda _, __, output, y=wanted: y.view(output.shape)
+        )
         found = activations.run(batch, pruned[batch])
         handle.remove()
         assert torch.allclose(found, activations.run(batch, dense[batch]), atol=1e-5)
@@ -99,12 +109,17 @@ def test_refits_find_the_weights_that_made_the_outputs(family, left):
     assert after < left * before
     assert (down - made).norm() < (own - made).norm()
     again = SmallerMixture(experts, activations, entering, wanted)
-    assert again.errors()[0] == pytest.approx(after, rel=1e-3)  # what was taken off step by step is what is left
+    assert again.errors()[0] == pytest.approx(
+        after, rel=1e-3
+    )  # what was taken off step by step is what is left
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_counts_in_no_half_of_a_sequence(side):
-    lengths, ids = [8] * 7 + [32], torch.randint(3, 64, (8, 32), generator=torch.Generator().manual_seed(2))
+    lengths, ids = (
+        [8] * 7 + [32],
+        torch.randint(3, 64, (8, 32), generator=torch.Generator().manual_seed(2)),
+    )
     mask = torch.zeros_like(ids)
     for row, length in enumerate(lengths):
         mask[row, slice(length) if side == "right" else slice(-length, None)] = 1
@@ -148,5 +163,7 @@ def test_experts_that_are_called_twice_are_refused():
     activations.layer.mlp.forward = lambda hidden: own(hidden) + own(hidden)
     states = HiddenStates(None, entering)
     targets = LayerTargets(activations, [], Correction("full", 0.0), states, experts.module)
-    with pytest.raises(UnsupportedArchitectureError, match="MixtralExperts is called 2 times in a forward pass"):
+    with pytest.raises(
+        UnsupportedArchitectureError, match="MixtralExperts is called 2 times in a forward pass"
+    ):
         next(targets.expert_targets())

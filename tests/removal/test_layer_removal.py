@@ -75,7 +75,9 @@ def test_the_repair_lowers_the_error(pattern):
     pruner(pattern, residual_correction=0.0).prune(plain, BATCHES)
     assert distance(repaired, dense) < 0.95 * distance(plain, dense)
     after = [
-        i for i, old in enumerate(report.model["layers_kept"]) if old - 1 not in report.model["layers_kept"] and old
+        i
+        for i, old in enumerate(report.model["layers_kept"])
+        if old - 1 not in report.model["layers_kept"] and old
     ]
     corrected = [operator.name for operator in report.operators if operator.residual_corrected]
     assert after
@@ -86,7 +88,9 @@ def test_a_repair_keeps_all_columns_and_touches_nothing_else():
     model, dense, run = dense_model(), dense_model(), pruner()
     run.prune(model, BATCHES)
     report, masks = run.result(model)
-    assert [(o.pattern, o.method, o.sparsity) for o in report.operators] == [("columns:48of48", "refit", 0.0)] * 2
+    assert [(o.pattern, o.method, o.sparsity) for o in report.operators] == [
+        ("columns:48of48", "refit", 0.0)
+    ] * 2
     assert all(bool(unpack_mask(mask, (32, 48)).all()) for mask in masks.values())
     repaired = {operator.name for operator in report.operators}
     for new, old in enumerate(report.model["layers_kept"]):
@@ -109,34 +113,48 @@ def test_files_to_files_gives_the_same_model(streamed, tmp_path):
     source, folder = streamed
     model = prune_and_save(dense_model(), tmp_path / "saved", BATCHES, pattern=TOGETHER).model
     loaded = AutoModelForCausalLM.from_pretrained(folder)
-    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items()
+    )
     assert verify_checkpoint(folder) == verify_checkpoint(tmp_path / "saved")
     reports = [read_report(found) for found in (folder, tmp_path / "saved")]
     assert reports[0].model | {"name": ""} == reports[1].model | {"name": ""}
     assert reports[0].left_dense == reports[1].left_dense
     assert [layer.name for layer in reports[0].layers] == [f"model.layers.{i}" for i in range(3)]
     for part in ("operators", "layers"):
-        errors = [[(o.name, getattr(o, "fit_error", None)) for o in getattr(report, part)] for report in reports]
+        errors = [
+            [(o.name, getattr(o, "fit_error", None)) for o in getattr(report, part)]
+            for report in reports
+        ]
         assert errors[0] == errors[1]
     assert set(tensors_of(folder)) == set(model.state_dict())
     differing = 2 * 9 + len(reports[0].operators)  # tensors of removed layers, and pruned ones
-    assert verify_checkpoint(folder, dense=source).num_equal == len(dense_model().state_dict()) - differing
+    assert (
+        verify_checkpoint(folder, dense=source).num_equal
+        == len(dense_model().state_dict()) - differing
+    )
 
 
 @pytest.mark.parametrize("number", [6, 13])
-def test_a_killed_run_resumes_to_the_same_bytes_and_does_not_choose_again(streamed, tmp_path, number, monkeypatch):
+def test_a_killed_run_resumes_to_the_same_bytes_and_does_not_choose_again(
+    streamed, tmp_path, number, monkeypatch
+):
     source, whole = streamed
     output = tmp_path / "smaller"
     with pytest.raises(Killed), killed_at_write(number):
         pruner(TOGETHER).prune(str(source), BATCHES, output_dir=output)
-    assert (tmp_path / "smaller.unfinished" / "journal" / "layer-00001.json").exists() == (number == 13)
+    assert (tmp_path / "smaller.unfinished" / "journal" / "layer-00001.json").exists() == (
+        number == 13
+    )
     monkeypatch.setattr(budgets, "choose_layers", lambda *_: pytest.fail("it chose again"))
     pruner(TOGETHER).prune(str(source), BATCHES, output_dir=output)
     assert files_of(output) == files_of(whole)
 
 
 def test_a_mixture_whose_experts_no_run_can_prune_is_saved(tmp_path):
-    model = prune_and_save(family_model("jetmoe"), tmp_path / "smaller", family_tokens(), pattern="layers:0.5").model
+    model = prune_and_save(
+        family_model("jetmoe"), tmp_path / "smaller", family_tokens(), pattern="layers:0.5"
+    ).model
     assert verify_checkpoint(tmp_path / "smaller").num_parameters == model.num_parameters()
 
 
@@ -146,7 +164,9 @@ def test_the_last_attention_layer_of_a_hybrid_stays():
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight.zero_()
-        model.model.layers[1].feed_forward.down_proj.weight.zero_()  # the loss would take this layer first
+        model.model.layers[
+            1
+        ].feed_forward.down_proj.weight.zero_()  # the loss would take this layer first
     report = pruner("layers:0.5").prune(model, family_tokens())
     assert 1 in report.model["layers_kept"]
     assert model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=3).shape == (1, 7)
@@ -157,7 +177,11 @@ def test_the_last_attention_layer_of_a_hybrid_stays():
 @pytest.mark.parametrize(
     ("family", "options", "pattern"),
     [
-        ("gemma3_text", {"num_hidden_layers": 4}, "layers:0.5"),  # a list of layer_types, and a norm before the sum
+        (
+            "gemma3_text",
+            {"num_hidden_layers": 4},
+            "layers:0.5",
+        ),  # a list of layer_types, and a norm before the sum
         ("gpt2", {"n_layer": 4}, "channels:0.5/8+layers:0.25"),  # weights stored as [in, out]
         ("qwen3_moe", {"num_hidden_layers": 4, "mlp_only_layers": [1, 2]}, "layers:0.5"),
     ],
@@ -185,12 +209,17 @@ def test_families_are_loaded_plainly(family, options, pattern, tmp_path):
 def test_a_failure_at_the_end_brings_all_parts_back():
     model = dense_model()
     model(TOKENS, labels=TOKENS).loss.backward()
-    before, gradients = dict(model.named_parameters()), {name: p.grad for name, p in model.named_parameters()}
+    before, gradients = (
+        dict(model.named_parameters()),
+        {name: p.grad for name, p in model.named_parameters()},
+    )
     layers, config, expected = list(model.model.layers), model.config, logits(model)
     with Untouched(model), pytest.raises(KeyboardInterrupt):
         pruner(TOGETHER).prune(model, BATCHES)
     assert list(model.model.layers) == layers
-    assert all(p is before[name] and p.grad is gradients[name] for name, p in model.named_parameters())
+    assert all(
+        p is before[name] and p.grad is gradients[name] for name, p in model.named_parameters()
+    )
     assert model.config is config
     assert [layer.self_attn.layer_idx for layer in layers] == list(range(LAYERS))
     assert torch.equal(logits(model), expected)
@@ -199,7 +228,10 @@ def test_a_failure_at_the_end_brings_all_parts_back():
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("layers:0.95", r"'layers:0.95': 0 of 5 layers would stay .*pass a share for which 1 to 4 stay"),
+        (
+            "layers:0.95",
+            r"'layers:0.95': 0 of 5 layers would stay .*pass a share for which 1 to 4 stay",
+        ),
         ("layers:1.0", r"pass a share of the layers in \(0, 1\)"),
     ],
 )

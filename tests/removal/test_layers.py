@@ -19,9 +19,15 @@ from optimum_fista.removal.shrinking import plan_shrinking, shrink_model
 
 
 def chosen(model, tokens, count, num_tokens=10**6, **options):
-    batches = [tokens] if isinstance(tokens, CalibrationBatch) else [CalibrationBatch(ids) for ids in tokens.split(4)]
+    batches = (
+        [tokens]
+        if isinstance(tokens, CalibrationBatch)
+        else [CalibrationBatch(ids) for ids in tokens.split(4)]
+    )
     with torch.no_grad():
-        return choose_layers(DenseLoss(find_decoder_layers(model), batches, num_tokens, **options), count)
+        return choose_layers(
+            DenseLoss(find_decoder_layers(model), batches, num_tokens, **options), count
+        )
 
 
 def loss_with(make, tokens, left) -> float:
@@ -30,7 +36,9 @@ def loss_with(make, tokens, left) -> float:
     shrink_model(model, plan_shrinking(model, layers=left), {})
     with torch.no_grad():
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), tokens[:, 1:].flatten()))
+    return float(
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), tokens[:, 1:].flatten())
+    )
 
 
 def by_brute_force(make, tokens, total, count):
@@ -47,7 +55,9 @@ def by_brute_force(make, tokens, total, count):
     [
         lambda: tiny_llama(num_hidden_layers=5),
         lambda: tiny_model("gpt2", n_layer=4),
-        lambda: tiny_model("opt", num_hidden_layers=4, word_embed_proj_dim=16),  # projections beside the layers
+        lambda: tiny_model(
+            "opt", num_hidden_layers=4, word_embed_proj_dim=16
+        ),  # projections beside the layers
         lambda: tiny_model("gemma3_text", num_hidden_layers=4, final_logit_softcapping=2.0),
         lambda: tiny_model("qwen3_moe", num_hidden_layers=4, mlp_only_layers=[1]),
     ],
@@ -57,7 +67,10 @@ def test_the_choice_is_that_of_trying_every_model(make):
     model, tokens = make(), tiny_tokens(6, 12)
     total = len(find_decoder_layers(model))
     with Untouched(model):
-        found, expected = chosen(model, tokens, total - 2), by_brute_force(make, tokens, total, total - 2)
+        found, expected = (
+            chosen(model, tokens, total - 2),
+            by_brute_force(make, tokens, total, total - 2),
+        )
     assert [index for index, _ in found] == [index for index, _ in expected]
     assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], rel=1e-5)
     assert len(find_decoder_layers(model)) == total
@@ -74,7 +87,10 @@ def test_padding_and_later_sequences_count_nowhere():
 
 def test_weights_and_hidden_states_may_wait_elsewhere(tmp_path):
     expected = chosen(tiny_llama(num_hidden_layers=4), tiny_tokens(), 2)
-    assert chosen(cpu_offload(tiny_llama(num_hidden_layers=4)), tiny_tokens(), 2, storage=tmp_path) == expected
+    assert (
+        chosen(cpu_offload(tiny_llama(num_hidden_layers=4)), tiny_tokens(), 2, storage=tmp_path)
+        == expected
+    )
 
 
 def test_a_layer_that_no_configuration_can_do_without_is_passed_over(monkeypatch):
@@ -88,7 +104,10 @@ def test_a_layer_that_no_configuration_can_do_without_is_passed_over(monkeypatch
 
     monkeypatch.setattr(module, "plan_shrinking", plan)
     assert first not in dict(chosen(model, tokens, 2))
-    with pytest.raises(ValueError, match=rf"none of the decoder layers \[{first}\] can be removed: it can't be said"):
+    with pytest.raises(
+        ValueError,
+        match=rf"none of the decoder layers \[{first}\] can be removed: it can't be said",
+    ):
         chosen(model, tokens, 4)
     assert second != first
 
@@ -97,7 +116,9 @@ def test_a_model_whose_loss_is_not_finite_is_damaged():
     model = tiny_llama(num_hidden_layers=3)
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
-    with pytest.raises(ValueError, match="the loss of the model on the calibration tokens is NaN or Inf"):
+    with pytest.raises(
+        ValueError, match="the loss of the model on the calibration tokens is NaN or Inf"
+    ):
         chosen(model, tiny_tokens(), 1)
 
 
@@ -110,12 +131,18 @@ def test_layers_that_depend_on_their_number_stay(monkeypatch):
         return output * (1 + self.layer_idx), weights
 
     monkeypatch.setattr(LlamaAttention, "forward", forward)
-    with pytest.raises(UnsupportedArchitectureError, match=r"layers.1 does not .* on the number of the decoder layer"):
+    with pytest.raises(
+        UnsupportedArchitectureError,
+        match=r"layers.1 does not .* on the number of the decoder layer",
+    ):
         chosen(model, tiny_tokens(), 1)
 
 
 def test_layers_that_hand_on_more_than_hidden_states_stay():
-    with pytest.raises(UnsupportedArchitectureError, match="pass more than hidden states to the next one, so none can"):
+    with pytest.raises(
+        UnsupportedArchitectureError,
+        match="pass more than hidden states to the next one, so none can",
+    ):
         chosen(family_model("glm_moe_dsa"), family_tokens()[0], 1)
 
 

@@ -29,9 +29,16 @@ def test_channels_are_columns_of_the_down_projection_and_rows_of_its_feeders():
 
 def test_transposed_weights_shrink_on_their_own_axes_and_projections_in_one_matrix_together():
     tensors = find_parts(tiny_model("gpt2"), "channels").parts[1].tensors
-    assert tensors == {GPT2 + "c_proj.weight": (0, 1), GPT2 + "c_fc.weight": (1, 1), GPT2 + "c_fc.bias": (0, 1)}
+    assert tensors == {
+        GPT2 + "c_proj.weight": (0, 1),
+        GPT2 + "c_fc.weight": (1, 1),
+        GPT2 + "c_fc.bias": (0, 1),
+    }
     tensors = find_parts(tiny_model("phi3"), "channels").parts[1].tensors
-    assert tensors == {LLAMA + "mlp.down_proj.weight": (1, 1), LLAMA + "mlp.gate_up_proj.weight": (0, 2)}
+    assert tensors == {
+        LLAMA + "mlp.down_proj.weight": (1, 1),
+        LLAMA + "mlp.gate_up_proj.weight": (0, 2),
+    }
 
 
 def test_a_size_that_is_left_open_or_counts_two_for_one_channel_is_stated():
@@ -44,15 +51,27 @@ def test_a_size_that_is_left_open_or_counts_two_for_one_channel_is_stated():
 def test_a_group_of_heads_is_a_key_value_head_with_its_query_heads():
     found = find_parts(tiny_model("qwen2"), "heads")
     part = found.parts[1]
-    assert (part.name, part.groups, part.width) == (LLAMA + "self_attn.o_proj", 2, 16)  # two query heads of 8 columns
-    rows = {f"{LLAMA}self_attn.{name}_proj.{leaf}": (0, 1) for name in "qkv" for leaf in ("weight", "bias")}
+    assert (part.name, part.groups, part.width) == (
+        LLAMA + "self_attn.o_proj",
+        2,
+        16,
+    )  # two query heads of 8 columns
+    rows = {
+        f"{LLAMA}self_attn.{name}_proj.{leaf}": (0, 1)
+        for name in "qkv"
+        for leaf in ("weight", "bias")
+    }
     assert part.tensors == rows | {LLAMA + "self_attn.o_proj.weight": (1, 1)}
     assert found.sizes(1) == {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
 
 
 def test_experts_go_with_their_rows_of_the_router():
     found = find_parts(tiny_model("qwen3_moe"), "experts")
-    assert (found.groups, found.at_least, found.parts[0].name) == (4, 2, "model.layers.0.mlp.experts")
+    assert (found.groups, found.at_least, found.parts[0].name) == (
+        4,
+        2,
+        "model.layers.0.mlp.experts",
+    )
     names = ("experts.gate_up_proj", "experts.down_proj", "gate.weight")
     assert found.parts[0].tensors == {f"model.layers.0.mlp.{name}": (0, 1) for name in names}
 
@@ -64,10 +83,18 @@ def test_experts_go_with_their_rows_of_the_router():
         ("mixtral", "channels", r"experts.down_proj changes as well with intermediate_size=24"),
         ("mamba", "channels", r"mixer"),
         ("bloom", "channels", r"states no number of them \(looked for intermediate_size, "),
-        ("phi3", "heads", r"beside \S*o_proj there is \S*qkv_proj.weight, in which rows of one group can't be told"),
+        (
+            "phi3",
+            "heads",
+            r"beside \S*o_proj there is \S*qkv_proj.weight, in which rows of one group can't be told",
+        ),
         ("olmo2", "heads", r"q_norm.weight \(Olmo2RMSNorm\) works on all inputs"),
         ("gpt2", "heads", r"no tensor of a decoder layer changes with num_attention_heads=1"),
-        ("gpt_bigcode", "heads", r"there is a single one \(num_attention_heads=4, num_key_value_heads=1\)"),
+        (
+            "gpt_bigcode",
+            "heads",
+            r"there is a single one \(num_attention_heads=4, num_key_value_heads=1\)",
+        ),
         ("gemma3n_text", "heads", r"beside \S*o_proj there is \S*q_proj.weight, in which"),
         ("diffllama", "heads", r"requires `num_key_value_heads` to be even"),
         ("deepseek_v4", "experts", r"tid2eid is not a mixture"),
@@ -77,7 +104,10 @@ def test_experts_go_with_their_rows_of_the_router():
 )
 def test_what_can_not_be_lost_is_refused_with_the_reason(family, kind, reason):
     model = family_model(family)
-    with pytest.raises(UnsupportedArchitectureError, match=f"^{type(model).__name__} can't lose {kind}: .*({reason})"):
+    with pytest.raises(
+        UnsupportedArchitectureError,
+        match=f"^{type(model).__name__} can't lose {kind}: .*({reason})",
+    ):
         find_parts(model, kind)
 
 
@@ -86,7 +116,8 @@ def test_layers_of_different_sizes_are_refused():
     config.use_double_wide_mlp, config.num_kv_shared_layers = True, 2
     config.num_hidden_layers, config.layer_types = 4, ["sliding_attention", "full_attention"] * 2
     with pytest.raises(
-        UnsupportedArchitectureError, match=r"layers.0.mlp.down_proj has 48 .* and \S*2.mlp.down_proj 96"
+        UnsupportedArchitectureError,
+        match=r"layers.0.mlp.down_proj has 48 .* and \S*2.mlp.down_proj 96",
     ):
         find_parts(AutoModelForCausalLM.from_config(config), "channels")
 

@@ -72,7 +72,9 @@ def test_parts_that_nothing_reads_are_found_and_change_nothing():
     expected = logits(model)
     report = pruner().prune(model, BATCHES)
     for operator in report.operators:
-        left = sorted(set(range(48)) - set(idle_channels.tolist())) if "down" in operator.name else [1]
+        left = (
+            sorted(set(range(48)) - set(idle_channels.tolist())) if "down" in operator.name else [1]
+        )
         assert list(operator.groups_kept) == left, operator.name
     assert torch.allclose(logits(model), expected, atol=2e-4 * float(expected.abs().max()))
 
@@ -84,7 +86,9 @@ def test_down_projections_make_up_for_heads_that_go(options):
     report = pruner("heads:0.5", **options).prune(repaired, tokens.split(4))
     pruner("heads:0.5", residual_correction=0.0, **options).prune(plain, tokens.split(4))
     refitted = [operator for operator in report.operators if "down_proj" in operator.name]
-    assert [(o.pattern, o.method, o.residual_corrected) for o in refitted] == [("columns:48of48", "refit", True)] * 2
+    assert [(o.pattern, o.method, o.residual_corrected) for o in refitted] == [
+        ("columns:48of48", "refit", True)
+    ] * 2
     assert not report.warnings
     outputs = []
     with torch.no_grad():
@@ -92,7 +96,11 @@ def test_down_projections_make_up_for_heads_that_go(options):
             outputs.append(model(tokens).logits)
     errors = [torch.linalg.vector_norm(found - outputs[-1]) for found in outputs[:2]]
     assert errors[0] < 0.95 * errors[1]
-    kept = {name: value for name, value in dense.state_dict().items() if "gate" in name or "up_proj" in name}
+    kept = {
+        name: value
+        for name, value in dense.state_dict().items()
+        if "gate" in name or "up_proj" in name
+    }
     assert all(torch.equal(repaired.state_dict()[name], value) for name, value in kept.items())
 
 
@@ -117,10 +125,16 @@ def test_masks_and_reports_are_those_of_the_smaller_weights(saved):
     report = read_report(folder)
     shapes = {operator.name: operator.shape for operator in report.operators}
     assert set(shapes.values()) == {(32, 36), (32, 16)}
-    assert {operator.pattern for operator in report.operators} == {"columns:36of48", "columns:1of2x16"}
+    assert {operator.pattern for operator in report.operators} == {
+        "columns:36of48",
+        "columns:1of2x16",
+    }
     assert report.config["pattern"] == BOTH
     left = report.left_dense
-    assert left["model.layers.0.mlp.up_proj"] == "loses the rows that model.layers.0.mlp.down_proj no longer reads"
+    assert (
+        left["model.layers.0.mlp.up_proj"]
+        == "loses the rows that model.layers.0.mlp.down_proj no longer reads"
+    )
     model = tiny_llama()
     run = pruner()
     run.prune(model, BATCHES)
@@ -131,7 +145,10 @@ def test_masks_and_reports_are_those_of_the_smaller_weights(saved):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda o: o.update(groups_kept=[*o["groups_kept"][:-1], 99]), "are not numbers from 0 to 47 in rising order"),
+        (
+            lambda o: o.update(groups_kept=[*o["groups_kept"][:-1], 99]),
+            "are not numbers from 0 to 47 in rising order",
+        ),
         (lambda o: o.update(groups_kept=o["groups_kept"][:-1]), "names 35 groups of 1 columns"),
         (lambda o: o.update(pattern="columns:0.25"), r"but its pattern is columns:0.25"),
     ],
@@ -145,7 +162,11 @@ def test_verify_finds_groups_that_are_not_those_of_the_weights(saved, tmp_path, 
 @pytest.mark.parametrize(
     ("change", "dtype", "scale"),
     [
-        (lambda channels: channels * torch.arange(channels.shape[-1]), torch.float32, 1.0),  # by their numbers
+        (
+            lambda channels: channels * torch.arange(channels.shape[-1]),
+            torch.float32,
+            1.0,
+        ),  # by their numbers
         (lambda channels: channels.flip(-1), torch.bfloat16, 1e4),  # beside large hidden states
     ],
 )
@@ -153,7 +174,9 @@ def test_a_model_that_would_compute_something_else_is_refused(change, dtype, sca
     model = tiny_llama().to(dtype)
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(scale)
-    monkeypatch.setattr(LlamaMLP, "forward", lambda mlp, x: mlp.down_proj(change(mlp.act_fn(mlp.gate_proj(x)))))
+    monkeypatch.setattr(
+        LlamaMLP, "forward", lambda mlp, x: mlp.down_proj(change(mlp.act_fn(mlp.gate_proj(x))))
+    )
     message = "does not return the same without the removed groups"
     with Untouched(model), pytest.raises(UnsupportedArchitectureError, match=message):
         pruner("channels:0.25/4").prune(model, BATCHES)
@@ -176,7 +199,9 @@ def test_a_proof_for_which_there_is_no_memory_is_tried_with_smaller_batches():
 
 
 def test_heads_that_one_matrix_computes_are_refused():
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    )
     with Untouched(model), pytest.raises(UnsupportedArchitectureError, match="can't lose heads"):
         pruner("heads:0.5").prune(model, BATCHES)
 
@@ -186,7 +211,9 @@ def test_a_model_that_lost_more_since_is_not_saved_with_an_old_report(pattern, t
     family = "llama4_text" if "experts" in pattern else "llama"
     model, first, second = tiny_model(family, num_hidden_layers=4), pruner(pattern), pruner(pattern)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of layers that are not repaired, and of a model that was pruned before
+        warnings.simplefilter(
+            "ignore"
+        )  # of layers that are not repaired, and of a model that was pruned before
         first.prune(model, BATCHES)
         second.prune(model, BATCHES)
     with pytest.raises(ValueError, match="was pruned again by another FistaPruner: use that one"):

@@ -34,7 +34,9 @@ def pruned(model, pattern="experts:0.5", batches=None, output=None, **options):
     batches = family_tokens() if batches is None else batches
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few tokens, and of layers without residual correction
-        return pruner, pruner.prune(model, batches, **({} if output is None else {"output_dir": output}))
+        return pruner, pruner.prune(
+            model, batches, **({} if output is None else {"output_dir": output})
+        )
 
 
 def kept(report):
@@ -46,7 +48,9 @@ def test_experts_that_are_never_chosen_go_and_nothing_changes(family):
     model = family_model(family)
     tensors = model.state_dict()
     for part in find_parts(model, "experts").parts:
-        bias = next(name for name in part.tensors if "bias" in name and not name.startswith(f"{part.name}."))
+        bias = next(
+            name for name in part.tensors if "bias" in name and not name.startswith(f"{part.name}.")
+        )
         tensors[bias][list(IDLE)] = -1000  # of the router
     expected = logits(model)
     _, report = pruned(model)
@@ -56,12 +60,15 @@ def test_experts_that_are_never_chosen_go_and_nothing_changes(family):
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=() if name in SOON else pytest.mark.slow) for name in MIXTURES]
+    "family",
+    [pytest.param(name, marks=() if name in SOON else pytest.mark.slow) for name in MIXTURES],
 )
 def test_what_a_family_keeps_loads_plainly_and_is_that_of_the_dense_model(family, tmp_path):
     model = family_model(family)
     model.save_pretrained(tmp_path / "dense")
-    pruner, report = pruned(model, "experts:0.5+heads:0.5" if family == "mixtral" else "experts:0.5")
+    pruner, report = pruned(
+        model, "experts:0.5+heads:0.5" if family == "mixtral" else "experts:0.5"
+    )
     pruner.save_pretrained(model, tmp_path / "smaller")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
     assert again.num_parameters() == model.num_parameters() == report.model["num_parameters"]
@@ -101,7 +108,10 @@ def test_a_killed_run_resumes_to_the_same_bytes_and_is_that_in_memory(folders, t
 @pytest.mark.usefixtures("fails_at_the_end")
 def test_a_failure_leaves_the_model_as_it_was(at):
     model, changed = tiny_model("mixtral"), []
-    before, config = {name: value.clone() for name, value in model.state_dict().items()}, model.config
+    before, config = (
+        {name: value.clone() for name, value in model.state_dict().items()},
+        model.config,
+    )
     batches = torch.randint(3, 64, (48, 32), generator=torch.Generator().manual_seed(1)).split(8)
 
     class Watch(PruningCallback):
@@ -111,7 +121,9 @@ def test_a_failure_leaves_the_model_as_it_was(at):
             if index == 1 and at == "layer":
                 raise KeyboardInterrupt
 
-    pruner = FistaPruner(FistaPruningConfig(pattern="experts:0.5"), progress=False, callbacks=[Watch()])
+    pruner = FistaPruner(
+        FistaPruningConfig(pattern="experts:0.5"), progress=False, callbacks=[Watch()]
+    )
     with pytest.raises(KeyboardInterrupt):
         pruner.prune(model, batches)
     assert any(changed), "no expert was refitted, so that there was nothing to put back"
@@ -137,7 +149,9 @@ def test_verify_finds_experts_that_were_not_chosen(folders, tmp_path):
     """Without the dense model by their saliency, and with it by their values if saliencies fit the choice."""
     shutil.copytree(folders[1], tmp_path / "changed")
     edit(tmp_path / "changed", lambda found: [expert for expert in range(4) if expert not in found])
-    with pytest.raises(VerificationError, match="groups_kept are not the experts with the largest saliency"):
+    with pytest.raises(
+        VerificationError, match="groups_kept are not the experts with the largest saliency"
+    ):
         verify_checkpoint(tmp_path / "changed")
     edit(tmp_path / "changed", lambda found: [-value for value in found], "saliency")
     verify_checkpoint(tmp_path / "changed")
@@ -155,7 +169,10 @@ def edit(folder: Path, change, key="groups_kept") -> None:
 
 
 def test_what_can_not_go_is_refused_and_the_model_stays():
-    with Untouched(model := tiny_llama()), pytest.raises(UnsupportedArchitectureError, match="can't lose experts: its"):
+    with (
+        Untouched(model := tiny_llama()),
+        pytest.raises(UnsupportedArchitectureError, match="can't lose experts: its"),
+    ):
         pruned(model, "experts:0.5")
     message = r"^pattern='experts:0.75': 1 of 4 experts would stay .* for which 2 to 3 stay"
     with Untouched(model := tiny_model("mixtral")), pytest.raises(ValueError, match=message):

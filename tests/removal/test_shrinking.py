@@ -4,7 +4,13 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from families import family_model, logits
-from shrunken_models import assert_same, assert_shrinks, expected_logits, generates_alike, some_groups
+from shrunken_models import (
+    assert_same,
+    assert_shrinks,
+    expected_logits,
+    generates_alike,
+    some_groups,
+)
 from tiny_models import tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -52,7 +58,11 @@ def test_the_model_stays_the_callers_own():
     model(input_ids=torch.tensor([[3, 4, 5]])).logits.sum().backward()
     calls = []
     model.model.layers[1].register_forward_hook(lambda *_: calls.append(1))
-    objects = {name: module for name, module in model.named_modules() if not name.startswith("model.layers.0")}
+    objects = {
+        name: module
+        for name, module in model.named_modules()
+        if not name.startswith("model.layers.0")
+    }
     parameters = {name: (p, p.data_ptr()) for name, p in model.named_parameters()}
     buffer = model.model.rotary_emb.inv_freq
     config = model.config
@@ -71,10 +81,16 @@ def test_the_model_stays_the_callers_own():
         assert (parameter.grad is None) is shrunk
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.model.rotary_emb.inv_freq is buffer
-    assert (config.intermediate_size, config.num_hidden_layers) == (48, 2)  # the object may belong to other models
+    assert (config.intermediate_size, config.num_hidden_layers) == (
+        48,
+        2,
+    )  # the object may belong to other models
     assert all(m.config is model.config for m in model.modules() if hasattr(m, "config"))
     assert (model.config.intermediate_size, model.config.num_hidden_layers) == (24, 1)
-    assert (model.model.layers[0].mlp.down_proj.in_features, model.model.layers[0].self_attn.layer_idx) == (24, 0)
+    assert (
+        model.model.layers[0].mlp.down_proj.in_features,
+        model.model.layers[0].self_attn.layer_idx,
+    ) == (24, 0)
     logits(model)
     assert calls
 
@@ -83,14 +99,18 @@ def second_layer(model):
     """Name of the second decoder layer, the layer, and a function that runs such a layer on what enters it."""
     name, layer = list(find_decoder_layers(model))[1]
     seen = []
-    catch = layer.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    catch = layer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+    )
     logits(model)
     catch.remove()
     ((args, kwargs),) = seen
     return name, layer, lambda module: LayerCall(args[1:], kwargs).run(module, args[0])
 
 
-@pytest.mark.parametrize(("family", "offloaded"), [("llama", False), ("llama", True), ("gpt2", False)])
+@pytest.mark.parametrize(
+    ("family", "offloaded"), [("llama", False), ("llama", True), ("gpt2", False)]
+)
 def test_a_decoder_layer_is_proved_on_its_own_and_stays_as_it_is(family, offloaded):
     model = tiny_model(family)
     plan = plan_shrinking(model, channels=30)
@@ -111,7 +131,11 @@ def test_a_decoder_layer_is_proved_on_its_own_and_stays_as_it_is(family, offload
 @pytest.mark.parametrize(
     ("family", "numbers", "reason"),
     [
-        ("gemma3n_text", {"channels": 24}, "does not return the same .* something in it depends on all groups"),
+        (
+            "gemma3n_text",
+            {"channels": 24},
+            "does not return the same .* something in it depends on all groups",
+        ),
         ("bitnet", {"heads": 1}, "does not run without the removed groups: The size of tensor"),
     ],
 )
@@ -140,7 +164,9 @@ def test_rows_in_another_order_are_told_by_outputs():
 
 def test_a_decoder_layer_that_depends_on_its_number_is_refused():
     model = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
-    with pytest.raises(ValueError, match=r"transformer.h.1.attn would have scaling=0.35\d* instead of 0.17"):
+    with pytest.raises(
+        ValueError, match=r"transformer.h.1.attn would have scaling=0.35\d* instead of 0.17"
+    ):
         plan_shrinking(model, layers=[1])
 
 
@@ -153,5 +179,8 @@ def test_a_model_that_no_configuration_describes_is_refused():
 def test_a_model_that_is_not_what_its_configuration_says_is_refused():
     model = tiny_model("llama")
     model.model.layers[0].mlp.up_proj = nn.Linear(32, 47, bias=False)
-    with pytest.raises(ValueError, match=r"up_proj.weight has shape \(47, 32\), but LlamaConfig describes \(48, 32\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"up_proj.weight has shape \(47, 32\), but LlamaConfig describes \(48, 32\)",
+    ):
         plan_shrinking(model, channels=40)

@@ -11,9 +11,18 @@ from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.removal.parts import find_parts
 from optimum_fista.removal.shrinking import plan_shrinking, require_same_outputs
 
-TABLE = {family: outcome for family, outcome in read_outcomes().items() if outcome.status == "works"}
-GENERATES_OTHERWISE = ("glm_moe_dsa", "moshi", "prophetnet")  # with a cache than without; whole ones with some seeds
-ALSO_LOSES = {"longcat_flash": ("channels", "heads"), "recurrent_gemma": ("channels",)}  # as many as are asked here
+TABLE = {
+    family: outcome for family, outcome in read_outcomes().items() if outcome.status == "works"
+}
+GENERATES_OTHERWISE = (
+    "glm_moe_dsa",
+    "moshi",
+    "prophetnet",
+)  # with a cache than without; whole ones with some seeds
+ALSO_LOSES = {
+    "longcat_flash": ("channels", "heads"),
+    "recurrent_gemma": ("channels",),
+}  # as many as are asked here
 KEEPS_ALL_LAYERS = """
     beam big_bird diffllama dory ernie4_5_moe gemma3 gemma3_text gemma3n_text gemma4 gemma4_text gemma4_unified
     gemma4_unified_text inkling2_loop_text inkling2_text jamba longcat_flash minicpm3 modernbert-decoder olmo3
@@ -25,9 +34,15 @@ def numbers_to_keep(model, kind):
     """Three quarters of the channels, one group of heads, one expert less, or one decoder layer less."""
     if kind == "layers":
         layers = list(range(len(find_decoder_layers(model))))
-        return layers[:-1] if model.config.model_type == "lfm2_moe" else layers[1:]  # only its first one has attention
+        return (
+            layers[:-1] if model.config.model_type == "lfm2_moe" else layers[1:]
+        )  # only its first one has attention
     found = find_parts(model, kind)
-    return {"channels": found.groups * 3 // 4, "heads": 1, "experts": max(found.groups - 1, found.at_least)}[kind]
+    return {
+        "channels": found.groups * 3 // 4,
+        "heads": 1,
+        "experts": max(found.groups - 1, found.at_least),
+    }[kind]
 
 
 @pytest.mark.slow

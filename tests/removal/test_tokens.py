@@ -14,7 +14,12 @@ from rare_tokens import COMMON, RARE, TEXT, bpe_tokenizer, save, text_of
 from safetensors.torch import load_file, save_file
 from tiny_llama import tiny_llama, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from optimum_fista import FistaPruner, FistaPruningConfig, recover
 from optimum_fista.cli.main import main
@@ -23,7 +28,9 @@ from optimum_fista.folder.checkpoint import VOCABULARY_FILE, kept_tokens, read_r
 from optimum_fista.folder.packed_folder import pack_folder
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-pytestmark = pytest.mark.filterwarnings("ignore:.*(tokens that stay|belong to no token|was pruned before|calibration)")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*(tokens that stay|belong to no token|was pruned before|calibration)"
+)
 
 
 def unigram_tokenizer(size: int = 64) -> PreTrainedTokenizerFast:
@@ -34,7 +41,9 @@ def unigram_tokenizer(size: int = 64) -> PreTrainedTokenizerFast:
     pieces += [(f"q{number}", -20.0) for number in range(size - len(pieces))]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def remove_tokens(folder: Path, output: Path, pattern="vocab:unused", texts=(TEXT,), **options):
@@ -58,27 +67,43 @@ def smaller(dense) -> Path:
     return dense.with_name("smaller")
 
 
-@pytest.mark.parametrize("rows", [{EMBEDDING, HEAD}, {EMBEDDING}, {HEAD}], ids=["untied", "tied", "tied, as head"])
+@pytest.mark.parametrize(
+    "rows", [{EMBEDDING, HEAD}, {EMBEDDING}, {HEAD}], ids=["untied", "tied", "tied, as head"]
+)
 def test_a_text_whose_tokens_stay_has_the_logits_of_the_dense_model(tmp_path, rows):
     dense = save(tmp_path / "dense", tie_word_embeddings=len(rows) == 1)
     if rows == {HEAD}:
         tensors = tensors_of(dense)
-        save_file(tensors | {HEAD: tensors.pop(EMBEDDING)}, dense / "model.safetensors", {"format": "pt"})
+        save_file(
+            tensors | {HEAD: tensors.pop(EMBEDDING)}, dense / "model.safetensors", {"format": "pt"}
+        )
     with pytest.warns(UserWarning, match="8 of the 364 rows of the embedding belong to no token"):
         report = remove_tokens(dense, tmp_path / "smaller")
     kept = kept_tokens(tmp_path / "smaller")
-    networks = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("dense", "smaller")]
+    networks = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("dense", "smaller")
+    ]
     tokenizers = [AutoTokenizer.from_pretrained(tmp_path / name) for name in ("dense", "smaller")]
     old, new = (tokenizer(TEXT[:200], return_tensors="pt")["input_ids"] for tokenizer in tokenizers)
     assert torch.equal(kept[new], old)
-    assert tokenizers[1].decode(tokenizers[1](string.printable + "é東").input_ids) == string.printable + "é東"
+    assert (
+        tokenizers[1].decode(tokenizers[1](string.printable + "é東").input_ids)
+        == string.printable + "é東"
+    )
     weights, found = tensors_of(dense), tensors_of(tmp_path / "smaller")
     assert weights.keys() == found.keys()
-    assert all(torch.equal(found[name], weights[name][kept] if name in rows else weights[name]) for name in weights)
+    assert all(
+        torch.equal(found[name], weights[name][kept] if name in rows else weights[name])
+        for name in weights
+    )
     with torch.no_grad():
-        wanted, logits = (model(ids).logits for model, ids in zip(networks, (old, new), strict=True))
+        wanted, logits = (
+            model(ids).logits for model, ids in zip(networks, (old, new), strict=True)
+        )
     torch.testing.assert_close(logits, wanted[..., kept])
-    assert networks[1].config.vocab_size == len(kept) == len(tokenizers[1]) == 320  # a multiple of 64
+    assert (
+        networks[1].config.vocab_size == len(kept) == len(tokenizers[1]) == 320
+    )  # a multiple of 64
     assert report.removed.endswith("with 320 of 364 tokens")
 
 
@@ -92,40 +117,74 @@ def test_a_share_goes_tokens_that_are_asked_for_stay_and_batches_count_as_texts(
         assert report.calibration["num_tokens"] == ids.numel()
     kept = kept_tokens(tmp_path / "texts")
     assert len(kept) == round(364 * 0.82)
-    assert {340, *bpe_tokenizer().encode("xylophones"), *bpe_tokenizer().encode(" xylophones")} <= {*kept.tolist()}
+    assert {340, *bpe_tokenizer().encode("xylophones"), *bpe_tokenizer().encode(" xylophones")} <= {
+        *kept.tolist()
+    }
     assert torch.equal(kept, kept_tokens(tmp_path / "batches"))
 
 
 def test_what_a_chat_template_writes_stays(dense, tmp_path):
     folder, rare = shutil.copytree(dense, tmp_path / "dense"), {*bpe_tokenizer().encode(" zebras")}
-    assert not rare <= {*(remove_tokens(dense, tmp_path / "without"), kept_tokens(tmp_path / "without").tolist())[1]}
+    assert not rare <= {
+        *(remove_tokens(dense, tmp_path / "without"), kept_tokens(tmp_path / "without").tolist())[1]
+    }
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
-    (folder / "chat_template.jinja").write_text(refuses + "{% for m in messages %} zebras{{ m.content }}{% endfor %}")
+    (folder / "chat_template.jinja").write_text(
+        refuses + "{% for m in messages %} zebras{{ m.content }}{% endfor %}"
+    )
     remove_tokens(folder, tmp_path / "with")
     assert rare <= {*kept_tokens(tmp_path / "with").tolist()}
 
 
 def test_ids_are_renumbered_in_every_file_and_old_tokenizer_files_are_gone(dense, tmp_path):
-    folder, last = shutil.copytree(dense, tmp_path / "dense"), bpe_tokenizer().convert_tokens_to_ids("<image>")
-    ids = {"eos_token_id": [2, last], "suppress_tokens": [300, -1], "bad_words_ids": [[301, 302]], "max_length": 300}
+    folder, last = (
+        shutil.copytree(dense, tmp_path / "dense"),
+        bpe_tokenizer().convert_tokens_to_ids("<image>"),
+    )
+    ids = {
+        "eos_token_id": [2, last],
+        "suppress_tokens": [300, -1],
+        "bad_words_ids": [[301, 302]],
+        "max_length": 300,
+    }
     (folder / "generation_config.json").write_text(json.dumps(ids))
-    (folder / "processor_config.json").write_text(json.dumps({"image": {"image_token_id": last}, "num_tokens": last}))
+    (folder / "processor_config.json").write_text(
+        json.dumps({"image": {"image_token_id": last}, "num_tokens": last})
+    )
     change_json(folder / "config.json", pad_token_id=360)  # a row without a token
-    change_json(folder / "tokenizer_config.json", added_tokens_decoder={last: {"content": "<image>"}})
-    for name in ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "special_tokens_map.json"):
+    change_json(
+        folder / "tokenizer_config.json", added_tokens_decoder={last: {"content": "<image>"}}
+    )
+    for name in (
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.model",
+        "added_tokens.json",
+        "special_tokens_map.json",
+    ):
         (folder / name).write_text("{}")
     (folder / "encoder.py").write_text("")  # custom code
-    (folder / "._generation_config.json").write_bytes(b"\x00\x05\x16\x07")  # macOS writes such files
+    (folder / "._generation_config.json").write_bytes(
+        b"\x00\x05\x16\x07"
+    )  # macOS writes such files
     remove_tokens(folder, tmp_path / "smaller")
     kept = kept_tokens(tmp_path / "smaller").tolist()
     new = {old: number for number, old in enumerate(kept)}
     read = lambda name: json.loads((tmp_path / "smaller" / name).read_text())  # noqa: E731
     wanted = {"eos_token_id": [2, new[last]], "suppress_tokens": [new[300], -1], "max_length": 300}
     assert read("generation_config.json") == wanted | {"bad_words_ids": [[new[301], new[302]]]}
-    assert read("processor_config.json") == {"image": {"image_token_id": new[last]}, "num_tokens": last}
-    assert read("tokenizer_config.json")["added_tokens_decoder"] == {str(new[last]): {"content": "<image>"}}
+    assert read("processor_config.json") == {
+        "image": {"image_token_id": new[last]},
+        "num_tokens": last,
+    }
+    assert read("tokenizer_config.json")["added_tokens_decoder"] == {
+        str(new[last]): {"content": "<image>"}
+    }
     assert read("config.json")["pad_token_id"] == new[360] == len(kept) - 1
-    assert AutoTokenizer.from_pretrained(tmp_path / "smaller").convert_tokens_to_ids("<image>") == new[last]
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "smaller").convert_tokens_to_ids("<image>")
+        == new[last]
+    )
     names = {file.name for file in (tmp_path / "smaller").iterdir()}
     assert not names & {"vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"}
     assert {"tokenizer.json", "special_tokens_map.json", "encoder.py"} <= names
@@ -139,24 +198,36 @@ def test_a_multimodal_model_sees_its_images_as_before(tmp_path, family):
     kept, batch = kept_tokens(tmp_path / "smaller"), media_batch(family)
     new = {old: number for number, old in enumerate(kept.tolist())}
     old = batch["input_ids"].clone().apply_(lambda index: index if index in new else 4)
-    dense, smaller = (AutoModelForMultimodalLM.from_pretrained(tmp_path / name) for name in ("dense", "smaller"))
+    dense, smaller = (
+        AutoModelForMultimodalLM.from_pretrained(tmp_path / name) for name in ("dense", "smaller")
+    )
     with torch.no_grad():
         wanted = dense(**batch | {"input_ids": old}).logits[..., kept]
         found = smaller(**batch | {"input_ids": old.clone().apply_(new.__getitem__)}).logits
     torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("make", [fp8_deepseek, lambda folder: compressed_qwen3_moe(folder, "W4A16")])
+@pytest.mark.parametrize(
+    "make", [fp8_deepseek, lambda folder: compressed_qwen3_moe(folder, "W4A16")]
+)
 def test_quantized_layers_stay_as_they_are_stored(tmp_path, make):
     folder = make(tmp_path / "dense")
     unigram_tokenizer().save_pretrained(folder)
     remove_tokens(folder, tmp_path / "smaller", "vocab:0.2")
-    kept, before, after = kept_tokens(tmp_path / "smaller"), tensors_of(folder), tensors_of(tmp_path / "smaller")
+    kept, before, after = (
+        kept_tokens(tmp_path / "smaller"),
+        tensors_of(folder),
+        tensors_of(tmp_path / "smaller"),
+    )
     rows = {"model.embed_tokens.weight", "lm_head.weight"}
     assert before.keys() == after.keys()
-    assert all(torch.equal(after[name], before[name][kept] if name in rows else before[name]) for name in before)
+    assert all(
+        torch.equal(after[name], before[name][kept] if name in rows else before[name])
+        for name in before
+    )
     settings = [
-        json.loads((tmp_path / n / "config.json").read_text())["quantization_config"] for n in ("dense", "smaller")
+        json.loads((tmp_path / n / "config.json").read_text())["quantization_config"]
+        for n in ("dense", "smaller")
     ]
     assert settings[0] == settings[1]
     verify_checkpoint(tmp_path / "smaller", dense=folder)
@@ -166,7 +237,9 @@ def test_a_row_of_no_token_that_is_named_may_lie_between_tokens(dense, tmp_path)
     folder = shutil.copytree(dense, tmp_path / "dense")
     content = json.loads((folder / "tokenizer.json").read_text())
     model = content["model"]
-    last = [token for token in model["vocab"] if not any(token in merge for merge in model["merges"])][-4]
+    last = [
+        token for token in model["vocab"] if not any(token in merge for merge in model["merges"])
+    ][-4]
     hole = model["vocab"].pop(last)
     model["merges"] = [merge for merge in model["merges"] if "".join(merge) != last]
     (folder / "tokenizer.json").write_text(json.dumps(content))
@@ -174,7 +247,9 @@ def test_a_row_of_no_token_that_is_named_may_lie_between_tokens(dense, tmp_path)
     remove_tokens(folder, tmp_path / "smaller")
     kept = kept_tokens(tmp_path / "smaller", folder)
     assert int(kept[-1]) == hole < int(kept[-2])
-    assert torch.equal(kept_tokens(tmp_path / "smaller", tmp_path / "smaller"), torch.arange(len(kept)))
+    assert torch.equal(
+        kept_tokens(tmp_path / "smaller", tmp_path / "smaller"), torch.arange(len(kept))
+    )
     verify_checkpoint(tmp_path / "smaller", dense=folder)
 
 
@@ -188,7 +263,10 @@ def test_weights_of_pickle_lie_beside_those_of_an_adapter(dense, tmp_path):
 
 def test_embeddings_that_the_class_does_not_load_are_cut_too(dense, tmp_path):
     folder = shutil.copytree(dense, tmp_path / "dense")
-    file, extra = folder / "model.safetensors", {"mtp.norm.weight": torch.ones(32), "mtp.0.embed_tokens.weight": None}
+    file, extra = (
+        folder / "model.safetensors",
+        {"mtp.norm.weight": torch.ones(32), "mtp.0.embed_tokens.weight": None},
+    )
     tensors = load_file(file)
     extra["mtp.0.embed_tokens.weight"] = tensors["lm_head.weight"] * 2
     save_file(tensors | extra, file, {"format": "pt"})
@@ -217,7 +295,9 @@ def test_a_second_run_keeps_the_table_and_runs_compose(dense, smaller, tmp_path)
     assert (tmp_path / "packed" / table).read_bytes() == (smaller / table).read_bytes()
     remove_tokens(tmp_path / "channels", tmp_path / "twice", "vocab:0.1/1")
     twice = kept_tokens(tmp_path / "twice")
-    embeddings = [tensors_of(folder)["model.embed_tokens.weight"] for folder in (dense, tmp_path / "twice")]
+    embeddings = [
+        tensors_of(folder)["model.embed_tokens.weight"] for folder in (dense, tmp_path / "twice")
+    ]
     assert torch.equal(embeddings[0][twice], embeddings[1])
     assert json.loads((tmp_path / "twice" / table).read_text())["num_tokens"] == 364
     verify_checkpoint(tmp_path / "twice", dense=tmp_path / "channels")
@@ -226,7 +306,10 @@ def test_a_second_run_keeps_the_table_and_runs_compose(dense, smaller, tmp_path)
     resized = shutil.copytree(dense, tmp_path / "resized")
     shutil.copytree(smaller / "fista", resized / "fista")
     pruner = FistaPruner(FistaPruningConfig(pattern="vocab:unused"), progress=False)
-    with pytest.warns(UserWarning, match="dtype=bfloat16 is not used: tensors are copied as they are stored .float32"):
+    with pytest.warns(
+        UserWarning,
+        match="dtype=bfloat16 is not used: tensors are copied as they are stored .float32",
+    ):
         pruner.prune(resized, [TEXT], output_dir=tmp_path / "again", dtype="bfloat16")
     assert (tmp_path / "again" / table).read_bytes() == (smaller / table).read_bytes()
     shutil.copyfile(smaller / table, tmp_path / "twice" / table)
@@ -235,7 +318,11 @@ def test_a_second_run_keeps_the_table_and_runs_compose(dense, smaller, tmp_path)
 
 
 BAD = {
-    "few tokens": (lambda _: None, {"pattern": "vocab:0.9"}, r"pattern='vocab:0.9' of 364 tokens: .*pass 260 .*to 356"),
+    "few tokens": (
+        lambda _: None,
+        {"pattern": "vocab:0.9"},
+        r"pattern='vocab:0.9' of 364 tokens: .*pass 260 .*to 356",
+    ),
     "no such id": (lambda _: None, {"keep_tokens": [360]}, "keep has the id 360"),
     "one text": (lambda _: None, {"texts": TEXT}, "calib_dataloader is one text"),
     "no text": (lambda _: None, {"texts": []}, "calib_dataloader holds no token"),
@@ -244,9 +331,17 @@ BAD = {
         {},
         "audio_vocab_size of 2048",
     ),
-    "small embedding": (lambda f: change_json(f / "config.json", vocab_size=300), {}, "the tokenizer has the id 354"),
+    "small embedding": (
+        lambda f: change_json(f / "config.json", vocab_size=300),
+        {},
+        "the tokenizer has the id 354",
+    ),
     "words": (lambda f: tiny_tokenizer().save_pretrained(f), {}, "WordLevel"),
-    "no tokenizer": (lambda f: [file.unlink() for file in f.glob("tokenizer*")], {}, "has no tokenizer"),
+    "no tokenizer": (
+        lambda f: [file.unlink() for file in f.glob("tokenizer*")],
+        {},
+        "has no tokenizer",
+    ),
 }
 
 
@@ -254,20 +349,29 @@ def test_recovery_learns_from_a_teacher_with_all_tokens(dense, smaller, tmp_path
     pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False)
     pruner.prune(smaller, torch.randint(3, 300, (2, 16)).split(1), output_dir=tmp_path / "zeros")
     (tmp_path / "text.txt").write_text(TEXT * 3)
-    options = {"calibration": str(tmp_path / "text.txt"), "tokens": 512, "sequence_length": 16, "held_out": 4}
+    options = {
+        "calibration": str(tmp_path / "text.txt"),
+        "tokens": 512,
+        "sequence_length": 16,
+        "held_out": 4,
+    }
     options |= {"device": "cpu", "compute_dtype": "float32", "progress": False}
     for folder in (smaller, tmp_path / "zeros"):
         found = recover(folder, dense, tmp_path / "out", overwrite=True, **options)
         assert found.held_out_loss < found.held_out_loss_before - 0.02
         assert found.options["kept_tokens"] == 320
-        assert (tmp_path / "out" / VOCABULARY_FILE).read_bytes() == (smaller / VOCABULARY_FILE).read_bytes()
+        assert (tmp_path / "out" / VOCABULARY_FILE).read_bytes() == (
+            smaller / VOCABULARY_FILE
+        ).read_bytes()
         verify_checkpoint(tmp_path / "out")
     remove_tokens(smaller, tmp_path / "twice", "vocab:0.1/1")
     for teacher in (dense, smaller):
         found = recover(tmp_path / "twice", teacher, tmp_path / "out", overwrite=True, **options)
         assert found.options["kept_tokens"] == 288
         assert found.held_out_loss < found.held_out_loss_before
-    with pytest.raises(ValueError, match=r"the teacher would write tokens that .* lacks: pass a text"):
+    with pytest.raises(
+        ValueError, match=r"the teacher would write tokens that .* lacks: pass a text"
+    ):
         recover(smaller, dense, tmp_path / "other", **options | {"calibration": "self"})
     table = shutil.copytree(smaller, tmp_path / "damaged") / VOCABULARY_FILE
     kept = json.loads(table.read_text())["kept"]
@@ -277,10 +381,21 @@ def test_recovery_learns_from_a_teacher_with_all_tokens(dense, smaller, tmp_path
     assert not (tmp_path / "other").exists()
 
 
-def test_the_recover_command_does_not_tell_to_pack_a_model_without_zeros(dense, smaller, tmp_path, capsys):
+def test_the_recover_command_does_not_tell_to_pack_a_model_without_zeros(
+    dense, smaller, tmp_path, capsys
+):
     (tmp_path / "text.txt").write_text(TEXT * 3)
     flags = f"--calibration {tmp_path / 'text.txt'} --tokens 64 --sequence-length 16 --held-out 2".split()
-    command = ["recover", str(smaller), "--teacher", str(dense), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    command = [
+        "recover",
+        str(smaller),
+        "--teacher",
+        str(dense),
+        "--output",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
     assert main([*command, *flags]) == 0
     told = capsys.readouterr().out
     assert f"optimum-fista report {tmp_path / 'out'} " in told
@@ -301,10 +416,15 @@ def test_a_model_in_memory_is_refused():
         FistaPruner(FistaPruningConfig(pattern="vocab:0.1")).prune(tiny_llama(), [TEXT])
 
 
-def test_the_command_counts_several_files_and_other_commands_tell_of_tokens(dense, tmp_path, capsys):
+def test_the_command_counts_several_files_and_other_commands_tell_of_tokens(
+    dense, tmp_path, capsys
+):
     for name, words in (("a.txt", COMMON), ("b.txt", RARE)):
         (tmp_path / name).write_text(text_of(words))
-    texts, output = [f"--calibration={tmp_path / name}" for name in ("a.txt", "b.txt")], tmp_path / "smaller"
+    texts, output = (
+        [f"--calibration={tmp_path / name}" for name in ("a.txt", "b.txt")],
+        tmp_path / "smaller",
+    )
     command = [
         "prune",
         str(dense),
@@ -341,7 +461,12 @@ def test_the_table_of_kept_tokens_is_read_and_damage_is_named(tmp_path):
     file.parent.mkdir()
     file.write_text(json.dumps({"kept": [0, 2, 5], "num_tokens": 6}))
     assert kept_tokens(tmp_path).tolist() == [0, 2, 5]
-    for damaged in ({"kept": [0, 2, 2], "num_tokens": 6}, {"kept": [6, 0], "num_tokens": 6}, {"kept": []}, {}):
+    for damaged in (
+        {"kept": [0, 2, 2], "num_tokens": 6},
+        {"kept": [6, 0], "num_tokens": 6},
+        {"kept": []},
+        {},
+    ):
         file.write_text(json.dumps(damaged))
         with pytest.raises(ValueError, match=r"vocabulary.json' is damaged"):
             kept_tokens(tmp_path)

@@ -29,7 +29,9 @@ SOURCE = Path(__file__).with_name("backend.cpp")
 FOLDER = Path(__file__).with_name("build")
 MEMORY = 16 * 2**30  # bytes of each device if no test sets another limit
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
-MISSING = None if COMPILER else "no C++ compiler builds the simulated accelerator (set CXX to name one)"
+MISSING = (
+    None if COMPILER else "no C++ compiler builds the simulated accelerator (set CXX to name one)"
+)
 
 _ops: Any = torch.ops.simulated
 _Device = torch.device | str | int | None
@@ -41,11 +43,24 @@ def _library() -> Path:
     library = FOLDER / f"simulated-{key}.so"
     FOLDER.mkdir(exist_ok=True)
     with open(FOLDER / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process builds, the others wait; a killed one leaves no lock
+        fcntl.flock(
+            lock, fcntl.LOCK_EX
+        )  # one process builds, the others wait; a killed one leaves no lock
         if not library.exists():
             unfinished = library.with_suffix(".unfinished")
-            folders = [f"-I{folder}" for folder in include_paths()] + [f"-L{folder}" for folder in library_paths()]
-            options = ["-std=c++20", "-O1", "-fPIC", "-shared", *folders, str(SOURCE), "-lc10", "-ltorch_cpu"]
+            folders = [f"-I{folder}" for folder in include_paths()] + [
+                f"-L{folder}" for folder in library_paths()
+            ]
+            options = [
+                "-std=c++20",
+                "-O1",
+                "-fPIC",
+                "-shared",
+                *folders,
+                str(SOURCE),
+                "-lc10",
+                "-ltorch_cpu",
+            ]
             options += ["-o", str(unfinished)]
             subprocess.run([str(COMPILER), *options], check=True)
             unfinished.rename(library)
@@ -54,10 +69,16 @@ def _library() -> Path:
 
 # ----------------------------------------------------------------------------------- the interface of torch.cuda
 
-current_device, set_device = torch.accelerator.current_device_index, torch.accelerator.set_device_index
+current_device, set_device = (
+    torch.accelerator.current_device_index,
+    torch.accelerator.set_device_index,
+)
 current_stream = default_stream = torch.accelerator.current_stream
 synchronize, memory_stats = torch.accelerator.synchronize, torch.accelerator.memory_stats
-mem_get_info, reset_peak_memory_stats = torch.accelerator.get_memory_info, torch.accelerator.reset_peak_memory_stats
+mem_get_info, reset_peak_memory_stats = (
+    torch.accelerator.get_memory_info,
+    torch.accelerator.reset_peak_memory_stats,
+)
 memory_allocated = memory_reserved = torch.accelerator.memory_allocated  # nothing is cached
 max_memory_allocated = max_memory_reserved = torch.accelerator.max_memory_allocated
 

@@ -57,15 +57,25 @@ def placed(model: PreTrainedModel, place: str, tmp_path: Path) -> PreTrainedMode
 
 
 def pruned_at(
-    place: str, config: FistaPruningConfig, model: PreTrainedModel, batches: Sequence[Any], tmp_path: Path
+    place: str,
+    config: FistaPruningConfig,
+    model: PreTrainedModel,
+    batches: Sequence[Any],
+    tmp_path: Path,
 ) -> tuple[dict[str, Tensor], PruningReport]:
     """The weights, on the CPU, of a dense model that was pruned at a place of `PLACES`."""
-    storage: Any = {"cpu": "cpu", "disk": tmp_path}.get(place.rpartition(" ")[-1]) if "stored" in place else None
+    storage: Any = (
+        {"cpu": "cpu", "disk": tmp_path}.get(place.rpartition(" ")[-1])
+        if "stored" in place
+        else None
+    )
     pruner = FistaPruner(config, progress=False, storage_device=storage)
     if place.startswith("streamed"):
         model.save_pretrained(tmp_path / "dense")
         options = {"device": "simulated:1", "packed": place == "streamed and packed"}
-        report = pruner.prune(tmp_path / "dense", batches, output_dir=tmp_path / "pruned", **options)
+        report = pruner.prune(
+            tmp_path / "dense", batches, output_dir=tmp_path / "pruned", **options
+        )
         return dict(type(model).from_pretrained(tmp_path / "pruned").state_dict()), report
     model = placed(model, place, tmp_path)
     report = pruner.prune(model, batches)
@@ -78,7 +88,9 @@ def prune_on_device(rank: int, source: Path, output: Path, config: FistaPruningC
     pruner.prune(source, tiny_tokens().split(4), output_dir=output, device=f"simulated:{rank}")
 
 
-def require_the_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-4) -> None:
+def require_the_same(
+    found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-4
+) -> None:
     """The same zeros, and every weight matrix equal to `tolerance` of its norm."""
     for name, weight in expected.items():
         assert torch.equal(found[name] == 0, weight == 0), name

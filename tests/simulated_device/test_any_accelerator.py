@@ -34,7 +34,9 @@ def test_its_memory_is_counted():
         held = torch.empty(1000, device=device)
         assert available_bytes(device) == 2**20 - backend.memory_allocated(device)
         del held
-    report = FistaPruner(FistaPruningConfig(0.5), progress=False).prune(tiny_llama().to(device), tiny_tokens().split(4))
+    report = FistaPruner(FistaPruningConfig(0.5), progress=False).prune(
+        tiny_llama().to(device), tiny_tokens().split(4)
+    )
     weights = sum(parameter.nbytes for parameter in tiny_llama().parameters())
     assert all(layer.memory.device_bytes > weights for layer in report.layers)
 
@@ -64,7 +66,11 @@ def test_sampling_leaves_its_generators_as_they_were(device):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_device_that_is_nearly_full_has_room_for_the_smaller_model(fails, monkeypatch):
-    model, device, shrink = tiny_llama().to("simulated:0"), torch.device("simulated:0"), parts_removal.shrink_model
+    model, device, shrink = (
+        tiny_llama().to("simulated:0"),
+        torch.device("simulated:0"),
+        parts_removal.shrink_model,
+    )
     untouched, largest = Untouched(model), model.model.layers[0].mlp.down_proj.weight.nbytes
 
     def shrink_with_little_memory(*arguments):
@@ -74,7 +80,9 @@ def test_a_device_that_is_nearly_full_has_room_for_the_smaller_model(fails, monk
             raise KeyboardInterrupt
 
     monkeypatch.setattr(parts_removal, "shrink_model", shrink_with_little_memory)
-    pruner = FistaPruner(FistaPruningConfig(pattern="channels:0.25/4+heads:0.5", method="wanda"), progress=False)
+    pruner = FistaPruner(
+        FistaPruningConfig(pattern="channels:0.25/4+heads:0.5", method="wanda"), progress=False
+    )
     with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
         pruner.prune(model, tiny_tokens().split(4))
     assert model.config.intermediate_size == (48 if fails else 36)
@@ -86,7 +94,10 @@ def test_the_doctor_tries_every_device(capsys):
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     for index in range(2):
-        assert f"\nsimulated:{index}: Simulated accelerator {index}, 16.0 GiB free of 16.0 GiB\n" in shown
+        assert (
+            f"\nsimulated:{index}: Simulated accelerator {index}, 16.0 GiB free of 16.0 GiB\n"
+            in shown
+        )
     assert shown.count("of the weights zero or kept as on the CPU") == 2
 
 

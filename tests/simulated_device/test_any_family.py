@@ -14,10 +14,16 @@ SAMPLE = (  # buffers and weights that Accelerate places, weights that are read 
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("family", [f if f in SAMPLE else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
+@pytest.mark.parametrize(
+    "family", [f if f in SAMPLE else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
 def test_a_family_is_streamed_as_on_the_cpu(family, tmp_path):
     model = family_model(family)
-    corrected = {"error_correction": 0.5, "residual_correction": 1.0, "exclude": stacked_weights(model)}
+    corrected = {
+        "error_correction": 0.5,
+        "residual_correction": 1.0,
+        "exclude": stacked_weights(model),
+    }
     config = FistaPruningConfig(0.5, method="sparsegpt", **corrected)
     model.save_pretrained(tmp_path / "source")
     with warnings.catch_warnings(), ENOUGH_TOKENS:

@@ -100,7 +100,14 @@ def test_synchronisations_are_counted_by_cause():
     host = torch.empty(4, pin_memory=True)
     assert host.is_pinned()
     with counted() as counts:
-        x.sum(), x.sort(), x.masked_fill_(mask, 0), x.to(TWO), host.copy_(x, non_blocking=True), x * torch.tensor(2)
+        (
+            x.sum(),
+            x.sort(),
+            x.masked_fill_(mask, 0),
+            x.to(TWO),
+            host.copy_(x, non_blocking=True),
+            x * torch.tensor(2),
+        )
     assert counts.waits.total() == 0
     for operation, cause in (
         (lambda: x.sum().item(), "item"),

@@ -13,7 +13,11 @@ from torch import Tensor
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
 from optimum_fista.solve.methods import METHODS
 
-PATTERNS = ({"sparsity": 0.5, "scope": "matrix"}, {"sparsity": 0.6, "scope": "row"}, {"pattern": "2:4"})
+PATTERNS = (
+    {"sparsity": 0.5, "scope": "matrix"},
+    {"sparsity": 0.6, "scope": "row"},
+    {"pattern": "2:4"},
+)
 CORRECTIONS = (
     {"error_correction": "none", "residual_correction": 0.0},
     {"error_correction": "intra", "residual_correction": 1.0},
@@ -32,7 +36,9 @@ BATCHES = tiny_tokens(16, 64).split(4)  # so many tokens that rounding changes n
 @cache
 def on_cpu(config: str) -> tuple[dict[str, Tensor], PruningReport]:
     model = tiny_llama()
-    report = FistaPruner(FistaPruningConfig.from_dict(json.loads(config)), progress=False).prune(model, BATCHES)
+    report = FistaPruner(FistaPruningConfig.from_dict(json.loads(config)), progress=False).prune(
+        model, BATCHES
+    )
     return dict(model.state_dict()), report
 
 
@@ -46,8 +52,14 @@ def test_pruned_as_on_the_cpu(method, place, pattern, correction, allocation, tm
         found, report = pruned_at(place, config, tiny_llama(), BATCHES, tmp_path)
     assert counts.runs["mm"] + counts.runs["addmm"] > 0
     assert report.totals["num_zeros"] == expected_report.totals["num_zeros"]
-    if method in ("admm", "alps"):  # rounding decides near ties, and how the penalty of ALPS grows: two good masks
-        same = [((found[name] == 0) == (weight == 0)).float().mean() for name, weight in expected.items()]
+    if method in (
+        "admm",
+        "alps",
+    ):  # rounding decides near ties, and how the penalty of ALPS grows: two good masks
+        same = [
+            ((found[name] == 0) == (weight == 0)).float().mean()
+            for name, weight in expected.items()
+        ]
         assert min(same) > 0.98
         error = expected_report.totals["mean_fit_error"]
         assert report.totals["mean_fit_error"] == pytest.approx(error, rel=1e-3)

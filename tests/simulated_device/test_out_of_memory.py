@@ -28,7 +28,10 @@ def test_a_model_in_memory(share):
     for moment in moments(whole.seen, share):
         model, report = on_device(), None
         untouched = Untouched(model)
-        with failing_allocation(moment, at_least=LEAST) as failure, suppress(torch.OutOfMemoryError):
+        with (
+            failing_allocation(moment, at_least=LEAST) as failure,
+            suppress(torch.OutOfMemoryError),
+        ):
             report = prune(model)
         assert failure.seen >= moment
         if report is None:
@@ -47,7 +50,10 @@ def test_a_streamed_run(share, storage, tmp_path):
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "expected")
     for moment in moments(whole.seen, share):
         output, report = tmp_path / str(moment), None
-        with failing_allocation(moment, at_least=LEAST) as failure, suppress(torch.OutOfMemoryError):
+        with (
+            failing_allocation(moment, at_least=LEAST) as failure,
+            suppress(torch.OutOfMemoryError),
+        ):
             report = prune(source, output_dir=output, **options)
         assert failure.seen >= moment
         if report is None:
@@ -55,4 +61,6 @@ def test_a_streamed_run(share, storage, tmp_path):
             prune(source, output_dir=output, **options)
             assert_same_files(output, tmp_path / "expected")
         else:
-            assert_same_result(AutoModelForCausalLM.from_pretrained(output), report, expected, expected_report)
+            assert_same_result(
+                AutoModelForCausalLM.from_pretrained(output), report, expected, expected_report
+            )

@@ -25,7 +25,9 @@ ALL = {"sparsity": 0.5, "error_correction": 0.5, "allocation": "fisher"}
 
 
 def tokens(num_sequences: int, length: int) -> torch.Tensor:
-    return torch.randint(3, VOCAB_SIZE, (num_sequences, length), generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        3, VOCAB_SIZE, (num_sequences, length), generator=torch.Generator().manual_seed(1)
+    )
 
 
 def prune_on_cpu(model, config, batches):
@@ -35,7 +37,11 @@ def prune_on_cpu(model, config, batches):
 
 @pytest.mark.parametrize(
     ("place", "family"),
-    [("on two devices", "mixtral"), ("on a device, cpu and disk", "gpt_oss"), ("streamed and packed", "qwen3_moe")],
+    [
+        ("on two devices", "mixtral"),
+        ("on a device, cpu and disk", "gpt_oss"),
+        ("streamed and packed", "qwen3_moe"),
+    ],
 )
 def test_experts_are_pruned_as_on_the_cpu(place, family, tmp_path):
     config = FistaPruningConfig(**ALL)
@@ -43,45 +49,81 @@ def test_experts_are_pruned_as_on_the_cpu(place, family, tmp_path):
     expected, wanted = prune_on_cpu(tiny_model(family), config, batches)
     found, report = pruned_at(place, config, tiny_model(family), batches, tmp_path)
     # on some processors rounding decides a near tie of an expert otherwise: then the weights differ, not the errors
-    differ = {name: float(((found[name] == 0) != (weight == 0)).float().mean()) for name, weight in expected.items()}
-    require_the_same(found, {name: weight for name, weight in expected.items() if not 0 < differ[name] < 0.005})
-    assert all(float((found[name] - weight).norm()) <= 0.2 * float(weight.norm()) for name, weight in expected.items())
-    errors = [[operator.fit_error for operator in pruning.operators] for pruning in (report, wanted)]
+    differ = {
+        name: float(((found[name] == 0) != (weight == 0)).float().mean())
+        for name, weight in expected.items()
+    }
+    require_the_same(
+        found, {name: weight for name, weight in expected.items() if not 0 < differ[name] < 0.005}
+    )
+    assert all(
+        float((found[name] - weight).norm()) <= 0.2 * float(weight.norm())
+        for name, weight in expected.items()
+    )
+    errors = [
+        [operator.fit_error for operator in pruning.operators] for pruning in (report, wanted)
+    ]
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
 
 
 @pytest.mark.parametrize(
-    ("place", "side"), [("on a device, cpu and disk", "left"), ("streamed, stored on disk", "right")]
+    ("place", "side"),
+    [("on a device, cpu and disk", "left"), ("streamed, stored on disk", "right")],
 )
 def test_padding_counts_nowhere(place, side, tmp_path):
     ids, mask = tiny_tokens(16, 48), torch.ones(16, 48, dtype=torch.long)
     for row, length in enumerate(torch.linspace(0, 24, 16).long().tolist()):
         mask[row, slice(0, length) if side == "left" else slice(48 - length, 48)] = 0
-    batches = [{"input_ids": i, "attention_mask": m} for i, m in zip(ids.split(4), mask.split(4), strict=True)]
+    batches = [
+        {"input_ids": i, "attention_mask": m}
+        for i, m in zip(ids.split(4), mask.split(4), strict=True)
+    ]
     config = FistaPruningConfig(**ALL)
     expected, _ = prune_on_cpu(tiny_llama(), config, batches)
     found, _ = pruned_at(place, config, tiny_llama(), batches, tmp_path)
     require_the_same(found, expected)
 
 
-@pytest.mark.parametrize("place", ["on two devices", "on a device, cpu and disk", "streamed, stored on disk"])
+@pytest.mark.parametrize(
+    "place", ["on two devices", "on a device, cpu and disk", "streamed, stored on disk"]
+)
 def test_images_are_seen_as_on_the_cpu(place, tmp_path):
-    config, batches = FistaPruningConfig(**ALL), [media_batch("qwen3_vl", (1, 2), seed=seed) for seed in range(4)]
+    config, batches = (
+        FistaPruningConfig(**ALL),
+        [media_batch("qwen3_vl", (1, 2), seed=seed) for seed in range(4)],
+    )
     expected, _ = prune_on_cpu(media_model("qwen3_vl"), config, batches)
     found, _ = pruned_at(place, config, media_model("qwen3_vl"), batches, tmp_path)
     require_the_same(found, expected)
 
 
 def test_a_model_is_recovered_as_on_the_cpu(tmp_path):
-    pruner, model = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False), tiny_llama()
+    pruner, model = (
+        FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False),
+        tiny_llama(),
+    )
     pruner.prune(model, tiny_tokens().split(4))
     pruner.save_pretrained(model, tmp_path / "pruned", tiny_tokenizer())
     (tmp_path / "text.txt").write_text(TEXT)
     dense, found = save_tiny_folder(tmp_path / "dense"), {}
-    options = {"tokens": 640, "sequence_length": 16, "compute_dtype": "float32", "train": "all", "progress": False}
+    options = {
+        "tokens": 640,
+        "sequence_length": 16,
+        "compute_dtype": "float32",
+        "train": "all",
+        "progress": False,
+    }
     for device in ("cpu", "simulated:0"):
         text, output = str(tmp_path / "text.txt"), tmp_path / device
-        recover(tmp_path / "pruned", dense, output, calibration=text, device=device, label_share=0.5, **options)
+        recover(
+            tmp_path / "pruned",
+            dense,
+            output,
+            calibration=text,
+            device=device,
+            label_share=0.5,
+            **options,
+        )
         assert verify_checkpoint(output).num_zeros == 7680
         found[device] = weights_of(AutoModelForCausalLM.from_pretrained(output))
     for name, weight in found["cpu"].items():
@@ -95,10 +137,16 @@ def test_a_model_is_recovered_as_on_the_cpu(tmp_path):
 def test_whole_parts_go_as_on_the_cpu(place, family, pattern, tmp_path):
     config = FistaPruningConfig(pattern=pattern, allocation_tokens=128)
     batches = tokens(32, 48).split(8)
-    expected, expected_report = prune_on_cpu(tiny_model(family, num_hidden_layers=4), config, batches)
-    found, report = pruned_at(place, config, tiny_model(family, num_hidden_layers=4), batches, tmp_path)
+    expected, expected_report = prune_on_cpu(
+        tiny_model(family, num_hidden_layers=4), config, batches
+    )
+    found, report = pruned_at(
+        place, config, tiny_model(family, num_hidden_layers=4), batches, tmp_path
+    )
     assert report.model.get("layers_kept") == expected_report.model.get("layers_kept")
-    assert [m.groups_kept for m in report.mixtures] == [m.groups_kept for m in expected_report.mixtures]
+    assert [m.groups_kept for m in report.mixtures] == [
+        m.groups_kept for m in expected_report.mixtures
+    ]
     assert found.keys() >= expected.keys()
     require_the_same(found, expected)
 
@@ -120,7 +168,9 @@ def test_masked_training_and_perplexity(tmp_path):
     batches, weights, perplexities = tiny_tokens(16, 64), [], []
     for place in (None, "on two devices"):
         model = tiny_llama()
-        FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False).prune(model, batches.split(4))
+        FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False).prune(
+            model, batches.split(4)
+        )
         zeros = {name: weight == 0 for name, weight in weights_of(model).items()}
         model = placed(model, place, tmp_path) if place else model
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -131,7 +181,9 @@ def test_masked_training_and_perplexity(tmp_path):
                 optimizer.step()
                 optimizer.zero_grad()
         weights.append(weights_of(model))
-        assert all(int(weights[-1][name][zero].count_nonzero()) == 0 for name, zero in zeros.items())
+        assert all(
+            int(weights[-1][name][zero].count_nonzero()) == 0 for name, zero in zeros.items()
+        )
         perplexities.append(evaluate_perplexity(model, batches, progress=False).perplexity)
     assert perplexities[1] == pytest.approx(perplexities[0], rel=1e-4)
     require_the_same(weights[1], weights[0], 1e-3)
@@ -143,7 +195,9 @@ def test_processes_share_a_model_on_their_devices(tmp_path):
     expected, _ = prune_on_cpu(tiny_llama(), config, tiny_tokens().split(4))
     processes = launch(2, prune_on_device, tmp_path / "dense", tmp_path / "pruned", config)
     assert exit_codes(processes) == [0, 0]
-    require_the_same(AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").state_dict(), expected)
+    require_the_same(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").state_dict(), expected
+    )
 
 
 def test_a_run_resumes_on_another_device_of_its_type_only(tmp_path):
@@ -157,10 +211,14 @@ def test_a_run_resumes_on_another_device_of_its_type_only(tmp_path):
 
     with interrupted_after(0), pytest.raises(KeyboardInterrupt):
         prune_on("simulated:0")
-    with pytest.raises(ValueError, match=r'was another one \(arithmetic.device was "simulated", is "cpu"\)'):
+    with pytest.raises(
+        ValueError, match=r'was another one \(arithmetic.device was "simulated", is "cpu"\)'
+    ):
         prune_on("cpu")
     prune_on("simulated:1")
-    require_the_same(AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").state_dict(), expected)
+    require_the_same(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").state_dict(), expected
+    )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_oss"])

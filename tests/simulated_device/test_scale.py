@@ -18,13 +18,22 @@ from optimum_fista.solve.linalg import SCALE_ON_DEVICES, row_blocks, rows_in_blo
 from optimum_fista.solve.problem import InputStatistics, LayerProblem
 
 DEVICE = "simulated:0"  # which is not the current one
-SIZES = {"hidden_size": 256, "intermediate_size": 896, "num_attention_heads": 4, "num_key_value_heads": 1}
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 896,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+}
 
 
 @pytest.mark.parametrize("storage", ["cpu", None])
 def test_the_device_holds_what_is_estimated(storage, tmp_path, monkeypatch):
-    config = AutoConfig.for_model("llama", vocab_size=8192, num_hidden_layers=2, dtype="bfloat16", **SIZES)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    config = AutoConfig.for_model(
+        "llama", vocab_size=8192, num_hidden_layers=2, dtype="bfloat16", **SIZES
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(
+        tmp_path / "dense"
+    )
     settings = {"num_samples": 4, "sequence_length": 256, "storage_device": storage}
     estimate = Estimate(config, device="simulated", batch_size=1, **settings)
     ids = torch.randint(0, 8192, (4, 256), generator=torch.Generator().manual_seed(0))
@@ -32,8 +41,12 @@ def test_the_device_holds_what_is_estimated(storage, tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # so few tokens
         torch.simulated.reset_peak_memory_stats(DEVICE)
-        monkeypatch.setattr(torch.simulated, "reset_peak_memory_stats", lambda *_: None)  # the run does for each layer
-        pruner.prune(tmp_path / "dense", ids.split(1), output_dir=tmp_path / "pruned", device=DEVICE)
+        monkeypatch.setattr(
+            torch.simulated, "reset_peak_memory_stats", lambda *_: None
+        )  # the run does for each layer
+        pruner.prune(
+            tmp_path / "dense", ids.split(1), output_dir=tmp_path / "pruned", device=DEVICE
+        )
     measured = torch.simulated.max_memory_allocated(DEVICE)
     assert 1 / 1.25 < sum(estimate.memory["device"].values()) / measured < 1.25
 
@@ -64,6 +77,8 @@ def test_gradients_leave_no_offloaded_weight_on_the_device():
     model = cpu_offload(tiny_llama(num_hidden_layers=4), execution_device=torch.device(DEVICE))
     layers = find_decoder_layers(model)
     operators = {name: o for layer in layers for name, o in find_operators(*layer).items()}
-    found = measure_sensitivities(DenseLoss(layers, [CalibrationBatch(tiny_tokens())], 64), operators)
+    found = measure_sensitivities(
+        DenseLoss(layers, [CalibrationBatch(tiny_tokens())], 64), operators
+    )
     assert all(sensitivity.seen for sensitivity in found.values())
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}

@@ -8,10 +8,17 @@ from simulated_device.backend import counted
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.patterns import Columns, Unstructured, parse_pattern
 from optimum_fista.solve.problem import InputStatistics, LayerProblem
-from optimum_fista.solve.selection import keep_largest, keep_largest_in_groups, keep_largest_in_rows, kth_smallest
+from optimum_fista.solve.selection import (
+    keep_largest,
+    keep_largest_in_groups,
+    keep_largest_in_rows,
+    kth_smallest,
+)
 
 PATTERNS = [Unstructured(0.5), Unstructured(0.5, "row"), parse_pattern("2:4")]
-CASES = [(name, p, *given) for name in METHODS for p in PATTERNS for given in ((False, 0), (True, 12))]
+CASES = [
+    (name, p, *given) for name in METHODS for p in PATTERNS for given in ((False, 0), (True, 12))
+]
 CASES += [(n, Columns(0.5, width=w), True, 4) for n in ("obs_admm", "flap") for w in (1, 4)]
 WAITS = {  # an operator of any size and pattern: two for its error, one for the statistics, one a factorisation
     "magnitude": 2,
@@ -27,12 +34,27 @@ WAITS = {  # an operator of any size and pattern: two for its error, one for the
 WAITS_IN_LOOPS = [  # method, options of a short and of a long loop, waits that the second has more at most
     ("sparsegpt", {"block_size": 128}, {"block_size": 4}, 0),
     ("admm", {"max_iterations": 20}, {"max_iterations": 60}, 0),
-    ("dsnot", {"threshold": 0.0, "max_cycles": 10}, {"threshold": 0.0, "max_cycles": 20}, 1),  # every ten cycles
+    (
+        "dsnot",
+        {"threshold": 0.0, "max_cycles": 10},
+        {"threshold": 0.0, "max_cycles": 20},
+        1,
+    ),  # every ten cycles
     ("obs_admm", {"iterations": 4}, {"iterations": 20}, 0),
     ("obs_admm", {"refit_iterations": 11}, {"refit_iterations": 31}, 2),  # every ten steps
-    ("alps", {"max_iterations": 6}, {"max_iterations": 18}, 4),  # every three: rho grows by what the support changed
+    (
+        "alps",
+        {"max_iterations": 6},
+        {"max_iterations": 18},
+        4,
+    ),  # every three: rho grows by what the support changed
     ("fista", {"max_trials": 1}, {"max_trials": 1, "max_iterations": 60}, 4),  # every ten steps
-    ("fista", {"max_trials": 1, "patience": 9}, {"max_trials": 5, "patience": 9}, 4 * 4),  # two a trial besides
+    (
+        "fista",
+        {"max_trials": 1, "patience": 9},
+        {"max_trials": 5, "patience": 9},
+        4 * 4,
+    ),  # two a trial besides
 ]
 
 
@@ -69,8 +91,13 @@ def test_results_are_those_of_the_cpu(name, pattern, corrected, dead):
     assert pruned.fit_error == pytest.approx(expected.fit_error, abs=1e-4)
     assert (pruned.iterations, pruned.converged) == (expected.iterations, expected.converged)
     assert "kthvalue" not in counts.runs
-    in_loops = {"alps": pruned.iterations // 3, "fista": 4 * (2 + 2) + 30 // 10}  # power iteration: every ten products
-    exact_refit = 5 if pattern.whole_columns else 0  # which columns are kept, two factorisations and errors
+    in_loops = {
+        "alps": pruned.iterations // 3,
+        "fista": 4 * (2 + 2) + 30 // 10,
+    }  # power iteration: every ten products
+    exact_refit = (
+        5 if pattern.whole_columns else 0
+    )  # which columns are kept, two factorisations and errors
     assert counts.waits.total() <= WAITS[name] + exact_refit + in_loops.get(name, 0)
 
 
@@ -90,11 +117,20 @@ def test_loops_do_not_wait(name, short, long, more, pattern):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("levels", [1, 3, 1000])
 def test_selection_is_exact_and_never_waits(levels, dtype):
-    scores = torch.randint(-levels, levels, (40, 60), generator=torch.Generator().manual_seed(0)).to(dtype) / 4
+    scores = (
+        torch.randint(-levels, levels, (40, 60), generator=torch.Generator().manual_seed(0)).to(
+            dtype
+        )
+        / 4
+    )
     there = scores.to("simulated:0")
     for count in (0, 7, 60, 1200, 2400):
         with counted() as counts:
-            found = keep_largest(there, count), keep_largest_in_rows(there, count), keep_largest_in_groups(there, 2, 4)
+            found = (
+                keep_largest(there, count),
+                keep_largest_in_rows(there, count),
+                keep_largest_in_groups(there, 2, 4),
+            )
             smallest = kth_smallest(there, max(1, count))
         assert counts.waits.total() == 0
         assert "kthvalue" not in counts.runs

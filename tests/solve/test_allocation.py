@@ -4,14 +4,23 @@ import pytest
 import torch
 from layer_problems import example
 
-from optimum_fista.solve.allocation import LEAST_DENSITY, REACH, SLOPE, allocate, prune_stacked, removal_cost
+from optimum_fista.solve.allocation import (
+    LEAST_DENSITY,
+    REACH,
+    SLOPE,
+    allocate,
+    prune_stacked,
+    removal_cost,
+)
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.patterns import Unstructured
 from optimum_fista.solve.problem import LayerProblem
 
 
 def total_cost(costs, sparsities, sparsity):
-    return sum(cost * math.exp(SLOPE * (sparsities[name] - sparsity)) for name, cost in costs.items())
+    return sum(
+        cost * math.exp(SLOPE * (sparsities[name] - sparsity)) for name, cost in costs.items()
+    )
 
 
 def average(sizes, sparsities):
@@ -24,7 +33,9 @@ def test_cost_is_the_sum_of_the_smallest_saliencies(sparsity, ties):
     saliency = torch.rand(13, 21, generator=torch.Generator().manual_seed(0))
     saliency = (saliency * 4).round() if ties else saliency
     smallest = saliency.flatten().sort().values[: max(1, round(sparsity * saliency.numel()))]
-    assert removal_cost(saliency, sparsity) == pytest.approx(float(smallest.double().sum()), rel=1e-5)
+    assert removal_cost(saliency, sparsity) == pytest.approx(
+        float(smallest.double().sum()), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.8])
@@ -64,7 +75,9 @@ def parts(made, *sizes):
     for size in sizes:
         rows = slice(start, start + size)
         given = (problem.target[rows], problem.output_energies[rows]) if problem.corrected else ()
-        cut.append(LayerProblem(problem.weight[rows], problem.statistics, *given, name=f"part{start}"))
+        cut.append(
+            LayerProblem(problem.weight[rows], problem.statistics, *given, name=f"part{start}")
+        )
         start += size
     return cut
 
@@ -74,7 +87,9 @@ def parts(made, *sizes):
 def test_equal_weights_prune_the_operators_as_one(name, corrected):
     made = example(12, 16, corrected=corrected, correlation=2.0)
     method = create_method(name)
-    stacked = prune_stacked(method, parts(made, 4, 8), [HALF, HALF], [torch.full((4,), 7.0), torch.full((8,), 7.0)])
+    stacked = prune_stacked(
+        method, parts(made, 4, 8), [HALF, HALF], [torch.full((4,), 7.0), torch.full((8,), 7.0)]
+    )
     whole = method.prune(made.problem, HALF)
     assert torch.equal(torch.cat([p.mask for p in stacked]), whole.mask)
     assert torch.allclose(torch.cat([p.weight for p in stacked]), whole.weight)
@@ -117,7 +132,13 @@ def test_outputs_without_gradient_lose_more_weights_and_not_all(name):
     (pruned,) = prune_stacked(create_method(name), [made.problem], [HALF], [weights])
     assert torch.isfinite(pruned.weight).all()
     kept = pruned.mask.sum(1)
-    assert 4 <= int(kept[[1, 3]].min()) <= int(kept[[1, 3]].max()) <= 20 < int(kept[[0, 2, 4, 5]].min())
+    assert (
+        4
+        <= int(kept[[1, 3]].min())
+        <= int(kept[[1, 3]].max())
+        <= 20
+        < int(kept[[0, 2, 4, 5]].min())
+    )
 
 
 def test_without_any_gradient_all_outputs_weigh_the_same():

@@ -39,14 +39,18 @@ def test_zero_matrix_has_a_factor():
 
 def test_matrix_that_is_not_positive_semidefinite_is_refused():
     gram = torch.tensor([[1.0, 0.0], [0.0, -200.0]])
-    with pytest.raises(torch.linalg.LinAlgError, match=r"2 inputs is not positive semidefinite.*damping up to 100"):
+    with pytest.raises(
+        torch.linalg.LinAlgError, match=r"2 inputs is not positive semidefinite.*damping up to 100"
+    ):
         damped_cholesky(gram.clone, 0.01)
 
 
 def test_damped_inverse_is_the_inverse():
     gram = example(2, 12).problem.gram
     inverse = damped_inverse(gram.clone(), 0.7)
-    assert torch.allclose(inverse @ (gram + 0.7 * torch.eye(12, dtype=gram.dtype)), torch.eye(12, dtype=gram.dtype))
+    assert torch.allclose(
+        inverse @ (gram + 0.7 * torch.eye(12, dtype=gram.dtype)), torch.eye(12, dtype=gram.dtype)
+    )
 
 
 def test_a_negative_matrix_fails_loudly():

@@ -28,16 +28,34 @@ def test_unstructured_defaults_and_text():
     assert parse_pattern(sparsity=0).sparsity == 0
 
 
-NO_PATTERNS = ["abc", "", "2:", ":4", "2:4:8", "-2:4", "2 : 4", "2.0:4", "Unstructured", None, "rows:0.5", "channels"]
+NO_PATTERNS = [
+    "abc",
+    "",
+    "2:",
+    ":4",
+    "2:4:8",
+    "-2:4",
+    "2 : 4",
+    "2.0:4",
+    "Unstructured",
+    None,
+    "rows:0.5",
+    "channels",
+]
 NO_PATTERNS += ["channels:0.5+2:4", "channels:-0.5", "columns:half", "columns:0.5/64"]
 REFUSED = [({"text": text}, "pass 'unstructured', '2:4' or") for text in NO_PATTERNS]
-REFUSED += [({"sparsity": s}, r"sparsity=.* is outside \[0, 1\)") for s in (-0.1, 1, 50, float("nan"), True)]
+REFUSED += [
+    ({"sparsity": s}, r"sparsity=.* is outside \[0, 1\)") for s in (-0.1, 1, 50, float("nan"), True)
+]
 REFUSED += [
     ({"text": "2of4"}, "pass '2:4'"),
     ({"text": 0.5}, r"pass sparsity=0.5 \(--sparsity 0.5\)"),
     ({"text": "2:4", "sparsity": 0.6}, "sparsity=0.6 and pattern='2:4' disagree"),
     ({"text": "columns:0.25", "sparsity": 0.0}, "sparsity=0.0 and pattern='columns:0.25' disagree"),
-    ({"text": "channels:0.25,2:4"}, "Prune with 'channels:0.25', and then prune the smaller model with '2:4'"),
+    (
+        {"text": "channels:0.25,2:4"},
+        "Prune with 'channels:0.25', and then prune the smaller model with '2:4'",
+    ),
     ({"text": "heads:0.5+heads:0.25"}, "name each kind once"),
     ({"scope": "column"}, "scope='column': pass 'matrix' or 'row'"),
 ]
@@ -66,18 +84,24 @@ def test_unstructured_counts_are_exact_with_and_without_ties(shape, sparsity, le
     assert row.num_kept(shape) == scores.numel() - int(row_zeros.sum())
 
 
-@pytest.mark.parametrize("pattern", [parse_pattern("2:4"), Unstructured(0.5), Unstructured(0.5, "row")], ids=repr)
+@pytest.mark.parametrize(
+    "pattern", [parse_pattern("2:4"), Unstructured(0.5), Unstructured(0.5, "row")], ids=repr
+)
 def test_violation_is_none_for_its_own_masks_only(pattern):
     mask = pattern.mask(random_scores((4, 8)))
     assert pattern.violation(mask) is None
     assert pattern.violation(mask.T.contiguous().T) is None, "as it is stored transposed"
     one_more = mask.clone()
     one_more.view(-1)[int((~mask).view(-1).int().argmax())] = True
-    assert pattern.violation(one_more) == f"keeps 17 weights, but {pattern} of (4, 8) keeps exactly 16"
+    assert (
+        pattern.violation(one_more) == f"keeps 17 weights, but {pattern} of (4, 8) keeps exactly 16"
+    )
 
 
 def test_violation_names_the_group_or_row_whose_count_is_wrong():
-    mask = torch.tensor([[1, 1, 0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 1, 1, 1, 0], [1, 1, 0, 0, 1, 0, 0, 0]]).bool()
+    mask = torch.tensor(
+        [[1, 1, 0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 1, 1, 1, 0], [1, 1, 0, 0, 1, 0, 0, 0]]
+    ).bool()
     assert parse_pattern("2:4").violation(mask) == "row 1, group 1 keeps 3 of 4 weights"
     assert Unstructured(0.5, "row").violation(mask) == "row 1 keeps 5 of 8 weights"
     assert Unstructured(0.5).violation(mask) is None
@@ -86,7 +110,8 @@ def test_violation_names_the_group_or_row_whose_count_is_wrong():
 def test_parts_of_a_matrix_share_its_zeros():
     scores, pattern = random_scores((5, 13)), Unstructured(0.3)
     masks = [
-        pattern.mask(scores[:, left:right], within=(left, 13)) for left, right in itertools.pairwise((0, 4, 5, 13))
+        pattern.mask(scores[:, left:right], within=(left, 13))
+        for left, right in itertools.pairwise((0, 4, 5, 13))
     ]
     assert sum(int(mask.sum()) for mask in masks) == pattern.num_kept((5, 13))
 
@@ -100,7 +125,11 @@ class Runs(SparsityPattern):
     @classmethod
     def read(cls, text, sparsity, scope):
         found = re.fullmatch(r"runs of (\d)", text)
-        return cls(0.5 if sparsity is None else sparsity, scope, width=int(found[1])) if found else None
+        return (
+            cls(0.5 if sparsity is None else sparsity, scope, width=int(found[1]))
+            if found
+            else None
+        )
 
     def __str__(self):
         return f"runs of {self.width}"
@@ -144,5 +173,7 @@ def test_layout_is_row_major_with_the_lowest_bit_first():
 
 @pytest.mark.parametrize(("size", "dtype"), [(2, torch.uint8), (4, torch.uint8), (3, torch.int64)])
 def test_number_of_bytes_must_fit_the_shape(size, dtype):
-    with pytest.raises(ValueError, match=rf"packed has {size} values of {dtype}: .* needs 3 of torch.uint8"):
+    with pytest.raises(
+        ValueError, match=rf"packed has {size} values of {dtype}: .* needs 3 of torch.uint8"
+    ):
         unpack_mask(torch.zeros(size, dtype=dtype), (3, 8))

@@ -4,7 +4,13 @@ import pytest
 import torch
 from layer_problems import example
 
-from optimum_fista.solve.problem import InputStatistics, LayerProblem, inner, largest_eigenvalue, relative
+from optimum_fista.solve.problem import (
+    InputStatistics,
+    LayerProblem,
+    inner,
+    largest_eigenvalue,
+    relative,
+)
 
 
 @pytest.mark.parametrize("corrected", [False, True])
@@ -13,11 +19,19 @@ def test_error_from_statistics_is_the_error_of_the_activations(corrected, tokens
     made = example(5, 8, tokens=tokens, corrected=corrected)
     problem = made.problem
     assert problem.corrected is corrected
-    for weight in (torch.randn(5, 8).double(), made.weight * (made.weight.abs() > 0.5), made.weight):
-        assert problem.squared_error(weight) == pytest.approx(made.squared_error(weight), rel=1e-9, abs=1e-12)
+    for weight in (
+        torch.randn(5, 8).double(),
+        made.weight * (made.weight.abs() > 0.5),
+        made.weight,
+    ):
+        assert problem.squared_error(weight) == pytest.approx(
+            made.squared_error(weight), rel=1e-9, abs=1e-12
+        )
         expected = math.sqrt(made.squared_error(weight)) / float(made.outputs.norm())
         assert problem.fit_error(weight) == pytest.approx(expected, rel=1e-9, abs=1e-12)
-    assert float(problem.output_energies.sum()) == pytest.approx(float(made.outputs.square().sum()), rel=1e-9)
+    assert float(problem.output_energies.sum()) == pytest.approx(
+        float(made.outputs.square().sum()), rel=1e-9
+    )
     assert torch.allclose(problem.output_energies, made.outputs.square().sum(0))
 
 
@@ -25,7 +39,9 @@ def test_small_changes_of_the_weights_keep_their_digits_in_float32():
     made = example(16, 32, dtype=torch.float32)
     change = 1e-5 * torch.randn(16, 32, generator=torch.Generator().manual_seed(3))
     weight = made.weight + change
-    exact = float((made.inputs.double() @ (weight.double() - made.weight.double()).T).square().sum())
+    exact = float(
+        (made.inputs.double() @ (weight.double() - made.weight.double()).T).square().sum()
+    )
     # <W* G, W*> - 2 <W*, C> + energy in float32 has an error a thousand times this difference.
     assert made.problem.squared_error(weight) == pytest.approx(exact, rel=1e-3)
 
@@ -33,7 +49,9 @@ def test_small_changes_of_the_weights_keep_their_digits_in_float32():
 def test_seminorm_is_the_norm_of_the_outputs():
     made = example(4, 6, seed=2)
     difference = torch.randn(4, 6, dtype=torch.float64)
-    assert made.problem.seminorm(difference) == pytest.approx(float((made.inputs @ difference.T).norm()), rel=1e-9)
+    assert made.problem.seminorm(difference) == pytest.approx(
+        float((made.inputs @ difference.T).norm()), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("corrected", [False, True])
@@ -51,7 +69,9 @@ def test_statistics_know_their_diagonal_mean_and_lipschitz_constant():
     statistics = made.problem.statistics
     assert torch.allclose(statistics.diagonal, made.inputs.square().sum(0))
     assert torch.allclose(statistics.mean, made.inputs.mean(0))
-    assert statistics.lipschitz == pytest.approx(float(torch.linalg.eigvalsh(statistics.gram)[-1]), rel=1e-3)
+    assert statistics.lipschitz == pytest.approx(
+        float(torch.linalg.eigvalsh(statistics.gram)[-1]), rel=1e-3
+    )
     statistics.diagonal.zero_()
     assert statistics.gram.diagonal().min() > 0, "diagonal must be a copy"
 
@@ -67,7 +87,9 @@ def test_inner_product_sums_rows_in_float64():
     values[0] = 2.0**13  # 2^26 + 2^12 - 1 has no float32
     assert inner(values, values) == 2.0**26 + 2**12 - 1
     left, right = torch.randn(4, 5), torch.randn(4, 5)
-    assert inner(left, right) == pytest.approx(float((left.double() * right.double()).sum()), rel=1e-5, abs=1e-5)
+    assert inner(left, right) == pytest.approx(
+        float((left.double() * right.double()).sum()), rel=1e-5, abs=1e-5
+    )
 
 
 def test_relative_error_of_outputs_that_vanish():
@@ -92,7 +114,11 @@ def test_agrees_with_eigvalsh_from_above(dtype, seed):
     gram = inputs.T @ inputs
     exact = float(torch.linalg.eigvalsh(gram)[-1])
     estimate = largest_eigenvalue(gram.to(dtype))
-    assert exact * (1 - 1e-14 if dtype == torch.float64 else 1 - 1e-6) <= estimate <= exact * (1 + 2e-4)
+    assert (
+        exact * (1 - 1e-14 if dtype == torch.float64 else 1 - 1e-6)
+        <= estimate
+        <= exact * (1 + 2e-4)
+    )
 
 
 @pytest.mark.parametrize("outlier", [1e2, 1e7])

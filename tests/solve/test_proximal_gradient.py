@@ -63,7 +63,9 @@ def test_agrees_with_scikit_learn(corrected, fraction):
     l1_penalty = fraction * critical_penalty(made)
     # scikit-learn divides the squared error, ours not the penalty, by the number of tokens.
     lasso = Lasso(l1_penalty / len(made.inputs), fit_intercept=False, tol=1e-13, max_iter=100_000)
-    expected = torch.from_numpy(np.atleast_2d(lasso.fit(made.inputs.numpy(), made.outputs.numpy()).coef_))
+    expected = torch.from_numpy(
+        np.atleast_2d(lasso.fit(made.inputs.numpy(), made.outputs.numpy()).coef_)
+    )
     weight = solved(made, l1_penalty).weight
     assert torch.allclose(weight, expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(weight.abs() > 1e-6, expected.abs() > 1e-6)
@@ -118,7 +120,13 @@ def test_zero_gram_matrix_gives_zero_weights():
 def test_stops_where_the_iterates_stop_moving():
     made = example(4, 6)
     problem = made.problem
-    given = (problem.gram, problem.target, problem.weight, 0.05 * critical_penalty(made), problem.statistics.lipschitz)
+    given = (
+        problem.gram,
+        problem.target,
+        problem.weight,
+        0.05 * critical_penalty(made),
+        problem.statistics.lipschitz,
+    )
     loose = fista(*given, max_iterations=10_000, tolerance=1e-3)
     tight = fista(*given, max_iterations=10_000, tolerance=1e-9)
     assert loose.converged

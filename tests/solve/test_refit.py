@@ -22,7 +22,9 @@ def least_squares(made: Example, mask: torch.Tensor) -> torch.Tensor:
     weight = torch.zeros(mask.shape, dtype=torch.float64)
     for row, kept in enumerate(mask):
         if bool(kept.any()):
-            solution = torch.linalg.lstsq(made.inputs[:, kept].double(), made.outputs[:, row : row + 1].double())
+            solution = torch.linalg.lstsq(
+                made.inputs[:, kept].double(), made.outputs[:, row : row + 1].double()
+            )
             weight[row, kept] = solution.solution[:, 0]
     return weight
 
@@ -33,7 +35,9 @@ def test_agrees_with_least_squares_on_every_rows_support(corrected, start):
     made, mask = example(7, 12, corrected=corrected), random_mask(7, 12)
     first = torch.zeros(7, 12).double() if start == "zero" else made.weight
     problem = made.problem
-    weight, steps = refit(problem.gram, problem.target, first, mask, max_iterations=200, tolerance=1e-12)
+    weight, steps = refit(
+        problem.gram, problem.target, first, mask, max_iterations=200, tolerance=1e-12
+    )
     assert torch.allclose(weight, least_squares(made, mask), rtol=1e-7, atol=1e-8)
     assert (weight[~mask] == 0).all()
     assert 0 < steps < 200
@@ -55,11 +59,15 @@ def test_objective_falls_in_every_step(dtype):
     problem = made.problem
     errors = []
     for iterations in range(11):
-        weight, steps = refit(problem.gram, problem.target, made.weight, mask, max_iterations=iterations, tolerance=0)
+        weight, steps = refit(
+            problem.gram, problem.target, made.weight, mask, max_iterations=iterations, tolerance=0
+        )
         assert steps == iterations
         assert (weight[~mask] == 0).all()
         errors.append(made.squared_error(weight))
-    assert torch.equal(made.weight, example(9, 16, corrected=True, dtype=dtype).weight), "start must not change"
+    assert torch.equal(made.weight, example(9, 16, corrected=True, dtype=dtype).weight), (
+        "start must not change"
+    )
     drops = [before - after for before, after in pairwise(errors)]
     assert min(drops) > 0
 
@@ -70,10 +78,18 @@ def test_stops_as_soon_as_the_preconditioned_residual_has_fallen_by_the_toleranc
     problem = made.problem
 
     def residual(iterations: int) -> float:
-        weight, _ = refit(problem.gram, problem.target, made.weight, mask, max_iterations=iterations, tolerance=0)
-        return float(((weight @ problem.gram - problem.target) * mask / problem.gram.diagonal().sqrt()).norm())
+        weight, _ = refit(
+            problem.gram, problem.target, made.weight, mask, max_iterations=iterations, tolerance=0
+        )
+        return float(
+            (
+                (weight @ problem.gram - problem.target) * mask / problem.gram.diagonal().sqrt()
+            ).norm()
+        )
 
-    _, steps = refit(problem.gram, problem.target, made.weight, mask, max_iterations=100, tolerance=tolerance)
+    _, steps = refit(
+        problem.gram, problem.target, made.weight, mask, max_iterations=100, tolerance=tolerance
+    )
     assert 0 < steps < 100
     assert residual(steps) <= tolerance * residual(0) < residual(steps - 1)
 
@@ -81,9 +97,15 @@ def test_stops_as_soon_as_the_preconditioned_residual_has_fallen_by_the_toleranc
 def test_fewer_tokens_than_inputs_still_reach_the_smallest_error():
     made, mask = example(6, 16, tokens=7, corrected=True), random_mask(6, 16)
     problem = made.problem
-    weight, _ = refit(problem.gram, problem.target, made.weight, mask, max_iterations=300, tolerance=1e-12)
+    weight, _ = refit(
+        problem.gram, problem.target, made.weight, mask, max_iterations=300, tolerance=1e-12
+    )
     best = sum(
-        float(torch.linalg.lstsq(made.inputs[:, kept], made.outputs[:, [row]], driver="gelsd").residuals.sum())
+        float(
+            torch.linalg.lstsq(
+                made.inputs[:, kept], made.outputs[:, [row]], driver="gelsd"
+            ).residuals.sum()
+        )
         if int(kept.sum()) < 7
         else 0.0
         for row, kept in enumerate(mask)
@@ -102,7 +124,10 @@ def test_whole_columns_are_refitted_exactly(ridge, corrected):
     weight, message = refit_columns(made.problem, kept, ridge)
     # The ridge as tokens: each has one input only, and wants what the dense weights make of it.
     extra = (ridge * made.problem.gram.diagonal()).sqrt().diag()
-    inputs, outputs = torch.cat([made.inputs, extra]), torch.cat([made.outputs, extra @ made.weight.T])
+    inputs, outputs = (
+        torch.cat([made.inputs, extra]),
+        torch.cat([made.outputs, extra @ made.weight.T]),
+    )
     best = torch.linalg.lstsq(inputs[:, kept], outputs).solution.T
     assert torch.allclose(weight[:, kept], best, rtol=1e-8, atol=1e-9)
     assert (weight[:, ~kept] == 0).all()
@@ -118,9 +143,14 @@ def test_the_ridge_of_whole_columns_is_that_of_the_noise(corrected):
     error = float(rest.square().sum()) / (1 - 8 / 200)
     ridge = 8 * (8 / 200) * error / (made.squared_error(made.weight * kept) - error)
     assert 0.01 < ridge < 1
-    chosen, given = refit_columns(made.problem, kept)[0], refit_columns(made.problem, kept, ridge)[0]
+    chosen, given = (
+        refit_columns(made.problem, kept)[0],
+        refit_columns(made.problem, kept, ridge)[0],
+    )
     assert torch.allclose(chosen, given, rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(chosen, refit_columns(made.problem, kept, 1.5 * ridge)[0], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(
+        chosen, refit_columns(made.problem, kept, 1.5 * ridge)[0], rtol=1e-3, atol=1e-4
+    )
 
 
 def test_a_copy_of_an_input_takes_over_without_a_ridge():
@@ -138,7 +168,9 @@ def test_a_copy_of_an_input_takes_over_without_a_ridge():
 @pytest.mark.parametrize("tokens", [3, 8])
 def test_fewer_tokens_than_inputs_get_the_highest_ridge(tokens):
     made, kept = example(7, 12, tokens=tokens), torch.arange(12) > 3
-    assert torch.equal(refit_columns(made.problem, kept)[0], refit_columns(made.problem, kept, 1.0)[0])
+    assert torch.equal(
+        refit_columns(made.problem, kept)[0], refit_columns(made.problem, kept, 1.0)[0]
+    )
 
 
 def test_a_singular_refit_says_that_it_was_damped():

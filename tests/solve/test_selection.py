@@ -2,7 +2,12 @@ import numpy as np
 import pytest
 import torch
 
-from optimum_fista.solve.selection import keep_largest, keep_largest_in_groups, keep_largest_in_rows, kth_smallest
+from optimum_fista.solve.selection import (
+    keep_largest,
+    keep_largest_in_groups,
+    keep_largest_in_rows,
+    kth_smallest,
+)
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -57,7 +62,9 @@ def test_scores_that_are_not_contiguous_are_read_in_row_order():
     assert torch.equal(keep_largest_in_groups(scores, 2, 4), keep_largest_in_groups(copied, 2, 4))
 
 
-@pytest.mark.parametrize("values", ["normal", "few levels", "sorted", "one huge", "a period of the sample"])
+@pytest.mark.parametrize(
+    "values", ["normal", "few levels", "sorted", "one huge", "a period of the sample"]
+)
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.731, 1.0])
 def test_kth_smallest_of_many_values_is_exact(values, share):
     size = 300_000

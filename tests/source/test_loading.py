@@ -26,11 +26,31 @@ def gguf_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("gguf")
     model = tiny_llama(tie_word_embeddings=True, intermediate_size=64)
     writer = gguf.GGUFWriter(folder / "tiny.Q8_0.gguf", "llama")
-    shape = {"context_length": 64, "block_count": 2, "feed_forward_length": 64, "embedding_length": 32, "head_count": 4}
-    shape |= {"head_count_kv": 2, "layer_norm_rms_eps": 1e-6, "rope_dimension_count": 8, "vocab_size": 64}
+    shape = {
+        "context_length": 64,
+        "block_count": 2,
+        "feed_forward_length": 64,
+        "embedding_length": 32,
+        "head_count": 4,
+    }
+    shape |= {
+        "head_count_kv": 2,
+        "layer_norm_rms_eps": 1e-6,
+        "rope_dimension_count": 8,
+        "vocab_size": 64,
+    }
     tokens = ["<unk>", "<s>", "<|endoftext|>", *map(chr, range(ord("@"), ord("z") + 1)), "th", "he"]
-    vocabulary = {"tokenizer_model": "gpt2", "token_list": tokens, "token_types": [3, 3, 3] + 61 * [1]}
-    vocabulary |= {"token_merges": ["t h", "h e"], "bos_token_id": 1, "eos_token_id": 2, "unk_token_id": 0}
+    vocabulary = {
+        "tokenizer_model": "gpt2",
+        "token_list": tokens,
+        "token_types": [3, 3, 3] + 61 * [1],
+    }
+    vocabulary |= {
+        "token_merges": ["t h", "h e"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unk_token_id": 0,
+    }
     for name, value in (shape | vocabulary).items():
         getattr(writer, f"add_{name}")(value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
@@ -51,7 +71,10 @@ def gguf_folder(tmp_path_factory) -> Path:
 
 def test_folder(tiny_folder):
     model, tokenizer = load_model(str(tiny_folder), device="cpu")
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in tiny_llama().state_dict().items())
+    assert all(
+        torch.equal(model.state_dict()[name], value)
+        for name, value in tiny_llama().state_dict().items()
+    )
     assert tokenizer.decode(tokenizer("the sea").input_ids) == "the sea"
     assert not model.training
 
@@ -70,10 +93,16 @@ def test_a_tokenizer_of_old_files_is_one_and_a_folder_without_any_is_named(tmp_p
 def test_gguf_is_dequantized_pruned_saved_and_verified(gguf_folder, tmp_path):
     model, tokenizer = load_model(str(gguf_folder), device="cpu", dtype="float32")
     assert load_tokenizer(str(gguf_folder)).get_vocab() == tokenizer.get_vocab()
-    original = tiny_llama(tie_word_embeddings=True, intermediate_size=64).model.layers[1].mlp.up_proj.weight
+    original = (
+        tiny_llama(tie_word_embeddings=True, intermediate_size=64)
+        .model.layers[1]
+        .mlp.up_proj.weight
+    )
     loaded = model.model.layers[1].mlp.up_proj.weight
     assert loaded.dtype == torch.float32
-    assert 0 < float((loaded - original).detach().abs().max()) < 0.01  # 8 bits of values up to about 0.8
+    assert (
+        0 < float((loaded - original).detach().abs().max()) < 0.01
+    )  # 8 bits of values up to about 0.8
     assert tokenizer.tokenize("then") == ["th", "e", "n"]
     assert len(tokenizer) == 64
 
@@ -81,14 +110,20 @@ def test_gguf_is_dequantized_pruned_saved_and_verified(gguf_folder, tmp_path):
     pruner.prune(model, tiny_tokens().split(4))
     pruner.save_pretrained(model, tmp_path / "pruned", tokenizer)
     assert verify_checkpoint(tmp_path / "pruned").num_operators == 14
-    assert "quantization_config" not in json.loads((tmp_path / "pruned" / "config.json").read_text())
+    assert "quantization_config" not in json.loads(
+        (tmp_path / "pruned" / "config.json").read_text()
+    )
     again, _ = load_model(str(tmp_path / "pruned"), device="cpu")
-    assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items()
+    )
     assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
 def test_a_model_loaded_from_gguf_by_transformers_itself_can_be_saved(gguf_folder, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file="tiny.Q8_0.gguf", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf_folder, gguf_file="tiny.Q8_0.gguf", dtype=torch.float32
+    )
     require_unquantized(model)
     pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
     pruner.prune(model, tiny_tokens().split(4))
@@ -100,7 +135,9 @@ def test_folders_without_one_model(tmp_path):
     for files in ([], ["a.gguf", "b.gguf"]):
         for name in files:
             (tmp_path / name).touch()
-        with pytest.raises(ValueError, match=r"neither a config\.json nor exactly one \.gguf file: pass"):
+        with pytest.raises(
+            ValueError, match=r"neither a config\.json nor exactly one \.gguf file: pass"
+        ):
             load_model(str(tmp_path))
 
 
@@ -109,8 +146,14 @@ def test_names_that_are_no_model(tmp_path):
     (tmp_path / "a.gguf").touch()
     with pytest.raises(ValueError, match=r"a\.gguf' is a file: pass the folder that holds it"):
         load_model(str(tmp_path / "a.gguf"))
-    for name, meant in ((str(tmp_path / "absent"), r" Did you mean '.*/absnt'\?"), ("./absent", "")):
-        with pytest.raises(ValueError, match=rf"absent' is neither a folder .* nor a Hub id: pass .*name'\.{meant}$"):
+    for name, meant in (
+        (str(tmp_path / "absent"), r" Did you mean '.*/absnt'\?"),
+        ("./absent", ""),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=rf"absent' is neither a folder .* nor a Hub id: pass .*name'\.{meant}$",
+        ):
             load_model(name)
 
 
@@ -122,7 +165,9 @@ def test_names_that_are_no_model(tmp_path):
         ("offline", r"can't be reached \(.*offline mode is enabled.*\)"),
     ],
 )
-def test_a_misspelt_name_fails_at_once_and_offers_the_closest(state, why, hub, tmp_path, monkeypatch):
+def test_a_misspelt_name_fails_at_once_and_offers_the_closest(
+    state, why, hub, tmp_path, monkeypatch
+):
     """One request, and no retries, which take Transformers a minute."""
     connect(hub, monkeypatch)
     template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
@@ -132,7 +177,9 @@ def test_a_misspelt_name_fails_at_once_and_offers_the_closest(state, why, hub, t
     if state == "closed":
         hub.__exit__()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", state == "offline")
-    with pytest.raises(OSError, match=rf"no such folder, and the Hub {why}\. Did you mean 'tester/model-50'\?$"):
+    with pytest.raises(
+        OSError, match=rf"no such folder, and the Hub {why}\. Did you mean 'tester/model-50'\?$"
+    ):
         load_model("tester/model-5O", device="cpu")
     assert sum("model-5O" in request for request in hub.requests) == (state == "open")
 
@@ -154,17 +201,23 @@ def test_a_gated_model_and_a_busy_hub_are_left_to_transformers(kind, monkeypatch
 
 @pytest.mark.parametrize("device", ["cpu:x", "cuda:99", "meta"])
 def test_unusable_device_is_found_before_the_model_is_read(device):
-    with pytest.raises(ValueError, match=rf"device='{device}' can't be used: .*Pass 'cpu', 'cuda' or 'cuda:N'"):
+    with pytest.raises(
+        ValueError, match=rf"device='{device}' can't be used: .*Pass 'cpu', 'cuda' or 'cuda:N'"
+    ):
         load_model("no-such-model", device=device)
 
 
 @pytest.mark.parametrize("dtype", ["nn", torch.int8, "float8_e4m3fn"])
 def test_unusable_dtype_is_found_before_the_model_is_read(dtype):
-    with pytest.raises(ValueError, match=r"dtype=.*: pass 'auto', 'float32', 'bfloat16' or 'float16'"):
+    with pytest.raises(
+        ValueError, match=r"dtype=.*: pass 'auto', 'float32', 'bfloat16' or 'float16'"
+    ):
         load_model("no-such-model", device="cpu", dtype=dtype)
 
 
-@pytest.mark.parametrize("settings", [{"quant_method": "awq"}, type("Settings", (), {"quant_method": "awq"})()])
+@pytest.mark.parametrize(
+    "settings", [{"quant_method": "awq"}, type("Settings", (), {"quant_method": "awq"})()]
+)
 def test_quantized_models_are_refused(settings):
     model = tiny_llama()
     require_unquantized(model)
@@ -176,15 +229,22 @@ def test_quantized_models_are_refused(settings):
 def test_eight_bit_floats_are_not():
     model = tiny_llama()
     weight = model.model.layers[0].mlp.up_proj.weight.detach()
-    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(weight.to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(ValueError, match=r"up_proj\.weight has dtype torch\.float8_e4m3fn: prune the model in float32"):
+    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(
+        weight.to(torch.float8_e4m3fn), requires_grad=False
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"up_proj\.weight has dtype torch\.float8_e4m3fn: prune the model in float32",
+    ):
         require_unquantized(model)
 
 
 def test_text_for_a_gguf_file_is_cut_without_its_weights(gguf_folder, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("the moth " * 200)
     monkeypatch.setattr(loading, "read_model", None)
-    tokens = calibration_tokens_by_name(str(gguf_folder), str(tmp_path / "text.txt"), 3, 8, 0, keep_in=tmp_path)
+    tokens = calibration_tokens_by_name(
+        str(gguf_folder), str(tmp_path / "text.txt"), 3, 8, 0, keep_in=tmp_path
+    )
     assert tokens.shape == (3, 8)
 
 
@@ -202,7 +262,9 @@ def test_the_collector_waits_while_a_gguf_file_is_read(gguf_folder, monkeypatch)
 def test_a_gguf_file_without_its_package_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "model.gguf").touch()
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"needs the package gguf: run `pip install '\.\[gguf\]'` in a clone of"):
+    with pytest.raises(
+        ImportError, match=r"needs the package gguf: run `pip install '\.\[gguf\]'` in a clone of"
+    ):
         load_model(str(tmp_path), device="cpu")
 
 

@@ -11,7 +11,13 @@ import transformers
 from _pytest.mark import ParameterSet
 from folder_files import bytes_of, tensors_of
 from pruning import same
-from quantized_models import VOCAB_SIZE, compressed_qwen3_moe, fp8_deepseek, fp8_llava, mxfp4_gpt_oss
+from quantized_models import (
+    VOCAB_SIZE,
+    compressed_qwen3_moe,
+    fp8_deepseek,
+    fp8_llava,
+    mxfp4_gpt_oss,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from transformers.quantizers.base import HfQuantizer
@@ -40,9 +46,12 @@ without_compressed_tensors = pytest.mark.skipif(
 def write_compressed(preset: str) -> ParameterSet:
     write = partial(compressed_qwen3_moe, preset=preset)
     older = pytest.mark.skipif(
-        not hasattr(HfQuantizer, "get_load_operations"), reason="Transformers before 5.22 does not dequantize all of it"
+        not hasattr(HfQuantizer, "get_load_operations"),
+        reason="Transformers before 5.22 does not dequantize all of it",
     )
-    return pytest.param(write, "CompressedTensorsConfig", id=preset, marks=[without_compressed_tensors, older])
+    return pytest.param(
+        write, "CompressedTensorsConfig", id=preset, marks=[without_compressed_tensors, older]
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,19 +64,27 @@ def write_compressed(preset: str) -> ParameterSet:
         write_compressed("FP8_DYNAMIC"),
     ],
 )
-def test_a_quantized_source_is_pruned_as_the_model_that_transformers_dequantizes(tmp_path, write, settings):
+def test_a_quantized_source_is_pruned_as_the_model_that_transformers_dequantizes(
+    tmp_path, write, settings
+):
     source = write(tmp_path / "source")
     before = bytes_of(source)
     wanted = getattr(transformers, settings)(dequantize=True)
     kind = model_class(AutoConfig.from_pretrained(source))
     dense = kind.from_pretrained(source, quantization_config=wanted)
-    dense._weight_conversions = None  # Transformers 5.17 would save it by those of the quantized model
+    dense._weight_conversions = (
+        None  # Transformers 5.17 would save it by those of the quantized model
+    )
     dense.save_pretrained(tmp_path / "dense")
     report = prune(source, tmp_path / "pruned")
     prune(tmp_path / "dense", tmp_path / "expected")
     assert same(tensors_of(tmp_path / "pruned"), tensors_of(tmp_path / "expected"))
-    found, expected = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("pruned", "expected"))
-    assert found == {key: value for key, value in expected.items() if key != "base_model_ep_plan"}  # of 5.17
+    found, expected = (
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("pruned", "expected")
+    )
+    assert found == {
+        key: value for key, value in expected.items() if key != "base_model_ep_plan"
+    }  # of 5.17
     assert f"quantized by {wanted.quant_method.value!r} are dequantized" in report.warnings[0]
     assert bytes_of(source) == before
     assert verify_checkpoint(tmp_path / "pruned", dense=source).num_equal
@@ -80,11 +97,17 @@ def test_scales_of_nvfp4_have_scales(tmp_path):
 
     source = compressed_qwen3_moe(tmp_path / "source", "NVFP4A16")
     module = "model.layers.1.mlp.experts.2.up_proj."
-    stored = {k.removeprefix(module): t for k, t in tensors_of(source).items() if k.startswith(module)}
+    stored = {
+        k.removeprefix(module): t for k, t in tensors_of(source).items() if k.startswith(module)
+    }
     compressor = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
-    expected = compressor.decompress(stored, preset_name_to_scheme("NVFP4A16", ["Linear"]))["weight"]
+    expected = compressor.decompress(stored, preset_name_to_scheme("NVFP4A16", ["Linear"]))[
+        "weight"
+    ]
     model, *_ = load_lazily(str(source), tmp_path / "offload", device="cpu")
-    assert torch.equal(stored_tensor(model, "model.layers.1.mlp.experts.gate_up_proj")[2, 32:], expected)
+    assert torch.equal(
+        stored_tensor(model, "model.layers.1.mlp.experts.gate_up_proj")[2, 32:], expected
+    )
 
 
 def test_the_last_block_of_fp8_may_be_smaller(tmp_path):
@@ -101,7 +124,10 @@ def test_the_last_block_of_fp8_may_be_smaller(tmp_path):
 
 def test_formats_that_cannot_be_read_are_refused_by_name(tmp_path, monkeypatch):
     source = fp8_deepseek(tmp_path / "source")
-    config, tensors = json.loads((source / "config.json").read_text()), load_file(source / "model.safetensors")
+    config, tensors = (
+        json.loads((source / "config.json").read_text()),
+        load_file(source / "model.safetensors"),
+    )
 
     def refusal(*without, **settings) -> str:
         values = config | {"quantization_config": config["quantization_config"] | settings}
@@ -113,10 +139,14 @@ def test_formats_that_cannot_be_read_are_refused_by_name(tmp_path, monkeypatch):
         return str(raised.value)
 
     for method in ("gptq", "awq"):
-        assert f"quantized by {method!r}, which Transformers" in (message := refusal(quant_method=method))
+        assert f"quantized by {method!r}, which Transformers" in (
+            message := refusal(quant_method=method)
+        )
         assert "dequantize it with GPTQModel (gptqmodel.utils.model_dequant), save it" in message
     assert "quantized by 'new', which Transformers" in refusal(quant_method="new")
-    assert "dtype F8_E4M3, and config.json has no quantization_config" in refusal("quantization_config")
+    assert "dtype F8_E4M3, and config.json has no quantization_config" in refusal(
+        "quantization_config"
+    )
     monkeypatch.setattr(dequantization, "find_spec", lambda _: None)
     assert "`pip install '.[compressed-tensors]'`" in refusal(quant_method="compressed-tensors")
     lonely = "model.layers.2.mlp.experts.3.up_proj.weight"
@@ -131,9 +161,17 @@ def test_formats_that_cannot_be_read_are_refused_by_name(tmp_path, monkeypatch):
 def test_the_estimate_is_of_a_result_in_16_bits(tmp_path):
     source = fp8_deepseek(tmp_path / "source")
     config = FistaPruningConfig(method="wanda")
-    estimate = Estimate(str(source), config, num_samples=8, sequence_length=16, calibration="text", device="cpu")
+    estimate = Estimate(
+        str(source), config, num_samples=8, sequence_length=16, calibration="text", device="cpu"
+    )
     assert overview_of(estimate)[0].endswith("decoder layers; dequantized from fp8")
     prune(source, tmp_path / "pruned", method="wanda")
-    tensors = {name: tensor for name, tensor in tensors_of(tmp_path / "pruned").items() if "e_score" not in name}
-    assert estimate.weight_bytes == sum(tensor.nbytes for tensor in tensors.values())  # without buffers
+    tensors = {
+        name: tensor
+        for name, tensor in tensors_of(tmp_path / "pruned").items()
+        if "e_score" not in name
+    }
+    assert estimate.weight_bytes == sum(
+        tensor.nbytes for tensor in tensors.values()
+    )  # without buffers
     assert estimate.disk_bytes["fused experts, copied by the lazy reader"] == 0

@@ -31,7 +31,9 @@ LAYERS = {"pattern": "layers:0.34", "residual_correction": 0.0}
 
 def prune(source: Path, output: Path, dtype: str = "auto", **options) -> PruningReport:
     pruner = FistaPruner(FistaPruningConfig(**options), progress=False)
-    return pruner.prune(str(source), TOKENS.split(4), output_dir=output, device="cpu", dtype=dtype, overwrite=True)
+    return pruner.prune(
+        str(source), TOKENS.split(4), output_dir=output, device="cpu", dtype=dtype, overwrite=True
+    )
 
 
 def logits_of(folder: Path) -> Tensor:
@@ -50,7 +52,9 @@ def raw(tensor: Tensor) -> Tensor:
 def add_last_layer(folder: Path, number: int) -> Path:
     """Store the decoder layer of this number, the last one, once more: as a layer that predicts more tokens."""
     tensors, last = load_file(folder / "model.safetensors"), f"layers.{number}."
-    tensors |= {n.replace(last, f"layers.{number + 1}."): t.clone() for n, t in tensors.items() if last in n}
+    tensors |= {
+        n.replace(last, f"layers.{number + 1}."): t.clone() for n, t in tensors.items() if last in n
+    }
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -73,7 +77,12 @@ def fp8_with_more_tokens(folder: Path) -> Path:
         ("qwen3", {"pattern": "heads:0.5", "method": "wanda"}),
         *(
             (family, {"pattern": "experts:0.25", "expert_refit": False})
-            for family in ("mixtral", "gpt_oss", "llama4_text", "ernie4_5_moe")  # the last has biases [1, experts]
+            for family in (
+                "mixtral",
+                "gpt_oss",
+                "llama4_text",
+                "ernie4_5_moe",
+            )  # the last has biases [1, experts]
         ),
     ],
 )
@@ -119,7 +128,9 @@ def test_layers_go_from_a_quantized_model_that_stays_quantized(tmp_path, write):
     for name in after:
         number = next((number for number in old if number in name), "-")
         assert after[name].equals(before[name.replace(number, old.get(number, "-"))]), name
-    assert len(after) == len([n for n in before if "layers." not in n or any(number in n for number in old.values())])
+    assert len(after) == len(
+        [n for n in before if "layers." not in n or any(number in n for number in old.values())]
+    )
     if write is fp8_with_more_tokens:
         assert [*report.model["copied"]] == ["model.layers.3"]
         gates = {f"model.layers.{new}.mlp.gate" for new, number in enumerate(stay) if number}
@@ -132,11 +143,23 @@ def test_what_recover_makes_of_a_quantized_model_is_not_quantized(tmp_path):
     tiny_tokenizer().save_pretrained(fp8_with_more_tokens(source := tmp_path / "source"))
     prune(source, tmp_path / "out", **LAYERS)
     (text := tmp_path / "text.txt").write_text(TEXT)
-    sizes = {"tokens": 256, "sequence_length": 16, "held_out": 4, "device": "cpu", "progress": False}
+    sizes = {
+        "tokens": 256,
+        "sequence_length": 16,
+        "held_out": 4,
+        "device": "cpu",
+        "progress": False,
+    }
     recover(tmp_path / "out", source, tmp_path / "trained", calibration=str(text), **sizes)
     before, after = read_stored(tmp_path / "out"), read_stored(tmp_path / "trained")
-    dtypes = {name: tensor.dtype.replace("F8_E4M3", "BF16") for name, tensor in before.items() if "scale" not in name}
-    assert {name: tensor.dtype for name, tensor in after.items()} == dtypes  # the layer for more tokens included
+    dtypes = {
+        name: tensor.dtype.replace("F8_E4M3", "BF16")
+        for name, tensor in before.items()
+        if "scale" not in name
+    }
+    assert {
+        name: tensor.dtype for name, tensor in after.items()
+    } == dtypes  # the layer for more tokens included
 
 
 def test_a_killed_run_or_a_full_disk_loses_no_stored_tensor(tmp_path, monkeypatch):
@@ -150,7 +173,9 @@ def test_a_killed_run_or_a_full_disk_loses_no_stored_tensor(tmp_path, monkeypatc
         flush(path)
 
     monkeypatch.setattr(writing, "flush", full)
-    with pytest.raises(OSError, match=r"No space left on device.*: 3 of 3 decoder layers are finished"):
+    with pytest.raises(
+        OSError, match=r"No space left on device.*: 3 of 3 decoder layers are finished"
+    ):
         prune(source, tmp_path / "0", **LAYERS)
     monkeypatch.undo()
     for number in (0, 12):
@@ -163,7 +188,9 @@ def test_a_killed_run_or_a_full_disk_loses_no_stored_tensor(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("place", ["files", "memory"])
-@pytest.mark.parametrize(("preset", "is_read"), [("", True), ("FP8_DYNAMIC", True), ("W4A16", False)])
+@pytest.mark.parametrize(
+    ("preset", "is_read"), [("", True), ("FP8_DYNAMIC", True), ("W4A16", False)]
+)
 def test_a_quantized_layer_that_is_not_loaded_is_dequantized_or_named_if_the_result_is_dense(
     tmp_path, place, preset, is_read
 ):
@@ -183,11 +210,16 @@ def test_a_quantized_layer_that_is_not_loaded_is_dequantized_or_named_if_the_res
     dense.save_pretrained(tmp_path / "dense")
     expected, found = (tensors_of(tmp_path / name) for name in ("dense", "out"))
     more = {name: tensor for name, tensor in expected.items() if f"layers.{last}." in name}
-    copied = {name.replace(f"layers.{last}.", f"layers.{last + 1}."): tensor for name, tensor in more.items()}
+    copied = {
+        name.replace(f"layers.{last}.", f"layers.{last + 1}."): tensor
+        for name, tensor in more.items()
+    }
     assert found.keys() == expected.keys() | (copied if is_read else {}).keys()
     assert not is_read or all(torch.equal(found[name], tensor) for name, tensor in copied.items())
     assert [*report.model["copied" if is_read else "lacks"]] == [f"model.layers.{last + 1}"]
-    assert is_read or any(f"layers.{last + 1} (" in said and "they are quantized" in said for said in report.warnings)
+    assert is_read or any(
+        f"layers.{last + 1} (" in said and "they are quantized" in said for said in report.warnings
+    )
     assert verify_checkpoint(tmp_path / "out", dense=source).num_equal
 
 
@@ -205,11 +237,22 @@ def test_a_quantized_layer_that_is_not_loaded_is_dequantized_or_named_if_the_res
 def test_patterns_of_numbered_layers_are_refused_if_layers_go(tmp_path, entry, is_refused):
     source = fp8_with_more_tokens(tmp_path / "source")
     other = {"mtp.layers.0.fc.weight": torch.ones(2, 2)}
-    save_file(load_file(source / "model.safetensors") | other, source / "model.safetensors", {"format": "pt"})
+    save_file(
+        load_file(source / "model.safetensors") | other,
+        source / "model.safetensors",
+        {"format": "pt"},
+    )
     config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] |= {"ignore": ["model.layers.1.mlp.gate"], "groups": {"one": {"targets": [entry]}}}
+    config["quantization_config"] |= {
+        "ignore": ["model.layers.1.mlp.gate"],
+        "groups": {"one": {"targets": [entry]}},
+    }
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="names decoder layers by number in") if is_refused else nullcontext():
+    with (
+        pytest.raises(ValueError, match="names decoder layers by number in")
+        if is_refused
+        else nullcontext()
+    ):
         prune(source, tmp_path / "out", **LAYERS)
     assert (tmp_path / "out").exists() != is_refused
 
@@ -219,7 +262,12 @@ def test_patterns_of_numbered_layers_are_refused_if_layers_go(tmp_path, entry, i
     [
         ("channels:0.25", 8, "mlp.down_proj", 1),
         ("heads:0.5", 8, "kv_b_proj", 24),
-        ("heads:0.5", 12, "kv_b_proj", 28),  # 56 rows in blocks of 16, 16, 16 and 8: two scales for each head
+        (
+            "heads:0.5",
+            12,
+            "kv_b_proj",
+            28,
+        ),  # 56 rows in blocks of 16, 16, 16 and 8: two scales for each head
     ],
 )
 def test_scales_that_would_be_cut_are_refused(tmp_path, pattern, nope, tensor, gone):
@@ -234,7 +282,9 @@ def test_scales_that_would_be_cut_are_refused(tmp_path, pattern, nope, tensor, g
 def test_packed_numbers_are_not_cut(tmp_path):
     pytest.importorskip("compressed_tensors")
     source = compressed_qwen3_moe(tmp_path / "source", "W4A16")
-    with pytest.raises(ValueError, match="weight_shape is of a packed weight, which can't be cut: pass another"):
+    with pytest.raises(
+        ValueError, match="weight_shape is of a packed weight, which can't be cut: pass another"
+    ):
         prune(source, tmp_path / "out", pattern="heads:0.5", method="wanda")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -258,15 +308,27 @@ def test_dtypes_are_those_of_the_files(tmp_path, pattern):
     source = tmp_path / "source"
     tiny_model("deepseek_v3").bfloat16().save_pretrained(source)
     before = load_file(source / "model.safetensors")
-    exact = ("norm.weight", "gate.weight", "e_score_correction_bias", "self_attn.o_proj.weight", "tokens.weight")
+    exact = (
+        "norm.weight",
+        "gate.weight",
+        "e_score_correction_bias",
+        "self_attn.o_proj.weight",
+        "tokens.weight",
+    )
     for name in (name for name in before if name.endswith(exact)):
         before[name] = before[name].float() + 1e-5 * torch.randn(before[name].shape)
     save_file(before, source / "model.safetensors", {"format": "pt"})
     report = prune(source, tmp_path / "out", pattern=pattern)
     after = tensors_of(tmp_path / "out")
     assert all(tensor.dtype == before[name].dtype for name, tensor in after.items())
-    kept = {f"{m.name.removesuffix('experts')}gate.weight": list(m.groups_kept) for m in report.mixtures}
-    for name in (name for name in after if name.endswith(exact) and "o_proj" not in name and "bias" not in name):
+    kept = {
+        f"{m.name.removesuffix('experts')}gate.weight": list(m.groups_kept) for m in report.mixtures
+    }
+    for name in (
+        name
+        for name in after
+        if name.endswith(exact) and "o_proj" not in name and "bias" not in name
+    ):
         assert torch.equal(after[name], before[name][kept.get(name, slice(None))]), name
     assert report.environment["written"] == "in the dtypes of the files"
     pruner = FistaPruner(FistaPruningConfig(pattern=pattern), progress=False)
@@ -277,4 +339,7 @@ def test_dtypes_are_those_of_the_files(tmp_path, pattern):
     pruner.save_pretrained(model.float(), tmp_path / "float32")
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "float32").values()} == {torch.float32}
     prune(source, tmp_path / "asked", dtype="bfloat16", pattern=pattern)
-    assert {tensor.dtype for tensor in tensors_of(tmp_path / "asked").values()} == {torch.bfloat16, torch.float32}
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "asked").values()} == {
+        torch.bfloat16,
+        torch.float32,
+    }

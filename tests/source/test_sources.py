@@ -52,7 +52,9 @@ def prune_both(source: Path, tmp_path: Path, **options):
     pruner.save_pretrained(model, tmp_path / "in memory")
     pruner.prune(source, tiny_tokens().split(4), output_dir=tmp_path / "from files")
     folders = tmp_path / "in memory", tmp_path / "from files"
-    assert verify_checkpoint(folders[0]).num_parameters == verify_checkpoint(folders[1]).num_parameters
+    assert (
+        verify_checkpoint(folders[0]).num_parameters == verify_checkpoint(folders[1]).num_parameters
+    )
     ids = tiny_tokens()
     logits = [AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in folders]
     assert torch.equal(*logits)
@@ -72,12 +74,16 @@ def test_a_head_of_its_own_is_kept_although_the_configuration_calls_it_tied(tmp_
         assert torch.equal(tensors[HEAD], tensors[EMBEDDING] * 1.5 + 0.1)
 
 
-@pytest.mark.parametrize("take", [dict.get, dict.pop], ids=["stored twice", "stored without the embedding"])
+@pytest.mark.parametrize(
+    "take", [dict.get, dict.pop], ids=["stored twice", "stored without the embedding"]
+)
 def test_a_tied_head_counts_once(tmp_path, take):
     def change(tensors):
         tensors[HEAD] = take(tensors, EMBEDDING).clone()
 
-    in_memory, from_files = map(tensors_of, prune_both(tied_folder(tmp_path / "source", change), tmp_path))
+    in_memory, from_files = map(
+        tensors_of, prune_both(tied_folder(tmp_path / "source", change), tmp_path)
+    )
     assert in_memory.keys() == from_files.keys()
     assert HEAD not in from_files
 
@@ -97,7 +103,14 @@ BESIDE = {
 def folder_with_code(folder: Path) -> Path:
     """A Llama with `BESIDE`, whose configuration names code of its own, and with files that are not to be copied."""
     save_tiny_folder(folder)
-    others = ["README.md", ".git/config", "original/params.json", "model-mtp.safetensors", "model.onnx", "old.gguf"]
+    others = [
+        "README.md",
+        ".git/config",
+        "original/params.json",
+        "model-mtp.safetensors",
+        "model.onnx",
+        "old.gguf",
+    ]
     for name, text in {**BESIDE, **dict.fromkeys(others, "---\nlicense: mit\n---\n")}.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
@@ -151,7 +164,9 @@ def test_small_files_of_the_hub_are_fetched(hub, tmp_path):
     assert not any(request.endswith("onnx") or "/original/" in request for request in hub.requests)
 
 
-def folder_with_more_tokens(folder: Path, family: str = "deepseek_v3") -> tuple[Path, dict[str, Tensor]]:
+def folder_with_more_tokens(
+    folder: Path, family: str = "deepseek_v3"
+) -> tuple[Path, dict[str, Tensor]]:
     """A tiny model of four decoder layers whose files hold more than its class loads; returns also what that is.
 
     These are a layer that predicts more tokens, of the last decoder layer's shapes, a head in float8, and a buffer.
@@ -160,7 +175,11 @@ def folder_with_more_tokens(folder: Path, family: str = "deepseek_v3") -> tuple[
     tiny_model(family, **settings).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     tensors, last = load_file(folder / "model.safetensors"), "model.layers.3."
-    more = {f"model.layers.4.{n.removeprefix(last)}": t.bfloat16() for n, t in tensors.items() if n.startswith(last)}
+    more = {
+        f"model.layers.4.{n.removeprefix(last)}": t.bfloat16()
+        for n, t in tensors.items()
+        if n.startswith(last)
+    }
     beside = {"eh_proj": (32, 64), "enorm": (32,), "hnorm": (32,), "shared_head.norm": (32,)}
     beside |= {"shared_head.head": (64, 32), "embed_tokens": (64, 32)}
     more |= {f"model.layers.4.{name}.weight": torch.randn(shape) for name, shape in beside.items()}
@@ -172,14 +191,20 @@ def folder_with_more_tokens(folder: Path, family: str = "deepseek_v3") -> tuple[
 
 
 @pytest.mark.parametrize("place", ["files", "packed", "memory", "recovered"])
-@pytest.mark.parametrize("pattern", ["unstructured", "channels:0.25", "layers:0.25", "experts:0.25"])
+@pytest.mark.parametrize(
+    "pattern", ["unstructured", "channels:0.25", "layers:0.25", "experts:0.25"]
+)
 def test_tensors_that_the_class_does_not_load_are_copied(tmp_path, pattern, place):
     if place in ("packed", "recovered") and pattern != "unstructured":
         pytest.skip("a smaller model is not packed, and recover trains weights beside zeros")
     family = "glm4_moe" if place in ("packed", "memory") else "deepseek_v3"
     (source, more), output = folder_with_more_tokens(tmp_path / "source", family), tmp_path / "out"
     pruner = FistaPruner(FistaPruningConfig(pattern=pattern, method="wanda"), progress=False)
-    lost = {name for name in more if name.startswith("model.layers.4.")} if pattern == "experts:0.25" else set()
+    lost = (
+        {name for name in more if name.startswith("model.layers.4.")}
+        if pattern == "experts:0.25"
+        else set()
+    )
     batches, said = tiny_tokens().split(4), r"not in the pruned model: model\.layers\.4 "
     with pytest.warns(UserWarning, match=said) if lost else nullcontext():
         if place == "memory":
@@ -190,7 +215,11 @@ def test_tensors_that_the_class_does_not_load_are_copied(tmp_path, pattern, plac
     stay = report.model.get("layers_kept", range(4))
     moved = {f"layers.{old}.": f"layers.{new}." for new, old in enumerate((*stay, 4))}
     gone = {name for name in more if "layers.0." in name and 0 not in stay}
-    assert [*report.model["copied"].values()] == [1, 1] if lost else [len(more) - 2, 1, 1][: 2 + (not gone)]
+    assert (
+        [*report.model["copied"].values()] == [1, 1]
+        if lost
+        else [len(more) - 2, 1, 1][: 2 + (not gone)]
+    )
     if place == "recovered":
         (text := tmp_path / "text.txt").write_text(TEXT)
         sizes = {"tokens": 256, "sequence_length": 16, "held_out": 4, "progress": False}
@@ -211,7 +240,16 @@ def test_tensors_that_the_class_does_not_load_are_copied(tmp_path, pattern, plac
 def test_what_is_copied_is_said_before_and_after_a_run(tmp_path, capsys):
     source, _ = folder_with_more_tokens(tmp_path / "source")
     (text := tmp_path / "text.txt").write_text(TEXT)
-    command = ["prune", str(source), "-o", str(tmp_path / "out"), "--method", "wanda", "--calibration", str(text)]
+    command = [
+        "prune",
+        str(source),
+        "-o",
+        str(tmp_path / "out"),
+        "--method",
+        "wanda",
+        "--calibration",
+        str(text),
+    ]
     command += ["--num-samples", "4", "--sequence-length", "16", "--device", "cpu"]
     copied = "35 tensors that the model's class does not load are copied: model.layers."
     lost = "not in the pruned model: model.layers.4 (33 tensors: parts that decoder layers lose would have to go there"
@@ -230,7 +268,9 @@ def test_a_model_whose_files_have_changed_is_not_saved_with_wrong_tensors(tmp_pa
     pruner.prune(model, tiny_tokens().split(4))
     add_tensors(tmp_path / "source", "another.weight")  # the bytes of the first are elsewhere now
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"model\.safetensors' changed or went during the run or after it"):
+        with pytest.raises(
+            ValueError, match=r"model\.safetensors' changed or went during the run or after it"
+        ):
             pruner.save_pretrained(model, tmp_path / "out")
         (tmp_path / "source" / "model.safetensors").unlink(missing_ok=True)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -240,7 +280,11 @@ def test_tensors_that_are_there_twice_are_refused(tmp_path):
     model = tiny_llama()
     model.save_pretrained(tmp_path / "one")
     tensors = load_file(tmp_path / "one" / "model.safetensors")
-    save_file(tensors | {"norm.weight": torch.zeros(32)}, tmp_path / "one" / "model.safetensors", {"format": "pt"})
+    save_file(
+        tensors | {"norm.weight": torch.zeros(32)},
+        tmp_path / "one" / "model.safetensors",
+        {"format": "pt"},
+    )
     model.save_pretrained(tmp_path / "two", max_shard_size="20KB")
     first, last, *_ = sorted((tmp_path / "two").glob("*.safetensors"))
     name = next(iter(load_file(first)))
@@ -248,12 +292,22 @@ def test_tensors_that_are_there_twice_are_refused(tmp_path):
     scale = "model.layers.1.mlp.experts.0.up_proj.weight_scale_inv"
     tensors = load_file(fp8_deepseek(tmp_path / "fp8") / "model.safetensors")
     (tmp_path / "fp8" / "model.safetensors").rename(tmp_path / "fp8" / "all.safetensors")
-    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "all.safetensors") | {scale: "more.safetensors"}}
+    index = {
+        "metadata": {},
+        "weight_map": dict.fromkeys(tensors, "all.safetensors") | {scale: "more.safetensors"},
+    }
     (tmp_path / "fp8" / "model.safetensors.index.json").write_text(json.dumps(index))
     save_file({scale: tensors[scale] * 2}, tmp_path / "fp8" / "more.safetensors", {"format": "pt"})
     save_llava_folder(tmp_path / "llava")
-    tensors, norm = load_file(tmp_path / "llava" / "model.safetensors"), "language_model.norm.weight"
-    save_file(tensors | {f"model.{norm}": torch.ones(32)}, tmp_path / "llava" / "model.safetensors", {"format": "pt"})
+    tensors, norm = (
+        load_file(tmp_path / "llava" / "model.safetensors"),
+        "language_model.norm.weight",
+    )
+    save_file(
+        tensors | {f"model.{norm}": torch.ones(32)},
+        tmp_path / "llava" / "model.safetensors",
+        {"format": "pt"},
+    )
     pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
     for folder, said in (
         ("one", r"norm\.weight .* model\.norm\.weight .*, with different values"),
@@ -272,7 +326,9 @@ def test_files_that_no_longer_fit_a_model_in_memory_are_named(tmp_path):
     (source / "model.safetensors").unlink()  # which the model still maps
     (source / "model.safetensors").write_bytes(b"no weights")
     with warnings.catch_warnings(action="ignore"):
-        report = FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(model, tiny_tokens().split(4))
+        report = FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(
+            model, tiny_tokens().split(4)
+        )
     ((what, why),) = report.model["lacks"].items()
     assert str(source) in what
     assert "can't be read" in why
@@ -284,7 +340,9 @@ def test_binary_files_are_read_too(tmp_path, zipped):
     model = tiny_llama()
     model.config.save_pretrained(tmp_path / "source")
     tensors = model.state_dict() | {"v_head.weight": torch.arange(2.0)}
-    torch.save(tensors, tmp_path / "source" / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        tensors, tmp_path / "source" / "pytorch_model.bin", _use_new_zipfile_serialization=zipped
+    )
     pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
     pruner.prune(tmp_path / "source", tiny_tokens().split(4), output_dir=tmp_path / "out")
     assert torch.equal(tensors_of(tmp_path / "out")["v_head.weight"], torch.arange(2.0))

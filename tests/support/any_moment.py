@@ -31,7 +31,9 @@ def assert_near(model, report, expected, expected_report):
     pairs = zip(model.parameters(), expected.parameters(), strict=True)
     difference = sum(float((a - b).detach().norm() ** 2) for a, b in pairs)
     assert difference < 1e-4 * sum(float(p.detach().norm() ** 2) for p in expected.parameters())
-    assert [layer.name for layer in report.layers] == [layer.name for layer in expected_report.layers]
+    assert [layer.name for layer in report.layers] == [
+        layer.name for layer in expected_report.layers
+    ]
     for ours, theirs in zip(report.operators, expected_report.operators, strict=True):
         assert ours.name == theirs.name
         assert ours.fit_error == pytest.approx(theirs.fit_error, rel=1e-2)

@@ -28,6 +28,7 @@ def commands(page: Path) -> list[str]:
             joined = re.sub(r"\\\n\s*", "", re.sub(r"(^|\s)#.*", "", text))
             lines += [line.strip() for line in joined.splitlines() if line.strip()]
     inline = re.findall(
-        r"`(optimum-fista \w+ [^`.]+)`", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+        r"`(optimum-fista \w+ [^`.]+)`",
+        re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S),
     )
     return lines + inline

@@ -102,7 +102,9 @@ def family_batches(model: PreTrainedModel) -> list[dict[str, Tensor]]:
 def logits(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
     """Logits [batch, sequence, vocabulary] of the calibration tokens, or of other inputs."""
     with torch.no_grad():
-        return model(**(inputs or {"input_ids": torch.cat(family_tokens())}), use_cache=False).logits
+        return model(
+            **(inputs or {"input_ids": torch.cat(family_tokens())}), use_cache=False
+        ).logits
 
 
 def try_family(family: str, folder: Path, *, multimodal: bool = False) -> Outcome:
@@ -111,9 +113,15 @@ def try_family(family: str, folder: Path, *, multimodal: bool = False) -> Outcom
     A multimodal model is also pruned from its files, and compared on images and sounds. One that does not run on text
     alone is calibrated on images, too.
     """
-    name, inputs, outcome = "", dict[str, dict[str, Tensor]](), partial(Outcome, family, multimodal=multimodal)
+    name, inputs, outcome = (
+        "",
+        dict[str, dict[str, Tensor]](),
+        partial(Outcome, family, multimodal=multimodal),
+    )
     try:
-        model = family_model(family, kind=AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM)
+        model = family_model(
+            family, kind=AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM
+        )
         if multimodal:
             name = type(model).__name__
             find_decoder_layers(model)
@@ -121,23 +129,34 @@ def try_family(family: str, folder: Path, *, multimodal: bool = False) -> Outcom
         dense = logits(model, **batches[0])
     except UnsupportedArchitectureError as error:
         return outcome(name, "refused", reason=_first_sentence(error))
-    except Exception as error:  # whatever a family of Transformers raises on a default configuration
+    except (
+        Exception
+    ) as error:  # whatever a family of Transformers raises on a default configuration
         return outcome("", "not built", reason=_first_sentence(error))
     name = type(model).__name__
     assert bool(torch.isfinite(dense).all())
     try:
         excluded = stacked_weights(model)
         require_same_hidden_states(model, batches[0])
-        by_gradients = FistaPruningConfig(0.2, method="magnitude", error_correction="none", exclude=excluded)
-        assert prune(FistaPruner(by_gradients, progress=False), model, batches).totals["sparsity"] >= 0.19
+        by_gradients = FistaPruningConfig(
+            0.2, method="magnitude", error_correction="none", exclude=excluded
+        )
+        assert (
+            prune(FistaPruner(by_gradients, progress=False), model, batches).totals["sparsity"]
+            >= 0.19
+        )
         corrected = {"error_correction": 0.5, "residual_correction": 1.0, "exclude": excluded}
-        pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="sparsegpt", **corrected), progress=False)
+        pruner = FistaPruner(
+            FistaPruningConfig(pattern="2:4", method="sparsegpt", **corrected), progress=False
+        )
         if multimodal:
             model.save_pretrained(folder.with_name("dense"))
             inputs = multimodal_inputs(model)
         report = prune(pruner, model, batches)
         require_told(model, report, excluded)
-        require_saved(pruner, model, report, folder, {"text": batches[0]} | inputs, own_class=multimodal)
+        require_saved(
+            pruner, model, report, folder, {"text": batches[0]} | inputs, own_class=multimodal
+        )
         if multimodal:
             source = str(folder.with_name("dense"))
             prune(pruner, source, batches, output_dir=folder.with_name("streamed"), device="cpu")
@@ -153,9 +172,17 @@ def try_family(family: str, folder: Path, *, multimodal: bool = False) -> Outcom
 def what_can_go(family: str, *, multimodal: bool = False) -> tuple[str, ...]:
     """The kinds of parts of which half can be removed from a family; the smaller models return finite logits."""
     found = []
-    for part, pattern in (("channels", "channels:0.5/1"), ("heads", "heads:0.5"), ("experts", "experts:0.5")):
-        model = family_model(family, kind=AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM)
-        pruner = FistaPruner(FistaPruningConfig(pattern=pattern, method="magnitude"), progress=False)
+    for part, pattern in (
+        ("channels", "channels:0.5/1"),
+        ("heads", "heads:0.5"),
+        ("experts", "experts:0.5"),
+    ):
+        model = family_model(
+            family, kind=AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM
+        )
+        pruner = FistaPruner(
+            FistaPruningConfig(pattern=pattern, method="magnitude"), progress=False
+        )
         try:
             batches = family_batches(model)
             report = prune(pruner, model, batches)
@@ -169,7 +196,10 @@ def what_can_go(family: str, *, multimodal: bool = False) -> tuple[str, ...]:
 
 
 def prune(
-    pruner: FistaPruner, model: PreTrainedModel | str, batches: list[dict[str, Tensor]], **options: Any
+    pruner: FistaPruner,
+    model: PreTrainedModel | str,
+    batches: list[dict[str, Tensor]],
+    **options: Any,
 ) -> PruningReport:
     with warnings.catch_warnings(), ENOUGH_TOKENS:
         warnings.simplefilter("ignore")  # of too few tokens, and of operators left dense
@@ -194,7 +224,9 @@ def require_same_hidden_states(model: PreTrainedModel, inputs: dict[str, Tensor]
     inside: list[Tensor] = []
     handles = [
         layer.register_forward_hook(
-            lambda _, __, output: inside.append((output[0] if isinstance(output, tuple) else output).clone())
+            lambda _, __, output: inside.append(
+                (output[0] if isinstance(output, tuple) else output).clone()
+            )
         )
         for layer in layers.modules
     ]
@@ -212,7 +244,9 @@ def require_same_hidden_states(model: PreTrainedModel, inputs: dict[str, Tensor]
 def require_told(model: PreTrainedModel, report: PruningReport, excluded: list[str]) -> None:
     """Every operator was pruned, or has a reason to be dense."""
     layers = find_decoder_layers(model)
-    operators = {name for layer in layers for name in find_operators(*layer, dense_experts=excluded)}
+    operators = {
+        name for layer in layers for name in find_operators(*layer, dense_experts=excluded)
+    }
     pruned = {operator.name.removesuffix(".weight") for operator in report.operators}
     assert pruned <= operators
     assert all(report.left_dense[name] for name in operators - pruned)
@@ -227,13 +261,19 @@ def require_same_files(first: Path, second: Path, dense: Path) -> None:
     assert all(torch.equal(tensors[name], before[name]) for name in tensors.keys() - pruned)
     found = [json.loads((folder / "config.json").read_text()) for folder in (first, second, dense)]
     assert found[0] == found[1]
-    assert all(config.pop("fista_pruning") for config in found[1:])  # the dense one had been pruned once as well
+    assert all(
+        config.pop("fista_pruning") for config in found[1:]
+    )  # the dense one had been pruned once as well
     assert found[1] == found[2]
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder's weight files."""
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
 
 
 def require_saved(
@@ -256,22 +296,30 @@ def require_saved(
     except (VerificationError, ValueError) as error:
         raise NotReloaded(str(error)) from error
     if info["missing_keys"]:
-        raise NotReloaded(f"{type(model).__name__} finds {len(info['missing_keys'])} of its tensors under no name")
+        raise NotReloaded(
+            f"{type(model).__name__} finds {len(info['missing_keys'])} of its tensors under no name"
+        )
     assert verified.num_operators == len(report.operators)
     assert verified.num_zeros == report.totals["num_zeros"]
     assert type(again) is type(model)
     # a copy, because loaded tensors lie unaligned in memory, where products may differ in the last bit
     again = copy.deepcopy(again)
-    assert all(torch.equal(logits(again, **form), kept) for form, kept in zip(forms, pruned, strict=True))
+    assert all(
+        torch.equal(logits(again, **form), kept) for form, kept in zip(forms, pruned, strict=True)
+    )
 
 
 def what_stays_dense(report: PruningReport, excluded: list[str]) -> tuple[str, ...]:
     """What is left dense and why, each kind once: names end at the second last dot, without the numbers of layers."""
     reasons: dict[str, set[str]] = {}
-    for name, reason in (report.left_dense | dict.fromkeys(excluded, "many matrices in one parameter")).items():
+    for name, reason in (
+        report.left_dense | dict.fromkeys(excluded, "many matrices in one parameter")
+    ).items():
         short = ".".join([part for part in name.split(".") if not part.isdigit()][-2:])
         reasons.setdefault(reason.partition(" with ")[0], set()).add(short)
-    return tuple(f"{', '.join(sorted(names))}: {reason}" for reason, names in sorted(reasons.items()))
+    return tuple(
+        f"{', '.join(sorted(names))}: {reason}" for reason, names in sorted(reasons.items())
+    )
 
 
 def _first_sentence(error: Exception) -> str:

@@ -14,7 +14,9 @@ _MEASURED = re.compile(r'seconds|_bytes|\| time \||"(total|allocation)": \d')
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -29,7 +31,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     """The weights in the files of a model folder."""
-    return dict(item for file in folder.glob("model*.safetensors") for item in load_file(file).items())
+    return dict(
+        item for file in folder.glob("model*.safetensors") for item in load_file(file).items()
+    )
 
 
 def with_changed_report(folder: Path, copy: Path, edit: Callable[[dict[str, Any]], None]) -> Path:

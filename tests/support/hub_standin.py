@@ -90,7 +90,9 @@ class HubStandIn:
         self.broken: str | None = None
         self.refused_in_cards: list[str] = []
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": self}))
+        self._server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": self})
+        )
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> "HubStandIn":
@@ -116,7 +118,9 @@ class HubStandIn:
                     raise refusal(401, "Invalid credentials in Authorization header")
                 for route, name in ROUTES.items():
                     if match := re.fullmatch(route, request.replace("HEAD", "GET", 1)):
-                        found = {key: unquote(value or "") for key, value in match.groupdict().items()}
+                        found = {
+                            key: unquote(value or "") for key, value in match.groupdict().items()
+                        }
                         return self._dispatch(name, found, body)
                 raise refusal(404, f"The stand-in does not serve {request}")
             except Reply as reply:
@@ -133,16 +137,28 @@ class HubStandIn:
 
     def _check_namespace(self, namespace: str) -> None:
         if namespace != self.user:
-            raise refusal(403, f"You don't have the rights to write under the namespace {namespace!r}")
+            raise refusal(
+                403, f"You don't have the rights to write under the namespace {namespace!r}"
+            )
 
     def _whoami(self, body: bytes) -> Reply:
-        return Reply(200, {"type": "user", "name": self.user, "orgs": [], "auth": {"accessToken": {"role": self.role}}})
+        return Reply(
+            200,
+            {
+                "type": "user",
+                "name": self.user,
+                "orgs": [],
+                "auth": {"accessToken": {"role": self.role}},
+            },
+        )
 
     def _validate_yaml(self, body: bytes) -> Reply:
         metadata = json.loads(body)["content"].split("---")[1]
         refused = [name for name in self.refused_in_cards if name in metadata]
         if refused:
-            return Reply(400, {"errors": [{"message": f'"{refused[0]}" is not allowed'}], "warnings": []})
+            return Reply(
+                400, {"errors": [{"message": f'"{refused[0]}" is not allowed'}], "warnings": []}
+            )
         return Reply(200, {"errors": [], "warnings": []})
 
     def _create(self, body: bytes) -> Reply:
@@ -153,14 +169,18 @@ class HubStandIn:
         reply = {"name": repo_id, "url": f"{self.endpoint}/{repo_id}"}
         if repo_id in self.repositories:
             return Reply(409, {"error": "You already created this model repo", **reply})
-        self.repositories[repo_id] = Repository(repo_id, private=asked.get("visibility") == "private")
+        self.repositories[repo_id] = Repository(
+            repo_id, private=asked.get("visibility") == "private"
+        )
         self.repositories[repo_id].commit("main", {})
         return Reply(200, reply)
 
     def _info(self, repo: Repository, revision: str, body: bytes) -> Reply:
         sha, files = repo.at(revision or "main")
         siblings = [{"rfilename": path} for path in files]
-        return Reply(200, {"id": repo.repo_id, "sha": sha, "private": repo.private, "siblings": siblings})
+        return Reply(
+            200, {"id": repo.repo_id, "sha": sha, "private": repo.private, "siblings": siblings}
+        )
 
     def _tree(self, repo: Repository, revision: str, path: str, body: bytes) -> Reply:
         entries = [
@@ -197,13 +217,17 @@ class HubStandIn:
             elif key != "header":
                 raise refusal(400, f"Cannot apply {key} {value}: absent, or not stored that way")
         sha = repo.commit(revision, files)
-        return Reply(200, {"commitUrl": f"{self.endpoint}/{repo.repo_id}/commit/{sha}", "commitOid": sha})
+        return Reply(
+            200, {"commitUrl": f"{self.endpoint}/{repo.repo_id}/commit/{sha}", "commitOid": sha}
+        )
 
     def _resolve(self, repo: Repository, revision: str, path: str, body: bytes) -> Reply:
         sha, files = repo.at(revision)
         if path not in files:
             raise refusal(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": sha})
-        return Reply(200, files[path], {"X-Repo-Commit": sha, "ETag": f'"{object_id(files[path])}"'})
+        return Reply(
+            200, files[path], {"X-Repo-Commit": sha, "ETag": f'"{object_id(files[path])}"'}
+        )
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -250,16 +274,28 @@ def run_with_hub(hub: HubStandIn, code: str, tmp_path: Path) -> subprocess.Compl
 
     It is forked from one that has imported everything, which takes a fifth of the time.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSF"))}
-    environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf_home"), "HF_TOKEN": "hf_test"}
-    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSF"))
+    }
+    environment |= {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(tmp_path / "hf_home"),
+        "HF_TOKEN": "hf_test",
+    }
+    environment |= {
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
     environment |= {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     # A repository without safetensors of the usual names makes Transformers ask a service on the internet, and wait.
     environment |= {"DISABLE_SAFETENSORS_CONVERSION": "1"}
     return run_code(_CONNECT + textwrap.dedent(code), json.dumps(environment), tmp_path)
 
 
-def assert_pushed(hub: HubStandIn, process: subprocess.CompletedProcess[str], folder: Path, name: str) -> None:
+def assert_pushed(
+    hub: HubStandIn, process: subprocess.CompletedProcess[str], folder: Path, name: str
+) -> None:
     """The process ended with the address of a commit, and the private repository holds what the folder does."""
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines()[-1].startswith(f"{hub.endpoint}/{name}/commit/")

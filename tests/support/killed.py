@@ -10,7 +10,16 @@ import pytest
 
 from optimum_fista.prune.journal import Journal
 
-_CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.mkdir", "os.chmod", "shutil.rmtree"}
+_CHANGES = {
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.mkdir",
+    "os.chmod",
+    "shutil.rmtree",
+}
 _left: list[int] = []
 
 

@@ -37,7 +37,9 @@ def forks() -> Any:
     """The server that processes are forked from."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["launched", "transformers.models.llama.modeling_llama"])
-    with pytest.MonkeyPatch.context() as patched:  # without this some Pythons import nothing, and say nothing
+    with (
+        pytest.MonkeyPatch.context() as patched
+    ):  # without this some Pythons import nothing, and say nothing
         patched.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         forkserver.ensure_running()
     return context
@@ -48,7 +50,9 @@ def launch(count: int, work: Callable[..., Any], *arguments: Any) -> list[BasePr
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [forks().Process(target=_run, args=(r, count, port, work, *arguments)) for r in range(count)]
+    processes = [
+        forks().Process(target=_run, args=(r, count, port, work, *arguments)) for r in range(count)
+    ]
     for process in processes:
         process.start()
     return processes
@@ -76,7 +80,9 @@ def run_code(code: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as streams:
         (exit_code,) = exit_codes([start_code(code, *arguments, streams=Path(streams))])
         assert exit_code is not None
-        return subprocess.CompletedProcess([code], exit_code, *(Path(streams, s).read_text() for s in STREAMS))
+        return subprocess.CompletedProcess(
+            [code], exit_code, *(Path(streams, s).read_text() for s in STREAMS)
+        )
 
 
 STREAMS = ("stdout", "stderr")
@@ -106,7 +112,9 @@ def _torchrun(options: list[str], work: Callable[..., Any], arguments: tuple[Any
     torch_run.run(torch_run.get_args_parser().parse_args([*options, "no script"]))
 
 
-def prune_killed_once(source: Path, output: Path, config: FistaPruningConfig, attempts: Path) -> None:
+def prune_killed_once(
+    source: Path, output: Path, config: FistaPruningConfig, attempts: Path
+) -> None:
     """A rank of a run whose first attempt ends with the death of rank 1 in its second layer."""
     rank, attempt = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
     (attempts / f"{attempt}-{rank}").touch()
@@ -126,7 +134,12 @@ def _run(rank: int, count: int, port: int, work: Callable[..., Any], *arguments:
 
 
 def prune(
-    rank: int, source: Path, output: Path, config: FistaPruningConfig, log: Any = None, tokens: Any = None
+    rank: int,
+    source: Path,
+    output: Path,
+    config: FistaPruningConfig,
+    log: Any = None,
+    tokens: Any = None,
 ) -> None:
     """Prune from files to files; what goes wrong is written to `log` followed by the rank."""
     try:
@@ -187,7 +200,10 @@ def recover_together(rank: int, calls: list[dict[str, Any]], log: Path) -> None:
         how, victim, last = given.get("stop", (None, None, None))
         given |= given.pop("rank_1", {}) if rank else {}
         sharded = given.get("sharded", False)
-        wrapping = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+        wrapping = {
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_RESHARD_AFTER_FORWARD": "true",
+        }
         os.environ.update({"ACCELERATE_USE_FSDP": str(sharded), "FSDP_VERSION": "2"} | wrapping)
 
         def started(self: Any, *found: Any, sharded: bool = sharded, **named: Any) -> None:
@@ -198,10 +214,18 @@ def recover_together(rank: int, calls: list[dict[str, Any]], log: Path) -> None:
         PartialState.__init__ = started  # type: ignore[method-assign]
 
         def stopped(
-            self: Any, *found: Any, how: Any = how, at: Any = (victim, last), sharded: bool = sharded, **named: Any
+            self: Any,
+            *found: Any,
+            how: Any = how,
+            at: Any = (victim, last),
+            sharded: bool = sharded,
+            **named: Any,
         ) -> None:
             on_step_end(self, *found, **named)
-            assert all(isinstance(parameter, DTensor) == sharded for parameter in named["model"].parameters())
+            assert all(
+                isinstance(parameter, DTensor) == sharded
+                for parameter in named["model"].parameters()
+            )
             if (rank, found[1].global_step) == at and how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             if (rank, found[1].global_step) == at:
@@ -210,10 +234,18 @@ def recover_together(rank: int, calls: list[dict[str, Any]], log: Path) -> None:
         distillation.Watch.on_step_end = stopped  # type: ignore[method-assign]
         distillation._SAVE_SECONDS = -1.0 if how else 120.0
         try:
-            recover(**{name: value for name, value in given.items() if name not in ("stop", "sharded", "rank_1")})
+            recover(
+                **{
+                    name: value
+                    for name, value in given.items()
+                    if name not in ("stop", "sharded", "rank_1")
+                }
+            )
         except Exception as error:
             codes.add(3)
-            log.with_name(f"{log.name}-{number}-{rank}").write_text(f"{type(error).__name__}: {error}")
+            log.with_name(f"{log.name}-{number}-{rank}").write_text(
+                f"{type(error).__name__}: {error}"
+            )
     raise SystemExit(max(codes))
 
 
@@ -224,10 +256,14 @@ def train_sharded(rank: int, folder: Path) -> None:
         for module in (*sharded.model.layers, sharded):
             fully_shard(module)
         assert 2 * sum(p.to_local().numel() for p in sharded.parameters()) == whole.num_parameters()
-        with pytest.raises(ValueError, match="is sharded, so its zeros are not all here: pass the folder"):
+        with pytest.raises(
+            ValueError, match="is sharded, so its zeros are not all here: pass the folder"
+        ):
             find_masks(sharded)
         for model in (whole, sharded):
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, fused=model is sharded)
+            optimizer = torch.optim.AdamW(
+                model.parameters(), lr=1e-2, weight_decay=0.1, fused=model is sharded
+            )
             masks = find_masks(model, folder)
             with masked_training(model, folder):
                 for ids in tiny_tokens().split(4):
@@ -243,13 +279,24 @@ def train_sharded(rank: int, folder: Path) -> None:
                 assert len(masks) == 14
                 for name, mask in masks.items():
                     state = optimizer.state[model.get_parameter(name)]
-                    for value in (model.get_parameter(name).data, state["exp_avg"], state["exp_avg_sq"]):
+                    for value in (
+                        model.get_parameter(name).data,
+                        state["exp_avg"],
+                        state["exp_avg_sq"],
+                    ):
                         assert not local(value)[~mask].any()
-        with pytest.raises(ValueError, match=r"model has sharded weights: put them together by .*get_model_state_dict"):
+        with pytest.raises(
+            ValueError,
+            match=r"model has sharded weights: put them together by .*get_model_state_dict",
+        ):
             save_masked(sharded, folder.with_name("sharded"), folder)
-        together = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        together = get_model_state_dict(
+            sharded, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
         for name, weight in together.items():
-            torch.testing.assert_close(weight, whole.get_parameter(name).detach(), rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(
+                weight, whole.get_parameter(name).detach(), rtol=1e-3, atol=1e-4
+            )
         assert ranks.index or len(together) == len(whole.state_dict())
 
 
@@ -259,6 +306,8 @@ def train_and_recover(rank: int, folder: Path, *arguments: Any) -> None:
     recover_together(rank, *arguments)
 
 
-def prune_other_tokens(rank: int, source: Path, output: Path, config: FistaPruningConfig, log: Path) -> None:
+def prune_other_tokens(
+    rank: int, source: Path, output: Path, config: FistaPruningConfig, log: Path
+) -> None:
     """Prune with calibration batches that differ by rank, as a sharded loader gives them."""
     prune(rank, source, output, config, log, tiny_tokens()[rank::2])

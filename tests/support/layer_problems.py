@@ -19,7 +19,9 @@ class Example:
 
     def squared_error(self, weight: Tensor) -> float:
         """`|| W* X* - Y ||_F^2` from the activations, in float64."""
-        return float((self.inputs.double() @ weight.double().T - self.outputs.double()).square().sum())
+        return float(
+            (self.inputs.double() @ weight.double().T - self.outputs.double()).square().sum()
+        )
 
 
 def correlated_inputs(
@@ -54,5 +56,7 @@ def example(
     statistics = InputStatistics(inputs.T @ inputs, tokens, inputs.mean(0))
     problem = LayerProblem(weight, statistics)
     if corrected:
-        problem = LayerProblem(weight, statistics, outputs.T @ inputs, outputs.double().square().sum(0))
+        problem = LayerProblem(
+            weight, statistics, outputs.T @ inputs, outputs.double().square().sum(0)
+        )
     return Example(weight, inputs, outputs, problem)

@@ -18,20 +18,42 @@ from transformers import (
 )
 
 VOCAB_SIZE, IMAGE = 64, 60
-_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 _TEXT = _SIZES | {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 8}
 _TEXT |= {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 64, "pad_token_id": 0}
 _VISION = _SIZES | {"image_size": 8, "patch_size": 4}
-_QWEN = {"depth": 3, "num_heads": 2, "patch_size": 2, "temporal_patch_size": 1, "out_hidden_size": 32, **_SIZES}
+_QWEN = {
+    "depth": 3,
+    "num_heads": 2,
+    "patch_size": 2,
+    "temporal_patch_size": 1,
+    "out_hidden_size": 32,
+    **_SIZES,
+}
 _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 _TOKENS = {"video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
 _SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
-_AUDIO = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "num_mel_bins": 4}
+_AUDIO = {
+    "d_model": 16,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "num_mel_bins": 4,
+}
 # settings of the text model and of the vision encoder, and others
 _CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "qwen2_5_vl": (_ROPE, _QWEN | {"fullatt_block_indexes": [1]}, _TOKENS),
     "qwen3_vl": (_ROPE, _QWEN | {"deepstack_visual_indexes": [0, 1]}, _TOKENS),
-    "llava": ({"model_type": "llama"}, _VISION | {"model_type": "clip_vision_model"}, {"vision_feature_layer": -1}),
+    "llava": (
+        {"model_type": "llama"},
+        _VISION | {"model_type": "clip_vision_model"},
+        {"vision_feature_layer": -1},
+    ),
     "smolvlm": ({"model_type": "llama"}, _VISION, {"scale_factor": 2}),
     "gemma3": (_SLIDING, _VISION, {"mm_tokens_per_image": 4}),
     "mistral3": (
@@ -39,13 +61,23 @@ _CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         _VISION | {"model_type": "pixtral", "head_dim": 8},
         {"spatial_merge_size": 1, "vision_feature_layer": -1},
     ),
-    "internvl": ({"model_type": "qwen2"}, _VISION | {"image_size": [8, 8], "patch_size": [4, 4]}, {}),
-    "qwen2_audio": ({}, {}, {"audio_config": _AUDIO | {"max_source_positions": 8}, "audio_token_index": IMAGE}),
+    "internvl": (
+        {"model_type": "qwen2"},
+        _VISION | {"image_size": [8, 8], "patch_size": [4, 4]},
+        {},
+    ),
+    "qwen2_audio": (
+        {},
+        {},
+        {"audio_config": _AUDIO | {"max_source_positions": 8}, "audio_token_index": IMAGE},
+    ),
 }
 MEDIA_FAMILIES = tuple(_CONFIGS)
 MARK = tiny_tokenizer().convert_ids_to_tokens(IMAGE)
 _TEMPLATE = (
-    "{% for message in messages %}{% for part in message['content'] %}{{ '" + MARK + "' if part.type == 'image' else "
+    "{% for message in messages %}{% for part in message['content'] %}{{ '"
+    + MARK
+    + "' if part.type == 'image' else "
     "part.text }}{% endfor %}{% endfor %}"  # of strings it makes nothing, as that of LLaVA
 )
 _TOKENS_OF_IMAGE = {"smolvlm": 1, "internvl": 1}  # all others have 4
@@ -56,7 +88,11 @@ def media_model(family: str, seed: int = 0) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         text, vision, others = _CONFIGS[family]
-        settings = {"text_config": _TEXT | text, "image_token_id": IMAGE, "tie_word_embeddings": False} | others
+        settings = {
+            "text_config": _TEXT | text,
+            "image_token_id": IMAGE,
+            "tie_word_embeddings": False,
+        } | others
         settings |= {"vision_config": vision} if vision else {}
         config = CONFIG_MAPPING[family](**settings)
         model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32).eval()
@@ -69,17 +105,29 @@ def save_llava_folder(folder: Path) -> Path:
     media_model("llava").save_pretrained(folder)
     size: Any = {"height": 8, "width": 8}
     images = CLIPImageProcessorPil(size=size, crop_size=size)
-    names: Any = {"image_token": MARK, "num_additional_image_tokens": 0, "vision_feature_select_strategy": "full"}
-    LlavaProcessor(images, tiny_tokenizer(), patch_size=4, chat_template=_TEMPLATE, **names).save_pretrained(folder)
+    names: Any = {
+        "image_token": MARK,
+        "num_additional_image_tokens": 0,
+        "vision_feature_select_strategy": "full",
+    }
+    LlavaProcessor(
+        images, tiny_tokenizer(), patch_size=4, chat_template=_TEMPLATE, **names
+    ).save_pretrained(folder)
     return folder
 
 
-def media_batch(family: str, images: tuple[int, ...] = (1,), *, seed: int = 0, padding: int = 0) -> dict[str, Tensor]:
+def media_batch(
+    family: str, images: tuple[int, ...] = (1,), *, seed: int = 0, padding: int = 0
+) -> dict[str, Tensor]:
     """A batch as the family's processor makes it: a sequence for each entry of `images`, with so many images.
 
     The first sequence has `padding` tokens fewer than the others, and that much padding on its left.
     """
-    random, count, size = torch.Generator().manual_seed(seed), sum(images), _TOKENS_OF_IMAGE.get(family, 4)
+    random, count, size = (
+        torch.Generator().manual_seed(seed),
+        sum(images),
+        _TOKENS_OF_IMAGE.get(family, 4),
+    )
     rows = []
     length = 12 + max(images) * (size + 1)
     for row, number in enumerate(images):
@@ -92,7 +140,10 @@ def media_batch(family: str, images: tuple[int, ...] = (1,), *, seed: int = 0, p
     types = (ids == IMAGE).long()
     if family == "qwen2_audio":
         sounds = torch.randn(count, 4, 16, generator=random)  # [sounds, mel bins, frames]
-        return batch | {"input_features": sounds, "feature_attention_mask": torch.ones(count, 16).long()}
+        return batch | {
+            "input_features": sounds,
+            "feature_attention_mask": torch.ones(count, 16).long(),
+        }
     if family.startswith("qwen"):
         grid = torch.tensor([[1, 4, 4]] * count)
         patches = torch.randn(16 * count, 12, generator=random)
@@ -103,7 +154,10 @@ def media_batch(family: str, images: tuple[int, ...] = (1,), *, seed: int = 0, p
         pixels = torch.zeros(len(images), max(images), 3, 8, 8)
         for row, own in enumerate(split):
             pixels[row, : len(own)] = own
-        return batch | {"pixel_values": pixels, "pixel_attention_mask": torch.ones(*pixels.shape[:2], 8, 8).long()}
+        return batch | {
+            "pixel_values": pixels,
+            "pixel_attention_mask": torch.ones(*pixels.shape[:2], 8, 8).long(),
+        }
     if family == "gemma3":
         batch["token_type_ids"] = types
     if family == "mistral3":

@@ -19,7 +19,11 @@ def multimodal_inputs(model: PreTrainedModel) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
     takes = inspect.signature(model.forward).parameters
     for kind, form in _forms(model.config):
-        if kind not in found and form.keys() <= takes.keys() and (inputs := _with_tokens(model, kind, form)):
+        if (
+            kind not in found
+            and form.keys() <= takes.keys()
+            and (inputs := _with_tokens(model, kind, form))
+        ):
             found[kind] = inputs
     return found
 
@@ -39,21 +43,37 @@ def _forms(config: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
     yield "image", {"pixel_values": torch.rand(16, 3, patch, patch), "image_grid_thw": grid}
     yield "image", {"pixel_values": image, "image_sizes": sizes}
     yield "image", {"pixel_values": image.expand(1, 2, -1, -1, -1).clone(), "image_sizes": sizes}
-    yield "image", {"pixel_values": image.expand(1, 5, -1, -1, -1).clone(), "image_sizes": 2 * sizes}
+    yield (
+        "image",
+        {"pixel_values": image.expand(1, 5, -1, -1, -1).clone(), "image_sizes": 2 * sizes},
+    )
     mask = torch.ones(1, 16, dtype=torch.int64)
     patches = {"pixel_values": torch.rand(1, 16, flat), "spatial_shapes": torch.tensor([[4, 4]])}
     yield "image", patches | {"pixel_attention_mask": mask}
     yield "image", patches
-    yield "image", {"pixel_values": image[None], "pixel_attention_mask": torch.ones(1, 1, size, size).bool()}
+    yield (
+        "image",
+        {"pixel_values": image[None], "pixel_attention_mask": torch.ones(1, 1, size, size).bool()},
+    )
     flattened = {"pixel_values": torch.rand(16, flat)}
     yield "image", flattened | {"image_grid_thw": grid, "image_merge_sizes": torch.tensor([2])}
     yield "image", flattened | {"image_grid_hw": grid[:, 1:]}
-    yield "image", {"pixel_values": torch.rand(1, 3, patch, 16 * patch), "target_sizes": grid[:, 1:]}
+    yield (
+        "image",
+        {"pixel_values": torch.rand(1, 3, patch, 16 * patch), "target_sizes": grid[:, 1:]},
+    )
     yield "image", {"pixel_values": image}
     yield "image", {"pixel_values": image[None]}
     yield "video", {"pixel_values": torch.rand(1, 2, 3, size, size)}
     audio = getattr(config, "audio_config", None) or getattr(config, "encoder_config", config)
-    bins = next((v for n in ("num_mel_bins", "input_dim", "feature_size") if (v := getattr(audio, n, None))), 80)
+    bins = next(
+        (
+            v
+            for n in ("num_mel_bins", "input_dim", "feature_size")
+            if (v := getattr(audio, n, None))
+        ),
+        80,
+    )
     for length in (64, 3000):
         for shape in ((1, bins, length), (1, length, bins)):
             features = {"input_features": torch.rand(shape)}
@@ -63,7 +83,9 @@ def _forms(config: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
     yield "audio", {"input_values": torch.rand(1, 3200)}
 
 
-def _with_tokens(model: PreTrainedModel, kind: str, form: dict[str, Tensor]) -> dict[str, Tensor] | None:
+def _with_tokens(
+    model: PreTrainedModel, kind: str, form: dict[str, Tensor]
+) -> dict[str, Tensor] | None:
     """The form with token ids, if the model runs on it and other values change its logits."""
     name = f"get_{kind}_features"
     features = getattr(model, name, None) or getattr(getattr(model, "model", None), name, None)
@@ -79,7 +101,10 @@ def _with_tokens(model: PreTrainedModel, kind: str, form: dict[str, Tensor]) -> 
         with torch.no_grad():
             output = features(**{name: tensor for name, tensor in form.items() if name in takes})
             output = getattr(output, "pooler_output", output)
-            count = sum(t.numel() for t in (output if isinstance(output, list | tuple) else [output])) // hidden
+            count = (
+                sum(t.numel() for t in (output if isinstance(output, list | tuple) else [output]))
+                // hidden
+            )
             if count > _MOST_TOKENS:  # not in the model's own width
                 return None
             ids = torch.tensor([[5, 6, 7, *[VOCAB_SIZE - 1] * count, 8, 9, 10]])

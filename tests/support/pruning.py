@@ -19,7 +19,9 @@ def weights(model) -> dict[str, Tensor]:
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    return left.keys() == right.keys() and all(
+        torch.equal(left[name], right[name]) for name in left
+    )
 
 
 def inputs_of(model, tokens: Tensor) -> dict[str, Tensor]:
@@ -28,8 +30,11 @@ def inputs_of(model, tokens: Tensor) -> dict[str, Tensor]:
     with torch.no_grad(), ExitStack() as handles:
         for name, module in model.model.layers.named_modules(prefix="model.layers"):
             if isinstance(module, nn.Linear):
-                hook = lambda _, args, name=name: seen.update({f"{name}.weight": args[0].flatten(0, 1).float()})  # noqa: E731
-                handles.enter_context(module.register_forward_pre_hook(hook))
+
+                def keep(_, inputs, name=name):
+                    seen[f"{name}.weight"] = inputs[0].flatten(0, 1).float()
+
+                handles.enter_context(module.register_forward_pre_hook(keep))
         model(tokens)
     return seen
 
@@ -49,7 +54,9 @@ def error_of(pruned: Tensor, dense: Tensor, inputs: Tensor, dense_inputs: Tensor
     return float((inputs.double() @ pruned.double().T - wanted).norm() / wanted.norm())
 
 
-def inputs_seen(pruned, tokens: Tensor, error_correction: str | float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def inputs_seen(
+    pruned, tokens: Tensor, error_correction: str | float
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Inputs of all operators in the dense tiny Llama, and those on which a correction says they are pruned."""
     dense_inputs = inputs_of(tiny_llama(), tokens)
     inputs = dict(dense_inputs) if error_correction == "none" else inputs_of(pruned, tokens)
@@ -58,5 +65,9 @@ def inputs_seen(pruned, tokens: Tensor, error_correction: str | float) -> tuple[
             mixed = tiny_llama()
             mixed.model.layers[index] = layer
             seen = inputs_of(mixed, tokens)
-            inputs |= {name: value for name, value in seen.items() if name.startswith(f"model.layers.{index}.")}
+            inputs |= {
+                name: value
+                for name, value in seen.items()
+                if name.startswith(f"model.layers.{index}.")
+            }
     return dense_inputs, inputs

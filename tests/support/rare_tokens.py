@@ -24,7 +24,11 @@ def bpe_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    settings = {"vocab_size": 400, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    settings = {
+        "vocab_size": 400,
+        "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(),
+        "show_progress": False,
+    }
     trainer = trainers.BpeTrainer(special_tokens=["<unk>", "<s>", "</s>"], **settings)
     tokenizer.train_from_iterator([TEXT, text_of(RARE)], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
@@ -35,6 +39,8 @@ def bpe_tokenizer() -> PreTrainedTokenizerFast:
 def save(folder: Path, spare: int = 8, **changes) -> Path:
     """A dense model with its tokenizer; `spare` rows of the embedding have no token."""
     tokenizer = bpe_tokenizer()
-    tiny_llama(**{"vocab_size": len(tokenizer) + spare, "pad_token_id": None, **changes}).save_pretrained(folder)
+    tiny_llama(
+        **{"vocab_size": len(tokenizer) + spare, "pad_token_id": None, **changes}
+    ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -74,13 +74,17 @@ def batches(*sizes: int) -> list[dict[str, Tensor]]:
     return [{"input_ids": ids, "attention_mask": mask} for ids, mask in parts]
 
 
-def prune(model: PreTrainedModel, error_correction: str | float, data: list[dict[str, Tensor]], **options) -> Recorder:
+def prune(
+    model: PreTrainedModel, error_correction: str | float, data: list[dict[str, Tensor]], **options
+) -> Recorder:
     """Prune by a recorder; returns what it saw."""
     recorder = Recorder()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FistaPruningConfig, "create_method", lambda self, model_type: recorder)
         options = {"residual_correction": 0.0, "allocation": "uniform"} | options
-        FistaPruner(FistaPruningConfig(error_correction=error_correction, **options), progress=False).prune(model, data)
+        FistaPruner(
+            FistaPruningConfig(error_correction=error_correction, **options), progress=False
+        ).prune(model, data)
     return recorder
 
 

@@ -9,7 +9,13 @@ import torch
 from tiny_llama import tiny_llama, tiny_tokenizer, tiny_tokens
 from tiny_models import VOCAB_SIZE, tiny_model
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
 
@@ -43,7 +49,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def prune_and_save(model: PreTrainedModel, folder: Path, batches: Any = None, **options) -> Saved:
     """Prune a model in memory, by default on the tiny tokens, and save it with the tiny tokenizer."""
     pruner = FistaPruner(FistaPruningConfig(**options), progress=False)
-    report = pruner.prune(model, batches or tiny_tokens().split(4), calibration_source="random tokens")
+    report = pruner.prune(
+        model, batches or tiny_tokens().split(4), calibration_source="random tokens"
+    )
     pruner.save_pretrained(model, folder, tiny_tokenizer())
     return Saved(model, pruner, report, folder)
 
@@ -52,14 +60,18 @@ def prune_and_save(model: PreTrainedModel, folder: Path, batches: Any = None, **
 def saved(tmp_path_factory) -> Saved:
     """Llama, 2:4 by FISTA, its down projections 1:4."""
     folder = tmp_path_factory.mktemp("saved") / "llama-2-4"
-    return prune_and_save(tiny_llama(), folder, pattern="2:4", method="fista", overrides={"*.down_proj": "1:4"})
+    return prune_and_save(
+        tiny_llama(), folder, pattern="2:4", method="fista", overrides={"*.down_proj": "1:4"}
+    )
 
 
 @pytest.fixture(scope="session")
 def saved_by_rows(tmp_path_factory) -> Saved:
     """A tied Llama in bfloat16 with odd row lengths, 30% of every row by Wanda."""
     model = tiny_llama(tie_word_embeddings=True, intermediate_size=45).bfloat16()
-    return prune_and_save(model, tmp_path_factory.mktemp("saved") / "llama-30", sparsity=0.3, method="wanda")
+    return prune_and_save(
+        model, tmp_path_factory.mktemp("saved") / "llama-30", sparsity=0.3, method="wanda"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -67,11 +79,22 @@ def saved_gpt2(tmp_path_factory) -> Saved:
     """GPT-2, whose weights are stored [in, out], 1:4 by Wanda; one shard a tensor or two."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        settings = {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 64}
-        model = GPT2LMHeadModel(GPT2Config(**settings, initializer_range=0.2, bos_token_id=1, eos_token_id=2))
+        settings = {
+            "n_embd": 32,
+            "n_inner": 48,
+            "n_layer": 2,
+            "n_head": 4,
+            "vocab_size": 64,
+            "n_positions": 64,
+        }
+        model = GPT2LMHeadModel(
+            GPT2Config(**settings, initializer_range=0.2, bos_token_id=1, eos_token_id=2)
+        )
     save_whole = model.save_pretrained
     model.save_pretrained = lambda folder: save_whole(folder, max_shard_size="20KB")
-    return prune_and_save(model, tmp_path_factory.mktemp("saved") / "gpt2-1-4", pattern="1:4", method="wanda")
+    return prune_and_save(
+        model, tmp_path_factory.mktemp("saved") / "gpt2-1-4", pattern="1:4", method="wanda"
+    )
 
 
 @pytest.fixture(scope="session")

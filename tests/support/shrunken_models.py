@@ -57,7 +57,9 @@ def expected_logits(model, plan, kept):
     has_experts = False
     for name, part in plan.parts.items():
         if f"{name}.weight" in part.tensors:
-            tensors[f"{name}.weight"].copy_(part.without_columns(tensors[f"{name}.weight"], kept[name]))
+            tensors[f"{name}.weight"].copy_(
+                part.without_columns(tensors[f"{name}.weight"], kept[name])
+            )
             continue
         has_experts = True
         gone = torch.tensor(sorted(set(range(part.groups)).difference(kept[name])))

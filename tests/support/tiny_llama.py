@@ -11,7 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 64
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
-TEXT = "the sea is deep and the ships are small, so the sailors look at the sky and count the days. " * 40
+TEXT = (
+    "the sea is deep and the ships are small, so the sailors look at the sky and count the days. "
+    * 40
+)
 QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]  # flags of a command
 
 
@@ -28,7 +31,9 @@ def tiny_llama(**changes: Any) -> LlamaForCausalLM:
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character, so that any text gives many different tokens."""
-    characters = (string.ascii_lowercase + string.digits + " \n" + string.punctuation)[: VOCABULARY - len(SPECIAL)]
+    characters = (string.ascii_lowercase + string.digits + " \n" + string.punctuation)[
+        : VOCABULARY - len(SPECIAL)
+    ]
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()

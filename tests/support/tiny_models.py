@@ -15,7 +15,13 @@ _LLAMA = _NEOX | {"num_key_value_heads": 2}
 _SLIDING = _LLAMA | {"head_dim": 8, "sliding_window": 6}
 _FOUR_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+_LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
 _ROUTED = {"n_routed_experts": 4, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1}
 
 _CONFIGS: dict[str, dict[str, Any]] = {
@@ -35,7 +41,9 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "glm4_moe": _LLAMA | _MOE | _ROUTED | {"head_dim": 8},
     "gpt_oss": _SLIDING | _FOUR_EXPERTS,
     "granitemoe": _LLAMA | _FOUR_EXPERTS,
-    "llama4_text": _LLAMA | _FOUR_EXPERTS | {"num_experts_per_tok": 1, "head_dim": 8, "interleave_moe_layer_step": 1},
+    "llama4_text": _LLAMA
+    | _FOUR_EXPERTS
+    | {"num_experts_per_tok": 1, "head_dim": 8, "interleave_moe_layer_step": 1},
 }
 MOE_FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "llama4_text")
 FAMILIES = tuple(family for family in _CONFIGS if family not in (*MOE_FAMILIES, "glm4_moe"))

@@ -44,7 +44,10 @@ class ToyLayer(nn.Module):
     def groups(self) -> list[Group]:
         """Groups of operators that share an input, in execution order."""
         names = [["left", "right"], ["up"], ["low", "high"]]
-        return [[LinearOperator(f"layer.{name}", getattr(self, name)) for name in group] for group in names]
+        return [
+            [LinearOperator(f"layer.{name}", getattr(self, name)) for name in group]
+            for group in names
+        ]
 
 
 def toy_layer(seed: int = 0, **options: bool | int) -> ToyLayer:

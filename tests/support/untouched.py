@@ -12,7 +12,10 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the parameters by name, on the CPU, wherever they are kept."""
     modules = dict(model.named_modules())
     names = [name.rpartition(".") for name, _ in model.named_parameters()]
-    return {f"{owner}.{name}": stored_tensor(modules[owner], name).cpu().clone() for owner, _, name in names}
+    return {
+        f"{owner}.{name}": stored_tensor(modules[owner], name).cpu().clone()
+        for owner, _, name in names
+    }
 
 
 class Untouched:

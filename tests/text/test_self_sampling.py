@@ -14,7 +14,9 @@ ORDINARY = VOCABULARY - 2
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     names = ["<s>", "</s>", *(f"word{i}" for i in range(2, VOCABULARY))]
-    backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="word2"))
+    backend = Tokenizer(
+        models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="word2")
+    )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
@@ -22,8 +24,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": VOCABULARY + 8}
-    config = LlamaConfig(**shape, num_attention_heads=2, max_position_embeddings=64, eos_token_id=EOS)
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "vocab_size": VOCABULARY + 8,
+    }
+    config = LlamaConfig(
+        **shape, num_attention_heads=2, max_position_embeddings=64, eos_token_id=EOS
+    )
     return LlamaForCausalLM(config)
 
 
@@ -32,7 +41,9 @@ def set_distribution(model: LlamaForCausalLM, logits: torch.Tensor) -> None:
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(torch.ones_like(model.model.embed_tokens.weight))
         hidden = model.model(input_ids=torch.tensor([[BOS]])).last_hidden_state[0, 0]
-        padded = torch.cat([logits, torch.full((len(model.lm_head.weight) - len(logits),), -1000.0)])
+        padded = torch.cat(
+            [logits, torch.full((len(model.lm_head.weight) - len(logits),), -1000.0)]
+        )
         model.lm_head.weight.copy_(torch.outer(padded, hidden / hidden.dot(hidden)))
 
 
@@ -40,7 +51,9 @@ def sample(model, tokenizer, num_samples=6, sequence_length=24, seed=0, **option
     return sample_text_from_model(model, tokenizer, num_samples, sequence_length, seed, **options)
 
 
-@pytest.mark.parametrize(("together", "sequence_length", "length"), [(1, 2, 2), (4, 7, 7), (4, 8, 2), (32, 26, 7)])
+@pytest.mark.parametrize(
+    ("together", "sequence_length", "length"), [(1, 2, 2), (4, 7, 7), (4, 8, 2), (32, 26, 7)]
+)
 def test_texts_start_with_bos_and_differ_from_the_next_token_on(
     model, tokenizer, monkeypatch, together, sequence_length, length
 ):
@@ -55,7 +68,9 @@ def test_texts_start_with_bos_and_differ_from_the_next_token_on(
     assert second.max() < VOCABULARY  # the head has more rows than the tokenizer has tokens
 
 
-def test_eos_starts_where_there_is_no_bos_and_ordinary_tokens_where_there_is_neither(model, tokenizer):
+def test_eos_starts_where_there_is_no_bos_and_ordinary_tokens_where_there_is_neither(
+    model, tokenizer
+):
     tokenizer.bos_token = None
     assert (sample(model, tokenizer)[:, 0] == EOS).all()
     tokenizer.eos_token = None

@@ -33,7 +33,9 @@ def test_txt_is_one_document_verbatim(tmp_path):
 
 def test_jsonl_has_one_document_per_line(tmp_path):
     path = tmp_path / "lines.jsonl"
-    path.write_text('{"text": "a\\nb", "id": 1}\n\n{"text": "c\u2028d"}\r\n{"text": ""}', encoding="utf-8")
+    path.write_text(
+        '{"text": "a\\nb", "id": 1}\n\n{"text": "c\u2028d"}\r\n{"text": ""}', encoding="utf-8"
+    )
     text = load_text(str(path), "calibration")
     assert text.documents == ("a\nb", "c\u2028d", "")
     assert text.joined == "a\nb" + text.separator + "c\u2028d" + text.separator
@@ -56,7 +58,11 @@ def test_jsonl_error_gives_the_line(tmp_path, line, complaint):
 
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
-    [("a.txt", b" \n", "is empty"), ("a.jsonl", b'\n{"text": " "}\n', "is empty"), ("a.txt", b"caf\xe9", "not UTF-8")],
+    [
+        ("a.txt", b" \n", "is empty"),
+        ("a.jsonl", b'\n{"text": " "}\n', "is empty"),
+        ("a.txt", b"caf\xe9", "not UTF-8"),
+    ],
 )
 def test_useless_file(tmp_path, name, content, complaint):
     path = tmp_path / name
@@ -76,9 +82,13 @@ def test_pydoc_is_in_the_order_of_its_keys(monkeypatch):
 
 
 def test_unknown_sources_and_splits():
-    with pytest.raises(ValueError, match=r"source='notes\.md' is not known; pass a path that ends in \.txt"):
+    with pytest.raises(
+        ValueError, match=r"source='notes\.md' is not known; pass a path that ends in \.txt"
+    ):
         load_text("notes.md", "calibration")
-    with pytest.raises(ValueError, match="split='train' is not known; pass 'calibration' or 'test'"):
+    with pytest.raises(
+        ValueError, match="split='train' is not known; pass 'calibration' or 'test'"
+    ):
         load_text("pydoc", "train")
 
 
@@ -91,8 +101,26 @@ PTB = (("ptb-text-only/ptb_text_only",), {"revision": "refs/convert/parquet"})
     ("source", "split", "call", "hub_split", "file", "column", "documents", "separator"),
     [
         ("wikitext2", "test", WIKITEXT, "test", None, "text", ("a\n\nb\n\n",), "\n\n"),
-        ("c4", "calibration", C4, "train", "en/c4-train.00000-of-01024.json.gz", "text", ("a", "b", ""), " "),
-        ("c4", "test", C4, "validation", "en/c4-validation.00000-of-00008.json.gz", "text", ("a b ",), " "),
+        (
+            "c4",
+            "calibration",
+            C4,
+            "train",
+            "en/c4-train.00000-of-01024.json.gz",
+            "text",
+            ("a", "b", ""),
+            " ",
+        ),
+        (
+            "c4",
+            "test",
+            C4,
+            "validation",
+            "en/c4-validation.00000-of-00008.json.gz",
+            "text",
+            ("a b ",),
+            " ",
+        ),
         ("ptb", "test", PTB, "test", "penn_treebank/test/0000.parquet", "sentence", ("a b ",), " "),
     ],
 )
@@ -108,7 +136,8 @@ def test_hub_recipes(hub, source, split, call, hub_split, file, column, document
 def test_datasets_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
-        ImportError, match=r"pip install '\.\[datasets\]'` in a clone of optimum-fista, or pass a local \.txt"
+        ImportError,
+        match=r"pip install '\.\[datasets\]'` in a clone of optimum-fista, or pass a local \.txt",
     ):
         load_text("c4", "calibration")
 
@@ -118,5 +147,7 @@ def test_hub_out_of_reach(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ConnectionError, match=r"'Salesforce/wikitext'.*no route to host.*pass a local \.txt"):
+    with pytest.raises(
+        ConnectionError, match=r"'Salesforce/wikitext'.*no route to host.*pass a local \.txt"
+    ):
         load_text("wikitext2", "test")

@@ -9,14 +9,25 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from optimum_fista.source.loading import load_tokenizer
 from optimum_fista.text.vocabulary import count_tokens, reduce_vocabulary
 
 ENGLISH = [
-    line for topic in ("assignment", "compound", "yield", "formatstrings") for line in topics[topic].split("\n\n")
+    line
+    for topic in ("assignment", "compound", "yield", "formatstrings")
+    for line in topics[topic].split("\n\n")
 ]
 FOREIGN = [
     "Съешь же ещё этих мягких французских булок, да выпей чаю.",
@@ -29,23 +40,46 @@ WORDS = r"(?i:'s|'t|'re|'ll)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
-def trained(model, trainer, decoder, pre=None, normalizer=None, *, all_merges=False, fallback=False, **options):
+def trained(
+    model,
+    trainer,
+    decoder,
+    pre=None,
+    normalizer=None,
+    *,
+    all_merges=False,
+    fallback=False,
+    **options,
+):
     """Content of a tokenizer.json; `all_merges`: of any two tokens that make a third, as some are converted."""
     tokenizer = Tokenizer(model)
     tokenizer.decoder = decoder
     for name, part in (("pre_tokenizer", pre), ("normalizer", normalizer)):
         if part:
             setattr(tokenizer, name, part)
-    options = {"special_tokens": ["<|endoftext|>", "<s>", "<unk>"], "show_progress": False} | options
+    options = {
+        "special_tokens": ["<|endoftext|>", "<s>", "<unk>"],
+        "show_progress": False,
+    } | options
     tokenizer.train_from_iterator(ENGLISH + FOREIGN * 3, trainer(vocab_size=1100, **options))
     tokenizer.add_tokens(["<|im_start|>", "  "])
     content = json.loads(tokenizer.to_str())
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in BYTES]
+    content["added_tokens"] = [
+        token for token in content["added_tokens"] if token["content"] not in BYTES
+    ]
     model = content["model"]
     model |= {"byte_fallback": True} if fallback else {}
     if all_merges:
-        splits = ((token[:at], token[at:], ids) for token, ids in model["vocab"].items() for at in range(1, len(token)))
-        found = sorted((ids, left, right) for left, right, ids in splits if {left, right} <= model["vocab"].keys())
+        splits = (
+            (token[:at], token[at:], ids)
+            for token, ids in model["vocab"].items()
+            for at in range(1, len(token))
+        )
+        found = sorted(
+            (ids, left, right)
+            for left, right, ids in splits
+            if {left, right} <= model["vocab"].keys()
+        )
         model["merges"] = [[left, right] for _, left, right in found]
     return content
 
@@ -53,24 +87,38 @@ def trained(model, trainer, decoder, pre=None, normalizer=None, *, all_merges=Fa
 def byte_level(*split, normalizer=None, all_merges=False, **options):
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split)
     parts = decoders.ByteLevel(), pre_tokenizers.Sequence([*split, level]), normalizer
-    options = {"initial_alphabet": sorted(level.alphabet()), "all_merges": all_merges, "model": models.BPE(**options)}
+    options = {
+        "initial_alphabet": sorted(level.alphabet()),
+        "all_merges": all_merges,
+        "model": models.BPE(**options),
+    }
     return trained(options.pop("model"), trainers.BpeTrainer, *parts, **options)
 
 
 def byte_fallback(pre=None, normalizer=None, strip=True, all_merges=True):
-    options = {"special_tokens": ["<unk>", "<s>", *BYTES], "max_token_length": 9, "all_merges": all_merges}
+    options = {
+        "special_tokens": ["<unk>", "<s>", *BYTES],
+        "max_token_length": 9,
+        "all_merges": all_merges,
+    }
     model = models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     return trained(model, trainers.BpeTrainer, byte_decoder(strip), pre, normalizer, **options)
 
 
 def byte_decoder(strip):
     first = [decoders.Strip(" ", 1, 0)] if strip else []
-    return decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *first])
+    return decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *first]
+    )
 
 
 def unigram(fallback=False):
     special = ["<s>", "<pad>", "</s>", "<unk>", *(BYTES if fallback else [])]
-    parts = byte_decoder(True) if fallback else decoders.Metaspace(), pre_tokenizers.Metaspace(), normalizers.NFKC()
+    parts = (
+        byte_decoder(True) if fallback else decoders.Metaspace(),
+        pre_tokenizers.Metaspace(),
+        normalizers.NFKC(),
+    )
     options = {"special_tokens": special, "unk_token": "<unk>", "fallback": fallback}
     return trained(models.Unigram(), trainers.UnigramTrainer, *parts, **options)
 
@@ -79,7 +127,12 @@ def word_piece():
     normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
     parts = decoders.WordPiece(cleanup=False), pre_tokenizers.BertPreTokenizer(), normalizer
     special = ["[PAD]", "[UNK]"]
-    return trained(models.WordPiece(unk_token="[UNK]"), trainers.WordPieceTrainer, *parts, special_tokens=special)
+    return trained(
+        models.WordPiece(unk_token="[UNK]"),
+        trainers.WordPieceTrainer,
+        *parts,
+        special_tokens=special,
+    )
 
 
 def end_of_word():
@@ -98,10 +151,16 @@ FAMILIES = {
     "gpt_neox": lambda: byte_level(normalizer=normalizers.NFC()),
     "qwen": lambda: byte_level(split(WORDS.replace("{1,3}", ""))),
     "llama3": lambda: byte_level(split(WORDS), all_merges=True, ignore_merges=True),
-    "deepseek": lambda: byte_level(split(r"[\r\n]"), split(r"\s?\p{L}+"), pre_tokenizers.Digits(True)),
-    "falcon": lambda: byte_level(pre_tokenizers.Punctuation("contiguous"), split(r"[0-9][0-9][0-9]")),
+    "deepseek": lambda: byte_level(
+        split(r"[\r\n]"), split(r"\s?\p{L}+"), pre_tokenizers.Digits(True)
+    ),
+    "falcon": lambda: byte_level(
+        pre_tokenizers.Punctuation("contiguous"), split(r"[0-9][0-9][0-9]")
+    ),
     "bloom": lambda: byte_level(split(r" ?[^(\s|[.,!?…。、।])]+")),
-    "llama2": lambda: byte_fallback(normalizer=normalizers.Sequence([normalizers.Prepend("▁"), REPLACE])),
+    "llama2": lambda: byte_fallback(
+        normalizer=normalizers.Sequence([normalizers.Prepend("▁"), REPLACE])
+    ),
     "mistral": lambda: byte_fallback(pre_tokenizers.Metaspace(prepend_scheme="first", split=False)),
     "gemma": lambda: byte_fallback(normalizer=REPLACE, strip=False, all_merges=False),
     "t5": unigram,
@@ -114,11 +173,22 @@ FAMILIES = {
 def texts(seed: int) -> list[str]:
     """Random strings of many scripts, and lines that were seen."""
     chance = random.Random(seed)
-    ranges = [(0x20, 0x7E), (0x0, 0xFF), (0x370, 0x58F), (0x4E00, 0x4EFF), (0x1F600, 0x1F64F), (0xE000, 0xE010)]
+    ranges = [
+        (0x20, 0x7E),
+        (0x0, 0xFF),
+        (0x370, 0x58F),
+        (0x4E00, 0x4EFF),
+        (0x1F600, 0x1F64F),
+        (0xE000, 0xE010),
+    ]
     found = ["", " ", "\n\n  \t", "a" * 40, "<s>", "é e\u0301 ﬁ \u200d\ufeff", *FOREIGN]
     for _ in range(150):
         kinds = chance.choices(ranges, k=3)
-        found.append("".join(chr(chance.randint(*chance.choice(kinds))) for _ in range(chance.randint(1, 20))))
+        found.append(
+            "".join(
+                chr(chance.randint(*chance.choice(kinds))) for _ in range(chance.randint(1, 20))
+            )
+        )
         words = " ".join(chance.sample(ENGLISH, 2) + chance.sample(FOREIGN, 1)).split(" ")
         found.append(" ".join(chance.sample(words, min(len(words), 8))))
     return found
@@ -133,8 +203,13 @@ def compare(content, smaller, documents) -> int:
     """Check every promise on documents; returns how many have only tokens that stay."""
     old, new = (Tokenizer.from_str(json.dumps(each)) for each in (content, smaller.tokenizer))
     position = {old_id: new_id for new_id, old_id in enumerate(smaller.kept.tolist())}
-    assert new.get_vocab() == {token: position[i] for token, i in old.get_vocab().items() if i in position}
-    unknown, equal = [i for i in (old.token_to_id("<unk>"), old.token_to_id("[UNK]")) if i is not None], 0
+    assert new.get_vocab() == {
+        token: position[i] for token, i in old.get_vocab().items() if i in position
+    }
+    unknown, equal = (
+        [i for i in (old.token_to_id("<unk>"), old.token_to_id("[UNK]")) if i is not None],
+        0,
+    )
     for text in documents:
         before, after = old.encode(text).ids, new.encode(text).ids
         if position.keys() >= set(before):
@@ -170,7 +245,9 @@ def test_smaller_tokenizers_of_all_families_keep_texts_and_their_tokens(family):
         assert compare(content, smaller, texts(number) + ENGLISH) > 10
 
 
-@pytest.mark.parametrize("options", [{}, {"ignore_merges": True}, {"end_of_word_suffix": "/"}, {"unk_token": "?"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"ignore_merges": True}, {"end_of_word_suffix": "/"}, {"unk_token": "?"}]
+)
 def test_merges_of_any_ranks_stay_closed(options):
     # tokens that several merges make, that no merge can reach, and merges whose parts come after them
     chance, equal = random.Random(str(options)), 0
@@ -182,21 +259,32 @@ def test_merges_of_any_ranks_stay_closed(options):
             if not end or not left.endswith(end):
                 vocabulary.append(left + right)
         vocabulary = [*dict.fromkeys(vocabulary), *options.get("unk_token", "")]
-        pairs = [pair for pair in itertools.product(vocabulary, repeat=2) if "".join(pair) in vocabulary]
+        pairs = [
+            pair for pair in itertools.product(vocabulary, repeat=2) if "".join(pair) in vocabulary
+        ]
         merges = chance.sample(pairs, chance.randint(len(pairs) // 2, len(pairs)))
-        ids = {token: index for index, token in enumerate(chance.sample(vocabulary, len(vocabulary)))}
+        ids = {
+            token: index for index, token in enumerate(chance.sample(vocabulary, len(vocabulary)))
+        }
         tokenizer = Tokenizer(models.BPE(ids, merges, **options))
-        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.WhitespaceSplit(), decoders.Fuse()
+        tokenizer.pre_tokenizer, tokenizer.decoder = (
+            pre_tokenizers.WhitespaceSplit(),
+            decoders.Fuse(),
+        )
         documents = ["".join(chance.choices("abc ", k=chance.randint(1, 12))) for _ in range(60)]
         content = json.loads(tokenizer.to_str())
-        smaller = reduce_vocabulary(content, count(content, documents[:6]), None, keep=[chance.randrange(len(ids))])
+        smaller = reduce_vocabulary(
+            content, count(content, documents[:6]), None, keep=[chance.randrange(len(ids))]
+        )
         equal += compare(content, smaller, documents)
     assert 500 < equal < 60 * 60
 
 
 def test_what_saves_the_most_tokens_stays():
     merges = [("a", "b"), ("ab", "c"), ("ab", "d"), ("c", "d"), ("d", "a")]
-    vocabulary = {token: i for i, token in enumerate(["a", "b", "c", "d", "ab", "abc", "abd", "cd", "da"])}
+    vocabulary = {
+        token: i for i, token in enumerate(["a", "b", "c", "d", "ab", "abc", "abd", "cd", "da"])
+    }
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
     content = json.loads(tokenizer.to_str())
     counts = torch.tensor([0, 0, 0, 0, 0, 4, 3, 5, 1])
@@ -204,11 +292,15 @@ def test_what_saves_the_most_tokens_stays():
     assert reduce_vocabulary(content, counts, 5).kept.tolist() == [0, 1, 2, 3, 4]
     assert reduce_vocabulary(content, counts, 6).kept.tolist() == [0, 1, 2, 3, 4, 7]
     assert reduce_vocabulary(content, counts, 6, keep=[6]).kept.tolist() == [0, 1, 2, 3, 4, 6]
-    assert reduce_vocabulary(content, counts, None).tokenizer["model"]["merges"] == [[*pair] for pair in merges]
+    assert reduce_vocabulary(content, counts, None).tokenizer["model"]["merges"] == [
+        [*pair] for pair in merges
+    ]
     # what Zipf's law expects of an early token is more than one use of a late one
     many = {f"{left}{right}": 0 for left in "abcdefgh" for right in "ijklmnop"}
     pieces = [*"abcdefghijklmnop", *many]
-    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(pieces)}, [tuple(token) for token in many]))
+    tokenizer = Tokenizer(
+        models.BPE({t: i for i, t in enumerate(pieces)}, [tuple(token) for token in many])
+    )
     counts = torch.zeros(len(pieces), dtype=torch.int64)
     counts[[0, -1]] = torch.tensor([100_000, 1])
     content = json.loads(tokenizer.to_str())
@@ -238,18 +330,27 @@ def test_characters_become_bytes_unless_the_decoder_replaces_them():
 @pytest.mark.parametrize("kind", ["TemplateProcessing", "BertProcessing", "RobertaProcessing"])
 def test_ids_outside_of_the_vocabulary_are_renumbered(kind):
     tokenizer = Tokenizer.from_str(json.dumps(FAMILIES["llama3"]()))
-    start, word, pad = (tokenizer.token_to_id(token) for token in ("<|im_start|>", "Ġstatement", "the"))
+    start, word, pad = (
+        tokenizer.token_to_id(token) for token in ("<|im_start|>", "Ġstatement", "the")
+    )
     pair = ("<|im_start|>", start)
     arguments = ("<|im_start|> $A", None, [pair]) if kind == "TemplateProcessing" else (pair, pair)
     tokenizer.post_processor = processors.Sequence([getattr(processors, kind)(*arguments)])
     tokenizer.enable_padding(pad_id=pad, pad_token="the")
-    content, counts = json.loads(tokenizer.to_str()), torch.zeros(1200, dtype=torch.int64)  # more rows than tokens
+    content, counts = (
+        json.loads(tokenizer.to_str()),
+        torch.zeros(1200, dtype=torch.int64),
+    )  # more rows than tokens
     fewest = least(content, counts, [word])
-    new = Tokenizer.from_str(json.dumps(reduced := reduce_vocabulary(content, counts, fewest, [word]).tokenizer))
+    new = Tokenizer.from_str(
+        json.dumps(reduced := reduce_vocabulary(content, counts, fewest, [word]).tokenizer)
+    )
     ids = [new.token_to_id("<|im_start|>"), new.token_to_id("Ġstatement")]
     assert new.encode(" statement").ids[:2] == ids < [start, word]
     assert new.padding["pad_id"] == new.token_to_id("the") < pad
-    assert all(token["id"] == new.token_to_id(token["content"]) for token in reduced["added_tokens"])
+    assert all(
+        token["id"] == new.token_to_id(token["content"]) for token in reduced["added_tokens"]
+    )
     assert reduced["added_tokens"][-1]["id"] == fewest - 1 == new.get_vocab_size() - 1
 
 
@@ -261,7 +362,9 @@ def test_counts_are_those_of_whole_documents(monkeypatch):
     expected = torch.tensor([i for text in documents for i in tokenizer(text)["input_ids"]])
     assert torch.equal(whole, torch.bincount(expected, minlength=2000))
     monkeypatch.setattr("optimum_fista.text.vocabulary._CHARACTERS", 500)
-    assert (count_tokens(tokenizer, iter(documents), 2000) - whole).abs().sum() < 0.002 * whole.sum()
+    assert (
+        count_tokens(tokenizer, iter(documents), 2000) - whole
+    ).abs().sum() < 0.002 * whole.sum()
     with pytest.raises(ValueError, match=r"size=300, but the tokenizer has the id \d+"):
         count_tokens(tokenizer, documents, 300)
     with pytest.raises(ValueError, match="is not a fast one"):
@@ -272,8 +375,14 @@ def test_what_cannot_be_reduced_is_refused():
     content, counts = word_piece(), torch.ones(1200, dtype=torch.int64)
     words = json.loads(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).to_str())
     for arguments, message in (
-        ((content, counts, None, [5000]), r"keep has the id 5000, which is no token; pass ids of 0 to \d+\."),
-        ((content, counts, 99_999), r"num_kept=99999; pass \d+ \(alphabet.*\) to \d+ \(all tokens\)"),
+        (
+            (content, counts, None, [5000]),
+            r"keep has the id 5000, which is no token; pass ids of 0 to \d+\.",
+        ),
+        (
+            (content, counts, 99_999),
+            r"num_kept=99999; pass \d+ \(alphabet.*\) to \d+ \(all tokens\)",
+        ),
         ((words, counts, None), "tokenizer: WordLevel has no smaller pieces"),
         ((content, counts[:10], None), r"counts is of 10 ids, but the tokenizer has 1\d+"),
         (({}, counts, None), "tokenizer: it can't be loaded"),

@@ -38,7 +38,9 @@ def tokenizer(unit=word, kind=CountingTokenizer, special=False, **kwargs) -> Cou
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(pattern, "isolated")]
     )
-    result = kind(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", **kwargs)
+    result = kind(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", **kwargs
+    )
     if special:
         result.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
@@ -61,15 +63,22 @@ def assert_disjoint_runs(windows: torch.Tensor) -> None:
 @pytest.mark.parametrize("unit", [word, letter])
 @pytest.mark.parametrize("num_samples", [1, 60, 99])
 def test_windows_of_one_document_are_disjoint_runs(unit, num_samples):
-    windows = calibration_windows(tokenizer(unit), source(range(WORDS), unit=unit), num_samples, 30, seed=0)
+    windows = calibration_windows(
+        tokenizer(unit), source(range(WORDS), unit=unit), num_samples, 30, seed=0
+    )
     assert windows.shape == (num_samples, 30)
     assert windows.dtype == torch.int64
     assert_disjoint_runs(windows)
 
 
-@pytest.mark.parametrize("documents", [[range(WORDS)], [range(i, i + 10) for i in range(0, WORDS, 10)]])
+@pytest.mark.parametrize(
+    "documents", [[range(WORDS)], [range(i, i + 10) for i in range(0, WORDS, 10)]]
+)
 def test_the_held_out_windows_are_the_same_for_any_number_of_others(documents):
-    draws = [calibration_windows(tokenizer(), source(*documents), n, 30, 0, held_out=5) for n in (6, 20, 80)]
+    draws = [
+        calibration_windows(tokenizer(), source(*documents), n, 30, 0, held_out=5)
+        for n in (6, 20, 80)
+    ]
     for draw in draws:
         assert torch.equal(draw[:5], draws[0][:5])
         assert not torch.isin(draw[5:][draw[5:] != EOS], draw[:5]).any()
@@ -79,14 +88,22 @@ def test_the_held_out_windows_are_the_same_for_any_number_of_others(documents):
 def test_windows_of_one_document_come_from_everywhere():
     """Means of 200 draws, 3 standard errors; a window never starts at a fixed place of a segment."""
     starts = torch.cat(
-        [calibration_windows(tokenizer(), source(range(WORDS)), 4, 30, seed)[:, 0] for seed in range(50)]
+        [
+            calibration_windows(tokenizer(), source(range(WORDS)), 4, 30, seed)[:, 0]
+            for seed in range(50)
+        ]
     )
-    assert starts.double().mean().item() == pytest.approx(WORDS / 2, abs=3 * WORDS / 12**0.5 / 200**0.5)
+    assert starts.double().mean().item() == pytest.approx(
+        WORDS / 2, abs=3 * WORDS / 12**0.5 / 200**0.5
+    )
     assert starts.unique().numel() > 150
 
 
 def test_only_what_is_needed_is_tokenised():
-    counting, text = tokenizer(), TextSource("long", (" ".join(word(i % WORDS) for i in range(300_000)),), "\n")
+    counting, text = (
+        tokenizer(),
+        TextSource("long", (" ".join(word(i % WORDS) for i in range(300_000)),), "\n"),
+    )
     calibration_windows(counting, text, 6, 50, seed=0)
     assert counting.characters < len(text.joined) / 100
 
@@ -102,7 +119,9 @@ def test_documents_follow_each_other_in_random_order_with_eos_between():
     assert max(heads) > 1800  # not only the first documents
 
 
-@pytest.mark.parametrize("documents", [[range(WORDS)], [range(i, i + 10) for i in range(0, WORDS, 10)]])
+@pytest.mark.parametrize(
+    "documents", [[range(WORDS)], [range(i, i + 10) for i in range(0, WORDS, 10)]]
+)
 def test_the_seed_decides_and_the_global_state_stays(documents):
     state = torch.get_rng_state()
     draw = [calibration_windows(tokenizer(), source(*documents), 5, 20, seed) for seed in (0, 0, 1)]
@@ -112,10 +131,14 @@ def test_the_seed_decides_and_the_global_state_stays(documents):
 
 
 @pytest.mark.parametrize(
-    ("documents", "tokens"), [([range(399)], 399), ([range(100), range(100, 200)], 202)], ids=["one", "several"]
+    ("documents", "tokens"),
+    [([range(399)], 399), ([range(100), range(100, 200)], 202)],
+    ids=["one", "several"],
 )
 def test_too_few_tokens(documents, tokens):
-    with pytest.raises(ValueError, match=rf"'numbers' has {tokens} tokens, and num_samples=40 .* need 400"):
+    with pytest.raises(
+        ValueError, match=rf"'numbers' has {tokens} tokens, and num_samples=40 .* need 400"
+    ):
         calibration_windows(tokenizer(), source(*documents), 40, 10, seed=0)
 
 
@@ -153,7 +176,9 @@ class GemmaTokenizer(CountingTokenizer):
 def test_bos(kind, options, expected):
     chosen = tokenizer(kind=kind, **options)
     evaluation = evaluation_windows(chosen, source(range(8)), 4)
-    assert evaluation.tolist() == ([[BOS, 0, 1, 2], [BOS, 3, 4, 5]] if expected else [[0, 1, 2, 3], [4, 5, 6, 7]])
+    assert evaluation.tolist() == (
+        [[BOS, 0, 1, 2], [BOS, 3, 4, 5]] if expected else [[0, 1, 2, 3], [4, 5, 6, 7]]
+    )
     calibration = calibration_windows(chosen, source(range(500)), 5, 20, seed=0)
     assert calibration.shape == (5, 20)
     assert ((calibration[:, 0] == BOS) == expected).all()
@@ -185,7 +210,9 @@ def test_bytes_are_those_of_the_text_that_predicted_tokens_stand_for(add_bos):
     windows = evaluation_windows(lower, text, 5, 2)
     assert (windows != WORDS).all()  # no <unk>
     predicted = words[:8] if add_bos else words[1:5] + words[6:10]  # 4 words a window
-    spaces = (7 if add_bos else 8) * len(text.separator)  # before every predicted word but the first of the text
+    spaces = (7 if add_bos else 8) * len(
+        text.separator
+    )  # before every predicted word but the first of the text
     assert count_bytes(lower, text, windows) == sum(len(w.encode()) for w in predicted) + spaces
 
 

@@ -26,7 +26,14 @@ from optimum_fista.prune.journal import require_same_run
 from optimum_fista.train import distillation, recovery, recovery_plan
 from optimum_fista.train.distillation import DistillationTrainer, Watch, kept_states
 
-QUICK = {"tokens": 640, "sequence_length": 16, "batch_size": 1, "accumulate": 2, "held_out": 4, "learning_rate": 1e-2}
+QUICK = {
+    "tokens": 640,
+    "sequence_length": 16,
+    "batch_size": 1,
+    "accumulate": 2,
+    "held_out": 4,
+    "learning_rate": 1e-2,
+}
 QUICK |= {"device": "cpu", "compute_dtype": "float32", "progress": False}
 
 
@@ -42,7 +49,9 @@ def run(saved, tiny_folder, text, tmp_path):
     """`run("out")` recovers the saved model quickly, into this folder of `tmp_path`."""
 
     def recovered(output="out", *, source=saved.folder, teacher=tiny_folder, **options):
-        return recover(source, teacher, tmp_path / output, **{"calibration": text} | QUICK | options)
+        return recover(
+            source, teacher, tmp_path / output, **{"calibration": text} | QUICK | options
+        )
 
     return recovered
 
@@ -81,7 +90,9 @@ def bits(folder: Path) -> bytes:
 @pytest.mark.parametrize("train", ["all", "norms"])
 def test_the_loss_falls_and_the_zeros_stay(train, saved, tiny_folder, text, tmp_path):
     before = bits(saved.folder)
-    found = recover(saved.folder, tiny_folder, tmp_path / "out", calibration=text, train=train, **QUICK)
+    found = recover(
+        saved.folder, tiny_folder, tmp_path / "out", calibration=text, train=train, **QUICK
+    )
     assert found.held_out_loss < found.held_out_loss_before - 0.02
     assert found.held_out_loss_before == found.evaluations[0][2]
     assert bits(saved.folder) == before
@@ -90,7 +101,9 @@ def test_the_loss_falls_and_the_zeros_stay(train, saved, tiny_folder, text, tmp_
     assert {name for name in old if not torch.equal(old[name], new[name])} == {
         name
         for name in old
-        if "layernorm" in name or name == "model.norm.weight" or (train != "norms" and "proj" in name)
+        if "layernorm" in name
+        or name == "model.norm.weight"
+        or (train != "norms" and "proj" in name)
     }
     report = read_report(tmp_path / "out")
     assert report.retrained
@@ -107,12 +120,17 @@ def test_it_never_ends_worse(run, saved, tmp_path):
     assert all(loss > found.held_out_loss_before for step, _, loss in found.evaluations if step)
     assert found.best_step == 0
     assert found.held_out_loss == found.held_out_loss_before
-    assert all(torch.equal(new, weights(saved.folder)[name]) for name, new in weights(tmp_path / "out").items())
+    assert all(
+        torch.equal(new, weights(saved.folder)[name])
+        for name, new in weights(tmp_path / "out").items()
+    )
     assert not read_report(tmp_path / "out").retrained
     verify_checkpoint(tmp_path / "out")
 
 
-def test_a_rate_that_is_too_large_is_lowered_and_a_stopped_run_ends_with_the_same_bits(run, saved, tmp_path, caplog):
+def test_a_rate_that_is_too_large_is_lowered_and_a_stopped_run_ends_with_the_same_bits(
+    run, saved, tmp_path, caplog
+):
     expected = run("whole", train="all", learning_rate=16.0)
     assert "back to the weights before, with a quarter of the learning rate" in caplog.text
     assert expected.options["learning_rate"] == 1.0  # lowered after the steps 2 and 5
@@ -133,7 +151,9 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(run, tmp_path):
         with stopped_at(step, saves=saves):
             run("stopped", train="all")
         assert steps_kept(tmp_path / "stopped") == kept
-        (journal / "checkpoint-19").mkdir(exist_ok=True)  # as a process leaves it that is killed while it saves
+        (journal / "checkpoint-19").mkdir(
+            exist_ok=True
+        )  # as a process leaves it that is killed while it saves
         (journal / "checkpoint-19" / "trainer_state.json").write_text('{"global_')
     found = run("stopped", train="all")
     assert bits(tmp_path / "stopped") == bits(tmp_path / "whole")
@@ -141,7 +161,9 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(run, tmp_path):
     assert not (tmp_path / "stopped.unfinished").exists()
 
 
-def test_an_interrupt_ends_the_training_after_its_step_and_a_second_one_at_once(run, tmp_path, monkeypatch, caplog):
+def test_an_interrupt_ends_the_training_after_its_step_and_a_second_one_at_once(
+    run, tmp_path, monkeypatch, caplog
+):
     compute_loss, presses = DistillationTrainer.compute_loss, {}
 
     def interrupted(self, *given, **named):
@@ -164,18 +186,45 @@ def test_an_interrupt_ends_the_training_after_its_step_and_a_second_one_at_once(
     assert [row[::2] for row in found.evaluations] == [row[::2] for row in expected.evaluations]
 
 
-def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(saved, tiny_folder, text, tmp_path, monkeypatch, capsys):
+def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(
+    saved, tiny_folder, text, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    flags = ["--calibration", text, "--tokens", "640", "--sequence-length", "16", "--train", "norms", "--device", "cpu"]
-    command = ["recover", str(saved.folder), "--teacher", str(tiny_folder), "--output", "out", *flags, "--dry-run"]
+    flags = [
+        "--calibration",
+        text,
+        "--tokens",
+        "640",
+        "--sequence-length",
+        "16",
+        "--train",
+        "norms",
+        "--device",
+        "cpu",
+    ]
+    command = [
+        "recover",
+        str(saved.folder),
+        "--teacher",
+        str(tiny_folder),
+        "--output",
+        "out",
+        *flags,
+        "--dry-run",
+    ]
     assert main(command) == 0
     shown = capsys.readouterr().out
     assert "160 parameters are trained (norms and biases), which takes about " in shown
-    assert re.search(r"640 tokens of .*sea.txt, 20 steps of 1 x 2 sequences of 16 tokens; 8 more", shown)
+    assert re.search(
+        r"640 tokens of .*sea.txt, 20 steps of 1 x 2 sequences of 16 tokens; 8 more", shown
+    )
     assert re.search(r"time +about 00:\d\d, 0\.\d seconds a step", shown)
     monkeypatch.setattr(recovery_plan, "available_bytes", lambda device: 1000)
     assert main(command) == 0
-    assert "time      not measured: one step does not fit into the free memory" in capsys.readouterr().out
+    assert (
+        "time      not measured: one step does not fit into the free memory"
+        in capsys.readouterr().out
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -185,7 +234,9 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(data)
 
 
-def test_a_state_that_is_moved_or_damaged_does_not_change_the_bits(run, tmp_path, caplog, monkeypatch):
+def test_a_state_that_is_moved_or_damaged_does_not_change_the_bits(
+    run, tmp_path, caplog, monkeypatch
+):
     is_best = DistillationTrainer._determine_best_metric
     only_early = lambda self, **named: self.state.global_step <= 10 and is_best(self, **named)  # noqa: E731
     monkeypatch.setattr(DistillationTrainer, "_determine_best_metric", only_early)
@@ -194,7 +245,10 @@ def test_a_state_that_is_moved_or_damaged_does_not_change_the_bits(run, tmp_path
         run("out", train="all")
     kept = (tmp_path / "out.unfinished").rename(tmp_path / "kept")
     best, last = (Path("journal", f"checkpoint-{step}") for step in (10, 13))
-    assert {folder.name for folder in (kept / "journal").glob("checkpoint-*")} == {best.name, last.name}
+    assert {folder.name for folder in (kept / "journal").glob("checkpoint-*")} == {
+        best.name,
+        last.name,
+    }
     damages = {
         "moved": lambda folder: None,
         "last": lambda folder: flip_a_bit(folder / last / "optimizer.pt"),
@@ -235,7 +289,9 @@ def test_a_hub_id_is_another_model_once_its_main_has_moved(hub, saved, tiny_fold
     """
     process = run_with_hub(hub, code, tmp_path)
     assert process.returncode == 0, process.stderr
-    assert re.fullmatch(r"KeyboardInterrupt \nValueError output: .* \(teacher.config.json was .*\n", process.stdout)
+    assert re.fullmatch(
+        r"KeyboardInterrupt \nValueError output: .* \(teacher.config.json was .*\n", process.stdout
+    )
     assert read_report(tmp_path / "out").recoveries[-1].teacher == "tester/dense"
     verify_checkpoint(tmp_path / "out")
 
@@ -257,7 +313,9 @@ def test_another_run_is_not_mixed_with_an_unfinished_one(run, saved, tiny_folder
     with pytest.raises(ValueError, match=r"was another one \(options.learning_rate"):
         run(train="all", learning_rate=1e-4)
     assert steps_kept(tmp_path / "out") == 5
-    (tmp_path / "out.unfinished" / "journal" / "fingerprint.json").unlink()  # killed while it is thrown away
+    (
+        tmp_path / "out.unfinished" / "journal" / "fingerprint.json"
+    ).unlink()  # killed while it is thrown away
     assert run(train="norms", learning_rate=1e-4).train == "norms"
     with stopped_at(6):
         run(train="all", overwrite=True)
@@ -266,13 +324,21 @@ def test_another_run_is_not_mixed_with_an_unfinished_one(run, saved, tiny_folder
         run(train="all", learning_rate=1e-4)
 
 
-def test_a_model_that_changes_meanwhile_ends_the_run_which_resumes_once_it_is_put_back(run, saved, tmp_path):
+def test_a_model_that_changes_meanwhile_ends_the_run_which_resumes_once_it_is_put_back(
+    run, saved, tmp_path
+):
     source = shutil.copytree(saved.folder, tmp_path / "pruned")
     train, changed = DistillationTrainer.train, source / "config.json"
     before = changed.read_text()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(DistillationTrainer, "train", lambda *given: [train(*given), changed.write_text(before + "\n")])
-        with pytest.raises(ValueError, match=r"^config\.json in .*pruned' changed during the run: restore"):
+        patched.setattr(
+            DistillationTrainer,
+            "train",
+            lambda *given: [train(*given), changed.write_text(before + "\n")],
+        )
+        with pytest.raises(
+            ValueError, match=r"^config\.json in .*pruned' changed during the run: restore"
+        ):
             run(source=source)
     assert not (tmp_path / "out").exists()
     changed.write_text(before)
@@ -285,20 +351,28 @@ def test_bfloat16_is_trained_in_float32_and_saved_as_it_was(run, saved_by_rows, 
     dense = tiny_llama(tie_word_embeddings=True, intermediate_size=45).bfloat16()
     dense.save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    options = {"source": saved_by_rows.folder, "teacher": tmp_path / "dense", "compute_dtype": "bfloat16"}
+    options = {
+        "source": saved_by_rows.folder,
+        "teacher": tmp_path / "dense",
+        "compute_dtype": "bfloat16",
+    }
     found = run(train="all", **options)
     assert found.held_out_loss < found.held_out_loss_before
     assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
     verify_checkpoint(tmp_path / "out")
     source = shutil.copytree(saved_by_rows.folder, tmp_path / "source")
     before = weights(source)
-    exact = {name for name in before if "norm" in name or name.endswith("layers.1.mlp.up_proj.weight")}
+    exact = {
+        name for name in before if "norm" in name or name.endswith("layers.1.mlp.up_proj.weight")
+    }
     before |= {name: before[name].float() * (1 + 1e-4) for name in exact}
     save_file(before, source / "model.safetensors", {"format": "pt"})
     run("norms", train="norms", **options | {"source": source})
     after = weights(tmp_path / "norms")
     assert {name for name, tensor in after.items() if tensor.dtype == torch.float32} == exact
-    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items() if "norm" not in name)
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in after.items() if "norm" not in name
+    )
     assert not torch.equal(after["model.norm.weight"], before["model.norm.weight"])
 
 
@@ -313,7 +387,10 @@ def test_a_packed_folder_gives_what_the_plain_one_gives(run, saved, tmp_path):
 
 
 def test_smaller_models(tiny_folder, text, tmp_path):
-    model, config = tiny_llama(), FistaPruningConfig(pattern="channels:0.25/4+layers:0.5", method="wanda")
+    model, config = (
+        tiny_llama(),
+        FistaPruningConfig(pattern="channels:0.25/4+layers:0.5", method="wanda"),
+    )
     pruner = FistaPruner(config, progress=False)
     pruner.prune(model, tiny_tokens().split(4))
     pruner.save_pretrained(model, tmp_path / "in", tiny_tokenizer())
@@ -339,13 +416,18 @@ def test_checkpointed_layers_change_nothing(run, tmp_path, monkeypatch):
         monkeypatch.setattr(recovery, "choose", lambda *_, choice=choice: choice)
         run(name, tokens=64)
     for name, weight in weights(tmp_path / "plain").items():
-        torch.testing.assert_close(weights(tmp_path / "checkpointed")[name], weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            weights(tmp_path / "checkpointed")[name], weight, rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tokens": 31}, r"tokens=31: one step takes 2 passes of 1 sequences of 16 tokens: pass at least 32"),
+        (
+            {"tokens": 31},
+            r"tokens=31: one step takes 2 passes of 1 sequences of 16 tokens: pass at least 32",
+        ),
         ({"tokens": 10**6}, "tokens=1000000 and held_out=4 ask for this text: text 'sea.txt' has"),
         ({"train": "some"}, "train='some': pass 'auto', 'all' or 'norms'"),
         ({"learning_rate": 0.0}, r"learning_rate=0\.0: pass a positive number"),
@@ -360,11 +442,15 @@ def test_bad_options_are_refused(options, message, run, tmp_path):
 
 def test_the_folder_has_a_name_also_if_it_is_the_working_folder(saved, monkeypatch):
     monkeypatch.chdir(saved.folder)
-    assert folder_beside(".", "-recovered") == saved.folder.with_name(f"{saved.folder.name}-recovered")
+    assert folder_beside(".", "-recovered") == saved.folder.with_name(
+        f"{saved.folder.name}-recovered"
+    )
 
 
 def test_bad_folders_are_refused(run, saved, tiny_folder, text, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no fista/report\.json: pass a folder or Hub id saved by"):
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no fista/report\.json: pass a folder or Hub id saved by"
+    ):
         run(source=tiny_folder)
     other = save_tiny_folder(tmp_path / "other")
     tiny_llama(vocab_size=70).save_pretrained(other)
@@ -381,7 +467,10 @@ def test_a_text_that_is_not_there_and_a_teacher_without_a_tokenizer_are_refused_
     monkeypatch.setattr(recovery, "locked_output", None)
     with pytest.raises(FileNotFoundError, match=r"source='no\.txt': there is no such file"):
         recover(saved.folder, tmp_path / "dense", tmp_path / "out", **QUICK, calibration="no.txt")
-    with pytest.raises(ValueError, match=r"dense' has no tokenizer: copy the files of its tokenizer into the folder"):
+    with pytest.raises(
+        ValueError,
+        match=r"dense' has no tokenizer: copy the files of its tokenizer into the folder",
+    ):
         recover(saved.folder, tmp_path / "dense", tmp_path / "out", **QUICK)
 
 

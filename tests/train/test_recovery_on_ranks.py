@@ -12,7 +12,14 @@ from optimum_fista import recover
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder.checkpoint import read_report
 
-QUICK = {"tokens": 128, "sequence_length": 16, "batch_size": 1, "accumulate": 2, "held_out": 3, "learning_rate": 1e-2}
+QUICK = {
+    "tokens": 128,
+    "sequence_length": 16,
+    "batch_size": 1,
+    "accumulate": 2,
+    "held_out": 3,
+    "learning_rate": 1e-2,
+}
 QUICK |= {"device": "cpu", "compute_dtype": "float32", "progress": False}
 
 
@@ -22,7 +29,11 @@ def call(saved, tiny_folder, tmp_path_factory):
     (here / "sea.txt").write_text(TEXT)
 
     def options(name, **changes):
-        given = {"folder": saved.folder, "teacher": tiny_folder, "calibration": str(here / "sea.txt")}
+        given = {
+            "folder": saved.folder,
+            "teacher": tiny_folder,
+            "calibration": str(here / "sea.txt"),
+        }
         return given | {"output_dir": here / name} | QUICK | changes
 
     return options
@@ -42,7 +53,9 @@ def test_what_goes_wrong_is_said(log):
     said = {path.name.removeprefix("log-"): path.read_text() for path in log.parent.glob("log-?-?")}
     share = "ValueError: accumulate=3: 2 processes share the passes of a step: pass a multiple of 2 (--accumulate)."
     assert said.pop("3-0").startswith("RankError: rank 1 of 2 failed: ValueError: options differ")
-    assert said.pop("3-1").startswith("ValueError: options differ from those of rank 0: start every process with the")
+    assert said.pop("3-1").startswith(
+        "ValueError: options differ from those of rank 0: start every process with the"
+    )
     assert said.pop("4-0").startswith("RankError: rank 0 of 2 has lost the others: one has ended (")
     assert said.pop("4-1") == "RuntimeError: no more of this"
     assert said == {"1-0": share, "1-1": share}
@@ -65,10 +78,17 @@ def test_two_processes_recover_as_one(name, log, call):
 
 def test_what_is_killed_or_fails_ends_with_the_same_bits(log, call):
     killed = call("killed", sharded=True, stop=("killed", 1, 3))
-    assert exit_codes(launch(2, recover_together, [killed], log.with_name("again"))) == [3, -signal.SIGKILL]
+    assert exit_codes(launch(2, recover_together, [killed], log.with_name("again"))) == [
+        3,
+        -signal.SIGKILL,
+    ]
     for name in ("cut", "killed"):
-        assert (log.with_name(f"{name}.unfinished") / "journal" / "checkpoint-2" / "rng_state_1.pth").exists()
-    with pytest.raises(ValueError, match=r"was another one \(processes was 2, is 1\)\. Start it again as it was"):
+        assert (
+            log.with_name(f"{name}.unfinished") / "journal" / "checkpoint-2" / "rng_state_1.pth"
+        ).exists()
+    with pytest.raises(
+        ValueError, match=r"was another one \(processes was 2, is 1\)\. Start it again as it was"
+    ):
         recover(**call("cut"))
     calls = [call("cut"), call("killed", sharded=True)]
     assert exit_codes(launch(2, recover_together, calls, log.with_name("again"))) == [0, 0]

@@ -12,7 +12,9 @@ def zeros_of(model, found) -> dict[str, torch.Tensor]:
 
 
 def agree(masks, other) -> bool:
-    return masks.keys() == other.keys() and all(torch.equal(mask, other[name]) for name, mask in masks.items())
+    return masks.keys() == other.keys() and all(
+        torch.equal(mask, other[name]) for name, mask in masks.items()
+    )
 
 
 @pytest.mark.parametrize("name", ["saved", "saved_by_rows", "saved_gpt2"])
@@ -50,38 +52,51 @@ def test_a_folder_knows_kept_weights_that_are_zero(saved, tmp_path):
 
 
 def test_a_dense_model_is_refused(llama, saved):
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM is not pruned, or no longer: 0 of the 15,360 weights"):
+    with pytest.raises(
+        ValueError, match=r"LlamaForCausalLM is not pruned, or no longer: 0 of the 15,360 weights"
+    ):
         find_masks(llama)
     model = AutoModelForCausalLM.from_pretrained(saved.folder)
     model.model.layers[1].mlp.up_proj.weight.data.fill_(1.0)
-    with pytest.raises(ValueError, match=r"no longer: [\d,]+ of the 15,360 .* configuration says 8,448\."):
+    with pytest.raises(
+        ValueError, match=r"no longer: [\d,]+ of the 15,360 .* configuration says 8,448\."
+    ):
         find_masks(model)
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight has 768 weights outside its mask"):
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.mlp\.up_proj\.weight has 768 weights outside its mask"
+    ):
         find_masks(model, saved.folder)
 
 
 def test_masks_of_another_model_are_refused(saved, saved_gpt2, saved_by_rows, llama, tmp_path):
     with pytest.raises(
-        ValueError, match=r"q_proj\.weight of shape \(32, 32\) has a mask, .* GPT2LMHeadModel has no such"
+        ValueError,
+        match=r"q_proj\.weight of shape \(32, 32\) has a mask, .* GPT2LMHeadModel has no such",
     ):
         find_masks(saved_gpt2.model, saved.folder)
     with pytest.raises(
-        ValueError, match=r"gate_proj.* \(45, 32\) has a mask, but LlamaForCausalLM has it in shape \(48"
+        ValueError,
+        match=r"gate_proj.* \(45, 32\) has a mask, but LlamaForCausalLM has it in shape \(48",
     ):
         find_masks(saved.model, saved_by_rows.folder)
     with pytest.raises(ValueError, match="was not pruned by this FistaPruner"):
         find_masks(llama, saved.pruner)
-    with pytest.raises(FileNotFoundError, match=r"holds no fista/report\.json: pass a folder or Hub id saved by"):
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no fista/report\.json: pass a folder or Hub id saved by"
+    ):
         find_masks(saved.model, tmp_path)
 
 
 def test_given_masks_are_checked(saved):
     name = "model.layers.0.mlp.up_proj.weight"
     with pytest.raises(
-        ValueError, match=r"has shape \(48,\) and dtype torch\.bool: pass torch\.bool of shape \(48, 32\)"
+        ValueError,
+        match=r"has shape \(48,\) and dtype torch\.bool: pass torch\.bool of shape \(48, 32\)",
     ):
         find_masks(saved.model, {name: torch.ones(48, dtype=torch.bool)})
-    with pytest.raises(ValueError, match="masks name 'up_proj', which is no parameter of LlamaForCausalLM"):
+    with pytest.raises(
+        ValueError, match="masks name 'up_proj', which is no parameter of LlamaForCausalLM"
+    ):
         find_masks(saved.model, {"up_proj": torch.ones(48, 32, dtype=torch.bool)})
 
 
@@ -93,5 +108,7 @@ def test_quantized_and_offloaded_models_are_refused(saved, tmp_path):
     offloaded = AutoModelForCausalLM.from_pretrained(
         saved.folder, device_map={"": "disk"}, offload_folder=tmp_path / "offload"
     )
-    with pytest.raises(ValueError, match=r"q_proj\.weight is offloaded, and offloaded weights can't be trained"):
+    with pytest.raises(
+        ValueError, match=r"q_proj\.weight is offloaded, and offloaded weights can't be trained"
+    ):
         find_masks(offloaded, saved.folder)

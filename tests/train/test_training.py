@@ -38,7 +38,9 @@ def reload(saved, **options) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(saved.folder, **options).train()
 
 
-def train(model: PreTrainedModel, optimizer, steps: int = 4, accumulate: int = 2, clip: float = 0.5) -> list[Tensor]:
+def train(
+    model: PreTrainedModel, optimizer, steps: int = 4, accumulate: int = 2, clip: float = 0.5
+) -> list[Tensor]:
     """Returns the norms of the gradients."""
     norms = []
     for _ in range(steps):
@@ -54,7 +56,10 @@ def strays(model: PreTrainedModel, masks: dict[str, Tensor]) -> int:
     """Weights outside the masks with any bit set, a sign included."""
     kinds = {2: torch.int16, 4: torch.int32}
     weights = {name: model.get_parameter(name).data for name in masks}
-    return sum(int(w.view(kinds[w.element_size()])[~masks[name]].count_nonzero()) for name, w in weights.items())
+    return sum(
+        int(w.view(kinds[w.element_size()])[~masks[name]].count_nonzero())
+        for name, w in weights.items()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -93,7 +98,10 @@ def test_moments_and_clipping_never_see_pruned_weights(saved):
     for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
         assert torch.equal(states[0][key], states[1][key])
         assert not bool(states[0][key][~masks["model.layers.0.mlp.up_proj.weight"]].any())
-    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True)
+    )
 
 
 def test_nan_gradients_of_pruned_weights_do_not_spread(saved):
@@ -146,7 +154,11 @@ def retrain(model, masks) -> None:
 
 def record(folder) -> tuple[dict, dict, str]:
     files = [folder / "config.json", folder / "fista" / "report.json", folder / "README.md"]
-    return json.loads(files[0].read_text())["fista_pruning"], json.loads(files[1].read_text()), files[2].read_text()
+    return (
+        json.loads(files[0].read_text())["fista_pruning"],
+        json.loads(files[1].read_text()),
+        files[2].read_text(),
+    )
 
 
 @pytest.mark.parametrize("name", ["saved", "saved_gpt2"])
@@ -159,7 +171,10 @@ def test_a_retrained_model_is_saved_with_its_masks_and_says_so(name, request, to
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(torch.equal(p, again.get_parameter(n)) for n, p in model.named_parameters())
     assert (tmp_path / "out" / "tokenizer.json").exists()
-    masks = [load_file(folder / "fista/masks.safetensors") for folder in (example.folder, tmp_path / "out")]
+    masks = [
+        load_file(folder / "fista/masks.safetensors")
+        for folder in (example.folder, tmp_path / "out")
+    ]
     assert masks[0].keys() == masks[1].keys()
     assert all(torch.equal(mask, masks[1][key]) for key, mask in masks[0].items())
     entry, report, card = record(tmp_path / "out")
@@ -180,7 +195,10 @@ def test_the_pruner_knows_that_its_model_was_retrained(tmp_path):
     pruner.save_pretrained(model, tmp_path / "before")
     retrain(model, pruner)
     pruner.save_pretrained(model, tmp_path / "after")
-    assert [record(tmp_path / name)[1]["retrained"] for name in ("before", "after")] == [False, True]
+    assert [record(tmp_path / name)[1]["retrained"] for name in ("before", "after")] == [
+        False,
+        True,
+    ]
     assert verify_checkpoint(tmp_path / "after").num_operators == 14
     save_masked(model, tmp_path / "again", pruner)
     assert record(tmp_path / "again") == record(tmp_path / "after")
@@ -204,7 +222,9 @@ def test_the_folder_may_be_the_source(saved, tmp_path):
 def test_lost_zeros_and_other_models_are_refused(saved, saved_gpt2, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(saved.folder)
     model.model.layers[1].mlp.up_proj.weight.data += 1e-3
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight is no longer zero outside its mask"):
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.mlp\.up_proj\.weight is no longer zero outside its mask"
+    ):
         save_masked(model, tmp_path / "out", saved.folder)
     with pytest.raises(ValueError, match="GPT2LMHeadModel has no such weight"):
         save_masked(saved_gpt2.model, tmp_path / "out", saved.folder)

@@ -60,7 +60,10 @@ def test_zeros_stay_zero_through_checkpoints_and_resuming(saved, tmp_path):
 
 
 def test_the_best_checkpoint_that_is_loaded_at_the_end_is_masked(saved, tmp_path):
-    model, options = reload(saved), {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 4}
+    model, options = (
+        reload(saved),
+        {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 4},
+    )
     trainer_of(model, tmp_path / "run", bf16=True, optim="adafactor", **options).train()
     save_masked(model, tmp_path / "out", saved.folder)
     assert verify_checkpoint(tmp_path / "out").num_operators == 14
@@ -84,5 +87,7 @@ def test_a_dense_model_and_sharding_are_refused(saved, llama, tmp_path):
         trainer_of(llama, tmp_path / "run").train()
     trainer = trainer_of(reload(saved), tmp_path / "run")
     trainer.args.deepspeed_plugin = object()
-    with pytest.raises(ValueError, match="does not know the weights that DeepSpeed and FSDP1 keep: use FSDP2"):
+    with pytest.raises(
+        ValueError, match="does not know the weights that DeepSpeed and FSDP1 keep: use FSDP2"
+    ):
         trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)

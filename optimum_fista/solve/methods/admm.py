@@ -26,7 +26,9 @@ class SplitState:
 
     target: Callable[[slice], Tensor]  # makes some rows of `C` [out, in]
     point: Tensor  # `P` [out, in]; the dense weights at the start
-    mask: Tensor | None = None  # of `Z`, True = kept; None before the first projection, where `Z = P` and `V = 0`
+    mask: Tensor | None = (
+        None  # of `Z`, True = kept; None before the first projection, where `Z = P` and `V = 0`
+    )
     rho: float = 1.0  # the penalty parameter that `point` was made with
 
     def iterate(self, inverse: Tensor, rho: float, pattern: SparsityPattern) -> None:
@@ -94,17 +96,23 @@ class Admm(PruningMethod):
         U = Z.new_zeros(Z.shape)
         mask = pattern.mask(Z)
         for k in range(1, self.max_iterations + 1):
-            W = (target + self.rho * (Z - U)) @ inverse  # the W step; U = V / rho is the scaled dual
+            W = (
+                target + self.rho * (Z - U)
+            ) @ inverse  # the W step; U = V / rho is the scaled dual
             V = W + U
             if k <= self.ramp_iterations:
                 # The cubic schedule: most zeros come in the first iterations.
                 ramp = 1 - (1 - k / self.ramp_iterations) ** 3
                 # A fixed pattern has no other sparsity: it is chosen anew as it is.
-                ramped = pattern if pattern.fixed else replace(pattern, sparsity=pattern.sparsity * ramp)
+                ramped = (
+                    pattern if pattern.fixed else replace(pattern, sparsity=pattern.sparsity * ramp)
+                )
                 mask = ramped.mask(V)
             Z = V * mask  # the projection
             U = V - Z  # U + W - Z
         # With fewer iterations than the ramp has, Z keeps too many weights until now.
         final = pattern.mask(Z)
         weight = Z * final * scale  # back from scaled coordinates
-        return PrunedOperator(weight, final, problem.fit_error(weight), iterations=self.max_iterations)
+        return PrunedOperator(
+            weight, final, problem.fit_error(weight), iterations=self.max_iterations
+        )

@@ -37,26 +37,38 @@ class Alps(PruningMethod):
         """Prune one operator to `pattern`."""
         problem = problem.decoupled()
         gram, target, scale = unit_diagonal(problem, self.damping)
-        values, vectors = torch.linalg.eigh(gram)  # one decomposition gives (G + rho I)^-1 for every rho
+        values, vectors = torch.linalg.eigh(
+            gram
+        )  # one decomposition gives (G + rho I)^-1 for every rho
         state = SplitState(target.__getitem__, problem.weight / scale)
         rho, iteration, settled = self.first_rho, 0, False
         support: Tensor | None = None
         while iteration < self.max_iterations and not settled:
-            inverse = (vectors / (values.clamp_min(0) + rho)) @ vectors.T  # rounding makes zero eigenvalues negative
+            inverse = (
+                vectors / (values.clamp_min(0) + rho)
+            ) @ vectors.T  # rounding makes zero eigenvalues negative
             for _ in range(self.period):
                 state.iterate(inverse, rho, pattern)
             iteration += self.period
             assert state.mask is not None
             if support is not None:
                 # The support's size is the unit in which ALPS counts its changes.
-                changed = float((support & ~state.mask).sum()) / max(1, pattern.num_kept(support.shape))
+                changed = float((support & ~state.mask).sum()) / max(
+                    1, pattern.num_kept(support.shape)
+                )
                 settled = changed == 0
                 rho *= 1.3 if changed > 0.1 else 1.2 if changed > 0.005 else 1.1
             support = state.mask
         assert support is not None
         # Algorithm 2, in the coordinates of the iterations.
-        weight, steps = refit(gram, target, state.point, support, max_iterations=self.refit_iterations)
+        weight, steps = refit(
+            gram, target, state.point, support, max_iterations=self.refit_iterations
+        )
         weight.mul_(scale)  # back from coordinates of unit diagonal
-        message = "" if settled else f"the support still changed after max_iterations={self.max_iterations}: try more"
+        message = (
+            ""
+            if settled
+            else f"the support still changed after max_iterations={self.max_iterations}: try more"
+        )
         iteration, error = iteration + int(steps), problem.fit_error(weight)
         return PrunedOperator(weight, support, error, iteration, converged=settled, message=message)

@@ -39,11 +39,19 @@ class Dsnot(PruningMethod):
         mask = pattern.mask(scores)
         mean = statistics.mean
         # E[x^2] - E[x]^2, kept off zero because it divides.
-        variance = (statistics.diagonal / max(1, statistics.num_tokens) - mean.square()).clamp_min(1e-12)
-        live = statistics.energy_ratios == 1  # others would grow first: their variance, a divisor, is next to nothing
+        variance = (statistics.diagonal / max(1, statistics.num_tokens) - mean.square()).clamp_min(
+            1e-12
+        )
+        live = (
+            statistics.energy_ratios == 1
+        )  # others would grow first: their variance, a divisor, is next to nothing
 
-        def of_groups(matrix: Tensor) -> Tensor:  # [out, in] -> [out, groups]; no copy if each weight is a group
-            return matrix if pattern.width == 1 else matrix.unflatten(1, (-1, pattern.width)).sum(-1)
+        def of_groups(
+            matrix: Tensor,
+        ) -> Tensor:  # [out, in] -> [out, groups]; no copy if each weight is a group
+            return (
+                matrix if pattern.width == 1 else matrix.unflatten(1, (-1, pattern.width)).sum(-1)
+            )
 
         kept = mask[:, :: pattern.width].contiguous()
         # Contributions to the error add up over a group, and so do the squares of Wanda's scores.
@@ -57,7 +65,13 @@ class Dsnot(PruningMethod):
         return PrunedOperator(weight, mask, problem.fit_error(weight), iterations=cycles)
 
     def _swap(
-        self, contribution: Tensor, growth: Tensor, live: Tensor, scores: Tensor, mask: Tensor, group: int
+        self,
+        contribution: Tensor,
+        growth: Tensor,
+        live: Tensor,
+        scores: Tensor,
+        mask: Tensor,
+        group: int,
     ) -> int:
         """Swap in `mask` [out, groups] until no row moves; returns the number of cycles in which one moved."""
         error = contribution.masked_fill(mask, 0).sum(1)
@@ -65,7 +79,9 @@ class Dsnot(PruningMethod):
         rows = torch.arange(len(error), device=error.device)
         groups = torch.arange(mask.shape[1], device=error.device) // group
         infinity = float("inf")
-        look = 1 if error.device.type == "cpu" else 10  # a cycle after the last move changes nothing
+        look = (
+            1 if error.device.type == "cpu" else 10
+        )  # a cycle after the last move changes nothing
         for cycle in range(1, self.max_cycles + 1):
             sign = error.sign()[:, None]
             grown = (growth * sign).masked_fill(mask, -infinity).argmax(1)
@@ -74,7 +90,12 @@ class Dsnot(PruningMethod):
             lowest, pruned = candidates.min(1)
             # A grown weight leaves the sum over pruned weights, a pruned one enters it.
             after = error - contribution[rows, grown] + contribution[rows, pruned]
-            move = (error.abs() > self.threshold) & torch.isfinite(lowest) & (after.abs() < error.abs()) & live[grown]
+            move = (
+                (error.abs() > self.threshold)
+                & torch.isfinite(lowest)
+                & (after.abs() < error.abs())
+                & live[grown]
+            )
             mask[rows, grown] |= move
             mask[rows, pruned] &= ~move
             error = torch.where(move, after, error)

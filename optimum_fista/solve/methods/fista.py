@@ -46,21 +46,36 @@ class Fista(PruningMethod):
     tolerance: float = 1e-6  # relative change of the iterates at which FISTA stops
     patience: int = 3  # trials without improvement, the paper's T
     max_trials: int = 4  # the paper names no limit
-    rounding_share: float = 0.3  # share of the rounding error above which the penalty rises, the paper's xi
-    refit_iterations: int = 20  # conjugate-gradient steps on the final mask; 0 (as in the paper) refits nothing
+    rounding_share: float = (
+        0.3  # share of the rounding error above which the penalty rises, the paper's xi
+    )
+    refit_iterations: int = (
+        20  # conjugate-gradient steps on the final mask; 0 (as in the paper) refits nothing
+    )
     name: ClassVar[str] = "fista"
     takes_columns: ClassVar[bool] = False  # the l1 norm makes single weights zero
 
     def __post_init__(self) -> None:
         if self.warm_start not in get_args(WarmStart):
-            raise ValueError(f"warm_start={self.warm_start!r}: pass one of {', '.join(get_args(WarmStart))}.")
-        for option, least in (("max_iterations", 1), ("patience", 1), ("max_trials", 1), ("refit_iterations", 0)):
+            raise ValueError(
+                f"warm_start={self.warm_start!r}: pass one of {', '.join(get_args(WarmStart))}."
+            )
+        for option, least in (
+            ("max_iterations", 1),
+            ("patience", 1),
+            ("max_trials", 1),
+            ("refit_iterations", 0),
+        ):
             if getattr(self, option) < least:
-                raise ValueError(f"{option}={getattr(self, option)!r}: pass a whole number of at least {least}.")
+                raise ValueError(
+                    f"{option}={getattr(self, option)!r}: pass a whole number of at least {least}."
+                )
         if self.tolerance < 0:
             raise ValueError(f"tolerance={self.tolerance!r}: pass a relative change of at least 0.")
         if not 0 < self.rounding_share < 1:
-            raise ValueError(f"rounding_share={self.rounding_share!r}: pass a share between 0 and 1.")
+            raise ValueError(
+                f"rounding_share={self.rounding_share!r}: pass a share between 0 and 1."
+            )
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`."""
@@ -71,7 +86,11 @@ class Fista(PruningMethod):
         found = self.search_penalty(problem, pattern, rounded)
         given = (problem.gram, problem.target, found.weight, found.mask)
         weight, steps = refit(*given, max_iterations=self.refit_iterations, singular=True)
-        advice = "" if found.converged else f"FISTA stopped at max_iterations={self.max_iterations}: try more"
+        advice = (
+            ""
+            if found.converged
+            else f"FISTA stopped at max_iterations={self.max_iterations}: try more"
+        )
         return PrunedOperator(
             weight,
             found.mask,
@@ -82,7 +101,9 @@ class Fista(PruningMethod):
             message="; ".join(filter(None, (rounded.message, advice))),
         )
 
-    def search_penalty(self, problem: LayerProblem, pattern: SparsityPattern, rounded: PrunedOperator) -> PenaltySearch:
+    def search_penalty(
+        self, problem: LayerProblem, pattern: SparsityPattern, rounded: PrunedOperator
+    ) -> PenaltySearch:
         """Find the penalty by bisection (Algorithm 1), and weights in the pattern that are better than `rounded`.
 
         A trial solves the LASSO from the best weights so far, rounds the solution to the pattern and compares
@@ -90,9 +111,13 @@ class Fista(PruningMethod):
         `rounding_share`, rounding dominates and the penalty rises, otherwise it falls. The interval, which the
         paper does not give, is `[1e-6, 1] max |C|` on a logarithmic scale.
         """
-        best = PenaltySearch(rounded.weight, rounded.mask, math.sqrt(problem.squared_error(rounded.weight)))
+        best = PenaltySearch(
+            rounded.weight, rounded.mask, math.sqrt(problem.squared_error(rounded.weight))
+        )
         standing = problem.statistics.energy_ratios.sqrt()  # below 1 for nearly dead inputs alone
-        critical = float(problem.target.abs().max())  # from this penalty on the solution of the LASSO is zero
+        critical = float(
+            problem.target.abs().max()
+        )  # from this penalty on the solution of the LASSO is zero
         if critical == 0.0:  # C = 0: it is zero at every penalty
             return best
         low, high = math.log(1e-6 * critical), math.log(critical)
@@ -134,5 +159,7 @@ class Fista(PruningMethod):
         rounded = Wanda().prune(problem, counted)
         if counted.num_kept(rounded.mask.shape) == pattern.num_kept(rounded.mask.shape):
             return rounded
-        mask = pattern.mask(rounded.weight)  # rows of an odd number of inputs have half a zero more or less
+        mask = pattern.mask(
+            rounded.weight
+        )  # rows of an odd number of inputs have half a zero more or less
         return replace(rounded, weight=rounded.weight * mask, mask=mask)

@@ -32,7 +32,9 @@ class Flap(PruningMethod):
         variance = (energy - mean.square()).clamp_min(1e-6 * energy)
         mask = pattern.mask(problem.weight * variance.sqrt())
         weight = problem.weight * mask
-        live = statistics.energy_ratios == 1  # a weight of a nearly dead input would grow to stand for others
+        live = (
+            statistics.energy_ratios == 1
+        )  # a weight of a nearly dead input would grow to stand for others
         missing = (problem.weight - weight) @ mean  # b, [out]
         share = mean / variance * live  # mu_j / v_j
         total = 1 + mask.to(mean.dtype) @ (share * mean)  # 1 + sum_k mu_k^2 / v_k, by rows

@@ -13,7 +13,13 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.linalg import damped_cholesky, damped_inverse, diagonal_blocks, inverse_in_place, row_blocks
+from optimum_fista.solve.linalg import (
+    damped_cholesky,
+    damped_inverse,
+    diagonal_blocks,
+    inverse_in_place,
+    row_blocks,
+)
 from optimum_fista.solve.method import PrunedOperator, PruningMethod, register
 from optimum_fista.solve.methods.admm import SplitState
 from optimum_fista.solve.pattern import SparsityPattern
@@ -55,11 +61,15 @@ class ObsAdmm(PruningMethod):
     def __post_init__(self) -> None:
         for option, least in (("stages", 1), ("iterations", 1), ("refit_iterations", 0)):
             if getattr(self, option) < least:
-                raise ValueError(f"{option}={getattr(self, option)!r}: pass a whole number of at least {least}.")
+                raise ValueError(
+                    f"{option}={getattr(self, option)!r}: pass a whole number of at least {least}."
+                )
         if self.ridge is not None and not self.ridge > 0:
             raise ValueError(f"ridge={self.ridge!r}: pass a positive number, or None.")
         if not 0 < self.first_rho <= self.last_rho:
-            raise ValueError(f"first_rho={self.first_rho!r}, last_rho={self.last_rho!r}: pass 0 < first <= last.")
+            raise ValueError(
+                f"first_rho={self.first_rho!r}, last_rho={self.last_rho!r}: pass 0 < first <= last."
+            )
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`."""
@@ -79,7 +89,9 @@ class ObsAdmm(PruningMethod):
             ridge = min(0.5, max(0.003, 1.5 * len(gram) / max(1, statistics.num_tokens)))
         # Step 1 is made in parts, where it is read: r diag(G) is all that is kept of it.
         surgeon, message = _Surgeon.of(gram, statistics.diagonal * ridge, widths.pop())  # step 2
-        states = [SplitState(partial(surgeon.target, p), surgeon.weight(p.weight)) for p in problems]
+        states = [
+            SplitState(partial(surgeon.target, p), surgeon.weight(p.weight)) for p in problems
+        ]
         growth = (self.last_rho / self.first_rho) ** (1 / max(1, self.stages - 1))
         for stage in range(self.stages):  # step 3
             rho = self.first_rho * growth**stage
@@ -89,14 +101,18 @@ class ObsAdmm(PruningMethod):
                 for _ in range(self.iterations):
                     state.iterate(inverse, rho, pattern)
             del inverse  # before the next one is made
-        fit = partial(refit, surgeon.gram(gram), max_iterations=self.refit_iterations, in_place=True)
+        fit = partial(
+            refit, surgeon.gram(gram), max_iterations=self.refit_iterations, in_place=True
+        )
         taken = [torch.zeros((), dtype=torch.int64, device=gram.device)]
         for state, pattern in zip(states, patterns, strict=True):  # step 4, in place
             assert state.mask is not None
             for rows in () if pattern.whole_columns else row_blocks(state.point):
                 taken.append(fit(state.target(rows), state.point[rows], state.mask[rows])[1])
         del fit  # with its Gram matrix
-        iterations = self.stages * self.iterations + int(torch.stack(taken).max())  # one wait for the device
+        iterations = self.stages * self.iterations + int(
+            torch.stack(taken).max()
+        )  # one wait for the device
         pruned = []
         for problem, pattern, state in zip(problems, patterns, states, strict=True):
             assert state.mask is not None
@@ -106,9 +122,15 @@ class ObsAdmm(PruningMethod):
                 advice = "; ".join(dict.fromkeys(filter(None, (message, refitted))))
             else:
                 # W = W' B^T S, in the memory of P
-                weight = surgeon.times_blocks(state.point.mul_(state.mask), transposed=True).mul_(surgeon.scale)
+                weight = surgeon.times_blocks(state.point.mul_(state.mask), transposed=True).mul_(
+                    surgeon.scale
+                )
             error = problem.fit_error(weight)
-            pruned.append(PrunedOperator(weight, state.mask, error, iterations, converged=not advice, message=advice))
+            pruned.append(
+                PrunedOperator(
+                    weight, state.mask, error, iterations, converged=not advice, message=advice
+                )
+            )
         return pruned
 
 
@@ -123,7 +145,9 @@ class _Surgeon:
 
     scale: Tensor  # `S` [in]
     penalty: Tensor  # `r diag(G)` [in]
-    blocks: Tensor | None = None  # of `B`, lower triangular, [in / width, width, width]; None: columns stand alone
+    blocks: Tensor | None = (
+        None  # of `B`, lower triangular, [in / width, width, width]; None: columns stand alone
+    )
 
     @classmethod
     def of(cls, gram: Tensor, penalty: Tensor, width: int) -> tuple[Self, str]:
@@ -135,14 +159,20 @@ class _Surgeon:
         if width == 1:
             # [G_r^-1]_jj = s_j^2 [(s G_r s)^-1]_jj.
             return cls(inverse.diagonal().sqrt() * unit.scale, penalty), message
-        return cls(unit.scale, penalty, torch.linalg.cholesky(diagonal_blocks(inverse, width))), message
+        return cls(
+            unit.scale, penalty, torch.linalg.cholesky(diagonal_blocks(inverse, width))
+        ), message
 
     def gram(self, gram: Tensor) -> Tensor:
         """A new matrix: `B^T S G_r S B`."""
         copy = gram.clone()
         copy.diagonal().add_(self.penalty)
         copy = copy.mul_(self.scale).mul_(self.scale[:, None])
-        return copy if self.blocks is None else self.times_blocks(self.times_blocks(copy).mT).contiguous()
+        return (
+            copy
+            if self.blocks is None
+            else self.times_blocks(self.times_blocks(copy).mT).contiguous()
+        )
 
     def target(self, problem: LayerProblem, rows: slice) -> Tensor:
         """`C_r S B` of some rows, made from the problem's own matrices."""

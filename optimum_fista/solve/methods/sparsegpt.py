@@ -26,7 +26,9 @@ class SparseGPT(PruningMethod):
     damping: float = 0.01
     block_size: int = 128  # columns whose mask is chosen together
     name: ClassVar[str] = "sparsegpt"
-    takes_columns: ClassVar[bool] = False  # a block can't know how good the columns to its right are
+    takes_columns: ClassVar[bool] = (
+        False  # a block can't know how good the columns to its right are
+    )
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`. The problem's target is ignored: SparseGPT's target is W X*."""
@@ -34,7 +36,9 @@ class SparseGPT(PruningMethod):
         self.require_pattern(pattern)
         pattern.require_shape(problem.weight.shape, problem.name)
         problem = problem.decoupled()
-        factor, message = damped_cholesky(problem.gram.clone, self.damping, problem.statistics.energy_ratios)
+        factor, message = damped_cholesky(
+            problem.gram.clone, self.damping, problem.statistics.energy_ratios
+        )
         # H^-1 = U^T U: U_jj times row j of U is the first row of the inverse of H without the columns before j.
         upper = torch.linalg.cholesky(inverse_in_place(factor), upper=True)
         weight = problem.weight.clone()
@@ -46,10 +50,18 @@ class SparseGPT(PruningMethod):
             errors = self._prune_block(weight, mask, upper, left, right, pattern)
             # The columns to the right wait for the end of the block: one product instead of one a column.
             weight[:, right:] -= errors @ upper[left:right, right:]
-        return PrunedOperator(weight, mask, problem.fit_error(weight), converged=not message, message=message)
+        return PrunedOperator(
+            weight, mask, problem.fit_error(weight), converged=not message, message=message
+        )
 
     def _prune_block(
-        self, weight: Tensor, mask: Tensor, upper: Tensor, left: int, right: int, pattern: SparsityPattern
+        self,
+        weight: Tensor,
+        mask: Tensor,
+        upper: Tensor,
+        left: int,
+        right: int,
+        pattern: SparsityPattern,
     ) -> Tensor:
         """Prune columns left..right in place; returns their scaled errors [out, right - left]."""
         block = weight[:, left:right].clone()
@@ -62,10 +74,14 @@ class SparseGPT(PruningMethod):
             if j % width == 0:  # a group is decided when its first column is reached
                 group = slice(j, j + width)
                 scores = block[:, group].square().div_(saliency[group])  # w_j^2 / U_jj^2
-                block_mask[:, group] = pattern.mask(scores, squared=True, within=(left + j, weight.shape[1]))
+                block_mask[:, group] = pattern.mask(
+                    scores, squared=True, within=(left + j, weight.shape[1])
+                )
             column = block[:, j].clone()
             block[:, j] *= block_mask[:, j]
             errors.append((column - block[:, j]) / local[j, j])  # e
-            block[:, j + 1 :].addr_(errors[-1], local[j, j + 1 :], alpha=-1)  # - e U_j,right within the block
+            block[:, j + 1 :].addr_(
+                errors[-1], local[j, j + 1 :], alpha=-1
+            )  # - e U_j,right within the block
         weight[:, left:right] = block
         return torch.stack(errors, dim=1)

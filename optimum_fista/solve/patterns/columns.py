@@ -23,7 +23,9 @@ class Columns(SparsityPattern):
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity={self.sparsity!r}: pass the share of the columns to remove, in [0, 1).")
+            raise ValueError(
+                f"sparsity={self.sparsity!r}: pass the share of the columns to remove, in [0, 1)."
+            )
         if self.width < 1:
             raise ValueError(f"width={self.width!r}: pass a whole number of at least 1.")
 
@@ -31,7 +33,9 @@ class Columns(SparsityPattern):
     def keeping(cls, kept: int, groups: int, width: int = 1) -> Self:
         """Make the pattern that keeps exactly `kept` of `groups` groups of `width` columns."""
         if not 0 < kept <= groups:
-            raise ValueError(f"kept={kept!r} of {groups} groups: pass a whole number from 1 to {groups}.")
+            raise ValueError(
+                f"kept={kept!r} of {groups} groups: pass a whole number from 1 to {groups}."
+            )
         return cls(1 - kept / groups, width=width, groups=groups)
 
     @classmethod
@@ -42,7 +46,11 @@ class Columns(SparsityPattern):
             return None
         kept, groups, share, width = found.groups(default="1")
         try:
-            return cls.keeping(int(kept), int(groups), int(width)) if found[1] else cls(float(share), scope, int(width))
+            return (
+                cls.keeping(int(kept), int(groups), int(width))
+                if found[1]
+                else cls(float(share), scope, int(width))
+            )
         except ValueError as error:  # of a number, or of `__post_init__`
             raise ValueError(f"pattern={text!r}: {error}") from None
 
@@ -58,6 +66,10 @@ class Columns(SparsityPattern):
         groups = shape[1] // self.width
         found = f"{name} has {groups} groups of {self.width} columns"
         if self.groups is not None and groups != self.groups:
-            raise ValueError(f"{found}, not {self.groups} as {self} has: pass a share such as 'columns:0.25'.")
+            raise ValueError(
+                f"{found}, not {self.groups} as {self} has: pass a share such as 'columns:0.25'."
+            )
         if self.num_kept((1, shape[1])) == 0:
-            raise ValueError(f"{found}, and {self} keeps none: pass a share of at most {1 - 1 / groups:g}.")
+            raise ValueError(
+                f"{found}, and {self} keeps none: pass a share of at most {1 - 1 / groups:g}."
+            )

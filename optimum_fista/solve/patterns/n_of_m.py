@@ -32,11 +32,15 @@ class NOfM(SparsityPattern):
             return None
         n, m = int(found[1]), int(found[2])
         if not 0 < n < m:
-            raise ValueError(f"pattern={text!r} keeps {n} of every {m} weights: pass 0 < n < m, such as '2:4'.")
+            raise ValueError(
+                f"pattern={text!r} keeps {n} of every {m} weights: pass 0 < n < m, such as '2:4'."
+            )
         return cls(1 - n / m, scope, span=m)
 
     def __str__(self) -> str:
-        return f"{self.num_kept((1, self.span or 1))}:{self.span}{'-pairs' if self.width == 2 else ''}"
+        return (
+            f"{self.num_kept((1, self.span or 1))}:{self.span}{'-pairs' if self.width == 2 else ''}"
+        )
 
 
 def best_order(scores: Tensor, pattern: SparsityPattern) -> Tensor:
@@ -51,7 +55,9 @@ def best_order(scores: Tensor, pattern: SparsityPattern) -> Tensor:
     pattern.require_shape(scores.shape, "scores")
     n, m = pattern.num_kept((1, pattern.span)), pattern.span
     # Inputs of similar size are apart in the beginning: every group has one of each m-th part of them.
-    order = scores.sum(0).argsort(descending=True, stable=True).view(m, -1).T.contiguous()  # [in] -> [groups, m]
+    order = (
+        scores.sum(0).argsort(descending=True, stable=True).view(m, -1).T.contiguous()
+    )  # [in] -> [groups, m]
     groups = torch.arange(len(order), device=scores.device)
     for place in [*range(m)] * _SWEEPS:
         others = [other for other in range(m) if other != place]
@@ -61,7 +67,9 @@ def best_order(scores: Tensor, pattern: SparsityPattern) -> Tensor:
         gain = torch.cdist(own.T, threshold.T, p=1.0) + own.sum(0)[:, None] - threshold.sum(0)
         stay = gain.diagonal()
         swap = gain + gain.T - stay - stay[:, None]  # what both groups together gain
-        free = torch.ones_like(groups, dtype=torch.bool)  # groups that have not swapped at this place
+        free = torch.ones_like(
+            groups, dtype=torch.bool
+        )  # groups that have not swapped at this place
         while True:
             best, partner = swap.masked_fill(~(free & free[:, None]), 0).max(1)
             # Only groups that want each other swap; the pair is counted once.

@@ -32,23 +32,32 @@ class PartShare:
         """Count the parts of `number` that stay: at least `at_least`, and equally many in each of `equal_runs` runs."""
         step, kept = self._rounded(number, equal_runs)
         if not at_least <= kept < number:
-            least, most = -(-at_least // step) * step, (number - 1) // step * step  # multiples of the step
+            least, most = (
+                -(-at_least // step) * step,
+                (number - 1) // step * step,
+            )  # multiples of the step
             fits = f"pass a share for which {least} to {most} stay"
             if most < least:
-                fits = f"none can go in steps of {step}" + (f" with {at_least} left at least" if at_least > 1 else "")
+                fits = f"none can go in steps of {step}" + (
+                    f" with {at_least} left at least" if at_least > 1 else ""
+                )
             stay = f"{kept} of {number} {self.kind} would stay (a multiple of {step})"
             raise ValueError(f"pattern={str(self)!r}: {stay}; {fits}.")
         return kept
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.share or 'unused'}" + ("" if self.multiple_of is None else f"/{self.multiple_of}")
+        return f"{self.kind}:{self.share or 'unused'}" + (
+            "" if self.multiple_of is None else f"/{self.multiple_of}"
+        )
 
     @classmethod
     def keeping(cls, kind: PartKind, kept: int, number: int) -> Self:
         """Make the share that leaves `kept` of `number`, a multiple of the usual step, in as few digits as say it."""
         exact = 1 - kept / number  # may need 17 digits
         rounded = (cls(kind, round(exact, digits)) for digits in range(2, 9))
-        return next((part for part in rounded if part._rounded(number)[1] == kept), cls(kind, exact))
+        return next(
+            (part for part in rounded if part._rounded(number)[1] == kept), cls(kind, exact)
+        )
 
     @staticmethod
     def usual_step(kind: PartKind, number: int, equal_runs: int = 1) -> int:
@@ -59,7 +68,11 @@ class PartShare:
 
     def _rounded(self, number: int, equal_runs: int = 1) -> tuple[int, int]:
         """The step, and its multiple that is nearest to what would stay: possibly none or all."""
-        step = self.usual_step(self.kind, number, equal_runs) if self.multiple_of is None else self.multiple_of
+        step = (
+            self.usual_step(self.kind, number, equal_runs)
+            if self.multiple_of is None
+            else self.multiple_of
+        )
         return step, step * round((1 - self.share) * number / step)
 
 
@@ -89,7 +102,9 @@ class WholeParts(SparsityPattern):
             multiple_of = int(multiple) if multiple else None
             if not (unused or 0 < float(share) < 1) or multiple_of == 0:
                 needed = f"a share of the {kind} in (0, 1) and a multiple of at least 1"
-                raise ValueError(f"pattern={text!r}: pass {needed}, such as '{kind}:0.25' or '{kind}:0.25/64'.")
+                raise ValueError(
+                    f"pattern={text!r}: pass {needed}, such as '{kind}:0.25' or '{kind}:0.25/64'."
+                )
             shares.append(PartShare(cast(PartKind, kind), float(share or 0), multiple_of))
         if len({part.kind for part in shares}) < len(shares):
             raise ValueError(f"pattern={text!r}: name each kind once.")

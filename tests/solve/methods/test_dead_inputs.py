@@ -32,10 +32,14 @@ def test_their_weights_go_first(name, options, loudness):
     inputs, weight, dead = inputs_and_weight()
     inputs[:, dead] *= loudness
     scope = method_defaults(name).scope
-    pruned = create_method(name, **options).prune(problem_of(inputs, weight), Unstructured(0.5, scope))
+    pruned = create_method(name, **options).prune(
+        problem_of(inputs, weight), Unstructured(0.5, scope)
+    )
     live = torch.ones(COLUMNS, dtype=torch.bool)
     live[dead] = False
-    rest = Unstructured(1 - 0.5 * COLUMNS / (COLUMNS - DEAD), scope)  # keeps as many of the live weights
+    rest = Unstructured(
+        1 - 0.5 * COLUMNS / (COLUMNS - DEAD), scope
+    )  # keeps as many of the live weights
     alone = create_method(name, **options).prune(problem_of(inputs[:, live], weight[:, live]), rest)
     assert int(pruned.mask[:, dead].sum()) == 0
     assert pruned.fit_error < 1.1 * alone.fit_error
@@ -51,10 +55,14 @@ def test_groups_remove_them_first_and_keep_dense_weights(name, loudness):
     is_dead[dead] = True
     kept = (pruned.mask & is_dead).view(ROWS, -1, 4).sum(-1)
     least = (is_dead.view(-1, 4).sum(-1) - 2).clamp_min(0)
-    assert (kept == least).all(), f"{name} scores by inputs that are nearly dead: see InputStatistics"
+    assert (kept == least).all(), (
+        f"{name} scores by inputs that are nearly dead: see InputStatistics"
+    )
     assert int(kept.sum()) > 0
     left = pruned.mask & is_dead
-    assert (pruned.weight - weight)[left].norm() < 0.05 * weight[left].norm()  # ALPS does not converge
+    assert (pruned.weight - weight)[left].norm() < 0.05 * weight[
+        left
+    ].norm()  # ALPS does not converge
     outputs = inputs.double() @ torch.stack([pruned.weight, weight]).double().mT
     error = float((outputs[0] - outputs[1]).norm() / outputs[1].norm())
     assert pruned.fit_error == pytest.approx(error, rel=1e-3)
@@ -62,7 +70,9 @@ def test_groups_remove_them_first_and_keep_dense_weights(name, loudness):
 
 @pytest.mark.parametrize("name", SEEING)
 def test_nothing_but_dead_inputs(name):
-    pruned = create_method(name).prune(problem_of(torch.zeros(40, 8), torch.ones(6, 8)), Unstructured(0.5))
+    pruned = create_method(name).prune(
+        problem_of(torch.zeros(40, 8), torch.ones(6, 8)), Unstructured(0.5)
+    )
     assert int(pruned.mask.sum()) == 24
     assert bool(torch.isfinite(pruned.weight).all())
     assert pruned.fit_error == 0

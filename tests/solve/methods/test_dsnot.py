@@ -13,7 +13,9 @@ def expected_errors(made, mask):
     return (made.inputs @ pruned.T).mean(0).abs()
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(0.5, "row"), *map(parse_pattern, ("2:4", "4:8-pairs"))])
+@pytest.mark.parametrize(
+    "pattern", [Unstructured(0.5, "row"), *map(parse_pattern, ("2:4", "4:8-pairs"))]
+)
 def test_swaps_shrink_the_expected_error_of_rows_and_keep_the_pattern(pattern):
     made = example(16, 24)
     start = Wanda().prune(made.problem, pattern)

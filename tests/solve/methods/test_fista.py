@@ -36,14 +36,19 @@ def best_subset(made: Example, pattern: SparsityPattern) -> float:
     # Budget shared by the rows: the best error of a row for every size, then the best way to share.
     by_size = [
         [
-            min(least_error(made, row, kept) for kept in itertools.combinations(range(columns), size))
+            min(
+                least_error(made, row, kept)
+                for kept in itertools.combinations(range(columns), size)
+            )
             for size in range(columns + 1)
         ]
         for row in range(rows)
     ]
     total = pattern.num_kept((rows, columns))
     shares = itertools.product(range(columns + 1), repeat=rows)
-    return min(sum(by_size[r][s] for r, s in enumerate(share)) for share in shares if sum(share) == total)
+    return min(
+        sum(by_size[r][s] for r, s in enumerate(share)) for share in shares if sum(share) == total
+    )
 
 
 @pytest.mark.parametrize("corrected", [False, True])
@@ -54,9 +59,13 @@ def test_is_never_worse_than_its_warm_start(warm_start, pattern, corrected, refi
     gains = []
     for seed in range(3):
         made = example(12, 20, corrected=corrected, seed=seed)
-        pruned = Fista(warm_start=warm_start, refit_iterations=refit_iterations).prune(made.problem, pattern)
+        pruned = Fista(warm_start=warm_start, refit_iterations=refit_iterations).prune(
+            made.problem, pattern
+        )
         by_row = warm_start == "wanda" and pattern.span is None
-        start = STARTS[warm_start]().prune(made.problem, replace(pattern, scope="row") if by_row else pattern)
+        start = STARTS[warm_start]().prune(
+            made.problem, replace(pattern, scope="row") if by_row else pattern
+        )
         assert pruned.fit_error <= start.fit_error * (1 + 1e-9)
         assert pattern.violation(pruned.mask) is None
         assert (pruned.weight[~pruned.mask] == 0).all()
@@ -73,12 +82,15 @@ def test_the_best_subset_bounds_it_from_below_and_is_near(pattern, corrected):
     for seed in range(8):
         made = example(3, 4, tokens=30, corrected=corrected, seed=seed)
         bound = best_subset(made, pattern)
-        pruned = Fista(max_iterations=200, patience=8, refit_iterations=50).prune(made.problem, pattern)
+        pruned = Fista(max_iterations=200, patience=8, refit_iterations=50).prune(
+            made.problem, pattern
+        )
         error = made.squared_error(pruned.weight)
         assert error >= bound * (1 - 1e-9)
         # The refit leaves nothing to gain on the mask it was given.
         refitted = sum(
-            least_error(made, row, tuple(kept.nonzero().flatten().tolist())) for row, kept in enumerate(pruned.mask)
+            least_error(made, row, tuple(kept.nonzero().flatten().tolist()))
+            for row, kept in enumerate(pruned.mask)
         )
         assert error == pytest.approx(refitted, rel=1e-6)
         ours, best = ours + error, best + bound
@@ -115,7 +127,9 @@ def test_result_tells_the_penalty_and_whether_it_converged():
     assert 0 < short.l1_penalty < critical
     assert not short.converged
     assert "max_iterations=2" in short.message
-    long = Fista(max_iterations=100_000, tolerance=1e-5, warm_start="wanda").prune(made.problem, PATTERNS[0])
+    long = Fista(max_iterations=100_000, tolerance=1e-5, warm_start="wanda").prune(
+        made.problem, PATTERNS[0]
+    )
     assert 0 < long.l1_penalty < critical
     assert long.converged
     assert long.message == ""
@@ -126,7 +140,9 @@ def test_a_warm_start_that_needed_help_is_told():
     gram = made.problem.statistics.gram
     mean = gram.diagonal().mean()
     gram.diagonal().sub_(torch.linalg.eigvalsh(gram)[0] + 0.02 * mean)
-    pruned = Fista(warm_start="sparsegpt", tolerance=1e9).prune(made.problem, PATTERNS[0])  # FISTA converges
+    pruned = Fista(warm_start="sparsegpt", tolerance=1e9).prune(
+        made.problem, PATTERNS[0]
+    )  # FISTA converges
     assert not pruned.converged
     assert pruned.message == "the Gram matrix needed damping 0.1 instead of 0.01"
 
@@ -142,7 +158,13 @@ def test_nothing_to_prune_changes_nothing(pattern):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("warm_start", "zero"), ("patience", 0), ("refit_iterations", -1), ("tolerance", -1e-6), ("rounding_share", 1.0)],
+    [
+        ("warm_start", "zero"),
+        ("patience", 0),
+        ("refit_iterations", -1),
+        ("tolerance", -1e-6),
+        ("rounding_share", 1.0),
+    ],
 )
 def test_options_are_validated_when_constructed(option, value):
     with pytest.raises(ValueError, match=rf"{option}={value!r}: pass"):
@@ -207,7 +229,9 @@ def test_rounding_share_is_the_threshold_between_the_two(solved_by, share):
     # Rounding moves these weights by about half of their total error.
     answer = rounded.weight * 1.6 + 0.25 * made.weight * ~rounded.mask
     mask = pattern.mask(answer)
-    ratio = made.problem.seminorm(answer * ~mask) / math.sqrt(made.problem.squared_error(answer * mask))
+    ratio = made.problem.seminorm(answer * ~mask) / math.sqrt(
+        made.problem.squared_error(answer * mask)
+    )
     assert 0.05 < ratio < 0.95
     asked = solved_by(lambda start, _: answer)
     Fista(rounding_share=share).search_penalty(made.problem, pattern, rounded)
@@ -219,7 +243,9 @@ def test_bisection_is_on_a_logarithmic_scale_below_the_critical_penalty(solved_b
     asked = solved_by(lambda start, _: -rounded.weight)
     Fista(patience=100, max_trials=3).search_penalty(made.problem, PATTERNS[0], rounded)
     critical = float(made.problem.target.abs().max())
-    assert [penalty / critical for _, penalty in asked] == pytest.approx([1e-3, 10**-4.5, 10**-5.25])
+    assert [penalty / critical for _, penalty in asked] == pytest.approx(
+        [1e-3, 10**-4.5, 10**-5.25]
+    )
 
 
 def test_zero_target_needs_no_trial(solved_by):

@@ -14,7 +14,9 @@ def test_columns_are_scored_by_weights_and_variances():
     assert sorted(kept.nonzero().flatten().tolist()) == sorted(scores.argsort()[8:].tolist())
 
 
-@pytest.mark.parametrize("pattern", [Columns(0.5), Columns(0.25, width=4), Unstructured(0.5), Unstructured(0.6, "row")])
+@pytest.mark.parametrize(
+    "pattern", [Columns(0.5), Columns(0.25, width=4), Unstructured(0.5), Unstructured(0.6, "row")]
+)
 def test_kept_weights_take_over_what_the_others_did_on_average(pattern):
     made = example(6, 16, correlation=0.0, tokens=2000)
     pruned = Flap().prune(made.problem, pattern)

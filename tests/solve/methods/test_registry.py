@@ -41,10 +41,14 @@ def test_every_file_of_the_folder_registers_its_method():
 
 
 def test_the_help_and_the_documentation_name_every_method():
-    options = {option.name: option.metadata["help"] for option in dataclasses.fields(PruningOptions)}
+    options = {
+        option.name: option.metadata["help"] for option in dataclasses.fields(PruningOptions)
+    }
     table = (ROOT / "docs" / "method.md").read_text()
     for name in METHODS:
-        assert re.search(rf"\b{name}\b", options["method"]), f"name {name!r} in the help of `method` in options.py"
+        assert re.search(rf"\b{name}\b", options["method"]), (
+            f"name {name!r} in the help of `method` in options.py"
+        )
         assert f"\n| `{name}`" in table, f"add a row for {name!r} to docs/method.md"
 
 
@@ -72,7 +76,9 @@ def test_names_are_given_and_of_one_class():
     class Nameless(PruningMethod):
         pass
 
-    with pytest.raises(ValueError, match=r"name='wanda' of .*Impostor is that of Wanda: choose another"):
+    with pytest.raises(
+        ValueError, match=r"name='wanda' of .*Impostor is that of Wanda: choose another"
+    ):
         register(Impostor)
     with pytest.raises(ValueError, match=r"Nameless\.name=None: give the class a name"):
         register(Nameless)
@@ -85,7 +91,9 @@ def test_unknown_option_lists_the_known():
     assert str(refused.value) == (
         "method 'sparsegpt' has no option 'actorder', 'blocksize': it takes damping, block_size."
     )
-    with pytest.raises(ValueError, match="method 'magnitude' has no option 'damping': it takes none"):
+    with pytest.raises(
+        ValueError, match="method 'magnitude' has no option 'damping': it takes none"
+    ):
         create_method("magnitude", damping=0.1)
 
 
@@ -115,7 +123,11 @@ SHARING += [("obs_admm", [Columns(0.5), Columns(0.5, width=4), Unstructured(0.5)
 @pytest.mark.parametrize(("name", "patterns"), SHARING)
 def test_operators_that_share_inputs_are_pruned_as_they_are_alone(name, patterns):
     made = example(6, 16)
-    problems = [made.problem, LayerProblem(torch.randn(9, 16).double(), made.problem.statistics), made.problem]
+    problems = [
+        made.problem,
+        LayerProblem(torch.randn(9, 16).double(), made.problem.statistics),
+        made.problem,
+    ]
     together = create_method(name).prune_sharing(problems[: len(patterns)], patterns)
     for problem, pattern, pruned in zip(problems, patterns, together, strict=False):
         alone = create_method(name).prune(problem, pattern)

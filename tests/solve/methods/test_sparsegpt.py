@@ -10,7 +10,9 @@ from optimum_fista.solve.problem import LayerProblem
 PATTERNS = [Unstructured(0.5), Unstructured(0.5, "row"), *map(parse_pattern, ("2:4", "1:4", "4:8"))]
 
 
-def naive(weight: torch.Tensor, gram: torch.Tensor, pattern: SparsityPattern, damping: float, block: int):
+def naive(
+    weight: torch.Tensor, gram: torch.Tensor, pattern: SparsityPattern, damping: float, block: int
+):
     """SparseGPT's column loop with an explicit inverse of the remaining Hessian at every column, no Cholesky."""
     rows, columns = weight.shape
     H = gram + damping * gram.diagonal().mean() * torch.eye(columns, dtype=gram.dtype)
@@ -23,7 +25,9 @@ def naive(weight: torch.Tensor, gram: torch.Tensor, pattern: SparsityPattern, da
         else:
             chosen = None
         if chosen is not None:
-            curvature = [torch.linalg.inv(H[i:, i:])[0, 0] for i in range(chosen.start, chosen.stop)]
+            curvature = [
+                torch.linalg.inv(H[i:, i:])[0, 0] for i in range(chosen.start, chosen.stop)
+            ]
             scores = W[:, chosen].square() / torch.stack(curvature)
             size = pattern.span or (scores.numel() if pattern.scope == "matrix" else len(scores.T))
             zeros = round(pattern.sparsity * size)
@@ -49,8 +53,14 @@ def test_agrees_with_explicit_inverses(pattern, block_size, damping):
     assert pruned.message == ""
 
 
-EXACT = [((r, c), Unstructured(0.77, s)) for r, c in ((1, 1), (5, 7), (7, 30), (4, 33)) for s in ("matrix", "row")]
-EXACT += [((5, columns), parse_pattern(text)) for text, columns in (("2:4", 20), ("5:8", 24), ("1:2", 10))]
+EXACT = [
+    ((r, c), Unstructured(0.77, s))
+    for r, c in ((1, 1), (5, 7), (7, 30), (4, 33))
+    for s in ("matrix", "row")
+]
+EXACT += [
+    ((5, columns), parse_pattern(text)) for text, columns in (("2:4", 20), ("5:8", 24), ("1:2", 10))
+]
 
 
 @pytest.mark.parametrize(("shape", "pattern"), [*EXACT, ((3, 13), Unstructured(0.0))])
@@ -65,7 +75,9 @@ def test_counts_are_exact_whatever_the_blocks(shape, pattern, block_size):
 def test_target_of_a_corrected_problem_is_not_looked_at():
     made = example(4, 8, corrected=True)
     plain = LayerProblem(made.weight, made.problem.statistics)
-    pruned, expected = (SparseGPT().prune(problem, Unstructured(0.5)) for problem in (made.problem, plain))
+    pruned, expected = (
+        SparseGPT().prune(problem, Unstructured(0.5)) for problem in (made.problem, plain)
+    )
     assert torch.equal(pruned.weight, expected.weight)
     assert pruned.fit_error != expected.fit_error, "the error is that of the target"
 

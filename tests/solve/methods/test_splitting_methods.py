@@ -38,7 +38,8 @@ def test_close_to_the_best_subset_of_a_tiny_problem(name):
     for seed in range(10):
         made = example(1, 8, seed=seed, correlation=2.0)
         best = min(
-            made.problem.squared_error(_refitted(made.problem, kept)) for kept in itertools.combinations(range(8), 4)
+            made.problem.squared_error(_refitted(made.problem, kept))
+            for kept in itertools.combinations(range(8), 4)
         )
         options = {"ridge": 1e-3} if name == "obs_admm" else {}
         pruned = create_method(name, **options).prune(made.problem, Unstructured(0.5))
@@ -80,7 +81,10 @@ def test_alps_settles_and_says_when_it_does_not():
 def test_obs_admm_ridge_follows_the_tokens(tokens, ridge):
     made = example(6, 12)
     problem = LayerProblem(made.weight, InputStatistics(made.problem.gram, tokens))
-    found, given = (create_method("obs_admm", **o).prune(problem, Unstructured(0.5)) for o in ({}, {"ridge": ridge}))
+    found, given = (
+        create_method("obs_admm", **o).prune(problem, Unstructured(0.5))
+        for o in ({}, {"ridge": ridge})
+    )
     assert torch.allclose(found.weight, given.weight)
 
 
@@ -140,12 +144,17 @@ class LiveMemory(TorchDispatchMode):
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_obs_admm_keeps_to_its_working_set(pattern):
     pattern = parse_pattern(pattern)
-    for rows, columns, matrices in ((32768, 128, 2.5), (128, 1024, 5.5)):  # four blocks of rows, one
+    for rows, columns, matrices in (
+        (32768, 128, 2.5),
+        (128, 1024, 5.5),
+    ):  # four blocks of rows, one
         problem = large_problem(rows, columns)
         with torch.no_grad(), LiveMemory() as memory:
             create_method("obs_admm").prune(problem, pattern)
         assert memory.peak <= 4 * (matrices * rows * columns + 1.03 * columns**2)
-        algebra = [name for name in memory.operations if "linalg" in name and "check_errors" not in name]
+        algebra = [
+            name for name in memory.operations if "linalg" in name and "check_errors" not in name
+        ]
         assert set(algebra) <= {"linalg_cholesky_ex", "linalg_vecdot", "linalg_vector_norm"}
         assert 1 < algebra.count("linalg_cholesky_ex") <= 8
 
@@ -157,12 +166,18 @@ def test_norms_in_surgeon_coordinates_are_what_removing_a_group_costs(width):
     surgeon, message = _Surgeon.of(gram, torch.zeros(12).double(), width)
     assert message == ""
     inside = surgeon.weight(made.weight)
-    assert torch.allclose(surgeon.times_blocks(inside, transposed=True) * surgeon.scale, made.weight)
+    assert torch.allclose(
+        surgeon.times_blocks(inside, transposed=True) * surgeon.scale, made.weight
+    )
     scaled_gram, scaled_target = surgeon.gram(gram), surgeon.target(made.problem, slice(None))
-    assert torch.allclose((inside @ scaled_gram * inside).sum(), (made.weight @ gram * made.weight).sum())
+    assert torch.allclose(
+        (inside @ scaled_gram * inside).sum(), (made.weight @ gram * made.weight).sum()
+    )
     assert torch.allclose((inside * scaled_target).sum(), (made.weight * target).sum())
     blocks = torch.linalg.inv(scaled_gram).unflatten(0, (-1, width)).unflatten(2, (-1, width))
-    assert torch.allclose(blocks.diagonal(dim1=0, dim2=2), torch.eye(width).double()[..., None], atol=1e-9)
+    assert torch.allclose(
+        blocks.diagonal(dim1=0, dim2=2), torch.eye(width).double()[..., None], atol=1e-9
+    )
     for group, part in enumerate(inside.split(width, dim=1)):
         others = torch.arange(12) // width != group
         inputs = made.inputs[:, others]
@@ -178,7 +193,9 @@ def test_iterations_by_hand():
     sparse, dual = made.weight.clone(), torch.zeros_like(target)
     for rho in (2.0, 2.0, 5.0, 3.0):
         inverse = damped_inverse(gram.clone(), rho)
-        weight = (target - dual + rho * sparse) @ torch.linalg.inv(gram + rho * torch.eye(8, dtype=gram.dtype))
+        weight = (target - dual + rho * sparse) @ torch.linalg.inv(
+            gram + rho * torch.eye(8, dtype=gram.dtype)
+        )
         moved = weight + dual / rho
         mask = pattern.mask(moved)
         sparse, dual = moved * mask, dual + rho * (weight - moved * mask)

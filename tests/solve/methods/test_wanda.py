@@ -7,12 +7,16 @@ from optimum_fista.solve.patterns import Unstructured
 
 
 @pytest.mark.parametrize("corrected", [False, True])
-@pytest.mark.parametrize(("rows", "columns", "sparsity"), [(4, 8, 0.5), (5, 9, 0.5), (3, 7, 0.3), (6, 11, 0.85)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "sparsity"), [(4, 8, 0.5), (5, 9, 0.5), (3, 7, 0.3), (6, 11, 0.85)]
+)
 def test_keeps_the_largest_scores_of_every_row(rows, columns, sparsity, corrected):
     made = example(rows, columns, corrected=corrected)
     pruned = Wanda().prune(made.problem, Unstructured(sparsity, "row"))
     zeros = round(sparsity * columns)
-    scores = made.weight.abs() * torch.linalg.vector_norm(made.inputs, dim=0)  # from the activations
+    scores = made.weight.abs() * torch.linalg.vector_norm(
+        made.inputs, dim=0
+    )  # from the activations
     order = scores.argsort(dim=1)
     expected = torch.ones(rows, columns, dtype=torch.bool).scatter(1, order[:, :zeros], False)
     assert torch.equal(pruned.mask, expected)

@@ -41,9 +41,15 @@ def test_halves_are_rounded_as_those_of_channels():
 
 
 @pytest.mark.parametrize("levels", [None, 2, 1])
-@pytest.mark.parametrize("pattern", [Columns(0.5), Columns(0.4, width=3), Columns.keeping(1, 4, 6)], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [Columns(0.5), Columns(0.4, width=3), Columns.keeping(1, 4, 6)], ids=str
+)
 def test_keeps_the_groups_with_the_largest_sums(pattern, levels):
-    scores = random(5, 24).square() if levels is None else torch.arange(120).remainder(levels).view(5, 24).float()
+    scores = (
+        random(5, 24).square()
+        if levels is None
+        else torch.arange(120).remainder(levels).view(5, 24).float()
+    )
     sums = scores.sum(0).view(-1, pattern.width).sum(1).tolist()
     order = sorted(range(len(sums)), key=lambda group: (-sums[group], group))  # ties by position
     best = sorted(order[: pattern.num_kept((1, 24)) // pattern.width])
@@ -66,18 +72,32 @@ def test_violation_names_the_group_that_is_torn():
     mask[1, 5], mask[1, 0] = False, True
     assert pattern.violation(mask) == "row 1, column 0 differs from the first weight of its group"
     mask[1, 5] = True
-    assert pattern.violation(mask) == "keeps 13 weights, but columns:0.5x2 of (3, 8) keeps exactly 12"
-    assert Columns(0.5, width=2).violation(torch.tensor([[True, False, True, False]] * 2)).startswith("row 0, column 1")
+    assert (
+        pattern.violation(mask) == "keeps 13 weights, but columns:0.5x2 of (3, 8) keeps exactly 12"
+    )
+    assert (
+        Columns(0.5, width=2)
+        .violation(torch.tensor([[True, False, True, False]] * 2))
+        .startswith("row 0, column 1")
+    )
 
 
 REFUSED = [
-    (Columns(0.5, width=64), 100, "down has rows of 100 inputs, which columns:0.5x64 does not divide: choose a"),
+    (
+        Columns(0.5, width=64),
+        100,
+        "down has rows of 100 inputs, which columns:0.5x64 does not divide: choose a",
+    ),
     (
         Columns(0.9, width=64),
         256,
         "down has 4 groups of 64 columns, and columns:0.9x64 keeps none: pass a share of at ",
     ),
-    (Columns.keeping(7, 9, 64), 512, "down has 8 groups of 64 columns, not 9 as columns:7of9x64 has"),
+    (
+        Columns.keeping(7, 9, 64),
+        512,
+        "down has 8 groups of 64 columns, not 9 as columns:7of9x64 has",
+    ),
 ]
 
 
@@ -94,7 +114,10 @@ def test_what_does_not_fit_is_refused(pattern, columns, message):
     ("text", "message"),
     [
         ("columns:1.0", r"pattern='columns:1.0': sparsity=1.0: pass the share"),
-        ("columns:9of7", r"pattern='columns:9of7': kept=9 of 7 groups: pass a whole number from 1 to 7"),
+        (
+            "columns:9of7",
+            r"pattern='columns:9of7': kept=9 of 7 groups: pass a whole number from 1 to 7",
+        ),
         ("columns:0of7", "kept=0 of 7 groups"),
         ("columns:0.5x0", "width=0: pass a whole number of at least 1"),
         ("columns:0.5.5", "pattern='columns:0.5.5': "),
@@ -113,7 +136,10 @@ def test_methods_that_compensate_are_near_the_best_weights_of_the_columns(name, 
     pruned = create_method(name).prune(made.problem, pattern)
     error, wanda = pruned.fit_error, create_method("wanda").prune(made.problem, pattern).fit_error
     kept = made.inputs[:, pruned.mask[0]]
-    best = float((made.outputs - kept @ torch.linalg.lstsq(kept, made.outputs).solution).norm() / made.outputs.norm())
+    best = float(
+        (made.outputs - kept @ torch.linalg.lstsq(kept, made.outputs).solution).norm()
+        / made.outputs.norm()
+    )
     assert best <= error * (1 + 1e-5)
     unchanged = torch.equal(pruned.weight, made.weight * pruned.mask)
     assert error < wanda or unchanged or name == "flap"  # which compensates for means only
@@ -121,7 +147,9 @@ def test_methods_that_compensate_are_near_the_best_weights_of_the_columns(name, 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - set(TAKING)))
 def test_methods_that_decide_row_by_row_say_what_to_take(name):
-    with pytest.raises(ValueError, match=rf"method '{name}' can't remove whole columns.* take one of .*'obs_admm'"):
+    with pytest.raises(
+        ValueError, match=rf"method '{name}' can't remove whole columns.* take one of .*'obs_admm'"
+    ):
         create_method(name).prune(example(4, 8).problem, Columns(0.5))
 
 

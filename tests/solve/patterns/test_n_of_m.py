@@ -7,7 +7,10 @@ from optimum_fista.solve.patterns import parse_pattern
 from optimum_fista.solve.patterns.n_of_m import best_order
 
 PAIRS = parse_pattern("4:8-pairs")
-CHOICES = [[index in kept for index in range(4) for _ in "ab"] for kept in itertools.combinations(range(4), 2)]
+CHOICES = [
+    [index in kept for index in range(4) for _ in "ab"]
+    for kept in itertools.combinations(range(4), 2)
+]
 """All masks of a group."""
 
 
@@ -31,14 +34,20 @@ def test_pairs_are_another_pattern():
 
 @pytest.mark.parametrize("text", ["4:2", "4:4", "0:4", "0:0"])
 def test_pattern_that_keeps_all_or_nothing_is_refused(text):
-    with pytest.raises(ValueError, match=rf"pattern='{text}' keeps {text[0]} of every {text[2]} weights"):
+    with pytest.raises(
+        ValueError, match=rf"pattern='{text}' keeps {text[0]} of every {text[2]} weights"
+    ):
         parse_pattern(text)
 
 
-@pytest.mark.parametrize(("text", "columns"), [("2:4", 6), ("1:2", 9), ("5:8", 12), ("4:8-pairs", 12)])
+@pytest.mark.parametrize(
+    ("text", "columns"), [("2:4", 6), ("1:2", 9), ("5:8", 12), ("4:8-pairs", 12)]
+)
 def test_m_that_does_not_divide_the_rows_is_refused(text, columns):
     pattern = parse_pattern(text)
-    with pytest.raises(ValueError, match=f"layers.0.fc1 has rows of {columns} inputs, which {text} does not divide"):
+    with pytest.raises(
+        ValueError, match=f"layers.0.fc1 has rows of {columns} inputs, which {text} does not divide"
+    ):
         pattern.require_shape((3, columns), "layers.0.fc1")
     with pytest.raises(ValueError, match=f"rows of {columns} inputs"):
         pattern.mask(torch.rand(3, columns))
@@ -46,14 +55,20 @@ def test_m_that_does_not_divide_the_rows_is_refused(text, columns):
 
 @pytest.mark.parametrize("text", ["2:4", "1:4", "4:8"])
 def test_the_best_order_of_inputs_keeps_more(text):
-    pattern, scores = parse_pattern(text), torch.rand(12, 64, generator=torch.Generator().manual_seed(0)) ** 4
+    pattern, scores = (
+        parse_pattern(text),
+        torch.rand(12, 64, generator=torch.Generator().manual_seed(0)) ** 4,
+    )
     order = best_order(scores, pattern)
     assert sorted(order.tolist()) == list(range(64))
 
     def kept(order: torch.Tensor) -> float:
         return float((scores[:, order] * pattern.mask(scores[:, order])).sum())
 
-    others = [kept(torch.randperm(64, generator=torch.Generator().manual_seed(seed))) for seed in range(50)]
+    others = [
+        kept(torch.randperm(64, generator=torch.Generator().manual_seed(seed)))
+        for seed in range(50)
+    ]
     assert kept(order) > 1.02 * max(others)
 
 
@@ -67,7 +82,9 @@ def test_keeps_the_pairs_with_the_largest_sums_of_scores():
 
 
 def test_squares_add_up_and_magnitudes_do_not():
-    row = torch.tensor([[3.0, 0.0, 2.2, 2.2, 2.0, 0.0, 1.9, 1.9]])  # sums of squares 9, 9.68, 4, 7.22
+    row = torch.tensor(
+        [[3.0, 0.0, 2.2, 2.2, 2.0, 0.0, 1.9, 1.9]]
+    )  # sums of squares 9, 9.68, 4, 7.22
     assert PAIRS.mask(row).tolist() == [[True, True, True, True, False, False, False, False]]
 
 
@@ -77,4 +94,6 @@ def test_violation_names_the_pair_that_is_torn():
     mask[0, 8:12] = torch.tensor([True, False, True, False])
     mask[0, 12:] = torch.tensor([True, True, False, False])
     assert PAIRS.violation(mask) == "row 0, column 9 differs from the first weight of its group"
-    assert PAIRS.violation(torch.tensor([CHOICES[0] + [True] * 6 + [False] * 2])).startswith("keeps 10 weights, but")
+    assert PAIRS.violation(torch.tensor([CHOICES[0] + [True] * 6 + [False] * 2])).startswith(
+        "keeps 10 weights, but"
+    )

@@ -5,7 +5,9 @@ from optimum_fista.solve.patterns import WholeParts, parse_pattern
 from optimum_fista.solve.patterns.whole_parts import PartShare
 
 
-@pytest.mark.parametrize("text", ["channels:0.25", "heads:0.5", "channels:0.3/32+heads:0.25", "channels:1e-06"])
+@pytest.mark.parametrize(
+    "text", ["channels:0.25", "heads:0.5", "channels:0.3/32+heads:0.25", "channels:1e-06"]
+)
 def test_text(text):
     pattern = parse_pattern(text)
     assert isinstance(pattern, WholeParts)
@@ -31,9 +33,17 @@ def test_count(kind, share, multiple, number, kept):
 @pytest.mark.parametrize(
     ("part", "number", "message"),
     [
-        (PartShare("heads", 0.9), 3, r"'heads:0.9': 0 of 3 heads would stay .*; pass a share for which 1 to 2 stay"),
+        (
+            PartShare("heads", 0.9),
+            3,
+            r"'heads:0.9': 0 of 3 heads would stay .*; pass a share for which 1 to 2 stay",
+        ),
         (PartShare("heads", 0.1), 3, "3 of 3 heads would stay"),
-        (PartShare("channels", 0.01), 1536, "1536 of 1536 channels would stay .a multiple of 64.; .* 64 to 1472 stay"),
+        (
+            PartShare("channels", 0.01),
+            1536,
+            "1536 of 1536 channels would stay .a multiple of 64.; .* 64 to 1472 stay",
+        ),
         (PartShare("heads", 0.5), 1, "none can go in steps of 1"),
         (PartShare("channels", 0.5, 100), 48, "none can go in steps of 100"),
     ],
@@ -51,7 +61,9 @@ def test_texts_that_make_no_sense(text):
 
 def test_a_single_matrix_has_no_parts():
     pattern = parse_pattern("channels:0.25")
-    with pytest.raises(ValueError, match=r"pass pattern='columns:0\.25' for whole columns of a matrix"):
+    with pytest.raises(
+        ValueError, match=r"pass pattern='columns:0\.25' for whole columns of a matrix"
+    ):
         pattern.require_shape((4, 8))
     for use in (lambda: pattern.num_kept((4, 8)), lambda: pattern.mask(torch.ones(4, 8))):
         with pytest.raises(ValueError, match="parts of a whole model"):
