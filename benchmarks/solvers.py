@@ -21,14 +21,13 @@ import torch
 from shared import calibration_of, counted_products, matrix_rate, parse_arguments, pattern_of, save
 from tqdm.auto import tqdm
 
-from optimum_fista.config import method_defaults
 from optimum_fista.folder.card import markdown_lines
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.correction import Correction, LayerTargets
 from optimum_fista.model.groups import trace_groups
 from optimum_fista.model.inputs import HiddenStates, LayerActivations, record_inputs
 from optimum_fista.model.layers import find_decoder_layers, find_operators
-from optimum_fista.solve.methods import METHODS, create_method
+from optimum_fista.solve.methods import METHODS, create_method, method_class
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.source.loading import load_model
 from optimum_fista.text.sources import load_text
@@ -78,7 +77,7 @@ def parse_method(text: str):
 def measure(text: str, problems: list[list[LayerProblem]], pattern: str) -> list[dict]:
     """One row an operator."""
     method = parse_method(text)
-    wanted = pattern_of(pattern, method_defaults(method.name).scope)
+    wanted = pattern_of(pattern, method_class(method.name).defaults.scope)
     calibration, *fresh = problems
     with counted_products() as counter:
         started, busy = time.perf_counter(), time.process_time()

@@ -18,39 +18,11 @@ from transformers.utils import cached_file
 
 from optimum_fista.model.correction import Correction
 from optimum_fista.model.layers import matches
-from optimum_fista.options import Allocation, ErrorCorrection, PruningOptions, wrong_field
+from optimum_fista.options import PruningOptions, wrong_field
 from optimum_fista.solve.method import PruningMethod
-from optimum_fista.solve.methods import create_method
-from optimum_fista.solve.pattern import Scope, SparsityPattern
+from optimum_fista.solve.methods import create_method, method_class
+from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.patterns import WholeParts, parse_pattern
-
-
-@dataclass(frozen=True)
-class MethodDefaults:
-    """Values that a method uses for options of `FistaPruningConfig` that the caller leaves `None`."""
-
-    scope: Scope = "matrix"  # zeros are shared out among all weights of an operator
-    error_correction: ErrorCorrection = 0.0
-    residual_correction: float = 0.0
-    allocation: Allocation = "uniform"
-
-
-_METHOD_DEFAULTS = {
-    "dsnot": MethodDefaults(scope="row"),
-    "fista": MethodDefaults(
-        error_correction="intra"
-    ),  # the intra-layer correction of arXiv 2408.03728
-    "flap": MethodDefaults(error_correction="none"),
-    "magnitude": MethodDefaults(error_correction="none"),
-    "obs_admm": MethodDefaults(error_correction=0.5, residual_correction=1.0, allocation="fisher"),
-    "wanda": MethodDefaults(scope="row"),
-}
-
-
-def method_defaults(name: str) -> MethodDefaults:
-    """The options that a method uses if the caller leaves them `None`; most methods use those of SparseGPT."""
-    return _METHOD_DEFAULTS.get(name, MethodDefaults())
-
 
 # The published settings of FISTAPruner (arXiv 2408.03728, section 4); others have the defaults of `Fista`.
 _PAPER = {"patience": 3, "max_trials": 30, "rounding_share": 0.3, "refit_iterations": 0}
@@ -244,7 +216,7 @@ class FistaPruningConfig(PruningOptions):
 
     def resolved(self) -> FistaPruningConfig:
         """Return the configuration with the method's own value for each option of `MethodDefaults` that is `None`."""
-        defaults = method_defaults(self.method)
+        defaults = method_class(self.method).defaults
         missing = {
             name: value for name, value in vars(defaults).items() if getattr(self, name) is None
         }
@@ -261,7 +233,7 @@ class FistaPruningConfig(PruningOptions):
 
     def shares_budget(self, name: str) -> bool:
         """Whether the operator called `name` takes part in the allocation of zeros."""
-        allocation = self.allocation or method_defaults(self.method).allocation
+        allocation = self.allocation or method_class(self.method).defaults.allocation
         allocated = (
             allocation == "fisher" and not self._pattern_of(None).fixed
         )  # 2:4 leaves nothing to share out
@@ -272,7 +244,7 @@ class FistaPruningConfig(PruningOptions):
         """The pattern that an override asks for; `None`: the pattern of all operators without an override."""
         if isinstance(override, str):
             return parse_pattern(override)
-        scope = self.scope or method_defaults(self.method).scope
+        scope = self.scope or method_class(self.method).defaults.scope
         if override is None:
             return parse_pattern(self.pattern, self.sparsity, scope)
         return parse_pattern(sparsity=override, scope=scope)

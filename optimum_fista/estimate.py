@@ -28,6 +28,7 @@ from optimum_fista.pruner import FistaPruner
 from optimum_fista.removal.parts_removal import PartsRemoval, require_zeros_to_pack
 from optimum_fista.removal.shrinking import plan_shrinking
 from optimum_fista.solve.linalg import SCALE_ON_DEVICES, rows_in_block
+from optimum_fista.solve.methods import largest_memory_factors, method_class
 from optimum_fista.source import loading
 from optimum_fista.source.formats.dequantization import (
     forget_quantization,
@@ -39,17 +40,6 @@ from optimum_fista.text.self_sampling import num_batches, num_texts
 from optimum_fista.text.sources import usual_texts
 
 LIBRARIES = 325 * 2**20  # bytes of Python, torch and Transformers
-# Gram matrices, weights, and blocks of rows, in float32, that a method holds besides its problem, as measured.
-_SOLVERS = {
-    "obs_admm": (1.1, 1.2, 3.8),
-    "sparsegpt": (2.4, 2.0, 1.1),
-    "fista": (1.6, 5.5, 0.3),
-    "admm": (2, 4.1, 1.8),
-}
-_SOLVERS |= {
-    "dsnot": (0.8, 3.7, 0),
-    **dict.fromkeys(("wanda", "magnitude", "flap"), (0.2, 1.3, 2.6)),
-}
 _TOKENS_TOGETHER = 8192  # in a forward pass: more make an accelerator no faster
 _TRIED_SECONDS, _SOLVING_SECONDS = 10, 30
 
@@ -248,7 +238,7 @@ class Estimate:
             largest = max(self.vocabulary * self.hidden, *sizes)
             ends |= {"logits, gradients": logits, "float32 copies": 4 * largest * self.widens}
             yield ends, len(self.layers) * self.stream_bytes / self.num_samples
-        factors = _SOLVERS.get(self.config.method, (4.4, 4.2, 0))
+        factors = method_class(self.config.method).memory_factors or largest_memory_factors()
         for (_, layer), names in zip(self.layers, self.pruned, strict=True):
             groups: dict[
                 tuple[str, int], list[int]
@@ -292,7 +282,11 @@ class Estimate:
                     * columns
                     * rows_in_block(max(those), columns, 1 if self.on_cpu else SCALE_ON_DEVICES)
                 )
-                solver = factors[0] * gram + factors[1] * matrix + factors[2] * min(block, matrix)
+                solver = (
+                    factors.gram_matrices * gram
+                    + factors.weight_matrices * matrix
+                    + factors.row_blocks * min(block, matrix)
+                )
                 waiting = tokens * (recorded + columns + (self.streams + 2) * self.hidden)
                 problem = {
                     "Gram matrix": gram,

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from optimum_fista.config import RECIPES, FistaPruningConfig, method_defaults
-from optimum_fista.solve.methods import METHODS
+from optimum_fista.config import RECIPES, FistaPruningConfig
+from optimum_fista.solve.methods import METHODS, method_class
 from optimum_fista.solve.patterns import Unstructured, parse_pattern
 
 DOWN = "model.layers.3.mlp.down_proj"
@@ -81,7 +81,7 @@ def test_a_method_of_others_is_known_by_the_name_it_is_registered_under(monkeypa
     monkeypatch.setitem(METHODS, "louder", Louder)
     config = FistaPruningConfig(method="louder", method_options={"share": 0.25})
     assert config.create_method("") == Louder(0.25)
-    assert config.resolved().scope == "matrix"
+    assert config.resolved().scope == "row"  # a subclass inherits the defaults of Wanda
 
 
 def test_options_are_frozen_and_detached_from_the_callers():
@@ -106,7 +106,7 @@ def test_overrides_first_match_wins():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_options_left_open_are_as_the_method_has_them(name):
-    defaults = method_defaults(name)
+    defaults = method_class(name).defaults
     resolved = FistaPruningConfig(method=name).resolved()
     for field in dataclasses.fields(defaults):
         assert getattr(resolved, field.name) == getattr(defaults, field.name)

@@ -7,9 +7,8 @@ from pruning import prune, same, weights
 from tiny_llama import tiny_llama
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.config import method_defaults
 from optimum_fista.folder.checkpoint import read_report
-from optimum_fista.solve.methods import METHODS
+from optimum_fista.solve.methods import METHODS, method_class
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -24,7 +23,7 @@ def test_every_method_makes_exactly_the_zeros_of_the_pattern(llama, tokens, meth
         assert operator.shape == nonzero.shape
         if pattern == "unstructured":
             assert int(nonzero.sum()) == rows * columns // 2
-            if method_defaults(method).scope == "row":
+            if method_class(method).defaults.scope == "row":
                 assert set(nonzero.sum(1).tolist()) == {columns // 2}
         else:
             kept = int(pattern[0])

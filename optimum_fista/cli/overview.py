@@ -128,6 +128,7 @@ def overview_of(estimate: Estimate) -> list[str]:
 def details_of(estimate: Estimate) -> list[str]:
     """What `--dry-run` prints: the overview, operators by name, memory and disk by part, time by stage, and notes."""
     from optimum_fista.removal.parts_removal import first_names
+    from optimum_fista.solve.methods import method_class
 
     lines, kinds = overview_of(estimate), dict[str, list[str]]()
     for name in estimate.weights:
@@ -147,6 +148,11 @@ def details_of(estimate: Estimate) -> list[str]:
         reasons.setdefault(re.sub(r"\.\d+\.", ".*.", why), []).append(name)
     lines += [f"left dense ({reason}): {first_names(names)}" for reason, names in reasons.items()]
     notes = list(estimate.config.idle_patterns([*estimate.operators, *estimate.left_dense]))
+    if method_class(estimate.config.method).memory_factors is None:
+        notes.append(
+            f"the memory of method {estimate.config.method!r} is not measured (it has no memory_factors): the "
+            "largest of all methods is counted."
+        )
     tables: dict[str, Any] = {
         f"memory, {place}": (parts, size_text) for place, parts in estimate.memory.items()
     }

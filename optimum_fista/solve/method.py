@@ -7,11 +7,11 @@ process. It returns a mask and weights and changes no tensor, so the caller deci
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
 
-from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.pattern import Scope, SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 
 Method = TypeVar("Method", bound="PruningMethod")
@@ -45,17 +45,52 @@ class PrunedOperator:
         return 1 - int(self.mask.sum()) / self.mask.numel()
 
 
+@dataclass(frozen=True)
+class MethodDefaults:
+    """Values that a method uses for options of `FistaPruningConfig` that the caller leaves `None`.
+
+    Without arguments they are those of SparseGPT, as most methods have them.
+    """
+
+    scope: Scope = "matrix"  # zeros are shared out among all weights of an operator
+    error_correction: Literal["none", "intra", "full"] | float = 0.0
+    residual_correction: float = 0.0
+    allocation: Literal["uniform", "fisher"] = "uniform"
+
+
+@dataclass(frozen=True)
+class MemoryFactors:
+    """Float32 matrices that a method holds at most besides its problem; `Estimate` multiplies them by their sizes.
+
+    They come from the measured peaks of runs; `benchmarks/estimate.py` sets estimates beside such peaks.
+    """
+
+    gram_matrices: float  # as large as the Gram matrix [in, in]
+    weight_matrices: (
+        float  # as large as the weights [out, in] of all operators that share the inputs
+    )
+    row_blocks: float = (
+        0.0  # as large as the block of rows that `solve.linalg.row_blocks` takes at a time
+    )
+
+
 class PruningMethod(ABC):
     """A frozen dataclass whose fields are the method's options; the problem is an argument of the call.
 
     To add one, write `optimum_fista/solve/methods/NAME.py` with a subclass that has a `name` and the decorator
-    `register`. Weights of nearly dead inputs must be removed first (`InputStatistics`). Scores proportional to the
-    norms of the inputs do this. Multiply other scores by `statistics.energy_ratios`, or solve `problem.decoupled()`.
+    `register`. Give it `defaults` if its paper corrects errors, or counts zeros in each row. Give it `memory_factors`
+    once they are measured, so that `prune --dry-run` can say what it takes.
+
+    Weights of nearly dead inputs must be removed first (`InputStatistics`). Scores proportional to the norms of the
+    inputs do this. Multiply other scores by `statistics.energy_ratios`, or solve `problem.decoupled()`.
     """
 
     name: ClassVar[str]
     updates_weights: ClassVar[bool] = True  # whether weights that it keeps get other values
     takes_columns: ClassVar[bool] = True  # whether it prunes to patterns with `whole_columns`
+    defaults: ClassVar[MethodDefaults] = MethodDefaults()
+    # None: not measured. An estimate then takes the largest factors of all methods, and says so.
+    memory_factors: ClassVar[MemoryFactors | None] = None
 
     def require_pattern(self, pattern: SparsityPattern) -> None:
         """Check that the method prunes to `pattern`."""
@@ -102,13 +137,31 @@ def register(method: type[Method]) -> type[Method]:
     return method
 
 
-def create_method(name: str, **options: Any) -> PruningMethod:
-    """Create a method by its name with the given options."""
+def method_class(name: str) -> type[PruningMethod]:
+    """The class of the method that is registered under a name, such as "wanda"."""
     if name not in METHODS:
         raise ValueError(f"method={name!r}: pass one of {', '.join(map(repr, sorted(METHODS)))}.")
-    known = [field.name for field in fields(METHODS[name])]  # type: ignore[arg-type] # methods are dataclasses
-    unknown = sorted(set(options) - set(known))
+    return METHODS[name]
+
+
+def largest_memory_factors() -> MemoryFactors:
+    """The largest of each factor among all methods, for a method whose own are not measured."""
+    measured = [method.memory_factors for method in METHODS.values() if method.memory_factors]
+    return MemoryFactors(
+        gram_matrices=max(factors.gram_matrices for factors in measured),
+        weight_matrices=max(factors.weight_matrices for factors in measured),
+        row_blocks=max(factors.row_blocks for factors in measured),
+    )
+
+
+def create_method(name: str, **options: Any) -> PruningMethod:
+    """Create a method by its name with the given options."""
+    method = method_class(name)
+    names = [field.name for field in fields(method)]  # type: ignore[arg-type] # methods are dataclasses
+    unknown = sorted(set(options) - set(names))
     if unknown:
-        takes = f"it takes {', '.join(known) or 'none'}"
-        raise ValueError(f"method {name!r} has no option {', '.join(map(repr, unknown))}: {takes}.")
-    return METHODS[name](**options)
+        raise ValueError(
+            f"method {name!r} has no option {', '.join(map(repr, unknown))}: it takes "
+            f"{', '.join(names) or 'none'}."
+        )
+    return method(**options)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optimum_fista.solve.linalg import damped_inverse, mean_damping, row_blocks
-from optimum_fista.solve.method import PrunedOperator, PruningMethod, register
+from optimum_fista.solve.method import MemoryFactors, PrunedOperator, PruningMethod, register
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 
@@ -86,6 +86,7 @@ class Admm(PruningMethod):
     max_iterations: int = 20
     ramp_iterations: int = 15  # before the mask is frozen
     name: ClassVar[str] = "admm"
+    memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(2.0, 4.1, 1.8)
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`. Symbols as in the paper: W, Z, U (scaled dual)."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.method import PrunedOperator, PruningMethod, register
+from optimum_fista.solve.method import MemoryFactors, PrunedOperator, PruningMethod, register
 from optimum_fista.solve.methods.admm import SplitState, unit_diagonal
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
@@ -32,6 +32,7 @@ class Alps(PruningMethod):
     max_iterations: int = 300
     refit_iterations: int = 10
     name: ClassVar[str] = "alps"
+    memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(4.4, 4.2)
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`."""

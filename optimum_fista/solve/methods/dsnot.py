@@ -9,7 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.method import PrunedOperator, PruningMethod, register
+from optimum_fista.solve.method import (
+    MemoryFactors,
+    MethodDefaults,
+    PrunedOperator,
+    PruningMethod,
+    register,
+)
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 
@@ -29,6 +35,8 @@ class Dsnot(PruningMethod):
     max_cycles: int = 50  # swaps in a row at most
     threshold: float = 0.1
     name: ClassVar[str] = "dsnot"
+    defaults: ClassVar[MethodDefaults] = MethodDefaults(scope="row")
+    memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(0.8, 3.7)
     takes_columns: ClassVar[bool] = False  # it swaps within rows
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:

@@ -11,7 +11,13 @@ from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from optimum_fista.solve.method import PrunedOperator, PruningMethod, register
+from optimum_fista.solve.method import (
+    MemoryFactors,
+    MethodDefaults,
+    PrunedOperator,
+    PruningMethod,
+    register,
+)
 from optimum_fista.solve.methods.sparsegpt import SparseGPT
 from optimum_fista.solve.methods.wanda import Wanda
 from optimum_fista.solve.pattern import SparsityPattern
@@ -53,6 +59,8 @@ class Fista(PruningMethod):
         20  # conjugate-gradient steps on the final mask; 0 (as in the paper) refits nothing
     )
     name: ClassVar[str] = "fista"
+    defaults: ClassVar[MethodDefaults] = MethodDefaults(error_correction="intra")  # the paper's
+    memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(1.6, 5.5, 0.3)
     takes_columns: ClassVar[bool] = False  # the l1 norm makes single weights zero
 
     def __post_init__(self) -> None:

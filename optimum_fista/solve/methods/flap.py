@@ -3,7 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from optimum_fista.solve.method import PrunedOperator, PruningMethod, register
+from optimum_fista.solve.method import (
+    MemoryFactors,
+    MethodDefaults,
+    PrunedOperator,
+    PruningMethod,
+    register,
+)
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 
@@ -23,6 +29,8 @@ class Flap(PruningMethod):
     """
 
     name: ClassVar[str] = "flap"
+    defaults: ClassVar[MethodDefaults] = MethodDefaults(error_correction="none")
+    memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(0.2, 1.3, 2.6)
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`. The problem's target is ignored: FLAP's target is W X*."""

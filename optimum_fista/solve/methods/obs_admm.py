@@ -20,7 +20,13 @@ from optimum_fista.solve.linalg import (
     inverse_in_place,
     row_blocks,
 )
-from optimum_fista.solve.method import PrunedOperator, PruningMethod, register
+from optimum_fista.solve.method import (
+    MemoryFactors,
+    MethodDefaults,
+    PrunedOperator,
+    PruningMethod,
+    register,
+)
 from optimum_fista.solve.methods.admm import SplitState
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
@@ -57,6 +63,10 @@ class ObsAdmm(PruningMethod):
     last_rho: float = 1.5  # of the last stage; from stage to stage `rho` grows by the same factor
     refit_iterations: int = 5  # conjugate-gradient steps on the final mask; 0 refits nothing
     name: ClassVar[str] = "obs_admm"
+    defaults: ClassVar[MethodDefaults] = MethodDefaults(
+        error_correction=0.5, residual_correction=1.0, allocation="fisher"
+    )
+    memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(1.1, 1.2, 3.8)
 
     def __post_init__(self) -> None:
         for option, least in (("stages", 1), ("iterations", 1), ("refit_iterations", 0)):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from optimum_fista.solve.linalg import damped_cholesky, inverse_in_place
-from optimum_fista.solve.method import PrunedOperator, PruningMethod, register
+from optimum_fista.solve.method import MemoryFactors, PrunedOperator, PruningMethod, register
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 
@@ -26,6 +26,7 @@ class SparseGPT(PruningMethod):
     damping: float = 0.01
     block_size: int = 128  # columns whose mask is chosen together
     name: ClassVar[str] = "sparsegpt"
+    memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(2.4, 2.0, 1.1)
     takes_columns: ClassVar[bool] = (
         False  # a block can't know how good the columns to its right are
     )

@@ -3,7 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from optimum_fista.solve.method import PrunedOperator, PruningMethod, register
+from optimum_fista.solve.method import (
+    MemoryFactors,
+    MethodDefaults,
+    PrunedOperator,
+    PruningMethod,
+    register,
+)
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 
@@ -14,6 +20,8 @@ class Wanda(PruningMethod):
     """Keep the largest `|W_ij| * || X_j ||_2` of every row; no weight is updated (Wanda, eq. 1)."""
 
     name: ClassVar[str] = "wanda"
+    defaults: ClassVar[MethodDefaults] = MethodDefaults(scope="row")
+    memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(0.2, 1.3, 2.6)
     updates_weights: ClassVar[bool] = False
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:

@@ -4,8 +4,7 @@ import pytest
 import torch
 from layer_problems import correlated_inputs
 
-from optimum_fista.config import method_defaults
-from optimum_fista.solve.methods import METHODS, create_method
+from optimum_fista.solve.methods import METHODS, create_method, method_class
 from optimum_fista.solve.patterns import Unstructured, parse_pattern
 from optimum_fista.solve.problem import InputStatistics, LayerProblem
 
@@ -31,7 +30,7 @@ def problem_of(inputs, weight):
 def test_their_weights_go_first(name, options, loudness):
     inputs, weight, dead = inputs_and_weight()
     inputs[:, dead] *= loudness
-    scope = method_defaults(name).scope
+    scope = method_class(name).defaults.scope
     pruned = create_method(name, **options).prune(
         problem_of(inputs, weight), Unstructured(0.5, scope)
     )

@@ -11,8 +11,8 @@ from layer_problems import example
 
 from optimum_fista.options import PruningOptions
 from optimum_fista.solve import methods
-from optimum_fista.solve.method import PruningMethod, register
-from optimum_fista.solve.methods import METHODS, create_method
+from optimum_fista.solve.method import MemoryFactors, PruningMethod, register
+from optimum_fista.solve.methods import METHODS, create_method, largest_memory_factors
 from optimum_fista.solve.patterns import Columns, Unstructured, parse_pattern
 from optimum_fista.solve.problem import LayerProblem
 
@@ -134,3 +134,17 @@ def test_operators_that_share_inputs_are_pruned_as_they_are_alone(name, patterns
         assert torch.equal(pruned.mask, alone.mask)
         assert torch.allclose(pruned.weight, alone.weight)
         assert pruned.fit_error == pytest.approx(alone.fit_error)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_of_the_package_states_what_memory_it_takes(name):
+    assert isinstance(vars(METHODS[name]).get("memory_factors"), MemoryFactors)
+
+
+def test_a_method_without_factors_of_its_own_is_counted_as_the_largest(monkeypatch):
+    small, large = MemoryFactors(9.0, 0.5), MemoryFactors(0.5, 9.0, 9.0)
+    monkeypatch.setattr(METHODS["wanda"], "memory_factors", small)
+    monkeypatch.setattr(METHODS["fista"], "memory_factors", large)
+    monkeypatch.setattr(METHODS["alps"], "memory_factors", None)
+
+    assert largest_memory_factors() == MemoryFactors(9.0, 9.0, 9.0)
