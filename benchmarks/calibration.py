@@ -19,9 +19,10 @@ from shared import calibration_of, counted_products, matrix_rate, parse_argument
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.folder.card import markdown_lines
 from optimum_fista.model.calibration import read_batches
+from optimum_fista.model.choice import find_operators
 from optimum_fista.model.groups import trace_groups
 from optimum_fista.model.inputs import record_inputs
-from optimum_fista.model.layers import find_decoder_layers, find_operators
+from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.source.loading import load_model
 
 VARIANTS: dict[str, dict[str, Any]] = {

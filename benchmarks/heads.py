@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 from optimum_fista.evaluate.perplexity import evaluate_perplexity
 from optimum_fista.folder.card import markdown_lines
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.forward import watching
-from optimum_fista.model.layers import DecoderLayers, find_decoder_layers, find_operators
+from optimum_fista.model.choice import find_operators
+from optimum_fista.model.hooks import watching
+from optimum_fista.model.layers import DecoderLayers, find_decoder_layers
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.model.sensitivity import DenseLoss, measure_sensitivities
 from optimum_fista.source.loading import load_model

@@ -23,10 +23,11 @@ from tqdm.auto import tqdm
 
 from optimum_fista.folder.card import markdown_lines
 from optimum_fista.model.calibration import read_batches
+from optimum_fista.model.choice import find_operators
 from optimum_fista.model.correction import Correction, LayerTargets
 from optimum_fista.model.groups import trace_groups
 from optimum_fista.model.inputs import HiddenStates, LayerActivations, record_inputs
-from optimum_fista.model.layers import find_decoder_layers, find_operators
+from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.solve.methods import METHODS, create_method, method_class
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.source.loading import load_model

@@ -37,10 +37,12 @@ from optimum_fista.folder.checkpoint import CARD_FILE, CONFIG_KEY
 from optimum_fista.folder.output import errors_of_writing, new_output, require_output
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.calibration import read_batches
-from optimum_fista.model.forward import evaluation_mode, is_fast, watching
+from optimum_fista.model.experts import is_fused_experts
+from optimum_fista.model.hooks import evaluation_mode, watching
 from optimum_fista.model.layers import find_decoder_layers, token_limits
 from optimum_fista.model.media import media_arguments
-from optimum_fista.model.operators import LINEAR, LinearOperator, is_fused_experts
+from optimum_fista.model.operators import LINEAR, LinearOperator
+from optimum_fista.model.precision import is_fast
 from optimum_fista.removal.parts import find_parts
 from optimum_fista.report import public_name
 from optimum_fista.solve.linalg import damped_inverse, diagonal_blocks

@@ -16,8 +16,8 @@ from typing import Any
 
 from transformers.utils import cached_file
 
+from optimum_fista.model.choice import matches
 from optimum_fista.model.correction import Correction
-from optimum_fista.model.layers import matches
 from optimum_fista.options import PruningOptions, wrong_field
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.methods import create_method, method_class

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.environment import processor_name
 from optimum_fista.memory import available_bytes
-from optimum_fista.model.forward import choose_products
+from optimum_fista.model.precision import choose_products
 from optimum_fista.packed.kernels import kernels
 from optimum_fista.pruner import FistaPruner
 from optimum_fista.report import device_name, library_versions

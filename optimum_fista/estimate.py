@@ -21,8 +21,8 @@ from transformers import PreTrainedConfig
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.memory import available_bytes, total_bytes
-from optimum_fista.model.forward import choose_products
-from optimum_fista.model.operators import is_fused_experts
+from optimum_fista.model.experts import is_fused_experts
+from optimum_fista.model.precision import choose_products
 from optimum_fista.prune.plan import Budgets, plan_run
 from optimum_fista.pruner import FistaPruner
 from optimum_fista.removal.parts_removal import PartsRemoval, require_zeros_to_pack

@@ -18,8 +18,8 @@ from optimum_fista.folder.checkpoint import CONFIG_KEY
 from optimum_fista.folder.hub import push_folder, require_repo_id
 from optimum_fista.folder.output import new_output
 from optimum_fista.folder.writing import summary, write_checkpoint
-from optimum_fista.model.forward import products_as
 from optimum_fista.model.offload import offload_hook
+from optimum_fista.model.precision import products_as
 from optimum_fista.prune.batches import begin
 from optimum_fista.prune.budgets import share_budgets
 from optimum_fista.prune.callback import PruningCallback

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.memory import is_out_of_memory
-from optimum_fista.model.forward import evaluation_mode
+from optimum_fista.model.hooks import evaluation_mode
 from optimum_fista.model.layers import token_limits
 from optimum_fista.model.offload import execution_device
 from optimum_fista.text.sources import TextSource

@@ -33,7 +33,8 @@ from optimum_fista.folder.checkpoint import (
     write_index,
 )
 from optimum_fista.folder.output import errors_of_writing, write_file
-from optimum_fista.model.layers import find_decoder_layers, find_operators
+from optimum_fista.model.choice import find_operators
+from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.offload import describe_ties, stored_tensor
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.report import OperatorReport, PruningReport

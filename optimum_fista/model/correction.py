@@ -19,17 +19,13 @@ from torch import Tensor, nn
 
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activations import ActivationStore
-from optimum_fista.model.forward import operator_input, quick_products, watching
+from optimum_fista.model.experts import AssignedTokens, ExpertOperator, FusedExperts
 from optimum_fista.model.gram import GroupSums
 from optimum_fista.model.groups import FinishedParts, is_added_to_output
+from optimum_fista.model.hooks import operator_input, watching
 from optimum_fista.model.inputs import HiddenStates, LayerActivations
-from optimum_fista.model.operators import (
-    AssignedTokens,
-    ExpertOperator,
-    FusedExperts,
-    Group,
-    LinearOperator,
-)
+from optimum_fista.model.operators import Group, LinearOperator
+from optimum_fista.model.precision import quick_products
 from optimum_fista.solve.problem import LayerProblem, relative
 
 Carry = Literal["none", "intra", "full"]

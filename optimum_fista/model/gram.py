@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from optimum_fista.model.forward import as_multiplied, in_few_sizes, quick_products
 from optimum_fista.model.operators import Group
+from optimum_fista.model.precision import as_multiplied, in_few_sizes, quick_products
 from optimum_fista.solve.linalg import row_blocks
 from optimum_fista.solve.problem import DenseOutputs, InputStatistics, LayerProblem, inner_by_rows
 

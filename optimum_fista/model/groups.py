@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activations import ActivationStore
-from optimum_fista.model.forward import operator_input, replaced_forwards, watching
+from optimum_fista.model.hooks import operator_input, replaced_forwards, watching
 from optimum_fista.model.inputs import LayerActivations, LayerCall
 from optimum_fista.model.operators import LINEAR, Group, LinearOperator
 

@@ -26,10 +26,12 @@ from tqdm.auto import tqdm
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activations import ActivationStore, Storage
 from optimum_fista.model.calibration import CalibrationBatch, pieces
-from optimum_fista.model.forward import quick_products, replaced_forwards
+from optimum_fista.model.experts import AssignedTokens, FusedExperts
+from optimum_fista.model.hooks import replaced_forwards
 from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.offload import execution_device, onloaded
-from optimum_fista.model.operators import AssignedTokens, FusedExperts, LinearOperator
+from optimum_fista.model.operators import LinearOperator
+from optimum_fista.model.precision import quick_products
 
 _CHANGES_STATES = "the model changes the hidden states in front of decoder layer"
 

@@ -1,13 +1,12 @@
-"""Finding the decoder layers of a model and the linear operators in them, by structure.
+"""Finding the decoder layers of a model, by structure.
 
 There is no list of layers for each family, as in other tools. What Transformers declares (classes that are not split
 over devices, tied weights, the head) and the shapes of parameters decide. Other models are refused, and the error says
 what was found. A new quirk of an architecture belongs here, with its own test.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any
 
@@ -17,14 +16,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.offload import combined_sha256, offload_hook, settle_ties, sha256_of
-from optimum_fista.model.operators import (
-    LINEAR,
-    FusedExperts,
-    LinearOperator,
-    can_be_split,
-    is_fused_experts,
-    require_finite,
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,95 +214,6 @@ def require_unquantized(model: PreTrainedModel, *, loaded: bool = True) -> None:
             raise ValueError(
                 f"{name} is not loaded (device meta): load it or have Accelerate offload it (device_map)."
             )
-
-
-def find_operators(
-    layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = ()
-) -> dict[str, LinearOperator]:
-    """Find the linear operators of a decoder layer, by their full names; every matrix of every expert is one.
-
-    `layer_name` is the layer's name in the model; fused experts whose names match `dense_experts` are skipped.
-    """
-    operators: dict[str, LinearOperator] = {}
-    passed_over = left_out(layer_name, layer, dense_experts)
-    for name, module in layer.named_modules(prefix=layer_name):
-        if name in passed_over:
-            continue
-        if isinstance(module, LINEAR):
-            operators[name] = LinearOperator(name, module)
-        elif is_fused_experts(module):
-            if not can_be_split(module):
-                raise UnsupportedArchitectureError(
-                    f"{name} ({type(module).__name__}) keeps the weights of its experts in a form that can't be "
-                    "pruned: looked for 3-D parameters gate_up_proj (or up_proj) and down_proj. To prune the rest of "
-                    f"the model and leave the experts dense, pass exclude=['*.{name.rsplit('.', 1)[-1]}']."
-                )
-            operators |= {
-                operator.name: operator for operator in FusedExperts(name, module).operators
-            }
-    return operators
-
-
-def choose_operators(
-    layers: DecoderLayers, exclude: Sequence[str], reason_left_dense: Callable[[str], str | None]
-) -> tuple[dict[str, dict[str, LinearOperator]], dict[str, str]]:
-    """Find the operators to prune, by decoder layer, and the operators that stay dense, with the reason."""
-    chosen: dict[str, dict[str, LinearOperator]] = {}
-    left_dense: dict[str, str] = {}
-    for layer_name, layer in layers:
-        chosen[layer_name] = {}
-        left_dense |= left_out(layer_name, layer, exclude)
-        for name, operator in find_operators(layer_name, layer, exclude).items():
-            reason = reason_left_dense(name) or layers.shared.get(name)
-            if reason is not None:
-                left_dense[name] = reason
-                continue
-            if operator.tensor not in operator.owner._parameters:  # its zeros would be overwritten
-                raise UnsupportedArchitectureError(
-                    f"the weight of {operator.name} is computed from other tensors (weight_norm, spectral_norm, "
-                    "torch.nn.utils.prune or a parametrization): make it a parameter again (remove_weight_norm, "
-                    "remove_spectral_norm, prune.remove, remove_parametrizations), or leave it dense by exclude."
-                )
-            chosen[layer_name][name] = operator
-    here = (operator for group in chosen.values() for operator in group.values())
-    # the loop checks offloaded weights when it loads them; an estimate has none
-    require_finite([o for o in here if not (offload_hook(o.owner) or o.parameter.is_meta)])
-    return chosen, left_dense
-
-
-def left_out(
-    layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = ()
-) -> dict[str, str]:
-    """Names in a mixture of experts that `find_operators` skips, with the reason.
-
-    Routers decide by small differences and have few weights, so they stay dense. A router is a linear module beside
-    fused experts that has one output for each expert, or a single output.
-    """
-    found: dict[str, str] = {}
-    for name, module in layer.named_modules(prefix=layer_name):
-        if is_fused_experts(module) and matches(name, dense_experts):
-            found[name] = "exclude"
-        experts = [
-            child for child in module.children() if is_fused_experts(child) and can_be_split(child)
-        ]
-        # One output for each expert is a router, a single one the gate of a shared expert.
-        sizes = {
-            1,
-            *(
-                parameter.shape[0]
-                for child in experts
-                for parameter in child.parameters(recurse=False)
-            ),
-        }
-        for child_name, child in module.named_children() if experts else ():
-            if isinstance(child, LINEAR) and child.weight.shape[0] in sizes:
-                found[f"{name}.{child_name}"] = "router"
-    return found
-
-
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Tell whether `name` matches one of the shell-style patterns, case included."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def token_limits(model: PreTrainedModel) -> tuple[int, int | None]:

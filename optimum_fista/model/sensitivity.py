@@ -19,16 +19,12 @@ from tqdm.auto import tqdm
 
 from optimum_fista.model.activations import ActivationStore, Storage
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.forward import (
-    in_few_sizes,
-    operator_input,
-    quick_products,
-    replaced_forwards,
-)
+from optimum_fista.model.hooks import operator_input, replaced_forwards
 from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.media import targets_of
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.operators import LinearOperator
+from optimum_fista.model.precision import in_few_sizes, quick_products
 
 _TYPICAL = 2.0  # energies of tokens are limited to this many medians of their sequence
 

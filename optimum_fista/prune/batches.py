@@ -19,12 +19,12 @@ from optimum_fista.model.calibration import (
     read_batches,
     shapes_of,
 )
+from optimum_fista.model.experts import split_experts
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.inputs import HiddenStates, RecordedInputs, cut_states, record_inputs
 from optimum_fista.model.layers import token_limits
 from optimum_fista.model.media import media_arguments, targets_of
 from optimum_fista.model.offload import execution_device
-from optimum_fista.model.operators import split_experts
 from optimum_fista.prune.plan import Plan, begin_report
 from optimum_fista.report import PruningReport, public_name
 

@@ -9,8 +9,8 @@ from tqdm.auto import tqdm
 
 from optimum_fista.memory import is_out_of_memory, release_memory
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.forward import products_as
-from optimum_fista.model.operators import ExpertOperator, split_experts
+from optimum_fista.model.experts import ExpertOperator, split_experts
+from optimum_fista.model.precision import products_as
 from optimum_fista.model.sensitivity import DenseLoss, measure_sensitivities
 from optimum_fista.prune.plan import Budgets, Plan
 from optimum_fista.removal.layers import choose_layers

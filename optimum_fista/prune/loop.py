@@ -17,11 +17,12 @@ import torch
 
 from optimum_fista.memory import release_memory, watched_memory
 from optimum_fista.model.correction import GroupProblems, LayerTargets
+from optimum_fista.model.experts import split_experts
 from optimum_fista.model.groups import trace_groups
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.inputs import LayerActivations
 from optimum_fista.model.offload import execution_device, offload_hook, onloaded, sha256_of
-from optimum_fista.model.operators import require_finite, split_experts
+from optimum_fista.model.operators import require_finite
 from optimum_fista.prune.batches import Calibration, record, retried
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.plan import UNDER_CALIBRATED_TOKENS, Plan

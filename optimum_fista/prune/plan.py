@@ -22,11 +22,12 @@ from optimum_fista.folder.checkpoint import earlier_runs
 from optimum_fista.memory import size_text
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activations import Storage
-from optimum_fista.model.forward import Products, choose_products
+from optimum_fista.model.choice import choose_operators
 from optimum_fista.model.held_out import HeldOut
-from optimum_fista.model.layers import DecoderLayers, choose_operators, prunable_layers
+from optimum_fista.model.layers import DecoderLayers, prunable_layers
 from optimum_fista.model.offload import execution_device
 from optimum_fista.model.operators import LinearOperator
+from optimum_fista.model.precision import Products, choose_products
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.removal.parts import Part, find_parts
 from optimum_fista.removal.parts_removal import PartsRemoval, Removal, first_names

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.forward import operator_input
+from optimum_fista.model.hooks import operator_input
 from optimum_fista.model.inputs import LayerActivations
 from optimum_fista.prune.plan import Plan
 from optimum_fista.prune.sink import ModelSink

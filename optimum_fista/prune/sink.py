@@ -11,8 +11,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from optimum_fista.model.forward import evaluation_mode
 from optimum_fista.model.held_out import HeldOut
+from optimum_fista.model.hooks import evaluation_mode
 from optimum_fista.model.inputs import HiddenStates
 from optimum_fista.model.offload import alignment_hooks, kept_tensor, offload_hook, store_tensor
 from optimum_fista.model.operators import LinearOperator

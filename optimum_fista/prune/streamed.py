@@ -24,10 +24,11 @@ from optimum_fista.folder.checkpoint import names_in, write_index
 from optimum_fista.folder.output import FOLDER, install, locked_output, new_output, require_output
 from optimum_fista.folder.packed_folder import Packer, packed_settings, require_packable
 from optimum_fista.folder.writing import as_stored, write_all_but_weights
-from optimum_fista.model.forward import evaluation_mode, products_as
 from optimum_fista.model.held_out import HeldOut
+from optimum_fista.model.hooks import evaluation_mode
 from optimum_fista.model.inputs import HiddenStates
 from optimum_fista.model.offload import execution_device, stored_tensor
+from optimum_fista.model.precision import products_as
 from optimum_fista.packed.format import packed_names
 from optimum_fista.prune.batches import Calibration, begin, cut_batches
 from optimum_fista.prune.budgets import share_budgets

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from optimum_fista.model.activations import ActivationStore
 from optimum_fista.model.correction import LayerTargets, tokens_of
+from optimum_fista.model.experts import AssignedTokens, FusedExperts, split_experts
 from optimum_fista.model.gram import GroupSums
 from optimum_fista.model.inputs import LayerActivations
-from optimum_fista.model.operators import AssignedTokens, FusedExperts, split_experts
 from optimum_fista.removal.parts import Part
 from optimum_fista.solve.problem import InputStatistics, LayerProblem, relative
 from optimum_fista.solve.refit import refit_columns

@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activations import ActivationStore, Storage
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.forward import quick_products, replaced_forwards
+from optimum_fista.model.hooks import replaced_forwards
 from optimum_fista.model.inputs import LayerCall, RecordedInputs, record_inputs
 from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.media import targets_of
 from optimum_fista.model.offload import execution_device, onloaded
+from optimum_fista.model.precision import quick_products
 from optimum_fista.model.sensitivity import DenseLoss
 from optimum_fista.removal.shrinking import plan_shrinking, require_same_outputs
 

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.memory import is_out_of_memory
 from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.model.choice import find_operators
 from optimum_fista.model.correction import LayerTargets
 from optimum_fista.model.groups import is_added_to_output
 from optimum_fista.model.inputs import HiddenStates, LayerActivations
-from optimum_fista.model.layers import DecoderLayers, find_operators
+from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.operators import Group, LinearOperator
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.removal.experts import SmallerMixture, experts_of, experts_to_keep, score_experts

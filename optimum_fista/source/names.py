@@ -15,15 +15,9 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.model.experts import ExpertOperator, FusedExperts, can_be_split, is_fused_experts
 from optimum_fista.model.layers import find_decoder_layers
-from optimum_fista.model.operators import (
-    LINEAR,
-    ExpertOperator,
-    FusedExperts,
-    LinearOperator,
-    can_be_split,
-    is_fused_experts,
-)
+from optimum_fista.model.operators import LINEAR, LinearOperator
 
 _SHAPE = (2, 3)  # of a stand-in for a weight [out, in]
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from optimum_fista.model.forward import evaluation_mode
+from optimum_fista.model.hooks import evaluation_mode
 from optimum_fista.model.layers import token_limits
 from optimum_fista.model.offload import execution_device
 

@@ -25,8 +25,9 @@ from optimum_fista.environment import numerical_environment
 from optimum_fista.folder.checkpoint import CONFIG_FILE, VOCABULARY_FILE, kept_tokens, read_report
 from optimum_fista.folder.output import folder_beside, require_output
 from optimum_fista.memory import available_bytes, size_text
-from optimum_fista.model.forward import is_fast
-from optimum_fista.model.layers import find_decoder_layers, find_operators
+from optimum_fista.model.choice import find_operators
+from optimum_fista.model.layers import find_decoder_layers
+from optimum_fista.model.precision import is_fast
 from optimum_fista.report import WORDS_OF_TRAIN, PruningReport
 from optimum_fista.source.loading import (
     load_model,

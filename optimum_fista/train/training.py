@@ -34,8 +34,9 @@ from optimum_fista.folder.checkpoint import (
 from optimum_fista.folder.output import new_output
 from optimum_fista.folder.packed_folder import is_packed, packed_operators
 from optimum_fista.folder.writing import as_in_model, operators_by_weight, summary, write_checkpoint
+from optimum_fista.model.experts import is_fused_experts
 from optimum_fista.model.layers import find_decoder_layers, require_unquantized
-from optimum_fista.model.operators import LINEAR, is_fused_experts
+from optimum_fista.model.operators import LINEAR
 from optimum_fista.pruner import FistaPruner
 from optimum_fista.report import PruningReport
 from optimum_fista.solve.pattern import unpack_mask

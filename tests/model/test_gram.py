@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from optimum_fista.model.forward import products_as
 from optimum_fista.model.gram import GroupSums
+from optimum_fista.model.precision import products_as
 
 
 # 256 inputs are multiplied at once, more are split in halves of whole multiples of 32.

@@ -9,9 +9,10 @@ from toy_layer import toy_layer
 
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.calibration import read_batches
+from optimum_fista.model.choice import find_operators
 from optimum_fista.model.groups import FinishedParts, is_added_to_output, trace_groups
 from optimum_fista.model.inputs import LayerActivations, LayerCall, record_inputs
-from optimum_fista.model.layers import find_decoder_layers, find_operators
+from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.operators import LinearOperator
 
 pytestmark = pytest.mark.usefixtures("no_gradients")

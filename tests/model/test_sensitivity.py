@@ -7,7 +7,8 @@ from untouched import Untouched
 
 from optimum_fista.model.activations import ActivationStore
 from optimum_fista.model.calibration import read_batches
-from optimum_fista.model.layers import find_decoder_layers, find_operators
+from optimum_fista.model.choice import find_operators
+from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.sensitivity import DenseLoss, measure_sensitivities
 
 LENGTH = 10

@@ -13,7 +13,7 @@ from torch.overrides import _get_current_function_mode
 from transformers import AutoModelForCausalLM
 from untouched import Untouched
 
-from optimum_fista.model import forward
+from optimum_fista.model import precision
 
 pytestmark = pytest.mark.filterwarnings("ignore:out of memory")
 
@@ -103,7 +103,7 @@ def test_one_interrupt_after_another(share, make):
 @pytest.mark.parametrize("share", [4, pytest.param(100, marks=pytest.mark.slow)])
 def test_ctrl_c_in_a_run_from_a_bfloat16_folder(share, tmp_path, monkeypatch):
     """Where bfloat16 is slow, and all products inside the run are widened."""
-    monkeypatch.setattr(forward, "is_fast", lambda *_: False)
+    monkeypatch.setattr(precision, "is_fast", lambda *_: False)
     tiny_llama().bfloat16().save_pretrained(source := tmp_path / "source")
     report = prune(source, output_dir=tmp_path / "expected")
     assert report.environment["products"] == "widened"
@@ -113,7 +113,7 @@ def test_ctrl_c_in_a_run_from_a_bfloat16_folder(share, tmp_path, monkeypatch):
         output = tmp_path / str(moment)
         with InterruptAt(moment), suppress(KeyboardInterrupt):
             prune(source, output_dir=output)
-        assert forward._PRODUCTS.get() == "float32"
+        assert precision._PRODUCTS.get() == "float32"
         assert _get_current_function_mode() is None
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         assert (torch.get_default_dtype(), torch.get_float32_matmul_precision()) == (

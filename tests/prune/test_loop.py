@@ -5,7 +5,7 @@ import torch
 from pruning import hidden_states_of, prune, weights
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback
-from optimum_fista.model.forward import evaluation_mode
+from optimum_fista.model.hooks import evaluation_mode
 from optimum_fista.prune.batches import begin
 from optimum_fista.prune.loop import prune_layers
 from optimum_fista.prune.plan import plan_run

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.estimate import Estimate
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.layers import find_decoder_layers, find_operators
+from optimum_fista.model.choice import find_operators
+from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.sensitivity import DenseLoss, measure_sensitivities
 from optimum_fista.solve.linalg import SCALE_ON_DEVICES, row_blocks, rows_in_block
 from optimum_fista.solve.problem import InputStatistics, LayerProblem

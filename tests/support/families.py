@@ -29,9 +29,10 @@ from optimum_fista.evaluate.verification import VerificationError, verify_checkp
 from optimum_fista.folder.checkpoint import read_report
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.choice import find_operators
+from optimum_fista.model.experts import can_be_split, is_fused_experts
 from optimum_fista.model.inputs import record_inputs
-from optimum_fista.model.layers import find_decoder_layers, find_operators
-from optimum_fista.model.operators import can_be_split, is_fused_experts
+from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.source.names import split_index
 
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

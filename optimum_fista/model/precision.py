@@ -1,12 +1,12 @@
-"""Forward passes of modules: their precision, callbacks during a pass, and functions that replace a pass.
+"""How matrices are multiplied in forward passes, gradients and sums over tokens.
 
-A run chooses once how matrices are multiplied in forward passes, gradients and sums over tokens (`choose_products`).
-All other code, such as the solvers and the proofs, computes in float32.
+A run chooses this once (`choose_products`), and is inside `products_as` from then on. All other code, such as the
+solvers and the proofs, computes in float32.
 """
 
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Literal
 
@@ -21,8 +21,14 @@ Products = Literal["float32", "tf32", "bfloat16", "widened"]
 "float32": float32 ones in full precision. "tf32", "bfloat16": these are rounded to 11 or 8 significant bits first, if
 the device has units for that. "widened": 16-bit ones are multiplied in float32, and the product is rounded.
 """
+
+
 _PRODUCTS: ContextVar[Products] = ContextVar("how quick products are computed", default="float32")
+
+
 _MATMUL = {"linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d"}
+
+
 _WIDENED = {*_MATMUL, "scaled_dot_product_attention"}
 """Functions of PyTorch that take most of the time of a forward pass."""
 
@@ -151,58 +157,3 @@ def in_few_sizes(rows: Tensor) -> Tensor:
     return (
         nn.functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing)) if missing else rows
     )  # not copied
-
-
-def operator_input(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
-    """Find the input of a linear operator in the arguments of its call."""
-    return arguments[0] if arguments else next(iter(keywords.values()))
-
-
-@contextmanager
-def watching(
-    inputs: Mapping[nn.Module, Callable[[Tensor], None]],
-    hooks: Mapping[nn.Module, Callable[..., None]] | None = None,
-) -> Iterator[None]:
-    """Inside, call back with the input of operators before they compute, and register forward hooks."""
-    with ExitStack() as registered:
-        for module, callback in inputs.items():
-            # a default argument binds the callback of this turn of the loop
-            def before(
-                _: nn.Module, args: Any, kwargs: Any, callback: Callable[[Tensor], None] = callback
-            ) -> None:
-                callback(operator_input(args, kwargs))
-
-            registered.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
-        for module, hook in (hooks or {}).items():
-            registered.enter_context(module.register_forward_hook(hook))
-        yield
-
-
-@contextmanager
-def replaced_forwards(
-    modules: Sequence[nn.Module], forwards: Iterable[Callable[..., Any]], name: str = "forward"
-) -> Iterator[None]:
-    """Replace the forward pass `name` of modules by other functions; afterwards each module has its own again."""
-    own = [vars(module).get(name) for module in modules]  # of the instance, such as Accelerate's
-    try:
-        for module, forward in zip(modules, forwards, strict=True):
-            setattr(module, name, forward)
-        yield
-    finally:
-        for module, original in zip(modules, own, strict=True):
-            if original is not None:
-                setattr(module, name, original)
-            else:  # the one of its class is used again
-                vars(module).pop(name, None)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode; afterwards each module has its old mode again."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True

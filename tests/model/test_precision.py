@@ -9,9 +9,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.model import forward
-from optimum_fista.model import gram as module
-from optimum_fista.model.forward import (
+from optimum_fista.model import gram
+from optimum_fista.model import precision as products
+from optimum_fista.model.precision import (
     as_multiplied,
     choose_products,
     in_few_sizes,
@@ -32,7 +32,7 @@ def test_bfloat16_is_fast_with_units_that_onednn_may_use(monkeypatch, supported,
     monkeypatch.setattr(
         torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported, raising=False
     )
-    monkeypatch.setattr(forward.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(products.platform, "machine", lambda: "x86_64")
     for unit in UNITS:
         monkeypatch.setattr(torch.cpu, unit, lambda unit=unit: unit == there, raising=False)
     assert is_fast(torch.bfloat16, torch.device("cpu")) == (supported and there is not None)
@@ -53,7 +53,7 @@ def test_bfloat16_is_fast_with_units_that_onednn_may_use(monkeypatch, supported,
     ],
 )
 def test_auto_asks_the_device_and_the_checkpoint(monkeypatch, device, stored, fast, chosen):
-    monkeypatch.setattr(forward, "is_fast", lambda *_: fast)
+    monkeypatch.setattr(products, "is_fast", lambda *_: fast)
     monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: fast)
     assert choose_products("auto", torch.device(device), stored) == chosen
     for given in ("float32", "bfloat16"):
@@ -93,7 +93,7 @@ class SeesProducts(TorchDispatchMode):
 def test_a_16_bit_model_is_multiplied_in_float32_where_its_dtype_is_slow(
     monkeypatch, stored, options
 ):
-    monkeypatch.setattr(forward, "is_fast", lambda *_: False)
+    monkeypatch.setattr(products, "is_fast", lambda *_: False)
     model, tokens = tiny_llama().to(stored), tiny_tokens()
     batches = [*tokens.split(4), {"input_ids": tokens[:2], "held_out": True}]
     with SeesProducts() as seen:  # records inputs, gradients, decoder layers, held-out text
@@ -140,12 +140,12 @@ def test_layers_and_sums_have_the_precision_asked_for_and_the_solver_float32(
     monkeypatch, dtype, expected
 ):
     seen: dict[str, set[str]] = {"layer": set(), "gradient": set(), "sum": set(), "solver": set()}
-    add_upper, solve = module._add_upper, loop.solve_group
+    add_upper, solve = gram._add_upper, loop.solve_group
 
     def note(place):
         seen[place].add(precision())
 
-    monkeypatch.setattr(module, "_add_upper", lambda *given: (note("sum"), add_upper(*given))[1])
+    monkeypatch.setattr(gram, "_add_upper", lambda *given: (note("sum"), add_upper(*given))[1])
     monkeypatch.setattr(loop, "solve_group", lambda *given: (note("solver"), solve(*given))[1])
     model = tiny_llama()
     for layer in model.model.layers:
@@ -167,7 +167,7 @@ def test_the_precision_comes_back_after_an_error():
 
 
 def test_a_run_from_files_multiplies_as_one_in_memory(monkeypatch, tmp_path):
-    monkeypatch.setattr(forward, "is_fast", lambda *_: False)
+    monkeypatch.setattr(products, "is_fast", lambda *_: False)
     tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path / "source")
     pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype="auto")

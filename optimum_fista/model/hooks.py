@@ -1,0 +1,62 @@
+"""Callbacks during forward passes of modules, and functions that replace a pass; everything is taken off again."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def operator_input(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
+    """Find the input of a linear operator in the arguments of its call."""
+    return arguments[0] if arguments else next(iter(keywords.values()))
+
+
+@contextmanager
+def watching(
+    inputs: Mapping[nn.Module, Callable[[Tensor], None]],
+    hooks: Mapping[nn.Module, Callable[..., None]] | None = None,
+) -> Iterator[None]:
+    """Inside, call back with the input of operators before they compute, and register forward hooks."""
+    with ExitStack() as registered:
+        for module, callback in inputs.items():
+            # a default argument binds the callback of this turn of the loop
+            def before(
+                _: nn.Module, args: Any, kwargs: Any, callback: Callable[[Tensor], None] = callback
+            ) -> None:
+                callback(operator_input(args, kwargs))
+
+            registered.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+        for module, hook in (hooks or {}).items():
+            registered.enter_context(module.register_forward_hook(hook))
+        yield
+
+
+@contextmanager
+def replaced_forwards(
+    modules: Sequence[nn.Module], forwards: Iterable[Callable[..., Any]], name: str = "forward"
+) -> Iterator[None]:
+    """Replace the forward pass `name` of modules by other functions; afterwards each module has its own again."""
+    own = [vars(module).get(name) for module in modules]  # of the instance, such as Accelerate's
+    try:
+        for module, forward in zip(modules, forwards, strict=True):
+            setattr(module, name, forward)
+        yield
+    finally:
+        for module, original in zip(modules, own, strict=True):
+            if original is not None:
+                setattr(module, name, original)
+            else:  # the one of its class is used again
+                vars(module).pop(name, None)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode; afterwards each module has its old mode again."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True

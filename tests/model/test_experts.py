@@ -1,0 +1,166 @@
+"""Every matrix of every expert of a mixture is an operator: read, written, called and pruned."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from recording import batches, calibration, prune, require_problem
+from tiny_models import MOE_FAMILIES, tiny_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.model.choice import find_operators
+from optimum_fista.model.experts import split_experts
+from optimum_fista.model.layers import find_decoder_layers
+from optimum_fista.model.operators import LinearOperator
+
+pytestmark = pytest.mark.usefixtures("enough_tokens")
+CONCATENATED = ("mixtral", "qwen3_moe", "deepseek_v3")
+KINDS = ("gate_proj", "up_proj", "down_proj")
+
+
+def operators_of(model: PreTrainedModel) -> dict[str, LinearOperator]:
+    return {
+        k: o
+        for name, layer in find_decoder_layers(model)
+        for k, o in find_operators(name, layer).items()
+    }
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return model(**calibration(), use_cache=False).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_split_experts_compute_what_the_model_computes(family, dtype):
+    model = tiny_model(family).to(dtype)
+    expected = logits(model)
+    operators = operators_of(model)
+    called = []
+    for name, operator in operators.items():
+        operator.module.register_forward_hook(lambda *_, name=name: called.append(name))
+    with split_experts(operators.values()):
+        ours = logits(model)
+    assert set(called) == set(operators)
+    assert len(called) == len(operators)
+    rows = calibration()["attention_mask"].bool()
+    distance = (ours - expected)[rows].float().norm() / expected[rows].float().norm()
+    assert distance <= (
+        1e-5 if dtype == torch.float32 else 0.3
+    )  # in bfloat16 rounding may change a token's experts
+    called.clear()
+    assert torch.equal(logits(model), expected)
+    assert not any(".experts." in name for name in called)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_matrices_are_views_of_the_fused_parameters(family):
+    model = tiny_model(family)
+    experts = {name: o for name, o in operators_of(model).items() if ".experts." in name}
+    fused = {
+        name: p for name, p in model.named_parameters() if ".experts." in name or "_linear" in name
+    }
+    fused = {name: p for name, p in fused.items() if p.ndim == 3}
+    assert sum(o.read().numel() for o in experts.values()) == sum(p.numel() for p in fused.values())
+    for number, operator in enumerate(experts.values(), start=1):
+        operator.write(torch.full(operator.shape, float(number)))
+    for number, operator in enumerate(experts.values(), start=1):
+        assert torch.equal(operator.read(), torch.full(operator.shape, float(number)))
+    assert all(float(p.detach().min()) >= 1 for p in fused.values())
+
+
+def expert_inputs(model: PreTrainedModel) -> dict[str, dict[int, Tensor]]:
+    """Inputs of every matrix of every expert by token, from the router's choice in one pass of the whole model."""
+    seen: dict[str, tuple] = {}
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args))
+        for name, module in model.named_modules()
+        if name.endswith(".experts")
+    ]
+    with torch.no_grad():
+        model(**calibration(), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    real = calibration()["attention_mask"].reshape(-1).bool()
+    found: dict[str, dict[int, Tensor]] = {}
+    for name, (hidden, index, _) in seen.items():
+        module = model.get_submodule(name)
+        for expert in range(4):
+            prefix = f"{name}.{expert}"
+            gate, up = module.gate_up_proj[expert].detach().chunk(2)
+            for token in (index == expert).any(dim=1).logical_and(real).nonzero()[:, 0].tolist():
+                x = hidden[token]
+                inner = nn.functional.silu(gate @ x) * (up @ x)
+                for kind, value in zip(KINDS, (x, x, inner), strict=True):
+                    found.setdefault(f"{prefix}.{kind}", {})[token] = value
+    return found
+
+
+@pytest.mark.parametrize("error_correction", ["none", "intra", "full", 0.25])
+@pytest.mark.parametrize("family", CONCATENATED)
+def test_experts_are_pruned_on_the_tokens_that_the_router_sends_them(family, error_correction):
+    dense = tiny_model(family)
+    model, progressive = deepcopy(dense), deepcopy(dense)
+    recorder = prune(model, error_correction, batches(3, 2, 3))
+    operators, later = operators_of(dense), operators_of(progressive)
+    dense_inputs = expert_inputs(dense)
+    layer = "0"
+    others = 0
+    for group in recorder.groups:
+        if group[0].name.split(".")[2] != layer and error_correction == "intra":
+            progressive.load_state_dict(dense.state_dict())
+        layer = group[0].name.split(".")[2]
+        if ".experts." not in group[0].name:
+            for record in group:
+                if error_correction != "none":
+                    later[record.name].write(record.pruned)
+            continue
+        assert [record.name.rpartition(".")[2] for record in group] in (
+            ["gate_proj", "up_proj"],
+            ["down_proj"],
+        )
+        inputs = expert_inputs(progressive)[group[0].name]
+        before = dense_inputs[group[0].name]
+        X_star = torch.stack(list(inputs.values()))
+        X = torch.stack([before.get(token, value) for token, value in inputs.items()])
+        others += sum(token not in before for token in inputs)
+        for record in group:
+            require_problem(record, operators[record.name].read(), X, X_star, error_correction)
+            if error_correction != "none":
+                later[record.name].write(record.pruned)
+    if error_correction != "none":
+        assert others  # the pruned network sends some tokens elsewhere
+    for record in recorder.records:
+        assert torch.equal(operators_of(model)[record.name].read(), record.pruned)
+
+
+def test_an_expert_that_sees_no_token_is_called_all_the_same():
+    model = tiny_model("mixtral")
+    for layer in model.model.layers:  # the router never chooses expert 2
+        layer.mlp.gate.register_forward_hook(
+            lambda _, __, output: (output[0], output[1], torch.where(output[2] == 2, 3, output[2]))
+        )
+    recorder = prune(model, 0.5, batches(4, 4))
+    under_calibrated = [record for record in recorder.records if ".experts.2." in record.name]
+    assert len(under_calibrated) == 6
+    assert all(record.num_tokens == 0 and record.fit_error == 0 for record in under_calibrated)
+    assert len([group for group in recorder.groups if ".experts." in group[0].name]) == 2 * 2 * 4
+
+
+def test_experts_that_compute_something_else_are_refused():
+    model = tiny_model("mixtral")
+    module = model.model.layers[0].mlp.experts
+    kept = module.forward
+    module.forward = lambda *args: 2 * kept(*args)
+    with (
+        split_experts(operators_of(model).values()),
+        pytest.raises(
+            UnsupportedArchitectureError,
+            match=r"layers\.0\.mlp\.experts \(MixtralExperts\) .* exclude=\['\*\.experts'\]",
+        ),
+    ):
+        logits(model)
