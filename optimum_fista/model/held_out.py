@@ -12,7 +12,7 @@ from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.inputs import LayerCall, record_inputs
 from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.offload import execution_device, onloaded
-from optimum_fista.removal.layers import Sweep
+from optimum_fista.model.sweep import Sweep
 
 LEAST_TOKENS = (
     4096  # sequences are taken until they hold this many; a perplexity on fewer says little

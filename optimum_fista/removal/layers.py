@@ -5,26 +5,16 @@ decoder layer is brought to its device once, and runs on the hidden states of ea
 """
 
 import math
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.activations import ActivationStore, Storage
-from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.hooks import replaced_forwards
-from optimum_fista.model.inputs import LayerCall, RecordedInputs, record_inputs
-from optimum_fista.model.layers import DecoderLayers
-from optimum_fista.model.media import targets_of
+from optimum_fista.model.inputs import record_inputs
 from optimum_fista.model.offload import execution_device, onloaded
-from optimum_fista.model.precision import quick_products
 from optimum_fista.model.sensitivity import DenseLoss
+from optimum_fista.model.sweep import Sweep
 from optimum_fista.removal.shrinking import plan_shrinking, require_same_outputs
 
 
@@ -91,87 +81,6 @@ def choose_layers(loss: DenseLoss, count: int) -> list[tuple[int, float]]:
                 lambda module: call.run(module, hidden),
             )
     return removed
-
-
-@dataclass
-class Sweep:
-    """One sweep over the decoder layers `left`, each on the hidden states of several models that lack one layer."""
-
-    layers: DecoderLayers
-    left: Sequence[int]
-    sequences: Sequence[CalibrationBatch]
-    storage: Storage | None
-    rest: tuple[Any, ...] | None = None  # as in `RecordedInputs`
-    first: int = 0  # layers with smaller numbers are never left out
-
-    def losses(self, recorded: RecordedInputs, bar: tqdm) -> dict[int | None, float]:
-        """Losses in nats per token, by the number of the layer that is left out; `None`: no layer is."""
-        streams: dict[int | None, ActivationStore] = {None: recorded.hidden_states}
-        for index in self.left:
-            layer = self.layers.modules[index]
-            before = streams[None]
-            with onloaded(layer.modules(), copy=False):
-                for out in list(streams):
-                    streams[out] = self.run(
-                        layer, streams[out], recorded.calls[index]
-                    )  # frees the layer's inputs
-            if index >= self.first:
-                streams[index] = before  # without this layer, its input is its output
-            bar.update()
-        return {out: self.loss(stream) for out, stream in streams.items()}
-
-    def run(
-        self, layer: nn.Module, stream: ActivationStore, calls: Sequence[LayerCall]
-    ) -> ActivationStore:
-        """The hidden states after a layer."""
-        device = execution_device(layer)
-        storage = self.storage or device
-        stream.move(storage, device)
-        leaving = ActivationStore(storage, device)
-        for hidden, call in zip(stream, calls, strict=True):
-            with quick_products():
-                leaving.append(call.run(layer, hidden))
-        return leaving
-
-    def loss(self, stream: ActivationStore, together: int = sys.maxsize) -> float:
-        """Cross-entropy of the next token, in nats per token, after the model's own norm and head.
-
-        The logits of `together` tokens are in memory at once.
-        """
-        model, total, count = (
-            self.layers.model,
-            torch.zeros((), dtype=torch.float64, device=stream.device),
-            0,
-        )
-        place = execution_device(model.get_input_embeddings())
-        settings: dict[str, bool] = {"use_cache": False}
-        if getattr(model.config.get_text_config(decoder=True), "output_router_logits", False):
-            settings["output_router_logits"] = (
-                False  # routers do not run here, and their loss is not part of this one
-            )
-        for hidden, batch in zip(stream, self.sequences, strict=True):
-            ids, step = batch.input_ids, max(1, together // len(batch.input_ids))
-            for start in range(0, ids.shape[1] - 1, step):
-                part = hidden[..., start : start + step, :]
-                output = part if self.rest is None else (part, *self.rest)
-                # The model runs with decoder layers that return these hidden states for any arguments.
-                forwards = [lambda *_, output=output, **__: output] * len(self.layers)
-                with replaced_forwards(self.layers.modules, forwards), quick_products():
-                    logits = model(
-                        input_ids=ids[:, start : start + step].to(place), **settings
-                    ).logits
-                targets = targets_of(ids[:, start + 1 : start + 1 + step], model.config)
-                count += int(
-                    (targets >= 0).sum()
-                )  # ids are on the CPU: the device is not waited for
-                found = (
-                    logits[:, : targets.shape[1]].flatten(0, 1).float()
-                )  # [batch * tokens, vocabulary]
-                loss = nn.functional.cross_entropy(
-                    found, targets.flatten().to(found.device), reduction="sum"
-                )
-                total += loss.double().to(total.device)
-        return float(total) / count if count else math.nan
 
 
 def _cheapest(model: PreTrainedModel, left: Sequence[int], losses: dict[int | None, float]) -> int:

@@ -10,10 +10,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from untouched import Untouched
 
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model import losses as module
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.sensitivity import DenseLoss
+from optimum_fista.removal import layers as module
 from optimum_fista.removal.layers import choose_layers
 from optimum_fista.removal.shrinking import plan_shrinking, shrink_model
 

@@ -1,0 +1,130 @@
+"""Run hidden states through decoder layers one after the other, and measure the loss of a language model at the end.
+
+A `Sweep` serves two callers. `model.held_out` runs the dense and the pruned network side by side: it calls `run` for
+every decoder layer of both, then `loss`. `removal.layers` chooses decoder layers to remove: it calls `losses`, which
+runs all models that lack one layer at once, so that a layer is brought to its device only once.
+
+Hidden states are kept in an `ActivationStore`: one tensor [batch, tokens, hidden] for each calibration batch.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from optimum_fista.model.activations import ActivationStore, Storage
+from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.hooks import replaced_forwards
+from optimum_fista.model.inputs import LayerCall, RecordedInputs
+from optimum_fista.model.layers import DecoderLayers
+from optimum_fista.model.media import targets_of
+from optimum_fista.model.offload import execution_device, onloaded
+from optimum_fista.model.precision import quick_products
+
+
+@dataclass
+class Sweep:
+    """One sweep of batches through the decoder layers of a model.
+
+    `rest` may be set later, because it is recorded together with the hidden states that enter the first layer.
+    """
+
+    layers: DecoderLayers
+    left: Sequence[int]  # numbers of the decoder layers that the model still has, rising
+    sequences: Sequence[CalibrationBatch]
+    storage: Storage | None  # of hidden states; None: the device on which each layer computes
+    # What the last decoder layer returns besides hidden states (`RecordedInputs.rest`); None: nothing.
+    rest: tuple[Any, ...] | None = None
+    first: int = 0  # layers with smaller numbers are never left out
+
+    def losses(self, recorded: RecordedInputs, bar: tqdm) -> dict[int | None, float]:
+        """Measure the loss of the model, and of every model that lacks one of its decoder layers.
+
+        `recorded` has the hidden states that enter the first layer, and the other arguments of all layers
+        (`record_inputs`). Moves layers and hidden states to their devices, and updates `bar` after each layer.
+
+        Returns losses in nats per token, by the number of the layer that is left out; `None` stands for no layer.
+        """
+        # All models share the layers before the one that they lack, so a model begins at that layer.
+        streams: dict[int | None, ActivationStore] = {None: recorded.hidden_states}
+        for index in self.left:
+            layer = self.layers.modules[index]
+            entering = streams[None]
+            with onloaded(layer.modules(), copy=False):
+                for left_out in list(streams):
+                    # the hidden states that entered the layer are freed if no other stream has them
+                    streams[left_out] = self.run(layer, streams[left_out], recorded.calls[index])
+            if index >= self.first:
+                streams[index] = entering  # if this layer is left out, its input is its output
+            bar.update()
+        return {left_out: self.loss(stream) for left_out, stream in streams.items()}
+
+    def run(
+        self, layer: nn.Module, stream: ActivationStore, calls: Sequence[LayerCall]
+    ) -> ActivationStore:
+        """Run a decoder layer, which must be on its device, and return the hidden states that leave it.
+
+        `calls` has the other arguments of the layer for each batch. `stream` is moved to the layer's storage.
+        """
+        device = execution_device(layer)
+        storage = self.storage or device
+        stream.move(storage, device)
+        leaving = ActivationStore(storage, device)
+        for hidden_states, call in zip(stream, calls, strict=True):
+            with quick_products():
+                leaving.append(call.run(layer, hidden_states))
+        return leaving
+
+    def loss(self, stream: ActivationStore, together: int = sys.maxsize) -> float:
+        """Measure the cross-entropy of the next token, in nats per token, after the model's own norm and head.
+
+        `stream` has the hidden states that leave the last decoder layer. The logits of `together` tokens are in memory
+        at once. Returns NaN if there is no token to predict.
+        """
+        config = self.layers.model.config
+        total = torch.zeros((), dtype=torch.float64, device=stream.device)
+        count = 0
+        for hidden_states, batch in zip(stream, self.sequences, strict=True):
+            ids = batch.input_ids  # [batch, tokens], on the CPU
+            step = max(1, together // len(ids))
+            for start in range(0, ids.shape[1] - 1, step):
+                part = slice(start, start + step)
+                logits = self._logits(ids[:, part], hidden_states[..., part, :])
+                targets = targets_of(ids[:, start + 1 : start + 1 + step], config)
+                count += int((targets >= 0).sum())  # on the CPU: the device is not waited for
+                predicted = logits[:, : targets.shape[1]]  # the last token has no next one
+                loss = nn.functional.cross_entropy(
+                    predicted.flatten(0, 1).float(),  # [batch * tokens, vocabulary]
+                    targets.flatten().to(logits.device),
+                    reduction="sum",
+                )
+                total += loss.double().to(total.device)
+        return float(total) / count if count else math.nan
+
+    def _logits(self, input_ids: Tensor, hidden_states: Tensor) -> Tensor:
+        """Run only the norm and the head of the model, on hidden states [batch, tokens, hidden] of its last layer.
+
+        The model runs with decoder layers that return these hidden states for any arguments. Their forward functions
+        are put back afterwards.
+        """
+        model = self.layers.model
+        settings: dict[str, bool] = {"use_cache": False}
+        if getattr(model.config.get_text_config(decoder=True), "output_router_logits", False):
+            # routers do not run here, and their loss is not part of this one
+            settings["output_router_logits"] = False
+        output = hidden_states if self.rest is None else (hidden_states, *self.rest)
+
+        def return_output(*_: Any, **__: Any) -> Any:
+            """Return the given hidden states in place of a decoder layer."""
+            return output
+
+        place = execution_device(model.get_input_embeddings())
+        forwards = [return_output] * len(self.layers)
+        with replaced_forwards(self.layers.modules, forwards), quick_products():
+            logits: Tensor = model(input_ids=input_ids.to(place), **settings).logits
+        return logits
