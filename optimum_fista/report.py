@@ -2,6 +2,10 @@
 
 The model card, the page, `verify` and the summary in the terminal are made from the report. Shares and means are
 computed from the operators when they are needed, so that no two numbers can disagree.
+
+A run begins its report before the first decoder layer (`PruningReport(...)`), adds a `LayerRecord` after each layer
+(`add`), and describes the result at the end. "Dense" is a model before a run: the *first* model is the one that the
+user began with (`origin.py`), which was pruned by earlier runs if there were some.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import shlex
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from html import escape
 from statistics import fmean
 from typing import Any
 
@@ -26,69 +31,97 @@ import torch
 import optimum_fista
 from optimum_fista.memory import MemoryPeak
 from optimum_fista.options import as_record
+from optimum_fista.origin import MeasuredPerplexity, OriginReport, StepReport
+from optimum_fista.plain_text import plain_text, plain_values
 from optimum_fista.solve.pattern import Scope
+from optimum_fista.solve.patterns import parse_pattern
+from optimum_fista.verdict import OWN_TEXT, verdict
+
+# Keys of report.json that are computed from the others, for people who read the file.
+_COMPUTED = ("totals", "command")
 
 
 def library_versions() -> dict[str, str]:
     """Versions of Python, this package and the libraries whose numbers or files depend on them."""
-    names = ("torch", "transformers", "accelerate", "optimum", "safetensors", "huggingface-hub")
+    libraries = ("torch", "transformers", "accelerate", "optimum", "safetensors", "huggingface-hub")
     versions = {"python": platform.python_version(), "optimum-fista": optimum_fista.__version__}
-    versions |= {name: _version(name) for name in names}
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return versions if found is None else versions | {"gpu": device_name(found)}
+    for name in libraries:
+        versions[name] = _version(name)
+    if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None:
+            versions["gpu"] = device_name(accelerator)
+    return versions
 
 
-_version = functools.cache(importlib.metadata.version)  # the search in the file system is slow
+# The search for a package in the file system is slow.
+_version = functools.cache(importlib.metadata.version)
 
 
 def device_name(device: torch.device) -> str:
     """The name that a device gives itself; its type if it gives none."""
     module = torch.get_device_module(device)
-    return module.get_device_name(device) if hasattr(module, "get_device_name") else device.type
+    if hasattr(module, "get_device_name"):
+        return str(module.get_device_name(device))
+    return device.type
 
 
 @dataclass(frozen=True)
 class OperatorReport:
     """Numbers of one pruned linear operator. If the model was retrained, errors are those before the training."""
 
-    name: str  # of its weight in the model and the checkpoint
-    shape: tuple[int, int]  # (out, in)
-    stored_transposed: bool  # whether the checkpoint stores the weight as [in, out]
-    pattern: str  # such as "unstructured" or "2:4"
-    target_sparsity: float  # share of zeros asked for
-    scope: Scope  # what shares the zeros of an unstructured pattern: "matrix" or "row"
-    num_kept: int  # weights
-    sparsity: float  # share of zeros
+    # Of its weight in the model and the checkpoint.
+    name: str
+    # (out, in)
+    shape: tuple[int, int]
+    # Whether the checkpoint stores the weight as [in, out].
+    stored_transposed: bool
+    # Such as "unstructured" or "2:4".
+    pattern: str
+    # Share of zeros that was asked for.
+    target_sparsity: float
+    # What shares the zeros of an unstructured pattern: "matrix" or "row".
+    scope: Scope
+    # Number of weights that are not set to zero.
+    num_kept: int
+    # Share of zeros.
+    sparsity: float
     method: str
-    fit_error: (
-        float  # || W* X* - Y || / || Y || on the calibration tokens; the error correction chooses Y
-    )
-    l1_penalty: float | None  # of the solution, if the method has one
-    iterations: int  # over all trials
-    converged: bool  # False if an iteration limit or a numerical failure ended the method
-    message: str  # advice or remark of the method
-    num_tokens: int  # calibration tokens that reached it
-    solve_seconds: float  # shared evenly over the operators that were solved together
-    output_error: float | None = (
-        None  # || W* X* - W X || / || W X ||; `None` if the dense network did not run
-    )
-    held_out_fit_error: float | None = None  # on held-out tokens, to which no weight was fitted
+    # || W* X* - Y || / || Y || on the calibration tokens; the error correction chooses Y.
+    fit_error: float
+    # Of the solution, if the method has one.
+    l1_penalty: float | None
+    # Over all trials.
+    iterations: int
+    # False if an iteration limit or a numerical failure ended the method.
+    converged: bool
+    # Advice or remark of the method.
+    message: str
+    # Calibration tokens that reached it.
+    num_tokens: int
+    # Shared evenly over the operators that were solved together.
+    solve_seconds: float
+    # || W* X* - W X || / || W X ||; None if the dense network did not run.
+    output_error: float | None = None
+    # On held-out tokens, to which no weight was fitted.
+    held_out_fit_error: float | None = None
     held_out_output_error: float | None = None
-    held_out_tokens: int = 0  # that reached it
-    residual_corrected: bool = (
-        False  # whether it compensates for the error in the rest of its layer
-    )
-    groups_kept: tuple[int, ...] | None = (
-        None  # of columns, if others were removed; `shape` is the smaller one
-    )
-    input_order: tuple[int, ...] | None = (
-        None  # numbers of the inputs in the dense model; `None`: the same order
-    )
+    # Held-out tokens that reached it.
+    held_out_tokens: int = 0
+    # Whether it compensates for the error in the rest of its layer.
+    residual_corrected: bool = False
+    # Groups of columns that stay, if others were removed; `shape` is the smaller one.
+    groups_kept: tuple[int, ...] | None = None
+    # Numbers of the inputs in the dense model; None: the same order.
+    input_order: tuple[int, ...] | None = None
 
     @property
     def stored_shape(self) -> tuple[int, int]:
         """Shape of the weight in the checkpoint."""
-        return self.shape[::-1] if self.stored_transposed else self.shape
+        out_features, in_features = self.shape
+        if self.stored_transposed:
+            return in_features, out_features
+        return out_features, in_features
 
 
 @dataclass(frozen=True)
@@ -96,11 +129,16 @@ class MixtureReport:
     """Experts of a mixture that stayed, and how close their output is to that of all experts."""
 
     name: str
-    groups_kept: tuple[int, ...]  # numbers of the kept experts in the dense model
-    saliency: tuple[float, ...]  # of each expert of the dense model (`score_experts`)
-    expert_tokens: tuple[int, ...]  # how many calibration tokens the router sent to each of them
-    fit_error: float  # || E* - Y || / || Y || of the summed output E* of the kept experts
-    fit_error_before: float  # before the down projections were refitted
+    # Numbers of the kept experts in the dense model.
+    groups_kept: tuple[int, ...]
+    # Of each expert of the dense model (`score_experts`).
+    saliency: tuple[float, ...]
+    # How many calibration tokens the router sent to each of them.
+    expert_tokens: tuple[int, ...]
+    # || E* - Y || / || Y || of the summed output E* of the kept experts.
+    fit_error: float
+    # Before the down projections were refitted.
+    fit_error_before: float
     num_refitted: int
     solve_seconds: float
     message: str = ""
@@ -112,16 +150,18 @@ class MixtureReport:
 class LayerReport:
     """Numbers of one pruned decoder layer."""
 
-    name: str  # in the model
-    hidden_state_error: (
-        float | None
-    )  # || H* - H || / || H || after the layer; `None` if one of the two is not computed
-    seconds: float  # wall time
-    memory: MemoryPeak | None = (
-        None  # peak while its operators were pruned; `None` if none was pruned
-    )
-    mixture: MixtureReport | None = None  # if it lost experts
-    dense_sha256: str | None = None  # of its tensors before pruning (`model.offload.sha256_of`)
+    # In the model, such as "model.layers.3".
+    name: str
+    # || H* - H || / || H || after the layer; None if one of the two is not computed.
+    hidden_state_error: float | None
+    # Wall time.
+    seconds: float
+    # Peak while its operators were pruned; None if none was pruned.
+    memory: MemoryPeak | None = None
+    # If it lost experts.
+    mixture: MixtureReport | None = None
+    # Of its tensors before pruning (`model.offload.sha256_of`).
+    dense_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -133,94 +173,229 @@ class LayerRecord:
     left_dense: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class RecoveryReport:
-    """A recovery of the pruned model: its kept weights were trained to predict as the dense model does."""
-
-    teacher: str  # name of the dense model: a Hub id, or the last part of a path
-    train: str  # a key of `WORDS_OF_TRAIN`
-    num_trained: int  # weights, without zeros
-    num_tokens: int  # trained on
-    calibration: dict[
-        str, Any
-    ]  # `source` and `sha256` of the tokens, `sequence_length`, `held_out` sequences
-    options: dict[str, Any]
-    evaluations: list[
-        list[float]
-    ]  # steps, seconds, held-out loss: mean negative log-likelihood of a token
-    best_step: (
-        int  # the weights after this step were kept; 0: no step was better than the weights before
-    )
-    held_out_loss_before: float  # of the pruned model
-    held_out_loss: float  # of the saved weights
-    seconds: float  # of training and evaluation
-
-    def __str__(self) -> str:
-        """One line for people."""
-        perplexities = f"perplexity {math.exp(self.held_out_loss_before):.2f} -> {math.exp(self.held_out_loss):.2f}"
-        held_out = f"{self.calibration['held_out']} held-out sequences of {self.calibration['sequence_length']} tokens"
-        kept = (
-            f"best after step {self.best_step}"
-            if self.best_step
-            else "nothing gained, so the weights stayed"
-        )
-        return (
-            f"held-out loss {self.held_out_loss_before:.4f} -> {self.held_out_loss:.4f} ({perplexities}) on {held_out}"
-            f"; {WORDS_OF_TRAIN[self.train]} trained ({self.num_trained:,} weights) on {self.num_tokens:,} tokens of "
-            f"{self.calibration['source']} in {self.evaluations[-1][0]:.0f} steps and {self.seconds / 60:.1f} min, "
-            f"with {self.teacher} as the teacher; {kept}"
-        )
-
-
 # What a recovery can train.
 WORDS_OF_TRAIN = {"all": "all kept weights but embeddings and head", "norms": "norms and biases"}
 
 
-@dataclass
+@dataclass(frozen=True)
+class RecoveryReport:
+    """A recovery of the pruned model: its kept weights were trained to predict as the dense model does."""
+
+    # Name of the dense model: a Hub id, or the last part of a path.
+    teacher: str
+    # A key of `WORDS_OF_TRAIN`.
+    train: str
+    # Weights, without zeros.
+    num_trained: int
+    # Trained on.
+    num_tokens: int
+    # `source` and `sha256` of the tokens, `sequence_length`, `held_out` sequences.
+    calibration: dict[str, Any]
+    options: dict[str, Any]
+    # Steps, seconds, held-out loss: mean negative log-likelihood of a token.
+    evaluations: list[list[float]]
+    # The weights after this step were kept; 0: no step was better than the weights before.
+    best_step: int
+    # Of the pruned model.
+    held_out_loss_before: float
+    # Of the saved weights.
+    held_out_loss: float
+    # Of training and evaluation.
+    seconds: float
+
+    def __str__(self) -> str:
+        """One line for people."""
+        perplexity_before = math.exp(self.held_out_loss_before)
+        perplexity = math.exp(self.held_out_loss)
+        sequences, length = self.calibration["held_out"], self.calibration["sequence_length"]
+        steps = self.evaluations[-1][0]
+        best = "nothing gained, so the weights stayed"
+        if self.best_step:
+            best = f"best after step {self.best_step}"
+        return (
+            f"held-out loss {self.held_out_loss_before:.4f} -> {self.held_out_loss:.4f} "
+            f"(perplexity {perplexity_before:.2f} -> {perplexity:.2f}) on {sequences} held-out sequences of {length} "
+            f"tokens; {WORDS_OF_TRAIN[self.train]} trained ({self.num_trained:,} weights) on {self.num_tokens:,} "
+            f"tokens of {self.calibration['source']} in {steps:.0f} steps and {self.seconds / 60:.1f} min, with "
+            f"{self.teacher} as the teacher; {best}"
+        )
+
+
+@dataclass(repr=False)
 class PruningReport:
     """Record of a pruning run."""
 
-    config: dict[str, Any]  # the configuration as plain values
-    model: dict[
-        str, Any
-    ]  # class, name, num_parameters, sha256 of the dense tensors, what is copied or lacks
-    calibration: dict[
-        str, Any
-    ]  # sha256, num_sequences, num_tokens, source if known; `held_out` has the same keys
-    operators: list[OperatorReport] = field(default_factory=list)  # in pruning order
+    # The configuration as plain values.
+    config: dict[str, Any]
+    # `class`, `name`, `num_parameters` of the result, `dense_num_parameters` of the model that this run was given (if
+    # it removed parts), `sha256` of that model's tensors, what is `copied` as it is, what the result `lacks`.
+    model: dict[str, Any]
+    # `sha256`, `num_sequences`, `num_tokens`, `source` if known; `held_out` has the same keys.
+    calibration: dict[str, Any]
+    # In pruning order.
+    operators: list[OperatorReport] = field(default_factory=list)
     layers: list[LayerReport] = field(default_factory=list)
-    left_dense: dict[str, str] = field(
-        default_factory=dict
-    )  # operators that were not pruned, with the reason
-    warnings: list[str] = field(default_factory=list)  # what the user should know
-    seconds: dict[str, float] = field(default_factory=dict)  # wall time of the parts of the run
+    # Operators that were not pruned, with the reason.
+    left_dense: dict[str, str] = field(default_factory=dict)
+    # What the user should know.
+    warnings: list[str] = field(default_factory=list)
+    # Wall time of the parts of the run.
+    seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=library_versions)
-    retrained: bool = False  # whether weights were trained after pruning
-    perplexity: dict[str, Any] | None = (
-        None  # of dense and pruned, bits_per_byte, num_tokens, text, vocabulary
-    )
-    environment: dict[str, Any] = field(
-        default_factory=dict
-    )  # dtypes, device, ..., and batches [number, rows, tokens]
-    recoveries: list[RecoveryReport] = field(default_factory=list)  # in order
+    # Whether weights were trained after pruning.
+    retrained: bool = False
+    # `dense`: of the model that this run was given, `pruned`: of the result, `bits_per_byte` of both, `num_tokens`,
+    # `text`, `vocabulary`, `sha256` of the token ids.
+    perplexity: dict[str, Any] | None = None
+    # dtypes, device, ..., and batches [number, rows, tokens].
+    environment: dict[str, Any] = field(default_factory=dict)
+    # In order.
+    recoveries: list[RecoveryReport] = field(default_factory=list)
+    # Where the model that this run was given comes from; None if it was never pruned.
+    origin: OriginReport | None = None
 
     def add(self, record: LayerRecord) -> None:
-        """Add a decoder layer."""
+        """Add a decoder layer to the report."""
         self.layers.append(record.report)
         self.operators += record.operators
         self.left_dense |= record.left_dense
 
     def warn(self, message: str) -> None:
         """Add a warning to the report, and show it to the user."""
+        message = plain_text(message)
         self.warnings.append(message)
         warnings.warn(message, stacklevel=2)
 
     @property
+    def pattern(self) -> str:
+        """The pattern of this run in words, such as "50% unstructured", "2:4" or "channels:0.25"."""
+        text = str(self.config.get("pattern") or "unstructured")
+        try:
+            pattern = parse_pattern(text, self.config.get("sparsity"))
+        except (
+            ValueError
+        ):  # one that sets no weight to zero, or that a user has registered elsewhere
+            return text
+        if pattern.fixed:
+            return str(pattern)
+        return f"{100 * pattern.sparsity:g}% {pattern}"
+
+    @property
+    def num_parameters_given(self) -> int:
+        """Parameters of the model that this run was given."""
+        return int(self.model.get("dense_num_parameters") or self.model["num_parameters"])
+
+    @property
+    def first_model(self) -> OriginReport:
+        """The model that the user began with, with the runs before this one."""
+        if self.origin is not None:
+            return self.origin
+        return OriginReport(
+            name=self.model.get("name") or "",
+            num_parameters=self.num_parameters_given,
+            dtype=self.model.get("dtype"),
+            sha256=self.model.get("sha256"),
+            perplexity=self.measured("dense"),
+        )
+
+    @property
+    def step(self) -> StepReport:
+        """This run, as the last step from the first model to its result."""
+        totals = self.totals
+        vocabulary = self.model.get("vocabulary")
+        return StepReport(
+            pattern=self.pattern,
+            method="token counts" if vocabulary else self.config.get("method", ""),
+            num_removed=totals["num_removed"],
+            num_tokens_removed=vocabulary["before"] - vocabulary["kept"] if vocabulary else 0,
+            num_zeros=totals["num_zeros"],
+            num_parameters=self.model["num_parameters"],
+            perplexity=self.measured("pruned"),
+            retrained=self.retrained,
+        )
+
+    @property
+    def steps(self) -> list[StepReport]:
+        """All runs from the first model to the result of this one, in order."""
+        return [*self.first_model.steps, self.step]
+
+    @property
+    def origin_of_result(self) -> OriginReport:
+        """What the next run has to know, if it is given the result of this one."""
+        return dataclasses.replace(self.first_model, steps=self.steps)
+
+    def measured(self, network: str) -> MeasuredPerplexity | None:
+        """The perplexity of the model that this run was given ("dense") or of its result ("pruned"), if it is known."""
+        measured = self.perplexity or {}
+        if network not in measured:
+            return None
+        return MeasuredPerplexity(
+            perplexity=measured[network],
+            num_tokens=measured["num_tokens"],
+            text=measured.get("text"),
+            vocabulary=measured.get("vocabulary", 0),
+            sha256=measured.get("sha256"),
+            bits_per_byte=measured.get("bits_per_byte", {}).get(network),
+        )
+
+    @property
+    def first_perplexity(self) -> MeasuredPerplexity | None:
+        """The perplexity of the first model on the text of this run; `None` if it is not known on this text."""
+        given = self.measured("dense")
+        if self.origin is None or given is None:
+            return given
+        first = self.origin.perplexity
+        if first is None or not first.has_tokens_of(given):
+            return None
+        return first
+
+    @property
+    def perplexities_of_steps(self) -> list[MeasuredPerplexity | None]:
+        """The perplexity after each of `steps` on the text of this run; `None` if it is not known on this text."""
+        given = self.measured("dense")
+        found: list[MeasuredPerplexity | None] = []
+        for step in self.first_model.steps:
+            is_comparable = (
+                given is not None
+                and step.perplexity is not None
+                and step.perplexity.has_tokens_of(given)
+            )
+            found.append(step.perplexity if is_comparable else None)
+        if found:
+            # This run measured the model that it was given, as it was after the last of them.
+            found[-1] = given
+        return [*found, self.measured("pruned")]
+
+    @property
+    def verdict(self) -> str:
+        """How much worse the result is than the first model, in a few words; empty if no perplexity was measured."""
+        pruned = self.measured("pruned")
+        if pruned is None:
+            return ""
+        first = self.first_perplexity
+        return verdict(
+            dense=None if first is None else first.perplexity,
+            pruned=pruned.perplexity,
+            num_tokens=pruned.num_tokens,
+            text=pruned.text,
+            vocabulary=pruned.vocabulary,
+        )
+
+    @property
+    def retraining(self) -> str:
+        """Say how weights were trained after pruning; empty if they were not."""
+        if not self.retrained:
+            return ""
+        return "retrained under its masks" if self.totals["num_zeros"] else "retrained"
+
+    @property
     def measured_on(self) -> str:
         """Say in words on which text the perplexity was measured."""
-        found = self.perplexity or {}
-        text = {None: "text", "self": "text of its own"}.get(found.get("text"), found.get("text"))
-        return f"{found['num_tokens']:,} tokens of {text} that no weight was fitted to"
+        measured = self.perplexity or {}
+        text = measured.get("text") or "text"
+        if text == OWN_TEXT:
+            text = "text of its own"
+        return f"{measured['num_tokens']:,} tokens of {text} that no weight was fitted to"
 
     @property
     def mixtures(self) -> list[MixtureReport]:
@@ -229,14 +404,49 @@ class PruningReport:
 
     @property
     def removed(self) -> str:
-        """Say how much smaller the model is; empty if no part of it was removed."""
-        gone, left = self.totals["num_removed"], self.model["num_parameters"]
-        share, found = self.totals["share_removed"], self.model.get("vocabulary")
-        tokens = f", with {found['kept']:,} of {found['before']:,} tokens" if found else ""
+        """Say how much smaller than the first model the result is; empty if this run removed no part of it."""
+        removed_now = self.totals["num_removed"]
+        if not removed_now:
+            return ""
+        vocabulary = self.model.get("vocabulary")
+        tokens = ""
+        if vocabulary:
+            tokens = f", with {vocabulary['kept']:,} of {vocabulary['before']:,} tokens"
+        return f"{self._removed_in_all}{tokens}"
+
+    @property
+    def removed_before(self) -> str:
+        """Say how much smaller the model was than the first one before this run; empty if it was not smaller."""
+        if self.origin is None:
+            return ""
+        if self.origin.num_parameters is None:
+            return (
+                "earlier runs pruned the model, and the size that it had before them is not known"
+            )
+        if self.origin.num_parameters == self.num_parameters_given:
+            return ""
+        first, given = self.origin.num_parameters, self.num_parameters_given
         return (
-            f"{gone:,} of {gone + left:,} parameters removed ({share:.2%}), {left:,} left{tokens}"
-            if gone
-            else ""
+            f"{first - given:,} of {first:,} parameters removed by earlier runs "
+            f"({(first - given) / first:.2%})"
+        )
+
+    @property
+    def _removed_in_all(self) -> str:
+        """How many parameters the first model has lost, in words."""
+        remaining = self.model["num_parameters"]
+        removed_now = self.totals["num_removed"]
+        first = self.first_model.num_parameters
+        if first is None:
+            return (
+                f"{removed_now:,} of {self.num_parameters_given:,} parameters removed by this run "
+                f"({self.totals['share_removed']:.2%}), {remaining:,} left"
+            )
+        removed = first - remaining
+        by_this_run = "" if removed == removed_now else f", {removed_now:,} of them by this run"
+        return (
+            f"{removed:,} of {first:,} parameters removed ({removed / first:.2%}{by_this_run}), "
+            f"{remaining:,} left"
         )
 
     @property
@@ -244,116 +454,155 @@ class PruningReport:
         """Say how many experts stayed, and how large their fit error is; empty if none was removed."""
         if not self.mixtures:
             return ""
-        first, errors = self.mixtures[0], [mixture.fit_error for mixture in self.mixtures]
-        before = fmean(mixture.fit_error_before for mixture in self.mixtures)
-        refits = "" if not self.config["expert_refit"] else f", {before:.4f} before refits"
-        left = f"{len(first.groups_kept)} of {len(first.saliency)} experts left"
-        fit = f"fit error of their outputs {fmean(errors):.4f} on average, {max(errors):.4f} at most{refits}"
-        return f"{left} in each of {len(errors)} mixtures (REAP), {fit}"
+        first = self.mixtures[0]
+        errors = [mixture.fit_error for mixture in self.mixtures]
+        refits = ""
+        if self.config["expert_refit"]:
+            before = fmean(mixture.fit_error_before for mixture in self.mixtures)
+            refits = f", {before:.4f} before refits"
+        return (
+            f"{len(first.groups_kept)} of {len(first.saliency)} experts left in each of {len(errors)} mixtures (REAP), "
+            f"fit error of their outputs {fmean(errors):.4f} on average, {max(errors):.4f} at most{refits}"
+        )
 
     @property
     def totals(self) -> dict[str, Any]:
         """Sums and means over the pruned operators; an error that no operator has measured is `None`."""
-        weights = sum(o.shape[0] * o.shape[1] for o in self.operators)
-        zeros = weights - sum(o.num_kept for o in self.operators)
-        dense = self.model.get("dense_num_parameters", self.model["num_parameters"])
-        removed = dense - self.model["num_parameters"]
+        num_parameters = self.model["num_parameters"]
+        num_weights = sum(o.shape[0] * o.shape[1] for o in self.operators)
+        num_zeros = num_weights - sum(o.num_kept for o in self.operators)
+        num_removed = self.num_parameters_given - num_parameters
+
         errors: dict[str, float | None] = {}
         for name in ("fit_error", "output_error", "held_out_fit_error", "held_out_output_error"):
-            known = [value for o in self.operators if (value := getattr(o, name)) is not None]
-            nothing = 0.0 if name == "fit_error" else None  # every operator has a fit error
-            errors |= {
-                f"mean_{name}": fmean(known) if known else nothing,
-                f"max_{name}": max(known, default=nothing),
-            }
-        both = [
-            (o.held_out_fit_error, o.fit_error)
-            for o in self.operators
-            if o.held_out_fit_error is not None
-        ]
-        held_out, fitted = (
-            (sum(values) for values in zip(*both, strict=True)) if both else (0.0, 0.0)
-        )
+            values = [getattr(o, name) for o in self.operators if getattr(o, name) is not None]
+            # Every operator has a fit error: without operators there is none at all.
+            if_none = 0.0 if name == "fit_error" else None
+            errors[f"mean_{name}"] = fmean(values) if values else if_none
+            errors[f"max_{name}"] = max(values, default=if_none)
+
+        solve_seconds = sum(o.solve_seconds for o in self.operators)
+        solve_seconds += sum(mixture.solve_seconds for mixture in self.mixtures)
         return {
             "num_operators": len(self.operators),
-            "num_weights": weights,
-            "num_zeros": zeros,
-            "sparsity": zeros / weights if weights else 0.0,
-            "model_sparsity": zeros
-            / self.model["num_parameters"],  # of all parameters, embeddings too
-            "num_removed": removed,  # parameters of whole parts that were removed
-            "share_removed": removed / dense,  # of the dense model's parameters
+            "num_weights": num_weights,
+            "num_zeros": num_zeros,
+            "sparsity": num_zeros / num_weights if num_weights else 0.0,
+            # of all parameters, embeddings too
+            "model_sparsity": num_zeros / num_parameters,
+            # parameters of whole parts that this run removed
+            "num_removed": num_removed,
+            # of the parameters of the model that this run was given
+            "share_removed": num_removed / self.num_parameters_given,
             **errors,
-            "held_out_ratio": held_out / fitted
-            if fitted
-            else None,  # of the same operators; 1: no overfitting
-            "solve_seconds": sum(o.solve_seconds for o in self.operators)
-            + sum(mixture.solve_seconds for mixture in self.mixtures),
+            "held_out_ratio": self._held_out_ratio(),
+            "solve_seconds": solve_seconds,
             "num_not_converged": sum(not o.converged for o in self.operators),
         }
 
+    def _held_out_ratio(self) -> float | None:
+        """Sum of the held-out fit errors over the sum of the fit errors of the same operators; 1: no overfitting."""
+        fitted = held_out = 0.0
+        for operator in self.operators:
+            if operator.held_out_fit_error is not None:
+                held_out += operator.held_out_fit_error
+                fitted += operator.fit_error
+        return held_out / fitted if fitted else None
+
     def command(self) -> str:
         """The command that prunes the same model in the same way; a word in capitals stands for an unknown name."""
-        tokens, sequences = self.calibration["num_tokens"], self.calibration["num_sequences"]
+        num_tokens = self.calibration["num_tokens"]
+        num_sequences = self.calibration["num_sequences"]
         words = ["optimum-fista", "prune", self.model.get("name") or "MODEL", "--output", "DIR"]
         words += ["--config", "fista/report.json"]
-        for source in (self.calibration.get("source") or "SOURCE").split(
-            ", "
-        ):  # several for tokens
+        # A run that removes tokens may have several sources.
+        for source in (self.calibration.get("source") or "SOURCE").split(", "):
             words += ["--calibration", source]
-        words += ["--num-samples", str(sequences)]
-        if sequences and tokens % sequences == 0:
-            words += ["--sequence-length", str(tokens // sequences)]
-        if found := self.environment:
-            words += ["--batch-size", str(found["batches"][0][1]), "--device", found["device"]]
-            if (
-                found.get("written", found["dtype"]) == found["dtype"]
-            ):  # not as in the files, which is the default
-                words += ["--dtype", found["dtype"].removeprefix("torch.")]
+        words += ["--num-samples", str(num_sequences)]
+        if num_sequences and num_tokens % num_sequences == 0:
+            words += ["--sequence-length", str(num_tokens // num_sequences)]
+        if self.environment:
+            _, rows, _ = self.environment["batches"][0]
+            words += ["--batch-size", str(rows), "--device", self.environment["device"]]
+            dtype = self.environment["dtype"]
+            # By default the dtypes of the files are kept.
+            if self.environment.get("written", dtype) == dtype:
+                words += ["--dtype", dtype.removeprefix("torch.")]
         return shlex.join(words)
 
     def to_json(self) -> str:
         """Write JSON text; the `totals` and `command` in it are for readers: `from_dict` does not need them."""
-        return json.dumps(
-            dataclasses.asdict(self) | {"totals": self.totals, "command": self.command()}, indent=1
-        )
+        computed = {"totals": self.totals, "command": self.command()}
+        return json.dumps(dataclasses.asdict(self) | computed, indent=1)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PruningReport:
-        """Read the parsed JSON of `to_json`; TypeError if a field is missing, unknown, or of another type."""
-        report = as_record(
-            cls, {key: value for key, value in values.items() if key not in ("totals", "command")}
-        )
-        if not report.model["num_parameters"] > 0:  # shares are divided by this number
+        """Read the parsed JSON of `to_json`; TypeError if a field is missing, unknown, or of another type.
+
+        Control characters in texts, which may come from other people, are spelled out.
+        """
+        fields = {key: plain_values(values[key]) for key in values if key not in _COMPUTED}
+        report = as_record(cls, fields)
+        # Shares are divided by this number.
+        if not report.model["num_parameters"] > 0:
             raise TypeError(f"model has {report.model['num_parameters']} parameters")
         return report
 
     def __str__(self) -> str:
         """A few lines for people."""
-        totals, held_out, output = self.totals, "", "not known"
-        if totals["mean_output_error"] is not None:
-            output = f"{totals['mean_output_error']:.4f} on average, {totals['max_output_error']:.4f} at most"
+        totals = self.totals
+        duration = f"{self.seconds.get('total', 0.0):.1f} s"
+        if self.removed and not self.operators:
+            parts = [self.removed, self.experts_left, duration]
+            return "; ".join(part for part in parts if part)
+
+        removal = self.removed
+        if not removal:
+            removal = (
+                f"{totals['num_zeros']:,} of {totals['num_weights']:,} weights zero "
+                f"({totals['sparsity']:.2%})"
+            )
+            if self.removed_before:
+                removal += f", after {self.removed_before}"
+        experts = f"{self.experts_left}; " if self.mixtures else ""
+        held_out = ""
         if totals["held_out_ratio"] is not None:
             held_out = (
-                f" ({totals['held_out_ratio']:.2f} times that on {self.calibration['held_out']['num_tokens']:,} "
-                f"held-out tokens, {totals['mean_held_out_fit_error']:.4f} on average)"
+                f" ({totals['held_out_ratio']:.2f} times that on "
+                f"{self.calibration['held_out']['num_tokens']:,} held-out tokens, "
+                f"{totals['mean_held_out_fit_error']:.4f} on average)"
             )
-        if self.removed and not self.operators:
-            return "; ".join(
-                filter(
-                    None,
-                    (self.removed, self.experts_left, f"{self.seconds.get('total', 0.0):.1f} s"),
-                )
+        output = "not known"
+        if totals["mean_output_error"] is not None:
+            output = (
+                f"{totals['mean_output_error']:.4f} on average, "
+                f"{totals['max_output_error']:.4f} at most"
             )
-        experts = f"{self.experts_left}; " if self.mixtures else ""
-        zeros = f"{totals['num_zeros']:,} of {totals['num_weights']:,} weights zero ({totals['sparsity']:.2%})"
+        retraining = ", before retraining" if self.retrained else ""
         return (
-            f"{totals['num_operators']} operators pruned by {self.config['method']}, "
-            f"{self.removed or zeros}; {experts}"
+            f"{totals['num_operators']} operators pruned by {self.config['method']}, {removal}; {experts}"
             f"fit error {totals['mean_fit_error']:.4f} on average, {totals['max_fit_error']:.4f} at most{held_out}, "
-            f"output error {output}{', before retraining' if self.retrained else ''}; "
-            f"{self.seconds.get('total', 0.0):.1f} s, of which solving {totals['solve_seconds']:.1f} s"
+            f"output error {output}{retraining}; {duration}, of which solving {totals['solve_seconds']:.1f} s"
         )
+
+    def __repr__(self) -> str:
+        """One line: in a notebook, all fields would fill many screens."""
+        name = self.model.get("name") or self.model.get("class") or "model"
+        return (
+            f"<PruningReport of {name!r}, {self.pattern}: {len(self.operators)} operators in "
+            f"{len(self.layers)} decoder layers; print(report) has the numbers, report.to_json() everything>"
+        )
+
+    def _repr_html_(self) -> str:
+        """The head of the report's page, for notebooks."""
+        # It formats a report, so it imports this module.
+        from optimum_fista.headlines import headlines, title
+
+        rows = [
+            f"<tr><th>{escape(one.name)}</th><td>{escape(one.value)}</td><td>{escape(one.remark)}</td></tr>"
+            for one in headlines(self)
+        ]
+        return f"<h3>{escape(title(self))}</h3><table>{''.join(rows)}</table>"
 
 
 def lines_of_unplaced(copied: Mapping[str, int], lacks: Mapping[str, str]) -> list[str]:
@@ -365,9 +614,8 @@ def lines_of_unplaced(copied: Mapping[str, int], lacks: Mapping[str, str]) -> li
             f"{sum(copied.values())} tensors that the model's class does not load are copied: {shown}"
         )
     if lacks:
-        lines.append(
-            f"not in the pruned model: {', '.join(f'{module} ({why})' for module, why in lacks.items())}"
-        )
+        shown = ", ".join(f"{module} ({reason})" for module, reason in lacks.items())
+        lines.append(f"not in the pruned model: {shown}")
     return lines
 
 
@@ -382,29 +630,35 @@ HUB_DATASETS = {
 def public_name(name: str) -> str:
     """The name to write into a folder that may be uploaded: for a path only its last part."""
     is_path = os.path.exists(name) or os.path.isabs(name) or name.startswith(("~", "."))
-    return os.path.basename(os.path.abspath(name)) if is_path else name
+    public = os.path.basename(os.path.abspath(name)) if is_path else name
+    return plain_text(public)
 
 
 class OperatorGrid:
     """Operators by decoder layer (rows) and kind (columns); the experts of a mixture share a kind."""
 
     def __init__(self, operators: Iterable[OperatorReport]) -> None:
-        self.cells: dict[
-            tuple[str, str], list[OperatorReport]
-        ] = {}  # by layer and kind; no empty lists
-        self.kinds: dict[str, list[OperatorReport]] = {}  # layer by layer
+        # By layer and kind; no list is empty.
+        self.cells: dict[tuple[str, str], list[OperatorReport]] = {}
+        # By kind, layer by layer.
+        self.kinds: dict[str, list[OperatorReport]] = {}
         for operator in operators:
             layer, kind = layer_and_kind(operator.name)
             self.cells.setdefault((layer, kind), []).append(operator)
             self.kinds.setdefault(kind, []).append(operator)
-        self.layers = list(dict.fromkeys(layer for layer, _ in self.cells))  # in pruning order
+        # In pruning order.
+        self.layers = list(dict.fromkeys(layer for layer, _ in self.cells))
 
 
 def layer_and_kind(name: str) -> tuple[str, str]:
     """`model.layers.3` and `self_attn.q_proj` of `model.layers.3.self_attn.q_proj.weight`."""
+    layer, kind = "", name
     match = re.fullmatch(r"(.*?\.\d+)\.(.+)", name)
-    layer, kind = match.groups() if match else ("", name)
-    kind = re.sub(
-        r"(experts)\.\d+\.", r"\1.*.", kind.removesuffix(".weight")
-    )  # experts that are modules
-    return layer, re.sub(r"\[\d+", "[*", kind)  # fused ones: "experts.gate_up_proj[3, :, 0::2]"
+    if match:
+        layer, kind = match.groups()
+    kind = kind.removesuffix(".weight")
+    # Experts that are modules: "experts.7.w2".
+    kind = re.sub(r"(experts)\.\d+\.", r"\1.*.", kind)
+    # Experts in one tensor: "experts.gate_up_proj[3, :, 0::2]".
+    kind = re.sub(r"\[\d+", "[*", kind)
+    return layer, kind

@@ -6,7 +6,7 @@ import argparse
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,14 +180,11 @@ def verdicts(report: PruningReport) -> Iterator[str]:
 
     The last lines count the tensors that were copied or left out because the model's class does not load them.
     """
+    from optimum_fista.headlines import perplexity_line
     from optimum_fista.report import lines_of_unplaced
 
-    if report.perplexity is not None:
-        found = report.perplexity
-        numbers = f"perplexity {found['dense']:.2f} before and {found['pruned']:.2f} after"
-        bits = "; {dense:.3f} and {pruned:.3f} bits per byte" if "bits_per_byte" in found else ""
-        per_byte = bits.format(**found.get("bits_per_byte", {}))
-        yield f"{numbers} ({_verdict(found)}), on {report.measured_on}{per_byte}"
+    if report.measured("pruned") is not None:
+        yield perplexity_line(report)
     if report.operators:
         worst = max(report.operators, key=lambda o: o.fit_error)
         # docs/report.md gives the reasons for these limits
@@ -196,23 +193,26 @@ def verdicts(report: PruningReport) -> Iterator[str]:
     yield from lines_of_unplaced(report.model.get("copied", {}), report.model.get("lacks", {}))
 
 
-def _verdict(found: Mapping[str, Any]) -> str:
-    """Say whether the perplexity rose much, if there was enough text to tell."""
-    from optimum_fista.model.held_out import LEAST_TOKENS
+def path_of_first_model(report: PruningReport, model: str) -> str:
+    """A name by which the model that the user began with can be loaded, if one is known; otherwise "MODEL".
 
-    if found["num_tokens"] < LEAST_TOKENS:
-        return f"no verdict on fewer than {LEAST_TOKENS:,} tokens"
-    if found["text"] == "self":
-        return "no verdict on text of its own"
-    if found["dense"] > found["vocabulary"] / 2:  # chance is the size of the vocabulary
-        return "the dense model is no better than chance"
-    words = {
-        1.1: "close to the dense model",
-        1.5: "usable as it is",
-        3.0: "clearly worse, training would help",
-    }
-    fitting = (word for most, word in words.items() if found["pruned"] <= most * found["dense"])
-    return next(fitting, "broken: prune less")
+    Args:
+        report: Report of a run that was given `model`. It knows of the first model a Hub id or the last part of a path.
+        model: Hub id or path.
+    """
+    from optimum_fista.report import public_name
+
+    name = report.first_model.name
+    if report.origin is None or public_name(model) == name:
+        return model
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+    if is_hub_id:
+        return name
+    # Results are often written beside the models that they were made of.
+    beside = Path(model).parent / name
+    if name and (beside / "config.json").exists():
+        return str(beside)
+    return "MODEL"
 
 
 def argument(path: str | Path) -> str:
@@ -248,4 +248,6 @@ def next_commands(
     lines.append(
         f"hf upload YOUR-NAME/{repository} {name}    # put it on the Hub, after hf auth login"
     )
+    if model == "MODEL":
+        lines.append("# MODEL is the model that was pruned first: its folder or Hub id")
     return "\n".join(["next:", *(f"  {line}" for line in lines)])

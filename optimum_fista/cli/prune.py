@@ -133,6 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
         details_of,
         estimate_of,
         next_commands,
+        path_of_first_model,
         say_before,
         verdicts,
     )
@@ -205,7 +206,8 @@ def run(arguments: argparse.Namespace) -> int:
         text = (
             "self" if "media" in report.calibration else arguments.calibration
         )  # other commands take text only
-        print(next_commands(model, arguments.output, text, has_zeros=not report.removed))
+        dense = path_of_first_model(report, model)
+        print(next_commands(dense, arguments.output, text, has_zeros=not report.removed))
     return 0
 
 
@@ -287,12 +289,12 @@ def _batches(
     A sequence with images is a batch of its own. Text that a model has written is too easy for it, so then the
     perplexity is measured on Python's documentation.
     """
-    from optimum_fista.model.held_out import LEAST_TOKENS
     from optimum_fista.source.loading import read_config, require_processor, require_tokenizer
     from optimum_fista.text.calibration_tokens import calibration_tokens_by_name, usual_length
     from optimum_fista.text.images import image_sequences
     from optimum_fista.text.sources import load_text, require_source
     from optimum_fista.text.windows import calibration_windows
+    from optimum_fista.verdict import LEAST_TOKENS
 
     source, wanted, measured = arguments.calibration, arguments.num_samples + config.held_out, None
     model_config = read_config(arguments.model)

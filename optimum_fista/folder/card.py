@@ -7,17 +7,23 @@ equal runs write equal folders.
 import json
 import re
 from collections.abc import Iterable, Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from jinja2 import Environment, StrictUndefined
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 from yaml import YAMLError
 
+from optimum_fista.headlines import STEP_HEADINGS, perplexities_to_compare, step_rows, title
 from optimum_fista.installing import install_command
 from optimum_fista.report import HUB_DATASETS, OperatorGrid, PruningReport
-from optimum_fista.solve.patterns import parse_pattern
 
 PACKED_NOTE = f"""
 ## Packed
@@ -27,72 +33,152 @@ loads it as a dense model, bit for bit; `optimum-fista unpack` writes that as a 
 {install_command()}.
 """
 
+# Letters that Markdown gives a meaning; an underscore only at the end of a word.
 _SPECIAL = re.compile(r"([\\`*{}\[\]<>|~$&]|\b_|_\b)")
+# Metadata of the dense model's card that holds for the pruned model, too.
 _INHERITED = ("license", "license_name", "license_link", "language")
 
 
-def model_card(report: PruningReport, dense: str = "") -> str:
-    """Markdown of the model card, card.md filled in, with the metadata the Hub reads.
+@dataclass(frozen=True)
+class LoadingClass:
+    """How Transformers loads a model, and what the Hub calls its task."""
 
-    `dense` is the folder or Hub id of the dense model, whose license and languages the pruned one keeps.
+    # Such as "AutoModelForCausalLM".
+    name: str
+    pipeline_tag: str
+    # Further arguments of `from_pretrained`, as they are written in Python.
+    arguments: str = ""
+
+
+def model_card(report: PruningReport, dense: str = "") -> str:
+    """Return the Markdown of the model card: card.md filled in, with the metadata that the Hub reads.
+
+    Args:
+        report: Report of the run; its operators have their names in the checkpoint.
+        dense: Folder or Hub id of the model that the run was given. The pruned model keeps its license and languages.
     """
-    inherited, file = {}, Path(dense, "README.md")
-    try:
-        found = file if file.is_file() else try_to_load_from_cache(dense, "README.md")
-        if isinstance(found, str | Path):
-            inherited = ModelCard.load(found, ignore_metadata_errors=True).data.to_dict()
-    except (
-        OSError,
-        ValueError,
-        YAMLError,
-    ):  # no name of a repository, or a card that can't be read
-        pass
-    of_hub = name if re.fullmatch(r"[\w.-]+/[\w.-]+", name := report.model["name"]) else None
+    loading = loading_class(report.model["class"], report.model.get("model_type"))
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "thousands": "{:,}".format,
+        "percent": "{:.2%}".format,
+        "error": "{:.4f}".format,
+        "two_digits": "{:.2f}".format,
+        "plain": _plain,
+    }
+    template = environment.from_string(Path(__file__).with_name("card.md").read_text("utf-8"))
+    text = template.render(
+        report=report,
+        totals=report.totals,
+        tokens=report.calibration,
+        metadata=_metadata(report, loading, dense).to_yaml(),
+        title=title(report),
+        loading=loading,
+        step_headings=STEP_HEADINGS,
+        steps=step_rows(report),
+        zeros=_distribution_of_zeros(report),
+        compared=perplexities_to_compare(report) if report.perplexity else [],
+        # one row for the operators of a kind in all decoder layers
+        kinds=OperatorGrid(report.operators).kinds,
+        config=json.dumps(report.config, indent=2),
+    )
+    return f"{text}\n"
+
+
+def loading_class(model_class: str, model_type: str | None) -> LoadingClass:
+    """Choose the automatic class of Transformers that loads a folder of this model as this class, with all its parts.
+
+    A folder may fit several: `AutoModelForCausalLM` loads some multimodal models without their encoders.
+
+    Args:
+        model_class: Name of the result's class, such as "Qwen3VLForConditionalGeneration".
+        model_type: `model_type` of its configuration, such as "qwen3_vl"; `None` if it is not known.
+    """
+
+    def is_loaded_by(class_names: dict[str, Any]) -> bool:
+        """Tell whether the automatic class with these class names, by `model_type`, makes this class."""
+        if model_type is None:
+            return model_class in class_names.values()
+        return class_names.get(model_type) == model_class
+
+    if is_loaded_by(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+        return LoadingClass("AutoModelForImageTextToText", "image-text-to-text")
+    if is_loaded_by(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        return LoadingClass("AutoModelForCausalLM", "text-generation")
+    if is_loaded_by(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+        is_omni = "omni" in model_class.lower()
+        tag = "any-to-any" if is_omni else "audio-text-to-text"
+        return LoadingClass("AutoModelForMultimodalLM", tag)
+    if hasattr(transformers, model_class):
+        return LoadingClass(model_class, "text-generation")
+    # Its code is in the folder.
+    return LoadingClass("AutoModelForCausalLM", "text-generation", ", trust_remote_code=True")
+
+
+def _metadata(report: PruningReport, loading: LoadingClass, dense: str) -> ModelCardData:
+    """Metadata for the Hub's search and its tree of models."""
+    inherited = _card_metadata(dense)
+    first = report.first_model.name
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", first) is not None
     dataset = HUB_DATASETS.get(report.calibration.get("source") or "")
-    metadata = ModelCardData(
+    tags = ["optimum-fista", "pruned"]
+    if not report.removed:
+        tags.append("sparse")
+    return ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["optimum-fista", "pruned"] + ["sparse"] * (not report.removed),
-        base_model=of_hub,
+        pipeline_tag=loading.pipeline_tag,
+        tags=tags,
+        base_model=first if is_hub_id else None,
         # The Hub knows adapter, merge, quantized and finetune. A pruned model is of the base model's kind, with its
         # own weights in the same number format (in a packed folder, too).
-        base_model_relation=of_hub and "finetune",
-        datasets=dataset and [dataset],
+        base_model_relation="finetune" if is_hub_id else None,
+        datasets=[dataset] if dataset else None,
         **{key: inherited[key] for key in _INHERITED if key in inherited},
     )
-    pattern = parse_pattern(report.config["pattern"], report.config["sparsity"])
-    sparsities = [o.sparsity for o in report.operators]
-    zeros = "the same share in every operator"
+
+
+def _card_metadata(model: str) -> dict[str, Any]:
+    """Metadata of a model's own card, in its folder or in the cache of the Hub; empty if it can't be read."""
+    if not model:
+        return {}
+    try:
+        file: Any = Path(model, "README.md")
+        if not file.is_file():
+            file = try_to_load_from_cache(model, "README.md")
+        if isinstance(file, str | Path):
+            metadata: dict[str, Any] = ModelCard.load(
+                file, ignore_metadata_errors=True
+            ).data.to_dict()
+            return metadata
+    except (OSError, ValueError, YAMLError):
+        # no name of a repository, or a damaged card
+        pass
+    return {}
+
+
+def _distribution_of_zeros(report: PruningReport) -> str:
+    """Say how the zeros of this run were shared over the operators."""
     if report.removed:
-        zeros = "none: what is removed is no longer there"
-    elif report.config["allocation"] == "fisher" and not pattern.fixed:
-        zeros = f"shared over the operators by gradients of the loss, {min(sparsities):.1%} to {max(sparsities):.1%}"
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    formats = {"thousands": "{:,}", "percent": "{:.2%}", "error": "{:.4f}"}
-    environment.filters |= {name: form.format for name, form in formats.items()}
-    environment.filters["escaped"] = partial(
-        _SPECIAL.sub, r"\\\1"
-    )  # names from other people must not act as Markdown
-    template = environment.from_string(Path(__file__).with_name("card.md").read_text("utf-8"))
-    return (
-        template.render(
-            report=report,
-            totals=report.totals,
-            tokens=report.calibration,
-            metadata=metadata.to_yaml(),
-            pattern=pattern if pattern.fixed else f"{100 * pattern.sparsity:g}% {pattern}",
-            zeros=zeros,
-            before=", before retraining" if report.retrained else "",
-            kinds=OperatorGrid(
-                report.operators
-            ).kinds,  # one row for the operators of a kind in all decoder layers
-            config=json.dumps(report.config, indent=2),
-        )
-        + "\n"
+        return "none: what is removed is no longer there"
+    is_shared = (
+        report.config["allocation"] == "fisher" and report.config["pattern"] == "unstructured"
     )
+    if is_shared:
+        sparsities = [operator.sparsity for operator in report.operators]
+        return (
+            "shared over the operators by gradients of the loss, "
+            f"{min(sparsities):.1%} to {max(sparsities):.1%}"
+        )
+    return "the same share in every operator"
+
+
+def _plain(text: Any) -> str:
+    """Write text of other people in one line, so that nothing in it acts as Markdown."""
+    line = " ".join(str(text).split())
+    return _SPECIAL.sub(r"\\\1", line)
 
 
 def markdown_lines(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     """Lines of a table; cells are written by `str`."""
-    first, *others = (f"| {' | '.join(map(str, cells))} |" for cells in (headings, *rows))
-    return [first, "|---" * len(headings) + "|", *others]
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (headings, *rows)]
+    return [lines[0], "|---" * len(headings) + "|", *lines[1:]]

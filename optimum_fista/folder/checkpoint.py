@@ -107,16 +107,6 @@ def read_report(folder: Path) -> PruningReport:
         raise ValueError(f"{str(file)!r} is no report of optimum-fista ({error}).") from error
 
 
-def earlier_runs(config: Any) -> dict[str, Any]:
-    """What `model` of a report says of earlier runs on this model: their patterns, in order; or nothing."""
-    last = getattr(config, CONFIG_KEY, None) or {}
-    return (
-        {"pruned_before": [*last.get("pruned_before", ()), last["pattern"]]}
-        if "pattern" in last
-        else {}
-    )
-
-
 def kept_tokens(folder: Path, before: Path | None = None) -> Tensor | None:
     """Old ids of the tokens of a smaller vocabulary, int64; `None` if no token was removed.
 

@@ -234,7 +234,8 @@ def summary(report: PruningReport) -> dict[str, Any]:
         "masks": MASKS_FILE,
         "report": REPORT_FILE,
         "version": report.versions["optimum-fista"],
-        **{key: report.model[key] for key in {"pruned_before"} & report.model.keys()},
+        # what the next run on the result has to know of the first model and of the runs since
+        "origin": dataclasses.asdict(report.origin_of_result),
     } | ({"retrained": True} if report.retrained else {})
 
 

@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 
 from optimum_fista.model.activations import ActivationStore, Storage
-from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.calibration import CalibrationBatch, tokens_sha256
 from optimum_fista.model.inputs import LayerCall, record_inputs
 from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.sweep import Sweep
+from optimum_fista.verdict import LEAST_TOKENS
 
-LEAST_TOKENS = (
-    4096  # sequences are taken until they hold this many; a perplexity on fewer says little
-)
 LOGITS_TOGETHER = (
     512  # tokens whose logits are held at a time: a vocabulary may have 250,000 entries
 )
@@ -128,4 +126,7 @@ class HeldOut:
         if self.bytes_per_token:
             bits = math.log(2) * self.bytes_per_token
             found["bits_per_byte"] = {network: loss / bits for network, loss in self.losses.items()}
-        return found | {"num_tokens": sum(batch.num_tokens for batch in self.sequences)}
+        return found | {
+            "num_tokens": sum(batch.num_tokens for batch in self.sequences),
+            "sha256": tokens_sha256(self.sequences),
+        }

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.environment import processor_name
-from optimum_fista.folder.checkpoint import earlier_runs
 from optimum_fista.memory import size_text
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activations import Storage
@@ -28,6 +27,7 @@ from optimum_fista.model.layers import DecoderLayers, prunable_layers
 from optimum_fista.model.offload import execution_device
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.model.precision import Products, choose_products
+from optimum_fista.origin import read_origin
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.removal.parts import Part, find_parts
 from optimum_fista.removal.parts_removal import PartsRemoval, Removal, first_names
@@ -246,9 +246,9 @@ def begin_report(plan: Plan) -> PruningReport:
             "name": public_name(getattr(model.config, "_name_or_path", "") or ""),
             "num_parameters": model.num_parameters(),
             "dtype": str(model.dtype).removeprefix("torch."),
-            **earlier_runs(model.config),
         },
         calibration={},
+        origin=read_origin(model.config),
         left_dense=dict(plan.left_dense),
         # The bytes of a result depend on these, too, besides the model, configuration, tokens and versions.
         environment={

@@ -33,6 +33,7 @@ from optimum_fista.folder.packed_folder import is_packed
 from optimum_fista.folder.writing import write_all_but_weights
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.media import media_arguments
+from optimum_fista.origin import read_origin
 from optimum_fista.report import PruningReport, public_name
 from optimum_fista.source import loading
 from optimum_fista.source.files import copy_source, source_folder
@@ -124,7 +125,7 @@ class VocabularyPlan:
         torch.nn.Module.to(
             model, loading.floating_dtype(getattr(settings, "dtype", None) or next(dtypes))
         )
-        described = checkpoint.earlier_runs(settings) | {
+        described: dict[str, Any] = {
             "class": type(model).__name__,
             "name": public_name(name),
         }
@@ -144,7 +145,9 @@ class VocabularyPlan:
             "num_sequences": documents,
             "num_tokens": int(counts.sum()),
         }
-        report = PruningReport(config.resolved().to_dict(), described, text)
+        report = PruningReport(
+            config.resolved().to_dict(), described, text, origin=read_origin(settings)
+        )
         if without := size - len(tokens):
             report.warn(
                 f"{without} of the {size} rows of the embedding belong to no token: they go first."

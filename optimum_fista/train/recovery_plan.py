@@ -111,7 +111,7 @@ def plan_recovery(
     """Check all that can be checked without weights and text; models of the Hub come into its cache last."""
     asked, source = RecoveryOptions(**options), str(folder)
     report = read_report(pruned_folder(source))
-    name = str(teacher or report.model["name"])
+    name = str(teacher or report.first_model.name)
     if teacher is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         why = f"the report of {source!r} calls the dense model {name!r}, which is no Hub id"
         raise ValueError(
@@ -223,7 +223,7 @@ def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
         needed = 4 * size + 12 * trained[kind]  # float32: weights; a gradient and two moments
         needed += size if kind == "all" else 0  # masks, a byte a weight
         needed += (
-            plan.report.model.get("dense_num_parameters") or size
+            plan.report.first_model.num_parameters or size
         ) * plan.compute.itemsize  # the teacher
         inside = 8 * sum(
             sum(operator.shape) for operator in operators

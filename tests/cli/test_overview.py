@@ -15,7 +15,7 @@ from optimum_fista.report import PruningReport
         ({"pruned": 90.0}, "broken: prune less"),
         ({"num_tokens": 4095}, "no verdict on fewer than 4,096 tokens"),
         ({"text": "self"}, "no verdict on text of its own"),
-        ({"dense": 40.0, "pruned": 41.0}, "the dense model is no better than chance"),
+        ({"dense": 40.0, "pruned": 41.0}, "no verdict: the dense model is no better than chance"),
     ],
 )
 def test_a_verdict_rests_on_enough_text_that_others_wrote(found, word):

@@ -62,11 +62,17 @@ def test_a_size_is_reached_by_tokens_that_the_text_lacks_and_then_by_channels(
     assert share.startswith("channels:0.")
     assert 0.8 * before - one_channel_more < second.model["num_parameters"] <= 0.8 * before < left
     assert kept_tokens(folder).tolist() == kept_tokens(tokens).tolist()
-    assert second.model["pruned_before"] == ["vocab:unused"]
-    assert "| earlier runs on the same model | vocab:unused |" in (folder / "README.md").read_text()
+    assert [step.pattern for step in second.steps] == ["vocab:unused", share]
+    gone = before - second.model["num_parameters"]
+    in_all = f"{gone:,} of {before:,} parameters removed ({gone / before:.2%}, "
+    assert in_all in out
+    card = (folder / "README.md").read_text()
+    assert in_all in card
+    assert f"# {dense.name}, vocab:unused, then {share}\n" in card
     flags = ["--method", "wanda", "--pattern", "2:4", *QUICK, "--calibration", str(text)]
     assert main(["prune", str(folder), "-o", str(tmp_path / "zeros"), *flags]) == 0
-    assert read_report(tmp_path / "zeros").model["pruned_before"] == ["vocab:unused", share]
+    patterns = [step.pattern for step in read_report(tmp_path / "zeros").steps]
+    assert patterns == ["vocab:unused", share, "2:4"]
     assert main(["verify", str(tmp_path / "zeros")]) == 0
 
 

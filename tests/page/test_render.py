@@ -54,7 +54,10 @@ def text_of(report) -> str:
 
 def test_the_perplexity_is_that_of_the_card(report):
     found = {"dense": 20.0, "pruned": 30.0, "num_tokens": 4096, "text": "self", "vocabulary": 64}
-    shown = "Perplexity 30.00 20.00 of the dense model, on 4,096 tokens of text of its own that no weight was"
+    shown = (
+        "Perplexity 30.00 no verdict on text of its own; 20.00 of the dense model, "
+        "on 4,096 tokens of text of its own that no weight was"
+    )
     assert shown in text_of(dataclasses.replace(report, perplexity=found))
     found["bits_per_byte"] = {"dense": 1.0, "pruned": 1.25}
     assert "of the dense model (1.250 and 1.000 bits per byte), on" in text_of(
@@ -174,7 +177,9 @@ def test_warnings_and_operators_that_did_not_converge_are_in_plain_sight_and_end
 def test_a_retrained_model(report):
     found = {"dense": 12.0, "pruned": 15.5, "num_tokens": 100, "text": "sea", "vocabulary": 64}
     text = text_of(dataclasses.replace(report, retrained=True, perplexity=found))
-    assert "Perplexity, before retraining 15.50 12.00 of the dense model" in text
+    assert (
+        "Perplexity, before retraining 15.50 no verdict on fewer than 4,096 tokens; 12.00 " in text
+    )
     assert "then retrained under its masks: errors of operators are those before" in text
 
 

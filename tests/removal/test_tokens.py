@@ -301,7 +301,8 @@ def test_a_second_run_keeps_the_table_and_runs_compose(dense, smaller, tmp_path)
     assert torch.equal(embeddings[0][twice], embeddings[1])
     assert json.loads((tmp_path / "twice" / table).read_text())["num_tokens"] == 364
     verify_checkpoint(tmp_path / "twice", dense=tmp_path / "channels")
-    assert read_report(tmp_path / "twice").model["pruned_before"][1:] == ["channels:0.25/4"]
+    earlier = read_report(tmp_path / "twice").first_model.steps
+    assert [step.pattern for step in earlier][1:] == ["channels:0.25/4"]
     # a table that is older than the embedding, to which somebody has added rows, says nothing of it
     resized = shutil.copytree(dense, tmp_path / "resized")
     shutil.copytree(smaller / "fista", resized / "fista")

@@ -1,0 +1,272 @@
+"""The head of a report: its title and the numbers that a reader looks for first, as text.
+
+The page shows them in boxes, a notebook as a table. The model card and the terminal say the same in sentences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from optimum_fista.memory import size_text
+from optimum_fista.origin import MeasuredPerplexity, patterns_of
+from optimum_fista.report import PruningReport
+
+_UNBROKEN = "\u00a0"  # a blank at which no line is broken
+
+# What the peaks of memory are called, and the fields of `MemoryPeak` that hold them.
+MEMORY_KINDS = {
+    "anonymous": "anonymous_bytes",
+    "resident": "resident_bytes",
+    "on the GPU": "device_bytes",
+}
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One number, what it is, and what else a reader should know about it."""
+
+    name: str
+    value: str
+    remark: str
+    is_alert: bool = False
+
+
+def title(report: PruningReport) -> str:
+    """Name the result by the first model and the patterns of all runs, such as "Llama-3.2-1B, layers:0.5, then 2:4"."""
+    # Of a Hub id only the last part.
+    name = report.first_model.name.split("/")[-1]
+    return f"{name or report.model['class']}, {patterns_of(report.steps)}"
+
+
+def headlines(report: PruningReport) -> Iterator[Headline]:
+    """Give the numbers that come first, those of the whole model before those of operators."""
+    totals = report.totals
+    if report.measured("pruned") is not None:
+        yield _perplexity(report)
+    if report.removed or report.removed_before:
+        yield _removed(report)
+    if not report.removed:
+        yield Headline(
+            name="Zeros",
+            value=share(totals["sparsity"], 2),
+            remark=(
+                f"{count(totals['num_zeros'])} of {count(totals['num_weights'])} weights in "
+                f"{totals['num_operators']:,} operators; {share(totals['model_sparsity'])} of all parameters"
+            ),
+        )
+    if report.operators:
+        yield from _errors(report)
+    yield Headline(
+        name="Time",
+        value=duration(report.seconds.get("total", 0.0)),
+        remark=f"of which solving {duration(totals['solve_seconds'])}",
+    )
+    peaks = memory_peaks(report)
+    if peaks:
+        highest = peaks.get("on the GPU") or next(iter(peaks.values()))
+        kinds = ", ".join(f"{size_text(peak)} {kind}" for kind, peak in peaks.items())
+        yield Headline(
+            name="Peak memory",
+            value=size_text(highest),
+            remark=f"{kinds}, while a layer was pruned",
+        )
+    if totals["num_not_converged"]:
+        yield Headline(
+            name="Not converged",
+            value=f"{totals['num_not_converged']:,}",
+            remark=f"of {totals['num_operators']:,} operators",
+            is_alert=True,
+        )
+
+
+def _perplexity(report: PruningReport) -> Headline:
+    """The perplexity of the result with the verdict, and those of the models to compare it with."""
+    pruned = report.measured("pruned")
+    assert pruned is not None
+    remarks = [report.verdict, *perplexities_to_compare(report)]
+    return Headline(
+        name="Perplexity, before retraining" if report.retrained else "Perplexity",
+        value=f"{pruned.perplexity:.2f}",
+        remark=f"{'; '.join(remarks)}, on {report.measured_on}",
+    )
+
+
+def perplexities_to_compare(report: PruningReport) -> list[str]:
+    """Say the perplexity of the dense model, and that of the model this run began with, if it was pruned already."""
+    first = report.first_perplexity
+    given = report.measured("dense")
+    pruned = report.measured("pruned")
+    if first is None:
+        sentences = ["that of the dense model is not known on this text"]
+    else:
+        bits = ""
+        if (
+            first.bits_per_byte is not None
+            and pruned is not None
+            and pruned.bits_per_byte is not None
+        ):
+            bits = f" ({pruned.bits_per_byte:.3f} and {first.bits_per_byte:.3f} bits per byte)"
+        sentences = [f"{first.perplexity:.2f} of the dense model{bits}"]
+    if report.origin is not None and given is not None:
+        sentences.append(f"{given.perplexity:.2f} of the model that this run began with")
+    return sentences
+
+
+def perplexity_line(report: PruningReport) -> str:
+    """Say in one line of the terminal what the perplexity was before and after, and the verdict."""
+    first = report.first_perplexity
+    given = report.measured("dense")
+    pruned = report.measured("pruned")
+    assert given is not None
+    assert pruned is not None
+
+    if report.origin is None:
+        before = f"{given.perplexity:.2f} before"
+    elif first is None:
+        before = f"{given.perplexity:.2f} of the model that this run began with"
+    else:
+        before = (
+            f"{first.perplexity:.2f} of the dense model, "
+            f"{given.perplexity:.2f} of the model that this run began with"
+        )
+    bits = ""
+    if first is not None and first.bits_per_byte is not None and pruned.bits_per_byte is not None:
+        bits = f"; {first.bits_per_byte:.3f} and {pruned.bits_per_byte:.3f} bits per byte"
+    return (
+        f"perplexity {before} and {pruned.perplexity:.2f} after ({report.verdict}), "
+        f"on {report.measured_on}{bits}"
+    )
+
+
+STEP_HEADINGS = ("pattern", "method", "what it removed", "parameters left", "perplexity after it")
+
+
+def step_rows(report: PruningReport) -> list[tuple[str, str, str, str, str]]:
+    """Rows of the table of all runs, under `STEP_HEADINGS`; empty if there was only one run.
+
+    The first row is the model that the user began with. A perplexity that was measured on another text than that of the
+    latest run is left out.
+    """
+    if report.origin is None:
+        return []
+    first = report.first_model
+    unknown = "not measured" if report.perplexity is None else "not known on this text"
+
+    def perplexity_text(measured: MeasuredPerplexity | None) -> str:
+        return unknown if measured is None else f"{measured.perplexity:.2f}"
+
+    def parameters_text(number: int | None) -> str:
+        return "not known" if number is None else f"{number:,}"
+
+    name = first.name or "the first model, whose name is not known"
+    first_perplexity = perplexity_text(report.first_perplexity)
+    rows = [(name, "", "", parameters_text(first.num_parameters), first_perplexity)]
+    for step, perplexity in zip(report.steps, report.perplexities_of_steps, strict=True):
+        method = f"{step.method}, then retrained" if step.retrained else step.method
+        rows.append(
+            (
+                step.pattern,
+                method,
+                step.removal,
+                parameters_text(step.num_parameters),
+                perplexity_text(perplexity),
+            )
+        )
+    return rows
+
+
+def _removed(report: PruningReport) -> Headline:
+    """How much of the first model is gone."""
+    remaining = report.model["num_parameters"]
+    first = report.first_model.num_parameters
+    if first is None:
+        return Headline(
+            name="Removed",
+            value="not known",
+            remark=report.removed or report.removed_before,
+        )
+    removed = first - remaining
+    zeros = ", none of them made zero" if report.removed and not report.totals["num_zeros"] else ""
+    return Headline(
+        name="Removed",
+        value=share(removed / first, 2),
+        remark=f"{count(removed)} of {count(first)} parameters; {count(remaining)} are left{zeros}",
+    )
+
+
+def _errors(report: PruningReport) -> Iterator[Headline]:
+    """Errors of the operators."""
+    totals = report.totals
+    retraining = ", before retraining" if report.retrained else ""
+    network = "dense network" if report.origin is None else "network that this run began with"
+    yield Headline(
+        name=f"Mean fit error{retraining}",
+        value=error(totals["mean_fit_error"], 3),
+        remark="against the outputs that the operators were fitted to, on the calibration tokens",
+    )
+    if totals["mean_output_error"] is not None:
+        yield Headline(
+            name=f"Mean output error{retraining}",
+            value=error(totals["mean_output_error"], 3),
+            remark=f"against the outputs of the {network}",
+        )
+    worst = max(report.operators, key=lambda operator: operator.fit_error)
+    yield Headline(
+        name=f"Largest fit error{retraining}",
+        value=error(totals["max_fit_error"], 3),
+        remark=worst.name,
+    )
+    if totals["held_out_ratio"] is not None:
+        num_tokens = report.calibration["held_out"]["num_tokens"]
+        yield Headline(
+            name=f"Held-out fit error{retraining}",
+            value=error(totals["mean_held_out_fit_error"], 3),
+            remark=(
+                f"on average on {num_tokens:,} tokens that nothing was fitted to: "
+                f"{totals['held_out_ratio']:.2f} times that on the calibration tokens"
+            ),
+        )
+
+
+def memory_peaks(report: PruningReport) -> dict[str, int]:
+    """The highest peak of each of `MEMORY_KINDS` over the decoder layers, in bytes, if it was measured."""
+    peaks = {}
+    for name, attribute in MEMORY_KINDS.items():
+        values = [getattr(layer.memory, attribute, None) for layer in report.layers]
+        measured = [value for value in values if value is not None]
+        if measured:
+            peaks[name] = max(measured)
+    return peaks
+
+
+def share(value: float, digits: int = 1) -> str:
+    """`50.0%`."""
+    return f"{value:.{digits}%}" if math.isfinite(value) else "not finite"
+
+
+def error(value: float, digits: int = 4, unknown: str = "not finite") -> str:
+    """A relative error, `0.1234`."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else unknown
+
+
+def count(value: int) -> str:
+    """A large number in three digits: `106 M`."""
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= unit:
+            digits = max(0, 2 - int(math.log10(value / unit)))
+            return f"{value / unit:.{digits}f}{_UNBROKEN}{letter}"
+    return str(value)
+
+
+def duration(seconds: float) -> str:
+    """`3 h 20 min`, `12 min 3 s`, `48.2 s`."""
+    whole = int(seconds)
+    if whole >= 3600:
+        text = f"{whole // 3600} h {whole % 3600 // 60} min"
+    elif whole >= 60:
+        text = f"{whole // 60} min {whole % 60} s"
+    else:
+        text = f"{seconds:.3g} s"
+    return text.replace(" ", _UNBROKEN)

@@ -1,0 +1,120 @@
+"""Where a pruned model comes from: the model that the user began with, and the runs since.
+
+A model may be pruned several times, such as by `layers:0.5` and then by `2:4`. What is said of the result is said about
+the first model: how much of it is gone, and how much worse the result is. So every run writes into the configuration of
+its result (`config.fista_pruning["origin"]`) what the next run has to know, and the report of the next run holds it as
+its `origin`. The numbers are those of earlier reports; nothing is measured again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from optimum_fista.options import as_record
+from optimum_fista.plain_text import plain_values
+
+
+@dataclass(frozen=True)
+class MeasuredPerplexity:
+    """Perplexity of one model, and the tokens that it was measured on."""
+
+    perplexity: float
+    # How many tokens it was measured on.
+    num_tokens: int
+    # Name of their text, such as "c4"; None if it has none.
+    text: str | None
+    # How many tokens the model knows: the rows of its embedding.
+    vocabulary: int
+    # Digest of the token ids; None if the report is of a time when none was written.
+    sha256: str | None = None
+    bits_per_byte: float | None = None
+
+    def has_tokens_of(self, other: MeasuredPerplexity) -> bool:
+        """Tell whether both were measured on the same ids of the same vocabulary, so that they can be compared."""
+        return (
+            self.sha256 is not None
+            and self.sha256 == other.sha256
+            and self.vocabulary == other.vocabulary
+        )
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One run on the way from the first model to a result. A number is `None` if it is not known."""
+
+    # In words, such as "50% unstructured" or "layers:0.5".
+    pattern: str
+    # Such as "obs_admm"; empty if it is not known.
+    method: str = ""
+    # Parameters of the whole parts that the run removed.
+    num_removed: int | None = None
+    # Tokens that the run removed from the vocabulary.
+    num_tokens_removed: int = 0
+    # Weights that were zero after the run.
+    num_zeros: int | None = None
+    # Parameters of the result.
+    num_parameters: int | None = None
+    # Of the result, before weights were trained.
+    perplexity: MeasuredPerplexity | None = None
+    # Whether weights were trained after the run.
+    retrained: bool = False
+
+    @property
+    def removal(self) -> str:
+        """Say what the run removed, such as "14,155,776 parameters" or "53,084,160 weights became zero"."""
+        removals = []
+        if self.num_tokens_removed:
+            removals.append(f"{self.num_tokens_removed:,} tokens")
+        if self.num_removed:
+            removals.append(f"{self.num_removed:,} parameters")
+        if self.num_zeros:
+            removals.append(f"{self.num_zeros:,} weights became zero")
+        return ", ".join(removals) or "not known"
+
+
+@dataclass(frozen=True)
+class OriginReport:
+    """The model that the user began with, and the runs between it and the model that the latest run was given."""
+
+    # A Hub id, or the last part of a path; empty if it is not known.
+    name: str = ""
+    num_parameters: int | None = None
+    # In which it was pruned, such as "bfloat16".
+    dtype: str | None = None
+    # Of the tensors of its decoder layers (`model["sha256"]` of the first report).
+    sha256: str | None = None
+    perplexity: MeasuredPerplexity | None = None
+    # In order; empty if the latest run was given the first model itself.
+    steps: list[StepReport] = field(default_factory=list)
+
+
+def read_origin(config: Any) -> OriginReport | None:
+    """Read from a model's configuration where the model comes from; `None` if it was never pruned.
+
+    Args:
+        config: Configuration of the model that a run is given. `config.fista_pruning` was written by the run that made
+            the model, or came with the model from other people; what can't be read in it is "not known".
+    """
+    entry = getattr(config, "fista_pruning", None)
+    if not isinstance(entry, dict) or "pattern" not in entry:
+        return None
+
+    entry = plain_values(entry)
+    try:
+        origin = as_record(OriginReport, entry["origin"])
+        *earlier, latest = origin.steps
+    except (AttributeError, KeyError, TypeError, ValueError):
+        # of other people, or of a version that did not write it
+        patterns = [*entry.get("pruned_before", ()), entry["pattern"]]
+        return OriginReport(steps=[StepReport(str(pattern)) for pattern in patterns])
+    # Training comes after the run that wrote the entry.
+    if entry.get("retrained"):
+        latest = replace(latest, retrained=True)
+    return replace(origin, steps=[*earlier, latest])
+
+
+def patterns_of(steps: Sequence[StepReport]) -> str:
+    """Name the patterns of all runs in order, such as "layers:0.5, then 2:4"."""
+    return ", then ".join(step.pattern for step in steps)
