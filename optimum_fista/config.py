@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class FistaPruningConfig(PruningOptions):
                 object.__setattr__(self, name, dict(value))
         if wrong := wrong_field(self):
             raise ValueError(wrong)
-        usual, parts = self._pattern_of(None), self.whole_parts
+        usual, parts = self._usual_pattern, self.whole_parts
         object.__setattr__(self, "sparsity", usual.sparsity)
         loses_experts = parts is not None and any(part.kind == "experts" for part in parts.shares)
         ordered = (
@@ -136,7 +137,7 @@ class FistaPruningConfig(PruningOptions):
     @property
     def whole_parts(self) -> WholeParts | None:
         """The pattern, if it removes whole parts of the model."""
-        pattern = self._pattern_of(None)
+        pattern = self._usual_pattern
         return pattern if isinstance(pattern, WholeParts) else None
 
     @property
@@ -146,8 +147,10 @@ class FistaPruningConfig(PruningOptions):
 
     def pattern_for(self, name: str) -> SparsityPattern:
         """The sparsity pattern of the operator called `name`."""
-        found = (value for pattern, value in self.overrides.items() if matches(name, (pattern,)))
-        return self._pattern_of(next(found, None))  # the first match counts
+        for override in self.overrides:
+            if matches(name, (override,)):
+                return self._override_patterns[override]  # the first match counts
+        return self._usual_pattern
 
     def reason_left_dense(self, name: str) -> str | None:
         """Why the user's options leave the operator `name` dense (no warning is needed); `None` if they do not."""
@@ -220,11 +223,11 @@ class FistaPruningConfig(PruningOptions):
         missing = {
             name: value for name, value in vars(defaults).items() if getattr(self, name) is None
         }
-        if self._pattern_of(None).fixed and not self.overrides:
+        if self._usual_pattern.fixed and not self.overrides:
             missing.pop("scope", None)  # a pattern such as 2:4 has no scope
         return dataclasses.replace(self, **missing)
 
-    @property
+    @cached_property
     def correction(self) -> Correction:
         """`error_correction` and `residual_correction`; the method's own values if they are `None`."""
         chosen = self.resolved()
@@ -235,10 +238,20 @@ class FistaPruningConfig(PruningOptions):
         """Whether the operator called `name` takes part in the allocation of zeros."""
         allocation = self.allocation or method_class(self.method).defaults.allocation
         allocated = (
-            allocation == "fisher" and not self._pattern_of(None).fixed
+            allocation == "fisher" and not self._usual_pattern.fixed
         )  # 2:4 leaves nothing to share out
         # an override is a number of zeros that the user has chosen
         return allocated and not any(matches(name, (pattern,)) for pattern in self.overrides)
+
+    @cached_property
+    def _usual_pattern(self) -> SparsityPattern:
+        """The pattern of all operators without an override, read once."""
+        return self._pattern_of(None)
+
+    @cached_property
+    def _override_patterns(self) -> dict[str, SparsityPattern]:
+        """The pattern of each override, by its name pattern, read once."""
+        return {name: self._pattern_of(value) for name, value in self.overrides.items()}
 
     def _pattern_of(self, override: float | str | None) -> SparsityPattern:
         """The pattern that an override asks for; `None`: the pattern of all operators without an override."""

@@ -22,10 +22,11 @@ from transformers import PreTrainedConfig
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.memory import available_bytes, total_bytes
 from optimum_fista.model.experts import is_fused_experts
+from optimum_fista.model.layers import prunable_layers
 from optimum_fista.model.precision import choose_products
 from optimum_fista.prune.plan import Budgets, plan_run
 from optimum_fista.pruner import FistaPruner
-from optimum_fista.removal.parts_removal import PartsRemoval, require_zeros_to_pack
+from optimum_fista.removal.parts_removal import plan_removal, require_zeros_to_pack
 from optimum_fista.removal.shrinking import plan_shrinking
 from optimum_fista.solve.linalg import SCALE_ON_DEVICES, rows_in_block
 from optimum_fista.solve.methods import largest_memory_factors, method_class
@@ -35,6 +36,7 @@ from optimum_fista.source.formats.dequantization import (
     quantization,
     read_dequantized,
 )
+from optimum_fista.source.source_tensors import source_tensors
 from optimum_fista.text.calibration_tokens import usual_length
 from optimum_fista.text.self_sampling import num_batches, num_texts
 from optimum_fista.text.sources import usual_texts
@@ -97,40 +99,38 @@ class Estimate:
         folder = (
             None if isinstance(model, PreTrainedConfig) or not Path(model).is_dir() else Path(model)
         )
-        plan = plan_run(self.model, config, folder, loaded=False, files_dtypes=keeps)
+        removal = plan_removal(prunable_layers(self.model, loaded=False), config)
+        source = None
+        if folder is not None:
+            with loading.reading(str(folder)):
+                source = source_tensors(
+                    self.model, folder, removal.part_of, quantized=keeps and removal.keeps_values
+                )
+        plan = plan_run(removal, source, loaded=False, files_dtypes=keeps)
         self.source, self.as_stored = plan.source, plan.as_stored
         going = [
             (index, 0.0) for index in range(1, 1 + plan.removal.num_removed_layers)
         ]  # which, the values decide
         plan = plan.with_budgets(Budgets(removed_layers=going))
-        self.layers, self.asked, self.config = plan.layers, plan.asked, plan.config
-        self.left_dense, chosen, removal, self.num_removed = (
-            plan.left_dense,
-            plan.operators,
-            plan.removal,
-            0,
-        )
+        removal = plan.removal
+        self.layers, self.config = plan.layers, plan.config
+        self.left_dense, chosen = removal.left_dense, removal.operators
         shapes = {
             key: operator.shape for those in chosen.values() for key, operator in those.items()
         }
         repaired = {
             key for those in chosen.values() for key in [*those][-1:]
         }  # the last one of a decoder layer
-        if isinstance(removal, PartsRemoval):  # only these lose inputs, or are fitted anew
-            self.num_removed = self.model.num_parameters() - removal.smaller.model.num_parameters()
-            shapes = {
-                k: s
-                for k, s in shapes.items()
-                if k in repaired or self.config.pattern_for(k).sparsity
-            }
+        self.num_removed = self.model.num_parameters() - removal.num_parameters
+        # only these get zeros, lose inputs, or are fitted anew
+        shapes = {k: s for k, s in shapes.items() if k in repaired or removal.patterns[k].sparsity}
         self.operators = shapes
         self.pruned = [
             [key for key in shapes if key.startswith(f"{name}.")] for name, _ in self.layers
         ]
         self.weights = {key: rows * columns for key, (rows, columns) in self.operators.items()}
         self.zeros = {
-            k: self.weights[k] - self.config.pattern_for(k).num_kept(s)
-            for k, s in self.operators.items()
+            k: self.weights[k] - removal.patterns[k].num_kept(s) for k, s in self.operators.items()
         }
         self.allocates = any(map(self.config.shares_budget, self.operators))
         self.weight_bytes = sum(p.nbytes for p in self.model.parameters())
@@ -346,7 +346,9 @@ class Estimate:
                 tokens = torch.randint(0, self.vocabulary, (tried, self.length)).split(
                     self.batch_size
                 )
-                pruner = FistaPruner(self.asked, progress=False, storage_device=self.storage_device)
+                pruner = FistaPruner(
+                    self.config, progress=False, storage_device=self.storage_device
+                )
                 started = time.perf_counter()
                 report = pruner.prune(
                     f"{folder}/dense", tokens, output_dir=f"{folder}/{attempt}", device=self.place

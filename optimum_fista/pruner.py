@@ -18,19 +18,21 @@ from optimum_fista.folder.checkpoint import CONFIG_KEY
 from optimum_fista.folder.hub import push_folder, require_repo_id
 from optimum_fista.folder.output import new_output
 from optimum_fista.folder.writing import summary, write_checkpoint
+from optimum_fista.model.layers import prunable_layers
 from optimum_fista.model.offload import offload_hook
 from optimum_fista.model.precision import products_as
 from optimum_fista.prune.batches import begin
 from optimum_fista.prune.budgets import share_budgets
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.loop import prune_layers
-from optimum_fista.prune.plan import complete_report, plan_run
+from optimum_fista.prune.notes import complete_report
+from optimum_fista.prune.plan import plan_run
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.prune.streamed import prune_files
-from optimum_fista.removal.parts_removal import groups_kept
+from optimum_fista.removal.parts_removal import Removal, groups_kept, plan_removal
 from optimum_fista.report import PruningReport
-from optimum_fista.source.loading import storage_place
-from optimum_fista.source.source_tensors import SourceTensors
+from optimum_fista.source.loading import local_source, reading, storage_place
+from optimum_fista.source.source_tensors import SourceTensors, source_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +144,8 @@ class FistaPruner:
             "progress": self.progress,
             "callbacks": self.callbacks,
         }
-        plan = plan_run(model, self.config, in_memory=True, **places)
+        removal = plan_removal(prunable_layers(model), self.config)
+        plan = plan_run(removal, _loaded_source(model, removal), **places)
         calibration, held_out, report = begin(plan, calib_dataloader, calibration_source)
         if plan.source.loaded_in(model.dtype):
             report.environment["written"] = "in the dtypes of the files"
@@ -152,12 +155,10 @@ class FistaPruner:
             # measured on the dense model, so before any layer is pruned
             plan = plan.with_budgets(share_budgets(plan, calibration.batches, report))
             prune_layers(plan, calibration, report, sink, held_out)
-            dense_sha256 = [layer.dense_sha256 for layer in report.layers]  # removed layers too
             kept = groups_kept(report.layers, report.operators)
             stored = plan.source.smaller(model, plan.removal.part_of, kept, strict=False)
             complete_report(plan, report, held_out)
             plan.removal.make_smaller(model, report, sink)
-            report.model["sha256"] = plan.layers.dense_digest(dense_sha256)
             report.seconds["total"] = time.perf_counter() - started
             model.config.fista_pruning = summary(
                 report
@@ -226,3 +227,16 @@ class FistaPruner:
         target = Path(folder) if folder is not None else Path(repo_id.split("/")[-1])
         self.save_pretrained(model, target, tokenizer, overwrite=overwrite)
         return push_folder(target, repo_id, **options)
+
+
+def _loaded_source(model: PreTrainedModel, removal: Removal) -> SourceTensors:
+    """Find the tensors in the files from which a model in memory was loaded; they need not fit it any more."""
+    folder = local_source(model)
+    if folder is None:
+        return SourceTensors()
+    try:
+        with reading(str(folder)):
+            return source_tensors(model, folder, removal.part_of, quantized=False)
+    except (OSError, ValueError) as error:
+        lost = f"tensors in {str(folder)!r} that the model's class does not load"
+        return SourceTensors(lost={lost: f"the files can't be read: {error}"})

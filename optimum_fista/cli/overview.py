@@ -112,7 +112,9 @@ def overview_of(estimate: Estimate) -> list[str]:
         "model": f"{type(model).__name__}, {model_size}, {len(estimate.layers)} decoder layers{quantized}",
         "pruned": pruned,
         "pattern": str(
-            config.sparsity if estimate.asked.pattern == "unstructured" else estimate.asked.pattern
+            config.sparsity
+            if estimate.config.pattern == "unstructured"
+            else estimate.config.pattern
         ),
         "method": f"{config.method}{default}, error correction {config.error_correction}",
         "calibration": f"{tokens}{held_out} {text}, batches of {estimate.batch_size}",

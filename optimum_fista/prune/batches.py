@@ -25,7 +25,8 @@ from optimum_fista.model.inputs import HiddenStates, RecordedInputs, cut_states,
 from optimum_fista.model.layers import token_limits
 from optimum_fista.model.media import media_arguments, targets_of
 from optimum_fista.model.offload import execution_device
-from optimum_fista.prune.plan import Plan, begin_report
+from optimum_fista.prune.notes import begin_report
+from optimum_fista.prune.plan import Plan
 from optimum_fista.report import PruningReport, public_name
 
 T = TypeVar("T")

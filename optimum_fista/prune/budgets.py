@@ -1,8 +1,17 @@
-"""Decide by the loss of the dense model how many zeros each operator gets and which decoder layers are removed."""
+"""Decide by the loss of the dense model how many zeros each operator gets and which decoder layers are removed.
+
+`share_budgets` is called once, before any operator is pruned, and returns the `Budgets` of the plan. Its steps:
+
+1. choose the decoder layers to remove (`removal.layers`),
+2. measure how much the loss grows with errors in each operator (`model.sensitivity`),
+3. pool the operators that get the same sparsity (the experts of a mixture),
+4. share the zeros among the pools, so that the loss grows least (`solve.allocation`).
+"""
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from tqdm.auto import tqdm
@@ -10,16 +19,16 @@ from tqdm.auto import tqdm
 from optimum_fista.memory import is_out_of_memory, release_memory
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.experts import ExpertOperator, split_experts
+from optimum_fista.model.operators import LinearOperator
 from optimum_fista.model.precision import products_as
-from optimum_fista.model.sensitivity import DenseLoss, measure_sensitivities
+from optimum_fista.model.sensitivity import DenseLoss, Sensitivity, measure_sensitivities
 from optimum_fista.prune.plan import Budgets, Plan
 from optimum_fista.removal.layers import choose_layers
 from optimum_fista.report import PruningReport
 from optimum_fista.solve.allocation import allocate, removal_cost
 
-_LEAST_TOKENS = (
-    64  # gradients weight the outputs of an operator only if at least this many reached it
-)
+# Gradients weight the outputs of an operator only if at least so many tokens reached it.
+_LEAST_TOKENS = 64
 
 
 def share_budgets(
@@ -27,73 +36,128 @@ def share_budgets(
 ) -> Budgets:
     """Choose the decoder layers to remove, and allocate the zeros to the operators of the others.
 
-    Few tokens reach each expert of a mixture, so all of a kind in a decoder layer get the same sparsity.
+    Held-out batches are not used. The seconds are added to the report; the model is as before. If the zeros are not
+    shared by the loss and no decoder layer is removed, the model does not run and the budgets are empty.
     """
-    config, started, removed = plan.config, time.perf_counter(), list[tuple[int, float]]()
-    average = config.sparsity or 0.0
+    started = time.perf_counter()
+    config = plan.config
     fitted = [batch for batch in batches if not batch.held_out]
     loss = DenseLoss(plan.layers, fitted, config.allocation_tokens, plan.progress, plan.storage)
+
+    removed_layers: list[tuple[int, float]] = []
     if plan.removal.num_removed_layers:
         with products_as(plan.products):
-            removed = choose_layers(loss, plan.removal.num_removed_layers)
-    gone = tuple(f"{plan.layers.name}.{index}." for index, _ in removed)
-    # removed layers get no zeros: the others would miss them
-    left = {
-        name: operator for name, operator in plan.all_operators.items() if not name.startswith(gone)
+            removed_layers = choose_layers(loss, plan.removal.num_removed_layers)
+
+    # Removed layers get no zeros: the others would miss them.
+    prefixes = tuple(f"{plan.layers.name}.{index}." for index, _ in removed_layers)
+    sharing: dict[str, LinearOperator] = {}
+    if config.sparsity:
+        for name, operator in plan.all_operators.items():
+            if not name.startswith(prefixes) and config.shares_budget(name):
+                sharing[name] = operator
+    sensitivities = _measured(plan, loss, sharing) if sharing else {}
+
+    pools = _pools(sharing)
+    has_gradient = {
+        key: any(sensitivities[name].is_felt for name in names) for key, names in pools.items()
     }
-    sharing = {
-        name: operator for name, operator in left.items() if average and config.shares_budget(name)
-    }
-    instead = "allocation='uniform' (--allocation uniform)"
+    without_gradient = [
+        name for key, names in pools.items() if not has_gradient[key] for name in names
+    ]
+    sharing_pools = {key: names for key, names in pools.items() if has_gradient[key]}
+    shares = _shares_of_zeros(plan, sharing_pools, sharing, sensitivities)
+
+    # Activations were recorded for gradients and for the choice of layers.
+    release_memory(plan.layers.model)
+    report.seconds["allocation"] = time.perf_counter() - started
+    return Budgets(
+        sparsities=shares.sparsities,
+        output_weights=shares.output_weights,
+        without_gradient=without_gradient,
+        removed_layers=removed_layers,
+    )
+
+
+def _measured(
+    plan: Plan, loss: DenseLoss, operators: Mapping[str, LinearOperator]
+) -> dict[str, Sensitivity]:
+    """Measure the sensitivities of the loss, by the operator's name; explain why gradients can't be computed."""
     try:
         with split_experts(plan.all_operators.values()), products_as(plan.products):
-            found = (
-                measure_sensitivities(loss, sharing) if sharing else {}
-            )  # uniform: the model does not run
+            return measure_sensitivities(loss, operators)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise ValueError(
                 f"allocation='fisher' takes gradients of the loss, and they can't be computed: {error}. If the model "
-                f"runs but can't be differentiated, pass {instead}."
+                "runs but can't be differentiated, pass allocation='uniform' (--allocation uniform)."
             ) from error
-        # smaller batches don't help: it was one sequence
+        # Smaller batches don't help: it was one sequence.
         raise torch.OutOfMemoryError(
-            f"the device ran out of memory in the gradients of the loss on one sequence: pass {instead} or shorter "
-            f"sequences (--sequence-length) [{error}]"
+            "the device ran out of memory in the gradients of the loss on one sequence: pass allocation='uniform' "
+            f"(--allocation uniform) or shorter sequences (--sequence-length) [{error}]"
         ) from error
+
+
+def _pools(operators: Mapping[str, LinearOperator]) -> dict[str, list[str]]:
+    """Pool the names of operators that get the same sparsity; the keys only tell pools apart.
+
+    Few tokens reach each expert of a mixture, so all of a kind in a decoder layer are one pool.
+    """
     pools: dict[str, list[str]] = {}
-    for name, operator in sharing.items():
-        key = (
-            f"{operator.experts.name} {operator.kind}"
-            if isinstance(operator, ExpertOperator)
-            else name
-        )
+    for name, operator in operators.items():
+        key = name
+        if isinstance(operator, ExpertOperator):
+            key = f"{operator.experts.name} {operator.kind}"
         pools.setdefault(key, []).append(name)
-    felt = {
-        key: names for key, names in pools.items() if any(found[name].is_felt for name in names)
-    }
-    unfelt = [name for key, names in pools.items() if key not in felt for name in names]
-    costs, sizes, output_weights = {}, dict[str, int](), dict[str, torch.Tensor]()
-    # reads the weights of the whole model again
-    for key, names in tqdm(
-        felt.items(), desc="Sharing zeros", unit="operator", disable=not plan.progress, leave=False
-    ):
-        # each is [out, in]; made one after the other, because together they are as large as the model
-        saliencies = (found[n].saliency(sharing[n].read()) for n in names)
+    return pools
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """Two fields of `Budgets`, as they are there."""
+
+    sparsities: dict[str, float]
+    output_weights: dict[str, torch.Tensor]
+
+
+def _shares_of_zeros(
+    plan: Plan,
+    pools: Mapping[str, Sequence[str]],
+    operators: Mapping[str, LinearOperator],
+    sensitivities: Mapping[str, Sensitivity],
+) -> _Shares:
+    """Share the zeros of the model among pools of operators; this reads the weights of all of them again."""
+    config = plan.config
+    average = config.sparsity or 0.0
+    costs: dict[str, float] = {}
+    sizes: dict[str, int] = {}
+    output_weights: dict[str, torch.Tensor] = {}
+    bar = tqdm(
+        pools.items(),
+        desc="Sharing zeros",
+        unit="operator",
+        disable=not plan.progress,
+        leave=False,
+    )
+    for key, names in bar:
+        # Each saliency is [out, in]; a generator, because together they are as large as the model.
+        saliencies = (sensitivities[name].saliency(operators[name].read()) for name in names)
         costs[key] = sum(removal_cost(saliency, average) for saliency in saliencies)
-        sizes[key] = sum(math.prod(sharing[n].shape) for n in names)
-        if config.scope == "matrix":
-            # with this scope, rows of a matrix share their zeros
-            output_weights |= {n: found[n].outputs for n in names if found[n].seen >= _LEAST_TOKENS}
-    sparsities = dict[str, float]()
-    for key, sparsity in (allocate(costs, sizes, average) if costs else {}).items():
-        names = felt[key]
-        # numbers of zeros are whole: if the division has a rest, the first experts get one more
-        fewest, more = divmod(round(sparsity * sizes[key]), len(names))
-        size = sizes[key] // len(names)
-        sparsities |= {n: (fewest + (i < more)) / size for i, n in enumerate(names)}
-    release_memory(
-        plan.layers.model
-    )  # of activations recorded for gradients and for the choice of layers
-    report.seconds["allocation"] = time.perf_counter() - started
-    return Budgets(sparsities, output_weights, unfelt, removed)
+        sizes[key] = sum(math.prod(operators[name].shape) for name in names)
+        if config.scope == "matrix":  # rows of a matrix share their zeros
+            for name in names:
+                if sensitivities[name].seen >= _LEAST_TOKENS:
+                    output_weights[name] = sensitivities[name].outputs
+
+    sparsities: dict[str, float] = {}
+    of_pools = allocate(costs, sizes, average) if costs else {}
+    for key, sparsity in of_pools.items():
+        # Numbers of zeros are whole: if the division has a rest, the first experts get one more.
+        names = pools[key]
+        fewest, rest = divmod(round(sparsity * sizes[key]), len(names))
+        num_weights = sizes[key] // len(names)
+        for position, name in enumerate(names):
+            num_zeros = fewest + 1 if position < rest else fewest
+            sparsities[name] = num_zeros / num_weights
+    return _Shares(sparsities, output_weights)

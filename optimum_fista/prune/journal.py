@@ -45,7 +45,7 @@ _ADVICE = "pass another folder, or pass overwrite=True (--overwrite) to throw it
 _SHOWN, _LETTERS = 6, 80  # of the differences between two runs
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf", ".bin", ".bin.index.json")
 _NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version")
-_FORMAT = 9  # of the records of a journal
+_FORMAT = 10  # of the records of a journal
 _READERS = 4  # files that are hashed at a time
 logger = logging.getLogger(__name__)
 
@@ -169,7 +169,12 @@ class Journal:
         self._budgets_sha256 = digest_of(self._budgets)
         removed = [(index, loss) for index, loss in values["removed_layers"]]
         weights = load_file(self._budgets.with_suffix(".safetensors"))
-        return Budgets(values["sparsities"], weights, values["unfelt"], removed)
+        return Budgets(
+            sparsities=values["sparsities"],
+            output_weights=weights,
+            without_gradient=values["without_gradient"],
+            removed_layers=removed,
+        )
 
     def _file(self, kind: str, index: int) -> Path:
         return self._budgets.with_name(f"{kind}-{index:05}.safetensors")

@@ -58,7 +58,7 @@ def prune_layers(
         (index for index in pruned if index in todo), default=-1
     )  # later layers need not run
     first = 0 if calibration.states is None else min(todo)
-    report.left_dense = dict(plan.left_dense)
+    report.left_dense = dict(plan.removal.left_dense)
     with closing(Progress(num_done)) if plan.progress else nullcontext() as bar:
         callbacks = plan.callbacks if bar is None else (bar, *plan.callbacks)
         for callback in callbacks:
@@ -74,7 +74,7 @@ def prune_layers(
             started, done = time.perf_counter(), LayerRecord(LayerReport(name, None, 0.0))
             # before its weights are on the device: offloaded ones are hashed where they are
             dense_sha256 = sha256_of(layer, layer.state_dict()) if is_mine else None
-            experts = split_experts(plan.operators[name].values())
+            experts = split_experts(plan.removal.operators[name].values())
             with onloaded(layer.modules()), experts:
                 if followed is not None:
                     followed.run(index, "dense")
@@ -88,7 +88,7 @@ def prune_layers(
                 if is_mine:
                     known = {
                         key: why
-                        for key, why in plan.left_dense.items()
+                        for key, why in plan.removal.left_dense.items()
                         if key.startswith(f"{name}.")
                     }
                     about = replace(
@@ -143,7 +143,7 @@ def prune_layer(
         targets = LayerTargets(activations, [], correction, states)
         states = targets.leave() if not is_mine else targets.pass_by()
         return replace(calibration, states=states), LayerRecord(LayerReport(name, None, 0.0))
-    operators = plan.operators[name]
+    operators = plan.removal.operators[name]
     require_finite([operator for operator in operators.values() if offload_hook(operator.owner)])
     hidden = states.entering[0].to(device)  # [batch, sequence, hidden], for a test run of the layer
     reorders = plan.config.reorder_channels
@@ -234,7 +234,7 @@ def solve_group(
     method: PruningMethod = plan.method
     shares, patterns = (
         plan.budgets.sparsities,
-        [plan.config.pattern_for(operator.name) for operator in group],
+        [plan.removal.patterns[operator.name] for operator in group],
     )
     pairs = zip(group, patterns, strict=True)
     patterns = [replace(p, sparsity=shares[o.name]) if o.name in shares else p for o, p in pairs]

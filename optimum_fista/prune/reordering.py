@@ -30,8 +30,8 @@ def reorder_channels(
     Returns the old numbers of the inputs of each down projection, in the new order, by the name of its weight.
     """
     call, layer, orders = activations.calls[0], activations.layer, dict[str, tuple[int, ...]]()
-    for name, operator in plan.operators[layer_name].items():
-        part, pattern = plan.channels.get(name), plan.config.pattern_for(name)
+    for name, operator in plan.removal.operators[layer_name].items():
+        part, pattern = plan.removal.channels.get(name), plan.removal.patterns[name]
         if part is None or pattern.span is None or pattern.width > 1:
             continue
         # |W_ij| * rms(x_j) measures the importance of a weight, as in Wanda (arXiv 2306.11695)

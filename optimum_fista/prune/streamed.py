@@ -27,6 +27,7 @@ from optimum_fista.folder.writing import as_stored, write_all_but_weights
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.hooks import evaluation_mode
 from optimum_fista.model.inputs import HiddenStates
+from optimum_fista.model.layers import prunable_layers
 from optimum_fista.model.offload import execution_device, stored_tensor
 from optimum_fista.model.precision import products_as
 from optimum_fista.packed.format import packed_names
@@ -42,7 +43,8 @@ from optimum_fista.prune.journal import (
     shared_files,
 )
 from optimum_fista.prune.loop import prune_layers
-from optimum_fista.prune.plan import Plan, complete_report, plan_run
+from optimum_fista.prune.notes import complete_report
+from optimum_fista.prune.plan import Plan, plan_run
 from optimum_fista.prune.ranks import (
     RankError,
     Ranks,
@@ -51,13 +53,17 @@ from optimum_fista.prune.ranks import (
     share_layers,
 )
 from optimum_fista.prune.sink import ModelSink, Travelling
-from optimum_fista.removal.parts_removal import groups_kept, require_zeros_to_pack
+from optimum_fista.removal.parts_removal import (
+    groups_kept,
+    plan_removal,
+    require_zeros_to_pack,
+)
 from optimum_fista.removal.tokens import VocabularyPlan
 from optimum_fista.report import LayerRecord, PruningReport
 from optimum_fista.source.files import copy_source
-from optimum_fista.source.loading import load_lazily, storage_place, usable_device
+from optimum_fista.source.loading import load_lazily, reading, storage_place, usable_device
 from optimum_fista.source.names import as_saved, stored_names
-from optimum_fista.source.source_tensors import StoredTensor, write_stored
+from optimum_fista.source.source_tensors import StoredTensor, source_tensors, write_stored
 
 
 def prune_files(
@@ -118,7 +124,16 @@ def prune_files(
             on_disk = storage_device == "disk" or (storage is None and on_cpu)
             place, shows = folder / FOLDER if on_disk else storage, progress and not ranks.index
             places: dict[str, Any] = {"storage": place, "progress": shows, "callbacks": callbacks}
-            plan = plan_run(model, config, read_from, files_dtypes=dtype == "auto", **places)
+            files_dtypes = dtype == "auto"
+            removal = plan_removal(prunable_layers(model), config)
+            with reading(str(read_from)):
+                tensors = source_tensors(
+                    model,
+                    read_from,
+                    removal.part_of,
+                    quantized=files_dtypes and removal.keeps_values,
+                )
+            plan = plan_run(removal, tensors, files_dtypes=files_dtypes, **places)
             if packed:
                 require_packable(
                     n.name for n in stored_names(model, plan.all_operators.values()).values()
@@ -231,9 +246,6 @@ class StreamedRun:
             report.add(layer.record)
         report.seconds["total"] = self.seconds_before + time.perf_counter() - self.started
         complete_report(plan, report, self.held_out)
-        report.model["sha256"] = plan.layers.dense_digest(
-            one.record.report.dense_sha256 for one in layers.values()
-        )
         shards = {folder / layer.shard for layer in layers.values() if layer.shard}
         for left in {
             *folder.iterdir()

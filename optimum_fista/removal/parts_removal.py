@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.memory import is_out_of_memory
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.choice import find_operators
+from optimum_fista.model.choice import choose_operators, find_operators
 from optimum_fista.model.correction import LayerTargets
 from optimum_fista.model.groups import is_added_to_output
 from optimum_fista.model.inputs import HiddenStates, LayerActivations
@@ -26,7 +26,7 @@ from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.operators import Group, LinearOperator
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.removal.experts import SmallerMixture, experts_of, experts_to_keep, score_experts
-from optimum_fista.removal.parts import Part, numbers_kept
+from optimum_fista.removal.parts import Part, find_parts, numbers_kept
 from optimum_fista.removal.shrinking import (
     Shrinking,
     plan_shrinking,
@@ -44,7 +44,7 @@ from optimum_fista.report import (
     PruningReport,
 )
 from optimum_fista.solve.method import METHODS
-from optimum_fista.solve.pattern import pack_mask, unpack_mask
+from optimum_fista.solve.pattern import SparsityPattern, pack_mask, unpack_mask
 from optimum_fista.solve.patterns import Columns
 
 T = TypeVar("T")
@@ -54,24 +54,47 @@ Operators = Mapping[
 Reasons = Mapping[str, str]  # why other operators stay dense
 Losses = Mapping[int, float]  # removed decoder layers, each with the loss after its removal
 Reports = list[OperatorReport]
-Applied = tuple[
-    "PartsRemoval", dict[str, dict[str, LinearOperator]], dict[str, str], FistaPruningConfig
-]
 Chosen = tuple[list[Group], dict[str, str], nn.Module | None]
 Leaving = tuple[HiddenStates, Reports, MixtureReport | None]
 Tensors = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Removal:
-    """What a run does besides setting weights to zero; this base class does nothing."""
+    """What a run takes from a model: zeros in linear operators, and, in a subclass, whole parts.
+
+    `plan_removal` makes it before the run. This base class removes no parts.
+    """
 
     layers: DecoderLayers  # of the model
-    mixtures: Mapping[str, Part] = field(
-        default_factory=dict
-    )  # that lose experts, by their decoder layers
+    config: FistaPruningConfig  # as the user passed it, with a choice for every option
+    operators: Operators  # to prune, by the names of all decoder layers; removed layers have none
+    patterns: Mapping[str, SparsityPattern]  # of each of these operators, by its name
+    left_dense: Reasons  # other operators, with the reason
+    # Parts whose channels change places before they are pruned, by the operators that read them.
+    channels: Mapping[str, Part] = field(default_factory=dict)
+    # Mixtures that lose experts, by their decoder layers.
+    mixtures: Mapping[str, Part] = field(default_factory=dict)
     num_removed_layers: int = 0
     removed_layers: Losses = field(default_factory=dict)  # empty until they are chosen
+
+    @property
+    def num_parameters(self) -> int:
+        """Count the parameters of the model after the removal."""
+        return self.layers.model.num_parameters()
+
+    @property
+    def counts_kept(self) -> Mapping[str, int]:
+        """How many groups each part keeps, by its name, of those that become smaller."""
+        return {}
+
+    def without_layers(self, removed_layers: Losses) -> "Removal":
+        """Return the removal with the decoder layers that the loss has chosen; none here."""
+        return self
+
+    def is_asked_dense(self, name: str) -> bool:
+        """Tell whether the user's options, and nothing in the model, leave an operator dense."""
+        return self.config.reason_left_dense(name) is not None
 
     def before(
         self, layer_name: str, groups: list[Group], activations: LayerActivations, hidden: Tensor
@@ -125,7 +148,6 @@ class Removal:
 class PartsRemoval(Removal):
     """Removes whole parts of a model in a run."""
 
-    asked: FistaPruningConfig  # with a pattern of parts by number
     counts: Mapping[str, int]  # how many parts of each kind a decoder layer keeps
     smaller: (
         Shrinking  # the smaller model; it has all decoder layers until those to remove are chosen
@@ -136,43 +158,37 @@ class PartsRemoval(Removal):
     proven: set[object] = field(default_factory=set, compare=False)
 
     @classmethod
-    def planned(
-        cls, layers: DecoderLayers, config: FistaPruningConfig
-    ) -> tuple[Removal, FistaPruningConfig, FistaPruningConfig]:
-        """Plan the removal that a configuration asks for; returns also `Plan.asked` and `Plan.config`.
+    def planned(cls, layers: DecoderLayers, config: FistaPruningConfig) -> "PartsRemoval":
+        """Plan the removal of the parts that a configuration names; it changes nothing.
 
-        `asked` has the pattern of whole parts, with numbers. `config` has a pattern of whole columns for each operator
-        that reads a removed part, and for no others.
+        An operator that reads a removed part gets a pattern of whole columns. No other operator is pruned.
         """
-        model, pattern, asked = layers.model, config.whole_parts, config
+        model = layers.model
+        pattern = config.whole_parts
         assert pattern is not None
-        if config.removes_tokens:
-            what = f"pattern='{pattern}' removes tokens from files, and their tokenizer"
-            raise ValueError(
-                f"{what}: pass the model's folder or Hub id, and output_dir, to FistaPruner.prune."
-            )
         counts = numbers_kept(model, pattern)
         smaller, columns = plan_shrinkings(model, counts)
         mixtures = [part for part in smaller.parts.values() if part.is_mixture]
-        overrides: dict[str, float | str] = {
-            name: str(Columns.keeping(smaller.counts[name], part.groups, part.width))
+        patterns: dict[str, SparsityPattern] = {
+            name: Columns.keeping(smaller.counts[name], part.groups, part.width)
             for name, part in smaller.parts.items()
             if not part.is_mixture
         }
-        names = tuple(part.name for part in mixtures)  # their matrices are not pruned as operators
-        config = replace(
-            asked,
-            pattern=f"columns:{max(part.share for part in pattern.shares)!r}",
-            sparsity=None,
-            scope=None,
-            expert_refit=True,
-            include=tuple(overrides),
-            exclude=names if overrides else ("*",),
-            overrides=overrides,
+
+        # The matrices of mixtures that lose experts are not pruned as operators.
+        dense_experts = tuple(part.name for part in mixtures) if patterns else ("*",)
+        operators, left_dense = choose_operators(
+            layers, dense_experts, lambda name: None if name in patterns else "no part"
         )
+        _require_shapes(operators, patterns)
+
         total = len(layers)
         removal = cls(
-            layers,
+            layers=layers,
+            config=config,
+            operators=operators,
+            patterns=patterns,
+            left_dense=left_dense,
             mixtures={
                 name: part
                 for name, _ in layers
@@ -182,7 +198,6 @@ class PartsRemoval(Removal):
             num_removed_layers=sum(
                 total - part.num_kept(total) for part in pattern.shares if part.kind == "layers"
             ),
-            asked=asked,
             counts=counts,
             smaller=smaller,
             columns=columns,
@@ -190,7 +205,22 @@ class PartsRemoval(Removal):
                 model, layers=None, **{k: n for k, n in counts.items() if k == "experts"}
             ),
         )
-        return removal, asked, config
+        return removal._with_compensation()
+
+    @property
+    def num_parameters(self) -> int:
+        """See `Removal.num_parameters`; all decoder layers count until those to remove are chosen."""
+        return self.smaller.model.num_parameters()
+
+    @property
+    def counts_kept(self) -> Mapping[str, int]:
+        """See `Removal.counts_kept`."""
+        return self.smaller.counts
+
+    def is_asked_dense(self, name: str) -> bool:
+        """See `Removal.is_asked_dense`: only operators that read parts are asked to lose columns."""
+        part = self.smaller.parts.get(name)
+        return part is None or part.is_mixture
 
     def new_name(self, name: str) -> str | None:
         """The name of a module or tensor in the smaller model; `None` if its decoder layer is removed."""
@@ -204,53 +234,58 @@ class PartsRemoval(Removal):
     @property
     def keeps_values(self) -> bool:
         """See `Removal.keeps_values`."""
-        config, correction = self.asked, self.asked.correction
+        config, correction = self.config, self.config.correction
         repairs = "heads" in self.counts or (self.num_removed_layers and correction.carry == "full")
         updates = METHODS[config.method].updates_weights and not self.counts.keys() <= {"experts"}
         refits = bool(self.mixtures) and config.expert_refit
         return not (updates or refits or (repairs and correction.residual_share > 0))
 
-    def applied(
-        self, operators: Operators, left_dense: Reasons, config: FistaPruningConfig, gone: Losses
-    ) -> Applied:
-        """Apply the removal to the operators to prune, and to the reasons why others stay dense.
+    def without_layers(self, removed_layers: Losses) -> "PartsRemoval":
+        """Return the removal with the decoder layers that the loss has chosen: they lose no weights before."""
+        stay = [index for index in range(len(self.layers)) if index not in removed_layers]
+        smaller, columns = plan_shrinkings(self.layers.model, self.counts, stay)
+        mixtures = {
+            name: part for name, part in self.mixtures.items() if part.name in smaller.parts
+        }
+        removal = replace(
+            self,
+            mixtures=mixtures,
+            smaller=smaller,
+            columns=columns,
+            removed_layers=dict(removed_layers),
+        )
+        return removal._with_compensation()
 
-        Returns the removal (with the decoder layers `gone`), and a configuration with patterns for new operators. These
-        may compensate for removed parts. If the residual correction is on, this is done in a decoder layer that loses
-        heads or comes after a removed one: its last operator is refitted, unless it loses columns itself. `before`
-        finds out which operator is the last, when the layer runs.
+    def _with_compensation(self) -> "PartsRemoval":
+        """Add operators that compensate for removed parts, and leave out those of removed decoder layers.
+
+        If the residual correction is on, a decoder layer that loses heads or comes after a removed one compensates for
+        it: its last operator is refitted, unless it loses columns itself. `before` finds out which operator is the
+        last, when the layer runs. So all operators of such a layer get a pattern here, one that keeps all columns.
         """
-        removal, correction = self, self.asked.correction
-        if gone:
-            stay = [index for index in range(len(self.layers)) if index not in gone]
-            smaller, columns = plan_shrinkings(self.layers.model, self.counts, stay)
-            mixtures = {
-                name: part for name, part in self.mixtures.items() if part.name in smaller.parts
-            }
-            removal = replace(
-                self, mixtures=mixtures, smaller=smaller, columns=columns, removed_layers=gone
-            )
-        after_removed = {index + 1 for index in gone if correction.carry == "full"}
-        repaired, all_columns = dict[str, dict[str, LinearOperator]](), dict[str, float | str]()
+        correction = self.config.correction
+        after_removed = {index + 1 for index in self.removed_layers if correction.carry == "full"}
+        operators = dict[str, Mapping[str, LinearOperator]]()
+        patterns = dict(self.patterns)
         for index, (name, layer) in enumerate(self.layers):
-            repaired[name] = {} if index in gone else dict(operators[name])
-            loses = ("heads" in self.counts and repaired[name]) or index in after_removed
-            if loses and correction.residual_share > 0 and index not in gone:
+            if index in self.removed_layers:
+                operators[name] = {}
+                continue
+            own = self.operators[name]
+            loses_heads = "heads" in self.counts and bool(own)
+            if (loses_heads or index in after_removed) and correction.residual_share > 0:
                 others = find_operators(name, layer, dense_experts=("*",))
-                all_columns |= {
-                    key: f"columns:{o.shape[1]}of{o.shape[1]}" for key, o in others.items()
-                }
-                repaired[name] = others | repaired[name]
-        chosen = {name for found in repaired.values() for name in found}
-        reasons = removal.smaller.reasons_left_dense(
-            name for name in left_dense if name not in chosen
+                for other, operator in others.items():
+                    num_columns = operator.shape[1]
+                    patterns.setdefault(other, Columns.keeping(num_columns, num_columns))
+                own = {**others, **own}
+            operators[name] = own
+
+        pruned = {name for group in operators.values() for name in group}
+        left_dense = self.smaller.reasons_left_dense(
+            name for name in self.left_dense if name not in pruned
         )
-        return (
-            removal,
-            repaired,
-            reasons,
-            replace(config, overrides={**all_columns, **config.overrides}),
-        )
+        return replace(self, operators=operators, patterns=patterns, left_dense=left_dense)
 
     def before(
         self, layer_name: str, groups: list[Group], activations: LayerActivations, hidden: Tensor
@@ -329,7 +364,7 @@ class PartsRemoval(Removal):
         )
         before, held_out = mixture.errors()
         fit_error, num_refitted, message = before, 0, ""  # before refits
-        if self.asked.expert_refit:
+        if self.config.expert_refit:
             down = [operator for operator in experts.operators if operator.kind == "down_proj"]
             num_refitted, message = mixture.refit(
                 lambda expert, weight: sink.write(down[kept[expert]], weight)
@@ -429,6 +464,75 @@ class PartsRemoval(Removal):
         sink.undo_first(restore)
         sink.masks = self.renamed(sink.masks)
         shrink_model(model, self.smaller, kept)
+
+
+def plan_removal(layers: DecoderLayers, config: FistaPruningConfig) -> Removal:
+    """Decide what a run takes from a model: which operators get zeros, and which parts are removed.
+
+    `config` is the user's; `layers` come from `prunable_layers`. Nothing is changed, and no weight is read except to
+    refuse NaN and Inf. The loss of the model decides later which decoder layers go (`Removal.without_layers`).
+    """
+    if config.removes_tokens:
+        raise ValueError(
+            f"pattern={config.pattern!r} removes tokens from files, and their tokenizer: pass the model's folder or "
+            "Hub id, and output_dir, to FistaPruner.prune."
+        )
+    config = config.resolved()
+    removal = (
+        _removal_of_zeros(layers, config)
+        if config.whole_parts is None
+        else (PartsRemoval.planned(layers, config))
+    )
+
+    # to remove experts or decoder layers, no operator need be pruned
+    prunes = any(removal.operators.values())
+    if not prunes and not removal.num_removed_layers and not removal.mixtures:
+        left_dense = removal.left_dense
+        shown = first_names([f"{name} ({why})" for name, why in left_dense.items()]) or "none"
+        raise UnsupportedArchitectureError(
+            f"no linear operator to prune in {layers.name}: of nn.Linear and Conv1D modules, include="
+            f"{list(config.include)}, exclude={list(config.exclude)} found {len(left_dense)}, all left dense: {shown}."
+        )
+    return removal
+
+
+def _removal_of_zeros(layers: DecoderLayers, config: FistaPruningConfig) -> Removal:
+    """Choose the operators that get zeros, with the user's pattern for each."""
+    patterns: dict[str, SparsityPattern] = {}
+
+    def reason_left_dense(name: str) -> str | None:
+        """Say why the operator `name` stays dense; otherwise note its pattern, so that it is read once."""
+        reason = config.reason_left_dense(name)
+        if reason is None:
+            patterns[name] = config.pattern_for(name)
+        return reason
+
+    operators, left_dense = choose_operators(layers, config.exclude, reason_left_dense)
+    _require_shapes(operators, patterns)
+    channels: dict[str, Part] = {}
+    if config.reorder_channels:
+        try:
+            parts = find_parts(layers.model, "channels").parts
+        except UnsupportedArchitectureError as error:
+            raise UnsupportedArchitectureError(
+                f"reorder_channels=True: {error} Leave it out."
+            ) from error
+        channels = {part.name: part for part in parts}
+    return Removal(
+        layers=layers,
+        config=config,
+        operators=operators,
+        patterns=patterns,
+        left_dense=left_dense,
+        channels=channels,
+    )
+
+
+def _require_shapes(operators: Operators, patterns: Mapping[str, SparsityPattern]) -> None:
+    """Refuse operators (ValueError) that their patterns do not fit."""
+    for group in operators.values():
+        for name, operator in group.items():
+            patterns[name].require_shape(operator.shape, name)
 
 
 def groups_kept(

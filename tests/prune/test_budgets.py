@@ -1,14 +1,14 @@
 import pytest
 import torch
+from pruning import plan_of
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.prune.batches import begin
 from optimum_fista.prune.budgets import share_budgets
-from optimum_fista.prune.plan import plan_run
 
 
 def budgets_of(model, tokens, **options):
-    plan = plan_run(model, FistaPruningConfig(**options))
+    plan = plan_of(model, FistaPruningConfig(**options))
     calibration, _, report = begin(plan, tokens.split(4), None)
     return plan.all_operators, share_budgets(plan, calibration.batches, report)
 
@@ -37,7 +37,7 @@ def test_sparsities_add_up_to_the_whole(llama, tokens, sparsity):
 def test_uniform_budgets_run_nothing(llama, tokens, options):
     llama.forward = None  # running it would be an error
     _, budgets = budgets_of(llama, tokens, **options)
-    assert (budgets.sparsities, budgets.output_weights, budgets.unfelt) == ({}, {}, [])
+    assert (budgets.sparsities, budgets.output_weights, budgets.without_gradient) == ({}, {}, [])
 
 
 def test_overrides_keep_their_own(llama, tokens):
@@ -54,7 +54,7 @@ def test_operators_the_loss_does_not_feel_keep_the_average(llama, tokens):
         llama.model.layers[1].mlp.down_proj.weight.zero_()
     _, budgets = budgets_of(llama, tokens)
     unseen = [f"model.layers.1.mlp.{name}_proj" for name in ("down", "gate", "up")]
-    assert sorted(budgets.unfelt) == unseen
+    assert sorted(budgets.without_gradient) == unseen
     assert all(name not in budgets.sparsities for name in unseen)
     report = FistaPruner(FistaPruningConfig(), progress=False).prune(llama, tokens.split(4))
     (warning,) = [w for w in report.warnings if "has no gradient for" in w]

@@ -2,20 +2,20 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
-from pruning import prune, weights
+from pruning import plan_of, prune, weights
 from tiny_llama import tiny_llama
 
 from optimum_fista import FistaPruningConfig
-from optimum_fista.prune.plan import Budgets, plan_run
+from optimum_fista.prune.plan import Budgets
 
 
 def test_a_plan_that_was_made_does_not_change():
-    plan = plan_run(tiny_llama(), FistaPruningConfig(pattern="channels:0.25/4+layers:0.5"))
+    plan = plan_of(tiny_llama(), FistaPruningConfig(pattern="channels:0.25/4+layers:0.5"))
     chosen = plan.with_budgets(Budgets(removed_layers=[(1, 2.5)]))
     assert (plan.pruned_layers, chosen.pruned_layers) == ([0, 1], [0])
     assert (plan.removal.removed_layers, chosen.removal.removed_layers) == ({}, {1: 2.5})
     with pytest.raises(FrozenInstanceError):
-        chosen.config = plan.config
+        chosen.removal = plan.removal
 
 
 def test_overrides_by_name(llama, tokens):

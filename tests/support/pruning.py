@@ -8,10 +8,18 @@ from tiny_llama import tiny_llama
 from torch import Tensor, nn
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
+from optimum_fista.model.layers import prunable_layers
+from optimum_fista.prune.plan import Plan, plan_run
+from optimum_fista.removal.parts_removal import plan_removal
 
 
 def prune(model, batches, **options) -> PruningReport:
     return FistaPruner(FistaPruningConfig(**options), progress=False).prune(model, batches)
+
+
+def plan_of(model, config: FistaPruningConfig, **options) -> Plan:
+    """The plan of a run on a model in memory, whose files are not known; `options` are those of `plan_run`."""
+    return plan_run(plan_removal(prunable_layers(model), config), **options)
 
 
 def weights(model) -> dict[str, Tensor]:

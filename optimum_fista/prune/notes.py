@@ -1,0 +1,239 @@
+"""Notes for the report of a run: what it says before the first decoder layer, and after the last one.
+
+`begin_report` makes the `PruningReport` from the `Plan` of the run. The loop adds a record for each decoder layer, and
+`complete_report` adds the warnings and totals that need all of them.
+"""
+
+import math
+
+import torch
+
+from optimum_fista.environment import processor_name
+from optimum_fista.memory import size_text
+from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.model.held_out import HeldOut
+from optimum_fista.model.offload import execution_device
+from optimum_fista.origin import read_origin
+from optimum_fista.prune.plan import UNDER_CALIBRATED_TOKENS, Plan
+from optimum_fista.removal.parts_removal import first_names
+from optimum_fista.report import (
+    MixtureReport,
+    OperatorReport,
+    PruningReport,
+    layer_and_kind,
+    lines_of_unplaced,
+    public_name,
+)
+from optimum_fista.solve.methods.magnitude import Magnitude
+from optimum_fista.source.formats.dequantization import quantized_source
+
+
+def begin_report(plan: Plan) -> PruningReport:
+    """Begin the report of a run; warn of an earlier run, of name patterns without a match, and of lost tensors."""
+    model = plan.layers.model
+    report = PruningReport(
+        config=plan.config.to_dict(),
+        model={
+            "class": type(model).__name__,
+            "model_type": model.config.model_type,
+            "name": public_name(getattr(model.config, "_name_or_path", "") or ""),
+            "num_parameters": model.num_parameters(),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        calibration={},
+        origin=read_origin(model.config),
+        left_dense=dict(plan.removal.left_dense),
+        # The bytes of a result depend on these, too, besides the model, configuration, tokens and versions.
+        environment={
+            "dtype": str(model.dtype),
+            "device": execution_device(model.get_input_embeddings()).type,
+            "attention": model.config._attn_implementation,
+            "experts": getattr(model.config, "_experts_implementation", None),
+            "processor": {
+                "name": processor_name(),
+                "threads": torch.get_num_threads(),
+                "instructions": torch.backends.cpu.get_cpu_capability(),
+            },
+            "written": "in the dtypes of the files" if plan.files_dtypes else str(model.dtype),
+            "products": plan.products,
+        },
+    )
+    _warn_of_earlier_run(plan, report)
+    _warn_of_quantized_source(plan, report)
+
+    operators = [*plan.all_operators, *plan.removal.left_dense]
+    for message in plan.config.idle_patterns(operators):
+        report.warn(message)
+    for message in lines_of_unplaced({}, plan.source.lost):
+        report.warn(message)
+    return report
+
+
+def _warn_of_earlier_run(plan: Plan, report: PruningReport) -> None:
+    """Warn if the model has zeros of an earlier run; one that removed tokens leaves none."""
+    earlier = getattr(plan.layers.model.config, "fista_pruning", None)
+    if isinstance(earlier, dict) and not str(earlier.get("pattern")).startswith("vocab:"):
+        report.warn(
+            f"the model was pruned before ({earlier.get('method')}, {earlier.get('pattern')}, "
+            f"{earlier.get('num_zeros')} zeros): errors are measured against it as it is, and zeros outside of the new "
+            "pattern may be overwritten."
+        )
+
+
+def _warn_of_quantized_source(plan: Plan, report: PruningReport) -> None:
+    """Warn if quantized weights were dequantized when the model was read, and say how they will be written."""
+    model = plan.layers.model
+    quantization = quantized_source(model)
+    if not quantization:
+        return
+
+    num_bytes = sum(
+        parameter.numel() * parameter.element_size() for parameter in model.parameters()
+    )
+    written = (
+        "as they are stored"
+        if plan.as_stored
+        else f"in {report.model['dtype']} ({size_text(num_bytes)})"
+    )
+    report.warn(
+        f"weights quantized by {quantization['quant_method']!r} are dequantized to prune, and written {written}."
+    )
+
+
+def complete_report(plan: Plan, report: PruningReport, held_out: HeldOut | None) -> None:
+    """Describe the pruned model after all its decoder layers, and add what the user should know.
+
+    The report has a record of every decoder layer, by the names in the dense model; names become those of the pruned
+    model. If parts are removed, the configuration of `plan.layers.model` becomes that of the smaller model. `held_out`
+    is `None` if no perplexity was measured.
+    """
+    dense_digests = [layer.dense_sha256 for layer in report.layers]  # removed layers too
+    report.model["sha256"] = plan.layers.dense_digest(dense_digests)
+    plan.removal.describe(report)
+    if plan.source.copied:
+        report.model["copied"] = plan.source.copied
+    if plan.source.lost:
+        report.model["lacks"] = dict(plan.source.lost)
+
+    _warn_of_operators_without_gradient(plan, report)
+    _warn_of_operators_left_dense(plan, report)
+    _warn_of_overflown_errors(report)
+    _warn_of_rounded_rows(plan, report)
+    _warn_of_missing_correction(plan, report)
+    report.warnings.extend(
+        f"{operator.name}: {operator.message}"
+        for operator in report.operators
+        if operator.message and not operator.converged
+    )
+    report.warnings.extend(
+        f"{mixture.name}: {mixture.message}" for mixture in report.mixtures if mixture.message
+    )
+    _warn_of_under_calibrated_experts(plan, report)
+    if held_out is not None:
+        _note_perplexity(plan, report, held_out)
+
+
+def _warn_of_operators_without_gradient(plan: Plan, report: PruningReport) -> None:
+    """Note the operators that got the average sparsity, because the loss does not depend on them."""
+    without_gradient = plan.budgets.without_gradient
+    if without_gradient:
+        report.warnings.append(
+            f"the loss has no gradient for {len(without_gradient)} operators on the first "
+            f"{plan.config.allocation_tokens} calibration tokens, so they keep the average sparsity: "
+            f"{first_names(without_gradient)}"
+        )
+
+
+def _warn_of_operators_left_dense(plan: Plan, report: PruningReport) -> None:
+    """Warn of operators that stay dense for a reason that the user did not give; refuse a run that prunes nothing."""
+    reasons = {
+        name: reason
+        for name, reason in report.left_dense.items()
+        if reason not in ("router", "exclude") and not plan.removal.is_asked_dense(name)
+    }
+    is_smaller = bool(report.mixtures) or bool(plan.budgets.removed_layers)
+    if not report.operators and not is_smaller:
+        name = next(iter(reasons))
+        raise UnsupportedArchitectureError(
+            f"no linear operator of {plan.layers.name} can be pruned; {name}, for one: {reasons[name]}."
+        )
+    if reasons:
+        names = first_names([f"{name} ({reason})" for name, reason in reasons.items()])
+        report.warn(f"{len(reasons)} operators were left dense: {names}")
+
+
+def _warn_of_overflown_errors(report: PruningReport) -> None:
+    """Warn of operators whose errors are NaN or Inf."""
+    overflown = [
+        operator.name
+        for operator in report.operators
+        if not math.isfinite(operator.fit_error) or not math.isfinite(operator.output_error or 0.0)
+    ]
+    if overflown:
+        report.warn(
+            f"the errors of {len(overflown)} operators are NaN or Inf ({first_names(overflown)}) and so not known: "
+            "squares of their outputs overflow float32."
+        )
+
+
+def _warn_of_rounded_rows(plan: Plan, report: PruningReport) -> None:
+    """Note that rows have whole numbers of zeros, if this changes the sparsity of the model."""
+    config = plan.config
+    by_rows = bool(report.operators) and all(
+        operator.scope == "row" for operator in report.operators
+    )
+    asked = config.sparsity or 0.0
+    sparsity = report.totals["sparsity"]
+    if by_rows and not config.overrides and abs(sparsity - asked) > 1e-4:
+        report.warnings.append(
+            f"rows have whole numbers of zeros, so {sparsity:.2%} of the weights are zero instead of "
+            f"{config.sparsity:.2%}: pass scope='matrix' for an exact one."
+        )
+
+
+def _warn_of_missing_correction(plan: Plan, report: PruningReport) -> None:
+    """Note the decoder layers in which nothing was corrected at the layer's output, although it was asked for."""
+    if not plan.config.correction.residual_share:
+        return
+
+    pruned: dict[str, None] = {}  # names of decoder layers in execution order
+    corrected: set[str] = set()
+    parts: list[OperatorReport | MixtureReport] = [*report.operators, *report.mixtures]
+    for part in parts:
+        layer_name = layer_and_kind(part.name)[0]
+        pruned[layer_name] = None
+        if part.residual_corrected:
+            corrected.add(layer_name)
+    uncorrected = [name for name in pruned if name not in corrected]
+    if uncorrected:
+        report.warnings.append(
+            f"no residual correction in {len(uncorrected)} of {len(pruned)} decoder layers "
+            f"({first_names(uncorrected)}): the output of one pruned operator, the last, is not added to the layer's "
+            "output there (a norm or a scale comes between, or it is a mixture of experts)"
+        )
+
+
+def _warn_of_under_calibrated_experts(plan: Plan, report: PruningReport) -> None:
+    """Warn of operators that were pruned by magnitude, because too few tokens reached their experts."""
+    if plan.config.method == Magnitude.name:
+        return
+    by_magnitude = [operator for operator in report.operators if operator.method == Magnitude.name]
+    if by_magnitude:
+        fewest = min(by_magnitude, key=lambda operator: operator.num_tokens)
+        report.warn(
+            f"{len(by_magnitude)} of {len(report.operators)} operators were pruned by magnitude: fewer than "
+            f"{UNDER_CALIBRATED_TOKENS} tokens reached their experts ({fewest.name}: {fewest.num_tokens}). Pass more."
+        )
+
+
+def _note_perplexity(plan: Plan, report: PruningReport, held_out: HeldOut) -> None:
+    """Add the perplexities on the held-out text; they are not known if a run was resumed without its activations."""
+    perplexity = held_out.perplexity()
+    if perplexity is None:
+        return
+
+    embedding = next(plan.layers.model.get_input_embeddings().parameters())
+    report.perplexity = perplexity | {
+        "text": public_name(held_out.text) if held_out.text else held_out.text,
+        "vocabulary": len(embedding),
+    }
