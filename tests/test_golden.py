@@ -250,7 +250,8 @@ def test_results_are_those_recorded(name):
         assert norm == pytest.approx(kept["sums"][0], rel=1e-5)
         assert projection == pytest.approx(kept["sums"][1], abs=1e-5 * norm)
     if "errors" in kept:
-        assert found.pop("errors") == pytest.approx(kept["errors"], rel=1e-4)
+        # 3e-4 if another zero is chosen in one operator
+        assert found.pop("errors") == pytest.approx(kept["errors"], rel=1e-3)
     assert found == {key: kept[key] for key in found}
 
 
