@@ -1,18 +1,19 @@
 """What to remove first: bits per byte of held-out text against megabytes and against time, in a table and a picture.
 
-A variant is `dense`, a pattern, or patterns joined by `_`, each pruned in a run of its own. It is recovered on so
-many `--tokens` (so is the dense model, to compare), and measured in `--formats`: bits a weight (`llama_cpp.py`;
-IQ4_NL is llama.cpp's best of 4 bits in blocks of 32; the head has 8 bits at least, but for IQ4_NL*), or `packed` for
-zeros. Weights are rounded as llama.cpp stores them, and Transformers then measures the model. Of every text, the first
-`--bytes` are measured, whatever the vocabulary: windows share one token, so that all tokens but the first of a text are
-predicted. Sizes are those of the weights, without tokenizers.
+A variant is `dense`, a pattern, or patterns joined by `_`, each pruned in a run of its own. It is recovered on so many
+`--tokens` (so is the dense model, to compare), and measured in `--formats`: bits a weight (`llama_cpp.py`; IQ4_NL is
+llama.cpp's best of 4 bits in blocks of 32; the head has 8 bits at least, but for IQ4_NL*), or `packed` for zeros (the
+bytes of a packed folder, which has no times: it is loaded as a dense model). Weights are rounded as llama.cpp stores
+them, and Transformers then measures the model. Of every text, the first `--bytes` are measured, whatever the
+vocabulary: windows share one token, so that all tokens but the first of a text are predicted. Sizes are those of the
+weights, without tokenizers.
 
     python benchmarks/frontier.py MODEL --calibration TEXT --texts TEXT1,TEXT2 --work runs/frontier --plot FILE.png
 
 The same call resumes: rows in `--output` are not measured again. With `--rounds 5` it also takes the times of all rows
-of a Llama or Gemma 3 in turn, with llama.cpp (`pip install xllamacpp`) or, if packed, our kernels; close other programs
-before. Times are of 1,000 characters of the texts, since a smaller vocabulary needs more tokens. They depend on shapes
-and formats alone, so recovered models are as fast as those that they were made from.
+of a Llama or Gemma 3 in turn, with llama.cpp (`pip install xllamacpp`); close other programs before. Times are of 1,000
+characters of the texts, since a smaller vocabulary needs more tokens. They depend on shapes and formats alone, so
+recovered models are as fast as those that they were made from.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ import torch
 from ablations import geometric_mean
 from llama_cpp import generate, kind_of, rounded, server_of, write_gguf
 from shared import open_record, parse_arguments, save, sparsity_of
-from speed import Runner
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.cli.main import main as optimum_fista
@@ -162,8 +162,8 @@ def measure(arguments: Namespace, key: Row, texts: dict[str, str]) -> Row:
 
 def seconds(model: Any, prompts: torch.Tensor, new_tokens: int) -> float:
     """Seconds of so many new tokens after each prompt; one new token is the prefill."""
-    started, packed = time.perf_counter(), isinstance(model, Runner)
-    _ = model.generate(prompts, new_tokens) if packed else generate(model, prompts, new_tokens)
+    started = time.perf_counter()
+    generate(model, prompts, new_tokens)
     return time.perf_counter() - started
 
 
@@ -176,12 +176,8 @@ def take_times(arguments: Namespace, rows: Sequence[Row]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for row, folder in zip(rows, folders, strict=True):
             place = Path(temporary) / str(len(models))
-            if row["format"] == "packed":
-                pack_folder(folder, place)
-                models.append(Runner("packed bfloat16", place, "cpu", arguments.threads))
-            else:
-                write_gguf(folder, place, row["format"])
-                models.append(server_of(place, arguments.threads, parallel=16))
+            write_gguf(folder, place, row["format"])
+            models.append(server_of(place, arguments.threads, parallel=16))
             row["seconds"] = {name: [] for name in TIMES}
         for turn in range(arguments.rounds + 1):  # the first one warms up
             for (row, model), (name, question) in product(
@@ -329,7 +325,8 @@ def main() -> None:
                     record["rows"].append(measure(arguments, key, texts))
                     save(arguments, record)
     if arguments.rounds:
-        take_times(arguments, [row for row in record["rows"] if not row["tokens"]])
+        timed = [row for row in record["rows"] if not row["tokens"] and row["format"] != "packed"]
+        take_times(arguments, timed)
         save(
             arguments,
             record | {"machine": {"processor": processor_name(), "threads": arguments.threads}},

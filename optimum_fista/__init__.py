@@ -13,7 +13,6 @@ if TYPE_CHECKING:  # type checkers and editors do not run __getattr__
     from optimum_fista.folder.packed_folder import pack_folder as pack_folder
     from optimum_fista.folder.packed_folder import unpack_folder as unpack_folder
     from optimum_fista.on_load import FistaOnLoadConfig as FistaOnLoadConfig
-    from optimum_fista.packed.quantizer import FistaPackedConfig as FistaPackedConfig
     from optimum_fista.prune.callback import PruningCallback as PruningCallback
     from optimum_fista.pruner import FistaPruner as FistaPruner
     from optimum_fista.report import PruningReport as PruningReport
@@ -32,7 +31,6 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "FistaOnLoadConfig": "on_load",
-    "FistaPackedConfig": "packed.quantizer",
     "FistaPruner": "pruner",
     "FistaPruningConfig": "config",
     "MaskedTrainingCallback": "train.training",

@@ -24,7 +24,6 @@ from optimum_fista.config import FistaPruningConfig
 from optimum_fista.environment import processor_name
 from optimum_fista.memory import available_bytes
 from optimum_fista.model.precision import choose_products
-from optimum_fista.packed.kernels import kernels
 from optimum_fista.pruner import FistaPruner
 from optimum_fista.report import device_name, library_versions
 
@@ -60,7 +59,6 @@ def diagnose(say: Callable[[str], None]) -> int:
     )
     disk = shutil.disk_usage(tempfile.gettempdir())
     show("temporary folder", _free_of(disk.free, disk.total))
-    check("packed kernels", lambda: found.path if (found := kernels()) else "not compiled")
     expected: list[Tensor] = []  # weights as the CPU pruned them
     for device in devices():
         say(f"\n{device}: {_describe(device)}")

@@ -25,7 +25,6 @@ for name in sys.argv[1:]:
 
 def test_public_names_can_be_imported_first():
     names = [
-        "FistaPackedConfig",
         "FistaPruner",
         "FistaPruningConfig",
         "load_model",

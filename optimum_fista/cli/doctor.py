@@ -5,7 +5,7 @@ import argparse
 DESCRIPTION = """\
 Describe this machine and check that every device prunes as the CPU does.
 
-It prints versions, devices and memory, and the packed kernels. Then it prunes a random model of two decoder layers on
+It prints versions, devices and memory. Then it prunes a random model of two decoder layers on
 each device. It takes less than a minute, needs no network, and exits with 1 if a check fails. Paste the whole output
 into an issue report.
 """

@@ -1,8 +1,9 @@
 """The packed format: a sparse tensor as its kept values, a mask and a layout. docs/formats.md has every byte.
 
-`pack` and `unpack` are pure and inverse to each other, bit for bit. Unlike a CSR matrix, which stores 32 bits for each
-kept weight's column, the mask stores one bit for every weight: at half zeros that is 16 times less. But the start of
-each row in the values must be counted. No function needs more memory than its result and a few megabytes.
+`pack` makes a `PackedTensor` of a weight, `unpack` makes the weight again, bit for bit, and `check` refuses three
+tensors of a file that are none. Unlike a CSR matrix, which stores 32 bits for the column of each kept weight, the mask
+stores one bit for every weight: at half zeros that is 16 times less. No function needs more memory than its result and
+a few megabytes, because rows are handled in chunks.
 """
 
 import zlib
@@ -25,7 +26,11 @@ from optimum_fista.packed.masks import (
 )
 
 SUFFIXES = ("_values", "_mask", "_layout")
-VERSION = [2, 0, 0]  # the zeros are reserved: earlier they described masks of n:m groups
+"""What follows the name of a dense tensor in the names of its three packed ones."""
+
+VERSION = [2, 0, 0]
+"""The first three numbers of a layout. The zeros are reserved: earlier they described masks of n:m groups."""
+
 MAX_DIMENSIONS = 8
 
 
@@ -61,151 +66,197 @@ class PackedTensor:
         return prod(self.shape) * self.values.element_size()
 
     def named(self, name: str) -> dict[str, Tensor]:
-        """The three tensors under the names that they have in a file, for a dense tensor called `name`."""
-        return dict(
-            zip(
-                (name + suffix for suffix in SUFFIXES),
-                (self.values, self.mask, self.layout),
-                strict=True,
-            )
-        )
+        """Return the three tensors by the names that they have in a file, for a dense tensor called `name`."""
+        values, mask, layout = (name + suffix for suffix in SUFFIXES)
+        return {values: self.values, mask: self.mask, layout: self.layout}
 
 
 def pack(weight: Tensor, mask: Tensor | None = None) -> PackedTensor:
-    """Pack a sparse tensor [..., cols] of any floating dtype, on its device; the result may be larger.
+    """Pack a sparse tensor [..., cols] of any floating dtype; the result is on the same device, and may be larger.
 
-    `mask` has the shape of `weight`, True = kept, zero or not; `None`: all weights with a bit set are kept, so also
-    -0.0.
+    Args:
+        weight: The dense tensor. It is not changed.
+        mask: Booleans of the shape of `weight`, True = kept, also if the weight is zero. `None`: all weights with a bit
+            set are kept, so also -0.0.
+
+    Raises:
+        ValueError: If an argument has another form, or if a weight outside of the mask is not zero.
     """
     if not weight.is_floating_point() or weight.numel() == 0 or weight.dim() == 0:
-        found = f"weight is {weight.dtype} of shape {tuple(weight.shape)}"
-        raise ValueError(f"{found}: pass a floating tensor with at least one weight.")
+        raise ValueError(
+            f"weight is {weight.dtype} of shape {tuple(weight.shape)}: pass a floating tensor with at least one weight."
+        )
     if mask is not None and (mask.dtype != torch.bool or mask.shape != weight.shape):
-        shapes = f"of shape {tuple(mask.shape)}: pass a boolean one of the shape of weight, {tuple(weight.shape)}"
-        raise ValueError(f"mask is {mask.dtype} {shapes}.")
+        raise ValueError(
+            f"mask is {mask.dtype} of shape {tuple(mask.shape)}: pass a boolean one of the shape of weight, "
+            f"{tuple(weight.shape)}."
+        )
     columns = weight.shape[-1]
     dense = weight.detach().reshape(-1, columns)  # [..., cols] -> [rows, cols]
     rows = dense.shape[0]
     kept = None if mask is None else mask.reshape(rows, columns)
-    # Two passes over the rows, a few megabytes at a time: write the mask, copy the values.
+
+    # First pass over the rows: write the mask, and count the kept weights of each chunk.
     packed_mask = torch.zeros(rows, row_bytes(columns), dtype=torch.uint8)
     counts = []
     for chunk in _chunks(rows, columns):
         bits = _kept(dense, kept, chunk)
-        if mask is not None and bool(((dense[chunk] != 0).cpu() & ~bits).any()):
+        is_nonzero = (dense[chunk] != 0).cpu()
+        if mask is not None and bool((is_nonzero & ~bits).any()):
             raise ValueError(
                 "weight has values other than zero outside of mask: pass the mask it was pruned with."
             )
         counts.append(int(torch.count_nonzero(bits)))
         pack_bits(bits, packed_mask[chunk])
+
+    # Second pass: copy the kept values. Only one chunk at a time leaves the device.
     values = torch.empty(sum(counts), dtype=dense.dtype)
-    for chunk, target in zip(_chunks(rows, columns), as_words(values).split(counts), strict=True):
-        target.copy_(
-            select(as_words(dense[chunk]).cpu(), _kept(dense, kept, chunk))
-        )  # one chunk leaves the device
-    layout = torch.tensor([*VERSION, 0, *weight.shape])  # the checksum does not cover itself
-    layout[3] = _checksum(PackedTensor(values, packed_mask, layout))
-    return PackedTensor(*(t.to(weight.device) for t in (values, packed_mask, layout)))
+    values_of_chunks = as_words(values).split(counts)  # views
+    for chunk, target in zip(_chunks(rows, columns), values_of_chunks, strict=True):
+        target.copy_(select(as_words(dense[chunk]).cpu(), _kept(dense, kept, chunk)))
+
+    layout = torch.tensor([*VERSION, 0, *weight.shape])
+    layout[3] = _checksum(PackedTensor(values, packed_mask, layout))  # does not cover itself
+    return PackedTensor(
+        values=values.to(weight.device),
+        mask=packed_mask.to(weight.device),
+        layout=layout.to(weight.device),
+    )
 
 
 def check(packed: PackedTensor, name: str = "weight", *, checksum: bool = True) -> None:
     """Check that three tensors of unknown origin are a packed tensor, and that the checksum is right.
 
     First the sizes are compared with those of the tensors, in Python's integers, so that no number in the layout can
-    cause a large allocation or an overflow. `checksum` is for tensors that come from a file.
+    cause a large allocation or an overflow. Nothing is changed.
+
+    Args:
+        packed: The three tensors, such as those of a file.
+        name: Name of the dense tensor, for the messages.
+        checksum: Whether to compare the checksum, too. It is right only for tensors that come from a file.
+
+    Raises:
+        PackedFormatError: If they are none, or the checksum is another one.
     """
     values, mask, layout = packed.values, packed.mask, packed.layout
     _check_layout(layout, name)
-    rows, columns = prod(packed.shape[:-1]), packed.shape[-1]
-    width = row_bytes(columns)
-    if mask.dtype != torch.uint8 or tuple(mask.shape) != (rows, width):
-        needed = f"the layout {layout.tolist()} needs torch.uint8 of shape {(rows, width)}"
+    rows = prod(packed.shape[:-1])
+    columns = packed.shape[-1]
+
+    mask_shape = (rows, row_bytes(columns))
+    if mask.dtype != torch.uint8 or tuple(mask.shape) != mask_shape:
         raise PackedFormatError(
-            f"{name}_mask is {mask.dtype} of shape {tuple(mask.shape)}: {needed}."
+            f"{name}_mask is {mask.dtype} of shape {tuple(mask.shape)}: the layout {layout.tolist()} needs torch.uint8 "
+            f"of shape {mask_shape}."
         )
     if not values.is_floating_point() or values.dim() != 1:
-        found = f"{name}_values is {values.dtype} of shape {tuple(values.shape)}"
-        raise PackedFormatError(f"{found}: a floating dtype and one dimension are needed.")
-    if (
-        not (mask.is_contiguous() and values.is_contiguous()) or values.is_neg()
-    ):  # the kernels read bytes
+        raise PackedFormatError(
+            f"{name}_values is {values.dtype} of shape {tuple(values.shape)}: a floating dtype and one dimension are "
+            "needed."
+        )
+    # `unpack` views the values as integers and the mask as words.
+    if not mask.is_contiguous() or not values.is_contiguous() or values.is_neg():
         raise PackedFormatError(
             f"{name}_values and {name}_mask must be contiguous, and no negative views."
         )
-    # A kernel would treat a bit after the last column as a weight, and write after the end of its row.
-    tail = mask[:, columns // 8 :]
-    # The first byte may hold the bits of the last columns, too.
-    if tail.shape[1] and (bool((tail[:, 0] >> (columns % 8)).any()) or bool(tail[:, 1:].any())):
+
+    # A bit after the last column of a row would count as a weight.
+    tail = mask[:, columns // 8 :]  # its first byte may hold the bits of the last columns, too
+    has_stray_bits = tail.shape[1] > 0 and (
+        bool((tail[:, 0] >> (columns % 8)).any()) or bool(tail[:, 1:].any())
+    )
+    if has_stray_bits:
         raise PackedFormatError(f"{name}_mask has bits set after the {columns} that a row has.")
-    kept = int(count_bits(mask).sum())
-    if values.numel() != kept:
+
+    num_kept = int(count_bits(mask).sum())
+    if values.numel() != num_kept:
         raise PackedFormatError(
-            f"{name}_values holds {values.numel()} weights, but the mask keeps {kept}."
+            f"{name}_values holds {values.numel()} weights, but the mask keeps {num_kept}."
         )
-    if checksum and layout[3] != _checksum(packed):  # last: it reads every value
+    if checksum and layout[3] != _checksum(packed):  # last, because it reads every value
         raise PackedFormatError(
             f"{name} has another checksum than its layout says: the file is damaged."
         )
 
 
 def unpack(packed: PackedTensor, name: str = "weight") -> Tensor:
-    """The dense tensor, bit for bit, on the device of the values."""
+    """Return the dense tensor, bit for bit, on the device of the values; `name` is for the messages.
+
+    Raises:
+        PackedFormatError: See `check`. The checksum is not compared.
+    """
     check(packed, name, checksum=False)
-    shape, device = packed.shape, packed.values.device
-    rows, columns = prod(shape[:-1]), shape[-1]
+    columns = packed.shape[-1]
+    rows = prod(packed.shape[:-1])
+    device = packed.values.device
     dense = torch.zeros(rows, columns, dtype=packed.values.dtype, device=device)
-    start = 0  # of the chunk's values
+
+    start = 0  # of the values of a chunk
     for chunk in _chunks(rows, columns):
         bits = unpack_bits(packed.mask[chunk].to(device), columns)
         stop = start + int(torch.count_nonzero(bits))
         place(as_words(packed.values[start:stop]), bits, as_words(dense)[chunk])
         start = stop
-    return dense.view(shape)
+    return dense.view(packed.shape)
 
 
 def unpack_mask(packed: PackedTensor) -> Tensor:
-    """Boolean mask of the dense tensor's shape, True = kept."""
+    """Return the mask as booleans of the dense tensor's shape, True = kept."""
     check(packed, checksum=False)
-    rows, columns = packed.mask.shape[0], packed.shape[-1]
-    chunks = (unpack_bits(packed.mask[chunk], columns) for chunk in _chunks(rows, columns))
-    return torch.cat(list(chunks)).view(packed.shape)
+    rows = packed.mask.shape[0]
+    columns = packed.shape[-1]
+    chunks = [unpack_bits(packed.mask[chunk], columns) for chunk in _chunks(rows, columns)]
+    return torch.cat(chunks).view(packed.shape)
 
 
 def packed_names(names: Iterable[str]) -> list[str]:
-    """Names of the dense tensors that are packed among the tensors called `names`, in their order."""
-    known = dict.fromkeys(names)
-    stems = dict.fromkeys(
-        name.removesuffix(suffix) for name in known for suffix in SUFFIXES if name.endswith(suffix)
-    )
-    # Two parts of three must be there: another tensor may be called `attention_mask`.
-    found = [stem for stem in stems if sum(stem + suffix in known for suffix in SUFFIXES) > 1]
-    for name in found:
-        if missing := [name + suffix for suffix in SUFFIXES if name + suffix not in known]:
+    """Return the names of the dense tensors that are packed among the tensors called `names`, in their order.
+
+    `names` are those of the tensors in the files of a folder, such as "model.layers.0.mlp.up_proj.weight_mask".
+
+    Raises:
+        PackedFormatError: If a part of a packed tensor is missing, or if a tensor is there both packed and dense.
+    """
+    stored = dict.fromkeys(names)  # a set that keeps the order
+    stems: dict[str, None] = {}
+    for name in stored:
+        for suffix in SUFFIXES:
+            if name.endswith(suffix):
+                stems[name.removesuffix(suffix)] = None
+
+    packed = []
+    for stem in stems:
+        parts = [stem + suffix for suffix in SUFFIXES]
+        missing = [part for part in parts if part not in stored]
+        if len(missing) > 1:
+            continue  # one part alone is another tensor, such as `attention_mask`
+        if missing:
             raise PackedFormatError(
-                f"{name} is packed, but {missing[0]} is missing: the file is incomplete."
+                f"{stem} is packed, but {missing[0]} is missing: the file is incomplete."
             )
-        if name in known:
+        if stem in stored:
             raise PackedFormatError(
-                f"{name} is there both packed and dense: the file is malformed."
+                f"{stem} is there both packed and dense: the file is malformed."
             )
-    return found
+        packed.append(stem)
+    return packed
 
 
 def _check_layout(layout: Tensor, name: str) -> None:
-    """Refuse a layout with impossible numbers."""
-    if (
-        layout.dtype != torch.int64
-        or layout.dim() != 1
-        or not 5 <= layout.numel() <= 4 + MAX_DIMENSIONS
-    ):
-        needed = f"torch.int64 of one dimension and 5 to {4 + MAX_DIMENSIONS} numbers is needed"
+    """Refuse a layout with impossible numbers; `name` is that of the dense tensor, for the messages."""
+    is_vector_of_integers = layout.dtype == torch.int64 and layout.dim() == 1
+    if not is_vector_of_integers or not 5 <= layout.numel() <= 4 + MAX_DIMENSIONS:
         raise PackedFormatError(
-            f"{name}_layout is {layout.dtype} of shape {tuple(layout.shape)}: {needed}."
+            f"{name}_layout is {layout.dtype} of shape {tuple(layout.shape)}: torch.int64 of one dimension and 5 to "
+            f"{4 + MAX_DIMENSIONS} numbers is needed."
         )
-    version, shape = layout[:3].tolist(), layout[4:].tolist()
+    version = layout[:3].tolist()
+    shape = layout[4:].tolist()
     if version != VERSION:
-        why = f"{name} is packed in version {version} of the format; this package reads version {VERSION}"
-        raise PackedFormatError(f"{why}. Update it, or pack the model again.")
+        raise PackedFormatError(
+            f"{name} is packed in version {version} of the format; this package reads version {VERSION}. Update the "
+            "package, or pack the model again."
+        )
     if min(shape) < 1:
         raise PackedFormatError(
             f"{name}_layout says shape {tuple(shape)}: every dimension must be positive."
@@ -213,19 +264,25 @@ def _check_layout(layout: Tensor, name: str) -> None:
 
 
 def _checksum(packed: PackedTensor) -> int:
-    """CRC-32 of the layout's other numbers, the mask and the values, as they are in a file."""
-    found = 0
+    """Return the CRC-32 of the layout's other numbers, the mask and the values, as they are in a file."""
+    checksum = 0
     for part in (packed.layout[:3], packed.layout[4:], packed.mask.view(-1), packed.values):
-        found = zlib.crc32(part.cpu().view(torch.uint8).numpy().data, found)
-    return found
+        checksum = zlib.crc32(part.cpu().view(torch.uint8).numpy().data, checksum)
+    return checksum
 
 
 def _chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of whole rows of about 4 million weights."""
-    step = max(1, CHUNK // columns)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+    """Return slices of whole rows, of about 4 million weights each, that together cover all rows."""
+    rows_of_chunk = max(1, CHUNK // columns)
+    for start in range(0, rows, rows_of_chunk):
+        yield slice(start, min(start + rows_of_chunk, rows))
 
 
 def _kept(dense: Tensor, kept: Tensor | None, chunk: slice) -> Tensor:
-    """Booleans of some rows, True = kept, on the CPU. As integers, because -0.0 has a bit set and is kept."""
-    return (as_words(dense[chunk]) != 0 if kept is None else kept[chunk]).cpu().contiguous()
+    """Return the mask of some rows as contiguous booleans [rows of the chunk, columns] on the CPU, True = kept.
+
+    `dense` is the whole matrix, and `kept` its mask. If that is `None`, a weight with any bit set is kept: -0.0, too,
+    so weights are compared as integers.
+    """
+    bits = as_words(dense[chunk]) != 0 if kept is None else kept[chunk]
+    return bits.cpu().contiguous()

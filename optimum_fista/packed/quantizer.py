@@ -1,9 +1,14 @@
-"""Packed checkpoints in plain `from_pretrained`: as a dense model, or with linear layers that stay packed.
+"""Loading of packed model folders by plain `from_pretrained`, as the dense model that was packed, bit for bit.
 
-Importing this module registers a quantizer with Transformers, because this is its only interface for weights in another
-form; nothing is rounded. Transformers then streams the files as for any model: a conversion makes dense tensors of the
-three parts, or `PackedLinear` modules on the meta device get the parts unchanged. Packed weights of other modules, such
-as fused experts, always become dense.
+A packed folder stores each pruned weight as three tensors (its kept values, its mask and a layout; see
+`packed.format`). Transformers has one interface for weights that are stored in another form than the model needs: a
+quantizer. So importing this module registers one, although nothing is rounded. `from_pretrained` then calls it in this
+order:
+
+1. `update_attn_implementation` points the configuration to the packed files.
+2. `_process_model_before_weight_loading` checks all packed tensors in the files.
+3. `update_weight_conversions` puts the conversion `Unpack` before those of the model.
+4. `_process_model_after_weight_loading` removes from the model what would disturb its saving.
 """
 
 from __future__ import annotations
@@ -11,18 +16,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.core_model_loading import (
     ConversionOps,
     WeightConverter,
     WeightRenaming,
     _IdentityOp,
 )
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -44,63 +48,71 @@ QUANT_METHOD = "fista_packed"
 
 @auto.register_quantization_config(QUANT_METHOD)
 class FistaPackedConfig(QuantizationConfigMixin):
-    """Form of a packed checkpoint and of the loaded model, for `from_pretrained(quantization_config=)`.
+    """The `quantization_config` in the `config.json` of a packed folder.
 
     Args:
-        runtime: `"dense"`: the model that was packed, bit for bit. `"packed"`: `nn.Linear` and `Conv1D` modules stay
-            packed and compute from there; other packed weights, such as fused experts, become dense.
         weights: The weight file, or the index of the weight files, in the model folder.
-        parameters: Last parts of the names of the parameters that are packed, such as `"weight"`: names, not patterns.
+        parameters: Last parts of the names of the parameters that are packed, such as `"weight"`. These are names, and
+            no patterns.
+        runtime: How the model computes. Only `"dense"` is possible.
+
+    Raises:
+        ValueError: If an argument has another form. The values come from a file of other people: another file must not
+            be read, and Transformers makes regular expressions of the names.
     """
 
     def __init__(
         self,
-        runtime: str = "dense",
         weights: str = "packed.safetensors",
         parameters: Sequence[str] = ("weight",),
+        runtime: str = "dense",
         **_: Any,
     ) -> None:
-        if runtime not in ("dense", "packed"):
-            raise ValueError(f"runtime={runtime!r}: pass 'dense' or 'packed'.")
-        if not isinstance(weights, str) or not re.fullmatch(
+        if runtime != "dense":
+            raise ValueError(
+                f"runtime={runtime!r}: a packed folder is loaded as a dense model, so pass 'dense'."
+            )
+        is_file_name = isinstance(weights, str) and re.fullmatch(
             r"[^/\\]+\.safetensors(\.index\.json)?", weights
-        ):
+        )
+        if not is_file_name:
             raise ValueError(
                 f"weights={weights!r}: pass the name of a safetensors file in the folder, or its index."
             )
-        # Transformers makes regular expressions of them: a name, which has none of their signs, matches itself alone.
-        if isinstance(parameters, str) or not all(
-            isinstance(p, str) and p.isidentifier() for p in parameters
-        ):
+        # An identifier has no sign of a regular expression, so it matches itself alone.
+        are_names = not isinstance(parameters, str) and all(
+            isinstance(name, str) and name.isidentifier() for name in parameters
+        )
+        if not are_names:
             raise ValueError(f"parameters={parameters!r}: pass a list of names such as 'weight'.")
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.runtime = runtime
         self.weights = weights
         self.parameters = list(parameters)  # JSON has no tuples
-
-    @property
-    def dequantize(self) -> bool:
-        """True if the loaded model is dense."""
-        return self.runtime == "dense"
-
-    def get_loading_attributes(self) -> dict[str, Any]:
-        """The options that a caller may choose for a checkpoint."""
-        return {"runtime": self.runtime}
+        self.dequantize = True  # Transformers then treats the loaded model as a dense one
 
 
 def read_packed(files: Mapping[str, Path], name: str) -> PackedTensor:
-    """A packed tensor, checked, from the files of a checkpoint's tensors."""
+    """Read a packed tensor from its files, and check it with its checksum.
+
+    `files` has the file of every stored tensor by its name, such as "model.layers.0.mlp.up_proj.weight_mask". `name` is
+    that of the dense tensor, such as "model.layers.0.mlp.up_proj.weight".
+
+    Raises:
+        PackedFormatError: If the three tensors are not a packed tensor, or are damaged.
+    """
     parts = []
     for suffix in SUFFIXES:
         with safe_open(files[name + suffix], "pt") as file:
             parts.append(file.get_tensor(name + suffix))
+
     packed = PackedTensor(*parts)
     check(packed, name)
     return packed
 
 
 class Unpack(ConversionOps):
-    """Makes dense tensors of the three parts of packed ones."""
+    """Makes dense tensors of the three parts of packed ones, while Transformers loads a model."""
 
     def __init__(self, hf_quantizer: Any = None) -> None:
         self.hf_quantizer = hf_quantizer
@@ -114,203 +126,168 @@ class Unpack(ConversionOps):
         full_layer_name: str = "",
         **_: Any,
     ) -> dict[str, list[Tensor]]:
-        """Lists of values, masks and layouts by their patterns -> lists of dense tensors, in the model's dtype.
+        """Turn lists of values, masks and layouts into lists of dense tensors. Transformers calls this.
 
-        Dense tensors keep their names. The others are named by the target, or, if other operations follow that merge
-        several sources, such as a mixture's experts, as the values were.
+        Args:
+            input_dict: The tensors of the file by the pattern of their names, such as `"weight_values"`; a tensor, or a
+                list of tensors if the pattern has several (the experts of a mixture). A dense tensor of the file may be
+                among them, under a pattern without a suffix; it keeps its pattern.
+            source_patterns: Not used.
+            target_patterns: Patterns of the model's names. The dense tensors get the target's, if the stem of their own
+                is one. Otherwise other operations follow, which merge several sources, and they keep the pattern of
+                their values.
+            model: The model that is loaded. Its parameter `full_layer_name` says in which dtype the caller wants it.
+            full_layer_name: Name of the parameter, such as "model.layers.0.mlp.up_proj.weight".
         """
-        dtype = (
-            None if model is None else model.get_parameter_or_buffer(full_layer_name).dtype
-        )  # the caller's choice
-        found = {}
+        dtype = None
+        if model is not None:
+            dtype = model.get_parameter_or_buffer(full_layer_name).dtype
+
+        dense: dict[str, list[Tensor]] = {}
         for pattern, tensors in input_dict.items():
-            stem = pattern.removesuffix(SUFFIXES[0])
             if not pattern.endswith(SUFFIXES):
-                found[pattern] = [tensor.to(dtype or tensor.dtype) for tensor in tensors]
-            elif stem != pattern:  # once for three parts
-                parts = [input_dict[stem + suffix] for suffix in SUFFIXES]
-                packed = map(
-                    PackedTensor, *(part if isinstance(part, list) else [part] for part in parts)
-                )
-                dense = [
-                    unpack(one, full_layer_name or stem).to(dtype or one.values.dtype)
-                    for one in packed
-                ]
-                found[stem if stem in target_patterns else pattern] = dense
-        return found
+                dense[pattern] = [tensor.to(dtype or tensor.dtype) for tensor in tensors]
+                continue
+            if not pattern.endswith(SUFFIXES[0]):  # masks and layouts are read with their values
+                continue
+
+            stem = pattern.removesuffix(SUFFIXES[0])
+            columns = []
+            for suffix in SUFFIXES:
+                part = input_dict[stem + suffix]
+                columns.append(part if isinstance(part, list) else [part])
+            name_in_target = stem if stem in target_patterns else pattern
+            dense[name_in_target] = []
+            for values, mask, layout in zip(*columns, strict=True):
+                tensor = unpack(PackedTensor(values, mask, layout), full_layer_name or stem)
+                dense[name_in_target].append(tensor.to(dtype or values.dtype))
+        return dense
 
     @property
     def reverse_op(self) -> ConversionOps:
-        """A dense model is saved dense."""
+        """The operation that saving a loaded model does instead: none, because the model is saved dense."""
         return _IdentityOp()
 
 
 @auto.register_quantizer(QUANT_METHOD)
 class FistaPackedQuantizer(HfQuantizer):
-    """Loads packed checkpoints; Transformers calls it a quantizer, but nothing is rounded."""
+    """Loads packed folders; Transformers calls it a quantizer, but nothing is rounded."""
 
     quantization_config: FistaPackedConfig
 
     def __init__(self, quantization_config: FistaPackedConfig, **keywords: Any) -> None:
         super().__init__(quantization_config, **keywords)
         if not self.pre_quantized:
-            advice = "pack the folder of a pruned model with `optimum-fista pack`"
             raise ValueError(
-                f"quantization_config is a FistaPackedConfig, but the model is not packed: {advice}."
+                "quantization_config is a FistaPackedConfig, but the model is not packed: pack the folder of a pruned "
+                "model with `optimum-fista pack`."
             )
-        self._becoming_dense = (
-            quantization_config.parameters
-        )  # names, or in a packed model the weights' full names
-        self._staying_packed: dict[
-            str, bool
-        ] = {}  # modules; True for `Conv1D`, whose weights are stored as [in, out]
+        # dtypes of the model's parameters before their tensors are loaded, as the caller wants them
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Point the configuration to the packed files, because no loader finds them (this call gets it first)."""
+        """Point `config` to the packed files, which no loader finds by their names.
+
+        It has nothing to do with attention. It is the first call that gets the configuration.
+        """
         config.transformers_weights = self.quantization_config.weights
         return config
 
     update_tp_plan = update_attn_implementation  # the first call of Transformers 5.17
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
-        """Make the model's renamings rename packed parts, too, and its merges unpack them first."""
+        """Return the conversions of a model's tensors, made to work on packed parts, too.
+
+        `weight_conversions` are the model's own `WeightRenaming`s and `WeightConverter`s. A renaming gets copies for
+        the three suffixes of packed parts. A converter, such as one that merges experts, unpacks them first. For all
+        other packed parameters a conversion is added.
+        """
         updated = []
         for conversion in weight_conversions:
-            sources, targets = (
-                conversion._original_source_patterns,
-                conversion._original_target_patterns,
-            )
-            new = [conversion]
-            if all(
-                source.rpartition(".")[2] in self.quantization_config.parameters
-                for source in sources
-            ):
-                if isinstance(conversion, WeightConverter):
-                    parts = [source + suffix for source in sources for suffix in (*SUFFIXES, "")]
-                    operations = [Unpack(self), *conversion.operations]
-                    new = [WeightConverter(parts, targets, operations, conversion.force_cpu)]
-                elif len(sources) == 1:
-                    new = [
-                        *(
-                            WeightRenaming(sources[0] + suffix, targets[0] + suffix)
-                            for suffix in SUFFIXES
-                        ),
-                        *new,
-                    ]
-            for each in new:  # they apply to the same part of the model
-                each.scope_prefix, each.base_model_prefix = (
-                    conversion.scope_prefix,
-                    conversion.base_model_prefix,
-                )
-            updated += new
+            replacements = self._for_packed_parts(conversion)
+            for replacement in replacements:  # each applies to the same part of the model
+                replacement.scope_prefix = conversion.scope_prefix
+                replacement.base_model_prefix = conversion.base_model_prefix
+            updated += replacements
         return updated + self.get_weight_conversions()
 
+    def _for_packed_parts(self, conversion: Any) -> list[Any]:
+        """Return what takes the place of one conversion of the model's tensors; the conversion itself may be in it."""
+        sources = conversion._original_source_patterns
+        targets = conversion._original_target_patterns
+        names = self.quantization_config.parameters
+        concerns_packed = all(source.rpartition(".")[2] in names for source in sources)
+
+        if concerns_packed and isinstance(conversion, WeightConverter):
+            parts = [source + suffix for source in sources for suffix in (*SUFFIXES, "")]
+            operations = [Unpack(self), *conversion.operations]
+            return [WeightConverter(parts, targets, operations, conversion.force_cpu)]
+        if concerns_packed and len(sources) == 1:
+            renamings = [
+                WeightRenaming(sources[0] + suffix, targets[0] + suffix) for suffix in SUFFIXES
+            ]
+            return [*renamings, conversion]
+        return [conversion]
+
     def get_weight_conversions(self) -> list[Any]:
-        """Conversions of packed parameters that no conversion of the model handles."""
-        return [
-            WeightConverter([name + s for s in SUFFIXES], name, [Unpack(self)])
-            for name in self._becoming_dense
-        ]
+        """Return conversions of packed parameters that no conversion of the model handles."""
+        conversions = []
+        for name in self.quantization_config.parameters:
+            parts = [name + suffix for suffix in SUFFIXES]
+            conversions.append(WeightConverter(parts, name, [Unpack(self)]))
+        return conversions
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
-        """Refuse incomplete files, and make placeholders for weights that stay packed."""
+        """Check every packed tensor in the files against its checksum and the model, before the first is used.
+
+        It also adds to `quantization_config.parameters` the last names of all matrices of the model: the file may
+        store any matrix with such a name packed.
+        """
         files: dict[str, Path] = {}
         for path in checkpoint_files or []:
             with safe_open(path, "pt") as file:
                 files |= dict.fromkeys(file.keys(), Path(path))
+
         parameters = dict(model.named_parameters())
         self._dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
-        # All weights are checked before the first is used. Only their sizes are kept, on the meta device.
-        read = ((name, read_packed(files, name)) for name in packed_names(files))
-        outlines = {
-            name: PackedTensor(p.values.to("meta"), p.mask.to("meta"), p.layout) for name, p in read
-        }
-        for name, outline in outlines.items():
+        for name in packed_names(files):
+            packed = read_packed(files, name)
             shape = tuple(parameters[name].shape) if name in parameters else ()
-            if len(shape) == 2 and outline.shape != shape:  # fused experts may be stored transposed
+            is_matrix = len(shape) == 2  # fused experts may be stored transposed
+            if is_matrix and packed.shape != shape:
                 raise PackedFormatError(
-                    f"{name}_layout says shape {outline.shape}: the model's is {shape}."
+                    f"{name}_layout says shape {packed.shape}: the model's is {shape}."
                 )
-        # Only the last names of packed parameters are known, so any matrix with this name may be packed.
-        kept = {
-            name.rpartition(".")[2] for name, parameter in parameters.items() if parameter.ndim > 1
-        }
+
+        matrices = [name for name, parameter in parameters.items() if parameter.ndim > 1]
+        last_names = {name.rpartition(".")[2] for name in matrices}
         self.quantization_config.parameters = sorted(
-            kept.union(self.quantization_config.parameters)
+            last_names.union(self.quantization_config.parameters)
         )
-        self._becoming_dense = self.quantization_config.parameters
-        if self.quantization_config.runtime == "packed":
-            self._becoming_dense = [
-                name for name in outlines if not self._replace(model, name, outlines[name])
-            ]
-
-    def _replace(self, model: PreTrainedModel, name: str, outline: PackedTensor) -> bool:
-        """Make the `nn.Linear` or `Conv1D` of a packed weight a `PackedLinear`; False if it is neither."""
-        owner, _, leaf = name.rpartition(".")
-        try:
-            module = model.get_submodule(owner)
-        except AttributeError:
-            return False
-        if leaf != "weight" or type(module) not in (
-            nn.Linear,
-            Conv1D,
-        ):  # a subclass may compute something else
-            return False
-        dense = cast(Tensor, module.weight)
-        from optimum_fista.packed.linear import (
-            PackedLinear,
-        )  # brings `torch._dynamo`, which takes more than a second
-
-        values = outline.values.to(dense.dtype)  # Transformers casts to the dtype of what is there
-        packed = PackedLinear(PackedTensor(values, outline.mask, outline.layout), module.bias)  # type: ignore[arg-type]
-        packed.weight_layout = outline.layout.to("meta")
-        self._staying_packed[owner] = type(module) is Conv1D
-        parent, _, child = owner.rpartition(".")
-        setattr(model.get_submodule(parent), child, packed.requires_grad_(False))
-        return True
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **_: Any
     ) -> PreTrainedModel:
-        model.config.__dict__.pop(
-            "transformers_weights", None
-        )  # or a saved model would look for packed files
-        if not hasattr(HfQuantizer, "get_load_operations"):  # Transformers 5.17
-            model.__dict__.pop(
-                "_weight_conversions", None
-            )  # or a saved model would have the names of packed parts
-            # It leaves tensors that it renames in the dtype of the file, which may not be the one asked for.
-            in_float32 = model._get_dtype_plan(torch.bfloat16)
+        """Remove from the loaded model what would make `save_pretrained` look for packed files, and return it."""
+        vars(model.config).pop("transformers_weights", None)
+        is_transformers_5_17 = not hasattr(HfQuantizer, "get_load_operations")
+        if is_transformers_5_17:
+            # With them a saved model would have the names of packed parts.
+            vars(model).pop("_weight_conversions", None)
+            # Tensors that are only renamed still have the dtype of the file, which may not be the one asked for.
+            stay_in_float32 = model._get_dtype_plan(torch.bfloat16)
             for name, parameter in model.named_parameters():
-                if not any(part in name for part in in_float32):
+                if not any(part in name for part in stay_in_float32):
                     parameter.data = parameter.to(self._dtypes.get(name, parameter.dtype))
-        for name, is_transposed in self._staying_packed.items():
-            module: Any = model.get_submodule(name)
-            if module.weight_mask.is_meta:
-                advice = "pass offload_buffers=False, with which packed weights stay in memory, or runtime='dense'"
-                raise ValueError(
-                    f"offload_buffers=True leaves the packed weight of {name} on disk: {advice}."
-                )
-            if is_transposed:
-                module.transpose_()  # `Conv1D` computes x W, the kernels W x
-            else:
-                module.prepare()
         return model
 
     def is_serializable(self) -> bool:
-        """True if `save_pretrained` can save the model as it is."""
+        """Tell Transformers that this form can't be saved: the loaded model is saved as a dense one."""
         return False
 
     @property
     def is_trainable(self) -> bool:
-        """True if the loaded model can be trained."""
-        return self.quantization_config.runtime == "dense"
-
-
-# Options for other types of configurations are ignored.
-vars(auto)["LOADING_ATTRIBUTES_CONFIG_TYPES"] = (
-    *auto.LOADING_ATTRIBUTES_CONFIG_TYPES,
-    FistaPackedConfig,
-)
+        """Tell Transformers that the loaded model can be trained, because it is dense."""
+        return True

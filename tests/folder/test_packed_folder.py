@@ -20,7 +20,6 @@ from optimum_fista.packed.format import pack
 from optimum_fista.packed.masks import unpack_bits
 from optimum_fista.packed.quantizer import FistaPackedConfig
 
-PACKED = FistaPackedConfig(runtime="packed")
 FAMILIES = ["llama", "gpt2", "mixtral", "gpt_oss", "granitemoe"]
 
 
@@ -181,9 +180,8 @@ def widened(name):
 def test_shapes_are_those_of_the_model(family, name, pruned, tmp_path):
     pack_folder(pruned(family), tmp_path / "packed")
     edit(tmp_path / "packed", widened(name))
-    for form in {"quantization_config": PACKED}, {}:
-        with pytest.raises(ValueError, match=f"{name}_layout says shape"):
-            AutoModelForCausalLM.from_pretrained(tmp_path / "packed", **form)
+    with pytest.raises(ValueError, match=f"{name}_layout says shape"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
 
 
 @pytest.mark.parametrize(
@@ -211,7 +209,9 @@ def test_arguments_that_make_no_sense(pruned, tmp_path, tiny_folder):
         pack_folder(tiny_folder, tmp_path / "twice")
     with pytest.raises(FileExistsError, match="already holds a model"):
         pack_folder(pruned("gpt2"), pruned("llama"))
-    with pytest.raises(ValueError, match="runtime='sparse': pass 'dense' or 'packed'"):
+    with pytest.raises(
+        ValueError, match="runtime='sparse': a packed folder is loaded as a dense model"
+    ):
         FistaPackedConfig(runtime="sparse")
     with pytest.raises(ValueError, match="the model is not packed: pack the folder"):
         LlamaForCausalLM.from_pretrained(tiny_folder, quantization_config=FistaPackedConfig())
