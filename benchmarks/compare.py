@@ -221,12 +221,17 @@ def columns(rows: Sequence[Row]) -> Iterator[tuple[str, Callable[[list[Row]], Va
                 None,
             )
     yield (
-        "seconds",
+        "time, s",
         lambda those: spread(row["seconds"].get("total") for row in those),
         "{:.0f}",
         None,
     )
-    yield "solving", lambda those: total(those, "solve_seconds"), "{:.0f}", None
+    yield (
+        "time to solve for weights, s",
+        lambda those: total(those, "solve_seconds"),
+        "{:.0f}",
+        None,
+    )
 
 
 def table(rows: Sequence[Row]) -> list[str]:

@@ -269,16 +269,9 @@ class PruningReport:
     @property
     def pattern(self) -> str:
         """The pattern of this run in words, such as "50% unstructured", "2:4" or "channels:0.25"."""
-        text = str(self.config.get("pattern") or "unstructured")
-        try:
-            pattern = parse_pattern(text, self.config.get("sparsity"))
-        except (
-            ValueError
-        ):  # one that sets no weight to zero, or that a user has registered elsewhere
-            return text
-        if pattern.fixed:
-            return str(pattern)
-        return f"{100 * pattern.sparsity:g}% {pattern}"
+        return words_of_pattern(
+            self.config.get("pattern", "unstructured"), self.config.get("sparsity")
+        )
 
     @property
     def num_parameters_given(self) -> int:
@@ -603,6 +596,23 @@ class PruningReport:
             for one in headlines(self)
         ]
         return f"<h3>{escape(title(self))}</h3><table>{''.join(rows)}</table>"
+
+
+def words_of_pattern(text: str, sparsity: float | None) -> str:
+    """Say a pattern with its share: "50% unstructured"; others, such as "2:4", have it in their names.
+
+    Args:
+        text: `pattern` of a configuration.
+        sparsity: `sparsity` of the same configuration.
+    """
+    try:
+        pattern = parse_pattern(text, sparsity)
+    except ValueError:
+        # one that sets no weight to zero, or that a user has registered elsewhere
+        return text
+    if pattern.fixed:
+        return str(pattern)
+    return f"{100 * pattern.sparsity:g}% {pattern}"
 
 
 def lines_of_unplaced(copied: Mapping[str, int], lacks: Mapping[str, str]) -> list[str]:

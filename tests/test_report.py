@@ -4,6 +4,7 @@ import json
 import pytest
 
 from optimum_fista.memory import MemoryPeak
+from optimum_fista.plain_text import plain_text
 from optimum_fista.report import (
     LayerReport,
     OperatorGrid,
@@ -183,3 +184,37 @@ def test_a_grid_has_all_operators_of_a_kind():
     }
     assert grid.layers == ["l.2", "l.10"]
     assert [o.name for o in grid.kinds["up"]] == [names[0], names[3]]
+
+
+def test_a_report_is_shown_by_one_line_and_in_a_notebook_by_the_head_of_its_page(saved):
+    line = repr(saved.report)
+    head = saved.report._repr_html_()
+
+    assert len(line) < 300
+    assert "14 operators in 2 decoder layers" in line
+    assert head.startswith("<h3>LlamaForCausalLM, 2:4</h3><table>")
+    assert f"<td>{saved.report.totals['sparsity']:.2%}</td>" in head
+
+
+def test_a_notebook_gets_no_markup_from_names(saved):
+    model = saved.report.model | {"name": "<img src=x>"}
+    head = dataclasses.replace(saved.report, model=model)._repr_html_()
+    assert "<img" not in head
+
+
+def test_control_characters_of_others_are_spelled_out():
+    values = json.loads(TWO.to_json())
+    values["model"]["name"] = "evil\x1b[2Jname\u202egnp.exe"
+    values["left_dense"] = {"a\x9b": "b\x07"}
+
+    found = PruningReport.from_dict(values)
+
+    assert found.model["name"] == r"evil\x1b[2Jname\u202egnp.exe"
+    assert found.left_dense == {r"a\x9b": r"b\x07"}
+    assert public_name("evil\x1bname") == r"evil\x1bname"
+    with pytest.warns(UserWarning, match=r"a\\x1bb"):
+        found.warn("a\x1bb")
+
+
+def test_lines_of_text_stay_as_they_are():
+    assert plain_text("first\n\tsecond é 海 🌊") == "first\n\tsecond é 海 🌊"

@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.folder.card import markdown_lines
     from optimum_fista.folder.output import require_output
     from optimum_fista.pruner import FistaPruner
+    from optimum_fista.report import words_of_pattern
     from optimum_fista.source.loading import load_model
     from optimum_fista.text.sources import require_source
 
@@ -85,13 +86,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     rows = [["dense", "", *measured(dense)]]
     for method, pattern, folder in _RUNS:
-        say(f"pruning by {method}, {pattern}")
-        pruned, pruner = (
-            copy.deepcopy(dense),
-            FistaPruner(FistaPruningConfig(method=method, pattern=pattern)),
-        )
+        config = FistaPruningConfig(method=method, pattern=pattern)
+        words = words_of_pattern(config.pattern, config.sparsity)
+        say(f"pruning by {method}, {words}")
+        pruned = copy.deepcopy(dense)
+        pruner = FistaPruner(config)
         pruner.prune(pruned, tokens.split(1), calibration_source=arguments.text)
-        rows.append([method, pattern, *measured(pruned)])
+        rows.append([method, words, *measured(pruned)])
         if folder:
             pruner.save_pretrained(pruned, arguments.output / folder, tokenizer, overwrite=True)
     print(

@@ -25,6 +25,7 @@ from optimum_fista.cli import (
     unpack,
     verify,
 )
+from optimum_fista.plain_text import plain_text
 
 _COMMANDS: dict[str, Any] = {
     "prune": prune,
@@ -150,7 +151,8 @@ def _one_line(error: Exception) -> str:
     """Describe an error in one line."""
     from optimum_fista.memory import is_out_of_memory
 
-    text = " ".join(str(error).split())
+    # Names in it may come from files of other people.
+    text = plain_text(" ".join(str(error).split()))
     if is_out_of_memory(error):
         advice = "a smaller --batch-size, --sequence-length or --num-samples, --storage-device or --device cpu"
         return f"out of memory ({text[:200]}): pass {advice}."

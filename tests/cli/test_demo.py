@@ -43,7 +43,11 @@ def test_the_demo_shows_a_smaller_model_and_fits_and_measures_on_other_windows(
         for line in shown.splitlines()
         if line[:1] == "|"
     ]
-    runs = [["wanda", "unstructured"], ["obs_admm", "unstructured"], ["obs_admm", "channels:0.25"]]
+    runs = [
+        ["wanda", "50% unstructured"],
+        ["obs_admm", "50% unstructured"],
+        ["obs_admm", "channels:0.25"],
+    ]
     names = [["dense", ""], *runs]
     assert [line[:2] for line in lines] == [["method", "pattern"], lines[1][:2], *names]
     assert all(
@@ -59,7 +63,7 @@ def test_the_demo_shows_a_smaller_model_and_fits_and_measures_on_other_windows(
         if " MB in " in line
     }
     assert sizes["smaller"] < sizes["dense"] == sizes["pruned-50"]
-    assert "] pruning by wanda, unstructured" in shown
+    assert "] pruning by wanda, 50% unstructured" in shown
     commands = [
         line.split("    ")[0].strip()
         for line in shown.split("next:")[1].splitlines()

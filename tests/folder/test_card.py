@@ -1,10 +1,16 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from media_models import MEDIA_FAMILIES, media_model
+from tiny_llama import tiny_tokenizer
+from tiny_models import tiny_model
+from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
-from optimum_fista.folder.card import model_card
+from optimum_fista.folder.card import loading_class, model_card
+from optimum_fista.report import RecoveryReport
 
 
 def card_of(saved, **model) -> ModelCard:
@@ -146,3 +152,121 @@ def test_text_of_others_is_no_markdown(saved):
     text = model_card(report)
     assert r"# a\|b \*c\* \<img src=x\> \`d\`, 2:4" in text
     assert r"of \[click\](http://x) # Title \__e_\_ \$1\$ |" in text
+
+
+def recovered(report, **changes):
+    """The report of a model that was recovered after pruning, and of whose pruning a perplexity is known."""
+    recovery = RecoveryReport(
+        teacher="dense",
+        train="all",
+        num_trained=1000,
+        num_tokens=4096,
+        calibration={"source": "lake.txt", "held_out": 8, "sequence_length": 512},
+        options={},
+        evaluations=[[0, 0.0, 3.678], [8, 60.0, 3.636]],
+        best_step=8,
+        held_out_loss_before=3.678,
+        held_out_loss=3.636,
+        seconds=60.0,
+    )
+    perplexity = {"dense": 30.0, "pruned": 37.42, "num_tokens": 4096, "text": "sea.txt"}
+    perplexity["vocabulary"] = 49152
+    return dataclasses.replace(
+        report, retrained=True, recoveries=[recovery], perplexity=perplexity, **changes
+    )
+
+
+def test_card_of_a_recovered_model_with_masks(saved):
+    text = model_card(recovered(saved.report))
+
+    assert "in one shot and then retrained under its masks, by" in text
+    assert (
+        "| perplexity, before retraining | 37.42 (usable as it is), 30.00 of the dense model: on"
+        in text
+    )
+    assert "| recovery after pruning, measured on another text than the perplexity above |" in text
+    assert "(perplexity 39.57 -\\> 37.94)" in text
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"vocabulary": {"kept": 60, "before": 64}},
+        {"layers_removed": [[1, 3.5]], "layers_kept": [0]},
+    ],
+)
+def test_card_of_a_recovered_model_that_is_smaller_claims_nothing_of_other_tensors(saved, parts):
+    size = saved.report.model["num_parameters"]
+    smaller = {"num_parameters": size - 100, "dense_num_parameters": size}
+    model = saved.report.model | smaller | parts
+    report = dataclasses.replace(saved.report, model=model, operators=[])
+    assert "--dense MODEL" in model_card(report)
+
+    text = model_card(recovered(report))
+
+    assert "in one shot and then retrained, by" in text
+    for claim in ("All other tensors are those", "--dense", "masks", "nothing from embeddings"):
+        assert claim not in text
+
+
+def snippet_of(card: str, folder: Path) -> str:
+    """The Python code of a card, for a folder."""
+    code = card.split("```python\n")[1].split("```")[0]
+    return code.replace("THIS-REPOSITORY-OR-FOLDER", str(folder))
+
+
+def tiny_qwen3_5() -> Qwen3_5ForConditionalGeneration:
+    """A model whose `AutoModelForCausalLM` is a class without vision."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    text = sizes | {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8}
+    text |= {"vocab_size": 64, "max_position_embeddings": 64, "layer_types": ["full_attention"] * 2}
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48}
+    vision |= {"patch_size": 2, "temporal_patch_size": 1, "out_hidden_size": 32}
+    config = Qwen3_5Config(text_config=text, vision_config=vision, image_token_id=60)
+    return Qwen3_5ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "loading", "tag"),
+    [
+        ("llama", "AutoModelForCausalLM", "text-generation"),
+        ("gpt2", "AutoModelForCausalLM", "text-generation"),
+        ("qwen3_5", "AutoModelForImageTextToText", "image-text-to-text"),
+        ("qwen2_audio", "AutoModelForMultimodalLM", "audio-text-to-text"),
+        *(
+            (family, "AutoModelForImageTextToText", "image-text-to-text")
+            for family in MEDIA_FAMILIES
+            if family != "qwen2_audio"
+        ),
+    ],
+)
+def test_the_code_in_the_card_loads_the_whole_model(saved, tmp_path, capsys, family, loading, tag):
+    if family in MEDIA_FAMILIES:
+        model = media_model(family)
+    elif family == "qwen3_5":
+        model = tiny_qwen3_5()
+    else:
+        model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+
+    described = {"class": type(model).__name__, "model_type": model.config.model_type}
+    card = card_of(saved, **described)
+    names: dict = {}
+    exec(snippet_of(card.text, tmp_path), names)
+
+    assert card.data.pipeline_tag == tag
+    assert f"{loading}.from_pretrained" in card.text
+    assert type(names["model"]) is type(model)
+    assert {*names["model"].state_dict()} == {*model.state_dict()}
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_code_in_the_card_of_a_class_that_transformers_lacks_trusts_its_own():
+    found = loading_class("LlamaOfMyOwn", "my_llama")
+    assert (found.name, found.arguments) == ("AutoModelForCausalLM", ", trust_remote_code=True")
+
+
+def test_versions_are_no_markdown(saved):
+    report = dataclasses.replace(saved.report, versions=saved.report.versions | {"[x](y)": "`<b>`"})
+    assert r"\[x\](y) \`\<b\>\`" in model_card(report)

@@ -66,6 +66,14 @@ def test_the_perplexity_is_that_of_the_card(report):
     assert "Perplexity" not in text_of(report)
 
 
+def test_the_perplexity_of_a_model_at_chance_has_its_verdict_beside_it(report):
+    found = {"dense": 60.0, "pruned": 61.0, "num_tokens": 4096, "text": "sea", "vocabulary": 64}
+    shown = text_of(dataclasses.replace(report, perplexity=found))
+    assert (
+        "Perplexity 61.00 no verdict: the dense model is no better than chance; 60.00 of" in shown
+    )
+
+
 def test_headline_numbers_and_all_operators_are_there(report, saved):
     text, totals = text_of(report), saved.report.totals
     assert f"{totals['sparsity']:.2%}" in text
@@ -122,7 +130,7 @@ def test_what_was_not_measured_or_is_the_same_everywhere_is_not_shown(report):
     parts = (
         "layer hidden states time",
         "output error",
-        "seconds iterations converged",
+        "seconds to solve iterations converged",
         "Where the zeros are",
     )
     assert all(part in whole for part in (*parts, " 1 0.125 "))
