@@ -2,11 +2,17 @@
 
 The run that wrote the folder is not trusted: weights, masks and report are read again, one tensor at a time, and every
 number is counted again. Only errors can't be checked, because the calibration text is not in the folder.
+
+`verify_checkpoint` checks in this order: each operator against its mask and pattern, the model that `config.json`
+describes, the totals of the report, the summary in `config.json`, and, if it is asked to, the dense model
+(`comparison.py`). The *report* is `fista/report.json`. A *mask* has a bit for each weight, 1 = kept; it is packed,
+eight bits in a byte, and in the layout of the weight in the file. A weight may be stored transposed, as [in, out].
 """
 
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +43,7 @@ from optimum_fista.model.layers import token_limits
 from optimum_fista.packed.format import PackedFormatError
 from optimum_fista.removal.experts import experts_to_keep
 from optimum_fista.removal.parts import runs_of_experts
-from optimum_fista.report import OperatorReport, PruningReport
+from optimum_fista.report import MixtureReport, OperatorReport, PruningReport
 from optimum_fista.solve.pattern import SparsityPattern, unpack_mask
 from optimum_fista.solve.patterns import Columns, parse_pattern
 from optimum_fista.source.names import split_index
@@ -50,65 +56,93 @@ logger = logging.getLogger(__name__)
 class Verification:
     """Numbers that were proven."""
 
-    num_operators: int  # that were checked
-    num_weights: int  # in these operators
-    num_zeros: int  # of these weights, by the masks and in the files
-    num_parameters: int | None = None  # of the model; `None` if they could not be counted
-    removed: str = (
-        ""  # how much smaller than the dense model it is, in words; empty if no part was removed
-    )
-    num_equal: int | None = (
-        None  # tensors equal to the dense model's; `None` if they were not compared
-    )
-    num_mixtures: int = 0  # that lost experts
+    # That were checked.
+    num_operators: int
+    # In these operators.
+    num_weights: int
+    # Of these weights, by the masks and in the files.
+    num_zeros: int
+    # Of the model; None if they could not be counted.
+    num_parameters: int | None = None
+    # How much smaller than the dense model it is, in words; empty if no part was removed.
+    removed: str = ""
+    # Tensors equal to the dense model's; None if they were not compared.
+    num_equal: int | None = None
+    # That lost experts.
+    num_mixtures: int = 0
 
 
 def verify_checkpoint(
-    folder: Path,
+    folder: str | Path,
     progress: Callable[[str], None] = lambda _: None,
     *,
     dense: str | Path | None = None,
 ) -> Verification:
-    """Read a pruned model's files again and check every operator, one tensor in memory at a time.
+    """Read a pruned model's files again and check every operator, one tensor in memory at a time. Changes nothing.
 
     Checks: the mask keeps exactly the number of weights the pattern asks for, in every row or group if the
     pattern says so; every weight outside the mask is zero and every weight finite; shapes, counts and totals
     agree between masks, report, config and checkpoint; the report's number of parameters is that of the model. Of a
-    model that became smaller, all tensors have the shapes that its configuration describes. If a check fails, this is a
-    `VerificationError`.
+    model that became smaller, all tensors have the shapes that its configuration describes.
 
-    If `dense` is given, the model before it was pruned (a Hub id or a model folder), every tensor that the run did not
-    change must equal its own, without the removed parts. For pruned operators, refitted experts, and MLPs whose
-    channels were reordered, only shapes are compared. Packed and trained folders can't be compared (`ValueError`).
+    Args:
+        folder: Folder that optimum-fista saved, packed or not.
+        progress: Called with each operator's name once it is checked, then with that of each tensor compared.
+        dense: The model before it was pruned, a Hub id or a model folder. Every tensor that the run did not change must
+            equal its own, without the removed parts. For pruned operators, refitted experts, and MLPs whose channels
+            were reordered, only shapes are compared.
 
-    `progress` is called with each operator's name once it is checked, then with that of each tensor compared.
+    Raises:
+        VerificationError: If a check fails.
+        FileNotFoundError: If a file is missing.
+        ValueError: If `dense` is given, and the folder is packed or was trained, so that it can't be compared.
     """
+    folder = Path(folder)
+    report, config_entry = _read_promises(folder)
+    with _errors_of_damaged_files():
+        num_weights, num_zeros = _verify_operators(folder, report, progress)
+        num_parameters = _verify_model(folder, report)
+        promised = read_json(folder / REPORT_FILE)["totals"]
+        _verify_totals(report, promised, num_weights=num_weights, num_zeros=num_zeros)
+    _verify_summary(report, config_entry)
+
+    num_equal = None
+    if dense is not None:
+        num_equal = compare_with_dense(folder, report, str(dense), progress)
+    return Verification(
+        num_operators=len(report.operators),
+        num_weights=num_weights,
+        num_zeros=num_zeros,
+        num_parameters=num_parameters,
+        removed=report.removed,
+        num_equal=num_equal,
+        num_mixtures=len(report.mixtures),
+    )
+
+
+def _read_promises(folder: Path) -> tuple[PruningReport, Mapping[str, Any]]:
+    """Read what the folder says of itself: its report, and `fista_pruning` of its `config.json`."""
+    names = [CONFIG_FILE, REPORT_FILE]
+    if not is_packed(folder):
+        names.append(MASKS_FILE)
     try:
-        require_files(
-            folder, CONFIG_FILE, *(() if is_packed(folder) else (MASKS_FILE,)), REPORT_FILE
-        )
-        config = read_json(folder / CONFIG_FILE).get(CONFIG_KEY)
+        require_files(folder, *names)
         report = read_report(folder)
+        config_entry = read_json(folder / CONFIG_FILE).get(CONFIG_KEY)
     except ValueError as error:
         raise VerificationError(str(error)) from error
-    if not isinstance(config, dict):
+    if not isinstance(config_entry, dict):
         raise VerificationError(f"config.json has no {CONFIG_KEY!r}.")
+    return report, config_entry
+
+
+@contextmanager
+def _errors_of_damaged_files() -> Iterator[None]:
+    """Turn errors of reading into a `VerificationError`."""
     try:
-        zeros = weights = 0
-        for operator, weight, mask in (packed_operators if is_packed(folder) else _read_dense)(
-            folder, report
-        ):
-            zeros += _verify_operator(operator, weight, mask)
-            weights += weight.numel()
-            progress(operator.name)
-        parameters = _verify_totals(
-            folder, report, read_json(folder / REPORT_FILE)["totals"], zeros, weights
-        )
-    except (
-        AttributeError,
-        KeyError,
-        TypeError,
-    ) as error:  # of the report, which is only plain JSON
+        yield
+    except (AttributeError, KeyError, TypeError) as error:
+        # The report is plain JSON, whose values may have any type.
         raise VerificationError(
             f"{REPORT_FILE} lacks a field, or has one too many: {error}."
         ) from error
@@ -116,197 +150,276 @@ def verify_checkpoint(
         raise VerificationError(str(error)) from error
     except SafetensorError as error:
         raise VerificationError(f"a safetensors file is damaged or incomplete: {error}.") from error
-    for name, value in summary(report).items():  # the totals are proven, so equal numbers are, too
-        if config.get(name) != value:
-            raise VerificationError(
-                f"config.json promises {name} {config.get(name)!r}, {REPORT_FILE} says {value!r}."
-            )
-    equal = None if dense is None else compare_with_dense(folder, report, str(dense), progress)
-    return Verification(
-        len(report.operators),
-        weights,
-        zeros,
-        parameters,
-        report.removed,
-        equal,
-        len(report.mixtures),
-    )
 
 
-def _verify_totals(
-    folder: Path, report: PruningReport, promised: Mapping[str, Any], zeros: int, weights: int
-) -> int | None:
-    """Check what the report says of all operators together; returns the number of parameters if it is known."""
-    claimed, parameters = report.model["num_parameters"], None
-    if (model := _described_model(folder, report.model["class"])) is not None:
-        parameters = int(model.num_parameters())
-        if parameters != claimed:
-            raise VerificationError(
-                f"{REPORT_FILE} promises {claimed} parameters, the model has {parameters}."
-            )
-        kept, size = kept_tokens(folder), token_limits(model)[0]
-        if kept is not None and len(kept) != size:
-            raise VerificationError(
-                f"{VOCABULARY_FILE} names {len(kept)} tokens, the embedding has {size} rows."
-            )
-        if report.removed:
-            _verify_shapes(folder, model)
-            _verify_mixtures(model, report)
-    counted = {
-        "num_zeros": zeros,
-        "num_weights": weights,
-        "sparsity": zeros / weights if weights else 0.0,
-    }
-    counted |= {"model_sparsity": zeros / claimed}
-    for name, value in (
-        report.totals | counted
-    ).items():  # errors are averaged anew, zeros were counted in the files
-        found = promised[name]
-        if found != value and (
-            None in (found, value) or not math.isclose(found, value, rel_tol=1e-9)
-        ):
-            raise VerificationError(
-                f"{REPORT_FILE}: totals promise {name} {found}, the operators make {value}."
-            )
-    return parameters
+def _verify_operators(
+    folder: Path, report: PruningReport, progress: Callable[[str], None]
+) -> tuple[int, int]:
+    """Check every operator; returns the number of their weights and of the zeros among them."""
+    num_weights = num_zeros = 0
+    read_operators = packed_operators if is_packed(folder) else _stored_operators
+    for operator, weight, packed_mask in read_operators(folder, report):
+        num_zeros += _verify_operator(operator, weight, packed_mask)
+        num_weights += weight.numel()
+        progress(operator.name)
+    return num_weights, num_zeros
 
 
-def _verify_mixtures(model: PreTrainedModel, report: PruningReport) -> None:
-    """Check that mixtures have as many experts as the report names, and that these are the most salient ones."""
-    runs = runs_of_experts(model.config.get_text_config(decoder=True))
-    for mixture in report.mixtures:
-        kept, saliency = mixture.groups_kept, torch.tensor(mixture.saliency, dtype=torch.float64)
-        fused = model.get_submodule(mixture.name).parameters(recurse=False)
-        found = {
-            len(p) for p in fused if p.ndim == 3
-        }  # [experts, out, in]; biases are [experts, out]
-        if found != {len(kept)}:
-            raise VerificationError(
-                f"{mixture.name} has {found.pop()} experts, and the report says {len(kept)}."
-            )
-        if len(saliency) % runs or kept != experts_to_keep(saliency, len(kept), runs):
-            raise VerificationError(
-                f"{mixture.name}: groups_kept are not the experts with the largest saliency."
-            )
-
-
-def _read_dense(
+def _stored_operators(
     folder: Path, report: PruningReport
 ) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
-    """Every operator of a folder that is not packed, with its weight and its mask, packed to bits."""
+    """Every operator of a folder that is not packed, with its weight and its packed mask, both as they are stored."""
     files = checkpoint_files(folder)
     names = [operator.name for operator in report.operators]
-    tensors = [
-        split_index(name)[0] for name in names
-    ]  # experts share one: "gate_up_proj[2, :, 1::2]"
-    missing = [name for name in tensors if name not in files]
-    if missing:
-        raise VerificationError(f"{missing[0]} is in the report but not in the checkpoint.")
+    # Experts share a tensor: "gate_up_proj[2, :, 1::2]" is a part of "gate_up_proj".
+    tensor_names = [split_index(name)[0] for name in names]
+    for tensor_name in tensor_names:
+        if tensor_name not in files:
+            raise VerificationError(f"{tensor_name} is in the report but not in the checkpoint.")
+
     with safe_open(folder / MASKS_FILE, "pt") as masks:
         if sorted(masks.keys()) != sorted(names):
             raise VerificationError("the masks and the report name different operators.")
-        for operator, (_, tensor) in zip(
-            report.operators, read_tensors(files, tensors), strict=True
-        ):
-            yield operator, tensor[split_index(operator.name)[1]], masks.get_tensor(operator.name)
+        tensors = read_tensors(files, tensor_names)
+        for operator, (_, tensor) in zip(report.operators, tensors, strict=True):
+            _, index = split_index(operator.name)
+            yield operator, tensor[index], masks.get_tensor(operator.name)
 
 
-def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -> int:
-    """Check one operator; returns its number of zeros by the mask."""
+def _verify_operator(operator: OperatorReport, weight: Tensor, packed_mask: Tensor) -> int:
+    """Check one operator; returns its number of zeros by the mask.
+
+    Args:
+        operator: What the report says of it.
+        weight: As it is stored: [out, in], or [in, out] if `operator.stored_transposed`.
+        packed_mask: uint8, in the layout of `weight`.
+    """
     name = operator.name
-    shape = (
-        tuple(weight.T.shape) if operator.stored_transposed else tuple(weight.shape)
-    )  # (out, in)
+    shape = tuple(weight.T.shape) if operator.stored_transposed else tuple(weight.shape)
     if shape != operator.shape:
         raise VerificationError(f"{name} has shape {shape}, the report says {operator.shape}.")
-    whole = (
-        operator.target_sparsity == 1
-    )  # operators with the same inputs share their zeros: one may get them all
     try:
-        mask = unpack_mask(packed, tuple(weight.shape))
-        pattern = parse_pattern(
-            operator.pattern, None if whole else operator.target_sparsity, operator.scope
-        )
+        mask = unpack_mask(packed_mask, tuple(weight.shape))
+        pattern = _pattern_of(operator)
     except ValueError as error:
         raise VerificationError(f"{name}: {error}") from error
-    weight = (
-        weight.float() if weight.dtype.itemsize == 1 else weight
-    )  # of quantized weights, few operations exist
+
+    _verify_zeros(name, weight, mask)
+
+    # Patterns count along the inputs, so they need [out, in].
+    mask_of_pattern = mask.T if operator.stored_transposed else mask
+    if operator.groups_kept is not None:
+        mask_of_pattern = _mask_before_removal(operator, pattern, mask_of_pattern)
+    violation = pattern.violation(mask_of_pattern)
+    if violation:
+        raise VerificationError(f"{name}: its mask {violation}.")
+
+    num_kept = int(mask.sum())
+    sparsity = 1 - num_kept / mask.numel()
+    is_sparsity_right = math.isclose(operator.sparsity, sparsity, rel_tol=1e-9, abs_tol=1e-12)
+    if num_kept != operator.num_kept or not is_sparsity_right:
+        raise VerificationError(
+            f"{name}: its mask keeps {num_kept} weights, the report says {operator.num_kept}, "
+            f"and {operator.sparsity:.6%} zeros."
+        )
+    return mask.numel() - num_kept
+
+
+def _pattern_of(operator: OperatorReport) -> SparsityPattern:
+    """The pattern that an operator was pruned to, with its share of zeros."""
+    # Operators with the same inputs share their zeros, and one may get them all. As an option, a share of 1 is refused.
+    is_all_zeros = operator.target_sparsity == 1
+    if not is_all_zeros:
+        return parse_pattern(operator.pattern, operator.target_sparsity, operator.scope)
+    pattern = parse_pattern(operator.pattern, None, operator.scope)
+    return pattern if pattern.fixed else replace(pattern, sparsity=1.0)
+
+
+def _verify_zeros(name: str, weight: Tensor, mask: Tensor) -> None:
+    """Check that a weight is finite, and zero outside its mask; both in the layout of the file."""
+    if weight.dtype.itemsize == 1:
+        # Few operations exist for quantized weights.
+        weight = weight.float()
     if not bool(torch.isfinite(weight).all()):
         raise VerificationError(f"{name} holds NaN or Inf.")
-    if stray := int(torch.count_nonzero(weight.masked_select(~mask))):
-        raise VerificationError(f"{name} has {stray} weights outside its mask that are not zero.")
-    checked = (
-        mask.T if operator.stored_transposed else mask
-    )  # [out, in]: patterns count along the inputs
-    if operator.groups_kept is not None:
-        checked = _mask_of_pattern(operator, pattern, checked)
-    if whole and not pattern.fixed:
-        pattern = replace(pattern, sparsity=1.0)
-    if broken := pattern.violation(checked):
-        raise VerificationError(f"{name}: its mask {broken}.")
-    kept, promised = int(mask.sum()), f"{operator.num_kept}, and {operator.sparsity:.6%} zeros"
-    same = math.isclose(operator.sparsity, 1 - kept / mask.numel(), rel_tol=1e-9, abs_tol=1e-12)
-    if kept != operator.num_kept or not same:
+    num_outside = int(torch.count_nonzero(weight.masked_select(~mask)))
+    if num_outside:
         raise VerificationError(
-            f"{name}: its mask keeps {kept} weights, the report says {promised}."
+            f"{name} has {num_outside} weights outside its mask that are not zero."
         )
-    return mask.numel() - kept
 
 
-def _mask_of_pattern(operator: OperatorReport, pattern: SparsityPattern, mask: Tensor) -> Tensor:
-    """The mask before groups of columns were removed, of which the report names those that stayed."""
+def _mask_before_removal(
+    operator: OperatorReport, pattern: SparsityPattern, mask: Tensor
+) -> Tensor:
+    """The mask of an operator before groups of columns were removed, of which the report names those that stayed.
+
+    Args:
+        operator: What the report says of it, `groups_kept` too.
+        pattern: `Columns` with a number of groups; others are refused.
+        mask: bool [out, columns left], which must be True everywhere.
+
+    Returns:
+        bool [out, columns before].
+    """
     name, kept = operator.name, operator.groups_kept or ()
     if not isinstance(pattern, Columns) or pattern.groups is None:
         raise VerificationError(
             f"{name}: the report says that columns were removed, but its pattern is {pattern}."
         )
-    if not kept or list(kept) != sorted(set(kept) & set(range(pattern.groups))):
+    existing = sorted(set(kept) & set(range(pattern.groups)))
+    if not kept or list(kept) != existing:
         raise VerificationError(
             f"{name}: groups_kept are not numbers from 0 to {pattern.groups - 1} in rising order."
         )
     if mask.shape[1] != len(kept) * pattern.width or not bool(mask.all()):
-        named = f"the report names {len(kept)} groups of {pattern.width} columns that stayed"
         raise VerificationError(
-            f"{name}: {named}, the mask keeps {int(mask.sum())} of {mask.numel()} weights."
+            f"{name}: the report names {len(kept)} groups of {pattern.width} columns that stayed, "
+            f"the mask keeps {int(mask.sum())} of {mask.numel()} weights."
         )
-    groups = torch.zeros(pattern.groups, dtype=torch.bool)
-    groups[list(kept)] = True
-    return groups.repeat_interleave(pattern.width).expand(
-        mask.shape[0], -1
-    )  # [groups] -> [out, columns before]
+    is_kept = torch.zeros(pattern.groups, dtype=torch.bool)
+    is_kept[list(kept)] = True
+    # [groups] -> [columns before] -> [out, columns before]
+    return is_kept.repeat_interleave(pattern.width).expand(mask.shape[0], -1)
+
+
+def _verify_model(folder: Path, report: PruningReport) -> int | None:
+    """Check the report against the model that `config.json` describes.
+
+    Returns:
+        The number of the model's parameters; `None` if Transformers can't make a model of its class, in which case
+        nothing is checked.
+    """
+    model = _described_model(folder, report.model["class"])
+    if model is None:
+        return None
+
+    num_parameters = int(model.num_parameters())
+    promised = report.model["num_parameters"]
+    if num_parameters != promised:
+        raise VerificationError(
+            f"{REPORT_FILE} promises {promised} parameters, the model has {num_parameters}."
+        )
+    tokens = kept_tokens(folder)
+    num_rows, _ = token_limits(model)
+    if tokens is not None and len(tokens) != num_rows:
+        raise VerificationError(
+            f"{VOCABULARY_FILE} names {len(tokens)} tokens, the embedding has {num_rows} rows."
+        )
+    if report.removed:
+        _verify_shapes(folder, model)
+        runs = runs_of_experts(model.config.get_text_config(decoder=True))
+        for mixture in report.mixtures:
+            _verify_mixture(model, mixture, runs)
+    return num_parameters
+
+
+def _described_model(folder: Path, class_name: str) -> PreTrainedModel | None:
+    """The model without weights that `config.json` describes; `None` if Transformers can't make one of this class."""
+    model_class = getattr(transformers, class_name, None)
+    if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
+        return None
+    if model_class.config_class is None:
+        return None
+    try:
+        config = model_class.config_class.from_pretrained(folder)
+        # The parameters take no memory there.
+        with torch.device("meta"):
+            model: PreTrainedModel = model_class(config)
+            return model
+    except Exception as error:  # anything the code of a family may raise on the meta device
+        logger.info("%s could not be made without weights: %s", class_name, error)
+        return None
 
 
 def _verify_shapes(folder: Path, model: PreTrainedModel) -> None:
-    """Check that the files hold a smaller model's tensors, also those that are no pruned operators but lost rows."""
+    """Check that the files hold a smaller model's tensors, also those that are no pruned operators but lost rows.
+
+    Args:
+        folder: The folder of the smaller model.
+        model: The model without weights that its `config.json` describes.
+    """
     source = source_tensors(model, folder)
-    left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
+    not_saved = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
     described = {
-        name: tensor for name, tensor in model.state_dict().items() if name not in left_out
+        name: tensor for name, tensor in model.state_dict().items() if name not in not_saved
     }
     missing = [name for name in described if name not in source.stored]
-    if (
-        missing and source.places.keys() <= described.keys()
-    ):  # otherwise files and class name tensors in two ways
+    # Otherwise the class renames tensors when it loads them, so that their names can't be compared.
+    has_same_names = source.places.keys() <= described.keys()
+    if missing and has_same_names:
         raise VerificationError(f"{missing[0]} is not in the checkpoint.")
     for name in described.keys() & source.stored.keys():
-        found, shape = source.stored[name].shape, tuple(described[name].shape)
-        if found != shape:
-            raise VerificationError(f"{name} has shape {found}, config.json describes {shape}.")
+        stored_shape, shape = source.stored[name].shape, tuple(described[name].shape)
+        if stored_shape != shape:
+            raise VerificationError(
+                f"{name} has shape {stored_shape}, config.json describes {shape}."
+            )
 
 
-def _described_model(folder: Path, model_class: str) -> PreTrainedModel | None:
-    """The model without weights that `config.json` describes; `None` if Transformers can't make one of this class."""
-    found = getattr(transformers, model_class, None)
-    if (
-        not (isinstance(found, type) and issubclass(found, PreTrainedModel))
-        or found.config_class is None
-    ):
-        return None
-    try:
-        config = found.config_class.from_pretrained(folder)
-        with torch.device("meta"):  # parameters without memory
-            return found(config)
-    except Exception as error:  # anything the code of a family may raise on the meta device
-        logger.info("%s could not be made without weights: %s", model_class, error)
-        return None
+def _verify_mixture(model: PreTrainedModel, mixture: MixtureReport, runs: int) -> None:
+    """Check that a mixture has as many experts as the report names, and that these are the most salient ones.
+
+    Args:
+        model: The smaller model, without weights.
+        mixture: What the report says.
+        runs: Number of runs of experts that each keep equally many (`runs_of_experts`).
+    """
+    fused = model.get_submodule(mixture.name).parameters(recurse=False)
+    # Weights are [experts, out, in]; biases, [experts, out], are left out.
+    numbers = {len(parameter) for parameter in fused if parameter.ndim == 3}
+    num_kept = len(mixture.groups_kept)
+    if numbers != {num_kept}:
+        raise VerificationError(
+            f"{mixture.name} has {numbers.pop()} experts, and the report says {num_kept}."
+        )
+    saliency = torch.tensor(mixture.saliency, dtype=torch.float64)
+    is_divided = len(saliency) % runs == 0
+    if not is_divided or mixture.groups_kept != experts_to_keep(saliency, num_kept, runs):
+        raise VerificationError(
+            f"{mixture.name}: groups_kept are not the experts with the largest saliency."
+        )
+
+
+def _verify_totals(
+    report: PruningReport, promised: Mapping[str, Any], *, num_weights: int, num_zeros: int
+) -> None:
+    """Check what the report says of all operators together.
+
+    Args:
+        report: Its operators are checked, so means of their errors are computed from them.
+        promised: `totals` as they stand in `fista/report.json`.
+        num_weights: As counted in the files.
+        num_zeros: As counted in the files.
+    """
+    counted = {
+        "num_zeros": num_zeros,
+        "num_weights": num_weights,
+        "sparsity": num_zeros / num_weights if num_weights else 0.0,
+        "model_sparsity": num_zeros / report.model["num_parameters"],
+    }
+    for name, value in (report.totals | counted).items():
+        if not _is_close(promised[name], value):
+            raise VerificationError(
+                f"{REPORT_FILE}: totals promise {name} {promised[name]}, the operators make {value}."
+            )
+
+
+def _is_close(promised: float | None, value: float | None) -> bool:
+    """Whether two numbers are equal but for rounding, or both `None`."""
+    if promised is None or value is None:
+        return promised is value
+    return math.isclose(promised, value, rel_tol=1e-9)
+
+
+def _verify_summary(report: PruningReport, config_entry: Mapping[str, Any]) -> None:
+    """Check that `fista_pruning` of `config.json` has the numbers of the report, whose totals are proven."""
+    expected = summary(report)
+    if "origin" not in config_entry:
+        # Earlier versions did not write it, so it promises nothing.
+        del expected["origin"]
+    for name, value in expected.items():
+        if config_entry.get(name) != value:
+            raise VerificationError(
+                f"config.json promises {name} {config_entry.get(name)!r}, {REPORT_FILE} says {value!r}."
+            )

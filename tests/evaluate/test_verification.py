@@ -205,3 +205,16 @@ def test_an_operator_may_get_all_the_zeros_of_its_group(tmp_path):
     report = prune_and_save(tiny_llama(), tmp_path / "model", sparsity=0.998).report
     assert max(operator.target_sparsity for operator in report.operators) == 1
     assert verify_checkpoint(tmp_path / "model").num_zeros == report.totals["num_zeros"]
+
+
+def test_a_folder_may_be_given_as_text(saved):
+    assert verify_checkpoint(str(saved.folder)) == verify_checkpoint(saved.folder)
+    with pytest.raises(FileNotFoundError, match="'no/folder': there is no such folder"):
+        verify_checkpoint("no/folder")
+
+
+def test_a_folder_of_an_earlier_version_promises_nothing_of_earlier_runs(folder):
+    change_json(folder / "config.json", lambda values: values["fista_pruning"].pop("origin"))
+    verify_checkpoint(folder)
+    change_json(folder / "config.json", lambda values: values["fista_pruning"].update(origin={}))
+    assert "config.json promises origin {}, fista/report.json says" in broken(folder)
