@@ -33,8 +33,9 @@ from transformers import PreTrainedModel
 
 from optimum_fista import calibration_tokens, load_model
 from optimum_fista.environment import numerical_environment
+from optimum_fista.folder.atomic import errors_of_writing
 from optimum_fista.folder.checkpoint import CARD_FILE, CONFIG_KEY
-from optimum_fista.folder.output import errors_of_writing, new_output, require_output
+from optimum_fista.folder.output import new_output, require_output
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.experts import is_fused_experts

@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from optimum_fista.folder.output import require_writable, write_about
+    from optimum_fista.folder.atomic import require_writable
+    from optimum_fista.folder.output import write_about
     from optimum_fista.page.render import read_pruned_report, render_page
 
     output = arguments.output or arguments.folder / "fista" / "report.html"

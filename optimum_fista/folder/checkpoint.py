@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from optimum_fista.folder.output import write_file
+from optimum_fista.folder.atomic import write_file
 from optimum_fista.report import PruningReport
 
 if TYPE_CHECKING:

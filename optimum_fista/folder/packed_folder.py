@@ -1,10 +1,11 @@
 """Pack a model folder, unpack it, and read a packed one, with one weight file in memory at a time.
 
-`Packer.pack` makes packed tensors from dense ones; the rest copies files. A streamed run packs each decoder layer by
-the same `Packer`, so it writes the same bytes as `pack_folder`. A packed folder has no file of masks: they are in its
-weights.
+A packed folder stores each pruned weight as three tensors (`packed.format`), in files called `packed*.safetensors`. It
+has no file of masks, because they are in its weights. `pack_folder` and `unpack_folder` copy all other files. A
+streamed run packs each decoder layer by the same `Packer`, so it writes the same bytes as `pack_folder`.
 """
 
+import logging
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from optimum_fista.folder.atomic import write_file
 from optimum_fista.folder.checkpoint import (
     CARD_FILE,
     CONFIG_FILE,
@@ -28,13 +30,7 @@ from optimum_fista.folder.checkpoint import (
     require_files,
     write_index,
 )
-from optimum_fista.folder.output import (
-    FILES_FILE,
-    all_names,
-    new_output,
-    require_output,
-    write_file,
-)
+from optimum_fista.folder.output import FILES_FILE, all_names, new_output, require_output
 from optimum_fista.folder.writing import write_form
 from optimum_fista.installing import NAME
 from optimum_fista.packed.format import (
@@ -49,10 +45,14 @@ from optimum_fista.packed.format import unpack_mask as packed_mask
 from optimum_fista.packed.quantizer import QUANT_METHOD, read_packed
 from optimum_fista.report import OperatorReport, PruningReport
 from optimum_fista.solve.pattern import pack_mask, unpack_mask
+from optimum_fista.source.links import leads_out
 from optimum_fista.source.names import split_index
 
 _REWRITTEN = {CONFIG_FILE, CARD_FILE, MASKS_FILE}  # by `write_form`
-_EXPERT = re.compile(r"\.experts\.\d+\.(?=[^.]+\.[^.]+$)")  # in `layers.1.mlp.experts.3.w1.weight`
+_EXPERT = re.compile(r"\.experts\.\d+\.(?=[^.]+\.[^.]+$)")
+"""The number of an expert in a name such as `layers.1.mlp.experts.3.w1.weight`."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -64,19 +64,24 @@ class Packing:
     packed_bytes: int
 
     def __str__(self) -> str:
-        sizes = f"{self.dense_bytes / 2**20:,.1f} MiB dense, {self.packed_bytes / 2**20:,.1f} MiB packed"
-        return f"{self.num_tensors} weights: {sizes} ({self.packed_bytes / max(1, self.dense_bytes):.3f})"
+        ratio = self.packed_bytes / max(1, self.dense_bytes)
+        return (
+            f"{self.num_tensors} weights: {self.dense_bytes / 2**20:,.1f} MiB dense, "
+            f"{self.packed_bytes / 2**20:,.1f} MiB packed ({ratio:.3f})"
+        )
 
 
 def is_packed(folder: Path) -> bool:
-    """True if a model folder is packed."""
+    """Tell whether a model folder is packed, by its configuration."""
     file = folder / CONFIG_FILE
-    settings = read_json(file).get(PACKED_KEY) if file.exists() else None
+    if not file.exists():
+        return False
+    settings = read_json(file).get(PACKED_KEY)
     return isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD
 
 
 def packed_files(folder: Path) -> dict[str, Path]:
-    """The file of every tensor of a packed folder."""
+    """Return the file of every stored tensor of a packed folder, by the tensor's name."""
     weights = read_json(folder / CONFIG_FILE)[PACKED_KEY].get("weights")
     if not isinstance(weights, str):
         raise PackedFormatError(
@@ -86,39 +91,61 @@ def packed_files(folder: Path) -> dict[str, Path]:
 
 
 def packing_of(folder: Path) -> Packing:
-    """The sizes of the packed weights of a folder; only headers and layouts are read."""
-    found, files = [], packed_files(folder)
+    """Return the sizes of the packed weights of a folder; only headers and layouts are read."""
+    files = packed_files(folder)
+    packed = []
     for name in packed_names(files):
-        with safe_open(files[name + SUFFIXES[0]], "pt") as file:
-            parts = (file.get_slice(name + suffix) for suffix in SUFFIXES[:2])
-            values, mask = (part[:0].new_empty(part.get_shape(), device="meta") for part in parts)
-            found.append(PackedTensor(values, mask, file.get_tensor(name + SUFFIXES[2])))
-    return Packing(len(found), sum(p.dense_bytes for p in found), sum(p.num_bytes for p in found))
+        values_name, mask_name, layout_name = (name + suffix for suffix in SUFFIXES)
+        with safe_open(files[values_name], "pt") as file:
+            values = _outline(file.get_slice(values_name))
+            mask = _outline(file.get_slice(mask_name))
+            packed.append(PackedTensor(values, mask, file.get_tensor(layout_name)))
+    return Packing(
+        num_tensors=len(packed),
+        dense_bytes=sum(tensor.dense_bytes for tensor in packed),
+        packed_bytes=sum(tensor.num_bytes for tensor in packed),
+    )
+
+
+def _outline(stored: Any) -> Tensor:
+    """Return a tensor on the meta device, with the shape and dtype of a slice of safetensors, which is not read."""
+    return stored[:0].new_empty(stored.get_shape(), device="meta")
 
 
 def packed_operators(
     folder: Path, report: PruningReport
 ) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
-    """Every operator of a packed folder with its weight, dense, and its mask, packed to bits as in the masks' file."""
+    """Yield every operator of a packed folder: its report, its dense weight, and its mask.
+
+    The mask is packed to one bit a weight, as in the file of masks of a folder that is not packed.
+    """
     files = packed_files(folder)
-    names = {*packed_names(files)}
-    read, dense, mask = "", torch.empty(0), torch.empty(0)
+    names = set(packed_names(files))
+    latest_name = ""
+    dense = mask = torch.empty(0)
     for operator in report.operators:
         name, index = split_index(operator.name)
         if name not in names:
             raise PackedFormatError(f"{name} is in the report but not packed in the checkpoint.")
-        if name != read:  # the experts of one tensor follow each other
+        if name != latest_name:  # the experts that share one tensor follow each other
             packed = read_packed(files, name)
-            read, dense, mask = name, unpack(packed), packed_mask(packed)
+            dense = unpack(packed)
+            mask = packed_mask(packed)
+            latest_name = name
         yield operator, dense[index], pack_mask(mask[index])
 
 
 def require_packable(names: Iterable[str]) -> None:
-    """Refuse to pack a matrix of several operators: Transformers divides it on loading, and can't then."""
-    if shared := next((name for name in names if len(split_index(name)[1]) == 2), None):
-        raise ValueError(
-            f"{shared} is a part of a matrix with other operators, which can't be packed: leave it dense."
-        )
+    """Refuse to pack a matrix of several operators: Transformers divides it on loading, and can't then.
+
+    `names` are those of the operators' weights in the checkpoint (`source.names.split_index`).
+    """
+    for name in names:
+        _, index = split_index(name)
+        if len(index) == 2:
+            raise ValueError(
+                f"{name} is a part of a matrix with other operators, which can't be packed: leave it dense."
+            )
 
 
 def pack_folder(
@@ -128,31 +155,53 @@ def pack_folder(
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Packing:
-    """Pack a folder saved by optimum-fista, and copy its other files.
+    """Pack a folder saved by optimum-fista into the folder `output`, and copy its other files.
 
-    `overwrite` replaces a model that `output` already holds. `progress` is called with the name of each weight file.
+    Args:
+        folder: The pruned model. It is only read.
+        output: The new folder.
+        overwrite: Replace a model that `output` already holds.
+        progress: Called with the name of each weight file, after it is written.
+
+    Raises:
+        ValueError, OSError: If the folder can't be packed, or the output can't be written.
     """
     if is_packed(folder):
         raise ValueError(
             f"folder {str(folder)!r} is packed already: pass a folder with dense weights."
         )
     require_files(folder, CONFIG_FILE, MASKS_FILE, REPORT_FILE)
-    report, files = read_report(folder), checkpoint_files(folder)
+    report = read_report(folder)
+    files = checkpoint_files(folder)
     if report.removed:
-        why = "whole parts of the model were removed, and what is left is dense. Use it as it is"
-        raise ValueError(f"folder {str(folder)!r} has no zeros to pack: {why}.")
+        raise ValueError(
+            f"folder {str(folder)!r} has no zeros to pack: whole parts of the model were removed, and what is left is "
+            "dense. Use it as it is."
+        )
     require_packable(operator.name for operator in report.operators)
-    if missing := sorted(_operators_by_tensor(report.operators).keys() - files.keys()):
+    missing = sorted(_operators_by_tensor(report.operators).keys() - files.keys())
+    if missing:
         raise ValueError(
             f"folder {str(folder)!r} is damaged: no weight file has {missing[0]}, which its report names."
         )
+
     with safe_open(folder / MASKS_FILE, "pt") as masks:
         packer = Packer(report.operators, files, masks.get_tensor)
 
         def convert(file: Any, names: Iterable[str]) -> dict[str, Tensor]:
+            """Pack the tensors `names` of an open weight file."""
             return packer.pack({name: file.get_tensor(name) for name in names})
 
-        _convert_folder(folder, output, files, convert, {}, packer.names, overwrite, progress)
+        _convert_folder(
+            folder,
+            output,
+            files=files,
+            convert=convert,
+            masks={},
+            packed=packer.names,
+            overwrite=overwrite,
+            progress=progress,
+        )
     return packing_of(output)
 
 
@@ -163,39 +212,52 @@ def unpack_folder(
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Packing:
-    """Make a packed folder dense again, with its masks; the inverse of `pack_folder`."""
+    """Make a packed folder dense again, with its file of masks: the inverse of `pack_folder`, with its arguments."""
     if not is_packed(folder):
         raise ValueError(
             f"folder {str(folder)!r} is not packed: pass a folder made by `optimum-fista pack`."
         )
-    files, operators = packed_files(folder), _operators_by_tensor(read_report(folder).operators)
-    parts = {name + suffix: name for name in packed_names(files) for suffix in SUFFIXES}
+    files = packed_files(folder)
+    operators = _operators_by_tensor(read_report(folder).operators)
+    dense_names = {}  # by the names of the three parts
+    for name in packed_names(files):
+        for suffix in SUFFIXES:
+            dense_names[name + suffix] = name
     masks: dict[str, Tensor] = {}
 
-    def convert(file: Any, names: Iterable[str]) -> dict[str, Tensor]:
+    def convert(file: Any, stored_names: Iterable[str]) -> dict[str, Tensor]:
+        """Unpack the tensors of an open weight file, and add the masks of their operators to `masks`."""
         dense: dict[str, Tensor] = {}
-        for stored in names:
-            if stored not in parts:
-                dense[stored] = file.get_tensor(stored)
-            elif stored.endswith(SUFFIXES[0]):  # once for three parts
-                name = parts[stored]
+        for stored_name in stored_names:
+            if stored_name not in dense_names:
+                dense[stored_name] = file.get_tensor(stored_name)
+            elif stored_name.endswith(SUFFIXES[0]):  # masks and layouts are read with their values
+                name = dense_names[stored_name]
                 packed = read_packed(files, name)
-                dense[name], mask = unpack(packed), packed_mask(packed)
-                masks.update(
-                    {
-                        o.name: pack_mask(mask[split_index(o.name)[1]])
-                        for o in operators.get(name, [])
-                    }
-                )
+                dense[name] = unpack(packed)
+                mask = packed_mask(packed)
+                for operator in operators.get(name, []):
+                    _, index = split_index(operator.name)
+                    masks[operator.name] = pack_mask(mask[index])
         return dense
 
-    _convert_folder(folder, output, files, convert, masks, None, overwrite, progress)
+    _convert_folder(
+        folder,
+        output,
+        files=files,
+        convert=convert,
+        masks=masks,
+        packed=None,
+        overwrite=overwrite,
+        progress=progress,
+    )
     return packing_of(folder)
 
 
 def _convert_folder(
     folder: Path,
     output: Path,
+    *,
     files: Mapping[str, Path],
     convert: Callable[[Any, Iterable[str]], dict[str, Tensor]],
     masks: Mapping[str, Tensor],
@@ -203,37 +265,55 @@ def _convert_folder(
     overwrite: bool,
     progress: Callable[[str], None],
 ) -> None:
-    """Copy a folder with its other files, and convert its weight files one after another.
+    """Write a new folder with the converted weights of another one, and copies of its other files.
 
-    `convert` makes the tensors of an open weight file, from the names that it must hold; it may add to `masks`.
-    `packed` names the weights that are packed then; `None`: they are dense.
+    Links that lead out of the folder are not followed; a warning names them.
+
+    Args:
+        folder: The folder that is read.
+        output: The new folder, which has its place only after all is written.
+        files: The weight file of every stored tensor of `folder`.
+        convert: Makes the new tensors from an open weight file and the names of its tensors.
+        masks: Masks for the new folder's file of masks. `convert` may add to them.
+        packed: Names of the weights that are packed in the new folder; `None`: they are dense.
+        overwrite: Replace a model that `output` already holds.
+        progress: Called with the name of each new weight file.
     """
-    old, new = ("model", "packed") if packed is not None else ("packed", "model")
-    index = folder / f"{old}.safetensors.index.json"
+    old_stem, new_stem = ("packed", "model") if packed is None else ("model", "packed")
+    index = folder / f"{old_stem}.safetensors.index.json"
     weights = sorted(set(files.values()))
-    targets = {source: source.name.replace(old, new, 1) for source in weights}
-    left = {index.name, FILES_FILE, *targets.values(), *(source.name for source in weights)}
-    copied = [name for name in all_names(folder) if (folder / name).is_file() and name not in left]
+    new_names = {file: file.name.replace(old_stem, new_stem, 1) for file in weights}
+    stays_behind = {index.name, FILES_FILE, *new_names.values(), *(file.name for file in weights)}
+    copied = [name for name in all_names(folder) if name not in stays_behind]
+    outside = [name for name in copied if leads_out(folder / name, folder)]
+    if outside:
+        logger.warning(
+            "not copied, because the links lead out of the folder: %s", ", ".join(outside)
+        )
+    copied = [name for name in copied if name not in outside]
+
     require_output(output, overwrite, source=folder)
     with new_output(output, overwrite, folder) as partial:
         (partial / MASKS_FILE).parent.mkdir(exist_ok=True)
-        for name in (name for name in copied if name not in _REWRITTEN):
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(
-                folder / name, partial / name
-            )  # with its time: `files.json` notes that of weights
+        for name in copied:
+            if name not in _REWRITTEN:
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                # With its time of change, which `fista/files.json` notes of weights.
+                shutil.copy2(folder / name, partial / name)
+
         weight_map: dict[str, str] = {}
-        for source, target in targets.items():
-            with safe_open(source, "pt") as file:
-                tensors = convert(file, [name for name in files if files[name] == source])
-                write_file(partial / target, tensors, file.metadata() or {})
-            weight_map |= dict.fromkeys(tensors, target)
-            progress(target)
-        weights_name = f"{new}.safetensors"
+        for file, new_name in new_names.items():
+            with safe_open(file, "pt") as opened:
+                names_of_file = [name for name in files if files[name] == file]
+                tensors = convert(opened, names_of_file)
+                write_file(partial / new_name, tensors, opened.metadata() or {})
+            weight_map |= dict.fromkeys(tensors, new_name)
+            progress(new_name)
+
+        weights_name = f"{new_stem}.safetensors"
         if index.exists():
-            weights_name = write_index(
-                partial, new, weight_map, read_json(index).get("metadata", {})
-            )
+            metadata = read_json(index).get("metadata", {})
+            weights_name = write_index(partial, new_stem, weight_map, metadata)
         card = (folder / CARD_FILE).read_text("utf-8") if CARD_FILE in copied else None
         settings = None if packed is None else packed_settings(weights_name, packed)
         write_form(partial, read_json(folder / CONFIG_FILE), card, masks, settings)
@@ -242,7 +322,13 @@ def _convert_folder(
 class Packer:
     """Packs the pruned weights among the tensors of a checkpoint.
 
-    `names` are those that hold an operator, and other experts of their mixtures.
+    Args:
+        operators: Reports of the pruned operators, with their names in the checkpoint.
+        names: Names of all tensors of the checkpoint.
+        read_mask: Returns the mask of an operator by its name, packed by `solve.pattern.pack_mask`.
+
+    Attributes:
+        names: Names of the tensors that it packs: those that hold an operator, and other experts of their mixtures.
     """
 
     def __init__(
@@ -251,21 +337,24 @@ class Packer:
         names: Iterable[str],
         read_mask: Callable[[str], Tensor],
     ) -> None:
-        self._read_mask = (
-            read_mask  # of an operator by its name, packed by `solve.pattern.pack_mask`
-        )
+        self._read_mask = read_mask
         self._operators = _operators_by_tensor(operators)
+
         # Loading merges the experts of a mixture, so all are packed if some are.
-        kinds = {
-            kind for name in self._operators if (kind := _EXPERT.sub(".experts.*.", name)) != name
-        }
-        self.names = {
-            *self._operators,
-            *(name for name in names if _EXPERT.sub(".experts.*.", name) in kinds),
-        }
+        mixtures = set()
+        for name in self._operators:
+            mixture = _EXPERT.sub(".experts.*.", name)
+            if mixture != name:
+                mixtures.add(mixture)
+        of_mixtures = [name for name in names if _EXPERT.sub(".experts.*.", name) in mixtures]
+        self.names = {*self._operators, *of_mixtures}
 
     def pack(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors as a packed folder stores them."""
+        """Return tensors of the checkpoint as a packed folder stores them: three for each that is packed.
+
+        Raises:
+            ValueError: If a weight outside of its mask is not zero; the message names the tensor.
+        """
         stored: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             if name not in self.names:
@@ -273,25 +362,31 @@ class Packer:
                 continue
             mask = torch.ones(tensor.shape, dtype=torch.bool)  # what belongs to no operator is kept
             for operator in self._operators.get(name, []):
-                part = mask[split_index(operator.name)[1]]  # a view, which is written to
+                _, index = split_index(operator.name)
+                part = mask[index]  # a view: `mask` is written to
                 part.copy_(unpack_mask(self._read_mask(operator.name), tuple(part.shape)))
             try:
-                stored |= pack(tensor, mask).named(name)
+                packed = pack(tensor, mask)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
+            stored |= packed.named(name)
         return stored
 
 
 def _operators_by_tensor(operators: Iterable[OperatorReport]) -> dict[str, list[OperatorReport]]:
-    """The operators that each tensor of a checkpoint holds; several experts may share one."""
-    found: dict[str, list[OperatorReport]] = {}
+    """Return the operators that each tensor of a checkpoint holds; several experts may share one."""
+    by_tensor: dict[str, list[OperatorReport]] = {}
     for operator in operators:
-        found.setdefault(split_index(operator.name)[0], []).append(operator)
-    return found
+        name, _ = split_index(operator.name)
+        by_tensor.setdefault(name, []).append(operator)
+    return by_tensor
 
 
 def packed_settings(weights: str, names: Iterable[str]) -> dict[str, Any]:
-    """The value of `quantization_config` in `config.json`: file name of the weights or their index, packed names."""
+    """Return the value of `quantization_config` in the `config.json` of a packed folder.
+
+    `weights` is the name of the weight file or of their index, and `names` are those of the packed tensors.
+    """
     return {
         "quant_method": QUANT_METHOD,
         "runtime": "dense",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from optimum_fista.folder.atomic import errors_of_writing, write_file
 from optimum_fista.folder.card import PACKED_NOTE, model_card
 from optimum_fista.folder.checkpoint import (
     CARD_FILE,
@@ -32,7 +33,6 @@ from optimum_fista.folder.checkpoint import (
     read_json,
     write_index,
 )
-from optimum_fista.folder.output import errors_of_writing, write_file
 from optimum_fista.model.choice import find_operators
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.offload import describe_ties, stored_tensor

@@ -20,18 +20,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from optimum_fista.folder.checkpoint import CONFIG_FILE
-from optimum_fista.folder.output import (
-    FOLDER,
-    MODEL,
-    RUN_FILE,
+from optimum_fista.folder.atomic import (
     digest_of,
-    discard,
     is_whole,
     read_record,
     write_record,
     write_tensors,
 )
+from optimum_fista.folder.checkpoint import CONFIG_FILE
+from optimum_fista.folder.output import FOLDER, MODEL, RUN_FILE, discard
 from optimum_fista.model.activations import Storage
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.options import as_record

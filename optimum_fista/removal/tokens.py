@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder import checkpoint
-from optimum_fista.folder.output import write_file
+from optimum_fista.folder.atomic import write_file
 from optimum_fista.folder.packed_folder import is_packed
 from optimum_fista.folder.writing import write_all_but_weights
 from optimum_fista.model.calibration import read_batches

@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from optimum_fista.folder.atomic import digest_of, write_file
 from optimum_fista.folder.checkpoint import CONFIG_FILE, PACKED_KEY, checkpoint_files, read_json
-from optimum_fista.folder.output import digest_of, write_file
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.packed.format import SUFFIXES, packed_names
 from optimum_fista.removal.parts import Part

@@ -31,7 +31,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from optimum_fista.folder.output import (
+from optimum_fista.folder.atomic import (
     digest_of,
     errors_of_writing,
     is_whole,

@@ -26,18 +26,16 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainingArguments
 
 from optimum_fista.environment import numerical_environment
+from optimum_fista.folder.atomic import digest_of, read_record, write_record
 from optimum_fista.folder.checkpoint import MASKS_FILE, mark_retrained
 from optimum_fista.folder.output import (
     FOLDER,
     MODEL,
     RUN_FILE,
-    digest_of,
     install,
     locked_output,
-    read_record,
     require_output,
     unfinished_folder,
-    write_record,
 )
 from optimum_fista.folder.writing import write_checkpoint
 from optimum_fista.memory import available_bytes

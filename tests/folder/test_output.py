@@ -14,10 +14,10 @@ import pytest
 from killed import Killed, killed_at
 from safetensors import SafetensorError
 
-from optimum_fista.folder import output
+from optimum_fista.folder import atomic, output
+from optimum_fista.folder.atomic import errors_of_writing, write_file
 from optimum_fista.folder.output import (
     discard,
-    errors_of_writing,
     foreign_files,
     install,
     locked_output,
@@ -26,7 +26,6 @@ from optimum_fista.folder.output import (
     require_output,
     unfinished_folder,
     write_about,
-    write_file,
 )
 
 OLD = ("config.json", "model.safetensors", "README.md", "tokenizer.json", "fista/report.json")
@@ -57,7 +56,8 @@ def put(
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr(output, "flush", lambda path: None)
+    for module in (atomic, output):
+        monkeypatch.setattr(module, "flush", lambda path: None)
 
 
 def test_another_rank_may_remove_what_it_offloaded_at_the_same_time(tmp_path, monkeypatch):
@@ -73,51 +73,52 @@ def test_another_rank_may_remove_what_it_offloaded_at_the_same_time(tmp_path, mo
     assert not (unfinished / "journal" / "offload-1").exists()
 
 
-@pytest.mark.parametrize(
-    "there", ["nothing", "an empty folder", "a model", "a model that can't be swapped"]
-)
-def test_whenever_it_is_killed_the_old_or_the_new_folder_is_there(tmp_path, monkeypatch, there):
-    found, swaps = set(), "can't" not in there
-    if not swaps:
-        monkeypatch.setattr(output, "_swapped", lambda *_: False)
+@pytest.mark.parametrize("there", ["nothing", "an empty folder", "a model"])
+def test_whenever_it_is_killed_the_old_or_the_new_folder_is_there(tmp_path, there):
+    """Between the two renamings there is none, and any next run puts the old one back."""
+    outcomes = set()
     for step in itertools.count():
         folder = tmp_path / str(step) / "model"
-        if "a model" in there:
+        if there == "a model":
             put(folder, OLD, "old")
         elif there == "an empty folder":
             folder.mkdir(parents=True)
         old = contents(folder)
+
         try:
             with killed_at(step):
                 put(folder)
             break
         except Killed:
-            if not swaps and not folder.exists():
-                found.add("none")
-                with locked_output(folder):  # any next run
-                    pass
-            found.add("old" if contents(folder) == old else "new")
-            assert contents(folder) in (old, dict.fromkeys(NEW, "new"))
-            if (
-                contents(folder) != old
-                and (lock := Path(f"{unfinished_folder(folder)}.lock")).exists()
-            ):
-                if (mark := lock.with_suffix("") / "journal" / "optimum-fista").exists():
-                    write(mark.parent, ("layer-0.json",), "finished")  # as a streamed run has it
-                with pytest.raises(FileExistsError, match="already holds a model"):
-                    require_output(folder, overwrite=False)  # the same command tidies up
-                assert [path.name for path in folder.parent.iterdir()] == ["model"]
-                found.add("tidied")
-            put(folder)
-            assert contents(folder.parent) == {f"model/{name}": "new" for name in NEW}
-    assert found == {"old", "new", "tidied"} | (set() if swaps else {"none"})
+            pass
+
+        was_there = there != "nothing"
+        if was_there and not folder.exists():
+            outcomes.add("none")
+            with locked_output(folder):  # any next run
+                pass
+        is_old = contents(folder) == old
+        outcomes.add("old" if is_old else "new")
+        assert is_old or contents(folder) == dict.fromkeys(NEW, "new")
+
+        lock = Path(f"{unfinished_folder(folder)}.lock")
+        if not is_old and lock.exists():
+            mark = lock.with_suffix("") / "journal" / "optimum-fista"
+            if mark.exists():
+                write(mark.parent, ("layer-0.json",), "finished")  # as a streamed run has it
+            with pytest.raises(FileExistsError, match="already holds a model"):
+                require_output(folder, overwrite=False)  # the same command tidies up
+            assert [path.name for path in folder.parent.iterdir()] == ["model"]
+            outcomes.add("tidied")
+        put(folder)
+        assert contents(folder.parent) == {f"model/{name}": "new" for name in NEW}
+
+    assert outcomes - {"none"} == {"old", "new", "tidied"}
+    assert ("none" in outcomes) == (there != "nothing")
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
-def test_a_folder_that_came_between_two_renames_is_kept_and_the_old_one_as_well(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setattr(output, "_swapped", lambda *_: False)
+def test_a_folder_that_came_between_two_renames_is_kept_and_the_old_one_as_well(tmp_path):
     for step in itertools.count():
         folder = put(tmp_path / str(step) / "model", OLD, "old")
         with pytest.raises(Killed), killed_at(step):
@@ -136,7 +137,6 @@ def test_a_folder_that_came_between_two_renames_is_kept_and_the_old_one_as_well(
 
 
 def test_a_model_that_cant_be_put_there_leaves_the_old_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(output, "_swapped", lambda *_: False)
     folder = put(tmp_path / "model", OLD, "old")
     rename = Path.rename
 

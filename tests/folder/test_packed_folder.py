@@ -230,18 +230,23 @@ def test_a_weight_outside_its_mask_is_not_lost_in_silence(pruned, tmp_path):
     assert not (tmp_path / "packed").exists()
 
 
-def test_files_of_others_come_along_and_replace_none(pruned, tmp_path):
+def test_files_of_others_come_along_and_replace_none(pruned, tmp_path, caplog):
     folder, output = tmp_path / "folder", tmp_path / "packed"
     shutil.copytree(pruned("llama"), folder)
     (folder / "sub").mkdir()
     (folder / "sub" / "notes.txt").write_text("mine")
     (folder / "nowhere").symlink_to("nothing")
+    (tmp_path / "secret").write_text("private")
+    (folder / "NOTICE.txt").symlink_to(tmp_path / "secret")
     for name, mine in (
         ("README.md", "My words.\n"),
         ("config.json", "\n"),
     ):  # edited, but still the model's
         (folder / name).write_text((folder / name).read_text() + mine)
     pack_folder(folder, output)
+
+    assert "lead out of the folder: NOTICE.txt, nowhere" in caplog.text
+    assert not (output / "NOTICE.txt").exists()
     assert (output / "sub" / "notes.txt").read_text() == "mine"
     names = model_files(folder) | {"packed.safetensors"}
     assert model_files(output) == names - {"model.safetensors", "fista/masks.safetensors"}

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.evaluate.verification import verify_checkpoint
-from optimum_fista.folder import output
+from optimum_fista.folder import atomic
 from optimum_fista.folder.output import unfinished_folder
 from optimum_fista.prune import journal
 from optimum_fista.prune import streamed as streamed_run
@@ -245,7 +245,8 @@ def test_layers_and_budgets_of_another_run_are_not_taken(source, tmp_path, monke
 
 @pytest.mark.parametrize("source", _WRITES, indirect=True)
 def test_a_full_disk_keeps_what_is_finished(source, whole, tmp_path, monkeypatch):
-    flush, flushed = output.flush, []
+    flush = atomic.flush
+    flushed = []
 
     def full(path):
         flushed.append(path.name)
@@ -254,7 +255,7 @@ def test_a_full_disk_keeps_what_is_finished(source, whole, tmp_path, monkeypatch
         flush(path)
 
     refused = cut_off(
-        monkeypatch, output, "flush", full, source, tmp_path / "pruned", error=OSError
+        monkeypatch, atomic, "flush", full, source, tmp_path / "pruned", error=OSError
     )
     assert refused.errno == errno.ENOSPC
     assert re.search(

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport, recover
 from optimum_fista.evaluate.verification import verify_checkpoint
-from optimum_fista.folder import output as writing
+from optimum_fista.folder import atomic
 from optimum_fista.source.loading import read_model
 from optimum_fista.source.source_tensors import read_stored
 
@@ -163,7 +163,8 @@ def test_what_recover_makes_of_a_quantized_model_is_not_quantized(tmp_path):
 
 
 def test_a_killed_run_or_a_full_disk_loses_no_stored_tensor(tmp_path, monkeypatch):
-    source, flush = fp8_with_more_tokens(tmp_path / "source"), writing.flush
+    source = fp8_with_more_tokens(tmp_path / "source")
+    flush = atomic.flush
     prune(source, tmp_path / "whole", **LAYERS)
     expected = read_stored(tmp_path / "whole")
 
@@ -172,7 +173,7 @@ def test_a_killed_run_or_a_full_disk_loses_no_stored_tensor(tmp_path, monkeypatc
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         flush(path)
 
-    monkeypatch.setattr(writing, "flush", full)
+    monkeypatch.setattr(atomic, "flush", full)
     with pytest.raises(
         OSError, match=r"No space left on device.*: 3 of 3 decoder layers are finished"
     ):
