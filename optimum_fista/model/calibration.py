@@ -1,14 +1,19 @@
 """Calibration batches: the user's data is read once, checked, and fingerprinted.
 
 A loader may give batches in any form that Transformers' models take. Ids and a mask are used, and images or audio if
-the model takes them (`media`). Other arguments that would change the model's output are refused by name, because they
-must not be ignored in silence.
+the model takes them (`model.media`). Other arguments that would change the model's output are refused by name, because
+they must not be ignored in silence; keys that would not are named in a warning.
+
+`read_batches` is called first, then `hold_out`. All later steps get `CalibrationBatch` objects: `arguments` and `run`
+run a model on them, `describe_batches` and `tokens_sha256` tell the report what they were, and `cut_batches` makes
+smaller ones if memory runs out.
 """
 
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Self
@@ -18,7 +23,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from optimum_fista.model.media import TEXT_ONLY, MediaArguments, as_tensor
+from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.model.media import TEXT_ONLY, MediaArguments, as_tensor, media_arguments
 from optimum_fista.model.offload import execution_device
 
 _NOT_READ = re.compile(
@@ -26,6 +32,20 @@ _NOT_READ = re.compile(
     "past_key_values|^cache$|per_layer_inputs|langs|mems|perm_mask"
 )
 """Arguments that change a model's output for the same tokens."""
+_PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
+"""Arguments that say where the documents in a row end."""
+_READ = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "labels",
+    "held_out",
+    "bytes_per_token",
+    *_PACKING,
+}
+"""Keys of a batch that are read or checked, or that data collators add to every batch (`labels`)."""
+_ERRORS_OF_PYTHON = (AttributeError, AssertionError, LookupError, NameError, TypeError, ValueError)
+"""Errors in which a model of Transformers ends if an argument is `None` that it needs."""
 
 
 @dataclass(frozen=True)
@@ -33,24 +53,20 @@ class CalibrationBatch:
     """One batch of token ids; a sequence with images is alone in its batch, without padding."""
 
     input_ids: Tensor  # int64 [batch, sequence]
-    attention_mask: Tensor | None = (
-        None  # bool [batch, sequence], True = a real token; None when all are
-    )
+    # bool [batch, sequence], True = a real token; None if all tokens are real
+    attention_mask: Tensor | None = None
     held_out: bool = False  # whether no weight is fitted to it
     text: str | None = None  # name of its text, if known
     bytes_per_token: float | None = None  # of its text in UTF-8, if known
-    media: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # other arguments of the model: images, types of tokens
+    # other arguments of the model by name: images, types of tokens
+    media: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
         """Number of real tokens."""
-        return (
-            self.input_ids.numel()
-            if self.attention_mask is None
-            else int(self.attention_mask.sum())
-        )
+        if self.attention_mask is None:
+            return self.input_ids.numel()
+        return int(self.attention_mask.sum())
 
     def rows(self) -> Iterator[Self]:
         """Every sequence as a batch of its own, without padding."""
@@ -59,26 +75,48 @@ class CalibrationBatch:
             yield replace(self, input_ids=real[None], attention_mask=None)
 
     def arguments(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Arguments to run a model with, where it computes; images are in its dtype."""
-        device, mask = execution_device(model.get_input_embeddings()), self.attention_mask
-        media = {
-            k: v.to(device, model.dtype if v.is_floating_point() else v.dtype)
-            for k, v in self.media.items()
-        }
-        mask = None if mask is None else mask.to(device).long()
-        return {
+        """Keyword arguments to run a model with, on the device where it computes; images are in the model's dtype."""
+        device = execution_device(model.get_input_embeddings())
+        mask = None
+        if self.attention_mask is not None:
+            mask = self.attention_mask.to(device).long()
+        arguments: dict[str, Any] = {
             "input_ids": self.input_ids.to(device),
             "attention_mask": mask,
             "use_cache": False,
-            **media,
         }
+        for name, value in self.media.items():
+            dtype = model.dtype if value.is_floating_point() else value.dtype
+            arguments[name] = value.to(device, dtype)
+        return arguments
+
+    def run(self, model: PreTrainedModel) -> Any:
+        """Run a model on this batch, and return its output.
+
+        If the batch has images or sounds, and the model fails because an argument that describes them is missing, the
+        error names that argument.
+        """
+        try:
+            return model(**self.arguments(model))
+        except UnsupportedArchitectureError:
+            raise
+        except _ERRORS_OF_PYTHON as error:
+            lacking = media_arguments(model).lacking(self.media)
+            if not lacking:
+                raise
+            raise ValueError(
+                f"{type(model).__name__} can't run on a batch of calib_dataloader that holds "
+                f"{' and '.join(sorted(self.media))} and lacks {' and '.join(lacking)} "
+                f"({type(error).__name__}: {error}): pass all that the model's processor returns."
+            ) from error
 
     def sequences(self, start: int, stop: int) -> Self:
-        """A batch of some of the sequences."""
-        mask = None if self.attention_mask is None else self.attention_mask[start:stop]
-        mask = (
-            None if mask is None or bool(mask.all()) else mask
-        )  # attention is quicker without one
+        """A batch of the sequences with the numbers `start` to `stop` (exclusive)."""
+        mask = self.attention_mask
+        if mask is not None:
+            mask = mask[start:stop]
+            if bool(mask.all()):
+                mask = None  # attention is quicker without a mask
         return replace(self, input_ids=self.input_ids[start:stop], attention_mask=mask)
 
 
@@ -87,6 +125,7 @@ def read_batches(
     vocab_size: int,
     longest: int | None = None,
     media: MediaArguments = TEXT_ONLY,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> list[CalibrationBatch]:
     """Read every batch of a calibration loader once, and move padding to the end of each sequence.
 
@@ -95,33 +134,43 @@ def read_batches(
     `longest` tokens; `None`: any number. `labels`, which data collators add, are ignored. `held_out` marks a batch that
     only measures; its value may be the name of the text. A dict may also hold images and the like as the model's
     processor returns them, if they are among the model's `media` arguments; then every sequence becomes a batch.
+
+    `warn` is called once if any batches have keys that are not read.
     """
-    if isinstance(loader, Mapping | str) or not isinstance(loader, Iterable | Dataset):
-        wanted = "batches, such as a DataLoader or a list of {'input_ids': ..., 'attention_mask': ...} dicts"
-        raise ValueError(
-            f"calib_dataloader is a {type(loader).__name__}: pass an iterable of {wanted}."
-        )
-    items: Iterable[Any] = loader
-    if isinstance(loader, Tensor) and loader.ndim < 2:
-        items = [loader]  # a tensor [sequences, length] gives one sequence after another
-    elif isinstance(loader, list | tuple) and loader and all(isinstance(i, int) for i in loader):
-        items = [loader]
-    elif (
-        isinstance(loader, Dataset)
-        and not isinstance(loader, Iterable)
-        and hasattr(loader, "__len__")
-    ):
-        items = (loader[i] for i in range(len(loader)))  # Python would read on until an IndexError
+    reader = _BatchReader(vocab_size, longest, media)
     batches = list[CalibrationBatch]()
-    for number, item in enumerate(items):
-        batches += _read_batch(item, f"calib_dataloader[{number}]", vocab_size, longest, media)
+    for number, item in enumerate(_items_of(loader)):
+        batches += reader.read(item, f"calib_dataloader[{number}]")
     if not batches:
         raise ValueError(
             "calib_dataloader gave no batch: pass at least one batch; a generator can be read only once."
         )
     if not any(batch.num_tokens for batch in batches):
         raise ValueError("calib_dataloader holds no real token: every attention_mask is zero.")
+    if reader.ignored_keys:
+        names = " and ".join(map(repr, sorted(reader.ignored_keys)))
+        warn(f"calib_dataloader holds {names}, which are not read: the model runs without them.")
     return batches
+
+
+def _items_of(loader: Any) -> Iterable[Any]:
+    """Iterate over the batches of a loader; a single sequence of ids is one batch."""
+    if isinstance(loader, Mapping | str) or not isinstance(loader, Iterable | Dataset):
+        raise ValueError(
+            f"calib_dataloader is a {type(loader).__name__}: pass an iterable of batches, such as a DataLoader or a "
+            "list of {'input_ids': ..., 'attention_mask': ...} dicts."
+        )
+    if isinstance(loader, Tensor):
+        # a tensor [sequences, length] gives one sequence after another
+        return loader if loader.ndim > 1 else [loader]
+    if isinstance(loader, list | tuple):
+        is_one_sequence = bool(loader) and all(isinstance(item, int) for item in loader)
+        return [loader] if is_one_sequence else loader
+    if isinstance(loader, Iterable):
+        return loader
+    if hasattr(loader, "__len__"):
+        return (loader[i] for i in range(len(loader)))
+    return loader  # a data set without a length: Python reads it until an IndexError
 
 
 def hold_out(batches: Sequence[CalibrationBatch], num_sequences: int) -> list[CalibrationBatch]:
@@ -130,45 +179,50 @@ def hold_out(batches: Sequence[CalibrationBatch], num_sequences: int) -> list[Ca
         return list(batches)
     total = sum(batch.input_ids.shape[0] for batch in batches)
     if num_sequences >= total:
-        why = f"calib_dataloader holds {total} sequences, so none is left to calibrate on"
         raise ValueError(
-            f"held_out={num_sequences}: {why}: pass a smaller number, or more sequences."
+            f"held_out={num_sequences}: calib_dataloader holds {total} sequences, so none is left to calibrate on: "
+            "pass a smaller number, or more sequences."
         )
-    found, left = list[CalibrationBatch](), total - num_sequences
+
+    marked = list[CalibrationBatch]()
+    num_fitted = total - num_sequences  # sequences that are not held out, from here to the end
     for batch in batches:
         size = batch.input_ids.shape[0]
-        cut = min(left, size)
-        parts = ((0, cut, False), (cut, size, True))
-        found += [
-            replace(batch.sequences(start, stop), held_out=kind)
-            for start, stop, kind in parts
-            if start < stop
-        ]
-        left -= cut
+        cut = min(num_fitted, size)
+        if cut:
+            marked.append(replace(batch.sequences(0, cut), held_out=False))
+        if cut < size:
+            marked.append(replace(batch.sequences(cut, size), held_out=True))
+        num_fitted -= cut
+
     for held_out, name in ((False, "other"), (True, "held-out")):
-        if not any(batch.num_tokens for batch in found if batch.held_out == held_out):
-            why = f"the {name} sequences hold no real token, every attention_mask is zero"
-            raise ValueError(f"held_out={num_sequences}: {why}.")
-    return found
+        if not any(batch.num_tokens for batch in marked if batch.held_out == held_out):
+            raise ValueError(
+                f"held_out={num_sequences}: the {name} sequences hold no real token, every attention_mask is zero."
+            )
+    return marked
 
 
 def describe_batches(batches: Sequence[CalibrationBatch]) -> dict[str, Any]:
-    """Describe for the report the text (and images) to fit to, and the `held_out` ones if there are any."""
-    described = [
-        {
-            "sha256": tokens_sha256(chosen),
-            "num_sequences": sum(batch.input_ids.shape[0] for batch in chosen),
-            "num_tokens": sum(batch.num_tokens for batch in chosen),
-        }
-        | (
-            {"media": media}
-            if (media := sorted({name for batch in chosen for name in batch.media}))
-            else {}
-        )
-        for held_out in (False, True)
-        if (chosen := [batch for batch in batches if batch.held_out == held_out]) or not held_out
-    ]
-    return described[0] | ({"held_out": described[1]} if described[1:] else {})
+    """Describe for the report the text (and images) to fit to, and under "held_out" the others if there are any."""
+    described = _describe([batch for batch in batches if not batch.held_out])
+    held_out = [batch for batch in batches if batch.held_out]
+    if held_out:
+        described["held_out"] = _describe(held_out)
+    return described
+
+
+def _describe(batches: Sequence[CalibrationBatch]) -> dict[str, Any]:
+    """Describe batches by a digest, their sizes, and the names of their media arguments if they have any."""
+    described: dict[str, Any] = {
+        "sha256": tokens_sha256(batches),
+        "num_sequences": sum(batch.input_ids.shape[0] for batch in batches),
+        "num_tokens": sum(batch.num_tokens for batch in batches),
+    }
+    media = {name for batch in batches for name in batch.media}
+    if media:
+        described["media"] = sorted(media)
+    return described
 
 
 def shapes_of(batches: Sequence[CalibrationBatch]) -> list[list[int]]:
@@ -192,86 +246,137 @@ def tokens_sha256(batches: Sequence[CalibrationBatch]) -> str:
     return digest.hexdigest()
 
 
-def _read_batch(
-    item: Any, where: str, vocab_size: int, longest: int | None, media: MediaArguments
-) -> list[CalibrationBatch]:
-    others: Mapping[str, Any] = {}
-    if isinstance(item, Mapping):
-        for key, value in item.items():
-            known = (
-                value is None
-                or isinstance(value, str)
-                or key in media.names
-                or not _NOT_READ.search(key)
-            )
-            if not known and (
-                not key.endswith("token_type_ids") or torch.as_tensor(value).any()
-            ):  # 0: the default
-                taken = ", ".join(sorted(media.names))
-                takes = f"takes only {taken} besides" if taken else "runs on token ids only"
-                advice = "pass text without it, as 'input_ids' (and 'attention_mask')"
-                raise ValueError(f"{where} holds {key!r}, but the model {takes}: {advice}.")
+@dataclass
+class _BatchReader:
+    """Reads the batches of one loader, and collects the keys that are ignored.
+
+    The fields are the arguments of `read_batches`. In all methods, `where` names the batch in errors, such as
+    "calib_dataloader[3]".
+    """
+
+    vocab_size: int
+    longest: int | None
+    media: MediaArguments
+    ignored_keys: set[str] = field(default_factory=set)
+
+    def read(self, item: Any, where: str) -> list[CalibrationBatch]:
+        """Read one item of the loader: one batch, or a batch for each sequence if there are images or sounds.
+
+        Adds keys that are not read to `ignored_keys`.
+        """
+        others: Mapping[str, Any] = {}
+        if isinstance(item, Mapping):
+            self._check_keys(item, where)
+            others = item
+            item = item["input_ids"]
+        elif isinstance(item, list | tuple) and len(item) == 1 and isinstance(item[0], Tensor):
+            item = item[0]  # a batch of a TensorDataset
+        ids = self._read_ids(item, where)
+        real = _real_tokens(ids, others, where)
+
+        # Real tokens come first: models count positions, and recurrent models keep states, from the first token on.
+        order = real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+        held_out = others.get("held_out")
+        batch = CalibrationBatch(
+            input_ids=ids.gather(1, order),
+            attention_mask=None if bool(real.all()) else real.gather(1, order),
+            held_out=bool(held_out),
+            text=held_out if isinstance(held_out, str) else None,
+            bytes_per_token=others.get("bytes_per_token"),
+        )
+
+        media_of_rows = self.media.read(others, ids, real, where) if self.media.names else []
+        if not any(media_of_rows):
+            return [batch]
+        return [
+            replace(row, media=MappingProxyType(media))
+            for row, media in zip(batch.rows(), media_of_rows, strict=True)
+            if row.num_tokens
+        ]
+
+    def _check_keys(self, item: Mapping[str, Any], where: str) -> None:
+        """Refuse a batch without ids, or with arguments that would be missed; collect other unread keys."""
+        self._refuse_changing_keys(item, where)
         if "input_ids" not in item:
             raise ValueError(
                 f"{where} has the keys {sorted(item)}: pass 'input_ids' (and 'attention_mask')."
             )
-        others, item = item, item["input_ids"]
-    elif isinstance(item, list | tuple) and len(item) == 1 and isinstance(item[0], Tensor):
-        item = item[0]  # a batch of a TensorDataset
-    ids = _as_rows(item, where, "input_ids").to(torch.int64)
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        why = f"the token id {low if low < 0 else high}, outside the model's vocabulary [0, {vocab_size})"
-        raise ValueError(
-            f"{where}: input_ids holds {why}: tokenise with the model's own tokenizer."
-        )
-    if longest is not None and ids.shape[1] > longest:
-        most = f"{longest}, the model's max_position_embeddings (--sequence-length {longest})"
-        raise ValueError(f"{where} holds sequences of {ids.shape[1]} tokens: pass at most {most}.")
-    real = _real_tokens(ids, others, where)
-    # Real tokens come first: models count positions, and recurrent models keep states, from the first token on.
-    order = real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
-    held_out = others.get("held_out")
-    text = held_out if isinstance(held_out, str) else None
-    mask = None if bool(real.all()) else real.gather(1, order)
-    batch = CalibrationBatch(
-        ids.gather(1, order), mask, bool(held_out), text, others.get("bytes_per_token")
-    )
-    read = media.read(others, ids, real, where) if media.names else []
-    if not any(read):
-        return [batch]
-    rows = zip(batch.rows(), read, strict=True)
-    return [replace(row, media=MappingProxyType(part)) for row, part in rows if row.num_tokens]
+        for key, value in item.items():
+            is_read = key in _READ or key in self.media.names
+            if value is not None and not is_read and not key.endswith("token_type_ids"):
+                self.ignored_keys.add(key)
+
+    def _refuse_changing_keys(self, item: Mapping[str, Any], where: str) -> None:
+        """Refuse arguments that change the output of models, but that this model does not take."""
+        for key, value in item.items():
+            if value is None or isinstance(value, str) or key in self.media.names:
+                continue
+            if not _NOT_READ.search(key):
+                continue
+            if key.endswith("token_type_ids") and not torch.as_tensor(value).any():
+                continue  # zeros, as if there were none
+            names = ", ".join(sorted(self.media.names))
+            takes = f"takes only {names} besides" if names else "runs on token ids only"
+            raise ValueError(
+                f"{where} holds {key!r}, but the model {takes}: pass text without it, as 'input_ids' (and "
+                "'attention_mask')."
+            )
+
+    def _read_ids(self, values: Any, where: str) -> Tensor:
+        """Read token ids [batch, sequence], int64, and check them against the vocabulary and the longest sequence."""
+        ids = _as_rows(values, where, "input_ids").to(torch.int64)
+        low = int(ids.min())
+        high = int(ids.max())
+        if low < 0 or high >= self.vocab_size:
+            raise ValueError(
+                f"{where}: input_ids holds the token id {low if low < 0 else high}, outside the model's vocabulary "
+                f"[0, {self.vocab_size}): tokenise with the model's own tokenizer."
+            )
+        if self.longest is not None and ids.shape[1] > self.longest:
+            raise ValueError(
+                f"{where} holds sequences of {ids.shape[1]} tokens: pass at most {self.longest}, the model's "
+                f"max_position_embeddings (--sequence-length {self.longest})."
+            )
+        return ids
 
 
 def _real_tokens(ids: Tensor, others: Mapping[str, Any], where: str) -> Tensor:
     """Find which tokens are real, bool [batch, sequence]; they must be consecutive, one document in every row.
 
-    Several documents in one row are refused: the model would read them as one, because it gets no boundaries.
+    `ids` are [batch, sequence], and `others` is the user's batch, of which `attention_mask`, `position_ids` and the
+    arguments of packed rows count. Several documents in one row are refused: the model would read them as one, because
+    it gets no boundaries.
     """
     mask = others.get("attention_mask")
     numbers = torch.ones_like(ids) if mask is None else _as_rows(mask, where, "attention_mask", ids)
     real = numbers.bool()
-    packing = [
-        key for key in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k") if others.get(key) is not None
-    ]
+
+    packing = [key for key in _PACKING if others.get(key) is not None]
     if int(numbers.max()) > 1:  # 1, 1, 2, 2: two documents
         packing.append("attention_mask")
     if others.get("position_ids") is not None:
         positions = _as_rows(others["position_ids"], where, "position_ids", ids)
-        # counted from the first token of a row, or from the first real one
-        usual = (torch.arange(ids.shape[1]).to(ids).expand_as(ids), real.cumsum(1) - 1)
-        if not any(torch.equal(positions[real], places[real]) for places in usual):
+        from_the_row = torch.arange(ids.shape[1]).to(ids).expand_as(ids)
+        from_the_first_real_token = real.cumsum(1) - 1
+        is_usual = torch.equal(positions[real], from_the_row[real]) or torch.equal(
+            positions[real], from_the_first_real_token[real]
+        )
+        if not is_usual:
             packing.append("position_ids")
     if packing:
-        why = f"{packing[0]} says that a row holds several documents, or begins late"
         raise ValueError(
-            f"{where}: {why}: pass every document as a sequence of its own, without {packing[0]}."
+            f"{where}: {packing[0]} says that a row holds several documents, or begins late: pass every document as a "
+            f"sequence of its own, without {packing[0]}."
         )
+
+    # A run of real tokens begins at the first token, or after one that is not real.
     begins = real[:, 1:] & ~real[:, :-1]
-    if bool((begins.sum(1) + real[:, 0] > 1).any()):
-        why = "attention_mask has a hole, zeros between two tokens"
-        raise ValueError(f"{where}: {why}: pass zeros only before or after all tokens.")
+    num_runs = begins.sum(1) + real[:, 0]
+    if bool((num_runs > 1).any()):
+        raise ValueError(
+            f"{where}: attention_mask has a hole, zeros between two tokens: pass zeros only before or after all "
+            "tokens."
+        )
     return real
 
 
@@ -280,13 +385,19 @@ def _as_rows(values: Any, where: str, key: str, like: Tensor | None = None) -> T
     rows = as_tensor(values, where, key, "ids [batch, sequence] of equal length")
     if rows.ndim == 1:
         rows = rows.unsqueeze(0)
-    found = f"{where}: {key} has shape {tuple(rows.shape)}"
-    if rows.ndim != 2 or rows.numel() == 0 or rows.is_floating_point() or rows.is_complex():
-        wanted = "integers [batch, sequence] or [sequence], at least one"
-        raise ValueError(f"{found} and dtype {rows.dtype}: pass {wanted}.")
-    if like is not None and rows.shape != like.shape:
-        raise ValueError(f"{found}, input_ids {tuple(like.shape)}: pass one value a token.")
-    return rows if like is None else rows.to(like)
+    is_integer = not (rows.is_floating_point() or rows.is_complex())
+    if rows.ndim != 2 or rows.numel() == 0 or not is_integer:
+        raise ValueError(
+            f"{where}: {key} has shape {tuple(rows.shape)} and dtype {rows.dtype}: pass integers [batch, sequence] or "
+            "[sequence], at least one."
+        )
+    if like is None:
+        return rows
+    if rows.shape != like.shape:
+        raise ValueError(
+            f"{where}: {key} has shape {tuple(rows.shape)}, input_ids {tuple(like.shape)}: pass one value a token."
+        )
+    return rows.to(like)
 
 
 def cut_batches(
@@ -298,11 +409,14 @@ def cut_batches(
 
 
 def pieces(lengths: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """For each piece, the number of its batch and its first and last row; pieces end where their batch ends."""
-    wanted = iter(sizes)
+    """Cut batches of `lengths` sequences into pieces of `sizes`, which add up to them; a piece ends with its batch.
+
+    Yields for each piece the number of its batch, and its first and last sequence (exclusive) there.
+    """
+    remaining = iter(sizes)
     for number, length in enumerate(lengths):
         start = 0
         while start < length:
-            end = start + next(wanted)
+            end = start + next(remaining)
             yield number, start, end
             start = end

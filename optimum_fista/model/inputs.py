@@ -117,7 +117,7 @@ def record_inputs(
             for batch in tqdm(
                 batches, desc="Recording inputs", unit="batch", leave=False, disable=not progress
             ):
-                recorder.record(partial(model, **batch.arguments(model)))
+                recorder.record(partial(batch.run, model))
                 if recorder.first is None or not bool(torch.isfinite(recorder.first).all()):
                     damage = "the inputs of the first decoder layer hold NaN or Inf"
                     raise ValueError(f"{damage}: the embeddings of the model are damaged.")

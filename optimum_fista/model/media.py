@@ -1,13 +1,20 @@
 """Images, video and audio beside the tokens: which arguments of a model hold them, and which sequence each is part of.
 
-A processor puts the patches of all images of a batch one after the other, and pads its sequences. Here each sequence
-becomes a batch of its own, with its own images and without padding, so that batches can be held out and cut later on.
-Placeholder tokens mark in the ids where an image is. They are tokens like others, but no model learns to predict them.
+A processor of Transformers returns, besides `input_ids`, the *values* of images and sounds (`pixel_values`,
+`input_features`) and arguments that describe them (`image_grid_thw`, `image_sizes`, masks). It puts the patches of all
+images of a batch one after the other, and pads its sequences. Here each sequence becomes a batch of its own, with its
+own images and without padding, so that batches can be held out and cut later on.
+
+Placeholder tokens mark in `input_ids` where an image is. They are tokens like others, but no model learns to predict
+them. Arguments *by token* have a value for every token of `input_ids`, such as `token_type_ids`.
+
+`media_arguments` is called once for a model. `model.calibration.read_batches` then calls `MediaArguments.read` for
+every batch of the user.
 """
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -18,10 +25,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 _KINDS = {
     "video": "video|second_per_grid|frames",
-    "audio": "audio|feature|input_values|padding_mask",
+    "audio": "audio|feature|input_values|padding_mask|sample_lengths",
     "image": "",
 }
-"""Kinds of media, and what the names of their arguments hold; all others are of images."""
+"""Kinds of media, and a pattern for the names of their arguments; all names that match none are of images."""
+_VALUES = re.compile(
+    "pixel_values|input_features$|input_values$|flattened_patches|image_patches$|audio_input_ids$"
+)
+"""Arguments that hold the images and sounds themselves; all others describe them."""
 _MAKES_MEDIA = re.compile("pixel|image|video|audio|input_features|input_values|patches")
 _NOT_MEDIA = re.compile(
     "^(self|kwargs|input_ids|attention_mask|position_ids|state|noise|actions)$|embeds$|cache|past_key|coder_|logits|"
@@ -29,6 +40,10 @@ _NOT_MEDIA = re.compile(
 )
 _BY_TOKEN = re.compile("token_type_ids|position_mask|cross_attention_mask|image_attention_mask")
 """Arguments [batch, sequence, ...] with a value for every token."""
+_TYPES_OF_TOKENS = ("token_type_ids", "mm_token_type_ids")
+"""Arguments without which a model runs, but masks or counts the tokens of an image as if they were text."""
+_SETTINGS = re.compile("vision_feature|vision_aspect|interpolate|use_audio|downsample|sample$")
+"""Arguments that no processor returns: settings of the forward pass."""
 
 
 @dataclass(frozen=True)
@@ -36,54 +51,111 @@ class MediaArguments:
     """Arguments of a model for images, video and audio; empty for a model of text."""
 
     names: frozenset[str] = frozenset()
-    placeholders: tuple[
-        tuple[str, int], ...
-    ] = ()  # kinds of media, each with the token id that marks its place
+    # kinds of media (keys of `_KINDS`), each with the token id that marks its place in `input_ids`
+    placeholders: tuple[tuple[str, int], ...] = ()
 
     def read(
         self, item: Mapping[str, Any], ids: Tensor, real: Tensor, where: str
     ) -> list[dict[str, Tensor]]:
-        """Read these arguments of a batch, for each row of `ids` [batch, sequence] without padding (not `real`)."""
+        """Read the media of one batch, and split them into those of each sequence, without its padding.
+
+        `item` is the user's batch, as the model's processor returns it. `ids` are its `input_ids` [batch, sequence],
+        and `real` is False for padding. `where` names the batch in errors, such as "calib_dataloader[3]".
+
+        Returns for each sequence its arguments, [1, sequence, ...] if they are by token. A sequence without an image
+        gets none.
+        """
+        given = {
+            key: self._read_argument(key, item[key], ids, where)
+            for key in item
+            if key in self.names and item[key] is not None
+        }
+        self._require_whole(given, where)
+
         rows: list[dict[str, Tensor]] = [{} for _ in ids]
-        kinds: dict[str, dict[str, Tensor]] = {kind: {} for kind in _KINDS}
-        for key in (key for key in item if key in self.names and item[key] is not None):
-            value = as_tensor(
-                item[key], where, key, "what the model's processor returns with return_tensors='pt'"
-            )
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise ValueError(f"{where}: {key} holds NaN or Inf: pass another image or sound.")
-            by_token = bool(_BY_TOKEN.search(key))
-            if by_token and len(ids) == 1 and value.shape[:1] == ids.shape[1:]:
-                value = value[None]  # [sequence] -> [1, sequence]
-            if not value.ndim or (by_token and value.shape[:2] != ids.shape):
-                shapes = f"has shape {tuple(value.shape)}, input_ids {tuple(ids.shape)}"
-                raise ValueError(
-                    f"{where}: {key} {shapes}: pass what the model's processor returns for these ids."
-                )
-            if by_token:
-                for row, values, kept in zip(rows, value, real, strict=True):
-                    row[key] = values[kept][None]
-            else:
-                kinds[next(kind for kind, words in _KINDS.items() if re.search(words, key))][
-                    key
-                ] = value
-        for kind, values in kinds.items():
-            tokens = sum(
-                (ids == token for name, token in self.placeholders if name == kind),
-                torch.zeros_like(ids),
-            )
-            counts, known = tokens.sum(1).tolist(), kind in dict(self.placeholders)
-            if values and known and not any(counts):
+        by_kind: dict[str, dict[str, Tensor]] = {kind: {} for kind in _KINDS}
+        for key, value in given.items():
+            if not _BY_TOKEN.search(key):
+                by_kind[_kind_of(key)][key] = value
+                continue
+            for row, row_values, row_real in zip(rows, value, real, strict=True):
+                row[key] = row_values[row_real][None]  # [sequence, ...] -> [1, real tokens, ...]
+
+        for kind, values in by_kind.items():
+            counts = self._count_placeholders(kind, ids)
+            is_marked = kind in dict(self.placeholders)
+            if values and is_marked and not any(counts):
                 raise ValueError(
                     f"{where} holds {' and '.join(values)}, but none of its input_ids is the token of {kind}s "
                     f"({dict(self.placeholders)[kind]}): pass both as the model's processor returns them."
                 )
             for row, part in zip(rows, _split(values, counts, where), strict=True):
                 row |= part
-        return [
-            row if any(v.any() or not _BY_TOKEN.search(k) for k, v in row.items()) else {}
-            for row in rows
-        ]
+
+        return [row if _says_something(row) else {} for row in rows]
+
+    def lacking(self, given: Iterable[str]) -> list[str]:
+        """Names of arguments that the model takes for the kinds of media that are `given`, and that are not given."""
+        names = set(given)
+        kinds = {_kind_of(name) for name in names if not _BY_TOKEN.search(name)}
+        return sorted(
+            name
+            for name in self.names - names
+            if _kind_of(name) in kinds and not _SETTINGS.search(name)
+        )
+
+    def _read_argument(self, key: str, value: Any, ids: Tensor, where: str) -> Tensor:
+        """Read one argument of a batch as a tensor, and check its shape against `ids` [batch, sequence]."""
+        tensor = as_tensor(
+            value, where, key, advice="what the model's processor returns with return_tensors='pt'"
+        )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{where}: {key} holds NaN or Inf: pass another image or sound.")
+
+        is_by_token = bool(_BY_TOKEN.search(key))
+        if is_by_token and len(ids) == 1 and tensor.shape[:1] == ids.shape[1:]:
+            tensor = tensor[None]  # [sequence] -> [1, sequence]
+
+        fits = tensor.shape[:2] == ids.shape if is_by_token else tensor.ndim > 0
+        if not fits:
+            raise ValueError(
+                f"{where}: {key} has shape {tuple(tensor.shape)}, input_ids {tuple(ids.shape)}: pass what the model's "
+                "processor returns for these ids."
+            )
+        return tensor
+
+    def _require_whole(self, given: Mapping[str, Tensor], where: str) -> None:
+        """Refuse a batch on which the model would run without seeing its images and sounds, or see them wrongly.
+
+        Other missing arguments end in an error of the model (`CalibrationBatch.run`).
+        """
+        for kind in _KINDS:
+            of_kind = [key for key in given if _kind_of(key) == kind and not _BY_TOKEN.search(key)]
+            values = sorted(
+                name for name in self.names if _VALUES.search(name) and _kind_of(name) == kind
+            )
+            if of_kind and values and not given.keys() & set(values):
+                raise ValueError(
+                    f"{where} holds {' and '.join(of_kind)}, but no {' or '.join(values)}: pass all that the model's "
+                    "processor returns for these ids."
+                )
+
+        values = [key for key in given if _VALUES.search(key)]
+        for name in _TYPES_OF_TOKENS:
+            if values and name in self.names and name not in given:
+                raise ValueError(
+                    f"{where} holds {' and '.join(values)}, but no {name}, by which the model tells tokens of images "
+                    "from those of text: pass all that the model's processor returns for these ids."
+                )
+
+    def _count_placeholders(self, kind: str, ids: Tensor) -> list[int]:
+        """Count the tokens in each row of `ids` [batch, sequence] that mark media of a kind."""
+        marks = torch.zeros_like(ids)
+        for name, token in self.placeholders:
+            if name == kind:
+                marks += ids == token
+        counts: list[int] = marks.sum(1).tolist()
+        return counts
 
 
 TEXT_ONLY = MediaArguments()
@@ -104,80 +176,154 @@ def media_arguments(model: PreTrainedModel) -> MediaArguments:
 def cut_sequence(
     batch: Mapping[str, Tensor], length: int, config: PreTrainedConfig
 ) -> dict[str, Tensor] | None:
-    """Cut a batch of one sequence at `length` tokens; `None` if that cuts tokens of an image, or may do so."""
-    ids, marks = batch["input_ids"], [token for _, token in _placeholders(config)]
-    if ids.shape[1] > length and (
-        not marks or torch.isin(ids[:, length:], torch.tensor(marks)).any()
-    ):
-        return None
-    own = {"input_ids", "attention_mask"}
-    return {k: v[:, :length] if k in own or _BY_TOKEN.search(k) else v for k, v in batch.items()}
+    """Cut a batch of one sequence, as a processor returns it, at `length` tokens.
+
+    Returns `None` if the cut tokens are of an image, or may be, because the configuration names no placeholder token.
+    """
+    ids = batch["input_ids"]
+    if ids.shape[1] > length:
+        marks = [token for _, token in _placeholders(config)]
+        if not marks or torch.isin(ids[:, length:], torch.tensor(marks)).any():
+            return None
+
+    cut = {}
+    for key, value in batch.items():
+        is_by_token = key in ("input_ids", "attention_mask") or _BY_TOKEN.search(key)
+        cut[key] = value[:, :length] if is_by_token else value
+    return cut
 
 
 def targets_of(ids: Tensor, config: PreTrainedConfig) -> Tensor:
     """The tokens to predict: `ids`, with -100 (no loss) in place of those that mark images."""
     marks = [token for _, token in _placeholders(config)]
-    return (
-        ids.masked_fill(torch.isin(ids, torch.tensor(marks, device=ids.device)), -100)
-        if marks
-        else ids
-    )
+    if not marks:
+        return ids
+    return ids.masked_fill(torch.isin(ids, torch.tensor(marks, device=ids.device)), -100)
 
 
 def _placeholders(config: PreTrainedConfig) -> list[tuple[str, int]]:
-    found = (
-        (kind, getattr(config, f"{kind}_token_{word}", None))
-        for kind in _KINDS
-        for word in ("id", "index")
-    )
-    return list(dict.fromkeys((kind, token) for kind, token in found if isinstance(token, int)))
+    """The token ids in a configuration that mark media, each with its kind; no pair twice."""
+    pairs = []
+    for kind in _KINDS:
+        for word in ("id", "index"):
+            token = getattr(config, f"{kind}_token_{word}", None)
+            if isinstance(token, int):
+                pairs.append((kind, token))
+    return list(dict.fromkeys(pairs))
 
 
 def as_tensor(value: Any, where: str, key: str, advice: str) -> Tensor:
-    """Read an argument as a tensor; `advice` says what to pass instead."""
+    """Read an argument of a batch as a tensor that gradients can be computed with.
+
+    `where` and `key` name the argument in errors, such as "calib_dataloader[3]" and "pixel_values"; `advice` says what
+    to pass instead.
+    """
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{where}: {key} can't be read as a tensor ({error}): pass {advice}."
         ) from error
-    return (
-        tensor.clone() if tensor.is_inference() else tensor
-    )  # no gradients with tensors of inference mode
+    # Tensors that were made in inference mode take part in no gradient; their copies do.
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
-def _split(values: Mapping[str, Tensor], counts: list[int], where: str) -> list[dict[str, Tensor]]:
-    """Split the arguments of one kind of media into those of each row, which has `counts` placeholder tokens.
+def _kind_of(name: str) -> str:
+    """The kind of media, a key of `_KINDS`, that an argument is for."""
+    return next(kind for kind, words in _KINDS.items() if re.search(words, name))
 
-    The tokens of an image are in proportion to its patches; without a grid of patches, all images must be alike.
+
+def _says_something(row: Mapping[str, Tensor]) -> bool:
+    """Tell whether the media arguments of a sequence are more than the zeros that mark all tokens as text."""
+    return any(value.any() or not _BY_TOKEN.search(key) for key, value in row.items())
+
+
+def _split(
+    values: Mapping[str, Tensor], counts: Sequence[int], where: str
+) -> list[dict[str, Tensor]]:
+    """Split the arguments of one kind of media into those of each sequence.
+
+    `values` have a row for each image or for each patch, for the images of all sequences in order. `counts` are the
+    placeholder tokens of each sequence.
     """
     if not values or len(counts) == 1:
         return [dict(values) for _ in counts]
-    grid = next(
-        (value for key, value in values.items() if key.endswith(("grid_thw", "grid_hw"))), None
-    )
-    lengths = [len(value) for value in values.values()]
-    patches = [1] * lengths[0] if grid is None else grid.prod(-1).tolist()  # of each image
-    places, total, ends = [0, *accumulate(patches)], sum(counts), list[int | None]()
-    alike = grid is not None or all(
-        v.is_floating_point() or bool((v == v[:1]).all()) for v in values.values()
-    )
-    if len(patches) == len(counts) and (all(counts) or not total):  # one image for each row
-        ends = [*range(1, len(counts) + 1)]
-    elif total and alike:
-        images = {place * total: image for image, place in enumerate(places)}
-        ends = [images.get(tokens * places[-1]) for tokens in accumulate(counts)]
-    bounds = list(pairwise([0, *(end for end in ends if end is not None)]))
-    if len(bounds) < len(counts) or not {*lengths} <= {len(patches), places[-1]}:
-        why = f"which of its {len(counts)} sequences the {' and '.join(values)} belong to can't be told"
-        raise ValueError(f"{where}: {why}: pass one sequence a batch.")
 
-    def part(value: Tensor, start: int, end: int) -> Tensor:
-        return (
-            value[start:end] if len(value) == len(patches) else value[places[start] : places[end]]
+    patches = _patches_of_images(values)
+    first_patches = [0, *accumulate(patches)]  # of each image, and their number in all
+    bounds = _images_of_sequences(counts, patches, is_proportional=_are_alike(values))
+    lengths = {len(value) for value in values.values()}
+    if bounds is None or not lengths <= {len(patches), first_patches[-1]}:
+        raise ValueError(
+            f"{where}: which of its {len(counts)} sequences the {' and '.join(values)} belong to can't be told: pass "
+            "one sequence a batch."
         )
 
-    return [
-        {key: part(v, *ends) for key, v in values.items()} if ends[0] < ends[1] else {}
-        for ends in bounds
-    ]
+    rows: list[dict[str, Tensor]] = []
+    for start, end in bounds:
+        row = {}
+        if start < end:
+            for key, value in values.items():
+                has_images = len(value) == len(patches)  # a row for each image, not for each patch
+                by_patch = slice(first_patches[start], first_patches[end])
+                row[key] = value[start:end] if has_images else value[by_patch]
+        rows.append(row)
+    return rows
+
+
+def _grid_of(values: Mapping[str, Tensor]) -> Tensor | None:
+    """The argument [images, 2 or 3] with the numbers of patches of each image along its axes, if there is one."""
+    for key, value in values.items():
+        if key.endswith(("grid_thw", "grid_hw")):
+            return value
+    return None
+
+
+def _patches_of_images(values: Mapping[str, Tensor]) -> list[int]:
+    """Count the patches of each image; without a grid, each image counts as one."""
+    grid = _grid_of(values)
+    if grid is None:
+        num_images = len(next(iter(values.values())))
+        return [1] * num_images
+    patches: list[int] = grid.prod(-1).tolist()
+    return patches
+
+
+def _are_alike(values: Mapping[str, Tensor]) -> bool:
+    """Tell whether the placeholder tokens of an image are in proportion to its patches.
+
+    They are if there is a grid of patches, or if all images are alike: whatever describes them is the same for all.
+    """
+    if _grid_of(values) is not None:
+        return True
+    return all(
+        value.is_floating_point() or bool((value == value[:1]).all()) for value in values.values()
+    )
+
+
+def _images_of_sequences(
+    counts: Sequence[int], patches: Sequence[int], *, is_proportional: bool
+) -> list[tuple[int, int]] | None:
+    """Find the first and last image (exclusive) of each sequence; `None` if they can't be told.
+
+    `counts` are the placeholder tokens of each sequence, `patches` those of each image. If tokens are in proportion to
+    patches, a sequence ends with the image at which the same share of all tokens and of all patches is reached.
+    """
+    num_tokens = sum(counts)
+    num_patches = sum(patches)
+    one_each = len(patches) == len(counts) and (all(counts) or not num_tokens)
+    if one_each:
+        return list(pairwise(range(len(counts) + 1)))
+    if not num_tokens or not is_proportional:
+        return None
+
+    # tokens / num_tokens = patches / num_patches, without a division
+    images = {
+        patches_before * num_tokens: image
+        for image, patches_before in enumerate([0, *accumulate(patches)])
+    }
+    ends = [images.get(tokens_before * num_patches) for tokens_before in accumulate(counts)]
+    known_ends = [end for end in ends if end is not None]
+    if len(known_ends) < len(ends):
+        return None
+    return list(pairwise([0, *known_ends]))

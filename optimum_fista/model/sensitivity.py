@@ -109,7 +109,7 @@ def measure_sensitivities(
                         watcher.see, with_kwargs=True
                     )
                     handles.enter_context(hook)
-                logits = model(**row.arguments(model)).logits
+                logits = row.run(model).logits
             targets = targets_of(row.input_ids[0, 1:], model.config).to(logits.device)
             # A sum, not a mean: the gradient of a token must not depend on the length of its sequence.
             nn.functional.cross_entropy(logits[0, :-1].float(), targets, reduction="sum").backward()

@@ -55,7 +55,7 @@ def begin(
         {name: o.shape[1] for name, o in plan.all_operators.items()},
     )
     model, media = plan.layers.model, media_arguments(plan.layers.model)
-    given = read_batches(calib_dataloader, *token_limits(model), media)
+    given = read_batches(calib_dataloader, *token_limits(model), media, report.warn)
     measured = [batch for batch in given if batch.held_out]
     batches = hold_out([batch for batch in given if not batch.held_out], plan.config.held_out)
     report.calibration = {"source": source and public_name(source)} | describe_batches(

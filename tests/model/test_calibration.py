@@ -132,6 +132,17 @@ def test_what_says_nothing_new_changes_nothing(other):
     assert torch.equal(batch.attention_mask, plain.attention_mask)
 
 
+def test_keys_that_are_not_read_are_named_once():
+    item = {"input_ids": IDS, "labels": IDS, "idx": IDS[:, 0], "text": ["a", "b", "c"]}
+
+    with pytest.warns(UserWarning, match="are not read") as warned:
+        report = FistaPruner(progress=False).prune(tiny_llama(), [item, item])
+
+    message = "calib_dataloader holds 'idx' and 'text', which are not read"
+    assert [message in str(warning.message) for warning in warned].count(True) == 1
+    assert [message in warning for warning in report.warnings].count(True) == 1
+
+
 def test_sequences_longer_than_the_positions_are_refused():
     with pytest.raises(
         ValueError,

@@ -158,6 +158,66 @@ def test_bad_media_are_refused_by_name(fault):
         read(media_model(family), media_batch(family), media_batch(family) | values)
 
 
+INCOMPLETE = {
+    "patches of images": (
+        "qwen3_vl",
+        "pixel_values",
+        "calib_dataloader\\[0\\] holds image_grid_thw, but no pixel_values: pass all that the model's processor",
+    ),
+    "sounds": (
+        "qwen2_audio",
+        "input_features",
+        "calib_dataloader\\[0\\] holds feature_attention_mask, but no input_features: pass all that",
+    ),
+    "types of tokens": (
+        "gemma3",
+        "token_type_ids",
+        "calib_dataloader\\[0\\] holds pixel_values, but no token_type_ids, .*: pass all that the model's processor",
+    ),
+    "types of tokens of a grid": (
+        "qwen3_vl",
+        "mm_token_type_ids",
+        "calib_dataloader\\[0\\] holds .*, but no mm_token_type_ids, .*: pass all that the model's processor returns",
+    ),
+    "grids": (
+        "qwen3_vl",
+        "image_grid_thw",
+        "Qwen3VLForConditionalGeneration .* lacks image_grid_thw .*: pass all that the model's processor returns",
+    ),
+    "sizes of images": (
+        "mistral3",
+        "image_sizes",
+        "Mistral3ForConditionalGeneration .* lacks image_sizes .*: pass all that the model's processor returns",
+    ),
+    "mask of a sound": (
+        "qwen2_audio",
+        "feature_attention_mask",
+        "Qwen2AudioForConditionalGeneration .* lacks feature_attention_mask .*: pass all that the model's processor",
+    ),
+}
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "fisher"])  # the second needs gradients first
+@pytest.mark.parametrize("missing", INCOMPLETE)
+def test_an_incomplete_batch_is_refused_with_what_it_lacks(missing, allocation):
+    family, key, message = INCOMPLETE[missing]
+    model, batch = media_model(family), media_batch(family)
+    del batch[key]
+
+    pruner = FistaPruner(FistaPruningConfig(allocation=allocation), progress=False)
+    with pytest.raises(ValueError, match=message):
+        prune(pruner, model, [batch])
+
+
+def test_a_mask_that_the_model_can_do_without_may_be_missing():
+    model, batch = media_model("smolvlm"), media_batch("smolvlm")
+    del batch["pixel_attention_mask"]
+
+    report = prune(FistaPruner(progress=False), model, [batch])
+
+    assert report.calibration["media"] == ["pixel_values"]
+
+
 def test_rows_whose_images_cannot_be_told_apart_are_refused():
     batch = media_batch("mistral3", (2, 1))
     batch["image_sizes"] = torch.tensor([[8, 8], [8, 4], [8, 8]])

@@ -109,7 +109,7 @@ def _with_tokens(
                 return None
             ids = torch.tensor([[5, 6, 7, *[VOCAB_SIZE - 1] * count, 8, 9, 10]])
             inputs = form | {"input_ids": ids}
-            for marks in ("mm_token_type_ids", "image_embeds_position_mask"):
+            for marks in ("token_type_ids", "mm_token_type_ids", "image_embeds_position_mask"):
                 if marks in inspect.signature(model.forward).parameters:
                     inputs[marks] = (ids == VOCAB_SIZE - 1).long()
             one, other = (
