@@ -170,7 +170,7 @@ def _items_of(loader: Any) -> Iterable[Any]:
         return loader
     if hasattr(loader, "__len__"):
         return (loader[i] for i in range(len(loader)))
-    return loader  # a data set without a length: Python reads it until an IndexError
+    return iter(loader)  # a data set without a length, which is read until an IndexError
 
 
 def hold_out(batches: Sequence[CalibrationBatch], num_sequences: int) -> list[CalibrationBatch]:

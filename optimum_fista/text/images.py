@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedConfig
 from transformers.image_utils import load_image
 
@@ -58,10 +59,7 @@ def _sequence(processor: Any, text: str, files: Sequence[Path]) -> dict[str, Any
     options: dict[str, Any] = {}
     if not any(mark in text for mark in marks):
         if processor.chat_template:
-            parts = [*({"type": "image"} for _ in files), {"type": "text", "text": text}]
-            text = processor.apply_chat_template(
-                [{"role": "user", "content": parts}], tokenize=False
-            )
+            text = _prompt(processor, text, len(files), marks)
             if processor.tokenizer.bos_token and text.startswith(processor.tokenizer.bos_token):
                 options["add_special_tokens"] = False  # not a second one
         elif files:
@@ -80,3 +78,35 @@ def _sequence(processor: Any, text: str, files: Sequence[Path]) -> dict[str, Any
         raise ValueError(
             f"the model's processor can't read {text[:60]!r} with {shown}: {error}"
         ) from error
+
+
+def _prompt(processor: Any, text: str, num_images: int, marks: Sequence[str]) -> str:
+    """Write a user's turn with images before a text by the chat template of a processor.
+
+    Some templates take the content of a turn as a string only: they fail on a list of parts, or print it. Then the
+    images are written into the string as the first of `marks`, the image tokens of the processor.
+    """
+
+    def write(content: str | list[dict[str, str]]) -> str:
+        """Run the chat template on one turn."""
+        turns = [{"role": "user", "content": content}]
+        prompt: str = processor.apply_chat_template(turns, tokenize=False)
+        return prompt
+
+    parts = [{"type": "image"} for _ in range(num_images)] + [{"type": "text", "text": text}]
+    try:
+        prompt = write(parts)
+    except (TypeError, TemplateError):
+        takes_parts = False
+    else:
+        takes_parts = str(parts) not in prompt
+    if takes_parts:
+        return prompt
+
+    if num_images and not marks:
+        raise ValueError(
+            "the chat template of the model's processor takes only strings, and the processor names no image token: "
+            f"write its image token into every text with an image, also into {text[:60]!r}."
+        )
+    lines = [marks[0] for _ in range(num_images)] + [text]
+    return write("\n".join(lines))
