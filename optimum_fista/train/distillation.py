@@ -1,9 +1,13 @@
 """Distillation: the Trainer of Transformers with the divergence from a teacher as its loss.
 
-This file gives the Trainer its loss and its learning rates. It also changes its checkpoints, so that a killed run
-resumes with the same bits: they hold only trained parameters, and their digests are written last.
+`DistillationTrainer` gives the Trainer its loss and its learning rates (`Schedule`). `Watch`, its callback, decides
+when a *state* is saved, when the training backs off, and when it ends. A state is a checkpoint of the Trainer (a folder
+`checkpoint-STEP` in the *journal*, the folder of the run) from which a killed run resumes with the same bits. It holds
+only trained parameters, and a file with the digests of its files is written last, so that damaged ones are noticed.
+`kept_states` finds the states of an earlier start.
 """
 
+import errno
 import json
 import logging
 import math
@@ -27,6 +31,7 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
@@ -39,160 +44,267 @@ from optimum_fista.folder.atomic import (
     write_file,
     write_record,
 )
+from optimum_fista.memory import size_text
 from optimum_fista.prune.ranks import Ranks
 from optimum_fista.train.divergence import Predictor, divergence, text_loss
 from optimum_fista.train.training import local
 
-_STATE_RECORD = "files.json"  # in the folder of a state: the best step until then, and digests of the state's files
+# In the folder of a state: the best step until then, and digests of the state's files.
+_STATE_RECORD = "files.json"
 _SAVE_SECONDS = 120.0
-# A share of the steps, and steps; at most half of them. The first step of Adam moves every weight by the whole rate.
-_WARM_UP, _LEAST_WARM_UP = 0.05, 10
+# The warm-up is this share of the steps, and at least so many steps, but at most half of them. The first step of Adam
+# moves every weight by the whole rate.
+_WARM_UP = 0.05
+_LEAST_WARM_UP = 10
 _BACK_OFF = 4  # divides the learning rate
 logger = logging.getLogger(__name__)
 
 
 class Schedule:
-    """Shares of the learning rate by step: warm-up and cosine. The scheduler keeps the attributes in a saved state."""
+    """Shares of the learning rate by step: a linear warm-up, then a cosine to zero.
+
+    The scheduler of PyTorch calls it, and keeps its attributes in a saved state. `DistillationTrainer.back_off` changes
+    `began` (the step at which the schedule starts again) and `share` (the largest share).
+    """
 
     def __init__(self, steps: int) -> None:
-        self.steps, self.began, self.share = steps, 0, 1.0
+        self.steps = steps
+        self.began = 0
+        self.share = 1.0
 
     def __call__(self, step: int) -> float:
         """The share at a step, counted from 0."""
-        left, done = self.steps - self.began, step - self.began + 1
-        warm_up = min(max(_LEAST_WARM_UP, round(_WARM_UP * left)), (left + 1) // 2)
-        if done <= warm_up:
-            return self.share * done / warm_up
+        total = self.steps - self.began
+        number = step - self.began + 1
+        half = (total + 1) // 2
+        warm_up = min(max(_LEAST_WARM_UP, round(_WARM_UP * total)), half)
+        if number <= warm_up:
+            return self.share * number / warm_up
+
         # zero is the share of the step after the last one, for which the scheduler asks too: no step is wasted
-        return self.share * (1 + math.cos(math.pi * (done - warm_up) / (left + 1 - warm_up))) / 2
+        angle = math.pi * (number - warm_up) / (total + 1 - warm_up)
+        return self.share * (1 + math.cos(angle)) / 2
 
 
 class DistillationTrainer(Trainer):
     """The Trainer with `divergence` as its loss; evaluation gives the cross-entropy of the held-out text.
 
     Checkpoints hold the trained parameters, under their names in memory, which may differ from those in model files.
+
+    Args:
+        model: The student in float32; gradients are on for the parameters to train (`mark_trained`).
+        teacher: The dense model, on the device of the training.
+        kept_tokens: The teacher's token for each of the student's, int64; `None`: both have the same tokens.
+        label_share: Share of the text's cross-entropy in the loss.
+        steps: Updates of the weights.
+        read_start: Reads the student's parameters before the training, by name, for `back_off`.
+        arguments: Of the Trainer.
+        trained_on: Token ids [sequences, length].
+        held_out: Token ids [sequences, length] that only measure the loss.
+        callbacks: Of the Trainer.
     """
 
     def __init__(
         self,
+        *,
         model: PreTrainedModel,
         teacher: PreTrainedModel,
-        kept: Tensor | None,
+        kept_tokens: Tensor | None,
         label_share: float,
         steps: int,
-        start: Callable[[], Mapping[str, Tensor]],
+        read_start: Callable[[], Mapping[str, Tensor]],
         arguments: TrainingArguments,
         trained_on: Tensor,
         held_out: Tensor,
         callbacks: list[TrainerCallback],
     ) -> None:
-        texts: Any = [[{"input_ids": row} for row in windows] for windows in (trained_on, held_out)]
         self._trained = [
             name for name, parameter in model.named_parameters() if parameter.requires_grad
         ]
         super().__init__(
-            model, arguments, train_dataset=texts[0], eval_dataset=texts[1], callbacks=callbacks
+            model,
+            arguments,
+            train_dataset=_dataset(trained_on),
+            eval_dataset=_dataset(held_out),
+            callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
             raise ValueError(
                 "recover does not know the weights that DeepSpeed and FSDP1 keep: pass --fsdp_version 2."
             )
-        sharded = bool(
-            self.is_fsdp_enabled
-        )  # then the head is whole only inside a call of the wrapper
-        teacher = fsdp2_prepare_model(self.accelerator, teacher) if sharded else teacher
-        self._student, self._teacher = (
-            Predictor(model, whole=sharded),
-            Predictor(teacher, kept, whole=sharded),
-        )
-        self._label_share, self._start, self.schedule = label_share, start, Schedule(steps)
+
+        is_sharded = bool(self.is_fsdp_enabled)
+        if is_sharded:
+            teacher = fsdp2_prepare_model(self.accelerator, teacher)
+        # The head of a sharded model is whole only inside a call of the whole model, which then is not cut.
+        self._student = Predictor(model, whole=is_sharded)
+        self._teacher = Predictor(teacher, kept_tokens, whole=is_sharded)
+        self._label_share = label_share
+        self._read_start = read_start
+        self.schedule = Schedule(steps)
 
     def create_scheduler(self, *_: Any, **__: Any) -> LambdaLR:
-        """Make the scheduler; a checkpoint brings the attributes of the schedule."""
+        """Make the scheduler of the learning rate; a checkpoint that is loaded brings the attributes of `schedule`."""
         self.lr_scheduler = scheduler = LambdaLR(cast(Any, self.optimizer), self.schedule)
         return scheduler
 
     def back_off(self) -> None:
-        """Go on from the weights before the training, with a quarter of the learning rate."""
-        model, optimizer, scheduler = cast(Any, (self.model, self.optimizer, self.lr_scheduler))
-        parameters, start = dict(model.named_parameters()), self._start()
+        """Go on from the weights before the training, with a quarter of the learning rate and a new warm-up.
+
+        Changes the trained parameters, the moments of the optimizer (to zero), its rates, and `schedule`.
+        """
+        model: Any = self.model
+        optimizer: Any = self.optimizer
+        scheduler: Any = self.lr_scheduler
+
+        parameters = dict(model.named_parameters())
+        start = self._read_start()
         for name in self._trained:
-            value, parameter = start[name], parameters[name]
+            value = start[name]
+            parameter = parameters[name]
             if isinstance(parameter, DTensor):  # every process has the whole value: none is sent
                 value = distribute_tensor(
                     value, parameter.device_mesh, parameter.placements, src_data_rank=None
                 )
             local(parameter.data).copy_(local(value))
+
         for moments in optimizer.state.values():
             for value in moments.values():
                 value.zero_()
-        self.schedule.began, self.schedule.share = (
-            scheduler.last_epoch,
-            self.schedule.share / _BACK_OFF,
-        )
+
+        self.schedule.began = scheduler.last_epoch
+        self.schedule.share /= _BACK_OFF
         for group, rate in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
             group["lr"] = rate * self.schedule(scheduler.last_epoch)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
-        """The divergence from the teacher and the text."""
+        """The divergence from the teacher and the text; the Trainer calls it with the student as it is wrapped."""
         return divergence(
-            self._student, self._teacher, inputs["input_ids"], self._label_share, model
+            self._student,
+            self._teacher,
+            inputs["input_ids"],
+            label_share=self._label_share,
+            wrapped=model,
         )
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any
     ) -> tuple[Tensor, None, None]:
-        """The mean negative log-likelihood of a token of held-out sequences."""
+        """The mean negative log-likelihood of a token of held-out sequences; the Trainer calls it."""
         ids = self._prepare_inputs(inputs)["input_ids"]
         with torch.no_grad():
             loss = text_loss(self._student, ids, model)
         return loss.nan_to_num(math.inf, math.inf), None, None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save a state; with FSDP2 its folder would come too late to count as that of the best weights."""
+        """Save the trained parameters of a state into its folder, which is made first.
+
+        With FSDP2 the Trainer would make the folder too late for it to count as that of the best weights.
+        """
         Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
         super().save_model(output_dir, _internal_call)
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
     ) -> None:
-        if self.args.should_save:
-            model: Any = self.model
-            found = state_dict or model.state_dict()
-            file = Path(str(output_dir)) / "model.safetensors"
-            write_file(file, {name: found[name].contiguous() for name in self._trained})
+        """Write the trained parameters into the folder of a state, in the process that saves; the Trainer calls it."""
+        if not self.args.should_save:
+            return
+        model: Any = self.model
+        tensors = state_dict or model.state_dict()
+        trained = {name: tensors[name].contiguous() for name in self._trained}
+        write_file(Path(str(output_dir)) / "model.safetensors", trained)
 
     def _save_checkpoint(self, *given: Any) -> None:
-        with errors_of_writing(Path(str(self.args.output_dir))):
+        """Save a state; a full disk is one error that says how much a state takes. The Trainer calls it."""
+        model: Any = self.model
+        journal = Path(str(self.args.output_dir))
+        num_bytes = sum(
+            parameter.numel() * parameter.element_size()
+            for name, parameter in model.named_parameters()
+            if name in self._trained
+        )
+        unfinished_state = journal / f"checkpoint-{self.state.global_step}"
+        with explaining_full_disk(
+            journal, "a state of the training", 3 * num_bytes, discard=unfinished_state
+        ):
             super()._save_checkpoint(*given)
 
     def _issue_warnings_after_load(self, _: Any) -> None:
         """Give no warning: a checkpoint holds only the trained parameters on purpose."""
 
 
+def _dataset(windows: Tensor) -> Any:
+    """Token ids [sequences, length] as the Trainer takes them: a dictionary for each sequence."""
+    return [{"input_ids": row} for row in windows]
+
+
+@contextmanager
+def explaining_full_disk(
+    folder: Path, subject: str, num_bytes: int, *, discard: Path
+) -> Iterator[None]:
+    """Turn what a full disk raises inside into one OSError that says what to do.
+
+    The half-written folder `discard` is deleted, so that its space is free again. Other errors of writing become an
+    OSError that names the file.
+
+    Args:
+        folder: On the disk that is written to.
+        subject: What is written, for the message, such as "a state of the training".
+        num_bytes: That it takes.
+        discard: What is incomplete after an error.
+    """
+    try:
+        with errors_of_writing(folder):
+            yield
+    except OSError as error:
+        # `torch.save` does not say why it can't write, so the free space decides
+        is_full = error.errno == errno.ENOSPC or shutil.disk_usage(folder).free < num_bytes
+        if not is_full:
+            raise
+        shutil.rmtree(discard, ignore_errors=True)
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk is full: {subject} takes about {size_text(num_bytes)}, and "
+            f"{size_text(shutil.disk_usage(folder).free)} are free. What was saved before is still there: free some "
+            "space, and start again with the same settings to resume",
+            str(folder),
+        ) from error
+
+
 class Watch(TrainerCallback):
     """Shows a training, saves its state every two minutes, backs off if the loss rises, and ends it early if asked.
 
-    Weights only count as the best if their loss is smaller than that before the training.
+    Weights only count as the best if their loss is smaller than that before the training. The Trainer calls the methods
+    `on_...` with its arguments, its state and its control; what they set in the control, it does next.
+
+    Attributes:
+        back_off: `DistillationTrainer.back_off` of the trainer, which is set after the trainer is made.
+        stopped: Whether Ctrl-C was pressed in some process, and so all are stopped.
     """
 
     def __init__(self, ranks: Ranks, progress: bool, check: int) -> None:
         """`check` is a step after which the held-out loss is measured, besides those of the Trainer's arguments."""
-        self.back_off: Callable[[], None] = lambda: (
-            None
-        )  # of the trainer, which is made with its callbacks
+        self.back_off: Callable[[], None] = lambda: None
+        self.stopped = False
+        self._asked = False  # by Ctrl-C in this process
         self._check = check
-        self.stopped = self._asked = False  # by Ctrl-C: in some process, and so in all; in this one
-        self._ranks, self._progress = ranks, progress and not ranks.index
-        self._began = self._saved = time.perf_counter()
+        self._ranks = ranks
+        self._progress = progress and ranks.index == 0
+        self._began = time.perf_counter()
+        self._saved = self._began
         self._bar: Any = None
 
     @contextmanager
     def stopping_at_a_step(self) -> Iterator[None]:
-        """Inside, the first Ctrl-C ends the training after the current step; a second one ends it at once."""
+        """Inside, the first Ctrl-C ends the training after the current step; a second one ends it at once.
+
+        Replaces Python's own handler of the signal until the block ends; another handler is the caller's, and stays.
+        """
 
         def stop(*_: object) -> None:
+            """Note the first Ctrl-C, and raise at the second one."""
             if self._asked:
                 raise KeyboardInterrupt
             self._asked = True
@@ -201,82 +313,121 @@ class Watch(TrainerCallback):
             )
 
         handler = signal.getsignal(signal.SIGINT)
-        ours = (
-            threading.current_thread() is threading.main_thread()
-            and handler is signal.default_int_handler
-        )
-        if ours:  # another handler is the caller's
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        can_replace = is_main_thread and handler is signal.default_int_handler
+        if can_replace:
             signal.signal(signal.SIGINT, stop)
         try:
             yield
         finally:
-            if ours:
+            if can_replace:
                 signal.signal(signal.SIGINT, handler)
 
-    def on_train_begin(self, *given: Any, **_: Any) -> None:
-        """Continue the count of seconds of earlier starts, and find their best state in the journal."""
-        arguments, state = given[:2]
-        before = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Continue the count of seconds of earlier starts, find their best state in the journal, and show the bar.
+
+        Sets `state.best_model_checkpoint`, because the journal may have been moved since the state was written.
+        """
+        seconds_before = max(
+            (entry.get("seconds", 0.0) for entry in state.log_history), default=0.0
+        )
         if state.best_global_step:
-            state.best_model_checkpoint = (
-                f"{arguments.output_dir}/checkpoint-{state.best_global_step}"
-            )
-        self._began, self._saved = time.perf_counter() - before, time.perf_counter()
-        shown: dict[str, Any] = {
-            "initial": state.global_step,
-            "unit": "step",
-            "disable": not self._progress,
-        }
-        self._bar = tqdm(total=state.max_steps, desc="Training", **shown)
+            state.best_model_checkpoint = f"{args.output_dir}/checkpoint-{state.best_global_step}"
 
-    def on_step_end(self, *given: Any, **_: Any) -> None:
-        """Save a state or stop the training, in all processes at once; rank 0's clock decides."""
+        now = time.perf_counter()
+        self._began = now - seconds_before
+        self._saved = now
+        self._bar = tqdm(
+            total=state.max_steps,
+            desc="Training",
+            initial=state.global_step,
+            unit="step",
+            disable=not self._progress,
+        )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Ask for a saved state, an evaluation or the end of the training, in all processes at once.
+
+        Rank 0's clock decides when a state is saved.
+        """
         self._bar.update()
-        late = time.perf_counter() - self._saved > _SAVE_SECONDS
-        found = self._ranks.gather((late, self._asked))
-        self.stopped = any(stopped for _, stopped in found)
-        given[2].should_save |= found[0][0]
-        given[2].should_evaluate |= given[1].global_step == self._check
-        given[2].should_training_stop |= self.stopped
+        is_due = time.perf_counter() - self._saved > _SAVE_SECONDS
+        of_all_ranks = self._ranks.gather((is_due, self._asked))
+        is_due_in_rank_0 = of_all_ranks[0][0]
+        self.stopped = any(asked for _, asked in of_all_ranks)
 
-    def on_epoch_end(self, *given: Any, **_: Any) -> None:
-        """Save the last state if the training was stopped; earlier, an evaluation might cancel the save."""
-        given[2].should_save |= self.stopped
+        control.should_save |= is_due_in_rank_0
+        control.should_evaluate |= state.global_step == self._check
+        control.should_training_stop |= self.stopped
 
-    def on_save(self, *given: Any, **_: Any) -> None:
-        """Finish the state once all processes have written their files of it."""
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Ask for the last state if the training was stopped; earlier, an evaluation might cancel the save."""
+        control.should_save |= self.stopped
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Finish the state that was written, after all processes have written their files of it."""
         self._ranks.gather(None)
-        self._ranks.first(lambda: _finish_state(Path(given[0].output_dir), given[1]))
+        self._ranks.first(lambda: _finish_state(Path(str(args.output_dir)), state))
         self._saved = time.perf_counter()
 
-    def on_log(self, *given: Any, **_: Any) -> None:
-        """Add the seconds of training to what is kept of it."""
-        given[1].log_history[-1]["seconds"] = round(time.perf_counter() - self._began, 1)
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Add the seconds of training to the last entry of the Trainer's history."""
+        state.log_history[-1]["seconds"] = round(time.perf_counter() - self._began, 1)
 
-    def on_evaluate(self, *given: Any, **named: Any) -> None:
-        """Say the held-out loss; back off if it is larger than before the training, or not finite."""
-        state, loss = given[1], named["metrics"]["eval_loss"]
-        if self._bar is None:  # after the training: the caller compares
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float],
+        **_: Any,
+    ) -> None:
+        """Say the held-out loss; back off if it is larger than before the training, or not finite.
+
+        The loss before the training is noted as the best one of the state.
+        """
+        loss = metrics["eval_loss"]
+        is_after_training = self._bar is None
+        if is_after_training:  # the caller compares
             return
+
         self._bar.set_postfix({"held-out loss": f"{loss:.4f}"})
         logger.info(
             "held-out loss %.4f after step %d of %d", loss, state.global_step, state.max_steps
         )
-        if not state.global_step:
+        if state.global_step == 0:
             state.best_metric = loss
             if not math.isfinite(loss):
                 raise ValueError(
                     f"the pruned model's held-out loss is {loss}: look for NaN in its weights."
                 )
-        before = next(row["eval_loss"] for row in state.log_history if "eval_loss" in row)
-        if not loss <= before and state.global_step < state.max_steps:
-            step = f"held-out loss {loss:.4f} after step {state.global_step}, {before:.4f} before the training"
+
+        losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
+        loss_before = losses[0]
+        is_worse = not loss <= loss_before  # NaN is worse, too
+        if is_worse and state.global_step < state.max_steps:
             logger.warning(
-                "%s: back to the weights before, with a quarter of the learning rate", step
+                "held-out loss %.4f after step %d, %.4f before the training: "
+                "back to the weights before, with a quarter of the learning rate",
+                loss,
+                state.global_step,
+                loss_before,
             )
             self.back_off()
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Take the bar away, also after an error."""
         if self._bar is not None:
             self._bar.close()
@@ -284,36 +435,53 @@ class Watch(TrainerCallback):
 
 
 def _finish_state(journal: Path, state: TrainerState) -> None:
-    """Write the digests of a state's files last, and only then remove the states that it replaces."""
-    best, folder = state.best_global_step, journal / f"checkpoint-{state.global_step}"
-    file = folder / "trainer_state.json"
-    write_file(
-        file, json.dumps(json.loads(file.read_text()) | {"best_model_checkpoint": None})
-    )  # folders may be moved
-    files = [
-        file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != _STATE_RECORD
-    ]
-    digests = {file.relative_to(folder).as_posix(): digest_of(file) for file in files}
-    write_record(folder / _STATE_RECORD, {"best": best, "files": digests})
-    for other in {*journal.glob("checkpoint-*")} - {folder, journal / f"checkpoint-{best}"}:
-        (other / _STATE_RECORD).unlink(missing_ok=True)  # first: what is left of it is no state
-        shutil.rmtree(other, ignore_errors=True)
+    """Write the digests of a state's files, and only then delete the states that it replaces.
+
+    In the journal stay this state and the best one until now.
+    """
+    folder = journal / f"checkpoint-{state.global_step}"
+    best_folder = journal / f"checkpoint-{state.best_global_step}"
+
+    # A path of the best state would be wrong after the folder was moved: `Watch.on_train_begin` finds it by its number.
+    state_file = folder / "trainer_state.json"
+    values = json.loads(state_file.read_text()) | {"best_model_checkpoint": None}
+    write_file(state_file, json.dumps(values))
+
+    digests = {
+        file.relative_to(folder).as_posix(): digest_of(file)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != _STATE_RECORD
+    }
+    write_record(folder / _STATE_RECORD, {"best": state.best_global_step, "files": digests})
+
+    for replaced in {*journal.glob("checkpoint-*")} - {folder, best_folder}:
+        (replaced / _STATE_RECORD).unlink(missing_ok=True)  # first: without it the rest is no state
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def kept_states(journal: Path) -> dict[int, Path]:
-    """States from which an unfinished training can resume, by the number of steps done; incomplete ones are deleted."""
-    found, best = {}, {}
+    """Find the states from which an unfinished training can resume, by the number of steps done.
+
+    A state counts if its files are as they were written, and so are those of the best state until then. The folders of
+    all others are deleted.
+    """
+    whole: dict[int, Path] = {}
+    best_steps: dict[int, int | None] = {}
     for folder in journal.glob("checkpoint-*"):
         record = read_record(folder / _STATE_RECORD)
-        if record is not None and all(
-            is_whole(folder / name, digest) for name, digest in record["files"].items()
-        ):
+        if record is None:
+            continue
+        if all(is_whole(folder / name, digest) for name, digest in record["files"].items()):
             step = int(folder.name.rpartition("-")[2])
-            found[step], best[step] = folder.resolve(), record["best"]
-    found = {
-        step: folder for step, folder in found.items() if not best[step] or best[step] in found
+            whole[step] = folder.resolve()
+            best_steps[step] = record["best"]
+
+    states = {
+        step: folder
+        for step, folder in whole.items()
+        if not best_steps[step] or best_steps[step] in whole
     }
     for folder in journal.glob("checkpoint-*"):
-        if folder.resolve() not in found.values():
+        if folder.resolve() not in states.values():
             shutil.rmtree(folder)
-    return found
+    return states

@@ -1,6 +1,8 @@
 """Divergence: the distance of a model's predictions from a teacher's and from the text, and its gradient.
 
-Only a few positions have logits at a time, because with a large vocabulary logits take more memory than the model.
+With a large vocabulary, logits take more memory than the model. So a model is cut before its head (`Predictor`): the
+hidden states of all positions are computed at once, and their logits for a few positions (a chunk) at a time.
+`divergence` is the loss of a training, and `text_loss` that of an evaluation.
 """
 
 from collections.abc import Iterator
@@ -16,130 +18,160 @@ from transformers.utils import ModelOutput
 
 LOGITS_PER_CHUNK = 2**25  # that the loss has at a time: 134 MB in float32, several times
 _POSITIONS_ON_CPU = 16  # of them: as many as the caches of a CPU hold
-_ROUNDING = 0.02  # of a product in bfloat16 by another algorithm
+_ROUNDING = 0.02  # of a product in bfloat16 by another algorithm, as a share of the largest logit
 
 
 class Predictor:
     """A causal language model that is cut before its head, so that only a few positions have logits at a time.
 
-    `logits` is all that the model does after its base model: head, bias, scale, soft-capping. If this gives other
-    logits for a few tokens, the model can't be cut; then whole logits take the place of hidden states.
+    `hidden_states` runs the base model, the part before the head. `logits` is all that the model does after it: head,
+    bias, scale, soft-capping. If this gives other logits for a few tokens, the model can't be cut; then the "hidden
+    states" are the whole logits, and `logits` returns them as they are.
     """
 
     def __init__(
-        self, model: PreTrainedModel, kept: Tensor | None = None, *, whole: bool = False
+        self, model: PreTrainedModel, kept_tokens: Tensor | None = None, *, whole: bool = False
     ) -> None:
-        """`kept` are the tokens [vocabulary of the student] that a student has of this model's; `whole`: don't cut."""
-        self._model, self._base, self._output = model, model.get_decoder(), None
-        self._kept = None if kept is None else kept.to(model.device)
-        if not whole:
-            with (
-                suppress(Exception),
-                torch.no_grad(),
-            ):  # code of other people: whatever fails, it can't be cut
-                self._output = self._output_if_cut(torch.arange(4, device=model.device)[None])
+        """Run the model on four tokens to find out if it can be cut, unless it has to stay `whole`.
 
-    def _output_if_cut(self, ids: Tensor) -> type[ModelOutput] | None:
-        expected = self.hidden_states(ids)[1:3]
-        self._output = type(self._base(input_ids=ids, use_cache=False))
+        `kept_tokens`, int64 [vocabulary of the student], are the tokens of this model that a student with fewer tokens
+        has. Then token ids are the student's, and logits are those of its tokens.
+        """
+        self._model = model
+        self._base = model.get_decoder()
+        self._kept_tokens = None if kept_tokens is None else kept_tokens.to(model.device)
+        # The class of the base model's output; `None` if the model is not cut.
+        self._output_class: type[ModelOutput] | None = None
+        if whole:
+            return
+        # A model may be code of other people: whatever fails there, it can't be cut.
+        with suppress(Exception), torch.no_grad():
+            ids = torch.arange(4, device=model.device)[None]
+            self._output_class = self._output_class_if_cut(ids)
+
+    def _output_class_if_cut(self, ids: Tensor) -> type[ModelOutput] | None:
+        """The class of the base model's output, or `None` if cutting the model changes the logits of `ids` [1, length].
+
+        `hidden_states` and `logits` are tried as they are for a model that is cut; afterwards it is not cut.
+        """
+        expected = self.hidden_states(ids)[1:3]  # not cut: logits
+        output_class = type(self._base(input_ids=ids, use_cache=False))
+
+        self._output_class = output_class
         try:
             difference = self.logits(self.hidden_states(ids)[1:3]) - expected
-            same = difference.abs().max() <= _ROUNDING * expected.abs().max()
-            return self._output if same else None
         finally:
-            self._output = None
+            self._output_class = None
+        is_same = difference.abs().max() <= _ROUNDING * expected.abs().max()
+        return output_class if is_same else None
 
     def hidden_states(self, ids: Tensor, wrapped: Any = None) -> Tensor:
-        """What enters the head at all tokens of `ids` [batch, length] but the last: [batch * (length - 1), hidden].
+        """The hidden states that enter the head at all tokens of `ids` [batch, length] but the last.
 
-        `wrapped` is the model in a wrapper that has to be called, such as that of several processes.
+        Returns [batch * (length - 1), hidden]. `wrapped` is the model in a wrapper that has to be called instead of it,
+        such as that of several processes.
         """
-        found: list[Tensor] = []
+        states: list[Tensor] = []
 
         def keep(_: Any, __: Any, output: Any) -> Any:
-            found.append(output.last_hidden_state)
-            return type(output)(
-                last_hidden_state=output.last_hidden_state[:, :1]
-            )  # logits of one token
+            """Hook of the base model: keep all hidden states, and let the head compute logits for one token."""
+            states.append(output.last_hidden_state)
+            return type(output)(last_hidden_state=output.last_hidden_state[:, :1])
 
-        ids = ids if self._kept is None else self._kept[ids]
-        with self._base.register_forward_hook(keep) if self._output else nullcontext():
-            logits = (wrapped or self._model)(input_ids=ids, use_cache=False).logits
-        return (found[0] if found else logits)[:, :-1].flatten(0, 1)
+        own_ids = ids if self._kept_tokens is None else self._kept_tokens[ids]
+        is_cut = self._output_class is not None
+        with self._base.register_forward_hook(keep) if is_cut else nullcontext():
+            logits = (wrapped or self._model)(input_ids=own_ids, use_cache=False).logits
+        all_states = states[0] if states else logits
+        return all_states[:, :-1].flatten(0, 1)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [positions, vocabulary] for hidden states [positions, hidden]."""
-        if self._output:
-            output, ids = (
-                self._output(last_hidden_state=hidden[None]),
-                torch.zeros(1, len(hidden)).long(),
-            )
+        """Logits [positions, vocabulary] for hidden states [positions, hidden].
+
+        For the time of the call, the base model returns `hidden` as its output, so that the model runs its head alone.
+        """
+        if self._output_class is not None:
+            output = self._output_class(last_hidden_state=hidden[None])
+            any_ids = torch.zeros(1, len(hidden)).long().to(hidden.device)
             with patch.object(self._base, "forward", lambda *_, **__: output):
-                hidden = self._model.forward(
-                    input_ids=ids.to(hidden.device), use_cache=False
-                ).logits[0]
-        return hidden if self._kept is None else hidden[:, self._kept]
+                hidden = self._model.forward(input_ids=any_ids, use_cache=False).logits[0]
+        return hidden if self._kept_tokens is None else hidden[:, self._kept_tokens]
 
     def chunks(self, positions: int) -> Iterator[slice]:
-        """Divide positions into parts that have logits at the same time."""
+        """Divide positions into chunks that have logits at the same time."""
         vocabulary = self._model.config.get_text_config(decoder=True).vocab_size
         size = max(_POSITIONS_ON_CPU, LOGITS_PER_CHUNK // vocabulary)
         return (slice(start, start + size) for start in range(0, positions, size))
 
 
 class _Divergence(torch.autograd.Function):
+    """The divergence as a function of the student's hidden states, whose gradient is computed with the value."""
+
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
-        wanted: Tensor,
+        teachers_hidden: Tensor,
         student: Predictor,
         teacher: Predictor,
         labels: Tensor,
         share: float,
     ) -> Tensor:
-        gradient, total = (
-            torch.empty_like(hidden),
-            torch.zeros((), dtype=torch.float32, device=hidden.device),
-        )
+        """Mean over positions; saves the gradient by `hidden` for `backward`.
+
+        `hidden` [positions, hidden] and `teachers_hidden` come from `Predictor.hidden_states`, `labels` [positions] are
+        the tokens that follow in the text, and `share` is their share of the loss.
+        """
+        gradient = torch.empty_like(hidden)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for rows in student.chunks(len(hidden)):
             part = hidden[rows].detach().requires_grad_()
             with torch.enable_grad():
                 logits = student.logits(part)
             loss, slope = _loss_and_slope(
-                logits.detach(), teacher.logits(wanted[rows]), labels[rows], share
+                logits.detach(), teacher.logits(teachers_hidden[rows]), labels[rows], share
             )
             total += loss
-            gradient[rows] = torch.autograd.grad(logits, part, slope.div_(len(hidden)))[0]
+            slope.div_(len(hidden))  # of the mean
+            gradient[rows] = torch.autograd.grad(logits, part, slope)[0]
         ctx.save_for_backward(gradient)
         return total / len(hidden)
 
     @staticmethod
     def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        return ctx.saved_tensors[0] * outward[0], None, None, None, None, None
+        """Scale the gradient that `forward` saved by that of the loss; the other inputs have none."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * outward[0], None, None, None, None, None
 
 
 def _loss_and_slope(
-    logits: Tensor, teacher: Tensor, labels: Tensor, label_share: float
+    logits: Tensor, teachers_logits: Tensor, labels: Tensor, label_share: float
 ) -> tuple[Tensor, Tensor]:
-    """The sum of the divergence over positions, and its gradient by the logits [positions, vocabulary]."""
-    slopes, total = (
-        torch.empty_like(logits),
-        torch.zeros((), dtype=torch.float32, device=logits.device),
-    )
+    """The sum of the divergence over positions, and its gradient by the logits [positions, vocabulary].
+
+    With p of the teacher, q of the student and s = `label_share`, the loss of a position is
+    (1 - s) sum_i p_i (log p_i - log q_i) - s log q_label. Logits may have any dtype; sums are float32, and the gradient
+    has the dtype of `logits`.
+    """
+    slopes = torch.empty_like(logits)
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
     size = _POSITIONS_ON_CPU if logits.device.type == "cpu" else len(logits)
     for start in range(0, len(logits), size):
         rows = slice(start, start + size)
-        log_q, log_p = (
-            values[rows].float().log_softmax(-1) for values in (logits, teacher)
-        )  # [chunk, vocabulary]
-        q, p, following = log_q.exp(), log_p.exp(), labels[rows, None]
-        total += (1 - label_share) * log_p.sub_(log_q).mul_(p).sum()
-        if label_share:  # the label may be of no probability
+        log_q = logits[rows].float().log_softmax(-1)  # [chunk, vocabulary]
+        log_p = teachers_logits[rows].float().log_softmax(-1)
+        q = log_q.exp()
+        p = log_p.exp()
+        following = labels[rows, None]  # [chunk, 1]
+
+        total += (1 - label_share) * log_p.sub_(log_q).mul_(p).sum()  # log_p is overwritten
+        if label_share:  # otherwise 0 times infinity if the label has no probability
             total -= label_share * log_q.gather(1, following).sum()
+
         # d/d logits = q - (1 - s) p - s [label]: sum p = 1, so that KL and cross-entropy share the q
-        slope = q.sub_(p, alpha=1 - label_share)
-        slopes[rows] = slope.scatter_add_(1, following, torch.full_like(slope[:, :1], -label_share))
+        slope = q.sub_(p, alpha=1 - label_share)  # in the memory of q
+        at_label = torch.full_like(slope[:, :1], -label_share)
+        slopes[rows] = slope.scatter_add_(1, following, at_label)
     return total, slopes
 
 
@@ -154,28 +186,32 @@ def divergence(
 
     The distance is `(1 - s) KL(p || q) - s log q(label)`, with `p` of the teacher, `q` of the student, `label` the
     token that follows in the text, and `s = label_share`. The gradient by hidden states is computed with the value, a
-    few positions at a time. The head gets no gradient. `ids` [batch, length] are the student's.
+    few positions at a time. The head gets no gradient.
+
+    Args:
+        student: The model that is trained; the result has a gradient by its parameters before the head.
+        teacher: The model to imitate, which gets no gradient.
+        ids: Token ids of the student, [batch, length].
+        label_share: Share of the text's own cross-entropy, in [0, 1].
+        wrapped: The student in a wrapper that has to be called, as in `Predictor.hidden_states`.
     """
     with torch.no_grad():
-        wanted = teacher.hidden_states(ids)
-    given = (
-        student.hidden_states(ids, wrapped),
-        wanted,
-        student,
-        teacher,
-        ids[:, 1:].flatten(),
-        label_share,
-    )
-    found: Tensor = _Divergence.apply(*given)
-    return found
+        teachers_hidden = teacher.hidden_states(ids)
+    hidden = student.hidden_states(ids, wrapped)
+    labels = ids[:, 1:].flatten()
+    loss: Tensor = _Divergence.apply(hidden, teachers_hidden, student, teacher, labels, label_share)
+    return loss
 
 
 def text_loss(student: Predictor, ids: Tensor, wrapped: Any = None) -> Tensor:
-    """The mean negative log-likelihood of the tokens that `ids` [batch, length] predict."""
-    hidden, labels = student.hidden_states(ids, wrapped), ids[:, 1:].flatten()
-    parts = (
-        (student.logits(hidden[rows]).float(), labels[rows]) for rows in student.chunks(len(labels))
-    )
-    return torch.stack([cross_entropy(*part, reduction="sum") for part in parts]).sum() / len(
-        labels
-    )
+    """The mean negative log-likelihood of the tokens that `ids` [batch, length] predict.
+
+    `wrapped` is the student in a wrapper that has to be called, as in `Predictor.hidden_states`.
+    """
+    hidden = student.hidden_states(ids, wrapped)
+    labels = ids[:, 1:].flatten()
+    sums = [
+        cross_entropy(student.logits(hidden[rows]).float(), labels[rows], reduction="sum")
+        for rows in student.chunks(len(labels))
+    ]
+    return torch.stack(sums).sum() / len(labels)

@@ -1,8 +1,13 @@
 """Recovery: train the weights that a pruned model kept, so that it predicts as the dense model does.
 
 Other methods fit only the text after pruning, or train adapters that fill the zeros when they are merged. Here the
-dense model is the teacher, and all kept weights are trained under their masks. On the held-out text, the result is
-never worse than before. This needs memory for both models, and for gradients and two moments in float32.
+dense model is the *teacher*, and all kept weights of the pruned model, the *student*, are trained under their masks. On
+the held-out text, the result is never worse than before. This needs memory for both models, and for gradients and two
+moments in float32.
+
+`recover` makes a plan (`recovery_plan`), draws the text as windows (sequences of tokens), trains (`distillation`), and
+writes the result. Until then, everything is in an *unfinished folder* beside the output (`folder.output`), whose
+subfolder `journal` has the states of the training from which a later call resumes.
 """
 
 import dataclasses
@@ -23,7 +28,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from optimum_fista.environment import numerical_environment
 from optimum_fista.folder.atomic import digest_of, read_record, write_record
@@ -47,7 +52,12 @@ from optimum_fista.source.files import copy_source
 from optimum_fista.source.loading import load_model, read_model
 from optimum_fista.source.source_tensors import source_tensors
 from optimum_fista.text.calibration_tokens import calibration_tokens_by_name
-from optimum_fista.train.distillation import DistillationTrainer, Watch, kept_states
+from optimum_fista.train.distillation import (
+    DistillationTrainer,
+    Watch,
+    explaining_full_disk,
+    kept_states,
+)
 from optimum_fista.train.recovery_plan import (
     Choice,
     RecoveryPlan,
@@ -56,7 +66,8 @@ from optimum_fista.train.recovery_plan import (
     mark_trained,
     plan_recovery,
 )
-from optimum_fista.train.training import MaskedTrainingCallback, find_record, local
+from optimum_fista.train.teacher import require_dense_model
+from optimum_fista.train.training import MaskedTrainingCallback, find_masks, find_record, local
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +105,8 @@ def recover(
 
     Args:
         folder: A folder or Hub id saved by optimum-fista, packed or not. It is only read.
-        teacher: The dense model, a Hub id or a model folder; `None`: the report of `folder` names a Hub id.
+        teacher: The dense model, a Hub id or a model folder; `None`: the report of `folder` names a Hub id. It has to
+            be the model that `folder` was pruned from, by the SHA-256 in its report, unless `other_teacher=True`.
         output_dir: Where to write the recovered model; `None`: `folder`'s name + "-recovered".
         calibration: The text: `"self"` (the teacher writes it) or a source of `load_text`.
         device: Where to compute; `None`: the accelerator if there is one, otherwise the CPU.
@@ -106,98 +118,141 @@ def recover(
         What it did; the report in the folder holds it too, under `recoveries`.
 
     Raises:
-        ValueError: If an option can't be used, the models do not fit together, or an unfinished run in `output_dir` had
-            other settings or processes.
+        ValueError: If an option can't be used, the models do not fit together, zeros of an earlier run have no mask, or
+            an unfinished run in `output_dir` had other settings or processes.
         FileExistsError: If `output_dir` holds a model and `overwrite` is False, or files of the user.
+        OSError: If the disk is full. What was saved stays, and the same call resumes after it.
     """
-    with joined_ranks(device) as ranks, ExitStack() as opened:
-        asked: dict[str, Any] = {
-            "calibration": calibration,
-            "device": ranks.device,
-            "overwrite": overwrite,
-        } | options
+    # Ranks are the processes that were launched together; `first` has rank 0 do something and gives all its result,
+    # `each` has all do something and fails in all if it fails in one.
+    with joined_ranks(device) as ranks, ExitStack() as until_the_end:
         plan = ranks.each(
-            lambda: plan_recovery(folder, teacher, output_dir, processes=ranks.count, **asked)
+            lambda: plan_recovery(
+                folder,
+                teacher,
+                output_dir,
+                calibration=calibration,
+                device=ranks.device,
+                overwrite=overwrite,
+                processes=ranks.count,
+                **options,
+            )
         )
         unfinished = unfinished_folder(plan.output)
 
         def lock() -> None:
-            opened.enter_context(locked_output(plan.output))
+            """Lock the output until the end of the run."""
+            until_the_end.enter_context(locked_output(plan.output))
             require_output(plan.output, overwrite)  # another run may just have ended
 
         ranks.first(lock)
-        files = [
+        students_files, teachers_files = (
             shared_files(Path(name), unfinished, ranks, progress)
             for name in (plan.source, plan.teacher)
-        ]
+        )
+        ranks.first(lambda: _check_weights(plan, teachers_files, unfinished))
         windows = ranks.first(lambda: _draw(plan, unfinished / FOLDER, progress))
-        fingerprint = _fingerprint(plan, files, windows, ranks.count)
+
+        fingerprint = _fingerprint(plan, students_files, teachers_files, windows, ranks.count)
         join_run(unfinished, fingerprint, overwrite, ranks)
-        ranks.first(
-            lambda: write_record(unfinished / RUN_FILE, fingerprint)
-        )  # the folder is kept until the run ends
-        with _trainers_settings(plan.place), ranks.exchanging():
-            model, found = _train(plan, windows, fingerprint, unfinished / FOLDER, ranks, progress)
+        # with this file the folder is kept until the run ends
+        ranks.first(lambda: write_record(unfinished / RUN_FILE, fingerprint))
+
+        with _trainers_settings(plan.device), ranks.exchanging():
+            model, report = _train(plan, windows, fingerprint, unfinished / FOLDER, ranks, progress)
 
         def finish() -> None:
-            assert model is not None  # in rank 0
-            for read in files:  # that of the source was read again for what is saved
-                read.require_unchanged()
-            record, masks = find_record(model, plan.source)
-            record = dataclasses.replace(record, recoveries=[*record.recoveries, found])
-            shutil.rmtree(unfinished / MODEL, ignore_errors=True)  # of an earlier start
-            (unfinished / MODEL).mkdir()
-            copy_source(Path(plan.source), unfinished / MODEL)
-            tensors = source_tensors(model, Path(plan.source), quantized=False)
-            for line in lines_of_unplaced({}, tensors.lost):
-                logger.warning("%s", line)
-            record.model |= {"lacks": dict(tensors.lost)} if tensors.lost else {}
-            write_checkpoint(model, unfinished / MODEL, record, masks, None, tensors)
+            """Write the model of rank 0, and move it to the output."""
+            assert model is not None
+            students_files.require_unchanged()  # they were read again for the model to write
+            teachers_files.require_unchanged()
+            _write(plan, model, report, unfinished)
             install(unfinished, plan.output, overwrite, Path(plan.source))
 
         ranks.first(finish)
-    return found
+    return report
+
+
+def _check_weights(plan: RecoveryPlan, teachers_files: SourceFiles, unfinished: Path) -> None:
+    """Refuse a teacher that is not the dense model, and zeros that training would fill, unless the user allows it.
+
+    Both need the weights, so an earlier start of the same run is trusted: `unfinished` has its fingerprint.
+    """
+    begun = read_record(unfinished / RUN_FILE)
+    if begun is not None and begun.get("teacher") == teachers_files.digests:
+        return
+
+    options = plan.options
+    if not options.other_teacher:
+        require_dense_model(plan, unfinished)
+
+    was_pruned_before = bool(plan.report.model.get("pruned_before"))
+    if was_pruned_before and options.train != "norms" and not options.fill_zeros:
+        find_masks(load_student(plan.source), plan.source)
 
 
 def _draw(plan: RecoveryPlan, journal: Path, progress: bool) -> Tensor:
-    """Draw the text as tokens [sequences, length]; the first sequences are held out."""
+    """Draw the text as token ids int64 [sequences, length]; the first `held_out` sequences are never trained on.
+
+    Text that the teacher writes is kept in `journal`, the folder of the run.
+    """
     held_out = plan.options.held_out
-    numbers = plan.num_sequences + held_out, plan.length, plan.options.seed
-    places: dict[str, Any] = {
-        "held_out": held_out,
-        "device": str(plan.place),
-        "keep_in": journal,
-        "progress": progress,
-    }
     try:
-        return calibration_tokens_by_name(plan.text_model, plan.calibration, *numbers, **places)
+        return calibration_tokens_by_name(
+            plan.text_model,
+            plan.calibration,
+            num_samples=plan.num_sequences + held_out,
+            sequence_length=plan.length,
+            seed=plan.options.seed,
+            held_out=held_out,
+            device=str(plan.device),
+            keep_in=journal,
+            progress=progress,
+        )
     except ValueError as error:
-        text = f"tokens={plan.options.tokens} and held_out={held_out} ask for this text"
-        raise ValueError(f"{text}: {error}") from error
+        raise ValueError(
+            f"tokens={plan.options.tokens} and held_out={held_out} ask for this text: {error}"
+        ) from error
 
 
 def _fingerprint(
-    plan: RecoveryPlan, files: Sequence[SourceFiles], windows: Tensor, processes: int
+    plan: RecoveryPlan,
+    students_files: SourceFiles,
+    teachers_files: SourceFiles,
+    windows: Tensor,
+    processes: int,
 ) -> dict[str, Any]:
-    """List all that the bytes of the result depend on."""
-    versions, masks_file = library_versions(), Path(plan.source) / MASKS_FILE
+    """List all that the bytes of the result depend on, as plain values: a resumed run must have the same list.
+
+    `windows` are the token ids of the text, and `processes` is the number of those that train together.
+    """
     options = {
-        name: getattr(plan.options, name) for name in ("batch_size", "label_share", "seed", "train")
+        "batch_size": plan.options.batch_size,
+        "label_share": plan.options.label_share,
+        "seed": plan.options.seed,
+        "train": plan.options.train,
+        "learning_rate": plan.options.learning_rate,
+        "accumulate": plan.accumulate,
     }
-    options |= {"learning_rate": plan.options.learning_rate, "accumulate": plan.accumulate}
-    kept = plan.kept  # the teacher's predictions are those of the tokens that stay
-    options |= {} if kept is None else {"kept_tokens": len(kept)}
+    digest_of_kept_tokens = None
+    if plan.kept_tokens is not None:  # the teacher's predictions are those of the tokens that stay
+        options["kept_tokens"] = len(plan.kept_tokens)
+        digest_of_kept_tokens = hashlib.sha256(plan.kept_tokens.numpy().tobytes()).hexdigest()
+    options["compute_dtype"] = str(plan.compute_dtype).removeprefix("torch.")
+
+    versions = library_versions()
+    masks_file = Path(plan.source) / MASKS_FILE
     return {
         "recovery": _FORMAT,
         "processes": processes,  # sums are rounded otherwise with others
-        "weights": files[0].digests,
+        "weights": students_files.digests,
         "masks": digest_of(masks_file) if masks_file.exists() else None,  # a packed folder has none
-        "teacher": files[1].digests,
-        "kept": None if kept is None else hashlib.sha256(kept.numpy().tobytes()).hexdigest(),
+        "teacher": teachers_files.digests,
+        "kept": digest_of_kept_tokens,
         "shape": [plan.num_sequences, plan.options.held_out, plan.length],
         "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-        "options": options | {"compute_dtype": str(plan.compute).removeprefix("torch.")},
-        "device": plan.place.type,
+        "options": options,
+        "device": plan.device.type,
         "versions": {name: versions[name] for name in ("optimum-fista", "torch", "transformers")},
     }
 
@@ -210,53 +265,91 @@ def _train(
     ranks: Ranks,
     progress: bool,
 ) -> tuple[PreTrainedModel | None, RecoveryReport]:
-    """Train or resume; returns the model to save (in rank 0) and the report."""
-    free = ranks.gather(available_bytes(plan.place))
+    """Train from the beginning, or from the last state in `journal`, the folder of the run.
+
+    Returns the model to save (`None` in processes other than rank 0) and the report. `windows` are the token ids of the
+    text [sequences, length], held-out ones first, and `fingerprint` comes from `_fingerprint`.
+    """
+    free = ranks.gather(available_bytes(plan.device))
     choice = ranks.first(lambda: _choose_once(plan, journal, free))
     model, teacher = ranks.each(lambda: _load(plan, journal))
     if media_arguments(model).names:
         logger.info(
             "%s takes images or sounds, too: it is trained on text alone", type(model).__name__
         )
+
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     model.float()  # a step in bfloat16 would often be smaller than the weight's last bit
     mark_trained(model, choice.train)
-    kept = ranks.first(lambda: kept_states(journal))
-    arguments = _arguments(plan, choice, model, journal, ranks.count, resumed=bool(kept))
+
+    states = ranks.first(lambda: kept_states(journal))
+    arguments = _arguments(plan, choice, model, journal, ranks.count, resumed=bool(states))
     watch = Watch(ranks, progress, math.ceil(plan.steps / 10))
-    callbacks: list[Any] = [
-        watch,
-        *([MaskedTrainingCallback(plan.source)] if choice.train == "all" else []),
-    ]
-    texts = windows[plan.options.held_out :], windows[: plan.options.held_out]
-
-    def start() -> dict[str, Tensor]:
-        return dict(load_student(plan.source).named_parameters())
-
-    given = plan.kept, plan.options.label_share, plan.steps, start
-    trainer = DistillationTrainer(model, teacher, *given, arguments, *texts, callbacks)
+    callbacks: list[TrainerCallback] = [watch]
+    if choice.train == "all":
+        callbacks.append(MaskedTrainingCallback(plan.source, fill_zeros=plan.options.fill_zeros))
+    trainer = DistillationTrainer(
+        model=model,
+        teacher=teacher,
+        kept_tokens=plan.kept_tokens,
+        label_share=plan.options.label_share,
+        steps=plan.steps,
+        read_start=lambda: dict(load_student(plan.source).named_parameters()),
+        arguments=arguments,
+        trained_on=windows[plan.options.held_out :],
+        held_out=windows[: plan.options.held_out],
+        callbacks=callbacks,
+    )
     watch.back_off = trainer.back_off
+
     try:
         with watch.stopping_at_a_step():
-            trainer.train(str(kept[max(kept)]) if kept else None)
+            trainer.train(str(states[max(states)]) if states else None)
     finally:
         for callback in callbacks:  # after an error too: masks have a hook on all optimizers
-            callback.on_train_end()
-    state, trained = trainer.state, cast(nn.Module, trainer.model)
-    if watch.stopped and state.global_step < plan.steps:
+            callback.on_train_end(arguments, trainer.state, trainer.control)
+    if watch.stopped and trainer.state.global_step < plan.steps:
         raise KeyboardInterrupt
-    measured = [row for row in state.log_history if "eval_loss" in row]
-    evaluations = [[row["step"], row["seconds"], row["eval_loss"]] for row in measured]
-    seconds, before = state.log_history[-1]["seconds"], evaluations[0][2]
-    best_step, loss = state.best_global_step or 0, before
+
+    report = _report(plan, choice, trainer, dtypes, fingerprint)
+    trained = cast(nn.Module, trainer.model) if report.best_step else None
+    return _recovered(plan, trained, is_saved=not ranks.index), report
+
+
+def _report(
+    plan: RecoveryPlan,
+    choice: Choice,
+    trainer: DistillationTrainer,
+    dtypes: dict[str, torch.dtype],
+    fingerprint: dict[str, Any],
+) -> RecoveryReport:
+    """Measure the trained weights as they will be saved, and report the training.
+
+    Rounds the weights of the trainer's model, in place, to `dtypes` (by parameter name), in which they will be saved.
+    If their loss is not smaller than before the training, `best_step` of the report is 0, and nothing is to be saved.
+    """
+    state = trainer.state
+    evaluations = [
+        [row["step"], row["seconds"], row["eval_loss"]]
+        for row in state.log_history
+        if "eval_loss" in row
+    ]
+    seconds = state.log_history[-1]["seconds"]
+    loss_before = evaluations[0][2]
+
+    best_step = state.best_global_step or 0
+    loss = loss_before
     if best_step:
-        for name, parameter in trained.named_parameters():
-            part = local(parameter.data)
-            part.copy_(part.to(dtypes[name]))  # as it will be saved
+        for name, parameter in cast(nn.Module, trainer.model).named_parameters():
+            weights = local(parameter.data)
+            weights.copy_(weights.to(dtypes[name]))
         loss = trainer.evaluate()["eval_loss"]  # of what is saved, which has to be better
-    if not loss < before:
-        best_step, loss = 0, before
-    found = RecoveryReport(
+    if not loss < loss_before:  # NaN is not smaller either
+        best_step = 0
+        loss = loss_before
+
+    learning_rate = trainer.args.learning_rate * trainer.schedule.share
+    return RecoveryReport(
         teacher=public_name(plan.teacher_name),
         train=choice.train,
         num_trained=choice.num_trained,
@@ -267,33 +360,36 @@ def _train(
             "sequence_length": plan.length,
             "held_out": plan.options.held_out,
         },
-        options=fingerprint["options"]
-        | {"learning_rate": arguments.learning_rate * trainer.schedule.share},
+        options=fingerprint["options"] | {"learning_rate": learning_rate},
         evaluations=evaluations,
         best_step=best_step,
-        held_out_loss_before=before,
+        held_out_loss_before=loss_before,
         held_out_loss=loss,
         seconds=seconds,
     )
-    return _recovered(plan, trained if best_step else None, is_saved=not ranks.index), found
 
 
 def _choose_once(plan: RecoveryPlan, journal: Path, free: Sequence[int | None]) -> Choice:
-    """Choose, or read the choice with which the run began: a resumed run keeps it, whatever memory is free now."""
-    noted = read_record(journal / "choice.json")
+    """Choose, or read the choice with which the run began: a resumed run keeps it, whatever memory is free now.
+
+    A new choice is written to `journal`. `free` are the free bytes of each process.
+    """
+    file = journal / "choice.json"
+    noted = read_record(file)
     choice = choose(plan, free) if noted is None else Choice(**noted)
     logger.info("%s", choice)
     if noted is None:
-        write_record(journal / "choice.json", dataclasses.asdict(choice))
+        write_record(file, dataclasses.asdict(choice))
     return choice
 
 
 def _load(plan: RecoveryPlan, journal: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The pruned and the dense model."""
+    """Load the pruned model to the CPU and the dense model to the device of the plan; `journal` has to exist here."""
     if not journal.exists():  # rank 0 wrote it
-        begun = f"rank 0 began {str(journal.parent)!r}, and it isn't here"
-        raise ValueError(f"output: {begun}: pass a folder that all nodes share.")
-    teacher, _ = load_model(plan.teacher, device=str(plan.place), dtype=plan.compute)
+        raise ValueError(
+            f"output: rank 0 began {str(journal.parent)!r}, and it isn't here: pass a folder that all nodes share."
+        )
+    teacher, _ = load_model(plan.teacher, device=str(plan.device), dtype=plan.compute_dtype)
     return load_student(plan.source), teacher.eval().requires_grad_(False)
 
 
@@ -306,13 +402,18 @@ def _arguments(
     *,
     resumed: bool,
 ) -> TrainingArguments:
-    width, every = (
-        model.config.get_text_config(decoder=True).hidden_size,
-        math.ceil(plan.steps / _EVALUATIONS),
-    )
-    rate = _RATES[choice.train] * (
-        min(1.0, _WIDTH_OF_RATE / width) if choice.train == "all" else 1.0
-    )
+    """Make the arguments of the Trainer, which saves its states to `journal`.
+
+    `processes` share the passes of a step. A resumed training does not evaluate the model before its first step.
+    """
+    learning_rate = plan.options.learning_rate
+    if learning_rate is None:
+        learning_rate = _RATES[choice.train]
+        if choice.train == "all":
+            width = model.config.get_text_config(decoder=True).hidden_size
+            learning_rate *= min(1.0, _WIDTH_OF_RATE / width)
+
+    steps_between = math.ceil(plan.steps / _EVALUATIONS)
     arguments = TrainingArguments(
         str(journal.resolve()),
         per_device_train_batch_size=plan.options.batch_size,
@@ -320,60 +421,91 @@ def _arguments(
         gradient_accumulation_steps=plan.accumulate // processes,
         num_train_epochs=1,
         train_sampling_strategy="sequential",  # the windows are in random order already
-        learning_rate=plan.options.learning_rate or rate,
+        learning_rate=learning_rate,
         optim="adamw_torch_fused",
         adam_beta2=0.95,
-        bf16=plan.compute == torch.bfloat16,
+        bf16=plan.compute_dtype == torch.bfloat16,
         **{CHECKPOINTING: choice.checkpointed},  # type: ignore[arg-type]
         eval_strategy="steps",
-        eval_steps=every,
+        eval_steps=steps_between,
         eval_on_start=not resumed,
         metric_for_best_model="eval_loss",
         load_best_model_at_end=True,
         save_strategy="best",  # and every two minutes, by Watch
-        logging_steps=every,
+        logging_steps=steps_between,
         logging_nan_inf_filter=False,  # Watch ends a training whose loss is not finite
         report_to="none",
         disable_tqdm=True,  # Watch has the bar
         dataloader_pin_memory=False,
-        use_cpu=plan.place.type == "cpu",
+        use_cpu=plan.device.type == "cpu",
     )
-    arguments._setup_devices, arguments._n_gpu = (
-        plan.place,
-        1,
-    )  # the first accelerator or all of them otherwise
+    # Otherwise the Trainer takes the first accelerator, or all of them.
+    arguments._setup_devices = plan.device
+    arguments._n_gpu = 1
     return arguments
 
 
 def _recovered(
     plan: RecoveryPlan, trained: nn.Module | None, *, is_saved: bool
 ) -> PreTrainedModel | None:
-    """The source's model in its own dtypes, with the trained weights if they are better; only in rank 0."""
+    """Read the source's model again, in its own dtypes, and give it the trained weights.
+
+    `trained` is the Trainer's model; `None`: the weights stay as they are in the source. Returns `None` in a process
+    that does not save the model (`is_saved`), which takes part because each process has a part of sharded weights.
+    """
     model = read_model(plan.source, dtype="auto") if is_saved else None
-    for name, parameter in trained.named_parameters() if trained is not None else ():
-        value = (
-            parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        )  # all ranks take part
+    if trained is None:
+        return model
+
+    for name, parameter in trained.named_parameters():
+        # all ranks take part in `full_tensor`
+        weight = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if model is not None:
-            model.get_parameter(name).data.copy_(value.detach())
-    if model is not None and trained is not None:
+            model.get_parameter(name).data.copy_(weight.detach())
+    if model is not None:
         mark_retrained(model)
     return model
 
 
+def _write(
+    plan: RecoveryPlan, model: PreTrainedModel, report: RecoveryReport, unfinished: Path
+) -> None:
+    """Write all files of the recovered model into a subfolder of `unfinished`; `report` joins the pruning report."""
+    pruning_report, masks = find_record(model, plan.source)
+    pruning_report = dataclasses.replace(
+        pruning_report, recoveries=[*pruning_report.recoveries, report]
+    )
+    tensors = source_tensors(model, Path(plan.source), quantized=False)
+    for line in lines_of_unplaced({}, tensors.lost):
+        logger.warning("%s", line)
+    if tensors.lost:
+        pruning_report.model["lacks"] = dict(tensors.lost)
+
+    folder = unfinished / MODEL
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier start
+    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    with explaining_full_disk(unfinished, "the recovered model", num_bytes, discard=folder):
+        folder.mkdir()
+        copy_source(Path(plan.source), folder)
+        write_checkpoint(model, folder, pruning_report, masks, None, tensors)
+
+
 @contextmanager
-def _trainers_settings(place: torch.device) -> Iterator[None]:
-    """Put back what the Trainer and Accelerate change in the process: states, random numbers, the environment."""
+def _trainers_settings(device: torch.device) -> Iterator[None]:
+    """Put back what the Trainer and Accelerate change in the process: states, random numbers, the environment.
+
+    Inside, the Trainer computes on `device`, by an environment variable of Accelerate.
+    """
     with ExitStack() as stack:
         for kind in (AcceleratorState, GradientState, PartialState):
-            stack.enter_context(
-                patch.dict(kind._shared_state)
-            )  # as it was at the end, whatever is in it meanwhile
+            # at the end as it was, whatever is in it meanwhile
+            stack.enter_context(patch.dict(kind._shared_state))
         stack.enter_context(patch.dict(os.environ))
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
-        devices = range(torch.accelerator.device_count()) if place.type != "cpu" else ()
-        stack.enter_context(torch.random.fork_rng(devices=devices, device_type=place.type))
-        if place.type != "cpu":
-            os.environ["ACCELERATE_TORCH_DEVICE"] = str(place)
+        has_accelerator = device.type != "cpu"
+        devices = list(range(torch.accelerator.device_count())) if has_accelerator else []
+        stack.enter_context(torch.random.fork_rng(devices=devices, device_type=device.type))
+        if has_accelerator:
+            os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
         yield

@@ -57,6 +57,12 @@ class RecoveryOptions:
     seed: int = option(
         0, "seed by which text is drawn and ordered", limits=SEEDS, advanced=_TRAINING
     )
+    other_teacher: bool = option(
+        False, "take a teacher that is not the dense model from which the pruned one was made"
+    )
+    fill_zeros: bool = option(
+        False, "train zeros that an earlier pruning run has left and no mask covers"
+    )
 
     def __post_init__(self) -> None:
         if wrong := wrong_field(self):

@@ -1,7 +1,12 @@
 """Plan a recovery: check its options, choose which weights to train, and estimate memory and time.
 
-The plan is made before anything large is read, from configurations and a model without weights. `recover` trains by it;
-`preview` prints it, and measures the time of one step. Nothing here writes a file of the run.
+A recovery trains the *student* (the pruned model) so that it predicts as the *teacher* (the dense model) does.
+`plan_recovery` makes the plan before anything large is read, from configurations, tokenizers and a model without
+weights. `recover` then trains by it, after `choose` has found what fits into memory. `preview` prints the plan, and
+measures the time of one step. Nothing here writes a file of the run.
+
+A *step* is one update of the weights. It sums the gradients of several *passes* (forward and backward), each of
+`batch_size` sequences.
 """
 
 import itertools
@@ -9,7 +14,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +23,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from optimum_fista.environment import numerical_environment
@@ -30,9 +35,9 @@ from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.precision import is_fast
 from optimum_fista.report import WORDS_OF_TRAIN, PruningReport
 from optimum_fista.source.loading import (
+    described,
     load_model,
     load_tokenizer,
-    model_class,
     read_config,
     read_model,
     require_tokenizer,
@@ -44,34 +49,31 @@ from optimum_fista.train.divergence import LOGITS_PER_CHUNK, Predictor, divergen
 from optimum_fista.train.recovery_options import RecoveryOptions
 from optimum_fista.train.training import pruned_folder
 
-_USUAL_LENGTH = 512  # tokens
-_USUAL_STEPS, _MOST_SEQUENCES = (
-    256,
-    32,
-)  # defaults: the number of steps, and the most sequences in a step
+_USUAL_LENGTH = 512  # tokens in a sequence
+_USUAL_STEPS = 256
+_MOST_SEQUENCES = 32  # in a step, if the user does not say how many
 _MARGIN = 0.9  # of the memory that is free: the rest is for what is not counted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RecoveryPlan:
     """Names and numbers of a recovery: its models, its text, its output, its steps."""
 
     source: str  # folder of the pruned model
     teacher: str  # folder of the dense model
-    teacher_name: str  # as the user gave it
-    calibration: str
-    text_model: str  # whose tokenizer reads the text, or who writes it
+    teacher_name: str  # folder or Hub id, as the user gave it
+    calibration: str  # source of the text: "self" (the teacher writes it) or what `load_text` takes
+    text_model: str  # folder of the model whose tokenizer reads the text, or which writes it
     output: Path
     options: RecoveryOptions
     length: int  # tokens in a sequence
     accumulate: int  # passes for a step, of all processes together
     steps: int
-    place: torch.device
-    compute: torch.dtype  # of products
+    device: torch.device
+    compute_dtype: torch.dtype  # of products; weights are trained in float32
     report: PruningReport  # of the pruned model
-    kept: (
-        Tensor | None
-    )  # the teacher's token for each of the student's, if the vocabulary was pruned
+    # The teacher's token for each token of the student, int64 [student's tokens]; `None` if both have the same tokens.
+    kept_tokens: Tensor | None
 
     @property
     def num_sequences(self) -> int:
@@ -93,8 +95,10 @@ class Choice:
     def __str__(self) -> str:
         """A line for people."""
         twice = ", with activations that are computed twice" if self.checkpointed else ""
-        what = f"{self.num_trained:,} parameters are trained ({WORDS_OF_TRAIN[self.train]})"
-        return f"{what}, which takes about {size_text(self.num_bytes)} of memory{twice}"
+        return (
+            f"{self.num_trained:,} parameters are trained ({WORDS_OF_TRAIN[self.train]}), which takes about "
+            f"{size_text(self.num_bytes)} of memory{twice}"
+        )
 
 
 def plan_recovery(
@@ -108,153 +112,290 @@ def plan_recovery(
     processes: int,
     **options: Any,
 ) -> RecoveryPlan:
-    """Check all that can be checked without weights and text; models of the Hub come into its cache last."""
-    asked, source = RecoveryOptions(**options), str(folder)
+    """Check all that can be checked without weights and text, and make the plan.
+
+    Models of the Hub are downloaded into its cache, after all checks. The arguments are those of `recover`, and
+    `processes` is the number of processes that train together.
+    """
+    checked = RecoveryOptions(**options)
+    source = str(folder)
     report = read_report(pruned_folder(source))
-    name = str(teacher or report.first_model.name)
-    if teacher is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        why = f"the report of {source!r} calls the dense model {name!r}, which is no Hub id"
-        raise ValueError(
-            f"teacher is missing: {why}: pass the folder or Hub id of it (--teacher MODEL)."
-        )
+    teacher_name = _teacher_name(source, report, teacher)
+
     output = folder_beside(source, "-recovered") if output_dir is None else Path(output_dir)
-    for read in (source, name):
-        require_output(output, overwrite, source=read)
+    for name in (source, teacher_name):
+        require_output(output, overwrite, source=name)
     if calibration != "self":
         require_source(calibration)
-    config, tokenizers = read_config(source), [load_tokenizer(source), load_tokenizer(name)]
-    sizes = [
-        found.get_text_config(decoder=True).vocab_size for found in (config, read_config(name))
-    ]
-    known = [tokenizer.get_vocab() for tokenizer in tokenizers if tokenizer is not None]
-    kept = _kept_of(source, name, sizes) if sizes[0] < sizes[1] else None
-    if (
-        kept is not None and len(known) == 2
-    ):  # the ids that the teacher has for the student's tokens
-        known[0] = {
-            token: int(kept[number]) for token, number in known[0].items() if number < len(kept)
-        }
-        known[1] = {token: number for token, number in known[1].items() if token in known[0]}
-    if (kept is None and sizes[0] != sizes[1]) or (len(known) == 2 and known[0] != known[1]):
-        other = f"has another vocabulary ({sizes[1]:,} tokens) than {source!r} ({sizes[0]:,})"
-        raise ValueError(
-            f"teacher={name!r} {other}: pass the dense model that this one was pruned from."
-        )
-    if kept is not None and calibration == "self":
+
+    configs = {name: read_config(name) for name in (source, teacher_name)}
+    tokenizers = {name: load_tokenizer(name) for name in (source, teacher_name)}
+    kept_tokens = _match_vocabularies(source, teacher_name, configs, tokenizers)
+    if kept_tokens is not None and calibration == "self":
         raise ValueError(
             f"calibration='self': the teacher would write tokens that {source!r} lacks: pass a text."
         )
-    text_model = source if calibration != "self" and tokenizers[0] is not None else name
-    require_tokenizer(text_model)
-    length = asked.sequence_length or min(_USUAL_LENGTH, usual_length(config))
-    batch_size, accumulate = asked.batch_size, asked.accumulate
-    if accumulate is None:
-        accumulate = max(
-            1, min(_MOST_SEQUENCES, asked.tokens // (_USUAL_STEPS * length)) // batch_size
-        )
-        accumulate = processes * math.ceil(accumulate / processes)
-    if accumulate % processes:
-        share = f"{processes} processes share the passes of a step"
+
+    student_reads_text = calibration != "self" and tokenizers[source] is not None
+    require_tokenizer(source if student_reads_text else teacher_name)
+
+    length = _sequence_length(checked.sequence_length, configs)
+    accumulate = _passes_of_step(checked, length, processes)
+    tokens_of_step = length * checked.batch_size * accumulate
+    if checked.tokens < tokens_of_step:
         raise ValueError(
-            f"accumulate={accumulate}: {share}: pass a multiple of {processes} (--accumulate)."
+            f"tokens={checked.tokens}: one step takes {accumulate} passes of {checked.batch_size} sequences of "
+            f"{length} tokens: pass at least {tokens_of_step} (--tokens), or shorter sequences (--sequence-length)."
         )
-    tokens_of_step = length * batch_size * accumulate
-    if asked.tokens < tokens_of_step:
-        raise ValueError(
-            f"tokens={asked.tokens}: one step takes {accumulate} passes of {batch_size} sequences of {length} tokens: "
-            f"pass at least {tokens_of_step} (--tokens), or shorter sequences (--sequence-length)."
-        )
-    place = usable_device(device)
-    is_quick = asked.compute_dtype == "auto" and is_fast(torch.bfloat16, place)
-    compute = torch.bfloat16 if asked.compute_dtype == "bfloat16" or is_quick else torch.float32
-    if not Path(source).is_dir():
-        source = snapshot_download(source)  # masks and report too
-    folder_of_teacher = name
-    if not Path(name).is_dir():
-        read_model(name, device_map="meta")  # into the cache, only the files that are needed
-        folder_of_teacher = str(
-            Path(str(cached_file(name, CONFIG_FILE))).parent
-        )  # of the commit that main is at now
-    text_model = folder_of_teacher if text_model == name else source
-    names = source, folder_of_teacher, name, calibration, text_model
-    steps = asked.tokens // tokens_of_step
+
+    used_device = usable_device(device)
+    use_bfloat16 = checked.compute_dtype == "bfloat16" or (
+        checked.compute_dtype == "auto" and is_fast(torch.bfloat16, used_device)
+    )
+
+    source_folder = source if Path(source).is_dir() else snapshot_download(source)
+    teacher_folder = _folder_of_teacher(teacher_name)
     return RecoveryPlan(
-        *names, output, asked, length, accumulate, steps, place, compute, report, kept
+        source=source_folder,
+        teacher=teacher_folder,
+        teacher_name=teacher_name,
+        calibration=calibration,
+        text_model=source_folder if student_reads_text else teacher_folder,
+        output=output,
+        options=checked,
+        length=length,
+        accumulate=accumulate,
+        steps=checked.tokens // tokens_of_step,
+        device=used_device,
+        compute_dtype=torch.bfloat16 if use_bfloat16 else torch.float32,
+        report=report,
+        kept_tokens=kept_tokens,
     )
 
 
-def _kept_of(source: str, teacher: str, sizes: Sequence[int]) -> Tensor | None:
-    """The teacher's id of each token of a student with fewer tokens; `None` if they do not fit together."""
-    quiet = {
+def _teacher_name(source: str, report: PruningReport, teacher: str | Path | None) -> str:
+    """The name of the teacher that the user gave, or else the Hub id in the report of the pruned model `source`."""
+    if teacher is not None:
+        return str(teacher)
+
+    name = str(report.model["name"])
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+    if not is_hub_id:
+        raise ValueError(
+            f"teacher is missing: the report of {source!r} calls the dense model {name!r}, which is no Hub id: "
+            "pass the folder or Hub id of it (--teacher MODEL)."
+        )
+    return name
+
+
+def _folder_of_teacher(name: str) -> str:
+    """The folder of a model that is given as folder or Hub id; the latter is downloaded into the Hub's cache."""
+    if Path(name).is_dir():
+        return name
+    read_model(name, device_map="meta")  # downloads only the files that are needed
+    config_file = Path(str(cached_file(name, CONFIG_FILE)))  # of the commit that main is at now
+    return str(config_file.parent)
+
+
+def _match_vocabularies(
+    source: str,
+    teacher: str,
+    configs: Mapping[str, PreTrainedConfig],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase | None],
+) -> Tensor | None:
+    """Find the teacher's token for each token of the student; refuse models whose tokens are different ones.
+
+    Returns int64 [student's tokens] if tokens were removed from the student, and `None` if both have the same tokens.
+    `source` and `teacher` are folders or Hub ids, and the keys of the other arguments.
+    """
+    sizes = {
+        name: config.get_text_config(decoder=True).vocab_size for name, config in configs.items()
+    }
+    tokens_were_removed = sizes[source] < sizes[teacher]
+    kept_tokens = _kept_tokens_of(source, teacher, sizes) if tokens_were_removed else None
+    fit = sizes[source] == sizes[teacher] or kept_tokens is not None
+
+    own_tokenizer = tokenizers[source]
+    teachers_tokenizer = tokenizers[teacher]
+    if own_tokenizer is not None and teachers_tokenizer is not None:
+        own = own_tokenizer.get_vocab()
+        teachers = teachers_tokenizer.get_vocab()
+        if kept_tokens is not None:
+            # the ids that the teacher has for the student's tokens
+            own = {
+                token: int(kept_tokens[index])
+                for token, index in own.items()
+                if index < len(kept_tokens)
+            }
+            teachers = {token: index for token, index in teachers.items() if token in own}
+        fit = fit and own == teachers
+
+    if not fit:
+        raise ValueError(
+            f"teacher={teacher!r} has another vocabulary ({sizes[teacher]:,} tokens) than {source!r} "
+            f"({sizes[source]:,}): pass the dense model that this one was pruned from."
+        )
+    return kept_tokens
+
+
+def _kept_tokens_of(source: str, teacher: str, sizes: Mapping[str, int]) -> Tensor | None:
+    """The teacher's id of each token of a student with fewer tokens; `None` if they do not fit together.
+
+    The student's folder has a file of the tokens that stay; the teacher's may have one, too. `sizes` are the numbers of
+    tokens by name.
+    """
+    may_be_missing = {
         "_raise_exceptions_for_missing_entries": False,
         "_raise_exceptions_for_connection_errors": False,
     }
-    files = (cached_file(name, VOCABULARY_FILE, **quiet) for name in (source, teacher))
-    folder, before = (None if file is None else Path(file).parents[1] for file in files)
-    kept = None if folder is None else kept_tokens(folder, before)
-    return (
-        kept if kept is not None and len(kept) == sizes[0] and int(kept.max()) < sizes[1] else None
-    )
+    file = cached_file(source, VOCABULARY_FILE, **may_be_missing)
+    teachers_file = cached_file(teacher, VOCABULARY_FILE, **may_be_missing)
+    if file is None:
+        return None
+
+    teachers_folder = None if teachers_file is None else Path(teachers_file).parents[1]
+    kept = kept_tokens(Path(file).parents[1], teachers_folder)
+    if kept is None or len(kept) != sizes[source] or int(kept.max()) >= sizes[teacher]:
+        return None
+    return kept
+
+
+def _sequence_length(wanted: int | None, configs: Mapping[str, PreTrainedConfig]) -> int:
+    """Tokens in a sequence: `wanted`, or a usual number; both models (`configs` by name) must take as many."""
+    if wanted is None:
+        return min(_USUAL_LENGTH, *(usual_length(config) for config in configs.values()))
+
+    for name, config in configs.items():
+        limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if limit and wanted > limit:
+            raise ValueError(
+                f"sequence_length={wanted}: {name!r} takes at most {limit} tokens: pass at most {limit} "
+                "(--sequence-length)."
+            )
+    return wanted
+
+
+def _passes_of_step(options: RecoveryOptions, length: int, processes: int) -> int:
+    """Passes in a step, of all processes together: a multiple of their number; `length` is that of a sequence."""
+    if options.accumulate is not None:
+        if options.accumulate % processes:
+            raise ValueError(
+                f"accumulate={options.accumulate}: {processes} processes share the passes of a step: pass a multiple "
+                f"of {processes} (--accumulate)."
+            )
+        return options.accumulate
+
+    sequences = min(_MOST_SEQUENCES, options.tokens // (_USUAL_STEPS * length))
+    passes = max(1, sequences // options.batch_size)
+    return processes * math.ceil(passes / processes)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Numbers of a student from which the memory of its training follows."""
+
+    parameters: int
+    inner_parameters: int  # without embeddings and head
+    vectors: int  # inner parameters that are no matrices: norms and biases
+    layers: int
+    hidden_size: int
+    vocabulary: int
+    operator_width: int  # inputs and outputs of all linear operators of the decoder layers
+    can_checkpoint: bool  # whether decoder layers can compute their activations twice
+
+    @classmethod
+    def of(cls, source: str) -> "_Sizes":
+        """Count them on a model without weights; `source` is the student's folder."""
+        model = described(read_config(source))
+        config = model.config.get_text_config(decoder=True)
+        inner = _inner_parameters(model)
+        layers = find_decoder_layers(model)
+
+        operator_width = 0
+        for name, layer in layers:
+            # "*" leaves out the experts of a mixture
+            for operator in find_operators(name, layer, ["*"]).values():
+                operator_width += sum(operator.shape)
+
+        return cls(
+            parameters=model.num_parameters(),
+            inner_parameters=sum(parameter.numel() for parameter in inner),
+            vectors=sum(parameter.numel() for parameter in inner if parameter.ndim == 1),
+            layers=len(layers),
+            hidden_size=config.hidden_size,
+            vocabulary=config.vocab_size,
+            operator_width=operator_width,
+            can_checkpoint=model.supports_gradient_checkpointing,
+        )
+
+    def trained(self, train: str) -> int:
+        """Parameters that a training of "all" or "norms" changes, zeros counted too."""
+        return self.inner_parameters if train == "all" else self.vectors
 
 
 def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
     """Choose the first kind of training that fits into memory; activations are computed twice only if needed.
 
-    `free` are the bytes that each process has; if nothing fits, the last kind is chosen.
+    `free` are the bytes that each process has, `None` if it is not known. If nothing fits, the last kind is chosen.
     """
-    with torch.device("meta"):  # no memory for weights
-        model = model_class(config := read_config(plan.source)).from_config(config)
-    size, config = model.num_parameters(), model.config.get_text_config(decoder=True)
-    layers = find_decoder_layers(model)
-    operators = [
-        operator
-        for name, layer in layers
-        for operator in find_operators(name, layer, ["*"]).values()
-    ]
-    inner = _inner_parameters(model)
-    small = sum(parameter.numel() for parameter in inner if parameter.ndim == 1)
-    trained = {"all": sum(parameter.numel() for parameter in inner), "norms": small}
-    kinds = [kind for kind in trained if plan.options.train in (kind, "auto")]
-    known = [found for found in free if found is not None]
-    shared = int(os.environ.get("LOCAL_WORLD_SIZE", len(free))) if plan.place.type == "cpu" else 1
-    for kind, twice in itertools.product(
-        kinds, (False, True) if model.supports_gradient_checkpointing else (False,)
-    ):
-        needed = 4 * size + 12 * trained[kind]  # float32: weights; a gradient and two moments
-        needed += size if kind == "all" else 0  # masks, a byte a weight
-        needed += (
-            plan.report.first_model.num_parameters or size
-        ) * plan.compute.itemsize  # the teacher
-        inside = 8 * sum(
-            sum(operator.shape) for operator in operators
-        )  # inputs and outputs of operators, a token
-        if twice:  # those of one layer at a time, and what enters each layer
-            inside = inside // len(layers) + 4 * len(layers) * config.hidden_size
-        tokens = plan.options.batch_size * plan.length
-        needed += tokens * (
-            inside + 12 * config.hidden_size
-        )  # and what enters both heads, with its gradient
-        needed += 20 * min(
-            LOGITS_PER_CHUNK, tokens * config.vocab_size
-        )  # of both, in two dtypes, with their gradient
-        if not known or needed <= _MARGIN * min(known) / shared:
+    sizes = _Sizes.of(plan.source)
+    limits = [num_bytes for num_bytes in free if num_bytes is not None]
+    # Processes on one CPU share its memory. Every process has an accelerator of its own.
+    on_cpu = plan.device.type == "cpu"
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", len(free))) if on_cpu else 1
+
+    kinds = ["all", "norms"] if plan.options.train == "auto" else [plan.options.train]
+    ways = [False, True] if sizes.can_checkpoint else [False]
+    for train, checkpointed in itertools.product(kinds, ways):
+        needed = _needed_bytes(plan, sizes, train, checkpointed)
+        if not limits or needed <= _MARGIN * min(limits) / sharing:
             break
-    zeros = plan.report.totals["num_zeros"] if kind == "all" else 0
-    return Choice(kind, twice, trained[kind] - zeros, needed)
+
+    zeros = plan.report.totals["num_zeros"] if train == "all" else 0
+    return Choice(
+        train=train,
+        checkpointed=checkpointed,
+        num_trained=sizes.trained(train) - zeros,
+        num_bytes=needed,
+    )
+
+
+def _needed_bytes(plan: RecoveryPlan, sizes: _Sizes, train: str, checkpointed: bool) -> int:
+    """Estimate the bytes of a process that trains "all" or "norms"; `checkpointed`: activations are computed twice."""
+    # float32: the weights, and of those that are trained a gradient and two moments
+    student = 4 * sizes.parameters + 12 * sizes.trained(train)
+    masks = sizes.parameters if train == "all" else 0  # a byte a weight
+    teachers_parameters = plan.report.model.get("dense_num_parameters") or sizes.parameters
+    teacher = teachers_parameters * plan.compute_dtype.itemsize
+
+    # of a token: the inputs and outputs of all operators
+    activations = 8 * sizes.operator_width
+    if checkpointed:  # those of one layer at a time, and the hidden states that enter each layer
+        activations = activations // sizes.layers + 4 * sizes.layers * sizes.hidden_size
+    activations += 12 * sizes.hidden_size  # that enter both heads, with their gradient
+
+    tokens = plan.options.batch_size * plan.length
+    # of both models, in two dtypes, with their gradient
+    logits = 20 * min(LOGITS_PER_CHUNK, tokens * sizes.vocabulary)
+    return student + masks + teacher + tokens * activations + logits
 
 
 def load_student(source: str) -> PreTrainedModel:
-    """Load the pruned model, without random parts such as dropout."""
+    """Load the pruned model of a folder, without random parts such as dropout."""
     config = read_config(source)
-    for part in (config, config.get_text_config(decoder=True)):
-        for name, value in vars(part).items():
-            if isinstance(value, float) and ("drop" in name or "jitter" in name):
-                setattr(part, name, 0.0)
+    for section in (config, config.get_text_config(decoder=True)):
+        for name, value in vars(section).items():
+            is_random = "drop" in name or "jitter" in name
+            if is_random and isinstance(value, float):
+                setattr(section, name, 0.0)
     return read_model(source, dtype="auto", config=config)
 
 
 def mark_trained(model: PreTrainedModel, train: str) -> None:
-    """Turn on gradients for the parameters to train; embeddings and head are never trained."""
+    """Turn on gradients for the parameters to train ("all" or "norms"), and off for all others.
+
+    Embeddings and head are never trained.
+    """
     model.requires_grad_(False)
     for parameter in _inner_parameters(model):
         parameter.requires_grad_(train == "all" or parameter.ndim == 1)
@@ -263,61 +404,74 @@ def mark_trained(model: PreTrainedModel, train: str) -> None:
 def _inner_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
     """Parameters but those of embeddings and head, which are large and are never pruned."""
     head = model.get_output_embeddings()
-    outer = {
+    outer_modules = {
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) or module is head
     }
-    return [p for name, p in model.named_parameters() if name.rpartition(".")[0] not in outer]
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[0] not in outer_modules
+    ]
 
 
 @numerical_environment()
 def preview(plan: RecoveryPlan) -> str:
-    """Say in a few lines what a recovery will do and need; one step is timed if it fits into memory."""
-    options, free = plan.options, available_bytes(plan.place)
+    """Say in a few lines what a recovery will do and need; both models are loaded to time one step if they fit."""
+    options = plan.options
+    free = available_bytes(plan.device)
     choice = choose(plan, [free])
-    passes = f"{plan.accumulate} x {options.batch_size} sequences of {plan.length} tokens"
-    lines = {
-        "pruned": f"{plan.source}, {plan.report.model['num_parameters']:,} parameters",
-        "teacher": plan.teacher_name
-        + ("" if plan.kept is None else f", its predictions of {len(plan.kept):,} tokens"),
-        "trained": str(choice),
-        "text": f"{plan.num_sequences * plan.length:,} tokens of {plan.calibration}, {plan.steps} steps of {passes}; "
-        f"{options.held_out} more sequences are held out",
-        "memory": f"{size_text(choice.num_bytes)} on {plan.place}"
-        + (f", {size_text(free)} are free" if free else ""),
-        "time": "not measured: one step does not fit into the free memory",
-        "output": str(plan.output),
-    }
+
+    teacher = plan.teacher_name
+    if plan.kept_tokens is not None:
+        teacher += f", its predictions of {len(plan.kept_tokens):,} tokens"
+    memory = f"{size_text(choice.num_bytes)} on {plan.device}"
+    if free:
+        memory += f", {size_text(free)} are free"
+
+    duration = "not measured: one step does not fit into the free memory"
     if free is None or choice.num_bytes <= free:
         seconds = _seconds_of_step(plan, choice)
-        lines["time"] = (
-            f"about {tqdm.format_interval(plan.steps * seconds)}, {seconds:.1f} seconds a step"
-        )
+        interval = tqdm.format_interval(plan.steps * seconds)
+        duration = f"about {interval}, {seconds:.1f} seconds a step"
+
+    lines = {
+        "pruned": f"{plan.source}, {plan.report.model['num_parameters']:,} parameters",
+        "teacher": teacher,
+        "trained": str(choice),
+        "text": f"{plan.num_sequences * plan.length:,} tokens of {plan.calibration}, {plan.steps} steps of "
+        f"{plan.accumulate} x {options.batch_size} sequences of {plan.length} tokens; "
+        f"{options.held_out} more sequences are held out",
+        "memory": memory,
+        "time": duration,
+        "output": str(plan.output),
+    }
     return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
 
 
 def _seconds_of_step(plan: RecoveryPlan, choice: Choice) -> float:
-    """Time the forward and backward passes of one step, on any tokens."""
+    """Load both models, and time the forward and backward passes of one step, on any tokens."""
     student = load_student(plan.source).float()
     mark_trained(student, choice.train)
-    student.to(plan.place)
+    student.to(plan.device)
     if choice.checkpointed:
         student.gradient_checkpointing_enable()
-    teacher, _ = load_model(plan.teacher, device=str(plan.place), dtype=plan.compute)
-    both = Predictor(student.train()), Predictor(teacher.eval(), plan.kept)
+    teacher, _ = load_model(plan.teacher, device=str(plan.device), dtype=plan.compute_dtype)
+    student_predictor = Predictor(student.train())
+    teacher_predictor = Predictor(teacher.eval(), plan.kept_tokens)
+
     vocabulary = student.get_input_embeddings().num_embeddings
-    ids = (
-        torch.arange(plan.options.batch_size * plan.length)
-        .remainder(vocabulary)
-        .view(-1, plan.length)
-        .to(plan.place)
-    )
+    numbers = torch.arange(plan.options.batch_size * plan.length)
+    ids = numbers.remainder(vocabulary).view(-1, plan.length).to(plan.device)
+
+    in_16_bits = plan.compute_dtype != torch.float32
     seconds = 0.0
     for _ in range(2):  # the first pass also fills caches
         started = time.perf_counter()
-        with torch.autocast(plan.place.type, plan.compute, enabled=plan.compute != torch.float32):
-            divergence(*both, ids, plan.options.label_share).backward()
-        torch.get_device_module(plan.place).synchronize()
+        with torch.autocast(plan.device.type, plan.compute_dtype, enabled=in_16_bits):
+            loss = divergence(student_predictor, teacher_predictor, ids, plan.options.label_share)
+            loss.backward()
+        torch.get_device_module(plan.device).synchronize()
         seconds = time.perf_counter() - started
     return plan.accumulate * seconds

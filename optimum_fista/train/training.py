@@ -1,8 +1,12 @@
 """Train a pruned model without losing its zeros, by hand or by the Trainer, and save it again.
 
-The masks are not part of the model: hooks apply them to gradients before any other code reads them, and to weights
-after each step. So every PyTorch optimizer, clipping, accumulation and FSDP2 work unchanged, and checkpoints hold plain
-weights. The masks come from the run, by parameter name, because a kept weight may be zero too.
+A mask is a boolean tensor of the shape of a parameter, True = kept: a pruned weight is zero if its mask is False. The
+masks are not part of the model: hooks apply them to gradients before any other code reads them, and to weights after
+each step. So every PyTorch optimizer, clipping, accumulation and FSDP2 work unchanged, and checkpoints hold plain
+weights. The masks come from the pruning run, because a kept weight may be zero too.
+
+`masked_training` is a `with` block around a loop of one's own; `MaskedTrainingCallback` does the same inside
+`transformers.Trainer`. Afterwards `save_masked` writes the model with the masks and the report of the pruning run.
 """
 
 from collections.abc import Iterator, Mapping
@@ -42,16 +46,20 @@ from optimum_fista.report import PruningReport
 from optimum_fista.solve.pattern import unpack_mask
 from optimum_fista.source.source_tensors import source_tensors
 
+# The pruner that pruned the model; the folder or Hub id that the model was loaded from; masks by parameter name;
+# `None`: the zeros that the weights have now.
 MaskSource: TypeAlias = FistaPruner | str | Path | Mapping[str, Tensor] | None
 
-_BITS = {size: getattr(torch, f"int{8 * size}") for size in (1, 2, 4, 8)}  # dtypes by their bytes
-_LEAST_ZEROS = (
-    1e-3  # a model with a smaller share of zeros counts as dense: a few may be zero by chance
-)
+# Integers that have as many bytes as a floating-point number.
+_INTEGERS_BY_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# A smaller share of zeros is chance: a few weights of dense models are zero, too.
+_SHARE_BY_CHANCE = 1e-3
 
 
 @contextmanager
-def masked_training(model: PreTrainedModel, masks: MaskSource = None) -> Iterator[None]:
+def masked_training(
+    model: PreTrainedModel, masks: MaskSource = None, *, fill_zeros: bool = False
+) -> Iterator[None]:
     """Keep the zeros of a pruned model zero while it is trained, with any PyTorch optimizer.
 
     Use it in a `with` block around the training loop. Gradients outside the masks are zero before they are accumulated,
@@ -62,55 +70,70 @@ def masked_training(model: PreTrainedModel, masks: MaskSource = None) -> Iterato
     each step. Sharded weights of PyTorch's `fully_shard` (FSDP2) are supported: enter the `with` block after
     `fully_shard` and before the first forward pass, with a folder. FSDP1 and DeepSpeed are not supported.
 
+    Inside the block, parameters have hooks, and PyTorch has a hook on the steps of all optimizers. At the end, also
+    after an error, all hooks are removed, and the weights are masked once more. A step that trains the model notes in
+    `model.config.fista_pruning` that it was retrained.
+
     Args:
         model: A pruned model, in memory.
         masks: The `FistaPruner` that pruned it; the folder or Hub id it was loaded from; boolean masks by parameter
             name, True = kept; `None`: the zeros that the weights have now.
+        fill_zeros: Train zeros that an earlier run has left and no mask of `masks` covers. Otherwise they are refused.
 
     Raises:
-        ValueError: If the model is quantized, offloaded or not pruned, or the masks are not those of this model.
+        ValueError: If the model is quantized, offloaded or not pruned, the masks are not those of this model, or zeros
+            of an earlier run have no mask.
         FileNotFoundError: If the folder or repository holds no masks.
     """
     parameters = dict(model.named_parameters())
-    ours = {*parameters.values()}
-    found = find_masks(model, masks)
-    kept: dict[Tensor, Tensor] = {
-        parameters[name]: mask for name, mask in found.items() if not mask.all()
+    parameters_of_model = {*parameters.values()}
+    masks_by_name = find_masks(model, masks, fill_zeros=fill_zeros)
+    mask_of: dict[Tensor, Tensor] = {
+        parameters[name]: mask for name, mask in masks_by_name.items() if not mask.all()
     }
 
     def clear(tensor: Tensor, parameter: Tensor) -> Tensor:
-        """Make a parameter, or its gradient, zero where it is pruned."""
-        kept[parameter] = kept[parameter].to(parameter.device)  # the model may have moved
-        part = local(tensor)
-        # Numbers of the bits: NaN becomes zero, too, and this is 20 times as fast as `masked_fill_` on a CPU.
-        part.view(_BITS[part.element_size()]).mul_(kept[parameter])
-        return part
+        """Set `tensor` (a parameter or its gradient) to zero in place where `parameter` is pruned, and return it."""
+        mask_of[parameter] = mask_of[parameter].to(parameter.device)  # the model may have moved
+        values = local(tensor)
+        # A product of integers, the bits of the numbers: NaN becomes zero, too, and this is 20 times as fast as
+        # `masked_fill_` on a CPU.
+        values.view(_INTEGERS_BY_SIZE[values.element_size()]).mul_(mask_of[parameter])
+        return values
 
     def clear_weights() -> None:
-        for parameter in kept:
+        """Set the pruned weights of all parameters to zero."""
+        for parameter in mask_of:
             clear(parameter.data, parameter)
 
+    def clear_gradient(parameter: Tensor) -> None:
+        """Hook of FSDP2's parameters: clear the gradient that was summed over the processes."""
+        clear(cast(Tensor, parameter.grad), parameter)
+
     def after_step(optimizer: Optimizer, *_: Any) -> None:
-        if any(
-            parameter in ours for group in optimizer.param_groups for parameter in group["params"]
-        ):
-            mark_retrained(model)
-            clear_weights()
+        """Hook after a step of any optimizer: clear the weights if it trains this model."""
+        for group in optimizer.param_groups:
+            if not parameters_of_model.isdisjoint(group["params"]):
+                mark_retrained(model)
+                clear_weights()
+                return
 
     with ExitStack() as hooks:
-        for parameter in kept:
+        for parameter in mask_of:
             if not parameter.requires_grad:
                 continue
+
             if isinstance(parameter, DTensor):  # FSDP2 calls these hooks and no others
-                summed = parameter.register_post_accumulate_grad_hook(
-                    lambda of: clear(cast(Tensor, of.grad), of)
-                )
-                hooks.callback(summed.remove)
+                hook = parameter.register_post_accumulate_grad_hook(clear_gradient)
             else:
-                mask = lambda gradient, of=parameter: clear(gradient.clone(), of)  # noqa: E731
-                hooks.callback(parameter.register_hook(mask).remove)
+                # The gradient is a tensor of autograd's, which may be used elsewhere, so a copy is cleared.
+                hook = parameter.register_hook(
+                    lambda gradient, parameter=parameter: clear(gradient.clone(), parameter)
+                )
+            hooks.callback(hook.remove)
+
         hooks.callback(register_optimizer_step_post_hook(after_step).remove)
-        hooks.callback(clear_weights)  # first, also after an error
+        hooks.callback(clear_weights)  # the last in is called first, also after an error
         yield
 
 
@@ -119,24 +142,31 @@ class MaskedTrainingCallback(TrainerCallback):
 
     Args:
         masks: Where the masks come from, as in `masked_training`.
+        fill_zeros: Train zeros of an earlier run that have no mask, as in `masked_training`.
     """
 
-    def __init__(self, masks: MaskSource = None) -> None:
+    def __init__(self, masks: MaskSource = None, *, fill_zeros: bool = False) -> None:
         self.masks = masks
-        self._training = ExitStack()
+        self.fill_zeros = fill_zeros
+        self._training = ExitStack()  # holds the `masked_training` of a run that goes on
 
     def on_train_begin(self, args: TrainingArguments, *_: Any, **given: Any) -> None:
-        """Start; refuses the same models as `masked_training`, and weights of DeepSpeed and FSDP1."""
-        if args.deepspeed_plugin or isinstance(given["model"], FullyShardedDataParallel):
+        """Enter `masked_training` for the Trainer's model (`given["model"]`).
+
+        Refuses the same models as `masked_training`, and weights of DeepSpeed and FSDP1.
+        """
+        model = given["model"]
+        if args.deepspeed_plugin or isinstance(model, FullyShardedDataParallel):
             raise ValueError(
                 "MaskedTrainingCallback does not know the weights that DeepSpeed and FSDP1 keep: use FSDP2 (accelerate "
                 "launch --use_fsdp --fsdp_version 2), or no sharding."
             )
-        self._training.close()  # what a training run that failed has left
-        self._training.enter_context(masked_training(given["model"], self.masks))
+
+        self._training.close()  # the hooks of a training that failed before `on_train_end`
+        self._training.enter_context(masked_training(model, self.masks, fill_zeros=self.fill_zeros))
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Stop; the weights are masked once more, because the trainer may have loaded its best checkpoint."""
+        """Leave `masked_training`; weights are masked once more, as the Trainer may have loaded its best checkpoint."""
         self._training.close()
 
 
@@ -152,6 +182,11 @@ def save_masked(
 
     The report, the model card and `config.json` say that it was retrained. `folder` may be `source` with `overwrite`.
 
+    `model.config` is written to `config.json`, and afterwards has these entries of it: `fista_pruning` (the summary of
+    the report, with `"retrained": True`), `architectures`, `dtype`, `tie_word_embeddings` (False if the weights are no
+    longer tied), and numbers of layers that predict more tokens (0 if the model lacks these layers). The weights stay
+    as they are.
+
     Args:
         model: The model, its zeros still zero and its weights not sharded.
         folder: Where to write it.
@@ -164,59 +199,92 @@ def save_masked(
             "model has sharded weights: put them together by torch.distributed.checkpoint.state_dict."
             "get_model_state_dict with full_state_dict=True, load them into a model that is not sharded, and save that."
         )
+
     report, masks = find_record(model, source)
     if isinstance(source, FistaPruner):
-        stored_as = source.sources[model]
+        tensors_of_source = source.sources[model]
     else:
-        stored_as = source_tensors(model, pruned_folder(source))
+        tensors_of_source = source_tensors(model, pruned_folder(source))
+
     if getattr(model.config, CONFIG_KEY, None) is None:
         setattr(model.config, CONFIG_KEY, summary(report))
     mark_retrained(model)
+
     with new_output(Path(folder), overwrite) as unfinished:
-        write_checkpoint(model, unfinished, report, masks, tokenizer, stored_as)
+        write_checkpoint(model, unfinished, report, masks, tokenizer, tensors_of_source)
 
 
-def find_masks(model: PreTrainedModel, source: MaskSource = None) -> dict[str, Tensor]:
-    """Masks of the parameters that hold pruned weights, True = kept; of sharded ones (FSDP2) this process's part."""
+def find_masks(
+    model: PreTrainedModel, source: MaskSource = None, *, fill_zeros: bool = False
+) -> dict[str, Tensor]:
+    """Find the masks of the parameters that hold pruned weights, by parameter name, and check them.
+
+    Each mask is boolean, True = kept, and has the shape of its parameter and its device. Of a sharded parameter (FSDP2)
+    it is the part of this process. A parameter without an entry is dense.
+
+    Args:
+        model: A pruned model, in memory.
+        source: Where the masks come from, as in `masked_training`.
+        fill_zeros: Do not refuse zeros of an earlier run that no mask covers.
+    """
     if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
         raise ValueError(
             f"model is a {type(model).__name__}: merge its adapters first (merge_and_unload())."
         )
     require_unquantized(model)
+
+    earlier_patterns: list[str] = []
     if source is None:
-        masks = _from_zeros(model)
+        masks = _masks_of_zeros(model)
     elif isinstance(source, Mapping):
         masks = dict(source)
     else:
-        masks = _assemble(model, *find_record(model, source))
+        report, packed = find_record(model, source)
+        masks = _assemble(model, report, packed)
+        earlier_patterns = report.model.get("pruned_before", [])
+
     parameters = dict(model.named_parameters())
     for name, mask in masks.items():
         if name not in parameters:
             raise ValueError(
                 f"masks name {name!r}, which is no parameter of {type(model).__name__}."
             )
-        weight = parameters[name]
-        if mask.dtype != torch.bool or mask.shape != weight.shape:
-            wanted = f"pass torch.bool of shape {tuple(weight.shape)}, True = kept"
-            raise ValueError(
-                f"masks[{name!r}] has shape {tuple(mask.shape)} and dtype {mask.dtype}: {wanted}."
-            )
-        if weight.device.type == "meta":
-            raise ValueError(
-                f"{name} is offloaded, and offloaded weights can't be trained: load the model without it."
-            )
-        if isinstance(weight, DTensor):
-            # every process has the whole mask: none is sent
-            mask = distribute_tensor(
-                mask, weight.device_mesh, weight.placements, src_data_rank=None
-            ).to_local()
-        masks[name] = mask.to(weight.device)
-        if stray := int(torch.count_nonzero(local(weight.detach()).masked_fill(masks[name], 0))):
-            raise ValueError(
-                f"{name} has {stray} weights outside its mask that are not zero: the model was changed after pruning, "
-                "or the masks are those of another model. Load the pruned model, or pass its own masks."
-            )
+        masks[name] = _checked_mask(name, parameters[name], mask)
+
+    if earlier_patterns and not fill_zeros:
+        _require_no_other_zeros(model, masks, earlier_patterns)
     return masks
+
+
+def _checked_mask(name: str, weight: Tensor, mask: Tensor) -> Tensor:
+    """Bring the mask of a parameter to its device, and refuse it if the parameter has other weights than zero outside.
+
+    Returns the part of this process if the parameter `name`, which is `weight`, is sharded.
+    """
+    if mask.dtype != torch.bool or mask.shape != weight.shape:
+        raise ValueError(
+            f"masks[{name!r}] has shape {tuple(mask.shape)} and dtype {mask.dtype}: "
+            f"pass torch.bool of shape {tuple(weight.shape)}, True = kept."
+        )
+    if weight.device.type == "meta":
+        raise ValueError(
+            f"{name} is offloaded, and offloaded weights can't be trained: load the model without it."
+        )
+
+    if isinstance(weight, DTensor):
+        # every process has the whole mask: none is sent
+        sharded = distribute_tensor(mask, weight.device_mesh, weight.placements, src_data_rank=None)
+        mask = sharded.to_local()
+    mask = mask.to(weight.device)
+
+    outside = local(weight.detach()).masked_fill(mask, 0)
+    num_not_zero = int(torch.count_nonzero(outside))
+    if num_not_zero:
+        raise ValueError(
+            f"{name} has {num_not_zero} weights outside its mask that are not zero: the model was changed after "
+            "pruning, or the masks are those of another model. Load the pruned model, or pass its own masks."
+        )
+    return mask
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -227,24 +295,31 @@ def local(tensor: Tensor) -> Tensor:
 def find_record(
     model: PreTrainedModel, source: FistaPruner | str | Path
 ) -> tuple[PruningReport, dict[str, Tensor]]:
-    """The report and the packed masks of a pruned model, under the names of the model."""
+    """Read the report and the packed masks of a pruned model from its pruner, folder or Hub id.
+
+    Operators of the report, and the keys of the masks, have the names of their weights in `model`. A packed mask is
+    uint8, eight weights a byte (`solve.pattern.pack_mask`).
+    """
     if isinstance(source, FistaPruner):
         return source.result(model)
+
     folder = pruned_folder(source)
     report = read_report(folder)
     if is_packed(folder):  # the masks are in the weights
         packed = {operator.name: mask for operator, _, mask in packed_operators(folder, report)}
     else:
         packed = load_file(_file_of(source, MASKS_FILE))
-    return as_in_model(model, operators_by_weight(model, report).values(), report, packed)
+    operators = operators_by_weight(model, report).values()
+    return as_in_model(model, operators, report, packed)
 
 
 def pruned_folder(source: str | Path) -> Path:
-    """The folder of a pruned model by name, which has a report."""
+    """The folder of a pruned model that is given as folder or Hub id; refused if it has no report."""
     return _file_of(source, REPORT_FILE).parents[1]
 
 
 def _file_of(source: str | Path, file: str) -> Path:
+    """The path of a file of a pruned model (folder or Hub id), which is downloaded if need be; `file` is relative."""
     try:
         return Path(str(cached_file(str(source), file)))
     except OSError as error:
@@ -256,52 +331,101 @@ def _file_of(source: str | Path, file: str) -> Path:
 def _assemble(
     model: PreTrainedModel, report: PruningReport, packed: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Unpack the masks of operators into those of parameters; experts and fused operators share a parameter."""
+    """Unpack the masks of operators into masks of parameters, by parameter name.
+
+    An operator is one matrix; experts and fused operators share a parameter, so several operators fill one mask.
+    `report` and `packed` come from `find_record`. Changes neither of them.
+    """
     operators = operators_by_weight(model, report)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+
     masks: dict[str, Tensor] = {}
     for entry in report.operators:
         operator = operators[entry.name]
         parameter = getattr(operator.owner, operator.tensor)
-        mask = masks.setdefault(names[id(parameter)], torch.ones(parameter.shape, dtype=torch.bool))
-        part = operator.select(mask)
-        part.copy_(unpack_mask(packed[entry.name], tuple(part.shape)))
+        name = names[id(parameter)]
+        if name not in masks:
+            masks[name] = torch.ones(parameter.shape, dtype=torch.bool)
+        part_of_operator = operator.select(
+            masks[name]
+        )  # a view, so the mask of the parameter gets the values
+        part_of_operator.copy_(unpack_mask(packed[entry.name], tuple(part_of_operator.shape)))
     return masks
 
 
-def _from_zeros(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Masks of the zeros that the linear operators of the decoder layers have now."""
+def _prunable_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights of the linear operators of the decoder layers, those of experts too, but not offloaded ones."""
+    for layer_name, layer in find_decoder_layers(model):
+        for name, module in layer.named_modules(prefix=layer_name):
+            if not (isinstance(module, LINEAR) or is_fused_experts(module)):
+                continue
+            for key, weight in module.named_parameters(recurse=False):
+                is_bias = weight.ndim <= 1
+                if not is_bias and weight.device.type != "meta":
+                    yield f"{name}.{key}", weight
+
+
+def _masks_of_zeros(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Masks of the zeros that the linear operators of the decoder layers have now; a dense model is refused.
+
+    A model that has lost whole parts and has no zeros gives no masks.
+    """
     masks: dict[str, Tensor] = {}
-    record = getattr(model.config, CONFIG_KEY, None)
-    if record is not None and not record.get(
-        "num_zeros", 1
-    ):  # whole parts were removed: nothing has to stay zero
-        return masks
-    zeros = weights = 0
-    candidates = (
-        (f"{name}.{key}", weight)
-        for layer_name, layer in find_decoder_layers(model)
-        for name, module in layer.named_modules(prefix=layer_name)
-        if isinstance(module, LINEAR) or is_fused_experts(module)
-        for key, weight in module.named_parameters(recurse=False)
-        if weight.ndim > 1
-        and weight.device.type != "meta"  # no biases; offloaded ones are refused by the count below
-    )
-    for name, weight in candidates:
+    zeros = 0
+    weights = 0
+    for name, weight in _prunable_weights(model):
         if local(weight.detach()).shape != weight.shape:
             raise ValueError(
                 f"{name} is sharded, so its zeros are not all here: pass the folder of the pruned model."
             )
-        kept = weight.detach() != 0
-        found = weight.numel() - int(kept.sum())
-        zeros, weights = zeros + found, weights + weight.numel()
-        if found:  # a dense operator needs no hook
-            masks[name] = kept
-    promised = int((record or {}).get("num_zeros", 0))
-    if zeros < max(promised, _LEAST_ZEROS * weights):
+        mask = weight.detach() != 0
+        zeros_of_weight = weight.numel() - int(mask.sum())
+        zeros += zeros_of_weight
+        weights += weight.numel()
+        if zeros_of_weight:  # a dense operator needs no hook
+            masks[name] = mask
+
+    record = getattr(model.config, CONFIG_KEY, None) or {}
+    promised = int(record.get("num_zeros", 0))
+    are_by_chance = zeros < _SHARE_BY_CHANCE * weights
+    has_lost_parts = record.get("num_zeros") == 0  # and an earlier run may have left zeros
+    if has_lost_parts:
+        return {} if are_by_chance else masks
+
+    if are_by_chance or zeros < promised:
+        promise = f", its configuration says {promised:,}." if promised else "."
         raise ValueError(
             f"{type(model).__name__} is not pruned, or no longer: {zeros:,} of the {weights:,} weights of its decoder "
-            f"layers' linear operators are zero"
-            + (f", its configuration says {promised:,}." if promised else ".")
+            f"layers' linear operators are zero{promise}"
         )
     return masks
+
+
+def _require_no_other_zeros(
+    model: PreTrainedModel, masks: Mapping[str, Tensor], earlier_patterns: list[str]
+) -> None:
+    """Refuse to train a model that was pruned several times if it has zeros that no mask covers.
+
+    The masks are those of the last run. `earlier_patterns` are those of the runs before, such as `["2:4"]`. Training
+    would fill the zeros of such a run, and nothing would say so.
+    """
+    uncovered = 0
+    weights = 0
+    first_name = ""
+    for name, weight in _prunable_weights(model):
+        is_zero = local(weight.detach()) == 0
+        if name in masks:
+            is_zero &= masks[name]
+        zeros_of_weight = int(is_zero.sum())
+        uncovered += zeros_of_weight
+        weights += is_zero.numel()
+        if zeros_of_weight > _SHARE_BY_CHANCE * is_zero.numel() and not first_name:
+            first_name = name
+
+    if first_name and uncovered >= _SHARE_BY_CHANCE * weights:
+        raise ValueError(
+            f"{type(model).__name__} has {uncovered:,} zeros that no mask covers, such as those of {first_name}: an "
+            f"earlier run ({', '.join(earlier_patterns)}) set them, and the masks are those of the last run. Training "
+            "would fill them. Pass fill_zeros=True (--fill-zeros) to do so. To keep them, train norms alone "
+            "(recover --train norms), or call masked_training(model) without masks, which keeps all zeros of now."
+        )

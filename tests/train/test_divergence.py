@@ -48,7 +48,7 @@ def test_the_divergence_and_its_gradient_are_those_of_pytorch(family, monkeypatc
     )
     monkeypatch.setattr("optimum_fista.train.divergence._POSITIONS_ON_CPU", 3)
     cut = [Predictor(model) for model in (student, teacher)]
-    assert [predictor._output is not None for predictor in cut] == [FAMILIES[family]] * 2
+    assert [predictor._output_class is not None for predictor in cut] == [FAMILIES[family]] * 2
     ids = torch.randint(5, 30, (3, 9), generator=torch.Generator().manual_seed(0))
     for share in (0.0, 0.3):
         expected, text = whole(student, teacher, ids, share)

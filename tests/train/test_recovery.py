@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import random
@@ -6,6 +7,7 @@ import shutil
 import signal
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from accelerate.state import AcceleratorState
 from hub_standin import hub_fixture, run_with_hub  # noqa: F401
 from safetensors.torch import load_file, save_file
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
+from tiny_models import tiny_model
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from transformers import AutoModelForCausalLM
 
@@ -24,7 +27,12 @@ from optimum_fista.folder.output import folder_beside, unfinished_folder
 from optimum_fista.folder.packed_folder import pack_folder
 from optimum_fista.prune.journal import require_same_run
 from optimum_fista.train import distillation, recovery, recovery_plan
-from optimum_fista.train.distillation import DistillationTrainer, Watch, kept_states
+from optimum_fista.train.distillation import (
+    DistillationTrainer,
+    Watch,
+    explaining_full_disk,
+    kept_states,
+)
 
 QUICK = {
     "tokens": 640,
@@ -496,3 +504,97 @@ def test_the_process_is_afterwards_as_it_was(run, tmp_path, monkeypatch):
     run(tokens=64)
     assert [random.getstate(), torch.get_rng_state().tolist(), dict(os.environ)] == expected
     assert AcceleratorState._shared_state == {"mixed_precision": "of the caller"}
+
+
+def save_gpt2(folder: Path) -> Path:
+    """A GPT-2 whose learned positions end at 64, with the tiny tokenizer."""
+    tiny_model("gpt2").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_sequence_longer_than_the_model_takes_is_refused_before_anything_is_loaded(
+    family, saved, saved_gpt2, tiny_folder, text, tmp_path, monkeypatch
+):
+    pruned = {"llama": saved, "gpt2": saved_gpt2}[family].folder
+    dense = {"llama": lambda: tiny_folder, "gpt2": lambda: save_gpt2(tmp_path / "dense")}[family]()
+    monkeypatch.setattr(recovery, "load_model", None)
+    monkeypatch.setattr(recovery_plan, "read_model", None)
+    options = QUICK | {"calibration": text, "sequence_length": 65}
+
+    with pytest.raises(
+        ValueError,
+        match=r"sequence_length=65: '.*' takes at most 64 tokens: pass at most 64 \(--sequence-length\)",
+    ):
+        recover(pruned, dense, tmp_path / "out", **options)
+
+    assert not (tmp_path / "out.unfinished").exists()
+
+
+def test_a_teacher_with_a_shorter_context_limits_the_sequences_too(run, tmp_path):
+    short = save_tiny_folder(tmp_path / "short")
+    tiny_llama(max_position_embeddings=32).save_pretrained(short)
+
+    with pytest.raises(ValueError, match=r"sequence_length=48: '.*short' takes at most 32 tokens"):
+        run(teacher=short, sequence_length=48)
+
+
+def test_a_full_disk_is_one_error_and_the_run_resumes_after_the_last_state(
+    run, tmp_path, monkeypatch
+):
+    expected = run("whole", train="all")
+    save = torch.save
+    disk = SimpleNamespace(is_full=True)
+
+    def save_until_full(values, file, *given, **named):
+        """Fail as PyTorch does on a full disk, in the optimizer of the third state."""
+        step = int(Path(file).parent.name.rpartition("-")[2])
+        if disk.is_full and step >= 10 and Path(file).name == "optimizer.pt":
+            Path(file).write_bytes(b"half of it")
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+        save(values, file, *given, **named)
+
+    monkeypatch.setattr(torch, "save", save_until_full)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+
+    with pytest.raises(OSError, match="the disk is full: a state of the training takes") as full:
+        run("out", train="all")
+    states = kept_states(unfinished_folder(tmp_path / "out") / "journal")
+    disk.is_full = False
+    found = run("out", train="all")
+
+    assert full.value.errno == errno.ENOSPC
+    assert full.value.filename == str(tmp_path / "out.unfinished" / "journal")
+    assert re.search(r"takes about 18\dkiB, and 0\.98kiB are free", str(full.value))
+    assert max(states) == 5
+    assert not (tmp_path / "out.unfinished").exists()
+    assert bits(tmp_path / "out") == bits(tmp_path / "whole")
+    assert found.held_out_loss == expected.held_out_loss
+
+
+def test_a_disk_that_is_full_at_the_end_loses_no_step(run, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(recovery, "write_checkpoint", full)
+        with pytest.raises(OSError, match="the disk is full: the recovered model takes") as error:
+            run(train="all")
+
+    assert error.value.filename == str(tmp_path / "out.unfinished")
+    assert not (tmp_path / "out.unfinished" / "model").exists()
+    assert steps_kept(tmp_path / "out") == 20
+
+
+def test_another_error_of_writing_stays_as_it_is(tmp_path):
+    folder = tmp_path / "state"
+
+    with (
+        pytest.raises(PermissionError, match="no"),
+        explaining_full_disk(tmp_path, "a state", 10, discard=folder),
+    ):
+        folder.mkdir()
+        raise PermissionError(errno.EACCES, "no", "file")
+
+    assert folder.exists()

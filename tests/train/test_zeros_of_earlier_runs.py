@@ -1,0 +1,144 @@
+"""Training does not fill the zeros of an earlier run without a word if their masks are gone."""
+
+import pytest
+import torch
+from saved_models import prune_and_save
+from tiny_llama import TEXT, tiny_llama, tiny_tokens
+from transformers import AutoModelForCausalLM
+
+from optimum_fista import (
+    FistaPruner,
+    FistaPruningConfig,
+    MaskedTrainingCallback,
+    masked_training,
+    recover,
+)
+from optimum_fista.folder.checkpoint import read_report
+from optimum_fista.train.training import find_masks
+
+OPTIONS = {
+    "tokens": 64,
+    "sequence_length": 16,
+    "batch_size": 1,
+    "accumulate": 2,
+    "held_out": 4,
+    "learning_rate": 1e-2,
+    "device": "cpu",
+    "compute_dtype": "float32",
+    "progress": False,
+}
+REFUSAL = r"zeros that no mask covers, .*fill_zeros=True \(--fill-zeros\)"
+
+
+@pytest.fixture(scope="module")
+def twice_pruned(tmp_path_factory):
+    """The folder of a model whose operators were pruned 2:4, and then only its first layer to 25%."""
+    folder = tmp_path_factory.mktemp("twice")
+    first = prune_and_save(tiny_llama(), folder / "first", pattern="2:4", method="wanda")
+    model = AutoModelForCausalLM.from_pretrained(first.folder)
+    second = prune_and_save(
+        model, folder / "second", sparsity=0.25, method="wanda", exclude=("model.layers.1.*",)
+    )
+    return second.folder
+
+
+def num_zeros(model) -> int:
+    weights = (weight for name, weight in model.named_parameters() if name.endswith("_proj.weight"))
+    return sum(int((weight == 0).sum()) for weight in weights)
+
+
+def train_one_step(model) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    ids = tiny_tokens()
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "sea.txt"
+    file.write_text(TEXT)
+    return str(file)
+
+
+def test_masked_training_refuses_zeros_without_masks(twice_pruned):
+    model = AutoModelForCausalLM.from_pretrained(twice_pruned)
+    before = num_zeros(model)
+    assert before == 15360 // 2
+
+    with pytest.raises(ValueError, match=REFUSAL), masked_training(model, twice_pruned):
+        train_one_step(model)
+
+    assert num_zeros(model) == before
+
+
+def test_the_callback_of_the_trainer_refuses_them_too(twice_pruned):
+    callback = MaskedTrainingCallback(twice_pruned)
+    arguments = type("Arguments", (), {"deepspeed_plugin": None})()
+    model = AutoModelForCausalLM.from_pretrained(twice_pruned)
+
+    with pytest.raises(ValueError, match=REFUSAL):
+        callback.on_train_begin(arguments, model=model)
+
+
+def test_masked_training_fills_them_if_it_is_told(twice_pruned):
+    model = AutoModelForCausalLM.from_pretrained(twice_pruned)
+    masks = find_masks(model, twice_pruned, fill_zeros=True)
+    of_this_run = sum(int((~mask).sum()) for mask in masks.values())
+
+    with masked_training(model, twice_pruned, fill_zeros=True):
+        train_one_step(model)
+
+    assert of_this_run <= num_zeros(model) < 15360 // 2
+
+
+def test_the_zeros_that_the_weights_have_now_need_no_masks_of_a_folder(twice_pruned):
+    model = AutoModelForCausalLM.from_pretrained(twice_pruned)
+
+    with masked_training(model):
+        train_one_step(model)
+
+    assert num_zeros(model) == 15360 // 2
+
+
+def test_zeros_that_stayed_when_parts_were_removed_stay_in_a_training_on_the_zeros_of_now():
+    model = tiny_llama()
+    batches = tiny_tokens().split(4)
+    FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False).prune(
+        model, batches
+    )
+    FistaPruner(FistaPruningConfig(pattern="layers:0.5"), progress=False).prune(model, batches)
+    before = num_zeros(model)
+    assert before == 7680 // 2
+
+    with masked_training(model):
+        train_one_step(model)
+
+    assert num_zeros(model) == before
+
+
+def test_recover_refuses_them_before_any_work(twice_pruned, tiny_folder, text, tmp_path):
+    with pytest.raises(ValueError, match=REFUSAL):
+        recover(twice_pruned, tiny_folder, tmp_path / "out", calibration=text, **OPTIONS)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["sea.txt"]
+
+
+def test_recover_fills_them_if_it_is_told(twice_pruned, tiny_folder, text, tmp_path):
+    options = OPTIONS | {"calibration": text, "train": "all", "fill_zeros": True}
+
+    recover(twice_pruned, tiny_folder, tmp_path / "out", **options)
+
+    zeros = num_zeros(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    masked = read_report(tmp_path / "out").totals["num_zeros"]
+    assert masked <= zeros < 15360 // 2
+
+
+def test_recover_of_norms_fills_nothing_and_is_not_refused(
+    twice_pruned, tiny_folder, text, tmp_path
+):
+    options = OPTIONS | {"calibration": text, "train": "norms"}
+
+    recover(twice_pruned, tiny_folder, tmp_path / "out", **options)
+
+    assert num_zeros(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) == 15360 // 2
