@@ -1,4 +1,4 @@
-"""`optimum-fista recover`."""
+"""The command `optimum-fista recover`: `add_arguments` declares its flags, and `run` calls `recover` or `preview`."""
 
 import argparse
 import sys
@@ -25,6 +25,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command to its parser; those of the training come from `RecoveryOptions`."""
     parser.usage = "%(prog)s DIR --teacher MODEL [options]"
     add = parser.add_argument
     add("folder", metavar="DIR", help="folder or Hub id of a pruned model, packed or not")
@@ -40,10 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder to write to (default: DIR's name and -recovered)",
     )
-    sources = (
-        "self (the teacher writes it; default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
+    add(
+        "--calibration",
+        default="self",
+        metavar="SOURCE",
+        help="self (the teacher writes it; default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc",
     )
-    add("--calibration", default="self", metavar="SOURCE", help=sources)
     add_options(parser, RecoveryOptions)
     add("--device", **DEVICE)
     add(
@@ -55,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Recover a model, or print the plan, and return the exit code. `arguments` are those of `add_arguments`."""
+    # only now, so that --help is quick
     from optimum_fista.cli.messages import speaking_ranks
     from optimum_fista.cli.overview import next_commands
     from optimum_fista.folder.checkpoint import read_report
@@ -62,27 +67,34 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.train.recovery import recover
     from optimum_fista.train.recovery_plan import plan_recovery, preview
 
-    options = {
-        name: getattr(arguments, name) for name in ("teacher", "calibration", "device", "overwrite")
-    }
-    options |= given(arguments, RecoveryOptions)
     output = arguments.output or folder_beside(arguments.folder, "-recovered")
+    options = {
+        "teacher": arguments.teacher,
+        "output_dir": output,
+        "calibration": arguments.calibration,
+        "device": arguments.device,
+        "overwrite": arguments.overwrite,
+        **given(arguments, RecoveryOptions),
+    }
     if arguments.dry_run:
-        print(preview(plan_recovery(arguments.folder, output_dir=output, processes=1, **options)))
+        plan = plan_recovery(arguments.folder, processes=1, **options)
+        print(preview(plan))
         return 0
+
     with speaking_ranks(arguments.device, "optimum_fista.train") as ranks:
         try:
-            found = recover(arguments.folder, output_dir=output, **options)
+            report = recover(arguments.folder, **options)
         except KeyboardInterrupt:
-            if not ranks.index:
+            if ranks.index == 0:
                 print(
                     "\nthe same command resumes after the last step that was saved", file=sys.stderr
                 )
             raise
-    if ranks.index:
-        return 0
-    print(found)
-    print(f"saved to {output}")
-    has_zeros = not read_report(output).removed
-    print(next_commands(arguments.teacher or found.teacher, output, None, has_zeros=has_zeros))
+
+    if ranks.index == 0:
+        print(report)
+        print(f"saved to {output}")
+        has_zeros = not read_report(output).removed
+        dense_model = arguments.teacher or report.teacher
+        print(next_commands(dense_model, output, None, has_zeros=has_zeros))
     return 0

@@ -231,3 +231,29 @@ def test_lost_zeros_and_other_models_are_refused(saved, saved_gpt2, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no fista/report\.json"):
         save_masked(model, tmp_path / "out", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_saving_changes_only_what_it_says_of_the_configuration(saved, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(saved.folder)
+    model.config.architectures = None
+    retrain(model, saved.folder)
+    before = model.config.to_dict()
+    weights = {name: weight.clone() for name, weight in model.named_parameters()}
+
+    save_masked(model, tmp_path / "out", saved.folder)
+
+    after = model.config.to_dict()
+    changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    assert changed == {"architectures"}
+    assert all(torch.equal(weights[name], weight) for name, weight in model.named_parameters())
+
+
+def test_saving_a_model_without_a_summary_gives_it_one(saved, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(saved.folder)
+    del model.config.fista_pruning
+
+    save_masked(model, tmp_path / "out", saved.folder)
+
+    assert model.config.fista_pruning["retrained"]
+    documented = save_masked.__doc__
+    assert all(f"`{key}`" in documented for key in ("fista_pruning", "architectures", "dtype"))
