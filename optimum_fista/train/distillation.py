@@ -385,18 +385,13 @@ class Watch(TrainerCallback):
         state.log_history[-1]["seconds"] = round(time.perf_counter() - self._began, 1)
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: Mapping[str, float],
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Say the held-out loss; back off if it is larger than before the training, or not finite.
 
-        The loss before the training is noted as the best one of the state.
+        The loss before the training is noted as the best one of the state. `given["metrics"]` has the loss.
         """
-        loss = metrics["eval_loss"]
+        loss = given["metrics"]["eval_loss"]
         is_after_training = self._bar is None
         if is_after_training:  # the caller compares
             return

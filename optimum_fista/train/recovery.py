@@ -226,7 +226,7 @@ def _fingerprint(
 
     `windows` are the token ids of the text, and `processes` is the number of those that train together.
     """
-    options = {
+    options: dict[str, Any] = {
         "batch_size": plan.options.batch_size,
         "label_share": plan.options.label_share,
         "seed": plan.options.seed,

@@ -589,12 +589,13 @@ def test_a_disk_that_is_full_at_the_end_loses_no_step(run, tmp_path, monkeypatch
 
 def test_another_error_of_writing_stays_as_it_is(tmp_path):
     folder = tmp_path / "state"
+    folder.mkdir()
+    refusal = PermissionError(errno.EACCES, "no", "file")
 
     with (
         pytest.raises(PermissionError, match="no"),
         explaining_full_disk(tmp_path, "a state", 10, discard=folder),
     ):
-        folder.mkdir()
-        raise PermissionError(errno.EACCES, "no", "file")
+        raise refusal
 
     assert folder.exists()
