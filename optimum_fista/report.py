@@ -314,8 +314,12 @@ class PruningReport:
 
     @property
     def origin_of_result(self) -> OriginReport:
-        """What the next run has to know, if it is given the result of this one."""
-        return dataclasses.replace(self.first_model, steps=self.steps)
+        """What the next run has to know, if it is given the result of this one.
+
+        Whether weights were trained after this run stands beside it in the configuration, and `read_origin` adds it.
+        """
+        step = dataclasses.replace(self.step, retrained=False)
+        return dataclasses.replace(self.first_model, steps=[*self.first_model.steps, step])
 
     def measured(self, network: str) -> MeasuredPerplexity | None:
         """The perplexity of the model that this run was given ("dense") or of its result ("pruned"), if it is known."""

@@ -186,7 +186,7 @@ def _check_weights(plan: RecoveryPlan, teachers_files: SourceFiles, unfinished: 
     if not options.other_teacher:
         require_dense_model(plan, unfinished)
 
-    was_pruned_before = bool(plan.report.model.get("pruned_before"))
+    was_pruned_before = bool(plan.report.first_model.steps)
     if was_pruned_before and options.train != "norms" and not options.fill_zeros:
         find_masks(load_student(plan.source), plan.source)
 

@@ -178,7 +178,7 @@ def _teacher_name(source: str, report: PruningReport, teacher: str | Path | None
     if teacher is not None:
         return str(teacher)
 
-    name = str(report.model["name"])
+    name = report.first_model.name
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name)
     if not is_hub_id:
         raise ValueError(
@@ -365,7 +365,7 @@ def _needed_bytes(plan: RecoveryPlan, sizes: _Sizes, train: str, checkpointed: b
     # float32: the weights, and of those that are trained a gradient and two moments
     student = 4 * sizes.parameters + 12 * sizes.trained(train)
     masks = sizes.parameters if train == "all" else 0  # a byte a weight
-    teachers_parameters = plan.report.model.get("dense_num_parameters") or sizes.parameters
+    teachers_parameters = plan.report.first_model.num_parameters or sizes.parameters
     teacher = teachers_parameters * plan.compute_dtype.itemsize
 
     # of a token: the inputs and outputs of all operators

@@ -1,7 +1,8 @@
 """Compare the teacher of a recovery with the dense model that the pruned model was made from.
 
-A pruning run notes the SHA-256 of the dense model in its report (`PruningReport.model["sha256"]`). It is a digest of
-all tensors as they were loaded: their names in the model's class, dtypes, shapes and bits. So it does not depend on how
+A pruning run notes the SHA-256 of the dense model in its report. After several runs, one on the result of the other,
+the report has that of the first model, with which the user began (`PruningReport.first_model`). It is a digest of all
+tensors as they were loaded: their names in the model's class, dtypes, shapes and bits. So it does not depend on how
 the files are cut, and the teacher has to be loaded by the same class and in the same dtype to be compared. Tensors of a
 quantized model are dequantized first, as in a pruning run.
 """
@@ -25,42 +26,37 @@ def require_dense_model(plan: RecoveryPlan, unfinished: Path) -> None:
     Reads all weights of the teacher once, one decoder layer at a time. Weights that are quantized are dequantized into
     a folder in `unfinished`, the folder of the run, which is deleted again.
     """
-    model = plan.report.model
-    unknown = _reason_not_to_compare(plan)
-    if unknown is not None:
+    dense = plan.report.first_model
+    reason = _reason_not_to_compare(plan)
+    if reason is not None:
         logger.warning(
             "%s, so it can't be checked that the teacher %s is the dense model",
-            unknown,
+            reason,
             plan.teacher_name,
         )
         return
 
     with tempfile.TemporaryDirectory(prefix="offload-", dir=unfinished / FOLDER) as offload_folder:
-        digest = dense_sha256(plan.teacher, model.get("dtype", "auto"), Path(offload_folder))
-    if digest != model["sha256"]:
+        digest = dense_sha256(plan.teacher, dense.dtype or "auto", Path(offload_folder))
+    if digest != dense.sha256:
         raise ValueError(
             f"teacher={plan.teacher_name!r} is not the dense model that {plan.source!r} was pruned from: its tensors "
-            f"have the SHA-256 {digest}, and the report names {model['name']!r} with {model['sha256']}. Pass the dense "
+            f"have the SHA-256 {digest}, and the report names {dense.name!r} with {dense.sha256}. Pass the dense "
             "model, or other_teacher=True (--other-teacher) to train towards this one."
         )
 
 
 def _reason_not_to_compare(plan: RecoveryPlan) -> str | None:
     """Say why the report of the pruned model tells nothing about the teacher; `None` if they can be compared."""
-    model = plan.report.model
-    if "sha256" not in model:  # of a run that removed tokens, or of an older version
+    if (
+        plan.report.first_model.sha256 is None
+    ):  # the first run removed tokens, or is of an older version
         return f"the report of {plan.source!r} has no SHA-256 of the dense model"
-    if model.get("pruned_before"):
-        return (
-            f"{plan.source!r} was pruned several times, and its report has the SHA-256 of the model before the last "
-            "run alone"
-        )
 
-    teachers_class = type(described(read_config(plan.teacher))).__name__
-    if teachers_class != model["class"]:
-        return (
-            f"the dense model was loaded as {model['class']}, and the teacher is a {teachers_class}"
-        )
+    class_of_dense = plan.report.model["class"]  # runs do not change the class
+    class_of_teacher = type(described(read_config(plan.teacher))).__name__
+    if class_of_teacher != class_of_dense:
+        return f"the dense model was loaded as {class_of_dense}, and the teacher is a {class_of_teacher}"
     return None
 
 

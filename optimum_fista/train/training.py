@@ -241,7 +241,7 @@ def find_masks(
     else:
         report, packed = find_record(model, source)
         masks = _assemble(model, report, packed)
-        earlier_patterns = report.model.get("pruned_before", [])
+        earlier_patterns = [step.pattern for step in report.first_model.steps]
 
     parameters = dict(model.named_parameters())
     for name, mask in masks.items():

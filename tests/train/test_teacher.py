@@ -8,6 +8,7 @@ import pytest
 import torch
 from saved_models import prune_and_save
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from optimum_fista import recover
 from optimum_fista.cli.main import main
@@ -138,16 +139,27 @@ def test_a_report_without_the_digest_says_once_that_nothing_can_be_compared(
     assert "has no SHA-256 of the dense model" in said[0]
 
 
-def test_after_an_earlier_run_that_noted_no_dense_model_nothing_can_be_compared(
-    run, saved, tiny_folder, other_model, tmp_path, caplog
+@pytest.fixture
+def twice_pruned(tiny_folder, tmp_path):
+    """Folders of a model of one layer, and of this model with zeros."""
+    first = tmp_path / "first"
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    prune_and_save(model, first, pattern="layers:0.5")
+    second = tmp_path / "second"
+    prune_and_save(AutoModelForCausalLM.from_pretrained(first), second, pattern="2:4")
+    return first, second
+
+
+def test_after_several_runs_the_teacher_is_the_model_before_the_first_one(
+    run, twice_pruned, tiny_folder
 ):
-    earlier = {"pruned_before": ["layers:0.5"]}
-    source = with_model_of_report(saved.folder, tmp_path / "source", **earlier)
+    between, source = twice_pruned
 
-    run(source=source, teacher=other_model)
+    with pytest.raises(ValueError, match=r"teacher='.*first' is not the dense model"):
+        run(source=source, teacher=between)
+    found = run(source=source, teacher=tiny_folder)
 
-    assert "was pruned several times" in caplog.text
-    assert "can't be checked" in caplog.text
+    assert found.teacher == tiny_folder.name
 
 
 def test_a_model_that_was_loaded_by_another_class_can_not_be_compared(
