@@ -26,6 +26,7 @@ from optimum_fista.model.layers import prunable_layers
 from optimum_fista.model.precision import choose_products
 from optimum_fista.prune.plan import Budgets, plan_run
 from optimum_fista.pruner import FistaPruner
+from optimum_fista.removal.parts import ModelOutline
 from optimum_fista.removal.parts_removal import plan_removal, require_zeros_to_pack
 from optimum_fista.removal.shrinking import plan_shrinking
 from optimum_fista.solve.linalg import SCALE_ON_DEVICES, rows_in_block
@@ -327,7 +328,7 @@ class Estimate:
         small = (
             self.model
             if len(firsts) == len(self.layers)
-            else plan_shrinking(self.model, layers=firsts).model
+            else plan_shrinking(ModelOutline(self.layers), layers=firsts).model
         )
         tried, most = (
             min(self.num_samples, self.batch_size + self.config.held_out),

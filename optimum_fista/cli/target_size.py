@@ -12,9 +12,10 @@ from optimum_fista.cli.flags import given
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder.checkpoint import REPORT_FILE, read_report
 from optimum_fista.folder.output import new_output, require_output
+from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.options import PruningOptions
 from optimum_fista.prune.ranks import launched_processes
-from optimum_fista.removal.parts import find_parts
+from optimum_fista.removal.parts import ModelOutline
 from optimum_fista.removal.tokens import VocabularyPlan
 from optimum_fista.report import public_name
 from optimum_fista.solve.patterns import PartShare
@@ -103,7 +104,8 @@ def remove_tokens(plan: VocabularyPlan, folder: Path, overwrite: bool) -> None:
 
 def _channels(model: PreTrainedModel, most: float, wanted: float) -> PartShare:
     """The share of the channels to remove, so that at most `most` parameters are left; shared tensors count once."""
-    parts, tensors = find_parts(model, "channels"), dict(model.named_parameters())
+    parts = ModelOutline(find_decoder_layers(model)).parts("channels")
+    tensors = dict(model.named_parameters())
     whole = sum(tensor.numel() for tensor in tensors.values())
     channel = (
         sum(tensors[n].numel() for part in parts.parts for n in part.tensors if n in tensors)

@@ -17,7 +17,7 @@ from optimum_fista.folder.packed_folder import is_packed
 from optimum_fista.folder.writing import operators_by_weight
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.offload import stored_tensor
-from optimum_fista.removal.parts import find_parts, numbers_kept
+from optimum_fista.removal.parts import ModelOutline, numbers_kept
 from optimum_fista.removal.shrinking import plan_shrinking
 from optimum_fista.report import OperatorReport, PruningReport
 from optimum_fista.solve.patterns import WholeParts, parse_pattern
@@ -60,7 +60,9 @@ def compare_with_dense(
         }
         if report.config["reorder_channels"]:
             changed |= {
-                name for part in find_parts(ours, "channels").parts for name in part.tensors
+                name
+                for part in ModelOutline(find_decoder_layers(ours)).parts("channels").parts
+                for name in part.tensors
             }
         left, equal, kept = _tensor_names(ours), 0, kept_tokens(folder, read_from)
         all_of_it = ((name, stored_tensor(theirs, name)) for name in _tensor_names(theirs))
@@ -115,8 +117,9 @@ def _what_stays(
 ) -> Iterator[tuple[str, Tensor]]:
     """Tensors of a dense model without the parts that the report calls removed, by their names in the smaller model."""
     pattern = parse_pattern(report.config["pattern"])
-    counts = numbers_kept(model, pattern) if isinstance(pattern, WholeParts) else {}
-    plan = plan_shrinking(model, layers=report.model.get("layers_kept"), **counts)
+    outline = ModelOutline(find_decoder_layers(model))
+    counts = numbers_kept(outline, pattern) if isinstance(pattern, WholeParts) else {}
+    plan = plan_shrinking(outline, counts, layers=report.model.get("layers_kept"))
     groups = {
         name.removesuffix(".weight"): operator.groups_kept or ()
         for name, operator in pruned.items()

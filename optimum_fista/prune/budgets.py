@@ -23,7 +23,6 @@ from optimum_fista.model.operators import LinearOperator
 from optimum_fista.model.precision import products_as
 from optimum_fista.model.sensitivity import DenseLoss, Sensitivity, measure_sensitivities
 from optimum_fista.prune.plan import Budgets, Plan
-from optimum_fista.removal.layers import choose_layers
 from optimum_fista.report import PruningReport
 from optimum_fista.solve.allocation import allocate, removal_cost
 
@@ -47,7 +46,7 @@ def share_budgets(
     removed_layers: list[tuple[int, float]] = []
     if plan.removal.num_removed_layers:
         with products_as(plan.products):
-            removed_layers = choose_layers(loss, plan.removal.num_removed_layers)
+            removed_layers = plan.removal.choose_layers(loss)
 
     # Removed layers get no zeros: the others would miss them.
     prefixes = tuple(f"{plan.layers.name}.{index}." for index, _ in removed_layers)

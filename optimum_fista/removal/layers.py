@@ -5,29 +5,34 @@ decoder layer is brought to its device once, and runs on the hidden states of ea
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.inputs import record_inputs
+from optimum_fista.model.inputs import RecordedInputs, record_inputs
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.sensitivity import DenseLoss
 from optimum_fista.model.sweep import Sweep
-from optimum_fista.removal.shrinking import plan_shrinking, require_same_outputs
+from optimum_fista.removal.parts import ModelOutline
+from optimum_fista.removal.proof import require_same_outputs
+from optimum_fista.removal.shrinking import plan_shrinking
 
 
-def choose_layers(loss: DenseLoss, count: int) -> list[tuple[int, float]]:
-    """Choose decoder layers to remove, as SLEB does (arXiv 2402.09025, Algorithm 1).
+def choose_layers(loss: DenseLoss, outline: ModelOutline, count: int) -> list[tuple[int, float]]:
+    """Choose `count` decoder layers to remove, as SLEB does (arXiv 2402.09025, Algorithm 1).
 
     In every round, each remaining layer is left out once. The layer without which the loss is smallest is removed,
     unless no configuration describes the model without it. A round costs about as many forward passes as half of the
     layers: a layer runs on the hidden states of the model as it is, and of all models that lack one layer before it.
 
+    `loss` has the sequences to measure the loss on, and `outline` is that of its model. The model runs, and is not
+    changed: no layer is taken out yet.
+
     Returns the numbers of the layers in the order of their removal, each with the loss after it, in nats per token.
     """
-    layers, model = loss.layers, loss.layers.model
+    layers = loss.layers
     sequences = loss.sequences()
     if not sequences:
         raise ValueError(
@@ -35,79 +40,107 @@ def choose_layers(loss: DenseLoss, count: int) -> list[tuple[int, float]]:
         )
     recorded = record_inputs(layers, sequences, loss.storage)
     if recorded.handed_on:
-        why = f"the decoder layers of {type(model).__name__} pass more than hidden states to the next one"
-        raise UnsupportedArchitectureError(f"{why}, so none can be removed: use another pattern.")
-    # What a model adds between two layers depends on how many layers came before, so these all stay.
-    last = max(
-        (i for i, calls in enumerate(recorded.calls) if any(call.added for call in calls)),
-        default=-1,
+        raise UnsupportedArchitectureError(
+            f"the decoder layers of {type(layers.model).__name__} pass more than hidden states to the next one, so "
+            "none can be removed: use another pattern."
+        )
+    first = _first_removable(recorded)
+
+    remaining = list(range(len(layers)))
+    removed = list[tuple[int, float]]()
+    num_runs = sum(len(layers) - done for done in range(count))  # of a decoder layer
+    progress = tqdm(
+        total=num_runs, desc="Choosing decoder layers", unit="layer", disable=not loss.progress
     )
-    left, removed = list(range(len(layers))), list[tuple[int, float]]()
-    num_runs = sum(len(layers) - done for done in range(count))
-    with (
-        tqdm(
-            total=num_runs, desc="Choosing decoder layers", unit="layer", disable=not loss.progress
-        ) as bar,
-        onloaded([*layers.around, model.get_output_embeddings()], copy=False),
-    ):
+    outside = [*layers.around, layers.model.get_output_embeddings()]
+    with progress as bar, onloaded(outside, copy=False):
         for _ in range(count):
-            losses = Sweep(layers, left, sequences, loss.storage, recorded.rest, last + 1).losses(
-                recorded, bar
+            sweep = Sweep(
+                layers=layers,
+                left=remaining,
+                sequences=sequences,
+                storage=loss.storage,
+                rest=recorded.rest,
+                first=first,
             )
-            if not math.isfinite(losses.pop(None)):
+            losses = sweep.losses(recorded, bar)
+            loss_of_all = losses.pop(None)
+            if not math.isfinite(loss_of_all):
                 raise ValueError(
                     "the loss of the model on the calibration tokens is NaN or Inf: the model is damaged."
                 )
-            index = _cheapest(model, left, losses)
-            left.remove(index)
+            index = _cheapest(outline, remaining, losses)  # type: ignore[arg-type]
+            remaining.remove(index)
             removed.append((index, losses[index]))
-            bar.set_postfix_str(
-                f"loss {losses[index]:.4f} without {', '.join(str(i) for i, _ in removed)}"
-            )
-    moved = [old for new, old in enumerate(left) if new != old]
-    if moved:  # prove that the first layer with a new number still returns the same
-        layer, call, plan = (
-            layers.modules[moved[0]],
-            recorded.calls[moved[0]][0],
-            plan_shrinking(model, layers=left),
-        )
-        hidden = recorded.hidden_states.kept()[0].to(execution_device(layer))
-        with onloaded(layer.modules(), copy=False):
-            require_same_outputs(
-                plan,
-                f"{layers.name}.{moved[0]}",
-                layer,
-                {},
-                lambda module: call.run(module, hidden),
-            )
+            numbers = ", ".join(str(number) for number, _ in removed)
+            bar.set_postfix_str(f"loss {losses[index]:.4f} without {numbers}")
+
+    _prove_renumbered(outline, remaining, recorded)
     return removed
 
 
-def _cheapest(model: PreTrainedModel, left: Sequence[int], losses: dict[int | None, float]) -> int:
+def _first_removable(recorded: RecordedInputs) -> int:
+    """The number of the first decoder layer that can be removed.
+
+    What a model adds to the hidden states between two layers depends on how many layers came before, so these stay.
+    """
+    first = 0
+    for index, calls in enumerate(recorded.calls):
+        if any(call.added for call in calls):
+            first = index + 1
+    return first
+
+
+def _cheapest(outline: ModelOutline, remaining: Sequence[int], losses: Mapping[int, float]) -> int:
     """Find the layer without which the loss is smallest, if a configuration describes the model without it.
 
-    The last layer of its kind stays, such as the only attention layer between state-space layers: caches need one.
+    `remaining` are the numbers of the layers that the model still has. `losses` are those without one of them, by its
+    number; layers that can't be removed have none. The last layer of its kind stays, such as the only attention layer
+    between state-space layers: caches need one.
     """
-    refused, candidates = (
-        ValueError("the model adds features of images there"),
-        [i for i in left if i in losses],
-    )
-    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or [None] * (
-        max(left) + 1
-    )
-    # A loss that is not finite counts as the largest.
-    for index in sorted(
-        candidates, key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf
-    ):
+    kinds: Sequence[str] | None = getattr(outline.text_config, "layer_types", None)
+    # a loss that is not finite counts as the largest
+    costs = {index: loss if math.isfinite(loss) else math.inf for index, loss in losses.items()}
+    refusal: Exception = ValueError("the model adds features of images there")
+    for index in sorted(costs, key=costs.__getitem__):
         try:
-            if kinds[index] is not None and [kinds[i] for i in left].count(kinds[index]) == 1:
-                raise ValueError(
-                    f"decoder layer {index} is the last of its kind ({kinds[index]}): remove fewer"
-                )
-            plan_shrinking(model, layers=[i for i in left if i != index])
+            if kinds:
+                kind = kinds[index]
+                number_of_kind = [kinds[other] for other in remaining].count(kind)
+                if number_of_kind == 1:
+                    raise ValueError(
+                        f"decoder layer {index} is the last of its kind ({kind}): remove fewer"
+                    )
+            plan_shrinking(outline, layers=[other for other in remaining if other != index])
             return index
         except ValueError as error:
-            refused = error
+            refusal = error
     raise ValueError(
-        f"none of the decoder layers {list(left)} can be removed: {refused}"
-    ) from refused
+        f"none of the decoder layers {list(remaining)} can be removed: {refusal}"
+    ) from refusal
+
+
+def _prove_renumbered(
+    outline: ModelOutline, remaining: Sequence[int], recorded: RecordedInputs
+) -> None:
+    """Prove that the first layer that gets a new number still returns the same; the layer runs on its device."""
+    renumbered = [old for new, old in enumerate(remaining) if new != old]
+    if not renumbered:
+        return
+    index = renumbered[0]
+    layer = outline.layers.modules[index]
+    call = recorded.calls[index][0]
+    hidden_states = recorded.hidden_states.kept()[0].to(execution_device(layer))
+
+    def run(module: nn.Module) -> Tensor:
+        """Run the layer, or a copy of it, on hidden states of the first batch."""
+        return call.run(module, hidden_states)
+
+    with onloaded(layer.modules(), copy=False):
+        require_same_outputs(
+            plan=plan_shrinking(outline, layers=remaining),
+            name=f"{outline.layers.name}.{index}",
+            module=layer,
+            kept={},
+            run=run,
+        )

@@ -1,15 +1,20 @@
 """Parts that a model can lose as a whole: channels of MLPs, heads of attention, experts of mixtures.
 
-There is no list of families. A model is built without weights from its configuration, once as it is and once with
-fewer parts. The tensors whose shapes differ are those that shrink. If unexpected ones differ, the model is refused. So
-a new family needs no code. If a configuration does not state the number of parts, the model can't lose them.
+There is no list of families. An *outline* (a model without weights, see `outline`) is built from the configuration,
+once as it is and once with fewer parts. The tensors whose shapes differ are those that shrink. If unexpected ones
+differ, the model is refused. So a new family needs no code. If a configuration does not state the number of parts, the
+model can't lose them.
+
+A `Part` belongs to one decoder layer, and consists of *groups* that can be removed one by one: single channels, a
+key-value head with its query heads, or single experts. `Parts` are all parts of one kind in a model. A run makes one
+`ModelOutline`, and asks it for the `Parts` of each kind that its pattern names.
 """
 
-import copy
-import reprlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +22,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.layers import find_decoder_layers
-from optimum_fista.model.offload import describe_ties
+from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.operators import LINEAR
+from optimum_fista.removal.layer_overrides import (
+    Overrides,
+    overrides_of,
+    scaled,
+    values_by_layer,
+    without_overrides,
+)
+from optimum_fista.removal.outline import as_text, described_model, shapes_of
 from optimum_fista.solve.patterns import WholeParts
 
 Kind = Literal["channels", "heads", "experts"]
@@ -38,6 +50,16 @@ _WORDS: dict[Kind, tuple[str, ...]] = {
     "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
 }
 
+# What an outline gets for a size that its configuration leaves open: no model would choose it.
+_UNUSUAL_SIZE = 8
+
+
+class GroupAxis(NamedTuple):
+    """Where a tensor has the groups of a part."""
+
+    axis: int
+    repeats: int  # how often all groups are on the axis: twice if a gate and an up projection are one matrix
+
 
 @dataclass(frozen=True)
 class Part:
@@ -49,10 +71,9 @@ class Part:
     name: str  # of the operator, such as model.layers.0.mlp.down_proj
     groups: int
     width: int  # columns of a group: 1 for channels; for heads, those of the query heads of one key-value head
-    # Tensors that shrink, each with the axis of the groups and the number of times that all groups are on it: twice if
-    # a gate and an up projection are one matrix.
-    tensors: Mapping[str, tuple[int, int]]
-    equal_runs: int = 1  # runs of equal length; each keeps equally many (for experts whose router chooses runs first)
+    tensors: Mapping[str, GroupAxis]  # that shrink, by their names in the model
+    # Runs of equal length; each keeps equally many groups. Only routers that choose runs of experts first have several.
+    equal_runs: int = 1
 
     @property
     def is_mixture(self) -> bool:
@@ -61,34 +82,28 @@ class Part:
 
     def kept_by(self, mask: Tensor) -> tuple[int, ...]:
         """The groups that a mask [out, in] of whole groups keeps (True = kept)."""
-        by_group = (
-            mask.unflatten(1, (self.groups, self.width)).any(2).any(0)
-        )  # [out, in] -> [groups]
-        return tuple(by_group.nonzero()[:, 0].tolist())
+        by_group = mask.unflatten(1, (self.groups, self.width))  # [out, in] -> [out, groups, width]
+        is_kept = by_group.any(2).any(0)
+        return tuple(is_kept.nonzero()[:, 0].tolist())
 
     def shrink(self, name: str, tensor: Tensor, kept: Sequence[int]) -> Tensor:
-        """Copy one of `tensors` with only the groups `kept`, in this order."""
+        """Copy the tensor called `name`, one of `tensors`, with only the groups `kept`, in this order."""
         axis, repeats = self.tensors[name]
-        return tensor.index_select(
-            axis, self.entries(tensor.shape[axis], repeats, kept).to(tensor.device)
-        )
+        entries = self.entries(tensor.shape[axis], repeats, kept)
+        return tensor.index_select(axis, entries.to(tensor.device))
 
     def entries(self, size: int, repeats: int, kept: Sequence[int]) -> Tensor:
         """Numbers of the entries that stay on an axis of `size` entries, with all groups on it `repeats` times."""
-        # [repeats, groups, entries of a group] -> [entries that stay]
-        return torch.arange(size).view(repeats, self.groups, -1)[:, list(kept)].flatten()
+        by_group = torch.arange(size).view(repeats, self.groups, -1)
+        return by_group[:, list(kept)].flatten()
 
     def without_columns(self, tensor: Tensor, kept: Sequence[int]) -> Tensor:
         """Copy the operator's stored weight, with zeros in the columns of all groups except `kept`."""
         axis, _ = self.tensors[f"{self.name}.weight"]
-        gone = torch.tensor(
-            sorted({*range(self.groups)}.difference(kept)), dtype=torch.int64, device=tensor.device
-        )
-        return (
-            tensor.unflatten(axis, (self.groups, -1))
-            .index_fill(axis, gone, 0)
-            .flatten(axis, axis + 1)
-        )
+        removed = sorted(set(range(self.groups)).difference(kept))
+        indices = torch.tensor(removed, dtype=torch.int64, device=tensor.device)
+        by_group = tensor.unflatten(axis, (self.groups, -1))
+        return by_group.index_fill(axis, indices, 0).flatten(axis, axis + 1)
 
 
 @dataclass(frozen=True)
@@ -96,91 +111,178 @@ class Parts:
     """All parts of one kind, and how a configuration states their number."""
 
     kind: Kind
-    words: Mapping[
-        str, int | None
-    ]  # what the number is called, with its values; None: the model chooses it
-    groups: int = 0  # channels, key-value heads or experts of each part; 0 while it has to be counted in columns
-    constants: Mapping[str, int] = field(
-        default_factory=dict
-    )  # further settings for the configuration
+    # What the configuration calls the number, with its value. None: the configuration leaves it to the model.
+    words: Mapping[str, int | None]
+    groups: int = 0  # of each part; 0 as long as they have to be counted in columns
+    constants: Mapping[str, int] = field(default_factory=dict)  # further settings to state
     equal_runs: int = 1  # as in `Part`
-    at_least: int = 1  # a mixture needs as many experts as a token is sent to
-    parts: tuple[
-        Part, ...
-    ] = ()  # in the order of the decoder layers, of which each may have several or none
+    at_least: int = 1  # groups: a mixture needs as many experts as a token is sent to
+    # In the order of the decoder layers, of which each may have several or none.
+    parts: tuple[Part, ...] = ()
 
     def sizes(self, count: int) -> dict[str, int]:
         """Settings of a configuration in which every part has `count` groups."""
         # For instance, with two query heads for each key-value head there are 2 * count query heads.
-        stated = {
+        numbers = {
             word: count * (value or self.groups) // self.groups
             for word, value in self.words.items()
         }
-        return stated | dict(self.constants)
+        return numbers | dict(self.constants)
+
+    def scaled_overrides(self, overrides: Overrides | None, count: int) -> Overrides | None:
+        """Copy the overrides of single decoder layers, with the numbers for `count` groups in every part."""
+        return None if overrides is None else scaled(overrides, self.words, count, self.groups)
 
 
-def numbers_kept(model: PreTrainedModel, pattern: WholeParts) -> dict[str, int]:
-    """Count the channels, heads and experts that a decoder layer keeps, by kind; others are counted elsewhere."""
-    counts: dict[str, int] = {}
+class ModelOutline:
+    """The outline of a model, and the parts that are found in it; each is made once, when it is asked for.
+
+    `layers` are those of the model, which may be on any device, meta included. The model is not changed.
+    """
+
+    def __init__(self, layers: DecoderLayers) -> None:
+        self.layers = layers
+        self._parts: dict[Kind, Parts] = {}
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model itself."""
+        return self.layers.model
+
+    @property
+    def text_config(self) -> PreTrainedConfig:
+        """The configuration of the model's decoder."""
+        return self.model.config.get_text_config(decoder=True)
+
+    @cached_property
+    def dense(self) -> PreTrainedModel:
+        """The outline of the model as it is, built from its configuration."""
+        return described_model(self.model, {})
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors of the outline, by name."""
+        return shapes_of(self.dense)
+
+    def parts(self, kind: Kind) -> Parts:
+        """Find what the model can lose of one kind.
+
+        - `"channels"` of plain MLPs: columns of the down projection, with the rows that compute their inputs.
+        - `"heads"`: key-value heads with their query heads: columns of the output projection, with rows of q, k and v.
+        - `"experts"` of mixtures, with their outputs of the router.
+
+        Shapes do not show the order of rows. The rows of a head are assumed to be together, and a gate and an up
+        projection in one matrix to be one after the other. `shrinking.require_same_outputs` proves this.
+
+        Raises:
+            UnsupportedArchitectureError: If the model can't lose any of this kind, with the reason.
+        """
+        if kind not in self._parts:
+            self._parts[kind] = _find_parts(self, kind)
+        return self._parts[kind]
+
+
+def numbers_kept(outline: ModelOutline, pattern: WholeParts) -> dict[Kind, int]:
+    """Count the channels, heads and experts that every decoder layer keeps, by kind.
+
+    Decoder layers and tokens are counted elsewhere (`parts_removal`, `tokens`).
+    """
+    counts = dict[Kind, int]()
     for share in pattern.shares:
-        if share.kind != "layers" and share.kind != "vocab":
-            found = find_parts(model, share.kind)
-            counts[share.kind] = share.num_kept(found.groups, found.equal_runs, found.at_least)
+        if share.kind == "layers" or share.kind == "vocab":
+            continue
+        parts = outline.parts(share.kind)
+        counts[share.kind] = share.num_kept(parts.groups, parts.equal_runs, parts.at_least)
     return counts
 
 
-def find_parts(model: PreTrainedModel, kind: Kind) -> Parts:
-    """Find what a model can lose; it may be on any device, meta included, and is not changed.
+def _find_parts(outline: ModelOutline, kind: Kind) -> Parts:
+    """Find the parts of one kind, by the first word of the configuration that states their number."""
+    model_class = type(outline.model).__name__
+    if outline.layers.shared:
+        name, reason = next(iter(outline.layers.shared.items()))
+        raise UnsupportedArchitectureError(f"{model_class} can't lose {kind}: {name} {reason}.")
 
-    - `"channels"` of plain MLPs: columns of the down projection, with the rows that compute their inputs.
-    - `"heads"`: key-value heads with their query heads: columns of the output projection, with rows of q, k and v.
-    - `"experts"` of mixtures, with their outputs of the router.
-
-    Shapes do not show the order of rows. The rows of a head are assumed to be together, and a gate and an up projection
-    in one matrix to be one after the other. `shrinking.require_same_outputs` proves this.
-    """
-    reasons = [f"{name} {why}" for name, why in find_decoder_layers(model).shared.items()][:1]
-    for stated in () if reasons else _stated(model.config.get_text_config(decoder=True), kind):
+    reasons = list[str]()
+    for word in _WORDS[kind]:
         try:
-            return _parts_by(model, stated)
+            stated = _stated(outline.text_config, kind, word)
+            if stated is not None:
+                return _parts_by(outline, stated)
         except ValueError as error:
             reasons.append(str(error))
-    reasons = reasons or [
-        f"its configuration states no number of them (looked for {', '.join(_WORDS[kind])})"
-    ]
-    reason = "; or ".join(dict.fromkeys(reasons))
-    raise UnsupportedArchitectureError(f"{type(model).__name__} can't lose {kind}: {reason}.")
+
+    if not reasons:
+        raise UnsupportedArchitectureError(
+            f"{model_class} can't lose {kind}: its configuration states no number of them (looked for "
+            f"{', '.join(_WORDS[kind])})."
+        )
+    raise UnsupportedArchitectureError(
+        f"{model_class} can't lose {kind}: {'; or '.join(dict.fromkeys(reasons))}."
+    )
 
 
-def _stated(config: PreTrainedConfig, kind: Kind) -> Iterator[Parts]:
-    """Numbers of channels, heads or experts that a configuration states; the parts themselves are not known yet."""
-    for word in _WORDS[kind]:
-        value = getattr(config, word, None)
-        if isinstance(value, list) and len(set(value)) == 1:
-            value = value[0]  # the same in every decoder layer
-        if not hasattr(config, word) or isinstance(value, list):
-            continue
-        if kind == "channels":
-            yield Parts(kind, {word: value})
-        elif kind == "heads" and value:
-            groups = getattr(config, "num_key_value_heads", None) or value
-            words = {word: value} | (
-                {"num_key_value_heads": groups} if hasattr(config, "num_key_value_heads") else {}
-            )
-            # stated from now on, because otherwise it would be computed from the number of heads
-            head_dim = getattr(config, "head_dim", None) or config.hidden_size // value
-            yield Parts(kind, words, groups, {"head_dim": head_dim})
-        elif kind == "experts" and value:
-            runs = runs_of_experts(config)
-            chosen = getattr(config, "topk_group", None) or runs
-            top_k = (
-                getattr(config, "num_experts_per_tok", None)
-                or getattr(config, "moe_topk", None)
-                or 1
-            )
-            # A router of runs compares them by the sum of their two best experts (DeepSeek-V3, arXiv 2412.19437).
-            least = max(-(-top_k // chosen), 2) * runs if runs > 1 else top_k
-            yield Parts(kind, {word: value}, value, equal_runs=runs, at_least=least)
+def _stated(config: PreTrainedConfig, kind: Kind, word: str) -> Parts | None:
+    """Read the number of channels, heads or experts that a text configuration calls `word`; the parts stay empty.
+
+    Returns `None` if the configuration does not know the word, or does not use it.
+    """
+    common = without_overrides(config)
+    if not hasattr(common, word):
+        return None
+    value = getattr(common, word)
+    if isinstance(value, list):
+        if len(set(value)) != 1:
+            return None
+        value = value[0]  # the same in every decoder layer
+    if kind == "heads":
+        return _stated_heads(config, word, value) if value else None
+
+    by_layer = [] if overrides_of(config) is None else values_by_layer(config, word)
+    if len(set(by_layer)) > 1:
+        numbers = ", ".join(map(str, sorted(set(by_layer))))
+        raise UnsupportedArchitectureError(f"{word} differs between decoder layers ({numbers})")
+    if kind == "channels":
+        return Parts(kind, {word: value})
+    return _stated_experts(common, word, value) if value else None
+
+
+def _stated_heads(config: PreTrainedConfig, word: str, value: int) -> Parts:
+    """Read how many key-value heads there are, and how many query heads (`word`, of which there are `value`).
+
+    Decoder layers may have different numbers of them. Then a group of a part is the same share of all its heads in
+    every layer: of 8 key-value heads in some layers and 4 in others, there are 4 groups, of 2 heads or of 1.
+    """
+    common = without_overrides(config)
+    groups = key_value_heads = getattr(common, "num_key_value_heads", None) or value
+    if overrides_of(config) is not None:
+        query_heads = values_by_layer(config, word)
+        groups = math.gcd(*(values_by_layer(config, "num_key_value_heads") or query_heads))
+        for number in query_heads:
+            if number % groups:
+                raise UnsupportedArchitectureError(
+                    f"{word} is {number} in a decoder layer, which {groups} groups of key-value heads do not divide"
+                )
+
+    words: dict[str, int | None] = {word: value}
+    if hasattr(common, "num_key_value_heads"):
+        words["num_key_value_heads"] = key_value_heads
+    # stated from now on, because otherwise it would be computed from the number of heads
+    head_dim = getattr(common, "head_dim", None) or common.hidden_size // value
+    return Parts("heads", words, groups, {"head_dim": head_dim})
+
+
+def _stated_experts(config: PreTrainedConfig, word: str, value: int) -> Parts:
+    """Read how many experts a mixture has, how its router chooses among them, and how many have to stay."""
+    top_k = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1
+    runs = runs_of_experts(config)
+    if runs == 1:
+        at_least = top_k
+    else:
+        chosen_runs = getattr(config, "topk_group", None) or runs
+        # A router of runs compares them by the sum of their two best experts (DeepSeek-V3, arXiv 2412.19437).
+        at_least = max(math.ceil(top_k / chosen_runs), 2) * runs
+    return Parts("experts", {word: value}, value, equal_runs=runs, at_least=at_least)
 
 
 def runs_of_experts(config: PreTrainedConfig) -> int:
@@ -188,156 +290,163 @@ def runs_of_experts(config: PreTrainedConfig) -> int:
     return getattr(config, "n_group", None) or getattr(config, "num_expert_group", None) or 1
 
 
-def _parts_by(model: PreTrainedModel, stated: Parts) -> Parts:
-    """Find the parts that become smaller if a stated number does."""
-    # One key-value head, otherwise half: both divide whatever the whole number divides. No model would choose 8.
+def _parts_by(outline: ModelOutline, stated: Parts) -> Parts:
+    """Complete the stated numbers by the parts that become smaller if these numbers do."""
+    axes, fewer = _shrinking_axes(outline, stated)
+
+    parts = list[Part]()
+    for layer_name, _ in outline.layers:
+        if stated.kind == "experts":
+            parts += _mixtures(outline, f"{layer_name}.", axes, stated)
+        else:
+            parts += _operators(outline, f"{layer_name}.", axes, stated)
+
+    unexpected = axes.keys() - {name for part in parts for name in part.tensors}
+    if unexpected:
+        raise UnsupportedArchitectureError(f"{min(unexpected)} changes as well with {fewer}")
+    if not parts:
+        raise UnsupportedArchitectureError(f"no tensor of a decoder layer changes with {fewer}")
+    first = parts[0]
+    for part in parts:
+        if part.groups != first.groups:  # one word of the configuration can't state two sizes
+            raise UnsupportedArchitectureError(
+                f"{first.name} has {first.groups} of them and {part.name} {part.groups}"
+            )
+    return replace(stated, groups=first.groups, parts=tuple(parts))
+
+
+def _shrinking_axes(outline: ModelOutline, stated: Parts) -> tuple[dict[str, int], str]:
+    """Find the tensors that are smaller in an outline with fewer parts, each with the axis that is smaller.
+
+    Returns also the settings of that outline, as text for messages.
+    """
+    # One group of heads, otherwise half: both divide whatever the whole number divides.
     divisor = stated.groups if stated.kind == "heads" else 2
-    fewer = {word: value // divisor if value else 8 for word, value in stated.words.items()}
+    fewer = {
+        word: value // divisor if value else _UNUSUAL_SIZE for word, value in stated.words.items()
+    }
     if stated.groups == 1 or 0 in fewer.values():
         raise UnsupportedArchitectureError(f"there is a single one ({as_text(stated.words)})")
-    dense, small = described_model(model, {}), described_model(model, {**fewer, **stated.constants})
-    axes, stored, after = dict[str, int](), dense.state_dict().keys(), shapes_of(small)
-    for name, shape in shapes_of(dense).items():
-        now = after.get(name, ())
-        differing = [
-            axis for axis, sizes in enumerate(zip(shape, now, strict=False)) if sizes[0] != sizes[1]
-        ]
-        if now == shape:
+    overrides = overrides_of(outline.text_config)
+    if overrides is not None:
+        overrides = scaled(overrides, stated.words, 1, divisor)
+    small = described_model(outline.model, {**fewer, **stated.constants}, overrides)
+
+    axes = dict[str, int]()
+    stored = outline.dense.state_dict().keys()
+    small_shapes = shapes_of(small)
+    for name, shape in outline.shapes.items():
+        small_shape = small_shapes.get(name, ())
+        if small_shape == shape:
             continue
-        if len(now) != len(shape) or len(differing) != 1 or not now < shape or name not in stored:
+        differing = [
+            axis
+            for axis, (size, small_size) in enumerate(zip(shape, small_shape, strict=False))
+            if size != small_size
+        ]
+        one_axis_shrinks = (
+            len(small_shape) == len(shape) and len(differing) == 1 and small_shape < shape
+        )
+        if not one_axis_shrinks or name not in stored:
             raise UnsupportedArchitectureError(
-                f"{name} of shape {shape} would have shape {now} with {as_text(fewer)}"
+                f"{name} of shape {shape} would have shape {small_shape} with {as_text(fewer)}"
             )
         axes[name] = differing[0]
-    find = _mixtures if stated.kind == "experts" else _operators
-    parts = [
-        part
-        for name, _ in find_decoder_layers(dense)
-        for part in find(dense, f"{name}.", axes, stated)
-    ]
-    others = axes.keys() - {name for part in parts for name in part.tensors}
-    if not parts or others:
-        what = (
-            f"{min(others)} changes as well" if others else "no tensor of a decoder layer changes"
-        )
-        raise UnsupportedArchitectureError(f"{what} with {as_text(fewer)}")
-    groups = parts[0].groups
-    for part in parts:
-        if part.groups != groups:  # one word of the configuration can't state two sizes
-            raise UnsupportedArchitectureError(
-                f"{parts[0].name} has {groups} of them and {part.name} {part.groups}"
-            )
-    return replace(stated, groups=groups, parts=tuple(parts))
+    return axes, as_text(fewer)
 
 
 def _operators(
-    dense: PreTrainedModel, prefix: str, axes: Mapping[str, int], stated: Parts
+    outline: ModelOutline, prefix: str, axes: Mapping[str, int], stated: Parts
 ) -> Iterator[Part]:
-    """The parts of a decoder layer that are columns of a linear operator."""
+    """Find the parts of a decoder layer that are columns of a linear operator.
+
+    `prefix` is the name of the layer with a dot; `axes` says on which axis each tensor shrinks (`_shrinking_axes`).
+    """
     shapes = {
         name: shape
-        for name, shape in shapes_of(dense).items()
+        for name, shape in outline.shapes.items()
         if name in axes and name.startswith(prefix)
     }
     owners = {name: name.rpartition(".")[0] for name in shapes}
-    modules = {name: dense.get_submodule(owner) for name, owner in owners.items()}
+    modules = {name: outline.dense.get_submodule(owner) for name, owner in owners.items()}
     linear = [name for name, module in modules.items() if isinstance(module, LINEAR)]
-    # Weights whose columns shrink: on the second axis if stored as [out, in], on the first if stored as [in, out].
     weights = [
-        n
-        for n in linear
-        if n.endswith(".weight") and axes[n] == (not isinstance(modules[n], Conv1D))
+        name
+        for name in linear
+        if name.endswith(".weight") and axes[name] == _axis_of_inputs(modules[name])
     ]
     for weight in weights:
-        operator, columns = owners[weight], shapes[weight][axes[weight]]
+        operator = owners[weight]
+        columns = shapes[weight][axes[weight]]
         groups = stated.groups or columns
         # The inputs come from the same module, unless there is one operator only: BERT's MLP has two modules.
         siblings = prefix if len(weights) == 1 else operator.rpartition(".")[0] + "."
         rows = [name for name in shapes if name not in weights and name.startswith(siblings)]
+
         feeders = [name for name in rows if name.endswith(".weight") and name in linear]
-        if len(feeders) < (2 if stated.kind == "heads" else 1):
-            what = f"{' and '.join(feeders) or 'no projection'}, in which rows of one group can't be told"
-            raise UnsupportedArchitectureError(f"beside {operator} there is {what}")
+        least_feeders = 2 if stated.kind == "heads" else 1  # queries and keys
+        if len(feeders) < least_feeders:
+            raise UnsupportedArchitectureError(
+                f"beside {operator} there is {' and '.join(feeders) or 'no projection'}, in which rows of one group "
+                "can't be told"
+            )
         for name in (weight, *rows):
-            own = len(shapes[name]) == 1 and operator.startswith(
+            # such as attention sinks, one for each head
+            is_vector_of_operator = len(shapes[name]) == 1 and operator.startswith(
                 f"{owners[name]}."
-            )  # such as attention sinks
-            if (name not in linear and not own) or shapes[name][axes[name]] % groups:
-                what = f"{name} ({type(modules[name]).__name__})"
+            )
+            is_expected = name in linear or is_vector_of_operator
+            if not is_expected or shapes[name][axes[name]] % groups:
                 raise UnsupportedArchitectureError(
-                    f"{what} works on all inputs of {operator} together"
+                    f"{name} ({type(modules[name]).__name__}) works on all inputs of {operator} together"
                 )
-        repeats = {
-            name: shapes[name][axes[name]] // groups if stated.kind == "channels" else 1
-            for name in rows
-        }
-        tensors = {weight: (axes[weight], 1)} | {name: (axes[name], repeats[name]) for name in rows}
+
+        tensors = {weight: GroupAxis(axes[weight], 1)}
+        for name in rows:
+            entries = shapes[name][axes[name]]
+            # the rows of a head are together; all channels of a gate come before those of the up projection
+            repeats = entries // groups if stated.kind == "channels" else 1
+            tensors[name] = GroupAxis(axes[name], repeats)
         yield Part(operator, groups, columns // groups, tensors)
 
 
+def _axis_of_inputs(module: nn.Module) -> int:
+    """The axis of the inputs in the stored weight: the second one of [out, in], the first one of [in, out]."""
+    return 0 if isinstance(module, Conv1D) else 1
+
+
 def _mixtures(
-    dense: PreTrainedModel, prefix: str, axes: Mapping[str, int], stated: Parts
+    outline: ModelOutline, prefix: str, axes: Mapping[str, int], stated: Parts
 ) -> Iterator[Part]:
-    """The mixture of a decoder layer: tensors with an entry for each expert on one axis."""
+    """Find the mixture of a decoder layer: tensors with an entry for each expert on one axis.
+
+    The arguments are those of `_operators`.
+    """
     tensors = {
-        name: tensor for name, tensor in dense.state_dict().items() if name.startswith(prefix)
+        name: tensor
+        for name, tensor in outline.dense.state_dict().items()
+        if name.startswith(prefix)
     }
     shrinking = [name for name in tensors if name in axes]
-    fused = {name.rpartition(".")[0] for name in shrinking if tensors[name].ndim == 3}
+    if not shrinking:
+        return
+
     wrong = [name for name in shrinking if tensors[name].shape[axes[name]] != stated.groups]
-    wrong += [
-        name for name, tensor in tensors.items() if shrinking and not tensor.is_floating_point()
-    ]
-    if shrinking and (wrong or len(fused) != 1):
-        what = wrong[0] if wrong else prefix.rstrip(".")
+    # such as a table of the experts of every token, whose numbers would be wrong
+    wrong += [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    if wrong:
         raise UnsupportedArchitectureError(
-            f"{what} is not a mixture with one entry for each expert"
+            f"{wrong[0]} is not a mixture with one entry for each expert"
         )
-    for name in fused:
-        yield Part(
-            name, stated.groups, 1, {each: (axes[each], 1) for each in shrinking}, stated.equal_runs
+    fused = {name.rpartition(".")[0] for name in shrinking if tensors[name].ndim == 3}
+    if len(fused) != 1:
+        raise UnsupportedArchitectureError(
+            f"{prefix.rstrip('.')} is not a mixture with one entry for each expert"
         )
-
-
-def described_model(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedModel:
-    """Build, on the meta device, the model that its configuration describes with other settings (of its text model).
-
-    A number replaces a whole list. Settings that the configuration would lose when saved and read again are refused.
-    """
-    config = copy.deepcopy(model.config)
-    text = config.get_text_config(decoder=True)
-    try:
-        for word, value in settings.items():
-            current = getattr(text, word, None)
-            by_layer = isinstance(current, list) and not isinstance(value, list)
-            setattr(text, word, [value] * len(current) if by_layer and current else value)
-        written = config.to_dict()
-        read = type(config).from_dict(copy.deepcopy(written)).to_dict()
-        for word in written if settings else ():
-            if written[word] != read.get(word):
-                raise ValueError(
-                    f"saved and read again, {word} is {read.get(word)} instead of {written[word]}"
-                )
-        describe_ties(model, config)
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            return type(model)(config)
-    except (
-        Exception
-    ) as error:  # configurations and models check what they are given with errors of many kinds
-        reason = " ".join(str(error).split()).removesuffix(".")
-        raise ValueError(
-            f"{type(model).__name__} does not take {as_text(settings)}: {reason}"
-        ) from error
-
-
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors that a model stores, and of tables that it computes when it is built."""
-    return {
-        name: tuple(tensor.shape)
-        for name, tensor in (model.state_dict() | dict(model.named_buffers())).items()
-    }
-
-
-def as_text(settings: Mapping[str, Any]) -> str:
-    """Write settings for a message; long lists are shortened."""
-    return ", ".join(f"{word}={reprlib.repr(value)}" for word, value in settings.items())
+    yield Part(
+        name=fused.pop(),
+        groups=stated.groups,
+        width=1,
+        tensors={name: GroupAxis(axes[name], 1) for name in shrinking},
+        equal_runs=stated.equal_runs,
+    )

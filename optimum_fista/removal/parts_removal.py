@@ -24,18 +24,14 @@ from optimum_fista.model.groups import is_added_to_output
 from optimum_fista.model.inputs import HiddenStates, LayerActivations
 from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.operators import Group, LinearOperator
+from optimum_fista.model.sensitivity import DenseLoss
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.removal.experts import SmallerMixture, experts_of, experts_to_keep, score_experts
-from optimum_fista.removal.parts import Part, find_parts, numbers_kept
-from optimum_fista.removal.shrinking import (
-    Shrinking,
-    plan_shrinking,
-    plan_shrinkings,
-    require_same_outputs,
-    shrink_model,
-    small_hidden_states,
-    smaller_copy,
-)
+from optimum_fista.removal.layers import choose_layers
+from optimum_fista.removal.parts import Kind, ModelOutline, Part, numbers_kept
+from optimum_fista.removal.proof import require_same_outputs, small_hidden_states
+from optimum_fista.removal.shrinking import Shrinking, plan_shrinking, plan_shrinkings
+from optimum_fista.removal.smaller_modules import shrink_model, smaller_copy
 from optimum_fista.report import (
     LayerRecord,
     LayerReport,
@@ -87,6 +83,13 @@ class Removal:
     def counts_kept(self) -> Mapping[str, int]:
         """How many groups each part keeps, by its name, of those that become smaller."""
         return {}
+
+    def choose_layers(self, loss: DenseLoss) -> list[tuple[int, float]]:
+        """Choose the decoder layers to remove by the loss of the model without them; none here.
+
+        Returns their numbers in the order of their removal, each with the loss after it.
+        """
+        return []
 
     def without_layers(self, removed_layers: Losses) -> "Removal":
         """Return the removal with the decoder layers that the loss has chosen; none here."""
@@ -148,7 +151,8 @@ class Removal:
 class PartsRemoval(Removal):
     """Removes whole parts of a model in a run."""
 
-    counts: Mapping[str, int]  # how many parts of each kind a decoder layer keeps
+    outline: ModelOutline  # of the whole model
+    counts: Mapping[Kind, int]  # how many parts of each kind a decoder layer keeps
     smaller: (
         Shrinking  # the smaller model; it has all decoder layers until those to remove are chosen
     )
@@ -163,11 +167,11 @@ class PartsRemoval(Removal):
 
         An operator that reads a removed part gets a pattern of whole columns. No other operator is pruned.
         """
-        model = layers.model
         pattern = config.whole_parts
         assert pattern is not None
-        counts = numbers_kept(model, pattern)
-        smaller, columns = plan_shrinkings(model, counts)
+        outline = ModelOutline(layers)
+        counts = numbers_kept(outline, pattern)
+        smaller, columns = plan_shrinkings(outline, counts)
         mixtures = [part for part in smaller.parts.values() if part.is_mixture]
         patterns: dict[str, SparsityPattern] = {
             name: Columns.keeping(smaller.counts[name], part.groups, part.width)
@@ -198,12 +202,11 @@ class PartsRemoval(Removal):
             num_removed_layers=sum(
                 total - part.num_kept(total) for part in pattern.shares if part.kind == "layers"
             ),
+            outline=outline,
             counts=counts,
             smaller=smaller,
             columns=columns,
-            experts=plan_shrinking(
-                model, layers=None, **{k: n for k, n in counts.items() if k == "experts"}
-            ),
+            experts=_plan_fewer_experts(outline, counts, otherwise=columns),
         )
         return removal._with_compensation()
 
@@ -240,10 +243,14 @@ class PartsRemoval(Removal):
         refits = bool(self.mixtures) and config.expert_refit
         return not (updates or refits or (repairs and correction.residual_share > 0))
 
+    def choose_layers(self, loss: DenseLoss) -> list[tuple[int, float]]:
+        """See `Removal.choose_layers`."""
+        return choose_layers(loss, self.outline, self.num_removed_layers)
+
     def without_layers(self, removed_layers: Losses) -> "PartsRemoval":
         """Return the removal with the decoder layers that the loss has chosen: they lose no weights before."""
         stay = [index for index in range(len(self.layers)) if index not in removed_layers]
-        smaller, columns = plan_shrinkings(self.layers.model, self.counts, stay)
+        smaller, columns = plan_shrinkings(self.outline, self.counts, stay)
         mixtures = {
             name: part for name, part in self.mixtures.items() if part.name in smaller.parts
         }
@@ -512,7 +519,7 @@ def _removal_of_zeros(layers: DecoderLayers, config: FistaPruningConfig) -> Remo
     channels: dict[str, Part] = {}
     if config.reorder_channels:
         try:
-            parts = find_parts(layers.model, "channels").parts
+            parts = ModelOutline(layers).parts("channels").parts
         except UnsupportedArchitectureError as error:
             raise UnsupportedArchitectureError(
                 f"reorder_channels=True: {error} Leave it out."
@@ -533,6 +540,15 @@ def _require_shapes(operators: Operators, patterns: Mapping[str, SparsityPattern
     for group in operators.values():
         for name, operator in group.items():
             patterns[name].require_shape(operator.shape, name)
+
+
+def _plan_fewer_experts(
+    outline: ModelOutline, counts: Mapping[Kind, int], otherwise: Shrinking
+) -> Shrinking:
+    """Plan a model that loses experts only; `otherwise` if the run removes no experts."""
+    if "experts" not in counts:
+        return otherwise
+    return plan_shrinking(outline, {"experts": counts["experts"]})
 
 
 def groups_kept(

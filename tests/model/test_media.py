@@ -15,6 +15,7 @@ from optimum_fista.model.layers import find_decoder_layers, token_limits
 from optimum_fista.model.media import media_arguments, targets_of
 from optimum_fista.model.sensitivity import DenseLoss
 from optimum_fista.removal.layers import choose_layers
+from optimum_fista.removal.parts import ModelOutline
 
 
 def read(model, *batches) -> list[CalibrationBatch]:
@@ -273,13 +274,13 @@ def test_no_layer_goes_before_the_features_of_images_are_added():
     model, given = media_model("qwen3_vl"), media_batch("qwen3_vl")
     layers, batches = find_decoder_layers(model), read(model, given)
     with torch.no_grad():
-        chosen = choose_layers(DenseLoss(layers, batches, 100), 1)
+        chosen = choose_layers(DenseLoss(layers, batches, 100), ModelOutline(layers), 1)
         assert [index for index, _ in chosen] == [3]
         with pytest.raises(
             ValueError,
             match=r"none of the decoder layers \[0, 1, 2\] can be removed: .* adds features",
         ):
-            choose_layers(DenseLoss(layers, batches, 100), 2)
+            choose_layers(DenseLoss(layers, batches, 100), ModelOutline(layers), 2)
         model.model.language_model.layers = model.model.language_model.layers[:3]
         assert chosen[0][1] == pytest.approx(loss_of(model, given))
 

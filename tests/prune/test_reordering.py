@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from safetensors.torch import load_file
+from shrunken_models import parts_of
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from tiny_models import tiny_model
 from untouched import Untouched
@@ -14,7 +15,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.offload import stored_tensor
-from optimum_fista.removal.parts import Part, find_parts
+from optimum_fista.removal.parts import Part
 
 BATCHES = tiny_tokens().split(4)
 
@@ -56,7 +57,7 @@ def test_rows_and_columns_move_together_and_more_is_kept(make):
     assert sum(o.fit_error for o in errors[0]) < 0.98 * sum(o.fit_error for o in errors[1])
     before, after = dict(dense.named_parameters()), dict(model.named_parameters())
     moved = set()
-    for part in find_parts(dense, "channels").parts:
+    for part in parts_of(dense, "channels").parts:
         rows = next(
             name
             for name in part.tensors

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from families import family_model, family_tokens
+from shrunken_models import parts_of
 
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.calibration import hold_out, read_batches
@@ -10,7 +11,6 @@ from optimum_fista.model.correction import Correction, LayerTargets
 from optimum_fista.model.inputs import HiddenStates, LayerActivations, record_inputs
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.removal.experts import SmallerMixture, experts_of, experts_to_keep, score_experts
-from optimum_fista.removal.parts import find_parts
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 CPU = torch.device("cpu")
@@ -20,7 +20,7 @@ def mixture_layer(family, batches=None, held_out=0):
     """The first mixture of a model, its experts, the activations of its decoder layer, and hidden states for that."""
     model = family_model(family)
     layers = find_decoder_layers(model)
-    part = find_parts(model, "experts").parts[0]
+    part = parts_of(model, "experts").parts[0]
     index = next(
         index for index, (name, _) in enumerate(layers) if part.name.startswith(f"{name}.")
     )

@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from families import family_model, family_tokens
+from shrunken_models import plan_for
 from tiny_llama import tiny_llama, tiny_tokens
 from tiny_models import tiny_model
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -15,7 +16,9 @@ from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.sensitivity import DenseLoss
 from optimum_fista.removal import layers as module
 from optimum_fista.removal.layers import choose_layers
-from optimum_fista.removal.shrinking import plan_shrinking, shrink_model
+from optimum_fista.removal.parts import ModelOutline
+from optimum_fista.removal.shrinking import plan_shrinking
+from optimum_fista.removal.smaller_modules import shrink_model
 
 
 def chosen(model, tokens, count, num_tokens=10**6, **options):
@@ -25,15 +28,15 @@ def chosen(model, tokens, count, num_tokens=10**6, **options):
         else [CalibrationBatch(ids) for ids in tokens.split(4)]
     )
     with torch.no_grad():
-        return choose_layers(
-            DenseLoss(find_decoder_layers(model), batches, num_tokens, **options), count
-        )
+        layers = find_decoder_layers(model)
+        loss = DenseLoss(layers, batches, num_tokens, **options)
+        return choose_layers(loss, ModelOutline(layers), count)
 
 
 def loss_with(make, tokens, left) -> float:
     """Cross-entropy of the next token of a new model that keeps only the layers `left`."""
     model = make()
-    shrink_model(model, plan_shrinking(model, layers=left), {})
+    shrink_model(model, plan_for(model, layers=left), {})
     with torch.no_grad():
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
     return float(
@@ -97,10 +100,10 @@ def test_a_layer_that_no_configuration_can_do_without_is_passed_over(monkeypatch
     model, tokens = tiny_llama(num_hidden_layers=4), tiny_tokens()
     (first, _), (second, _) = chosen(model, tokens, 2)
 
-    def plan(model, *, layers):
+    def plan(outline, *, layers):
         if first not in layers:
             raise ValueError("it can't be said")
-        return plan_shrinking(model, layers=layers)
+        return plan_shrinking(outline, layers=layers)
 
     monkeypatch.setattr(module, "plan_shrinking", plan)
     assert first not in dict(chosen(model, tokens, 2))

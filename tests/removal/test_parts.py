@@ -4,18 +4,18 @@ import pytest
 import torch
 from families import family_model
 from shrunken_config import shrunken_config
+from shrunken_models import parts_of
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.removal.parts import find_parts
 
 LLAMA = "model.layers.1."
 GPT2 = "transformer.h.1.mlp."
 
 
 def test_channels_are_columns_of_the_down_projection_and_rows_of_its_feeders():
-    found = find_parts(tiny_model("llama"), "channels")
+    found = parts_of(tiny_model("llama"), "channels")
     assert (found.groups, found.sizes(24)) == (48, {"intermediate_size": 24})
     first, second = found.parts
     assert (first.name, second.name) == ("model.layers.0.mlp.down_proj", LLAMA + "mlp.down_proj")
@@ -28,13 +28,13 @@ def test_channels_are_columns_of_the_down_projection_and_rows_of_its_feeders():
 
 
 def test_transposed_weights_shrink_on_their_own_axes_and_projections_in_one_matrix_together():
-    tensors = find_parts(tiny_model("gpt2"), "channels").parts[1].tensors
+    tensors = parts_of(tiny_model("gpt2"), "channels").parts[1].tensors
     assert tensors == {
         GPT2 + "c_proj.weight": (0, 1),
         GPT2 + "c_fc.weight": (1, 1),
         GPT2 + "c_fc.bias": (0, 1),
     }
-    tensors = find_parts(tiny_model("phi3"), "channels").parts[1].tensors
+    tensors = parts_of(tiny_model("phi3"), "channels").parts[1].tensors
     assert tensors == {
         LLAMA + "mlp.down_proj.weight": (1, 1),
         LLAMA + "mlp.gate_up_proj.weight": (0, 2),
@@ -42,14 +42,14 @@ def test_transposed_weights_shrink_on_their_own_axes_and_projections_in_one_matr
 
 
 def test_a_size_that_is_left_open_or_counts_two_for_one_channel_is_stated():
-    found = find_parts(tiny_model("gpt2", n_inner=None), "channels")
+    found = parts_of(tiny_model("gpt2", n_inner=None), "channels")
     assert (found.groups, found.sizes(96)) == (4 * 32, {"n_inner": 96})
-    found = find_parts(family_model("recurrent_gemma"), "channels")
+    found = parts_of(family_model("recurrent_gemma"), "channels")
     assert (found.groups, found.sizes(20)) == (24, {"intermediate_size": 40})
 
 
 def test_a_group_of_heads_is_a_key_value_head_with_its_query_heads():
-    found = find_parts(tiny_model("qwen2"), "heads")
+    found = parts_of(tiny_model("qwen2"), "heads")
     part = found.parts[1]
     assert (part.name, part.groups, part.width) == (
         LLAMA + "self_attn.o_proj",
@@ -66,7 +66,7 @@ def test_a_group_of_heads_is_a_key_value_head_with_its_query_heads():
 
 
 def test_experts_go_with_their_rows_of_the_router():
-    found = find_parts(tiny_model("qwen3_moe"), "experts")
+    found = parts_of(tiny_model("qwen3_moe"), "experts")
     assert (found.groups, found.at_least, found.parts[0].name) == (
         4,
         2,
@@ -108,22 +108,23 @@ def test_what_can_not_be_lost_is_refused_with_the_reason(family, kind, reason):
         UnsupportedArchitectureError,
         match=f"^{type(model).__name__} can't lose {kind}: .*({reason})",
     ):
-        find_parts(model, kind)
+        parts_of(model, kind)
 
 
 def test_layers_of_different_sizes_are_refused():
     config = shrunken_config("gemma4_text")
     config.use_double_wide_mlp, config.num_kv_shared_layers = True, 2
     config.num_hidden_layers, config.layer_types = 4, ["sliding_attention", "full_attention"] * 2
+    config.per_layer_config = {1: {"head_dim": 16}, 3: {"head_dim": 16}}
     with pytest.raises(
         UnsupportedArchitectureError,
         match=r"layers.0.mlp.down_proj has 48 .* and \S*2.mlp.down_proj 96",
     ):
-        find_parts(AutoModelForCausalLM.from_config(config), "channels")
+        parts_of(AutoModelForCausalLM.from_config(config), "channels")
 
 
 def test_a_mask_of_whole_groups_says_which_are_kept():
-    part = find_parts(tiny_model("llama"), "heads").parts[0]
+    part = parts_of(tiny_model("llama"), "heads").parts[0]
     mask = torch.ones(32, 32, dtype=torch.bool)
     assert part.kept_by(mask) == (0, 1)
     mask[:, :16] = False
@@ -133,5 +134,5 @@ def test_a_mask_of_whole_groups_says_which_are_kept():
 def test_runs_of_experts_keep_the_two_that_they_are_compared_by():
     config = tiny_model("deepseek_v3").config
     config.n_routed_experts, config.n_group, config.topk_group = 8, 2, 1
-    found = find_parts(AutoModelForCausalLM.from_config(config), "experts")
+    found = parts_of(AutoModelForCausalLM.from_config(config), "experts")
     assert (found.groups, found.equal_runs, found.at_least) == (8, 2, 4)

@@ -12,6 +12,7 @@ from architectures import read_outcomes
 from families import family_model, family_tokens, logits
 from folder_files import files_of
 from killed import Killed, killed_at_write
+from shrunken_models import parts_of
 from tiny_llama import tiny_llama
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
@@ -21,7 +22,6 @@ from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback
 from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
 from optimum_fista.folder.checkpoint import read_report
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.removal.parts import find_parts
 
 IDLE = (1, 2)
 SOON = ("mixtral", "deepseek_v3", "gpt_oss", "llama4_text")
@@ -47,7 +47,7 @@ def kept(report):
 def test_experts_that_are_never_chosen_go_and_nothing_changes(family):
     model = family_model(family)
     tensors = model.state_dict()
-    for part in find_parts(model, "experts").parts:
+    for part in parts_of(model, "experts").parts:
         bias = next(
             name for name in part.tensors if "bias" in name and not name.startswith(f"{part.name}.")
         )

@@ -9,6 +9,7 @@ from shrunken_models import (
     assert_shrinks,
     expected_logits,
     generates_alike,
+    plan_for,
     some_groups,
 )
 from tiny_models import tiny_model
@@ -20,7 +21,8 @@ from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.inputs import LayerCall
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.offload import onloaded
-from optimum_fista.removal.shrinking import plan_shrinking, require_same_outputs, shrink_model
+from optimum_fista.removal.proof import require_same_outputs
+from optimum_fista.removal.smaller_modules import shrink_model
 
 
 @pytest.mark.parametrize(
@@ -46,7 +48,7 @@ def test_experts_of_equal_runs_are_routed_as_before(tmp_path):
     config = tiny_model("deepseek_v3").config
     config.n_routed_experts, config.n_group, config.topk_group = 8, 2, 1
     model = AutoModelForCausalLM.from_config(config)
-    plan = plan_shrinking(model, experts=6)
+    plan = plan_for(model, experts=6)
     kept = {name: [0, 1, 3, 4, 6, 7] for name in plan.parts}
     expected = expected_logits(model, plan, kept)
     shrink_model(model, plan, kept)
@@ -66,7 +68,7 @@ def test_the_model_stays_the_callers_own():
     parameters = {name: (p, p.data_ptr()) for name, p in model.named_parameters()}
     buffer = model.model.rotary_emb.inv_freq
     config = model.config
-    plan = plan_shrinking(model, channels=24, layers=[1])
+    plan = plan_for(model, channels=24, layers=[1])
     shrink_model(model, plan, some_groups(plan))
     assert len(model.model.layers) == 1
     for name, module in model.named_modules():
@@ -113,7 +115,7 @@ def second_layer(model):
 )
 def test_a_decoder_layer_is_proved_on_its_own_and_stays_as_it_is(family, offloaded):
     model = tiny_model(family)
-    plan = plan_shrinking(model, channels=30)
+    plan = plan_for(model, channels=30)
     name, layer, run = second_layer(model)
     if offloaded:
         cpu_offload(model, "cpu")
@@ -141,14 +143,14 @@ def test_a_decoder_layer_is_proved_on_its_own_and_stays_as_it_is(family, offload
 )
 def test_what_shapes_do_not_tell_is_told_by_outputs(family, numbers, reason):
     model = family_model(family)
-    plan = plan_shrinking(model, **numbers)
+    plan = plan_for(model, **numbers)
     with pytest.raises(UnsupportedArchitectureError, match=reason):
         require_same_outputs(plan, "", model, some_groups(plan), logits)
 
 
 def test_rows_in_another_order_are_told_by_outputs():
     model = tiny_model("llama")
-    plan = plan_shrinking(model, channels=30)
+    plan = plan_for(model, channels=30)
     kept = some_groups(plan)
     require_same_outputs(plan, "", model, kept, logits)
 
@@ -167,13 +169,13 @@ def test_a_decoder_layer_that_depends_on_its_number_is_refused():
     with pytest.raises(
         ValueError, match=r"transformer.h.1.attn would have scaling=0.35\d* instead of 0.17"
     ):
-        plan_shrinking(model, layers=[1])
+        plan_for(model, layers=[1])
 
 
 def test_a_model_that_no_configuration_describes_is_refused():
     message = r"describes MiniCPM3ForCausalLM with 1 decoder layers: .* would have .* instead of"
     with pytest.raises(ValueError, match=message):
-        plan_shrinking(family_model("minicpm3"), layers=[0])
+        plan_for(family_model("minicpm3"), layers=[0])
 
 
 def test_a_model_that_is_not_what_its_configuration_says_is_refused():
@@ -183,4 +185,4 @@ def test_a_model_that_is_not_what_its_configuration_says_is_refused():
         ValueError,
         match=r"up_proj.weight has shape \(47, 32\), but LlamaConfig describes \(48, 32\)",
     ):
-        plan_shrinking(model, channels=40)
+        plan_for(model, channels=40)

@@ -5,11 +5,10 @@ import copy
 import pytest
 from architectures import read_outcomes
 from families import family_model, logits
-from shrunken_models import assert_shrinks, generates_alike, some_groups
+from shrunken_models import assert_shrinks, generates_alike, parts_of, plan_for, some_groups
 
 from optimum_fista.model.layers import find_decoder_layers
-from optimum_fista.removal.parts import find_parts
-from optimum_fista.removal.shrinking import plan_shrinking, require_same_outputs
+from optimum_fista.removal.proof import require_same_outputs
 
 TABLE = {
     family: outcome for family, outcome in read_outcomes().items() if outcome.status == "works"
@@ -37,7 +36,7 @@ def numbers_to_keep(model, kind):
         return (
             layers[:-1] if model.config.model_type == "lfm2_moe" else layers[1:]
         )  # only its first one has attention
-    found = find_parts(model, kind)
+    found = parts_of(model, kind)
     return {
         "channels": found.groups * 3 // 4,
         "heads": 1,
@@ -66,5 +65,5 @@ def test_a_family_loses_what_it_can_and_is_refused_what_it_can_not(family, tmp_p
 
 
 def shrink_and_prove(model, kind):
-    plan = plan_shrinking(model, **{kind: numbers_to_keep(model, kind)})
+    plan = plan_for(model, **{kind: numbers_to_keep(model, kind)})
     require_same_outputs(plan, "", model, some_groups(plan), logits)

@@ -135,6 +135,11 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "dots1": {"n_shared_experts": 1, "first_k_dense_replace": 1},
     "falcon_h1": {"mamba_d_ssm": 64},
     "glm5_next_text": {"index_kpool": 2},
+    # full attention has larger heads; the configurations say so for each decoder layer
+    **{
+        family: {"per_layer_config": {1: {"head_dim": 16}}}
+        for family in ("gemma4_text", "gemma4_unified_text")
+    },
     "glm4v_moe_text": {"rope_parameters": _SECTIONS | {"partial_rotary_factor": 0.5}},
     "fun_asr_nano": {"adaptor_config": {"num_hidden_layers": 2, "intermediate_size": 8, **_WIDTH}},
     "granite4_vision": {

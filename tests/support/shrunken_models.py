@@ -12,7 +12,20 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from optimum_fista.model.layers import find_decoder_layers
-from optimum_fista.removal.shrinking import plan_shrinking, require_same_outputs, shrink_model
+from optimum_fista.removal.parts import ModelOutline, Parts
+from optimum_fista.removal.proof import require_same_outputs
+from optimum_fista.removal.shrinking import Shrinking, plan_shrinking
+from optimum_fista.removal.smaller_modules import shrink_model
+
+
+def parts_of(model, kind) -> Parts:
+    """All parts of one kind that a model can lose."""
+    return ModelOutline(find_decoder_layers(model)).parts(kind)
+
+
+def plan_for(model, layers=None, **counts) -> Shrinking:
+    """Plan a smaller model that keeps `layers`, and in each layer these numbers of parts, by kind."""
+    return plan_shrinking(ModelOutline(find_decoder_layers(model)), counts, layers=layers)
 
 
 def some_groups(plan, seed=3):
@@ -76,7 +89,7 @@ def expected_logits(model, plan, kept):
 def assert_shrinks(model, folder, **numbers):
     """Shrink a model, save it and load it plainly: it computes what the whole one does without what is removed."""
     dense = logits(model)
-    plan = plan_shrinking(model, **numbers)
+    plan = plan_for(model, **numbers)
     kept = some_groups(plan)
     if "experts" not in numbers and len(plan.layers) == len(find_decoder_layers(model)):
         require_same_outputs(plan, "", model, kept, logits)
