@@ -2,6 +2,11 @@
 
 Verification needs only the pruned folder. With the dense model, the rest of the folder is proven too: tensors that the
 run did not change equal those of the dense model, without the removed parts.
+
+Both models are loaded lazily: a tensor is read from its file when it is compared. Tensors that the model's class does
+not load, such as layers that predict more tokens, were copied from file to file, and are compared afterwards. The
+*operators* of a report are the linear maps that were pruned; `groups_kept` of an operator are the groups of its columns
+that stay. A model that lost tokens has fewer rows in its embedding and its head (`kept_tokens`).
 """
 
 import tempfile
@@ -12,19 +17,20 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder.checkpoint import kept_tokens
 from optimum_fista.folder.packed_folder import is_packed
 from optimum_fista.folder.writing import operators_by_weight
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.offload import stored_tensor
+from optimum_fista.model.operators import LinearOperator
 from optimum_fista.removal.parts import ModelOutline, numbers_kept
 from optimum_fista.removal.shrinking import plan_shrinking
 from optimum_fista.report import OperatorReport, PruningReport
-from optimum_fista.solve.patterns import WholeParts, parse_pattern
 from optimum_fista.source.formats.dequantization import dequantizer_of
 from optimum_fista.source.loading import load_lazily
 from optimum_fista.source.names import stored_names
-from optimum_fista.source.source_tensors import read_stored, source_tensors
+from optimum_fista.source.source_tensors import StoredTensor, read_stored, source_tensors
 
 
 class VerificationError(ValueError):
@@ -34,104 +40,216 @@ class VerificationError(ValueError):
 def compare_with_dense(
     folder: Path, report: PruningReport, dense: str, progress: Callable[[str], None]
 ) -> int:
-    """Compare a pruned model, whose report is verified, with the dense one; returns how many tensors are equal."""
-    if is_packed(folder) or report.retrained:
-        why = "was trained" if report.retrained else "is packed: unpack it first"
-        raise ValueError(f"dense={dense!r}: {str(folder)!r} {why}, so it can't be compared.")
+    """Compare a pruned model, whose report is verified, with the dense one; returns how many tensors are equal.
+
+    Tensors that do not fit in memory wait in a temporary folder, which is deleted at the end.
+
+    Args:
+        folder: Folder of the pruned model, not packed.
+        report: The report in that folder.
+        dense: Hub id or folder of the model that the run was given.
+        progress: Called with the name of each tensor that was compared.
+    """
+    if report.retrained:
+        raise ValueError(f"dense={dense!r}: {str(folder)!r} was trained, so it can't be compared.")
+    if is_packed(folder):
+        raise ValueError(
+            f"dense={dense!r}: {str(folder)!r} is packed, so it can't be compared: unpack it first."
+        )
     with tempfile.TemporaryDirectory(prefix="optimum-fista-") as offload:
-        ours, *_ = load_lazily(str(folder), Path(offload) / "pruned", device="cpu")
-        theirs, _, read_from = load_lazily(
-            dense, Path(offload) / "dense", device="cpu", dtype=ours.dtype
+        pruned_model, *_ = load_lazily(str(folder), Path(offload) / "pruned", device="cpu")
+        dense_model, _, dense_folder = load_lazily(
+            dense, Path(offload) / "dense", device="cpu", dtype=pruned_model.dtype
         )
-        operators, modules = (
-            operators_by_weight(ours, report),
-            {id(m): name for name, m in ours.named_modules()},
+        tokens = kept_tokens(folder, dense_folder)
+        num_equal = _compare_loaded(
+            pruned_model, dense_model, report, tokens=tokens, dense=dense, progress=progress
         )
-        names = stored_names(ours, operators.values(), all_of_them=False)
-        in_model = {
-            stored.name: name for name, stored in names.items()
-        }  # the report names weights as files do
-        pruned = {in_model[operator.name]: operator for operator in report.operators}
-        changed = {
-            f"{modules[id(o.owner)]}.{o.tensor}" for name, o in operators.items() if name in pruned
-        }
-        changed |= {
-            f"{mixture.name}.down_proj" for mixture in report.mixtures if mixture.num_refitted
-        }
-        if report.config["reorder_channels"]:
-            changed |= {
-                name
-                for part in ModelOutline(find_decoder_layers(ours)).parts("channels").parts
-                for name in part.tensors
-            }
-        left, equal, kept = _tensor_names(ours), 0, kept_tokens(folder, read_from)
-        all_of_it = ((name, stored_tensor(theirs, name)) for name in _tensor_names(theirs))
-        for name, expected in _what_stays(theirs, report, pruned) if report.removed else all_of_it:
-            if name not in left:
-                raise VerificationError(f"{name} is in {dense!r} and not in the pruned model.")
-            found = stored_tensor(ours, left.pop(left.index(name)))
-            if (
-                kept is not None
-                and found.shape == (len(kept), *expected.shape[1:]) != expected.shape
-            ):
-                expected = expected[kept[kept < len(expected)]]
-            if found.shape != expected.shape:
-                raise VerificationError(
-                    f"{name} has shape {(*found.shape,)}, from {dense!r} {(*expected.shape,)}."
-                )
-            if name not in changed and (differing := int((found != expected).sum())):
-                raise VerificationError(
-                    f"{name} differs from {dense!r} in {differing:,} of {found.numel():,} values."
-                )
-            equal += name not in changed
-            progress(name)
-        if left:
-            raise VerificationError(f"{left[0]} is in the pruned model and not in {dense!r}.")
-        quantized = dequantizer_of(folder) is not None
-        source, total = (
-            source_tensors(theirs, read_from, quantized=quantized),
-            len(find_decoder_layers(theirs)),
+        expected = _copied_tensors(dense_model, dense_folder, folder, report)
+        num_equal += _compare_copied(
+            read_stored(folder), expected, tokens=tokens, dense=dense, progress=progress
         )
-        source = replace(source, lost=report.model.get("lacks", {}))
-        here = read_stored(folder)
-        for name, tensor in source.renamed(
-            report.model.get("layers_kept", range(total)), total
-        ).unplaced.items():
-            if (
-                kept is not None
-                and name in here
-                and here[name].shape == (len(kept), *tensor.shape[1:]) != tensor.shape
-            ):
-                tensor = tensor.selected(0, kept[kept < tensor.shape[0]])
-            if name not in here or not tensor.equals(here[name]):
-                raise VerificationError(
-                    f"{name} of {dense!r} was not copied as it is, and its report does not say so."
-                )
-            equal += 1
-            progress(name)
-    return equal
+    return num_equal
 
 
-def _what_stays(
-    model: PreTrainedModel, report: PruningReport, pruned: dict[str, OperatorReport]
+def _compare_loaded(
+    pruned_model: PreTrainedModel,
+    dense_model: PreTrainedModel,
+    report: PruningReport,
+    *,
+    tokens: Tensor | None,
+    dense: str,
+    progress: Callable[[str], None],
+) -> int:
+    """Compare the tensors that the models load; returns how many are equal.
+
+    Args:
+        pruned_model: From the pruned folder.
+        dense_model: From the folder that the run was given, in the same dtype.
+        report: The report in the pruned folder.
+        tokens: Row of the dense model for each token of the pruned one (`kept_tokens`); `None` if all stayed.
+        dense: Name of the dense model, for errors.
+        progress: Called with the name of each tensor.
+    """
+    linear_operators = operators_by_weight(pruned_model, report)
+    # The report names operators as the files do.
+    stored = stored_names(pruned_model, linear_operators.values(), all_of_them=False)
+    names_in_model = {stored_name.name: name for name, stored_name in stored.items()}
+    operators = {names_in_model[operator.name]: operator for operator in report.operators}
+    pruned_operators = {name: linear_operators[name] for name in operators}
+    changed = _changed_tensors(pruned_model, report, pruned_operators)
+    if report.removed:
+        expected_tensors = _remaining_tensors(dense_model, report, operators)
+    else:
+        expected_tensors = (
+            (name, stored_tensor(dense_model, name)) for name in _tensor_names(dense_model)
+        )
+
+    not_compared = dict.fromkeys(_tensor_names(pruned_model))
+    num_equal = 0
+    for name, expected in expected_tensors:
+        if name not in not_compared:
+            raise VerificationError(f"{name} is in {dense!r} and not in the pruned model.")
+        del not_compared[name]
+        pruned = stored_tensor(pruned_model, name)
+        if _lost_tokens(pruned.shape, expected.shape, tokens):
+            assert tokens is not None
+            # New rows, of tokens that the dense model lacks, have no row to be compared with.
+            expected = expected[tokens[tokens < len(expected)]]
+        if pruned.shape != expected.shape:
+            raise VerificationError(
+                f"{name} has shape {tuple(pruned.shape)}, from {dense!r} {tuple(expected.shape)}."
+            )
+        if name not in changed:
+            num_different = int((pruned != expected).sum())
+            if num_different:
+                raise VerificationError(
+                    f"{name} differs from {dense!r} in {num_different:,} of {pruned.numel():,} values."
+                )
+            num_equal += 1
+        progress(name)
+    for name in not_compared:
+        raise VerificationError(f"{name} is in the pruned model and not in {dense!r}.")
+    return num_equal
+
+
+def _changed_tensors(
+    pruned_model: PreTrainedModel,
+    report: PruningReport,
+    pruned_operators: dict[str, LinearOperator],
+) -> set[str]:
+    """Names of the model's tensors whose values a run changed: of pruned operators, and some others.
+
+    Args:
+        pruned_model: From the pruned folder.
+        report: The report in that folder.
+        pruned_operators: The operators of the model that the report names.
+    """
+    module_names = {id(module): name for name, module in pruned_model.named_modules()}
+    changed = set()
+    for operator in pruned_operators.values():
+        # Experts may be parts of one tensor of their module.
+        changed.add(f"{module_names[id(operator.owner)]}.{operator.tensor}")
+    for mixture in report.mixtures:
+        if mixture.num_refitted:
+            changed.add(f"{mixture.name}.down_proj")
+    if report.config["reorder_channels"]:
+        outline = ModelOutline(find_decoder_layers(pruned_model))
+        for part in outline.parts("channels").parts:
+            changed.update(part.tensors)
+    return changed
+
+
+def _remaining_tensors(
+    dense_model: PreTrainedModel, report: PruningReport, operators: dict[str, OperatorReport]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a dense model without the parts that the report calls removed, by their names in the smaller model."""
-    pattern = parse_pattern(report.config["pattern"])
-    outline = ModelOutline(find_decoder_layers(model))
-    counts = numbers_kept(outline, pattern) if isinstance(pattern, WholeParts) else {}
+    """Tensors of a dense model without the parts that the report calls removed, by their names in the smaller model.
+
+    Args:
+        dense_model: The model that the run was given. It is not changed.
+        report: The report of the smaller model.
+        operators: Those of the report, by the names of their weights in the smaller model.
+    """
+    parts = FistaPruningConfig(pattern=report.config["pattern"]).whole_parts
+    outline = ModelOutline(find_decoder_layers(dense_model))
+    counts = {} if parts is None else numbers_kept(outline, parts)
     plan = plan_shrinking(outline, counts, layers=report.model.get("layers_kept"))
-    groups = {
-        name.removesuffix(".weight"): operator.groups_kept or ()
-        for name, operator in pruned.items()
-    }
-    groups |= {mixture.name: mixture.groups_kept for mixture in report.mixtures}
-    kept = {part: groups.get(str(plan.new_name(part)), ()) for part in plan.parts}
-    for name in _tensor_names(model):
-        if new := plan.new_name(name):  # none in a decoder layer that was removed
-            yield new, plan.shrink_tensor(name, stored_tensor(model, name), kept)
+
+    # by the name of the operator or mixture in the smaller model
+    groups_kept = {mixture.name: mixture.groups_kept for mixture in report.mixtures}
+    for name, operator in operators.items():
+        groups_kept[name.removesuffix(".weight")] = operator.groups_kept or ()
+    # by the name of the part in the dense model
+    kept = {part: groups_kept.get(str(plan.new_name(part)), ()) for part in plan.parts}
+
+    for name in _tensor_names(dense_model):
+        new_name = plan.new_name(name)
+        # A tensor of a removed decoder layer has no new name.
+        if new_name:
+            yield new_name, plan.shrink_tensor(name, stored_tensor(dense_model, name), kept)
+
+
+def _copied_tensors(
+    dense_model: PreTrainedModel, dense_folder: Path, folder: Path, report: PruningReport
+) -> dict[str, StoredTensor]:
+    """Tensors in the files of the dense model that its class does not load, by their names in the pruned folder.
+
+    Those that the pruned folder lacks by its own report are left out.
+    """
+    is_quantized = dequantizer_of(folder) is not None
+    source = source_tensors(dense_model, dense_folder, quantized=is_quantized)
+    source = replace(source, lost=report.model.get("lacks", {}))
+    num_layers = len(find_decoder_layers(dense_model))
+    layers_kept = report.model.get("layers_kept", range(num_layers))
+    return source.renamed(layers_kept, num_layers).unplaced
+
+
+def _compare_copied(
+    stored: dict[str, StoredTensor],
+    expected: dict[str, StoredTensor],
+    *,
+    tokens: Tensor | None,
+    dense: str,
+    progress: Callable[[str], None],
+) -> int:
+    """Compare the tensors that were copied from file to file; returns how many are equal, which is all of them.
+
+    Args:
+        stored: All tensors in the pruned folder's files.
+        expected: Those of the dense model to compare with (`_copied_tensors`).
+        tokens: Row of the dense model for each token of the pruned one (`kept_tokens`); `None` if all stayed.
+        dense: Name of the dense model, for errors.
+        progress: Called with the name of each tensor.
+    """
+    for name, tensor in expected.items():
+        copied = stored.get(name)
+        if copied is not None and _lost_tokens(copied.shape, tensor.shape, tokens):
+            assert tokens is not None
+            tensor = tensor.selected(0, tokens[tokens < tensor.shape[0]])
+        if copied is None or not tensor.equals(copied):
+            raise VerificationError(
+                f"{name} of {dense!r} was not copied as it is, and its report does not say so."
+            )
+        progress(name)
+    return len(expected)
+
+
+def _lost_tokens(
+    pruned_shape: tuple[int, ...], dense_shape: tuple[int, ...], tokens: Tensor | None
+) -> bool:
+    """Whether a tensor has a row for each token, and lost those of removed tokens.
+
+    Args:
+        pruned_shape: Of the tensor in the pruned model.
+        dense_shape: Of the same tensor in the dense model.
+        tokens: Row of the dense model for each token of the pruned one; `None` if all stayed.
+    """
+    if tokens is None:
+        return False
+    shape_without = (len(tokens), *dense_shape[1:])
+    return tuple(pruned_shape) == shape_without != tuple(dense_shape)
 
 
 def _tensor_names(model: PreTrainedModel) -> list[str]:
-    return [
-        name for name in model.state_dict() if name not in model.all_tied_weights_keys
-    ]  # tied tensors once
+    """Names of a model's tensors; those that are tied to each other count once."""
+    return [name for name in model.state_dict() if name not in model.all_tied_weights_keys]

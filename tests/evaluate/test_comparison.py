@@ -126,7 +126,7 @@ def test_packed_and_trained_folders_are_refused(tmp_path):
     pack_folder(folder, tmp_path / "packed")
     save_masked(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "trained", folder)
     for name, why in (
-        ("packed", "is packed: unpack it"),
+        ("packed", "is packed, so it can't be compared: unpack it first"),
         ("trained", "was trained, so it can't be compared"),
     ):
         with pytest.raises(ValueError, match=f"dense='{dense}': .* {why}"):
