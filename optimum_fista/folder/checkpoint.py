@@ -22,20 +22,34 @@ from optimum_fista.report import PruningReport
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CONFIG_FILE, CARD_FILE = "config.json", "README.md"
-CONFIG_KEY, PACKED_KEY = "fista_pruning", "quantization_config"
+CONFIG_FILE = "config.json"
+CARD_FILE = "README.md"
 MASKS_FILE = "fista/masks.safetensors"
 REPORT_FILE = "fista/report.json"
-VOCABULARY_FILE = "fista/vocabulary.json"  # if tokens were removed, by this run or an earlier one
-_CONFIG_KEYS = {"method", "pattern", "error_correction"}
-_CALIBRATION_KEYS = {"num_sequences", "num_tokens"}
-_MODEL_KEYS = {"name", "class"}
+VOCABULARY_FILE = "fista/vocabulary.json"
+"""Ids of the tokens that are left, if tokens were removed, by the latest run or an earlier one."""
+
+CONFIG_KEY = "fista_pruning"
+"""Of `config.json`: the summary of the latest run."""
+
+PACKED_KEY = "quantization_config"
+"""Of `config.json`: under which a packed folder is described."""
+
 MASKS_FORMAT = "bitmask-1"
 MASKS_METADATA = {"format": MASKS_FORMAT}  # one key only: safetensors writes several in any order
 
+# What a report must have to be one.
+_CONFIG_KEYS = {"method", "pattern", "error_correction"}
+_CALIBRATION_KEYS = {"num_sequences", "num_tokens"}
+_MODEL_KEYS = {"name", "class"}
+
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds."""
+    """Return the object that a JSON file holds.
+
+    Raises:
+        ValueError: If the file holds something else; it names the file.
+    """
     try:
         values = json.loads(file.read_bytes())
     except ValueError as error:  # of JSON, or of UTF-8
@@ -48,36 +62,38 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def closest_folder(name: str) -> str:
-    """Ask if the folder with the closest name is meant, if one is close."""
+    """Return a question for an error message, with the folder whose name is closest to `name`; "" if none is close.
+
+    `name` is a path that the user gave. The question begins with a space.
+    """
     path = Path(name)
-    others = (
-        [other.name for other in path.parent.iterdir() if other.is_dir()]
-        if path.parent.is_dir()
-        else []
-    )
-    close = get_close_matches(path.name, others, n=1)
-    return f" Did you mean {str(path.with_name(close[0]))!r}?" if close else ""
+    if not path.parent.is_dir():
+        return ""
+    folders = [other.name for other in path.parent.iterdir() if other.is_dir()]
+    close = get_close_matches(path.name, folders, n=1)
+    if not close:
+        return ""
+    return f" Did you mean {str(path.with_name(close[0]))!r}?"
 
 
 def require_name(name: str) -> None:
     """Refuse a model that is neither a folder or file nor, by its form, a Hub id."""
-    from huggingface_hub.utils import (
-        HFValidationError,
-        validate_repo_id,
-    )  # slow, and not needed to read a folder
+    if Path(name).exists():
+        return
+    # Its import is slow, and not needed to read a folder.
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    if not Path(name).exists():
-        try:
-            validate_repo_id(name)
-        except HFValidationError as error:
-            why = (
-                "is neither a folder that exists nor a Hub id: pass a model folder, or 'owner/name'"
-            )
-            raise ValueError(f"model={name!r} {why}.{closest_folder(name)}") from error
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(
+            f"model={name!r} is neither a folder that exists nor a Hub id: pass a model folder, or 'owner/name'."
+            f"{closest_folder(name)}"
+        ) from error
 
 
 def require_files(folder: Path, *names: str) -> None:
-    """Refuse a folder if one of these files is missing."""
+    """Refuse a folder in which one of these files is missing (FileNotFoundError)."""
     if not folder.exists():
         raise FileNotFoundError(
             f"{str(folder)!r}: there is no such folder.{closest_folder(str(folder))}"
@@ -90,85 +106,113 @@ def require_files(folder: Path, *names: str) -> None:
 
 
 def read_report(folder: Path) -> PruningReport:
-    """The report in a pruned model's folder."""
+    """Return the report in a pruned model's folder.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If the file is no report, or lacks what every report has.
+    """
     file = folder / REPORT_FILE
     require_files(folder, REPORT_FILE)
     try:
         report = PruningReport.from_dict(read_json(file))
-        parts = (
-            (report.config, _CONFIG_KEYS),
-            (report.calibration, _CALIBRATION_KEYS),
-            (report.model, _MODEL_KEYS),
-        )
-        if missing := sorted(key for record, keys in parts for key in keys - record.keys()):
-            raise KeyError(*missing)
+        missing = [
+            *(_CONFIG_KEYS - report.config.keys()),
+            *(_CALIBRATION_KEYS - report.calibration.keys()),
+            *(_MODEL_KEYS - report.model.keys()),
+        ]
+        if missing:
+            raise KeyError(*sorted(missing))
         return report
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{str(file)!r} is no report of optimum-fista ({error}).") from error
 
 
 def kept_tokens(folder: Path, before: Path | None = None) -> Tensor | None:
-    """Old ids of the tokens of a smaller vocabulary, int64; `None` if no token was removed.
+    """Return the old ids of the tokens of a smaller vocabulary, int64 [tokens]; `None` if no token was removed.
 
-    Row `i` of the embedding is row `kept_tokens(folder)[i]` of the embedding before the first token was removed, or of
-    that in the folder `before`, which may have lost some of the tokens already.
+    Row `i` of the embedding in `folder` is row `kept_tokens(folder)[i]` of the embedding before the first token was
+    removed. If the folder `before` is given, it is the row of the embedding there, which may have lost some of the
+    tokens already. (If that folder is of another model, ids are those of the first model.)
+
+    Raises:
+        ValueError: If the list of tokens in `folder` is damaged.
     """
     file = folder / VOCABULARY_FILE
     if not file.exists():
         return None
-    found = read_json(file)
-    kept, total = found.get("kept"), found.get("num_tokens")
-    ids: list[Any] = kept if isinstance(kept, list) and kept else [total]
-    if not all(type(n) is int and n >= 0 for n in [*ids, total]) or sorted({*ids, total}) != [
-        *sorted(ids),
-        total,
-    ]:
-        raise ValueError(
-            f"{str(file)!r} is damaged: it does not list different ids below num_tokens."
-        )
-    first = (
-        {} if before is None or not (file := before / VOCABULARY_FILE).exists() else read_json(file)
-    )
-    earlier = (
-        kept_tokens(before) if before and first.get("num_tokens") == total else None
-    )  # else of another model
-    rows = {} if earlier is None else {old: row for row, old in enumerate(earlier.tolist())}
-    return torch.tensor(ids if earlier is None else [rows.get(old, total) for old in ids])
+    record = read_json(file)
+    kept = record.get("kept")
+    num_tokens = record.get("num_tokens")
+    _require_token_ids(file, kept, num_tokens)
+
+    is_same_model = False
+    if before is not None and (before / VOCABULARY_FILE).exists():
+        is_same_model = read_json(before / VOCABULARY_FILE).get("num_tokens") == num_tokens
+    earlier = kept_tokens(before) if before is not None and is_same_model else None
+    if earlier is None:
+        return torch.tensor(kept)
+    rows = {old_id: row for row, old_id in enumerate(earlier.tolist())}
+    no_row = num_tokens  # of a token that `before` has lost, although `folder` has it
+    return torch.tensor([rows.get(old_id, no_row) for old_id in kept])
+
+
+def _require_token_ids(file: Path, kept: object, num_tokens: object) -> None:
+    """Refuse a damaged list of tokens: `kept` must be different ids below `num_tokens`."""
+    is_list = isinstance(kept, list) and len(kept) > 0
+    numbers = [*kept, num_tokens] if isinstance(kept, list) else [num_tokens]
+    are_ids = all(type(number) is int and number >= 0 for number in numbers)
+    if is_list and are_ids:
+        ids = numbers[:-1]
+        if len(set(ids)) == len(ids) and max(ids) < numbers[-1]:
+            return
+    raise ValueError(f"{str(file)!r} is damaged: it does not list different ids below num_tokens.")
 
 
 def mark_retrained(model: PreTrainedModel) -> None:
-    """Note in the configuration of a pruned model that its weights were trained after pruning."""
-    entry = getattr(model.config, CONFIG_KEY, None)
-    if entry is not None and not entry.get("retrained"):
-        setattr(model.config, CONFIG_KEY, entry | {"retrained": True})
+    """Note in the configuration of a pruned model, which is changed, that its weights were trained after pruning."""
+    summary = getattr(model.config, CONFIG_KEY, None)
+    if summary is not None and not summary.get("retrained"):
+        setattr(model.config, CONFIG_KEY, summary | {"retrained": True})
 
 
 def checkpoint_files(folder: Path, stem: str = "model") -> dict[str, Path]:
-    """The safetensors file of every tensor of a model folder; `stem` is the first part of the files' names."""
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if index.exists() and not single.exists():  # Transformers prefers the single file as well
-        found = read_json(index)
-        weight_map, metadata = found.get("weight_map"), found.get("metadata", {})
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(file, str) for file in weight_map.values()
-        ):
-            raise ValueError(
-                f"{str(index)!r} is damaged: it has no weight_map that names a file for each tensor."
-            )
-        if not isinstance(metadata, dict):
-            raise ValueError(
-                f"{str(index)!r} is damaged: its metadata is a JSON {type(metadata).__name__}."
-            )
-        return {name: folder / file for name, file in weight_map.items()}
-    if not single.exists():
+    """Return the safetensors file of every tensor of a model folder, by the tensor's name.
+
+    `stem` is the first part of the files' names: "model", or "packed" in a packed folder.
+
+    Raises:
+        FileNotFoundError: If the folder holds no such weights.
+        ValueError: If the index of the files is damaged.
+    """
+    single = folder / f"{stem}.safetensors"
+    index = folder / f"{stem}.safetensors.index.json"
+    if single.exists():  # Transformers prefers the single file as well
+        return dict.fromkeys(names_in(single), single)
+    if not index.exists():
         raise FileNotFoundError(
             f"{str(folder)!r} holds no {stem}.safetensors: pass a pruned model folder."
         )
-    return dict.fromkeys(names_in(single), single)
+
+    content = read_json(index)
+    weight_map = content.get("weight_map")
+    metadata = content.get("metadata", {})
+    has_names = isinstance(weight_map, dict) and all(
+        isinstance(file, str) for file in weight_map.values()
+    )
+    if not has_names:
+        raise ValueError(
+            f"{str(index)!r} is damaged: it has no weight_map that names a file for each tensor."
+        )
+    if not isinstance(metadata, dict):
+        raise ValueError(
+            f"{str(index)!r} is damaged: its metadata is a JSON {type(metadata).__name__}."
+        )
+    return {name: folder / file for name, file in weight_map.items()}
 
 
 def names_in(file: Path) -> list[str]:
-    """Names of the tensors in a safetensors file."""
+    """Return the names of the tensors in a safetensors file."""
     with safe_open(file, "pt") as opened:
         return list(opened.keys())
 
@@ -176,24 +220,32 @@ def names_in(file: Path) -> list[str]:
 def write_index(
     folder: Path, stem: str, weight_map: Mapping[str, str], metadata: Mapping[str, Any]
 ) -> str:
-    """Write which of a folder's weight files holds which tensor, and the bytes of all tensors; returns its name."""
-    total = 0
-    for name in {*weight_map.values()}:
-        with (folder / name).open(
-            "rb"
-        ) as file:  # it begins with the length of its header, in 8 bytes
-            total += (folder / name).stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+    """Write the index of a folder's weight files, and return its name.
+
+    The index says which file holds which tensor (`weight_map`, file names by tensor names) and how many bytes all
+    tensors have. `metadata` is added to it. `stem`: see `checkpoint_files`.
+    """
+    total_size = 0
+    for name in set(weight_map.values()):
+        file = folder / name
+        with file.open("rb") as opened:
+            header_bytes = int.from_bytes(opened.read(8), "little")
+        total_size += file.stat().st_size - 8 - header_bytes
+
     index = {
-        "metadata": {**metadata, "total_size": total},
+        "metadata": {**metadata, "total_size": total_size},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    name = f"{stem}.safetensors.index.json"
-    write_file(folder / name, json.dumps(index, indent=2) + "\n")
-    return name
+    index_name = f"{stem}.safetensors.index.json"
+    write_file(folder / index_name, json.dumps(index, indent=2) + "\n")
+    return index_name
 
 
 def read_tensors(files: dict[str, Path], names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Read tensors one at a time, in the order of `names`."""
+    """Read tensors one at a time, in the order of `names`, and yield each with its name.
+
+    `files` has the file of every tensor, as `checkpoint_files` returns it.
+    """
     for name in names:
         with safe_open(files[name], "pt") as file:
             yield name, file.get_tensor(name)

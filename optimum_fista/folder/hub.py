@@ -12,6 +12,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from optimum_fista.folder.output import all_names, model_files
+from optimum_fista.source.links import leads_out
 
 logger = logging.getLogger(__name__)
 
@@ -55,47 +56,32 @@ def push_folder(
         OSError: If the Hub refused or was not reached. `folder` is unchanged; the client's error is the cause.
     """
     folder = Path(folder).expanduser().resolve()
-    names = model_files(folder)
+    listed = {name for name in model_files(folder) if not leads_out(folder / name, folder)}
     for pattern in ("fista/files.json", "config.json", "*.safetensors"):
-        if not names or not any(folder.glob(pattern)):
+        if not listed or not any(folder.glob(pattern)):
             raise ValueError(
                 f"folder='{folder}' has no {pattern} of optimum-fista: pass a folder that it wrote."
             )
     require_repo_id(repo_id)
-    others = [
-        name
-        for name in all_names(folder)
-        if name not in names and not name.startswith((".git/", ".cache/"))
-    ]
-    if others:
-        shown = ", ".join(others[:10]) + (
-            f" and {len(others) - 10} more" if len(others) > 10 else ""
-        )
-        logger.warning(
-            "Not uploaded (`hf upload %s FILE` does), as no files of the model: %s.", repo_id, shown
-        )
+    _warn_of_others(folder, listed, repo_id)
+
     api = HfApi(token=token)
     try:
-        repo_id = api.create_repo(
-            repo_id, private=private, exist_ok=True
-        ).repo_id  # with its namespace
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         # An existing repository keeps its visibility, whatever was asked.
-        found_private = private if private is None else api.model_info(repo_id).private
-        if found_private == private:
-            if revision is not None and not revision.startswith(
-                "refs/"
-            ):  # a pull request's ref exists already
+        is_private = private if private is None else api.model_info(repo_id).private
+        if is_private == private:
+            is_branch = revision is not None and not revision.startswith("refs/")
+            if is_branch:  # the ref of a pull request exists already
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
+            weights = [stem + ending for stem in _STEMS for ending in _ENDINGS]
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
                 commit_message=commit_message,
                 revision=revision,
-                allow_patterns=[glob.escape(name) for name in sorted(names)],
-                delete_patterns=[
-                    *(stem + ending for stem in _STEMS for ending in _ENDINGS),
-                    "fista/*",
-                ],
+                allow_patterns=[glob.escape(name) for name in sorted(listed)],
+                delete_patterns=[*weights, "fista/*"],
             )
             return commit.commit_url
     except Exception as error:  # no common base: httpx errors, RuntimeError of threads, ValueError
@@ -104,37 +90,65 @@ def push_folder(
             f"The cause: {error}"
         ) from error
     raise ValueError(
-        f"private={private} was passed, but {repo_id!r} exists with private={found_private}: omit `private` to keep "
+        f"private={private} was passed, but {repo_id!r} exists with private={is_private}: omit `private` to keep "
         "that, change the repository's settings, or pass another `repo_id`"
     )
 
 
+def _warn_of_others(folder: Path, listed: set[str], repo_id: str) -> None:
+    """Log a warning that names the files of a folder that are not uploaded, because they are not among `listed`."""
+    others = []
+    for name in all_names(folder):
+        is_of_git = name.startswith((".git/", ".cache/"))
+        if name not in listed and not is_of_git:
+            others.append(name)
+    if others:
+        shown = ", ".join(others[:10])
+        if len(others) > 10:
+            shown += f" and {len(others) - 10} more"
+        logger.warning(
+            "Not uploaded (`hf upload %s FILE` does), as no files of the model: %s.", repo_id, shown
+        )
+
+
 def require_push(repo_id: str, token: str | None = None) -> None:
-    """Check the name, the token and the namespace of a push before hours are spent on the model."""
+    """Check the name, the token and the namespace of a push before hours are spent on the model.
+
+    Args:
+        repo_id: `"namespace/name"`, or `"name"`.
+        token: Access token; `None` takes the stored one.
+
+    Raises:
+        ValueError: If `repo_id` is no name of a repository, or if the token may not write there.
+        OSError: If the Hub refused the token or was not reached.
+    """
     require_repo_id(repo_id)
     try:
         user = HfApi(token=token).whoami()
     except Exception as error:  # no common base: httpx errors, OSError of the client
-        why = str(error).partition("\n")[0]
+        first_line = str(error).partition("\n")[0]
         raise OSError(
-            f"repo_id={repo_id!r} can't be pushed to, and nothing was done: {why}"
+            f"repo_id={repo_id!r} can't be pushed to, and nothing was done: {first_line}"
         ) from error
-    names = [user["name"], *(organization["name"] for organization in user.get("orgs", ()))]
+
+    organizations = [organization["name"] for organization in user.get("orgs", ())]
+    namespaces = [user["name"], *organizations]
     namespace = repo_id.rpartition("/")[0] or user["name"]
-    if namespace not in names:
-        why = f"{user['name']}, whose token this is, can't write to {namespace!r}"
+    if namespace not in namespaces:
+        possible = ", ".join(f"{name}/..." for name in namespaces)
         raise ValueError(
-            f"repo_id={repo_id!r}: {why}: pass one of {', '.join(f'{name}/...' for name in names)}"
+            f"repo_id={repo_id!r}: {user['name']}, whose token this is, can't write to {namespace!r}: pass one of "
+            f"{possible}"
         )
-    if (
-        user.get("auth", {}).get("accessToken", {}).get("role") == "read"
-    ):  # others may write, or write to some
-        advice = "pass one that can write (https://hf.co/settings/tokens)"
-        raise ValueError(f"repo_id={repo_id!r}: the token can only read: {advice}")
+    role = user.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":  # tokens of other roles may write, or write to some repositories
+        raise ValueError(
+            f"repo_id={repo_id!r}: the token can only read: pass one that can write (https://hf.co/settings/tokens)"
+        )
 
 
 def require_repo_id(repo_id: str) -> None:
-    """Refuse a text that is not a repository name."""
+    """Refuse a text that is not the name of a repository (ValueError)."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
