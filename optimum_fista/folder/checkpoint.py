@@ -142,8 +142,8 @@ def kept_tokens(folder: Path, before: Path | None = None) -> Tensor | None:
     if not file.exists():
         return None
     record = read_json(file)
-    kept = record.get("kept")
-    num_tokens = record.get("num_tokens")
+    kept: Any = record.get("kept")
+    num_tokens: Any = record.get("num_tokens")
     _require_token_ids(file, kept, num_tokens)
 
     is_same_model = False
@@ -157,16 +157,15 @@ def kept_tokens(folder: Path, before: Path | None = None) -> Tensor | None:
     return torch.tensor([rows.get(old_id, no_row) for old_id in kept])
 
 
-def _require_token_ids(file: Path, kept: object, num_tokens: object) -> None:
-    """Refuse a damaged list of tokens: `kept` must be different ids below `num_tokens`."""
+def _require_token_ids(file: Path, kept: Any, num_tokens: Any) -> None:
+    """Refuse a damaged list of tokens, read from `file`: `kept` must be different ids below `num_tokens`."""
     is_list = isinstance(kept, list) and len(kept) > 0
-    numbers = [*kept, num_tokens] if isinstance(kept, list) else [num_tokens]
-    are_ids = all(type(number) is int and number >= 0 for number in numbers)
-    if is_list and are_ids:
-        ids = numbers[:-1]
-        if len(set(ids)) == len(ids) and max(ids) < numbers[-1]:
-            return
-    raise ValueError(f"{str(file)!r} is damaged: it does not list different ids below num_tokens.")
+    are_numbers = is_list and all(type(number) is int for number in [*kept, num_tokens])
+    are_ids = are_numbers and min(kept) >= 0 and max(kept) < num_tokens
+    if not are_ids or len(set(kept)) != len(kept):
+        raise ValueError(
+            f"{str(file)!r} is damaged: it does not list different ids below num_tokens."
+        )
 
 
 def mark_retrained(model: PreTrainedModel) -> None:
@@ -195,7 +194,7 @@ def checkpoint_files(folder: Path, stem: str = "model") -> dict[str, Path]:
         )
 
     content = read_json(index)
-    weight_map = content.get("weight_map")
+    weight_map: Any = content.get("weight_map")
     metadata = content.get("metadata", {})
     has_names = isinstance(weight_map, dict) and all(
         isinstance(file, str) for file in weight_map.values()

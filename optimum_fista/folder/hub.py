@@ -71,8 +71,8 @@ def push_folder(
         # An existing repository keeps its visibility, whatever was asked.
         is_private = private if private is None else api.model_info(repo_id).private
         if is_private == private:
-            is_branch = revision is not None and not revision.startswith("refs/")
-            if is_branch:  # the ref of a pull request exists already
+            # The ref of a pull request exists already.
+            if revision is not None and not revision.startswith("refs/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             weights = [stem + ending for stem in _STEMS for ending in _ENDINGS]
             commit = api.upload_folder(
