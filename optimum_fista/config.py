@@ -24,6 +24,7 @@ from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.methods import create_method, method_class
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.patterns import WholeParts, parse_pattern
+from optimum_fista.tokens_removal import TokensRemoval
 
 # The published settings of FISTAPruner (arXiv 2408.03728, section 4); others have the defaults of `Fista`.
 _PAPER = {"patience": 3, "max_trials": 30, "rounding_share": 0.3, "refit_iterations": 0}
@@ -59,6 +60,9 @@ class FistaPruningConfig(PruningOptions):
                 object.__setattr__(self, name, dict(value))
         if wrong := wrong_field(self):
             raise ValueError(wrong)
+        if self.tokens_removal is not None:
+            self._require_tokens_only(self.tokens_removal)
+            return
         usual, parts = self._usual_pattern, self.whole_parts
         object.__setattr__(self, "sparsity", usual.sparsity)
         loses_experts = parts is not None and any(part.kind == "experts" for part in parts.shares)
@@ -70,10 +74,7 @@ class FistaPruningConfig(PruningOptions):
         idle = {
             "scope": (usual.fixed and not self.overrides, "pass only one of them"),
             **dict.fromkeys(("include", "exclude", "overrides"), whole),
-            "keep_tokens": (
-                not self.removes_tokens,
-                "leave it out, or pass a pattern such as 'vocab:0.35'",
-            ),
+            "keep_tokens": (True, "leave it out, or pass a pattern such as 'vocab:0.35'"),
             "expert_refit": (
                 not loses_experts,
                 "leave it out, or pass a pattern such as 'experts:0.25'",
@@ -137,13 +138,15 @@ class FistaPruningConfig(PruningOptions):
     @property
     def whole_parts(self) -> WholeParts | None:
         """The pattern, if it removes whole parts of the model."""
+        if self.tokens_removal is not None:
+            return None
         pattern = self._usual_pattern
         return pattern if isinstance(pattern, WholeParts) else None
 
-    @property
-    def removes_tokens(self) -> bool:
-        """Whether the pattern removes tokens, which is a run of its own kind."""
-        return self.pattern.startswith("vocab:")
+    @cached_property
+    def tokens_removal(self) -> TokensRemoval | None:
+        """The request to remove tokens, which is a run of its own kind; `None` for a pattern of another kind."""
+        return TokensRemoval.read(self.pattern, self.keep_tokens)
 
     def pattern_for(self, name: str) -> SparsityPattern:
         """The sparsity pattern of the operator called `name`."""
@@ -223,7 +226,8 @@ class FistaPruningConfig(PruningOptions):
         missing = {
             name: value for name, value in vars(defaults).items() if getattr(self, name) is None
         }
-        if self._usual_pattern.fixed and not self.overrides:
+        has_scope = self.tokens_removal is None and not self._usual_pattern.fixed
+        if not has_scope and not self.overrides:
             missing.pop("scope", None)  # a pattern such as 2:4 has no scope
         return dataclasses.replace(self, **missing)
 
@@ -252,6 +256,31 @@ class FistaPruningConfig(PruningOptions):
     def _override_patterns(self) -> dict[str, SparsityPattern]:
         """The pattern of each override, by its name pattern, read once."""
         return {name: self._pattern_of(value) for name, value in self.overrides.items()}
+
+    def _require_tokens_only(self, tokens: TokensRemoval) -> None:
+        """Refuse options that have no meaning if tokens are removed; sets `sparsity` to the share of the tokens."""
+        share = 0.0 if tokens.share is None else tokens.share
+        if self.sparsity is not None and abs(self.sparsity - share) > 1e-9:
+            raise ValueError(
+                f"sparsity={self.sparsity!r} and pattern={self.pattern!r} disagree: pass only the pattern, and to set "
+                "zeros prune the model with fewer tokens again."
+            )
+        object.__setattr__(self, "sparsity", share)
+
+        for name in (
+            "scope",
+            "include",
+            "exclude",
+            "overrides",
+            "expert_refit",
+            "reorder_channels",
+        ):
+            value = getattr(self, name)
+            if value != getattr(_DEFAULTS, name):
+                raise ValueError(
+                    f"{name}={value!r} has no meaning for pattern={self.pattern!r}, which removes tokens: leave it out."
+                )
+        self.create_method("")  # this checks the options of the method
 
     def _pattern_of(self, override: float | str | None) -> SparsityPattern:
         """The pattern that an override asks for; `None`: the pattern of all operators without an override."""

@@ -247,6 +247,9 @@ class PruningReport:
     # `dense`: of the model that this run was given, `pruned`: of the result, `bits_per_byte` of both, `num_tokens`,
     # `text`, `vocabulary`, `sha256` of the token ids.
     perplexity: dict[str, Any] | None = None
+    # Of a run that removed tokens: bits per byte `dense` and `pruned`, `num_bytes`, `num_tokens`, `num_tokens_pruned`
+    # and `text`. Perplexities of different vocabularies can't be compared, so `perplexity` is None then.
+    bits_per_byte: dict[str, Any] | None = None
     # dtypes, device, ..., and batches [number, rows, tokens].
     environment: dict[str, Any] = field(default_factory=dict)
     # In order.
@@ -393,6 +396,18 @@ class PruningReport:
         if text == OWN_TEXT:
             text = "text of its own"
         return f"{measured['num_tokens']:,} tokens of {text} that no weight was fitted to"
+
+    @property
+    def cost_of_tokens(self) -> str:
+        """Say what the removal of tokens cost on held-out text; empty if that was not measured."""
+        found = self.bits_per_byte
+        if found is None:
+            return ""
+        return (
+            f"{found['dense']:.3f} bits per byte before and {found['pruned']:.3f} after, on {found['num_bytes']:,} "
+            f"bytes of {found['text'] or 'text'} that no token was counted on; they take "
+            f"{found['num_tokens_pruned']:,} tokens instead of {found['num_tokens']:,}"
+        )
 
     @property
     def mixtures(self) -> list[MixtureReport]:

@@ -185,6 +185,7 @@ def verdicts(report: PruningReport) -> Iterator[str]:
     from optimum_fista.headlines import perplexity_line
     from optimum_fista.report import lines_of_unplaced
 
+    yield from _cost_of_tokens(report)
     if report.measured("pruned") is not None:
         yield perplexity_line(report)
     if report.operators:
@@ -193,6 +194,32 @@ def verdicts(report: PruningReport) -> Iterator[str]:
         word = "low" if worst.fit_error < 0.2 else "usual" if worst.fit_error < 0.5 else "high"
         yield f"largest fit error {worst.fit_error:.2f} ({word}): {worst.name.removesuffix('.weight')}"
     yield from lines_of_unplaced(report.model.get("copied", {}), report.model.get("lacks", {}))
+
+
+def _cost_of_tokens(report: PruningReport) -> Iterator[str]:
+    """Say what the removal of tokens cost on held-out text, with the verdict; nothing if no token was removed."""
+    from optimum_fista.verdict import verdict
+
+    numbers = report.bits_per_byte
+    if "vocabulary" not in report.model:
+        return
+    if numbers is None:
+        yield "what the removed tokens cost is not measured (the warning says why)"
+    else:
+        # Perplexities that can be compared: of the text of one dense token, by both models.
+        bytes_per_token = numbers["num_bytes"] / numbers["num_tokens"]
+        words = verdict(
+            dense=2 ** (numbers["dense"] * bytes_per_token),
+            pruned=2 ** (numbers["pruned"] * bytes_per_token),
+            num_tokens=numbers["num_tokens"],
+            text=numbers["text"],
+            vocabulary=report.model["vocabulary"]["before"],
+        )
+        yield f"{report.cost_of_tokens} ({words})"
+    yield (
+        "text unlike the one that was counted, such as other languages, code and names, takes more tokens and "
+        "loses more: evaluate on text of your own, and compare bits per byte"
+    )
 
 
 def path_of_first_model(report: PruningReport, model: str) -> str:
@@ -226,7 +253,13 @@ def next_commands(
     model: str, folder: Path, calibration: str | None, *, has_zeros: bool = True
 ) -> str:
     """List commands to use on a pruned model; `calibration` is `None` if the model was recovered already."""
+    from optimum_fista.folder.checkpoint import VOCABULARY_FILE
     from optimum_fista.text.sources import usual_texts
+
+    comparison = "perplexity; run it on the dense model too, to compare"
+    if (folder / VOCABULARY_FILE).exists():
+        # perplexities of different vocabularies say nothing of each other
+        comparison = "bits per byte; run it on the dense model too, and compare these"
 
     name, dense = argument(folder), argument(model)
     measured, trained = usual_texts()
@@ -235,7 +268,7 @@ def next_commands(
     )  # a model would write for hours
     commands = {
         f"chat {name} --beside {dense}": "talk to the pruned and to the dense model",
-        f"evaluate {name} --text {measured}": "perplexity; run it on the dense model too, to compare",
+        f"evaluate {name} --text {measured}": comparison,
         f"recover {name} --teacher {dense} --calibration {text}": "train it to be more like the dense model",
         f"report {name}": "a page about the run",
     }

@@ -142,14 +142,15 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.folder.output import FOLDER, locked_output, require_output
     from optimum_fista.folder.packed_folder import packing_of
     from optimum_fista.pruner import FistaPruner
-    from optimum_fista.removal.tokens import VocabularyPlan
+    from optimum_fista.removal.tokens import plan_tokens
 
     model, tokens = arguments.model, None if arguments.target_size is None else plan_size(arguments)
     config = _config(arguments)
     arguments.output = arguments.output or default_output(model, config)
     names, documents = _documents(arguments, config)
     if arguments.dry_run and documents is not None:
-        print(VocabularyPlan.of(arguments.model, documents, config, names).report)
+        plan = plan_tokens(arguments.model, documents, config, text_name=names)
+        print(plan.report.removed)
     elif arguments.dry_run:
         estimate = estimate_of(arguments, config, arguments.batch_size)
         print("for the time, a decoder layer of each kind is pruned now", file=sys.stderr)
@@ -265,13 +266,13 @@ def _documents(
     from optimum_fista.report import public_name
     from optimum_fista.text.sources import load_text, usual_texts
 
-    sources = arguments.calibration or [usual_texts()[1] if config.removes_tokens else None]
+    sources = arguments.calibration or [usual_texts()[1] if config.tokens_removal else None]
     arguments.calibration = sources[0]
-    if not config.removes_tokens and len(sources) > 1:
+    if config.tokens_removal is None and len(sources) > 1:
         raise ValueError(
             f"--calibration has {len(sources)} sources: pass one, or a pattern such as vocab:0.35."
         )
-    if not config.removes_tokens:
+    if config.tokens_removal is None:
         return "", None
     if "self" in sources:
         raise ValueError(

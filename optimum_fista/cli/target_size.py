@@ -16,14 +16,15 @@ from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.options import PruningOptions
 from optimum_fista.prune.ranks import launched_processes
 from optimum_fista.removal.parts import ModelOutline
-from optimum_fista.removal.tokens import VocabularyPlan
+from optimum_fista.removal.tokens import TokensPlan, plan_tokens
 from optimum_fista.report import public_name
 from optimum_fista.solve.patterns import PartShare
 from optimum_fista.source import loading
 from optimum_fista.text.sources import load_text, usual_texts
+from optimum_fista.tokens_removal import TokensRemoval
 
 
-def plan_size(arguments: argparse.Namespace) -> VocabularyPlan | None:
+def plan_size(arguments: argparse.Namespace) -> TokensPlan | None:
     """Choose what is removed until `--target-size` of the parameters is left, say it, and set the pattern of the run.
 
     Tokens that the text does not use go first. If more has to go, `remove_tokens` makes a run of its own of the plan
@@ -57,7 +58,9 @@ def plan_size(arguments: argparse.Namespace) -> VocabularyPlan | None:
             raise ValueError("a model's own text is too short to tell which tokens are rare")
         config = FistaPruningConfig(pattern="vocab:unused", keep_tokens=keep)
         documents = (document for text in texts for document in text.documents)
-        tokens = VocabularyPlan.of(name, documents, config, ", ".join(map(public_name, sources)))
+        tokens = plan_tokens(
+            name, documents, config, text_name=", ".join(map(public_name, sources))
+        )
     except ValueError as error:
         print(f"no token is removed: {error}", file=sys.stderr)
         arguments.calibration = sources if "self" in sources else sources[:1]
@@ -73,10 +76,10 @@ def plan_size(arguments: argparse.Namespace) -> VocabularyPlan | None:
     gone, most = size - vocabulary["kept"], wanted * before
     why = f"{gone} of {size} tokens do not occur in the text, which loses nothing without them"
     if after <= most:
-        step = PartShare.usual_step("vocab", size)
+        step = 64
         kept = math.floor((size - (before - most) * gone / (before - after)) / step) * step
         arguments.pattern, arguments.keep_tokens = (
-            str(PartShare.keeping("vocab", kept, size)),
+            str(TokensRemoval.keeping(kept, size)),
             keep or None,
         )
         print(f"{why}: {arguments.pattern} is enough", file=sys.stderr)
@@ -87,7 +90,7 @@ def plan_size(arguments: argparse.Namespace) -> VocabularyPlan | None:
     return tokens
 
 
-def remove_tokens(plan: VocabularyPlan, folder: Path, overwrite: bool) -> None:
+def remove_tokens(plan: TokensPlan, folder: Path, overwrite: bool) -> None:
     """Write the folder of the model with fewer tokens, also over that of an earlier start, but no other pattern."""
     if (folder / REPORT_FILE).exists():
         found, planned = vars(read_report(folder)), vars(plan.report)

@@ -80,11 +80,14 @@ class Sweep:
                 leaving.append(call.run(layer, hidden_states))
         return leaving
 
-    def loss(self, stream: ActivationStore, together: int = sys.maxsize) -> float:
+    def loss(
+        self, stream: ActivationStore, together: int = sys.maxsize, removed: Tensor | None = None
+    ) -> float:
         """Measure the cross-entropy of the next token, in nats per token, after the model's own norm and head.
 
         `stream` has the hidden states that leave the last decoder layer. The logits of `together` tokens are in memory
-        at once. Returns NaN if there is no token to predict.
+        at once. `removed` are ids, int64, that the model can't predict, as if it had no such tokens. Returns NaN if
+        there is no token to predict.
         """
         config = self.layers.model.config
         total = torch.zeros((), dtype=torch.float64, device=stream.device)
@@ -98,8 +101,11 @@ class Sweep:
                 targets = targets_of(ids[:, start + 1 : start + 1 + step], config)
                 count += int((targets >= 0).sum())  # on the CPU: the device is not waited for
                 predicted = logits[:, : targets.shape[1]]  # the last token has no next one
+                predicted = predicted.flatten(0, 1).float()  # [batch * tokens, vocabulary]
+                if removed is not None:
+                    predicted = predicted.index_fill(1, removed.to(logits.device), -math.inf)
                 loss = nn.functional.cross_entropy(
-                    predicted.flatten(0, 1).float(),  # [batch * tokens, vocabulary]
+                    predicted,
                     targets.flatten().to(logits.device),
                     reduction="sum",
                 )

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder.checkpoint import names_in, write_index
-from optimum_fista.folder.output import FOLDER, install, locked_output, new_output, require_output
+from optimum_fista.folder.output import FOLDER, install, locked_output, require_output
 from optimum_fista.folder.packed_folder import Packer, packed_settings, require_packable
 from optimum_fista.folder.writing import as_stored, write_all_but_weights
 from optimum_fista.model.held_out import HeldOut
@@ -58,7 +58,7 @@ from optimum_fista.removal.parts_removal import (
     plan_removal,
     require_zeros_to_pack,
 )
-from optimum_fista.removal.tokens import VocabularyPlan
+from optimum_fista.removal.tokens import remove_tokens
 from optimum_fista.report import LayerRecord, PruningReport
 from optimum_fista.source.files import copy_source
 from optimum_fista.source.loading import load_lazily, reading, storage_place, usable_device
@@ -85,25 +85,28 @@ def prune_files(
     started = time.perf_counter()
     require_output(output_dir, overwrite, source=name)  # cheap checks come before the model is read
     require_zeros_to_pack(config, packed)
-    if config.removes_tokens:  # tensors are copied: there is no dtype or device to choose
-        with locked_output(output_dir):
-            vocabulary = VocabularyPlan.of(
-                name, calib_dataloader, config, calibration_source, progress
-            )
-            if str(dtype).removeprefix("torch.") not in (
-                "auto",
-                found := vocabulary.report.model["dtype"],
-            ):
-                vocabulary.report.warn(
-                    f"dtype={dtype} is not used: tensors are copied as they are stored ({found})."
-                )
+    if config.tokens_removal is not None:
+
+        def begin_tokens(report: PruningReport) -> None:
+            """Tell the callbacks that the run begins."""
             for callback in callbacks:
-                callback.on_prune_begin(vocabulary.report)
-            with new_output(output_dir, overwrite, vocabulary.source) as written:
-                vocabulary.write(written, started, progress)
+                callback.on_prune_begin(report)
+
+        report = remove_tokens(
+            name,
+            calib_dataloader,
+            output_dir,
+            config,
+            text_name=calibration_source,
+            device=device,
+            dtype=dtype,
+            overwrite=overwrite,
+            progress=progress,
+            on_begin=begin_tokens,
+        )
         for callback in callbacks:
-            callback.on_prune_end(vocabulary.report)
-        return vocabulary.report
+            callback.on_prune_end(report)
+        return report
     usable_device(device)
     storage = storage_place(storage_device)
     with joined_ranks(device) as ranks, ExitStack() as opened, ExitStack() as offloaded:

@@ -185,11 +185,11 @@ class ModelOutline:
 def numbers_kept(outline: ModelOutline, pattern: WholeParts) -> dict[Kind, int]:
     """Count the channels, heads and experts that every decoder layer keeps, by kind.
 
-    Decoder layers and tokens are counted elsewhere (`parts_removal`, `tokens`).
+    Decoder layers are counted elsewhere (`parts_removal`).
     """
     counts = dict[Kind, int]()
     for share in pattern.shares:
-        if share.kind == "layers" or share.kind == "vocab":
+        if share.kind == "layers":
             continue
         parts = outline.parts(share.kind)
         counts[share.kind] = share.num_kept(parts.groups, parts.equal_runs, parts.at_least)

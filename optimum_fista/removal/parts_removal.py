@@ -479,7 +479,7 @@ def plan_removal(layers: DecoderLayers, config: FistaPruningConfig) -> Removal:
     `config` is the user's; `layers` come from `prunable_layers`. Nothing is changed, and no weight is read except to
     refuse NaN and Inf. The loss of the model decides later which decoder layers go (`Removal.without_layers`).
     """
-    if config.removes_tokens:
+    if config.tokens_removal is not None:
         raise ValueError(
             f"pattern={config.pattern!r} removes tokens from files, and their tokenizer: pass the model's folder or "
             "Hub id, and output_dir, to FistaPruner.prune."
@@ -573,8 +573,9 @@ def first_names(names: Sequence[str]) -> str:
 
 
 def require_zeros_to_pack(config: FistaPruningConfig, packed: bool) -> None:
-    """Refuse `packed` for a run that removes whole parts."""
-    if packed and config.whole_parts is not None:
+    """Refuse `packed` for a run that removes whole parts or tokens."""
+    removes = config.whole_parts is not None or config.tokens_removal is not None
+    if packed and removes:
         raise ValueError(
             f"packed=True: pattern={config.pattern!r} leaves a dense model: there are no zeros to pack."
         )

@@ -1,8 +1,13 @@
 """Removing tokens: the embedding, head, tokenizer and ids in a model's files become those of a smaller vocabulary.
 
-No decoder layer is loaded. Tokens are counted on a text, and those that stay decide the rows of the embedding and the
-head that stay. All other tensors are copied from file to file as they are stored. Two models without weights, with the
-old and the new number of tokens, show which tensors have an entry for each token.
+`remove_tokens` makes such a run: `plan_tokens` counts tokens on a text and decides which stay, `TokensPlan.measure`
+measures on text that was held out of the counting what that costs, and `TokensPlan.write` writes the smaller model. No
+decoder layer is pruned: the tokens that stay decide the rows of the embedding and the head that stay, and all other
+tensors are copied from file to file as they are stored. Two models without weights, with the old and the new number of
+tokens, show which tensors have an entry for each token.
+
+A *row* is one of the embedding: most rows belong to a token, and some models have more rows than tokens. An *id* is the
+number of a token and of its row; `new_ids` has the new id of each row that stays, by its old id.
 """
 
 from __future__ import annotations
@@ -12,9 +17,9 @@ import hashlib
 import json
 import math
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +34,21 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder import checkpoint
 from optimum_fista.folder.atomic import write_file
+from optimum_fista.folder.output import FOLDER, locked_output, new_output
 from optimum_fista.folder.packed_folder import is_packed
 from optimum_fista.folder.writing import write_all_but_weights
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.media import media_arguments
 from optimum_fista.origin import read_origin
+from optimum_fista.removal.token_ids import (
+    ChatTemplateError,
+    configuration_files,
+    ids_in,
+    ids_of_chat_template,
+    renumbered,
+    sections,
+)
+from optimum_fista.removal.token_loss import measure_bits_per_byte
 from optimum_fista.report import PruningReport, public_name
 from optimum_fista.source import loading
 from optimum_fista.source.files import copy_source, source_folder
@@ -45,340 +60,596 @@ from optimum_fista.source.source_tensors import (
     weight_files,
     write_stored,
 )
-from optimum_fista.text.vocabulary import SmallerVocabulary, count_tokens, reduce_vocabulary
+from optimum_fista.text.token_counts import HeldOutText, count_tokens
+from optimum_fista.text.vocabulary import SmallerVocabulary, reduce_vocabulary
+from optimum_fista.text.windows import first_token
+from optimum_fista.tokens_removal import TokensRemoval
 
-# Keys whose numbers are ids of tokens, in every family of Transformers; ids of sounds are not those of text.
-_IDS = re.compile(
-    r"(?!codec|codebook|audio_stream)(.*_)?"
-    r"(tokens?_(ids?|index|indices)|(start|end|patch|newline|bos|eos|pad)_ids?|suppress_tokens|words_ids|sequence_bias)"
-)
 # Files that describe the old tokenizer; the new one is in tokenizer.json alone.
-_OLD = re.compile(
+_OLD_TOKENIZER = re.compile(
     r"(vocab|encoder|merges|added_tokens|tekken)\.(json|txt|bpe)|.*\.(model(\.\w+)?|tiktoken|spm|vocab)"
 )
-_SMALL = 1024  # smaller numbers are multiples, and sizes of codecs, not of another vocabulary
+# Numbers below it are multiples, and sizes of codecs, not of another vocabulary.
+_LEAST_VOCABULARY = 1024
+
+
+def remove_tokens(
+    name: str,
+    texts: Iterable[Any],
+    output_dir: Path,
+    config: FistaPruningConfig,
+    *,
+    text_name: str | None,
+    device: str | None,
+    dtype: str | torch.dtype,
+    overwrite: bool,
+    progress: bool,
+    on_begin: Callable[[PruningReport], None],
+) -> PruningReport:
+    """Remove tokens from a model's files, write the smaller model to `output_dir`, and return the report.
+
+    Args:
+        name: The dense model: a folder or a Hub id. It is only read.
+        texts: Texts on which tokens are counted, or batches of ids (see `plan_tokens`).
+        output_dir: The new folder. Nothing is written there before all of it is ready.
+        config: Its `pattern` says what is removed, such as "vocab:0.35".
+        text_name: Name of the texts, for the report.
+        device: Where to compute the loss; `None`: the accelerator if there is one.
+        dtype: What the caller asked for; tensors are copied as they are stored, so another dtype is only warned of.
+        overwrite: Replace a model that `output_dir` already holds.
+        progress: Show progress bars.
+        on_begin: Is called with the report when the plan is made.
+    """
+    started = time.perf_counter()
+    with locked_output(output_dir):
+        plan = plan_tokens(name, texts, config, text_name=text_name, progress=progress)
+        stored_dtype = plan.report.model["dtype"]
+        if str(dtype).removeprefix("torch.") not in ("auto", stored_dtype):
+            plan.report.warn(
+                f"dtype={dtype} is not used: tensors are copied as they are stored ({stored_dtype})."
+            )
+        on_begin(plan.report)
+        return write_plan(
+            plan,
+            output_dir,
+            started=started,
+            device=device,
+            overwrite=overwrite,
+            progress=progress,
+        )
+
+
+def write_plan(
+    plan: TokensPlan,
+    output_dir: Path,
+    *,
+    started: float,
+    device: str | None,
+    overwrite: bool,
+    progress: bool,
+) -> PruningReport:
+    """Measure what a plan costs, and write its smaller model to `output_dir`; returns the plan's report.
+
+    `started` is when the run began, by `time.perf_counter`; the other arguments are those of `remove_tokens`.
+    """
+    with locked_output(output_dir) as unfinished:
+        plan.measure(unfinished / FOLDER, device)
+        with new_output(output_dir, overwrite, plan.source) as folder:
+            plan.write(folder, started, progress)
+    return plan.report
 
 
 @dataclass(frozen=True)
-class VocabularyPlan:
+class TokensPlan:
     """The tokens of a model that stay, and all that is written; the embedding is read only then."""
 
-    source: Path
+    name: str  # of the dense model, a folder or a Hub id
+    source: Path  # folder of its files
     model: PreTrainedModel  # the smaller one, without weights
     stored: Mapping[str, StoredTensor]  # all tensors of the result, by name
     quantized: Mapping[str, Any]  # what the configuration says of quantized weights
-    tokenizer: Mapping[str, Any]  # content of tokenizer.json
-    new_ids: Mapping[int, int]  # of the tokens that stay, by their old ids; last, rows of no token
+    dense_tokenizer: Mapping[str, Any]  # content of the dense tokenizer.json
+    tokenizer: Mapping[str, Any]  # content of the new tokenizer.json
+    first_token: int | None  # old id of BOS, if texts begin with it
+    new_ids: Mapping[int, int]  # of the rows that stay, by their old ids; last, rows of no token
+    held_out: tuple[str, ...]  # pieces of the text that no token was counted on
     report: PruningReport
 
-    @classmethod
-    def of(
-        cls,
-        name: str,
-        texts: Iterable[Any],
-        config: FistaPruningConfig,
-        text_name: str | None,
-        progress: bool = True,
-    ) -> VocabularyPlan:
-        """Count tokens of texts, or batches of ids, and plan what changes; ValueError if no token can be removed."""
-        folder, settings = _source(name, config.pattern)
-        tokenizer, dense = loading.require_tokenizer(name), loading.described(settings)
-        source, size, sections = source_tensors(dense, folder), _size(dense), [*_sections(settings)]
-        counts, documents = _count(tokenizer, texts, dense, progress)
-        named, tokens = set[int](), {*(vocabulary := tokenizer.get_vocab()).values()}
-        for values in [*map(vars, sections), *_configurations(folder).values()]:
-            _with_ids(values, lambda index: named.add(index) or index)  # type: ignore[func-returns-value]
-        for roles in (("system", "user", "assistant"), ("user", "assistant")):
-            with suppress(
-                Exception
-            ):  # there is no chat template, or it refuses a role: it is code of other people
-                turns = [{"role": role, "content": ""} for role in roles]
-                chat = tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=True
+    def measure(self, offload_parent: Path, device: str | None) -> None:
+        """Add bits per byte of the held-out text, with all tokens and with those that stay, to the report.
+
+        If they can't be measured, a warning of the report says why. `offload_parent` is a folder for temporary files.
+        """
+        if not self.held_out:
+            self.report.warn(
+                "bits per byte are not measured: the text is too short to hold some of it out. Pass at least 60,000 "
+                'characters of it, or batches with "held_out".'
+            )
+            return
+        tokenizers = [
+            Tokenizer.from_str(json.dumps(content))
+            for content in (self.dense_tokenizer, self.tokenizer)
+        ]
+        try:
+            with tempfile.TemporaryDirectory(prefix="offload-", dir=offload_parent) as offload:
+                numbers = measure_bits_per_byte(
+                    self.name,
+                    self.held_out,
+                    dense_tokenizer=tokenizers[0],
+                    smaller_tokenizer=tokenizers[1],
+                    kept=torch.tensor([*self.new_ids]),
+                    bos=self.first_token,
+                    offload_folder=Path(offload),
+                    device=device,
                 )
-                named.update(tokenizer.encode(chat, add_special_tokens=False))
-        spare = sorted(
-            index for index in named - tokens if 0 <= index < size
-        )  # rows of no token that are named
-        given = (
-            t
-            for token in config.keep_tokens
-            for t in ([token] if type(token) is int else [token, f" {token}"])
-        )
-        asked = ([token] if isinstance(token, int) else tokenizer.encode(token) for token in given)
-        contents = [
-            *map(checkpoint.read_json, folder.glob("tokenizer.json"))
-        ]  # as other programs read it
-        contents += [
-            json.loads(tokenizer.backend_tokenizer.to_str())
-        ]  # if Transformers adds tokens to the file
-        content = next(content for content in contents if _vocabulary(content) == vocabulary)
-        smaller = _smaller(content, counts, config, (named & tokens).union(*asked), len(spare))
-        new_ids = {old: new for new, old in enumerate([*smaller.kept.tolist(), *spare])}
-        for section in sections:
-            vars(section).update(_with_ids(vars(section), lambda index: new_ids.get(index, index)))
-            if getattr(section, "vocab_size", None) == size:
-                section.vocab_size = len(new_ids)
-        model, kept = loading.described(settings), torch.tensor([*new_ids])
-        stored = _cut(source, dense, model, kept)
-        dtypes = (tensor.tensor().dtype for tensor in stored.values() if tensor.dtype in DENSE)
-        torch.nn.Module.to(
-            model, loading.floating_dtype(getattr(settings, "dtype", None) or next(dtypes))
-        )
-        described: dict[str, Any] = {
-            "class": type(model).__name__,
-            "name": public_name(name),
-        }
-        described |= {
-            "model_type": settings.model_type,
-            "dtype": str(model.dtype).removeprefix("torch."),
-        }
-        described |= {
-            "num_parameters": model.num_parameters(),
-            "dense_num_parameters": dense.num_parameters(),
-        }
-        described |= {"vocabulary": {"kept": len(kept), "before": size}, "copied": source.copied}
-        digest = hashlib.sha256(counts.numpy().tobytes()).hexdigest()
-        text = {
-            "source": text_name,
-            "sha256": digest,
-            "num_sequences": documents,
-            "num_tokens": int(counts.sum()),
-        }
-        report = PruningReport(
-            config.resolved().to_dict(), described, text, origin=read_origin(settings)
-        )
-        if without := size - len(tokens):
-            report.warn(
-                f"{without} of the {size} rows of the embedding belong to no token: they go first."
+        except (ValueError, RuntimeError, MemoryError) as error:  # also if memory runs out
+            self.report.warn(
+                f"bits per byte are not measured ({type(error).__name__}: {error}). The files do not depend on them."
             )
-        if config.sparsity and (seen := int(counts[kept].count_nonzero())) < 0.9 * len(kept):
-            report.warn(
-                f"the text has only {seen} of the {len(kept)} tokens that stay: pass more of it."
-            )
-        if zeros := (getattr(settings, checkpoint.CONFIG_KEY, None) or {}).get("num_zeros"):
-            report.warn(
-                f"the model was pruned before: {zeros} zeros stay, but not their masks. Remove tokens first."
-            )
-        return cls(folder, model, stored, source.settings, smaller.tokenizer, new_ids, report)
+            return
+        self.report.bits_per_byte = numbers | {"text": self.report.calibration["source"]}
 
     def write(self, folder: Path, started: float, progress: bool) -> None:
-        """Write all files of the smaller model into an unfinished folder, and note the seconds since `started`."""
+        """Write all files of the smaller model into an unfinished, empty folder.
+
+        Adds the seconds since `started` (by `time.perf_counter`) to the report.
+        """
         copy_source(self.source, folder)
-        for file in [file for file in folder.iterdir() if _OLD.fullmatch(file.name)]:
-            file.unlink()
-        for name, values in _configurations(folder).items():
-            changed = _with_ids(values, lambda index: self.new_ids.get(index, index))
-            if added := values.get("added_tokens_decoder"):
-                pairs = [(self.new_ids.get(int(old)), token) for old, token in added.items()]
-                changed["added_tokens_decoder"] = {
-                    str(new): token for new, token in pairs if new is not None
-                }
+        self._write_tokenizer(folder)
+        self._write_weights(folder, progress)
+        self.report.seconds["total"] = time.perf_counter() - started
+        write_all_but_weights(
+            folder,
+            self.model,
+            tokenizer=None,
+            report=self.report,
+            masks={},
+            packed=None,
+            quantized=self.quantized,
+        )
+        self._write_table(folder)
+
+    def _write_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer and the configurations beside that of the model, and delete the old tokenizer's files.
+
+        ValueError if Transformers loads the new tokenizer with other ids.
+        """
+        for file in list(folder.iterdir()):
+            if _OLD_TOKENIZER.fullmatch(file.name):
+                file.unlink()
+        for name, values in configuration_files(folder).items():
+            changed = renumbered(values, self.new_ids)
             if changed != values:
                 write_file(folder / name, json.dumps(changed, indent=2, ensure_ascii=False) + "\n")
-        write_file(
-            folder / "tokenizer.json", json.dumps(self.tokenizer, indent=2, ensure_ascii=False)
-        )
+        content = json.dumps(self.tokenizer, indent=2, ensure_ascii=False)
+        write_file(folder / "tokenizer.json", content)
+
         with loading.reading(str(folder)):
-            found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if found.get_vocab() != _vocabulary(self.tokenizer):
-            what = f"{type(found).__name__} of Transformers gives other ids than the smaller tokenizer.json"
-            raise ValueError(f"model={str(self.source)!r}: {what}, so no token can be removed.")
-        files = [file for file in weight_files(self.source) if file.suffix == ".safetensors"]
-        shards = {name: file.name for file in files for name in checkpoint.names_in(file)}
+            loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        vocabulary = loaded.get_vocab()
+        largest = max(vocabulary, key=vocabulary.__getitem__)
+        if vocabulary[largest] >= len(self.new_ids):
+            raise ValueError(
+                f"model={str(self.source)!r}: Transformers gives the token {largest!r} the id {vocabulary[largest]}, "
+                f"and the smaller embedding would have {len(self.new_ids)} rows, so no token can be removed. Check the "
+                "added tokens in its tokenizer_config.json."
+            )
+        if vocabulary != _ids_of_tokens(self.tokenizer):
+            raise ValueError(
+                f"model={str(self.source)!r}: {type(loaded).__name__} of Transformers gives other ids than the smaller "
+                "tokenizer.json, so no token can be removed."
+            )
+
+    def _write_weights(self, folder: Path, progress: bool) -> None:
+        """Write the tensors to files with the names of the source's, and an index if there are several."""
+        shards = dict[str, str]()
+        for file in weight_files(self.source):
+            if file.suffix == ".safetensors":
+                shards |= dict.fromkeys(checkpoint.names_in(file), file.name)
         weight_map = {name: shards.get(name, "model.safetensors") for name in self.stored}
-        for shard in tqdm(
-            sorted({*weight_map.values()}),
-            desc="Writing weights",
-            unit="file",
-            disable=not progress,
-        ):
+
+        names = sorted({*weight_map.values()})
+        for shard in tqdm(names, desc="Writing weights", unit="file", disable=not progress):
             write_stored(
                 folder / shard,
-                {name: t for name, t in self.stored.items() if weight_map[name] == shard},
+                {name: tensor for name, tensor in self.stored.items() if weight_map[name] == shard},
             )
-        if {*weight_map.values()} != {"model.safetensors"}:
-            checkpoint.write_index(
-                folder, "model", weight_map, {"total_parameters": self.model.num_parameters()}
-            )
-        self.report.seconds["total"] = time.perf_counter() - started
-        write_all_but_weights(folder, self.model, None, self.report, {}, None, self.quantized)
-        table = {"kept": [*self.new_ids], "num_tokens": self.report.model["vocabulary"]["before"]}
-        old = checkpoint.kept_tokens(self.source)
-        if (
-            old is not None and len(old) == table["num_tokens"]
-        ):  # else somebody has resized the embedding since
-            known = checkpoint.read_json(
-                self.source / checkpoint.VOCABULARY_FILE
-            )  # ids are those of the first model
-            table = known | {"kept": old[table["kept"]].tolist()}
+        if names != ["model.safetensors"]:
+            metadata = {"total_parameters": self.model.num_parameters()}
+            checkpoint.write_index(folder, "model", weight_map, metadata)
+
+    def _write_table(self, folder: Path) -> None:
+        """Write which rows of the first dense model stay; the source's table is continued if it has one."""
+        kept = [*self.new_ids]
+        table: dict[str, Any] = {
+            "kept": kept,
+            "num_tokens": self.report.model["vocabulary"]["before"],
+        }
+        earlier = checkpoint.kept_tokens(self.source)
+        # else somebody has resized the embedding since
+        if earlier is not None and len(earlier) == table["num_tokens"]:
+            table = checkpoint.read_json(self.source / checkpoint.VOCABULARY_FILE)
+            table["kept"] = earlier[kept].tolist()  # ids of the first model
         write_file(folder / checkpoint.VOCABULARY_FILE, json.dumps(table) + "\n")
 
 
-def _source(name: str, pattern: str) -> tuple[Path, PreTrainedConfig]:
-    """The folder of a model's files, in the cache for a Hub id, and its configuration, called dense."""
-    what = f"model={name!r}: pattern={pattern!r} needs a model folder with a tokenizer"
-    if Path(name).is_file() or loading.gguf_file(name) is not None:
-        raise ValueError(f"{what}: pass one, or a Hub id.")
-    settings = copy.deepcopy(loading.read_config(name))
-    folder = source_folder(name, revision := getattr(settings, "_commit_hash", None))
-    if not Path(name).is_dir():
-        snapshot_download(
-            name, revision=revision, allow_patterns=["model*.safetensors*", "pytorch_model*.bin*"]
+def plan_tokens(
+    name: str,
+    texts: Iterable[Any],
+    config: FistaPruningConfig,
+    *,
+    text_name: str | None,
+    progress: bool = True,
+) -> TokensPlan:
+    """Count tokens of texts, and plan what changes in a model's files; changes nothing.
+
+    Args:
+        name: The dense model: a folder or a Hub id.
+        texts: Texts, or batches of ids as `FistaPruner.prune` takes them. A batch with `held_out` is not counted.
+        config: Its `pattern` says what is removed, such as "vocab:0.35".
+        text_name: Name of the texts, for the report.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: If no token of this model can be removed, the text holds no token, or the pattern does not fit.
+    """
+    request = config.tokens_removal
+    assert request is not None
+    folder, settings = _read_source(name, request)
+    tokenizer = loading.require_tokenizer(name)
+    dense = loading.described(settings)
+    num_rows = _num_rows(dense)
+    source = source_tensors(dense, folder)
+    counted = _count(tokenizer, texts, dense, progress)
+
+    vocabulary = tokenizer.get_vocab()
+    named, template_warning = _named_ids(tokenizer, settings, folder)
+    tokens = {*vocabulary.values()}
+    # Rows of no token that are named, such as a padding id after the last token.
+    spare = sorted(index for index in named - tokens if 0 <= index < num_rows)
+    keep = (named & tokens) | _ids_to_keep(tokenizer, request)
+    content = _tokenizer_content(tokenizer, folder)
+    smaller = _smaller_vocabulary(content, counted.counts, request, keep, num_spare=len(spare))
+    new_ids = {old: new for new, old in enumerate([*smaller.kept.tolist(), *spare])}
+
+    model = _smaller_model(settings, new_ids, num_rows)
+    kept = torch.tensor([*new_ids])
+    stored = _cut(source, dense, model, kept)
+    _set_dtype(model, settings, stored)
+    report = PruningReport(
+        config=config.resolved().to_dict(),
+        model=_described(name, dense, model, source.copied),
+        origin=read_origin(settings),
+        calibration={
+            "source": text_name,
+            "sha256": hashlib.sha256(counted.counts.numpy().tobytes()).hexdigest(),
+            "num_sequences": counted.num_texts,
+            "num_tokens": int(counted.counts.sum()),
+        },
+    )
+    if template_warning:
+        report.warn(template_warning)
+    _warn_of_rows(report, num_rows - len(tokens), settings)
+    num_seen = int(counted.counts[kept].count_nonzero())
+    if request.share is not None and num_seen < 0.9 * len(kept):
+        report.warn(
+            f"the text has only {num_seen} of the {len(kept)} tokens that stay: pass more of it."
         )
+    return TokensPlan(
+        name=name,
+        source=folder,
+        model=model,
+        stored=stored,
+        quantized=source.settings,
+        dense_tokenizer=content,
+        tokenizer=smaller.tokenizer,
+        first_token=first_token(tokenizer),
+        new_ids=new_ids,
+        held_out=counted.held_out,
+        report=report,
+    )
+
+
+def _read_source(name: str, request: TokensRemoval) -> tuple[Path, PreTrainedConfig]:
+    """The folder of a model's files, in the cache for a Hub id, and its configuration without quantization.
+
+    Downloads the weights of a Hub id. ValueError if the model has no files from which tokens can be removed.
+    """
+    if Path(name).is_file() or loading.gguf_file(name) is not None:
+        raise ValueError(
+            f"model={name!r}: pattern={str(request)!r} needs a model folder with a tokenizer: pass one, or a Hub id."
+        )
+    settings = copy.deepcopy(loading.read_config(name))
+    revision = getattr(settings, "_commit_hash", None)
+    folder = source_folder(name, revision)
+    if not Path(name).is_dir():
+        weights = ["model*.safetensors*", "pytorch_model*.bin*"]
+        snapshot_download(name, revision=revision, allow_patterns=weights)
     if is_packed(folder):
-        raise ValueError(f"{what}, and this one is packed: unpack it first (optimum-fista unpack).")
+        raise ValueError(
+            f"model={name!r} is packed, and pattern={str(request)!r} needs ordinary tensors: unpack it first "
+            "(optimum-fista unpack)."
+        )
     forget_quantization(settings)
     return folder, settings
 
 
-def _sections(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A configuration and those in it, without those of other vocabularies, such as that of a codec."""
-    size, waiting = config.get_text_config(decoder=True).vocab_size, [config]
-    for section in waiting:
-        if section is config or getattr(section, "vocab_size", size) == size:
-            yield section
-        waiting += [
-            value for value in vars(section).values() if isinstance(value, PreTrainedConfig)
-        ]
-
-
-def _size(model: PreTrainedModel) -> int:
+def _num_rows(model: PreTrainedModel) -> int:
     """The number of rows of the embedding and of the head; refuses models with more than one vocabulary."""
-    sizes = [("vocab_size", int(model.config.get_text_config(decoder=True).vocab_size))]
+    sizes = {"vocab_size": int(model.config.get_text_config(decoder=True).vocab_size)}
     modules = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
-    sizes += [
-        (name, len(p)) for name, m in modules.items() if m for p in m.parameters() if p.ndim > 1
-    ]  # no norms
-    values = {
-        key: v
-        for part in _sections(model.config)
-        for key, v in vars(part).items()
-        if "vocab" in key
-    }
-    lengths = {
-        key: len(value) if isinstance(value, dict | list) else value
-        for key, value in values.items()
-    }
-    known = ("vocab_size", "type_vocab_size")
-    others = [
-        (key, n)
-        for key, n in lengths.items()
-        if key not in known and type(n) is int and n >= _SMALL
-    ]
-    if others or len({size for _, size in sizes}) > 1:
-        shown = ", ".join(f"{name} of {size}" for name, size in sizes + others)
+    others = dict[str, int]()
+    for name, module in modules.items():
+        for parameter in () if module is None else module.parameters():
+            if parameter.ndim > 1:  # a matrix, not a norm
+                sizes[name] = len(parameter)
+    for section in sections(model.config):
+        for key, value in vars(section).items():
+            length = len(value) if isinstance(value, dict | list) else value
+            is_other = "vocab" in key and key not in ("vocab_size", "type_vocab_size")
+            if is_other and type(length) is int and length >= _LEAST_VOCABULARY:
+                others[key] = length
+
+    if others or len({*sizes.values()}) > 1:
+        shown = ", ".join(f"{name} of {size}" for name, size in {**sizes, **others}.items())
         raise ValueError(
             f"{type(model).__name__} has more than one vocabulary, so no token can be removed: {shown}."
         )
-    return sizes[0][1]
+    return sizes["vocab_size"]
+
+
+@dataclass(frozen=True)
+class _CountedText:
+    """What was counted on the texts."""
+
+    counts: Tensor  # int64 [rows]: how often each token is in the text
+    num_texts: int  # texts and batches that were read
+    held_out: tuple[str, ...]  # pieces of text that were not counted
 
 
 def _count(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[Any], model: PreTrainedModel, progress: bool
-) -> tuple[Tensor, int]:
-    """How often each token is in texts and batches, int64 [rows of the embedding], and how many texts there are."""
-    size, documents = _size(model), 0
-    counts = torch.zeros(size, dtype=torch.int64)
+) -> _CountedText:
+    """Count the tokens of texts and batches, but hold some of them out; `model` is without weights."""
     if isinstance(texts, str):
         raise ValueError(
             "calib_dataloader is one text: pass a list of texts, or an iterable of batches."
         )
+    num_rows = _num_rows(model)
+    batch_counts = torch.zeros(num_rows, dtype=torch.int64)
+    marked = list[str]()  # texts of batches that the caller holds out
+    num_texts = 0
 
     def strings() -> Iterator[str]:
-        nonlocal documents
+        """Yield the texts; ids of batches are added to `batch_counts`, or decoded to `marked`."""
+        nonlocal num_texts
         for item in tqdm(texts, desc="Counting tokens", unit=" texts", disable=not progress):
-            documents += 1
+            num_texts += 1
             if isinstance(item, str):
                 yield item
                 continue
-            for batch in read_batches([item], size, None, media_arguments(model)):
-                for row in batch.rows() if not batch.held_out else ():
-                    counts.add_(torch.bincount(row.input_ids.flatten(), minlength=size))
+            for batch in read_batches([item], num_rows, None, media_arguments(model)):
+                for row in batch.rows():
+                    ids = row.input_ids.flatten()
+                    if batch.held_out:
+                        marked.append(str(tokenizer.decode(ids, skip_special_tokens=True)))
+                    else:
+                        batch_counts.add_(torch.bincount(ids, minlength=num_rows))
 
-    counts += count_tokens(tokenizer, strings(), size)
+    held_out = HeldOutText()
+    counts = count_tokens(tokenizer, held_out.counted(strings()), num_rows) + batch_counts
     if not counts.any():
         raise ValueError("calib_dataloader holds no token: pass texts, or batches of token ids.")
-    return counts, documents
+    return _CountedText(counts, num_texts, (*marked, *held_out.pieces))
 
 
-def _smaller(
-    content: dict[str, Any], counts: Tensor, config: FistaPruningConfig, keep: set[int], spare: int
-) -> SmallerVocabulary:
-    """Keep as many tokens as the pattern says, besides `spare` rows that have no token."""
-    assert config.whole_parts is not None
-    share, size, tokens = config.whole_parts.shares[0], len(counts), _vocabulary(content)
+def _named_ids(
+    tokenizer: PreTrainedTokenizerBase, settings: PreTrainedConfig, folder: Path
+) -> tuple[set[int], str]:
+    """Ids that the files or the chat template of a model name, and a warning if the template can't be read.
+
+    `settings` is the model's configuration, `folder` has its files. Some of the ids may be no row.
+    """
+    ids = set[int]()
+    for section in sections(settings):
+        ids |= ids_in(vars(section))
+    for values in configuration_files(folder).values():
+        ids |= ids_in(values)
     try:
-        if share.share:
-            number = share.num_kept(size)
-        else:  # those that the text uses, and more of the others up to a multiple
-            step = share.multiple_of or share.usual_step(share.kind, size)
-            number = step * -(
-                -(len(reduce_vocabulary(content, counts, None, keep).kept) + spare) // step
-            )
-        smaller = reduce_vocabulary(content, counts, min(number - spare, len(tokens)), keep)
+        return ids | ids_of_chat_template(tokenizer), ""
+    except ChatTemplateError as error:
+        return ids, f"{error}, so tokens that only it writes may be removed: pass keep_tokens."
+
+
+def _ids_to_keep(tokenizer: PreTrainedTokenizerBase, request: TokensRemoval) -> set[int]:
+    """The ids that the user wants to keep; of a text the tokens that it has, alone and after a space."""
+    ids = set[int]()
+    for token in request.keep:
+        if isinstance(token, int):
+            ids.add(token)
+        else:
+            ids.update(tokenizer.encode(token))
+            ids.update(tokenizer.encode(f" {token}"))
+    return ids
+
+
+def _tokenizer_content(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
+    """The content of a `tokenizer.json` that has all tokens of a loaded tokenizer, with their ids.
+
+    That is the file in `folder`, as other programs read it; if Transformers adds tokens to the file, what it makes of
+    it. ValueError if neither has the ids that Transformers gives.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for file in folder.glob("tokenizer.json"):
+        content = checkpoint.read_json(file)
+        if _ids_of_tokens(content) == vocabulary:
+            return content
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    if _ids_of_tokens(content) != vocabulary:
+        raise ValueError(
+            f"model={str(folder)!r}: {type(tokenizer).__name__} of Transformers gives other ids than its "
+            "tokenizer.json, so no token can be removed. Check its added tokens: two may have the same id."
+        )
+    return content
+
+
+def _smaller_vocabulary(
+    content: dict[str, Any],
+    counts: Tensor,
+    request: TokensRemoval,
+    keep: set[int],
+    num_spare: int,
+) -> SmallerVocabulary:
+    """Choose the tokens that stay, as many as the request says.
+
+    Args:
+        content: That of a `tokenizer.json`; not changed.
+        counts: How often the text has each token, int64 [rows].
+        request: What is removed.
+        keep: Ids of tokens that stay whatever their counts are.
+        num_spare: Rows of no token that stay besides them.
+    """
+    num_rows = len(counts)
+    num_tokens = len(_ids_of_tokens(content))
+    try:
+        if request.share is not None:
+            num_kept = request.num_kept(num_rows)
+        else:
+            # those that the text uses, and more of the others up to a multiple
+            num_used = len(reduce_vocabulary(content, counts, None, keep).kept) + num_spare
+            step = request.step(num_rows)
+            num_kept = step * math.ceil(num_used / step)
+        smaller = reduce_vocabulary(content, counts, min(num_kept - num_spare, num_tokens), keep)
     except ValueError as error:
-        raise ValueError(f"pattern={str(share)!r} of {size} tokens: {error}") from error
-    if len(smaller.kept) + spare >= size:
-        raise ValueError(f"pattern={str(share)!r}: all {size} tokens would stay.")
+        raise ValueError(f"pattern={str(request)!r} of {num_rows} tokens: {error}") from error
+    if len(smaller.kept) + num_spare >= num_rows:
+        raise ValueError(f"pattern={str(request)!r}: all {num_rows} tokens would stay.")
     return smaller
 
 
-def _vocabulary(content: Mapping[str, Any]) -> dict[str, int]:
-    """All tokens of a tokenizer.json, with their ids."""
+def _smaller_model(
+    settings: PreTrainedConfig, new_ids: Mapping[int, int], num_rows: int
+) -> PreTrainedModel:
+    """The model with fewer tokens, without weights; changes `settings`: sizes of vocabularies, and ids."""
+    for section in sections(settings):
+        vars(section).update(renumbered(vars(section), new_ids))
+    for section in sections(settings):
+        if getattr(section, "vocab_size", None) == num_rows:
+            section.vocab_size = len(new_ids)
+    return loading.described(settings)
+
+
+def _set_dtype(
+    model: PreTrainedModel, settings: PreTrainedConfig, stored: Mapping[str, StoredTensor]
+) -> None:
+    """Give a model without weights the dtype of its configuration, or that of the first stored tensor in floats."""
+    dtype = getattr(settings, "dtype", None)
+    if dtype is None:
+        dtype = next(tensor.tensor().dtype for tensor in stored.values() if tensor.dtype in DENSE)
+    torch.nn.Module.to(model, loading.floating_dtype(dtype))
+
+
+def _described(
+    name: str,
+    dense: PreTrainedModel,
+    model: PreTrainedModel,
+    copied: Mapping[str, int],
+) -> dict[str, Any]:
+    """What a report says of the smaller model: `PruningReport.model`.
+
+    `dense` and `model` are the models before and after, without weights; `copied` counts the tensors, by module, that
+    no class loads.
+    """
+    return {
+        "class": type(model).__name__,
+        "name": public_name(name),
+        "model_type": model.config.model_type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "num_parameters": model.num_parameters(),
+        "dense_num_parameters": dense.num_parameters(),
+        "vocabulary": {"kept": _num_rows(model), "before": _num_rows(dense)},
+        "copied": copied,
+    }
+
+
+def _warn_of_rows(report: PruningReport, num_without: int, settings: PreTrainedConfig) -> None:
+    """Warn in the report of rows without a token, and of masks of an earlier run that are lost."""
+    if num_without:
+        num_rows = report.model["vocabulary"]["before"]
+        report.warn(
+            f"{num_without} of the {num_rows} rows of the embedding belong to no token: they go first."
+        )
+    earlier = getattr(settings, checkpoint.CONFIG_KEY, None) or {}
+    if earlier.get("num_zeros"):
+        report.warn(
+            f"the model was pruned before: {earlier['num_zeros']} zeros stay, but not their masks. Remove tokens first."
+        )
+
+
+def _ids_of_tokens(content: Mapping[str, Any]) -> dict[str, int]:
+    """All tokens of a `tokenizer.json`, with the ids that the library loads."""
     return dict(Tokenizer.from_str(json.dumps(content)).get_vocab())
 
 
 def _cut(
     source: SourceTensors, dense: PreTrainedModel, smaller: PreTrainedModel, kept: Tensor
 ) -> dict[str, StoredTensor]:
-    """All tensors of the files, with the entries `kept` of those that have one for each token."""
-    size, after, stored = _size(dense), smaller.state_dict(), dict[str, StoredTensor]()
-    pairs = {
-        n: [*enumerate(zip(t.shape, after[n].shape, strict=True))]
-        for n, t in dense.state_dict().items()
-    }
-    axes = {name: axis for name, sizes in pairs.items() for axis, (old, new) in sizes if old != new}
-    present, tied = {*source.places.values()}, dense.all_tied_weights_keys
-    if missing := axes.keys() - present - {*tied} - {tied[name] for name in present & tied.keys()}:
+    """All tensors of the files, those that have an entry for each token with the entries `kept` only.
+
+    Args:
+        source: The tensors in the dense model's files.
+        dense: The dense model, without weights.
+        smaller: The model with fewer tokens, without weights.
+        kept: int64 [rows that stay]: their old ids.
+    """
+    num_rows = _num_rows(dense)
+    axes = _axes_of_tokens(dense, smaller)
+    present = {*source.places.values()}
+    tied = dense.all_tied_weights_keys
+    missing = [
+        name
+        for name in axes
+        if name not in present and name not in tied and name not in _targets(tied, present)
+    ]
+    if missing:
         raise ValueError(
             f"{str(smaller.config.name_or_path)!r} lacks {min(missing)}: download it again."
         )
-    rows = tuple(next(dense.get_input_embeddings().parameters()).shape)
+
+    embedding_shape = tuple(next(dense.get_input_embeddings().parameters()).shape)
+    stored = dict[str, StoredTensor]()
     for name, tensor in source.stored.items():
-        # embeddings and heads of layers that predict more tokens, which no class loads, are cut too
-        axis = axes.get(
-            source.places.get(name, ""),
-            0 if name in source.others and tensor.shape == rows else None,
-        )
-        if axis is not None and tensor.shape[axis : axis + 1] == (size,):
+        is_other = name in source.others  # of no place in the class
+        axis = axes.get(source.places.get(name, ""))
+        if axis is None and is_other and tensor.shape == embedding_shape:
+            axis = 0  # embeddings and heads of layers that predict more tokens are cut too
+        is_cut = axis is not None and tensor.shape[axis : axis + 1] == (num_rows,)
+        is_unrelated = axis is None and not (is_other and num_rows in tensor.shape)
+        if is_cut:
+            assert axis is not None
             stored[name] = tensor.selected(axis, kept)
-        elif math.prod(tensor.shape) == 1 or (
-            axis is None and not (name in source.others and size in tensor.shape)
-        ):
+        elif is_unrelated or math.prod(tensor.shape) == 1:  # one scale of a whole tensor
             stored[name] = tensor
         else:
-            what = f"{name} ({tensor.dtype} {[*tensor.shape]}) can't be cut to some of the {size} tokens"
             raise ValueError(
-                f"{what}: delete it, or take a model whose embedding and head are in 16 bits."
+                f"{name} ({tensor.dtype} {[*tensor.shape]}) can't be cut to some of the {num_rows} tokens: delete it, "
+                "or take a model whose embedding and head are in 16 bits."
             )
     return stored
 
 
-def _configurations(folder: Path) -> dict[str, dict[str, Any]]:
-    """The configurations beside that of the model, by file: of generation, tokenizer and processor."""
-    return {
-        file.name: checkpoint.read_json(file) for file in sorted(folder.glob("[!.]*_config.json"))
-    }
+def _axes_of_tokens(dense: PreTrainedModel, smaller: PreTrainedModel) -> dict[str, int]:
+    """The axis of each tensor, by its name, that has an entry for each token: its size differs in the two models."""
+    after = smaller.state_dict()
+    axes = dict[str, int]()
+    for name, tensor in dense.state_dict().items():
+        sizes = zip(tensor.shape, after[name].shape, strict=True)
+        for axis, (old, new) in enumerate(sizes):
+            if old != new:
+                axes[name] = axis
+    return axes
 
 
-def _with_ids(value: Any, change: Callable[[int], int], named: bool = False) -> Any:
-    """Replace all ids of tokens in JSON values; `named` says that the numbers in them are ids."""
-    if isinstance(value, dict):
-        return {
-            key: _with_ids(inner, change, named or bool(_IDS.fullmatch(str(key))))
-            for key, inner in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return type(value)(_with_ids(inner, change, named) for inner in value)
-    return change(value) if named and type(value) is int else value
+def _targets(tied: Mapping[str, str], present: set[str]) -> set[str]:
+    """Names of the tensors that others, which are `present`, are tied to."""
+    return {target for name, target in tied.items() if name in present}

@@ -1,8 +1,12 @@
 """Make a tokenizer smaller: keep the tokens that a text uses, and what they are made of.
 
-Everything here works on the content of a `tokenizer.json`: no model, no files. The smaller tokenizer splits a text into
-the same tokens as before if all of these stay. It knows every character that is a token of its own, or all bytes, and
-decodes texts of these as before. Each kind of tokenizer keeps this promise in its own way:
+`reduce_vocabulary` does it. Everything here works on the content of a `tokenizer.json`: no model, no files. A *token*
+has an id; a *piece* is a token of the tokenizer's model, unlike an added token; the *parts* of a token are the two
+tokens whose merge makes it; a *symbol* is a single character as the model writes it.
+
+The smaller tokenizer splits a text into the same tokens as before if all of these stay. It knows every character that
+is a token of its own, or all bytes, and decodes texts of these as before. Each kind of tokenizer keeps this promise in
+its own way:
 
 - **BPE** merges the adjacent pair of the lowest rank until no pair is left. A token stays with the two tokens of the
   last merge that makes it, and so on down to single symbols; a merge stays if its parts and its result do. *Proof*: no
@@ -15,9 +19,8 @@ decodes texts of these as before. Each kind of tokenizer keeps this promise in i
 
 import json
 import math
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -25,14 +28,10 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 _KINDS = ("BPE", "Unigram", "WordPiece")
-_BYTES = frozenset(
-    f"<0x{byte:02X}>" for byte in range(256)
-)  # tokens for the bytes of characters that are no token
-_CHARACTERS = 1 << 15  # of a part that is tokenised alone
-_PARTS = 32  # tokenised in one call, in parallel: 1 million characters, whose encodings need about 100 MB
+# Tokens for the bytes of characters that are no token.
+_BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
 @dataclass(frozen=True)
@@ -43,45 +42,14 @@ class SmallerVocabulary:
     kept: Tensor  # int64, [new number of tokens]: the old id of each token, ascending
 
 
-def count_tokens(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], size: int) -> Tensor:
-    """Count each token in documents, read one after the other, without special tokens around them: int64, [size].
+@dataclass(frozen=True)
+class _Vocabulary:
+    """The tokens of a tokenizer, before it becomes smaller."""
 
-    Raises:
-        ValueError: If the tokenizer is not a fast one, or has an id that is not less than `size`.
-    """
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
-            f"tokenizer={type(tokenizer).__name__} is not a fast one: pass one that has a tokenizer.json."
-        )
-    counts = torch.zeros(size, dtype=torch.int64)
-    for texts in _texts(documents):
-        encoded = tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
-        ids = torch.tensor([token for text in encoded for token in text], dtype=torch.int64)
-        if len(ids) and int(ids.max()) >= size:
-            raise ValueError(
-                f"size={size}, but the tokenizer has the id {int(ids.max())}: pass the rows of the model."
-            )
-        counts += torch.bincount(ids, minlength=size)
-    return counts
-
-
-def _texts(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Documents and parts of documents, at most about `_CHARACTERS` x `_PARTS` characters at once."""
-    border = re.compile(r"(?<=\w)(?= \w)|(?<=\n)(?=\S)")  # that hardly any token crosses
-    texts = list[str]()
-    for document in documents:
-        start = 0
-        while start < len(document):
-            cut = border.search(document, start + _CHARACTERS)
-            texts.append(document[start : cut.end() if cut else None])
-            start += len(texts[-1])
-            if len(texts) == _PARTS:
-                yield texts
-                texts = []
-    if texts:
-        yield texts
+    content: dict[str, Any]  # of tokenizer.json, as the library writes it; a copy of the caller's
+    pieces: dict[str, int]  # ids of the pieces of the model, by their texts
+    tokens: dict[int, str]  # texts of all tokens, added ones too, by their ids
+    parts: dict[int, tuple[int, int]]  # ids of the two parts of each token that a merge makes
 
 
 def reduce_vocabulary(
@@ -102,103 +70,178 @@ def reduce_vocabulary(
 
     Raises:
         ValueError: If the tokenizer can't be loaded or is of another kind than BPE, Unigram and WordPiece, `counts` is
-            too short, an id of `keep` is no token, or `num_kept` is less than what always stays or more than there is.
+            too short, an id of `keep` is no token, `num_kept` is less than what always stays or more than there is, or
+            the library gives other ids to the smaller tokenizer than its file says.
     """
+    vocabulary = _read_vocabulary(tokenizer)
+    num_ids = max(vocabulary.tokens) + 1
+    if len(counts) < num_ids:
+        raise ValueError(
+            f"counts is of {len(counts)} ids, but the tokenizer has {num_ids}: count all of them."
+        )
+
+    # Longer tokens come before their parts, so that one pass reaches the parts of parts.
+    length = {
+        index: len(_symbols(token, vocabulary.content["model"]))
+        for index, token in vocabulary.tokens.items()
+    }
+    merged = sorted(vocabulary.parts, key=length.__getitem__, reverse=True)
+
+    required = _required(vocabulary, {*keep})
+    for index in merged:
+        if index in required:
+            required.update(vocabulary.parts[index])
+    uses = _uses_with_merges(vocabulary, merged, counts)
+
+    if num_kept is None:
+        num_kept = sum(index in required or uses[index] > 0 for index in vocabulary.tokens)
+        expected_uses = 0.0
+    else:
+        # Each use of a merge saves one token. To its uses a thirtieth of what Zipf's law expects is added, so that what
+        # the text has once does not replace what it lacks by chance.
+        expected_uses = sum(counts.tolist()) / (30 * math.log(len(vocabulary.tokens) + 1))
+    if not len(required) <= num_kept <= len(vocabulary.tokens):
+        raise ValueError(
+            f"num_kept={num_kept}; pass {len(required)} (alphabet, special and added tokens, `keep`, and what they are "
+            f"made of) to {len(vocabulary.tokens)} (all tokens)."
+        )
+
+    by_rank = _ranked(vocabulary, merged, required, uses, length, expected_uses)
+    kept = sorted(by_rank[:num_kept])
+    content = _renumbered(vocabulary, {old: new for new, old in enumerate(kept)})
+    return SmallerVocabulary(content, torch.tensor(kept, dtype=torch.int64))
+
+
+def _read_vocabulary(tokenizer: dict[str, Any]) -> _Vocabulary:
+    """Read the content of a `tokenizer.json`, which is not changed; ValueError if no token of it can be removed."""
     try:  # the library's own form: ids as it loads them, each merge a pair
         content = json.loads(Tokenizer.from_str(json.dumps(tokenizer)).to_str())
     except Exception as error:  # the library raises nothing more special
         raise ValueError(
             f"tokenizer: it can't be loaded ({error}); pass the content of tokenizer.json."
         ) from error
+
     model = content["model"]
     if model["type"] not in _KINDS:
         raise ValueError(
             f"tokenizer: {model['type']} has no smaller pieces for what goes; pass one of {_KINDS}."
         )
-    vocabulary = model["vocab"]
-    pieces = (
-        {entry[0]: i for i, entry in enumerate(vocabulary)}
-        if model["type"] == "Unigram"
-        else dict(vocabulary)
-    )
-    tokens = {i: token for token, i in pieces.items()} | {
-        t["id"]: t["content"] for t in content["added_tokens"]
-    }
-    if len(counts) <= max(tokens):
-        raise ValueError(
-            f"counts is of {len(counts)} ids, but the tokenizer has {max(tokens) + 1}: count all of them."
-        )
-    required, asked = _always_kept(content, pieces), set(keep)
-    for name, wanted in (("keep", asked), ("tokenizer: its padding or post-processor", required)):
-        if unknown := sorted(wanted - tokens.keys()):
-            raise ValueError(
-                f"{name} has the id {unknown[0]}, which is no token; pass ids of 0 to {max(tokens)}."
-            )
-    required |= asked
+    if model["type"] == "Unigram":  # a list of pairs of piece and score
+        pieces = {entry[0]: index for index, entry in enumerate(model["vocab"])}
+    else:
+        pieces = dict(model["vocab"])
+    tokens = {index: token for token, index in pieces.items()}
+    tokens |= {token["id"]: token["content"] for token in content["added_tokens"]}
+    return _Vocabulary(content, pieces, tokens, _parts(model, pieces))
 
-    parts, uses = _parts(model, pieces), counts.tolist()
-    length = {index: len(_symbols(token, model)) for index, token in tokens.items()}
-    first = {index: index for index in tokens}
-    for index in sorted(parts, key=length.__getitem__, reverse=True):
-        for part in parts[index]:
-            uses[part] += uses[index]  # merges pass through it
+
+def _required(vocabulary: _Vocabulary, keep: set[int]) -> set[int]:
+    """Ids of the tokens that always stay, without those that they are made of; `keep` is the caller's."""
+    required = _always_kept(vocabulary.content, vocabulary.pieces)
+    for name, ids in (("keep", keep), ("tokenizer: its padding or post-processor", required)):
+        unknown = sorted(ids - vocabulary.tokens.keys())
+        if unknown:
+            raise ValueError(
+                f"{name} has the id {unknown[0]}, which is no token; pass ids of 0 to {max(vocabulary.tokens)}."
+            )
+    return required | keep
+
+
+def _uses_with_merges(vocabulary: _Vocabulary, merged: list[int], counts: Tensor) -> list[int]:
+    """How often the tokenizer makes each token of the counted text, on the way to another token too; by id.
+
+    `merged` has the tokens that have parts, those before their parts.
+    """
+    uses: list[int] = counts.tolist()
+    for index in merged:
+        for part in vocabulary.parts[index]:
+            uses[part] += uses[index]  # the merges of `index` pass through its parts
+    return uses
+
+
+def _ranked(
+    vocabulary: _Vocabulary,
+    merged: list[int],
+    required: set[int],
+    uses: list[int],
+    length: dict[int, int],
+    expected_uses: float,
+) -> list[int]:
+    """Sort all ids: first those that should stay.
+
+    A token never comes before its parts: it has at most as many uses, its `first` is not smaller, and it is longer.
+
+    Args:
+        vocabulary: The tokens.
+        merged: Ids of the tokens that have parts, those before their parts.
+        required: Ids that always stay.
+        uses: Uses of each id (`_uses_with_merges`).
+        length: Symbols of each token.
+        expected_uses: Uses that the most frequent token gets in addition; the others get less, by Zipf's law.
+    """
+    # The smallest id of a token and of all that it is a part of: the id says how frequent a token is in general.
+    first = {index: index for index in vocabulary.tokens}
+    for index in merged:
+        for part in vocabulary.parts[index]:
             first[part] = min(first[part], first[index])
-        if index in required:
-            required.update(parts[index])
-    # Each use of a merge saves one token. To its uses a thirtieth of what Zipf's law expects is added, so that what the
-    # text has once does not replace what it lacks by chance; equal ones go by the uses of their parts. Parts are first.
-    zipf = 0 if num_kept is None else sum(counts.tolist()) / (30 * math.log(len(tokens) + 1))
 
     def rank(index: int) -> tuple[float, ...]:
-        of_parts = min(uses[part] for part in parts.get(index, (index,)))
+        """Sort key of a token: required ones, then by uses, uses of its parts, first id, and length."""
+        parts = vocabulary.parts.get(index, (index,))
         return (
             index not in required,
-            -uses[index] - zipf // (first[index] + 1),
-            -of_parts,
+            -uses[index] - expected_uses // (first[index] + 1),
+            -min(uses[part] for part in parts),
             first[index],
             length[index],
         )
 
-    if num_kept is None:
-        num_kept = sum(index in required or uses[index] > 0 for index in tokens)
-    if not len(required) <= num_kept <= len(tokens):
-        raise ValueError(
-            f"num_kept={num_kept}; pass {len(required)} (alphabet, special and added tokens, `keep`, and what they are "
-            f"made of) to {len(tokens)} (all tokens)."
-        )
-    kept = sorted(sorted(tokens, key=rank)[:num_kept])
-    _renumber(content, pieces, {old: new for new, old in enumerate(kept)})
-    return SmallerVocabulary(content, torch.tensor(kept, dtype=torch.int64))
+    return sorted(vocabulary.tokens, key=rank)
 
 
 def _symbols(token: str, model: dict[str, Any]) -> list[str]:
-    """The single characters of a token, as the model writes them inside and at the end of a word."""
-    prefix, suffix = (
-        model.get("continuing_subword_prefix") or "",
-        model.get("end_of_word_suffix") or "",
-    )
+    """The single characters of a token, as the model writes them inside and at the end of a word.
+
+    `model` is that of a `tokenizer.json`. A WordPiece model writes "##" before the characters inside a word, so "##ab"
+    has the symbols "##a" and "##b"; a BPE model may write "</w>" after the last one.
+    """
+    prefix = model.get("continuing_subword_prefix") or ""
+    suffix = model.get("end_of_word_suffix") or ""
     inner = token.removesuffix(suffix)
-    begin, end = (
-        prefix if inner.startswith(prefix) else "",
-        suffix if token.endswith(suffix) else "",
-    )
-    symbols = [prefix + character for character in inner.removeprefix(prefix)] or [""]
-    symbols[0] = begin + symbols[0].removeprefix(prefix)
-    symbols[-1] += end
+    is_inside_a_word = inner.startswith(prefix)
+    characters = inner.removeprefix(prefix)
+    symbols = [prefix + character for character in characters] or [""]
+
+    if not is_inside_a_word:
+        symbols[0] = symbols[0].removeprefix(prefix)
+    elif not characters:
+        symbols[0] = prefix
+    if token.endswith(suffix):
+        symbols[-1] += suffix
     return symbols
 
 
 def _always_kept(content: dict[str, Any], pieces: dict[str, int]) -> set[int]:
-    """Ids of special and added tokens and of the alphabet."""
-    model, required = content["model"], set[int]()
-    _change_ids(content, lambda index: required.add(index) or index)  # type: ignore[func-returns-value]
-    required |= {pieces[token] for token in [model.get("unk_token")] if token in pieces}
-    if model["type"] == "Unigram":
+    """Ids of special and added tokens and of the alphabet; `content` and `pieces` are those of a `_Vocabulary`."""
+    model = content["model"]
+    required = set[int]()
+
+    def note(index: int) -> int:
+        """Add an id to `required`, and leave it as it is."""
+        required.add(index)
+        return index
+
+    _change_ids(content, note)
+    if model.get("unk_token") in pieces:
+        required.add(pieces[model["unk_token"]])
+    if model["type"] == "Unigram":  # the score of unknown characters is derived from the lowest one
         required.add(min(pieces.values(), key=lambda index: model["vocab"][index][1]))
+
     decoder = json.dumps(content["decoder"], ensure_ascii=False)
     if model.get("byte_fallback") and pieces.keys() >= _BYTES and '"ByteFallback"' in decoder:
         # The decoder replaces characters ("▁" by a space), which it would not find in their bytes.
-        return required | {pieces[token] for token in _BYTES | set(decoder) & pieces.keys()}
+        replaced = set(decoder) & pieces.keys()
+        return required | {pieces[token] for token in _BYTES | replaced}
     for token, index in pieces.items():
         symbols = _symbols(token, model)
         # a character that is no token is known only within those that have it
@@ -208,63 +251,89 @@ def _always_kept(content: dict[str, Any], pieces: dict[str, int]) -> set[int]:
 
 
 def _parts(model: dict[str, Any], pieces: dict[str, int]) -> dict[int, tuple[int, int]]:
-    """The two tokens of the last merge that makes each token; only BPE has such."""
-    prefix = len(model.get("continuing_subword_prefix") or "")
+    """The ids of the two tokens of the last merge that makes each token, by its id; only BPE has such."""
+    prefix_length = len(model.get("continuing_subword_prefix") or "")
     ranks = {(left, right): rank for rank, (left, right) in enumerate(model.get("merges", ()))}
-    merges, parts = defaultdict[str, list[tuple[str, str]]](list), {}
+    merges = defaultdict[str, list[tuple[str, str]]](list)
     for left, right in ranks:
-        merges[left + right[prefix:]].append((left, right))
+        merges[left + right[prefix_length:]].append((left, right))
+
+    parts = dict[int, tuple[int, int]]()
     for token, pairs in merges.items():
-        pair = pairs[0] if len(pairs) == 1 else _last_merge(_symbols(token, model), ranks, prefix)
-        if pair:
-            parts[pieces[token]] = pieces[pair[0]], pieces[pair[1]]
+        last: tuple[str, str] | None = pairs[0]
+        if len(pairs) > 1:
+            last = _last_merge(_symbols(token, model), ranks, prefix_length)
+        if last is not None:
+            parts[pieces[token]] = pieces[last[0]], pieces[last[1]]
     return parts
 
 
 def _last_merge(
-    symbols: list[str], ranks: dict[tuple[str, str], int], prefix: int
+    symbols: list[str], ranks: dict[tuple[str, str], int], prefix_length: int
 ) -> tuple[str, str] | None:
-    """Merge a token's symbols as the tokenizer does; `None` if they do not become one."""
-    found = [ranks.get(pair, len(ranks)) for pair in pairwise(symbols)]
-    while len(found) > 1 and (rank := min(found)) < len(ranks):
-        place = found.index(rank)  # of equal ranks the first is merged
-        symbols[place : place + 2] = [symbols[place] + symbols[place + 1][prefix:]]
+    """Merge a token's symbols as the tokenizer does, and return the last pair; `None` if they do not become one token.
+
+    Changes `symbols`. `ranks` has the rank of each merge; `prefix_length` is that of the prefix inside words.
+    """
+    no_merge = len(ranks)  # a rank after all others
+    pair_ranks = [ranks.get(pair, no_merge) for pair in pairwise(symbols)]
+    while len(pair_ranks) > 1 and min(pair_ranks) < no_merge:
+        place = pair_ranks.index(min(pair_ranks))  # of equal ranks the first is merged
+        symbols[place : place + 2] = [symbols[place] + symbols[place + 1][prefix_length:]]
+
+        # the merged symbol has new pairs with its neighbours
         near = slice(max(place - 1, 0), place + 2)
-        found[near] = [ranks.get(pair, len(ranks)) for pair in pairwise(symbols[near])]
-    return (symbols[0], symbols[1]) if len(found) == 1 and found[0] < len(ranks) else None
+        pair_ranks[near] = [ranks.get(pair, no_merge) for pair in pairwise(symbols[near])]
+    is_one_pair = len(pair_ranks) == 1 and pair_ranks[0] < no_merge
+    return (symbols[0], symbols[1]) if is_one_pair else None
 
 
 def _change_ids(content: dict[str, Any], change: Callable[[int], int]) -> None:
-    """Replace all ids that stand outside of the model's vocabulary."""
+    """Replace all ids that stand outside of the model's vocabulary; changes `content`, that of a `tokenizer.json`."""
     for token in content["added_tokens"]:
         token["id"] = change(token["id"])
     for owner, name in ((content["padding"], "pad_id"), (content["model"], "unk_id")):
         if owner and owner.get(name) is not None:
             owner[name] = change(owner[name])
+
     processors = [content["post_processor"] or {}]
     for processor in processors:
-        processors += processor.get(
-            "processors", []
-        )  # those of a sequence are visited by this loop too
+        # those of a sequence are visited by this loop too
+        processors += processor.get("processors", [])
         for special in processor.get("special_tokens", {}).values():
             special["ids"] = [change(index) for index in special["ids"]]
         for name in {"sep", "cls"} & processor.keys():
             processor[name][1] = change(processor[name][1])
 
 
-def _renumber(content: dict[str, Any], pieces: dict[str, int], new: dict[int, int]) -> None:
-    """Remove what has no new id, and write the new ids everywhere."""
-    _change_ids(content, new.__getitem__)
+def _renumbered(vocabulary: _Vocabulary, new_ids: dict[int, int]) -> dict[str, Any]:
+    """Remove tokens without a new id, and write the new ids everywhere; changes and returns the vocabulary's content.
+
+    `new_ids` has the new id of each token that stays. ValueError if the library would load other ids.
+    """
+    content, pieces = vocabulary.content, vocabulary.pieces
+    _change_ids(content, new_ids.__getitem__)
     model = content["model"]
     if model["type"] == "Unigram":
-        model["vocab"] = [entry for index, entry in enumerate(model["vocab"]) if index in new]
-        return
-    model["vocab"] = vocabulary = {
-        token: new[index] for token, index in pieces.items() if index in new
-    }
+        model["vocab"] = [entry for index, entry in enumerate(model["vocab"]) if index in new_ids]
+    else:
+        model["vocab"] = {
+            token: new_ids[index] for token, index in pieces.items() if index in new_ids
+        }
     if "merges" in model:
-        prefix = len(model.get("continuing_subword_prefix") or "")
-        results = ([left, right, left + right[prefix:]] for left, right in model["merges"])
+        prefix_length = len(model.get("continuing_subword_prefix") or "")
         model["merges"] = [
-            [*parts] for *parts, result in results if {*parts, result} <= vocabulary.keys()
+            [left, right]
+            for left, right in model["merges"]
+            if {left, right, left + right[prefix_length:]} <= model["vocab"].keys()
         ]
+
+    loaded = Tokenizer.from_str(json.dumps(content)).get_vocab()
+    for old, new in new_ids.items():
+        token = vocabulary.tokens[old]
+        if loaded.get(token) != new:
+            raise ValueError(
+                f"tokenizer: the library loads its token {token!r} with the id {loaded.get(token)} instead of {new}, "
+                "because added tokens have the ids of others: pass a tokenizer in which every token has its own id."
+            )
+    return content

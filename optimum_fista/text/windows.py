@@ -111,14 +111,21 @@ def _bos_and_length(
     """BOS id that every window starts with, `None` if none, and tokens of text in a window."""
     if sequence_length < 2:
         raise ValueError(f"sequence_length={sequence_length}; pass 2 or more.")
+    bos = first_token(tokenizer)
+    return bos, sequence_length - (bos is not None)
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of BOS if texts have to begin with it, otherwise `None`."""
     # Llama 3's tokenizer adds BOS in its post-processor and leaves the attribute False. Gemma's perplexity without
     # BOS is meaningless, whatever its tokenizer's attribute says.
     known = tokenizer.bos_token_id is not None
     starts = known and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     attribute = getattr(tokenizer, "add_bos_token", False) is True
     if known and (starts or attribute or "Gemma" in type(tokenizer).__name__):
-        return tokenizer.bos_token_id, sequence_length - 1
-    return None, sequence_length
+        bos: int | None = tokenizer.bos_token_id
+        return bos
+    return None
 
 
 def _with_bos(windows: torch.Tensor, bos: int | None) -> torch.Tensor:

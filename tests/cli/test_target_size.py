@@ -15,7 +15,9 @@ from optimum_fista.cli.main import main
 from optimum_fista.folder.checkpoint import kept_tokens, read_report
 from optimum_fista.source.loading import load_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(tokens that stay|belong to no token)")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*(tokens that stay|belong to no token|bits per byte)"
+)
 
 
 @pytest.fixture(scope="module")

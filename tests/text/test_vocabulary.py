@@ -22,7 +22,8 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from optimum_fista.source.loading import load_tokenizer
-from optimum_fista.text.vocabulary import count_tokens, reduce_vocabulary
+from optimum_fista.text.token_counts import count_tokens
+from optimum_fista.text.vocabulary import reduce_vocabulary
 
 ENGLISH = [
     line
@@ -361,7 +362,7 @@ def test_counts_are_those_of_whole_documents(monkeypatch):
     whole = count_tokens(tokenizer, documents, 2000)
     expected = torch.tensor([i for text in documents for i in tokenizer(text)["input_ids"]])
     assert torch.equal(whole, torch.bincount(expected, minlength=2000))
-    monkeypatch.setattr("optimum_fista.text.vocabulary._CHARACTERS", 500)
+    monkeypatch.setattr("optimum_fista.text.token_counts._PART_CHARACTERS", 500)
     assert (
         count_tokens(tokenizer, iter(documents), 2000) - whole
     ).abs().sum() < 0.002 * whole.sum()

@@ -1,7 +1,7 @@
-"""Whole parts of a model: channels of its MLPs, key-value groups with their query heads, experts, layers, or tokens.
+"""Whole parts of a model: channels of its MLPs, key-value groups with their query heads, experts, or decoder layers.
 
 This is the only pattern that is not for a single matrix. It says how many parts of each kind are removed. `Columns` of
-the operators that read the parts decide which; for experts, decoder layers and tokens, `model` and `prune` decide.
+the operators that read the parts decide which; for experts and decoder layers, `model` and `prune` decide.
 """
 
 import re
@@ -10,18 +10,18 @@ from typing import ClassVar, Literal, NoReturn, Self, cast
 
 from optimum_fista.solve.pattern import Scope, SparsityPattern
 
-PartKind = Literal["channels", "heads", "experts", "layers", "vocab"]
+PartKind = Literal["channels", "heads", "experts", "layers"]
 
 _SHARE = r"((?:\d+\.?\d*|\.\d+)(?:e-\d+)?)"  # what `float` reads
-_PART = re.compile(rf"(channels|heads|experts|layers|vocab):(?:{_SHARE}|(unused))(?:/(\d+))?")
+_PART = re.compile(rf"(channels|heads|experts|layers):{_SHARE}(?:/(\d+))?")
 
 
 @dataclass(frozen=True)
 class PartShare:
-    """Share of the parts of one kind that is removed, in (0, 1); 0 of tokens are those that a text does not use.
+    """Share of the parts of one kind that is removed, in (0, 1).
 
-    The number that stays is a multiple of `multiple_of`. `None`: of 64 for tokens, and if the number of channels is a
-    multiple of 64 now; for experts, equally many of every group that the router chooses first.
+    The number that stays is a multiple of `multiple_of`. `None`: of 64 if the number of channels is a multiple of 64
+    now; for experts, equally many of every group that the router chooses first.
     """
 
     kind: PartKind
@@ -46,7 +46,7 @@ class PartShare:
         return kept
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.share or 'unused'}" + (
+        return f"{self.kind}:{self.share}" + (
             "" if self.multiple_of is None else f"/{self.multiple_of}"
         )
 
@@ -63,7 +63,7 @@ class PartShare:
     def usual_step(kind: PartKind, number: int, equal_runs: int = 1) -> int:
         """Divisor of the number of parts that stay, if the user gives none."""
         # Kernels of matrix products are fast for multiples of 64: a size that is one now stays one.
-        rounds = kind == "vocab" or (kind == "channels" and number % 64 == 0)
+        rounds = kind == "channels" and number % 64 == 0
         return 64 if rounds and number > 64 else equal_runs
 
     def _rounded(self, number: int, equal_runs: int = 1) -> tuple[int, int]:
@@ -96,20 +96,16 @@ class WholeParts(SparsityPattern):
         for part in found:
             if part is None:
                 return None
-            kind, share, unused, multiple = part.groups()
-            if unused and kind != "vocab":
-                return None
+            kind, share, multiple = part.groups()
             multiple_of = int(multiple) if multiple else None
-            if not (unused or 0 < float(share) < 1) or multiple_of == 0:
+            if not 0 < float(share) < 1 or multiple_of == 0:
                 needed = f"a share of the {kind} in (0, 1) and a multiple of at least 1"
                 raise ValueError(
                     f"pattern={text!r}: pass {needed}, such as '{kind}:0.25' or '{kind}:0.25/64'."
                 )
-            shares.append(PartShare(cast(PartKind, kind), float(share or 0), multiple_of))
+            shares.append(PartShare(cast(PartKind, kind), float(share), multiple_of))
         if len({part.kind for part in shares}) < len(shares):
             raise ValueError(f"pattern={text!r}: name each kind once.")
-        if len(shares) > 1 and any(part.kind == "vocab" for part in shares):
-            raise ValueError(f"pattern={text!r}: remove tokens first, in a run of its own.")
         return cls(max(part.share for part in shares), scope, shares=tuple(shares))
 
     def __str__(self) -> str:

@@ -1,0 +1,162 @@
+"""Where the files of a model name tokens by their ids, and how these ids are replaced.
+
+Ids stand in the configuration of the model and of its parts (`eos_token_id`), in those of generation, tokenizer and
+processor (`*_config.json`), and in what a chat template writes. A smaller vocabulary keeps all tokens that are named
+there, and gives them new ids.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from optimum_fista.folder import checkpoint
+
+# Keys whose numbers are ids of tokens, in every family of Transformers; ids of sounds are not those of text.
+_KEYS_OF_IDS = re.compile(
+    r"(?!codec|codebook|audio_stream)(.*_)?"
+    r"(tokens?_(ids?|index|indices)|(start|end|patch|newline|bos|eos|pad)_ids?|suppress_tokens|words_ids|sequence_bias)"
+)
+# Keys whose values map a word to the id of its token, as Whisper's `{"<|en|>": 50259}`.
+_MAPS_TO_IDS = ("lang_to_id", "task_to_id")
+# Its values are pairs of a position and the id of the token there.
+_PAIRS_WITH_IDS = "forced_decoder_ids"
+# Lines of a chat template that may run: a real one needs some hundred for two messages.
+_MOST_STEPS = 1_000_000
+
+
+def sections(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """A model's configuration and those in it, without those of other vocabularies, such as that of a codec."""
+    size = config.get_text_config(decoder=True).vocab_size
+    same_vocabulary = list[PreTrainedConfig]()
+    waiting = [config]
+    for section in waiting:  # which grows in the loop
+        if section is config or getattr(section, "vocab_size", size) == size:
+            same_vocabulary.append(section)
+        waiting += [
+            value for value in vars(section).values() if isinstance(value, PreTrainedConfig)
+        ]
+    return same_vocabulary
+
+
+def configuration_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """The configurations beside that of the model, by file name: of generation, tokenizer and processor."""
+    return {
+        file.name: checkpoint.read_json(file) for file in sorted(folder.glob("[!.]*_config.json"))
+    }
+
+
+def ids_in(values: Mapping[str, Any]) -> set[int]:
+    """All numbers in JSON values that are ids of tokens by their keys; some may be no token, such as -1."""
+    ids = set[int]()
+
+    def note(index: int) -> int:
+        """Add a number to `ids`, and leave it as it is."""
+        ids.add(index)
+        return index
+
+    _replaced(values, note, are_ids=False)
+    return ids
+
+
+def renumbered(values: Mapping[str, Any], new_ids: Mapping[int, int]) -> dict[str, Any]:
+    """JSON values with the new ids of tokens; numbers that have no new id stay, such as -1.
+
+    Entries of tokens that are gone are left out of lists and maps of tokens (`added_tokens_decoder`,
+    `forced_decoder_ids`, `lang_to_id`, `task_to_id`).
+    """
+    changed: dict[str, Any] = _replaced(values, lambda index: new_ids.get(index, index), False)
+    if values.get("added_tokens_decoder"):
+        changed["added_tokens_decoder"] = {
+            str(new_ids[int(old)]): token
+            for old, token in values["added_tokens_decoder"].items()
+            if int(old) in new_ids
+        }
+    for key in _MAPS_TO_IDS:
+        if isinstance(values.get(key), dict):
+            changed[key] = {
+                word: new_ids[old] for word, old in values[key].items() if old in new_ids
+            }
+    if isinstance(values.get(_PAIRS_WITH_IDS), list | tuple):
+        changed[_PAIRS_WITH_IDS] = [
+            [position, new_ids.get(old)]
+            for position, old in values[_PAIRS_WITH_IDS]
+            if old is None or old in new_ids
+        ]
+    return changed
+
+
+def _replaced(value: Any, change: Callable[[int], int], are_ids: bool) -> Any:
+    """Replace all ids of tokens in JSON values by what `change` returns; `are_ids`: the numbers in `value` are ids."""
+    if isinstance(value, dict):
+        return {key: _replaced_at(key, inner, change, are_ids) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_replaced(inner, change, are_ids) for inner in value)
+    return change(value) if are_ids and type(value) is int else value
+
+
+def _replaced_at(key: Any, value: Any, change: Callable[[int], int], are_ids: bool) -> Any:
+    """Replace the ids in the value of a key of a JSON object; see `_replaced`."""
+    if key == _PAIRS_WITH_IDS and isinstance(value, list | tuple):
+        return [[position, _replaced(index, change, True)] for position, index in value]
+    names_ids = key in _MAPS_TO_IDS or _KEYS_OF_IDS.fullmatch(str(key)) is not None
+    return _replaced(value, change, are_ids or names_ids)
+
+
+class ChatTemplateError(ValueError):
+    """A chat template does not end."""
+
+
+def ids_of_chat_template(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of all tokens that a tokenizer's chat template writes around messages; none if there is no template.
+
+    A template is code of other people. One that refuses these messages counts for nothing; `ChatTemplateError` if it
+    runs on after `_MOST_STEPS` lines.
+    """
+    ids = set[int]()
+    for roles in (("system", "user", "assistant"), ("user", "assistant")):
+        messages = [{"role": role, "content": ""} for role in roles]
+        try:
+            with _limited_templates():
+                text = tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True
+                )
+        except ChatTemplateError:
+            raise
+        except Exception:  # whatever its code raises, such as for the role "system"
+            continue
+        ids.update(tokenizer.encode(text, add_special_tokens=False))
+    return ids
+
+
+@contextmanager
+def _limited_templates() -> Iterator[None]:
+    """Raise `ChatTemplateError` in the template that runs more than `_MOST_STEPS` lines.
+
+    The lines are counted by the trace function of this thread, which is put back afterwards.
+    """
+    steps = 0
+
+    def count(frame: FrameType, event: str, argument: Any) -> Any:  # noqa: ARG001, as Python calls it
+        """Count a line of a template, and trace the lines of every function of a template that is called."""
+        nonlocal steps
+        if frame.f_code.co_filename != "<template>":  # the name that Jinja gives to its code
+            return None
+        steps += 1
+        if steps > _MOST_STEPS:
+            raise ChatTemplateError(
+                f"the chat template does not end: it runs more than {_MOST_STEPS:,} lines for three empty messages"
+            )
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
