@@ -45,6 +45,7 @@ simulated: $(READY)
 test: $(READY) ## Lint, types, import rules and the tests, one process a core
 	$(MAKE) -j2 lint simulated
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	@command -v "$${CXX:-c++}" >/dev/null || echo 'not run: the tests of tests/simulated_device, which need a C++ compiler'
 
 # An older Transformers, which llm-compressor and unsloth need, over the packages of $(VENV), which the path file adds
 # after its own. pip sees them all, and installs beside Transformers only what it needs in another version.
