@@ -1,8 +1,12 @@
-"""`optimum-fista evaluate`."""
+"""`optimum-fista evaluate`: measure the perplexity of a model on a text."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from optimum_fista.cli.flags import DEVICE, DTYPE
+
+if TYPE_CHECKING:
+    from optimum_fista.evaluate.perplexity import PerplexityResult
 
 DESCRIPTION = """\
 Measure the perplexity of a model on a text.
@@ -17,6 +21,7 @@ example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command to its parser."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
     add(
@@ -33,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Measure a model and print one line."""
+    # These imports take seconds, and `--help` must not wait for them.
     from optimum_fista.evaluate.perplexity import evaluate_perplexity
     from optimum_fista.source.loading import load_model
     from optimum_fista.text.sources import load_text
@@ -41,12 +48,19 @@ def run(arguments: argparse.Namespace) -> int:
     text = load_text(arguments.text, "test")
     model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     windows = evaluation_windows(tokenizer, text, arguments.sequence_length, arguments.max_windows)
-    found = evaluate_perplexity(
+    result = evaluate_perplexity(
         model, windows, batch_size=arguments.batch_size, text=text, tokenizer=tokenizer
     )
-    place = f"{found.num_windows} windows of {found.sequence_length} tokens, {found.num_tokens} predicted"
-    per_byte = "" if found.bits_per_byte is None else f", {found.bits_per_byte:.4f} bits per byte"
-    print(
-        f"perplexity {found.perplexity:.3f}{per_byte} on {arguments.text}: {place}, {found.seconds:.1f} s"
-    )
+    print(_summary(result, arguments.text))
     return 0
+
+
+def _summary(result: "PerplexityResult", text_name: str) -> str:
+    """Say what was measured in one line."""
+    bits_per_byte = ""
+    if result.bits_per_byte is not None:
+        bits_per_byte = f", {result.bits_per_byte:.4f} bits per byte"
+    return (
+        f"perplexity {result.perplexity:.3f}{bits_per_byte} on {text_name}: {result.num_windows} windows of "
+        f"{result.sequence_length} tokens, {result.num_tokens} predicted, {result.seconds:.1f} s"
+    )

@@ -1,4 +1,4 @@
-"""`optimum-fista report`."""
+"""`optimum-fista report`: write a page about a pruned model."""
 
 import argparse
 from pathlib import Path
@@ -14,6 +14,7 @@ example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command to its parser."""
     add = parser.add_argument
     add("folder", metavar="DIR", type=Path, help="folder saved by optimum-fista")
     add(
@@ -26,12 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Write the page of a folder, by default into it, and print where it is."""
+    # These imports take seconds, and `--help` must not wait for them.
     from optimum_fista.folder.atomic import require_writable
     from optimum_fista.folder.output import write_about
     from optimum_fista.page.render import read_pruned_report, render_page
 
     output = arguments.output or arguments.folder / "fista" / "report.html"
-    require_writable(output)  # before the page is made
+    # Before the page is made.
+    require_writable(output)
     report = read_pruned_report(arguments.folder)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_about(output, render_page(report))

@@ -1,8 +1,12 @@
-"""`optimum-fista verify`."""
+"""`optimum-fista verify`: check the files of a pruned model, and say what was proven."""
 
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from optimum_fista.evaluate.verification import Verification
 
 DESCRIPTION = """\
 Prove from the files that a pruned model keeps its sparsity pattern.
@@ -19,15 +23,20 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("folder", metavar="DIR", type=Path, help="folder saved by optimum-fista")
-    add("--dense", metavar="MODEL", help="the model before it was pruned, to compare with")
+    """Add the arguments of the command to its parser."""
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder saved by optimum-fista")
+    parser.add_argument(
+        "--dense", metavar="MODEL", help="the model before it was pruned, to compare with"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Verify a folder and print the result; returns 1 if a check fails."""
+    # These imports take seconds, and `--help` must not wait for them.
     from tqdm.auto import tqdm
 
     from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
+    from optimum_fista.plain_text import plain_text
 
     try:
         with tqdm(desc="Verifying", unit="tensor") as bar:
@@ -35,16 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
                 arguments.folder, lambda _: bar.update(), dense=arguments.dense
             )
     except VerificationError as error:
-        print(f"{arguments.folder}: BROKEN: {error}", file=sys.stderr)
+        # Names in it come from files of other people.
+        print(f"{arguments.folder}: BROKEN: {plain_text(str(error))}", file=sys.stderr)
         return 1
-    found = [proven.removed] if proven.removed else []
-    if proven.num_zeros or not found:  # there may be removed parts, zeros, or both
-        share = proven.num_zeros / max(1, proven.num_weights)
-        found.append(f"{proven.num_zeros:,} of {proven.num_weights:,} weights zero ({share:.4%})")
-    mixtures = f" and {proven.num_mixtures} mixtures" if proven.num_mixtures else ""
-    print(
-        f"{arguments.folder}: {proven.num_operators} operators{mixtures} keep their pattern, {'; '.join(found)}"
-    )
+
+    print(f"{arguments.folder}: {_summary(proven)}")
     if proven.num_equal is not None:
         print(f"{proven.num_equal} tensors that were not pruned equal those of {arguments.dense}")
     if proven.num_parameters is None:
@@ -52,3 +56,16 @@ def run(arguments: argparse.Namespace) -> int:
             "its parameters were not counted: Transformers can't make a model of its class without weights"
         )
     return 0
+
+
+def _summary(proven: "Verification") -> str:
+    """Say in one line which numbers were proven."""
+    mixtures = f" and {proven.num_mixtures} mixtures" if proven.num_mixtures else ""
+    numbers = []
+    if proven.removed:
+        numbers.append(proven.removed)
+    # A model may have lost parts, have zeros, or both.
+    if proven.num_zeros or not proven.removed:
+        share = proven.num_zeros / max(1, proven.num_weights)
+        numbers.append(f"{proven.num_zeros:,} of {proven.num_weights:,} weights zero ({share:.4%})")
+    return f"{proven.num_operators} operators{mixtures} keep their pattern, {'; '.join(numbers)}"

@@ -3,6 +3,8 @@
 This is the protocol of the pruning literature: windows do not overlap, and each is scored without the text before it.
 Perplexities are comparable only on the same windows, so a result has their number and length. Bits per
 byte compare models with different vocabularies, on windows of the same stretch of text.
+
+`text.windows.evaluation_windows` cuts a text into windows: token ids [N, T], N windows of T tokens.
 """
 
 import math
@@ -21,32 +23,33 @@ from optimum_fista.model.offload import execution_device
 from optimum_fista.text.sources import TextSource
 from optimum_fista.text.windows import count_bytes
 
-POSITIONS_PER_CHUNK = (
-    256  # copied to float32 at a time: 131 MB of logits for a vocabulary of 128 thousand
-)
+POSITIONS_PER_CHUNK = 256
+"""Positions whose logits are copied to float32 at a time: 131 MB for a vocabulary of 128 thousand."""
 
 
 @dataclass(frozen=True)
 class PerplexityResult:
     """Perplexity and what it was measured on."""
 
-    perplexity: float  # exp(mean negative log-likelihood of a predicted token)
-    num_windows: int  # N
-    num_tokens: int  # N (T - 1): the first token of a window is not predicted
-    sequence_length: int  # T
+    # exp(mean negative log-likelihood of a predicted token)
+    perplexity: float
+    # N
+    num_windows: int
+    # N (T - 1): the first token of a window is not predicted
+    num_tokens: int
+    # T
+    sequence_length: int
+    # Wall time.
     seconds: float
-    num_bytes: int | None = (
-        None  # of the text, in UTF-8, that the predicted tokens stand for (`count_bytes`)
-    )
+    # Of the text, in UTF-8, that the predicted tokens stand for (`count_bytes`); None if it is not known.
+    num_bytes: int | None = None
 
     @property
     def bits_per_byte(self) -> float | None:
         """Sum of -log2 p over the predicted tokens / `num_bytes`; `None` if these are not known."""
-        return (
-            math.log2(self.perplexity) * self.num_tokens / self.num_bytes
-            if self.num_bytes
-            else None
-        )
+        if not self.num_bytes:
+            return None
+        return math.log2(self.perplexity) * self.num_tokens / self.num_bytes
 
 
 def evaluate_perplexity(
@@ -70,13 +73,18 @@ def evaluate_perplexity(
         progress: Show a progress bar.
         text: Where the windows come from, for the result's `bits_per_byte`.
         tokenizer: The one that made the windows of `text`.
+
+    Raises:
+        ValueError: If `windows` has another shape, or ids or lengths that the model can't take, or if the model gives
+            NaN.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}; pass 1 or more.")
     _check_windows(model, windows)
+
+    started = time.perf_counter()
     device = execution_device(model.get_input_embeddings())
     num_windows, sequence_length = windows.shape
-    started = time.perf_counter()
     total = 0.0
     with (
         evaluation_mode(model),
@@ -85,67 +93,81 @@ def evaluate_perplexity(
     ):
         for first in range(0, num_windows, batch_size):
             ids = windows[first : first + batch_size].to(device=device, dtype=torch.int64)
-            try:
-                total += _negative_log_likelihood(model, ids, first)
-            except (IndexError, RuntimeError) as error:
-                _, limit = token_limits(
-                    model
-                )  # only after a failure: without a table of positions longer windows work
-                if limit is None or sequence_length <= limit or is_out_of_memory(error):
-                    raise
-                raise ValueError(
-                    f"windows holds sequences of {sequence_length} tokens, and the model fails on them ({error}): pass "
-                    f"at most {limit}, its max_position_embeddings (--sequence-length {limit})."
-                ) from error
+            total += _checked_log_likelihood(model, ids, first)
             bar.update(len(ids))
+
     num_tokens = num_windows * (sequence_length - 1)
+    num_bytes = None
+    if text is not None and tokenizer is not None:
+        num_bytes = count_bytes(tokenizer, text, windows)
     return PerplexityResult(
+        # `math.exp` raises an error where this gives infinity.
         perplexity=torch.tensor(total / num_tokens, dtype=torch.float64).exp().item(),
         num_windows=num_windows,
         num_tokens=num_tokens,
         sequence_length=sequence_length,
         seconds=time.perf_counter() - started,
-        num_bytes=None
-        if text is None or tokenizer is None
-        else count_bytes(tokenizer, text, windows),
+        num_bytes=num_bytes,
     )
 
 
 def _check_windows(model: PreTrainedModel, windows: torch.Tensor) -> None:
-    if (
-        windows.ndim != 2
-        or windows.shape[0] < 1
-        or windows.shape[1] < 2
-        or windows.is_floating_point()
-    ):
-        found = f"windows has shape {list(windows.shape)} and dtype {windows.dtype}"
+    """Refuse windows that are no token ids [N, T] of the model."""
+    is_matrix = windows.ndim == 2 and windows.shape[0] >= 1 and windows.shape[1] >= 2
+    if not is_matrix or windows.is_floating_point():
         raise ValueError(
-            f"{found}; pass integer token ids [N, T] of at least one window of at least two tokens."
+            f"windows has shape {list(windows.shape)} and dtype {windows.dtype}; pass integer token ids [N, T] of at "
+            "least one window of at least two tokens."
         )
     vocabulary, _ = token_limits(model)
     smallest, largest = int(windows.min()), int(windows.max())
     if smallest < 0 or largest >= vocabulary:
-        found = f"windows holds token ids from {smallest} to {largest}, the model knows 0 to {vocabulary - 1}"
-        raise ValueError(f"{found}; pass windows made with the tokenizer of this model.")
+        raise ValueError(
+            f"windows holds token ids from {smallest} to {largest}, the model knows 0 to {vocabulary - 1}; pass "
+            "windows made with the tokenizer of this model."
+        )
+
+
+def _checked_log_likelihood(model: PreTrainedModel, ids: torch.Tensor, first: int) -> float:
+    """Return `_negative_log_likelihood`, and explain an error of a model that can't take so many tokens.
+
+    Args:
+        model: In evaluation mode.
+        ids: int64 [B, T], on the model's device.
+        first: Number of the first window, for errors.
+    """
+    try:
+        return _negative_log_likelihood(model, ids, first)
+    except (IndexError, RuntimeError) as error:
+        # The limit is asked only after a failure: a model without a table of positions takes longer windows, too.
+        _, limit = token_limits(model)
+        length = ids.shape[1]
+        is_too_long = limit is not None and length > limit
+        if not is_too_long or is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"windows holds sequences of {length} tokens, and the model fails on them ({error}): pass "
+            f"at most {limit}, its max_position_embeddings (--sequence-length {limit})."
+        ) from error
 
 
 def _negative_log_likelihood(model: PreTrainedModel, ids: torch.Tensor, first: int) -> float:
     """Sum of -log p over the predicted tokens of `ids` [B, T], whose first row is window number `first`."""
     logits = model(input_ids=ids, use_cache=False).logits  # [B, T, vocabulary]
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for start in range(0, ids.shape[1] - 1, POSITIONS_PER_CHUNK):
-        end = min(start + POSITIONS_PER_CHUNK, ids.shape[1] - 1)
+    last = ids.shape[1] - 1  # nothing comes after the last position, so it predicts nothing
+    for start in range(0, last, POSITIONS_PER_CHUNK):
+        end = min(start + POSITIONS_PER_CHUNK, last)
+        # Position t predicts token t + 1.
         targets = ids[:, start + 1 : end + 1].to(logits.device)
-        rows = (
-            logits[:, start:end].flatten(0, 1).float()
-        )  # [B, chunk, vocabulary] -> [B * chunk, vocabulary]
-        losses = cross_entropy(
-            rows, targets.flatten(), reduction="none"
-        )  # position t predicts token t + 1
+        # [B, chunk, vocabulary] -> [B * chunk, vocabulary]
+        rows = logits[:, start:end].flatten(0, 1).float()
+        losses = cross_entropy(rows, targets.flatten(), reduction="none")
         total += losses.double().sum()
-    if total.isnan():  # once a batch: each look waits for the device
-        where = f"windows {first} to {first + len(ids) - 1}"
+    # Once for a batch, because each look at a number waits for the device.
+    if total.isnan():
         raise ValueError(
-            f"model gives NaN logits in {where}: look for NaN in its weights, or for overflow in float16."
+            f"model gives NaN logits in windows {first} to {first + len(ids) - 1}: look for NaN in its weights, or for "
+            "overflow in float16."
         )
     return total.item()
