@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,16 +19,13 @@ from optimum_fista.folder.output import new_output
 from optimum_fista.folder.writing import summary, write_checkpoint
 from optimum_fista.model.layers import prunable_layers
 from optimum_fista.model.offload import offload_hook
-from optimum_fista.model.precision import products_as
 from optimum_fista.prune.batches import begin
-from optimum_fista.prune.budgets import share_budgets
 from optimum_fista.prune.callback import PruningCallback
-from optimum_fista.prune.loop import prune_layers
-from optimum_fista.prune.notes import complete_report
+from optimum_fista.prune.named import prune_named
 from optimum_fista.prune.plan import plan_run
+from optimum_fista.prune.run import run
 from optimum_fista.prune.sink import ModelSink
-from optimum_fista.prune.streamed import prune_files
-from optimum_fista.removal.parts_removal import Removal, groups_kept, plan_removal
+from optimum_fista.removal.parts_removal import Removal, plan_removal
 from optimum_fista.report import PruningReport
 from optimum_fista.source.loading import local_source, reading, storage_place
 from optimum_fista.source.source_tensors import SourceTensors, source_tensors
@@ -110,7 +106,7 @@ class FistaPruner:
                 raise ValueError(
                     f"model={str(model)!r} is a name: pass output_dir as well, or a loaded model."
                 )
-            return prune_files(
+            report = prune_named(
                 str(model),
                 calib_dataloader,
                 Path(output_dir),
@@ -124,50 +120,47 @@ class FistaPruner:
                 progress=self.progress,
                 callbacks=self.callbacks,
             )
-        if output_dir is not None or packed:
-            option = "packed=True" if packed else "output_dir"
-            raise ValueError(
-                f"{option} is for a model given by name: save a loaded model by save_pretrained."
-            )
-        if self.config.whole_parts is not None and any(map(offload_hook, model.modules())):
-            why = "the model is offloaded, so it can't be made smaller in place"
-            raise ValueError(
-                f"pattern={self.config.pattern!r}: {why}: pass its name or folder and output_dir instead."
-            )
-        started, sink, storage = (
-            time.perf_counter(),
-            ModelSink(model),
-            storage_place(self.storage_device),
-        )
-        places: dict[str, Any] = {
-            "storage": storage,
-            "progress": self.progress,
-            "callbacks": self.callbacks,
-        }
-        removal = plan_removal(prunable_layers(model), self.config)
-        plan = plan_run(removal, _loaded_source(model, removal), **places)
-        calibration, held_out, report = begin(plan, calib_dataloader, calibration_source)
-        if plan.source.loaded_in(model.dtype):
-            report.environment["written"] = "in the dtypes of the files"
-        for callback in self.callbacks:
-            callback.on_prune_begin(report)
-        with sink, sink.interruptible, products_as(plan.products):
-            # measured on the dense model, so before any layer is pruned
-            plan = plan.with_budgets(share_budgets(plan, calibration.batches, report))
-            prune_layers(plan, calibration, report, sink, held_out)
-            kept = groups_kept(report.layers, report.operators)
-            stored = plan.source.smaller(model, plan.removal.part_of, kept, strict=False)
-            complete_report(plan, report, held_out)
-            plan.removal.make_smaller(model, report, sink)
-            report.seconds["total"] = time.perf_counter() - started
-            model.config.fista_pruning = summary(
-                report
-            )  # in the sink: after an interrupt here all is put back
-            self._results[model] = (report, sink.masks)
-            self.sources[model] = replace(plan.source, stored=plan.source.unplaced | stored)
-        logger.info("%s", report)
+        else:
+            if output_dir is not None:
+                raise ValueError(
+                    "output_dir is for a model given by name: save a loaded model by save_pretrained."
+                )
+            if packed:
+                raise ValueError(
+                    "packed=True is for a model given by name: save a loaded model by save_pretrained."
+                )
+            report = self._prune_loaded(model, calib_dataloader, calibration_source)
+            logger.info("%s", report)
+
         for callback in self.callbacks:
             callback.on_prune_end(report)
+        return report
+
+    def _prune_loaded(
+        self, model: PreTrainedModel, calib_dataloader: Iterable[Any], source_name: str | None
+    ) -> PruningReport:
+        """Prune a loaded model in place, and keep its report and masks for `result`; see `prune`."""
+        started = time.perf_counter()
+        if self.config.whole_parts is not None and any(map(offload_hook, model.modules())):
+            raise ValueError(
+                f"pattern={self.config.pattern!r}: the model is offloaded, so it can't be made smaller in place: pass "
+                "its name or folder and output_dir instead."
+            )
+        removal = plan_removal(prunable_layers(model), self.config)
+        plan = plan_run(
+            removal,
+            _loaded_source(model, removal),
+            storage=storage_place(self.storage_device),
+            progress=self.progress,
+            callbacks=self.callbacks,
+        )
+        calibration, held_out, report = begin(plan, calib_dataloader, source_name)
+        if plan.source.loaded_in(model.dtype):
+            report.environment["written"] = "in the dtypes of the files"
+        sink = ModelSink(model)
+        report = run(plan, calibration, held_out, report, sink, started)
+        self._results[model] = (report, sink.masks)
+        self.sources[model] = sink.source
         return report
 
     def result(self, model: PreTrainedModel) -> tuple[PruningReport, dict[str, Tensor]]:

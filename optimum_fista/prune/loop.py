@@ -28,7 +28,7 @@ from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.plan import UNDER_CALIBRATED_TOKENS, Plan
 from optimum_fista.prune.progress import Progress
 from optimum_fista.prune.reordering import reorder_channels
-from optimum_fista.prune.sink import ModelSink
+from optimum_fista.prune.sink import Sink
 from optimum_fista.report import LayerRecord, LayerReport, OperatorReport, PruningReport
 from optimum_fista.solve.allocation import prune_stacked
 from optimum_fista.solve.method import PrunedOperator, PruningMethod
@@ -41,7 +41,7 @@ def prune_layers(
     plan: Plan,
     calibration: Calibration,
     report: PruningReport,
-    sink: ModelSink,
+    sink: Sink,
     held_out: HeldOut | None = None,
     todo: Collection[int] | None = None,
     num_done: int = 0,
@@ -116,7 +116,7 @@ def prune_layers(
 
 def prune_layer(
     plan: Plan,
-    sink: ModelSink,
+    sink: Sink,
     callbacks: Sequence[PruningCallback],
     index: int,
     is_mine: bool,
@@ -171,7 +171,7 @@ def prune_layer(
     return replace(calibration, states=states), LayerRecord(about, reports, left_dense | others)
 
 
-def prune_group(plan: Plan, sink: ModelSink, problems: GroupProblems) -> list[OperatorReport]:
+def prune_group(plan: Plan, sink: Sink, problems: GroupProblems) -> list[OperatorReport]:
     """Solve for the operators of a group and write them; the reports have the errors of the weights as written."""
     release_memory()  # the solver needs the memory that capturing left in the allocator
     started = time.perf_counter()

@@ -9,7 +9,7 @@ from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.hooks import operator_input
 from optimum_fista.model.inputs import LayerActivations
 from optimum_fista.prune.plan import Plan
-from optimum_fista.prune.sink import ModelSink
+from optimum_fista.prune.sink import Sink
 from optimum_fista.removal.proof import difference_beyond_rounding, small_hidden_states
 from optimum_fista.solve.patterns.n_of_m import best_order
 
@@ -20,7 +20,7 @@ _TOKENS_OF_ORDER = (
 
 def reorder_channels(
     plan: Plan,
-    sink: ModelSink,
+    sink: Sink,
     layer_name: str,
     activations: LayerActivations,
     hidden_states: Sequence[Tensor],

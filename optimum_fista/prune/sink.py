@@ -1,179 +1,272 @@
-"""Where pruned weights are written: into the model (a failure puts the old ones back), or into files."""
+"""Sinks: where a run puts what it has pruned, and what is undone if the run fails.
 
-import signal
-import threading
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+A run (`prune.run`) talks to its sink in this order: `opened` around everything, `budgets` and `share` before the first
+decoder layer, `write` for each operator, then `undo` (to prune the layer again) or `commit` for each decoder layer, and
+`complete` at the end. `Sink` has what all sinks share. `ModelSink` is for a model in memory, which an exception leaves
+as it was; `files.FileSink` is for the files of a model.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
-from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from optimum_fista.folder.writing import summary
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.hooks import evaluation_mode
 from optimum_fista.model.inputs import HiddenStates
 from optimum_fista.model.offload import alignment_hooks, kept_tensor, offload_hook, store_tensor
 from optimum_fista.model.operators import LinearOperator
-from optimum_fista.report import LayerRecord
+from optimum_fista.prune.batches import Calibration
+from optimum_fista.prune.notes import complete_report
+from optimum_fista.prune.plan import Budgets, Plan
+from optimum_fista.removal.parts_removal import groups_kept
+from optimum_fista.report import LayerRecord, PruningReport
 from optimum_fista.solve.pattern import pack_mask
+from optimum_fista.source.source_tensors import SourceTensors
 
-Travelling = Sequence[HiddenStates | HeldOut]  # what enters the next decoder layer
+T = TypeVar("T")
+Travelling = Sequence[HiddenStates | HeldOut]
+"""What enters the next decoder layer, and has to be kept if the run is to resume there."""
 
 
-class ModelSink:
-    """Overwrites the weights of a model in memory, and on any exception puts the model back as it was.
+@dataclass(frozen=True)
+class Work:
+    """The share of a run that this process does.
 
-    The loop calls `write` for each operator, then `undo` or `commit`. An interrupt (Ctrl-C) may come at any moment,
-    several times, and even while a context removes its hooks from modules. So everything that modules, the hooks of
-    Accelerate and the configuration hold is put back, and interrupts wait until that is done.
-
-    Old weights are kept in CPU memory, one byte for each byte of pruned weights. Weights that are offloaded to the
-    files of a checkpoint cost nothing, because the files are not changed.
+    Attributes:
+        todo: Indices of the decoder layers to prune.
+        num_done: Decoder layers that an earlier start of the run has finished.
+        calibration: Batches, with their hidden states before the first of these layers if they are known.
+        held_out: Measures the perplexity on its way through the layers; `None` if it is not measured.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        # Entered after the sink: inside, an interrupt ends the run at once. It is a lock because Python leaves a lock
-        # in a single step, and no interrupt can come between that step and `__exit__`.
-        self.interruptible = threading.Lock()
-        self.masks: dict[
-            str, Tensor
-        ] = {}  # by "{operator}.weight", laid out like it, packed to one bit a weight
+    todo: Collection[int]
+    num_done: int
+    calibration: Calibration
+    held_out: HeldOut | None
+
+
+class Sink(ABC):
+    """Overwrites weights of a model, and keeps the old ones until their decoder layer is committed.
+
+    Attributes:
+        masks: By "{operator}.weight", True = kept, laid out like the weight and packed to one bit a weight.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.masks: dict[str, Tensor] = {}
         self._model = model
-        self._entered = (
-            ExitStack()
-        )  # contexts around the run; no interrupt can come while they are left
+        # Each puts back one old value; the last one is called first.
         self._undo: list[Callable[[], None]] = []
-        self._first: list[Callable[[], None]] = []
-        self._committed = 0  # number of entries of `_undo` that belong to finished decoder layers
-        self._onloaded: dict[
-            tuple[int, str], tuple[nn.Module, str]
-        ] = {}  # written where Accelerate brought them
-        self._interrupt: Callable[[int, FrameType | None], Any] = signal.default_int_handler
-        self._waits = False  # whether an interrupt waits until the model is whole
+        # Number of entries of `_undo` that belong to finished decoder layers.
+        self._num_committed = 0
+        # Parameters (module, name) that were overwritten where Accelerate brought them, by identity. Where they are
+        # kept, they change only when their decoder layer is committed.
+        self._onloaded: dict[tuple[int, str], tuple[nn.Module, str]] = {}
+
+    @abstractmethod
+    def opened(self) -> AbstractContextManager[None]:
+        """Put the model in evaluation mode without gradients, and see to what has to be undone after an error."""
+
+    @abstractmethod
+    def budgets(self, share_budgets: Callable[[], Budgets]) -> Budgets:
+        """Return the budgets of the run; `share_budgets` makes them, if no earlier start of the run did."""
+
+    @abstractmethod
+    def share(
+        self,
+        plan: Plan,
+        calibration: Calibration,
+        held_out: HeldOut | None,
+        report: PruningReport,
+    ) -> Work:
+        """Take the plan with its budgets, and return the work of this process."""
+
+    @abstractmethod
+    def together(self, step: Callable[[], T]) -> T:
+        """Do a step in every process of the run, and wait for the others; return the result of this process."""
+
+    @abstractmethod
+    def commit(
+        self, index: int, layer: nn.Module, record: LayerRecord, travelling: Travelling
+    ) -> None:
+        """Make the weights of a decoder layer final, while they are on the device."""
+
+    @abstractmethod
+    def complete(
+        self, plan: Plan, report: PruningReport, held_out: HeldOut | None, started: float
+    ) -> PruningReport:
+        """Make the pruned model and its report complete, after all decoder layers; return the report.
+
+        `started` is the time of `time.perf_counter` at which this start of the run began.
+        """
 
     def write(self, operator: LinearOperator, weight: Tensor, mask: Tensor | None = None) -> None:
         """Overwrite a weight [out, in], and keep its mask; from now on the model runs with the new weight."""
         self._keep(operator.owner, operator.tensor, partial(getattr, operator, "parameter"))
         operator.write(weight)
         if mask is not None:
-            self.masks[f"{operator.name}.weight"] = pack_mask(
-                mask.T if operator.transposed else mask
-            )
+            in_layout = mask.T if operator.transposed else mask
+            self.masks[f"{operator.name}.weight"] = pack_mask(in_layout)
 
     def replace(self, owner: nn.Module, name: str, value: Tensor) -> None:
         """Overwrite a whole parameter of a module, as it is stored."""
         self._keep(owner, name, partial(getattr, owner, name))
         getattr(owner, name).data.copy_(value)
 
-    def _keep(self, owner: nn.Module, name: str, parameter: Callable[[], Tensor]) -> None:
-        """Keep a parameter of a module, or a part of it, before it is overwritten."""
-        if offload_hook(
-            owner
-        ):  # only the copy on the device is overwritten until the layer is committed
-            self._onloaded[id(owner), name] = (owner, name)
-            return
-        original = parameter().detach().to("cpu", copy=True)
-
-        def restore() -> None:
-            parameter().data.copy_(original)
-
-        self._undo.append(restore)
-
     def undo(self) -> None:
         """Put back all weights written since the last commit, so that the layer can start again."""
-        while len(self._undo) > self._committed:
-            self._undo[-1]()
-            self._undo.pop()  # only now: an interrupt may come in between
-        for owner, tensor in self._onloaded.values():
-            getattr(owner, tensor).data.copy_(kept_tensor(owner, tensor))
+        while len(self._undo) > self._num_committed:
+            put_back = self._undo.pop()
+            put_back()
+        for owner, name in self._onloaded.values():
+            getattr(owner, name).data.copy_(kept_tensor(owner, name))
         self._onloaded.clear()
 
-    def commit(
-        self, index: int, layer: nn.Module, record: LayerRecord, travelling: Travelling
-    ) -> None:
-        """Make the weights of a decoder layer final, while they are on the device; `travelling` enters the next one."""
-        for owner, tensor in self._onloaded.values():
-            store_tensor(
-                owner, tensor, getattr(owner, tensor), self._undo.append
-            )  # where Accelerate keeps it
-        self._onloaded.clear()
-        self._committed = len(self._undo)
-
-    def undo_first(self, undo: Callable[[], None]) -> None:
-        """Have `undo` called if the run fails, before all else: it gives tensors their old sizes again."""
-        self._first.append(undo)
+    def undo_at_failure(self, put_back: Callable[[], None]) -> None:
+        """Have `put_back` called if the run fails, before what was changed earlier is put back."""
+        self._undo.append(put_back)
 
     def forget(self) -> None:
         """Free the old weights: they can no longer be put back."""
         self._undo.clear()
-        self._first.clear()
         self._onloaded.clear()
-        self._committed = 0
+        self._num_committed = 0
 
-    def __enter__(self) -> Self:
-        # This is before any context changes modules. Hooks, forwards, modes, parameters and submodules are all in the
-        # instance dictionaries of modules, one level deep; hooks of Accelerate and the configuration change too.
-        modules = list(self._model.modules())
-        holders = [*modules, *(hook for module in modules for hook in alignment_hooks(module))]
-        attributes = [
-            vars(holder)
-            for holder in (*holders, getattr(self._model, "config", None))
-            if holder is not None
-        ]
-        inner = [
-            value for found in attributes for value in found.values() if isinstance(value, dict)
-        ]
-        self._held = [(found, dict(found)) for found in (*attributes, *inner)]
-        self._gradients = [(p, p.requires_grad, p.grad) for p in self._model.parameters()]
-        handler = signal.getsignal(signal.SIGINT)
-        # Python runs signal handlers only in the main thread, and only the main thread may set them
-        if callable(handler) and threading.current_thread() is threading.main_thread():
-            self._interrupt = handler
-            signal.signal(signal.SIGINT, self._on_interrupt)
+    def _keep(self, owner: nn.Module, name: str, parameter: Callable[[], Tensor]) -> None:
+        """Keep a parameter of a module before it is overwritten.
+
+        `parameter` returns it, or the part of it that is overwritten (one expert of several).
+        """
+        if offload_hook(owner):
+            self._onloaded[id(owner), name] = (owner, name)
+            return
+        original = parameter().detach().to("cpu", copy=True)
+
+        def put_back() -> None:
+            """Overwrite the parameter with its old value, in place."""
+            parameter().data.copy_(original)
+
+        self._undo.append(put_back)
+
+
+class ModelSink(Sink):
+    """Overwrites the weights of a model in memory, and on any exception puts the model back as it was.
+
+    Old weights are kept in CPU memory, one byte for each byte of pruned weights. Weights that are offloaded to the
+    files of a checkpoint cost nothing, because the files are not changed.
+
+    Attributes:
+        source: The tensors in the files of the model by their names in the pruned model; known once it is complete.
+    """
+
+    source: SourceTensors
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """See `Sink.opened`. After an error, weights, shapes, hooks, modes and configuration are as they were.
+
+        The old weights are freed at the end, so a model whose run has ended is not put back any more.
+        """
+        attributes_put_back = _attributes_kept(self._model)
         try:
-            self._entered.enter_context(evaluation_mode(self._model))
-            self._entered.enter_context(torch.no_grad())
-            if self._waits:
-                raise KeyboardInterrupt
-        except BaseException as error:
-            self.__exit__(type(error), error, None)
+            with evaluation_mode(self._model), torch.no_grad():
+                yield
+        except BaseException:
+            with (
+                ExitStack() as steps
+            ):  # each step is done even if another one fails, the last one first
+                steps.callback(attributes_put_back)
+                for put_back in self._undo:
+                    steps.callback(put_back)
             raise
-        return self
+        finally:
+            self.forget()
 
-    def __exit__(
+    def budgets(self, share_budgets: Callable[[], Budgets]) -> Budgets:
+        """See `Sink.budgets`."""
+        return share_budgets()
+
+    def share(
         self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with ExitStack() as steps:  # run from the last to the first, even if one fails
-            steps.callback(self.forget)
-            if kind is not None or self._waits:
-                for undo in self._undo:
-                    steps.callback(undo)
-                steps.callback(self._put_back)
-                for undo in self._first:
-                    steps.callback(undo)
-            steps.callback(self._entered.close)
-        if signal.getsignal(signal.SIGINT) == self._on_interrupt:
-            signal.signal(signal.SIGINT, self._interrupt)
-        if self._waits and not isinstance(value, KeyboardInterrupt):
-            self._interrupt(signal.SIGINT, None)
+        plan: Plan,
+        calibration: Calibration,
+        held_out: HeldOut | None,
+        report: PruningReport,
+    ) -> Work:
+        """See `Sink.share`; here it is all work."""
+        return Work(range(len(plan.layers)), 0, calibration, held_out)
 
-    def _put_back(self) -> None:
-        for attributes, before in self._held:
+    def together(self, step: Callable[[], T]) -> T:
+        """See `Sink.together`; there is only one process."""
+        return step()
+
+    def commit(
+        self,
+        index: int,
+        layer: nn.Module,
+        record: LayerRecord,
+        travelling: Travelling,
+    ) -> None:
+        """See `Sink.commit`. Offloaded weights change where Accelerate keeps them."""
+        for owner, name in self._onloaded.values():
+            store_tensor(owner, name, getattr(owner, name), self._undo.append)
+        self._onloaded.clear()
+        self._num_committed = len(self._undo)
+
+    def complete(
+        self, plan: Plan, report: PruningReport, held_out: HeldOut | None, started: float
+    ) -> PruningReport:
+        """See `Sink.complete`. The model becomes smaller if parts are removed, and its configuration gets a summary."""
+        model = self._model
+        kept = groups_kept(report.layers, report.operators)
+        stored = plan.source.smaller(model, plan.removal.part_of, kept, strict=False)
+        complete_report(plan, report, held_out)
+        plan.removal.make_smaller(model, report, self)
+        report.seconds["total"] = time.perf_counter() - started
+        model.config.fista_pruning = summary(report)
+        self.source = replace(plan.source, stored=plan.source.unplaced | stored)
+        return report
+
+
+def _attributes_kept(model: nn.Module) -> Callable[[], None]:
+    """Note the attributes of all modules, of Accelerate's hooks and of the configuration; return what puts them back.
+
+    Hooks, forward passes, modes, parameters and submodules of a module are all in its instance dictionary, one level
+    deep. Values of tensors are not noted, but gradients and `requires_grad` are.
+    """
+    modules = list(model.modules())
+    holders: list[Any] = [*modules]
+    for module in modules:
+        holders += alignment_hooks(module)
+    config = getattr(model, "config", None)
+    if config is not None:
+        holders.append(config)
+
+    dictionaries = [vars(holder) for holder in holders]
+    for attributes in [*dictionaries]:
+        dictionaries += [value for value in attributes.values() if isinstance(value, dict)]
+    noted = [(attributes, dict(attributes)) for attributes in dictionaries]
+    gradients = [
+        (parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()
+    ]
+
+    def put_back() -> None:
+        """Give every object the attributes that it had."""
+        for attributes, before in noted:
             attributes.clear()
             attributes.update(before)
-        for parameter, needed, gradient in self._gradients:
+        for parameter, requires_grad, gradient in gradients:
             parameter.grad = gradient
-            if parameter.requires_grad != needed:
-                parameter.requires_grad_(needed)
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
 
-    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
-        """Interrupt the run, unless it begins or ends. Python may call this between any two steps of any function."""
-        if self.interruptible.locked():
-            self._interrupt(number, frame)
-        else:
-            self._waits = True
+    return put_back

@@ -6,10 +6,10 @@ with zeros. This is proved on shapes (`removal.shrinking`), and once on numbers 
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from optimum_fista.model.inputs import HiddenStates, LayerActivations
 from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.operators import Group, LinearOperator
 from optimum_fista.model.sensitivity import DenseLoss
-from optimum_fista.prune.sink import ModelSink
 from optimum_fista.removal.experts import SmallerMixture, experts_of, experts_to_keep, score_experts
 from optimum_fista.removal.layers import choose_layers
 from optimum_fista.removal.parts import Kind, ModelOutline, Part, numbers_kept
@@ -53,6 +52,18 @@ Reports = list[OperatorReport]
 Chosen = tuple[list[Group], dict[str, str], nn.Module | None]
 Leaving = tuple[HiddenStates, Reports, MixtureReport | None]
 Tensors = dict[str, Tensor]
+
+
+class PrunedWeights(Protocol):
+    """What a removal uses of the run's sink (`prune.sink`), which overwrites weights and undoes it after an error."""
+
+    masks: dict[str, Tensor]  # packed, by "{operator}.weight"
+
+    def write(self, operator: LinearOperator, weight: Tensor, mask: Tensor | None = None) -> None:
+        """Overwrite a weight [out, in], and keep its mask."""
+
+    def undo_at_failure(self, put_back: Callable[[], None]) -> None:
+        """Have `put_back` called if the run fails."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +120,7 @@ class Removal:
         return groups, {}, None
 
     def after(
-        self, layer_name: str, sink: ModelSink, targets: LayerTargets, operators: Reports
+        self, layer_name: str, sink: PrunedWeights, targets: LayerTargets, operators: Reports
     ) -> Leaving:
         """Remove experts of a pruned decoder layer, and refit the others.
 
@@ -143,7 +154,9 @@ class Removal:
     def describe(self, report: PruningReport) -> None:
         """Write into the report of all decoder layers, and into the model's configuration, what was removed."""
 
-    def make_smaller(self, model: PreTrainedModel, report: PruningReport, sink: ModelSink) -> None:
+    def make_smaller(
+        self, model: PreTrainedModel, report: PruningReport, sink: PrunedWeights
+    ) -> None:
         """Make a pruned model in memory smaller, after its report."""
 
 
@@ -350,7 +363,7 @@ class PartsRemoval(Removal):
         self.proven.add(kind)
 
     def after(
-        self, layer_name: str, sink: ModelSink, targets: LayerTargets, operators: Reports
+        self, layer_name: str, sink: PrunedWeights, targets: LayerTargets, operators: Reports
     ) -> Leaving:
         """See `Removal.after`. The kept experts are refitted so that their sum comes close to the layer's targets."""
         operators = [self._smaller(operator, sink) for operator in operators]
@@ -392,7 +405,7 @@ class PartsRemoval(Removal):
         )
         return targets.leave(smaller), operators, report
 
-    def _smaller(self, operator: OperatorReport, sink: ModelSink) -> OperatorReport:
+    def _smaller(self, operator: OperatorReport, sink: PrunedWeights) -> OperatorReport:
         """Report an operator as it is without the removed parts; all weights that stay are kept."""
         mask = unpack_mask(sink.masks[operator.name], operator.stored_shape)
         part = self.smaller.parts.get(
@@ -446,7 +459,9 @@ class PartsRemoval(Removal):
                 [index, loss] for index, loss in self.removed_layers.items()
             ]
 
-    def make_smaller(self, model: PreTrainedModel, report: PruningReport, sink: ModelSink) -> None:
+    def make_smaller(
+        self, model: PreTrainedModel, report: PruningReport, sink: PrunedWeights
+    ) -> None:
         """Make a pruned model in memory smaller; see `Removal.make_smaller`."""
         groups = groups_kept(report.layers, report.operators)
         kept = {
@@ -468,7 +483,7 @@ class PartsRemoval(Removal):
             for tensor, device, data in before:
                 tensor.data = data.to(device)
 
-        sink.undo_first(restore)
+        sink.undo_at_failure(restore)
         sink.masks = self.renamed(sink.masks)
         shrink_model(model, self.smaller, kept)
 

@@ -16,7 +16,7 @@ from optimum_fista.estimate import Estimate
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder.output import unfinished_folder
 from optimum_fista.folder.packed_folder import pack_folder, packing_of, unpack_folder
-from optimum_fista.prune import streamed
+from optimum_fista.prune import shards as shards_of_run
 
 LAYERS = 3
 
@@ -64,13 +64,13 @@ def test_the_same_folder_as_packed_afterwards(family, tmp_path):
 
 def test_dense_bytes_of_pruned_operators_are_never_written(source, tmp_path, monkeypatch):
     written = {}
-    write = streamed.write_stored
+    write = shards_of_run.write_stored
 
     def watched(path, tensors):
         written[path.name] = {name: tensor.num_bytes for name, tensor in tensors.items()}
         return write(path, tensors)
 
-    monkeypatch.setattr(streamed, "write_stored", watched)
+    monkeypatch.setattr(shards_of_run, "write_stored", watched)
     report = prune(source, tmp_path / "packed", packed=True)
     names = {name for tensors in written.values() for name in tensors}
     shards = [name for name in written if name.startswith("packed-")]

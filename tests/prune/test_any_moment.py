@@ -1,13 +1,13 @@
 """Memory that runs out, and interrupts, at any moment of a run: its result is the same, or nothing has changed."""
 
-import signal
 from contextlib import suppress
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from any_moment import assert_same_files, assert_same_result, moments, prune
-from raising import InterruptAt, RaiseAt
+from killed import interrupted_after
+from raising import RaiseAt
 from tiny_llama import tiny_llama
 from torch.overrides import _get_current_function_mode
 from transformers import AutoModelForCausalLM
@@ -80,46 +80,22 @@ def test_an_interrupt_in_memory(share, make):
             assert prune_with(KeyboardInterrupt(), moment, model) is None
 
 
-@pytest.mark.parametrize("make", [tiny_llama, offloaded_llama])
-@pytest.mark.parametrize("share", [15000, pytest.param(1000, marks=pytest.mark.slow)])
-def test_one_interrupt_after_another(share, make):
-    """The second one finds the run while it takes off what it has installed, or puts weights back."""
-
-    def interrupted(*lines):
-        with Untouched(model := make()), InterruptAt(*lines) as run, suppress(KeyboardInterrupt):
-            prune(model)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        return run.count
-
-    prune(make())  # what is done once a process
-    with InterruptAt() as whole:
-        prune(make())
-    for first in moments(whole.count - 1000, share):
-        end = interrupted(first)
-        for second in moments(end - first, share // 50):
-            interrupted(first, first + second)
-
-
-@pytest.mark.parametrize("share", [4, pytest.param(100, marks=pytest.mark.slow)])
-def test_ctrl_c_in_a_run_from_a_bfloat16_folder(share, tmp_path, monkeypatch):
-    """Where bfloat16 is slow, and all products inside the run are widened."""
+def test_ctrl_c_in_a_run_from_a_bfloat16_folder(tmp_path, monkeypatch):
+    """If bfloat16 is slow, all products inside the run are widened."""
     monkeypatch.setattr(precision, "is_fast", lambda *_: False)
-    tiny_llama().bfloat16().save_pretrained(source := tmp_path / "source")
+    source = tmp_path / "source"
+    tiny_llama().bfloat16().save_pretrained(source)
     report = prune(source, output_dir=tmp_path / "expected")
+    output = tmp_path / "output"
+
+    with interrupted_after(0), pytest.raises(KeyboardInterrupt):
+        prune(source, output_dir=output)
+
     assert report.environment["products"] == "widened"
-    with InterruptAt() as whole:
-        prune(source, output_dir=tmp_path / "whole")
-    for moment in moments(whole.count, whole.count // share):
-        output = tmp_path / str(moment)
-        with InterruptAt(moment), suppress(KeyboardInterrupt):
-            prune(source, output_dir=output)
-        assert precision._PRODUCTS.get() == "float32"
-        assert _get_current_function_mode() is None
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        assert (torch.get_default_dtype(), torch.get_float32_matmul_precision()) == (
-            torch.float32,
-            "highest",
-        )
-        if not output.exists():  # the very end waits for the signal
-            prune(source, output_dir=output)
-        assert_same_files(output, tmp_path / "expected")
+    assert precision._PRODUCTS.get() == "float32"
+    assert _get_current_function_mode() is None
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.get_float32_matmul_precision() == "highest"
+    prune(source, output_dir=output)
+    assert_same_files(output, tmp_path / "expected")

@@ -11,7 +11,7 @@ from untouched import Untouched
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.calibration import CalibrationBatch, cut_batches
 from optimum_fista.model.inputs import HiddenStates, cut_states
-from optimum_fista.prune import streamed as streamed_run
+from optimum_fista.prune import named
 
 CONFIGS = [FistaPruningConfig(), FistaPruningConfig(method="sparsegpt", error_correction="intra")]
 
@@ -118,14 +118,14 @@ def streamed(tmp_path, monkeypatch):
     source = tmp_path / "source"
     save_tiny_folder(source)
     tiny_llama(num_hidden_layers=4).to(torch.bfloat16).save_pretrained(source)
-    load = streamed_run.load_lazily
+    load = named.load_lazily
 
     def load_and_watch(*arguments, **options):
         loaded = load(*arguments, **options)
         fail_late(loaded[0], 2)
         return loaded
 
-    monkeypatch.setattr(streamed_run, "load_lazily", load_and_watch)
+    monkeypatch.setattr(named, "load_lazily", load_and_watch)
 
     pruner, batches = FistaPruner(progress=False), tiny_tokens().split(8)
     return lambda output: pruner.prune(str(source), batches, output_dir=tmp_path / output)

@@ -20,8 +20,8 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder import atomic
 from optimum_fista.folder.output import unfinished_folder
-from optimum_fista.prune import journal
-from optimum_fista.prune import streamed as streamed_run
+from optimum_fista.prune import journal, named
+from optimum_fista.prune.files import FileSink
 
 LAYERS = 4
 _READ_AGAIN = [
@@ -154,7 +154,7 @@ def cut_off_half_way(source, tmp_path_factory) -> Path:
 
 
 def test_what_a_killed_process_was_writing_is_not_left(source, whole, tmp_path, monkeypatch):
-    cut_off(monkeypatch, streamed_run.StreamedRun, "complete", stop, source, tmp_path / "pruned")
+    cut_off(monkeypatch, FileSink, "complete", stop, source, tmp_path / "pruned")
     for name in (".tmpq7NgZZ", ".model-00009-of-00009.safetensors.partial"):
         (unfinished_folder(tmp_path / "pruned") / "model" / name).write_bytes(b"half a shard")
     prune(source, tmp_path / "pruned")
@@ -201,13 +201,13 @@ def test_hidden_states_of_another_chain_of_layers_are_not_taken(
     output = unfinished_folder(tmp_path / "pruned")
     shutil.copytree(cut_off_half_way, output)
     (output / f"model/model-00001-of-0000{LAYERS + 1}.safetensors").unlink()
-    write = streamed_run.FileSink.write
+    write = FileSink.write
 
     def otherwise(self, operator, weight, mask):
         write(self, operator, weight * 0.5, mask)
 
     with interrupted_after(0), monkeypatch.context() as patched:
-        patched.setattr(streamed_run.FileSink, "write", otherwise)
+        patched.setattr(FileSink, "write", otherwise)
         with pytest.raises(KeyboardInterrupt):
             prune(source, tmp_path / "pruned")
     kept, keep = [], journal.Journal.keep_layer
@@ -227,9 +227,7 @@ def test_layers_and_budgets_of_another_run_are_not_taken(source, tmp_path, monke
         for name in ("magnitude", "wanda")
     }
     for name, config in configs.items():
-        cut_off(
-            monkeypatch, streamed_run.StreamedRun, "complete", stop, source, tmp_path / name, config
-        )
+        cut_off(monkeypatch, FileSink, "complete", stop, source, tmp_path / name, config)
     prune(source, tmp_path / "whole", configs["wanda"])
     other, mine = (unfinished_folder(tmp_path / name) for name in configs)
     for file in [
@@ -273,7 +271,7 @@ def test_a_full_disk_keeps_what_is_finished(source, whole, tmp_path, monkeypatch
 def test_places_that_are_none_are_refused_before_any_work(
     source, tmp_path, monkeypatch, option, pruner
 ):
-    monkeypatch.setattr(streamed_run, "load_lazily", None)
+    monkeypatch.setattr(named, "load_lazily", None)
     with pytest.raises(ValueError, match=r"device='moon'"):
         FistaPruner(progress=False, **pruner).prune(
             source, [], output_dir=tmp_path / "out", **option
@@ -284,7 +282,7 @@ def test_places_that_are_none_are_refused_before_any_work(
 def test_an_output_that_cannot_be_written_to_is_refused_before_any_work(
     source, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(streamed_run, "load_lazily", None)
+    monkeypatch.setattr(named, "load_lazily", None)
     (tmp_path / "file").write_text("kept")
     with pytest.raises(
         OSError, match=r"output_dir='.*' can't be written to \(.*\), nothing was done: pass another"

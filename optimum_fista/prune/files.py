@@ -1,0 +1,283 @@
+"""The sink of a run from files to files, by one process or several, which resumes after a crash.
+
+The `Journal` of a run holds what is finished. Every start works like a resumed one: it reads there which decoder layers
+are left, and shares those. Several processes (`Ranks`) only have to agree on the run and its budgets.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from optimum_fista.folder.checkpoint import names_in, write_index
+from optimum_fista.folder.output import install
+from optimum_fista.folder.packed_folder import packed_settings
+from optimum_fista.folder.writing import as_stored, write_all_but_weights
+from optimum_fista.model.held_out import HeldOut
+from optimum_fista.model.hooks import evaluation_mode
+from optimum_fista.model.inputs import HiddenStates
+from optimum_fista.model.offload import execution_device
+from optimum_fista.packed.format import packed_names
+from optimum_fista.prune.batches import Calibration, cut_batches
+from optimum_fista.prune.journal import Journal, KeptLayer, SourceFiles
+from optimum_fista.prune.notes import complete_report
+from optimum_fista.prune.plan import Budgets, Plan
+from optimum_fista.prune.ranks import RankError, Ranks, share_layers
+from optimum_fista.prune.shards import ShardWriter
+from optimum_fista.prune.sink import Sink, Travelling, Work
+from optimum_fista.report import LayerRecord, PruningReport
+from optimum_fista.source.files import copy_source
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Where the pruned model goes, and what goes there besides weights.
+
+    Attributes:
+        folder: The folder that the user named.
+        overwrite: Whether a model there is replaced.
+        packed: Whether weights are stored without their zeros.
+        tokenizer: Written if it is not among the files of the source (the tokenizer of a GGUF file); otherwise `None`.
+    """
+
+    folder: Path
+    overwrite: bool
+    packed: bool
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+class FileSink(Sink):
+    """Writes every finished decoder layer to a shard of its own, so dense weights are kept for one layer only.
+
+    Args:
+        plan: The plan of the run, of a model whose weights stay in its files until they are needed (`load_lazily`).
+        source: Its files, which must not change during the run.
+        journal: What is finished; in the unfinished folder of the run.
+        ranks: The processes that work on the model.
+        output: Where the model goes at the end.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        source: SourceFiles,
+        journal: Journal,
+        ranks: Ranks,
+        output: Output,
+    ) -> None:
+        super().__init__(plan.layers.model)
+        self._plan = plan
+        self._source = source
+        self._journal = journal
+        self._ranks = ranks
+        self._output = output
+        # For decoder layers that an earlier start has finished.
+        self._seconds_before = 0.0
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """See `Sink.opened`. Errors say how many decoder layers are kept; the model is not used afterwards."""
+        try:
+            with evaluation_mode(self._model), torch.no_grad():
+                yield
+        except RankError as error:
+            raise RankError(f"{error}; {self._advice()}") from error
+        except OSError as error:
+            if error.errno is None:
+                raise type(error)(f"{error} {self._advice()}") from error
+            message = f"{error.strerror}: {self._advice()}"
+            raise OSError(error.errno, message, error.filename) from error
+
+    def _advice(self) -> str:
+        """Say which decoder layers are kept, and what to do."""
+        num_finished = len(self._journal.finished(read_shards=False))
+        return (
+            f"{num_finished} of {len(self._plan.layers)} decoder layers are finished and kept in "
+            f"{str(self._journal.folder)!r}; start again with the same output"
+        )
+
+    def budgets(self, share_budgets: Callable[[], Budgets]) -> Budgets:
+        """See `Sink.budgets`. Rank 0 makes and keeps them; all ranks, and all starts of the run, read the same."""
+        journal = self._journal
+
+        def make_and_keep() -> None:
+            """Write the budgets, unless an earlier start did."""
+            if journal.budgets() is None:
+                budgets = share_budgets()
+                self._source.require_unchanged()
+                journal.keep_budgets(budgets, self._source.hashes)
+
+        self._ranks.first(make_and_keep)
+        budgets = self._ranks.each(journal.budgets)
+        assert budgets is not None
+        return budgets
+
+    def share(
+        self,
+        plan: Plan,
+        calibration: Calibration,
+        held_out: HeldOut | None,
+        report: PruningReport,
+    ) -> Work:
+        """See `Sink.share`. The unfinished decoder layers are shared anew by any number of processes."""
+        ranks = self._ranks
+        self._plan = plan
+        self._shards = ShardWriter(plan, self._journal.model, self._output.packed)
+        finished = ranks.first(lambda: self._journal.finished(progress=plan.progress))
+        if ranks.count == 1:
+            resumed = self._resumed(plan, finished, calibration, held_out, report)
+            finished, calibration, held_out = resumed
+        else:
+            held_out = None  # a rank runs only some of the layers
+        self._seconds_before = sum(layer.record.report.seconds for layer in finished.values())
+
+        unfinished = [index for index in range(len(plan.layers)) if index not in finished]
+        todo = share_layers(unfinished, plan.costs, ranks.count)[ranks.index]
+        num_done = len(finished) if ranks.count == 1 else 0  # each rank counts its own
+        return Work(todo, num_done, calibration, held_out)
+
+    def _resumed(
+        self,
+        plan: Plan,
+        finished: dict[int, KeptLayer],
+        calibration: Calibration,
+        held_out: HeldOut | None,
+        report: PruningReport,
+    ) -> tuple[dict[int, KeptLayer], Calibration, HeldOut | None]:
+        """Find out which decoder layers need not be pruned again, and where the calibration text resumes.
+
+        If layers depend on each other, these are the first ones, each pruned on the output of the layer before. The
+        returned `HeldOut` is `None` if its sequences would have to pass the finished layers again.
+        """
+        device = execution_device(plan.layers.model.get_input_embeddings())
+        num_first, streams = self._journal.resume(finished, plan.storage or device)
+        if plan.config.correction.carry == "full":
+            is_amid = 0 < num_first <= max(plan.pruned_layers, default=-1)
+            if is_amid and streams is None:
+                num_first = 0  # without hidden states, all layers must run again
+            elif is_amid:
+                assert streams is not None
+                states = HiddenStates(streams.get("dense"), streams.get("pruned"))
+                calibration = _with_states(calibration, states, report)
+            finished = {index: finished[index] for index in range(num_first)}
+
+        if held_out is not None and finished:
+            goes_on = len(finished) == num_first and held_out.resume(streams or {})
+            if not goes_on:
+                held_out = None  # its sequences must pass all layers in both networks
+        return finished, calibration, held_out
+
+    def together(self, step: Callable[[], T]) -> T:
+        """See `Sink.together`."""
+        return self._ranks.each(step)
+
+    def commit(
+        self, index: int, layer: nn.Module, record: LayerRecord, travelling: Travelling
+    ) -> None:
+        """See `Sink.commit`. Write a finished decoder layer; for a removed one, only its record.
+
+        The record comes last. `complete` deletes all files beside the shards that records name.
+        """
+        self.forget()  # the dense weights of this layer: the checkpoint has them
+        masks = self.masks
+        self.masks = {}
+        is_removed = index in self._plan.removal.removed_layers
+        tensors = {} if is_removed else self._shards.tensors_of_layer(layer, record, masks)
+
+        # The files that were read must be those that were hashed, or the layer does not count as finished.
+        self._source.require_unchanged()
+        shard = None if is_removed else self._shards.write_layer(index, tensors)
+        streams = {
+            name: stream
+            for stream_pair in travelling
+            for name, stream in stream_pair.kept().items()
+        }
+        self._journal.keep_layer(index, shard, masks, record, streams)
+
+    def complete(
+        self, plan: Plan, report: PruningReport, held_out: HeldOut | None, started: float
+    ) -> PruningReport:
+        """See `Sink.complete`. Rank 0 writes all but the decoder layers, and moves the model to its folder."""
+        return self._ranks.first(lambda: self._complete(plan, report, held_out, started))
+
+    def _complete(
+        self, plan: Plan, report: PruningReport, held_out: HeldOut | None, started: float
+    ) -> PruningReport:
+        """Do the work of `complete`; the report gets the records of all processes and of earlier starts."""
+        folder = self._journal.model
+        layers = self._journal.finished(read_shards=False)
+        if len(layers) < len(plan.layers):
+            raise RankError(
+                "decoder layers that other ranks finished are not here: pass a folder that all nodes share"
+            )
+        report.operators = []
+        report.layers = []
+        report.left_dense = {}
+        for layer in layers.values():
+            report.add(layer.record)
+        report.seconds["total"] = self._seconds_before + time.perf_counter() - started
+        complete_report(plan, report, held_out)
+
+        shards = {folder / layer.shard for layer in layers.values() if layer.shard}
+        _delete_all_but(folder, shards)
+        shards.add(folder / self._shards.write_rest())
+        weight_map = {name: shard.name for shard in shards for name in names_in(shard)}
+        totals = {"total_parameters": report.model["num_parameters"]}
+        index_name = write_index(folder, self._shards.stem, weight_map, totals)
+
+        masks = {
+            name: mask for index in layers for name, mask in self._journal.masks(index).items()
+        }
+        operators, masks = as_stored(
+            report.operators, plan.removal.renamed(masks), self._shards.names
+        )
+        report = replace(report, operators=operators)
+        is_packed = self._output.packed
+        copy_source(self._source.folder, folder)  # before our own files, which replace some of them
+        write_all_but_weights(
+            folder,
+            plan.layers.model,
+            self._output.tokenizer,
+            report,
+            masks,
+            packed=packed_settings(index_name, packed_names(weight_map)) if is_packed else None,
+            quantized=plan.source.settings if plan.as_stored else {},
+        )
+        self._source.require_unchanged()
+        install(
+            self._journal.folder, self._output.folder, self._output.overwrite, self._source.folder
+        )
+        return report
+
+
+def _with_states(
+    calibration: Calibration, states: HiddenStates, report: PruningReport
+) -> Calibration:
+    """Return the batches with hidden states that an earlier start kept, cut as there if its memory ran out."""
+    batches = calibration.batches
+    sizes = [len(hidden) for hidden in states.entering]
+    if sizes != [batch.input_ids.shape[0] for batch in batches]:
+        batches = cut_batches(batches, sizes)
+        report.warnings.append(
+            f"continues with the batches of the last run, {max(sizes)} sequences at most"
+        )
+    return Calibration(batches, states)
+
+
+def _delete_all_but(folder: Path, shards: set[Path]) -> None:
+    """Delete other files of a folder: those of a killed process, or of a run with more decoder layers."""
+    for path in {*folder.iterdir()} - shards:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -1,0 +1,199 @@
+"""The entry for a model given by name: from the files of a model to the files of the pruned one.
+
+`prune_named` checks the output, reads the model so that its weights stay in their files, finds out whether an earlier
+start of the same run left something, and calls `run.run` with a `FileSink`. Processes that were launched together all
+call it; what only one of them may do is done by rank 0.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from optimum_fista.config import FistaPruningConfig
+from optimum_fista.folder.output import FOLDER, locked_output, require_output
+from optimum_fista.folder.packed_folder import require_packable
+from optimum_fista.model.layers import prunable_layers
+from optimum_fista.model.offload import execution_device
+from optimum_fista.prune.batches import begin
+from optimum_fista.prune.callback import PruningCallback
+from optimum_fista.prune.files import FileSink, Output
+from optimum_fista.prune.journal import Journal, join_run, run_fingerprint, shared_files
+from optimum_fista.prune.plan import Plan, plan_run
+from optimum_fista.prune.ranks import RankError, joined_ranks, require_independent_layers
+from optimum_fista.prune.run import run
+from optimum_fista.removal.parts_removal import plan_removal, require_zeros_to_pack
+from optimum_fista.removal.tokens import remove_tokens
+from optimum_fista.report import PruningReport
+from optimum_fista.source.loading import load_lazily, reading, storage_place, usable_device
+from optimum_fista.source.names import stored_names
+from optimum_fista.source.source_tensors import source_tensors
+
+
+def prune_named(
+    name: str,
+    calib_dataloader: Iterable[Any],
+    output_dir: Path,
+    config: FistaPruningConfig,
+    *,
+    calibration_source: str | None,
+    device: str | None,
+    dtype: str | torch.dtype,
+    overwrite: bool,
+    packed: bool,
+    progress: bool,
+    storage_device: str | torch.device | Path | None,
+    callbacks: Sequence[PruningCallback],
+) -> PruningReport:
+    """Prune a model from its files to the files of `output_dir`; the arguments are those of `FistaPruner.prune`.
+
+    Until the end, all files are in `output_dir` + ".unfinished", from which the same call resumes. A run that removes
+    tokens is another one: it reads texts instead of batches, and no decoder layer is pruned.
+    """
+    started = time.perf_counter()
+    # Cheap checks come before the model is read.
+    require_output(output_dir, overwrite, source=name)
+    require_zeros_to_pack(config, packed)
+    if config.tokens_removal is not None:
+
+        def tell_begin(report: PruningReport) -> None:
+            """Call the callbacks when the plan is made."""
+            for callback in callbacks:
+                callback.on_prune_begin(report)
+
+        return remove_tokens(
+            name,
+            calib_dataloader,
+            output_dir,
+            config,
+            text_name=calibration_source,
+            device=device,
+            dtype=dtype,
+            overwrite=overwrite,
+            progress=progress,
+            on_begin=tell_begin,
+        )
+    usable_device(device)
+    storage = storage_place(storage_device)
+
+    with joined_ranks(device) as ranks, ExitStack() as locked, ExitStack() as offloaded:
+        unfinished = ranks.first(lambda: locked.enter_context(locked_output(output_dir)))
+        # Another run may just have ended.
+        ranks.first(lambda: require_output(output_dir, overwrite))
+
+        def read() -> _ReadModel:
+            """Read the model, and make the plan of this process."""
+            if not (unfinished / FOLDER).exists():
+                raise ValueError(
+                    f"output: rank 0 began {str(unfinished)!r}, and it isn't here: pass a shared folder."
+                )
+            require_independent_layers(config, ranks.count)
+            offload_folder = offloaded.enter_context(
+                tempfile.TemporaryDirectory(prefix="offload-", dir=unfinished / FOLDER)
+            )
+            return _read_model(
+                name,
+                config,
+                offload_folder=Path(offload_folder),
+                device=ranks.device,
+                dtype=dtype,
+                packed=packed,
+                storage=unfinished / FOLDER if storage_device == "disk" else storage,
+                disk=unfinished / FOLDER,
+                progress=progress and ranks.index == 0,
+                callbacks=callbacks,
+            )
+
+        model = ranks.each(read)
+        plan = model.plan
+        calibration, held_out, report = ranks.each(
+            lambda: begin(plan, calib_dataloader, calibration_source)
+        )
+        source = shared_files(model.files, unfinished, ranks, plan.progress)
+        fingerprint = run_fingerprint(source, plan, calibration.batches, report, packed)
+        join_run(unfinished, fingerprint, overwrite, ranks)
+        sink = FileSink(
+            plan,
+            source=source,
+            journal=ranks.each(lambda: Journal(unfinished, fingerprint)),
+            ranks=ranks,
+            output=Output(
+                folder=output_dir, overwrite=overwrite, packed=packed, tokenizer=model.tokenizer
+            ),
+        )
+        report = run(plan, calibration, held_out, report, sink, started)
+
+        # All ranks offload to the unfinished folder, which rank 0 tidies when it leaves the lock. The model is in its
+        # place, so a rank that fails now can do no harm.
+        offloaded.close()
+        with suppress(RankError):
+            ranks.gather(None)
+    return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ReadModel:
+    """A model whose weights stay in its files.
+
+    Attributes:
+        plan: The plan of its run.
+        tokenizer: That of a GGUF file; otherwise `None`, because it is among the files.
+        files: The folder of its files, or of one GGUF file.
+    """
+
+    plan: Plan
+    tokenizer: PreTrainedTokenizerBase | None
+    files: Path
+
+
+def _read_model(
+    name: str,
+    config: FistaPruningConfig,
+    *,
+    offload_folder: Path,
+    device: str | None,
+    dtype: str | torch.dtype,
+    packed: bool,
+    storage: torch.device | Path | None,
+    disk: Path,
+    progress: bool,
+    callbacks: Sequence[PruningCallback],
+) -> _ReadModel:
+    """Read a model so that its weights stay in its files, and plan its run; refuse what can't be pruned or written.
+
+    `offload_folder` gets copies of weights that can't be read from the files in parts. `storage` is where the user
+    wants activations to be kept; `disk` is the folder for them if the user wants the disk, or computes on the CPU and
+    does not say.
+    """
+    model, tokenizer, files = load_lazily(name, offload_folder, device=device, dtype=dtype)
+    on_cpu = execution_device(model.get_input_embeddings()).type == "cpu"
+    if storage is None and on_cpu:
+        storage = disk
+
+    files_dtypes = dtype == "auto"
+    removal = plan_removal(prunable_layers(model), config)
+    with reading(str(files)):
+        source = source_tensors(
+            model,
+            files,
+            removal.part_of,
+            quantized=files_dtypes and removal.keeps_values,
+        )
+    plan = plan_run(
+        removal,
+        source,
+        files_dtypes=files_dtypes,
+        storage=storage,
+        progress=progress,
+        callbacks=callbacks,
+    )
+    if packed:
+        names = stored_names(model, plan.all_operators.values())
+        require_packable(stored.name for stored in names.values())
+    return _ReadModel(plan=plan, tokenizer=tokenizer, files=files)

@@ -1,0 +1,69 @@
+"""One run: from a plan and its calibration text to a pruned model, in memory or in files.
+
+Two entries lead here: `FistaPruner.prune` for a loaded model, and `named.prune_named` for a model given by name. They
+make the `Plan`, read the calibration text, and choose the `Sink`, where everything that is pruned goes.
+"""
+
+from functools import partial
+
+from optimum_fista.model.held_out import HeldOut
+from optimum_fista.model.precision import products_as
+from optimum_fista.prune.batches import Calibration
+from optimum_fista.prune.budgets import share_budgets
+from optimum_fista.prune.loop import prune_layers
+from optimum_fista.prune.plan import Plan
+from optimum_fista.prune.sink import Sink
+from optimum_fista.report import PruningReport
+
+
+def run(
+    plan: Plan,
+    calibration: Calibration,
+    held_out: HeldOut | None,
+    report: PruningReport,
+    sink: Sink,
+    started: float,
+) -> PruningReport:
+    """Prune the decoder layers of a model, and return the report of the whole run.
+
+    Callbacks are called with everything but the end of the run, which their caller tells them.
+    The sink decides what changes: the model in memory, or only files. After an error, a model in memory is as it was.
+
+    Args:
+        plan: What is pruned and how, without budgets.
+        calibration: The batches of the calibration text (`batches.begin`).
+        held_out: Measures the perplexity on its way through the decoder layers; `None` if it is not measured.
+        report: The report as `batches.begin` began it; it is completed in place.
+        sink: Where pruned weights go.
+        started: The time of `time.perf_counter` at which the user's call began.
+    """
+
+    def tell_begin() -> None:
+        """Call the callbacks before the first decoder layer."""
+        for callback in plan.callbacks:
+            callback.on_prune_begin(report)
+
+    with sink.opened(), products_as(plan.products):
+        sink.together(tell_begin)
+
+        # Measured on the dense model, so before any layer is pruned.
+        budgets = sink.budgets(partial(share_budgets, plan, calibration.batches, report))
+        plan = plan.with_budgets(budgets)
+        work = sink.share(plan, calibration, held_out, report)
+
+        def prune() -> None:
+            """Prune the decoder layers of this process; it may have none."""
+            if work.todo:
+                prune_layers(
+                    plan,
+                    work.calibration,
+                    report,
+                    sink,
+                    held_out=work.held_out,
+                    todo=work.todo,
+                    num_done=work.num_done,
+                )
+
+        sink.together(prune)
+        report = sink.complete(plan, report, work.held_out, started)
+    return report

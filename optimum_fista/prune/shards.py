@@ -1,0 +1,124 @@
+"""Shards: the safetensors files of a pruned model, one for each decoder layer that stays, and one for the rest.
+
+`ShardWriter` knows by which name and in which form each tensor is written: smaller if parts are removed, packed if the
+folder is packed, in the dtype of the source's files if the run keeps that. Masks are bit masks as `solve.pattern` packs
+them, and a "stored" name is the name of a tensor in files, which may differ from the one in the model.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from optimum_fista.folder.packed_folder import Packer
+from optimum_fista.folder.writing import as_stored
+from optimum_fista.model.offload import stored_tensor
+from optimum_fista.prune.plan import Plan
+from optimum_fista.removal.parts_removal import groups_kept
+from optimum_fista.report import LayerRecord
+from optimum_fista.source.names import as_saved, stored_names
+from optimum_fista.source.source_tensors import StoredTensor, write_stored
+
+
+class ShardWriter:
+    """Writes the shards of a pruned model to a folder.
+
+    Args:
+        plan: The plan of the run, with its budgets.
+        folder: Where the shards are written.
+        packed: Whether weights are written without their zeros.
+
+    Attributes:
+        stem: What the names of the shards begin with. Plain Transformers finds no weights in a packed folder.
+        names: Stored names of the pruned operators, by the names of their weights in the model.
+    """
+
+    def __init__(self, plan: Plan, folder: Path, packed: bool) -> None:
+        self.stem = "packed" if packed else "model"
+        self.names = stored_names(
+            plan.layers.model, plan.all_operators.values(), plan.removal.new_name
+        )
+        self._plan = plan
+        self._folder = folder
+        self._packed = packed
+        # Indices of the decoder layers that stay.
+        self._layers_left = [
+            index for index in range(len(plan.layers)) if index not in plan.removal.removed_layers
+        ]
+
+    def tensors_of_layer(
+        self, layer: nn.Module, record: LayerRecord, masks: Mapping[str, Tensor]
+    ) -> dict[str, StoredTensor]:
+        """Collect the tensors to write of a pruned decoder layer, by their stored names.
+
+        `layer` is on its device, with all its weights. `masks` are those of its pruned operators.
+        """
+        plan = self._plan
+        name = record.report.name
+        originals = plan.stored(name, groups_kept([record.report], record.operators))
+        if plan.as_stored:
+            tensors: dict[str, Tensor] = {}
+        else:
+            dense = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
+            tensors = self._by_stored_name(plan.removal.shrink_tensors(record, dense))
+        if self._packed:
+            operators, stored_masks = as_stored(record.operators, masks, self.names)
+            # zeros never reach the disk
+            tensors = Packer(operators, tensors, stored_masks.__getitem__).pack(tensors)
+        return self._in_stored_form(originals, tensors)
+
+    def write_layer(self, index: int, tensors: Mapping[str, StoredTensor]) -> tuple[str, str]:
+        """Write the shard of the decoder layer with this index; return its name and digest (SHA-256)."""
+        return self._write(self._layers_left.index(index), tensors)
+
+    def write_rest(self) -> str:
+        """Write the last shard, with the tensors outside the decoder layers; return its name.
+
+        These are embeddings, norms and the head, and tensors of the source's files that the model's class does not
+        load.
+        """
+        plan = self._plan
+        originals = plan.stored(None, {})
+        if plan.as_stored:
+            tensors: dict[str, Tensor] = {}
+        else:
+            model = plan.layers.model
+            tensors = self._by_stored_name(
+                {name: stored_tensor(model, name) for name in plan.layers.names_around}
+            )
+        around = self._in_stored_form(originals, tensors)
+        name, _ = self._write(len(self._layers_left), around | plan.source.unplaced)
+        return name
+
+    def _write(self, number: int, tensors: Mapping[str, StoredTensor]) -> tuple[str, str]:
+        """Write the shard with this number, from 0; return its name and digest."""
+        total = len(self._layers_left) + 1
+        shard = self._folder / f"{self.stem}-{number + 1:05}-of-{total:05}.safetensors"
+        return shard.name, write_stored(shard, tensors)
+
+    def _by_stored_name(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy tensors of the model to the CPU, under their stored names, without those tied to others."""
+        model = self._plan.layers.model
+        # Transformers ties them again when it loads the folder.
+        not_saved = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
+        saved = {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in tensors.items()
+            if name not in not_saved
+        }
+        return as_saved(model, saved)
+
+    def _in_stored_form(
+        self, originals: Mapping[str, StoredTensor], tensors: Mapping[str, Tensor]
+    ) -> dict[str, StoredTensor]:
+        """Return what is written: `originals` if the run only removes parts, otherwise values in their dtypes."""
+        plan = self._plan
+        if plan.as_stored:
+            return dict(originals)
+        written: dict[str, StoredTensor] = {}
+        for name, tensor in tensors.items():
+            keeps_dtype = plan.files_dtypes and name in originals
+            written[name] = (
+                originals[name].holding(tensor) if keeps_dtype else StoredTensor.of(tensor)
+            )
+        return written
