@@ -17,7 +17,7 @@ from untouched import Untouched
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder.checkpoint import read_report
-from optimum_fista.prune import budgets
+from optimum_fista.removal import parts_removal
 from optimum_fista.solve.pattern import unpack_mask
 
 LAYERS = 5
@@ -146,7 +146,7 @@ def test_a_killed_run_resumes_to_the_same_bytes_and_does_not_choose_again(
     assert (tmp_path / "smaller.unfinished" / "journal" / "layer-00001.json").exists() == (
         number == 13
     )
-    monkeypatch.setattr(budgets, "choose_layers", lambda *_: pytest.fail("it chose again"))
+    monkeypatch.setattr(parts_removal, "choose_layers", lambda *_: pytest.fail("it chose again"))
     pruner(TOGETHER).prune(str(source), BATCHES, output_dir=output)
     assert files_of(output) == files_of(whole)
 
