@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from optimum_fista.memory import size_text
 from optimum_fista.origin import MeasuredPerplexity, patterns_of
-from optimum_fista.report import PruningReport
+from optimum_fista.report import COST_OF_TOKENS_ELSEWHERE, PruningReport
 
 _UNBROKEN = "\u00a0"  # a blank at which no line is broken
 
@@ -45,6 +45,13 @@ def headlines(report: PruningReport) -> Iterator[Headline]:
     totals = report.totals
     if report.measured("pruned") is not None:
         yield _perplexity(report)
+    if report.bits_per_byte is not None:
+        bits = report.bits_per_byte
+        yield Headline(
+            name="Bits per byte",
+            value=f"{bits['pruned']:.3f}",
+            remark=f"{report.verdict_of_tokens}; {report.cost_of_tokens}; {COST_OF_TOKENS_ELSEWHERE}",
+        )
     if report.removed or report.removed_before:
         yield _removed(report)
     if not report.removed:

@@ -37,6 +37,12 @@ from optimum_fista.solve.pattern import Scope
 from optimum_fista.solve.patterns import parse_pattern
 from optimum_fista.verdict import OWN_TEXT, verdict
 
+COST_OF_TOKENS_ELSEWHERE = (
+    "text unlike the one that was counted, such as other languages, code and names, takes more tokens and "
+    "loses more: evaluate on text of your own, and compare bits per byte"
+)
+"""What is to be said of every model that lost tokens."""
+
 # Keys of report.json that are computed from the others, for people who read the file.
 _COMPUTED = ("totals", "command")
 
@@ -400,13 +406,31 @@ class PruningReport:
     @property
     def cost_of_tokens(self) -> str:
         """Say what the removal of tokens cost on held-out text; empty if that was not measured."""
-        found = self.bits_per_byte
-        if found is None:
+        bits = self.bits_per_byte
+        if bits is None:
             return ""
         return (
-            f"{found['dense']:.3f} bits per byte before and {found['pruned']:.3f} after, on {found['num_bytes']:,} "
-            f"bytes of {found['text'] or 'text'} that no token was counted on; they take "
-            f"{found['num_tokens_pruned']:,} tokens instead of {found['num_tokens']:,}"
+            f"{bits['dense']:.3f} bits per byte before and {bits['pruned']:.3f} after, on {bits['num_bytes']:,} "
+            f"bytes of {bits['text'] or 'text'} that no token was counted on; they take "
+            f"{bits['num_tokens_pruned']:,} tokens instead of {bits['num_tokens']:,}"
+        )
+
+    @property
+    def verdict_of_tokens(self) -> str:
+        """How much worse the model became when tokens were removed, in a few words; empty if that was not measured."""
+        bits = self.bits_per_byte
+        if bits is None:
+            return ""
+        # Perplexities that can be compared: of the text of one token of the larger vocabulary, by both models.
+        bytes_per_token = bits["num_bytes"] / bits["num_tokens"]
+        given = 2 ** (bits["dense"] * bytes_per_token)
+        return verdict(
+            # An earlier run was not measured on this text.
+            dense=given if self.origin is None else None,
+            pruned=2 ** (bits["pruned"] * bytes_per_token),
+            num_tokens=bits["num_tokens"],
+            text=bits["text"],
+            vocabulary=self.model["vocabulary"]["before"],
         )
 
     @property

@@ -198,28 +198,15 @@ def verdicts(report: PruningReport) -> Iterator[str]:
 
 def _cost_of_tokens(report: PruningReport) -> Iterator[str]:
     """Say what the removal of tokens cost on held-out text, with the verdict; nothing if no token was removed."""
-    from optimum_fista.verdict import verdict
+    from optimum_fista.report import COST_OF_TOKENS_ELSEWHERE
 
-    numbers = report.bits_per_byte
     if "vocabulary" not in report.model:
         return
-    if numbers is None:
+    if report.bits_per_byte is None:
         yield "what the removed tokens cost is not measured (the warning says why)"
     else:
-        # Perplexities that can be compared: of the text of one dense token, by both models.
-        bytes_per_token = numbers["num_bytes"] / numbers["num_tokens"]
-        words = verdict(
-            dense=2 ** (numbers["dense"] * bytes_per_token),
-            pruned=2 ** (numbers["pruned"] * bytes_per_token),
-            num_tokens=numbers["num_tokens"],
-            text=numbers["text"],
-            vocabulary=report.model["vocabulary"]["before"],
-        )
-        yield f"{report.cost_of_tokens} ({words})"
-    yield (
-        "text unlike the one that was counted, such as other languages, code and names, takes more tokens and "
-        "loses more: evaluate on text of your own, and compare bits per byte"
-    )
+        yield f"{report.cost_of_tokens} ({report.verdict_of_tokens})"
+    yield COST_OF_TOKENS_ELSEWHERE
 
 
 def path_of_first_model(report: PruningReport, model: str) -> str:

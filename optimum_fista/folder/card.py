@@ -23,7 +23,12 @@ from yaml import YAMLError
 
 from optimum_fista.headlines import STEP_HEADINGS, perplexities_to_compare, step_rows, title
 from optimum_fista.installing import install_command
-from optimum_fista.report import HUB_DATASETS, OperatorGrid, PruningReport
+from optimum_fista.report import (
+    COST_OF_TOKENS_ELSEWHERE,
+    HUB_DATASETS,
+    OperatorGrid,
+    PruningReport,
+)
 
 PACKED_NOTE = f"""
 ## Packed
@@ -77,6 +82,7 @@ def model_card(report: PruningReport, dense: str = "") -> str:
         step_headings=STEP_HEADINGS,
         steps=step_rows(report),
         zeros=_distribution_of_zeros(report),
+        cost_of_tokens_elsewhere=COST_OF_TOKENS_ELSEWHERE,
         compared=perplexities_to_compare(report) if report.perplexity else [],
         # one row for the operators of a kind in all decoder layers
         kinds=OperatorGrid(report.operators).kinds,

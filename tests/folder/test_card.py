@@ -270,3 +270,20 @@ def test_the_code_in_the_card_of_a_class_that_transformers_lacks_trusts_its_own(
 def test_versions_are_no_markdown(saved):
     report = dataclasses.replace(saved.report, versions=saved.report.versions | {"[x](y)": "`<b>`"})
     assert r"\[x\](y) \`\<b\>\`" in model_card(report)
+
+
+def test_card_says_what_removed_tokens_cost(saved):
+    size = saved.report.model["num_parameters"]
+    model = saved.report.model | {"dense_num_parameters": size + 100}
+    model["vocabulary"] = {"kept": 60, "before": 1000}
+    bits = {"dense": 1.0, "pruned": 1.25, "num_bytes": 20000, "num_tokens": 5000}
+    bits |= {"num_tokens_pruned": 6000, "text": "sea.txt"}
+    report = dataclasses.replace(saved.report, model=model, operators=[], bits_per_byte=bits)
+
+    text = model_card(report)
+
+    assert (
+        "| what the removed tokens cost | 1.000 bits per byte before and 1.250 after, on 20,000 bytes of sea.txt that "
+        "no token was counted on; they take 6,000 tokens instead of 5,000 (clearly worse, training would help) |"
+    ) in text
+    assert "other languages, code and names, takes more tokens" in text
