@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_fista import calibration_tokens, load_model
+from optimum_fista.devices import floating_dtype, usable_device
 from optimum_fista.environment import numerical_environment
 from optimum_fista.folder.atomic import errors_of_writing
 from optimum_fista.folder.checkpoint import CARD_FILE, CONFIG_KEY
@@ -49,7 +50,7 @@ from optimum_fista.report import public_name
 from optimum_fista.solve.linalg import damped_inverse, diagonal_blocks
 from optimum_fista.solve.pattern import SparsityPattern, parse_pattern
 from optimum_fista.source.files import copy_source, source_folder
-from optimum_fista.source.loading import floating_dtype, gguf_file, usable_device
+from optimum_fista.source.loading import gguf_file
 from optimum_fista.source.source_tensors import source_tensors
 
 _DAMPING = 0.01  # of a Gram matrix, in means of its diagonal

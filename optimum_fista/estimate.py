@@ -20,6 +20,7 @@ from torch.utils.benchmark import Timer
 from transformers import PreTrainedConfig
 
 from optimum_fista.config import FistaPruningConfig
+from optimum_fista.devices import default_device, floating_dtype, usable_device
 from optimum_fista.memory import available_bytes, total_bytes
 from optimum_fista.model.experts import is_fused_experts
 from optimum_fista.model.layers import prunable_layers
@@ -32,11 +33,8 @@ from optimum_fista.removal.shrinking import plan_shrinking
 from optimum_fista.solve.linalg import SCALE_ON_DEVICES, rows_in_block
 from optimum_fista.solve.methods import largest_memory_factors, method_class
 from optimum_fista.source import loading
-from optimum_fista.source.formats.dequantization import (
-    forget_quantization,
-    quantization,
-    read_dequantized,
-)
+from optimum_fista.source.formats.dequantizer import read_dequantized
+from optimum_fista.source.quantization import forget_quantization, quantization
 from optimum_fista.source.source_tensors import source_tensors
 from optimum_fista.text.calibration_tokens import usual_length
 from optimum_fista.text.self_sampling import num_batches, num_texts
@@ -78,12 +76,12 @@ class Estimate:
         given, self.quantized = copy.deepcopy(given), quantization(given)
         if self.quantized:
             forget_quantization(read_dequantized(given))
-        stored = loading.floating_dtype(
+        stored = floating_dtype(
             (None if self.whole else getattr(given, "dtype", None)) or torch.float32
         )
-        keeps, dtype = dtype == "auto", stored if dtype == "auto" else loading.floating_dtype(dtype)
+        keeps, dtype = dtype == "auto", stored if dtype == "auto" else floating_dtype(dtype)
         self.model = loading.described(given, dtype)
-        self.place, self.device = device, (device or loading.default_device()).partition(":")[0]
+        self.place, self.device = device, (device or default_device()).partition(":")[0]
         self.on_cpu, self.storage_device = self.device == "cpu", storage_device
         storage = (storage_device or ("disk" if self.on_cpu else self.device)).partition(":")[0]
         self.storage = "device" if storage == self.device else {"cpu": "host"}.get(storage, "disk")
@@ -299,7 +297,7 @@ class Estimate:
     @cached_property
     def seconds(self) -> dict[str, float]:
         """Time by stage, without imports and text that the model writes itself; `ValueError` if it is not estimated."""
-        device, kinds = loading.usable_device(self.place), dict[object, list[int]]()
+        device, kinds = usable_device(self.place), dict[object, list[int]]()
         for number, (name, layer) in enumerate(
             self.layers
         ):  # alike are those with the same shapes and operators

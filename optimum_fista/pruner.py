@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.config import FistaPruningConfig
+from optimum_fista.devices import storage_place
 from optimum_fista.environment import numerical_environment
 from optimum_fista.folder.checkpoint import CONFIG_KEY
 from optimum_fista.folder.hub import push_folder, require_repo_id
@@ -27,7 +28,7 @@ from optimum_fista.prune.run import run
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.removal.parts_removal import Removal, plan_removal
 from optimum_fista.report import PruningReport
-from optimum_fista.source.loading import local_source, reading, storage_place
+from optimum_fista.source.loading import local_source, reading
 from optimum_fista.source.source_tensors import SourceTensors, source_tensors
 
 logger = logging.getLogger(__name__)

@@ -214,12 +214,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:
     """Refuse options that can't work before anything is read or printed."""
+    from optimum_fista.devices import storage_place, usable_device
     from optimum_fista.folder.hub import require_push
     from optimum_fista.folder.output import require_output, unfinished_folder
     from optimum_fista.prune.journal import require_same_run
     from optimum_fista.prune.ranks import launched_processes, require_independent_layers
     from optimum_fista.removal.parts_removal import require_zeros_to_pack
-    from optimum_fista.source.loading import storage_place, usable_device
     from optimum_fista.text.sources import require_source
 
     require_independent_layers(config, launched_processes())

@@ -27,10 +27,11 @@ from optimum_fista.model.operators import LinearOperator
 from optimum_fista.removal.parts import ModelOutline, numbers_kept
 from optimum_fista.removal.shrinking import plan_shrinking
 from optimum_fista.report import OperatorReport, PruningReport
-from optimum_fista.source.formats.dequantization import dequantizer_of
+from optimum_fista.source.formats.dequantizer import dequantizer_of
 from optimum_fista.source.loading import load_lazily
 from optimum_fista.source.names import stored_names
-from optimum_fista.source.source_tensors import StoredTensor, read_stored, source_tensors
+from optimum_fista.source.source_tensors import source_tensors
+from optimum_fista.source.stored_tensor import StoredTensor, read_stored
 
 
 class VerificationError(ValueError):

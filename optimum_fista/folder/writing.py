@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from optimum_fista import internals
 from optimum_fista.folder.atomic import errors_of_writing, write_file
 from optimum_fista.folder.card import PACKED_NOTE, model_card
 from optimum_fista.folder.checkpoint import (
@@ -39,29 +40,36 @@ from optimum_fista.model.offload import describe_ties, stored_tensor
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.report import OperatorReport, PruningReport
 from optimum_fista.solve.pattern import pack_mask, unpack_mask
+from optimum_fista.source.configuration import content_of, source_content
 from optimum_fista.source.files import copy_source
 from optimum_fista.source.loading import forget_gguf, local_source
 from optimum_fista.source.names import StoredName, stored_names
-from optimum_fista.source.source_tensors import (
-    SourceTensors,
-    StoredTensor,
-    in_dtypes_of,
-    write_stored,
-)
+from optimum_fista.source.source_tensors import IS_NOT_DESCRIBED, SourceTensors
+from optimum_fista.source.stored_tensor import StoredTensor, in_dtypes_of, write_stored
+
+_GENERATION_FILE = "generation_config.json"
 
 
 @contextlib.contextmanager
-def _saved_as_loaded(generation: GenerationConfig | None) -> Iterator[None]:
-    """Let Transformers 5.17 save a generation configuration that it loaded and calls invalid; 5.24 does so itself."""
-    validate = GenerationConfig.validate
-    if getattr(generation, "_original_object_hash", None) == hash(
-        generation
-    ):  # nobody has changed it since
-        GenerationConfig.validate = lambda *_, **__: None  # type: ignore[method-assign]
+def _generation_file_copied(
+    model: PreTrainedModel, source: Path | None, folder: Path
+) -> Iterator[None]:
+    """Copy `generation_config.json` from `source` to `folder` at the end if nobody has changed it since it was loaded.
+
+    Inside, `model` has another generation configuration, which can be saved: Transformers 5.17 refuses to save one that
+    it has loaded but calls invalid.
+    """
+    file = None if source is None else source / _GENERATION_FILE
+    generation = getattr(model, "generation_config", None)
+    if file is None or not file.exists() or not internals.is_as_loaded(generation):
+        yield
+        return
+    model.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        GenerationConfig.validate = validate  # type: ignore[method-assign]
+        model.generation_config = generation  # type: ignore[assignment]
+    shutil.copyfile(file, folder / _GENERATION_FILE)
 
 
 def write_checkpoint(
@@ -92,7 +100,7 @@ def write_checkpoint(
     report = dataclasses.replace(report, operators=stored, retrained=retrained)
     forget_gguf(model)
     source = local_source(model)
-    with errors_of_writing(folder), _saved_as_loaded(getattr(model, "generation_config", None)):
+    with errors_of_writing(folder), _generation_file_copied(model, source, folder):
         if source is not None and getattr(model.config, "auto_map", None):
             copy_source(
                 source, folder, "*.py"
@@ -167,15 +175,16 @@ def write_all_but_weights(
         shutil.copyfile(source / VOCABULARY_FILE, folder / VOCABULARY_FILE)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    if model.can_generate() and not (folder / "generation_config.json").exists():
+    if model.can_generate() and not (folder / _GENERATION_FILE).exists():
         model.generation_config.save_pretrained(folder)
     describe_ties(model, model.config)
-    settings = model.config.get_text_config(decoder=True)
-    for word, value in [*vars(settings).items()] if "lacks" in report.model else ():
-        if type(value) is int and (
-            "nextn" in word or "mtp" in word
-        ):  # layers that predict more tokens
-            setattr(settings, word, 0)
+    reasons = report.model.get("lacks", {}).values()
+    if any(not reason.endswith(IS_NOT_DESCRIBED) for reason in reasons):
+        settings = model.config.get_text_config(decoder=True)
+        for word, value in list(vars(settings).items()):
+            is_of_further_tokens = "nextn" in word or "mtp" in word
+            if type(value) is int and is_of_further_tokens:
+                setattr(settings, word, 0)  # the result lacks these layers
     model.config.fista_pruning = summary(
         report
     )  # survives `save_pretrained` of whoever loads the model
@@ -183,7 +192,8 @@ def write_all_but_weights(
     model.config.dtype = str(model.dtype).removeprefix("torch.")  # in which Transformers loads it
     dense = getattr(model.config, "_name_or_path", "") or ""
     card = model_card(report, dense)
-    write_form(folder, json.loads(model.config.to_json_string()), card, masks, packed, quantized)
+    content = content_of(model.config, source_content(source))
+    write_form(folder, content, card, masks, packed, quantized)
 
 
 def write_form(

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from optimum_fista.config import FistaPruningConfig
+from optimum_fista.devices import storage_place, usable_device
 from optimum_fista.folder.output import FOLDER, locked_output, require_output
 from optimum_fista.folder.packed_folder import require_packable
 from optimum_fista.model.layers import prunable_layers
@@ -31,7 +32,7 @@ from optimum_fista.prune.run import run
 from optimum_fista.removal.parts_removal import plan_removal, require_zeros_to_pack
 from optimum_fista.removal.tokens import remove_tokens
 from optimum_fista.report import PruningReport
-from optimum_fista.source.loading import load_lazily, reading, storage_place, usable_device
+from optimum_fista.source.loading import load_lazily, reading
 from optimum_fista.source.names import stored_names
 from optimum_fista.source.source_tensors import source_tensors
 

@@ -25,7 +25,7 @@ from optimum_fista.report import (
     public_name,
 )
 from optimum_fista.solve.methods.magnitude import Magnitude
-from optimum_fista.source.formats.dequantization import quantized_source
+from optimum_fista.source.quantization import quantized_source
 
 
 def begin_report(plan: Plan) -> PruningReport:

@@ -25,7 +25,8 @@ from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.removal.parts_removal import Removal
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.source.names import stored_names
-from optimum_fista.source.source_tensors import SourceTensors, StoredTensor
+from optimum_fista.source.source_tensors import SourceTensors
+from optimum_fista.source.stored_tensor import StoredTensor
 
 UNDER_CALIBRATED_TOKENS = 128
 """An expert to which the router sends fewer calibration tokens is pruned by magnitude."""

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import get_int_from_env
 
 from optimum_fista.config import FistaPruningConfig
-from optimum_fista.source.loading import default_device
+from optimum_fista.devices import default_device
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.config import FistaPruningConfig
+from optimum_fista.devices import floating_dtype
 from optimum_fista.folder import checkpoint
 from optimum_fista.folder.atomic import write_file
 from optimum_fista.folder.output import FOLDER, locked_output, new_output
@@ -52,14 +53,9 @@ from optimum_fista.removal.token_loss import measure_bits_per_byte
 from optimum_fista.report import PruningReport, public_name
 from optimum_fista.source import loading
 from optimum_fista.source.files import copy_source, source_folder
-from optimum_fista.source.formats.dequantization import DENSE, forget_quantization
-from optimum_fista.source.source_tensors import (
-    SourceTensors,
-    StoredTensor,
-    source_tensors,
-    weight_files,
-    write_stored,
-)
+from optimum_fista.source.quantization import forget_quantization
+from optimum_fista.source.source_tensors import SourceTensors, source_tensors
+from optimum_fista.source.stored_tensor import DENSE, StoredTensor, weight_files, write_stored
 from optimum_fista.text.token_counts import HeldOutText, count_tokens
 from optimum_fista.text.vocabulary import SmallerVocabulary, reduce_vocabulary
 from optimum_fista.text.windows import first_token
@@ -546,7 +542,7 @@ def _set_dtype(
     dtype = getattr(settings, "dtype", None)
     if dtype is None:
         dtype = next(tensor.tensor().dtype for tensor in stored.values() if tensor.dtype in DENSE)
-    torch.nn.Module.to(model, loading.floating_dtype(dtype))
+    torch.nn.Module.to(model, floating_dtype(dtype))
 
 
 def _described(

@@ -1,15 +1,17 @@
 """Load models to prune, GGUF files included, and refuse those that can't be pruned.
 
-Transformers reads every file; its errors on damaged files become one error that names the model. A streamed run loads a
-model with all weights left in their files (`load_lazily`).
+A model is named by a *name*: a Hub id, a model folder, or a folder that holds one GGUF file. `load_model` reads a whole
+model into memory. A streamed run, which holds one decoder layer at a time, calls `load_lazily`, which leaves the
+weights in their files. Both call `read_model`. Transformers reads every file; its errors on damaged files become one
+error that names the model (`reading`). No code that comes with a model runs.
 """
 
 import copy
 import functools
 import gc
 import importlib.util
+import json
 import logging
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,13 +38,18 @@ from transformers import (
 )
 
 import optimum_fista.packed  # noqa: F401  # so that packed folders load
+from optimum_fista import internals
+from optimum_fista.devices import floating_dtype, usable_device
 from optimum_fista.folder.checkpoint import closest_folder, require_name
 from optimum_fista.installing import install_command
 from optimum_fista.memory import is_out_of_memory
-from optimum_fista.model.activations import Storage
 from optimum_fista.model.offload import move_execution, settle_ties
 from optimum_fista.source.files import source_folder
-from optimum_fista.source.formats.dequantization import quantization, read_dequantized
+from optimum_fista.source.formats.dequantizer import read_dequantized
+from optimum_fista.source.quantization import quantization
+from optimum_fista.source.stored_tensor import weight_files
+
+_TOKENIZER_FILES = ("tokenizer*", "*.model", "*.gguf", "vocab.*")
 
 
 def load_model(
@@ -60,7 +67,9 @@ def load_model(
         dtype: Floating dtype, `"auto"` takes the checkpoint's.
         device_map: Accelerate's device map instead of `device`, such as `"auto"`, for a model that doesn't fit on it.
     """
-    target, dtype = usable_device(device), dtype if dtype == "auto" else floating_dtype(dtype)
+    target = usable_device(device)
+    if dtype != "auto":
+        dtype = floating_dtype(dtype)
     tokenizer = require_tokenizer(name)  # first: the weights take long
     model = read_model(name, dtype=dtype, device_map=device_map)
     forget_gguf(model)
@@ -74,79 +83,98 @@ def load_lazily(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, Path]:
     """Load a model whose weights stay in its files until they are needed.
 
-    Weights of a GGUF file are dequantized in memory; the same file has the tokenizer. Returns also the folder of the
-    files.
+    Weights that are stored in another form are copied into `offload_folder`. Weights of a GGUF file are dequantized in
+    memory; the same file has the tokenizer.
+
+    Returns:
+        The model; the tokenizer of a GGUF file, otherwise `None`; and the folder of the files.
     """
     if gguf_file(name) is not None:
-        return (*load_model(name, device=device, dtype=dtype), Path(name))
-    target, dtype = usable_device(device), dtype if dtype == "auto" else floating_dtype(dtype)
+        model, tokenizer = load_model(name, device=device, dtype=dtype)
+        return model, tokenizer, Path(name)
 
-    def is_news(record: logging.LogRecord) -> bool:  # that weights stay in their files is intended
-        return not record.getMessage().startswith("Some parameters are on the meta device")
-
-    talker = logging.getLogger("accelerate.big_modeling")
-    talker.addFilter(is_news)
-    try:
-        # Weights stay in safetensors files. Those that are stored in another form are copied into the offload folder.
+    target = usable_device(device)
+    if dtype != "auto":
+        dtype = floating_dtype(dtype)
+    with _without_news_of_offloading():
         model = read_model(
             name, dtype=dtype, device_map={"": "disk"}, offload_folder=offload_folder
         )
-    finally:
-        talker.removeFilter(is_news)
-    source = source_folder(name, getattr(model.config, "_commit_hash", None))
+    source = source_folder(name, internals.commit_of(model.config))
     settle_ties(model)  # tied weights are two once they are offloaded
     move_execution(model, target)
     return model, None, source
 
 
-def local_source(model: PreTrainedModel) -> Path | None:
-    """The folder from which a model in memory was loaded, in the cache of the Hub too; `None` if there is none."""
-    name, revision = (
-        getattr(model.config, "_name_or_path", ""),
-        getattr(model.config, "_commit_hash", None),
-    )
-    if not name or Path(name).is_dir():
-        return Path(name) if name else None
+@contextmanager
+def _without_news_of_offloading() -> Iterator[None]:
+    """Silence, inside, Accelerate's remark that weights stay in their files: it is intended."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        """Tell whether a message says something else."""
+        return not record.getMessage().startswith("Some parameters are on the meta device")
+
+    accelerate_logger = logging.getLogger("accelerate.big_modeling")
+    accelerate_logger.addFilter(is_news)
     try:
-        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+        yield
+    finally:
+        accelerate_logger.removeFilter(is_news)
+
+
+def local_source(model: PreTrainedModel) -> Path | None:
+    """Return the folder from which a model in memory was loaded, in the Hub's cache too; `None` if there is none."""
+    name = internals.loaded_from(model.config)
+    if not name:
+        return None
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        cached = try_to_load_from_cache(
+            name, "config.json", revision=internals.commit_of(model.config)
+        )
     except HFValidationError:  # a path that is gone
         return None
     return Path(cached).parent if isinstance(cached, str) else None
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a Hub id, a model folder, or a folder with one GGUF file; `None` if a model folder has none."""
-    folder, kinds = Path(name), ("tokenizer*", "*.model", "*.gguf", "vocab.*")
-    if (folder / "config.json").is_file() and not any(any(folder.glob(kind)) for kind in kinds):
+    """Load the tokenizer of a model; `None` if a model folder has none."""
+    _require_no_configuration_file(name, "tokenizer")
+    folder = Path(name)
+    has_tokenizer = any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
+    if (folder / "config.json").is_file() and not has_tokenizer:
         return None
-    return _read(AutoTokenizer, name)
+    tokenizer: PreTrainedTokenizerBase = _read(AutoTokenizer, name)
+    return tokenizer
 
 
 def require_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, without the model."""
+    """Load the tokenizer of a model, without the model; ValueError if it has none."""
     tokenizer = load_tokenizer(name)
     if tokenizer is None:
-        files = "tokenizer.json, tokenizer_config.json"
         raise ValueError(
-            f"model={name!r} has no tokenizer: copy the files of its tokenizer into the folder ({files})."
+            f"model={name!r} has no tokenizer: copy the files of its tokenizer into the folder (tokenizer.json, "
+            "tokenizer_config.json)."
         )
     return tokenizer
 
 
 def require_processor(name: str) -> ProcessorMixin:
-    """The processor of a model, which makes its inputs from text and images."""
+    """Load the processor of a model, which makes its inputs from text and images; ValueError if it has none."""
     processor = _read(AutoProcessor, name)
     if not isinstance(processor, ProcessorMixin):  # the tokenizer of a model of text
-        advice = "pass text alone, or copy its processor_config.json and preprocessor_config.json into the folder"
         raise ValueError(
-            f"model={name!r} has no processor, so it can't be calibrated with images: {advice}."
+            f"model={name!r} has no processor, so it can't be calibrated with images: pass text alone, or copy its "
+            "processor_config.json and preprocessor_config.json into the folder."
         )
     return processor
 
 
 def read_config(name: str) -> PreTrainedConfig:
-    """The configuration of a Hub id, a model folder, or a folder with one GGUF file."""
-    return _read(AutoConfig, name)
+    """Read the configuration of a Hub id, a model folder, a folder with one GGUF file, or a `config.json`."""
+    config: PreTrainedConfig = _read(AutoConfig, name)
+    return config
 
 
 def model_class(config: PreTrainedConfig) -> Any:
@@ -154,47 +182,91 @@ def model_class(config: PreTrainedConfig) -> Any:
 
     If it names none that writes text, a causal language model is preferred: Transformers may load a part only.
     """
-    kinds: dict[Any, Any] = {
-        kind: kind._model_mapping for kind in (AutoModelForCausalLM, AutoModelForMultimodalLM)
-    }
-    known = {
-        kind: classes[type(config)].__name__
-        for kind, classes in kinds.items()
-        if type(config) in classes
-    }
-    if not known and not getattr(
-        config, "auto_map", None
-    ):  # about code beside the model, Transformers has an error
+    class_names: dict[Any, str] = {}  # of the model, by the automatic class that loads it
+    for automatic in (AutoModelForCausalLM, AutoModelForMultimodalLM):
+        classes = internals.classes_by_configuration(automatic)
+        if type(config) in classes:
+            class_names[automatic] = classes[type(config)].__name__
+
+    # If there is code beside the model, Transformers has an error about it.
+    has_code = bool(getattr(config, "auto_map", None))
+    if not class_names and not has_code:
         raise ValueError(
             f"model {config.name_or_path!r} has model_type={config.model_type!r}, of which Transformers has no class "
             "that writes text: pass a causal language model, or a multimodal one with a text decoder."
         )
-    named = [kind for kind in known if known[kind] in (config.architectures or ())]
-    return [*named, *known, AutoModelForCausalLM][0]
+    for automatic, class_name in class_names.items():
+        if class_name in (config.architectures or ()):
+            return automatic
+    return next(iter(class_names), AutoModelForCausalLM)
 
 
 def described(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Build the model of a configuration without weights, on the meta device; the configuration stays as it is."""
+    """Build the model of a configuration without weights, on the meta device; `config` stays as it is."""
     with reading(config.name_or_path or type(config).__name__), torch.device("meta"):
-        given = copy.deepcopy(config)
         model: PreTrainedModel = model_class(config).from_config(
-            given, dtype=dtype, trust_remote_code=False
+            copy.deepcopy(config), dtype=dtype, trust_remote_code=False
         )
     return model
 
 
-def read_model(name: str, **options: Any) -> PreTrainedModel:
-    """Read a language model from its files, dequantized, with further options of `from_pretrained`."""
-    config = None if gguf_file(name) else options.get("config") or read_config(name)
-    kind = AutoModelForCausalLM if config is None else model_class(config)
-    if config is not None and quantization(config):
-        options["config"] = read_dequantized(config)
-    model, info = _read(kind, name, output_loading_info=True, **options)
+def read_model(
+    name: str, *, config: PreTrainedConfig | None = None, **options: Any
+) -> PreTrainedModel:
+    """Read a language model from its files, dequantized.
+
+    Args:
+        name: Hub id, model folder, or a folder with one GGUF file.
+        config: Its configuration, if it is not that of the files; the model gets a copy.
+        options: Further options of `from_pretrained`, such as `dtype` and `device_map`.
+
+    Raises:
+        ValueError: The files lack tensors that the model needs, or are quantized in a form that can't be read.
+    """
+    _require_weights(name)
+    if gguf_file(name) is not None:
+        automatic = AutoModelForCausalLM
+    else:
+        config = read_config(name) if config is None else copy.deepcopy(config)
+        automatic = model_class(config)
+        if quantization(config) is not None:
+            config = read_dequantized(config)
+    if config is not None:
+        options["config"] = config
+
+    model: PreTrainedModel
+    model, info = _read(automatic, name, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     if missing:  # Transformers warns and takes random values
-        why = f"its files lack {len(missing)} tensors that its config.json asks for, such as {missing[0]}"
-        raise ValueError(f"model={name!r} can't be loaded: {why}. Download it again.")
+        raise ValueError(
+            f"model={name!r} can't be loaded: its files lack {len(missing)} tensors that its config.json asks for, "
+            f"such as {missing[0]}. Download it again."
+        )
     return model
+
+
+def _require_weights(name: str) -> None:
+    """Refuse a configuration without weights, from which only an estimate can be made."""
+    _require_no_configuration_file(name, "weights")
+    folder = Path(name)
+    config_file = folder / "config.json"
+    if not config_file.is_file() or weight_files(folder):
+        return
+    has_other_name = b"transformers_weights" in config_file.read_bytes()
+    if not has_other_name:
+        raise ValueError(
+            f"model={name!r} has a config.json but no weights (model.safetensors or pytorch_model.bin): download them, "
+            "or pass --dry-run for an estimate."
+        )
+
+
+def _require_no_configuration_file(name: str, missing: str) -> None:
+    """Refuse the path of a `config.json`; `missing` says what cannot be read from it."""
+    if Path(name).is_file() and Path(name).suffix == ".json":
+        raise ValueError(
+            f"model={name!r} is a configuration, which has no {missing}: pass the folder of the model, or --dry-run "
+            "for an estimate."
+        )
 
 
 @contextmanager
@@ -205,9 +277,8 @@ def reading(name: str) -> Iterator[None]:
     except (OSError, ImportError):  # which say what is wrong
         raise
     except Exception as error:
-        if type(error) is ValueError or is_out_of_memory(
-            error
-        ):  # parsers raise subclasses of ValueError
+        is_own = type(error) is ValueError  # parsers raise subclasses of ValueError
+        if is_own or is_out_of_memory(error):
             raise
         raise ValueError(
             f"model={name!r} can't be loaded ({type(error).__name__}: {error}). If its files are damaged, or pointers "
@@ -215,25 +286,32 @@ def reading(name: str) -> Iterator[None]:
         ) from error
 
 
-def _read(kind: Any, name: str, **options: Any) -> Any:
-    """Read a model's files by an automatic class of Transformers; no code that comes with them runs."""
-    file, enabled = gguf_file(name), gc.isenabled()
+def _read(automatic: Any, name: str, **options: Any) -> Any:
+    """Read a model's files by an automatic class of Transformers, with options of its `from_pretrained`."""
+    file = gguf_file(name)
     if file is None:
         if not Path(name).exists():
             _require_on_hub(name)
-    elif importlib.util.find_spec("gguf") is None:
-        command = install_command("gguf")
-        raise ImportError(
-            f"model={name!r} is a GGUF file, which needs the package gguf: run {command}."
-        )
-    else:
-        options["gguf_file"] = file
-        gc.disable()  # the tokens of the file are many objects, at all of which the collector would look many times
-    try:
         with reading(name):
-            return kind.from_pretrained(name, trust_remote_code=False, **options)
+            return automatic.from_pretrained(name, trust_remote_code=False, **options)
+
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError(
+            f"model={name!r} is a GGUF file, which needs the package gguf: run {install_command('gguf')}."
+        )
+    with reading(name), _without_collector():
+        return automatic.from_pretrained(name, trust_remote_code=False, gguf_file=file, **options)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Stop the garbage collector inside: it would look many times at the tokens of a GGUF file, many objects."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
-        if enabled:
+        if was_enabled:
             gc.enable()
 
 
@@ -245,84 +323,89 @@ def _require_on_hub(name: str) -> None:
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"))
     except Exception as error:  # the client has no common base
-        absent = isinstance(error, RepositoryNotFoundError) and not isinstance(
-            error, GatedRepoError
-        )
-        if (
-            isinstance(error, HfHubHTTPError) and not absent
-        ):  # it has another file, it is gated, or is busy
+        is_gated = isinstance(error, GatedRepoError)
+        is_absent = isinstance(error, RepositoryNotFoundError) and not is_gated
+        if is_absent:
+            raise OSError(
+                f"model={name!r}: there is no such folder, and the Hub has no such model that you may read."
+                f"{closest_folder(name)}"
+            ) from error
+        # It has the model with another file, the model is gated, or it is busy: Transformers says so.
+        if isinstance(error, HfHubHTTPError):
             return
-        unreached = f"can't be reached ({str(error).partition(chr(10))[0]})"
-        why = "has no such model that you may read" if absent else unreached
+        first_line = str(error).partition("\n")[0]
         raise OSError(
-            f"model={name!r}: there is no such folder, and the Hub {why}.{closest_folder(name)}"
+            f"model={name!r}: there is no such folder, and the Hub can't be reached ({first_line})."
+            f"{closest_folder(name)}"
         ) from error
 
 
 def gguf_file(name: str) -> str | None:
-    """Name of the GGUF file if `name` is a folder with one and no configuration."""
-    folder = Path(name)
-    if folder.is_file() and folder.suffix != ".json":
-        raise ValueError(f"model={name!r} is a file: pass the folder that holds it, or a Hub id.")
+    """Return the name of the GGUF file if `name` is a folder with one and no configuration; otherwise `None`.
+
+    Raises ValueError if `name` is nothing that a model can be read from: a file except `*.json`, an adapter, a folder
+    without a model, or neither a path nor a Hub id.
+    """
+    path = Path(name)
+    if path.is_file() and path.suffix != ".json":
+        _refuse_file(path)
     require_name(name)
-    if not folder.is_dir() or (folder / "config.json").exists():
+    if not path.is_dir() or (path / "config.json").exists():
         return None
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) != 1:
-        what = "is a folder with neither a config.json nor exactly one .gguf file"
-        raise ValueError(f"model={name!r} {what}: pass a model folder or a Hub id.")
+
+    adapter = path / "adapter_config.json"
+    if adapter.exists():
+        _refuse_adapter(adapter)
+    files = sorted(path.glob("*.gguf"))
+    if not files:
+        raise ValueError(
+            f"model={name!r} is a folder with neither a config.json nor a .gguf file: pass a model folder or a Hub id."
+        )
+    if len(files) > 1:
+        raise ValueError(
+            f"model={name!r} is a folder with {len(files)} .gguf files ({files[0].name}, {files[1].name}, ...): move "
+            "the one to prune into a folder of its own, and pass that."
+        )
     return files[0].name
 
 
-def default_device() -> str:
-    """Type of the accelerator if there is one, otherwise the CPU; MPS is not chosen, because it has no float64."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return "cpu" if found is None or found.type == "mps" else found.type
-
-
-def usable_device(device: str | None) -> torch.device:
-    """A device by name; `None`: `default_device()`."""
-    device = device or default_device()
-    try:
-        found = torch.empty(
-            0, device=device
-        ).device  # with the number of the current one, if none was named
-        if found.type == "meta":
-            raise RuntimeError("it holds no values")
-        return found
-    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
+def _refuse_file(path: Path) -> None:
+    """Raise ValueError for the path of a file, and say which folder to pass instead."""
+    if path.suffix != ".gguf":
         raise ValueError(
-            f"device={device!r} can't be used: {error}. Pass 'cpu', 'cuda' or 'cuda:N'."
-        ) from error
+            f"model={str(path)!r} is a file: pass the folder that holds it, or a Hub id."
+        )
+    others = [file for file in path.parent.glob("*.gguf") if file != path]
+    if others or (path.parent / "config.json").exists():
+        raise ValueError(
+            f"model={str(path)!r} is a GGUF file beside other models: move it into a folder of its own, and pass that."
+        )
+    raise ValueError(
+        f"model={str(path)!r} is a GGUF file: pass the folder that holds it, {str(path.parent)!r}."
+    )
 
 
-def storage_place(name: str | torch.device | Path | None) -> Storage | None:
-    """The device or folder for activations; `"disk"` is the temporary folder, `None` stays `None`."""
-    if name is None:
-        return None
-    if name == "disk":
-        return Path(tempfile.gettempdir())
+def _refuse_adapter(adapter_config: Path) -> None:
+    """Raise ValueError for the folder of an adapter of PEFT, and say what to do with its base model."""
     try:
-        return usable_device(str(name))
-    except ValueError as error:
-        if Path(str(name)).is_dir():  # a device comes first: a folder called `cpu` is `./cpu`
-            return Path(str(name))
-        wanted = f"a device such as 'cpu', 'disk', or a folder that exists ({error})"
-        raise ValueError(f"storage_device={str(name)!r}: pass {wanted}") from error
-
-
-def floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A floating dtype by name."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if (
-        not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2
-    ):  # no sums in 8 bits
-        raise ValueError(f"dtype={dtype!r}: pass 'auto', 'float32', 'bfloat16' or 'float16'.")
-    return found
+        base = json.loads(adapter_config.read_bytes()).get("base_model_name_or_path")
+    except (ValueError, AttributeError):  # it is damaged
+        base = None
+    raise ValueError(
+        f"model={str(adapter_config.parent)!r} is an adapter of PEFT (adapter_config.json), not a model: merge it into "
+        f"its base model{'' if base is None else f' {base!r}'} (merge_and_unload() of PEFT), save that model, and pass "
+        "its folder."
+    )
 
 
 def forget_gguf(model: PreTrainedModel) -> None:
-    """Drop the mark of the GGUF file from a model whose weights were dequantized, so that it can be saved."""
-    if getattr(getattr(model.config, "quantization_config", None), "quant_method", None) == "gguf":
-        model.config.__dict__.pop("quantization_config")
+    """Drop the mark of the GGUF file from a model whose weights were dequantized, so that it counts as any dense model.
+
+    Changes `model` and its configuration: it can then be saved, and moved to another dtype.
+    """
+    settings = getattr(model.config, "quantization_config", None)
+    if getattr(settings, "quant_method", None) == "gguf":
+        vars(model.config).pop("quantization_config")
         vars(model)["hf_quantizer"] = None
+        for mark in ("is_quantized", "quantization_method"):
+            vars(model).pop(mark, None)

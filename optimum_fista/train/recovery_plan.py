@@ -26,6 +26,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from optimum_fista.devices import usable_device
 from optimum_fista.environment import numerical_environment
 from optimum_fista.folder.checkpoint import CONFIG_FILE, VOCABULARY_FILE, kept_tokens, read_report
 from optimum_fista.folder.output import folder_beside, require_output
@@ -41,7 +42,6 @@ from optimum_fista.source.loading import (
     read_config,
     read_model,
     require_tokenizer,
-    usable_device,
 )
 from optimum_fista.text.calibration_tokens import usual_length
 from optimum_fista.text.sources import require_source

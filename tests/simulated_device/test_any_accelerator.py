@@ -11,13 +11,13 @@ from untouched import Untouched
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.cli.main import main
+from optimum_fista.devices import usable_device
 from optimum_fista.estimate import Estimate
 from optimum_fista.memory import available_bytes, release_memory
 from optimum_fista.packed.format import pack
 from optimum_fista.packed.linear import PackedLinear
 from optimum_fista.removal import parts_removal
 from optimum_fista.report import device_name, library_versions
-from optimum_fista.source.loading import usable_device
 from optimum_fista.text.self_sampling import sample_text_from_model
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hub_standin import connect, hub_fixture  # noqa: F401
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+from quantized_models import fp8_deepseek
 from tiny_llama import tiny_llama, tiny_tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
@@ -120,6 +121,14 @@ def test_gguf_is_dequantized_pruned_saved_and_verified(gguf_folder, tmp_path):
     assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
+def test_a_model_of_a_gguf_file_may_change_its_dtype(gguf_folder):
+    model, _ = load_model(str(gguf_folder), device="cpu", dtype="bfloat16")
+
+    model.float()  # refused by Transformers for quantized models
+
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 def test_a_model_loaded_from_gguf_by_transformers_itself_can_be_saved(gguf_folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(
         gguf_folder, gguf_file="tiny.Q8_0.gguf", dtype=torch.float32
@@ -132,19 +141,74 @@ def test_a_model_loaded_from_gguf_by_transformers_itself_can_be_saved(gguf_folde
 
 
 def test_folders_without_one_model(tmp_path):
-    for files in ([], ["a.gguf", "b.gguf"]):
-        for name in files:
-            (tmp_path / name).touch()
-        with pytest.raises(
-            ValueError, match=r"neither a config\.json nor exactly one \.gguf file: pass"
-        ):
-            load_model(str(tmp_path))
+    with pytest.raises(ValueError, match=r"with neither a config\.json nor a \.gguf file: pass"):
+        load_model(str(tmp_path))
+
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"2 \.gguf files \(a\.gguf, b\.gguf, .*folder of its own"):
+        load_model(str(tmp_path))
+
+
+def test_an_adapter_is_named_with_its_base_model(tmp_path):
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "owner/base"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    (tmp_path / "adapter_model.safetensors").touch()
+
+    sentence = (
+        r"is an adapter of PEFT .*: merge it into its base model 'owner/base' \(merge_and_unload"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        load_model(str(tmp_path))
+    with pytest.raises(ValueError, match=sentence):
+        prune_from_files(tmp_path)
+
+
+def prune_from_files(name: Path) -> None:
+    pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
+    pruner.prune(str(name), tiny_tokens().split(4), output_dir=name.parent / "out", device="cpu")
+
+
+def test_the_path_of_a_gguf_file_names_the_folder_to_pass(tmp_path):
+    for folder in ("one", "two", "beside"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.gguf").touch()
+    (tmp_path / "two" / "b.gguf").touch()
+    (tmp_path / "beside" / "config.json").touch()
+
+    with pytest.raises(
+        ValueError, match=r"is a GGUF file: pass the folder that holds it, '.*/one'"
+    ):
+        load_model(str(tmp_path / "one" / "a.gguf"))
+    for folder in ("two", "beside"):
+        with pytest.raises(ValueError, match="is a GGUF file beside other models: move it into a"):
+            prune_from_files(tmp_path / folder / "a.gguf")
+
+
+def test_a_configuration_has_no_weights(tmp_path):
+    tiny_llama().config.save_pretrained(tmp_path / "model")
+
+    with pytest.raises(ValueError, match=r"has a config\.json but no weights .*--dry-run"):
+        prune_from_files(tmp_path / "model")
+    for read in (prune_from_files, lambda path: load_model(str(path))):
+        with pytest.raises(ValueError, match=r"json' is a configuration, which has no .*--dry-run"):
+            read(tmp_path / "model" / "config.json")
+
+
+def test_a_configuration_that_is_passed_stays_as_it_is(tmp_path):
+    source = fp8_deepseek(tmp_path / "source")
+    config = loading.read_config(str(source))
+    before = config.to_dict()
+
+    loading.read_model(str(source), config=config)
+
+    assert config.to_dict() == before
 
 
 def test_names_that_are_no_model(tmp_path):
     (tmp_path / "absnt").mkdir()
     (tmp_path / "a.gguf").touch()
-    with pytest.raises(ValueError, match=r"a\.gguf' is a file: pass the folder that holds it"):
+    with pytest.raises(ValueError, match=r"a\.gguf' is a GGUF file: pass the folder that holds it"):
         load_model(str(tmp_path / "a.gguf"))
     for name, meant in (
         (str(tmp_path / "absent"), r" Did you mean '.*/absnt'\?"),

@@ -23,7 +23,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport, recove
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder import atomic
 from optimum_fista.source.loading import read_model
-from optimum_fista.source.source_tensors import read_stored
+from optimum_fista.source.stored_tensor import read_stored
 
 TOKENS = torch.randint(0, VOCAB_SIZE, (8, 16), generator=torch.Generator().manual_seed(0))
 LAYERS = {"pattern": "layers:0.34", "residual_correction": 0.0}

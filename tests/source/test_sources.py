@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
 from tiny_models import tiny_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, Qwen3_5Config
 
 from optimum_fista import FistaPruner, FistaPruningConfig, recover
 from optimum_fista.cli.main import main
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder.output import foreign_files, model_files
-from optimum_fista.source.source_tensors import read_stored
+from optimum_fista.source.stored_tensor import read_stored
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -364,3 +364,66 @@ def test_tables_of_old_checkpoints_are_copied(tmp_path, family, name):
     assert report.model["copied"].pop("visual") == 1
     assert [*report.model["copied"].values()] == [1]
     assert tensors_of(tmp_path / "out").keys() == tensors_of(source).keys()
+
+
+def qwen3_5_folder(folder: Path) -> Path:
+    """A Qwen3.5 with images, whose text decoder AutoModelForCausalLM loads alone, and a layer for more tokens."""
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 64,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "mtp_num_hidden_layers": 1,
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "patch_size": 2,
+        "out_hidden_size": 32,
+    }
+    config = Qwen3_5Config(text_config=text, vision_config=vision, image_token_id=60)
+    AutoModelForMultimodalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return add_tensors(folder, "mtp.fc.weight")
+
+
+def test_a_text_decoder_alone_lacks_the_image_tower_and_says_so(tmp_path):
+    source = qwen3_5_folder(tmp_path / "source")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
+
+    with pytest.warns(UserWarning, match=r"not in the pruned model: model\.visual \(\d+ tensors: "):
+        report = pruner.prune(model, tiny_tokens().split(4))
+    pruner.save_pretrained(model, tmp_path / "out")
+
+    names = tensors_of(tmp_path / "out").keys()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "mtp.fc.weight" in names
+    assert not any("visual" in name for name in names)
+    assert config["model_type"] == "qwen3_5_text"
+    assert config["mtp_num_hidden_layers"] == 1
+    assert report.model["copied"] == {"mtp": 1}
+    ((module, reason),) = report.model["lacks"].items()
+    assert module == "model.visual"
+    assert reason.endswith(
+        "Qwen3_5ForCausalLM loads a part of the model, whose configuration does not describe them"
+    )
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters()
+
+
+def test_the_whole_model_keeps_its_image_tower(tmp_path):
+    source = qwen3_5_folder(tmp_path / "source")
+    pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
+
+    pruner.prune(source, tiny_tokens().split(4), output_dir=tmp_path / "out", device="cpu")
+
+    assert tensors_of(tmp_path / "out").keys() == tensors_of(source).keys()
+    assert "vision_config" in json.loads((tmp_path / "out" / "config.json").read_text())

@@ -111,6 +111,44 @@ def _fp8(name: str, weight: Tensor) -> dict[str, Tensor]:
     return dict(zip((name, f"{name}_scale_inv"), in_blocks(weight.float(), 16), strict=True))
 
 
+def auto_fp8_qwen3_moe(folder: Path) -> Path:
+    """Qwen3-MoE in the layout of AutoFP8: `X.weight` in FP8, with the scalars `X.weight_scale` and `X.input_scale`.
+
+    Routers, embedding and head are not quantized. Values in FP8 are up to 448, those of the model about 1.
+    """
+    config = Qwen3MoeConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=VOCAB_SIZE,
+        initializer_range=0.2,
+    )
+
+    def quantize(name: str, weight: Tensor) -> dict[str, Tensor]:
+        if not name.endswith("_proj.weight"):
+            return {name: weight}
+        module = name.removesuffix(".weight")
+        scale = weight.float().abs().max() / torch.finfo(torch.float8_e4m3fn).max
+        return {
+            name: (weight.float() / scale).to(torch.float8_e4m3fn),
+            f"{module}.weight_scale": scale,
+            f"{module}.input_scale": torch.tensor(0.5),
+        }
+
+    settings = {
+        "quant_method": "fp8",
+        "activation_scheme": "static",
+        "ignored_layers": ["lm_head"],
+    }
+    return _save(folder, config, quantize, settings)
+
+
 def mxfp4_gpt_oss(folder: Path) -> Path:
     """gpt-oss with experts in MXFP4: 32 values of 4 bits have a scale, two of them a byte."""
     sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}

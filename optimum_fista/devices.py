@@ -1,0 +1,57 @@
+"""Devices and dtypes that a user names in options, as PyTorch knows them; what can't be used is refused."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from optimum_fista.model.activations import Storage
+
+
+def default_device() -> str:
+    """Return the type of the accelerator if there is one, otherwise "cpu"; MPS is not chosen: it has no float64."""
+    if not torch.accelerator.is_available():
+        return "cpu"
+    accelerator = torch.accelerator.current_accelerator()
+    return "cpu" if accelerator is None or accelerator.type == "mps" else accelerator.type
+
+
+def usable_device(device: str | None) -> torch.device:
+    """Return a device by name, such as "cuda:1"; `None` is `default_device()`. ValueError if it can't be used."""
+    name = device or default_device()
+    try:
+        # An empty tensor has the number of the current device if the name has none.
+        usable = torch.empty(0, device=name).device
+        if usable.type == "meta":
+            raise RuntimeError("it holds no values")
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
+        raise ValueError(
+            f"device={name!r} can't be used: {error}. Pass 'cpu', 'cuda' or 'cuda:N'."
+        ) from error
+    return usable
+
+
+def storage_place(name: str | torch.device | Path | None) -> Storage | None:
+    """Return the device or folder for activations; "disk" is the temporary folder, `None` stays `None`."""
+    if name is None:
+        return None
+    if name == "disk":
+        return Path(tempfile.gettempdir())
+    try:
+        return usable_device(str(name))
+    except ValueError as error:
+        # A device comes first: a folder called `cpu` is `./cpu`.
+        if Path(str(name)).is_dir():
+            return Path(str(name))
+        raise ValueError(
+            f"storage_device={str(name)!r}: pass a device such as 'cpu', 'disk', or a folder that exists ({error})"
+        ) from error
+
+
+def floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Return a dtype by name, such as "bfloat16"; ValueError if it has less than 16 bits or is not floating point."""
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    # Sums are not computed in 8 bits.
+    if not isinstance(named, torch.dtype) or not named.is_floating_point or named.itemsize < 2:
+        raise ValueError(f"dtype={dtype!r}: pass 'auto', 'float32', 'bfloat16' or 'float16'.")
+    return named

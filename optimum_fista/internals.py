@@ -1,0 +1,266 @@
+"""Everything that this package takes from the inside of Transformers, Accelerate and PyTorch.
+
+These libraries give no promise about names that begin with an underscore, and some of what is used here differs between
+the versions that the package supports. Each such name and each branch by version has one function here, which says what
+it gives. `tests/test_internals.py` has a test of every function that fails if the name is gone. No other module uses
+such a name. This module stands at the bottom of the import layers, because `model` needs it as well as `source`.
+
+Methods of Transformers that are overridden (of `HfQuantizer` in `source.formats.dequantizer`, of `Trainer` in
+`train.distillation`) stay where they are; `OVERRIDDEN` lists them for the test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+OVERRIDDEN = {
+    "transformers.quantizers.base.HfQuantizer": (
+        "_process_model_before_weight_loading",
+        "_process_model_after_weight_loading",
+    ),
+    "transformers.Trainer": ("_save", "_save_checkpoint", "_issue_warnings_after_load"),
+}
+"""Methods with private names that this package overrides, by class."""
+
+
+# Transformers: models and configurations
+
+
+def classes_not_split(model: nn.Module) -> set[str]:
+    """Return names of classes whose modules Transformers does not split over devices: those of decoder layers."""
+    return set(getattr(model, "_no_split_modules", None) or ())
+
+
+def names_not_saved(model: nn.Module) -> set[str]:
+    """Return names of tensors of a model that `save_pretrained` leaves out, besides tied ones."""
+    return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+
+
+def loaded_from(config: Any) -> str:
+    """Return the folder or Hub id from which a configuration was loaded; "" if it was made in Python."""
+    return getattr(config, "_name_or_path", "") or ""
+
+
+LOADED_FROM = "_name_or_path"
+"""The key of `loaded_from` in what `to_dict` of a configuration returns."""
+
+
+def commit_of(config: Any) -> str | None:
+    """Return the commit of the Hub's repository from which a configuration was loaded; `None` for a folder."""
+    commit: str | None = getattr(config, "_commit_hash", None)
+    return commit
+
+
+def attention_implementation(config: Any) -> str | None:
+    """Return how a model computes attention, such as "sdpa" or "eager"."""
+    name: str | None = config._attn_implementation
+    return name
+
+
+def experts_implementation(config: Any) -> str | None:
+    """Return how a model computes fused experts, such as "grouped_mm"; `None` in versions without a choice."""
+    name: str | None = getattr(config, "_experts_implementation", None)
+    return name
+
+
+def classes_by_configuration(automatic_class: Any) -> Mapping[type, Any]:
+    """Return the model class of each class of configurations, for a class such as AutoModelForCausalLM."""
+    mapping: Mapping[type, Any] = automatic_class._model_mapping
+    return mapping
+
+
+def applies_gate(experts: nn.Module) -> bool:
+    """Tell whether a module of fused experts has a function of its own that applies the gate."""
+    return hasattr(experts, "_apply_gate")
+
+
+def apply_gate(experts: Any, gate_and_up: Tensor) -> Tensor:
+    """Apply the gate of fused experts: [tokens, 2 * intermediate] -> [tokens, intermediate]."""
+    product: Tensor = experts._apply_gate(gate_and_up)
+    return product
+
+
+def is_as_loaded(generation_config: Any) -> bool:
+    """Tell whether a generation configuration has not been changed since it was read from a file.
+
+    Transformers notes a hash when it reads one, so that it can save an invalid one again.
+    """
+    noted = getattr(generation_config, "_original_object_hash", None)
+    return noted is not None and noted == hash(generation_config)
+
+
+def cached_file_if_any(name: str, file: str) -> str | None:
+    """Return the path of a model's file, loaded from the Hub if need be; `None` if the model or the Hub lacks it."""
+    from transformers.utils import cached_file
+
+    path: str | None = cached_file(
+        name,
+        file,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return path
+
+
+# Transformers: conversions of weights
+
+
+def original_sources(conversion: Any) -> list[str]:
+    """Return the patterns of the names of stored tensors with which a conversion was made; they can be passed again."""
+    sources: list[str] = conversion._original_source_patterns
+    return list(sources)
+
+
+def original_targets(conversion: Any) -> list[str]:
+    """Return the patterns of the names of parameters with which a conversion was made; they can be passed again."""
+    targets: list[str] = conversion._original_target_patterns
+    return list(targets)
+
+
+def weight_conversions(model: nn.Module) -> list[Any] | None:
+    """Return the conversions by which a model was loaded; `None` if it was made in Python."""
+    conversions: list[Any] | None = getattr(model, "_weight_conversions", None)
+    return conversions
+
+
+def set_weight_conversions(model: nn.Module, conversions: Sequence[Any]) -> None:
+    """Change the conversions that `save_pretrained` reverts to save `model`."""
+    vars(model)["_weight_conversions"] = list(conversions)
+
+
+def prepare_for_loading(quantizer: Any, model: nn.Module, **options: Any) -> None:
+    """Have a quantizer of Transformers change the modules of `model` for the weights in the files."""
+    quantizer._process_model_before_weight_loading(model, **options)
+
+
+# Transformers: training
+
+
+def checkpointing_option() -> str:
+    """Return the option of TrainingArguments that computes activations again: it has a new name since 5.24."""
+    from transformers import TrainingArguments
+
+    new_name = "activation_checkpointing"
+    return new_name if hasattr(TrainingArguments, new_name) else "gradient_checkpointing"
+
+
+def set_only_device(arguments: Any, device: torch.device) -> None:
+    """Have the Trainer of these TrainingArguments use one device, which may not be the first of its kind."""
+    arguments._setup_devices = device
+    arguments._n_gpu = 1
+
+
+# Accelerate
+
+
+def hook_of(module: nn.Module) -> Any:
+    """Return the hook of Accelerate that runs before and after a module; `None` if it has none."""
+    return getattr(module, "_hf_hook", None)
+
+
+def forward_attribute(module: nn.Module) -> str:
+    """Return the attribute that holds the module's own forward function.
+
+    A hook of Accelerate replaces `forward` and calls the original, which it keeps beside it.
+    """
+    return "_old_forward" if "_old_forward" in vars(module) else "forward"
+
+
+@contextmanager
+def accelerate_states_restored() -> Iterator[None]:
+    """Put back, at the end, the states that Accelerate shares in the whole process."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    with ExitStack() as stack:
+        for kind in (AcceleratorState, GradientState, PartialState):
+            shared: dict[str, Any] = kind._shared_state
+            stack.callback(_put_back, shared, dict(shared))
+        yield
+
+
+def _put_back(shared: dict[str, Any], content: dict[str, Any]) -> None:
+    """Change `shared` to `content`; it stays the same object, because all states refer to it."""
+    shared.clear()
+    shared.update(content)
+
+
+# PyTorch
+
+
+def changes_in_place(tensor: Tensor) -> int:
+    """Return how often a tensor, or one that shares its memory, was changed in place."""
+    return tensor._version
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Return a number that tensors have in common if they share memory; also on the meta device."""
+    return tensor.untyped_storage()._cdata
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Tell whether functions run after the module, which may change its output."""
+    return len(module._forward_hooks) > 0
+
+
+def has_forward_pre_hooks(module: nn.Module) -> bool:
+    """Tell whether functions run before the module, which may change its inputs."""
+    return len(module._forward_pre_hooks) > 0
+
+
+def hooks_of(module: nn.Module) -> list[Mapping[int, Callable[..., Any]]]:
+    """Return the dictionaries of all kinds of hooks of a module, such as those before and after `forward`."""
+    return [value for name, value in vars(module).items() if name.endswith("_hooks")]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether `torch.compile(module)`, `torch.compile(module.forward)` or `module.compile()` was called."""
+    forward = module.forward
+    is_disabled = hasattr(forward, "_torchdynamo_disable")  # by torch.compiler.disable
+    has_compiled_forward = hasattr(forward, "_torchdynamo_orig_callable") and not is_disabled
+    is_wrapper = "_orig_mod" in dict(module.named_children())
+    return has_compiled_forward or is_wrapper or module._compiled_call_impl is not None
+
+
+def is_own_parameter(module: nn.Module, name: str) -> bool:
+    """Tell whether an attribute of a module is a parameter, and not computed from others (weight_norm)."""
+    return name in module._parameters
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Tell whether a module is a convolution, transposed or not, in any number of dimensions."""
+    return isinstance(module, nn.modules.conv._ConvNd)
+
+
+def leaves_of(values: Any) -> list[Any]:
+    """Return everything inside lists, tuples and dictionaries of any depth."""
+    return _pytree.tree_leaves(values)
+
+
+def tensors_replaced(values: Any, replace: Callable[[Tensor], Tensor]) -> Any:
+    """Return a copy of lists, tuples and dictionaries of any depth with `replace` applied to all tensors inside."""
+    return _pytree.tree_map_only(Tensor, replace, values)
+
+
+def onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Tell whether oneDNN multiplies matrices of bfloat16 or float16 on this processor.
+
+    ONEDNN_MAX_CPU_ISA restricts it. A PyTorch without oneDNN has no such function, and the answer is False.
+    """
+    kind = "bf16" if dtype == torch.bfloat16 else "fp16"
+    is_supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", None)
+    return is_supported is not None and bool(is_supported())
+
+
+def has_bfloat16_units() -> bool:
+    """Tell whether an x86 processor has AMX, or AVX-512 for bfloat16; an older PyTorch may not tell: False."""
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        is_supported = getattr(torch.cpu, name, None)
+        if is_supported is not None and is_supported():
+            return True
+    return False

@@ -1,0 +1,158 @@
+"""Write a model's configuration in the words of the `config.json` from which it was loaded.
+
+Transformers 5 gives several keys a new form when it saves a configuration: `rope_theta` moves into `rope_parameters`,
+`torch_dtype` becomes `dtype`. Programs that know the old form then take default values without a word. So a result
+keeps the keys of its source, and only values that the run has changed are others.
+
+Three things are compared, all as JSON: the *source*, which is what its `config.json` holds; what Transformers makes of
+the source (`before`); and the configuration to write (`after`). What differs between the last two is changed in the
+first.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from optimum_fista import internals
+
+# They say where and when a configuration was read.
+_NO_CONTENT = (internals.LOADED_FROM, "transformers_version")
+_OLD_NAMES = {"dtype": "torch_dtype"}  # in every class; others have an `attribute_map`
+logger = logging.getLogger(__name__)
+
+
+def content_of(config: PreTrainedConfig, source: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the content of a `config.json` for `config`.
+
+    Args:
+        config: The configuration of a result.
+        source: The content of its source's `config.json`; `None` if it has none, as a GGUF file has none. If `config`
+            describes a part of that model, such as its text decoder, the section of the part is the source.
+    """
+    own_form: dict[str, Any] = json.loads(config.to_json_string())
+    section = None if source is None else _section_of(source, config)
+    if section is None:
+        return own_form
+
+    after = _all_values(config)
+    content = copy.deepcopy(section)
+    # Values of keys that the source has are changed first: others, such as `layer_types`, may follow from these.
+    for may_add in (False, True):
+        before = _all_values(_as_read(content, config))
+        if before != after:
+            _change(content, before, after, config, may_add=may_add)
+    if _all_values(_as_read(content, config)) == after:
+        return content
+    logger.warning(
+        "config.json is written in the form of this version of Transformers: the changes of %s can't be said in the "
+        "form of its source",
+        type(config).__name__,
+    )
+    return own_form
+
+
+def source_content(source: Path | None) -> dict[str, Any] | None:
+    """Return the content of `config.json` in a model's folder; `None` if there is none, or it is damaged by now."""
+    if source is None:
+        return None
+    try:
+        content = json.loads((source / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _section_of(source: Mapping[str, Any], config: PreTrainedConfig) -> dict[str, Any] | None:
+    """Return `source`, or a section of it, if its model type is that of `config`; otherwise `None`."""
+    sections = [source, *(value for value in source.values() if isinstance(value, dict))]
+    for section in sections:
+        if section.get("model_type") == config.model_type:
+            return dict(section)
+    return None
+
+
+def _as_read(content: Mapping[str, Any], config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the configuration, of the class of `config`, that Transformers makes of the content of a `config.json`."""
+    return type(config).from_dict(copy.deepcopy(dict(content)))
+
+
+def _all_values(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return all values of a configuration as JSON, defaults included, except those of no content."""
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+
+    def without_origin(section: dict[str, Any]) -> dict[str, Any]:
+        """Return a section and those in it without the keys that say where it was read."""
+        return {
+            key: without_origin(value) if isinstance(value, dict) else value
+            for key, value in section.items()
+            if key not in _NO_CONTENT
+        }
+
+    return without_origin(values)
+
+
+def _change(
+    content: dict[str, Any],
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    config: Any,
+    *,
+    may_add: bool,
+) -> None:
+    """Change `content` where `after` differs from `before`.
+
+    Args:
+        content: The content of a `config.json`, or a section of it.
+        before: What Transformers makes of it, as JSON.
+        after: What Transformers is to make of it.
+        config: The configuration that `after` describes; a dictionary for sections that are none.
+        may_add: Whether keys may be added.
+    """
+    for key in before.keys() - after.keys():
+        for name in _names_of(key, content, config):
+            content.pop(name)
+
+    for key, value in after.items():
+        if key in before and before[key] == value:
+            continue
+        names = _names_of(key, content, config)
+        old = before.get(key)
+        # Not `getattr`: some configurations refuse values that differ between decoder layers.
+        inner_config = vars(config).get(key) if isinstance(config, PreTrainedConfig) else None
+        if isinstance(old, dict) and isinstance(value, dict) and not names:
+            # Old multimodal models have the keys of their text decoder at the top, where programs read them.
+            is_flat = any(
+                _names_of(inner, content, inner_config)
+                for inner in value
+                if old.get(inner) != value[inner]
+            )
+            if is_flat:
+                _change(content, old, value, inner_config, may_add=False)
+            elif may_add:
+                content[key] = value
+        elif (
+            isinstance(old, dict)
+            and isinstance(value, dict)
+            and isinstance(content[names[0]], dict)
+        ):
+            _change(content[names[0]], old, value, inner_config, may_add=may_add)
+        elif names or may_add:
+            for name in names or [key]:
+                content[name] = value
+
+
+def _names_of(key: str, content: Mapping[str, Any], config: Any) -> list[str]:
+    """Return the keys, in the new form or an old one, under which `content` has the attribute `key` of `config`."""
+    names = [key]
+    if key in _OLD_NAMES:
+        names.append(_OLD_NAMES[key])
+    if isinstance(config, PreTrainedConfig):
+        names += [name for name, attribute in config.attribute_map.items() if attribute == key]
+    return [name for name in names if name in content]

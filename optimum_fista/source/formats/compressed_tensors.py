@@ -1,0 +1,136 @@
+"""The formats of compressed-tensors, decompressed by that package before Transformers converts the weights.
+
+llm-compressor and others write them. For every module of a group the files hold the same parts, for instance
+`X.weight_packed` and `X.weight_scale`; the settings say how each group is stored. Transformers can decompress, too, but
+not all formats of experts, and before 5.22 only a whole model in memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+
+from optimum_fista.installing import install_command
+from optimum_fista.source.formats.format import QuantizedFormat, Unchanged
+
+# What a module may store for its weight.
+_PARTS = (
+    "weight",
+    "weight_packed",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_global_scale",
+    "weight_shape",
+)
+# Entries of the settings that say that weights are changed further, for instance rotated.
+_FURTHER_CHANGES = ("transform_config", "sparsity_config")
+
+
+class CompressedTensors(QuantizedFormat):
+    """Weights in any format of compressed-tensors, one scheme for each group of modules."""
+
+    method = "compressed-tensors"
+    prepares_model = False  # Transformers would make modules that hold compressed weights
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        super().__init__(settings)
+        from compressed_tensors.quantization import QuantizationConfig
+
+        for entry in _FURTHER_CHANGES:
+            if settings.get(entry) and settings[entry].get("format") != "dense":
+                raise ValueError(
+                    f"quantization_config has a {entry}: compressed-tensors has to load the whole model."
+                )
+        schemes = {key: value for key, value in settings.items() if key not in _FURTHER_CHANGES}
+        self._config = QuantizationConfig.model_validate(schemes)
+
+    @classmethod
+    def require_package(cls, model_name: str) -> None:
+        """Raise ImportError if compressed-tensors is not installed."""
+        if find_spec("compressed_tensors") is None:
+            raise ImportError(
+                f"model={model_name!r} is quantized by {cls.method!r}, which needs this package: "
+                f"run {install_command('compressed-tensors')}."
+            )
+
+    def conversions(self, dense: list[Any], load_conversions: Callable[[], list[Any]]) -> list[Any]:
+        """Return the conversions of the dense model, and one for the weights that these do not read."""
+        return [*dense, WeightConverter("weight", "weight", [Decompressed()])]
+
+    def source_patterns(self, patterns: Sequence[str]) -> list[str]:
+        """Return patterns of all parts of the weights, or `patterns` if they are of something else, such as biases."""
+        if not all(pattern.endswith("weight") for pattern in patterns):
+            return list(patterns)
+        return [
+            f"{pattern.removesuffix('weight')}{part}$" for pattern in patterns for part in _PARTS
+        ]
+
+    def first_operations(self, operations: Sequence[ConversionOps]) -> list[ConversionOps]:
+        """Return an operation that takes weights that `prepared` has decompressed."""
+        return [Decompressed()]
+
+    def prepared(
+        self, tensors: Mapping[str, list[Tensor]], patterns: Mapping[str, str]
+    ) -> dict[str, list[Tensor]]:
+        """Return lists of weights [out, in] by the pattern of `X.weight`, made of the lists of their parts."""
+        # For each pattern of weights: what is stored for each module, by part.
+        modules: dict[str, dict[str, dict[str, Tensor]]] = {}
+        for pattern, stored in tensors.items():
+            weight_pattern = re.sub(r"weight_\w+\$$", "weight$", pattern)
+            parts_by_module = modules.setdefault(weight_pattern, {})
+            names = [name for name, other in patterns.items() if other == pattern]
+            for name, tensor in zip(names, stored, strict=True):
+                module, _, part = name.rpartition(".")
+                parts_by_module.setdefault(module, {})[part] = tensor
+        return {
+            pattern: [self._decompressed(module, parts) for module, parts in by_module.items()]
+            for pattern, by_module in modules.items()
+        }
+
+    def weight(
+        self, module: str, parts: Mapping[str, Tensor], conversions: Sequence[WeightConverter]
+    ) -> Tensor:
+        """Return the decompressed matrix [out, in]; no conversion is needed."""
+        return self._decompressed(module, parts)
+
+    def _decompressed(self, module: str, parts: Mapping[str, Tensor]) -> Tensor:
+        """Return the weight [out, in] of a module, made of its stored parts, such as "weight_packed", by name."""
+        is_dense = len(parts) == 1
+        if is_dense:
+            return next(iter(parts.values()))
+
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.utils.match import is_match
+
+        # Experts, too, were linear modules when they were compressed, and groups may name this class.
+        linear = nn.Linear(1, 1, device="meta")
+        for scheme in self._config.config_groups.values():
+            if scheme.weights is None:
+                continue
+            if is_match(module, linear, scheme.targets, self._config.ignore or ()):
+                compressor: Any = BaseCompressor.get_value_from_registry(
+                    scheme.format or self._config.format
+                )
+                weight: Tensor = compressor.decompress(dict(parts), scheme)["weight"]
+                return weight
+        raise ValueError(
+            f"{module} is stored as {', '.join(parts)}, and no group in config.json has its name."
+        )
+
+
+class Decompressed(Unchanged):
+    """Takes decompressed weights, as the first operation of a conversion."""
+
+    hf_quantizer = True  # Transformers then reads the stored tensors in the dtypes that they have
+
+    def convert(self, input_dict: dict[str, Any], *_: Any, **options: Any) -> dict[str, Any]:
+        """Return weights by pattern; the only one of a module gets the module's name for it."""
+        return {
+            options["target_patterns"][0] if pattern == "weight$" else pattern: value
+            for pattern, value in input_dict.items()
+        }
