@@ -49,6 +49,14 @@ CASES: dict[str, dict[str, Any]] = {
     "3 layers of SmolLM2-135M": _SMOLLM2,
     "3 layers of SmolLM2-135M, wanda 2:4": _SMOLLM2
     | {"config": {"method": "wanda", "pattern": "2:4"}},
+    "a large vocabulary, channels": {
+        "hidden": 64,
+        "ffn": 256,
+        "layers": 2,
+        "samples": 8,
+        "heads": 3,
+    }
+    | {"vocabulary": 65536, "unseen": 16, "config": {"pattern": "channels:0.25"}},
     "2:4": _SMALL | {"config": {"pattern": "2:4"}},
     "channels": _SMALL | {"config": {"pattern": "channels:0.25"}},
     "float32, batches of 4": _SMALL | {"dtype": "float32", "batch": 4},
@@ -89,7 +97,8 @@ def beside_a_run(
     case: dict[str, Any], measured: dict[str, float] | None = None
 ) -> dict[str, float]:
     """Peak memory and time of a case, estimated and measured."""
-    run = {"length": 256, "vocabulary": 256, "batch": 1, "config": {}, "dtype": "bfloat16"} | case
+    run = {"length": 256, "vocabulary": 256, "batch": 1, "config": {}, "dtype": "bfloat16"}
+    run |= {"unseen": 0} | case
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source"
         sizes = run["hidden"], run["ffn"], run["layers"], run["dtype"]
@@ -104,13 +113,13 @@ def beside_a_run(
                 sequence_length=run["length"],
                 batch_size=run["batch"],
                 device="cpu",
+                measures_perplexity=run["unseen"] > 0,
             )
 
         before = sum(estimated().seconds.values())
         if measured is None:
-            settings = {
-                name: run[name] for name in ("samples", "length", "vocabulary", "batch", "config")
-            }
+            names = ("samples", "unseen", "length", "vocabulary", "batch", "config")
+            settings = {name: run[name] for name in names}
             imports, curve, seconds = watched(
                 source=source, output=f"{folder}/out", processor_time=True, **settings
             )

@@ -1,4 +1,10 @@
-"""What a run from files to files will take: memory and disk by closed formulas, time by trying.
+"""Estimate what a run from files to files takes: memory and disk by closed formulas, time by a trial.
+
+`Estimate` builds the model without weights (on the meta device), plans the run exactly as `FistaPruner` does
+(`plan_run`), and counts bytes. A *moment* of a run is a step at which much memory is held; the peak is that of the
+largest moment. Bytes are held in two *places*: on the device where the run computes, and on the host (on a CPU both are
+one). Activations that *wait*, such as the hidden states between two decoder layers, are in the run's storage: on the
+device, on the host or on disk.
 
 For the time, a model with one decoder layer of each kind gets random weights and is really pruned on random tokens: the
 seconds of a layer, times the layers of its kind. If all tokens would take long, a part of them is taken, and the time
@@ -10,26 +16,30 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import torch
 from torch.utils.benchmark import Timer
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.devices import default_device, floating_dtype, usable_device
 from optimum_fista.memory import available_bytes, total_bytes
 from optimum_fista.model.experts import is_fused_experts
+from optimum_fista.model.held_out import LOGITS_TOGETHER
 from optimum_fista.model.layers import prunable_layers
 from optimum_fista.model.precision import choose_products
-from optimum_fista.prune.plan import Budgets, plan_run
+from optimum_fista.prune.plan import Budgets, Plan, plan_run
 from optimum_fista.pruner import FistaPruner
 from optimum_fista.removal.parts import ModelOutline
 from optimum_fista.removal.parts_removal import plan_removal, require_zeros_to_pack
 from optimum_fista.removal.shrinking import plan_shrinking
+from optimum_fista.report import PruningReport
 from optimum_fista.solve.linalg import SCALE_ON_DEVICES, rows_in_block
 from optimum_fista.solve.methods import largest_memory_factors, method_class
 from optimum_fista.source import loading
@@ -39,10 +49,21 @@ from optimum_fista.source.source_tensors import source_tensors
 from optimum_fista.text.calibration_tokens import usual_length
 from optimum_fista.text.self_sampling import num_batches, num_texts
 from optimum_fista.text.sources import usual_texts
+from optimum_fista.verdict import LEAST_TOKENS
 
 LIBRARIES = 325 * 2**20  # bytes of Python, torch and Transformers
+_FLOAT32 = 4  # bytes
 _TOKENS_TOGETHER = 8192  # in a forward pass: more make an accelerator no faster
-_TRIED_SECONDS, _SOLVING_SECONDS = 10, 30
+_TRIED_SECONDS = 10  # of a trial, without solving
+_SOLVING_SECONDS = 30  # of solving in a trial, at most
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """Bytes that a run holds at one moment, besides what it always holds."""
+
+    computing: Mapping[str, float]  # where the run computes, by part, such as "decoder layer"
+    waiting: float = 0.0  # of activations in the storage
 
 
 class Estimate:
@@ -50,7 +71,26 @@ class Estimate:
 
     `calibration=None` is the model's own text if it can be loaded whole, otherwise c4 or Python's documentation.
     `num_samples` counts held-out sequences too. `batch_size=None` is one sequence on a CPU, on other devices as many as
-    have 8192 tokens if memory suffices. The device need not be in this machine. Wrong options raise `ValueError`."""
+    have 8192 tokens if memory suffices. The device need not be in this machine. `measures_perplexity` is False for a
+    run without further text to measure the perplexity on. Wrong options raise `ValueError`.
+
+    Attributes that messages use:
+        model: The dense model on the meta device.
+        config: The configuration as the user passed it, with a value for each option.
+        layers: The decoder layers, with their names.
+        operators: Shapes [out, in] of the operators to prune or to fit anew, by name (`"model.layers.3.mlp.up_proj"`).
+        weights, zeros: Numbers of their weights, and of those that become zero or are removed, by the same names.
+        left_dense: Reasons why other operators stay dense, by name.
+        num_removed: Parameters that the result lacks.
+        source: The tensors of the files (`SourceTensors`).
+        as_stored: Whether tensors are written as they are stored, because the run only removes parts.
+        quantized: The quantization settings of the source; None if it is not quantized.
+        weight_bytes: Of all parameters of the dense model.
+        device: Type of the device, such as `"cuda"`.
+        calibration: The source of the text: `"self"`, a file or a data set.
+        too_large_to_write: Whether the model would have written its own text if it fitted into memory.
+        batch_size, num_samples, length: Sequences in a forward pass, all sequences, and tokens in each.
+    """
 
     def __init__(
         self,
@@ -65,305 +105,513 @@ class Estimate:
         dtype: str | torch.dtype = "auto",
         storage_device: str | None = None,
         packed: bool = False,
+        measures_perplexity: bool = True,
     ) -> None:
         config = (config or FistaPruningConfig()).resolved()
         require_zeros_to_pack(config, packed)
-        given = model if isinstance(model, PreTrainedConfig) else loading.read_config(str(model))
-        # A GGUF file is read whole: its weights are unpacked to float32.
-        self.whole = (
-            not isinstance(model, PreTrainedConfig) and loading.gguf_file(str(model)) is not None
-        )
-        given, self.quantized = copy.deepcopy(given), quantization(given)
+        if num_samples < 1:
+            raise ValueError(f"num_samples={num_samples} (--num-samples): pass at least 1.")
+        self.num_samples = num_samples
+        self.packed = packed
+
+        self._choose_places(device, storage_device)
+        model_config = self._describe_model(model, dtype)
+        self.length = sequence_length or usual_length(model_config)
+        # Whether a matrix is copied to float32 for each product.
+        products = choose_products(config.compute_dtype, torch.device("cpu"), self.model.dtype)
+        self._widens = self._on_cpu and products == "widened"
+
+        is_folder = not isinstance(model, PreTrainedConfig) and Path(model).is_dir()
+        folder = Path(str(model)) if is_folder else None
+        self._take_plan(self._plan_run(config, folder, files_dtypes=dtype == "auto"))
+        # A network whose experts are removed is not measured, because its dense layers are gone by then.
+        self._measures = measures_perplexity and not self._removes_experts
+
+        self._free_bytes = available_bytes(torch.device(self._place or self.device))
+        self._choose_calibration(calibration)
+        self.batch_size = batch_size or self._best_batch_size()
+
+    def _choose_places(self, device: str | None, storage_device: str | None) -> None:
+        """Set where the run computes (`device`, its type) and where activations wait (`_storage`)."""
+        self._place = device
+        self.device = (device or default_device()).partition(":")[0]
+        self._on_cpu = self.device == "cpu"
+
+        self._storage_device = storage_device
+        default_storage = "disk" if self._on_cpu else self.device
+        storage = (storage_device or default_storage).partition(":")[0]
+        self._storage: Literal["device", "host", "disk"]
+        if storage == self.device:
+            self._storage = "device"
+        elif storage == "cpu":
+            self._storage = "host"
+        else:
+            self._storage = "disk"
+
+    def _describe_model(
+        self, model: str | Path | PreTrainedConfig, dtype: str | torch.dtype
+    ) -> PreTrainedConfig:
+        """Set `model`, and what its files hold; returns its configuration, without quantization.
+
+        A configuration that is passed stays as it is.
+        """
+        if isinstance(model, PreTrainedConfig):
+            stored_config = model
+            # A GGUF file is read whole: its weights are unpacked to float32.
+            self._is_loaded_whole = False
+        else:
+            stored_config = loading.read_config(str(model))
+            self._is_loaded_whole = loading.gguf_file(str(model)) is not None
+        self.quantized = quantization(stored_config)
+        model_config = copy.deepcopy(stored_config)
         if self.quantized:
-            forget_quantization(read_dequantized(given))
-        stored = floating_dtype(
-            (None if self.whole else getattr(given, "dtype", None)) or torch.float32
-        )
-        keeps, dtype = dtype == "auto", stored if dtype == "auto" else floating_dtype(dtype)
-        self.model = loading.described(given, dtype)
-        self.place, self.device = device, (device or default_device()).partition(":")[0]
-        self.on_cpu, self.storage_device = self.device == "cpu", storage_device
-        storage = (storage_device or ("disk" if self.on_cpu else self.device)).partition(":")[0]
-        self.storage = "device" if storage == self.device else {"cpu": "host"}.get(storage, "disk")
+            forget_quantization(read_dequantized(model_config))  # both change the copy
+
+        stored_dtype = torch.float32
+        named_dtype = getattr(model_config, "dtype", None)
+        if named_dtype and not self._is_loaded_whole:
+            stored_dtype = floating_dtype(named_dtype)
+        used_dtype = stored_dtype if dtype == "auto" else floating_dtype(dtype)
         # On the CPU, weights in the stored dtype are pages of the checkpoint's files, which the system can drop.
-        self.reads = not self.whole and not (self.on_cpu and stored == dtype and not self.quantized)
-        # a matrix is copied to float32 for each product
-        self.widens = (
-            self.on_cpu
-            and choose_products(config.compute_dtype, torch.device("cpu"), dtype) == "widened"
-        )
-        self.num_samples, self.packed = num_samples, packed
-        self.length, self.value = sequence_length or usual_length(given), dtype.itemsize
-        self.vocabulary, self.hidden = next(self.model.get_input_embeddings().parameters()).shape
-        folder = (
-            None if isinstance(model, PreTrainedConfig) or not Path(model).is_dir() else Path(model)
-        )
+        maps_files = self._on_cpu and stored_dtype == used_dtype and not self.quantized
+        self._reads_files = not self._is_loaded_whole and not maps_files
+
+        self.model: PreTrainedModel = loading.described(model_config, used_dtype)
+        self.weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
+        self._value_bytes = used_dtype.itemsize
+        embedding = next(self.model.get_input_embeddings().parameters())
+        self._vocabulary, self._hidden = embedding.shape
+        return model_config
+
+    def _plan_run(
+        self, config: FistaPruningConfig, folder: Path | None, *, files_dtypes: bool
+    ) -> Plan:
+        """Plan the run as `FistaPruner` does; `folder` holds the model's files, if they are in a folder."""
         removal = plan_removal(prunable_layers(self.model, loaded=False), config)
         source = None
         if folder is not None:
+            stays_quantized = files_dtypes and removal.keeps_values
             with loading.reading(str(folder)):
                 source = source_tensors(
-                    self.model, folder, removal.part_of, quantized=keeps and removal.keeps_values
+                    self.model, folder, removal.part_of, quantized=stays_quantized
                 )
-        plan = plan_run(removal, source, loaded=False, files_dtypes=keeps)
-        self.source, self.as_stored = plan.source, plan.as_stored
-        going = [
-            (index, 0.0) for index in range(1, 1 + plan.removal.num_removed_layers)
-        ]  # which, the values decide
-        plan = plan.with_budgets(Budgets(removed_layers=going))
+        return plan_run(removal, source, loaded=False, files_dtypes=files_dtypes)
+
+    def _take_plan(self, plan: Plan) -> None:
+        """Set what the plan of the run decides: operators with their weights and zeros, and which steps the run has."""
+        self.source = plan.source
+        self.as_stored = plan.as_stored
+        # Values decide which decoder layers are removed. For the numbers it does not matter.
+        self._num_removed_layers = plan.removal.num_removed_layers
+        removed_layers = [(index, 0.0) for index in range(1, 1 + self._num_removed_layers)]
+        plan = plan.with_budgets(Budgets(removed_layers=removed_layers))
         removal = plan.removal
-        self.layers, self.config = plan.layers, plan.config
-        self.left_dense, chosen = removal.left_dense, removal.operators
-        shapes = {
-            key: operator.shape for those in chosen.values() for key, operator in those.items()
-        }
-        repaired = {
-            key for those in chosen.values() for key in [*those][-1:]
-        }  # the last one of a decoder layer
+        self.layers = plan.layers
+        self.config = plan.config
+        self.left_dense = removal.left_dense
         self.num_removed = self.model.num_parameters() - removal.num_parameters
-        # only these get zeros, lose inputs, or are fitted anew
-        shapes = {k: s for k, s in shapes.items() if k in repaired or removal.patterns[k].sparsity}
-        self.operators = shapes
-        self.pruned = [
-            [key for key in shapes if key.startswith(f"{name}.")] for name, _ in self.layers
+        self._removes_experts = bool(removal.mixtures)
+
+        # Operators to solve for: they get zeros, lose inputs, or are the last of their decoder layer, which compensates
+        # for the errors of the others.
+        self.operators: dict[str, tuple[int, int]] = {}
+        for operators in removal.operators.values():
+            last = next(reversed([*operators]), None)
+            for name, operator in operators.items():
+                if name == last or removal.patterns[name].sparsity:
+                    self.operators[name] = operator.shape
+        self._operators_of_layers = [
+            [name for name in self.operators if name.startswith(f"{layer_name}.")]
+            for layer_name, _ in self.layers
         ]
-        self.weights = {key: rows * columns for key, (rows, columns) in self.operators.items()}
+        self.weights = {name: rows * columns for name, (rows, columns) in self.operators.items()}
         self.zeros = {
-            k: self.weights[k] - removal.patterns[k].num_kept(s) for k, s in self.operators.items()
+            name: self.weights[name] - removal.patterns[name].num_kept(shape)
+            for name, shape in self.operators.items()
         }
-        self.allocates = any(map(self.config.shares_budget, self.operators))
-        self.weight_bytes = sum(p.nbytes for p in self.model.parameters())
-        free = available_bytes(
-            torch.device(self.place or self.device)
-        )  # None: the device does not say
-        # A run that resumes on a CPU decides alike: all memory counts, not what is free at the moment.
-        most = total_bytes() if self.on_cpu else free or math.inf
-        self.too_large_to_write = calibration is None and sum(self._whole_model.values()) > most
-        self.calibration = calibration or (usual_texts()[1] if self.too_large_to_write else "self")
+
+        self._allocates = any(self.config.shares_budget(name) for name in self.operators)
         # Hidden states of the dense network, and of the pruned one.
-        self.streams = self.config.correction.needs_dense + (self.config.correction.carry == "full")
-        self.stream_bytes = self.value * num_samples * self.length * self.hidden
-        most = 1 if self.on_cpu else max(1, min(num_samples, _TOKENS_TOGETHER // self.length))
-        self.batch_size = batch_size or most
-        while (
-            batch_size is None
-            and self.batch_size > 1
-            and free
-            and sum(self.memory["device"].values()) > 0.8 * free
-        ):
-            self.batch_size //= (
-                2  # until a fifth of the device stays free for what the formulas do not know
-            )
+        correction = self.config.correction
+        self._num_streams = correction.needs_dense + (correction.carry == "full")
+        self._sequence_bytes = self._value_bytes * self.length * self._hidden  # of hidden states
+        self._stream_bytes = self.num_samples * self._sequence_bytes
+
+    def _choose_calibration(self, calibration: str | None) -> None:
+        """Set the source of the text; `None` is the model's own text, if the whole model fits into memory."""
+        if self._on_cpu:
+            # A run that resumes must decide alike: all memory counts, not what is free at the moment.
+            most: float = total_bytes()
+        else:
+            most = self._free_bytes or math.inf  # None: the device does not say
+        needed = sum(self._whole_model_parts().values())
+        self.too_large_to_write = calibration is None and needed > most
+        if calibration is not None:
+            self.calibration = calibration
+        elif self.too_large_to_write:
+            self.calibration = usual_texts()[1]
+        else:
+            self.calibration = "self"
+
+    def _best_batch_size(self) -> int:
+        """How many sequences run together: one on a CPU, otherwise as many as make the device fast and fit into it.
+
+        Changes `batch_size`, which the memory depends on.
+        """
+        if self._on_cpu:
+            return 1
+        self.batch_size = max(1, min(self.num_samples, _TOKENS_TOGETHER // self.length))
+        if self._free_bytes:
+            # A fifth of the device stays free for what the formulas do not know.
+            most = 0.8 * self._free_bytes
+            while self.batch_size > 1 and sum(self.memory["device"].values()) > most:
+                self.batch_size //= 2
+        return self.batch_size
+
+    @property
+    def _num_held_out(self) -> int:
+        """Sequences to measure the perplexity on: as many as have `LEAST_TOKENS` tokens."""
+        if not self._measures:
+            return 0
+        sequences = math.ceil(LEAST_TOKENS / self.length)
+        return min(sequences, self.config.held_out) if self.config.held_out else sequences
 
     @property
     def disk_bytes(self) -> dict[str, int]:
         """Bytes on disk by part when the last decoder layer is written."""
-        zeros = sum(self.zeros.values())  # or weights that are removed with their inputs
-        masks = (
-            sum(self.weights.values()) - (zeros if self.num_removed else 0)
-        ) // 8  # a bit a weight
-        saved = self.num_removed * self.value + self.packed * (zeros * self.value - masks)
+        num_zeros = sum(self.zeros.values())  # or weights that are removed with their inputs
+        num_masked = sum(self.weights.values())
+        if self.num_removed:
+            num_masked -= num_zeros
+        masks = num_masked // 8  # a bit a weight
+
+        saved = self.num_removed * self._value_bytes
+        if self.packed:
+            saved += num_zeros * self._value_bytes - masks
         saved -= sum(tensor.num_bytes for tensor in self.source.unplaced.values())
-        fused = [
-            p
-            for m in filter(is_fused_experts, self.model.modules())
-            for p in m.parameters(False)
-            if p.ndim == 3
-        ]
+
+        fused_experts = 0
+        if not self.quantized:
+            for module in self.model.modules():
+                if is_fused_experts(module):
+                    parameters = module.parameters(recurse=False)
+                    fused_experts += sum(p.nbytes for p in parameters if p.ndim == 3)
+        # The dense and the pruned network have held-out hidden states of their own.
+        held_out = 2 * self._num_held_out * self._sequence_bytes
         return {
             "model": self.weight_bytes - saved,
             "masks": masks if self.packed else 2 * masks,  # the journal's too
-            "fused experts, copied by the lazy reader": 0
-            if self.quantized
-            else sum(p.nbytes for p in fused),
-            "hidden states of two layers": 2 * self.streams * self.stream_bytes,
+            "fused experts, copied by the lazy reader": fused_experts,
+            "hidden states of two layers": 2 * (self._num_streams * self._stream_bytes + held_out),
         }
 
     @property
     def memory(self) -> dict[str, dict[str, float]]:
         """Bytes by part when most is held, by place: `"device"` and `"host"`, or `"host"` alone on a CPU."""
-        tokens = 8 * self.num_samples * self.length  # int64
-        always: dict[str, float] = {"Python and libraries": LIBRARIES, "calibration tokens": tokens}
-        if (
-            self.on_cpu
-            and not self.widens
-            and self.value == 2
-            and any(".experts." in key for key in self.operators)
-        ):
-            # for each shape of six products, and of as many for gradients, with the sizes of `in_few_sizes`
-            sizes = max(0.0, 8 + 4 * math.log2(self.batch_size * self.length / 128))
-            always["kept by oneDNN"] = 0.55 * 2**20 * 6 * (1 + self.allocates) * sizes
-        peaks: dict[str, dict[str, float]] = {
-            "host": always | {"masks": sum(self.weights.values()) // 8}
-        }
-        for computing, waiting in self._moments():
-            host, device = (
-                dict(always),
-                {**computing, "all weights": self.weight_bytes * self.whole},
-            )
-            {"device": device, "host": host, "disk": {}}[self.storage]["activations that wait"] = (
-                waiting
-            )
-            for place, parts in (
-                {"host": host | device} if self.on_cpu else {"device": device, "host": host}
-            ).items():
-                peaks[place] = max(peaks.get(place, {}), parts, key=lambda held: sum(held.values()))
+        always = self._always()
+        masks = sum(self.weights.values()) // 8
+        peaks: dict[str, dict[str, float]] = {"host": {**always, "masks": masks}}
+        for moment in self._moments():
+            held: dict[str, dict[str, float]] = {
+                "device": {
+                    **moment.computing,
+                    "all weights": self.weight_bytes if self._is_loaded_whole else 0,
+                },
+                "host": dict(always),
+                "disk": {},
+            }
+            held[self._storage]["activations that wait"] = moment.waiting
+            if self._on_cpu:
+                held["host"] |= held.pop("device")
+            for place in ("device", "host"):
+                if place in held:
+                    peaks[place] = max(peaks.get(place, {}), held[place], key=_total)
         return peaks
 
-    @property
-    def _whole_model(self) -> dict[str, float]:
+    def _always(self) -> dict[str, float]:
+        """Bytes that the host holds at every moment, by part."""
+        parts: dict[str, float] = {
+            "Python and libraries": LIBRARIES,
+            "calibration tokens": 8 * self.num_samples * self.length,  # int64
+        }
+        has_experts = any(".experts." in name for name in self.operators)
+        is_half = self._value_bytes == 2
+        if self._on_cpu and is_half and has_experts and not self._widens:
+            # oneDNN keeps half a MiB for each shape of six products, and of as many for gradients. Experts get any
+            # number of tokens, in the sizes of `in_few_sizes`.
+            sizes = max(0.0, 8 + 4 * math.log2(self.batch_size * self.length / 128))
+            products = 12 if self._allocates else 6
+            parts["kept by oneDNN"] = 0.55 * 2**20 * products * sizes
+        return parts
+
+    def _moments(self) -> Iterator[_Moment]:
+        """The moments at which a run may hold most, in their order."""
+        if self.calibration == "self":
+            yield _Moment(self._whole_model_parts())
+        if self._num_removed_layers:
+            yield self._choosing_layers()
+        if self._allocates:
+            yield self._allocating()
+        for (_, layer), names in zip(self.layers, self._operators_of_layers, strict=True):
+            yield from self._pruning_layer(layer, names)
+        if self._num_held_out:
+            yield from self._measuring()
+
+    def _whole_model_parts(self) -> dict[str, float]:
         """Bytes that are held while the model writes its own text, by part."""
-        texts = -(-self.num_samples // num_batches(self.num_samples))  # that are written together
+        # Texts that are written together.
+        texts = math.ceil(self.num_samples / num_batches(self.num_samples))
         # Keys and values of as many features as a hidden state: fewer heads of both are not counted on.
-        keys = 2 * self.value * texts * self.length * len(self.layers) * self.hidden
+        keys = 2 * texts * len(self.layers) * self._sequence_bytes
         # Of the newest token of every text, with float32 copies for softmax and sampling.
-        logits = texts * num_texts(self.length) * self.vocabulary * (self.value + 12)
+        num_logits = texts * num_texts(self.length) * self._vocabulary
+        logits = num_logits * (self._value_bytes + 3 * _FLOAT32)
         return {"whole model": self.weight_bytes, "keys and values": keys, "logits": logits}
 
-    def _moments(self) -> Iterator[tuple[Mapping[str, float], float]]:
-        """Bytes that are held where the run computes, by part, and those of activations that wait."""
-        value, batch, tokens = (
-            self.value,
-            self.batch_size * self.length,
-            self.value * self.num_samples * self.length,
+    def _ends(self) -> float:
+        """Bytes of the embedding and the head, if they are not pages of files."""
+        if not self._reads_files:
+            return 0
+        return 2 * self._value_bytes * self._vocabulary * self._hidden
+
+    def _loss_bytes(self, tokens: int, *, copied: bool = False) -> float:
+        """Bytes of logits [tokens, vocabulary] and of what their loss takes, without gradients.
+
+        The loss takes a float32 copy and the logarithms of the probabilities. `copied`: the logits are copied once
+        more, because the last one of each of several sequences is cut off.
+        """
+        bytes_per_logit = self._value_bytes + _FLOAT32
+        if self._value_bytes != _FLOAT32:
+            bytes_per_logit += _FLOAT32
+        if copied:
+            bytes_per_logit += self._value_bytes
+        return tokens * self._vocabulary * bytes_per_logit
+
+    def _choosing_layers(self) -> _Moment:
+        """Choose the decoder layers to remove (`choose_layers`): the loss of each model that lacks one of them."""
+        sequences = min(self.num_samples, math.ceil(self.config.allocation_tokens / self.length))
+        # Those of all these models, of the model as it is, and of the first layer, which further rounds start from.
+        streams = len(self.layers) + 2
+        parts = {
+            "embedding and head": self._ends(),
+            "logits": self._loss_bytes(self.length),
+            "float32 copies": self._head_copy(),
+        }
+        return _Moment(parts, streams * sequences * self._sequence_bytes)
+
+    def _head_copy(self) -> float:
+        """Bytes of the float32 copy of the head for a product."""
+        return _FLOAT32 * self._vocabulary * self._hidden if self._widens else 0
+
+    def _allocating(self) -> _Moment:
+        """Take gradients of the loss to share the zeros: a sequence at a time, in float32."""
+        num_logits = self.length * self._vocabulary
+        # A graph keeps the float32 copies of the head, and later those of one decoder layer.
+        layer_sizes = (sum(p.numel() for p in layer.parameters()) for _, layer in self.layers)
+        largest = max(self._vocabulary * self._hidden, *layer_sizes)
+        parts = {
+            "embedding and head": self._ends(),
+            "logits, gradients": num_logits * (2 * self._value_bytes + 3 * _FLOAT32),
+            "float32 copies": _FLOAT32 * largest if self._widens else 0,
+        }
+        # Hidden states of all layers wait for the backward pass.
+        return _Moment(parts, len(self.layers) * self._sequence_bytes)
+
+    def _pruning_layer(self, layer: torch.nn.Module, names: list[str]) -> Iterator[_Moment]:
+        """Prune one decoder layer: dequantize it, then solve for each group of the operators called `names`."""
+        parts: dict[str, float] = {"decoder layer": 0}
+        if not self._is_loaded_whole:
+            parts["decoder layer"] = sum(p.nbytes for p in layer.parameters())
+        held_out = 2 * self._num_held_out * self._sequence_bytes
+        if self.quantized:
+            # Experts are dequantized one by one and then put together, before the layer runs.
+            largest = max(p.nbytes for p in layer.parameters())
+            waiting = self._num_streams * self._stream_bytes + held_out
+            yield _Moment({**parts, "dequantizing": largest}, waiting)
+
+        # Outputs of each operator, for those that share a module and a number of inputs, and so perhaps a Gram matrix.
+        groups: dict[tuple[str, int], list[int]] = {}
+        for name in names:
+            rows, columns = self.operators[name]
+            groups.setdefault((name.rpartition(".")[0], columns), []).append(rows)
+        # Experts are left out of what all tokens reach: each expert sees a share of them.
+        dense_groups = {
+            (module, columns): outputs
+            for (module, columns), outputs in groups.items()
+            if ".experts." not in f"{module}."
+        }
+        batch_tokens = self.batch_size * self.length
+        if self._widens:
+            copies = [self.operators[name] for name in names]
+            parts["float32 copies"] = _FLOAT32 * max(
+                (rows * columns + batch_tokens * (rows + columns) for rows, columns in copies),
+                default=0,
+            )
+        widest = max(
+            (max(columns, *outputs) for (_, columns), outputs in dense_groups.items()), default=0
         )
-        if self.calibration == "self":
-            yield self._whole_model, 0
-        ends = {"embedding and head": 2 * value * self.vocabulary * self.hidden * self.reads}
-        if self.allocates:  # a sequence at a time, in float32; hidden states of all layers wait
-            logits = self.length * self.vocabulary * (2 * value + 12)
-            # a graph keeps the float32 copies of the head, and later those of one decoder layer
-            sizes = [sum(p.numel() for p in layer.parameters()) for _, layer in self.layers]
-            largest = max(self.vocabulary * self.hidden, *sizes)
-            ends |= {"logits, gradients": logits, "float32 copies": 4 * largest * self.widens}
-            yield ends, len(self.layers) * self.stream_bytes / self.num_samples
+        parts["one batch"] = self._value_bytes * batch_tokens * (2 * self._hidden + 3 * widest)
+        if self.config.correction.carry == "none" or self.config.held_out:
+            # All groups of a decoder layer are summed in one pass over the tokens.
+            parts["other Gram matrices"] = sum(_FLOAT32 * columns**2 for _, columns in groups)
+
+        recorded = (
+            0  # features of the dense network that are kept: outputs, or inputs if they are fewer
+        )
+        if self.config.correction.needs_dense:
+            for (_, columns), outputs in dense_groups.items():
+                recorded += min(sum(outputs), columns)
+        for (_, columns), outputs in groups.items():
+            features = recorded + columns + (self._num_streams + 2) * self._hidden
+            waiting = self._value_bytes * self.num_samples * self.length * features + held_out
+            yield _Moment({**parts, **self._solving(outputs, columns)}, waiting)
+
+    def _solving(self, rows: list[int], columns: int) -> dict[str, float]:
+        """Bytes of the problem and the method for operators of these `rows` that share `columns` inputs, by part."""
+        gram = _FLOAT32 * columns**2
+        matrix = _FLOAT32 * sum(rows) * columns
+        scale = 1 if self._on_cpu else SCALE_ON_DEVICES
+        block = _FLOAT32 * columns * rows_in_block(max(rows), columns, scale)
         factors = method_class(self.config.method).memory_factors or largest_memory_factors()
-        for (_, layer), names in zip(self.layers, self.pruned, strict=True):
-            groups: dict[
-                tuple[str, int], list[int]
-            ] = {}  # outputs of the operators of a module with as many inputs
-            for key in names:
-                groups.setdefault((key.rpartition(".")[0], self.operators[key][1]), []).append(
-                    self.operators[key][0]
-                )
-            # Experts are left out: each sees a share of the tokens.
-            seen = {
-                place: those for place, those in groups.items() if ".experts." not in f"{place[0]}."
-            }
-            features = sum(
-                min(sum(those), columns) for (_, columns), those in seen.items()
-            )  # outputs, or inputs
-            recorded = features * self.config.correction.needs_dense
-            held: dict[str, float] = {
-                "decoder layer": sum(p.nbytes for p in layer.parameters()) * (not self.whole)
-            }
-            if (
-                self.quantized
-            ):  # experts are dequantized one by one and then put together, before the layer runs
-                largest = max(p.nbytes for p in layer.parameters())
-                yield held | {"dequantizing": largest}, tokens * self.streams * self.hidden
-            matrices = [
-                4 * (math.prod(o) + batch * sum(o)) for o in map(self.operators.__getitem__, names)
-            ]
-            held |= {"float32 copies": max(matrices, default=0) * self.widens}
-            held |= {
-                "one batch": value
-                * batch
-                * (2 * self.hidden + 3 * max(map(max, seen.values()), default=0))
-            }
-            if self.config.correction.carry == "none" or self.config.held_out:
-                # All groups of a decoder layer are summed in one pass over the tokens.
-                held |= {"other Gram matrices": sum(4 * columns**2 for _, columns in groups)}
-            for (_, columns), those in groups.items():
-                gram, matrix = 4 * columns**2, 4 * sum(those) * columns  # float32
-                block = (
-                    4
-                    * columns
-                    * rows_in_block(max(those), columns, 1 if self.on_cpu else SCALE_ON_DEVICES)
-                )
-                solver = (
-                    factors.gram_matrices * gram
-                    + factors.weight_matrices * matrix
-                    + factors.row_blocks * min(block, matrix)
-                )
-                waiting = tokens * (recorded + columns + (self.streams + 2) * self.hidden)
-                problem = {
-                    "Gram matrix": gram,
-                    "weights and targets": 2 * matrix,
-                    "solver": max(1.5 * gram, solver),
-                }
-                yield held | problem, waiting
+        solver = (
+            factors.gram_matrices * gram
+            + factors.weight_matrices * matrix
+            + factors.row_blocks * min(block, matrix)
+        )
+        return {
+            "Gram matrix": gram,
+            "weights and targets": 2 * matrix,
+            "solver": max(1.5 * gram, solver),
+        }
+
+    def _measuring(self) -> Iterator[_Moment]:
+        """Measure the perplexity after the last decoder layer (`HeldOut.measure`): its head, and then its loss."""
+        together = max(1, LOGITS_TOGETHER // self.length)  # sequences whose logits are held
+        tokens = min(LOGITS_TOGETHER, together * self.length)
+        ends = {"embedding and head": self._ends()}
+        waiting = 2 * self._num_held_out * self._sequence_bytes
+        if self._widens:
+            # The product is float32, and then rounded.
+            logits = tokens * self._vocabulary * (_FLOAT32 + self._value_bytes)
+            yield _Moment({**ends, "logits": logits, "float32 copies": self._head_copy()}, waiting)
+        loss = self._loss_bytes(tokens, copied=together > 1)
+        yield _Moment({**ends, "logits of held-out text": loss}, waiting)
 
     @cached_property
     def seconds(self) -> dict[str, float]:
-        """Time by stage, without imports and text that the model writes itself; `ValueError` if it is not estimated."""
-        device, kinds = usable_device(self.place), dict[object, list[int]]()
-        for number, (name, layer) in enumerate(
-            self.layers
-        ):  # alike are those with the same shapes and operators
-            kind = (
-                *(p.shape for p in layer.parameters()),
-                *(key.removeprefix(name) for key in self.pruned[number]),
-            )
-            kinds.setdefault((type(layer), kind), []).append(number)
-        firsts = [alike[0] for alike in kinds.values()]
+        """Time by stage, without imports and text that the model writes itself; `ValueError` if it is not estimated.
+
+        Prunes a small random model in a temporary folder.
+        """
+        device = usable_device(self._place)
+        kinds = self._layer_kinds()
+        firsts = [alike[0] for alike in kinds]
+        self._require_quick_trial(device, firsts)
+        trial = self._try(firsts)
+
+        layer_seconds = [layer.seconds for layer in trial.report.layers]
+        solving = trial.report.totals["solve_seconds"]
+        solving_share = solving / sum(layer_seconds)
+        all_layers = sum(
+            spent * len(alike) for spent, alike in zip(layer_seconds, kinds, strict=True)
+        )
+        more_tokens = self.num_samples / trial.num_samples
+
+        # A pass over the whole model for the allocation takes as much longer as it has more weights, and sequences.
+        allocation = trial.report.seconds.get("allocation", 0.0)
+        sizes = [sum(p.numel() for p in layer.parameters()) for _, layer in self.layers]
+        head = self._vocabulary * self._hidden
+        more_weights = (head + sum(sizes)) / (head + sum(sizes[first] for first in firsts))
+        wanted = self.config.allocation_tokens / self.length  # sequences
+        more_sequences = min(wanted, self.num_samples) / min(wanted, trial.num_samples)
+        return {
+            "solving": all_layers * solving_share,
+            "forward passes, statistics, files": all_layers * (1 - solving_share) * more_tokens,
+            "allocation": allocation * more_weights * more_sequences,
+            "around the layers": trial.seconds - allocation - sum(layer_seconds),
+        }
+
+    def _layer_kinds(self) -> list[list[int]]:
+        """Numbers of the decoder layers of each kind: alike are those with the same shapes and operators."""
+        kinds: dict[object, list[int]] = {}
+        for number, (layer_name, layer) in enumerate(self.layers):
+            shapes = tuple(parameter.shape for parameter in layer.parameters())
+            names = self._operators_of_layers[number]
+            kind = type(layer), shapes, tuple(name.removeprefix(layer_name) for name in names)
+            kinds.setdefault(kind, []).append(number)
+        return [*kinds.values()]
+
+    def _require_quick_trial(self, device: torch.device, firsts: Iterable[int]) -> None:
+        """Refuse to try the decoder layers `firsts` if that would take long, or more memory than is free.
+
+        What else the machine does must not decide: on a CPU, the processor's time of a product counts.
+        """
+        square = torch.randn(1024, 1024, device=device)
+        timed: dict[str, Any] = {"timer": time.thread_time} if self._on_cpu else {}
+        timer = Timer("square @ square", globals={"square": square}, **timed)
+        seconds_of_product = timer.timeit(5).median
         # A bound on the work: a hundred products of weights [out, in] with a matrix [in, in].
-        products = 100 * sum(
-            self.weights[k] * self.operators[k][1] for first in firsts for k in self.pruned[first]
-        )
-        one = (
-            Timer("square @ square", globals={"square": torch.randn(1024, 1024, device=device)})
-            .timeit(5)
-            .median
-        )
-        needed = (
-            sum(self.memory["host" if self.on_cpu else "device"].values()) - LIBRARIES * self.on_cpu
-        )
-        if products / 1024**3 * one > _SOLVING_SECONDS or needed > (
-            available_bytes(device) or needed
-        ):
+        work = 0
+        for first in firsts:
+            for name in self._operators_of_layers[first]:
+                _, columns = self.operators[name]
+                work += 100 * self.weights[name] * columns
+        solving_seconds = work / 1024**3 * seconds_of_product
+
+        place = "host" if self._on_cpu else "device"
+        needed = sum(self.memory[place].values())
+        if self._on_cpu:
+            needed -= LIBRARIES  # they are loaded already
+        free = available_bytes(device) or needed
+        if solving_seconds > _SOLVING_SECONDS or needed > free:
             raise ValueError("one decoder layer takes too much time or memory here to be tried.")
-        small = (
-            self.model
-            if len(firsts) == len(self.layers)
-            else plan_shrinking(ModelOutline(self.layers), layers=firsts).model
-        )
-        tried, most = (
-            min(self.num_samples, self.batch_size + self.config.held_out),
-            self.num_samples,
-        )
+
+    def _try(self, firsts: list[int]) -> "_Trial":
+        """Prune a random model that has only the decoder layers `firsts`, on as many sequences as fit into the time."""
+        small = self.model
+        if len(firsts) < len(self.layers):
+            small = plan_shrinking(ModelOutline(self.layers), layers=firsts).model
+        num_tried = min(self.num_samples, self.batch_size + self.config.held_out)
         with (
             TemporaryDirectory(prefix="optimum-fista-") as folder,
             warnings.catch_warnings(action="ignore"),
         ):
             # Pruned from files to files, as the run will be, so that reading and writing count.
-            described = loading.model_class(small.config).from_config(
+            small = loading.model_class(small.config).from_config(
                 small.config, dtype=self.model.dtype
             )
-            described.save_pretrained(f"{folder}/dense")
-            for attempt in range(2):  # the first finds out how many sequences fit into the time
-                tokens = torch.randint(0, self.vocabulary, (tried, self.length)).split(
-                    self.batch_size
-                )
-                pruner = FistaPruner(
-                    self.config, progress=False, storage_device=self.storage_device
-                )
-                started = time.perf_counter()
-                report = pruner.prune(
-                    f"{folder}/dense", tokens, output_dir=f"{folder}/{attempt}", device=self.place
-                )
-                total, solving = time.perf_counter() - started, report.totals["solve_seconds"]
-                layers, more = [layer.seconds for layer in report.layers], most / tried
-                tried = max(tried, min(most, int(tried * _TRIED_SECONDS / (sum(layers) - solving))))
-        # A pass over the whole model for the allocation takes as much longer as it has more weights.
-        sizes = [sum(p.numel() for p in layer.parameters()) for _, layer in self.layers]
-        head, seen = self.vocabulary * self.hidden, self.config.allocation_tokens / self.length
-        grown = (head + sum(sizes)) / (head + sum(sizes[first] for first in firsts))
-        every = sum(spent * len(alike) for spent, alike in zip(layers, kinds.values(), strict=True))
-        share, allocation = solving / sum(layers), report.seconds.get("allocation", 0.0)
-        return {
-            "solving": every * share,
-            "forward passes, statistics, files": every * (1 - share) * more,
-            "allocation": allocation * grown * min(seen, most) / min(seen, most / more),
-            "around the layers": total - allocation - sum(layers),
-        }
+            small.save_pretrained(f"{folder}/dense")
+            first = self._prune_randomly(folder, "first", num_tried)
+            # The first attempt says how many sequences fit into the time.
+            layer_seconds = sum(layer.seconds for layer in first.report.layers)
+            seconds_of_tokens = layer_seconds - first.report.totals["solve_seconds"]
+            fitting = int(num_tried * _TRIED_SECONDS / seconds_of_tokens)
+            num_tried = max(num_tried, min(self.num_samples, fitting))
+            return self._prune_randomly(folder, "second", num_tried)
+
+    def _prune_randomly(self, folder: str, attempt: str, num_samples: int) -> "_Trial":
+        """Prune the model in FOLDER/dense on random tokens, into FOLDER/ATTEMPT."""
+        tokens = torch.randint(0, self._vocabulary, (num_samples, self.length))
+        pruner = FistaPruner(self.config, progress=False, storage_device=self._storage_device)
+        started = time.perf_counter()
+        report = pruner.prune(
+            f"{folder}/dense",
+            tokens.split(self.batch_size),
+            output_dir=f"{folder}/{attempt}",
+            device=self._place,
+        )
+        return _Trial(report, time.perf_counter() - started, num_samples)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A run on random weights and tokens."""
+
+    report: PruningReport
+    seconds: float  # of the whole run
+    num_samples: int  # sequences of random tokens
+
+
+def _total(parts: Mapping[str, float]) -> float:
+    """All bytes of some parts."""
+    return sum(parts.values())

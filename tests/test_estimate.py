@@ -1,3 +1,4 @@
+import sys
 import time
 
 import pytest
@@ -9,7 +10,7 @@ from tiny_models import tiny_model
 from transformers import LlamaConfig
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.estimate import Estimate
+from optimum_fista.estimate import LIBRARIES, Estimate
 from optimum_fista.folder.output import unfinished_folder
 from optimum_fista.prune.journal import Journal
 
@@ -95,10 +96,14 @@ def test_a_model_of_405_billion_parameters_needs_no_weights():
 
 
 def test_every_expert_has_gram_matrices():
-    config, sizes = FistaPruningConfig(method="magnitude"), []
+    config = FistaPruningConfig(method="magnitude")
+    sizes = []
+
     for number in (2, 4):
-        found = estimated(config, tiny_model("mixtral", num_local_experts=number).config)
-        sizes.append(found.memory["host"]["other Gram matrices"])
+        model = tiny_model("mixtral", num_local_experts=number).config
+        estimate = estimated(config, model, measures_perplexity=False)
+        sizes.append(estimate.memory["host"]["other Gram matrices"])
+
     assert sizes[1] - sizes[0] == 2 * 4 * (32**2 + 48**2)
 
 
@@ -140,7 +145,11 @@ def test_disk_is_what_a_run_writes(tmp_path, monkeypatch, pattern):
     FistaPruner(config, progress=False).prune(source, tiny_tokens().split(4), output_dir=output)
     ids = tiny_tokens()
     found = estimated(
-        config, str(source), num_samples=len(ids), sequence_length=ids.shape[1]
+        config,
+        str(source),
+        num_samples=len(ids),
+        sequence_length=ids.shape[1],
+        measures_perplexity=False,
     ).disk_bytes
     assert (
         sum(
@@ -157,6 +166,14 @@ def test_a_real_run_takes_what_is_estimated(monkeypatch):
     run = beside_a_run(CASES["tiny"])
     assert 1 / 1.25 < run["estimated_bytes"] / run["measured_bytes"] < 1.25
     assert 1 / 1.5 < run["estimated_seconds"] / run["measured_seconds"] < 1.5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
+def test_held_out_logits_of_a_large_vocabulary_are_counted():
+    run = beside_a_run(CASES["a large vocabulary, channels"])
+
+    assert run["measured_bytes"] > 1.5 * LIBRARIES, "the logits must matter here"
+    assert 1 / 1.25 < run["estimated_bytes"] / run["measured_bytes"] < 1.25
 
 
 def test_layers_of_every_kind_are_tried_and_time_grows_with_layers_and_tokens():

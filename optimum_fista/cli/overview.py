@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
+from optimum_fista.bars import tqdm
 from optimum_fista.memory import size_text
 
 if TYPE_CHECKING:

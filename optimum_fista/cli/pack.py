@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def convert(arguments: argparse.Namespace, write: Callable[..., object], title: str) -> int:
     """Write the folder in its other form, and print the sizes."""
-    from tqdm.auto import tqdm
+    from optimum_fista.bars import tqdm
 
     folder, output = arguments.folder, arguments.output
     with tqdm(desc=title, unit="file", leave=False) as bar:

@@ -33,8 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Verify a folder and print the result; returns 1 if a check fails."""
     # These imports take seconds, and `--help` must not wait for them.
-    from tqdm.auto import tqdm
-
+    from optimum_fista.bars import tqdm
     from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
     from optimum_fista.plain_text import plain_text
 

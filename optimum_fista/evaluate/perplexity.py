@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optimum_fista.bars import tqdm
 from optimum_fista.memory import is_out_of_memory
 from optimum_fista.model.hooks import evaluation_mode
 from optimum_fista.model.layers import token_limits

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from optimum_fista.bars import tqdm
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activations import ActivationStore, Storage
 from optimum_fista.model.calibration import CalibrationBatch, pieces

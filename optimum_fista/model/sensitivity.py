@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
-from tqdm.auto import tqdm
 
+from optimum_fista.bars import tqdm
 from optimum_fista.model.activations import ActivationStore, Storage
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.hooks import operator_input, replaced_forwards

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from optimum_fista.bars import tqdm
 from optimum_fista.model.activations import ActivationStore, Storage
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.hooks import replaced_forwards

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from tqdm.auto import tqdm
 
+from optimum_fista.bars import tqdm
 from optimum_fista.memory import is_out_of_memory, release_memory
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.experts import ExpertOperator, split_experts

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from optimum_fista.bars import tqdm
 from optimum_fista.folder.atomic import (
     digest_of,
     is_whole,

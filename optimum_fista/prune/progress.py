@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
-from tqdm.auto import tqdm
-
+from optimum_fista.bars import tqdm
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.report import LayerReport, OperatorReport, layer_and_kind
 
@@ -32,7 +32,7 @@ class Progress(PruningCallback):
                 file=sys.stderr,
             )
         # smoothing=0: the rate is that of the whole run, not of the last layer
-        layout = {
+        layout: dict[str, Any] = {
             "bar_format": "{desc} |{bar}| {elapsed} gone, {remaining} left",
             "smoothing": 0,
             "leave": False,

@@ -8,8 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from optimum_fista.bars import tqdm
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.inputs import RecordedInputs, record_inputs
 from optimum_fista.model.offload import execution_device, onloaded

@@ -28,9 +28,9 @@ import torch
 from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from optimum_fista.bars import tqdm
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.devices import floating_dtype
 from optimum_fista.folder import checkpoint

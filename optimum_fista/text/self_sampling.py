@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from optimum_fista.bars import tqdm
 from optimum_fista.model.hooks import evaluation_mode
 from optimum_fista.model.layers import token_limits
 from optimum_fista.model.offload import execution_device

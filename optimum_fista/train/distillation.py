@@ -25,7 +25,6 @@ from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -36,6 +35,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from optimum_fista.bars import tqdm
 from optimum_fista.folder.atomic import (
     digest_of,
     errors_of_writing,

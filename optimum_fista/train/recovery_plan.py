@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from optimum_fista.bars import tqdm
 from optimum_fista.devices import usable_device
 from optimum_fista.environment import numerical_environment
 from optimum_fista.folder.checkpoint import CONFIG_FILE, VOCABULARY_FILE, kept_tokens, read_report
