@@ -184,7 +184,7 @@ def verdicts(report: PruningReport) -> Iterator[str]:
     from optimum_fista.headlines import perplexity_line
     from optimum_fista.report import lines_of_unplaced
 
-    yield from _cost_of_tokens(report)
+    yield from cost_of_tokens(report)
     if report.measured("pruned") is not None:
         yield perplexity_line(report)
     if report.operators:
@@ -195,14 +195,14 @@ def verdicts(report: PruningReport) -> Iterator[str]:
     yield from lines_of_unplaced(report.model.get("copied", {}), report.model.get("lacks", {}))
 
 
-def _cost_of_tokens(report: PruningReport) -> Iterator[str]:
+def cost_of_tokens(report: PruningReport) -> Iterator[str]:
     """Say what the removal of tokens cost on held-out text, with the verdict; nothing if no token was removed."""
     from optimum_fista.report import COST_OF_TOKENS_ELSEWHERE
 
     if "vocabulary" not in report.model:
         return
     if report.bits_per_byte is None:
-        yield "what the removed tokens cost is not measured (the warning says why)"
+        yield "what the removed tokens cost is not measured (a warning says why)"
     else:
         yield f"{report.cost_of_tokens} ({report.verdict_of_tokens})"
     yield COST_OF_TOKENS_ELSEWHERE

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from optimum_fista.config import FistaPruningConfig
+    from optimum_fista.removal.tokens import TokensPlan
 
 _MEASURED_IMAGES = (
     16  # sequences with images that the perplexity is measured on: they have 300 tokens or more
@@ -133,35 +135,46 @@ def run(arguments: argparse.Namespace) -> int:
         details_of,
         estimate_of,
         next_commands,
+        overview_of,
         path_of_first_model,
         say_before,
         verdicts,
     )
-    from optimum_fista.cli.target_size import plan_size, remove_tokens
+    from optimum_fista.cli.target_size import plan_size, remove_first
     from optimum_fista.folder.hub import push_folder
     from optimum_fista.folder.output import FOLDER, locked_output, require_output
     from optimum_fista.folder.packed_folder import packing_of
     from optimum_fista.pruner import FistaPruner
     from optimum_fista.removal.tokens import plan_tokens
 
-    model, tokens = arguments.model, None if arguments.target_size is None else plan_size(arguments)
+    model = arguments.model
+    size = None if arguments.target_size is None else plan_size(arguments)
+    if size is not None:
+        print(*size.lines(), sep="\n", file=sys.stdout if arguments.dry_run else sys.stderr)
+        if size.channels is None:
+            assert size.tokens is not None
+            return _run_tokens(size.tokens, arguments)
+        arguments = size.second_run(arguments)
     config = _config(arguments)
     arguments.output = arguments.output or default_output(model, config)
     names, documents = _documents(arguments, config)
-    if arguments.dry_run and documents is not None:
-        plan = plan_tokens(arguments.model, documents, config, text_name=names)
-        print(plan.report.removed)
-    elif arguments.dry_run:
-        estimate = estimate_of(arguments, config, arguments.batch_size)
-        print("for the time, a decoder layer of each kind is pruned now", file=sys.stderr)
-        print("\n".join(details_of(estimate)))
     if arguments.dry_run:
-        require_output(arguments.output, arguments.overwrite, source=arguments.model)
+        if documents is not None:
+            print(plan_tokens(model, documents, config, text_name=names).report.removed)
+        elif size is not None and size.tokens is not None:
+            estimate = estimate_of(arguments, config, arguments.batch_size)
+            print(*overview_of(estimate), sep="\n")
+            print("note: these numbers are of the model with all its tokens; time is not estimated")
+        else:
+            estimate = estimate_of(arguments, config, arguments.batch_size)
+            print("for the time, a decoder layer of each kind is pruned now", file=sys.stderr)
+            print("\n".join(details_of(estimate)))
+        require_output(arguments.output, arguments.overwrite, source=model)
         return 0
     _require_options(arguments, config)
-    if tokens is not None:
+    if size is not None and size.tokens is not None:
         first = arguments.output.with_name(f"{arguments.output.name}-tokens")
-        remove_tokens(tokens, first, arguments.overwrite)
+        remove_first(size.tokens, first, device=arguments.device, overwrite=arguments.overwrite)
         arguments.model = str(first)
     with (
         speaking_ranks(arguments.device, "optimum_fista.removal.parts") as ranks,
@@ -209,6 +222,38 @@ def run(arguments: argparse.Namespace) -> int:
         )  # other commands take text only
         dense = path_of_first_model(report, model)
         print(next_commands(dense, arguments.output, text, has_zeros=not report.removed))
+    return 0
+
+
+def _run_tokens(plan: TokensPlan, arguments: argparse.Namespace) -> int:
+    """Write the model with fewer tokens of a plan, print what that costs and what is next; returns the exit status."""
+    from optimum_fista.cli.overview import next_commands, verdicts
+    from optimum_fista.config import FistaPruningConfig
+    from optimum_fista.folder.hub import push_folder
+    from optimum_fista.folder.output import require_output
+    from optimum_fista.removal.tokens import write_plan
+
+    config = FistaPruningConfig.from_dict(plan.report.config)
+    output = arguments.output or default_output(arguments.model, config)
+    if arguments.dry_run:
+        require_output(output, arguments.overwrite, source=arguments.model)
+        return 0
+    sources = arguments.calibration or [None]
+    options = {**vars(arguments), "output": output, "calibration": sources[0]}
+    _require_options(argparse.Namespace(**options), config)
+    report = write_plan(
+        plan,
+        output,
+        started=time.perf_counter(),
+        device=arguments.device,
+        overwrite=arguments.overwrite,
+        progress=True,
+    )
+    print(report, *verdicts(report), f"saved to {output}", sep="\n")
+    if arguments.push_to_hub:
+        print(push_folder(output, arguments.push_to_hub, private=arguments.private))
+    else:
+        print(next_commands(arguments.model, output, sources[0], has_zeros=False))
     return 0
 
 

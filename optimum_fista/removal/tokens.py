@@ -1,10 +1,10 @@
 """Removing tokens: the embedding, head, tokenizer and ids in a model's files become those of a smaller vocabulary.
 
-`remove_tokens` makes such a run: `plan_tokens` counts tokens on a text and decides which stay, `TokensPlan.measure`
-measures on text that was held out of the counting what that costs, and `TokensPlan.write` writes the smaller model. No
-decoder layer is pruned: the tokens that stay decide the rows of the embedding and the head that stay, and all other
-tensors are copied from file to file as they are stored. Two models without weights, with the old and the new number of
-tokens, show which tensors have an entry for each token.
+`remove_tokens` makes such a run: `count_model` counts tokens on a text, `plan_counted` decides which stay,
+`TokensPlan.measure` measures on text that was held out of the counting what that costs, and `TokensPlan.write` writes
+the smaller model. No decoder layer is pruned: the tokens that stay decide the rows of the embedding and the head that
+stay, and all other tensors are copied from file to file as they are stored. Two models without weights, with the old
+and the new number of tokens, show which tensors have an entry for each token.
 
 A *row* is one of the embedding: most rows belong to a token, and some models have more rows than tokens. An *id* is the
 number of a token and of its row; `new_ids` has the new id of each row that stays, by its old id.
@@ -269,6 +269,22 @@ class TokensPlan:
         write_file(folder / checkpoint.VOCABULARY_FILE, json.dumps(table) + "\n")
 
 
+@dataclass(frozen=True)
+class CountedModel:
+    """A dense model's files, and how often a text has each of its tokens: what plans are made of."""
+
+    name: str  # a folder or a Hub id
+    folder: Path  # of its files
+    settings: PreTrainedConfig  # its configuration, called dense
+    model: PreTrainedModel  # without weights
+    source: SourceTensors  # the tensors in its files
+    tokenizer: PreTrainedTokenizerBase
+    text_name: str | None
+    counts: Tensor  # int64 [rows]: how often each token is in the text
+    num_texts: int  # texts and batches that were read
+    held_out: tuple[str, ...]  # pieces of text that were not counted
+
+
 def plan_tokens(
     name: str,
     texts: Iterable[Any],
@@ -277,30 +293,58 @@ def plan_tokens(
     text_name: str | None,
     progress: bool = True,
 ) -> TokensPlan:
-    """Count tokens of texts, and plan what changes in a model's files; changes nothing.
+    """Count tokens of texts, and plan what changes in a model's files; see `count_model` and `plan_counted`."""
+    counted = count_model(name, texts, text_name=text_name, progress=progress)
+    return plan_counted(counted, config)
+
+
+def count_model(
+    name: str, texts: Iterable[Any], *, text_name: str | None, progress: bool = True
+) -> CountedModel:
+    """Read what a model's files say of its tokens, and count the tokens of texts.
+
+    Downloads the weights of a Hub id into the cache.
 
     Args:
         name: The dense model: a folder or a Hub id.
         texts: Texts, or batches of ids as `FistaPruner.prune` takes them. A batch with `held_out` is not counted.
-        config: Its `pattern` says what is removed, such as "vocab:0.35".
         text_name: Name of the texts, for the report.
         progress: Show a progress bar.
 
     Raises:
-        ValueError: If no token of this model can be removed, the text holds no token, or the pattern does not fit.
+        ValueError: If no token of this model can be removed, or the text holds no token.
+    """
+    folder, settings = _read_source(name)
+    tokenizer = loading.require_tokenizer(name)
+    model = loading.described(settings)
+    source = source_tensors(model, folder)
+    counts, num_texts, held_out = _count(tokenizer, texts, model, progress)
+    return CountedModel(
+        name=name,
+        folder=folder,
+        settings=settings,
+        model=model,
+        source=source,
+        tokenizer=tokenizer,
+        text_name=text_name,
+        counts=counts,
+        num_texts=num_texts,
+        held_out=held_out,
+    )
+
+
+def plan_counted(counted: CountedModel, config: FistaPruningConfig) -> TokensPlan:
+    """Decide which tokens stay, and plan what changes in the model's files; changes nothing.
+
+    `config.pattern` says what is removed, such as "vocab:0.35". ValueError if the pattern does not fit the model.
     """
     request = config.tokens_removal
     assert request is not None
-    folder, settings = _read_source(name, request)
-    tokenizer = loading.require_tokenizer(name)
-    dense = loading.described(settings)
-    num_rows = _num_rows(dense)
-    source = source_tensors(dense, folder)
-    counted = _count(tokenizer, texts, dense, progress)
+    tokenizer, folder = counted.tokenizer, counted.folder
+    num_rows = len(counted.counts)
 
-    vocabulary = tokenizer.get_vocab()
-    named, template_warning = _named_ids(tokenizer, settings, folder)
-    tokens = {*vocabulary.values()}
+    tokens = {*tokenizer.get_vocab().values()}
+    named, template_warning = _named_ids(tokenizer, counted.settings, folder)
     # Rows of no token that are named, such as a padding id after the last token.
     spare = sorted(index for index in named - tokens if 0 <= index < num_rows)
     keep = (named & tokens) | _ids_to_keep(tokenizer, request)
@@ -308,16 +352,16 @@ def plan_tokens(
     smaller = _smaller_vocabulary(content, counted.counts, request, keep, num_spare=len(spare))
     new_ids = {old: new for new, old in enumerate([*smaller.kept.tolist(), *spare])}
 
-    model = _smaller_model(settings, new_ids, num_rows)
+    model = _smaller_model(counted.settings, new_ids, num_rows)
     kept = torch.tensor([*new_ids])
-    stored = _cut(source, dense, model, kept)
-    _set_dtype(model, settings, stored)
+    stored = _cut(counted.source, counted.model, model, kept)
+    _set_dtype(model, counted.settings, stored)
     report = PruningReport(
         config=config.resolved().to_dict(),
-        model=_described(name, dense, model, source.copied),
-        origin=read_origin(settings),
+        model=_described(counted, model),
+        origin=read_origin(counted.settings),
         calibration={
-            "source": text_name,
+            "source": counted.text_name,
             "sha256": hashlib.sha256(counted.counts.numpy().tobytes()).hexdigest(),
             "num_sequences": counted.num_texts,
             "num_tokens": int(counted.counts.sum()),
@@ -325,18 +369,18 @@ def plan_tokens(
     )
     if template_warning:
         report.warn(template_warning)
-    _warn_of_rows(report, num_rows - len(tokens), settings)
+    _warn_of_rows(report, num_rows - len(tokens), counted.settings)
     num_seen = int(counted.counts[kept].count_nonzero())
     if request.share is not None and num_seen < 0.9 * len(kept):
         report.warn(
             f"the text has only {num_seen} of the {len(kept)} tokens that stay: pass more of it."
         )
     return TokensPlan(
-        name=name,
+        name=counted.name,
         source=folder,
         model=model,
         stored=stored,
-        quantized=source.settings,
+        quantized=counted.source.settings,
         dense_tokenizer=content,
         tokenizer=smaller.tokenizer,
         first_token=first_token(tokenizer),
@@ -346,14 +390,14 @@ def plan_tokens(
     )
 
 
-def _read_source(name: str, request: TokensRemoval) -> tuple[Path, PreTrainedConfig]:
+def _read_source(name: str) -> tuple[Path, PreTrainedConfig]:
     """The folder of a model's files, in the cache for a Hub id, and its configuration without quantization.
 
     Downloads the weights of a Hub id. ValueError if the model has no files from which tokens can be removed.
     """
     if Path(name).is_file() or loading.gguf_file(name) is not None:
         raise ValueError(
-            f"model={name!r}: pattern={str(request)!r} needs a model folder with a tokenizer: pass one, or a Hub id."
+            f"model={name!r}: tokens are removed from a model folder with a tokenizer: pass one, or a Hub id."
         )
     settings = copy.deepcopy(loading.read_config(name))
     revision = getattr(settings, "_commit_hash", None)
@@ -363,7 +407,7 @@ def _read_source(name: str, request: TokensRemoval) -> tuple[Path, PreTrainedCon
         snapshot_download(name, revision=revision, allow_patterns=weights)
     if is_packed(folder):
         raise ValueError(
-            f"model={name!r} is packed, and pattern={str(request)!r} needs ordinary tensors: unpack it first "
+            f"model={name!r} is packed, and tokens are removed from ordinary tensors: unpack it first "
             "(optimum-fista unpack)."
         )
     forget_quantization(settings)
@@ -394,19 +438,13 @@ def _num_rows(model: PreTrainedModel) -> int:
     return sizes["vocab_size"]
 
 
-@dataclass(frozen=True)
-class _CountedText:
-    """What was counted on the texts."""
-
-    counts: Tensor  # int64 [rows]: how often each token is in the text
-    num_texts: int  # texts and batches that were read
-    held_out: tuple[str, ...]  # pieces of text that were not counted
-
-
 def _count(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[Any], model: PreTrainedModel, progress: bool
-) -> _CountedText:
-    """Count the tokens of texts and batches, but hold some of them out; `model` is without weights."""
+) -> tuple[Tensor, int, tuple[str, ...]]:
+    """Count the tokens of texts and batches, but hold some of them out; `model` is without weights.
+
+    Returns the fields `counts`, `num_texts` and `held_out` of `CountedModel`.
+    """
     if isinstance(texts, str):
         raise ValueError(
             "calib_dataloader is one text: pass a list of texts, or an iterable of batches."
@@ -436,7 +474,7 @@ def _count(
     counts = count_tokens(tokenizer, held_out.counted(strings()), num_rows) + batch_counts
     if not counts.any():
         raise ValueError("calib_dataloader holds no token: pass texts, or batches of token ids.")
-    return _CountedText(counts, num_texts, (*marked, *held_out.pieces))
+    return counts, num_texts, (*marked, *held_out.pieces)
 
 
 def _named_ids(
@@ -526,13 +564,13 @@ def _smaller_vocabulary(
 def _smaller_model(
     settings: PreTrainedConfig, new_ids: Mapping[int, int], num_rows: int
 ) -> PreTrainedModel:
-    """The model with fewer tokens, without weights; changes `settings`: sizes of vocabularies, and ids."""
-    for section in sections(settings):
+    """The model with fewer tokens, without weights; `settings` is the dense model's configuration, of `num_rows`."""
+    smaller = copy.deepcopy(settings)
+    for section in sections(smaller):  # all of them are found before the first size changes
         vars(section).update(renumbered(vars(section), new_ids))
-    for section in sections(settings):
         if getattr(section, "vocab_size", None) == num_rows:
             section.vocab_size = len(new_ids)
-    return loading.described(settings)
+    return loading.described(smaller)
 
 
 def _set_dtype(
@@ -545,26 +583,17 @@ def _set_dtype(
     torch.nn.Module.to(model, floating_dtype(dtype))
 
 
-def _described(
-    name: str,
-    dense: PreTrainedModel,
-    model: PreTrainedModel,
-    copied: Mapping[str, int],
-) -> dict[str, Any]:
-    """What a report says of the smaller model: `PruningReport.model`.
-
-    `dense` and `model` are the models before and after, without weights; `copied` counts the tensors, by module, that
-    no class loads.
-    """
+def _described(counted: CountedModel, model: PreTrainedModel) -> dict[str, Any]:
+    """What a report says of the smaller model, which is without weights: `PruningReport.model`."""
     return {
         "class": type(model).__name__,
-        "name": public_name(name),
+        "name": public_name(counted.name),
         "model_type": model.config.model_type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "num_parameters": model.num_parameters(),
-        "dense_num_parameters": dense.num_parameters(),
-        "vocabulary": {"kept": _num_rows(model), "before": _num_rows(dense)},
-        "copied": copied,
+        "dense_num_parameters": counted.model.num_parameters(),
+        "vocabulary": {"kept": _num_rows(model), "before": len(counted.counts)},
+        "copied": counted.source.copied,
     }
 
 

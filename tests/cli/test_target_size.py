@@ -14,6 +14,7 @@ from tiny_llama import QUICK
 from optimum_fista.cli.main import main
 from optimum_fista.folder.checkpoint import kept_tokens, read_report
 from optimum_fista.source.loading import load_model
+from optimum_fista.text import token_counts
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(tokens that stay|belong to no token|bits per byte)"
@@ -52,11 +53,13 @@ def test_a_size_is_reached_by_tokens_that_the_text_lacks_and_then_by_channels(
     gone = first.model["vocabulary"]["before"] - first.model["vocabulary"]["kept"]
     left, before = first.model["num_parameters"], first.model["dense_num_parameters"]
     said, out = capsys.readouterr()[::-1]
-    assert (
-        f"{gone} of {gone + first.model['vocabulary']['kept']} tokens do not occur in the text"
-        in said
-    )
-    assert f"they go first ({left / before:.4f} is left), and then {share}" in said
+    total = gone + first.model["vocabulary"]["kept"]
+    assert f"vocab:unused: {gone:,} of {total:,} tokens, which the text never has, go first" in said
+    assert f"{left:,} parameters are left ({left / before:.2%})" in said
+    after = second.model["num_parameters"]
+    assert f"then {share}: {after:,} parameters are left ({after / before:.2%})" in said
+    assert "not measured" in said  # the text is too short
+    assert "nothing" not in said
     assert (
         f"recover {folder} --teacher {dense} " in out
     )  # the dense model, not that with fewer tokens
@@ -137,10 +140,12 @@ def test_a_size_that_tokens_reach_needs_one_run(dense, text, tmp_path, capsys):
     assert main([*command, "--calibration", str(text), "--keep-tokens", "zebra"]) == 0
     report = read_report(folder)
     before = report.model["dense_num_parameters"]
-    assert (
-        f"loses nothing without them: {report.config['pattern']} is enough"
-        in capsys.readouterr().err
-    )
+    said = capsys.readouterr()
+    after = report.model["num_parameters"]
+    assert f"{after:,} parameters are left ({after / before:.2%})" in said.err
+    assert "which the text rarely or never has, go first" in said.err
+    assert "not measured" in said.out
+    assert f"recover {folder} --teacher" in said.out
     assert report.config["keep_tokens"] == ["zebra"]
     assert report.config["pattern"].startswith("vocab:0.")
     assert 0.97 * before - 64 * 64 < report.model["num_parameters"] <= 0.97 * before
@@ -201,3 +206,47 @@ def test_sizes_that_make_no_sense(dense, text, tmp_path, capsys, flags, message)
     assert main(["prune", str(dense), "-o", str(tmp_path / "out"), *text, *QUICK, *flags]) == 1
     assert message in capsys.readouterr().err
     assert not any(file.is_dir() for file in tmp_path.iterdir())
+
+
+def test_a_dry_run_counts_once_and_says_what_both_runs_leave(
+    dense, text, tmp_path, capsys, monkeypatch
+):
+    counted = []
+    count = token_counts.count_tokens
+
+    def counting(tokenizer, documents, size):
+        counted.append(size)
+        return count(tokenizer, documents, size)
+
+    monkeypatch.setattr("optimum_fista.removal.tokens.count_tokens", counting)
+    monkeypatch.setattr("optimum_fista.estimate.Estimate.seconds", None)  # no layer is tried
+    flags = ["--method", "wanda", *QUICK, "--calibration", str(text), "--dry-run"]
+    command = ["prune", str(dense), "-o", str(tmp_path / "sized"), *flags]
+    for size, last in ((0.97, "vocab:0."), (0.8, "then channels:0.")):
+        counted.clear()
+
+        assert main([*command, "--target-size", str(size)]) == 0
+
+        said = capsys.readouterr().out
+        lines = [line for line in said.splitlines() if "parameters are left" in line]
+        assert lines[-1].startswith(last)
+        assert " s" not in lines[-1]
+        assert len(counted) == 1
+    assert not any(file.is_dir() for file in tmp_path.iterdir())
+
+
+def test_the_result_of_two_runs_is_named_and_measured_by_the_model_of_the_user(
+    dense, text, tmp_path
+):
+    folder = tmp_path / "sized"
+    flags = ["--method", "wanda", *QUICK, "--calibration", str(text)]
+
+    assert main(["prune", str(dense), "-o", str(folder), "--target-size", "0.8", *flags]) == 0
+
+    report = read_report(folder)
+    card = (folder / "README.md").read_text()
+    share = 1 - report.model["num_parameters"] / parameters_of(dense)
+    assert report.first_model.name == dense.name
+    assert f"# {dense.name}, vocab:unused, then channels:" in card
+    assert f"({share:.2%}, " in card
+    assert "sized-tokens" not in card.partition("```python")[0].partition("---\n\n")[2]
