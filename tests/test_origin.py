@@ -1,0 +1,98 @@
+from types import SimpleNamespace
+
+import pytest
+from pruning import prune
+from tiny_llama import tiny_llama, tiny_tokens
+
+from optimum_fista.folder.checkpoint import mark_retrained
+from optimum_fista.origin import MeasuredPerplexity, OriginReport, StepReport, read_origin
+
+pytestmark = pytest.mark.filterwarnings("ignore:the model was pruned before")
+
+
+def measured(**changes) -> MeasuredPerplexity:
+    values = {"perplexity": 9.0, "num_tokens": 100, "text": "sea", "vocabulary": 64, "sha256": "ab"}
+    return MeasuredPerplexity(**values | changes)
+
+
+def test_runs_on_a_model_in_memory_know_the_first_model():
+    model = tiny_llama()
+    tokens = tiny_tokens().split(4)
+    first = prune(model, tokens, pattern="layers:0.5", method="wanda")
+    second = prune(model, tokens, pattern="channels:0.25/4", method="wanda")
+    third = prune(model, tokens, pattern="2:4", method="wanda")
+
+    assert first.origin is None
+    assert third.origin.num_parameters == tiny_llama().num_parameters()
+    assert third.origin.sha256 == first.model["sha256"]
+    assert [step.pattern for step in third.steps] == ["layers:0.5", "channels:0.25/4", "2:4"]
+    assert [step.num_parameters for step in third.origin.steps] == [
+        first.model["num_parameters"],
+        second.model["num_parameters"],
+    ]
+
+
+def test_a_training_between_two_runs_is_noted():
+    model = tiny_llama()
+    tokens = tiny_tokens().split(4)
+    prune(model, tokens, pattern="2:4", method="wanda")
+    mark_retrained(model)
+    second = prune(model, tokens, pattern="layers:0.5", method="wanda")
+
+    assert [step.retrained for step in second.steps] == [True, False]
+
+
+@pytest.mark.parametrize("entry", [None, {}, "text", {"method": "wanda"}])
+def test_a_model_that_was_never_pruned_has_no_origin(entry):
+    assert read_origin(SimpleNamespace(fista_pruning=entry)) is None
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        {"name": 3},
+        {"steps": [{}]},
+        {"steps": []},
+        "text",
+        {"surprise": 1},
+    ],
+)
+def test_an_origin_that_can_not_be_read_is_not_known(origin):
+    entry = {"pattern": "2:4", "pruned_before": ["layers:0.5"], "origin": origin}
+
+    found = read_origin(SimpleNamespace(fista_pruning=entry))
+
+    assert found == OriginReport(steps=[StepReport("layers:0.5"), StepReport("2:4")])
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_comparable"),
+    [
+        ({}, True),
+        ({"perplexity": 12.0}, True),
+        ({"sha256": "cd"}, False),
+        ({"sha256": None}, False),
+        ({"vocabulary": 32}, False),
+    ],
+)
+def test_perplexities_are_comparable_on_the_same_tokens_of_the_same_vocabulary(
+    changes, is_comparable
+):
+    assert measured().has_tokens_of(measured(**changes)) is is_comparable
+
+
+def test_perplexities_on_unknown_tokens_are_not_comparable():
+    assert not measured(sha256=None).has_tokens_of(measured(sha256=None))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ({"num_removed": 1200}, "1,200 parameters"),
+        ({"num_zeros": 7, "num_removed": 0}, "7 weights became zero"),
+        ({"num_removed": 64, "num_tokens_removed": 2}, "2 tokens, 64 parameters"),
+        ({}, "not known"),
+    ],
+)
+def test_what_a_step_removed_in_words(numbers, words):
+    assert StepReport("2:4", **numbers).removal == words
