@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import optimum_fista
+import optimum_fista.packed
 
 sys.path.append(str(Path(__file__).with_name("support")))
 from tiny_llama import TEXT, save_tiny_folder
