@@ -3,13 +3,16 @@
 A pruned folder gets all files of the dense one except weights (templates, processors, licences), so it can replace it.
 """
 
+import errno
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
 
 from huggingface_hub import HfApi, RepoFile, snapshot_download, try_to_load_from_cache
 
+from optimum_fista.source.links import leads_out
 from optimum_fista.source.stored_tensor import weight_files
 
 _TEMPLATES = "additional_chat_templates"
@@ -19,6 +22,7 @@ _LEFT_OUT = re.compile(
     r"^\.|/|\.(safetensors|bin|gguf|pth?|ckpt|h5|msgpack|onnx(_data)?|tflite|npz|ot)(\.index\.json)?$|^adapter_config\."
 )
 _MOST_BYTES = 2**28  # the largest vocabularies have about 2**25
+_MOST_BYTES_OF_TEMPLATE = 2**20
 logger = logging.getLogger(__name__)
 
 
@@ -26,14 +30,19 @@ def source_folder(name: str, revision: str | None) -> Path:
     """Return the folder of a model that has been loaded; `revision` is the commit of a Hub id.
 
     For a Hub id, the small files of the repository are first loaded into the cache.
+
+    Raises:
+        PermissionError: If a file that `copy_source` will copy can't be read.
     """
     if Path(name).is_dir():
-        return Path(name)
+        folder = Path(name)
+        _require_readable(folder)
+        return folder
     try:
         tree = HfApi().list_repo_tree(name, revision=revision)
         files = [file for file in tree if isinstance(file, RepoFile)]
         small = [file.path for file in files if _comes_along(file.path, file.size)]
-        snapshot_download(name, revision=revision, allow_patterns=[*small, f"{_TEMPLATES}/*"])
+        snapshot_download(name, revision=revision, allow_patterns=[*small, f"{_TEMPLATES}/*.jinja"])
     except Exception as error:  # the client has no common base
         logger.warning(
             "the Hub doesn't tell which files %s has (%s): those in the cache are copied",
@@ -46,28 +55,69 @@ def source_folder(name: str, revision: str | None) -> Path:
 def copy_source(source: Path, folder: Path, pattern: str = "*") -> None:
     """Copy the files of a model's folder that match `pattern`, except weights and files that a run writes, to `folder`.
 
-    Files that are neither copied, nor weights that are read, nor hidden are named in a warning.
+    A warning names the files that are neither copied, nor weights that are read, nor hidden.
     """
-    not_copied: list[Path] = []
+    copied, others = _files_to_copy(source, pattern)
+    for name in copied:
+        target = folder / name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, target)
+    if others:
+        logger.warning("not copied from %s: %s", source, ", ".join(others))
+
+
+def _files_to_copy(source: Path, pattern: str) -> tuple[list[str], list[str]]:
+    """Return the names of the files that `copy_source` copies, and the names of those that its warning names.
+
+    Links that lead out of the folder are not followed, because the copy may be uploaded. Of the folder of chat
+    templates only small templates are copied.
+    """
+    copied: list[str] = []
+    others: list[Path] = []
     for path in sorted(source.glob(pattern)):
         name = path.name
         is_expected = name.startswith(".") or name in _WRITTEN or name.endswith(".index.json")
-        if path.is_file() and _comes_along(name, path.stat().st_size):
-            shutil.copyfile(path, folder / name)
-        elif name == _TEMPLATES and path.is_dir():
-            shutil.copytree(path, folder / name, copy_function=shutil.copyfile, dirs_exist_ok=True)
-            (folder / name).chmod(folder.stat().st_mode)  # the source may be read-only
+        if leads_out(path, source):
+            if not is_expected:
+                others.append(path)
+        elif path.is_file() and _comes_along(name, path.stat().st_size):
+            copied.append(name)
+        elif path.is_dir() and name == _TEMPLATES:
+            for template in sorted(path.iterdir()):
+                if _is_template(template, source):
+                    copied.append(f"{_TEMPLATES}/{template.name}")
+                else:
+                    others.append(template)
         elif not is_expected:
-            not_copied.append(path)
+            others.append(path)
 
-    weights = weight_files(source) if not_copied else set()
-    names = [
-        f"{path.name}/" if path.is_dir() else path.name
-        for path in not_copied
-        if path not in weights
-    ]
-    if names:
-        logger.warning("not copied from %s: %s", source, ", ".join(names))
+    weights = weight_files(source) if others else set()
+    names = []
+    for path in others:
+        if path not in weights:
+            name = path.relative_to(source).as_posix()
+            names.append(f"{name}/" if path.is_dir() else name)
+    return copied, names
+
+
+def _is_template(path: Path, source: Path) -> bool:
+    """Tell whether `path`, in the folder of chat templates of `source`, is a chat template that may be copied."""
+    if path.suffix != ".jinja" or leads_out(path, source) or not path.is_file():
+        return False
+    return path.stat().st_size <= _MOST_BYTES_OF_TEMPLATE
+
+
+def _require_readable(source: Path) -> None:
+    """Refuse a folder with a file that can't be read and that a result would get: before the run, not at its end."""
+    copied, _ = _files_to_copy(source, "*")
+    for name in copied:
+        if not os.access(source / name, os.R_OK):
+            raise PermissionError(
+                errno.EACCES,
+                "this file of the model can't be read, and the result would get a copy of it: make it readable, or "
+                "move it away",
+                str(source / name),
+            )
 
 
 def _comes_along(name: str, size: int) -> bool:
