@@ -193,7 +193,11 @@ class Estimate:
             stays_quantized = files_dtypes and removal.keeps_values
             with loading.reading(str(folder)):
                 source = source_tensors(
-                    self.model, folder, removal.part_of, quantized=stays_quantized
+                    self.model,
+                    folder,
+                    removal.part_of,
+                    quantized=stays_quantized,
+                    layers_name=removal.layers.name,
                 )
         return plan_run(removal, source, loaded=False, files_dtypes=files_dtypes)
 

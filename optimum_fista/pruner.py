@@ -148,15 +148,18 @@ class FistaPruner:
                 "its name or folder and output_dir instead."
             )
         removal = plan_removal(prunable_layers(model), self.config)
+        source = _loaded_source(model, removal)
+        # They are written so if the model is saved, unless it was loaded in another dtype.
+        in_files_dtypes = bool(source.loaded_in(model.dtype))
         plan = plan_run(
             removal,
-            _loaded_source(model, removal),
+            source,
             storage=storage_place(self.storage_device),
             progress=self.progress,
             callbacks=self.callbacks,
         )
         calibration, held_out, report = begin(plan, calib_dataloader, source_name)
-        if plan.source.loaded_in(model.dtype):
+        if in_files_dtypes:
             report.environment["written"] = "in the dtypes of the files"
         sink = ModelSink(model)
         report = run(plan, calibration, held_out, report, sink, started)
@@ -230,7 +233,13 @@ def _loaded_source(model: PreTrainedModel, removal: Removal) -> SourceTensors:
         return SourceTensors()
     try:
         with reading(str(folder)):
-            return source_tensors(model, folder, removal.part_of, quantized=False)
+            return source_tensors(
+                model,
+                folder,
+                removal.part_of,
+                quantized=False,
+                layers_name=removal.layers.name,
+            )
     except (OSError, ValueError) as error:
         lost = f"tensors in {str(folder)!r} that the model's class does not load"
         return SourceTensors(lost={lost: f"the files can't be read: {error}"})

@@ -24,6 +24,7 @@ from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.hooks import evaluation_mode
 from optimum_fista.model.inputs import HiddenStates
 from optimum_fista.model.offload import execution_device
+from optimum_fista.model.precision import Products, products_as
 from optimum_fista.packed.format import packed_names
 from optimum_fista.prune.batches import Calibration, cut_batches
 from optimum_fista.prune.journal import Journal, KeptLayer, SourceFiles
@@ -85,10 +86,10 @@ class FileSink(Sink):
         self._seconds_before = 0.0
 
     @contextmanager
-    def opened(self) -> Iterator[None]:
+    def opened(self, products: Products) -> Iterator[None]:
         """See `Sink.opened`. Errors say how many decoder layers are kept; the model is not used afterwards."""
         try:
-            with evaluation_mode(self._model), torch.no_grad():
+            with evaluation_mode(self._model), torch.no_grad(), products_as(products):
                 yield
         except RankError as error:
             raise RankError(f"{error}; {self._advice()}") from error

@@ -185,6 +185,7 @@ def _read_model(
             files,
             removal.part_of,
             quantized=files_dtypes and removal.keeps_values,
+            layers_name=removal.layers.name,
         )
     plan = plan_run(
         removal,
@@ -195,6 +196,6 @@ def _read_model(
         callbacks=callbacks,
     )
     if packed:
-        names = stored_names(model, plan.all_operators.values())
+        names = stored_names(model, plan.all_operators.values(), layers_name=plan.layers.name)
         require_packable(stored.name for stored in names.values())
     return _ReadModel(plan=plan, tokenizer=tokenizer, files=files)

@@ -31,6 +31,7 @@ from optimum_fista.source.quantization import quantized_source
 def begin_report(plan: Plan) -> PruningReport:
     """Begin the report of a run; warn of an earlier run, of name patterns without a match, and of lost tensors."""
     model = plan.layers.model
+    messages = [*_earlier_run(plan), *_quantized_source(plan)]
     report = PruningReport(
         config=plan.config.to_dict(),
         model={
@@ -58,46 +59,42 @@ def begin_report(plan: Plan) -> PruningReport:
             "products": plan.products,
         },
     )
-    _warn_of_earlier_run(plan, report)
-    _warn_of_quantized_source(plan, report)
-
     operators = [*plan.all_operators, *plan.removal.left_dense]
-    for message in plan.config.idle_patterns(operators):
-        report.warn(message)
-    for message in lines_of_unplaced({}, plan.source.lost):
+    messages += plan.config.idle_patterns(operators)
+    messages += lines_of_unplaced({}, plan.source.lost)
+    for message in messages:
         report.warn(message)
     return report
 
 
-def _warn_of_earlier_run(plan: Plan, report: PruningReport) -> None:
-    """Warn if the model has zeros of an earlier run; one that removed tokens leaves none."""
+def _earlier_run(plan: Plan) -> list[str]:
+    """Say that the model has zeros of an earlier run, if it has; one that removed tokens leaves none."""
     earlier = getattr(plan.layers.model.config, "fista_pruning", None)
-    if isinstance(earlier, dict) and not str(earlier.get("pattern")).startswith("vocab:"):
-        report.warn(
-            f"the model was pruned before ({earlier.get('method')}, {earlier.get('pattern')}, "
-            f"{earlier.get('num_zeros')} zeros): errors are measured against it as it is, and zeros outside of the new "
-            "pattern may be overwritten."
-        )
+    if not isinstance(earlier, dict) or str(earlier.get("pattern")).startswith("vocab:"):
+        return []
+    return [
+        f"the model was pruned before ({earlier.get('method')}, {earlier.get('pattern')}, "
+        f"{earlier.get('num_zeros')} zeros): errors are measured against it as it is, and zeros outside of the new "
+        "pattern may be overwritten."
+    ]
 
 
-def _warn_of_quantized_source(plan: Plan, report: PruningReport) -> None:
-    """Warn if quantized weights were dequantized when the model was read, and say how they will be written."""
+def _quantized_source(plan: Plan) -> list[str]:
+    """Say how weights are written that were dequantized when the model was read, if there are any."""
     model = plan.layers.model
     quantization = quantized_source(model)
     if not quantization:
-        return
+        return []
 
-    num_bytes = sum(
-        parameter.numel() * parameter.element_size() for parameter in model.parameters()
-    )
-    written = (
-        "as they are stored"
-        if plan.as_stored
-        else f"in {report.model['dtype']} ({size_text(num_bytes)})"
-    )
-    report.warn(
+    written = "as they are stored"
+    if not plan.as_stored:
+        num_bytes = sum(
+            parameter.numel() * parameter.element_size() for parameter in model.parameters()
+        )
+        written = f"in {str(model.dtype).removeprefix('torch.')} ({size_text(num_bytes)})"
+    return [
         f"weights quantized by {quantization['quant_method']!r} are dequantized to prune, and written {written}."
-    )
+    ]
 
 
 def complete_report(plan: Plan, report: PruningReport, held_out: HeldOut | None) -> None:

@@ -59,7 +59,6 @@ class Plan:
 
     Attributes:
         removal: What is taken from the model: operators to prune with their patterns, and parts to remove.
-        products: How matrices are multiplied in forward passes.
         source: The tensors in the files of the model, by their names in the result; empty if they are not known.
         files_dtypes: Whether tensors are written in the dtypes of the files, not in the model's.
         budgets: Decided by the loss of the dense model; empty until `with_budgets`.
@@ -69,7 +68,6 @@ class Plan:
     """
 
     removal: Removal
-    products: Products
     source: SourceTensors = field(default_factory=SourceTensors)
     files_dtypes: bool = False
     budgets: Budgets = field(default_factory=Budgets)
@@ -100,6 +98,13 @@ class Plan:
     def config(self) -> FistaPruningConfig:
         """The configuration as the user passed it, with a choice for every option."""
         return self.removal.config
+
+    @cached_property
+    def products(self) -> Products:
+        """How matrices are multiplied in forward passes, by the option `compute_dtype` and the device."""
+        model = self.layers.model
+        device = execution_device(model.get_input_embeddings())
+        return choose_products(self.config.compute_dtype, device, model.dtype)
 
     @cached_property
     def method(self) -> PruningMethod:
@@ -174,20 +179,14 @@ def plan_run(
     files are not known. If `loaded` is False, the model may be on the meta device, for an estimate. The other arguments
     are fields of `Plan`.
     """
-    model = removal.layers.model
-    device = execution_device(model.get_input_embeddings())
     plan = Plan(
         removal=removal,
-        products=choose_products(removal.config.compute_dtype, device, model.dtype),
         source=SourceTensors() if source is None else source,
         files_dtypes=files_dtypes,
         storage=storage,
         progress=progress,
         callbacks=callbacks,
     )
-
-    if loaded:  # this refuses a weight whose mask could not be saved
-        stored_names(model, plan.all_operators.values())
 
     if plan.as_stored:
         # Any groups do: this refuses scales that belong to several groups.
@@ -196,4 +195,8 @@ def plan_run(
             plan.stored(name, kept)
         if removal.num_removed_layers:
             plan.source.require_no_numbers()
+
+    if loaded:  # this refuses a weight whose mask could not be saved
+        layers = removal.layers
+        stored_names(layers.model, plan.all_operators.values(), layers_name=layers.name)
     return plan

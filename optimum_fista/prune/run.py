@@ -7,7 +7,6 @@ make the `Plan`, read the calibration text, and choose the `Sink`, where everyth
 from functools import partial
 
 from optimum_fista.model.held_out import HeldOut
-from optimum_fista.model.precision import products_as
 from optimum_fista.prune.batches import Calibration
 from optimum_fista.prune.budgets import share_budgets
 from optimum_fista.prune.loop import prune_layers
@@ -43,7 +42,7 @@ def run(
         for callback in plan.callbacks:
             callback.on_prune_begin(report)
 
-    with sink.opened(), products_as(plan.products):
+    with sink.opened(plan.products):
         sink.together(tell_begin)
 
         # Measured on the dense model, so before any layer is pruned.

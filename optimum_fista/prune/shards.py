@@ -36,7 +36,10 @@ class ShardWriter:
     def __init__(self, plan: Plan, folder: Path, packed: bool) -> None:
         self.stem = "packed" if packed else "model"
         self.names = stored_names(
-            plan.layers.model, plan.all_operators.values(), plan.removal.new_name
+            plan.layers.model,
+            plan.all_operators.values(),
+            plan.removal.new_name,
+            layers_name=plan.layers.name,
         )
         self._plan = plan
         self._folder = folder

@@ -24,6 +24,7 @@ from optimum_fista.model.hooks import evaluation_mode
 from optimum_fista.model.inputs import HiddenStates
 from optimum_fista.model.offload import alignment_hooks, kept_tensor, offload_hook, store_tensor
 from optimum_fista.model.operators import LinearOperator
+from optimum_fista.model.precision import Products, products_as
 from optimum_fista.prune.batches import Calibration
 from optimum_fista.prune.notes import complete_report
 from optimum_fista.prune.plan import Budgets, Plan
@@ -73,8 +74,11 @@ class Sink(ABC):
         self._onloaded: dict[tuple[int, str], tuple[nn.Module, str]] = {}
 
     @abstractmethod
-    def opened(self) -> AbstractContextManager[None]:
-        """Put the model in evaluation mode without gradients, and see to what has to be undone after an error."""
+    def opened(self, products: Products) -> AbstractContextManager[None]:
+        """Around the run: put the model in evaluation mode without gradients, and undo changes after an error.
+
+        Inside, matrices are multiplied as `products` says.
+        """
 
     @abstractmethod
     def budgets(self, share_budgets: Callable[[], Budgets]) -> Budgets:
@@ -171,14 +175,14 @@ class ModelSink(Sink):
     source: SourceTensors
 
     @contextmanager
-    def opened(self) -> Iterator[None]:
+    def opened(self, products: Products) -> Iterator[None]:
         """See `Sink.opened`. After an error, weights, shapes, hooks, modes and configuration are as they were.
 
         The old weights are freed at the end, so a model whose run has ended is not put back any more.
         """
         attributes_put_back = _attributes_kept(self._model)
         try:
-            with evaluation_mode(self._model), torch.no_grad():
+            with evaluation_mode(self._model), torch.no_grad(), products_as(products):
                 yield
         except BaseException:
             with (

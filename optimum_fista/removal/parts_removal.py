@@ -197,7 +197,6 @@ class PartsRemoval(Removal):
         operators, left_dense = choose_operators(
             layers, dense_experts, lambda name: None if name in patterns else "no part"
         )
-        _require_shapes(operators, patterns)
 
         total = len(layers)
         removal = cls(
@@ -500,11 +499,14 @@ def plan_removal(layers: DecoderLayers, config: FistaPruningConfig) -> Removal:
             "Hub id, and output_dir, to FistaPruner.prune."
         )
     config = config.resolved()
-    removal = (
-        _removal_of_zeros(layers, config)
-        if config.whole_parts is None
-        else (PartsRemoval.planned(layers, config))
-    )
+    removal: Removal
+    if config.whole_parts is None:
+        removal = _removal_of_zeros(layers, config)
+    else:
+        removal = PartsRemoval.planned(layers, config)
+    for operators in removal.operators.values():
+        for name, operator in operators.items():
+            removal.patterns[name].require_shape(operator.shape, name)
 
     # to remove experts or decoder layers, no operator need be pruned
     prunes = any(removal.operators.values())
@@ -530,7 +532,6 @@ def _removal_of_zeros(layers: DecoderLayers, config: FistaPruningConfig) -> Remo
         return reason
 
     operators, left_dense = choose_operators(layers, config.exclude, reason_left_dense)
-    _require_shapes(operators, patterns)
     channels: dict[str, Part] = {}
     if config.reorder_channels:
         try:
@@ -548,13 +549,6 @@ def _removal_of_zeros(layers: DecoderLayers, config: FistaPruningConfig) -> Remo
         left_dense=left_dense,
         channels=channels,
     )
-
-
-def _require_shapes(operators: Operators, patterns: Mapping[str, SparsityPattern]) -> None:
-    """Refuse operators (ValueError) that their patterns do not fit."""
-    for group in operators.values():
-        for name, operator in group.items():
-            patterns[name].require_shape(operator.shape, name)
 
 
 def _plan_fewer_experts(

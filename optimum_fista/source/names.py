@@ -36,15 +36,18 @@ def stored_names(
     renamed: Callable[[str], str | None] = str,
     *,
     all_of_them: bool = True,
+    layers_name: str | None = None,
 ) -> dict[str, StoredName]:
     """Names that `save_pretrained` gives the weights of operators, by their names in the model.
 
     Stand-ins are filled with the number of the operator. `renamed` gives their names in the saved model, if it has
     fewer decoder layers. A weight that is not stored as one matrix is refused, or left out if `all_of_them` is False.
+    `layers_name` is the name of the list of decoder layers; `None`: it is looked for.
     """
     asked, prefixes = list(operators), {id(module): name for name, module in model.named_modules()}
     # Those that are not pruned as well: Transformers may store them in one tensor with others, whose place they decide.
-    layers, by_name = find_decoder_layers(model).name, dict[str, LinearOperator]()
+    layers = find_decoder_layers(model).name if layers_name is None else layers_name
+    by_name: dict[str, LinearOperator] = {}
     for name, module in model.get_submodule(layers).named_modules(prefix=layers):
         if isinstance(module, LINEAR) and module.weight.ndim == 2:
             by_name[name] = LinearOperator(name, module)

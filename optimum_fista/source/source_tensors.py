@@ -282,6 +282,7 @@ def source_tensors(
     part_of: Callable[[str], CutPart | None] = _belongs_to_no_part,
     *,
     quantized: bool = True,
+    layers_name: str | None = None,
 ) -> SourceTensors:
     """Find the tensors in the files of a loaded model, and say which are not copied.
 
@@ -298,6 +299,8 @@ def source_tensors(
         source: The folder of its files.
         part_of: Returns the part to which a parameter belongs, if the run cuts it.
         quantized: Whether the result is quantized as the source is.
+        layers_name: The name of the list of decoder layers in the model, such as "model.layers"; `None`: it is looked
+            for.
 
     Raises:
         ValueError: Two tensors have one place and different values, or a tensor is quantized and `config.json` is not
@@ -344,12 +347,14 @@ def source_tensors(
     if settings and not quantized:
         lost = _lost_in_8_bits(stored, others) | lost
     lost |= _lost_of_larger_model(model, source, config, others)
+    if layers_name is None:
+        layers_name = find_decoder_layers(model).name
     return SourceTensors(
         stored=stored,
         places=places,
         others=others,
         lost=lost,
-        layers=_prefix_of_layers(places, f"{find_decoder_layers(model).name}."),
+        layers=_prefix_of_layers(places, f"{layers_name}."),
         settings=settings,
     )
 

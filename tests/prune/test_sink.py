@@ -19,7 +19,7 @@ def operator(request) -> LinearOperator:
 
 def write_and_fail(operator: LinearOperator, error: type[BaseException]) -> None:
     sink = ModelSink(operator.module)
-    with sink.opened():
+    with sink.opened("float32"):
         sink.write(operator, torch.zeros(3, 4))
         sink.write(operator, torch.ones(3, 4))
         raise error
@@ -40,7 +40,7 @@ def test_undo_puts_back_what_was_written_since_the_last_commit():
     first, second = (LinearOperator(f"{index}", module) for index, module in enumerate(model))
     before = [module.weight.detach().clone() for module in model]
     sink = ModelSink(model)
-    with suppress(ValueError), sink.opened():
+    with suppress(ValueError), sink.opened("float32"):
         sink.write(first, torch.zeros(3, 4))
         sink.commit(0, model[0], LayerRecord(LayerReport("0", None, 0.0)), [])
         sink.write(second, torch.zeros(3, 4))
@@ -58,7 +58,7 @@ def test_offloaded_weights_change_where_they_are_kept_when_their_layer_is_commit
     cpu_offload(model, execution_device=torch.device("cpu"))
     operator = LinearOperator("0", model[0])
     sink = ModelSink(model)
-    with suppress(ValueError), sink.opened():
+    with suppress(ValueError), sink.opened("float32"):
         with onloaded(model.modules()):
             sink.write(operator, torch.zeros(3, 4))
             sink.undo()
@@ -79,7 +79,7 @@ def test_after_an_error_hooks_modes_and_gradients_are_as_before(error):
     gradient = torch.ones(3, 4)
     model.weight.grad = gradient
 
-    with suppress(error), ModelSink(model).opened():
+    with suppress(error), ModelSink(model).opened("float32"):
         model.register_forward_hook(print)
         model.weight.grad = None
         model.weight.requires_grad_(False)

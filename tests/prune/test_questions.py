@@ -1,0 +1,62 @@
+"""A run asks each question about its model and its configuration once."""
+
+import sys
+from collections import Counter
+
+import pytest
+from tiny_llama import tiny_llama, tiny_tokens
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+
+PATTERNS = ["unstructured", "2:4", "channels:0.25", "heads:0.5+layers:0.5"]
+
+
+@pytest.fixture
+def calls(monkeypatch) -> Counter:
+    """How often each watched function was called, wherever the package imports it."""
+    counts: Counter = Counter()
+    for module in list(sys.modules.values()):
+        if not getattr(module, "__name__", "").startswith("optimum_fista"):
+            continue
+        for name in ("find_decoder_layers", "parse_pattern"):
+            function = vars(module).get(name)
+            if function is None:
+                continue
+
+            def counted(*arguments, _function=function, _name=name, **options):
+                counts[_name] += 1
+                return _function(*arguments, **options)
+
+            monkeypatch.setattr(module, name, counted)
+    return counts
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_model_in_memory_is_searched_for_decoder_layers_once(calls, pattern):
+    model = tiny_llama(num_hidden_layers=4)
+    pruner = FistaPruner(FistaPruningConfig(pattern=pattern), progress=False)
+
+    pruner.prune(model, tiny_tokens().split(4))
+
+    assert calls["find_decoder_layers"] == 1
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_model_by_name_is_searched_for_decoder_layers_once(calls, pattern, tmp_path):
+    tiny_llama(num_hidden_layers=4).save_pretrained(tmp_path / "dense")
+    pruner = FistaPruner(FistaPruningConfig(pattern=pattern), progress=False)
+
+    pruner.prune(tmp_path / "dense", tiny_tokens().split(4), output_dir=tmp_path / "pruned")
+
+    assert calls["find_decoder_layers"] == 1
+
+
+@pytest.mark.parametrize("overrides", [{}, {"*.q_proj": 0.25, "*.down_proj": "2:4"}])
+def test_a_pattern_is_read_less_than_once_an_operator(calls, overrides):
+    model = tiny_llama(num_hidden_layers=4)
+    config = FistaPruningConfig(overrides=overrides)
+
+    report = FistaPruner(config, progress=False).prune(model, tiny_tokens().split(4))
+
+    assert len(report.operators) == 28
+    assert calls["parse_pattern"] <= 28
