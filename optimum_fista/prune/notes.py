@@ -31,7 +31,13 @@ from optimum_fista.source.quantization import quantized_source
 def begin_report(plan: Plan) -> PruningReport:
     """Begin the report of a run; warn of an earlier run, of name patterns without a match, and of lost tensors."""
     model = plan.layers.model
-    messages = [*_earlier_run(plan), *_quantized_source(plan)]
+    operators = [*plan.all_operators, *plan.removal.left_dense]
+    messages = [
+        *_earlier_run(plan),
+        *_quantized_source(plan),
+        *plan.config.idle_patterns(operators),
+        *lines_of_unplaced({}, plan.source.lost),
+    ]
     report = PruningReport(
         config=plan.config.to_dict(),
         model={
@@ -59,9 +65,6 @@ def begin_report(plan: Plan) -> PruningReport:
             "products": plan.products,
         },
     )
-    operators = [*plan.all_operators, *plan.removal.left_dense]
-    messages += plan.config.idle_patterns(operators)
-    messages += lines_of_unplaced({}, plan.source.lost)
     for message in messages:
         report.warn(message)
     return report

@@ -499,11 +499,11 @@ def plan_removal(layers: DecoderLayers, config: FistaPruningConfig) -> Removal:
             "Hub id, and output_dir, to FistaPruner.prune."
         )
     config = config.resolved()
-    removal: Removal
-    if config.whole_parts is None:
-        removal = _removal_of_zeros(layers, config)
-    else:
-        removal = PartsRemoval.planned(layers, config)
+    removal = (
+        PartsRemoval.planned(layers, config)
+        if config.whole_parts is not None
+        else _removal_of_zeros(layers, config)
+    )
     for operators in removal.operators.values():
         for name, operator in operators.items():
             removal.patterns[name].require_shape(operator.shape, name)
@@ -522,6 +522,16 @@ def plan_removal(layers: DecoderLayers, config: FistaPruningConfig) -> Removal:
 
 def _removal_of_zeros(layers: DecoderLayers, config: FistaPruningConfig) -> Removal:
     """Choose the operators that get zeros, with the user's pattern for each."""
+    channels: dict[str, Part] = {}
+    if config.reorder_channels:
+        try:
+            parts = ModelOutline(layers).parts("channels").parts
+        except UnsupportedArchitectureError as error:
+            raise UnsupportedArchitectureError(
+                f"reorder_channels=True: {error} Leave it out."
+            ) from error
+        channels = {part.name: part for part in parts}
+
     patterns: dict[str, SparsityPattern] = {}
 
     def reason_left_dense(name: str) -> str | None:
@@ -532,15 +542,6 @@ def _removal_of_zeros(layers: DecoderLayers, config: FistaPruningConfig) -> Remo
         return reason
 
     operators, left_dense = choose_operators(layers, config.exclude, reason_left_dense)
-    channels: dict[str, Part] = {}
-    if config.reorder_channels:
-        try:
-            parts = ModelOutline(layers).parts("channels").parts
-        except UnsupportedArchitectureError as error:
-            raise UnsupportedArchitectureError(
-                f"reorder_channels=True: {error} Leave it out."
-            ) from error
-        channels = {part.name: part for part in parts}
     return Removal(
         layers=layers,
         config=config,
