@@ -50,9 +50,9 @@ def plain_flops(model, tokens: torch.Tensor) -> float:
         before = counter.get_total_flops()
         output = recorded.calls[0][0].run(layer, recorded.hidden_states[0])
         one_pass = (counter.get_total_flops() - before) / output.shape[:2].numel()
-    groups, _ = trace_groups(layer, operators, recorded.calls[0][0], recorded.hidden_states[0])
+    trace = trace_groups(layer, operators, recorded.calls[0][0], recorded.hidden_states[0])
     grams = sum(4 * operator.shape[1] ** 2 for operator in operators.values())
-    return (2 * len(groups) * one_pass + grams) * tokens.numel()
+    return (2 * len(trace.groups) * one_pass + grams) * tokens.numel()
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ def layer_problems(
     for index, (name, layer) in enumerate(decoder):
         if index > last:
             return
-        groups, _ = trace_groups(
+        trace = trace_groups(
             layer, find_operators(name, layer), records[0].calls[index][0], hidden[0][0]
         )
         by_text = []
@@ -59,9 +59,9 @@ def layer_problems(
             activations = LayerActivations(
                 layer, record.calls[index], record.token_masks, hidden[text][0].device
             )
-            chosen = groups if layers is None or index in layers else []
+            chosen = trace.groups if layers is None or index in layers else []
             targets = LayerTargets(
-                activations, chosen, Correction("none"), HiddenStates(hidden[text])
+                activations, chosen, Correction("none"), HiddenStates(hidden[text]), ends=trace.ends
             )
             by_text.append([targets.problems(group).fitted for group in range(len(chosen))])
             hidden[text] = targets.leave().entering

@@ -4,15 +4,23 @@
 decoder layer. Here, errors of earlier layers may be corrected too. The targets may lie between those of the dense and
 of the pruned network. The last operator of a layer may compensate for the errors of all others. For this, activations
 of the dense network are kept for one layer: the inputs or the outputs of an operator, whichever take less memory.
+
+Letters in comments: `W` is the dense weight of an operator [out, in], `X` its inputs in the dense network, `X*` in the
+network as pruned so far. A group is a list of operators that share their inputs, so they share `X` and `X*`. Tokens are
+rows of tensors here, [tokens, in]; a *record* (`_DenseRecord`) is what is kept of a group's pass in the dense network.
+
+For each decoder layer, `LayerTargets` is made while the layer is dense. Then `problems` is called for one group after
+another, each after all groups before it were pruned, and `leave` at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +29,7 @@ from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activations import ActivationStore
 from optimum_fista.model.experts import AssignedTokens, ExpertOperator, FusedExperts
 from optimum_fista.model.gram import GroupSums
-from optimum_fista.model.groups import FinishedParts, is_added_to_output
+from optimum_fista.model.groups import FinishedParts, PartEnd, is_added_to_output
 from optimum_fista.model.hooks import operator_input, watching
 from optimum_fista.model.inputs import HiddenStates, LayerActivations
 from optimum_fista.model.operators import Group, LinearOperator
@@ -79,9 +87,8 @@ class LastOperator:
 
     operator: LinearOperator
     activations: LayerActivations
-    energies: dict[
-        bool, Tensor
-    ]  # squared norms of the rows of W X, [out], float64: held out (True) and others
+    # squared norms of the rows of W X, [out], float64: of held-out tokens (True) and of others
+    energies: dict[bool, Tensor]
     inputs: ActivationStore  # X*
     rest: ActivationStore | None  # D*; None if the layer's output hidden states are not needed
     dense: ActivationStore  # W X in the dense network, [tokens, out]
@@ -92,22 +99,24 @@ class LastOperator:
 
         The operator runs once, with the weights that it has at the first access.
         """
-        activations, operator = self.activations, self.operator
         squares = {
-            kind: torch.zeros((), dtype=torch.float64, device=activations.device)
-            for kind in (False, True)
+            held_out: torch.zeros((), dtype=torch.float64, device=self.activations.device)
+            for held_out in (False, True)
         }
-        outputs = None if self.rest is None else activations.store()
+        layer_outputs = None if self.rest is None else self.activations.store()
         for batch, inputs in enumerate(self.inputs):
             with quick_products():
-                output = operator.module(inputs)
-            if outputs is not None and self.rest is not None:
+                output = self.operator.module(inputs)
+            if layer_outputs is not None and self.rest is not None:
                 rest = self.rest[batch]
-                outputs.append(rest + output.view(rest.shape))
-            found = operator.outputs_without_bias(activations.rows(output, batch, operator))
-            difference = found - self.dense[batch].to(found.device).float()
-            squares[activations.held_out[batch]] += difference.square().sum(1).double().sum()
-        return squares, outputs
+                layer_outputs.append(rest + output.view(rest.shape))
+            product = self.operator.outputs_without_bias(  # W* X*
+                self.activations.rows(output, batch, self.operator)
+            )
+            difference = product - self.dense[batch].to(product.device).float()
+            held_out = self.activations.held_out[batch]
+            squares[held_out] += difference.square().sum(1).double().sum()
+        return squares, layer_outputs
 
 
 @dataclass
@@ -116,9 +125,8 @@ class GroupProblems:
 
     operators: Group
     fitted: list[LayerProblem]
-    held_out: Iterator[
-        LayerProblem | None
-    ]  # over held-out tokens, made one by one; None if an operator got none
+    # over held-out tokens, made one by one; None if an operator got none
+    held_out: Iterator[LayerProblem | None]
     last: LastOperator | None  # the operator, if it has a residual correction
 
     def output_error(
@@ -126,21 +134,28 @@ class GroupProblems:
     ) -> float | None:
         """`|| W* X* - W X ||_F / || W X ||_F` with weights `W*` as written; `None` if `W X` is not known.
 
-        This equals `fit_error` if the targets are the dense network's outputs, on held-out tokens and on others.
+        `problem` is one of `fitted`, or of `held_out` if that is True. The error equals `fit_error` if the targets are
+        the dense network's outputs, on held-out tokens and on others.
         """
         if self.last is None:
             return fit_error if problem.aims_at_dense else problem.output_error(weight)
-        squares, energy = self.last.results[0][held_out], self.last.energies[held_out].sum()
-        return relative(*torch.stack([squares, energy]).tolist())  # one wait for the device
+        squares, _ = self.last.results
+        energy = self.last.energies[held_out].sum()
+        square_of_error, square_of_output = torch.stack([squares[held_out], energy]).tolist()
+        return relative(square_of_error, square_of_output)
 
 
 class LayerTargets:
     """The layer problems of one decoder layer, group by group; nothing else refers to `X`, `X*` and the targets.
 
-    The dense layer runs once, at the beginning. For `X*` of a group the layer runs from its start up to that group,
-    with all earlier groups pruned; finished parts of the layer don't run again (`FinishedParts`). Between two groups
-    only the outputs of these parts and the layer's input hidden states are kept. The layer must be dense at first.
-    `groups` are in execution order; `experts` is the module with the experts if some of them are removed.
+    The dense layer runs once, when this object is made. For `X*` of a group the layer runs from its start up to that
+    group, with all earlier groups pruned; finished parts of the layer don't run again (`FinishedParts`). Between two
+    groups only the outputs of these parts and the layer's input hidden states are kept. The layer must be dense at
+    first.
+
+    `groups` are in execution order, and `ends` say which operators end parts of the layer; both are of a `LayerTrace`.
+    `entering` are the hidden states that enter the layer. `experts` is the module with the experts, if some of them
+    will be removed.
     """
 
     def __init__(
@@ -149,82 +164,116 @@ class LayerTargets:
         groups: Sequence[Group],
         correction: Correction,
         entering: HiddenStates,
+        *,
+        ends: Mapping[str, PartEnd] | None = None,
         experts: nn.Module | None = None,
     ) -> None:
         self.activations = activations
         self.entering = entering
         self._groups = groups
         self._correction = correction
-        self._finished = FinishedParts(activations, groups)
+        self._finished = FinishedParts(activations, groups, ends or {})
+        # by the number of the group, until its problems are made
         self._records = {
-            i: _DenseRecord(group, activations, correction, i) for i, group in enumerate(groups)
+            number: _DenseRecord(
+                group,
+                activations,
+                is_dense_input=correction.sees_dense_inputs(number),
+                needs_dense=correction.needs_dense,
+            )
+            for number, group in enumerate(groups)
         }
+        # the mixture whose experts are pruned now, with the tokens that it assigned to them in each batch
         self._mixture: tuple[FusedExperts, list[AssignedTokens]] | None = None
         self._last: LastOperator | None = None
-        self._experts, self._expert_outputs = experts, activations.store()
-        corrects = correction.residual_share > 0 and not correction.sees_dense_inputs(len(groups))
-        self.adds_experts = (  # whether the sum of all experts gets a residual correction
-            experts is not None
-            and corrects
-            and is_added_to_output(activations, experts, entering.entering[0])
-        )
+        self._experts = experts
+        self._expert_outputs = activations.store()  # E(X), [tokens, out] by batch
+        # hidden states after the layer in the dense network; None if these are not needed
         self._outputs: ActivationStore | None = None
-        if entering.dense is None:
-            return
-        # one pass serves all groups: each records the inputs and outputs of its operators
-        records, count, self._outputs = self._records.values(), 0, activations.store()
-        hooks: dict[nn.Module, Callable[..., None]]
-        hooks = {
-            operator.module: partial(r.see_output, operator)
-            for r in records
-            for operator in r.group
-        }
-        if experts is not None:
-            hooks[experts] = lambda _, __, output: self._expert_outputs.append(
-                tokens_of(output, count)
-            )
-        with watching({record.group[0].module: record.see_input for record in records}, hooks):
-            for batch, hidden in enumerate(entering.dense):
-                count = hidden.shape[:2].numel()
-                for record in records:
+
+        # whether the sum of all experts gets a residual correction
+        self.adds_experts = False
+        has_rest = not correction.sees_dense_inputs(len(groups))
+        if experts is not None and correction.residual_share > 0 and has_rest:
+            hidden = entering.entering[0]
+            self.adds_experts = is_added_to_output(activations, experts, hidden)
+
+        if entering.dense is not None:
+            self._outputs = self._run_dense(entering.dense)
+
+    def _run_dense(self, hidden_states: Sequence[Tensor]) -> ActivationStore:
+        """Run the dense layer on every batch, and return its output hidden states.
+
+        One pass serves all groups: hooks fill the record of each, and `_expert_outputs`. They are removed at the end.
+        """
+        outputs = self.activations.store()
+        num_tokens = 0  # of the batch that runs, padding included
+
+        def see_experts(_: nn.Module, __: object, output: Tensor) -> None:
+            """Keep the sum of all experts; a forward hook of the mixture."""
+            self._expert_outputs.append(tokens_of(output, num_tokens))
+
+        with ExitStack() as hooks:
+            for record in self._records.values():
+                module = record.group[0].module
+                hooks.enter_context(
+                    module.register_forward_pre_hook(record.see_input, with_kwargs=True)
+                )
+            for record in self._records.values():
+                for operator in record.group:
+                    see_output = partial(record.see_output, operator)
+                    hooks.enter_context(operator.module.register_forward_hook(see_output))
+            if self._experts is not None:
+                hooks.enter_context(self._experts.register_forward_hook(see_experts))
+            for batch, hidden in enumerate(hidden_states):
+                num_tokens = hidden.shape[:2].numel()
+                for record in self._records.values():
                     record.batch = batch
-                self._outputs.append(activations.run(batch, hidden))
+                outputs.append(self.activations.run(batch, hidden))
+        return outputs
 
     def problems(self, index: int) -> GroupProblems:
-        """The problems of a group that is still dense; all groups before it are pruned and written."""
+        """The problems of the group with a number, which is still dense; all groups before it are pruned and written.
+
+        The record of the group is used up: this is called once for each group.
+        """
         # popped, so that the record and its sums are freed with the problems, before the next group's are made
-        group, record, correction = self._groups[index], self._records.pop(index), self._correction
-        is_last = index == len(self._groups) - 1
-        if not correction.sees_dense_inputs(
-            index
-        ):  # otherwise X* = X, and the dense pass has summed them
-            # only the last operator has a residual correction, and only if it is alone in its group
-            corrects = (
-                correction.residual_share > 0
-                and is_last
-                and len(group) == 1
-                and group[0].tokens is None
-            )
-            if corrects and is_added_to_output(
-                self.activations, group[0].module, self.entering.entering[0]
-            ):
-                with self._finished.skipped(index, keep=False):
-                    self._last = self._sum_residual(record)
-            else:
-                with self._finished.skipped(
-                    index, keep=not is_last or self.entering.pruned is not None
-                ):
-                    self._sum_inputs(record)
-        share = correction.dense_share
-        fitted = list(
-            record.sums[False].problems(group, [operator.read() for operator in group], share)
-        )
+        record = self._records.pop(index)
+        group = self._groups[index]
+        # If X* = X, the dense pass has summed everything.
+        if not self._correction.sees_dense_inputs(index):
+            self._sum_pruned_inputs(index, record)
+
+        share = self._correction.dense_share
+        weights = [operator.read() for operator in group]
+        fitted = list(record.sums[False].problems(group, weights, share))
         held_out: Iterator[LayerProblem | None] = iter([None] * len(group))
         if True in record.sums and record.sums[True].num_tokens:
-            held_out = record.sums[True].problems(
-                group, (problem.weight for problem in fitted), share
-            )
+            dense_weights = (problem.weight for problem in fitted)
+            held_out = record.sums[True].problems(group, dense_weights, share)
         return GroupProblems(group, fitted, held_out, self._last)
+
+    def _sum_pruned_inputs(self, index: int, record: _DenseRecord) -> None:
+        """Run the layer as it is now, and sum over `X*` of a group; sets `_last` if it has a residual correction."""
+        group = self._groups[index]
+        is_last = index == len(self._groups) - 1
+        # only the last operator has a residual correction, and only if it is alone in its group
+        may_correct = (
+            self._correction.residual_share > 0
+            and is_last
+            and len(group) == 1
+            and not isinstance(group[0], ExpertOperator)
+        )
+        corrects = may_correct and is_added_to_output(
+            self.activations, group[0].module, self.entering.entering[0]
+        )
+        if corrects:
+            with self._finished.skipped(index, keep=False):
+                self._last = self._sum_residual(record)
+        else:
+            runs_again = not is_last or self.entering.pruned is not None
+            with self._finished.skipped(index, keep=runs_again):
+                self._sum_inputs(record)
 
     def pass_by(self) -> HiddenStates:
         """Hidden states after a layer that is removed: in the pruned network, those that enter it."""
@@ -240,44 +289,45 @@ class LayerTargets:
         with `D` and `D*` the rest of the layer's output; b = 0 unless `adds_experts`.
         """
         assert self._experts is not None
-        correction, seen, count = self._correction, list[Tensor](), 0
-        with watching(
-            {}, {self._experts: lambda _, __, output: seen.append(tokens_of(output, count).float())}
-        ):
+        correction = self._correction
+        sums: list[Tensor] = []  # E(X*) of the batch that runs, [tokens, out]
+        num_tokens = 0  # of that batch, padding included
+
+        def see_experts(_: nn.Module, __: object, output: Tensor) -> None:
+            """Keep the sum of all experts; a forward hook of the mixture."""
+            sums.append(tokens_of(output, num_tokens).float())
+
+        with self._experts.register_forward_hook(see_experts):
             for batch, hidden in enumerate(self.entering.entering):
-                count = hidden.shape[:2].numel()
+                num_tokens = hidden.shape[:2].numel()
                 output = self.activations.run(batch, hidden)
-                if len(seen) != 1:
-                    why = f"is called {len(seen)} times in a forward pass of its decoder layer, so its experts can't go"
+                if len(sums) != 1:
                     raise UnsupportedArchitectureError(
-                        f"a {type(self._experts).__name__} {why}: use another pattern."
+                        f"a {type(self._experts).__name__} is called {len(sums)} times in a forward pass of its "
+                        "decoder layer, so its experts can't be removed: use another pattern."
                     )
-                target = same = seen.pop()
+                same = sums.pop()
+                target = same
                 if correction.needs_dense:
                     dense = self._expert_outputs[batch].float()
                     target = torch.lerp(same, dense, correction.dense_share)
                     if self.adds_experts:
                         assert self._outputs is not None
-                        both = (
-                            (output - self._outputs[batch].to(output.device))
-                            .reshape(same.shape)
-                            .float()
-                        )
+                        both = output - self._outputs[batch].to(output.device)
+                        both = both.reshape(same.shape).float()  # (D* + E(X*)) - (D + E(X))
                         target -= (both - same + dense) * correction.residual_share
                 # of hidden states, of which a layer may have several for a token (hyper-connections)
                 yield target.to(output.dtype).view(*hidden.shape[:2], -1)
 
     def leave(self, smaller: nn.Module | None = None) -> HiddenStates:
         """Hidden states after the layer, or after the `smaller` one without experts, when all groups are pruned."""
-        entering, pruned = self.entering.pruned, None
+        entering = self.entering.pruned
+        pruned: ActivationStore | None = None
         if smaller is not None:
-            pruned = (
-                None
-                if entering is None
-                else replace(self.activations, layer=smaller).outputs(entering)
-            )
+            if entering is not None:
+                pruned = replace(self.activations, layer=smaller).outputs(entering)
         elif self._last is not None:
-            pruned = self._last.results[1]  # D* was kept, so only the operator itself runs
+            _, pruned = self._last.results  # D* was kept, so only the operator itself runs
         elif entering is not None:
             with self._finished.skipped(len(self._groups), keep=False):
                 pruned = self.activations.outputs(entering)
@@ -285,178 +335,232 @@ class LayerTargets:
 
     def _sum_inputs(self, record: _DenseRecord) -> None:
         """Sum over `X*` of a group and over the dense network's record; the layer runs up to the group."""
-        operator, activations, entering = record.group[0], self.activations, self.entering.entering
-        found: Iterator[
-            Tensor
-        ]  # [batch, sequence, in] or, of an expert, [tokens, in], a batch each
-        weights: list[Tensor] = []
+        operator = record.group[0]
+        entering = self.entering.entering
         if isinstance(operator, ExpertOperator):
-            if self._mixture is None or self._mixture[0] is not operator.experts:
-                # one run for all experts of a mixture: their inputs are computed from the input of the mixture
-                self._mixture = (
-                    operator.experts,
-                    activations.assigned_tokens(operator.experts, entering),
-                )
-            found = (operator.inputs(tokens, activations.device) for tokens in self._mixture[1])
+            assigned_batches = self._assigned_tokens(operator.experts)
             weights = [expert.read() for expert in record.group]
-        else:
-            found = (
-                operator_input(*given)
-                for given in activations.arguments_of(operator.module, entering)
-            )
-        for batch, inputs in enumerate(found):
-            record.batch = batch
-            record.add(inputs, weights)
+            for batch, assigned in enumerate(assigned_batches):
+                inputs = operator.inputs(assigned, self.activations.device)  # [tokens, in]
+                record.add_expert(batch, inputs, assigned.tokens_of(operator.expert), weights)
+            return
+        calls = self.activations.arguments_of(operator.module, entering)
+        for batch, (arguments, keywords) in enumerate(calls):
+            record.add(batch, operator_input(arguments, keywords))  # [batch, sequence, in]
+
+    def _assigned_tokens(self, experts: FusedExperts) -> list[AssignedTokens]:
+        """The tokens that a mixture assigns to its experts in each batch.
+
+        The layer runs once for all experts of a mixture: their inputs are computed from the input of the mixture.
+        """
+        if self._mixture is None or self._mixture[0] is not experts:
+            entering = self.entering.entering
+            self._mixture = (experts, self.activations.assigned_tokens(experts, entering))
+        return self._mixture[1]
 
     def _sum_residual(self, record: _DenseRecord) -> LastOperator:
         """Sum over `X*` and the targets `Y = W (a X + (1 - a) X*) - b (D* - D)` of the last operator.
 
         The layer runs to its end with the operator's dense weights, which gives `X*`, `W X*` and `D* + W X*`.
         """
-        operator, activations, correction = record.group[0], self.activations, self._correction
+        activations = self.activations
+        operator = record.group[0]
+        energies = {
+            held_out: sums.energies[operator.name] for held_out, sums in record.sums.items()
+        }
         last = LastOperator(
             operator,
             activations,
-            energies={kind: sums.energies[operator.name] for kind, sums in record.sums.items()},
+            energies=energies,
             inputs=activations.store(),
             rest=None if self.entering.pruned is None else activations.store(),
             dense=activations.store() if record.outputs is None else record.outputs,
         )
         weight = operator.read() if record.outputs is None else None
-        assert self._outputs is not None
-        seen: list[
-            Tensor
-        ] = []  # its input, and a copy of its output: some layers add to that in place
-        copy_output = {operator.module: lambda _, __, output: seen.append(output.clone())}
-        with watching({operator.module: seen.append}, copy_output):
+
+        inputs_seen: list[Tensor] = []
+        outputs_seen: list[Tensor] = []
+
+        def copy_output(_: nn.Module, __: object, output: Tensor) -> None:
+            """Keep a copy of the operator's output: some layers add to it in place."""
+            outputs_seen.append(output.clone())
+
+        with watching({operator.module: inputs_seen.append}, {operator.module: copy_output}):
             for batch, hidden in enumerate(self.entering.entering):
-                output = activations.run(batch, hidden)
-                own, inputs = (
-                    seen.pop().view(output.shape),
-                    seen.pop(),
-                )  # some call their operator with [tokens, in]
-                same = operator.outputs_without_bias(
-                    activations.rows(own, batch, operator)
-                ).float()  # W X*
-                if record.inputs is not None and weight is not None:
-                    dense = (
-                        record.inputs[batch].to(same.device, non_blocking=True).float() @ weight.T
-                    )
-                    last.dense.append(dense)
-                else:
-                    dense = last.dense[batch].to(same.device, non_blocking=True).float()  # W X
-                # in the layer's dtype: the two sums are close, so little is lost in their difference
-                both = output - self._outputs[batch].to(same.device)  # (D* + W X*) - (D + W X)
-                moved = activations.rows(both, batch, operator).float() - same + dense  # D* - D
-                targets = same.mul(1 - correction.dense_share).add_(
-                    dense, alpha=correction.dense_share
-                )
-                targets.sub_(moved, alpha=correction.residual_share)
-                rows = activations.rows(inputs, batch, operator)
-                record.sums[activations.held_out[batch]].add(rows, "targets", targets)
-                last.inputs.append(inputs)
-                if last.rest is not None:
-                    last.rest.append(output - own)
-                del (
-                    output,
-                    own,
-                    inputs,
-                    same,
-                    dense,
-                    both,
-                    moved,
-                    targets,
-                    rows,
-                )  # before the next batch runs
+                layer_output = activations.run(batch, hidden)
+                # some call their operator with [tokens, in]
+                own_output = outputs_seen.pop().view(layer_output.shape)
+                inputs = inputs_seen.pop()
+                self._add_residual(batch, record, last, weight, layer_output, own_output, inputs)
+                del layer_output, own_output, inputs  # before the next batch runs
         return last
+
+    def _add_residual(
+        self,
+        batch: int,
+        record: _DenseRecord,
+        last: LastOperator,
+        weight: Tensor | None,
+        layer_output: Tensor,
+        own_output: Tensor,
+        inputs: Tensor,
+    ) -> None:
+        """Add the inputs `X*` and the targets of one batch to the sums of the last operator.
+
+        `layer_output` is `D* + W X*` and `own_output` is `W X*`, with the bias, both [batch, sequence, out]; `weight`
+        is `W` if the record has no outputs. Appends to the stores of `last`.
+        """
+        assert self._outputs is not None
+        activations = self.activations
+        correction = self._correction
+        operator = last.operator
+
+        # W X*
+        same = operator.outputs_without_bias(activations.rows(own_output, batch, operator)).float()
+        if record.inputs is not None and weight is not None:
+            # W X
+            dense = record.inputs[batch].to(same.device, non_blocking=True).float() @ weight.T
+            last.dense.append(dense)
+        else:
+            dense = last.dense[batch].to(same.device, non_blocking=True).float()  # W X
+
+        # in the layer's dtype: the two sums are close, so little is lost in their difference
+        both = layer_output - self._outputs[batch].to(same.device)  # (D* + W X*) - (D + W X)
+        moved = activations.rows(both, batch, operator).float() - same + dense  # D* - D
+        targets = same.mul(1 - correction.dense_share)
+        targets.add_(dense, alpha=correction.dense_share)
+        targets.sub_(moved, alpha=correction.residual_share)
+
+        rows = activations.rows(inputs, batch, operator)
+        record.sums[activations.held_out[batch]].add(rows, "targets", targets)
+        last.inputs.append(inputs)
+        if last.rest is not None:
+            last.rest.append(layer_output - own_output)
 
 
 class _DenseRecord:
-    """Activations of one group in the dense network: enough to form `W X X*^T` with any later `X*`."""
+    """Activations of one group in the dense network: enough to form `W X X*^T` with any later `X*`.
+
+    With `is_dense_input`, `X* = X`, so everything is summed in the dense pass. `needs_dense` is that of the
+    `Correction`. Hooks of the dense pass call `see_input` and `see_output`; later passes call `add` or `add_expert`.
+
+    Attributes:
+        group: The operators.
+        batch: The number of the batch that runs in the dense pass; the caller sets it.
+        sums: Over tokens to fit (False), and over held-out ones (True) if there are any.
+        inputs: `X` [tokens, in] by batch, in the model's dtype, or `None`.
+        outputs: Or `W X` of all operators side by side, [tokens, out] by batch, if these are smaller.
+    """
 
     def __init__(
-        self, group: Group, activations: LayerActivations, correction: Correction, index: int
+        self,
+        group: Group,
+        activations: LayerActivations,
+        *,
+        is_dense_input: bool,
+        needs_dense: bool,
     ) -> None:
         self.group = group
-        self.batch = 0  # number of the batch that runs
+        self.batch = 0
         self._activations = activations
-        self._same = correction.sees_dense_inputs(index)
-        size, device = group[0].shape[1], activations.device
-        kinds = sorted(
-            {False, *activations.held_out}
-        )  # tokens to fit, and those held out if there are any
-        self.sums = {kind: GroupSums(size, device, same_inputs=self._same) for kind in kinds}
-        self.inputs: ActivationStore | None = None  # X [tokens, in] by batch, in the model's dtype
-        self.outputs: ActivationStore | None = (
-            None  # or W X of all operators side by side, [tokens, out] by batch
-        )
-        self.tokens: list[
-            Tensor
-        ] = []  # which tokens are the rows of X, by batch, if these are not all tokens
+        self._is_dense_input = is_dense_input
+        size = group[0].shape[1]
+        self.sums = {
+            held_out: GroupSums(size, activations.device, same_inputs=is_dense_input)
+            for held_out in sorted({False, *activations.held_out})
+        }
+        self.inputs: ActivationStore | None = None
+        self.outputs: ActivationStore | None = None
+        self._tokens: list[Tensor] = []  # of an expert: which tokens are the rows of X, by batch
         self._side_by_side: list[Tensor] = []  # outputs of the batch that runs
-        if self._same or not correction.needs_dense:
+        if is_dense_input or not needs_dense:
             return
-        if (
-            group[0].tokens is not None
-        ):  # experts are many and small: their inputs are kept, and not in files
-            on_disk = isinstance(activations.storage, Path)
-            self.inputs = ActivationStore(
-                torch.device("cpu") if on_disk else activations.storage, device
-            )
-        elif sum(operator.shape[0] for operator in group) < size:  # keep the smaller one
+
+        num_outputs = sum(operator.shape[0] for operator in group)
+        if self._is_expert:
+            # experts are many and small: their inputs are kept, and not in files
+            is_in_files = isinstance(activations.storage, Path)
+            storage = torch.device("cpu") if is_in_files else activations.storage
+            self.inputs = ActivationStore(storage, activations.device)
+        elif num_outputs < size:  # keep the smaller one
             self.outputs = activations.store()
         else:
             self.inputs = activations.store()
 
-    def see_input(self, inputs: Tensor) -> None:
-        """Record the dense inputs of the group."""
-        operator = self.group[0]
-        rows = self._activations.rows(inputs, self.batch, operator)
-        if self._same:
+    @property
+    def _is_expert(self) -> bool:
+        """Whether the operators are of an expert, which gets only some tokens."""
+        return isinstance(self.group[0], ExpertOperator)
+
+    def see_input(self, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """Record the dense inputs of the group; a forward pre-hook of its first operator."""
+        inputs = operator_input(arguments, keywords)
+        tokens = arguments[1] if self._is_expert else None  # as `ExpertLinear` is called
+        rows = self._activations.rows(inputs, self.batch, self.group[0], tokens)
+        if self._is_dense_input:
             self.sums[self._activations.held_out[self.batch]].add(rows)
         elif self.inputs is not None:
             self.inputs.append(rows, copy=True)  # the layer may overwrite it
-            if operator.tokens is not None:
-                self.tokens.append(
-                    self._activations.rows(operator.tokens[:, None], self.batch, operator)[:, 0]
-                )
+            if tokens is not None:
+                self._tokens.append(self._real_tokens(tokens, self.batch))
 
     def see_output(
         self, operator: LinearOperator, _: nn.Module, __: object, output: Tensor
     ) -> None:
         """Record the dense outputs of one operator, as its forward hook; those of a group come in its order."""
-        if self._same or operator.tokens is not None:
+        if self._is_dense_input or self._is_expert:
             return
-        rows = operator.outputs_without_bias(self._activations.rows(output, self.batch, operator))
-        self.sums[self._activations.held_out[self.batch]].add_energies(operator.name, rows)
+        products = operator.outputs_without_bias(  # W X
+            self._activations.rows(output, self.batch, operator)
+        )
+        held_out = self._activations.held_out[self.batch]
+        self.sums[held_out].add_energies(operator.name, products)
         if self.outputs is not None:
-            self._side_by_side.append(
-                rows.to(output.dtype, copy=True)
-            )  # Falcon adds to it in place
+            # a copy, because Falcon adds to it in place
+            self._side_by_side.append(products.to(output.dtype, copy=True))
             if operator is self.group[-1]:
                 self.outputs.append(torch.cat(self._side_by_side, dim=1))
                 self._side_by_side.clear()
 
-    def add(self, inputs: Tensor, weights: Sequence[Tensor]) -> None:
-        """Add the inputs `X*` of a batch, and the dense network's record of it; `weights` are those of experts."""
-        operator, sums = self.group[0], self.sums[self._activations.held_out[self.batch]]
-        rows = self._activations.rows(inputs, self.batch, operator)
+    def add(self, batch: int, inputs: Tensor) -> None:
+        """Add the inputs `X*` [batch, sequence, in] of a batch, and the dense network's record of it, to `sums`."""
+        sums = self.sums[self._activations.held_out[batch]]
+        rows = self._activations.rows(inputs, batch, self.group[0])
         if self.outputs is not None:
-            sums.add(rows, "outputs", self.outputs[self.batch].to(rows.device, non_blocking=True))
+            dense_outputs = self.outputs[batch].to(rows.device, non_blocking=True)
+            sums.add(rows, "outputs", dense_outputs)
         elif self.inputs is not None:
-            dense = self.inputs[self.batch].to(rows.device, non_blocking=True)
-            if (
-                operator.tokens is not None
-            ):  # in the dense network other tokens may have reached the expert
-                tokens = self._activations.rows(operator.tokens[:, None], self.batch, operator)[
-                    :, 0
-                ]
-                dense = _rows_of(tokens, dense, self.tokens[self.batch], rows)
-                for expert, weight in zip(self.group, weights, strict=True):
-                    sums.add_energies(expert.name, dense.float() @ weight.T)
-            sums.add(rows, "inputs", dense)
+            dense_inputs = self.inputs[batch].to(rows.device, non_blocking=True)
+            sums.add(rows, "inputs", dense_inputs)
         else:
             sums.add(rows)
+
+    def add_expert(
+        self, batch: int, inputs: Tensor, tokens: Tensor, weights: Sequence[Tensor]
+    ) -> None:
+        """Add the inputs `X*` [tokens, in] of an expert in a batch, and the dense network's record of it, to `sums`.
+
+        `tokens` are those of the rows, and `weights` the dense ones of the group's operators.
+        """
+        sums = self.sums[self._activations.held_out[batch]]
+        rows = self._activations.rows(inputs, batch, self.group[0], tokens)
+        if self.inputs is None:
+            sums.add(rows)
+            return
+        # in the dense network other tokens may have reached the expert
+        dense_inputs = _rows_of(
+            self._real_tokens(tokens, batch),
+            recorded=self.inputs[batch].to(rows.device, non_blocking=True),
+            recorded_tokens=self._tokens[batch],
+            others=rows,
+        )
+        for expert, weight in zip(self.group, weights, strict=True):
+            sums.add_energies(expert.name, dense_inputs.float() @ weight.T)
+        sums.add(rows, "inputs", dense_inputs)
+
+    def _real_tokens(self, tokens: Tensor, batch: int) -> Tensor:
+        """Those of the `tokens` of an expert that are not padding."""
+        return self._activations.rows(tokens[:, None], batch, self.group[0], tokens)[:, 0]
 
 
 def tokens_of(output: Tensor, num_tokens: int) -> Tensor:
@@ -464,10 +568,14 @@ def tokens_of(output: Tensor, num_tokens: int) -> Tensor:
     return output.detach().reshape(-1, num_tokens, output.shape[-1]).sum(0)
 
 
-def _rows_of(tokens: Tensor, kept: Tensor, before: Tensor, later: Tensor) -> Tensor:
-    """Select rows for `tokens`: from `kept` [.., in] if the token is in `before`, otherwise from `later`."""
-    if not before.numel():
-        return later
-    # a search works because `LinearOperator.tokens` are rising
-    place = torch.searchsorted(before, tokens).clamp_max(before.numel() - 1)
-    return torch.where((before[place] == tokens)[:, None], kept[place], later)
+def _rows_of(tokens: Tensor, recorded: Tensor, recorded_tokens: Tensor, others: Tensor) -> Tensor:
+    """Select a row [in] for each token: the recorded one, or if there is none, the one of `others`.
+
+    `recorded` [recorded tokens, in] belongs to `recorded_tokens`, and `others` [tokens, in] to `tokens`. Both lists of
+    tokens are rising.
+    """
+    if not recorded_tokens.numel():
+        return others
+    place = torch.searchsorted(recorded_tokens, tokens).clamp_max(recorded_tokens.numel() - 1)
+    is_recorded = recorded_tokens[place] == tokens
+    return torch.where(is_recorded[:, None], recorded[place], others)

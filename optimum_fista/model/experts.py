@@ -1,14 +1,19 @@
 """Experts of a mixture, matrix by matrix.
 
-A mixture of experts keeps its matrices in 3-D parameters and never calls them one by one. Here every matrix of every
-expert is an operator: the mixture is made to call a module for each (`split_experts`), so that hooks see its inputs.
-This loop over experts is slower than the grouped products of Transformers, but copies no weight.
+A mixture of experts of Transformers keeps the matrices of all its experts in 3-D parameters [experts, ...] ("fused"),
+and never calls them one by one. Here every matrix of every expert is an operator: inside `split_experts` the mixture
+calls a module (`ExpertLinear`) for each, so that hooks see its inputs. This loop over experts is slower than the
+grouped products of Transformers, but copies no weight.
+
+The router sends each token to some experts only. In a batch of [batch, sequence] tokens, a token is numbered by its
+place in the flattened batch. Whoever needs to know which tokens an expert got is told so: by `AssignedTokens`, or by
+the second argument with which an `ExpertLinear` is called.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +28,9 @@ from optimum_fista.model.hooks import replaced_forwards
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.model.precision import in_few_sizes
 
+ExpertWatcher = Callable[[int, Tensor, Tensor], None]
+"""Is called with an expert's number, the tokens that it gets, and its outputs for them times the router's weights."""
+
 
 @dataclass
 class AssignedTokens:
@@ -30,15 +38,18 @@ class AssignedTokens:
 
     hidden_states: Tensor  # [rows, hidden]
     rows: Tensor  # int64, rows of `hidden_states` for the experts, one expert after the other
-    tokens: Tensor  # int64, the tokens of these rows, indices into the flattened batch, rising for each expert
-    weights: (
-        Tensor | None
-    )  # the router's weights of the outputs [rows, 1]; None if the inputs have them already
+    tokens: Tensor  # int64, the tokens of these rows, rising for each expert
+    # the router's weights of the outputs, [rows, 1]; None if the inputs are weighted already
+    weights: Tensor | None
     bounds: list[int]  # where each expert begins in the last three, and their length
 
     def part(self, expert: int) -> slice:
         """The place of an expert in `rows`, `tokens` and `weights`."""
         return slice(self.bounds[expert], self.bounds[expert + 1])
+
+    def tokens_of(self, expert: int) -> Tensor:
+        """The tokens that an expert gets: int64, rising."""
+        return self.tokens[self.part(expert)]
 
 
 class ExpertLinear(nn.Module):
@@ -52,14 +63,20 @@ class ExpertLinear(nn.Module):
     def bias(self) -> Tensor | None:
         """The bias [out], a view; `None` without."""
         bias = getattr(self.operator.owner, f"{self.operator.tensor}_bias", None)
-        return (
-            None if bias is None else bias[self.operator.expert][self.operator.rows(bias.shape[-1])]
-        )
+        if bias is None:
+            return None
+        return bias[self.operator.expert][self.operator.rows(bias.shape[-1])]
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Outputs [tokens, out] of inputs [tokens, in]."""
-        weight = self.operator.parameter.T if self.operator.transposed else self.operator.parameter
-        return nn.functional.linear(in_few_sizes(inputs), weight, self.bias)[: len(inputs)]
+    def forward(self, inputs: Tensor, tokens: Tensor) -> Tensor:
+        """Outputs [tokens, out] of inputs [tokens, in].
+
+        `tokens`, int64 [tokens], say which tokens these are. They are not used here, but hooks see all arguments.
+        """
+        weight = self.operator.parameter
+        if self.operator.transposed:
+            weight = weight.T
+        padded_outputs = nn.functional.linear(in_few_sizes(inputs), weight, self.bias)
+        return padded_outputs[: len(inputs)]
 
 
 class ExpertOperator(LinearOperator):
@@ -67,23 +84,33 @@ class ExpertOperator(LinearOperator):
 
     Its weight is a view of the parameter `tensor` [experts, ...], which has those of all experts. If the parameter has
     both the gate and the up projection, `half` is 0 for gate and 1 for up; otherwise `None`.
+
+    Attributes, besides those of `LinearOperator`:
+        experts: The mixture.
+        kind: "gate_proj", "up_proj" or "down_proj".
+        expert: The number of the expert.
     """
 
     def __init__(
         self, experts: FusedExperts, kind: str, expert: int, tensor: str, half: int | None
     ) -> None:
         self.experts = experts
-        self.kind = kind  # gate_proj, up_proj or down_proj
+        self.kind = kind
         self.expert = expert
         self._half = half
-        name = f"{experts.name}.{expert}.{kind}"
-        super().__init__(name, ExpertLinear(self), experts.module, tensor, experts.transposed)
-        self.tokens = torch.empty(0, dtype=torch.int64)
+        super().__init__(
+            name=f"{experts.name}.{expert}.{kind}",
+            module=ExpertLinear(self),
+            owner=experts.module,
+            tensor=tensor,
+            transposed=experts.transposed,
+        )
 
     def select(self, stored: Tensor) -> Tensor:
-        """This expert's matrix of the stored tensor, a view."""
-        rows = self.rows(stored.shape[2 if self.transposed else 1])
-        return stored[self.expert, :, rows] if self.transposed else stored[self.expert, rows]
+        """This expert's matrix of the stored tensor [experts, ...], a view."""
+        if self.transposed:
+            return stored[self.expert, :, self.rows(stored.shape[2])]
+        return stored[self.expert, self.rows(stored.shape[1])]
 
     def rows(self, width: int) -> slice:
         """Its outputs among `width` outputs of the gate and up projections together."""
@@ -94,178 +121,222 @@ class ExpertOperator(LinearOperator):
         return slice(self._half * (width // 2), (self._half + 1) * (width // 2))
 
     def inputs(self, batch: AssignedTokens, device: torch.device) -> Tensor:
-        """Compute its inputs in a batch, [tokens, in], on the device of its expert."""
+        """Compute its inputs in a batch, [tokens, in], on the device of its expert.
+
+        Row i belongs to the token `batch.tokens_of(self.expert)[i]`. For a down projection the gate and up projections
+        of the expert run, with the weights that they have now.
+        """
         part = batch.part(self.expert)
         hidden_states = batch.hidden_states[batch.rows[part]].to(device)
-        self.tokens = batch.tokens[part]
-        is_down = self.kind == "down_proj"
-        return (
-            self.experts.middle(self.expert, hidden_states, self.tokens)
-            if is_down
-            else hidden_states
-        )
+        if self.kind != "down_proj":
+            return hidden_states
+        return self.experts.middle(self.expert, hidden_states, batch.tokens[part])
 
 
 class FusedExperts:
     """A module that keeps the weights of all its experts in 3-D parameters, and how to run it matrix by matrix.
 
     All matrices are called, in the order of the experts, even if an expert gets no token.
+
+    Attributes:
+        name: Of the module in the model, such as "model.layers.3.mlp.experts".
+        module: The mixture of Transformers, without its router.
+        gated: Whether the gate and the up projection are in one parameter.
+        interleaved: Whether the outputs of gate and up alternate in that parameter (gpt-oss).
+        transposed: Whether matrices are stored as [in, out].
+        operators: Those of all experts, in the order in which they are called.
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
         self.module = module
-        self.gated = hasattr(module, "gate_up_proj")  # gate and up projection in one matrix
+        self.gated = hasattr(module, "gate_up_proj")
+        self.interleaved = not getattr(module, "is_concatenated", True)
         # Transformers' experts get the router's choices, too; Llama-4's only get hidden states.
         self._is_routed = len(inspect.signature(type(module).forward).parameters) > 2
-        self.interleaved = not getattr(
-            module, "is_concatenated", True
-        )  # outputs of gate and up alternate (gpt-oss)
-        first, down = (
-            module.get_parameter(n)
-            for n in ("gate_up_proj" if self.gated else "up_proj", "down_proj")
-        )
-        self.transposed = bool(
-            getattr(module, "is_transposed", first.shape[1] == down.shape[2])
-        )  # stored as [in, out]
-        both = [("gate_proj", "gate_up_proj", 0), ("up_proj", "gate_up_proj", 1)]
-        kinds = [
-            *(both if self.gated else [("up_proj", "up_proj", None)]),
-            ("down_proj", "down_proj", None),
-        ]
-        self._experts = [
-            {kind: ExpertOperator(self, kind, i, tensor, half) for kind, tensor, half in kinds}
-            for i in range(len(module.get_parameter("down_proj")))
-        ]
-        self.operators = [
-            operator for expert in self._experts for operator in expert.values()
-        ]  # as they are called
-        # Called with every expert, the tokens that it gets, and its weighted outputs for them.
-        self.watcher: Callable[[int, Tensor, Tensor], None] | None = None
-        self._checked = False
+
+        first = module.get_parameter("gate_up_proj" if self.gated else "up_proj")
+        down = module.get_parameter("down_proj")
+        self.transposed = bool(getattr(module, "is_transposed", first.shape[1] == down.shape[2]))
+
+        self._experts = [self._operators_of(expert) for expert in range(len(down))]
+        self.operators = [operator for expert in self._experts for operator in expert.values()]
+        self._checked = False  # whether the first output was compared with the original one
 
     def __len__(self) -> int:
         return len(self._experts)
 
-    def forward(self, original: Callable[..., Tensor], *arguments: Any, **keywords: Any) -> Tensor:
-        """Compute the module's output expert by expert; the first call is compared with the original."""
+    def _operators_of(self, expert: int) -> dict[str, ExpertOperator]:
+        """Make the operators of one expert, by their kind, in the order in which they are called."""
+        operators = {}
+        if self.gated:
+            operators["gate_proj"] = ExpertOperator(
+                self, "gate_proj", expert, tensor="gate_up_proj", half=0
+            )
+            operators["up_proj"] = ExpertOperator(
+                self, "up_proj", expert, tensor="gate_up_proj", half=1
+            )
+        else:
+            operators["up_proj"] = ExpertOperator(
+                self, "up_proj", expert, tensor="up_proj", half=None
+            )
+        operators["down_proj"] = ExpertOperator(
+            self, "down_proj", expert, tensor="down_proj", half=None
+        )
+        return operators
+
+    def forward(
+        self,
+        original: Callable[..., Tensor],
+        watcher: ExpertWatcher | None,
+        *arguments: Any,
+        **keywords: Any,
+    ) -> Tensor:
+        """Compute the module's output expert by expert, in place of its own forward pass `original`.
+
+        The other arguments are those of the forward pass. Only the first output is compared with that of `original`:
+        whether they agree does not depend on the batch.
+        """
         values = self._values(arguments, keywords)
-        output = self.outputs(self.assigned(*arguments, **keywords)).view(values[0].shape)
-        if self._checked:  # once is enough: the result does not depend on the batch
-            return output
+        assigned = self.assigned(*arguments, **keywords)
+        output = self.outputs(assigned, watcher).view(values[0].shape)
+        if not self._checked:
+            self._compare(original, values, output)
+            self._checked = True
+        return output
+
+    def _compare(self, original: Callable[..., Tensor], values: list[Any], output: Tensor) -> None:
+        """Refuse the module if `output` is not what its own forward pass `original` returns for `values`."""
         # Some tokens are enough, and few products: `original` does not use `in_few_sizes`.
-        some = slice(16 if self._is_routed and values[0].ndim == 2 else None)
+        is_by_token = self._is_routed and values[0].ndim == 2
+        some = slice(16) if is_by_token else slice(None)
         with torch.no_grad():
             expected = original(*(value[some] for value in values))
-            difference, size = (
-                float(each.float().norm()) for each in (output[some] - expected, expected)
-            )
-        self._checked = True
-        exact = 2e-2 if torch.get_float32_matmul_precision() != "highest" else 1e-3
-        if (
-            not difference
-            <= {torch.float64: 1e-6, torch.float32: exact}.get(output.dtype, 2e-2) * size
-        ):  # or NaN
+            difference = float((output[some] - expected).float().norm())
+            size = float(expected.float().norm())
+
+        tolerance = 2e-2  # for 16 bits
+        if output.dtype == torch.float64:
+            tolerance = 1e-6
+        elif output.dtype == torch.float32:
+            is_exact = torch.get_float32_matmul_precision() == "highest"
+            tolerance = 1e-3 if is_exact else 2e-2
+        is_equal = difference <= tolerance * size  # False for NaN
+        if not is_equal:
             raise UnsupportedArchitectureError(
                 f"{self.name} ({type(self.module).__name__}) computes its experts in an unknown way: to "
                 f"prune the rest of the model and leave them dense, pass exclude=['*.{self.name.rsplit('.', 1)[-1]}']."
             )
-        return output
 
     def assigned(self, *arguments: Any, **keywords: Any) -> AssignedTokens:
-        """Sort the tokens that the module is called with by expert; the host waits once."""
+        """Sort the tokens that the module is called with by expert; the host waits once.
+
+        The arguments are those of the module's forward pass.
+        """
         hidden_states, *routing = self._values(arguments, keywords)
-        flat, count = hidden_states.reshape(-1, hidden_states.shape[-1]), len(self._experts)
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        num_experts = len(self._experts)
         if self._is_routed:
-            # [tokens, k] -> [tokens * k], place p is a choice of token p // k; a stable sort keeps tokens in order.
-            experts, places = routing[0].flatten().sort(stable=True)
-            rows = tokens = places // (routing[0].numel() // flat.shape[0])
-            weights = routing[1].flatten()[places, None]
-        else:  # every expert has rows for all tokens, zero where it was not chosen (Llama-4)
-            rows, weights = flat.ne(0).any(dim=-1).nonzero()[:, 0], None
-            experts, tokens = rows // (flat.shape[0] // count), rows % (flat.shape[0] // count)
+            chosen_experts, router_weights = routing  # both [tokens, k]
+            # [tokens, k] -> [tokens * k]: choice p is of token p // k; a stable sort keeps tokens in order.
+            experts, choices = chosen_experts.flatten().sort(stable=True)
+            rows = tokens = choices // (chosen_experts.numel() // flat.shape[0])
+            weights = router_weights.flatten()[choices, None]
+        else:
+            # Every expert has rows for all tokens, and they are zero if it was not chosen (Llama-4).
+            num_tokens = flat.shape[0] // num_experts
+            rows = flat.ne(0).any(dim=-1).nonzero()[:, 0]
+            experts = rows // num_tokens
+            tokens = rows % num_tokens
+            weights = None
         # Where each expert begins among the sorted choices; choices of unknown experts are left out.
-        first = torch.arange(count + 1, device=experts.device, dtype=experts.dtype)
-        return AssignedTokens(
-            flat, rows, tokens, weights, torch.searchsorted(experts, first).tolist()
-        )
+        first = torch.arange(num_experts + 1, device=experts.device, dtype=experts.dtype)
+        bounds = torch.searchsorted(experts, first).tolist()
+        return AssignedTokens(flat, rows=rows, tokens=tokens, weights=weights, bounds=bounds)
 
-    def _values(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Any]:
-        # By position, however the decoder layer passes them; the first is the module itself.
-        bound = inspect.signature(type(self.module).forward).bind(
-            self.module, *arguments, **keywords
-        )
-        return list(bound.arguments.values())[1:]
+    def _values(self, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> list[Any]:
+        """The arguments of the module's forward pass by position, however the decoder layer passes them."""
+        signature = inspect.signature(type(self.module).forward)
+        bound = signature.bind(self.module, *arguments, **keywords)
+        _, *values = bound.arguments.values()  # the first is the module itself
+        return values
 
-    def outputs(self, batch: AssignedTokens) -> Tensor:
+    def outputs(self, batch: AssignedTokens, watcher: ExpertWatcher | None = None) -> Tensor:
         """Run the experts on a batch, and sum their outputs for each row, [rows, hidden]."""
         module: Any = self.module
         output = torch.zeros_like(batch.hidden_states)
         for expert in range(len(self._experts)):
             part = batch.part(expert)
-            rows, tokens = batch.rows[part], batch.tokens[part]
+            rows = batch.rows[part]
+            tokens = batch.tokens[part]
             middle = self.middle(expert, batch.hidden_states[rows], tokens)
-            found = self._call(
-                expert, "down_proj", middle, tokens
-            )  # [tokens of the expert, hidden]
+            expert_outputs = self._call(expert, "down_proj", middle, tokens)  # [tokens, hidden]
             if getattr(module, "has_post_expert_norm", False):
-                found = module.post_expert_norm(found)
+                expert_outputs = module.post_expert_norm(expert_outputs)
             if batch.weights is not None:  # before it is added, as Transformers does
-                found = found * batch.weights[part]
-            if self.watcher is not None:
-                self.watcher(expert, tokens, found)
-            output = output.index_add(
-                0, rows, found.to(output.dtype)
-            )  # which has the dtype of the hidden states
+                expert_outputs = expert_outputs * batch.weights[part]
+            if watcher is not None:
+                watcher(expert, tokens, expert_outputs)
+            # the sum has the dtype of the hidden states
+            output = output.index_add(0, rows, expert_outputs.to(output.dtype))
         return output
 
     def middle(self, expert: int, inputs: Tensor, tokens: Tensor) -> Tensor:
-        """Compute the inputs of the down projection of one expert, [tokens, intermediate]."""
+        """Compute the inputs of the down projection of one expert, [tokens, intermediate].
+
+        `inputs` [tokens, hidden] are the hidden states of `tokens`, which hooks of the operators are told.
+        """
         module: Any = self.module
         if not self.gated:
             return module.act_fn(self._call(expert, "up_proj", inputs, tokens))
-        gate, up = (self._call(expert, kind, inputs, tokens) for kind in ("gate_proj", "up_proj"))
+        gate = self._call(expert, "gate_proj", inputs, tokens)
+        up = self._call(expert, "up_proj", inputs, tokens)
         if not hasattr(module, "_apply_gate"):
             return up * module.act_fn(gate)
-        # The module itself applies the gate; it needs both in the order of the fused matrix.
-        both = (
-            torch.stack((gate, up), dim=-1).flatten(-2)
-            if self.interleaved
-            else torch.cat((gate, up), dim=-1)
-        )
-        return module._apply_gate(both)  # [tokens, 2 * intermediate] -> [tokens, intermediate]
+        # The module itself applies the gate, [tokens, 2 * intermediate] -> [tokens, intermediate]. It needs both in the
+        # order of the fused matrix.
+        if self.interleaved:
+            return module._apply_gate(torch.stack((gate, up), dim=-1).flatten(-2))
+        return module._apply_gate(torch.cat((gate, up), dim=-1))
 
-    def _call(self, expert: int, kind: str, values: Tensor, tokens: Tensor) -> Tensor:
-        """Call one matrix; its operator learns the tokens right before."""
-        operator = self._experts[expert][kind]
-        operator.tokens = tokens
-        return operator.module(values)
+    def _call(self, expert: int, kind: str, inputs: Tensor, tokens: Tensor) -> Tensor:
+        """Call one matrix of an expert on `inputs` [tokens, in]."""
+        outputs: Tensor = self._experts[expert][kind].module(inputs, tokens)
+        return outputs
 
 
 def is_fused_experts(module: nn.Module) -> bool:
     """Tell whether a module keeps matrices in 3-D parameters."""
-    return not isinstance(module, _ConvNd) and any(
-        p.ndim == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False)
-    )
+    if isinstance(module, _ConvNd):
+        return False
+    parameters = module.parameters(recurse=False)
+    # a size of one is that of a scale or a norm
+    return any(parameter.ndim == 3 and min(parameter.shape) > 1 for parameter in parameters)
 
 
 def can_be_split(module: nn.Module) -> bool:
     """Tell whether the form of fused experts is known: an up and a down projection, with a gate or without."""
     fused = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
-    known = set(fused) in ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"})
-    return known and len({p.shape[0] for p in fused.values()}) == 1
+    has_names = set(fused) in ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"})
+    numbers_of_experts = {parameter.shape[0] for parameter in fused.values()}
+    return has_names and len(numbers_of_experts) == 1
 
 
 @contextmanager
-def split_experts(operators: Iterable[LinearOperator]) -> Iterator[None]:
-    """Make the fused experts of these operators call each of their matrices as a separate module."""
-    found = {id(o.experts): o.experts for o in operators if isinstance(o, ExpertOperator)}
+def split_experts(
+    operators: Iterable[LinearOperator], watcher: ExpertWatcher | None = None
+) -> Iterator[None]:
+    """Inside, the mixtures of these operators call each of their matrices as a separate module.
+
+    Replaces the forward passes of the mixtures, and puts them back afterwards. Operators that are of no mixture are
+    ignored. `watcher` is called for every expert of every mixture in every pass.
+    """
+    mixtures = {id(o.experts): o.experts for o in operators if isinstance(o, ExpertOperator)}
     with ExitStack() as replaced:
-        for experts in found.values():
+        for experts in mixtures.values():
             module = experts.module
-            name = (
-                "_old_forward" if "_old_forward" in vars(module) else "forward"
-            )  # the hooks of Accelerate still run
-            forward = partial(experts.forward, getattr(module, name))
+            # If Accelerate has put its hooks around the forward pass, they still run.
+            name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+            forward = partial(experts.forward, getattr(module, name), watcher)
             replaced.enter_context(replaced_forwards([module], [forward], name))
         yield

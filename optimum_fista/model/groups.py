@@ -1,12 +1,17 @@
 """Form of a decoder layer, found by running it: which operators share an input, end a part, or are added to the output.
 
-Operators share an input if they are called on the same memory in one pass. So there is no list of names for each
-architecture, as other pruners have it, and an unknown architecture is grouped rightly or its operators stay dense.
+Operators share an input if they are called on the same memory in one pass; together they are a `Group`. So there is no
+list of names for each architecture, as other pruners have it, and an unknown architecture is grouped rightly or its
+operators stay dense. A *part* is a child module of a decoder layer, such as its attention.
+
+`trace_groups` is called first, while the layer is dense. `FinishedParts` then serves the passes of the layer between
+which groups are pruned.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,81 +29,127 @@ from optimum_fista.model.operators import LINEAR, Group, LinearOperator
 _ROUNDED = 0.5
 """Largest mean error of a rounded sum, in units of its last place; layers of 172 families that add show at most .29."""
 
+Rest = tuple[Any, ...] | None
+"""What a module returns in a tuple after its first tensor, which is only `None`s; `None` if it returns no tuple."""
+
+
+@dataclass(frozen=True)
+class PartEnd:
+    """The part of a decoder layer that returns the output of an operator unchanged, and what it returns besides."""
+
+    part: nn.Module
+    rest: Rest
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """What one forward pass of a decoder layer shows of its operators."""
+
+    # in the order of their first call, inside a group in the order of the calls
+    groups: list[Group]
+    # by name, operators that are in no group, with the reason
+    left_dense: dict[str, str]
+    # by name, operators whose output a part of the layer returns unchanged
+    ends: dict[str, PartEnd]
+
 
 def trace_groups(
     layer: nn.Module,
     operators: Mapping[str, LinearOperator],
     call: LayerCall,
     hidden_states: Tensor,
-) -> tuple[list[Group], dict[str, str]]:
+) -> LayerTrace:
     """Group operators that are called on the same tensor, by one forward pass of their layer.
 
-    The layer is called with `hidden_states` [batch, sequence, hidden] and the arguments of `call`. Returns the groups
-    in the order of their first call, inside a group in the order of the calls; and, with the reason, the operators in
-    no group, which are not called exactly once, or whose output is not `W x + b`. Operators that end a part of the
-    layer learn of it (`LinearOperator.ends`).
+    The layer is called with `hidden_states` [batch, sequence, hidden] and the arguments of `call`, which are recorded
+    ones (`model.inputs.record_inputs`). Operators are left dense if they are not called exactly once, or if their
+    output is not `W x + b`.
     """
-    # It holds the inputs until groups are made: memory that was freed could be that of another input.
-    seen: list[tuple[LinearOperator, Tensor]] = []
-    left_dense: dict[str, str] = {}
-    latest: list[
-        tuple[LinearOperator, Tensor, int]
-    ] = []  # the output of the latest call, and its version
-    by_module = {operator.module: operator for operator in operators.values()}
-    parts = [part for part in layer.children() if part not in by_module]
-    doubtful = set()
-    for module in by_module:
-        forward = vars(module).get(
-            "_old_forward", module.forward
-        )  # what the hooks of Accelerate call
-        is_plain = getattr(forward, "__func__", None) in (nn.Linear.forward, Conv1D.forward)
-        if isinstance(module, LINEAR) and (
-            not is_plain or module._forward_hooks
-        ):  # either may change its output
-            doubtful.add(module)
-
-    def leave(
-        module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: object
-    ) -> None:
-        operator = by_module.get(module)
-        if operator is None:  # a part of the layer
-            split = split_output(output)
-            for last, own, version in latest:
-                if (
-                    split is not None and split[0] is own and own._version == version
-                ):  # nothing was added in place
-                    last.ends = module, split[1]
-            return
-        seen.append((operator, operator_input(arguments, keywords)))
-        if module in doubtful and not _is_product(operator, seen[-1][1], output):
-            left_dense[operator.name] = "returns something other than W x + b"
-        latest[:] = [(operator, output, output._version)] if isinstance(output, Tensor) else []
-
-    version = hidden_states._version  # PyTorch counts changes in place
+    tracer = _Tracer(operators)
+    parts = [part for part in layer.children() if part not in tracer.by_module]
+    version_before = hidden_states._version  # PyTorch counts changes in place
     with ExitStack() as hooks:
-        for module in (*by_module, *parts):
-            hooks.enter_context(module.register_forward_hook(leave, with_kwargs=True))
+        for module in (*tracer.by_module, *parts):
+            hooks.enter_context(module.register_forward_hook(tracer.see, with_kwargs=True))
         call.run(layer, hidden_states)
-    if hidden_states._version != version:
-        why = f"{type(layer).__name__} overwrites the hidden states that it is called with, and can't run on them again"
-        raise UnsupportedArchitectureError(f"{why}: have it work on a copy.")
-    calls = Counter(operator.name for operator, _ in seen)
+    if hidden_states._version != version_before:
+        raise UnsupportedArchitectureError(
+            f"{type(layer).__name__} overwrites the hidden states that it is called with, and can't run on them again: "
+            "have it work on a copy."
+        )
+
+    left_dense = tracer.left_dense
+    num_calls = Counter(operator.name for operator, _ in tracer.calls)
     for name in operators:
-        if calls[name] != 1:
-            times = f"called {calls[name]} times" if calls[name] else "not called"
+        if num_calls[name] != 1:
+            times = f"called {num_calls[name]} times" if num_calls[name] else "not called"
             left_dense[name] = f"{times} in a forward pass of its decoder layer"
+
     groups: dict[object, Group] = {}
-    for operator, inputs in seen:
-        if operator.name in left_dense:
-            continue
-        place = (
-            inputs.untyped_storage()._cdata,
-            inputs.storage_offset(),
-        )  # data_ptr() is 0 on the meta device
-        # Not the whole shape: one operator may see [batch, sequence, in], the other [tokens, in].
-        key = (*place, inputs.numel(), inputs.shape[-1], inputs.stride()[-1], inputs.dtype)
-        groups.setdefault(key, []).append(operator)
-    return list(groups.values()), left_dense
+    for operator, inputs in tracer.calls:
+        if operator.name not in left_dense:
+            groups.setdefault(_memory_of(inputs), []).append(operator)
+    return LayerTrace(list(groups.values()), left_dense, tracer.ends)
+
+
+class _Tracer:
+    """Sees the calls of operators, and the ends of parts, in one forward pass."""
+
+    def __init__(self, operators: Mapping[str, LinearOperator]) -> None:
+        self.by_module = {operator.module: operator for operator in operators.values()}
+        # before hooks of the tracer are on them
+        self._doubtful = {module for module in self.by_module if _is_doubtful(module)}
+        # The calls, in their order. They hold the inputs until groups are made: memory that was freed could be that of
+        # another input.
+        self.calls: list[tuple[LinearOperator, Tensor]] = []
+        self.left_dense: dict[str, str] = {}
+        self.ends: dict[str, PartEnd] = {}
+        # the operator that was called last, its output, and the version of that output
+        self._latest: tuple[LinearOperator, Tensor, int] | None = None
+
+    def see(
+        self,
+        module: nn.Module,
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+        output: object,
+    ) -> None:
+        """Note that a module has run; this is a forward hook of every operator's module and of every part."""
+        operator = self.by_module.get(module)
+        if operator is None:
+            self._see_part(module, output)
+        else:
+            self._see_operator(operator, operator_input(arguments, keywords), output)
+
+    def _see_part(self, part: nn.Module, output: object) -> None:
+        """Note whether a part returns the output of the operator that was called last."""
+        split = split_output(output)
+        if split is None or self._latest is None:
+            return
+        first, rest = split
+        operator, operator_output, version = self._latest
+        is_unchanged = operator_output._version == version  # nothing was added to it in place
+        if first is operator_output and is_unchanged:
+            self.ends[operator.name] = PartEnd(part, rest)
+
+    def _see_operator(self, operator: LinearOperator, inputs: Tensor, output: object) -> None:
+        """Note a call of an operator, and whether its output is a product."""
+        self.calls.append((operator, inputs))
+        if operator.module in self._doubtful and not _is_product(operator, inputs, output):
+            self.left_dense[operator.name] = "returns something other than W x + b"
+        self._latest = None
+        if isinstance(output, Tensor):
+            self._latest = (operator, output, output._version)
+
+
+def _is_doubtful(module: nn.Module) -> bool:
+    """Tell whether a linear module may return something other than `W x + b`."""
+    if not isinstance(module, LINEAR):
+        return False
+    forward = vars(module).get("_old_forward", module.forward)  # what Accelerate's hooks call
+    is_plain = getattr(forward, "__func__", None) in (nn.Linear.forward, Conv1D.forward)
+    has_hooks = bool(module._forward_hooks)  # which may change its output
+    return has_hooks or not is_plain
 
 
 def _is_product(operator: LinearOperator, inputs: Tensor, output: object) -> bool:
@@ -106,21 +157,40 @@ def _is_product(operator: LinearOperator, inputs: Tensor, output: object) -> boo
     if not isinstance(output, Tensor) or output.shape != (*inputs.shape[:-1], operator.shape[0]):
         return False
     weight = operator.parameter.T if operator.transposed else operator.parameter
-    expected = nn.functional.linear(
-        inputs, weight.to(inputs.dtype), getattr(operator.module, "bias", None)
-    )
+    bias = getattr(operator.module, "bias", None)
+    expected = nn.functional.linear(inputs, weight.to(inputs.dtype), bias)
     distance = (output.float() - expected.float()).norm()
     return bool(distance <= 10 * torch.finfo(inputs.dtype).eps * expected.float().norm())
 
 
-def split_output(output: object) -> tuple[Tensor, tuple[Any, ...] | None] | None:
-    """The tensor that a module returns, and the rest of its tuple; `None` if that holds anything but `None`."""
-    first, rest = (
-        (output[0], output[1:]) if isinstance(output, tuple) and output else (output, None)
+def _memory_of(inputs: Tensor) -> tuple[Any, ...]:
+    """A key that is equal for two tensors if they are the same values in the same memory."""
+    return (
+        inputs.untyped_storage()._cdata,  # data_ptr() is 0 on the meta device
+        inputs.storage_offset(),
+        # Not the whole shape: one operator may see [batch, sequence, in], the other [tokens, in].
+        inputs.numel(),
+        inputs.shape[-1],
+        inputs.stride()[-1],
+        inputs.dtype,
     )
+
+
+def split_output(output: object) -> tuple[Tensor, Rest] | None:
+    """The tensor that a module returns, and the rest of its tuple; `None` if that holds anything but `None`."""
+    first: object = output
+    rest: Rest = None
+    if isinstance(output, tuple) and output:
+        first = output[0]
+        rest = output[1:]
     if not isinstance(first, Tensor) or any(value is not None for value in tree_leaves(rest)):
         return None
     return first, rest
+
+
+def _joined(first: Tensor, rest: Rest) -> Any:
+    """The inverse of `split_output`."""
+    return first if rest is None else (first, *rest)
 
 
 def is_added_to_output(
@@ -128,41 +198,50 @@ def is_added_to_output(
 ) -> bool:
     """Whether the decoder layer's output is something plus the output of one of its modules, tried on one batch.
 
-    Its own output may be smaller than a rounding error of the layer's in half precision, so an output as large as the
-    rest takes its place: a wave, because a norm may leave a constant as it is.
+    `hidden_states` [batch, sequence, hidden] are those of the first batch. The output of the module may be smaller than
+    a rounding error of the layer's in half precision, so an output as large as the rest takes its place: a wave,
+    because a norm may leave a constant as it is. With the output 0 the layer returns the rest D, with the wave it must
+    return D plus the wave.
+
+    The layer runs twice; a hook on the module is removed at the end.
     """
-    call, hidden_states = activations.calls[0], hidden_states.to(activations.device)
-    seen: list[Tensor] = []
+    call = activations.calls[0]
+    hidden_states = hidden_states.to(activations.device)
+    module_outputs: list[Tensor] = []
     wave: Tensor | None = None
 
     def replace(_: nn.Module, __: object, output: Tensor) -> Tensor:
-        seen.append(output)
+        """Replace the output of the module by zeros, or by the wave as soon as there is one."""
+        module_outputs.append(output)
         # a clone, because some layers add to it in place
         return torch.zeros_like(output) if wave is None else wave.view(output.shape).clone()
 
     with module.register_forward_hook(replace):
         rest = call.run(activations.layer, hidden_states).float()  # D
-        if len(seen) != 1 or seen[0].numel() != rest.numel():
+        is_called_once = len(module_outputs) == 1
+        if not is_called_once or module_outputs[0].numel() != rest.numel():
             return False
         # As large as the rest at every token: beside one of huge activations the answers of others to a wave of its
         # size would be lost in rounding.
         sizes = rest.abs().amax(-1, keepdim=True)
-        wave = (
-            torch.arange(rest.numel(), device=rest.device)
-            .float()
-            .sin_()
-            .view(rest.shape)
-            .mul_(sizes)
-        )
-        wave = wave.to(seen[0].dtype)
-        error = (
-            call.run(activations.layer, hidden_states).float() - rest - wave.float()
-        )  # D + wave - D - wave
-    sizes = torch.linalg.vector_norm(wave.float(), dim=-1) + torch.linalg.vector_norm(rest, dim=-1)
-    errors = torch.linalg.vector_norm(error, dim=-1) / sizes.clamp_min(
-        torch.finfo(sizes.dtype).tiny
+        wave = torch.arange(rest.numel(), device=rest.device).float().sin_()
+        wave = wave.view(rest.shape).mul_(sizes).to(module_outputs[0].dtype)
+        # (D + wave) - D - wave
+        error = call.run(activations.layer, hidden_states).float() - rest - wave.float()
+
+    norms = torch.linalg.vector_norm(wave.float(), dim=-1) + torch.linalg.vector_norm(rest, dim=-1)
+    errors = torch.linalg.vector_norm(error, dim=-1) / norms.clamp_min(
+        torch.finfo(norms.dtype).tiny
     )
     return bool(errors.mean() <= _ROUNDED * torch.finfo(wave.dtype).eps)
+
+
+@dataclass(frozen=True)
+class _PartOutputs:
+    """The outputs of a finished part: the first tensor of every batch, and the rest, which is the same for all."""
+
+    store: ActivationStore
+    rest: Rest
 
 
 class FinishedParts:
@@ -171,91 +250,128 @@ class FinishedParts:
     The layer runs from its start for every group of operators. Parts whose operators are all pruned give the same
     outputs each time: they are kept the first time and handed out afterwards. If a part returns the output of its last
     operator, as attention does, then even the first time only that operator runs, on the inputs that it was pruned on.
-    Parts that return anything else besides one tensor run again. The groups are in the order in which they are pruned.
+    Parts that return anything else besides one tensor run again.
+
+    `groups` are in the order in which they are pruned, and `ends` are those of `LayerTrace`.
     """
 
-    def __init__(self, activations: LayerActivations, groups: Sequence[Group]) -> None:
+    def __init__(
+        self,
+        activations: LayerActivations,
+        groups: Sequence[Group],
+        ends: Mapping[str, PartEnd],
+    ) -> None:
         self._activations = activations
-        self._outputs: dict[nn.Module, tuple[ActivationStore, tuple[Any, ...] | None]] = {}
-        self._inputs: dict[
-            nn.Module, ActivationStore
-        ] = {}  # of the operators that end parts, until outputs are known
+        self._outputs: dict[nn.Module, _PartOutputs] = {}
+        # of the operators that end parts, until the outputs of the part are kept
+        self._inputs: dict[nn.Module, ActivationStore] = {}
+        # by part, the number of the last group that has operators in it
         self._last_group: dict[nn.Module, int] = {}
-        self._ends: dict[nn.Module, tuple[LinearOperator, tuple[Any, ...] | None]] = {}
-        operators = {operator.module for group in groups for operator in group}
+        # by part, the operator that ends it
+        self._ends: dict[nn.Module, tuple[LinearOperator, Rest]] = {}
+
+        operator_modules = {operator.module for group in groups for operator in group}
         for part in activations.layer.children():
-            inside = set(
-                part.modules()
-            )  # owners, because an expert's module is none of the layer's
+            if part in operator_modules:
+                continue
+            inside = set(part.modules())
+            # owners, because an expert's module is none of the layer's
             numbers = [
-                i
-                for i, group in enumerate(groups)
-                for operator in group
-                if operator.owner in inside
+                number
+                for number, group in enumerate(groups)
+                if any(operator.owner in inside for operator in group)
             ]
-            if not numbers or part in operators:
+            if not numbers:
                 continue
             self._last_group[part] = max(numbers)
-            end = groups[max(numbers)][
-                0
-            ]  # the one that `arguments_of` stops at, so its inputs come by
-            # a hook that changes inputs would change those that came by a second time
-            if end.ends is not None and end.ends[0] is part and not end.module._forward_pre_hooks:
-                self._ends[part] = end, end.ends[1]
+            # `arguments_of` stops at the first operator of a group, so only its inputs can be watched.
+            last_operator = groups[max(numbers)][0]
+            end = ends.get(last_operator.name)
+            # A hook that changes inputs would change those that were kept a second time.
+            has_hooks = bool(last_operator.module._forward_pre_hooks)
+            if end is not None and end.part is part and not has_hooks:
+                self._ends[part] = (last_operator, end.rest)
 
     @contextmanager
     def skipped(self, group: int, *, keep: bool) -> Iterator[None]:
-        """The layer runs inside on every batch, in their order, without the parts that are finished before a group.
+        """Inside, the layer runs without the parts that are finished before a group.
 
-        The number after that of the last group stands for the layer's end. If the layer runs again afterwards it pays
-        to `keep` what is not known yet.
+        It must run on every batch, in their order. `group` is a number of a group; the number after that of the last
+        one stands for the layer's end. With `keep`, outputs and inputs that are not kept yet are kept, which pays if
+        the layer runs again afterwards.
+
+        Replaces the forward passes of finished parts and watches operators; both end with the context.
         """
         finished = [part for part, last in self._last_group.items() if last < group]
-        known = self._inputs | {part: store for part, (store, _) in self._outputs.items()}
-        sources = {part: iter(known[part]) for part in finished if part in known}
-        outputs = {
-            part: self._activations.store()
-            for part in finished
-            if keep and part not in self._outputs
-        }
-        rests: dict[nn.Module, tuple[Any, ...] | None] = {}
-
-        def run(
-            part: nn.Module, forward: Callable[..., Any], *arguments: Any, **keywords: Any
-        ) -> Any:
+        layer_pass = _Pass(self._outputs, self._ends)
+        for part in finished:
             if part in self._outputs:
-                store, rest = self._outputs[part]
-                found = next(sources[part])
-                found = (
-                    found if store.staging is not None else found.clone()
-                )  # the layer may overwrite it
-                return found if rest is None else (found, *rest)
-            if part in sources:
-                operator, rest = self._ends[part]
-                found = operator.module(next(sources[part]))
-                output = found if rest is None else (found, *rest)
-            else:
-                output = forward(*arguments, **keywords)
-            if part in outputs and (split := split_output(output)) is not None:
-                outputs[part].append(split[0], copy=True)
-                rests[part] = split[1]
-            return output
+                layer_pass.waiting[part] = iter(self._outputs[part].store)
+            elif part in self._inputs:
+                layer_pass.waiting[part] = iter(self._inputs[part])
+            if keep and part not in self._outputs:
+                layer_pass.new_outputs[part] = self._activations.store()
 
-        forwards = [partial(run, part, part.forward) for part in finished]
-        ending = [
-            part
-            for part, last in self._last_group.items()
-            if keep and last == group and part in self._ends
-        ]
-        inputs = {part: self._activations.store() for part in ending}
-        watched = {self._ends[part][0].module: inputs[part].append for part in ending}
-        with replaced_forwards(finished, forwards), watching(watched):
+        new_inputs: dict[nn.Module, ActivationStore] = {}
+        callbacks: dict[nn.Module, Callable[[Tensor], None]] = {}
+        for part, last in self._last_group.items():
+            if keep and last == group and part in self._ends:
+                operator, _ = self._ends[part]
+                new_inputs[part] = self._activations.store()
+                callbacks[operator.module] = new_inputs[part].append
+
+        forwards = [partial(layer_pass.run, part, part.forward) for part in finished]
+        with replaced_forwards(finished, forwards), watching(callbacks):
             yield
-        # after an error nothing is kept, nor of what ran on some batches only: the layer starts again with others
-        for part, kept in outputs.items():
-            if len(kept) == len(self._activations.calls):
-                self._outputs[part] = (kept, rests[part])
+
+        # After an error nothing is kept, nor of a part that ran on some batches only: the layer starts again then.
+        num_batches = len(self._activations.calls)
+        for part, store in layer_pass.new_outputs.items():
+            if len(store) == num_batches:
+                self._outputs[part] = _PartOutputs(store, layer_pass.rests[part])
                 self._inputs.pop(part, None)
-        self._inputs |= {
-            part: kept for part, kept in inputs.items() if len(kept) == len(self._activations.calls)
-        }
+        for part, store in new_inputs.items():
+            if len(store) == num_batches:
+                self._inputs[part] = store
+
+
+class _Pass:
+    """One pass of a decoder layer over all batches, in which finished parts do not run."""
+
+    def __init__(
+        self,
+        outputs: Mapping[nn.Module, _PartOutputs],
+        ends: Mapping[nn.Module, tuple[LinearOperator, Rest]],
+    ) -> None:
+        self._outputs = outputs
+        self._ends = ends
+        # what is kept of a finished part, batch after batch: its outputs, or the inputs of the operator that ends it
+        self.waiting: dict[nn.Module, Iterator[Tensor]] = {}
+        # outputs that are to be kept in this pass, and what the parts return besides
+        self.new_outputs: dict[nn.Module, ActivationStore] = {}
+        self.rests: dict[nn.Module, Rest] = {}
+
+    def run(
+        self, part: nn.Module, forward: Callable[..., Any], *arguments: Any, **keywords: Any
+    ) -> Any:
+        """Return what a finished part returns for the next batch, in place of its own forward pass `forward`."""
+        if part in self._outputs:
+            stored = self._outputs[part]
+            first = next(self.waiting[part])
+            is_only_copy = stored.store.staging is None
+            if is_only_copy:
+                first = first.clone()  # the layer may overwrite it
+            return _joined(first, stored.rest)
+
+        if part in self.waiting:
+            operator, rest = self._ends[part]
+            output = _joined(operator.module(next(self.waiting[part])), rest)
+        else:
+            output = forward(*arguments, **keywords)
+
+        split = split_output(output)
+        if part in self.new_outputs and split is not None:
+            first, rest = split
+            self.new_outputs[part].append(first, copy=True)
+            self.rests[part] = rest
+        return output

@@ -5,11 +5,12 @@ first layer, and all other arguments of each layer (masks, position embeddings, 
 Wanda's code records the arguments of the first layer on the last batch, and uses them for all layers and batches, so
 padding and different layers (sliding windows) do not work there. To save memory, equal tensors are kept once.
 
-Later a decoder layer runs alone (`LayerActivations`). Between layers, hidden states are kept at the storage.
-
 Some models of images add features to the hidden states between two decoder layers (DeepStack, arXiv 2406.04334). Then
 the model runs again on the first such batch, with skipped layers that return zeros: zero plus the features is exactly
 what is added. It becomes part of the next layer's arguments (`Addition`).
+
+`record_inputs` is called first. Later a decoder layer runs alone (`LayerActivations`), on the recorded arguments
+(`LayerCall`). Between layers, hidden states are kept in an `ActivationStore` at the storage, a device or a folder.
 """
 
 import math
@@ -33,8 +34,6 @@ from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.model.precision import quick_products
 
-_CHANGES_STATES = "the model changes the hidden states in front of decoder layer"
-
 
 @dataclass(frozen=True)
 class Addition:
@@ -45,10 +44,9 @@ class Addition:
     number: int  # of this batch among them
 
     def to(self, hidden_states: Tensor) -> Tensor:
-        """The sum, as the model computes it."""
-        flat = hidden_states.reshape(
-            -1, hidden_states.shape[-1]
-        )  # [batch, sequence, hidden] -> [tokens, hidden]
+        """The sum with `hidden_states` [batch, sequence, hidden], as the model computes it."""
+        # [batch, sequence, hidden] -> [tokens, hidden]
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         sums = flat[self.tokens] + self.rows[self.number].to(flat)
         return flat.index_copy(0, self.tokens, sums).view_as(hidden_states)
 
@@ -62,7 +60,7 @@ class LayerCall:
     added: Addition | None = None  # what the model adds to the hidden states in front of the layer
 
     def run(self, layer: nn.Module, hidden_states: Tensor) -> Tensor:
-        """Output hidden states of `layer`, on those that left the layer before it."""
+        """Output hidden states of `layer`, on those that left the layer before it, [batch, sequence, hidden]."""
         entering = hidden_states if self.added is None else self.added.to(hidden_states)
         output = layer(entering, *self.arguments, **self.keywords)
         return output[0] if isinstance(output, tuple) else output
@@ -72,18 +70,16 @@ class LayerCall:
 class RecordedInputs:
     """Arguments of all decoder layers on all batches."""
 
-    hidden_states: (
-        ActivationStore  # [batch, sequence, hidden] of each batch, as they enter the first layer
-    )
+    # [batch, sequence, hidden] of each batch, as they enter the first layer
+    hidden_states: ActivationStore
     calls: list[list[LayerCall]]  # other arguments, calls[layer][batch], where the layer computes
-    token_masks: list[
-        Tensor | None
-    ]  # of each batch, bool [batch, sequence]; None when all are real
+    # of each batch, bool [batch, sequence]; None if all tokens are real
+    token_masks: list[Tensor | None]
     held_out: list[bool]  # whether a batch only measures
-    handed_on: bool  # whether all layers had to run, because they pass more than hidden states to the next one
-    rest: (
-        tuple[Any, ...] | None
-    )  # what a layer returns after the hidden states; None: it returns no tuple
+    # whether all layers had to run, because they pass more than hidden states to the next one
+    handed_on: bool
+    # what a layer returns after the hidden states; None: it returns no tuple
+    rest: tuple[Any, ...] | None
 
 
 def record_inputs(
@@ -99,46 +95,48 @@ def record_inputs(
     The first layer runs once, to learn the form of its output; nothing after the last layer runs. If decoder layers
     pass more than hidden states to the next one (indices that attention shares, the state of a router), all of them run
     (`runs_layers`), and these arguments are recorded as in the dense network. Hidden states are kept at
-    `storage`; `None`: on the device.
+    `storage`; `None`: on the device. `progress` shows a bar.
+
+    While the model runs, the forward passes of its decoder layers are replaced, and offloaded weights around them are
+    on the device; both are as before at the end.
     """
-    model, recorder = (
-        layers.model,
-        _Recorder(layers, runs_layers, storage, [[] for _ in layers.modules]),
-    )
-    device = execution_device(model.get_input_embeddings())
-    hidden_states, token_masks = ActivationStore(storage or device, device), list[Tensor | None]()
+    device = execution_device(layers.model.get_input_embeddings())
+    hidden_states = ActivationStore(storage or device, device)
+    token_masks: list[Tensor | None] = []
+    recorder = _Recorder(layers, runs_layers, storage, calls=[[] for _ in layers.modules])
     forwards = [
         partial(recorder.forward, index, layer.forward)
         for index, layer in enumerate(layers.modules)
     ]
+    has_media = any(batch.media for batch in batches)
     try:
-        outside = layers.outside(with_media=any(batch.media for batch in batches))
-        with onloaded(outside, copy=False), replaced_forwards(layers.modules, forwards):
+        with (
+            onloaded(layers.outside(with_media=has_media), copy=False),
+            replaced_forwards(layers.modules, forwards),
+        ):
             for batch in tqdm(
                 batches, desc="Recording inputs", unit="batch", leave=False, disable=not progress
             ):
-                recorder.record(partial(batch.run, model))
+                recorder.record(partial(batch.run, layers.model))
                 if recorder.first is None or not bool(torch.isfinite(recorder.first).all()):
-                    damage = "the inputs of the first decoder layer hold NaN or Inf"
-                    raise ValueError(f"{damage}: the embeddings of the model are damaged.")
+                    raise ValueError(
+                        "the inputs of the first decoder layer hold NaN or Inf: the embeddings of the model are "
+                        "damaged."
+                    )
                 hidden_states.append(recorder.first)
-                token_masks.append(
-                    None if batch.attention_mask is None else batch.attention_mask.to(device)
-                )
-    except (
-        _HandsOnMore
-    ):  # only a cheap recording without the layers shows whether a model needs them to run
+                mask = batch.attention_mask
+                token_masks.append(None if mask is None else mask.to(device))
+    except _HandsOnMore:
+        # Only a recording without the layers, which is cheap, shows whether a model needs them to run.
         return record_inputs(layers, batches, storage, runs_layers=True, progress=progress)
-    rest, held_out = (
-        recorder.rest if recorder.is_tuple else None,
-        [batch.held_out for batch in batches],
+    return RecordedInputs(
+        hidden_states=hidden_states,
+        calls=recorder.calls,
+        token_masks=token_masks,
+        held_out=[batch.held_out for batch in batches],
+        handed_on=runs_layers,
+        rest=recorder.rest if recorder.is_tuple else None,
     )
-    return RecordedInputs(hidden_states, recorder.calls, token_masks, held_out, runs_layers, rest)
-
-
-def _refusal(reason: str) -> UnsupportedArchitectureError:
-    fits = "only models that run every decoder layer once, in order, on the output of the one before, can be pruned"
-    return UnsupportedArchitectureError(f"{reason}: {fits}.")
 
 
 class StopForward(Exception):
@@ -151,66 +149,97 @@ class _HandsOnMore(Exception):
 
 @dataclass
 class _Recorder:
-    """Replaces the forward pass of every decoder layer: it records the arguments, and skips the layer or runs it."""
+    """Replaces the forward pass of every decoder layer: it records the arguments, and skips the layer or runs it.
+
+    `record` is called for each batch. It runs the model, in which `forward` then runs for each decoder layer in turn.
+    """
 
     layers: DecoderLayers
     runs_layers: bool
-    storage: Storage | None  # of what is added between layers
-    calls: list[list[LayerCall]]
-    first: Tensor | None = None  # what enters the first layer in this batch
+    storage: Storage | None  # of what is added between layers; None: the layer's device
+    calls: list[list[LayerCall]]  # calls[layer][batch], to which the recorded ones are added
+
+    # Of one pass of the model:
+    first: Tensor | None = None  # what enters the first layer
     expected: Tensor | None = None  # what should enter the next layer
-    version: int = 0  # of that tensor, which grows if it is changed in place
+    version: int = 0  # of that tensor, which grows if the tensor is changed in place
     next: int = 0  # the number of the next layer
     gives_zeros: bool = False  # whether skipped layers return zeros instead of their inputs
     is_repeated: bool = False  # whether the arguments of this batch are recorded already
-    # layers in front of which the model changes the hidden states in this pass, before and after the change
+    # layers in front of which the model changes the hidden states, with these before and after the change
     changes: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    additive: set[int] = field(default_factory=set)  # those where the change was shown to be a sum
-    added: dict[int, ActivationStore] = field(
-        default_factory=dict
-    )  # what is added, of all batches that have it
-    # tensors of this batch's arguments, and the equal tensors kept for them, by their id and the device
+    # tensors among the arguments, each with the equal tensor that is kept for it, by their id and the device
     met: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    interned: dict[tuple[Any, ...], Tensor] = field(
-        default_factory=dict
-    )  # tensors kept for equal ones, of all batches
+
+    # Of all batches:
+    additive: set[int] = field(default_factory=set)  # layers where the change was shown to be a sum
+    # what is added in front of these layers, of all batches that have it
+    added: dict[int, ActivationStore] = field(default_factory=dict)
+    # tensors that are kept for equal ones, by properties that are quickly compared
+    interned: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     is_tuple: bool | None = None  # whether layers return a tuple; None before one has run
     rest: tuple[Any, ...] = ()  # what they return after the hidden states
 
     def record(self, run: Callable[[], Any]) -> None:
-        """Record one batch, on which `run` calls the model."""
-        changes = self._pass(run, bool(self.additive))
-        if new := changes.keys() - self.additive:
-            # Run again, once with zeros and once without: x becomes x + d, and 0 becomes 0 + d = d exactly.
-            other = self._pass(run, not self.additive, is_repeated=True)
-            plain, changes = (other, changes) if self.additive else (changes, other)
-            for index in sorted(new | other.keys()):
-                both = index in plain and index in changes
-                if not both or not torch.equal(
-                    plain[index][0] + changes[index][1], plain[index][1]
-                ):
-                    raise _refusal(f"{_CHANGES_STATES} {self.layers.name}.{index}")
-            self.additive |= new
+        """Record one batch, on which `run` calls the model: `calls` get one more of each layer, and `first` is set."""
+        changes = self._pass(run, gives_zeros=bool(self.additive))
+        new_layers = changes.keys() - self.additive
+        if new_layers:
+            changes = self._prove_sums(run, changes)
         for index, (_, added) in changes.items():
-            flat = added.reshape(
-                -1, added.shape[-1]
-            )  # [batch, sequence, hidden] -> [tokens, hidden]
-            tokens, device = (
-                flat.any(-1).nonzero()[:, 0],
-                execution_device(self.layers.modules[index]),
+            self._keep_addition(index, added)
+
+    def _prove_sums(
+        self, run: Callable[[], Any], changes: dict[int, tuple[Tensor, Tensor]]
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """Prove that the model only adds to hidden states in front of layers, by running a batch again.
+
+        `changes` are those of a pass with zeros if sums were known before, otherwise of a pass with hidden states. The
+        other pass follows: x becomes x + d, and 0 becomes 0 + d = d exactly. Returns the changes of the pass with
+        zeros, and adds the layers to `additive`.
+        """
+        gave_zeros = bool(self.additive)
+        other_changes = self._pass(run, gives_zeros=not gave_zeros, is_repeated=True)
+        with_states = other_changes if gave_zeros else changes
+        with_zeros = changes if gave_zeros else other_changes
+        new_layers = changes.keys() - self.additive
+        for index in sorted(new_layers | other_changes.keys()):
+            is_sum = (
+                index in with_states
+                and index in with_zeros
+                and torch.equal(with_states[index][0] + with_zeros[index][1], with_states[index][1])
             )
-            rows = self.added.setdefault(index, ActivationStore(self.storage or device, device))
-            rows.append(flat[tokens])
-            call = self.calls[index][-1]
-            self.calls[index][-1] = replace(
-                call, added=Addition(tokens.to(device), rows, len(rows) - 1)
-            )
+            if not is_sum:
+                raise UnsupportedArchitectureError(
+                    f"the model changes the hidden states in front of decoder layer {self.layers.name}.{index}: "
+                    "only models that run every decoder layer once, in order, on the output of the one before, can "
+                    "be pruned."
+                )
+        self.additive |= new_layers
+        return with_zeros
+
+    def _keep_addition(self, index: int, added: Tensor) -> None:
+        """Make what is `added` [batch, sequence, hidden] in front of a layer a part of its latest call."""
+        flat = added.reshape(-1, added.shape[-1])  # [batch, sequence, hidden] -> [tokens, hidden]
+        tokens = flat.any(-1).nonzero()[:, 0]
+        device = execution_device(self.layers.modules[index])
+        if index not in self.added:
+            self.added[index] = ActivationStore(self.storage or device, device)
+        rows = self.added[index]
+        rows.append(flat[tokens])
+        addition = Addition(tokens.to(device), rows, number=len(rows) - 1)
+        self.calls[index][-1] = replace(self.calls[index][-1], added=addition)
 
     def _pass(
-        self, run: Callable[[], Any], gives_zeros: bool, *, is_repeated: bool = False
+        self, run: Callable[[], Any], *, gives_zeros: bool, is_repeated: bool = False
     ) -> dict[int, tuple[Tensor, Tensor]]:
-        self.first, self.expected, self.next, self.changes = None, None, 0, {}
-        self.gives_zeros, self.is_repeated = gives_zeros, is_repeated
+        """Run the model on one batch, and return the changes of hidden states between layers."""
+        self.first = None
+        self.expected = None
+        self.next = 0
+        self.changes = {}
+        self.gives_zeros = gives_zeros
+        self.is_repeated = is_repeated
         self.met.clear()
         with suppress(StopForward):
             run()
@@ -219,82 +248,101 @@ class _Recorder:
     def forward(
         self, index: int, original: Callable[..., Any], *arguments: Any, **keywords: Any
     ) -> Any:
-        """Replace the forward pass of a decoder layer."""
+        """Replace the forward pass `original` of the decoder layer with a number, and return what that would return.
+
+        The other arguments are those of the pass. Raises `StopForward` in the last layer, because nothing after it is
+        needed.
+        """
         if arguments:
             hidden_states, *others = arguments
         else:
-            first = "hidden_states" if "hidden_states" in keywords else next(iter(keywords))
-            hidden_states, others = keywords.pop(first), []
-        if self.first is None:  # the first layer of a batch
+            # by keyword: under its usual name, or else the first
+            key = "hidden_states" if "hidden_states" in keywords else next(iter(keywords))
+            hidden_states = keywords.pop(key)
+            others = []
+        if self.first is None:  # this is the first layer
             self.first = hidden_states
-        name, expected = f"{self.layers.name}.{index}", self.expected
-        if index != self.next:
-            wanted = f"{self.layers.name}.{self.next}"
-            raise _refusal(f"the model calls decoder layer {name} but it should call {wanted}")
-        if expected is not None and (
-            hidden_states.data_ptr() != expected.data_ptr()
-            or hidden_states.shape != expected.shape
-            or hidden_states._version != self.version
-        ):
-            if self.runs_layers or (hidden_states.shape, hidden_states.dtype) != (
-                expected.shape,
-                expected.dtype,
-            ):
-                raise _refusal(f"{_CHANGES_STATES} {name}")
-            self.changes[index] = (expected, hidden_states)
+
+        self._check_order(index, hidden_states)
         carried = [value for value in self.rest if value is not None]
-        if any(value is one for value in (*others, *keywords.values()) for one in carried):
-            raise _HandsOnMore
+        for value in (*others, *keywords.values()):
+            if any(value is one for one in carried):
+                raise _HandsOnMore
         self.next += 1
+
         layer = self.layers.modules[index]
-        device = execution_device(layer)
         if not self.is_repeated:
-            kept = {name: self._intern(value, device) for name, value in keywords.items()}
-            self.calls[index].append(
-                LayerCall(tuple(self._intern(value, device) for value in others), kept)
-            )
+            device = execution_device(layer)
+            kept_keywords = {key: self._intern(value, device) for key, value in keywords.items()}
+            kept_others = tuple(self._intern(value, device) for value in others)
+            self.calls[index].append(LayerCall(kept_others, kept_keywords))
         if index == len(self.layers) - 1:
             raise StopForward  # the final norm and the head are not needed
+
         # a skipped layer returns its input
         leaving = torch.zeros_like(hidden_states) if self.gives_zeros else hidden_states
         if self.runs_layers or self.is_tuple is None:
             with onloaded(layer.modules()):
                 output = original(hidden_states, *others, **keywords)
             if self.runs_layers:
-                self.expected = output[0] if isinstance(output, tuple) else output
-                self.version = self.expected._version
+                self._expect(output[0] if isinstance(output, tuple) else output)
                 return output
-            # a layer that is called with one of the rest gets more than hidden states from the layer before
-            self.is_tuple, self.rest = (
-                isinstance(output, tuple),
-                tuple(output[1:] if isinstance(output, tuple) else ()),
-            )
-        self.expected, self.version = leaving, leaving._version
+            self.is_tuple = isinstance(output, tuple)
+            self.rest = tuple(output[1:]) if isinstance(output, tuple) else ()
+        self._expect(leaving)
         return (leaving, *self.rest) if self.is_tuple else leaving
 
+    def _expect(self, hidden_states: Tensor) -> None:
+        """Expect these hidden states in the next layer."""
+        self.expected = hidden_states
+        self.version = hidden_states._version
+
+    def _check_order(self, index: int, hidden_states: Tensor) -> None:
+        """Refuse a layer out of order, or on other hidden states than expected; note changes that may be sums."""
+        name = f"{self.layers.name}.{index}"
+        if index != self.next:
+            raise UnsupportedArchitectureError(
+                f"the model calls decoder layer {name} but it should call {self.layers.name}.{self.next}: only models "
+                "that run every decoder layer once, in order, on the output of the one before, can be pruned."
+            )
+        expected = self.expected
+        if expected is None:
+            return
+        is_expected = (
+            hidden_states.data_ptr() == expected.data_ptr()
+            and hidden_states.shape == expected.shape
+            and hidden_states._version == self.version
+        )
+        if is_expected:
+            return
+        has_form = (hidden_states.shape, hidden_states.dtype) == (expected.shape, expected.dtype)
+        if self.runs_layers or not has_form:
+            raise UnsupportedArchitectureError(
+                f"the model changes the hidden states in front of decoder layer {name}: only models that run every "
+                "decoder layer once, in order, on the output of the one before, can be pruned."
+            )
+        self.changes[index] = (expected, hidden_states)
+
     def _intern(self, value: Any, device: torch.device) -> Any:
-        """Share equal tensors (masks, position embeddings) between the layers of a device, and between batches."""
+        """Share equal tensors (masks, position embeddings) between the layers of a device, and between batches.
+
+        Returns `value` with its tensors on the device, each replaced by an equal one if there is one. Tuples and lists
+        are searched; all other values are returned as they are.
+        """
         if isinstance(value, tuple | list):
             return type(value)(self._intern(item, device) for item in value)
         if not isinstance(value, Tensor):
             return value
-        if (
-            id(value),
-            device,
-        ) not in self.met:  # most layers of a batch get the same tensor: compare it once
+        # Most layers of a batch get the same tensor: compare it once.
+        if (id(value), device) not in self.met:
             moved = value.to(device)
             # Most unequal tensors differ in their last value, so that few are compared whole.
-            key = (
-                device,
-                tuple(moved.shape),
-                moved.dtype,
-                moved.flatten()[-1].item() if moved.numel() else 0.0,
-            )
-            known = self.interned.setdefault(key, moved)
-            self.met[id(value), device] = (
-                value,
-                known if known is moved or torch.equal(known, moved) else moved,
-            )
+            last = moved.flatten()[-1].item() if moved.numel() else 0.0
+            key = (device, tuple(moved.shape), moved.dtype, last)
+            interned = self.interned.setdefault(key, moved)
+            is_equal = interned is moved or torch.equal(interned, moved)
+            # The pair holds `value`, so that no other tensor gets its id in this pass.
+            self.met[id(value), device] = (value, interned if is_equal else moved)
         return self.met[id(value), device][1]
 
 
@@ -303,24 +351,25 @@ class HiddenStates:
     """Hidden states that enter a decoder layer, [batch, sequence, hidden], a batch each."""
 
     dense: Sequence[Tensor] | None  # of the dense network; None if nothing needs them
-    pruned: Sequence[Tensor] | None = (
-        None  # of the network pruned so far; None if every layer starts from dense ones
-    )
+    # of the network pruned so far; None if every layer starts from dense ones
+    pruned: Sequence[Tensor] | None = None
 
     @property
     def entering(self) -> Sequence[Tensor]:
         """The hidden states on which the layer is pruned."""
-        found = self.dense if self.pruned is None else self.pruned
-        assert found is not None
-        return found
+        entering = self.dense if self.pruned is None else self.pruned
+        assert entering is not None
+        return entering
 
     def kept(self) -> dict[str, list[Tensor]]:
         """Tensors of both streams, where they are kept; a missing stream has none."""
-        streams = {"dense": self.dense, "pruned": self.pruned}
-        return {
-            k: s.kept() if isinstance(s, ActivationStore) else list(s or [])
-            for k, s in streams.items()
-        }
+        kept = {}
+        for name, stream in (("dense", self.dense), ("pruned", self.pruned)):
+            if isinstance(stream, ActivationStore):
+                kept[name] = stream.kept()
+            else:
+                kept[name] = list(stream or [])
+        return kept
 
     def move(self, storage: Storage, device: torch.device) -> None:
         """Return both streams on another layer's device from now on, and keep them at its storage, unless in files."""
@@ -335,33 +384,32 @@ class LayerActivations:
 
     layer: nn.Module
     calls: Sequence[LayerCall]  # its arguments besides the hidden states, a batch each
-    token_masks: Sequence[
-        Tensor | None
-    ]  # of each batch, bool [batch, sequence]; False tokens are ignored
+    # of each batch, bool [batch, sequence], moved to the layer's device; False tokens are ignored
+    token_masks: Sequence[Tensor | None]
     storage: Storage  # where hidden states and recorded activations are kept between passes
-    held_out: Sequence[
-        bool
-    ] = ()  # whether a batch only measures, for each batch; () means none does
+    # whether a batch only measures, for each batch; () means none does
+    held_out: Sequence[bool] = ()
     device: torch.device = field(init=False)  # where the layer computes
-    store: Callable[[], ActivationStore] = field(
-        init=False
-    )  # makes an empty list of activations for that device
 
     def __post_init__(self) -> None:
+        """Fill in the fields that follow from the others."""
         self.held_out = self.held_out or [False] * len(self.calls)
         self.device = execution_device(self.layer)
-        self.store = partial(ActivationStore, self.storage, self.device)
         self.token_masks = [
             None if mask is None else mask.to(self.device) for mask in self.token_masks
         ]
-        # found once: selection by a mask makes the host wait for the device each time
-        self._real = [
+        # The numbers of the real tokens, found once: selection by a mask makes the host wait for the device each time.
+        self._real_tokens = [
             None if mask is None else mask.reshape(-1).nonzero()[:, 0] for mask in self.token_masks
         ]
 
+    def store(self) -> ActivationStore:
+        """Make an empty list of activations that are kept at `storage` and returned on the layer's device."""
+        return ActivationStore(self.storage, self.device)
+
     @quick_products()
     def run(self, batch: int, hidden_states: Tensor) -> Tensor:
-        """Output hidden states of the layer for one batch."""
+        """Output hidden states of the layer for the batch with a number, [batch, sequence, hidden]."""
         return self.calls[batch].run(self.layer, hidden_states.to(self.device, non_blocking=True))
 
     def outputs(self, hidden_states: Iterable[Tensor]) -> ActivationStore:
@@ -375,20 +423,23 @@ class LayerActivations:
         self, module: nn.Module, hidden_states: Iterable[Tensor]
     ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         """Run the layer from its start up to one of its modules; yields the module's arguments for each batch."""
-        seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def stop(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            seen.append((arguments, keywords))
+            """Keep the arguments, and end the pass of the layer; a forward pre-hook of the module."""
+            calls.append((arguments, keywords))
             raise StopForward
 
         for batch, hidden in enumerate(hidden_states):
-            # the hook is removed before the caller gets the arguments, because it may run the layer itself
+            # the hook is removed before the caller gets the arguments, because the caller may run the layer
             with module.register_forward_pre_hook(stop, with_kwargs=True), suppress(StopForward):
                 self.run(batch, hidden)
-            if not seen:
-                why = f"a {type(module).__name__} is not called in every forward pass of its decoder layer"
-                raise RuntimeError(f"{why}: leave the operators in it dense by exclude.")
-            yield seen.pop()
+            if not calls:
+                raise RuntimeError(
+                    f"a {type(module).__name__} is not called in every forward pass of its decoder layer: leave the "
+                    "operators in it dense by exclude."
+                )
+            yield calls.pop()
 
     def assigned_tokens(
         self,
@@ -396,43 +447,56 @@ class LayerActivations:
         hidden_states: Iterable[Tensor],
         see: Callable[[int, AssignedTokens], None] = lambda _, __: None,
     ) -> list[AssignedTokens]:
-        """Inputs of the experts of a mixture in every batch, kept at `storage`; first `see` is called with each."""
-        store, assigned = self.store(), list[AssignedTokens]()
-        for batch, (arguments, keywords) in enumerate(
-            self.arguments_of(experts.module, hidden_states)
-        ):
-            assigned.append(experts.assigned(*arguments, **keywords))
-            see(batch, assigned[-1])
-            store.append(assigned[-1].hidden_states)
-            assigned[-1].hidden_states = assigned[-1].hidden_states[
-                :0
-            ]  # frees the batch on the device
-        for tokens, kept in zip(assigned, store.kept(), strict=True):
-            tokens.hidden_states, tokens.rows = kept, tokens.rows.to(kept.device)
-        return assigned
+        """Inputs of the experts of a mixture in every batch, kept at `storage`; first `see` is called with each.
+
+        `hidden_states` [batch, sequence, hidden] of each batch enter the layer. `see` gets the number of the batch.
+        """
+        store = self.store()
+        assigned_batches: list[AssignedTokens] = []
+        calls = self.arguments_of(experts.module, hidden_states)
+        for batch, (arguments, keywords) in enumerate(calls):
+            assigned = experts.assigned(*arguments, **keywords)
+            assigned_batches.append(assigned)
+            see(batch, assigned)
+            store.append(assigned.hidden_states)
+            assigned.hidden_states = assigned.hidden_states[:0]  # frees the batch on the device
+        for assigned, hidden in zip(assigned_batches, store.kept(), strict=True):
+            assigned.hidden_states = hidden
+            assigned.rows = assigned.rows.to(hidden.device)
+        return assigned_batches
 
     def rows(
-        self, activations: Tensor, batch: int, operator: LinearOperator | None = None
+        self,
+        activations: Tensor,
+        batch: int,
+        operator: LinearOperator | None = None,
+        tokens: Tensor | None = None,
     ) -> Tensor:
         """Real tokens of activations [batch, sequence, n] or [batch * sequence, n] as [tokens, n].
 
-        If `operator` is an expert, the rows are its own tokens; otherwise all tokens, real or padding.
+        If the rows of `activations` are only some tokens of the batch, as of an expert, `tokens` says which, int64
+        [rows]. With an `operator`, whose inputs or outputs the activations are, it is an error if there is not a row
+        for every token, real or padding.
         """
         flat = activations.detach().reshape(-1, activations.shape[-1])
         mask = self.token_masks[batch]
         if mask is None:
             return flat
-        tokens = None if operator is None else operator.tokens
-        seen = mask.numel() if tokens is None else tokens.numel()
-        if operator is not None and flat.shape[0] != seen:
-            why = f"{operator.name} sees {flat.shape[0]} rows for {seen} tokens, so padding can't be told apart"
+        num_tokens = mask.numel() if tokens is None else tokens.numel()
+        if operator is not None and flat.shape[0] != num_tokens:
             raise ValueError(
-                f"{why}: pass batches without padding, or exclude=['{operator.name}']."
+                f"{operator.name} sees {flat.shape[0]} rows for {num_tokens} tokens, so padding can't be told apart: "
+                f"pass batches without padding, or exclude=['{operator.name}']."
             )
-        return flat[self._real[batch] if tokens is None else mask.reshape(-1)[tokens]]
+        if tokens is not None:
+            return flat[mask.reshape(-1)[tokens]]
+        return flat[self._real_tokens[batch]]
 
     def hidden_state_error(self, states: HiddenStates) -> float | None:
-        """`|| H* - H ||_F / || H ||_F` over the real tokens to fit; `None` if only one of the two is known."""
+        """`|| H* - H ||_F / || H ||_F` over the real tokens to fit; `None` if only one of the two is known.
+
+        `states` leave the layer: H in the dense network, H* in the pruned one.
+        """
         if states.dense is None or states.pruned is None:
             return None
         squares = []
@@ -440,9 +504,11 @@ class LayerActivations:
             if self.held_out[batch]:
                 continue
             # Norms are computed in float32, squared and summed in float64, and read once at the end.
-            wanted, found = (self.rows(h, batch).float() for h in (dense, pruned))
-            norms = [torch.linalg.vector_norm(h) for h in (found - wanted, wanted)]
-            squares.append(torch.stack(norms).double().square())
+            dense_rows = self.rows(dense, batch).float()
+            pruned_rows = self.rows(pruned, batch).float()
+            error_norm = torch.linalg.vector_norm(pruned_rows - dense_rows)
+            dense_norm = torch.linalg.vector_norm(dense_rows)
+            squares.append(torch.stack([error_norm, dense_norm]).double().square())
         error, energy = torch.stack(squares).sum(0).tolist()
         return math.sqrt(error / energy) if energy else 0.0
 
@@ -450,9 +516,13 @@ class LayerActivations:
 def cut_states(
     states: HiddenStates, sizes: Sequence[int], storage: Storage, device: torch.device
 ) -> HiddenStates:
-    """The same hidden states in batches of other sizes, kept at `storage`; those in stores are freed."""
+    """The same hidden states in batches of other sizes, kept at `storage` and returned on `device`.
+
+    `sizes` are numbers of sequences. The old hidden states are freed if they are in stores: these are empty afterwards.
+    """
 
     def cut(stream: Sequence[Tensor] | None) -> ActivationStore | None:
+        """Cut one stream, and free it."""
         if stream is None:
             return None
         store = ActivationStore(storage, device)
@@ -462,7 +532,7 @@ def cut_states(
             stream.clear()  # otherwise the run would hold it until the layer is done
         return store
 
-    dense = cut(
-        states.dense
-    )  # before the first pruned layer both streams are the same tensors: cut them once
-    return HiddenStates(dense, dense if states.pruned is states.dense else cut(states.pruned))
+    # before the first pruned layer both streams are the same tensors: cut them once
+    are_same = states.pruned is states.dense
+    dense = cut(states.dense)
+    return HiddenStates(dense, dense if are_same else cut(states.pruned))

@@ -1,9 +1,11 @@
-"""Linear operators of a model as matrices [out, in], however their modules store them."""
+"""Linear operators of a model as matrices [out, in], however their modules store them.
 
-from __future__ import annotations
+A `LinearOperator` is one matrix of a decoder layer that multiplies its inputs: the weight of an `nn.Linear`, of a
+`Conv1D` (stored as [in, out]), or a part of a larger parameter (`model.experts`). `model.choice` finds the operators of
+a decoder layer. They are made once for a run, and hold no results of forward passes.
+"""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,16 @@ LINEAR = (nn.Linear, Conv1D)
 
 
 class LinearOperator:
-    """A linear operator with its weight as [out, in]."""
+    """A linear operator with its weight as [out, in].
+
+    Attributes:
+        name: Of the module in the model, such as "model.layers.3.mlp.down_proj".
+        module: Computes the operator; hooks on it see the inputs and outputs.
+        owner: Holds the weight: the same module, except for experts, which have one owner together.
+        tensor: Name of the owner's parameter, such as "weight".
+        transposed: Whether the weight is stored as [in, out].
+        shape: Numbers of outputs and inputs.
+    """
 
     def __init__(
         self,
@@ -26,22 +37,14 @@ class LinearOperator:
         tensor: str = "weight",
         transposed: bool | None = None,
     ) -> None:
-        self.name = name  # of the module in the model
-        self.module = module  # computes the operator
-        self.owner = (
-            module if owner is None else owner
-        )  # holds the weight; all experts have the same owner
-        self.tensor = tensor  # the owner's parameter
-        self.transposed = (
-            isinstance(module, Conv1D) if transposed is None else transposed
-        )  # stored as [in, out]
-        out, columns = self.parameter.shape[::-1] if self.transposed else self.parameter.shape
+        self.name = name
+        self.module = module
+        self.owner = module if owner is None else owner
+        self.tensor = tensor
+        self.transposed = isinstance(module, Conv1D) if transposed is None else transposed
+        stored_shape = self.parameter.shape
+        out, columns = stored_shape[::-1] if self.transposed else stored_shape
         self.shape: tuple[int, int] = (out, columns)
-        # Tokens of the latest call if it does not get all: int64, indices into the flattened batch, rising.
-        self.tokens: Tensor | None = None
-        # The part of the decoder layer, such as its attention, that returns this operator's output unchanged, and its
-        # other outputs (`split_output`); None if there is no such part, or no forward pass was traced.
-        self.ends: tuple[nn.Module, tuple[Any, ...] | None] | None = None
 
     @property
     def parameter(self) -> Tensor:
@@ -54,15 +57,13 @@ class LinearOperator:
 
     def read(self) -> Tensor:
         """Read a float32 copy of the weight, [out, in], to the device where it computes."""
-        kept = self.select(stored_tensor(self.owner, self.tensor))
-        weight = kept.to(
-            execution_device(self.owner)
-        )  # moved in its own dtype, which may take half the bytes
-        return (
-            (weight.T if self.transposed else weight)
-            .to(torch.float32, copy=weight is kept)
-            .contiguous()
-        )
+        stored = self.select(stored_tensor(self.owner, self.tensor))
+        # moved in its own dtype, which may take half the bytes
+        weight = stored.to(execution_device(self.owner))
+        is_same_tensor = weight is stored
+        if self.transposed:
+            weight = weight.T
+        return weight.to(torch.float32, copy=is_same_tensor).contiguous()
 
     def write(self, weight: Tensor) -> None:
         """Overwrite the weight in place with `weight` [out, in], rounded to the parameter's dtype."""
@@ -71,10 +72,13 @@ class LinearOperator:
 
     def outputs_without_bias(self, outputs: Tensor) -> Tensor:
         """Compute `W x` from the module's outputs `W x + b`, [tokens, out]; float32 if there is a bias."""
-        # [batch, sequence, out] -> [tokens, out].
-        flat = outputs.detach().reshape(-1, self.shape[0])
+        flat = outputs.detach().reshape(
+            -1, self.shape[0]
+        )  # [batch, sequence, out] -> [tokens, out]
         bias = getattr(self.module, "bias", None)
-        return flat if bias is None else flat.float() - bias.detach().float()
+        if bias is None:
+            return flat
+        return flat.float() - bias.detach().float()
 
 
 Group = list[LinearOperator]
@@ -82,12 +86,12 @@ Group = list[LinearOperator]
 
 
 def require_finite(operators: Sequence[LinearOperator]) -> None:
-    """Refuse damaged weights, with one transfer for all operators."""
+    """Refuse weights that hold NaN or Inf. Changes nothing; the host waits once for all operators."""
     if not operators:
         return
-    place = operators[0].parameter.device
+    device = operators[0].parameter.device
     finite = torch.stack(
-        [torch.isfinite(operator.parameter).all().to(place) for operator in operators]
+        [torch.isfinite(operator.parameter).all().to(device) for operator in operators]
     )
     for operator, is_finite in zip(operators, finite.tolist(), strict=True):
         if not is_finite:

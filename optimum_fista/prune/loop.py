@@ -17,7 +17,7 @@ import torch
 
 from optimum_fista.memory import release_memory, watched_memory
 from optimum_fista.model.correction import GroupProblems, LayerTargets
-from optimum_fista.model.experts import split_experts
+from optimum_fista.model.experts import ExpertOperator, split_experts
 from optimum_fista.model.groups import trace_groups
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.inputs import LayerActivations
@@ -148,11 +148,14 @@ def prune_layer(
     hidden = states.entering[0].to(device)  # [batch, sequence, hidden], for a test run of the layer
     reorders = plan.config.reorder_channels
     orders = reorder_channels(plan, sink, name, activations, states.entering) if reorders else {}
-    groups, left_dense = trace_groups(layer, operators, calls[0], hidden)
-    groups, others, experts = plan.removal.before(name, groups, activations, hidden)
+    trace = trace_groups(layer, operators, calls[0], hidden)
+    left_dense = trace.left_dense
+    groups, others, experts = plan.removal.before(name, trace.groups, activations, hidden)
     reports: list[OperatorReport] = []
     with watched_memory(device) as peak:
-        targets = LayerTargets(activations, groups, correction, states, experts)
+        targets = LayerTargets(
+            activations, groups, correction, states, ends=trace.ends, experts=experts
+        )
         for number in range(len(groups)):
             # a call of its own, so that the matrices of a group are freed before the next ones are made
             found = prune_group(plan, sink, targets.problems(number))
@@ -240,7 +243,7 @@ def solve_group(
     patterns = [replace(p, sparsity=shares[o.name]) if o.name in shares else p for o, p in pairs]
     tokens, name, message = fitted[0].statistics.num_tokens, method.name, ""
     if (
-        group[0].tokens is not None and tokens < UNDER_CALIBRATED_TOKENS
+        isinstance(group[0], ExpertOperator) and tokens < UNDER_CALIBRATED_TOKENS
     ):  # the router sent hardly any
         method, name = Magnitude(), Magnitude.name
         message = f"under-calibrated expert: {tokens} calibration tokens reached it, so magnitude pruned it"

@@ -52,8 +52,7 @@ def score_experts(
             )
             counts[expert] += len(real)
 
-    experts.watcher = see
-    with split_experts(experts.operators):
+    with split_experts(experts.operators, see):
         for target in targets.expert_targets():
             wanted.append(target)
     if not bool(torch.isfinite(norms).all()):

@@ -199,9 +199,9 @@ def test_a_residual_correction_brings_the_output_closer_and_carries_on_what_the_
     entered: list[list[Tensor]] = []
 
     class Spy(LayerTargets):
-        def __init__(self, activations, groups, correction, entering, experts):
+        def __init__(self, activations, groups, correction, entering, **options):
             entered.append(list(entering.pruned))
-            super().__init__(activations, groups, correction, entering, experts)
+            super().__init__(activations, groups, correction, entering, **options)
 
     def first_output(**options) -> Tensor:
         model = tiny_model(family)

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.choice import find_operators
 from optimum_fista.model.experts import split_experts
+from optimum_fista.model.groups import trace_groups
+from optimum_fista.model.inputs import record_inputs
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.operators import LinearOperator
 
@@ -164,3 +167,21 @@ def test_experts_that_compute_something_else_are_refused():
         ),
     ):
         logits(model)
+
+
+def test_forward_passes_leave_nothing_in_the_operators():
+    model = tiny_model("mixtral")
+    layers = find_decoder_layers(model)
+    operators = operators_of(model)
+    before = {name: dict(vars(operator)) for name, operator in operators.items()}
+
+    with split_experts(operators.values()), torch.no_grad():
+        recorded = record_inputs(layers, read_batches([calibration()], 64))
+        for calls, (name, layer) in zip(recorded.calls, layers, strict=True):
+            own = {key: o for key, o in operators.items() if key.startswith(f"{name}.")}
+            trace_groups(layer, own, calls[0], recorded.hidden_states[0])
+        logits(model)
+
+    for name, operator in operators.items():
+        assert vars(operator).keys() == before[name].keys()
+        assert all(value is before[name][key] for key, value in vars(operator).items()), name

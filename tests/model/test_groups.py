@@ -10,7 +10,7 @@ from toy_layer import toy_layer
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.choice import find_operators
-from optimum_fista.model.groups import FinishedParts, is_added_to_output, trace_groups
+from optimum_fista.model.groups import FinishedParts, PartEnd, is_added_to_output, trace_groups
 from optimum_fista.model.inputs import LayerActivations, LayerCall, record_inputs
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.operators import LinearOperator
@@ -22,9 +22,9 @@ CALL = LayerCall((), {})
 
 def trace_both(layer: nn.Module, *names: str) -> tuple[list[list[str]], dict[str, str]]:
     operators = {name: LinearOperator(name, layer.get_submodule(name)) for name in names}
-    groups, left_dense = trace_groups(layer, operators, CALL, torch.randn(2, 3, 8))
-    assert all(operator is operators[operator.name] for group in groups for operator in group)
-    return [[operator.name for operator in group] for group in groups], left_dense
+    trace = trace_groups(layer, operators, CALL, torch.randn(2, 3, 8))
+    assert all(operator is operators[operator.name] for group in trace.groups for operator in group)
+    return [[operator.name for operator in group] for group in trace.groups], trace.left_dense
 
 
 def trace(layer: nn.Module, *names: str) -> list[list[str]]:
@@ -180,8 +180,8 @@ BATCHES = [torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(i)) for 
 
 def parts_of(layer: Layer, storage=CPU) -> tuple[FinishedParts, LayerActivations]:
     activations = LayerActivations(layer, [CALL] * 3, [None] * 3, storage)
-    groups, _ = trace_groups(layer, {o.name: o for [o] in layer.groups()}, CALL, BATCHES[0])
-    return FinishedParts(activations, groups), activations
+    trace = trace_groups(layer, {o.name: o for [o] in layer.groups()}, CALL, BATCHES[0])
+    return FinishedParts(activations, trace.groups, trace.ends), activations
 
 
 @pytest.mark.parametrize("stored", [False, True])
@@ -274,10 +274,9 @@ def test_a_part_that_changes_its_operators_output_does_not_end_with_it(form):
     layer.first = EndedByItsOperator(form)
     layer.forward = lambda hidden: layer.first(hidden)
     operator = LinearOperator("inner", layer.first.inner)
-    for made, ends in ((form, None), (lambda y: (y, None), (layer.first, (None,)))):
+    for made, ends in ((form, {}), (lambda y: (y, None), {"inner": PartEnd(layer.first, (None,))})):
         layer.first.form = made
-        trace_groups(layer, {"inner": operator}, CALL, BATCHES[0])
-        assert operator.ends == ends
+        assert trace_groups(layer, {"inner": operator}, CALL, BATCHES[0]).ends == ends
 
 
 ADDED = {

@@ -46,7 +46,11 @@ def test_scores_are_those_of_a_plain_loop_over_tokens():
     batches = [{"input_ids": ids[:1], "attention_mask": mask[:1]}, ids[1:], ids[1:]]
     _, experts, activations, entering = mixture_layer("mixtral", batches, held_out=1)
     targets = LayerTargets(
-        activations, [], Correction("full"), HiddenStates(entering, entering), experts.module
+        activations,
+        [],
+        Correction("full"),
+        HiddenStates(entering, entering),
+        experts=experts.module,
     )
     num_tokens, saliency, _ = score_experts(experts, targets)
     counts, norms, module = [0] * 4, [0.0] * 4, experts.module
@@ -75,7 +79,11 @@ def test_targets_bring_the_layer_to_the_dense_output():
     _, experts, activations, dense = mixture_layer("mixtral")
     pruned = [hidden + 0.1 * torch.randn_like(hidden) for hidden in dense]
     targets = LayerTargets(
-        activations, [], Correction("full", 1.0, 1.0), HiddenStates(dense, pruned), experts.module
+        activations,
+        [],
+        Correction("full", 1.0, 1.0),
+        HiddenStates(dense, pruned),
+        experts=experts.module,
     )
     assert targets.adds_experts
     for batch, wanted in enumerate(list(targets.expert_targets())):
@@ -96,7 +104,11 @@ def test_refits_find_the_weights_that_made_the_outputs(family, left):
     down += 0.5 * own.std() * torch.randn_like(own)
     wanted = activations.store()
     for target in LayerTargets(
-        activations, [], Correction("full", 0.0), HiddenStates(None, entering), experts.module
+        activations,
+        [],
+        Correction("full", 0.0),
+        HiddenStates(None, entering),
+        experts=experts.module,
     ).expert_targets():
         wanted.append(target)
     made = down.clone()
@@ -162,7 +174,7 @@ def test_experts_that_are_called_twice_are_refused():
     own = activations.layer.mlp.forward
     activations.layer.mlp.forward = lambda hidden: own(hidden) + own(hidden)
     states = HiddenStates(None, entering)
-    targets = LayerTargets(activations, [], Correction("full", 0.0), states, experts.module)
+    targets = LayerTargets(activations, [], Correction("full", 0.0), states, experts=experts.module)
     with pytest.raises(
         UnsupportedArchitectureError, match="MixtralExperts is called 2 times in a forward pass"
     ):
