@@ -1,7 +1,10 @@
-"""Blocks of rows, and the Cholesky factorisation of damped Gram matrices; a message says if it needed more damping.
+"""Blocks of rows, and the Cholesky factorisation of damped Gram matrices.
 
-Gram matrices are the largest matrices of a solver. Functions named `in_place` overwrite their argument, and a
-factorisation that may be repeated makes a new copy each time. torch's own functions would need two or three copies.
+The *Gram matrix* `G = X X^T` [in, in] of the inputs of a linear operator, summed over all calibration tokens, is the
+largest matrix of a solver. So functions named `in_place` overwrite their argument, and a factorisation that may have
+to be repeated makes a new copy each time. torch's own functions would need two or three copies. *Damping* adds a small
+positive number to the diagonal, so that a matrix that is singular, or nearly so, can be factorised. If more was needed
+than the caller asked for, a message says so; nobody replaces the result by that of another algorithm.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,16 +14,16 @@ from torch import Tensor
 
 _ROWS = 192  # at least, or a product is inefficient
 _VALUES = 2**19  # about this many on a CPU: 2 MiB of float32
-SCALE_ON_DEVICES = (
-    128  # times as many values on other devices than the CPU, where a call is expensive: 256 MiB
-)
+# Times as many values on other devices than the CPU, where a call is expensive: 256 MiB.
+SCALE_ON_DEVICES = 128
 
 
 def rows_in_block(rows: int, columns: int, scale: int = 1) -> int:
     """Rows of a block of a matrix [rows, columns]; `scale`: how many times as large it is as on a CPU."""
     most = max(_ROWS, scale * _VALUES // max(1, columns))
     # Rounded up twice: as few blocks as possible, of about equal size.
-    return -(-rows // max(1, -(-rows // most)))
+    num_blocks = max(1, -(-rows // most))
+    return -(-rows // num_blocks)
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:
@@ -29,43 +32,56 @@ def row_blocks(matrix: Tensor) -> Iterator[slice]:
     On other devices than the CPU all rows are one block up to `SCALE_ON_DEVICES` times that size.
     """
     rows, columns = matrix.shape
-    step = rows_in_block(rows, columns, 1 if matrix.device.type == "cpu" else SCALE_ON_DEVICES)
-    for start in range(0, rows, max(1, step)):
-        yield slice(start, min(rows, start + max(1, step)))
+    scale = 1 if matrix.device.type == "cpu" else SCALE_ON_DEVICES
+    step = max(1, rows_in_block(rows, columns, scale))
+    for start in range(0, rows, step):
+        yield slice(start, min(rows, start + step))
 
 
 def damped_cholesky(
     copy: Callable[[], Tensor], damping: float = 0.0, ratios: Tensor | float = 1.0
 ) -> tuple[Tensor, str]:
-    """Lower Cholesky factor [n, n] of `G + damping * mean(diag G) diag(ratios)`.
+    """Lower Cholesky factor [n, n] of `G + damping * mean(diag G) diag(ratios)`, and a message.
 
     If the factorisation fails numerically, the damping is raised tenfold, at most four times, with ratios of 1, and the
-    returned message says so; otherwise it is empty. `copy` makes a copy of `G` [n, n], symmetric positive semidefinite,
-    which is used up: `gram.clone`. `ratios` are [n] (`InputStatistics.energy_ratios`).
+    message says so; otherwise it is empty.
+
+    Args:
+        copy: Makes a copy of `G` [n, n], symmetric positive semidefinite, which is overwritten: `gram.clone`.
+        damping: As a fraction of the mean of the diagonal.
+        ratios: Factors of the damping by input, [n] (`InputStatistics.energy_ratios`): small for nearly dead inputs.
+
+    Raises:
+        torch.linalg.LinAlgError: If it fails with all dampings.
     """
-    wanted, size = damping, 0
+    wanted = damping
+    num_inputs = 0
     for _ in range(5):
         damped = copy()
-        size = damped.shape[0]
+        num_inputs = damped.shape[0]
         if damping:
             damped.diagonal().add_(mean_damping(damped.diagonal(), damping) * ratios)
+
         factor, failed = cholesky_in_place(damped)
         if not failed:
-            raised = f"the Gram matrix needed damping {damping:g} instead of {wanted:g}"
-            return factor, "" if damping == wanted else raised
+            if damping == wanted:
+                return factor, ""
+            return factor, f"the Gram matrix needed damping {damping:g} instead of {wanted:g}"
+
         del damped, factor  # before the next copy is made
-        # From 1e-4 because zero times ten is zero. Nearly dead inputs are damped like all others now.
-        damping, ratios = max(10 * damping, 1e-4), 1.0
-    why = f"Cholesky failed with damping up to {damping / 10:g}"
+        damping = max(10 * damping, 1e-4)  # because zero times ten is zero
+        ratios = 1.0  # nearly dead inputs are damped like all others now
     raise torch.linalg.LinAlgError(
-        f"the Gram matrix of {size} inputs is not positive semidefinite: {why}"
+        f"the Gram matrix of {num_inputs} inputs is not positive semidefinite: Cholesky failed with damping up to "
+        f"{damping / 10:g}"
     )
 
 
 def mean_damping(diagonal: Tensor, damping: float) -> Tensor:
-    """`damping * mean(diagonal)`, or `damping` if that vanishes; a scalar on the device."""
+    """`damping * mean(diagonal)`, or `damping` if the mean is zero; a scalar on the device of `diagonal` [n]."""
     mean = diagonal.mean().double()  # a Python number times the mean, without a transfer
-    return (damping * torch.where(mean == 0, torch.ones_like(mean), mean)).to(diagonal.dtype)
+    not_zero = torch.where(mean == 0, torch.ones_like(mean), mean)
+    return (damping * not_zero).to(diagonal.dtype)
 
 
 def cholesky_in_place(matrix: Tensor) -> tuple[Tensor, bool]:
@@ -87,7 +103,7 @@ def inverse_in_place(factor: Tensor) -> Tensor:
 def damped_inverse(gram: Tensor, rho: float) -> Tensor:
     """`(G + rho I)^-1` of a symmetric positive semidefinite [in, in] matrix, contiguous, rho > 0, by Cholesky.
 
-    The matrix is used up: the inverse takes its memory.
+    `gram` is overwritten: the inverse takes its memory.
     """
     gram.diagonal().add_(rho)
     factor, failed = cholesky_in_place(gram)
@@ -100,7 +116,6 @@ def damped_inverse(gram: Tensor, rho: float) -> Tensor:
 
 def diagonal_blocks(matrix: Tensor, width: int) -> Tensor:
     """The blocks [n / width, width, width] along the diagonal of a matrix [n, n], in a matrix of their own."""
-    blocks = matrix.unflatten(0, (-1, width)).unflatten(
-        2, (-1, width)
-    )  # [n / width, width, n / width, width]
+    by_block_rows = matrix.unflatten(0, (-1, width))  # [n / width, width, n]
+    blocks = by_block_rows.unflatten(2, (-1, width))  # [n / width, width, n / width, width]
     return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
