@@ -1,8 +1,8 @@
-"""Share one budget of zeros: over many operators, and over the outputs of operators that share their inputs.
+"""Share a budget of zeros: over many operators (`allocate`), and over the outputs of operators with the same inputs.
 
 The error of every operator is assumed to grow at the same rate with its zeros. So two numbers of an operator are
-enough: its size, and the increase of the loss at the average sparsity. There is no rule for the outputs of a group: the
-method itself chooses, on one problem with scaled rows.
+enough: its size, and the increase of the loss at the average sparsity (`removal_cost`). There is no rule for the
+outputs of a group: the method itself chooses, on one problem with scaled rows (`prune_stacked`).
 """
 
 import math
@@ -28,17 +28,24 @@ LEAST_DENSITY = 0.5
 # a query head that attends to only one token, a small change of its queries makes no difference, but it needs them.
 # Without this limit it would lose all of its weights.
 _LEAST_SCALE = 0.3
+_HALVINGS = 60  # of an interval of floating-point numbers: more change nothing
 
 
 def removal_cost(saliency: Tensor, sparsity: float) -> float:
-    """Increase of the loss: sum of the smallest saliencies [out, in], a share `sparsity` of all, `0 < sparsity < 1`."""
-    count = min(saliency.numel(), max(1, round(sparsity * saliency.numel())))
+    """Increase of the loss: sum of the smallest saliencies [out, in], a share `sparsity` of all, `0 < sparsity < 1`.
+
+    The saliency of a weight is the increase of the loss if the weight alone is removed.
+    """
+    wanted = round(sparsity * saliency.numel())
+    count = min(saliency.numel(), max(1, wanted))
     threshold = kth_smallest(saliency, count)
+
     # Of the saliencies that equal the threshold, only so many are added that `count` are in the sum.
     below = saliency < threshold
-    sums = (saliency * below).sum(dtype=torch.float64), below.sum().double(), threshold.double()
-    cost, smaller, largest = torch.stack(sums).tolist()  # one transfer
-    return cost + (count - smaller) * largest
+    cost_below = (saliency * below).sum(dtype=torch.float64)
+    sums = torch.stack([cost_below, below.sum().double(), threshold.double()])
+    cost, num_below, largest = sums.tolist()  # one transfer
+    return cost + (count - num_below) * largest
 
 
 def allocate(
@@ -48,35 +55,50 @@ def allocate(
 
     With `E_k(s) = cost_k exp(SLOPE (s - sparsity))` the sum of all `E_k(s_k)` is least, at a given sum of
     `size_k s_k`, where no zero is worth moving from one operator to another:
-    `s_k = sparsity + (mu - log(cost_k / size_k)) / SLOPE`, clipped. The costs are the increase of the loss by the zeros
-    of each operator at the average sparsity (`removal_cost`), and the sizes are numbers of weights. The results are
-    whole numbers of zeros, and `sparsity` on average over all weights.
+    `s_k = sparsity + (mu - log(cost_k / size_k)) / SLOPE`, clipped.
+
+    Args:
+        costs: By operator, the increase of the loss by its zeros at the average sparsity (`removal_cost`).
+        sizes: By operator, the number of its weights.
+        sparsity: The average.
+
+    Returns the sparsity by operator: whole numbers of zeros, and `sparsity` on average over all weights.
     """
-    lowest, highest = max(0.0, sparsity - REACH), 1 - LEAST_DENSITY * (1 - sparsity)
+    lowest = max(0.0, sparsity - REACH)
+    highest = 1 - LEAST_DENSITY * (1 - sparsity)
+    total_zeros = round(sparsity * sum(sizes[name] for name in costs))
     # log(cost_k / size_k); an operator that costs nothing has no logarithm.
-    densities = {name: math.log(max(cost, 1e-300) / sizes[name]) for name, cost in costs.items()}
-    wanted = round(sparsity * sum(sizes[name] for name in costs))
+    log_costs = {name: math.log(max(cost, 1e-300) / sizes[name]) for name, cost in costs.items()}
+
+    def zeros_at(mu: float) -> dict[str, int]:
+        """Numbers of zeros by operator for a `mu` of the formula: the larger it is, the more."""
+        zeros = {}
+        for name, log_cost in log_costs.items():
+            share = sparsity + (mu - log_cost) / SLOPE
+            zeros[name] = round(sizes[name] * min(highest, max(lowest, share)))
+        return zeros
+
+    # Search the largest mu that does not exceed the budget. The interval goes one unit of sparsity beyond the extremes,
+    # so that all operators are clipped at both ends.
     zeros = {name: round(sizes[name] * lowest) for name in costs}
-    # One unit of sparsity beyond the extremes, so that all operators are clipped at both ends of the interval.
-    below, above = min(densities.values()) - SLOPE, max(densities.values()) + SLOPE
-    for _ in range(60):
-        middle = (below + above) / 2  # mu of the docstring
-        wishes = {
-            name: sparsity + (middle - density) / SLOPE for name, density in densities.items()
-        }
-        found = {
-            name: round(sizes[name] * min(highest, max(lowest, wish)))
-            for name, wish in wishes.items()
-        }
-        if sum(found.values()) <= wanted:
-            below, zeros = middle, found
+    low = min(log_costs.values()) - SLOPE
+    high = max(log_costs.values()) + SLOPE
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        zeros_at_middle = zeros_at(middle)
+        if sum(zeros_at_middle.values()) <= total_zeros:
+            low = middle
+            zeros = zeros_at_middle
         else:
-            above = middle
-    missing = wanted - sum(zeros.values())
-    for name in sorted(zeros, key=sizes.__getitem__, reverse=True):  # a zero or so each
-        moved = min(missing, max(0, math.floor(sizes[name] * highest) - zeros[name]))
-        zeros[name] += moved
-        missing -= moved
+            high = middle
+
+    # The largest operators take the zeros that rounding has left over: one or so each.
+    missing = total_zeros - sum(zeros.values())
+    for name in sorted(zeros, key=lambda name: sizes[name], reverse=True):
+        most = math.floor(sizes[name] * highest)
+        added = min(missing, max(0, most - zeros[name]))
+        zeros[name] += added
+        missing -= added
     return {name: count / sizes[name] for name, count in zeros.items()}
 
 
@@ -90,38 +112,60 @@ def prune_stacked(
 
     It minimizes `sum_i v_i || row i of (W* X* - Y) ||^2` over the rows of all operators. The rows share only the budget
     of zeros: rows with larger weights `v_i` keep more weights. Each `sqrt(v_i)` counts as at least 0.3 times their root
-    mean square. Weights and targets of the problems move into one matrix each, and change by rounding. The patterns are
-    unstructured, with scope `"matrix"`; `output_weights` are `v`, [out] by operator, nonnegative, in one unit.
+    mean square.
+
+    The weights and targets of `problems` move into one matrix each, become views of it, and change by rounding.
+
+    Args:
+        method: Prunes the one problem.
+        problems: Of the operators, with the same `InputStatistics`.
+        patterns: Unstructured, with scope `"matrix"`, one for each problem.
+        output_weights: `v`, [out] by operator, nonnegative, in one unit.
     """
     # Row i of W and C times sqrt(v_i) weighs its squared error by v_i; G is that of all rows and stays.
-    scales = torch.cat([weights.to(problems[0].weight) for weights in output_weights]).sqrt()
+    weights_of_rows = torch.cat([weights.to(problems[0].weight) for weights in output_weights])
+    scales = weights_of_rows.sqrt()
     scales /= scales.square().mean().sqrt().clamp_min(torch.finfo(scales.dtype).tiny)
-    scales = scales.clamp_min(_LEAST_SCALE)[:, None]
-    kept = sum(
-        pattern.num_kept(p.weight.shape) for pattern, p in zip(patterns, problems, strict=True)
+    scales = scales.clamp_min(_LEAST_SCALE)[:, None]  # [all rows, 1]
+
+    num_kept = sum(
+        pattern.num_kept(problem.weight.shape)
+        for pattern, problem in zip(patterns, problems, strict=True)
     )
-    rows = [p.weight.shape[0] for p in problems]
+    rows = [problem.weight.shape[0] for problem in problems]
+    stacked = _stack(problems, scales, rows)
+    try:
+        pattern = replace(patterns[0], sparsity=1 - num_kept / stacked.weight.numel())
+        (pruned,) = method.prune_sharing([stacked], [pattern])
+    finally:
+        stacked.weight.div_(scales)
+        stacked.target.div_(scales)
+
+    # Errors are those of the operators' own outputs; that of `pruned` is weighted.
+    weights = pruned.weight.div_(scales).split(rows)
+    masks = pruned.mask.split(rows)
+    return [
+        replace(pruned, weight=weight, mask=mask, fit_error=problem.fit_error(weight))
+        for problem, weight, mask in zip(problems, weights, masks, strict=True)
+    ]
+
+
+def _stack(problems: Sequence[LayerProblem], scales: Tensor, rows: Sequence[int]) -> LayerProblem:
+    """Make one problem of all rows of `problems`, each times its scale; `rows` are their numbers of rows.
+
+    The weights and targets of `problems` become views of the new problem's, because there is no memory for two copies.
+    So they are scaled, too, until the caller divides the new problem's by `scales` [all rows, 1].
+    """
     stacked = copy(problems[0])
     for key in ("weight", "target"):
         whole = torch.cat([getattr(problem, key) for problem in problems])
-        # The only copy: the problems' own become views of it, and are scaled too until `finally` below.
         for problem, part in zip(problems, whole.split(rows), strict=True):
             setattr(problem, key, part)
         setattr(stacked, key, whole.mul_(scales))
+
     squares = scales[:, 0].double().square()
     stacked.output_energies = torch.cat([p.output_energies for p in problems]) * squares
     stacked.unpruned_errors = torch.cat([p.unpruned_errors for p in problems]) * squares
     stacked.dense = None  # the sums over W X are those of the first operator only
-    stacked.name = " and ".join(p.name for p in problems)
-    try:
-        pattern = replace(patterns[0], sparsity=1 - kept / stacked.weight.numel())
-        found = method.prune_sharing([stacked], [pattern])[0]
-    finally:
-        stacked.weight.div_(scales)
-        stacked.target.div_(scales)
-    # Errors are those of the operators' own outputs; that of `found` is weighted.
-    weights, masks = found.weight.div_(scales).split(rows), found.mask.split(rows)
-    return [
-        replace(found, weight=w, mask=m, fit_error=p.fit_error(w))
-        for p, w, m in zip(problems, weights, masks, strict=True)
-    ]
+    stacked.name = " and ".join(problem.name for problem in problems)
+    return stacked

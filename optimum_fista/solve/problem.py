@@ -1,9 +1,12 @@
 """The layer problem: everything that a pruning method may know about one linear operator.
 
-A method gets no model and no activations, only matrices of the operator's own size: the weight, the Gram matrix of the
-inputs and the cross-Gram matrix with the target outputs. So operators are solved one after the other in the memory of
-a few matrices, for any number of tokens. But the error is a small difference of large numbers, which float32 would
-lose. So all formulas use the change of the weights.
+A linear operator has a weight `W` [out, in], and inputs `X` [in, tokens] in the dense network. While a network is
+pruned, the operator gets other inputs `X*`, and the error correction chooses *target outputs* `Y` [out, tokens] that
+its pruned weight `W*` shall give for them. A method gets no model and no activations, only matrices of the operator's
+own size (`LayerProblem`): the weight, the Gram matrix `G = X* X*^T` of the inputs, and the cross-Gram matrix
+`C = Y X*^T` (the *target*). `InputStatistics` are what operators with the same inputs share. So operators are solved
+one after the other in the memory of a few matrices, for any number of tokens. But the error is a small difference of
+large numbers, which float32 would lose. So all formulas use the change of the weights, `D = W* - W`.
 """
 
 from __future__ import annotations
@@ -25,26 +28,31 @@ _DEAD = 1e-12  # of the mean energy: what an input counts with at least
 class InputStatistics:
     """Second-order statistics of the inputs that one or more operators share.
 
-    A dead input is zero on all calibration tokens, a nearly dead one has less than 5e-6 of the mean energy. Their
-    weights hardly change the outputs, and the outputs hardly determine them. Such an input is handled alone
-    (`decoupled`). Its weights are removed first. Those that a pattern must keep have their dense values, because other
-    text may use the input, and none grows to compensate for others. Scores and damping use its true energy
-    (`diagonal`, `energy_ratios`). Magnitude pruning ignores all inputs, so these, too.
+    The *energy* of an input is its squared norm over all tokens, a diagonal entry of the Gram matrix. A dead input is
+    zero on all calibration tokens, a nearly dead one has less than 5e-6 of the mean energy. Their weights hardly change
+    the outputs, and the outputs hardly determine them. Such an input is handled alone (`decoupled`). Its weights are
+    removed first. Those that a pattern must keep have their dense values, because other text may use the input, and
+    none grows to compensate for others. Scores and damping use its true energy (`diagonal`, `energy_ratios`). Magnitude
+    pruning ignores all inputs, so these, too.
+
+    Attributes:
+        gram: `G = X* X*^T` [in, in], float32 or better, symmetric, summed over tokens. It may be overwritten later.
+        num_tokens: Calibration tokens that reached the operators.
+        diagonal: Energies of the inputs, [in], positive so that one can divide by them; a copy.
+        energy_ratios: Energies of nearly dead inputs over the mean, and 1 for all others, [in]. Damping is multiplied
+            by them, so that it stays a fraction of what it is added to.
     """
 
     def __init__(self, gram: Tensor, num_tokens: int, mean: Tensor | None = None) -> None:
-        self.gram = gram  # `G = X* X*^T` [in, in], float32 or better, symmetric, summed over tokens
+        """Keep the Gram matrix, and note the energies; `mean` is that of the inputs over the tokens, [in]."""
+        self.gram = gram
         self.num_tokens = num_tokens
         self._mean = mean
-        energy = gram.diagonal().mean()
-        energy = torch.where(
-            energy == 0, torch.ones_like(energy), energy
-        )  # 1 if all inputs are dead
-        # Squared norms of the inputs over the tokens, [in], to divide by. A copy: the Gram matrix may be used up.
-        self.diagonal = torch.maximum(gram.diagonal(), _DEAD * energy)
-        ratios = self.diagonal / energy
-        # Squared norms of nearly dead inputs over the mean, and 1 for all others, [in]. Damping is multiplied by it, so
-        # that it stays a fraction of what it is added to.
+
+        mean_energy = gram.diagonal().mean()
+        mean_energy = torch.where(mean_energy == 0, torch.ones_like(mean_energy), mean_energy)
+        self.diagonal = torch.maximum(gram.diagonal(), _DEAD * mean_energy)
+        ratios = self.diagonal / mean_energy
         self.energy_ratios = torch.where(ratios < _NEARLY_DEAD, ratios, torch.ones_like(ratios))
 
     @property
@@ -65,9 +73,9 @@ class InputStatistics:
         live = self.energy_ratios == 1
         if bool(live.all()):
             return None
-        gram = self.gram.mul(live).mul_(
-            live[:, None]
-        )  # rows and columns of nearly dead inputs vanish
+
+        gram = self.gram.mul(live)  # a new matrix; columns of nearly dead inputs vanish
+        gram.mul_(live[:, None])  # and their rows
         gram.diagonal().copy_(self.diagonal)  # but for the diagonal
         return InputStatistics(gram, self.num_tokens, self._mean)
 
@@ -98,6 +106,18 @@ class LayerProblem:
         || W* X* - Y ||_F^2 = <D G, D> - 2 <D, R> + e0,   D = W* - W,  R = C - W G,  e0 = || W X* - Y ||_F^2.
 
     This form loses no digits if `W*` is close to `W`. If `Y = W X*`, both `R` and `e0` vanish.
+
+    Attributes:
+        weight: `W` [out, in], float32 or better.
+        statistics: Of the inputs `X*`.
+        gram: `G` [in, in], that of `statistics`.
+        target: `C` [out, in].
+        output_energies: Squared norms of the rows of `Y`, [out], float64.
+        unpruned_errors: Squared norms of the rows of `W X* - Y`, [out], float64; `e0` is their sum.
+        name: Of the operator's weight, such as "model.layers.3.mlp.down_proj.weight", for messages.
+        corrected: Whether `Y` is another matrix than `W X*`.
+        aims_at_dense: Whether `Y` is known to be `W X`.
+        dense: Sums over `W X` if `Y` is another matrix; `None` if they are not known.
     """
 
     def __init__(
@@ -114,50 +134,57 @@ class LayerProblem:
     ) -> None:
         """Make the problem; `target` and `output_energies` come together, unless `Y = W X*`.
 
-        `same_energies` are the squared norms of the rows of `W X*`, [out], float64; knowing them spares a product.
+        `same_energies` are the squared norms of the rows of `W X*`, [out], float64; knowing them spares a product. The
+        other arguments are attributes of the class.
         """
         if weight.ndim != 2 or weight.shape[1] != statistics.gram.shape[0]:
-            shapes = f"shape {tuple(weight.shape)}, its inputs a Gram matrix of {tuple(statistics.gram.shape)}"
-            raise ValueError(f"{name} has {shapes}: pass a weight [out, in] whose in matches.")
-        self.weight = weight  # W [out, in], float32 or better
-        self.statistics = statistics  # of the inputs X*
-        self.gram = statistics.gram  # G [in, in]
-        self.name = name  # of the operator, for messages
-        self.corrected = target is not None  # whether Y is another matrix than W X*
-        self.aims_at_dense = aims_at_dense  # whether Y is known to be W X
-        self.dense = dense  # sums over W X if Y is another matrix; None if they are not known
-        self._errors_of: LayerProblem | None = (
-            None  # a decoupled problem has the errors of the original
-        )
-        # C = Y X*^T [out, in], and the squared norms of the rows of Y and of W X* - Y, [out], float64; e0 sums the last
+            raise ValueError(
+                f"{name} has shape {tuple(weight.shape)}, its inputs a Gram matrix of {tuple(statistics.gram.shape)}: "
+                "pass a weight [out, in] whose in matches."
+            )
+        self.weight = weight
+        self.statistics = statistics
+        self.gram = statistics.gram
+        self.name = name
+        self.corrected = target is not None
+        self.aims_at_dense = aims_at_dense
+        self.dense = dense
+        # Of a decoupled problem: the original one, whose errors it has.
+        self._errors_of: LayerProblem | None = None
+
         if target is None or output_energies is None:
             self.target = weight @ statistics.gram  # C = W X* X*^T
-            self.output_energies = inner_by_rows(
-                self.target, weight
-            )  # || W X* ||^2 = <W G, W>, by rows
+            # || W X* ||^2 = <W G, W>, by rows
+            self.output_energies = inner_by_rows(self.target, weight)
             self.unpruned_errors = torch.zeros_like(self.output_energies)
-        else:
-            self.target, self.output_energies = target, output_energies.double()
-            # || W X* - Y ||^2 = || W X* ||^2 - 2 <W X*, Y> + || Y ||^2 by rows, with <W X*, Y> = <W, C>.
-            if same_energies is None:
-                parts = [weight[rows] for rows in row_blocks(weight)]
-                same_energies = torch.cat(
-                    [inner_by_rows(part @ statistics.gram, part) for part in parts]
-                )
-            self.unpruned_errors = (
-                same_energies - 2 * inner_by_rows(weight, target) + self.output_energies
+            return
+
+        self.target = target
+        self.output_energies = output_energies.double()
+        if same_energies is None:
+            parts = [weight[rows] for rows in row_blocks(weight)]
+            same_energies = torch.cat(
+                [inner_by_rows(part @ statistics.gram, part) for part in parts]
             )
+        # || W X* - Y ||^2 = || W X* ||^2 - 2 <W X*, Y> + || Y ||^2 by rows, with <W X*, Y> = <W, C>.
+        self.unpruned_errors = (
+            same_energies - 2 * inner_by_rows(weight, target) + self.output_energies
+        )
 
     def decoupled(self) -> LayerProblem:
         """The problem that methods solve: nearly dead inputs are alone (`InputStatistics`), errors are those of `self`.
 
-        It is `self` if there are no such inputs. Otherwise it has its own Gram matrix and target.
+        It is `self` if there are no such inputs. Otherwise it has its own Gram matrix and target, and shares all other
+        tensors with `self`.
         """
         statistics = self.statistics.decoupled
         if statistics is None:
             return self
-        problem = copy.copy(self)  # shares all tensors but the two below
-        problem.statistics, problem.gram, problem._errors_of = statistics, statistics.gram, self
+
+        problem = copy.copy(self)
+        problem.statistics = statistics
+        problem.gram = statistics.gram
+        problem._errors_of = self
         live = statistics.energy_ratios == 1
         # With C_ij = W_ij G_jj an input that stands alone has the least error at its dense weight.
         problem.target = torch.where(live, self.target, self.weight * statistics.diagonal)
@@ -168,42 +195,44 @@ class LayerProblem:
 
         With the amounts `d` [in], positive, `G_d = G + diag(d)`, `C_d = C + W diag(d)`, and `s_j = 1 / sqrt([G_d]_jj)`,
         it returns `s_i s_j [G_d]_ij` [in, in], `[C_d]_ij s_j` [out, in], and `s` [in]. Scaled weights are `W_ij / s_j`.
+        The matrices are new: the caller may overwrite them.
         """
         scale = (self.statistics.diagonal + amounts).rsqrt()  # s
-        gram = self.gram.clone()  # the caller may use it up
+        gram = self.gram.clone()
         gram.diagonal().add_(amounts)  # G_d
         gram.mul_(scale).mul_(scale[:, None])
-        return gram, torch.addcmul(self.target, self.weight, amounts).mul_(scale), scale
+        target = torch.addcmul(self.target, self.weight, amounts).mul_(scale)
+        return gram, target, scale
 
     def squared_error(self, weight: Tensor) -> float:
-        """`|| W* X* - Y ||_F^2`."""
+        """`|| W* X* - Y ||_F^2` of weights `W*` [out, in]; NaN stays NaN."""
         return max(float(self._squared_error(weight)), 0.0)  # this order keeps NaN
 
     def _squared_error(self, weight: Tensor) -> Tensor:
         """`squared_error` as a scalar on the device; rounding may have made it negative."""
         if self._errors_of is not None:
             return self._errors_of._squared_error(weight)
+
         error = self.unpruned_errors.sum().clamp_min(0.0)  # e0, zero when Y = W X*
         for rows in row_blocks(weight):
-            new, dense = weight[rows], self.weight[rows]
-            if (
-                self.corrected
-            ):  # <D G, D> - 2 <D, C - W G> = <(W* + W) G - 2 C, D>: one product, two matrices
-                difference = new + dense
+            new = weight[rows]
+            dense = self.weight[rows]
+            if self.corrected:
+                # <D G, D> - 2 <D, C - W G> = <(W* + W) G - 2 C, D>: one product, two matrices
+                difference = new + dense  # W* + W at first
                 residual = torch.addmm(self.target[rows], difference, self.gram, beta=-2)
-                torch.sub(new, dense, out=difference)
+                torch.sub(new, dense, out=difference)  # then D, in the same memory
                 error += inner_by_rows(residual, difference).sum()
             else:
-                difference = new - dense
                 # R = 0: <D G, D> is all that is left.
+                difference = new - dense
                 error += inner_by_rows(difference @ self.gram, difference).sum()
         return error
 
     def fit_error(self, weight: Tensor) -> float:
-        """`|| W* X* - Y ||_F / || Y ||_F`, with 0/0 = 0."""
-        error, energy = torch.stack(
-            [self._squared_error(weight), self.output_energies.sum()]
-        ).tolist()  # one transfer
+        """`|| W* X* - Y ||_F / || Y ||_F` of weights `W*` [out, in], with 0/0 = 0."""
+        sums = torch.stack([self._squared_error(weight), self.output_energies.sum()])
+        error, energy = sums.tolist()  # one transfer
         return relative(max(error, 0.0), energy)
 
     def output_error(self, weight: Tensor) -> float | None:
@@ -220,17 +249,22 @@ class LayerProblem:
             return self.fit_error(weight)
         if self.dense is None:
             return None
-        factor = 2.0 if self.dense.cross is not None else 2 / self.dense.dense_share
-        cross = self.target if self.dense.cross is None else self.dense.cross
+
+        if self.dense.cross is None:
+            cross = self.target
+            factor = 2 / self.dense.dense_share
+        else:
+            cross = self.dense.cross
+            factor = 2.0
+
         error = self.dense.unpruned_errors.sum().clamp_min(0.0)
         for rows in row_blocks(weight):
             difference = weight[rows] - self.weight[rows]  # D
             both = torch.add(difference, self.weight[rows], alpha=factor)  # D + (2/a) W
             residual = torch.addmm(cross[rows], both, self.gram, beta=-factor)
             error += inner_by_rows(residual, difference).sum()
-        squares, energy = torch.stack(
-            [error, self.dense.energies.sum()]
-        ).tolist()  # one wait for the device
+        sums = torch.stack([error, self.dense.energies.sum()])
+        squares, energy = sums.tolist()  # one wait for the device
         return relative(max(squares, 0.0), energy)
 
     def seminorm(self, difference: Tensor) -> float:
@@ -239,11 +273,12 @@ class LayerProblem:
 
 
 def inner_by_rows(left: Tensor, right: Tensor) -> Tensor:
-    """Inner products of the rows of two matrices, [rows], float64."""
-    parts = zip(
-        left.split(256), right.split(256), strict=True
-    )  # some rows at a time: no third matrix of this size
-    # A row is summed in its own dtype, rows are added up in float64 by the callers.
+    """Inner products of the rows of two matrices of one shape, [rows], float64.
+
+    A row is summed in its own dtype; callers add up rows in float64.
+    """
+    # some rows at a time: no third matrix of this size
+    parts = zip(left.split(256), right.split(256), strict=True)
     return torch.cat([torch.linalg.vecdot(a, b).double() for a, b in parts])
 
 
@@ -271,24 +306,26 @@ def largest_eigenvalue(
     bound = float(gram.abs().sum(1).max())  # Gershgorin
     if bound == 0.0:
         return 0.0
+
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(len(gram), generator=generator, dtype=torch.float32).to(gram)
     # Strong inputs dominate the leading eigenvector: a start near it. The random part is orthogonal to nothing.
     vector += gram.diagonal() / gram.diagonal().mean()
     vector /= vector.norm()
-    quotient, residual = 0.0, bound
-    found: list[Tensor] = []
-    look = (
-        1 if gram.device.type == "cpu" else 10
-    )  # reading a residual makes the host wait for a device
+
+    quotient = 0.0
+    residual = bound
+    # Pairs (q, r) on the device that were not read yet: reading makes the host wait for a device.
+    unread: list[Tensor] = []
+    iterations_between_readings = 1 if gram.device.type == "cpu" else 10
     for iteration in range(1, max_iterations + 1):
         product = gram @ vector
-        rayleigh = vector @ product  # q; the next line has r
-        found.append(torch.stack([rayleigh, (product - rayleigh * vector).norm()]))
-        if iteration % look == 0 or iteration == max_iterations:
-            for quotient, residual in torch.stack(found).tolist():
+        rayleigh = vector @ product  # q
+        unread.append(torch.stack([rayleigh, (product - rayleigh * vector).norm()]))
+        if iteration % iterations_between_readings == 0 or iteration == max_iterations:
+            for quotient, residual in torch.stack(unread).tolist():
                 if residual <= tolerance * quotient:
                     return min(bound, quotient + residual)
-            found.clear()
+            unread.clear()
         vector = product / product.norm()
     return min(bound, quotient + residual)

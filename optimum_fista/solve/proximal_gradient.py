@@ -1,7 +1,9 @@
 """Proximal gradient steps for the LASSO on Gram statistics: soft-thresholding, and FISTA with its equation numbers.
 
-G and C are sums over all tokens, so that a step takes one product with G for any number of tokens. To avoid waiting for
-a device, convergence is tested only every ten steps there, so up to nine steps may be superfluous.
+The LASSO is a least-squares problem with a penalty of the sum of absolute values, which makes some weights exactly
+zero. The method `fista` rounds its solution to a pattern. `G` and `C` (the Gram matrix and the target of a
+`LayerProblem`) are sums over all tokens, so that a step takes one product with G for any number of tokens. To avoid
+waiting for a device, convergence is tested only every ten steps there, so up to nine steps may be superfluous.
 """
 
 from dataclasses import dataclass
@@ -41,31 +43,36 @@ def fista(
     `t_{k+1} = (1 + sqrt(1 + 4 t_k^2)) / 2`, `Y_{k+1} = W_{k+1} + (t_k - 1) / t_{k+1} (W_{k+1} - W_k)`, t_0 = 1.
     Symbols: W iterates, Y extrapolated points, t momentum.
 
-    `gram` is `G` [in, in], symmetric positive semidefinite; `target` is `C` [out, in], as large as `start`. `lipschitz`
-    is `L`, at least `lambda_max(G)`. It stops when `|| W_{k+1} - W_k ||_F <= tolerance * || W_{k+1} ||_F`.
+    `gram` is `G` [in, in], symmetric positive semidefinite; `target` is `C` [out, in], as large as `start`, the first
+    iterate. `lipschitz` is `L`, at least `lambda_max(G)`. It stops when
+    `|| W_{k+1} - W_k ||_F <= tolerance * || W_{k+1} ||_F`. The arguments stay as they are.
     """
     if lipschitz <= 0:
-        return FistaSolution(torch.zeros_like(start), 0, True)
-    W, Y, t = start, start, 1.0
-    moves: list[Tensor] = []
-    converged, iteration = False, 0
-    look = (
-        1 if start.device.type == "cpu" else 10
-    )  # steps between readings, which make the host wait for a device
+        return FistaSolution(torch.zeros_like(start), iterations=0, converged=True)
+
+    W = start
+    Y = start
+    t = 1.0
+    # Norms of a step and of the iterate, on the device, that were not read yet: reading makes the host wait for it.
+    unread: list[Tensor] = []
+    iterations_between_readings = 1 if start.device.type == "cpu" else 10
+    converged = False
+    iteration = 0
     for iteration in range(1, max_iterations + 1):
-        V = torch.addmm(Y, Y, gram, alpha=-1 / lipschitz).add_(
-            target, alpha=1 / lipschitz
-        )  # the gradient step
+        # the gradient step
+        V = torch.addmm(Y, Y, gram, alpha=-1 / lipschitz).add_(target, alpha=1 / lipschitz)
         W_next = soft_threshold(V, l1_penalty / lipschitz)  # eq. 4.1
         step = W_next - W
         t_next = (1 + (1 + 4 * t * t) ** 0.5) / 2  # eq. 4.2
         Y = torch.add(W_next, step, alpha=(t - 1) / t_next)  # eq. 4.3
-        W, t = W_next, t_next
-        moves.append(torch.stack([step.norm(), W.norm()]))
-        if iteration % look and iteration < max_iterations:
-            continue
-        converged = any(moved <= tolerance * size for moved, size in torch.stack(moves).tolist())
-        moves.clear()
-        if converged:
-            break
+        W = W_next
+        t = t_next
+
+        unread.append(torch.stack([step.norm(), W.norm()]))
+        if iteration % iterations_between_readings == 0 or iteration == max_iterations:
+            norms = torch.stack(unread).tolist()
+            unread.clear()
+            converged = any(moved <= tolerance * size for moved, size in norms)
+            if converged:
+                break
     return FistaSolution(W, iteration, converged)

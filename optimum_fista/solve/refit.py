@@ -1,7 +1,9 @@
 """Least-squares refits of the kept weights: by conjugate gradients, or exactly if whole columns are kept.
 
-If each row has its own mask, each row is a separate linear system. These are too many to factorise; a few steps for all
-rows at once are nearly as good. If all rows keep the same columns, one Cholesky factor solves the single system.
+After a method has chosen which weights of an operator stay (the *mask*), a refit gives these the values with the least
+error. If each row has its own mask, each row is a separate linear system. These are too many to factorise; a few steps
+for all rows at once are nearly as good (`refit`). If all rows keep the same columns, one Cholesky factor solves the
+single system (`refit_columns`). Symbols are those of `LayerProblem`: `G` the Gram matrix, `C` the target.
 """
 
 import torch
@@ -13,10 +15,8 @@ from optimum_fista.solve.problem import LayerProblem, inner_by_rows
 # Tokens that tell as much as one that is independent of all others: neighbours are alike, and a few are large. On
 # held-out tokens of SmolLM2-135M the error was least with 8 or 16 of 4, 8 and 16, for both projections.
 _DEPENDENT_TOKENS = 8.0
-_LEAST_RIDGE, _MOST_RIDGE = (
-    1e-5,
-    1.0,
-)  # of the diagonal: enough for float32, and as much as the data itself
+_LEAST_RIDGE = 1e-5  # of the diagonal: enough for float32
+_MOST_RIDGE = 1.0  # of the diagonal: as much as the data itself
 
 
 def refit(
@@ -42,7 +42,7 @@ def refit(
         tolerance: Stop when the preconditioned residual of all rows together has fallen by this factor.
         singular: Whether `gram` may be singular. A row is then at rest once its residual is as small as its rounding
             errors: these point along directions in which no token has an input, where weights would grow without bound.
-        in_place: Whether `target` and `start` may be used up; two matrices of their shape are then made, else four.
+        in_place: Whether `target` and `start` may be overwritten; two matrices of their shape are then made, else four.
 
     Returns the weights, zero outside the mask, and the number of steps taken, a scalar on the device.
     """
@@ -50,32 +50,33 @@ def refit(
     # The preconditioner. Inputs without energy have no residual, so that any divisor does for them.
     scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).reciprocal()
     weight = start.mul_(mask) if in_place else start * mask
-    product = torch.empty_like(weight)
+    product = torch.empty_like(weight)  # memory for products, used again and again
+
     noise = torch.zeros_like(weight[:, 0])
     if singular:
         # Squared rounding error of the residual C - W G, sums of n terms, in the norm of `energy` below.
-        noise += (
-            torch.mul(target, mask, out=product).square_() @ scale
-            + torch.square(weight, out=product) @ diagonal
-        )
+        of_target = torch.mul(target, mask, out=product).square_() @ scale
+        of_weight = torch.square(weight, out=product) @ diagonal
+        noise += of_target + of_weight
         noise *= gram.shape[0] * torch.finfo(gram.dtype).eps ** 2
-    # The negative gradient on the mask; it takes the memory of C if that may be used up.
-    residual = torch.addmm(target, weight, gram, alpha=-1, out=target if in_place else None).mul_(
-        mask
-    )
+
+    # The negative gradient on the mask; it takes the memory of C if that may be overwritten.
+    residual = torch.addmm(target, weight, gram, alpha=-1, out=target if in_place else None)
+    residual.mul_(mask)
     direction = residual * scale
     energy = inner_by_rows(residual, direction).to(residual.dtype)
     energy.masked_fill_(energy <= noise, 0.0)  # NaN stays
+
     stop = tolerance**2 * energy.sum().double()
     steps = torch.zeros((), dtype=torch.int64, device=gram.device)
-    look = (
-        1 if gram.device.type == "cpu" else 10
-    )  # steps after the last one change nothing, so few need asking
+    # Asking makes the host wait for a device; steps after the last one change nothing.
+    steps_between_questions = 1 if gram.device.type == "cpu" else 10
     for iteration in range(1, max_iterations + 1):
         at_rest = energy.sum() <= stop
-        if iteration % look == 0 and bool(at_rest):
+        if iteration % steps_between_questions == 0 and bool(at_rest):
             break
         steps += ~at_rest
+
         torch.mm(direction, gram, out=product).mul_(mask)
         curvature = inner_by_rows(direction, product).to(residual.dtype)
         # No step along directions that no token has, nor after the end. 1e-38 is about the least normal float32.
@@ -86,6 +87,7 @@ def refit(
         )
         weight.addcmul_(length[:, None], direction)
         residual.addcmul_(length[:, None], product, value=-1)
+
         preconditioned = torch.mul(residual, scale, out=product)
         energy_next = inner_by_rows(residual, preconditioned).to(residual.dtype)
         energy_next.masked_fill_(energy_next <= noise, 0.0)
@@ -114,28 +116,29 @@ def refit_columns(
     `e0` of the dense weights without their removed columns. If the kept inputs can replace the removed ones exactly,
     there is no error and no ridge. If there are no more tokens than inputs, r is 1. `ridge` is r if it is known.
 
-    Returns the weights [out, in], and the message of a factorisation that needed help (`damped_cholesky`).
+    Returns the weights [out, in], and the message of a factorisation that needed help (`damped_cholesky`). The tensors
+    of `problem` stay as they are.
     """
-    places = kept.nonzero().flatten()
+    kept_inputs = kept.nonzero().flatten()  # int64 [p]
 
     def solve(ridge: float) -> tuple[Tensor, str]:
-        # W_K = C_K (G_KK)^-1 in coordinates of unit diagonal.
+        """Solve with this r: `W_K = C_K (G_KK)^-1` in coordinates of unit diagonal."""
         gram, target, scale = problem.with_ridge(problem.statistics.diagonal * ridge)
         factor, message = damped_cholesky(
-            lambda: gram.index_select(0, places).index_select(1, places)
+            lambda: gram.index_select(0, kept_inputs).index_select(1, kept_inputs)
         )
-        solved = torch.cholesky_solve(target.index_select(1, places).mT, factor)
-        return torch.zeros_like(target).index_copy_(1, places, solved.mT).mul_(scale), message
+        solved = torch.cholesky_solve(target.index_select(1, kept_inputs).mT, factor)
+        weight = torch.zeros_like(target).index_copy_(1, kept_inputs, solved.mT).mul_(scale)
+        return weight, message
 
     if ridge is None:
-        share = len(places) / max(1, problem.statistics.num_tokens)
+        share = len(kept_inputs) / max(1, problem.statistics.num_tokens)  # p / N
         ridge = _MOST_RIDGE
         if share < 1:
             plain, _ = solve(_LEAST_RIDGE)
             error = problem.squared_error(plain) / (1 - share)  # e
             explained = problem.squared_error(problem.weight * kept) - error  # e0 - e
             if explained > 0:  # otherwise the refit gains nothing, and the ridge is the highest
-                ridge = min(
-                    _MOST_RIDGE, max(_LEAST_RIDGE, _DEPENDENT_TOKENS * share * error / explained)
-                )
+                wanted = _DEPENDENT_TOKENS * share * error / explained
+                ridge = min(_MOST_RIDGE, max(_LEAST_RIDGE, wanted))
     return solve(ridge)

@@ -156,9 +156,9 @@ def keep_largest_in_rows(values: Tensor, count: int) -> Tensor:
 
         ties = part == threshold
         num_ties_to_keep = count - (part > threshold).sum(1, keepdim=True)  # [rows, 1]
-        number_of_tie = ties.cumsum(1, dtype=torch.int32)  # from 1
-        is_kept = ties.logical_not().logical_or_(number_of_tie <= num_ties_to_keep)
-        mask_of_part.logical_and_(is_kept)
+        is_late = ties.cumsum(1, dtype=torch.int32) > num_ties_to_keep
+        # in the memory of `ties`: all but the ties that come too late in their row
+        mask_of_part.logical_and_(ties.logical_and_(is_late).logical_not_())
     return mask
 
 
