@@ -1,7 +1,9 @@
 """The interface of pruning methods: layer problem in, pruned operator out.
 
 A method is a frozen set of options without state: one object prunes all operators of a model, in any order and in any
-process. It returns a mask and weights and changes no tensor, so the caller decides when they are written.
+process. It takes a `LayerProblem` (the matrices of one linear operator) and a `SparsityPattern`, and returns a
+`PrunedOperator`, a mask and weights. It changes no tensor, so the caller decides when they are written. Methods are
+known by their names (`register`, `create_method`).
 """
 
 from abc import ABC, abstractmethod
@@ -65,13 +67,12 @@ class MemoryFactors:
     They come from the measured peaks of runs; `benchmarks/estimate.py` sets estimates beside such peaks.
     """
 
-    gram_matrices: float  # as large as the Gram matrix [in, in]
-    weight_matrices: (
-        float  # as large as the weights [out, in] of all operators that share the inputs
-    )
-    row_blocks: float = (
-        0.0  # as large as the block of rows that `solve.linalg.row_blocks` takes at a time
-    )
+    # As large as the Gram matrix [in, in].
+    gram_matrices: float
+    # As large as the weights [out, in] of all operators that share the inputs.
+    weight_matrices: float
+    # As large as the block of rows that `solve.linalg.row_blocks` takes at a time.
+    row_blocks: float = 0.0
 
 
 class PruningMethod(ABC):
@@ -95,11 +96,13 @@ class PruningMethod(ABC):
     def require_pattern(self, pattern: SparsityPattern) -> None:
         """Check that the method prunes to `pattern`."""
         if pattern.whole_columns and not self.takes_columns:
-            fitting = ", ".join(
+            fitting = [
                 repr(name) for name, method in sorted(METHODS.items()) if method.takes_columns
+            ]
+            raise ValueError(
+                f"method {self.name!r} can't remove whole columns, as pattern='{pattern}' wants: take one of "
+                f"{', '.join(fitting)}."
             )
-            why = f"can't remove whole columns, as pattern='{pattern}' wants"
-            raise ValueError(f"method {self.name!r} {why}: take one of {fitting}.")
 
     @abstractmethod
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
@@ -108,30 +111,35 @@ class PruningMethod(ABC):
     def prune_sharing(
         self, problems: Sequence[LayerProblem], patterns: Sequence[SparsityPattern]
     ) -> list[PrunedOperator]:
-        """Prune operators that share their inputs (and `InputStatistics`); override to share work."""
+        """Prune operators that share their inputs (and `InputStatistics`), each to its pattern; override to share work.
+
+        Returns one pruned operator for each problem, whose tensors stay as they are.
+        """
         return [
             self.prune(problem, pattern)
             for problem, pattern in zip(problems, patterns, strict=True)
         ]
 
 
-METHODS: dict[
-    str, type[PruningMethod]
-] = {}  # by name; `optimum_fista.solve.methods` registers the package's own
+# By name; `optimum_fista.solve.methods` registers the package's own.
+METHODS: dict[str, type[PruningMethod]] = {}
 
 
 def register(method: type[Method]) -> type[Method]:
-    """Make a method known by its name, so that configurations and reports can name it. A decorator of classes."""
+    """Put a method into `METHODS`, so that configurations and reports can name it. A decorator of classes."""
     name = getattr(method, "name", None)
     if not isinstance(name, str) or not name:
         raise ValueError(
             f"{method.__qualname__}.name={name!r}: give the class a name, such as 'wanda'."
         )
-    known = METHODS.setdefault(name, method)
+    other = METHODS.get(name, method)
     # A notebook cell that runs again defines its class again.
-    if (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
+    is_same_class = (
+        other.__module__ == method.__module__ and other.__qualname__ == method.__qualname__
+    )
+    if not is_same_class:
         raise ValueError(
-            f"name={name!r} of {method.__qualname__} is that of {known.__qualname__}: choose another."
+            f"name={name!r} of {method.__qualname__} is that of {other.__qualname__}: choose another."
         )
     METHODS[name] = method
     return method
@@ -160,8 +168,8 @@ def create_method(name: str, **options: Any) -> PruningMethod:
     names = [field.name for field in fields(method)]  # type: ignore[arg-type] # methods are dataclasses
     unknown = sorted(set(options) - set(names))
     if unknown:
+        options_text = ", ".join(repr(option) for option in unknown)
         raise ValueError(
-            f"method {name!r} has no option {', '.join(map(repr, unknown))}: it takes "
-            f"{', '.join(names) or 'none'}."
+            f"method {name!r} has no option {options_text}: it takes {', '.join(names) or 'none'}."
         )
     return method(**options)

@@ -1,7 +1,8 @@
 """Sparsity patterns: which weights of a matrix belong together, and how many of these groups stay.
 
-A pattern is described by data: the shape of its groups (`width`, `whole_columns`), which groups compete (`span`,
-`scope`) and the share of groups that is removed (`sparsity`). Counts, masks and the check
+The weights of a *group* are kept or removed together; groups *compete* with each other in a *contest*, of which the
+ones with the largest scores stay. A pattern is described by data: the shape of its groups (`width`, `whole_columns`),
+which groups compete (`span`, `scope`) and the share of groups that is removed (`sparsity`). Counts, masks and the check
 of a mask follow from this data, so that a file of `patterns/` only reads and writes the pattern's name.
 """
 
@@ -21,6 +22,15 @@ Scope = Literal["matrix", "row"]
 
 
 @dataclass(frozen=True)
+class _Contests:
+    """How the groups of a matrix compete: all contests are of equal size."""
+
+    number: int
+    groups: int  # in each of them
+    removed: int  # of these groups
+
+
+@dataclass(frozen=True)
 class SparsityPattern(ABC):
     """Groups of weights that are kept or removed together, and the share of groups that is removed.
 
@@ -29,18 +39,19 @@ class SparsityPattern(ABC):
     DSnoT, which swaps within rows, can't prune to them.
     """
 
-    sparsity: float  # fraction of zeros in [0, 1): the share of the groups that is removed
+    # Fraction of zeros in [0, 1): the share of the groups that is removed.
+    sparsity: float
     # "matrix" lets all groups of a matrix compete, "row" those of each row (output); not used if groups compete in
-    # spans or have whole columns
+    # spans or have whole columns.
     scope: Scope = "matrix"
-    width: int = 1  # consecutive inputs whose weights form a group
-    span: int | None = (
-        None  # consecutive inputs of a row whose groups compete, the m of n:m; None: see `scope`
-    )
-    whole_columns: ClassVar[bool] = False  # whether a group has the weights of all rows
-    fixed: ClassVar[bool] = (
-        True  # whether the pattern's name determines its sparsity, so that budgets can't change it
-    )
+    # Consecutive inputs whose weights form a group.
+    width: int = 1
+    # Consecutive inputs of a row whose groups compete, the m of n:m; None: see `scope`.
+    span: int | None = None
+    # Whether a group has the weights of all rows.
+    whole_columns: ClassVar[bool] = False
+    # Whether the pattern's name determines its sparsity, so that budgets can't change it.
+    fixed: ClassVar[bool] = True
 
     @classmethod
     @abstractmethod
@@ -52,27 +63,39 @@ class SparsityPattern(ABC):
         """The text that `read` takes."""
 
     def require_shape(self, shape: tuple[int, ...], name: str = "weight") -> None:
-        """Refuse a matrix of `shape` [out, in] that the pattern does not fit."""
+        """Refuse a matrix of `shape` [out, in] that the pattern does not fit; `name` is for the message."""
         if shape[1] % (self.span or self.width):
-            advice = f"choose a pattern whose groups divide {shape[1]}, 'unstructured', or exclude this operator"
             raise ValueError(
-                f"{name} has rows of {shape[1]} inputs, which {self} does not divide: {advice}."
+                f"{name} has rows of {shape[1]} inputs, which {self} does not divide: choose a pattern whose groups "
+                f"divide {shape[1]}, 'unstructured', or exclude this operator."
             )
 
     def num_kept(self, shape: tuple[int, ...]) -> int:
         """Exact number of weights kept in a matrix of `shape` [out, in]."""
-        contests, rivals, removed = self._contests(*shape)
-        return contests * (rivals - removed) * self.width * (shape[0] if self.whole_columns else 1)
+        rows, columns = shape
+        contests = self._contests(rows, columns)
+        kept_groups = contests.number * (contests.groups - contests.removed)
+        rows_of_group = rows if self.whole_columns else 1
+        return kept_groups * self.width * rows_of_group
 
-    def _contests(self, rows: int, columns: int) -> tuple[int, int, int]:
-        """Number of sets in which groups compete, groups in each set, and how many of these are removed."""
-        groups = columns // self.width  # of a row
-        if self.whole_columns:  # the kept groups are rounded, as those of `PartShare`
-            return 1, groups, groups - round((1 - self.sparsity) * groups)
-        contests, rivals = (rows, groups) if self.scope == "row" else (1, rows * groups)
+    def _contests(self, rows: int, columns: int) -> _Contests:
+        """How the groups of a matrix [rows, columns] compete."""
+        groups_of_row = columns // self.width
+        if self.whole_columns:
+            # the kept groups are rounded, as those of `PartShare`
+            kept = round((1 - self.sparsity) * groups_of_row)
+            return _Contests(number=1, groups=groups_of_row, removed=groups_of_row - kept)
+
         if self.span is not None:
-            contests, rivals = rows * (columns // self.span), self.span // self.width
-        return contests, rivals, round(self.sparsity * rivals)
+            number = rows * (columns // self.span)
+            groups = self.span // self.width
+        elif self.scope == "row":
+            number = rows
+            groups = groups_of_row
+        else:
+            number = 1
+            groups = rows * groups_of_row
+        return _Contests(number=number, groups=groups, removed=round(self.sparsity * groups))
 
     def mask(
         self, matrix: Tensor, *, squared: bool = False, within: tuple[int, int] | None = None
@@ -83,74 +106,95 @@ class SparsityPattern(ABC):
         are independent. Single weights are compared without squaring, because two squares could be rounded to a tie.
         Ties are broken by position, so that exactly `num_kept` weights are kept.
 
-        `matrix` has weights, or roots of saliencies, finite; `squared`: squares already, so nonnegative saliencies.
-        `within` is `(first column, columns)` if it is a part of a matrix, made of whole groups. The zeros are shared
-        over the parts so that they add up.
+        Args:
+            matrix: Weights, or roots of saliencies, finite, [out, in].
+            squared: Whether `matrix` has squares already, so nonnegative saliencies.
+            within: `(first column, columns)` if `matrix` is a part of a matrix of so many columns, made of whole
+                groups. The zeros are shared over the parts so that they add up.
         """
         rows, columns = matrix.shape
         self.require_shape(matrix.shape)
-        contests, rivals, removed = self._contests(rows, columns)
+        contests = self._contests(rows, columns)
+        removed = contests.removed
         if within is not None and self.span is None:
-            left, whole = within
-            zeros = self._contests(rows, whole)[2]
+            first, all_columns = within
+            zeros = self._contests(rows, all_columns).removed
             # Rounded at both ends of the part, so that rounding errors of the parts cancel.
-            removed = round(zeros * (left + columns) / whole) - round(zeros * left / whole)
-        kept = rivals - removed
-
-        def scores(part: slice) -> Tensor:
-            block = matrix[part]
-            if self.width == 1 and not self.whole_columns:
-                return block  # the selections compare absolute values
-            squares = block if squared else block.square()
-            if self.whole_columns:  # in float64: sums over thousands of rows decide
-                squares = squares.sum(0, keepdim=True, dtype=torch.float64)
-            return squares.unflatten(1, (-1, self.width)).sum(-1)  # [rows, in] -> [rows, groups]
+            zeros_before = round(zeros * first / all_columns)
+            removed = round(zeros * (first + columns) / all_columns) - zeros_before
+        kept = contests.groups - removed
 
         if self.whole_columns:
-            sums = torch.cat([scores(part) for part in row_blocks(matrix)]).sum(0, keepdim=True)
-            return keep_largest(sums, kept).repeat_interleave(self.width, dim=1).repeat(rows, 1)
-        if contests == 1:
-            all_scores = (
-                matrix
-                if self.width == 1
-                else torch.cat([scores(part) for part in row_blocks(matrix)])
-            )
-            mask = keep_largest(all_scores, kept)  # of single weights without a copy of the matrix
+            sums = torch.cat([self._scores(matrix[part], squared) for part in row_blocks(matrix)])
+            scores = sums.sum(0, keepdim=True)  # [blocks, groups] -> [1, groups]
+            return keep_largest(scores, kept).repeat_interleave(self.width, dim=1).repeat(rows, 1)
+
+        if contests.number == 1:
+            if self.width == 1:  # without a copy of the matrix
+                return keep_largest(matrix, kept)
+            scores = torch.cat([self._scores(matrix[part], squared) for part in row_blocks(matrix)])
+            mask = keep_largest(scores, kept)
         elif self.span is None:
             mask = torch.cat(
-                [keep_largest_in_rows(scores(part), kept) for part in row_blocks(matrix)]
+                [
+                    keep_largest_in_rows(self._scores(matrix[part], squared), kept)
+                    for part in row_blocks(matrix)
+                ]
             )
         else:
             mask = torch.cat(
-                [keep_largest_in_groups(scores(part), kept, rivals) for part in row_blocks(matrix)]
+                [
+                    keep_largest_in_groups(
+                        self._scores(matrix[part], squared), n=kept, m=contests.groups
+                    )
+                    for part in row_blocks(matrix)
+                ]
             )
+        # [out, groups] -> [out, in]
         return mask if self.width == 1 else mask.repeat_interleave(self.width, dim=1)
+
+    def _scores(self, block: Tensor, squared: bool) -> Tensor:
+        """Scores [rows, groups] of the groups in a block of rows [rows, in]; [1, groups] of whole columns.
+
+        Those of single weights are the block itself: the selections compare absolute values. `squared`: as in `mask`.
+        """
+        if self.width == 1 and not self.whole_columns:
+            return block
+        squares = block if squared else block.square()
+        if self.whole_columns:  # in float64: sums over thousands of rows decide
+            squares = squares.sum(0, keepdim=True, dtype=torch.float64)
+        return squares.unflatten(1, (-1, self.width)).sum(-1)  # [rows, in] -> [rows, groups]
 
     def violation(self, mask: Tensor) -> str | None:
         """Say how `mask` [out, in] (True = kept) breaks the pattern; `None` if it keeps it."""
         rows, columns = mask.shape
-        kept, expected = int(mask.sum()), self.num_kept(mask.shape)
+        kept = int(mask.sum())
+        expected = self.num_kept(mask.shape)
         if kept != expected:
             return (
                 f"keeps {kept} weights, but {self} of {tuple(mask.shape)} keeps exactly {expected}"
             )
+
         if self.width > 1 or self.whole_columns:  # a device is asked once more for it
             # The first weight of each group speaks for all of them; that of row 0 if groups have whole columns.
-            first = (mask[:1] if self.whole_columns else mask)[:, :: self.width]
-            torn = torch.nonzero(mask != first.repeat_interleave(self.width, dim=1))
-            if len(torn):
-                row, column = torn[0].tolist()
+            rows_to_compare = mask[:1] if self.whole_columns else mask
+            first = rows_to_compare[:, :: self.width].repeat_interleave(self.width, dim=1)
+            different = torch.nonzero(mask != first)
+            if len(different):
+                row, column = different[0].tolist()
                 return f"row {row}, column {column} differs from the first weight of its group"
-        contests = self._contests(rows, columns)[0]
-        if contests == 1:
+
+        contests = self._contests(rows, columns)
+        if contests.number == 1:
             return None
-        counts = mask.reshape(contests, -1).sum(1)  # [out, in] -> [contests, weights]
-        wrong = torch.nonzero(counts != expected // contests).flatten().tolist()
+        counts = mask.reshape(contests.number, -1).sum(1)  # [out, in] -> [contests, weights]
+        wrong = torch.nonzero(counts != expected // contests.number).flatten().tolist()
         if not wrong:
             return None
-        row, group = divmod(wrong[0], contests // rows)
-        where = f"row {row}" if self.span is None else f"row {row}, group {group}"
-        return f"{where} keeps {int(counts[wrong[0]])} of {mask.numel() // contests} weights"
+        row, group = divmod(wrong[0], contests.number // rows)
+        place = f"row {row}" if self.span is None else f"row {row}, group {group}"
+        weights = mask.numel() // contests.number
+        return f"{place} keeps {int(counts[wrong[0]])} of {weights} weights"
 
 
 @dataclass(frozen=True)
@@ -161,12 +205,10 @@ class Unstructured(SparsityPattern):
 
     @classmethod
     def read(cls, text: str, sparsity: float | None, scope: Scope) -> Self | None:
-        """50% zeros if `sparsity` is not given."""
-        return (
-            cls(0.5 if sparsity is None else float(sparsity), scope)
-            if text == "unstructured"
-            else None
-        )
+        """Read "unstructured"; it has 50% zeros if `sparsity` is not given."""
+        if text != "unstructured":
+            return None
+        return cls(0.5 if sparsity is None else float(sparsity), scope)
 
     def __str__(self) -> str:
         return "unstructured"
@@ -175,7 +217,10 @@ class Unstructured(SparsityPattern):
 def parse_pattern(
     text: str = "unstructured", sparsity: float | None = None, scope: Scope = "matrix"
 ) -> SparsityPattern:
-    """Build a pattern from its text, which one of the patterns in `solve/patterns` reads; inverse of `str`."""
+    """Build a pattern from its text, which one of the patterns in `solve/patterns` reads; inverse of `str`.
+
+    `text` is such as "2:4"; `sparsity` and `scope` are those of the pattern, for texts that do not name them.
+    """
     if scope not in ("matrix", "row"):
         raise ValueError(f"scope={scope!r}: pass 'matrix' or 'row'.")
     if sparsity is not None and (isinstance(sparsity, bool) or not 0 <= float(sparsity) < 1):
@@ -184,27 +229,37 @@ def parse_pattern(
         )
     before, comma, after = str(text).partition(",")
     if comma:
-        advice = f"Prune with {before!r}, and then prune the smaller model with {after!r}"
-        raise ValueError(f"pattern={text!r}: one run removes parts or sets zeros. {advice}.")
-    kinds = SparsityPattern.__subclasses__()  # also those that users have defined
-    found = next(
-        (pattern for kind in kinds if (pattern := kind.read(str(text), sparsity, scope))), None
-    )
-    if found is None:
-        usual = "'unstructured', '2:4' or 'channels:0.25' (`optimum-fista prune --help` names all patterns)"
-        if n_of_m := re.fullmatch(
-            r"(\d+)of(\d+)", str(text)
-        ):  # so the program itself names folders
-            usual = f"'{n_of_m[1]}:{n_of_m[2]}'"
-        elif re.fullmatch(r"0?\.\d+", str(text)):
-            usual = f"sparsity={text} (--sparsity {text}) for this share of zeros"
-        raise ValueError(f"pattern={text!r}: pass {usual}.")
-    if sparsity is not None and abs(float(sparsity) - found.sparsity) > 1e-9:
-        why = f"sparsity={sparsity!r} and pattern={text!r} disagree: {text} means a sparsity of {found.sparsity:g}"
         raise ValueError(
-            f"{why}. Pass only one of them, and for parts and zeros prune the smaller model again."
+            f"pattern={text!r}: one run removes parts or sets zeros. Prune with {before!r}, and then prune the smaller "
+            f"model with {after!r}."
         )
-    return found
+
+    pattern = None
+    for kind in SparsityPattern.__subclasses__():  # also those that users have defined
+        pattern = kind.read(str(text), sparsity, scope)
+        if pattern is not None:
+            break
+    if pattern is None:
+        raise ValueError(f"pattern={text!r}: pass {_usual_form_of(str(text))}.")
+
+    if sparsity is not None and abs(float(sparsity) - pattern.sparsity) > 1e-9:
+        raise ValueError(
+            f"sparsity={sparsity!r} and pattern={text!r} disagree: {text} means a sparsity of {pattern.sparsity:g}. "
+            "Pass only one of them, and for parts and zeros prune the smaller model again."
+        )
+    return pattern
+
+
+def _usual_form_of(text: str) -> str:
+    """Say what to pass instead of a text that no pattern reads."""
+    n_of_m = re.fullmatch(r"(\d+)of(\d+)", text)  # so the program itself names folders
+    if n_of_m:
+        return f"'{n_of_m[1]}:{n_of_m[2]}'"
+    if re.fullmatch(r"0?\.\d+", text):
+        return f"sparsity={text} (--sparsity {text}) for this share of zeros"
+    return (
+        "'unstructured', '2:4' or 'channels:0.25' (`optimum-fista prune --help` names all patterns)"
+    )
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -214,10 +269,13 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 
 def unpack_mask(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Inverse of `pack_mask`."""
+    """Unpack a mask of `shape` that `pack_mask` has packed: boolean, True = kept."""
     count = int(np.prod(shape))
-    if packed.dtype != torch.uint8 or packed.numel() != (count + 7) // 8:
-        needed = f"a mask of shape {tuple(shape)} needs {(count + 7) // 8} of torch.uint8"
-        raise ValueError(f"packed has {packed.numel()} values of {packed.dtype}: {needed}.")
+    num_bytes = (count + 7) // 8
+    if packed.dtype != torch.uint8 or packed.numel() != num_bytes:
+        raise ValueError(
+            f"packed has {packed.numel()} values of {packed.dtype}: a mask of shape {tuple(shape)} needs {num_bytes} "
+            "of torch.uint8."
+        )
     bits = np.unpackbits(packed.cpu().numpy(), count=count, bitorder="little")
     return torch.from_numpy(bits.astype(bool)).view(shape)

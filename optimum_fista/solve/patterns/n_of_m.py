@@ -24,7 +24,7 @@ class NOfM(SparsityPattern):
 
     @classmethod
     def read(cls, text: str, sparsity: float | None, scope: Scope) -> Self | None:  # noqa: ARG003, it is 1 - n / m
-        """The pattern of a text such as `"2:4"`."""
+        """Read `"2:4"` or `"4:8-pairs"`."""
         if text == "4:8-pairs":
             return cls(0.5, scope, width=2, span=8)
         found = re.fullmatch(r"(\d+):(\d+)", text)
@@ -38,9 +38,9 @@ class NOfM(SparsityPattern):
         return cls(1 - n / m, scope, span=m)
 
     def __str__(self) -> str:
-        return (
-            f"{self.num_kept((1, self.span or 1))}:{self.span}{'-pairs' if self.width == 2 else ''}"
-        )
+        m = self.span or 1
+        n = self.num_kept((1, m))
+        return f"{n}:{m}-pairs" if self.width == 2 else f"{n}:{m}"
 
 
 def best_order(scores: Tensor, pattern: SparsityPattern) -> Tensor:
@@ -49,34 +49,52 @@ def best_order(scores: Tensor, pattern: SparsityPattern) -> Tensor:
     Each of the m places is treated in turn, for all groups. With another input in this place, a group keeps the n
     largest scores of its other inputs, plus the amount by which the new one exceeds the n-th of them. Pairs of groups
     swap their inputs there if the two then keep more together (channel permutations of arXiv 2106.14642, with all
-    swaps of a place at once).
+    swaps of a place at once). `pattern` has to be an `NOfM`.
     """
     assert pattern.span is not None
     pattern.require_shape(scores.shape, "scores")
-    n, m = pattern.num_kept((1, pattern.span)), pattern.span
+    m = pattern.span
+    n = pattern.num_kept((1, m))
     # Inputs of similar size are apart in the beginning: every group has one of each m-th part of them.
-    order = (
-        scores.sum(0).argsort(descending=True, stable=True).view(m, -1).T.contiguous()
-    )  # [in] -> [groups, m]
-    groups = torch.arange(len(order), device=scores.device)
+    by_size = scores.sum(0).argsort(descending=True, stable=True)
+    order = by_size.view(m, -1).T.contiguous()  # [in] -> [groups, m]
     for place in [*range(m)] * _SWEEPS:
-        others = [other for other in range(m) if other != place]
-        threshold = scores[:, order[:, others]].topk(n, -1).values[..., -1]  # [out, groups]
-        # gain[i, j]: twice what exceeds the threshold of group j by the input of group i, [groups, groups]
-        own = scores[:, order[:, place]]
-        gain = torch.cdist(own.T, threshold.T, p=1.0) + own.sum(0)[:, None] - threshold.sum(0)
-        stay = gain.diagonal()
-        swap = gain + gain.T - stay - stay[:, None]  # what both groups together gain
-        free = torch.ones_like(
-            groups, dtype=torch.bool
-        )  # groups that have not swapped at this place
-        while True:
-            best, partner = swap.masked_fill(~(free & free[:, None]), 0).max(1)
-            # Only groups that want each other swap; the pair is counted once.
-            first = groups[(best > 0) & (partner[partner] == groups) & (partner > groups)]
-            if not len(first):
-                break
-            second = partner[first]
-            order[first, place], order[second, place] = order[second, place], order[first, place]
-            free[first] = free[second] = False
+        _swap_at_place(order, _gain_of_swaps(scores, order, place, n), place)
     return order.flatten()
+
+
+def _gain_of_swaps(scores: Tensor, order: Tensor, place: int, n: int) -> Tensor:
+    """How much more two groups keep together, [groups, groups], if they swap their inputs at a place; all doubled.
+
+    `order` [groups, m] are the numbers of the inputs in each group, and n of them are kept.
+    """
+    others = [other for other in range(order.shape[1]) if other != place]
+    # the n-th largest of the other inputs of each group
+    threshold = scores[:, order[:, others]].topk(n, -1).values[..., -1]  # [out, groups]
+    own = scores[:, order[:, place]]  # [out, groups]
+    # gain[i, j]: twice what exceeds the threshold of group j by the input of group i. It is the sum over rows of
+    # 2 max(own - threshold, 0) = |own - threshold| + own - threshold, and `cdist` sums the absolute values.
+    gain = torch.cdist(own.T, threshold.T, p=1.0) + own.sum(0)[:, None] - threshold.sum(0)
+    stay = gain.diagonal()
+    return gain + gain.T - stay - stay[:, None]
+
+
+def _swap_at_place(order: Tensor, swap: Tensor, place: int) -> None:
+    """Swap inputs of pairs of groups in `order` [groups, m] at a place, until no pair of other groups gains.
+
+    `swap` [groups, groups] are the gains of pairs. A group swaps once at most.
+    """
+    groups = torch.arange(len(order), device=swap.device)
+    is_free = torch.ones_like(groups, dtype=torch.bool)  # groups that have not swapped
+    while True:
+        both_free = is_free & is_free[:, None]
+        best, partner = swap.masked_fill(~both_free, 0).max(1)
+        # Only groups that want each other swap; the pair is counted once.
+        want_each_other = partner[partner] == groups
+        first = groups[(best > 0) & want_each_other & (partner > groups)]
+        if not len(first):
+            return
+        second = partner[first]
+        order[first, place], order[second, place] = order[second, place], order[first, place]
+        is_free[first] = False
+        is_free[second] = False
