@@ -1,9 +1,14 @@
 """ADMM in optimal-brain-surgeon coordinates: the default method.
 
+Symbols are those of `LayerProblem`: `W` are the dense weights of an operator, `G` is the Gram matrix of its inputs, `C`
+its target. ADMM splits the problem in two, a least-squares step and a projection on the pattern (`SplitState`).
+
 ALPS lets `rho` grow over about 40 iterations until the mask settles. Here the coordinates show which `rho` compares
 kept and removed weights correctly, so that twelve iterations reach the error of ALPS in a third of the time
 (docs/solver.md). But the iterations do not run to convergence, and it is not known whether they converge.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +34,7 @@ from optimum_fista.solve.method import (
 )
 from optimum_fista.solve.methods.admm import SplitState
 from optimum_fista.solve.pattern import SparsityPattern
-from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.solve.problem import InputStatistics, LayerProblem
 from optimum_fista.solve.refit import refit, refit_columns
 
 
@@ -57,11 +62,16 @@ class ObsAdmm(PruningMethod):
     # `r` above; None: `1.5 * inputs / calibration tokens`, within [0.003, 0.5] (docs/solver.md). The fewer tokens an
     # input has, the more of the Gram matrix is noise.
     ridge: float | None = None
-    stages: int = 3  # each with one factorisation
-    iterations: int = 4  # of each stage
-    first_rho: float = 1.0  # of the first stage
-    last_rho: float = 1.5  # of the last stage; from stage to stage `rho` grows by the same factor
-    refit_iterations: int = 5  # conjugate-gradient steps on the final mask; 0 refits nothing
+    # Each with one factorisation.
+    stages: int = 3
+    # Of each stage.
+    iterations: int = 4
+    # Of the first stage.
+    first_rho: float = 1.0
+    # Of the last stage; from stage to stage `rho` grows by the same factor.
+    last_rho: float = 1.5
+    # Conjugate-gradient steps on the final mask; 0 refits nothing.
+    refit_iterations: int = 5
     name: ClassVar[str] = "obs_admm"
     defaults: ClassVar[MethodDefaults] = MethodDefaults(
         error_correction=0.5, residual_correction=1.0, allocation="fisher"
@@ -88,22 +98,72 @@ class ObsAdmm(PruningMethod):
     def prune_sharing(
         self, problems: Sequence[LayerProblem], patterns: Sequence[SparsityPattern]
     ) -> list[PrunedOperator]:
-        """Prune operators that share their inputs, with shared factorisations; steps are those of the class."""
+        """Prune operators that share their inputs, with shared factorisations; steps are those of the class.
+
+        Patterns of whole columns may have groups of several columns, and each such width has coordinates of its own.
+        """
         widths = {pattern.width if pattern.whole_columns else 1 for pattern in patterns}
-        if len(widths) > 1:  # each width has coordinates of its own
+        if len(widths) > 1:
             return super().prune_sharing(problems, patterns)
+        (width,) = widths
+
         problems = [problem.decoupled() for problem in problems]
         statistics = problems[0].statistics
-        gram, ridge = statistics.gram, self.ridge
-        if ridge is None:
-            ridge = min(0.5, max(0.003, 1.5 * len(gram) / max(1, statistics.num_tokens)))
+        gram = statistics.gram
         # Step 1 is made in parts, where it is read: r diag(G) is all that is kept of it.
-        surgeon, message = _Surgeon.of(gram, statistics.diagonal * ridge, widths.pop())  # step 2
+        penalty = statistics.diagonal * self._ridge_of(statistics)
+        surgeon, message = _Surgeon.of(gram, penalty, width)  # step 2
         states = [
-            SplitState(partial(surgeon.target, p), surgeon.weight(p.weight)) for p in problems
+            SplitState(partial(surgeon.target, problem), surgeon.weight(problem.weight))
+            for problem in problems
         ]
+
+        self._split(states, patterns, surgeon, gram)  # step 3
+        num_steps = self._refit_by_rows(states, patterns, surgeon, gram)  # step 4
+        iterations = self.stages * self.iterations + num_steps
+
+        pruned = []
+        for problem, pattern, state in zip(problems, patterns, states, strict=True):
+            assert state.mask is not None
+            messages = [message]
+            if pattern.whole_columns and self.refit_iterations:
+                # step 4 of whole columns, in the problem's own coordinates
+                weight, message_of_refit = refit_columns(problem, state.mask[0], self.ridge)
+                messages.append(message_of_refit)
+            else:
+                # W = W' B^T S, in the memory of P
+                sparse = state.point.mul_(state.mask)
+                weight = surgeon.times_blocks(sparse, transposed=True).mul_(surgeon.scale)
+            advice = "; ".join(dict.fromkeys(text for text in messages if text))
+            pruned.append(
+                PrunedOperator(
+                    weight=weight,
+                    mask=state.mask,
+                    fit_error=problem.fit_error(weight),
+                    iterations=iterations,
+                    converged=not advice,
+                    message=advice,
+                )
+            )
+        return pruned
+
+    def _ridge_of(self, statistics: InputStatistics) -> float:
+        """`r` of step 1."""
+        if self.ridge is not None:
+            return self.ridge
+        inputs_per_token = len(statistics.gram) / max(1, statistics.num_tokens)
+        return min(0.5, max(0.003, 1.5 * inputs_per_token))
+
+    def _split(
+        self,
+        states: Sequence[SplitState],
+        patterns: Sequence[SparsityPattern],
+        surgeon: _Surgeon,
+        gram: Tensor,
+    ) -> None:
+        """Run the stages of ADMM, step 3 of the class; changes `states`. `gram` is `G`."""
         growth = (self.last_rho / self.first_rho) ** (1 / max(1, self.stages - 1))
-        for stage in range(self.stages):  # step 3
+        for stage in range(self.stages):
             rho = self.first_rho * growth**stage
             # A factorisation overwrites its G_r, so that is made again from G.
             inverse = damped_inverse(surgeon.gram(gram), rho)
@@ -111,43 +171,42 @@ class ObsAdmm(PruningMethod):
                 for _ in range(self.iterations):
                     state.iterate(inverse, rho, pattern)
             del inverse  # before the next one is made
-        fit = partial(
-            refit, surgeon.gram(gram), max_iterations=self.refit_iterations, in_place=True
-        )
-        taken = [torch.zeros((), dtype=torch.int64, device=gram.device)]
-        for state, pattern in zip(states, patterns, strict=True):  # step 4, in place
+
+    def _refit_by_rows(
+        self,
+        states: Sequence[SplitState],
+        patterns: Sequence[SparsityPattern],
+        surgeon: _Surgeon,
+        gram: Tensor,
+    ) -> int:
+        """Refit the kept weights in `state.point`, step 4 of the class, but for patterns of whole columns.
+
+        Returns the largest number of steps of a block of rows. `gram` is `G`.
+        """
+        ridge_gram = surgeon.gram(gram)
+        steps = [torch.zeros((), dtype=torch.int64, device=gram.device)]
+        for state, pattern in zip(states, patterns, strict=True):
             assert state.mask is not None
-            for rows in () if pattern.whole_columns else row_blocks(state.point):
-                taken.append(fit(state.target(rows), state.point[rows], state.mask[rows])[1])
-        del fit  # with its Gram matrix
-        iterations = self.stages * self.iterations + int(
-            torch.stack(taken).max()
-        )  # one wait for the device
-        pruned = []
-        for problem, pattern, state in zip(problems, patterns, states, strict=True):
-            assert state.mask is not None
-            advice = message
-            if pattern.whole_columns and self.refit_iterations:  # in the problem's own coordinates
-                weight, refitted = refit_columns(problem, state.mask[0], self.ridge)
-                advice = "; ".join(dict.fromkeys(filter(None, (message, refitted))))
-            else:
-                # W = W' B^T S, in the memory of P
-                weight = surgeon.times_blocks(state.point.mul_(state.mask), transposed=True).mul_(
-                    surgeon.scale
+            if pattern.whole_columns:
+                continue
+            for rows in row_blocks(state.point):
+                _, steps_of_rows = refit(
+                    ridge_gram,
+                    state.target(rows),
+                    state.point[rows],
+                    state.mask[rows],
+                    max_iterations=self.refit_iterations,
+                    in_place=True,  # the result is in `state.point`
                 )
-            error = problem.fit_error(weight)
-            pruned.append(
-                PrunedOperator(
-                    weight, state.mask, error, iterations, converged=not advice, message=advice
-                )
-            )
-        return pruned
+                steps.append(steps_of_rows)
+        return int(torch.stack(steps).max())  # one wait for the device
 
 
 @dataclass(frozen=True)
 class _Surgeon:
-    """`W = W' S B^T` with a diagonal `S`, and a block-diagonal `B` if columns are removed in groups.
+    """Coordinates `W'` of weights `W`, in which magnitude is the optimal-brain-surgeon saliency.
 
+    `W = W' S B^T` with a diagonal `S`, and a block-diagonal `B` if columns are removed in groups.
     In these coordinates the diagonal of `G_r^-1`, or its diagonal blocks, are those of the identity: the squared norm
     of a weight, or of a group of columns, is the cost of its removal. For a group that is
     `tr(W_g ([G_r^-1]_gg)^-1 W_g^T)` (ZipLM, arXiv 2302.04089), with the correlation of its columns.
@@ -155,13 +214,15 @@ class _Surgeon:
 
     scale: Tensor  # `S` [in]
     penalty: Tensor  # `r diag(G)` [in]
-    blocks: Tensor | None = (
-        None  # of `B`, lower triangular, [in / width, width, width]; None: columns stand alone
-    )
+    # Of `B`, lower triangular, [in / width, width, width]; None: columns stand alone.
+    blocks: Tensor | None = None
 
     @classmethod
     def of(cls, gram: Tensor, penalty: Tensor, width: int) -> tuple[Self, str]:
-        """Make the coordinates of `G_r`; returns also the message of a factorisation that needed help."""
+        """Make the coordinates of `G_r` for groups of `width` columns.
+
+        `gram` is `G` [in, in]. Returns also the message of a factorisation that needed help (`damped_cholesky`).
+        """
         # Factorised with unit diagonal, in which damping is a fraction of the diagonal, and rounding is mild.
         unit = cls((gram.diagonal() + penalty).rsqrt(), penalty)
         factor, message = damped_cholesky(partial(unit.gram, gram))
@@ -169,23 +230,20 @@ class _Surgeon:
         if width == 1:
             # [G_r^-1]_jj = s_j^2 [(s G_r s)^-1]_jj.
             return cls(inverse.diagonal().sqrt() * unit.scale, penalty), message
-        return cls(
-            unit.scale, penalty, torch.linalg.cholesky(diagonal_blocks(inverse, width))
-        ), message
+        blocks = torch.linalg.cholesky(diagonal_blocks(inverse, width))
+        return cls(unit.scale, penalty, blocks), message
 
     def gram(self, gram: Tensor) -> Tensor:
-        """A new matrix: `B^T S G_r S B`."""
+        """A new matrix: `B^T S G_r S B`, from `gram`, which is `G`."""
         copy = gram.clone()
         copy.diagonal().add_(self.penalty)
         copy = copy.mul_(self.scale).mul_(self.scale[:, None])
-        return (
-            copy
-            if self.blocks is None
-            else self.times_blocks(self.times_blocks(copy).mT).contiguous()
-        )
+        if self.blocks is None:
+            return copy
+        return self.times_blocks(self.times_blocks(copy).mT).contiguous()
 
     def target(self, problem: LayerProblem, rows: slice) -> Tensor:
-        """`C_r S B` of some rows, made from the problem's own matrices."""
+        """A new matrix: `C_r S B` of some rows, made from the problem's own matrices."""
         target = torch.addcmul(problem.target[rows], problem.weight[rows], self.penalty)
         return self.times_blocks(target.mul_(self.scale))
 
@@ -202,5 +260,6 @@ class _Surgeon:
         """`matrix [rows, in] @ B`, or `B^T`; the matrix itself if there are no blocks."""
         if self.blocks is None:
             return matrix
+        factors = self.blocks.mT if transposed else self.blocks
         groups = matrix.unflatten(1, self.blocks.shape[:2]).transpose(0, 1)  # [groups, rows, width]
-        return (groups @ (self.blocks.mT if transposed else self.blocks)).transpose(0, 1).flatten(1)
+        return (groups @ factors).transpose(0, 1).flatten(1)
