@@ -1,5 +1,9 @@
 """ADMM between a least-squares problem and the set of sparse matrices.
 
+ADMM looks for weights that are the least-squares solution `W` and a matrix `Z` in the pattern at once. It takes turns:
+solve for `W` close to `Z`, project `W` on the pattern, and sum up their difference in the *dual* `V`. The number `rho`
+says how strongly `W` is drawn to `Z`. `G` and `C` are the Gram matrix and the target of a `LayerProblem`.
+
 ALPS and the default method `obs_admm` also use the iteration of `SplitState`, each in its own coordinates and with its
 own schedule of rho. The method here is that of Boza (arXiv 2401.02938), written as in its paper.
 """
@@ -24,15 +28,17 @@ class SplitState:
     ADMM projects `P = W + V / rho` on the pattern: `Z` is `P` where the mask keeps it, and `V / rho` is what is left.
     """
 
-    target: Callable[[slice], Tensor]  # makes some rows of `C` [out, in]
-    point: Tensor  # `P` [out, in]; the dense weights at the start
-    mask: Tensor | None = (
-        None  # of `Z`, True = kept; None before the first projection, where `Z = P` and `V = 0`
-    )
-    rho: float = 1.0  # the penalty parameter that `point` was made with
+    # Makes some rows of `C` [out, in].
+    target: Callable[[slice], Tensor]
+    # `P` [out, in]; the dense weights at the start. Changed in place.
+    point: Tensor
+    # Of `Z`, True = kept; None before the first projection, where `Z = P` and `V = 0`.
+    mask: Tensor | None = None
+    # The penalty parameter that `point` was made with.
+    rho: float = 1.0
 
     def iterate(self, inverse: Tensor, rho: float, pattern: SparsityPattern) -> None:
-        """One ADMM iteration with `inverse = (G + rho I)^-1` [in, in].
+        """Do one ADMM iteration with `inverse = (G + rho I)^-1` [in, in]; changes `point`, `mask` and `rho`.
 
         It minimizes `1/2 <W G, W> - <W, C>` over `W = Z`, Z in the pattern (ALPS, arXiv 2406.07831, eqs. 3-5):
         `W = (C - V + rho Z) (G + rho I)^-1`, `Z = project(W + V / rho)`, `V += rho (W - Z)`. A block of rows at a
@@ -41,10 +47,12 @@ class SplitState:
         for rows in row_blocks(self.point):
             point = self.point[rows]  # becomes Z + V / rho, with the new rho
             if self.mask is None:
-                ratio, dual = 0.0, torch.zeros_like(point)
+                ratio = 0.0
+                dual = torch.zeros_like(point)
             else:
                 # V / rho of the last iteration; times `ratio` with the new rho, because V itself stays.
-                ratio, dual = self.rho / rho, point * ~self.mask[rows]
+                ratio = self.rho / rho
+                dual = point * ~self.mask[rows]
             if ratio not in (0.0, 1.0):
                 point.add_(dual, alpha=ratio - 1)
             # C - V + rho Z, the right-hand side of the W step.
@@ -63,7 +71,7 @@ class SplitState:
 
 
 def unit_diagonal(problem: LayerProblem, damping: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`LayerProblem.with_ridge` of `damping * mean(diag G)`.
+    """`LayerProblem.with_ridge` of `damping * mean(diag G)`: new `G`, `C` and the scale, with unit diagonal.
 
     For nearly dead inputs the ridge is the same fraction of their own energy (`InputStatistics.energy_ratios`).
     """
@@ -81,15 +89,18 @@ class Admm(PruningMethod):
     the released code skips the ramp).
     """
 
-    damping: float = 0.1  # fraction of the mean Gram diagonal added to the diagonal
-    rho: float = 1.0  # ADMM's penalty parameter in units of the Gram diagonal
+    # Fraction of the mean Gram diagonal added to the diagonal.
+    damping: float = 0.1
+    # ADMM's penalty parameter in units of the Gram diagonal.
+    rho: float = 1.0
     max_iterations: int = 20
-    ramp_iterations: int = 15  # before the mask is frozen
+    # Before the mask is frozen.
+    ramp_iterations: int = 15
     name: ClassVar[str] = "admm"
     memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(2.0, 4.1, 1.8)
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
-        """Prune one operator to `pattern`. Symbols as in the paper: W, Z, U (scaled dual)."""
+        """Prune one operator to `pattern`. Symbols as in the paper: W, Z, and U = V / rho, the scaled dual."""
         problem = problem.decoupled()
         gram, target, scale = unit_diagonal(problem, self.damping)
         inverse = damped_inverse(gram, self.rho)
@@ -97,23 +108,24 @@ class Admm(PruningMethod):
         U = Z.new_zeros(Z.shape)
         mask = pattern.mask(Z)
         for k in range(1, self.max_iterations + 1):
-            W = (
-                target + self.rho * (Z - U)
-            ) @ inverse  # the W step; U = V / rho is the scaled dual
-            V = W + U
+            W = (target + self.rho * (Z - U)) @ inverse  # the W step
+            P = W + U  # of which Z is the projection
             if k <= self.ramp_iterations:
                 # The cubic schedule: most zeros come in the first iterations.
                 ramp = 1 - (1 - k / self.ramp_iterations) ** 3
                 # A fixed pattern has no other sparsity: it is chosen anew as it is.
-                ramped = (
-                    pattern if pattern.fixed else replace(pattern, sparsity=pattern.sparsity * ramp)
-                )
-                mask = ramped.mask(V)
-            Z = V * mask  # the projection
-            U = V - Z  # U + W - Z
+                ramped = pattern
+                if not pattern.fixed:
+                    ramped = replace(pattern, sparsity=pattern.sparsity * ramp)
+                mask = ramped.mask(P)
+            Z = P * mask  # the projection
+            U = P - Z  # U + W - Z
         # With fewer iterations than the ramp has, Z keeps too many weights until now.
         final = pattern.mask(Z)
         weight = Z * final * scale  # back from scaled coordinates
         return PrunedOperator(
-            weight, final, problem.fit_error(weight), iterations=self.max_iterations
+            weight=weight,
+            mask=final,
+            fit_error=problem.fit_error(weight),
+            iterations=self.max_iterations,
         )

@@ -26,9 +26,11 @@ class Alps(PruningMethod):
     Then at most `refit_iterations` conjugate-gradient steps on the support (Algorithm 2).
     """
 
-    damping: float = 0.01  # fraction of the mean Gram diagonal added to the diagonal
+    # Fraction of the mean Gram diagonal added to the diagonal.
+    damping: float = 0.01
     first_rho: float = 0.1
-    period: int = 3  # iterations between changes of `rho`
+    # Iterations between changes of `rho`.
+    period: int = 3
     max_iterations: int = 300
     refit_iterations: int = 10
     name: ClassVar[str] = "alps"
@@ -38,38 +40,54 @@ class Alps(PruningMethod):
         """Prune one operator to `pattern`."""
         problem = problem.decoupled()
         gram, target, scale = unit_diagonal(problem, self.damping)
-        values, vectors = torch.linalg.eigh(
-            gram
-        )  # one decomposition gives (G + rho I)^-1 for every rho
-        state = SplitState(target.__getitem__, problem.weight / scale)
-        rho, iteration, settled = self.first_rho, 0, False
-        support: Tensor | None = None
+        # one decomposition gives (G + rho I)^-1 for every rho
+        values, vectors = torch.linalg.eigh(gram)
+        values.clamp_min_(0)  # rounding makes zero eigenvalues negative
+
+        state = SplitState(lambda rows: target[rows], problem.weight / scale)
+        rho = self.first_rho
+        iteration = 0
+        settled = False
+        support: Tensor | None = None  # the mask at the last change of rho
         while iteration < self.max_iterations and not settled:
-            inverse = (
-                vectors / (values.clamp_min(0) + rho)
-            ) @ vectors.T  # rounding makes zero eigenvalues negative
+            inverse = (vectors / (values + rho)) @ vectors.T
             for _ in range(self.period):
                 state.iterate(inverse, rho, pattern)
             iteration += self.period
             assert state.mask is not None
             if support is not None:
                 # The support's size is the unit in which ALPS counts its changes.
-                changed = float((support & ~state.mask).sum()) / max(
-                    1, pattern.num_kept(support.shape)
-                )
+                size = max(1, pattern.num_kept(support.shape))
+                changed = float((support & ~state.mask).sum()) / size
                 settled = changed == 0
-                rho *= 1.3 if changed > 0.1 else 1.2 if changed > 0.005 else 1.1
+                rho *= _growth_of_rho(changed)
             support = state.mask
         assert support is not None
+
         # Algorithm 2, in the coordinates of the iterations.
         weight, steps = refit(
             gram, target, state.point, support, max_iterations=self.refit_iterations
         )
         weight.mul_(scale)  # back from coordinates of unit diagonal
-        message = (
-            ""
-            if settled
-            else f"the support still changed after max_iterations={self.max_iterations}: try more"
+        message = ""
+        if not settled:
+            message = (
+                f"the support still changed after max_iterations={self.max_iterations}: try more"
+            )
+        return PrunedOperator(
+            weight=weight,
+            mask=support,
+            fit_error=problem.fit_error(weight),
+            iterations=iteration + int(steps),
+            converged=settled,
+            message=message,
         )
-        iteration, error = iteration + int(steps), problem.fit_error(weight)
-        return PrunedOperator(weight, support, error, iteration, converged=settled, message=message)
+
+
+def _growth_of_rho(changed: float) -> float:
+    """The factor by which `rho` grows if this share of the support changed (Algorithm 1)."""
+    if changed > 0.1:
+        return 1.3
+    if changed > 0.005:
+        return 1.2
+    return 1.1

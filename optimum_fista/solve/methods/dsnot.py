@@ -32,7 +32,9 @@ class Dsnot(PruningMethod):
     it.
     """
 
-    max_cycles: int = 50  # swaps in a row at most
+    # Swaps in a row at most.
+    max_cycles: int = 50
+    # Of the error of a row, below which the row stops.
     threshold: float = 0.1
     name: ClassVar[str] = "dsnot"
     defaults: ClassVar[MethodDefaults] = MethodDefaults(scope="row")
@@ -40,74 +42,88 @@ class Dsnot(PruningMethod):
     takes_columns: ClassVar[bool] = False  # it swaps within rows
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
-        """Prune one operator to `pattern`."""
+        """Prune one operator to `pattern`; the weights that stay keep their values."""
         self.require_pattern(pattern)
         statistics = problem.statistics
-        scores = problem.weight * statistics.diagonal.sqrt()
+        scores = problem.weight * statistics.diagonal.sqrt()  # Wanda's
         mask = pattern.mask(scores)
         mean = statistics.mean
-        # E[x^2] - E[x]^2, kept off zero because it divides.
-        variance = (statistics.diagonal / max(1, statistics.num_tokens) - mean.square()).clamp_min(
-            1e-12
-        )
-        live = (
-            statistics.energy_ratios == 1
-        )  # others would grow first: their variance, a divisor, is next to nothing
+        mean_square = statistics.diagonal / max(1, statistics.num_tokens)
+        variance = (mean_square - mean.square()).clamp_min(1e-12)  # not 0, because it divides
+        # Weights of nearly dead inputs would grow first: their variance, a divisor, is next to nothing.
+        live = statistics.energy_ratios == 1
 
-        def of_groups(
-            matrix: Tensor,
-        ) -> Tensor:  # [out, in] -> [out, groups]; no copy if each weight is a group
-            return (
-                matrix if pattern.width == 1 else matrix.unflatten(1, (-1, pattern.width)).sum(-1)
-            )
+        def sum_groups(matrix: Tensor) -> Tensor:
+            """[out, in] -> [out, groups]: sums over weights that are kept together; no copy if each is a group."""
+            if pattern.width == 1:
+                return matrix
+            return matrix.unflatten(1, (-1, pattern.width)).sum(-1)
 
-        kept = mask[:, :: pattern.width].contiguous()
+        mask_of_groups = mask[:, :: pattern.width].contiguous()
+        inputs_that_compete = pattern.span or mask.shape[1]
         # Contributions to the error add up over a group, and so do the squares of Wanda's scores.
-        scores = of_groups(scores.square_()).sqrt_()
-        growth = of_groups(problem.weight * (mean / variance * live))
-        whole = live.view(-1, pattern.width).all(1)
-        group = (pattern.span or mask.shape[1]) // pattern.width
-        cycles = self._swap(of_groups(problem.weight * mean), growth, whole, scores, kept, group)
-        mask = kept.repeat_interleave(pattern.width, dim=1)
+        cycles = self._swap(
+            scores=sum_groups(scores.square_()).sqrt_(),
+            growth=sum_groups(problem.weight * (mean / variance * live)),
+            contribution=sum_groups(problem.weight * mean),
+            live=live.view(-1, pattern.width).all(1),
+            mask=mask_of_groups,
+            contest=inputs_that_compete // pattern.width,
+        )
+
+        mask = mask_of_groups.repeat_interleave(pattern.width, dim=1)
         weight = problem.weight * mask
         return PrunedOperator(weight, mask, problem.fit_error(weight), iterations=cycles)
 
     def _swap(
         self,
-        contribution: Tensor,
-        growth: Tensor,
-        live: Tensor,
+        *,
         scores: Tensor,
+        growth: Tensor,
+        contribution: Tensor,
+        live: Tensor,
         mask: Tensor,
-        group: int,
+        contest: int,
     ) -> int:
-        """Swap in `mask` [out, groups] until no row moves; returns the number of cycles in which one moved."""
-        error = contribution.masked_fill(mask, 0).sum(1)
-        moved = []
+        """Swap in `mask` [out, groups], in place, until no row moves; returns the cycles in which one moved.
+
+        Args:
+            scores: Wanda's, [out, groups]: of the kept groups the one with the smallest is pruned.
+            growth: `w_i mu_i / v_i` [out, groups]: of the pruned groups the one with the largest, times the sign of
+                the error, grows.
+            contribution: `w_j mu_j` [out, groups]: of a group to the error of its row, while it is pruned.
+            live: Whether a group has no nearly dead input, [groups]: others never grow.
+            mask: True = kept.
+            contest: Consecutive groups of a row that may be swapped with each other.
+        """
+        error = contribution.masked_fill(mask, 0).sum(1)  # e, [out]
         rows = torch.arange(len(error), device=error.device)
-        groups = torch.arange(mask.shape[1], device=error.device) // group
+        contests = torch.arange(mask.shape[1], device=error.device) // contest  # of each group
         infinity = float("inf")
-        look = (
-            1 if error.device.type == "cpu" else 10
-        )  # a cycle after the last move changes nothing
+
+        moves_in_cycle = []  # whether a row moved, on the device
+        # Asking makes the host wait for a device; a cycle after the last move changes nothing.
+        cycles_between_questions = 1 if error.device.type == "cpu" else 10
         for cycle in range(1, self.max_cycles + 1):
             sign = error.sign()[:, None]
             grown = (growth * sign).masked_fill(mask, -infinity).argmax(1)
-            allowed = mask & (contribution * sign < 0) & (groups == (grown // group)[:, None])
-            candidates = scores.masked_fill(~allowed, infinity)
-            lowest, pruned = candidates.min(1)
+            in_contest_of_grown = contests == (grown // contest)[:, None]
+            allowed = mask & (contribution * sign < 0) & in_contest_of_grown
+            lowest, pruned = scores.masked_fill(~allowed, infinity).min(1)
+
             # A grown weight leaves the sum over pruned weights, a pruned one enters it.
-            after = error - contribution[rows, grown] + contribution[rows, pruned]
-            move = (
+            error_after = error - contribution[rows, grown] + contribution[rows, pruned]
+            moves = (
                 (error.abs() > self.threshold)
                 & torch.isfinite(lowest)
-                & (after.abs() < error.abs())
+                & (error_after.abs() < error.abs())
                 & live[grown]
             )
-            mask[rows, grown] |= move
-            mask[rows, pruned] &= ~move
-            error = torch.where(move, after, error)
-            moved.append(move.any())
-            if cycle % look == 0 and not bool(moved[-1]):
+            mask[rows, grown] |= moves
+            mask[rows, pruned] &= ~moves
+            error = torch.where(moves, error_after, error)
+
+            moves_in_cycle.append(moves.any())
+            if cycle % cycles_between_questions == 0 and not bool(moves_in_cycle[-1]):
                 break
-        return int(torch.stack(moved).sum()) if moved else 0
+        return int(torch.stack(moves_in_cycle).sum()) if moves_in_cycle else 0

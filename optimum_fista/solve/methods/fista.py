@@ -1,5 +1,8 @@
 """FISTAPruner: the convex method, and its search of the penalty (arXiv 2408.03728).
 
+A *trial* solves a LASSO (`proximal_gradient.fista`): least squares with a penalty on the absolute weights, which makes
+some of them zero. Its solution is *rounded*: the pattern's mask is applied to it. A larger penalty makes more zeros.
+
 Only its defaults differ from the paper: the kept weights are refitted after the search, which improves the result most
 after the warm start (docs/solver.md), SparseGPT is the warm start of every model, and there are four trials. The recipe
 `paper` has the published settings.
@@ -48,16 +51,18 @@ class Fista(PruningMethod):
     # The method whose pruned weights the first trial starts from. Wanda gives every row the same number of zeros, as
     # its authors do, for any scope of the pattern; the trials then move zeros between rows.
     warm_start: WarmStart = "sparsegpt"
-    max_iterations: int = 20  # FISTA steps a trial, the paper's K
-    tolerance: float = 1e-6  # relative change of the iterates at which FISTA stops
-    patience: int = 3  # trials without improvement, the paper's T
-    max_trials: int = 4  # the paper names no limit
-    rounding_share: float = (
-        0.3  # share of the rounding error above which the penalty rises, the paper's xi
-    )
-    refit_iterations: int = (
-        20  # conjugate-gradient steps on the final mask; 0 (as in the paper) refits nothing
-    )
+    # FISTA steps a trial, the paper's K.
+    max_iterations: int = 20
+    # Relative change of the iterates at which FISTA stops.
+    tolerance: float = 1e-6
+    # Trials without improvement, the paper's T.
+    patience: int = 3
+    # The paper names no limit.
+    max_trials: int = 4
+    # Share of the rounding error above which the penalty rises, the paper's xi.
+    rounding_share: float = 0.3
+    # Conjugate-gradient steps on the final mask; 0 (as in the paper) refits nothing.
+    refit_iterations: int = 20
     name: ClassVar[str] = "fista"
     defaults: ClassVar[MethodDefaults] = MethodDefaults(error_correction="intra")  # the paper's
     memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(1.6, 5.5, 0.3)
@@ -68,12 +73,8 @@ class Fista(PruningMethod):
             raise ValueError(
                 f"warm_start={self.warm_start!r}: pass one of {', '.join(get_args(WarmStart))}."
             )
-        for option, least in (
-            ("max_iterations", 1),
-            ("patience", 1),
-            ("max_trials", 1),
-            ("refit_iterations", 0),
-        ):
+        least_values = {"max_iterations": 1, "patience": 1, "max_trials": 1, "refit_iterations": 0}
+        for option, least in least_values.items():
             if getattr(self, option) < least:
                 raise ValueError(
                     f"{option}={getattr(self, option)!r}: pass a whole number of at least {least}."
@@ -91,22 +92,27 @@ class Fista(PruningMethod):
         pattern.require_shape(problem.weight.shape, problem.name)
         rounded = self._rounded_start(problem, pattern)
         problem = problem.decoupled()
-        found = self.search_penalty(problem, pattern, rounded)
-        given = (problem.gram, problem.target, found.weight, found.mask)
-        weight, steps = refit(*given, max_iterations=self.refit_iterations, singular=True)
-        advice = (
-            ""
-            if found.converged
-            else f"FISTA stopped at max_iterations={self.max_iterations}: try more"
+        best = self.search_penalty(problem, pattern, rounded)
+        weight, steps = refit(
+            problem.gram,
+            problem.target,
+            best.weight,
+            best.mask,
+            max_iterations=self.refit_iterations,
+            singular=True,
         )
+
+        messages = [rounded.message] if rounded.message else []
+        if not best.converged:
+            messages.append(f"FISTA stopped at max_iterations={self.max_iterations}: try more")
         return PrunedOperator(
-            weight,
-            found.mask,
-            problem.fit_error(weight),
-            iterations=found.iterations + int(steps),
-            l1_penalty=found.l1_penalty,
-            converged=found.converged and rounded.converged,
-            message="; ".join(filter(None, (rounded.message, advice))),
+            weight=weight,
+            mask=best.mask,
+            fit_error=problem.fit_error(weight),
+            iterations=best.iterations + int(steps),
+            l1_penalty=best.l1_penalty,
+            converged=best.converged and rounded.converged,
+            message="; ".join(messages),
         )
 
     def search_penalty(
@@ -118,40 +124,51 @@ class Fista(PruningMethod):
         `E_round = || (W_round - W_fista) X* ||` with `E_total = || W_round X* - W X ||`: if their ratio exceeds
         `rounding_share`, rounding dominates and the penalty rises, otherwise it falls. The interval, which the
         paper does not give, is `[1e-6, 1] max |C|` on a logarithmic scale.
+
+        `problem` is decoupled, and `rounded` is the warm start in the pattern; neither is changed.
         """
         best = PenaltySearch(
-            rounded.weight, rounded.mask, math.sqrt(problem.squared_error(rounded.weight))
+            weight=rounded.weight,
+            mask=rounded.mask,
+            error=math.sqrt(problem.squared_error(rounded.weight)),
         )
-        standing = problem.statistics.energy_ratios.sqrt()  # below 1 for nearly dead inputs alone
-        critical = float(
-            problem.target.abs().max()
-        )  # from this penalty on the solution of the LASSO is zero
+        # Weights of nearly dead inputs go first: this is 1 for all other inputs.
+        score_factors = problem.statistics.energy_ratios.sqrt()
+        # From this penalty on the solution of the LASSO is zero.
+        critical = float(problem.target.abs().max())
         if critical == 0.0:  # C = 0: it is zero at every penalty
             return best
-        low, high = math.log(1e-6 * critical), math.log(critical)
+
+        low = math.log(1e-6 * critical)
+        high = math.log(critical)
         failures = 0
         for _ in range(self.max_trials):
             l1_penalty = math.exp((low + high) / 2)  # the geometric middle of the interval
             solution = fista(
-                problem.gram,
-                problem.target,
-                best.weight,
-                l1_penalty,
-                problem.statistics.lipschitz,
+                gram=problem.gram,
+                target=problem.target,
+                start=best.weight,
+                l1_penalty=l1_penalty,
+                lipschitz=problem.statistics.lipschitz,
                 max_iterations=self.max_iterations,
                 tolerance=self.tolerance,
             )
-            mask = pattern.mask(solution.weight * standing)
+            mask = pattern.mask(solution.weight * score_factors)
             weight = solution.weight * mask  # W_round
             error = math.sqrt(problem.squared_error(weight))  # E_total
             best.iterations += solution.iterations
             if error < best.error:
-                best.weight, best.mask, best.error = weight, mask, error
-                best.l1_penalty, best.converged, failures = l1_penalty, solution.converged, 0
+                best.weight = weight
+                best.mask = mask
+                best.error = error
+                best.l1_penalty = l1_penalty
+                best.converged = solution.converged
+                failures = 0
             else:
                 failures += 1
             if failures >= self.patience:
                 break
+
             # E_round > xi E_total: rounding dominates, and a larger penalty makes more weights zero before it.
             if problem.seminorm(weight - solution.weight) > self.rounding_share * error:
                 low = math.log(l1_penalty)
@@ -167,7 +184,6 @@ class Fista(PruningMethod):
         rounded = Wanda().prune(problem, counted)
         if counted.num_kept(rounded.mask.shape) == pattern.num_kept(rounded.mask.shape):
             return rounded
-        mask = pattern.mask(
-            rounded.weight
-        )  # rows of an odd number of inputs have half a zero more or less
+        # rows of an odd number of inputs have half a zero more or less
+        mask = pattern.mask(rounded.weight)
         return replace(rounded, weight=rounded.weight * mask, mask=mask)

@@ -35,14 +35,14 @@ class Flap(PruningMethod):
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`. The problem's target is ignored: FLAP's target is W X*."""
         statistics = problem.statistics
-        mean, energy = statistics.mean, statistics.diagonal / max(1, statistics.num_tokens)
+        mean = statistics.mean  # mu, [in]
+        mean_square = statistics.diagonal / max(1, statistics.num_tokens)
         # Of an input that is constant, rounding would leave a variance of either sign.
-        variance = (energy - mean.square()).clamp_min(1e-6 * energy)
+        variance = (mean_square - mean.square()).clamp_min(1e-6 * mean_square)  # v, [in]
         mask = pattern.mask(problem.weight * variance.sqrt())
         weight = problem.weight * mask
-        live = (
-            statistics.energy_ratios == 1
-        )  # a weight of a nearly dead input would grow to stand for others
+        # A weight of a nearly dead input would grow to stand for others.
+        live = statistics.energy_ratios == 1
         missing = (problem.weight - weight) @ mean  # b, [out]
         share = mean / variance * live  # mu_j / v_j
         total = 1 + mask.to(mean.dtype) @ (share * mean)  # 1 + sum_k mu_k^2 / v_k, by rows

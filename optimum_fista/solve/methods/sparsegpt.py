@@ -23,8 +23,10 @@ class SparseGPT(PruningMethod):
     column j is decided, its error `e = (w_j - w*_j) / U_jj` changes the columns to the right by `- e U_j,right`.
     """
 
+    # Fraction of the mean Gram diagonal added to the diagonal.
     damping: float = 0.01
-    block_size: int = 128  # columns whose mask is chosen together
+    # Columns whose mask is chosen together.
+    block_size: int = 128
     name: ClassVar[str] = "sparsegpt"
     memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(2.4, 2.0, 1.1)
     takes_columns: ClassVar[bool] = (
@@ -33,7 +35,6 @@ class SparseGPT(PruningMethod):
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`. The problem's target is ignored: SparseGPT's target is W X*."""
-        columns = problem.weight.shape[1]
         self.require_pattern(pattern)
         pattern.require_shape(problem.weight.shape, problem.name)
         problem = problem.decoupled()
@@ -42,21 +43,30 @@ class SparseGPT(PruningMethod):
         )
         # H^-1 = U^T U: U_jj times row j of U is the first row of the inverse of H without the columns before j.
         upper = torch.linalg.cholesky(inverse_in_place(factor), upper=True)
+
         weight = problem.weight.clone()
         mask = torch.ones_like(weight, dtype=torch.bool)
+        columns = weight.shape[1]
         step = pattern.span or pattern.width  # blocks have whole groups
-        width = max(step, self.block_size - self.block_size % step)
-        for left in range(0, columns, width):
-            right = min(left + width, columns)
-            errors = self._prune_block(weight, mask, upper, left, right, pattern)
+        block_size = max(step, self.block_size - self.block_size % step)
+        for left in range(0, columns, block_size):
+            right = min(left + block_size, columns)
+            errors = self._prune_block(
+                weight=weight, mask=mask, upper=upper, left=left, right=right, pattern=pattern
+            )
             # The columns to the right wait for the end of the block: one product instead of one a column.
             weight[:, right:] -= errors @ upper[left:right, right:]
         return PrunedOperator(
-            weight, mask, problem.fit_error(weight), converged=not message, message=message
+            weight=weight,
+            mask=mask,
+            fit_error=problem.fit_error(weight),
+            converged=not message,
+            message=message,
         )
 
     def _prune_block(
         self,
+        *,
         weight: Tensor,
         mask: Tensor,
         upper: Tensor,
@@ -64,25 +74,33 @@ class SparseGPT(PruningMethod):
         right: int,
         pattern: SparsityPattern,
     ) -> Tensor:
-        """Prune columns left..right in place; returns their scaled errors [out, right - left]."""
+        """Prune the columns from `left` to `right` (excluded); changes these of `weight` and of `mask`, [out, in].
+
+        Returns their scaled errors `e` [out, right - left]. `upper` is `U` [in, in].
+        """
+        width = right - left
         block = weight[:, left:right].clone()
-        local = upper[left:right, left:right]
-        saliency = local.diagonal().square()
-        block_mask = mask[:, left:right]
-        width = pattern.span or right - left
+        block_mask = mask[:, left:right]  # a view
+        block_upper = upper[left:right, left:right]
+        squares = block_upper.diagonal().square()  # U_jj^2
+        columns_in_contest = pattern.span or width
         errors = []
-        for j in range(right - left):
-            if j % width == 0:  # a group is decided when its first column is reached
-                group = slice(j, j + width)
-                scores = block[:, group].square().div_(saliency[group])  # w_j^2 / U_jj^2
-                block_mask[:, group] = pattern.mask(
+        for j in range(width):
+            is_first_of_contest = j % columns_in_contest == 0
+            if (
+                is_first_of_contest
+            ):  # the mask of its columns is chosen when the first one is reached
+                contest = slice(j, j + columns_in_contest)
+                scores = block[:, contest].square().div_(squares[contest])  # w_j^2 / U_jj^2
+                block_mask[:, contest] = pattern.mask(
                     scores, squared=True, within=(left + j, weight.shape[1])
                 )
-            column = block[:, j].clone()
+
+            before = block[:, j].clone()
             block[:, j] *= block_mask[:, j]
-            errors.append((column - block[:, j]) / local[j, j])  # e
-            block[:, j + 1 :].addr_(
-                errors[-1], local[j, j + 1 :], alpha=-1
-            )  # - e U_j,right within the block
+            error = (before - block[:, j]) / block_upper[j, j]  # e
+            errors.append(error)
+            # - e U_j,right within the block
+            block[:, j + 1 :].addr_(error, block_upper[j, j + 1 :], alpha=-1)
         weight[:, left:right] = block
         return torch.stack(errors, dim=1)
