@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder.checkpoint import kept_tokens
+from optimum_fista.folder.naming import operators_by_weight
 from optimum_fista.folder.packed_folder import is_packed
-from optimum_fista.folder.writing import operators_by_weight
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.operators import LinearOperator

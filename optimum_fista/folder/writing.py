@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +34,15 @@ from optimum_fista.folder.checkpoint import (
     read_json,
     write_index,
 )
-from optimum_fista.model.choice import find_operators
-from optimum_fista.model.layers import find_decoder_layers
+from optimum_fista.folder.naming import as_stored, operators_by_weight
 from optimum_fista.model.offload import describe_ties, stored_tensor
 from optimum_fista.model.operators import LinearOperator
-from optimum_fista.report import OperatorReport, PruningReport
-from optimum_fista.solve.pattern import pack_mask, unpack_mask
+from optimum_fista.report import PruningReport
+from optimum_fista.solve.pattern import unpack_mask
 from optimum_fista.source.configuration import content_of, source_content
 from optimum_fista.source.files import copy_source
 from optimum_fista.source.loading import forget_gguf, local_source
-from optimum_fista.source.names import StoredName, stored_names
+from optimum_fista.source.names import stored_names
 from optimum_fista.source.source_tensors import IS_NOT_DESCRIBED, SourceTensors
 from optimum_fista.source.stored_tensor import StoredTensor, in_dtypes_of, write_stored
 
@@ -80,76 +79,113 @@ def write_checkpoint(
     tokenizer: PreTrainedTokenizerBase | None,
     stored_as: SourceTensors,
 ) -> None:
-    """Write all files of a pruned model into an unfinished folder; `stored_as` has more tensors, and dtypes to keep."""
-    found = operators_by_weight(model, report)
-    operators = [found[o.name] for o in report.operators]
-    for operator in (
-        operators
-    ):  # after a training step without masks, the zeros would be gone and the masks wrong
-        weight = operator.select(stored_tensor(operator.owner, operator.tensor))
-        mask = unpack_mask(masks[f"{operator.name}.weight"], tuple(weight.shape)).to(weight.device)
-        if bool(torch.any(weight.masked_select(~mask) != 0)):
-            why = f"{operator.name}.weight is no longer zero outside its mask: the model was changed after pruning"
-            raise ValueError(
-                f"{why}. Save it right after prune(), or keep the mask while training."
-            )
-    stored, masks = as_stored(report.operators, masks, stored_names(model, operators))
-    retrained = report.retrained or bool(
-        (getattr(model.config, CONFIG_KEY, None) or {}).get("retrained")
+    """Write all files of a pruned model in memory into an unfinished folder.
+
+    The configuration of the model gets the summary of the run (`write_all_but_weights`), and a model that was read from
+    a GGUF file forgets that.
+
+    Args:
+        model: The pruned model. Its weights are not changed. folder: An empty folder, as `new_output` yields it.
+        report: Of the run, with the names of the model. masks: By the names of the weights in the model, packed to one
+        bit a weight. tokenizer: Saved with the model if there is one. stored_as: What is known of the files that the
+        model was loaded from: tensors that its class does not load, which
+            are added, and the dtypes of the others, which the files of the result get again.
+
+    Raises:
+        ValueError: If a weight is no longer zero outside of its mask.
+        OSError: If a file can't be written.
+    """
+    operators_of_model = operators_by_weight(model, report)
+    operators = [operators_of_model[entry.name] for entry in report.operators]
+    for operator in operators:
+        _require_zeros(operator, masks[f"{operator.name}.weight"])
+
+    stored_reports, stored_masks = as_stored(
+        report.operators, masks, stored_names(model, operators)
     )
-    report = dataclasses.replace(report, operators=stored, retrained=retrained)
+    earlier_summary = getattr(model.config, CONFIG_KEY, None) or {}
+    was_retrained = report.retrained or bool(earlier_summary.get("retrained"))
+    report = dataclasses.replace(report, operators=stored_reports, retrained=was_retrained)
     forget_gguf(model)
+
     source = local_source(model)
     with errors_of_writing(folder), _generation_file_copied(model, source, folder):
-        if source is not None and getattr(model.config, "auto_map", None):
-            copy_source(
-                source, folder, "*.py"
-            )  # Transformers copies no code without `trust_remote_code`
-        if source is not None and any(source.glob("*processor_config.json")):
-            for pattern in ("*processor_config.json", "chat_template.*"):  # of images and sounds
-                copy_source(source, folder, pattern)
-        if hasattr(model, "hf_device_map") or not any(
-            parameter.is_meta for parameter in model.parameters()
-        ):
-            model.save_pretrained(folder)
-        else:  # it was offloaded after it was loaded, which Transformers does not notice
-            tied = (
-                model.all_tied_weights_keys
-            )  # two parameters once they are offloaded, but the same memory
-            model.hf_device_map = {"": "cpu"}  # type: ignore[assignment]
-            try:
-                model.save_pretrained(
-                    folder,
-                    state_dict={k: v for k, v in model.state_dict().items() if k not in tied},
-                )
-            finally:
-                del model.hf_device_map
-        known = stored_as.loaded_in(model.dtype)
-        for shard in {*checkpoint_files(folder).values()} if known else ():
-            in_dtypes_of(shard, known)
+        if source is not None:
+            _copy_code_and_processor(model, source, folder)
+        _save_weights(model, folder)
+        if stored_as.loaded_in(model.dtype):
+            for shard in set(checkpoint_files(folder).values()):
+                in_dtypes_of(shard, stored_as.loaded_in(model.dtype))
         if stored_as.unplaced:
             _add_shard(folder, stored_as.unplaced)
-    write_all_but_weights(folder, model, tokenizer, report, masks)
+    write_all_but_weights(folder, model, tokenizer, report, stored_masks)
+
+
+def _require_zeros(operator: LinearOperator, packed_mask: Tensor) -> None:
+    """Refuse an operator with a weight that is not zero outside of its mask, which is packed to bits.
+
+    After a training step without masks the zeros would be gone, and the masks wrong.
+    """
+    weight = operator.select(stored_tensor(operator.owner, operator.tensor))
+    mask = unpack_mask(packed_mask, tuple(weight.shape)).to(weight.device)
+    if bool(torch.any(weight.masked_select(~mask) != 0)):
+        raise ValueError(
+            f"{operator.name}.weight is no longer zero outside its mask: the model was changed after pruning. Save it "
+            "right after prune(), or keep the mask while training."
+        )
+
+
+def _copy_code_and_processor(model: PreTrainedModel, source: Path, folder: Path) -> None:
+    """Copy from the folder `source` what `save_pretrained` does not write: code of the model, and its processor."""
+    if getattr(model.config, "auto_map", None):
+        # Transformers copies no code if the model was loaded without `trust_remote_code`.
+        copy_source(source, folder, "*.py")
+    if any(source.glob("*processor_config.json")):  # of images and sounds
+        copy_source(source, folder, "*processor_config.json")
+        copy_source(source, folder, "chat_template.*")
+
+
+def _save_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Save a model by its own `save_pretrained`, also one that was offloaded after it was loaded.
+
+    Transformers does not notice such an offload: it needs the attribute `hf_device_map`, which the model has meanwhile.
+    """
+    has_map = hasattr(model, "hf_device_map")
+    is_offloaded = any(parameter.is_meta for parameter in model.parameters())
+    if has_map or not is_offloaded:
+        model.save_pretrained(folder)
+        return
+
+    # Tied weights are two parameters once they are offloaded, with the same values.
+    tied = model.all_tied_weights_keys
+    state_dict = {name: value for name, value in model.state_dict().items() if name not in tied}
+    model.hf_device_map = {"": "cpu"}  # type: ignore[assignment]
+    try:
+        model.save_pretrained(folder, state_dict=state_dict)
+    finally:
+        del model.hf_device_map
 
 
 def _add_shard(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Write further tensors into a last file of weights, and the index."""
-    weights, index = checkpoint_files(folder), folder / "model.safetensors.index.json"
-    shards = sorted({*weights.values()})
-    names = [
-        f"model-{number:05}-of-{len(shards) + 1:05}.safetensors"
-        for number in range(1, len(shards) + 2)
-    ]
-    for shard, name in zip(shards, names, strict=False):
-        shard.rename(folder / name)
-    write_stored(folder / names[-1], tensors)
-    new_names = dict(zip(shards, names, strict=False))
-    weight_map = {name: new_names[shard] for name, shard in weights.items()} | dict.fromkeys(
-        tensors, names[-1]
-    )
-    write_index(
-        folder, "model", weight_map, read_json(index).get("metadata", {}) if index.exists() else {}
-    )
+    """Write further tensors into a new last file of weights, rename the other files, and write the index."""
+    weights = checkpoint_files(folder)
+    shards = sorted(set(weights.values()))
+    num_shards = len(shards) + 1
+    new_names = {
+        shard: f"model-{number:05}-of-{num_shards:05}.safetensors"
+        for number, shard in enumerate(shards, 1)
+    }
+    last_name = f"model-{num_shards:05}-of-{num_shards:05}.safetensors"
+
+    for shard, new_name in new_names.items():
+        shard.rename(folder / new_name)
+    write_stored(folder / last_name, tensors)
+
+    weight_map = {name: new_names[shard] for name, shard in weights.items()}
+    weight_map |= dict.fromkeys(tensors, last_name)
+    index = folder / "model.safetensors.index.json"
+    metadata = read_json(index).get("metadata", {}) if index.exists() else {}
+    write_index(folder, "model", weight_map, metadata)
 
 
 def write_all_but_weights(
@@ -161,39 +197,54 @@ def write_all_but_weights(
     packed: Mapping[str, Any] | None = None,
     quantized: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a pruned model's folder without its weights; the model's configuration gets the summary of the report.
+    """Write a pruned model's folder without its weights: report, tokenizer, masks, card and configuration.
 
-    The report and the packed masks have the names of the checkpoint. `packed` is what `config.json` says of weights
-    that are stored packed, and `quantized` of weights that are quantized as the source is; `None`: they are dense.
+    It changes `model.config`, which is then written: the summary of the run, the names of the class and the dtype, tied
+    weights, and 0 for layers that predict further tokens if the result lacks them.
+
+    Args:
+        folder: The unfinished folder. Files that the run has copied there may be replaced.
+        model: The pruned model. Its weights need not be loaded.
+        tokenizer: Saved with the model if there is one.
+        report: With the names of the checkpoint.
+        masks: By the names of the checkpoint, packed to one bit a weight.
+        packed: What `config.json` says of weights that are stored packed; `None`: they are not.
+        quantized: What `config.json` says of weights that are quantized as the source is; `None`: they are not.
     """
     (folder / "fista").mkdir(exist_ok=True)
     write_file(folder / REPORT_FILE, report.to_json())
     source = local_source(model)
-    if (
-        source is not None and (source / VOCABULARY_FILE).exists()
-    ):  # tokens that an earlier run removed
+    if source is not None and (source / VOCABULARY_FILE).exists():
+        # of tokens that an earlier run removed
         shutil.copyfile(source / VOCABULARY_FILE, folder / VOCABULARY_FILE)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if model.can_generate() and not (folder / _GENERATION_FILE).exists():
         model.generation_config.save_pretrained(folder)
+
     describe_ties(model, model.config)
-    reasons = report.model.get("lacks", {}).values()
-    if any(not reason.endswith(IS_NOT_DESCRIBED) for reason in reasons):
-        settings = model.config.get_text_config(decoder=True)
-        for word, value in list(vars(settings).items()):
-            is_of_further_tokens = "nextn" in word or "mtp" in word
-            if type(value) is int and is_of_further_tokens:
-                setattr(settings, word, 0)  # the result lacks these layers
-    model.config.fista_pruning = summary(
-        report
-    )  # survives `save_pretrained` of whoever loads the model
+    _forget_further_tokens(model, report)
+    model.config.fista_pruning = summary(report)  # stays if whoever loads the model saves it again
     model.config.architectures = [type(model).__name__]  # a configuration made in Python names none
     model.config.dtype = str(model.dtype).removeprefix("torch.")  # in which Transformers loads it
-    dense = getattr(model.config, "_name_or_path", "") or ""
-    card = model_card(report, dense)
+
+    dense_name = getattr(model.config, "_name_or_path", "") or ""
+    card = model_card(report, dense_name)
     content = content_of(model.config, source_content(source))
     write_form(folder, content, card, masks, packed, quantized)
+
+
+def _forget_further_tokens(model: PreTrainedModel, report: PruningReport) -> None:
+    """Set to 0 how many layers predict further tokens, in the model's configuration, if the result lacks them."""
+    reasons = report.model.get("lacks", {}).values()
+    lacks_layers = any(not reason.endswith(IS_NOT_DESCRIBED) for reason in reasons)
+    if not lacks_layers:
+        return
+    settings = model.config.get_text_config(decoder=True)
+    for word, value in list(vars(settings).items()):
+        is_of_further_tokens = "nextn" in word or "mtp" in word
+        if type(value) is int and is_of_further_tokens:
+            setattr(settings, word, 0)
 
 
 def write_form(
@@ -204,102 +255,52 @@ def write_form(
     packed: Mapping[str, Any] | None,
     quantized: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the files that say whether the weights are dense or packed, as in `write_all_but_weights`.
+    """Write the files that say whether the weights are dense or packed: masks, card and `config.json`.
 
-    `config` is the content of `config.json`, which is written last: without it nothing loads. Packed weights contain
-    their masks.
+    Args:
+        folder: The unfinished folder.
+        config: The content of `config.json`, which is written last: nothing loads a folder without this file.
+        card: The text of the model card, with or without the part on packed weights; `None`: there is no card.
+        masks: Of a folder that is not packed. Packed weights contain their masks.
+        packed: See `write_all_but_weights`.
+        quantized: See `write_all_but_weights`.
     """
     if packed is None:
         write_file(folder / MASKS_FILE, dict(masks), MASKS_METADATA)
     if card is not None:
-        write_file(
-            folder / CARD_FILE,
-            card.replace(PACKED_NOTE, "") + ("" if packed is None else PACKED_NOTE),
-        )
-    config = {
-        key: value
-        for key, value in config.items()
-        if key not in (PACKED_KEY, "transformers_weights")
-    }
-    config |= {PACKED_KEY: dict(quantized)} if quantized else {}
+        text = card.replace(PACKED_NOTE, "")
+        if packed is not None:
+            text += PACKED_NOTE
+        write_file(folder / CARD_FILE, text)
+
+    content = dict(config)
+    for key in (PACKED_KEY, "transformers_weights"):
+        content.pop(key, None)
+    if quantized:
+        content[PACKED_KEY] = dict(quantized)
     if packed is not None:
-        # Our loader replaces this name. Transformers without it finds no such file, and its error says what to do.
-        refusal = "packed, run `import optimum_fista.packed` first.safetensors"
-        config |= {PACKED_KEY: dict(packed), "transformers_weights": refusal}
-    write_file(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+        content[PACKED_KEY] = dict(packed)
+        # Our loader replaces this name. If the package is not imported, Transformers finds no such file, and its error
+        # says what to do.
+        content["transformers_weights"] = (
+            "packed, run `import optimum_fista.packed` first.safetensors"
+        )
+    write_file(folder / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def summary(report: PruningReport) -> dict[str, Any]:
-    """The value of `fista_pruning` in `config.json`."""
+    """Return the value of `fista_pruning` in `config.json`: what a run has done, in a few numbers."""
     totals = report.totals
-    return {
-        "format": MASKS_FORMAT,
-        **{
-            key: report.config[key] for key in ("method", "pattern", "sparsity", "error_correction")
-        },
-        **{
-            key: totals[key]
-            for key in ("num_operators", "num_zeros", "mean_fit_error", "mean_output_error")
-        },
-        "masks": MASKS_FILE,
-        "report": REPORT_FILE,
-        "version": report.versions["optimum-fista"],
-        # what the next run on the result has to know of the first model and of the runs since
-        "origin": dataclasses.asdict(report.origin_of_result),
-    } | ({"retrained": True} if report.retrained else {})
-
-
-def operators_by_weight(model: PreTrainedModel, report: PruningReport) -> dict[str, LinearOperator]:
-    """The linear operators of a pruned model, by the names of their weights in the model."""
-    dense_experts = (
-        ["*"] if report.removed else report.config["exclude"]
-    )  # removing parts prunes no experts
-    found = (
-        find_operators(name, layer, dense_experts) for name, layer in find_decoder_layers(model)
-    )
-    return {
-        f"{name}.weight": operator for operators in found for name, operator in operators.items()
-    }
-
-
-def as_stored(
-    reports: Iterable[OperatorReport], masks: Mapping[str, Tensor], names: Mapping[str, StoredName]
-) -> tuple[list[OperatorReport], dict[str, Tensor]]:
-    """Reports of operators and their packed masks under other names; masks are laid out as the weights there are."""
-    operators, stored = [], {}
-    for operator in reports:
-        found, mask = names[operator.name], masks[operator.name]
-        if (
-            found.transposed != operator.stored_transposed
-        ):  # bits are row by row: [out, in] -> [in, out], or back
-            mask = pack_mask(unpack_mask(mask, operator.stored_shape).T)
-        stored[found.name] = mask
-        operators.append(
-            dataclasses.replace(operator, name=found.name, stored_transposed=found.transposed)
-        )
-    return operators, stored
-
-
-def as_in_model(
-    model: PreTrainedModel,
-    operators: Iterable[LinearOperator],
-    report: PruningReport,
-    masks: Mapping[str, Tensor],
-) -> tuple[PruningReport, dict[str, Tensor]]:
-    """A report and packed masks, read from a checkpoint, under the names of the model: undoes `as_stored`."""
-    found = list(operators)
-    names = stored_names(model, found, all_of_them=False)
-    by_name = {
-        names[key].name: operator
-        for operator in found
-        if (key := f"{operator.name}.weight") in names
-    }
-    for entry in report.operators:
-        operator = by_name.get(entry.name)
-        if operator is None or operator.shape != entry.shape:
-            has = "no such weight" if operator is None else f"it in shape {operator.shape}"
-            why = f"{entry.name} of shape {entry.shape} has a mask, but {type(model).__name__} has {has}"
-            raise ValueError(f"{why}: pass the folder or Hub id that this model was loaded from.")
-    in_model = {name: StoredName(f"{o.name}.weight", o.transposed) for name, o in by_name.items()}
-    entries, kept = as_stored(report.operators, masks, in_model)
-    return dataclasses.replace(report, operators=entries), kept
+    values: dict[str, Any] = {"format": MASKS_FORMAT}
+    for key in ("method", "pattern", "sparsity", "error_correction"):
+        values[key] = report.config[key]
+    for key in ("num_operators", "num_zeros", "mean_fit_error", "mean_output_error"):
+        values[key] = totals[key]
+    values["masks"] = MASKS_FILE
+    values["report"] = REPORT_FILE
+    values["version"] = report.versions["optimum-fista"]
+    # what the next run on the result has to know of the first model and of the runs since
+    values["origin"] = dataclasses.asdict(report.origin_of_result)
+    if report.retrained:
+        values["retrained"] = True
+    return values

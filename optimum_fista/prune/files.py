@@ -17,9 +17,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from optimum_fista.folder.checkpoint import names_in, write_index
+from optimum_fista.folder.naming import as_stored
 from optimum_fista.folder.output import install
 from optimum_fista.folder.packed_folder import packed_settings
-from optimum_fista.folder.writing import as_stored, write_all_but_weights
+from optimum_fista.folder.writing import write_all_but_weights
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.hooks import evaluation_mode
 from optimum_fista.model.inputs import HiddenStates

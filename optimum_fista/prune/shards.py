@@ -10,8 +10,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from optimum_fista.folder.naming import as_stored
 from optimum_fista.folder.packed_folder import Packer
-from optimum_fista.folder.writing import as_stored
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.prune.plan import Plan
 from optimum_fista.removal.parts_removal import groups_kept

@@ -35,9 +35,10 @@ from optimum_fista.folder.checkpoint import (
     mark_retrained,
     read_report,
 )
+from optimum_fista.folder.naming import as_in_model, operators_by_weight
 from optimum_fista.folder.output import new_output
 from optimum_fista.folder.packed_folder import is_packed, packed_operators
-from optimum_fista.folder.writing import as_in_model, operators_by_weight, summary, write_checkpoint
+from optimum_fista.folder.writing import summary, write_checkpoint
 from optimum_fista.model.experts import is_fused_experts
 from optimum_fista.model.layers import find_decoder_layers, require_unquantized
 from optimum_fista.model.operators import LINEAR

@@ -1,0 +1,105 @@
+"""Reports of operators and their masks, by the names in a checkpoint or by those in the model.
+
+A weight may have another name in the files than in the model, and another layout: `Conv1D` of GPT-2 stores [in, out],
+and the files of a mixture may have a tensor for each expert. A run works with the names of the model. `as_stored`
+translates what a folder gets, and `as_in_model` translates back what is read from a folder.
+
+A mask is a uint8 tensor with one bit for each weight (`solve.pattern.pack_mask`), True = kept.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_fista.model.choice import find_operators
+from optimum_fista.model.layers import find_decoder_layers
+from optimum_fista.model.operators import LinearOperator
+from optimum_fista.report import OperatorReport, PruningReport
+from optimum_fista.solve.pattern import pack_mask, unpack_mask
+from optimum_fista.source.names import StoredName, stored_names
+
+
+def operators_by_weight(model: PreTrainedModel, report: PruningReport) -> dict[str, LinearOperator]:
+    """Return the linear operators of a pruned model, by the names of their weights in the model.
+
+    `report` is that of the run which pruned the model. It tells which experts were left alone.
+    """
+    # If whole parts were removed, no expert was pruned as an operator.
+    dense_experts = ["*"] if report.removed else report.config["exclude"]
+    operators = {}
+    for layer_name, layer in find_decoder_layers(model):
+        for name, operator in find_operators(layer_name, layer, dense_experts).items():
+            operators[f"{name}.weight"] = operator
+    return operators
+
+
+def as_stored(
+    reports: Iterable[OperatorReport], masks: Mapping[str, Tensor], names: Mapping[str, StoredName]
+) -> tuple[list[OperatorReport], dict[str, Tensor]]:
+    """Return reports of operators and their masks under other names.
+
+    Args:
+        reports: Of the operators; `name` is that of the weight, such as "model.layers.0.mlp.up_proj.weight".
+        masks: By the same names, laid out as the weights are stored there.
+        names: The new name of each weight, and whether it is stored there as [in, out]. Masks are laid out likewise.
+    """
+    renamed_reports = []
+    renamed_masks = {}
+    for report in reports:
+        stored = names[report.name]
+        mask = masks[report.name]
+        if stored.transposed != report.stored_transposed:
+            # The bits follow row by row: [out, in] becomes [in, out], or the other way round.
+            mask = pack_mask(unpack_mask(mask, report.stored_shape).T)
+        renamed_masks[stored.name] = mask
+        renamed_reports.append(
+            dataclasses.replace(report, name=stored.name, stored_transposed=stored.transposed)
+        )
+    return renamed_reports, renamed_masks
+
+
+def as_in_model(
+    model: PreTrainedModel,
+    operators: Iterable[LinearOperator],
+    report: PruningReport,
+    masks: Mapping[str, Tensor],
+) -> tuple[PruningReport, dict[str, Tensor]]:
+    """Return a report and masks, read from a checkpoint, under the names of the model: undoes `as_stored`.
+
+    Args:
+        model: The model that was loaded from this checkpoint.
+        operators: Its linear operators (`operators_by_weight`).
+        report: With the names of the checkpoint. It is not changed.
+        masks: By the names of the checkpoint.
+
+    Raises:
+        ValueError: If the model has no such weight, or one of another shape.
+    """
+    operators = list(operators)
+    names = stored_names(model, operators, all_of_them=False)
+    by_stored_name = {}
+    for operator in operators:
+        weight = f"{operator.name}.weight"
+        if weight in names:
+            by_stored_name[names[weight].name] = operator
+
+    in_model = {}
+    for entry in report.operators:
+        stored_operator = by_stored_name.get(entry.name)
+        if stored_operator is None:
+            raise ValueError(
+                f"{entry.name} of shape {entry.shape} has a mask, but {type(model).__name__} has no such weight: pass "
+                "the folder or Hub id that this model was loaded from."
+            )
+        if stored_operator.shape != entry.shape:
+            raise ValueError(
+                f"{entry.name} of shape {entry.shape} has a mask, but {type(model).__name__} has it in shape "
+                f"{stored_operator.shape}: pass the folder or Hub id that this model was loaded from."
+            )
+        in_model[entry.name] = StoredName(
+            f"{stored_operator.name}.weight", stored_operator.transposed
+        )
+    entries, masks_in_model = as_stored(report.operators, masks, in_model)
+    return dataclasses.replace(report, operators=entries), masks_in_model
