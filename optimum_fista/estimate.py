@@ -214,6 +214,7 @@ class Estimate:
         self.config = plan.config
         self.left_dense = removal.left_dense
         self.num_removed = self.model.num_parameters() - removal.num_parameters
+        self.removed_parts = removal.removed_parts
         self._removes_experts = bool(removal.mixtures)
 
         # Operators to solve for: they get zeros, lose inputs, or are the last of their decoder layer, which compensates

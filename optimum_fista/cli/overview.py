@@ -115,13 +115,14 @@ def overview_of(estimate: Estimate) -> list[str]:
             if estimate.config.pattern == "unstructured"
             else estimate.config.pattern
         ),
+        "removed": "; ".join(map(str, estimate.removed_parts)),
         "method": f"{config.method}{default}, error correction {config.error_correction}",
         "calibration": f"{tokens}{held_out} {text}, batches of {estimate.batch_size}",
         "memory": f"{memory}, at most, on {estimate.device}{more}",
         "disk": size_text(sum(estimate.disk_bytes.values())),
     }
     unplaced = lines_of_unplaced(estimate.source.copied, estimate.source.lost)
-    return [f"{name:<13}{text}" for name, text in lines.items()] + [
+    return [f"{name:<13}{text}" for name, text in lines.items() if text] + [
         f"{'beside it':<13}{line}" for line in unplaced
     ]
 

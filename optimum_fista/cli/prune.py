@@ -156,7 +156,8 @@ def run(arguments: argparse.Namespace) -> int:
             return _run_tokens(size.tokens, arguments)
         arguments = size.second_run(arguments)
     config = _config(arguments)
-    arguments.output = arguments.output or default_output(model, config)
+    if arguments.output is None:
+        arguments.output = default_output(model, config, pattern_of_run(model, config))
     names, documents = _documents(arguments, config)
     if arguments.dry_run:
         if documents is not None:
@@ -295,10 +296,28 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
         require_same_run(unfinished_folder(arguments.output), wanted)
 
 
-def default_output(model: str, config: FistaPruningConfig) -> Path:
-    """The default output folder: the model's name and the pattern, as in `Llama-3.2-1B-50pct` or `model-2of4`."""
+def pattern_of_run(model: str, config: FistaPruningConfig) -> str:
+    """The pattern with the shares of parts that a run removes: only whole numbers of parts can be removed.
+
+    `model` is the name that the user gave. Its configuration is read, and refused if it can't lose these parts.
+    """
+    from optimum_fista.model.layers import find_decoder_layers
+    from optimum_fista.removal.parts import ModelOutline, removed_parts
+    from optimum_fista.source.loading import described, read_config
+
+    if config.whole_parts is None:
+        return config.pattern
+    outline = ModelOutline(find_decoder_layers(described(read_config(model))))
+    return "+".join(removed.pattern for removed in removed_parts(outline, config.whole_parts))
+
+
+def default_output(model: str, config: FistaPruningConfig, pattern: str | None = None) -> Path:
+    """The default output folder: the model's name and the pattern, as in `Llama-3.2-1B-50pct` or `model-2of4`.
+
+    `pattern` is that of the run (`pattern_of_run`); `None`: that of the configuration.
+    """
     percent = f"{100 * (config.sparsity or 0.0):.6g}pct"
-    pattern = percent if config.pattern == "unstructured" else config.pattern
+    pattern = percent if config.pattern == "unstructured" else pattern or config.pattern
     pattern = re.sub(r"[:+/]", "-", re.sub(r"(\d+):(\d+)", r"\1of\2", pattern))
     name = Path(os.path.abspath(model)).name if Path(model).exists() else model.rpartition("/")[2]
     return Path(f"{name}-{pattern}")

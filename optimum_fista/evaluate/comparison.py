@@ -24,7 +24,7 @@ from optimum_fista.folder.packed_folder import is_packed
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.operators import LinearOperator
-from optimum_fista.removal.parts import ModelOutline, numbers_kept
+from optimum_fista.removal.parts import ModelOutline, kept_by_kind, removed_parts
 from optimum_fista.removal.shrinking import plan_shrinking
 from optimum_fista.report import OperatorReport, PruningReport
 from optimum_fista.source.formats.dequantizer import dequantizer_of
@@ -173,7 +173,7 @@ def _remaining_tensors(
     """
     parts = FistaPruningConfig(pattern=report.config["pattern"]).whole_parts
     outline = ModelOutline(find_decoder_layers(dense_model))
-    counts = {} if parts is None else numbers_kept(outline, parts)
+    counts = {} if parts is None else kept_by_kind(removed_parts(outline, parts))
     plan = plan_shrinking(outline, counts, layers=report.model.get("layers_kept"))
 
     # by the name of the operator or mixture in the smaller model

@@ -11,7 +11,7 @@ key-value head with its query heads, or single experts. `Parts` are all parts of
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -32,7 +32,7 @@ from optimum_fista.removal.layer_overrides import (
     without_overrides,
 )
 from optimum_fista.removal.outline import as_text, described_model, shapes_of
-from optimum_fista.solve.patterns import WholeParts
+from optimum_fista.solve.patterns import PartShare, WholeParts
 
 Kind = Literal["channels", "heads", "experts"]
 
@@ -182,17 +182,62 @@ class ModelOutline:
         return self._parts[kind]
 
 
-def numbers_kept(outline: ModelOutline, pattern: WholeParts) -> dict[Kind, int]:
-    """Count the channels, heads and experts that every decoder layer keeps, by kind.
+@dataclass(frozen=True)
+class RemovedParts:
+    """How many parts of one kind a run removes: of every decoder layer, or how many decoder layers."""
 
-    Decoder layers are counted elsewhere (`parts_removal`).
+    share: PartShare  # that was asked for
+    number: int  # of all
+    kept: int
+
+    def __str__(self) -> str:
+        """Such as `1 of 3 heads of every decoder layer (33.33%; asked for: 34%)`."""
+        place = "" if self.share.kind == "layers" else " of every decoder layer"
+        kind = "decoder layers" if self.share.kind == "layers" else self.share.kind
+        asked = f"; asked for: {100 * self.share.share:g}%" if self.is_rounded else ""
+        removed = self.number - self.kept
+        return f"{removed} of {self.number} {kind}{place} ({removed / self.number:.2%}{asked})"
+
+    @property
+    def is_rounded(self) -> bool:
+        """Tell whether not exactly the share that was asked for is removed."""
+        return not math.isclose(1 - self.kept / self.number, self.share.share, rel_tol=1e-9)
+
+    @property
+    def pattern(self) -> str:
+        """The pattern with the share that is removed, such as `heads:0.33`."""
+        if not self.is_rounded:
+            return str(self.share)
+        asked = self.share
+        return str(PartShare.keeping(asked.kind, self.kept, self.number, asked.multiple_of))
+
+
+def removed_parts(outline: ModelOutline, pattern: WholeParts) -> list[RemovedParts]:
+    """Count the parts that a pattern removes from a model, in the order of the pattern.
+
+    Raises:
+        ValueError: If the model can't lose such parts, or no whole number of them is near enough to a share.
     """
-    counts = dict[Kind, int]()
+    removed = list[RemovedParts]()
     for share in pattern.shares:
         if share.kind == "layers":
-            continue
-        parts = outline.parts(share.kind)
-        counts[share.kind] = share.num_kept(parts.groups, parts.equal_runs, parts.at_least)
+            number = len(outline.layers)
+            kept = share.num_kept(number)
+        else:
+            parts = outline.parts(share.kind)
+            number = parts.groups
+            kept = share.num_kept(number, parts.equal_runs, parts.at_least)
+        removed.append(RemovedParts(share, number, kept))
+    return removed
+
+
+def kept_by_kind(removed: Iterable[RemovedParts]) -> dict[Kind, int]:
+    """How many channels, heads and experts every decoder layer keeps, by kind; `removed` also counts decoder layers."""
+    counts = dict[Kind, int]()
+    for parts in removed:
+        kind = parts.share.kind
+        if kind != "layers":
+            counts[kind] = parts.kept
     return counts
 
 

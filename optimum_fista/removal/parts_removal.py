@@ -27,7 +27,14 @@ from optimum_fista.model.operators import Group, LinearOperator
 from optimum_fista.model.sensitivity import DenseLoss
 from optimum_fista.removal.experts import SmallerMixture, experts_of, experts_to_keep, score_experts
 from optimum_fista.removal.layers import choose_layers
-from optimum_fista.removal.parts import Kind, ModelOutline, Part, numbers_kept
+from optimum_fista.removal.parts import (
+    Kind,
+    ModelOutline,
+    Part,
+    RemovedParts,
+    kept_by_kind,
+    removed_parts,
+)
 from optimum_fista.removal.proof import require_same_outputs, small_hidden_states
 from optimum_fista.removal.shrinking import Shrinking, plan_shrinking, plan_shrinkings
 from optimum_fista.removal.smaller_modules import shrink_model, smaller_copy
@@ -82,6 +89,8 @@ class Removal:
     channels: Mapping[str, Part] = field(default_factory=dict)
     # Mixtures that lose experts, by their decoder layers.
     mixtures: Mapping[str, Part] = field(default_factory=dict)
+    # How many parts of each kind are removed, such as "1 of 3 heads of every decoder layer (33.33%)".
+    removed_parts: Sequence[RemovedParts] = ()
     num_removed_layers: int = 0
     removed_layers: Losses = field(default_factory=dict)  # empty until they are chosen
 
@@ -183,7 +192,8 @@ class PartsRemoval(Removal):
         pattern = config.whole_parts
         assert pattern is not None
         outline = ModelOutline(layers)
-        counts = numbers_kept(outline, pattern)
+        removed = removed_parts(outline, pattern)
+        counts = kept_by_kind(removed)
         smaller, columns = plan_shrinkings(outline, counts)
         mixtures = [part for part in smaller.parts.values() if part.is_mixture]
         patterns: dict[str, SparsityPattern] = {
@@ -198,7 +208,6 @@ class PartsRemoval(Removal):
             layers, dense_experts, lambda name: None if name in patterns else "no part"
         )
 
-        total = len(layers)
         removal = cls(
             layers=layers,
             config=config,
@@ -211,8 +220,9 @@ class PartsRemoval(Removal):
                 for part in mixtures
                 if part.name.startswith(f"{name}.")
             },
+            removed_parts=removed,
             num_removed_layers=sum(
-                total - part.num_kept(total) for part in pattern.shares if part.kind == "layers"
+                part.number - part.kept for part in removed if part.share.kind == "layers"
             ),
             outline=outline,
             counts=counts,
@@ -450,6 +460,7 @@ class PartsRemoval(Removal):
         ]
         report.left_dense = self.renamed(report.left_dense)
         self.layers.model.config = self.smaller.model.config
+        report.model["parts_removed"] = [str(removed) for removed in self.removed_parts]
         report.model["dense_num_parameters"] = report.model["num_parameters"]
         report.model["num_parameters"] = self.smaller.model.num_parameters()
         if self.removed_layers:

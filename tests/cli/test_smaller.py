@@ -1,7 +1,7 @@
 """A model that lost whole parts, in every command: what is said of it is true."""
 
 import pytest
-from tiny_llama import QUICK, tiny_tokenizer
+from tiny_llama import QUICK, tiny_llama, tiny_tokenizer
 from tiny_models import tiny_model
 
 from optimum_fista.cli.main import main
@@ -65,3 +65,30 @@ def test_experts_that_went_are_counted_in_every_command(text_file, tmp_path, cap
     assert (
         "left dense (keeps 2 of 4 experts): model.layers.0.mlp.experts" in capsys.readouterr().out
     )
+
+
+def test_a_share_that_is_rounded_says_what_it_became(text_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny_llama(num_hidden_layers=3).save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    flags = ["--pattern", "layers:0.32", "--method", "wanda", *QUICK, "--calibration", text_file]
+
+    assert main(["prune", "model", *map(str, flags)]) == 0
+
+    removed = "1 of 3 decoder layers (33.33%; asked for: 32%)"
+    output = capsys.readouterr()
+    assert f"removed      {removed}\n" in output.err
+    assert "saved to model-layers-0.33\n" in output.out
+    assert f"| removed | {removed} |" in (tmp_path / "model-layers-0.33" / "README.md").read_text()
+
+
+def test_a_share_that_would_be_rounded_by_more_than_a_tenth_is_refused_before_any_work(
+    tiny_folder, text_file, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--pattern", "heads:0.3", *QUICK, "--calibration", str(text_file)]
+
+    assert main(["prune", str(tiny_folder), *flags]) == 1
+
+    assert "Pass a possible share: 0.5 (1 of 2)." in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

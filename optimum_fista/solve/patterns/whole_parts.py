@@ -1,9 +1,11 @@
 """Whole parts of a model: channels of its MLPs, key-value groups with their query heads, experts, or decoder layers.
 
-This is the only pattern that is not for a single matrix. It says how many parts of each kind are removed. `Columns` of
-the operators that read the parts decide which; for experts and decoder layers, `model` and `prune` decide.
+This is the only pattern that is not for a single matrix. A `PartShare` says which share of the parts of one kind is
+removed, and a `WholeParts` is one or several of them. `Columns` of the operators that read the parts decide which ones
+go. For experts and decoder layers, `removal` decides.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NoReturn, Self, cast
@@ -11,6 +13,12 @@ from typing import ClassVar, Literal, NoReturn, Self, cast
 from optimum_fista.solve.pattern import Scope, SparsityPattern
 
 PartKind = Literal["channels", "heads", "experts", "layers"]
+
+# A share is refused if the whole number of parts that is nearest to it differs by more than this part of it.
+_LARGEST_ROUNDING = 0.1
+_MOST_SHARES_LISTED = 8  # in an error
+# Kernels of matrix products are fast for sizes that are multiples of it.
+_FAST_MULTIPLE = 64
 
 _SHARE = r"((?:\d+\.?\d*|\.\d+)(?:e-\d+)?)"  # what `float` reads
 _PART = re.compile(rf"(channels|heads|experts|layers):{_SHARE}(?:/(\d+))?")
@@ -29,51 +37,93 @@ class PartShare:
     multiple_of: int | None = None
 
     def num_kept(self, number: int, equal_runs: int = 1, at_least: int = 1) -> int:
-        """Count the parts of `number` that stay: at least `at_least`, and equally many in each of `equal_runs` runs."""
-        step, kept = self._rounded(number, equal_runs)
-        if not at_least <= kept < number:
-            least, most = (
-                -(-at_least // step) * step,
-                (number - 1) // step * step,
-            )  # multiples of the step
-            fits = f"pass a share for which {least} to {most} stay"
-            if most < least:
-                fits = f"none can go in steps of {step}" + (
-                    f" with {at_least} left at least" if at_least > 1 else ""
-                )
-            stay = f"{kept} of {number} {self.kind} would stay (a multiple of {step})"
-            raise ValueError(f"pattern={str(self)!r}: {stay}; {fits}.")
+        """Count the parts of `number` that stay.
+
+        At least `at_least` stay, and equally many in each of `equal_runs` runs of equal length.
+
+        Raises:
+            ValueError: If no whole number of parts is near enough to the share; the message has possible shares.
+        """
+        step = self.step(number, equal_runs)
+        kept = self._nearest(number, step)
+        least = math.ceil(at_least / step) * step
+        most = (number - 1) // step * step
+        if most < least:
+            floor = f" with {at_least} left at least" if at_least > 1 else ""
+            raise ValueError(
+                f"pattern={str(self)!r}: {kept} of {number} {self.kind} would stay (a multiple of {step}); none can go "
+                f"in steps of {step}{floor}."
+            )
+
+        possible = self._possible_shares(number, range(least, most + 1, step))
+        if not least <= kept <= most:
+            raise ValueError(
+                f"pattern={str(self)!r}: {kept} of {number} {self.kind} would stay (a multiple of {step}); pass a "
+                f"share for which {least} to {most} stay: {possible}."
+            )
+        if self._is_far_from(kept, number):
+            raise ValueError(
+                f"pattern={str(self)!r}: only whole numbers of {self.kind} can be removed, in steps of {step}. Of "
+                f"{number}, the nearest is {number - kept} ({1 - kept / number:.2%}). Pass a possible share: "
+                f"{possible}."
+            )
         return kept
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.share}" + (
-            "" if self.multiple_of is None else f"/{self.multiple_of}"
-        )
+        """The text that `WholeParts.read` takes."""
+        multiple = "" if self.multiple_of is None else f"/{self.multiple_of}"
+        return f"{self.kind}:{self.share}{multiple}"
 
     @classmethod
-    def keeping(cls, kind: PartKind, kept: int, number: int) -> Self:
-        """Make the share that leaves `kept` of `number`, a multiple of the usual step, in as few digits as say it."""
+    def keeping(
+        cls, kind: PartKind, kept: int, number: int, multiple_of: int | None = None
+    ) -> Self:
+        """Make the share that leaves `kept` of `number` parts, in as few digits as say it.
+
+        `kept` must be a multiple of `multiple_of`, or of the usual step if that is `None`.
+        """
         exact = 1 - kept / number  # may need 17 digits
-        rounded = (cls(kind, round(exact, digits)) for digits in range(2, 9))
-        return next(
-            (part for part in rounded if part._rounded(number)[1] == kept), cls(kind, exact)
-        )
+        for digits in range(2, 9):
+            share = cls(kind, round(exact, digits), multiple_of)
+            step = share.step(number)
+            if share._nearest(number, step) == kept and not share._is_far_from(kept, number):
+                return share
+        return cls(kind, exact, multiple_of)
+
+    def step(self, number: int, equal_runs: int = 1) -> int:
+        """The divisor of the number of parts that stay, of `number` now."""
+        if self.multiple_of is not None:
+            return self.multiple_of
+        return self.usual_step(self.kind, number, equal_runs)
 
     @staticmethod
     def usual_step(kind: PartKind, number: int, equal_runs: int = 1) -> int:
         """Divisor of the number of parts that stay, if the user gives none."""
-        # Kernels of matrix products are fast for multiples of 64: a size that is one now stays one.
-        rounds = kind == "channels" and number % 64 == 0
-        return 64 if rounds and number > 64 else equal_runs
+        # a size for which kernels are fast stays one
+        is_fast_now = kind == "channels" and number % _FAST_MULTIPLE == 0
+        return _FAST_MULTIPLE if is_fast_now and number > _FAST_MULTIPLE else equal_runs
 
-    def _rounded(self, number: int, equal_runs: int = 1) -> tuple[int, int]:
-        """The step, and its multiple that is nearest to what would stay: possibly none or all."""
-        step = (
-            self.usual_step(self.kind, number, equal_runs)
-            if self.multiple_of is None
-            else self.multiple_of
-        )
-        return step, step * round((1 - self.share) * number / step)
+    def _nearest(self, number: int, step: int) -> int:
+        """The multiple of `step` that is nearest to what would stay of `number`: possibly none or all."""
+        return step * round((1 - self.share) * number / step)
+
+    def _is_far_from(self, kept: int, number: int) -> bool:
+        """Tell whether removing all but `kept` of `number` parts differs from the share by more than a tenth of it."""
+        asked = self.share * number
+        removed = number - kept
+        rounding = 1e-9 * number  # of the arithmetic: a tenth itself is not too much
+        return abs(removed - asked) > _LARGEST_ROUNDING * asked + rounding
+
+    def _possible_shares(self, number: int, possible: range) -> str:
+        """List the shares that leave one of the `possible` numbers of parts; of many, those nearest to this share."""
+        wanted = (1 - self.share) * number
+        nearest = sorted(possible, key=lambda kept: abs(kept - wanted))[:_MOST_SHARES_LISTED]
+        shares = []
+        for kept in sorted(nearest, reverse=True):
+            share = self.keeping(self.kind, kept, number, self.multiple_of).share
+            shares.append(f"{share:g} ({number - kept} of {number})")
+        more = ", ..." if len(nearest) < len(possible) else ""
+        return ", ".join(shares) + more
 
 
 @dataclass(frozen=True)
@@ -90,25 +140,31 @@ class WholeParts(SparsityPattern):
 
     @classmethod
     def read(cls, text: str, sparsity: float | None, scope: Scope) -> Self | None:  # noqa: ARG003, the text says it
-        """Read `"channels:0.25"`, with a multiple `"channels:0.25/64"`, several joined by `"+"`."""
-        found = [_PART.fullmatch(part) for part in text.split("+")]
-        shares = []
-        for part in found:
-            if part is None:
+        """Read `"channels:0.25"`, with a multiple `"channels:0.25/64"`, several joined by `"+"`.
+
+        Returns `None` if the text is a pattern of another kind; ValueError if it names parts and makes no sense.
+        """
+        shares = list[PartShare]()
+        for part in text.split("+"):
+            match = _PART.fullmatch(part)
+            if match is None:
                 return None
-            kind, share, multiple = part.groups()
-            multiple_of = int(multiple) if multiple else None
+            kind, share, multiple = match.groups()
+            multiple_of = None if multiple is None else int(multiple)
             if not 0 < float(share) < 1 or multiple_of == 0:
-                needed = f"a share of the {kind} in (0, 1) and a multiple of at least 1"
                 raise ValueError(
-                    f"pattern={text!r}: pass {needed}, such as '{kind}:0.25' or '{kind}:0.25/64'."
+                    f"pattern={text!r}: pass a share of the {kind} in (0, 1) and a multiple of at least 1, such as "
+                    f"'{kind}:0.25' or '{kind}:0.25/64'."
                 )
             shares.append(PartShare(cast(PartKind, kind), float(share), multiple_of))
-        if len({part.kind for part in shares}) < len(shares):
+
+        kinds = {share.kind for share in shares}
+        if len(kinds) < len(shares):
             raise ValueError(f"pattern={text!r}: name each kind once.")
-        return cls(max(part.share for part in shares), scope, shares=tuple(shares))
+        return cls(max(share.share for share in shares), scope, shares=tuple(shares))
 
     def __str__(self) -> str:
+        """The text that `read` takes."""
         return "+".join(map(str, self.shares))
 
     def require_shape(self, shape: tuple[int, ...], name: str = "weight") -> NoReturn:

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -22,8 +24,9 @@ def test_text(text):
         ("channels", 0.24, None, 1536, 1152),  # to a multiple of 64
         ("channels", 0.24, 1, 1536, 1167),
         ("channels", 0.25, None, 48, 36),  # 48 is no multiple of 64
-        ("channels", 0.5, 32, 96, 64),  # halves are rounded to even numbers of steps
-        ("heads", 0.3, None, 3, 2),
+        ("channels", 0.5, 32, 192, 96),
+        ("heads", 0.34, None, 3, 2),
+        ("heads", 0.55, None, 2, 1),  # the nearest number is a tenth away
     ],
 )
 def test_count(kind, share, multiple, number, kept):
@@ -51,6 +54,51 @@ def test_count(kind, share, multiple, number, kept):
 def test_shares_that_leave_none_or_all(part, number, message):
     with pytest.raises(ValueError, match=message):
         part.num_kept(number)
+
+
+@pytest.mark.parametrize(
+    ("part", "number", "message"),
+    [
+        (
+            PartShare("heads", 0.3),
+            2,
+            r"^pattern='heads:0.3': only whole numbers of heads can be removed, in steps of 1. Of 2, the nearest is 1 "
+            r"\(50.00%\). Pass a possible share: 0.5 \(1 of 2\).$",
+        ),
+        (PartShare("heads", 0.56), 2, r"Pass a possible share: 0.5 \(1 of 2\).$"),
+        (
+            PartShare("layers", 0.1),
+            16,
+            r"the nearest is 2 \(12.50%\). .* 0.06 \(1 of 16\), 0.12 \(2 of 16\), .* \(8 of 16\), ...",
+        ),
+        (
+            PartShare("channels", 0.1),
+            1536,
+            r"in steps of 64. Of 1536, the nearest is 128 \(8.33%\). .* 0.08 \(128 of 1536\), 0.12 \(192 of 1536\)",
+        ),
+        (PartShare("experts", 0.3), 4, r"0.25 \(1 of 4\), 0.5 \(2 of 4\), 0.75 \(3 of 4\)"),
+        (PartShare("channels", 0.5, 32), 96, r"0.33 \(32 of 96\), 0.67 \(64 of 96\)"),
+    ],
+)
+def test_a_share_that_would_be_rounded_by_more_than_a_tenth_is_refused(part, number, message):
+    with pytest.raises(ValueError, match=message):
+        part.num_kept(number)
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "multiple"),
+    [("heads", 3, None), ("layers", 61, None), ("channels", 1536, None), ("channels", 96, 32)],
+)
+def test_possible_shares_are_accepted_and_remove_what_they_say(kind, number, multiple):
+    with pytest.raises(ValueError, match="would stay") as raised:
+        PartShare(kind, 1e-6, multiple).num_kept(number)
+
+    possible = re.findall(r"([\d.]+) \((\d+) of", str(raised.value).rpartition("stay: ")[2])
+
+    assert possible
+    for share, removed in possible:
+        kept = PartShare(kind, float(share), multiple).num_kept(number)
+        assert number - kept == int(removed)
 
 
 @pytest.mark.parametrize("text", ["channels:0", "channels:1", "heads:1.5", "channels:0.5/0"])
