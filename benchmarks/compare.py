@@ -29,11 +29,11 @@ from optimum_fista import FistaPruner
 from optimum_fista.evaluate.perplexity import evaluate_perplexity
 from optimum_fista.folder.card import markdown_lines
 from optimum_fista.memory import release_memory
-from optimum_fista.report import library_versions
 from optimum_fista.source.loading import load_model, read_config, require_tokenizer
 from optimum_fista.text.calibration_tokens import calibration_tokens_by_name, usual_length
 from optimum_fista.text.sources import load_text
 from optimum_fista.text.windows import calibration_windows, evaluation_windows
+from optimum_fista.versions import library_versions
 
 DENSE = ("dense", "-")
 HELPS = {

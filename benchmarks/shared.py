@@ -25,11 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from optimum_fista.config import RECIPES, FistaPruningConfig
-from optimum_fista.report import library_versions
 from optimum_fista.solve.pattern import Scope, SparsityPattern
 from optimum_fista.solve.patterns import parse_pattern
 from optimum_fista.text.sources import load_text
 from optimum_fista.text.windows import calibration_windows, evaluation_windows
+from optimum_fista.versions import library_versions
 
 _HELP = {
     "model": "a Hub id, a model folder, or a folder with one GGUF file",

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from optimum_fista.environment import processor_name
 from optimum_fista.folder.card import markdown_lines
 from optimum_fista.memory import device_counts, release_memory
-from optimum_fista.report import device_name
 from optimum_fista.source.loading import read_model
+from optimum_fista.versions import device_name
 
 HELPS = {
     "model": "pruned model folder; or the JSON file of an earlier call, to show it again",

@@ -39,9 +39,9 @@ from transformers import (
 )
 
 from optimum_fista.evaluate.perplexity import evaluate_perplexity
-from optimum_fista.report import library_versions
 from optimum_fista.text.sources import load_text
 from optimum_fista.text.windows import evaluation_windows
+from optimum_fista.versions import library_versions
 
 END = "<|endoftext|>"
 HELD_OUT = 0.1

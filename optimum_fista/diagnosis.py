@@ -25,7 +25,7 @@ from optimum_fista.environment import processor_name
 from optimum_fista.memory import available_bytes
 from optimum_fista.model.precision import choose_products
 from optimum_fista.pruner import FistaPruner
-from optimum_fista.report import device_name, library_versions
+from optimum_fista.versions import device_name, library_versions
 
 _SAME_ZEROS = 0.99  # rounding moves a few weights over the threshold
 _SAME_WEIGHTS = 0.05  # relative distance that rounding makes

@@ -11,24 +11,16 @@ user began with (`origin.py`), which was pruned by earlier runs if there were so
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib.metadata
 import json
 import math
-import os
-import platform
-import re
 import shlex
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
 from statistics import fmean
 from typing import Any
 
-import torch
-
-import optimum_fista
 from optimum_fista.memory import MemoryPeak
 from optimum_fista.options import as_record
 from optimum_fista.origin import MeasuredPerplexity, OriginReport, StepReport
@@ -36,6 +28,7 @@ from optimum_fista.plain_text import plain_text, plain_values
 from optimum_fista.solve.pattern import Scope
 from optimum_fista.solve.patterns import parse_pattern
 from optimum_fista.verdict import OWN_TEXT, verdict
+from optimum_fista.versions import library_versions
 
 COST_OF_TOKENS_ELSEWHERE = (
     "text unlike the one that was counted, such as other languages, code and names, takes more tokens and "
@@ -45,31 +38,6 @@ COST_OF_TOKENS_ELSEWHERE = (
 
 # Keys of report.json that are computed from the others, for people who read the file.
 _COMPUTED = ("totals", "command")
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of Python, this package and the libraries whose numbers or files depend on them."""
-    libraries = ("torch", "transformers", "accelerate", "optimum", "safetensors", "huggingface-hub")
-    versions = {"python": platform.python_version(), "optimum-fista": optimum_fista.__version__}
-    for name in libraries:
-        versions[name] = _version(name)
-    if torch.accelerator.is_available():
-        accelerator = torch.accelerator.current_accelerator()
-        if accelerator is not None:
-            versions["gpu"] = device_name(accelerator)
-    return versions
-
-
-# The search for a package in the file system is slow.
-_version = functools.cache(importlib.metadata.version)
-
-
-def device_name(device: torch.device) -> str:
-    """The name that a device gives itself; its type if it gives none."""
-    module = torch.get_device_module(device)
-    if hasattr(module, "get_device_name"):
-        return str(module.get_device_name(device))
-    return device.type
 
 
 @dataclass(frozen=True)
@@ -670,48 +638,3 @@ def lines_of_unplaced(copied: Mapping[str, int], lacks: Mapping[str, str]) -> li
         shown = ", ".join(f"{module} ({reason})" for module, reason in lacks.items())
         lines.append(f"not in the pruned model: {shown}")
     return lines
-
-
-# repositories of the data sets that have a short name here
-HUB_DATASETS = {
-    "wikitext2": "Salesforce/wikitext",
-    "c4": "allenai/c4",
-    "ptb": "ptb-text-only/ptb_text_only",
-}
-
-
-def public_name(name: str) -> str:
-    """The name to write into a folder that may be uploaded: for a path only its last part."""
-    is_path = os.path.exists(name) or os.path.isabs(name) or name.startswith(("~", "."))
-    public = os.path.basename(os.path.abspath(name)) if is_path else name
-    return plain_text(public)
-
-
-class OperatorGrid:
-    """Operators by decoder layer (rows) and kind (columns); the experts of a mixture share a kind."""
-
-    def __init__(self, operators: Iterable[OperatorReport]) -> None:
-        # By layer and kind; no list is empty.
-        self.cells: dict[tuple[str, str], list[OperatorReport]] = {}
-        # By kind, layer by layer.
-        self.kinds: dict[str, list[OperatorReport]] = {}
-        for operator in operators:
-            layer, kind = layer_and_kind(operator.name)
-            self.cells.setdefault((layer, kind), []).append(operator)
-            self.kinds.setdefault(kind, []).append(operator)
-        # In pruning order.
-        self.layers = list(dict.fromkeys(layer for layer, _ in self.cells))
-
-
-def layer_and_kind(name: str) -> tuple[str, str]:
-    """`model.layers.3` and `self_attn.q_proj` of `model.layers.3.self_attn.q_proj.weight`."""
-    layer, kind = "", name
-    match = re.fullmatch(r"(.*?\.\d+)\.(.+)", name)
-    if match:
-        layer, kind = match.groups()
-    kind = kind.removesuffix(".weight")
-    # Experts that are modules: "experts.7.w2".
-    kind = re.sub(r"(experts)\.\d+\.", r"\1.*.", kind)
-    # Experts in one tensor: "experts.gate_up_proj[3, :, 0::2]".
-    kind = re.sub(r"\[\d+", "[*", kind)
-    return layer, kind

@@ -4,15 +4,10 @@ import json
 import pytest
 
 from optimum_fista.memory import MemoryPeak
+from optimum_fista.operator_grid import OperatorGrid, layer_and_kind
 from optimum_fista.plain_text import plain_text
-from optimum_fista.report import (
-    LayerReport,
-    OperatorGrid,
-    OperatorReport,
-    PruningReport,
-    layer_and_kind,
-    public_name,
-)
+from optimum_fista.public_names import public_name
+from optimum_fista.report import LayerReport, OperatorReport, PruningReport
 
 
 def operator(name: str, **changes) -> OperatorReport:

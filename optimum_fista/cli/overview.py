@@ -216,7 +216,7 @@ def path_of_first_model(report: PruningReport, model: str) -> str:
         report: Report of a run that was given `model`. It knows of the first model a Hub id or the last part of a path.
         model: Hub id or path.
     """
-    from optimum_fista.report import public_name
+    from optimum_fista.public_names import public_name
 
     name = report.first_model.name
     if report.origin is None or public_name(model) == name:

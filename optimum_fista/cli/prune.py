@@ -327,7 +327,7 @@ def _documents(
     arguments: argparse.Namespace, config: FistaPruningConfig
 ) -> tuple[str, Iterator[str] | None]:
     """Names and documents of all sources, if tokens are removed; `arguments.calibration` becomes the first one."""
-    from optimum_fista.report import public_name
+    from optimum_fista.public_names import public_name
     from optimum_fista.text.sources import load_text, usual_texts
 
     sources = arguments.calibration or [usual_texts()[1] if config.tokens_removal else None]

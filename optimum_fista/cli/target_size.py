@@ -22,6 +22,7 @@ from optimum_fista.folder.output import require_output
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.options import PruningOptions
 from optimum_fista.prune.ranks import launched_processes
+from optimum_fista.public_names import public_name
 from optimum_fista.removal.parts import ModelOutline
 from optimum_fista.removal.tokens import (
     CountedModel,
@@ -30,7 +31,6 @@ from optimum_fista.removal.tokens import (
     plan_counted,
     write_plan,
 )
-from optimum_fista.report import public_name
 from optimum_fista.solve.patterns import PartShare
 from optimum_fista.source import loading
 from optimum_fista.text.sources import TextSource, load_text, usual_texts

@@ -23,12 +23,9 @@ from yaml import YAMLError
 
 from optimum_fista.headlines import STEP_HEADINGS, perplexities_to_compare, step_rows, title
 from optimum_fista.installing import install_command
-from optimum_fista.report import (
-    COST_OF_TOKENS_ELSEWHERE,
-    HUB_DATASETS,
-    OperatorGrid,
-    PruningReport,
-)
+from optimum_fista.operator_grid import OperatorGrid
+from optimum_fista.public_names import HUB_DATASETS
+from optimum_fista.report import COST_OF_TOKENS_ELSEWHERE, PruningReport
 
 PACKED_NOTE = f"""
 ## Packed

@@ -27,7 +27,8 @@ from optimum_fista.model.media import media_arguments, targets_of
 from optimum_fista.model.offload import execution_device
 from optimum_fista.prune.notes import begin_report
 from optimum_fista.prune.plan import Plan
-from optimum_fista.report import PruningReport, public_name
+from optimum_fista.public_names import public_name
+from optimum_fista.report import PruningReport
 
 T = TypeVar("T")
 

@@ -34,7 +34,8 @@ from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.options import as_record
 from optimum_fista.prune.plan import Budgets, Plan
 from optimum_fista.prune.ranks import Ranks
-from optimum_fista.report import LayerRecord, PruningReport, library_versions
+from optimum_fista.report import LayerRecord, PruningReport
+from optimum_fista.versions import library_versions
 
 WEIGHTS_FILE = f"{FOLDER}/weights.json"
 """Sizes, times and digests of the weight files that are read."""

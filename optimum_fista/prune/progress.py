@@ -6,8 +6,9 @@ from statistics import fmean
 from typing import Any
 
 from optimum_fista.bars import tqdm
+from optimum_fista.operator_grid import layer_and_kind
 from optimum_fista.prune.callback import PruningCallback
-from optimum_fista.report import LayerReport, OperatorReport, layer_and_kind
+from optimum_fista.report import LayerReport, OperatorReport
 
 
 class Progress(PruningCallback):

@@ -41,6 +41,7 @@ from optimum_fista.folder.writing import write_all_but_weights
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.media import media_arguments
 from optimum_fista.origin import read_origin
+from optimum_fista.public_names import public_name
 from optimum_fista.removal.token_ids import (
     ChatTemplateError,
     configuration_files,
@@ -50,7 +51,7 @@ from optimum_fista.removal.token_ids import (
     sections,
 )
 from optimum_fista.removal.token_loss import measure_bits_per_byte
-from optimum_fista.report import PruningReport, public_name
+from optimum_fista.report import PruningReport
 from optimum_fista.source import loading
 from optimum_fista.source.files import copy_source, source_folder
 from optimum_fista.source.quantization import forget_quantization

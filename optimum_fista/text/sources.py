@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from optimum_fista.installing import install_command
-from optimum_fista.report import HUB_DATASETS
+from optimum_fista.public_names import HUB_DATASETS
 
 Split = Literal["calibration", "test"]
 

@@ -47,7 +47,8 @@ from optimum_fista.memory import available_bytes
 from optimum_fista.model.media import media_arguments
 from optimum_fista.prune.journal import SourceFiles, join_run, shared_files
 from optimum_fista.prune.ranks import Ranks, joined_ranks
-from optimum_fista.report import RecoveryReport, library_versions, lines_of_unplaced, public_name
+from optimum_fista.public_names import public_name
+from optimum_fista.report import RecoveryReport, lines_of_unplaced
 from optimum_fista.source.files import copy_source
 from optimum_fista.source.loading import load_model, read_model
 from optimum_fista.source.source_tensors import source_tensors
@@ -68,6 +69,7 @@ from optimum_fista.train.recovery_plan import (
 )
 from optimum_fista.train.teacher import require_dense_model
 from optimum_fista.train.training import MaskedTrainingCallback, find_masks, find_record, local
+from optimum_fista.versions import library_versions
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from optimum_fista.memory import available_bytes, release_memory
 from optimum_fista.packed.format import pack
 from optimum_fista.packed.linear import PackedLinear
 from optimum_fista.removal import parts_removal
-from optimum_fista.report import device_name, library_versions
 from optimum_fista.text.self_sampling import sample_text_from_model
+from optimum_fista.versions import device_name, library_versions
 
 
 def test_the_current_device_is_the_default():

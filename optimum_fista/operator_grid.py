@@ -1,0 +1,38 @@
+"""The operators of a report as a table: decoder layers are rows, kinds of operators are columns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from optimum_fista.report import OperatorReport
+
+
+class OperatorGrid:
+    """Operators by decoder layer (rows) and kind (columns); the experts of a mixture share a kind."""
+
+    def __init__(self, operators: Iterable[OperatorReport]) -> None:
+        # By layer and kind; no list is empty.
+        self.cells: dict[tuple[str, str], list[OperatorReport]] = {}
+        # By kind, layer by layer.
+        self.kinds: dict[str, list[OperatorReport]] = {}
+        for operator in operators:
+            layer, kind = layer_and_kind(operator.name)
+            self.cells.setdefault((layer, kind), []).append(operator)
+            self.kinds.setdefault(kind, []).append(operator)
+        # In pruning order.
+        self.layers = list(dict.fromkeys(layer for layer, _ in self.cells))
+
+
+def layer_and_kind(name: str) -> tuple[str, str]:
+    """`model.layers.3` and `self_attn.q_proj` of `model.layers.3.self_attn.q_proj.weight`."""
+    layer, kind = "", name
+    match = re.fullmatch(r"(.*?\.\d+)\.(.+)", name)
+    if match:
+        layer, kind = match.groups()
+    kind = kind.removesuffix(".weight")
+    # Experts that are modules: "experts.7.w2".
+    kind = re.sub(r"(experts)\.\d+\.", r"\1.*.", kind)
+    # Experts in one tensor: "experts.gate_up_proj[3, :, 0::2]".
+    kind = re.sub(r"\[\d+", "[*", kind)
+    return layer, kind
