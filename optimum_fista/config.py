@@ -15,8 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import cached_file
-
+from optimum_fista import internals
 from optimum_fista.model.choice import matches
 from optimum_fista.model.correction import Correction
 from optimum_fista.options import PruningOptions, wrong_field
@@ -199,10 +198,7 @@ class FistaPruningConfig(PruningOptions):
         """Read a configuration: of a pruned folder or Hub id, a folder of `save_pretrained`, or a JSON file."""
         file = Path(source)
         if not file.is_file():
-            found = (
-                cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)
-                for name in _FILES
-            )
+            found = (internals.cached_file_if_any(str(source), name) for name in _FILES)
             if (name := next(filter(None, found), None)) is None:
                 raise FileNotFoundError(
                     f"{str(source)!r} holds neither {' nor '.join(_FILES)}: pass a pruned folder."

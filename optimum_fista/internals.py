@@ -52,7 +52,11 @@ LOADED_FROM = "_name_or_path"
 
 
 def commit_of(config: Any) -> str | None:
-    """Return the commit of the Hub's repository from which a configuration was loaded; `None` for a folder."""
+    """Return the commit of the Hub's repository from which a configuration was loaded.
+
+    `None` for a folder, and with versions of Transformers that no longer note it (5.24): the cache then knows the
+    commit of the branch.
+    """
     commit: str | None = getattr(config, "_commit_hash", None)
     return commit
 
@@ -95,15 +99,18 @@ def is_as_loaded(generation_config: Any) -> bool:
     return noted is not None and noted == hash(generation_config)
 
 
-def cached_file_if_any(name: str, file: str) -> str | None:
-    """Return the path of a model's file, loaded from the Hub if need be; `None` if the model or the Hub lacks it."""
+def cached_file_if_any(name: str, file: str, *, needs_hub: bool = True) -> str | None:
+    """Return the path of a model's file, loaded from the Hub if need be; `None` if the model has no such file.
+
+    If the Hub can't be reached, an error is raised, or `None` is returned if it is not needed (`needs_hub` is False).
+    """
     from transformers.utils import cached_file
 
     path: str | None = cached_file(
         name,
         file,
         _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_connection_errors=needs_hub,
     )
     return path
 
@@ -123,20 +130,38 @@ def original_targets(conversion: Any) -> list[str]:
     return list(targets)
 
 
-def weight_conversions(model: nn.Module) -> list[Any] | None:
-    """Return the conversions by which a model was loaded; `None` if it was made in Python."""
-    conversions: list[Any] | None = getattr(model, "_weight_conversions", None)
-    return conversions
-
-
 def set_weight_conversions(model: nn.Module, conversions: Sequence[Any]) -> None:
     """Change the conversions that `save_pretrained` reverts to save `model`."""
     vars(model)["_weight_conversions"] = list(conversions)
 
 
+def forget_weight_conversions(model: nn.Module) -> None:
+    """Have `save_pretrained` save `model` as if it was made in Python."""
+    vars(model).pop("_weight_conversions", None)
+
+
+def renames_without_casting() -> bool:
+    """Tell whether Transformers is before 5.22: tensors that it only renames then keep the dtype of the file."""
+    from transformers.quantizers.base import HfQuantizer
+
+    return not hasattr(HfQuantizer, "get_load_operations")
+
+
+def parts_in_float32(model: Any, dtype: torch.dtype) -> list[str]:
+    """Return parts of names of parameters that stay in float32 if a model is loaded in `dtype`."""
+    return list(model._get_dtype_plan(dtype))
+
+
 def prepare_for_loading(quantizer: Any, model: nn.Module, **options: Any) -> None:
     """Have a quantizer of Transformers change the modules of `model` for the weights in the files."""
     quantizer._process_model_before_weight_loading(model, **options)
+
+
+def unchanged() -> Any:
+    """Return an operation of a conversion that returns what it gets."""
+    from transformers.core_model_loading import _IdentityOp
+
+    return _IdentityOp()
 
 
 # Transformers: training

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optimum_fista import internals
 from optimum_fista.evaluate.comparison import VerificationError, compare_with_dense
 from optimum_fista.folder.checkpoint import (
     CONFIG_FILE,
@@ -340,7 +341,7 @@ def _verify_shapes(folder: Path, model: PreTrainedModel) -> None:
         model: The model without weights that its `config.json` describes.
     """
     source = source_tensors(model, folder)
-    not_saved = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
+    not_saved = {*model.all_tied_weights_keys, *internals.names_not_saved(model)}
     described = {
         name: tensor for name, tensor in model.state_dict().items() if name not in not_saved
     }

@@ -228,7 +228,7 @@ def write_all_but_weights(
     model.config.architectures = [type(model).__name__]  # a configuration made in Python names none
     model.config.dtype = str(model.dtype).removeprefix("torch.")  # in which Transformers loads it
 
-    dense_name = getattr(model.config, "_name_or_path", "") or ""
+    dense_name = internals.loaded_from(model.config)
     card = model_card(report, dense_name)
     content = content_of(model.config, source_content(source))
     write_form(folder, content, card, masks, packed, quantized)

@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from optimum_fista import internals
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.experts import FusedExperts, can_be_split, is_fused_experts
 from optimum_fista.model.layers import DecoderLayers
@@ -53,7 +54,9 @@ def choose_operators(
             if reason is not None:
                 left_dense[name] = reason
                 continue
-            if operator.tensor not in operator.owner._parameters:  # its zeros would be overwritten
+            if not internals.is_own_parameter(
+                operator.owner, operator.tensor
+            ):  # its zeros would be overwritten
                 raise UnsupportedArchitectureError(
                     f"the weight of {operator.name} is computed from other tensors (weight_norm, spectral_norm, "
                     "torch.nn.utils.prune or a parametrization): make it a parameter again (remove_weight_norm, "

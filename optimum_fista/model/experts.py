@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
+from optimum_fista import internals
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.hooks import replaced_forwards
 from optimum_fista.model.operators import LinearOperator
@@ -291,13 +291,13 @@ class FusedExperts:
             return module.act_fn(self._call(expert, "up_proj", inputs, tokens))
         gate = self._call(expert, "gate_proj", inputs, tokens)
         up = self._call(expert, "up_proj", inputs, tokens)
-        if not hasattr(module, "_apply_gate"):
+        if not internals.applies_gate(module):
             return up * module.act_fn(gate)
         # The module itself applies the gate, [tokens, 2 * intermediate] -> [tokens, intermediate]. It needs both in the
         # order of the fused matrix.
         if self.interleaved:
-            return module._apply_gate(torch.stack((gate, up), dim=-1).flatten(-2))
-        return module._apply_gate(torch.cat((gate, up), dim=-1))
+            return internals.apply_gate(module, torch.stack((gate, up), dim=-1).flatten(-2))
+        return internals.apply_gate(module, torch.cat((gate, up), dim=-1))
 
     def _call(self, expert: int, kind: str, inputs: Tensor, tokens: Tensor) -> Tensor:
         """Call one matrix of an expert on `inputs` [tokens, in]."""
@@ -307,7 +307,7 @@ class FusedExperts:
 
 def is_fused_experts(module: nn.Module) -> bool:
     """Tell whether a module keeps matrices in 3-D parameters."""
-    if isinstance(module, _ConvNd):
+    if internals.is_convolution(module):
         return False
     parameters = module.parameters(recurse=False)
     # a size of one is that of a scale or a norm
@@ -336,7 +336,7 @@ def split_experts(
         for experts in mixtures.values():
             module = experts.module
             # If Accelerate has put its hooks around the forward pass, they still run.
-            name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+            name = internals.forward_attribute(module)
             forward = partial(experts.forward, getattr(module, name), watcher)
             replaced.enter_context(replaced_forwards([module], [forward], name))
         yield

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
+from optimum_fista import internals
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activations import ActivationStore
 from optimum_fista.model.hooks import operator_input, replaced_forwards, watching
@@ -67,12 +67,12 @@ def trace_groups(
     """
     tracer = _Tracer(operators)
     parts = [part for part in layer.children() if part not in tracer.by_module]
-    version_before = hidden_states._version  # PyTorch counts changes in place
+    version_before = internals.changes_in_place(hidden_states)
     with ExitStack() as hooks:
         for module in (*tracer.by_module, *parts):
             hooks.enter_context(module.register_forward_hook(tracer.see, with_kwargs=True))
         call.run(layer, hidden_states)
-    if hidden_states._version != version_before:
+    if internals.changes_in_place(hidden_states) != version_before:
         raise UnsupportedArchitectureError(
             f"{type(layer).__name__} overwrites the hidden states that it is called with, and can't run on them again: "
             "have it work on a copy."
@@ -128,7 +128,9 @@ class _Tracer:
             return
         first, rest = split
         operator, operator_output, version = self._latest
-        is_unchanged = operator_output._version == version  # nothing was added to it in place
+        is_unchanged = (
+            internals.changes_in_place(operator_output) == version
+        )  # nothing was added to it in place
         if first is operator_output and is_unchanged:
             self.ends[operator.name] = PartEnd(part, rest)
 
@@ -139,16 +141,16 @@ class _Tracer:
             self.left_dense[operator.name] = "returns something other than W x + b"
         self._latest = None
         if isinstance(output, Tensor):
-            self._latest = (operator, output, output._version)
+            self._latest = (operator, output, internals.changes_in_place(output))
 
 
 def _is_doubtful(module: nn.Module) -> bool:
     """Tell whether a linear module may return something other than `W x + b`."""
     if not isinstance(module, LINEAR):
         return False
-    forward = vars(module).get("_old_forward", module.forward)  # what Accelerate's hooks call
+    forward = getattr(module, internals.forward_attribute(module))  # what Accelerate's hooks call
     is_plain = getattr(forward, "__func__", None) in (nn.Linear.forward, Conv1D.forward)
-    has_hooks = bool(module._forward_hooks)  # which may change its output
+    has_hooks = internals.has_forward_hooks(module)  # which may change its output
     return has_hooks or not is_plain
 
 
@@ -166,7 +168,7 @@ def _is_product(operator: LinearOperator, inputs: Tensor, output: object) -> boo
 def _memory_of(inputs: Tensor) -> tuple[Any, ...]:
     """A key that is equal for two tensors if they are the same values in the same memory."""
     return (
-        inputs.untyped_storage()._cdata,  # data_ptr() is 0 on the meta device
+        internals.memory_of(inputs),  # data_ptr() is 0 on the meta device
         inputs.storage_offset(),
         # Not the whole shape: one operator may see [batch, sequence, in], the other [tokens, in].
         inputs.numel(),
@@ -183,7 +185,9 @@ def split_output(output: object) -> tuple[Tensor, Rest] | None:
     if isinstance(output, tuple) and output:
         first = output[0]
         rest = output[1:]
-    if not isinstance(first, Tensor) or any(value is not None for value in tree_leaves(rest)):
+    if not isinstance(first, Tensor) or any(
+        value is not None for value in internals.leaves_of(rest)
+    ):
         return None
     return first, rest
 
@@ -288,7 +292,7 @@ class FinishedParts:
             last_operator = groups[max(numbers)][0]
             end = ends.get(last_operator.name)
             # A hook that changes inputs would change those that were kept a second time.
-            has_hooks = bool(last_operator.module._forward_pre_hooks)
+            has_hooks = internals.has_forward_pre_hooks(last_operator.module)
             if end is not None and end.part is part and not has_hooks:
                 self._ends[part] = (last_operator, end.rest)
 

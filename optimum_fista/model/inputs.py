@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optimum_fista import internals
 from optimum_fista.bars import tqdm
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activations import ActivationStore, Storage
@@ -295,7 +296,7 @@ class _Recorder:
     def _expect(self, hidden_states: Tensor) -> None:
         """Expect these hidden states in the next layer."""
         self.expected = hidden_states
-        self.version = hidden_states._version
+        self.version = internals.changes_in_place(hidden_states)
 
     def _check_order(self, index: int, hidden_states: Tensor) -> None:
         """Refuse a layer out of order, or on other hidden states than expected; note changes that may be sums."""
@@ -311,7 +312,7 @@ class _Recorder:
         is_expected = (
             hidden_states.data_ptr() == expected.data_ptr()
             and hidden_states.shape == expected.shape
-            and hidden_states._version == self.version
+            and internals.changes_in_place(hidden_states) == self.version
         )
         if is_expected:
             return

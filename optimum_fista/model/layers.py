@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from optimum_fista import internals
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.offload import combined_sha256, offload_hook, settle_ties, sha256_of
 
@@ -73,7 +74,7 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
         )
     decoder = model.get_decoder()
     # Names of classes that Transformers does not split over devices, because they hold a residual connection.
-    wanted = set(getattr(model, "_no_split_modules", None) or ())
+    wanted = internals.classes_not_split(model)
     lists = {
         name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)
     }
@@ -137,12 +138,8 @@ def prunable_layers(model: PreTrainedModel, *, loaded: bool = True) -> DecoderLa
     The weights have to be loaded, unless `loaded` is False.
     """
     for name, module in model.named_modules():
-        where, forward = f"model.{name}" if name else "model", module.forward
-        # Compiled by torch.compile(module.forward), torch.compile(module), or module.compile(): hooks may not run.
-        by_dynamo = hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(
-            forward, "_torchdynamo_disable"
-        )
-        if by_dynamo or "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+        where = f"model.{name}" if name else "model"
+        if internals.is_compiled(module):  # hooks may not run
             raise UnsupportedArchitectureError(
                 f"{where} is compiled (torch.compile): prune the model before it is compiled, and compile the pruned "
                 "one. The original is the attribute _orig_mod of the module that torch.compile returned."

@@ -23,6 +23,8 @@ from accelerate.utils.modeling import named_module_tensors
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from optimum_fista import internals
+
 
 def execution_device(module: nn.Module) -> torch.device:
     """Find where a module computes: the device of its first weight, or the one to which Accelerate moves it."""
@@ -169,7 +171,7 @@ def move_execution(model: nn.Module, device: torch.device) -> None:
 
 def alignment_hooks(module: nn.Module) -> list[AlignDevicesHook]:
     """The hooks by which Accelerate brings a module's weights and inputs to its device."""
-    hook = getattr(module, "_hf_hook", None)
+    hook = internals.hook_of(module)
     found = hook.hooks if isinstance(hook, SequentialHook) else [hook]
     return [h for h in found if isinstance(h, AlignDevicesHook)]
 

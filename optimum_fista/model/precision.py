@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+
+from optimum_fista import internals
 
 Products = Literal["float32", "tf32", "bfloat16", "widened"]
 """How matrices are multiplied; sums are always float32. All but "widened" leave 16-bit matrices as they are.
@@ -57,18 +58,11 @@ def is_fast(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a device has units that multiply matrices of this 16-bit dtype at least as fast as float32 ones."""
     if device.type != "cpu":
         return True
-    # What oneDNN may use (ONEDNN_MAX_CPU_ISA restricts it); a PyTorch without oneDNN has no such function.
-    kind = "bf16" if dtype == torch.bfloat16 else "fp16"
-    if not getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", lambda: False)():
+    if not internals.onednn_multiplies(dtype):
         return False
     # On x86 the answer for bfloat16 is yes for any AVX-512, which without these units reaches 0.4 of float32's rate.
-    units = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # an older PyTorch may not tell
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return (
-        kind == "fp16"
-        or not is_x86
-        or any(getattr(torch.cpu, unit, lambda: False)() for unit in units)
-    )
+    return dtype != torch.bfloat16 or not is_x86 or internals.has_bfloat16_units()
 
 
 @contextmanager
@@ -93,11 +87,13 @@ class _Widened(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in _WIDENED and "out" not in kwargs:
             halves = [
-                v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and _is_half(v)
+                v
+                for v in internals.leaves_of((args, kwargs))
+                if isinstance(v, Tensor) and _is_half(v)
             ]
             if halves and halves[0].device.type == "cpu":
-                args, kwargs = tree_map_only(
-                    Tensor, lambda v: v.float() if _is_half(v) else v, (args, kwargs)
+                args, kwargs = internals.tensors_replaced(
+                    (args, kwargs), lambda v: v.float() if _is_half(v) else v
                 )
                 return func(*args, **kwargs).to(halves[0].dtype)
         return func(*args, **kwargs)

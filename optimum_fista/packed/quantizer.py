@@ -25,12 +25,12 @@ from transformers.core_model_loading import (
     ConversionOps,
     WeightConverter,
     WeightRenaming,
-    _IdentityOp,
 )
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from optimum_fista import internals
 from optimum_fista.packed.format import (
     SUFFIXES,
     PackedFormatError,
@@ -166,7 +166,7 @@ class Unpack(ConversionOps):
     @property
     def reverse_op(self) -> ConversionOps:
         """The operation that saving a loaded model does instead: none, because the model is saved dense."""
-        return _IdentityOp()
+        return internals.unchanged()
 
 
 @auto.register_quantizer(QUANT_METHOD)
@@ -213,8 +213,8 @@ class FistaPackedQuantizer(HfQuantizer):
 
     def _for_packed_parts(self, conversion: Any) -> list[Any]:
         """Return what takes the place of one conversion of the model's tensors; the conversion itself may be in it."""
-        sources = conversion._original_source_patterns
-        targets = conversion._original_target_patterns
+        sources = internals.original_sources(conversion)
+        targets = internals.original_targets(conversion)
         names = self.quantization_config.parameters
         concerns_packed = all(source.rpartition(".")[2] in names for source in sources)
 
@@ -272,12 +272,12 @@ class FistaPackedQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         """Remove from the loaded model what would make `save_pretrained` look for packed files, and return it."""
         vars(model.config).pop("transformers_weights", None)
-        is_transformers_5_17 = not hasattr(HfQuantizer, "get_load_operations")
+        is_transformers_5_17 = internals.renames_without_casting()
         if is_transformers_5_17:
             # With them a saved model would have the names of packed parts.
-            vars(model).pop("_weight_conversions", None)
+            internals.forget_weight_conversions(model)
             # Tensors that are only renamed still have the dtype of the file, which may not be the one asked for.
-            stay_in_float32 = model._get_dtype_plan(torch.bfloat16)
+            stay_in_float32 = internals.parts_in_float32(model, torch.bfloat16)
             for name, parameter in model.named_parameters():
                 if not any(part in name for part in stay_in_float32):
                     parameter.data = parameter.to(self._dtypes.get(name, parameter.dtype))

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from optimum_fista import internals
 from optimum_fista.bars import tqdm
 from optimum_fista.folder.atomic import (
     digest_of,
@@ -42,7 +43,7 @@ WEIGHTS_FILE = f"{FOLDER}/weights.json"
 _ADVICE = "pass another folder, or pass overwrite=True (--overwrite) to throw its layers away."
 _SHOWN, _LETTERS = 6, 80  # of the differences between two runs
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf", ".bin", ".bin.index.json")
-_NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version")
+_NOT_COMPUTED_WITH = (internals.LOADED_FROM, "transformers_version")
 _FORMAT = 10  # of the records of a journal
 _READERS = 4  # files that are hashed at a time
 logger = logging.getLogger(__name__)

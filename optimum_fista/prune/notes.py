@@ -8,6 +8,7 @@ import math
 
 import torch
 
+from optimum_fista import internals
 from optimum_fista.environment import processor_name
 from optimum_fista.memory import size_text
 from optimum_fista.model import UnsupportedArchitectureError
@@ -38,7 +39,7 @@ def begin_report(plan: Plan) -> PruningReport:
         model={
             "class": type(model).__name__,
             "model_type": model.config.model_type,
-            "name": public_name(getattr(model.config, "_name_or_path", "") or ""),
+            "name": public_name(internals.loaded_from(model.config)),
             "num_parameters": model.num_parameters(),
             "dtype": str(model.dtype).removeprefix("torch."),
         },
@@ -49,8 +50,8 @@ def begin_report(plan: Plan) -> PruningReport:
         environment={
             "dtype": str(model.dtype),
             "device": execution_device(model.get_input_embeddings()).type,
-            "attention": model.config._attn_implementation,
-            "experts": getattr(model.config, "_experts_implementation", None),
+            "attention": internals.attention_implementation(model.config),
+            "experts": internals.experts_implementation(model.config),
             "processor": {
                 "name": processor_name(),
                 "threads": torch.get_num_threads(),

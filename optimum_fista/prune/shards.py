@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from optimum_fista import internals
 from optimum_fista.folder.naming import as_stored
 from optimum_fista.folder.packed_folder import Packer
 from optimum_fista.model.offload import stored_tensor
@@ -103,7 +104,7 @@ class ShardWriter:
         """Copy tensors of the model to the CPU, under their stored names, without those tied to others."""
         model = self._plan.layers.model
         # Transformers ties them again when it loads the folder.
-        not_saved = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
+        not_saved = {*model.all_tied_weights_keys, *internals.names_not_saved(model)}
         saved = {
             name: tensor.detach().cpu().contiguous()
             for name, tensor in tensors.items()

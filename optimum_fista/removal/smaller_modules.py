@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from optimum_fista import internals
 from optimum_fista.model.offload import alignment_hooks
 from optimum_fista.removal.shrinking import Kept, Shrinking
 
@@ -61,9 +62,7 @@ def copied(module: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> nn.Mo
     for child in inside:
         # hooks of Accelerate hold the offloaded weights of the whole model
         memo |= {id(hook): hook for hook in alignment_hooks(child)}
-        for word, hooks in vars(child).items():
-            if not word.endswith("_hooks"):
-                continue
+        for hooks in internals.hooks_of(child):
             for hook in hooks.values():
                 # hooks of the user may hold the whole model, or can't be copied
                 if getattr(hook, "__self__", None) not in inside:

@@ -30,6 +30,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from optimum_fista import internals
 from optimum_fista.bars import tqdm
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.devices import floating_dtype
@@ -401,7 +402,7 @@ def _read_source(name: str) -> tuple[Path, PreTrainedConfig]:
             f"model={name!r}: tokens are removed from a model folder with a tokenizer: pass one, or a Hub id."
         )
     settings = copy.deepcopy(loading.read_config(name))
-    revision = getattr(settings, "_commit_hash", None)
+    revision = internals.commit_of(settings)
     folder = source_folder(name, revision)
     if not Path(name).is_dir():
         weights = ["model*.safetensors*", "pytorch_model*.bin*"]

@@ -25,11 +25,11 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
+from optimum_fista import internals
 from optimum_fista.environment import numerical_environment
 from optimum_fista.folder.atomic import digest_of, read_record, write_record
 from optimum_fista.folder.checkpoint import MASKS_FILE, mark_retrained
@@ -74,9 +74,7 @@ from optimum_fista.versions import library_versions
 logger = logging.getLogger(__name__)
 
 _FORMAT = 4  # of the fingerprint and the states
-CHECKPOINTING = "activation_checkpointing"
-if not hasattr(TrainingArguments, CHECKPOINTING):  # before Transformers 5.24
-    CHECKPOINTING = "gradient_checkpointing"
+CHECKPOINTING = internals.checkpointing_option()
 _RATES = {"all": 2e-4, "norms": 2e-3}  # tuned on SmolLM2-135M
 _WIDTH_OF_RATE = 576  # its hidden size: with Adam the rate of "all" goes down as the width goes up
 _EVALUATIONS = 4  # after the first, and one after a tenth of the steps
@@ -442,8 +440,7 @@ def _arguments(
         use_cpu=plan.device.type == "cpu",
     )
     # Otherwise the Trainer takes the first accelerator, or all of them.
-    arguments._setup_devices = plan.device
-    arguments._n_gpu = 1
+    internals.set_only_device(arguments, plan.device)
     return arguments
 
 
@@ -499,9 +496,8 @@ def _trainers_settings(device: torch.device) -> Iterator[None]:
     Inside, the Trainer computes on `device`, by an environment variable of Accelerate.
     """
     with ExitStack() as stack:
-        for kind in (AcceleratorState, GradientState, PartialState):
-            # at the end as it was, whatever is in it meanwhile
-            stack.enter_context(patch.dict(kind._shared_state))
+        # at the end as they were, whatever is in them meanwhile
+        stack.enter_context(internals.accelerate_states_restored())
         stack.enter_context(patch.dict(os.environ))
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())

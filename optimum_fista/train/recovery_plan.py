@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from optimum_fista import internals
 from optimum_fista.bars import tqdm
 from optimum_fista.devices import usable_device
 from optimum_fista.environment import numerical_environment
@@ -244,12 +245,8 @@ def _kept_tokens_of(source: str, teacher: str, sizes: Mapping[str, int]) -> Tens
     The student's folder has a file of the tokens that stay; the teacher's may have one, too. `sizes` are the numbers of
     tokens by name.
     """
-    may_be_missing = {
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-    }
-    file = cached_file(source, VOCABULARY_FILE, **may_be_missing)
-    teachers_file = cached_file(teacher, VOCABULARY_FILE, **may_be_missing)
+    file = internals.cached_file_if_any(source, VOCABULARY_FILE, needs_hub=False)
+    teachers_file = internals.cached_file_if_any(teacher, VOCABULARY_FILE, needs_hub=False)
     if file is None:
         return None
 
