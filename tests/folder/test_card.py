@@ -10,22 +10,32 @@ from tiny_models import tiny_model
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from optimum_fista.folder.card import loading_class, model_card
-from optimum_fista.report import RecoveryReport
+from optimum_fista.origin import OriginReport, StepReport
+from optimum_fista.report import PruningReport, RecoveryReport
+
+
+def changed(report: PruningReport, **model) -> PruningReport:
+    """The same report with other values of `model`."""
+    return dataclasses.replace(report, model=report.model | model)
 
 
 def card_of(saved, **model) -> ModelCard:
-    return ModelCard(
-        model_card(dataclasses.replace(saved.report, model=saved.report.model | model))
-    )
+    """The card of a saved model, if its report had these values of `model`."""
+    return ModelCard(model_card(changed(saved.report, **model)))
+
+
+def text_of_saved_card(saved) -> str:
+    return ModelCard.load(saved.folder / "README.md").text
 
 
 def test_saved_card_has_the_numbers(saved):
-    text = ModelCard.load(saved.folder / "README.md").text
     totals = saved.report.totals
+
+    text = text_of_saved_card(saved)
+
     assert f"{totals['num_zeros']:,} of the {totals['num_weights']:,} weights" in text
-    assert (
-        f"{totals['mean_fit_error']:.4f} on average, {totals['max_fit_error']:.4f} at most" in text
-    )
+    errors = f"{totals['mean_fit_error']:.4f} on average, {totals['max_fit_error']:.4f} at most"
+    assert errors in text
     assert "128 tokens in 8 sequences of random tokens" in text
     assert saved.report.calibration["sha256"] in text
     assert f"torch {saved.report.versions['torch']}" in text
@@ -40,41 +50,43 @@ def test_card_tells_how_the_zeros_were_shared(saved_by_rows):
         dataclasses.replace(second, sparsity=0.6),
     ]
     config = saved_by_rows.report.config | {"allocation": "fisher"}
+
     text = model_card(dataclasses.replace(saved_by_rows.report, operators=operators, config=config))
+
     assert ", 30% unstructured\n" in text
     assert "| zeros | shared over the operators by gradients of the loss, 12.5% to 60.0% |" in text
 
 
-def test_card_of_a_retrained_model_says_what_was_measured_before(saved):
+@pytest.mark.parametrize(
+    ("retrained", "before"), [(False, ""), (True, ", before retraining")], ids=["pruned", "trained"]
+)
+def test_card_says_whether_the_perplexity_is_that_before_a_training(saved, retrained, before):
     perplexity = {"dense": 20.0, "pruned": 30.0, "num_tokens": 1000, "text": "sea.txt"}
-    report = dataclasses.replace(saved.report, perplexity=perplexity)
-    for each, before in (
-        (report, ""),
-        (dataclasses.replace(report, retrained=True), ", before retraining"),
-    ):
-        assert (
-            f"| perplexity{before} | 30.00 (no verdict on fewer than 4,096 tokens), 20.00 of the dense model: "
-            "on 1,000 tokens of sea.txt"
-        ) in model_card(each)
+    report = dataclasses.replace(saved.report, perplexity=perplexity, retrained=retrained)
+
+    text = model_card(report)
+
+    assert (
+        f"| perplexity{before} | 30.00 (no verdict on fewer than 4,096 tokens), 20.00 of the dense model: "
+        "on 1,000 tokens of sea.txt"
+    ) in text
 
 
 def test_saved_card_has_one_row_for_every_kind_of_operator(saved):
-    text = ModelCard.load(saved.folder / "README.md").text
-    rows = [line for line in text.splitlines() if "_proj |" in line]
+    operators = [o for o in saved.report.operators if o.name.endswith("mlp.down_proj.weight")]
+    errors = [o.fit_error for o in operators]
+    outputs = [o.output_error for o in operators]
+
+    rows = [line for line in text_of_saved_card(saved).splitlines() if "_proj |" in line]
+
     assert len(rows) == 7
-    errors = [
-        o.fit_error for o in saved.report.operators if o.name.endswith("mlp.down_proj.weight")
-    ]
-    outputs = [
-        o.output_error for o in saved.report.operators if o.name.endswith("mlp.down_proj.weight")
-    ]
     numbers = f"{sum(errors) / 2:.4f} | {max(errors):.4f} | {sum(outputs) / 2:.4f}"
     assert f"| mlp.down_proj | 32 x 48 | 75.00% | {numbers} |" in rows
 
 
 def test_the_configuration_in_the_card_makes_the_model_again(saved):
-    text = ModelCard.load(saved.folder / "README.md").text
-    block = text.split("```json\n")[1].split("```")[0]
+    block = text_of_saved_card(saved).split("```json\n")[1].split("```")[0]
+
     assert json.loads(block) == saved.pruner.config.resolved().to_dict()
 
 
@@ -88,70 +100,93 @@ def test_the_configuration_in_the_card_makes_the_model_again(saved):
 )
 def test_base_model_is_a_hub_id(saved, name, base_model, title):
     card = card_of(saved, name=name)
+
     assert card.data.base_model == base_model
     assert f"# {title}\n" in card.text
 
 
-def test_what_search_and_the_model_tree_of_the_hub_read(saved):
+def test_the_base_model_of_several_runs_is_the_first_model(saved):
+    origin = OriginReport("meta-llama/Llama-3.2-1B", 10**9, steps=[StepReport("layers:0.1")])
+    report = dataclasses.replace(changed(saved.report, name="smaller"), origin=origin)
+
+    card = ModelCard(model_card(report))
+
+    assert card.data.base_model == "meta-llama/Llama-3.2-1B"
+    assert "# Llama-3.2-1B, layers:0.1, then 2:4\n" in card.text
+
+
+def test_the_hub_finds_the_base_model_and_the_data_set(saved):
     calibration = saved.report.calibration | {"source": "c4"}
-    report = dataclasses.replace(
-        saved.report, model=saved.report.model | {"name": "a/b"}, calibration=calibration
-    )
+    report = dataclasses.replace(changed(saved.report, name="a/b"), calibration=calibration)
+
     data = ModelCard(model_card(report)).data
+
     assert (data.base_model_relation, data.datasets) == ("finetune", ["allenai/c4"])
+
+
+def test_the_hub_is_told_of_no_base_model_and_data_set_that_it_lacks(saved):
     data = ModelCard.load(saved.folder / "README.md").data
-    assert (data.library_name, data.pipeline_tag, data.datasets) == (
-        "transformers",
-        "text-generation",
-        None,
-    )
-    assert (data.base_model, data.get("base_model_relation")) == (None, None)
+
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
+    assert (data.base_model, data.get("base_model_relation"), data.datasets) == (None, None, None)
     assert {"optimum-fista", "pruned", "sparse"} <= set(data.tags)
 
 
 def test_license_and_languages_are_those_of_the_dense_model(saved, tmp_path):
     card = "---\nlicense: other\nlicense_name: sea\nlanguage:\n- de\n- en\ntags:\n- dense\n---\n# The sea\n"
     (tmp_path / "README.md").write_text(card)
+
     data = ModelCard(model_card(saved.report, dense=str(tmp_path))).data
+
     assert (data.license, data.license_name, data.language) == ("other", "sea", ["de", "en"])
     assert "dense" not in data.tags
+
+
+def test_a_card_of_the_dense_model_that_can_not_be_read_changes_nothing(saved, tmp_path):
     (tmp_path / "README.md").write_text("---\n- [\n---\n")
+
     for folder in (str(tmp_path), "", "no/such-model"):
         assert model_card(saved.report, dense=folder) == model_card(saved.report)
 
 
 def test_held_out_errors_have_a_line_and_a_column(saved):
-    report, totals = saved.report, saved.report.totals
-    assert "held-out" not in model_card(report)
+    totals = saved.report.totals
     operators = [
-        dataclasses.replace(o, held_out_fit_error=2 * o.fit_error) for o in report.operators
+        dataclasses.replace(o, held_out_fit_error=2 * o.fit_error) for o in saved.report.operators
     ]
-    calibration = report.calibration | {
-        "held_out": {"sha256": "cd", "num_tokens": 1234, "num_sequences": 3}
-    }
-    text = model_card(dataclasses.replace(report, operators=operators, calibration=calibration))
+    held_out = {"sha256": "cd", "num_tokens": 1234, "num_sequences": 3}
+    calibration = saved.report.calibration | {"held_out": held_out}
+    report = dataclasses.replace(saved.report, operators=operators, calibration=calibration)
+
+    text = model_card(report)
+
     assert (
         f"| fit error on held-out tokens | {2 * totals['mean_fit_error']:.4f} on average, "
         f"{2 * totals['max_fit_error']:.4f} at most, on 1,234 tokens in 3 further sequences |"
     ) in text
-    assert (
+    headings = (
         "| mean fit error | largest fit error | mean output error | mean held-out fit error |"
-        in text
     )
+    assert headings in text
     errors = [o.held_out_fit_error for o in operators if o.name.endswith("mlp.down_proj.weight")]
     (line,) = [line for line in text.splitlines() if line.startswith("| mlp.down_proj |")]
     assert line.endswith(f"| {sum(errors) / 2:.4f} |")
+    assert "held-out" not in model_card(saved.report)
 
 
 def test_text_of_others_is_no_markdown(saved):
-    name, source = "/models/a|b *c* <img src=x> `d`", "[click](http://x)\n# Title\n__e__ $1$"
-    calibration = saved.report.calibration | {"source": source}
+    source = "[click](http://x)\n# Title\n__e__ $1$"
     report = dataclasses.replace(
-        saved.report, model=saved.report.model | {"name": name}, calibration=calibration
+        changed(saved.report, name="/models/a|b *c* <img src=x> `d`"),
+        calibration=saved.report.calibration | {"source": source},
+        versions=saved.report.versions | {"[x](y)": "`<b>`"},
     )
+
     text = model_card(report)
+
     assert r"# a\|b \*c\* \<img src=x\> \`d\`, 2:4" in text
     assert r"of \[click\](http://x) # Title \__e_\_ \$1\$ |" in text
+    assert r"\[x\](y) \`\<b\>\`" in text
 
 
 def recovered(report, **changes):
@@ -198,12 +233,11 @@ def test_card_of_a_recovered_model_with_masks(saved):
 def test_card_of_a_recovered_model_that_is_smaller_claims_nothing_of_other_tensors(saved, parts):
     size = saved.report.model["num_parameters"]
     smaller = {"num_parameters": size - 100, "dense_num_parameters": size}
-    model = saved.report.model | smaller | parts
-    report = dataclasses.replace(saved.report, model=model, operators=[])
-    assert "--dense MODEL" in model_card(report)
+    report = dataclasses.replace(changed(saved.report, **smaller, **parts), operators=[])
 
     text = model_card(recovered(report))
 
+    assert "--dense MODEL" in model_card(report)
     assert "in one shot and then retrained, by" in text
     for claim in ("All other tensors are those", "--dense", "masks", "nothing from embeddings"):
         assert claim not in text
@@ -249,9 +283,9 @@ def test_the_code_in_the_card_loads_the_whole_model(saved, tmp_path, capsys, fam
         model = tiny_model(family)
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-
     described = {"class": type(model).__name__, "model_type": model.config.model_type}
     card = card_of(saved, **described)
+
     names: dict = {}
     exec(snippet_of(card.text, tmp_path), names)
 
@@ -265,11 +299,6 @@ def test_the_code_in_the_card_loads_the_whole_model(saved, tmp_path, capsys, fam
 def test_the_code_in_the_card_of_a_class_that_transformers_lacks_trusts_its_own():
     found = loading_class("LlamaOfMyOwn", "my_llama")
     assert (found.name, found.arguments) == ("AutoModelForCausalLM", ", trust_remote_code=True")
-
-
-def test_versions_are_no_markdown(saved):
-    report = dataclasses.replace(saved.report, versions=saved.report.versions | {"[x](y)": "`<b>`"})
-    assert r"\[x\](y) \`\<b\>\`" in model_card(report)
 
 
 def test_card_says_what_removed_tokens_cost(saved):
