@@ -62,7 +62,7 @@ test-oldest: $(OLDEST)/.ready ## The tests with the oldest Transformers that the
 		--ignore tests/solve --ignore tests/page
 
 demo: $(DEMO_READY) ## Prune SmolLM2-135M and show what is left, in 3 to 4 minutes of two cores (TEXT=file to measure on)
-	$(BIN)/optimum-fista demo $(if $(TEXT),--text '$(TEXT)')
+	$(BIN)/optimum-fista demo --overwrite $(if $(TEXT),--text '$(TEXT)')
 
 docs: $(READY) ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

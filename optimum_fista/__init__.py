@@ -59,3 +59,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'optimum_fista' has no attribute {name!r}")
     return getattr(importlib.import_module(f"optimum_fista.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names too, which are not there before their first use."""
+    return sorted({*globals(), *__all__})

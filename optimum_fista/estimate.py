@@ -32,7 +32,7 @@ from optimum_fista.devices import default_device, floating_dtype, usable_device
 from optimum_fista.memory import available_bytes, total_bytes
 from optimum_fista.model.experts import is_fused_experts
 from optimum_fista.model.held_out import LOGITS_TOGETHER
-from optimum_fista.model.layers import prunable_layers
+from optimum_fista.model.layers import prunable_layers, token_limits
 from optimum_fista.model.precision import choose_products
 from optimum_fista.prune.plan import Budgets, Plan, plan_run
 from optimum_fista.pruner import FistaPruner
@@ -117,6 +117,12 @@ class Estimate:
         self._choose_places(device, storage_device)
         model_config = self._describe_model(model, dtype)
         self.length = sequence_length or usual_length(model_config)
+        _, longest = token_limits(self.model)
+        if longest is not None and self.length > longest:
+            raise ValueError(
+                f"sequence_length={self.length} (--sequence-length): the model has {longest} positions "
+                f"(max_position_embeddings), so pass at most {longest}."
+            )
         # Whether a matrix is copied to float32 for each product.
         products = choose_products(config.compute_dtype, torch.device("cpu"), self.model.dtype)
         self._widens = self._on_cpu and products == "widened"
@@ -303,11 +309,16 @@ class Estimate:
                     fused_experts += sum(p.nbytes for p in parameters if p.ndim == 3)
         # The dense and the pruned network have held-out hidden states of their own.
         held_out = 2 * self._num_held_out * self._sequence_bytes
+        waiting = 0.0
+        in_output = self._storage_device in (None, "disk")  # not in a folder of the user
+        if self._storage == "disk" and in_output:
+            waiting = max((moment.waiting for moment in self._moments()), default=0.0)
         return {
             "model": self.weight_bytes - saved,
             "masks": masks if self.packed else 2 * masks,  # the journal's too
             "fused experts, copied by the lazy reader": fused_experts,
             "hidden states of two layers": 2 * (self._num_streams * self._stream_bytes + held_out),
+            "activations that wait": int(waiting),
         }
 
     @property

@@ -4,6 +4,12 @@ NAME = "optimum-fista"
 
 
 def install_command(extra: str = "", options: str = "") -> str:
-    """What to run, and where, for the package with the libraries of one of its extras."""
-    what = f"'.[{extra}]'" if extra else "."
-    return f"`pip install {f'{options} ' if options else ''}{what}` in a clone of {NAME}"
+    """Say what to run, and where, to install the package.
+
+    Args:
+        extra: One of the extras of pyproject.toml whose libraries are installed too, such as "datasets".
+        options: Options of pip, such as "--editable".
+    """
+    target = f"'.[{extra}]'" if extra else "."
+    command = " ".join(word for word in ("pip install", options, target) if word)
+    return f"`{command}` in a clone of {NAME}"

@@ -69,3 +69,12 @@ def test_options_named_in_sentences_exist(page):
     }
     for flag in re.findall(r"`(--[\w-]+)", page.read_text()):
         assert flag in ours | {"--machine_rank"}, flag
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / ".ci").iterdir()))
+def test_files_that_a_script_of_ci_names_exist(script):
+    text = (ROOT / ".ci" / script).read_text()
+
+    named = re.findall(r"\btests/[\w/]+\.py\b", text)
+
+    assert [name for name in named if not (ROOT / name).is_file()] == []

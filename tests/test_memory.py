@@ -86,8 +86,7 @@ def test_what_was_freed_again_is_seen():
     before = psutil.Process().memory_info().rss
     with watched_memory(torch.device("cpu")) as peak:
         held = torch.ones(SIZE // 4)
-        ends = time.monotonic() + 60  # it looks 50 times a second, if the machine lets it
-        while peak.resident_bytes < before + 0.9 * SIZE and time.monotonic() < ends:
+        while peak.resident_bytes < before + 0.9 * SIZE:  # it looks when the machine lets it
             time.sleep(0.02)
         del held
     assert peak.resident_bytes >= before + 0.9 * SIZE

@@ -6,8 +6,8 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import redirect_stderr
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from importlib.metadata import version
 from typing import Any
 
@@ -50,27 +50,50 @@ class _Parser(argparse.ArgumentParser):
     """A parser of one command, whose `--help` leaves out the groups of options called "advanced: ..."."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Refuse unknown arguments here, where the command's own options are known for a suggestion."""
-        if {"-h", "--help"} & {*args}:
+        """Refuse unknown arguments here, where the command's own options are known for a suggestion.
+
+        Ends the process for them, and for `--help`, which changes the help of this parser.
+        """
+        if "-h" in args or "--help" in args:
             for action in self.rare:
-                action.help = argparse.SUPPRESS  # the process ends with this help
-        found, unknown = super().parse_known_args(args, namespace)
+                action.help = argparse.SUPPRESS
+        namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            near = difflib.get_close_matches(
-                unknown[0].partition("=")[0], self._option_string_actions, 1
-            )
-            self.error(
-                f"unknown: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else "")
-            )
-        return found, unknown
+            flag = unknown[0].partition("=")[0]
+            suggestion = _suggestion(flag, self._option_string_actions)
+            self.error(f"unknown: {' '.join(unknown)}{suggestion}")
+        return namespace, unknown
 
     @property
     def rare(self) -> list[argparse.Action]:
         """The options that only `--help-all` shows."""
-        groups = [
-            group for group in self._action_groups if (group.title or "").startswith("advanced: ")
-        ]
-        return [action for group in groups for action in group._group_actions]
+        actions: list[argparse.Action] = []
+        for group in self._action_groups:
+            if (group.title or "").startswith("advanced: "):
+                actions += group._group_actions
+        return actions
+
+
+class _MainParser(argparse.ArgumentParser):
+    """The parser of `optimum-fista`, which suggests a command for one that is misspelt."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does; ends the process for a command that is not known."""
+        words = sys.argv[1:] if args is None else list(args)
+        # The flags of the program itself (--help, --version) take no value.
+        command = next((word for word in words if not word.startswith("-")), None)
+        if command is not None and command not in _COMMANDS:
+            suggestion = _suggestion(command, _COMMANDS)
+            self.error(
+                f"unknown command: {command}{suggestion or '; pass one of ' + ', '.join(_COMMANDS)}"
+            )
+        return super().parse_known_args(args, namespace)
+
+
+def _suggestion(word: str, names: Iterable[str]) -> str:
+    """Suggest the name that is most like a word, if one is like it; otherwise an empty text."""
+    nearest = difflib.get_close_matches(word, list(names), 1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +108,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_arguments(subparser)
+        subparser.add_argument("--quiet", action="store_true", help="show no progress bars")
         if subparser.rare:
             subparser.add_argument(
                 "--help-all", action="help", help="show all options, rare ones too"
@@ -101,7 +125,10 @@ def execute(arguments: argparse.Namespace) -> int:
         f"warning: {' '.join(str(message).split())}\n"
     )
     try:
-        with redirect_stderr(stream if stream.isatty() else _BarsAsLines(stream)):
+        with (
+            redirect_stderr(stream if stream.isatty() else _BarsAsLines(stream)),
+            _bars_hidden_if(getattr(arguments, "quiet", False)),
+        ):
             return int(arguments.fista_run(arguments))
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -111,6 +138,18 @@ def execute(arguments: argparse.Namespace) -> int:
         return 130
     finally:
         warnings.formatwarning = formatted
+
+
+@contextmanager
+def _bars_hidden_if(quiet: bool) -> Iterator[None]:
+    """Hide all progress bars inside, if `quiet`."""
+    if not quiet:
+        yield
+        return
+    from optimum_fista.bars import hidden_bars  # loads the Hub's client
+
+    with hidden_bars():
+        yield
 
 
 class _BarsAsLines:
@@ -164,7 +203,7 @@ def _one_line(error: Exception) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `optimum-fista`."""
     raw = argparse.RawDescriptionHelpFormatter  # the others would join the lines of examples
-    parser = argparse.ArgumentParser("optimum-fista", description=_DESCRIPTION, formatter_class=raw)
+    parser = _MainParser("optimum-fista", description=_DESCRIPTION, formatter_class=raw)
     parser.add_argument(
         "--version", action="version", version=f"optimum-fista {version('optimum-fista')}"
     )

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import shlex
-import sys
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from optimum_fista.bars import tqdm
 from optimum_fista.memory import size_text
 
 if TYPE_CHECKING:
-    from optimum_fista.config import FistaPruningConfig
+    from optimum_fista.cli.prune_request import PruneRequest
     from optimum_fista.estimate import Estimate
     from optimum_fista.report import PruningReport
 
 
-def say_before(arguments: argparse.Namespace, config: FistaPruningConfig) -> tuple[int, str]:
-    """Print what the run will do and need; returns its batch size and the source of its text."""
+def plan_of(request: PruneRequest) -> tuple[PruneRequest, list[str]]:
+    """Estimate a run; returns the request with the batch size and the source that are best, and the lines of its plan.
+
+    Refuses a run that can't fit on the disk. A run that resumes keeps its batch size.
+    """
     import torch
 
     from optimum_fista.estimate import LIBRARIES
@@ -28,44 +31,71 @@ def say_before(arguments: argparse.Namespace, config: FistaPruningConfig) -> tup
     from optimum_fista.memory import available_bytes
     from optimum_fista.prune.journal import begun_batch_size
 
-    chosen: int | None = arguments.batch_size or begun_batch_size(
-        unfinished_folder(arguments.output)
-    )
+    begun = begun_batch_size(unfinished_folder(request.output))
+    batch_size = request.batch_size or begun
     try:
-        estimate = estimate_of(arguments, config, chosen)
-        lines, parts = overview_of(estimate), estimate.memory["host"]
+        estimate = estimate_of(replace(request, batch_size=batch_size))
+        lines = overview_of(estimate)
+        host_parts = estimate.memory["host"]
     except (ValueError, OSError):
         raise  # the run would fail, too: stop before a model writes text for hours
     except Exception as error:  # some families can't build a model without weights
-        print(f"note: memory could not be estimated: {error}", file=sys.stderr)
-        return chosen or 1, arguments.calibration or "self"
-    # Measured after the libraries are loaded.
-    needed, free = sum(parts.values()) - LIBRARIES, available_bytes(torch.device("cpu")) or 0
-    lines += [f"{'':<13}{size_text(free)} of memory are free", f"{'output':<13}{arguments.output}"]
-    if arguments.push_to_hub:
-        beside = f"with copies of the small files beside the weights of {arguments.model}"
-        lines.append(f"{'upload':<13}{arguments.push_to_hub}, {beside}")
+        note = f"note: memory could not be estimated: {error}"
+        chosen = request.with_choices(batch_size=batch_size or 1, source=request.source or "self")
+        return chosen, [note]
+    require_disk(sum(estimate.disk_bytes.values()), request.output)
+
+    free = available_bytes(torch.device("cpu")) or 0
+    needed = sum(host_parts.values()) - LIBRARIES  # they are loaded already
+    lines.append(f"{'':<13}{size_text(free)} of memory are free")
+    lines.append(f"{'output':<13}{request.output}")
+    if request.push_to_hub:
+        beside = f"with copies of the small files beside the weights of {request.model}"
+        lines.append(f"{'upload':<13}{request.push_to_hub}, {beside}")
     if needed > free:
-        most = max(parts, key=lambda part: parts[part])
+        largest = max(host_parts, key=lambda part: host_parts[part])
         lines.append(
             f"warning: this run is estimated to need {size_text(needed)} of memory, and {size_text(free)} are free: it "
-            f"may be killed ({most}: {size_text(parts[most])}). Pass --storage-device disk, a smaller --batch-size, a "
-            "shorter --sequence-length or fewer --num-samples; --dry-run shows what they need."
+            f"may be killed ({largest}: {size_text(host_parts[largest])}). Pass --storage-device disk, a smaller "
+            "--batch-size, a shorter --sequence-length or fewer --num-samples; --dry-run shows what they need."
         )
-    print("\n".join(lines), file=sys.stderr)
-    return estimate.batch_size, estimate.calibration
+    chosen = request.with_choices(batch_size=estimate.batch_size, source=estimate.calibration)
+    return chosen, lines
 
 
-def estimate_of(
-    arguments: argparse.Namespace, config: FistaPruningConfig, batch_size: int | None
-) -> Estimate:
-    """Estimate memory and time of the run, with batches of this size; `None`: the best size for the device."""
+def require_disk(needed: int, output: Path) -> None:
+    """Refuse an output whose disk has less than `needed` bytes free; what an unfinished run has written counts."""
+    from optimum_fista.folder.output import unfinished_folder
+
+    unfinished = unfinished_folder(output)
+    written = sum(path.stat().st_size for path in unfinished.rglob("*") if path.is_file())
+    existing = unfinished
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if needed - written > free:
+        raise OSError(
+            f"output {str(output)!r}: the run needs {size_text(needed - written)} of disk, and {size_text(free)} are "
+            "free there: make room, or pass --output on another disk. --dry-run shows what it needs."
+        )
+
+
+def estimate_of(request: PruneRequest) -> Estimate:
+    """Estimate memory and time of a run; without a batch size, with the best one for the device."""
     from optimum_fista.estimate import Estimate
 
-    names = ("sequence_length", "calibration", "device", "dtype", "storage_device", "packed")
-    options = {name: getattr(arguments, name) for name in names}
-    number = arguments.num_samples + config.held_out
-    return Estimate(arguments.model, config, num_samples=number, batch_size=batch_size, **options)
+    return Estimate(
+        request.model,
+        request.config,
+        num_samples=request.num_sequences,
+        sequence_length=request.sequence_length,
+        batch_size=request.batch_size,
+        calibration=request.source,
+        device=request.device,
+        dtype=request.dtype,
+        storage_device=request.storage_device,
+        packed=request.packed,
+    )
 
 
 def overview_of(estimate: Estimate) -> list[str]:
@@ -73,108 +103,137 @@ def overview_of(estimate: Estimate) -> list[str]:
     from optimum_fista.report import lines_of_unplaced
     from optimum_fista.text.sources import require_source
 
-    model, config, parameters = estimate.model, estimate.config, estimate.model.num_parameters()
-    dtype, weights = str(model.dtype).removeprefix("torch."), sum(estimate.weights.values())
-    zeros, removed = sum(estimate.zeros.values()), estimate.num_removed
-    pruned = f"{len(estimate.operators)} operators with {weights:,} weights"
-    if removed:
-        pruned += f"; {removed:,} parameters are removed ({removed / parameters:.1%})"
-    elif weights:
-        pruned += f"; {zeros:,} become zero ({zeros / weights:.1%})"
-    tokens, more = f"{estimate.num_samples} x {estimate.length} tokens", ""
-    if estimate.calibration.endswith(".jsonl") and require_source(
+    config = estimate.config
+    has_images = estimate.calibration.endswith(".jsonl") and require_source(
         estimate.calibration, with_images=True
-    ):
-        tokens = (
-            f"{estimate.num_samples} sequences with images of {estimate.length} tokens or fewer"
-        )
-        more = ", and what the encoders of images need"
-    held_out = f" ({config.held_out} held out)" if config.held_out else ""
-    text = (
-        "that the model writes itself"
-        if estimate.calibration == "self"
-        else f"of {estimate.calibration}"
     )
-    if estimate.too_large_to_write:
-        text += " (to write its own text, the whole model would have to fit into memory)"
+    default = " (the default)" if config.method == type(config).method else ""
+    pattern = config.pattern
+    if pattern == "unstructured":
+        pattern = str(config.sparsity)
+    encoders = ", and what the encoders of images need" if has_images else ""
     memory = ", ".join(
         f"{size_text(sum(parts.values()))} of the {place}"
         for place, parts in estimate.memory.items()
     )
-    model_size = f"{parameters:,} parameters in {dtype} ({size_text(estimate.weight_bytes)})"
-    quantized = (
-        f"; dequantized from {estimate.quantized['quant_method']}" if estimate.quantized else ""
-    )
-    quantized += ", written as it is stored" if estimate.as_stored else ""
-    default = " (the default)" * (config.method == type(config).method)
     lines = {
-        "model": f"{type(model).__name__}, {model_size}, {len(estimate.layers)} decoder layers{quantized}",
-        "pruned": pruned,
-        "pattern": str(
-            config.sparsity
-            if estimate.config.pattern == "unstructured"
-            else estimate.config.pattern
-        ),
-        "removed": "; ".join(map(str, estimate.removed_parts)),
+        "model": _model_line(estimate),
+        "pruned": _pruned_line(estimate),
+        "pattern": pattern,
+        "removed": "; ".join(str(parts) for parts in estimate.removed_parts),
         "method": f"{config.method}{default}, error correction {config.error_correction}",
-        "calibration": f"{tokens}{held_out} {text}, batches of {estimate.batch_size}",
-        "memory": f"{memory}, at most, on {estimate.device}{more}",
+        "calibration": _calibration_line(estimate, has_images),
+        "memory": f"{memory}, at most, on {estimate.device}{encoders}",
         "disk": size_text(sum(estimate.disk_bytes.values())),
     }
-    unplaced = lines_of_unplaced(estimate.source.copied, estimate.source.lost)
-    return [f"{name:<13}{text}" for name, text in lines.items() if text] + [
-        f"{'beside it':<13}{line}" for line in unplaced
-    ]
+    shown = [f"{name:<13}{text}" for name, text in lines.items() if text]
+    for line in lines_of_unplaced(estimate.source.copied, estimate.source.lost):
+        shown.append(f"{'beside it':<13}{line}")
+    return shown
+
+
+def _model_line(estimate: Estimate) -> str:
+    """Say what the model is, how large, and what its files hold."""
+    model = estimate.model
+    dtype = str(model.dtype).removeprefix("torch.")
+    size = f"{model.num_parameters():,} parameters in {dtype} ({size_text(estimate.weight_bytes)})"
+    line = f"{type(model).__name__}, {size}, {len(estimate.layers)} decoder layers"
+    if estimate.quantized:
+        line += f"; dequantized from {estimate.quantized['quant_method']}"
+    if estimate.as_stored:
+        line += ", written as it is stored"
+    return line
+
+
+def _pruned_line(estimate: Estimate) -> str:
+    """Say how many operators are pruned, and how many weights become zero or are removed."""
+    weights = sum(estimate.weights.values())
+    line = f"{len(estimate.operators)} operators with {weights:,} weights"
+    if estimate.num_removed:
+        share = estimate.num_removed / estimate.model.num_parameters()
+        line += f"; {estimate.num_removed:,} parameters are removed ({share:.1%})"
+    elif weights:
+        zeros = sum(estimate.zeros.values())
+        line += f"; {zeros:,} become zero ({zeros / weights:.1%})"
+    return line
+
+
+def _calibration_line(estimate: Estimate, has_images: bool) -> str:
+    """Say how many tokens of which text a run is calibrated on."""
+    tokens = f"{estimate.num_samples} x {estimate.length} tokens"
+    if has_images:
+        tokens = (
+            f"{estimate.num_samples} sequences with images of {estimate.length} tokens or fewer"
+        )
+    held_out = f" ({estimate.config.held_out} held out)" if estimate.config.held_out else ""
+    text = f"of {estimate.calibration}"
+    if estimate.calibration == "self":
+        text = "that the model writes itself"
+    elif estimate.too_large_to_write:
+        text += " (to write its own text, the whole model would have to fit into memory)"
+    return f"{tokens}{held_out} {text}, batches of {estimate.batch_size}"
 
 
 def details_of(estimate: Estimate) -> list[str]:
-    """What `--dry-run` prints: the overview, operators by name, memory and disk by part, time by stage, and notes."""
-    from optimum_fista.removal.parts_removal import first_names
+    """What `--dry-run` prints: the overview, operators by name, memory and disk by part, time by stage, and notes.
+
+    Prunes a small random model to find out the time.
+    """
     from optimum_fista.solve.methods import method_class
 
-    lines, kinds = overview_of(estimate), dict[str, list[str]]()
-    for name in estimate.weights:
-        kinds.setdefault(name.rpartition(".")[2], []).append(name)
-    lines += [
-        "",
-        f"{'operators':<24}{'number':>8}{'weights':>20}{'removed' if estimate.num_removed else 'zeros':>20}",
-    ]
-    for kind, names in kinds.items():
-        weights, zeros = (
-            sum(count[name] for name in names) for count in (estimate.weights, estimate.zeros)
-        )
-        lines.append(f"{kind:<24}{len(names):>8}{weights:>20,}{zeros:>20,}")
-    reasons = dict[str, list[str]]()
-    for name, why in estimate.left_dense.items():
-        # one line for all layers: "loses the rows that model.layers.*.mlp.down_proj no longer reads"
-        reasons.setdefault(re.sub(r"\.\d+\.", ".*.", why), []).append(name)
-    lines += [f"left dense ({reason}): {first_names(names)}" for reason, names in reasons.items()]
+    lines = [*overview_of(estimate), "", *_operator_lines(estimate)]
     notes = list(estimate.config.idle_patterns([*estimate.operators, *estimate.left_dense]))
     if method_class(estimate.config.method).memory_factors is None:
         notes.append(
             f"the memory of method {estimate.config.method!r} is not measured (it has no memory_factors): the "
             "largest of all methods is counted."
         )
-    tables: dict[str, Any] = {
-        f"memory, {place}": (parts, size_text) for place, parts in estimate.memory.items()
-    }
-    tables["disk"] = estimate.disk_bytes, size_text
+    for place, parts in estimate.memory.items():
+        lines += _table(f"memory, {place}", parts, size_text)
+    lines += _table("disk", estimate.disk_bytes, size_text)
     try:
-        tables["time"] = estimate.seconds, tqdm.format_interval
+        lines += _table("time", estimate.seconds, tqdm.format_interval)
     except (ValueError, RuntimeError, OSError) as error:
         notes.append(f"time is not estimated: {error}")
-    for title, (parts, text_of) in tables.items():
-        lines += ["", f"{title:<44}{text_of(sum(parts.values())):>12}"]
-        lines += [
-            f"  {name:<42}{text_of(n):>12}"
-            for name, n in sorted(parts.items(), key=lambda p: -p[1])
-            if n
-        ]
     if estimate.calibration == "self":
         notes.append(
             "--calibration self loads the whole model, which writes its text; no time is counted for that."
         )
     return [*lines, *(f"note: {note}" for note in notes)]
+
+
+def _operator_lines(estimate: Estimate) -> list[str]:
+    """A table of the operators by the last part of their names, and the reasons why others stay dense."""
+    from optimum_fista.removal.parts_removal import first_names
+
+    kinds = dict[str, list[str]]()
+    for name in estimate.weights:
+        kinds.setdefault(name.rpartition(".")[2], []).append(name)
+    lost = "removed" if estimate.num_removed else "zeros"
+    lines = [f"{'operators':<24}{'number':>8}{'weights':>20}{lost:>20}"]
+    for kind, names in kinds.items():
+        weights = sum(estimate.weights[name] for name in names)
+        zeros = sum(estimate.zeros[name] for name in names)
+        lines.append(f"{kind:<24}{len(names):>8}{weights:>20,}{zeros:>20,}")
+
+    reasons = dict[str, list[str]]()
+    for name, reason in estimate.left_dense.items():
+        # One line for all layers: "loses the rows that model.layers.*.mlp.down_proj no longer reads".
+        of_any_layer = re.sub(r"\.\d+\.", ".*.", reason)
+        reasons.setdefault(of_any_layer, []).append(name)
+    lines += [f"left dense ({reason}): {first_names(names)}" for reason, names in reasons.items()]
+    return lines
+
+
+def _table(
+    title: str, parts: Mapping[str, float], text_of: Callable[[float], str]
+) -> Iterator[str]:
+    """Lines of a table: the sum, and the parts from the largest to the smallest. `text_of` writes a number."""
+    yield ""
+    yield f"{title:<44}{text_of(sum(parts.values())):>12}"
+    for name, number in sorted(parts.items(), key=lambda part: -part[1]):
+        if number:
+            yield f"  {name:<42}{text_of(number):>12}"
 
 
 def verdicts(report: PruningReport) -> Iterator[str]:
@@ -237,36 +296,51 @@ def argument(path: str | Path) -> str:
 
 
 def next_commands(
-    model: str, folder: Path, calibration: str | None, *, has_zeros: bool = True
+    model: str,
+    folder: Path,
+    calibration: str | None,
+    *,
+    has_zeros: bool = True,
+    is_packed: bool = False,
 ) -> str:
-    """List commands to use on a pruned model; `calibration` is `None` if the model was recovered already."""
+    """List commands to use on a pruned model.
+
+    Args:
+        model: The dense model: Hub id, path, or "MODEL" if its name is not known.
+        folder: The pruned model.
+        calibration: Source of its calibration text; `None` if the model was recovered already.
+        has_zeros: Whether some of its weights are zero.
+        is_packed: Whether it is stored without its zeros.
+    """
     from optimum_fista.folder.checkpoint import VOCABULARY_FILE
     from optimum_fista.text.sources import usual_texts
 
     comparison = "perplexity; run it on the dense model too, to compare"
     if (folder / VOCABULARY_FILE).exists():
-        # perplexities of different vocabularies say nothing of each other
+        # Perplexities of different vocabularies say nothing of each other.
         comparison = "bits per byte; run it on the dense model too, and compare these"
 
-    name, dense = argument(folder), argument(model)
+    name = argument(folder)
+    dense = argument(model)
     measured, trained = usual_texts()
-    text = (
-        trained if calibration == "self" else argument(calibration or trained)
-    )  # a model would write for hours
     commands = {
         f"chat {name} --beside {dense}": "talk to the pruned and to the dense model",
         f"evaluate {name} --text {measured}": comparison,
-        f"recover {name} --teacher {dense} --calibration {text}": "train it to be more like the dense model",
-        f"report {name}": "a page about the run",
     }
+    if calibration is not None:
+        # A model would write its own text for hours.
+        text = trained if calibration == "self" else argument(calibration)
+        recover = f"recover {name} --teacher {dense} --calibration {text}"
+        commands[recover] = "train it to be more like the dense model"
+    commands[f"report {name}"] = "a page about the run"
     if has_zeros:
-        commands[f"pack {name} --output {name}-packed"] = "store it without its zeros"
+        if not is_packed:
+            commands[f"pack {name} --output {name}-packed"] = "store it without its zeros"
         commands[f"verify {name}"] = "counts the zeros in the files again"
-    shown = {c: why for c, why in commands.items() if calibration or not c.startswith("recover ")}
-    lines = [f"optimum-fista {command}    # {why}" for command, why in shown.items()]
-    repository = re.sub(r"[^\w.]+", "-", folder.name, flags=re.ASCII).strip(
-        "-."
-    )  # letters that the Hub takes
+
+    lines = [f"optimum-fista {command}    # {reason}" for command, reason in commands.items()]
+    # A repository's name has letters, digits, dots and dashes.
+    repository = re.sub(r"[^\w.]+", "-", folder.name, flags=re.ASCII).strip("-.")
     lines.append(
         f"hf upload YOUR-NAME/{repository} {name}    # put it on the Hub, after hf auth login"
     )

@@ -108,7 +108,7 @@ def require_source(source: str, *, with_images: bool = False) -> bool:
             why = "which only the calibration of optimum-fista prune takes"
             raise ValueError(f'source={source!r} has images, {why}: pass lines without "image".')
         if has_images and find_spec("PIL") is None:
-            need = f"which need the package Pillow: run {install_command('pillow')}"
+            need = "which need the package Pillow: run `pip install pillow`"
             raise ImportError(f"source={source!r} has images, {need}.")
         return has_images
     return False

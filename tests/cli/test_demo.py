@@ -1,7 +1,9 @@
+import re
 import shlex
 import shutil
 
 import pytest
+from doc_pages import ROOT
 
 from optimum_fista.cli import demo
 from optimum_fista.cli.main import build_parser, main
@@ -98,3 +100,14 @@ def test_the_demo_replaces_a_model_only_if_it_is_told_to(
         "already holds a model: pass another folder, or overwrite=True (--overwrite)"
         in capsys.readouterr().err
     )
+
+
+def test_make_demo_works_twice_in_a_row(arguments, capsys):
+    makefile = (ROOT / "Makefile").read_text()
+    (recipe,) = re.findall(r"^\t\$\(BIN\)/optimum-fista (demo .*)", makefile, re.MULTILINE)
+    command = [*arguments, *re.findall(r"--overwrite", recipe)]
+
+    assert main(command) == 0
+    assert main(command) == 0
+
+    assert capsys.readouterr().err.count("error: ") == 0

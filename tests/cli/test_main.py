@@ -1,11 +1,19 @@
+import copy
 import re
 import subprocess
 import sys
 
 import pytest
+from huggingface_hub.utils import are_progress_bars_disabled
+from tiny_llama import QUICK
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
 
 import optimum_fista
-from optimum_fista.cli.main import build_parser, main
+from optimum_fista.cli.main import build_parser, execute, main
 
 COMMANDS = (
     "prune",
@@ -79,7 +87,7 @@ def test_help_is_quick_because_nothing_heavy_is_imported(tmp_path):
         print("loaded:", *sorted({{"torch", "transformers", "numpy", "datasets"}} & set(sys.modules)))
     """
     process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
     )
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines()[-1] == "loaded:"
@@ -93,7 +101,7 @@ def test_a_report_is_written_without_transformers(pruned_folder, tmp_path):
         print("loaded:", *sorted({{"transformers", "accelerate", "datasets", "scipy"}} & set(sys.modules)))
     """
     process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
     )
     assert process.stdout.splitlines()[-1] == "loaded:", process.stderr
 
@@ -150,3 +158,46 @@ def test_a_bug_is_not_hidden(monkeypatch):
     monkeypatch.setattr("optimum_fista.cli.verify.run", fail)
     with pytest.raises(AttributeError):
         run("verify", "folder")
+
+
+def test_a_command_that_is_misspelt_is_answered_with_the_nearest(capsys):
+    assert run("prun", "model") == 2
+    assert capsys.readouterr().err.endswith("unknown command: prun; did you mean prune?\n")
+    assert run("xyz") == 2
+    assert f"unknown command: xyz; pass one of {COMMANDS[0]}, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_quiet_hides_all_bars_and_only_while_the_command_runs(
+    quiet, pruned_folder, tmp_path, capsys
+):
+    output = str(tmp_path / "packed")
+    flags = ["--quiet"] if quiet else []
+
+    assert main(["pack", str(pruned_folder), "--output", output, *flags]) == 0
+
+    printed = capsys.readouterr()
+    assert ("Packing" in printed.err) is not quiet
+    assert "saved to" in printed.out
+    assert not are_progress_bars_disabled()
+    assert is_progress_bar_enabled()
+
+
+def test_bars_are_hidden_if_transformers_is_told_to_show_none(pruned_folder, capsys):
+    disable_progress_bar()
+    try:
+        assert main(["verify", str(pruned_folder)]) == 0
+    finally:
+        enable_progress_bar()
+
+    assert capsys.readouterr().err == ""
+
+
+def test_parsed_arguments_stay_as_they_are(tiny_folder, text_file, tmp_path):
+    flags = ["--output", str(tmp_path / "out"), "--calibration", str(text_file)]
+    arguments = build_parser().parse_args(["prune", str(tiny_folder), *flags, *QUICK])
+    before = copy.deepcopy(vars(arguments))
+
+    assert execute(arguments) == 0
+
+    assert vars(arguments) == before

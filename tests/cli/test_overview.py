@@ -44,6 +44,7 @@ def test_the_next_commands_can_be_pasted(monkeypatch):
     assert "--calibration pydoc " in plain
     assert "hf upload YOUR-NAME/my-model-50pct 'my model-50pct' " in shown
     assert "optimum-fista pack " not in next_commands("my model", folder, "self", has_zeros=False)
+    assert "optimum-fista pack " not in next_commands("my model", folder, "self", is_packed=True)
     shown = next_commands("./-model", Path("-model-50pct"), "-text.txt")
     assert "chat ./-model-50pct --beside ./-model " in shown
     assert "--calibration ./-text.txt " in shown

@@ -98,3 +98,11 @@ def test_a_model_that_is_too_large_to_write_text_is_given_text(tiny_folder, caps
     ):
         assert main(["prune", str(tiny_folder), "--dry-run", *QUICK, *flags]) == 0
         assert words in capsys.readouterr().out
+
+
+def test_a_dry_run_of_heads_speaks_only_of_options_that_were_passed(tiny_folder, capsys):
+    flags = ["--dry-run", "--pattern", "heads:0.5", "--calibration", "c4", *QUICK]
+
+    assert main(["prune", str(tiny_folder), *flags]) == 0
+
+    assert "overrides" not in capsys.readouterr().out

@@ -78,7 +78,7 @@ print("refused")
 
 def run(code: str, *arguments: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 WITH = """

@@ -45,7 +45,7 @@ def test_plain_transformers_loads_the_same_bits(saved, saved_by_rows, saved_gpt2
         torch.save(example.model.state_dict(), tmp_path / f"{index}.pt")
         pairs.append((str(example.folder), str(tmp_path / f"{index}.pt")))
     command = [sys.executable, "-c", textwrap.dedent(LOAD), json.dumps(pairs)]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert process.stdout.strip() == "bit-equal", process.stderr
 
 
