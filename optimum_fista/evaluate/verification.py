@@ -47,6 +47,7 @@ from optimum_fista.removal.parts import runs_of_experts
 from optimum_fista.report import MixtureReport, OperatorReport, PruningReport
 from optimum_fista.solve.pattern import SparsityPattern, unpack_mask
 from optimum_fista.solve.patterns import Columns, parse_pattern
+from optimum_fista.source.loading import load_tokenizer
 from optimum_fista.source.names import split_index
 from optimum_fista.source.source_tensors import source_tensors
 
@@ -302,17 +303,34 @@ def _verify_model(folder: Path, report: PruningReport) -> int | None:
             f"{REPORT_FILE} promises {promised} parameters, the model has {num_parameters}."
         )
     tokens = kept_tokens(folder)
-    num_rows, _ = token_limits(model)
-    if tokens is not None and len(tokens) != num_rows:
-        raise VerificationError(
-            f"{VOCABULARY_FILE} names {len(tokens)} tokens, the embedding has {num_rows} rows."
-        )
+    if tokens is not None:
+        _verify_vocabulary(folder, num_kept=len(tokens), num_rows=token_limits(model)[0])
     if report.removed:
         _verify_shapes(folder, model)
         runs = runs_of_experts(model.config.get_text_config(decoder=True))
         for mixture in report.mixtures:
             _verify_mixture(model, mixture, runs)
     return num_parameters
+
+
+def _verify_vocabulary(folder: Path, *, num_kept: int, num_rows: int) -> None:
+    """Check that the embedding has a row for each kept token, and for each id that the tokenizer may write.
+
+    `num_kept` is the number of tokens in the folder's table, `num_rows` that of rows which `config.json` describes.
+    """
+    if num_kept != num_rows:
+        raise VerificationError(
+            f"{VOCABULARY_FILE} names {num_kept} tokens, the embedding has {num_rows} rows."
+        )
+    tokenizer = load_tokenizer(str(folder))
+    if tokenizer is None:
+        return
+    vocabulary = tokenizer.get_vocab()
+    last = max(vocabulary, key=vocabulary.__getitem__)
+    if vocabulary[last] >= num_rows:
+        raise VerificationError(
+            f"the tokenizer's token {last!r} has the id {vocabulary[last]}, the embedding has {num_rows} rows."
+        )
 
 
 def _described_model(folder: Path, class_name: str) -> PreTrainedModel | None:

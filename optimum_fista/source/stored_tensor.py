@@ -229,14 +229,32 @@ def _pieces_of(file: Path, state: tuple[int, int], start: int, end: int) -> Iter
 
 
 def _read_binary(file: Path) -> Iterator[tuple[str, StoredTensor]]:
-    """Yield names and tensors of a file of `torch.save`; those of PyTorch before 1.6, no zip files, can't be mapped."""
+    """Yield names and tensors of a file of `torch.save`; those of PyTorch before 1.6, no zip files, can't be mapped.
+
+    ValueError if the file holds anything but tensors, or is damaged; no code of it runs.
+    """
     read = partial(torch.load, file, weights_only=True, mmap=is_zipfile(file))
+    try:
+        tensors = read(map_location="meta")
+    except OSError:
+        raise
+    except Exception as error:  # PyTorch's reader raises many kinds
+        raise ValueError(
+            f"{str(file)!r} can't be read as tensors alone ({type(error).__name__}): it is damaged, a pointer of Git "
+            "LFS, or holds other objects, whose code would run. Download it again, or save the model as safetensors "
+            "(model.save_pretrained)."
+        ) from error
+    if not isinstance(tensors, Mapping):
+        raise ValueError(
+            f"{str(file)!r} holds a {type(tensors).__name__}, not tensors by name: save the model as safetensors "
+            "(model.save_pretrained)."
+        )
 
     def read_one(name: str) -> Tensor:
         """Read one of the tensors; without a zip file, all are read for it."""
         tensor: Tensor = read(map_location="cpu")[name]
         return tensor
 
-    for name, tensor in read(map_location="meta").items():
+    for name, tensor in tensors.items():
         if isinstance(tensor, Tensor):
             yield name, StoredTensor.of(tensor, partial(read_one, name))

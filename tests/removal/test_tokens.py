@@ -3,6 +3,7 @@
 import json
 import shutil
 import string
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,21 @@ def test_what_a_chat_template_writes_stays(dense, tmp_path):
     assert rare <= {*kept_tokens(tmp_path / "with").tolist()}
 
 
+def test_a_chat_template_that_does_not_end_is_skipped_with_a_warning(dense, tmp_path):
+    folder = shutil.copytree(dense, tmp_path / "dense")
+    loops = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc")
+    (folder / "chat_template.jinja").write_text(
+        f"{loops}{{% endfor %}}{{% endfor %}}{{% endfor %}}"
+    )
+
+    with pytest.warns(UserWarning, match="the chat template does not end: it runs more than"):
+        remove_tokens(folder, tmp_path / "smaller")
+
+    warnings = read_report(tmp_path / "smaller").warnings
+    assert any("pass keep_tokens" in warning for warning in warnings)
+    verify_checkpoint(tmp_path / "smaller", dense=folder)
+
+
 def test_ids_are_renumbered_in_every_file_and_old_tokenizer_files_are_gone(dense, tmp_path):
     folder, last = (
         shutil.copytree(dense, tmp_path / "dense"),
@@ -188,6 +204,66 @@ def test_ids_are_renumbered_in_every_file_and_old_tokenizer_files_are_gone(dense
     names = {file.name for file in (tmp_path / "smaller").iterdir()}
     assert not names & {"vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"}
     assert {"tokenizer.json", "special_tokens_map.json", "encoder.py"} <= names
+
+
+def test_ids_of_languages_and_tasks_are_renumbered_and_those_of_no_token_are_left_out(
+    dense, tmp_path
+):
+    folder = shutil.copytree(dense, tmp_path / "dense")
+    last = bpe_tokenizer().convert_tokens_to_ids("<image>")
+    change_json(
+        folder / "generation_config.json",
+        lang_to_id={"<|en|>": 300, "<|xx|>": 999},
+        task_to_id={"transcribe": last, "translate": 301},
+        forced_decoder_ids=[[1, None], [2, 302], [3, 999]],
+    )
+
+    remove_tokens(folder, tmp_path / "smaller")
+
+    new = {old: number for number, old in enumerate(kept_tokens(tmp_path / "smaller").tolist())}
+    changed = json.loads((tmp_path / "smaller" / "generation_config.json").read_text())
+    assert changed["lang_to_id"] == {"<|en|>": new[300]}
+    assert changed["task_to_id"] == {"transcribe": new[last], "translate": new[301]}
+    assert changed["forced_decoder_ids"] == [[1, None], [2, new[302]]]
+
+
+def with_colliding_token(folder: Path) -> Path:
+    """A copy of a model folder in whose tokenizer an added token has the id of a piece."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    model = content["model"]
+    removed = [
+        token for token in model["vocab"] if not any(token in merge for merge in model["merges"])
+    ][-4]
+    del model["vocab"][removed]  # the library gives the next added token the number of the pieces
+    model["merges"] = [merge for merge in model["merges"] if "".join(merge) != removed]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_tokenizer_with_two_tokens_of_one_id_is_refused(dense, tmp_path):
+    folder = with_colliding_token(shutil.copytree(dense, tmp_path / "dense"))
+
+    with pytest.raises(
+        ValueError, match=r"'<image>' with the id .* pass a tokenizer in which every"
+    ):
+        remove_tokens(folder, tmp_path / "smaller")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_a_token_that_transformers_adds_beyond_the_rows_is_refused_by_the_run_and_by_verify(
+    smaller, tmp_path
+):
+    added = {"extra_special_tokens": ["<late>"]}
+    proven = shutil.copytree(smaller, tmp_path / "proven")
+    change_json(proven / "tokenizer_config.json", **added)
+    full = save(tmp_path / "full", spare=0)
+    change_json(full / "tokenizer_config.json", **added)
+
+    with pytest.raises(VerificationError, match=r"'<late>' has the id 320, .* has 320 rows"):
+        verify_checkpoint(proven)
+    with pytest.raises(ValueError, match=r"counts is of 356 ids, but the tokenizer has 357"):
+        remove_tokens(full, tmp_path / "smaller")
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "qwen2_audio"])
@@ -260,6 +336,28 @@ def test_weights_of_pickle_lie_beside_those_of_an_adapter(dense, tmp_path):
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     remove_tokens(folder, tmp_path / "smaller")
     verify_checkpoint(tmp_path / "smaller", dense=folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda tensors: {**tensors, "arguments": Namespace(rate=1)}, "as tensors alone"),
+        (lambda tensors: [*tensors.values()], "holds a list, not tensors by name"),
+    ],
+    ids=["an object of other code", "a list"],
+)
+def test_a_pickle_that_holds_more_than_tensors_gives_one_error(dense, tmp_path, content, message):
+    folder = shutil.copytree(dense, tmp_path / "dense")
+    file = folder / "model.safetensors"
+    torch.save(content(load_file(file)), folder / "pytorch_model.bin")
+    file.unlink()
+
+    with pytest.raises(
+        ValueError, match=rf"pytorch_model.bin' .*{message}.* save the model as safetensors"
+    ):
+        remove_tokens(folder, tmp_path / "smaller")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
 def test_embeddings_that_the_class_does_not_load_are_cut_too(dense, tmp_path):
