@@ -1,15 +1,22 @@
 """Text sources for calibration and for perplexity: local files, Python's own documentation, Hub data sets.
 
-The texts of the Hub are cut and joined as in the scripts of SparseGPT and Wanda, so that perplexities can be compared
-with published ones.
+A *source* is what a user names (`--calibration`): a path, `pydoc`, `wikitext2`, `c4` or `ptb`. `require_source` checks
+it, and `load_text` reads it as a `TextSource`, whose documents `text.windows` cuts into windows of tokens. The texts of
+the Hub are cut and joined as in the scripts of SparseGPT and Wanda, so that perplexities can be compared with published
+ones.
 """
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError
 
 from optimum_fista.installing import install_command
 from optimum_fista.public_names import HUB_DATASETS
@@ -20,11 +27,10 @@ _ACCEPTED_SOURCES = (
     "a path that ends in .txt (one document) or .jsonl (field 'text' in every line), 'pydoc', 'wikitext2', "
     "'c4' or 'ptb' (from the Hub, with the package `datasets`), or, for calibration only, 'self' (the model writes it)"
 )
-_MEDIA = (
-    b'"image',
-    b'"audio',
-    b'"video',
-)  # what the keys of lines begin with that are not only text
+# How the keys of lines begin that are not only text.
+_MEDIA = (b'"image', b'"audio', b'"video')
+# Seconds in which the Hub has to answer one request.
+_HUB_TIMEOUT = 10
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,12 @@ class TextSource:
 
     name: str  # of the file, or the data set's usual name
     documents: tuple[str, ...]
-    separator: str = "\n\n"  # between two documents when the source is read as one text
-    max_windows: int | None = (
-        None  # that perplexity is measured on, by the literature's protocol; None = all
-    )
-    images: tuple[tuple[Path, ...], ...] = ()  # files of each document; () if none has any
+    # between two documents when the source is read as one text
+    separator: str = "\n\n"
+    # that perplexity is measured on, by the literature's protocol; None: all
+    max_windows: int | None = None
+    # files of each document; () if none has any
+    images: tuple[tuple[Path, ...], ...] = ()
 
     @property
     def joined(self) -> str:
@@ -47,37 +54,52 @@ class TextSource:
     @property
     def sha256(self) -> str:
         """Hex digest of the joined text in UTF-8: equal for equal texts, whatever file they came from."""
-        # surrogatepass: JSON may escape half of a surrogate pair
+        # surrogatepass: a text that was made in Python may hold half of a surrogate pair
         return hashlib.sha256(self.joined.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-# Arguments of `load_dataset` and treatment of the rows, as in SparseGPT's datautils.py and Wanda's lib/data.py.
+@dataclass(frozen=True)
+class _HubText:
+    """Where a text of the Hub lies, and how its rows become documents, as in SparseGPT's datautils.py and Wanda's."""
+
+    split: str
+    # further arguments of `load_dataset`
+    options: dict[str, str]
+    # of the repository, to read this one only
+    file: str | None = None
+    column: str = "text"
+    separator: str = " "
+    # rows that are read; None: all
+    max_rows: int | None = None
+    # whether the rows are joined to one document
+    whole: bool = True
+    # `TextSource.max_windows`
+    max_windows: int | None = None
+
+
 _WIKITEXT = {"name": "wikitext-2-raw-v1"}
 # PTB's main branch is a script, which `datasets` 4 refuses; the Hub keeps a parquet copy under another revision.
 _PTB = {"revision": "refs/convert/parquet"}
-_HUB: dict[tuple[str, Split], tuple[str, dict[str, str], str | None, dict[str, Any]]] = {
-    ("wikitext2", "calibration"): ("train", _WIKITEXT, None, {}),
-    ("wikitext2", "test"): ("test", _WIKITEXT, None, {"separator": "\n\n"}),
+_HUB_TEXTS: dict[tuple[str, Split], _HubText] = {
+    ("wikitext2", "calibration"): _HubText("train", _WIKITEXT),
+    ("wikitext2", "test"): _HubText("test", _WIKITEXT, separator="\n\n"),
     # C4's files are shuffled: the first documents of one, 10 million tokens, represent all and fit in memory.
-    ("c4", "calibration"): (
-        "train",
-        {},
-        "en/c4-train.00000-of-01024.json.gz",
-        {"max_rows": 20_000, "whole": False},
+    ("c4", "calibration"): _HubText(
+        "train", {}, file="en/c4-train.00000-of-01024.json.gz", max_rows=20_000, whole=False
     ),
-    ("c4", "test"): (
+    ("c4", "test"): _HubText(
         "validation",
         {},
-        "en/c4-validation.00000-of-00008.json.gz",
-        {"max_rows": 1100, "windows": 256},
+        file="en/c4-validation.00000-of-00008.json.gz",
+        max_rows=1100,
+        max_windows=256,
     ),
-    ("ptb", "calibration"): (
-        "train",
-        _PTB,
-        "penn_treebank/train/0000.parquet",
-        {"column": "sentence"},
+    ("ptb", "calibration"): _HubText(
+        "train", _PTB, file="penn_treebank/train/0000.parquet", column="sentence"
     ),
-    ("ptb", "test"): ("test", _PTB, "penn_treebank/test/0000.parquet", {"column": "sentence"}),
+    ("ptb", "test"): _HubText(
+        "test", _PTB, file="penn_treebank/test/0000.parquet", column="sentence"
+    ),
 }
 
 
@@ -90,28 +112,33 @@ def require_source(source: str, *, with_images: bool = False) -> bool:
         return False
     if source in HUB_DATASETS:
         if find_spec("datasets") is None:
-            run = f"run {install_command('datasets')}, or pass a local .txt or .jsonl file"
             raise ImportError(
-                f"source={source!r} needs the package `datasets`, which is not installed: {run}."
+                f"source={source!r} needs the package `datasets`, which is not installed: run "
+                f"{install_command('datasets')}, or pass a local .txt or .jsonl file."
             )
-    elif Path(source).suffix not in (".txt", ".jsonl"):
+        return False
+
+    path = Path(source)
+    if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"source={source!r} is not known; pass {_ACCEPTED_SOURCES}.")
-    elif not Path(source).is_file():
+    if not path.is_file():
         raise FileNotFoundError(
             f"source={source!r}: there is no such file; pass {_ACCEPTED_SOURCES}."
         )
-    elif Path(source).suffix == ".jsonl" and any(
-        word in Path(source).read_bytes() for word in _MEDIA
-    ):
-        has_images = bool(_read_file(Path(source)).images)
-        if has_images and not with_images:
-            why = "which only the calibration of optimum-fista prune takes"
-            raise ValueError(f'source={source!r} has images, {why}: pass lines without "image".')
-        if has_images and find_spec("PIL") is None:
-            need = "which need the package Pillow: run `pip install pillow`"
-            raise ImportError(f"source={source!r} has images, {need}.")
-        return has_images
-    return False
+    # The whole file is parsed only if it may have images.
+    may_have_images = path.suffix == ".jsonl" and any(word in path.read_bytes() for word in _MEDIA)
+    if not may_have_images or not _read_file(path).images:
+        return False
+    if not with_images:
+        raise ValueError(
+            f"source={source!r} has images, which only the calibration of optimum-fista prune takes: pass lines "
+            'without "image".'
+        )
+    if find_spec("PIL") is None:
+        raise ImportError(
+            f"source={source!r} has images, which need the package Pillow: run `pip install pillow`."
+        )
+    return True
 
 
 def usual_texts() -> tuple[str, str]:
@@ -124,14 +151,14 @@ def load_text(source: str, split: Split, *, with_images: bool = False) -> TextSo
 
     A line of a `.jsonl` file may name images, which are refused unless `with_images`. Local files and `pydoc` have one
     split: "calibration" and "test" give the same text, so do not measure on the source you calibrated on. `pydoc`
-    changes with the Python version; compare `sha256`. If the Hub can't be reached, this is a `ConnectionError`.
+    changes with the Python version; compare `sha256`. If the Hub can't be reached and the text is not in the cache,
+    this is a `ConnectionError`.
     """
     require_source(source, with_images=with_images)
     if split not in get_args(Split):
         raise ValueError(f"split={split!r} is not known; pass 'calibration' or 'test'.")
     if source in HUB_DATASETS:
-        hub_split, options, file, made = _HUB[source, split]
-        return _read_hub(source, hub_split, options, file, **made)
+        return _read_hub(source, _HUB_TEXTS[source, split])
     if source == "pydoc":
         from pydoc_data.topics import topics
 
@@ -140,75 +167,121 @@ def load_text(source: str, split: Split, *, with_images: bool = False) -> TextSo
 
 
 def _read_file(path: Path) -> TextSource:
-    where = f"source={str(path)!r}"
+    """Read a `.txt` or `.jsonl` file; ValueError that names the file, and the line, if there is no text in it."""
     try:
         content = path.read_bytes().decode("utf-8")  # not read_text, which would turn \r\n into \n
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where} is not UTF-8 ({error}); save it as UTF-8.") from error
-    documents, images = (content,), ((),)  # type: tuple[tuple[str, ...], tuple[tuple[Path, ...], ...]]
+        raise ValueError(
+            f"source={str(path)!r} is not UTF-8 ({error}); save it as UTF-8."
+        ) from error
+
+    documents = [content]
+    images = list[tuple[Path, ...]]()
     if path.suffix == ".jsonl":
-        lines = enumerate(
-            content.split("\n"), start=1
-        )  # not splitlines, which ends lines at U+2028 too
-        read = [
-            _document(line, f"{where}, line {n}", path.parent) for n, line in lines if line.strip()
-        ]
-        documents, images = tuple(text for text, _ in read), tuple(files for _, files in read)
+        documents = []
+        # not splitlines, which ends lines at U+2028 too
+        for number, line in enumerate(content.split("\n"), start=1):
+            if line.strip():
+                place = f"source={str(path)!r}, line {number}"
+                text, files = _read_line(line, place, path.parent)
+                documents.append(text)
+                images.append(files)
     if not any(map(str.strip, documents)):
         raise ValueError(
-            f'{where} is empty; pass a file with text (in a .jsonl file under "text").'
+            f'source={str(path)!r} is empty; pass a file with text (in a .jsonl file under "text").'
         )
-    return TextSource(path.name, documents, images=images if any(images) else ())
+    return TextSource(path.name, tuple(documents), images=tuple(images) if any(images) else ())
 
 
-def _document(line: str, place: str, folder: Path) -> tuple[str, tuple[Path, ...]]:
-    """The text of a line, and its image files, whose paths are relative to `folder`."""
+def _read_line(line: str, place: str, folder: Path) -> tuple[str, tuple[Path, ...]]:
+    """The text of a line of a `.jsonl` file, and its image files, whose paths are relative to `folder`.
+
+    `place` names file and line, for errors.
+    """
     try:
         item = json.loads(line)
-        text, found = item["text"], item.get("image") or item.get("images") or []
+        text = item["text"]
+        paths = item.get("image") or item.get("images") or []
     except (ValueError, TypeError, KeyError, AttributeError):  # no JSON, no object, another key
-        item, text, found = {}, None, []
-    paths = [found] if isinstance(found, str) else found
-    if (
-        not isinstance(text, str)
-        or not isinstance(paths, list)
-        or not all(isinstance(p, str) for p in paths)
-    ):
-        advice = 'every line must be a JSON object with a string under "text", and a path, or a list, under "image"'
-        raise ValueError(f"{place}: found {line.strip()[:80]}; {advice}.")
-    if ignored := [key for key in ("audio", "video") if item.get(key)]:
+        item, text, paths = {}, None, []
+    if isinstance(paths, str):
+        paths = [paths]
+
+    has_paths = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
+    if not isinstance(text, str) or not has_paths:
         raise ValueError(
-            f'{place}: {ignored[0]!r} cannot be read from files: pass lines with "text" and "image" only.'
+            f'{place}: found {line.strip()[:80]}; every line must be a JSON object with a string under "text", and a '
+            'path, or a list, under "image".'
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair
+        raise ValueError(
+            f"{place}: character {error.start + 1} of the text, {text[error.start]!a}, is half of a surrogate pair, "
+            "which no tokenizer takes: write the whole character, or remove it."
+        ) from error
+    for key in ("audio", "video"):
+        if item.get(key):
+            raise ValueError(
+                f'{place}: {key!r} cannot be read from files: pass lines with "text" and "image" only.'
+            )
     files = tuple(folder / path for path in paths)
-    if missing := [str(file) for file in files if not file.is_file()]:
-        raise FileNotFoundError(
-            f"{place}: there is no image {missing[0]!r}; paths are relative to the .jsonl file."
-        )
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{place}: there is no image {str(file)!r}; paths are relative to the .jsonl file."
+            )
     return text, files
 
 
-def _read_hub(
-    source: str,
-    split: str,
-    options: dict[str, str],
-    file: str | None,
-    *,
-    column: str = "text",
-    separator: str = " ",
-    max_rows: int | None = None,
-    whole: bool = True,
-    windows: int | None = None,
-) -> TextSource:
-    """The first rows of one column, joined to one document if the source is read `whole`."""
+def _read_hub(source: str, text: _HubText) -> TextSource:
+    """Read a text of the Hub, or of the cache if the Hub can't be reached; ConnectionError if neither has it."""
     from datasets import load_dataset  # which takes seconds to import
 
-    repository, files = HUB_DATASETS[source], {} if file is None else {"data_files": {split: file}}
+    repository = HUB_DATASETS[source]
+    files = {} if text.file is None else {"data_files": {text.split: text.file}}
     try:
-        texts = tuple(load_dataset(repository, split=split, **options, **files)[:max_rows][column])
+        with _offline_without_hub(repository):
+            rows = load_dataset(repository, split=text.split, **text.options, **files)
+        documents = tuple(rows[: text.max_rows][text.column])
     except Exception as error:  # the Hub, the network and `datasets` have no common base class
         raise ConnectionError(
             f"source={source!r}: could not load {repository!r} from the Hub ({type(error).__name__}: {error}). "
             "If the Hub cannot be reached, pass a local .txt or .jsonl file."
         ) from error
-    return TextSource(source, (separator.join(texts),) if whole else texts, separator, windows)
+    if text.whole:
+        documents = (text.separator.join(documents),)
+    return TextSource(source, documents, text.separator, text.max_windows)
+
+
+@contextmanager
+def _offline_without_hub(repository: str) -> Iterator[None]:
+    """Let `datasets` look in the cache alone if the Hub does not answer one request for a data set.
+
+    Otherwise it repeats every request for half a minute. For the time of the block, this changes the settings of
+    `huggingface_hub` and `datasets` that say whether there is a network.
+    """
+    if _hub_answers(repository):
+        yield
+        return
+
+    import datasets
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def _hub_answers(repository: str) -> bool:
+    """Ask the Hub once for a data set; an error of the Hub is an answer too."""
+    try:
+        HfApi().dataset_info(repository, timeout=_HUB_TIMEOUT)
+    except HfHubHTTPError:
+        return True
+    except Exception:  # no network, or no answer: the clients have no common base class
+        return False
+    return True

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+from huggingface_hub import constants
 
 from optimum_fista.text.sources import load_text
 
@@ -18,6 +19,7 @@ def hub(monkeypatch):
         return datasets.Dataset.from_dict(hub.rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     return hub
 
 
@@ -47,6 +49,7 @@ def test_jsonl_has_one_document_per_line(tmp_path):
         ("{'text': 'a'}", "found {'text': 'a'}; every line"),
         ('{"content": "a"}', 'found {"content": "a"}; every line'),
         ('{"text": 3}', 'found {"text": 3}; every line must be'),
+        (r'{"text": "a\ud83d b"}', r"character 2 of the text, '\\ud83d', is half of a surrogate"),
     ],
 )
 def test_jsonl_error_gives_the_line(tmp_path, line, complaint):
@@ -142,12 +145,38 @@ def test_datasets_missing(monkeypatch):
         load_text("c4", "calibration")
 
 
-def test_hub_out_of_reach(monkeypatch):
-    def load_dataset(*args, **kwargs):
+def test_a_hub_out_of_reach_is_asked_once_and_gives_one_error(monkeypatch):
+    requests, offline = [], []
+
+    def dataset_info(*arguments, **options):
+        requests.append(arguments)
         raise OSError("no route to host")
 
+    def load_dataset(*args, **kwargs):
+        offline.append((constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE))
+        raise ConnectionError("it is not in the cache")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+
     with pytest.raises(
-        ConnectionError, match=r"'Salesforce/wikitext'.*no route to host.*pass a local \.txt"
+        ConnectionError, match=r"'Salesforce/wikitext'.*not in the cache.*pass a local \.txt"
     ):
         load_text("wikitext2", "test")
+
+    assert len(requests) == 1
+    assert offline == [(True, True)]
+    assert not constants.HF_HUB_OFFLINE
+    assert not datasets.config.HF_HUB_OFFLINE
+
+
+def test_a_text_in_the_cache_is_read_without_a_network(hub, monkeypatch):
+    def dataset_info(*arguments, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+    hub.rows = {"text": ["a", "b"]}
+
+    assert load_text("wikitext2", "calibration").documents == ("a b",)

@@ -85,6 +85,14 @@ def test_the_held_out_windows_are_the_same_for_any_number_of_others(documents):
     assert draws[0][:5, 0].max() - draws[0][:5, 0].min() > WORDS / 6  # not side by side
 
 
+@pytest.mark.parametrize(
+    "documents", [[range(200)], [range(i, i + 10) for i in range(0, 200, 10)]], ids=["one", "many"]
+)
+def test_held_out_windows_that_a_text_is_too_short_for_are_named(documents):
+    with pytest.raises(ValueError, match=r"held_out=3000.*; pass a .*longer text"):
+        calibration_windows(tokenizer(), source(*documents), 3010, 30, 0, held_out=3000)
+
+
 def test_windows_of_one_document_come_from_everywhere():
     """Means of 200 draws, 3 standard errors; a window never starts at a fixed place of a segment."""
     starts = torch.cat(
