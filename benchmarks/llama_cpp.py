@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_fista.environment import processor_name
 from optimum_fista.folder.card import markdown_lines
-from optimum_fista.folder.checkpoint import checkpoint_files, read_tensors
+from optimum_fista.source.model_folder import checkpoint_files, read_tensors
 
 try:
     import xllamacpp

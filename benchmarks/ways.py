@@ -20,8 +20,8 @@ import torch
 from shared import finish, matrix_rate, parse_arguments, prune_apart, save, save_llama
 from transformers import AutoConfig
 
-from optimum_fista.folder.checkpoint import checkpoint_files, read_tensors
 from optimum_fista.source.loading import gguf_file, load_model
+from optimum_fista.source.model_folder import checkpoint_files, read_tensors
 
 _WAYS = {"memory": (1, 1), "files": (1, 1), "threads": (1, 2), "processes": (2, 1)}
 """Processes, and threads of each."""

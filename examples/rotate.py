@@ -32,9 +32,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_fista import calibration_tokens, load_model
+from optimum_fista.atomic import errors_of_writing
 from optimum_fista.devices import floating_dtype, usable_device
 from optimum_fista.environment import numerical_environment
-from optimum_fista.folder.atomic import errors_of_writing
 from optimum_fista.folder.checkpoint import CARD_FILE, CONFIG_KEY
 from optimum_fista.folder.output import new_output, require_output
 from optimum_fista.model import UnsupportedArchitectureError

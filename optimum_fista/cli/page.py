@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write the page of a folder, by default into it, and print where it is."""
     # These imports take seconds, and `--help` must not wait for them.
-    from optimum_fista.folder.atomic import require_writable
+    from optimum_fista.atomic import require_writable
     from optimum_fista.folder.output import write_about
     from optimum_fista.page.render import read_pruned_report, render_page
 

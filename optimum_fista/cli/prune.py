@@ -124,7 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prune, save, and upload if asked; returns the exit code."""
-    from optimum_fista.folder.checkpoint import require_name
+    from optimum_fista.source.model_folder import require_name
 
     require_name(arguments.model)  # before the imports below, which take seconds
     from optimum_fista.cli.prune_request import PruneRequest

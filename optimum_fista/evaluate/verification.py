@@ -26,16 +26,12 @@ from transformers import PreTrainedModel
 from optimum_fista import internals
 from optimum_fista.evaluate.comparison import VerificationError, compare_with_dense
 from optimum_fista.folder.checkpoint import (
-    CONFIG_FILE,
     CONFIG_KEY,
     MASKS_FILE,
     REPORT_FILE,
     VOCABULARY_FILE,
-    checkpoint_files,
     kept_tokens,
-    read_json,
     read_report,
-    read_tensors,
     require_files,
 )
 from optimum_fista.folder.packed_folder import is_packed, packed_operators
@@ -48,6 +44,7 @@ from optimum_fista.report import MixtureReport, OperatorReport, PruningReport
 from optimum_fista.solve.pattern import SparsityPattern, unpack_mask
 from optimum_fista.solve.patterns import Columns, parse_pattern
 from optimum_fista.source.loading import load_tokenizer
+from optimum_fista.source.model_folder import CONFIG_FILE, checkpoint_files, read_json, read_tensors
 from optimum_fista.source.names import split_index
 from optimum_fista.source.source_tensors import source_tensors
 

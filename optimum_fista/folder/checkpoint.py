@@ -6,23 +6,18 @@ to load. A damaged file gives a ValueError that names the file.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from optimum_fista.folder.atomic import write_file
 from optimum_fista.report import PruningReport
+from optimum_fista.source.model_folder import closest_folder, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
 MASKS_FILE = "fista/masks.safetensors"
 REPORT_FILE = "fista/report.json"
@@ -32,9 +27,6 @@ VOCABULARY_FILE = "fista/vocabulary.json"
 CONFIG_KEY = "fista_pruning"
 """Of `config.json`: the summary of the latest run."""
 
-PACKED_KEY = "quantization_config"
-"""Of `config.json`: under which a packed folder is described."""
-
 MASKS_FORMAT = "bitmask-1"
 MASKS_METADATA = {"format": MASKS_FORMAT}  # one key only: safetensors writes several in any order
 
@@ -42,54 +34,6 @@ MASKS_METADATA = {"format": MASKS_FORMAT}  # one key only: safetensors writes se
 _CONFIG_KEYS = {"method", "pattern", "error_correction"}
 _CALIBRATION_KEYS = {"num_sequences", "num_tokens"}
 _MODEL_KEYS = {"name", "class"}
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds.
-
-    Raises:
-        ValueError: If the file holds something else; it names the file.
-    """
-    try:
-        values = json.loads(file.read_bytes())
-    except ValueError as error:  # of JSON, or of UTF-8
-        raise ValueError(f"{str(file)!r} is damaged: it is not JSON ({error}).") from error
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"{str(file)!r} is damaged: it holds a JSON {type(values).__name__}, not an object."
-        )
-    return values
-
-
-def closest_folder(name: str) -> str:
-    """Return a question for an error message, with the folder whose name is closest to `name`; "" if none is close.
-
-    `name` is a path that the user gave. The question begins with a space.
-    """
-    path = Path(name)
-    if not path.parent.is_dir():
-        return ""
-    folders = [other.name for other in path.parent.iterdir() if other.is_dir()]
-    close = get_close_matches(path.name, folders, n=1)
-    if not close:
-        return ""
-    return f" Did you mean {str(path.with_name(close[0]))!r}?"
-
-
-def require_name(name: str) -> None:
-    """Refuse a model that is neither a folder or file nor, by its form, a Hub id."""
-    if Path(name).exists():
-        return
-    # Its import is slow, and not needed to read a folder.
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise ValueError(
-            f"model={name!r} is neither a folder that exists nor a Hub id: pass a model folder, or 'owner/name'."
-            f"{closest_folder(name)}"
-        ) from error
 
 
 def require_files(folder: Path, *names: str) -> None:
@@ -173,78 +117,3 @@ def mark_retrained(model: PreTrainedModel) -> None:
     summary = getattr(model.config, CONFIG_KEY, None)
     if summary is not None and not summary.get("retrained"):
         setattr(model.config, CONFIG_KEY, summary | {"retrained": True})
-
-
-def checkpoint_files(folder: Path, stem: str = "model") -> dict[str, Path]:
-    """Return the safetensors file of every tensor of a model folder, by the tensor's name.
-
-    `stem` is the first part of the files' names: "model", or "packed" in a packed folder.
-
-    Raises:
-        FileNotFoundError: If the folder holds no such weights.
-        ValueError: If the index of the files is damaged.
-    """
-    single = folder / f"{stem}.safetensors"
-    index = folder / f"{stem}.safetensors.index.json"
-    if single.exists():  # Transformers prefers the single file as well
-        return dict.fromkeys(names_in(single), single)
-    if not index.exists():
-        raise FileNotFoundError(
-            f"{str(folder)!r} holds no {stem}.safetensors: pass a pruned model folder."
-        )
-
-    content = read_json(index)
-    weight_map: Any = content.get("weight_map")
-    metadata = content.get("metadata", {})
-    has_names = isinstance(weight_map, dict) and all(
-        isinstance(file, str) for file in weight_map.values()
-    )
-    if not has_names:
-        raise ValueError(
-            f"{str(index)!r} is damaged: it has no weight_map that names a file for each tensor."
-        )
-    if not isinstance(metadata, dict):
-        raise ValueError(
-            f"{str(index)!r} is damaged: its metadata is a JSON {type(metadata).__name__}."
-        )
-    return {name: folder / file for name, file in weight_map.items()}
-
-
-def names_in(file: Path) -> list[str]:
-    """Return the names of the tensors in a safetensors file."""
-    with safe_open(file, "pt") as opened:
-        return list(opened.keys())
-
-
-def write_index(
-    folder: Path, stem: str, weight_map: Mapping[str, str], metadata: Mapping[str, Any]
-) -> str:
-    """Write the index of a folder's weight files, and return its name.
-
-    The index says which file holds which tensor (`weight_map`, file names by tensor names) and how many bytes all
-    tensors have. `metadata` is added to it. `stem`: see `checkpoint_files`.
-    """
-    total_size = 0
-    for name in set(weight_map.values()):
-        file = folder / name
-        with file.open("rb") as opened:
-            header_bytes = int.from_bytes(opened.read(8), "little")
-        total_size += file.stat().st_size - 8 - header_bytes
-
-    index = {
-        "metadata": {**metadata, "total_size": total_size},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
-    index_name = f"{stem}.safetensors.index.json"
-    write_file(folder / index_name, json.dumps(index, indent=2) + "\n")
-    return index_name
-
-
-def read_tensors(files: dict[str, Path], names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Read tensors one at a time, in the order of `names`, and yield each with its name.
-
-    `files` has the file of every tensor, as `checkpoint_files` returns it.
-    """
-    for name in names:
-        with safe_open(files[name], "pt") as file:
-            yield name, file.get_tensor(name)

@@ -25,7 +25,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from optimum_fista.folder.atomic import digest_of, flush, write_file
+from optimum_fista.atomic import digest_of, flush, write_file
 
 FOLDER = "journal"
 MODEL = "model"

@@ -17,18 +17,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from optimum_fista.folder.atomic import write_file
+from optimum_fista.atomic import write_file
 from optimum_fista.folder.checkpoint import (
     CARD_FILE,
-    CONFIG_FILE,
     MASKS_FILE,
-    PACKED_KEY,
     REPORT_FILE,
-    checkpoint_files,
-    read_json,
     read_report,
     require_files,
-    write_index,
 )
 from optimum_fista.folder.output import FILES_FILE, all_names, new_output, require_output
 from optimum_fista.folder.writing import write_form
@@ -46,6 +41,13 @@ from optimum_fista.packed.quantizer import QUANT_METHOD, read_packed
 from optimum_fista.report import OperatorReport, PruningReport
 from optimum_fista.solve.pattern import pack_mask, unpack_mask
 from optimum_fista.source.links import leads_out
+from optimum_fista.source.model_folder import (
+    CONFIG_FILE,
+    PACKED_KEY,
+    checkpoint_files,
+    read_json,
+    write_index,
+)
 from optimum_fista.source.names import split_index
 
 _REWRITTEN = {CONFIG_FILE, CARD_FILE, MASKS_FILE}  # by `write_form`

@@ -18,21 +18,16 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista import internals
-from optimum_fista.folder.atomic import errors_of_writing, write_file
+from optimum_fista.atomic import errors_of_writing, write_file
 from optimum_fista.folder.card import PACKED_NOTE, model_card
 from optimum_fista.folder.checkpoint import (
     CARD_FILE,
-    CONFIG_FILE,
     CONFIG_KEY,
     MASKS_FILE,
     MASKS_FORMAT,
     MASKS_METADATA,
-    PACKED_KEY,
     REPORT_FILE,
     VOCABULARY_FILE,
-    checkpoint_files,
-    read_json,
-    write_index,
 )
 from optimum_fista.folder.naming import as_stored, operators_by_weight
 from optimum_fista.model.offload import describe_ties, stored_tensor
@@ -42,6 +37,13 @@ from optimum_fista.solve.pattern import unpack_mask
 from optimum_fista.source.configuration import content_of, source_content
 from optimum_fista.source.files import copy_source
 from optimum_fista.source.loading import forget_gguf, local_source
+from optimum_fista.source.model_folder import (
+    CONFIG_FILE,
+    PACKED_KEY,
+    checkpoint_files,
+    read_json,
+    write_index,
+)
 from optimum_fista.source.names import stored_names
 from optimum_fista.source.source_tensors import IS_NOT_DESCRIBED, SourceTensors
 from optimum_fista.source.stored_tensor import StoredTensor, in_dtypes_of, write_stored

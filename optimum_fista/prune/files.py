@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from optimum_fista.folder.checkpoint import names_in, write_index
 from optimum_fista.folder.naming import as_stored
 from optimum_fista.folder.output import install
 from optimum_fista.folder.packed_folder import packed_settings
@@ -36,6 +35,7 @@ from optimum_fista.prune.shards import ShardWriter
 from optimum_fista.prune.sink import Sink, Travelling, Work
 from optimum_fista.report import LayerRecord, PruningReport
 from optimum_fista.source.files import copy_source
+from optimum_fista.source.model_folder import names_in, write_index
 
 T = TypeVar("T")
 

@@ -20,15 +20,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from optimum_fista import internals
-from optimum_fista.bars import tqdm
-from optimum_fista.folder.atomic import (
+from optimum_fista.atomic import (
     digest_of,
     is_whole,
     read_record,
     write_record,
     write_tensors,
 )
-from optimum_fista.folder.checkpoint import CONFIG_FILE
+from optimum_fista.bars import tqdm
 from optimum_fista.folder.output import FOLDER, MODEL, RUN_FILE, discard
 from optimum_fista.model.activations import Storage
 from optimum_fista.model.calibration import CalibrationBatch
@@ -36,6 +35,7 @@ from optimum_fista.options import as_record
 from optimum_fista.prune.plan import Budgets, Plan
 from optimum_fista.prune.ranks import Ranks
 from optimum_fista.report import LayerRecord, PruningReport
+from optimum_fista.source.model_folder import CONFIG_FILE
 from optimum_fista.versions import library_versions
 
 WEIGHTS_FILE = f"{FOLDER}/weights.json"

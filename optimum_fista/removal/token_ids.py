@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from optimum_fista.folder import checkpoint
+from optimum_fista.source.model_folder import read_json
 
 # Keys whose numbers are ids of tokens, in every family of Transformers; ids of sounds are not those of text.
 _KEYS_OF_IDS = re.compile(
@@ -46,9 +46,7 @@ def sections(config: PreTrainedConfig) -> list[PreTrainedConfig]:
 
 def configuration_files(folder: Path) -> dict[str, dict[str, Any]]:
     """The configurations beside that of the model, by file name: of generation, tokenizer and processor."""
-    return {
-        file.name: checkpoint.read_json(file) for file in sorted(folder.glob("[!.]*_config.json"))
-    }
+    return {file.name: read_json(file) for file in sorted(folder.glob("[!.]*_config.json"))}
 
 
 def ids_in(values: Mapping[str, Any]) -> set[int]:

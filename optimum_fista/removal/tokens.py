@@ -31,11 +31,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista import internals
+from optimum_fista.atomic import write_file
 from optimum_fista.bars import tqdm
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.devices import floating_dtype
 from optimum_fista.folder import checkpoint
-from optimum_fista.folder.atomic import write_file
 from optimum_fista.folder.output import FOLDER, locked_output, new_output
 from optimum_fista.folder.packed_folder import is_packed
 from optimum_fista.folder.writing import write_all_but_weights
@@ -55,6 +55,7 @@ from optimum_fista.removal.token_loss import measure_bits_per_byte
 from optimum_fista.report import PruningReport
 from optimum_fista.source import loading
 from optimum_fista.source.files import copy_source, source_folder
+from optimum_fista.source.model_folder import names_in, read_json, write_index
 from optimum_fista.source.quantization import forget_quantization
 from optimum_fista.source.source_tensors import SourceTensors, source_tensors
 from optimum_fista.source.stored_tensor import DENSE, StoredTensor, weight_files, write_stored
@@ -243,7 +244,7 @@ class TokensPlan:
         shards = dict[str, str]()
         for file in weight_files(self.source):
             if file.suffix == ".safetensors":
-                shards |= dict.fromkeys(checkpoint.names_in(file), file.name)
+                shards |= dict.fromkeys(names_in(file), file.name)
         weight_map = {name: shards.get(name, "model.safetensors") for name in self.stored}
 
         names = sorted({*weight_map.values()})
@@ -254,7 +255,7 @@ class TokensPlan:
             )
         if names != ["model.safetensors"]:
             metadata = {"total_parameters": self.model.num_parameters()}
-            checkpoint.write_index(folder, "model", weight_map, metadata)
+            write_index(folder, "model", weight_map, metadata)
 
     def _write_table(self, folder: Path) -> None:
         """Write which rows of the first dense model stay; the source's table is continued if it has one."""
@@ -266,7 +267,7 @@ class TokensPlan:
         earlier = checkpoint.kept_tokens(self.source)
         # else somebody has resized the embedding since
         if earlier is not None and len(earlier) == table["num_tokens"]:
-            table = checkpoint.read_json(self.source / checkpoint.VOCABULARY_FILE)
+            table = read_json(self.source / checkpoint.VOCABULARY_FILE)
             table["kept"] = earlier[kept].tolist()  # ids of the first model
         write_file(folder / checkpoint.VOCABULARY_FILE, json.dumps(table) + "\n")
 
@@ -517,7 +518,7 @@ def _tokenizer_content(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict
     """
     vocabulary = tokenizer.get_vocab()
     for file in folder.glob("tokenizer.json"):
-        content = checkpoint.read_json(file)
+        content = read_json(file)
         if _ids_of_tokens(content) == vocabulary:
             return content
     content = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -40,12 +40,12 @@ from transformers import (
 import optimum_fista.packed  # noqa: F401  # so that packed folders load
 from optimum_fista import internals
 from optimum_fista.devices import floating_dtype, usable_device
-from optimum_fista.folder.checkpoint import closest_folder, require_name
 from optimum_fista.installing import install_command
 from optimum_fista.memory import is_out_of_memory
 from optimum_fista.model.offload import move_execution, settle_ties
 from optimum_fista.source.files import source_folder
 from optimum_fista.source.formats.dequantizer import read_dequantized
+from optimum_fista.source.model_folder import closest_folder, require_name
 from optimum_fista.source.quantization import quantization
 from optimum_fista.source.stored_tensor import weight_files
 

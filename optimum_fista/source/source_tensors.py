@@ -30,11 +30,11 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from optimum_fista.folder.checkpoint import CONFIG_FILE, PACKED_KEY, read_json
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.packed.format import SUFFIXES, packed_names
 from optimum_fista.source.formats.dequantizer import Dequantizer, dequantizer_of
 from optimum_fista.source.loading import described, read_config
+from optimum_fista.source.model_folder import CONFIG_FILE, PACKED_KEY, read_json
 from optimum_fista.source.stored_tensor import ACTIVATION_SCALE, DENSE, StoredTensor, read_stored
 
 T = TypeVar("T")

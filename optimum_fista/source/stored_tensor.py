@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from optimum_fista.folder.atomic import digest_of, write_file
-from optimum_fista.folder.checkpoint import checkpoint_files, read_json
+from optimum_fista.atomic import digest_of, write_file
+from optimum_fista.source.model_folder import checkpoint_files, read_json
 
 DENSE = {"F64", "F32", "F16", "BF16"}
 """Dtypes of safetensors whose values need no scales."""

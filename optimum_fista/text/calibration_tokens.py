@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from optimum_fista.folder.atomic import write_file
+from optimum_fista.atomic import write_file
 from optimum_fista.folder.output import SAMPLED_TEXTS
 from optimum_fista.source.loading import load_model, require_tokenizer
 from optimum_fista.text.self_sampling import sample_text_from_model

@@ -35,8 +35,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from optimum_fista.bars import tqdm
-from optimum_fista.folder.atomic import (
+from optimum_fista.atomic import (
     digest_of,
     errors_of_writing,
     is_whole,
@@ -44,6 +43,7 @@ from optimum_fista.folder.atomic import (
     write_file,
     write_record,
 )
+from optimum_fista.bars import tqdm
 from optimum_fista.memory import size_text
 from optimum_fista.prune.ranks import Ranks
 from optimum_fista.train.divergence import Predictor, divergence, text_loss

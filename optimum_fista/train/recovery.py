@@ -30,8 +30,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from optimum_fista import internals
+from optimum_fista.atomic import digest_of, read_record, write_record
 from optimum_fista.environment import numerical_environment
-from optimum_fista.folder.atomic import digest_of, read_record, write_record
 from optimum_fista.folder.checkpoint import MASKS_FILE, mark_retrained
 from optimum_fista.folder.output import (
     FOLDER,

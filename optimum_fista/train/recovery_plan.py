@@ -29,7 +29,7 @@ from optimum_fista import internals
 from optimum_fista.bars import tqdm
 from optimum_fista.devices import usable_device
 from optimum_fista.environment import numerical_environment
-from optimum_fista.folder.checkpoint import CONFIG_FILE, VOCABULARY_FILE, kept_tokens, read_report
+from optimum_fista.folder.checkpoint import VOCABULARY_FILE, kept_tokens, read_report
 from optimum_fista.folder.output import folder_beside, require_output
 from optimum_fista.memory import available_bytes, size_text
 from optimum_fista.model.choice import find_operators
@@ -44,6 +44,7 @@ from optimum_fista.source.loading import (
     read_model,
     require_tokenizer,
 )
+from optimum_fista.source.model_folder import CONFIG_FILE
 from optimum_fista.text.calibration_tokens import usual_length
 from optimum_fista.text.sources import require_source
 from optimum_fista.train.divergence import LOGITS_PER_CHUNK, Predictor, divergence

@@ -10,7 +10,7 @@ from tiny_llama import tiny_llama
 from torch import Tensor
 
 from optimum_fista.evaluate.verification import Verification, VerificationError, verify_checkpoint
-from optimum_fista.folder.checkpoint import checkpoint_files
+from optimum_fista.source.model_folder import checkpoint_files
 
 UP = "model.layers.1.mlp.up_proj.weight"
 MASKS = "fista/masks.safetensors"

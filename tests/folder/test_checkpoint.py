@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 
-from optimum_fista.folder.checkpoint import checkpoint_files, read_report
+from optimum_fista.folder.checkpoint import read_report
+from optimum_fista.source.model_folder import checkpoint_files
 
 
 def test_checkpoint_files_follow_transformers_choice(saved, saved_gpt2, tmp_path):

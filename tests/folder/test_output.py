@@ -14,8 +14,9 @@ import pytest
 from killed import Killed, killed_at
 from safetensors import SafetensorError
 
-from optimum_fista.folder import atomic, output
-from optimum_fista.folder.atomic import errors_of_writing, write_file
+from optimum_fista import atomic
+from optimum_fista.atomic import errors_of_writing, write_file
+from optimum_fista.folder import output
 from optimum_fista.folder.output import (
     discard,
     foreign_files,

@@ -16,9 +16,8 @@ from quantized_models import fp8_deepseek
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from transformers import AutoModelForCausalLM
 
-from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista import FistaPruner, FistaPruningConfig, atomic
 from optimum_fista.evaluate.verification import verify_checkpoint
-from optimum_fista.folder import atomic
 from optimum_fista.folder.output import unfinished_folder
 from optimum_fista.prune import journal, named
 from optimum_fista.prune.files import FileSink

@@ -19,9 +19,8 @@ from tiny_models import tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport, recover
+from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport, atomic, recover
 from optimum_fista.evaluate.verification import verify_checkpoint
-from optimum_fista.folder import atomic
 from optimum_fista.source.loading import read_model
 from optimum_fista.source.stored_tensor import read_stored
 
