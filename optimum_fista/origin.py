@@ -89,6 +89,11 @@ class OriginReport:
     # In order; empty if the latest run was given the first model itself.
     steps: list[StepReport] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        """Refuse a size that no model has: shares are divided by it."""
+        if self.num_parameters is not None and self.num_parameters < 1:
+            raise TypeError(f"the first model has {self.num_parameters} parameters")
+
 
 def read_origin(config: Any) -> OriginReport | None:
     """Read from a model's configuration where the model comes from; `None` if it was never pruned.

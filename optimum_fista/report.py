@@ -3,9 +3,12 @@
 The model card, the page, `verify` and the summary in the terminal are made from the report. Shares and means are
 computed from the operators when they are needed, so that no two numbers can disagree.
 
+A run is *given* a model and makes a *result*. The given model may be the result of an earlier run; the *first* model is
+the one that the user began with (`origin.py`). "dense" in names of fields means the given model.
+
 A run begins its report before the first decoder layer (`PruningReport(...)`), adds a `LayerRecord` after each layer
-(`add`), and describes the result at the end. "Dense" is a model before a run: the *first* model is the one that the
-user began with (`origin.py`), which was pruned by earlier runs if there were some.
+(`add`), and describes the result at the end (`model`, `perplexity`). Everything else is a property: it is computed from
+the fields, changes nothing, and is the same each time.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from typing import Any
 
 from optimum_fista.memory import MemoryPeak
 from optimum_fista.options import as_record
-from optimum_fista.origin import MeasuredPerplexity, OriginReport, StepReport
+from optimum_fista.origin import MeasuredPerplexity, OriginReport, StepReport, patterns_of
 from optimum_fista.plain_text import plain_text, plain_values
 from optimum_fista.solve.pattern import Scope
 from optimum_fista.solve.patterns import parse_pattern
@@ -327,18 +330,18 @@ class PruningReport:
     def perplexities_of_steps(self) -> list[MeasuredPerplexity | None]:
         """The perplexity after each of `steps` on the text of this run; `None` if it is not known on this text."""
         given = self.measured("dense")
-        found: list[MeasuredPerplexity | None] = []
+        perplexities: list[MeasuredPerplexity | None] = []
         for step in self.first_model.steps:
             is_comparable = (
                 given is not None
                 and step.perplexity is not None
                 and step.perplexity.has_tokens_of(given)
             )
-            found.append(step.perplexity if is_comparable else None)
-        if found:
-            # This run measured the model that it was given, as it was after the last of them.
-            found[-1] = given
-        return [*found, self.measured("pruned")]
+            perplexities.append(step.perplexity if is_comparable else None)
+        if perplexities:
+            # This run measured the given model, as it was after the last of the earlier runs.
+            perplexities[-1] = given
+        return [*perplexities, self.measured("pruned")]
 
     @property
     def verdict(self) -> str:
@@ -431,7 +434,7 @@ class PruningReport:
             return ""
         first, given = self.origin.num_parameters, self.num_parameters_given
         return (
-            f"{first - given:,} of {first:,} parameters removed by earlier runs "
+            f"earlier runs removed {first - given:,} of {first:,} parameters "
             f"({(first - given) / first:.2%})"
         )
 
@@ -567,7 +570,7 @@ class PruningReport:
                 f"({totals['sparsity']:.2%})"
             )
             if self.removed_before:
-                removal += f", after {self.removed_before}"
+                removal += f"; {self.removed_before}"
         experts = f"{self.experts_left}; " if self.mixtures else ""
         held_out = ""
         if totals["held_out_ratio"] is not None:
@@ -591,9 +594,9 @@ class PruningReport:
 
     def __repr__(self) -> str:
         """One line: in a notebook, all fields would fill many screens."""
-        name = self.model.get("name") or self.model.get("class") or "model"
+        name = self.first_model.name or self.model.get("class") or "model"
         return (
-            f"<PruningReport of {name!r}, {self.pattern}: {len(self.operators)} operators in "
+            f"<PruningReport of {name!r}, {patterns_of(self.steps)}: {len(self.operators)} operators in "
             f"{len(self.layers)} decoder layers; print(report) has the numbers, report.to_json() everything>"
         )
 

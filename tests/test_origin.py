@@ -55,6 +55,7 @@ def test_a_model_that_was_never_pruned_has_no_origin(entry):
         {"steps": []},
         "text",
         {"surprise": 1},
+        {"num_parameters": 0, "steps": [{"pattern": "2:4"}]},
     ],
 )
 def test_an_origin_that_can_not_be_read_is_not_known(origin):
