@@ -1,4 +1,8 @@
-"""Activations of all batches, kept on the device, in CPU memory or in a file, and read back in order."""
+"""Activations of all batches, kept on the device, in CPU memory or in a file, and read back in order.
+
+An `ActivationStore` is a list to which each batch appends a tensor. Where copies would make the device wait, they go
+through two pinned buffers and a thread (`_Staging`).
+"""
 
 import mmap
 import tempfile
@@ -24,7 +28,8 @@ class ActivationStore(Sequence[Tensor]):
     """
 
     def __init__(self, storage: Storage, device: torch.device, *, staged: bool = False) -> None:
-        self.device = device  # where tensors are handed out
+        """Begin empty; tensors are returned on `device`. `staged` copies through buffers even if nothing waits."""
+        self.device = device
         self._folder = storage if isinstance(storage, Path) else None
         self._storage = torch.device("cpu") if isinstance(storage, Path) else storage
         self._is_staged = staged
@@ -32,24 +37,25 @@ class ActivationStore(Sequence[Tensor]):
         self.clear()
 
     def _stage(self) -> None:
-        """Copy through buffers if the device would wait without them."""
-        has_streams = self.device.type not in ("cpu", "meta")
-        has_streams = has_streams and hasattr(torch.get_device_module(self.device), "Stream")
-        staged = self._is_staged or (has_streams and self._storage.type == "cpu")
-        # with buffers, returned tensors are copies that nothing else refers to
-        self.staging = _Staging(self._kept, self.device, has_streams) if staged else None
+        """Copy through buffers (`staging`) if the device would wait without them."""
+        has_streams = False
+        if self.device.type not in ("cpu", "meta"):
+            has_streams = hasattr(torch.get_device_module(self.device), "Stream")
+        would_wait = has_streams and self._storage.type == "cpu"
+        self.staging = None
+        if self._is_staged or would_wait:
+            # Returned tensors are then copies that nothing else refers to.
+            self.staging = _Staging(self._kept, self.device, has_streams)
 
     def append(self, tensor: Tensor, *, copy: bool = False) -> None:
         """Keep a tensor; with `copy`, the caller may overwrite it afterwards."""
         tensor = tensor.detach()
         if self.staging is not None:
-            self.staging.write(
-                tensor.clone() if copy else tensor
-            )  # the stream reads it at any time from now on
-        else:
-            self._kept.append(
-                tensor.to(self._storage, copy=copy and self._folder is None)
-            )  # a file has its own copy
+            # the stream reads it at any time from now on
+            self.staging.write(tensor.clone() if copy else tensor)
+            return
+        is_in_file = self._folder is not None  # which has its own copy
+        self._kept.append(tensor.to(self._storage, copy=copy and not is_in_file))
 
     def kept(self) -> list[Tensor]:
         """All tensors where they are kept."""
@@ -66,9 +72,8 @@ class ActivationStore(Sequence[Tensor]):
             and isinstance(storage, torch.device)
             and storage != self._storage
         ):
-            for index, tensor in enumerate(
-                self._kept
-            ):  # one after the other, so that few are held twice
+            # one after the other, so that few are held twice
+            for index, tensor in enumerate(self._kept):
                 self._kept[index] = tensor.to(storage)
             self._storage = storage
         if device != self.device:
@@ -89,9 +94,9 @@ class ActivationStore(Sequence[Tensor]):
     def __getitem__(self, index: Any) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return (
-            self._kept[index].to(self.device) if self.staging is None else self.staging.read(index)
-        )
+        if self.staging is None:
+            return self._kept[index].to(self.device)
+        return self.staging.read(index)
 
 
 class _File(Sequence[Tensor]):
@@ -103,78 +108,92 @@ class _File(Sequence[Tensor]):
 
     def __init__(self, folder: Path) -> None:
         self._file = tempfile.TemporaryFile(dir=folder, prefix="activations-")  # noqa: SIM115, closed with the store
-        self._places: list[tuple[int, torch.Size, torch.dtype]] = []
+        # of each tensor: its first byte in the file, shape and dtype
+        self._entries: list[tuple[int, torch.Size, torch.dtype]] = []
 
     def append(self, tensor: Tensor) -> None:
         """Write a copy of a CPU tensor to the end of the file."""
-        self._places.append((self._file.seek(0, 2), tensor.shape, tensor.dtype))
+        end = self._file.seek(0, 2)
+        self._entries.append((end, tensor.shape, tensor.dtype))
         self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        self._file.write(
-            b"\0" * (-self._file.tell() % mmap.PAGESIZE)
-        )  # a tensor at a page's start fits any dtype
+        # a tensor at a page's start fits any dtype
+        num_missing = -self._file.tell() % mmap.PAGESIZE
+        self._file.write(bytes(num_missing))
         self._file.flush()
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._entries)
 
     def __getitem__(self, index: Any) -> Any:
-        place, shape, dtype = self._places[index]
+        start, shape, dtype = self._entries[index]
         if not shape.numel():  # nothing can't be mapped
             return torch.empty(shape, dtype=dtype)
-        mapped = np.memmap(self._file, np.uint8, "c", place, (shape.numel() * dtype.itemsize,))
+        mapped = np.memmap(
+            self._file,
+            dtype=np.uint8,
+            mode="c",  # copy on write
+            offset=start,
+            shape=(shape.numel() * dtype.itemsize,),
+        )
         return torch.from_numpy(mapped).view(dtype).view(shape)
 
 
 class _Staging:
-    """Copies between a device and `kept`, through two pinned buffers, by one thread, in the order of the calls."""
+    """Copies between a device and `kept`, through two pinned buffers, by one thread, in the order of the calls.
+
+    The thread owns `kept` from now on: call `finish` before anything else reads it. On a device without streams all
+    copies wait.
+    """
 
     def __init__(self, kept: list[Tensor] | _File, device: torch.device, has_streams: bool) -> None:
-        self.count = len(kept)
+        self.count = len(kept)  # of tensors, those that are still copied included
         self._kept = kept
         self._device = device
         self._module = torch.get_device_module(device)
         self._stream = self._module.Stream(device) if has_streams else None
         self._thread = ThreadPoolExecutor(1, "activations")
         self._buffers: list[Tensor] = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
-        self._writes: list[Future[None]] = []
+        self._writes: list[Future[None]] = []  # that may not be done yet: at most two
+        # the tensor that is read ahead: its number, and with the tensor an event of its copy
         self._next: tuple[int, Future[tuple[Tensor, Any]]] | None = None
-        self._last = 0
+        self._last = 0  # the number of the tensor that was read or written last
 
     def write(self, tensor: Tensor) -> None:
+        """Append a tensor; its memory may be freed afterwards, but not overwritten."""
         while len(self._writes) > 1:  # both buffers are taken
             self._writes.pop(0).result()
         if self._next is not None:  # the tensor that was read ahead may still be in this buffer
             self._next[1].result()
             self._next = None
         buffer = self._buffer(self.count, tensor)
-        made = None
+        copied = None  # an event: the copy to the buffer is done
         if self._stream is not None:  # the copy begins after the tensor is computed
             self._stream.wait_stream(self._module.current_stream(self._device))
         with self._module.stream(self._stream):
             buffer.copy_(tensor, non_blocking=True)
             if self._stream is not None:
                 tensor.record_stream(self._stream)  # its memory is not reused before it was read
-                made = self._stream.record_event()
-        self._writes.append(self._thread.submit(self._keep, buffer, made))
+                copied = self._stream.record_event()
+        self._writes.append(self._thread.submit(self._keep, buffer, copied))
         self.count += 1
         self._last = self.count
 
     def read(self, index: int) -> Tensor:
+        """Return a tensor on the device, and begin to read the one that is expected next."""
         self.finish()
-        known, self._next = self._next, None
-        found = (
-            known[1]
-            if known is not None and known[0] == index
-            else self._thread.submit(self._load, index)
-        )
-        tensor, copied = found.result()
+        ahead = self._next
+        self._next = None
+        if ahead is not None and ahead[0] == index:
+            _, loaded = ahead
+        else:
+            loaded = self._thread.submit(self._load, index)
+        tensor, copied = loaded.result()
         if copied is not None:
             current = self._module.current_stream(self._device)
             current.wait_event(copied)
             tensor.record_stream(current)
-        expected = (
-            index - 1 if 0 < index < self._last else index + 1
-        )  # after a step back, expect another step back
+        steps_back = 0 < index < self._last
+        expected = index - 1 if steps_back else index + 1
         self._last = index
         if 0 <= expected < self.count:
             self._next = (expected, self._thread.submit(self._load, expected))
@@ -185,30 +204,35 @@ class _Staging:
         while self._writes:
             self._writes.pop(0).result()
 
-    def _keep(self, buffer: Tensor, made: Any) -> None:
-        if made is not None:
-            made.synchronize()
-        self._kept.append(
-            buffer.clone() if isinstance(self._kept, list) else buffer
-        )  # the buffer is used again
+    def _keep(self, buffer: Tensor, copied: Any) -> None:
+        """Append the content of a buffer to `kept`, after the event `copied`; runs in the thread."""
+        if copied is not None:
+            copied.synchronize()
+        is_in_memory = isinstance(self._kept, list)
+        # a copy in memory, because the buffer is used again; a file has its own
+        self._kept.append(buffer.clone() if is_in_memory else buffer)
 
     def _load(self, index: int) -> tuple[Tensor, Any]:
+        """Copy a tensor to the device, and return it with an event of the copy; runs in the thread."""
         stored = self._kept[index]
         with self._module.stream(self._stream):
             buffer = self._buffer(index, stored)
             if self._stream is not None:
                 self._stream.synchronize()  # the buffer's last copy is done
-            buffer.copy_(
-                stored
-            )  # for a file this reads the disk, in this thread, not in the computing one
+            # for a file this reads the disk, in this thread, not in the computing one
+            buffer.copy_(stored)
             tensor = buffer.to(self._device, non_blocking=True, copy=True)
-            return tensor, self._stream.record_event() if self._stream is not None else None
+            copied = None if self._stream is None else self._stream.record_event()
+            return tensor, copied
 
     def _buffer(self, turn: int, like: Tensor) -> Tensor:
-        """A pinned tensor with the shape and dtype of `like`, in one of the two buffers."""
+        """A pinned tensor with the shape and dtype of `like`, in one of the two buffers, which take turns.
+
+        The buffer grows if it is too small.
+        """
         size = like.numel() * like.element_size()
-        if self._buffers[turn % 2].numel() < size:
-            self._buffers[turn % 2] = torch.empty(
-                size, dtype=torch.uint8, pin_memory=self._stream is not None
-            )
-        return self._buffers[turn % 2][:size].view(like.dtype).view(like.shape)
+        number = turn % 2
+        if self._buffers[number].numel() < size:
+            is_pinned = self._stream is not None
+            self._buffers[number] = torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned)
+        return self._buffers[number][:size].view(like.dtype).view(like.shape)

@@ -1,4 +1,8 @@
-"""Which linear operators a decoder layer has, and which of them are pruned."""
+"""Which linear operators a decoder layer has, and which of them are pruned.
+
+`choose_operators` is called once for a run, and `find_operators` for a single decoder layer. Names are full ones, such
+as "model.layers.3.mlp.down_proj". An operator that is not pruned stays *dense*, and the report has the reason.
+"""
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
@@ -18,12 +22,13 @@ def find_operators(
 ) -> dict[str, LinearOperator]:
     """Find the linear operators of a decoder layer, by their full names; every matrix of every expert is one.
 
-    `layer_name` is the layer's name in the model; fused experts whose names match `dense_experts` are skipped.
+    `layer_name` is the layer's name in the model, such as "model.layers.3". Fused experts whose names match one of the
+    shell-style patterns `dense_experts` are skipped, and so are routers.
     """
     operators: dict[str, LinearOperator] = {}
-    passed_over = left_out(layer_name, layer, dense_experts)
+    skipped = left_out(layer_name, layer, dense_experts)
     for name, module in layer.named_modules(prefix=layer_name):
-        if name in passed_over:
+        if name in skipped:
             continue
         if isinstance(module, LINEAR):
             operators[name] = LinearOperator(name, module)
@@ -34,16 +39,19 @@ def find_operators(
                     "pruned: looked for 3-D parameters gate_up_proj (or up_proj) and down_proj. To prune the rest of "
                     f"the model and leave the experts dense, pass exclude=['*.{name.rsplit('.', 1)[-1]}']."
                 )
-            operators |= {
-                operator.name: operator for operator in FusedExperts(name, module).operators
-            }
+            for operator in FusedExperts(name, module).operators:
+                operators[operator.name] = operator
     return operators
 
 
 def choose_operators(
     layers: DecoderLayers, exclude: Sequence[str], reason_left_dense: Callable[[str], str | None]
 ) -> tuple[dict[str, dict[str, LinearOperator]], dict[str, str]]:
-    """Find the operators to prune, by decoder layer, and the operators that stay dense, with the reason."""
+    """Find the operators to prune, by the names of the decoder layers, and those that stay dense, with the reason.
+
+    `exclude` are the user's patterns, by which whole mixtures are skipped. `reason_left_dense` says of the name of an
+    operator why the configuration leaves it dense; `None`: it does not. Weights in memory must be finite.
+    """
     chosen: dict[str, dict[str, LinearOperator]] = {}
     left_dense: dict[str, str] = {}
     for layer_name, layer in layers:
@@ -54,18 +62,23 @@ def choose_operators(
             if reason is not None:
                 left_dense[name] = reason
                 continue
-            if not internals.is_own_parameter(
-                operator.owner, operator.tensor
-            ):  # its zeros would be overwritten
+            is_parameter = internals.is_own_parameter(operator.owner, operator.tensor)
+            if not is_parameter:  # zeros in it would be overwritten
                 raise UnsupportedArchitectureError(
                     f"the weight of {operator.name} is computed from other tensors (weight_norm, spectral_norm, "
                     "torch.nn.utils.prune or a parametrization): make it a parameter again (remove_weight_norm, "
                     "remove_spectral_norm, prune.remove, remove_parametrizations), or leave it dense by exclude."
                 )
             chosen[layer_name][name] = operator
-    here = (operator for group in chosen.values() for operator in group.values())
+
     # the loop checks offloaded weights when it loads them; an estimate has none
-    require_finite([o for o in here if not (offload_hook(o.owner) or o.parameter.is_meta)])
+    in_memory = [
+        operator
+        for operators in chosen.values()
+        for operator in operators.values()
+        if not (offload_hook(operator.owner) or operator.parameter.is_meta)
+    ]
+    require_finite(in_memory)
     return chosen, left_dense
 
 
@@ -77,26 +90,24 @@ def left_out(
     Routers decide by small differences and have few weights, so they stay dense. A router is a linear module beside
     fused experts that has one output for each expert, or a single output.
     """
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for name, module in layer.named_modules(prefix=layer_name):
         if is_fused_experts(module) and matches(name, dense_experts):
-            found[name] = "exclude"
-        experts = [
+            reasons[name] = "exclude"
+        mixtures = [
             child for child in module.children() if is_fused_experts(child) and can_be_split(child)
         ]
-        # One output for each expert is a router, a single one the gate of a shared expert.
-        sizes = {
-            1,
-            *(
-                parameter.shape[0]
-                for child in experts
-                for parameter in child.parameters(recurse=False)
-            ),
-        }
-        for child_name, child in module.named_children() if experts else ():
-            if isinstance(child, LINEAR) and child.weight.shape[0] in sizes:
-                found[f"{name}.{child_name}"] = "router"
-    return found
+        if not mixtures:
+            continue
+        router_sizes = {1}  # the gate of a shared expert has one output
+        for mixture in mixtures:
+            router_sizes.update(
+                parameter.shape[0] for parameter in mixture.parameters(recurse=False)
+            )
+        for child_name, child in module.named_children():
+            if isinstance(child, LINEAR) and child.weight.shape[0] in router_sizes:
+                reasons[f"{name}.{child_name}"] = "router"
+    return reasons
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

@@ -1,5 +1,8 @@
 """Sums over the calibration tokens, above all the Gram matrix, and the layer problems made from them.
 
+`model.correction` makes a `GroupSums` for the operators of a group, which share their inputs, calls `add` for each
+batch, and then `problems` once.
+
 Sums replace the activations: `|| W* X* - Y ||_F^2` is a function of `W*`, `G = X* X*^T` and `C = Y X*^T` alone. So a
 problem takes the same memory for any number of tokens. Sums are in float32, even if activations have half precision,
 because thousands of tokens are added. SparseGPT's code (arXiv 2301.00774) rescales its Hessian to a mean with every
@@ -28,19 +31,23 @@ class GroupSums:
     """
 
     def __init__(self, size: int, device: torch.device, *, same_inputs: bool = False) -> None:
-        self.same_inputs = same_inputs  # whether X* = X
+        """Begin with empty sums for operators with `size` inputs; `same_inputs` says that `X* = X`."""
+        self.same_inputs = same_inputs
         self.num_tokens = 0
         self.cross: dict[str, Tensor] = {}
         # squared norms of the rows of W X, [out], float64, by operator, and of Y as "targets"
         self.energies: dict[str, Tensor] = {}
-        self._gram: Tensor | None = (
-            None  # its upper half; made with the first tokens, so that only one group has it
-        )
+        # the upper half of the Gram matrix; made with the first tokens, so that only one group has it
+        self._gram: Tensor | None = None
         self._total = torch.zeros(size, device=device)  # of each input
 
     @quick_products()
     def add(self, inputs: Tensor, kind: str = "", others: Tensor | None = None) -> None:
-        """Add `X*` [tokens, in]; `others` [tokens, n] are dense inputs, outputs side by side or targets: the `kind`."""
+        """Add the inputs `X*` [tokens, in] of a batch to the sums.
+
+        `others` [tokens, n] belong to the same tokens: dense inputs, dense outputs side by side, or targets. `kind` is
+        accordingly "inputs", "outputs" or "targets", a key of `cross`.
+        """
         if self._gram is None:
             self._gram = self._total.new_zeros(len(self._total), len(self._total))
         self.num_tokens += inputs.shape[0]
@@ -59,16 +66,19 @@ class GroupSums:
     def add_energies(self, name: str, outputs: Tensor) -> None:
         """Add outputs `W X` [tokens, out] of an operator to its energies."""
         # one batch in float32, the sum of batches in float64, because it has many terms
-        found = as_multiplied(outputs).square().sum(0).double()
-        self.energies[name] = self.energies[name] + found if name in self.energies else found
+        energies = as_multiplied(outputs).square().sum(0).double()
+        if name in self.energies:
+            energies = self.energies[name] + energies
+        self.energies[name] = energies
 
     def statistics(self) -> InputStatistics:
-        """The symmetric Gram matrix and the mean of the inputs; nothing can be added afterwards."""
-        gram = (
-            self._total.new_zeros(len(self._total), len(self._total))
-            if self._gram is None
-            else self._gram
-        )
+        """The symmetric Gram matrix and the mean of the inputs; nothing can be added afterwards.
+
+        The sums are completed in place, and the result has the same memory.
+        """
+        gram = self._gram
+        if gram is None:  # there was no token
+            gram = self._total.new_zeros(len(self._total), len(self._total))
         for start in range(0, gram.shape[0], _LEAF):
             end = start + _LEAF
             # Only upper blocks were summed. They are copied, so that both halves are equal to the last bit.
@@ -83,13 +93,16 @@ class GroupSums:
         """The problems of the operators with their dense weights `W` [out, in], one by one; the sums are used up.
 
         `dense_share` is `a` in the targets `W (a X + (1 - a) X*)`; it is not used if `X* = X` or targets were summed.
+        The problems share the memory of the Gram matrix, and those of `cross` are overwritten.
         """
-        statistics, row = self.statistics(), 0
-        if not bool(torch.isfinite(torch.stack(statistics.gram.aminmax())).all()):
-            found = f"the inputs of {group[0].name} hold NaN or Inf (or overflow when squared in float32)"
+        statistics = self.statistics()
+        extremes = torch.stack(statistics.gram.aminmax())  # NaN if any element is
+        if not bool(torch.isfinite(extremes).all()):
             raise ValueError(
-                f"{found}: the model is damaged there, or overflows its dtype; try float32 or bfloat16."
+                f"the inputs of {group[0].name} hold NaN or Inf (or overflow when squared in float32): the model is "
+                "damaged there, or overflows its dtype; try float32 or bfloat16."
             )
+        row = 0  # of the operator among the outputs side by side
         for operator, weight in zip(group, weights, strict=True):
             name = operator.name
             if not self.cross:
@@ -99,13 +112,21 @@ class GroupSums:
                     weight, statistics, self.cross["targets"], self.energies["targets"], name
                 )
             else:
-                # `_problem` may overwrite these rows or this product, because they are read only once
+                # `_problem` overwrites these rows or this product, which are read only once
+                num_rows = weight.shape[0]
                 if "outputs" in self.cross:
-                    cross = self.cross["outputs"][row : row + weight.shape[0]]
+                    cross = self.cross["outputs"][row : row + num_rows]
                 else:
                     cross = weight @ self.cross["inputs"]
-                row += weight.shape[0]
-                yield _problem(weight, statistics, cross, self.energies[name], dense_share, name)
+                row += num_rows
+                yield _problem(
+                    weight,
+                    statistics,
+                    cross=cross,
+                    energies=self.energies[name],
+                    dense_share=dense_share,
+                    name=name,
+                )
 
 
 def _add_upper(out: Tensor, inputs: Tensor) -> None:
@@ -115,7 +136,8 @@ def _add_upper(out: Tensor, inputs: Tensor) -> None:
         out.addmm_(inputs.T, inputs)
         return
     half = (size // 2 + 31) // 32 * 32  # a multiple of 32, so that blocks are aligned
-    left, right = inputs[:, :half], inputs[:, half:]
+    left = inputs[:, :half]
+    right = inputs[:, half:]
     _add_upper(out[:half, :half], left)
     out[:half, half:].addmm_(left.T, right)
     _add_upper(out[half:, half:], right)
@@ -136,25 +158,26 @@ def _problem(
     """
     if dense_share == 1:
         return LayerProblem(weight, statistics, cross, energies, name, aims_at_dense=True)
-    mixed, remade = inner_by_rows(weight, cross), torch.empty_like(energies)
+    mixed_energies = inner_by_rows(weight, cross)  # inner products of the rows of W X and W X*
+    same_energies = torch.empty_like(energies)  # || W X* ||^2 by rows
     for rows in row_blocks(weight):
-        same = weight[rows] @ statistics.gram
-        remade[rows] = inner_by_rows(weight[rows], same)
+        same = weight[rows] @ statistics.gram  # W X* X*^T
+        same_energies[rows] = inner_by_rows(weight[rows], same)
         if dense_share:
             cross[rows].mul_(dense_share).add_(same, alpha=1 - dense_share)
     # || W X* - W X ||^2 by rows; computed from Y, a small share would magnify its rounding error
-    unpruned_errors = energies - 2 * mixed + remade
+    unpruned_errors = energies - 2 * mixed_energies + same_energies
     if dense_share == 0:  # Y = W X*: nothing is mixed into the cross-Gram
         return LayerProblem(
             weight, statistics, name=name, dense=DenseOutputs(energies, unpruned_errors, cross)
         )
     dense = DenseOutputs(energies, unpruned_errors, dense_share=dense_share)
     # || a W X + (1 - a) W X* ||^2 by rows, expanded
-    energies = (
+    target_energies = (
         dense_share**2 * energies
-        + 2 * dense_share * (1 - dense_share) * mixed
-        + (1 - dense_share) ** 2 * remade
+        + 2 * dense_share * (1 - dense_share) * mixed_energies
+        + (1 - dense_share) ** 2 * same_energies
     )
     return LayerProblem(
-        weight, statistics, cross, energies, name, same_energies=remade, dense=dense
+        weight, statistics, cross, target_energies, name, same_energies=same_energies, dense=dense
     )

@@ -128,9 +128,8 @@ class _Tracer:
             return
         first, rest = split
         operator, operator_output, version = self._latest
-        is_unchanged = (
-            internals.changes_in_place(operator_output) == version
-        )  # nothing was added to it in place
+        # nothing was added to it in place
+        is_unchanged = internals.changes_in_place(operator_output) == version
         if first is operator_output and is_unchanged:
             self.ends[operator.name] = PartEnd(part, rest)
 
@@ -185,9 +184,8 @@ def split_output(output: object) -> tuple[Tensor, Rest] | None:
     if isinstance(output, tuple) and output:
         first = output[0]
         rest = output[1:]
-    if not isinstance(first, Tensor) or any(
-        value is not None for value in internals.leaves_of(rest)
-    ):
+    returns_more = any(value is not None for value in internals.leaves_of(rest))
+    if returns_more or not isinstance(first, Tensor):
         return None
     return first, rest
 

@@ -1,4 +1,9 @@
-"""Perplexities of the dense and of the pruned network on tokens that no weight is fitted to."""
+"""Perplexities of the dense and of the pruned network on tokens that no weight is fitted to.
+
+The calls of `HeldOut` come in this order: `begin` while the whole model is dense (after `resume`, if an earlier start
+has saved what `kept` returned), then for each decoder layer `run` with "dense" before it is pruned and with "pruned"
+afterwards, then `measure` and `perplexity`.
+"""
 
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -15,9 +20,8 @@ from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.sweep import Sweep
 from optimum_fista.verdict import LEAST_TOKENS
 
-LOGITS_TOGETHER = (
-    512  # tokens whose logits are held at a time: a vocabulary may have 250,000 entries
-)
+# tokens whose logits are held at a time: a vocabulary may have 250,000 entries
+LOGITS_TOGETHER = 512
 _NETWORKS = ("dense", "pruned")
 
 
@@ -31,30 +35,18 @@ class HeldOut:
     def __init__(
         self, layers: DecoderLayers, batches: Sequence[CalibrationBatch], storage: Storage | None
     ) -> None:
-        groups, count = (
-            list[list[CalibrationBatch]](),
-            0,
-        )  # without padding; short ones of one length share a batch
-        for row in (row for batch in batches for row in batch.rows() if row.num_tokens > 1):
-            if count >= LEAST_TOKENS:
-                break
-            count += row.num_tokens
-            last = groups[-1] if groups else [row]
-            is_same = last[0].num_tokens == row.num_tokens and not (last[0].media or row.media)
-            if groups and is_same and (len(last) + 1) * row.num_tokens <= LOGITS_TOGETHER:
-                last.append(row)
-            else:
-                groups.append([row])
-        self.sequences = [
-            CalibrationBatch(torch.cat([row.input_ids for row in group]), media=group[0].media)
-            for group in groups
-        ]
+        """Take sequences of the held-out batches, in their order, until they have `LEAST_TOKENS` tokens.
+
+        Hidden states are kept at `storage`; `None`: on the device of each layer.
+        """
+        self.sequences = _batches_of(batches)
         self.text = batches[0].text if batches else None
         self.bytes_per_token = batches[0].bytes_per_token if batches else None
-        self.losses: dict[
-            str, float
-        ] = {}  # nats per token; empty until the last decoder layer has run
+        # nats per token, by network; empty until the last decoder layer has run
+        self.losses: dict[str, float] = {}
+        # hidden states that enter the next decoder layer, by network
         self._streams: dict[str, ActivationStore] = {}
+        # other arguments by network, layer and batch
         self._calls: dict[str, list[list[LayerCall]]] = {}
         self._sweep = Sweep(layers, range(len(layers)), self.sequences, storage)
 
@@ -64,21 +56,24 @@ class HeldOut:
         They can't if no sequence has two tokens, if layers pass arguments other than hidden states to the next one, or
         if a run resumes and earlier layers have written to a dictionary that layers share.
         """
-        resumes, sweep = bool(self._streams), self._sweep
-        for (
-            network
-        ) in _NETWORKS:  # once for each network, because each writes to its own dictionaries
-            recorded = record_inputs(sweep.layers, self.sequences, sweep.storage)
-            self._calls[network], sweep.rest = recorded.calls, recorded.rest
+        resumes = bool(self._streams)
+        # once for each network, because each writes to its own dictionaries
+        for network in _NETWORKS:
+            recorded = record_inputs(self._sweep.layers, self.sequences, self._sweep.storage)
+            self._calls[network] = recorded.calls
+            self._sweep.rest = recorded.rest
             self._streams.setdefault(network, recorded.hidden_states)
-        given = (
-            v
-            for layer in recorded.calls
-            for call in layer
-            for v in (*call.arguments, *call.keywords.values())
-        )
-        shares = any(isinstance(value, MutableMapping) for value in given)
-        return bool(self.sequences) and not recorded.handed_on and not (shares and resumes)
+
+        values = [
+            value
+            for calls in recorded.calls
+            for call in calls
+            for value in (*call.arguments, *call.keywords.values())
+        ]
+        shares = any(isinstance(value, MutableMapping) for value in values)
+        if recorded.handed_on or (shares and resumes):
+            return False
+        return bool(self.sequences)
 
     def resume(self, kept: Mapping[str, Sequence[Tensor]]) -> bool:
         """Resume with the tensors of `kept`, saved after a decoder layer; `False` if they are missing."""
@@ -89,7 +84,8 @@ class HeldOut:
             self._streams[network] = ActivationStore(self._sweep.storage or device, device)
             for hidden in kept.get(f"held_out_{network}", ()):
                 self._streams[network].append(hidden)
-        return bool(self.losses) or len(self._streams["pruned"]) == len(self.sequences)
+        is_measured = bool(self.losses)
+        return is_measured or len(self._streams["pruned"]) == len(self.sequences)
 
     def kept(self) -> dict[str, list[Tensor]]:
         """Hidden states that enter the next decoder layer; after the last one, the losses."""
@@ -108,25 +104,59 @@ class HeldOut:
 
     def measure(self) -> None:
         """Measure the losses, after the last decoder layer."""
-        sweep = self._sweep
-        with onloaded(
-            [*sweep.layers.around, sweep.layers.model.get_output_embeddings()], copy=False
-        ):
+        layers = self._sweep.layers
+        norm_and_head = [*layers.around, layers.model.get_output_embeddings()]
+        with onloaded(norm_and_head, copy=False):
             self.losses = {
-                name: sweep.loss(self._streams[name], LOGITS_TOGETHER) for name in _NETWORKS
+                network: self._sweep.loss(self._streams[network], LOGITS_TOGETHER)
+                for network in _NETWORKS
             }
 
     def perplexity(self) -> dict[str, Any] | None:
         """Perplexities of both networks, and bits per byte if known; `None` if one is not measured or not finite."""
         if not self.losses or not all(map(math.isfinite, self.losses.values())):
             return None
-        found: dict[str, Any] = {
+        # limited, because the exponential of more than 709 is no float64
+        perplexities: dict[str, Any] = {
             network: math.exp(min(loss, 700.0)) for network, loss in self.losses.items()
         }
         if self.bytes_per_token:
-            bits = math.log(2) * self.bytes_per_token
-            found["bits_per_byte"] = {network: loss / bits for network, loss in self.losses.items()}
-        return found | {
-            "num_tokens": sum(batch.num_tokens for batch in self.sequences),
-            "sha256": tokens_sha256(self.sequences),
-        }
+            nats_per_bit = math.log(2)
+            perplexities["bits_per_byte"] = {
+                network: loss / (nats_per_bit * self.bytes_per_token)
+                for network, loss in self.losses.items()
+            }
+        perplexities["num_tokens"] = sum(batch.num_tokens for batch in self.sequences)
+        perplexities["sha256"] = tokens_sha256(self.sequences)
+        return perplexities
+
+
+def _batches_of(batches: Sequence[CalibrationBatch]) -> list[CalibrationBatch]:
+    """Sequences of two tokens and more, without padding, until there are `LEAST_TOKENS` tokens.
+
+    Sequences that follow each other, have one length, and have at most `LOGITS_TOGETHER` tokens together, share a batch
+    unless they have images.
+    """
+    groups: list[list[CalibrationBatch]] = []
+    num_tokens = 0
+    rows = (row for batch in batches for row in batch.rows() if row.num_tokens > 1)
+    for row in rows:
+        if num_tokens >= LEAST_TOKENS:
+            break
+        num_tokens += row.num_tokens
+        if groups and _fits(groups[-1], row):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [
+        CalibrationBatch(torch.cat([row.input_ids for row in group]), media=group[0].media)
+        for group in groups
+    ]
+
+
+def _fits(group: Sequence[CalibrationBatch], row: CalibrationBatch) -> bool:
+    """Tell whether a sequence can join a group of sequences in one batch."""
+    has_media = bool(group[0].media or row.media)
+    has_length = group[0].num_tokens == row.num_tokens
+    is_small = (len(group) + 1) * row.num_tokens <= LOGITS_TOGETHER
+    return has_length and is_small and not has_media

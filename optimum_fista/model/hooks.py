@@ -1,7 +1,11 @@
-"""Callbacks during forward passes of modules, and functions that replace a pass; everything is taken off again."""
+"""Callbacks during forward passes of modules, and functions that replace a pass.
+
+All are context managers, which leave the modules as they were: hooks are removed, and forward passes put back.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,20 +16,29 @@ def operator_input(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> T
     return arguments[0] if arguments else next(iter(keywords.values()))
 
 
+def _call_with_input(
+    callback: Callable[[Tensor], None],
+    _: nn.Module,
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+) -> None:
+    """Call `callback` with the input of an operator; a forward pre-hook if the first argument is bound."""
+    callback(operator_input(arguments, keywords))
+
+
 @contextmanager
 def watching(
     inputs: Mapping[nn.Module, Callable[[Tensor], None]],
     hooks: Mapping[nn.Module, Callable[..., None]] | None = None,
 ) -> Iterator[None]:
-    """Inside, call back with the input of operators before they compute, and register forward hooks."""
+    """Inside, call back with the input of operators before they compute, and register forward hooks.
+
+    `inputs` are callbacks by the operators' modules, and `hooks` forward hooks of PyTorch by modules. All are removed
+    at the end.
+    """
     with ExitStack() as registered:
         for module, callback in inputs.items():
-            # a default argument binds the callback of this turn of the loop
-            def before(
-                _: nn.Module, args: Any, kwargs: Any, callback: Callable[[Tensor], None] = callback
-            ) -> None:
-                callback(operator_input(args, kwargs))
-
+            before = partial(_call_with_input, callback)
             registered.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
         for module, hook in (hooks or {}).items():
             registered.enter_context(module.register_forward_hook(hook))
@@ -36,7 +49,10 @@ def watching(
 def replaced_forwards(
     modules: Sequence[nn.Module], forwards: Iterable[Callable[..., Any]], name: str = "forward"
 ) -> Iterator[None]:
-    """Replace the forward pass `name` of modules by other functions; afterwards each module has its own again."""
+    """Replace the forward pass `name` of modules by other functions; afterwards each module has its own again.
+
+    There is a function for each module. `name` is "forward", or "_old_forward" for one that Accelerate has wrapped.
+    """
     own = [vars(module).get(name) for module in modules]  # of the instance, such as Accelerate's
     try:
         for module, forward in zip(modules, forwards, strict=True):

@@ -3,14 +3,18 @@
 There is no list of layers for each family, as in other tools. What Transformers declares (classes that are not split
 over devices, tied weights, the head) and the shapes of parameters decide. Other models are refused, and the error says
 what was found. A new quirk of an architecture belongs here, with its own test.
+
+`find_decoder_layers` looks only. A run calls `prunable_layers` once, which also refuses models that can't be changed or
+saved; all later steps get its `DecoderLayers`. Tied weights are two names of one parameter, such as those of the
+embedding and of the head.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -26,13 +30,11 @@ class DecoderLayers:
     model: PreTrainedModel
     name: str  # of their nn.ModuleList, such as model.layers
     modules: tuple[nn.Module, ...]
-    around: tuple[
-        nn.Module, ...
-    ]  # embeddings, norms and the like: of the decoder, in no layer, not the head
+    # embeddings, norms and the like: of the decoder, in no layer, not the head
+    around: tuple[nn.Module, ...]
     names_around: tuple[str, ...]  # of the model's tensors in no layer; of those that are tied, one
-    shared: dict[
-        str, str
-    ]  # modules in the layers that share their weight, with the reason to leave them dense
+    # modules in the layers that share their weight, with the reason to leave them dense
+    shared: dict[str, str]
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -43,114 +45,166 @@ class DecoderLayers:
 
     def outside(self, *, with_media: bool) -> Sequence[nn.Module]:
         """The modules around the layers; `with_media` those of encoders for images and sounds, too."""
-        inside = {
-            self.model.get_output_embeddings(),
-            *(part for layer in self.modules for part in layer.modules()),
-        }
-        return [m for m in self.model.modules() if m not in inside] if with_media else self.around
+        if not with_media:
+            return self.around
+        inside = {part for layer in self.modules for part in layer.modules()}
+        inside.add(self.model.get_output_embeddings())
+        return [module for module in self.model.modules() if module not in inside]
 
     def dense_digest(self, of_layers: Iterable[str | None]) -> str:
-        """SHA-256 of the model before it was pruned, from those of its decoder layers."""
-        return combined_sha256([*map(str, of_layers), sha256_of(self.model, self.names_around)])
+        """SHA-256 of the model before it was pruned, from those of its decoder layers, in their order."""
+        around = sha256_of(self.model, self.names_around)
+        return combined_sha256([*map(str, of_layers), around])
 
 
 def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
-    """Find the `nn.ModuleList` of decoder layers of a causal language model.
+    """Find the `nn.ModuleList` of decoder layers of a causal language model. Changes nothing.
 
     Decoder layers are the model's `_no_split_modules`, or else modules made for gradient checkpointing. If there are
     several such lists (one may be of a vision encoder), the list of `model.get_decoder()` is taken.
     """
-    config, why = model.config, None
+    _require_causal(model)
+    name, layers, decoder = _find_list_of_layers(model)
+    inside = {*layers.modules(), model.get_output_embeddings()}
+    around = [module for module in decoder.modules() if module not in inside]
+    # A model is on the device of its first parameter, as Transformers sees it: inputs go there.
+    name_of_first, _ = next(iter(model.named_parameters()))
+    owner_of_first = model.get_submodule(name_of_first.rpartition(".")[0])
+    if owner_of_first not in inside.union(around):
+        around.append(owner_of_first)
+
+    names_around = [
+        tensor_name
+        for tensor_name in model.state_dict()
+        if not tensor_name.startswith(f"{name}.") and tensor_name not in model.all_tied_weights_keys
+    ]
+    return DecoderLayers(
+        model=model,
+        name=name,
+        modules=tuple(layers),
+        around=tuple(around),
+        names_around=tuple(names_around),
+        shared=_shared_weights(name, layers),
+    )
+
+
+def _require_causal(model: PreTrainedModel) -> None:
+    """Refuse models that are no causal language models."""
+    config = model.config
     if not model.can_generate():
-        why = "it can't generate text (it has no causal language-model head)"
-    elif getattr(config, "is_encoder_decoder", False):
-        why = "it is an encoder-decoder model"
-    elif getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention"):
-        why = "it is an encoder, in which every token sees all others (config.is_decoder is False)"
-    if why is not None:
-        advice = "Pass a decoder-only model, loaded by AutoModelForCausalLM"
         raise UnsupportedArchitectureError(
-            f"{type(model).__name__} can't be pruned: {why}. {advice}."
+            f"{type(model).__name__} can't be pruned: it can't generate text (it has no causal language-model head). "
+            "Pass a decoder-only model, loaded by AutoModelForCausalLM."
         )
-    decoder = model.get_decoder()
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} can't be pruned: it is an encoder-decoder model. Pass a decoder-only model, "
+            "loaded by AutoModelForCausalLM."
+        )
+    may_be_encoder = hasattr(config, "add_cross_attention")
+    if may_be_encoder and getattr(config, "is_decoder", None) is False:
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} can't be pruned: it is an encoder, in which every token sees all others "
+            "(config.is_decoder is False). Pass a decoder-only model, loaded by AutoModelForCausalLM."
+        )
+
+
+def _find_list_of_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList, nn.Module]:
+    """Find the list of decoder layers with its name, and the decoder that it is in; there must be exactly one."""
+    decoder: nn.Module = model.get_decoder()
     # Names of classes that Transformers does not split over devices, because they hold a residual connection.
     wanted = internals.classes_not_split(model)
     lists = {
-        name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
     }
-    # PyTorch's fully_shard puts FSDP before the name of a layer's class.
-    found = {
-        n: m
-        for n, m in lists.items()
-        if wanted & {type(layer).__name__.removeprefix("FSDP") for layer in m}
-    }
-    own = {*decoder.modules()}
-    if not own.intersection(found.values()):  # none, or those of a vision encoder only (BLIP)
-        found = {
-            name: m for name, m in lists.items() if isinstance(m[0], GradientCheckpointingLayer)
+    candidates = {name: module for name, module in lists.items() if wanted & _class_names(module)}
+    if not _inside(decoder, candidates):  # none, or those of a vision encoder only (BLIP)
+        candidates = {
+            name: module
+            for name, module in lists.items()
+            if isinstance(module[0], GradientCheckpointingLayer)
         }
-    if len(found) > 1:  # others may be layers of a vision encoder, which may be inside the decoder
-        while isinstance(decoder, PreTrainedModel) and decoder.get_decoder() is not decoder:
-            decoder = decoder.get_decoder()  # of a causal language model inside a multimodal one
-        own = {*decoder.modules()}
-        found = {name: m for name, m in found.items() if m in own}
-    if len(found) > 1:
-        inner = [
-            m for m in decoder.modules() if isinstance(m, PreTrainedModel) and m is not decoder
+
+    # Others may be layers of a vision encoder, which may be inside the decoder.
+    if len(candidates) > 1:
+        decoder = _innermost_decoder(decoder)
+        candidates = _inside(decoder, candidates)
+    if len(candidates) > 1:
+        candidates = {
+            name: module
+            for name, module in candidates.items()
+            if not any(module in encoder.modules() for encoder in _models_inside(decoder))
+        }
+
+    if len(candidates) != 1:
+        descriptions = [
+            f"{name} ({len(module)} x {type(module[0]).__name__})" for name, module in lists.items()
         ]
-        own = own.difference(*(m.modules() for m in inner))
-        found = {name: m for name, m in found.items() if m in own}
-    if len(found) != 1:
-        seen = (
-            ", ".join(f"{name} ({len(m)} x {type(m[0]).__name__})" for name, m in lists.items())
-            or "none"
-        )
+        looked_for = sorted(wanted) or ["decoder layers (the model declares no _no_split_modules)"]
         raise UnsupportedArchitectureError(
-            f"{type(model).__name__} can't be pruned: looked for one nn.ModuleList of "
-            f"{' or '.join(sorted(wanted)) or 'decoder layers (the model declares no _no_split_modules)'} "
-            f"and found {len(found)}; its module lists are: {seen}."
+            f"{type(model).__name__} can't be pruned: looked for one nn.ModuleList of {' or '.join(looked_for)} and "
+            f"found {len(candidates)}; its module lists are: {', '.join(descriptions) or 'none'}."
         )
-    ((name, layers),) = found.items()
-    inside = {*layers.modules(), model.get_output_embeddings()}
-    firsts, shared = dict[int, str](), dict[str, str]()
+    ((name, layers),) = candidates.items()
+    return name, layers, decoder
+
+
+def _class_names(layers: nn.ModuleList) -> set[str]:
+    """Names of the classes of modules in a list, without the FSDP that PyTorch's fully_shard puts before them."""
+    return {type(layer).__name__.removeprefix("FSDP") for layer in layers}
+
+
+def _inside(module: nn.Module, lists: Mapping[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
+    """Those of some lists, by their names, that are in a module."""
+    modules = {*module.modules()}
+    return {name: candidate for name, candidate in lists.items() if candidate in modules}
+
+
+def _innermost_decoder(decoder: nn.Module) -> nn.Module:
+    """The decoder of a decoder, if that is a causal language model inside a multimodal one, and so on."""
+    while isinstance(decoder, PreTrainedModel) and decoder.get_decoder() is not decoder:
+        decoder = decoder.get_decoder()
+    return decoder
+
+
+def _models_inside(decoder: nn.Module) -> list[PreTrainedModel]:
+    """The models of Transformers inside a decoder, such as a vision encoder."""
+    return [
+        module
+        for module in decoder.modules()
+        if isinstance(module, PreTrainedModel) and module is not decoder
+    ]
+
+
+def _shared_weights(name: str, layers: nn.ModuleList) -> dict[str, str]:
+    """Modules of the decoder layers that share their weight, by name, each with a sentence that names another one.
+
+    `name` is that of the layers, such as "model.layers".
+    """
+    first_owners: dict[int, str] = {}  # the first module with a parameter, by the parameter's id
+    shared: dict[str, str] = {}
     for path, parameter in layers.named_parameters(prefix=name, remove_duplicate=False):
-        one = path.removesuffix(".weight")
-        first = firsts.setdefault(id(parameter), one)
-        if path.endswith(".weight") and one != first:
-            shared[one] = f"shares its weight with {first}"
-            shared.setdefault(first, f"shares its weight with {one}")
-    around = tuple(module for module in decoder.modules() if module not in inside)
-    # A model is on the device of its first parameter, as Transformers sees it: inputs go there.
-    foremost = model.get_submodule(
-        next(path for path, _ in model.named_parameters()).rpartition(".")[0]
-    )
-    around = around if foremost in {*around, *inside} else (*around, foremost)
-    tied = model.all_tied_weights_keys
-    names_around = tuple(
-        n for n in model.state_dict() if not n.startswith(f"{name}.") and n not in tied
-    )
-    return DecoderLayers(model, name, tuple(layers), around, names_around, shared)
+        module = path.removesuffix(".weight")
+        first = first_owners.setdefault(id(parameter), module)
+        if path.endswith(".weight") and module != first:
+            shared[module] = f"shares its weight with {first}"
+            shared.setdefault(first, f"shares its weight with {module}")
+    return shared
 
 
 def prunable_layers(model: PreTrainedModel, *, loaded: bool = True) -> DecoderLayers:
     """Find the decoder layers of a model whose weights can be changed one by one and saved; refuse other models.
 
     The weights have to be loaded, unless `loaded` is False.
+
+    If they are loaded, this may change the model: offloaded weights that the configuration calls tied become one
+    parameter if they are equal, and are taken out of `model.all_tied_weights_keys` if not (`settle_ties`). No weight
+    gets another value.
     """
     for name, module in model.named_modules():
-        where = f"model.{name}" if name else "model"
-        if internals.is_compiled(module):  # hooks may not run
-            raise UnsupportedArchitectureError(
-                f"{where} is compiled (torch.compile): prune the model before it is compiled, and compile the pruned "
-                "one. The original is the attribute _orig_mod of the module that torch.compile returned."
-            )
-        if isinstance(
-            getattr(module, "base_layer", None), nn.Module
-        ):  # its own matrices look like operators
-            advice = "or merge it before (model = peft_model.merge_and_unload(); unload() drops it)"
-            raise UnsupportedArchitectureError(
-                f"{where} has a PEFT adapter: prune the model first, {advice}."
-            )
+        _require_plain(f"model.{name}" if name else "model", module)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model is a {type(model).__name__}: pass a transformers.PreTrainedModel.")
     require_unquantized(model, loaded=loaded)
@@ -160,47 +214,75 @@ def prunable_layers(model: PreTrainedModel, *, loaded: bool = True) -> DecoderLa
         )
     if loaded:
         settle_ties(model)
-    layers, ties = find_decoder_layers(model), model.all_tied_weights_keys
-    spans = []
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.device.type != "meta" and parameter.numel():
-            # All elements from the first to the last one in memory, whatever the strides.
-            length = 1 + sum(
-                (n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True)
-            )
-            first = parameter.data_ptr()
-            spans.append(
-                (str(parameter.device), first, first + length * parameter.element_size(), name)
-            )
-    for (place, _, end, before), (device, first, _, name) in pairwise(sorted(spans)):
-        overlap = device == place and first < end and not {before, name} <= {*ties, *ties.values()}
-        # Pruning one would change the other, and Transformers can't save them.
-        if overlap and any(n.startswith(f"{layers.name}.") for n in (before, name)):
+    layers = find_decoder_layers(model)
+    _require_own_memory(model, layers.name)
+    return layers
+
+
+def _require_plain(name: str, module: nn.Module) -> None:
+    """Refuse a module that is compiled or has an adapter; `name` is the user's, such as "model.lm_head"."""
+    if internals.is_compiled(module):  # hooks may not run
+        raise UnsupportedArchitectureError(
+            f"{name} is compiled (torch.compile): prune the model before it is compiled, and compile the pruned "
+            "one. The original is the attribute _orig_mod of the module that torch.compile returned."
+        )
+    if isinstance(getattr(module, "base_layer", None), nn.Module):
+        # The matrices of an adapter look like operators.
+        raise UnsupportedArchitectureError(
+            f"{name} has a PEFT adapter: prune the model first, or merge it before "
+            "(model = peft_model.merge_and_unload(); unload() drops it)."
+        )
+
+
+def _require_own_memory(model: PreTrainedModel, layers_name: str) -> None:
+    """Refuse a model in which a parameter of a decoder layer shares memory with one that it is not tied to.
+
+    Pruning one would change the other, and Transformers can't save them.
+    """
+    tied_names = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    spans = [
+        (*_span_of(parameter), name)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.device.type != "meta" and parameter.numel()
+    ]
+    # sorted by device and first byte, so that spans that overlap follow each other
+    for (device, _, end, name), (next_device, next_start, _, next_name) in pairwise(sorted(spans)):
+        overlap = device == next_device and next_start < end
+        are_tied = {name, next_name} <= tied_names
+        is_in_layers = any(n.startswith(f"{layers_name}.") for n in (name, next_name))
+        if overlap and is_in_layers and not are_tied:
             raise UnsupportedArchitectureError(
-                f"{name} and {before} share memory, and {type(model).__name__} does not declare them tied, so "
+                f"{next_name} and {name} share memory, and {type(model).__name__} does not declare them tied, so "
                 "they could not be saved: give each a tensor of its own (nn.Parameter(weight.clone())), or name both "
                 "in _tied_weights_keys of the class, which counts if config.tie_word_embeddings is True."
             )
-    return layers
+
+
+def _span_of(tensor: Tensor) -> tuple[str, int, int]:
+    """The device of a tensor, and the addresses of its first byte and of the one after its last element."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    # all elements from the first to the last one in memory, whatever the strides
+    length = 1 + sum((size - 1) * stride for size, stride in steps)
+    start = tensor.data_ptr()
+    return str(tensor.device), start, start + length * tensor.element_size()
 
 
 def require_unquantized(model: PreTrainedModel, *, loaded: bool = True) -> None:
     """Refuse models whose weights are not plain floating point, or not loaded (if `loaded` is True)."""
-    settings = getattr(
-        model.config, "quantization_config", None
-    )  # a dict until a model is loaded, then an object
-    method = (
-        settings.get("quant_method")
-        if isinstance(settings, dict)
-        else getattr(settings, "quant_method", None)
-    )
+    settings: Any = getattr(model.config, "quantization_config", None)
+    is_dict = isinstance(settings, dict)  # until a model is loaded; then it is an object
+    method = settings.get("quant_method") if is_dict else getattr(settings, "quant_method", None)
     if settings is not None and method != "gguf":  # GGUF weights are dequantized when they are read
-        shown = getattr(method, "value", method)
-        advice = "or pass the folder or Hub id, from which one decoder layer after the other is dequantized"
-        raise ValueError(f"model is quantized by {shown!r}: prune the unquantized model, {advice}.")
-    kept = [(name, module) for name, module in model.named_modules() if offload_hook(module)]
+        raise ValueError(
+            f"model is quantized by {getattr(method, 'value', method)!r}: prune the unquantized model, or pass the "
+            "folder or Hub id, from which one decoder layer after the other is dequantized."
+        )
+
     offloaded = {
-        key for name, module in kept for key, _ in module.named_parameters(name, recurse=False)
+        parameter_name
+        for name, module in model.named_modules()
+        if offload_hook(module)
+        for parameter_name, _ in module.named_parameters(name, recurse=False)
     }
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or parameter.element_size() < 2:
@@ -218,9 +300,6 @@ def token_limits(model: PreTrainedModel) -> tuple[int, int | None]:
     embedding: Any = model.get_input_embeddings()
     config = model.config.get_text_config(decoder=True)
     # With ALiBi, attention depends on distance: a table of positions in the configuration is not used.
-    positions = (
-        None
-        if getattr(config, "alibi", False)
-        else getattr(config, "max_position_embeddings", None)
-    )
+    uses_distance = getattr(config, "alibi", False)
+    positions = None if uses_distance else getattr(config, "max_position_embeddings", None)
     return embedding.weight.shape[0], positions

@@ -1,7 +1,9 @@
 """Offloaded weights: Accelerate keeps them in CPU memory or on disk while a module does not run.
 
-Accelerate loads weights for a forward pass and then drops changed values. Here they are loaded for longer, and new
-values are stored where the old ones are kept, so that models larger than the device's memory can be pruned.
+Accelerate puts a hook (`AlignDevicesHook`) on each module: before a forward pass it loads the module's weights to the
+*execution device*, and afterwards it puts tensors on the meta device in their place, so changed values are lost. Where
+weights are *kept* is the hook's `weights_map`. Here weights are loaded for longer (`onloaded`), and new values are
+stored where the old ones are kept (`store_tensor`), so that models larger than the device's memory can be pruned.
 """
 
 import hashlib
@@ -31,15 +33,18 @@ def execution_device(module: nn.Module) -> torch.device:
     parameter = next(module.parameters())
     if parameter.device.type != "meta":
         return parameter.device
-    # Accelerate puts tensors on the meta device in place of the offloaded ones.
-    for hook in map(offload_hook, module.modules()):
+    for part in module.modules():
+        hook = offload_hook(part)
         if hook is not None and hook.execution_device is not None:
             return torch.device(hook.execution_device)
     return parameter.device
 
 
 def stored_tensor(module: nn.Module, name: str) -> Tensor:
-    """Read a parameter or buffer of a module, or of one inside it, from where it is kept."""
+    """Read a parameter or buffer of a module, or of one inside it, from where it is kept.
+
+    The tensor is not a copy if it is in memory.
+    """
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     tensor = getattr(owner, leaf)
@@ -63,12 +68,14 @@ def kept_tensor(module: nn.Module, name: str) -> Tensor:
 def store_tensor(
     module: nn.Module, name: str, value: Tensor, keep_undo: Callable[[Callable[[], None]], None]
 ) -> None:
-    """Replace an offloaded parameter where it is kept; first, `keep_undo` gets a function that puts the old one back.
+    """Replace an offloaded parameter of a module where it is kept: in CPU memory, or on disk.
 
-    The checkpoint from which the model was loaded is never changed: the new value goes to a new file.
+    First, `keep_undo` is called with a function that puts the old value back. The checkpoint from which the model was
+    loaded is never changed: the new value goes to a new file, in a temporary folder if the model has no offload folder.
     """
     data, key = _whole_map(module, name)
-    if not isinstance(data, OffloadedWeightsLoader) or key in data.state_dict:
+    is_in_files = isinstance(data, OffloadedWeightsLoader) and key not in data.state_dict
+    if not is_in_files:
         tensors = data.state_dict if isinstance(data, OffloadedWeightsLoader) else data
         before = tensors[key]  # no copy: the dictionary gets a new tensor
         keep_undo(lambda: tensors.__setitem__(key, before))
@@ -80,10 +87,12 @@ def store_tensor(
     previous = None if in_checkpoint else data[key].clone()
     if data.save_folder is None:
         folder = tempfile.TemporaryDirectory(prefix="optimum-fista-")
-        data.save_folder, data.kept_by = folder.name, folder  # removed with the model
+        data.save_folder = folder.name
+        data.kept_by = folder  # so that the folder is removed with the model
     dtype = getattr(torch, old["dtype"], value.dtype) if "dtype" in old else data[key].dtype
 
     def restore() -> None:
+        """Put the old value back, in the index and in its file."""
         if previous is not None:
             offload_weight(previous, key, data.save_folder, data.index)
         data.index[key] = old
@@ -94,22 +103,26 @@ def store_tensor(
 
 @contextmanager
 def onloaded(modules: Iterable[nn.Module], *, copy: bool = True) -> Iterator[None]:
-    """Keep the weights of modules on their device; the hooks of Accelerate then leave them there.
+    """Inside, the weights of modules stay on their device; the hooks of Accelerate leave them there.
 
-    They are copies even if they are kept on that device; with `copy` False they may not be, so do not write to them.
-    Changes of copies are lost at the end unless they were stored by `store_tensor`.
+    Modules whose weights are not offloaded, or are onloaded already, are left alone. Onloaded weights are copies even
+    if they are kept on that device; with `copy` False they may not be, so do not write to them. Changes of copies are
+    lost at the end unless they were stored by `store_tensor`.
     """
     brought: list[tuple[nn.Module, AlignDevicesHook, list[str]]] = []
     try:
         for module in modules:
             hook = offload_hook(module)
             if hook is not None and hook.offload:
-                recurse, buffers = hook.place_submodules, hook.offload_buffers
-                found = named_module_tensors(module, buffers, recurse, remove_non_persistent=True)
-                names = [name for name, _ in found]
-                brought.append(
-                    (module, hook, names)
-                )  # before the first is loaded, so that an error removes all
+                tensors = named_module_tensors(
+                    module,
+                    include_buffers=hook.offload_buffers,
+                    recurse=hook.place_submodules,
+                    remove_non_persistent=True,
+                )
+                names = [name for name, _ in tensors]
+                # before the first is loaded, so that an error removes all
+                brought.append((module, hook, names))
                 for name in names:
                     value = hook.weights_map[name].to(hook.execution_device, copy=copy)
                     set_module_tensor_to_device(
@@ -128,38 +141,41 @@ def onloaded(modules: Iterable[nn.Module], *, copy: bool = True) -> Iterator[Non
 def settle_ties(model: PreTrainedModel) -> None:
     """Compare offloaded weights that the configuration calls tied: equal ones are tied, others stay two weights.
 
-    A weight that is stored only under another weight's name is also found under its own name. Transformers does this
-    for weights in memory, but not for weights on disk.
+    Changes the model, but no value of a weight: equal ones become one parameter, and others are taken out of
+    `model.all_tied_weights_keys`, which has the names of tied weights, each with the name of the weight that it is tied
+    to. A weight that is stored only under another weight's name is also found under its own name: the index of
+    Accelerate gets an entry. Transformers does this for weights in memory, but not for weights on disk.
     """
     for target, source in list(model.all_tied_weights_keys.items()):
         path, _, leaf = target.rpartition(".")
         owner = model.get_submodule(path)
         if not getattr(owner, leaf).is_meta:
             continue
-        theirs = model.get_parameter(source)
+        source_parameter = model.get_parameter(source)
         data, _ = _whole_map(owner, leaf)
-        if (
-            isinstance(data, OffloadedWeightsLoader)
-            and target in data.index
-            and source not in data.state_dict
-        ):
+        is_on_disk = isinstance(data, OffloadedWeightsLoader) and target in data.index
+        if is_on_disk and source not in data.state_dict:
             data.index.setdefault(source, data.index[target])
-        if getattr(owner, leaf) is theirs:
+        if getattr(owner, leaf) is source_parameter:
             continue
         if torch.equal(stored_tensor(model, target), stored_tensor(model, source)):
-            setattr(owner, leaf, theirs)
+            setattr(owner, leaf, source_parameter)
         else:
             del model.all_tied_weights_keys[target]
 
 
 def describe_ties(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Correct a configuration that calls the model's head tied although it is not."""
-    if not model.all_tied_weights_keys and model.get_expanded_tied_weights_keys(all_submodels=True):
+    """Set `config.tie_word_embeddings` to False if the model's head is not tied although the class would tie it."""
+    has_ties = bool(model.all_tied_weights_keys)
+    if not has_ties and model.get_expanded_tied_weights_keys(all_submodels=True):
         config.tie_word_embeddings = False
 
 
 def move_execution(model: nn.Module, device: torch.device) -> None:
-    """Make an offloaded model compute on another device, and move there what is not offloaded, such as buffers."""
+    """Make an offloaded model compute on another device, and move there what is not offloaded, such as buffers.
+
+    Changes the hooks of Accelerate and the tensors of the model.
+    """
     for module in model.modules():
         for hook in alignment_hooks(module):
             if hook.execution_device is not None:
@@ -172,8 +188,8 @@ def move_execution(model: nn.Module, device: torch.device) -> None:
 def alignment_hooks(module: nn.Module) -> list[AlignDevicesHook]:
     """The hooks by which Accelerate brings a module's weights and inputs to its device."""
     hook = internals.hook_of(module)
-    found = hook.hooks if isinstance(hook, SequentialHook) else [hook]
-    return [h for h in found if isinstance(h, AlignDevicesHook)]
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
+    return [one for one in hooks if isinstance(one, AlignDevicesHook)]
 
 
 def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
@@ -185,10 +201,12 @@ def _whole_map(module: nn.Module, name: str) -> tuple[Any, str]:
     """Find the map from which Accelerate reads the offloaded weights of the whole model, and a tensor's name in it."""
     hook = offload_hook(module)
     assert hook is not None
-    data, key = hook.weights_map, name
+    data = hook.weights_map
+    key = name
     # A module's map is a view of the whole model's, whose names have a prefix.
     while isinstance(data, PrefixedDataset):
-        data, key = data.dataset, f"{data.prefix}{key}"
+        key = f"{data.prefix}{key}"
+        data = data.dataset
     return data, key
 
 

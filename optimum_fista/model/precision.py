@@ -1,7 +1,8 @@
 """How matrices are multiplied in forward passes, gradients and sums over tokens.
 
-A run chooses this once (`choose_products`), and is inside `products_as` from then on. All other code, such as the
-solvers and the proofs, computes in float32.
+A run chooses this once (`choose_products`), and is inside `products_as` from then on, which keeps the choice in a
+context variable. Code that multiplies activations is inside `quick_products`, and prepares its matrices by
+`as_multiplied` and `in_few_sizes`. All other code, such as the solvers and the proofs, computes in float32.
 """
 
 import platform
@@ -37,16 +38,19 @@ _WIDENED = {*_MATMUL, "scaled_dot_product_attention"}
 def choose_products(name: str, device: torch.device, stored: torch.dtype) -> Products:
     """Choose how a model with weights of the dtype `stored` is multiplied on a device, by the option `compute_dtype`.
 
-    `"auto"` is the fastest that keeps the perplexity. The kind of the processor decides and no measured time, so that
-    all ranks, and a run that resumes, choose alike.
+    `name` is the user's: "auto", "float32" or "bfloat16". `"auto"` is the fastest that keeps the perplexity. The kind
+    of the processor decides and no measured time, so that all ranks, and a run that resumes, choose alike.
     """
+    if name == "bfloat16":
+        return "bfloat16"
     if name != "auto":
-        return "bfloat16" if name == "bfloat16" else "float32"
+        return "float32"
     if device.type != "cpu":
         # Numbers of 16 bits have at most 11 significant ones, so their products lose nothing in TensorFloat-32, and
         # neither do statistics of bfloat16 activations. Of float32 numbers it keeps 11 bits.
-        has_units = getattr(getattr(torch, device.type, None), "is_tf32_supported", lambda: False)()
-        return "tf32" if has_units else "float32"
+        device_module = getattr(torch, device.type, None)  # torch.cuda, torch.xpu
+        has_units = getattr(device_module, "is_tf32_supported", lambda: False)
+        return "tf32" if has_units() else "float32"
     if stored.itemsize > 2:
         return "float32"  # 8 significant bits change the perplexity by up to 2% (docs/results.md)
     if not is_fast(stored, device):
@@ -60,14 +64,19 @@ def is_fast(dtype: torch.dtype, device: torch.device) -> bool:
         return True
     if not internals.onednn_multiplies(dtype):
         return False
-    # On x86 the answer for bfloat16 is yes for any AVX-512, which without these units reaches 0.4 of float32's rate.
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return dtype != torch.bfloat16 or not is_x86 or internals.has_bfloat16_units()
+    if dtype != torch.bfloat16 or not is_x86:
+        return True
+    # On x86 the answer for bfloat16 is yes for any AVX-512, which without these units reaches 0.4 of float32's rate.
+    return internals.has_bfloat16_units()
 
 
 @contextmanager
 def products_as(products: Products) -> Iterator[None]:
-    """Inside, `quick_products` are computed so; "widened" holds for all products of 16-bit matrices inside."""
+    """Inside, `quick_products` are computed so; "widened" holds for all products of 16-bit matrices inside.
+
+    Sets a context variable, and sets it back at the end.
+    """
     token = _PRODUCTS.set(products)
     try:
         with _Widened() if products == "widened" else nullcontext():
@@ -84,32 +93,43 @@ class _Widened(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of PyTorch, in float32 if it multiplies 16-bit matrices of the CPU."""
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in _WIDENED and "out" not in kwargs:
-            halves = [
-                v
-                for v in internals.leaves_of((args, kwargs))
-                if isinstance(v, Tensor) and _is_half(v)
-            ]
-            if halves and halves[0].device.type == "cpu":
-                args, kwargs = internals.tensors_replaced(
-                    (args, kwargs), lambda v: v.float() if _is_half(v) else v
-                )
-                return func(*args, **kwargs).to(halves[0].dtype)
-        return func(*args, **kwargs)
+        is_product = getattr(func, "__name__", "") in _WIDENED and "out" not in kwargs
+        if not is_product:
+            return func(*args, **kwargs)
+        values = internals.leaves_of((args, kwargs))
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        first_half = next(filter(_is_half, tensors), None)
+        if first_half is None or first_half.device.type != "cpu":
+            return func(*args, **kwargs)
+        wide_args, wide_kwargs = internals.tensors_replaced((args, kwargs), _widened)
+        return func(*wide_args, **wide_kwargs).to(first_half.dtype)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """A tensor in float32 if it has 16 bits, otherwise as it is."""
+    return tensor.float() if _is_half(tensor) else tensor
 
 
 def _is_half(tensor: Tensor) -> bool:
+    """Whether a tensor has a floating-point dtype of 16 bits."""
     return tensor.dtype in (torch.bfloat16, torch.float16)
 
 
 @contextmanager
 def quick_products() -> Iterator[None]:
-    """Inside, float32 matrices are rounded for their products, if `products_as` says so; results stay float32."""
+    """Inside, matrices are multiplied as `products_as` says; results keep their dtype.
+
+    Sets `torch.set_float32_matmul_precision`, which holds for the process, and sets it back at the end.
+    """
     products = _PRODUCTS.get()
-    if products in ("float32", "widened"):
-        with _Widened() if products == "widened" else nullcontext():
+    if products == "widened":
+        with _Widened():
             yield
+        return
+    if products == "float32":
+        yield
         return
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if products == "tf32" else "medium")
@@ -127,10 +147,10 @@ def as_multiplied(values: Tensor) -> Tensor:
     products = _PRODUCTS.get()
     if products == "bfloat16" and values.dtype != torch.bfloat16:
         return values.to(torch.bfloat16).float()
-    if products == "tf32" and not _is_half(
-        values
-    ):  # to 10 bits of the 23 that are stored after the first one
-        return ((values.float().view(torch.int32) + (1 << 12)) & -(1 << 13)).view(torch.float32)
+    if products == "tf32" and not _is_half(values):
+        # to 10 bits of the 23 that are stored after the first one: add half of the last kept bit, and cut the others
+        bits = values.float().view(torch.int32)
+        return ((bits + (1 << 12)) & -(1 << 13)).view(torch.float32)
     return values.float()
 
 
@@ -139,17 +159,18 @@ def in_few_sizes(rows: Tensor) -> Tensor:
 
     oneDNN keeps half a MiB for each shape of a product, and an expert gets any number of tokens.
     """
-    products, count = _PRODUCTS.get(), len(rows)
-    if (
-        rows.device.type != "cpu"
-        or products == "widened"
-        or (products == "float32" and not _is_half(rows))
-    ):
-        return rows  # multiplied by MKL, which keeps nothing
+    products = _PRODUCTS.get()
+    # Float32 products are those of MKL, which keeps nothing.
+    is_float32 = products == "widened" or (products == "float32" and not _is_half(rows))
+    if rows.device.type != "cpu" or is_float32:
+        return rows
+    count = len(rows)
     step = 1 << max(
         4, (count - 1).bit_length() - 3
     )  # 16; above 128 rows, a quarter of a power of two
-    missing = -count % step
-    return (
-        nn.functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing)) if missing else rows
-    )  # not copied
+    num_missing = -count % step
+    if not num_missing:
+        return rows  # not copied
+    # `pad` takes a pair for each dimension, beginning with the last one
+    padding = (0, 0) * (rows.ndim - 1) + (0, num_missing)
+    return nn.functional.pad(rows, padding)

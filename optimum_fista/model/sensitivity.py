@@ -2,10 +2,17 @@
 
 One backward pass for each sequence serves all operators. The second derivatives are a diagonal of the empirical Fisher
 information for the outputs of an operator: this is cheap, and enough to compare operators.
+
+Letters: an operator computes `y = W x` for each token t, with `w_ij` in `W` [out, in]; `g_i` is the gradient of the
+loss by the output `y_i`, and `e` the energy of a token (`Sensitivity`).
+
+`measure_sensitivities` is called once, on the dense model (`DenseLoss`). `prune.budgets` shares zeros by its results.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from transformers import PreTrainedModel
 
 from optimum_fista.bars import tqdm
 from optimum_fista.model.activations import ActivationStore, Storage
@@ -36,20 +44,21 @@ class DenseLoss:
     layers: DecoderLayers
     batches: Sequence[CalibrationBatch]
     num_tokens: int  # sequences are taken in order until they have this many real tokens
-    progress: bool = False
-    storage: Storage | None = (
-        None  # of hidden states between decoder layers; None: where each layer computes
-    )
+    progress: bool = False  # whether bars are shown
+    # of hidden states between decoder layers; None: where each layer computes
+    storage: Storage | None = None
 
     def sequences(self) -> list[CalibrationBatch]:
         """The sequences, one a batch and without padding; those of a single token have no loss."""
-        found, count = list[CalibrationBatch](), 0
-        for row in (row for batch in self.batches for row in batch.rows() if row.num_tokens > 1):
-            found.append(row)
-            count += row.num_tokens
-            if count >= self.num_tokens:
+        sequences: list[CalibrationBatch] = []
+        num_tokens = 0
+        rows = (row for batch in self.batches for row in batch.rows() if row.num_tokens > 1)
+        for row in rows:
+            sequences.append(row)
+            num_tokens += row.num_tokens
+            if num_tokens >= self.num_tokens:
                 break
-        return found
+        return sequences
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,8 @@ class Sensitivity:
     inputs (attention sinks) would decide.
     """
 
-    outputs: Tensor  # [out], nats per unit of squared error in each output: 1/2 E[e g_i^2] / E[e], float32
+    # [out], nats per unit of squared error in each output: 1/2 E[e g_i^2] / E[e], float32
+    outputs: Tensor
     inputs: Tensor  # [in], mean of x_j^2 over all tokens, float32
     seen: int  # tokens that reached the operator: not all for an expert of a mixture
     is_felt: bool  # whether any gradient is not zero
@@ -81,81 +91,94 @@ def measure_sensitivities(
     """Run a model forwards and backwards on the sequences of its loss, one at a time; sum inputs and gradients.
 
     Decoder layers are recomputed in the backward pass, so that memory is needed for the activations of one layer, and
-    for the hidden states between layers, at the loss's storage. No weight gets a gradient. An operator has zero
-    gradients if the loss does not depend on it, if it is called more than once, or if it is not a plain product.
+    for the hidden states between layers, at the loss's storage. An operator has zero gradients if the loss does not
+    depend on it, if it is called more than once, or if it is not a plain product. Returns sensitivities by the names of
+    `operators`.
+
+    While the model runs, forward passes of decoder layers are replaced, and no weight requires a gradient; both are as
+    before at the end.
     """
-    model, sequences = loss.layers.model, loss.sequences()
-    device = execution_device(model.get_input_embeddings())
-    passes = (
-        2 * len(sequences) * len(loss.layers)
-    )  # of single decoder layers: a sequence alone may take minutes
+    model = loss.layers.model
+    sequences = loss.sequences()
+    # of single decoder layers, forwards and recomputed, because a sequence alone may take minutes
+    num_runs = 2 * len(sequences) * len(loss.layers)
+    outside = loss.layers.outside(with_media=any(row.media for row in sequences))
     with (
-        onloaded(loss.layers.outside(with_media=any(row.media for row in sequences)), copy=False),
+        onloaded(outside, copy=False),
         tqdm(
-            total=passes, desc="Gradients of the loss", unit="layer", disable=not loss.progress
+            total=num_runs, desc="Gradients of the loss", unit="layer", disable=not loss.progress
         ) as bar,
-        _recomputed_layers(loss, bar) as waiting,
+        _recomputed_layers(loss, bar) as hidden_states,
         torch.enable_grad(),
         quick_products(),
     ):
         watchers = {name: _Watcher(operator) for name, operator in operators.items()}
         for row in sequences:
-            with (
-                ExitStack() as handles
-            ):  # in the forward pass only: recomputed layers call their operators again
-                for watcher in watchers.values():
-                    watcher.calls = 0
-                    hook = watcher.operator.module.register_forward_hook(
-                        watcher.see, with_kwargs=True
-                    )
-                    handles.enter_context(hook)
-                logits = row.run(model).logits
+            logits = _watched_logits(model, row, watchers.values())
             targets = targets_of(row.input_ids[0, 1:], model.config).to(logits.device)
             # A sum, not a mean: the gradient of a token must not depend on the length of its sequence.
             nn.functional.cross_entropy(logits[0, :-1].float(), targets, reduction="sum").backward()
             del logits  # with its graph, before the next sequence runs
-            waiting.clear()
+            hidden_states.clear()
+
     num_tokens = max(1, sum(row.num_tokens for row in sequences))
+    device = execution_device(model.get_input_embeddings())
     totals = torch.stack(
         [w.gradients.sum(dtype=torch.float64).to(device) for w in watchers.values()]
-    )
-    found = {}
-    for (name, watcher), total in zip(
-        watchers.items(), totals.tolist(), strict=True
-    ):  # one transfer
+    ).tolist()  # one transfer for all operators
+    sensitivities = {}
+    for (name, watcher), total in zip(watchers.items(), totals, strict=True):
         if not math.isfinite(total):
-            why = f"the gradients of the loss by the outputs of {name} hold NaN or Inf, so budgets can't be shared"
             raise ValueError(
-                f"{why}: pass allocation='uniform', or a model in float32 or bfloat16."
+                f"the gradients of the loss by the outputs of {name} hold NaN or Inf, so budgets can't be shared: pass "
+                "allocation='uniform', or a model in float32 or bfloat16."
             )
-        # 1/2 (sum_t e_t g_ti^2) / (sum_t e_t): the numbers of tokens cancel.
-        outputs = watcher.gradients * (0.5 / watcher.energy.clamp_min(1e-30))
-        found[name] = Sensitivity(outputs, watcher.inputs / num_tokens, watcher.seen, total > 0)
-    return found
+        sensitivities[name] = watcher.sensitivity(num_tokens, is_felt=total > 0)
+    return sensitivities
+
+
+def _watched_logits(
+    model: PreTrainedModel, row: CalibrationBatch, watchers: Collection[_Watcher]
+) -> Tensor:
+    """Run a model forwards on one sequence, [1, sequence, vocabulary]; watchers add the inputs of their operators.
+
+    The hooks of the watchers are there in the forward pass only: in the backward pass recomputed layers call their
+    operators again.
+    """
+    with ExitStack() as hooks:
+        for watcher in watchers:
+            watcher.calls = 0
+            module = watcher.operator.module
+            hooks.enter_context(module.register_forward_hook(watcher.see, with_kwargs=True))
+        logits: Tensor = row.run(model).logits
+    return logits
 
 
 class _Watcher:
-    """Sums inputs and gradients of one operator over the sequences."""
+    """Sums inputs and gradients of one operator over the sequences; `calls` counts its calls in one sequence."""
 
     def __init__(self, operator: LinearOperator) -> None:
         self.operator = operator
-        self.columns = (
-            operator.read().square().sum(0)
-        )  # sum_i w_ij^2 [in]: e_t is its product with x_t^2
+        # sum_i w_ij^2 [in]: e_t is its product with x_t^2
+        self.columns = operator.read().square().sum(0)
         device = self.columns.device
-        # sum_t e_t g_ti^2 [out] and sum_t x_tj^2 [in], float32
-        self.gradients, self.inputs = (torch.zeros(size, device=device) for size in operator.shape)
+        out, columns = operator.shape
+        self.gradients = torch.zeros(out, device=device)  # sum_t e_t g_ti^2 [out], float32
+        self.inputs = torch.zeros(columns, device=device)  # sum_t x_tj^2 [in], float32
         self.energy = torch.zeros((), dtype=torch.float64, device=device)  # sum_t e_t
-        self.seen = self.calls = 0
+        self.seen = 0
+        self.calls = 0
 
     def see(
         self, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: object
     ) -> None:
-        """Add the squares of the inputs, and request the gradient if the output is a product with one matrix."""
+        """Add the squares of the inputs, and request the gradient if the output is a product with one matrix.
+
+        This is a forward hook of the operator's module.
+        """
         inputs = operator_input(arguments, keywords).detach()
-        squares = (
-            inputs.reshape(-1, inputs.shape[-1]).float().square()
-        )  # [batch, sequence, in] -> [tokens, in]
+        # [batch, sequence, in] -> [tokens, in]
+        squares = inputs.reshape(-1, inputs.shape[-1]).float().square()
         energies = (in_few_sizes(squares) @ self.columns)[: len(squares)]  # e_t [tokens]
         self.calls += 1
         if energies.numel():  # an expert may get no token
@@ -163,60 +186,79 @@ class _Watcher:
             self.inputs += squares.sum(0)
             self.energy += energies.double().sum()
             self.seen += squares.shape[0]
-        if (
-            isinstance(output, Tensor)
-            and output.shape[-1] == self.operator.shape[0]
-            and output.requires_grad
-        ):
+        is_product = isinstance(output, Tensor) and output.shape[-1] == self.operator.shape[0]
+        if is_product and isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(partial(self._add_gradient, energies))
 
     def _add_gradient(self, energies: Tensor, gradient: Tensor) -> None:
+        """Add the squares of a gradient by the outputs, weighted by the energies of its tokens, [tokens]."""
         # If an operator was called twice, it is unknown which gradient belongs to which inputs.
         if self.calls == 1:
             squares = gradient.detach().reshape(-1, gradient.shape[-1]).float().square()
             self.gradients += in_few_sizes(energies) @ in_few_sizes(squares)
 
+    def sensitivity(self, num_tokens: int, *, is_felt: bool) -> Sensitivity:
+        """The sensitivity of the operator; `num_tokens` are those of all sequences."""
+        # 1/2 (sum_t e_t g_ti^2) / (sum_t e_t): the numbers of tokens cancel.
+        outputs = self.gradients * (0.5 / self.energy.clamp_min(1e-30))
+        return Sensitivity(
+            outputs=outputs, inputs=self.inputs / num_tokens, seen=self.seen, is_felt=is_felt
+        )
+
 
 @contextmanager
 def _recomputed_layers(loss: DenseLoss, bar: tqdm) -> Iterator[ActivationStore]:
-    """Compute gradients for activations, not for weights; decoder layers are recomputed in the backward pass.
+    """Inside, gradients are those for activations, not for weights; decoder layers are recomputed in the backward pass.
 
     `bar` counts their runs. Yields the store of the hidden states that enter them: clear it between two passes.
+
+    Replaces the forward passes of the layers, hooks the embedding, and sets `requires_grad` of all parameters to False;
+    all are set back at the end.
     """
-    model, layers = loss.layers.model, loss.layers.modules
+    model = loss.layers.model
+    layers = loss.layers.modules
     device = execution_device(model.get_input_embeddings())
-    waiting = ActivationStore(loss.storage or device, device)
-    stays = loss.storage is None or loss.storage == device
+    hidden_states = ActivationStore(loss.storage or device, device)
+    is_on_device = loss.storage is None or loss.storage == device
 
     def keep(tensor: Tensor) -> int | Tensor:
-        if (
-            not tensor.requires_grad or tensor.device != device
-        ):  # masks, positions: the same in every layer
+        """Keep hidden states in the store; their number replaces them in the graph."""
+        # others are masks and positions, the same in every layer
+        is_hidden_states = tensor.requires_grad and tensor.device == device
+        if not is_hidden_states:
             return tensor
-        waiting.append(tensor)
-        return len(waiting) - 1  # this number replaces the hidden states in the graph
+        hidden_states.append(tensor)
+        return len(hidden_states) - 1
 
     def hand_out(kept: int | Tensor) -> Tensor:
-        return kept if isinstance(kept, Tensor) else waiting[kept]
+        """Return what `keep` got."""
+        return kept if isinstance(kept, Tensor) else hidden_states[kept]
 
     def recomputed(forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        """Run a decoder layer so that the backward pass computes it again."""
         with (
-            nullcontext() if stays else saved_tensors_hooks(keep, hand_out),
-            set_checkpoint_early_stop(
-                False
-            ),  # stopped early, a layer would keep weights that Accelerate loaded
+            nullcontext() if is_on_device else saved_tensors_hooks(keep, hand_out),
+            # stopped early, a layer would keep weights that Accelerate loaded
+            set_checkpoint_early_stop(False),
         ):
             return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
 
     def run(layer: nn.Module, forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        """Run a decoder layer with its weights on the device."""
         # for each run: `backward`, in which layers are recomputed, leaves the contexts around it
         with onloaded([*layer.modules()], copy=False), quick_products():
             output = forward(*arguments, **keywords)
         bar.update()
         return output
 
-    brought = [partial(run, layer, layer.forward) for layer in layers]
-    trained = [  # by name: Accelerate makes new parameters whenever it brings or offloads a weight
+    def require_gradient(_: nn.Module, __: object, output: Tensor) -> Tensor:
+        """Make the embedding's output a tensor with a gradient; a forward hook."""
+        # a clone, which may be overwritten in place; a leaf with a gradient may not
+        return output.requires_grad_(True).clone()
+
+    forwards = [partial(recomputed, partial(run, layer, layer.forward)) for layer in layers]
+    # by name, because Accelerate makes new parameters whenever it loads or offloads a weight
+    trained = [
         (module, name)
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False)
@@ -226,13 +268,10 @@ def _recomputed_layers(loss: DenseLoss, bar: tqdm) -> Iterator[ActivationStore]:
         for module, name in trained:
             getattr(module, name).requires_grad_(False)
         with (
-            # A tensor with a gradient that may be overwritten in place; a leaf may not.
-            model.get_input_embeddings().register_forward_hook(
-                lambda _, __, out: out.requires_grad_(True).clone()
-            ),
-            replaced_forwards(layers, [partial(recomputed, forward) for forward in brought]),
+            model.get_input_embeddings().register_forward_hook(require_gradient),
+            replaced_forwards(layers, forwards),
         ):
-            yield waiting
+            yield hidden_states
     finally:
         for module, name in trained:
             getattr(module, name).requires_grad_(True)
