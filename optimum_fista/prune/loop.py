@@ -1,16 +1,20 @@
-"""The whole method: every decoder layer is run, solved group by group, written, and committed.
+"""The loop over decoder layers: each is run, solved group by group, written, and committed.
 
 As in FISTAPruner (arXiv 2408.03728), decoder layers are pruned one after the other, and in a layer the linear operators
 in execution order. Each is fitted to the dense network's outputs, on the inputs that the pruned network gives it. There
 are three differences. Operators with the same inputs are solved together, because they share the expensive Gram matrix.
 Any method can solve them. Only one decoder layer is on the device at a time, so the model may be larger than its
 memory, but hidden states must be kept between the layers.
+
+`prune_layers` calls `prune_layer` for each decoder layer, that calls `prune_group` for each group of operators with the
+same inputs, and that calls `solve_group`, which writes nothing. The `Plan` says what is pruned and how, the
+`Calibration` holds the batches with the hidden states that enter the next layer, and weights go to the `Sink`.
 """
 
 import time
-from collections.abc import Collection, Sequence
-from contextlib import closing, nullcontext
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -22,7 +26,7 @@ from optimum_fista.model.groups import trace_groups
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.inputs import LayerActivations
 from optimum_fista.model.offload import execution_device, offload_hook, onloaded, sha256_of
-from optimum_fista.model.operators import require_finite
+from optimum_fista.model.operators import Group, LinearOperator, require_finite
 from optimum_fista.prune.batches import Calibration, record, retried
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.plan import UNDER_CALIBRATED_TOKENS, Plan
@@ -31,9 +35,10 @@ from optimum_fista.prune.reordering import reorder_channels
 from optimum_fista.prune.sink import Sink
 from optimum_fista.report import LayerRecord, LayerReport, OperatorReport, PruningReport
 from optimum_fista.solve.allocation import prune_stacked
-from optimum_fista.solve.method import PrunedOperator, PruningMethod
+from optimum_fista.solve.method import PrunedOperator
 from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.refit import refit_columns
 
 
@@ -42,76 +47,109 @@ def prune_layers(
     calibration: Calibration,
     report: PruningReport,
     sink: Sink,
+    *,
     held_out: HeldOut | None = None,
     todo: Collection[int] | None = None,
     num_done: int = 0,
 ) -> None:
     """Prune decoder layers in place, one after the other, and add them to the report.
 
-    `todo` are their indices; `None`: all. An earlier start has finished `num_done` others. The hidden states of
-    `calibration` enter the first of them. If `calibration` has none, the run begins at the embeddings, and layers
-    outside `todo` run as they are. A layer is committed to `sink` before the callbacks are called with it.
+    A layer is committed to the sink before the callbacks are called with it.
+
+    Args:
+        plan: What is pruned and how, with its budgets.
+        calibration: Batches; their hidden states enter the first layer of `todo`. Without hidden states, the run begins
+            at the embeddings, and layers outside `todo` run as they are.
+        report: Gets a record for each layer of `todo`, and warnings.
+        sink: Gets the pruned weights.
+        held_out: Runs through the layers of `todo` in the dense and in the pruned network, to measure both.
+        todo: Indices of the layers to prune; `None`: all.
+        num_done: Layers that an earlier start has finished, for the progress bar.
     """
-    todo = range(len(plan.layers)) if todo is None else todo
-    pruned, is_carried = plan.pruned_layers, plan.config.correction.carry == "full"
-    last = max(
-        (index for index in pruned if index in todo), default=-1
-    )  # later layers need not run
+    num_layers = len(plan.layers)
+    if todo is None:
+        todo = range(num_layers)
+    last_pruned = max(plan.pruned_layers, default=-1)
+    # Layers after the last one to prune need not run.
+    last = max((index for index in plan.pruned_layers if index in todo), default=-1)
     first = 0 if calibration.states is None else min(todo)
     report.left_dense = dict(plan.removal.left_dense)
-    with closing(Progress(num_done)) if plan.progress else nullcontext() as bar:
-        callbacks = plan.callbacks if bar is None else (bar, *plan.callbacks)
+
+    with _with_progress(plan, num_done) as callbacks:
+        costs = {index: 1 + cost for index, cost in enumerate(plan.costs) if index in todo}
         for callback in callbacks:
-            callback.on_layers_begin(
-                len(plan.layers), {i: 1 + c for i, c in enumerate(plan.costs) if i in todo}
-            )
-        calibration = retried(partial(record, plan), calibration, "the embeddings", plan, report)
-        held_out = held_out if held_out is not None and held_out.begin() else None
+            callback.on_layers_begin(num_layers, costs)
+        calibration = retried(
+            partial(record, plan), calibration, where="the embeddings", plan=plan, report=report
+        )
+        if held_out is not None and not held_out.begin():
+            held_out = None
+
         for index, (name, layer) in enumerate(plan.layers):
-            is_mine, followed = index in todo, held_out if index in todo else None
-            if index < first or not (is_mine or index < last):
+            is_mine = index in todo
+            runs = index >= first and (is_mine or index < last)
+            if not runs:
                 continue
-            started, done = time.perf_counter(), LayerRecord(LayerReport(name, None, 0.0))
-            # before its weights are on the device: offloaded ones are hashed where they are
+            started = time.perf_counter()
+            measured = held_out if is_mine else None
+            layer_record = LayerRecord(LayerReport(name, None, 0.0))
+            # Before its weights are on the device: offloaded ones are hashed where they are.
             dense_sha256 = sha256_of(layer, layer.state_dict()) if is_mine else None
-            experts = split_experts(plan.removal.operators[name].values())
-            with onloaded(layer.modules()), experts:
-                if followed is not None:
-                    followed.run(index, "dense")
+
+            operators = plan.removal.operators[name].values()
+            with onloaded(layer.modules()), split_experts(operators):
+                if measured is not None:
+                    measured.run(index, "dense")
                 if index <= last:
                     step = partial(prune_layer, plan, sink, callbacks, index, is_mine)
-                    calibration, done = retried(step, calibration, name, plan, report, sink.undo)
-                if followed is not None and index not in plan.removal.removed_layers:
-                    followed.run(index, "pruned")
-                if followed is not None and index == len(plan.layers) - 1:
-                    followed.measure()
+                    calibration, layer_record = retried(
+                        step, calibration, where=name, plan=plan, report=report, undo=sink.undo
+                    )
+                if measured is not None and index not in plan.removal.removed_layers:
+                    measured.run(index, "pruned")
+                if measured is not None and index == num_layers - 1:
+                    measured.measure()
+
                 if is_mine:
-                    known = {
-                        key: why
-                        for key, why in plan.removal.left_dense.items()
-                        if key.startswith(f"{name}.")
-                    }
-                    about = replace(
-                        done.report,
+                    layer_record = _completed(
+                        plan,
+                        layer_record,
                         seconds=time.perf_counter() - started,
                         dense_sha256=dense_sha256,
                     )
-                    done = LayerRecord(about, done.operators, known | done.left_dense)
-                    report.add(done)
-                    states = (
-                        calibration.states
-                        if is_carried and index < max(pruned, default=-1)
-                        else None
-                    )
-                    sink.commit(
-                        index,
-                        layer,
-                        done,
-                        [part for part in (states, followed) if part is not None],
-                    )
+                    report.add(layer_record)
+                    is_carried = plan.config.correction.carry == "full" and index < last_pruned
+                    states = calibration.states if is_carried else None
+                    travelling = [part for part in (states, measured) if part is not None]
+                    sink.commit(index, layer, layer_record, travelling)
             if is_mine:
                 for callback in callbacks:
-                    callback.on_layer_end(index, done.report, done.operators)
+                    callback.on_layer_end(index, layer_record.report, layer_record.operators)
+
+
+@contextmanager
+def _with_progress(plan: Plan, num_done: int) -> Iterator[Sequence[PruningCallback]]:
+    """Yield the callbacks of the run; the first one shows a progress bar, if the plan wants one."""
+    if not plan.progress:
+        yield plan.callbacks
+        return
+    with closing(Progress(num_done)) as bar:
+        yield (bar, *plan.callbacks)
+
+
+def _completed(
+    plan: Plan, layer_record: LayerRecord, *, seconds: float, dense_sha256: str | None
+) -> LayerRecord:
+    """Return the record of a decoder layer with its time, the digest of its dense tensors, and all reasons."""
+    prefix = f"{layer_record.report.name}."
+    left_dense = {
+        name: reason for name, reason in plan.removal.left_dense.items() if name.startswith(prefix)
+    }
+    return LayerRecord(
+        replace(layer_record.report, seconds=seconds, dense_sha256=dense_sha256),
+        layer_record.operators,
+        left_dense | layer_record.left_dense,
+    )
 
 
 def prune_layer(
@@ -124,159 +162,256 @@ def prune_layer(
 ) -> tuple[Calibration, LayerRecord]:
     """Prune the operators of a decoder layer, group by group in execution order, or run it as it is.
 
-    Returns the batches with the hidden states that leave the layer.
+    The layer is on its device. Its weights are overwritten through the sink.
+
+    Args:
+        plan: The plan of the run.
+        sink: Gets the pruned weights.
+        callbacks: Called after each operator.
+        index: The number of the layer.
+        is_mine: Whether this process prunes the layer; otherwise it only runs.
+        calibration: Batches, with the hidden states that enter the layer. They are used up.
+
+    Returns:
+        The batches with the hidden states that leave the layer, and the record of the layer without its time.
     """
-    name, layer = f"{plan.layers.name}.{index}", plan.layers.modules[index]
+    name = f"{plan.layers.name}.{index}"
+    layer = plan.layers.modules[index]
     release_memory(layer)  # of the decoder layer before
-    calibration = record(
-        plan, calibration
-    )  # again, if memory ran out and the batches are smaller now
-    states, recorded = calibration.states, calibration.recorded
+    # Again, if memory ran out and the batches are smaller now.
+    calibration = record(plan, calibration)
+    states = calibration.states
+    recorded = calibration.recorded
     assert states is not None
     assert recorded is not None
-    device, correction = execution_device(layer), plan.config.correction
+    device = execution_device(layer)
     storage = plan.storage or device
     states.move(storage, device)
-    calls, recorded.calls[index] = recorded.calls[index], []  # freed with this layer
-    activations = LayerActivations(layer, calls, recorded.token_masks, storage, recorded.held_out)
-    if not is_mine or index in plan.removal.removed_layers:
-        targets = LayerTargets(activations, [], correction, states)
-        states = targets.leave() if not is_mine else targets.pass_by()
+    # The arguments of the layer's calls are freed with this layer.
+    calls = recorded.calls[index]
+    recorded.calls[index] = []
+    activations = LayerActivations(
+        layer,
+        calls,
+        token_masks=recorded.token_masks,
+        storage=storage,
+        held_out=recorded.held_out,
+    )
+
+    correction = plan.config.correction
+    is_removed = index in plan.removal.removed_layers
+    if not is_mine or is_removed:
+        targets = LayerTargets(activations, [], correction, entering=states)
+        states = targets.pass_by() if is_mine else targets.leave()
         return replace(calibration, states=states), LayerRecord(LayerReport(name, None, 0.0))
+
     operators = plan.removal.operators[name]
+    # Offloaded weights are on the device only now.
     require_finite([operator for operator in operators.values() if offload_hook(operator.owner)])
-    hidden = states.entering[0].to(device)  # [batch, sequence, hidden], for a test run of the layer
-    reorders = plan.config.reorder_channels
-    orders = reorder_channels(plan, sink, name, activations, states.entering) if reorders else {}
+    hidden = states.entering[0].to(device)  # [batch, sequence, hidden], for test runs of the layer
+    orders: dict[str, tuple[int, ...]] = {}
+    if plan.config.reorder_channels:
+        orders = reorder_channels(plan, sink, name, activations, states.entering)
     trace = trace_groups(layer, operators, calls[0], hidden)
-    left_dense = trace.left_dense
     groups, others, experts = plan.removal.before(name, trace.groups, activations, hidden)
+
     reports: list[OperatorReport] = []
     with watched_memory(device) as peak:
         targets = LayerTargets(
-            activations, groups, correction, states, ends=trace.ends, experts=experts
+            activations, groups, correction, entering=states, ends=trace.ends, experts=experts
         )
         for number in range(len(groups)):
-            # a call of its own, so that the matrices of a group are freed before the next ones are made
-            found = prune_group(plan, sink, targets.problems(number))
-            reports += [replace(report, input_order=orders.get(report.name)) for report in found]
+            # A call of its own, so that the matrices of a group are freed before the next ones are made.
+            of_group = prune_group(plan, sink, targets.problems(number))
+            reports += [replace(one, input_order=orders.get(one.name)) for one in of_group]
             for callback in callbacks:
-                for report in found:
-                    callback.on_operator_end(report)
+                for operator_report in of_group:
+                    callback.on_operator_end(operator_report)
         states, reports, mixture = plan.removal.after(name, sink, targets, reports)
-    about = LayerReport(
+
+    is_pruned = bool(operators) or mixture is not None
+    layer_report = LayerReport(
         name,
-        activations.hidden_state_error(states),
-        0.0,
-        peak if operators or mixture else None,
-        mixture,
+        hidden_state_error=activations.hidden_state_error(states),
+        seconds=0.0,
+        memory=peak if is_pruned else None,
+        mixture=mixture,
     )
-    return replace(calibration, states=states), LayerRecord(about, reports, left_dense | others)
+    return (
+        replace(calibration, states=states),
+        LayerRecord(layer_report, reports, trace.left_dense | others),
+    )
 
 
 def prune_group(plan: Plan, sink: Sink, problems: GroupProblems) -> list[OperatorReport]:
     """Solve for the operators of a group and write them; the reports have the errors of the weights as written."""
     release_memory()  # the solver needs the memory that capturing left in the allocator
     started = time.perf_counter()
-    pruned_group, patterns, method = solve_group(plan, problems)
-    seconds = (
-        time.perf_counter() - started
-    )  # results were read, so the device has finished its kernels
-    for operator, pruned in zip(problems.operators, pruned_group, strict=True):
+    solution = solve_group(plan, problems)
+    # Results were read, so the device has finished its kernels.
+    seconds = time.perf_counter() - started
+    for operator, pruned in zip(problems.operators, solution.operators, strict=True):
         sink.write(operator, pruned.weight, pruned.mask)
+
     reports = []
-    parts = zip(
-        problems.operators, problems.fitted, problems.held_out, pruned_group, patterns, strict=True
-    )
-    for operator, problem, held_out, pruned, pattern in parts:
-        exact = (
-            operator.parameter.dtype == problem.weight.dtype
-        )  # otherwise the solution was rounded
-        written = pruned.weight if exact else operator.read()
-        fit_error = pruned.fit_error if exact else problem.fit_error(written)
-        kept = pattern.num_kept(operator.shape)  # the mask was counted when the pattern was checked
-        report = OperatorReport(
-            name=f"{operator.name}.weight",
-            shape=operator.shape,
-            stored_transposed=operator.transposed,
-            pattern=str(pattern),
-            target_sparsity=pattern.sparsity,
-            scope=pattern.scope,
-            num_kept=kept,
-            sparsity=1 - kept / pruned.mask.numel(),
-            method=method,
-            fit_error=fit_error,
-            output_error=problems.output_error(problem, written, fit_error),
-            l1_penalty=pruned.l1_penalty,
-            iterations=pruned.iterations,
-            converged=pruned.converged,
-            message=pruned.message,
-            num_tokens=problem.statistics.num_tokens,
+    for number, held_out in enumerate(problems.held_out):
+        report = _operator_report(
+            problems,
+            solution,
+            number,
+            held_out=held_out,
             solve_seconds=seconds / len(problems.operators),
-            residual_corrected=problems.last is not None,
         )
-        if held_out is not None:
-            error = held_out.fit_error(written)
-            report = replace(
-                report,
-                held_out_fit_error=error,
-                held_out_output_error=problems.output_error(
-                    held_out, written, error, held_out=True
-                ),
-                held_out_tokens=held_out.statistics.num_tokens,
-            )
         reports.append(report)
     return reports
 
 
-def solve_group(
-    plan: Plan, problems: GroupProblems
-) -> tuple[list[PrunedOperator], list[SparsityPattern], str]:
-    """Solve for the operators of a group, without writing; returns also their patterns and the method's name."""
-    group, fitted, output_weights = problems.operators, problems.fitted, plan.budgets.output_weights
-    method: PruningMethod = plan.method
-    shares, patterns = (
-        plan.budgets.sparsities,
-        [plan.removal.patterns[operator.name] for operator in group],
+@dataclass(frozen=True)
+class GroupSolution:
+    """Pruned operators of a group, in its order, with the pattern that each has and the name of the method."""
+
+    operators: list[PrunedOperator]
+    patterns: list[SparsityPattern]
+    method: str
+
+
+def _operator_report(
+    problems: GroupProblems,
+    solution: GroupSolution,
+    number: int,
+    *,
+    held_out: LayerProblem | None,
+    solve_seconds: float,
+) -> OperatorReport:
+    """Report the operator with this number in its group, which is written.
+
+    `held_out` is its problem on the held-out tokens; `None` if there are none.
+    """
+    operator = problems.operators[number]
+    problem = problems.fitted[number]
+    pruned = solution.operators[number]
+    pattern = solution.patterns[number]
+    # Otherwise the solution was rounded when it was written.
+    is_exact = operator.parameter.dtype == problem.weight.dtype
+    written = pruned.weight if is_exact else operator.read()
+    fit_error = pruned.fit_error if is_exact else problem.fit_error(written)
+    num_kept = pattern.num_kept(operator.shape)  # the mask was counted when it was checked
+    operator_report = OperatorReport(
+        name=f"{operator.name}.weight",
+        shape=operator.shape,
+        stored_transposed=operator.transposed,
+        pattern=str(pattern),
+        target_sparsity=pattern.sparsity,
+        scope=pattern.scope,
+        num_kept=num_kept,
+        sparsity=1 - num_kept / pruned.mask.numel(),
+        method=solution.method,
+        fit_error=fit_error,
+        output_error=problems.output_error(problem, written, fit_error),
+        l1_penalty=pruned.l1_penalty,
+        iterations=pruned.iterations,
+        converged=pruned.converged,
+        message=pruned.message,
+        num_tokens=problem.statistics.num_tokens,
+        solve_seconds=solve_seconds,
+        residual_corrected=problems.last is not None,
     )
-    pairs = zip(group, patterns, strict=True)
-    patterns = [replace(p, sparsity=shares[o.name]) if o.name in shares else p for o, p in pairs]
-    tokens, name, message = fitted[0].statistics.num_tokens, method.name, ""
-    if (
-        isinstance(group[0], ExpertOperator) and tokens < UNDER_CALIBRATED_TOKENS
-    ):  # the router sent hardly any
-        method, name = Magnitude(), Magnitude.name
-        message = f"under-calibrated expert: {tokens} calibration tokens reached it, so magnitude pruned it"
-    if all(pattern.whole_columns and not pattern.sparsity for pattern in patterns):
-        # All columns stay: the operator compensates for removed heads, or for a removed decoder layer before its own.
-        pruned, name = [], "refit"
-        for problem in fitted:
-            mask = torch.ones_like(problem.weight, dtype=torch.bool)
-            found, advice = refit_columns(problem, mask[0])  # least squares over all weights
-            error = problem.fit_error(found)
-            pruned.append(
-                PrunedOperator(found, mask, error, 1, converged=not advice, message=advice)
-            )
-    elif not message and all(operator.name in output_weights for operator in group):
-        # rows of all operators compete for the zeros of the group, which decides how many each operator gets
-        pruned = prune_stacked(
-            method, fitted, patterns, [output_weights[operator.name] for operator in group]
-        )
-        patterns = [replace(p, sparsity=q.sparsity) for p, q in zip(patterns, pruned, strict=True)]
-    else:
-        pruned = [
-            replace(p, message=message or p.message) for p in method.prune_sharing(fitted, patterns)
+    if held_out is None:
+        return operator_report
+
+    error = held_out.fit_error(written)
+    return replace(
+        operator_report,
+        held_out_fit_error=error,
+        held_out_output_error=problems.output_error(held_out, written, error, held_out=True),
+        held_out_tokens=held_out.statistics.num_tokens,
+    )
+
+
+def solve_group(plan: Plan, problems: GroupProblems) -> GroupSolution:
+    """Solve for the operators of a group by the plan's method, without writing.
+
+    There are three exceptions. Operators that keep all columns are refitted. Experts that got hardly any tokens are
+    pruned by magnitude. If the loss weights the outputs of all operators, their rows compete for the group's zeros.
+    """
+    group = problems.operators
+    patterns = [_pattern(plan, operator) for operator in group]
+    method = plan.method
+    output_weights = plan.budgets.output_weights
+    num_tokens = problems.fitted[0].statistics.num_tokens
+    is_expert = isinstance(group[0], ExpertOperator)
+    is_under_calibrated = is_expert and num_tokens < UNDER_CALIBRATED_TOKENS
+    keeps_all_columns = all(pattern.whole_columns and not pattern.sparsity for pattern in patterns)
+    name = method.name
+    if is_under_calibrated:
+        method = Magnitude()
+        name = Magnitude.name
+
+    if keeps_all_columns:
+        # The operator compensates for removed heads, or for a removed decoder layer before its own.
+        name = "refit"
+        operators = [_refitted(problem) for problem in problems.fitted]
+    elif is_under_calibrated:
+        message = f"under-calibrated expert: {num_tokens} calibration tokens reached it, so magnitude pruned it"
+        operators = [
+            replace(pruned, message=message)
+            for pruned in method.prune_sharing(problems.fitted, patterns)
         ]
-    finite = torch.stack(
-        [torch.isfinite(result.weight).all() for result in pruned]
-    ).tolist()  # one transfer
-    for operator, pattern, result, is_finite in zip(group, patterns, pruned, finite, strict=True):
-        broken = pattern.violation(result.mask) or (
-            None if is_finite else "weights hold NaN or Inf"
-        )
-        if broken:
+    elif all(operator.name in output_weights for operator in group):
+        # Rows of all operators compete for the zeros of the group, which decides how many each operator gets.
+        weights = [output_weights[operator.name] for operator in group]
+        operators = prune_stacked(method, problems.fitted, patterns, weights)
+        patterns = [
+            replace(pattern, sparsity=pruned.sparsity)
+            for pattern, pruned in zip(patterns, operators, strict=True)
+        ]
+    else:
+        operators = method.prune_sharing(problems.fitted, patterns)
+
+    _require_solved(group, patterns, operators, method_name=method.name)
+    for pruned in operators:
+        pruned.weight.masked_fill_(~pruned.mask, 0.0)  # no -0.0
+    return GroupSolution(operators, patterns, name)
+
+
+def _pattern(plan: Plan, operator: LinearOperator) -> SparsityPattern:
+    """Return the pattern of an operator, with the share of zeros that its budget gives it."""
+    pattern = plan.removal.patterns[operator.name]
+    sparsity = plan.budgets.sparsities.get(operator.name)
+    return pattern if sparsity is None else replace(pattern, sparsity=sparsity)
+
+
+def _refitted(problem: LayerProblem) -> PrunedOperator:
+    """Fit all weights of an operator by least squares; none becomes zero."""
+    mask = torch.ones_like(problem.weight, dtype=torch.bool)
+    weight, advice = refit_columns(problem, mask[0])
+    return PrunedOperator(
+        weight,
+        mask,
+        problem.fit_error(weight),
+        iterations=1,
+        converged=not advice,
+        message=advice,
+    )
+
+
+def _require_solved(
+    group: Group,
+    patterns: Sequence[SparsityPattern],
+    results: Sequence[PrunedOperator],
+    *,
+    method_name: str,
+) -> None:
+    """Refuse results (RuntimeError) whose masks break their patterns, or whose weights are not finite."""
+    # One transfer from the device.
+    are_finite = torch.stack([torch.isfinite(result.weight).all() for result in results]).tolist()
+    for operator, pattern, result, is_finite in zip(
+        group, patterns, results, are_finite, strict=True
+    ):
+        fault = pattern.violation(result.mask)
+        if fault is None and not is_finite:
+            fault = "weights hold NaN or Inf"
+        if fault is not None:
             raise RuntimeError(
-                f"method {method.name!r} failed on {operator.name}: {broken}. Pass another method."
+                f"method {method_name!r} failed on {operator.name}: {fault}. Pass another method."
             )
-        result.weight.masked_fill_(~result.mask, 0.0)  # no -0.0
-    return pruned, patterns, name
