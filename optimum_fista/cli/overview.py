@@ -29,7 +29,7 @@ def plan_of(request: PruneRequest) -> tuple[PruneRequest, list[str]]:
     from optimum_fista.estimate import LIBRARIES
     from optimum_fista.folder.output import unfinished_folder
     from optimum_fista.memory import available_bytes
-    from optimum_fista.prune.journal import begun_batch_size
+    from optimum_fista.prune.identity import begun_batch_size
 
     begun = begun_batch_size(unfinished_folder(request.output))
     batch_size = request.batch_size or begun

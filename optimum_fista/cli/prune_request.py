@@ -145,7 +145,7 @@ class PruneRequest:
     def _require_same_run(self, has_images: bool) -> None:
         """Refuse an unfinished run with other settings; other text is noticed when the run resumes."""
         from optimum_fista.folder.output import unfinished_folder
-        from optimum_fista.prune.journal import require_same_run
+        from optimum_fista.prune.identity import require_same_run
 
         options = self.config.resolved().to_dict()
         wanted: dict[str, Any] = {

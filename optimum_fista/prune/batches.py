@@ -1,7 +1,8 @@
 """Calibration batches on their way through the decoder layers, and what happens if the device runs out of memory.
 
-A step of the run is a function of the batches and their hidden states. So a step that runs out of memory is called
-again, with half as many sequences in a batch (`retried`). Only the rounding of sums over tokens changes.
+`begin` reads the calibration text before the run. A `Calibration` then goes from decoder layer to decoder layer, with
+the hidden states that enter the next one. A step of the run is a function of it. So a step that runs out of memory is
+called again, with half as many sequences in a batch (`retried`). Only the rounding of sums over tokens changes.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +24,7 @@ from optimum_fista.model.experts import split_experts
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.inputs import HiddenStates, RecordedInputs, cut_states, record_inputs
 from optimum_fista.model.layers import token_limits
-from optimum_fista.model.media import media_arguments, targets_of
+from optimum_fista.model.media import MediaArguments, media_arguments, targets_of
 from optimum_fista.model.offload import execution_device
 from optimum_fista.prune.notes import begin_report
 from optimum_fista.prune.plan import Plan
@@ -35,86 +36,128 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Calibration:
-    """Batches, with their hidden states before one decoder layer."""
+    """Batches, with their hidden states before one decoder layer.
 
-    batches: Sequence[CalibrationBatch]  # first those to fit to, then the held-out ones
-    states: HiddenStates | None = None  # inputs of the layer; None before the first one
-    recorded: RecordedInputs | None = (
-        None  # other arguments of the layers; None until batches of this size were run
-    )
+    Attributes:
+        batches: First those to fit to, then the held-out ones.
+        states: Inputs of the decoder layer; `None` before the first one.
+        recorded: Other arguments of the decoder layers; `None` until batches of this size were run.
+    """
+
+    batches: Sequence[CalibrationBatch]
+    states: HiddenStates | None = None
+    recorded: RecordedInputs | None = None
 
 
 def begin(
     plan: Plan, calib_dataloader: Iterable[Any], source: str | None
 ) -> tuple[Calibration, HeldOut | None, PruningReport]:
-    """Read the calibration text and begin the report.
+    """Read the calibration text, and begin the report of the run; nothing runs yet.
 
-    Returns a `HeldOut` if a perplexity can be measured.
+    `calib_dataloader` is what the user passed to `FistaPruner.prune`, and `source` the name of its text. The returned
+    `HeldOut` measures the perplexity; it is `None` if nothing is held out, or if the model loses experts.
     """
-    report, inputs = (
-        begin_report(plan),
-        {name: o.shape[1] for name, o in plan.all_operators.items()},
-    )
-    model, media = plan.layers.model, media_arguments(plan.layers.model)
-    given = read_batches(calib_dataloader, *token_limits(model), media, report.warn)
+    report = begin_report(plan)
+    model = plan.layers.model
+    media = media_arguments(model)
+    given = read_batches(calib_dataloader, *token_limits(model), media)
+    # Batches that the user marked as held out measure the perplexity, and nothing else.
     measured = [batch for batch in given if batch.held_out]
-    batches = hold_out([batch for batch in given if not batch.held_out], plan.config.held_out)
-    report.calibration = {"source": source and public_name(source)} | describe_batches(
-        batches + measured
-    )
+    own = [batch for batch in given if not batch.held_out]
+    batches = hold_out(own, plan.config.held_out)
+    report.calibration = {
+        "source": public_name(source) if source else source,
+        **describe_batches(batches + measured),
+    }
     report.environment["batches"] = shapes_of(batches + measured)
-    if media.names and not any(batch.media for batch in batches):
-        kinds = " or ".join(sorted({kind for kind, _ in media.placeholders})) or "image"
-        which = f"{type(model).__name__} saw no {kinds}"
-        report.warn(
-            f"the calibration is text alone: {which}. Pass batches as its processor makes them, for all uses."
-        )
-    tokens, widest = (
-        report.calibration["num_tokens"],
-        max(inputs, key=inputs.__getitem__, default=None),
+    _warn_of_missing_media(plan, report, batches, media)
+    _warn_of_few_tokens(plan, report)
+    _warn_of_empty_placeholders(plan, report, given)
+
+    calibration = Calibration(batches)
+    if not measured:
+        measured = [replace(batch, text=source) for batch in batches if batch.held_out]
+    # A decoder layer without experts is not in the model, so it can't run as a part of it.
+    if not measured or plan.removal.mixtures:
+        return calibration, None, report
+    return calibration, HeldOut(plan.layers, measured, plan.storage), report
+
+
+def _warn_of_missing_media(
+    plan: Plan, report: PruningReport, batches: Sequence[CalibrationBatch], media: MediaArguments
+) -> None:
+    """Warn if a model for images or sounds gets text alone."""
+    if not media.names or any(batch.media for batch in batches):
+        return
+    kinds = " or ".join(sorted({kind for kind, _ in media.placeholders})) or "image"
+    report.warn(
+        f"the calibration is text alone: {type(plan.layers.model).__name__} saw no {kinds}. Pass batches as its "
+        "processor makes them, for all uses."
     )
-    if widest is not None and tokens < inputs[widest]:
-        few = f"{tokens} calibration tokens for the {inputs[widest]} inputs of {widest}"
+
+
+def _warn_of_few_tokens(plan: Plan, report: PruningReport) -> None:
+    """Warn if there are fewer tokens than inputs of an operator; the report has the number of tokens."""
+    num_tokens = report.calibration["num_tokens"]
+    num_inputs = {name: operator.shape[1] for name, operator in plan.all_operators.items()}
+    widest = max(num_inputs, key=num_inputs.__getitem__, default=None)
+    if widest is not None and num_tokens < num_inputs[widest]:
         report.warn(
-            f"{few}: its Gram matrix is rank-deficient, and the result fits these tokens only. Pass more."
+            f"{num_tokens} calibration tokens for the {num_inputs[widest]} inputs of {widest}: its Gram matrix is "
+            "rank-deficient, and the result fits these tokens only. Pass more."
         )
-    if empty := sum(
-        not b.media and bool((targets_of(b.input_ids, model.config) < 0).any()) for b in given
-    ):
-        why = "hold tokens that mark images or sounds, but no images or sounds"
-        report.warn(f"{empty} batches {why}: pass all that the model's processor returns.")
-    measured = measured or [replace(batch, text=source) for batch in batches if batch.held_out]
-    if (
-        not measured or plan.removal.mixtures
-    ):  # the decoder layer without experts is not in the model
-        return Calibration(batches), None, report
-    return Calibration(batches), HeldOut(plan.layers, measured, plan.storage), report
+
+
+def _warn_of_empty_placeholders(
+    plan: Plan, report: PruningReport, batches: Sequence[CalibrationBatch]
+) -> None:
+    """Warn of batches with tokens that stand for images or sounds, if the images or sounds are missing."""
+    num_empty = 0
+    for batch in batches:
+        if not batch.media:
+            # Tokens of images and sounds are no targets: their entries are negative.
+            targets = targets_of(batch.input_ids, plan.layers.model.config)
+            num_empty += bool((targets < 0).any())
+    if num_empty:
+        report.warn(
+            f"{num_empty} batches hold tokens that mark images or sounds, but no images or sounds: pass all that the "
+            "model's processor returns."
+        )
 
 
 def record(plan: Plan, calibration: Calibration) -> Calibration:
-    """Record the arguments of the decoder layers, unless they are recorded already."""
+    """Record the arguments of the decoder layers, unless they are recorded already.
+
+    The model runs once on all batches, without its decoder layers. Returns the calibration with the arguments, and with
+    the hidden states that enter the first layer if it had none.
+    """
     if calibration.recorded is not None:
         return calibration
     with split_experts(plan.all_operators.values()):
         recorded = record_inputs(
             plan.layers, calibration.batches, plan.storage, progress=plan.progress
         )
-    states = calibration.states or plan.config.correction.enter(recorded.hidden_states)
-    del (
-        recorded.hidden_states
-    )  # only `states` has them now, so that they are freed with the first layer
+    states = calibration.states
+    if states is None:
+        states = plan.config.correction.enter(recorded.hidden_states)
+    # Only `states` has them now, so that they are freed with the first layer.
+    del recorded.hidden_states
     return replace(calibration, states=states, recorded=recorded)
 
 
 def retried(
     step: Callable[[Calibration], T],
     calibration: Calibration,
+    *,
     where: str,
     plan: Plan,
     report: PruningReport,
-    undo: Callable[[], None] = lambda: None,
+    undo: Callable[[], None] | None = None,
 ) -> T:
-    """Return `step(calibration)`; if memory runs out, call `undo`, and repeat the step with batches half as large."""
+    """Return `step(calibration)`; if memory runs out, repeat the step with batches half as large.
+
+    `where` names the step for the warning in the report. `undo` takes back what the step had changed before it failed.
+    """
     while True:
         try:
             return step(calibration)
@@ -122,20 +165,26 @@ def retried(
             if not is_out_of_memory(error):
                 raise
             reason = str(error) or repr(error)
-        # after the handler: the error holds the frames, and the frames hold the tensors that filled the memory
-        undo()
+
+        # After the handler: the error holds the frames, and the frames hold the tensors that filled the memory.
+        if undo is not None:
+            undo()
         calibration = _halved(calibration, plan, report, reason)
         release_memory(collect=True)
-        most = max(batch.input_ids.shape[0] for batch in calibration.batches)
+        num_sequences = max(batch.input_ids.shape[0] for batch in calibration.batches)
         report.warn(
-            f"out of memory in {where}: batches of {most} sequences from here on ({reason.splitlines()[0]})"
+            f"out of memory in {where}: batches of {num_sequences} sequences from here on ({reason.splitlines()[0]})"
         )
 
 
 def _halved(
     calibration: Calibration, plan: Plan, report: PruningReport, reason: str
 ) -> Calibration:
-    """Cut every batch in two; `reason` is what the device said."""
+    """Cut every batch in two, with its hidden states; the arguments of the layers have to be recorded again.
+
+    `reason` is what the device said. Raises OutOfMemoryError if a batch has one sequence only, or if the arguments
+    can't be recorded again.
+    """
     sizes = [batch.input_ids.shape[0] for batch in calibration.batches]
     if max(sizes) == 1:
         longest = max(batch.input_ids.shape[1] for batch in calibration.batches)
@@ -143,15 +192,23 @@ def _halved(
             f"the device ran out of memory on a batch of one sequence of {longest} tokens: pass "
             f"storage_device='cpu' (--storage-device cpu) or shorter sequences (--sequence-length) [{reason}]"
         )
-    sizes = [part for size in sizes for part in ((size + 1) // 2, size // 2) if part]
-    if calibration.recorded is not None and calibration.recorded.handed_on and report.operators:
-        raise torch.OutOfMemoryError(  # a new record needs the dense network, which is partly pruned now
+
+    halves: list[int] = []
+    for size in sizes:
+        halves.append((size + 1) // 2)
+        if size > 1:
+            halves.append(size // 2)
+    is_amid = bool(report.operators)
+    if calibration.recorded is not None and calibration.recorded.handed_on and is_amid:
+        # A new record needs the dense network, which is partly pruned now.
+        raise torch.OutOfMemoryError(
             f"the device ran out of memory after the first decoder layer of a {type(plan.layers.model).__name__}, "
-            f"whose decoder layers pass more than hidden states to the next one: pass batches of at most {max(sizes)} "
+            f"whose decoder layers pass more than hidden states to the next one: pass batches of at most {max(halves)} "
             "sequences."
         )
+
     states = calibration.states
     if states is not None:
         device = execution_device(plan.layers.model.get_input_embeddings())
-        states = cut_states(states, sizes, plan.storage or device, device)
-    return Calibration(cut_batches(calibration.batches, sizes), states)
+        states = cut_states(states, halves, plan.storage or device, device)
+    return Calibration(cut_batches(calibration.batches, halves), states)

@@ -20,19 +20,21 @@ from optimum_fista.folder.naming import as_stored
 from optimum_fista.folder.output import install
 from optimum_fista.folder.packed_folder import packed_settings
 from optimum_fista.folder.writing import write_all_but_weights
+from optimum_fista.model.calibration import cut_batches
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.hooks import evaluation_mode
 from optimum_fista.model.inputs import HiddenStates
 from optimum_fista.model.offload import execution_device
 from optimum_fista.model.precision import Products, products_as
 from optimum_fista.packed.format import packed_names
-from optimum_fista.prune.batches import Calibration, cut_batches
-from optimum_fista.prune.journal import Journal, KeptLayer, SourceFiles
+from optimum_fista.prune.batches import Calibration
+from optimum_fista.prune.journal import Journal, KeptLayer
 from optimum_fista.prune.notes import complete_report
 from optimum_fista.prune.plan import Budgets, Plan
 from optimum_fista.prune.ranks import RankError, Ranks, share_layers
 from optimum_fista.prune.shards import ShardWriter
 from optimum_fista.prune.sink import Sink, Travelling, Work
+from optimum_fista.prune.source_files import SourceFiles
 from optimum_fista.report import LayerRecord, PruningReport
 from optimum_fista.source.files import copy_source
 from optimum_fista.source.model_folder import names_in, write_index

@@ -25,10 +25,12 @@ from optimum_fista.model.offload import execution_device
 from optimum_fista.prune.batches import begin
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.files import FileSink, Output
-from optimum_fista.prune.journal import Journal, join_run, run_fingerprint, shared_files
+from optimum_fista.prune.identity import join_run, run_fingerprint
+from optimum_fista.prune.journal import Journal
 from optimum_fista.prune.plan import Plan, plan_run
 from optimum_fista.prune.ranks import RankError, joined_ranks, require_independent_layers
 from optimum_fista.prune.run import run
+from optimum_fista.prune.source_files import shared_files
 from optimum_fista.removal.parts_removal import plan_removal, require_zeros_to_pack
 from optimum_fista.removal.tokens import remove_tokens
 from optimum_fista.report import PruningReport

@@ -45,8 +45,9 @@ from optimum_fista.folder.output import (
 from optimum_fista.folder.writing import write_checkpoint
 from optimum_fista.memory import available_bytes
 from optimum_fista.model.media import media_arguments
-from optimum_fista.prune.journal import SourceFiles, join_run, shared_files
+from optimum_fista.prune.identity import join_run
 from optimum_fista.prune.ranks import Ranks, joined_ranks
+from optimum_fista.prune.source_files import SourceFiles, shared_files
 from optimum_fista.public_names import public_name
 from optimum_fista.report import RecoveryReport, lines_of_unplaced
 from optimum_fista.source.files import copy_source

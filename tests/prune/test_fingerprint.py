@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_llama import tiny_llama, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.prune import journal
+from optimum_fista.prune import source_files
 from optimum_fista.prune.journal import Journal
 
 WANDA = FistaPruningConfig(method="wanda", error_correction="full")
@@ -85,9 +85,11 @@ def test_weights_that_were_touched_or_copied_are_the_same(source, cut_off, tmp_p
 
 
 def test_weights_are_read_again_only_if_their_file_changed(source, cut_off, monkeypatch):
-    digest = journal.digest_of
+    digest = source_files.digest_of
     monkeypatch.setattr(
-        journal, "digest_of", lambda path: "read again" if path.parent == source else digest(path)
+        source_files,
+        "digest_of",
+        lambda path: "read again" if path.parent == source else digest(path),
     )
     prune(source)
 

@@ -25,7 +25,7 @@ from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder.checkpoint import read_report
 from optimum_fista.folder.output import folder_beside, unfinished_folder
 from optimum_fista.folder.packed_folder import pack_folder
-from optimum_fista.prune.journal import require_same_run
+from optimum_fista.prune.identity import require_same_run
 from optimum_fista.train import distillation, recovery, recovery_plan
 from optimum_fista.train.distillation import (
     DistillationTrainer,

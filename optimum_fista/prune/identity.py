@@ -1,0 +1,149 @@
+"""The identity of a run from files to files: its fingerprint, and whether an unfinished folder holds the same run.
+
+The fingerprint is everything that the bytes of a result depend on. So the same command finds its own decoder layers and
+no others. `run_fingerprint` makes it, and `join_run` compares it with what lies in the unfinished folder.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from optimum_fista import internals
+from optimum_fista.atomic import read_record
+from optimum_fista.folder.output import RUN_FILE, discard
+from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.prune.plan import Plan
+from optimum_fista.prune.ranks import Ranks
+from optimum_fista.prune.source_files import SourceFiles
+from optimum_fista.report import PruningReport
+from optimum_fista.source.model_folder import CONFIG_FILE
+from optimum_fista.versions import library_versions
+
+# Of the differences between two runs: how many are shown, and with how many letters of each value.
+_SHOWN = 6
+_LETTERS = 80
+# Keys of a model's configuration that change nothing that is computed.
+_NOT_COMPUTED_WITH = (internals.LOADED_FROM, "transformers_version")
+_FORMAT = 10  # of the records of a journal
+
+
+def run_fingerprint(
+    source: SourceFiles,
+    plan: Plan,
+    batches: Sequence[CalibrationBatch],
+    report: PruningReport,
+    packed: bool,
+) -> dict[str, Any]:
+    """Collect everything that the bytes of a run depend on: weights, configurations, arithmetic, tokens, versions.
+
+    `report` is the one that `begin_report` and `batches.begin` have begun. The values are plain, as JSON gives them.
+    """
+    shapes = [list(batch.input_ids.shape) for batch in batches]
+    versions = library_versions()
+    calibration = report.calibration
+    tokens = calibration["sha256"]
+    if "held_out" in calibration:
+        tokens = [tokens, calibration["held_out"]["sha256"]]
+    network = json.loads(plan.layers.model.config.to_json_string(use_diff=False))
+    fingerprint = {
+        "journal": _FORMAT,
+        "weights": {name: digest for name, digest in source.digests.items() if name != CONFIG_FILE},
+        "model_config": {
+            key: value for key, value in network.items() if key not in _NOT_COMPUTED_WITH
+        },
+        "arithmetic": {
+            key: value
+            for key, value in report.environment.items()
+            if key not in ("processor", "batches")
+        },
+        "config": report.config,
+        "calibration": tokens,
+        "batches": shapes,
+        "sequences": sum(shape[0] for shape in shapes),
+        "length": shapes[0][1],
+        "packed": packed,
+        "versions": {name: versions[name] for name in ("optimum-fista", "torch", "transformers")},
+    }
+    return dict(json.loads(json.dumps(fingerprint)))
+
+
+def join_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool, ranks: Ranks) -> None:
+    """Have rank 0 resume the run of a locked unfinished folder, and refuse ranks that were started for another run.
+
+    If the folder holds another run, `overwrite` discards it; otherwise this is a ValueError.
+    """
+
+    def begin() -> Mapping[str, Any]:
+        """Compare the folder with this run, and return its fingerprint."""
+        if not overwrite:
+            require_same_run(folder, fingerprint)
+        begun = json.dumps(read_record(folder / RUN_FILE))
+        if begun != json.dumps(fingerprint):  # as text: the order of overrides counts, too
+            # Also the rest of a run that was only half discarded.
+            discard(folder, keep_texts=True)
+        return fingerprint
+
+    def join() -> None:
+        """Compare this process with rank 0."""
+        different = [key for key in fingerprint if fingerprint[key] != of_rank_0[key]]
+        if different:
+            raise ValueError(
+                f"{' and '.join(different)} differ from those of rank 0: start every process with the same model, "
+                "options and calibration text."
+            )
+
+    of_rank_0 = ranks.first(begin)
+    ranks.each(join)
+
+
+def require_same_run(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """Refuse an unfinished folder of another run (ValueError); `wanted` is what is known of this run's fingerprint."""
+    run_file = folder / RUN_FILE
+    if not run_file.exists():
+        return
+    begun = read_record(run_file)
+    if begun is None:
+        raise ValueError(
+            f"output: {str(run_file)!r} is damaged, so it is not known which run it belongs to: pass another folder, "
+            "or pass overwrite=True (--overwrite) to throw its layers away."
+        )
+    different = list(_differences({key: begun.get(key) for key in wanted}, wanted))
+    if different:
+        differences = "; ".join(different[:_SHOWN])
+        if len(different) > _SHOWN:
+            differences += "; ..."
+        raise ValueError(
+            f"output: the unfinished run in {str(folder)!r} was another one ({differences}). Start it again as it was, "
+            "pass another folder, or pass overwrite=True (--overwrite) to throw its layers away."
+        )
+
+
+def begun_batch_size(folder: Path) -> int | None:
+    """Return the sequences in a batch of the run in an unfinished folder; `None` if there is no run."""
+    begun = read_record(folder / RUN_FILE) or {}
+    return max((shape[0] for shape in begun.get("batches", ())), default=None)
+
+
+def _differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
+) -> Iterator[str]:
+    """Say in words what differs between two dictionaries of dictionaries; `prefix` is the key of both, with a dot."""
+    for key in {**before, **now}:
+        old = before.get(key)
+        new = now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            # Dictionaries with the same entries in another order differ: the first matching override counts.
+            is_reordered = old == new and [*old] != [*new]
+            if not is_reordered:
+                yield from _differences(old, new, f"{prefix}{key}.")
+                continue
+        elif old == new:
+            continue
+        yield f"{prefix}{key} was {_shortened(old)}, is {_shortened(new)}"
+
+
+def _shortened(value: Any) -> str:
+    """Write a value as JSON; a long one loses its end."""
+    text = json.dumps(value)
+    return text if len(text) <= _LETTERS else f"{text[:_LETTERS]}..."
