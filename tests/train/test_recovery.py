@@ -41,8 +41,11 @@ QUICK = {
     "accumulate": 2,
     "held_out": 4,
     "learning_rate": 1e-2,
+    "device": "cpu",
+    "compute_dtype": "float32",
+    "progress": False,
 }
-QUICK |= {"device": "cpu", "compute_dtype": "float32", "progress": False}
+"""Options of a recovery of 20 steps."""
 
 
 @pytest.fixture(scope="session")
@@ -57,9 +60,8 @@ def run(saved, tiny_folder, text, tmp_path):
     """`run("out")` recovers the saved model quickly, into this folder of `tmp_path`."""
 
     def recovered(output="out", *, source=saved.folder, teacher=tiny_folder, **options):
-        return recover(
-            source, teacher, tmp_path / output, **{"calibration": text} | QUICK | options
-        )
+        settings = {"calibration": text} | QUICK | options
+        return recover(source, teacher, tmp_path / output, **settings)
 
     return recovered
 
@@ -69,9 +71,9 @@ def stopped_at(step: int, error: type[BaseException] = KeyboardInterrupt, *, sav
     """What is run inside ends with an error after this step; `saves`: every step's state was saved."""
     on_step_end = Watch.on_step_end
 
-    def stopped(self, *given, **named):
-        on_step_end(self, *given, **named)
-        if given[1].global_step == step:
+    def stopped(self, args, state, control, **given):
+        on_step_end(self, args, state, control, **given)
+        if state.global_step == step:
             raise error
 
     with pytest.MonkeyPatch.context() as patched:
@@ -83,7 +85,8 @@ def stopped_at(step: int, error: type[BaseException] = KeyboardInterrupt, *, sav
         assert not _global_optimizer_post_hooks
 
 
-def steps_kept(output: Path) -> int:
+def latest_state(output: Path) -> int:
+    """The step of the last state that was saved of an unfinished run; 0 if there is none."""
     return max(kept_states(unfinished_folder(output) / "journal"), default=0)
 
 
@@ -95,29 +98,45 @@ def bits(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
+def steps_and_losses(report) -> list[list[float]]:
+    """The evaluations of a training without their seconds."""
+    return [[step, loss] for step, _, loss in report.evaluations]
+
+
 @pytest.mark.parametrize("train", ["all", "norms"])
-def test_the_loss_falls_and_the_zeros_stay(train, saved, tiny_folder, text, tmp_path):
+def test_the_loss_falls_and_the_zeros_stay(train, run, saved, tmp_path):
     before = bits(saved.folder)
-    found = recover(
-        saved.folder, tiny_folder, tmp_path / "out", calibration=text, train=train, **QUICK
-    )
+
+    found = run("out", train=train)
+
     assert found.held_out_loss < found.held_out_loss_before - 0.02
     assert found.held_out_loss_before == found.evaluations[0][2]
+    zeros = saved.report.totals["num_zeros"]
+    assert found.num_trained == {"all": 15360 + 160 - zeros, "norms": 160}[train]
     assert bits(saved.folder) == before
-    assert verify_checkpoint(tmp_path / "out").num_zeros == saved.report.totals["num_zeros"]
-    old, new = weights(saved.folder), weights(tmp_path / "out")
-    assert {name for name in old if not torch.equal(old[name], new[name])} == {
-        name
-        for name in old
-        if "layernorm" in name
-        or name == "model.norm.weight"
-        or (train != "norms" and "proj" in name)
-    }
+    assert verify_checkpoint(tmp_path / "out").num_zeros == zeros
     report = read_report(tmp_path / "out")
     assert report.retrained
     assert report.recoveries == [found]
-    zeros = saved.report.totals["num_zeros"]
-    assert found.num_trained == {"all": 15360 + 160 - zeros, "norms": 160}[train]
+
+
+@pytest.mark.parametrize("train", ["all", "norms"])
+def test_what_is_trained_changes_and_all_else_stays(train, run, saved, tmp_path):
+    def is_trained(name: str) -> bool:
+        is_norm = "layernorm" in name or name == "model.norm.weight"
+        return is_norm or (train == "all" and "proj" in name)
+
+    run("out", train=train)
+
+    old = weights(saved.folder)
+    new = weights(tmp_path / "out")
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {name for name in old if is_trained(name)}
+
+
+def test_the_card_has_the_losses_of_the_recovery(run, tmp_path):
+    found = run("out")
+
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| fit error of the operators, before retraining |" in card
     assert f"held-out loss {found.held_out_loss_before:.4f}" in card
@@ -125,13 +144,14 @@ def test_the_loss_falls_and_the_zeros_stay(train, saved, tiny_folder, text, tmp_
 
 def test_it_never_ends_worse(run, saved, tmp_path):
     found = run(train="all", learning_rate=1e9)
-    assert all(loss > found.held_out_loss_before for step, _, loss in found.evaluations if step)
+
+    losses_of_training = [loss for step, _, loss in found.evaluations if step]
+    assert all(loss > found.held_out_loss_before for loss in losses_of_training)
     assert found.best_step == 0
     assert found.held_out_loss == found.held_out_loss_before
-    assert all(
-        torch.equal(new, weights(saved.folder)[name])
-        for name, new in weights(tmp_path / "out").items()
-    )
+    before = weights(saved.folder)
+    for name, tensor in weights(tmp_path / "out").items():
+        assert torch.equal(tensor, before[name]), name
     assert not read_report(tmp_path / "out").retrained
     verify_checkpoint(tmp_path / "out")
 
@@ -139,101 +159,106 @@ def test_it_never_ends_worse(run, saved, tmp_path):
 def test_a_rate_that_is_too_large_is_lowered_and_a_stopped_run_ends_with_the_same_bits(
     run, saved, tmp_path, caplog
 ):
-    expected = run("whole", train="all", learning_rate=16.0)
+    options = {"train": "all", "learning_rate": 16.0}
+
+    expected = run("whole", **options)
+    for step in (3, 6):
+        with stopped_at(step, saves=True):
+            run("stopped", **options)
+    resumed = run("stopped", **options)
+
     assert "back to the weights before, with a quarter of the learning rate" in caplog.text
     assert expected.options["learning_rate"] == 1.0  # lowered after the steps 2 and 5
     assert [step for step, *_ in expected.evaluations] == [0, 2, 5, 10, 15, 20]
     assert expected.held_out_loss < expected.held_out_loss_before - 0.02
-    for step in (3, 6):
-        with stopped_at(step, saves=True):
-            run("stopped", train="all", learning_rate=16.0)
-    assert run("stopped", train="all", learning_rate=16.0).held_out_loss == expected.held_out_loss
+    assert resumed.held_out_loss == expected.held_out_loss
     assert bits(tmp_path / "stopped") == bits(tmp_path / "whole")
     assert verify_checkpoint(tmp_path / "whole").num_zeros == saved.report.totals["num_zeros"]
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_bits(run, tmp_path):
     expected = run("whole", train="all")
-    journal = tmp_path / "stopped.unfinished" / "journal"
-    for step, kept, saves in ((4, 2, False), (7, 6, True), (8, 7, True), (12, 10, False)):
-        with stopped_at(step, saves=saves):
+    output = tmp_path / "stopped"
+    half_a_state = tmp_path / "stopped.unfinished" / "journal" / "checkpoint-19"
+
+    for last_step, saved_step, saves in (
+        (4, 2, False),
+        (7, 6, True),
+        (8, 7, True),
+        (12, 10, False),
+    ):
+        with stopped_at(last_step, saves=saves):
             run("stopped", train="all")
-        assert steps_kept(tmp_path / "stopped") == kept
-        (journal / "checkpoint-19").mkdir(
-            exist_ok=True
-        )  # as a process leaves it that is killed while it saves
-        (journal / "checkpoint-19" / "trainer_state.json").write_text('{"global_')
-    found = run("stopped", train="all")
-    assert bits(tmp_path / "stopped") == bits(tmp_path / "whole")
-    assert [row[::2] for row in found.evaluations] == [row[::2] for row in expected.evaluations]
+        assert latest_state(output) == saved_step
+        # as a process leaves it that is killed while it saves
+        half_a_state.mkdir(exist_ok=True)
+        (half_a_state / "trainer_state.json").write_text('{"global_')
+    resumed = run("stopped", train="all")
+
+    assert bits(output) == bits(tmp_path / "whole")
+    assert steps_and_losses(resumed) == steps_and_losses(expected)
     assert not (tmp_path / "stopped.unfinished").exists()
 
 
 def test_an_interrupt_ends_the_training_after_its_step_and_a_second_one_at_once(
     run, tmp_path, monkeypatch, caplog
 ):
-    compute_loss, presses = DistillationTrainer.compute_loss, {}
+    expected = run("whole", train="all")
+    compute_loss = DistillationTrainer.compute_loss
+    presses_by_step = {}  # how often Ctrl-C is pressed in a step
 
     def interrupted(self, *given, **named):
-        found = compute_loss(self, *given, **named)
-        for _ in range(presses.pop(self.state.global_step, 0)):
+        loss = compute_loss(self, *given, **named)
+        for _ in range(presses_by_step.pop(self.state.global_step, 0)):
             signal.raise_signal(signal.SIGINT)
-        return found
+        return loss
 
-    expected = run("whole", train="all")
     monkeypatch.setattr(DistillationTrainer, "compute_loss", interrupted)
-    for step, times, kept in ((3, 1, 4), (4, 2, 4)):
-        presses[step] = times
+    for step, presses, saved_step in ((3, 1, 4), (4, 2, 4)):
+        presses_by_step[step] = presses
         with pytest.raises(KeyboardInterrupt):
             run("out", train="all")
-        assert steps_kept(tmp_path / "out") == kept
+        assert latest_state(tmp_path / "out") == saved_step
         assert "stopping: this step is finished and saved first" in caplog.text
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    found = run("out", train="all")
+    resumed = run("out", train="all")
+
     assert bits(tmp_path / "out") == bits(tmp_path / "whole")
-    assert [row[::2] for row in found.evaluations] == [row[::2] for row in expected.evaluations]
+    assert steps_and_losses(resumed) == steps_and_losses(expected)
 
 
-def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(
-    saved, tiny_folder, text, tmp_path, monkeypatch, capsys
-):
+@pytest.fixture
+def dry_run(saved, tiny_folder, text, tmp_path, monkeypatch, capsys):
+    """`dry_run()` is what the command prints with --dry-run; `tmp_path` is the working folder."""
     monkeypatch.chdir(tmp_path)
-    flags = [
-        "--calibration",
-        text,
-        "--tokens",
-        "640",
-        "--sequence-length",
-        "16",
-        "--train",
-        "norms",
-        "--device",
-        "cpu",
-    ]
-    command = [
-        "recover",
-        str(saved.folder),
-        "--teacher",
-        str(tiny_folder),
-        "--output",
-        "out",
-        *flags,
-        "--dry-run",
-    ]
-    assert main(command) == 0
-    shown = capsys.readouterr().out
+    command = ["recover", str(saved.folder), "--teacher", str(tiny_folder), "--output", "out"]
+    command += ["--calibration", text, "--tokens", "640", "--sequence-length", "16"]
+    command += ["--train", "norms", "--device", "cpu", "--dry-run"]
+
+    def printed() -> str:
+        assert main(command) == 0
+        return capsys.readouterr().out
+
+    return printed
+
+
+def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(dry_run, tmp_path):
+    shown = dry_run()
+
     assert "160 parameters are trained (norms and biases), which takes about " in shown
     assert re.search(
         r"640 tokens of .*sea.txt, 20 steps of 1 x 2 sequences of 16 tokens; 8 more", shown
     )
     assert re.search(r"time +about 00:\d\d, 0\.\d seconds a step", shown)
-    monkeypatch.setattr(recovery_plan, "available_bytes", lambda device: 1000)
-    assert main(command) == 0
-    assert (
-        "time      not measured: one step does not fit into the free memory"
-        in capsys.readouterr().out
-    )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_measures_no_step_that_does_not_fit(dry_run, monkeypatch):
+    monkeypatch.setattr(recovery_plan, "available_bytes", lambda device: 1000)
+
+    shown = dry_run()
+
+    assert "time      not measured: one step does not fit into the free memory" in shown
 
 
 def flip_a_bit(file: Path) -> None:
@@ -246,17 +271,21 @@ def test_a_state_that_is_moved_or_damaged_does_not_change_the_bits(
     run, tmp_path, caplog, monkeypatch
 ):
     is_best = DistillationTrainer._determine_best_metric
-    only_early = lambda self, **named: self.state.global_step <= 10 and is_best(self, **named)  # noqa: E731
-    monkeypatch.setattr(DistillationTrainer, "_determine_best_metric", only_early)
+
+    def is_best_and_early(self, **named):
+        """After step 10 no state is the best, so that the best and the last one are different."""
+        return self.state.global_step <= 10 and is_best(self, **named)
+
+    monkeypatch.setattr(DistillationTrainer, "_determine_best_metric", is_best_and_early)
     expected = run("whole", train="all")
     with stopped_at(14, saves=True):
         run("out", train="all")
-    kept = (tmp_path / "out.unfinished").rename(tmp_path / "kept")
-    best, last = (Path("journal", f"checkpoint-{step}") for step in (10, 13))
-    assert {folder.name for folder in (kept / "journal").glob("checkpoint-*")} == {
-        best.name,
-        last.name,
-    }
+    unfinished = (tmp_path / "out.unfinished").rename(tmp_path / "unfinished")
+    best = Path("journal", "checkpoint-10")
+    last = Path("journal", "checkpoint-13")
+    states = {folder.name for folder in (unfinished / "journal").glob("checkpoint-*")}
+    assert states == {best.name, last.name}
+
     damages = {
         "moved": lambda folder: None,
         "last": lambda folder: flip_a_bit(folder / last / "optimizer.pt"),
@@ -265,10 +294,12 @@ def test_a_state_that_is_moved_or_damaged_does_not_change_the_bits(
     }
     for name, damage in damages.items():
         caplog.clear()
-        damage(shutil.copytree(kept, tmp_path / name / "out.unfinished"))
-        found = run(f"{name}/out", train="all")
+        damage(shutil.copytree(unfinished, tmp_path / name / "out.unfinished"))
+        resumed = run(f"{name}/out", train="all")
+
         assert bits(tmp_path / name / "out") == bits(tmp_path / "whole"), name
-        assert (found.best_step, found.held_out_loss) == (10, expected.held_out_loss)
+        assert resumed.best_step == 10
+        assert resumed.held_out_loss == expected.held_out_loss
         assert ("is damaged and not used" in caplog.text) == (name != "moved")
 
 
@@ -295,7 +326,9 @@ def test_a_hub_id_is_another_model_once_its_main_has_moved(hub, saved, tiny_fold
             changed = json.dumps(config).encode()
             api.upload_file(repo_id="tester/dense", path_in_repo="config.json", path_or_fileobj=changed)
     """
+
     process = run_with_hub(hub, code, tmp_path)
+
     assert process.returncode == 0, process.stderr
     assert re.fullmatch(
         r"KeyboardInterrupt \nValueError output: .* \(teacher.config.json was .*\n", process.stdout
@@ -305,29 +338,44 @@ def test_a_hub_id_is_another_model_once_its_main_has_moved(hub, saved, tiny_fold
 
 
 def test_another_run_is_not_mixed_with_an_unfinished_one(run, saved, tiny_folder, tmp_path):
+    other_teacher = shutil.copytree(tiny_folder, tmp_path / "other")
+    config = json.loads((other_teacher / "config.json").read_text())
+    (other_teacher / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-2}))
+    other_masks = shutil.copytree(saved.folder, tmp_path / "masked")
+    flip_a_bit(other_masks / "fista" / "masks.safetensors")
+
     with stopped_at(6):
         run(train="all")
+
     with pytest.raises(ValueError, match=r"was another one \(recovery was 4, is null"):
         require_same_run(tmp_path / "out.unfinished", {"recovery": None})
-    other = shutil.copytree(tiny_folder, tmp_path / "other")
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-2}))
     with pytest.raises(ValueError, match=r"was another one \(teacher.config.json was"):
-        run(teacher=other, train="all")
-    masked = shutil.copytree(saved.folder, tmp_path / "masked")
-    flip_a_bit(masked / "fista" / "masks.safetensors")
+        run(teacher=other_teacher, train="all")
     with pytest.raises(ValueError, match=r"was another one \(masks was"):
-        run(source=masked, train="all")
+        run(source=other_masks, train="all")
     with pytest.raises(ValueError, match=r"was another one \(options.learning_rate"):
         run(train="all", learning_rate=1e-4)
-    assert steps_kept(tmp_path / "out") == 5
-    (
-        tmp_path / "out.unfinished" / "journal" / "fingerprint.json"
-    ).unlink()  # killed while it is thrown away
-    assert run(train="norms", learning_rate=1e-4).train == "norms"
+    assert latest_state(tmp_path / "out") == 5
+
+
+def test_another_run_takes_the_place_of_one_that_is_thrown_away(run, tmp_path):
+    fingerprint = tmp_path / "out.unfinished" / "journal" / "fingerprint.json"
+    with stopped_at(6):
+        run(train="all")
+    fingerprint.unlink()  # as if it was killed while the run is thrown away
+
+    found = run(train="norms", learning_rate=1e-4)
+
+    assert found.train == "norms"
+
+
+def test_overwrite_replaces_a_model_and_an_unfinished_run_of_other_settings(run):
+    run(train="norms", learning_rate=1e-4)
     with stopped_at(6):
         run(train="all", overwrite=True)
+
     run(train="all", learning_rate=1e-4, overwrite=True)
+
     with pytest.raises(FileExistsError, match="already holds a model"):
         run(train="all", learning_rate=1e-4)
 
@@ -336,22 +384,25 @@ def test_a_model_that_changes_meanwhile_ends_the_run_which_resumes_once_it_is_pu
     run, saved, tmp_path
 ):
     source = shutil.copytree(saved.folder, tmp_path / "pruned")
-    train, changed = DistillationTrainer.train, source / "config.json"
-    before = changed.read_text()
+    config = source / "config.json"
+    before = config.read_text()
+    train = DistillationTrainer.train
+
+    def train_and_change(*given):
+        train(*given)
+        config.write_text(before + "\n")
+
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(
-            DistillationTrainer,
-            "train",
-            lambda *given: [train(*given), changed.write_text(before + "\n")],
-        )
+        patched.setattr(DistillationTrainer, "train", train_and_change)
         with pytest.raises(
             ValueError, match=r"^config\.json in .*pruned' changed during the run: restore"
         ):
             run(source=source)
     assert not (tmp_path / "out").exists()
-    changed.write_text(before)
+    config.write_text(before)
     run(source=source)
     run("other")
+
     assert bits(tmp_path / "out") == bits(tmp_path / "other")
 
 
@@ -359,74 +410,99 @@ def test_bfloat16_is_trained_in_float32_and_saved_as_it_was(run, saved_by_rows, 
     dense = tiny_llama(tie_word_embeddings=True, intermediate_size=45).bfloat16()
     dense.save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    options = {
-        "source": saved_by_rows.folder,
-        "teacher": tmp_path / "dense",
-        "compute_dtype": "bfloat16",
-    }
-    found = run(train="all", **options)
+
+    found = run(
+        train="all",
+        source=saved_by_rows.folder,
+        teacher=tmp_path / "dense",
+        compute_dtype="bfloat16",
+    )
+
     assert found.held_out_loss < found.held_out_loss_before
     assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
     verify_checkpoint(tmp_path / "out")
+
+
+def test_tensors_of_a_file_of_two_dtypes_keep_theirs(run, saved_by_rows, tmp_path):
+    dense = tiny_llama(tie_word_embeddings=True, intermediate_size=45).bfloat16()
+    dense.save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
     source = shutil.copytree(saved_by_rows.folder, tmp_path / "source")
     before = weights(source)
-    exact = {
+    in_float32 = {
         name for name in before if "norm" in name or name.endswith("layers.1.mlp.up_proj.weight")
     }
-    before |= {name: before[name].float() * (1 + 1e-4) for name in exact}
+    for name in in_float32:
+        before[name] = before[name].float() * (1 + 1e-4)  # which bfloat16 would round away
     save_file(before, source / "model.safetensors", {"format": "pt"})
-    run("norms", train="norms", **options | {"source": source})
-    after = weights(tmp_path / "norms")
-    assert {name for name, tensor in after.items() if tensor.dtype == torch.float32} == exact
-    assert all(
-        torch.equal(tensor, before[name]) for name, tensor in after.items() if "norm" not in name
-    )
+
+    run(train="norms", source=source, teacher=tmp_path / "dense", compute_dtype="bfloat16")
+
+    after = weights(tmp_path / "out")
+    assert {name for name, tensor in after.items() if tensor.dtype == torch.float32} == in_float32
+    for name, tensor in after.items():
+        if "norm" not in name:
+            assert torch.equal(tensor, before[name]), name
     assert not torch.equal(after["model.norm.weight"], before["model.norm.weight"])
 
 
 def test_a_packed_folder_gives_what_the_plain_one_gives(run, saved, tmp_path):
     pack_folder(saved.folder, tmp_path / "packed")
-    plain, packed = tmp_path / "out", tmp_path / "packed-out"
-    run(plain, train="all")
-    run(packed, source=tmp_path / "packed", train="all")
-    assert bits(plain) == bits(packed)
-    assert "quantization_config" not in json.loads((packed / "config.json").read_text())
-    verify_checkpoint(packed)
+    plain_output = tmp_path / "plain-out"
+    packed_output = tmp_path / "packed-out"
+
+    run(plain_output, train="all")
+    run(packed_output, source=tmp_path / "packed", train="all")
+
+    assert bits(plain_output) == bits(packed_output)
+    assert "quantization_config" not in json.loads((packed_output / "config.json").read_text())
+    verify_checkpoint(packed_output)
 
 
-def test_smaller_models(tiny_folder, text, tmp_path):
-    model, config = (
-        tiny_llama(),
-        FistaPruningConfig(pattern="channels:0.25/4+layers:0.5", method="wanda"),
-    )
+def test_a_model_without_some_channels_and_layers_is_recovered(run, tmp_path):
+    model = tiny_llama()
+    config = FistaPruningConfig(pattern="channels:0.25/4+layers:0.5", method="wanda")
     pruner = FistaPruner(config, progress=False)
     pruner.prune(model, tiny_tokens().split(4))
     pruner.save_pretrained(model, tmp_path / "in", tiny_tokenizer())
-    found = recover(tmp_path / "in", tiny_folder, calibration=text, train="all", **QUICK)
+
+    found = run("out", source=tmp_path / "in", train="all")
+
     assert found.held_out_loss < found.held_out_loss_before
-    proven = verify_checkpoint(tmp_path / "in-recovered")
-    assert proven.removed
+    assert verify_checkpoint(tmp_path / "out").removed
+
+
+def test_the_name_of_the_result_is_made_from_that_of_the_folder(saved, tiny_folder, text, tmp_path):
+    source = shutil.copytree(saved.folder, tmp_path / "model")
+
+    recover(source, tiny_folder, calibration=text, **QUICK | {"tokens": 64})
+
+    assert (tmp_path / "model-recovered" / "config.json").exists()
 
 
 def test_auto_takes_what_memory_suffices_for(run, monkeypatch, caplog):
-    kinds = {}
+    trained_by_free_bytes = {}
+
     with caplog.at_level("INFO"):
         for free in (None, 10**9, 1000):
             monkeypatch.setattr(recovery, "available_bytes", lambda device, free=free: free)
-            kinds[free] = run(str(free), tokens=64).train
-    assert kinds == {None: "all", 10**9: "all", 1000: "norms"}
+            trained_by_free_bytes[free] = run(str(free), tokens=64).train
+
+    assert trained_by_free_bytes == {None: "all", 10**9: "all", 1000: "norms"}
     assert "160 parameters are trained (norms and biases), which takes about " in caplog.text
 
 
 def test_checkpointed_layers_change_nothing(run, tmp_path, monkeypatch):
     for name in ("plain", "checkpointed"):
-        choice = recovery_plan.Choice("all", name == "checkpointed", 1, 1)
+        choice = recovery_plan.Choice(
+            train="all", checkpointed=name == "checkpointed", num_trained=1, num_bytes=1
+        )
         monkeypatch.setattr(recovery, "choose", lambda *_, choice=choice: choice)
         run(name, tokens=64)
+
+    checkpointed = weights(tmp_path / "checkpointed")
     for name, weight in weights(tmp_path / "plain").items():
-        torch.testing.assert_close(
-            weights(tmp_path / "checkpointed")[name], weight, rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(checkpointed[name], weight, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -445,64 +521,89 @@ def test_checkpointed_layers_change_nothing(run, tmp_path, monkeypatch):
 def test_bad_options_are_refused(options, message, run, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(**options)
+
     assert not list(tmp_path.iterdir())
 
 
 def test_the_folder_has_a_name_also_if_it_is_the_working_folder(saved, monkeypatch):
     monkeypatch.chdir(saved.folder)
-    assert folder_beside(".", "-recovered") == saved.folder.with_name(
-        f"{saved.folder.name}-recovered"
-    )
+
+    output = folder_beside(".", "-recovered")
+
+    assert output == saved.folder.with_name(f"{saved.folder.name}-recovered")
 
 
-def test_bad_folders_are_refused(run, saved, tiny_folder, text, tmp_path):
+def test_a_folder_without_a_report_is_refused(run, tiny_folder):
     with pytest.raises(
         FileNotFoundError, match=r"holds no fista/report\.json: pass a folder or Hub id saved by"
     ):
         run(source=tiny_folder)
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(run, tmp_path):
     other = save_tiny_folder(tmp_path / "other")
     tiny_llama(vocab_size=70).save_pretrained(other)
+
     with pytest.raises(ValueError, match=r"has another vocabulary \(70 tokens\) than .* \(64\)"):
         run(teacher=other)
+
+
+def test_an_output_inside_the_teacher_is_refused(run, tiny_folder):
     with pytest.raises(ValueError, match="lies in the folder that is read"):
         run(tiny_folder / "out", overwrite=True)
 
 
-def test_a_text_that_is_not_there_and_a_teacher_without_a_tokenizer_are_refused_before_any_work(
-    saved, tmp_path, monkeypatch
+def test_a_text_that_is_not_there_is_refused_before_any_work(run, monkeypatch):
+    monkeypatch.setattr(recovery, "locked_output", None)
+
+    with pytest.raises(FileNotFoundError, match=r"source='no\.txt': there is no such file"):
+        run(calibration="no.txt")
+
+
+def test_a_teacher_without_a_tokenizer_that_has_to_write_is_refused_before_any_work(
+    run, tmp_path, monkeypatch
 ):
     tiny_llama().save_pretrained(tmp_path / "dense")
     monkeypatch.setattr(recovery, "locked_output", None)
-    with pytest.raises(FileNotFoundError, match=r"source='no\.txt': there is no such file"):
-        recover(saved.folder, tmp_path / "dense", tmp_path / "out", **QUICK, calibration="no.txt")
+
     with pytest.raises(
         ValueError,
         match=r"dense' has no tokenizer: copy the files of its tokenizer into the folder",
     ):
-        recover(saved.folder, tmp_path / "dense", tmp_path / "out", **QUICK)
+        run(teacher=tmp_path / "dense", calibration="self")
 
 
-def test_the_teacher_writes_the_text_if_there_is_none(saved, tiny_folder, tmp_path, capsys):
-    options = QUICK | {"tokens": 64}
+def test_the_teacher_writes_the_text_if_there_is_none(run, tmp_path, capsys):
+    options = {"calibration": "self", "tokens": 64}
+
     with stopped_at(1):
-        recover(saved.folder, tiny_folder, tmp_path / "out", **options | {"learning_rate": 1e-4})
+        run(**options, learning_rate=1e-4)
     (file,) = (tmp_path / "out.unfinished" / "journal").glob("calibration-*")
     written = file.stat().st_mtime_ns
     with stopped_at(1):  # other settings take the place of the first, with its text
-        recover(saved.folder, tiny_folder, tmp_path / "out", **options, overwrite=True)
-    assert file.stat().st_mtime_ns == written
-    found = recover(saved.folder, tiny_folder, tmp_path / "out", **options)
+        run(**options, overwrite=True)
+    written_afterwards = file.stat().st_mtime_ns
+    found = run(**options)
+
+    assert written_afterwards == written
     assert found.calibration["source"] == "self"
     assert "Self-sampling" not in capsys.readouterr().err  # QUICK asks for no progress
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") is not None
 
 
-def test_the_process_is_afterwards_as_it_was(run, tmp_path, monkeypatch):
+def state_of_the_process() -> list:
+    """Random numbers and the environment."""
+    return [random.getstate(), torch.get_rng_state().tolist(), dict(os.environ)]
+
+
+def test_the_process_is_afterwards_as_it_was(run, monkeypatch):
     monkeypatch.setattr(AcceleratorState, "_shared_state", {"mixed_precision": "of the caller"})
     random.seed(1)
-    expected = [random.getstate(), torch.get_rng_state().tolist(), dict(os.environ)]
+    before = state_of_the_process()
+
     run(tokens=64)
-    assert [random.getstate(), torch.get_rng_state().tolist(), dict(os.environ)] == expected
+
+    assert state_of_the_process() == before
     assert AcceleratorState._shared_state == {"mixed_precision": "of the caller"}
 
 
@@ -584,7 +685,7 @@ def test_a_disk_that_is_full_at_the_end_loses_no_step(run, tmp_path, monkeypatch
 
     assert error.value.filename == str(tmp_path / "out.unfinished")
     assert not (tmp_path / "out.unfinished" / "model").exists()
-    assert steps_kept(tmp_path / "out") == 20
+    assert latest_state(tmp_path / "out") == 20
 
 
 def test_another_error_of_writing_stays_as_it_is(tmp_path):
