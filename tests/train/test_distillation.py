@@ -9,10 +9,12 @@ from optimum_fista.train.distillation import Schedule
 @pytest.mark.parametrize("began", [0, 7])
 def test_the_rate_rises_for_at_most_half_of_the_steps_and_then_falls_to_zero(steps, began):
     schedule = Schedule(began + steps)
-    schedule.began, schedule.share = began, 0.25
-    shares = [
-        schedule(step) for step in range(began, began + steps + 1)
-    ]  # also of the step after the last one
+    schedule.began = began
+    schedule.share = 0.25
+
+    # also of the step after the last one
+    shares = [schedule(step) for step in range(began, began + steps + 1)]
+
     top = shares.index(max(shares))
     assert shares[top] == 0.25
     assert top + 1 == min(max(10, steps // 20), (steps + 1) // 2)

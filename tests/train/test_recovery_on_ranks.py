@@ -19,31 +19,41 @@ QUICK = {
     "accumulate": 2,
     "held_out": 3,
     "learning_rate": 1e-2,
+    "device": "cpu",
+    "compute_dtype": "float32",
+    "progress": False,
 }
-QUICK |= {"device": "cpu", "compute_dtype": "float32", "progress": False}
 
 
 @pytest.fixture(scope="module")
 def call(saved, tiny_folder, tmp_path_factory):
-    here = tmp_path_factory.mktemp("recovered")
-    (here / "sea.txt").write_text(TEXT)
+    """`call("out")` are the arguments of a recovery into this folder, with the fixture's own text and models."""
+    folder = tmp_path_factory.mktemp("recovered")
+    text = folder / "sea.txt"
+    text.write_text(TEXT)
 
-    def options(name, **changes):
+    def arguments(name, **changes):
         given = {
             "folder": saved.folder,
             "teacher": tiny_folder,
-            "calibration": str(here / "sea.txt"),
+            "calibration": str(text),
+            "output_dir": folder / name,
         }
-        return given | {"output_dir": here / name} | QUICK | changes
+        return given | QUICK | changes
 
-    return options
+    return arguments
 
 
 @pytest.fixture(scope="module")
 def log(call, saved):
     """Two processes train by hand, recover, are refused twice, and one fails; what they say of that."""
-    calls = [call("two"), call("odd", accumulate=3), call("sharded", sharded=True)]
-    calls += [call("differs", rank_1={"label_share": 1.0}), call("cut", stop=("fails", 1, 3))]
+    calls = [
+        call("two"),
+        call("odd", accumulate=3),
+        call("sharded", sharded=True),
+        call("differs", rank_1={"label_share": 1.0}),
+        call("cut", stop=("fails", 1, 3)),
+    ]
     log = calls[0]["output_dir"].with_name("log")
     assert exit_codes(launch(2, train_and_recover, saved.folder, calls, log)) == [3, 3]
     return log
@@ -63,36 +73,46 @@ def test_what_goes_wrong_is_said(log):
 
 @pytest.mark.parametrize("name", ["two", "sharded"])
 def test_two_processes_recover_as_one(name, log, call):
-    options, two = call(f"one-{name}"), log.with_name(name)
-    one, found = recover(**options), read_report(two).recoveries[-1]
-    assert one.train == found.train == "all"
-    assert one.num_trained == found.num_trained
-    assert found.held_out_loss < found.held_out_loss_before
-    losses = [[*(row[2] for row in rows.evaluations), rows.held_out_loss] for rows in (one, found)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert verify_checkpoint(two).num_zeros == verify_checkpoint(options["folder"]).num_zeros
-    weights = [load_file(folder / "model.safetensors") for folder in (options["output_dir"], two)]
-    for name, weight in weights[0].items():
-        torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4)
+    arguments = call(f"one-{name}")
+    of_two = log.with_name(name)
+
+    one = recover(**arguments)
+
+    two = read_report(of_two).recoveries[-1]
+    assert one.train == two.train == "all"
+    assert one.num_trained == two.num_trained
+    assert two.held_out_loss < two.held_out_loss_before
+    losses, expected = (
+        [*(loss for _, _, loss in report.evaluations), report.held_out_loss]
+        for report in (two, one)
+    )
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert verify_checkpoint(of_two).num_zeros == verify_checkpoint(arguments["folder"]).num_zeros
+    weights = load_file(of_two / "model.safetensors")
+    for tensor_name, weight in load_file(arguments["output_dir"] / "model.safetensors").items():
+        torch.testing.assert_close(weights[tensor_name], weight, rtol=1e-3, atol=1e-4)
 
 
 def test_what_is_killed_or_fails_ends_with_the_same_bits(log, call):
     killed = call("killed", sharded=True, stop=("killed", 1, 3))
-    assert exit_codes(launch(2, recover_together, [killed], log.with_name("again"))) == [
-        3,
-        -signal.SIGKILL,
-    ]
+    log_of_again = log.with_name("again")
+
+    codes = exit_codes(launch(2, recover_together, [killed], log_of_again))
+
+    assert codes == [3, -signal.SIGKILL]
     for name in ("cut", "killed"):
-        assert (
-            log.with_name(f"{name}.unfinished") / "journal" / "checkpoint-2" / "rng_state_1.pth"
-        ).exists()
+        state = log.with_name(f"{name}.unfinished") / "journal" / "checkpoint-2"
+        assert (state / "rng_state_1.pth").exists()
     with pytest.raises(
         ValueError, match=r"was another one \(processes was 2, is 1\)\. Start it again as it was"
     ):
         recover(**call("cut"))
+
     calls = [call("cut"), call("killed", sharded=True)]
-    assert exit_codes(launch(2, recover_together, calls, log.with_name("again"))) == [0, 0]
+    assert exit_codes(launch(2, recover_together, calls, log_of_again)) == [0, 0]
+
     assert not [*log.parent.glob("*.unfinished")]
-    for names in (("two", "cut"), ("sharded", "killed")):
-        whole, resumed = (log.with_name(name) / "model.safetensors" for name in names)
+    for whole_name, resumed_name in (("two", "cut"), ("sharded", "killed")):
+        whole = log.with_name(whole_name) / "model.safetensors"
+        resumed = log.with_name(resumed_name) / "model.safetensors"
         assert whole.read_bytes() == resumed.read_bytes()

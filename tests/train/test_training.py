@@ -41,7 +41,7 @@ def reload(saved, **options) -> PreTrainedModel:
 def train(
     model: PreTrainedModel, optimizer, steps: int = 4, accumulate: int = 2, clip: float = 0.5
 ) -> list[Tensor]:
-    """Returns the norms of the gradients."""
+    """Train a few steps; returns the norms of the gradients."""
     norms = []
     for _ in range(steps):
         for ids in tiny_tokens().split(4)[:accumulate]:
@@ -52,14 +52,15 @@ def train(
     return norms
 
 
-def strays(model: PreTrainedModel, masks: dict[str, Tensor]) -> int:
+def count_strays(model: PreTrainedModel, masks: dict[str, Tensor]) -> int:
     """Weights outside the masks with any bit set, a sign included."""
-    kinds = {2: torch.int16, 4: torch.int32}
-    weights = {name: model.get_parameter(name).data for name in masks}
-    return sum(
-        int(w.view(kinds[w.element_size()])[~masks[name]].count_nonzero())
-        for name, w in weights.items()
-    )
+    integer_by_size = {2: torch.int16, 4: torch.int32}
+    count = 0
+    for name, mask in masks.items():
+        weight = model.get_parameter(name).data
+        bits = weight.view(integer_by_size[weight.element_size()])
+        count += int(bits[~mask].count_nonzero())
+    return count
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -68,69 +69,89 @@ def test_zeros_stay_zero_bit_for_bit_and_the_rest_is_trained(optimizer, dtype, s
     model = reload(saved, dtype=dtype)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     masks = find_masks(model, saved.folder)
+
     with masked_training(model, saved.folder):
         train(model, OPTIMIZERS[optimizer](model.parameters()))
-        assert strays(model, masks) == 0
+        assert count_strays(model, masks) == 0
+
     for name, parameter in model.named_parameters():
-        kept = masks.get(name, torch.ones(()).bool().expand_as(parameter))
+        mask = masks.get(name, torch.ones(()).bool().expand_as(parameter))
+        share_changed = (parameter != before[name])[mask].float().mean()
         assert bool(torch.isfinite(parameter).all())
-        assert (parameter != before[name])[kept].float().mean() > 0.1, name
+        assert share_changed > 0.1, name
+
+
+def train_by_hand(model: PreTrainedModel, optimizer, masks: dict[str, Tensor]) -> Tensor:
+    """One step of `train` whose gradients are masked before they are clipped; returns their norm."""
+    for ids in tiny_tokens().split(4)[:2]:
+        model(ids, labels=ids).loss.backward()
+    for name, mask in masks.items():
+        model.get_parameter(name).grad.mul_(mask)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    optimizer.step()
+    return norm
 
 
 def test_moments_and_clipping_never_see_pruned_weights(saved):
-    models = [reload(saved), reload(saved)]
-    masks = find_masks(models[0], saved.folder)
-    norms, states = [], []
-    for model, is_masked in zip(models, (True, False), strict=True):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, amsgrad=True)
-        if is_masked:
-            with masked_training(model, masks):
-                norms.append(train(model, optimizer, steps=1)[0])
-        else:  # the same by hand
-            for ids in tiny_tokens().split(4)[:2]:
-                model(ids, labels=ids).loss.backward()
-            for name, mask in masks.items():
-                model.get_parameter(name).grad.mul_(mask)
-            norms.append(nn.utils.clip_grad_norm_(model.parameters(), 0.5))
-            optimizer.step()
-        states.append(optimizer.state[model.get_parameter("model.layers.0.mlp.up_proj.weight")])
-    assert torch.equal(*norms)
-    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-        assert torch.equal(states[0][key], states[1][key])
-        assert not bool(states[0][key][~masks["model.layers.0.mlp.up_proj.weight"]].any())
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True)
+    name = "model.layers.0.mlp.up_proj.weight"
+    masked = reload(saved)
+    by_hand = reload(saved)
+    masks = find_masks(masked, saved.folder)
+    optimizer, optimizer_by_hand = (
+        torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, amsgrad=True)
+        for model in (masked, by_hand)
     )
+
+    with masked_training(masked, masks):
+        (norm,) = train(masked, optimizer, steps=1)
+    norm_by_hand = train_by_hand(by_hand, optimizer_by_hand, masks)
+
+    assert torch.equal(norm, norm_by_hand)
+    state = optimizer.state[masked.get_parameter(name)]
+    state_by_hand = optimizer_by_hand.state[by_hand.get_parameter(name)]
+    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        assert torch.equal(state[key], state_by_hand[key])
+        assert not bool(state[key][~masks[name]].any())
+    for parameter, expected in zip(masked.parameters(), by_hand.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
 
 
 def test_nan_gradients_of_pruned_weights_do_not_spread(saved):
     model = reload(saved)
     name = "model.layers.0.mlp.up_proj.weight"
     masks = find_masks(model)
+    factors = torch.where(masks[name], 1.0, float("nan"))
+
     with masked_training(model):
         weight = model.get_parameter(name)
-        (weight * torch.where(masks[name], 1.0, float("nan"))).sum().backward()
-        assert bool(torch.isfinite(weight.grad).all())
+        (weight * factors).sum().backward()
+
+    assert bool(torch.isfinite(weight.grad).all())
 
 
 def test_an_error_in_the_loop_ends_it(saved):
     model = reload(saved)
     masks = find_masks(model)
+    weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+
     with contextlib.suppress(KeyboardInterrupt), masked_training(model):
-        model.get_parameter("model.layers.0.mlp.up_proj.weight").data.add_(1.0)
+        weight.data.add_(1.0)
         raise KeyboardInterrupt
-    assert strays(model, masks) == 0
+
+    assert count_strays(model, masks) == 0
     train(model, OPTIMIZERS["adamw"](model.parameters()), steps=1)
-    assert strays(model, masks) > 8000
+    assert count_strays(model, masks) > 8000  # no hook is left
 
 
 def test_other_models_are_left_alone(saved):
-    model, other = reload(saved), reload(saved)
+    model = reload(saved)
+    other = reload(saved)
     masks = find_masks(model)
+
     with masked_training(model):
         train(other, OPTIMIZERS["adamw"](other.parameters()), steps=1)
-    assert strays(other, masks) > 8000
+
+    assert count_strays(other, masks) > 8000
     assert "retrained" not in model.config.fista_pruning
 
 
@@ -138,10 +159,13 @@ def test_frozen_weights_are_no_trouble(saved):
     model = reload(saved)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.ndim == 1)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weight = model.model.layers[0].mlp.up_proj.weight.clone()
     norm = model.model.norm.weight.clone()
+
     with masked_training(model):
-        train(model, OPTIMIZERS["adamw"]([p for p in model.parameters() if p.requires_grad]))
+        train(model, OPTIMIZERS["adamw"](trained))
+
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, weight)
     assert not torch.equal(model.model.norm.weight, norm)
     assert model.config.fista_pruning["retrained"]
@@ -152,84 +176,104 @@ def retrain(model, masks) -> None:
         train(model, OPTIMIZERS["adamw"](model.parameters()))
 
 
-def record(folder) -> tuple[dict, dict, str]:
-    files = [folder / "config.json", folder / "fista" / "report.json", folder / "README.md"]
-    return (
-        json.loads(files[0].read_text())["fista_pruning"],
-        json.loads(files[1].read_text()),
-        files[2].read_text(),
-    )
+def summary_of(folder) -> dict:
+    """What `config.json` says of the pruning."""
+    return json.loads((folder / "config.json").read_text())["fista_pruning"]
+
+
+def report_of(folder) -> dict:
+    return json.loads((folder / "fista" / "report.json").read_text())
+
+
+def card_of(folder) -> str:
+    return (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["saved", "saved_gpt2"])
-def test_a_retrained_model_is_saved_with_its_masks_and_says_so(name, request, tokenizer, tmp_path):
+def test_a_retrained_model_is_saved_with_its_masks(name, request, tokenizer, tmp_path):
     example = request.getfixturevalue(name)
+    output = tmp_path / "out"
     model = AutoModelForCausalLM.from_pretrained(example.folder)
     retrain(model, example.folder)
-    save_masked(model, tmp_path / "out", example.folder, tokenizer)
-    assert verify_checkpoint(tmp_path / "out").num_zeros == example.report.totals["num_zeros"]
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert all(torch.equal(p, again.get_parameter(n)) for n, p in model.named_parameters())
-    assert (tmp_path / "out" / "tokenizer.json").exists()
-    masks = [
-        load_file(folder / "fista/masks.safetensors")
-        for folder in (example.folder, tmp_path / "out")
-    ]
-    assert masks[0].keys() == masks[1].keys()
-    assert all(torch.equal(mask, masks[1][key]) for key, mask in masks[0].items())
-    entry, report, card = record(tmp_path / "out")
-    before = record(example.folder)
-    assert entry == before[0] | {"retrained": True}
-    assert report == before[1] | {"retrained": True}
-    assert not before[1]["retrained"]
-    assert "then retrained under its masks" in card
-    assert "| fit error of the operators, before retraining |" in card
-    assert "without retraining" in before[2]
-    assert "before retraining" not in before[2]
+
+    save_masked(model, output, example.folder, tokenizer)
+
+    assert verify_checkpoint(output).num_zeros == example.report.totals["num_zeros"]
+    assert (output / "tokenizer.json").exists()
+    again = AutoModelForCausalLM.from_pretrained(output)
+    for parameter_name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(parameter_name)), parameter_name
+    masks = load_file(output / "fista" / "masks.safetensors")
+    expected = load_file(example.folder / "fista" / "masks.safetensors")
+    assert masks.keys() == expected.keys()
+    assert all(torch.equal(masks[key], mask) for key, mask in expected.items())
+
+
+def test_a_retrained_model_says_so(saved, tmp_path):
+    output = tmp_path / "out"
+    model = AutoModelForCausalLM.from_pretrained(saved.folder)
+    retrain(model, saved.folder)
+
+    save_masked(model, output, saved.folder)
+
+    assert not report_of(saved.folder)["retrained"]
+    assert report_of(output) == report_of(saved.folder) | {"retrained": True}
+    assert summary_of(output) == summary_of(saved.folder) | {"retrained": True}
+    assert "then retrained under its masks" in card_of(output)
+    assert "| fit error of the operators, before retraining |" in card_of(output)
+    assert "without retraining" in card_of(saved.folder)
+    assert "before retraining" not in card_of(saved.folder)
 
 
 def test_the_pruner_knows_that_its_model_was_retrained(tmp_path):
     model = tiny_llama()
     pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False)
     pruner.prune(model, tiny_tokens().split(4))
+
     pruner.save_pretrained(model, tmp_path / "before")
     retrain(model, pruner)
     pruner.save_pretrained(model, tmp_path / "after")
-    assert [record(tmp_path / name)[1]["retrained"] for name in ("before", "after")] == [
-        False,
-        True,
-    ]
-    assert verify_checkpoint(tmp_path / "after").num_operators == 14
     save_masked(model, tmp_path / "again", pruner)
-    assert record(tmp_path / "again") == record(tmp_path / "after")
+
+    assert not report_of(tmp_path / "before")["retrained"]
+    assert report_of(tmp_path / "after")["retrained"]
+    assert verify_checkpoint(tmp_path / "after").num_operators == 14
+    for read in (summary_of, report_of, card_of):
+        assert read(tmp_path / "again") == read(tmp_path / "after")
 
 
 def test_the_folder_may_be_the_source(saved, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(saved.folder, folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    retrain(model, folder)
-    with pytest.raises(FileExistsError, match="already holds a model"):
-        save_masked(model, folder, folder)
-    save_masked(model, folder, folder, overwrite=True)
+    folder = shutil.copytree(saved.folder, tmp_path / "model")
+
+    for _ in range(2):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        retrain(model, folder)
+        with pytest.raises(FileExistsError, match="already holds a model"):
+            save_masked(model, folder, folder)
+        save_masked(model, folder, folder, overwrite=True)
+
     verify_checkpoint(folder)
-    again = AutoModelForCausalLM.from_pretrained(folder)
-    retrain(again, folder)
-    save_masked(again, folder, folder, overwrite=True)
-    assert record(folder)[1]["retrained"]
+    assert report_of(folder)["retrained"]
 
 
-def test_lost_zeros_and_other_models_are_refused(saved, saved_gpt2, tmp_path):
+def test_lost_zeros_are_refused(saved, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(saved.folder)
     model.model.layers[1].mlp.up_proj.weight.data += 1e-3
+
     with pytest.raises(
         ValueError, match=r"layers\.1\.mlp\.up_proj\.weight is no longer zero outside its mask"
     ):
         save_masked(model, tmp_path / "out", saved.folder)
+
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_model_than_that_of_the_folder_is_refused(saved, saved_gpt2, tmp_path):
     with pytest.raises(ValueError, match="GPT2LMHeadModel has no such weight"):
         save_masked(saved_gpt2.model, tmp_path / "out", saved.folder)
     with pytest.raises(FileNotFoundError, match=r"holds no fista/report\.json"):
-        save_masked(model, tmp_path / "out", tmp_path)
+        save_masked(saved.model, tmp_path / "out", tmp_path)
+
     assert not list(tmp_path.iterdir())
 
 
