@@ -25,97 +25,139 @@ TEMPLATE = (
 
 
 @pytest.fixture
-def ask(monkeypatch, capsys):
-    """`ask("question\\n...", *arguments)`: what the command answers in a pipe, a line each."""
+def chatted(monkeypatch, capsys):
+    """`chatted("question\\n...", *arguments)`: the exit code of the command in a pipe, and what it prints."""
 
-    def run(text: str, *arguments) -> list[str]:
+    def run(text: str, *arguments):
         monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-        assert main(["chat", *map(str, arguments)]) == 0
-        return capsys.readouterr().out.splitlines()
+        code = main(["chat", *map(str, arguments)])
+        return code, capsys.readouterr()
 
     return run
 
 
-def continued(folder, prompt: str, count: int = 6, **options) -> str:
-    tokenizer, model = tiny_tokenizer(), AutoModelForCausalLM.from_pretrained(folder)
+@pytest.fixture
+def ask(chatted):
+    """`ask("question\\n...", *arguments)`: the lines that the command answers in a pipe."""
+
+    def run(text: str, *arguments) -> list[str]:
+        code, printed = chatted(text, *arguments)
+        assert code == 0
+        return printed.out.splitlines()
+
+    return run
+
+
+def continued(folder, prompt: str, count: int = 6) -> str:
+    """How Transformers continues a prompt with the most probable tokens, in one line."""
+    tokenizer = tiny_tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(folder)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     with torch.no_grad():
-        out = model.generate(ids, max_new_tokens=count, do_sample=False, **options)[
-            0, ids.shape[1] :
-        ]
-    return " ".join(tokenizer.decode(out, skip_special_tokens=True).split())
+        output = model.generate(ids, max_new_tokens=count, do_sample=False)
+    text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    return " ".join(text.split())
 
 
-def test_without_a_template_every_line_is_continued_on_its_own(ask, tiny_folder):
-    lines = ask("the sea is\n\nthe ships\n", tiny_folder, *FEW)
-    assert lines == [continued(tiny_folder, "the sea is"), continued(tiny_folder, "the ships")]
-    assert any(lines)
-
-
-def test_with_a_template_the_conversation_goes_on(ask, tiny_folder, tmp_path):
+@pytest.fixture
+def folder_with_template(tiny_folder, tmp_path):
     AutoModelForCausalLM.from_pretrained(tiny_folder).save_pretrained(tmp_path)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(tmp_path)
-    first, second = ask("sea\nsky\n", tmp_path, *FEW)
-    assert first == continued(tmp_path, "<s>useaa")
+    return tmp_path
+
+
+def speaker_of(folder):
     settings = SimpleNamespace(device="cpu", dtype="auto", max_new_tokens=6, temperature=0, seed=0)
-    raw = chat._Speaker(str(tmp_path), settings)
-    said = raw.answer("sea")
-    assert second == continued(tmp_path, f"<s>usea<s>a{said}<s>uskya")
-    assert [turn["role"] for turn in raw.turns] == ["user", "assistant"]
-    # 64 positions: the oldest turns are forgotten, so that a long conversation goes on
+    return chat._Speaker(str(folder), settings)
+
+
+def test_without_a_template_every_line_is_continued_on_its_own(ask, tiny_folder):
+    lines = ask("the sea is\n\nthe ships\n", tiny_folder, *FEW)
+
+    assert lines == [continued(tiny_folder, "the sea is"), continued(tiny_folder, "the ships")]
+    assert any(lines)
+
+
+def test_with_a_template_the_conversation_goes_on(ask, folder_with_template):
+    first, second = ask("sea\nsky\n", folder_with_template, *FEW)
+
+    speaker = speaker_of(folder_with_template)
+    raw_answer = speaker.answer("sea")
+    assert first == continued(folder_with_template, "<s>useaa")
+    assert second == continued(folder_with_template, f"<s>usea<s>a{raw_answer}<s>uskya")
+    assert [turn["role"] for turn in speaker.turns] == ["user", "assistant"]
+
+
+def test_the_oldest_turns_are_forgotten_so_that_a_long_conversation_goes_on(folder_with_template):
+    speaker = speaker_of(folder_with_template)  # of 64 positions
+
+    speaker.answer("sea")
     for _ in range(6):
-        raw.answer("the days")
-    assert raw.turns[0]["content"] != "sea"
-    earlier = [*raw.turns]
-    assert not raw.answer("x" * 80)
-    assert raw.turns == earlier
+        speaker.answer("the days")
+
+    assert speaker.turns[0]["content"] != "sea"
 
 
-def test_a_question_that_is_too_long_ends_nothing(tiny_folder, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"the sea\n{'x' * 80}\nthe sea\n"))
-    assert main(["chat", str(tiny_folder), *FEW]) == 1
-    shown, answer = capsys.readouterr(), continued(tiny_folder, "the sea")
-    assert shown.out.splitlines() == [answer, "", answer]
+def test_a_question_that_is_too_long_is_no_part_of_the_conversation(folder_with_template):
+    speaker = speaker_of(folder_with_template)
+    speaker.answer("sea")
+    turns = [*speaker.turns]
+
+    answer = speaker.answer("x" * 80)
+
+    assert answer == ""
+    assert speaker.turns == turns
+
+
+def test_a_question_that_is_too_long_ends_nothing(chatted, tiny_folder):
+    code, printed = chatted(f"the sea\n{'x' * 80}\nthe sea\n", tiny_folder, *FEW)
+
+    answer = continued(tiny_folder, "the sea")
+    assert code == 1
+    assert printed.out.splitlines() == [answer, "", answer]
     assert (
         f"error: {tiny_folder} can't answer: the question has 80 tokens: it takes at least 1, and fewer than 64"
-        in shown.err
+        in printed.err
     )
 
 
-def test_a_template_that_fails_is_one_error_a_question(tiny_folder, tmp_path, monkeypatch, capsys):
+def test_a_template_that_fails_is_one_error_a_question(chatted, tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     (folder / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the sea\nthe sky\n"))
-    assert main(["chat", str(folder), *FEW]) == 1
-    shown = capsys.readouterr()
-    assert shown.out.splitlines() == ["", ""]
-    assert shown.err.count("roles must alternate") == shown.err.count("error: ") == 2
+
+    code, printed = chatted("the sea\nthe sky\n", folder, *FEW)
+
+    assert code == 1
+    assert printed.out.splitlines() == ["", ""]
+    assert printed.err.count("roles must alternate") == printed.err.count("error: ") == 2
 
 
-def test_nan_is_one_error(tiny_folder, tmp_path, monkeypatch, capsys):
+def test_nan_is_one_error(chatted, tiny_folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("sea\nsky\n"))
-    assert main(["chat", str(tmp_path), *FEW, "--temperature", "1"]) == 1
-    out, error = capsys.readouterr()
-    assert not out
-    assert error.splitlines()[-1].startswith(
+
+    code, printed = chatted("sea\nsky\n", tmp_path, *FEW, "--temperature", "1")
+
+    assert code == 1
+    assert not printed.out
+    assert printed.err.splitlines()[-1].startswith(
         f"error: {tmp_path} gives NaN logits: look for NaN in its weights"
     )
 
 
 def test_beside_another_model_and_packed_folders(ask, tiny_folder, pruned_folder, tmp_path):
-    pack_folder(pruned_folder, tmp_path / "packed")
-    lines = ask("the sea\n", tmp_path / "packed", "--beside", tiny_folder, *FEW)
-    names = (tmp_path / "packed", pruned_folder), (tiny_folder, tiny_folder)
-    assert lines == [
-        f"{name}: {continued(folder, 'the sea')}".rstrip() or name for name, folder in names
-    ]
-    assert lines[0].split(": ")[1:] != lines[1].split(": ")[1:]
+    packed = tmp_path / "packed"
+    pack_folder(pruned_folder, packed)
+
+    lines = ask("the sea\n", packed, "--beside", tiny_folder, *FEW)
+
+    answers = [continued(pruned_folder, "the sea"), continued(tiny_folder, "the sea")]
+    assert answers[0] != answers[1]
+    assert lines == [f"{packed}: {answers[0]}".rstrip(), f"{tiny_folder}: {answers[1]}".rstrip()]
 
 
 IN_TERMINAL = """
@@ -137,22 +179,27 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(tiny_folder, tmp_path):
     parent, child = pty.openpty()
     command = ["chat", tiny_folder, "--beside", tiny_folder, "--device", "cpu"]
     process = start_code(IN_TERMINAL, os.ttyname(child), *command, streams=tmp_path)
+
     shown = read_until(parent, "> ")
-    assert "Ctrl-C stops an answer, Ctrl-D ends." in shown
     os.write(parent, b"the sea\n")
     read_until(parent, "the sea\r\n", 3)
     os.kill(process.pid, signal.SIGINT)
     read_until(parent, "> ")
-    assert process.is_alive()
+    is_alive = process.is_alive()
     os.write(parent, b"\x04")
-    assert exit_codes([process]) == [0]
+    codes = exit_codes([process])
     os.close(child)
     os.close(parent)
+
+    assert "Ctrl-C stops an answer, Ctrl-D ends." in shown
+    assert is_alive
+    assert codes == [0]
 
 
 def read_until(terminal: int, end: str, more: int = 0) -> str:
     """What a terminal shows up to a text and so many characters after it."""
-    shown, deadline = "", time.monotonic() + 120
+    shown = ""
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         shown += os.read(terminal, 1000).decode()
         if end in shown and len(shown.split(end, 1)[1]) >= more:
