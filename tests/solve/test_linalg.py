@@ -10,7 +10,9 @@ def test_factor_reproduces_the_damped_matrix(damping):
     gram = example(2, 10).problem.gram
     copied = gram.clone()
     factor, message = damped_cholesky(gram.clone, damping)
+
     damped = gram + damping * gram.diagonal().mean() * torch.eye(10, dtype=torch.float64)
+
     assert torch.allclose(factor @ factor.T, damped, rtol=1e-10)
     assert torch.equal(factor, factor.tril())
     assert message == ""
@@ -20,25 +22,30 @@ def test_factor_reproduces_the_damped_matrix(damping):
 def test_damping_that_had_to_be_raised_is_told():
     # Eigenvalues -0.005 and 2.005: only damping above 0.005 makes it positive definite.
     gram = torch.tensor([[1.0, 1.005], [1.005, 1.0]], dtype=torch.float64)
+
     factor, message = damped_cholesky(gram.clone, 1e-4)
+
     assert message == "the Gram matrix needed damping 0.01 instead of 0.0001"
     assert torch.allclose(factor @ factor.T, gram + 0.01 * torch.eye(2))
 
 
 def test_singular_matrix_without_damping_is_told_too():
     factor, message = damped_cholesky(torch.ones(3, 3, dtype=torch.float64).clone, 0.0)
+
     assert message == "the Gram matrix needed damping 0.0001 instead of 0"
     assert torch.allclose(factor @ factor.T, torch.ones(3, 3).double() + 1e-4 * torch.eye(3))
 
 
 def test_zero_matrix_has_a_factor():
     factor, message = damped_cholesky(torch.zeros(3, 3).clone, 0.01)
+
     assert torch.allclose(factor, 0.1 * torch.eye(3))
     assert message == ""
 
 
 def test_matrix_that_is_not_positive_semidefinite_is_refused():
     gram = torch.tensor([[1.0, 0.0], [0.0, -200.0]])
+
     with pytest.raises(
         torch.linalg.LinAlgError, match=r"2 inputs is not positive semidefinite.*damping up to 100"
     ):
@@ -47,7 +54,9 @@ def test_matrix_that_is_not_positive_semidefinite_is_refused():
 
 def test_damped_inverse_is_the_inverse():
     gram = example(2, 12).problem.gram
+
     inverse = damped_inverse(gram.clone(), 0.7)
+
     assert torch.allclose(
         inverse @ (gram + 0.7 * torch.eye(12, dtype=gram.dtype)), torch.eye(12, dtype=gram.dtype)
     )

@@ -73,7 +73,9 @@ def test_what_makes_no_sense_is_refused(given, message):
 def test_unstructured_counts_are_exact_with_and_without_ties(shape, sparsity, levels):
     scores = random_scores(shape, levels)
     matrix = parse_pattern(sparsity=sparsity)
+
     zeros = int((~matrix.mask(scores)).sum())
+
     assert abs(zeros - sparsity * scores.numel()) <= 0.5
     assert matrix.num_kept(shape) == scores.numel() - zeros
 
@@ -89,6 +91,7 @@ def test_unstructured_counts_are_exact_with_and_without_ties(shape, sparsity, le
 )
 def test_violation_is_none_for_its_own_masks_only(pattern):
     mask = pattern.mask(random_scores((4, 8)))
+
     assert pattern.violation(mask) is None
     assert pattern.violation(mask.T.contiguous().T) is None, "as it is stored transposed"
     one_more = mask.clone()
@@ -102,17 +105,21 @@ def test_violation_names_the_group_or_row_whose_count_is_wrong():
     mask = torch.tensor(
         [[1, 1, 0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 1, 1, 1, 0], [1, 1, 0, 0, 1, 0, 0, 0]]
     ).bool()
+
     assert parse_pattern("2:4").violation(mask) == "row 1, group 1 keeps 3 of 4 weights"
     assert Unstructured(0.5, "row").violation(mask) == "row 1 keeps 5 of 8 weights"
     assert Unstructured(0.5).violation(mask) is None
 
 
 def test_parts_of_a_matrix_share_its_zeros():
-    scores, pattern = random_scores((5, 13)), Unstructured(0.3)
+    scores = random_scores((5, 13))
+    pattern = Unstructured(0.3)
+
     masks = [
         pattern.mask(scores[:, left:right], within=(left, 13))
         for left, right in itertools.pairwise((0, 4, 5, 13))
     ]
+
     assert sum(int(mask.sum()) for mask in masks) == pattern.num_kept((5, 13))
 
 
@@ -138,6 +145,7 @@ class Runs(SparsityPattern):
 @pytest.mark.parametrize("scope", ["matrix", "row"])
 def test_a_new_pattern_is_a_class_with_a_name(scope):
     pattern = parse_pattern("runs of 3", 0.25, scope)
+
     assert pattern == Runs(0.25, scope, width=3)
     matrix = torch.randn(6, 24, generator=torch.Generator().manual_seed(0))
     sums = matrix.square().unflatten(1, (-1, 3)).sum(-1)
@@ -159,7 +167,9 @@ def test_a_new_pattern_is_a_class_with_a_name(scope):
 @pytest.mark.parametrize("shape", [(1,), (8,), (9,), (3, 5), (2, 3, 7), (64, 33)])
 def test_masks_as_bits_come_back(shape):
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(len(shape))) < 0.5
+
     packed = pack_mask(mask)
+
     assert packed.dtype == torch.uint8
     assert packed.numel() == (mask.numel() + 7) // 8
     assert torch.equal(unpack_mask(packed, shape), mask)
@@ -167,6 +177,7 @@ def test_masks_as_bits_come_back(shape):
 
 def test_layout_is_row_major_with_the_lowest_bit_first():
     mask = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 1, 1]]).bool()
+
     assert pack_mask(mask).tolist() == [0b00001101, 0b00000011]
     assert pack_mask(mask.T).tolist() == pack_mask(mask.T.contiguous()).tolist()
 

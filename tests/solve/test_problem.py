@@ -17,7 +17,9 @@ from optimum_fista.solve.problem import (
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_error_from_statistics_is_the_error_of_the_activations(corrected, tokens):
     made = example(5, 8, tokens=tokens, corrected=corrected)
+
     problem = made.problem
+
     assert problem.corrected is corrected
     for weight in (
         torch.randn(5, 8).double(),
@@ -39,16 +41,20 @@ def test_small_changes_of_the_weights_keep_their_digits_in_float32():
     made = example(16, 32, dtype=torch.float32)
     change = 1e-5 * torch.randn(16, 32, generator=torch.Generator().manual_seed(3))
     weight = made.weight + change
+
     exact = float(
         (made.inputs.double() @ (weight.double() - made.weight.double()).T).square().sum()
     )
+
     # <W* G, W*> - 2 <W*, C> + energy in float32 has an error a thousand times this difference.
     assert made.problem.squared_error(weight) == pytest.approx(exact, rel=1e-3)
 
 
 def test_seminorm_is_the_norm_of_the_outputs():
     made = example(4, 6, seed=2)
+
     difference = torch.randn(4, 6, dtype=torch.float64)
+
     assert made.problem.seminorm(difference) == pytest.approx(
         float((made.inputs @ difference.T).norm()), rel=1e-9
     )
@@ -58,7 +64,9 @@ def test_seminorm_is_the_norm_of_the_outputs():
 def test_error_of_damaged_weights_is_not_mistaken_for_zero(corrected):
     made = example(4, 6, corrected=corrected)
     damaged = made.weight.clone()
+
     damaged[1, 2] = math.nan
+
     assert math.isnan(made.problem.squared_error(damaged))
     assert math.isnan(made.problem.fit_error(damaged))
     assert math.isnan(made.problem.seminorm(damaged))
@@ -66,7 +74,9 @@ def test_error_of_damaged_weights_is_not_mistaken_for_zero(corrected):
 
 def test_statistics_know_their_diagonal_mean_and_lipschitz_constant():
     made = example(2, 6)
+
     statistics = made.problem.statistics
+
     assert torch.allclose(statistics.diagonal, made.inputs.square().sum(0))
     assert torch.allclose(statistics.mean, made.inputs.mean(0))
     assert statistics.lipschitz == pytest.approx(
@@ -78,15 +88,19 @@ def test_statistics_know_their_diagonal_mean_and_lipschitz_constant():
 
 def test_shapes_are_checked_and_named():
     statistics = InputStatistics(torch.eye(4), 9)
+
     with pytest.raises(ValueError, match=r"h\.0\.fc has shape \(2, 3\).*\(4, 4\)"):
         LayerProblem(torch.zeros(2, 3), statistics, name="h.0.fc")
 
 
 def test_inner_product_sums_rows_in_float64():
     values = torch.ones(2**12, 1)
+
     values[0] = 2.0**13  # 2^26 + 2^12 - 1 has no float32
+
     assert inner(values, values) == 2.0**26 + 2**12 - 1
-    left, right = torch.randn(4, 5), torch.randn(4, 5)
+    left = torch.randn(4, 5)
+    right = torch.randn(4, 5)
     assert inner(left, right) == pytest.approx(
         float((left.double() * right.double()).sum()), rel=1e-5, abs=1e-5
     )
@@ -113,7 +127,9 @@ def test_agrees_with_eigvalsh_from_above(dtype, seed):
     inputs = torch.randn(60, 40, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     gram = inputs.T @ inputs
     exact = float(torch.linalg.eigvalsh(gram)[-1])
+
     estimate = largest_eigenvalue(gram.to(dtype))
+
     assert (
         exact * (1 - 1e-14 if dtype == torch.float64 else 1 - 1e-6)
         <= estimate
@@ -126,7 +142,9 @@ def test_a_few_dominant_inputs_do_not_mislead_it(outlier):
     inputs = torch.randn(80, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     inputs[:, [7, 31]] *= torch.tensor([outlier, 0.7 * outlier])
     gram = inputs.T @ inputs
+
     exact = float(torch.linalg.eigvalsh(gram)[-1])
+
     assert exact * (1 - 1e-6) <= largest_eigenvalue(gram.float()) <= exact * (1 + 2e-4)
 
 
@@ -134,14 +152,18 @@ def test_largest_direction_away_from_the_largest_diagonal_entry():
     # One isolated input of energy 20 beside forty inputs of energy 1 that all point the same way (eigenvalue 40).
     gram = torch.ones(41, 41, dtype=torch.float64)
     gram[0, :] = gram[:, 0] = 0
+
     gram[0, 0] = 20
+
     assert largest_eigenvalue(gram) == pytest.approx(40, rel=2e-4)
 
 
 @pytest.mark.parametrize("others", [0.9, 0.999])
 def test_gradient_steps_with_its_inverse_contract_even_where_the_spectrum_is_crowded(others):
     gram = gram_of(torch.cat([torch.ones(1), torch.full((99,), others)]))
+
     estimate = largest_eigenvalue(gram)
+
     assert estimate == pytest.approx(1, rel=1e-2)
     step = torch.eye(100, dtype=torch.float64) - gram / estimate
     assert float(torch.linalg.eigvalsh(step).abs().max()) < 0.2

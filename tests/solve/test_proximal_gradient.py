@@ -45,9 +45,12 @@ def critical_penalty(made: Example) -> float:
 def test_optimality_conditions_hold_at_convergence(corrected, fraction):
     made = example(6, 10, corrected=corrected)
     l1_penalty = fraction * critical_penalty(made)
+
     solution = solved(made, l1_penalty)
+
     assert solution.converged
-    weight, gradient = solution.weight, gradient_of(made, solution.weight)
+    weight = solution.weight
+    gradient = gradient_of(made, solution.weight)
     support = weight != 0
     assert bool(support.any())
     assert fraction < 0.1 or not bool(support.all())
@@ -66,7 +69,9 @@ def test_agrees_with_scikit_learn(corrected, fraction):
     expected = torch.from_numpy(
         np.atleast_2d(lasso.fit(made.inputs.numpy(), made.outputs.numpy()).coef_)
     )
+
     weight = solved(made, l1_penalty).weight
+
     assert torch.allclose(weight, expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(weight.abs() > 1e-6, expected.abs() > 1e-6)
     assert fraction < 0.1 or bool((expected == 0).any())
@@ -81,13 +86,15 @@ def beck_teboulle(gram, target, start, l1_penalty, lipschitz, iterations: int) -
         x_next = np.sign(v) * np.maximum(np.abs(v) - l1_penalty / lipschitz, 0)
         t_next = (1 + math.sqrt(1 + 4 * t**2)) / 2
         y = x_next + (t - 1) / t_next * (x_next - x)
-        x, t = x_next, t_next
+        x = x_next
+        t = t_next
     return x
 
 
 def test_every_iterate_is_the_published_one():
     made = example(4, 8, corrected=True, seed=3)
-    problem, l1_penalty = made.problem, 0.02 * critical_penalty(made)
+    problem = made.problem
+    l1_penalty = 0.02 * critical_penalty(made)
     start = torch.randn(4, 8, dtype=torch.float64)
     given = (problem.gram, problem.target, start)
     penalty_and_step = (l1_penalty, problem.statistics.lipschitz)
@@ -106,12 +113,15 @@ def test_solution_is_zero_from_the_critical_penalty_on(start):
         solution = solved(made, factor * critical_penalty(made), start=first)
         assert solution.converged
         assert torch.equal(solution.weight, torch.zeros(5, 7).double())
+
     below = solved(made, 0.99 * critical_penalty(made), start=first).weight
+
     assert 0 < int((below != 0).sum()) <= 3
 
 
 def test_zero_gram_matrix_gives_zero_weights():
     solution = fista(torch.zeros(4, 4), torch.zeros(2, 4), torch.ones(2, 4), 0.1, 0.0)
+
     assert torch.equal(solution.weight, torch.zeros(2, 4))
     assert solution.converged
     assert solution.iterations == 0
@@ -128,7 +138,9 @@ def test_stops_where_the_iterates_stop_moving():
         problem.statistics.lipschitz,
     )
     loose = fista(*given, max_iterations=10_000, tolerance=1e-3)
+
     tight = fista(*given, max_iterations=10_000, tolerance=1e-9)
+
     assert loose.converged
     assert tight.converged
     assert 0 < loose.iterations < tight.iterations < 10_000

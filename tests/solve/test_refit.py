@@ -32,12 +32,15 @@ def least_squares(made: Example, mask: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("start", ["zero", "dense"])
 def test_agrees_with_least_squares_on_every_rows_support(corrected, start):
-    made, mask = example(7, 12, corrected=corrected), random_mask(7, 12)
+    made = example(7, 12, corrected=corrected)
+    mask = random_mask(7, 12)
     first = torch.zeros(7, 12).double() if start == "zero" else made.weight
     problem = made.problem
+
     weight, steps = refit(
         problem.gram, problem.target, first, mask, max_iterations=200, tolerance=1e-12
     )
+
     assert torch.allclose(weight, least_squares(made, mask), rtol=1e-7, atol=1e-8)
     assert (weight[~mask] == 0).all()
     assert 0 < steps < 200
@@ -49,13 +52,16 @@ def test_float32_comes_close_in_the_default_number_of_iterations():
     problem = made.problem
     weight, _ = refit(problem.gram, problem.target, made.weight, mask, max_iterations=20)
     best = made.squared_error(least_squares(made, mask))
+
     before = made.squared_error(made.weight * mask)
+
     assert best * (1 - 1e-5) <= made.squared_error(weight) < best + 0.05 * (before - best)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_objective_falls_in_every_step(dtype):
-    made, mask = example(9, 16, corrected=True, dtype=dtype), random_mask(9, 16, seed=4)
+    made = example(9, 16, corrected=True, dtype=dtype)
+    mask = random_mask(9, 16, seed=4)
     problem = made.problem
     errors = []
     for iterations in range(11):
@@ -65,6 +71,7 @@ def test_objective_falls_in_every_step(dtype):
         assert steps == iterations
         assert (weight[~mask] == 0).all()
         errors.append(made.squared_error(weight))
+
     assert torch.equal(made.weight, example(9, 16, corrected=True, dtype=dtype).weight), (
         "start must not change"
     )
@@ -74,7 +81,8 @@ def test_objective_falls_in_every_step(dtype):
 
 @pytest.mark.parametrize("tolerance", [0.3, 1e-2, 1e-4])
 def test_stops_as_soon_as_the_preconditioned_residual_has_fallen_by_the_tolerance(tolerance):
-    made, mask = example(9, 16, corrected=True), random_mask(9, 16)
+    made = example(9, 16, corrected=True)
+    mask = random_mask(9, 16)
     problem = made.problem
 
     def residual(iterations: int) -> float:
@@ -90,12 +98,14 @@ def test_stops_as_soon_as_the_preconditioned_residual_has_fallen_by_the_toleranc
     _, steps = refit(
         problem.gram, problem.target, made.weight, mask, max_iterations=100, tolerance=tolerance
     )
+
     assert 0 < steps < 100
     assert residual(steps) <= tolerance * residual(0) < residual(steps - 1)
 
 
 def test_fewer_tokens_than_inputs_still_reach_the_smallest_error():
-    made, mask = example(6, 16, tokens=7, corrected=True), random_mask(6, 16)
+    made = example(6, 16, tokens=7, corrected=True)
+    mask = random_mask(6, 16)
     problem = made.problem
     weight, _ = refit(
         problem.gram, problem.target, made.weight, mask, max_iterations=300, tolerance=1e-12
@@ -111,7 +121,9 @@ def test_fewer_tokens_than_inputs_still_reach_the_smallest_error():
         for row, kept in enumerate(mask)
         if bool(kept.any())
     )
+
     empty = float(made.outputs[:, 0].square().sum())
+
     assert torch.isfinite(weight).all()
     assert made.squared_error(weight) == pytest.approx(best + empty, rel=1e-6)
 
@@ -124,11 +136,11 @@ def test_whole_columns_are_refitted_exactly(ridge, corrected):
     weight, message = refit_columns(made.problem, kept, ridge)
     # The ridge as tokens: each has one input only, and wants what the dense weights make of it.
     extra = (ridge * made.problem.gram.diagonal()).sqrt().diag()
-    inputs, outputs = (
-        torch.cat([made.inputs, extra]),
-        torch.cat([made.outputs, extra @ made.weight.T]),
-    )
+    inputs = torch.cat([made.inputs, extra])
+    outputs = torch.cat([made.outputs, extra @ made.weight.T])
+
     best = torch.linalg.lstsq(inputs[:, kept], outputs).solution.T
+
     assert torch.allclose(weight[:, kept], best, rtol=1e-8, atol=1e-9)
     assert (weight[:, ~kept] == 0).all()
     assert message == ""
@@ -141,12 +153,12 @@ def test_the_ridge_of_whole_columns_is_that_of_the_noise(corrected):
     inputs = made.inputs[:, kept]
     rest = made.outputs - inputs @ torch.linalg.lstsq(inputs, made.outputs).solution
     error = float(rest.square().sum()) / (1 - 8 / 200)
+
     ridge = 8 * (8 / 200) * error / (made.squared_error(made.weight * kept) - error)
+
     assert 0.01 < ridge < 1
-    chosen, given = (
-        refit_columns(made.problem, kept)[0],
-        refit_columns(made.problem, kept, ridge)[0],
-    )
+    chosen = refit_columns(made.problem, kept)[0]
+    given = refit_columns(made.problem, kept, ridge)[0]
     assert torch.allclose(chosen, given, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(
         chosen, refit_columns(made.problem, kept, 1.5 * ridge)[0], rtol=1e-3, atol=1e-4
@@ -161,13 +173,18 @@ def test_a_copy_of_an_input_takes_over_without_a_ridge():
     weight, _ = refit_columns(problem, torch.arange(12) != 3)
     expected = made.weight.clone()
     expected[:, 5] += expected[:, 3]
+
     expected[:, 3] = 0
+
     assert torch.allclose(weight, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("tokens", [3, 8])
 def test_fewer_tokens_than_inputs_get_the_highest_ridge(tokens):
-    made, kept = example(7, 12, tokens=tokens), torch.arange(12) > 3
+    made = example(7, 12, tokens=tokens)
+
+    kept = torch.arange(12) > 3
+
     assert torch.equal(
         refit_columns(made.problem, kept)[0], refit_columns(made.problem, kept, 1.0)[0]
     )
@@ -175,6 +192,8 @@ def test_fewer_tokens_than_inputs_get_the_highest_ridge(tokens):
 
 def test_a_singular_refit_says_that_it_was_damped():
     made = example(7, 12, tokens=4)
+
     weight, message = refit_columns(made.problem, torch.arange(12) > 1, 1e-18)
+
     assert message.startswith("the Gram matrix needed damping 0.0001 instead of 0")
     assert made.squared_error(weight) < 1e-3 * float(made.outputs.square().sum())

@@ -31,7 +31,9 @@ def sorting_oracle(scores: np.ndarray, count: int) -> np.ndarray:
 @pytest.mark.parametrize("count", [0, 1, 6, 12, 13, 20])
 def test_rows_agree_with_sorting(dtype, levels, count):
     scores = random_scores(9, 13, levels, dtype)
+
     mask = keep_largest_in_rows(scores, count)
+
     assert np.array_equal(mask.numpy(), sorting_oracle(scores.double().numpy(), count))
 
 
@@ -40,7 +42,9 @@ def test_rows_agree_with_sorting(dtype, levels, count):
 @pytest.mark.parametrize("count", [-1, 0, 1, 30, 64, 90, 91, 100])
 def test_matrix_agrees_with_sorting_all_of_it(dtype, levels, count):
     scores = random_scores(7, 13, levels, dtype)
+
     expected = sorting_oracle(scores.double().numpy().reshape(1, -1), max(count, 0)).reshape(7, 13)
+
     assert np.array_equal(keep_largest(scores, count).numpy(), expected)
 
 
@@ -49,12 +53,15 @@ def test_matrix_agrees_with_sorting_all_of_it(dtype, levels, count):
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (1, 4), (2, 4), (3, 4), (4, 8), (5, 8), (16, 32)])
 def test_groups_agree_with_sorting_each(dtype, levels, n, m):
     scores = random_scores(5, 2 * m, levels, dtype)
+
     expected = sorting_oracle(scores.double().numpy().reshape(-1, m), n).reshape(5, 2 * m)
+
     assert np.array_equal(keep_largest_in_groups(scores, n, m).numpy(), expected)
 
 
 def test_scores_that_are_not_contiguous_are_read_in_row_order():
     scores = random_scores(12, 8, 3, torch.float32).T
+
     assert not scores.is_contiguous()
     copied = scores.contiguous()
     assert torch.equal(keep_largest(scores, 40), keep_largest(copied, 40))
@@ -77,5 +84,7 @@ def test_kth_smallest_of_many_values_is_exact(values, share):
         scores[7] = 1e30
     elif values == "a period of the sample":
         scores[:: size // 16_384 | 1] += 100  # the sample tells nothing
+
     k = max(1, round(share * size))
+
     assert float(kth_smallest(scores[None], k)) == float(scores.abs().sort().values[k - 1])

@@ -11,14 +11,18 @@ from optimum_fista.solve.problem import InputStatistics, LayerProblem
 SEEING = sorted(set(METHODS) - {"magnitude"})  # magnitude pruning looks at no input
 METHOD_OPTIONS = [(name, {}) for name in SEEING]
 METHOD_OPTIONS += [("fista", {"warm_start": "wanda"})]
-ROWS, COLUMNS, DEAD = 48, 96, 36
+ROWS = 48
+COLUMNS = 96
+DEAD = 36
 
 
 def inputs_and_weight():
+    """Inputs [tokens, in], a weight [out, in], and the numbers of the inputs that a test makes dead."""
     generator = torch.Generator().manual_seed(0)
     inputs = correlated_inputs(600, COLUMNS, generator, torch.float32, 1.0)
     weight = torch.randn(ROWS, COLUMNS, generator=generator)
-    return inputs, weight, torch.randperm(COLUMNS, generator=generator)[:DEAD]
+    dead = torch.randperm(COLUMNS, generator=generator)[:DEAD]
+    return inputs, weight, dead
 
 
 def problem_of(inputs, weight):
@@ -30,16 +34,18 @@ def problem_of(inputs, weight):
 def test_their_weights_go_first(name, options, loudness):
     inputs, weight, dead = inputs_and_weight()
     inputs[:, dead] *= loudness
-    scope = method_class(name).defaults.scope
-    pruned = create_method(name, **options).prune(
-        problem_of(inputs, weight), Unstructured(0.5, scope)
-    )
     live = torch.ones(COLUMNS, dtype=torch.bool)
     live[dead] = False
-    rest = Unstructured(
-        1 - 0.5 * COLUMNS / (COLUMNS - DEAD), scope
-    )  # keeps as many of the live weights
-    alone = create_method(name, **options).prune(problem_of(inputs[:, live], weight[:, live]), rest)
+    scope = method_class(name).defaults.scope
+    method = create_method(name, **options)
+
+    pruned = method.prune(problem_of(inputs, weight), Unstructured(0.5, scope))
+
+    # the live inputs alone, of whose weights as many stay
+    sparsity_of_live = 1 - 0.5 * COLUMNS / (COLUMNS - DEAD)
+    alone = method.prune(
+        problem_of(inputs[:, live], weight[:, live]), Unstructured(sparsity_of_live, scope)
+    )
     assert int(pruned.mask[:, dead].sum()) == 0
     assert pruned.fit_error < 1.1 * alone.fit_error
 
@@ -49,21 +55,23 @@ def test_their_weights_go_first(name, options, loudness):
 def test_groups_remove_them_first_and_keep_dense_weights(name, loudness):
     inputs, weight, dead = inputs_and_weight()
     inputs[:, dead] *= loudness
-    pruned = create_method(name).prune(problem_of(inputs, weight), parse_pattern("2:4"))
     is_dead = torch.zeros(COLUMNS, dtype=torch.bool)
     is_dead[dead] = True
-    kept = (pruned.mask & is_dead).view(ROWS, -1, 4).sum(-1)
-    least = (is_dead.view(-1, 4).sum(-1) - 2).clamp_min(0)
-    assert (kept == least).all(), (
+
+    pruned = create_method(name).prune(problem_of(inputs, weight), parse_pattern("2:4"))
+
+    kept_dead = pruned.mask & is_dead
+    num_kept_dead = kept_dead.view(ROWS, -1, 4).sum(-1)  # of each group
+    fewest_possible = (is_dead.view(-1, 4).sum(-1) - 2).clamp_min(0)
+    assert (num_kept_dead == fewest_possible).all(), (
         f"{name} scores by inputs that are nearly dead: see InputStatistics"
     )
-    assert int(kept.sum()) > 0
-    left = pruned.mask & is_dead
-    assert (pruned.weight - weight)[left].norm() < 0.05 * weight[
-        left
-    ].norm()  # ALPS does not converge
-    outputs = inputs.double() @ torch.stack([pruned.weight, weight]).double().mT
-    error = float((outputs[0] - outputs[1]).norm() / outputs[1].norm())
+    assert int(num_kept_dead.sum()) > 0
+    change = (pruned.weight - weight)[kept_dead]
+    assert change.norm() < 0.05 * weight[kept_dead].norm()  # ALPS does not converge
+    outputs = inputs.double() @ pruned.weight.double().T
+    dense_outputs = inputs.double() @ weight.double().T
+    error = float((outputs - dense_outputs).norm() / dense_outputs.norm())
     assert pruned.fit_error == pytest.approx(error, rel=1e-3)
 
 
@@ -72,6 +80,7 @@ def test_nothing_but_dead_inputs(name):
     pruned = create_method(name).prune(
         problem_of(torch.zeros(40, 8), torch.ones(6, 8)), Unstructured(0.5)
     )
+
     assert int(pruned.mask.sum()) == 24
     assert bool(torch.isfinite(pruned.weight).all())
     assert pruned.fit_error == 0
@@ -79,6 +88,8 @@ def test_nothing_but_dead_inputs(name):
 
 def test_statistics_of_inputs_that_are_alive_are_as_they_were():
     inputs, _, _ = inputs_and_weight()
+
     statistics = InputStatistics(inputs.T @ inputs, len(inputs))
+
     assert torch.equal(statistics.diagonal, statistics.gram.diagonal())
     assert torch.equal(statistics.energy_ratios, torch.ones(COLUMNS))

@@ -19,8 +19,11 @@ def expected_errors(made, mask):
 def test_swaps_shrink_the_expected_error_of_rows_and_keep_the_pattern(pattern):
     made = example(16, 24)
     start = Wanda().prune(made.problem, pattern)
+
     pruned = Dsnot(threshold=0.0).prune(made.problem, pattern)
-    before, after = expected_errors(made, start.mask), expected_errors(made, pruned.mask)
+
+    before = expected_errors(made, start.mask)
+    after = expected_errors(made, pruned.mask)
     assert bool((after <= before + 1e-9).all())
     assert float(after.sum()) < 0.8 * float(before.sum())
     assert pattern.violation(pruned.mask) is None
@@ -30,6 +33,8 @@ def test_swaps_shrink_the_expected_error_of_rows_and_keep_the_pattern(pattern):
 def test_a_high_threshold_is_wanda():
     made = example(8, 12)
     pattern = Unstructured(0.5, "row")
+
     pruned = Dsnot(threshold=1e9).prune(made.problem, pattern)
+
     assert torch.equal(pruned.mask, Wanda().prune(made.problem, pattern).mask)
     assert pruned.iterations == 0

@@ -33,22 +33,23 @@ def best_subset(made: Example, pattern: SparsityPattern) -> float:
     if pattern.span == columns:
         subsets = list(itertools.combinations(range(columns), 2))
         return sum(min(least_error(made, row, kept) for kept in subsets) for row in range(rows))
+
     # Budget shared by the rows: the best error of a row for every size, then the best way to share.
-    by_size = [
-        [
-            min(
-                least_error(made, row, kept)
-                for kept in itertools.combinations(range(columns), size)
-            )
-            for size in range(columns + 1)
-        ]
-        for row in range(rows)
+    errors_by_size = [
+        [least_error_of_size(made, row, size) for size in range(columns + 1)] for row in range(rows)
     ]
     total = pattern.num_kept((rows, columns))
-    shares = itertools.product(range(columns + 1), repeat=rows)
     return min(
-        sum(by_size[r][s] for r, s in enumerate(share)) for share in shares if sum(share) == total
+        sum(errors_by_size[row][size] for row, size in enumerate(sizes))
+        for sizes in itertools.product(range(columns + 1), repeat=rows)
+        if sum(sizes) == total
     )
+
+
+def least_error_of_size(made: Example, row: int, size: int) -> float:
+    """Smallest squared error of one output that uses so many inputs."""
+    subsets = itertools.combinations(range(made.weight.shape[1]), size)
+    return min(least_error(made, row, kept) for kept in subsets)
 
 
 @pytest.mark.parametrize("corrected", [False, True])
@@ -56,83 +57,104 @@ def best_subset(made: Example, pattern: SparsityPattern) -> float:
 @pytest.mark.parametrize("warm_start", list(STARTS))
 @pytest.mark.parametrize("refit_iterations", [0, 20])
 def test_is_never_worse_than_its_warm_start(warm_start, pattern, corrected, refit_iterations):
-    gains = []
+    method = Fista(warm_start=warm_start, refit_iterations=refit_iterations)
+    counts_by_row = warm_start == "wanda" and pattern.span is None
+    pattern_of_start = replace(pattern, scope="row") if counts_by_row else pattern
+
+    ratios = []
     for seed in range(3):
         made = example(12, 20, corrected=corrected, seed=seed)
-        pruned = Fista(warm_start=warm_start, refit_iterations=refit_iterations).prune(
-            made.problem, pattern
-        )
-        by_row = warm_start == "wanda" and pattern.span is None
-        start = STARTS[warm_start]().prune(
-            made.problem, replace(pattern, scope="row") if by_row else pattern
-        )
-        assert pruned.fit_error <= start.fit_error * (1 + 1e-9)
+        pruned = method.prune(made.problem, pattern)
+        start = STARTS[warm_start]().prune(made.problem, pattern_of_start)
+        ratios.append(pruned.fit_error / start.fit_error)
+
         assert pattern.violation(pruned.mask) is None
         assert (pruned.weight[~pruned.mask] == 0).all()
         expected = math.sqrt(made.squared_error(pruned.weight)) / float(made.outputs.norm())
         assert pruned.fit_error == pytest.approx(expected, rel=1e-7)
-        gains.append(pruned.fit_error / start.fit_error)
-    assert refit_iterations == 0 or max(gains) < 0.999
+
+    assert max(ratios) <= 1 + 1e-9
+    assert refit_iterations == 0 or max(ratios) < 0.999
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), parse_pattern("2:4")])
 @pytest.mark.parametrize("corrected", [False, True])
 def test_the_best_subset_bounds_it_from_below_and_is_near(pattern, corrected):
-    ours, best, wanda = 0.0, 0.0, 0.0
+    method = Fista(max_iterations=200, patience=8, refit_iterations=50)
+
+    of_method = 0.0
+    of_best = 0.0
+    of_wanda = 0.0
     for seed in range(8):
         made = example(3, 4, tokens=30, corrected=corrected, seed=seed)
-        bound = best_subset(made, pattern)
-        pruned = Fista(max_iterations=200, patience=8, refit_iterations=50).prune(
-            made.problem, pattern
-        )
+        pruned = method.prune(made.problem, pattern)
         error = made.squared_error(pruned.weight)
+        bound = best_subset(made, pattern)
         assert error >= bound * (1 - 1e-9)
+
         # The refit leaves nothing to gain on the mask it was given.
-        refitted = sum(
-            least_error(made, row, tuple(kept.nonzero().flatten().tolist()))
-            for row, kept in enumerate(pruned.mask)
+        error_on_mask = sum(
+            least_error(made, row, tuple(mask_of_row.nonzero().flatten().tolist()))
+            for row, mask_of_row in enumerate(pruned.mask)
         )
-        assert error == pytest.approx(refitted, rel=1e-6)
-        ours, best = ours + error, best + bound
-        wanda += made.squared_error(Wanda().prune(made.problem, pattern).weight)
-    assert ours - best < 0.25 * (wanda - best)
+        assert error == pytest.approx(error_on_mask, rel=1e-6)
+
+        of_method += error
+        of_best += bound
+        of_wanda += made.squared_error(Wanda().prune(made.problem, pattern).weight)
+
+    assert of_method - of_best < 0.25 * (of_wanda - of_best)
 
 
 @pytest.mark.parametrize("columns", [20, 21])
 def test_wanda_as_a_start_counts_its_zeros_by_row(columns, solved_by):
-    made, pattern = example(12, columns), Unstructured(0.5)
+    made = example(12, columns)
+    pattern = Unstructured(0.5)
     asked = solved_by(lambda start, _: -start)  # never better than the start
+
     Fista(warm_start="wanda").prune(made.problem, pattern)
-    start, by_row = asked[0][0], Wanda().prune(made.problem, Unstructured(0.5, "row"))
-    kept = start != 0
-    assert not (kept & ~by_row.mask).any()
-    assert int(by_row.mask.sum()) - int(kept.sum()) <= 12 * (columns % 2)
-    assert pattern.num_kept((12, columns)) >= int(kept.sum())
+
+    start, _ = asked[0]
+    mask = start != 0
+    by_row = Wanda().prune(made.problem, Unstructured(0.5, "row"))
+    assert not (mask & ~by_row.mask).any()
+    assert int(by_row.mask.sum()) - int(mask.sum()) <= 12 * (columns % 2)
+    assert pattern.num_kept((12, columns)) >= int(mask.sum())
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 8])
 def test_fewer_tokens_than_weights_kept_in_a_row_do_not_blow_the_weights_up(tokens):
     made = example(24, 32, tokens=tokens, dtype=torch.float32)
-    found = Fista().prune(made.problem, Unstructured(0.5))
+
+    pruned = Fista().prune(made.problem, Unstructured(0.5))
+
     energy = float(made.outputs.double().square().sum())
-    assert found.weight.abs().max() < 10 * made.weight.abs().max()
-    assert math.sqrt(made.squared_error(found.weight) / energy) < 1e-4
-    assert found.fit_error < 1e-3
+    assert pruned.weight.abs().max() < 10 * made.weight.abs().max()
+    assert math.sqrt(made.squared_error(pruned.weight) / energy) < 1e-4
+    assert pruned.fit_error < 1e-3
+
+
+def test_result_tells_the_penalty_and_that_an_iteration_limit_ended_it():
+    made = example(10, 20, corrected=True)
+    critical = float(made.problem.target.abs().max())
+
+    pruned = Fista(max_iterations=2, warm_start="wanda").prune(made.problem, PATTERNS[0])
+
+    assert 0 < pruned.l1_penalty < critical
+    assert not pruned.converged
+    assert "max_iterations=2" in pruned.message
 
 
 def test_result_tells_the_penalty_and_whether_it_converged():
     made = example(10, 20, corrected=True)
     critical = float(made.problem.target.abs().max())
-    short = Fista(max_iterations=2, warm_start="wanda").prune(made.problem, PATTERNS[0])
-    assert 0 < short.l1_penalty < critical
-    assert not short.converged
-    assert "max_iterations=2" in short.message
-    long = Fista(max_iterations=100_000, tolerance=1e-5, warm_start="wanda").prune(
-        made.problem, PATTERNS[0]
-    )
-    assert 0 < long.l1_penalty < critical
-    assert long.converged
-    assert long.message == ""
+    method = Fista(max_iterations=100_000, tolerance=1e-5, warm_start="wanda")
+
+    pruned = method.prune(made.problem, PATTERNS[0])
+
+    assert 0 < pruned.l1_penalty < critical
+    assert pruned.converged
+    assert pruned.message == ""
 
 
 def test_a_warm_start_that_needed_help_is_told():
@@ -140,9 +162,10 @@ def test_a_warm_start_that_needed_help_is_told():
     gram = made.problem.statistics.gram
     mean = gram.diagonal().mean()
     gram.diagonal().sub_(torch.linalg.eigvalsh(gram)[0] + 0.02 * mean)
-    pruned = Fista(warm_start="sparsegpt", tolerance=1e9).prune(
-        made.problem, PATTERNS[0]
-    )  # FISTA converges
+    method = Fista(warm_start="sparsegpt", tolerance=1e9)  # FISTA itself converges
+
+    pruned = method.prune(made.problem, PATTERNS[0])
+
     assert not pruned.converged
     assert pruned.message == "the Gram matrix needed damping 0.1 instead of 0.01"
 
@@ -150,7 +173,9 @@ def test_a_warm_start_that_needed_help_is_told():
 @pytest.mark.parametrize("pattern", [Unstructured(0.0), Unstructured(0.0, "row")])
 def test_nothing_to_prune_changes_nothing(pattern):
     made = example(4, 8)
+
     pruned = Fista().prune(made.problem, pattern)
+
     assert pruned.mask.all()
     assert torch.allclose(pruned.weight, made.weight)
     assert pruned.fit_error < 1e-7
@@ -199,50 +224,58 @@ def rounded_start():
 def test_a_search_that_never_improves_returns_the_start(solved_by, patience, damage):
     made, rounded = rounded_start()
     asked = solved_by(lambda start, _: start * damage)
-    found = Fista(patience=patience).search_penalty(made.problem, PATTERNS[0], rounded)
-    assert found.weight is rounded.weight
-    assert found.mask is rounded.mask
-    assert found.l1_penalty is None
-    assert found.converged, "no trial was kept, so none that was cut short was"
+
+    best = Fista(patience=patience).search_penalty(made.problem, PATTERNS[0], rounded)
+
+    assert best.weight is rounded.weight
+    assert best.mask is rounded.mask
+    assert best.l1_penalty is None
+    assert best.converged, "no trial was kept, so none that was cut short was"
     assert len(asked) == patience
-    assert found.error == math.sqrt(made.problem.squared_error(rounded.weight))
-    assert found.iterations == 7 * patience
+    assert best.error == math.sqrt(made.problem.squared_error(rounded.weight))
+    assert best.iterations == 7 * patience
 
 
 def test_failures_count_from_the_last_improvement_and_trials_start_from_it(solved_by):
-    (made, rounded), pattern = rounded_start(), PATTERNS[0]
-    better = refit(made.problem.gram, made.problem.target, rounded.weight, rounded.mask)[0]
+    made, rounded = rounded_start()
+    better, _ = refit(made.problem.gram, made.problem.target, rounded.weight, rounded.mask)
     answers = iter([-better, -better, better, -better, -better, -better, better])
     asked = solved_by(lambda start, _: next(answers))
-    found = Fista(patience=3, max_trials=30).search_penalty(made.problem, pattern, rounded)
+
+    best = Fista(patience=3, max_trials=30).search_penalty(made.problem, PATTERNS[0], rounded)
+
     assert len(asked) == 6
     assert all(start is rounded.weight for start, _ in asked[:3])
-    assert all(torch.equal(start, found.weight) for start, _ in asked[3:])
-    assert found.l1_penalty == asked[2][1]
-    assert not found.converged
-    assert torch.equal(found.weight, better)
+    assert all(torch.equal(start, best.weight) for start, _ in asked[3:])
+    assert best.l1_penalty == asked[2][1]
+    assert not best.converged
+    assert torch.equal(best.weight, better)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.95])
 def test_rounding_share_is_the_threshold_between_the_two(solved_by, share):
-    (made, rounded), pattern = rounded_start(), PATTERNS[0]
+    made, rounded = rounded_start()
     # Rounding moves these weights by about half of their total error.
     answer = rounded.weight * 1.6 + 0.25 * made.weight * ~rounded.mask
-    mask = pattern.mask(answer)
-    ratio = made.problem.seminorm(answer * ~mask) / math.sqrt(
-        made.problem.squared_error(answer * mask)
-    )
-    assert 0.05 < ratio < 0.95
+    mask = PATTERNS[0].mask(answer)
+    rounding_error = made.problem.seminorm(answer * ~mask)
+    total_error = math.sqrt(made.problem.squared_error(answer * mask))
+    assert 0.05 < rounding_error / total_error < 0.95
     asked = solved_by(lambda start, _: answer)
-    Fista(rounding_share=share).search_penalty(made.problem, pattern, rounded)
-    assert (asked[1][1] > asked[0][1]) is (share == 0.05)
+
+    Fista(rounding_share=share).search_penalty(made.problem, PATTERNS[0], rounded)
+
+    (_, first_penalty), (_, second_penalty), *_ = asked
+    assert (second_penalty > first_penalty) is (share == 0.05)
 
 
 def test_bisection_is_on_a_logarithmic_scale_below_the_critical_penalty(solved_by):
     made, rounded = rounded_start()
     asked = solved_by(lambda start, _: -rounded.weight)
     Fista(patience=100, max_trials=3).search_penalty(made.problem, PATTERNS[0], rounded)
+
     critical = float(made.problem.target.abs().max())
+
     assert [penalty / critical for _, penalty in asked] == pytest.approx(
         [1e-3, 10**-4.5, 10**-5.25]
     )
@@ -252,6 +285,8 @@ def test_zero_target_needs_no_trial(solved_by):
     made = example(4, 8)
     made.problem.target.zero_()
     rounded = Wanda().prune(made.problem, PATTERNS[0])
+
     asked = solved_by(lambda start, _: start)
+
     assert Fista().search_penalty(made.problem, PATTERNS[0], rounded).weight is rounded.weight
     assert asked == []

@@ -12,7 +12,9 @@ def test_keeps_the_largest_weights_as_they_are(sparsity, corrected):
     made = example(5, 9, corrected=corrected)
     pruned = Magnitude().prune(made.problem, Unstructured(sparsity))
     zeros = round(sparsity * 45)
+
     threshold = made.weight.abs().flatten().sort().values
+
     assert int((~pruned.mask).sum()) == zeros
     assert pruned.sparsity == pytest.approx(zeros / 45)
     assert torch.equal(pruned.mask, made.weight.abs() >= threshold[zeros])

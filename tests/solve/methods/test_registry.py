@@ -35,6 +35,7 @@ CASES = [
 
 def test_every_file_of_the_folder_registers_its_method():
     files = {path.stem for path in Path(methods.__file__).parent.glob("*.py")} - {"__init__"}
+
     assert {method.__module__.rpartition(".")[2] for method in METHODS.values()} == files
     assert {"fista", "magnitude", "sparsegpt", "wanda"} <= set(METHODS)
     assert all(method.name == name for name, method in METHODS.items())
@@ -62,7 +63,9 @@ class Quieter(METHODS["wanda"]):
 
 def test_the_decorator_alone_registers(monkeypatch):
     monkeypatch.setattr("optimum_fista.solve.method.METHODS", METHODS.copy())
+
     known = sys.modules["optimum_fista.solve.method"].METHODS
+
     assert "quieter" not in known
     assert register(Quieter) is Quieter
     assert known["quieter"] is Quieter
@@ -105,7 +108,9 @@ def test_every_method_keeps_the_pattern_and_tells_its_error(name, pattern, corre
     problem = made.problem
     tensors = (problem.weight, problem.gram, problem.target, problem.statistics.mean)
     before = [tensor.clone() for tensor in tensors]
+
     pruned = create_method(name).prune(problem, pattern)
+
     assert pattern.violation(pruned.mask) is None
     assert pruned.weight.dtype == dtype
     assert pruned.mask.dtype == torch.bool
@@ -142,9 +147,11 @@ def test_a_method_of_the_package_states_what_memory_it_takes(name):
 
 
 def test_a_method_without_factors_of_its_own_is_counted_as_the_largest(monkeypatch):
-    small, large = MemoryFactors(9.0, 0.5), MemoryFactors(0.5, 9.0, 9.0)
+    small = MemoryFactors(9.0, 0.5)
+    large = MemoryFactors(0.5, 9.0, 9.0)
     monkeypatch.setattr(METHODS["wanda"], "memory_factors", small)
     monkeypatch.setattr(METHODS["fista"], "memory_factors", large)
+
     monkeypatch.setattr(METHODS["alps"], "memory_factors", None)
 
     assert largest_memory_factors() == MemoryFactors(9.0, 9.0, 9.0)

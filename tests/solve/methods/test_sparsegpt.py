@@ -13,27 +13,19 @@ PATTERNS = [Unstructured(0.5), Unstructured(0.5, "row"), *map(parse_pattern, ("2
 def naive(
     weight: torch.Tensor, gram: torch.Tensor, pattern: SparsityPattern, damping: float, block: int
 ):
-    """SparseGPT's column loop with an explicit inverse of the remaining Hessian at every column, no Cholesky."""
+    """SparseGPT's column loop with an explicit inverse of the remaining Hessian at every column, no Cholesky.
+
+    Returns the pruned weights and the mask; `block` is the number of columns whose mask is chosen together.
+    """
     rows, columns = weight.shape
     H = gram + damping * gram.diagonal().mean() * torch.eye(columns, dtype=gram.dtype)
-    W, mask = weight.clone(), torch.ones(rows, columns, dtype=torch.bool)
+    W = weight.clone()
+    mask = torch.ones(rows, columns, dtype=torch.bool)
+    columns_in_contest = pattern.span or block
     for j in range(columns):
-        if pattern.span is not None and j % pattern.span == 0:
-            chosen = slice(j, j + pattern.span)
-        elif pattern.span is None and j % block == 0:
-            chosen = slice(j, min(j + block, columns))
-        else:
-            chosen = None
-        if chosen is not None:
-            curvature = [
-                torch.linalg.inv(H[i:, i:])[0, 0] for i in range(chosen.start, chosen.stop)
-            ]
-            scores = W[:, chosen].square() / torch.stack(curvature)
-            size = pattern.span or (scores.numel() if pattern.scope == "matrix" else len(scores.T))
-            zeros = round(pattern.sparsity * size)
-            order = scores.reshape(-1, size).argsort(dim=1)
-            kept = torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :zeros], False)
-            mask[:, chosen] = kept.view(rows, -1)
+        if j % columns_in_contest == 0:
+            contest = slice(j, min(j + columns_in_contest, columns))
+            mask[:, contest] = naive_mask(W, H, pattern, contest)
         inverse = torch.linalg.inv(H[j:, j:])
         error = W[:, j] * ~mask[:, j]
         W[:, j:] -= error[:, None] / inverse[0, 0] * inverse[0]
@@ -41,12 +33,32 @@ def naive(
     return W, mask
 
 
+def naive_mask(
+    W: torch.Tensor, H: torch.Tensor, pattern: SparsityPattern, contest: slice
+) -> torch.Tensor:
+    """The mask of the columns of a contest, by explicit inverses and sorting."""
+    curvature = [torch.linalg.inv(H[i:, i:])[0, 0] for i in range(contest.start, contest.stop)]
+    scores = W[:, contest].square() / torch.stack(curvature)
+    if pattern.span is not None:
+        size = pattern.span
+    elif pattern.scope == "matrix":
+        size = scores.numel()
+    else:
+        size = scores.shape[1]
+    zeros = round(pattern.sparsity * size)
+    order = scores.reshape(-1, size).argsort(dim=1)
+    mask = torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :zeros], False)
+    return mask.view(len(W), -1)
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize(("block_size", "damping"), [(8, 0.01), (128, 0.3)])
 def test_agrees_with_explicit_inverses(pattern, block_size, damping):
     made = example(6, 16)
     weight, mask = naive(made.weight, made.problem.gram, pattern, damping, block_size)
+
     pruned = SparseGPT(damping=damping, block_size=block_size).prune(made.problem, pattern)
+
     assert torch.equal(pruned.mask, mask)
     assert torch.allclose(pruned.weight, weight, rtol=1e-8, atol=1e-9)
     assert pruned.converged
@@ -67,7 +79,9 @@ EXACT += [
 @pytest.mark.parametrize("block_size", [1, 3, 8, 128])
 def test_counts_are_exact_whatever_the_blocks(shape, pattern, block_size):
     made = example(*shape)
+
     pruned = SparseGPT(block_size=block_size).prune(made.problem, pattern)
+
     assert pattern.violation(pruned.mask) is None
     assert (pruned.weight[~pruned.mask] == 0).all()
 
@@ -75,9 +89,10 @@ def test_counts_are_exact_whatever_the_blocks(shape, pattern, block_size):
 def test_target_of_a_corrected_problem_is_not_looked_at():
     made = example(4, 8, corrected=True)
     plain = LayerProblem(made.weight, made.problem.statistics)
-    pruned, expected = (
-        SparseGPT().prune(problem, Unstructured(0.5)) for problem in (made.problem, plain)
-    )
+
+    pruned = SparseGPT().prune(made.problem, Unstructured(0.5))
+
+    expected = SparseGPT().prune(plain, Unstructured(0.5))
     assert torch.equal(pruned.weight, expected.weight)
     assert pruned.fit_error != expected.fit_error, "the error is that of the target"
 

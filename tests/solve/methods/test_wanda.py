@@ -18,6 +18,8 @@ def test_keeps_the_largest_scores_of_every_row(rows, columns, sparsity, correcte
         made.inputs, dim=0
     )  # from the activations
     order = scores.argsort(dim=1)
+
     expected = torch.ones(rows, columns, dtype=torch.bool).scatter(1, order[:, :zeros], False)
+
     assert torch.equal(pruned.mask, expected)
     assert torch.equal(pruned.weight, torch.where(expected, made.weight, 0.0))

@@ -61,15 +61,20 @@ def test_keeps_the_groups_with_the_largest_sums(pattern, levels):
 
 def test_the_mask_of_a_large_matrix_needs_all_of_its_rows():
     matrix = random(4000, 300)
+
     pattern = Columns(0.5)
+
     assert torch.equal(pattern.mask(matrix), pattern.mask(matrix.double().square(), squared=True))
 
 
 def test_violation_names_the_group_that_is_torn():
     pattern = Columns(0.5, width=2)
+
     mask = pattern.mask(torch.arange(24.0).view(3, 8))
+
     assert pattern.violation(mask) is None
-    mask[1, 5], mask[1, 0] = False, True
+    mask[1, 5] = False
+    mask[1, 0] = True
     assert pattern.violation(mask) == "row 1, column 0 differs from the first weight of its group"
     mask[1, 5] = True
     assert (
@@ -132,14 +137,18 @@ def test_texts_that_make_no_sense_are_refused(text, message):
 @pytest.mark.parametrize("width", [1, 4])
 @pytest.mark.parametrize("name", TAKING)
 def test_methods_that_compensate_are_near_the_best_weights_of_the_columns(name, width, corrected):
-    made, pattern = example(11, 24, corrected=corrected, correlation=2.0), Columns(0.5, width=width)
+    made = example(11, 24, corrected=corrected, correlation=2.0)
+    pattern = Columns(0.5, width=width)
     pruned = create_method(name).prune(made.problem, pattern)
-    error, wanda = pruned.fit_error, create_method("wanda").prune(made.problem, pattern).fit_error
+    error = pruned.fit_error
+    wanda = create_method("wanda").prune(made.problem, pattern).fit_error
     kept = made.inputs[:, pruned.mask[0]]
+
     best = float(
         (made.outputs - kept @ torch.linalg.lstsq(kept, made.outputs).solution).norm()
         / made.outputs.norm()
     )
+
     assert best <= error * (1 + 1e-5)
     unchanged = torch.equal(pruned.weight, made.weight * pruned.mask)
     assert error < wanda or unchanged or name == "flap"  # which compensates for means only
@@ -161,7 +170,9 @@ def test_inputs_that_are_zero_are_removed_for_free(name):
     weight = made.weight.index_fill(1, dead, 1e-3) if name == "magnitude" else made.weight
     statistics = type(made.problem.statistics)(inputs.T @ inputs, len(inputs), inputs.mean(0))
     problem = type(made.problem)(weight, statistics)
+
     pruned = create_method(name).prune(problem, Columns(0.25))
+
     assert not pruned.mask[:, dead].any()
     assert torch.allclose(pruned.weight[pruned.mask], weight[pruned.mask], atol=1e-4)
     assert pruned.fit_error < 1e-5

@@ -21,7 +21,9 @@ def random(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("text", ["1:2", "2:4", "1:4", "3:4", "1:3", "5:8", "16:32", "4:8-pairs"])
 def test_parse_is_the_inverse_of_text(text):
     n, m = (int(number) for number in text.removesuffix("-pairs").split(":"))
+
     pattern = parse_pattern(text)
+
     assert (pattern.num_kept((1, m)), pattern.num_kept((3, 5 * m))) == (n, 15 * n)
     assert pattern.sparsity == pytest.approx(1 - n / m)
     assert str(pattern) == text
@@ -45,6 +47,7 @@ def test_pattern_that_keeps_all_or_nothing_is_refused(text):
 )
 def test_m_that_does_not_divide_the_rows_is_refused(text, columns):
     pattern = parse_pattern(text)
+
     with pytest.raises(
         ValueError, match=f"layers.0.fc1 has rows of {columns} inputs, which {text} does not divide"
     ):
@@ -55,11 +58,11 @@ def test_m_that_does_not_divide_the_rows_is_refused(text, columns):
 
 @pytest.mark.parametrize("text", ["2:4", "1:4", "4:8"])
 def test_the_best_order_of_inputs_keeps_more(text):
-    pattern, scores = (
-        parse_pattern(text),
-        torch.rand(12, 64, generator=torch.Generator().manual_seed(0)) ** 4,
-    )
+    pattern = parse_pattern(text)
+    scores = torch.rand(12, 64, generator=torch.Generator().manual_seed(0)) ** 4
+
     order = best_order(scores, pattern)
+
     assert sorted(order.tolist()) == list(range(64))
 
     def kept(order: torch.Tensor) -> float:
@@ -75,7 +78,9 @@ def test_the_best_order_of_inputs_keeps_more(text):
 def test_keeps_the_pairs_with_the_largest_sums_of_scores():
     scores = random(6, 24).square()
     choices = torch.tensor(CHOICES)
+
     best = (scores.view(-1, 8) @ choices.T.float()).argmax(1)  # of all masks of a group
+
     assert torch.equal(PAIRS.mask(scores, squared=True), choices[best].view(6, 24))
     assert torch.equal(PAIRS.mask(scores.sqrt()), choices[best].view(6, 24))
     assert int(PAIRS.mask(torch.ones(6, 24)).sum()) == 72
@@ -85,11 +90,13 @@ def test_squares_add_up_and_magnitudes_do_not():
     row = torch.tensor(
         [[3.0, 0.0, 2.2, 2.2, 2.0, 0.0, 1.9, 1.9]]
     )  # sums of squares 9, 9.68, 4, 7.22
+
     assert PAIRS.mask(row).tolist() == [[True, True, True, True, False, False, False, False]]
 
 
 def test_violation_names_the_pair_that_is_torn():
     mask = torch.tensor([CHOICES[0] + CHOICES[5]])
+
     assert PAIRS.violation(mask) is None
     mask[0, 8:12] = torch.tensor([True, False, True, False])
     mask[0, 12:] = torch.tensor([True, True, False, False])

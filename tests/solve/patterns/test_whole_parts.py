@@ -12,6 +12,7 @@ from optimum_fista.solve.patterns.whole_parts import PartShare
 )
 def test_text(text):
     pattern = parse_pattern(text)
+
     assert isinstance(pattern, WholeParts)
     assert str(pattern) == text
     assert parse_pattern(text, pattern.sparsity) == pattern
@@ -109,6 +110,7 @@ def test_texts_that_make_no_sense(text):
 
 def test_a_single_matrix_has_no_parts():
     pattern = parse_pattern("channels:0.25")
+
     with pytest.raises(
         ValueError, match=r"pass pattern='columns:0\.25' for whole columns of a matrix"
     ):
