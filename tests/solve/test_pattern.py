@@ -21,6 +21,14 @@ def random_scores(shape: tuple[int, int], levels: int | None = None) -> torch.Te
     return torch.randint(levels, shape, generator=generator).float()
 
 
+def one_more(mask: torch.Tensor) -> torch.Tensor:
+    """A copy of a mask that keeps its first removed weight, too."""
+    changed = mask.clone()
+    first_removed = int((~mask).view(-1).int().argmax())
+    changed.view(-1)[first_removed] = True
+    return changed
+
+
 def test_unstructured_defaults_and_text():
     assert parse_pattern() == Unstructured(0.5, "matrix")
     assert parse_pattern(sparsity=0.625, scope="row") == Unstructured(0.625, "row")
@@ -72,18 +80,26 @@ def test_what_makes_no_sense_is_refused(given, message):
 @pytest.mark.parametrize("levels", [None, 3, 1])
 def test_unstructured_counts_are_exact_with_and_without_ties(shape, sparsity, levels):
     scores = random_scores(shape, levels)
-    matrix = parse_pattern(sparsity=sparsity)
+    pattern = parse_pattern(sparsity=sparsity)
 
-    zeros = int((~matrix.mask(scores)).sum())
+    zeros = int((~pattern.mask(scores)).sum())
 
     assert abs(zeros - sparsity * scores.numel()) <= 0.5
-    assert matrix.num_kept(shape) == scores.numel() - zeros
+    assert pattern.num_kept(shape) == scores.numel() - zeros
 
-    row = parse_pattern(sparsity=sparsity, scope="row")
-    row_zeros = (~row.mask(scores)).sum(1)
-    assert (row_zeros - sparsity * shape[1]).abs().max() <= 0.5
-    assert int(row_zeros.max()) == int(row_zeros.min())
-    assert row.num_kept(shape) == scores.numel() - int(row_zeros.sum())
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("levels", [None, 3, 1])
+def test_counts_by_row_are_exact_with_and_without_ties(shape, sparsity, levels):
+    scores = random_scores(shape, levels)
+    pattern = parse_pattern(sparsity=sparsity, scope="row")
+
+    zeros_of_rows = (~pattern.mask(scores)).sum(1)
+
+    assert (zeros_of_rows - sparsity * shape[1]).abs().max() <= 0.5
+    assert int(zeros_of_rows.max()) == int(zeros_of_rows.min())
+    assert pattern.num_kept(shape) == scores.numel() - int(zeros_of_rows.sum())
 
 
 @pytest.mark.parametrize(
@@ -91,13 +107,13 @@ def test_unstructured_counts_are_exact_with_and_without_ties(shape, sparsity, le
 )
 def test_violation_is_none_for_its_own_masks_only(pattern):
     mask = pattern.mask(random_scores((4, 8)))
+    stored_transposed = mask.T.contiguous().T
 
     assert pattern.violation(mask) is None
-    assert pattern.violation(mask.T.contiguous().T) is None, "as it is stored transposed"
-    one_more = mask.clone()
-    one_more.view(-1)[int((~mask).view(-1).int().argmax())] = True
+    assert pattern.violation(stored_transposed) is None
     assert (
-        pattern.violation(one_more) == f"keeps 17 weights, but {pattern} of (4, 8) keeps exactly 16"
+        pattern.violation(one_more(mask))
+        == f"keeps 17 weights, but {pattern} of (4, 8) keeps exactly 16"
     )
 
 
@@ -131,12 +147,10 @@ class Runs(SparsityPattern):
 
     @classmethod
     def read(cls, text, sparsity, scope):
-        found = re.fullmatch(r"runs of (\d)", text)
-        return (
-            cls(0.5 if sparsity is None else sparsity, scope, width=int(found[1]))
-            if found
-            else None
-        )
+        match = re.fullmatch(r"runs of (\d)", text)
+        if match is None:
+            return None
+        return cls(0.5 if sparsity is None else sparsity, scope, width=int(match[1]))
 
     def __str__(self):
         return f"runs of {self.width}"
@@ -144,24 +158,45 @@ class Runs(SparsityPattern):
 
 @pytest.mark.parametrize("scope", ["matrix", "row"])
 def test_a_new_pattern_is_a_class_with_a_name(scope):
+    matrix = torch.randn(6, 24, generator=torch.Generator().manual_seed(0))
+    squares_of_runs = matrix.square().unflatten(1, (-1, 3)).sum(-1)  # [6, 8]
+    competing = squares_of_runs if scope == "row" else squares_of_runs.view(1, -1)
+    threshold = competing.sort(1).values[:, [competing.shape[1] // 4]]
+
     pattern = parse_pattern("runs of 3", 0.25, scope)
 
     assert pattern == Runs(0.25, scope, width=3)
+    expected = (competing >= threshold).view(6, 8).repeat_interleave(3, dim=1)
+    assert torch.equal(pattern.mask(matrix), expected)
+
+
+@pytest.mark.parametrize("scope", ["matrix", "row"])
+def test_a_new_pattern_knows_what_breaks_it(scope):
+    pattern = Runs(0.25, scope, width=3)
     matrix = torch.randn(6, 24, generator=torch.Generator().manual_seed(0))
-    sums = matrix.square().unflatten(1, (-1, 3)).sum(-1)
-    rows = sums if scope == "row" else sums.view(1, -1)  # those that compete
-    kept = rows >= rows.sort(1).values[:, [rows.shape[1] // 4]]
-    assert torch.equal(pattern.mask(matrix), kept.view(6, 8).repeat_interleave(3, dim=1))
     torn = pattern.mask(matrix)
     torn[0, :3] = torch.tensor([True, False, False])
+
     assert pattern.violation(torn) is not None
     with pytest.raises(ValueError, match="rows of 16 inputs, which runs of 3 does not divide"):
         pattern.mask(matrix[:, :16])
-    for name in METHODS:
-        if name != "dsnot" or scope == "row":
-            options = {"block_size": 8} if name == "sparsegpt" else {}
-            pruned = create_method(name, **options).prune(example(6, 24).problem, pattern)
-            assert pattern.violation(pruned.mask) is None, name
+
+
+METHODS_AND_SCOPES = [
+    (name, scope)
+    for name, scope in itertools.product(METHODS, ("matrix", "row"))
+    if name != "dsnot" or scope == "row"  # it swaps within rows
+]
+
+
+@pytest.mark.parametrize(("name", "scope"), METHODS_AND_SCOPES)
+def test_methods_prune_to_a_new_pattern(name, scope):
+    pattern = Runs(0.25, scope, width=3)
+    options = {"block_size": 8} if name == "sparsegpt" else {}
+
+    pruned = create_method(name, **options).prune(example(6, 24).problem, pattern)
+
+    assert pattern.violation(pruned.mask) is None
 
 
 @pytest.mark.parametrize("shape", [(1,), (8,), (9,), (3, 5), (2, 3, 7), (64, 33)])

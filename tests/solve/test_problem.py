@@ -17,24 +17,25 @@ from optimum_fista.solve.problem import (
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_error_from_statistics_is_the_error_of_the_activations(corrected, tokens):
     made = example(5, 8, tokens=tokens, corrected=corrected)
+    random = torch.randn(5, 8).double()
+    pruned = made.weight * (made.weight.abs() > 0.5)
 
-    problem = made.problem
+    for weight in (random, pruned, made.weight):
+        squared_error = made.problem.squared_error(weight)
+        fit_error = made.problem.fit_error(weight)
 
-    assert problem.corrected is corrected
-    for weight in (
-        torch.randn(5, 8).double(),
-        made.weight * (made.weight.abs() > 0.5),
-        made.weight,
-    ):
-        assert problem.squared_error(weight) == pytest.approx(
-            made.squared_error(weight), rel=1e-9, abs=1e-12
-        )
-        expected = math.sqrt(made.squared_error(weight)) / float(made.outputs.norm())
-        assert problem.fit_error(weight) == pytest.approx(expected, rel=1e-9, abs=1e-12)
-    assert float(problem.output_energies.sum()) == pytest.approx(
-        float(made.outputs.square().sum()), rel=1e-9
-    )
-    assert torch.allclose(problem.output_energies, made.outputs.square().sum(0))
+        expected = made.squared_error(weight)
+        assert squared_error == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        relative_error = math.sqrt(expected) / float(made.outputs.norm())
+        assert fit_error == pytest.approx(relative_error, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_a_problem_knows_the_energies_of_its_outputs(corrected):
+    made = example(5, 8, corrected=corrected)
+
+    assert made.problem.corrected is corrected
+    assert torch.allclose(made.problem.output_energies, made.outputs.square().sum(0))
 
 
 def test_small_changes_of_the_weights_keep_their_digits_in_float32():
@@ -126,15 +127,12 @@ def gram_of(spectrum: torch.Tensor) -> torch.Tensor:
 def test_agrees_with_eigvalsh_from_above(dtype, seed):
     inputs = torch.randn(60, 40, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     gram = inputs.T @ inputs
-    exact = float(torch.linalg.eigvalsh(gram)[-1])
 
     estimate = largest_eigenvalue(gram.to(dtype))
 
-    assert (
-        exact * (1 - 1e-14 if dtype == torch.float64 else 1 - 1e-6)
-        <= estimate
-        <= exact * (1 + 2e-4)
-    )
+    exact = float(torch.linalg.eigvalsh(gram)[-1])
+    rounding = 1e-14 if dtype == torch.float64 else 1e-6
+    assert exact * (1 - rounding) <= estimate <= exact * (1 + 2e-4)
 
 
 @pytest.mark.parametrize("outlier", [1e2, 1e7])

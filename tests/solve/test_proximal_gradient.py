@@ -48,13 +48,13 @@ def test_optimality_conditions_hold_at_convergence(corrected, fraction):
 
     solution = solved(made, l1_penalty)
 
-    assert solution.converged
     weight = solution.weight
-    gradient = gradient_of(made, solution.weight)
+    gradient = gradient_of(made, weight)
     support = weight != 0
+    slack = 1e-7 * critical_penalty(made)
+    assert solution.converged
     assert bool(support.any())
     assert fraction < 0.1 or not bool(support.all())
-    slack = 1e-7 * critical_penalty(made)
     assert (gradient + l1_penalty * weight.sign())[support].abs().max() <= slack
     assert support.all() or gradient[~support].abs().max() <= l1_penalty + slack
 
@@ -95,28 +95,47 @@ def test_every_iterate_is_the_published_one():
     made = example(4, 8, corrected=True, seed=3)
     problem = made.problem
     l1_penalty = 0.02 * critical_penalty(made)
+    lipschitz = problem.statistics.lipschitz
     start = torch.randn(4, 8, dtype=torch.float64)
-    given = (problem.gram, problem.target, start)
-    penalty_and_step = (l1_penalty, problem.statistics.lipschitz)
+
     for steps in range(1, 21):
-        solution = fista(*given, *penalty_and_step, max_iterations=steps, tolerance=0)
-        assert (solution.iterations, solution.converged) == (steps, False)
-        expected = beck_teboulle(*(tensor.numpy() for tensor in given), *penalty_and_step, steps)
+        solution = fista(
+            problem.gram,
+            problem.target,
+            start,
+            l1_penalty,
+            lipschitz,
+            max_iterations=steps,
+            tolerance=0,
+        )
+
+        expected = beck_teboulle(
+            gram=problem.gram.numpy(),
+            target=problem.target.numpy(),
+            start=start.numpy(),
+            l1_penalty=l1_penalty,
+            lipschitz=lipschitz,
+            iterations=steps,
+        )
+        assert solution.iterations == steps
+        assert not solution.converged
         assert np.allclose(solution.weight.numpy(), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("start", ["zero", "dense"])
 def test_solution_is_zero_from_the_critical_penalty_on(start):
     made = example(5, 7, corrected=True)
-    first = torch.zeros(5, 7).double() if start == "zero" else made.weight
-    for factor in (1.0, 1.5):
-        solution = solved(made, factor * critical_penalty(made), start=first)
+    start_weight = torch.zeros(5, 7).double() if start == "zero" else made.weight
+    critical = critical_penalty(made)
+
+    at_critical = solved(made, critical, start=start_weight)
+    above = solved(made, 1.5 * critical, start=start_weight)
+    below = solved(made, 0.99 * critical, start=start_weight)
+
+    for solution in (at_critical, above):
         assert solution.converged
         assert torch.equal(solution.weight, torch.zeros(5, 7).double())
-
-    below = solved(made, 0.99 * critical_penalty(made), start=first).weight
-
-    assert 0 < int((below != 0).sum()) <= 3
+    assert 0 < int((below.weight != 0).sum()) <= 3
 
 
 def test_zero_gram_matrix_gives_zero_weights():
@@ -130,19 +149,24 @@ def test_zero_gram_matrix_gives_zero_weights():
 def test_stops_where_the_iterates_stop_moving():
     made = example(4, 6)
     problem = made.problem
-    given = (
-        problem.gram,
-        problem.target,
-        problem.weight,
-        0.05 * critical_penalty(made),
-        problem.statistics.lipschitz,
-    )
-    loose = fista(*given, max_iterations=10_000, tolerance=1e-3)
 
-    tight = fista(*given, max_iterations=10_000, tolerance=1e-9)
+    def solve(max_iterations: int, tolerance: float) -> FistaSolution:
+        return fista(
+            problem.gram,
+            problem.target,
+            problem.weight,
+            l1_penalty=0.05 * critical_penalty(made),
+            lipschitz=problem.statistics.lipschitz,
+            max_iterations=max_iterations,
+            tolerance=tolerance,
+        )
+
+    loose = solve(10_000, tolerance=1e-3)
+    tight = solve(10_000, tolerance=1e-9)
+    cut_short = solve(tight.iterations - 1, tolerance=1e-9)
 
     assert loose.converged
     assert tight.converged
     assert 0 < loose.iterations < tight.iterations < 10_000
-    cut = fista(*given, max_iterations=tight.iterations - 1, tolerance=1e-9)
-    assert (cut.converged, cut.iterations) == (False, tight.iterations - 1)
+    assert not cut_short.converged
+    assert cut_short.iterations == tight.iterations - 1
