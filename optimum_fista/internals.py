@@ -130,6 +130,12 @@ def original_targets(conversion: Any) -> list[str]:
     return list(targets)
 
 
+def copy_weight_conversions(source: nn.Module, target: nn.Module) -> None:
+    """Have `save_pretrained` save `target` under the names that it gives the tensors of `source`."""
+    if "_weight_conversions" in vars(source):
+        vars(target)["_weight_conversions"] = vars(source)["_weight_conversions"]
+
+
 def set_weight_conversions(model: nn.Module, conversions: Sequence[Any]) -> None:
     """Change the conversions that `save_pretrained` reverts to save `model`."""
     vars(model)["_weight_conversions"] = list(conversions)

@@ -148,6 +148,9 @@ class LayerRecord:
     report: LayerReport
     operators: list[OperatorReport] = field(default_factory=list)
     left_dense: dict[str, str] = field(default_factory=dict)
+    # As in `PruningReport`.
+    carried: list[OperatorReport] = field(default_factory=list)
+    lost_masks: list[str] = field(default_factory=list)
 
 
 # What a recovery can train.
@@ -231,6 +234,11 @@ class PruningReport:
     environment: dict[str, Any] = field(default_factory=dict)
     # In order.
     recoveries: list[RecoveryReport] = field(default_factory=list)
+    # Operators with zeros of an earlier run, of which this run kept the masks although it removed parts. An operator
+    # may be in `operators`, too, if this run removed some of its columns. Errors are those of the earlier run.
+    carried: list[OperatorReport] = field(default_factory=list)
+    # Weights of operators in which this run overwrote zeros of an earlier one.
+    lost_masks: list[str] = field(default_factory=list)
     # Where the model that this run was given comes from; None if it was never pruned.
     origin: OriginReport | None = None
 
@@ -239,6 +247,8 @@ class PruningReport:
         self.layers.append(record.report)
         self.operators += record.operators
         self.left_dense |= record.left_dense
+        self.carried += record.carried
+        self.lost_masks += record.lost_masks
 
     def warn(self, message: str) -> None:
         """Add a warning to the report, and show it to the user."""
@@ -252,6 +262,29 @@ class PruningReport:
         return words_of_pattern(
             self.config.get("pattern", "unstructured"), self.config.get("sparsity")
         )
+
+    @property
+    def masked(self) -> list[OperatorReport]:
+        """Operators with a mask, one for each: those that this run pruned, and those whose masks it carried."""
+        carried = {operator.name for operator in self.carried}
+        pruned = [operator for operator in self.operators if operator.name not in carried]
+        return [*pruned, *self.carried]
+
+    @property
+    def earlier_zeros(self) -> str:
+        """Say what became of zeros of earlier runs when this run removed parts; empty if there were none."""
+        if not self.carried and not self.lost_masks:
+            return ""
+        zeros = sum(math.prod(operator.shape) - operator.num_kept for operator in self.carried)
+        kept = f"{zeros:,} weights of {len(self.carried)} operators stay zero, with their masks"
+        if not self.lost_masks:
+            return kept
+        return f"{kept}; in {len(self.lost_masks)} operators they were overwritten by a refit"
+
+    @property
+    def num_zeros(self) -> int:
+        """Count the zeros of all masks, those of earlier runs too."""
+        return sum(math.prod(operator.shape) - operator.num_kept for operator in self.masked)
 
     @property
     def num_parameters_given(self) -> int:
@@ -363,7 +396,7 @@ class PruningReport:
         """Say how weights were trained after pruning; empty if they were not."""
         if not self.retrained:
             return ""
-        return "retrained under its masks" if self.totals["num_zeros"] else "retrained"
+        return "retrained under its masks" if self.num_zeros else "retrained"
 
     @property
     def measured_on(self) -> str:

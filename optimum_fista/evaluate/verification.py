@@ -41,7 +41,7 @@ from optimum_fista.packed.format import PackedFormatError
 from optimum_fista.removal.experts import experts_to_keep
 from optimum_fista.removal.parts import runs_of_experts
 from optimum_fista.report import MixtureReport, OperatorReport, PruningReport
-from optimum_fista.solve.pattern import SparsityPattern, unpack_mask
+from optimum_fista.solve.pattern import SparsityPattern, pack_mask, unpack_mask
 from optimum_fista.solve.patterns import Columns, parse_pattern
 from optimum_fista.source.loading import load_tokenizer
 from optimum_fista.source.model_folder import CONFIG_FILE, checkpoint_files, read_json, read_tensors
@@ -155,11 +155,14 @@ def _verify_operators(
     folder: Path, report: PruningReport, progress: Callable[[str], None]
 ) -> tuple[int, int]:
     """Check every operator; returns the number of their weights and of the zeros among them."""
+    carried = {id(operator) for operator in report.carried}
     num_weights = num_zeros = 0
     read_operators = packed_operators if is_packed(folder) else _stored_operators
     for operator, weight, packed_mask in read_operators(folder, report):
-        num_zeros += _verify_operator(operator, weight, packed_mask)
-        num_weights += weight.numel()
+        zeros_of_operator = _verify_operator(operator, weight, packed_mask)
+        if id(operator) not in carried:  # the totals are those of this run
+            num_zeros += zeros_of_operator
+            num_weights += weight.numel()
         progress(operator.name)
     return num_weights, num_zeros
 
@@ -169,7 +172,9 @@ def _stored_operators(
 ) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
     """Every operator of a folder that is not packed, with its weight and its packed mask, both as they are stored."""
     files = checkpoint_files(folder)
-    names = [operator.name for operator in report.operators]
+    operators = [*report.operators, *report.carried]
+    names = [operator.name for operator in operators]
+    carried = {operator.name for operator in report.carried}
     # Experts share a tensor: "gate_up_proj[2, :, 1::2]" is a part of "gate_up_proj".
     tensor_names = [split_index(name)[0] for name in names]
     for tensor_name in tensor_names:
@@ -177,12 +182,18 @@ def _stored_operators(
             raise VerificationError(f"{tensor_name} is in the report but not in the checkpoint.")
 
     with safe_open(folder / MASKS_FILE, "pt") as masks:
-        if sorted(masks.keys()) != sorted(names):
+        if sorted(masks.keys()) != sorted(set(names)):
             raise VerificationError("the masks and the report name different operators.")
         tensors = read_tensors(files, tensor_names)
-        for operator, (_, tensor) in zip(report.operators, tensors, strict=True):
+        for number, (operator, (_, tensor)) in enumerate(zip(operators, tensors, strict=True)):
             _, index = split_index(operator.name)
-            yield operator, tensor[index], masks.get_tensor(operator.name)
+            weight = tensor[index]
+            mask = masks.get_tensor(operator.name)
+            is_of_this_run = number < len(report.operators)
+            if is_of_this_run and operator.name in carried:
+                # This run removed columns and set no zeros. Those of an earlier run come at the end.
+                mask = pack_mask(torch.ones(weight.shape, dtype=torch.bool))
+            yield operator, weight, mask
 
 
 def _verify_operator(operator: OperatorReport, weight: Tensor, packed_mask: Tensor) -> int:

@@ -10,10 +10,11 @@ A mask is a uint8 tensor with one bit for each weight (`solve.pattern.pack_mask`
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optimum_fista.model.choice import find_operators
+from optimum_fista.model.experts import FusedExperts, can_be_split, is_fused_experts
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.report import OperatorReport, PruningReport
@@ -26,12 +27,28 @@ def operators_by_weight(model: PreTrainedModel, report: PruningReport) -> dict[s
 
     `report` is that of the run which pruned the model. It tells which experts were left alone.
     """
-    # If whole parts were removed, no expert was pruned as an operator.
-    dense_experts = ["*"] if report.removed else report.config["exclude"]
     operators = {}
     for layer_name, layer in find_decoder_layers(model):
-        for name, operator in find_operators(layer_name, layer, dense_experts).items():
+        if report.removed:
+            # No expert was pruned as an operator, but experts may have masks of an earlier run.
+            of_layer = all_operators(layer_name, layer)
+        else:
+            of_layer = find_operators(layer_name, layer, report.config["exclude"])
+        for name, operator in of_layer.items():
             operators[f"{name}.weight"] = operator
+    return operators
+
+
+def all_operators(layer_name: str, layer: nn.Module) -> dict[str, LinearOperator]:
+    """Return all linear operators of the decoder layer called `layer_name`, by name, with those of experts.
+
+    Experts whose weights are in a form that can't be pruned are left out.
+    """
+    operators = find_operators(layer_name, layer, dense_experts=("*",))
+    for name, module in layer.named_modules(prefix=layer_name):
+        if is_fused_experts(module) and can_be_split(module):
+            for operator in FusedExperts(name, module).operators:
+                operators[operator.name] = operator
     return operators
 
 
@@ -60,6 +77,22 @@ def as_stored(
     return renamed_reports, renamed_masks
 
 
+def report_as_stored(
+    report: PruningReport, masks: Mapping[str, Tensor], names: Mapping[str, StoredName]
+) -> tuple[PruningReport, dict[str, Tensor]]:
+    """Return a report, with all its operators, and masks under other names; the arguments are those of `as_stored`.
+
+    Masks that were carried from an earlier run are among them. The report that is passed is not changed.
+    """
+    operators, masks_of_run = as_stored(report.operators, masks, names)
+    carried, carried_masks = as_stored(report.carried, masks, names)
+    lost_masks = [names[name].name if name in names else name for name in report.lost_masks]
+    renamed = dataclasses.replace(
+        report, operators=operators, carried=carried, lost_masks=lost_masks
+    )
+    return renamed, masks_of_run | carried_masks
+
+
 def as_in_model(
     model: PreTrainedModel,
     operators: Iterable[LinearOperator],
@@ -86,7 +119,7 @@ def as_in_model(
             by_stored_name[names[weight].name] = operator
 
     in_model = {}
-    for entry in report.operators:
+    for entry in report.masked:
         stored_operator = by_stored_name.get(entry.name)
         if stored_operator is None:
             raise ValueError(
@@ -101,5 +134,4 @@ def as_in_model(
         in_model[entry.name] = StoredName(
             f"{stored_operator.name}.weight", stored_operator.transposed
         )
-    entries, masks_in_model = as_stored(report.operators, masks, in_model)
-    return dataclasses.replace(report, operators=entries), masks_in_model
+    return report_as_stored(report, masks, in_model)

@@ -29,7 +29,7 @@ from optimum_fista.folder.checkpoint import (
     REPORT_FILE,
     VOCABULARY_FILE,
 )
-from optimum_fista.folder.naming import as_stored, operators_by_weight
+from optimum_fista.folder.naming import operators_by_weight, report_as_stored
 from optimum_fista.model.offload import describe_ties, stored_tensor
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.report import PruningReport
@@ -98,16 +98,15 @@ def write_checkpoint(
         OSError: If a file can't be written.
     """
     operators_of_model = operators_by_weight(model, report)
-    operators = [operators_of_model[entry.name] for entry in report.operators]
+    operators = [operators_of_model[entry.name] for entry in report.masked]
     for operator in operators:
         _require_zeros(operator, masks[f"{operator.name}.weight"])
 
-    stored_reports, stored_masks = as_stored(
-        report.operators, masks, stored_names(model, operators)
-    )
+    names = stored_names(model, operators)
+    report, stored_masks = report_as_stored(report, masks, names)
     earlier_summary = getattr(model.config, CONFIG_KEY, None) or {}
     was_retrained = report.retrained or bool(earlier_summary.get("retrained"))
-    report = dataclasses.replace(report, operators=stored_reports, retrained=was_retrained)
+    report = dataclasses.replace(report, retrained=was_retrained)
     forget_gguf(model)
 
     source = local_source(model)
@@ -296,7 +295,10 @@ def summary(report: PruningReport) -> dict[str, Any]:
     values: dict[str, Any] = {"format": MASKS_FORMAT}
     for key in ("method", "pattern", "sparsity", "error_correction"):
         values[key] = report.config[key]
-    for key in ("num_operators", "num_zeros", "mean_fit_error", "mean_output_error"):
+    values["num_operators"] = totals["num_operators"]
+    # with those of earlier runs whose masks were carried
+    values["num_zeros"] = report.num_zeros
+    for key in ("mean_fit_error", "mean_output_error"):
         values[key] = totals[key]
     values["masks"] = MASKS_FILE
     values["report"] = REPORT_FILE

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from optimum_fista.folder.naming import as_stored
+from optimum_fista.folder.naming import report_as_stored
 from optimum_fista.folder.output import install
 from optimum_fista.folder.packed_folder import packed_settings
 from optimum_fista.folder.writing import write_all_but_weights
@@ -227,6 +227,8 @@ class FileSink(Sink):
         report.operators = []
         report.layers = []
         report.left_dense = {}
+        report.carried = []
+        report.lost_masks = []
         for layer in layers.values():
             report.add(layer.record)
         report.seconds["total"] = self._seconds_before + time.perf_counter() - started
@@ -242,10 +244,8 @@ class FileSink(Sink):
         masks = {
             name: mask for index in layers for name, mask in self._journal.masks(index).items()
         }
-        operators, masks = as_stored(
-            report.operators, plan.removal.renamed(masks), self._shards.names
-        )
-        report = replace(report, operators=operators)
+        names = self._shards.names | plan.removal.names_of_carried(report)
+        report, masks = report_as_stored(report, plan.removal.renamed(masks), names)
         is_packed = self._output.packed
         copy_source(self._source.folder, folder)  # before our own files, which replace some of them
         write_all_but_weights(

@@ -117,6 +117,7 @@ def prune_layers(
                         seconds=time.perf_counter() - started,
                         dense_sha256=dense_sha256,
                     )
+                    layer_record = plan.removal.carry_masks(layer, layer_record, sink)
                     report.add(layer_record)
                     is_carried = plan.config.correction.carry == "full" and index < last_pruned
                     states = calibration.states if is_carried else None

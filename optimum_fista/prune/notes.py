@@ -69,12 +69,20 @@ def begin_report(plan: Plan) -> PruningReport:
 def _earlier_run(plan: Plan) -> list[str]:
     """Say that the model has zeros of an earlier run, if it has; one that removed tokens leaves none."""
     earlier = getattr(plan.layers.model.config, "fista_pruning", None)
-    if not isinstance(earlier, dict) or str(earlier.get("pattern")).startswith("vocab:"):
+    if not isinstance(earlier, dict):
         return []
+    removed_tokens = str(earlier.get("pattern")).startswith("vocab:")
+    if removed_tokens and not earlier.get("num_zeros"):
+        return []
+    # If parts are removed, the report says at the end which zeros were overwritten.
+    overwritten = (
+        ""
+        if plan.removal.removed_parts
+        else ", and zeros outside of the new pattern may be overwritten"
+    )
     return [
         f"the model was pruned before ({earlier.get('method')}, {earlier.get('pattern')}, "
-        f"{earlier.get('num_zeros')} zeros): errors are measured against it as it is, and zeros outside of the new "
-        "pattern may be overwritten."
+        f"{earlier.get('num_zeros')} zeros): errors are measured against it as it is{overwritten}."
     ]
 
 

@@ -13,9 +13,12 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from optimum_fista import internals
 from optimum_fista.config import FistaPruningConfig
+from optimum_fista.folder.checkpoint import CONFIG_KEY
+from optimum_fista.folder.naming import operators_by_weight
 from optimum_fista.memory import is_out_of_memory
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.choice import choose_operators, find_operators
@@ -25,6 +28,7 @@ from optimum_fista.model.inputs import HiddenStates, LayerActivations
 from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.operators import Group, LinearOperator
 from optimum_fista.model.sensitivity import DenseLoss
+from optimum_fista.removal.earlier_masks import EarlierMasks
 from optimum_fista.removal.experts import SmallerMixture, experts_of, experts_to_keep, score_experts
 from optimum_fista.removal.layers import choose_layers
 from optimum_fista.removal.parts import (
@@ -48,6 +52,7 @@ from optimum_fista.report import (
 from optimum_fista.solve.method import METHODS
 from optimum_fista.solve.pattern import SparsityPattern, pack_mask, unpack_mask
 from optimum_fista.solve.patterns import Columns
+from optimum_fista.source.names import StoredName, stored_names
 
 T = TypeVar("T")
 Operators = Mapping[
@@ -160,6 +165,20 @@ class Removal:
         """Return the tensors of a pruned decoder layer in their smaller form, by their new names."""
         return tensors
 
+    def carry_masks(
+        self, layer: nn.Module, record: LayerRecord, sink: PrunedWeights
+    ) -> LayerRecord:
+        """Carry masks of an earlier run through the removal of parts; see `earlier_masks`.
+
+        `layer` is pruned and on its device, and `record` is its report. The masks are added to those of the sink.
+        Returns the record, with what became of them.
+        """
+        return record
+
+    def names_of_carried(self, report: PruningReport) -> dict[str, StoredName]:
+        """Names in the checkpoint of the weights whose masks were carried, by their names in the pruned model."""
+        return {}
+
     def describe(self, report: PruningReport) -> None:
         """Write into the report of all decoder layers, and into the model's configuration, what was removed."""
 
@@ -180,6 +199,9 @@ class PartsRemoval(Removal):
     )
     columns: Shrinking  # a model that keeps all experts, for the proof of the other kinds
     experts: Shrinking  # a model that loses experts only, to run a decoder layer without them
+    earlier_masks: (
+        EarlierMasks | None
+    )  # of the run that the model comes from; None: there are none, or not known
     # Kinds of layers that are proved to return the same without removed groups; only this changes during the run.
     proven: set[object] = field(default_factory=set, compare=False)
 
@@ -225,6 +247,7 @@ class PartsRemoval(Removal):
                 part.number - part.kept for part in removed if part.share.kind == "layers"
             ),
             outline=outline,
+            earlier_masks=EarlierMasks.find(layers),
             counts=counts,
             smaller=smaller,
             columns=columns,
@@ -443,6 +466,26 @@ class PartsRemoval(Removal):
             }
         )
 
+    def carry_masks(
+        self, layer: nn.Module, record: LayerRecord, sink: PrunedWeights
+    ) -> LayerRecord:
+        """See `Removal.carry_masks`."""
+        if self.earlier_masks is None:
+            return record
+        kept = groups_kept([record.report], record.operators)
+        carried = self.earlier_masks.carried(record.report.name, layer, self.smaller, kept)
+        sink.masks.update(carried.masks)
+        return replace(record, carried=carried.operators, lost_masks=carried.lost)
+
+    def names_of_carried(self, report: PruningReport) -> dict[str, StoredName]:
+        """See `Removal.names_of_carried`. The smaller model decides, because experts have new numbers there."""
+        if not report.carried:
+            return {}
+        smaller = self.smaller.model
+        internals.copy_weight_conversions(self.layers.model, smaller)
+        operators = operators_by_weight(smaller, report)
+        return stored_names(smaller, [operators[entry.name] for entry in report.carried])
+
     def describe(self, report: PruningReport) -> None:
         """Give what is left the names of the smaller model, and count its parameters; see `Removal.describe`."""
         layers, report.layers = report.layers, []
@@ -459,6 +502,11 @@ class PartsRemoval(Removal):
             replace(o, name=self.new_name(o.name) or o.name) for o in report.operators
         ]
         report.left_dense = self.renamed(report.left_dense)
+        report.carried = [replace(o, name=self.new_name(o.name) or o.name) for o in report.carried]
+        report.lost_masks = [self.new_name(name) or name for name in report.lost_masks]
+        _warn_of_lost_masks(
+            report, self.layers.model.config, is_known=self.earlier_masks is not None
+        )
         self.layers.model.config = self.smaller.model.config
         report.model["parts_removed"] = [str(removed) for removed in self.removed_parts]
         report.model["dense_num_parameters"] = report.model["num_parameters"]
@@ -561,6 +609,27 @@ def _removal_of_zeros(layers: DecoderLayers, config: FistaPruningConfig) -> Remo
         left_dense=left_dense,
         channels=channels,
     )
+
+
+def _warn_of_lost_masks(report: PruningReport, config: PreTrainedConfig, is_known: bool) -> None:
+    """Warn in the report of zeros of an earlier run, named in the model's configuration, whose masks are not carried.
+
+    `is_known` says whether the masks were found.
+    """
+    earlier = getattr(config, CONFIG_KEY, None) or {}
+    num_zeros = earlier.get("num_zeros") or 0
+    if report.lost_masks:
+        names = first_names([name.removesuffix(".weight") for name in report.lost_masks])
+        report.warn(
+            f"weights of {len(report.lost_masks)} operators were fitted anew, which overwrote their zeros of an "
+            f"earlier run ({earlier.get('pattern')}): {names}. Pass a method that changes no weights, such as "
+            "method='wanda' and residual_correction=0, or remove parts first."
+        )
+    elif num_zeros and not is_known:
+        report.warn(
+            f"the masks of an earlier run ({earlier.get('pattern')}, {num_zeros:,} zeros) are not known, so they are "
+            "not carried: prune the folder that the earlier run has saved."
+        )
 
 
 def _plan_fewer_experts(

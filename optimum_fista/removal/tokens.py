@@ -43,6 +43,7 @@ from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.media import media_arguments
 from optimum_fista.origin import read_origin
 from optimum_fista.public_names import public_name
+from optimum_fista.removal.earlier_masks import unchanged_masks
 from optimum_fista.removal.token_ids import (
     ChatTemplateError,
     configuration_files,
@@ -202,7 +203,7 @@ class TokensPlan:
             self.model,
             tokenizer=None,
             report=self.report,
-            masks={},
+            masks=unchanged_masks(self.source)[1],
             packed=None,
             quantized=self.quantized,
         )
@@ -372,6 +373,7 @@ def plan_counted(counted: CountedModel, config: FistaPruningConfig) -> TokensPla
     )
     if template_warning:
         report.warn(template_warning)
+    report.carried, _ = unchanged_masks(folder)
     _warn_of_rows(report, num_rows - len(tokens), counted.settings)
     num_seen = int(counted.counts[kept].count_nonzero())
     if request.share is not None and num_seen < 0.9 * len(kept):
@@ -601,16 +603,17 @@ def _described(counted: CountedModel, model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _warn_of_rows(report: PruningReport, num_without: int, settings: PreTrainedConfig) -> None:
-    """Warn in the report of rows without a token, and of masks of an earlier run that are lost."""
+    """Warn in the report of rows without a token, and of zeros of an earlier run whose masks are not known."""
     if num_without:
         num_rows = report.model["vocabulary"]["before"]
         report.warn(
             f"{num_without} of the {num_rows} rows of the embedding belong to no token: they go first."
         )
     earlier = getattr(settings, checkpoint.CONFIG_KEY, None) or {}
-    if earlier.get("num_zeros"):
+    if earlier.get("num_zeros") and not report.carried:
         report.warn(
-            f"the model was pruned before: {earlier['num_zeros']} zeros stay, but not their masks. Remove tokens first."
+            f"the model was pruned before: {earlier['num_zeros']} zeros stay, but their masks are not known. Pass the "
+            "folder that the earlier run has saved."
         )
 
 

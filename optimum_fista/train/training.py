@@ -341,7 +341,7 @@ def _assemble(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     masks: dict[str, Tensor] = {}
-    for entry in report.operators:
+    for entry in report.masked:
         operator = operators[entry.name]
         parameter = getattr(operator.owner, operator.tensor)
         name = names[id(parameter)]
