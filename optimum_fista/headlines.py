@@ -41,7 +41,11 @@ def title(report: PruningReport) -> str:
 
 
 def headlines(report: PruningReport) -> Iterator[Headline]:
-    """Give the numbers that come first, those of the whole model before those of operators."""
+    """Give the numbers that come first, those of the whole model before those of operators.
+
+    Args:
+        report: Of a finished run. Numbers that it lacks are left out.
+    """
     totals = report.totals
     if report.measured("pruned") is not None:
         yield _perplexity(report)
@@ -89,7 +93,11 @@ def headlines(report: PruningReport) -> Iterator[Headline]:
 
 
 def _perplexity(report: PruningReport) -> Headline:
-    """The perplexity of the result with the verdict, and those of the models to compare it with."""
+    """Show the perplexity of the result, the verdict, and the perplexities to compare it with.
+
+    Args:
+        report: Of a run that measured a perplexity.
+    """
     pruned = report.measured("pruned")
     assert pruned is not None
     remarks = [report.verdict, *perplexities_to_compare(report)]
@@ -101,7 +109,13 @@ def _perplexity(report: PruningReport) -> Headline:
 
 
 def perplexities_to_compare(report: PruningReport) -> list[str]:
-    """Say the perplexity of the dense model, and that of the model this run began with, if it was pruned already."""
+    """Say what the perplexity of the result is to be compared with, in one or two pieces of a sentence.
+
+    These are the perplexity of the first model, called dense, and that of the given model if it was pruned already.
+
+    Args:
+        report: Of a run that measured a perplexity.
+    """
     first = report.first_perplexity
     given = report.measured("dense")
     pruned = report.measured("pruned")
@@ -122,7 +136,11 @@ def perplexities_to_compare(report: PruningReport) -> list[str]:
 
 
 def perplexity_line(report: PruningReport) -> str:
-    """Say in one line of the terminal what the perplexity was before and after, and the verdict."""
+    """Say in one line of the terminal what the perplexity was before and after, and the verdict.
+
+    Args:
+        report: Of a run that measured a perplexity.
+    """
     first = report.first_perplexity
     given = report.measured("dense")
     pruned = report.measured("pruned")
@@ -162,9 +180,11 @@ def step_rows(report: PruningReport) -> list[tuple[str, str, str, str, str]]:
     unknown = "not measured" if report.perplexity is None else "not known on this text"
 
     def perplexity_text(measured: MeasuredPerplexity | None) -> str:
+        """Write a cell of the last column."""
         return unknown if measured is None else f"{measured.perplexity:.2f}"
 
     def parameters_text(number: int | None) -> str:
+        """Write a cell of the last column but one."""
         return "not known" if number is None else f"{number:,}"
 
     name = first.name or "the first model, whose name is not known"
@@ -185,7 +205,7 @@ def step_rows(report: PruningReport) -> list[tuple[str, str, str, str, str]]:
 
 
 def _removed(report: PruningReport) -> Headline:
-    """How much of the first model is gone."""
+    """Show how much of the first model is gone, after all runs."""
     remaining = report.model["num_parameters"]
     first = report.first_model.num_parameters
     if first is None:
@@ -204,7 +224,11 @@ def _removed(report: PruningReport) -> Headline:
 
 
 def _errors(report: PruningReport) -> Iterator[Headline]:
-    """Errors of the operators."""
+    """Show the errors of the pruned operators.
+
+    Args:
+        report: Of a run that pruned at least one operator.
+    """
     totals = report.totals
     retraining = ", before retraining" if report.retrained else ""
     network = "dense network" if report.origin is None else "network that this run began with"

@@ -12,6 +12,7 @@ class OperatorGrid:
     """Operators by decoder layer (rows) and kind (columns); the experts of a mixture share a kind."""
 
     def __init__(self, operators: Iterable[OperatorReport]) -> None:
+        """Sort the operators of a report, which are in pruning order, into cells."""
         # By layer and kind; no list is empty.
         self.cells: dict[tuple[str, str], list[OperatorReport]] = {}
         # By kind, layer by layer.

@@ -184,7 +184,7 @@ class RecoveryReport:
     seconds: float
 
     def __str__(self) -> str:
-        """One line for people."""
+        """Describe the recovery in one line: loss before and after it on its own held-out text, training, teacher."""
         perplexity_before = math.exp(self.held_out_loss_before)
         perplexity = math.exp(self.held_out_loss)
         sequences, length = self.calibration["held_out"], self.calibration["sequence_length"]
@@ -335,7 +335,11 @@ class PruningReport:
         return dataclasses.replace(self.first_model, steps=[*self.first_model.steps, step])
 
     def measured(self, network: str) -> MeasuredPerplexity | None:
-        """The perplexity of the model that this run was given ("dense") or of its result ("pruned"), if it is known."""
+        """Return one perplexity of this run with the text that it was measured on; `None` if it was not measured.
+
+        Args:
+            network: "dense": of the given model; "pruned": of the result.
+        """
         measured = self.perplexity or {}
         if network not in measured:
             return None
@@ -361,7 +365,10 @@ class PruningReport:
 
     @property
     def perplexities_of_steps(self) -> list[MeasuredPerplexity | None]:
-        """The perplexity after each of `steps` on the text of this run; `None` if it is not known on this text."""
+        """The perplexity after each of `steps` on the text of this run, this run's own last.
+
+        `None` if it is not known on this text: an earlier run measured it on other tokens, or not at all.
+        """
         given = self.measured("dense")
         perplexities: list[MeasuredPerplexity | None] = []
         for step in self.first_model.steps:
@@ -378,7 +385,10 @@ class PruningReport:
 
     @property
     def verdict(self) -> str:
-        """How much worse the result is than the first model, in a few words; empty if no perplexity was measured."""
+        """How much worse the result is than the first model, in a few words such as "usable as it is".
+
+        Empty if no perplexity was measured. The reason, if it was measured and still says nothing.
+        """
         pruned = self.measured("pruned")
         if pruned is None:
             return ""
@@ -421,7 +431,10 @@ class PruningReport:
 
     @property
     def verdict_of_tokens(self) -> str:
-        """How much worse the model became when tokens were removed, in a few words; empty if that was not measured."""
+        """How much worse the given model became when this run removed tokens, in the words of `verdict`.
+
+        Empty if that was not measured, or if the run removed no tokens.
+        """
         bits = self.bits_per_byte
         if bits is None:
             return ""
@@ -473,7 +486,10 @@ class PruningReport:
 
     @property
     def _removed_in_all(self) -> str:
-        """How many parameters the first model has lost, in words."""
+        """How many parameters the first model has lost in all runs, in words.
+
+        If the size of the first model is not known, those that the given model has lost.
+        """
         remaining = self.model["num_parameters"]
         removed_now = self.totals["num_removed"]
         first = self.first_model.num_parameters
@@ -507,7 +523,10 @@ class PruningReport:
 
     @property
     def totals(self) -> dict[str, Any]:
-        """Sums and means over the pruned operators; an error that no operator has measured is `None`."""
+        """Sums and means over the pruned operators, by the names that they have in `fista/report.json`.
+
+        An error that no operator has measured is `None`.
+        """
         num_parameters = self.model["num_parameters"]
         num_weights = sum(o.shape[0] * o.shape[1] for o in self.operators)
         num_zeros = num_weights - sum(o.num_kept for o in self.operators)
@@ -550,7 +569,10 @@ class PruningReport:
         return held_out / fitted if fitted else None
 
     def command(self) -> str:
-        """The command that prunes the same model in the same way; a word in capitals stands for an unknown name."""
+        """Write the command that prunes the given model in the same way.
+
+        A word in capitals stands for an unknown name. The command reads the configuration from this report.
+        """
         num_tokens = self.calibration["num_tokens"]
         num_sequences = self.calibration["num_sequences"]
         words = ["optimum-fista", "prune", self.model.get("name") or "MODEL", "--output", "DIR"]
@@ -589,7 +611,7 @@ class PruningReport:
         return report
 
     def __str__(self) -> str:
-        """A few lines for people."""
+        """Describe the run in one line, as the terminal prints it: what was removed, errors of the operators, time."""
         totals = self.totals
         duration = f"{self.seconds.get('total', 0.0):.1f} s"
         if self.removed and not self.operators:
@@ -673,4 +695,5 @@ def lines_of_unplaced(copied: Mapping[str, int], lacks: Mapping[str, str]) -> li
     if lacks:
         shown = ", ".join(f"{module} ({reason})" for module, reason in lacks.items())
         lines.append(f"not in the pruned model: {shown}")
-    return lines
+    # Names of modules are those of tensors in files, which anybody may have written.
+    return [plain_text(line) for line in lines]

@@ -4,7 +4,7 @@ import json
 import pytest
 from small_reports import operator, report
 
-from optimum_fista.report import PruningReport, words_of_pattern
+from optimum_fista.report import PruningReport, lines_of_unplaced, words_of_pattern
 
 TWO = report(
     operator("layers.0.up.weight"),
@@ -142,3 +142,5 @@ def test_control_characters_of_others_are_spelled_out():
     assert found.left_dense == {r"a\x9b": r"b\x07"}
     with pytest.warns(UserWarning, match=r"a\\x1bb"):
         found.warn("a\x1bb")
+    (line,) = lines_of_unplaced({"mtp\x1b": 3}, {})
+    assert line.endswith(r"are copied: mtp\x1b (3)")

@@ -152,7 +152,13 @@ def _checked_log_likelihood(model: PreTrainedModel, ids: torch.Tensor, first: in
 
 
 def _negative_log_likelihood(model: PreTrainedModel, ids: torch.Tensor, first: int) -> float:
-    """Sum of -log p over the predicted tokens of `ids` [B, T], whose first row is window number `first`."""
+    """Run the model and sum -log p over the predicted tokens, in float64.
+
+    Args:
+        model: In evaluation mode.
+        ids: int64 [B, T], on the model's device.
+        first: Number of the first window, for errors.
+    """
     logits = model(input_ids=ids, use_cache=False).logits  # [B, T, vocabulary]
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
     last = ids.shape[1] - 1  # nothing comes after the last position, so it predicts nothing

@@ -342,7 +342,12 @@ def _verify_vocabulary(folder: Path, *, num_kept: int, num_rows: int) -> None:
 
 
 def _described_model(folder: Path, class_name: str) -> PreTrainedModel | None:
-    """The model without weights that `config.json` describes; `None` if Transformers can't make one of this class."""
+    """Make the model that `config.json` describes, without weights; `None` if Transformers can't make it.
+
+    Args:
+        folder: The pruned folder.
+        class_name: Name of the model's class by the report, such as "LlamaForCausalLM".
+    """
     model_class = getattr(transformers, class_name, None)
     if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
         return None

@@ -119,7 +119,13 @@ def loading_class(model_class: str, model_type: str | None) -> LoadingClass:
 
 
 def _metadata(report: PruningReport, loading: LoadingClass, dense: str) -> ModelCardData:
-    """Metadata for the Hub's search and its tree of models."""
+    """Make the metadata for the Hub's search and its tree of models.
+
+    Args:
+        report: Report of the run.
+        loading: How Transformers loads the result.
+        dense: Folder or Hub id of the given model.
+    """
     inherited = _card_metadata(dense)
     first = report.first_model.name
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", first) is not None
@@ -141,7 +147,11 @@ def _metadata(report: PruningReport, loading: LoadingClass, dense: str) -> Model
 
 
 def _card_metadata(model: str) -> dict[str, Any]:
-    """Metadata of a model's own card, in its folder or in the cache of the Hub; empty if it can't be read."""
+    """Read the metadata of a model's own card, without asking the Hub; empty if there is none that can be read.
+
+    Args:
+        model: Folder, or Hub id whose files may be in the cache; empty if the model has no name.
+    """
     if not model:
         return {}
     try:

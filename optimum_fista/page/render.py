@@ -51,7 +51,11 @@ def read_pruned_report(folder: Path) -> PruningReport:
 
 
 def render_page(report: PruningReport) -> str:
-    """Return the HTML of the page; everything that comes from files is escaped."""
+    """Return the HTML of the page; everything that comes from files is escaped.
+
+    Args:
+        report: As `read_pruned_report` returns it.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # names and messages come from files of others
