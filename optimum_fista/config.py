@@ -2,7 +2,8 @@
 
 `options.py` declares each option with its type, choices and limits. This module says what the options mean together:
 which pattern an operator gets, which defaults a method has, and which options contradict each other. A configuration
-is frozen, and JSON keeps it unchanged: a report, a card and a resumed run have the same one.
+is frozen, and JSON keeps it unchanged: a report, a card and a resumed run have the same one. This module does not load
+Transformers, so that the command line refuses wrong options quickly.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from optimum_fista import internals
-from optimum_fista.model.choice import matches
-from optimum_fista.model.correction import Correction
 from optimum_fista.options import PruningOptions, wrong_field
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.methods import create_method, method_class
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.patterns import WholeParts, parse_pattern
 from optimum_fista.tokens_removal import TokensRemoval
+from optimum_fista.wildcards import matches
+
+if TYPE_CHECKING:
+    from optimum_fista.model.correction import Correction
 
 # The published settings of FISTAPruner (arXiv 2408.03728, section 4); others have the defaults of `Fista`.
 _PAPER = {"patience": 3, "max_trials": 30, "rounding_share": 0.3, "refit_iterations": 0}
@@ -50,49 +52,59 @@ class FistaPruningConfig(PruningOptions):
     """Options of a pruning run, checked when constructed; `PruningOptions` declares and explains them."""
 
     def __post_init__(self) -> None:
-        for name in ("include", "exclude", "keep_tokens"):
-            value = getattr(self, name)
-            if isinstance(value, Iterable):  # other types are refused below
-                object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        for name in ("method_options", "overrides"):  # copies: the caller may change theirs
-            if isinstance(value := getattr(self, name), Mapping):
-                object.__setattr__(self, name, dict(value))
+        """Check all options; sets `sparsity` to that of the pattern, and sequences and mappings to copies."""
+        self._detach_from_caller()
         if wrong := wrong_field(self):
             raise ValueError(wrong)
         if self.tokens_removal is not None:
             self._require_tokens_only(self.tokens_removal)
             return
-        usual, parts = self._usual_pattern, self.whole_parts
-        object.__setattr__(self, "sparsity", usual.sparsity)
-        loses_experts = parts is not None and any(part.kind == "experts" for part in parts.shares)
-        ordered = (
-            usual.span is not None and usual.width == 1
-        )  # which weights compete depends on the inputs' order
-        whole = parts is not None, "whole parts are removed: pass only one of them"
-        # option: whether it would change nothing, and what to do instead
-        idle = {
-            "scope": (usual.fixed and not self.overrides, "pass only one of them"),
-            **dict.fromkeys(("include", "exclude", "overrides"), whole),
-            "keep_tokens": (True, "leave it out, or pass a pattern such as 'vocab:0.35'"),
-            "expert_refit": (
-                not loses_experts,
-                "leave it out, or pass a pattern such as 'experts:0.25'",
-            ),
-            "reorder_channels": (not ordered, "leave it out, or pass a pattern such as '2:4'"),
-        }
-        for name, (changes_nothing, advice) in idle.items():
-            value = getattr(self, name)
-            if changes_nothing and value != getattr(_DEFAULTS, name):
-                raise ValueError(
-                    f"{name}={value!r} has no meaning for pattern={self.pattern!r}: {advice}."
-                )
+        object.__setattr__(self, "sparsity", self._usual_pattern.sparsity)
+        self._require_meaning()
         method = self.create_method("")  # this checks the options of the method
-        method.require_pattern(usual)
+        method.require_pattern(self._usual_pattern)
         for pattern, value in self.overrides.items():
             try:
                 method.require_pattern(self._pattern_of(value))
             except ValueError as error:
                 raise ValueError(f"overrides[{pattern!r}]: {error}") from error
+
+    def _detach_from_caller(self) -> None:
+        """Copy what the caller may change later; one text becomes a tuple of one. Other types stay for the check."""
+        for name in ("include", "exclude", "keep_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                object.__setattr__(self, name, (value,))
+            elif isinstance(value, Iterable):
+                object.__setattr__(self, name, tuple(value))
+        for name in ("method_options", "overrides"):
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                object.__setattr__(self, name, dict(value))
+
+    def _require_meaning(self) -> None:
+        """Refuse options that would change nothing for this pattern."""
+        pattern = self._usual_pattern
+        parts = self.whole_parts
+        advice: dict[str, str] = {
+            "keep_tokens": "leave it out, or pass a pattern such as 'vocab:0.35'"
+        }
+        if pattern.fixed and not self.overrides:
+            advice["scope"] = "pass only one of them"
+        if parts is not None:
+            for name in ("include", "exclude", "overrides"):
+                advice[name] = "whole parts are removed: pass only one of them"
+        if parts is None or all(part.kind != "experts" for part in parts.shares):
+            advice["expert_refit"] = "leave it out, or pass a pattern such as 'experts:0.25'"
+        # The order of the channels matters only if single weights compete with their neighbours.
+        if pattern.span is None or pattern.width != 1:
+            advice["reorder_channels"] = "leave it out, or pass a pattern such as '2:4'"
+        for name, instead in advice.items():
+            value = getattr(self, name)
+            if value != getattr(_DEFAULTS, name):
+                raise ValueError(
+                    f"{name}={value!r} has no meaning for pattern={self.pattern!r}: {instead}."
+                )
 
     @classmethod
     def paper(
@@ -119,17 +131,20 @@ class FistaPruningConfig(PruningOptions):
     def create_method(self, model_type: str) -> PruningMethod:
         """Create the method with its options; `model_type` (as in a model's config) decides `warm_start="auto"`."""
         options = dict(self.method_options)
-        named = ("max_iterations", "tolerance", "warm_start")
-        options |= {name: value for name in named if (value := getattr(self, name)) is not None}
-        if (
-            options.get("warm_start") == "auto"
-        ):  # as published: FISTAPruner starts OPT from SparseGPT, Llama from Wanda
+        for name in ("max_iterations", "tolerance", "warm_start"):
+            value = getattr(self, name)
+            if value is not None:
+                options[name] = value
+        if options.get("warm_start") == "auto":
+            # As published: FISTAPruner starts OPT from SparseGPT, Llama from Wanda.
             options["warm_start"] = "sparsegpt" if model_type == "opt" else "wanda"
         try:
             method = create_method(self.method, **options)
             wrong = wrong_field(method)
         except TypeError as error:  # the method compared text or None with a number
-            wrong = f"method_options={options!r}: pass numbers where method {self.method!r} takes them ({error})."
+            raise ValueError(
+                f"method_options={options!r}: pass numbers where method {self.method!r} takes them ({error})."
+            ) from error
         if wrong is not None:
             raise ValueError(wrong)
         return method
@@ -165,9 +180,10 @@ class FistaPruningConfig(PruningOptions):
     def idle_patterns(self, names: Sequence[str]) -> Iterator[str]:
         """Say which name patterns match none of these linear operators, such as patterns that end with ".weight"."""
         for option in ("include", "exclude", "overrides"):
-            idle = [
-                p for p in getattr(self, option) if not any(matches(name, (p,)) for name in names)
-            ]
+            idle = []
+            for pattern in getattr(self, option):
+                if not any(matches(name, (pattern,)) for name in names):
+                    idle.append(pattern)
             if idle:
                 shown = ", ".join(map(repr, idle))
                 yield f"{option}: {shown} matches no linear operator of the decoder layers: {names[0]!r} is one."
@@ -196,14 +212,19 @@ class FistaPruningConfig(PruningOptions):
     @classmethod
     def from_pretrained(cls, source: str | Path) -> FistaPruningConfig:
         """Read a configuration: of a pruned folder or Hub id, a folder of `save_pretrained`, or a JSON file."""
+        from transformers.utils import cached_file
+
         file = Path(source)
         if not file.is_file():
-            found = (internals.cached_file_if_any(str(source), name) for name in _FILES)
-            if (name := next(filter(None, found), None)) is None:
+            for name in _FILES:
+                path = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)
+                if path is not None:
+                    file = Path(path)
+                    break
+            else:
                 raise FileNotFoundError(
                     f"{str(source)!r} holds neither {' nor '.join(_FILES)}: pass a pruned folder."
                 )
-            file = Path(name)
         try:
             values = json.loads(file.read_bytes())
         except ValueError as error:
@@ -230,6 +251,9 @@ class FistaPruningConfig(PruningOptions):
     @cached_property
     def correction(self) -> Correction:
         """`error_correction` and `residual_correction`; the method's own values if they are `None`."""
+        # It imports Transformers, which takes seconds: a configuration alone does not need it.
+        from optimum_fista.model.correction import Correction
+
         chosen = self.resolved()
         assert chosen.error_correction is not None
         return Correction.parse(chosen.error_correction, chosen.residual_correction or 0.0)
@@ -237,11 +261,12 @@ class FistaPruningConfig(PruningOptions):
     def shares_budget(self, name: str) -> bool:
         """Whether the operator called `name` takes part in the allocation of zeros."""
         allocation = self.allocation or method_class(self.method).defaults.allocation
-        allocated = (
-            allocation == "fisher" and not self._usual_pattern.fixed
-        )  # 2:4 leaves nothing to share out
-        # an override is a number of zeros that the user has chosen
-        return allocated and not any(matches(name, (pattern,)) for pattern in self.overrides)
+        if allocation != "fisher":
+            return False
+        if self._usual_pattern.fixed:
+            return False  # 2:4 leaves nothing to share out
+        # An override is a number of zeros that the user has chosen.
+        return not matches(name, tuple(self.overrides))
 
     @cached_property
     def _usual_pattern(self) -> SparsityPattern:

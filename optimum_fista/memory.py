@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+# The control group of the process (Linux, version 2); containers have one of their own.
 _GROUP = Path("/sys/fs/cgroup")
-_WORTH_A_SEARCH = (
-    2**20
-)  # bytes of weights: looking for cycles takes longer than pruning a toy model
-_LIBRARY: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+# Bytes of weights: in a smaller model, looking for cycles of objects takes longer than pruning.
+_WORTH_A_SEARCH = 2**20
+_LIBRARY: Any = ctypes.CDLL(None) if sys.platform == "linux" else None  # the C library
 _EXHAUSTED = (
     "out of memory",  # CUDA, ROCm, XPU, MPS
     "_status_alloc_failed",  # cuBLAS, cuSOLVER, cuDNN, hipBLAS
@@ -50,26 +50,27 @@ def available_bytes(device: torch.device) -> int | None:
     version 2; containers) may use less. `None` if the device does not say, or is not in this machine.
     """
     if device.type == "cpu":
-        left = psutil.virtual_memory().available
-        with suppress(
-            OSError, ValueError, KeyError
-        ):  # there is no such group, or it has no limit ("max")
-            limit, used = (
-                int((_GROUP / f"memory.{name}").read_text()) for name in ("max", "current")
-            )
-            pages = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
-            left = min(
-                left, max(0, limit - used + int(pages["inactive_file"]))
-            )  # pages of files can be dropped
-        return left
+        return _available_on_host()
     counts = device_counts(device)
     if counts is None or not hasattr(counts, "mem_get_info") or not counts.is_available():
         return None
-    return (
-        counts.mem_get_info(device)[0]
-        + counts.memory_reserved(device)
-        - counts.memory_allocated(device)
-    )
+    free, _ = counts.mem_get_info(device)
+    unused = counts.memory_reserved(device) - counts.memory_allocated(device)
+    return free + unused
+
+
+def _available_on_host() -> int:
+    """Bytes that the system or the control group can give, the smaller of both."""
+    available = psutil.virtual_memory().available
+    # There may be no such group, or it has no limit ("max").
+    with suppress(OSError, ValueError, KeyError):
+        limit = int((_GROUP / "memory.max").read_text())
+        used = int((_GROUP / "memory.current").read_text())
+        lines = (_GROUP / "memory.stat").read_text().splitlines()
+        statistics = dict(line.split() for line in lines)
+        pages_of_files = int(statistics["inactive_file"])  # the system can drop them
+        available = min(available, max(0, limit - used + pages_of_files))
+    return available
 
 
 def size_text(count: float) -> str:
@@ -80,7 +81,7 @@ def size_text(count: float) -> str:
 def total_bytes() -> int:
     """Bytes of the machine's memory, or fewer if the process's control group may never use as many."""
     total = psutil.virtual_memory().total
-    with suppress(OSError, ValueError):  # as above
+    with suppress(OSError, ValueError):  # no group, or no limit
         total = min(total, int((_GROUP / "memory.max").read_text()))
     return total
 
@@ -95,31 +96,27 @@ def device_counts(device: torch.device) -> Any:
 class MemoryPeak:
     """Largest memory of a process, in bytes."""
 
-    resident_bytes: (
-        int  # all that is in physical memory, with pages of files that are read or mapped
-    )
-    anonymous_bytes: int | None = (
-        None  # what no file backs, so that the system can't drop it; None if unknown
-    )
-    device_bytes: int | None = (
-        None  # tensors on the accelerator; None on the CPU, and if PyTorch does not count them
-    )
+    # all that is in physical memory, with pages of files that are read or mapped
+    resident_bytes: int
+    # what no file backs, so that the system can't drop it; None if unknown
+    anonymous_bytes: int | None = None
+    # tensors on the accelerator; None on the CPU, and if PyTorch does not count them
+    device_bytes: int | None = None
 
 
 @contextmanager
 def watched_memory(device: torch.device) -> Iterator[MemoryPeak]:
-    """Watch this process; the largest values are known afterwards.
+    """Watch this process in a thread of its own, 50 times a second; the largest values are known afterwards.
 
     PyTorch's exact count on an accelerator (`torch.cuda.max_memory_allocated` and its like) starts again with it.
     """
-    peak, counts, process, ended = (
-        MemoryPeak(0),
-        device_counts(device),
-        psutil.Process(),
-        threading.Event(),
-    )
+    peak = MemoryPeak(0)
+    counts = device_counts(device)
+    process = psutil.Process()
+    ended = threading.Event()
 
     def watch() -> None:
+        """Raise the peak to what the process holds, until the end and once after it."""
         is_last = False
         while not is_last:
             is_last = ended.is_set()
@@ -150,7 +147,8 @@ def release_memory(of: nn.Module | None = None, *, collect: bool = False) -> Non
     unused remains of the operators before, of other sizes. With `collect`, or after work on a module that is not tiny,
     unused cycles of Python objects are freed first, and the accelerator's cache is emptied.
     """
-    if collect or (of is not None and sum(p.nbytes for p in of.parameters()) >= _WORTH_A_SEARCH):
+    is_large = of is not None and sum(p.nbytes for p in of.parameters()) >= _WORTH_A_SEARCH
+    if collect or is_large:
         gc.collect()
         if torch.accelerator.is_available():
             torch.get_device_module().empty_cache()

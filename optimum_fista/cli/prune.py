@@ -128,11 +128,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     require_name(arguments.model)  # before the imports below, which take seconds
     from optimum_fista.cli.prune_request import PruneRequest
-    from optimum_fista.cli.target_size import plan_size
     from optimum_fista.config import FistaPruningConfig
 
     tokens_first = None
     if arguments.target_size is not None:
+        from optimum_fista.cli.target_size import plan_size
+
         size = plan_size(arguments)
         print(*size.lines(), sep="\n", file=sys.stdout if arguments.dry_run else sys.stderr)
         tokens_first = size.tokens

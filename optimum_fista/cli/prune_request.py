@@ -93,32 +93,39 @@ class PruneRequest:
         return replace(self, model=model)
 
     def require_possible(self) -> None:
-        """Refuse flags that can't work, with the flag's name; reads neither the model nor the text."""
-        from optimum_fista.devices import storage_place, usable_device
-        from optimum_fista.folder.hub import require_push
-        from optimum_fista.folder.output import require_output
-        from optimum_fista.prune.ranks import launched_processes, require_independent_layers
-        from optimum_fista.removal.parts_removal import require_zeros_to_pack
-        from optimum_fista.text.sources import require_source
+        """Refuse flags that can't work, with the flag's name; reads neither the model nor the text.
 
+        Imports stand before the check that needs them: Transformers, which takes seconds, is needed last.
+        """
         if Path(self.model).is_file() and Path(self.model).suffix == ".json":
             raise ValueError(
                 f"MODEL {self.model!r} is a configuration without weights: pass its folder, or --dry-run too."
             )
         self.require_sizes()
         self.require_one_source()
-        require_independent_layers(self.config, launched_processes())
-        require_zeros_to_pack(self.config, self.packed)
+        if self.private and not self.push_to_hub:
+            raise ValueError("--private makes sense with --push-to-hub REPO only.")
+
+        from optimum_fista.folder.output import require_output
+        from optimum_fista.text.sources import require_source
+
         require_output(self.output, self.overwrite, source=self.model)
         has_images = False
-        if self.source not in (None, "self"):
-            has_images = require_source(str(self.source), with_images=True)
+        for source in self.sources:
+            if source != "self":
+                has_images = require_source(source, with_images=True) or has_images
+
+        from optimum_fista.devices import storage_place, usable_device
+        from optimum_fista.folder.hub import require_push
+        from optimum_fista.prune.ranks import launched_processes, require_independent_layers
+        from optimum_fista.removal.parts_removal import require_zeros_to_pack
+
         usable_device(self.device)
         storage_place(self.storage_device)
+        require_independent_layers(self.config, launched_processes())
+        require_zeros_to_pack(self.config, self.packed)
         if self.push_to_hub:
             require_push(self.push_to_hub)
-        elif self.private:
-            raise ValueError("--private makes sense with --push-to-hub REPO only.")
         if not self.overwrite:
             self._require_same_run(has_images)
 
@@ -163,12 +170,12 @@ def pattern_of_run(model: str, config: FistaPruningConfig) -> str:
 
     `model` is the name that the user gave. Its configuration is read, and refused if it can't lose these parts.
     """
+    if config.whole_parts is None:
+        return config.pattern
     from optimum_fista.model.layers import find_decoder_layers
     from optimum_fista.removal.parts import ModelOutline, removed_parts
     from optimum_fista.source.loading import described, read_config
 
-    if config.whole_parts is None:
-        return config.pattern
     outline = ModelOutline(find_decoder_layers(described(read_config(model))))
     return "+".join(removed.pattern for removed in removed_parts(outline, config.whole_parts))
 

@@ -5,7 +5,6 @@ as "model.layers.3.mlp.down_proj". An operator that is not pruned stays *dense*,
 """
 
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -15,6 +14,7 @@ from optimum_fista.model.experts import FusedExperts, can_be_split, is_fused_exp
 from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.offload import offload_hook
 from optimum_fista.model.operators import LINEAR, LinearOperator, require_finite
+from optimum_fista.wildcards import matches
 
 
 def find_operators(
@@ -108,8 +108,3 @@ def left_out(
             if isinstance(child, LINEAR) and child.weight.shape[0] in router_sizes:
                 reasons[f"{name}.{child_name}"] = "router"
     return reasons
-
-
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Tell whether `name` matches one of the shell-style patterns, case included."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)

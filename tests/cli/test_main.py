@@ -106,6 +106,32 @@ def test_a_report_is_written_without_transformers(pruned_folder, tmp_path):
     assert process.stdout.splitlines()[-1] == "loaded:", process.stderr
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--sparsity", "2"],
+        ["--num-samples", "0"],
+        ["--calibration", "nothing.txt"],
+        ["-o", "taken"],
+    ],
+)
+def test_flags_that_can_not_work_are_refused_without_transformers(flags, tiny_folder, tmp_path):
+    (tmp_path / "taken").touch()
+    command = ["prune", str(tiny_folder), *flags]
+    code = f"""if True:
+        import sys
+        from optimum_fista.cli.main import main
+        assert main({command!r}) == 1
+        print("loaded:", *sorted({{"transformers", "accelerate", "datasets"}} & set(sys.modules)))
+    """
+
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+
+    assert process.stdout == "loaded:\n", process.stderr
+
+
 @pytest.mark.parametrize("arguments", [["trim"], ["verify"]])
 def test_wrong_usage_exits_with_2(arguments, capsys):
     assert run(*arguments) == 2
