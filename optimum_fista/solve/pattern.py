@@ -83,8 +83,8 @@ class SparsityPattern(ABC):
         groups_of_row = columns // self.width
         if self.whole_columns:
             # the kept groups are rounded, as those of `PartShare`
-            kept = round((1 - self.sparsity) * groups_of_row)
-            return _Contests(number=1, groups=groups_of_row, removed=groups_of_row - kept)
+            num_kept = round((1 - self.sparsity) * groups_of_row)
+            return _Contests(number=1, groups=groups_of_row, removed=groups_of_row - num_kept)
 
         if self.span is not None:
             number = rows * (columns // self.span)
@@ -122,22 +122,24 @@ class SparsityPattern(ABC):
             # Rounded at both ends of the part, so that rounding errors of the parts cancel.
             zeros_before = round(zeros * first / all_columns)
             removed = round(zeros * (first + columns) / all_columns) - zeros_before
-        kept = contests.groups - removed
+        num_kept = contests.groups - removed  # groups of each contest
 
         if self.whole_columns:
             sums = torch.cat([self._scores(matrix[part], squared) for part in row_blocks(matrix)])
             scores = sums.sum(0, keepdim=True)  # [blocks, groups] -> [1, groups]
-            return keep_largest(scores, kept).repeat_interleave(self.width, dim=1).repeat(rows, 1)
+            return (
+                keep_largest(scores, num_kept).repeat_interleave(self.width, dim=1).repeat(rows, 1)
+            )
 
         if contests.number == 1:
             if self.width == 1:  # without a copy of the matrix
-                return keep_largest(matrix, kept)
+                return keep_largest(matrix, num_kept)
             scores = torch.cat([self._scores(matrix[part], squared) for part in row_blocks(matrix)])
-            mask = keep_largest(scores, kept)
+            mask = keep_largest(scores, num_kept)
         elif self.span is None:
             mask = torch.cat(
                 [
-                    keep_largest_in_rows(self._scores(matrix[part], squared), kept)
+                    keep_largest_in_rows(self._scores(matrix[part], squared), num_kept)
                     for part in row_blocks(matrix)
                 ]
             )
@@ -145,7 +147,7 @@ class SparsityPattern(ABC):
             mask = torch.cat(
                 [
                     keep_largest_in_groups(
-                        self._scores(matrix[part], squared), n=kept, m=contests.groups
+                        self._scores(matrix[part], squared), n=num_kept, m=contests.groups
                     )
                     for part in row_blocks(matrix)
                 ]
@@ -168,12 +170,10 @@ class SparsityPattern(ABC):
     def violation(self, mask: Tensor) -> str | None:
         """Say how `mask` [out, in] (True = kept) breaks the pattern; `None` if it keeps it."""
         rows, columns = mask.shape
-        kept = int(mask.sum())
+        num_kept = int(mask.sum())
         expected = self.num_kept(mask.shape)
-        if kept != expected:
-            return (
-                f"keeps {kept} weights, but {self} of {tuple(mask.shape)} keeps exactly {expected}"
-            )
+        if num_kept != expected:
+            return f"keeps {num_kept} weights, but {self} of {tuple(mask.shape)} keeps exactly {expected}"
 
         if self.width > 1 or self.whole_columns:  # a device is asked once more for it
             # The first weight of each group speaks for all of them; that of row 0 if groups have whole columns.

@@ -65,7 +65,9 @@ class RecoveryOptions:
     )
 
     def __post_init__(self) -> None:
-        if wrong := wrong_field(self):
+        """Refuse values of other types and beyond the limits of their fields."""
+        wrong = wrong_field(self)  # a whole sentence, or nothing
+        if wrong:
             raise ValueError(wrong)
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"learning_rate={self.learning_rate}: pass a positive number.")

@@ -252,10 +252,10 @@ def _kept_tokens_of(source: str, teacher: str, sizes: Mapping[str, int]) -> Tens
         return None
 
     teachers_folder = None if teachers_file is None else Path(teachers_file).parents[1]
-    kept = kept_tokens(Path(file).parents[1], teachers_folder)
-    if kept is None or len(kept) != sizes[source] or int(kept.max()) >= sizes[teacher]:
+    tokens = kept_tokens(Path(file).parents[1], teachers_folder)
+    if tokens is None or len(tokens) != sizes[source] or int(tokens.max()) >= sizes[teacher]:
         return None
-    return kept
+    return tokens
 
 
 def _sequence_length(wanted: int | None, configs: Mapping[str, PreTrainedConfig]) -> int:

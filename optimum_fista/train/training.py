@@ -407,8 +407,9 @@ def _require_no_other_zeros(
 ) -> None:
     """Refuse to train a model that was pruned several times if it has zeros that no mask covers.
 
-    The masks are those of the last run. `earlier_patterns` are those of the runs before, such as `["2:4"]`. Training
-    would fill the zeros of such a run, and nothing would say so.
+    The masks are those that `find_masks` found: of the last run, and of earlier runs if they were carried through it.
+    `earlier_patterns` are those of the runs before, such as `["2:4"]`. Training would fill the zeros of such a run, and
+    nothing would say so.
     """
     uncovered = 0
     weights = 0
@@ -426,7 +427,7 @@ def _require_no_other_zeros(
     if first_name and uncovered >= _SHARE_BY_CHANCE * weights:
         raise ValueError(
             f"{type(model).__name__} has {uncovered:,} zeros that no mask covers, such as those of {first_name}: an "
-            f"earlier run ({', '.join(earlier_patterns)}) set them, and the masks are those of the last run. Training "
-            "would fill them. Pass fill_zeros=True (--fill-zeros) to do so. To keep them, train norms alone "
+            f"earlier run ({', '.join(earlier_patterns)}) set them, and its masks for them are lost. Training would "
+            "fill them. Pass fill_zeros=True (--fill-zeros) to do so. To keep them, train norms alone "
             "(recover --train norms), or call masked_training(model) without masks, which keeps all zeros of now."
         )

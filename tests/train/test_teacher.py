@@ -6,14 +6,17 @@ import shutil
 
 import pytest
 import torch
+from quantized_models import auto_fp8_qwen3_moe, fp8_deepseek, mxfp4_gpt_oss
 from saved_models import prune_and_save
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
-from optimum_fista import recover
+from optimum_fista import FistaPruner, FistaPruningConfig, recover
 from optimum_fista.cli.main import main
 from optimum_fista.folder.checkpoint import REPORT_FILE, read_report
 from optimum_fista.train import recovery, teacher
+from optimum_fista.train.teacher import dense_sha256
 
 OPTIONS = {
     "tokens": 64,
@@ -185,3 +188,29 @@ def test_a_dense_model_in_a_folder_of_another_form_is_the_same_model(run, tiny_f
     found = run(teacher=shards)
 
     assert found.teacher == "shards"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss", "opt"])
+def test_files_have_the_digest_that_a_model_in_memory_had(family, tokens, tmp_path):
+    dense = tmp_path / "dense"
+    tiny_model(family).save_pretrained(dense)
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    pruner = FistaPruner(FistaPruningConfig(method="magnitude"), progress=False)
+    report = pruner.prune(model, tokens.split(4))
+
+    digest = dense_sha256(str(dense), report.model["dtype"], tmp_path / "offload")
+
+    assert digest == report.model["sha256"]
+
+
+@pytest.mark.parametrize("quantized", [fp8_deepseek, auto_fp8_qwen3_moe, mxfp4_gpt_oss])
+def test_a_quantized_model_has_the_digest_of_the_run_that_dequantized_it(
+    quantized, tokens, tmp_path
+):
+    source = quantized(tmp_path / "source")
+    pruner = FistaPruner(FistaPruningConfig(method="magnitude"), progress=False)
+    report = pruner.prune(source, tokens.split(4), output_dir=tmp_path / "out")
+
+    digest = dense_sha256(str(source), report.model["dtype"], tmp_path / "offload")
+
+    assert digest == report.model["sha256"]

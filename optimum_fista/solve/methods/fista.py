@@ -69,6 +69,7 @@ class Fista(PruningMethod):
     takes_columns: ClassVar[bool] = False  # the l1 norm makes single weights zero
 
     def __post_init__(self) -> None:
+        """Refuse options that make no sense."""
         if self.warm_start not in get_args(WarmStart):
             raise ValueError(
                 f"warm_start={self.warm_start!r}: pass one of {', '.join(get_args(WarmStart))}."

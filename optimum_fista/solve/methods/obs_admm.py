@@ -79,7 +79,9 @@ class ObsAdmm(PruningMethod):
     memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(1.1, 1.2, 3.8)
 
     def __post_init__(self) -> None:
-        for option, least in (("stages", 1), ("iterations", 1), ("refit_iterations", 0)):
+        """Refuse options that make no sense."""
+        least_values = {"stages": 1, "iterations": 1, "refit_iterations": 0}
+        for option, least in least_values.items():
             if getattr(self, option) < least:
                 raise ValueError(
                     f"{option}={getattr(self, option)!r}: pass a whole number of at least {least}."

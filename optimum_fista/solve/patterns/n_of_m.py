@@ -27,10 +27,11 @@ class NOfM(SparsityPattern):
         """Read `"2:4"` or `"4:8-pairs"`."""
         if text == "4:8-pairs":
             return cls(0.5, scope, width=2, span=8)
-        found = re.fullmatch(r"(\d+):(\d+)", text)
-        if found is None:
+        match = re.fullmatch(r"(\d+):(\d+)", text)
+        if match is None:
             return None
-        n, m = int(found[1]), int(found[2])
+        n = int(match[1])
+        m = int(match[2])
         if not 0 < n < m:
             raise ValueError(
                 f"pattern={text!r} keeps {n} of every {m} weights: pass 0 < n < m, such as '2:4'."
