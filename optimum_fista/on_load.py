@@ -1,7 +1,9 @@
 """Prune a model while Transformers loads it, as other packages quantize it there.
 
-Importing this module registers a quantizer with Transformers, because this is its only interface for changes of a model
-that has just been loaded. The model keeps no trace of it: nothing is quantized.
+The user passes a `FistaOnLoadConfig` to `from_pretrained`. Transformers makes a `FistaOnLoadQuantizer` of it, and calls
+that before and after the weights are read. Importing this module registers a quantizer with Transformers, because this
+is its only interface for changes of a model that has just been loaded. The model keeps no trace of it: nothing is
+quantized.
 """
 
 from __future__ import annotations
@@ -47,9 +49,13 @@ class FistaOnLoadConfig(QuantizationConfigMixin):
     ) -> None:
         if isinstance(dataset, str) and dataset != "self":
             require_source(dataset)
-        self.pruner, self.dataset, self.tokenizer = pruner, dataset, tokenizer
-        self.num_samples, self.sequence_length = num_samples, sequence_length
-        self.texts = isinstance(dataset, list | tuple) and all(
+        self.pruner = pruner
+        self.dataset = dataset
+        self.tokenizer = tokenizer
+        self.num_samples = num_samples
+        self.sequence_length = sequence_length
+        # Whether `dataset` is a list of texts.
+        self.has_texts = isinstance(dataset, list | tuple) and all(
             isinstance(text, str) for text in dataset
         )
 
@@ -69,30 +75,42 @@ class FistaOnLoadQuantizer(HfQuantizer):
     quantization_config: FistaOnLoadConfig
 
     def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **_: Any) -> None:
-        """Find the tokenizer before the weights are read."""
+        """Find the tokenizer before the weights are read; this takes the option off the model's configuration."""
         del model.config.quantization_config
-        given = self.quantization_config
-        self._tokenizer: Any = given.tokenizer or model.name_or_path
-        if isinstance(self._tokenizer, str) and (given.texts or isinstance(given.dataset, str)):
+        options = self.quantization_config
+        self._tokenizer: Any = options.tokenizer or model.name_or_path
+        is_text = options.has_texts or isinstance(options.dataset, str)
+        if is_text and isinstance(self._tokenizer, str):
             self._tokenizer = require_tokenizer(self._tokenizer)
 
     def postprocess_model(self, model: PreTrainedModel, **_: Any) -> None:
-        """Prune the model after its weights have been read."""
+        """Prune the model in place after its weights have been read; this takes the quantizer off the model."""
         del model.hf_quantizer
-        given, data, source = self.quantization_config, self.quantization_config.dataset, None
-        length = given.sequence_length or usual_length(model.config)
-        if isinstance(data, str):
-            source, seed, shows = data, given.pruner.config.seed, given.pruner.progress
+        options = self.quantization_config
+        pruner = options.pruner
+        length = options.sequence_length or usual_length(model.config)
+        source_name: str | None = None
+        batches: Iterable[Any]
+        if isinstance(options.dataset, str):
+            source_name = options.dataset
             tokens = calibration_tokens(
-                source, model, self._tokenizer, given.num_samples, length, seed, progress=shows
+                source_name,
+                model,
+                self._tokenizer,
+                options.num_samples,
+                length,
+                pruner.config.seed,
+                progress=pruner.progress,
             )
-            data = tokens.split(1)
-        elif given.texts:
-            data = [
+            batches = tokens.split(1)
+        elif options.has_texts:
+            batches = [
                 self._tokenizer(text, truncation=True, max_length=length)["input_ids"]
-                for text in data
+                for text in options.dataset
             ]
-        given.pruner.prune(model, data, calibration_source=source)
+        else:
+            batches = options.dataset
+        pruner.prune(model, batches, calibration_source=source_name)
 
     def is_serializable(self) -> bool:  # noqa: D102
         return True

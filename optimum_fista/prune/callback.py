@@ -1,4 +1,8 @@
-"""Callbacks for pruning runs."""
+"""Callbacks for pruning runs.
+
+The order of the calls: `on_prune_begin`, `on_layers_begin`, then for each decoder layer `on_operator_end` for each of
+its operators and `on_layer_end`, and at last `on_prune_end`.
+"""
 
 from collections.abc import Mapping, Sequence
 

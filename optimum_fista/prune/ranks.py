@@ -1,4 +1,8 @@
-"""Processes that prune or recover one model together, started by `accelerate launch` or `torchrun`."""
+"""Processes that prune or recover one model together, started by `accelerate launch` or `torchrun`.
+
+All processes run the same code. A rank is the number of a process, from 0. `joined_ranks` joins them; then `Ranks.each`
+lets each do a step, and `Ranks.first` lets rank 0 do it for all. Decoder layers are shared by `share_layers`.
+"""
 
 import logging
 from bisect import bisect_left
@@ -19,15 +23,10 @@ from optimum_fista.devices import default_device
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-_COUNTS = (
-    "WORLD_SIZE",
-    "PMI_SIZE",
-    "OMPI_COMM_WORLD_SIZE",
-    "MV2_COMM_WORLD_SIZE",
-)  # as Accelerate reads them
-_PATIENCE = timedelta(
-    days=7
-)  # finished ranks wait so long for the slowest; a rank that ended is noticed at once
+# Environment variables with the number of processes, as Accelerate reads them.
+_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# Finished ranks wait so long for the slowest; a rank that ended is noticed at once.
+_PATIENCE = timedelta(days=7)
 
 
 class RankError(RuntimeError):
@@ -36,16 +35,27 @@ class RankError(RuntimeError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that work on one model, and the number of this one; by default there is only one."""
+    """The processes that work on one model, and the number of this one; by default there is only one.
 
-    index: int = 0  # rank 0 finishes the folder
+    Attributes:
+        index: The rank of this process; rank 0 finishes the folder.
+        count: The number of processes.
+        device: Where this process computes; `None`: not decided.
+        group: To wait for each other, always on the CPU (gloo); `None` if there is one process.
+    """
+
+    index: int = 0
     count: int = 1
-    device: str | None = None  # where this process computes; None: not decided
-    group: dist.ProcessGroup | None = None  # to wait for each other: always on the CPU (gloo)
+    device: str | None = None
+    group: dist.ProcessGroup | None = None
 
     def each(self, work: Callable[[], T]) -> T:
-        """Do this process's work, and wait for the others to do theirs; only then raise the error of this one."""
-        result, failure = None, None
+        """Do this process's work, wait for the others to do theirs, and return the result of this one.
+
+        An error of this process is raised only then. If another one failed, a RankError says which.
+        """
+        result: T | None = None
+        failure: Exception | None = None
         try:
             result = work()
         except Exception as error:
@@ -54,30 +64,39 @@ class Ranks:
             failure = error
             logger.error("rank %d failed, and waits for the others: %s", self.index, _line(error))
         try:
-            failures = self.gather(failure and _line(failure))
+            failures = self.gather(None if failure is None else _line(failure))
         except RankError as error:
-            raise failure or error from error
+            if failure is not None:
+                raise failure from error
+            raise
         if failure is not None:
             raise failure
-        if failed := [
+        failed = [
             f"rank {index} of {self.count} failed: {text}"
             for index, text in enumerate(failures)
-            if text
-        ]:
+            if text is not None
+        ]
+        if failed:
             raise RankError("; ".join(failed))
         return cast(T, result)
 
     def first(self, work: Callable[[], T]) -> T:
         """Let rank 0 do the work, and give its result to all ranks; errors are raised as by `each`."""
-        return cast(T, self.gather(self.each(work if self.index == 0 else lambda: None))[0])
+
+        def do_or_wait() -> T | None:
+            """Do the work in rank 0 alone."""
+            return work() if self.index == 0 else None
+
+        of_ranks = self.gather(self.each(do_or_wait))
+        return cast(T, of_ranks[0])
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all processes, by rank, in every process; errors are raised as by `exchanging`."""
-        found = [value] * self.count
+        values = [value] * self.count
         if self.count > 1:
             with self.exchanging():
-                dist.all_gather_object(found, value, group=self.group)
-        return found
+                dist.all_gather_object(values, value, group=self.group)
+        return values
 
     @contextmanager
     def exchanging(self) -> Iterator[None]:
@@ -88,8 +107,9 @@ class Ranks:
             is_lost_connection = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
             if self.count == 1 or isinstance(error, RankError) or not is_lost_connection:
                 raise
-            gone = f"has lost the others: one has ended ({_line(error)[:200]})"
-            raise RankError(f"rank {self.index} of {self.count} {gone}") from error
+            raise RankError(
+                f"rank {self.index} of {self.count} has lost the others: one has ended ({_line(error)[:200]})"
+            ) from error
 
 
 def launched_processes() -> int:
@@ -110,10 +130,10 @@ def joined_ranks(device: str | None) -> Iterator[Ranks]:
     # Accelerate can't start processes on an accelerator without a PyTorch backend; gloo works on any machine.
     state = PartialState(cpu=kind == "cpu" or kind not in dist.Backend.default_device_backend_map)
     if state.num_processes != count:
-        found = (
-            f"the environment names {count} processes and Accelerate finds {state.num_processes}"
+        raise ValueError(
+            f"the environment names {count} processes and Accelerate finds {state.num_processes}: start them by "
+            "`accelerate launch` or `torchrun`."
         )
-        raise ValueError(f"{found}: start them by `accelerate launch` or `torchrun`.")
     group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
     try:
         yield Ranks(state.process_index, count, device or str(state.device), group)
@@ -136,16 +156,20 @@ def share_layers(
 ) -> list[list[int]]:
     """Share the unfinished decoder layers so that the slowest rank ends as early as possible; the last may get none.
 
+    `unfinished` are rising indices, and `pruning_costs` the costs of all decoder layers (`Plan.costs`). Returns the
+    indices of each rank.
+
     Shares are contiguous, because a rank runs the dense network only up to its last layer:
 
         cost of a share = 1 + (last layer in it that is pruned) + sum of its pruning costs, in forward passes of a layer
     """
 
     def cost(share: Sequence[int]) -> float:
-        pruned = [
-            index for index in share if pruning_costs[index] > 0
-        ]  # others need no hidden states
-        return 1 + pruned[-1] + sum(pruning_costs[index] for index in pruned) if pruned else 0.0
+        """Cost of a share in forward passes; layers that are not pruned need no hidden states."""
+        pruned = [index for index in share if pruning_costs[index] > 0]
+        if not pruned:
+            return 0.0
+        return 1 + pruned[-1] + sum(pruning_costs[index] for index in pruned)
 
     def fill(limit: float) -> list[list[int]]:
         """Give each rank in turn as many layers as the limit allows."""
@@ -156,17 +180,22 @@ def share_layers(
             shares[-1].append(index)
         return shares
 
-    limits = sorted(
-        {
-            cost(unfinished[i:j])
-            for i in range(len(unfinished))
-            for j in range(i + 1, len(unfinished) + 1)
-        }
-    )
-    enough = bisect_left(limits, True, key=lambda limit: len(fill(limit)) <= num_ranks)
-    shares = fill(limits[enough]) if limits else []
-    return shares + [[] for _ in range(num_ranks - len(shares))]
+    # The least limit is the cost of some contiguous share, so these are all that have to be tried.
+    possible = {
+        cost(unfinished[start:end])
+        for start in range(len(unfinished))
+        for end in range(start + 1, len(unfinished) + 1)
+    }
+    limits = sorted(possible)
+    shares: list[list[int]] = []
+    if limits:
+        # With a higher limit there are fewer shares: the first limit that gives no more than there are ranks.
+        enough = bisect_left(limits, True, key=lambda limit: len(fill(limit)) <= num_ranks)
+        shares = fill(limits[enough])
+    num_idle = num_ranks - len(shares)
+    return shares + [[] for _ in range(num_idle)]
 
 
 def _line(error: BaseException) -> str:
+    """Write an error on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
