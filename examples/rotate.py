@@ -46,7 +46,7 @@ from optimum_fista.model.media import media_arguments
 from optimum_fista.model.operators import LINEAR, LinearOperator
 from optimum_fista.model.precision import is_fast
 from optimum_fista.public_names import public_name
-from optimum_fista.removal.parts import find_parts
+from optimum_fista.removal.parts import ModelOutline
 from optimum_fista.solve.linalg import damped_inverse, diagonal_blocks
 from optimum_fista.solve.pattern import SparsityPattern, parse_pattern
 from optimum_fista.source.files import copy_source, source_folder
@@ -373,7 +373,7 @@ class _Stream:
                 pattern.require_shape(operator.shape, operator.name)
         names = {operator.name: (operator, layer) for operator, layer in operators.values()}
         with suppress(UnsupportedArchitectureError):  # then no heads are turned
-            for part in find_parts(model, "heads").parts:
+            for part in ModelOutline(found).parts("heads").parts:
                 values = [
                     name
                     for tensor in part.tensors

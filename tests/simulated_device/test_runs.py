@@ -17,7 +17,6 @@ from optimum_fista import FistaPruner, FistaPruningConfig, masked_training, reco
 from optimum_fista.evaluate.perplexity import evaluate_perplexity
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder.packed_folder import pack_folder
-from optimum_fista.packed.quantizer import FistaPackedConfig
 from optimum_fista.solve.pattern import parse_pattern
 
 pytestmark = pytest.mark.usefixtures("enough_tokens")
@@ -228,9 +227,10 @@ def test_packed_models_run_on_devices(family, tmp_path):
     pruner.prune(model, ids.split(2))
     pruner.save_pretrained(model, tmp_path / "pruned")
     pack_folder(tmp_path / "pruned", tmp_path / "packed")
-    runtime = FistaPackedConfig(runtime="packed")
-    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", quantization_config=runtime)
-    packed = dispatched(packed, tmp_path, "simulated:0", "simulated:1")
+
+    unpacked = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    unpacked = dispatched(unpacked, tmp_path, "simulated:0", "simulated:1")
+
     with torch.no_grad():
-        found = packed(ids.to("simulated:0")).logits
-        torch.testing.assert_close(found.cpu(), model(ids).logits, atol=1e-4, rtol=1e-4)
+        logits = unpacked(ids.to("simulated:0")).logits
+        torch.testing.assert_close(logits.cpu(), model(ids).logits, atol=1e-4, rtol=1e-4)
