@@ -122,7 +122,7 @@ def execute(arguments: argparse.Namespace) -> int:
     formatted, stream = warnings.formatwarning, sys.stderr
     # Show no line of code with a warning: it is of no use here.
     warnings.formatwarning = lambda message, *_, **__: (
-        f"warning: {' '.join(str(message).split())}\n"
+        f"warning: {plain_text(' '.join(str(message).split()))}\n"
     )
     try:
         with (

@@ -24,6 +24,7 @@ from optimum_fista.folder.packed_folder import is_packed
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.operators import LinearOperator
+from optimum_fista.public_names import public_name
 from optimum_fista.removal.parts import ModelOutline, kept_by_kind, removed_parts
 from optimum_fista.removal.shrinking import plan_shrinking
 from optimum_fista.report import OperatorReport, PruningReport
@@ -56,6 +57,12 @@ def compare_with_dense(
     if is_packed(folder):
         raise ValueError(
             f"dense={dense!r}: {str(folder)!r} is packed, so it can't be compared: unpack it first."
+        )
+    first, given = report.first_model.name, report.model["name"]
+    if public_name(dense) == first != given:
+        raise ValueError(
+            f"dense={dense!r} is the model that was pruned first, and {str(folder)!r} can be compared only with the "
+            f"model that its last run began with: pass {given!r}."
         )
     with tempfile.TemporaryDirectory(prefix="optimum-fista-") as offload:
         pruned_model, *_ = load_lazily(str(folder), Path(offload) / "pruned", device="cpu")

@@ -130,6 +130,17 @@ def test_next_proposes_the_dense_model_as_teacher_and_to_talk_to(folders, capsys
     assert f"chat {folders / 'proposed'} --beside {folders / 'dense'} " in printed
 
 
+def test_a_result_is_verified_against_the_model_that_its_last_run_began_with(folders, capsys):
+    verify = ["verify", str(folders / "zeros"), "--dense"]
+
+    assert main([*verify, str(folders / "half")]) == 0
+    assert "tensors that were not pruned equal those of" in capsys.readouterr().out
+    assert main([*verify, str(folders / "dense")]) == 1
+    error = capsys.readouterr().err
+    assert "is the model that was pruned first" in error
+    assert "pass 'half'" in error
+
+
 def test_a_first_model_that_is_nowhere_is_not_guessed(folders, tmp_path, capsys):
     (tmp_path / "half").symlink_to(folders / "half")
     (tmp_path / "sea.txt").write_text(TEXT)
@@ -158,3 +169,24 @@ def test_the_history_of_an_older_folder_is_not_known(folders, tmp_path):
     assert "the size that it had before them is not known" in card
     assert main(["report", str(tmp_path / "zeros")]) == 0
     assert main(["verify", str(tmp_path / "zeros")]) == 0
+
+
+def test_a_folder_of_others_sends_no_control_characters_to_the_terminal(folders, tmp_path, capsys):
+    (tmp_path / "half").mkdir()
+    for file in (folders / "half").iterdir():
+        if file.name != "config.json":
+            (tmp_path / "half" / file.name).symlink_to(file)
+    config = json.loads((folders / "half/config.json").read_text())
+    config["fista_pruning"]["method"] = "\x1b[2Jwanda"
+    config["fista_pruning"]["origin"]["name"] = "dense\x1b[2J"
+    config["fista_pruning"]["origin"]["steps"][0]["pattern"] = "layers\x1b[2J:0.5"
+    (tmp_path / "half/config.json").write_text(json.dumps(config))
+    (tmp_path / "sea.txt").write_text(TEXT)
+
+    with pytest.warns(UserWarning, match=r"was pruned before \(\\x1b\[2Jwanda"):
+        prune(tmp_path, "half", "zeros", "2:4")
+    assert main(["verify", str(tmp_path / "zeros")]) == 0
+
+    printed = capsys.readouterr()
+    assert "\x1b[2J" not in printed.out + printed.err
+    assert "\x1b" not in (tmp_path / "zeros/README.md").read_text()
