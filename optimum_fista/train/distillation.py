@@ -4,7 +4,8 @@
 when a *state* is saved, when the training backs off, and when it ends. A state is a checkpoint of the Trainer (a folder
 `checkpoint-STEP` in the *journal*, the folder of the run) from which a killed run resumes with the same bits. It holds
 only trained parameters, and a file with the digests of its files is written last, so that damaged ones are noticed.
-`kept_states` finds the states of an earlier start.
+`kept_states` finds the states of an earlier start. *Ranks* are processes that train together (`prune.ranks.Ranks`);
+rank 0 decides and writes.
 """
 
 import errno

@@ -7,7 +7,8 @@ moments in float32.
 
 `recover` makes a plan (`recovery_plan`), draws the text as windows (sequences of tokens), trains (`distillation`), and
 writes the result. Until then, everything is in an *unfinished folder* beside the output (`folder.output`), whose
-subfolder `journal` has the states of the training from which a later call resumes.
+subfolder `journal` has the states of the training from which a later call resumes. *Ranks* are processes that were
+launched together (`prune.ranks.Ranks`): rank 0 reads, chooses and writes, and all of them train.
 """
 
 import dataclasses
@@ -124,8 +125,8 @@ def recover(
         FileExistsError: If `output_dir` holds a model and `overwrite` is False, or files of the user.
         OSError: If the disk is full. What was saved stays, and the same call resumes after it.
     """
-    # Ranks are the processes that were launched together; `first` has rank 0 do something and gives all its result,
-    # `each` has all do something and fails in all if it fails in one.
+    # `ranks.first` has rank 0 do something and gives its result to all; `ranks.each` has all do something. Both fail in
+    # all ranks if they fail in one.
     with joined_ranks(device) as ranks, ExitStack() as until_the_end:
         plan = ranks.each(
             lambda: plan_recovery(

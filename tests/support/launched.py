@@ -195,96 +195,107 @@ def recover_together(rank: int, calls: list[dict[str, Any]], log: Path) -> None:
     this one a rank is killed, or fails. And `sharded`: by FSDP2, which Accelerate has for accelerators only. And
     `rank_1`: what rank 1 is called with instead.
     """
-    on_step_end, codes, start = distillation.Watch.on_step_end, {0}, PartialState.__init__
-    for number, given in enumerate(calls):
-        how, victim, last = given.get("stop", (None, None, None))
-        given |= given.pop("rank_1", {}) if rank else {}
-        sharded = given.get("sharded", False)
-        wrapping = {
-            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-            "FSDP_RESHARD_AFTER_FORWARD": "true",
-        }
-        os.environ.update({"ACCELERATE_USE_FSDP": str(sharded), "FSDP_VERSION": "2"} | wrapping)
+    code = 0
+    for number, call in enumerate(calls):
+        arguments = dict(call)
+        stop = arguments.pop("stop", None)
+        sharded = arguments.pop("sharded", False)
+        of_rank_1 = arguments.pop("rank_1", {})
+        if rank == 1:
+            arguments |= of_rank_1
 
-        def started(self: Any, *found: Any, sharded: bool = sharded, **named: Any) -> None:
-            start(self, *found, **named)
-            if sharded:
-                self.distributed_type = DistributedType.MULTI_GPU
-
-        PartialState.__init__ = started  # type: ignore[method-assign]
-
-        def stopped(
-            self: Any,
-            *found: Any,
-            how: Any = how,
-            at: Any = (victim, last),
-            sharded: bool = sharded,
-            **named: Any,
-        ) -> None:
-            on_step_end(self, *found, **named)
-            assert all(
-                isinstance(parameter, DTensor) == sharded
-                for parameter in named["model"].parameters()
-            )
-            if (rank, found[1].global_step) == at and how == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if (rank, found[1].global_step) == at:
-                raise RuntimeError("no more of this")
-
-        distillation.Watch.on_step_end = stopped  # type: ignore[method-assign]
-        distillation._SAVE_SECONDS = -1.0 if how else 120.0
+        shard_weights(sharded)
+        stop_after(rank, stop, sharded)
         try:
-            recover(
-                **{
-                    name: value
-                    for name, value in given.items()
-                    if name not in ("stop", "sharded", "rank_1")
-                }
-            )
+            recover(**arguments)
         except Exception as error:
-            codes.add(3)
-            log.with_name(f"{log.name}-{number}-{rank}").write_text(
-                f"{type(error).__name__}: {error}"
-            )
-    raise SystemExit(max(codes))
+            code = 3
+            file = log.with_name(f"{log.name}-{number}-{rank}")
+            file.write_text(f"{type(error).__name__}: {error}")
+    raise SystemExit(code)
+
+
+_START = PartialState.__init__
+_ON_STEP_END = distillation.Watch.on_step_end
+
+
+def shard_weights(sharded: bool) -> None:
+    """Have the next recovery of this process shard its weights by FSDP2, or not."""
+    os.environ["ACCELERATE_USE_FSDP"] = str(sharded)
+    os.environ["FSDP_VERSION"] = "2"
+    os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
+    os.environ["FSDP_RESHARD_AFTER_FORWARD"] = "true"
+
+    def started(self: Any, *given: Any, **named: Any) -> None:
+        _START(self, *given, **named)
+        if sharded:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = started  # type: ignore[method-assign]
+
+
+def stop_after(rank: int, stop: tuple[str, int, int] | None, sharded: bool) -> None:
+    """Have the next recovery of this process end as `stop = (how, victim, step)` says, if `rank` is the victim.
+
+    Each step checks that the weights are `sharded`, or not.
+    """
+    how, victim, last_step = stop or (None, None, None)
+    distillation._SAVE_SECONDS = 120.0 if stop is None else -1.0
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **given: Any) -> None:
+        _ON_STEP_END(self, args, state, control, **given)
+        for parameter in given["model"].parameters():
+            assert isinstance(parameter, DTensor) == sharded
+        if rank == victim and state.global_step == last_step:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("no more of this")
+
+    distillation.Watch.on_step_end = on_step_end  # type: ignore[method-assign]
+
+
+def masked_steps(model: Any, folder: Path, batches: Any, *, fused: bool) -> None:
+    """Train a pruned model on these batches under the masks of its folder, and check gradients and moments."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, fused=fused)
+    masks = find_masks(model, folder)
+    assert len(masks) == 14
+    with masked_training(model, folder):
+        for ids in batches:
+            model(ids, labels=ids).loss.backward()
+            for name, mask in masks.items():
+                gradient = local(model.get_parameter(name).grad)
+                assert gradient[mask].any()
+                assert not gradient[~mask].any()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        for name, mask in masks.items():
+            weight = model.get_parameter(name)
+            state = optimizer.state[weight]
+            for value in (weight.data, state["exp_avg"], state["exp_avg_sq"]):
+                assert not local(value)[~mask].any()
 
 
 def train_sharded(rank: int, folder: Path) -> None:
     """Train a pruned model by hand, its weights sharded by `fully_shard`, and as a whole: the same comes of it."""
     with joined_ranks("cpu") as ranks:
-        whole, sharded = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+        whole = AutoModelForCausalLM.from_pretrained(folder)
+        sharded = AutoModelForCausalLM.from_pretrained(folder)
         for module in (*sharded.model.layers, sharded):
             fully_shard(module)
-        assert 2 * sum(p.to_local().numel() for p in sharded.parameters()) == whole.num_parameters()
+        num_local = sum(parameter.to_local().numel() for parameter in sharded.parameters())
+        assert 2 * num_local == whole.num_parameters()
         with pytest.raises(
             ValueError, match="is sharded, so its zeros are not all here: pass the folder"
         ):
             find_masks(sharded)
-        for model in (whole, sharded):
-            optimizer = torch.optim.AdamW(
-                model.parameters(), lr=1e-2, weight_decay=0.1, fused=model is sharded
-            )
-            masks = find_masks(model, folder)
-            with masked_training(model, folder):
-                for ids in tiny_tokens().split(4):
-                    share = ids if model is whole else ids.chunk(2)[ranks.index]
-                    model(share, labels=share).loss.backward()
-                    for name, mask in masks.items():
-                        gradient = local(model.get_parameter(name).grad)
-                        assert gradient[mask].any()
-                        assert not gradient[~mask].any()
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                assert len(masks) == 14
-                for name, mask in masks.items():
-                    state = optimizer.state[model.get_parameter(name)]
-                    for value in (
-                        model.get_parameter(name).data,
-                        state["exp_avg"],
-                        state["exp_avg_sq"],
-                    ):
-                        assert not local(value)[~mask].any()
+
+        batches = tiny_tokens().split(4)
+        of_this_rank = [ids.chunk(2)[ranks.index] for ids in batches]
+        masked_steps(whole, folder, batches, fused=False)
+        masked_steps(sharded, folder, of_this_rank, fused=True)
+
         with pytest.raises(
             ValueError,
             match=r"model has sharded weights: put them together by .*get_model_state_dict",
@@ -294,9 +305,8 @@ def train_sharded(rank: int, folder: Path) -> None:
             sharded, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
         )
         for name, weight in together.items():
-            torch.testing.assert_close(
-                weight, whole.get_parameter(name).detach(), rtol=1e-3, atol=1e-4
-            )
+            expected = whole.get_parameter(name).detach()
+            torch.testing.assert_close(weight, expected, rtol=1e-3, atol=1e-4)
         assert ranks.index or len(together) == len(whole.state_dict())
 
 

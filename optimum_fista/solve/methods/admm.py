@@ -2,7 +2,8 @@
 
 ADMM looks for weights that are the least-squares solution `W` and a matrix `Z` in the pattern at once. It takes turns:
 solve for `W` close to `Z`, project `W` on the pattern, and sum up their difference in the *dual* `V`. The number `rho`
-says how strongly `W` is drawn to `Z`. `G` and `C` are the Gram matrix and the target of a `LayerProblem`.
+says how strongly `W` is drawn to `Z`. `G` and `C` are the Gram matrix of the inputs and the target of a `LayerProblem`,
+which has the dense weights of one linear operator. A `SparsityPattern` makes the mask.
 
 ALPS and the default method `obs_admm` also use the iteration of `SplitState`, each in its own coordinates and with its
 own schedule of rho. The method here is that of Boza (arXiv 2401.02938), written as in its paper.
@@ -100,7 +101,10 @@ class Admm(PruningMethod):
     memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(2.0, 4.1, 1.8)
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
-        """Prune one operator to `pattern`. Symbols as in the paper: W, Z, and U = V / rho, the scaled dual."""
+        """Prune one operator to `pattern`: returns new weights with their mask; `problem` stays as it is.
+
+        Symbols as in the paper: W, Z, and U = V / rho, the scaled dual.
+        """
         problem = problem.decoupled()
         gram, target, scale = unit_diagonal(problem, self.damping)
         inverse = damped_inverse(gram, self.rho)

@@ -1,6 +1,11 @@
 """ALPS: l0-constrained ADMM with a growing penalty (arXiv 2406.07831).
 
-One eigenvalue decomposition makes an inverse for every `rho`, as in the paper; `obs_admm` takes a few fixed ones.
+One eigenvalue decomposition makes an inverse for every `rho`, as in the paper; `obs_admm` takes a few fixed ones. The
+*support* are the weights that the mask keeps.
+
+A `LayerProblem` has the dense weights `W` [out, in] of one linear operator, and statistics of the inputs that
+calibration tokens give it, such as their Gram matrix. A `SparsityPattern` says how many weights stay, and which of them
+compete.
 """
 
 from dataclasses import dataclass
@@ -37,7 +42,7 @@ class Alps(PruningMethod):
     memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(4.4, 4.2)
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
-        """Prune one operator to `pattern`."""
+        """Prune one operator to `pattern`: returns new weights with their mask; `problem` stays as it is."""
         problem = problem.decoupled()
         gram, target, scale = unit_diagonal(problem, self.damping)
         # one decomposition gives (G + rho I)^-1 for every rho

@@ -1,6 +1,10 @@
 """DSnoT: dynamic sparse no training, swaps in Wanda's mask (arXiv 2310.08915).
 
 All rows swap one weight each at the same time; weights that a pattern keeps together are swapped together.
+
+A `LayerProblem` has the dense weights `W` [out, in] of one linear operator, and statistics of the inputs that
+calibration tokens give it, such as their Gram matrix. A `SparsityPattern` says how many weights stay, and which of them
+compete.
 """
 
 from dataclasses import dataclass
@@ -42,7 +46,10 @@ class Dsnot(PruningMethod):
     takes_columns: ClassVar[bool] = False  # it swaps within rows
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
-        """Prune one operator to `pattern`; the weights that stay keep their values."""
+        """Prune one operator to `pattern`: returns new weights with their mask; `problem` stays as it is.
+
+        The weights that stay keep their values.
+        """
         self.require_pattern(pattern)
         statistics = problem.statistics
         scores = problem.weight * statistics.diagonal.sqrt()  # Wanda's

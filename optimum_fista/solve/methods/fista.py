@@ -2,6 +2,8 @@
 
 A *trial* solves a LASSO (`proximal_gradient.fista`): least squares with a penalty on the absolute weights, which makes
 some of them zero. Its solution is *rounded*: the pattern's mask is applied to it. A larger penalty makes more zeros.
+The problem (`LayerProblem`) has the dense weights `W` [out, in] of one linear operator, the Gram matrix `G` of its
+inputs and the target `C`; the pattern (`SparsityPattern`) says how many weights stay, and which of them compete.
 
 Only its defaults differ from the paper: the kept weights are refitted after the search, which improves the result most
 after the warm start (docs/solver.md), SparseGPT is the warm start of every model, and there are four trials. The recipe
@@ -88,7 +90,7 @@ class Fista(PruningMethod):
             )
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
-        """Prune one operator to `pattern`."""
+        """Prune one operator to `pattern`: returns new weights with their mask; `problem` stays as it is."""
         self.require_pattern(pattern)
         pattern.require_shape(problem.weight.shape, problem.name)
         rounded = self._rounded_start(problem, pattern)

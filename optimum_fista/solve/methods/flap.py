@@ -1,4 +1,9 @@
-"""FLAP: pruning by how much inputs fluctuate, with the mean of the outputs kept (arXiv 2312.11983)."""
+"""FLAP: pruning by how much inputs fluctuate, with the mean of the outputs kept (arXiv 2312.11983).
+
+A `LayerProblem` has the dense weights `W` [out, in] of one linear operator, and statistics of the inputs that
+calibration tokens give it, such as their Gram matrix. A `SparsityPattern` says how many weights stay, and which of them
+compete.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -33,7 +38,10 @@ class Flap(PruningMethod):
     memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(0.2, 1.3, 2.6)
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
-        """Prune one operator to `pattern`. The problem's target is ignored: FLAP's target is W X*."""
+        """Prune one operator to `pattern`: returns new weights with their mask; `problem` stays as it is.
+
+        The problem's target is ignored: FLAP's target is `W X*`. Symbols are those of the class.
+        """
         statistics = problem.statistics
         mean = statistics.mean  # mu, [in]
         mean_square = statistics.diagonal / max(1, statistics.num_tokens)

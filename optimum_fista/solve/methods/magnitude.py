@@ -1,4 +1,9 @@
-"""Magnitude pruning."""
+"""Magnitude pruning: the smallest weights are removed.
+
+A `LayerProblem` has the dense weights `W` [out, in] of one linear operator, and statistics of the inputs that
+calibration tokens give it, such as their Gram matrix. A `SparsityPattern` says how many weights stay, and which of them
+compete.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -25,7 +30,7 @@ class Magnitude(PruningMethod):
     updates_weights: ClassVar[bool] = False
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
-        """Prune one operator to `pattern`."""
-        mask = pattern.mask(problem.weight)
+        """Prune one operator to `pattern`: returns new weights with their mask; `problem` stays as it is."""
+        mask = pattern.mask(problem.weight)  # which compares absolute values
         weight = problem.weight * mask
         return PrunedOperator(weight, mask, problem.fit_error(weight))

@@ -94,7 +94,7 @@ class ObsAdmm(PruningMethod):
             )
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
-        """Prune one operator to `pattern`."""
+        """Prune one operator to `pattern`: returns new weights with their mask; `problem` stays as it is."""
         return self.prune_sharing([problem], [pattern])[0]
 
     def prune_sharing(
@@ -103,6 +103,7 @@ class ObsAdmm(PruningMethod):
         """Prune operators that share their inputs, with shared factorisations; steps are those of the class.
 
         Patterns of whole columns may have groups of several columns, and each such width has coordinates of its own.
+        `problems` have the same `InputStatistics`, and stay as they are.
         """
         widths = {pattern.width if pattern.whole_columns else 1 for pattern in patterns}
         if len(widths) > 1:

@@ -1,4 +1,9 @@
-"""SparseGPT: optimal-brain-surgeon pruning column by column (arXiv 2301.00774)."""
+"""SparseGPT: optimal-brain-surgeon pruning column by column (arXiv 2301.00774).
+
+A `LayerProblem` has the dense weights `W` [out, in] of one linear operator, and statistics of the inputs that
+calibration tokens give it, such as their Gram matrix. A `SparsityPattern` says how many weights stay, and which of them
+compete.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -34,7 +39,10 @@ class SparseGPT(PruningMethod):
     )
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
-        """Prune one operator to `pattern`. The problem's target is ignored: SparseGPT's target is W X*."""
+        """Prune one operator to `pattern`: returns new weights with their mask; `problem` stays as it is.
+
+        The problem's target is ignored: SparseGPT's target is `W X*`. Symbols are those of the class.
+        """
         self.require_pattern(pattern)
         pattern.require_shape(problem.weight.shape, problem.name)
         problem = problem.decoupled()

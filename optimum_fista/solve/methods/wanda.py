@@ -1,4 +1,9 @@
-"""Wanda: pruning by weights and activations (arXiv 2306.11695)."""
+"""Wanda: pruning by weights and activations (arXiv 2306.11695).
+
+A `LayerProblem` has the dense weights `W` [out, in] of one linear operator, and statistics of the inputs that
+calibration tokens give it, such as their Gram matrix. A `SparsityPattern` says how many weights stay, and which of them
+compete.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -25,7 +30,8 @@ class Wanda(PruningMethod):
     updates_weights: ClassVar[bool] = False
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
-        """Prune one operator to `pattern`."""
-        mask = pattern.mask(problem.weight * problem.statistics.diagonal.sqrt())
+        """Prune one operator to `pattern`: returns new weights with their mask; `problem` stays as it is."""
+        input_norms = problem.statistics.diagonal.sqrt()  # || X_j ||_2, [in]
+        mask = pattern.mask(problem.weight * input_norms)  # which compares absolute values
         weight = problem.weight * mask
         return PrunedOperator(weight, mask, problem.fit_error(weight))
