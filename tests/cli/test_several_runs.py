@@ -138,7 +138,7 @@ def test_a_result_is_verified_against_the_model_that_its_last_run_began_with(fol
     assert main([*verify, str(folders / "dense")]) == 1
     error = capsys.readouterr().err
     assert "is the model that was pruned first" in error
-    assert "pass 'half'" in error
+    assert "pass the model that the last run began with, 'half'" in error
 
 
 def test_a_first_model_that_is_nowhere_is_not_guessed(folders, tmp_path, capsys):
