@@ -23,6 +23,7 @@ def test_the_current_device_is_the_default():
     estimate = Estimate(tiny_llama().config, num_samples=8, sequence_length=16)
     assert estimate.device == "simulated"
     assert set(estimate.memory) == {"device", "host"}
+    assert "activations that wait" in estimate.memory["device"]
 
 
 def test_its_memory_is_counted():
