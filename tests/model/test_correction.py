@@ -9,6 +9,8 @@ from toy_layer import ToyLayer, toy_layer
 
 from optimum_fista.model.correction import Correction, LayerTargets
 from optimum_fista.model.inputs import HiddenStates, LayerActivations, LayerCall
+from optimum_fista.model.operators import LinearOperator
+from optimum_fista.solve.problem import LayerProblem
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 CPU = torch.device("cpu")
@@ -67,68 +69,100 @@ def norm(outputs: Tensor) -> float:
     return float(outputs.double().norm())
 
 
+def weight_of(layer: ToyLayer, operator: LinearOperator) -> Tensor:
+    """The weight [out, in] of the module of a layer that has an operator's name."""
+    return layer.get_submodule(operator.name.removeprefix("layer.")).weight
+
+
+def magnitude_pruned(weight: Tensor) -> Tensor:
+    """A weight without its small elements."""
+    return weight * (weight.abs() > 0.1)
+
+
+def require_problem(
+    problem: LayerProblem, correction: Correction, W: Tensor, X: Tensor, X_star: Tensor
+) -> None:
+    """A problem of an operator is that of its dense weight `W` [out, in] and its inputs, [tokens, in]."""
+    outputs = X @ W.T
+    Y = (correction.dense_share * X + (1 - correction.dense_share) * X_star) @ W.T
+    assert problem.statistics.num_tokens == len(X)
+    assert torch.allclose(problem.weight, W, atol=1e-6)
+    assert torch.allclose(problem.gram, X_star.T @ X_star, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(problem.target, Y.T @ X_star, rtol=1e-4, atol=1e-4)
+    assert float(problem.output_energies.sum()) == pytest.approx(norm(Y) ** 2, rel=1e-4)
+
+    pruned = magnitude_pruned(problem.weight)
+    fit_error = norm(X_star @ pruned.T - Y) / norm(Y)
+    assert problem.fit_error(pruned) == pytest.approx(fit_error, rel=1e-3)
+    if correction.needs_dense:
+        output_error = norm(X_star @ pruned.T - outputs) / norm(outputs)
+        assert problem.output_error(pruned) == pytest.approx(output_error, rel=1e-3)
+    else:
+        assert problem.output_error(pruned) is None
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("correction", ["none", "intra", "full", 0.0, 0.25])
 @pytest.mark.parametrize("held_out", [False, True])
 def test_problems_and_errors_are_those_of_the_activations(correction, in_place, bias, held_out):
-    made = Correction.parse(correction)
-    dense, layer = (toy_layer(bias=bias, in_place=in_place) for _ in range(2))
-    chosen = [0, 2] if held_out else [0, 1, 2]
+    parsed = Correction.parse(correction)
+    dense = toy_layer(bias=bias, in_place=in_place)
+    layer = toy_layer(bias=bias, in_place=in_place)
+    fitted_batches = [0, 2] if held_out else [0, 1, 2]
+    held_out_batches = [1] if held_out else []
     flags = (False, True, False) if held_out else ()
-    entering = hidden_states(0.7 if made.carry == "full" else 1.0)
-    targets = targets_of(layer, made, held_out=flags)
+    entering = hidden_states(0.7 if parsed.carry == "full" else 1.0)
+
+    targets = targets_of(layer, parsed, held_out=flags)
     for index, group in enumerate(layer.groups()):
         name = group[0].name.removeprefix("layer.")
-        X_all = reference(dense, name, hidden_states())
-        X_star_all = X_all if correction == "none" else reference(layer, name, entering)
+        inputs_of_dense = reference(dense, name, hidden_states())
+        inputs = inputs_of_dense if correction == "none" else reference(layer, name, entering)
+
         problems = targets.problems(index)
-        held_out_problems = list(problems.held_out)
+
         assert len({id(problem.statistics) for problem in problems.fitted}) == 1
-        for kind, batches in (
-            (problems.fitted, chosen),
-            (held_out_problems, [1] if held_out else []),
-        ):
-            X, X_star = (
-                torch.cat([x[i] for i in batches] or [x[0][:0]]) for x in (X_all, X_star_all)
-            )
-            for operator, problem in zip(group, kind, strict=True):
-                if not batches:
-                    assert problem is None
-                    continue
-                W = dense.get_submodule(operator.name.removeprefix("layer.")).weight
-                Y = (made.dense_share * X + (1 - made.dense_share) * X_star) @ W.T
-                assert problem.name == operator.name
-                assert problem.statistics.num_tokens == len(X)
-                assert torch.allclose(problem.weight, W, atol=1e-6)
-                assert torch.allclose(problem.gram, X_star.T @ X_star, rtol=1e-4, atol=1e-4)
-                assert torch.allclose(problem.target, Y.T @ X_star, rtol=1e-4, atol=1e-4)
-                assert float(problem.output_energies.sum()) == pytest.approx(norm(Y) ** 2, rel=1e-4)
-                pruned = problem.weight * (problem.weight.abs() > 0.1)
-                assert problem.fit_error(pruned) == pytest.approx(
-                    norm(X_star @ pruned.T - Y) / norm(Y), rel=1e-3
-                )
-                wanted = X @ W.T
-                if made.needs_dense:
-                    expected = norm(X_star @ pruned.T - wanted) / norm(wanted)
-                    assert problem.output_error(pruned) == pytest.approx(expected, rel=1e-3)
-                else:
-                    assert problem.output_error(pruned) is None
+        assert [problem.name for problem in problems.fitted] == [o.name for o in group]
+        for operator, problem in zip(group, problems.fitted, strict=True):
+            X = torch.cat([inputs_of_dense[i] for i in fitted_batches])
+            X_star = torch.cat([inputs[i] for i in fitted_batches])
+            require_problem(problem, parsed, weight_of(dense, operator), X, X_star)
+        for operator, problem in zip(group, problems.held_out, strict=True):
+            if not held_out:
+                assert problem is None
+                continue
+            assert problem.name == operator.name
+            X = torch.cat([inputs_of_dense[i] for i in held_out_batches])
+            X_star = torch.cat([inputs[i] for i in held_out_batches])
+            require_problem(problem, parsed, weight_of(dense, operator), X, X_star)
+
         for operator in group:  # what comes after them gets other inputs
-            operator.parameter.mul_(operator.parameter.abs() > 0.1)
-    left = targets.leave()
-    assert (left.dense is not None) is made.needs_dense
-    assert (left.pruned is not None) is (made.carry == "full")
-    if left.dense is not None:
-        assert all(
-            torch.equal(ours, dense(state))
-            for ours, state in zip(left.dense, hidden_states(), strict=True)
-        )
-    if left.pruned is not None:
-        assert all(
-            torch.equal(ours, layer(state))
-            for ours, state in zip(left.pruned, entering, strict=True)
-        )
+            operator.parameter.copy_(magnitude_pruned(operator.parameter))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("correction", ["none", "intra", "full", 0.0, 0.25])
+def test_hidden_states_after_the_layer_are_those_of_both_networks(correction, in_place):
+    parsed = Correction.parse(correction)
+    dense = toy_layer(in_place=in_place)
+    layer = toy_layer(in_place=in_place)
+    targets = targets_of(layer, parsed)
+    for index, group in enumerate(layer.groups()):
+        targets.problems(index)
+        for operator in group:
+            operator.parameter.copy_(magnitude_pruned(operator.parameter))
+
+    leaving = targets.leave()
+
+    assert (leaving.dense is not None) is parsed.needs_dense
+    assert (leaving.pruned is not None) is (parsed.carry == "full")
+    if leaving.dense is not None:
+        expected = [dense(state) for state in hidden_states()]
+        assert all(map(torch.equal, leaving.dense, expected))
+    if leaving.pruned is not None:
+        expected = [layer(state) for state in hidden_states(0.7)]
+        assert all(map(torch.equal, leaving.pruned, expected))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
 
 
@@ -140,6 +174,7 @@ def test_inputs_that_are_not_finite_are_refused_by_name(value, correction):
     targets = targets_of(layer, Correction.parse(correction))
     targets.problems(0)
     targets.problems(1)
+
     with pytest.raises(ValueError, match=r"inputs of layer\.low hold NaN or Inf \(or overflow"):
         targets.problems(2)
 
@@ -148,11 +183,13 @@ def test_inputs_that_are_not_finite_are_refused_by_name(value, correction):
 def test_output_errors_with_a_small_share_of_the_dense_inputs(share):
     """The share divides the difference of the two targets: rounding must not be magnified by it."""
     layer = toy_layer()
+    X = torch.cat(reference(layer, "left", hidden_states(1.0))).double()
+    X_star = torch.cat(reference(layer, "left", hidden_states(0.7))).double()
+
     problem = targets_of(layer, Correction("full", share)).problems(0).fitted[0]
-    X, X_star = (
-        torch.cat(reference(layer, "left", hidden_states(scale))).double() for scale in (1.0, 0.7)
-    )
-    W, pruned = problem.weight.double(), problem.weight * (problem.weight.abs() > 0.1)
+
+    W = problem.weight.double()
+    pruned = magnitude_pruned(problem.weight)
     expected = norm(X_star @ pruned.double().T - X @ W.T) / norm(X @ W.T)
     assert problem.output_error(pruned) == pytest.approx(expected, rel=1e-3)
 
@@ -161,6 +198,7 @@ def test_a_group_that_is_not_called_any_more_is_named():
     layer = toy_layer()
     targets = targets_of(layer, Correction("intra"))
     layer.forward = lambda hidden: hidden
+
     with pytest.raises(
         RuntimeError, match="a Linear is not called in every forward pass of its decoder layer"
     ):
@@ -169,7 +207,9 @@ def test_a_group_that_is_not_called_any_more_is_named():
 
 def test_rows_that_do_not_belong_to_tokens_are_refused_only_where_padding_must_be_told_apart():
     layer = toy_layer()
-    activations, operator = targets_of(layer, Correction("none")).activations, layer.groups()[1][0]
+    activations = targets_of(layer, Correction("none")).activations
+    operator = layer.groups()[1][0]
+
     assert activations.rows(torch.zeros(5, 2), 0, operator).shape == (5, 2)
     with pytest.raises(
         ValueError, match=r"layer\.up sees 5 rows for 12 tokens.*exclude=\['layer\.up'\]"
@@ -180,16 +220,18 @@ def test_rows_that_do_not_belong_to_tokens_are_refused_only_where_padding_must_b
 @pytest.mark.parametrize(("family", "corrected"), [("llama", 2), ("gemma3_text", 0)])
 def test_the_report_says_where_nothing_was_corrected(family, corrected):
     model = tiny_model(family).bfloat16()
+
     report = prune(
         model, IDS.split(4), method="wanda", error_correction=0.5, residual_correction=1.0
     )
+
     assert sum(operator.residual_corrected for operator in report.operators) == corrected
-    said = [
+    warnings = [
         warning
         for warning in report.warnings
         if "no residual correction in 2 of 2 decoder layers" in warning
     ]
-    assert len(said) == (not corrected)
+    assert len(warnings) == (0 if corrected else 1)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "falcon"])
@@ -204,13 +246,17 @@ def test_a_residual_correction_brings_the_output_closer_and_carries_on_what_the_
             super().__init__(activations, groups, correction, entering, **options)
 
     def first_output(**options) -> Tensor:
+        """Hidden states after the first decoder layer, of the dense model or of one pruned with options."""
         model = tiny_model(family)
         if options:
             prune(model, IDS.split(4), method="alps", error_correction="full", **options)
         return model(IDS, output_hidden_states=True).hidden_states[1]
 
     monkeypatch.setattr("optimum_fista.prune.loop.LayerTargets", Spy)
-    dense, plain = first_output(), first_output(residual_correction=0.0)
+
+    dense = first_output()
+    plain = first_output(residual_correction=0.0)
     corrected = first_output(residual_correction=1.0)
+
     assert norm(corrected - dense) < norm(plain - dense)
     assert torch.allclose(torch.cat(entered[-1]), corrected, atol=1e-4)

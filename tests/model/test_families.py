@@ -2,6 +2,7 @@
 
 import re
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -37,23 +38,23 @@ EVERY_WAY = [  # a correction does not ask for the architecture, so most familie
 def observe(model: PreTrainedModel, names: list[str]) -> dict[str, Tensor]:
     """Inputs of operators, [real tokens, in], from one forward pass of the whole model on all sequences."""
     data = calibration()
-    seen: dict[str, Tensor] = {}
+    real = data["attention_mask"].bool()
+    inputs: dict[str, Tensor] = {}
+
+    def keep(name: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        """Keep the inputs of an operator; a forward pre-hook."""
+        inputs[name] = arguments[0].reshape(8, 10, -1).clone()
+
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, name=name: seen.__setitem__(
-                name, args[0].reshape(8, 10, -1).clone()
-            )
-        )
-        for name in names
+        model.get_submodule(name).register_forward_pre_hook(partial(keep, name)) for name in names
     ]
-    places = {}
     if model.config.model_type == "gpt2":  # counts padding as well unless it is told the positions
-        places = {"position_ids": (data["attention_mask"].cumsum(1) - 1).clamp_min(0)}
+        data["position_ids"] = (data["attention_mask"].cumsum(1) - 1).clamp_min(0)
     with torch.no_grad():
-        model(**data, **places, use_cache=False)
+        model(**data, use_cache=False)
     for handle in handles:
         handle.remove()
-    return {name: inputs[data["attention_mask"].bool()] for name, inputs in seen.items()}
+    return {name: values[real] for name, values in inputs.items()}
 
 
 def layer_of(name: str) -> int:
@@ -69,12 +70,14 @@ def stored(module: nn.Module, weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_operators_that_share_an_input_are_pruned_together_in_execution_order(family):
     recorder = prune(tiny_model(family), "intra", batches(8))
+
     names = [[record.name for record in group] for group in recorder.groups]
-    short = [[name.rpartition(".")[2] for name in group] for group in names]
-    assert short == GROUPS[family] * 2
-    half = len(GROUPS[family])
-    for layer, groups in enumerate((names[:half], names[half:])):
-        assert all(layer_of(name) == layer for group in groups for name in group)
+    short_names = [[name.rpartition(".")[2] for name in group] for group in names]
+    assert short_names == GROUPS[family] * 2
+    num_groups = len(GROUPS[family])  # of each of the two decoder layers
+    layers_of_groups = [[layer_of(name) for name in group] for group in names]
+    assert {layer for group in layers_of_groups[:num_groups] for layer in group} == {0}
+    assert {layer for group in layers_of_groups[num_groups:] for layer in group} == {1}
     linear = {
         name
         for name, module in tiny_model(family).named_modules()
@@ -88,33 +91,37 @@ def test_operators_that_share_an_input_are_pruned_together_in_execution_order(fa
 @pytest.mark.parametrize(("family", "error_correction"), EVERY_WAY)
 def test_statistics_are_those_of_hooks_on_the_whole_model(family, error_correction):
     dense = tiny_model(family)
-    model, progressive = deepcopy(dense), deepcopy(dense)
-    recorder = prune(
-        model, error_correction, batches(3, 2, 3)
-    )  # the first three sequences have no padding
+    model = deepcopy(dense)
+    progressive = deepcopy(dense)  # is pruned group by group below
+
+    # the first three sequences have no padding
+    recorder = prune(model, error_correction, batches(3, 2, 3))
+
     dense_inputs = observe(dense, [record.name for record in recorder.records])
-    tokens = int(calibration()["attention_mask"].sum())
+    num_tokens = int(calibration()["attention_mask"].sum())
     layer = 0
     for group in recorder.groups:
-        if layer_of(group[0].name) != layer and error_correction == "intra":
-            progressive.load_state_dict(dense.state_dict())
+        is_next_layer = layer_of(group[0].name) != layer
         layer = layer_of(group[0].name)
+        if is_next_layer and error_correction == "intra":
+            progressive.load_state_dict(dense.state_dict())  # dense hidden states enter the layer
         X_star = observe(progressive, [group[0].name])[group[0].name]
         for record in group:
             X = dense_inputs[record.name]
-            W = stored(
-                dense.get_submodule(record.name), dense.get_submodule(record.name).weight.detach()
-            )
+            dense_module = dense.get_submodule(record.name)
+            W = stored(dense_module, dense_module.weight.detach())
             if error_correction == "none":
                 assert torch.equal(X, X_star)
-            assert len(X) == tokens
+            assert len(X) == num_tokens
             require_problem(record, W, X, X_star, error_correction)
             if error_correction != "none":
                 module = progressive.get_submodule(record.name)
                 module.weight.data.copy_(stored(module, record.pruned))
+
     for record in recorder.records:
         module = model.get_submodule(record.name)
         assert torch.equal(module.weight, stored(module, record.pruned))
     if error_correction in ("full", 0.25):
-        ours, expected = model.state_dict(), progressive.state_dict()
-        assert all(torch.equal(ours[name], expected[name]) for name in expected)
+        weights = model.state_dict()
+        expected = progressive.state_dict()
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
