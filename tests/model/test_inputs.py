@@ -1,3 +1,5 @@
+"""Decoder layers that run on recorded arguments return what they return inside the model."""
+
 import pytest
 import torch
 from families import family_model
@@ -11,6 +13,7 @@ from optimum_fista.model.layers import DecoderLayers, find_decoder_layers
 
 
 def batch(rows: int, length: int, *, seed: int = 0, padded: bool = False) -> CalibrationBatch:
+    """Random ids; with `padded`, the first row ends in padding and the last begins with it."""
     ids = torch.randint(
         3, VOCAB_SIZE, (rows, length), generator=torch.Generator().manual_seed(seed)
     )
@@ -38,31 +41,31 @@ def record(model, batches) -> tuple[DecoderLayers, RecordedInputs]:
 def test_running_the_layers_on_what_was_recorded_gives_the_models_hidden_states(family):
     model = tiny_model(family, num_hidden_layers=3)
     layers, recorded = record(model, BATCHES)
-    last = []
-    layers.modules[-1].register_forward_hook(
-        lambda _, __, out: last.append(out[0] if isinstance(out, tuple) else out)
-    )
+    outputs_of_last_layer = []
+
+    def keep(_, __, output):
+        """Keep the output of the last layer: the model returns it after the final norm only."""
+        outputs_of_last_layer.append(output[0] if isinstance(output, tuple) else output)
+
+    layers.modules[-1].register_forward_hook(keep)
     for index, data in enumerate(BATCHES):
-        last.clear()
-        mask = None if data.attention_mask is None else data.attention_mask.long()
+        outputs_of_last_layer.clear()
+        mask = data.attention_mask
         with torch.no_grad():
-            expected = model(
+            in_model = model(
                 input_ids=data.input_ids,
-                attention_mask=mask,
+                attention_mask=None if mask is None else mask.long(),
                 output_hidden_states=True,
                 use_cache=False,
-            ).hidden_states[:-1]
-            # The last of the model's hidden states has passed the final norm.
-            expected = [*expected, last[0]]
-            ours = [recorded.hidden_states[index]]
+            ).hidden_states
+            expected = [*in_model[:-1], outputs_of_last_layer[0]]
+
+            hidden_states = [recorded.hidden_states[index]]
             for layer, calls in zip(layers.modules, recorded.calls, strict=True):
-                ours.append(calls[index].run(layer, ours[-1]))
-        real = (
-            torch.ones_like(data.input_ids).bool()
-            if data.attention_mask is None
-            else data.attention_mask
-        )
-        for hidden, reference in zip(ours, expected, strict=True):
+                hidden_states.append(calls[index].run(layer, hidden_states[-1]))
+
+        real = torch.ones_like(data.input_ids).bool() if mask is None else mask
+        for hidden, reference in zip(hidden_states, expected, strict=True):
             assert torch.allclose(hidden[real], reference[real], rtol=1e-5, atol=1e-5)
 
 
@@ -71,7 +74,8 @@ class Rewired(nn.Module):
 
     def __init__(self, layer: nn.Module, forward) -> None:
         super().__init__()
-        self.layer, self.call = layer, forward
+        self.layer = layer
+        self.call = forward
 
     def forward(self, hidden_states, **arguments):
         return self.call(self.layer, hidden_states, **arguments)
@@ -106,29 +110,31 @@ def rewired(change) -> DecoderLayers:
 def test_anything_but_one_layer_after_another_is_refused(change, reason):
     layers = rewired(change)
     forwards = [layer.forward for layer in layers.modules]
+
     with pytest.raises(UnsupportedArchitectureError, match=reason), torch.no_grad():
         record_inputs(layers, BATCHES[:1])
+
     assert [layer.forward for layer in layers.modules] == forwards
 
 
 @pytest.mark.parametrize("family", ["glm_moe_dsa", "zaya"])
 def test_what_a_layer_hands_on_besides_hidden_states_is_that_of_the_dense_network(family):
     model = family_model(family)
-    layers, recorded = record(model, BATCHES[:1] + BATCHES[2:3])
-    handed: list[list[torch.Tensor]] = []
+    chosen = [BATCHES[0], BATCHES[2]]
+
+    layers, recorded = record(model, chosen)
+
+    handed_on: list[torch.Tensor] = []  # by the layers in one pass
     for layer in layers.modules:
-        layer.register_forward_hook(lambda _, __, output: handed[-1].append(output[1]))
-    for index, data in enumerate((BATCHES[0], BATCHES[2])):
-        handed.append([])
+        layer.register_forward_hook(lambda _, __, output: handed_on.append(output[1]))
+    for index, data in enumerate(chosen):
+        handed_on.clear()
         with torch.no_grad():
             model(input_ids=data.input_ids, use_cache=False)
-        for number, calls in enumerate(recorded.calls[1:]):
-            given = [*calls[index].arguments, *calls[index].keywords.values()]
-            values = [value for value in given if isinstance(value, torch.Tensor)]
-            assert any(
-                v.shape == handed[-1][number].shape and torch.equal(v, handed[-1][number])
-                for v in values
-            )
+        for tensor, calls in zip(handed_on[:-1], recorded.calls[1:], strict=True):
+            arguments = [*calls[index].arguments, *calls[index].keywords.values()]
+            tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
+            assert any(torch.equal(value, tensor) for value in tensors)
 
 
 def test_the_model_is_left_as_it_was():
@@ -136,8 +142,10 @@ def test_the_model_is_left_as_it_was():
     layers = find_decoder_layers(model)
     special = layers.modules[1].forward
     layers.modules[1].forward = special  # as accelerate's hooks do
+
     with pytest.raises(IndexError):
         record(model, [*BATCHES, CalibrationBatch(torch.tensor([[VOCAB_SIZE]]))])
+
     assert "forward" not in vars(layers.modules[0])
     assert layers.modules[1].forward is special
 
@@ -149,7 +157,9 @@ def test_layers_run_once_at_most_and_nothing_behind_them(family):
     for name, module in model.named_modules():
         if not list(module.children()):
             module.register_forward_hook(lambda *_, name=name: runs.append(name))
+
     layers, _ = record(model, BATCHES)
+
     assert not any(name.startswith((f"{layers.name}.1.", f"{layers.name}.2.")) for name in runs)
     assert not {"lm_head", "embed_out", "model.norm"} & set(runs)
     inside = [name for name in runs if name.startswith(f"{layers.name}.0.") and "act" not in name]
@@ -159,6 +169,7 @@ def test_layers_run_once_at_most_and_nothing_behind_them(family):
 
 def test_equal_masks_and_position_embeddings_are_stored_once():
     _, recorded = record(tiny_model("llama"), [batch(2, 9, seed=seed) for seed in range(4)])
+
     embeddings = [
         calls[i].keywords["position_embeddings"] for calls in recorded.calls for i in range(4)
     ]
@@ -171,7 +182,9 @@ def test_different_masks_of_one_shape_are_kept_apart():
     # Both end in a real token, so that their last values are equal.
     data = [batch(2, 9, padded=True), batch(2, 9, padded=True)]
     data[1].attention_mask[1, 2:4] = False
+
     _, recorded = record(tiny_model("llama"), data)
+
     first, second = (recorded.calls[0][i].keywords["attention_mask"] for i in range(2))
     assert first.shape == second.shape
     assert not torch.equal(first, second)
@@ -181,6 +194,7 @@ def test_damaged_embeddings_are_refused():
     model = tiny_model("llama")
     with torch.no_grad():
         model.get_input_embeddings().weight[5, 3] = float("nan")
+
     with pytest.raises(ValueError, match="inputs of the first decoder layer hold NaN or Inf"):
         record(model, [CalibrationBatch(torch.tensor([[4, 5, 6]]))])
     record(model, [CalibrationBatch(torch.tensor([[4, 6, 7]]))])
