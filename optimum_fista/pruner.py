@@ -177,13 +177,15 @@ class FistaPruner:
                 f"model {type(model).__name__} was not pruned by this FistaPruner: call prune first."
             )
         report, masks = self._results[model]
+        # A run on the model by another pruner has left its own summary; training marks it, and nothing else.
         latest = getattr(model.config, CONFIG_KEY, None)
-        # No operator is pruned if only experts or decoder layers go: two such runs have the same summary.
-        smaller = bool(report.removed) and model.num_parameters() != report.model["num_parameters"]
-        if smaller or (
-            latest is not None
-            and latest | {"retrained": True} != summary(report) | {"retrained": True}
-        ):
+        mark = {"retrained": True}
+        has_other_summary = latest is not None and latest | mark != summary(report) | mark
+        # If only experts or decoder layers go, no operator is pruned, and two such runs have the same summary.
+        has_other_size = (
+            bool(report.removed) and model.num_parameters() != report.model["num_parameters"]
+        )
+        if has_other_size or has_other_summary:
             raise ValueError(
                 f"model {type(model).__name__} was pruned again by another FistaPruner: use that one."
             )

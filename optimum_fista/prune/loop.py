@@ -18,13 +18,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import nn
 
 from optimum_fista.memory import release_memory, watched_memory
 from optimum_fista.model.correction import GroupProblems, LayerTargets
 from optimum_fista.model.experts import ExpertOperator, split_experts
 from optimum_fista.model.groups import trace_groups
 from optimum_fista.model.held_out import HeldOut
-from optimum_fista.model.inputs import LayerActivations
+from optimum_fista.model.inputs import HiddenStates, LayerActivations
 from optimum_fista.model.offload import execution_device, offload_hook, onloaded, sha256_of
 from optimum_fista.model.operators import Group, LinearOperator, require_finite
 from optimum_fista.prune.batches import Calibration, record, retried
@@ -69,7 +70,6 @@ def prune_layers(
     num_layers = len(plan.layers)
     if todo is None:
         todo = range(num_layers)
-    last_pruned = max(plan.pruned_layers, default=-1)
     # Layers after the last one to prune need not run.
     last = max((index for index in plan.pruned_layers if index in todo), default=-1)
     first = 0 if calibration.states is None else min(todo)
@@ -85,47 +85,91 @@ def prune_layers(
         if held_out is not None and not held_out.begin():
             held_out = None
 
-        for index, (name, layer) in enumerate(plan.layers):
+        loop = _Loop(plan, sink, callbacks, report, calibration, held_out)
+        del calibration  # so that the loop can free its hidden states
+        for index in range(num_layers):
             is_mine = index in todo
             runs = index >= first and (is_mine or index < last)
-            if not runs:
-                continue
-            started = time.perf_counter()
-            measured = held_out if is_mine else None
-            layer_record = LayerRecord(LayerReport(name, None, 0.0))
-            # Before its weights are on the device: offloaded ones are hashed where they are.
-            dense_sha256 = sha256_of(layer, layer.state_dict()) if is_mine else None
+            if runs:
+                loop.visit(index, is_mine=is_mine, is_needed=index <= last)
 
-            operators = plan.removal.operators[name].values()
-            with onloaded(layer.modules()), split_experts(operators):
-                if measured is not None:
-                    measured.run(index, "dense")
-                if index <= last:
-                    step = partial(prune_layer, plan, sink, callbacks, index, is_mine)
-                    calibration, layer_record = retried(
-                        step, calibration, where=name, plan=plan, report=report, undo=sink.undo
-                    )
-                if measured is not None and index not in plan.removal.removed_layers:
-                    measured.run(index, "pruned")
-                if measured is not None and index == num_layers - 1:
-                    measured.measure()
 
-                if is_mine:
-                    layer_record = _completed(
-                        plan,
-                        layer_record,
-                        seconds=time.perf_counter() - started,
-                        dense_sha256=dense_sha256,
-                    )
-                    layer_record = plan.removal.carry_masks(layer, layer_record, sink)
-                    report.add(layer_record)
-                    is_carried = plan.config.correction.carry == "full" and index < last_pruned
-                    states = calibration.states if is_carried else None
-                    travelling = [part for part in (states, measured) if part is not None]
-                    sink.commit(index, layer, layer_record, travelling)
+@dataclass
+class _Loop:
+    """The loop over decoder layers; from layer to layer only `calibration` changes.
+
+    Attributes:
+        plan: The plan of the run.
+        sink: Gets the pruned weights, and each layer when it is finished.
+        callbacks: Called after each operator and layer.
+        report: Gets the records of layers, and warnings.
+        calibration: Batches, with the hidden states that enter the next layer.
+        held_out: Runs through the dense and the pruned layers; `None` if nothing is measured.
+    """
+
+    plan: Plan
+    sink: Sink
+    callbacks: Sequence[PruningCallback]
+    report: PruningReport
+    calibration: Calibration
+    held_out: HeldOut | None
+
+    def visit(self, index: int, *, is_mine: bool, is_needed: bool) -> None:
+        """Bring a decoder layer to its device, prune or run it there, and commit it if it belongs to this process.
+
+        Args:
+            index: The number of the layer.
+            is_mine: Whether this process prunes the layer; otherwise it only runs.
+            is_needed: Whether the layer or a later one is pruned. Otherwise it does not run, except for `held_out`.
+        """
+        started = time.perf_counter()
+        name = f"{self.plan.layers.name}.{index}"
+        layer = self.plan.layers.modules[index]
+        layer_record = LayerRecord(LayerReport(name, None, 0.0))
+        # Before its weights are on the device: offloaded ones are hashed where they are.
+        dense_sha256 = sha256_of(layer, layer.state_dict()) if is_mine else None
+        held_out = self.held_out if is_mine else None
+
+        with onloaded(layer.modules()), split_experts(self.plan.removal.operators[name].values()):
+            if held_out is not None:
+                held_out.run(index, "dense")
+            if is_needed:
+                step = partial(prune_layer, self.plan, self.sink, self.callbacks, index, is_mine)
+                self.calibration, layer_record = retried(
+                    step,
+                    self.calibration,
+                    where=name,
+                    plan=self.plan,
+                    report=self.report,
+                    undo=self.sink.undo,
+                )
+            if held_out is not None:
+                if index not in self.plan.removal.removed_layers:
+                    held_out.run(index, "pruned")
+                if index == len(self.plan.layers) - 1:
+                    held_out.measure()
+
             if is_mine:
-                for callback in callbacks:
-                    callback.on_layer_end(index, layer_record.report, layer_record.operators)
+                layer_record = _completed(
+                    self.plan,
+                    layer_record,
+                    seconds=time.perf_counter() - started,
+                    dense_sha256=dense_sha256,
+                )
+                self.report.add(layer_record)
+                # A run that resumes after this layer needs what enters the next one.
+                is_followed = index < max(self.plan.pruned_layers, default=-1)
+                travelling: list[HiddenStates | HeldOut] = []
+                if self.plan.config.correction.carry == "full" and is_followed:
+                    assert self.calibration.states is not None
+                    travelling.append(self.calibration.states)
+                if held_out is not None:
+                    travelling.append(held_out)
+                self.sink.commit(index, layer, layer_record, travelling)
+
+        if is_mine:
+            for callback in self.callbacks:
+                callback.on_layer_end(index, layer_record.report, layer_record.operators)
 
 
 @contextmanager
@@ -182,44 +226,69 @@ def prune_layer(
     # Again, if memory ran out and the batches are smaller now.
     calibration = record(plan, calibration)
     states = calibration.states
-    recorded = calibration.recorded
     assert states is not None
+    activations = _activations(plan, calibration, layer, index)
+    states.move(activations.storage, activations.device)
+
+    if is_mine and index not in plan.removal.removed_layers:
+        states, layer_record = _pruned_layer(plan, sink, callbacks, name, activations, states)
+    else:
+        layer_record = LayerRecord(LayerReport(name, None, 0.0))
+        targets = LayerTargets(activations, [], plan.config.correction, entering=states)
+        # The hidden states pass by a removed layer; one of another process is dense.
+        states = targets.pass_by() if is_mine else targets.leave()
+    return replace(calibration, states=states), layer_record
+
+
+def _activations(
+    plan: Plan, calibration: Calibration, layer: nn.Module, index: int
+) -> LayerActivations:
+    """Join a decoder layer with the arguments of its calls; the calibration gives them up, to free them with it."""
+    recorded = calibration.recorded
     assert recorded is not None
-    device = execution_device(layer)
-    storage = plan.storage or device
-    states.move(storage, device)
-    # The arguments of the layer's calls are freed with this layer.
     calls = recorded.calls[index]
     recorded.calls[index] = []
-    activations = LayerActivations(
+    return LayerActivations(
         layer,
         calls,
         token_masks=recorded.token_masks,
-        storage=storage,
+        storage=plan.storage or execution_device(layer),
         held_out=recorded.held_out,
     )
 
-    correction = plan.config.correction
-    is_removed = index in plan.removal.removed_layers
-    if not is_mine or is_removed:
-        targets = LayerTargets(activations, [], correction, entering=states)
-        states = targets.pass_by() if is_mine else targets.leave()
-        return replace(calibration, states=states), LayerRecord(LayerReport(name, None, 0.0))
 
+def _pruned_layer(
+    plan: Plan,
+    sink: Sink,
+    callbacks: Sequence[PruningCallback],
+    name: str,
+    activations: LayerActivations,
+    states: HiddenStates,
+) -> tuple[HiddenStates, LayerRecord]:
+    """Prune the groups of a decoder layer through the sink; return what leaves the layer, and its record.
+
+    `name` is that of the layer, such as "model.layers.3", and `states` are the hidden states that enter it.
+    """
     operators = plan.removal.operators[name]
     # Offloaded weights are on the device only now.
     require_finite([operator for operator in operators.values() if offload_hook(operator.owner)])
-    hidden = states.entering[0].to(device)  # [batch, sequence, hidden], for test runs of the layer
+    # [batch, sequence, hidden], for test runs of the layer
+    hidden = states.entering[0].to(activations.device)
     orders: dict[str, tuple[int, ...]] = {}
     if plan.config.reorder_channels:
         orders = reorder_channels(plan, sink, name, activations, states.entering)
-    trace = trace_groups(layer, operators, calls[0], hidden)
+    trace = trace_groups(activations.layer, operators, activations.calls[0], hidden)
     groups, others, experts = plan.removal.before(name, trace.groups, activations, hidden)
 
     reports: list[OperatorReport] = []
-    with watched_memory(device) as peak:
+    with watched_memory(activations.device) as peak:
         targets = LayerTargets(
-            activations, groups, correction, entering=states, ends=trace.ends, experts=experts
+            activations,
+            groups,
+            plan.config.correction,
+            entering=states,
+            ends=trace.ends,
+            experts=experts,
         )
         for number in range(len(groups)):
             # A call of its own, so that the matrices of a group are freed before the next ones are made.
@@ -238,10 +307,7 @@ def prune_layer(
         memory=peak if is_pruned else None,
         mixture=mixture,
     )
-    return (
-        replace(calibration, states=states),
-        LayerRecord(layer_report, reports, trace.left_dense | others),
-    )
+    return states, LayerRecord(layer_report, reports, trace.left_dense | others)
 
 
 def prune_group(plan: Plan, sink: Sink, problems: GroupProblems) -> list[OperatorReport]:
