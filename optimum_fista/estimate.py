@@ -37,7 +37,7 @@ from optimum_fista.model.precision import choose_products
 from optimum_fista.prune.plan import Budgets, Plan, plan_run
 from optimum_fista.pruner import FistaPruner
 from optimum_fista.removal.parts import ModelOutline
-from optimum_fista.removal.parts_removal import plan_removal, require_zeros_to_pack
+from optimum_fista.removal.planning import plan_removal, require_zeros_to_pack
 from optimum_fista.removal.shrinking import plan_shrinking
 from optimum_fista.report import PruningReport
 from optimum_fista.solve.linalg import SCALE_ON_DEVICES, rows_in_block

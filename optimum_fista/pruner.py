@@ -26,7 +26,8 @@ from optimum_fista.prune.named import prune_named
 from optimum_fista.prune.plan import plan_run
 from optimum_fista.prune.run import run
 from optimum_fista.prune.sink import ModelSink
-from optimum_fista.removal.parts_removal import Removal, plan_removal
+from optimum_fista.removal.planning import plan_removal
+from optimum_fista.removal.removal import Removal
 from optimum_fista.report import PruningReport
 from optimum_fista.source.loading import local_source, reading
 from optimum_fista.source.source_tensors import SourceTensors, source_tensors

@@ -204,7 +204,7 @@ def details_of(estimate: Estimate) -> list[str]:
 
 def _operator_lines(estimate: Estimate) -> list[str]:
     """A table of the operators by the last part of their names, and the reasons why others stay dense."""
-    from optimum_fista.removal.parts_removal import first_names
+    from optimum_fista.removal.removal import first_names
 
     kinds = dict[str, list[str]]()
     for name in estimate.weights:

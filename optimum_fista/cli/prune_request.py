@@ -118,7 +118,7 @@ class PruneRequest:
         from optimum_fista.devices import storage_place, usable_device
         from optimum_fista.folder.hub import require_push
         from optimum_fista.prune.ranks import launched_processes, require_independent_layers
-        from optimum_fista.removal.parts_removal import require_zeros_to_pack
+        from optimum_fista.removal.planning import require_zeros_to_pack
 
         usable_device(self.device)
         storage_place(self.storage_device)

@@ -31,7 +31,7 @@ from optimum_fista.prune.plan import Plan, plan_run
 from optimum_fista.prune.ranks import RankError, joined_ranks, require_independent_layers
 from optimum_fista.prune.run import run
 from optimum_fista.prune.source_files import shared_files
-from optimum_fista.removal.parts_removal import plan_removal, require_zeros_to_pack
+from optimum_fista.removal.planning import plan_removal, require_zeros_to_pack
 from optimum_fista.removal.tokens import remove_tokens
 from optimum_fista.report import PruningReport
 from optimum_fista.source.loading import load_lazily, reading

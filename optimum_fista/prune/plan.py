@@ -22,7 +22,7 @@ from optimum_fista.model.offload import execution_device
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.model.precision import Products, choose_products
 from optimum_fista.prune.callback import PruningCallback
-from optimum_fista.removal.parts_removal import Removal
+from optimum_fista.removal.removal import Removal
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.source.names import stored_names
 from optimum_fista.source.source_tensors import SourceTensors

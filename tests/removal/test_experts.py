@@ -10,7 +10,8 @@ from optimum_fista.model.calibration import hold_out, read_batches
 from optimum_fista.model.correction import Correction, LayerTargets
 from optimum_fista.model.inputs import HiddenStates, LayerActivations, record_inputs
 from optimum_fista.model.layers import find_decoder_layers
-from optimum_fista.removal.experts import SmallerMixture, experts_of, experts_to_keep, score_experts
+from optimum_fista.removal.experts import experts_of, experts_to_keep, score_experts
+from optimum_fista.removal.mixture_refit import SmallerMixture
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 CPU = torch.device("cpu")
@@ -143,7 +144,7 @@ def test_padding_counts_in_no_half_of_a_sequence(side):
         for hidden in entering:
             wanted.append(torch.zeros_like(hidden))
         mixture = SmallerMixture(experts, activations, entering, wanted)
-        halves = mixture._problems(0, mixture._down[0].read())
+        halves = mixture._halves(0)
         found.append([problem.statistics.num_tokens for problem in halves])
     assert found[0] == found[1]
 

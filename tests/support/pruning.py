@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
 from optimum_fista.model.layers import prunable_layers
 from optimum_fista.prune.plan import Plan, plan_run
-from optimum_fista.removal.parts_removal import plan_removal
+from optimum_fista.removal.planning import plan_removal
 
 
 def prune(model, batches, **options) -> PruningReport:

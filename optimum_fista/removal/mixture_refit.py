@@ -1,0 +1,220 @@
+"""Refitting the experts that stay in a mixture, so that their sum comes close to what all experts returned.
+
+An expert is refitted only if this also helps on tokens that the fit did not use: each sequence has two halves, and a
+fit to one of them must lessen the error on the other.
+
+`experts.remove_experts` makes a `SmallerMixture`, asks it for its `errors`, and calls `refit`.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optimum_fista.model.activations import ActivationStore
+from optimum_fista.model.correction import tokens_of
+from optimum_fista.model.experts import AssignedTokens, FusedExperts
+from optimum_fista.model.gram import GroupSums
+from optimum_fista.model.inputs import LayerActivations
+from optimum_fista.solve.problem import InputStatistics, LayerProblem, relative
+from optimum_fista.solve.refit import refit_columns
+
+ROUNDS = 3  # of refits of every expert, with the others as they are then; each round gains less
+
+
+class MixtureErrors(NamedTuple):
+    """`|| E* - Y ||_F / || Y ||_F` of the outputs `E*` of a mixture and their targets `Y`."""
+
+    fitted: float  # on the tokens to fit
+    held_out: float | None  # on those held out; None if there are none
+
+
+class _Halves(NamedTuple):
+    """The problems of an expert on the first and on the last halves of all sequences."""
+
+    first: LayerProblem
+    last: LayerProblem
+
+
+class SmallerMixture:
+    """A mixture without some of its experts, on the tokens that its router now sends to the others.
+
+    Its experts return together, for a token that the router sends to the experts e with the weights p_e,
+
+        E* = sum_e p_e (D_e z_e + b_e),
+
+    where `D_e` is the down projection of expert e and `z_e` its input. Only down projections are refitted, so `E*` is
+    linear in them. The inputs of an expert are not kept: they are computed again from the input of the mixture each
+    time.
+    """
+
+    def __init__(
+        self,
+        experts: FusedExperts,
+        activations: LayerActivations,
+        hidden_states: Sequence[Tensor],
+        targets: ActivationStore,
+    ) -> None:
+        """Run the decoder layer of `activations`, which has these experts only, on all batches.
+
+        `hidden_states` [batch, sequence, hidden] of each batch enter the layer. `targets` are `Y` [batch, sequence,
+        out] for `E*`.
+        """
+        self.experts = experts
+        self._down = [operator for operator in experts.operators if operator.kind == "down_proj"]
+        self._activations = activations
+        # Y - E* of each batch; not in a file, because every refit changes it
+        self._residuals: list[Tensor] = []
+        # || Y ||^2 of tokens to fit (False), and of those held out (True)
+        self._energies = {False: 0.0, True: 0.0}
+        keeps_in_file = isinstance(activations.storage, Path)
+        place = activations.device if keeps_in_file else activations.storage
+
+        def see(batch: int, assigned: AssignedTokens) -> None:
+            """Note what the outputs of the experts lack in a batch."""
+            target = targets[batch].to(activations.device)
+            num_tokens = target.shape[:2].numel()
+            output = tokens_of(experts.outputs(assigned), num_tokens).view(target.shape)
+            self._residuals.append((target - output).to(place))
+            self._energies[activations.held_out[batch]] += self._energy(batch, target)
+
+        # inputs of the mixture, and which experts get which tokens
+        self._batches = activations.assigned_tokens(experts, hidden_states, see)
+
+    def errors(self) -> MixtureErrors:
+        """Measure how far the outputs are from their targets now."""
+        squares = {False: 0.0, True: 0.0}
+        for batch, residual in enumerate(self._residuals):
+            squares[self._activations.held_out[batch]] += self._energy(batch, residual)
+        fitted = relative(squares[False], self._energies[False])
+        held_out = relative(squares[True], self._energies[True])
+        return MixtureErrors(fitted, held_out if any(self._activations.held_out) else None)
+
+    def refit(self, write: Callable[[int, Tensor], None]) -> tuple[int, str]:
+        """Refit the down projections, one expert after another (block coordinate descent).
+
+        With all other experts fixed, expert e minimizes, over the tokens that reach it,
+
+            || p_e D_e z_e - (Y - sum_{f != e} p_f (D_f z_f + b_f) - p_e b_e) ||_F^2,
+
+        with the ridge of `refit_columns` towards its present weights. The weights of `experts` are overwritten. At the
+        end `write` is called with the number of every refitted expert and its weights [out, in].
+
+        Returns the number of refitted experts, and advice for the user.
+        """
+        if getattr(self.experts.module, "has_post_expert_norm", False):
+            return 0, "not refitted: a norm follows every expert"
+
+        refitted = set[int]()
+        messages = list[str]()
+        for round_number in range(ROUNDS):
+            is_first_round = round_number == 0
+            for expert in range(len(self._down)):
+                if not is_first_round and expert not in refitted:
+                    continue
+                halves = self._halves(expert)
+                if halves is None:
+                    continue
+                # Tested in the first round only: afterwards the weights are fitted to both halves.
+                if is_first_round and not _gains(halves):
+                    continue
+                message = self._refit_expert(expert, halves)
+                refitted.add(expert)
+                if message:
+                    messages.append(f"expert {expert}: {message}")
+
+        for expert in sorted(refitted):
+            write(expert, self._down[expert].read())
+        return len(refitted), "; ".join(messages)
+
+    def _refit_expert(self, expert: int, halves: _Halves) -> str:
+        """Fit the down projection of an expert to both halves of all sequences, and write it; returns advice.
+
+        The problems in `halves` are used up.
+        """
+        operator = self._down[expert]
+        first, last = halves
+        num_tokens = first.statistics.num_tokens + last.statistics.num_tokens
+        problem = LayerProblem(
+            first.weight,
+            InputStatistics(first.gram + last.gram, num_tokens),
+            first.target + last.target,
+            first.output_energies + last.output_energies,
+            first.name,
+        )
+        all_columns = torch.ones_like(first.weight[0], dtype=torch.bool)
+        weight, message = refit_columns(problem, all_columns)
+        if not bool(torch.isfinite(weight).all()):
+            raise RuntimeError(f"the refit of {operator.name} failed: weights hold NaN or Inf.")
+        operator.write(weight)
+        # as it was rounded to the dtype of the operator
+        self._move(expert, operator.read() - first.weight)
+        return message
+
+    def _halves(self, expert: int) -> _Halves | None:
+        """Sum up the problems of an expert; `None` if no token of a half reaches it."""
+        operator = self._down[expert]
+        weight = operator.read()
+        device = self._activations.device
+        first = GroupSums(weight.shape[1], device)
+        last = GroupSums(weight.shape[1], device)
+        for batch, residual in enumerate(self._residuals):
+            if self._activations.held_out[batch]:
+                continue
+            inputs, tokens = self._inputs(expert, batch)
+            mask = self._activations.token_masks[batch]  # [batch, sequence], True = real
+            if mask is None:
+                mask = torch.ones(residual.shape[:2], dtype=torch.bool, device=device)
+            is_real = mask.reshape(-1)[tokens]
+            # of the real tokens of each sequence
+            in_first_half = mask.cumsum(1) <= mask.sum(1, keepdim=True) // 2
+            is_first = in_first_half.reshape(-1)[tokens]
+
+            # only of the tokens that reach the expert
+            lacking = residual.flatten(0, 1)[tokens.to(residual.device)].to(device).float()
+            targets = lacking + inputs @ weight.T  # Y - E* without what these weights add to E*
+            for half, counted in ((first, is_first & is_real), (last, ~is_first & is_real)):
+                half.add(inputs[counted], "targets", targets[counted])
+        if not first.num_tokens or not last.num_tokens:
+            return None
+        return _Halves(
+            next(first.problems([operator], [weight], 1.0)),
+            next(last.problems([operator], [weight], 1.0)),
+        )
+
+    def _move(self, expert: int, change: Tensor) -> None:
+        """Update `Y - E*` in place for a `change` [out, in] of an expert's weights."""
+        for batch, residual in enumerate(self._residuals):
+            inputs, tokens = self._inputs(expert, batch)
+            moved = (inputs @ change.T).to(residual.device)
+            rows = tokens.to(residual.device)
+            flat = residual.flatten(0, 1)  # a view
+            flat[rows] = (flat[rows].float() - moved).to(flat.dtype)
+
+    def _inputs(self, expert: int, batch: int) -> tuple[Tensor, Tensor]:
+        """`p_e z_e` [tokens, in] of an expert, float32, and the numbers of the tokens that reach it."""
+        assigned = self._batches[batch]
+        inputs = self._down[expert].inputs(assigned, self._activations.device).float()
+        part = assigned.part(expert)
+        if assigned.weights is not None:
+            inputs = inputs * assigned.weights[part].float()
+        return inputs, assigned.tokens[part]
+
+    def _energy(self, batch: int, values: Tensor) -> float:
+        """Squared norm of `values` [batch, sequence, out] of the real tokens."""
+        real = self._activations.rows(values.to(self._activations.device), batch)
+        return float(torch.linalg.vector_norm(real.float()).double().square())
+
+
+def _gains(halves: _Halves) -> bool:
+    """Tell whether a fit to each half is better on the other one than the present weights: no overfitting."""
+    return _helps_on(halves.first, halves.last) and _helps_on(halves.last, halves.first)
+
+
+def _helps_on(fitted: LayerProblem, other: LayerProblem) -> bool:
+    """Tell whether weights that are fitted to one problem have a smaller error on the other than the present ones."""
+    all_columns = torch.ones_like(fitted.weight[0], dtype=torch.bool)
+    weight, _ = refit_columns(fitted, all_columns)
+    return bool(other.squared_error(weight) < other.squared_error(other.weight))

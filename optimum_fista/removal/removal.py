@@ -1,0 +1,211 @@
+"""What a run takes from a model: `Removal`, which the plan of a run holds.
+
+A run always sets zeros in linear operators. `Removal` says in which, by which patterns, and has a method for each
+moment at which a run that removes whole parts does more. They do nothing here; `parts_removal.PartsRemoval` overrides
+them. The loop calls them in this order:
+
+1. before the first decoder layer: `choose_layers`, then `without_layers`;
+2. for each decoder layer: `before` it is pruned, `after` its operators are pruned, then `carry_masks`;
+3. at the end: `describe` the result in the report, and `make_smaller` a model in memory. A run from files calls
+   `shrink_tensors` for each layer instead.
+
+"Groups" are two things: operators with the same inputs, which are solved together (`Group` of `model.operators`), and
+groups of columns that are removed together (see `parts`).
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, TypeVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from optimum_fista.config import FistaPruningConfig
+from optimum_fista.model.correction import LayerTargets
+from optimum_fista.model.inputs import HiddenStates, LayerActivations
+from optimum_fista.model.layers import DecoderLayers
+from optimum_fista.model.operators import Group, LinearOperator
+from optimum_fista.model.sensitivity import DenseLoss
+from optimum_fista.removal.parts import Part, RemovedParts
+from optimum_fista.report import (
+    LayerRecord,
+    LayerReport,
+    MixtureReport,
+    OperatorReport,
+    PruningReport,
+)
+from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.source.names import StoredName
+
+T = TypeVar("T")
+
+
+class PrunedWeights(Protocol):
+    """What a removal uses of the run's sink (`prune.sink`), which overwrites weights and undoes it after an error."""
+
+    masks: dict[str, Tensor]  # packed, by "{operator}.weight"
+
+    def write(self, operator: LinearOperator, weight: Tensor, mask: Tensor | None = None) -> None:
+        """Overwrite a weight [out, in], and keep its mask."""
+
+    def undo_at_failure(self, put_back: Callable[[], None]) -> None:
+        """Have `put_back` called if the run fails."""
+
+
+class ChosenGroups(NamedTuple):
+    """What is pruned in a decoder layer."""
+
+    groups: list[Group]
+    left_dense: dict[str, str]  # other operators of the layer, with the reason
+    experts: nn.Module | None  # the module of its experts, if some are removed
+
+
+class LeavingLayer(NamedTuple):
+    """What leaves a decoder layer once it is pruned."""
+
+    states: HiddenStates
+    operators: list[OperatorReport]  # as they will be in the smaller model
+    mixture: MixtureReport | None  # if experts were removed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removal:
+    """What a run takes from a model: zeros in linear operators, and, in a subclass, whole parts.
+
+    `planning.plan_removal` makes it before the run. This base class removes no parts.
+    """
+
+    layers: DecoderLayers  # of the model
+    config: FistaPruningConfig  # as the user passed it, with a choice for every option
+    # Operators to prune by their names, by the names of all decoder layers. Removed layers have none.
+    operators: Mapping[str, Mapping[str, LinearOperator]]
+    patterns: Mapping[str, SparsityPattern]  # of each of these operators, by its name
+    left_dense: Mapping[str, str]  # other operators, with the reason
+    # Parts whose channels change places before they are pruned, by the operators that read them.
+    channels: Mapping[str, Part] = field(default_factory=dict)
+    # Mixtures that lose experts, by their decoder layers.
+    mixtures: Mapping[str, Part] = field(default_factory=dict)
+    # How many parts of each kind are removed, such as "1 of 3 heads of every decoder layer (33.33%)".
+    removed_parts: Sequence[RemovedParts] = ()
+    num_removed_layers: int = 0
+    # The loss after the removal of each layer, by its number; empty until they are chosen.
+    removed_layers: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def num_parameters(self) -> int:
+        """Count the parameters of the model after the removal."""
+        return self.layers.model.num_parameters()
+
+    @property
+    def counts_kept(self) -> Mapping[str, int]:
+        """How many groups each part keeps, by its name, of those that become smaller."""
+        return {}
+
+    @property
+    def keeps_values(self) -> bool:
+        """Tell whether all weights that stay keep their values."""
+        return False
+
+    def is_asked_dense(self, name: str) -> bool:
+        """Tell whether the user's options, and nothing in the model, leave an operator dense."""
+        return self.config.reason_left_dense(name) is not None
+
+    def choose_layers(self, loss: DenseLoss) -> list[tuple[int, float]]:
+        """Choose the decoder layers to remove by the loss of the model without them; none here.
+
+        Returns their numbers in the order of their removal, each with the loss after it.
+        """
+        return []
+
+    def without_layers(self, removed_layers: Mapping[int, float]) -> "Removal":
+        """Return the removal with the decoder layers that the loss has chosen (`removed_layers`); none here."""
+        return self
+
+    def before(
+        self, layer_name: str, groups: list[Group], activations: LayerActivations, hidden: Tensor
+    ) -> ChosenGroups:
+        """Choose the groups to prune in a decoder layer, and prove that zeros there equal their removal.
+
+        `groups` are those of its operators, in execution order. `activations` has the layer, and `hidden` [batch,
+        tokens, hidden] enters it. The layer may run, and is not changed.
+        """
+        return ChosenGroups(groups, left_dense={}, experts=None)
+
+    def after(
+        self,
+        layer_name: str,
+        sink: PrunedWeights,
+        targets: LayerTargets,
+        operators: list[OperatorReport],
+    ) -> LeavingLayer:
+        """Remove experts of a decoder layer whose operators are pruned, and refit the others.
+
+        `targets` has the layer, and what it should return. `operators` are the reports of its pruned operators. Weights
+        are overwritten through `sink`.
+        """
+        return LeavingLayer(targets.leave(), operators, mixture=None)
+
+    def carry_masks(
+        self, layer: nn.Module, record: LayerRecord, sink: PrunedWeights
+    ) -> LayerRecord:
+        """Carry masks of an earlier run through the removal of parts; see `earlier_masks`.
+
+        `layer` is pruned and on its device, and `record` is its report. The masks are added to those of the sink.
+        Returns the record, with what became of them.
+        """
+        return record
+
+    def new_name(self, name: str) -> str | None:
+        """The name of a module or tensor in the pruned model; `None` if it is removed."""
+        return name
+
+    def renamed(self, values: Mapping[str, T]) -> dict[str, T]:
+        """Values by their names in the pruned model, without those of removed modules."""
+        renamed = dict[str, T]()
+        for name, value in values.items():
+            new_name = self.new_name(name)
+            if new_name is not None:
+                renamed[new_name] = value
+        return renamed
+
+    def part_of(self, name: str) -> Part | None:
+        """The part that a tensor of the model belongs to and that becomes smaller; `None` if it stays as it is."""
+        return None
+
+    def shrink_tensors(self, record: LayerRecord, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of a pruned decoder layer in their smaller form, by their new names.
+
+        `tensors` are by their names in the whole model, and `record` is the report of the layer.
+        """
+        return tensors
+
+    def names_of_carried(self, report: PruningReport) -> dict[str, StoredName]:
+        """Names in the checkpoint of the weights whose masks were carried, by their names in the pruned model."""
+        return {}
+
+    def describe(self, report: PruningReport) -> None:
+        """Write into the report of all decoder layers, and into the model's configuration, what was removed."""
+
+    def make_smaller(
+        self, model: PreTrainedModel, report: PruningReport, sink: PrunedWeights
+    ) -> None:
+        """Make a pruned model in memory smaller, in place, once its report is complete."""
+
+
+def groups_kept(
+    layers: Iterable[LayerReport], operators: Iterable[OperatorReport]
+) -> dict[str, tuple[int, ...]]:
+    """The numbers of the groups that stay of each part, by its name in the reports."""
+    kept = dict[str, tuple[int, ...]]()
+    for layer in layers:
+        if layer.mixture is not None:
+            kept[layer.mixture.name] = layer.mixture.groups_kept
+    for operator in operators:
+        if operator.groups_kept is not None:
+            kept[operator.name.removesuffix(".weight")] = operator.groups_kept
+    return kept
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first four of many names, for a message."""
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
