@@ -435,34 +435,29 @@ class Estimate:
 
     def _pruning_layer(self, layer: torch.nn.Module, names: list[str]) -> Iterator[_Moment]:
         """Prune one decoder layer: dequantize it, then solve for each group of the operators called `names`."""
-        parts: dict[str, float] = {"decoder layer": 0}
-        if not self._is_loaded_whole:
-            parts["decoder layer"] = sum(p.nbytes for p in layer.parameters())
-        held_out = 2 * self._num_held_out * self._sequence_bytes
-        if self.quantized:
-            # Experts are dequantized one by one and then put together, before the layer runs.
-            largest = max(p.nbytes for p in layer.parameters())
-            waiting = self._num_streams * self._stream_bytes + held_out
-            yield _Moment({**parts, "dequantizing": largest}, waiting)
-
-        # Outputs of each operator, for those that share a module and a number of inputs, and so perhaps a Gram matrix.
-        groups: dict[tuple[str, int], list[int]] = {}
-        for name in names:
-            rows, columns = self.operators[name]
-            groups.setdefault((name.rpartition(".")[0], columns), []).append(rows)
+        groups = self._groups(names)
         # Experts are left out of what all tokens reach: each expert sees a share of them.
         dense_groups = {
             (module, columns): outputs
             for (module, columns), outputs in groups.items()
             if ".experts." not in f"{module}."
         }
+        held_out = 2 * self._num_held_out * self._sequence_bytes
+        layer_bytes = 0 if self._is_loaded_whole else sum(p.nbytes for p in layer.parameters())
+        parts: dict[str, float] = {"decoder layer": layer_bytes}
+        if self.quantized:
+            # Experts are dequantized one by one and then put together, before the layer runs.
+            largest = max(p.nbytes for p in layer.parameters())
+            waiting = self._num_streams * self._stream_bytes + held_out
+            yield _Moment({**parts, "dequantizing": largest}, waiting)
+
         batch_tokens = self.batch_size * self.length
         if self._widens:
-            copies = [self.operators[name] for name in names]
-            parts["float32 copies"] = _FLOAT32 * max(
-                (rows * columns + batch_tokens * (rows + columns) for rows, columns in copies),
-                default=0,
-            )
+            copies = [0]
+            for name in names:
+                rows, columns = self.operators[name]
+                copies.append(rows * columns + batch_tokens * (rows + columns))
+            parts["float32 copies"] = _FLOAT32 * max(copies)
         widest = max(
             (max(columns, *outputs) for (_, columns), outputs in dense_groups.items()), default=0
         )
@@ -471,9 +466,8 @@ class Estimate:
             # All groups of a decoder layer are summed in one pass over the tokens.
             parts["other Gram matrices"] = sum(_FLOAT32 * columns**2 for _, columns in groups)
 
-        recorded = (
-            0  # features of the dense network that are kept: outputs, or inputs if they are fewer
-        )
+        # Features of the dense network that are kept: outputs of a group, or its inputs if they are fewer.
+        recorded = 0
         if self.config.correction.needs_dense:
             for (_, columns), outputs in dense_groups.items():
                 recorded += min(sum(outputs), columns)
@@ -481,6 +475,18 @@ class Estimate:
             features = recorded + columns + (self._num_streams + 2) * self._hidden
             waiting = self._value_bytes * self.num_samples * self.length * features + held_out
             yield _Moment({**parts, **self._solving(outputs, columns)}, waiting)
+
+    def _groups(self, names: list[str]) -> dict[tuple[str, int], list[int]]:
+        """Outputs of each of these operators, by their module and number of inputs.
+
+        Operators of one module with as many inputs are counted as a group: they may share a Gram matrix.
+        """
+        groups: dict[tuple[str, int], list[int]] = {}
+        for name in names:
+            rows, columns = self.operators[name]
+            module, _, _ = name.rpartition(".")
+            groups.setdefault((module, columns), []).append(rows)
+        return groups
 
     def _solving(self, rows: list[int], columns: int) -> dict[str, float]:
         """Bytes of the problem and the method for operators of these `rows` that share `columns` inputs, by part."""

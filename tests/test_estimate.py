@@ -7,6 +7,7 @@ from estimate import CASES, beside_a_run
 from safetensors.torch import load_file
 from tiny_llama import tiny_llama, tiny_tokens
 from tiny_models import tiny_model
+from torch.utils.benchmark import Timer
 from transformers import LlamaConfig
 
 from optimum_fista import FistaPruner, FistaPruningConfig
@@ -174,6 +175,18 @@ def test_held_out_logits_of_a_large_vocabulary_are_counted():
 
     assert run["measured_bytes"] > 1.5 * LIBRARIES, "the logits must matter here"
     assert 1 / 1.25 < run["estimated_bytes"] / run["measured_bytes"] < 1.25
+
+
+def test_a_machine_that_is_busy_with_other_work_tries_a_layer_too(monkeypatch):
+    def busy_clock():
+        return 1e6 * time.perf_counter()
+
+    def timer_of_the_wall_clock(*arguments, timer=busy_clock, **options):
+        return Timer(*arguments, timer=timer, **options)
+
+    monkeypatch.setattr("optimum_fista.estimate.Timer", timer_of_the_wall_clock)
+
+    assert sum(estimated(FistaPruningConfig(method="wanda")).seconds.values()) > 0
 
 
 def test_layers_of_every_kind_are_tried_and_time_grows_with_layers_and_tokens():

@@ -39,13 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure a model and print one line."""
-    # These imports take seconds, and `--help` must not wait for them.
+    from optimum_fista.source.model_folder import require_name
+    from optimum_fista.text.sources import load_text
+
+    # What can't be read is refused before the slow imports below.
+    require_name(arguments.model)
+    text = load_text(arguments.text, "test")
+
     from optimum_fista.evaluate.perplexity import evaluate_perplexity
     from optimum_fista.source.loading import load_model
-    from optimum_fista.text.sources import load_text
     from optimum_fista.text.windows import evaluation_windows
 
-    text = load_text(arguments.text, "test")
     model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     windows = evaluation_windows(tokenizer, text, arguments.sequence_length, arguments.max_windows)
     result = evaluate_perplexity(

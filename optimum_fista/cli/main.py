@@ -118,17 +118,16 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Run a parsed command; errors of the user or the system become one line and 1, an interrupt 130."""
-    formatted, stream = warnings.formatwarning, sys.stderr
-    # Show no line of code with a warning: it is of no use here.
-    warnings.formatwarning = lambda message, *_, **__: (
-        f"warning: {plain_text(' '.join(str(message).split()))}\n"
-    )
+    """Run a parsed command; errors of the user or the system become one line and 1, an interrupt 130.
+
+    While it runs, warnings are one line, bars in a log are lines, and with `--quiet` there are no bars.
+    """
+    format_of_warnings = warnings.formatwarning
+    warnings.formatwarning = _warning_line
+    stream = sys.stderr
+    shown_stream = stream if stream.isatty() else _BarsAsLines(stream)
     try:
-        with (
-            redirect_stderr(stream if stream.isatty() else _BarsAsLines(stream)),
-            _bars_hidden_if(getattr(arguments, "quiet", False)),
-        ):
+        with redirect_stderr(shown_stream), _bars_hidden_if(getattr(arguments, "quiet", False)):
             return int(arguments.fista_run(arguments))
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -137,7 +136,12 @@ def execute(arguments: argparse.Namespace) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     finally:
-        warnings.formatwarning = formatted
+        warnings.formatwarning = format_of_warnings
+
+
+def _warning_line(message: Warning | str, *_: Any, **__: Any) -> str:
+    """Write a warning in one line, without the line of code, which is of no use here."""
+    return f"warning: {plain_text(' '.join(str(message).split()))}\n"
 
 
 @contextmanager
@@ -161,26 +165,32 @@ class _BarsAsLines:
     """
 
     def __init__(self, stream: Any) -> None:
-        self._stream, self._last, self._in_bar = stream, time.monotonic(), False
+        self._stream = stream
+        self._last = time.monotonic()  # when a line of a bar was passed on
+        self._in_bar = False  # whether the latest text was a bar
         self._names = {""}  # of bars that were shown
 
     def write(self, text: str) -> int:
+        """Pass text on, or, of a bar, a line now and then."""
         line = text.replace("\x1b[A", "").strip()  # a second bar goes up to the first one
-        if text.startswith("\r") and "\n" not in line:
+        is_bar = text.startswith("\r") and "\n" not in line
+        if is_bar:
             self._in_bar = True
-            name = re.sub(
-                r"\d+", "", re.split(r"[:|]", line)[0]
-            )  # "3 of 30 layers done: ..." and "4 of ..." are one
-            if line and (
-                name not in self._names or time.monotonic() - self._last > _SECONDS_BETWEEN_LINES
-            ):
-                self._names.add(name)
-                self._last = time.monotonic()
-                self._stream.write(f"{line}\n")
-        elif line or not self._in_bar:  # drops the line end of a bar
+            self._write_bar(line)
+        elif line or not self._in_bar:  # the line end of a bar is dropped
             self._in_bar = False
             self._stream.write(text)
         return len(text)
+
+    def _write_bar(self, line: str) -> None:
+        """Write the line of a bar if it is its first one, or if the last line of any bar is old."""
+        # "3 of 30 layers done: ..." and "4 of 30 layers done: ..." are lines of one bar.
+        name = re.sub(r"\d+", "", re.split(r"[:|]", line)[0])
+        is_late = time.monotonic() - self._last > _SECONDS_BETWEEN_LINES
+        if line and (name not in self._names or is_late):
+            self._names.add(name)
+            self._last = time.monotonic()
+            self._stream.write(f"{line}\n")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)  # flush, fileno, encoding, isatty: those of the stream
@@ -193,8 +203,10 @@ def _one_line(error: Exception) -> str:
     # Names in it may come from files of other people.
     text = plain_text(" ".join(str(error).split()))
     if is_out_of_memory(error):
-        advice = "a smaller --batch-size, --sequence-length or --num-samples, --storage-device or --device cpu"
-        return f"out of memory ({text[:200]}): pass {advice}."
+        return (
+            f"out of memory ({text[:200]}): pass a smaller --batch-size, --sequence-length or --num-samples, "
+            "--storage-device or --device cpu."
+        )
     if isinstance(error, SafetensorError):
         return f"a safetensors file is damaged, or a pointer of Git LFS ({text}): download it again (git lfs pull)."
     return text or type(error).__name__

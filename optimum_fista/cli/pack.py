@@ -17,6 +17,7 @@ example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `pack` to its parser; `unpack` has the same."""
     parser.add_argument("folder", metavar="DIR", type=Path, help="model folder")
     parser.add_argument(
         "--output", "-o", required=True, type=Path, metavar="DIR", help="folder to write"
@@ -27,19 +28,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Pack a folder, and print the sizes; returns the exit code."""
     from optimum_fista.folder.packed_folder import pack_folder
 
     return convert(arguments, pack_folder, "Packing")
 
 
 def convert(arguments: argparse.Namespace, write: Callable[..., object], title: str) -> int:
-    """Write the folder in its other form, and print the sizes."""
+    """Write a folder in its other form, and print the sizes; returns the exit code.
+
+    Args:
+        arguments: Those of `pack` or `unpack`.
+        write: `pack_folder` or `unpack_folder`.
+        title: Of the bar.
+    """
     from optimum_fista.bars import tqdm
 
-    folder, output = arguments.folder, arguments.output
     with tqdm(desc=title, unit="file", leave=False) as bar:
         sizes = write(
-            folder, output, overwrite=arguments.overwrite, progress=lambda _: bar.update()
+            arguments.folder,
+            arguments.output,
+            overwrite=arguments.overwrite,
+            progress=lambda _: bar.update(),
         )
-    print(sizes, f"saved to {output}", sep="\n")
+    print(sizes)
+    print(f"saved to {arguments.output}")
     return 0

@@ -15,6 +15,7 @@ add_arguments = pack.add_arguments
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Unpack a folder, and print the sizes; returns the exit code."""
     from optimum_fista.folder.packed_folder import unpack_folder
 
     return pack.convert(arguments, unpack_folder, "Unpacking")

@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Verify a folder and print the result; returns 1 if a check fails."""
+    from optimum_fista.folder.checkpoint import read_report
+
+    read_report(arguments.folder)  # a folder without a report is refused before the slow imports
     # These imports take seconds, and `--help` must not wait for them.
     from optimum_fista.bars import tqdm
     from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
