@@ -7,6 +7,9 @@ own size (`LayerProblem`): the weight, the Gram matrix `G = X* X*^T` of the inpu
 `C = Y X*^T` (the *target*). `InputStatistics` are what operators with the same inputs share. So operators are solved
 one after the other in the memory of a few matrices, for any number of tokens. But the error is a small difference of
 large numbers, which float32 would lose. So all formulas use the change of the weights, `D = W* - W`.
+
+The *energy* of an input is its squared norm over all tokens, a diagonal entry of `G`. An input is *nearly dead* if it
+has less than 5e-6 of the mean energy, and *live* otherwise.
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
 After a method has chosen which weights of an operator stay (the *mask*), a refit gives these the values with the least
 error. If each row has its own mask, each row is a separate linear system. These are too many to factorise; a few steps
 for all rows at once are nearly as good (`refit`). If all rows keep the same columns, one Cholesky factor solves the
-single system (`refit_columns`). Symbols are those of `LayerProblem`: `G` the Gram matrix, `C` the target.
+single system (`refit_columns`). Symbols are those of `LayerProblem`: `W` [out, in] are the dense weights of an
+operator, `W*` the refitted ones, `G` [in, in] the Gram matrix of its inputs `X*` over the calibration tokens, `Y` the
+outputs that `W*` shall give for them, and `C = Y X*^T` [out, in] the target.
 """
 
 import torch
@@ -105,6 +107,7 @@ def refit_columns(
 ) -> tuple[Tensor, str]:
     """Least squares over weights whose columns outside `kept`, booleans [in], are zero, with a ridge.
 
+    `kept` is a row of the mask of a method that removes whole columns, all of whose rows are the same.
     It minimizes `|| W* X* - Y ||_F^2 + r sum_ij G_jj (W*_ij - W_ij)^2` exactly: all rows share one linear system, and
     its Cholesky factor. The more inputs are removed, the more the others have to change, and the more these changes
     follow the noise of the calibration tokens. The ridge is therefore that of Hoerl, Kennard & Baldwin (1975), number

@@ -209,7 +209,10 @@ class DistillationTrainer(Trainer):
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
     ) -> None:
-        """Write the trained parameters into the folder of a state, in the process that saves; the Trainer calls it."""
+        """Write the trained parameters into the folder of a state, in the process that saves; the Trainer calls it.
+
+        `state_dict` are the whole parameters if they are sharded; `None`: those of the model are.
+        """
         if not self.args.should_save:
             return
         model: Any = self.model
@@ -353,7 +356,8 @@ class Watch(TrainerCallback):
     ) -> None:
         """Ask for a saved state, an evaluation or the end of the training, in all processes at once.
 
-        Rank 0's clock decides when a state is saved.
+        Sets `control` and `self.stopped`, and moves the bar. Rank 0's clock decides when a state is saved;
+        `self._asked` is True after Ctrl-C in this process, and `self._check` is a step to evaluate after.
         """
         self._bar.update()
         is_due = time.perf_counter() - self._saved > _SAVE_SECONDS
@@ -374,7 +378,10 @@ class Watch(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Finish the state that was written, after all processes have written their files of it."""
+        """Finish the state that was written, after all processes have written their files of it.
+
+        `args.output_dir` is the journal. Rank 0 writes the digests and deletes states that are replaced.
+        """
         self._ranks.gather(None)
         self._ranks.first(lambda: _finish_state(Path(str(args.output_dir)), state))
         self._saved = time.perf_counter()
@@ -424,7 +431,7 @@ class Watch(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Take the bar away, also after an error."""
+        """Take the progress bar away (`self._bar` becomes None); `recover` calls it after an error, too."""
         if self._bar is not None:
             self._bar.close()
         self._bar = None

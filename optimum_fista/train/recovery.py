@@ -270,7 +270,8 @@ def _train(
     """Train from the beginning, or from the last state in `journal`, the folder of the run.
 
     Returns the model to save (`None` in processes other than rank 0) and the report. `windows` are the token ids of the
-    text [sequences, length], held-out ones first, and `fingerprint` comes from `_fingerprint`.
+    text [sequences, length], held-out ones first, and `fingerprint` comes from `_fingerprint`. `progress`: whether to
+    show a bar.
     """
     free = ranks.gather(available_bytes(plan.device))
     choice = ranks.first(lambda: _choose_once(plan, journal, free))

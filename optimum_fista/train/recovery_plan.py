@@ -2,8 +2,8 @@
 
 A recovery trains the *student* (the pruned model) so that it predicts as the *teacher* (the dense model) does.
 `plan_recovery` makes the plan before anything large is read, from configurations, tokenizers and a model without
-weights. `recover` then trains by it, after `choose` has found what fits into memory. `preview` prints the plan, and
-measures the time of one step. Nothing here writes a file of the run.
+weights. `recover` then trains by it, after `choose` has found what fits into memory (a `Choice`). `preview` prints the
+plan, and measures the time of one step. Nothing here writes a file of the run.
 
 A *step* is one update of the weights. It sums the gradients of several *passes* (forward and backward), each of
 `batch_size` sequences.

@@ -83,12 +83,7 @@ def unit_diagonal(problem: LayerProblem, damping: float) -> tuple[Tensor, Tensor
 @register
 @dataclass(frozen=True)
 class Admm(PruningMethod):
-    """ADMM in coordinates of unit Gram diagonal with one inverse, `rho = 1`, and a mask that is then frozen.
-
-    The mask keeps the largest `|W + U|`; for the first `ramp_iterations` it is chosen again in every iteration,
-    unstructured on a cubic ramp of the sparsity `s (1 - (1 - k / ramp)^3)`, and frozen after that (Algorithm 1;
-    the released code skips the ramp).
-    """
+    """ADMM in coordinates of unit Gram diagonal with one inverse, `rho = 1`, and a mask that is then frozen."""
 
     # Fraction of the mean Gram diagonal added to the diagonal.
     damping: float = 0.1
@@ -103,7 +98,9 @@ class Admm(PruningMethod):
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`: returns new weights with their mask; `problem` stays as it is.
 
-        Symbols as in the paper: W, Z, and U = V / rho, the scaled dual.
+        The mask keeps the largest `|W + U|`; for the first `ramp_iterations` it is chosen again in every iteration,
+        unstructured on a cubic ramp of the sparsity `s (1 - (1 - k / ramp)^3)`, and frozen after that (Algorithm 1;
+        the released code skips the ramp). Symbols as in the paper: W, Z, and U = V / rho, the scaled dual.
         """
         problem = problem.decoupled()
         gram, target, scale = unit_diagonal(problem, self.damping)

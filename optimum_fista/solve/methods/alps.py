@@ -6,6 +6,10 @@ One eigenvalue decomposition makes an inverse for every `rho`, as in the paper; 
 A `LayerProblem` has the dense weights `W` [out, in] of one linear operator, and statistics of the inputs that
 calibration tokens give it, such as their Gram matrix. A `SparsityPattern` says how many weights stay, and which of them
 compete.
+
+The Gram matrix and the target are damped alike. Every `period` iterations `rho` grows by 1.3, 1.2 or 1.1 as
+the support changed by more than 10%, more than 0.5%, or at all; it stops when the support stays the same.
+Then at most `refit_iterations` conjugate-gradient steps on the support (Algorithm 2).
 """
 
 from dataclasses import dataclass
@@ -26,9 +30,7 @@ from optimum_fista.solve.refit import refit
 class Alps(PruningMethod):
     """ADMM in coordinates of unit Gram diagonal, `rho` growing as the support settles (Algorithm 1).
 
-    The Gram matrix and the target are damped alike. Every `period` iterations `rho` grows by 1.3, 1.2 or 1.1 as
-    the support changed by more than 10%, more than 0.5%, or at all; it stops when the support stays the same.
-    Then at most `refit_iterations` conjugate-gradient steps on the support (Algorithm 2).
+    The docstring of the module says how.
     """
 
     # Fraction of the mean Gram diagonal added to the diagonal.

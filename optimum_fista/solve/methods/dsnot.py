@@ -5,6 +5,12 @@ All rows swap one weight each at the same time; weights that a pattern keeps tog
 A `LayerProblem` has the dense weights `W` [out, in] of one linear operator, and statistics of the inputs that
 calibration tokens give it, such as their Gram matrix. A `SparsityPattern` says how many weights stay, and which of them
 compete.
+
+With input means `mu` and variances `v`, the error of a row is `e = sum over pruned w_j mu_j`. A cycle grows
+the pruned weight with the largest `sign(e) w_i mu_i / v_i` and prunes, of the kept weights whose removal
+moves e towards zero, the one with the smallest Wanda score (eqs. 3-5; n:m: in the same group). Weights that the
+pattern keeps together (pairs) are swapped together. A row stops when `|e|` is below `threshold`, or no swap shrinks
+it.
 """
 
 from dataclasses import dataclass
@@ -29,11 +35,7 @@ from optimum_fista.solve.problem import LayerProblem
 class Dsnot(PruningMethod):
     """Swap weights in Wanda's mask so that the expected output error of every row shrinks; no weight changes.
 
-    With input means `mu` and variances `v`, the error of a row is `e = sum over pruned w_j mu_j`. A cycle grows
-    the pruned weight with the largest `sign(e) w_i mu_i / v_i` and prunes, of the kept weights whose removal
-    moves e towards zero, the one with the smallest Wanda score (eqs. 3-5; n:m: in the same group). Weights that the
-    pattern keeps together (pairs) are swapped together. A row stops when `|e|` is below `threshold`, or no swap shrinks
-    it.
+    The docstring of the module says how.
     """
 
     # Swaps in a row at most.

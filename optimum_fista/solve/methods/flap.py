@@ -3,6 +3,14 @@
 A `LayerProblem` has the dense weights `W` [out, in] of one linear operator, and statistics of the inputs that
 calibration tokens give it, such as their Gram matrix. A `SparsityPattern` says how many weights stay, and which of them
 compete.
+
+With input means `mu` and variances `v`, weight ij is scored `W_ij^2 v_j`, and a column by the sum of its scores
+(FLAP's metric WIFV). The removed weights add `b = W_removed mu` to the outputs on average. FLAP stores `b` as a
+bias, but most models have no place for it. Here the kept weights compensate for it, in proportion to `mu / v`. This
+minimizes `|| D mu - b ||^2 + sum_j D_:j^2 v_j`, the expected squared error of the change `D` of the weights if
+inputs are uncorrelated:
+
+    D_ij = b_i (mu_j / v_j) / (1 + sum_k mu_k^2 / v_k),   j and k kept in row i.
 """
 
 from dataclasses import dataclass
@@ -24,13 +32,7 @@ from optimum_fista.solve.problem import LayerProblem
 class Flap(PruningMethod):
     """Remove the inputs that stay near their mean, because a constant can take their place.
 
-    With input means `mu` and variances `v`, weight ij is scored `W_ij^2 v_j`, and a column by the sum of its scores
-    (FLAP's metric WIFV). The removed weights add `b = W_removed mu` to the outputs on average. FLAP stores `b` as a
-    bias, but most models have no place for it. Here the kept weights compensate for it, in proportion to `mu / v`. This
-    minimizes `|| D mu - b ||^2 + sum_j D_:j^2 v_j`, the expected squared error of the change `D` of the weights if
-    inputs are uncorrelated:
-
-        D_ij = b_i (mu_j / v_j) / (1 + sum_k mu_k^2 / v_k),   j and k kept in row i.
+    The docstring of the module says how.
     """
 
     name: ClassVar[str] = "flap"
@@ -40,7 +42,7 @@ class Flap(PruningMethod):
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`: returns new weights with their mask; `problem` stays as it is.
 
-        The problem's target is ignored: FLAP's target is `W X*`. Symbols are those of the class.
+        The problem's target is ignored: FLAP's target is `W X*`. Symbols are those of the module.
         """
         statistics = problem.statistics
         mean = statistics.mean  # mu, [in]

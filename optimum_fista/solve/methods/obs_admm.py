@@ -2,6 +2,22 @@
 
 Symbols are those of `LayerProblem`: `W` are the dense weights of an operator, `G` is the Gram matrix of its inputs, `C`
 its target. ADMM splits the problem in two, a least-squares step and a projection on the pattern (`SplitState`).
+The method has four steps:
+
+1. A ridge pulls towards the dense weights, so that few calibration tokens are not over-fitted:
+   `G_r = G + r diag(G)` and `C_r = C + r W diag(G)`.
+2. Columns are scaled so that `G_r^-1` has unit diagonal: `W'_ij = W_ij / sqrt([G_r^-1]_jj)`. Then the projection
+   on the pattern keeps the largest `w^2 / [G_r^-1]_jj`. This is the increase of the error if a weight is removed
+   and the others of its row compensate for it (optimal brain surgeon, Hassibi & Stork 1993). If whole columns are
+   removed in groups, the scaling makes the diagonal blocks of `G_r^-1` the identity.
+3. ADMM (as in ALPS, arXiv 2406.07831) runs in stages of fixed `rho`. A stage takes one Cholesky factorisation for
+   all operators that share the inputs. In these coordinates a `rho` a little above 1 exchanges the kept weights
+   that are worth exchanging, and a dozen iterations are enough (docs/solver.md says why).
+4. The kept weights are refitted by conjugate gradients on the ridge problem. Whole columns are refitted exactly
+   (`refit_columns`), with a ridge of their own unless `ridge` is given.
+
+The coordinates `W'` of step 2 are `_Surgeon`: `W = W' S B^T` with a diagonal `S`, and a block-diagonal `B` if columns
+are removed in groups. In them `G` becomes `B^T S G_r S B`, and `C` becomes `C_r S B`.
 
 ALPS lets `rho` grow over about 40 iterations until the mask settles. Here the coordinates show which `rho` compares
 kept and removed weights correctly, so that twelve iterations reach the error of ALPS in a third of the time
@@ -43,17 +59,7 @@ from optimum_fista.solve.refit import refit, refit_columns
 class ObsAdmm(PruningMethod):
     """Splitting (ADMM) in coordinates where magnitude is the optimal-brain-surgeon saliency, then a refit.
 
-    1. A ridge pulls towards the dense weights, so that few calibration tokens are not over-fitted:
-       `G_r = G + r diag(G)` and `C_r = C + r W diag(G)`.
-    2. Columns are scaled so that `G_r^-1` has unit diagonal: `W'_ij = W_ij / sqrt([G_r^-1]_jj)`. Then the projection
-       on the pattern keeps the largest `w^2 / [G_r^-1]_jj`. This is the increase of the error if a weight is removed
-       and the others of its row compensate for it (optimal brain surgeon, Hassibi & Stork 1993). If whole columns are
-       removed in groups, the scaling makes the diagonal blocks of `G_r^-1` the identity.
-    3. ADMM (as in ALPS, arXiv 2406.07831) runs in stages of fixed `rho`. A stage takes one Cholesky factorisation for
-       all operators that share the inputs. In these coordinates a `rho` a little above 1 exchanges the kept weights
-       that are worth exchanging, and a dozen iterations are enough (docs/solver.md says why).
-    4. The kept weights are refitted by conjugate gradients on the ridge problem. Whole columns are refitted exactly
-       (`refit_columns`), with a ridge of their own unless `ridge` is given.
+    The docstring of the module has the steps.
 
     Besides the problem, it needs one matrix of the operators' shape and one of the Gram matrix's, in float32, masks of
     a byte a weight, and four blocks of rows (`solve.linalg.row_blocks`).
@@ -100,7 +106,7 @@ class ObsAdmm(PruningMethod):
     def prune_sharing(
         self, problems: Sequence[LayerProblem], patterns: Sequence[SparsityPattern]
     ) -> list[PrunedOperator]:
-        """Prune operators that share their inputs, with shared factorisations; steps are those of the class.
+        """Prune operators that share their inputs, with shared factorisations.
 
         Patterns of whole columns may have groups of several columns, and each such width has coordinates of its own.
         `problems` have the same `InputStatistics`, and stay as they are.
@@ -164,7 +170,7 @@ class ObsAdmm(PruningMethod):
         surgeon: _Surgeon,
         gram: Tensor,
     ) -> None:
-        """Run the stages of ADMM, step 3 of the class; changes `states`. `gram` is `G`."""
+        """Run the stages of ADMM, step 3; changes `states`. `gram` is `G`."""
         growth = (self.last_rho / self.first_rho) ** (1 / max(1, self.stages - 1))
         for stage in range(self.stages):
             rho = self.first_rho * growth**stage
@@ -182,7 +188,7 @@ class ObsAdmm(PruningMethod):
         surgeon: _Surgeon,
         gram: Tensor,
     ) -> int:
-        """Refit the kept weights in `state.point`, step 4 of the class, but for patterns of whole columns.
+        """Refit the kept weights in `state.point`, step 4, but for patterns of whole columns.
 
         Returns the largest number of steps of a block of rows. `gram` is `G`.
         """

@@ -3,6 +3,12 @@
 A `LayerProblem` has the dense weights `W` [out, in] of one linear operator, and statistics of the inputs that
 calibration tokens give it, such as their Gram matrix. A `SparsityPattern` says how many weights stay, and which of them
 compete.
+
+With the Gram matrix `G` of the inputs, `H` is `G + damping * mean(diag G) I`, less for nearly dead inputs
+(`InputStatistics`), and `U` the upper Cholesky factor of `H^-1`. Weight j of a row is scored `w_j^2 / U_jj^2`; n:m
+groups are decided one by one, unstructured masks a block of columns at a time with one threshold over all rows of the
+block (`scope="row"`: over each row). After column j is decided, its error `e = (w_j - w*_j) / U_jj` changes the columns
+to the right by `- e U_j,right`.
 """
 
 from dataclasses import dataclass
@@ -22,10 +28,7 @@ from optimum_fista.solve.problem import LayerProblem
 class SparseGPT(PruningMethod):
     """Prune columns from left to right and let the columns on the right compensate for each (Algorithm 1).
 
-    `H = G + damping * mean(diag G) I`, less for nearly dead inputs (`InputStatistics`), `U` the upper Cholesky factor
-    of `H^-1`. Weight j of a row is scored `w_j^2 / U_jj^2`; n:m groups are decided one by one, unstructured masks a
-    block of columns at a time with one threshold over all rows of the block (`scope="row"`: over each row). After
-    column j is decided, its error `e = (w_j - w*_j) / U_jj` changes the columns to the right by `- e U_j,right`.
+    The docstring of the module says how.
     """
 
     # Fraction of the mean Gram diagonal added to the diagonal.
@@ -41,7 +44,7 @@ class SparseGPT(PruningMethod):
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`: returns new weights with their mask; `problem` stays as it is.
 
-        The problem's target is ignored: SparseGPT's target is `W X*`. Symbols are those of the class.
+        The problem's target is ignored: SparseGPT's target is `W X*`. Symbols are those of the module.
         """
         self.require_pattern(pattern)
         pattern.require_shape(problem.weight.shape, problem.name)
