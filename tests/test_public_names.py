@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import optimum_fista
 
@@ -59,3 +60,8 @@ def test_a_configuration_is_made_without_transformers():
         sys.exit("transformers" in sys.modules)
     """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_no_code_of_the_package_replaces_things_as_tests_do():
+    files = Path(optimum_fista.__file__).parent.rglob("*.py")
+    assert not [file.name for file in files if "unittest" in file.read_text()]

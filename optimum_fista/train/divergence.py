@@ -8,13 +8,14 @@ hidden states of all positions are computed at once, and their logits for a few 
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
+
+from optimum_fista.model.hooks import replaced_forwards
 
 LOGITS_PER_CHUNK = 2**25  # that the loss has at a time: 134 MB in float32, several times
 _POSITIONS_ON_CPU = 16  # of them: as many as the caches of a CPU hold
@@ -93,7 +94,7 @@ class Predictor:
         if self._output_class is not None:
             output = self._output_class(last_hidden_state=hidden[None])
             any_ids = torch.zeros(1, len(hidden)).long().to(hidden.device)
-            with patch.object(self._base, "forward", lambda *_, **__: output):
+            with replaced_forwards([self._base], [lambda *_, **__: output]):
                 hidden = self._model.forward(input_ids=any_ids, use_cache=False).logits[0]
         return hidden if self._kept_tokens is None else hidden[:, self._kept_tokens]
 

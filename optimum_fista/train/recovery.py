@@ -18,11 +18,10 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -492,6 +491,12 @@ def _write(
         write_checkpoint(model, folder, pruning_report, masks, None, tensors)
 
 
+def _set_environment(variables: Mapping[str, str]) -> None:
+    """Give the process these environment variables, and no others."""
+    os.environ.clear()
+    os.environ.update(variables)
+
+
 @contextmanager
 def _trainers_settings(device: torch.device) -> Iterator[None]:
     """Put back what the Trainer and Accelerate change in the process: states, random numbers, the environment.
@@ -501,7 +506,7 @@ def _trainers_settings(device: torch.device) -> Iterator[None]:
     with ExitStack() as stack:
         # at the end as they were, whatever is in them meanwhile
         stack.enter_context(internals.accelerate_states_restored())
-        stack.enter_context(patch.dict(os.environ))
+        stack.callback(_set_environment, dict(os.environ))
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
         has_accelerator = device.type != "cpu"
