@@ -156,6 +156,7 @@ class _Loop:
                     seconds=time.perf_counter() - started,
                     dense_sha256=dense_sha256,
                 )
+                layer_record = self.plan.removal.carry_masks(layer, layer_record, self.sink)
                 self.report.add(layer_record)
                 # A run that resumes after this layer needs what enters the next one.
                 is_followed = index < max(self.plan.pruned_layers, default=-1)

@@ -347,9 +347,8 @@ def _assemble(
         name = names[id(parameter)]
         if name not in masks:
             masks[name] = torch.ones(parameter.shape, dtype=torch.bool)
-        part_of_operator = operator.select(
-            masks[name]
-        )  # a view, so the mask of the parameter gets the values
+        # a view, so the mask of the parameter gets the values
+        part_of_operator = operator.select(masks[name])
         part_of_operator.copy_(unpack_mask(packed[entry.name], tuple(part_of_operator.shape)))
     return masks
 

@@ -37,9 +37,8 @@ class SparseGPT(PruningMethod):
     block_size: int = 128
     name: ClassVar[str] = "sparsegpt"
     memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(2.4, 2.0, 1.1)
-    takes_columns: ClassVar[bool] = (
-        False  # a block can't know how good the columns to its right are
-    )
+    # A block can't know how good the columns to its right are.
+    takes_columns: ClassVar[bool] = False
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`: returns new weights with their mask; `problem` stays as it is.

@@ -12,12 +12,11 @@ from optimum_fista.solve.patterns import Unstructured
 )
 def test_keeps_the_largest_scores_of_every_row(rows, columns, sparsity, corrected):
     made = example(rows, columns, corrected=corrected)
-    pruned = Wanda().prune(made.problem, Unstructured(sparsity, "row"))
     zeros = round(sparsity * columns)
-    scores = made.weight.abs() * torch.linalg.vector_norm(
-        made.inputs, dim=0
-    )  # from the activations
-    order = scores.argsort(dim=1)
+    norms = torch.linalg.vector_norm(made.inputs, dim=0)  # from the activations
+    order = (made.weight.abs() * norms).argsort(dim=1)
+
+    pruned = Wanda().prune(made.problem, Unstructured(sparsity, "row"))
 
     expected = torch.ones(rows, columns, dtype=torch.bool).scatter(1, order[:, :zeros], False)
 

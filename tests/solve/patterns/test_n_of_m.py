@@ -87,9 +87,8 @@ def test_keeps_the_pairs_with_the_largest_sums_of_scores():
 
 
 def test_squares_add_up_and_magnitudes_do_not():
-    row = torch.tensor(
-        [[3.0, 0.0, 2.2, 2.2, 2.0, 0.0, 1.9, 1.9]]
-    )  # sums of squares 9, 9.68, 4, 7.22
+    # sums of squares 9, 9.68, 4, 7.22
+    row = torch.tensor([[3.0, 0.0, 2.2, 2.2, 2.0, 0.0, 1.9, 1.9]])
 
     assert PAIRS.mask(row).tolist() == [[True, True, True, True, False, False, False, False]]
 
