@@ -1,3 +1,5 @@
+"""Tensors in a store are read back as they were appended, wherever they are kept."""
+
 import gc
 import os
 from contextlib import suppress
@@ -12,10 +14,13 @@ CPU = torch.device("cpu")
 
 
 def activations() -> list[torch.Tensor]:
+    """Tensors of several shapes, dtypes and strides, one of them empty."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 5, 7), (1, 3, 7), (0, 4), (3, 8, 7), (2, 1)]
-    made = [torch.randn(shape, generator=generator) for shape in shapes]
-    return [made[0].bfloat16(), made[1], made[2], made[3].mT, made[4].half(), torch.arange(5)]
+    first, second, empty, transposed, last = (
+        torch.randn(shape, generator=generator) for shape in shapes
+    )
+    return [first.bfloat16(), second, empty, transposed.mT, last.half(), torch.arange(5)]
 
 
 @pytest.fixture(params=["device", "file", "staged", "staged file"])
@@ -25,6 +30,7 @@ def store(request, tmp_path) -> ActivationStore:
 
 
 def mapped_files() -> str:
+    """The files that this process maps into memory."""
     gc.collect()
     return Path("/proc/self/maps").read_text()
 
@@ -41,8 +47,10 @@ def opened_files() -> str:
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [5, 0, 0, 3, 4, 2, 1]])
 def test_what_was_appended_is_read_back_in_any_order(store, order):
     wanted = activations()
+
     for tensor in wanted:
         store.append(tensor)
+
     assert len(store) == len(store.kept()) == 6
     for index in order:
         assert store[index].dtype == wanted[index].dtype
@@ -60,23 +68,44 @@ def test_reading_and_writing_in_turn(store):
         wanted.append(tensor)
         assert torch.equal(store[len(wanted) // 2], wanted[len(wanted) // 2])
     assert all(map(torch.equal, store, wanted))
+
+
+def test_a_store_that_was_cleared_is_empty_and_takes_tensors(store):
+    first, second, *_ = activations()
+    store.append(first)
+
     store.clear()
+
     assert len(store) == 0
-    store.append(wanted[0])
-    assert torch.equal(store[0], wanted[0])
+    store.append(second)
+    assert torch.equal(store[0], second)
 
 
 @pytest.mark.parametrize("staged", [False, True])
 def test_a_copy_is_not_changed_by_what_happens_to_the_tensor(tmp_path, staged):
     for storage in (CPU, tmp_path):
-        store, tensor = ActivationStore(storage, CPU, staged=staged), torch.ones(1000)
+        store = ActivationStore(storage, CPU, staged=staged)
+        tensor = torch.ones(1000)
         store.append(tensor, copy=True)
+
         tensor.zero_()
+
         assert torch.equal(store[0], torch.ones(1000))
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_writing_to_a_tensor_that_was_read_changes_the_store_only_if_it_is_in_memory(
+    tmp_path, staged
+):
+    for storage in (CPU, tmp_path):
+        store = ActivationStore(storage, CPU, staged=staged)
+        store.append(torch.ones(1000))
+
         store[0].zero_()
-        assert bool(store[0].all()) == (staged or storage != CPU), (
-            "buffers hold copies, and files are not written to"
-        )
+
+        is_unchanged = bool(store[0].all())
+        returns_copies = staged or storage != CPU
+        assert is_unchanged == returns_copies
 
 
 @pytest.mark.skipif(
