@@ -88,12 +88,14 @@ def media_model(family: str, seed: int = 0) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         text, vision, others = _CONFIGS[family]
-        settings = {
+        settings: dict[str, Any] = {
             "text_config": _TEXT | text,
             "image_token_id": IMAGE,
             "tie_word_embeddings": False,
-        } | others
-        settings |= {"vision_config": vision} if vision else {}
+            **others,
+        }
+        if vision:
+            settings["vision_config"] = vision
         config = CONFIG_MAPPING[family](**settings)
         model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32).eval()
         randomize(model, torch.default_generator)
@@ -123,41 +125,37 @@ def media_batch(
 
     The first sequence has `padding` tokens fewer than the others, and that much padding on its left.
     """
-    random, count, size = (
-        torch.Generator().manual_seed(seed),
-        sum(images),
-        _TOKENS_OF_IMAGE.get(family, 4),
-    )
-    rows = []
+    random = torch.Generator().manual_seed(seed)
+    count = sum(images)
+    size = _TOKENS_OF_IMAGE.get(family, 4)
     length = 12 + max(images) * (size + 1)
+    rows = []
     for row, number in enumerate(images):
-        ids = torch.randint(3, 59, (length - (0 if row else padding),), generator=random)
+        num_padding = padding if row == 0 else 0
+        real = torch.randint(3, 59, (length - num_padding,), generator=random)
         for image in range(number):
-            ids[2 + image * (size + 1) : 2 + image * (size + 1) + size] = IMAGE
-        rows.append(torch.cat([torch.zeros(length - len(ids), dtype=torch.int64), ids]))
+            start = 2 + image * (size + 1)
+            real[start : start + size] = IMAGE
+        rows.append(torch.cat([torch.zeros(num_padding, dtype=torch.int64), real]))
     ids = torch.stack(rows)
-    batch = {"input_ids": ids, "attention_mask": (ids != 0).long()}
     types = (ids == IMAGE).long()
+    batch = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
     if family == "qwen2_audio":
         sounds = torch.randn(count, 4, 16, generator=random)  # [sounds, mel bins, frames]
-        return batch | {
-            "input_features": sounds,
-            "feature_attention_mask": torch.ones(count, 16).long(),
-        }
+        mask = torch.ones(count, 16).long()
+        return batch | {"input_features": sounds, "feature_attention_mask": mask}
     if family.startswith("qwen"):
         grid = torch.tensor([[1, 4, 4]] * count)
         patches = torch.randn(16 * count, 12, generator=random)
         return batch | {"pixel_values": patches, "image_grid_thw": grid, "mm_token_type_ids": types}
     pixels = torch.randn(count, 3, 8, 8, generator=random)
     if family == "smolvlm":  # [batch, images, ...], with images of zeros after those of a row
-        split = pixels.split(images)
-        pixels = torch.zeros(len(images), max(images), 3, 8, 8)
-        for row, own in enumerate(split):
-            pixels[row, : len(own)] = own
-        return batch | {
-            "pixel_values": pixels,
-            "pixel_attention_mask": torch.ones(*pixels.shape[:2], 8, 8).long(),
-        }
+        padded = torch.zeros(len(images), max(images), 3, 8, 8)
+        for row, own in enumerate(pixels.split(images)):
+            padded[row, : len(own)] = own
+        mask = torch.ones(*padded.shape[:2], 8, 8).long()
+        return batch | {"pixel_values": padded, "pixel_attention_mask": mask}
     if family == "gemma3":
         batch["token_type_ids"] = types
     if family == "mistral3":
