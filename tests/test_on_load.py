@@ -38,7 +38,9 @@ def test_pruning_on_load_leaves_the_model_that_prune_leaves(tmp_path, source):
         ),
         "texts": (texts, lambda _: [tokenizer(text)["input_ids"][:16] for text in texts]),
     }[source]
+
     loaded, pruner, model = loaded_and_pruned(folder, dataset, batches)
+
     assert same(weights(loaded), weights(model))
     assert loaded.config.to_dict() == model.config.to_dict()
     assert vars(loaded).keys() == vars(model).keys()  # no quantizer is left
@@ -55,7 +57,9 @@ def test_a_model_that_is_pruned_on_load_is_saved_as_any_other(tmp_path, family):
         tmp_path / "dense", batches, lambda _: batches, **options
     )
     loaded.save_pretrained(tmp_path / "plain")
+
     model.save_pretrained(tmp_path / "later")
+
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "later" / name).read_bytes()
     pruner.save_pretrained(loaded, tmp_path / "masks")

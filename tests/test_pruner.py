@@ -15,7 +15,9 @@ from optimum_fista.solve.methods import METHODS, method_class
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_every_method_makes_exactly_the_zeros_of_the_pattern(llama, tokens, method, pattern):
     report = prune(llama, tokens.split(4), method=method, pattern=pattern, allocation="uniform")
+
     parameters = dict(llama.named_parameters())
+
     assert len(report.operators) == 14
     for operator in report.operators:
         nonzero = parameters[operator.name] != 0
@@ -41,22 +43,28 @@ def test_everything_but_the_operators_is_bit_identical(llama, tokens):
     dense = weights(llama)
     report = prune(llama, tokens.split(4))
     pruned = weights(llama)
+
     changed = {name for name in dense if not torch.equal(dense[name], pruned[name])}
+
     assert changed == {o.name for o in report.operators}
 
 
 def test_dropout_is_off_while_pruning(tokens):
     results = []
+
     for training in (False, True):
         model = tiny_llama(attention_dropout=0.5).train(training)
         prune(model, tokens.split(4), method="wanda")
         results.append(weights(model))
+
     assert same(*results)
 
 
 def test_report_describes_the_run(llama, tokens):
     pruner = FistaPruner(FistaPruningConfig(pattern="2:4", seed=5), progress=False)
+
     report = pruner.prune(llama, tokens.split(4), calibration_source="pydoc")
+
     assert report.config == pruner.config.resolved().to_dict()
     wanted = {"class": "LlamaForCausalLM", "model_type": "llama", "dtype": "float32"}
     assert (
@@ -97,7 +105,9 @@ def test_a_model_in_memory_is_saved_and_pushed(llama, tokens, tmp_path, monkeypa
         lambda *given, **options: pushed.append((given, options)),
     )
     pruner = FistaPruner(FistaPruningConfig(method="magnitude"), progress=False)
+
     report = pruner.prune(llama, tokens)
+
     with pytest.raises(ValueError, match="repo_id='a b' is not a repository name"):
         pruner.push_to_hub(llama, "a b")
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """What `FistaPruner` refuses, and that a model it could not prune is as it was."""
 
 import math
+import signal
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from tiny_llama import tiny_llama
 from torch import nn
 from untouched import Untouched
 
-from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.solve.methods import METHODS
 
@@ -50,12 +51,14 @@ def test_damaged_activations_of_the_last_layer_undo_the_layers_before(
         norm
     ]
     message = rf"inputs of model\.layers\.1\.{first} hold NaN or Inf"
+
     refuse(llama, tokens.split(4), match=message, error_correction=error_correction)
 
 
 def test_outputs_that_overflow_are_warned_of(llama, tokens):
     """Weights that float32 holds, but not the squares of what they make."""
     llama.model.layers[1].mlp.down_proj.weight.data.fill_(1e30)
+
     with pytest.warns(
         UserWarning,
         match=r"errors of 1 operators are NaN or Inf \(model\.layers\.1\.mlp\.down_proj",
@@ -83,7 +86,9 @@ def test_models_that_are_not_in_memory(tokens):
 def test_models_of_integers_and_things_that_are_no_models(llama, tokens):
     layer = llama.model.layers[0].mlp.up_proj
     layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
+
     refuse(llama, tokens.split(4), match=r"layers\.0\.mlp\.up_proj\.weight has dtype torch\.int8")
+
     with pytest.raises(
         ValueError, match=r"model is a Linear: pass a transformers\.PreTrainedModel"
     ):
@@ -92,6 +97,7 @@ def test_models_of_integers_and_things_that_are_no_models(llama, tokens):
 
 def test_nothing_to_prune(llama, tokens):
     message = refuse(llama, tokens.split(4), UnsupportedArchitectureError, include=("*.experts.*",))
+
     assert "include=['*.experts.*']" in message
     assert "found 14, all left dense: model.layers.0.self_attn.q_proj (not in include), " in message
 
@@ -137,3 +143,27 @@ def test_not_converged_operators_are_named_in_the_warnings(llama, tokens, monkey
     )
     assert report.warnings == ["model.layers.1.mlp.up_proj.weight: stopped early: try more"]
     assert report.totals["num_not_converged"] == 1
+
+
+class PressesCtrlC(PruningCallback):
+    """Interrupts the run once an operator of the second decoder layer is pruned."""
+
+    def on_operator_end(self, report):
+        if report.name.startswith("model.layers.1."):
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "channels:0.25", "layers:0.5+heads:0.5"])
+def test_ctrl_c_during_a_layer_leaves_weights_hooks_and_config_as_they_were(pattern, tokens):
+    model = tiny_llama(num_hidden_layers=4)
+    handler = signal.getsignal(signal.SIGINT)
+    config = FistaPruningConfig(pattern=pattern, method="wanda", error_correction="intra")
+    pruner = FistaPruner(config, progress=False, callbacks=[PressesCtrlC()])
+
+    with Untouched(model), pytest.raises(KeyboardInterrupt):
+        pruner.prune(model, tokens.split(4))
+
+    assert len(model.model.layers) == model.config.num_hidden_layers == 4
+    assert signal.getsignal(signal.SIGINT) is handler
+    with pytest.raises(ValueError, match="was not pruned by this FistaPruner"):
+        pruner.result(model)

@@ -33,6 +33,7 @@ def test_out_of_memory_in_memory(share):
     expected = tiny_llama()
     with RaiseAt() as whole:
         expected_report = prune(expected)
+
     for moment in moments(whole.count, share):
         model = tiny_llama()
         untouched = Untouched(model)
@@ -47,7 +48,9 @@ def test_out_of_memory_in_memory(share):
 def test_out_of_memory_streamed(share, tmp_path, tiny_folder):
     with RaiseAt() as whole:
         expected_report = prune(tiny_folder, output_dir=tmp_path / "expected")
+
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "expected")
+
     for moment in moments(whole.count, share):
         output = tmp_path / str(moment)
         report = prune_with(

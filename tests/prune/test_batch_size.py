@@ -61,7 +61,9 @@ def test_batches_are_halved_until_they_fit(config, place):
             "gradients": model.lm_head,
         }
         failed = fail_above(modules[place], 2)
+
     expected_report = FistaPruner(config, progress=False).prune(expected, tiny_tokens().split(8))
+
     if place == "gradients":  # one sequence at a time, whatever the batches
         report = FistaPruner(config, progress=False).prune(model, tiny_tokens().split(8))
         assert failed == report.warnings == []
@@ -83,7 +85,9 @@ def test_what_layers_hand_on_is_not_recorded_again_in_a_network_that_is_partly_p
     first, second, *_ = model.model.layers
     fail_above(second, 1, lambda: bool((first.self_attn.o_proj.weight == 0).any()))
     config = FistaPruningConfig(method="wanda", include=("*.o_proj",))
+
     message = "pass more than hidden states to the next one: pass batches of at "
+
     with Untouched(model), pytest.raises(torch.OutOfMemoryError, match=message):
         FistaPruner(config, progress=False).prune(model, [torch.cat(family_tokens())])
 
@@ -91,7 +95,9 @@ def test_what_layers_hand_on_is_not_recorded_again_in_a_network_that_is_partly_p
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.method)
 def test_a_layer_that_starts_again_starts_from_its_dense_weights(config):
     early, late = tiny_llama(), tiny_llama()
+
     fail_above(early.model.layers[1].self_attn.q_proj, 2, lambda: not torch.is_grad_enabled())
+
     assert fail_late(late, 2) == []
     for model in (early, late):
         with pytest.warns(UserWarning, match=r"in model\.layers\.1: batches of 2"):
@@ -134,6 +140,7 @@ def streamed(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:out of memory")
 def test_a_streamed_run_goes_on_with_the_smaller_batches(streamed, tmp_path):
     report = streamed("whole")
+
     assert [w.partition(":")[0] for w in report.warnings] == ["out of memory in model.layers.1"] * 2
     with interrupted_after(1), pytest.raises(KeyboardInterrupt):
         streamed("cut")
@@ -146,7 +153,9 @@ def test_batches_and_states_are_cut_alike():
     ids, mask = torch.arange(18).view(6, 3), torch.tensor([[True, True, False]])
     batches = [CalibrationBatch(ids[:5]), CalibrationBatch(ids[5:], mask, held_out=True)]
     sizes = [3, 2, 1]
+
     cut = cut_batches(batches, sizes)
+
     assert torch.equal(torch.cat([b.input_ids for b in cut[:2]]), batches[0].input_ids)
     assert torch.equal(cut[2].attention_mask, mask)
     assert [batch.held_out for batch in cut] == [False, False, True]

@@ -16,6 +16,7 @@ def budgets_of(model, tokens, **options):
 @pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.9])
 def test_sparsities_add_up_to_the_whole(llama, tokens, sparsity):
     operators, budgets = budgets_of(llama, tokens, sparsity=sparsity)
+
     assert set(budgets.sparsities) == set(budgets.output_weights) == set(operators)
     assert len(set(budgets.sparsities.values())) > 5
     total = sum(o.parameter.numel() for o in operators.values())
@@ -36,7 +37,9 @@ def test_sparsities_add_up_to_the_whole(llama, tokens, sparsity):
 )
 def test_uniform_budgets_run_nothing(llama, tokens, options):
     llama.forward = None  # running it would be an error
+
     _, budgets = budgets_of(llama, tokens, **options)
+
     assert (budgets.sparsities, budgets.output_weights, budgets.without_gradient) == ({}, {}, [])
 
 
@@ -53,7 +56,9 @@ def test_operators_the_loss_does_not_feel_keep_the_average(llama, tokens):
     with torch.no_grad():
         llama.model.layers[1].mlp.down_proj.weight.zero_()
     _, budgets = budgets_of(llama, tokens)
+
     unseen = [f"model.layers.1.mlp.{name}_proj" for name in ("down", "gate", "up")]
+
     assert sorted(budgets.without_gradient) == unseen
     assert all(name not in budgets.sparsities for name in unseen)
     report = FistaPruner(FistaPruningConfig(), progress=False).prune(llama, tokens.split(4))
@@ -67,7 +72,9 @@ def test_operators_the_loss_does_not_feel_keep_the_average(llama, tokens):
 
 def test_rows_keep_their_own_budgets(llama, tokens):
     config = FistaPruningConfig(0.5, scope="row")
+
     report = FistaPruner(config, progress=False).prune(llama, tokens.split(4))
+
     for operator in report.operators:
         weight = llama.get_parameter(operator.name)
         assert len(set((weight != 0).sum(1).tolist())) == 1

@@ -65,7 +65,9 @@ def prune(model, *callbacks, output_dir=None, **options):
 def test_everything_is_told_once_and_in_order(dense, source, tmp_path, from_files):
     told = Recorder()
     model, output = (source, tmp_path / "out") if from_files else (dense, None)
+
     _, report = prune(model, told, output_dir=output, exclude=("*.layers.2.*",))
+
     assert [call[0] for call in told.calls] == [
         "begin",
         *2 * [*7 * ["operator"], "layer"],

@@ -80,7 +80,9 @@ def test_other_weights_and_another_dtype_are_refused(source, cut_off):
 def test_weights_that_were_touched_or_copied_are_the_same(source, cut_off, tmp_path):
     (source / "model.safetensors").touch()
     moved = source.rename(tmp_path / "moved")
+
     prune(shutil.copytree(moved, source))
+
     assert not cut_off.exists()
 
 
@@ -91,6 +93,7 @@ def test_weights_are_read_again_only_if_their_file_changed(source, cut_off, monk
         "digest_of",
         lambda path: "read again" if path.parent == source else digest(path),
     )
+
     prune(source)
 
 
@@ -134,13 +137,16 @@ def test_weights_that_change_while_they_are_pruned_end_the_run(
 )
 def test_another_configuration_is_refused(source, cut_off, change, message):
     file = source / "config.json"
+
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
     with pytest.raises(ValueError, match=rf"was another one \(model_config\.{message}"):
         prune(source)
 
 
 def test_overrides_in_another_order_are_refused(source):
     overrides = {"*q_proj": 0.25, "*_proj": 0.75}
+
     for names, end in (
         ([*overrides], pytest.raises(KeyboardInterrupt)),
         ([*overrides][::-1], pytest.raises(ValueError)),
@@ -150,6 +156,7 @@ def test_overrides_in_another_order_are_refused(source):
         )
         with interrupted_after(0), end as caught:
             prune(source, config)
+
     assert r'config.overrides was {"*q_proj": 0.25, "*_proj": 0.75}, is {"*_proj": 0.75' in str(
         caught.value
     )
@@ -166,4 +173,5 @@ def test_what_a_network_does_not_compute_with_may_change(source, cut_off):
             json.loads(file.read_text()) | {"transformers_version": "1.0", "_name_or_path": "x"}
         )
     )
+
     prune(source)

@@ -17,7 +17,9 @@ def test_errors_are_those_of_the_inputs_that_the_correction_promises(
         model, tokens.split(4), method=method, error_correction=error_correction, held_out=3
     )
     share = error_correction if isinstance(error_correction, float) else 1.0
+
     dense_weights, pruned_weights = weights(tiny_llama()), weights(model)
+
     for prefix, rows in (("", tokens[:5]), ("held_out_", tokens[5:])):
         dense_inputs, inputs = inputs_seen(model, rows, error_correction)
         for operator in report.operators:
@@ -55,7 +57,9 @@ def parts_of(model, tokens, layer):
 def test_residual_correction_aims_at_the_output_of_the_layer(tokens, share, residual):
     dense, pruned = tiny_llama(), tiny_llama()
     options = {"method": "sparsegpt", "error_correction": share, "residual_correction": residual}
+
     report = prune(pruned, tokens.split(2), held_out=2, **options)
+
     for layer in range(2):
         name = f"model.layers.{layer}.mlp.down_proj.weight"
         inputs, own, rest = parts_of(pruned, tokens[6:], layer)
@@ -97,9 +101,11 @@ def test_nothing_is_fitted_to_them(tokens, options):
     alone, model, other = tiny_llama(), tiny_llama(), tiny_llama()
     expected = prune(alone, [tokens[:4], tokens[4:6]], **options)
     report = prune(model, tokens.split(4), held_out=2, **options)
+
     with_others = prune(
         other, [tokens[:4], tokens[4:6], tokens[:1], tokens[1:2]], held_out=2, **options
     )
+
     for run, result in ((report, model), (with_others, other)):
         assert same(weights(result), weights(alone))
         for found, wanted in zip(run.operators, expected.operators, strict=True):
@@ -129,7 +135,9 @@ def test_padding_counts_nowhere(tokens, family, side, error_correction):
     mask[6:] = torch.cat([torch.full_like(part, int(part is short)) for part in order], dim=1)
     options = {"error_correction": error_correction, "method": "sparsegpt", "held_out": 2}
     padded = prune(tiny_model(family), [{"input_ids": ids, "attention_mask": mask}], **options)
+
     plain = prune(tiny_model(family), [tokens[:6], short], **options)
+
     assert padded.calibration == plain.calibration
     assert padded.calibration["held_out"]["num_tokens"] == 20
     for left, right in zip(padded.operators, plain.operators, strict=True):
@@ -142,7 +150,9 @@ def test_bfloat16_errors_are_those_of_the_rounded_weights(tokens):
     dense, model = tiny_llama().bfloat16(), tiny_llama().bfloat16()
     options = {"method": "sparsegpt", "sparsity": 0.02, "error_correction": "none"}
     report = prune(model, tokens.split(8), held_out=4, **options)
+
     dense_weights, pruned_weights = weights(dense), weights(model)
+
     for field, rows in (("fit_error", tokens[:4]), ("held_out_fit_error", tokens[4:])):
         inputs = inputs_of(dense, rows)
         for operator in report.operators:
@@ -159,7 +169,9 @@ def test_corrected_experts_have_errors_where_they_have_tokens():
     alone, model = tiny_model("mixtral"), tiny_model("mixtral")
     options = {"method": "sparsegpt", "error_correction": 0.5}
     prune(alone, [tokens[:8]], **options)
+
     report = prune(model, [tokens[:8], tokens[8:, :2]], held_out=1, **options)
+
     assert same(weights(model), weights(alone))
     assert any(o.held_out_tokens == 0 for o in report.operators)
     for operator in report.operators:

@@ -34,7 +34,9 @@ def pruner(**options) -> FistaPruner:
 @pytest.mark.parametrize("family", EXPECTED)
 def test_operators_left_dense_are_reported_warned_of_and_untouched(family):
     model = family_model(family)
+
     dense = {name: model.get_parameter(f"{name}.weight").clone() for name in EXPECTED[family]}
+
     with pytest.warns(
         UserWarning, match=f"{len(dense)} operators were left dense: .*{next(iter(dense))}"
     ):
@@ -51,11 +53,13 @@ def test_operators_left_dense_are_reported_warned_of_and_untouched(family):
 
 def test_shared_weights_stay_as_they_are():
     model = family_model("zamba2")
+
     dense = {
         name: tensor.clone()
         for name, tensor in model.state_dict().items()
         if ".shared_transformer." in name
     }
+
     with pytest.warns(UserWarning, match="20 operators were left dense: .*shares its weight with"):
         report = pruner(pattern="2:4", method="wanda").prune(model, family_tokens())
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in dense.items())
@@ -65,7 +69,9 @@ def test_shared_weights_stay_as_they_are():
 
 def test_model_of_which_nothing_can_be_pruned_is_refused_and_left_as_it_was():
     model = family_model("mamba")
+
     message = r"dt_proj, for one: not called in a forward pass"
+
     with Untouched(model), pytest.raises(UnsupportedArchitectureError, match=message):
         pruner(method="magnitude", include=["*.dt_proj"]).prune(model, family_tokens())
 

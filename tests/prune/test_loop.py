@@ -46,10 +46,12 @@ def test_a_group_is_written_before_it_is_reported_and_a_layer_committed_before_c
     with evaluation_mode(llama), torch.no_grad():
         prune_layers(plan, calibration, report, recorder)
     expected = []
+
     for layer in ("model.layers.0", "model.layers.1"):
         for group in GROUPS:
             expected += [("write", name) for name in group] + [("report", name) for name in group]
         expected += [("commit", layer), ("layer", layer)]
+
     assert recorder.events == expected
     found = weights(llama)
     assert all(o.num_kept == int((found[o.name] != 0).sum()) for o in report.operators)
@@ -77,9 +79,11 @@ def test_no_stream_runs_that_is_not_needed(llama, tokens, error_correction, resi
         error_correction=error_correction,
         residual_correction=residual,
     )
+
     others = 1 + (
         2 if residual else 0
     )  # tracing, and whether the last operator is added to the output
+
     assert len(runs) == passes * 2 + others
 
 
@@ -99,7 +103,9 @@ def test_hidden_state_errors_are_those_of_the_two_models_on_real_tokens(llama, t
         {"input_ids": i, "attention_mask": m}
         for i, m in zip(tokens.split(3), mask.split(3), strict=True)
     ]
+
     report = FistaPruner(FistaPruningConfig(**options), progress=False).prune(llama, batches)
+
     assert [layer.name for layer in report.layers] == ["model.layers.0", "model.layers.1"]
     for layer, pruned, wanted in zip(
         report.layers, hidden_states_of(llama, tokens, mask), dense, strict=True

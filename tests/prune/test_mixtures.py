@@ -46,7 +46,9 @@ def test_a_saved_mixture_is_verified_and_reloaded_weight_for_weight(
     report = prune_and_save(model, tmp_path / "out", tokens.split(4), **options).report
     found = verify_checkpoint(tmp_path / "out")
     experts = sum(o.shape[0] * o.shape[1] for o in report.operators if ".experts." in o.name)
+
     fused = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 3)
+
     assert experts == fused
     assert found.num_operators == len(report.operators)
     assert abs(found.num_zeros - found.num_weights / 2) <= 1
@@ -62,7 +64,9 @@ def test_streaming_a_mixture_gives_what_pruning_in_memory_gives(family, tokens, 
     model.save_pretrained(tmp_path / "in")
     prune_and_save(model, tmp_path / "memory", tokens.split(4))
     pruner().prune(tmp_path / "in", tokens.split(4), output_dir=tmp_path / "streamed")
+
     verify_checkpoint(tmp_path / "streamed")
+
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "streamed"), model)
     masks = [
         load_file(tmp_path / kind / "fista" / "masks.safetensors")
@@ -95,7 +99,9 @@ def test_an_offloaded_mixture_is_pruned_where_it_is_kept(family, place, tokens, 
             state_dict={k: v.clone() for k, v in model.state_dict().items()},
         )
     prune = pruner()
+
     prune.prune(model, tokens.split(4))
+
     with torch.no_grad():
         assert torch.allclose(model(tokens[:2]).logits, expected(tokens[:2]).logits, atol=1e-5)
     if place == "disk":
@@ -109,7 +115,9 @@ def test_experts_with_too_few_tokens_are_pruned_by_magnitude_and_reported(tokens
     counts = sorted(o.num_tokens for o in report.operators if ".experts." in o.name)
     monkeypatch.setattr(loop, "UNDER_CALIBRATED_TOKENS", counts[12])
     report = pruner(method="sparsegpt").prune(tiny_model("mixtral"), tokens.split(4))
+
     few = [o for o in report.operators if o.method == "magnitude"]
+
     assert few
     assert all(".experts." in o.name and o.num_tokens < counts[12] for o in few)
     assert all(f"{o.num_tokens} calibration tokens" in o.message for o in few)
@@ -123,7 +131,9 @@ def test_zeros_shared_by_gradients_are_the_same_for_all_experts_of_a_kind(tokens
     model.config.output_router_logits = True  # its loss would ask routers that do not run
     batches = [*tokens.split(4), {"input_ids": tokens[:4], "held_out": True}]
     report = pruner(sparsity=0.5).prune(model, batches)
+
     totals = report.totals
+
     assert abs(totals["num_zeros"] - totals["num_weights"] / 2) <= 1
     assert [warning.partition(" in ")[0] for warning in report.warnings] == [
         "no residual correction"
@@ -137,10 +147,12 @@ def test_zeros_shared_by_gradients_are_the_same_for_all_experts_of_a_kind(tokens
 
 def test_a_weight_that_came_back_in_a_fused_tensor_is_found(tokens, tmp_path):
     prune_and_save(tiny_model("gpt_oss"), tmp_path / "out", tokens.split(4), pattern="2:4")
+
     names = [
         o["name"]
         for o in json.loads((tmp_path / "out" / "fista" / "report.json").read_text())["operators"]
     ]
+
     assert "model.layers.1.mlp.experts.gate_up_proj[2, :, 1:96:2]" in names
     file = tmp_path / "out" / "model.safetensors"
     tensors = load_file(file)

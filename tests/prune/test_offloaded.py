@@ -51,7 +51,9 @@ def test_offloaded_models_become_what_they_become_in_memory(offloaded, config, t
     checkpoint = bytes_of(tiny_folder)
     expected = tiny_llama()
     in_memory = FistaPruner(config, progress=False).prune(expected, tokens.split(4))
+
     report = FistaPruner(config, progress=False).prune(offloaded, tokens.split(4))
+
     assert report.totals["num_zeros"] == in_memory.totals["num_zeros"] > 7000
     found = weights_of(offloaded)
     for name, parameter in expected.named_parameters():
@@ -95,7 +97,9 @@ def test_saving_an_offloaded_model(offloaded, tmp_path, tokens):
     pruner = FistaPruner(FistaPruningConfig(0.5), progress=False)
     pruner.prune(offloaded, tokens.split(4))
     places = getattr(offloaded, "hf_device_map", None)
+
     pruner.save_pretrained(offloaded, tmp_path / "pruned")
+
     assert getattr(offloaded, "hf_device_map", None) == places
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     found = weights_of(offloaded)
@@ -107,7 +111,9 @@ def test_saving_an_offloaded_model(offloaded, tmp_path, tokens):
 
 def test_damaged_offloaded_weights_are_named(tiny_folder, tokens):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, device_map={"": "disk"})
+
     loader = model.model.layers[1].mlp.up_proj._hf_hook.weights_map.dataset
+
     assert isinstance(loader, OffloadedWeightsLoader)
     loader.state_dict["model.layers.1.mlp.up_proj.weight"] = torch.full((48, 32), float("nan"))
     with pytest.raises(

@@ -11,7 +11,9 @@ from optimum_fista.prune.plan import Budgets
 
 def test_a_plan_that_was_made_does_not_change():
     plan = plan_of(tiny_llama(), FistaPruningConfig(pattern="channels:0.25/4+layers:0.5"))
+
     chosen = plan.with_budgets(Budgets(removed_layers=[(1, 2.5)]))
+
     assert (plan.pruned_layers, chosen.pruned_layers) == ([0, 1], [0])
     assert (plan.removal.removed_layers, chosen.removal.removed_layers) == ({}, {1: 2.5})
     with pytest.raises(FrozenInstanceError):
@@ -22,9 +24,11 @@ def test_overrides_by_name(llama, tokens):
     overrides = {"*.down_proj": "1:4", "*.0.*.q_proj": 0, "*.v_proj": 0.25}
     dense = weights(llama)
     report = prune(llama, tokens.split(4), sparsity=0.75, method="wanda", overrides=overrides)
+
     sparsity = {
         name: float((p == 0).double().mean()) for name, p in llama.named_parameters() if p.ndim == 2
     }
+
     assert sparsity.pop("model.layers.0.self_attn.q_proj.weight") == 0
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         sparsity.pop(name)

@@ -84,7 +84,9 @@ def test_other_configurations(source, tmp_path, config):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_killed_loses_its_current_layer(source, expected, tmp_path, victim):
     output, log = tmp_path / "pruned", tmp_path / "log"
+
     codes = exit_codes(launch(2, prune_until, "killed", victim, 1, source, output, INTRA, log))
+
     assert codes[victim] == -signal.SIGKILL
     assert codes[1 - victim] == 3
     finished = sorted((unfinished_folder(output) / "journal").glob("layer-*.json"))
@@ -108,6 +110,7 @@ def test_a_rank_that_is_killed_loses_its_current_layer(source, expected, tmp_pat
 
 def test_a_rank_that_fails_lets_the_others_finish_their_layers(source, expected, tmp_path):
     output, log = tmp_path / "pruned", tmp_path / "log"
+
     assert exit_codes(launch(2, prune_until, "fails", 0, 1, source, output, INTRA, log)) == [3, 3]
     assert (tmp_path / "log-0").read_text() == "RuntimeError: no more of this"
     assert re.fullmatch(
@@ -135,6 +138,7 @@ def test_calibration_that_differs_by_rank_is_refused(source, tmp_path):
     codes = exit_codes(
         launch(2, prune_other_tokens, source, tmp_path / "pruned", INTRA, tmp_path / "log")
     )
+
     assert codes == [3, 3]
     message = "ValueError: calibration differ from those of rank 0: start every process with the same model"
     assert (tmp_path / "log-1").read_text().startswith(message)
@@ -173,7 +177,9 @@ def test_accelerate_launches_the_command(source, tmp_path):
     ]
     launcher += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "optimum_fista"]
     code = "from accelerate.commands.launch import main; main()"
+
     process = run_code(code, *launcher, *arguments, "--output", tmp_path / "pruned")
+
     assert process.returncode == 0, process.stderr
     for once in (
         "35 operators pruned by ",
@@ -186,7 +192,9 @@ def test_accelerate_launches_the_command(source, tmp_path):
 
 def test_torchrun_starts_again_by_itself(source, expected, tmp_path, tmp_path_factory):
     options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+
     attempts = tmp_path_factory.mktemp("attempts")
+
     assert torchrun(options, prune_killed_once, source, tmp_path / "pruned", INTRA, attempts) == 0
     finished = {path.name: path.read_text() == "finished" for path in attempts.iterdir()}
     assert finished == {"0-0": False, "0-1": False, "1-0": True, "1-1": True}
@@ -222,6 +230,7 @@ def best(unfinished: list[int], costs: list[float], num_ranks: int) -> float:
 )
 def test_no_contiguous_split_is_faster(unfinished, costs, num_ranks):
     shares = share_layers(unfinished, costs, num_ranks)
+
     assert len(shares) == num_ranks
     assert [index for share in shares for index in share] == unfinished
     assert max(cost(share, costs) for share in shares) == best(unfinished, costs, num_ranks)

@@ -36,7 +36,9 @@ def refused(model: nn.Module, **options) -> str:
 def test_weights_that_are_computed(change):
     model = tiny_llama()
     change(model.get_submodule(UP))
+
     message = refused(model, method="wanda")
+
     assert message.startswith(f"the weight of {UP} is computed from other tensors (weight_norm, ")
     FistaPruner(FistaPruningConfig(method="wanda", exclude=(UP,)), progress=False).prune(
         model, tiny_tokens().split(4)
@@ -48,7 +50,9 @@ def test_weights_that_are_computed(change):
 def test_adapters(prune_base, pattern):
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["v_proj"]))
+
     message = refused(adapted.get_base_model() if prune_base else adapted, pattern=pattern)
+
     assert "layers.0.self_attn.v_proj has a PEFT adapter: prune the model first" in message
     merged = adapted.merge_and_unload()
     assert len(pruning.prune(merged, tiny_tokens().split(4), method="wanda").operators) == 14
@@ -56,7 +60,9 @@ def test_adapters(prune_base, pattern):
 
 def test_compiled_models():
     compiled = "is compiled (torch.compile): prune the model before it is compiled"
+
     model = tiny_llama()
+
     for pattern in ("2:4", "channels:0.1"):
         assert refused(torch.compile(model), pattern=pattern).startswith(f"model {compiled}")
     model.model.layers[1].compile()
@@ -85,7 +91,9 @@ def overlap(model):
 @pytest.mark.parametrize("change", [tie, tie_to_embedding, overlap])
 def test_weights_that_share_memory(change):
     model = tiny_llama(tie_word_embeddings=True)
+
     change(model)
+
     assert "share memory, and LlamaForCausalLM does not declare them tied" in refused(
         model, method="wanda"
     )
@@ -96,9 +104,11 @@ def test_parts_of_one_tensor_that_do_not_overlap_are_pruned():
     both = torch.randn(96, 32)
     model.get_submodule(UP).weight = nn.Parameter(both[:48])
     model.model.layers[1].mlp.gate_proj.weight = nn.Parameter(both[48:])
+
     report = FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(
         model, tiny_tokens().split(4)
     )
+
     assert len(report.operators) == 14
     assert float((both == 0).float().mean()) == 0.5
 
@@ -113,7 +123,9 @@ class Blind(torch.autograd.Function):
 def test_models_that_can_not_be_differentiated_name_uniform(blind):
     model = tiny_llama()
     model.lm_head.register_forward_hook(lambda module, inputs, output: blind(output))
+
     message = refused(model)
+
     assert message.startswith(
         "allocation='fisher' takes gradients of the loss, and they can't be computed: "
     )

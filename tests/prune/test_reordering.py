@@ -50,10 +50,12 @@ def biased_llama():
 def test_rows_and_columns_move_together_and_more_is_kept(make):
     dense, model, plain = make(), make(), make()
     down = ("*mlp.c_proj" if dense.config.model_type == "gpt2" else "*down_proj",)
+
     errors = [
         pruner(reorder, include=down).prune(pruned, BATCHES).operators
         for reorder, pruned in ((True, model), (False, plain))
     ]
+
     assert sum(o.fit_error for o in errors[0]) < 0.98 * sum(o.fit_error for o in errors[1])
     before, after = dict(dense.named_parameters()), dict(model.named_parameters())
     moved = set()
@@ -81,8 +83,10 @@ def test_rows_and_columns_move_together_and_more_is_kept(make):
 def test_offloaded_weights_move_where_they_are_kept():
     model, offloaded = biased_llama(), biased_llama()
     cpu_offload(offloaded, torch.device("cpu"))
+
     for each in (model, offloaded):
         pruner().prune(each, BATCHES)
+
     for name, weight in model.state_dict().items():
         owner, _, leaf = name.rpartition(".")
         assert torch.equal(stored_tensor(offloaded.get_submodule(owner), leaf), weight)
@@ -101,8 +105,10 @@ def test_files_to_files_gives_the_same_model(streamed):
     model = biased_llama()
     pruner().prune(model, BATCHES)
     stored = {}
+
     for path in (streamed / "pruned").glob("model*.safetensors"):
         stored |= load_file(path)
+
     assert all(
         torch.equal(tensor, stored[name])
         for name, tensor in model.state_dict().items()

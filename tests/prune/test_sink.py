@@ -28,7 +28,9 @@ def write_and_fail(operator: LinearOperator, error: type[BaseException]) -> None
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_any_exception_restores_the_bits_in_place(operator, error):
     parameter = operator.parameter
+
     before = parameter.detach().clone()
+
     with pytest.raises(error):
         write_and_fail(operator, error)
     assert operator.parameter is parameter
@@ -39,7 +41,9 @@ def test_undo_puts_back_what_was_written_since_the_last_commit():
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(4, 3))
     first, second = (LinearOperator(f"{index}", module) for index, module in enumerate(model))
     before = [module.weight.detach().clone() for module in model]
+
     sink = ModelSink(model)
+
     with suppress(ValueError), sink.opened("float32"):
         sink.write(first, torch.zeros(3, 4))
         sink.commit(0, model[0], LayerRecord(LayerReport("0", None, 0.0)), [])
@@ -57,7 +61,9 @@ def test_offloaded_weights_change_where_they_are_kept_when_their_layer_is_commit
     before = model[0].weight.detach().clone()
     cpu_offload(model, execution_device=torch.device("cpu"))
     operator = LinearOperator("0", model[0])
+
     sink = ModelSink(model)
+
     with suppress(ValueError), sink.opened("float32"):
         with onloaded(model.modules()):
             sink.write(operator, torch.zeros(3, 4))

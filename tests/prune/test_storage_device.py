@@ -12,6 +12,7 @@ from optimum_fista.prune import budgets
 @pytest.mark.parametrize("settings", [{}, {"method": "wanda", "error_correction": "intra"}])
 def test_activations_may_wait_elsewhere(tokens, tmp_path, settings):
     results = []
+
     for storage_device in (None, "cpu", torch.device("cpu"), "disk", str(tmp_path), tmp_path):
         model = tiny_llama()
         config = FistaPruningConfig(**settings)
@@ -30,9 +31,11 @@ def test_hidden_states_on_the_way_to_the_gradients_wait_there_too(tokens, tmp_pa
         "measure_sensitivities",
         lambda loss, o: [places.append(loss.storage), measure(loss, o)][1],
     )
+
     FistaPruner(FistaPruningConfig(), progress=False, storage_device=tmp_path).prune(
         tiny_llama(), tokens.split(4)
     )
+
     assert places == [tmp_path]
 
 

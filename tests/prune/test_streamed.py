@@ -80,7 +80,9 @@ def whole(source, tmp_path_factory) -> Path:
 def test_files_become_what_the_model_becomes_in_memory(source, tmp_path, config):
     model = AutoModelForCausalLM.from_pretrained(source)
     in_memory = FistaPruner(config, progress=False).prune(model, tiny_tokens().split(4))
+
     report = prune(source, tmp_path / "out", config)
+
     assert report.totals["num_zeros"] == in_memory.totals["num_zeros"]
     assert [o.fit_error for o in report.operators] == [o.fit_error for o in in_memory.operators]
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -156,7 +158,9 @@ def test_what_a_killed_process_was_writing_is_not_left(source, whole, tmp_path, 
     cut_off(monkeypatch, FileSink, "complete", stop, source, tmp_path / "pruned")
     for name in (".tmpq7NgZZ", ".model-00009-of-00009.safetensors.partial"):
         (unfinished_folder(tmp_path / "pruned") / "model" / name).write_bytes(b"half a shard")
+
     prune(source, tmp_path / "pruned")
+
     assert files_of(tmp_path / "pruned") == files_of(whole)
 
 
@@ -177,14 +181,18 @@ def test_what_is_damaged_is_made_again(source, whole, cut_off_half_way, tmp_path
     file.write_bytes(data[: len(data) // 2] if damage == "truncated" else data)
     if damage == "gone":
         file.unlink()
+
     prune(source, tmp_path / "pruned")
+
     assert files_of(tmp_path / "pruned") == files_of(whole)
 
 
 def test_a_damaged_fingerprint_is_one_error(source, cut_off_half_way, tmp_path):
     shutil.copytree(cut_off_half_way, unfinished_folder(tmp_path / "pruned"))
     file = unfinished_folder(tmp_path / "pruned") / "journal" / "fingerprint.json"
+
     file.write_text(file.read_text().replace("0.5", "0.6"))
+
     with pytest.raises(
         ValueError,
         match=r"fingerprint\.json' is damaged.*pass another folder, or pass overwrite=True",
@@ -236,7 +244,9 @@ def test_layers_and_budgets_of_another_run_are_not_taken(source, tmp_path, monke
     ]:
         if file.name not in ("fingerprint.json", "weights.json"):
             shutil.copy2(file, mine / file.relative_to(other))
+
     prune(source, tmp_path / "wanda", configs["wanda"])
+
     assert files_of(tmp_path / "wanda") == files_of(tmp_path / "whole")
 
 
@@ -271,6 +281,7 @@ def test_places_that_are_none_are_refused_before_any_work(
     source, tmp_path, monkeypatch, option, pruner
 ):
     monkeypatch.setattr(named, "load_lazily", None)
+
     with pytest.raises(ValueError, match=r"device='moon'"):
         FistaPruner(progress=False, **pruner).prune(
             source, [], output_dir=tmp_path / "out", **option
@@ -282,7 +293,9 @@ def test_an_output_that_cannot_be_written_to_is_refused_before_any_work(
     source, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(named, "load_lazily", None)
+
     (tmp_path / "file").write_text("kept")
+
     with pytest.raises(
         OSError, match=r"output_dir='.*' can't be written to \(.*\), nothing was done: pass another"
     ):
@@ -294,6 +307,7 @@ def test_another_run_in_the_same_folder_is_refused_by_its_differences(
     source, whole, tmp_path, monkeypatch
 ):
     cut_off(monkeypatch, journal.Journal, "keep_layer", stop, source, tmp_path / "pruned")
+
     with pytest.raises(
         ValueError,
         match=r"unfinished run in .* was another one \(config\.sparsity was 0\.5, is 0\.25\)\. Start it",
@@ -335,7 +349,9 @@ def perplexity_of(folder: Path, tokens: torch.Tensor) -> float:
 )
 def test_perplexity_of_both_networks_is_measured_in_passing(source, tmp_path, config):
     tokens = tiny_tokens(11)[8:]
+
     report = prune(source, tmp_path / "out", config, held_out=tokens)
+
     assert report.perplexity["num_tokens"] == tokens.numel()
     plain = prune(source, tmp_path / "plain", config)
     assert [o.fit_error for o in plain.operators] == [o.fit_error for o in report.operators]
@@ -366,7 +382,9 @@ def test_an_interrupted_run_measures_the_same_perplexity(source, tmp_path, layer
         FistaPruningConfig(0.5, method="wanda", error_correction=correction),
         tiny_tokens(10)[8:],
     )
+
     expected = prune(source, tmp_path / "whole", config, held_out=tokens).perplexity
+
     with interrupted_after(layer), pytest.raises(KeyboardInterrupt):
         prune(source, tmp_path / "out", config, held_out=tokens)
     if lost:

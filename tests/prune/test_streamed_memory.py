@@ -47,7 +47,9 @@ def bound(hidden: int, ffn: int) -> int:
 
 def test_peak_memory_is_what_the_formula_says():
     (run,) = peaks((12,), 384, 1536, 64, fewer_steps=True)  # a step needs the memory of many
+
     most = bound(384, 1536)
+
     assert run["peak_bytes"] <= most
     assert (
         run["peak_bytes"] + run["model_bytes"] > most + 16 * MIB
@@ -82,6 +84,7 @@ def test_a_quantized_model_is_in_16_bits_a_decoder_layer_at_a_time(tmp_path):
         "num_hidden_layers": 4,
     }
     source = fp8_deepseek(tmp_path / "source", **sizes)
+
     # pruning all experts would take long
     require_estimated(source, tmp_path / "out", 4, 32, method="magnitude", exclude=["*.experts.*"])
 
@@ -100,6 +103,7 @@ def test_a_mixture_does_not_keep_memory_for_every_number_of_tokens_of_an_expert(
         hidden_size=512, num_hidden_layers=2, vocab_size=VOCAB_SIZE, **attention, **experts
     )
     Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(tmp_path / "source")
+
     require_estimated(
         tmp_path / "source", tmp_path / "out", 16, 128, method="wanda", compute_dtype="bfloat16"
     )
@@ -108,6 +112,7 @@ def test_a_mixture_does_not_keep_memory_for_every_number_of_tokens_of_an_expert(
 @pytest.mark.slow
 def test_a_model_of_24_layers_takes_two_fifths_of_its_size_and_one_of_48_hardly_more():
     of_24, of_48 = peaks((24, 48), 768, 3072, 512, fewer_steps=True)
+
     assert of_24["peak_bytes"] <= 0.42 * of_24["model_bytes"]
     assert of_24["peak_bytes"] <= bound(768, 3072)
     assert of_48["peak_bytes"] == pytest.approx(

@@ -47,6 +47,7 @@ def test_calls_leave_the_process_and_the_model_as_they_were(tmp_path):
     for index, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(index % 3 > 0)
     save_tiny_folder(tmp_path / "dense")
+
     steps = {
         "prune in memory": lambda: prune(model, batches),
         "streamed prune": lambda: FistaPruner(progress=False).prune(
@@ -55,6 +56,7 @@ def test_calls_leave_the_process_and_the_model_as_they_were(tmp_path):
         "evaluate": lambda: evaluate_perplexity(model, tiny_tokens(), progress=False),
         "pack": lambda: pack_folder(tmp_path / "pruned", tmp_path / "packed"),
     }
+
     for name, step in steps.items():
         before = surroundings(model)
         step()
