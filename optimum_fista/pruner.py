@@ -1,4 +1,10 @@
-"""The pruner: it takes a model, prunes it, and returns a report."""
+"""The pruner: it takes a model, prunes it, and returns a report.
+
+`FistaPruner.prune` has two entries. A model given by name goes to `named.prune_named`. A loaded model is planned here:
+`plan_removal` decides what is taken from it (`Removal`), `source_tensors` finds the tensors in the files from which it
+was loaded (`SourceTensors`), `plan_run` joins both to a `Plan`, and `begin` reads the calibration text. Both entries
+call `run.run`, with a sink for the model in memory or for files.
+"""
 
 import logging
 import time
@@ -141,7 +147,11 @@ class FistaPruner:
     def _prune_loaded(
         self, model: PreTrainedModel, calib_dataloader: Iterable[Any], source_name: str | None
     ) -> PruningReport:
-        """Prune a loaded model in place, and keep its report and masks for `result`; see `prune`."""
+        """Prune a loaded model in place, and keep its report and masks for `result`.
+
+        `calib_dataloader` are the user's batches, and `source_name` is the name of their text, for the report. After an
+        error the model is as it was. Callbacks are not told of the end of the run.
+        """
         started = time.perf_counter()
         if self.config.whole_parts is not None and any(map(offload_hook, model.modules())):
             raise ValueError(
@@ -230,7 +240,10 @@ class FistaPruner:
 
 
 def _loaded_source(model: PreTrainedModel, removal: Removal) -> SourceTensors:
-    """Find the tensors in the files from which a model in memory was loaded; they need not fit it any more."""
+    """Find the tensors in the files from which a model in memory was loaded; they need not fit it any more.
+
+    `removal` says which of its tensors become smaller. If the files can't be read, the report will say so.
+    """
     folder = local_source(model)
     if folder is None:
         return SourceTensors()

@@ -30,7 +30,9 @@ def loaded_and_pruned(folder, dataset, batches, **options):
 
 @pytest.mark.parametrize("source", ["self", "texts"])
 def test_pruning_on_load_leaves_the_model_that_prune_leaves(tmp_path, source):
-    folder, tokenizer, texts = save_tiny_folder(tmp_path), tiny_tokenizer(), [TEXT[:40], TEXT[3:11]]
+    folder = save_tiny_folder(tmp_path)
+    tokenizer = tiny_tokenizer()
+    texts = [TEXT[:40], TEXT[3:11]]
     dataset, batches = {
         "self": (
             "self",
@@ -52,7 +54,8 @@ def test_pruning_on_load_leaves_the_model_that_prune_leaves(tmp_path, source):
 )  # experts are stored under other names than in memory
 def test_a_model_that_is_pruned_on_load_is_saved_as_any_other(tmp_path, family):
     tiny_model(family).save_pretrained(tmp_path / "dense")
-    batches, options = tiny_tokens().split(4), {"dtype": torch.bfloat16, "device_map": {"": "cpu"}}
+    batches = tiny_tokens().split(4)
+    options = {"dtype": torch.bfloat16, "device_map": {"": "cpu"}}
     loaded, pruner, model = loaded_and_pruned(
         tmp_path / "dense", batches, lambda _: batches, **options
     )
@@ -69,10 +72,8 @@ def test_a_model_that_is_pruned_on_load_is_saved_as_any_other(tmp_path, family):
 def test_what_can_not_be_pruned_on_load_is_refused_before_weights_are_read(tmp_path):
     with pytest.raises(ValueError, match="source='nowhere' is not known"):
         FistaOnLoadConfig(FistaPruner(), "nowhere")
-    on_load, config = (
-        FistaOnLoadConfig(FistaPruner()),
-        tiny_llama().config.to_dict() | {"dtype": "float32"},
-    )
+    on_load = FistaOnLoadConfig(FistaPruner())
+    config = tiny_llama().config.to_dict() | {"dtype": "float32"}
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
     method = {"quantization_config": {"quant_method": "fp8"}}
     for values, message in (

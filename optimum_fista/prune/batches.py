@@ -1,6 +1,8 @@
 """Calibration batches on their way through the decoder layers, and what happens if the device runs out of memory.
 
-`begin` reads the calibration text before the run. A `Calibration` then goes from decoder layer to decoder layer, with
+`begin` reads the calibration text before the run, into `CalibrationBatch`es: token ids [batch, sequence] with a mask,
+images or sounds, and a flag if they are held out. `HeldOut` runs held-out sequences to measure perplexities. The `Plan`
+says what is pruned and how; it holds the model. A `Calibration` then goes from decoder layer to decoder layer, with
 the hidden states that enter the next one. A step of the run is a function of it. So a step that runs out of memory is
 called again, with half as many sequences in a batch (`retried`). Only the rounding of sums over tokens changes.
 """

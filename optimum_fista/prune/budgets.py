@@ -1,5 +1,6 @@
 """Decide by the loss of the dense model how many zeros each operator gets and which decoder layers are removed.
 
+A `Plan` says what is pruned and how; an operator is a linear module of a decoder layer, or one matrix of one expert.
 `share_budgets` is called once, before any operator is pruned, and returns the `Budgets` of the plan. Its steps:
 
 1. choose the decoder layers to remove (`removal.layers`),

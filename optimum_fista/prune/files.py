@@ -1,7 +1,16 @@
 """The sink of a run from files to files, by one process or several, which resumes after a crash.
 
-The `Journal` of a run holds what is finished. Every start works like a resumed one: it reads there which decoder layers
-are left, and shares those. Several processes (`Ranks`) only have to agree on the run and its budgets.
+`run.run` calls `FileSink` in this order: `opened`, `together`, `budgets`, `share`, then `write` and `commit` for each
+decoder layer, and `complete`. Terms:
+
+- `Plan`: what is pruned and how; it holds the model, whose weights stay in their files until they are needed.
+- `Budgets`: how many zeros each operator gets, and which decoder layers are removed.
+- `Calibration`: the batches of the calibration text, with the hidden states that enter the next decoder layer.
+- `HeldOut`: held-out sequences on their way through the dense and the pruned model, to measure perplexities.
+- `Ranks`: the processes that work on the model; a step is done by each of them, or by rank 0 for all.
+- `Journal`: what is finished, on disk, in the unfinished folder. Every start works like a resumed one: it reads there
+  which decoder layers are left, and shares those.
+- shard: a safetensors file of the pruned model, with one decoder layer, or with the rest.
 """
 
 import shutil
@@ -90,7 +99,11 @@ class FileSink(Sink):
 
     @contextmanager
     def opened(self, products: Products) -> Iterator[None]:
-        """See `Sink.opened`. Errors say how many decoder layers are kept; the model is not used afterwards."""
+        """Around the run: put the model in evaluation mode without gradients, and multiply as `products` says.
+
+        Errors of files (OSError) and of other processes (RankError) get a sentence that says how many decoder layers
+        are kept. Weights in memory are not put back: the model is not used after the run.
+        """
         try:
             with evaluation_mode(self._model), torch.no_grad(), products_as(products):
                 yield
@@ -103,7 +116,7 @@ class FileSink(Sink):
             raise OSError(error.errno, message, error.filename) from error
 
     def _advice(self) -> str:
-        """Say which decoder layers are kept, and what to do."""
+        """Say how many decoder layers are kept, and what to do, for the end of an error."""
         num_finished = len(self._journal.finished(read_shards=False))
         return (
             f"{num_finished} of {len(self._plan.layers)} decoder layers are finished and kept in "
@@ -111,7 +124,11 @@ class FileSink(Sink):
         )
 
     def budgets(self, share_budgets: Callable[[], Budgets]) -> Budgets:
-        """See `Sink.budgets`. Rank 0 makes and keeps them; all ranks, and all starts of the run, read the same."""
+        """Return the budgets of the run, which rank 0 makes by `share_budgets` and writes to the journal.
+
+        All ranks, and all later starts of the run, read the same. What `share_budgets` measures takes forward passes,
+        so it is called only if the journal has no budgets yet.
+        """
         journal = self._journal
 
         def make_and_keep() -> None:
@@ -133,7 +150,19 @@ class FileSink(Sink):
         held_out: HeldOut | None,
         report: PruningReport,
     ) -> Work:
-        """See `Sink.share`. The unfinished decoder layers are shared anew by any number of processes."""
+        """Take the plan with its budgets, and find out which decoder layers this process prunes.
+
+        Finished layers are read from the journal; the others are shared anew by any number of processes.
+
+        Args:
+            plan: The plan of the run, with its budgets; from now on it is the plan of this sink.
+            calibration: All batches, without hidden states.
+            held_out: Measures perplexities, or `None`.
+            report: Gets a warning if an earlier start had to cut the batches.
+
+        Returns:
+            The work of this process. Its calibration has hidden states if the run resumes after a finished layer.
+        """
         ranks = self._ranks
         self._plan = plan
         self._shards = ShardWriter(plan, self._journal.model, self._output.packed)
@@ -182,15 +211,23 @@ class FileSink(Sink):
         return finished, calibration, held_out
 
     def together(self, step: Callable[[], T]) -> T:
-        """See `Sink.together`."""
+        """Do a step in every process, and wait for the others; return the result of this process."""
         return self._ranks.each(step)
 
     def commit(
         self, index: int, layer: nn.Module, record: LayerRecord, travelling: Travelling
     ) -> None:
-        """See `Sink.commit`. Write a finished decoder layer; for a removed one, only its record.
+        """Write the shard and the record of a finished decoder layer; of a removed layer, only its record.
 
-        The record comes last. `complete` deletes all files beside the shards that records name.
+        The old weights of the layer are freed, and the masks of its operators go from the sink to the journal. The
+        record comes last: `complete` deletes all files beside the shards that records name.
+
+        Args:
+            index: The number of the layer.
+            layer: The layer, pruned, on its device.
+            record: What its report says.
+            travelling: Hidden states (dense and pruned) and held-out sequences that enter the next layer, as far as a
+                run that resumes there needs them.
         """
         self.forget()  # the dense weights of this layer: the checkpoint has them
         masks = self.masks
@@ -202,22 +239,28 @@ class FileSink(Sink):
         self._source.require_unchanged()
         shard = None if is_removed else self._shards.write_layer(index, tensors)
         streams = {
-            name: stream
-            for stream_pair in travelling
-            for name, stream in stream_pair.kept().items()
+            name: stream for traveller in travelling for name, stream in traveller.kept().items()
         }
         self._journal.keep_layer(index, shard, masks, record, streams)
 
     def complete(
         self, plan: Plan, report: PruningReport, held_out: HeldOut | None, started: float
     ) -> PruningReport:
-        """See `Sink.complete`. Rank 0 writes all but the decoder layers, and moves the model to its folder."""
+        """Have rank 0 write all but the decoder layers and move the model to its folder; all ranks get the report.
+
+        `plan` has its budgets. `report` is that of this process; `held_out` is `None` if nothing was measured.
+        `started` is the time of `time.perf_counter` at which this start of the run began.
+        """
         return self._ranks.first(lambda: self._complete(plan, report, held_out, started))
 
     def _complete(
         self, plan: Plan, report: PruningReport, held_out: HeldOut | None, started: float
     ) -> PruningReport:
-        """Do the work of `complete`; the report gets the records of all processes and of earlier starts."""
+        """Do the work of `complete` in rank 0, with the same arguments.
+
+        The report gets the records of all processes and of earlier starts. The folder of the output is replaced at the
+        very end, and the unfinished folder is gone then.
+        """
         folder = self._journal.model
         layers = self._journal.finished(read_shards=False)
         if len(layers) < len(plan.layers):

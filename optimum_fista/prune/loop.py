@@ -6,9 +6,19 @@ are three differences. Operators with the same inputs are solved together, becau
 Any method can solve them. Only one decoder layer is on the device at a time, so the model may be larger than its
 memory, but hidden states must be kept between the layers.
 
-`prune_layers` calls `prune_layer` for each decoder layer, that calls `prune_group` for each group of operators with the
-same inputs, and that calls `solve_group`, which writes nothing. The `Plan` says what is pruned and how, the
-`Calibration` holds the batches with the hidden states that enter the next layer, and weights go to the `Sink`.
+`prune_layers` calls `prune_layer` for each decoder layer, that calls `prune_group` for each group, and that calls
+`solve_group`, which writes nothing. Terms:
+
+- `Plan`: what is pruned and how. `plan.removal` has the operators of each decoder layer with their patterns, and what
+  else is removed (experts, decoder layers). `plan.budgets` has the shares of zeros that the loss of the model gives.
+- operator: a linear module of a decoder layer, or one matrix of one expert. group: operators with the same inputs.
+- `Calibration`: the batches, with the hidden states that enter the next decoder layer (`HiddenStates`: of the dense
+  network, of the pruned one, or both).
+- `GroupProblems`: for each operator of a group its `LayerProblem` (Gram matrix, weights, targets), on tokens to fit to
+  and on held-out ones. `PrunedOperator`: the weights, mask and error that a method returns.
+- `Sink`: overwrites weights in the model (`write`), takes that back (`undo`), or makes it final (`commit`).
+- `HeldOut`: held-out sequences on their way through the dense and the pruned layers, to measure perplexities.
+- `LayerRecord`: what the report says of a decoder layer, with a report for each operator.
 """
 
 import time
@@ -312,7 +322,10 @@ def _pruned_layer(
 
 
 def prune_group(plan: Plan, sink: Sink, problems: GroupProblems) -> list[OperatorReport]:
-    """Solve for the operators of a group and write them; the reports have the errors of the weights as written."""
+    """Solve for the operators of a group and write them through the sink.
+
+    Returns a report for each operator, in the order of the group, with the errors of the weights as written.
+    """
     release_memory()  # the solver needs the memory that capturing left in the allocator
     started = time.perf_counter()
     solution = solve_group(plan, problems)
@@ -397,7 +410,7 @@ def _operator_report(
 
 
 def solve_group(plan: Plan, problems: GroupProblems) -> GroupSolution:
-    """Solve for the operators of a group by the plan's method, without writing.
+    """Solve for the operators of a group by the plan's method, without writing to the model.
 
     There are three exceptions. Operators that keep all columns are refitted. Experts that got hardly any tokens are
     pruned by magnitude. If the loss weights the outputs of all operators, their rows compete for the group's zeros.

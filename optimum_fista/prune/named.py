@@ -2,7 +2,9 @@
 
 `prune_named` checks the output, reads the model so that its weights stay in their files, finds out whether an earlier
 start of the same run left something, and calls `run.run` with a `FileSink`. Processes that were launched together all
-call it; what only one of them may do is done by rank 0.
+call it; `ranks.each` does a step in each of them, and `ranks.first` lets rank 0 do it for all. Terms: the unfinished
+folder is `output_dir` + ".unfinished", which holds the `Journal` of what is finished and the files of the new model; a
+`Plan` says what is pruned and how; the fingerprint of a run is all that its result depends on.
 """
 
 import tempfile
@@ -54,10 +56,25 @@ def prune_named(
     storage_device: str | torch.device | Path | None,
     callbacks: Sequence[PruningCallback],
 ) -> PruningReport:
-    """Prune a model from its files to the files of `output_dir`; the arguments are those of `FistaPruner.prune`.
+    """Prune a model from its files to the files of `output_dir`, and return the report.
 
-    Until the end, all files are in `output_dir` + ".unfinished", from which the same call resumes. A run that removes
-    tokens is another one: it reads texts instead of batches, and no decoder layer is pruned.
+    Until the end, all files are in the unfinished folder, from which the same call resumes. A run that removes tokens
+    is another one: it reads texts instead of batches, and no decoder layer is pruned.
+
+    Args:
+        name: A Hub id, a model folder, or a folder with one GGUF file.
+        calib_dataloader: Calibration batches of token ids, as the user of `FistaPruner.prune` passes them.
+        output_dir: Where the pruned model goes.
+        config: What to prune and how, as the user passed it.
+        calibration_source: The name of the calibration text, for the report.
+        device: Where to compute; `None`: the accelerator if there is one.
+        dtype: Of the result; `"auto"` keeps those of the files.
+        overwrite: Replace a model in `output_dir`, and an unfinished run of other settings.
+        packed: Store the weights without their zeros.
+        progress: Show bars; only rank 0 does.
+        storage_device: Where to keep activations between passes: a device, a folder, `"disk"` (the unfinished folder),
+            or `None` (the disk on a CPU, otherwise the device).
+        callbacks: Called as operators and decoder layers are pruned, but not at the end of the run.
     """
     started = time.perf_counter()
     # Cheap checks come before the model is read.

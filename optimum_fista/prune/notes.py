@@ -1,6 +1,8 @@
 """Notes for the report of a run: what it says before the first decoder layer, and after the last one.
 
-`begin_report` makes the `PruningReport` from the `Plan` of the run. The loop adds a record for each decoder layer, and
+`begin_report` makes the `PruningReport` from the `Plan` of the run: what is pruned and how, with the model
+(`plan.layers.model`) and what is known of its files (`plan.source`). `report.warn` adds a message and shows it, and
+`report.warnings` gets messages that are only written. The loop adds a record for each decoder layer, and
 `complete_report` adds the warnings and totals that need all of them.
 """
 

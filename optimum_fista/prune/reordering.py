@@ -1,6 +1,7 @@
 """Reordering of MLP channels before they are pruned, so that n:m patterns keep larger weights.
 
-A `Part` of the plan says which tensors have an entry for each channel: the columns of the down projection, and the rows
+The `Plan` of a run has the operators to prune with their patterns, and the `Part`s whose channels may change places. A
+`Part` says which tensors have an entry for each channel: the columns of the down projection, and the rows
 that compute their inputs. If all of them get the same new order, the decoder layer returns the same.
 """
 

@@ -1,7 +1,9 @@
 """One run: from a plan and its calibration text to a pruned model, in memory or in files.
 
 Two entries lead here: `FistaPruner.prune` for a loaded model, and `named.prune_named` for a model given by name. They
-make the `Plan`, read the calibration text, and choose the `Sink`, where everything that is pruned goes.
+make the `Plan` (what is pruned and how), read the calibration text (`Calibration`, and `HeldOut` for perplexities), and
+choose the `Sink`, where everything that is pruned goes: the model in memory, or files. The steps of a run are named in
+`run`: budgets, share of this process, decoder layers, completion.
 """
 
 from functools import partial

@@ -1,8 +1,14 @@
 """Shards: the safetensors files of a pruned model, one for each decoder layer that stays, and one for the rest.
 
 `ShardWriter` knows by which name and in which form each tensor is written: smaller if parts are removed, packed if the
-folder is packed, in the dtype of the source's files if the run keeps that. Masks are bit masks as `solve.pattern` packs
-them, and a "stored" name is the name of a tensor in files, which may differ from the one in the model.
+folder is packed, in the dtype of the source's files if the run keeps that. The files of a run (`files.FileSink`) are
+written by it, a decoder layer as soon as it is pruned. Terms:
+
+- `Plan`: what is pruned and how; `plan.as_stored` says that all that stays is copied from the source's files.
+- `LayerRecord`: the report of a decoder layer, and those of its pruned operators.
+- A stored name is the name of a tensor in files, which may differ from the one in the model. A `StoredTensor` is a
+  tensor in a file, which is read in pieces when it is written.
+- Masks have one bit for each weight, True = kept (`solve.pattern.pack_mask`).
 """
 
 from collections.abc import Mapping

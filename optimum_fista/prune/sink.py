@@ -1,9 +1,17 @@
 """Sinks: where a run puts what it has pruned, and what is undone if the run fails.
 
-A run (`prune.run`) talks to its sink in this order: `opened` around everything, `budgets` and `share` before the first
+A run (`run.run`) talks to its sink in this order: `opened` around everything, `budgets` and `share` before the first
 decoder layer, `write` for each operator, then `undo` (to prune the layer again) or `commit` for each decoder layer, and
 `complete` at the end. `Sink` has what all sinks share. `ModelSink` is for a model in memory, which an exception leaves
-as it was; `files.FileSink` is for the files of a model.
+as it was; `files.FileSink` is for the files of a model. Terms:
+
+- `LinearOperator`: a linear module of a decoder layer, or one matrix of one expert. `owner` is the module with its
+  parameter, `tensor` the name of the parameter there, `transposed` whether that is stored as [in, out].
+- `Plan`: what is pruned and how. `Budgets`: how many zeros each operator gets, and which decoder layers are removed.
+- `Calibration`: the batches of the calibration text, with the hidden states that enter the next decoder layer.
+- `HeldOut`: held-out sequences on their way through the dense and the pruned model, to measure perplexities.
+- Accelerate may keep weights elsewhere (offloaded) and bring them to the device for one decoder layer. What is written
+  to such a copy is lost unless it is stored where Accelerate keeps the weight.
 """
 
 import time
@@ -176,9 +184,10 @@ class ModelSink(Sink):
 
     @contextmanager
     def opened(self, products: Products) -> Iterator[None]:
-        """See `Sink.opened`. After an error, weights, shapes, hooks, modes and configuration are as they were.
+        """Around the run: put the model in evaluation mode without gradients, and multiply as `products` says.
 
-        The old weights are freed at the end, so a model whose run has ended is not put back any more.
+        After an error or Ctrl-C, weights, shapes, hooks, modes and configuration are as they were. The old weights are
+        freed at the end, so a model whose run has ended is not put back any more.
         """
         attributes_put_back = _attributes_kept(self._model)
         try:
@@ -196,7 +205,7 @@ class ModelSink(Sink):
             self.forget()
 
     def budgets(self, share_budgets: Callable[[], Budgets]) -> Budgets:
-        """See `Sink.budgets`."""
+        """Return what `share_budgets` measures; there is no earlier start of the run."""
         return share_budgets()
 
     def share(
@@ -206,11 +215,11 @@ class ModelSink(Sink):
         held_out: HeldOut | None,
         report: PruningReport,
     ) -> Work:
-        """See `Sink.share`; here it is all work."""
+        """Return all work: every decoder layer, from the embeddings on; nothing changes."""
         return Work(range(len(plan.layers)), 0, calibration, held_out)
 
     def together(self, step: Callable[[], T]) -> T:
-        """See `Sink.together`; there is only one process."""
+        """Do a step, and return its result; there is only one process."""
         return step()
 
     def commit(
@@ -220,7 +229,11 @@ class ModelSink(Sink):
         record: LayerRecord,
         travelling: Travelling,
     ) -> None:
-        """See `Sink.commit`. Offloaded weights change where Accelerate keeps them."""
+        """Make the weights of a decoder layer final, while they are on the device.
+
+        `undo` no longer puts them back; an error in the run still does. Offloaded weights change where Accelerate keeps
+        them.
+        """
         for owner, name in self._onloaded.values():
             store_tensor(owner, name, getattr(owner, name), self._undo.append)
         self._onloaded.clear()
@@ -229,7 +242,11 @@ class ModelSink(Sink):
     def complete(
         self, plan: Plan, report: PruningReport, held_out: HeldOut | None, started: float
     ) -> PruningReport:
-        """See `Sink.complete`. The model becomes smaller if parts are removed, and its configuration gets a summary."""
+        """Complete the report, make the model smaller if parts are removed, and add a summary to its configuration.
+
+        `plan` has its budgets; `report` has the records of all decoder layers; `held_out` is `None` if no perplexity
+        was measured. `started` is the time of `time.perf_counter` at which the run began. Sets `source`.
+        """
         model = self._model
         kept = groups_kept(report.layers, report.operators)
         stored = plan.source.smaller(model, plan.removal.part_of, kept, strict=False)

@@ -50,7 +50,8 @@ def assert_same(model, report, expected, expected_report):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.method)
 @pytest.mark.parametrize("place", ["embeddings", "first pass", "half pruned", "gradients"])
 def test_batches_are_halved_until_they_fit(config, place):
-    model, expected = tiny_llama(), tiny_llama()
+    model = tiny_llama()
+    expected = tiny_llama()
     if place == "half pruned":
         failed = fail_late(model, 2)
     else:
@@ -94,7 +95,8 @@ def test_what_layers_hand_on_is_not_recorded_again_in_a_network_that_is_partly_p
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.method)
 def test_a_layer_that_starts_again_starts_from_its_dense_weights(config):
-    early, late = tiny_llama(), tiny_llama()
+    early = tiny_llama()
+    late = tiny_llama()
 
     fail_above(early.model.layers[1].self_attn.q_proj, 2, lambda: not torch.is_grad_enabled())
 
@@ -133,7 +135,8 @@ def streamed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(named, "load_lazily", load_and_watch)
 
-    pruner, batches = FistaPruner(progress=False), tiny_tokens().split(8)
+    pruner = FistaPruner(progress=False)
+    batches = tiny_tokens().split(8)
     return lambda output: pruner.prune(str(source), batches, output_dir=tmp_path / output)
 
 
@@ -150,7 +153,8 @@ def test_a_streamed_run_goes_on_with_the_smaller_batches(streamed, tmp_path):
 
 
 def test_batches_and_states_are_cut_alike():
-    ids, mask = torch.arange(18).view(6, 3), torch.tensor([[True, True, False]])
+    ids = torch.arange(18).view(6, 3)
+    mask = torch.tensor([[True, True, False]])
     batches = [CalibrationBatch(ids[:5]), CalibrationBatch(ids[5:], mask, held_out=True)]
     sizes = [3, 2, 1]
 

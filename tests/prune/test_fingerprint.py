@@ -104,10 +104,8 @@ def test_weights_are_read_again_only_if_their_file_changed(source, cut_off, monk
 def test_weights_that_change_while_they_are_pruned_end_the_run(
     source, monkeypatch, tmp_path, after, kept, write
 ):
-    keep, source = (
-        getattr(Journal, after),
-        source if write is None else write(tmp_path / "quantized"),
-    )
+    keep = getattr(Journal, after)
+    source = source if write is None else write(tmp_path / "quantized")
 
     def change(*arguments):
         keep(*arguments)

@@ -18,7 +18,8 @@ def test_errors_are_those_of_the_inputs_that_the_correction_promises(
     )
     share = error_correction if isinstance(error_correction, float) else 1.0
 
-    dense_weights, pruned_weights = weights(tiny_llama()), weights(model)
+    dense_weights = weights(tiny_llama())
+    pruned_weights = weights(model)
 
     for prefix, rows in (("", tokens[:5]), ("held_out_", tokens[5:])):
         dense_inputs, inputs = inputs_seen(model, rows, error_correction)
@@ -55,7 +56,8 @@ def parts_of(model, tokens, layer):
 
 @pytest.mark.parametrize(("share", "residual"), [(1.0, 1.0), (0.5, 0.75), (0.0, 1.0)])
 def test_residual_correction_aims_at_the_output_of_the_layer(tokens, share, residual):
-    dense, pruned = tiny_llama(), tiny_llama()
+    dense = tiny_llama()
+    pruned = tiny_llama()
     options = {"method": "sparsegpt", "error_correction": share, "residual_correction": residual}
 
     report = prune(pruned, tokens.split(2), held_out=2, **options)
@@ -98,7 +100,9 @@ def test_residual_correction_aims_at_the_output_of_the_layer(tokens, share, resi
     ids=lambda options: options.get("method", "default"),
 )
 def test_nothing_is_fitted_to_them(tokens, options):
-    alone, model, other = tiny_llama(), tiny_llama(), tiny_llama()
+    alone = tiny_llama()
+    model = tiny_llama()
+    other = tiny_llama()
     expected = prune(alone, [tokens[:4], tokens[4:6]], **options)
     report = prune(model, tokens.split(4), held_out=2, **options)
 
@@ -128,7 +132,8 @@ def test_nothing_is_fitted_to_them(tokens, options):
     "family", ["llama", "gpt2"]
 )  # positions relative to each other, and absolute ones
 def test_padding_counts_nowhere(tokens, family, side, error_correction):
-    short, padding = tokens[6:, :10], torch.full((2, 6), 5)
+    short = tokens[6:, :10]
+    padding = torch.full((2, 6), 5)
     order = (padding, short) if side == "left" else (short, padding)
     ids = torch.cat([tokens[:6], torch.cat(order, dim=1)])
     mask = torch.ones_like(ids)
@@ -147,11 +152,13 @@ def test_padding_counts_nowhere(tokens, family, side, error_correction):
 
 
 def test_bfloat16_errors_are_those_of_the_rounded_weights(tokens):
-    dense, model = tiny_llama().bfloat16(), tiny_llama().bfloat16()
+    dense = tiny_llama().bfloat16()
+    model = tiny_llama().bfloat16()
     options = {"method": "sparsegpt", "sparsity": 0.02, "error_correction": "none"}
     report = prune(model, tokens.split(8), held_out=4, **options)
 
-    dense_weights, pruned_weights = weights(dense), weights(model)
+    dense_weights = weights(dense)
+    pruned_weights = weights(model)
 
     for field, rows in (("fit_error", tokens[:4]), ("held_out_fit_error", tokens[4:])):
         inputs = inputs_of(dense, rows)
@@ -166,7 +173,8 @@ def test_bfloat16_errors_are_those_of_the_rounded_weights(tokens):
 @pytest.mark.usefixtures("enough_tokens")
 def test_corrected_experts_have_errors_where_they_have_tokens():
     tokens = torch.randint(0, VOCAB_SIZE, (9, 24), generator=torch.Generator().manual_seed(1))
-    alone, model = tiny_model("mixtral"), tiny_model("mixtral")
+    alone = tiny_model("mixtral")
+    model = tiny_model("mixtral")
     options = {"method": "sparsegpt", "error_correction": 0.5}
     prune(alone, [tokens[:8]], **options)
 

@@ -110,7 +110,8 @@ def test_hidden_state_errors_are_those_of_the_two_models_on_real_tokens(llama, t
     for layer, pruned, wanted in zip(
         report.layers, hidden_states_of(llama, tokens, mask), dense, strict=True
     ):
-        pruned, wanted = pruned[mask.bool()], wanted[mask.bool()]
+        pruned = pruned[mask.bool()]
+        wanted = wanted[mask.bool()]
         if "exclude" in options and layer.name.endswith("1"):
             assert layer.hidden_state_error is None  # after the last operator nothing runs
         else:

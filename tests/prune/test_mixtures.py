@@ -33,7 +33,8 @@ def pruner(**options) -> FistaPruner:
 
 
 def same(model: PreTrainedModel, other: PreTrainedModel) -> bool:
-    state, expected = model.state_dict(), other.state_dict()
+    state = model.state_dict()
+    expected = other.state_dict()
     return all(torch.equal(state[name], expected[name]) for name in expected)
 
 
@@ -78,7 +79,8 @@ def test_streaming_a_mixture_gives_what_pruning_in_memory_gives(family, tokens, 
 
 @pytest.mark.parametrize(("family", "place"), [("mixtral", "disk"), ("gpt_oss", "cpu")])
 def test_an_offloaded_mixture_is_pruned_where_it_is_kept(family, place, tokens, tmp_path):
-    expected, model = tiny_model(family), tiny_model(family)
+    expected = tiny_model(family)
+    model = tiny_model(family)
     pruner().prune(expected, tokens.split(4))
     if place == "disk":
         model.save_pretrained(tmp_path / "in")

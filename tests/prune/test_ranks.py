@@ -74,7 +74,8 @@ def test_processes_write_what_one_writes(source, expected, tmp_path, count):
 )
 def test_other_configurations(source, tmp_path, config):
     assert exit_codes(launch(2, prune, source, tmp_path / "pruned", config)) == [0, 0]
-    found, wanted = files_of(tmp_path / "pruned"), whole(source, tmp_path / "whole", config)
+    found = files_of(tmp_path / "pruned")
+    wanted = whole(source, tmp_path / "whole", config)
     if config.held_out:  # only one process measures a perplexity, which these files hold
         for name in ("README.md", "config.json", "fista/report.json"):
             assert found.pop(name) != wanted.pop(name)
@@ -83,7 +84,8 @@ def test_other_configurations(source, tmp_path, config):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_killed_loses_its_current_layer(source, expected, tmp_path, victim):
-    output, log = tmp_path / "pruned", tmp_path / "log"
+    output = tmp_path / "pruned"
+    log = tmp_path / "log"
 
     codes = exit_codes(launch(2, prune_until, "killed", victim, 1, source, output, INTRA, log))
 
@@ -109,7 +111,8 @@ def test_a_rank_that_is_killed_loses_its_current_layer(source, expected, tmp_pat
 
 
 def test_a_rank_that_fails_lets_the_others_finish_their_layers(source, expected, tmp_path):
-    output, log = tmp_path / "pruned", tmp_path / "log"
+    output = tmp_path / "pruned"
+    log = tmp_path / "log"
 
     assert exit_codes(launch(2, prune_until, "fails", 0, 1, source, output, INTRA, log)) == [3, 3]
     assert (tmp_path / "log-0").read_text() == "RuntimeError: no more of this"

@@ -30,7 +30,8 @@ def test_sizes_of_channels_are_measured_on_the_first_tokens_alone(monkeypatch):
         report = pruner().prune(tiny_llama(), batches)
         return [operator.input_order for operator in report.operators]
 
-    first, all_of_them = order(BATCHES[:1]), order(BATCHES)
+    first = order(BATCHES[:1])
+    all_of_them = order(BATCHES)
     monkeypatch.setattr("optimum_fista.prune.reordering._TOKENS_OF_ORDER", BATCHES[0].numel())
     assert order(BATCHES)[0] == first[0] != all_of_them[0]
 
@@ -48,7 +49,9 @@ def biased_llama():
     "make", [biased_llama, lambda: tiny_model("gpt2"), lambda: tiny_model("phi3")]
 )
 def test_rows_and_columns_move_together_and_more_is_kept(make):
-    dense, model, plain = make(), make(), make()
+    dense = make()
+    model = make()
+    plain = make()
     down = ("*mlp.c_proj" if dense.config.model_type == "gpt2" else "*down_proj",)
 
     errors = [
@@ -57,7 +60,8 @@ def test_rows_and_columns_move_together_and_more_is_kept(make):
     ]
 
     assert sum(o.fit_error for o in errors[0]) < 0.98 * sum(o.fit_error for o in errors[1])
-    before, after = dict(dense.named_parameters()), dict(model.named_parameters())
+    before = dict(dense.named_parameters())
+    after = dict(model.named_parameters())
     moved = set()
     for part in parts_of(dense, "channels").parts:
         rows = next(
@@ -81,7 +85,8 @@ def test_rows_and_columns_move_together_and_more_is_kept(make):
 
 
 def test_offloaded_weights_move_where_they_are_kept():
-    model, offloaded = biased_llama(), biased_llama()
+    model = biased_llama()
+    offloaded = biased_llama()
     cpu_offload(offloaded, torch.device("cpu"))
 
     for each in (model, offloaded):

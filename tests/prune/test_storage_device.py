@@ -25,7 +25,8 @@ def test_activations_may_wait_elsewhere(tokens, tmp_path, settings):
 
 
 def test_hidden_states_on_the_way_to_the_gradients_wait_there_too(tokens, tmp_path, monkeypatch):
-    places, measure = [], budgets.measure_sensitivities
+    places = []
+    measure = budgets.measure_sensitivities
     monkeypatch.setattr(
         budgets,
         "measure_sensitivities",

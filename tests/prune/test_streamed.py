@@ -217,7 +217,8 @@ def test_hidden_states_of_another_chain_of_layers_are_not_taken(
         patched.setattr(FileSink, "write", otherwise)
         with pytest.raises(KeyboardInterrupt):
             prune(source, tmp_path / "pruned")
-    kept, keep = [], journal.Journal.keep_layer
+    kept = []
+    keep = journal.Journal.keep_layer
     monkeypatch.setattr(
         journal.Journal,
         "keep_layer",
@@ -378,10 +379,8 @@ def test_perplexity_of_both_networks_is_measured_in_passing(source, tmp_path, co
     ],
 )
 def test_an_interrupted_run_measures_the_same_perplexity(source, tmp_path, layer, correction, lost):
-    config, tokens = (
-        FistaPruningConfig(0.5, method="wanda", error_correction=correction),
-        tiny_tokens(10)[8:],
-    )
+    config = FistaPruningConfig(0.5, method="wanda", error_correction=correction)
+    tokens = tiny_tokens(10)[8:]
 
     expected = prune(source, tmp_path / "whole", config, held_out=tokens).perplexity
 

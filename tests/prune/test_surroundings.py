@@ -43,7 +43,8 @@ def surroundings(model):
 
 
 def test_calls_leave_the_process_and_the_model_as_they_were(tmp_path):
-    model, batches = tiny_llama().train(), tiny_tokens().split(4)
+    model = tiny_llama().train()
+    batches = tiny_tokens().split(4)
     for index, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(index % 3 > 0)
     save_tiny_folder(tmp_path / "dense")

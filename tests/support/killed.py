@@ -40,7 +40,8 @@ def killed_at(step: int) -> Iterator[None]:
 @contextmanager
 def killed_at_write(number: int) -> Iterator[None]:
     """Raise `Killed` in place of the `number`-th rename of a file that is whole, from 1, and of all after it."""
-    replace, done = Path.replace, []
+    replace = Path.replace
+    done = []
 
     def counted(self: Path, target: Path) -> Path:
         done.append(target)

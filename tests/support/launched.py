@@ -116,7 +116,8 @@ def prune_killed_once(
     source: Path, output: Path, config: FistaPruningConfig, attempts: Path
 ) -> None:
     """A rank of a run whose first attempt ends with the death of rank 1 in its second layer."""
-    rank, attempt = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
+    rank = int(os.environ["RANK"])
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
     (attempts / f"{attempt}-{rank}").touch()
     torch.set_num_threads(1)
     if attempt == "0":
@@ -175,7 +176,8 @@ def prune_until(rank: int, how: str, victim: int, layers: int, *arguments: Any) 
 
 def cut_after(how: str, layers: int) -> None:
     """This process is killed, or fails, in the decoder layer after as many."""
-    keep, kept = journal.Journal.keep_layer, []
+    keep = journal.Journal.keep_layer
+    kept = []
 
     def cut(self: journal.Journal, index: int, *parts: Any) -> None:
         if len(kept) == layers and how == "killed":

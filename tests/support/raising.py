@@ -30,7 +30,8 @@ class RaiseAt(TorchDispatchMode):
             size >= self._least for key, size in _storages(output).items() if key not in given
         )
         if self._error is not None and self.count == self._number:
-            error, self._error = self._error, None
+            error = self._error
+            self._error = None
             raise error
         return output
 
