@@ -67,21 +67,23 @@ def held(estimate: Estimate, place: str = "host") -> float:
 )
 def test_operators_are_those_of_the_run(family, config):
     model = tiny_llama(num_hidden_layers=5) if family == "llama" else tiny_model(family)
-    before = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    sizes_before = {name: parameter.numel() for name, parameter in model.named_parameters()}
+
     estimate = estimated(config, model.config)
     report = FistaPruner(config, progress=False).prune(model, tiny_tokens().split(4))
+
     assert estimate.num_removed == (report.totals.get("num_removed") or 0)
-    if "layers" in config.pattern:  # which ones, values decide
-        return
-    assert {*estimate.operators} == {
-        operator.name.removesuffix(".weight") for operator in report.operators
-    }
-    assert sum(estimate.weights.values()) == sum(
-        before.get(o.name, o.shape[0] * o.shape[1]) for o in report.operators
+    if "layers" in config.pattern:
+        return  # values decide which decoder layers are removed
+    names = {operator.name.removesuffix(".weight") for operator in report.operators}
+    assert {*estimate.operators} == names
+    weights = sum(estimate.weights.values())
+    assert weights == sum(
+        sizes_before.get(operator.name, operator.shape[0] * operator.shape[1])
+        for operator in report.operators
     )
-    assert sum(estimate.weights.values()) - sum(estimate.zeros.values()) == sum(
-        o.num_kept for o in report.operators
-    )
+    num_kept = sum(operator.num_kept for operator in report.operators)
+    assert weights - sum(estimate.zeros.values()) == num_kept
     assert estimate.left_dense == report.left_dense
 
 
@@ -121,7 +123,8 @@ def test_batches_are_as_large_as_an_accelerator_needs_and_its_memory_allows(monk
     def best(free: int | None, **options) -> int:
         monkeypatch.setattr("optimum_fista.estimate.available_bytes", lambda device: free)
         settings = {"device": "cuda", "storage_device": "cpu", "num_samples": 128}
-        return Estimate(LlamaConfig(), **(settings | options)).batch_size
+        model = LlamaConfig(max_position_embeddings=16384)
+        return Estimate(model, **(settings | options)).batch_size
 
     assert best(None, sequence_length=2048) == best(2**50, sequence_length=2048) == 4
     assert best(None, sequence_length=16384) == best(2**20, sequence_length=2048) == 1
@@ -132,39 +135,43 @@ def test_batches_are_as_large_as_an_accelerator_needs_and_its_memory_allows(monk
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_disk_is_what_a_run_writes(tmp_path, monkeypatch, pattern):
-    source, output, sizes = tmp_path / "source", tmp_path / "out", []
+    source = tmp_path / "source"
+    output = tmp_path / "out"
     tiny_llama(hidden_size=64, intermediate_size=256, num_attention_heads=4).save_pretrained(source)
-    keep = Journal.keep_layer
+    sizes = []  # after each decoder layer
+    keep_layer = Journal.keep_layer
 
     def watched(*arguments):
-        keep(*arguments)
+        keep_layer(*arguments)
         folder = unfinished_folder(output)
         sizes.append(sum(path.stat().st_size for path in folder.rglob("*.safetensors")))
 
     monkeypatch.setattr(Journal, "keep_layer", watched)
     config = FistaPruningConfig(pattern=pattern)
-    FistaPruner(config, progress=False).prune(source, tiny_tokens().split(4), output_dir=output)
     ids = tiny_tokens()
-    found = estimated(
+
+    FistaPruner(config, progress=False).prune(source, ids.split(4), output_dir=output)
+    disk_bytes = estimated(
         config,
         str(source),
         num_samples=len(ids),
         sequence_length=ids.shape[1],
         measures_perplexity=False,
     ).disk_bytes
-    assert (
-        sum(
-            t.nbytes for path in output.glob("model*.safetensors") for t in load_file(path).values()
-        )
-        == found["model"]
-    )
-    assert max(sizes) < 1.05 * sum(found.values())
+
+    written = 0
+    for path in output.glob("model*.safetensors"):
+        written += sum(tensor.nbytes for tensor in load_file(path).values())
+    assert written == disk_bytes["model"]
+    assert max(sizes) < 1.05 * sum(disk_bytes.values())
 
 
 def test_a_real_run_takes_what_is_estimated(monkeypatch):
     """docs/howto/big-models.md: within 25%; time of a busy machine is allowed twice that."""
     monkeypatch.setattr(time, "perf_counter", time.process_time)
+
     run = beside_a_run(CASES["tiny"])
+
     assert 1 / 1.25 < run["estimated_bytes"] / run["measured_bytes"] < 1.25
     assert 1 / 1.5 < run["estimated_seconds"] / run["measured_seconds"] < 1.5
 

@@ -73,9 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="default, fast, or paper (FISTAPruner as published); other flags override it",
     )
-    sources = "self (the model writes it; default if it fits), .txt, .jsonl (images too), wikitext2, c4, ptb or pydoc"
-    sources += "; repeatable if tokens are removed (vocab:0.35)"
-    add("--calibration", action="append", metavar="SOURCE", help=sources)
+    add(
+        "--calibration",
+        action="append",
+        metavar="SOURCE",
+        help="self (the model writes it; default if it fits), .txt, .jsonl (images too), wikitext2, c4, ptb or pydoc; "
+        "repeatable if tokens are removed (vocab:0.35)",
+    )
     add(
         "--num-samples",
         type=int,
@@ -109,17 +113,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # None: the Hub decides, by the settings of an organisation.
     add("--private", action="store_true", default=None, help="make a new repository private")
-    add = advanced["method"].add_argument
-    add(
+
+    advanced["method"].add_argument(
         "--config",
         metavar="FILE",
         help="JSON file, pruned folder or Hub id with a configuration; flags override it",
     )
-    add = advanced["calibration and machine"].add_argument
-    pass_size = "sequences in a forward pass (default: 1 on a CPU; on others up to 8192 tokens, if memory allows)"
-    add("--batch-size", type=int, metavar="N", help=pass_size)
-    places = "where activations wait: a device, disk, or a folder (default: --device; disk if that is the CPU)"
-    add("--storage-device", metavar="PLACE", help=places)
+    of_machine = advanced["calibration and machine"]
+    of_machine.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="sequences in a forward pass (default: 1 on a CPU; on others up to 8192 tokens, if memory allows)",
+    )
+    of_machine.add_argument(
+        "--storage-device",
+        metavar="PLACE",
+        help="where activations wait: a device, disk, or a folder (default: --device; disk if that is the CPU)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

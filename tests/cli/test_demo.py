@@ -27,51 +27,70 @@ def arguments(tiny_folder, text_file, tmp_path, monkeypatch) -> list[str]:
     ]
 
 
-def test_the_demo_shows_a_smaller_model_and_fits_and_measures_on_other_windows(
-    arguments, tmp_path, capsys, monkeypatch
+def table_of(shown: str) -> list[list[str]]:
+    """The cells of the table that the demo prints, by row; the first row has the headings."""
+    rows = [line for line in shown.splitlines() if line.startswith("|")]
+    return [[cell.strip(" `") for cell in row.split("|")[1:-1]] for row in rows]
+
+
+def sizes_of(shown: str) -> dict[str, int]:
+    """Parameters of each model that the demo prints, by its name."""
+    sizes = {}
+    for line in shown.splitlines():
+        if " MB in " in line:
+            name, number, *_ = line.split()
+            sizes[name] = int(number.replace(",", ""))
+    return sizes
+
+
+def test_the_demo_shows_every_run_a_smaller_model_and_commands_that_exist(
+    arguments, tmp_path, capsys
 ):
-    fitted, measured = [], []
-    prune, measure = FistaPruner.prune, perplexity.evaluate_perplexity
-    monkeypatch.setattr(
-        FistaPruner, "prune", lambda *a, **more: fitted.extend(a[2]) or prune(*a, **more)
-    )
-    monkeypatch.setattr(
-        perplexity, "evaluate_perplexity", lambda *a, **b: measured.extend(a[1]) or measure(*a, **b)
-    )
     assert main(arguments) == 0
+
     shown = capsys.readouterr().out
-    lines = [
-        [cell.strip(" `") for cell in line.split("|")[1:-1]]
-        for line in shown.splitlines()
-        if line[:1] == "|"
-    ]
-    runs = [
+    headings, _, *rows = table_of(shown)
+    assert headings[:2] == ["method", "pattern"]
+    assert [row[:2] for row in rows] == [
+        ["dense", ""],
         ["wanda", "50% unstructured"],
         ["obs_admm", "50% unstructured"],
         ["obs_admm", "channels:0.25"],
     ]
-    names = [["dense", ""], *runs]
-    assert [line[:2] for line in lines] == [["method", "pattern"], lines[1][:2], *names]
-    assert all(
-        2 ** float(line[3]) == pytest.approx(float(line[2]), rel=1e-3) for line in lines[2:]
-    )  # of letters
-    seen = {tuple(window.tolist()) for window in measured}
-    assert len(seen) == 3
-    assert seen.isdisjoint(tuple(window.tolist()) for batch in fitted for window in batch)
-    assert verify_checkpoint(tmp_path / "demo" / "smaller").num_operators > 0
-    sizes = {
-        line.split()[0]: int(line.split()[1].replace(",", ""))
-        for line in shown.splitlines()
-        if " MB in " in line
-    }
-    assert sizes["smaller"] < sizes["dense"] == sizes["pruned-50"]
+    for _, _, perplexity_of_letters, bits in rows:  # a letter is a token and a byte
+        assert 2 ** float(bits) == pytest.approx(float(perplexity_of_letters), rel=1e-3)
     assert "] pruning by wanda, 50% unstructured" in shown
-    commands = [
-        line.split("    ")[0].strip()
-        for line in shown.split("next:")[1].splitlines()
-        if line.strip()
-    ]
-    assert len([build_parser().parse_args(shlex.split(command)[1:]) for command in commands]) == 3
+    sizes = sizes_of(shown)
+    assert sizes["smaller"] < sizes["dense"] == sizes["pruned-50"]
+    assert verify_checkpoint(tmp_path / "demo" / "smaller").num_operators > 0
+    lines = [line for line in shown.split("next:")[1].splitlines() if line.strip()]
+    assert len(lines) == 3
+    for line in lines:
+        command = line.split("    ")[0].strip()
+        build_parser().parse_args(shlex.split(command)[1:])
+
+
+def test_the_demo_measures_on_other_windows_than_it_calibrates_on(arguments, monkeypatch):
+    calibrated = set()
+    measured = set()
+    prune = FistaPruner.prune
+    measure = perplexity.evaluate_perplexity
+
+    def watched_prune(pruner, model, batches, **options):
+        calibrated.update(tuple(window.tolist()) for batch in batches for window in batch)
+        return prune(pruner, model, batches, **options)
+
+    def watched_measure(model, windows, **options):
+        measured.update(tuple(window.tolist()) for window in windows)
+        return measure(model, windows, **options)
+
+    monkeypatch.setattr(FistaPruner, "prune", watched_prune)
+    monkeypatch.setattr(perplexity, "evaluate_perplexity", watched_measure)
+
+    assert main(arguments) == 0
+
+    assert len(calibrated) == len(measured) == 3
+    assert calibrated.isdisjoint(measured)
 
 
 def test_a_text_too_short_to_fit_and_to_measure_on_is_refused(arguments, monkeypatch, capsys):
