@@ -139,8 +139,8 @@ class _Speaker:
     def answer(self, question: str) -> str:
         """Answer a question, and add both to the conversation.
 
-        After an error, which is printed, the answer is empty, and the conversation stays as it was. Sets the seed of
-        PyTorch.
+        The oldest turns are dropped if the conversation is too long for the model. After an error, which is printed,
+        the answer is empty, the conversation stays as it was, and `failed` is True. Sets the seed of PyTorch.
         """
         import torch
         from jinja2 import TemplateError

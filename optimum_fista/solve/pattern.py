@@ -64,7 +64,8 @@ class SparsityPattern(ABC):
 
     def require_shape(self, shape: tuple[int, ...], name: str = "weight") -> None:
         """Refuse a matrix of `shape` [out, in] that the pattern does not fit; `name` is for the message."""
-        if shape[1] % (self.span or self.width):
+        inputs_together = self.width if self.span is None else self.span
+        if shape[1] % inputs_together:
             raise ValueError(
                 f"{name} has rows of {shape[1]} inputs, which {self} does not divide: choose a pattern whose groups "
                 f"divide {shape[1]}, 'unstructured', or exclude this operator."
@@ -158,7 +159,8 @@ class SparsityPattern(ABC):
     def _scores(self, block: Tensor, squared: bool) -> Tensor:
         """Scores [rows, groups] of the groups in a block of rows [rows, in]; [1, groups] of whole columns.
 
-        Those of single weights are the block itself: the selections compare absolute values. `squared`: as in `mask`.
+        Those of single weights are the block itself: the selections compare absolute values. `squared`: whether the
+        block has squares of saliencies already.
         """
         if self.width == 1 and not self.whole_columns:
             return block
@@ -269,7 +271,7 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 
 def unpack_mask(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Unpack a mask of `shape` that `pack_mask` has packed: boolean, True = kept."""
+    """Unpack a mask of `shape`, boolean, True = kept, from the bits of `pack_mask`: uint8 [ceil(numel / 8)]."""
     count = int(np.prod(shape))
     num_bytes = (count + 7) // 8
     if packed.dtype != torch.uint8 or packed.numel() != num_bytes:

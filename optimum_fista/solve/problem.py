@@ -135,10 +135,17 @@ class LayerProblem:
         aims_at_dense: bool = False,
         dense: DenseOutputs | None = None,
     ) -> None:
-        """Make the problem; `target` and `output_energies` come together, unless `Y = W X*`.
+        """Keep the matrices, and compute the energies and the error of the dense weights. Symbols: see the module.
 
-        `same_energies` are the squared norms of the rows of `W X*`, [out], float64; knowing them spares a product. The
-        other arguments are attributes of the class.
+        Args:
+            weight: The dense weights `W` [out, in], float32 or better.
+            statistics: Of the inputs `X*`.
+            target: `C` [out, in], together with `output_energies`; `None`: the target outputs are `Y = W X*`.
+            output_energies: Squared norms of the rows of `Y`, [out].
+            name: Of the operator's weight, for messages.
+            same_energies: Squared norms of the rows of `W X*`, [out], float64; knowing them spares a product.
+            aims_at_dense: Whether `Y` is known to be `W X`.
+            dense: Sums over `W X` if `Y` is another matrix; `None` if they are not known.
         """
         if weight.ndim != 2 or weight.shape[1] != statistics.gram.shape[0]:
             raise ValueError(

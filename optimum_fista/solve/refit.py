@@ -108,6 +108,7 @@ def refit_columns(
     """Least squares over weights whose columns outside `kept`, booleans [in], are zero, with a ridge.
 
     `kept` is a row of the mask of a method that removes whole columns, all of whose rows are the same.
+
     It minimizes `|| W* X* - Y ||_F^2 + r sum_ij G_jj (W*_ij - W_ij)^2` exactly: all rows share one linear system, and
     its Cholesky factor. The more inputs are removed, the more the others have to change, and the more these changes
     follow the noise of the calibration tokens. The ridge is therefore that of Hoerl, Kennard & Baldwin (1975), number

@@ -224,14 +224,15 @@ class DistillationTrainer(Trainer):
         """Save a state; a full disk is one error that says how much a state takes. The Trainer calls it."""
         model: Any = self.model
         journal = Path(str(self.args.output_dir))
-        num_bytes = sum(
+        bytes_of_weights = sum(
             parameter.numel() * parameter.element_size()
             for name, parameter in model.named_parameters()
             if name in self._trained
         )
+        num_bytes = 3 * bytes_of_weights  # and two moments of the optimizer
         unfinished_state = journal / f"checkpoint-{self.state.global_step}"
         with explaining_full_disk(
-            journal, "a state of the training", 3 * num_bytes, discard=unfinished_state
+            journal, "a state of the training", num_bytes, discard=unfinished_state
         ):
             super()._save_checkpoint(*given)
 

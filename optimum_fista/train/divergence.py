@@ -80,9 +80,10 @@ class Predictor:
             return type(output)(last_hidden_state=output.last_hidden_state[:, :1])
 
         own_ids = ids if self._kept_tokens is None else self._kept_tokens[ids]
+        model = self._model if wrapped is None else wrapped
         is_cut = self._output_class is not None
         with self._base.register_forward_hook(keep) if is_cut else nullcontext():
-            logits = (wrapped or self._model)(input_ids=own_ids, use_cache=False).logits
+            logits = model(input_ids=own_ids, use_cache=False).logits
         all_states = states[0] if states else logits
         return all_states[:, :-1].flatten(0, 1)
 

@@ -274,7 +274,10 @@ def _sequence_length(wanted: int | None, configs: Mapping[str, PreTrainedConfig]
 
 
 def _passes_of_step(options: RecoveryOptions, length: int, processes: int) -> int:
-    """Passes in a step, of all processes together: a multiple of their number; `length` is that of a sequence."""
+    """Passes in a step, of all processes together: a multiple of their number; `length` is that of a sequence.
+
+    If the user does not say how many, there are about 256 steps, with at most 32 sequences each.
+    """
     if options.accumulate is not None:
         if options.accumulate % processes:
             raise ValueError(

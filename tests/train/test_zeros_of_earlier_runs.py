@@ -142,3 +142,19 @@ def test_recover_of_norms_fills_nothing_and_is_not_refused(
     recover(twice_pruned, tiny_folder, tmp_path / "out", **options)
 
     assert num_zeros(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) == 15360 // 2
+
+
+@pytest.mark.parametrize("pattern", ["layers:0.5", "channels:0.25/4"])
+def test_recover_keeps_the_zeros_of_a_run_before_parts_were_removed(
+    pattern, tiny_folder, text, tmp_path
+):
+    sparse = prune_and_save(tiny_llama(), tmp_path / "sparse", pattern="2:4", method="wanda")
+    model = AutoModelForCausalLM.from_pretrained(sparse.folder)
+    smaller = prune_and_save(model, tmp_path / "smaller", pattern=pattern, method="wanda")
+    before = num_zeros(AutoModelForCausalLM.from_pretrained(smaller.folder))
+    options = OPTIONS | {"calibration": text, "train": "all"}
+
+    recover(smaller.folder, tiny_folder, tmp_path / "out", **options)
+
+    after = num_zeros(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    assert after == before > 3000

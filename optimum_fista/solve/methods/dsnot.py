@@ -69,7 +69,7 @@ class Dsnot(PruningMethod):
             return matrix.unflatten(1, (-1, pattern.width)).sum(-1)
 
         mask_of_groups = mask[:, :: pattern.width].contiguous()
-        inputs_that_compete = pattern.span or mask.shape[1]
+        inputs_that_compete = mask.shape[1] if pattern.span is None else pattern.span
         # Contributions to the error add up over a group, and so do the squares of Wanda's scores.
         cycles = self._swap(
             scores=sum_groups(scores.square_()).sqrt_(),

@@ -57,7 +57,8 @@ class SparseGPT(PruningMethod):
         weight = problem.weight.clone()
         mask = torch.ones_like(weight, dtype=torch.bool)
         columns = weight.shape[1]
-        step = pattern.span or pattern.width  # blocks have whole groups
+        # blocks have whole groups
+        step = pattern.width if pattern.span is None else pattern.span
         block_size = max(step, self.block_size - self.block_size % step)
         for left in range(0, columns, block_size):
             right = min(left + block_size, columns)
@@ -93,7 +94,7 @@ class SparseGPT(PruningMethod):
         block_mask = mask[:, left:right]  # a view
         block_upper = upper[left:right, left:right]
         squares = block_upper.diagonal().square()  # U_jj^2
-        columns_in_contest = pattern.span or width
+        columns_in_contest = width if pattern.span is None else pattern.span
         errors = []
         for j in range(width):
             is_first_of_contest = j % columns_in_contest == 0

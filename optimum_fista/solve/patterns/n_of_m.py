@@ -39,7 +39,7 @@ class NOfM(SparsityPattern):
         return cls(1 - n / m, scope, span=m)
 
     def __str__(self) -> str:
-        m = self.span or 1
+        m = 1 if self.span is None else self.span
         n = self.num_kept((1, m))
         return f"{n}:{m}-pairs" if self.width == 2 else f"{n}:{m}"
 
