@@ -21,6 +21,7 @@ CALL = LayerCall((), {})
 
 
 def trace_both(layer: nn.Module, *names: str) -> tuple[list[list[str]], dict[str, str]]:
+    """Names of the operators of a layer in groups, and those that are left dense, with the reason."""
     operators = {name: LinearOperator(name, layer.get_submodule(name)) for name in names}
     trace = trace_groups(layer, operators, CALL, torch.randn(2, 3, 8))
     assert all(operator is operators[operator.name] for group in trace.groups for operator in group)
@@ -28,7 +29,9 @@ def trace_both(layer: nn.Module, *names: str) -> tuple[list[list[str]], dict[str
 
 
 def trace(layer: nn.Module, *names: str) -> list[list[str]]:
-    return trace_both(layer, *names)[0]
+    """Names of the operators of a layer in groups."""
+    groups, _ = trace_both(layer, *names)
+    return groups
 
 
 def test_groups_are_those_called_on_one_tensor_in_execution_order():
@@ -75,9 +78,8 @@ def test_groups_share_a_tensor_and_not_only_its_values(forward, expected):
 def test_memory_that_is_used_again_does_not_join_groups():
     def forward(layer, x):
         for operator in (layer.a, layer.b, layer.c):
-            x = operator(
-                x
-            )  # nothing else holds the old x, so that its memory may be given out again
+            # nothing else holds the old x, so that its memory may be given out again
+            x = operator(x)
         return x
 
     assert trace(Calls(forward), "a", "b", "c") == [["a"], ["b"], ["c"]]
@@ -93,6 +95,7 @@ def test_operator_that_is_not_called_exactly_once_is_in_no_group_but_has_a_reaso
         return layer.c(layer.a(x))
 
     groups, left_dense = trace_both(Calls(forward), "a", "b", "c")
+
     assert groups == [["a"], ["c"]]
     assert list(left_dense) == ["b"]
     assert left_dense["b"].startswith(reason)
@@ -107,20 +110,30 @@ class Router(nn.Linear):
 
 
 class Halved(nn.Linear):
+    """A linear module that returns half of the product."""
+
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) / 2
 
 
 class Written(nn.Linear):
+    """A linear module that computes the product itself."""
+
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight.T + self.bias
 
 
 def test_module_with_a_forward_of_its_own_is_an_operator_only_if_it_multiplies():
     layer = Calls(lambda layer, x: layer.a(x)[0] + layer.b(x) + layer.c(x))
-    layer.a, layer.b, layer.c = Router(8, 8), Halved(8, 8), Written(8, 8)
+    layer.a = Router(8, 8)
+    layer.b = Halved(8, 8)
+    layer.c = Written(8, 8)
+
+    groups, left_dense = trace_both(layer, "a", "b", "c")
+
     reason = "returns something other than W x + b"
-    assert trace_both(layer, "a", "b", "c") == ([["c"]], dict.fromkeys("ab", reason))
+    assert groups == [["c"]]
+    assert left_dense == {"a": reason, "b": reason}
 
 
 def test_an_operator_whose_output_is_changed_by_others_is_left_dense():
@@ -128,9 +141,11 @@ def test_an_operator_whose_output_is_changed_by_others_is_left_dense():
     layer.a.register_forward_hook(lambda module, arguments, output: 3 * output)
     layer.b.forward = lambda x: 2 * nn.functional.linear(x, layer.b.weight)
     layer.c.register_forward_hook(lambda module, arguments, output: None)  # only looks on
-    assert trace_both(layer, "a", "b", "c")[1] == dict.fromkeys(
-        "ab", "returns something other than W x + b"
-    )
+
+    _, left_dense = trace_both(layer, "a", "b", "c")
+
+    reason = "returns something other than W x + b"
+    assert left_dense == {"a": reason, "b": reason}
 
 
 def test_a_layer_that_overwrites_its_hidden_states_is_refused():
@@ -158,11 +173,9 @@ class Layer(nn.Module):
 
     def __init__(self, form=lambda output: output) -> None:
         super().__init__()
-        self.first, self.second, self.last = (
-            Part(form),
-            Part(lambda output: output),
-            nn.Linear(4, 4),
-        )
+        self.first = Part(form)
+        self.second = Part(lambda output: output)
+        self.last = nn.Linear(4, 4)
 
     def forward(self, hidden: Tensor) -> Tensor:
         output = self.first(hidden, scale=2.0)
@@ -179,6 +192,7 @@ BATCHES = [torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(i)) for 
 
 
 def parts_of(layer: Layer, storage=CPU) -> tuple[FinishedParts, LayerActivations]:
+    """The parts of a layer whose operators are pruned in their order, and its activations."""
     activations = LayerActivations(layer, [CALL] * 3, [None] * 3, storage)
     trace = trace_groups(layer, {o.name: o for [o] in layer.groups()}, CALL, BATCHES[0])
     return FinishedParts(activations, trace.groups, trace.ends), activations
@@ -190,11 +204,14 @@ def test_what_is_finished_runs_once_more_and_never_again(form, stored, tmp_path)
     layer = Layer(form)
     parts, activations = parts_of(layer, tmp_path if stored else CPU)
     expected = [layer(batch) for batch in BATCHES]
-    layer.first.runs = layer.second.runs = 0
+    layer.first.runs = 0
+    layer.second.runs = 0
+
     for group, runs in ((0, (3, 3)), (1, (6, 6)), (2, (6, 9)), (3, (6, 9)), (3, (6, 9))):
         with parts.skipped(group, keep=True):
-            found = activations.outputs(BATCHES)
-        assert all(map(torch.equal, found, expected))
+            outputs = activations.outputs(BATCHES)
+
+        assert all(map(torch.equal, outputs, expected))
         assert (layer.first.runs, layer.second.runs) == runs, group
     assert not {"forward"} & (vars(layer.first).keys() | vars(layer.second).keys())
 
@@ -202,10 +219,13 @@ def test_what_is_finished_runs_once_more_and_never_again(form, stored, tmp_path)
 def test_parts_that_give_out_more_tensors_run_as_ever():
     layer = Layer(lambda output: (output, {"router": output.sum()}))
     parts, activations = parts_of(layer)
-    layer.first.runs = layer.second.runs = 0
+    layer.first.runs = 0
+    layer.second.runs = 0
+
     for _ in range(3):
         with parts.skipped(3, keep=True):
             activations.outputs(BATCHES)
+
     assert (layer.first.runs, layer.second.runs) == (9, 3)
 
 
@@ -220,10 +240,11 @@ def test_an_error_leaves_the_parts_as_they_were_and_keeps_nothing():
 
     with pytest.raises(KeyError, match="caller"):
         fail_after_one_batch()
+
     assert "forward" not in vars(layer.first)
     with parts.skipped(3, keep=True):
-        found = activations.outputs(BATCHES)
-    assert all(map(torch.equal, found, [layer(batch) for batch in BATCHES]))
+        outputs = activations.outputs(BATCHES)
+    assert all(map(torch.equal, outputs, [layer(batch) for batch in BATCHES]))
 
 
 class EndedByItsOperator(Part):
@@ -240,17 +261,17 @@ def test_a_part_that_ends_with_an_operator_runs_only_up_to_that(form, stored, tm
     layer = Layer()
     layer.first = EndedByItsOperator(form)
     parts, activations = parts_of(layer, tmp_path if stored else CPU)
-    layer.first.runs = 0
     with parts.skipped(0, keep=True):
         list(activations.arguments_of(layer.first.inner, BATCHES))
     layer.first.inner.weight.mul_(0.5)  # pruned
-    assert layer.first.runs == 3
+
     for keep in (False, True, True):
+        layer.first.runs = 0
         with parts.skipped(1, keep=keep):
-            found = activations.outputs(BATCHES)
-        assert layer.first.runs == 3
-        assert all(map(torch.equal, found, [layer(batch) for batch in BATCHES]))
-        layer.first.runs = 3
+            outputs = activations.outputs(BATCHES)
+
+        assert layer.first.runs == 0
+        assert all(map(torch.equal, outputs, [layer(batch) for batch in BATCHES]))
 
 
 def test_a_hook_that_changes_what_an_operator_reads_does_so_once():
@@ -258,10 +279,12 @@ def test_a_hook_that_changes_what_an_operator_reads_does_so_once():
     layer.first = EndedByItsOperator(lambda output: output)
     layer.first.inner.register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],))
     parts, activations = parts_of(layer)
+
     for group in (0, 1, 2):
         with parts.skipped(group, keep=True):
-            found = activations.outputs(BATCHES)
-        assert all(map(torch.equal, found, [layer(batch) for batch in BATCHES]))
+            outputs = activations.outputs(BATCHES)
+
+        assert all(map(torch.equal, outputs, [layer(batch) for batch in BATCHES]))
 
 
 @pytest.mark.parametrize(
@@ -291,16 +314,15 @@ ADDED = {
 def added_operators(model, first_token=1.0) -> set[str]:
     """Operators whose output is added to that of the first decoder layer; the first token's inputs are multiplied."""
     layers = find_decoder_layers(model)
-    name, layer = next(iter(layers))
+    layer_name, layer = next(iter(layers))
     recorded = record_inputs(layers, read_batches(torch.arange(1, 49).view(4, 12), 64))
     activations = LayerActivations(layer, recorded.calls[0], recorded.token_masks, CPU)
     hidden = recorded.hidden_states[0]
     hidden[:, 0] *= first_token
-    operators = find_operators(name, layer).items()
     return {
-        key.removeprefix(f"{name}.")
-        for key, o in operators
-        if is_added_to_output(activations, o.module, hidden)
+        name.removeprefix(f"{layer_name}.")
+        for name, operator in find_operators(layer_name, layer).items()
+        if is_added_to_output(activations, operator.module, hidden)
     }
 
 
@@ -308,6 +330,7 @@ def added_operators(model, first_token=1.0) -> set[str]:
 @pytest.mark.parametrize("family", [*ADDED, "gemma3_text"])
 def test_the_operator_that_is_added_to_the_output_is_found(family, dtype):
     added = added_operators(tiny_model(family).to(dtype))
+
     if family == "gemma3_text":
         assert added == set(), "its outputs pass a norm first"
     else:

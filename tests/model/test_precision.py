@@ -64,10 +64,13 @@ def test_products_of_few_sizes_are_of_zeros_besides():
     sizes = set()
     for count in range(2049):
         rows = torch.ones(count, 1, dtype=torch.bfloat16)
-        sizes.add(len(found := in_few_sizes(rows)))
-        assert found.sum(dtype=torch.float32) == count
-        assert count <= len(found) <= max(count + 15, 1.25 * count)
-        assert len(in_few_sizes(rows.float())) == count  # MKL keeps nothing
+
+        padded = in_few_sizes(rows)
+
+        sizes.add(len(padded))
+        assert padded.sum(dtype=torch.float32) == count
+        assert count <= len(padded) <= max(count + 15, 1.25 * count)
+        assert len(in_few_sizes(rows.float())) == count, "MKL keeps nothing"
     assert len(sizes) == 1 + 8 + 4 * 4  # none, up to 128, for each power of two
 
 
@@ -94,10 +97,13 @@ def test_a_16_bit_model_is_multiplied_in_float32_where_its_dtype_is_slow(
     monkeypatch, stored, options
 ):
     monkeypatch.setattr(products, "is_fast", lambda *_: False)
-    model, tokens = tiny_llama().to(stored), tiny_tokens()
+    model = tiny_llama().to(stored)
+    tokens = tiny_tokens()
     batches = [*tokens.split(4), {"input_ids": tokens[:2], "held_out": True}]
+
     with SeesProducts() as seen:  # records inputs, gradients, decoder layers, held-out text
         report = prune(model, batches, **options)
+
     assert seen.dtypes == {torch.float32}
     assert {p.dtype for p in model.parameters()} == {stored}
     assert report.environment["products"] == "widened"
@@ -109,15 +115,18 @@ def test_a_16_bit_model_is_multiplied_in_float32_where_its_dtype_is_slow(
 
 
 def test_widened_products_are_those_of_float32_rounded_once():
-    left, right = torch.randn(3, 40, dtype=torch.bfloat16), torch.randn(40, 5, dtype=torch.bfloat16)
+    left = torch.randn(3, 40, dtype=torch.bfloat16)
+    right = torch.randn(40, 5, dtype=torch.bfloat16)
+
     with products_as("widened"):
-        found = [
+        results = [
             left @ right,
             torch.nn.functional.linear(left, right.T),
             torch.einsum("ij,jk->ik", left, right),
         ]
         assert (left.float() @ right.float()).dtype == torch.float32
-    for product in found:
+
+    for product in results:
         assert torch.equal(product, (left.float() @ right.float()).bfloat16())
 
 
@@ -125,9 +134,13 @@ def test_values_are_rounded_as_they_are_multiplied():
     values = torch.tensor(
         [1.0, 1 + 2**-11, 1 + 2**-10 + 2**-12, -(1 + 2**-9), 3e38, float("nan"), float("-inf")]
     )
+    halves = values[:5].bfloat16()
+
     with products_as("tf32"):
         rounded = as_multiplied(values)
-        assert torch.equal(as_multiplied(values[:5].bfloat16()), values[:5].bfloat16().float())
+        rounded_halves = as_multiplied(halves)
+
+    assert torch.equal(rounded_halves, halves.float())
     expected = torch.tensor(
         [1.0, 1 + 2**-10, 1 + 2**-10, -(1 + 2**-9), 3e38, float("nan"), float("-inf")]
     )
