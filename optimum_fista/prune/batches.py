@@ -62,7 +62,8 @@ def begin(
     report = begin_report(plan)
     model = plan.layers.model
     media = media_arguments(model)
-    given = read_batches(calib_dataloader, *token_limits(model), media)
+    vocab_size, longest = token_limits(model)
+    given = read_batches(calib_dataloader, vocab_size, longest, media, warn=report.warn)
     # Batches that the user marked as held out measure the perplexity, and nothing else.
     measured = [batch for batch in given if batch.held_out]
     own = [batch for batch in given if not batch.held_out]

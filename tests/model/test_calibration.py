@@ -1,3 +1,5 @@
+"""Batches in every form are read as the same ids and masks; what would be missed is refused or named."""
+
 import pytest
 import torch
 from tiny_llama import tiny_llama
@@ -32,9 +34,9 @@ LOADERS = {
 @pytest.mark.parametrize("form", LOADERS)
 def test_every_form_gives_the_same_ids(form):
     batches = read_batches(LOADERS[form], 16)
-    assert all(
-        batch.input_ids.ndim == 2 and batch.input_ids.dtype == torch.int64 for batch in batches
-    )
+
+    assert {batch.input_ids.ndim for batch in batches} == {2}
+    assert {batch.input_ids.dtype for batch in batches} == {torch.int64}
     assert torch.equal(torch.cat([batch.input_ids for batch in batches]), IDS)
     assert all(batch.attention_mask is None for batch in batches)
     assert sum(batch.num_tokens for batch in batches) == 12
@@ -43,20 +45,19 @@ def test_every_form_gives_the_same_ids(form):
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_masks_are_booleans_where_anything_is_masked_and_padding_is_at_the_end(batch_size):
     batches = read_batches(DataLoader(DATA_SET, batch_size=batch_size), 16)
+
     rows = [row for batch in batches for row in batch.rows()]
     assert [row.input_ids[0].tolist() for row in rows] == [[1, 2, 3, 4], [6, 7, 8], [9, 10]]
     assert sum(batch.num_tokens for batch in batches) == 9
-    assert all(
-        batch.attention_mask is None or batch.attention_mask.dtype == torch.bool
-        for batch in batches
-    )
     assert (batches[0].attention_mask is None) is (batch_size == 1)
-    assert all(
-        batch.attention_mask is None or batch.attention_mask[:, 0].all() for batch in batches
-    )
+    masks = [batch.attention_mask for batch in batches if batch.attention_mask is not None]
+    assert all(mask.dtype == torch.bool for mask in masks)
+    assert all(mask[:, 0].all() for mask in masks)
 
 
 class Unguarded(Dataset):
+    """A data set with a length, whose index is not checked."""
+
     def __len__(self) -> int:
         return 1
 
@@ -72,29 +73,30 @@ def test_one_sequence(loader):
 
 
 def test_hash_does_not_depend_on_the_batch_size_or_the_padding():
-    hashes = {
-        tokens_sha256(read_batches(DataLoader(DATA_SET, batch_size=size), 16)) for size in (1, 2, 3)
-    }
+    loaders = [DataLoader(DATA_SET, batch_size=size) for size in (1, 2, 3)]
     unpadded = [[1, 2, 3, 4], [6, 7, 8], [9, 10]]
-    hashes.add(tokens_sha256(read_batches(unpadded, 16)))
-    other_ids = torch.where(MASK.bool(), IDS, 15)
-    hashes.add(tokens_sha256(read_batches([{"input_ids": other_ids, "attention_mask": MASK}], 16)))
+    other_padding = {"input_ids": torch.where(MASK.bool(), IDS, 15), "attention_mask": MASK}
+
+    hashes = {
+        tokens_sha256(read_batches(loader, 16)) for loader in [*loaders, unpadded, [other_padding]]
+    }
+
     assert len(hashes) == 1
 
 
 def test_hash_tells_tokens_order_and_boundaries_apart():
-    hashes = [
-        tokens_sha256(read_batches(rows, 16))
-        for rows in (
-            [[1, 2], [3, 4]],
-            [[3, 4], [1, 2]],
-            [[1, 2, 3, 4]],
-            [[1], [2, 3, 4]],
-            [[1, 2], [3, 5]],
-            [[1, 2]],
-        )
+    loaders = [
+        [[1, 2], [3, 4]],
+        [[3, 4], [1, 2]],
+        [[1, 2, 3, 4]],
+        [[1], [2, 3, 4]],
+        [[1, 2], [3, 5]],
+        [[1, 2]],
     ]
-    assert len(set(hashes)) == len(hashes)
+
+    hashes = {tokens_sha256(read_batches(loader, 16)) for loader in loaders}
+
+    assert len(hashes) == len(loaders)
 
 
 @pytest.mark.parametrize(
@@ -125,9 +127,11 @@ def test_no_batch_is_refused(loader):
     ],
 )
 def test_what_says_nothing_new_changes_nothing(other):
-    (batch,), (plain,) = (
-        read_batches([{"input_ids": IDS, "attention_mask": MASK} | o], 16) for o in (other, {})
-    )
+    item = {"input_ids": IDS, "attention_mask": MASK}
+
+    (batch,) = read_batches([item | other], 16)
+
+    (plain,) = read_batches([item], 16)
     assert torch.equal(batch.input_ids, plain.input_ids)
     assert torch.equal(batch.attention_mask, plain.attention_mask)
 
@@ -206,28 +210,40 @@ BAD_ITEMS = {
 @pytest.mark.parametrize("fault", BAD_ITEMS)
 def test_bad_items_are_refused_with_their_index(fault):
     item, message = BAD_ITEMS[fault]
+
     with pytest.raises(ValueError, match=rf"calib_dataloader\[1\].*{message}"):
         read_batches([IDS, item], 16)
 
 
-def test_masks_that_leave_nothing_are_refused():
+def test_masks_that_leave_no_token_at_all_are_refused():
     masked = {"input_ids": IDS, "attention_mask": torch.zeros_like(IDS)}
+
     with pytest.raises(ValueError, match="no real token: every attention_mask is zero"):
         read_batches([masked, masked], 16)
+
+
+def test_a_batch_without_a_real_token_may_be_among_others():
+    masked = {"input_ids": IDS, "attention_mask": torch.zeros_like(IDS)}
+
     batches = read_batches([masked, {"input_ids": IDS}], 16)
+
     assert [batch.num_tokens for batch in batches] == [0, 12]
 
 
 @pytest.mark.parametrize("held_out", [1, 2, 3, 4])
 def test_sequences_are_held_out_from_the_end(held_out):
     batches = read_batches([IDS, {"input_ids": IDS[:2], "attention_mask": MASK[:2]}], 13)
-    found = hold_out(batches, held_out)
-    assert [batch.held_out for batch in found] == sorted(batch.held_out for batch in found)
-    ids = [torch.cat([b.input_ids for b in found if b.held_out == kind]) for kind in (False, True)]
-    assert torch.equal(torch.cat(ids), torch.cat([batch.input_ids for batch in batches]))
-    assert len(ids[1]) == held_out
-    assert len(found) == (2 if held_out == 2 else 3)
-    assert sum(batch.num_tokens for batch in found) == sum(batch.num_tokens for batch in batches)
+
+    marked = hold_out(batches, held_out)
+
+    flags = [batch.held_out for batch in marked]
+    assert flags == sorted(flags), "the last ones are held out"
+    ids = torch.cat([batch.input_ids for batch in marked])
+    assert torch.equal(ids, torch.cat([batch.input_ids for batch in batches]))
+    assert sum(len(batch.input_ids) for batch in marked if batch.held_out) == held_out
+    num_batches = 2 if held_out == 2 else 3  # two of them end where the second batch begins
+    assert len(marked) == num_batches
+    assert sum(batch.num_tokens for batch in marked) == sum(batch.num_tokens for batch in batches)
 
 
 def test_cut_batches_have_a_mask_only_where_they_need_one():
@@ -240,5 +256,6 @@ def test_cut_batches_have_a_mask_only_where_they_need_one():
 def test_both_parts_need_a_real_token(row, name):
     mask = torch.ones(2, 4, dtype=torch.bool)
     mask[row] = False
+
     with pytest.raises(ValueError, match=f"held_out=1: the {name} sequences hold no real token"):
         hold_out([CalibrationBatch(IDS[:2], mask)], 1)

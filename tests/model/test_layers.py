@@ -1,3 +1,5 @@
+"""Decoder layers are found by structure, and models that have none are refused."""
+
 import pytest
 from families import family_model
 from tiny_models import FAMILIES, MOE_FAMILIES, tiny_model
@@ -26,7 +28,9 @@ LAYERS = {
 @pytest.mark.parametrize("family", FAMILIES + MOE_FAMILIES)
 def test_decoder_layers_are_found_in_order(family):
     model = tiny_model(family, num_hidden_layers=3)
+
     layers = find_decoder_layers(model)
+
     assert layers.name == LAYERS.get(family, "model.layers")
     assert len(layers) == 3
     assert [name for name, _ in layers] == [f"{layers.name}.{i}" for i in range(3)]
@@ -76,8 +80,10 @@ def test_text_decoder_is_chosen_beside_a_vision_encoder():
 def test_several_lists_of_decoder_layers_are_refused_with_what_was_found():
     model = tiny_model("llama")
     model.model.more = nn.ModuleList(list(model.model.layers))
+
     with pytest.raises(UnsupportedArchitectureError) as refused:
         find_decoder_layers(model)
+
     message = str(refused.value)
     assert (
         "LlamaForCausalLM can't be pruned: looked for one nn.ModuleList of LlamaDecoderLayer and found 2"
@@ -91,16 +97,17 @@ def test_weights_that_operators_share_are_named_with_each_other():
     first, _, last = model.model.layers
     last.mlp = first.mlp
     last.self_attn.k_proj.weight = last.self_attn.v_proj.weight
-    found = find_decoder_layers(model).shared
-    pairs = [
-        [f"model.layers.{i}.mlp.{proj}" for i in (0, 2)]
-        for proj in ("gate_proj", "up_proj", "down_proj")
-    ]
-    pairs.append([f"model.layers.2.self_attn.{proj}" for proj in ("k_proj", "v_proj")])
-    expected = {
-        one: f"shares its weight with {other}" for a, b in pairs for one, other in ((a, b), (b, a))
-    }
-    assert found == expected
+
+    shared = find_decoder_layers(model).shared
+
+    pairs = [("model.layers.2.self_attn.k_proj", "model.layers.2.self_attn.v_proj")]
+    for projection in ("gate_proj", "up_proj", "down_proj"):
+        pairs.append((f"model.layers.0.mlp.{projection}", f"model.layers.2.mlp.{projection}"))
+    expected = {}
+    for one, other in pairs:
+        expected[one] = f"shares its weight with {other}"
+        expected[other] = f"shares its weight with {one}"
+    assert shared == expected
 
 
 def test_layers_of_a_vision_encoder_alone_are_not_taken_for_decoder_layers():

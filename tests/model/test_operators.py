@@ -22,6 +22,7 @@ def test_weight_is_the_matrix_that_multiplies_the_inputs(kind):
     module = make_module(kind)
     operator = LinearOperator("fc", module)
     inputs = torch.randn(7, 3)
+
     assert operator.shape == tuple(operator.read().shape) == (5, 3)
     assert operator.transposed is (kind == "Conv1D")
     assert torch.allclose(module(inputs), inputs @ operator.read().T + module.bias, atol=1e-6)
@@ -31,15 +32,18 @@ def test_weight_is_the_matrix_that_multiplies_the_inputs(kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_write_and_read_are_a_round_trip_by_copies(kind, dtype):
     operator = LinearOperator("fc", make_module(kind, dtype))
-    parameter, weight = operator.parameter, torch.randn(5, 3)
+    parameter = operator.parameter
+    weight = torch.randn(5, 3)
+
     operator.write(weight)
-    found = operator.read()
-    assert torch.equal(found, weight.to(dtype).float())
-    assert found.is_contiguous()
-    assert not found.requires_grad
+    read = operator.read()
+
+    assert torch.equal(read, weight.to(dtype).float())
+    assert read.is_contiguous()
+    assert not read.requires_grad
     assert operator.parameter is parameter, "in place"
     assert parameter.dtype == dtype
-    found.zero_()
+    read.zero_()
     assert torch.equal(operator.read(), weight.to(dtype).float())
 
 
@@ -51,7 +55,9 @@ def test_outputs_without_bias_are_the_product(kind, bias):
         module.bias = None if kind == "Linear" else nn.Parameter(torch.zeros(5))
     operator = LinearOperator("fc", module)
     inputs = torch.randn(2, 4, 3)
+
     outputs = operator.outputs_without_bias(module(inputs))
+
     assert outputs.shape == (8, 5)
     assert not outputs.requires_grad
     assert torch.allclose(outputs, inputs.reshape(8, 3) @ operator.read().T, atol=1e-5)

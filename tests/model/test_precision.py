@@ -152,22 +152,35 @@ def test_values_are_rounded_as_they_are_multiplied():
 def test_layers_and_sums_have_the_precision_asked_for_and_the_solver_float32(
     monkeypatch, dtype, expected
 ):
-    seen: dict[str, set[str]] = {"layer": set(), "gradient": set(), "sum": set(), "solver": set()}
-    add_upper, solve = gram._add_upper, loop.solve_group
+    layers, gradients, sums, solvers = set(), set(), set(), set()  # precisions that they had
+    add_upper = gram._add_upper
+    solve_group = loop.solve_group
 
-    def note(place):
-        seen[place].add(precision())
+    def watched_sum(*arguments):
+        sums.add(precision())
+        return add_upper(*arguments)
 
-    monkeypatch.setattr(gram, "_add_upper", lambda *given: (note("sum"), add_upper(*given))[1])
-    monkeypatch.setattr(loop, "solve_group", lambda *given: (note("solver"), solve(*given))[1])
+    def watched_solver(*arguments):
+        solvers.add(precision())
+        return solve_group(*arguments)
+
+    def see_layer(*_):
+        has_gradients = torch.is_grad_enabled()
+        (gradients if has_gradients else layers).add(precision())
+
+    monkeypatch.setattr(gram, "_add_upper", watched_sum)
+    monkeypatch.setattr(loop, "solve_group", watched_solver)
     model = tiny_llama()
     for layer in model.model.layers:
-        hook = lambda *_: note("gradient" if torch.is_grad_enabled() else "layer")  # noqa: E731
-        layer.mlp.act_fn.register_forward_hook(hook)
+        layer.mlp.act_fn.register_forward_hook(see_layer)
+
     prune(model, tiny_tokens().split(4), compute_dtype=dtype)
-    traced = {"highest"}  # which operators are called, and how, is looked up on one batch
-    assert seen.pop("layer") == {expected} | traced
-    assert seen == {"gradient": {expected}, "sum": {expected}, "solver": {"highest"}}
+
+    # "highest" on one batch, to see which operators are called, and how
+    assert layers == {expected, "highest"}
+    assert gradients == {expected}
+    assert sums == {expected}
+    assert solvers == {"highest"}
     assert precision() == "highest"
 
 
@@ -183,13 +196,15 @@ def test_a_run_from_files_multiplies_as_one_in_memory(monkeypatch, tmp_path):
     monkeypatch.setattr(products, "is_fast", lambda *_: False)
     tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path / "source")
     pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
+
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype="auto")
     pruner.prune(model, tiny_tokens().split(4))
     report = pruner.prune(
         str(tmp_path / "source"), tiny_tokens().split(4), output_dir=tmp_path / "out", device="cpu"
     )
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
     assert report.environment["products"] == "widened"
-    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
     errors = [operator.fit_error for operator in pruner.result(model)[0].operators]
     assert [operator.fit_error for operator in report.operators] == errors
