@@ -27,32 +27,28 @@ def gguf_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("gguf")
     model = tiny_llama(tie_word_embeddings=True, intermediate_size=64)
     writer = gguf.GGUFWriter(folder / "tiny.Q8_0.gguf", "llama")
-    shape = {
+    tokens = ["<unk>", "<s>", "<|endoftext|>"]
+    tokens += [chr(code) for code in range(ord("@"), ord("z") + 1)]
+    tokens += ["th", "he"]
+    values = {
         "context_length": 64,
         "block_count": 2,
         "feed_forward_length": 64,
         "embedding_length": 32,
         "head_count": 4,
-    }
-    shape |= {
         "head_count_kv": 2,
         "layer_norm_rms_eps": 1e-6,
         "rope_dimension_count": 8,
         "vocab_size": 64,
-    }
-    tokens = ["<unk>", "<s>", "<|endoftext|>", *map(chr, range(ord("@"), ord("z") + 1)), "th", "he"]
-    vocabulary = {
         "tokenizer_model": "gpt2",
         "token_list": tokens,
         "token_types": [3, 3, 3] + 61 * [1],
-    }
-    vocabulary |= {
         "token_merges": ["t h", "h e"],
         "bos_token_id": 1,
         "eos_token_id": 2,
         "unk_token_id": 0,
     }
-    for name, value in (shape | vocabulary).items():
+    for name, value in values.items():
         getattr(writer, f"add_{name}")(value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
     for name, parameter in model.named_parameters():
@@ -70,54 +66,60 @@ def gguf_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_folder(tiny_folder):
+def test_a_folder_is_loaded_with_its_tokenizer(tiny_folder):
     model, tokenizer = load_model(str(tiny_folder), device="cpu")
-    assert all(
-        torch.equal(model.state_dict()[name], value)
-        for name, value in tiny_llama().state_dict().items()
-    )
+
+    loaded = model.state_dict()
+    expected = tiny_llama().state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
     assert tokenizer.decode(tokenizer("the sea").input_ids) == "the sea"
     assert not model.training
 
 
-def test_a_tokenizer_of_old_files_is_one_and_a_folder_without_any_is_named(tmp_path):
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     tiny_llama().config.save_pretrained(tmp_path)
+
     assert load_tokenizer(str(tmp_path)) is None
     with pytest.raises(ValueError, match=r"model='.*' has no tokenizer: copy the files"):
         require_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_of_old_files_is_one(tmp_path):
     GPT2Config(vocab_size=3, bos_token_id=0, eos_token_id=0).save_pretrained(tmp_path)
     (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2}')
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+
     assert load_tokenizer(str(tmp_path))("ab").input_ids == [2]
 
 
-def test_gguf_is_dequantized_pruned_saved_and_verified(gguf_folder, tmp_path):
+def test_a_gguf_file_is_dequantized_with_its_tokenizer(gguf_folder):
+    dense = tiny_llama(tie_word_embeddings=True, intermediate_size=64)
+
     model, tokenizer = load_model(str(gguf_folder), device="cpu", dtype="float32")
-    assert load_tokenizer(str(gguf_folder)).get_vocab() == tokenizer.get_vocab()
-    original = (
-        tiny_llama(tie_word_embeddings=True, intermediate_size=64)
-        .model.layers[1]
-        .mlp.up_proj.weight
-    )
-    loaded = model.model.layers[1].mlp.up_proj.weight
+
+    name = "model.layers.1.mlp.up_proj.weight"
+    loaded = model.get_parameter(name)
+    error = float((loaded - dense.get_parameter(name)).detach().abs().max())
     assert loaded.dtype == torch.float32
-    assert (
-        0 < float((loaded - original).detach().abs().max()) < 0.01
-    )  # 8 bits of values up to about 0.8
+    assert 0 < error < 0.01  # 8 bits of values up to about 0.8
+    assert load_tokenizer(str(gguf_folder)).get_vocab() == tokenizer.get_vocab()
     assert tokenizer.tokenize("then") == ["th", "e", "n"]
     assert len(tokenizer) == 64
 
+
+def test_a_model_of_a_gguf_file_is_pruned_saved_and_verified(gguf_folder, tmp_path):
+    model, tokenizer = load_model(str(gguf_folder), device="cpu", dtype="float32")
     pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False)
+
     pruner.prune(model, tiny_tokens().split(4))
     pruner.save_pretrained(model, tmp_path / "pruned", tokenizer)
+
     assert verify_checkpoint(tmp_path / "pruned").num_operators == 14
-    assert "quantization_config" not in json.loads(
-        (tmp_path / "pruned" / "config.json").read_text()
-    )
+    config = json.loads((tmp_path / "pruned" / "config.json").read_text())
+    assert "quantization_config" not in config
     again, _ = load_model(str(tmp_path / "pruned"), device="cpu")
-    assert all(
-        torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items()
-    )
+    loaded = again.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
     assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
@@ -135,9 +137,11 @@ def test_a_model_loaded_from_gguf_by_transformers_itself_can_be_saved(gguf_folde
     )
     require_unquantized(model)
     pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
+
     pruner.prune(model, tiny_tokens().split(4))
     pruner.save_pretrained(model, tmp_path / "pruned")
-    verify_checkpoint(tmp_path / "pruned")
+
+    assert verify_checkpoint(tmp_path / "pruned").num_operators == 14
 
 
 def test_folders_without_one_model(tmp_path):
@@ -205,20 +209,16 @@ def test_a_configuration_that_is_passed_stays_as_it_is(tmp_path):
     assert config.to_dict() == before
 
 
-def test_names_that_are_no_model(tmp_path):
+def test_a_path_that_is_no_folder_offers_the_closest(tmp_path):
     (tmp_path / "absnt").mkdir()
-    (tmp_path / "a.gguf").touch()
-    with pytest.raises(ValueError, match=r"a\.gguf' is a GGUF file: pass the folder that holds it"):
-        load_model(str(tmp_path / "a.gguf"))
-    for name, meant in (
-        (str(tmp_path / "absent"), r" Did you mean '.*/absnt'\?"),
-        ("./absent", ""),
-    ):
-        with pytest.raises(
-            ValueError,
-            match=rf"absent' is neither a folder .* nor a Hub id: pass .*name'\.{meant}$",
-        ):
-            load_model(name)
+
+    sentence = (
+        r"absent' is neither a folder .* nor a Hub id: pass .*name'\. Did you mean '.*/absnt'\?$"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        load_model(str(tmp_path / "absent"))
+    with pytest.raises(ValueError, match=r"'\./absent' is neither a folder .*name'\.$"):
+        load_model("./absent")
 
 
 @pytest.mark.parametrize(
@@ -265,50 +265,49 @@ def test_a_gated_model_and_a_busy_hub_are_left_to_transformers(kind, monkeypatch
 
 @pytest.mark.parametrize("device", ["cpu:x", "cuda:99", "meta"])
 def test_unusable_device_is_found_before_the_model_is_read(device):
-    with pytest.raises(
-        ValueError, match=rf"device='{device}' can't be used: .*Pass 'cpu', 'cuda' or 'cuda:N'"
-    ):
+    sentence = rf"device='{device}' can't be used: .*Pass 'cpu', 'cuda' or 'cuda:N'"
+    with pytest.raises(ValueError, match=sentence):
         load_model("no-such-model", device=device)
 
 
 @pytest.mark.parametrize("dtype", ["nn", torch.int8, "float8_e4m3fn"])
 def test_unusable_dtype_is_found_before_the_model_is_read(dtype):
-    with pytest.raises(
-        ValueError, match=r"dtype=.*: pass 'auto', 'float32', 'bfloat16' or 'float16'"
-    ):
+    sentence = r"dtype=.*: pass 'auto', 'float32', 'bfloat16' or 'float16'"
+    with pytest.raises(ValueError, match=sentence):
         load_model("no-such-model", device="cpu", dtype=dtype)
 
 
 @pytest.mark.parametrize(
     "settings", [{"quant_method": "awq"}, type("Settings", (), {"quant_method": "awq"})()]
 )
-def test_quantized_models_are_refused(settings):
+def test_a_quantized_model_in_memory_is_refused(settings):
     model = tiny_llama()
     require_unquantized(model)
+
     model.config.quantization_config = settings
+
     with pytest.raises(ValueError, match="quantized by 'awq'"):
         require_unquantized(model)
 
 
-def test_eight_bit_floats_are_not():
+def test_weights_of_eight_bits_in_memory_are_refused():
     model = tiny_llama()
-    weight = model.model.layers[0].mlp.up_proj.weight.detach()
-    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(
-        weight.to(torch.float8_e4m3fn), requires_grad=False
-    )
-    with pytest.raises(
-        ValueError,
-        match=r"up_proj\.weight has dtype torch\.float8_e4m3fn: prune the model in float32",
-    ):
+    projection = model.model.layers[0].mlp.up_proj
+    weight = projection.weight.detach().to(torch.float8_e4m3fn)
+    projection.weight = nn.Parameter(weight, requires_grad=False)
+
+    sentence = r"up_proj\.weight has dtype torch\.float8_e4m3fn: prune the model in float32"
+    with pytest.raises(ValueError, match=sentence):
         require_unquantized(model)
 
 
 def test_text_for_a_gguf_file_is_cut_without_its_weights(gguf_folder, tmp_path, monkeypatch):
-    (tmp_path / "text.txt").write_text("the moth " * 200)
+    text = tmp_path / "text.txt"
+    text.write_text("the moth " * 200)
     monkeypatch.setattr(loading, "read_model", None)
-    tokens = calibration_tokens_by_name(
-        str(gguf_folder), str(tmp_path / "text.txt"), 3, 8, 0, keep_in=tmp_path
-    )
+
+    tokens = calibration_tokens_by_name(str(gguf_folder), str(text), 3, 8, 0, keep_in=tmp_path)
+
     assert tokens.shape == (3, 8)
 
 
@@ -326,12 +325,13 @@ def test_the_collector_waits_while_a_gguf_file_is_read(gguf_folder, monkeypatch)
 def test_a_gguf_file_without_its_package_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "model.gguf").touch()
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        ImportError, match=r"needs the package gguf: run `pip install '\.\[gguf\]'` in a clone of"
-    ):
+
+    sentence = r"needs the package gguf: run `pip install '\.\[gguf\]'` in a clone of"
+    with pytest.raises(ImportError, match=sentence):
         load_model(str(tmp_path), device="cpu")
 
 
 def test_offloading_that_was_asked_for_is_no_warning(tiny_folder, tmp_path, caplog):
     loading.load_lazily(str(tiny_folder), tmp_path / "offload", device="cpu")
+
     assert "meta device" not in caplog.text

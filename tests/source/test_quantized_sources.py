@@ -1,6 +1,7 @@
 """Models in files that are quantized: dequantized a decoder layer at a time, and pruned like the dequantized model."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,10 +21,10 @@ from quantized_models import (
     mxfp4_gpt_oss,
 )
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig
-from transformers.quantizers.base import HfQuantizer
 
-from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
+from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport, internals
 from optimum_fista.cli.overview import overview_of
 from optimum_fista.estimate import Estimate
 from optimum_fista.evaluate.verification import verify_checkpoint
@@ -39,6 +40,18 @@ def prune(source: Path, output: Path, **options) -> PruningReport:
     return pruner.prune(str(source), TOKENS.split(4), output_dir=output, device="cpu")
 
 
+def content(folder: Path) -> dict:
+    """The content of its `config.json`."""
+    return json.loads((folder / "config.json").read_text())
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Call `change` with the tensors in the file of a model folder, and write them again."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
 without_compressed_tensors = pytest.mark.skipif(
     find_spec("compressed_tensors") is None, reason="compressed-tensors is not installed"
 )
@@ -47,7 +60,7 @@ without_compressed_tensors = pytest.mark.skipif(
 def write_compressed(preset: str) -> ParameterSet:
     write = partial(compressed_qwen3_moe, preset=preset)
     older = pytest.mark.skipif(
-        not hasattr(HfQuantizer, "get_load_operations"),
+        internals.renames_without_casting(),
         reason="Transformers before 5.22 does not dequantize all of it",
     )
     return pytest.param(
@@ -70,25 +83,25 @@ def test_a_quantized_source_is_pruned_as_the_model_that_transformers_dequantizes
 ):
     source = write(tmp_path / "source")
     before = bytes_of(source)
-    wanted = getattr(transformers, settings)(dequantize=True)
-    kind = model_class(AutoConfig.from_pretrained(source))
-    dense = kind.from_pretrained(source, quantization_config=wanted)
-    dense._weight_conversions = (
-        None  # Transformers 5.17 would save it by those of the quantized model
-    )
+    dequantizing = getattr(transformers, settings)(dequantize=True)
+    automatic = model_class(AutoConfig.from_pretrained(source))
+    dense = automatic.from_pretrained(source, quantization_config=dequantizing)
+    # Transformers 5.17 would save it by those of the quantized model.
+    internals.forget_weight_conversions(dense)
     dense.save_pretrained(tmp_path / "dense")
+
     report = prune(source, tmp_path / "pruned")
     prune(tmp_path / "dense", tmp_path / "expected")
+
     assert same(tensors_of(tmp_path / "pruned"), tensors_of(tmp_path / "expected"))
-    found, expected = (
-        json.loads((tmp_path / name / "config.json").read_text()) for name in ("pruned", "expected")
-    )
-    for config in (found, expected):
+    result = content(tmp_path / "pruned")
+    expected = content(tmp_path / "expected")
+    expected.pop("base_model_ep_plan", None)  # of Transformers 5.17
+    for config in (result, expected):
         del config["fista_pruning"]["origin"]  # the two sources are different files
-    assert found == {
-        key: value for key, value in expected.items() if key != "base_model_ep_plan"
-    }  # of 5.17
-    assert f"quantized by {wanted.quant_method.value!r} are dequantized" in report.warnings[0]
+    assert result == expected
+    method = dequantizing.quant_method.value
+    assert f"quantized by {method!r} are dequantized" in report.warnings[0]
     assert bytes_of(source) == before
     assert verify_checkpoint(tmp_path / "pruned", dense=source).num_equal
 
@@ -100,28 +113,34 @@ def test_scales_of_nvfp4_have_scales(tmp_path):
 
     source = compressed_qwen3_moe(tmp_path / "source", "NVFP4A16")
     module = "model.layers.1.mlp.experts.2.up_proj."
-    stored = {
-        k.removeprefix(module): t for k, t in tensors_of(source).items() if k.startswith(module)
+    parts = {
+        name.removeprefix(module): tensor
+        for name, tensor in tensors_of(source).items()
+        if name.startswith(module)
     }
     compressor = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
-    expected = compressor.decompress(stored, preset_name_to_scheme("NVFP4A16", ["Linear"]))[
-        "weight"
-    ]
+    scheme = preset_name_to_scheme("NVFP4A16", ["Linear"])
+    expected = compressor.decompress(parts, scheme)["weight"]
+
     model, *_ = load_lazily(str(source), tmp_path / "offload", device="cpu")
-    assert torch.equal(
-        stored_tensor(model, "model.layers.1.mlp.experts.gate_up_proj")[2, 32:], expected
-    )
+
+    gate_and_up = stored_tensor(model, "model.layers.1.mlp.experts.gate_up_proj")
+    assert torch.equal(gate_and_up[2, 32:], expected)
 
 
 def test_the_last_block_of_fp8_may_be_smaller(tmp_path):
     source = fp8_deepseek(tmp_path / "source", rotated=8)
     tensors = load_file(source / "model.safetensors")
     name = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
+    # One for each of 24 rows, which are a block of 16 and one of 8.
     scales = tensors[f"{name}_scale_inv"].repeat_interleave(16, 0).repeat_interleave(16, 1)[:24]
     expected = (tensors[name].float() * scales).bfloat16()
-    model, *_ = load_lazily(str(source), tmp_path / "offload", device="cpu")
-    assert torch.equal(stored_tensor(model, name), expected)
-    assert torch.equal(read_model(str(source)).get_parameter(name), expected)
+
+    lazy, *_ = load_lazily(str(source), tmp_path / "offload", device="cpu")
+    in_memory = read_model(str(source))
+
+    assert torch.equal(stored_tensor(lazy, name), expected)
+    assert torch.equal(in_memory.get_parameter(name), expected)
     assert not [*(tmp_path / "offload").iterdir()]  # nothing is copied
 
 
@@ -144,7 +163,7 @@ def test_weights_in_the_layout_of_autofp8_are_multiplied_by_their_scales(tmp_pat
         is_kept = tensor != 0
         assert torch.equal(tensor[is_kept], expected[name][is_kept]), name
     assert any("quantized by 'fp8' are dequantized" in warning for warning in report.warnings)
-    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in content(tmp_path / "out")
     assert torch.equal(read_model(str(source)).lm_head.weight, expected["lm_head.weight"])
 
 
@@ -161,8 +180,8 @@ def test_experts_go_from_a_model_in_the_layout_of_autofp8_with_their_scales(tmp_
                 name = f"{mixture.name}.{new}.up_proj.{part}"
                 expected = before[f"{mixture.name}.{old}.up_proj.{part}"]
                 assert torch.equal(after[name].float(), expected.float())
-    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert settings == json.loads((source / "config.json").read_text())["quantization_config"]
+    settings = content(tmp_path / "out")["quantization_config"]
+    assert settings == content(source)["quantization_config"]
     model = read_model(str(tmp_path / "out"))
     assert torch.isfinite(model(TOKENS).logits).all()
 
@@ -171,9 +190,8 @@ def test_experts_go_from_a_model_in_the_layout_of_autofp8_with_their_scales(tmp_
 @pytest.mark.parametrize("lazily", [True, False])
 def test_a_weight_whose_scale_is_not_read_is_refused(tmp_path, write, lazily):
     source = write(tmp_path / "source")
-    tensors = load_file(source / "model.safetensors")
-    tensors["model.layers.2.self_attn.o_proj.second_scale"] = torch.tensor(1e-3)
-    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    scale = {"model.layers.2.self_attn.o_proj.second_scale": torch.tensor(1e-3)}
+    change_tensors(source, lambda tensors: tensors.update(scale))
 
     sentence = (
         r"model\.layers\.2\.self_attn\.o_proj\.weight has dtype F8_E4M3, and its scale "
@@ -187,13 +205,15 @@ def test_a_weight_whose_scale_is_not_read_is_refused(tmp_path, write, lazily):
 @pytest.mark.parametrize("write", [fp8_deepseek, auto_fp8_qwen3_moe])
 def test_one_expert_may_be_stored_without_quantization(tmp_path, write):
     source = write(tmp_path / "source")
-    tensors = load_file(source / "model.safetensors")
     module = "model.layers.1.mlp.experts.2.up_proj"
     values = torch.randn(16, 32).bfloat16()
-    for name in [name for name in tensors if name.startswith(module)]:
-        del tensors[name]
-    tensors[f"{module}.weight"] = values
-    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+
+    def store_dense(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith(module)]:
+            del tensors[name]
+        tensors[f"{module}.weight"] = values
+
+    change_tensors(source, store_dense)
 
     in_memory = read_model(str(source))
     lazy, *_ = load_lazily(str(source), tmp_path / "offload", device="cpu")
@@ -201,6 +221,8 @@ def test_one_expert_may_be_stored_without_quantization(tmp_path, write):
     name = "model.layers.1.mlp.experts.gate_up_proj"
     assert torch.equal(in_memory.get_parameter(name)[2, 16:], values)
     assert torch.equal(stored_tensor(lazy, name), in_memory.get_parameter(name))
+    # The scales of the experts after it are their own.
+    tensors = load_file(source / "model.safetensors")
     other = f"{module.replace('experts.2', 'experts.3')}.weight"
     scale = next(tensors[other + end] for end in ("_scale", "_scale_inv") if other + end in tensors)
     if scale.ndim:
@@ -209,53 +231,72 @@ def test_one_expert_may_be_stored_without_quantization(tmp_path, write):
     assert torch.equal(in_memory.get_parameter(name)[3, 16:], expected)
 
 
-def test_formats_that_cannot_be_read_are_refused_by_name(tmp_path, monkeypatch):
+@pytest.fixture
+def refusal(tmp_path):
+    """`refusal(without, **settings)` is the message for a source with other quantization settings."""
     source = fp8_deepseek(tmp_path / "source")
-    config, tensors = (
-        json.loads((source / "config.json").read_text()),
-        load_file(source / "model.safetensors"),
-    )
+    config = content(source)
 
-    def refusal(*without, **settings) -> str:
-        values = config | {"quantization_config": config["quantization_config"] | settings}
-        values = {name: value for name, value in values.items() if name not in without}
-        (source / "config.json").write_text(json.dumps(values))
+    def message(*without: str, **settings) -> str:
+        changed = config | {"quantization_config": config["quantization_config"] | settings}
+        for key in without:
+            del changed[key]
+        (source / "config.json").write_text(json.dumps(changed))
         with pytest.raises((ValueError, ImportError)) as raised:
             prune(source, tmp_path / "pruned")
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
         return str(raised.value)
 
-    for method in ("gptq", "awq"):
-        assert f"quantized by {method!r}, which Transformers" in (
-            message := refusal(quant_method=method)
-        )
-        assert "dequantize it with GPTQModel (gptqmodel.utils.model_dequant), save it" in message
+    return message
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_format_that_is_not_read_is_refused_with_what_reads_it(refusal, method):
+    message = refusal(quant_method=method)
+
+    assert f"quantized by {method!r}, which Transformers" in message
+    assert "dequantize it with GPTQModel (gptqmodel.utils.model_dequant), save it" in message
+
+
+def test_an_unknown_format_is_refused_by_name(refusal):
     assert "quantized by 'new', which Transformers" in refusal(quant_method="new")
-    assert "dtype F8_E4M3, and config.json has no quantization_config" in refusal(
-        "quantization_config"
-    )
+
+
+def test_quantized_tensors_without_settings_are_refused(refusal):
+    sentence = "dtype F8_E4M3, and config.json has no quantization_config"
+    assert sentence in refusal("quantization_config")
+
+
+def test_a_format_whose_package_is_missing_names_the_extra(refusal, monkeypatch):
     monkeypatch.setattr(compressed_tensors, "find_spec", lambda _: None)
-    assert "`pip install '.[compressed-tensors]'`" in refusal(quant_method="compressed-tensors")
-    lonely = "model.layers.2.mlp.experts.3.up_proj.weight"
-    del tensors[f"{lonely}_scale_inv"]
-    save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    assert f"{lonely} has dtype F8_E4M3, and Transformers finds no scales for it: " in refusal()
+
+    message = refusal(quant_method="compressed-tensors")
+
+    assert "`pip install '.[compressed-tensors]'`" in message
+
+
+def test_a_weight_without_its_scale_is_refused(refusal, tmp_path):
+    name = "model.layers.2.mlp.experts.3.up_proj.weight"
+    change_tensors(tmp_path / "source", lambda tensors: tensors.pop(f"{name}_scale_inv"))
+
+    assert f"{name} has dtype F8_E4M3, and Transformers finds no scales for it: " in refusal()
 
 
 def test_the_estimate_is_of_a_result_in_16_bits(tmp_path):
     source = fp8_deepseek(tmp_path / "source")
-    config = FistaPruningConfig(method="wanda")
+
     estimate = Estimate(
-        str(source), config, num_samples=8, sequence_length=16, calibration="text", device="cpu"
+        str(source),
+        FistaPruningConfig(method="wanda"),
+        num_samples=8,
+        sequence_length=16,
+        calibration="text",
+        device="cpu",
     )
-    assert overview_of(estimate)[0].endswith("decoder layers; dequantized from fp8")
     prune(source, tmp_path / "pruned", method="wanda")
-    tensors = {
-        name: tensor
-        for name, tensor in tensors_of(tmp_path / "pruned").items()
-        if "e_score" not in name
-    }
-    assert estimate.weight_bytes == sum(
-        tensor.nbytes for tensor in tensors.values()
-    )  # without buffers
+
+    assert overview_of(estimate)[0].endswith("decoder layers; dequantized from fp8")
+    tensors = tensors_of(tmp_path / "pruned").items()
+    parameters = [tensor for name, tensor in tensors if "e_score" not in name]  # a buffer
+    assert estimate.weight_bytes == sum(tensor.nbytes for tensor in parameters)
     assert estimate.disk_bytes["fused experts, copied by the lazy reader"] == 0

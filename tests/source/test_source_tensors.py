@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport, atomic, recover
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.source.loading import read_model
-from optimum_fista.source.stored_tensor import read_stored
+from optimum_fista.source.stored_tensor import StoredTensor, read_stored
 
 TOKENS = torch.randint(0, VOCAB_SIZE, (8, 16), generator=torch.Generator().manual_seed(0))
 LAYERS = {"pattern": "layers:0.34", "residual_correction": 0.0}
@@ -33,6 +33,12 @@ def prune(source: Path, output: Path, dtype: str = "auto", **options) -> Pruning
     return pruner.prune(
         str(source), TOKENS.split(4), output_dir=output, device="cpu", dtype=dtype, overwrite=True
     )
+
+
+def add_tensors(folder: Path, more: dict[str, Tensor]) -> None:
+    """Add tensors to the file of a model folder."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | more, folder / "model.safetensors", {"format": "pt"})
 
 
 def logits_of(folder: Path) -> Tensor:
@@ -50,11 +56,13 @@ def raw(tensor: Tensor) -> Tensor:
 
 def add_last_layer(folder: Path, number: int) -> Path:
     """Store the decoder layer of this number, the last one, once more: as a layer that predicts more tokens."""
-    tensors, last = load_file(folder / "model.safetensors"), f"layers.{number}."
-    tensors |= {
-        n.replace(last, f"layers.{number + 1}."): t.clone() for n, t in tensors.items() if last in n
+    last = f"layers.{number}."
+    more = {
+        name.replace(last, f"layers.{number + 1}."): tensor.clone()
+        for name, tensor in load_file(folder / "model.safetensors").items()
+        if last in name
     }
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    add_tensors(folder, more)
     return folder
 
 
@@ -88,103 +96,146 @@ def fp8_with_more_tokens(folder: Path) -> Path:
 def test_stored_tensors_are_cut_as_those_of_the_model_are(tmp_path, family, options):
     model = family_model(family) if family == "ernie4_5_moe" else tiny_model(family)
     model.save_pretrained(tmp_path / "source")
+
     prune(tmp_path / "source", tmp_path / "stored", **options)
     prune(tmp_path / "source", tmp_path / "model", dtype="float32", **options)
-    stored, expected = (read_stored(tmp_path / name) for name in ("stored", "model"))
+
+    stored = read_stored(tmp_path / "stored")
+    expected = read_stored(tmp_path / "model")
     assert stored.keys() == expected.keys()
     assert all(tensor.equals(expected[name]) for name, tensor in stored.items())
 
 
 @pytest.mark.parametrize("write", [fp8_deepseek, mxfp4_gpt_oss])
 def test_experts_go_from_a_quantized_model_that_stays_quantized(tmp_path, write):
-    source, options = write(tmp_path / "source"), {"pattern": "experts:0.25", "expert_refit": False}
+    source = write(tmp_path / "source")
+    options = {"pattern": "experts:0.25", "expert_refit": False}
+
     report = prune(source, tmp_path / "out", **options)
-    before, after = load_file(source / "model.safetensors"), tensors_of(tmp_path / "out")
+    prune(source, tmp_path / "dense", dtype="bfloat16", **options)
+
+    before = load_file(source / "model.safetensors")
+    after = tensors_of(tmp_path / "out")
+    cut = set()
     for mixture in report.mixtures:
         layer = mixture.name.removesuffix("experts")
-        for name in [name for name in after if name.startswith(layer) and "shared" not in name]:
+        for name in after:
+            if not name.startswith(layer) or "shared" in name:
+                continue
             expert, _, rest = name.removeprefix(f"{mixture.name}.").partition(".")
             if expert.isdigit():
-                expected = raw(before[f"{mixture.name}.{mixture.groups_kept[int(expert)]}.{rest}"])
+                old = mixture.groups_kept[int(expert)]
+                expected = raw(before[f"{mixture.name}.{old}.{rest}"])
             else:
                 expected = raw(before[name])[list(mixture.groups_kept)]
-            assert torch.equal(raw(after.pop(name)), expected), name
-    assert all(torch.equal(raw(tensor), raw(before[name])) for name, tensor in after.items())
+            assert torch.equal(raw(after[name]), expected), name
+            cut.add(name)
+    assert cut
+    others = after.keys() - cut
+    assert all(torch.equal(raw(after[name]), raw(before[name])) for name in others)
     assert settings_of(tmp_path / "out") == settings_of(source)
     assert "written as they are stored" in report.warnings[0]
     assert verify_checkpoint(tmp_path / "out", dense=source).num_equal
-    prune(source, tmp_path / "dense", dtype="bfloat16", **options)
     assert torch.equal(logits_of(tmp_path / "out"), logits_of(tmp_path / "dense"))
 
 
 @pytest.mark.parametrize("write", [fp8_with_more_tokens, mxfp4_gpt_oss])
 def test_layers_go_from_a_quantized_model_that_stays_quantized(tmp_path, write):
     source = write(tmp_path / "source")
+    predicts_more_tokens = write is fp8_with_more_tokens
+
     report = prune(source, tmp_path / "out", **LAYERS)
-    before, after = read_stored(source), read_stored(tmp_path / "out")
-    stay = [*report.model["layers_kept"], *([3] if write is fp8_with_more_tokens else [])]
-    old = {f"layers.{new}.": f"layers.{number}." for new, number in enumerate(stay)}
-    for name in after:
-        number = next((number for number in old if number in name), "-")
-        assert after[name].equals(before[name.replace(number, old.get(number, "-"))]), name
-    assert len(after) == len(
-        [n for n in before if "layers." not in n or any(number in n for number in old.values())]
-    )
-    if write is fp8_with_more_tokens:
+
+    before = read_stored(source)
+    after = read_stored(tmp_path / "out")
+    stay = list(report.model["layers_kept"])
+    if predicts_more_tokens:
+        stay.append(3)
+    old_names = {f"layers.{new}.": f"layers.{old}." for new, old in enumerate(stay)}
+    for name, tensor in after.items():
+        old_name = name
+        for new, old in old_names.items():
+            if new in name:
+                old_name = name.replace(new, old)
+                break
+        assert tensor.equals(before[old_name]), name
+    expected = [
+        name
+        for name in before
+        if "layers." not in name or any(layer in name for layer in old_names.values())
+    ]
+    assert len(after) == len(expected)
+    if predicts_more_tokens:
         assert [*report.model["copied"]] == ["model.layers.3"]
-        gates = {f"model.layers.{new}.mlp.gate" for new, number in enumerate(stay) if number}
+        gates = {f"model.layers.{new}.mlp.gate" for new, old in enumerate(stay) if old}
         assert {*settings_of(tmp_path / "out")["modules_to_not_convert"]} == gates | {"lm_head"}
     assert torch.isfinite(logits_of(tmp_path / "out")).all()
     assert verify_checkpoint(tmp_path / "out", dense=source).num_equal
 
 
 def test_what_recover_makes_of_a_quantized_model_is_not_quantized(tmp_path):
-    tiny_tokenizer().save_pretrained(fp8_with_more_tokens(source := tmp_path / "source"))
+    source = fp8_with_more_tokens(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(source)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
     prune(source, tmp_path / "out", **LAYERS)
-    (text := tmp_path / "text.txt").write_text(TEXT)
-    sizes = {
-        "tokens": 256,
-        "sequence_length": 16,
-        "held_out": 4,
-        "device": "cpu",
-        "progress": False,
-    }
-    recover(tmp_path / "out", source, tmp_path / "trained", calibration=str(text), **sizes)
-    before, after = read_stored(tmp_path / "out"), read_stored(tmp_path / "trained")
-    dtypes = {
+
+    recover(
+        tmp_path / "out",
+        source,
+        tmp_path / "trained",
+        calibration=str(text),
+        tokens=256,
+        sequence_length=16,
+        held_out=4,
+        device="cpu",
+        progress=False,
+    )
+
+    expected = {  # the layer that predicts more tokens included
         name: tensor.dtype.replace("F8_E4M3", "BF16")
-        for name, tensor in before.items()
+        for name, tensor in read_stored(tmp_path / "out").items()
         if "scale" not in name
     }
-    assert {
-        name: tensor.dtype for name, tensor in after.items()
-    } == dtypes  # the layer for more tokens included
+    trained = read_stored(tmp_path / "trained")
+    assert {name: tensor.dtype for name, tensor in trained.items()} == expected
 
 
-def test_a_killed_run_or_a_full_disk_loses_no_stored_tensor(tmp_path, monkeypatch):
+def require_same_tensors(folder: Path, expected: dict[str, StoredTensor]) -> None:
+    tensors = read_stored(folder)
+    assert tensors.keys() == expected.keys()
+    assert all(tensor.equals(expected[name]) for name, tensor in tensors.items())
+
+
+def test_a_full_disk_loses_no_stored_tensor(tmp_path, monkeypatch):
     source = fp8_with_more_tokens(tmp_path / "source")
-    flush = atomic.flush
     prune(source, tmp_path / "whole", **LAYERS)
-    expected = read_stored(tmp_path / "whole")
+    flush = atomic.flush
 
     def full(path: Path) -> None:
         if "model-00003-of-00003" in path.name:  # it has the layer that predicts more tokens
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         flush(path)
 
-    monkeypatch.setattr(atomic, "flush", full)
-    with pytest.raises(
-        OSError, match=r"No space left on device.*: 3 of 3 decoder layers are finished"
-    ):
-        prune(source, tmp_path / "0", **LAYERS)
-    monkeypatch.undo()
-    for number in (0, 12):
-        with suppress(Killed), killed_at_write(number or 100):
-            prune(source, tmp_path / str(number), **LAYERS)
-        prune(source, tmp_path / str(number), **LAYERS)
-        found = read_stored(tmp_path / str(number))
-        assert found.keys() == expected.keys()
-        assert all(tensor.equals(expected[name]) for name, tensor in found.items())
+    with monkeypatch.context() as disk:
+        disk.setattr(atomic, "flush", full)
+        sentence = r"No space left on device.*: 3 of 3 decoder layers are finished"
+        with pytest.raises(OSError, match=sentence):
+            prune(source, tmp_path / "out", **LAYERS)
+    prune(source, tmp_path / "out", **LAYERS)
+
+    require_same_tensors(tmp_path / "out", read_stored(tmp_path / "whole"))
+
+
+def test_a_killed_run_loses_no_stored_tensor(tmp_path):
+    source = fp8_with_more_tokens(tmp_path / "source")
+    prune(source, tmp_path / "whole", **LAYERS)
+
+    with suppress(Killed), killed_at_write(12):
+        prune(source, tmp_path / "out", **LAYERS)
+    prune(source, tmp_path / "out", **LAYERS)
+
+    require_same_tensors(tmp_path / "out", read_stored(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("place", ["files", "memory"])
@@ -196,30 +247,38 @@ def test_a_quantized_layer_that_is_not_loaded_is_dequantized_or_named_if_the_res
 ):
     if preset:
         pytest.importorskip("compressed_tensors")
-        source, last = add_last_layer(compressed_qwen3_moe(tmp_path / "source", preset), 1), 1
+        source = add_last_layer(compressed_qwen3_moe(tmp_path / "source", preset), 1)
+        last = 1
     else:
-        source, last = fp8_with_more_tokens(tmp_path / "source"), 2
-    dense = read_model(str(source))
+        source = fp8_with_more_tokens(tmp_path / "source")
+        last = 2
+    read_model(str(source)).save_pretrained(tmp_path / "dense")
+
     if place == "files":
         report = prune(source, tmp_path / "out", method="wanda")
     else:
         pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
-        report = pruner.prune(dense, TOKENS.split(4))
-        pruner.save_pretrained(dense, tmp_path / "out")
-        dense = read_model(str(source))
-    dense.save_pretrained(tmp_path / "dense")
-    expected, found = (tensors_of(tmp_path / name) for name in ("dense", "out"))
-    more = {name: tensor for name, tensor in expected.items() if f"layers.{last}." in name}
-    copied = {
-        name.replace(f"layers.{last}.", f"layers.{last + 1}."): tensor
-        for name, tensor in more.items()
+        model = read_model(str(source))
+        report = pruner.prune(model, TOKENS.split(4))
+        pruner.save_pretrained(model, tmp_path / "out")
+
+    dense = tensors_of(tmp_path / "dense")
+    result = tensors_of(tmp_path / "out")
+    further_layer = f"model.layers.{last + 1}"
+    copies = {
+        name.replace(f"model.layers.{last}.", f"{further_layer}."): tensor
+        for name, tensor in dense.items()
+        if f"layers.{last}." in name
     }
-    assert found.keys() == expected.keys() | (copied if is_read else {}).keys()
-    assert not is_read or all(torch.equal(found[name], tensor) for name, tensor in copied.items())
-    assert [*report.model["copied" if is_read else "lacks"]] == [f"model.layers.{last + 1}"]
-    assert is_read or any(
-        f"layers.{last + 1} (" in said and "they are quantized" in said for said in report.warnings
-    )
+    if is_read:
+        assert result.keys() == dense.keys() | copies.keys()
+        assert all(torch.equal(result[name], tensor) for name, tensor in copies.items())
+        assert [*report.model["copied"]] == [further_layer]
+    else:
+        assert result.keys() == dense.keys()
+        assert [*report.model["lacks"]] == [further_layer]
+        warnings = [warning for warning in report.warnings if f"{further_layer} (" in warning]
+        assert any("they are quantized" in warning for warning in warnings)
     assert verify_checkpoint(tmp_path / "out", dense=source).num_equal
 
 
@@ -236,24 +295,18 @@ def test_a_quantized_layer_that_is_not_loaded_is_dequantized_or_named_if_the_res
 )
 def test_patterns_of_numbered_layers_are_refused_if_layers_go(tmp_path, entry, is_refused):
     source = fp8_with_more_tokens(tmp_path / "source")
-    other = {"mtp.layers.0.fc.weight": torch.ones(2, 2)}
-    save_file(
-        load_file(source / "model.safetensors") | other,
-        source / "model.safetensors",
-        {"format": "pt"},
-    )
+    add_tensors(source, {"mtp.layers.0.fc.weight": torch.ones(2, 2)})
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] |= {
         "ignore": ["model.layers.1.mlp.gate"],
         "groups": {"one": {"targets": [entry]}},
     }
     (source / "config.json").write_text(json.dumps(config))
-    with (
-        pytest.raises(ValueError, match="names decoder layers by number in")
-        if is_refused
-        else nullcontext()
-    ):
+
+    refusal = pytest.raises(ValueError, match="names decoder layers by number in")
+    with refusal if is_refused else nullcontext():
         prune(source, tmp_path / "out", **LAYERS)
+
     assert (tmp_path / "out").exists() != is_refused
 
 
@@ -272,9 +325,14 @@ def test_patterns_of_numbered_layers_are_refused_if_layers_go(tmp_path, entry, i
 )
 def test_scales_that_would_be_cut_are_refused(tmp_path, pattern, nope, tensor, gone):
     source = fp8_deepseek(tmp_path / "source", nope=nope)
-    said = rf"{tensor}.weight_scale_inv stores one value for 16 rows or columns of .*, and groups of {gone} are removed"
-    with pytest.raises(ValueError, match=said):
+
+    sentence = (
+        rf"{tensor}.weight_scale_inv stores one value for 16 rows or columns of .*, "
+        rf"and groups of {gone} are removed"
+    )
+    with pytest.raises(ValueError, match=sentence):
         prune(source, tmp_path / "out", pattern=pattern, method="wanda")
+
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     prune(source, tmp_path / "out", pattern=pattern, method="wanda", dtype="bfloat16")
 
@@ -292,54 +350,80 @@ def test_packed_numbers_are_not_cut(tmp_path):
 def test_heads_go_with_their_scales(tmp_path):
     """`kv_b_proj` has 32 rows for each head, two blocks of 16; `o_proj` has one block of columns."""
     source = fp8_deepseek(tmp_path / "source", nope=16)
+
     report = prune(source, tmp_path / "out", pattern="heads:0.5", method="wanda")
-    before, after = load_file(source / "model.safetensors"), tensors_of(tmp_path / "out")
+
+    before = load_file(source / "model.safetensors")
+    after = tensors_of(tmp_path / "out")
     for operator in report.operators:
-        (head,), name = operator.groups_kept, operator.name
-        assert torch.equal(raw(after[name]), raw(before[name])[:, 16 * head : 16 * head + 16])
-        scales = f"{name.removesuffix('o_proj.weight')}kv_b_proj.weight_scale_inv"
+        (head,) = operator.groups_kept
+        columns = slice(16 * head, 16 * head + 16)
+        assert torch.equal(raw(after[operator.name]), raw(before[operator.name])[:, columns])
+        attention = operator.name.removesuffix("o_proj.weight")
+        scales = f"{attention}kv_b_proj.weight_scale_inv"
         assert torch.equal(after[scales], before[scales][2 * head : 2 * head + 2])
     assert torch.isfinite(logits_of(tmp_path / "out")).all()
     assert verify_checkpoint(tmp_path / "out").num_operators == len(report.operators)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "experts:0.25"])
-def test_dtypes_are_those_of_the_files(tmp_path, pattern):
+# Tensors that no run changes, and the embedding.
+UNCHANGED = ("norm.weight", "gate.weight", "tokens.weight")
+
+
+@pytest.fixture
+def mixed_folder(tmp_path) -> Path:
+    """A model in bfloat16 with some tensors in float32, whose values bfloat16 does not have."""
     source = tmp_path / "source"
     tiny_model("deepseek_v3").bfloat16().save_pretrained(source)
-    before = load_file(source / "model.safetensors")
-    exact = (
-        "norm.weight",
-        "gate.weight",
-        "e_score_correction_bias",
-        "self_attn.o_proj.weight",
-        "tokens.weight",
-    )
-    for name in (name for name in before if name.endswith(exact)):
-        before[name] = before[name].float() + 1e-5 * torch.randn(before[name].shape)
-    save_file(before, source / "model.safetensors", {"format": "pt"})
-    report = prune(source, tmp_path / "out", pattern=pattern)
+    in_float32 = (*UNCHANGED, "e_score_correction_bias", "self_attn.o_proj.weight")
+    exact = {
+        name: tensor.float() + 1e-5 * torch.randn(tensor.shape)
+        for name, tensor in load_file(source / "model.safetensors").items()
+        if name.endswith(in_float32)
+    }
+    add_tensors(source, exact)
+    return source
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "experts:0.25"])
+def test_dtypes_and_values_are_those_of_the_files(tmp_path, mixed_folder, pattern):
+    before = load_file(mixed_folder / "model.safetensors")
+
+    report = prune(mixed_folder, tmp_path / "out", pattern=pattern)
+
     after = tensors_of(tmp_path / "out")
     assert all(tensor.dtype == before[name].dtype for name, tensor in after.items())
-    kept = {
-        f"{m.name.removesuffix('experts')}gate.weight": list(m.groups_kept) for m in report.mixtures
-    }
-    for name in (
-        name
-        for name in after
-        if name.endswith(exact) and "o_proj" not in name and "bias" not in name
-    ):
-        assert torch.equal(after[name], before[name][kept.get(name, slice(None))]), name
     assert report.environment["written"] == "in the dtypes of the files"
-    pruner = FistaPruner(FistaPruningConfig(pattern=pattern), progress=False)
-    other = pruner.prune(model := AutoModelForCausalLM.from_pretrained(source), TOKENS.split(4))
-    assert other.environment["written"] == report.environment["written"]
-    pruner.save_pretrained(model, tmp_path / "in memory")
-    assert same(tensors_of(tmp_path / "in memory"), after)
-    pruner.save_pretrained(model.float(), tmp_path / "float32")
-    assert {tensor.dtype for tensor in tensors_of(tmp_path / "float32").values()} == {torch.float32}
-    prune(source, tmp_path / "asked", dtype="bfloat16", pattern=pattern)
-    assert {tensor.dtype for tensor in tensors_of(tmp_path / "asked").values()} == {
-        torch.bfloat16,
-        torch.float32,
+    experts_kept = {
+        f"{mixture.name.removesuffix('experts')}gate.weight": list(mixture.groups_kept)
+        for mixture in report.mixtures
     }
+    for name, tensor in after.items():
+        if name.endswith(UNCHANGED):
+            rows = experts_kept.get(name, slice(None))
+            assert torch.equal(tensor, before[name][rows]), name
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "experts:0.25"])
+def test_a_model_in_memory_is_saved_in_the_dtypes_of_its_files(tmp_path, mixed_folder, pattern):
+    expected = prune(mixed_folder, tmp_path / "out", pattern=pattern)
+    pruner = FistaPruner(FistaPruningConfig(pattern=pattern), progress=False)
+    model = AutoModelForCausalLM.from_pretrained(mixed_folder)
+
+    report = pruner.prune(model, TOKENS.split(4))
+    pruner.save_pretrained(model, tmp_path / "in memory")
+    pruner.save_pretrained(model.float(), tmp_path / "float32")
+
+    assert report.environment["written"] == expected.environment["written"]
+    assert same(tensors_of(tmp_path / "in memory"), tensors_of(tmp_path / "out"))
+    dtypes = {tensor.dtype for tensor in tensors_of(tmp_path / "float32").values()}
+    assert dtypes == {torch.float32}
+
+
+def test_another_dtype_that_is_asked_for_is_written(tmp_path, mixed_folder):
+    prune(mixed_folder, tmp_path / "out", dtype="bfloat16", pattern="2:4")
+
+    tensors = tensors_of(tmp_path / "out")
+    stay_in_float32 = {name for name, tensor in tensors.items() if tensor.dtype == torch.float32}
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16, torch.float32}
+    assert all(name.endswith("e_score_correction_bias") for name in stay_in_float32)

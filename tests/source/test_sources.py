@@ -3,7 +3,7 @@
 import json
 import logging
 import warnings
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from tiny_models import tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, Qwen3_5Config
 
-from optimum_fista import FistaPruner, FistaPruningConfig, recover
+from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport, recover
 from optimum_fista.cli.main import main
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder.output import foreign_files, model_files
@@ -27,7 +27,7 @@ from optimum_fista.source.stored_tensor import read_stored
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def tied_folder(folder: Path, change) -> Path:
+def tied_folder(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
     """A Llama whose configuration says that its head is tied; `change` is called with the tensors in its file."""
     tiny_llama(tie_word_embeddings=True).save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
@@ -37,30 +37,37 @@ def tied_folder(folder: Path, change) -> Path:
 
 
 def add_tensors(folder: Path, *names: str) -> Path:
-    """Add tensors to the file of a model folder."""
+    """Add tensors of ones to the file of a model folder."""
+    return write_more(folder, {name: torch.ones(2) for name in names})
+
+
+def write_more(folder: Path, more: dict[str, Tensor]) -> Path:
+    """Write the file of a model folder with further tensors, or other values."""
     tensors = load_file(folder / "model.safetensors")
-    tensors |= {name: torch.ones(2) for name in names}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    save_file(tensors | more, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
-def prune_both(source: Path, tmp_path: Path, **options):
+def prune_both(source: Path, tmp_path: Path, **options) -> tuple[Path, Path]:
     """Prune in memory and from files; returns the folders, both of which are verified and equal."""
+    in_memory = tmp_path / "in memory"
+    from_files = tmp_path / "from files"
+    batches = tiny_tokens().split(4)
     pruner = FistaPruner(FistaPruningConfig(method="wanda", **options), progress=False)
     model = AutoModelForCausalLM.from_pretrained(source)
-    pruner.prune(model, tiny_tokens().split(4))
-    pruner.save_pretrained(model, tmp_path / "in memory")
-    pruner.prune(source, tiny_tokens().split(4), output_dir=tmp_path / "from files")
-    folders = tmp_path / "in memory", tmp_path / "from files"
-    assert (
-        verify_checkpoint(folders[0]).num_parameters == verify_checkpoint(folders[1]).num_parameters
-    )
-    ids = tiny_tokens()
-    logits = [AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in folders]
-    assert torch.equal(*logits)
-    assert torch.equal(logits[0], model(ids).logits)
-    assert verify_checkpoint(folders[1], dense=source).num_equal
-    return folders
+
+    pruner.prune(model, batches)
+    pruner.save_pretrained(model, in_memory)
+    pruner.prune(source, batches, output_dir=from_files)
+
+    sizes = [verify_checkpoint(folder).num_parameters for folder in (in_memory, from_files)]
+    assert sizes[0] == sizes[1]
+    logits = model(tiny_tokens()).logits
+    for folder in (in_memory, from_files):
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        assert torch.equal(loaded(tiny_tokens()).logits, logits)
+    assert verify_checkpoint(from_files, dense=source).num_equal
+    return in_memory, from_files
 
 
 @pytest.mark.parametrize("options", [{}, {"pattern": "channels:0.25"}], ids=["zeros", "channels"])
@@ -74,26 +81,34 @@ def test_a_head_of_its_own_is_kept_although_the_configuration_calls_it_tied(tmp_
         assert torch.equal(tensors[HEAD], tensors[EMBEDDING] * 1.5 + 0.1)
 
 
-@pytest.mark.parametrize(
-    "take", [dict.get, dict.pop], ids=["stored twice", "stored without the embedding"]
-)
-def test_a_tied_head_counts_once(tmp_path, take):
-    def change(tensors):
-        tensors[HEAD] = take(tensors, EMBEDDING).clone()
+@pytest.mark.parametrize("has_embedding", [True, False], ids=["twice", "without the embedding"])
+def test_a_tied_head_counts_once(tmp_path, has_embedding):
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[HEAD] = tensors[EMBEDDING].clone()
+        if not has_embedding:
+            del tensors[EMBEDDING]
 
-    in_memory, from_files = map(
-        tensors_of, prune_both(tied_folder(tmp_path / "source", change), tmp_path)
-    )
-    assert in_memory.keys() == from_files.keys()
-    assert HEAD not in from_files
+    source = tied_folder(tmp_path / "source", change)
+
+    in_memory, from_files = prune_both(source, tmp_path)
+
+    names = tensors_of(in_memory).keys()
+    assert names == tensors_of(from_files).keys()
+    assert HEAD not in names
 
 
-CODE = "from transformers import LlamaForCausalLM\n\n\nclass OwnLlama(LlamaForCausalLM):\n    own = True\n"
+CODE = """from transformers import LlamaForCausalLM
+
+
+class OwnLlama(LlamaForCausalLM):
+    own = True
+"""
 BESIDE = {
     "preprocessor_config.json": "{}",
     "tokenizer.model": "as it was",
     "special_tokens_map.json": "{}",
-    "generation_config.json": '{"temperature": 0.6, "top_p": 0.9}',  # which Transformers reads, and doesn't write
+    # Transformers reads it, and doesn't write it.
+    "generation_config.json": '{"temperature": 0.6, "top_p": 0.9}',
     "LICENSE": "MIT",
     "modeling_own.py": CODE,
     "additional_chat_templates/rag.jinja": "{{ messages }}",
@@ -111,7 +126,8 @@ def folder_with_code(folder: Path) -> Path:
         "model.onnx",
         "old.gguf",
     ]
-    for name, text in {**BESIDE, **dict.fromkeys(others, "---\nlicense: mit\n---\n")}.items():
+    contents = BESIDE | dict.fromkeys(others, "---\nlicense: mit\n---\n")
+    for name, text in contents.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     config = json.loads((folder / "config.json").read_text())
@@ -120,29 +136,53 @@ def folder_with_code(folder: Path) -> Path:
     return folder
 
 
+def recover_quickly(folder: Path, teacher: Path, output: Path) -> None:
+    """Train a pruned folder for a few steps on a text beside it."""
+    text = output.with_name("text.txt")
+    text.write_text(TEXT)
+    recover(
+        folder,
+        teacher,
+        output,
+        calibration=str(text),
+        tokens=256,
+        sequence_length=16,
+        held_out=4,
+        progress=False,
+    )
+
+
 def test_files_beside_the_weights_come_along(tmp_path, caplog):
-    source, output = folder_with_code(tmp_path / "my source"), tmp_path / "out"
+    source = folder_with_code(tmp_path / "my source")
+    output = tmp_path / "out"
     (source / "gone.safetensors").symlink_to("blob")
     (source / "additional_chat_templates").chmod(0o555)
+
     with caplog.at_level(logging.WARNING):
         pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
         pruner.prune(source, tiny_tokens().split(4), output_dir=output)
-    left = "gone.safetensors, model-mtp.safetensors, model.onnx, old.gguf, original/"
-    assert f"not copied from {source}: {left}" in caplog.messages
+
+    not_copied = "gone.safetensors, model-mtp.safetensors, model.onnx, old.gguf, original/"
+    assert f"not copied from {source}: {not_copied}" in caplog.messages
     assert {name: (output / name).read_text() for name in BESIDE} == BESIDE
     assert (output / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert not (output / ".git").exists()
     assert (output / "additional_chat_templates").stat().st_mode == output.stat().st_mode
     assert "Pruned after training" in (output / "README.md").read_text()
     assert AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True).own
-    text = tmp_path / "text.txt"
-    text.write_text(TEXT)
-    sizes = {"tokens": 256, "sequence_length": 16, "held_out": 4}
     assert model_files(output) > BESIDE.keys()
+
+
+def test_files_beside_the_weights_come_along_when_a_model_is_recovered(tmp_path):
+    source = folder_with_code(tmp_path / "source")
+    output = tmp_path / "out"
+    pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
+    pruner.prune(source, tiny_tokens().split(4), output_dir=output)
     (output / "notes.txt").write_text("added to the pruned folder")
-    recover(output, source, tmp_path / "trained", calibration=str(text), **sizes, progress=False)
-    kept = BESIDE.keys() - {"generation_config.json"}  # which Transformers writes anew
-    assert all((tmp_path / "trained" / name).read_text() == BESIDE[name] for name in kept)
+
+    recover_quickly(output, source, tmp_path / "trained")
+
+    assert {name: (tmp_path / "trained" / name).read_text() for name in BESIDE} == BESIDE
     assert foreign_files(tmp_path / "trained") == ["notes.txt"]  # there, but not uploaded
 
 
@@ -174,150 +214,210 @@ def folder_with_more_tokens(
     settings = {"num_hidden_layers": 4, "num_nextn_predict_layers": 1, "first_k_dense_replace": 1}
     tiny_model(family, **settings).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    tensors, last = load_file(folder / "model.safetensors"), "model.layers.3."
+    last = "model.layers.3."
     more = {
-        f"model.layers.4.{n.removeprefix(last)}": t.bfloat16()
-        for n, t in tensors.items()
-        if n.startswith(last)
+        f"model.layers.4.{name.removeprefix(last)}": tensor.bfloat16()
+        for name, tensor in load_file(folder / "model.safetensors").items()
+        if name.startswith(last)
     }
-    beside = {"eh_proj": (32, 64), "enorm": (32,), "hnorm": (32,), "shared_head.norm": (32,)}
-    beside |= {"shared_head.head": (64, 32), "embed_tokens": (64, 32)}
-    more |= {f"model.layers.4.{name}.weight": torch.randn(shape) for name, shape in beside.items()}
-    more |= {"model.layers.4.scale": torch.tensor(2.0)}
-    more |= {"mtp.fc.weight": torch.randn(3, 5).to(torch.float8_e4m3fn)}
-    more |= {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
-    save_file(tensors | more, folder / "model.safetensors", {"format": "pt"})
+    shapes = {
+        "eh_proj": (32, 64),
+        "enorm": (32,),
+        "hnorm": (32,),
+        "shared_head.norm": (32,),
+        "shared_head.head": (64, 32),
+        "embed_tokens": (64, 32),
+    }
+    for name, shape in shapes.items():
+        more[f"model.layers.4.{name}.weight"] = torch.randn(shape)
+    more["model.layers.4.scale"] = torch.tensor(2.0)
+    more["mtp.fc.weight"] = torch.randn(3, 5).to(torch.float8_e4m3fn)
+    more["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
+    write_more(folder, more)
     return folder, more
 
 
-@pytest.mark.parametrize("place", ["files", "packed", "memory", "recovered"])
-@pytest.mark.parametrize(
-    "pattern", ["unstructured", "channels:0.25", "layers:0.25", "experts:0.25"]
-)
+def prune_from(place: str, pruner: FistaPruner, source: Path, output: Path) -> PruningReport:
+    """Prune a model folder from its files, or in memory ("memory"), and save the result."""
+    batches = tiny_tokens().split(4)
+    if place == "files":
+        return pruner.prune(source, batches, output_dir=output)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    report = pruner.prune(model, batches)
+    pruner.save_pretrained(model, output)
+    return report
+
+
+def require_copies(
+    source: Path, output: Path, more: dict[str, Tensor], layers_kept: Iterable[int] = range(4)
+) -> None:
+    """Check that `output` has the tensors `more` of the source, under the new numbers of their layers."""
+    new_names = {f"layers.{old}.": f"layers.{new}." for new, old in enumerate((*layers_kept, 4))}
+    dense = read_stored(source)
+    result = read_stored(output)
+    for name in more:
+        new_name = name
+        for old, new in new_names.items():
+            if old in name:
+                new_name = name.replace(old, new)
+                break
+        assert dense[name].equals(result[new_name]), name
+
+
+@pytest.mark.parametrize("place", ["files", "memory"])
+@pytest.mark.parametrize("pattern", ["unstructured", "channels:0.25", "layers:0.25"])
 def test_tensors_that_the_class_does_not_load_are_copied(tmp_path, pattern, place):
-    if place in ("packed", "recovered") and pattern != "unstructured":
-        pytest.skip("a smaller model is not packed, and recover trains weights beside zeros")
-    family = "glm4_moe" if place in ("packed", "memory") else "deepseek_v3"
-    (source, more), output = folder_with_more_tokens(tmp_path / "source", family), tmp_path / "out"
+    family = "glm4_moe" if place == "memory" else "deepseek_v3"
+    source, more = folder_with_more_tokens(tmp_path / "source", family)
+    output = tmp_path / "out"
     pruner = FistaPruner(FistaPruningConfig(pattern=pattern, method="wanda"), progress=False)
-    lost = (
-        {name for name in more if name.startswith("model.layers.4.")}
-        if pattern == "experts:0.25"
-        else set()
-    )
-    batches, said = tiny_tokens().split(4), r"not in the pruned model: model\.layers\.4 "
-    with pytest.warns(UserWarning, match=said) if lost else nullcontext():
-        if place == "memory":
-            report = pruner.prune(model := AutoModelForCausalLM.from_pretrained(source), batches)
-            pruner.save_pretrained(model, output)
-        else:
-            report = pruner.prune(source, batches, output_dir=output, packed=place == "packed")
-    stay = report.model.get("layers_kept", range(4))
-    moved = {f"layers.{old}.": f"layers.{new}." for new, old in enumerate((*stay, 4))}
-    gone = {name for name in more if "layers.0." in name and 0 not in stay}
-    assert (
-        [*report.model["copied"].values()] == [1, 1]
-        if lost
-        else [len(more) - 2, 1, 1][: 2 + (not gone)]
-    )
-    if place == "recovered":
-        (text := tmp_path / "text.txt").write_text(TEXT)
-        sizes = {"tokens": 256, "sequence_length": 16, "held_out": 4, "progress": False}
-        recover(output, source, tmp_path / "trained", calibration=str(text), **sizes)
-        output = tmp_path / "trained"
-    found, dense = read_stored(output), read_stored(source)
-    for name in more.keys() - lost - gone:
-        old = next((old for old in moved if old in name), "")
-        assert dense[name].equals(found[name.replace(old, moved.get(old, ""))]), name
+
+    report = prune_from(place, pruner, source, output)
+
+    layers_kept = report.model.get("layers_kept", range(4))
+    if 0 not in layers_kept:
+        del more["model.layers.0.self_attn.rotary_emb.inv_freq"]
+    require_copies(source, output, more, layers_kept)
+    assert sum(report.model["copied"].values()) == len(more)
     loaded = AutoModelForCausalLM.from_pretrained(output)
-    assert loaded.config.num_nextn_predict_layers == (not lost)
-    assert not lost & {*found}
-    assert verify_checkpoint(output).num_operators == len(report.operators)
-    assert place in ("packed", "recovered") or verify_checkpoint(output, dense=source).num_equal
+    assert loaded.config.num_nextn_predict_layers == 1
+    assert verify_checkpoint(output, dense=source).num_equal
     assert not foreign_files(output)
 
 
-def test_what_is_copied_is_said_before_and_after_a_run(tmp_path, capsys):
+@pytest.mark.parametrize("place", ["files", "memory"])
+def test_a_layer_for_more_tokens_is_not_copied_if_it_would_have_to_lose_experts(tmp_path, place):
+    family = "glm4_moe" if place == "memory" else "deepseek_v3"
+    source, more = folder_with_more_tokens(tmp_path / "source", family)
+    output = tmp_path / "out"
+    pruner = FistaPruner(FistaPruningConfig(pattern="experts:0.25"), progress=False)
+
+    with pytest.warns(UserWarning, match=r"not in the pruned model: model\.layers\.4 "):
+        report = prune_from(place, pruner, source, output)
+
+    others = {name: t for name, t in more.items() if not name.startswith("model.layers.4.")}
+    require_copies(source, output, others)
+    assert not any(name.startswith("model.layers.4.") for name in read_stored(output))
+    assert sum(report.model["copied"].values()) == len(others)
+    loaded = AutoModelForCausalLM.from_pretrained(output)
+    assert loaded.config.num_nextn_predict_layers == 0
+    assert verify_checkpoint(output, dense=source).num_equal
+
+
+def test_tensors_that_the_class_does_not_load_are_copied_into_a_packed_folder(tmp_path):
+    source, more = folder_with_more_tokens(tmp_path / "source", "glm4_moe")
+    pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
+
+    pruner.prune(source, tiny_tokens().split(4), output_dir=tmp_path / "out", packed=True)
+
+    require_copies(source, tmp_path / "out", more)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_nextn_predict_layers
+    assert verify_checkpoint(tmp_path / "out").num_operators
+
+
+def test_tensors_that_the_class_does_not_load_are_in_a_recovered_model(tmp_path):
+    source, more = folder_with_more_tokens(tmp_path / "source")
+    pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
+    pruner.prune(source, tiny_tokens().split(4), output_dir=tmp_path / "out")
+
+    recover_quickly(tmp_path / "out", source, tmp_path / "trained")
+
+    require_copies(source, tmp_path / "trained", more)
+    assert not foreign_files(tmp_path / "trained")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sentence"),
+    [
+        ("2:4", "35 tensors that the model's class does not load are copied: model.layers."),
+        (
+            "experts:0.25",
+            "not in the pruned model: model.layers.4 (33 tensors: parts that decoder layers lose would",
+        ),
+    ],
+)
+def test_what_is_copied_is_said_before_and_after_a_run(tmp_path, capsys, pattern, sentence):
     source, _ = folder_with_more_tokens(tmp_path / "source")
-    (text := tmp_path / "text.txt").write_text(TEXT)
-    command = [
-        "prune",
-        str(source),
-        "-o",
-        str(tmp_path / "out"),
-        "--method",
-        "wanda",
-        "--calibration",
-        str(text),
-    ]
-    command += ["--num-samples", "4", "--sequence-length", "16", "--device", "cpu"]
-    copied = "35 tensors that the model's class does not load are copied: model.layers."
-    lost = "not in the pruned model: model.layers.4 (33 tensors: parts that decoder layers lose would have to go there"
-    for pattern, said in ("2:4", copied), ("experts:0.25", lost):
-        with warnings.catch_warnings(action="ignore"):
-            assert main([*command, "--overwrite", "--pattern", pattern]) == 0
-        printed = capsys.readouterr()
-        assert said in printed.err
-        assert said in printed.out
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    command = ["prune", str(source), "-o", str(tmp_path / "out"), "--pattern", pattern]
+    command += ["--method", "wanda", "--calibration", str(text), "--device", "cpu"]
+    command += ["--num-samples", "4", "--sequence-length", "16"]
+
+    with warnings.catch_warnings(action="ignore"):
+        assert main(command) == 0
+
+    printed = capsys.readouterr()
+    assert sentence in printed.err
+    assert sentence in printed.out
 
 
 def test_a_model_whose_files_have_changed_is_not_saved_with_wrong_tensors(tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "source")
-    model = AutoModelForCausalLM.from_pretrained(add_tensors(tmp_path / "source", "mtp.fc.weight"))
+    source = tmp_path / "source"
+    tiny_llama().save_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(add_tensors(source, "mtp.fc.weight"))
     pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
     pruner.prune(model, tiny_tokens().split(4))
-    add_tensors(tmp_path / "source", "another.weight")  # the bytes of the first are elsewhere now
-    for _ in range(2):
-        with pytest.raises(
-            ValueError, match=r"model\.safetensors' changed or went during the run or after it"
-        ):
-            pruner.save_pretrained(model, tmp_path / "out")
-        (tmp_path / "source" / "model.safetensors").unlink(missing_ok=True)
+    sentence = r"model\.safetensors' changed or went during the run or after it"
+
+    add_tensors(source, "another.weight")  # the bytes of the first are elsewhere now
+    with pytest.raises(ValueError, match=sentence):
+        pruner.save_pretrained(model, tmp_path / "out")
+    (source / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=sentence):
+        pruner.save_pretrained(model, tmp_path / "out")
+
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_tensors_that_are_there_twice_are_refused(tmp_path):
-    model = tiny_llama()
-    model.save_pretrained(tmp_path / "one")
-    tensors = load_file(tmp_path / "one" / "model.safetensors")
-    save_file(
-        tensors | {"norm.weight": torch.zeros(32)},
-        tmp_path / "one" / "model.safetensors",
-        {"format": "pt"},
-    )
-    model.save_pretrained(tmp_path / "two", max_shard_size="20KB")
-    first, last, *_ = sorted((tmp_path / "two").glob("*.safetensors"))
-    name = next(iter(load_file(first)))
-    save_file(load_file(last) | {name: load_file(first)[name] + 1}, last, {"format": "pt"})
-    scale = "model.layers.1.mlp.experts.0.up_proj.weight_scale_inv"
-    tensors = load_file(fp8_deepseek(tmp_path / "fp8") / "model.safetensors")
-    (tmp_path / "fp8" / "model.safetensors").rename(tmp_path / "fp8" / "all.safetensors")
-    index = {
-        "metadata": {},
-        "weight_map": dict.fromkeys(tensors, "all.safetensors") | {scale: "more.safetensors"},
-    }
-    (tmp_path / "fp8" / "model.safetensors.index.json").write_text(json.dumps(index))
-    save_file({scale: tensors[scale] * 2}, tmp_path / "fp8" / "more.safetensors", {"format": "pt"})
-    save_llava_folder(tmp_path / "llava")
-    tensors, norm = (
-        load_file(tmp_path / "llava" / "model.safetensors"),
-        "language_model.norm.weight",
-    )
-    save_file(
-        tensors | {f"model.{norm}": torch.ones(32)},
-        tmp_path / "llava" / "model.safetensors",
-        {"format": "pt"},
-    )
+def require_refusal(source: Path, sentence: str) -> None:
+    """Check that pruning from files is refused with this sentence, and leaves nothing beside the source."""
     pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
-    for folder, said in (
-        ("one", r"norm\.weight .* model\.norm\.weight .*, with different values"),
-        ("two", f"holds {name} twice"),
-        ("fp8", f"holds {scale} twice"),
-        ("llava", rf"norm\.weight .* model\.{norm} .*, with different values"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            pruner.prune(tmp_path / folder, tiny_tokens().split(4), output_dir=tmp_path / "out")
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["fp8", "llava", "one", "two"]
+    with pytest.raises(ValueError, match=sentence):
+        pruner.prune(source, tiny_tokens().split(4), output_dir=source.with_name("out"))
+    assert [path.name for path in source.parent.iterdir()] == [source.name]
+
+
+def test_one_tensor_under_two_names_with_different_values_is_refused(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "source")
+    write_more(tmp_path / "source", {"norm.weight": torch.zeros(32)})
+
+    require_refusal(
+        tmp_path / "source", r"norm\.weight .* model\.norm\.weight .*, with different values"
+    )
+
+
+def test_one_tensor_of_a_multimodal_model_under_two_names_is_refused(tmp_path):
+    save_llava_folder(tmp_path / "source")
+    norm = "language_model.norm.weight"
+    write_more(tmp_path / "source", {f"model.{norm}": torch.ones(32)})
+
+    require_refusal(
+        tmp_path / "source", rf"norm\.weight .* model\.{norm} .*, with different values"
+    )
+
+
+def test_one_name_in_two_files_with_different_values_is_refused(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "source", max_shard_size="20KB")
+    first, last, *_ = sorted((tmp_path / "source").glob("*.safetensors"))
+    name = next(iter(load_file(first)))
+    other_value = {name: load_file(first)[name] + 1}
+    save_file(load_file(last) | other_value, last, {"format": "pt"})
+
+    require_refusal(tmp_path / "source", f"holds {name} twice")
+
+
+def test_a_scale_in_two_files_with_different_values_is_refused(tmp_path):
+    source = fp8_deepseek(tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    scale = "model.layers.1.mlp.experts.0.up_proj.weight_scale_inv"
+    (source / "model.safetensors").rename(source / "all.safetensors")
+    save_file({scale: tensors[scale] * 2}, source / "more.safetensors", {"format": "pt"})
+    weight_map = dict.fromkeys(tensors, "all.safetensors") | {scale: "more.safetensors"}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    require_refusal(source, f"holds {scale} twice")
 
 
 def test_files_that_no_longer_fit_a_model_in_memory_are_named(tmp_path):
@@ -325,26 +425,28 @@ def test_files_that_no_longer_fit_a_model_in_memory_are_named(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(source)
     (source / "model.safetensors").unlink()  # which the model still maps
     (source / "model.safetensors").write_bytes(b"no weights")
+    pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
+
     with warnings.catch_warnings(action="ignore"):
-        report = FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(
-            model, tiny_tokens().split(4)
-        )
-    ((what, why),) = report.model["lacks"].items()
+        report = pruner.prune(model, tiny_tokens().split(4))
+
+    ((what, reason),) = report.model["lacks"].items()
     assert str(source) in what
-    assert "can't be read" in why
+    assert "can't be read" in reason
     assert any("not in the pruned model" in warning for warning in report.warnings)
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["today's", "of old versions"])
 def test_binary_files_are_read_too(tmp_path, zipped):
+    source = tmp_path / "source"
     model = tiny_llama()
-    model.config.save_pretrained(tmp_path / "source")
+    model.config.save_pretrained(source)
     tensors = model.state_dict() | {"v_head.weight": torch.arange(2.0)}
-    torch.save(
-        tensors, tmp_path / "source" / "pytorch_model.bin", _use_new_zipfile_serialization=zipped
-    )
+    torch.save(tensors, source / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
-    pruner.prune(tmp_path / "source", tiny_tokens().split(4), output_dir=tmp_path / "out")
+
+    pruner.prune(source, tiny_tokens().split(4), output_dir=tmp_path / "out")
+
     assert torch.equal(tensors_of(tmp_path / "out")["v_head.weight"], torch.arange(2.0))
 
 
@@ -357,10 +459,13 @@ def test_binary_files_are_read_too(tmp_path, zipped):
     ],
 )
 def test_tables_of_old_checkpoints_are_copied(tmp_path, family, name):
-    tiny_model(family).save_pretrained(tmp_path / "source")
+    source = tmp_path / "source"
+    tiny_model(family).save_pretrained(source)
+    add_tensors(source, name, "visual.patch_embed.weight")
     pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
-    source = add_tensors(tmp_path / "source", name, "visual.patch_embed.weight")
+
     report = pruner.prune(source, tiny_tokens().split(4), output_dir=tmp_path / "out")
+
     assert report.model["copied"].pop("visual") == 1
     assert [*report.model["copied"].values()] == [1]
     assert tensors_of(tmp_path / "out").keys() == tensors_of(source).keys()

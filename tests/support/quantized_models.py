@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +20,14 @@ from transformers import (
 )
 
 VOCAB_SIZE = 64
-
-
-def _save(
-    folder: Path,
-    config: PreTrainedConfig | PreTrainedModel,
-    quantize: Any,
-    settings: dict[str, Any],
-) -> Path:
-    """Save a model, or a random one of a configuration, whose tensors `quantize` has replaced, by name."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        is_model = isinstance(config, PreTrainedModel)
-        model = (
-            config if is_model else AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        )
-        model.save_pretrained(folder)
-        tensors = {}
-        for name, tensor in load_file(folder / "model.safetensors").items():
-            tensors |= quantize(name, tensor)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    values = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
-    (folder / "config.json").write_text(json.dumps(values))
-    return folder
-
-
-def in_blocks(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """A matrix in FP8 and the scales of its blocks, of which the last ones may be smaller."""
-    rows, columns = (math.ceil(size / block) for size in weight.shape)
-    whole = torch.zeros(rows * block, columns * block)
-    whole[: weight.shape[0], : weight.shape[1]] = weight
-    blocks = whole.view(rows, block, columns, block)
-    scales = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
-    found = (blocks / scales[:, None, :, None]).view(whole.shape)[
-        : weight.shape[0], : weight.shape[1]
-    ]
-    return found.to(torch.float8_e4m3fn).contiguous(), scales
+_MOST_IN_FP8 = torch.finfo(torch.float8_e4m3fn).max
+_BLOCK = 16  # rows and columns that share a scale
+_FINE_GRAINED_FP8 = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [_BLOCK, _BLOCK],
+}
 
 
 def fp8_deepseek(folder: Path, rotated: int = 16, nope: int = 8, **larger: int) -> Path:
@@ -68,47 +41,32 @@ def fp8_deepseek(folder: Path, rotated: int = 16, nope: int = 8, **larger: int) 
         "intermediate_size": 48,
         "moe_intermediate_size": 16,
         "num_hidden_layers": 3,
-    }
-    sizes |= {
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "q_lora_rank": 16,
         "kv_lora_rank": 16,
-    }
-    sizes |= {
         "qk_rope_head_dim": rotated,
         "qk_nope_head_dim": nope,
         "v_head_dim": 16,
         "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_nextn_predict_layers": 0,
+        "vocab_size": VOCAB_SIZE,
+        "initializer_range": 0.2,
     }
-    sizes |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
-    config = DeepseekV3Config(
-        **(sizes | larger), vocab_size=VOCAB_SIZE, initializer_range=0.2, num_nextn_predict_layers=0
-    )
-
-    return _save(folder, config, _fp8, _FP8)
+    config = DeepseekV3Config(**(sizes | larger))
+    return _save(folder, _random_model(config), _in_fine_grained_fp8, _FINE_GRAINED_FP8)
 
 
 def fp8_llava(folder: Path) -> Path:
     """LLaVA whose text decoder is in fine-grained FP8."""
-    settings = _FP8 | {
+    settings = _FINE_GRAINED_FP8 | {
         "modules_to_not_convert": ["lm_head", "vision_tower", "multi_modal_projector"]
     }
-    return _save(folder, media_model("llava").bfloat16(), _fp8, settings)
-
-
-_FP8 = {
-    "quant_method": "fp8",
-    "fmt": "e4m3",
-    "activation_scheme": "dynamic",
-    "weight_block_size": [16, 16],
-}
-
-
-def _fp8(name: str, weight: Tensor) -> dict[str, Tensor]:
-    if weight.ndim < 2 or "layers" not in name or "vision" in name or name.endswith("gate.weight"):
-        return {name: weight}
-    return dict(zip((name, f"{name}_scale_inv"), in_blocks(weight.float(), 16), strict=True))
+    return _save(folder, media_model("llava").bfloat16(), _in_fine_grained_fp8, settings)
 
 
 def auto_fp8_qwen3_moe(folder: Path) -> Path:
@@ -134,7 +92,7 @@ def auto_fp8_qwen3_moe(folder: Path) -> Path:
         if not name.endswith("_proj.weight"):
             return {name: weight}
         module = name.removesuffix(".weight")
-        scale = weight.float().abs().max() / torch.finfo(torch.float8_e4m3fn).max
+        scale = weight.float().abs().max() / _MOST_IN_FP8
         return {
             name: (weight.float() / scale).to(torch.float8_e4m3fn),
             f"{module}.weight_scale": scale,
@@ -146,41 +104,43 @@ def auto_fp8_qwen3_moe(folder: Path) -> Path:
         "activation_scheme": "static",
         "ignored_layers": ["lm_head"],
     }
-    return _save(folder, config, quantize, settings)
+    return _save(folder, _random_model(config), quantize, settings)
 
 
 def mxfp4_gpt_oss(folder: Path) -> Path:
     """gpt-oss with experts in MXFP4: 32 values of 4 bits have a scale, two of them a byte."""
-    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
-    sizes |= {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-    }
     config = GptOssConfig(
-        **sizes, vocab_size=VOCAB_SIZE, layer_types=["full_attention"] * 2, pad_token_id=0
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        head_dim=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=VOCAB_SIZE,
+        layer_types=["full_attention"] * 2,
+        pad_token_id=0,
     )
 
     def quantize(name: str, weight: Tensor) -> dict[str, Tensor]:
-        if not name.endswith("_proj") or weight.ndim != 3:
+        is_of_experts = name.endswith("_proj") and weight.ndim == 3
+        if not is_of_experts:
             return {name: weight}
         experts, inputs, outputs = weight.shape
-        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
-        return {
-            f"{name}_blocks": blocks,
-            f"{name}_scales": torch.randint(118, 124, blocks.shape[:3]).byte(),
-        }
+        shape = (experts, outputs, inputs // 32, 16)
+        blocks = torch.randint(0, 256, shape, dtype=torch.uint8)
+        scales = torch.randint(118, 124, shape[:3]).byte()
+        return {f"{name}_blocks": blocks, f"{name}_scales": scales}
 
-    kept = [
+    dense_modules = [
         "model.layers.*.self_attn",
         "model.layers.*.mlp.router",
         "model.embed_tokens",
         "lm_head",
     ]
-    return _save(
-        folder, config, quantize, {"quant_method": "mxfp4", "modules_to_not_convert": kept}
-    )
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": dense_modules}
+    return _save(folder, _random_model(config), quantize, settings)
 
 
 def compressed_qwen3_moe(folder: Path, preset: str) -> Path:
@@ -190,41 +150,93 @@ def compressed_qwen3_moe(folder: Path, preset: str) -> Path:
     from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 32,
-        "moe_intermediate_size": 32,
-        "num_hidden_layers": 2,
-    }
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 4}
     config = Qwen3MoeConfig(
-        **sizes, num_experts_per_tok=2, vocab_size=VOCAB_SIZE, initializer_range=0.2
+        hidden_size=64,
+        intermediate_size=32,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=VOCAB_SIZE,
+        initializer_range=0.2,
     )
     scheme = preset_name_to_scheme(preset, ["Linear"])
-    if scheme.weights.group_size == 128:
+    if scheme.weights.group_size == 128:  # more than the model has columns
         scheme.weights.group_size = 32
     scheme.format = infer_module_format(torch.nn.Linear, scheme)
+    compressor = BaseCompressor.get_value_from_registry(scheme.format)
 
     def quantize(name: str, weight: Tensor) -> dict[str, Tensor]:
         if not name.endswith("_proj.weight"):
             return {name: weight}
-        groups = weight.unflatten(
-            1, (-1, scheme.weights.group_size or weight.shape[1])
-        )  # [out, groups, inputs]
+        group_size = scheme.weights.group_size or weight.shape[1]
+        groups = weight.unflatten(1, (-1, group_size))  # [out, groups, inputs]
         parts = {"weight": weight}
         if scheme.weights.scale_dtype is not None:
             parts["weight_global_scale"] = generate_gparam(weight.min(), weight.max())
-        scales, _ = calculate_qparams(
+        parts["weight_scale"], _ = calculate_qparams(
             groups.amin(2), groups.amax(2), scheme.weights, parts.get("weight_global_scale")
         )
-        found = BaseCompressor.get_value_from_registry(scheme.format).compress(
-            parts | {"weight_scale": scales}, scheme
-        )
-        return {
-            f"{name.removesuffix('weight')}{part}": tensor.contiguous()
-            for part, tensor in found.items()
-        }
+        module = name.removesuffix("weight")
+        compressed = compressor.compress(parts, scheme)
+        return {f"{module}{part}": tensor.contiguous() for part, tensor in compressed.items()}
 
-    stored = {"format": scheme.format, "quantization_status": "compressed"}
-    settings = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"], **stored)
-    return _save(folder, config, quantize, settings.model_dump(mode="json"))
+    settings = QuantizationConfig(
+        config_groups={"group_0": scheme},
+        ignore=["lm_head"],
+        format=scheme.format,
+        quantization_status="compressed",
+    )
+    return _save(folder, _random_model(config), quantize, settings.model_dump(mode="json"))
+
+
+def _random_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model in bfloat16 with the same random weights in every call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def _save(
+    folder: Path,
+    model: PreTrainedModel,
+    quantize: Callable[[str, Tensor], dict[str, Tensor]],
+    settings: dict[str, Any],
+) -> Path:
+    """Save a model with `settings` as its quantization settings; `quantize` returns what is stored for a tensor."""
+    model.save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(1)
+        stored = {}
+        for name, tensor in load_file(folder / "model.safetensors").items():
+            stored |= quantize(name, tensor)
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text()) | {"quantization_config": settings}
+    config_file.write_text(json.dumps(config))
+    return folder
+
+
+def _in_fine_grained_fp8(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """What is stored for a tensor: values and scales of matrices in decoder layers, except routers."""
+    is_in_layers = "layers" in name and "vision" not in name
+    if weight.ndim < 2 or not is_in_layers or name.endswith("gate.weight"):
+        return {name: weight}
+    values, scales = in_blocks(weight.float(), _BLOCK)
+    return {name: values, f"{name}_scale_inv": scales}
+
+
+def in_blocks(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """A matrix in FP8 and the scales of its blocks, of which the last ones may be smaller."""
+    rows, columns = weight.shape
+    block_rows = math.ceil(rows / block)
+    block_columns = math.ceil(columns / block)
+    padded = torch.zeros(block_rows * block, block_columns * block)
+    padded[:rows, :columns] = weight
+    blocks = padded.view(block_rows, block, block_columns, block)
+    scales = blocks.abs().amax((1, 3)) / _MOST_IN_FP8  # [block rows, block columns]
+    values = (blocks / scales[:, None, :, None]).view(padded.shape)[:rows, :columns]
+    return values.to(torch.float8_e4m3fn).contiguous(), scales
