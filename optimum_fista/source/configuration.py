@@ -41,6 +41,22 @@ def content_of(config: PreTrainedConfig, source: Mapping[str, Any] | None) -> di
     if section is None:
         return own_form
 
+    try:
+        content = _in_form_of(section, config)
+    except Exception as error:  # of Transformers; a finished run is not lost for it
+        logger.debug("the source's config.json can't be compared: %s", error)
+        content = None
+    if content is None:
+        logger.warning(
+            "config.json is written in the form of this version of Transformers: the changes of %s can't be said in "
+            "the form of its source",
+            type(config).__name__,
+        )
+    return own_form if content is None else content
+
+
+def _in_form_of(section: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any] | None:
+    """Return a copy of `section` with the values of `config`; `None` if Transformers would read others from it."""
     after = _all_values(config)
     content = copy.deepcopy(section)
     # Values of keys that the source has are changed first: others, such as `layer_types`, may follow from these.
@@ -48,14 +64,8 @@ def content_of(config: PreTrainedConfig, source: Mapping[str, Any] | None) -> di
         before = _all_values(_as_read(content, config))
         if before != after:
             _change(content, before, after, config, may_add=may_add)
-    if _all_values(_as_read(content, config)) == after:
-        return content
-    logger.warning(
-        "config.json is written in the form of this version of Transformers: the changes of %s can't be said in the "
-        "form of its source",
-        type(config).__name__,
-    )
-    return own_form
+    is_equal = _all_values(_as_read(content, config)) == after
+    return content if is_equal else None
 
 
 def source_content(source: Path | None) -> dict[str, Any] | None:
@@ -120,32 +130,29 @@ def _change(
             content.pop(name)
 
     for key, value in after.items():
-        if key in before and before[key] == value:
+        old: Any = before.get(key)
+        if key in before and old == value:
             continue
         names = _names_of(key, content, config)
-        old = before.get(key)
         # Not `getattr`: some configurations refuse values that differ between decoder layers.
         inner_config = vars(config).get(key) if isinstance(config, PreTrainedConfig) else None
-        if isinstance(old, dict) and isinstance(value, dict) and not names:
-            # Old multimodal models have the keys of their text decoder at the top, where programs read them.
-            is_flat = any(
-                _names_of(inner, content, inner_config)
-                for inner in value
-                if old.get(inner) != value[inner]
-            )
-            if is_flat:
-                _change(content, old, value, inner_config, may_add=False)
-            elif may_add:
-                content[key] = value
-        elif (
-            isinstance(old, dict)
-            and isinstance(value, dict)
-            and isinstance(content[names[0]], dict)
-        ):
+        is_section = isinstance(old, dict) and isinstance(value, dict)
+        if is_section and names and isinstance(content[names[0]], dict):
             _change(content[names[0]], old, value, inner_config, may_add=may_add)
+        elif is_section and not names and _has_changed_keys(content, old, value, inner_config):
+            # Old multimodal models have the keys of their text decoder at the top, where programs read them.
+            _change(content, old, value, inner_config, may_add=False)
         elif names or may_add:
             for name in names or [key]:
                 content[name] = value
+
+
+def _has_changed_keys(
+    content: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any], config: Any
+) -> bool:
+    """Tell whether `content` has a key at its top that differs between `before` and `after`, those of a section."""
+    changed = [key for key, value in after.items() if before.get(key) != value]
+    return any(_names_of(key, content, config) for key in changed)
 
 
 def _names_of(key: str, content: Mapping[str, Any], config: Any) -> list[str]:

@@ -18,7 +18,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,6 +38,8 @@ from optimum_fista.source.stored_tensor import ACTIVATION_SCALE, DENSE, StoredTe
 
 T = TypeVar("T")
 _EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
+# What a module in FP8 may store for its weight.
+_PARTS_IN_FP8 = ("weight", "weight_scale_inv", "weight_scale")
 IS_NOT_DESCRIBED = "loads a part of the model, whose configuration does not describe them"
 """The end of the reason why tensors of a larger model are not copied, such as those of its image tower."""
 
@@ -316,25 +317,14 @@ def source_tensors(
 
     naming = _Naming(model, dequantizer)
     packed = {f"{name}{suffix}" for name in packed_names(stored) for suffix in SUFFIXES}
-    places: dict[str, str] = {}
-    others: dict[str, str] = {}
-    same_tensor: dict[str, str] = {}  # the first stored tensor with each name in the model
-    for name, tensor in stored.items():
-        if name in packed:
-            continue
-        own, place = naming.names_of(name)
-        if not naming.is_loaded(name, place):
-            others[name] = naming.module_of(own)
-            continue
-        places[name] = place
-        if dequantizer is None:
-            _require_dense(name, tensor, naming.state[place], source)
-        other = same_tensor.setdefault(own, name)
-        if other != name and not tensor.equals(stored[other]):
-            raise ValueError(
-                f"{name} and {other} are both {own} of {type(model).__name__}, with different values: delete the wrong "
-                "one from the files of the model."
-            )
+    names = {name: naming.names_of(name) for name in stored if name not in packed}
+    places = {name: place for name, (_, place) in names.items() if naming.is_loaded(name, place)}
+    others = {name: naming.module_of(own) for name, (own, _) in names.items() if name not in places}
+    if dequantizer is None:
+        for name, place in places.items():
+            _require_dense(name, stored[name], naming.state[place], source)
+    own_names = {name: names[name][0] for name in places}
+    _require_one_value_each(stored, own_names, type(model).__name__)
 
     shapes_of_parts = {
         (_name_in_layer(name), stored[name].shape)
@@ -438,6 +428,23 @@ def _require_dense(name: str, tensor: StoredTensor, parameter: Tensor, source: P
         )
 
 
+def _require_one_value_each(
+    stored: Mapping[str, StoredTensor], own_names: Mapping[str, str], model_class: str
+) -> None:
+    """Refuse two stored tensors with the same name in the model and different values.
+
+    `own_names` has the names in the model, by the names in the files, of all tensors that are loaded.
+    """
+    first_with: dict[str, str] = {}
+    for name, own in own_names.items():
+        other = first_with.setdefault(own, name)
+        if other != name and not stored[name].equals(stored[other]):
+            raise ValueError(
+                f"{name} and {other} are both {own} of {model_class}, with different values: delete the wrong one from "
+                "the files of the model."
+            )
+
+
 def _prefix_of_layers(places: Mapping[str, str], layers: str) -> str:
     """Return what most names of stored tensors of decoder layers begin with; `layers` is that of their places."""
     prefixes = Counter[str]()
@@ -529,28 +536,30 @@ def _dequantized(
     """
     dense = dict(stored)
     remaining = dict(others)
-    can_be_read: dict[
-        str, bool
-    ] = {}  # one weight of each kind is tried, before the first decoder layer
+    can_be_read: dict[str, bool] = {}  # by the name without numbers
     for name in others:
         if not name.endswith(".weight") or not stored[name].dtype.startswith("F8"):
             continue
         module = name.removesuffix(".weight")
-        names = {
-            part: f"{module}.{part}" for part in ("weight", "weight_scale_inv", "weight_scale")
-        }
+        names = {part: f"{module}.{part}" for part in _PARTS_IN_FP8}
         readers = {part: stored[key].tensor for part, key in names.items() if key in remaining}
         read = partial(dequantizer.dense, module, readers, dtype)
+        shape = stored[name].shape
         kind = re.sub(r"\d+", "*", name)
-        if kind not in can_be_read:
-            can_be_read[kind] = False
-            with suppress(Exception):  # of the format's operations
-                has_scales = len(readers) > 1
-                can_be_read[kind] = has_scales and read().shape == stored[name].shape
+        if kind not in can_be_read:  # one of each is tried, before the first decoder layer
+            has_scales = len(readers) > 1
+            can_be_read[kind] = has_scales and _makes_shape(read, shape)
         if can_be_read[kind]:
-            empty = torch.empty(stored[name].shape, dtype=dtype, device="meta")
-            dense[name] = StoredTensor.of(empty, read)
-            for key in names.values():
-                if key != name:
-                    remaining.pop(key, None)
+            dense[name] = StoredTensor.of(torch.empty(shape, dtype=dtype, device="meta"), read)
+            for part in _PARTS_IN_FP8:
+                if part != "weight":
+                    remaining.pop(names[part], None)
     return dense, remaining
+
+
+def _makes_shape(read: Callable[[], Tensor], shape: tuple[int, ...]) -> bool:
+    """Tell whether a tensor can be dequantized, and then has this shape."""
+    try:
+        return tuple(read().shape) == shape
+    except Exception:  # of the format's operations
+        return False
