@@ -47,7 +47,6 @@ from optimum_fista.source.files import source_folder
 from optimum_fista.source.formats.dequantizer import read_dequantized
 from optimum_fista.source.model_folder import closest_folder, require_name
 from optimum_fista.source.quantization import quantization
-from optimum_fista.source.stored_tensor import weight_files
 
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "*.gguf", "vocab.*")
 
@@ -249,11 +248,8 @@ def _require_weights(name: str) -> None:
     """Refuse a configuration without weights, from which only an estimate can be made."""
     _require_no_configuration_file(name, "weights")
     folder = Path(name)
-    config_file = folder / "config.json"
-    if not config_file.is_file() or weight_files(folder):
-        return
-    has_other_name = b"transformers_weights" in config_file.read_bytes()
-    if not has_other_name:
+    has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+    if (folder / "config.json").is_file() and not has_weights:
         raise ValueError(
             f"model={name!r} has a config.json but no weights (model.safetensors or pytorch_model.bin): download them, "
             "or pass --dry-run for an estimate."

@@ -16,7 +16,12 @@ from safetensors.torch import load_file, save_file
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
 from tiny_models import tiny_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, Qwen3_5Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    GenerationConfig,
+    Qwen3_5Config,
+)
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport, recover
 from optimum_fista.cli.main import main
@@ -184,6 +189,35 @@ def test_files_beside_the_weights_come_along_when_a_model_is_recovered(tmp_path)
 
     assert {name: (tmp_path / "trained" / name).read_text() for name in BESIDE} == BESIDE
     assert foreign_files(tmp_path / "trained") == ["notes.txt"]  # there, but not uploaded
+
+
+def test_a_generation_configuration_that_nobody_changed_is_copied(tmp_path, monkeypatch):
+    source = save_tiny_folder(tmp_path / "source")
+    text = BESIDE["generation_config.json"]  # which Transformers calls invalid
+    (source / "generation_config.json").write_text(text)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
+    pruner.prune(model, tiny_tokens().split(4))
+    generation = model.generation_config
+    validate = GenerationConfig.validate
+    validated_by = []
+    save = model.save_pretrained
+
+    def watched_save(*arguments, **options):
+        validated_by.append(GenerationConfig.validate)
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(model, "save_pretrained", watched_save)
+    pruner.save_pretrained(model, tmp_path / "out")
+    model.generation_config.temperature = 0.7
+    model.generation_config.do_sample = True
+    pruner.save_pretrained(model, tmp_path / "changed")
+
+    assert (tmp_path / "out" / "generation_config.json").read_text() == text
+    changed = json.loads((tmp_path / "changed" / "generation_config.json").read_text())
+    assert changed["temperature"] == 0.7
+    assert model.generation_config is generation
+    assert validated_by == [validate, validate]  # nothing is replaced in the process
 
 
 def test_small_files_of_the_hub_are_fetched(hub, tmp_path):
