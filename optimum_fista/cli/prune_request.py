@@ -119,7 +119,9 @@ class PruneRequest:
         from optimum_fista.folder.hub import require_push
         from optimum_fista.prune.ranks import launched_processes, require_independent_layers
         from optimum_fista.removal.planning import require_zeros_to_pack
+        from optimum_fista.source.model_folder import require_weights
 
+        require_weights(self.model)
         usable_device(self.device)
         storage_place(self.storage_device)
         require_independent_layers(self.config, launched_processes())

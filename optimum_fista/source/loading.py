@@ -45,7 +45,12 @@ from optimum_fista.memory import is_out_of_memory
 from optimum_fista.model.offload import move_execution, settle_ties
 from optimum_fista.source.files import source_folder
 from optimum_fista.source.formats.dequantizer import read_dequantized
-from optimum_fista.source.model_folder import closest_folder, require_name
+from optimum_fista.source.model_folder import (
+    closest_folder,
+    require_name,
+    require_no_configuration_file,
+    require_weights,
+)
 from optimum_fista.source.quantization import quantization
 
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "*.gguf", "vocab.*")
@@ -139,7 +144,7 @@ def local_source(model: PreTrainedModel) -> Path | None:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer of a model; `None` if a model folder has none."""
-    _require_no_configuration_file(name, "tokenizer")
+    require_no_configuration_file(name, "tokenizer")
     folder = Path(name)
     has_tokenizer = any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
     if (folder / "config.json").is_file() and not has_tokenizer:
@@ -222,7 +227,7 @@ def read_model(
     Raises:
         ValueError: The files lack tensors that the model needs, or are quantized in a form that can't be read.
     """
-    _require_weights(name)
+    require_weights(name)
     if gguf_file(name) is not None:
         automatic = AutoModelForCausalLM
     else:
@@ -242,27 +247,6 @@ def read_model(
             f"such as {missing[0]}. Download it again."
         )
     return model
-
-
-def _require_weights(name: str) -> None:
-    """Refuse a configuration without weights, from which only an estimate can be made."""
-    _require_no_configuration_file(name, "weights")
-    folder = Path(name)
-    has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
-    if (folder / "config.json").is_file() and not has_weights:
-        raise ValueError(
-            f"model={name!r} has a config.json but no weights (model.safetensors or pytorch_model.bin): download them, "
-            "or pass --dry-run for an estimate."
-        )
-
-
-def _require_no_configuration_file(name: str, missing: str) -> None:
-    """Refuse the path of a `config.json`; `missing` says what cannot be read from it."""
-    if Path(name).is_file() and Path(name).suffix == ".json":
-        raise ValueError(
-            f"model={name!r} is a configuration, which has no {missing}: pass the folder of the model, or --dry-run "
-            "for an estimate."
-        )
 
 
 @contextmanager

@@ -71,6 +71,27 @@ def require_name(name: str) -> None:
         ) from error
 
 
+def require_weights(name: str) -> None:
+    """Refuse a `config.json`, or a folder that has one but no weights: only an estimate can be made of it."""
+    require_no_configuration_file(name, "weights")
+    folder = Path(name)
+    has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+    if (folder / CONFIG_FILE).is_file() and not has_weights:
+        raise ValueError(
+            f"model={name!r} has a config.json but no weights (model.safetensors or pytorch_model.bin): download them, "
+            "or pass --dry-run for an estimate."
+        )
+
+
+def require_no_configuration_file(name: str, missing: str) -> None:
+    """Refuse the path of a `config.json`; `missing` says what cannot be read from it."""
+    if Path(name).is_file() and Path(name).suffix == ".json":
+        raise ValueError(
+            f"model={name!r} is a configuration, which has no {missing}: pass the folder of the model, or --dry-run "
+            "for an estimate."
+        )
+
+
 def checkpoint_files(folder: Path, stem: str = "model") -> dict[str, Path]:
     """Return the safetensors file of every tensor of a model folder, by the tensor's name.
 

@@ -8,11 +8,12 @@ import torch
 from hub_standin import connect, hub_fixture  # noqa: F401
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from quantized_models import fp8_deepseek
-from tiny_llama import tiny_llama, tiny_tokens
+from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.cli.main import main
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.model.layers import require_unquantized
 from optimum_fista.source import loading
@@ -197,6 +198,18 @@ def test_a_configuration_has_no_weights(tmp_path):
     for read in (prune_from_files, lambda path: load_model(str(path))):
         with pytest.raises(ValueError, match=r"json' is a configuration, which has no .*--dry-run"):
             read(tmp_path / "model" / "config.json")
+
+
+def test_a_folder_without_weights_is_refused_before_the_plan(tmp_path, capsys):
+    save_tiny_folder(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+
+    assert main(["prune", str(tmp_path / "model"), "-o", str(tmp_path / "out")]) == 1
+
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "has a config.json but no weights" in printed.err
+    assert "decoder layers" not in printed.err
 
 
 def test_a_configuration_that_is_passed_stays_as_it_is(tmp_path):
