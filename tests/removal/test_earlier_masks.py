@@ -13,7 +13,8 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig, masked_training, verify_checkpoint
-from optimum_fista.folder.checkpoint import MASKS_FILE, read_json, read_report
+from optimum_fista.folder.checkpoint import MASKS_FILE, read_report
+from optimum_fista.source.model_folder import read_json
 
 BATCHES = tiny_tokens().split(4)
 DOWN = {"model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight"}
