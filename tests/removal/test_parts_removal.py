@@ -18,7 +18,8 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
 from optimum_fista.folder.checkpoint import read_report
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.removal import parts_removal
+from optimum_fista.removal import parts, parts_removal, shrinking
+from optimum_fista.removal.outline import described_model
 from optimum_fista.solve.pattern import unpack_mask
 
 BOTH = "channels:0.25/4+heads:0.5"
@@ -221,3 +222,29 @@ def test_a_model_that_lost_more_since_is_not_saved_with_an_old_report(pattern, t
     second.save_pretrained(model, tmp_path / "latest")
     found = verify_checkpoint(tmp_path / "latest")
     assert found.num_zeros or found.removed
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        # the model as it is, one with fewer parts, and the smaller one
+        ("channels:0.25/4", 3),
+        ("channels:0.25/4+heads:0.5", 4),
+        # the model as it is, one for each layer that is tried first, and that of the run
+        ("layers:0.5", 4),
+    ],
+)
+def test_a_run_builds_as_few_outlines_as_it_needs(pattern, expected, monkeypatch):
+    built = []
+
+    def count(*arguments):
+        built.append(arguments[1:])
+        return described_model(*arguments)
+
+    for module in (parts, shrinking):
+        monkeypatch.setattr(module, "described_model", count)
+    model = tiny_llama()
+
+    pruner(pattern, method="wanda").prune(model, BATCHES)
+
+    assert len(built) == expected

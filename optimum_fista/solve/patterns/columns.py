@@ -1,10 +1,18 @@
-"""Whole columns: groups of consecutive inputs that all rows keep, or that all rows lose."""
+"""Whole columns: groups of consecutive inputs of a matrix [out, in] that all rows keep, or that all rows lose.
+
+A user writes `columns:0.25`. A run that removes parts of a model makes `Columns.keeping` for each operator that reads
+such parts.
+"""
 
 import re
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from optimum_fista.solve.pattern import Scope, SparsityPattern
+
+_TEXT = re.compile(
+    r"columns:(?:(?P<kept>\d+)of(?P<groups>\d+)|(?P<share>[\d.]+(?:e-\d+)?))(?:x(?P<width>\d+))?"
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,7 @@ class Columns(SparsityPattern):
     whole_columns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        """Refuse a share or a width that makes no sense."""
         if not 0 <= self.sparsity < 1:
             raise ValueError(
                 f"sparsity={self.sparsity!r}: pass the share of the columns to remove, in [0, 1)."
@@ -41,35 +50,38 @@ class Columns(SparsityPattern):
     @classmethod
     def read(cls, text: str, sparsity: float | None, scope: Scope) -> Self | None:  # noqa: ARG003, the text says it
         """Read `"columns:0.25"`, with a width `"columns:0.25x64"`, or exactly 7 of 9 groups, `"columns:7of9x64"`."""
-        found = re.fullmatch(r"columns:(?:(\d+)of(\d+)|([\d.]+(?:e-\d+)?))(?:x(\d+))?", text)
-        if found is None:
+        match = _TEXT.fullmatch(text)
+        if match is None:
             return None
-        kept, groups, share, width = found.groups(default="1")
+        width = 1 if match["width"] is None else int(match["width"])
         try:
-            return (
-                cls.keeping(int(kept), int(groups), int(width))
-                if found[1]
-                else cls(float(share), scope, int(width))
-            )
+            if match["kept"] is not None:
+                return cls.keeping(int(match["kept"]), int(match["groups"]), width)
+            return cls(float(match["share"]), scope, width)
         except ValueError as error:  # of a number, or of `__post_init__`
             raise ValueError(f"pattern={text!r}: {error}") from None
 
     def __str__(self) -> str:
+        """The text that `read` takes."""
         width = f"x{self.width}" if self.width > 1 else ""
         if self.groups is None:
-            return f"columns:{self.sparsity!r}{width}"  # `repr` keeps every digit, as a share in a report must
-        return f"columns:{round((1 - self.sparsity) * self.groups)}of{self.groups}{width}"
+            # `repr` keeps every digit, as a share in a report must
+            return f"columns:{self.sparsity!r}{width}"
+        num_kept = round((1 - self.sparsity) * self.groups)
+        return f"columns:{num_kept}of{self.groups}{width}"
 
     def require_shape(self, shape: tuple[int, ...], name: str = "weight") -> None:
         """Check that the columns are whole groups, and that some of them are kept."""
         super().require_shape(shape, name)
         groups = shape[1] // self.width
-        found = f"{name} has {groups} groups of {self.width} columns"
         if self.groups is not None and groups != self.groups:
             raise ValueError(
-                f"{found}, not {self.groups} as {self} has: pass a share such as 'columns:0.25'."
+                f"{name} has {groups} groups of {self.width} columns, not {self.groups} as {self} has: pass a share "
+                "such as 'columns:0.25'."
             )
-        if self.num_kept((1, shape[1])) == 0:
+        columns_kept = self.num_kept((1, shape[1]))
+        if columns_kept == 0:
             raise ValueError(
-                f"{found}, and {self} keeps none: pass a share of at most {1 - 1 / groups:g}."
+                f"{name} has {groups} groups of {self.width} columns, and {self} keeps none: pass a share of at most "
+                f"{1 - 1 / groups:g}."
             )
