@@ -92,6 +92,7 @@ class ActivationStore(Sequence[Tensor]):
         return len(self._kept) if self.staging is None else self.staging.count
 
     def __getitem__(self, index: Any) -> Any:
+        """The tensor with a number, on `device`; a copy if it is kept elsewhere."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         if self.staging is None:
@@ -125,6 +126,7 @@ class _File(Sequence[Tensor]):
         return len(self._entries)
 
     def __getitem__(self, index: Any) -> Any:
+        """Map the tensor with a number from the file."""
         start, shape, dtype = self._entries[index]
         if not shape.numel():  # nothing can't be mapped
             return torch.empty(shape, dtype=dtype)
@@ -146,6 +148,7 @@ class _Staging:
     """
 
     def __init__(self, kept: list[Tensor] | _File, device: torch.device, has_streams: bool) -> None:
+        """Begin with the tensors that `kept` has; `device` is the one that tensors come from and go to."""
         self.count = len(kept)  # of tensors, those that are still copied included
         self._kept = kept
         self._device = device

@@ -168,6 +168,11 @@ class LayerTargets:
         ends: Mapping[str, PartEnd] | None = None,
         experts: nn.Module | None = None,
     ) -> None:
+        """Run the dense layer once, on `entering`, and record what later problems need of the dense network.
+
+        `groups` (in execution order) and `ends` come from `trace_groups`. `experts` is the module with the experts, if
+        some of them will be removed. Hooks are on the modules while the layer runs.
+        """
         self.activations = activations
         self.entering = entering
         self._groups = groups
@@ -460,6 +465,7 @@ class _DenseRecord:
         is_dense_input: bool,
         needs_dense: bool,
     ) -> None:
+        """Begin empty; with `is_dense_input`, `X* = X`, and `needs_dense` is that of the `Correction`."""
         self.group = group
         self.batch = 0
         self._activations = activations

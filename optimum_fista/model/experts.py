@@ -94,6 +94,10 @@ class ExpertOperator(LinearOperator):
     def __init__(
         self, experts: FusedExperts, kind: str, expert: int, tensor: str, half: int | None
     ) -> None:
+        """Name one matrix of the `expert` with a number, which is a part of the mixture's parameter `tensor`.
+
+        `kind` is "gate_proj", "up_proj" or "down_proj". If the parameter has both gate and up, `half` is 0 or 1.
+        """
         self.experts = experts
         self.kind = kind
         self.expert = expert
@@ -148,6 +152,7 @@ class FusedExperts:
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
+        """Make an operator of every matrix; `module` has a known form (`can_be_split`), and stays as it is."""
         self.name = name
         self.module = module
         self.gated = hasattr(module, "gate_up_proj")

@@ -96,6 +96,7 @@ class _Tracer:
     """Sees the calls of operators, and the ends of parts, in one forward pass."""
 
     def __init__(self, operators: Mapping[str, LinearOperator]) -> None:
+        """Begin before hooks are on the modules of the `operators`, which are by name."""
         self.by_module = {operator.module: operator for operator in operators.values()}
         # before hooks of the tracer are on them
         self._doubtful = {module for module in self.by_module if _is_doubtful(module)}
@@ -263,6 +264,10 @@ class FinishedParts:
         groups: Sequence[Group],
         ends: Mapping[str, PartEnd],
     ) -> None:
+        """Find after which group each part is finished; nothing runs, and nothing is kept yet.
+
+        `groups` are in the order in which they are pruned, and `ends` are those of `LayerTrace`.
+        """
         self._activations = activations
         self._outputs: dict[nn.Module, _PartOutputs] = {}
         # of the operators that end parts, until the outputs of the part are kept
@@ -345,6 +350,7 @@ class _Pass:
         outputs: Mapping[nn.Module, _PartOutputs],
         ends: Mapping[nn.Module, tuple[LinearOperator, Rest]],
     ) -> None:
+        """Begin with outputs that are kept, and with the operators that end parts; both by part."""
         self._outputs = outputs
         self._ends = ends
         # what is kept of a finished part, batch after batch: its outputs, or the inputs of the operator that ends it

@@ -37,6 +37,10 @@ class LinearOperator:
         tensor: str = "weight",
         transposed: bool | None = None,
     ) -> None:
+        """Name the weight `tensor` of `owner`, by default of `module`; nothing is copied.
+
+        `transposed` says that it is stored as [in, out]; `None`: if the module is a `Conv1D`.
+        """
         self.name = name
         self.module = module
         self.owner = module if owner is None else owner

@@ -73,8 +73,8 @@ class Sensitivity:
     # [out], nats per unit of squared error in each output: 1/2 E[e g_i^2] / E[e], float32
     outputs: Tensor
     inputs: Tensor  # [in], mean of x_j^2 over all tokens, float32
-    seen: int  # tokens that reached the operator: not all for an expert of a mixture
-    is_felt: bool  # whether any gradient is not zero
+    num_tokens: int  # that reached the operator: not all for an expert of a mixture
+    has_gradient: bool  # whether any gradient is not zero
 
     def saliency(self, weight: Tensor) -> Tensor:
         """Expected increase of the loss per token, in nats, when a weight alone is set to zero, [out, in].
@@ -133,7 +133,7 @@ def measure_sensitivities(
                 f"the gradients of the loss by the outputs of {name} hold NaN or Inf, so budgets can't be shared: pass "
                 "allocation='uniform', or a model in float32 or bfloat16."
             )
-        sensitivities[name] = watcher.sensitivity(num_tokens, is_felt=total > 0)
+        sensitivities[name] = watcher.sensitivity(num_tokens, has_gradient=total > 0)
     return sensitivities
 
 
@@ -158,6 +158,7 @@ class _Watcher:
     """Sums inputs and gradients of one operator over the sequences; `calls` counts its calls in one sequence."""
 
     def __init__(self, operator: LinearOperator) -> None:
+        """Begin with sums of zero; the operator's weight is read once."""
         self.operator = operator
         # sum_i w_ij^2 [in]: e_t is its product with x_t^2
         self.columns = operator.read().square().sum(0)
@@ -166,7 +167,7 @@ class _Watcher:
         self.gradients = torch.zeros(out, device=device)  # sum_t e_t g_ti^2 [out], float32
         self.inputs = torch.zeros(columns, device=device)  # sum_t x_tj^2 [in], float32
         self.energy = torch.zeros((), dtype=torch.float64, device=device)  # sum_t e_t
-        self.seen = 0
+        self.num_tokens = 0  # that reached the operator
         self.calls = 0
 
     def see(
@@ -185,7 +186,7 @@ class _Watcher:
             energies.clamp_(max=_TYPICAL * energies.median())
             self.inputs += squares.sum(0)
             self.energy += energies.double().sum()
-            self.seen += squares.shape[0]
+            self.num_tokens += squares.shape[0]
         is_product = isinstance(output, Tensor) and output.shape[-1] == self.operator.shape[0]
         if is_product and isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(partial(self._add_gradient, energies))
@@ -197,12 +198,15 @@ class _Watcher:
             squares = gradient.detach().reshape(-1, gradient.shape[-1]).float().square()
             self.gradients += in_few_sizes(energies) @ in_few_sizes(squares)
 
-    def sensitivity(self, num_tokens: int, *, is_felt: bool) -> Sensitivity:
+    def sensitivity(self, num_tokens: int, *, has_gradient: bool) -> Sensitivity:
         """The sensitivity of the operator; `num_tokens` are those of all sequences."""
         # 1/2 (sum_t e_t g_ti^2) / (sum_t e_t): the numbers of tokens cancel.
         outputs = self.gradients * (0.5 / self.energy.clamp_min(1e-30))
         return Sensitivity(
-            outputs=outputs, inputs=self.inputs / num_tokens, seen=self.seen, is_felt=is_felt
+            outputs=outputs,
+            inputs=self.inputs / num_tokens,
+            num_tokens=self.num_tokens,
+            has_gradient=has_gradient,
         )
 
 

@@ -60,7 +60,7 @@ def share_budgets(
 
     pools = _pools(sharing)
     has_gradient = {
-        key: any(sensitivities[name].is_felt for name in names) for key, names in pools.items()
+        key: any(sensitivities[name].has_gradient for name in names) for key, names in pools.items()
     }
     without_gradient = [
         name for key, names in pools.items() if not has_gradient[key] for name in names
@@ -147,7 +147,7 @@ def _shares_of_zeros(
         sizes[key] = sum(math.prod(operators[name].shape) for name in names)
         if config.scope == "matrix":  # rows of a matrix share their zeros
             for name in names:
-                if sensitivities[name].seen >= _LEAST_TOKENS:
+                if sensitivities[name].num_tokens >= _LEAST_TOKENS:
                     output_weights[name] = sensitivities[name].outputs
 
     sparsities: dict[str, float] = {}

@@ -109,7 +109,7 @@ def test_sums_are_those_of_plain_autograd(family, padded):
         found = sensitivities[name]
         assert torch.allclose(found.outputs, outputs, rtol=1e-3, atol=1e-5 * float(outputs.max()))
         assert torch.allclose(found.inputs, inputs / num_tokens, rtol=1e-4)
-        assert found.seen == num_tokens
+        assert found.num_tokens == num_tokens
         assert float(gradients.sum()) > 0
 
 
@@ -197,7 +197,7 @@ def test_what_is_not_one_matrix_product_has_no_gradient_and_disturbs_no_other(fa
         loss = DenseLoss(find_decoder_layers(model), batches, num_tokens=64)
         sensitivities = measure_sensitivities(loss, operators)
 
-    no_gradient = {name for name, found in sensitivities.items() if not found.is_felt}
+    no_gradient = {name for name, found in sensitivities.items() if not found.has_gradient}
     expected = {name for name in operators if name.split(".", 3)[-1] in names}
     assert expected
     assert expected <= no_gradient
