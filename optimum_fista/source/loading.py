@@ -373,7 +373,7 @@ def _refuse_adapter(adapter_config: Path) -> None:
         base = None
     raise ValueError(
         f"model={str(adapter_config.parent)!r} is an adapter of PEFT (adapter_config.json), not a model: merge it into "
-        f"its base model{'' if base is None else f' {base!r}'} (merge_and_unload() of PEFT), save that model, and pass "
+        f"its base model (base_model_name_or_path={base!r}) by merge_and_unload() of PEFT, save that model, and pass "
         "its folder."
     )
 
