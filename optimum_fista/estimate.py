@@ -309,15 +309,18 @@ class Estimate:
                     fused_experts += sum(p.nbytes for p in parameters if p.ndim == 3)
         # The dense and the pruned network have held-out hidden states of their own.
         held_out = 2 * self._num_held_out * self._sequence_bytes
+        hidden_states = self._num_streams * self._stream_bytes + held_out
         waiting = 0.0
         in_output = self._storage_device in (None, "disk")  # not in a folder of the user
         if self._storage == "disk" and in_output:
-            waiting = max((moment.waiting for moment in self._moments()), default=0.0)
+            # While most activations wait, the journal has the hidden states of one layer, not of two.
+            largest = max((moment.waiting for moment in self._moments()), default=0.0)
+            waiting = max(0.0, largest - hidden_states)
         return {
             "model": self.weight_bytes - saved,
             "masks": masks if self.packed else 2 * masks,  # the journal's too
             "fused experts, copied by the lazy reader": fused_experts,
-            "hidden states of two layers": 2 * (self._num_streams * self._stream_bytes + held_out),
+            "hidden states of two layers": 2 * hidden_states,
             "activations that wait": int(waiting),
         }
 

@@ -75,8 +75,8 @@ def require_disk(needed: int, output: Path) -> None:
     free = shutil.disk_usage(existing).free
     if needed - written > free:
         raise OSError(
-            f"output {str(output)!r}: the run needs {size_text(needed - written)} of disk, and {size_text(free)} are "
-            "free there: make room, or pass --output on another disk. --dry-run shows what it needs."
+            f"output {str(output)!r}: the run needs up to {size_text(needed - written)} of disk, and {size_text(free)} "
+            "are free there: make room, or pass --output on another disk. --dry-run shows what it needs."
         )
 
 
