@@ -32,8 +32,9 @@ def write_file(
 
     Args:
         path: The file, in a folder that exists.
-        content: Text, bytes, pieces of bytes, or tensors by their names, which are written as safetensors.
-        metadata: Of a safetensors file.
+        content: Text, bytes, pieces of bytes, or tensors by their names, which are written as safetensors. An iterator
+            is read to its end.
+        metadata: Texts by key in the header of a safetensors file; not used for other content.
 
     Raises:
         OSError: If the file can't be written; it names `path`. A file that was there before is as it was.
@@ -62,15 +63,16 @@ def write_file(
 def errors_of_writing(path: Path) -> Iterator[None]:
     """Turn every error of the system inside the context into an OSError that names `path`.
 
-    Safetensors and `torch.save` wrap the system's errors in a text of their own. Other errors pass.
+    Safetensors and `torch.save` wrap the system's errors in a text of their own. Other errors pass. An OSError that
+    names no file gets the name, and is raised again.
     """
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
-        is_of_torch_save = "inline_container" in str(error)
+        is_of_torch_save = "inline_container" in str(error)  # the file of its source that raises
         if isinstance(error, RuntimeError) and not is_of_torch_save:
             raise
-        is_full = "os error 28" in str(error)
+        is_full = "os error 28" in str(error)  # as safetensors writes ENOSPC
         number = errno.ENOSPC if is_full else errno.EIO
         raise OSError(number, str(error), str(path)) from error
     except OSError as error:
@@ -80,7 +82,7 @@ def errors_of_writing(path: Path) -> Iterator[None]:
 
 
 def require_writable(file: Path) -> None:
-    """Refuse an output file that can't be written, before any work is done for it. Nothing is written.
+    """Refuse an output file that can't be written, before any work is done for it. Nothing is left on the disk.
 
     Raises:
         OSError: If `file` is a folder, can't be written to, or would be in a folder that can't.
@@ -93,7 +95,8 @@ def require_writable(file: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         is_pipe_or_device = file.exists() and not file.is_file()
         if not is_pipe_or_device:
-            # Folders that are missing are made only when there is something to write.
+            # Folders that are missing are made only when there is something to write. So a file is made, and deleted
+            # at once, in the nearest folder that exists.
             parents = Path(os.path.realpath(file)).parents
             nearest = next(folder for folder in parents if folder.exists())
             tempfile.TemporaryFile(dir=nearest).close()
@@ -121,7 +124,7 @@ def flush(path: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write tensors as a safetensors file, and return the digest of the file."""
+    """Write tensors as a safetensors file, which replaces a file at `path`, and return the digest of the new file."""
     write_file(path, tensors, {"format": "pt"})  # a file without metadata and tensors can't be read
     return digest_of(path)
 
@@ -129,18 +132,24 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 def write_record(
     path: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write a record: the tensors beside `path`, with the ending .safetensors, then the values at `path` as JSON."""
+    """Write a record: the tensors beside `path`, with the ending .safetensors, then the values at `path` as JSON.
+
+    Files of these names are replaced. `values` must be as JSON has them; `tensors` are by any names.
+    """
     sha256_of_tensors = None
     if tensors is not None:
         sha256_of_tensors = write_tensors(path.with_suffix(".safetensors"), tensors)
 
     record = {"values": values, "tensors": sha256_of_tensors}
-    text = json.dumps({"sha256": _digest_of_values(record), **record}, indent=1)
-    write_file(path, text)
+    record_with_digest = {"sha256": _digest_of_values(record), **record}
+    write_file(path, json.dumps(record_with_digest, indent=1))
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """Return the values of a record; `None` if it is missing, or if it or its tensors are damaged (logged)."""
+    """Return the values of a record; `None` if it is missing, or if it or its tensors are damaged (logged).
+
+    `path` is that of the JSON file, as `write_record` got it. Tensors are checked by their digest and not returned.
+    """
     try:
         record = json.loads(path.read_bytes())
         sha256 = record.pop("sha256")
@@ -155,13 +164,18 @@ def read_record(path: Path) -> dict[str, Any] | None:
     if not is_as_written:
         logger.warning("%s is damaged and not used", path)
         return None
-    if sha256_of_tensors is None:
+    if sha256_of_tensors is None:  # the record was written without tensors
         return values
-    return values if is_whole(path.with_suffix(".safetensors"), sha256_of_tensors) else None
+    if not is_whole(path.with_suffix(".safetensors"), sha256_of_tensors):
+        return None
+    return values
 
 
 def is_whole(path: Path, sha256: str | None) -> bool:
-    """Tell whether a file exists and still has the bytes that were written, by their digest; logs if not."""
+    """Tell whether a file exists and still has the bytes that were written; logs a warning if not.
+
+    `sha256` is the digest of those bytes, as `write_tensors` returned it; `None` equals no file's.
+    """
     if path.exists() and digest_of(path) == sha256:
         return True
     logger.warning("%s is damaged and not used", path)

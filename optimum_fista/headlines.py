@@ -1,6 +1,11 @@
 """The head of a report: its title and the numbers that a reader looks for first, as text.
 
 The page shows them in boxes, a notebook as a table. The model card and the terminal say the same in sentences.
+
+All is computed from a `PruningReport`, which no function here changes. A run is *given* a model and makes a *result*.
+The *first* model is the one that the user began with; it is the given one if no run came before (`report.origin` is
+then `None`). `report.measured("dense")` is the perplexity of the given model, `report.measured("pruned")` that of the
+result, and `report.first_perplexity` that of the first model on the same text.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from optimum_fista.report import COST_OF_TOKENS_ELSEWHERE, PruningReport
 
 _UNBROKEN = "\u00a0"  # a blank at which no line is broken
 
-# What the peaks of memory are called, and the fields of `MemoryPeak` that hold them.
+# What the peaks of memory are called for readers, and the fields of `MemoryPeak` that hold them.
 MEMORY_KINDS = {
     "anonymous": "anonymous_bytes",
     "resident": "resident_bytes",
@@ -37,7 +42,9 @@ def title(report: PruningReport) -> str:
     """Name the result by the first model and the patterns of all runs, such as "Llama-3.2-1B, layers:0.5, then 2:4"."""
     # Of a Hub id only the last part.
     name = report.first_model.name.split("/")[-1]
-    return f"{name or report.model['class']}, {patterns_of(report.steps)}"
+    if not name:
+        name = report.model["class"]
+    return f"{name}, {patterns_of(report.steps)}"
 
 
 def headlines(report: PruningReport) -> Iterator[Headline]:
@@ -76,7 +83,9 @@ def headlines(report: PruningReport) -> Iterator[Headline]:
     )
     peaks = memory_peaks(report)
     if peaks:
-        highest = peaks.get("on the GPU") or next(iter(peaks.values()))
+        # If there is no GPU, the first of `MEMORY_KINDS` that was measured.
+        first_kind = next(iter(peaks))
+        highest = peaks.get("on the GPU", peaks[first_kind])
         kinds = ", ".join(f"{size_text(peak)} {kind}" for kind, peak in peaks.items())
         yield Headline(
             name="Peak memory",
@@ -120,7 +129,7 @@ def perplexities_to_compare(report: PruningReport) -> list[str]:
     given = report.measured("dense")
     pruned = report.measured("pruned")
     if first is None:
-        sentences = ["that of the dense model is not known on this text"]
+        pieces = ["that of the dense model is not known on this text"]
     else:
         bits = ""
         if (
@@ -129,10 +138,10 @@ def perplexities_to_compare(report: PruningReport) -> list[str]:
             and pruned.bits_per_byte is not None
         ):
             bits = f" ({pruned.bits_per_byte:.3f} and {first.bits_per_byte:.3f} bits per byte)"
-        sentences = [f"{first.perplexity:.2f} of the dense model{bits}"]
+        pieces = [f"{first.perplexity:.2f} of the dense model{bits}"]
     if report.origin is not None and given is not None:
-        sentences.append(f"{given.perplexity:.2f} of the model that this run began with")
-    return sentences
+        pieces.append(f"{given.perplexity:.2f} of the model that this run began with")
+    return pieces
 
 
 def perplexity_line(report: PruningReport) -> str:
@@ -169,10 +178,10 @@ STEP_HEADINGS = ("pattern", "method", "what it removed", "parameters left", "per
 
 
 def step_rows(report: PruningReport) -> list[tuple[str, str, str, str, str]]:
-    """Rows of the table of all runs, under `STEP_HEADINGS`; empty if there was only one run.
+    """Return the rows of the table of all runs, under `STEP_HEADINGS`; empty if there was only one run.
 
-    The first row is the model that the user began with. A perplexity that was measured on another text than that of the
-    latest run is left out.
+    Each row after the first is for one run, in order; the last is for the run of `report`. The first row is the model
+    that the user began with. A perplexity that was measured on another text than that of the latest run is left out.
     """
     if report.origin is None:
         return []
@@ -180,7 +189,7 @@ def step_rows(report: PruningReport) -> list[tuple[str, str, str, str, str]]:
     unknown = "not measured" if report.perplexity is None else "not known on this text"
 
     def perplexity_text(measured: MeasuredPerplexity | None) -> str:
-        """Write a cell of the last column."""
+        """Write a cell of the last column; `unknown` is the outer function's text for a missing number."""
         return unknown if measured is None else f"{measured.perplexity:.2f}"
 
     def parameters_text(number: int | None) -> str:
@@ -205,7 +214,11 @@ def step_rows(report: PruningReport) -> list[tuple[str, str, str, str, str]]:
 
 
 def _removed(report: PruningReport) -> Headline:
-    """Show how much of the first model is gone, after all runs."""
+    """Show how much of the first model is gone, after all runs.
+
+    Args:
+        report: Of a run after which the model is smaller than the first one, or of which that is not known.
+    """
     remaining = report.model["num_parameters"]
     first = report.first_model.num_parameters
     if first is None:
@@ -215,7 +228,9 @@ def _removed(report: PruningReport) -> Headline:
             remark=report.removed or report.removed_before,
         )
     removed = first - remaining
-    zeros = ", none of them made zero" if report.removed and not report.totals["num_zeros"] else ""
+    zeros = ""
+    if report.removed and not report.totals["num_zeros"]:
+        zeros = ", none of them made zero"
     return Headline(
         name="Removed",
         value=share(removed / first, 2),
@@ -262,9 +277,13 @@ def _errors(report: PruningReport) -> Iterator[Headline]:
 
 
 def memory_peaks(report: PruningReport) -> dict[str, int]:
-    """The highest peak of each of `MEMORY_KINDS` over the decoder layers, in bytes, if it was measured."""
+    """Return the highest peak of memory over the decoder layers, in bytes, by the names in `MEMORY_KINDS`.
+
+    A kind that was not measured is left out, such as "on the GPU" on a machine without one.
+    """
     peaks = {}
     for name, attribute in MEMORY_KINDS.items():
+        # `layer.memory` is None if no operator of the layer was pruned.
         values = [getattr(layer.memory, attribute, None) for layer in report.layers]
         measured = [value for value in values if value is not None]
         if measured:
@@ -273,26 +292,27 @@ def memory_peaks(report: PruningReport) -> dict[str, int]:
 
 
 def share(value: float, digits: int = 1) -> str:
-    """`50.0%`."""
+    """Write a share, `0.5` as `50.0%`."""
     return f"{value:.{digits}%}" if math.isfinite(value) else "not finite"
 
 
 def error(value: float, digits: int = 4, unknown: str = "not finite") -> str:
-    """A relative error, `0.1234`."""
+    """Write a relative error, such as `0.1234`; `unknown` if it is infinite or NaN."""
     return f"{value:.{digits}f}" if math.isfinite(value) else unknown
 
 
 def count(value: int) -> str:
-    """A large number in three digits: `106 M`."""
+    """Write a large number in three digits, such as `106 M`."""
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if value >= unit:
+            # 2 after the point of 1.06, 1 of 10.6, none of 106.
             digits = max(0, 2 - int(math.log10(value / unit)))
             return f"{value / unit:.{digits}f}{_UNBROKEN}{letter}"
     return str(value)
 
 
 def duration(seconds: float) -> str:
-    """`3 h 20 min`, `12 min 3 s`, `48.2 s`."""
+    """Write a time as `3 h 20 min`, `12 min 3 s` or `48.2 s`."""
     whole = int(seconds)
     if whole >= 3600:
         text = f"{whole // 3600} h {whole % 3600 // 60} min"

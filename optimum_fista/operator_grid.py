@@ -1,4 +1,8 @@
-"""The operators of a report as a table: decoder layers are rows, kinds of operators are columns."""
+"""The operators of a report as a table: decoder layers are rows, kinds of operators are columns.
+
+An operator is a pruned linear map. Its `name` is that of its weight, such as
+"model.layers.3.self_attn.q_proj.weight"; the layer is then "model.layers.3", and the kind "self_attn.q_proj".
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ class OperatorGrid:
 
     def __init__(self, operators: Iterable[OperatorReport]) -> None:
         """Sort the operators of a report, which are in pruning order, into cells."""
-        # By layer and kind; no list is empty.
+        # By names of layer and kind; no list is empty.
         self.cells: dict[tuple[str, str], list[OperatorReport]] = {}
         # By kind, layer by layer.
         self.kinds: dict[str, list[OperatorReport]] = {}
@@ -26,8 +30,14 @@ class OperatorGrid:
 
 
 def layer_and_kind(name: str) -> tuple[str, str]:
-    """`model.layers.3` and `self_attn.q_proj` of `model.layers.3.self_attn.q_proj.weight`."""
-    layer, kind = "", name
+    """Divide the name of an operator, or of its weight, into the name of its decoder layer and its kind.
+
+    "model.layers.3.self_attn.q_proj.weight" gives "model.layers.3" and "self_attn.q_proj". Experts of a mixture have
+    the same kind, such as "mlp.experts.*.w2". A name without a number is a kind of no layer, "".
+    """
+    layer = ""
+    kind = name
+    # The first number in the name is that of the layer.
     match = re.fullmatch(r"(.*?\.\d+)\.(.+)", name)
     if match:
         layer, kind = match.groups()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from optimum_fista.options import as_record
-from optimum_fista.plain_text import plain_values
+from optimum_fista.plain_text import spell_out_controls_in_json
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,10 @@ class MeasuredPerplexity:
     bits_per_byte: float | None = None
 
     def has_tokens_of(self, other: MeasuredPerplexity) -> bool:
-        """Tell whether both were measured on the same ids of the same vocabulary, so that they can be compared."""
+        """Tell whether both were measured on the same ids of the same vocabulary, so that they can be compared.
+
+        `sha256` is the digest of the ids. Without one the ids are not known, and the answer is no.
+        """
         return (
             self.sha256 is not None
             and self.sha256 == other.sha256
@@ -63,7 +66,10 @@ class StepReport:
 
     @property
     def removal(self) -> str:
-        """Say what the run removed, such as "14,155,776 parameters" or "53,084,160 weights became zero"."""
+        """Say what the run removed, such as "14,155,776 parameters" or "53,084,160 weights became zero".
+
+        It is made of the three numbers `num_tokens_removed`, `num_removed` and `num_zeros`, which may be 0 or `None`.
+        """
         removals = []
         if self.num_tokens_removed:
             removals.append(f"{self.num_tokens_removed:,} tokens")
@@ -71,7 +77,9 @@ class StepReport:
             removals.append(f"{self.num_removed:,} parameters")
         if self.num_zeros:
             removals.append(f"{self.num_zeros:,} weights became zero")
-        return ", ".join(removals) or "not known"
+        if not removals:
+            return "not known"
+        return ", ".join(removals)
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ class OriginReport:
     steps: list[StepReport] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Refuse a size that no model has: shares are divided by it."""
+        """Refuse a size that no model has: shares are divided by it. TypeError, as for a field of a wrong type."""
         if self.num_parameters is not None and self.num_parameters < 1:
             raise TypeError(f"the first model has {self.num_parameters} parameters")
 
@@ -102,16 +110,17 @@ def read_origin(config: Any) -> OriginReport | None:
         config: Configuration of the model that a run is given. `config.fista_pruning` was written by the run that made
             the model, or came with the model from other people; what can't be read in it is "not known".
     """
+    # The summary of the latest run (`folder.writing.summary`). Every summary has a pattern.
     entry = getattr(config, "fista_pruning", None)
     if not isinstance(entry, dict) or "pattern" not in entry:
         return None
 
-    entry = plain_values(entry)
+    entry = spell_out_controls_in_json(entry)
     try:
         origin = as_record(OriginReport, entry["origin"])
-        *earlier, latest = origin.steps
+        *earlier, latest = origin.steps  # ValueError if there is none
     except (AttributeError, KeyError, TypeError, ValueError):
-        # of other people, or of a version that did not write it
+        # of other people, or of a version that did not write the origin, but only patterns
         patterns = [*entry.get("pruned_before", ()), entry["pattern"]]
         return OriginReport(steps=[StepReport(str(pattern)) for pattern in patterns])
     # Training comes after the run that wrote the entry.
@@ -121,5 +130,5 @@ def read_origin(config: Any) -> OriginReport | None:
 
 
 def patterns_of(steps: Sequence[StepReport]) -> str:
-    """Name the patterns of all runs in order, such as "layers:0.5, then 2:4"."""
+    """Name the patterns of all runs, which are `steps` in order, such as "layers:0.5, then 2:4"."""
     return ", then ".join(step.pattern for step in steps)

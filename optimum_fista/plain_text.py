@@ -13,17 +13,25 @@ from typing import Any
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-def plain_text(text: str) -> str:
-    r"""Return the text with its control characters spelled out: an escape becomes the four letters `\x1b`."""
-    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+def spell_out_controls(text: str) -> str:
+    r"""Return the text with its control characters spelled out: an escape becomes the four characters `\x1b`."""
+
+    def spelled_out(match: re.Match[str]) -> str:
+        r"""Write the control character of a match as Python writes it in a string, such as `\x1b`."""
+        return match[0].encode("unicode_escape").decode()
+
+    return _CONTROL.sub(spelled_out, text)
 
 
-def plain_values(value: Any) -> Any:
-    """Return parsed JSON with `plain_text` of all its strings, of the keys of objects too."""
+def spell_out_controls_in_json(value: Any) -> Any:
+    """Return a copy of parsed JSON in which `spell_out_controls` is applied to all texts, keys of objects too."""
     if isinstance(value, str):
-        return plain_text(value)
+        return spell_out_controls(value)
     if isinstance(value, list):
-        return [plain_values(part) for part in value]
+        return [spell_out_controls_in_json(part) for part in value]
     if isinstance(value, dict):
-        return {plain_values(key): plain_values(part) for key, part in value.items()}
+        return {
+            spell_out_controls_in_json(key): spell_out_controls_in_json(part)
+            for key, part in value.items()
+        }
     return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from optimum_fista.plain_text import plain_text
+from optimum_fista.plain_text import spell_out_controls
 
 HUB_DATASETS = {
     "wikitext2": "Salesforce/wikitext",
@@ -15,7 +15,13 @@ HUB_DATASETS = {
 
 
 def public_name(name: str) -> str:
-    """The name to write into a folder that may be uploaded: for a path only its last part."""
+    """Return the name to write into a folder that may be uploaded: for a path only its last part.
+
+    Args:
+        name: Of a model or a text, as the user gave it: a Hub id such as "meta-llama/Llama-3.2-1B", a short name, or a
+            path. A text with a slash is a path only if there is such a file, or if it begins as no Hub id does.
+    """
     is_path = os.path.exists(name) or os.path.isabs(name) or name.startswith(("~", "."))
-    public = os.path.basename(os.path.abspath(name)) if is_path else name
-    return plain_text(public)
+    if is_path:
+        name = os.path.basename(os.path.abspath(name))
+    return spell_out_controls(name)

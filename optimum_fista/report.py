@@ -4,11 +4,13 @@ The model card, the page, `verify` and the summary in the terminal are made from
 computed from the operators when they are needed, so that no two numbers can disagree.
 
 A run is *given* a model and makes a *result*. The given model may be the result of an earlier run; the *first* model is
-the one that the user began with (`origin.py`). "dense" in names of fields means the given model.
+the one that the user began with (`origin.py`). "dense" in names of fields means the given model. An *operator* is a
+pruned linear map; its *mask* says which weights are kept. A *mixture* is a layer of experts that lost some of them.
 
 A run begins its report before the first decoder layer (`PruningReport(...)`), adds a `LayerRecord` after each layer
-(`add`), and describes the result at the end (`model`, `perplexity`). Everything else is a property: it is computed from
-the fields, changes nothing, and is the same each time.
+(`add`), and completes `model` and `perplexity` at the end. The dictionary `model` describes both models: the given one
+(`name`, `dtype`, `sha256`, `dense_num_parameters`), and the result (`class`, `num_parameters`; `vocabulary` if it lost
+tokens). Everything else is a property: it is computed from the fields, changes nothing, and is the same each time.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from typing import Any
 from optimum_fista.memory import MemoryPeak
 from optimum_fista.options import as_record
 from optimum_fista.origin import MeasuredPerplexity, OriginReport, StepReport, patterns_of
-from optimum_fista.plain_text import plain_text, plain_values
+from optimum_fista.plain_text import spell_out_controls, spell_out_controls_in_json
 from optimum_fista.solve.pattern import Scope
 from optimum_fista.solve.patterns import parse_pattern
 from optimum_fista.verdict import OWN_TEXT, verdict
@@ -187,7 +189,8 @@ class RecoveryReport:
         """Describe the recovery in one line: loss before and after it on its own held-out text, training, teacher."""
         perplexity_before = math.exp(self.held_out_loss_before)
         perplexity = math.exp(self.held_out_loss)
-        sequences, length = self.calibration["held_out"], self.calibration["sequence_length"]
+        sequences = self.calibration["held_out"]
+        length = self.calibration["sequence_length"]
         steps = self.evaluations[-1][0]
         best = "nothing gained, so the weights stayed"
         if self.best_step:
@@ -243,7 +246,12 @@ class PruningReport:
     origin: OriginReport | None = None
 
     def add(self, record: LayerRecord) -> None:
-        """Add a decoder layer to the report."""
+        """Add what a run did in one decoder layer to the lists of this report; `record` stays as it is.
+
+        These are the report of the layer, those of its pruned operators, the reasons for operators that were left
+        dense (by name), reports of operators whose masks of an earlier run were carried over, and names of weights in
+        which such masks were lost.
+        """
         self.layers.append(record.report)
         self.operators += record.operators
         self.left_dense |= record.left_dense
@@ -251,21 +259,28 @@ class PruningReport:
         self.lost_masks += record.lost_masks
 
     def warn(self, message: str) -> None:
-        """Add a warning to the report, and show it to the user."""
-        message = plain_text(message)
+        """Add a warning to `self.warnings`, and issue it as a Python warning (`warnings.warn`)."""
+        message = spell_out_controls(message)
         self.warnings.append(message)
         warnings.warn(message, stacklevel=2)
 
     @property
     def pattern(self) -> str:
-        """The pattern of this run in words, such as "50% unstructured", "2:4" or "channels:0.25"."""
+        """The pattern of this run in words, such as "50% unstructured", "2:4" or "channels:0.25".
+
+        `self.config` has the fields of a `FistaPruningConfig`.
+        """
         return words_of_pattern(
             self.config.get("pattern", "unstructured"), self.config.get("sparsity")
         )
 
     @property
     def masked(self) -> list[OperatorReport]:
-        """Operators with a mask, one for each: those that this run pruned, and those whose masks it carried."""
+        """Reports of all operators with a mask: those that this run pruned, and those whose masks it carried over.
+
+        An operator may be in both lists, if this run removed some of its columns; then only the carried report is
+        taken, because its mask is the one with zeros.
+        """
         carried = {operator.name for operator in self.carried}
         pruned = [operator for operator in self.operators if operator.name not in carried]
         return [*pruned, *self.carried]
@@ -276,10 +291,12 @@ class PruningReport:
         if not self.carried and not self.lost_masks:
             return ""
         zeros = sum(math.prod(operator.shape) - operator.num_kept for operator in self.carried)
-        kept = f"{zeros:,} weights of {len(self.carried)} operators stay zero, with their masks"
+        zeros_that_stay = (
+            f"{zeros:,} weights of {len(self.carried)} operators stay zero, with their masks"
+        )
         if not self.lost_masks:
-            return kept
-        return f"{kept}; in {len(self.lost_masks)} operators they were overwritten by a refit"
+            return zeros_that_stay
+        return f"{zeros_that_stay}; in {len(self.lost_masks)} operators they were overwritten by a refit"
 
     @property
     def num_zeros(self) -> int:
@@ -288,14 +305,18 @@ class PruningReport:
 
     @property
     def num_parameters_given(self) -> int:
-        """Parameters of the model that this run was given."""
-        return int(self.model.get("dense_num_parameters") or self.model["num_parameters"])
+        """Number of parameters of the model that this run was given: that of the result if no part was removed."""
+        num_parameters = self.model.get("dense_num_parameters")
+        if not num_parameters:
+            num_parameters = self.model["num_parameters"]
+        return int(num_parameters)
 
     @property
     def first_model(self) -> OriginReport:
-        """The model that the user began with, with the runs before this one."""
+        """The model that the user began with, with the runs before this one: the given model if there were none."""
         if self.origin is not None:
             return self.origin
+        # What `model` says besides the result (`class`, ...) is of the given model.
         return OriginReport(
             name=self.model.get("name") or "",
             num_parameters=self.num_parameters_given,
@@ -308,12 +329,17 @@ class PruningReport:
     def step(self) -> StepReport:
         """This run, as the last step from the first model to its result."""
         totals = self.totals
+        method = self.config.get("method", "")
+        num_tokens_removed = 0
         vocabulary = self.model.get("vocabulary")
+        if vocabulary:  # this run removed tokens
+            method = "token counts"
+            num_tokens_removed = vocabulary["before"] - vocabulary["kept"]
         return StepReport(
             pattern=self.pattern,
-            method="token counts" if vocabulary else self.config.get("method", ""),
+            method=method,
             num_removed=totals["num_removed"],
-            num_tokens_removed=vocabulary["before"] - vocabulary["kept"] if vocabulary else 0,
+            num_tokens_removed=num_tokens_removed,
             num_zeros=totals["num_zeros"],
             num_parameters=self.model["num_parameters"],
             perplexity=self.measured("pruned"),
@@ -329,7 +355,8 @@ class PruningReport:
     def origin_of_result(self) -> OriginReport:
         """What the next run has to know, if it is given the result of this one.
 
-        Whether weights were trained after this run stands beside it in the configuration, and `read_origin` adds it.
+        It is written into the configuration of the result. Whether weights were trained after this run stands there
+        beside it, and `read_origin` adds it to the step again.
         """
         step = dataclasses.replace(self.step, retrained=False)
         return dataclasses.replace(self.first_model, steps=[*self.first_model.steps, step])
@@ -340,8 +367,8 @@ class PruningReport:
         Args:
             network: "dense": of the given model; "pruned": of the result.
         """
-        measured = self.perplexity or {}
-        if network not in measured:
+        measured = self.perplexity
+        if measured is None or network not in measured:
             return None
         return MeasuredPerplexity(
             perplexity=measured[network],
@@ -406,13 +433,16 @@ class PruningReport:
         """Say how weights were trained after pruning; empty if they were not."""
         if not self.retrained:
             return ""
-        return "retrained under its masks" if self.num_zeros else "retrained"
+        if self.num_zeros:
+            return "retrained under its masks"
+        return "retrained"
 
     @property
     def measured_on(self) -> str:
-        """Say in words on which text the perplexity was measured."""
-        measured = self.perplexity or {}
-        text = measured.get("text") or "text"
+        """Say in words on which text the perplexity was measured; only for a report that has one."""
+        measured = self.perplexity
+        assert measured is not None
+        text = measured.get("text") or "text"  # a text without a name
         if text == OWN_TEXT:
             text = "text of its own"
         return f"{measured['num_tokens']:,} tokens of {text} that no weight was fitted to"
@@ -478,7 +508,8 @@ class PruningReport:
             )
         if self.origin.num_parameters == self.num_parameters_given:
             return ""
-        first, given = self.origin.num_parameters, self.num_parameters_given
+        first = self.origin.num_parameters
+        given = self.num_parameters_given
         return (
             f"earlier runs removed {first - given:,} of {first:,} parameters "
             f"({(first - given) / first:.2%})"
@@ -486,7 +517,7 @@ class PruningReport:
 
     @property
     def _removed_in_all(self) -> str:
-        """How many parameters the first model has lost in all runs, in words.
+        """How many parameters the first model has lost in all runs, such as "3,000 of 9,000 parameters removed".
 
         If the size of the first model is not known, those that the given model has lost.
         """
@@ -499,7 +530,9 @@ class PruningReport:
                 f"({self.totals['share_removed']:.2%}), {remaining:,} left"
             )
         removed = first - remaining
-        by_this_run = "" if removed == removed_now else f", {removed_now:,} of them by this run"
+        by_this_run = ""
+        if removed != removed_now:
+            by_this_run = f", {removed_now:,} of them by this run"
         return (
             f"{removed:,} of {first:,} parameters removed ({removed / first:.2%}{by_this_run}), "
             f"{remaining:,} left"
@@ -510,6 +543,7 @@ class PruningReport:
         """Say how many experts stayed, and how large their fit error is; empty if none was removed."""
         if not self.mixtures:
             return ""
+        # All mixtures lose as many. `saliency` has a number for each expert before the removal.
         first = self.mixtures[0]
         errors = [mixture.fit_error for mixture in self.mixtures]
         refits = ""
@@ -528,17 +562,18 @@ class PruningReport:
         An error that no operator has measured is `None`.
         """
         num_parameters = self.model["num_parameters"]
-        num_weights = sum(o.shape[0] * o.shape[1] for o in self.operators)
+        num_weights = sum(math.prod(o.shape) for o in self.operators)
         num_zeros = num_weights - sum(o.num_kept for o in self.operators)
         num_removed = self.num_parameters_given - num_parameters
 
         errors: dict[str, float | None] = {}
         for name in ("fit_error", "output_error", "held_out_fit_error", "held_out_output_error"):
-            values = [getattr(o, name) for o in self.operators if getattr(o, name) is not None]
-            # Every operator has a fit error: without operators there is none at all.
+            values = [getattr(operator, name) for operator in self.operators]
+            measured = [value for value in values if value is not None]
+            # Every operator has a fit error. So if none was measured, there are no operators.
             if_none = 0.0 if name == "fit_error" else None
-            errors[f"mean_{name}"] = fmean(values) if values else if_none
-            errors[f"max_{name}"] = max(values, default=if_none)
+            errors[f"mean_{name}"] = fmean(measured) if measured else if_none
+            errors[f"max_{name}"] = max(measured, default=if_none)
 
         solve_seconds = sum(o.solve_seconds for o in self.operators)
         solve_seconds += sum(mixture.solve_seconds for mixture in self.mixtures)
@@ -560,8 +595,12 @@ class PruningReport:
         }
 
     def _held_out_ratio(self) -> float | None:
-        """Sum of the held-out fit errors over the sum of the fit errors of the same operators; 1: no overfitting."""
-        fitted = held_out = 0.0
+        """Sum of the held-out fit errors over the sum of the fit errors of the same operators; 1: no overfitting.
+
+        `None` if no operator has a held-out error.
+        """
+        fitted = 0.0
+        held_out = 0.0
         for operator in self.operators:
             if operator.held_out_fit_error is not None:
                 held_out += operator.held_out_fit_error
@@ -569,7 +608,7 @@ class PruningReport:
         return held_out / fitted if fitted else None
 
     def command(self) -> str:
-        """Write the command that prunes the given model in the same way.
+        """Return the command line that prunes the given model in the same way, quoted for a shell.
 
         A word in capitals stands for an unknown name. The command reads the configuration from this report.
         """
@@ -584,28 +623,32 @@ class PruningReport:
         if num_sequences and num_tokens % num_sequences == 0:
             words += ["--sequence-length", str(num_tokens // num_sequences)]
         if self.environment:
-            _, rows, _ = self.environment["batches"][0]
+            _, rows, _ = self.environment["batches"][0]  # number of batches, rows, tokens of a row
             words += ["--batch-size", str(rows), "--device", self.environment["device"]]
             dtype = self.environment["dtype"]
-            # By default the dtypes of the files are kept.
-            if self.environment.get("written", dtype) == dtype:
+            # By default the dtypes of the files are kept, and "written" says so.
+            keeps_dtypes_of_files = self.environment.get("written", dtype) != dtype
+            if not keeps_dtypes_of_files:
                 words += ["--dtype", dtype.removeprefix("torch.")]
         return shlex.join(words)
 
     def to_json(self) -> str:
-        """Write JSON text; the `totals` and `command` in it are for readers: `from_dict` does not need them."""
+        """Return the report as JSON text; `totals` and `command` in it are for readers, `from_dict` needs neither."""
         computed = {"totals": self.totals, "command": self.command()}
         return json.dumps(dataclasses.asdict(self) | computed, indent=1)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PruningReport:
-        """Read the parsed JSON of `to_json`; TypeError if a field is missing, unknown, or of another type.
+        """Make a report of `values`, the parsed JSON of `to_json`.
 
-        Control characters in texts, which may come from other people, are spelled out.
+        TypeError if a field is missing, unknown, or of another type. `values` stays as it is. Control characters in
+        texts, which may come from other people, are spelled out.
         """
-        fields = {key: plain_values(values[key]) for key in values if key not in _COMPUTED}
+        fields = {
+            key: spell_out_controls_in_json(values[key]) for key in values if key not in _COMPUTED
+        }
         report = as_record(cls, fields)
-        # Shares are divided by this number.
+        # The number is a divisor of shares.
         if not report.model["num_parameters"] > 0:
             raise TypeError(f"model has {report.model['num_parameters']} parameters")
         return report
@@ -685,7 +728,12 @@ def words_of_pattern(text: str, sparsity: float | None) -> str:
 
 
 def lines_of_unplaced(copied: Mapping[str, int], lacks: Mapping[str, str]) -> list[str]:
-    """Say which tensors the model's class does not load: modules with the number that is copied, or why none is."""
+    """Say in up to two lines which tensors of a model's files its class does not load, and what became of them.
+
+    Args:
+        copied: By module, such as "model.mtp", the number of its tensors that are copied to the result.
+        lacks: By module, why the result lacks its tensors.
+    """
     lines = []
     if copied:
         shown = ", ".join(f"{module} ({count})" for module, count in copied.items())
@@ -696,4 +744,4 @@ def lines_of_unplaced(copied: Mapping[str, int], lacks: Mapping[str, str]) -> li
         shown = ", ".join(f"{module} ({reason})" for module, reason in lacks.items())
         lines.append(f"not in the pruned model: {shown}")
     # Names of modules are those of tensors in files, which anybody may have written.
-    return [plain_text(line) for line in lines]
+    return [spell_out_controls(line) for line in lines]

@@ -23,7 +23,7 @@ _WORDS_BY_RATIO = {
 def verdict(
     *, dense: float | None, pruned: float, num_tokens: int, text: str | None, vocabulary: int
 ) -> str:
-    """Say in a few words how much worse a model became, or why nothing can be said.
+    """Say in a few words how much worse a model became, such as "usable as it is", or why nothing can be said.
 
     Args:
         dense: Perplexity of the dense model; `None` if it is not known on this text.

@@ -12,7 +12,10 @@ import optimum_fista
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python, this package and the libraries whose numbers or files depend on them."""
+    """Return the versions of Python, this package and the libraries that a result depends on, by their names.
+
+    Names are those of the packages, such as "huggingface-hub". If there is an accelerator, "gpu" is its name.
+    """
     libraries = ("torch", "transformers", "accelerate", "optimum", "safetensors", "huggingface-hub")
     versions = {"python": platform.python_version(), "optimum-fista": optimum_fista.__version__}
     for name in libraries:
@@ -24,12 +27,12 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-# The search for a package in the file system is slow.
+# The version of an installed package by its name. The search for it in the file system is slow, so it is done once.
 _version = functools.cache(importlib.metadata.version)
 
 
 def device_name(device: torch.device) -> str:
-    """The name that a device gives itself; its type if it gives none."""
+    """Return the name that a device gives itself, such as "NVIDIA H100"; its type, such as "mps", if it gives none."""
     module = torch.get_device_module(device)
     if hasattr(module, "get_device_name"):
         return str(module.get_device_name(device))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from optimum_fista.plain_text import plain_text
+from optimum_fista.plain_text import spell_out_controls
 from optimum_fista.public_names import public_name
 
 
@@ -27,4 +27,4 @@ def test_only_the_last_part_of_a_path_is_public(name, shown, tmp_path, monkeypat
 
 
 def test_ordinary_text_stays_as_it_is():
-    assert plain_text("first\n\tsecond é 海 🌊") == "first\n\tsecond é 海 🌊"
+    assert spell_out_controls("first\n\tsecond é 海 🌊") == "first\n\tsecond é 海 🌊"

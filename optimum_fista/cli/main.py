@@ -25,7 +25,7 @@ from optimum_fista.cli import (
     unpack,
     verify,
 )
-from optimum_fista.plain_text import plain_text
+from optimum_fista.plain_text import spell_out_controls
 
 _COMMANDS: dict[str, Any] = {
     "prune": prune,
@@ -141,7 +141,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def _warning_line(message: Warning | str, *_: Any, **__: Any) -> str:
     """Write a warning in one line, without the line of code, which is of no use here."""
-    return f"warning: {plain_text(' '.join(str(message).split()))}\n"
+    return f"warning: {spell_out_controls(' '.join(str(message).split()))}\n"
 
 
 @contextmanager
@@ -201,7 +201,7 @@ def _one_line(error: Exception) -> str:
     from optimum_fista.memory import is_out_of_memory
 
     # Names in it may come from files of other people.
-    text = plain_text(" ".join(str(error).split()))
+    text = spell_out_controls(" ".join(str(error).split()))
     if is_out_of_memory(error):
         return (
             f"out of memory ({text[:200]}): pass a smaller --batch-size, --sequence-length or --num-samples, "

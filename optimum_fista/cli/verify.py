@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     # These imports take seconds, and `--help` must not wait for them.
     from optimum_fista.bars import tqdm
     from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
-    from optimum_fista.plain_text import plain_text
+    from optimum_fista.plain_text import spell_out_controls
 
     try:
         with tqdm(desc="Verifying", unit="tensor") as bar:
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
     except VerificationError as error:
         # Names in it come from files of other people.
-        print(f"{arguments.folder}: BROKEN: {plain_text(str(error))}", file=sys.stderr)
+        print(f"{arguments.folder}: BROKEN: {spell_out_controls(str(error))}", file=sys.stderr)
         return 1
 
     print(f"{arguments.folder}: {_summary(proven)}")
