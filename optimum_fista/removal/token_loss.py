@@ -21,13 +21,15 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optimum_fista.bars import tqdm
 from optimum_fista.model.activations import ActivationStore
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.held_out import LEAST_TOKENS, LOGITS_TOGETHER
 from optimum_fista.model.hooks import evaluation_mode
 from optimum_fista.model.inputs import record_inputs
 from optimum_fista.model.layers import find_decoder_layers, token_limits
-from optimum_fista.model.offload import onloaded
+from optimum_fista.model.offload import execution_device, onloaded
+from optimum_fista.model.precision import choose_products, products_as
 from optimum_fista.model.sweep import Sweep
 from optimum_fista.source.loading import load_lazily
 
@@ -56,6 +58,8 @@ def measure_bits_per_byte(
     bos: int | None,
     offload_folder: Path,
     device: str | None,
+    compute_dtype: str,
+    progress: bool,
 ) -> dict[str, Any]:
     """Measure how well a model predicts texts with all its tokens, and with those that stay.
 
@@ -69,6 +73,8 @@ def measure_bits_per_byte(
         bos: Old id of the token that every sequence starts with; `None`: the model's sequences start with text.
         offload_folder: Folder for weights that are stored in another form than a model computes with.
         device: Where to compute; `None`: the accelerator if there is one.
+        compute_dtype: The option of a configuration: in which dtype matrices are multiplied.
+        progress: Show a progress bar.
 
     Returns:
         `dense` and `pruned` bits per byte, and `num_bytes`, `num_tokens` and `num_tokens_pruned` of the same text.
@@ -87,7 +93,9 @@ def measure_bits_per_byte(
     is_removed = torch.ones(num_rows, dtype=torch.bool)
     is_removed[kept] = False
     removed = is_removed.nonzero().flatten()
-    bits = _bits_per_byte(model, {"dense": dense, "pruned": pruned}, removed)
+    place = execution_device(model.get_input_embeddings())
+    with products_as(choose_products(compute_dtype, place, model.dtype)):
+        bits = _bits_per_byte(model, {"dense": dense, "pruned": pruned}, removed, progress)
     return bits | {
         "num_bytes": dense.num_bytes,
         "num_tokens": dense.num_tokens,
@@ -164,7 +172,7 @@ def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _bits_per_byte(
-    model: PreTrainedModel, texts: Mapping[str, TokenizedText], removed: Tensor
+    model: PreTrainedModel, texts: Mapping[str, TokenizedText], removed: Tensor, progress: bool
 ) -> dict[str, float]:
     """Bits per byte of the texts called "dense" and "pruned"; the latter can't predict the ids `removed`, int64.
 
@@ -182,7 +190,8 @@ def _bits_per_byte(
             streams[network] = recorded.hidden_states
             calls[network] = recorded.calls
 
-        for index, layer in enumerate(layers.modules):
+        bar = tqdm(layers.modules, desc="Measuring", unit="layer", disable=not progress)
+        for index, layer in enumerate(bar):
             with onloaded(layer.modules(), copy=False):
                 for network, sweep in sweeps.items():
                     streams[network] = sweep.run(layer, streams[network], calls[network][index])

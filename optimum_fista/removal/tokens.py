@@ -133,7 +133,7 @@ def write_plan(
     `started` is when the run began, by `time.perf_counter`; the other arguments are those of `remove_tokens`.
     """
     with locked_output(output_dir) as unfinished:
-        plan.measure(unfinished / FOLDER, device)
+        plan.measure(unfinished / FOLDER, device, progress)
         with new_output(output_dir, overwrite, plan.source) as folder:
             plan.write(folder, started, progress)
     return plan.report
@@ -155,7 +155,7 @@ class TokensPlan:
     held_out: tuple[str, ...]  # pieces of the text that no token was counted on
     report: PruningReport
 
-    def measure(self, offload_parent: Path, device: str | None) -> None:
+    def measure(self, offload_parent: Path, device: str | None, progress: bool) -> None:
         """Add bits per byte of the held-out text, with all tokens and with those that stay, to the report.
 
         If they can't be measured, a warning of the report says why. `offload_parent` is a folder for temporary files.
@@ -181,6 +181,8 @@ class TokensPlan:
                     bos=self.first_token,
                     offload_folder=Path(offload),
                     device=device,
+                    compute_dtype=self.report.config["compute_dtype"],
+                    progress=progress,
                 )
         except (ValueError, RuntimeError, MemoryError) as error:  # also if memory runs out
             self.report.warn(

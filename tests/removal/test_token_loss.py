@@ -78,6 +78,8 @@ def test_one_model_measures_what_the_dense_and_the_smaller_model_lose(
         bos=bos,
         offload_folder=tmp_path,
         device="cpu",
+        compute_dtype="auto",
+        progress=False,
     )
 
     bits, num_tokens = bits_of(dense, texts, bos is not None)
