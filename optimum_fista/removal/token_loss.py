@@ -34,7 +34,9 @@ from optimum_fista.model.sweep import Sweep
 from optimum_fista.source.loading import load_lazily
 
 # Tokens of a sequence, at most.
-_LONGEST_SEQUENCE = 512
+_LONGEST_SEQUENCE = 1024
+# Tokens that are planned for each that is needed: some texts turn out to be shorter.
+_MARGIN = 1.1
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def _stretches(
 
     `num_positions` is the number of tokens that the model takes, `None` if it is not known.
     """
-    per_text = min(_LONGEST_SEQUENCE, max(2, math.ceil(LEAST_TOKENS / len(texts))))
+    per_text = min(_LONGEST_SEQUENCE, max(2, math.ceil(_MARGIN * LEAST_TOKENS / len(texts))))
     longest = None if num_positions is None else num_positions - 1  # one position is for BOS
     if longest is not None:
         per_text = min(per_text, longest)

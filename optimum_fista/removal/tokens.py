@@ -162,7 +162,7 @@ class TokensPlan:
         """
         if not self.held_out:
             self.report.warn(
-                "bits per byte are not measured: the text is too short to hold some of it out. Pass at least 60,000 "
+                "bits per byte are not measured: the text is too short to hold some of it out. Pass at least 50,000 "
                 'characters of it, or batches with "held_out".'
             )
             return

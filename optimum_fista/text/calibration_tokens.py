@@ -8,7 +8,6 @@ import hashlib
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -44,20 +43,19 @@ def calibration_tokens(
     the same for every `num_samples`.
     """
     length = usual_length(model.config) if sequence_length is None else sequence_length
-    if source == "self":
-        counts = (
-            {seed: num_samples - held_out}
-            if not held_out
-            else {seed: held_out, seed ^ 1: num_samples - held_out}
-        )
-        sampled = [
-            sample_text_from_model(model, tokenizer, n, length, by, progress)
-            for by, n in counts.items()
-        ]
-        return torch.cat(sampled)
-    return calibration_windows(
-        tokenizer, load_text(source, "calibration"), num_samples, length, seed, held_out=held_out
-    )
+    if source != "self":
+        text = load_text(source, "calibration")
+        return calibration_windows(tokenizer, text, num_samples, length, seed, held_out=held_out)
+
+    # Number of sequences that are sampled with each seed: the held-out ones have a seed of their own.
+    counts = {seed: num_samples}
+    if held_out:
+        counts = {seed: held_out, seed ^ 1: num_samples - held_out}
+    sampled = [
+        sample_text_from_model(model, tokenizer, count, length, seed_of_part, progress)
+        for seed_of_part, count in counts.items()
+    ]
+    return torch.cat(sampled)
 
 
 def calibration_tokens_by_name(
@@ -73,35 +71,43 @@ def calibration_tokens_by_name(
     keep_in: Path,
     progress: bool = True,
 ) -> Tensor:
-    """Do the same for a model given by name; it is loaded, in this dtype, only if it samples its own text. `keep_in` is
-    a folder for sampled text: a run that is started again on the same files reads it there.
+    """Make tokens for a model given by name: int64 [num_samples, sequence_length], as `calibration_tokens` does.
+
+    The model is loaded, on `device` in `dtype`, only if it samples its own text. `keep_in` is a folder for sampled
+    text, which is written there: a run that is started again on the same files reads it.
     """
     if source != "self":
-        tokenizer, text = require_tokenizer(name), load_text(source, "calibration")
+        tokenizer = require_tokenizer(name)
+        text = load_text(source, "calibration")
         return calibration_windows(
             tokenizer, text, num_samples, sequence_length, seed, held_out=held_out
         )
+
     files = sorted(
-        (p.name, p.stat().st_size, p.stat().st_mtime_ns)
-        for p in Path(name).glob("*")
-        if p.is_file()
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+        for file in Path(name).glob("*")
+        if file.is_file()
     )
-    settings = json.dumps(
-        [name, files, source, num_samples, sequence_length, seed, held_out, dtype]
-    )
-    key = hashlib.sha256(settings.encode()).hexdigest()[
-        :16
-    ]  # other settings do not overwrite this text
-    file = keep_in / SAMPLED_TEXTS.replace("*", key)
-    with suppress(FileNotFoundError, SafetensorError):  # it is damaged: the model writes again
-        return load_file(file)["tokens"]
+    settings = [name, files, source, num_samples, sequence_length, seed, held_out, dtype]
+    # other settings do not overwrite this text
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    kept_text = keep_in / SAMPLED_TEXTS.replace("*", key)
+    with suppress(FileNotFoundError, SafetensorError):  # if it is damaged, the model writes again
+        return load_file(kept_text)["tokens"]
+
     model, own_tokenizer = load_model(name, device=device, dtype=dtype)
-    places: dict[str, Any] = {"held_out": held_out, "progress": progress}
     tokens = calibration_tokens(
-        source, model, own_tokenizer, num_samples, sequence_length, seed, **places
+        source,
+        model,
+        own_tokenizer,
+        num_samples,
+        sequence_length,
+        seed,
+        held_out=held_out,
+        progress=progress,
     )
     keep_in.mkdir(parents=True, exist_ok=True)
-    write_file(file, {"tokens": tokens})
+    write_file(kept_text, {"tokens": tokens})
     return tokens
 
 

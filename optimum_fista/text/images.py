@@ -28,52 +28,84 @@ def image_sequences(
 
     A sequence is cut at `length` tokens. If that would cut tokens of an image, the line is skipped, and a warning says
     how many were.
+
+    Args:
+        processor: That of the model: it makes the arguments of the model from a text and its images.
+        config: The model's configuration, which names the tokens of images.
+        text: Lines of a `.jsonl` file, with their image files.
+        num_samples: Lines that are needed.
+        length: Tokens of a sequence, at most.
+        seed: Decides the order of the lines.
     """
-    found, longest, skipped, lines = list[dict[str, Any]](), 0, 0, len(text.documents)
-    order = torch.randperm(lines, generator=torch.Generator().manual_seed(seed)).tolist()
-    for number in order if lines >= num_samples else ():
-        if len(found) == num_samples:
+    num_lines = len(text.documents)
+    if num_lines < num_samples:
+        raise ValueError(
+            f"text {text.name!r} has {num_lines} lines, and num_samples={num_samples} needs as many: pass "
+            f"num_samples={num_lines}, or more lines."
+        )
+
+    batches = list[dict[str, Any]]()
+    num_skipped = 0
+    longest_skipped = 0
+    order = torch.randperm(num_lines, generator=torch.Generator().manual_seed(seed)).tolist()
+    for number in order:
+        if len(batches) == num_samples:
             break
         batch = _sequence(processor, text.documents[number], text.images[number])
         cut = cut_sequence(batch, length, config)
         if cut is None:
-            longest, skipped = max(longest, batch["input_ids"].shape[1]), skipped + 1
+            num_skipped += 1
+            longest_skipped = max(longest_skipped, batch["input_ids"].shape[1])
         else:
-            found.append(cut)
-    too_long = f"{skipped} have tokens of an image after token {length} (--sequence-length; the longest has {longest})"
-    if len(found) < num_samples:
-        why = f", of which {too_long}" if skipped else ""
-        need = f"num_samples={num_samples} needs as many: pass num_samples={lines - skipped}, or more lines"
-        raise ValueError(f"text {text.name!r} has {lines} lines{why}, and {need}.")
-    if skipped:
-        logger.warning("%d lines of %s are skipped: %s", skipped, text.name, too_long)
-    return found
+            batches.append(cut)
+
+    if len(batches) < num_samples:
+        raise ValueError(
+            f"text {text.name!r} has {num_lines} lines, of which {num_skipped} have tokens of an image after token "
+            f"{length} (--sequence-length; the longest has {longest_skipped}), and num_samples={num_samples} needs as "
+            f"many: pass num_samples={num_lines - num_skipped}, or more lines."
+        )
+    if num_skipped:
+        logger.warning(
+            "%d lines of %s are skipped: they have tokens of an image after token %d (--sequence-length; the longest "
+            "has %d)",
+            num_skipped,
+            text.name,
+            length,
+            longest_skipped,
+        )
+    return batches
 
 
 def _sequence(processor: Any, text: str, files: Sequence[Path]) -> dict[str, Any]:
-    """Run the processor on one text and its images; if the text does not say where they are, the chat template does."""
-    names = ("image_token", "boi_token")
+    """Run the processor on one text and its images; if the text does not say where they are, the chat template does.
+
+    Returns the arguments of the model: `input_ids` [1, tokens], `attention_mask`, `pixel_values`, ...
+    """
     marks = [
-        mark for mark in (getattr(processor, name, None) for name in names) if isinstance(mark, str)
+        mark
+        for mark in (getattr(processor, name, None) for name in ("image_token", "boi_token"))
+        if isinstance(mark, str)
     ]
+    says_where = any(mark in text for mark in marks)
     options: dict[str, Any] = {}
-    if not any(mark in text for mark in marks):
-        if processor.chat_template:
-            text = _prompt(processor, text, len(files), marks)
-            if processor.tokenizer.bos_token and text.startswith(processor.tokenizer.bos_token):
-                options["add_special_tokens"] = False  # not a second one
-        elif files:
-            raise ValueError(
-                f"the model's processor has no chat template: write {' or '.join(marks) or 'its image token'} into "
-                f"every text with an image, also into {text[:60]!r}."
-            )
+    if not says_where and processor.chat_template:
+        text = _prompt(processor, text, len(files), marks)
+        bos = processor.tokenizer.bos_token
+        if bos and text.startswith(bos):
+            options["add_special_tokens"] = False  # not a second one
+    elif not says_where and files:
+        shown = " or ".join(marks) or "its image token"
+        raise ValueError(
+            f"the model's processor has no chat template: write {shown} into every text with an image, also into "
+            f"{text[:60]!r}."
+        )
+
     try:
         images = [[load_image(str(file)) for file in files]] if files else None
         return dict(processor(text=[text], images=images, return_tensors="pt", **options))
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # a damaged file, or more images than the text has places for
+    except (OSError, ValueError) as error:
+        # a damaged file, or more images than the text has places for
         shown = ", ".join(map(str, files)) or "no image"
         raise ValueError(
             f"the model's processor can't read {text[:60]!r} with {shown}: {error}"

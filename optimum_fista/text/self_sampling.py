@@ -1,11 +1,13 @@
 """Self-sampling: the model writes its own calibration tokens.
 
-No other text is needed, and the model's text is like its training text. But writing the text takes time.
+No other text is needed, and the model's text is like its training text. But writing the text takes time. A *sample* is
+one sequence of calibration tokens. It consists of several *texts*, each of which has a *beginning* of one or two tokens
+that is chosen here, and goes on as the model writes it.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -16,8 +18,10 @@ from optimum_fista.model.hooks import evaluation_mode
 from optimum_fista.model.layers import token_limits
 from optimum_fista.model.offload import execution_device
 
-SAMPLED_TOGETHER = 32  # samples; this limits the memory of keys and values
-_TEXTS = 4  # in a sample: more beginnings, which differ most
+# Samples that are written together; this limits the memory of keys and values.
+SAMPLED_TOGETHER = 32
+# Texts in a sample. More texts have more beginnings, which differ most.
+_TEXTS = 4
 
 
 def num_batches(num_samples: int) -> int:
@@ -47,27 +51,25 @@ def sample_text_from_model(
     temperature 1 from the whole distribution: less likely tokens make worse reading, but better calibration text
     (docs/ablations.md). EOS does not end a text: the model continues with the next document.
     """
-    for name, value, least in (
-        ("num_samples", num_samples, 1),
-        ("sequence_length", sequence_length, 2),
-    ):
-        if value < least:
-            raise ValueError(f"{name}={value}; pass {least} or more.")
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples}; pass 1 or more.")
+    if sequence_length < 2:
+        raise ValueError(f"sequence_length={sequence_length}; pass 2 or more.")
     _, limit = token_limits(model)
     if limit is not None and sequence_length > limit:
         raise ValueError(
             f"sequence_length={sequence_length}: pass at most {limit} (max_position_embeddings)."
         )
+
+    texts = num_texts(sequence_length)
     with evaluation_mode(model), _own_sampling(model, seed), torch.no_grad():
-        texts = num_texts(sequence_length)
-        beginnings = _beginnings(
-            model, tokenizer, num_samples * texts, torch.Generator().manual_seed(seed)
-        )
-        new_tokens = (
-            -(-sequence_length // texts) - beginnings.shape[1]
-        )  # rounded up: the last text is cut below
-        total, written = len(beginnings) * new_tokens, beginnings
+        generator = torch.Generator().manual_seed(seed)
+        beginnings = _beginnings(model, tokenizer, num_samples * texts, generator)
+        length = math.ceil(sequence_length / texts)  # of a text: the last one is cut below
+        new_tokens = length - beginnings.shape[1]
+        written = beginnings
         if new_tokens:
+            total = len(beginnings) * new_tokens
             with tqdm(total=total, desc="Self-sampling", unit="token", disable=not progress) as bar:
                 batches = beginnings.tensor_split(num_batches(num_samples))
                 written = torch.cat([_continue(model, batch, new_tokens, bar) for batch in batches])
@@ -80,8 +82,13 @@ def _beginnings(
     num_samples: int,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """First tokens of every sample [N, 1 or 2]."""
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    """The first tokens of every text, int64, [texts, 1 or 2]: BOS or EOS if there is one, and an ordinary token.
+
+    `num_samples` is the number of texts. The generator's state moves on.
+    """
+    start = tokenizer.bos_token_id
+    if start is None:
+        start = tokenizer.eos_token_id
     if start is None:
         weights = torch.ones(len(tokenizer), dtype=torch.float64)
     else:
@@ -91,26 +98,28 @@ def _beginnings(
         weights = logits[: len(tokenizer)].cpu().double().softmax(dim=0).clamp(min=1e-30)
     # A special token would begin a conversation or an image that the text does not go on with.
     weights[[token for token in tokenizer.all_special_ids if token < len(weights)]] = 0
-    replacement = num_samples > int(weights.count_nonzero())
-    draws = torch.multinomial(
-        weights, num_samples, replacement=replacement, generator=generator
-    ).unsqueeze(1)
+
+    is_repeated = num_samples > int(weights.count_nonzero())
+    draws = torch.multinomial(weights, num_samples, replacement=is_repeated, generator=generator)
+    draws = draws.unsqueeze(1)  # [texts] -> [texts, 1]
     return draws if start is None else torch.cat([torch.full_like(draws, start), draws], dim=1)
 
 
 def _continue(
     model: PreTrainedModel, beginnings: torch.Tensor, new_tokens: int, bar: tqdm
 ) -> torch.Tensor:
+    """Let the model write `new_tokens` after each beginning: int64 [texts, tokens], on the CPU; moves the bar on."""
     ids = beginnings.to(execution_device(model.get_input_embeddings()))
-    options: Any = {
-        "do_sample": True,
-        "temperature": 1.0,
-        "top_k": 0,
-        "max_new_tokens": new_tokens,
-        "use_cache": True,
-    }
-    options |= {"attention_mask": torch.ones_like(ids), "streamer": _Counter(bar)}
-    samples: torch.Tensor = model.generate(input_ids=ids, **options)  # type: ignore[operator]
+    samples: torch.Tensor = model.generate(  # type: ignore[operator]
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        max_new_tokens=new_tokens,
+        use_cache=True,
+        streamer=_Counter(bar),
+    )
     return samples.cpu()
 
 
@@ -118,12 +127,15 @@ class _Counter(BaseStreamer):
     """Shows how many tokens `generate` has written."""
 
     def __init__(self, bar: tqdm) -> None:
-        self.bar, self.prompt_seen = bar, False
+        """Count on `bar`, which stays open."""
+        self.bar = bar
+        self.has_prompt = False
 
     def put(self, value: torch.Tensor) -> None:
         """Count the new tokens; the first call brings the prompt."""
-        self.bar.update(value.numel() * self.prompt_seen)
-        self.prompt_seen = True
+        if self.has_prompt:
+            self.bar.update(value.numel())
+        self.has_prompt = True
 
     def end(self) -> None:
         """Nothing to do: one bar serves all batches."""
@@ -135,15 +147,16 @@ def _own_sampling(model: PreTrainedModel, seed: int) -> Iterator[None]:
 
     Afterwards they and the model's generation config are as they were.
     """
-    device, settings = execution_device(model.get_input_embeddings()), model.generation_config
-    devices = range(torch.accelerator.device_count()) if device.type != "cpu" else ()
+    device = execution_device(model.get_input_embeddings())
+    settings = model.generation_config
+    devices = range(0) if device.type == "cpu" else range(torch.accelerator.device_count())
     model.generation_config = GenerationConfig()
     try:
         with torch.random.fork_rng(devices=devices, device_type=device.type):
-            # torch.manual_seed reaches all accelerators, which are forked only if one of them samples
-            (torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed)(
-                seed
-            )
+            if device.type == "cpu":
+                torch.default_generator.manual_seed(seed)
+            else:  # this reaches all accelerators, which are forked only if one of them samples
+                torch.manual_seed(seed)
             yield
     finally:
         model.generation_config = settings

@@ -355,23 +355,6 @@ def test_ids_outside_of_the_vocabulary_are_renumbered(kind):
     assert reduced["added_tokens"][-1]["id"] == fewest - 1 == new.get_vocab_size() - 1
 
 
-def test_counts_are_those_of_whole_documents(monkeypatch):
-    content = FAMILIES["qwen"]()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
-    documents = ["\n".join(ENGLISH), "", *ENGLISH[:70], "a" * 3000]
-    whole = count_tokens(tokenizer, documents, 2000)
-    expected = torch.tensor([i for text in documents for i in tokenizer(text)["input_ids"]])
-    assert torch.equal(whole, torch.bincount(expected, minlength=2000))
-    monkeypatch.setattr("optimum_fista.text.token_counts._PART_CHARACTERS", 500)
-    assert (
-        count_tokens(tokenizer, iter(documents), 2000) - whole
-    ).abs().sum() < 0.002 * whole.sum()
-    with pytest.raises(ValueError, match=r"size=300, but the tokenizer has the id \d+"):
-        count_tokens(tokenizer, documents, 300)
-    with pytest.raises(ValueError, match="is not a fast one"):
-        count_tokens(object(), documents, 300)
-
-
 def test_what_cannot_be_reduced_is_refused():
     content, counts = word_piece(), torch.ones(1200, dtype=torch.int64)
     words = json.loads(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).to_str())
