@@ -67,10 +67,11 @@ def image_sequences(
         )
     if num_skipped:
         logger.warning(
-            "%d lines of %s are skipped: they have tokens of an image after token %d (--sequence-length; the longest "
+            "%d lines of %s are skipped: %d have tokens of an image after token %d (--sequence-length; the longest "
             "has %d)",
             num_skipped,
             text.name,
+            num_skipped,
             length,
             longest_skipped,
         )
