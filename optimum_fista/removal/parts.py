@@ -407,52 +407,94 @@ def _operators(
 
     `prefix` is the name of the layer with a dot; `axes` says on which axis each tensor shrinks (`_shrinking_axes`).
     """
-    shapes = {
-        name: shape
+    shrinking = {
+        name: _ShrinkingTensor(
+            name=name,
+            shape=shape,
+            axis=axes[name],
+            module=outline.dense.get_submodule(name.rpartition(".")[0]),
+        )
         for name, shape in outline.shapes.items()
         if name in axes and name.startswith(prefix)
     }
-    owners = {name: name.rpartition(".")[0] for name in shapes}
-    modules = {name: outline.dense.get_submodule(owner) for name, owner in owners.items()}
-    linear = [name for name, module in modules.items() if isinstance(module, LINEAR)]
-    weights = [
-        name
-        for name in linear
-        if name.endswith(".weight") and axes[name] == _axis_of_inputs(modules[name])
-    ]
+    weights = [tensor for tensor in shrinking.values() if tensor.loses_columns]
     for weight in weights:
-        operator = owners[weight]
-        columns = shapes[weight][axes[weight]]
-        groups = stated.groups or columns
         # The inputs come from the same module, unless there is one operator only: BERT's MLP has two modules.
-        siblings = prefix if len(weights) == 1 else operator.rpartition(".")[0] + "."
-        rows = [name for name in shapes if name not in weights and name.startswith(siblings)]
+        siblings = prefix if len(weights) == 1 else weight.owner.rpartition(".")[0] + "."
+        rows = [
+            tensor
+            for tensor in shrinking.values()
+            if tensor not in weights and tensor.name.startswith(siblings)
+        ]
+        yield _part_of_operator(weight, rows, stated)
 
-        feeders = [name for name in rows if name.endswith(".weight") and name in linear]
-        least_feeders = 2 if stated.kind == "heads" else 1  # queries and keys
-        if len(feeders) < least_feeders:
+
+@dataclass(frozen=True)
+class _ShrinkingTensor:
+    """A tensor of a decoder layer that is smaller in an outline with fewer parts."""
+
+    name: str  # in the model
+    shape: tuple[int, ...]
+    axis: int  # that is smaller
+    module: nn.Module  # that has it
+
+    @property
+    def owner(self) -> str:
+        """The name of the module that has it."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def entries(self) -> int:
+        """How many entries it has on the axis that is smaller."""
+        return self.shape[self.axis]
+
+    @property
+    def is_linear(self) -> bool:
+        """Tell whether it is the weight or bias of a linear operator."""
+        return isinstance(self.module, LINEAR)
+
+    @property
+    def is_weight_of_operator(self) -> bool:
+        """Tell whether it is the weight of a linear operator."""
+        return self.is_linear and self.name.endswith(".weight")
+
+    @property
+    def loses_columns(self) -> bool:
+        """Tell whether it is the weight of a linear operator that has fewer inputs."""
+        return self.is_weight_of_operator and self.axis == _axis_of_inputs(self.module)
+
+
+def _part_of_operator(
+    weight: _ShrinkingTensor, rows: Sequence[_ShrinkingTensor], stated: Parts
+) -> Part:
+    """Make the part of an operator that loses columns, of `weight`, and of the tensors that lose `rows` with it.
+
+    Refuses tensors that have no rows of their own for each group.
+    """
+    operator = weight.owner
+    groups = stated.groups or weight.entries
+    feeders = [tensor.name for tensor in rows if tensor.is_weight_of_operator]
+    least_feeders = 2 if stated.kind == "heads" else 1  # queries and keys
+    if len(feeders) < least_feeders:
+        raise UnsupportedArchitectureError(
+            f"beside {operator} there is {' and '.join(feeders) or 'no projection'}, in which rows of one group can't "
+            "be told"
+        )
+
+    tensors = dict[str, GroupAxis]()
+    for tensor in (weight, *rows):
+        # such as attention sinks, one for each head
+        is_vector_of_operator = len(tensor.shape) == 1 and operator.startswith(f"{tensor.owner}.")
+        is_expected = tensor.is_linear or is_vector_of_operator
+        if not is_expected or tensor.entries % groups:
             raise UnsupportedArchitectureError(
-                f"beside {operator} there is {' and '.join(feeders) or 'no projection'}, in which rows of one group "
-                "can't be told"
+                f"{tensor.name} ({type(tensor.module).__name__}) works on all inputs of {operator} together"
             )
-        for name in (weight, *rows):
-            # such as attention sinks, one for each head
-            is_vector_of_operator = len(shapes[name]) == 1 and operator.startswith(
-                f"{owners[name]}."
-            )
-            is_expected = name in linear or is_vector_of_operator
-            if not is_expected or shapes[name][axes[name]] % groups:
-                raise UnsupportedArchitectureError(
-                    f"{name} ({type(modules[name]).__name__}) works on all inputs of {operator} together"
-                )
-
-        tensors = {weight: GroupAxis(axes[weight], 1)}
-        for name in rows:
-            entries = shapes[name][axes[name]]
-            # the rows of a head are together; all channels of a gate come before those of the up projection
-            repeats = entries // groups if stated.kind == "channels" else 1
-            tensors[name] = GroupAxis(axes[name], repeats)
-        yield Part(operator, groups, columns // groups, tensors)
+        # The rows of a head are together. All channels of a gate come before those of the up projection.
+        has_all_groups_again = stated.kind == "channels" and tensor is not weight
+        repeats = tensor.entries // groups if has_all_groups_again else 1
+        tensors[tensor.name] = GroupAxis(tensor.axis, repeats)
+    return Part(operator, groups, weight.entries // groups, tensors)
 
 
 def _axis_of_inputs(module: nn.Module) -> int:

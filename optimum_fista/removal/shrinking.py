@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.removal.layer_overrides import overrides_of, renumbered
+from optimum_fista.removal.layer_overrides import Overrides, overrides_of, renumbered
 from optimum_fista.removal.outline import described_model, shapes_of
 from optimum_fista.removal.parts import Kind, ModelOutline, Part
 
@@ -102,19 +102,8 @@ def plan_shrinking(
     stay = tuple(range(total) if layers is None else layers)
     _require_described_model(outline)
 
-    removed = [f"{name}." for index, (name, _) in enumerate(outline.layers) if index not in stay]
-    sizes = dict[str, Any]()
-    overrides = overrides_of(outline.text_config)
-    parts = dict[str, Part]()
-    kept_groups = dict[str, int]()
-    for kind, count in counts.items():
-        of_kind = outline.parts(kind)
-        sizes |= of_kind.sizes(count)
-        overrides = of_kind.scaled_overrides(overrides, count)
-        for part in of_kind.parts:
-            if not part.name.startswith(tuple(removed)):
-                parts[part.name] = part
-                kept_groups[part.name] = count
+    parts, kept_groups = _parts_of_layers(outline, counts, stay)
+    sizes, overrides = _settings_of_parts(outline, counts)
     if overrides is not None:
         overrides = renumbered(overrides, stay)
 
@@ -147,6 +136,34 @@ def plan_shrinkings(
         return smaller, smaller
     others: dict[Kind, int] = {kind: count for kind, count in counts.items() if kind != "experts"}
     return smaller, plan_shrinking(outline, others, layers=layers)
+
+
+def _parts_of_layers(
+    outline: ModelOutline, counts: Mapping[Kind, int], stay: Sequence[int]
+) -> tuple[dict[str, Part], dict[str, int]]:
+    """The parts that shrink in the decoder layers `stay`, and how many groups each keeps, both by the part's name."""
+    removed = [f"{name}." for index, (name, _) in enumerate(outline.layers) if index not in stay]
+    parts = dict[str, Part]()
+    kept_groups = dict[str, int]()
+    for kind, count in counts.items():
+        for part in outline.parts(kind).parts:
+            if not part.name.startswith(tuple(removed)):
+                parts[part.name] = part
+                kept_groups[part.name] = count
+    return parts, kept_groups
+
+
+def _settings_of_parts(
+    outline: ModelOutline, counts: Mapping[Kind, int]
+) -> tuple[dict[str, Any], Overrides | None]:
+    """Settings of a configuration with these numbers of parts, and the overrides of single decoder layers."""
+    sizes = dict[str, Any]()
+    overrides = overrides_of(outline.text_config)
+    for kind, count in counts.items():
+        parts = outline.parts(kind)
+        sizes |= parts.sizes(count)
+        overrides = parts.scaled_overrides(overrides, count)
+    return sizes, overrides
 
 
 def _require_described_model(outline: ModelOutline) -> None:
