@@ -396,7 +396,15 @@ class LayerTargets:
                 # some call their operator with [tokens, in]
                 own_output = outputs_seen.pop().view(layer_output.shape)
                 inputs = inputs_seen.pop()
-                self._add_residual(batch, record, last, weight, layer_output, own_output, inputs)
+                self._add_residual(
+                    batch,
+                    record,
+                    last,
+                    weight=weight,
+                    layer_output=layer_output,
+                    own_output=own_output,
+                    inputs=inputs,
+                )
                 del layer_output, own_output, inputs  # before the next batch runs
         return last
 
@@ -405,6 +413,7 @@ class LayerTargets:
         batch: int,
         record: _DenseRecord,
         last: LastOperator,
+        *,
         weight: Tensor | None,
         layer_output: Tensor,
         own_output: Tensor,

@@ -414,7 +414,7 @@ class LayerActivations:
         return self.calls[batch].run(self.layer, hidden_states.to(self.device, non_blocking=True))
 
     def outputs(self, hidden_states: Iterable[Tensor]) -> ActivationStore:
-        """Output hidden states of the layer, a batch each."""
+        """Output hidden states of the layer; `hidden_states` [batch, sequence, hidden] enter it, a batch each."""
         outputs = self.store()
         for batch, hidden in enumerate(hidden_states):
             outputs.append(self.run(batch, hidden))

@@ -78,7 +78,12 @@ def store_tensor(
     if not is_in_files:
         tensors = data.state_dict if isinstance(data, OffloadedWeightsLoader) else data
         before = tensors[key]  # no copy: the dictionary gets a new tensor
-        keep_undo(lambda: tensors.__setitem__(key, before))
+
+        def restore_in_memory() -> None:
+            """Put the old value back into the dictionary."""
+            tensors[key] = before
+
+        keep_undo(restore_in_memory)
         tensors[key] = value.detach().to("cpu", before.dtype, copy=True)
         return
     old: dict[str, Any] = dict(data.index[key])
