@@ -1,7 +1,10 @@
 """The model card of a pruned model.
 
 The template card.md has the text; this file computes its values. A card does not depend on the time of writing, so
-equal runs write equal folders.
+equal runs write equal folders. The *given* or *dense* model is the one that the run pruned; the *first* model is the
+one that the user began with, if earlier runs pruned it before.
+
+`model_card` is called when a model folder is written. Nothing here writes a file or asks the Hub.
 """
 
 import json
@@ -56,8 +59,9 @@ def model_card(report: PruningReport, dense: str = "") -> str:
     """Return the Markdown of the model card: card.md filled in, with the metadata that the Hub reads.
 
     Args:
-        report: Report of the run; its operators have their names in the checkpoint.
-        dense: Folder or Hub id of the model that the run was given. The pruned model keeps its license and languages.
+        report: Report of the finished run; its operators have their names in the checkpoint.
+        dense: Folder or Hub id of the model that the run was given, whose own card is read: the pruned model keeps its
+            license and languages. Empty: there is none to read.
     """
     loading = loading_class(report.model["class"], report.model.get("model_type"))
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -68,6 +72,7 @@ def model_card(report: PruningReport, dense: str = "") -> str:
         "two_digits": "{:.2f}".format,
         "plain": _plain,
     }
+    compared = perplexities_to_compare(report) if report.perplexity else []
     template = environment.from_string(Path(__file__).with_name("card.md").read_text("utf-8"))
     text = template.render(
         report=report,
@@ -80,7 +85,7 @@ def model_card(report: PruningReport, dense: str = "") -> str:
         steps=step_rows(report),
         zeros=_distribution_of_zeros(report),
         cost_of_tokens_elsewhere=COST_OF_TOKENS_ELSEWHERE,
-        compared=perplexities_to_compare(report) if report.perplexity else [],
+        compared=compared,
         # one row for the operators of a kind in all decoder layers
         kinds=OperatorGrid(report.operators).kinds,
         config=json.dumps(report.config, indent=2),
@@ -94,7 +99,7 @@ def loading_class(model_class: str, model_type: str | None) -> LoadingClass:
     A folder may fit several: `AutoModelForCausalLM` loads some multimodal models without their encoders.
 
     Args:
-        model_class: Name of the result's class, such as "Qwen3VLForConditionalGeneration".
+        model_class: Name of the model's class, such as "Qwen3VLForConditionalGeneration".
         model_type: `model_type` of its configuration, such as "qwen3_vl"; `None` if it is not known.
     """
 
@@ -123,13 +128,15 @@ def _metadata(report: PruningReport, loading: LoadingClass, dense: str) -> Model
 
     Args:
         report: Report of the run.
-        loading: How Transformers loads the result.
-        dense: Folder or Hub id of the given model.
+        loading: How Transformers loads the result (`loading_class`).
+        dense: Folder or Hub id of the given model, whose own card is read if it is on this computer; may be empty.
     """
-    inherited = _card_metadata(dense)
+    metadata_of_dense = _card_metadata(dense)
+    inherited = {key: metadata_of_dense[key] for key in _INHERITED if key in metadata_of_dense}
     first = report.first_model.name
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", first) is not None
-    dataset = HUB_DATASETS.get(report.calibration.get("source") or "")
+    source_of_tokens = report.calibration.get("source") or ""
+    dataset = HUB_DATASETS.get(source_of_tokens)
     tags = ["optimum-fista", "pruned"]
     if not report.removed:
         tags.append("sparse")
@@ -142,7 +149,7 @@ def _metadata(report: PruningReport, loading: LoadingClass, dense: str) -> Model
         # own weights in the same number format (in a packed folder, too).
         base_model_relation="finetune" if is_hub_id else None,
         datasets=[dataset] if dataset else None,
-        **{key: inherited[key] for key in _INHERITED if key in inherited},
+        **inherited,
     )
 
 
@@ -157,11 +164,11 @@ def _card_metadata(model: str) -> dict[str, Any]:
     try:
         file: Any = Path(model, "README.md")
         if not file.is_file():
+            # A path, None, or an object that says that the model has no card.
             file = try_to_load_from_cache(model, "README.md")
         if isinstance(file, str | Path):
-            metadata: dict[str, Any] = ModelCard.load(
-                file, ignore_metadata_errors=True
-            ).data.to_dict()
+            card = ModelCard.load(file, ignore_metadata_errors=True)
+            metadata: dict[str, Any] = card.data.to_dict()
             return metadata
     except (OSError, ValueError, YAMLError):
         # no name of a repository, or a damaged card
@@ -170,7 +177,7 @@ def _card_metadata(model: str) -> dict[str, Any]:
 
 
 def _distribution_of_zeros(report: PruningReport) -> str:
-    """Say how the zeros of this run were shared over the operators."""
+    """Say how the zeros of a run were shared over the operators that it pruned, in words for the table of the card."""
     if report.removed:
         return "none: what is removed is no longer there"
     is_shared = (
@@ -192,6 +199,14 @@ def _plain(text: Any) -> str:
 
 
 def markdown_lines(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    """Lines of a table; cells are written by `str`."""
-    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (headings, *rows)]
-    return [lines[0], "|---" * len(headings) + "|", *lines[1:]]
+    """Return the lines of a table in Markdown; cells are written by `str`, and nothing in them is escaped.
+
+    Each row has as many cells as there are headings.
+    """
+
+    def line(cells: Iterable[Any]) -> str:
+        """Write one row."""
+        return f"| {' | '.join(map(str, cells))} |"
+
+    rule = "|---" * len(headings) + "|"
+    return [line(headings), rule, *(line(cells) for cells in rows)]

@@ -2,6 +2,9 @@
 
 Nothing here needs Transformers or a model: `report` and `verify` read a folder quickly, even if the model is too large
 to load. A damaged file gives a ValueError that names the file.
+
+A run that removes tokens from the vocabulary gives the others new ids, so that the embedding has fewer rows. The file
+`fista/vocabulary.json` has their *old* ids: those in the model before the first token was removed.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ _MODEL_KEYS = {"name", "class"}
 
 
 def require_files(folder: Path, *names: str) -> None:
-    """Refuse a folder in which one of these files is missing (FileNotFoundError)."""
+    """Refuse a folder that is missing or lacks one of the files `names`, such as "config.json" (FileNotFoundError)."""
     if not folder.exists():
         raise FileNotFoundError(
             f"{str(folder)!r}: there is no such folder.{closest_folder(str(folder))}"
@@ -50,7 +53,7 @@ def require_files(folder: Path, *names: str) -> None:
 
 
 def read_report(folder: Path) -> PruningReport:
-    """Return the report in a pruned model's folder.
+    """Return the report in the folder of a pruned model.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -76,8 +79,9 @@ def kept_tokens(folder: Path, before: Path | None = None) -> Tensor | None:
     """Return the old ids of the tokens of a smaller vocabulary, int64 [tokens]; `None` if no token was removed.
 
     Row `i` of the embedding in `folder` is row `kept_tokens(folder)[i]` of the embedding before the first token was
-    removed. If the folder `before` is given, it is the row of the embedding there, which may have lost some of the
-    tokens already. (If that folder is of another model, ids are those of the first model.)
+    removed. If the folder `before` is given, it is the row of the embedding there instead, which may have lost some of
+    the tokens already. A token that is not in `before` gets a number that is no row. If `before` is of another model,
+    it is not used. The files are only read.
 
     Raises:
         ValueError: If the list of tokens in `folder` is damaged.
@@ -90,12 +94,14 @@ def kept_tokens(folder: Path, before: Path | None = None) -> Tensor | None:
     num_tokens: Any = record.get("num_tokens")
     _require_token_ids(file, kept, num_tokens)
 
-    is_same_model = False
-    if before is not None and (before / VOCABULARY_FILE).exists():
-        is_same_model = read_json(before / VOCABULARY_FILE).get("num_tokens") == num_tokens
-    earlier = kept_tokens(before) if before is not None and is_same_model else None
-    if earlier is None:
+    if before is None or not (before / VOCABULARY_FILE).exists():
         return torch.tensor(kept)
+    is_of_same_model = read_json(before / VOCABULARY_FILE).get("num_tokens") == num_tokens
+    if not is_of_same_model:
+        return torch.tensor(kept)
+
+    earlier = kept_tokens(before)
+    assert earlier is not None  # the file exists
     rows = {old_id: row for row, old_id in enumerate(earlier.tolist())}
     no_row = num_tokens  # of a token that `before` has lost, although `folder` has it
     return torch.tensor([rows.get(old_id, no_row) for old_id in kept])
@@ -113,7 +119,10 @@ def _require_token_ids(file: Path, kept: Any, num_tokens: Any) -> None:
 
 
 def mark_retrained(model: PreTrainedModel) -> None:
-    """Note in the configuration of a pruned model, which is changed, that its weights were trained after pruning."""
+    """Note in the configuration of a pruned model that its weights were trained after pruning.
+
+    Changes `model.config.fista_pruning`. A model that no run has pruned is left alone.
+    """
     summary = getattr(model.config, CONFIG_KEY, None)
     if summary is not None and not summary.get("retrained"):
         setattr(model.config, CONFIG_KEY, summary | {"retrained": True})

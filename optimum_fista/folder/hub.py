@@ -2,6 +2,9 @@
 
 `HfApi.upload_folder` makes one commit that adds the files on the model's list and deletes those of an earlier model. So
 nobody downloads half of a model, or one model's weights with another model's report.
+
+The list is `fista/files.json` in the folder; `folder.output` writes it. `require_push` is called before a run,
+`push_folder` after it.
 """
 
 import glob
@@ -69,7 +72,7 @@ def push_folder(
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         # An existing repository keeps its visibility, whatever was asked.
-        is_private = private if private is None else api.model_info(repo_id).private
+        is_private = None if private is None else api.model_info(repo_id).private
         if is_private == private:
             # The ref of a pull request exists already.
             if revision is not None and not revision.startswith("refs/"):
@@ -96,7 +99,10 @@ def push_folder(
 
 
 def _warn_of_others(folder: Path, listed: set[str], repo_id: str) -> None:
-    """Log a warning that names the files of a folder that are not uploaded, because they are not among `listed`."""
+    """Log a warning that names the files of a folder that are not uploaded, because they are not among `listed`.
+
+    `listed` are names of files relative to `folder`. `repo_id` is for the message.
+    """
     others = []
     for name in all_names(folder):
         is_of_git = name.startswith((".git/", ".cache/"))
@@ -112,11 +118,11 @@ def _warn_of_others(folder: Path, listed: set[str], repo_id: str) -> None:
 
 
 def require_push(repo_id: str, token: str | None = None) -> None:
-    """Check the name, the token and the namespace of a push before hours are spent on the model.
+    """Check the name, the token and the namespace of a push before hours are spent on the model. Changes nothing.
 
     Args:
         repo_id: `"namespace/name"`, or `"name"`.
-        token: Access token; `None` takes the stored one.
+        token: Access token; `None` takes `HF_TOKEN` or the one stored by `hf auth login`.
 
     Raises:
         ValueError: If `repo_id` is no name of a repository, or if the token may not write there.
@@ -133,7 +139,9 @@ def require_push(repo_id: str, token: str | None = None) -> None:
 
     organizations = [organization["name"] for organization in user.get("orgs", ())]
     namespaces = [user["name"], *organizations]
-    namespace = repo_id.rpartition("/")[0] or user["name"]
+    namespace = user["name"]
+    if "/" in repo_id:
+        namespace = repo_id.partition("/")[0]
     if namespace not in namespaces:
         possible = ", ".join(f"{name}/..." for name in namespaces)
         raise ValueError(

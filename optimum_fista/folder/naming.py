@@ -4,7 +4,9 @@ A weight may have another name in the files than in the model, and another layou
 and the files of a mixture may have a tensor for each expert. A run works with the names of the model. `as_stored`
 translates what a folder gets, and `as_in_model` translates back what is read from a folder.
 
-A mask is a uint8 tensor with one bit for each weight (`solve.pattern.pack_mask`), True = kept.
+A mask is a uint8 tensor with one bit for each weight (`solve.pattern.pack_mask`), True = kept. An operator is a pruned
+linear map: a module, or one matrix of an expert. `report.operators` are those that a run pruned, `report.carried` those
+whose masks of an earlier run it carried over, and `report.masked` both.
 """
 
 import dataclasses
@@ -25,7 +27,8 @@ from optimum_fista.source.names import StoredName, stored_names
 def operators_by_weight(model: PreTrainedModel, report: PruningReport) -> dict[str, LinearOperator]:
     """Return the linear operators of a pruned model, by the names of their weights in the model.
 
-    `report` is that of the run which pruned the model. It tells which experts were left alone.
+    A name is such as "model.layers.3.mlp.up_proj.weight". `report` is that of the run which pruned the model; it tells
+    which experts were left alone. Nothing is changed, and no weight is read.
     """
     operators = {}
     for layer_name, layer in find_decoder_layers(model):
@@ -40,10 +43,12 @@ def operators_by_weight(model: PreTrainedModel, report: PruningReport) -> dict[s
 
 
 def all_operators(layer_name: str, layer: nn.Module) -> dict[str, LinearOperator]:
-    """Return all linear operators of the decoder layer called `layer_name`, by name, with those of experts.
+    """Return all linear operators of the decoder layer called `layer_name`, by their names, with those of experts.
 
-    Experts whose weights are in a form that can't be pruned are left out.
+    `layer_name` is such as "model.layers.3", the name of an operator such as "model.layers.3.mlp.up_proj". Experts
+    whose weights are in a form that can't be pruned are left out.
     """
+    # Without experts: it refuses those that can't be pruned.
     operators = find_operators(layer_name, layer, dense_experts=("*",))
     for name, module in layer.named_modules(prefix=layer_name):
         if is_fused_experts(module) and can_be_split(module):
@@ -55,7 +60,7 @@ def all_operators(layer_name: str, layer: nn.Module) -> dict[str, LinearOperator
 def as_stored(
     reports: Iterable[OperatorReport], masks: Mapping[str, Tensor], names: Mapping[str, StoredName]
 ) -> tuple[list[OperatorReport], dict[str, Tensor]]:
-    """Return reports of operators and their masks under other names.
+    """Return reports of operators and their masks under other names. The arguments are not changed.
 
     Args:
         reports: Of the operators; `name` is that of the weight, such as "model.layers.0.mlp.up_proj.weight".
@@ -80,9 +85,12 @@ def as_stored(
 def report_as_stored(
     report: PruningReport, masks: Mapping[str, Tensor], names: Mapping[str, StoredName]
 ) -> tuple[PruningReport, dict[str, Tensor]]:
-    """Return a report, with all its operators, and masks under other names; the arguments are those of `as_stored`.
+    """Return a copy of a run's report in which operators have other names, and the masks under these names.
 
-    Masks that were carried from an earlier run are among them. The report that is passed is not changed.
+    Args:
+        report: Of a run. It is not changed.
+        masks: Of the operators that it pruned and of those whose masks it carried over, by their names in it.
+        names: The new name of each weight, and whether it is stored there as [in, out] (`as_stored`).
     """
     operators, masks_of_run = as_stored(report.operators, masks, names)
     carried, carried_masks = as_stored(report.carried, masks, names)
@@ -103,7 +111,7 @@ def as_in_model(
 
     Args:
         model: The model that was loaded from this checkpoint.
-        operators: Its linear operators (`operators_by_weight`).
+        operators: Its linear operators (the values of `operators_by_weight`).
         report: With the names of the checkpoint. It is not changed.
         masks: By the names of the checkpoint.
 

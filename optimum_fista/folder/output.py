@@ -11,7 +11,8 @@ folder may be replaced if all its files are as on that list. A file that was add
 the folder is then not replaced.
 
 A writer calls `require_output` early, and then `new_output`. A streamed run uses its parts: `locked_output` for the
-whole run, and `install` at the end.
+whole run, and `install` at the end. In all functions, `output_dir` is the output as the user passed it, perhaps a link,
+and `folder` a real folder: an unfinished one, or a finished one with a list.
 """
 
 import errno
@@ -62,7 +63,8 @@ def folder_beside(source: str | Path, ending: str) -> Path:
 def require_output(output_dir: Path, overwrite: bool, *, source: str | Path | None = None) -> None:
     """Refuse an output that can't be written, or that would replace files of the user.
 
-    Nothing of the user is changed; files that a killed process left beside the output are removed.
+    Nothing of the user is changed. If the output is refused because it holds a model, files that a killed process left
+    beside it are removed.
 
     Args:
         output_dir: The folder that is going to be written.
@@ -92,17 +94,21 @@ def require_output(output_dir: Path, overwrite: bool, *, source: str | Path | No
     listed = _listed_files(output)
     if listed and not overwrite:
         lock = Path(f"{unfinished_folder(output_dir)}.lock")
-        if lock.exists():  # of a run that was killed at its end, or goes on
+        if lock.exists():
+            # Of a run that was killed at its end, or goes on. Locking removes the files of a killed one, and fails with
+            # an OSError if the run goes on.
             with suppress(OSError), locked_output(output_dir):
                 pass
         raise FileExistsError(
             f"output {str(output_dir)!r} already holds a model: pass another folder, or overwrite=True (--overwrite)."
         )
 
+    # Of a folder without a list, all files are the user's.
     others = foreign_files(output) if listed else sorted(os.listdir(output))
     if others:
-        came_meanwhile = _listed_files(output) != listed  # another run has put its model there
-        if came_meanwhile:
+        # Another run may have put its model there since the list was read. Then everything is asked again.
+        is_another_model = _listed_files(output) != listed
+        if is_another_model:
             require_output(output_dir, overwrite, source=source)
             return
         names = ", ".join(others[:3])
@@ -138,7 +144,10 @@ def _require_apart(output_dir: Path, source: Path) -> None:
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """Return the names of the files in a folder that are not on its list, or not as they were written."""
+    """Return the names of the files in a finished folder that are not on its list, or not as they were written.
+
+    The list itself is no such file. Names are relative to the folder, such as "fista/report.json".
+    """
     listed = _listed_files(folder)
     foreign = []
     for name in all_names(folder):
@@ -151,13 +160,22 @@ def foreign_files(folder: Path) -> list[str]:
 
 
 def model_files(folder: Path) -> set[str]:
-    """Return the names of the files in a folder that are on its list, and of the list; none if there is no list."""
+    """Return the names of the files in a folder that are on its list, and of the list; none if there is no list.
+
+    Names are relative to the folder. Files that were changed since they were listed are among them.
+    """
     listed = _listed_files(folder)
-    return set(all_names(folder)) & {*listed, FILES_FILE} if listed else set()
+    if not listed:
+        return set()
+    of_model = {*listed, FILES_FILE}
+    return {name for name in all_names(folder) if name in of_model}
 
 
 def all_names(folder: Path) -> list[str]:
-    """Return the names of all files below a folder, relative to it, with links."""
+    """Return the names of all files below a folder in sorted order, relative to it, such as "fista/report.json".
+
+    A link counts as a file, also one to a folder, which is not followed.
+    """
     files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
     return sorted(path.relative_to(folder).as_posix() for path in files)
 
@@ -166,8 +184,10 @@ def all_names(folder: Path) -> list[str]:
 def locked_output(output_dir: Path) -> Iterator[Path]:
     """Lock `output_dir` against other runs, and yield its unfinished folder, which exists and can be written to.
 
+    Makes the unfinished folder with the mark of this package, and the lock file beside it, which is deleted at the end.
     The thread that holds the lock may lock again. Before and after the context, files that a killed process left are
-    deleted, but not the layers of a streamed run or a text that a model wrote.
+    deleted, and the unfinished folder if it is empty then (`_tidy`), but not the layers of a streamed run or a text
+    that a model wrote.
 
     Raises:
         OSError: If another run writes the output (BlockingIOError), if the folder can't be written to, or if something
@@ -176,8 +196,10 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
     folder = unfinished_folder(output_dir)
     output = Path(os.path.realpath(output_dir))
     # The system releases the lock of a killed process.
+    # A singleton: this thread gets the same object each time.
     lock: Any = FileLock(f"{folder}.lock", timeout=0, is_singleton=True)
-    if lock.is_locked:  # by this thread
+    is_locked_by_this_thread = lock.is_locked
+    if is_locked_by_this_thread:
         yield folder
         return
 
@@ -200,9 +222,10 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
         at_the_end.callback(lock.release)
         at_the_end.callback(Path(lock.lock_file).unlink, missing_ok=True)
 
-        has_mark = (folder / _MARK).exists()
-        is_of_this_package = folder.is_dir() and not folder.is_symlink()
-        is_of_this_package = is_of_this_package and (has_mark or not all_names(folder))
+        is_real_folder = folder.is_dir() and not folder.is_symlink()
+        # A folder without files may be one of this package that was not marked yet.
+        is_marked_or_empty = (folder / _MARK).exists() or not all_names(folder)
+        is_of_this_package = is_real_folder and is_marked_or_empty
         if os.path.lexists(folder) and not is_of_this_package:
             raise FileExistsError(
                 f"{str(folder)!r} is in the way and no unfinished run's: move it away, or pass another output."
@@ -219,7 +242,13 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
 def new_output(output_dir: Path, overwrite: bool, source: Path | None = None) -> Iterator[Path]:
     """Yield an empty folder to write a model into; at the end of the context it becomes `output_dir` (`install`).
 
-    After an error inside the context, `output_dir` is as it was. `overwrite` and `source`: see `require_output`.
+    After an error inside the context, `output_dir` is as it was. Layers of an unfinished run into the same output are
+    deleted if `overwrite` allows it.
+
+    Args:
+        output_dir: The output, with no model of the user or, if `overwrite`, one that this package wrote.
+        overwrite: Whether such a model, and an unfinished run, may be replaced.
+        source: The folder of the model that is read, which must lie outside of the output; `None` if there is none.
     """
     with locked_output(output_dir) as folder:
         require_output(output_dir, overwrite, source=source)
@@ -243,7 +272,8 @@ def install(folder: Path, output_dir: Path, overwrite: bool, source: Path | None
     Args:
         folder: The unfinished folder of `output_dir`, as `locked_output` yields it.
         output_dir: The folder that the model becomes. A link stays a link.
-        overwrite: See `require_output`, which is asked again, because hours may have passed.
+        overwrite: Whether a model there may be replaced. This is asked again (`require_output`), because hours may have
+            passed since the run began.
         source: The folder that was read. Copies of files that the user had added to it are not listed as the model's.
     """
     model = folder / MODEL
@@ -251,7 +281,8 @@ def install(folder: Path, output_dir: Path, overwrite: bool, source: Path | None
 
     names = [name for name in all_names(model) if name != FILES_FILE]
     for name in names:
-        if name.endswith(".safetensors"):  # the library writes them for their owner alone
+        if name.endswith(".safetensors"):
+            # Safetensors writes files for their owner alone. Others may read these if they may read the folder.
             (model / name).chmod(model.stat().st_mode & 0o666)
         flush(model / name)  # whoever finds the folder by its name must find all of it
 
@@ -281,7 +312,8 @@ def install(folder: Path, output_dir: Path, overwrite: bool, source: Path | None
 def discard(folder: Path, *, keep_texts: bool = False) -> None:
     """Delete everything in a locked unfinished folder, except its mark and what this run has offloaded.
 
-    `keep_texts` keeps the tokens that models wrote, too: the new run may have written them just before.
+    `folder` is as `locked_output` yields it. `keep_texts` keeps the tokens that models wrote, too: the new run may have
+    written them just before.
     """
     journal = folder / FOLDER
     (folder / RUN_FILE).unlink(missing_ok=True)  # first, so that what is left is no run
@@ -300,15 +332,18 @@ def discard(folder: Path, *, keep_texts: bool = False) -> None:
 def write_about(file: Path, text: str) -> None:
     """Write a file of text; if it is about the model of a finished folder, update the folder's list.
 
-    Such a file is `README.md` or `fista/report.html`. It is not listed if the user had changed it before.
+    Such a file is `README.md` or `fista/report.html`. It is not listed if the user had changed it before. Any other
+    `file` is only written.
     """
     folder = file.parent if file.name == "README.md" else file.parent.parent
     name = file.relative_to(folder).as_posix()
-    listed = _listed_files(folder) if name in _ABOUT else {}
-    was_of_user = name in foreign_files(folder) if listed else True
+    listed = _listed_files(folder)
+    is_of_model = name in _ABOUT and bool(listed)
+    # Asked before the file is replaced. A file that is not there yet is nobody's.
+    was_changed_by_user = is_of_model and name in foreign_files(folder)
 
     write_file(file, text)
-    if not was_of_user:
+    if is_of_model and not was_changed_by_user:
         _write_list(folder, listed | {name: _stamp(file)})
 
 
@@ -316,13 +351,19 @@ def _tidy(folder: Path, output: Path) -> None:
     """Remove from an unfinished folder what no later run needs, and the folder if it is then empty.
 
     If a process was killed between the two renamings of `install`, the old output gets its place again.
+
+    Args:
+        folder: The unfinished folder, which is locked. It may be missing.
+        output: The real path of the output.
     """
     replaced = folder / _REPLACED
-    if (folder / MODEL).exists() and replaced.exists():
+    was_killed_between = (folder / MODEL).exists() and replaced.exists()
+    if was_killed_between:
         replaced.rename(output)
     # After a failure, other processes of the run remove what they have offloaded at the same time.
     with suppress(FileNotFoundError):
-        if not (folder / RUN_FILE).exists():
+        can_be_resumed = (folder / RUN_FILE).exists()
+        if not can_be_resumed:
             discard(folder, keep_texts=True)
         for path in [replaced, *(folder / FOLDER).glob(_OFFLOADED)]:
             if path.exists():
@@ -341,14 +382,14 @@ def _listed_files(folder: Path) -> dict[str, Any]:
 
 
 def _write_list(folder: Path, stamps: dict[str, Any]) -> None:
-    """Write the list of a folder's files, with the stamp of each."""
+    """Write the list of a folder's files, with the stamp of each (`_stamp`) by its name; an older list is replaced."""
     write_file(folder / FILES_FILE, json.dumps(stamps, indent=1, sort_keys=True) + "\n")
 
 
 def _stamp(file: Path) -> Any:
     """Return a value that changes with a file: size and time of change of weights, the digest of all other files."""
     if file.suffix == ".safetensors":
-        # A digest would read gigabytes. Editors that keep size and time do not edit weights.
+        # A digest would read gigabytes. Programs that keep size and time do not change weights.
         status = file.stat()
         return [status.st_size, status.st_mtime_ns]
     return digest_of(file)

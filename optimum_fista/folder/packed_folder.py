@@ -3,6 +3,11 @@
 A packed folder stores each pruned weight as three tensors (`packed.format`), in files called `packed*.safetensors`. It
 has no file of masks, because they are in its weights. `pack_folder` and `unpack_folder` copy all other files. A
 streamed run packs each decoder layer by the same `Packer`, so it writes the same bytes as `pack_folder`.
+
+A *mask* tells which weights are kept. It stands in two forms: packed masks of `solve.pattern.pack_mask`, one bit for
+each weight of an operator, are in the file of masks; a packed tensor has a mask of its own, with padded rows
+(`packed.format`). The name of an operator is that of its weight in the files, with an index if the weight is a part of
+a tensor, such as "experts.gate_up_proj[3]". `split_index` divides it into the name of the tensor and the index.
 """
 
 import logging
@@ -57,7 +62,7 @@ _EXPERT = re.compile(r"\.experts\.\d+\.(?=[^.]+\.[^.]+$)")
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Packing:
     """Sizes of the weights that a packed folder stores packed."""
 
@@ -66,7 +71,8 @@ class Packing:
     packed_bytes: int
 
     def __str__(self) -> str:
-        ratio = self.packed_bytes / max(1, self.dense_bytes)
+        """Say the sizes in one line."""
+        ratio = self.packed_bytes / max(1, self.dense_bytes)  # 0 if there are no weights
         return (
             f"{self.num_tensors} weights: {self.dense_bytes / 2**20:,.1f} MiB dense, "
             f"{self.packed_bytes / 2**20:,.1f} MiB packed ({ratio:.3f})"
@@ -83,13 +89,17 @@ def is_packed(folder: Path) -> bool:
 
 
 def packed_files(folder: Path) -> dict[str, Path]:
-    """Return the file of every stored tensor of a packed folder, by the tensor's name."""
+    """Return the file of every stored tensor of a packed folder, by the tensor's name.
+
+    Such a name is "model.layers.0.mlp.up_proj.weight_mask". `config.json` names the file of weights, or their index.
+    """
     weights = read_json(folder / CONFIG_FILE)[PACKED_KEY].get("weights")
     if not isinstance(weights, str):
         raise PackedFormatError(
             f"{str(folder / CONFIG_FILE)!r} is damaged: {PACKED_KEY} names no file of weights."
         )
-    return checkpoint_files(folder, weights.partition(".")[0])
+    stem, _, _ = weights.partition(".")  # "packed"
+    return checkpoint_files(folder, stem)
 
 
 def packing_of(folder: Path) -> Packing:
@@ -111,7 +121,8 @@ def packing_of(folder: Path) -> Packing:
 
 def _outline(stored: Any) -> Tensor:
     """Return a tensor on the meta device, with the shape and dtype of a slice of safetensors, which is not read."""
-    return stored[:0].new_empty(stored.get_shape(), device="meta")
+    no_rows = stored[:0]  # has the dtype
+    return no_rows.new_empty(stored.get_shape(), device="meta")
 
 
 def packed_operators(
@@ -119,12 +130,17 @@ def packed_operators(
 ) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
     """Yield every operator of a packed folder: its report, its dense weight, and its mask.
 
-    The mask is packed to one bit a weight, as in the file of masks of a folder that is not packed.
+    The mask is packed to one bit a weight, as in the file of masks of a folder that is not packed. Nothing is changed.
+
+    Args:
+        folder: A packed folder.
+        report: The report in it.
     """
     files = packed_files(folder)
     names = set(packed_names(files))
-    latest_name = ""
-    dense = mask = torch.empty(0)
+    latest_name = ""  # of the tensor that `dense` and `mask` hold
+    dense = torch.empty(0)
+    mask = torch.empty(0)
     for operator in report.operators:
         name, index = split_index(operator.name)
         if name not in names:
@@ -165,6 +181,9 @@ def pack_folder(
         overwrite: Replace a model that `output` already holds.
         progress: Called with the name of each weight file, after it is written.
 
+    Returns:
+        The sizes of the packed weights.
+
     Raises:
         ValueError, OSError: If the folder can't be packed, or the output can't be written.
     """
@@ -191,7 +210,7 @@ def pack_folder(
         packer = Packer(report.operators, files, masks.get_tensor)
 
         def convert(file: Any, names: Iterable[str]) -> dict[str, Tensor]:
-            """Pack the tensors `names` of an open weight file."""
+            """Pack the tensors `names` of an open weight file; `packer` is that of the outer function."""
             return packer.pack({name: file.get_tensor(name) for name in names})
 
         _convert_folder(
@@ -214,21 +233,37 @@ def unpack_folder(
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Packing:
-    """Make a packed folder dense again, with its file of masks: the inverse of `pack_folder`, with its arguments."""
+    """Make a packed folder dense again, with its file of masks, and copy its other files: undoes `pack_folder`.
+
+    Args:
+        folder: The packed folder. It is only read.
+        output: The new folder.
+        overwrite: Replace a model that `output` already holds.
+        progress: Called with the name of each weight file, after it is written.
+
+    Returns:
+        The sizes of the weights that were packed.
+
+    Raises:
+        ValueError, OSError: If the folder is not packed or damaged, or the output can't be written.
+    """
     if not is_packed(folder):
         raise ValueError(
             f"folder {str(folder)!r} is not packed: pass a folder made by `optimum-fista pack`."
         )
     files = packed_files(folder)
     operators = _operators_by_tensor(read_report(folder).operators)
-    dense_names = {}  # by the names of the three parts
+    dense_names = {}  # names of the dense tensors by those of their three packed parts
     for name in packed_names(files):
         for suffix in SUFFIXES:
             dense_names[name + suffix] = name
     masks: dict[str, Tensor] = {}
 
     def convert(file: Any, stored_names: Iterable[str]) -> dict[str, Tensor]:
-        """Unpack the tensors of an open weight file, and add the masks of their operators to `masks`."""
+        """Unpack the tensors `stored_names` of an open weight file.
+
+        Adds the masks of their operators to `masks` of the outer function. Masks and layouts may be in other files.
+        """
         dense: dict[str, Tensor] = {}
         for stored_name in stored_names:
             if stored_name not in dense_names:
@@ -269,14 +304,14 @@ def _convert_folder(
 ) -> None:
     """Write a new folder with the converted weights of another one, and copies of its other files.
 
-    Links that lead out of the folder are not followed; a warning names them.
+    Links that lead out of the folder are not followed; a warning names them. `folder` itself is only read.
 
     Args:
         folder: The folder that is read.
         output: The new folder, which has its place only after all is written.
         files: The weight file of every stored tensor of `folder`.
         convert: Makes the new tensors from an open weight file and the names of its tensors.
-        masks: Masks for the new folder's file of masks. `convert` may add to them.
+        masks: Masks for the new folder's file of masks, which is written at the end: `convert` may add to them.
         packed: Names of the weights that are packed in the new folder; `None`: they are dense.
         overwrite: Replace a model that `output` already holds.
         progress: Called with the name of each new weight file.
@@ -285,14 +320,15 @@ def _convert_folder(
     index = folder / f"{old_stem}.safetensors.index.json"
     weights = sorted(set(files.values()))
     new_names = {file: file.name.replace(old_stem, new_stem, 1) for file in weights}
-    stays_behind = {index.name, FILES_FILE, *new_names.values(), *(file.name for file in weights)}
-    copied = [name for name in all_names(folder) if name not in stays_behind]
-    outside = [name for name in copied if leads_out(folder / name, folder)]
+    old_names = [file.name for file in weights]
+    not_copied = {index.name, FILES_FILE, *old_names, *new_names.values()}
+    others = [name for name in all_names(folder) if name not in not_copied]
+    outside = [name for name in others if leads_out(folder / name, folder)]
     if outside:
         logger.warning(
             "not copied, because the links lead out of the folder: %s", ", ".join(outside)
         )
-    copied = [name for name in copied if name not in outside]
+    copied = [name for name in others if name not in outside]
 
     require_output(output, overwrite, source=folder)
     with new_output(output, overwrite, folder) as partial:
@@ -339,20 +375,30 @@ class Packer:
         names: Iterable[str],
         read_mask: Callable[[str], Tensor],
     ) -> None:
+        """Find the tensors to pack; nothing is read yet. The arguments are those of the class."""
         self._read_mask = read_mask
         self._operators = _operators_by_tensor(operators)
 
         # Loading merges the experts of a mixture, so all are packed if some are.
-        mixtures = set()
+        # Names without the number of an expert, such as "layers.1.mlp.experts.*.w1.weight".
+        merged_names = set()
         for name in self._operators:
-            mixture = _EXPERT.sub(".experts.*.", name)
-            if mixture != name:
-                mixtures.add(mixture)
-        of_mixtures = [name for name in names if _EXPERT.sub(".experts.*.", name) in mixtures]
-        self.names = {*self._operators, *of_mixtures}
+            merged_name = _EXPERT.sub(".experts.*.", name)
+            is_of_expert = merged_name != name
+            if is_of_expert:
+                merged_names.add(merged_name)
+        self.names = set(self._operators)
+        for name in names:
+            if _EXPERT.sub(".experts.*.", name) in merged_names:
+                self.names.add(name)
 
     def pack(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors of the checkpoint as a packed folder stores them: three for each that is packed.
+
+        Those that are not packed (not in `self.names`) are returned as they are. Masks are read; nothing is changed.
+
+        Args:
+            tensors: By their names in the checkpoint, such as "model.layers.0.mlp.up_proj.weight".
 
         Raises:
             ValueError: If a weight outside of its mask is not zero; the message names the tensor.
@@ -376,7 +422,7 @@ class Packer:
 
 
 def _operators_by_tensor(operators: Iterable[OperatorReport]) -> dict[str, list[OperatorReport]]:
-    """Return the operators that each tensor of a checkpoint holds; several experts may share one."""
+    """Return the operators that each tensor of a checkpoint holds, by its name; several experts may share one."""
     by_tensor: dict[str, list[OperatorReport]] = {}
     for operator in operators:
         name, _ = split_index(operator.name)

@@ -3,6 +3,10 @@
 `output.py` decides where the folder is. Transformers saves a model in memory (`write_checkpoint`); a streamed run
 writes the weights layer by layer and the rest here (`write_all_but_weights`). Both give the same files. Zeros stay in
 the weights, so any program can read them, but the file is not smaller.
+
+The *source* is the folder that the model was loaded from, in the Hub's cache too. A *mask* has one bit for each weight
+of a pruned operator, True = kept, packed to bytes (`solve.pattern.pack_mask`). A weight may have another name in the
+files than in the model (`naming.py`); "names of the checkpoint" are those in the files.
 """
 
 import contextlib
@@ -58,19 +62,21 @@ def _generation_file_copied(
     """Copy `generation_config.json` from `source` to `folder` at the end if nobody has changed it since it was loaded.
 
     Inside, `model` has another generation configuration, which can be saved: Transformers 5.17 refuses to save one that
-    it has loaded but calls invalid.
+    it has loaded but calls invalid. At the end it has its own again.
     """
-    file = None if source is None else source / _GENERATION_FILE
     generation = getattr(model, "generation_config", None)
-    if file is None or not file.exists() or not internals.is_as_loaded(generation):
+    has_file = source is not None and (source / _GENERATION_FILE).exists()
+    is_copied = has_file and internals.is_as_loaded(generation)
+    if source is None or not is_copied:
         yield
         return
+
     model.generation_config = GenerationConfig()
     try:
         yield
     finally:
         model.generation_config = generation  # type: ignore[assignment]
-    shutil.copyfile(file, folder / _GENERATION_FILE)
+    shutil.copyfile(source / _GENERATION_FILE, folder / _GENERATION_FILE)
 
 
 def write_checkpoint(
@@ -83,15 +89,17 @@ def write_checkpoint(
 ) -> None:
     """Write all files of a pruned model in memory into an unfinished folder.
 
-    The configuration of the model gets the summary of the run (`write_all_but_weights`), and a model that was read from
-    a GGUF file forgets that.
+    Changes the configuration of the model as `write_all_but_weights` does: among others, it gets the summary of the
+    run. A model that was read from a GGUF file forgets that. `report` and `masks` are not changed.
 
     Args:
-        model: The pruned model. Its weights are not changed. folder: An empty folder, as `new_output` yields it.
-        report: Of the run, with the names of the model. masks: By the names of the weights in the model, packed to one
-        bit a weight. tokenizer: Saved with the model if there is one. stored_as: What is known of the files that the
-        model was loaded from: tensors that its class does not load, which
-            are added, and the dtypes of the others, which the files of the result get again.
+        model: The pruned model. Its weights are not changed.
+        folder: An empty folder, as `new_output` yields it.
+        report: Of the run, with the names of the model.
+        masks: By the names of the weights in the model, packed to one bit a weight.
+        tokenizer: Saved with the model if there is one.
+        stored_as: What is known of the files that the model was loaded from: tensors that its class does not load,
+            which are added, and the dtypes of the others, which the files of the result get again.
 
     Raises:
         ValueError: If a weight is no longer zero outside of its mask.
@@ -103,10 +111,11 @@ def write_checkpoint(
         _require_zeros(operator, masks[f"{operator.name}.weight"])
 
     names = stored_names(model, operators)
-    report, stored_masks = report_as_stored(report, masks, names)
+    stored_report, stored_masks = report_as_stored(report, masks, names)
+    # The summary in the configuration knows of a training after the run (`checkpoint.mark_retrained`).
     earlier_summary = getattr(model.config, CONFIG_KEY, None) or {}
     was_retrained = report.retrained or bool(earlier_summary.get("retrained"))
-    report = dataclasses.replace(report, retrained=was_retrained)
+    stored_report = dataclasses.replace(stored_report, retrained=was_retrained)
     forget_gguf(model)
 
     source = local_source(model)
@@ -114,18 +123,20 @@ def write_checkpoint(
         if source is not None:
             _copy_code_and_processor(model, source, folder)
         _save_weights(model, folder)
-        if stored_as.loaded_in(model.dtype):
+        original_tensors = stored_as.loaded_in(model.dtype)
+        if original_tensors:
             for shard in set(checkpoint_files(folder).values()):
-                in_dtypes_of(shard, stored_as.loaded_in(model.dtype))
+                in_dtypes_of(shard, original_tensors)  # writes the file again if dtypes differ
         if stored_as.unplaced:
             _add_shard(folder, stored_as.unplaced)
-    write_all_but_weights(folder, model, tokenizer, report, stored_masks)
+    write_all_but_weights(folder, model, tokenizer, stored_report, stored_masks)
 
 
 def _require_zeros(operator: LinearOperator, packed_mask: Tensor) -> None:
     """Refuse an operator with a weight that is not zero outside of its mask, which is packed to bits.
 
-    After a training step without masks the zeros would be gone, and the masks wrong.
+    After a training step without masks the zeros would be gone, and the masks wrong. Nothing is changed; an offloaded
+    weight is read from where it is kept.
     """
     weight = operator.select(stored_tensor(operator.owner, operator.tensor))
     mask = unpack_mask(packed_mask, tuple(weight.shape)).to(weight.device)
@@ -137,7 +148,10 @@ def _require_zeros(operator: LinearOperator, packed_mask: Tensor) -> None:
 
 
 def _copy_code_and_processor(model: PreTrainedModel, source: Path, folder: Path) -> None:
-    """Copy from the folder `source` what `save_pretrained` does not write: code of the model, and its processor."""
+    """Copy from `source` to `folder` what `save_pretrained` does not write: code of the model, and its processor.
+
+    `source` is the folder that the model was loaded from.
+    """
     if getattr(model.config, "auto_map", None):
         # Transformers copies no code if the model was loaded without `trust_remote_code`.
         copy_source(source, folder, "*.py")
@@ -149,7 +163,8 @@ def _copy_code_and_processor(model: PreTrainedModel, source: Path, folder: Path)
 def _save_weights(model: PreTrainedModel, folder: Path) -> None:
     """Save a model by its own `save_pretrained`, also one that was offloaded after it was loaded.
 
-    Transformers does not notice such an offload: it needs the attribute `hf_device_map`, which the model has meanwhile.
+    Transformers does not notice such an offload: it needs the attribute `hf_device_map`, which the model has while it
+    is saved, and not afterwards.
     """
     has_map = hasattr(model, "hf_device_map")
     is_offloaded = any(parameter.is_meta for parameter in model.parameters())
@@ -168,7 +183,12 @@ def _save_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _add_shard(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Write further tensors into a new last file of weights, rename the other files, and write the index."""
+    """Write further tensors into a new last file of weights, rename the other files, and write the index.
+
+    Args:
+        folder: Has the weights that `save_pretrained` wrote, in one file or in several with an index.
+        tensors: Those to add, by the names that they get in the file.
+    """
     weights = checkpoint_files(folder)
     shards = sorted(set(weights.values()))
     num_shards = len(shards) + 1
@@ -209,7 +229,8 @@ def write_all_but_weights(
         tokenizer: Saved with the model if there is one.
         report: With the names of the checkpoint.
         masks: By the names of the checkpoint, packed to one bit a weight.
-        packed: What `config.json` says of weights that are stored packed; `None`: they are not.
+        packed: What `config.json` says of weights that are stored packed (`packed_folder.packed_settings`); `None`:
+            they are not packed.
         quantized: What `config.json` says of weights that are quantized as the source is; `None`: they are not.
     """
     (folder / "fista").mkdir(exist_ok=True)
@@ -236,7 +257,12 @@ def write_all_but_weights(
 
 
 def _forget_further_tokens(model: PreTrainedModel, report: PruningReport) -> None:
-    """Set to 0 how many layers predict further tokens, in the model's configuration, if the result lacks them."""
+    """Set to 0 how many layers predict further tokens, in the model's configuration, if the result lacks them.
+
+    Changes `model.config`. The files of some models have such layers, which Transformers does not load. Other programs
+    look for as many as the configuration says (`num_nextn_predict_layers` or a similar key). `report.model["lacks"]`
+    has the reason why tensors are not in the result, by module.
+    """
     reasons = report.model.get("lacks", {}).values()
     lacks_layers = any(not reason.endswith(IS_NOT_DESCRIBED) for reason in reasons)
     if not lacks_layers:
@@ -262,9 +288,10 @@ def write_form(
         folder: The unfinished folder.
         config: The content of `config.json`, which is written last: nothing loads a folder without this file.
         card: The text of the model card, with or without the part on packed weights; `None`: there is no card.
-        masks: Of a folder that is not packed. Packed weights contain their masks.
-        packed: See `write_all_but_weights`.
-        quantized: See `write_all_but_weights`.
+        masks: By the names of the checkpoint, packed to one bit a weight. They are written if `packed` is `None`:
+            packed weights contain their masks.
+        packed: What `config.json` says of weights that are stored packed; `None`: they are not packed.
+        quantized: What it says of weights that are quantized as the source is; `None`: they are not quantized.
     """
     if packed is None:
         write_file(folder / MASKS_FILE, dict(masks), MASKS_METADATA)
@@ -290,7 +317,10 @@ def write_form(
 
 
 def summary(report: PruningReport) -> dict[str, Any]:
-    """Return the value of `fista_pruning` in `config.json`: what a run has done, in a few numbers."""
+    """Return the value of `fista_pruning` in `config.json`: what a run has done, in a few numbers.
+
+    `report` is of the finished run. It is only read.
+    """
     totals = report.totals
     values: dict[str, Any] = {"format": MASKS_FORMAT}
     for key in ("method", "pattern", "sparsity", "error_correction"):

@@ -1,4 +1,4 @@
-"""Sparse weights stored as kept values and a mask, and linear layers that compute with this packed form.
+"""Sparse weights stored as kept values and a mask.
 
 Importing this package teaches Transformers to load packed folders.
 """

@@ -66,7 +66,10 @@ class PackedTensor:
         return prod(self.shape) * self.values.element_size()
 
     def named(self, name: str) -> dict[str, Tensor]:
-        """Return the three tensors by the names that they have in a file, for a dense tensor called `name`."""
+        """Return the three tensors by the names that they have in a file, for a dense tensor called `name`.
+
+        Of "up_proj.weight" these are "up_proj.weight_values", "up_proj.weight_mask" and "up_proj.weight_layout".
+        """
         values, mask, layout = (name + suffix for suffix in SUFFIXES)
         return {values: self.values, mask: self.mask, layout: self.layout}
 
@@ -94,26 +97,27 @@ def pack(weight: Tensor, mask: Tensor | None = None) -> PackedTensor:
     columns = weight.shape[-1]
     dense = weight.detach().reshape(-1, columns)  # [..., cols] -> [rows, cols]
     rows = dense.shape[0]
-    kept = None if mask is None else mask.reshape(rows, columns)
+    mask_of_rows = None if mask is None else mask.reshape(rows, columns)
 
     # First pass over the rows: write the mask, and count the kept weights of each chunk.
     packed_mask = torch.zeros(rows, row_bytes(columns), dtype=torch.uint8)
     counts = []
     for chunk in _chunks(rows, columns):
-        bits = _kept(dense, kept, chunk)
+        bits = _mask_of_chunk(dense, mask_of_rows, chunk)
         is_nonzero = (dense[chunk] != 0).cpu()
         if mask is not None and bool((is_nonzero & ~bits).any()):
             raise ValueError(
                 "weight has values other than zero outside of mask: pass the mask it was pruned with."
             )
         counts.append(int(torch.count_nonzero(bits)))
-        pack_bits(bits, packed_mask[chunk])
+        pack_bits(bits, packed_mask[chunk])  # writes into `packed_mask`
 
     # Second pass: copy the kept values. Only one chunk at a time leaves the device.
     values = torch.empty(sum(counts), dtype=dense.dtype)
-    values_of_chunks = as_words(values).split(counts)  # views
+    values_of_chunks = as_words(values).split(counts)  # views: writing to them fills `values`
     for chunk, target in zip(_chunks(rows, columns), values_of_chunks, strict=True):
-        target.copy_(select(as_words(dense[chunk]).cpu(), _kept(dense, kept, chunk)))
+        bits = _mask_of_chunk(dense, mask_of_rows, chunk)
+        target.copy_(select(as_words(dense[chunk]).cpu(), bits))
 
     layout = torch.tensor([*VERSION, 0, *weight.shape])
     layout[3] = _checksum(PackedTensor(values, packed_mask, layout))  # does not cover itself
@@ -136,7 +140,7 @@ def check(packed: PackedTensor, name: str = "weight", *, checksum: bool = True) 
         checksum: Whether to compare the checksum, too. It is right only for tensors that come from a file.
 
     Raises:
-        PackedFormatError: If they are none, or the checksum is another one.
+        PackedFormatError: If the three are no packed tensor, or the checksum is another one.
     """
     values, mask, layout = packed.values, packed.mask, packed.layout
     _check_layout(layout, name)
@@ -161,11 +165,7 @@ def check(packed: PackedTensor, name: str = "weight", *, checksum: bool = True) 
         )
 
     # A bit after the last column of a row would count as a weight.
-    tail = mask[:, columns // 8 :]  # its first byte may hold the bits of the last columns, too
-    has_stray_bits = tail.shape[1] > 0 and (
-        bool((tail[:, 0] >> (columns % 8)).any()) or bool(tail[:, 1:].any())
-    )
-    if has_stray_bits:
+    if _has_bits_after(mask, columns):
         raise PackedFormatError(f"{name}_mask has bits set after the {columns} that a row has.")
 
     num_kept = int(count_bits(mask).sum())
@@ -195,13 +195,14 @@ def unpack(packed: PackedTensor, name: str = "weight") -> Tensor:
     for chunk in _chunks(rows, columns):
         bits = unpack_bits(packed.mask[chunk].to(device), columns)
         stop = start + int(torch.count_nonzero(bits))
+        # Writes into `dense`, as integers, so that no bit of a NaN changes.
         place(as_words(packed.values[start:stop]), bits, as_words(dense)[chunk])
         start = stop
     return dense.view(packed.shape)
 
 
 def unpack_mask(packed: PackedTensor) -> Tensor:
-    """Return the mask as booleans of the dense tensor's shape, True = kept."""
+    """Return the mask as booleans of the dense tensor's shape, True = kept; PackedFormatError if it is damaged."""
     check(packed, checksum=False)
     rows = packed.mask.shape[0]
     columns = packed.shape[-1]
@@ -263,11 +264,27 @@ def _check_layout(layout: Tensor, name: str) -> None:
         )
 
 
+def _has_bits_after(mask: Tensor, columns: int) -> bool:
+    """Tell whether a mask, uint8 [rows, bytes], has a bit set after the first `columns` bits of a row."""
+    num_full_bytes = columns // 8
+    num_bits = columns % 8  # of the next byte belong to the last columns
+    tail = mask[:, num_full_bytes:]
+    if tail.shape[1] == 0:
+        return False
+    first_byte = tail[:, 0] >> num_bits  # the lowest bits come first
+    return bool(first_byte.any()) or bool(tail[:, 1:].any())
+
+
 def _checksum(packed: PackedTensor) -> int:
-    """Return the CRC-32 of the layout's other numbers, the mask and the values, as they are in a file."""
+    """Return the CRC-32 of the layout's other numbers, the mask and the values, as they are in a file.
+
+    The number `layout[3]` is left out, because it is the checksum itself.
+    """
     checksum = 0
     for part in (packed.layout[:3], packed.layout[4:], packed.mask.view(-1), packed.values):
-        checksum = zlib.crc32(part.cpu().view(torch.uint8).numpy().data, checksum)
+        # NumPy has no bfloat16, so the memory is viewed as bytes.
+        as_bytes = part.cpu().view(torch.uint8).numpy()
+        checksum = zlib.crc32(as_bytes.data, checksum)
     return checksum
 
 
@@ -278,11 +295,11 @@ def _chunks(rows: int, columns: int) -> Iterator[slice]:
         yield slice(start, min(start + rows_of_chunk, rows))
 
 
-def _kept(dense: Tensor, kept: Tensor | None, chunk: slice) -> Tensor:
+def _mask_of_chunk(dense: Tensor, mask: Tensor | None, chunk: slice) -> Tensor:
     """Return the mask of some rows as contiguous booleans [rows of the chunk, columns] on the CPU, True = kept.
 
-    `dense` is the whole matrix, and `kept` its mask. If that is `None`, a weight with any bit set is kept: -0.0, too,
+    `dense` is the whole matrix, and `mask` its mask. If that is `None`, a weight with any bit set is kept: -0.0, too,
     so weights are compared as integers.
     """
-    bits = as_words(dense[chunk]) != 0 if kept is None else kept[chunk]
+    bits = as_words(dense[chunk]) != 0 if mask is None else mask[chunk]
     return bits.cpu().contiguous()

@@ -26,7 +26,9 @@ def as_words(tensor: Tensor) -> Tensor:
 
 def row_bytes(columns: int) -> int:
     """Return how many bytes the mask of a row of `columns` weights takes: a multiple of 8."""
-    return -(-columns // 64) * 8  # rounded up; in Python's integers, which do not overflow
+    # In Python's integers, which do not overflow: `columns` may come from a damaged file.
+    num_words = (columns + 63) // 64  # rounded up
+    return num_words * 8
 
 
 def pack_bits(bits: Tensor, target: Tensor) -> None:

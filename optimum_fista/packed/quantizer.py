@@ -68,22 +68,21 @@ class FistaPackedConfig(QuantizationConfigMixin):
         runtime: str = "dense",
         **_: Any,
     ) -> None:
+        """Check and keep the settings; the arguments are those of the class, others are ignored."""
         if runtime != "dense":
             raise ValueError(
                 f"runtime={runtime!r}: a packed folder is loaded as a dense model, so pass 'dense'."
             )
-        is_file_name = isinstance(weights, str) and re.fullmatch(
-            r"[^/\\]+\.safetensors(\.index\.json)?", weights
-        )
+        file_name = r"[^/\\]+\.safetensors(\.index\.json)?"
+        is_file_name = isinstance(weights, str) and re.fullmatch(file_name, weights) is not None
         if not is_file_name:
             raise ValueError(
                 f"weights={weights!r}: pass the name of a safetensors file in the folder, or its index."
             )
         # An identifier has no sign of a regular expression, so it matches itself alone.
-        are_names = not isinstance(parameters, str) and all(
-            isinstance(name, str) and name.isidentifier() for name in parameters
-        )
-        if not are_names:
+        names = [name for name in parameters if isinstance(name, str) and name.isidentifier()]
+        is_list_of_names = not isinstance(parameters, str) and len(names) == len(parameters)
+        if not is_list_of_names:
             raise ValueError(f"parameters={parameters!r}: pass a list of names such as 'weight'.")
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.runtime = runtime
@@ -106,7 +105,8 @@ def read_packed(files: Mapping[str, Path], name: str) -> PackedTensor:
         with safe_open(files[name + suffix], "pt") as file:
             parts.append(file.get_tensor(name + suffix))
 
-    packed = PackedTensor(*parts)
+    values, mask, layout = parts  # in the order of `SUFFIXES`
+    packed = PackedTensor(values, mask, layout)
     check(packed, name)
     return packed
 
@@ -145,20 +145,22 @@ class Unpack(ConversionOps):
 
         dense: dict[str, list[Tensor]] = {}
         for pattern, tensors in input_dict.items():
-            if not pattern.endswith(SUFFIXES):
+            is_dense = not pattern.endswith(SUFFIXES)
+            if is_dense:
                 dense[pattern] = [tensor.to(dtype or tensor.dtype) for tensor in tensors]
                 continue
             if not pattern.endswith(SUFFIXES[0]):  # masks and layouts are read with their values
                 continue
 
             stem = pattern.removesuffix(SUFFIXES[0])
-            columns = []
+            # Three lists: values, masks and layouts of all tensors with this pattern.
+            parts = []
             for suffix in SUFFIXES:
                 part = input_dict[stem + suffix]
-                columns.append(part if isinstance(part, list) else [part])
+                parts.append(part if isinstance(part, list) else [part])
             name_in_target = stem if stem in target_patterns else pattern
             dense[name_in_target] = []
-            for values, mask, layout in zip(*columns, strict=True):
+            for values, mask, layout in zip(*parts, strict=True):
                 tensor = unpack(PackedTensor(values, mask, layout), full_layer_name or stem)
                 dense[name_in_target].append(tensor.to(dtype or values.dtype))
         return dense
@@ -176,6 +178,7 @@ class FistaPackedQuantizer(HfQuantizer):
     quantization_config: FistaPackedConfig
 
     def __init__(self, quantization_config: FistaPackedConfig, **keywords: Any) -> None:
+        """Keep the settings; ValueError if the weights are not packed yet. Transformers calls this."""
         super().__init__(quantization_config, **keywords)
         if not self.pre_quantized:
             raise ValueError(
@@ -186,7 +189,7 @@ class FistaPackedQuantizer(HfQuantizer):
         self._dtypes: dict[str, torch.dtype] = {}
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Point `config` to the packed files, which no loader finds by their names.
+        """Set `config.transformers_weights` to the packed files, which no loader finds by their names; return `config`.
 
         It has nothing to do with attention. It is the first call that gets the configuration.
         """
@@ -198,7 +201,8 @@ class FistaPackedQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Return the conversions of a model's tensors, made to work on packed parts, too.
 
-        `weight_conversions` are the model's own `WeightRenaming`s and `WeightConverter`s. A renaming gets copies for
+        `weight_conversions` are the model's own `WeightRenaming`s and `WeightConverter`s, which are not changed; they
+        say which tensors of the file become which of the model. A renaming gets copies for
         the three suffixes of packed parts. A converter, such as one that merges experts, unpacks them first. For all
         other packed parameters a conversion is added.
         """
@@ -212,7 +216,11 @@ class FistaPackedQuantizer(HfQuantizer):
         return updated + self.get_weight_conversions()
 
     def _for_packed_parts(self, conversion: Any) -> list[Any]:
-        """Return what takes the place of one conversion of the model's tensors; the conversion itself may be in it."""
+        """Return what takes the place of one conversion of the model's tensors; the conversion itself may be in it.
+
+        `conversion` is a `WeightRenaming` or a `WeightConverter`. `parameters` of `self.quantization_config` are the
+        last parts of the names of packed weights, such as "weight".
+        """
         sources = internals.original_sources(conversion)
         targets = internals.original_targets(conversion)
         names = self.quantization_config.parameters
@@ -242,8 +250,13 @@ class FistaPackedQuantizer(HfQuantizer):
     ) -> None:
         """Check every packed tensor in the files against its checksum and the model, before the first is used.
 
-        It also adds to `quantization_config.parameters` the last names of all matrices of the model: the file may
-        store any matrix with such a name packed.
+        Changes two things of the quantizer: it notes the dtype of each parameter in `self._dtypes`, and it adds to
+        `quantization_config.parameters` the last names of all matrices of the model, because the file may store any
+        matrix with such a name packed.
+
+        Args:
+            model: Made without weights, in the dtypes that the caller wants.
+            checkpoint_files: The weight files that Transformers is going to read.
         """
         files: dict[str, Path] = {}
         for path in checkpoint_files or []:
@@ -270,7 +283,10 @@ class FistaPackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **_: Any
     ) -> PreTrainedModel:
-        """Remove from the loaded model what would make `save_pretrained` look for packed files, and return it."""
+        """Remove from the loaded model what would make `save_pretrained` look for packed files, and return the model.
+
+        With Transformers 5.17 it also gives parameters the dtype that the caller wanted (`self._dtypes`, by name).
+        """
         vars(model.config).pop("transformers_weights", None)
         is_transformers_5_17 = internals.renames_without_casting()
         if is_transformers_5_17:
