@@ -166,7 +166,7 @@ def rotate(
         if gguf_file(model)
         else source_folder(model, getattr(dense.config, "_commit_hash", None))
     )
-    if source is not None and (others := source_tensors(dense, source).others):
+    if source is not None and (others := source_tensors(dense, source).not_loaded):
         what = f"{min(others)}, which {type(dense).__name__} does not load and which can't be rotated with it"
         raise ValueError(
             f"model={model!r} has {what}: pass a folder without such tensors (model.save_pretrained)."

@@ -299,7 +299,7 @@ class Estimate:
         saved = self.num_removed * self._value_bytes
         if self.packed:
             saved += num_zeros * self._value_bytes - masks
-        saved -= sum(tensor.num_bytes for tensor in self.source.unplaced.values())
+        saved -= sum(tensor.num_bytes for tensor in self.source.tensors_to_copy.values())
 
         fused_experts = 0
         if not self.quantized:

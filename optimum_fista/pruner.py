@@ -161,7 +161,7 @@ class FistaPruner:
         removal = plan_removal(prunable_layers(model), self.config)
         source = _loaded_source(model, removal)
         # They are written so if the model is saved, unless it was loaded in another dtype.
-        in_files_dtypes = bool(source.loaded_in(model.dtype))
+        in_files_dtypes = bool(source.loaded_if_mostly(model.dtype))
         plan = plan_run(
             removal,
             source,
@@ -258,4 +258,4 @@ def _loaded_source(model: PreTrainedModel, removal: Removal) -> SourceTensors:
             )
     except (OSError, ValueError) as error:
         lost = f"tensors in {str(folder)!r} that the model's class does not load"
-        return SourceTensors(lost={lost: f"the files can't be read: {error}"})
+        return SourceTensors(not_copied={lost: f"the files can't be read: {error}"})

@@ -217,10 +217,10 @@ def _copied_tensors(
     """
     is_quantized = dequantizer_of(folder) is not None
     source = source_tensors(dense_model, dense_folder, quantized=is_quantized)
-    source = replace(source, lost=report.model.get("lacks", {}))
+    source = replace(source, not_copied=report.model.get("lacks", {}))
     num_layers = len(find_decoder_layers(dense_model))
     layers_kept = report.model.get("layers_kept", range(num_layers))
-    return source.renamed(layers_kept, num_layers).unplaced
+    return source.renamed(layers_kept, num_layers).tensors_to_copy
 
 
 def _compare_copied(

@@ -50,7 +50,7 @@ from optimum_fista.source.model_folder import (
 )
 from optimum_fista.source.names import stored_names
 from optimum_fista.source.source_tensors import IS_NOT_DESCRIBED, SourceTensors
-from optimum_fista.source.stored_tensor import StoredTensor, in_dtypes_of, write_stored
+from optimum_fista.source.stored_tensor import StoredTensor, restore_dtypes, write_stored
 
 _GENERATION_FILE = "generation_config.json"
 
@@ -123,12 +123,12 @@ def write_checkpoint(
         if source is not None:
             _copy_code_and_processor(model, source, folder)
         _save_weights(model, folder)
-        original_tensors = stored_as.loaded_in(model.dtype)
+        original_tensors = stored_as.loaded_if_mostly(model.dtype)
         if original_tensors:
             for shard in set(checkpoint_files(folder).values()):
-                in_dtypes_of(shard, original_tensors)  # writes the file again if dtypes differ
-        if stored_as.unplaced:
-            _add_shard(folder, stored_as.unplaced)
+                restore_dtypes(shard, original_tensors)  # writes the file again if dtypes differ
+        if stored_as.tensors_to_copy:
+            _add_shard(folder, stored_as.tensors_to_copy)
     write_all_but_weights(folder, model, tokenizer, stored_report, stored_masks)
 
 

@@ -34,7 +34,7 @@ def begin_report(plan: Plan) -> PruningReport:
         *_earlier_run(plan),
         *_quantized_source(plan),
         *plan.config.idle_patterns(operators),
-        *lines_of_unplaced({}, plan.source.lost),
+        *lines_of_unplaced({}, plan.source.not_copied),
     ]
     report = PruningReport(
         config=plan.config.to_dict(),
@@ -116,10 +116,10 @@ def complete_report(plan: Plan, report: PruningReport, held_out: HeldOut | None)
     dense_digests = [layer.dense_sha256 for layer in report.layers]  # removed layers too
     report.model["sha256"] = plan.layers.dense_digest(dense_digests)
     plan.removal.describe(report)
-    if plan.source.copied:
-        report.model["copied"] = plan.source.copied
-    if plan.source.lost:
-        report.model["lacks"] = dict(plan.source.lost)
+    if plan.source.num_copied:
+        report.model["copied"] = plan.source.num_copied
+    if plan.source.not_copied:
+        report.model["lacks"] = dict(plan.source.not_copied)
 
     _warn_of_operators_without_gradient(plan, report)
     _warn_of_operators_left_dense(plan, report)

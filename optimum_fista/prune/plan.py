@@ -160,7 +160,9 @@ class Plan:
             if place.startswith(prefix) == is_layer
         }
         source = replace(self.source, places=places)
-        return source.smaller(self.layers.model, self.removal.part_of, kept, strict=self.as_stored)
+        return source.cut_tensors(
+            self.layers.model, self.removal.part_of, kept, strict=self.as_stored
+        )
 
 
 def plan_run(

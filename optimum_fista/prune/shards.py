@@ -97,7 +97,7 @@ class ShardWriter:
                 {name: stored_tensor(model, name) for name in plan.layers.names_around}
             )
         around = self._in_stored_form(originals, tensors)
-        name, _ = self._write(len(self._layers_left), around | plan.source.unplaced)
+        name, _ = self._write(len(self._layers_left), around | plan.source.tensors_to_copy)
         return name
 
     def _write(self, number: int, tensors: Mapping[str, StoredTensor]) -> tuple[str, str]:
@@ -129,6 +129,6 @@ class ShardWriter:
         for name, tensor in tensors.items():
             keeps_dtype = plan.files_dtypes and name in originals
             written[name] = (
-                originals[name].holding(tensor) if keeps_dtype else StoredTensor.of(tensor)
+                originals[name].with_value(tensor) if keeps_dtype else StoredTensor.of(tensor)
             )
         return written

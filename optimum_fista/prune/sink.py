@@ -249,12 +249,12 @@ class ModelSink(Sink):
         """
         model = self._model
         kept = groups_kept(report.layers, report.operators)
-        stored = plan.source.smaller(model, plan.removal.part_of, kept, strict=False)
+        stored = plan.source.cut_tensors(model, plan.removal.part_of, kept, strict=False)
         complete_report(plan, report, held_out)
         plan.removal.make_smaller(model, report, self)
         report.seconds["total"] = time.perf_counter() - started
         model.config.fista_pruning = summary(report)
-        self.source = replace(plan.source, stored=plan.source.unplaced | stored)
+        self.source = replace(plan.source, stored=plan.source.tensors_to_copy | stored)
         return report
 
 

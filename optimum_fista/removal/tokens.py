@@ -59,7 +59,12 @@ from optimum_fista.source.files import copy_source, source_folder
 from optimum_fista.source.model_folder import names_in, read_json, write_index
 from optimum_fista.source.quantization import forget_quantization
 from optimum_fista.source.source_tensors import SourceTensors, source_tensors
-from optimum_fista.source.stored_tensor import DENSE, StoredTensor, weight_files, write_stored
+from optimum_fista.source.stored_tensor import (
+    PLAIN_FLOATS,
+    StoredTensor,
+    weight_files,
+    write_stored,
+)
 from optimum_fista.text.token_counts import HeldOutText, count_tokens
 from optimum_fista.text.vocabulary import SmallerVocabulary, reduce_vocabulary
 from optimum_fista.text.windows import first_token
@@ -586,7 +591,9 @@ def _set_dtype(
     """Give a model without weights the dtype of its configuration, or that of the first stored tensor in floats."""
     dtype = getattr(settings, "dtype", None)
     if dtype is None:
-        dtype = next(tensor.tensor().dtype for tensor in stored.values() if tensor.dtype in DENSE)
+        dtype = next(
+            tensor.tensor().dtype for tensor in stored.values() if tensor.dtype in PLAIN_FLOATS
+        )
     torch.nn.Module.to(model, floating_dtype(dtype))
 
 
@@ -600,7 +607,7 @@ def _described(counted: CountedModel, model: PreTrainedModel) -> dict[str, Any]:
         "num_parameters": model.num_parameters(),
         "dense_num_parameters": counted.model.num_parameters(),
         "vocabulary": {"kept": _num_rows(model), "before": len(counted.counts)},
-        "copied": counted.source.copied,
+        "copied": counted.source.num_copied,
     }
 
 
@@ -652,7 +659,7 @@ def _cut(
     embedding_shape = tuple(next(dense.get_input_embeddings().parameters()).shape)
     stored = dict[str, StoredTensor]()
     for name, tensor in source.stored.items():
-        is_other = name in source.others  # of no place in the class
+        is_other = name in source.not_loaded  # of no place in the class
         axis = axes.get(source.places.get(name, ""))
         if axis is None and is_other and tensor.shape == embedding_shape:
             axis = 0  # embeddings and heads of layers that predict more tokens are cut too

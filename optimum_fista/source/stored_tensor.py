@@ -1,7 +1,9 @@
 """Tensors as the files of a model store them: their bytes are copied from file to file, and no model is made.
 
-`read_stored` reads the headers of a folder's weight files, so it has names, dtypes and shapes of all tensors. The bytes
-of a `StoredTensor` are read when it is written (`write_stored`), a piece at a time.
+`read_stored` reads the headers of a folder's weight files (safetensors, or `pytorch_model.bin`), so it has names,
+dtypes and shapes of all tensors. The bytes of a `StoredTensor` are read when it is written (`write_stored`), a piece at
+a time. Dtypes are named as in safetensors, such as "BF16" or "F8_E4M3". *Plain floats* have 16 bits or more and need no
+scales (`PLAIN_FLOATS`). The bytes of a tensor are those of its values, row by row, without the header of a file.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from torch import Tensor
 from optimum_fista.atomic import digest_of, write_file
 from optimum_fista.source.model_folder import checkpoint_files, read_json
 
-DENSE = {"F64", "F32", "F16", "BF16"}
-"""Dtypes of safetensors whose values need no scales."""
+PLAIN_FLOATS = {"F64", "F32", "F16", "BF16"}
+"""Dtypes whose values are weights as they stand; others are quantized, or integers."""
 ACTIVATION_SCALE = re.compile(r"\.(input|output|q|k|v)_(scale|global_scale|zero_point)$")
 """Names of scales of activations that were quantized, too: a model in 16 bits has none."""
 _PIECE = 2**24  # bytes that are copied at a time
@@ -40,7 +42,8 @@ class StoredTensor:
         dtype: As safetensors writes it, such as "BF16" or "F8_E4M3".
         shape: Its shape.
         num_bytes: Bytes of its values.
-        pieces: Reads the bytes of the values, row by row, in pieces of any size.
+        pieces: A function that reads the bytes of the values, row by row, and yields them in pieces of any size. It
+            reads anew at each call.
     """
 
     dtype: str
@@ -50,57 +53,73 @@ class StoredTensor:
 
     @classmethod
     def of(cls, tensor: Tensor, read: Callable[[], Tensor] | None = None) -> StoredTensor:
-        """Describe a tensor in memory; or one on the meta device, which `read` reads each time it is asked for."""
+        """Describe a tensor in memory, or, with `read`, one whose values are not there yet.
+
+        Args:
+            tensor: A tensor of any dtype; with `read` it may be on the meta device. It is kept, not copied.
+            read: Makes the tensor each time its bytes are asked for. `None`: the values are those of `tensor`.
+        """
 
         def pieces() -> Iterator[bytes | memoryview]:
             """Read the bytes of the whole tensor as one piece."""
             values = tensor if read is None else read()
-            yield values.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+            yield _bytes_of(values)
 
-        # safetensors names the dtype of an empty tensor in the header of its file, after 8 bytes of length.
-        empty_file = save({"": tensor.new_empty(0, device="cpu")})
-        dtype = json.loads(empty_file[8:])[""]["dtype"]
-        return cls(dtype, tuple(tensor.shape), tensor.nbytes, pieces)
+        return cls(name_of_dtype(tensor.dtype), tuple(tensor.shape), tensor.nbytes, pieces)
 
     def tensor(self) -> Tensor:
-        """Read it into memory."""
-        return load(b"".join(_file_of({"": self})))[""]
+        """Read the values into memory and return them as a tensor on the CPU."""
+        file = b"".join(_file_of({"": self}))
+        return load(file)[""]
 
     def selected(self, axis: int, entries: Tensor) -> StoredTensor:
-        """Describe the tensor with only these `entries` (int64) of an axis; it is read whole when it is written."""
-        shape = (*self.shape[:axis], len(entries), *self.shape[axis + 1 :])
+        """Describe this tensor with only some entries of an axis, in their order. Nothing is read now.
+
+        `entries` are their indices, int64 [entries that stay]. The whole tensor is read when the result is written.
+        """
+        shape = list(self.shape)
+        shape[axis] = len(entries)
 
         def pieces() -> Iterator[bytes | memoryview]:
             """Read the bytes of the entries as one piece."""
             whole = torch.frombuffer(bytearray().join(self.pieces()), dtype=torch.uint8)
             values = whole.view(*self.shape, -1)  # [..., bytes of a value]
-            yield values.index_select(axis, entries).view(-1).numpy().data
+            yield _bytes_of(values.index_select(axis, entries))
 
+        bytes_of_an_entry = self.num_bytes // self.shape[axis]
         return replace(
             self,
-            shape=shape,
-            num_bytes=self.num_bytes // self.shape[axis] * len(entries),
+            shape=tuple(shape),
+            num_bytes=bytes_of_an_entry * len(entries),
             pieces=pieces,
         )
 
-    def holding(self, value: Tensor) -> StoredTensor:
-        """Describe a new value in this tensor's dtype; if the old one is rounded to it, nothing has changed."""
+    def with_value(self, value: Tensor) -> StoredTensor:
+        """Return this tensor with another value, in this tensor's dtype. This one does not change.
+
+        If `value` is only the old value rounded to the dtype of the model, this tensor itself is returned, so that
+        nothing is lost by rounding. If one of the two has no plain floats, the result has the dtype of `value`.
+
+        Args:
+            value: What the model to be written has under this tensor's name, changed by the run or not.
+        """
         new = StoredTensor.of(value)
-        both_are_dense = self.dtype in DENSE and new.dtype in DENSE
-        if self.dtype == new.dtype or not both_are_dense:
+        both_are_plain_floats = self.dtype in PLAIN_FLOATS and new.dtype in PLAIN_FLOATS
+        if self.dtype == new.dtype or not both_are_plain_floats:
             return new
 
         old = self.tensor()
-        if self.shape == new.shape and torch.equal(old.to(value.dtype), value):
+        is_old_value_rounded = self.shape == new.shape and torch.equal(old.to(value.dtype), value)
+        if is_old_value_rounded:
             return self
         return StoredTensor.of(value.to(old.dtype))
 
     def equals(self, other: StoredTensor) -> bool:
-        """Compare dtypes, shapes and all bytes."""
+        """Tell whether dtypes, shapes and all bytes are equal; reads both tensors."""
         return self._digest() == other._digest()
 
     def _digest(self) -> str:
-        """SHA-256 of dtype, shape and bytes."""
+        """Return the SHA-256 of dtype, shape and bytes (`self.pieces` reads them a piece at a time)."""
         digest = hashlib.sha256(f"{self.dtype} {self.shape}".encode())
         for piece in self.pieces():
             digest.update(piece)
@@ -108,14 +127,18 @@ class StoredTensor:
 
 
 def read_stored(source: Path) -> dict[str, StoredTensor]:
-    """Describe all tensors in the weight files of a model folder, packed or not; of a GGUF file none.
+    """Describe all tensors in the weight files of a model folder, by name; a folder with a GGUF file has none.
 
-    Only headers are read. Raises ValueError if two files hold different values of one name.
+    `source` is the folder of a model, or a packed folder. Only headers are read, and all values of a name that stands
+    in two files.
+
+    Raises:
+        ValueError: If two files hold different values of one name, or a file is damaged.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(weight_files(source)):
-        read = _read_binary if file.suffix == ".bin" else _read_safetensors
-        for name, tensor in read(file):
+        tensors_of_file = _read_binary(file) if file.suffix == ".bin" else _read_safetensors(file)
+        for name, tensor in tensors_of_file:
             if name in tensors and not tensor.equals(tensors[name]):
                 raise ValueError(
                     f"model={str(source)!r} holds {name} twice, with different values: {file.name} is the second file "
@@ -126,7 +149,10 @@ def read_stored(source: Path) -> dict[str, StoredTensor]:
 
 
 def weight_files(source: Path) -> set[Path]:
-    """Return the weight files of a model folder that Transformers loads, or those of a packed folder."""
+    """Return the paths of the weight files in a model folder that Transformers loads; empty if there are none.
+
+    Safetensors come before `pytorch_model.bin`. Of a packed folder, whose files are called "packed...", these.
+    """
     for stem in ("model", "packed"):
         with suppress(FileNotFoundError):
             return set(checkpoint_files(source, stem).values())
@@ -141,36 +167,46 @@ def weight_files(source: Path) -> set[Path]:
 
 
 def write_stored(path: Path, tensors: Mapping[str, StoredTensor]) -> str:
-    """Write a safetensors file, with a piece of one tensor in memory at a time, and return its digest."""
+    """Write the safetensors file `path`, with a piece of one tensor in memory at a time; return its SHA-256.
+
+    `tensors` are by the names that they get in the file.
+    """
     write_file(path, _file_of(tensors))
     return digest_of(path)
 
 
-def in_dtypes_of(file: Path, known: Mapping[str, StoredTensor]) -> None:
-    """Write a safetensors file again if tensors in it have other dtypes than those with their names in `known`.
+def restore_dtypes(file: Path, originals: Mapping[str, StoredTensor]) -> None:
+    """Write a safetensors file again if tensors in it have other dtypes than the `originals` with their names.
 
-    Each of these then has the dtype of the known one (`StoredTensor.holding`).
+    Each of these then has the dtype of its original, and its value, too, if it was only rounded (`with_value`).
+    Only plain floats change.
+
+    Args:
+        file: A file that `save_pretrained` has written. It is replaced.
+        originals: The tensors in the files from which the model was loaded, by their names there.
     """
     saved = dict(_read_safetensors(file))
     changed: dict[str, StoredTensor] = {}
     for name, tensor in saved.items():
-        if name not in known or known[name].dtype == tensor.dtype:
+        original = originals.get(name)
+        if original is None or original.dtype == tensor.dtype:
             continue
-        if known[name].dtype in DENSE and tensor.dtype in DENSE:
-            changed[name] = known[name].holding(tensor.tensor())
+        if original.dtype in PLAIN_FLOATS and tensor.dtype in PLAIN_FLOATS:
+            changed[name] = original.with_value(tensor.tensor())
     if changed:
         write_file(file, _file_of(saved | changed))
 
 
 def _file_of(tensors: Mapping[str, StoredTensor]) -> Iterator[bytes | memoryview]:
-    """Yield the pieces of a safetensors file: length of the header, header, tensors, those of the widest type first."""
+    """Yield the bytes of a safetensors file in pieces: the length of the header, the header, then each tensor."""
 
-    def order(name: str) -> tuple[int, str]:
-        """Sort by the bytes of a value, and then by name, as safetensors does."""
+    def sort_key(name: str) -> tuple[int, str]:
+        """Put the widest dtype first, and tensors of one width in the order of their names, as safetensors does."""
         num_values = max(1, math.prod(tensors[name].shape))
-        return -(tensors[name].num_bytes // num_values), name
+        bytes_of_a_value = tensors[name].num_bytes // num_values
+        return -bytes_of_a_value, name
 
-    names = sorted(tensors, key=order)
+    names = sorted(tensors, key=sort_key)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
@@ -179,15 +215,32 @@ def _file_of(tensors: Mapping[str, StoredTensor]) -> Iterator[bytes | memoryview
         end = start + tensor.num_bytes
         header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    # Spaces up to the next multiple of 8 bytes, so that the tensors are aligned.
+    padding = -len(text) % 8
+    text += b" " * padding
 
     yield len(text).to_bytes(8, "little") + text
     for name in names:
         yield from tensors[name].pieces()
 
 
+def _bytes_of(values: Tensor) -> memoryview:
+    """Return the bytes of a tensor, row by row; those of a contiguous one on the CPU are not copied."""
+    rows_in_a_line = values.cpu().contiguous().view(-1)
+    view: memoryview = rows_in_a_line.view(torch.uint8).numpy().data
+    return view
+
+
+def name_of_dtype(dtype: torch.dtype) -> str:
+    """Return the name that safetensors gives a dtype, such as "BF16"."""
+    # It stands in the header of a file with an empty tensor, after 8 bytes of length.
+    empty_file = save({"": torch.empty(0, dtype=dtype, device="cpu")})
+    name: str = json.loads(empty_file[8:])[""]["dtype"]
+    return name
+
+
 def _read_safetensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
-    """Yield names and tensors of a safetensors file, whose header alone is read."""
+    """Yield each tensor of a safetensors file with its name. Only the header is read now."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if length > file.stat().st_size:
@@ -196,7 +249,7 @@ def _read_safetensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
             )
         header = json.loads(opened.read(length))
 
-    state = _state_of(file)
+    state = _size_and_time(file)
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -207,17 +260,18 @@ def _read_safetensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
         yield name, StoredTensor(entry["dtype"], tuple(entry["shape"]), end - start, pieces)
 
 
-def _state_of(file: Path) -> tuple[int, int]:
-    """Return size and time of a file, which are others if it has changed."""
+def _size_and_time(file: Path) -> tuple[int, int]:
+    """Return a file's size and the time of its last change: if one differs later, the file has changed."""
     return file.stat().st_size, file.stat().st_mtime_ns
 
 
 def _pieces_of(file: Path, state: tuple[int, int], start: int, end: int) -> Iterator[bytes]:
-    """Read the bytes from `start` to `end` of a file; ValueError if its `state` has changed.
+    """Yield the bytes of a file from position `start` to `end`, up to `_PIECE` of them at a time.
 
-    A model in memory may be saved long after its files were read.
+    `state` is what `_size_and_time` has returned for the file when its header was read. A model in memory may be saved
+    long after that, so a file that has changed since or is gone gives ValueError.
     """
-    if not file.exists() or _state_of(file) != state:
+    if not file.exists() or _size_and_time(file) != state:
         raise ValueError(
             f"{str(file)!r} changed or went during the run or after it: restore the old file and start again with it, "
             "or save the model without the tensors that its class does not load (model.save_pretrained)."
@@ -229,11 +283,14 @@ def _pieces_of(file: Path, state: tuple[int, int], start: int, end: int) -> Iter
 
 
 def _read_binary(file: Path) -> Iterator[tuple[str, StoredTensor]]:
-    """Yield names and tensors of a file of `torch.save`; those of PyTorch before 1.6, no zip files, can't be mapped.
+    """Yield each tensor of a file of `torch.save` with its name. Values are read later, and no code of the file runs.
 
-    ValueError if the file holds anything but tensors, or is damaged; no code of it runs.
+    Raises:
+        ValueError: If the file holds anything but tensors by name, or is damaged.
     """
-    read = partial(torch.load, file, weights_only=True, mmap=is_zipfile(file))
+    # Files of PyTorch before 1.6 are no zip files, and only these can be mapped into memory.
+    can_be_mapped = is_zipfile(file)
+    read = partial(torch.load, file, weights_only=True, mmap=can_be_mapped)
     try:
         tensors = read(map_location="meta")
     except OSError:
@@ -251,7 +308,7 @@ def _read_binary(file: Path) -> Iterator[tuple[str, StoredTensor]]:
         )
 
     def read_one(name: str) -> Tensor:
-        """Read one of the tensors; without a zip file, all are read for it."""
+        """Read the tensor of this name. If the file can't be mapped, all others are read with it, and dropped."""
         tensor: Tensor = read(map_location="cpu")[name]
         return tensor
 

@@ -477,10 +477,10 @@ def _write(
         pruning_report, recoveries=[*pruning_report.recoveries, report]
     )
     tensors = source_tensors(model, Path(plan.source), quantized=False)
-    for line in lines_of_unplaced({}, tensors.lost):
+    for line in lines_of_unplaced({}, tensors.not_copied):
         logger.warning("%s", line)
-    if tensors.lost:
-        pruning_report.model["lacks"] = dict(tensors.lost)
+    if tensors.not_copied:
+        pruning_report.model["lacks"] = dict(tensors.not_copied)
 
     folder = unfinished / MODEL
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier start

@@ -48,7 +48,7 @@ from optimum_fista.source.quantization import (
     quantization,
     remember_quantized_source,
 )
-from optimum_fista.source.stored_tensor import ACTIVATION_SCALE, DENSE
+from optimum_fista.source.stored_tensor import ACTIVATION_SCALE, PLAIN_FLOATS
 
 _METHOD = "fista_dequantized"
 # By `quant_method`. Others that Transformers dequantizes by conversions are read as `QuantizedFormat` does.
@@ -212,7 +212,7 @@ class Dequantizer(HfQuantizer):
         converters = [one for one in self._conversions if isinstance(one, WeightConverter)]
         state = model.state_dict()
         for name, (_, dtype) in self.stored.items():
-            if dtype in DENSE:
+            if dtype in PLAIN_FLOATS:
                 continue
             scales = scales_of[name.rpartition(".")[0]]
             unread = [scale for scale in scales if scale not in self.converted]
@@ -362,7 +362,7 @@ class KeptConversion(WeightConverter):
         # Without scales, the operations of a format change nothing: the parameter is read from its file.
         is_dense = (
             len(self.patterns) == 1
-            and all(keeper.stored[name][1] in DENSE for name in self.patterns)
+            and all(keeper.stored[name][1] in PLAIN_FLOATS for name in self.patterns)
             and all(reads_scales(operation) for operation in self.operations)
         )
         if not is_dense:
