@@ -38,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure a model and print one line."""
+    """Measure a model and print one line; returns the exit code.
+
+    `arguments` are those that `add_arguments` describes. Texts and models from the Hub are downloaded to its cache.
+    """
     from optimum_fista.source.model_folder import require_name
     from optimum_fista.text.sources import load_text
 
@@ -60,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _summary(result: "PerplexityResult", text_name: str) -> str:
-    """Say what was measured in one line."""
+    """Say in one line what was measured, on the text called `text_name`."""
     bits_per_byte = ""
     if result.bits_per_byte is not None:
         bits_per_byte = f", {result.bits_per_byte:.4f} bits per byte"

@@ -35,12 +35,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def convert(arguments: argparse.Namespace, write: Callable[..., object], title: str) -> int:
-    """Write a folder in its other form, and print the sizes; returns the exit code.
+    """Write the folder `arguments.output` from `arguments.folder`, and print the sizes; returns the exit code.
 
     Args:
-        arguments: Those of `pack` or `unpack`.
-        write: `pack_folder` or `unpack_folder`.
-        title: Of the bar.
+        arguments: Those of `pack` or `unpack` (`add_arguments`).
+        write: `pack_folder` or `unpack_folder`. It returns the sizes of the packed weights, which print as one line.
+        title: Of the progress bar.
     """
     from optimum_fista.bars import tqdm
 

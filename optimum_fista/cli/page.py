@@ -27,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the page of a folder, by default into it, and print where it is."""
+    """Write the page of a folder, by default into it, and print where it is; returns the exit code.
+
+    A page in the folder is noted in the list of its files. `arguments` are those that `add_arguments` describes.
+    """
     # These imports take seconds, and `--help` must not wait for them.
     from optimum_fista.atomic import require_writable
     from optimum_fista.folder.output import write_about

@@ -31,7 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Verify a folder and print the result; returns 1 if a check fails."""
+    """Verify a folder and print the result; returns the exit code, 1 if a check fails. The folder is only read.
+
+    `arguments` are those that `add_arguments` describes.
+    """
     from optimum_fista.folder.checkpoint import read_report
 
     read_report(arguments.folder)  # a folder without a report is refused before the slow imports
@@ -62,7 +65,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _summary(proven: "Verification") -> str:
     """Say in one line which numbers were proven."""
-    mixtures = f" and {proven.num_mixtures} mixtures" if proven.num_mixtures else ""
+    mixtures = ""
+    if proven.num_mixtures:
+        mixtures = f" and {proven.num_mixtures} mixtures"
     numbers = []
     if proven.removed:
         numbers.append(proven.removed)

@@ -7,6 +7,9 @@ Both models are loaded lazily: a tensor is read from its file when it is compare
 not load, such as layers that predict more tokens, were copied from file to file, and are compared afterwards. The
 *operators* of a report are the linear maps that were pruned; `groups_kept` of an operator are the groups of its columns
 that stay. A model that lost tokens has fewer rows in its embedding and its head (`kept_tokens`).
+
+The *dense* model is the one that the run was given, the *pruned* one its result. A `StoredTensor` describes a tensor in
+a file, which is read only when its values are needed. Both folders are only read.
 """
 
 import tempfile
@@ -74,16 +77,26 @@ def compare_with_dense(
 def _compare(
     folder: Path, report: PruningReport, dense: str, progress: Callable[[str], None]
 ) -> int:
-    """Load both models and compare them; see `compare_with_dense`."""
+    """Load both models lazily and compare them; returns how many tensors are equal. Both folders are only read.
+
+    Args:
+        folder: Folder of the pruned model, not packed.
+        report: The verified report in that folder.
+        dense: Hub id or folder of the model that the run was given. From the Hub it may be downloaded to the cache.
+        progress: Called with the name of each tensor that was compared.
+    """
     with tempfile.TemporaryDirectory(prefix="optimum-fista-") as offload:
+        # Without the tokenizer, and the folder, which is known.
         pruned_model, *_ = load_lazily(str(folder), Path(offload) / "pruned", device="cpu")
         dense_model, _, dense_folder = load_lazily(
             dense, Path(offload) / "dense", device="cpu", dtype=pruned_model.dtype
         )
+        # For each token of the pruned model its row in the dense one.
         tokens = kept_tokens(folder, dense_folder)
         num_equal = _compare_loaded(
             pruned_model, dense_model, report, tokens=tokens, dense=dense, progress=progress
         )
+        # Tensors that the class does not load were copied from file to file.
         expected = _copied_tensors(dense_model, dense_folder, folder, report)
         num_equal += _compare_copied(
             read_stored(folder), expected, tokens=tokens, dense=dense, progress=progress
@@ -100,7 +113,9 @@ def _compare_loaded(
     dense: str,
     progress: Callable[[str], None],
 ) -> int:
-    """Compare the tensors that the models load; returns how many are equal.
+    """Compare the tensors that the models load; returns how many are equal. Nothing is changed.
+
+    Of tensors that the run changed, only shapes are compared. VerificationError if any other tensor differs.
 
     Args:
         pruned_model: From the pruned folder.
@@ -111,12 +126,13 @@ def _compare_loaded(
         progress: Called with the name of each tensor.
     """
     linear_operators = operators_by_weight(pruned_model, report)
-    # The report names operators as the files do.
+    # The report names operators as the files do. Here they are needed by the names of their weights in the model.
     stored = stored_names(pruned_model, linear_operators.values(), all_of_them=False)
     names_in_model = {stored_name.name: name for name, stored_name in stored.items()}
     operators = {names_in_model[operator.name]: operator for operator in report.operators}
     pruned_operators = {name: linear_operators[name] for name in operators}
     changed = _changed_tensors(pruned_model, report, pruned_operators)
+    # Each is read from its file when the loop below comes to it.
     if report.removed:
         expected_tensors = _remaining_tensors(dense_model, report, operators)
     else:
@@ -147,8 +163,9 @@ def _compare_loaded(
                 )
             num_equal += 1
         progress(name)
-    for name in not_compared:
-        raise VerificationError(f"{name} is in the pruned model and not in {dense!r}.")
+    if not_compared:
+        first_name = next(iter(not_compared))
+        raise VerificationError(f"{first_name} is in the pruned model and not in {dense!r}.")
     return num_equal
 
 
@@ -157,12 +174,15 @@ def _changed_tensors(
     report: PruningReport,
     pruned_operators: dict[str, LinearOperator],
 ) -> set[str]:
-    """Names of the model's tensors whose values a run changed: of pruned operators, and some others.
+    """Return the names of the model's tensors whose values a run changed.
+
+    These are the weights of pruned operators, down projections of mixtures that were refitted, and the tensors of MLPs
+    whose channels were reordered.
 
     Args:
         pruned_model: From the pruned folder.
         report: The report in that folder.
-        pruned_operators: The operators of the model that the report names.
+        pruned_operators: The operators of the model that the report names, by the names of their weights.
     """
     module_names = {id(module): name for name, module in pruned_model.named_modules()}
     changed = set()
@@ -173,6 +193,7 @@ def _changed_tensors(
         if mixture.num_refitted:
             changed.add(f"{mixture.name}.down_proj")
     if report.config["reorder_channels"]:
+        # `parts("channels")` are the MLPs; each names the tensors whose rows or columns are channels.
         outline = ModelOutline(find_decoder_layers(pruned_model))
         for part in outline.parts("channels").parts:
             changed.update(part.tensors)
@@ -182,7 +203,7 @@ def _changed_tensors(
 def _remaining_tensors(
     dense_model: PreTrainedModel, report: PruningReport, operators: dict[str, OperatorReport]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a dense model without the parts that the report calls removed, by their names in the smaller model.
+    """Yield the tensors of a dense model without the removed parts, each with its name in the smaller model.
 
     Args:
         dense_model: The model that the run was given. It is not changed.
@@ -191,6 +212,7 @@ def _remaining_tensors(
     """
     parts = FistaPruningConfig(pattern=report.config["pattern"]).whole_parts
     outline = ModelOutline(find_decoder_layers(dense_model))
+    # How many columns or experts stay, by the kind of part; none if only decoder layers or tokens were removed.
     counts = {} if parts is None else kept_by_kind(removed_parts(outline, parts))
     plan = plan_shrinking(outline, counts, layers=report.model.get("layers_kept"))
 
@@ -205,15 +227,22 @@ def _remaining_tensors(
         new_name = plan.new_name(name)
         # A tensor of a removed decoder layer has no new name.
         if new_name:
-            yield new_name, plan.shrink_tensor(name, stored_tensor(dense_model, name), kept)
+            dense = stored_tensor(dense_model, name)
+            yield new_name, plan.shrink_tensor(name, dense, kept)
 
 
 def _copied_tensors(
     dense_model: PreTrainedModel, dense_folder: Path, folder: Path, report: PruningReport
 ) -> dict[str, StoredTensor]:
-    """Tensors in the files of the dense model that its class does not load, by their names in the pruned folder.
+    """Find the tensors in the dense model's files that its class does not load, by their names in the pruned folder.
 
-    Those that the pruned folder lacks by its own report are left out.
+    Those that the pruned folder lacks by its own report are left out. Only the headers of files are read.
+
+    Args:
+        dense_model: Loaded from `dense_folder`.
+        dense_folder: Folder of the model that the run was given.
+        folder: The pruned folder.
+        report: The report in it.
     """
     is_quantized = dequantizer_of(folder) is not None
     source = source_tensors(dense_model, dense_folder, quantized=is_quantized)
@@ -232,6 +261,8 @@ def _compare_copied(
     progress: Callable[[str], None],
 ) -> int:
     """Compare the tensors that were copied from file to file; returns how many are equal, which is all of them.
+
+    VerificationError if one differs or is missing. Nothing is changed.
 
     Args:
         stored: All tensors in the pruned folder's files.
@@ -256,7 +287,7 @@ def _compare_copied(
 def _lost_tokens(
     pruned_shape: tuple[int, ...], dense_shape: tuple[int, ...], tokens: Tensor | None
 ) -> bool:
-    """Whether a tensor has a row for each token, and lost those of removed tokens.
+    """Tell whether a tensor has a row for each token, and lost those of removed tokens.
 
     Args:
         pruned_shape: Of the tensor in the pruned model.
@@ -265,10 +296,11 @@ def _lost_tokens(
     """
     if tokens is None:
         return False
-    shape_without = (len(tokens), *dense_shape[1:])
-    return tuple(pruned_shape) == shape_without != tuple(dense_shape)
+    shape_without_tokens = (len(tokens), *dense_shape[1:])
+    has_lost_rows = shape_without_tokens != tuple(dense_shape)
+    return has_lost_rows and tuple(pruned_shape) == shape_without_tokens
 
 
 def _tensor_names(model: PreTrainedModel) -> list[str]:
-    """Names of a model's tensors; those that are tied to each other count once."""
+    """Return the names of a model's parameters and buffers; those that are tied to each other count once."""
     return [name for name in model.state_dict() if name not in model.all_tied_weights_keys]

@@ -63,15 +63,15 @@ def evaluate_perplexity(
 ) -> PerplexityResult:
     """Measure exp(-1 / (N (T - 1)) sum_n sum_{t >= 1} log p(w_nt | w_n0 ... w_n,t-1)).
 
-    Log-likelihoods are computed in float32 and summed in float64. The model's modes (training or evaluation) are
-    restored afterwards.
+    Log-likelihoods are computed in float32 and summed in float64. The model is in evaluation mode meanwhile; its modes
+    (training or evaluation) are restored afterwards. Nothing else is changed.
 
     Args:
         model: Causal language model, on any device.
         windows: Token ids, integer, [N, T].
         batch_size: Windows per forward pass. The logits of a batch are held at once.
         progress: Show a progress bar.
-        text: Where the windows come from, for the result's `bits_per_byte`.
+        text: Where the windows come from, for the result's `bits_per_byte`; `None`: it is not computed.
         tokenizer: The one that made the windows of `text`.
 
     Raises:
@@ -85,7 +85,7 @@ def evaluate_perplexity(
     started = time.perf_counter()
     device = execution_device(model.get_input_embeddings())
     num_windows, sequence_length = windows.shape
-    total = 0.0
+    total = 0.0  # of -log p over all predicted tokens
     with (
         evaluation_mode(model),
         torch.no_grad(),
@@ -112,7 +112,7 @@ def evaluate_perplexity(
 
 
 def _check_windows(model: PreTrainedModel, windows: torch.Tensor) -> None:
-    """Refuse windows that are no token ids [N, T] of the model."""
+    """Refuse windows that are no token ids [N, T] of the model (ValueError)."""
     is_matrix = windows.ndim == 2 and windows.shape[0] >= 1 and windows.shape[1] >= 2
     if not is_matrix or windows.is_floating_point():
         raise ValueError(
@@ -129,12 +129,14 @@ def _check_windows(model: PreTrainedModel, windows: torch.Tensor) -> None:
 
 
 def _checked_log_likelihood(model: PreTrainedModel, ids: torch.Tensor, first: int) -> float:
-    """Return `_negative_log_likelihood`, and explain an error of a model that can't take so many tokens.
+    """Sum -log p over the predicted tokens of a batch (`_negative_log_likelihood`).
+
+    If the model fails because it can't take so many tokens, the error says so (ValueError).
 
     Args:
         model: In evaluation mode.
-        ids: int64 [B, T], on the model's device.
-        first: Number of the first window, for errors.
+        ids: Token ids of B windows, int64 [B, T], on the model's device.
+        first: Number of the first of these windows, for errors.
     """
     try:
         return _negative_log_likelihood(model, ids, first)
@@ -156,8 +158,8 @@ def _negative_log_likelihood(model: PreTrainedModel, ids: torch.Tensor, first: i
 
     Args:
         model: In evaluation mode.
-        ids: int64 [B, T], on the model's device.
-        first: Number of the first window, for errors.
+        ids: Token ids of B windows, int64 [B, T], on the model's device.
+        first: Number of the first of these windows, for errors.
     """
     logits = model(input_ids=ids, use_cache=False).logits  # [B, T, vocabulary]
     total = torch.zeros((), dtype=torch.float64, device=logits.device)

@@ -7,6 +7,10 @@ number is counted again. Only errors can't be checked, because the calibration t
 describes, the totals of the report, the summary in `config.json`, and, if it is asked to, the dense model
 (`comparison.py`). The *report* is `fista/report.json`. A *mask* has a bit for each weight, 1 = kept; it is packed,
 eight bits in a byte, and in the layout of the weight in the file. A weight may be stored transposed, as [in, out].
+
+An *operator* is a pruned linear map; the report names it as the files name its weight. `report.operators` are those
+that the run pruned, `report.carried` those whose masks it carried over from an earlier run. Every check raises a
+`VerificationError` if it fails, and changes nothing.
 """
 
 import logging
@@ -120,7 +124,10 @@ def verify_checkpoint(
 
 
 def _read_promises(folder: Path) -> tuple[PruningReport, Mapping[str, Any]]:
-    """Read what the folder says of itself: its report, and `fista_pruning` of its `config.json`."""
+    """Read what the folder says of itself: its report, and `fista_pruning` of its `config.json`.
+
+    FileNotFoundError if a file is missing, VerificationError if one is damaged.
+    """
     names = [CONFIG_FILE, REPORT_FILE]
     if not is_packed(folder):
         names.append(MASKS_FILE)
@@ -137,7 +144,7 @@ def _read_promises(folder: Path) -> tuple[PruningReport, Mapping[str, Any]]:
 
 @contextmanager
 def _errors_of_damaged_files() -> Iterator[None]:
-    """Turn errors of reading into a `VerificationError`."""
+    """Turn errors of reading inside the context into a `VerificationError`; other errors pass."""
     try:
         yield
     except (AttributeError, KeyError, TypeError) as error:
@@ -154,9 +161,20 @@ def _errors_of_damaged_files() -> Iterator[None]:
 def _verify_operators(
     folder: Path, report: PruningReport, progress: Callable[[str], None]
 ) -> tuple[int, int]:
-    """Check every operator; returns the number of their weights and of the zeros among them."""
+    """Check every operator of the run and those that it carried over.
+
+    Args:
+        folder: The folder that is verified, packed or not.
+        report: The report in it.
+        progress: Called with the name of each operator once it is checked.
+
+    Returns:
+        The number of weights of the operators that this run pruned, and of the zeros among them.
+    """
+    # By identity, because an operator may be in both lists of the report, under one name.
     carried = {id(operator) for operator in report.carried}
-    num_weights = num_zeros = 0
+    num_weights = 0
+    num_zeros = 0
     read_operators = packed_operators if is_packed(folder) else _stored_operators
     for operator, weight, packed_mask in read_operators(folder, report):
         zeros_of_operator = _verify_operator(operator, weight, packed_mask)
@@ -170,7 +188,14 @@ def _verify_operators(
 def _stored_operators(
     folder: Path, report: PruningReport
 ) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
-    """Every operator of a folder that is not packed, with its weight and its packed mask, both as they are stored."""
+    """Yield every operator of a folder that is not packed, with its weight and its packed mask as they are stored.
+
+    First come those that this run pruned, then those that it carried over.
+
+    Args:
+        folder: The folder that is verified.
+        report: The report in it.
+    """
     files = checkpoint_files(folder)
     operators = [*report.operators, *report.carried]
     names = [operator.name for operator in operators]
@@ -185,6 +210,7 @@ def _stored_operators(
         if sorted(masks.keys()) != sorted(set(names)):
             raise VerificationError("the masks and the report name different operators.")
         tensors = read_tensors(files, tensor_names)
+        # `tensors` are in the order of `tensor_names`, so in that of the operators.
         for number, (operator, (_, tensor)) in enumerate(zip(operators, tensors, strict=True)):
             _, index = split_index(operator.name)
             weight = tensor[index]
@@ -220,7 +246,7 @@ def _verify_operator(operator: OperatorReport, weight: Tensor, packed_mask: Tens
     mask_of_pattern = mask.T if operator.stored_transposed else mask
     if operator.groups_kept is not None:
         mask_of_pattern = _mask_before_removal(operator, pattern, mask_of_pattern)
-    violation = pattern.violation(mask_of_pattern)
+    violation = pattern.violation(mask_of_pattern)  # in words; None if the mask keeps the pattern
     if violation:
         raise VerificationError(f"{name}: its mask {violation}.")
 
@@ -236,7 +262,10 @@ def _verify_operator(operator: OperatorReport, weight: Tensor, packed_mask: Tens
 
 
 def _pattern_of(operator: OperatorReport) -> SparsityPattern:
-    """The pattern that an operator was pruned to, with its share of zeros."""
+    """Make the pattern that an operator was pruned to, with its share of zeros, from the report of the operator.
+
+    ValueError if the report names no pattern.
+    """
     # Operators with the same inputs share their zeros, and one may get them all. As an option, a share of 1 is refused.
     is_all_zeros = operator.target_sparsity == 1
     if not is_all_zeros:
@@ -246,7 +275,10 @@ def _pattern_of(operator: OperatorReport) -> SparsityPattern:
 
 
 def _verify_zeros(name: str, weight: Tensor, mask: Tensor) -> None:
-    """Check that a weight is finite, and zero outside its mask; both in the layout of the file."""
+    """Check that a weight is finite, and zero outside its mask; both are in the layout of the file.
+
+    `name` is for the messages; `mask` has booleans, True = kept.
+    """
     if weight.dtype.itemsize == 1:
         # Few operations exist for quantized weights.
         weight = weight.float()
@@ -262,7 +294,7 @@ def _verify_zeros(name: str, weight: Tensor, mask: Tensor) -> None:
 def _mask_before_removal(
     operator: OperatorReport, pattern: SparsityPattern, mask: Tensor
 ) -> Tensor:
-    """The mask of an operator before groups of columns were removed, of which the report names those that stayed.
+    """Make the mask of an operator before groups of columns were removed, of which the report names those that stayed.
 
     Args:
         operator: What the report says of it, `groups_kept` too.
@@ -272,13 +304,15 @@ def _mask_before_removal(
     Returns:
         bool [out, columns before].
     """
-    name, kept = operator.name, operator.groups_kept or ()
+    name = operator.name
+    kept = operator.groups_kept or ()
     if not isinstance(pattern, Columns) or pattern.groups is None:
         raise VerificationError(
             f"{name}: the report says that columns were removed, but its pattern is {pattern}."
         )
-    existing = sorted(set(kept) & set(range(pattern.groups)))
-    if not kept or list(kept) != existing:
+    in_rising_order = sorted(set(kept))
+    are_groups = bool(kept) and in_rising_order[0] >= 0 and in_rising_order[-1] < pattern.groups
+    if not are_groups or list(kept) != in_rising_order:
         raise VerificationError(
             f"{name}: groups_kept are not numbers from 0 to {pattern.groups - 1} in rising order."
         )
@@ -294,7 +328,11 @@ def _mask_before_removal(
 
 
 def _verify_model(folder: Path, report: PruningReport) -> int | None:
-    """Check the report against the model that `config.json` describes.
+    """Check the report against the model that `config.json` describes: its size, and the shapes that became smaller.
+
+    Args:
+        folder: The folder that is verified.
+        report: The report in it.
 
     Returns:
         The number of the model's parameters; `None` if Transformers can't make a model of its class, in which case
@@ -311,8 +349,9 @@ def _verify_model(folder: Path, report: PruningReport) -> int | None:
             f"{REPORT_FILE} promises {promised} parameters, the model has {num_parameters}."
         )
     tokens = kept_tokens(folder)
-    if tokens is not None:
-        _verify_vocabulary(folder, num_kept=len(tokens), num_rows=token_limits(model)[0])
+    if tokens is not None:  # the model has lost tokens
+        num_rows, _ = token_limits(model)
+        _verify_vocabulary(folder, num_kept=len(tokens), num_rows=num_rows)
     if report.removed:
         _verify_shapes(folder, model)
         runs = runs_of_experts(model.config.get_text_config(decoder=True))
@@ -333,7 +372,7 @@ def _verify_vocabulary(folder: Path, *, num_kept: int, num_rows: int) -> None:
     tokenizer = load_tokenizer(str(folder))
     if tokenizer is None:
         return
-    vocabulary = tokenizer.get_vocab()
+    vocabulary = tokenizer.get_vocab()  # ids by token
     last = max(vocabulary, key=vocabulary.__getitem__)
     if vocabulary[last] >= num_rows:
         raise VerificationError(
@@ -371,7 +410,9 @@ def _verify_shapes(folder: Path, model: PreTrainedModel) -> None:
         folder: The folder of the smaller model.
         model: The model without weights that its `config.json` describes.
     """
-    source = source_tensors(model, folder)
+    source = source_tensors(
+        model, folder
+    )  # `stored` has all tensors of the files, `places` those of the class
     not_saved = {*model.all_tied_weights_keys, *internals.names_not_saved(model)}
     described = {
         name: tensor for name, tensor in model.state_dict().items() if name not in not_saved
@@ -395,8 +436,9 @@ def _verify_mixture(model: PreTrainedModel, mixture: MixtureReport, runs: int) -
     Args:
         model: The smaller model, without weights.
         mixture: What the report says.
-        runs: Number of runs of experts that each keep equally many (`runs_of_experts`).
+        runs: Experts are divided into this many runs, of which each keeps equally many (`runs_of_experts`).
     """
+    # The experts share tensors; their module has no parameters but these.
     fused = model.get_submodule(mixture.name).parameters(recurse=False)
     # Weights are [experts, out, in]; biases, [experts, out], are left out.
     numbers = {len(parameter) for parameter in fused if parameter.ndim == 3}
@@ -438,14 +480,17 @@ def _verify_totals(
 
 
 def _is_close(promised: float | None, value: float | None) -> bool:
-    """Whether two numbers are equal but for rounding, or both `None`."""
+    """Tell whether two numbers are equal but for rounding, or both `None`."""
     if promised is None or value is None:
         return promised is value
     return math.isclose(promised, value, rel_tol=1e-9)
 
 
 def _verify_summary(report: PruningReport, config_entry: Mapping[str, Any]) -> None:
-    """Check that `fista_pruning` of `config.json` has the numbers of the report, whose totals are proven."""
+    """Check that `fista_pruning` of `config.json` has the numbers of the report, whose totals are proven.
+
+    `config_entry` is the value of that key. It may have further keys.
+    """
     expected = summary(report)
     if "origin" not in config_entry:
         # Earlier versions did not write it, so it promises nothing.

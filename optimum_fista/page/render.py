@@ -3,6 +3,10 @@
 `read_pruned_report` reads the report of a folder, `render_page` makes the page of it. The template page.html has the
 words, and shows a part of the page only if there is something to say. This file gives the template the numbers as text.
 A *heat table* is a table of numbers by decoder layer (rows) and kind of operator (columns), coloured by size.
+
+An operator is a pruned linear map, and its kind its name without the layer, such as "mlp.down_proj". A mixture is a
+layer of experts that lost some of them. `OperatorGrid` sorts the operators of a report by layer and kind. No function
+changes the report.
 """
 
 import json
@@ -38,7 +42,12 @@ _EVEN = 5e-4
 
 
 def read_pruned_report(folder: Path) -> PruningReport:
-    """Read the report of a pruned folder, packed or not, of whose operators, mixtures or tokens a page can be made."""
+    """Read the report of a pruned folder, packed or not, of whose operators, mixtures or tokens a page can be made.
+
+    Raises:
+        FileNotFoundError: If there is no report.
+        ValueError: If it is damaged, or if there is nothing that a page could show.
+    """
     report = read_report(folder)
     file = str(folder / REPORT_FILE)
     if report.operators or report.mixtures or "vocabulary" in report.model:
@@ -116,13 +125,16 @@ def coloured(
     columns: Mapping[str, Sequence[float | None]],
     text_of: Callable[[float], str],
 ) -> Coloured | None:
-    """Colour all finite numbers by one scale, and drop columns without a number; `None` if no column is left.
+    """Make a heat table: colour all finite numbers by one scale, and drop columns without a number.
 
     Args:
         name: What the numbers are.
         layers: Names of the decoder layers, such as "model.layers.3".
-        columns: For each heading a number for each of `layers`; `None` if it is not known.
-        text_of: Writes a number.
+        columns: For each heading, such as "mlp.down_proj", a number for each of `layers`; `None` if it is not known.
+        text_of: Writes a number, such as `0.5` as "50.0%".
+
+    Returns:
+        The table; `None` if no column is left.
     """
     shown = {
         heading: numbers
@@ -135,11 +147,13 @@ def coloured(
     finite = []
     for numbers in shown.values():
         finite += [n for n in numbers if n is not None and math.isfinite(n)]
-    low, high = min(finite, default=0.0), max(finite, default=0.0)
-    width = high - low or 1.0
+    low = min(finite, default=0.0)
+    high = max(finite, default=0.0)
+    # If all numbers are equal, any width gives them the first colour.
+    width = high - low if high > low else 1.0
 
     def cell(number: float | None) -> tuple[str, int | None]:
-        """Text of a number, and the index of its colour."""
+        """Text of a number, and the index of its colour; `None` if it has none. `low` and `width` are the scale."""
         if number is None:
             return "", None
         if not math.isfinite(number):
@@ -151,7 +165,8 @@ def coloured(
     rows = []
     for index, layer in enumerate(layers):
         cells = [cell(numbers[index]) for numbers in shown.values()]
-        rows.append((layer.rpartition(".")[2], cells))
+        layer_number = layer.rpartition(".")[2]
+        rows.append((layer_number, cells))
     return Coloured(name, list(shown), rows, low=text_of(low), high=text_of(high))
 
 
@@ -161,9 +176,15 @@ def by_operator(
     value_of: Callable[[OperatorReport], float],
     text_of: Callable[[float], str],
 ) -> Coloured | None:
-    """Colour a number of every operator, by decoder layer and kind.
+    """Make a heat table of one number of every operator; `None` if there are no operators.
 
     Kinds with several operators in a layer, the experts of a mixture, get two columns: mean and maximum.
+
+    Args:
+        operators: Reports of the operators to show.
+        name: What the number is, such as "fit error".
+        value_of: Takes the number from the report of an operator.
+        text_of: Writes a number.
     """
     grid = OperatorGrid(operators)
     columns: dict[str, list[float | None]] = {}
@@ -183,18 +204,21 @@ def by_operator(
 
 
 def _tables_of_operators(report: PruningReport) -> dict[str, Coloured | None]:
-    """The heat tables that have a number for each operator, by their names in the template."""
-    has_output_error = [o for o in report.operators if o.output_error is not None]
-    has_held_out_error = [o for o in report.operators if o.held_out_fit_error is not None]
+    """Make the heat tables that have a number for each operator, by their names in the template page.html.
+
+    `None` stands for a table without a number.
+    """
+    with_output_error = [o for o in report.operators if o.output_error is not None]
+    with_held_out_error = [o for o in report.operators if o.held_out_fit_error is not None]
     return {
         "errors": by_operator(
             report.operators, "fit error", lambda o: o.fit_error, text_of=_short_error
         ),
         "output_errors": by_operator(
-            has_output_error, "output error", lambda o: o.output_error or 0.0, text_of=_short_error
+            with_output_error, "output error", lambda o: o.output_error or 0.0, text_of=_short_error
         ),
         "held_out": by_operator(
-            has_held_out_error,
+            with_held_out_error,
             "held-out fit error over fit error",
             _held_out_ratio,
             text_of=_short_error,
@@ -204,10 +228,14 @@ def _tables_of_operators(report: PruningReport) -> dict[str, Coloured | None]:
 
 
 def _tables_of_layers(report: PruningReport) -> dict[str, Coloured | None]:
-    """The heat tables that have a number for each decoder layer, by their names in the template."""
+    """Make the heat tables that have a number for each decoder layer, by their names in the template page.html.
+
+    `None` stands for a table without a number.
+    """
     names = [layer.name for layer in report.layers]
     moved = {"hidden states": [layer.hidden_state_error for layer in report.layers]}
     times = {"time": [layer.seconds for layer in report.layers]}
+    # `layer.memory` is None if no operator of the layer was pruned; `attribute` is a field of `MemoryPeak`.
     memory = {
         kind: [getattr(layer.memory, attribute, None) for layer in report.layers]
         for kind, attribute in MEMORY_KINDS.items()
@@ -225,7 +253,7 @@ def _short_error(value: float) -> str:
 
 
 def _held_out_ratio(operator: OperatorReport) -> float:
-    """The fit error on held-out tokens over that on the calibration tokens."""
+    """Divide the fit error on held-out tokens by that on the calibration tokens; infinite if only the latter is 0."""
     held_out = operator.held_out_fit_error or 0.0
     if operator.fit_error:
         return held_out / operator.fit_error
@@ -234,7 +262,10 @@ def _held_out_ratio(operator: OperatorReport) -> float:
 
 
 def _columns_left(report: PruningReport) -> list[tuple[str, int, int]]:
-    """For each kind of operator that lost columns: its name, how many stayed, and how many there were."""
+    """Return for each kind of operator that lost columns: its name, how many stayed, and how many there were.
+
+    `groups_kept` of such an operator is not `None`, and `target_sparsity` is the share of columns that went.
+    """
     grid = OperatorGrid(o for o in report.operators if o.groups_kept is not None)
     rows = []
     for kind, operators in grid.kinds.items():
