@@ -1,3 +1,5 @@
+"""Model cards: they have the numbers of the report, load the model, and claim only what is so."""
+
 import dataclasses
 import json
 from pathlib import Path
@@ -25,6 +27,7 @@ def card_of(saved, **model) -> ModelCard:
 
 
 def text_of_saved_card(saved) -> str:
+    """The Markdown of the card in the folder of a saved model, without its metadata."""
     return ModelCard.load(saved.folder / "README.md").text
 
 
@@ -121,14 +124,18 @@ def test_the_hub_finds_the_base_model_and_the_data_set(saved):
 
     data = ModelCard(model_card(report)).data
 
-    assert (data.base_model_relation, data.datasets) == ("finetune", ["allenai/c4"])
+    assert data.base_model_relation == "finetune"
+    assert data.datasets == ["allenai/c4"]
 
 
 def test_the_hub_is_told_of_no_base_model_and_data_set_that_it_lacks(saved):
     data = ModelCard.load(saved.folder / "README.md").data
 
-    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
-    assert (data.base_model, data.get("base_model_relation"), data.datasets) == (None, None, None)
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag == "text-generation"
+    assert data.base_model is None
+    assert data.get("base_model_relation") is None
+    assert data.datasets is None
     assert {"optimum-fista", "pruned", "sparse"} <= set(data.tags)
 
 
@@ -138,15 +145,18 @@ def test_license_and_languages_are_those_of_the_dense_model(saved, tmp_path):
 
     data = ModelCard(model_card(saved.report, dense=str(tmp_path))).data
 
-    assert (data.license, data.license_name, data.language) == ("other", "sea", ["de", "en"])
+    assert data.license == "other"
+    assert data.license_name == "sea"
+    assert data.language == ["de", "en"]
     assert "dense" not in data.tags
 
 
 def test_a_card_of_the_dense_model_that_can_not_be_read_changes_nothing(saved, tmp_path):
     (tmp_path / "README.md").write_text("---\n- [\n---\n")
+    without_dense = model_card(saved.report)
 
     for folder in (str(tmp_path), "", "no/such-model"):
-        assert model_card(saved.report, dense=folder) == model_card(saved.report)
+        assert model_card(saved.report, dense=folder) == without_dense
 
 
 def test_held_out_errors_have_a_line_and_a_column(saved):
@@ -297,8 +307,10 @@ def test_the_code_in_the_card_loads_the_whole_model(saved, tmp_path, capsys, fam
 
 
 def test_the_code_in_the_card_of_a_class_that_transformers_lacks_trusts_its_own():
-    found = loading_class("LlamaOfMyOwn", "my_llama")
-    assert (found.name, found.arguments) == ("AutoModelForCausalLM", ", trust_remote_code=True")
+    loading = loading_class("LlamaOfMyOwn", "my_llama")
+
+    assert loading.name == "AutoModelForCausalLM"
+    assert loading.arguments == ", trust_remote_code=True"
 
 
 def test_card_says_what_removed_tokens_cost(saved):

@@ -8,23 +8,36 @@ from optimum_fista.folder.checkpoint import read_report
 from optimum_fista.source.model_folder import checkpoint_files
 
 
-def test_checkpoint_files_follow_transformers_choice(saved, saved_gpt2, tmp_path):
-    single = checkpoint_files(saved.folder)
-    assert set(single.values()) == {saved.folder / "model.safetensors"}
-    assert set(single) >= {o.name for o in saved.report.operators}
-    shards = checkpoint_files(saved_gpt2.folder)
-    assert len(set(shards.values())) > 2
+def test_a_single_file_holds_every_tensor(saved):
+    files = checkpoint_files(saved.folder)
+
+    assert set(files.values()) == {saved.folder / "model.safetensors"}
+    assert set(files) >= {operator.name for operator in saved.report.operators}
+
+
+def test_an_index_names_several_files(saved_gpt2):
+    files = checkpoint_files(saved_gpt2.folder)
+
+    assert len(set(files.values())) > 2
+
+
+def test_a_single_file_comes_before_an_index_as_in_from_pretrained(saved, saved_gpt2, tmp_path):
+    folder = shutil.copytree(saved_gpt2.folder, tmp_path / "both")
+    shutil.copy(saved.folder / "model.safetensors", folder)
+
+    files = checkpoint_files(folder)
+
+    assert set(files.values()) == {folder / "model.safetensors"}
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors"):
         checkpoint_files(tmp_path)
-    misspelt = saved.folder.with_name(saved.folder.name + "s")
-    with pytest.raises(
-        FileNotFoundError, match=rf"no such folder\. Did you mean '.*/{saved.folder.name}'\?"
-    ):
+
+
+def test_a_misspelt_folder_is_refused_with_the_name_that_is_near(saved):
+    misspelt = saved.folder.with_name(f"{saved.folder.name}s")
+
+    message = rf"no such folder\. Did you mean '.*/{saved.folder.name}'\?"
+    with pytest.raises(FileNotFoundError, match=message):
         read_report(misspelt)
-    shutil.copytree(
-        saved_gpt2.folder, tmp_path / "both"
-    )  # `from_pretrained` prefers the single file
-    shutil.copy(saved.folder / "model.safetensors", tmp_path / "both")
-    assert set(checkpoint_files(tmp_path / "both").values()) == {
-        tmp_path / "both" / "model.safetensors"
-    }

@@ -1,3 +1,5 @@
+"""Pushing of a model folder to a stand-in for the Hub: one commit with the files of the model, or a clear error."""
+
 import json
 import shutil
 from pathlib import Path
@@ -44,6 +46,7 @@ def model_folder(model, tmp_path_factory) -> Path:
 def push(
     hub: HubStandIn, folder: Path, tmp_path: Path, repo_id=REPO_ID, **options
 ) -> CompletedProcess:
+    """Push a folder in a process of its own, which talks to the stand-in; `options` are those of `push_folder`."""
     call = f"push_folder({str(folder)!r}, {repo_id!r}, **{options!r})"
     return run_with_hub(
         hub, f"from optimum_fista.folder.hub import push_folder\nprint({call})", tmp_path
@@ -51,6 +54,7 @@ def push(
 
 
 def printed(process: CompletedProcess) -> str:
+    """Return what a process printed that succeeded."""
     assert process.returncode == 0, process.stderr
     return process.stdout.strip()
 
@@ -63,6 +67,7 @@ def failure(process: CompletedProcess) -> str:
 
 def test_repository_holds_the_folder(hub, model_folder, tmp_path):
     url = printed(push(hub, model_folder, tmp_path))
+
     assert hub.files(REPO_ID) == bytes_of(model_folder)
     assert url == f"{hub.endpoint}/{REPO_ID}/commit/{hub.repositories[REPO_ID].branches['main']}"
 
@@ -70,49 +75,54 @@ def test_repository_holds_the_folder(hub, model_folder, tmp_path):
 def test_revision_is_a_branch_of_its_own(hub, model_folder, tmp_path):
     for _ in range(2):  # absent, then present
         printed(push(hub, model_folder, tmp_path, revision="sparse/2:4", private=True))
+
     assert hub.repositories[REPO_ID].private
     assert hub.files(REPO_ID) == {}
     assert hub.files(REPO_ID, "sparse/2:4") == bytes_of(model_folder)
 
 
 def test_weights_and_the_page_of_an_earlier_model_are_deleted(hub, model, model_folder, tmp_path):
-    old, new = shutil.copytree(model_folder, tmp_path / "old"), tmp_path / "sharded"
+    old = shutil.copytree(model_folder, tmp_path / "old")
     write_about(old / "fista" / "report.html", "[]")
     printed(push(hub, old, tmp_path))
     assert "fista/report.html" in hub.files(REPO_ID)
+    new = tmp_path / "sharded"
     with new_output(new, False) as folder:
         model.save_pretrained(folder, max_shard_size="20KB")
     assert len(list(new.glob("*.safetensors"))) > 1
+
     printed(push(hub, new, tmp_path))
-    kept = {
+
+    other_files = {
         path: data
         for path, data in bytes_of(old).items()
         if not path.startswith(("fista/", "model."))
     }
-    assert hub.files(REPO_ID) == kept | bytes_of(new)
+    assert hub.files(REPO_ID) == other_files | bytes_of(new)
 
 
 def test_files_of_others_stay_here(hub, model_folder, tmp_path):
-    folder, notes = (
-        tmp_path / "pruned",
-        {"notes.txt", "fista/mine.txt", "[a-z]*.json", "mine.safetensors"},
-    )
-    shutil.copytree(model_folder, folder)
+    folder = shutil.copytree(model_folder, tmp_path / "pruned")
+    notes = {"notes.txt", "fista/mine.txt", "[a-z]*.json", "mine.safetensors"}
     for name in notes:
         (folder / name).write_text("private")
+
     process = push(hub, folder, tmp_path)
-    printed(process)
+
+    assert process.returncode == 0, process.stderr
     assert hub.files(REPO_ID).keys() == bytes_of(folder).keys() - notes
-    shown = next(line for line in process.stderr.splitlines() if line.startswith("Not uploaded"))
-    assert all(name in shown for name in notes)
-    assert "README.md" not in shown
+    warning = next(line for line in process.stderr.splitlines() if line.startswith("Not uploaded"))
+    assert all(name in warning for name in notes)
+    assert "README.md" not in warning
 
 
 def test_a_card_that_the_hub_refuses_is_one_error_before_anything_is_uploaded(
     hub, model_folder, tmp_path
 ):
     hub.refused_in_cards = ["license"]
+
     message = failure(push(hub, model_folder, tmp_path))
+
     assert "OSError: Pushing to 'tester/tiny-llama' failed" in message
     assert 'Invalid metadata in README.md.\n- "license" is not allowed' in message
     assert hub.files(REPO_ID) == {}
@@ -122,63 +132,91 @@ def test_a_card_that_the_hub_refuses_is_one_error_before_anything_is_uploaded(
 @pytest.mark.parametrize("broken", ["/api/repos/create", "/branch/", "/commit/"])
 def test_failure_at_any_step_can_be_retried(hub, model_folder, tmp_path, broken):
     hub.broken = broken
+
     message = failure(push(hub, model_folder, tmp_path, revision="sparse"))
+
     assert "OSError: Pushing to 'tester/tiny-llama' failed" in message
     assert "broken on purpose" in message
+
     hub.broken = None
     printed(push(hub, model_folder, tmp_path, revision="sparse"))
     assert hub.files(REPO_ID, "sparse") == bytes_of(model_folder)
 
 
-def test_refused_token_foreign_namespace_and_unreachable_hub(hub, model_folder, tmp_path):
-    with HubStandIn() as stopped:
-        pass
-    refused = {
-        "401": ({"token": "hf_wrong"}, hub),
-        "403": ({"repo_id": "someone/tiny"}, hub),
-        "": ({}, stopped),
-    }
-    for reason, (options, server) in refused.items():
-        message = failure(push(server, model_folder, tmp_path, **options))
-        assert f"safe at {model_folder}" in message
-        assert reason in message
-        assert "hf_wrong" not in message
+@pytest.mark.parametrize(
+    ("options", "status"),
+    [({"token": "hf_wrong"}, "401"), ({"repo_id": "someone/tiny"}, "403")],
+    ids=["token", "namespace"],
+)
+def test_a_refused_token_or_namespace_is_one_error(hub, model_folder, tmp_path, options, status):
+    message = failure(push(hub, model_folder, tmp_path, **options))
+
+    assert f"safe at {model_folder}" in message
+    assert status in message
+    assert "hf_wrong" not in message
     assert hub.repositories == {}
 
 
-def test_what_cannot_be_pushed_is_known_before(hub, monkeypatch):
+def test_a_hub_that_is_not_reached_is_one_error(model_folder, tmp_path):
+    with HubStandIn() as stopped:
+        pass
+
+    message = failure(push(stopped, model_folder, tmp_path))
+
+    assert f"safe at {model_folder}" in message
+
+
+def test_a_push_that_can_work_is_not_refused(hub, monkeypatch):
     connect(hub, monkeypatch)
+
     require_push(REPO_ID)
     require_push("tiny-llama")
-    refused = [
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "options", "reason"),
+    [
         ("a/b/c", {}, "is not a repository name"),
         ("someone/tiny", {}, "tester, .* can't write to 'someone'"),
-    ]
-    refused.append((REPO_ID, {"token": "hf_wrong"}, "Invalid user token"))
-    for repo_id, options, why in refused:
-        with pytest.raises((OSError, ValueError), match=rf"repo_id='{repo_id}'.*{why}"):
-            require_push(repo_id, **options)
+        (REPO_ID, {"token": "hf_wrong"}, "Invalid user token"),
+    ],
+    ids=["name", "namespace", "token"],
+)
+def test_what_cannot_be_pushed_is_known_before(hub, monkeypatch, repo_id, options, reason):
+    connect(hub, monkeypatch)
+
+    with pytest.raises((OSError, ValueError), match=rf"repo_id='{repo_id}'.*{reason}"):
+        require_push(repo_id, **options)
+
+    assert all(request.startswith("GET ") for request in hub.requests)
+
+
+def test_a_token_that_can_only_read_is_known_before(hub, monkeypatch):
+    connect(hub, monkeypatch)
     hub.role = "read"
-    with pytest.raises(
-        ValueError, match=rf"repo_id='{REPO_ID}': the token can only read: pass one that can write"
-    ):
+
+    message = rf"repo_id='{REPO_ID}': the token can only read: pass one that can write"
+    with pytest.raises(ValueError, match=message):
         require_push(REPO_ID)
+
+
+def test_offline_mode_is_known_before(hub, monkeypatch):
+    connect(hub, monkeypatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        OSError, match=r"can't be pushed to, and nothing was done: .*offline mode is enabled"
-    ):
+
+    message = r"can't be pushed to, and nothing was done: .*offline mode is enabled"
+    with pytest.raises(OSError, match=message):
         require_push(REPO_ID)
-    assert {request.partition(" ")[0] for request in hub.requests} == {"GET"}
 
 
 def test_private_is_not_ignored_for_an_existing_public_repository(hub, model_folder, tmp_path):
     printed(push(hub, model_folder, tmp_path))
     hub.requests.clear()
+
     message = failure(push(hub, model_folder, tmp_path, private=True))
-    assert (
-        "ValueError: private=True was passed, but 'tester/tiny-llama' exists with private=False"
-        in message
-    )
+
+    expected = "private=True was passed, but 'tester/tiny-llama' exists with private=False"
+    assert f"ValueError: {expected}" in message
     assert not [request for request in hub.requests if "/preupload/" in request]
 
 
@@ -186,9 +224,9 @@ def test_private_is_not_ignored_for_an_existing_public_repository(hub, model_fol
 def test_incomplete_folder_is_refused(model_folder, tmp_path, missing):
     folder = shutil.copytree(model_folder, tmp_path / "pruned")
     (folder / missing).unlink()
-    with pytest.raises(
-        ValueError, match=r"has no .* of optimum-fista: pass a folder that it wrote"
-    ):
+
+    message = r"has no .* of optimum-fista: pass a folder that it wrote"
+    with pytest.raises(ValueError, match=message):
         push_folder(folder, REPO_ID)
 
 
@@ -196,4 +234,5 @@ def test_incomplete_folder_is_refused(model_folder, tmp_path, missing):
 def test_repo_id_that_is_no_name_is_refused(model_folder, repo_id):
     with pytest.raises(ValueError, match=r"^repo_id='.* pass 'namespace/name'") as caught:
         push_folder(model_folder, repo_id)
+
     assert caught.value.__suppress_context__

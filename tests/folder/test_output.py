@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 import threading
 from pathlib import Path
 
@@ -34,6 +35,7 @@ NEW = ("config.json", "model-00001-of-00001.safetensors", "README.md", "fista/re
 
 
 def write(folder: Path, names: tuple[str, ...], text: str) -> Path:
+    """Write files with the same text into a folder, which is made if it is missing."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -71,6 +73,7 @@ def test_another_rank_may_remove_what_it_offloaded_at_the_same_time(tmp_path, mo
     with locked_output(tmp_path / "model") as unfinished:
         (unfinished / "journal" / "offload-1").mkdir()
         monkeypatch.setattr(shutil, "rmtree", the_other_was_first)
+
     assert not (unfinished / "journal" / "offload-1").exists()
 
 
@@ -127,11 +130,14 @@ def test_a_folder_that_came_between_two_renames_is_kept_and_the_old_one_as_well(
         if not folder.exists():
             break
     write(folder, ("notes.txt",), "mine")
+
     for _ in range(2):
         with pytest.raises(OSError, match="replaced' -> "), locked_output(folder):
             pass
+
     assert contents(folder) == {"notes.txt": "mine"}
     assert contents(unfinished_folder(folder) / "replaced") == dict.fromkeys(OLD, "old")
+
     shutil.rmtree(folder)
     put(folder)
     assert contents(folder.parent) == {f"model/{name}": "new" for name in NEW}
@@ -147,15 +153,16 @@ def test_a_model_that_cant_be_put_there_leaves_the_old_one(tmp_path, monkeypatch
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(
-        OSError,
-        match="not permitted: the new model can't take its place; give the same command again",
-    ):
+
+    message = "not permitted: the new model can't take its place; give the same command again"
+    with pytest.raises(OSError, match=message):
         put(folder)
+
     assert contents(tmp_path) == {f"model/{name}": "old" for name in OLD}
 
 
 def refused(folder, **options) -> str:
+    """The message with which `require_output` refuses an output; it changes no file."""
     before = contents(folder.parent)
     with pytest.raises((ValueError, OSError)) as raised:
         require_output(folder, **{"overwrite": True} | options)
@@ -167,24 +174,29 @@ def refused(folder, **options) -> str:
 def test_a_file_that_was_added_or_changed_is_kept(tmp_path, name):
     folder = put(tmp_path / "model", OLD, "old")
     require_output(folder, True)
+
     write(folder, (name,), "mine")
+
     assert foreign_files(folder) == [name]
-    assert (
-        f"holds {name}, which optimum-fista did not write or somebody changed: it would be lost"
-        in refused(folder)
-    )
+    reason = "which optimum-fista did not write or somebody changed: it would be lost"
+    assert f"holds {name}, {reason}" in refused(folder)
+
     (folder / name).unlink()
     require_output(folder, True)
 
 
 def test_a_file_that_comes_during_the_run_is_kept_and_the_model_as_well(tmp_path):
     folder = put(tmp_path / "model", OLD, "old")
+
     with locked_output(folder) as unfinished:
-        write(unfinished, ("journal/fingerprint.json", *(f"model/{name}" for name in NEW)), "new")
+        write(unfinished, ("journal/fingerprint.json",), "new")
+        write(unfinished / "model", NEW, "new")
         (folder / "link").symlink_to("nowhere")
         with pytest.raises(FileExistsError, match="holds link, which"):
             install(unfinished, folder, True)
+
     assert contents(folder) == dict.fromkeys(OLD, "old")
+
     (folder / "link").unlink()
     with locked_output(folder) as unfinished:
         install(unfinished, folder, True)
@@ -193,57 +205,104 @@ def test_a_file_that_comes_during_the_run_is_kept_and_the_model_as_well(tmp_path
 
 def test_what_commands_write_about_a_model_goes_with_it(tmp_path):
     folder = put(tmp_path / "model", OLD, "old")
+
     for name in ("fista/report.html", "README.md", "notes.txt"):
         write_about(folder / name, "later")
+
     assert foreign_files(folder) == ["notes.txt"]
     assert model_files(folder) == {*OLD, "fista/files.json", "fista/report.html"}
+
+
+def test_a_card_that_the_user_has_changed_stays_the_users(tmp_path):
+    folder = put(tmp_path / "model", OLD, "old")
     write(folder, ("README.md",), "mine")
+
     write_about(folder / "README.md", "mine and later")
-    assert foreign_files(folder) == ["README.md", "notes.txt"]
+
+    assert foreign_files(folder) == ["README.md"]
 
 
-def test_outputs_that_cant_work_are_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    source = put(tmp_path / "source", OLD, "old")
-    (tmp_path / "alias").symlink_to("source")
-    (tmp_path / "others").mkdir()
-    write(tmp_path / "others", ("config.json", "model.safetensors"), "foreign")
-    assert "already holds a model" in refused(source, overwrite=False)
+def test_an_output_with_a_model_is_refused_without_overwrite(tmp_path):
+    folder = put(tmp_path / "model", OLD, "old")
+
+    assert "already holds a model" in refused(folder, overwrite=False)
+
+
+def test_an_output_without_a_name_is_refused(tmp_path):
     assert "has no name of its own" in refused(tmp_path / "..")
-    for name in ("source", "source/sub/out", "alias", "alias/out"):
-        assert "lies in the folder that is read" in refused(tmp_path / name, source="source")
+
+
+@pytest.mark.parametrize("name", ["source", "source/sub/out", "alias", "alias/out"])
+def test_an_output_in_the_folder_that_is_read_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "source", OLD, "old")
+    (tmp_path / "alias").symlink_to("source")
+
+    assert "lies in the folder that is read" in refused(tmp_path / name, source="source")
+
+
+def test_a_new_folder_in_the_place_of_the_one_that_is_read_is_refused(tmp_path):
+    source = put(tmp_path / "source", OLD, "old")
+
     with (
         pytest.raises(ValueError, match="lies in the folder that is read"),
         new_output(source, True, source),
     ):
         pass
+
+    assert contents(source) == dict.fromkeys(OLD, "old")
+
+
+@pytest.mark.parametrize("name", ["out.unfinished", "model"])
+def test_an_output_whose_unfinished_folder_is_read_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
     write(tmp_path / "out.unfinished", ("journal/optimum-fista", "model/config.json"), "kept")
     (tmp_path / "model").symlink_to("out.unfinished/model")
-    for name in ("out.unfinished", "model"):
-        assert "deletes: pass another output, or move the folder" in refused(
-            tmp_path / "out", source=name
-        )
-    assert "is a file: pass a folder" in refused(source / "config.json")
+
+    message = refused(tmp_path / "out", source=name)
+
+    assert "deletes: pass another output, or move the folder" in message
+
+
+def test_a_file_and_a_folder_of_others_are_refused(tmp_path):
+    write(tmp_path / "others", ("config.json", "model.safetensors"), "foreign")
+
+    assert "is a file: pass a folder" in refused(tmp_path / "others" / "config.json")
     assert "holds config.json, model.safetensors, which" in refused(tmp_path / "others")
-    with monkeypatch.context() as patched:
-        patched.setattr(
-            os, "access", lambda path, mode: path != source
-        )  # root may write everywhere
-        assert (
-            "can't be replaced (Permission denied): make it writable, or pass another folder"
-            in refused(source)
-        )
+
+
+def test_an_output_that_cant_be_written_to_is_refused(tmp_path, monkeypatch):
+    folder = put(tmp_path / "model", OLD, "old")
+    # Root may write everywhere, so the mode of the folder would not do.
+    monkeypatch.setattr(os, "access", lambda path, mode: path != folder)
+
+    message = refused(folder)
+
+    reason = "can't be replaced (Permission denied): make it writable, or pass another folder"
+    assert reason in message
+
+
+def test_a_mount_point_is_refused(tmp_path, monkeypatch):
+    folder = put(tmp_path / "model", OLD, "old")
     monkeypatch.setattr(os.path, "ismount", lambda path: True)
-    assert "is a mount point, which can't be replaced: pass a folder in it" in refused(source)
+
+    message = refused(folder)
+
+    assert "is a mount point, which can't be replaced: pass a folder in it" in message
 
 
-def test_a_link_stays_a_link_and_modes_stay(tmp_path):
+def test_a_link_stays_a_link_and_the_mode_of_its_folder_stays(tmp_path):
     put(tmp_path / "disk", OLD, "old").chmod(0o700)
     (tmp_path / "link").symlink_to("disk")
+
     put(tmp_path / "link")
+
     assert (tmp_path / "link").is_symlink()
     assert contents(tmp_path / "disk") == dict.fromkeys(NEW, "new")
     assert (tmp_path / "disk").stat().st_mode & 0o777 == 0o700
+
+
+def test_weights_can_be_read_by_those_who_may_read_the_other_files(tmp_path):
     before = os.umask(0o027)
     try:
         with output.new_output(tmp_path / "private", False) as folder:
@@ -251,7 +310,9 @@ def test_a_link_stays_a_link_and_modes_stay(tmp_path):
             (folder / NEW[1]).chmod(0o600)  # as safetensors does
     finally:
         os.umask(before)
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "private").glob("*.*")} == {0o640}
+
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "private").glob("*.*")}
+    assert modes == {0o640}
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
@@ -265,60 +326,67 @@ def test_what_has_the_name_of_the_unfinished_folder_is_not_touched(tmp_path, kin
     else:
         unfinished.symlink_to("elsewhere")
     before = contents(tmp_path)
-    with pytest.raises(
-        FileExistsError, match=r"model\.unfinished' is in the way and no unfinished run's: move it"
-    ):
+
+    message = r"model\.unfinished' is in the way and no unfinished run's: move it"
+    with pytest.raises(FileExistsError, match=message):
         put(tmp_path / "model")
+
     assert contents(tmp_path) == before
 
 
 def test_layers_of_a_streamed_run_are_not_thrown_away_unasked(tmp_path):
     with locked_output(tmp_path / "model") as unfinished:
-        write(
-            unfinished,
-            ("journal/fingerprint.json", "journal/offload-a/weight.dat", "model/shard"),
-            "layers",
-        )
-    with pytest.raises(
-        FileExistsError,
-        match="holds an unfinished run: give its command again to finish it, delete",
-    ):
+        of_run = ("journal/fingerprint.json", "model/shard")
+        write(unfinished, (*of_run, "journal/offload-a/weight.dat"), "layers")
+
+    message = "holds an unfinished run: give its command again to finish it, delete"
+    with pytest.raises(FileExistsError, match=message):
         put(tmp_path / "model", overwrite=False)
-    assert {name for name, text in contents(unfinished).items() if text} == {
-        "journal/fingerprint.json",
-        "model/shard",
-    }
+
+    assert {name for name, text in contents(unfinished).items() if text} == {*of_run}
+
     put(tmp_path / "model")
     assert contents(tmp_path) == {f"model/{name}": "new" for name in NEW}
 
 
 def test_another_process_is_refused_until_the_first_is_gone(tmp_path):
-    hold = "import sys, time, filelock\nwith filelock.FileLock(sys.argv[1]): print('held', flush=True), time.sleep(60)"
     lock = tmp_path / "model.unfinished.lock"
+    hold = textwrap.dedent("""
+        import sys, time, filelock
+
+        with filelock.FileLock(sys.argv[1]):
+            print("held", flush=True)
+            time.sleep(60)
+    """)
     holder = subprocess.Popen([sys.executable, "-c", hold, str(lock)], stdout=subprocess.PIPE)
     try:
         assert holder.stdout.readline() == b"held\n"
         (tmp_path / "link").symlink_to(tmp_path)
-        with pytest.raises(
-            BlockingIOError,
-            match="is being written by another run: wait until it has ended, or pass",
-        ):
+
+        message = "is being written by another run: wait until it has ended, or pass"
+        with pytest.raises(BlockingIOError, match=message):
             put(tmp_path / "link" / "model")
     finally:
         holder.kill()
         holder.wait()
+
     put(tmp_path / "model")
     assert set(contents(tmp_path / "model").values()) == {"new"}
 
 
 def test_many_threads_never_mix_their_models(tmp_path):
+    done = []
+    failures = []
+
     def rounds(text: str) -> None:
+        """Put a model of this text there again and again; note each time in `done`, an error in `failures`."""
         for _ in range(20):
             try:
+                # The thread that holds the lock may ask again.
                 with (
                     locked_output(tmp_path / "model"),
                     locked_output(tmp_path / "model") as folder,
-                ):  # may ask again
+                ):
                     discard(folder)
                     write(folder / "model", NEW, text)
                     install(folder, tmp_path / "model", True)
@@ -330,12 +398,12 @@ def test_many_threads_never_mix_their_models(tmp_path):
                 failures.append(error)
                 raise
 
-    done, failures = [], []
     threads = [threading.Thread(target=rounds, args=(text,)) for text in ("a", "b", "c")]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+
     assert done
     assert not failures
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -344,6 +412,7 @@ def test_many_threads_never_mix_their_models(tmp_path):
 def test_a_damaged_list_makes_every_file_somebodys(tmp_path):
     folder = put(tmp_path / "model", OLD, "old")
     (folder / "fista" / "files.json").write_text(json.dumps([*OLD]))
+
     assert "holds README.md, config.json, fista and 2 more, which" in refused(folder)
 
 
@@ -352,8 +421,10 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path):
     file = tmp_path / "table.json"
     file.write_text("old")
     (tmp_path / ".table.json.partial").symlink_to("/dev/full")
+
     with pytest.raises(OSError, match=r"No space left on device: '.*/table\.json'$") as caught:
         write_file(file, "new")
+
     assert caught.value.errno == errno.ENOSPC
     assert os.listdir(tmp_path) == ["table.json"]
     assert file.read_text() == "old"
@@ -372,6 +443,7 @@ def test_errors_of_safetensors_are_errors_of_the_system(tmp_path, text, number):
         errors_of_writing(tmp_path / "model"),
     ):
         raise SafetensorError(f"Error while serializing: {text}")
+
     assert caught.value.errno == number
 
 

@@ -24,40 +24,52 @@ FAMILIES = ["llama", "gpt2", "mixtral", "gpt_oss", "granitemoe"]
 
 
 def assert_same_weights(folder: Path, expected: dict[str, torch.Tensor]) -> None:
-    found = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    """Load a folder, and compare its tensors with those expected, by their names."""
+    loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_round_trip_and_loading(family, pruned, tmp_path):
-    dense, packed = pruned(family), tmp_path / "packed"
+def test_a_packed_folder_is_smaller_and_is_made_dense_again(family, pruned, tmp_path):
+    dense = pruned(family)
+    packed = tmp_path / "packed"
+
     packing = pack_folder(dense, packed)
+    unpack_folder(packed, tmp_path / "again")
+
     assert packing.packed_bytes < packing.dense_bytes
     assert is_packed(packed)
     assert not list(packed.glob("model*.safetensors"))
     assert verify_checkpoint(packed) == verify_checkpoint(dense)
-    unpack_folder(packed, tmp_path / "again")
     assert files_of(tmp_path / "again") == files_of(dense)
-    expected = AutoModelForCausalLM.from_pretrained(dense).state_dict()
-    model = AutoModelForCausalLM.from_pretrained(packed)
-    found = model.state_dict()
-    assert found.keys() == expected.keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_folder_is_loaded_as_the_dense_model_and_saved_as_one(family, pruned, tmp_path):
+    expected = AutoModelForCausalLM.from_pretrained(pruned(family)).state_dict()
+    pack_folder(pruned(family), tmp_path / "packed")
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    loaded = model.state_dict()
+    model.save_pretrained(tmp_path / "saved")
+
+    assert loaded.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor), name
-    model.save_pretrained(tmp_path / "saved")  # a dense model like any other
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor), name
     assert not is_packed(tmp_path / "saved")
     assert_same_weights(tmp_path / "saved", expected)
 
 
 @pytest.mark.parametrize("exclude", ["*.down_proj", "*.layers.0.*", "*.experts.[1-9].*"])
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_experts_that_were_left_dense(family, exclude, pruned, tmp_path):
+def test_experts_that_were_left_dense_are_loaded_as_they_were(family, exclude, pruned, tmp_path):
     folder = pruned(family, exclude=(exclude,))
+    expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
     pack_folder(folder, tmp_path / "packed")
-    assert_same_weights(
-        tmp_path / "packed", AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    )
+
+    assert_same_weights(tmp_path / "packed", expected)
 
 
 WITHOUT = """
@@ -77,6 +89,7 @@ print("refused")
 
 
 def run(code: str, *arguments: Path) -> subprocess.CompletedProcess:
+    """Run Python code in a process of its own, with paths in `sys.argv`."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 
@@ -95,9 +108,10 @@ print("equal")
 def test_the_import_is_enough_after_transformers(pruned, tmp_path):
     """A process can't load a packed folder before it imports this package. (The next test imports it first.)"""
     pack_folder(pruned("llama"), tmp_path / "packed")
-    result = run(
-        f"{WITHOUT}import optimum_fista.packed\n{WITH}", tmp_path / "packed", pruned("llama")
-    )
+    code = f"{WITHOUT}import optimum_fista.packed\n{WITH}"
+
+    result = run(code, tmp_path / "packed", pruned("llama"))
+
     assert result.stdout == "refused\nequal\n", result.stdout + result.stderr
 
 
@@ -105,11 +119,19 @@ def test_pushed_and_pulled_like_any_model(hub, pruned, tmp_path):
     """By name, bit for bit, also if a dense model lay there before."""
     pack_folder(pruned("llama"), tmp_path / "packed")
     folders = [str(pruned("llama")), str(tmp_path / "packed")]
-    push = f"from optimum_fista.folder.hub import push_folder\nfor f in {folders}: push_folder(f, 'tester/packed')"
+    push = f"""
+        from optimum_fista.folder.hub import push_folder
+
+        for folder in {folders}:
+            push_folder(folder, "tester/packed")
+    """
+
     pushed = run_with_hub(hub, push, tmp_path)
+
     assert pushed.returncode == 0, pushed.stderr
     assert "packed.safetensors" in hub.files("tester/packed")
     assert "model.safetensors" not in hub.files("tester/packed")
+
     load = f"""
         import torch
         import optimum_fista.packed
@@ -124,6 +146,7 @@ def test_pushed_and_pulled_like_any_model(hub, pruned, tmp_path):
 
 
 def edit(folder: Path, change) -> None:
+    """Change the tensors in the file of a packed folder; `change` gets them by their names."""
     file = folder / "packed.safetensors"
     tensors = load_file(file)
     change(tensors)
@@ -153,13 +176,15 @@ NAME = "model.layers.1.mlp.up_proj.weight"
 def test_malformed_folders_are_refused_and_named(change, message, pruned, tmp_path):
     pack_folder(pruned("llama"), tmp_path / "packed")
     edit(tmp_path / "packed", change)
+
     with pytest.raises(VerificationError, match=message):
         verify_checkpoint(tmp_path / "packed")
     with pytest.raises(ValueError, match=message):
         unpack_folder(tmp_path / "packed", tmp_path / "again")
-    assert not (tmp_path / "again").exists()
     with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+    assert not (tmp_path / "again").exists()
 
 
 def widened(name):
@@ -180,6 +205,7 @@ def widened(name):
 def test_shapes_are_those_of_the_model(family, name, pruned, tmp_path):
     pack_folder(pruned(family), tmp_path / "packed")
     edit(tmp_path / "packed", widened(name))
+
     with pytest.raises(ValueError, match=f"{name}_layout says shape"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
 
@@ -195,27 +221,49 @@ def test_shapes_are_those_of_the_model(family, name, pruned, tmp_path):
 )
 def test_names_in_the_configuration_are_names(settings):
     """A pattern that takes for ever would hang `from_pretrained`; another file would be read."""
-    with pytest.raises(ValueError, match=f"^{next(iter(settings))}="):
+    (argument,) = settings
+
+    with pytest.raises(ValueError, match=f"^{argument}="):
         FistaPackedConfig(**settings)
 
 
-def test_arguments_that_make_no_sense(pruned, tmp_path, tiny_folder):
+def test_a_packed_folder_is_not_packed_again(pruned, tmp_path):
     pack_folder(pruned("llama"), tmp_path / "packed")
+
     with pytest.raises(ValueError, match="is packed already"):
         pack_folder(tmp_path / "packed", tmp_path / "twice")
+
+    assert not (tmp_path / "twice").exists()
+
+
+def test_a_folder_that_is_not_packed_is_not_unpacked(pruned, tmp_path):
     with pytest.raises(ValueError, match="is not packed"):
-        unpack_folder(pruned("llama"), tmp_path / "twice")
+        unpack_folder(pruned("llama"), tmp_path / "again")
+
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_model_that_was_not_pruned_is_not_packed(tiny_folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no fista/masks\.safetensors"):
-        pack_folder(tiny_folder, tmp_path / "twice")
+        pack_folder(tiny_folder, tmp_path / "packed")
+
+    assert not (tmp_path / "packed").exists()
+
+
+def test_an_output_that_holds_a_model_is_refused(pruned):
     with pytest.raises(FileExistsError, match="already holds a model"):
         pack_folder(pruned("gpt2"), pruned("llama"))
-    with pytest.raises(
-        ValueError, match="runtime='sparse': a packed folder is loaded as a dense model"
-    ):
+
+
+def test_only_dense_models_are_made_of_packed_folders():
+    message = "runtime='sparse': a packed folder is loaded as a dense model"
+    with pytest.raises(ValueError, match=message):
         FistaPackedConfig(runtime="sparse")
+
+
+def test_the_configuration_of_packed_weights_is_refused_for_others(tiny_folder):
     with pytest.raises(ValueError, match="the model is not packed: pack the folder"):
         LlamaForCausalLM.from_pretrained(tiny_folder, quantization_config=FistaPackedConfig())
-    assert not (tmp_path / "twice").exists()
 
 
 def test_a_weight_outside_its_mask_is_not_lost_in_silence(pruned, tmp_path):
@@ -223,48 +271,65 @@ def test_a_weight_outside_its_mask_is_not_lost_in_silence(pruned, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors[NAME][tensors[NAME] == 0] = 1.0
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        ValueError, match=r"up_proj\.weight: weight has values other than zero outside of mask"
-    ):
+
+    message = r"up_proj\.weight: weight has values other than zero outside of mask"
+    with pytest.raises(ValueError, match=message):
         pack_folder(folder, tmp_path / "packed")
+
     assert not (tmp_path / "packed").exists()
 
 
 def test_files_of_others_come_along_and_replace_none(pruned, tmp_path, caplog):
-    folder, output = tmp_path / "folder", tmp_path / "packed"
-    shutil.copytree(pruned("llama"), folder)
+    folder = shutil.copytree(pruned("llama"), tmp_path / "folder")
+    output = tmp_path / "packed"
     (folder / "sub").mkdir()
     (folder / "sub" / "notes.txt").write_text("mine")
     (folder / "nowhere").symlink_to("nothing")
     (tmp_path / "secret").write_text("private")
     (folder / "NOTICE.txt").symlink_to(tmp_path / "secret")
-    for name, mine in (
-        ("README.md", "My words.\n"),
-        ("config.json", "\n"),
-    ):  # edited, but still the model's
+    # edited, but still the model's
+    for name, mine in (("README.md", "My words.\n"), ("config.json", "\n")):
         (folder / name).write_text((folder / name).read_text() + mine)
+
     pack_folder(folder, output)
+    unpack_folder(output, tmp_path / "again")
 
     assert "lead out of the folder: NOTICE.txt, nowhere" in caplog.text
     assert not (output / "NOTICE.txt").exists()
     assert (output / "sub" / "notes.txt").read_text() == "mine"
     names = model_files(folder) | {"packed.safetensors"}
     assert model_files(output) == names - {"model.safetensors", "fista/masks.safetensors"}
-    unpack_folder(output, tmp_path / "again")
     assert model_files(tmp_path / "again") == model_files(folder)
     assert "My words." in (tmp_path / "again" / "README.md").read_text()
-    with pytest.raises(FileExistsError, match=r"holds sub/notes\.txt, which"):
-        pack_folder(folder, output, overwrite=True)
-    shutil.rmtree(output / "sub")
-    pack_folder(folder, output, overwrite=True)
-    for place in (folder, folder / "packed"):
-        with pytest.raises(ValueError, match="lies in the folder that is read"):
-            pack_folder(folder, place, overwrite=True)
+
+
+def test_a_packed_folder_is_not_replaced_while_a_file_of_the_user_is_in_it(pruned, tmp_path):
+    output = tmp_path / "packed"
+    pack_folder(pruned("llama"), output)
+    (output / "notes.txt").write_text("mine")
+
+    with pytest.raises(FileExistsError, match=r"holds notes\.txt, which"):
+        pack_folder(pruned("llama"), output, overwrite=True)
+    (output / "notes.txt").unlink()
+    pack_folder(pruned("llama"), output, overwrite=True)
+
+    assert is_packed(output)
+
+
+@pytest.mark.parametrize("name", [".", "packed"])
+def test_a_folder_is_not_packed_into_itself(name, pruned, tmp_path):
+    folder = shutil.copytree(pruned("llama"), tmp_path / "folder")
+
+    with pytest.raises(ValueError, match="lies in the folder that is read"):
+        pack_folder(folder, folder / name, overwrite=True)
 
 
 def test_an_index_without_metadata_is_packed(saved_gpt2, tmp_path):
     folder = shutil.copytree(saved_gpt2.folder, tmp_path / "folder")
     index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
+    weight_map = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": weight_map}))
+
     pack_folder(folder, tmp_path / "packed")
+
     assert verify_checkpoint(tmp_path / "packed") == verify_checkpoint(saved_gpt2.folder)

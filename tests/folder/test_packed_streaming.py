@@ -30,10 +30,11 @@ def source(tmp_path_factory) -> Path:
 
 
 def prune(source: Path, output: Path, config: FistaPruningConfig | None = None, **options):
-    config = config or FistaPruningConfig(method="wanda")
-    return FistaPruner(config, progress=False).prune(
-        source, tiny_tokens().split(4), output_dir=output, **options
-    )
+    """Prune a folder on the tiny tokens, by default by Wanda; `options` are those of `FistaPruner.prune`."""
+    if config is None:
+        config = FistaPruningConfig(method="wanda")
+    pruner = FistaPruner(config, progress=False)
+    return pruner.prune(source, tiny_tokens().split(4), output_dir=output, **options)
 
 
 @pytest.fixture(scope="module")
@@ -47,38 +48,43 @@ def whole(source, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "gpt_oss", "granitemoe"])
 def test_the_same_folder_as_packed_afterwards(family, tmp_path):
     tiny_model(family).to(torch.bfloat16).save_pretrained(tmp_path / "source")
-    config = FistaPruningConfig(method="wanda")
-    prune(tmp_path / "source", tmp_path / "packed", config, packed=True)
-    prune(tmp_path / "source", tmp_path / "dense", config)
+    prune(tmp_path / "source", tmp_path / "dense")
     packing = pack_folder(tmp_path / "dense", tmp_path / "afterwards")
+
+    prune(tmp_path / "source", tmp_path / "packed", packed=True)
+
     assert files_of(tmp_path / "packed") == files_of(tmp_path / "afterwards")
     assert packing_of(tmp_path / "packed") == packing
     assert packing.num_tensors > 0
     verify_checkpoint(tmp_path / "packed")  # whose weights are in several files
+
     unpack_folder(tmp_path / "packed", tmp_path / "again")
     assert files_of(tmp_path / "again") == files_of(tmp_path / "dense")
+
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").state_dict()
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
 
 
 def test_dense_bytes_of_pruned_operators_are_never_written(source, tmp_path, monkeypatch):
-    written = {}
+    written = {}  # names of the tensors by that of their file
     write = shards_of_run.write_stored
 
     def watched(path, tensors):
-        written[path.name] = {name: tensor.num_bytes for name, tensor in tensors.items()}
+        written[path.name] = set(tensors)
         return write(path, tensors)
 
     monkeypatch.setattr(shards_of_run, "write_stored", watched)
+
     report = prune(source, tmp_path / "packed", packed=True)
-    names = {name for tensors in written.values() for name in tensors}
+
     shards = [name for name in written if name.startswith("packed-")]
     assert len(shards) == LAYERS + 1
     assert not [name for name in written if name.startswith("model-")]
     pruned = {operator.name for operator in report.operators}
     assert len(pruned) == 7 * LAYERS
-    assert not [name for shard in shards for name in written[shard] if name in pruned]
+    names = set().union(*written.values())
+    assert pruned.isdisjoint(names)
     assert {f"{name}_values" for name in pruned} <= names
 
 
@@ -86,32 +92,37 @@ def test_dense_bytes_of_pruned_operators_are_never_written(source, tmp_path, mon
 def test_a_run_cut_off_at_any_write_goes_on_to_the_same_bytes(source, whole, tmp_path, writes):
     with killed_at_write(writes), pytest.raises(Killed):
         prune(source, tmp_path / "packed", packed=True)
+
     assert not (tmp_path / "packed").exists()
     with pytest.raises((OSError, ValueError)):
         AutoModelForCausalLM.from_pretrained(unfinished_folder(tmp_path / "packed"))
+
     prune(source, tmp_path / "packed", packed=True)
     assert files_of(tmp_path / "packed") == files_of(whole)
 
 
-def test_a_model_in_memory_is_packed_when_it_is_saved():
-    with pytest.raises(
-        ValueError, match="packed=True is for a model given by name: save a loaded model"
-    ):
-        FistaPruner(progress=False).prune(tiny_llama(), tiny_tokens().split(4), packed=True)
+def test_a_model_in_memory_is_not_packed_by_prune():
+    pruner = FistaPruner(progress=False)
+
+    message = "packed=True is for a model given by name: save a loaded model"
+    with pytest.raises(ValueError, match=message):
+        pruner.prune(tiny_llama(), tiny_tokens().split(4), packed=True)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "1:4"])
 def test_the_plan_counts_the_bytes_of_the_shards(pattern, tmp_path):
-    model = tiny_llama(hidden_size=128, intermediate_size=256, tie_word_embeddings=False).to(
-        torch.bfloat16
-    )
-    model.save_pretrained(tmp_path / "source")
+    source = tmp_path / "source"
+    model = tiny_llama(hidden_size=128, intermediate_size=256, tie_word_embeddings=False)
+    model.to(torch.bfloat16).save_pretrained(source)
     config = FistaPruningConfig(pattern=pattern, method="wanda")
-    prune(tmp_path / "source", tmp_path / "packed", config, packed=True)
-    tensors = [
-        t for f in (tmp_path / "packed").glob("packed-*.safetensors") for t in load_file(f).values()
-    ]
     options = {"num_samples": 4, "sequence_length": 16}
-    packed = Estimate(tmp_path / "source", config, packed=True, **options).disk_bytes["model"]
-    assert packed == pytest.approx(sum(tensor.nbytes for tensor in tensors), rel=0.02)
-    assert packed < 0.8 * Estimate(tmp_path / "source", config, **options).disk_bytes["model"]
+
+    dense_bytes = Estimate(source, config, **options).disk_bytes["model"]
+    packed_bytes = Estimate(source, config, packed=True, **options).disk_bytes["model"]
+
+    prune(source, tmp_path / "packed", config, packed=True)
+    written_bytes = 0
+    for shard in (tmp_path / "packed").glob("packed-*.safetensors"):
+        written_bytes += sum(tensor.nbytes for tensor in load_file(shard).values())
+    assert packed_bytes == pytest.approx(written_bytes, rel=0.02)
+    assert packed_bytes < 0.8 * dense_bytes
