@@ -192,7 +192,7 @@ def plan_run(
 
     if plan.as_stored:
         # Any groups do: this refuses scales that belong to several groups.
-        kept = {name: range(count) for name, count in removal.counts_kept.items()}
+        kept = {name: range(count) for name, count in removal.num_groups_kept.items()}
         for name, _ in removal.layers:
             plan.stored(name, kept)
         if removal.num_removed_layers:

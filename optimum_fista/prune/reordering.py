@@ -16,7 +16,7 @@ from optimum_fista.model.inputs import LayerActivations
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.prune.plan import Plan
 from optimum_fista.prune.sink import Sink
-from optimum_fista.removal.proof import difference_beyond_rounding, small_hidden_states
+from optimum_fista.removal.proof import difference_beyond_rounding, scaled_down
 from optimum_fista.solve.patterns.n_of_m import best_order
 
 # Tokens that are not held out, to the end of their batch; as many as in docs/ablations.md.
@@ -61,7 +61,7 @@ def reorder_channels(
         order = best_order(scores, pattern).tolist()
 
         # A permutation of channels must not change what the layer returns.
-        hidden = small_hidden_states(hidden_states[0].to(activations.device))
+        hidden = scaled_down(hidden_states[0].to(activations.device))
         expected = call.run(layer, hidden)
         for tensor in part.tensors:
             owner, _, leaf = tensor.rpartition(".")

@@ -3,7 +3,13 @@
 A model may have zeros already: the folder that it was loaded from has a report, and a mask for each pruned operator.
 A run that removes parts slices these masks as it slices the weights, and gives them the new names, so that a later
 training keeps the zeros. A refit may write into the zeros of an operator. Then its mask is *lost*, and the report says
-so. What happened is not guessed: a mask is carried if and only if all weights outside of it are zero.
+so. What happened is not guessed: a mask is *carried* if and only if all weights outside of it are zero.
+
+A *mask* says which weights are kept (True); packed, it has a bit for each weight. A *part* loses *groups*, such as
+channels of an MLP. The plan of the smaller model is a `Shrinking`: it says which tensors become smaller, and has the
+smaller model without weights. Linear operators and parameters have the names of the model, such as
+"model.layers.3.mlp.up_proj" and "model.layers.3.mlp.up_proj.weight". An `OperatorReport` is what a run reports of one
+operator. Files may have other names, and weights as [in, out] instead of [out, in].
 
 `EarlierMasks.find` looks for the masks, and `carried` is called for each decoder layer once it is pruned.
 """
@@ -37,10 +43,8 @@ class CarriedMasks:
     """
 
     operators: list[OperatorReport] = field(default_factory=list)
-    masks: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # packed to bits, laid out as the weights
-    lost: list[str] = field(default_factory=list)  # operators whose zeros were overwritten
+    masks: dict[str, Tensor] = field(default_factory=dict)  # packed, laid out as the weights
+    lost: list[str] = field(default_factory=list)  # weights whose zeros were overwritten
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,10 @@ class EarlierMasks:
         Only the report and the names are read, and the model is not changed.
         """
         model = layers.model
-        folder = local_source(model) if hasattr(model.config, CONFIG_KEY) else None
+        was_pruned = hasattr(model.config, CONFIG_KEY)
+        if not was_pruned:
+            return None
+        folder = local_source(model)  # None if it was not loaded from a folder on this machine
         if folder is None:
             return None
         if not (folder / MASKS_FILE).exists() or not (folder / REPORT_FILE).exists():
@@ -71,22 +78,26 @@ class EarlierMasks:
         operators = [
             operator for name, layer in layers for operator in all_operators(name, layer).values()
         ]
+        # The report has the names of the files; weights that are not a matrix of their own there are left out.
         names = stored_names(model, operators, all_of_them=False, layers_name=layers.name)
-        by_stored_name = {stored.name: name for name, stored in names.items()}
+        names_by_stored_name = {stored.name: name for name, stored in names.items()}
         entries = {
-            by_stored_name[entry.name]: entry
+            names_by_stored_name[entry.name]: entry
             for entry in report.masked
-            if entry.name in by_stored_name
+            if entry.name in names_by_stored_name
         }
         return cls(folder / MASKS_FILE, entries)
 
     def carried(
         self, layer_name: str, layer: nn.Module, smaller: Shrinking, kept: Kept
     ) -> CarriedMasks:
-        """Slice the masks of a pruned decoder layer, and keep those outside of which all weights are zero.
+        """Slice the masks of a pruned decoder layer, and return those outside of which all weights are zero.
 
-        `layer` is the layer called `layer_name` with its weights as the run leaves them, not yet smaller. `kept` are
-        the groups of its parts that stay. Changes nothing.
+        Args:
+            layer_name: The name of the layer, such as "model.layers.3".
+            layer: The layer, with its weights as the run leaves them, not yet smaller. It is only read.
+            smaller: The plan of the smaller model.
+            kept: Numbers of the groups that stay, by the name of their part.
         """
         carried = CarriedMasks()
         new_name = smaller.new_name(layer_name)
@@ -95,33 +106,38 @@ class EarlierMasks:
             return carried
 
         parameters = dict(layer.named_parameters(prefix=layer_name))
-        small_layer = smaller.model.get_submodule(new_name)
+        small_layer = smaller.model.get_submodule(new_name)  # without weights
+        # An expert is found in the smaller layer, where it has its new number.
         for operator in all_operators(layer_name, small_layer).values():
             parameter_name = _parameter_of(operator, layer_name, small_layer)
             if parameter_name not in masks:
                 continue
             small_mask = smaller.shrink_tensor(parameter_name, masks[parameter_name], kept)
-            mask = operator.select(small_mask)
+            mask = operator.select(small_mask)  # that of one expert, if the parameter has several
             if bool(mask.all()):
-                continue
+                continue  # no zero is left
+
             weight = smaller.shrink_tensor(
                 parameter_name, parameters[parameter_name].detach(), kept
             )
             outside = operator.select(weight).masked_select(~mask.to(weight.device))
             name = f"{operator.name}.weight"
-            if bool(torch.count_nonzero(outside)):
+            is_overwritten = bool(torch.count_nonzero(outside))
+            if is_overwritten:
                 carried.lost.append(name)
                 continue
-            carried.operators.append(_entry_of(operator, mask, entries[parameter_name]))
+            carried.operators.append(_report_of_carried(operator, mask, entries[parameter_name]))
             carried.masks[name] = pack_mask(mask)
         return carried
 
     def _masks_of_parameters(
         self, layer_name: str, layer: nn.Module
     ) -> tuple[dict[str, Tensor], dict[str, OperatorReport]]:
-        """Read the masks of a decoder layer, bool, by the names of its parameters; several experts share a parameter.
+        """Read the masks of a decoder layer from the file of the earlier run.
 
-        Returns also an entry of the earlier report for each parameter.
+        Returns bool masks of whole parameters, as they are in the model, by the name of the parameter; several experts
+        share a parameter. Returns also the earlier report of one operator in each parameter. `self.entries` has these
+        reports, by the name of the weight in the model. The layer is only read.
         """
         masks = dict[str, Tensor]()
         entries = dict[str, OperatorReport]()
@@ -133,24 +149,28 @@ class EarlierMasks:
                 entry = self.entries.get(name)
                 if entry is None or entry.name not in stored or entry.shape != operator.shape:
                     continue
-                # from the layout of the files to that of the model
-                in_model = {entry.name: StoredName(name, operator.transposed)}
-                _, by_name = as_stored([entry], {entry.name: file.get_tensor(entry.name)}, in_model)
+
+                # `as_stored` changes names and layout: here, those of the file to those of the model
+                packed_mask = file.get_tensor(entry.name)
+                name_in_model = {entry.name: StoredName(name, operator.transposed)}
+                _, masks_in_model = as_stored([entry], {entry.name: packed_mask}, name_in_model)
+
                 parameter_name = _parameter_of(operator, layer_name, layer)
                 parameter = parameters[parameter_name]
                 if parameter_name not in masks:
                     masks[parameter_name] = torch.ones(parameter.shape, dtype=torch.bool)
                     entries[parameter_name] = entry
                 of_operator = operator.select(masks[parameter_name])  # a view
-                of_operator.copy_(unpack_mask(by_name[name], tuple(of_operator.shape)))
+                mask = unpack_mask(masks_in_model[name], tuple(of_operator.shape))
+                of_operator.copy_(mask)
         return masks, entries
 
 
 def unchanged_masks(folder: Path) -> tuple[list[OperatorReport], dict[str, Tensor]]:
     """Read the masks in a model's folder for a run that changes no decoder layer, such as one that removes tokens.
 
-    Returns what the earlier run reported of the operators with zeros, and their packed masks, both by the names of the
-    files; nothing if the folder has no masks that can be read.
+    Returns what the earlier run reported of the operators with zeros, and their packed masks by name. Names are those
+    of the files. Both are empty if the folder has no masks that can be read.
     """
     if not (folder / MASKS_FILE).exists() or not (folder / REPORT_FILE).exists():
         return [], {}
@@ -160,27 +180,29 @@ def unchanged_masks(folder: Path) -> tuple[list[OperatorReport], dict[str, Tenso
         return [], {}
     with safe_open(folder / MASKS_FILE, "pt") as file:
         stored = set(file.keys())
-        carried = [
-            entry
-            for entry in report.masked
-            if entry.name in stored and entry.num_kept < math.prod(entry.shape)
-        ]
+        carried = list[OperatorReport]()
+        for entry in report.masked:
+            has_zeros = entry.num_kept < math.prod(entry.shape)
+            if entry.name in stored and has_zeros:
+                carried.append(entry)
         return carried, {entry.name: file.get_tensor(entry.name) for entry in carried}
 
 
 def _parameter_of(operator: LinearOperator, layer_name: str, layer: nn.Module) -> str:
-    """The name in the model of the parameter that holds the weight of an operator."""
+    """The name in the model of the parameter that holds the weight of an operator of the layer called `layer_name`."""
     for name, module in layer.named_modules(prefix=layer_name):
         if module is operator.owner:
             return f"{name}.{operator.tensor}"
     raise AssertionError(operator.name)
 
 
-def _entry_of(operator: LinearOperator, mask: Tensor, earlier: OperatorReport) -> OperatorReport:
-    """Describe a carried mask: errors and method of the `earlier` run, counts of the mask as it is now.
+def _report_of_carried(
+    operator: LinearOperator, mask: Tensor, earlier: OperatorReport
+) -> OperatorReport:
+    """Report an operator with a carried mask: errors and method of the `earlier` run, counts of the mask as it is now.
 
-    `mask` is laid out as the weight. If it no longer keeps its pattern, because columns are gone, it is called
-    unstructured.
+    `operator` is that of the smaller layer, and `mask`, bool, is laid out as its weight. If the mask no longer keeps
+    its pattern, because columns are gone, it is called unstructured.
     """
     num_kept = int(mask.sum())
     sparsity = 1 - num_kept / mask.numel()
@@ -194,16 +216,21 @@ def _entry_of(operator: LinearOperator, mask: Tensor, earlier: OperatorReport) -
         groups_kept=None,
         input_order=None,
     )
-    if not _keeps_pattern(entry, mask.T if operator.transposed else mask):
+    mask_by_outputs = mask.T if operator.transposed else mask  # [out, in]
+    if not _keeps_pattern(entry, mask_by_outputs):
         entry = replace(entry, pattern="unstructured", target_sparsity=sparsity, scope="matrix")
     return entry
 
 
 def _keeps_pattern(entry: OperatorReport, mask: Tensor) -> bool:
-    """Tell whether a mask [out, in] still keeps the pattern that an earlier run gave it."""
+    """Tell whether a mask [out, in] still keeps the pattern that an earlier run gave it.
+
+    `entry` reports the operator, with the text of the pattern (such as "2:4") and the present shape.
+    """
     try:
         pattern = parse_pattern(entry.pattern)
         pattern.require_shape(entry.shape)
-    except ValueError:
+    except ValueError:  # the shape no longer fits
         return False
+    # `span` is the m of n:m; other patterns count weights in a row or matrix, which has another size now
     return pattern.span is not None and pattern.violation(mask) is None

@@ -2,6 +2,11 @@
 
 Experts are chosen as in REAP (arXiv 2510.13999). Unlike there, the kept experts are refitted afterwards
 (`mixture_refit`), on the tokens that the router then sends them. `remove_experts` does all of it for a decoder layer.
+
+A *mixture* is a module that has several experts, and a router that sends each token to some of them. As a `Part` it is
+called by the name of the module that holds the experts, such as "model.layers.3.mlp.experts". `LayerTargets` has a
+decoder layer whose operators are pruned, the hidden states that enter it, and what it should return. The plan of a
+smaller model is a `Shrinking`.
 """
 
 import time
@@ -46,39 +51,42 @@ def remove_experts(
 
     Args:
         part: The mixture.
-        layer_name: The name of its decoder layer.
+        layer_name: The name of its decoder layer, such as "model.layers.3".
         targets: Of that layer, whose operators are pruned; they have the layer.
         count: How many experts stay.
         plan: Of a model that loses experts only.
-        write: Overwrites the weight [out, in] of an expert's operator in the layer; `None`: nothing is refitted.
+        write: Overwrites the weight [out, in] of an expert's operator in the layer; `None`: nothing is refitted. Only
+            by this, for down projections, the layer is changed.
 
     Returns:
-        A copy of the layer without the other experts, which shares all other tensors, and the report of the mixture.
-        The layer itself keeps all experts.
+        A copy of the layer without the other experts, which shares all tensors that stay whole, and the report of the
+        mixture. The layer itself keeps all experts.
     """
     started = time.perf_counter()
     layer = targets.activations.layer
     experts = experts_of(part, layer_name, layer)
     scores = score_experts(experts, targets)
-    kept = experts_to_keep(scores.saliency, count, part.equal_runs)
+    kept = experts_to_keep(scores.saliency, count, part.equal_runs)  # their numbers, rising
     smaller_layer = smaller_copy(plan, layer_name, layer, {part.name: kept})
 
-    # on the tokens that the router sends to the others now
+    # runs the smaller layer on all tokens, which the router sends to the experts that stay
     mixture = SmallerMixture(
         experts_of(part, layer_name, smaller_layer),
         replace(targets.activations, layer=smaller_layer),
         targets.entering.entering,
         scores.targets,
     )
-    errors_before = errors = mixture.errors()
+    errors_before = mixture.errors()
+    errors = errors_before
     num_refitted = 0
     message = ""
     if write is not None:
+        # down projections of all experts, in the layer that keeps them
         down = [operator for operator in experts.operators if operator.kind == "down_proj"]
         write_weight = write
 
         def write_expert(number: int, weight: Tensor) -> None:
-            """Overwrite the down projection of the kept expert with this number."""
+            """Overwrite the down projection of an expert in the layer; `number` counts the experts that stay."""
             write_weight(down[kept[number]], weight)
 
         num_refitted, message = mixture.refit(write_expert)
@@ -101,7 +109,7 @@ def remove_experts(
 
 
 def experts_of(part: Part, layer_name: str, layer: nn.Module) -> FusedExperts:
-    """The experts of a mixture in the decoder layer called `layer_name`, or in a copy of it."""
+    """Find the experts of a mixture in `layer`: the decoder layer called `layer_name`, or a copy of it."""
     name_in_layer = part.name.removeprefix(f"{layer_name}.")
     return FusedExperts(part.name, layer.get_submodule(name_in_layer))
 
@@ -109,28 +117,32 @@ def experts_of(part: Part, layer_name: str, layer: nn.Module) -> FusedExperts:
 def score_experts(experts: FusedExperts, targets: LayerTargets) -> ExpertScores:
     """Run the decoder layer on its inputs, and measure the saliency of its experts on tokens that are not held out.
 
-    `targets` are those of the layer; they have the layer and its inputs.
+    `targets` has the layer, and the hidden states that enter it. While the layer runs, the forward pass of the mixture
+    is replaced; nothing stays changed.
     """
     activations = targets.activations
     norms = torch.zeros(len(experts), dtype=torch.float64, device=activations.device)
     num_tokens = torch.zeros(len(experts), dtype=torch.int64, device=activations.device)
-    expert_targets = activations.store()
+    expert_targets = activations.store()  # a list of tensors, one for each batch
 
-    def see(expert: int, tokens: Tensor, outputs: Tensor) -> None:
-        """Add the outputs [tokens, out] of an expert in one batch; `tokens` are their numbers in the batch."""
-        batch = len(
-            expert_targets
-        )  # the number of this batch: its target is added after it has run
+    def add_outputs(expert: int, tokens: Tensor, outputs: Tensor) -> None:
+        """Add outputs of an expert in one batch to `norms` and `num_tokens`.
+
+        `outputs` [tokens, out] are weighted by the router; `tokens` are the numbers of their tokens in the batch.
+        """
+        # the number of this batch: its target is added after it has run
+        batch = len(expert_targets)
         if activations.held_out[batch]:
             return
-        mask = activations.token_masks[batch]
-        real = outputs if mask is None else outputs[mask.reshape(-1)[tokens]]
+        mask = activations.token_masks[batch]  # [batch, sequence], True = no padding
+        real_outputs = outputs if mask is None else outputs[mask.reshape(-1)[tokens]]
         # Norms in float32, their sum over all tokens in float64: only that has many terms.
-        norms_of_tokens = torch.linalg.vector_norm(real.detach().float(), dim=-1)
+        norms_of_tokens = torch.linalg.vector_norm(real_outputs.detach().float(), dim=-1)
         norms[expert] += norms_of_tokens.sum(dtype=torch.float64)
-        num_tokens[expert] += len(real)
+        num_tokens[expert] += len(real_outputs)
 
-    with split_experts(experts.operators, see):
+    # Each target is made by a pass of the layer, in which `add_outputs` is called for every expert.
+    with split_experts(experts.operators, add_outputs):
         for target in targets.expert_targets():
             expert_targets.append(target)
     if not bool(torch.isfinite(norms).all()):
@@ -143,9 +155,10 @@ def score_experts(experts: FusedExperts, targets: LayerTargets) -> ExpertScores:
 
 
 def experts_to_keep(saliency: Tensor, count: int, equal_runs: int = 1) -> tuple[int, ...]:
-    """Choose the `count` most salient experts, in rising order; the first ones if several are equal.
+    """Return the numbers of the `count` most salient experts, rising; the first ones if several are equal.
 
-    `saliency` is [experts]. Equally many of every one of `equal_runs` runs of equal length are chosen.
+    `saliency` is [experts]. The experts are `equal_runs` runs of equal length, one after the other, as the router
+    chooses among them; equally many of every run are chosen.
     """
     by_run = saliency.view(equal_runs, -1)  # [experts] -> [runs, experts of a run]
     best = by_run.argsort(dim=1, descending=True, stable=True)[:, : count // equal_runs]

@@ -13,9 +13,8 @@ from typing import Any, cast
 
 from transformers import PreTrainedConfig
 
-Overrides = dict[
-    int, dict[str, Any]
-]  # settings of single decoder layers, by the number of the layer
+# Settings of single decoder layers, by the number of the layer.
+Overrides = dict[int, dict[str, Any]]
 
 
 def overrides_of(config: PreTrainedConfig) -> Overrides | None:
@@ -23,13 +22,13 @@ def overrides_of(config: PreTrainedConfig) -> Overrides | None:
     if not getattr(config, "is_heterogeneous", False):
         return None
     written = config.to_dict()["per_layer_config"]  # its keys are text, such as "05"
-    return {int(number): dict(settings) for number, settings in written.items()}
+    return {int(number): dict(settings) for number, settings in written.items()}  # copies
 
 
 def without_overrides(config: PreTrainedConfig) -> PreTrainedConfig:
     """Copy a text configuration without its overrides, so that every setting can be read.
 
-    The copy is shallow: lists and dictionaries are shared. `config` is not changed.
+    The copy is shallow: it shares lists and dictionaries with `config`, which is not changed.
     """
     common: Any = copy.copy(config)
     if overrides_of(config) is not None:
@@ -38,48 +37,63 @@ def without_overrides(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def values_by_layer(config: PreTrainedConfig, word: str) -> list[Any]:
-    """The value of the setting `word` in every decoder layer that has one; a single value if there are no overrides."""
+    """Read the values of the setting `word` from a text configuration, in the order of the decoder layers.
+
+    There is one value for each decoder layer that has the setting, or a single value if no layer overrides it.
+    """
     common = getattr(without_overrides(config), word, None)
     overrides = overrides_of(config) or {}
-    if not any(word in settings for settings in overrides.values()):
+    is_overridden = any(word in settings for settings in overrides.values())
+    if not is_overridden:
         return [] if common is None else [common]
-    values = [
-        overrides.get(number, {}).get(word, common) for number in range(config.num_hidden_layers)
-    ]
-    return [value for value in values if value is not None]
+
+    values = list[Any]()
+    for number in range(config.num_hidden_layers):
+        settings_of_layer = overrides.get(number, {})
+        value = settings_of_layer.get(word, common)
+        if value is not None:
+            values.append(value)
+    return values
 
 
 def scaled(overrides: Overrides, words: Collection[str], count: int, groups: int) -> Overrides:
-    """Copy overrides, with the numbers of the settings `words` for `count` instead of `groups` groups."""
-    return {
-        number: {
-            word: value * count // groups if word in words and value is not None else value
-            for word, value in settings.items()
-        }
-        for number, settings in overrides.items()
-    }
+    """Copy overrides for parts of `count` instead of `groups` groups.
+
+    The numbers of the settings called `words`, such as "num_key_value_heads", become smaller in this proportion. All
+    other settings stay.
+    """
+    scaled_overrides: Overrides = {}
+    for number, settings in overrides.items():
+        of_layer = dict(settings)
+        for word in words:
+            if of_layer.get(word) is not None:
+                of_layer[word] = of_layer[word] * count // groups
+        scaled_overrides[number] = of_layer
+    return scaled_overrides
 
 
-def renumbered(overrides: Overrides, stay: Sequence[int]) -> Overrides:
-    """Copy the overrides of the decoder layers `stay`, a rising list, under their new numbers from 0."""
-    return {new: dict(overrides[old]) for new, old in enumerate(stay) if old in overrides}
+def renumbered(overrides: Overrides, remaining: Sequence[int]) -> Overrides:
+    """Copy the overrides of the decoder layers `remaining`, a rising list of numbers, under new numbers from 0."""
+    return {new: dict(overrides[old]) for new, old in enumerate(remaining) if old in overrides}
 
 
 def change_settings(
     config: PreTrainedConfig, settings: Mapping[str, Any], overrides: Overrides | None
 ) -> None:
-    """Write settings for all decoder layers into a text configuration, and its overrides, in place.
+    """Change the text configuration `config` in place: settings of all decoder layers, and the overrides.
 
-    A number replaces all entries of a list with an entry for each layer. `overrides` replace those of the
-    configuration. `None` means that it has none.
+    `settings` are by their words. If the configuration has a list with an entry for each layer, a number replaces all
+    entries. `overrides` replace all that the configuration has; `None` leaves them as they are.
     """
     text_config: Any = config  # older versions of Transformers declare no `per_layer_config`
     if overrides is not None:
+        # so that every setting can be read
         text_config.per_layer_config = None
     for word, value in settings.items():
         present = getattr(text_config, word, None)
+        # such a list has an entry for each layer
         if isinstance(present, list) and present and not isinstance(value, list):
-            value = [value] * len(present)  # an entry for each layer
+            value = [value] * len(present)
         setattr(text_config, word, value)
     # last, because Transformers checks overrides against the other settings
     if overrides is not None:

@@ -2,6 +2,10 @@
 
 SLEB (arXiv 2402.09025) runs a whole model for every candidate. Here all candidates of a round share one sweep: a
 decoder layer is brought to its device once, and runs on the hidden states of each candidate, which take memory.
+
+`choose_layers` is called once, before the first decoder layer is pruned. The *outline* (`parts.ModelOutline`) has the
+model, and a copy of it without weights that is built from the configuration. `RecordedInputs` has the hidden states
+that enter the first decoder layer in every batch, and the other arguments of all layers.
 """
 
 import math
@@ -27,8 +31,8 @@ def choose_layers(loss: DenseLoss, outline: ModelOutline, count: int) -> list[tu
     unless no configuration describes the model without it. A round costs about as many forward passes as half of the
     layers: a layer runs on the hidden states of the model as it is, and of all models that lack one layer before it.
 
-    `loss` has the sequences to measure the loss on, and `outline` is that of its model. The model runs, and is not
-    changed: no layer is taken out yet.
+    `loss` has the model and the sequences to measure on, and `outline` is that of its model. The model runs, and is not
+    changed: no layer is taken out yet. The outline keeps what it finds out.
 
     Returns the numbers of the layers in the order of their removal, each with the loss after it, in nats per token.
     """
@@ -46,9 +50,10 @@ def choose_layers(loss: DenseLoss, outline: ModelOutline, count: int) -> list[tu
         )
     first = _first_removable(recorded)
 
+    # Each round runs the layers once (`Sweep`).
     remaining = list(range(len(layers)))
     removed = list[tuple[int, float]]()
-    num_runs = sum(len(layers) - done for done in range(count))  # of a decoder layer
+    num_runs = sum(len(layers) - num_removed for num_removed in range(count))  # of a decoder layer
     progress = tqdm(
         total=num_runs, desc="Choosing decoder layers", unit="layer", disable=not loss.progress
     )
@@ -63,13 +68,13 @@ def choose_layers(loss: DenseLoss, outline: ModelOutline, count: int) -> list[tu
                 rest=recorded.rest,
                 first=first,
             )
-            losses = sweep.losses(recorded, bar)
+            losses = sweep.losses(recorded, bar)  # by the layer that is left out; None: no layer
             loss_of_all = losses.pop(None)
             if not math.isfinite(loss_of_all):
                 raise ValueError(
                     "the loss of the model on the calibration tokens is NaN or Inf: the model is damaged."
                 )
-            index = _cheapest(outline, remaining, losses)  # type: ignore[arg-type]
+            index = _cheapest_layer(outline, remaining, losses)  # type: ignore[arg-type]
             remaining.remove(index)
             removed.append((index, losses[index]))
             numbers = ", ".join(str(number) for number, _ in removed)
@@ -80,9 +85,11 @@ def choose_layers(loss: DenseLoss, outline: ModelOutline, count: int) -> list[tu
 
 
 def _first_removable(recorded: RecordedInputs) -> int:
-    """The number of the first decoder layer that can be removed.
+    """Find the number of the first decoder layer that can be removed.
 
-    What a model adds to the hidden states between two layers depends on how many layers came before, so these stay.
+    `recorded.calls[layer][batch]` has the arguments of a layer, and what the model adds to the hidden states that enter
+    it (`added`, such as features of images; `None`: nothing). What it adds between two layers depends on how many
+    layers came before, so these stay.
     """
     first = 0
     for index, calls in enumerate(recorded.calls):
@@ -91,27 +98,27 @@ def _first_removable(recorded: RecordedInputs) -> int:
     return first
 
 
-def _cheapest(outline: ModelOutline, remaining: Sequence[int], losses: Mapping[int, float]) -> int:
+def _cheapest_layer(
+    outline: ModelOutline, remaining: Sequence[int], losses: Mapping[int, float]
+) -> int:
     """Find the layer without which the loss is smallest, if a configuration describes the model without it.
 
     `remaining` are the numbers of the layers that the model still has. `losses` are those without one of them, by its
-    number; layers that can't be removed have none. The last layer of its kind stays, such as the only attention layer
-    between state-space layers: caches need one.
+    number; layers that can't be removed have none. Nothing is removed here; the outline keeps what it finds out.
     """
-    kinds: Sequence[str] | None = getattr(outline.text_config, "layer_types", None)
-    # a loss that is not finite counts as the largest
-    costs = {index: loss if math.isfinite(loss) else math.inf for index, loss in losses.items()}
-    refusal: Exception = ValueError("the model adds features of images there")
-    for index in sorted(costs, key=costs.__getitem__):
+    if not losses:
+        raise ValueError(
+            f"none of the decoder layers {list(remaining)} can be removed: the model adds features of images there"
+        )
+
+    def cost(index: int) -> float:
+        """The loss without a layer; one that is not finite counts as the largest."""
+        return losses[index] if math.isfinite(losses[index]) else math.inf
+
+    refusal: ValueError | None = None  # of the latest layer that can't be removed
+    for index in sorted(losses, key=cost):
         try:
-            if kinds:
-                kind = kinds[index]
-                number_of_kind = [kinds[other] for other in remaining].count(kind)
-                if number_of_kind == 1:
-                    raise ValueError(
-                        f"decoder layer {index} is the last of its kind ({kind}): remove fewer"
-                    )
-            plan_shrinking(outline, layers=[other for other in remaining if other != index])
+            _require_removable(outline, remaining, index)
             return index
         except ValueError as error:
             refusal = error
@@ -120,21 +127,45 @@ def _cheapest(outline: ModelOutline, remaining: Sequence[int], losses: Mapping[i
     ) from refusal
 
 
+def _require_removable(outline: ModelOutline, remaining: Sequence[int], index: int) -> None:
+    """Refuse to remove the decoder layer with the number `index` if no configuration describes the model without it.
+
+    `remaining` are the numbers of the layers that the model still has. The last layer of its kind stays, such as the
+    only attention layer between state-space layers: caches need one. Nothing is removed here.
+    """
+    # of all layers of the model, such as "full_attention"
+    kinds: Sequence[str] | None = getattr(outline.text_config, "layer_types", None)
+    if kinds:
+        kind = kinds[index]
+        number_of_kind = [kinds[other] for other in remaining].count(kind)
+        if number_of_kind == 1:
+            raise ValueError(
+                f"decoder layer {index} is the last of its kind ({kind}): remove fewer"
+            )
+    # raises ValueError, too
+    plan_shrinking(outline, layers=[other for other in remaining if other != index])
+
+
 def _prove_renumbered(
     outline: ModelOutline, remaining: Sequence[int], recorded: RecordedInputs
 ) -> None:
-    """Prove that the first layer that gets a new number still returns the same; the layer runs on its device."""
+    """Prove that the first decoder layer that gets a new number still returns the same.
+
+    `remaining` are the numbers of the layers that stay, rising. `recorded` has the arguments of all layers, and the
+    hidden states that enter the first one; any will do for a proof, so copies of the layer run on those. While they
+    run, the layer is on its device; it is not changed.
+    """
     renumbered = [old for new, old in enumerate(remaining) if new != old]
     if not renumbered:
         return
     index = renumbered[0]
     layer = outline.layers.modules[index]
-    call = recorded.calls[index][0]
-    hidden_states = recorded.hidden_states.kept()[0].to(execution_device(layer))
+    call = recorded.calls[index][0]  # other arguments, for the first batch
+    hidden_of_first_batch = recorded.hidden_states.kept()[0].to(execution_device(layer))
 
     def run(module: nn.Module) -> Tensor:
-        """Run the layer, or a copy of it, on hidden states of the first batch."""
-        return call.run(module, hidden_states)
+        """Run a copy of the layer on hidden states of the first batch, [batch, tokens, hidden]."""
+        return call.run(module, hidden_of_first_batch)
 
     with onloaded(layer.modules(), copy=False):
         require_same_outputs(

@@ -4,6 +4,11 @@ An expert is refitted only if this also helps on tokens that the fit did not use
 fit to one of them must lessen the error on the other.
 
 `experts.remove_experts` makes a `SmallerMixture`, asks it for its `errors`, and calls `refit`.
+
+A *mixture* is a module with several experts, and a router that sends each token to some of them. A `LayerProblem` is a
+least-squares problem for one weight: it has the weight, the Gram matrix of its inputs, and the product of inputs and
+targets. A batch may be *held out*: its tokens only measure. `AssignedTokens` are the tokens of a batch that the router
+sends to each expert.
 """
 
 from collections.abc import Callable, Sequence
@@ -60,7 +65,7 @@ class SmallerMixture:
         """Run the decoder layer of `activations`, which has these experts only, on all batches.
 
         `hidden_states` [batch, sequence, hidden] of each batch enter the layer. `targets` are `Y` [batch, sequence,
-        out] for `E*`.
+        out] of each batch, for `E*`. The inputs of the mixture and `Y - E*` are kept at the layer's storage.
         """
         self.experts = experts
         self._down = [operator for operator in experts.operators if operator.kind == "down_proj"]
@@ -72,8 +77,8 @@ class SmallerMixture:
         keeps_in_file = isinstance(activations.storage, Path)
         place = activations.device if keeps_in_file else activations.storage
 
-        def see(batch: int, assigned: AssignedTokens) -> None:
-            """Note what the outputs of the experts lack in a batch."""
+        def add_batch(batch: int, assigned: AssignedTokens) -> None:
+            """Add `Y - E*` of a batch to `self._residuals`, and the energy of `Y` to `self._energies`."""
             target = targets[batch].to(activations.device)
             num_tokens = target.shape[:2].numel()
             output = tokens_of(experts.outputs(assigned), num_tokens).view(target.shape)
@@ -81,16 +86,23 @@ class SmallerMixture:
             self._energies[activations.held_out[batch]] += self._energy(batch, target)
 
         # inputs of the mixture, and which experts get which tokens
-        self._batches = activations.assigned_tokens(experts, hidden_states, see)
+        self._batches = activations.assigned_tokens(experts, hidden_states, add_batch)
 
     def errors(self) -> MixtureErrors:
-        """Measure how far the outputs are from their targets now."""
-        squares = {False: 0.0, True: 0.0}
+        """Measure how far the outputs of the mixture are from their targets now, on all batches.
+
+        `self._residuals` has `Y - E*` of each batch, and `self._energies` the squared norms of `Y`, by whether the
+        tokens are held out. Nothing runs.
+        """
+        squares = {False: 0.0, True: 0.0}  # || Y - E* ||^2, by whether the tokens are held out
         for batch, residual in enumerate(self._residuals):
-            squares[self._activations.held_out[batch]] += self._energy(batch, residual)
+            is_held_out = self._activations.held_out[batch]
+            squares[is_held_out] += self._energy(batch, residual)
         fitted = relative(squares[False], self._energies[False])
-        held_out = relative(squares[True], self._energies[True])
-        return MixtureErrors(fitted, held_out if any(self._activations.held_out) else None)
+        held_out = None
+        if any(self._activations.held_out):
+            held_out = relative(squares[True], self._energies[True])
+        return MixtureErrors(fitted, held_out)
 
     def refit(self, write: Callable[[int, Tensor], None]) -> tuple[int, str]:
         """Refit the down projections, one expert after another (block coordinate descent).
@@ -99,10 +111,11 @@ class SmallerMixture:
 
             || p_e D_e z_e - (Y - sum_{f != e} p_f (D_f z_f + b_f) - p_e b_e) ||_F^2,
 
-        with the ridge of `refit_columns` towards its present weights. The weights of `experts` are overwritten. At the
-        end `write` is called with the number of every refitted expert and its weights [out, in].
+        with the ridge of `refit_columns` towards its present weights. The weights of `self.experts` are overwritten,
+        and `Y - E*` follows. At the end `write` is called with the number of every refitted expert and its weights
+        [out, in], because these experts are a copy of those in the model.
 
-        Returns the number of refitted experts, and advice for the user.
+        Returns the number of refitted experts, and advice for the user ("" if there is none).
         """
         if getattr(self.experts.module, "has_post_expert_norm", False):
             return 0, "not refitted: a norm follows every expert"
@@ -114,11 +127,11 @@ class SmallerMixture:
             for expert in range(len(self._down)):
                 if not is_first_round and expert not in refitted:
                     continue
-                halves = self._halves(expert)
+                halves = self._problems_of_halves(expert)
                 if halves is None:
                     continue
                 # Tested in the first round only: afterwards the weights are fitted to both halves.
-                if is_first_round and not _gains(halves):
+                if is_first_round and not _helps_on_other_half(halves):
                     continue
                 message = self._refit_expert(expert, halves)
                 refitted.add(expert)
@@ -126,35 +139,43 @@ class SmallerMixture:
                     messages.append(f"expert {expert}: {message}")
 
         for expert in sorted(refitted):
-            write(expert, self._down[expert].read())
+            down_projection = self._down[expert]
+            write(expert, down_projection.read())
         return len(refitted), "; ".join(messages)
 
     def _refit_expert(self, expert: int, halves: _Halves) -> str:
-        """Fit the down projection of an expert to both halves of all sequences, and write it; returns advice.
+        """Fit the down projection of an expert to both halves of all sequences, and write it into the expert.
 
-        The problems in `halves` are used up.
+        `self._down` has the operators of the down projections, by the number of the expert. `Y - E*` follows the new
+        weights. Returns the message of a factorisation that needed help, or "".
         """
         operator = self._down[expert]
         first, last = halves
+
+        # the sums over all tokens are those of both halves
         num_tokens = first.statistics.num_tokens + last.statistics.num_tokens
         problem = LayerProblem(
-            first.weight,
-            InputStatistics(first.gram + last.gram, num_tokens),
-            first.target + last.target,
-            first.output_energies + last.output_energies,
-            first.name,
+            weight=first.weight,
+            statistics=InputStatistics(first.gram + last.gram, num_tokens),
+            target=first.target + last.target,
+            output_energies=first.output_energies + last.output_energies,
+            name=first.name,
         )
         all_columns = torch.ones_like(first.weight[0], dtype=torch.bool)
         weight, message = refit_columns(problem, all_columns)
         if not bool(torch.isfinite(weight).all()):
             raise RuntimeError(f"the refit of {operator.name} failed: weights hold NaN or Inf.")
         operator.write(weight)
-        # as it was rounded to the dtype of the operator
-        self._move(expert, operator.read() - first.weight)
+        rounded_weight = operator.read()  # in the dtype of the operator
+        self._update_residuals(expert, rounded_weight - first.weight)
         return message
 
-    def _halves(self, expert: int) -> _Halves | None:
-        """Sum up the problems of an expert; `None` if no token of a half reaches it."""
+    def _problems_of_halves(self, expert: int) -> _Halves | None:
+        """Sum up the problem of an expert on the first halves of all sequences, and that on the last halves.
+
+        Held-out batches and padding are left out. `self._residuals` has `Y - E*` of each batch. Nothing is changed.
+        Returns `None` if no token of one of the halves reaches the expert.
+        """
         operator = self._down[expert]
         weight = operator.read()
         device = self._activations.device
@@ -163,58 +184,69 @@ class SmallerMixture:
         for batch, residual in enumerate(self._residuals):
             if self._activations.held_out[batch]:
                 continue
-            inputs, tokens = self._inputs(expert, batch)
-            mask = self._activations.token_masks[batch]  # [batch, sequence], True = real
+            inputs, tokens = self._weighted_inputs(
+                expert, batch
+            )  # of the tokens that reach the expert
+            mask = self._activations.token_masks[batch]  # [batch, sequence], True = no padding
             if mask is None:
                 mask = torch.ones(residual.shape[:2], dtype=torch.bool, device=device)
             is_real = mask.reshape(-1)[tokens]
-            # of the real tokens of each sequence
+            # half of the real tokens of each sequence
             in_first_half = mask.cumsum(1) <= mask.sum(1, keepdim=True) // 2
             is_first = in_first_half.reshape(-1)[tokens]
 
-            # only of the tokens that reach the expert
-            lacking = residual.flatten(0, 1)[tokens.to(residual.device)].to(device).float()
-            targets = lacking + inputs @ weight.T  # Y - E* without what these weights add to E*
+            by_token = residual.flatten(0, 1)  # [batch, sequence, out] -> [tokens, out]
+            residual_of_tokens = by_token[tokens.to(residual.device)].to(device).float()
+            # Y - E* without what these weights add to E*
+            targets = residual_of_tokens + inputs @ weight.T
             for half, counted in ((first, is_first & is_real), (last, ~is_first & is_real)):
                 half.add(inputs[counted], "targets", targets[counted])
         if not first.num_tokens or not last.num_tokens:
             return None
+        # one problem each, because there is one operator
         return _Halves(
-            next(first.problems([operator], [weight], 1.0)),
-            next(last.problems([operator], [weight], 1.0)),
+            first=next(first.problems([operator], [weight], dense_share=1.0)),
+            last=next(last.problems([operator], [weight], dense_share=1.0)),
         )
 
-    def _move(self, expert: int, change: Tensor) -> None:
-        """Update `Y - E*` in place for a `change` [out, in] of an expert's weights."""
+    def _update_residuals(self, expert: int, change: Tensor) -> None:
+        """Update `Y - E*` of all batches in place (`self._residuals`) for a `change` [out, in] of one weight."""
         for batch, residual in enumerate(self._residuals):
-            inputs, tokens = self._inputs(expert, batch)
-            moved = (inputs @ change.T).to(residual.device)
+            inputs, tokens = self._weighted_inputs(expert, batch)
+            change_of_outputs = (inputs @ change.T).to(residual.device)  # [tokens, out]
             rows = tokens.to(residual.device)
-            flat = residual.flatten(0, 1)  # a view
-            flat[rows] = (flat[rows].float() - moved).to(flat.dtype)
+            by_token = residual.flatten(0, 1)  # a view, [tokens, out]
+            by_token[rows] = (by_token[rows].float() - change_of_outputs).to(by_token.dtype)
 
-    def _inputs(self, expert: int, batch: int) -> tuple[Tensor, Tensor]:
-        """`p_e z_e` [tokens, in] of an expert, float32, and the numbers of the tokens that reach it."""
+    def _weighted_inputs(self, expert: int, batch: int) -> tuple[Tensor, Tensor]:
+        """Compute `p_e z_e` [tokens, in], float32: inputs of an expert's down projection times the router's weights.
+
+        Returns also the numbers in the batch of the tokens that reach the expert, int64. `self._batches` has what the
+        router has assigned in each batch. Nothing is changed.
+        """
         assigned = self._batches[batch]
         inputs = self._down[expert].inputs(assigned, self._activations.device).float()
-        part = assigned.part(expert)
-        if assigned.weights is not None:
+        part = assigned.part(expert)  # the slice of the expert
+        if assigned.weights is not None:  # otherwise the inputs are weighted already
             inputs = inputs * assigned.weights[part].float()
         return inputs, assigned.tokens[part]
 
     def _energy(self, batch: int, values: Tensor) -> float:
-        """Squared norm of `values` [batch, sequence, out] of the real tokens."""
-        real = self._activations.rows(values.to(self._activations.device), batch)
-        return float(torch.linalg.vector_norm(real.float()).double().square())
+        """Squared norm of `values` [batch, sequence, out] of a batch, without padding."""
+        of_real_tokens = self._activations.rows(values.to(self._activations.device), batch)
+        return float(torch.linalg.vector_norm(of_real_tokens.float()).double().square())
 
 
-def _gains(halves: _Halves) -> bool:
+def _helps_on_other_half(halves: _Halves) -> bool:
     """Tell whether a fit to each half is better on the other one than the present weights: no overfitting."""
     return _helps_on(halves.first, halves.last) and _helps_on(halves.last, halves.first)
 
 
 def _helps_on(fitted: LayerProblem, other: LayerProblem) -> bool:
-    """Tell whether weights that are fitted to one problem have a smaller error on the other than the present ones."""
+    """Tell whether weights that are fitted to one problem have a smaller error on the other than the present ones.
+
+    Both problems have the present weight of the same operator. They are not changed.
+    """
     all_columns = torch.ones_like(fitted.weight[0], dtype=torch.bool)
     weight, _ = refit_columns(fitted, all_columns)
     return bool(other.squared_error(weight) < other.squared_error(other.weight))

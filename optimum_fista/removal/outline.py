@@ -24,8 +24,10 @@ def described_model(
 ) -> PreTrainedModel:
     """Build the model that the configuration of `model` describes with other settings, on the meta device.
 
-    `model` may be on any device, and is not changed. A number in `settings` replaces a whole list. `overrides` replace
-    those of single decoder layers (see `layer_overrides`); `None` leaves them as they are.
+    `model` may be on any device; it is only read, as is its configuration. `settings` are by their words in the
+    configuration. A number in them replaces a whole list. `overrides` are settings of single decoder layers, by the
+    number of the layer, such as `{5: {"head_dim": 512}}`. They replace all that the configuration has; `None` leaves
+    those as they are.
 
     Raises:
         ValueError: If the model can't be built, or if the configuration would lose a setting when it is saved and read
@@ -33,8 +35,10 @@ def described_model(
     """
     config = copy.deepcopy(model.config)
     try:
+        # the text model's configuration is a part of `config`, or `config` itself
         change_settings(config.get_text_config(decoder=True), settings, overrides)
         if settings:
+            # some configurations forget a setting, or compute it anew, when they are read
             written = config.to_dict()
             read = type(config).from_dict(copy.deepcopy(written)).to_dict()
             for word, value in written.items():
@@ -42,7 +46,9 @@ def described_model(
                     raise ValueError(
                         f"saved and read again, {word} is {read.get(word)} instead of {value}"
                     )
-        describe_ties(model, config)
+        describe_ties(
+            model, config
+        )  # the copy says whether the head is the embedding, as in `model`
         # parameters draw random numbers even on the meta device: those of the caller stay as they are
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             return type(model)(config)
@@ -55,7 +61,7 @@ def described_model(
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes by name of all tensors that a model stores, and of tables that it computes when it is built."""
+    """Shapes by name of all tensors that a model stores, and of buffers that it computes when it is built."""
     tensors = model.state_dict() | dict(model.named_buffers())
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 

@@ -6,8 +6,13 @@ differ, the model is refused. So a new family needs no code. If a configuration 
 model can't lose them.
 
 A `Part` belongs to one decoder layer, and consists of *groups* that can be removed one by one: single channels, a
-key-value head with its query heads, or single experts. `Parts` are all parts of one kind in a model. A run makes one
-`ModelOutline`, and asks it for the `Parts` of each kind that its pattern names.
+key-value head with its query heads, or single experts. The part of a linear operator has columns of its weight, and
+the rows of other operators that compute their inputs. The part of a mixture has an entry of each tensor for an expert.
+`Parts` are all parts of one kind in a model ("channels", "heads" or "experts"). A run makes one `ModelOutline`, and
+asks it for the `Parts` of each kind that its pattern names.
+
+A configuration states the number of parts by one of its *words*, such as "num_attention_heads". *Overrides* are its
+settings of single decoder layers (`layer_overrides`).
 """
 
 import math
@@ -81,25 +86,37 @@ class Part:
         return f"{self.name}.weight" not in self.tensors
 
     def kept_by(self, mask: Tensor) -> tuple[int, ...]:
-        """The groups that a mask [out, in] of whole groups keeps (True = kept)."""
+        """Find the numbers of the groups of columns that a mask [out, in] keeps (True = kept), rising.
+
+        The mask of the operator keeps or removes whole groups, each of `self.width` columns side by side.
+        """
         by_group = mask.unflatten(1, (self.groups, self.width))  # [out, in] -> [out, groups, width]
         is_kept = by_group.any(2).any(0)
         return tuple(is_kept.nonzero()[:, 0].tolist())
 
     def shrink(self, name: str, tensor: Tensor, kept: Sequence[int]) -> Tensor:
-        """Copy the tensor called `name`, one of `tensors`, with only the groups `kept`, in this order."""
+        """Copy the tensor called `name`, one of this part, with only the groups `kept`, in this order.
+
+        `self.tensors` says, by the name of a tensor in the model, on which axis its groups are, and how often.
+        """
         axis, repeats = self.tensors[name]
         entries = self.entries(tensor.shape[axis], repeats, kept)
         return tensor.index_select(axis, entries.to(tensor.device))
 
     def entries(self, size: int, repeats: int, kept: Sequence[int]) -> Tensor:
-        """Numbers of the entries that stay on an axis of `size` entries, with all groups on it `repeats` times."""
-        by_group = torch.arange(size).view(repeats, self.groups, -1)
+        """Return the numbers of the entries that stay on an axis of `size` entries, int64, on the CPU.
+
+        The axis has all groups of the part `repeats` times; `kept` are the numbers of the groups that stay.
+        """
+        by_group = torch.arange(size).view(repeats, self.groups, -1)  # [repeats, groups, entries]
         return by_group[:, list(kept)].flatten()
 
     def without_columns(self, tensor: Tensor, kept: Sequence[int]) -> Tensor:
-        """Copy the operator's stored weight, with zeros in the columns of all groups except `kept`."""
-        axis, _ = self.tensors[f"{self.name}.weight"]
+        """Copy the weight of the part's operator, as it is stored, with zeros in the columns of all groups but `kept`.
+
+        `tensor` is [out, in] or [in, out]; `self.tensors` says which axis has the columns.
+        """
+        axis = self.tensors[f"{self.name}.weight"].axis
         removed = sorted(set(range(self.groups)).difference(kept))
         indices = torch.tensor(removed, dtype=torch.int64, device=tensor.device)
         by_group = tensor.unflatten(axis, (self.groups, -1))
@@ -121,23 +138,33 @@ class Parts:
     parts: tuple[Part, ...] = ()
 
     def sizes(self, count: int) -> dict[str, int]:
-        """Settings of a configuration in which every part has `count` groups."""
-        # For instance, with two query heads for each key-value head there are 2 * count query heads.
-        numbers = {
-            word: count * (value or self.groups) // self.groups
-            for word, value in self.words.items()
-        }
+        """Return the settings of a configuration in which every part has `count` groups, by their words.
+
+        `self.words` has the present numbers, for parts of `self.groups` groups.
+        """
+        numbers = dict[str, int]()
+        for word, value in self.words.items():
+            # `None` and 0 leave the number to the model, which has `groups` then
+            present = value if value else self.groups
+            # With two query heads for each key-value head, for instance, there are 2 * count query heads.
+            numbers[word] = count * present // self.groups
         return numbers | dict(self.constants)
 
     def scaled_overrides(self, overrides: Overrides | None, count: int) -> Overrides | None:
-        """Copy the overrides of single decoder layers, with the numbers for `count` groups in every part."""
-        return None if overrides is None else scaled(overrides, self.words, count, self.groups)
+        """Copy the overrides of single decoder layers, with the numbers for `count` groups in every part.
+
+        `self.words` names the settings that change. `None` stays `None`.
+        """
+        if overrides is None:
+            return None
+        return scaled(overrides, self.words, count, self.groups)
 
 
 class ModelOutline:
-    """The outline of a model, and the parts that are found in it; each is made once, when it is asked for.
+    """A model, with its outline (`dense`) and the parts that are found in it; each is made once, when it is asked for.
 
-    `layers` are those of the model, which may be on any device, meta included. The model is not changed.
+    `layers` are those of the model, which may be on any device, meta included. The model is not changed, and its
+    weights are not read.
     """
 
     def __init__(self, layers: DecoderLayers) -> None:
@@ -172,7 +199,9 @@ class ModelOutline:
         - `"experts"` of mixtures, with their outputs of the router.
 
         Shapes do not show the order of rows. The rows of a head are assumed to be together, and a gate and an up
-        projection in one matrix to be one after the other. `shrinking.require_same_outputs` proves this.
+        projection in one matrix to be one after the other. `proof.require_same_outputs` proves this.
+
+        The parts are kept in the outline, and returned again at the next call.
 
         Raises:
             UnsupportedArchitectureError: If the model can't lose any of this kind, with the reason.
@@ -191,9 +220,13 @@ class RemovedParts:
     kept: int
 
     def __str__(self) -> str:
-        """Such as `1 of 3 heads of every decoder layer (33.33%; asked for: 34%)`."""
-        place = "" if self.share.kind == "layers" else " of every decoder layer"
-        kind = "decoder layers" if self.share.kind == "layers" else self.share.kind
+        """Write it for people, such as `1 of 3 heads of every decoder layer (33.33%; asked for: 34%)`."""
+        if self.share.kind == "layers":
+            kind = "decoder layers"
+            place = ""
+        else:
+            kind = self.share.kind
+            place = " of every decoder layer"
         asked = f"; asked for: {100 * self.share.share:g}%" if self.is_rounded else ""
         removed = self.number - self.kept
         return f"{removed} of {self.number} {kind}{place} ({removed / self.number:.2%}{asked})"
@@ -205,7 +238,7 @@ class RemovedParts:
 
     @property
     def pattern(self) -> str:
-        """The pattern with the share that is removed, such as `heads:0.33`."""
+        """The pattern with the share that is really removed, such as `heads:0.33`; `self.share` was asked for."""
         if not self.is_rounded:
             return str(self.share)
         asked = self.share
@@ -213,7 +246,9 @@ class RemovedParts:
 
 
 def removed_parts(outline: ModelOutline, pattern: WholeParts) -> list[RemovedParts]:
-    """Count the parts that a pattern removes from a model, in the order of the pattern.
+    """Count the parts that a pattern removes from the model of `outline`, in the order of the pattern.
+
+    The outline keeps the parts that it finds. Nothing is removed yet.
 
     Raises:
         ValueError: If the model can't lose such parts, or no whole number of them is near enough to a share.
@@ -226,7 +261,7 @@ def removed_parts(outline: ModelOutline, pattern: WholeParts) -> list[RemovedPar
         else:
             parts = outline.parts(share.kind)
             number = parts.groups
-            kept = share.num_kept(number, parts.equal_runs, parts.at_least)
+            kept = share.num_kept(number, parts.equal_runs, parts.at_least)  # raises ValueError
         removed.append(RemovedParts(share, number, kept))
     return removed
 
@@ -242,18 +277,20 @@ def kept_by_kind(removed: Iterable[RemovedParts]) -> dict[Kind, int]:
 
 
 def _find_parts(outline: ModelOutline, kind: Kind) -> Parts:
-    """Find the parts of one kind, by the first word of the configuration that states their number."""
+    """Find the parts of one kind, by the first word of the configuration that states their number.
+
+    If none does, a ValueError has the reason for each word. `outline` is read, and builds its copy without weights.
+    """
     model_class = type(outline.model).__name__
-    if outline.layers.shared:
-        name, reason = next(iter(outline.layers.shared.items()))
+    for name, reason in outline.layers.shared.items():  # operators that share a weight with others
         raise UnsupportedArchitectureError(f"{model_class} can't lose {kind}: {name} {reason}.")
 
     reasons = list[str]()
     for word in _WORDS[kind]:
         try:
-            stated = _stated(outline.text_config, kind, word)
+            stated = _stated_number(outline.text_config, kind, word)
             if stated is not None:
-                return _parts_by(outline, stated)
+                return _with_parts(outline, stated)
         except ValueError as error:
             reasons.append(str(error))
 
@@ -267,10 +304,11 @@ def _find_parts(outline: ModelOutline, kind: Kind) -> Parts:
     )
 
 
-def _stated(config: PreTrainedConfig, kind: Kind, word: str) -> Parts | None:
-    """Read the number of channels, heads or experts that a text configuration calls `word`; the parts stay empty.
+def _stated_number(config: PreTrainedConfig, kind: Kind, word: str) -> Parts | None:
+    """Read the number of channels, heads or experts that a text configuration calls `word`.
 
-    Returns `None` if the configuration does not know the word, or does not use it.
+    Returns it as `Parts` without any part in them; `None` if the configuration does not know the word, or does not
+    use it. `config` is only read.
     """
     common = without_overrides(config)
     if not hasattr(common, word):
@@ -283,26 +321,33 @@ def _stated(config: PreTrainedConfig, kind: Kind, word: str) -> Parts | None:
     if kind == "heads":
         return _stated_heads(config, word, value) if value else None
 
-    by_layer = [] if overrides_of(config) is None else values_by_layer(config, word)
-    if len(set(by_layer)) > 1:
-        numbers = ", ".join(map(str, sorted(set(by_layer))))
-        raise UnsupportedArchitectureError(f"{word} differs between decoder layers ({numbers})")
+    if overrides_of(config) is not None:
+        different_values = sorted(set(values_by_layer(config, word)))
+        if len(different_values) > 1:
+            numbers = ", ".join(map(str, different_values))
+            raise UnsupportedArchitectureError(f"{word} differs between decoder layers ({numbers})")
     if kind == "channels":
-        return Parts(kind, {word: value})
+        return Parts(kind, {word: value})  # with `None`, the model computes the number
     return _stated_experts(common, word, value) if value else None
 
 
 def _stated_heads(config: PreTrainedConfig, word: str, value: int) -> Parts:
-    """Read how many key-value heads there are, and how many query heads (`word`, of which there are `value`).
+    """Read the numbers of heads from a text configuration, which says that `word` (query heads) is `value`.
 
-    Decoder layers may have different numbers of them. Then a group of a part is the same share of all its heads in
+    A group is a key-value head with its query heads. Returns `Parts` without any part in them.
+
+    Decoder layers may have different numbers of heads. Then a group of a part is the same share of all its heads in
     every layer: of 8 key-value heads in some layers and 4 in others, there are 4 groups, of 2 heads or of 1.
     """
     common = without_overrides(config)
-    groups = key_value_heads = getattr(common, "num_key_value_heads", None) or value
+    key_value_heads = getattr(common, "num_key_value_heads", None)
+    if not key_value_heads:
+        key_value_heads = value  # every query head has its own
+    groups = key_value_heads
     if overrides_of(config) is not None:
         query_heads = values_by_layer(config, word)
-        groups = math.gcd(*(values_by_layer(config, "num_key_value_heads") or query_heads))
+        by_layer = values_by_layer(config, "num_key_value_heads")
+        groups = math.gcd(*by_layer) if by_layer else math.gcd(*query_heads)
         for number in query_heads:
             if number % groups:
                 raise UnsupportedArchitectureError(
@@ -313,17 +358,24 @@ def _stated_heads(config: PreTrainedConfig, word: str, value: int) -> Parts:
     if hasattr(common, "num_key_value_heads"):
         words["num_key_value_heads"] = key_value_heads
     # stated from now on, because otherwise it would be computed from the number of heads
-    head_dim = getattr(common, "head_dim", None) or common.hidden_size // value
-    return Parts("heads", words, groups, {"head_dim": head_dim})
+    head_dim = getattr(common, "head_dim", None)
+    if not head_dim:
+        head_dim = common.hidden_size // value
+    return Parts(kind="heads", words=words, groups=groups, constants={"head_dim": head_dim})
 
 
 def _stated_experts(config: PreTrainedConfig, word: str, value: int) -> Parts:
-    """Read how many experts a mixture has, how its router chooses among them, and how many have to stay."""
+    """Read how the router chooses among the experts, of which `word` says that a mixture has `value`.
+
+    `config` is a text configuration without overrides. Returns `Parts` without any part in them.
+    """
+    # how many experts a token is sent to
     top_k = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1
     runs = runs_of_experts(config)
     if runs == 1:
         at_least = top_k
     else:
+        # how many runs a token is sent to
         chosen_runs = getattr(config, "topk_group", None) or runs
         # A router of runs compares them by the sum of their two best experts (DeepSeek-V3, arXiv 2412.19437).
         at_least = max(math.ceil(top_k / chosen_runs), 2) * runs
@@ -335,8 +387,12 @@ def runs_of_experts(config: PreTrainedConfig) -> int:
     return getattr(config, "n_group", None) or getattr(config, "num_expert_group", None) or 1
 
 
-def _parts_by(outline: ModelOutline, stated: Parts) -> Parts:
-    """Complete the stated numbers by the parts that become smaller if these numbers do."""
+def _with_parts(outline: ModelOutline, stated: Parts) -> Parts:
+    """Copy the stated numbers, with the parts that become smaller if these numbers do.
+
+    `stated` has what the configuration says of one kind, and no parts yet (`_stated_number`). Refuses a model if other
+    tensors become smaller, too.
+    """
     axes, fewer = _shrinking_axes(outline, stated)
 
     parts = list[Part]()
@@ -346,7 +402,8 @@ def _parts_by(outline: ModelOutline, stated: Parts) -> Parts:
         else:
             parts += _operators(outline, f"{layer_name}.", axes, stated)
 
-    unexpected = axes.keys() - {name for part in parts for name in part.tensors}
+    tensors_of_parts = {name for part in parts for name in part.tensors}
+    unexpected = axes.keys() - tensors_of_parts
     if unexpected:
         raise UnsupportedArchitectureError(f"{min(unexpected)} changes as well with {fewer}")
     if not parts:
@@ -361,15 +418,16 @@ def _parts_by(outline: ModelOutline, stated: Parts) -> Parts:
 
 
 def _shrinking_axes(outline: ModelOutline, stated: Parts) -> tuple[dict[str, int], str]:
-    """Find the tensors that are smaller in an outline with fewer parts, each with the axis that is smaller.
+    """Find the tensors that are smaller in an outline with fewer groups in every part.
 
-    Returns also the settings of that outline, as text for messages.
+    `stated` has the numbers of the configuration by their words (`_stated_number`). Returns the axis that is smaller,
+    by the name of the tensor, and the settings of the smaller outline, as text for messages.
     """
     # One group of heads, otherwise half: both divide whatever the whole number divides.
     divisor = stated.groups if stated.kind == "heads" else 2
-    fewer = {
-        word: value // divisor if value else _UNUSUAL_SIZE for word, value in stated.words.items()
-    }
+    fewer = dict[str, int]()
+    for word, value in stated.words.items():
+        fewer[word] = value // divisor if value else _UNUSUAL_SIZE
     if stated.groups == 1 or 0 in fewer.values():
         raise UnsupportedArchitectureError(f"there is a single one ({as_text(stated.words)})")
     overrides = overrides_of(outline.text_config)
@@ -389,9 +447,9 @@ def _shrinking_axes(outline: ModelOutline, stated: Parts) -> tuple[dict[str, int
             for axis, (size, small_size) in enumerate(zip(shape, small_shape, strict=False))
             if size != small_size
         ]
-        one_axis_shrinks = (
-            len(small_shape) == len(shape) and len(differing) == 1 and small_shape < shape
-        )
+        has_as_many_axes = len(small_shape) == len(shape)
+        # if one size differs, the comparison of tuples is that of this size
+        one_axis_shrinks = has_as_many_axes and len(differing) == 1 and small_shape < shape
         if not one_axis_shrinks or name not in stored:
             raise UnsupportedArchitectureError(
                 f"{name} of shape {shape} would have shape {small_shape} with {as_text(fewer)}"
@@ -405,7 +463,11 @@ def _operators(
 ) -> Iterator[Part]:
     """Find the parts of a decoder layer that are columns of a linear operator.
 
-    `prefix` is the name of the layer with a dot; `axes` says on which axis each tensor shrinks (`_shrinking_axes`).
+    Args:
+        outline: Of the model; only read.
+        prefix: The name of the layer with a dot, such as "model.layers.3.".
+        axes: The axis on which a tensor becomes smaller, by its name (`_shrinking_axes`).
+        stated: The numbers of the configuration, without any part yet (`_stated_number`).
     """
     shrinking = {
         name: _ShrinkingTensor(
@@ -467,12 +529,13 @@ class _ShrinkingTensor:
 def _part_of_operator(
     weight: _ShrinkingTensor, rows: Sequence[_ShrinkingTensor], stated: Parts
 ) -> Part:
-    """Make the part of an operator that loses columns, of `weight`, and of the tensors that lose `rows` with it.
+    """Make the part of a linear operator that loses columns of its `weight`.
 
-    Refuses tensors that have no rows of their own for each group.
+    `rows` are the tensors of the same decoder layer that lose rows or entries with it, and `stated` has the number of
+    groups (0: each column is one). Refuses tensors that have no rows of their own for each group.
     """
-    operator = weight.owner
-    groups = stated.groups or weight.entries
+    operator = weight.owner  # the operator's name
+    groups = stated.groups if stated.groups else weight.entries
     feeders = [tensor.name for tensor in rows if tensor.is_weight_of_operator]
     least_feeders = 2 if stated.kind == "heads" else 1  # queries and keys
     if len(feeders) < least_feeders:
@@ -494,7 +557,7 @@ def _part_of_operator(
         has_all_groups_again = stated.kind == "channels" and tensor is not weight
         repeats = tensor.entries // groups if has_all_groups_again else 1
         tensors[tensor.name] = GroupAxis(tensor.axis, repeats)
-    return Part(operator, groups, weight.entries // groups, tensors)
+    return Part(name=operator, groups=groups, width=weight.entries // groups, tensors=tensors)
 
 
 def _axis_of_inputs(module: nn.Module) -> int:
@@ -507,7 +570,9 @@ def _mixtures(
 ) -> Iterator[Part]:
     """Find the mixture of a decoder layer: tensors with an entry for each expert on one axis.
 
-    The arguments are those of `_operators`.
+    Yields one part, or none if the layer has no mixture. `prefix` is the name of the layer with a dot, such as
+    "model.layers.3."; `axes` has the axis on which a tensor becomes smaller, by its name (`_shrinking_axes`); `stated`
+    has the number of experts. The outline is only read.
     """
     tensors = {
         name: tensor
@@ -525,6 +590,7 @@ def _mixtures(
         raise UnsupportedArchitectureError(
             f"{wrong[0]} is not a mixture with one entry for each expert"
         )
+    # names of modules that have the matrices of all experts in one tensor of three axes
     fused = {name.rpartition(".")[0] for name in shrinking if tensors[name].ndim == 3}
     if len(fused) != 1:
         raise UnsupportedArchitectureError(

@@ -1,10 +1,15 @@
 """Removing whole parts of a model: the run prunes columns of some operators, then the model becomes a smaller one.
 
-A channel, a head or an expert is a group of columns of the operator that reads it. So the loop prunes these columns by
-any method, and the rows that compute them are removed afterwards. The smaller model must compute the same as the model
-with zeros. This is proved on shapes (`removal.shrinking`), and once on numbers for every kind of decoder layer.
+A *part* of a decoder layer consists of *groups*: channels of its MLP, heads of its attention, or experts of its
+*mixture*. A channel or a head is a group of columns of the linear *operator* that reads it. So the loop prunes these
+columns by any method, and the rows that compute them are removed afterwards. Experts are removed after the operators
+are pruned. The smaller model must compute the same as the model with zeros. This is proved on shapes
+(`removal.shrinking`), and once on numbers for every kind of decoder layer.
 
-`PartsRemoval` is the `Removal` of such a run; removal.py says in which order its methods are called.
+`PartsRemoval` is the `Removal` of such a run; removal.py says in which order its methods are called. A *plan* here is a
+`Shrinking`: which tensors become smaller, under which new names, and the smaller model without weights. The *sink*
+(`PrunedWeights`) overwrites weights, and keeps their masks, packed, by "{operator}.weight". Names are those in the
+whole model, such as "model.layers.3.mlp.down_proj", unless they are called new.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +43,7 @@ from optimum_fista.removal.parts import (
     kept_by_kind,
     removed_parts,
 )
-from optimum_fista.removal.proof import require_same_outputs, small_hidden_states
+from optimum_fista.removal.proof import require_same_outputs, scaled_down
 from optimum_fista.removal.removal import (
     ChosenGroups,
     LeavingLayer,
@@ -61,11 +66,11 @@ class PartsRemoval(Removal):
     """Removes whole parts of a model in a run."""
 
     outline: ModelOutline  # of the whole model
-    counts: Mapping[Kind, int]  # how many parts of each kind a decoder layer keeps
-    # The smaller model. It has all decoder layers until those to remove are chosen.
-    smaller: Shrinking
-    columns: Shrinking  # a model that keeps all experts, for the proof of the other kinds
-    experts: Shrinking  # a model that loses experts only, to run a decoder layer without them
+    num_kept_by_kind: Mapping[Kind, int]  # groups that a decoder layer keeps, such as {"heads": 6}
+    # Of the smaller model. It has all decoder layers until those to remove are chosen.
+    smaller_plan: Shrinking
+    columns_plan: Shrinking  # of a model that keeps all experts, for the proof of the other kinds
+    experts_plan: Shrinking  # of a model that loses experts only, to run a layer without them
     # Of the run that the model comes from; None: there are none, or they are not known.
     earlier_masks: EarlierMasks | None
     # Kinds of layers that are proved to return the same without removed groups; only this changes during the run.
@@ -73,28 +78,33 @@ class PartsRemoval(Removal):
 
     @classmethod
     def planned(cls, layers: DecoderLayers, config: FistaPruningConfig) -> "PartsRemoval":
-        """Plan the removal of the parts that a configuration names; it changes nothing.
+        """Plan the removal of the parts that the pattern of `config` names, such as "heads:0.25".
 
-        An operator that reads a removed part gets a pattern of whole columns. No other operator is pruned.
+        An operator that reads a removed part gets a pattern of whole columns. No other operator is pruned. `layers` are
+        those of the model, which is not changed; the masks of an earlier run are looked for in its folder.
         """
         pattern = config.whole_parts
         assert pattern is not None
         outline = ModelOutline(layers)
         removed = removed_parts(outline, pattern)
-        counts = kept_by_kind(removed)
-        smaller, columns = plan_shrinkings(outline, counts)
+        num_kept_by_kind = kept_by_kind(removed)
+        smaller, columns = plan_shrinkings(outline, num_kept_by_kind)
         mixtures = [part for part in smaller.parts.values() if part.is_mixture]
         patterns: dict[str, SparsityPattern] = {
-            name: Columns.keeping(smaller.counts[name], part.groups, part.width)
+            name: Columns.keeping(smaller.num_kept[name], part.groups, part.width)
             for name, part in smaller.parts.items()
             if not part.is_mixture
         }
 
+        def reason_left_dense(name: str) -> str | None:
+            """Say why an operator is not pruned: only those with a pattern are."""
+            return None if name in patterns else "no part"
+
         # The matrices of mixtures that lose experts are not pruned as operators.
-        dense_experts = tuple(part.name for part in mixtures) if patterns else ("*",)
-        operators, left_dense = choose_operators(
-            layers, dense_experts, lambda name: None if name in patterns else "no part"
-        )
+        dense_experts = tuple(part.name for part in mixtures)
+        if not patterns:
+            dense_experts = ("*",)  # no operator is pruned at all
+        operators, left_dense = choose_operators(layers, dense_experts, reason_left_dense)
         removal = cls(
             layers=layers,
             config=config,
@@ -105,49 +115,56 @@ class PartsRemoval(Removal):
             removed_parts=removed,
             num_removed_layers=_count_removed_layers(removed),
             outline=outline,
-            counts=counts,
-            smaller=smaller,
-            columns=columns,
-            experts=_plan_fewer_experts(outline, counts, otherwise=columns),
+            num_kept_by_kind=num_kept_by_kind,
+            smaller_plan=smaller,
+            columns_plan=columns,
+            experts_plan=_plan_fewer_experts(outline, num_kept_by_kind, otherwise=columns),
             earlier_masks=EarlierMasks.find(layers),
         )
         return removal._with_compensation()
 
     @property
     def num_parameters(self) -> int:
-        """See `Removal.num_parameters`; all decoder layers count until those to remove are chosen."""
-        return self.smaller.model.num_parameters()
+        """Count the parameters of the smaller model; it has all decoder layers until those to remove are chosen."""
+        return self.smaller_plan.model.num_parameters()
 
     @property
-    def counts_kept(self) -> Mapping[str, int]:
-        """See `Removal.counts_kept`."""
-        return self.smaller.counts
+    def num_groups_kept(self) -> Mapping[str, int]:
+        """How many groups each part keeps that becomes smaller, by the name of the part."""
+        return self.smaller_plan.num_kept
 
     @property
     def keeps_values(self) -> bool:
-        """See `Removal.keeps_values`."""
+        """Tell whether all weights that stay keep their values, because nothing is refitted.
+
+        `self.num_kept_by_kind` has the kinds of parts that are removed ("channels", "heads" or "experts").
+        """
         correction = self.config.correction
-        loses_columns = not self.counts.keys() <= {"experts"}
+        loses_columns = "channels" in self.num_kept_by_kind or "heads" in self.num_kept_by_kind
         method_updates_weights = loses_columns and METHODS[self.config.method].updates_weights
         refits_experts = bool(self.mixtures) and self.config.expert_refit
         follows_removed_layer = self.num_removed_layers > 0 and correction.carry == "full"
-        compensates = correction.residual_share > 0 and (
-            "heads" in self.counts or follows_removed_layer
-        )
+        loses_heads = "heads" in self.num_kept_by_kind
+        # the last operator of a decoder layer is refitted (`_with_compensation`)
+        compensates = correction.residual_share > 0 and (loses_heads or follows_removed_layer)
         return not (method_updates_weights or refits_experts or compensates)
 
     def is_asked_dense(self, name: str) -> bool:
-        """See `Removal.is_asked_dense`: only operators that read parts are asked to lose columns."""
-        part = self.smaller.parts.get(name)
+        """Tell whether the user's pattern leaves the operator `name` dense: it names only those that read parts."""
+        part = self.smaller_plan.parts.get(name)
         return part is None or part.is_mixture
 
     def new_name(self, name: str) -> str | None:
-        """The name of a module or tensor in the smaller model; `None` if its decoder layer is removed."""
-        return self.smaller.new_name(name)
+        """The name in the smaller model of the module or tensor `name`; `None` if its decoder layer is removed."""
+        return self.smaller_plan.new_name(name)
 
     def part_of(self, name: str) -> Part | None:
-        """See `Removal.part_of`."""
-        part = self.smaller.part_of(name)
+        """The part that becomes smaller and to which the tensor `name` belongs; `None` if the tensor stays as it is.
+
+        `name` is that of a parameter of the model, or of a tensor in its files that stands in the place of one.
+        `self.mixtures` are the mixtures that lose experts, by the name of their decoder layer.
+        """
+        part = self.smaller_plan.part_of(name)
         if part is not None:
             return part
         # Scales of the inputs of experts are no parameters, but are removed with the experts.
@@ -157,13 +174,20 @@ class PartsRemoval(Removal):
         return None
 
     def choose_layers(self, loss: DenseLoss) -> list[tuple[int, float]]:
-        """See `Removal.choose_layers`."""
+        """Choose the decoder layers to remove by the loss of the model without them; none if the pattern names none.
+
+        Returns their numbers in the order of their removal, each with the loss after it, in nats per token.
+        """
         return choose_layers(loss, self.outline, self.num_removed_layers)
 
     def without_layers(self, removed_layers: Mapping[int, float]) -> "PartsRemoval":
-        """Return the removal with the decoder layers that the loss has chosen: they lose no weights before."""
-        stay = [index for index in range(len(self.layers)) if index not in removed_layers]
-        smaller, columns = plan_shrinkings(self.outline, self.counts, stay)
+        """Return a removal that also removes the decoder layers that `choose_layers` has chosen.
+
+        `removed_layers` has the loss after the removal of each layer, by its number. Their operators are no longer
+        pruned. This removal and the model are not changed.
+        """
+        remaining = [index for index in range(len(self.layers)) if index not in removed_layers]
+        smaller, columns = plan_shrinkings(self.outline, self.num_kept_by_kind, remaining)
         mixtures = {
             layer_name: part
             for layer_name, part in self.mixtures.items()
@@ -172,21 +196,25 @@ class PartsRemoval(Removal):
         removal = replace(
             self,
             mixtures=mixtures,
-            smaller=smaller,
-            columns=columns,
+            smaller_plan=smaller,
+            columns_plan=columns,
             removed_layers=dict(removed_layers),
         )
         return removal._with_compensation()
 
     def _with_compensation(self) -> "PartsRemoval":
-        """Add operators that compensate for removed parts, and leave out those of removed decoder layers.
+        """Return a removal with operators that compensate for removed parts, and without those of removed layers.
 
         If the residual correction is on, a decoder layer that loses heads or comes after a removed one compensates for
         it: its last operator is refitted, unless it loses columns itself. `before` finds out which operator is the
         last, when the layer runs. So all operators of such a layer get a pattern here, one that keeps all columns.
+
+        Operators are by the name of their decoder layer, then by their own. `self.removed_layers` are by number.
         """
         correction = self.config.correction
-        after_removed = {index + 1 for index in self.removed_layers if correction.carry == "full"}
+        after_removed = set[int]()  # numbers of the layers that come after a removed one
+        if correction.carry == "full":
+            after_removed = {index + 1 for index in self.removed_layers}
         operators = dict[str, Mapping[str, LinearOperator]]()
         patterns = dict(self.patterns)
         for index, (name, layer) in enumerate(self.layers):
@@ -194,8 +222,10 @@ class PartsRemoval(Removal):
                 operators[name] = {}
                 continue
             own = self.operators[name]
-            loses_heads = "heads" in self.counts and bool(own)
-            if (loses_heads or index in after_removed) and correction.residual_share > 0:
+            loses_heads = "heads" in self.num_kept_by_kind and bool(own)
+            has_error_to_correct = loses_heads or index in after_removed
+            if has_error_to_correct and correction.residual_share > 0:
+                # all operators of the layer except matrices of experts
                 others = find_operators(name, layer, dense_experts=("*",))
                 for other, operator in others.items():
                     num_columns = operator.shape[1]
@@ -205,40 +235,52 @@ class PartsRemoval(Removal):
 
         pruned = {name for of_layer in operators.values() for name in of_layer}
         not_pruned = [name for name in self.left_dense if name not in pruned]
-        left_dense = self.smaller.reasons_left_dense(not_pruned)
+        left_dense = self.smaller_plan.reasons_left_dense(not_pruned)
         return replace(self, operators=operators, patterns=patterns, left_dense=left_dense)
 
     def before(
         self, layer_name: str, groups: list[Group], activations: LayerActivations, hidden: Tensor
     ) -> ChosenGroups:
-        """See `Removal.before`. Besides the operators that lose columns, the last one may be refitted."""
+        """Choose the operators to prune in a decoder layer: those that lose columns, and perhaps the last one.
+
+        The last one is refitted, without a loss of columns, to compensate for errors of the layer. `groups` are lists
+        of operators with the same inputs, in execution order. `activations` has the layer, which is dense, and `hidden`
+        [batch, tokens, hidden] of the first batch enters it. The layer runs, and is not changed. Its kind is added to
+        `self.proven`: zeros there equal a removal.
+        """
         self._prove(layer_name, activations, hidden)
         self._require_called(layer_name, groups)
 
-        chosen = [[o for o in group if o.name in self.smaller.parts] for group in groups]
+        # a list for each group: its operators that lose columns
+        chosen = list[Group]()
+        for group in groups:
+            chosen.append([o for o in group if o.name in self.smaller_plan.parts])
         last_can_be_refitted = bool(groups) and not chosen[-1] and len(groups[-1]) == 1
         if last_can_be_refitted:
-            # only if the layer's output is a sum of its output and the rest
-            (last,) = groups[-1]
+            # only if the output of the layer is that of this operator plus something else
+            last = groups[-1][0]
             if is_added_to_output(activations, last.module, hidden):
                 chosen[-1] = [last]
 
         pruned = {operator.name for group in chosen for operator in group}
         not_pruned = [o.name for group in groups for o in group if o.name not in pruned]
-        experts = None
+        experts = None  # the module of the mixture that loses experts
         if layer_name in self.mixtures:
             name_in_layer = self.mixtures[layer_name].name.removeprefix(f"{layer_name}.")
             experts = activations.layer.get_submodule(name_in_layer)
         return ChosenGroups(
             groups=[group for group in chosen if group],
-            left_dense=self.smaller.reasons_left_dense(not_pruned),
+            left_dense=self.smaller_plan.reasons_left_dense(not_pruned),
             experts=experts,
         )
 
     def _require_called(self, layer_name: str, groups: list[Group]) -> None:
-        """Refuse a decoder layer if an operator that loses columns is in none of the `groups`, which were called."""
+        """Refuse a decoder layer with an operator that loses columns, but is never called.
+
+        `groups` are the operators of the layer that a run of it called.
+        """
         called = {operator.name for group in groups for operator in group}
-        for name, part in self.smaller.parts.items():
+        for name, part in self.smaller_plan.parts.items():
             is_operator_of_layer = name.startswith(f"{layer_name}.") and not part.is_mixture
             if is_operator_of_layer and name not in called:
                 raise UnsupportedArchitectureError(
@@ -249,30 +291,38 @@ class PartsRemoval(Removal):
         """Prove once for each kind of decoder layer that it returns the same without the groups as with zeros there.
 
         Layers are of one kind if they have modules of the same classes, and lose groups of the same operators. The kind
-        is added to `proven`.
+        is added to `self.proven`. `activations` has the layer, of which copies run, and `hidden` [batch, tokens,
+        hidden] of the first batch enters it. `self.columns_plan` has the parts that lose columns, by the operator's
+        name.
         """
         layer = activations.layer
-        names = [name for name in self.columns.parts if name.startswith(f"{layer_name}.")]
+        # of operators in this layer that lose columns
+        names = [name for name in self.columns_plan.parts if name.startswith(f"{layer_name}.")]
+        if not names:
+            return
         classes = tuple((name, type(module)) for name, module in layer.named_modules())
-        kind = classes, tuple(name.removeprefix(layer_name) for name in names)
-        if kind in self.proven or not names:
+        names_in_layer = tuple(name.removeprefix(layer_name) for name in names)
+        kind = (classes, names_in_layer)
+        if kind in self.proven:
             return
 
-        # The groups to remove are not known yet. Without the first ones all others get new numbers. So the test also
-        # finds modules that depend on the number of a group, or on all groups together.
+        # Which groups the run removes is not known yet, so the first ones are removed for the proof. Then every other
+        # group gets a new number. So the proof also finds modules that depend on the number of a group, or on all
+        # groups together.
         kept = dict[str, tuple[int, ...]]()
         for name in names:
-            total = self.columns.parts[name].groups
-            kept[name] = tuple(range(total - self.columns.counts[name], total))
-        call = activations.calls[0]
-        small_hidden = small_hidden_states(hidden.to(activations.device))
+            total = self.columns_plan.parts[name].groups
+            num_kept = self.columns_plan.num_kept[name]
+            kept[name] = tuple(range(total - num_kept, total))
+        call = activations.calls[0]  # the other arguments of the layer for the first batch
+        small_hidden = scaled_down(hidden.to(activations.device))
 
         def run(module: nn.Module) -> Tensor:
             """Run the layer, or a copy of it, on small hidden states."""
             return call.run(module, small_hidden)
 
         try:
-            require_same_outputs(self.columns, layer_name, layer, kept, run)
+            require_same_outputs(self.columns_plan, layer_name, layer, kept, run)
         except UnsupportedArchitectureError as error:
             if error.__cause__ is not None and is_out_of_memory(error.__cause__):
                 raise error.__cause__ from None  # smaller batches may fit
@@ -286,7 +336,12 @@ class PartsRemoval(Removal):
         targets: LayerTargets,
         operators: list[OperatorReport],
     ) -> LeavingLayer:
-        """See `Removal.after`. The masks in `sink` become those of the smaller operators."""
+        """Remove experts of a decoder layer whose operators are pruned, and refit the other experts.
+
+        `targets` has the layer, and what it should return. `operators` are the reports of its pruned operators. Experts
+        are overwritten through `sink`, and its masks become those of the smaller operators. Returns the hidden states
+        that leave the layer without the experts, and what is reported of it; the layer itself keeps all experts.
+        """
         smaller_operators = [self._smaller(operator, sink) for operator in operators]
         if layer_name not in self.mixtures:
             return LeavingLayer(targets.leave(), smaller_operators, mixture=None)
@@ -296,32 +351,36 @@ class PartsRemoval(Removal):
             part,
             layer_name,
             targets=targets,
-            count=self.smaller.counts[part.name],
-            plan=self.experts,
+            count=self.smaller_plan.num_kept[part.name],
+            plan=self.experts_plan,
             write=sink.write if self.config.expert_refit else None,
         )
         return LeavingLayer(targets.leave(smaller_layer), smaller_operators, mixture)
 
     def _smaller(self, operator: OperatorReport, sink: PrunedWeights) -> OperatorReport:
-        """Report an operator as it is without the removed parts; all weights that stay are kept.
+        """Copy the report of an operator as it will be without the removed parts; its mask then keeps all weights.
 
-        Its mask in `sink`, of whole groups of columns, is replaced by one of the smaller weight that keeps all.
+        Replaces the mask of the operator in `sink.masks`: it says which groups of columns stay, and the new one, of the
+        smaller weight, keeps all. `operator.name` is that of the weight.
         """
         mask = unpack_mask(sink.masks[operator.name], operator.stored_shape)
-        part = self.smaller.parts.get(operator.name.removesuffix(".weight"))
-        groups = None  # it was only refitted
+        part = self.smaller_plan.parts.get(operator.name.removesuffix(".weight"))
+        groups = None  # if it was only refitted
         if part is not None:
             groups = part.kept_by(mask.T if operator.stored_transposed else mask)
 
         new_name = self.new_name(operator.name)
         assert new_name is not None  # operators of removed layers are not pruned
-        stored_shape = self.smaller.model.get_parameter(new_name).shape
+        stored_shape = self.smaller_plan.model.get_parameter(new_name).shape
         smaller_mask = torch.ones(stored_shape, dtype=torch.bool)
         sink.masks[operator.name] = pack_mask(smaller_mask)
-        out, columns = stored_shape[::-1] if operator.stored_transposed else stored_shape
+        if operator.stored_transposed:
+            num_inputs, num_outputs = stored_shape
+        else:
+            num_outputs, num_inputs = stored_shape
         return replace(
             operator,
-            shape=(out, columns),
+            shape=(num_outputs, num_inputs),
             groups_kept=groups,
             num_kept=smaller_mask.numel(),
             sparsity=0.0,
@@ -330,35 +389,49 @@ class PartsRemoval(Removal):
     def carry_masks(
         self, layer: nn.Module, record: LayerRecord, sink: PrunedWeights
     ) -> LayerRecord:
-        """See `Removal.carry_masks`."""
+        """Keep masks of an earlier run, made smaller as the weights are, if all weights outside of them are zero.
+
+        `layer` is pruned and on its device, and `record` is its report. The masks are added to `sink.masks`. Returns a
+        copy of the record that says which masks were carried, and which are lost. `self.earlier_masks` finds the masks
+        in the folder that the model was loaded from.
+        """
         if self.earlier_masks is None:
             return record
         kept = groups_kept([record.report], record.operators)
-        carried = self.earlier_masks.carried(record.report.name, layer, self.smaller, kept)
+        carried = self.earlier_masks.carried(record.report.name, layer, self.smaller_plan, kept)
         sink.masks.update(carried.masks)
         return replace(record, carried=carried.operators, lost_masks=carried.lost)
 
     def shrink_tensors(self, record: LayerRecord, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See `Removal.shrink_tensors`."""
+        """Return the tensors of a pruned decoder layer in their smaller form, by their new names.
+
+        `tensors` are by their names in the whole model, and are not changed; `record` is the report of the layer.
+        """
         kept = groups_kept([record.report], record.operators)
         smaller = {
-            name: self.smaller.shrink_tensor(name, tensor, kept) for name, tensor in tensors.items()
+            name: self.smaller_plan.shrink_tensor(name, tensor, kept)
+            for name, tensor in tensors.items()
         }
         return self.renamed(smaller)
 
     def names_of_carried(self, report: PruningReport) -> dict[str, StoredName]:
-        """See `Removal.names_of_carried`. The smaller model decides, because experts have new numbers there."""
+        """Names in the checkpoint of weights with masks of an earlier run, by their names in the smaller model.
+
+        `report` is complete; its `carried` lists these weights. The smaller model decides, because experts have new
+        numbers there. It has no weights, and gets the attribute by which Transformers saves the model under its names.
+        """
         if not report.carried:
             return {}
-        smaller = self.smaller.model
+        smaller = self.smaller_plan.model
         internals.copy_weight_conversions(self.layers.model, smaller)
         operators = operators_by_weight(smaller, report)
         return stored_names(smaller, [operators[entry.name] for entry in report.carried])
 
     def describe(self, report: PruningReport) -> None:
-        """See `Removal.describe`: what stays gets the names of the smaller model, whose parameters are counted.
+        """Write what was removed into the report of all decoder layers, and into the model's configuration.
 
-        The model gets the configuration of the smaller one.
+        Changes `report`: what stays gets the names of the smaller model, whose parameters are counted, and masks of an
+        earlier run that are lost give a warning. `self.layers.model.config` becomes that of the smaller model.
         """
         report.layers = self._renamed_layers(report.layers)
         report.operators = [self._renamed_operator(operator) for operator in report.operators]
@@ -366,14 +439,15 @@ class PartsRemoval(Removal):
         report.carried = [self._renamed_operator(operator) for operator in report.carried]
         report.lost_masks = [self.new_name(name) or name for name in report.lost_masks]
         model = self.layers.model
+        # reads the configuration as the earlier run has left it, so before it is replaced
         _warn_of_lost_masks(report, model.config, is_known=self.earlier_masks is not None)
 
-        model.config = self.smaller.model.config
+        model.config = self.smaller_plan.model.config
         report.model["parts_removed"] = [str(removed) for removed in self.removed_parts]
         report.model["dense_num_parameters"] = report.model["num_parameters"]
-        report.model["num_parameters"] = self.smaller.model.num_parameters()
+        report.model["num_parameters"] = self.smaller_plan.model.num_parameters()
         if self.removed_layers:
-            report.model["layers_kept"] = list(self.smaller.layers)
+            report.model["layers_kept"] = list(self.smaller_plan.layers)
             report.model["layers_removed"] = [
                 [index, loss] for index, loss in self.removed_layers.items()
             ]
@@ -398,18 +472,22 @@ class PartsRemoval(Removal):
     def make_smaller(
         self, model: PreTrainedModel, report: PruningReport, sink: PrunedWeights
     ) -> None:
-        """See `Removal.make_smaller`. If the run fails later, the tensors get their old sizes again."""
+        """Make a pruned model in memory smaller, in place, after `describe`.
+
+        `report` says which groups stay, by the new names of the parts. The masks of `sink` get the new names. If the
+        run fails later, `sink` gives the tensors their old values and sizes.
+        """
         groups = groups_kept(report.layers, report.operators)  # by their new names
         kept = dict[str, tuple[int, ...]]()
-        for name in self.smaller.parts:
+        for name in self.smaller_plan.parts:
             new_name = self.new_name(name)
             if new_name is not None:
                 kept[name] = groups[new_name]
 
         # Old tensors are kept on the CPU: a device that is nearly full has no room for both sizes of all tensors.
-        before = []
+        before = []  # each tensor, its device, and its old values
         for name, tensor in tensors_of(model):
-            becomes_smaller = self.smaller.part_of(name) is not None
+            becomes_smaller = self.smaller_plan.part_of(name) is not None
             data = tensor.data.cpu() if becomes_smaller else tensor.data
             before.append((tensor, tensor.device, data))
 
@@ -420,11 +498,11 @@ class PartsRemoval(Removal):
 
         sink.undo_at_failure(restore)
         sink.masks = self.renamed(sink.masks)
-        shrink_model(model, self.smaller, kept)
+        shrink_model(model, self.smaller_plan, kept)
 
 
 def _by_layer(mixtures: Sequence[Part], layers: DecoderLayers) -> dict[str, Part]:
-    """Sort mixtures by the names of their decoder layers; a layer has one at most."""
+    """Return the mixtures that lose experts by the name of their decoder layer; a layer has one at most."""
     by_layer = dict[str, Part]()
     for layer_name, _ in layers:
         for part in mixtures:
@@ -441,19 +519,25 @@ def _count_removed_layers(removed: Sequence[RemovedParts]) -> int:
 def _plan_fewer_experts(
     outline: ModelOutline, counts: Mapping[Kind, int], otherwise: Shrinking
 ) -> Shrinking:
-    """Plan a model that loses experts only; `otherwise` if the run removes no experts."""
+    """Plan a model that loses experts only, and no decoder layer; `otherwise` if the run removes no experts.
+
+    `counts` are the numbers of groups that stay in every decoder layer, by kind.
+    """
     if "experts" not in counts:
         return otherwise
     return plan_shrinking(outline, {"experts": counts["experts"]})
 
 
 def _warn_of_lost_masks(report: PruningReport, config: PreTrainedConfig, is_known: bool) -> None:
-    """Warn in the report of zeros of an earlier run, named in the model's configuration, whose masks are not carried.
+    """Add a warning to the report if the model has zeros of an earlier run whose masks are not carried.
 
-    `is_known` says whether the masks were found.
+    `config` is the model's, in which the earlier run has noted its pattern and its number of zeros. `is_known` says
+    whether the masks were found in the folder of the model.
     """
-    earlier = getattr(config, CONFIG_KEY, None) or {}
-    num_zeros = earlier.get("num_zeros") or 0
+    earlier = getattr(config, CONFIG_KEY, None)
+    if earlier is None:
+        earlier = {}
+    num_zeros = earlier.get("num_zeros", 0)
     if report.lost_masks:
         names = first_names([name.removesuffix(".weight") for name in report.lost_masks])
         report.warn(

@@ -1,6 +1,8 @@
 """Plan what a run takes from a model, before the run: `plan_removal` is the entry of this package.
 
-Runs that remove tokens are planned by `tokens`.
+The plan is a `Removal`. A *pattern* says which weights of a linear operator become zero, such as "2:4", or which whole
+*parts* are removed, such as "heads:0.25" (channels, heads, experts or decoder layers). An operator without a pattern is
+*left dense*, with a reason. Runs that remove tokens are planned by `tokens`.
 """
 
 from optimum_fista.config import FistaPruningConfig
@@ -16,15 +18,16 @@ from optimum_fista.solve.pattern import SparsityPattern
 def plan_removal(layers: DecoderLayers, config: FistaPruningConfig) -> Removal:
     """Decide what a run takes from a model: which operators get zeros, and which parts are removed.
 
-    `config` is the user's; `layers` come from `prunable_layers`. Nothing is changed, and no weight is read except to
-    refuse NaN and Inf. The loss of the model decides later which decoder layers go (`Removal.without_layers`).
+    `config` is the user's; `layers` are those of the model, as `prunable_layers` finds them. Nothing is changed, and no
+    weight is read except to refuse NaN and Inf. The loss of the model decides later which decoder layers are removed
+    (`Removal.without_layers`).
     """
     if config.tokens_removal is not None:
         raise ValueError(
             f"pattern={config.pattern!r} removes tokens from files, and their tokenizer: pass the model's folder or "
             "Hub id, and output_dir, to FistaPruner.prune."
         )
-    config = config.resolved()
+    config = config.resolved()  # a copy with a choice for every option
     removal: Removal
     if config.whole_parts is not None:
         removal = PartsRemoval.planned(layers, config)
@@ -34,11 +37,13 @@ def plan_removal(layers: DecoderLayers, config: FistaPruningConfig) -> Removal:
         for name, operator in operators.items():
             removal.patterns[name].require_shape(operator.shape, name)
 
-    # to remove experts or decoder layers, no operator need be pruned
     prunes_operators = any(removal.operators.values())
-    if not prunes_operators and not removal.num_removed_layers and not removal.mixtures:
+    # for these, no operator need be pruned
+    removes_layers_or_experts = removal.num_removed_layers > 0 or bool(removal.mixtures)
+    if not prunes_operators and not removes_layers_or_experts:
         left_dense = removal.left_dense
-        shown = first_names([f"{name} ({reason})" for name, reason in left_dense.items()]) or "none"
+        reasons = [f"{name} ({reason})" for name, reason in left_dense.items()]
+        shown = first_names(reasons) if reasons else "none"
         raise UnsupportedArchitectureError(
             f"no linear operator to prune in {layers.name}: of nn.Linear and Conv1D modules, include="
             f"{list(config.include)}, exclude={list(config.exclude)} found {len(left_dense)}, all left dense: {shown}."
@@ -47,8 +52,12 @@ def plan_removal(layers: DecoderLayers, config: FistaPruningConfig) -> Removal:
 
 
 def _removal_of_zeros(layers: DecoderLayers, config: FistaPruningConfig) -> Removal:
-    """Choose the operators that get zeros, with the user's pattern for each."""
-    channels = dict[str, Part]()
+    """Choose the operators that get zeros, with the user's pattern for each.
+
+    `config` has a choice for every option. With `reorder_channels`, also the channels that change places before the
+    run prunes them are found. Nothing in the model is changed.
+    """
+    channels = dict[str, Part]()  # by the name of the operator that reads them
     if config.reorder_channels:
         try:
             parts = ModelOutline(layers).parts("channels").parts
@@ -58,10 +67,12 @@ def _removal_of_zeros(layers: DecoderLayers, config: FistaPruningConfig) -> Remo
             ) from error
         channels = {part.name: part for part in parts}
 
-    patterns = dict[str, SparsityPattern]()
+    patterns = dict[
+        str, SparsityPattern
+    ]()  # by the name of the operator; filled by the function that follows
 
     def reason_left_dense(name: str) -> str | None:
-        """Say why the operator `name` stays dense; otherwise note its pattern, so that it is read once."""
+        """Say why the operator `name` stays dense; otherwise return `None`, and add its pattern to `patterns`."""
         reason = config.reason_left_dense(name)
         if reason is None:
             patterns[name] = config.pattern_for(name)

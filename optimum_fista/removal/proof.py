@@ -1,5 +1,8 @@
 """Proofs, on numbers, that a smaller module computes the same as the whole one with zeros in what is removed.
 
+The *plan* of a smaller model is a `Shrinking`: it says which tensors become smaller. Each of them belongs to a *part*:
+columns of one linear operator in groups (channels, heads), with the rows that compute them.
+
 Shapes don't show whether rows are in another order, or whether something depends on the number of the decoder layer or
 on all channels or heads together (a norm without weights, slopes computed from the number of heads). Two runs on the
 same hidden states do.
@@ -24,9 +27,12 @@ def require_same_outputs(
 ) -> None:
     """Prove that a module returns the same without the removed groups as with zeros in their columns.
 
-    `module` is a decoder layer or a whole model (name "") in memory that loses no experts; it is not changed. `kept`
-    are the groups that stay (any will do for a proof). `run` calls the module that it is given, and returns the output
-    [batch, tokens, hidden or vocabulary].
+    Args:
+        plan: Says which tensors become smaller. It removes no experts of this module.
+        name: The name of the module in the model, such as "model.layers.3"; "" for the whole model.
+        module: A decoder layer or a whole model, in memory. It is not changed: copies of it run.
+        kept: Numbers of the groups that stay, by the name of their part; any will do for a proof.
+        run: Calls the copy that it is given, and returns the output [batch, tokens, hidden or vocabulary].
 
     Raises:
         UnsupportedArchitectureError: If the outputs differ by more than rounding, or the smaller module does not run.
@@ -34,11 +40,12 @@ def require_same_outputs(
     zeroed = dict[str, Tensor]()
     for full_name, tensor in tensors_of(module, name):
         part = plan.part_of(full_name)
-        if part is not None and full_name == f"{part.name}.weight":
+        loses_columns = part is not None and full_name == f"{part.name}.weight"
+        if part is not None and loses_columns:  # other tensors of a part lose rows
             zeroed[full_name] = part.without_columns(tensor.detach(), kept[part.name])
     small = smaller_copy(plan, name, module, kept)
 
-    shown_name = name or type(module).__name__
+    shown_name = name if name else type(module).__name__
     with torch.no_grad():
         expected = run(copied(module, name, zeroed))
         try:
@@ -57,7 +64,7 @@ def require_same_outputs(
 
 
 def difference_beyond_rounding(output: Tensor, expected: Tensor) -> float | None:
-    """The relative difference of hidden states [batch, tokens, hidden]; `None` if rounding explains it."""
+    """Measure the relative difference of two outputs [batch, tokens, hidden]; `None` if rounding explains it."""
     # token by token: the hidden states of a few are a thousand times as large as those of others
     sizes = expected.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
     differences = (output.float() - expected.float()).norm(dim=-1) / sizes
@@ -66,8 +73,11 @@ def difference_beyond_rounding(output: Tensor, expected: Tensor) -> float | None
     return None if difference <= rounding else difference
 
 
-def small_hidden_states(hidden_states: Tensor) -> Tensor:
-    """Make hidden states small: in 16 bits, the rounding of large ones hides what attention and MLP add."""
+def scaled_down(hidden_states: Tensor) -> Tensor:
+    """Copy hidden states [..., hidden], with small values (a root mean square of 0.01 for each token).
+
+    In 16 bits, the rounding of large ones hides what attention and MLP add.
+    """
     hidden_size = hidden_states.shape[-1]
     directions = nn.functional.normalize(hidden_states.float(), dim=-1)
     return (directions * (0.01 * hidden_size**0.5)).to(hidden_states.dtype)

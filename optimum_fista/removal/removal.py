@@ -1,5 +1,8 @@
 """What a run takes from a model: `Removal`, which the plan of a run holds.
 
+A model is seen as decoder layers with linear *operators*. Names are those in the whole model, such as
+"model.layers.3.mlp.down_proj" of an operator and "model.layers.3" of a decoder layer.
+
 A run always sets zeros in linear operators. `Removal` says in which, by which patterns, and has a method for each
 moment at which a run that removes whole parts does more. They do nothing here; `parts_removal.PartsRemoval` overrides
 them. The loop calls them in this order:
@@ -9,8 +12,9 @@ them. The loop calls them in this order:
 3. at the end: `describe` the result in the report, and `make_smaller` a model in memory. A run from files calls
    `shrink_tensors` for each layer instead.
 
-"Groups" are two things: operators with the same inputs, which are solved together (`Group` of `model.operators`), and
-groups of columns that are removed together (see `parts`).
+A *part* loses *groups*: channels of an MLP, heads of an attention, or experts of a *mixture*. "Groups" are two things
+here: lists of operators with the same inputs, which are solved together (`Group` of `model.operators`), and the groups
+of a part. A *mask* says which weights are kept (True). The *sink* of a run overwrites weights and keeps the masks.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -46,7 +50,7 @@ class PrunedWeights(Protocol):
     masks: dict[str, Tensor]  # packed, by "{operator}.weight"
 
     def write(self, operator: LinearOperator, weight: Tensor, mask: Tensor | None = None) -> None:
-        """Overwrite a weight [out, in], and keep its mask."""
+        """Overwrite the weight of `operator` in the model by `weight` [out, in], and keep its mask in `masks`."""
 
     def undo_at_failure(self, put_back: Callable[[], None]) -> None:
         """Have `put_back` called if the run fails."""
@@ -56,14 +60,14 @@ class ChosenGroups(NamedTuple):
     """What is pruned in a decoder layer."""
 
     groups: list[Group]
-    left_dense: dict[str, str]  # other operators of the layer, with the reason
+    left_dense: dict[str, str]  # other operators of the layer by name, with the reason
     experts: nn.Module | None  # the module of its experts, if some are removed
 
 
 class LeavingLayer(NamedTuple):
     """What leaves a decoder layer once it is pruned."""
 
-    states: HiddenStates
+    states: HiddenStates  # that leave it, in the dense and in the pruned network
     operators: list[OperatorReport]  # as they will be in the smaller model
     mixture: MixtureReport | None  # if experts were removed
 
@@ -80,10 +84,10 @@ class Removal:
     # Operators to prune by their names, by the names of all decoder layers. Removed layers have none.
     operators: Mapping[str, Mapping[str, LinearOperator]]
     patterns: Mapping[str, SparsityPattern]  # of each of these operators, by its name
-    left_dense: Mapping[str, str]  # other operators, with the reason
-    # Parts whose channels change places before they are pruned, by the operators that read them.
+    left_dense: Mapping[str, str]  # other operators by name, with the reason
+    # Parts whose channels change places before they are pruned, by the name of the operator that reads them.
     channels: Mapping[str, Part] = field(default_factory=dict)
-    # Mixtures that lose experts, by their decoder layers.
+    # Mixtures that lose experts, by the name of their decoder layer.
     mixtures: Mapping[str, Part] = field(default_factory=dict)
     # How many parts of each kind are removed, such as "1 of 3 heads of every decoder layer (33.33%)".
     removed_parts: Sequence[RemovedParts] = ()
@@ -97,8 +101,8 @@ class Removal:
         return self.layers.model.num_parameters()
 
     @property
-    def counts_kept(self) -> Mapping[str, int]:
-        """How many groups each part keeps, by its name, of those that become smaller."""
+    def num_groups_kept(self) -> Mapping[str, int]:
+        """How many groups each part keeps that becomes smaller, by the name of the part."""
         return {}
 
     @property
@@ -113,12 +117,16 @@ class Removal:
     def choose_layers(self, loss: DenseLoss) -> list[tuple[int, float]]:
         """Choose the decoder layers to remove by the loss of the model without them; none here.
 
-        Returns their numbers in the order of their removal, each with the loss after it.
+        `loss` has the model and the sequences to measure on. The model may run, and is not changed. Returns the numbers
+        of the layers in the order of their removal, each with the loss after it, in nats per token.
         """
         return []
 
     def without_layers(self, removed_layers: Mapping[int, float]) -> "Removal":
-        """Return the removal with the decoder layers that the loss has chosen (`removed_layers`); none here."""
+        """Return a removal that also removes the decoder layers that `choose_layers` has chosen; here, this one.
+
+        `removed_layers` has the loss after the removal of each layer, by its number.
+        """
         return self
 
     def before(
@@ -126,8 +134,9 @@ class Removal:
     ) -> ChosenGroups:
         """Choose the groups to prune in a decoder layer, and prove that zeros there equal their removal.
 
-        `groups` are those of its operators, in execution order. `activations` has the layer, and `hidden` [batch,
-        tokens, hidden] enters it. The layer may run, and is not changed.
+        `groups` are those of its operators, in execution order. `activations` has the layer, which is dense, and
+        `hidden` [batch, tokens, hidden] of the first batch enters it. The layer may run, and is not changed. Here, all
+        groups are pruned.
         """
         return ChosenGroups(groups, left_dense={}, experts=None)
 
@@ -138,29 +147,32 @@ class Removal:
         targets: LayerTargets,
         operators: list[OperatorReport],
     ) -> LeavingLayer:
-        """Remove experts of a decoder layer whose operators are pruned, and refit the others.
+        """Remove experts of a decoder layer whose operators are pruned, and refit the others; here, remove nothing.
 
         `targets` has the layer, and what it should return. `operators` are the reports of its pruned operators. Weights
-        are overwritten through `sink`.
+        are overwritten through `sink`. The layer runs, for the hidden states that leave it.
         """
         return LeavingLayer(targets.leave(), operators, mixture=None)
 
     def carry_masks(
         self, layer: nn.Module, record: LayerRecord, sink: PrunedWeights
     ) -> LayerRecord:
-        """Carry masks of an earlier run through the removal of parts; see `earlier_masks`.
+        """Keep masks of an earlier run, made smaller as the weights are; see `earlier_masks`. None here.
 
-        `layer` is pruned and on its device, and `record` is its report. The masks are added to those of the sink.
-        Returns the record, with what became of them.
+        `layer` is pruned and on its device, and `record` is its report. The masks are added to `sink.masks`. Returns a
+        copy of the record that says what became of them.
         """
         return record
 
     def new_name(self, name: str) -> str | None:
-        """The name of a module or tensor in the pruned model; `None` if it is removed."""
+        """The name in the pruned model of the module or tensor `name` of the model; `None` if it is removed."""
         return name
 
     def renamed(self, values: Mapping[str, T]) -> dict[str, T]:
-        """Values by their names in the pruned model, without those of removed modules."""
+        """Return `values` by their names in the pruned model, without those of removed modules.
+
+        `values` are anything, by the name of a module or tensor in the model.
+        """
         renamed = dict[str, T]()
         for name, value in values.items():
             new_name = self.new_name(name)
@@ -169,33 +181,49 @@ class Removal:
         return renamed
 
     def part_of(self, name: str) -> Part | None:
-        """The part that a tensor of the model belongs to and that becomes smaller; `None` if it stays as it is."""
+        """The part that becomes smaller and to which the tensor `name` belongs; `None` if the tensor stays as it is.
+
+        `name` is that of a parameter of the model, or of a tensor in its files that stands in the place of one.
+        """
         return None
 
     def shrink_tensors(self, record: LayerRecord, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of a pruned decoder layer in their smaller form, by their new names.
 
-        `tensors` are by their names in the whole model, and `record` is the report of the layer.
+        `tensors` are by their names in the whole model, and are not changed; `record` is the report of the layer.
         """
         return tensors
 
     def names_of_carried(self, report: PruningReport) -> dict[str, StoredName]:
-        """Names in the checkpoint of the weights whose masks were carried, by their names in the pruned model."""
+        """Names in the checkpoint of weights with masks of an earlier run, by their names in the pruned model.
+
+        `report` is complete; its `carried` lists these weights.
+        """
         return {}
 
     def describe(self, report: PruningReport) -> None:
-        """Write into the report of all decoder layers, and into the model's configuration, what was removed."""
+        """Write what was removed into the report of all decoder layers, and into the model's configuration.
+
+        Nothing here. If parts are removed, this changes `report`, and the model gets another `config`.
+        """
 
     def make_smaller(
         self, model: PreTrainedModel, report: PruningReport, sink: PrunedWeights
     ) -> None:
-        """Make a pruned model in memory smaller, in place, once its report is complete."""
+        """Make a pruned model in memory smaller, in place, after `describe`; here, it stays as it is.
+
+        `report` says which groups stay. The masks of `sink` get the names of the smaller model; it puts the old tensors
+        back if the run fails later.
+        """
 
 
 def groups_kept(
     layers: Iterable[LayerReport], operators: Iterable[OperatorReport]
 ) -> dict[str, tuple[int, ...]]:
-    """The numbers of the groups that stay of each part, by its name in the reports."""
+    """Read from reports the numbers of the groups that stay of each part, by the name of the part.
+
+    Names are as in the reports: those of the model, or of the smaller one after `Removal.describe`.
+    """
     kept = dict[str, tuple[int, ...]]()
     for layer in layers:
         if layer.mixture is not None:

@@ -1,9 +1,14 @@
 """Plans of smaller models, proved on shapes.
 
 A `Shrinking` says which tensors of a model become smaller, which decoder layers stay under which new names, and which
-configuration describes the result, so that plain Transformers loads it without extra code. Every decoder layer keeps
-the same number of parts of one kind. The plan leaves open *which* channels, heads or experts stay: a run finds that
-out later, and passes it as `kept`, the numbers of the groups that stay, by the name of the part.
+configuration describes the result, so that plain Transformers loads it without extra code. A *part* (`parts.Part`)
+belongs to one decoder layer, and consists of *groups* that can be removed one by one: channels of its MLP, heads of its
+attention, or experts of its mixture. Channels, heads and experts are the *kinds*. Every decoder layer keeps the same
+number of groups of one kind. The plan leaves open *which* of them stay: a run finds that out later, and passes it as
+`kept`, the numbers of the groups that stay, by the name of the part, such as `model.layers.0.mlp.down_proj`.
+
+An *outline* (`parts.ModelOutline`) has the model that is to become smaller, and a copy of it without weights
+(`outline.dense`). *Overrides* are settings of single decoder layers in a configuration (`layer_overrides`).
 
 `plan_shrinking` makes a plan. `smaller_modules` makes modules in memory smaller by it, and `proof` proves that a
 smaller module computes the same, which shapes do not show.
@@ -24,9 +29,11 @@ from optimum_fista.removal.layer_overrides import Overrides, overrides_of, renum
 from optimum_fista.removal.outline import described_model, shapes_of
 from optimum_fista.removal.parts import Kind, ModelOutline, Part
 
-# Settings of decoder layers in configurations: their number, how many at the start are of another kind, lists.
+# Settings of configurations: the number of decoder layers,
 _NUM_LAYERS = ("num_hidden_layers", "decoder_layers")
+# how many layers at the start are of another kind,
 _FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers")
+# and lists of numbers of layers.
 _LAYER_NUMBERS = ("mlp_only_layers", "attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids")
 
 Kept = Mapping[str, Sequence[int]]  # numbers of the groups that stay, by the name of their part
@@ -38,7 +45,7 @@ class Shrinking:
 
     model: PreTrainedModel  # the smaller one, on the meta device, with the configurations to save
     parts: Mapping[str, Part]  # those that shrink, by name, without those of removed decoder layers
-    counts: Mapping[str, int]  # how many groups each of them keeps
+    num_kept: Mapping[str, int]  # how many groups each of them keeps, by the name of the part
     layers: tuple[int, ...]  # numbers of the decoder layers that stay, rising
     layers_name: str  # of the list of decoder layers, such as model.layers
     # Sizes and numbers of layers that modules keep as attributes, as they are in the smaller model: by the name of the
@@ -46,7 +53,11 @@ class Shrinking:
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def new_name(self, name: str) -> str | None:
-        """The smaller model's name of a module or tensor; `None` if its decoder layer is removed."""
+        """The smaller model's name of a module or tensor of the model; `None` if its decoder layer is removed.
+
+        Without the first decoder layer, "model.layers.3.mlp" becomes "model.layers.2.mlp". `self.layers_name` is
+        "model.layers" there, and `self.layers` has the numbers of the layers that stay.
+        """
         if not name.startswith(f"{self.layers_name}."):
             return name
         number, dot, rest = name.removeprefix(f"{self.layers_name}.").partition(".")
@@ -56,20 +67,28 @@ class Shrinking:
         return f"{self.layers_name}.{new_numbers[number]}{dot}{rest}"
 
     def part_of(self, name: str) -> Part | None:
-        """The part that a tensor belongs to; `None` if the tensor loses nothing."""
-        return next((part for part in self.parts.values() if name in part.tensors), None)
+        """The part to which the tensor called `name` in the model belongs; `None` if the tensor loses nothing."""
+        for part in self.parts.values():
+            if name in part.tensors:
+                return part
+        return None
 
     def reasons_left_dense(self, names: Iterable[str]) -> dict[str, str]:
-        """Reasons why the operators called `names` are not pruned, without those of removed decoder layers."""
+        """Say why the linear operators called `names` in the model are not pruned, by their names.
+
+        Those of removed decoder layers are left out. `self.num_kept` says how many groups each part keeps.
+        """
         reasons = dict[str, str]()
         for name in names:
             if self.new_name(name) is None:
                 continue
-            part = self.part_of(f"{name}.weight") or self.parts.get(name)
+            part = self.part_of(f"{name}.weight")
+            if part is None:
+                part = self.parts.get(name)  # the module of a mixture is called as its part
             if part is None:
                 reasons[name] = "no part of the pattern"
             elif part.is_mixture:
-                reasons[name] = f"keeps {self.counts[part.name]} of {part.groups} experts"
+                reasons[name] = f"keeps {self.num_kept[part.name]} of {part.groups} experts"
             else:
                 reasons[name] = f"loses the rows that {self.new_name(part.name)} no longer reads"
         return reasons
@@ -86,12 +105,18 @@ def plan_shrinking(
     *,
     layers: Sequence[int] | None = None,
 ) -> Shrinking:
-    """Plan a smaller model from the numbers of parts that each decoder layer keeps, by kind.
+    """Plan a smaller model, and prove on shapes that it can be made of the tensors of the model.
 
-    `layers` are the numbers of the decoder layers that stay, rising; `None`: all. The smaller model is built, without
-    weights, from the changed configuration. Every tensor must have the shape that shrinking gives it. Modules may
-    differ from those of the model in sizes and in the numbers of their decoder layers, but not in windows, scales or
-    kinds. The model of `outline` is not changed.
+    The smaller model is built, without weights, from the changed configuration. Every tensor must have the shape that
+    shrinking gives it. Modules may differ from those of the model in sizes and in the numbers of their decoder layers,
+    but not in windows, scales or kinds.
+
+    Args:
+        outline: Has the model, whose weights are not read and not changed, and a copy without weights. What it finds
+            out (`dense`, `shapes`, `parts`) is kept in it for the next call.
+        counts: How many groups every decoder layer keeps, by kind, such as `{"heads": 6}`; kinds that are not named
+            keep all. `None`: all kinds do.
+        layers: Numbers of the decoder layers that stay, rising; `None`: all.
 
     Raises:
         UnsupportedArchitectureError: If the model can't lose parts of such a kind.
@@ -99,20 +124,29 @@ def plan_shrinking(
     """
     counts = {} if counts is None else counts
     total = len(outline.layers)
-    stay = tuple(range(total) if layers is None else layers)
+    remaining = tuple(range(total) if layers is None else layers)
     _require_described_model(outline)
 
-    parts, kept_groups = _parts_of_layers(outline, counts, stay)
+    parts, num_kept = _parts_of_layers(outline, counts, remaining)
     sizes, overrides = _settings_of_parts(outline, counts)
     if overrides is not None:
-        overrides = renumbered(overrides, stay)
+        overrides = renumbered(overrides, remaining)
 
+    # configurations name the number of layers in different ways: each is tried
     reasons = list[str]()
-    for layer_settings in _layer_settings(outline.text_config, stay, total):
+    for layer_settings in _likely_layer_settings(outline.text_config, remaining, total):
         try:
             small = described_model(outline.model, sizes | layer_settings, overrides)
-            plan = Shrinking(small, parts, kept_groups, stay, outline.layers.name)
-            plan = replace(plan, attributes=_changed_attributes(outline.dense, plan, total))
+            plan = Shrinking(
+                model=small,
+                parts=parts,
+                num_kept=num_kept,
+                layers=remaining,
+                layers_name=outline.layers.name,
+            )
+            # refuses modules that differ in more than sizes
+            module_attributes = _changed_attributes(outline.dense, plan, total)
+            plan = replace(plan, attributes=module_attributes)
             _require_described_tensors(outline, plan)
         except ValueError as error:
             reasons.append(str(error))
@@ -122,7 +156,7 @@ def plan_shrinking(
     numbers = [f"{kind}={count}" for kind, count in counts.items()]
     raise ValueError(
         f"no configuration describes {type(outline.model).__name__} with "
-        f"{', '.join([*numbers, f'{len(stay)} decoder layers'])}: {'; or '.join(dict.fromkeys(reasons))}. "
+        f"{', '.join([*numbers, f'{len(remaining)} decoder layers'])}: {'; or '.join(dict.fromkeys(reasons))}. "
         "Pass other numbers, or use another pattern."
     )
 
@@ -130,7 +164,10 @@ def plan_shrinking(
 def plan_shrinkings(
     outline: ModelOutline, counts: Mapping[Kind, int], layers: Sequence[int] | None = None
 ) -> tuple[Shrinking, Shrinking]:
-    """Plan a smaller model as `plan_shrinking` does, and the same model with all experts."""
+    """Plan a smaller model as `plan_shrinking` does, and plan the same model with all experts.
+
+    The arguments are those of `plan_shrinking`. Both plans are the same one if no experts are removed.
+    """
     smaller = plan_shrinking(outline, counts, layers=layers)
     if "experts" not in counts:
         return smaller, smaller
@@ -139,24 +176,36 @@ def plan_shrinkings(
 
 
 def _parts_of_layers(
-    outline: ModelOutline, counts: Mapping[Kind, int], stay: Sequence[int]
+    outline: ModelOutline, counts: Mapping[Kind, int], remaining: Sequence[int]
 ) -> tuple[dict[str, Part], dict[str, int]]:
-    """The parts that shrink in the decoder layers `stay`, and how many groups each keeps, both by the part's name."""
-    removed = [f"{name}." for index, (name, _) in enumerate(outline.layers) if index not in stay]
+    """List the parts that become smaller, and how many groups each keeps, both by the name of the part.
+
+    `counts` are the numbers of groups that stay, by kind. `remaining` are the numbers of the decoder layers that stay;
+    parts of other layers are left out. The outline finds the parts and keeps them, and is else only read.
+    """
+    beginnings_of_removed_names = tuple(
+        f"{layer_name}."
+        for index, (layer_name, _) in enumerate(outline.layers)
+        if index not in remaining
+    )
     parts = dict[str, Part]()
-    kept_groups = dict[str, int]()
+    num_kept = dict[str, int]()
     for kind, count in counts.items():
         for part in outline.parts(kind).parts:
-            if not part.name.startswith(tuple(removed)):
+            if not part.name.startswith(beginnings_of_removed_names):
                 parts[part.name] = part
-                kept_groups[part.name] = count
-    return parts, kept_groups
+                num_kept[part.name] = count
+    return parts, num_kept
 
 
 def _settings_of_parts(
     outline: ModelOutline, counts: Mapping[Kind, int]
 ) -> tuple[dict[str, Any], Overrides | None]:
-    """Settings of a configuration with these numbers of parts, and the overrides of single decoder layers."""
+    """Return the settings of a configuration for a smaller model, by their words, and overrides of decoder layers.
+
+    `counts` are the numbers of groups that stay in every decoder layer, by kind. The overrides are those of the
+    model's configuration, with the smaller numbers; `None` if there are none. No configuration is changed.
+    """
     sizes = dict[str, Any]()
     overrides = overrides_of(outline.text_config)
     for kind, count in counts.items():
@@ -167,7 +216,10 @@ def _settings_of_parts(
 
 
 def _require_described_model(outline: ModelOutline) -> None:
-    """Refuse a model whose decoder layers share weights, or whose tensors are not those of its configuration."""
+    """Refuse a model whose decoder layers share weights, or whose tensors are not those of its configuration.
+
+    `outline.shapes` are the shapes that the configuration describes, by the name of the tensor.
+    """
     model = outline.model
     for name, reason in outline.layers.shared.items():
         raise UnsupportedArchitectureError(
@@ -181,14 +233,15 @@ def _require_described_model(outline: ModelOutline) -> None:
             )
 
 
-def _layer_settings(
-    config: PreTrainedConfig, stay: Sequence[int], total: int
+def _likely_layer_settings(
+    config: PreTrainedConfig, remaining: Sequence[int], total: int
 ) -> Iterator[dict[str, Any]]:
-    """Propose settings of a text configuration for the decoder layers `stay` of `total`, the likeliest first.
+    """Propose settings for a model with the decoder layers `remaining` of `total`, the likeliest first.
 
-    They are the number of layers, numbers of single layers, and lists with an entry for each layer.
+    They are changes of the text configuration `config`, which is only read: the number of layers, numbers of single
+    layers, and lists with an entry for each layer.
     """
-    if len(stay) == total:
+    if len(remaining) == total:
         yield {}
         return
 
@@ -196,29 +249,36 @@ def _layer_settings(
         word: value for word, value in vars(config).items() if "token_id" not in word
     }
     lists = {word: value for word, value in values.items() if isinstance(value, list | tuple)}
-    new_numbers = {old: new for new, old in enumerate(stay)}
+    new_numbers = {old: new for new, old in enumerate(remaining)}
+
+    # settings that need new numbers of layers
     numbers = dict[str, Any]()
     for word in _LAYER_NUMBERS:
         if word in lists:
             numbers[word] = [new_numbers[old] for old in lists[word] if old in new_numbers]
     for word in _FIRST_LAYERS:
         if type(values.get(word)) is int:
-            numbers[word] = sum(old < values[word] for old in stay)
+            first_layers_that_stay = [old for old in remaining if old < values[word]]
+            numbers[word] = len(first_layers_that_stay)
 
-    # A list of another meaning may have as many entries by chance. So lists are tried whose words name layers only.
+    # First all lists that have an entry for each layer. One of another meaning may have as many entries by chance, so
+    # those whose word names layers, such as "layer_types", are tried alone afterwards.
     for part_of_word in ("", "layer"):
-        entries = {
-            word: [entry[index] for index in stay]
-            for word, entry in lists.items()
-            if len(entry) == total and part_of_word in word and word not in numbers
-        }
+        entries = dict[str, Any]()
+        for word, of_all_layers in lists.items():
+            has_entry_for_each_layer = len(of_all_layers) == total
+            if has_entry_for_each_layer and part_of_word in word and word not in numbers:
+                entries[word] = [of_all_layers[index] for index in remaining]
         for word in _NUM_LAYERS:
             if hasattr(config, word):
-                yield entries | numbers | {word: len(stay)}
+                yield entries | numbers | {word: len(remaining)}
 
 
 def _require_described_tensors(outline: ModelOutline, plan: Shrinking) -> None:
-    """Refuse a plan if its tensors would not have the names and shapes of those of its smaller model."""
+    """Refuse a plan if its tensors would not have the names and shapes of those of its smaller model.
+
+    `outline.shapes` are the shapes of the model as it is; `plan.model` is the smaller one. Both are only read.
+    """
     shrunk = dict[str, tuple[int, ...]]()
     for name, shape in outline.shapes.items():
         new_name = plan.new_name(name)
@@ -226,8 +286,9 @@ def _require_described_tensors(outline: ModelOutline, plan: Shrinking) -> None:
             continue
         part = plan.part_of(name)
         if part is not None:
+            first_groups = range(plan.num_kept[part.name])  # any groups have the same shape
             tensor = torch.empty(shape, device="meta")
-            shape = tuple(part.shrink(name, tensor, range(plan.counts[part.name])).shape)
+            shape = tuple(part.shrink(name, tensor, first_groups).shape)
         shrunk[new_name] = shape
 
     described = shapes_of(plan.model)
@@ -241,10 +302,12 @@ def _require_described_tensors(outline: ModelOutline, plan: Shrinking) -> None:
 def _changed_attributes(
     dense: PreTrainedModel, plan: Shrinking, total: int
 ) -> dict[str, dict[str, Any]]:
-    """Find the attributes of modules that differ in the smaller model (`Shrinking.attributes`).
+    """Find the attributes of modules that differ in the smaller model, with their values there.
 
-    Only sizes that shrink as parts do, numbers of layers, and lists with an entry for each of `total` layers may
-    differ, and no module may change its class. Otherwise a ValueError says which attribute or module does.
+    They are by the name of the module in the model, then of the attribute. Only sizes that shrink as parts do, numbers
+    of layers, and lists with an entry for each of `total` layers may differ, and no module may change its class.
+    Otherwise a ValueError says which attribute or module does. `dense` is the model as it is, without weights; it and
+    `plan.model`, the smaller one, are only read.
     """
     small_modules = dict(plan.model.named_modules())
     attributes = dict[str, dict[str, Any]]()
@@ -275,16 +338,21 @@ def _changed_attributes(
 
 
 def _may_become(word: str, old: Any, new: Any, plan: Shrinking, total: int) -> bool:
-    """Tell whether a smaller model explains that the attribute `word` of a module is `new` instead of `old`."""
+    """Tell whether the attribute `word` of a module may be `new` instead of `old` in the smaller model of `plan`.
+
+    `total` is the number of decoder layers of the model as it is; `plan.layers` are the numbers of those that stay.
+    """
     names_layers = "layer" in word
     if type(old) is not int or type(new) is not int:
         has_entry_for_each_layer = names_layers and type(old) is list and len(old) == total
         return has_entry_for_each_layer and new == [old[index] for index in plan.layers]
 
-    if (old, new) == (total, len(plan.layers)):
+    counts_layers = old == total and new == len(plan.layers)
+    if counts_layers:
         return True
     is_number_of_layer = names_layers or "idx" in word
     if is_number_of_layer and old in plan.layers and new == plan.layers.index(old):
         return True
-    shares_kept = {Fraction(plan.counts[name], part.groups) for name, part in plan.parts.items()}
+    # a size that shrinks in proportion with one of the parts
+    shares_kept = {Fraction(plan.num_kept[name], part.groups) for name, part in plan.parts.items()}
     return old != 0 and Fraction(new, old) in shares_kept

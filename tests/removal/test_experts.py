@@ -144,7 +144,7 @@ def test_padding_counts_in_no_half_of_a_sequence(side):
         for hidden in entering:
             wanted.append(torch.zeros_like(hidden))
         mixture = SmallerMixture(experts, activations, entering, wanted)
-        halves = mixture._halves(0)
+        halves = mixture._problems_of_halves(0)
         found.append([problem.statistics.num_tokens for problem in halves])
     assert found[0] == found[1]
 

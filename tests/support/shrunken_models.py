@@ -32,7 +32,9 @@ def some_groups(plan, seed=3):
     """As many groups of every part as planned, at random."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: sorted(torch.randperm(part.groups, generator=generator)[: plan.counts[name]].tolist())
+        name: sorted(
+            torch.randperm(part.groups, generator=generator)[: plan.num_kept[name]].tolist()
+        )
         for name, part in plan.parts.items()
     }
 
