@@ -260,7 +260,7 @@ class Estimate:
         if calibration is not None:
             self.calibration = calibration
         elif self.too_large_to_write:
-            self.calibration = usual_texts()[1]
+            self.calibration = usual_texts().to_calibrate_on
         else:
             self.calibration = "self"
 

@@ -40,11 +40,18 @@ class TokensRemoval:
                 f"pattern={text!r}: remove tokens first, in a run of its own, and then the other parts."
             )
 
+        share: float | None = None
+        multiple_of: int | None = None
         match = _TEXT.fullmatch(text)
-        share = None if match is None or match[1] is None else float(match[1])
-        multiple_of = None if match is None or match[2] is None else int(match[2])
-        is_possible = match is not None and multiple_of != 0 and (share is None or 0 < share < 1)
-        if not is_possible:
+        if match is not None:
+            share_text, multiple_text = match.groups()
+            if share_text is not None:
+                share = float(share_text)
+            if multiple_text is not None:
+                multiple_of = int(multiple_text)
+
+        is_share = share is None or 0 < share < 1
+        if match is None or not is_share or multiple_of == 0:
             raise ValueError(
                 f"pattern={text!r}: pass a share of the tokens in (0, 1) and a multiple of at least 1, such as "
                 "'vocab:0.25' or 'vocab:0.25/64', or 'vocab:unused'."
@@ -53,7 +60,10 @@ class TokensRemoval:
 
     @classmethod
     def keeping(cls, num_kept: int, number: int) -> Self:
-        """Make the request that leaves `num_kept` of `number` tokens, a multiple of 64, in as few digits as say it."""
+        """Make the request that leaves `num_kept` of `number` tokens, with a share of as few digits as possible.
+
+        `num_kept` has to be a multiple of `step(number)`, which is 64 for more than 64 tokens.
+        """
         exact = 1 - num_kept / number  # may need 17 digits
         for digits in range(2, 9):
             request = cls(round(exact, digits))
@@ -68,23 +78,25 @@ class TokensRemoval:
         return f"vocab:{share}{multiple}"
 
     def step(self, number: int) -> int:
-        """The divisor of the number of tokens that stay of `number`."""
+        """Return what the number of tokens that stay is a multiple of, if the model has `number` tokens."""
         if self.multiple_of is not None:
             return self.multiple_of
         return _USUAL_MULTIPLE if number > _USUAL_MULTIPLE else 1
 
     def num_kept(self, number: int) -> int:
         """Count the tokens that stay of `number`, for a request with a share; ValueError if none or all would stay."""
-        step, num_kept = self.step(number), self._nearest(number)
+        step = self.step(number)
+        num_kept = self._nearest(number)
+        most = (number - 1) // step * step  # the largest multiple that is not all
         if not 1 <= num_kept < number:
             raise ValueError(
                 f"pattern={str(self)!r}: {num_kept} of {number} tokens would stay (a multiple of {step}); pass a "
-                f"share for which {step} to {(number - 1) // step * step} stay."
+                f"share for which {step} to {most} stay."
             )
         return num_kept
 
     def _nearest(self, number: int) -> int:
-        """The multiple of the step that is nearest to what the share leaves of `number`: possibly 0 or all."""
+        """The multiple of the step that is nearest to what the share leaves of `number` tokens: possibly 0 or all."""
         assert self.share is not None
         step = self.step(number)
         return step * round((1 - self.share) * number / step)

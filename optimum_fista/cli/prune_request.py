@@ -56,7 +56,7 @@ class PruneRequest:
             )
         sources = tuple(arguments.calibration or ())
         if not sources and config.tokens_removal is not None:
-            sources = (usual_texts()[1],)
+            sources = (usual_texts().to_calibrate_on,)
         return cls(
             model=arguments.model,
             config=config,

@@ -1,7 +1,9 @@
 """`prune --target-size`: what to remove for a given size, by docs/should-you-prune.md: tokens first, then channels.
 
-`plan_size` decides it before anything is written. If tokens are not enough, there are two runs: `remove_first` writes
-the model with fewer tokens into a folder of its own, and an ordinary run removes channels from that.
+`plan_size` decides it before anything is written, and makes a `SizePlan`. If tokens are not enough, there are two runs:
+`remove_first` writes the model with fewer tokens into a folder of its own, and an ordinary run removes channels from
+that. A *channel* is a hidden unit of the MLPs: a column of the down projection with the rows that compute its input. A
+`TokensPlan` is a model's files with fewer tokens, planned, but not yet written.
 """
 
 import argparse
@@ -44,17 +46,21 @@ class SizePlan:
     dense_parameters: int  # of the model as it is
     tokens: TokensPlan | None  # removed first; None: no token is removed
     channels: PartShare | None  # removed in an ordinary run after that; None: tokens are enough
-    num_parameters: int  # that are left in the end
+    num_parameters: int  # that the model has in the end
 
     def lines(self) -> Iterator[str]:
-        """Say what is removed, and what is left after each step."""
+        """Yield one line for people for each step: what it removes, and how many parameters are left after it.
+
+        `self.tokens` is the plan of the first step, and `self.channels` the share of the second; either may be `None`.
+        """
         if self.tokens is not None:
             model = self.tokens.report.model
-            kept, before = model["vocabulary"]["kept"], model["vocabulary"]["before"]
+            before = model["vocabulary"]["before"]
+            num_removed = before - model["vocabulary"]["kept"]
             pattern = self.tokens.report.config["pattern"]
             how_often = "never" if pattern == "vocab:unused" else "rarely or never"
             yield (
-                f"{pattern}: {before - kept:,} of {before:,} tokens, which the text {how_often} has, go first; "
+                f"{pattern}: {num_removed:,} of {before:,} tokens, which the text {how_often} has, go first; "
                 f"{self._parameters(model['num_parameters'])}"
             )
         if self.channels is not None:
@@ -62,17 +68,21 @@ class SizePlan:
             yield f"{then}{self.channels}: {self._parameters(self.num_parameters)}"
 
     def second_run(self, arguments: argparse.Namespace) -> argparse.Namespace:
-        """The arguments of the ordinary run that removes the channels, by those of the whole command.
+        """Return a copy of the arguments of the whole command, for the ordinary run that removes the channels.
 
-        It keeps the first source of text only, and says nothing of tokens.
+        It has the pattern of the channels, only the first source of text, and no tokens to keep.
         """
-        changed = {"pattern": str(self.channels), "keep_tokens": None}
         sources = arguments.calibration
         if sources is None:
-            sources = [usual_texts()[1]]
+            sources = [usual_texts().to_calibrate_on]
         elif "self" not in sources:  # with others beside it, that is an error of the ordinary run
             sources = sources[:1]
-        return argparse.Namespace(**{**vars(arguments), **changed, "calibration": sources})
+
+        second = argparse.Namespace(**vars(arguments))
+        second.pattern = str(self.channels)
+        second.keep_tokens = None
+        second.calibration = sources
+        return second
 
     def _parameters(self, number: int) -> str:
         """Say how many parameters are left, and which share of all that is."""
@@ -82,12 +92,15 @@ class SizePlan:
 def plan_size(arguments: argparse.Namespace) -> SizePlan:
     """Choose what is removed until `--target-size` of the parameters is left, and count tokens for that.
 
-    `arguments` are those of `prune`, and stay as they are. Tokens that the text does not use go first. If no token can
-    be removed, a line on standard error says why, and channels alone go. ValueError if the size can't be reached.
+    `arguments` are those of `prune`, and stay as they are. Writes no model, but downloads the files of a Hub id into
+    the cache. Tokens that the text does not use are removed first. If no token can be removed, a line on standard error
+    says why, and only channels are removed. ValueError if the size can't be reached.
     """
-    wanted = arguments.target_size
+    target_share = arguments.target_size  # of the parameters, in (0, 1)
     _require_flags(arguments)
-    sources = arguments.calibration or [usual_texts()[1]]
+    sources = arguments.calibration
+    if not sources:
+        sources = [usual_texts().to_calibrate_on]
     # Errors of the files are errors of the command; those below only mean that no token can be removed.
     texts = [load_text(source, "calibration") for source in sources if source != "self"]
     try:
@@ -99,33 +112,53 @@ def plan_size(arguments: argparse.Namespace) -> SizePlan:
         print(f"no token is removed: {error}", file=sys.stderr)
         model = loading.described(loading.read_config(arguments.model))
         dense_parameters = model.num_parameters()
-        channels, num_parameters = _channels(model, wanted * dense_parameters, wanted)
-        return SizePlan(dense_parameters, None, channels, num_parameters)
+        channels, num_parameters = _channels(model, target_share * dense_parameters, target_share)
+        return SizePlan(
+            dense_parameters=dense_parameters,
+            tokens=None,
+            channels=channels,
+            num_parameters=num_parameters,
+        )
 
     dense_parameters = counted.model.num_parameters()
-    most = wanted * dense_parameters
+    most = target_share * dense_parameters
     if tokens.model.num_parameters() <= most:
         pattern = _fewer_tokens(tokens, most)
         enough = FistaPruningConfig(pattern=pattern, keep_tokens=keep)
         tokens = plan_counted(counted, enough)
-        return SizePlan(dense_parameters, tokens, None, tokens.model.num_parameters())
-    channels, num_parameters = _channels(tokens.model, most, wanted)
-    return SizePlan(dense_parameters, tokens, channels, num_parameters)
+        return SizePlan(
+            dense_parameters=dense_parameters,
+            tokens=tokens,
+            channels=None,
+            num_parameters=tokens.model.num_parameters(),
+        )
+    channels, num_parameters = _channels(tokens.model, most, target_share)
+    return SizePlan(
+        dense_parameters=dense_parameters,
+        tokens=tokens,
+        channels=channels,
+        num_parameters=num_parameters,
+    )
 
 
 def remove_first(plan: TokensPlan, folder: Path, *, device: str | None, overwrite: bool) -> None:
     """Write the folder of the model with fewer tokens, and say what that costs on standard error.
 
-    A folder of an earlier start of the same run is replaced, with `overwrite` also one of other tokens of the same
-    pattern; a folder of another run is refused. `device` computes the loss.
+    A folder of an earlier start of the same run is replaced. With `overwrite`, a folder of another run of the same
+    pattern is replaced, too. Any other folder is refused. `device` computes the loss; `None`: the accelerator if there
+    is one. Adds the loss and the seconds to the report of `plan`.
     """
     if (folder / REPORT_FILE).exists():
-        there, planned = vars(read_report(folder)), vars(plan.report)
-        is_same = all(
-            there[name] == planned[name] for name in ("config", "calibration", "model", "retrained")
+        earlier = read_report(folder)
+        planned = plan.report
+        is_same_run = (
+            earlier.config == planned.config
+            and earlier.calibration == planned.calibration
+            and earlier.model == planned.model
+            and earlier.retrained == planned.retrained
         )
-        has_same_pattern = there["config"]["pattern"] == planned["config"]["pattern"]
-        overwrite = is_same or (overwrite and has_same_pattern)
+        has_same_pattern = earlier.config["pattern"] == planned.config["pattern"]
+        overwrite = is_same_run or (overwrite and has_same_pattern)
     report = write_plan(
         plan,
         folder,
@@ -138,9 +171,14 @@ def remove_first(plan: TokensPlan, folder: Path, *, device: str | None, overwrit
 
 
 def _require_flags(arguments: argparse.Namespace) -> None:
-    """Refuse flags that make no sense with `--target-size`, and an output that can't be written."""
-    for other in {"sparsity", "pattern"} & set(given(arguments, PruningOptions)):
-        raise ValueError(f"--target-size says what goes: pass it without --{other}.")
+    """Refuse flags that make no sense with `--target-size`, and an output that can't be written.
+
+    Raises ValueError, or an error of `require_output`, such as FileExistsError. `arguments` are those of `prune`.
+    """
+    given_options = given(arguments, PruningOptions)
+    for other in ("sparsity", "pattern"):
+        if other in given_options:
+            raise ValueError(f"--target-size says what is removed: pass it without --{other}.")
     if not 0 < arguments.target_size < 1:
         raise ValueError(
             f"--target-size {arguments.target_size:g}: pass the share of the parameters that is to be left, in (0, 1)."
@@ -154,15 +192,22 @@ def _require_flags(arguments: argparse.Namespace) -> None:
 
 
 def _count(model: str, sources: list[str], texts: list[TextSource]) -> CountedModel:
-    """Count the tokens of texts; `sources` are their names, among which "self" is refused."""
+    """Count the tokens of texts; downloads the weights of a Hub id.
+
+    `model` is a folder or a Hub id. `sources` are the names of the texts, such as "c4"; "self" among them is refused.
+    """
     if "self" in sources:
         raise ValueError("a model's own text is too short to tell which tokens are rare")
     documents = (document for text in texts for document in text.documents)
-    return count_model(model, documents, text_name=", ".join(map(public_name, sources)))
+    text_name = ", ".join(map(public_name, sources))
+    return count_model(model, documents, text_name=text_name)
 
 
 def _fewer_tokens(tokens: TokensPlan, most: float) -> str:
-    """The pattern that removes as few tokens as leave at most `most` parameters; `tokens` removes more than that."""
+    """The pattern, such as "vocab:0.35", that removes as few tokens as leave at most `most` parameters.
+
+    `tokens` is a plan for the same model that removes enough tokens, or more.
+    """
     model = tokens.report.model
     num_rows = model["vocabulary"]["before"]
     num_removed = num_rows - model["vocabulary"]["kept"]
@@ -170,33 +215,39 @@ def _fewer_tokens(tokens: TokensPlan, most: float) -> str:
     per_token = (dense_parameters - model["num_parameters"]) / num_removed
 
     step = TokensRemoval(share=None).step(num_rows)
-    num_kept = math.floor((num_rows - (dense_parameters - most) / per_token) / step) * step
+    most_kept = num_rows - (dense_parameters - most) / per_token
+    num_kept = math.floor(most_kept / step) * step
     return str(TokensRemoval.keeping(num_kept, num_rows))
 
 
-def _channels(model: PreTrainedModel, most: float, wanted: float) -> tuple[PartShare, int]:
+def _channels(model: PreTrainedModel, most: float, target_share: float) -> tuple[PartShare, int]:
     """The share of the channels to remove, so that at most `most` parameters are left, and how many are left then.
 
-    `model` is without weights; its shared tensors count once. `wanted` is the share of `--target-size`, for the error.
+    `model` is without weights, and only read; its shared tensors count once. `target_share` is that of `--target-size`,
+    for the ValueError that so few parameters can't be reached.
     """
-    parts = ModelOutline(find_decoder_layers(model)).parts("channels")
+    mlps = ModelOutline(find_decoder_layers(model)).parts("channels")
+    num_channels = mlps.groups  # of each MLP
     tensors = dict(model.named_parameters())
     num_parameters = sum(tensor.numel() for tensor in tensors.values())
-    in_channels = sum(
-        tensors[name].numel() for part in parts.parts for name in part.tensors if name in tensors
-    )
-    per_channel = in_channels / parts.groups  # in all decoder layers together
+    num_in_channels = 0  # parameters that belong to a channel
+    for mlp in mlps.parts:
+        num_in_channels += sum(tensors[name].numel() for name in mlp.tensors if name in tensors)
+    per_channel = num_in_channels / num_channels  # in all decoder layers together
 
-    step = PartShare.usual_step("channels", parts.groups)
-    least = math.ceil(parts.at_least / step) * step
-    fitting = math.floor((parts.groups - (num_parameters - most) / per_channel) / step) * step
-    num_kept = min(fitting, (parts.groups - 1) // step * step)
+    # the numbers of channels that may stay are multiples of `step`
+    step = PartShare.usual_step("channels", num_channels)
+    least = math.ceil(mlps.at_least / step) * step
+    fitting = math.floor((num_channels - (num_parameters - most) / per_channel) / step) * step
+    most_kept = (num_channels - 1) // step * step  # a run has to remove some
+    num_kept = min(fitting, most_kept)
     if num_kept < least:
-        smallest = num_parameters - (parts.groups - least) * per_channel
-        possible = math.ceil(1e4 * smallest * wanted / most) / 1e4
+        smallest = num_parameters - (num_channels - least) * per_channel
+        # of the dense model's parameters, which are `most / target_share`; rounded up to four digits
+        possible_share = math.ceil(1e4 * smallest * target_share / most) / 1e4
         raise ValueError(
-            f"--target-size {wanted:g}: {possible:g} of the parameters are left if {least} of {parts.groups} channels "
-            "stay in every decoder layer: pass at least that."
+            f"--target-size {target_share:g}: {possible_share:g} of the parameters are left if {least} of "
+            f"{num_channels} channels stay in every decoder layer: pass at least that."
         )
-    remaining = num_parameters - (parts.groups - num_kept) * per_channel
-    return PartShare.keeping("channels", num_kept, parts.groups), round(remaining)
+    remaining = num_parameters - (num_channels - num_kept) * per_channel
+    return PartShare.keeping("channels", num_kept, num_channels), round(remaining)

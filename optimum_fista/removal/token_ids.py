@@ -2,7 +2,7 @@
 
 Ids stand in the configuration of the model and of its parts (`eos_token_id`), in those of generation, tokenizer and
 processor (`*_config.json`), and in what a chat template writes. A smaller vocabulary keeps all tokens that are named
-there, and gives them new ids.
+there, and gives them new ids. `new_ids` has the new id of each token that stays, by its old id.
 """
 
 import re
@@ -31,11 +31,15 @@ _MOST_STEPS = 1_000_000
 
 
 def sections(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    """A model's configuration and those in it, without those of other vocabularies, such as that of a codec."""
+    """A model's configuration and those in it, without those of other vocabularies, such as that of a codec.
+
+    They are the objects themselves, not copies: who changes them changes the configuration.
+    """
     size = config.get_text_config(decoder=True).vocab_size
     same_vocabulary = list[PreTrainedConfig]()
     waiting = [config]
-    for section in waiting:  # which grows in the loop
+    while waiting:
+        section = waiting.pop(0)
         if section is config or getattr(section, "vocab_size", size) == size:
             same_vocabulary.append(section)
         waiting += [
@@ -58,17 +62,24 @@ def ids_in(values: Mapping[str, Any]) -> set[int]:
         ids.add(index)
         return index
 
-    _replaced(values, note, are_ids=False)
+    _replaced(
+        values, note, are_ids=False
+    )  # `note` is called with each id, and the result is not needed
     return ids
 
 
 def renumbered(values: Mapping[str, Any], new_ids: Mapping[int, int]) -> dict[str, Any]:
-    """JSON values with the new ids of tokens; numbers that have no new id stay, such as -1.
+    """A copy of JSON values with the new ids of tokens; numbers that have no new id stay, such as -1.
 
     Entries of tokens that are gone are left out of lists and maps of tokens (`added_tokens_decoder`,
     `forced_decoder_ids`, `lang_to_id`, `task_to_id`).
     """
-    changed: dict[str, Any] = _replaced(values, lambda index: new_ids.get(index, index), False)
+
+    def new_id(index: int) -> int:
+        """The new id of a token; a number that has none stays."""
+        return new_ids.get(index, index)
+
+    changed: dict[str, Any] = _replaced(values, new_id, are_ids=False)
     if values.get("added_tokens_decoder"):
         changed["added_tokens_decoder"] = {
             str(new_ids[int(old)]): token
@@ -90,20 +101,29 @@ def renumbered(values: Mapping[str, Any], new_ids: Mapping[int, int]) -> dict[st
 
 
 def _replaced(value: Any, change: Callable[[int], int], are_ids: bool) -> Any:
-    """Replace all ids of tokens in JSON values by what `change` returns; `are_ids`: the numbers in `value` are ids."""
+    """Copy a JSON value, and replace all ids of tokens in it by what `change` returns of them.
+
+    `are_ids`: the numbers in `value` are ids, because the key to which it belongs says so.
+    """
     if isinstance(value, dict):
         return {key: _replaced_at(key, inner, change, are_ids) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_replaced(inner, change, are_ids) for inner in value)
-    return change(value) if are_ids and type(value) is int else value
+    is_number = type(value) is int  # and not bool
+    if are_ids and is_number:
+        return change(value)
+    return value
 
 
 def _replaced_at(key: Any, value: Any, change: Callable[[int], int], are_ids: bool) -> Any:
-    """Replace the ids in the value of a key of a JSON object; see `_replaced`."""
+    """Copy the value of a key of a JSON object, and replace the ids in it by what `change` returns of them.
+
+    `key` says which numbers are ids, unless all are by a key around it (`are_ids`).
+    """
     if key == _PAIRS_WITH_IDS and isinstance(value, list | tuple):
-        return [[position, _replaced(index, change, True)] for position, index in value]
-    names_ids = key in _MAPS_TO_IDS or _KEYS_OF_IDS.fullmatch(str(key)) is not None
-    return _replaced(value, change, are_ids or names_ids)
+        return [[position, _replaced(index, change, are_ids=True)] for position, index in value]
+    is_key_of_ids = key in _MAPS_TO_IDS or _KEYS_OF_IDS.fullmatch(str(key)) is not None
+    return _replaced(value, change, are_ids=are_ids or is_key_of_ids)
 
 
 class ChatTemplateError(ValueError):
@@ -114,7 +134,7 @@ def ids_of_chat_template(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids of all tokens that a tokenizer's chat template writes around messages; none if there is no template.
 
     A template is code of other people. One that refuses these messages counts for nothing; `ChatTemplateError` if it
-    runs on after `_MOST_STEPS` lines.
+    runs on after `_MOST_STEPS` lines. Changes nothing that lasts.
     """
     ids = set[int]()
     for roles in (("system", "user", "assistant"), ("user", "assistant")):

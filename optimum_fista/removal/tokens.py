@@ -2,12 +2,15 @@
 
 `remove_tokens` makes such a run: `count_model` counts tokens on a text, `plan_counted` decides which stay,
 `TokensPlan.measure` measures on text that was held out of the counting what that costs, and `TokensPlan.write` writes
-the smaller model. No decoder layer is pruned: the tokens that stay decide the rows of the embedding and the head that
-stay, and all other tensors are copied from file to file as they are stored. Two models without weights, with the old
-and the new number of tokens, show which tensors have an entry for each token.
+the smaller model. `write_plan` does both, in an output folder that is locked. No decoder layer is pruned: the tokens
+that stay decide the rows of the embedding and the head that stay, and all other tensors are copied from file to file as
+they are stored. Two models without weights, with the old and the new number of tokens, show which tensors have an entry
+for each token.
 
 A *row* is one of the embedding: most rows belong to a token, and some models have more rows than tokens. An *id* is the
-number of a token and of its row; `new_ids` has the new id of each row that stays, by its old id.
+number of a token and of its row; `new_ids` has the new id of each row that stays, by its old id. A model *without
+weights* is on the meta device, with the shapes and the configuration only. *Pieces* are held-out texts: strings that no
+token is counted on.
 """
 
 from __future__ import annotations
@@ -93,9 +96,11 @@ def remove_tokens(
 ) -> PruningReport:
     """Remove tokens from a model's files, write the smaller model to `output_dir`, and return the report.
 
+    Downloads the weights of a Hub id into the cache. `output_dir` is locked against other runs from start to end.
+
     Args:
         name: The dense model: a folder or a Hub id. It is only read.
-        texts: Texts on which tokens are counted, or batches of ids (see `plan_tokens`).
+        texts: Texts on which tokens are counted, or batches of ids (see `count_model`). They are read once.
         output_dir: The new folder. Nothing is written there before all of it is ready.
         config: Its `pattern` says what is removed, such as "vocab:0.35".
         text_name: Name of the texts, for the report.
@@ -109,7 +114,8 @@ def remove_tokens(
     with locked_output(output_dir):
         plan = plan_tokens(name, texts, config, text_name=text_name, progress=progress)
         stored_dtype = plan.report.model["dtype"]
-        if str(dtype).removeprefix("torch.") not in ("auto", stored_dtype):
+        asked_dtype = str(dtype).removeprefix("torch.")  # "auto", or a name such as "bfloat16"
+        if asked_dtype not in ("auto", stored_dtype):
             plan.report.warn(
                 f"dtype={dtype} is not used: tensors are copied as they are stored ({stored_dtype})."
             )
@@ -135,9 +141,12 @@ def write_plan(
 ) -> PruningReport:
     """Measure what a plan costs, and write its smaller model to `output_dir`; returns the plan's report.
 
-    `started` is when the run began, by `time.perf_counter`; the other arguments are those of `remove_tokens`.
+    Changes that report (bits per byte, seconds, warnings) and the configuration of `plan.model`, which gets a summary
+    of the run. `started` is when the run began, by `time.perf_counter`; the other arguments are those of
+    `remove_tokens`.
     """
     with locked_output(output_dir) as unfinished:
+        # if this process is killed, the next run on `output_dir` deletes the temporary files in this folder
         plan.measure(unfinished / FOLDER, device, progress)
         with new_output(output_dir, overwrite, plan.source) as folder:
             plan.write(folder, started, progress)
@@ -163,7 +172,8 @@ class TokensPlan:
     def measure(self, offload_parent: Path, device: str | None, progress: bool) -> None:
         """Add bits per byte of the held-out text, with all tokens and with those that stay, to the report.
 
-        If they can't be measured, a warning of the report says why. `offload_parent` is a folder for temporary files.
+        If they can't be measured, a warning of the report says why. `self.held_out` are pieces of text that no token
+        was counted on. `offload_parent` is an existing folder; the files that are written there are deleted again.
         """
         if not self.held_out:
             self.report.warn(
@@ -171,18 +181,16 @@ class TokensPlan:
                 'characters of it, or batches with "held_out".'
             )
             return
-        tokenizers = [
-            Tokenizer.from_str(json.dumps(content))
-            for content in (self.dense_tokenizer, self.tokenizer)
-        ]
+        dense_tokenizer = Tokenizer.from_str(json.dumps(self.dense_tokenizer))
+        smaller_tokenizer = Tokenizer.from_str(json.dumps(self.tokenizer))
         try:
             with tempfile.TemporaryDirectory(prefix="offload-", dir=offload_parent) as offload:
                 numbers = measure_bits_per_byte(
                     self.name,
                     self.held_out,
-                    dense_tokenizer=tokenizers[0],
-                    smaller_tokenizer=tokenizers[1],
-                    kept=torch.tensor([*self.new_ids]),
+                    dense_tokenizer=dense_tokenizer,
+                    smaller_tokenizer=smaller_tokenizer,
+                    kept=torch.tensor(list(self.new_ids)),
                     bos=self.first_token,
                     offload_folder=Path(offload),
                     device=device,
@@ -199,18 +207,21 @@ class TokensPlan:
     def write(self, folder: Path, started: float, progress: bool) -> None:
         """Write all files of the smaller model into an unfinished, empty folder.
 
-        Adds the seconds since `started` (by `time.perf_counter`) to the report.
+        Adds the seconds since `started` (by `time.perf_counter`) to the report, and a summary of the run to the
+        configuration of `self.model`. `self.source` is the folder of the dense model, which is only read.
         """
-        copy_source(self.source, folder)
+        copy_source(self.source, folder)  # all files but weights and what a run writes
         self._write_tokenizer(folder)
         self._write_weights(folder, progress)
         self.report.seconds["total"] = time.perf_counter() - started
+
+        _, masks = unchanged_masks(self.source)  # of an earlier run that set weights to zero
         write_all_but_weights(
             folder,
             self.model,
             tokenizer=None,
             report=self.report,
-            masks=unchanged_masks(self.source)[1],
+            masks=masks,
             packed=None,
             quantized=self.quantized,
         )
@@ -219,7 +230,8 @@ class TokensPlan:
     def _write_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer and the configurations beside that of the model, and delete the old tokenizer's files.
 
-        ValueError if Transformers loads the new tokenizer with other ids.
+        `folder` is the unfinished folder, which has copies of the dense model's files; `self.tokenizer` is the content
+        of the new tokenizer.json. ValueError if Transformers loads the new tokenizer with other ids.
         """
         for file in list(folder.iterdir()):
             if _OLD_TOKENIZER.fullmatch(file.name):
@@ -231,13 +243,14 @@ class TokensPlan:
         content = json.dumps(self.tokenizer, indent=2, ensure_ascii=False)
         write_file(folder / "tokenizer.json", content)
 
-        with loading.reading(str(folder)):
+        with loading.reading(str(folder)):  # which makes errors name the folder
             loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         vocabulary = loaded.get_vocab()
-        largest = max(vocabulary, key=vocabulary.__getitem__)
-        if vocabulary[largest] >= len(self.new_ids):
+        last_token = max(vocabulary, key=vocabulary.__getitem__)
+        last_id = vocabulary[last_token]
+        if last_id >= len(self.new_ids):
             raise ValueError(
-                f"model={str(self.source)!r}: Transformers gives the token {largest!r} the id {vocabulary[largest]}, "
+                f"model={str(self.source)!r}: Transformers gives the token {last_token!r} the id {last_id}, "
                 f"and the smaller embedding would have {len(self.new_ids)} rows, so no token can be removed. Check the "
                 "added tokens in its tokenizer_config.json."
             )
@@ -248,35 +261,49 @@ class TokensPlan:
             )
 
     def _write_weights(self, folder: Path, progress: bool) -> None:
-        """Write the tensors to files with the names of the source's, and an index if there are several."""
-        shards = dict[str, str]()
+        """Write the tensors to files with the names of the source's, and an index if there are several.
+
+        `self.stored` has all tensors of the result, by name; their values are read from the source file by file.
+        Tensors of other files than safetensors go to "model.safetensors".
+        """
+        files_of_source = dict[
+            str, str
+        ]()  # name of the file that has a tensor, by the tensor's name
         for file in weight_files(self.source):
             if file.suffix == ".safetensors":
-                shards |= dict.fromkeys(names_in(file), file.name)
-        weight_map = {name: shards.get(name, "model.safetensors") for name in self.stored}
+                files_of_source |= dict.fromkeys(names_in(file), file.name)
+        weight_map = {name: files_of_source.get(name, "model.safetensors") for name in self.stored}
 
-        names = sorted({*weight_map.values()})
-        for shard in tqdm(names, desc="Writing weights", unit="file", disable=not progress):
-            write_stored(
-                folder / shard,
-                {name: tensor for name, tensor in self.stored.items() if weight_map[name] == shard},
-            )
-        if names != ["model.safetensors"]:
+        file_names = sorted(set(weight_map.values()))
+        for file_name in tqdm(
+            file_names, desc="Writing weights", unit="file", disable=not progress
+        ):
+            tensors = {
+                name: tensor
+                for name, tensor in self.stored.items()
+                if weight_map[name] == file_name
+            }
+            write_stored(folder / file_name, tensors)
+        if file_names != ["model.safetensors"]:
             metadata = {"total_parameters": self.model.num_parameters()}
             write_index(folder, "model", weight_map, metadata)
 
     def _write_table(self, folder: Path) -> None:
-        """Write which rows of the first dense model stay; the source's table is continued if it has one."""
-        kept = [*self.new_ids]
-        table: dict[str, Any] = {
-            "kept": kept,
-            "num_tokens": self.report.model["vocabulary"]["before"],
-        }
-        earlier = checkpoint.kept_tokens(self.source)
-        # else somebody has resized the embedding since
-        if earlier is not None and len(earlier) == table["num_tokens"]:
+        """Write which rows of the first dense model stay; the source's table is continued if it has one.
+
+        The table's "kept" has the id in the first model of each row of the result, its "num_tokens" the number of rows
+        of the first model.
+        """
+        old_ids = list(self.new_ids)  # in the order of their new rows
+        num_rows = self.report.model["vocabulary"]["before"]
+        table: dict[str, Any] = {"kept": old_ids, "num_tokens": num_rows}
+
+        earlier = checkpoint.kept_tokens(self.source)  # None if no run has removed tokens before
+        # otherwise somebody has resized the embedding since the earlier run
+        is_of_this_embedding = earlier is not None and len(earlier) == num_rows
+        if earlier is not None and is_of_this_embedding:
             table = read_json(self.source / checkpoint.VOCABULARY_FILE)
-            table["kept"] = earlier[kept].tolist()  # ids of the first model
+            table["kept"] = earlier[old_ids].tolist()  # ids of the first model
         write_file(folder / checkpoint.VOCABULARY_FILE, json.dumps(table) + "\n")
 
 
@@ -304,7 +331,10 @@ def plan_tokens(
     text_name: str | None,
     progress: bool = True,
 ) -> TokensPlan:
-    """Count tokens of texts, and plan what changes in a model's files; see `count_model` and `plan_counted`."""
+    """Count tokens of texts, and plan what changes in a model's files; see `count_model` and `plan_counted`.
+
+    Downloads the weights of a Hub id into the cache; writes no other file.
+    """
     counted = count_model(name, texts, text_name=text_name, progress=progress)
     return plan_counted(counted, config)
 
@@ -318,7 +348,8 @@ def count_model(
 
     Args:
         name: The dense model: a folder or a Hub id.
-        texts: Texts, or batches of ids as `FistaPruner.prune` takes them. A batch with `held_out` is not counted.
+        texts: Strings, or batches of ids as `FistaPruner.prune` takes them: tensors int64 [batch, tokens], or
+            dictionaries with "input_ids". A batch with `held_out` is not counted. They are read once.
         text_name: Name of the texts, for the report.
         progress: Show a progress bar.
 
@@ -345,26 +376,29 @@ def count_model(
 
 
 def plan_counted(counted: CountedModel, config: FistaPruningConfig) -> TokensPlan:
-    """Decide which tokens stay, and plan what changes in the model's files; changes nothing.
+    """Decide which tokens stay, and plan what changes in the model's files.
 
+    Changes nothing of `counted` and writes no file; warnings go to the report of the plan, and are issued.
     `config.pattern` says what is removed, such as "vocab:0.35". ValueError if the pattern does not fit the model.
     """
     request = config.tokens_removal
     assert request is not None
-    tokenizer, folder = counted.tokenizer, counted.folder
+    tokenizer = counted.tokenizer
+    folder = counted.folder
     num_rows = len(counted.counts)
 
-    tokens = {*tokenizer.get_vocab().values()}
-    named, template_warning = _named_ids(tokenizer, counted.settings, folder)
+    ids_of_tokens = set(tokenizer.get_vocab().values())
+    named_ids, template_warning = _named_ids(tokenizer, counted.settings, folder)
     # Rows of no token that are named, such as a padding id after the last token.
-    spare = sorted(index for index in named - tokens if 0 <= index < num_rows)
-    keep = (named & tokens) | _ids_to_keep(tokenizer, request)
+    spare_rows = sorted(index for index in named_ids - ids_of_tokens if 0 <= index < num_rows)
+    keep = (named_ids & ids_of_tokens) | _ids_to_keep(tokenizer, request)
     content = _tokenizer_content(tokenizer, folder)
-    smaller = _smaller_vocabulary(content, counted.counts, request, keep, num_spare=len(spare))
-    new_ids = {old: new for new, old in enumerate([*smaller.kept.tolist(), *spare])}
+    smaller = _smaller_vocabulary(content, counted.counts, request, keep, num_spare=len(spare_rows))
+    old_ids = smaller.kept.tolist() + spare_rows  # in the order of the new rows
+    new_ids = {old: new for new, old in enumerate(old_ids)}
 
     model = _smaller_model(counted.settings, new_ids, num_rows)
-    kept = torch.tensor([*new_ids])
+    kept = torch.tensor(old_ids)
     stored = _cut(counted.source, counted.model, model, kept)
     _set_dtype(model, counted.settings, stored)
     report = PruningReport(
@@ -380,8 +414,9 @@ def plan_counted(counted: CountedModel, config: FistaPruningConfig) -> TokensPla
     )
     if template_warning:
         report.warn(template_warning)
-    report.carried, _ = unchanged_masks(folder)
-    _warn_of_rows(report, num_rows - len(tokens), counted.settings)
+    report.carried, _ = unchanged_masks(folder)  # operators with zeros of an earlier run
+    num_rows_without_token = num_rows - len(ids_of_tokens)
+    _warn_of_rows(report, num_rows_without_token, counted.settings)
     num_seen = int(counted.counts[kept].count_nonzero())
     if request.share is not None and num_seen < 0.9 * len(kept):
         report.warn(
@@ -416,6 +451,7 @@ def _read_source(name: str) -> tuple[Path, PreTrainedConfig]:
     folder = source_folder(name, revision)
     if not Path(name).is_dir():
         weights = ["model*.safetensors*", "pytorch_model*.bin*"]
+        # `source_folder` has downloaded the other files
         snapshot_download(name, revision=revision, allow_patterns=weights)
     if is_packed(folder):
         raise ValueError(
@@ -427,27 +463,37 @@ def _read_source(name: str) -> tuple[Path, PreTrainedConfig]:
 
 
 def _num_rows(model: PreTrainedModel) -> int:
-    """The number of rows of the embedding and of the head; refuses models with more than one vocabulary."""
-    sizes = {"vocab_size": int(model.config.get_text_config(decoder=True).vocab_size)}
+    """The number of rows of the embedding and of the head; refuses models with more than one vocabulary.
+
+    `model` is without weights, and only read.
+    """
+    vocab_size = int(model.config.get_text_config(decoder=True).vocab_size)
+    sizes = {"vocab_size": vocab_size}  # which all have to be equal
     modules = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
-    others = dict[str, int]()
     for name, module in modules.items():
-        for parameter in () if module is None else module.parameters():
+        if module is None:
+            continue
+        for parameter in module.parameters():
             if parameter.ndim > 1:  # a matrix, not a norm
                 sizes[name] = len(parameter)
+
+    other_vocabularies = dict[str, int]()  # size by the setting that has it
     for section in sections(model.config):
         for key, value in vars(section).items():
-            length = len(value) if isinstance(value, dict | list) else value
+            size = len(value) if isinstance(value, dict | list) else value
             is_other = "vocab" in key and key not in ("vocab_size", "type_vocab_size")
-            if is_other and type(length) is int and length >= _LEAST_VOCABULARY:
-                others[key] = length
+            if is_other and type(size) is int and size >= _LEAST_VOCABULARY:
+                other_vocabularies[key] = size
 
-    if others or len({*sizes.values()}) > 1:
-        shown = ", ".join(f"{name} of {size}" for name, size in {**sizes, **others}.items())
+    have_one_size = len(set(sizes.values())) == 1
+    if other_vocabularies or not have_one_size:
+        shown = ", ".join(
+            f"{name} of {size}" for name, size in {**sizes, **other_vocabularies}.items()
+        )
         raise ValueError(
             f"{type(model).__name__} has more than one vocabulary, so no token can be removed: {shown}."
         )
-    return sizes["vocab_size"]
+    return vocab_size
 
 
 def _count(
@@ -455,7 +501,8 @@ def _count(
 ) -> tuple[Tensor, int, tuple[str, ...]]:
     """Count the tokens of texts and batches, but hold some of them out; `model` is without weights.
 
-    Returns the fields `counts`, `num_texts` and `held_out` of `CountedModel`.
+    Returns how often each token was counted, int64 [rows]; how many texts and batches were read; and the pieces of text
+    that were held out.
     """
     if isinstance(texts, str):
         raise ValueError(
@@ -475,15 +522,17 @@ def _count(
                 yield item
                 continue
             for batch in read_batches([item], num_rows, None, media_arguments(model)):
-                for row in batch.rows():
+                for row in batch.rows():  # sequences without padding
                     ids = row.input_ids.flatten()
                     if batch.held_out:
                         marked.append(str(tokenizer.decode(ids, skip_special_tokens=True)))
                     else:
                         batch_counts.add_(torch.bincount(ids, minlength=num_rows))
 
+    # `counted` passes on the text to count, and collects the rest of it in `pieces`.
     held_out = HeldOutText()
-    counts = count_tokens(tokenizer, held_out.counted(strings()), num_rows) + batch_counts
+    text_counts = count_tokens(tokenizer, held_out.counted(strings()), num_rows)
+    counts = text_counts + batch_counts
     if not counts.any():
         raise ValueError("calib_dataloader holds no token: pass texts, or batches of token ids.")
     return counts, num_texts, (*marked, *held_out.pieces)
@@ -508,7 +557,10 @@ def _named_ids(
 
 
 def _ids_to_keep(tokenizer: PreTrainedTokenizerBase, request: TokensRemoval) -> set[int]:
-    """The ids that the user wants to keep; of a text the tokens that it has, alone and after a space."""
+    """The ids that the user wants to keep: `request.keep` has ids, and texts such as "zebra".
+
+    Of a text, the tokens that it has alone and those that it has after a space stay.
+    """
     ids = set[int]()
     for token in request.keep:
         if isinstance(token, int):
@@ -522,12 +574,13 @@ def _ids_to_keep(tokenizer: PreTrainedTokenizerBase, request: TokensRemoval) -> 
 def _tokenizer_content(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
     """The content of a `tokenizer.json` that has all tokens of a loaded tokenizer, with their ids.
 
-    That is the file in `folder`, as other programs read it; if Transformers adds tokens to the file, what it makes of
-    it. ValueError if neither has the ids that Transformers gives.
+    That is the file in `folder`, as other programs read it. If Transformers adds tokens to those of the file, it is the
+    content that Transformers would write. ValueError if neither has the ids that Transformers gives.
     """
     vocabulary = tokenizer.get_vocab()
-    for file in folder.glob("tokenizer.json"):
-        content = read_json(file)
+    file = folder / "tokenizer.json"
+    if file.exists():
+        content: dict[str, Any] = read_json(file)
         if _ids_of_tokens(content) == vocabulary:
             return content
     content = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -565,7 +618,8 @@ def _smaller_vocabulary(
             num_used = len(reduce_vocabulary(content, counts, None, keep).kept) + num_spare
             step = request.step(num_rows)
             num_kept = step * math.ceil(num_used / step)
-        smaller = reduce_vocabulary(content, counts, min(num_kept - num_spare, num_tokens), keep)
+        num_tokens_kept = min(num_kept - num_spare, num_tokens)
+        smaller = reduce_vocabulary(content, counts, num_tokens_kept, keep)
     except ValueError as error:
         raise ValueError(f"pattern={str(request)!r} of {num_rows} tokens: {error}") from error
     if len(smaller.kept) + num_spare >= num_rows:
@@ -576,7 +630,10 @@ def _smaller_vocabulary(
 def _smaller_model(
     settings: PreTrainedConfig, new_ids: Mapping[int, int], num_rows: int
 ) -> PreTrainedModel:
-    """The model with fewer tokens, without weights; `settings` is the dense model's configuration, of `num_rows`."""
+    """The model with fewer tokens, without weights.
+
+    `settings` is the configuration of the dense model, whose embedding has `num_rows`. It is only read.
+    """
     smaller = copy.deepcopy(settings)
     for section in sections(smaller):  # all of them are found before the first size changes
         vars(section).update(renumbered(vars(section), new_ids))
@@ -588,12 +645,14 @@ def _smaller_model(
 def _set_dtype(
     model: PreTrainedModel, settings: PreTrainedConfig, stored: Mapping[str, StoredTensor]
 ) -> None:
-    """Give a model without weights the dtype of its configuration, or that of the first stored tensor in floats."""
+    """Convert a model without weights to the dtype of its configuration, or that of the first stored tensor in floats.
+
+    `settings` is the configuration of the dense model; `stored` has the tensors of the result, by name.
+    """
     dtype = getattr(settings, "dtype", None)
     if dtype is None:
-        dtype = next(
-            tensor.tensor().dtype for tensor in stored.values() if tensor.dtype in PLAIN_FLOATS
-        )
+        in_floats = [tensor for tensor in stored.values() if tensor.dtype in PLAIN_FLOATS]
+        dtype = in_floats[0].tensor().dtype  # reads this tensor
     torch.nn.Module.to(model, floating_dtype(dtype))
 
 
@@ -607,12 +666,17 @@ def _described(counted: CountedModel, model: PreTrainedModel) -> dict[str, Any]:
         "num_parameters": model.num_parameters(),
         "dense_num_parameters": counted.model.num_parameters(),
         "vocabulary": {"kept": _num_rows(model), "before": len(counted.counts)},
+        # numbers of tensors that the model's class does not load, by their module
         "copied": counted.source.num_copied,
     }
 
 
 def _warn_of_rows(report: PruningReport, num_without: int, settings: PreTrainedConfig) -> None:
-    """Warn in the report of rows without a token, and of zeros of an earlier run whose masks are not known."""
+    """Warn in the report of rows without a token, and of zeros of an earlier run whose masks are not known.
+
+    Adds to the warnings of `report`, which has the operators with known masks already. `num_without` is the number of
+    rows without a token; `settings` is the configuration of the dense model.
+    """
     if num_without:
         num_rows = report.model["vocabulary"]["before"]
         report.warn(
@@ -644,31 +708,33 @@ def _cut(
     """
     num_rows = _num_rows(dense)
     axes = _axes_of_tokens(dense, smaller)
-    present = {*source.places.values()}
+    in_files = set(source.places.values())  # names of the parameters that the files have
+    # the name of each parameter that shares its weights, and of the parameter with which it does
     tied = dense.all_tied_weights_keys
-    missing = [
-        name
-        for name in axes
-        if name not in present and name not in tied and name not in _targets(tied, present)
-    ]
+    shared_by_files = {target for name, target in tied.items() if name in in_files}
+    available = in_files | set(tied) | shared_by_files
+    missing = [name for name in axes if name not in available]
     if missing:
         raise ValueError(
             f"{str(smaller.config.name_or_path)!r} lacks {min(missing)}: download it again."
         )
 
-    embedding_shape = tuple(next(dense.get_input_embeddings().parameters()).shape)
+    embedding = next(dense.get_input_embeddings().parameters())  # its matrix
+    embedding_shape = tuple(embedding.shape)
     stored = dict[str, StoredTensor]()
     for name, tensor in source.stored.items():
-        is_other = name in source.not_loaded  # of no place in the class
-        axis = axes.get(source.places.get(name, ""))
-        if axis is None and is_other and tensor.shape == embedding_shape:
+        is_loaded = name not in source.not_loaded  # by the class of the model
+        axis = axes.get(source.places[name]) if name in source.places else None
+        if axis is None and not is_loaded and tensor.shape == embedding_shape:
             axis = 0  # embeddings and heads of layers that predict more tokens are cut too
-        is_cut = axis is not None and tensor.shape[axis : axis + 1] == (num_rows,)
-        is_unrelated = axis is None and not (is_other and num_rows in tensor.shape)
-        if is_cut:
-            assert axis is not None
+
+        # a quantized tensor may be stored in another shape than its parameter
+        has_each_token = axis is not None and tensor.shape[axis : axis + 1] == (num_rows,)
+        may_be_of_tokens = axis is not None or (not is_loaded and num_rows in tensor.shape)
+        has_one_value = math.prod(tensor.shape) == 1  # a scale of a whole tensor
+        if axis is not None and has_each_token:
             stored[name] = tensor.selected(axis, kept)
-        elif is_unrelated or math.prod(tensor.shape) == 1:  # one scale of a whole tensor
+        elif has_one_value or not may_be_of_tokens:
             stored[name] = tensor
         else:
             raise ValueError(
@@ -679,17 +745,15 @@ def _cut(
 
 
 def _axes_of_tokens(dense: PreTrainedModel, smaller: PreTrainedModel) -> dict[str, int]:
-    """The axis of each tensor, by its name, that has an entry for each token: its size differs in the two models."""
-    after = smaller.state_dict()
+    """The axis of each tensor that has an entry for each token, by the tensor's name in the model.
+
+    On this axis, the tensor has another size in `smaller`. Both models are without weights, and only read.
+    """
+    smaller_tensors = smaller.state_dict()
     axes = dict[str, int]()
     for name, tensor in dense.state_dict().items():
-        sizes = zip(tensor.shape, after[name].shape, strict=True)
+        sizes = zip(tensor.shape, smaller_tensors[name].shape, strict=True)
         for axis, (old, new) in enumerate(sizes):
             if old != new:
                 axes[name] = axis
     return axes
-
-
-def _targets(tied: Mapping[str, str], present: set[str]) -> set[str]:
-    """Names of the tensors that others, which are `present`, are tied to."""
-    return {target for name, target in tied.items() if name in present}

@@ -36,11 +36,11 @@ def calibration_tokens(
     held_out: int = 0,
     progress: bool = True,
 ) -> Tensor:
-    """Token ids int64 [num_samples, sequence_length] to calibrate a model with, which is still dense.
+    """Make tokens to calibrate a dense model with: ids, int64 [num_samples, sequence_length], on the CPU.
 
-    `source` is `"self"` (the model samples its own text), or one of `load_text`. `sequence_length=None` is 2048, or the
-    model's maximum if that is shorter. The seed decides what is sampled or drawn. The first `held_out` sequences are
-    the same for every `num_samples`.
+    `source` is `"self"` (the model samples its own text), or one of `load_text`, such as "c4" or "notes.txt".
+    `sequence_length=None` is 2048, or the model's maximum if that is shorter. The seed decides what is sampled or
+    drawn; the global random state stays as it is. The first `held_out` sequences are the same for every `num_samples`.
     """
     length = usual_length(model.config) if sequence_length is None else sequence_length
     if source != "self":
@@ -48,12 +48,20 @@ def calibration_tokens(
         return calibration_windows(tokenizer, text, num_samples, length, seed, held_out=held_out)
 
     # Number of sequences that are sampled with each seed: the held-out ones have a seed of their own.
-    counts = {seed: num_samples}
+    num_sampled = {seed: num_samples}
     if held_out:
-        counts = {seed: held_out, seed ^ 1: num_samples - held_out}
+        other_seed = seed ^ 1
+        num_sampled = {seed: held_out, other_seed: num_samples - held_out}
     sampled = [
-        sample_text_from_model(model, tokenizer, count, length, seed_of_part, progress)
-        for seed_of_part, count in counts.items()
+        sample_text_from_model(
+            model,
+            tokenizer,
+            num_samples=number,
+            sequence_length=length,
+            seed=seed_of_part,
+            progress=progress,
+        )
+        for seed_of_part, number in num_sampled.items()
     ]
     return torch.cat(sampled)
 
@@ -73,8 +81,9 @@ def calibration_tokens_by_name(
 ) -> Tensor:
     """Make tokens for a model given by name: int64 [num_samples, sequence_length], as `calibration_tokens` does.
 
-    The model is loaded, on `device` in `dtype`, only if it samples its own text. `keep_in` is a folder for sampled
-    text, which is written there: a run that is started again on the same files reads it.
+    `name` is a folder or a Hub id, `source` "self" or one of `load_text`. Only if `source` is "self", the model is
+    loaded, on `device` in `dtype`, and its text is written into the folder `keep_in`, which is made if it is missing. A
+    run that is started again on the same files with the same settings reads the text there.
     """
     if source != "self":
         tokenizer = require_tokenizer(name)
@@ -89,9 +98,9 @@ def calibration_tokens_by_name(
         if file.is_file()
     )
     settings = [name, files, source, num_samples, sequence_length, seed, held_out, dtype]
-    # other settings do not overwrite this text
+    # other settings have another file, so they do not overwrite this text
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-    kept_text = keep_in / SAMPLED_TEXTS.replace("*", key)
+    kept_text = keep_in / SAMPLED_TEXTS.replace("*", key)  # "calibration-KEY.safetensors"
     with suppress(FileNotFoundError, SafetensorError):  # if it is damaged, the model writes again
         return load_file(kept_text)["tokens"]
 
@@ -114,4 +123,6 @@ def calibration_tokens_by_name(
 def usual_length(config: PreTrainedConfig) -> int:
     """Default number of tokens in a sequence: 2048, or the model's context if that is shorter."""
     longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return min(_USUAL_LENGTH, longest or _USUAL_LENGTH)
+    if not longest:  # some configurations do not say it, or say 0
+        return _USUAL_LENGTH
+    return min(_USUAL_LENGTH, longest)

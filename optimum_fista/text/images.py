@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ def image_sequences(
 ) -> list[dict[str, Any]]:
     """Make `num_samples` batches of one sequence, of lines in random order, each with its images.
 
-    A sequence is cut at `length` tokens. If that would cut tokens of an image, the line is skipped, and a warning says
-    how many were.
+    A batch has the arguments of the model by name: `input_ids`, int64 [1, tokens], `attention_mask`, `pixel_values`,
+    and what else the processor makes. A sequence is cut at `length` tokens. If that would cut tokens of an image, the
+    line is skipped, and a warning says how many were.
 
     Args:
         processor: That of the model: it makes the arguments of the model from a text and its images.
         config: The model's configuration, which names the tokens of images.
-        text: Lines of a `.jsonl` file, with their image files.
+        text: Lines of a `.jsonl` file (`text.documents`), and the image files of each line (`text.images`).
         num_samples: Lines that are needed.
         length: Tokens of a sequence, at most.
         seed: Decides the order of the lines.
@@ -53,7 +55,7 @@ def image_sequences(
             break
         batch = _sequence(processor, text.documents[number], text.images[number])
         cut = cut_sequence(batch, length, config)
-        if cut is None:
+        if cut is None:  # the cut would be before the end of an image
             num_skipped += 1
             longest_skipped = max(longest_skipped, batch["input_ids"].shape[1])
         else:
@@ -81,20 +83,21 @@ def image_sequences(
 def _sequence(processor: Any, text: str, files: Sequence[Path]) -> dict[str, Any]:
     """Run the processor on one text and its images; if the text does not say where they are, the chat template does.
 
-    Returns the arguments of the model: `input_ids` [1, tokens], `attention_mask`, `pixel_values`, ...
+    `files` are the image files, which are read. Returns the arguments of the model: `input_ids`, int64 [1, tokens],
+    `attention_mask`, `pixel_values`, ... ValueError if the processor refuses the text, or a file can't be read.
     """
-    marks = [
-        mark
-        for mark in (getattr(processor, name, None) for name in ("image_token", "boi_token"))
-        if isinstance(mark, str)
-    ]
+    marks = list[str]()  # texts that stand for an image, such as "<image>"
+    for name in ("image_token", "boi_token"):
+        mark = getattr(processor, name, None)
+        if isinstance(mark, str):
+            marks.append(mark)
     says_where = any(mark in text for mark in marks)
     options: dict[str, Any] = {}
     if not says_where and processor.chat_template:
         text = _prompt(processor, text, len(files), marks)
         bos = processor.tokenizer.bos_token
         if bos and text.startswith(bos):
-            options["add_special_tokens"] = False  # not a second one
+            options["add_special_tokens"] = False  # not a second BOS
     elif not says_where and files:
         shown = " or ".join(marks) or "its image token"
         raise ValueError(
@@ -103,11 +106,13 @@ def _sequence(processor: Any, text: str, files: Sequence[Path]) -> dict[str, Any
         )
 
     try:
-        images = [[load_image(str(file)) for file in files]] if files else None
+        images = None
+        if files:
+            images = [[load_image(str(file)) for file in files]]  # those of one text
         return dict(processor(text=[text], images=images, return_tensors="pt", **options))
     except (OSError, ValueError) as error:
         # a damaged file, or more images than the text has places for
-        shown = ", ".join(map(str, files)) or "no image"
+        shown = ", ".join(map(str, files)) if files else "no image"
         raise ValueError(
             f"the model's processor can't read {text[:60]!r} with {shown}: {error}"
         ) from error
@@ -127,14 +132,11 @@ def _prompt(processor: Any, text: str, num_images: int, marks: Sequence[str]) ->
         return prompt
 
     parts = [{"type": "image"} for _ in range(num_images)] + [{"type": "text", "text": text}]
-    try:
+    with suppress(TypeError, TemplateError):  # the template takes only strings
         prompt = write(parts)
-    except (TypeError, TemplateError):
-        takes_parts = False
-    else:
-        takes_parts = str(parts) not in prompt
-    if takes_parts:
-        return prompt
+        prints_the_list = str(parts) in prompt
+        if not prints_the_list:
+            return prompt
 
     if num_images and not marks:
         raise ValueError(

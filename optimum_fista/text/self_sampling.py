@@ -25,7 +25,7 @@ _TEXTS = 4
 
 
 def num_batches(num_samples: int) -> int:
-    """How many batches samples are written in."""
+    """How many batches `num_samples` samples are written in."""
     return max(1, round(num_samples / SAMPLED_TOGETHER))
 
 
@@ -50,12 +50,15 @@ def sample_text_from_model(
     Without BOS and EOS, the first tokens are ordinary ones, drawn uniformly without replacement. The rest is sampled at
     temperature 1 from the whole distribution: less likely tokens make worse reading, but better calibration text
     (docs/ablations.md). EOS does not end a text: the model continues with the next document.
+
+    Afterwards the model's mode and generation config and the global random state are as they were. ValueError if a
+    number makes no sense, or the model takes no sequences of this length.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}; pass 1 or more.")
     if sequence_length < 2:
         raise ValueError(f"sequence_length={sequence_length}; pass 2 or more.")
-    _, limit = token_limits(model)
+    _, limit = token_limits(model)  # rows of the embedding, and positions
     if limit is not None and sequence_length > limit:
         raise ValueError(
             f"sequence_length={sequence_length}: pass at most {limit} (max_position_embeddings)."
@@ -64,27 +67,30 @@ def sample_text_from_model(
     texts = num_texts(sequence_length)
     with evaluation_mode(model), _own_sampling(model, seed), torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
-        beginnings = _beginnings(model, tokenizer, num_samples * texts, generator)
+        beginnings = _beginnings_of_texts(model, tokenizer, num_samples * texts, generator)
         length = math.ceil(sequence_length / texts)  # of a text: the last one is cut below
-        new_tokens = length - beginnings.shape[1]
+        num_new_tokens = length - beginnings.shape[1]
         written = beginnings
-        if new_tokens:
-            total = len(beginnings) * new_tokens
+        if num_new_tokens:
+            total = len(beginnings) * num_new_tokens
             with tqdm(total=total, desc="Self-sampling", unit="token", disable=not progress) as bar:
                 batches = beginnings.tensor_split(num_batches(num_samples))
-                written = torch.cat([_continue(model, batch, new_tokens, bar) for batch in batches])
-    return written.reshape(num_samples, -1)[:, :sequence_length]  # [N * texts, tokens] -> [N, T]
+                written = torch.cat(
+                    [_continue(model, batch, num_new_tokens, bar) for batch in batches]
+                )
+    samples = written.reshape(num_samples, -1)  # [N * texts, tokens] -> [N, texts * tokens]
+    return samples[:, :sequence_length]
 
 
-def _beginnings(
+def _beginnings_of_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    num_samples: int,
+    number: int,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """The first tokens of every text, int64, [texts, 1 or 2]: BOS or EOS if there is one, and an ordinary token.
+    """Choose the first tokens of `number` texts: BOS or EOS if there is one, and an ordinary token.
 
-    `num_samples` is the number of texts. The generator's state moves on.
+    Returns ids, int64 [texts, 1 or 2]. The state of `generator`, which draws on the CPU, moves on.
     """
     start = tokenizer.bos_token_id
     if start is None:
@@ -97,18 +103,26 @@ def _beginnings(
         # Some heads have more rows than the tokenizer has tokens. The floor keeps every token drawable.
         weights = logits[: len(tokenizer)].cpu().double().softmax(dim=0).clamp(min=1e-30)
     # A special token would begin a conversation or an image that the text does not go on with.
-    weights[[token for token in tokenizer.all_special_ids if token < len(weights)]] = 0
+    special_ids = [token for token in tokenizer.all_special_ids if token < len(weights)]
+    weights[special_ids] = 0
 
-    is_repeated = num_samples > int(weights.count_nonzero())
-    draws = torch.multinomial(weights, num_samples, replacement=is_repeated, generator=generator)
+    num_ordinary_tokens = int(weights.count_nonzero())
+    draws = torch.multinomial(
+        weights, number, replacement=number > num_ordinary_tokens, generator=generator
+    )
     draws = draws.unsqueeze(1)  # [texts] -> [texts, 1]
-    return draws if start is None else torch.cat([torch.full_like(draws, start), draws], dim=1)
+    if start is None:
+        return draws
+    return torch.cat([torch.full_like(draws, start), draws], dim=1)
 
 
 def _continue(
-    model: PreTrainedModel, beginnings: torch.Tensor, new_tokens: int, bar: tqdm
+    model: PreTrainedModel, beginnings: torch.Tensor, num_new_tokens: int, bar: tqdm
 ) -> torch.Tensor:
-    """Let the model write `new_tokens` after each beginning: int64 [texts, tokens], on the CPU; moves the bar on."""
+    """Let the model write `num_new_tokens` after each beginning: int64 [texts, tokens], on the CPU.
+
+    Draws from the global random generators (`_own_sampling` has seeded them), and moves the bar on.
+    """
     ids = beginnings.to(execution_device(model.get_input_embeddings()))
     samples: torch.Tensor = model.generate(  # type: ignore[operator]
         input_ids=ids,
@@ -116,7 +130,7 @@ def _continue(
         do_sample=True,
         temperature=1.0,
         top_k=0,
-        max_new_tokens=new_tokens,
+        max_new_tokens=num_new_tokens,
         use_cache=True,
         streamer=_Counter(bar),
     )
@@ -129,7 +143,7 @@ class _Counter(BaseStreamer):
     def __init__(self, bar: tqdm) -> None:
         """Count on `bar`, which stays open."""
         self.bar = bar
-        self.has_prompt = False
+        self.has_prompt = False  # whether `put` was called with the prompt
 
     def put(self, value: torch.Tensor) -> None:
         """Count the new tokens; the first call brings the prompt."""
@@ -145,14 +159,16 @@ class _Counter(BaseStreamer):
 def _own_sampling(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """Have `generate` ignore the model's EOS, penalties and lengths, and seed the generators that it draws from.
 
-    Afterwards they and the model's generation config are as they were.
+    All this holds inside the context. Afterwards these generators, which are global ones, and the model's generation
+    config are as they were.
     """
     device = execution_device(model.get_input_embeddings())
     settings = model.generation_config
-    devices = range(0) if device.type == "cpu" else range(torch.accelerator.device_count())
+    num_accelerators = 0 if device.type == "cpu" else torch.accelerator.device_count()
     model.generation_config = GenerationConfig()
     try:
-        with torch.random.fork_rng(devices=devices, device_type=device.type):
+        # the generator of the CPU is put back in any case
+        with torch.random.fork_rng(devices=range(num_accelerators), device_type=device.type):
             if device.type == "cpu":
                 torch.default_generator.manual_seed(seed)
             else:  # this reaches all accelerators, which are forked only if one of them samples

@@ -9,11 +9,11 @@ ones.
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
@@ -33,6 +33,13 @@ _MEDIA = (b'"image', b'"audio', b'"video')
 _HUB_TIMEOUT = 10
 
 
+class UsualTexts(NamedTuple):
+    """Sources that are used if a user names none."""
+
+    to_measure_on: str
+    to_calibrate_on: str
+
+
 @dataclass(frozen=True)
 class TextSource:
     """Documents to tokenise."""
@@ -43,7 +50,7 @@ class TextSource:
     separator: str = "\n\n"
     # that perplexity is measured on, by the literature's protocol; None: all
     max_windows: int | None = None
-    # files of each document; () if none has any
+    # image files of each document; () if no document has any
     images: tuple[tuple[Path, ...], ...] = ()
 
     @property
@@ -106,7 +113,13 @@ _HUB_TEXTS: dict[tuple[str, Split], _HubText] = {
 def require_source(source: str, *, with_images: bool = False) -> bool:
     """Refuse a source that can't be read here, without asking the Hub; returns whether its documents have images.
 
-    Images are refused unless `with_images`. If a `.jsonl` file has some, their files must exist.
+    Changes nothing; local files are read. Images are refused unless `with_images`. If a `.jsonl` file has some, their
+    files must exist.
+
+    Raises:
+        ValueError: If the source is unknown, or a file that may have images is damaged or has some that are refused.
+        FileNotFoundError: If the file, or a file of an image, does not exist.
+        ImportError: If a package that reads it is not installed.
     """
     if source == "pydoc":
         return False
@@ -125,8 +138,11 @@ def require_source(source: str, *, with_images: bool = False) -> bool:
         raise FileNotFoundError(
             f"source={source!r}: there is no such file; pass {_ACCEPTED_SOURCES}."
         )
+    if path.suffix != ".jsonl":
+        return False
     # The whole file is parsed only if it may have images.
-    may_have_images = path.suffix == ".jsonl" and any(word in path.read_bytes() for word in _MEDIA)
+    content = path.read_bytes()
+    may_have_images = any(key in content for key in _MEDIA)
     if not may_have_images or not _read_file(path).images:
         return False
     if not with_images:
@@ -141,9 +157,11 @@ def require_source(source: str, *, with_images: bool = False) -> bool:
     return True
 
 
-def usual_texts() -> tuple[str, str]:
+def usual_texts() -> UsualTexts:
     """Texts to measure and to calibrate on: those of the literature, or `pydoc` if `datasets` is not installed."""
-    return ("wikitext2", "c4") if find_spec("datasets") else ("pydoc", "pydoc")
+    if find_spec("datasets") is None:
+        return UsualTexts(to_measure_on="pydoc", to_calibrate_on="pydoc")
+    return UsualTexts(to_measure_on="wikitext2", to_calibrate_on="c4")
 
 
 def load_text(source: str, split: Split, *, with_images: bool = False) -> TextSource:
@@ -167,7 +185,10 @@ def load_text(source: str, split: Split, *, with_images: bool = False) -> TextSo
 
 
 def _read_file(path: Path) -> TextSource:
-    """Read a `.txt` or `.jsonl` file; ValueError that names the file, and the line, if there is no text in it."""
+    """Read a `.txt` file as one document, or a `.jsonl` file with a document in each line.
+
+    ValueError that names the file, and the line, if the file has no text or can't be read as text.
+    """
     try:
         content = path.read_bytes().decode("utf-8")  # not read_text, which would turn \r\n into \n
     except UnicodeDecodeError as error:
@@ -186,29 +207,33 @@ def _read_file(path: Path) -> TextSource:
                 text, files = _read_line(line, place, path.parent)
                 documents.append(text)
                 images.append(files)
-    if not any(map(str.strip, documents)):
+    has_text = any(document.strip() for document in documents)
+    if not has_text:
         raise ValueError(
             f'source={str(path)!r} is empty; pass a file with text (in a .jsonl file under "text").'
         )
-    return TextSource(path.name, tuple(documents), images=tuple(images) if any(images) else ())
+    has_images = any(images)  # at least one document has some
+    return TextSource(path.name, tuple(documents), images=tuple(images) if has_images else ())
 
 
 def _read_line(line: str, place: str, folder: Path) -> tuple[str, tuple[Path, ...]]:
     """The text of a line of a `.jsonl` file, and its image files, whose paths are relative to `folder`.
 
-    `place` names file and line, for errors.
+    `place` names file and line, for errors. A file that does not exist is a FileNotFoundError; any other mistake in the
+    line is a ValueError.
     """
-    try:
+    item: Any = None
+    with suppress(ValueError):  # no JSON
         item = json.loads(line)
-        text = item["text"]
-        paths = item.get("image") or item.get("images") or []
-    except (ValueError, TypeError, KeyError, AttributeError):  # no JSON, no object, another key
-        item, text, paths = {}, None, []
+    if not isinstance(item, dict):
+        item = {}
+    text = item.get("text")
+    paths = item.get("image") or item.get("images") or []  # an empty value is like none
     if isinstance(paths, str):
         paths = [paths]
 
-    has_paths = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
-    if not isinstance(text, str) or not has_paths:
+    are_paths = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
+    if not isinstance(text, str) or not are_paths:
         raise ValueError(
             f'{place}: found {line.strip()[:80]}; every line must be a JSON object with a string under "text", and a '
             'path, or a list, under "image".'
@@ -235,7 +260,11 @@ def _read_line(line: str, place: str, folder: Path) -> tuple[str, tuple[Path, ..
 
 
 def _read_hub(source: str, text: _HubText) -> TextSource:
-    """Read a text of the Hub, or of the cache if the Hub can't be reached; ConnectionError if neither has it."""
+    """Read a text of the Hub, or of the cache if the Hub can't be reached; ConnectionError if neither has it.
+
+    `source` is a key of `HUB_DATASETS`, such as "c4", and `text` says where in its data set the text lies. Downloads
+    the file into the cache.
+    """
     from datasets import load_dataset  # which takes seconds to import
 
     repository = HUB_DATASETS[source]
@@ -251,7 +280,12 @@ def _read_hub(source: str, text: _HubText) -> TextSource:
         ) from error
     if text.whole:
         documents = (text.separator.join(documents),)
-    return TextSource(source, documents, text.separator, text.max_windows)
+    return TextSource(
+        name=source,
+        documents=documents,
+        separator=text.separator,
+        max_windows=text.max_windows,
+    )
 
 
 @contextmanager
@@ -267,17 +301,19 @@ def _offline_without_hub(repository: str) -> Iterator[None]:
 
     import datasets
 
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    hub_before = constants.HF_HUB_OFFLINE
+    datasets_before = datasets.config.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = True
     datasets.config.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        constants.HF_HUB_OFFLINE = hub_before
+        datasets.config.HF_HUB_OFFLINE = datasets_before
 
 
 def _hub_answers(repository: str) -> bool:
-    """Ask the Hub once for a data set; an error of the Hub is an answer too."""
+    """Ask the Hub once for the data set `repository`, such as "allenai/c4"; an error of the Hub is an answer too."""
     try:
         HfApi().dataset_info(repository, timeout=_HUB_TIMEOUT)
     except HfHubHTTPError:

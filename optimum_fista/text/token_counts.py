@@ -1,9 +1,11 @@
 """Count the tokens of documents, and hold some of the text out: text that nothing is counted on.
 
-`HeldOutText.counted` takes some pieces out of documents and passes the rest on; `count_tokens` counts the tokens of
-that rest. Afterwards, `HeldOutText.pieces` is text to measure on what the counts are worth.
+`HeldOutText.counted` takes some *pieces* out of documents and passes the rest on; `count_tokens` counts the tokens of
+that rest. Afterwards, `HeldOutText.pieces` is text to measure on what the counts are worth. A *part* is a stretch of a
+document that is short enough to be tokenised alone; a piece is the beginning of a part.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 
@@ -44,15 +46,16 @@ def count_tokens(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], s
 
     counts = torch.zeros(size, dtype=torch.int64)
     for parts in _parts_together(documents):
+        # verbose=False: a text longer than the model's context is no mistake here
         encoded = tokenizer(
             parts, add_special_tokens=False, return_attention_mask=False, verbose=False
         )
-        ids = torch.tensor(
-            [token for part in encoded["input_ids"] for token in part], dtype=torch.int64
-        )
-        if len(ids) and int(ids.max()) >= size:
+        ids_of_parts = itertools.chain.from_iterable(encoded["input_ids"])
+        ids = torch.tensor(list(ids_of_parts), dtype=torch.int64)
+        largest_id = int(ids.max()) if len(ids) else 0
+        if largest_id >= size:
             raise ValueError(
-                f"size={size}, but the tokenizer has the id {int(ids.max())}: pass the rows of the model."
+                f"size={size}, but the tokenizer has the id {largest_id}: pass the rows of the model."
             )
         counts += torch.bincount(ids, minlength=size)
     return counts
@@ -63,36 +66,47 @@ class HeldOutText:
 
     At most a tenth of the text is held out. Of a long text, pieces are released again (then they are counted), so that
     a few dozen thousand characters stay held out, from its beginning to its end.
+
+    Attributes:
+        pieces: The text that is held out, in its order; complete when `counted` has ended.
+        num_characters: Those of the whole text that `counted` has read so far.
     """
 
     def __init__(self) -> None:
-        self.pieces: list[str] = []  # in the order of the text; complete when `counted` has ended
-        self.num_characters = 0  # of the whole text, so far
+        """Hold out nothing yet."""
+        self.pieces: list[str] = []
+        self.num_characters = 0
         self._share = _SHARE  # becomes half as large when pieces are released
 
     def counted(self, documents: Iterable[str]) -> Iterator[str]:
-        """Yield the text that is not held out: parts of the documents, and at the end pieces that were released.
+        """Yield the text that is not held out: parts of the documents, and pieces that were held out for a time only.
 
-        Changes `pieces`. A text of which less than one piece could be held out is yielded whole.
+        Meanwhile, fills `self.pieces` with the text that is held out, and counts the characters of all text. A text of
+        which less than one piece could be held out is yielded whole.
         """
         for document in documents:
             for part in _parts(document):
                 yield from self._counted_of(part)
 
-        if self._num_held_out() < _PIECE_CHARACTERS:
+        is_too_little = self._num_held_out() < _PIECE_CHARACTERS
+        if is_too_little:
             yield from self.pieces
             self.pieces = []
 
     def _counted_of(self, part: str) -> Iterator[str]:
-        """Hold the beginning of a part out if that is due, and yield the rest; yields pieces that are released too."""
+        """Hold the beginning of a part out if less than the share of the text is held out, and yield the rest.
+
+        Adds to `self.num_characters` and `self.pieces`. If the pieces have become too many, every second one is
+        released (yielded, to be counted after all), and `self._share`, the share that is held out, is halved.
+        """
         self.num_characters += len(part)
         end = len(part)
         if len(part) > _PIECE_CHARACTERS:
             border = _BORDER.search(part, _PIECE_CHARACTERS)
             end = len(part) if border is None else border.end()
 
-        is_due = self._num_held_out() + end <= self._share * self.num_characters
-        if not is_due:
+        may_be_held_out = self._num_held_out() + end <= self._share * self.num_characters
+        if not may_be_held_out:
             yield part
             return
         self.pieces.append(part[:end])
@@ -124,7 +138,10 @@ def _parts_together(documents: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _parts(document: str) -> Iterator[str]:
-    """Cut a document at borders of words or lines into parts of `_PART_CHARACTERS` or a little more; none if empty."""
+    """Cut a document at borders of words or lines into parts of `_PART_CHARACTERS` characters or a little more.
+
+    Together the parts are the document. An empty document has none.
+    """
     start = 0
     while start < len(document):
         border = _BORDER.search(document, start + _PART_CHARACTERS)

@@ -1,8 +1,10 @@
 """Make a tokenizer smaller: keep the tokens that a text uses, and what they are made of.
 
-`reduce_vocabulary` does it. Everything here works on the content of a `tokenizer.json`: no model, no files. A *token*
-has an id; a *piece* is a token of the tokenizer's model, unlike an added token; the *parts* of a token are the two
-tokens whose merge makes it; a *symbol* is a single character as the model writes it.
+`reduce_vocabulary` does it. Everything here works on the content of a `tokenizer.json`, a dictionary: no files are read
+or written. The *model* is always that of the tokenizer (`content["model"]`): "BPE", "Unigram" or "WordPiece" with its
+vocabulary. A *token* has an id; a *piece* is a token of the model, unlike an added token; the *parts* of a token are
+the two tokens whose merge makes it; a *symbol* is a single character as the model writes it. *Uses* are how often the
+tokenizer makes a token of the counted text, also on the way to another token.
 
 The smaller tokenizer splits a text into the same tokens as before if all of these stay. It knows every character that
 is a token of its own, or all bytes, and decodes texts of these as before. Each kind of tokenizer keeps this promise in
@@ -12,8 +14,9 @@ its own way:
   last merge that makes it, and so on down to single symbols; a merge stays if its parts and its result do. *Proof*: no
   merge crosses the border of a token of the result, so the same merges make that token in every text, and all symbols
   on the way to it stay. The lowest merge of each step stays too, and no other comes before it: every step is the same.
-- **Unigram** takes the path of the highest total score. Paths that went were not better than the one that stays, and of
-  equal ones the same comes first. The lowest score stays, from which that of unknown characters is derived.
+- **Unigram** takes the path of the highest total score. Paths with removed tokens were not better than the one that
+  stays, and of equal ones the same comes first. The lowest score stays, from which that of unknown characters is
+  derived.
 - **WordPiece** takes the longest piece at each place: if it stays, it is still the longest.
 """
 
@@ -81,20 +84,21 @@ def reduce_vocabulary(
         )
 
     # Longer tokens come before their parts, so that one pass reaches the parts of parts.
-    length = {
+    num_symbols = {
         index: len(_symbols(token, vocabulary.content["model"]))
         for index, token in vocabulary.tokens.items()
     }
-    merged = sorted(vocabulary.parts, key=length.__getitem__, reverse=True)
+    merged = sorted(vocabulary.parts, key=num_symbols.__getitem__, reverse=True)
 
-    required = _required(vocabulary, {*keep})
+    required = _required(vocabulary, set(keep))
     for index in merged:
         if index in required:
             required.update(vocabulary.parts[index])
     uses = _uses_with_merges(vocabulary, merged, counts)
 
     if num_kept is None:
-        num_kept = sum(index in required or uses[index] > 0 for index in vocabulary.tokens)
+        stay = [index for index in vocabulary.tokens if index in required or uses[index] > 0]
+        num_kept = len(stay)
         expected_uses = 0.0
     else:
         # Each use of a merge saves one token. To its uses a thirtieth of what Zipf's law expects is added, so that what
@@ -106,15 +110,23 @@ def reduce_vocabulary(
             f"made of) to {len(vocabulary.tokens)} (all tokens)."
         )
 
-    by_rank = _ranked(vocabulary, merged, required, uses, length, expected_uses)
-    kept = sorted(by_rank[:num_kept])
-    content = _renumbered(vocabulary, {old: new for new, old in enumerate(kept)})
-    return SmallerVocabulary(content, torch.tensor(kept, dtype=torch.int64))
+    by_rank = _ranked(
+        vocabulary,
+        merged=merged,
+        required=required,
+        uses=uses,
+        num_symbols=num_symbols,
+        expected_uses=expected_uses,
+    )
+    old_ids = sorted(by_rank[:num_kept])
+    new_ids = {old: new for new, old in enumerate(old_ids)}
+    content = _renumbered(vocabulary, new_ids)  # changes `vocabulary`, which is not used any more
+    return SmallerVocabulary(content, torch.tensor(old_ids, dtype=torch.int64))
 
 
 def _read_vocabulary(tokenizer: dict[str, Any]) -> _Vocabulary:
     """Read the content of a `tokenizer.json`, which is not changed; ValueError if no token of it can be removed."""
-    try:  # the library's own form: ids as it loads them, each merge a pair
+    try:  # the form that the library writes: ids as it loads them, each merge a pair
         content = json.loads(Tokenizer.from_str(json.dumps(tokenizer)).to_str())
     except Exception as error:  # the library raises nothing more special
         raise ValueError(
@@ -124,7 +136,7 @@ def _read_vocabulary(tokenizer: dict[str, Any]) -> _Vocabulary:
     model = content["model"]
     if model["type"] not in _KINDS:
         raise ValueError(
-            f"tokenizer: {model['type']} has no smaller pieces for what goes; pass one of {_KINDS}."
+            f"tokenizer: {model['type']} has no smaller pieces for removed tokens; pass one of {_KINDS}."
         )
     if model["type"] == "Unigram":  # a list of pairs of piece and score
         pieces = {entry[0]: index for index, entry in enumerate(model["vocab"])}
@@ -136,9 +148,14 @@ def _read_vocabulary(tokenizer: dict[str, Any]) -> _Vocabulary:
 
 
 def _required(vocabulary: _Vocabulary, keep: set[int]) -> set[int]:
-    """Ids of the tokens that always stay, without those that they are made of; `keep` is the caller's."""
+    """Ids of the tokens that always stay, without those that they are made of.
+
+    `keep` has the ids that the user wants to keep. ValueError if one of them, or one that the tokenizer's padding or
+    post-processor names, is no token.
+    """
     required = _always_kept(vocabulary.content, vocabulary.pieces)
-    for name, ids in (("keep", keep), ("tokenizer: its padding or post-processor", required)):
+    owners = {"keep": keep, "tokenizer: its padding or post-processor": required}
+    for name, ids in owners.items():
         unknown = sorted(ids - vocabulary.tokens.keys())
         if unknown:
             raise ValueError(
@@ -148,23 +165,27 @@ def _required(vocabulary: _Vocabulary, keep: set[int]) -> set[int]:
 
 
 def _uses_with_merges(vocabulary: _Vocabulary, merged: list[int], counts: Tensor) -> list[int]:
-    """How often the tokenizer makes each token of the counted text, on the way to another token too; by id.
+    """How often the tokenizer makes each token of the counted text, also on the way to another token; by id.
 
-    `merged` has the tokens that have parts, those before their parts.
+    `merged` has the ids of the tokens that have parts; each stands before its parts. `counts`, int64 [ids], says how
+    often the counted text has each token.
     """
     uses: list[int] = counts.tolist()
     for index in merged:
         for part in vocabulary.parts[index]:
-            uses[part] += uses[index]  # the merges of `index` pass through its parts
+            uses[part] += uses[
+                index
+            ]  # a token is made of its parts, so each use of it is one of theirs
     return uses
 
 
 def _ranked(
     vocabulary: _Vocabulary,
+    *,
     merged: list[int],
     required: set[int],
     uses: list[int],
-    length: dict[int, int],
+    num_symbols: dict[int, int],
     expected_uses: float,
 ) -> list[int]:
     """Sort all ids: first those that should stay.
@@ -173,10 +194,10 @@ def _ranked(
 
     Args:
         vocabulary: The tokens.
-        merged: Ids of the tokens that have parts, those before their parts.
+        merged: Ids of the tokens that have parts; each stands before its parts.
         required: Ids that always stay.
         uses: Uses of each id (`_uses_with_merges`).
-        length: Symbols of each token.
+        num_symbols: Symbols of each token, by id.
         expected_uses: Uses that the most frequent token gets in addition; the others get less, by Zipf's law.
     """
     # The smallest id of a token and of all that it is a part of: the id says how frequent a token is in general.
@@ -188,13 +209,10 @@ def _ranked(
     def rank(index: int) -> tuple[float, ...]:
         """Sort key of a token: required ones, then by uses, uses of its parts, first id, and length."""
         parts = vocabulary.parts.get(index, (index,))
-        return (
-            index not in required,
-            -uses[index] - expected_uses // (first[index] + 1),
-            -min(uses[part] for part in parts),
-            first[index],
-            length[index],
-        )
+        is_optional = index not in required
+        all_uses = uses[index] + expected_uses // (first[index] + 1)
+        uses_of_parts = min(uses[part] for part in parts)
+        return (is_optional, -all_uses, -uses_of_parts, first[index], num_symbols[index])
 
     return sorted(vocabulary.tokens, key=rank)
 
@@ -205,24 +223,28 @@ def _symbols(token: str, model: dict[str, Any]) -> list[str]:
     `model` is that of a `tokenizer.json`. A WordPiece model writes "##" before the characters inside a word, so "##ab"
     has the symbols "##a" and "##b"; a BPE model may write "</w>" after the last one.
     """
-    prefix = model.get("continuing_subword_prefix") or ""
+    prefix = model.get("continuing_subword_prefix") or ""  # None is like none
     suffix = model.get("end_of_word_suffix") or ""
-    inner = token.removesuffix(suffix)
-    is_inside_a_word = inner.startswith(prefix)
-    characters = inner.removeprefix(prefix)
-    symbols = [prefix + character for character in characters] or [""]
+    without_suffix = token.removesuffix(suffix)
+    is_inside_a_word = without_suffix.startswith(prefix)
+    characters = without_suffix.removeprefix(prefix)
 
-    if not is_inside_a_word:
-        symbols[0] = symbols[0].removeprefix(prefix)
-    elif not characters:
-        symbols[0] = prefix
+    symbols = [prefix + character for character in characters]
+    if not characters:  # the token is the prefix, the suffix, or both
+        symbols = [prefix if is_inside_a_word else ""]
+    elif not is_inside_a_word:
+        symbols[0] = characters[0]
     if token.endswith(suffix):
         symbols[-1] += suffix
     return symbols
 
 
 def _always_kept(content: dict[str, Any], pieces: dict[str, int]) -> set[int]:
-    """Ids of special and added tokens and of the alphabet; `content` and `pieces` are those of a `_Vocabulary`."""
+    """Ids of special and added tokens and of the alphabet.
+
+    `content` is that of a `tokenizer.json`, and stays as it is; `pieces` has the ids of the model's pieces, by their
+    texts.
+    """
     model = content["model"]
     required = set[int]()
 
@@ -231,40 +253,47 @@ def _always_kept(content: dict[str, Any], pieces: dict[str, int]) -> set[int]:
         required.add(index)
         return index
 
-    _change_ids(content, note)
+    _change_ids(content, note)  # changes nothing, because `note` returns the same ids
     if model.get("unk_token") in pieces:
         required.add(pieces[model["unk_token"]])
     if model["type"] == "Unigram":  # the score of unknown characters is derived from the lowest one
         required.add(min(pieces.values(), key=lambda index: model["vocab"][index][1]))
 
     decoder = json.dumps(content["decoder"], ensure_ascii=False)
-    if model.get("byte_fallback") and pieces.keys() >= _BYTES and '"ByteFallback"' in decoder:
+    has_all_bytes = pieces.keys() >= _BYTES
+    if model.get("byte_fallback") and has_all_bytes and '"ByteFallback"' in decoder:
         # The decoder replaces characters ("▁" by a space), which it would not find in their bytes.
-        replaced = set(decoder) & pieces.keys()
-        return required | {pieces[token] for token in _BYTES | replaced}
+        characters_of_decoder = set(decoder) & pieces.keys()
+        return required | {pieces[token] for token in _BYTES | characters_of_decoder}
     for token, index in pieces.items():
         symbols = _symbols(token, model)
-        # a character that is no token is known only within those that have it
-        if len(symbols) == 1 or not pieces.keys() >= set(symbols):
+        is_character = len(symbols) == 1
+        # a character that is no token is known only within the tokens that have it
+        has_unknown_character = any(symbol not in pieces for symbol in symbols)
+        if is_character or has_unknown_character:
             required.add(index)
     return required
 
 
 def _parts(model: dict[str, Any], pieces: dict[str, int]) -> dict[int, tuple[int, int]]:
-    """The ids of the two tokens of the last merge that makes each token, by its id; only BPE has such."""
+    """The ids of the two tokens of the last merge that makes each token, by its id; only a BPE model has merges.
+
+    `model` is that of a `tokenizer.json`; `pieces` has the ids of its pieces, by their texts. Both stay as they are.
+    """
     prefix_length = len(model.get("continuing_subword_prefix") or "")
     ranks = {(left, right): rank for rank, (left, right) in enumerate(model.get("merges", ()))}
-    merges = defaultdict[str, list[tuple[str, str]]](list)
+    pairs_by_token = defaultdict[str, list[tuple[str, str]]](list)
     for left, right in ranks:
-        merges[left + right[prefix_length:]].append((left, right))
+        pairs_by_token[left + right[prefix_length:]].append((left, right))
 
     parts = dict[int, tuple[int, int]]()
-    for token, pairs in merges.items():
-        last: tuple[str, str] | None = pairs[0]
+    for token, pairs in pairs_by_token.items():
+        last_pair: tuple[str, str] | None = pairs[0]
         if len(pairs) > 1:
-            last = _last_merge(_symbols(token, model), ranks, prefix_length)
-        if last is not None:
-            parts[pieces[token]] = pieces[last[0]], pieces[last[1]]
+            last_pair = _last_merge(_symbols(token, model), ranks, prefix_length)
+        if last_pair is not None:
+            left, right = last_pair
+            parts[pieces[token]] = (pieces[left], pieces[right])
     return parts
 
 
@@ -273,13 +302,15 @@ def _last_merge(
 ) -> tuple[str, str] | None:
     """Merge a token's symbols as the tokenizer does, and return the last pair; `None` if they do not become one token.
 
-    Changes `symbols`. `ranks` has the rank of each merge; `prefix_length` is that of the prefix inside words.
+    Changes `symbols` (`_symbols` of the token). `ranks` has the rank of each merge, by its pair of texts: the lowest is
+    merged first. `prefix_length` is the number of characters of the prefix inside words, such as "##".
     """
     no_merge = len(ranks)  # a rank after all others
     pair_ranks = [ranks.get(pair, no_merge) for pair in pairwise(symbols)]
     while len(pair_ranks) > 1 and min(pair_ranks) < no_merge:
         place = pair_ranks.index(min(pair_ranks))  # of equal ranks the first is merged
-        symbols[place : place + 2] = [symbols[place] + symbols[place + 1][prefix_length:]]
+        merged = symbols[place] + symbols[place + 1][prefix_length:]
+        symbols[place : place + 2] = [merged]
 
         # the merged symbol has new pairs with its neighbours
         near = slice(max(place - 1, 0), place + 2)
@@ -289,29 +320,35 @@ def _last_merge(
 
 
 def _change_ids(content: dict[str, Any], change: Callable[[int], int]) -> None:
-    """Replace all ids that stand outside of the model's vocabulary; changes `content`, that of a `tokenizer.json`."""
+    """Replace all ids that stand outside of the model's vocabulary by what `change` returns of them.
+
+    These are ids of added tokens, of padding, of the token of unknown characters, and of the post-processor. Changes
+    `content`, that of a `tokenizer.json`.
+    """
     for token in content["added_tokens"]:
         token["id"] = change(token["id"])
     for owner, name in ((content["padding"], "pad_id"), (content["model"], "unk_id")):
         if owner and owner.get(name) is not None:
             owner[name] = change(owner[name])
 
-    processors = [content["post_processor"] or {}]
-    for processor in processors:
-        # those of a sequence are visited by this loop too
-        processors += processor.get("processors", [])
+    waiting = [content["post_processor"] or {}]
+    while waiting:
+        processor = waiting.pop()
+        waiting += processor.get("processors", [])  # those of a sequence of processors
         for special in processor.get("special_tokens", {}).values():
             special["ids"] = [change(index) for index in special["ids"]]
-        for name in {"sep", "cls"} & processor.keys():
-            processor[name][1] = change(processor[name][1])
+        for name in ("sep", "cls"):  # each a pair of a token's text and its id
+            if name in processor:
+                processor[name][1] = change(processor[name][1])
 
 
 def _renumbered(vocabulary: _Vocabulary, new_ids: dict[int, int]) -> dict[str, Any]:
     """Remove tokens without a new id, and write the new ids everywhere; changes and returns the vocabulary's content.
 
-    `new_ids` has the new id of each token that stays. ValueError if the library would load other ids.
+    `new_ids` has the new id of each token that stays, by its old id. ValueError if the library would load other ids.
     """
-    content, pieces = vocabulary.content, vocabulary.pieces
+    content = vocabulary.content
+    pieces = vocabulary.pieces
     _change_ids(content, new_ids.__getitem__)
     model = content["model"]
     if model["type"] == "Unigram":
@@ -322,11 +359,12 @@ def _renumbered(vocabulary: _Vocabulary, new_ids: dict[int, int]) -> dict[str, A
         }
     if "merges" in model:
         prefix_length = len(model.get("continuing_subword_prefix") or "")
-        model["merges"] = [
-            [left, right]
-            for left, right in model["merges"]
-            if {left, right, left + right[prefix_length:]} <= model["vocab"].keys()
-        ]
+        merges = list[list[str]]()
+        for left, right in model["merges"]:
+            merged = left + right[prefix_length:]
+            if all(token in model["vocab"] for token in (left, right, merged)):
+                merges.append([left, right])
+        model["merges"] = merges
 
     loaded = Tokenizer.from_str(json.dumps(content)).get_vocab()
     for old, new in new_ids.items():

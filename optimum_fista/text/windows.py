@@ -2,7 +2,8 @@
 
 Windows are tensors of token ids, int64, [windows, tokens]. `calibration_windows` draws them from a `TextSource`;
 `evaluation_windows` cuts a text from its start, and `count_bytes` says how many bytes those windows stand for. BOS is
-the token that texts begin with: every window starts with it if the tokenizer starts texts with it or is Gemma's.
+the token that texts begin with: every window starts with it if the tokenizer starts texts with it or is Gemma's. Inside
+this module, windows are without BOS until `_with_bos`: there `length` is the number of tokens of text in a window.
 """
 
 from dataclasses import replace
@@ -29,8 +30,8 @@ def calibration_windows(
 ) -> torch.Tensor:
     """Draw random windows that do not overlap: token ids, int64, [num_samples, sequence_length].
 
-    Several documents are put one after the other in random order, with the tokenizer's EOS between them when
-    it has one. One document gives windows from random places. Only about as much text is tokenised as needed. The
+    Several documents are put one after the other in random order, with the tokenizer's EOS between them if it has
+    one. One document gives windows from random places. Only about as much text is tokenised as needed. The
     seed decides every random choice; the global random state is neither used nor changed. The first `held_out` windows
     are the same for every `num_samples`.
 
@@ -46,14 +47,25 @@ def calibration_windows(
     generator = torch.Generator().manual_seed(seed)
     if len(text.documents) > 1:
         # windows follow one another, so that the first ones are always the same
-        windows = _windows_of_documents(tokenizer, text, num_samples, held_out, length, generator)
+        windows = _windows_of_documents(
+            tokenizer,
+            text,
+            num_samples=num_samples,
+            held_out=held_out,
+            length=length,
+            generator=generator,
+        )
         return _with_bos(windows, bos)
 
-    first = torch.empty(0, length, dtype=torch.int64)
+    held_out_windows = torch.empty(0, length, dtype=torch.int64)
     if held_out:
-        first, text = _set_apart(tokenizer, text, held_out, length, generator)
-    rest = _windows_of_document(tokenizer, text, num_samples - held_out, length, generator)
-    return _with_bos(torch.cat([first, rest]), bos)
+        held_out_windows, text = _set_apart(
+            tokenizer, text, held_out=held_out, length=length, generator=generator
+        )
+    others = _windows_of_document(
+        tokenizer, text, num_samples=num_samples - held_out, length=length, generator=generator
+    )
+    return _with_bos(torch.cat([held_out_windows, others]), bos)
 
 
 def evaluation_windows(
@@ -71,15 +83,18 @@ def evaluation_windows(
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"max_windows={max_windows}; pass 1 or more, or None for all.")
     bos, length = _bos_and_length(tokenizer, sequence_length)
-    ids = _tokenise(tokenizer, text.joined)
+    ids = _ids_without_special_tokens(tokenizer, text.joined)
     if len(ids) < length:
         raise ValueError(
             f"text {text.name!r} has {len(ids)} tokens, fewer than one window of {length}; pass a longer text or a "
             "smaller sequence_length."
         )
-    count = len(ids) // length
-    windows = ids[: count * length].view(count, length)  # [tokens] -> [windows, tokens]
-    return _with_bos(windows[: text.max_windows][:max_windows], bos)
+    num_windows = len(ids) // length
+    for most in (text.max_windows, max_windows):
+        if most is not None:
+            num_windows = min(num_windows, most)
+    windows = ids[: num_windows * length].view(num_windows, length)  # [tokens] -> [windows, tokens]
+    return _with_bos(windows, bos)
 
 
 def count_bytes(
@@ -90,6 +105,8 @@ def count_bytes(
     The first token of a window is not predicted. A token stands for the bytes from the end of the token before it to
     its own end in the text itself, whatever the tokenizer does to capitals or white space. `None` if the tokenizer
     knows no places in the text (it is not a fast one), or the windows are of another text.
+
+    `windows` are ids, int64 [windows, tokens], with or without BOS, as `evaluation_windows` makes them of `text`.
     """
     if not tokenizer.is_fast:
         return None
@@ -98,22 +115,24 @@ def count_bytes(
         joined, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
     ids = torch.tensor(encoded["input_ids"])
-    # Characters of the text before each token, and at last before its end.
-    ends = [0, *(end for _, end in encoded["offset_mapping"])]
+    # token i stands for the characters ends[i] to ends[i + 1]
+    ends = [0]
+    ends += [end for _, end in encoded["offset_mapping"]]
 
-    for num_bos in (
-        0,
-        1,
-    ):  # a BOS token before every window is not predicted, and stands for nothing
-        of_text = windows.cpu()[:, num_bos:].flatten()
-        if not ids[: len(of_text)].equal(of_text.long()):
+    # A BOS token before every window is not predicted, and stands for nothing.
+    for num_bos in (0, 1):
+        windows_of_text = windows.cpu()[:, num_bos:]
+        ids_of_windows = windows_of_text.flatten().long()
+        if not ids[: len(ids_of_windows)].equal(ids_of_windows):
             continue
-        length = windows.shape[1] - num_bos
+
+        length = windows_of_text.shape[1]
         num_bytes = 0
-        for first in range(0, len(of_text), length):
+        for first in range(0, len(ids_of_windows), length):
             # without BOS, the first token of the window is not predicted
-            start = ends[first + 1 - num_bos]
-            predicted = joined[start : ends[first + length]]
+            first_predicted = first + 1 if num_bos == 0 else first
+            predicted = joined[ends[first_predicted] : ends[first + length]]
+            # surrogatepass: a text that was made in Python may hold half of a surrogate pair
             num_bytes += len(predicted.encode("utf-8", "surrogatepass"))
         return num_bytes
     return None
@@ -135,11 +154,15 @@ def first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def _bos_and_length(
     tokenizer: PreTrainedTokenizerBase, sequence_length: int
 ) -> tuple[int | None, int]:
-    """BOS id that every window starts with, `None` if none, and tokens of text in a window."""
+    """The id of BOS if every window of `sequence_length` tokens starts with it, and how many tokens of text it has.
+
+    The id is `None` if windows start with text; then all tokens are text. ValueError if windows are shorter than 2.
+    """
     if sequence_length < 2:
         raise ValueError(f"sequence_length={sequence_length}; pass 2 or more.")
     bos = first_token(tokenizer)
-    return bos, sequence_length if bos is None else sequence_length - 1
+    length = sequence_length if bos is None else sequence_length - 1
+    return bos, length
 
 
 def _with_bos(windows: torch.Tensor, bos: int | None) -> torch.Tensor:
@@ -147,7 +170,7 @@ def _with_bos(windows: torch.Tensor, bos: int | None) -> torch.Tensor:
     return windows if bos is None else pad(windows, (1, 0), value=bos)
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
+def _ids_without_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     """The token ids of a text, int64, [tokens], without special tokens around it."""
     # verbose=False: a text longer than the model's context is no mistake here.
     encoded = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
@@ -157,71 +180,87 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
 def _set_apart(
     tokenizer: PreTrainedTokenizerBase,
     text: TextSource,
+    *,
     held_out: int,
     length: int,
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, TextSource]:
-    """The first window of each of `held_out` segments of a document, and the text without these windows.
+    """Take the windows to hold out from the starts of `held_out` random segments of a text of one document.
 
-    A window has `length` tokens. ValueError if the text has too few segments with as many.
+    Returns these windows, ids, int64 [held_out, length]; and a new text without them. The generator's state moves on.
+    ValueError if the text has too few segments of `length` tokens.
     """
     document = text.documents[0]
     windows = list[torch.Tensor]()
-    # less than usual if the text is short
-    characters = min(_CHARACTERS_PER_TOKEN * length, len(document) // (2 * held_out))
+    # segments are shorter than usual if the text is too short for twice as many
+    most_characters = len(document) // (2 * held_out)
+    characters = min(_CHARACTERS_PER_TOKEN * length, most_characters)
     segments = _segments(document, max(1, characters))
     for index in torch.randperm(len(segments), generator=generator).tolist():
-        ids = _tokenise(tokenizer, segments[index])
+        ids = _ids_without_special_tokens(tokenizer, segments[index])
         if len(windows) < held_out and len(ids) >= length:
             windows.append(ids[:length])
+            # what follows the window in its segment stays in the text
             segments[index] = tokenizer.decode(ids[length:], clean_up_tokenization_spaces=False)
     if len(windows) < held_out:
         raise ValueError(
             f"held_out={held_out}: text {text.name!r} of {len(document):,} characters is too short to set as many "
             f"windows of {length} tokens apart; pass a smaller held_out, shorter sequences, or a longer text."
         )
-    return torch.stack(windows), replace(text, documents=("".join(segments),))
+    text_without_windows = replace(text, documents=("".join(segments),))
+    return torch.stack(windows), text_without_windows
 
 
 def _windows_of_document(
     tokenizer: PreTrainedTokenizerBase,
     text: TextSource,
+    *,
     num_samples: int,
     length: int,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """One window from each of `num_samples` segments; from the whole document if it has too few segments.
+    """Draw a window from each of `num_samples` segments of a text of one document.
 
-    Returns ids, [num_samples, length]. The generator's state moves on.
+    Then only these segments are tokenised. If the document has too few segments, all windows are drawn from all of it.
+    Returns ids, int64 [num_samples, length]. The generator's state moves on. ValueError if the text is too short.
     """
     document = text.documents[0]
     characters = _CHARACTERS_PER_TOKEN * length
     segments = _segments(document, characters)
     while len(segments) >= max(num_samples, 2):
         chosen = torch.randperm(len(segments), generator=generator)[:num_samples].tolist()
-        parts = [_tokenise(tokenizer, segments[index]) for index in chosen]
-        if min(len(ids) for ids in parts) >= length:
-            return torch.cat([_spread_windows(ids, 1, length, generator) for ids in parts])
+        ids_of_segments = [
+            _ids_without_special_tokens(tokenizer, segments[index]) for index in chosen
+        ]
+        if min(len(ids) for ids in ids_of_segments) >= length:
+            windows = [_spread_windows(ids, 1, length, generator) for ids in ids_of_segments]
+            return torch.cat(windows)
         # if short segments were skipped, text with short tokens would be preferred
         characters *= 2
         segments = _segments(document, characters)
 
-    ids = _tokenise(tokenizer, document)
-    _require_tokens(text, len(ids), num_samples, length)
+    ids = _ids_without_special_tokens(tokenizer, document)
+    _require_tokens(text, num_tokens=len(ids), num_samples=num_samples, length=length)
     return _spread_windows(ids, num_samples, length, generator)
 
 
 def _segments(document: str, characters: int) -> list[str]:
-    """Cut a document into consecutive parts of about `characters` each, before white space if there is some."""
-    cuts = [0]
-    while len(document) - cuts[-1] > 2 * characters:
-        earliest = cuts[-1] + characters
-        # a cut within a word would make tokens that the text does not have
+    """Cut a document into consecutive segments of about `characters` each, before white space if there is some."""
+    segments = list[str]()
+    start = 0
+    while len(document) - start > 2 * characters:
+        earliest = start + characters
         latest = earliest + characters
-        spaces = (place for place in range(earliest, latest) if document[place].isspace())
-        cuts.append(next(spaces, earliest))
-    ends = [*cuts[1:], len(document)]
-    return [document[start:end] for start, end in zip(cuts, ends, strict=True)]
+        end = earliest
+        # a cut within a word would make tokens that the text does not have
+        for place in range(earliest, latest):
+            if document[place].isspace():
+                end = place
+                break
+        segments.append(document[start:end])
+        start = end
+    segments.append(document[start:])
+    return segments
 
 
 def _spread_windows(
@@ -231,9 +270,10 @@ def _spread_windows(
 
     `ids` is [tokens], the result [num_samples, length]. The generator's state moves on.
     """
-    slack = len(ids) - num_samples * length  # tokens that are in no window
-    gaps = torch.randint(slack + 1, (num_samples,), generator=generator).sort().values
-    starts = gaps + length * torch.arange(num_samples)
+    num_spare = len(ids) - num_samples * length  # tokens that are in no window
+    # for each window, how many of them are before it
+    spare_before = torch.randint(num_spare + 1, (num_samples,), generator=generator).sort().values
+    starts = spare_before + length * torch.arange(num_samples)
     starts = starts[torch.randperm(num_samples, generator=generator)]
     return torch.stack([ids[start : start + length] for start in starts.tolist()])  # [N, T]
 
@@ -241,33 +281,41 @@ def _spread_windows(
 def _windows_of_documents(
     tokenizer: PreTrainedTokenizerBase,
     text: TextSource,
+    *,
     num_samples: int,
     held_out: int,
     length: int,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Windows of documents that follow one another in random order: ids, [num_samples, length].
+    """Put documents one after the other in random order, and cut them into windows: ids, int64 [num_samples, length].
 
-    `held_out` of the windows are the caller's held-out ones, which only an error names. The generator's state moves on.
+    Only as many documents are tokenised as needed. `held_out` says how many of the windows the caller holds out; it is
+    only for the message of the ValueError that a text is too short. The generator's state moves on.
     """
     eos = tokenizer.eos_token_id
     separator = torch.tensor([] if eos is None else [eos], dtype=torch.int64)
     pieces = list[torch.Tensor]()
     num_tokens = 0
     for index in torch.randperm(len(text.documents), generator=generator).tolist():
-        ids = _tokenise(tokenizer, text.documents[index])
+        ids = _ids_without_special_tokens(tokenizer, text.documents[index])
         pieces += [ids, separator]
         num_tokens += len(ids) + len(separator)
         if num_tokens >= num_samples * length:
             break
-    _require_tokens(text, num_tokens, num_samples, length, held_out)
-    return torch.cat(pieces)[: num_samples * length].view(num_samples, length)  # [tokens] -> [N, T]
+    _require_tokens(
+        text, num_tokens=num_tokens, num_samples=num_samples, length=length, held_out=held_out
+    )
+    ids = torch.cat(pieces)[: num_samples * length]
+    return ids.view(num_samples, length)  # [tokens] -> [N, T]
 
 
 def _require_tokens(
-    text: TextSource, num_tokens: int, num_samples: int, length: int, held_out: int = 0
+    text: TextSource, *, num_tokens: int, num_samples: int, length: int, held_out: int = 0
 ) -> None:
-    """Refuse a text of `num_tokens` if `num_samples` windows of `length`, of which some are held out, need more."""
+    """Refuse a text of `num_tokens` tokens if `num_samples` windows of `length` need more: ValueError.
+
+    `held_out` of the windows are held out, which the message says.
+    """
     if num_tokens < num_samples * length:
         of_them = f" (held_out={held_out} of them)" if held_out else ""
         raise ValueError(
