@@ -65,8 +65,10 @@ def compare_with_dense(
         return _compare(folder, report, dense, progress)
     except VerificationError as error:
         # Earlier runs that only removed tokens are compared, too.
-        first, given = report.first_model.name, report.model["name"]
-        if public_name(dense) == first != given:
+        first = report.first_model.name
+        given = report.model["name"]
+        is_first_model = public_name(dense) == first
+        if is_first_model and first != given:
             raise VerificationError(
                 f"{error} {dense!r} is the model that was pruned first: pass the model that the last run began with, "
                 f"{given!r}."
@@ -216,11 +218,11 @@ def _remaining_tensors(
     counts = {} if parts is None else kept_by_kind(removed_parts(outline, parts))
     plan = plan_shrinking(outline, counts, layers=report.model.get("layers_kept"))
 
-    # by the name of the operator or mixture in the smaller model
+    # Numbers of the groups that stay (columns or experts), by the name of the operator or mixture in the smaller model.
     groups_kept = {mixture.name: mixture.groups_kept for mixture in report.mixtures}
     for name, operator in operators.items():
         groups_kept[name.removesuffix(".weight")] = operator.groups_kept or ()
-    # by the name of the part in the dense model
+    # The same by the name of the part in the dense model.
     kept = {part: groups_kept.get(str(plan.new_name(part)), ()) for part in plan.parts}
 
     for name in _tensor_names(dense_model):
@@ -236,7 +238,7 @@ def _copied_tensors(
 ) -> dict[str, StoredTensor]:
     """Find the tensors in the dense model's files that its class does not load, by their names in the pruned folder.
 
-    Those that the pruned folder lacks by its own report are left out. Only the headers of files are read.
+    Those that the pruned folder lacks by its own report are left out. Values are read later, when they are compared.
 
     Args:
         dense_model: Loaded from `dense_folder`.
@@ -244,10 +246,12 @@ def _copied_tensors(
         folder: The pruned folder.
         report: The report in it.
     """
+    # Tensors that are still quantized are copied only if the result is quantized, too.
     is_quantized = dequantizer_of(folder) is not None
     source = source_tensors(dense_model, dense_folder, quantized=is_quantized)
     source = replace(source, not_copied=report.model.get("lacks", {}))
     num_layers = len(find_decoder_layers(dense_model))
+    # Tensors of a decoder layer have the new number of the layer in their names.
     layers_kept = report.model.get("layers_kept", range(num_layers))
     return source.renamed(layers_kept, num_layers).tensors_to_copy
 
@@ -275,6 +279,7 @@ def _compare_copied(
         copied = stored.get(name)
         if copied is not None and _lost_tokens(copied.shape, tensor.shape, tokens):
             assert tokens is not None
+            # New rows, of tokens that the dense model lacks, have no row to be compared with.
             tensor = tensor.selected(0, tokens[tokens < tensor.shape[0]])
         if copied is None or not tensor.equals(copied):
             raise VerificationError(

@@ -120,7 +120,8 @@ def _check_windows(model: PreTrainedModel, windows: torch.Tensor) -> None:
             "least one window of at least two tokens."
         )
     vocabulary, _ = token_limits(model)
-    smallest, largest = int(windows.min()), int(windows.max())
+    smallest = int(windows.min())
+    largest = int(windows.max())
     if smallest < 0 or largest >= vocabulary:
         raise ValueError(
             f"windows holds token ids from {smallest} to {largest}, the model knows 0 to {vocabulary - 1}; pass "

@@ -410,20 +410,21 @@ def _verify_shapes(folder: Path, model: PreTrainedModel) -> None:
         folder: The folder of the smaller model.
         model: The model without weights that its `config.json` describes.
     """
-    source = source_tensors(
-        model, folder
-    )  # `stored` has all tensors of the files, `places` those of the class
+    source = source_tensors(model, folder)
+    # Tied to others, or made anew when the model is loaded.
     not_saved = {*model.all_tied_weights_keys, *internals.names_not_saved(model)}
     described = {
         name: tensor for name, tensor in model.state_dict().items() if name not in not_saved
     }
     missing = [name for name in described if name not in source.stored]
-    # Otherwise the class renames tensors when it loads them, so that their names can't be compared.
+    # Otherwise the class renames tensors when it loads them, so that their names can't be compared. (`source.places`
+    # has the tensors that the class loads, by their names in the files; `source.stored` has all of the files.)
     has_same_names = source.places.keys() <= described.keys()
     if missing and has_same_names:
         raise VerificationError(f"{missing[0]} is not in the checkpoint.")
     for name in described.keys() & source.stored.keys():
-        stored_shape, shape = source.stored[name].shape, tuple(described[name].shape)
+        stored_shape = source.stored[name].shape
+        shape = tuple(described[name].shape)
         if stored_shape != shape:
             raise VerificationError(
                 f"{name} has shape {stored_shape}, config.json describes {shape}."

@@ -333,7 +333,7 @@ def write_about(file: Path, text: str) -> None:
     """Write a file of text; if it is about the model of a finished folder, update the folder's list.
 
     Such a file is `README.md` or `fista/report.html`. It is not listed if the user had changed it before. Any other
-    `file` is only written.
+    `file` is only written. The folder of `file` must exist.
     """
     folder = file.parent if file.name == "README.md" else file.parent.parent
     name = file.relative_to(folder).as_posix()

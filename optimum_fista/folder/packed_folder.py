@@ -108,7 +108,7 @@ def packing_of(folder: Path) -> Packing:
     packed = []
     for name in packed_names(files):
         values_name, mask_name, layout_name = (name + suffix for suffix in SUFFIXES)
-        with safe_open(files[values_name], "pt") as file:
+        with safe_open(files[values_name], "pt") as file:  # has all three
             values = _outline(file.get_slice(values_name))
             mask = _outline(file.get_slice(mask_name))
             packed.append(PackedTensor(values, mask, file.get_tensor(layout_name)))
@@ -262,7 +262,7 @@ def unpack_folder(
     def convert(file: Any, stored_names: Iterable[str]) -> dict[str, Tensor]:
         """Unpack the tensors `stored_names` of an open weight file.
 
-        Adds the masks of their operators to `masks` of the outer function. Masks and layouts may be in other files.
+        Adds the masks of their operators to `masks` of the outer function.
         """
         dense: dict[str, Tensor] = {}
         for stored_name in stored_names:
@@ -316,30 +316,25 @@ def _convert_folder(
         overwrite: Replace a model that `output` already holds.
         progress: Called with the name of each new weight file.
     """
-    old_stem, new_stem = ("packed", "model") if packed is None else ("model", "packed")
+    # First parts of the names of weight files.
+    old_stem = "packed" if packed is None else "model"
+    new_stem = "model" if packed is None else "packed"
     index = folder / f"{old_stem}.safetensors.index.json"
     weights = sorted(set(files.values()))
     new_names = {file: file.name.replace(old_stem, new_stem, 1) for file in weights}
     old_names = [file.name for file in weights]
-    not_copied = {index.name, FILES_FILE, *old_names, *new_names.values()}
-    others = [name for name in all_names(folder) if name not in not_copied]
-    outside = [name for name in others if leads_out(folder / name, folder)]
-    if outside:
-        logger.warning(
-            "not copied, because the links lead out of the folder: %s", ", ".join(outside)
-        )
-    copied = [name for name in others if name not in outside]
+    others = _other_files(folder, {index.name, FILES_FILE, *old_names, *new_names.values()})
 
     require_output(output, overwrite, source=folder)
     with new_output(output, overwrite, folder) as partial:
         (partial / MASKS_FILE).parent.mkdir(exist_ok=True)
-        for name in copied:
+        for name in others:
             if name not in _REWRITTEN:
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 # With its time of change, which `fista/files.json` notes of weights.
                 shutil.copy2(folder / name, partial / name)
 
-        weight_map: dict[str, str] = {}
+        weight_map: dict[str, str] = {}  # file names by the names of the new tensors
         for file, new_name in new_names.items():
             with safe_open(file, "pt") as opened:
                 names_of_file = [name for name in files if files[name] == file]
@@ -352,9 +347,23 @@ def _convert_folder(
         if index.exists():
             metadata = read_json(index).get("metadata", {})
             weights_name = write_index(partial, new_stem, weight_map, metadata)
-        card = (folder / CARD_FILE).read_text("utf-8") if CARD_FILE in copied else None
+        card = (folder / CARD_FILE).read_text("utf-8") if CARD_FILE in others else None
         settings = None if packed is None else packed_settings(weights_name, packed)
         write_form(partial, read_json(folder / CONFIG_FILE), card, masks, settings)
+
+
+def _other_files(folder: Path, excluded: set[str]) -> list[str]:
+    """Return the names of the files in a folder, except those `excluded` and links that lead out of the folder.
+
+    A warning names the links. Names are relative to the folder, such as "fista/report.json".
+    """
+    names = [name for name in all_names(folder) if name not in excluded]
+    outside = [name for name in names if leads_out(folder / name, folder)]
+    if outside:
+        logger.warning(
+            "not copied, because the links lead out of the folder: %s", ", ".join(outside)
+        )
+    return [name for name in names if name not in outside]
 
 
 class Packer:

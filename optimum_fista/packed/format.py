@@ -142,7 +142,9 @@ def check(packed: PackedTensor, name: str = "weight", *, checksum: bool = True) 
     Raises:
         PackedFormatError: If the three are no packed tensor, or the checksum is another one.
     """
-    values, mask, layout = packed.values, packed.mask, packed.layout
+    values = packed.values
+    mask = packed.mask
+    layout = packed.layout
     _check_layout(layout, name)
     rows = prod(packed.shape[:-1])
     columns = packed.shape[-1]
