@@ -488,7 +488,7 @@ class _Naming:
         """Return what Transformers makes of the name of a stored tensor by these rules.
 
         It also adds or removes the prefix of the base model, such as "model.", if a tensor of the model (`self.state`)
-        then has the name.
+        then has the name. Transformers notes in the rules that they have matched.
         """
         new_name: str
         new_name, *_ = rename_source_key(  # besides, the pattern that matches

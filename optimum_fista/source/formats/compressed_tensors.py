@@ -3,6 +3,10 @@
 llm-compressor and others write them. For every module of a group the files hold the same parts, for instance
 `X.weight_packed` and `X.weight_scale`; the settings say how each group is stored. Transformers can decompress, too, but
 not all formats of experts, and before 5.22 only a whole model in memory.
+
+A *part* is one stored tensor of a module, called by the last word of its name, such as "weight_scale". A *pattern* is
+that of the names of stored tensors which a conversion of Transformers reads. `CompressedTensors.prepared` decompresses
+the tensors of a conversion before its operations run; the methods are called in the order that `format` describes.
 """
 
 from __future__ import annotations
@@ -27,8 +31,8 @@ _PARTS = (
     "weight_global_scale",
     "weight_shape",
 )
-# Entries of the settings that say that weights are changed further, for instance rotated.
-_FURTHER_CHANGES = ("transform_config", "sparsity_config")
+# Entries of the settings that say that weights are not only quantized, but also rotated or sparse.
+_TRANSFORM_AND_SPARSITY = ("transform_config", "sparsity_config")
 
 
 class CompressedTensors(QuantizedFormat):
@@ -38,20 +42,27 @@ class CompressedTensors(QuantizedFormat):
     prepares_model = False  # Transformers would make modules that hold compressed weights
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
+        """Read the schemes of all groups in the quantization settings; `settings` stays as it is.
+
+        Raises ValueError if weights are also rotated or sparse.
+        """
         super().__init__(settings)
         from compressed_tensors.quantization import QuantizationConfig
 
-        for entry in _FURTHER_CHANGES:
-            if settings.get(entry) and settings[entry].get("format") != "dense":
+        for entry in _TRANSFORM_AND_SPARSITY:
+            content = settings.get(entry)
+            if content and content.get("format") != "dense":
                 raise ValueError(
                     f"quantization_config has a {entry}: compressed-tensors has to load the whole model."
                 )
-        schemes = {key: value for key, value in settings.items() if key not in _FURTHER_CHANGES}
+        schemes = {
+            key: value for key, value in settings.items() if key not in _TRANSFORM_AND_SPARSITY
+        }
         self._config = QuantizationConfig.model_validate(schemes)
 
     @classmethod
     def require_package(cls, model_name: str) -> None:
-        """Raise ImportError if compressed-tensors is not installed."""
+        """Raise ImportError if compressed-tensors is not installed; `model_name` is for the message."""
         if find_spec("compressed_tensors") is None:
             raise ImportError(
                 f"model={model_name!r} is quantized by {cls.method!r}, which needs this package: "
@@ -63,7 +74,11 @@ class CompressedTensors(QuantizedFormat):
         return [*dense, WeightConverter("weight", "weight", [Decompressed()])]
 
     def source_patterns(self, patterns: Sequence[str]) -> list[str]:
-        """Return patterns of all parts of the weights, or `patterns` if they are of something else, such as biases."""
+        """Return patterns of all parts that may be stored for the weights that a conversion needs.
+
+        `patterns` are its own, such as "mlp.experts.*.up_proj.weight"; those of something else, such as biases, are
+        returned as they are.
+        """
         if not all(pattern.endswith("weight") for pattern in patterns):
             return list(patterns)
         return [
@@ -71,13 +86,19 @@ class CompressedTensors(QuantizedFormat):
         ]
 
     def first_operations(self, operations: Sequence[ConversionOps]) -> list[ConversionOps]:
-        """Return an operation that takes weights that `prepared` has decompressed."""
+        """Return the operation that takes what `prepared` has decompressed, whatever the conversion does then."""
         return [Decompressed()]
 
     def prepared(
         self, tensors: Mapping[str, list[Tensor]], patterns: Mapping[str, str]
     ) -> dict[str, list[Tensor]]:
-        """Return lists of weights [out, in] by the pattern of `X.weight`, made of the lists of their parts."""
+        """Return decompressed weights [out, in] for a conversion: lists by pattern of `X.weight`. Changes nothing.
+
+        Args:
+            tensors: Lists of stored tensors by the pattern of their part, such as "up_proj.weight_packed$", in the
+                order of their names in `patterns`.
+            patterns: The pattern of each stored tensor, by its name in the files.
+        """
         # For each pattern of weights: what is stored for each module, by part.
         modules: dict[str, dict[str, dict[str, Tensor]]] = {}
         for pattern, stored in tensors.items():
@@ -95,14 +116,22 @@ class CompressedTensors(QuantizedFormat):
     def weight(
         self, module: str, parts: Mapping[str, Tensor], conversions: Sequence[WeightConverter]
     ) -> Tensor:
-        """Return the decompressed matrix [out, in]; no conversion is needed."""
+        """Return the decompressed weight [out, in] of a linear module that the model's class does not load.
+
+        `module` is its name in the files, and `parts` are its stored tensors by part. `conversions` are not needed.
+        """
         return self._decompressed(module, parts)
 
     def _decompressed(self, module: str, parts: Mapping[str, Tensor]) -> Tensor:
-        """Return the weight [out, in] of a module, made of its stored parts, such as "weight_packed", by name."""
-        is_dense = len(parts) == 1
-        if is_dense:
-            return next(iter(parts.values()))
+        """Return the weight [out, in] of a module, which is made of its stored tensors (by part).
+
+        `module` is its name in the files, by which the groups of the settings (`self._config`) name it. Raises
+        ValueError if no group does.
+        """
+        is_uncompressed = len(parts) == 1
+        if is_uncompressed:
+            (weight,) = parts.values()
+            return weight
 
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.utils.match import is_match
@@ -116,8 +145,8 @@ class CompressedTensors(QuantizedFormat):
                 compressor: Any = BaseCompressor.get_value_from_registry(
                     scheme.format or self._config.format
                 )
-                weight: Tensor = compressor.decompress(dict(parts), scheme)["weight"]
-                return weight
+                decompressed: dict[str, Tensor] = compressor.decompress(dict(parts), scheme)
+                return decompressed["weight"]
         raise ValueError(
             f"{module} is stored as {', '.join(parts)}, and no group in config.json has its name."
         )
@@ -129,8 +158,14 @@ class Decompressed(Unchanged):
     hf_quantizer = True  # Transformers then reads the stored tensors in the dtypes that they have
 
     def convert(self, input_dict: dict[str, Any], *_: Any, **options: Any) -> dict[str, Any]:
-        """Return weights by pattern; the only one of a module gets the module's name for it."""
-        return {
-            options["target_patterns"][0] if pattern == "weight$" else pattern: value
-            for pattern, value in input_dict.items()
-        }
+        """Return weights by pattern as `prepared` made them; the pattern "weight$" becomes the conversion's target.
+
+        Transformers passes `target_patterns`, the patterns of the parameters that the conversion makes. "weight$" is
+        the pattern of the one conversion for weights that no other reads.
+        """
+        result: dict[str, Any] = {}
+        for pattern, value in input_dict.items():
+            is_single_weight = pattern == "weight$"
+            new_pattern = options["target_patterns"][0] if is_single_weight else pattern
+            result[new_pattern] = value
+        return result

@@ -3,12 +3,20 @@
 Transformers dequantizes while it loads, so the whole model would be in memory, or in the offload folder, in 16 bits.
 The quantizer that is registered here, `Dequantizer`, stands before that of the source's format and takes over its
 conversions (rename, dequantize, merge experts). If weights stay in their files (`device_map={"": "disk"}`), a
-conversion does not run while the model loads but is kept. It runs when Accelerate asks for its parameter, on that
+conversion does not run while the model loads but is deferred. It runs when Accelerate asks for its parameter, on that
 parameter's tensors in the files of the source.
 
 Order: `read_dequantized` changes the configuration, `from_pretrained` then makes a `Dequantizer` and calls it: first
-`_process_model_before_weight_loading`, then `update_weight_conversions`, then every `KeptConversion.convert`, and at
-last `_process_model_after_weight_loading`.
+`_process_model_before_weight_loading`, then `update_weight_conversions`, then for every parameter
+`DeferredConversion.add_tensor` and `convert`, and at last `_process_model_after_weight_loading`.
+
+- The *source* is the quantized model in its files; a *stored tensor* is one of its tensors, weight or scale, by its
+  name there. Dtypes of stored tensors are named as in safetensors; those in `PLAIN_FLOATS` need no scales.
+- The *quantization settings* are the dictionary `quantization_config` of `config.json`; `quant_method` is one entry.
+- A *conversion* (`WeightConverter` of Transformers) has patterns of names of stored tensors (sources), patterns of
+  names of parameters (targets), and operations that make the parameters of the tensors. A renaming (`WeightRenaming`)
+  is one without operations.
+- A *format* (`QuantizedFormat`) says what is special about one `quant_method`.
 """
 
 from __future__ import annotations
@@ -68,10 +76,15 @@ _OTHER_READERS = {
 def read_dequantized(config: PreTrainedConfig) -> PreTrainedConfig:
     """Change the configuration of a quantized model so that Transformers loads the model in 16 bits; return it.
 
-    Changes `config`: its quantization settings name the `Dequantizer`, and its dtype is set if it has none. Raises
-    ValueError or ImportError if the format can't be read a parameter at a time.
+    Changes `config`, and its section for the text decoder: its quantization settings name the `Dequantizer`, and its
+    dtype is set if it has none.
+
+    Raises:
+        ValueError: If Transformers can't dequantize the format a parameter at a time.
+        ImportError: If a package that reads the format is not installed.
     """
-    settings = quantization(config) or {}
+    settings = quantization(config)
+    assert settings is not None  # the caller has asked
     method = settings["quant_method"]
     name = internals.loaded_from(config)
     FORMATS.get(method, QuantizedFormat).require_package(name)
@@ -91,7 +104,10 @@ def read_dequantized(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def dequantizer_of(folder: Path) -> Dequantizer | None:
-    """Return what loads the quantized model in `folder`, so it knows which tensors are scales; `None`: it is dense."""
+    """Return a `Dequantizer` for the quantized model in `folder`, which knows its conversions; `None` if it is dense.
+
+    Only `config.json` is read.
+    """
     if not (folder / "config.json").exists():
         return None
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -103,7 +119,7 @@ def dequantizer_of(folder: Path) -> Dequantizer | None:
 
 @auto.register_quantization_config(_METHOD)
 class DequantizingConfig(QuantizationConfigMixin):
-    """Has Transformers use the `Dequantizer`; `settings` are the quantization settings of the source."""
+    """Quantization settings that have Transformers use the `Dequantizer`; `settings` are those of the source."""
 
     def __init__(self, settings: Mapping[str, Any], **_: Any) -> None:
         self.quant_method = _METHOD  # type: ignore[assignment]
@@ -118,15 +134,16 @@ class Dequantizer(HfQuantizer):
     Attributes:
         inner: Transformers' quantizer of the source's format, set to dequantize.
         format: What is special about that format.
-        keeps: Whether weights stay in their files, so that conversions are kept.
-        kept: Functions that make a parameter, by its name in the model.
+        is_lazy: Whether weights stay in their files, so that conversions are deferred.
+        makers: For each deferred parameter, by its name in the model: a function that reads and dequantizes it.
         converted: Names of the stored tensors that a conversion takes.
-        stored: File and dtype of all tensors of the source, by name; the dtype is that of safetensors, such as "BF16".
+        stored: File and dtype of all stored tensors, by name.
     """
 
     quantization_config: DequantizingConfig
 
     def __init__(self, quantization_config: Any, **keywords: Any) -> None:
+        """Make the quantizer of the source's format; Transformers calls this with a `DequantizingConfig`."""
         super().__init__(quantization_config, **keywords)
         source_settings = quantization_config.settings
         settings: Any = auto.AutoQuantizationConfig.from_dict(dict(source_settings))
@@ -134,8 +151,8 @@ class Dequantizer(HfQuantizer):
         self.inner = auto.AutoHfQuantizer.from_config(settings, pre_quantized=True)
         self.inner.validate_environment()
         self.format = FORMATS.get(source_settings["quant_method"], QuantizedFormat)(source_settings)
-        self.keeps = False
-        self.kept: dict[str, Callable[[], Tensor]] = {}
+        self.is_lazy = False
+        self.makers: dict[str, Callable[[], Tensor]] = {}
         self.converted: set[str] = set()
         self.stored: dict[str, tuple[str, str]] = {}
         self._dense_conversions: list[Any] = []  # those of the dense model
@@ -152,19 +169,27 @@ class Dequantizer(HfQuantizer):
         checkpoint_files: Sequence[str] = (),
         **options: Any,
     ) -> None:
-        """Note which tensors the files hold, and have the format's quantizer prepare the modules of `model`."""
+        """Note which tensors the files hold, and have the format's quantizer prepare the modules of `model`.
+
+        Changes `self.stored` and `self.is_lazy`, and, for most formats, the modules of `model`, which has no weights
+        yet. Transformers calls this with the paths of the weight files.
+        """
         if self.format.prepares_model:
             internals.prepare_for_loading(self.inner, model, device_map=device_map, **options)
         for path in checkpoint_files:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     self.stored[name] = (path, file.get_slice(name).get_dtype())
-        self.keeps = device_map == {"": "disk"}
+        self.is_lazy = device_map == {"": "disk"}
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
-        """Return the conversions of the format, as `KeptConversion`; `weight_conversions` are the dense model's.
+        """Return the conversions and renamings by which the quantized model is loaded; Transformers calls this.
 
-        Older versions of Transformers do not pass the model.
+        Conversions become a `DeferredConversion`; both lists, the given one and the result, are kept in `self`.
+
+        Args:
+            weight_conversions: Those of the dense model. Some formats of Transformers add theirs to this list.
+            model: The model, which older versions of Transformers do not pass.
         """
         self._dense_conversions = list(weight_conversions)
         conversions = self.format.conversions(
@@ -172,7 +197,7 @@ class Dequantizer(HfQuantizer):
             lambda: self.inner.update_weight_conversions(weight_conversions, *model),
         )
         self._conversions = [
-            KeptConversion(conversion, self)
+            DeferredConversion(conversion, self)
             if isinstance(conversion, WeightConverter)
             else conversion
             for conversion in conversions
@@ -182,27 +207,32 @@ class Dequantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **_: Any
     ) -> PreTrainedModel:
-        """Check that all weights can be dequantized, and have Accelerate read kept ones through their conversions.
+        """Check that all weights can be dequantized, and have Accelerate read deferred ones through `self.makers`.
 
-        Changes `model`: its conversions for saving, what `quantized_source` says of it, and the map from which
-        Accelerate reads offloaded weights.
+        Changes `model`, and returns it: its conversions for saving, what `quantized_source` says of it, and the map
+        from which Accelerate reads offloaded weights. Raises ValueError if a weight can't be dequantized.
         """
         self._require_scales(model)
         self._save_by_dense_conversions(model)
         remember_quantized_source(model, self.quantization_config.settings)
-        self._try_kept(model)
+        self._try_makers(model)
 
-        for target, source in model.all_tied_weights_keys.items():
-            if source in self.kept:
-                self.kept.setdefault(target, self.kept[source])
-        if self.kept:
-            # The state dict comes before the index, which has the quantized tensors.
-            _offloaded_weights(model).state_dict = KeptParameters(self.kept)
+        for tied_name, name in model.all_tied_weights_keys.items():
+            if name in self.makers:
+                self.makers.setdefault(tied_name, self.makers[name])
+        if self.makers:
+            # Accelerate looks into the state dict before the index of files, which has the quantized tensors.
+            _offloaded_weights(model).state_dict = ParametersMadeWhenRead(self.makers)
         return model
 
     def _require_scales(self, model: PreTrainedModel) -> None:
-        """Refuse quantized tensors whose scales no conversion reads: Transformers would take them for values."""
-        scales_of: defaultdict[str, list[str]] = defaultdict(list)  # by module
+        """Raise ValueError for a quantized tensor whose scales no conversion reads: the weight would be wrong.
+
+        Transformers would take the quantized numbers for the weights. `self.stored` has the dtypes of all stored
+        tensors, and `self.converted` names those that conversions have taken. Transformers notes on the conversions
+        that their patterns have matched (`was_used`); nothing else changes.
+        """
+        scales_of: defaultdict[str, list[str]] = defaultdict(list)  # names of scales by module
         for name in self.stored:
             module, _, part = name.rpartition(".")
             if "scale" in part and not ACTIVATION_SCALE.search(name):
@@ -216,12 +246,18 @@ class Dequantizer(HfQuantizer):
                 continue
             scales = scales_of[name.rpartition(".")[0]]
             unread = [scale for scale in scales if scale not in self.converted]
-            if name in self.converted and scales and not unread:
+            is_dequantized = name in self.converted and scales and not unread
+            if is_dequantized:
                 continue
-            target = rename_source_key(name, renamings, converters, model.base_model_prefix, state)[
-                0
-            ]
-            if target not in state or not state[target].is_floating_point():
+            target, *_ = rename_source_key(  # besides, the pattern that matches
+                name,
+                renamings,
+                converters,
+                base_model_prefix=model.base_model_prefix,
+                meta_state_dict=state,
+            )
+            is_weight = target in state and state[target].is_floating_point()
+            if not is_weight:
                 continue
             if unread:
                 raise ValueError(
@@ -234,11 +270,15 @@ class Dequantizer(HfQuantizer):
             )
 
     def _save_by_dense_conversions(self, model: PreTrainedModel) -> None:
-        """Have `save_pretrained` give `model` the names of the source, without what dequantizes."""
+        """Have `save_pretrained` save `model` under the names of the source, without what dequantizes.
+
+        Changes the conversions that `model` notes for saving: they are those of the dense model (as
+        `update_weight_conversions` got them) that were used to load it.
+        """
         used_targets = [
             internals.original_targets(conversion)
             for conversion in self._conversions
-            if isinstance(conversion, KeptConversion) and conversion.was_used()
+            if isinstance(conversion, DeferredConversion) and conversion.was_used()
         ]
         used = [
             conversion
@@ -247,12 +287,17 @@ class Dequantizer(HfQuantizer):
         ]
         internals.set_weight_conversions(model, used)
 
-    def _try_kept(self, model: PreTrainedModel) -> None:
-        """Make one parameter of each kind, so that an error comes before the first decoder layer is pruned."""
-        one_of_each = {re.sub(r"\d+", "*", name): name for name in self.kept}
-        for name in one_of_each.values():
+    def _try_makers(self, model: PreTrainedModel) -> None:
+        """Dequantize one deferred parameter of each kind, so that an error comes before a decoder layer is pruned.
+
+        Parameters are of one kind if their names differ only in numbers, such as that of the layer. The results are
+        dropped. Raises ValueError if one can't be made, or has not the shape of the parameter of `model`.
+        """
+        one_of_each_kind = {re.sub(r"\d+", "*", name): name for name in self.makers}
+        for name in one_of_each_kind.values():
+            make = self.makers[name]
             try:
-                shape = tuple(self.kept[name]().shape)
+                shape = tuple(make().shape)
             except Exception as error:  # of the format's operations
                 raise ValueError(f"{name} can't be dequantized: {error}") from error
             expected = tuple(model.get_parameter_or_buffer(name).shape)
@@ -262,7 +307,7 @@ class Dequantizer(HfQuantizer):
                 )
 
     def read(self, name: str) -> Tensor:
-        """Read a stored tensor of the source."""
+        """Read the stored tensor `name` from its file, to the CPU, in the dtype that it has there."""
         path, _ = self.stored[name]
         with safe_open(path, "pt") as file:
             tensor: Tensor = file.get_tensor(name)
@@ -271,9 +316,18 @@ class Dequantizer(HfQuantizer):
     def dense(
         self, module: str, parts: Mapping[str, Callable[[], Tensor]], dtype: torch.dtype
     ) -> Tensor:
-        """Dequantize a matrix [out, in] that the model's class does not load; `parts` read what its module stores."""
+        """Dequantize the weight [out, in] of a linear module that the model's class does not load.
+
+        `update_weight_conversions` must have been called.
+
+        Args:
+            module: Name of the module in the files, such as "model.layers.61.eh_proj".
+            parts: Functions that read what is stored for it, by the last word of the name, such as "weight" and
+                "weight_scale_inv".
+            dtype: That of the result.
+        """
         tensors = {part: read() for part, read in parts.items()}
-        conversions = [one for one in self._conversions if isinstance(one, KeptConversion)]
+        conversions = [one for one in self._conversions if isinstance(one, DeferredConversion)]
         return self.format.weight(module, tensors, conversions).to(dtype)
 
     def is_serializable(self) -> bool:
@@ -287,52 +341,70 @@ class Dequantizer(HfQuantizer):
 
 
 def _offloaded_weights(model: PreTrainedModel) -> Any:
-    """Return the map from which Accelerate reads all offloaded weights of `model`."""
+    """Return the map from which Accelerate reads all offloaded weights of `model`, by name; not a copy.
+
+    All modules with offloaded weights have a hook of Accelerate that reads from this map, so the first will do.
+    """
     hooks = [offload_hook(module) for module in model.modules()]
-    weights: Any = next(hook.weights_map for hook in hooks if hook is not None)
+    first_hook = next(hook for hook in hooks if hook is not None)
+    weights: Any = first_hook.weights_map
     while isinstance(weights, PrefixedDataset):  # the view of one module
         weights = weights.dataset
     return weights
 
 
-class KeptParameters(dict[str, Any]):
-    """Parameters by name: tensors, or functions that make one each time it is asked for."""
+class ParametersMadeWhenRead(dict[str, Any]):
+    """Parameters by name; it holds tensors, or functions that make a tensor each time it is asked for."""
 
     def __getitem__(self, name: str) -> Tensor:
         entry: Tensor | Callable[[], Tensor] = super().__getitem__(name)
         return entry if isinstance(entry, Tensor) else entry()
 
 
-class KeptConversion(WeightConverter):
+class DeferredConversion(WeightConverter):
     """A conversion of stored tensors to parameters that can run again later.
 
     Transformers makes a copy for every parameter and gives it that parameter's tensors (`add_tensor`).
 
     Attributes:
-        keeper: The quantizer that keeps it.
+        quantizer: The quantizer of the model, the same for all copies.
         patterns: The source pattern of each of its stored tensors, by name.
     """
 
-    def __init__(self, conversion: WeightConverter, keeper: Dequantizer) -> None:
-        sources = keeper.format.source_patterns(internals.original_sources(conversion))
+    def __init__(self, conversion: WeightConverter, quantizer: Dequantizer) -> None:
+        """Make one of a conversion of Transformers, with the further sources and operations of the format."""
+        sources = quantizer.format.source_patterns(internals.original_sources(conversion))
         targets = list(internals.original_targets(conversion))
-        first = keeper.format.first_operations(conversion.operations)
+        first = quantizer.format.first_operations(conversion.operations)
         super().__init__(sources, targets, [*first, *conversion.operations], conversion.force_cpu)
         self.scope_prefix = conversion.scope_prefix
         self.base_model_prefix = conversion.base_model_prefix
-        self.keeper = keeper
+        self.quantizer = quantizer
         self.patterns: dict[str, str] = {}
 
     def add_tensor(
         self, target_key: str, source_key: str, source_pattern: str, future: Any
     ) -> None:
-        """Take a stored tensor, whose name is `source_key`; its name is noted, too."""
+        """Take a stored tensor for the parameter `target_key`, and note its name in `self.patterns`.
+
+        Transformers calls this.
+
+        Args:
+            target_key: The name of the parameter.
+            source_key: The name of the stored tensor.
+            source_pattern: The pattern of this conversion that the name matches.
+            future: A function, or a future, that gives the tensor.
+        """
         self.patterns[source_key] = source_pattern
         super().add_tensor(target_key, source_key, source_pattern, future)
 
     def materialize_tensors(self) -> Any:
-        """Read the tensors that were added, and prepare them for the first operation."""
-        return self.keeper.format.prepared(super().materialize_tensors(), self.patterns)
+        """Read the tensors that `add_tensor` took, and return them as the first operation needs them.
+
+        They are lists by source pattern. The base class drops what it has read; Transformers calls this in `convert`.
+        """
+        tensors = super().materialize_tensors()
+        return self.quantizer.format.prepared(tensors, self.patterns)
 
     def convert(
         self,
@@ -342,47 +414,61 @@ class KeptConversion(WeightConverter):
         hf_quantizer: Any = None,
         loading_info: Any = None,
     ) -> Any:
-        """Make the parameter `layer_name`, and those beside it, or keep the conversion for later.
+        """Make the parameter `layer_name` and those of the other targets, or defer the conversion.
 
-        Changes `keeper.converted`, and if it is kept `keeper.kept` and the missing keys of `loading_info`; then
-        SkipParameters tells Transformers to go on.
+        Transformers calls this. A conversion is deferred if weights stay in their files (`quantizer.is_lazy`): then
+        `quantizer.makers` gets a function for each parameter, the parameters are taken out of the missing keys of
+        `loading_info`, and SkipParameters is raised, which tells Transformers to go on. In any case, the names of the
+        stored tensors (the keys of `self.patterns`) are added to `quantizer.converted`.
+
+        Returns:
+            The parameters by name, if it is not deferred.
         """
-        keeper = self.keeper
-        keeper.converted.update(self.patterns)
+        quantizer = self.quantizer
+        quantizer.converted.update(self.patterns)
         first_target = self.target_patterns[0]
         # If one stored tensor makes many parameters, Transformers copies these to files.
         makes_many = "*" in first_target
-        if not keeper.keeps or makes_many:
+        if not quantizer.is_lazy or makes_many:
             return super().convert(layer_name, model, config, hf_quantizer, loading_info)
 
-        parameters = [
-            layer_name,
-            *(layer_name.replace(first_target, target) for target in self.target_patterns[1:]),
-        ]
-        # Without scales, the operations of a format change nothing: the parameter is read from its file.
-        is_dense = (
-            len(self.patterns) == 1
-            and all(keeper.stored[name][1] in PLAIN_FLOATS for name in self.patterns)
-            and all(reads_scales(operation) for operation in self.operations)
-        )
-        if not is_dense:
+        parameters = [layer_name]
+        for target in self.target_patterns[1:]:
+            parameters.append(layer_name.replace(first_target, target))
+
+        # Without scales, the operations of a format change nothing: Accelerate reads the parameter from its file.
+        dtypes = [dtype for _, dtype in (quantizer.stored[name] for name in self.patterns)]
+        is_one_plain_tensor = len(dtypes) == 1 and dtypes[0] in PLAIN_FLOATS
+        only_dequantizes = all(reads_scales(operation) for operation in self.operations)
+        is_stored_as_it_is = is_one_plain_tensor and only_dequantizes
+        if not is_stored_as_it_is:
             for parameter in parameters:
                 dtype = model.get_parameter_or_buffer(parameter).dtype
-                keeper.kept[parameter] = partial(self.make, model, layer_name, parameter, dtype)
+                quantizer.makers[parameter] = partial(
+                    self.make, model, layer_name, parameter, dtype
+                )
         loading_info.missing_keys.difference_update(parameters)
         raise SkipParameters
 
     def make(
         self, model: PreTrainedModel, layer_name: str, target: str, dtype: torch.dtype
     ) -> Tensor:
-        """Make the parameter `target`, in the memory of the CPU, of the tensors in the files.
+        """Read the stored tensors of this conversion, run it, and return the parameter `target`, on the CPU.
 
-        `layer_name` is the first parameter that the conversion makes.
+        Changes only `self.collected_tensors`, from which Transformers reads: it gets functions that read the tensors.
+
+        Args:
+            model: The model, of which the operations read the configuration.
+            layer_name: The name of the first parameter that the conversion makes.
+            target: The name of the parameter to return, `layer_name` or one that is made with it.
+            dtype: The dtype of the result.
         """
         readers: Any = self.collected_tensors
         readers.clear()  # those of files that are closed
         for name, pattern in self.patterns.items():
-            readers[pattern].append(partial(self.keeper.read, name))
-        parameter = super().convert(layer_name, model, model.config)[target]
+            readers[pattern].append(partial(self.quantizer.read, name))
+        # The method of Transformers, not that of this class: the conversion runs now.
+        parameters = super().convert(layer_name, model, model.config)
+        parameter = parameters[target]
         tensor: Tensor = parameter[0] if isinstance(parameter, list) else parameter
         return tensor.detach().to("cpu", dtype)

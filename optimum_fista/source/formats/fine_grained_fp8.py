@@ -7,7 +7,11 @@ Three layouts have `quant_method` "fp8". Each stores `X.weight` [out, in] and, f
 - `X.weight_scale` [], as AutoFP8 writes it, beside `X.input_scale` of activations, which is not needed here.
 
 Transformers reads the first two. It takes the values of the third for weights, up to 448, so the scale is renamed.
-A weight may also be stored dense, without a scale.
+A weight may also be stored in 16 bits, without a scale.
+
+The methods of `FineGrainedFP8` are called in the order that `format` describes. A *pattern* is that of the names of
+stored tensors that a conversion of Transformers reads, such as "mlp.experts.*.up_proj.weight"; that of the scales is
+the same with "_scale_inv" at its end. `EqualBlocks` runs before Transformers' own operation, which dequantizes.
 """
 
 from __future__ import annotations
@@ -31,12 +35,15 @@ class FineGrainedFP8(QuantizedFormat):
     method = "fp8"
 
     def conversions(self, dense: list[Any], load_conversions: Callable[[], list[Any]]) -> list[Any]:
-        """Return Transformers' conversions, after a renaming of AutoFP8's scales."""
+        """Return a renaming of AutoFP8's scales, and then the conversions of the quantized model.
+
+        `load_conversions` makes the latter, as Transformers has them. Those of the `dense` model are not needed.
+        """
         renaming = WeightRenaming(r"\.weight_scale$", f".weight{_SCALE}")
         return [renaming, *load_conversions()]
 
     def first_operations(self, operations: Sequence[ConversionOps]) -> list[ConversionOps]:
-        """Return an operation that lets Transformers divide any weight into blocks."""
+        """Return `EqualBlocks` if a conversion with these `operations` dequantizes; an empty list if not."""
         if not any(reads_scales(operation) for operation in operations):
             return []
         # What Transformers takes if the settings name no size.
@@ -46,9 +53,14 @@ class FineGrainedFP8(QuantizedFormat):
     def prepared(
         self, tensors: Mapping[str, list[Tensor]], patterns: Mapping[str, str]
     ) -> dict[str, list[Tensor]]:
-        """Return the stored tensors with a scale of 1 for every weight that is stored without quantization.
+        """Return `tensors` with a scale of 1 for every weight that is stored in 16 bits among quantized ones.
 
         Transformers pairs weights and scales by their order, so one expert that has no scale would shift the others'.
+        Changes nothing.
+
+        Args:
+            tensors: Lists of weights, and of scales, by source pattern, in the order of their names in `patterns`.
+            patterns: The source pattern of each stored tensor, by its name in the files.
         """
         result = dict(tensors)
         for pattern, weights in tensors.items():
@@ -56,11 +68,11 @@ class FineGrainedFP8(QuantizedFormat):
             if scale_pattern is None or len(tensors[scale_pattern]) == len(weights):
                 continue
             modules = _modules_of(pattern, patterns)
-            scales = dict(
-                zip(_modules_of(scale_pattern, patterns), tensors[scale_pattern], strict=True)
-            )
+            modules_with_scale = _modules_of(scale_pattern, patterns)
+            scales = dict(zip(modules_with_scale, tensors[scale_pattern], strict=True))
             for module, weight in zip(modules, weights, strict=True):
-                if weight.itemsize > 1:
+                is_in_8_bits = weight.itemsize == 1
+                if not is_in_8_bits:
                     scales.setdefault(module, torch.ones(1, 1, device=weight.device))
             # A weight in 8 bits without a scale stays without one; `Dequantizer` refuses it by name.
             result[scale_pattern] = [scales[module] for module in modules if module in scales]
@@ -69,16 +81,24 @@ class FineGrainedFP8(QuantizedFormat):
     def weight(
         self, module: str, parts: Mapping[str, Tensor], conversions: Sequence[WeightConverter]
     ) -> Tensor:
-        """Return the dequantized matrix [out, in], as the base class does; AutoFP8's scale is renamed here, too."""
+        """Return the dequantized weight [out, in] of a linear module that the model's class does not load.
+
+        Args:
+            module: Name of the module in the files, such as "model.layers.61.eh_proj".
+            parts: What is stored for it, by the last word of the name: "weight", and "weight_scale_inv" or AutoFP8's
+                "weight_scale".
+            conversions: Those by which the model was loaded.
+        """
         names = {"weight_scale": f"weight{_SCALE}"}
         renamed = {names.get(part, part): tensor for part, tensor in parts.items()}
         return super().weight(module, renamed, conversions)
 
 
 def _scale_pattern(pattern: str, patterns: Mapping[str, Any]) -> str | None:
-    """Return the source pattern of the scales of the weights with `pattern`; `None` if there is none.
+    """Return the one of `patterns` that is that of the scales of the weights with `pattern`; `None` if there is none.
 
-    For a single weight Transformers calls the patterns "weight$" and "weight_scale_inv".
+    Only the keys of `patterns` are read. For a single weight Transformers calls the patterns "weight$" and
+    "weight_scale_inv".
     """
     if _SCALE in pattern:
         return None
@@ -89,8 +109,12 @@ def _scale_pattern(pattern: str, patterns: Mapping[str, Any]) -> str | None:
 
 
 def _modules_of(pattern: str, patterns: Mapping[str, str]) -> list[str]:
-    """Return the modules of the stored tensors that match a source pattern, in order; `patterns` has them by name."""
-    return [name.rpartition(".")[0] for name, other in patterns.items() if other == pattern]
+    """Return the names of the modules of the stored tensors with a source pattern, such as "...experts.0.up_proj".
+
+    `patterns` has the source pattern of each stored tensor, by its name in the files; the order stays.
+    """
+    names = [name for name, other in patterns.items() if other == pattern]
+    return [name.rpartition(".")[0] for name in names]
 
 
 class EqualBlocks(ConversionOps):
@@ -100,12 +124,17 @@ class EqualBlocks(ConversionOps):
     """
 
     def __init__(self, block_size: Sequence[int] | None) -> None:
+        """Set the numbers of rows and columns in a block; `None`: scales are not of blocks."""
         # For Transformers, and for `reads_scales`: such an operation gets tensors in their stored dtype.
         self.hf_quantizer = True
         self.block_size = block_size
 
     def convert(self, input_dict: dict[str, Any], *_: Any, **__: Any) -> dict[str, Any]:
-        """Return `input_dict`, weights [out, in] and scales by pattern, or lists of them, with other scales."""
+        """Return a copy of `input_dict` with scales as Transformers' operation needs them (`_for_equal_blocks`).
+
+        `input_dict` has weights [out, in] and their scales by pattern, or lists of them. What else Transformers passes
+        is not needed.
+        """
         result = dict(input_dict)
         for pattern, value in input_dict.items():
             scale_pattern = _scale_pattern(pattern, input_dict)
@@ -114,15 +143,22 @@ class EqualBlocks(ConversionOps):
             weights = value if isinstance(value, list) else [value]
             stored = input_dict[scale_pattern]
             scales = stored if isinstance(stored, list) else [stored]
-            if len(weights) == len(scales):  # otherwise Transformers has an error that counts both
+            # If not, they stay: Transformers refuses them with an error that names both numbers.
+            is_one_for_each = len(weights) == len(scales)
+            if is_one_for_each:
                 result[scale_pattern] = [
-                    self._repeated(scale, weight)
+                    self._for_equal_blocks(scale, weight)
                     for scale, weight in zip(scales, weights, strict=True)
                 ]
         return result
 
-    def _repeated(self, scales: Tensor, weight: Tensor) -> Tensor:
-        """Return `scales` [..., blocks of rows, blocks of columns], of a `weight` [..., out, in], for equal blocks."""
+    def _for_equal_blocks(self, scales: Tensor, weight: Tensor) -> Tensor:
+        """Return scales of blocks of equal size for a `weight` [..., out, in].
+
+        `scales` [..., blocks of rows, blocks of columns] are returned as they are if the blocks are equal. If the last
+        block of rows (`self.block_size`) is smaller than the others, there is one scale for each row; columns alike. A
+        single scale becomes [1, 1].
+        """
         if scales.numel() == 1 and scales.ndim < 2:
             return scales.reshape(1, 1)
         if scales.ndim < 2 or self.block_size is None:

@@ -4,7 +4,10 @@ Transformers loads a model by *conversions* (`WeightConverter`): each has patter
 (its sources), patterns of the names of parameters (its targets), and operations that make the parameters of the
 tensors. The `Dequantizer` takes these conversions, lets the format change them, and runs them. In this order it calls
 `require_package`, `conversions`, then for every conversion `source_patterns` and `first_operations`, and for every
-parameter `prepared`. `weight` is for matrices that no conversion reads.
+parameter `prepared`. `weight` is for matrices that no conversion reads. No method changes its arguments, except where
+it says so.
+
+The *quantization settings* are the dictionary `quantization_config` of a model's `config.json`.
 """
 
 from __future__ import annotations
@@ -67,18 +70,21 @@ class QuantizedFormat:
     def weight(
         self, module: str, parts: Mapping[str, Tensor], conversions: Sequence[WeightConverter]
     ) -> Tensor:
-        """Return the dequantized matrix [out, in] of a linear module that the model's class does not load.
+        """Return the dequantized weight [out, in] of a linear module that the model's class does not load.
+
+        The operations of the first conversion that only dequantizes are run on it. Changes nothing.
 
         Args:
             module: Name of the module in the files, such as "model.layers.61.eh_proj".
             parts: What is stored for it, by the last word of the name, such as "weight" and "weight_scale_inv".
             conversions: Those by which the model was loaded.
         """
-        operations = next(
-            conversion.operations
+        dequantizing_conversions = [
+            conversion
             for conversion in conversions
             if all(reads_scales(operation) for operation in conversion.operations)
-        )
+        ]
+        operations = dequantizing_conversions[0].operations
         values: dict[str, Any] = {part: [tensor] for part, tensor in parts.items()}
         for operation in operations:
             values = operation.convert(
