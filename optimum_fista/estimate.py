@@ -182,7 +182,7 @@ class Estimate:
         maps_files = self._on_cpu and stored_dtype == used_dtype and not self.quantized
         self._reads_files = not self._is_loaded_whole and not maps_files
 
-        self.model: PreTrainedModel = loading.described(model_config, used_dtype)
+        self.model: PreTrainedModel = loading.model_without_weights(model_config, used_dtype)
         self.weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
         self._value_bytes = used_dtype.itemsize
         embedding = next(self.model.get_input_embeddings().parameters())

@@ -176,9 +176,9 @@ def pattern_of_run(model: str, config: FistaPruningConfig) -> str:
         return config.pattern
     from optimum_fista.model.layers import find_decoder_layers
     from optimum_fista.removal.parts import ModelOutline, removed_parts
-    from optimum_fista.source.loading import described, read_config
+    from optimum_fista.source.loading import model_without_weights, read_config
 
-    outline = ModelOutline(find_decoder_layers(described(read_config(model))))
+    outline = ModelOutline(find_decoder_layers(model_without_weights(read_config(model))))
     return "+".join(removed.pattern for removed in removed_parts(outline, config.whole_parts))
 
 

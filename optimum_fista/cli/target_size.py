@@ -110,7 +110,7 @@ def plan_size(arguments: argparse.Namespace) -> SizePlan:
         tokens = plan_counted(counted, unused)
     except ValueError as error:
         print(f"no token is removed: {error}", file=sys.stderr)
-        model = loading.described(loading.read_config(arguments.model))
+        model = loading.model_without_weights(loading.read_config(arguments.model))
         dense_parameters = model.num_parameters()
         channels, num_parameters = _channels(model, target_share * dense_parameters, target_share)
         return SizePlan(

@@ -89,7 +89,7 @@ def _compare(
     """
     with tempfile.TemporaryDirectory(prefix="optimum-fista-") as offload:
         # Without the tokenizer, and the folder, which is known.
-        pruned_model, *_ = load_lazily(str(folder), Path(offload) / "pruned", device="cpu")
+        pruned_model = load_lazily(str(folder), Path(offload) / "pruned", device="cpu").model
         dense_model, _, dense_folder = load_lazily(
             dense, Path(offload) / "dense", device="cpu", dtype=pruned_model.dtype
         )

@@ -88,8 +88,7 @@ def measure_bits_per_byte(
     Raises:
         ValueError: If the texts hold no sequence of two tokens, or the model writes NaN or Inf.
     """
-    # without the tokenizer of a GGUF file and the folder of the files
-    model, _, _ = load_lazily(name, offload_folder, device=device)
+    model = load_lazily(name, offload_folder, device=device).model
     num_rows, num_positions = token_limits(model)
     beginnings = _beginnings_of_texts(texts, dense_tokenizer, smaller_tokenizer, num_positions)
     dense = _tokenized(beginnings, dense_tokenizer, old_ids=None, bos=bos)

@@ -358,7 +358,7 @@ def count_model(
     """
     folder, settings = _read_source(name)
     tokenizer = loading.require_tokenizer(name)
-    model = loading.described(settings)
+    model = loading.model_without_weights(settings)
     source = source_tensors(model, folder)
     counts, num_texts, held_out = _count(tokenizer, texts, model, progress)
     return CountedModel(
@@ -639,7 +639,7 @@ def _smaller_model(
         vars(section).update(renumbered(vars(section), new_ids))
         if getattr(section, "vocab_size", None) == num_rows:
             section.vocab_size = len(new_ids)
-    return loading.described(smaller)
+    return loading.model_without_weights(smaller)
 
 
 def _set_dtype(

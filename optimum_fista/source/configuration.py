@@ -6,7 +6,8 @@ keeps the keys of its source, and only values that the run has changed are other
 
 Three things are compared, all as JSON: the *source*, which is what its `config.json` holds; what Transformers makes of
 the source (`before`); and the configuration to write (`after`). What differs between the last two is changed in the
-first.
+first. A *section* is a dictionary in it that describes a part of the model, such as `text_config`. A *key* is that of a
+JSON object; the attribute of a configuration may have another name (`attribute_map`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def content_of(config: PreTrainedConfig, source: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the content of a `config.json` for `config`.
+    """Return the content of a `config.json` for `config`. Changes nothing.
 
     Args:
         config: The configuration of a result.
@@ -43,7 +44,9 @@ def content_of(config: PreTrainedConfig, source: Mapping[str, Any] | None) -> di
 
     try:
         content = _in_form_of(section, config)
-    except Exception as error:  # of Transformers; a finished run is not lost for it
+    except (
+        Exception
+    ) as error:  # Transformers raises many kinds, and a finished run is not lost for it
         logger.debug("the source's config.json can't be compared: %s", error)
         content = None
     if content is None:
@@ -52,11 +55,15 @@ def content_of(config: PreTrainedConfig, source: Mapping[str, Any] | None) -> di
             "the form of its source",
             type(config).__name__,
         )
-    return own_form if content is None else content
+        return own_form
+    return content
 
 
 def _in_form_of(section: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any] | None:
-    """Return a copy of `section` with the values of `config`; `None` if Transformers would read others from it."""
+    """Return a copy of `section` with the values of `config`; `None` if Transformers would read others from it.
+
+    `section` is the content of the source's `config.json`, or the part of it that describes what `config` describes.
+    """
     after = _all_values(config)
     content = copy.deepcopy(section)
     # Values of keys that the source has are changed first: others, such as `layer_types`, may follow from these.
@@ -94,7 +101,7 @@ def _as_read(content: Mapping[str, Any], config: PreTrainedConfig) -> PreTrained
 
 
 def _all_values(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return all values of a configuration as JSON, defaults included, except those of no content."""
+    """Return all values of a configuration as JSON, defaults included, except those in `_NO_CONTENT`."""
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
 
     def without_origin(section: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +123,7 @@ def _change(
     *,
     may_add: bool,
 ) -> None:
-    """Change `content` where `after` differs from `before`.
+    """Change `content` where `after` differs from `before`; the other arguments are only read.
 
     Args:
         content: The content of a `config.json`, or a section of it.
@@ -137,8 +144,9 @@ def _change(
         # Not `getattr`: some configurations refuse values that differ between decoder layers.
         inner_config = vars(config).get(key) if isinstance(config, PreTrainedConfig) else None
         is_section = isinstance(old, dict) and isinstance(value, dict)
-        if is_section and names and isinstance(content[names[0]], dict):
-            _change(content[names[0]], old, value, inner_config, may_add=may_add)
+        inner_content = content[names[0]] if names else None
+        if is_section and isinstance(inner_content, dict):
+            _change(inner_content, old, value, inner_config, may_add=may_add)
         elif is_section and not names and _has_changed_keys(content, old, value, inner_config):
             # Old multimodal models have the keys of their text decoder at the top, where programs read them.
             _change(content, old, value, inner_config, may_add=False)
@@ -150,13 +158,21 @@ def _change(
 def _has_changed_keys(
     content: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any], config: Any
 ) -> bool:
-    """Tell whether `content` has a key at its top that differs between `before` and `after`, those of a section."""
+    """Tell whether a value of a section that differs between `before` and `after` stands at the top of `content`.
+
+    `content` is that of a whole `config.json`; `before` and `after` are the section as Transformers reads it and as it
+    is to be, and `config` is its configuration.
+    """
     changed = [key for key, value in after.items() if before.get(key) != value]
     return any(_names_of(key, content, config) for key in changed)
 
 
 def _names_of(key: str, content: Mapping[str, Any], config: Any) -> list[str]:
-    """Return the keys, in the new form or an old one, under which `content` has the attribute `key` of `config`."""
+    """Return the keys of `content` under which the value `key` of a configuration stands: the new key, or old ones.
+
+    `config` is the configuration that `content` describes; its class names old keys. If it is none, only `key` and
+    `_OLD_NAMES` are tried.
+    """
     names = [key]
     if key in _OLD_NAMES:
         names.append(_OLD_NAMES[key])

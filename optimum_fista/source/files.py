@@ -1,6 +1,7 @@
 """Files of a dense model that are copied to its pruned folder.
 
 A pruned folder gets all files of the dense one except weights (templates, processors, licences), so it can replace it.
+`source_folder` finds the dense folder before the run, and `copy_source` copies from there at the end.
 """
 
 import errno
@@ -27,9 +28,14 @@ logger = logging.getLogger(__name__)
 
 
 def source_folder(name: str, revision: str | None) -> Path:
-    """Return the folder of a model that has been loaded; `revision` is the commit of a Hub id.
+    """Return the folder of a model that has been loaded; that of a Hub id is in the cache.
 
-    For a Hub id, the small files of the repository are first loaded into the cache.
+    For a Hub id, the small files of the repository are first loaded into the cache. If the Hub can't be asked, there is
+    a warning instead.
+
+    Args:
+        name: The path of a folder, or a Hub id.
+        revision: The commit from which a Hub id was loaded; `None`: that of the main branch.
 
     Raises:
         PermissionError: If a file that `copy_source` will copy can't be read.
@@ -53,9 +59,10 @@ def source_folder(name: str, revision: str | None) -> Path:
 
 
 def copy_source(source: Path, folder: Path, pattern: str = "*") -> None:
-    """Copy the files of a model's folder that match `pattern`, except weights and files that a run writes, to `folder`.
+    """Copy the files of a model's folder `source`, except weights and files that a run writes, to `folder`.
 
-    A warning names the files that are neither copied, nor weights that are read, nor hidden.
+    `pattern` is that of the names of files to copy, such as "*.json". A warning names the files that are neither
+    copied, nor weights that are read, nor hidden.
     """
     copied, others = _files_to_copy(source, pattern)
     for name in copied:
@@ -70,7 +77,7 @@ def _files_to_copy(source: Path, pattern: str) -> tuple[list[str], list[str]]:
     """Return the names of the files that `copy_source` copies, and the names of those that its warning names.
 
     Links that lead out of the folder are not followed, because the copy may be uploaded. Of the folder of chat
-    templates only small templates are copied.
+    templates only small templates are copied. Names are relative to `source`; `pattern` is that of `copy_source`.
     """
     copied: list[str] = []
     others: list[Path] = []
@@ -108,7 +115,10 @@ def _is_template(path: Path, source: Path) -> bool:
 
 
 def _require_readable(source: Path) -> None:
-    """Refuse a folder with a file that can't be read and that a result would get: before the run, not at its end."""
+    """Raise PermissionError if the folder `source` has a file that `copy_source` would copy and that can't be read.
+
+    So the error comes before the run, and not at its end.
+    """
     copied, _ = _files_to_copy(source, "*")
     for name in copied:
         if not os.access(source / name, os.R_OK):
@@ -121,5 +131,8 @@ def _require_readable(source: Path) -> None:
 
 
 def _comes_along(name: str, size: int) -> bool:
-    """Tell whether a file of a model's folder is copied; `name` is its path in the folder, `size` its bytes."""
+    """Tell whether a file of a model's folder is copied; `name` is its path in the folder, `size` its bytes.
+
+    Files that the run writes, hidden ones, weights and very large files are not, and none in a folder inside.
+    """
     return name not in _WRITTEN and not _LEFT_OUT.search(name) and size <= _MOST_BYTES

@@ -4,6 +4,9 @@ A model is named by a *name*: a Hub id, a model folder, or a folder that holds o
 model into memory. A streamed run, which holds one decoder layer at a time, calls `load_lazily`, which leaves the
 weights in their files. Both call `read_model`. Transformers reads every file; its errors on damaged files become one
 error that names the model (`reading`). No code that comes with a model runs.
+
+An *automatic class* is one of Transformers' `Auto...` classes, whose `from_pretrained` chooses the class by the
+configuration. The Hub's *cache* is the folder on this computer where files of the Hub are kept.
 """
 
 import copy
@@ -15,7 +18,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
@@ -63,7 +66,10 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device_map: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer.
+    """Load a causal language model and its tokenizer. The model of a GGUF file counts as dense from then on.
+
+    Raises:
+        ValueError: If the model has no tokenizer, can't be read, or `device` or `dtype` is none that can be used.
 
     Args:
         name: Hub id, model folder, or a folder that holds one GGUF file, which is dequantized.
@@ -82,20 +88,38 @@ def load_model(
     return model, tokenizer
 
 
+class LazyModel(NamedTuple):
+    """What `load_lazily` returns.
+
+    Attributes:
+        model: The model.
+        tokenizer: The tokenizer of a GGUF file; otherwise `None`.
+        folder: The folder of the model's files, in the Hub's cache if it is from there.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    folder: Path
+
+
 def load_lazily(
     name: str, offload_folder: Path, *, device: str | None = None, dtype: str | torch.dtype = "auto"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, Path]:
+) -> LazyModel:
     """Load a model whose weights stay in its files until they are needed.
 
-    Weights that are stored in another form are copied into `offload_folder`. Weights of a GGUF file are dequantized in
-    memory; the same file has the tokenizer.
+    Weights of a GGUF file are dequantized in memory; the same file has the tokenizer. Small files of a model of the Hub
+    are loaded into the cache.
 
-    Returns:
-        The model; the tokenizer of a GGUF file, otherwise `None`; and the folder of the files.
+    Args:
+        name: Hub id, model folder, or a folder that holds one GGUF file.
+        offload_folder: Weights are copied there that Transformers can't read from the files a parameter at a time, such
+            as those that it merges.
+        device: Device that the model computes on; `None`: the accelerator if there is one, otherwise the CPU.
+        dtype: Floating dtype, `"auto"` takes the checkpoint's.
     """
     if gguf_file(name) is not None:
         model, tokenizer = load_model(name, device=device, dtype=dtype)
-        return model, tokenizer, Path(name)
+        return LazyModel(model, tokenizer, Path(name))
 
     target = usable_device(device)
     if dtype != "auto":
@@ -105,14 +129,18 @@ def load_lazily(
             name, dtype=dtype, device_map={"": "disk"}, offload_folder=offload_folder
         )
     source = source_folder(name, internals.commit_of(model.config))
-    settle_ties(model)  # tied weights are two once they are offloaded
+    # Tied weights are two once they are offloaded: equal ones become one parameter again.
+    settle_ties(model)
     move_execution(model, target)
-    return model, None, source
+    return LazyModel(model, None, source)
 
 
 @contextmanager
 def _without_news_of_offloading() -> Iterator[None]:
-    """Silence, inside, Accelerate's remark that weights stay in their files: it is intended."""
+    """Silence, inside, Accelerate's remark that weights stay in their files: it is intended.
+
+    Its logger gets a filter, which is taken off at the end.
+    """
 
     def is_news(record: logging.LogRecord) -> bool:
         """Tell whether a message says something else."""
@@ -127,7 +155,10 @@ def _without_news_of_offloading() -> Iterator[None]:
 
 
 def local_source(model: PreTrainedModel) -> Path | None:
-    """Return the folder from which a model in memory was loaded, in the Hub's cache too; `None` if there is none."""
+    """Return the folder from which a model in memory was loaded; `None` if it was made in Python.
+
+    Of a model of the Hub, this is the folder in the cache. Nothing is downloaded. `None` also if the folder is gone.
+    """
     name = internals.loaded_from(model.config)
     if not name:
         return None
@@ -143,7 +174,7 @@ def local_source(model: PreTrainedModel) -> Path | None:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer of a model; `None` if a model folder has none."""
+    """Load the tokenizer of a model (a Hub id, or a folder); `None` if a model folder has no files of one."""
     require_no_configuration_file(name, "tokenizer")
     folder = Path(name)
     has_tokenizer = any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
@@ -182,17 +213,21 @@ def read_config(name: str) -> PreTrainedConfig:
 
 
 def model_class(config: PreTrainedConfig) -> Any:
-    """Choose the automatic class that loads the class that a configuration names, image and audio towers included.
+    """Return the automatic class that loads the model of a configuration, image and audio towers included.
 
-    If it names none that writes text, a causal language model is preferred: Transformers may load a part only.
+    Of the two, AutoModelForCausalLM and AutoModelForMultimodalLM, it is the one that makes the class which
+    `config.architectures` names. If it names no class that writes text (Transformers may load such a model in part),
+    the causal one is taken. Raises ValueError if Transformers has no class that writes text for the configuration.
     """
-    class_names: dict[Any, str] = {}  # of the model, by the automatic class that loads it
+    class_names: dict[
+        Any, str
+    ] = {}  # name of the model's class, by the automatic class that makes it
     for automatic in (AutoModelForCausalLM, AutoModelForMultimodalLM):
         classes = internals.classes_by_configuration(automatic)
         if type(config) in classes:
             class_names[automatic] = classes[type(config)].__name__
 
-    # If there is code beside the model, Transformers has an error about it.
+    # Code beside the model is never run: Transformers refuses it with an error of its own.
     has_code = bool(getattr(config, "auto_map", None))
     if not class_names and not has_code:
         raise ValueError(
@@ -202,11 +237,18 @@ def model_class(config: PreTrainedConfig) -> Any:
     for automatic, class_name in class_names.items():
         if class_name in (config.architectures or ()):
             return automatic
-    return next(iter(class_names), AutoModelForCausalLM)
+    if not class_names:
+        return AutoModelForCausalLM  # which refuses the code beside the model
+    return next(iter(class_names))  # the causal one, if there is one
 
 
-def described(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Build the model of a configuration without weights, on the meta device; `config` stays as it is."""
+def model_without_weights(
+    config: PreTrainedConfig, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Build the model of a configuration without weights, on the meta device; `config` stays as it is.
+
+    `dtype` is that of its parameters; `None`: that of the configuration.
+    """
     with reading(config.name_or_path or type(config).__name__), torch.device("meta"):
         model: PreTrainedModel = model_class(config).from_config(
             copy.deepcopy(config), dtype=dtype, trust_remote_code=False
@@ -221,7 +263,7 @@ def read_model(
 
     Args:
         name: Hub id, model folder, or a folder with one GGUF file.
-        config: Its configuration, if it is not that of the files; the model gets a copy.
+        config: Its configuration, if it is not that of the files; the model gets a copy, and it stays as it is.
         options: Further options of `from_pretrained`, such as `dtype` and `device_map`.
 
     Raises:
@@ -251,14 +293,18 @@ def read_model(
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Turn all errors of Transformers on damaged files into one error that names the model."""
+    """Turn, inside, all errors of Transformers on damaged files into a ValueError that names the model `name`.
+
+    Errors that say themselves what is wrong pass: of the system, of missing packages, of memory, and plain ValueErrors.
+    """
     try:
         yield
-    except (OSError, ImportError):  # which say what is wrong
+    except (OSError, ImportError):
         raise
     except Exception as error:
-        is_own = type(error) is ValueError  # parsers raise subclasses of ValueError
-        if is_own or is_out_of_memory(error):
+        # Parsers of damaged files raise subclasses of ValueError.
+        is_plain_value_error = type(error) is ValueError
+        if is_plain_value_error or is_out_of_memory(error):
             raise
         raise ValueError(
             f"model={name!r} can't be loaded ({type(error).__name__}: {error}). If its files are damaged, or pointers "
@@ -267,7 +313,11 @@ def reading(name: str) -> Iterator[None]:
 
 
 def _read(automatic: Any, name: str, **options: Any) -> Any:
-    """Read a model's files by an automatic class of Transformers, with options of its `from_pretrained`."""
+    """Return what `from_pretrained` of an automatic class makes of the files of the model `name`, with these options.
+
+    That is a model, with `output_loading_info` a pair, or a configuration, a tokenizer or a processor. A Hub id may be
+    downloaded to the cache. Errors name the model (`reading`).
+    """
     file = gguf_file(name)
     if file is None:
         if not Path(name).exists():
@@ -285,7 +335,7 @@ def _read(automatic: Any, name: str, **options: Any) -> Any:
 
 @contextmanager
 def _without_collector() -> Iterator[None]:
-    """Stop the garbage collector inside: it would look many times at the tokens of a GGUF file, many objects."""
+    """Stop Python's garbage collector inside: it would look again and again at the many tokens of a GGUF file."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -297,7 +347,11 @@ def _without_collector() -> Iterator[None]:
 
 @functools.cache
 def _require_on_hub(name: str) -> None:
-    """Ask the Hub once if it has a model that is not in the cache: Transformers repeats each request for a minute."""
+    """Raise OSError if a model is neither in the cache nor on the Hub, or the Hub can't be reached.
+
+    Transformers would repeat each request for a minute. The Hub is asked once for each `name`, a Hub id, in this
+    process, and only for the head of a file.
+    """
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
         return
     try:
@@ -350,7 +404,7 @@ def gguf_file(name: str) -> str | None:
 
 
 def _refuse_file(path: Path) -> None:
-    """Raise ValueError for the path of a file, and say which folder to pass instead."""
+    """Raise ValueError for the `path` of a file where a model's folder is needed, and say what to pass instead."""
     if path.suffix != ".gguf":
         raise ValueError(
             f"model={str(path)!r} is a file: pass the folder that holds it, or a Hub id."
@@ -366,7 +420,10 @@ def _refuse_file(path: Path) -> None:
 
 
 def _refuse_adapter(adapter_config: Path) -> None:
-    """Raise ValueError for the folder of an adapter of PEFT, and say what to do with its base model."""
+    """Raise ValueError for the folder of an adapter of PEFT, and say what to do with its base model.
+
+    `adapter_config` is the path of the `adapter_config.json` in the folder.
+    """
     try:
         base = json.loads(adapter_config.read_bytes()).get("base_model_name_or_path")
     except (ValueError, AttributeError):  # it is damaged

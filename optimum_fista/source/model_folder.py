@@ -1,7 +1,8 @@
 """The files of a model's folder as any program reads them: configuration, weight files and their index.
 
 Nothing here needs Transformers or a model, so that a command reads a folder quickly, even if the model is too large to
-load. A damaged file gives a ValueError that names the file.
+load. A damaged file gives a ValueError that names the file. A model is named by a Hub id, such as "owner/name", or by
+the path of its folder. Only `write_index` writes.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ def closest_folder(name: str) -> str:
 
 
 def require_name(name: str) -> None:
-    """Refuse a model that is neither a folder or file nor, by its form, a Hub id."""
+    """Raise ValueError if `name` is neither the path of a folder or file nor, by its form, a Hub id.
+
+    The Hub is not asked.
+    """
     if Path(name).exists():
         return
     # Its import is slow, and not needed to read a folder.
@@ -72,7 +76,10 @@ def require_name(name: str) -> None:
 
 
 def require_weights(name: str) -> None:
-    """Refuse a `config.json`, or a folder that has one but no weights: only an estimate can be made of it."""
+    """Raise ValueError if `name` is the path of a `config.json`, or of a folder with one but without weights.
+
+    Only an estimate can be made of these. A Hub id, or another folder, passes.
+    """
     require_no_configuration_file(name, "weights")
     folder = Path(name)
     has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
@@ -84,7 +91,10 @@ def require_weights(name: str) -> None:
 
 
 def require_no_configuration_file(name: str, missing: str) -> None:
-    """Refuse the path of a `config.json`; `missing` says what cannot be read from it."""
+    """Raise ValueError if `name` is the path of a `config.json`.
+
+    `missing` says what can't be read from it, such as "weights" or "tokenizer".
+    """
     if Path(name).is_file() and Path(name).suffix == ".json":
         raise ValueError(
             f"model={name!r} is a configuration, which has no {missing}: pass the folder of the model, or --dry-run "
@@ -138,12 +148,19 @@ def write_index(
 ) -> str:
     """Write the index of a folder's weight files, and return its name.
 
-    The index says which file holds which tensor (`weight_map`, file names by tensor names) and how many bytes all
-    tensors have. `metadata` is added to it. `stem`: see `checkpoint_files`.
+    The index says which file holds which tensor and how many bytes all tensors have. Only sizes are read from the
+    files.
+
+    Args:
+        folder: The folder, with all its weight files.
+        stem: The first part of the files' names: "model", or "packed" in a packed folder.
+        weight_map: The name of the file of each tensor, by the tensor's name.
+        metadata: Further entries of the index's metadata.
     """
     total_size = 0
     for name in set(weight_map.values()):
         file = folder / name
+        # A safetensors file begins with the length of its header, 8 bytes, and the header.
         with file.open("rb") as opened:
             header_bytes = int.from_bytes(opened.read(8), "little")
         total_size += file.stat().st_size - 8 - header_bytes
@@ -160,7 +177,7 @@ def write_index(
 def read_tensors(files: dict[str, Path], names: list[str]) -> Iterator[tuple[str, Tensor]]:
     """Read tensors one at a time, in the order of `names`, and yield each with its name.
 
-    `files` has the file of every tensor, as `checkpoint_files` returns it.
+    `files` has the file of every tensor, as `checkpoint_files` returns it. Each tensor is on the CPU.
     """
     for name in names:
         with safe_open(files[name], "pt") as file:

@@ -5,8 +5,10 @@ rules: it applies them to small stand-in tensors, each filled with the number of
 names, and in which rows or columns, these numbers come out.
 
 A stored name is that of a tensor in the files; with an index, such as `experts.gate_up_proj[3, :, 0::2]`, if the weight
-is a part of that tensor (`split_index` reads it). Operators are found by `model.choice`; the owner of an operator is
-the module that has its parameter.
+is a part of that tensor (`split_index` reads it). An operator (`LinearOperator`) is a weight [out, in] of a decoder
+layer with a name such as "model.layers.3.mlp.up_proj"; its owner is the module that has the parameter. That of experts
+(`ExpertOperator`) is a part of a parameter that holds those of all experts of a mixture. The number of an operator is
+its index in the list of all.
 """
 
 import itertools
@@ -49,7 +51,7 @@ class StoredName:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _FoundWeight:
     """A whole weight that was found in a stored stand-in.
 
     Attributes:
@@ -71,7 +73,7 @@ def stored_names(
     all_of_them: bool = True,
     layers_name: str | None = None,
 ) -> dict[str, StoredName]:
-    """Find the names that `save_pretrained` gives the weights of operators.
+    """Return the names that `save_pretrained` gives the weights of operators. Changes nothing.
 
     Args:
         model: The model; its weights are not read.
@@ -84,9 +86,12 @@ def stored_names(
     Returns:
         Stored names by the name of the weight in the saved model, such as "model.layers.3.mlp.up_proj.weight"; also of
         operators that were not asked for.
+
+    Raises:
+        UnsupportedArchitectureError: A weight is not stored as one matrix (only with `all_of_them`).
     """
     asked = list(operators)
-    # Those that are not pruned as well: Transformers may store them in one tensor with others, whose place they decide.
+    # Those that are not pruned as well: Transformers may store them in one tensor with others, whose rows they decide.
     by_name = _operators_in(model, layers_name)
     by_name |= {operator.name: operator for operator in asked}
     numbered = list(by_name.values())
@@ -94,22 +99,25 @@ def stored_names(
 
     names: dict[str, StoredName] = {}
     for tensor, numbers in as_saved(model, stand_ins).items():
-        for place in _places(numbers, numbered):
-            is_whole_tensor = place.index == (_ALL, _ALL)
-            name = tensor if is_whole_tensor else f"{tensor}[{_text_of(place.index)}]"
-            weight = f"{renamed(place.operator.name)}.weight"
-            names.setdefault(weight, StoredName(name, place.transposed))
+        for found_weight in _weights_in(numbers, numbered):
+            is_whole_tensor = found_weight.index == (_ALL, _ALL)
+            name = tensor if is_whole_tensor else f"{tensor}[{_text_of(found_weight.index)}]"
+            weight = f"{renamed(found_weight.operator.name)}.weight"
+            names.setdefault(weight, StoredName(name, found_weight.transposed))
 
     if all_of_them:
         for operator in asked:
             new_name = renamed(operator.name)
             if new_name is not None and f"{new_name}.weight" not in names:
-                _refuse(operator)
+                _refuse_divided_weight(operator)
     return names
 
 
 def _operators_in(model: PreTrainedModel, layers_name: str | None) -> dict[str, LinearOperator]:
-    """Return all operators in the decoder layers of a model by name, also those that are never pruned."""
+    """Return all operators in the decoder layers of a model by name, also those that are never pruned.
+
+    `layers_name` is the name of the list of decoder layers, such as "model.layers"; `None`: it is looked for.
+    """
     if layers_name is None:
         layers_name = find_decoder_layers(model).name
     operators: dict[str, LinearOperator] = {}
@@ -127,9 +135,15 @@ def _stand_ins(
     operators: Sequence[LinearOperator],
     renamed: Callable[[str], str | None],
 ) -> dict[str, Tensor]:
-    """Make a small int32 tensor for each parameter that holds a weight, filled with the indices of the operators.
+    """Make a small int32 tensor for each parameter that holds a weight, filled with the numbers of its operators.
 
-    Returns them by the name of the parameter in the saved model (`renamed`), without those of removed modules.
+    Args:
+        model: The model with the operators; it stays as it is.
+        operators: All operators; the number of each is its index.
+        renamed: Returns the name that a module has in the saved model; `None` if the module is gone.
+
+    Returns:
+        The tensors, by the name of the parameter in the saved model, without those of modules that are gone.
     """
     module_names = {id(module): name for name, module in model.named_modules()}
     stand_ins: dict[str, Tensor] = {}
@@ -137,15 +151,21 @@ def _stand_ins(
         owner = renamed(module_names[id(operator.owner)])
         if owner is None:
             continue
-        parameter = f"{owner}.{operator.tensor}"
+        parameter = f"{owner}.{operator.tensor}"  # `operator.tensor` is such as "weight"
         if parameter not in stand_ins:
             stand_ins[parameter] = torch.zeros(_stand_in_shape(operator), dtype=torch.int32)
-        operator.select(stand_ins[parameter]).fill_(number)
+        # A view of the operator's own weight in the parameter: of one expert, or the whole.
+        own_weight = operator.select(stand_ins[parameter])
+        own_weight.fill_(number)
     return stand_ins
 
 
 def _stand_in_shape(operator: LinearOperator) -> tuple[int, ...]:
-    """Return the shape of the stand-in for the parameter that holds an operator; experts of a mixture share one."""
+    """Return the shape of the stand-in for the parameter that holds an operator's weight.
+
+    Experts of a mixture share a parameter [experts, out, in] or, if it is transposed, [experts, in, out]. Gate and up
+    projection may share it, too, one after the other.
+    """
     if not isinstance(operator, ExpertOperator):
         return (_COLUMNS, _ROWS) if operator.transposed else (_ROWS, _COLUMNS)
     has_gate_and_up = operator.experts.gated and operator.kind != "down_proj"
@@ -154,11 +174,12 @@ def _stand_in_shape(operator: LinearOperator) -> tuple[int, ...]:
     return (len(operator.experts), *matrix)
 
 
-def _refuse(operator: LinearOperator) -> None:
+def _refuse_divided_weight(operator: LinearOperator) -> None:
     """Raise UnsupportedArchitectureError for an operator whose weight is not stored as one matrix."""
     to_exclude = operator.name
     if isinstance(operator, ExpertOperator):
-        to_exclude = f"*.{operator.experts.name.rpartition('.')[2]}"
+        _, _, name_in_layer = operator.experts.name.rpartition(".")
+        to_exclude = f"*.{name_in_layer}"
     raise UnsupportedArchitectureError(
         f"{operator.name}: the checkpoint does not keep its weight as one matrix, so its mask can't be saved. "
         f"Pass exclude=['{to_exclude}'] to leave it dense."
@@ -168,28 +189,41 @@ def _refuse(operator: LinearOperator) -> None:
 def as_saved(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename, split and merge tensors of a model as `save_pretrained` does.
 
-    `tensors` have their names in the model, and may be smaller than the model's. `model` stays as it is.
+    `model` stays as it is.
+
+    Args:
+        model: The model, whose class and configuration have the rules.
+        tensors: Some of its tensors or stand-ins for them, by their names in the model; the shapes may be smaller.
+
+    Returns:
+        Tensors by their names in the files.
     """
 
     def get_parameter(name: str) -> Tensor:
-        """Return the tensor to save: some rules look at its shape, to find out if it is transposed."""
+        """Return the tensor to save of this name in the model: some rules read from its shape if it is transposed."""
         return tensors[name] if name in tensors else model.get_parameter(name)
 
     # A shallow copy; copy.copy fails for classes of fully_shard.
-    shown: Any = object.__new__(type(model))
-    vars(shown).update(vars(model))
-    shown.get_parameter = get_parameter
-    return revert_weight_conversion(shown, dict(tensors))
+    model_view: Any = object.__new__(type(model))
+    vars(model_view).update(vars(model))
+    model_view.get_parameter = get_parameter
+    return revert_weight_conversion(model_view, dict(tensors))
 
 
-def _places(numbers: Tensor, operators: Sequence[LinearOperator]) -> Iterator[_Place]:
-    """Find whole weights in a stored stand-in, `numbers` [out, in] or [experts, out, in], or transposed.
+def _weights_in(numbers: Tensor, operators: Sequence[LinearOperator]) -> Iterator[_FoundWeight]:
+    """Yield the whole weights that are found in a stored stand-in. Weights that are cut there are left out.
 
     A matrix may have the rows of several operators, one after the other (q, k and v). In those of experts, rows of
-    gate and up projection may alternate. `operators` are those whose indices fill the stand-ins.
+    gate and up projection may alternate.
+
+    Args:
+        numbers: The stand-in, as `as_saved` returns it: each entry is the number of the operator whose weight it is
+            from. [out, in] or [experts, out, in], or transposed.
+        operators: All operators; the number of each is its index.
     """
     has_experts = numbers.ndim == 3
-    for expert, matrix in enumerate(numbers if has_experts else [numbers]):
+    matrices = numbers if has_experts else [numbers]
+    for expert, matrix in enumerate(matrices):
         transposed = matrix.ndim == 2 and matrix.shape[1] != _COLUMNS
         rows = matrix.T if transposed else matrix
         is_matrix = rows.ndim == 2 and rows.shape[1] == _COLUMNS
@@ -199,7 +233,8 @@ def _places(numbers: Tensor, operators: Sequence[LinearOperator]) -> Iterator[_P
         number_of_row = rows[:, 0].tolist()
         different = list(dict.fromkeys(number_of_row))
         one_after_the_other = [number for number in different for _ in range(_ROWS)]
-        alternate = has_experts and number_of_row == different * _ROWS
+        in_turn = different * _ROWS  # the list again for each row
+        alternate = has_experts and number_of_row == in_turn
         if not alternate and number_of_row != one_after_the_other:
             continue  # a weight is cut
 
@@ -208,11 +243,15 @@ def _places(numbers: Tensor, operators: Sequence[LinearOperator]) -> Iterator[_P
             index: tuple[int | slice, ...] = (_ALL, part) if transposed else (part, _ALL)
             if has_experts:
                 index = (expert, *index)
-            yield _Place(index, operators[number], transposed)
+            yield _FoundWeight(index, operators[number], transposed)
 
 
 def _rows_of_each(operators: Sequence[LinearOperator], alternate: bool) -> list[slice]:
-    """Return the rows that each operator has in a matrix of all of them; `alternate`: row by row in turn."""
+    """Return the rows that each operator has in a matrix which holds the rows of all of them, in their order.
+
+    If `alternate` is set, the operators have equal sizes and every row is of the next one; otherwise all rows of one
+    operator come before those of the next.
+    """
     if len(operators) == 1:
         return [_ALL]
     sizes = [operator.shape[0] for operator in operators]
@@ -223,18 +262,22 @@ def _rows_of_each(operators: Sequence[LinearOperator], alternate: bool) -> list[
 
 
 def split_index(name: str) -> tuple[str, tuple[int | slice, ...]]:
-    """Return the tensor of a stored name, and the index of its part; an empty index is all of it."""
+    """Return the name of the tensor in a stored name, and the index of the part; an empty index is the whole tensor.
+
+    "experts.gate_up_proj[3, :, 0::2]" gives "experts.gate_up_proj" and `(3, slice(None), slice(0, None, 2))`.
+    """
     match = re.fullmatch(r"(.+)\[([\d:, ]+)\]", name)
     if match is None:
         return name, ()
+    tensor, parts = match.groups()
     index: list[int | slice] = []
-    for part in match[2].split(","):
+    for part in parts.split(","):
         if ":" in part:
             bounds = [int(bound) if bound.strip() else None for bound in part.split(":")]
             index.append(slice(*bounds))
         else:
             index.append(int(part))
-    return match[1], tuple(index)
+    return tensor, tuple(index)
 
 
 def _text_of(index: tuple[int | slice, ...]) -> str:

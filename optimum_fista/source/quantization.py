@@ -25,6 +25,7 @@ def quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
     """
     settings: dict[str, Any] | None = None
     for part in (config, config.get_text_config(decoder=True)):
+        # A dictionary, or an object of Transformers.
         entry: Any = getattr(part, "quantization_config", None)
         if entry:
             settings = dict(entry) if isinstance(entry, dict) else entry.to_dict()
@@ -32,6 +33,7 @@ def quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
     if settings is None:
         return None
 
+    # Old settings of bitsandbytes do not name it.
     default = "bitsandbytes" if "load_in_4bit" in settings else "unknown"
     method = settings.get("quant_method", default)
     settings["quant_method"] = str(getattr(method, "value", method))  # Transformers has an Enum
@@ -39,7 +41,10 @@ def quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
 
 
 def forget_quantization(config: PreTrainedConfig) -> None:
-    """Remove the quantization settings from `config` and its text decoder's: it then describes a dense model."""
+    """Remove the quantization settings from `config` and from its section for the text decoder. Changes both.
+
+    The configuration then describes a dense model.
+    """
     for part in (config, config.get_text_config(decoder=True)):
         vars(part).pop("quantization_config", None)
 

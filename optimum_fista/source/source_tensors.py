@@ -36,7 +36,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.packed.format import SUFFIXES, packed_names
 from optimum_fista.source.formats.dequantizer import Dequantizer, dequantizer_of
-from optimum_fista.source.loading import described, read_config
+from optimum_fista.source.loading import model_without_weights, read_config
 from optimum_fista.source.model_folder import CONFIG_FILE, PACKED_KEY, read_json
 from optimum_fista.source.stored_tensor import (
     ACTIVATION_SCALE,
@@ -651,7 +651,7 @@ def _modules_not_described(
     if config.get("model_type") == own_type or not is_section:
         return {}
 
-    larger_model = described(read_config(str(source)))
+    larger_model = model_without_weights(read_config(str(source)))
     naming = _Naming(larger_model, None)
     num_tensors = Counter(not_loaded.values())
     reasons: dict[str, str] = {}

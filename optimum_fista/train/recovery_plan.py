@@ -37,9 +37,9 @@ from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.precision import is_fast
 from optimum_fista.report import WORDS_OF_TRAIN, PruningReport
 from optimum_fista.source.loading import (
-    described,
     load_model,
     load_tokenizer,
+    model_without_weights,
     read_config,
     read_model,
     require_tokenizer,
@@ -307,7 +307,7 @@ class _Sizes:
     @classmethod
     def of(cls, source: str) -> "_Sizes":
         """Count them on a model without weights; `source` is the student's folder."""
-        model = described(read_config(source))
+        model = model_without_weights(read_config(source))
         config = model.config.get_text_config(decoder=True)
         inner = _inner_parameters(model)
         layers = find_decoder_layers(model)

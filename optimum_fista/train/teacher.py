@@ -14,7 +14,7 @@ from pathlib import Path
 from optimum_fista.folder.output import FOLDER
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.offload import sha256_of
-from optimum_fista.source.loading import described, load_lazily, read_config
+from optimum_fista.source.loading import load_lazily, model_without_weights, read_config
 from optimum_fista.train.recovery_plan import RecoveryPlan
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def _reason_not_to_compare(plan: RecoveryPlan) -> str | None:
         return f"the report of {plan.source!r} has no SHA-256 of the dense model"
 
     class_of_dense = plan.report.model["class"]  # runs do not change the class
-    class_of_teacher = type(described(read_config(plan.teacher))).__name__
+    class_of_teacher = type(model_without_weights(read_config(plan.teacher))).__name__
     if class_of_teacher != class_of_dense:
         return f"the dense model was loaded as {class_of_dense}, and the teacher is a {class_of_teacher}"
     return None
@@ -65,7 +65,7 @@ def dense_sha256(folder: str, dtype: str, offload_folder: Path) -> str:
 
     Weights that are not in safetensors files in this form are written to `offload_folder`.
     """
-    model, _, _ = load_lazily(folder, offload_folder, device="cpu", dtype=dtype)
+    model = load_lazily(folder, offload_folder, device="cpu", dtype=dtype).model
     layers = find_decoder_layers(model)
     digests = [sha256_of(layer, layer.state_dict()) for _, layer in layers]
     return layers.dense_digest(digests)
