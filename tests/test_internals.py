@@ -35,7 +35,7 @@ from optimum_fista.source.formats.format import Unchanged
 # Names that belong to the package itself, or to the text of messages and of files.
 OWN_NAMES = {
     "_bias",  # the end of names of parameters
-    "_errors_of",  # solve/problem.py
+    "_original",  # solve/problem.py
     "_fista_packed",
     "_group_actions",  # of argparse
     "_layout",

@@ -62,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Load the models and answer questions until the input ends; returns the exit code.
 
-    `arguments` are those of `add_arguments`. The code is 1 if a question could not be answered.
+    Questions are lines of the standard input. `arguments` are the flags that `add_arguments` declares. The code is 1 if
+    a question could not be answered, otherwise 0.
     """
     require_seed(arguments.seed)
     in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
@@ -73,17 +74,22 @@ def run(arguments: argparse.Namespace) -> int:
 
     if in_terminal:
         print("Ctrl-C stops an answer, Ctrl-D ends.")
-    with suppress(EOFError):
+    prompt = "> " if in_terminal else ""
+    with suppress(EOFError):  # which `input` raises at the end
         while True:
-            question = input("> " if in_terminal else "").strip()
+            question = input(prompt).strip()
             if question:
                 with suppress(KeyboardInterrupt):
                     _ask(speakers, question, in_terminal=in_terminal)
-    return int(any(speaker.failed for speaker in speakers))
+    some_failed = any(speaker.failed for speaker in speakers)
+    return 1 if some_failed else 0
 
 
 def _ask(speakers: list["_Speaker"], question: str, *, in_terminal: bool) -> None:
-    """Ask each speaker, and print the answers; two speakers are told apart by their names."""
+    """Ask each speaker, and print the answers; two speakers are told apart by their names.
+
+    Changes the speakers: question and answer become part of their conversations.
+    """
     for speaker in speakers:
         label = f"{speaker.name}:" if len(speakers) > 1 else ""
         if in_terminal:
@@ -108,7 +114,11 @@ class _Speaker:
     """
 
     def __init__(self, name: str, settings: argparse.Namespace, *, writes: bool = False) -> None:
-        """Load a model; `settings` are the flags of the command, and if it `writes`, answers are printed."""
+        """Load a model by its folder or Hub id (`name`), with generation settings that take the most probable token.
+
+        `settings` are the flags of the command. `writes`: whether answers are printed while they come, as in a
+        terminal.
+        """
         from transformers import GenerationConfig
 
         from optimum_fista.source.loading import load_model
@@ -121,26 +131,33 @@ class _Speaker:
 
         loaded: Any = load_model(name, device=settings.device, dtype=settings.dtype)
         self.model, self.tokenizer = loaded
-        ends = self._tokens_that_end_an_answer()
+        self.model.eval()
+        end_ids = self._tokens_that_end_an_answer()
         # Otherwise `generate` would use the folder's settings of sampling and lengths.
-        self.model.eval().generation_config = GenerationConfig(
-            eos_token_id=ends or None,
-            pad_token_id=ends[0] if ends else 0,
+        self.model.generation_config = GenerationConfig(
+            eos_token_id=end_ids if end_ids else None,
+            pad_token_id=end_ids[0] if end_ids else 0,
         )
+
         config = self.model.config.get_text_config(decoder=True)
-        self.room: float = getattr(config, "max_position_embeddings", None) or math.inf
+        most_positions = getattr(config, "max_position_embeddings", None)
+        self.room: float = most_positions if most_positions else math.inf
 
     def _tokens_that_end_an_answer(self) -> list[int]:
-        """Ids that the folder's settings or the tokenizer name as the end of a text."""
+        """Ids that the folder's settings or the tokenizer name as the end of a text; none, if they name none."""
         of_model = getattr(self.model.generation_config, "eos_token_id", None)
-        several = of_model if isinstance(of_model, list) else [of_model]
-        return [*({*several, self.tokenizer.eos_token_id} - {None})]
+        ids_of_model = of_model if isinstance(of_model, list) else [of_model]
+        end_ids = {*ids_of_model, self.tokenizer.eos_token_id}
+        end_ids.discard(None)
+        return list(end_ids)
 
     def answer(self, question: str) -> str:
-        """Answer a question, and add both to the conversation.
+        """Answer a question, and add both to the conversation, `self.turns`.
 
-        The oldest turns are dropped if the conversation is too long for the model. After an error, which is printed,
-        the answer is empty, the conversation stays as it was, and `failed` is True. Sets the seed of PyTorch.
+        The oldest turns are dropped if the conversation has more tokens than `self.room`. If the question is too long
+        or the chat template fails, an error is printed, the answer is empty, the conversation stays as it was, and
+        `self.failed` is True. If `self.writes`, the answer is printed piece by piece. `self.settings` are the flags of
+        the command. Sets the seed of PyTorch.
         """
         import torch
         from jinja2 import TemplateError
@@ -172,9 +189,9 @@ class _Speaker:
         streamer: Any = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         streamer.on_finalized_text = say
         # Beyond its last position a model writes nonsense, or fails.
-        room = self.room - prompt["input_ids"].shape[1]
+        room_for_answer = self.room - prompt["input_ids"].shape[1]
         options: dict[str, Any] = {
-            "max_new_tokens": int(min(self.settings.max_new_tokens, room)),
+            "max_new_tokens": int(min(self.settings.max_new_tokens, room_for_answer)),
             "streamer": streamer,
         }
         if self.settings.temperature:
@@ -193,10 +210,11 @@ class _Speaker:
         return text
 
     def _prompt(self, turns: list[dict[str, str]]) -> tuple[list[dict[str, str]], dict[str, Any]]:
-        """The latest of `turns` that fit into the model, and their tokens on its device.
+        """The latest of `turns` that fit into the model, and their tokens on its device. Changes nothing.
 
-        The tokens are `input_ids` and `attention_mask` [1, length]. Without a chat template they are those of the last
-        turn.
+        `turns` are dictionaries `{"role": "user" or "assistant", "content": text}`, and the last one is a question. The
+        tokens are `input_ids` and `attention_mask` [1, length], fewer than `self.room`. Without a chat template they
+        are those of the last turn.
         """
         count = 0
         for start in range(0, len(turns), 2):  # a question and its answer are dropped together
@@ -204,15 +222,20 @@ class _Speaker:
             count = tokens["input_ids"].shape[1]
             if 0 < count < self.room:
                 device = self.model.device
-                return turns[start:], {
-                    name: tokens[name].to(device) for name in ("input_ids", "attention_mask")
+                prompt = {
+                    "input_ids": tokens["input_ids"].to(device),
+                    "attention_mask": tokens["attention_mask"].to(device),
                 }
+                return turns[start:], prompt
         raise ValueError(
             f"the question has {count} tokens: it takes at least 1, and fewer than {self.room}."
         )
 
     def _tokens(self, turns: list[dict[str, str]]) -> Any:
-        """Tokens of a conversation by the chat template, or of its last turn if there is no template."""
+        """Tokens [1, length] of a conversation by the chat template, or of its last turn if there is no template.
+
+        `turns` are dictionaries `{"role": "user" or "assistant", "content": text}`, and stay as they are.
+        """
         last = turns[-1]["content"]
         if self.tokenizer.chat_template is None:
             return self.tokenizer(last, return_tensors="pt")

@@ -58,8 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Recover a model, or print the plan, and return the exit code. `arguments` are those of `add_arguments`."""
-    # only now, so that --help is quick
+    """Recover a model into a folder, or only print the plan (`--dry-run`), and return the exit code, 0.
+
+    `arguments` are the flags that `add_arguments` declares, and stay as they are. Prints the report and the commands
+    that may come next, in rank 0 alone if several processes were launched together.
+    """
+    # Only now, so that --help is quick.
     from optimum_fista.cli.messages import speaking_ranks
     from optimum_fista.cli.overview import next_commands
     from optimum_fista.folder.checkpoint import read_report
@@ -74,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         "calibration": arguments.calibration,
         "device": arguments.device,
         "overwrite": arguments.overwrite,
-        **given(arguments, RecoveryOptions),
+        **given(arguments, RecoveryOptions),  # those of the training that the user has set
     }
     if arguments.dry_run:
         plan = plan_recovery(arguments.folder, processes=1, **options)

@@ -36,8 +36,8 @@ def removal_cost(saliency: Tensor, sparsity: float) -> float:
 
     The saliency of a weight is the increase of the loss if the weight alone is removed.
     """
-    wanted = round(sparsity * saliency.numel())
-    count = min(saliency.numel(), max(1, wanted))
+    num_zeros = round(sparsity * saliency.numel())
+    count = min(saliency.numel(), max(1, num_zeros))  # of the saliencies in the sum
     threshold = kth_smallest(saliency, count)
 
     # Of the saliencies that equal the threshold, only so many are added that `count` are in the sum.
@@ -58,9 +58,10 @@ def allocate(
     `s_k = sparsity + (mu - log(cost_k / size_k)) / SLOPE`, clipped.
 
     Args:
-        costs: By operator, the increase of the loss by its zeros at the average sparsity (`removal_cost`).
-        sizes: By operator, the number of its weights.
-        sparsity: The average.
+        costs: By the operator's name, such as "model.layers.3.mlp.down_proj", the increase of the loss by its zeros at
+            the average sparsity (`removal_cost`).
+        sizes: By the same names, the number of the operator's weights.
+        sparsity: The average over all weights, in (0, 1).
 
     Returns the sparsity by operator: whole numbers of zeros, and `sparsity` on average over all weights.
     """
@@ -95,11 +96,11 @@ def allocate(
     # The largest operators take the zeros that rounding has left over: one or so each.
     missing = total_zeros - sum(zeros.values())
     for name in sorted(zeros, key=lambda name: sizes[name], reverse=True):
-        most = math.floor(sizes[name] * highest)
-        added = min(missing, max(0, most - zeros[name]))
+        most_zeros = math.floor(sizes[name] * highest)
+        added = min(missing, max(0, most_zeros - zeros[name]))
         zeros[name] += added
         missing -= added
-    return {name: count / sizes[name] for name, count in zeros.items()}
+    return {name: num_zeros / sizes[name] for name, num_zeros in zeros.items()}
 
 
 def prune_stacked(
@@ -123,7 +124,7 @@ def prune_stacked(
         output_weights: `v`, [out] by operator, nonnegative, in one unit.
     """
     # Row i of W and C times sqrt(v_i) weighs its squared error by v_i; G is that of all rows and stays.
-    weights_of_rows = torch.cat([weights.to(problems[0].weight) for weights in output_weights])
+    weights_of_rows = torch.cat([v.to(problems[0].weight) for v in output_weights])
     scales = weights_of_rows.sqrt()
     scales /= scales.square().mean().sqrt().clamp_min(torch.finfo(scales.dtype).tiny)
     scales = scales.clamp_min(_LEAST_SCALE)[:, None]  # [all rows, 1]
@@ -132,29 +133,29 @@ def prune_stacked(
         pattern.num_kept(problem.weight.shape)
         for pattern, problem in zip(patterns, problems, strict=True)
     )
-    rows = [problem.weight.shape[0] for problem in problems]
-    stacked = _stack(problems, scales, rows)
+    rows = [problem.weight.shape[0] for problem in problems]  # of each operator
+    stacked = _stack(problems, scales, rows)  # changes `problems`, until they are divided below
     try:
         pattern = replace(patterns[0], sparsity=1 - num_kept / stacked.weight.numel())
         (pruned,) = method.prune_sharing([stacked], [pattern])
-    finally:
+    finally:  # the matrices of `problems` are views of these
         stacked.weight.div_(scales)
         stacked.target.div_(scales)
 
     # Errors are those of the operators' own outputs; that of `pruned` is weighted.
-    weights = pruned.weight.div_(scales).split(rows)
+    pruned_weights = pruned.weight.div_(scales).split(rows)
     masks = pruned.mask.split(rows)
     return [
         replace(pruned, weight=weight, mask=mask, fit_error=problem.fit_error(weight))
-        for problem, weight, mask in zip(problems, weights, masks, strict=True)
+        for problem, weight, mask in zip(problems, pruned_weights, masks, strict=True)
     ]
 
 
 def _stack(problems: Sequence[LayerProblem], scales: Tensor, rows: Sequence[int]) -> LayerProblem:
     """Make one problem of all rows of `problems`, each times its scale; `rows` are their numbers of rows.
 
-    The weights and targets of `problems` become views of the new problem's, because there is no memory for two copies.
-    So they are scaled, too, until the caller divides the new problem's by `scales` [all rows, 1].
+    Changes `problems`: their weights and targets become views of the new problem's, because there is no memory for two
+    copies. So they are scaled, too, until the caller divides the new problem's by `scales` [all rows, 1].
     """
     stacked = copy(problems[0])
     for key in ("weight", "target"):

@@ -7,6 +7,7 @@ positive number to the diagonal, so that a matrix that is singular, or nearly so
 than the caller asked for, a message says so; nobody replaces the result by that of another algorithm.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -20,16 +21,16 @@ SCALE_ON_DEVICES = 128
 
 def rows_in_block(rows: int, columns: int, scale: int = 1) -> int:
     """Rows of a block of a matrix [rows, columns]; `scale`: how many times as large it is as on a CPU."""
-    most = max(_ROWS, scale * _VALUES // max(1, columns))
+    largest_block = max(_ROWS, scale * _VALUES // max(1, columns))
     # Rounded up twice: as few blocks as possible, of about equal size.
-    num_blocks = max(1, -(-rows // most))
-    return -(-rows // num_blocks)
+    num_blocks = max(1, math.ceil(rows / largest_block))
+    return math.ceil(rows / num_blocks)
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:
     """Slices of the rows of a matrix: about half a million values each, but enough rows for a product to be efficient.
 
-    On other devices than the CPU all rows are one block up to `SCALE_ON_DEVICES` times that size.
+    On other devices than the CPU a block has up to `SCALE_ON_DEVICES` times as many values.
     """
     rows, columns = matrix.shape
     scale = 1 if matrix.device.type == "cpu" else SCALE_ON_DEVICES
@@ -39,7 +40,7 @@ def row_blocks(matrix: Tensor) -> Iterator[slice]:
 
 
 def damped_cholesky(
-    copy: Callable[[], Tensor], damping: float = 0.0, ratios: Tensor | float = 1.0
+    make_gram: Callable[[], Tensor], damping: float = 0.0, ratios: Tensor | float = 1.0
 ) -> tuple[Tensor, str]:
     """Lower Cholesky factor [n, n] of `G + damping * mean(diag G) diag(ratios)`, and a message.
 
@@ -47,7 +48,8 @@ def damped_cholesky(
     message says so; otherwise it is empty.
 
     Args:
-        copy: Makes a copy of `G` [n, n], symmetric positive semidefinite, which is overwritten: `gram.clone`.
+        make_gram: Makes a new matrix `G` [n, n], symmetric positive semidefinite, such as `gram.clone`. It is called
+            once for each attempt, and what it returns is overwritten.
         damping: As a fraction of the mean of the diagonal.
         ratios: Factors of the damping by input, [n] (`InputStatistics.energy_ratios`): small for nearly dead inputs.
 
@@ -57,7 +59,7 @@ def damped_cholesky(
     wanted = damping
     num_inputs = 0
     for _ in range(5):
-        damped = copy()
+        damped = make_gram()
         num_inputs = damped.shape[0]
         if damping:
             damped.diagonal().add_(mean_damping(damped.diagonal(), damping) * ratios)
@@ -85,9 +87,10 @@ def mean_damping(diagonal: Tensor, damping: float) -> Tensor:
 
 
 def cholesky_in_place(matrix: Tensor) -> tuple[Tensor, bool]:
-    """Lower Cholesky factor of a symmetric contiguous matrix [n, n] in its own memory, and whether it failed.
+    """Lower Cholesky factor of a symmetric contiguous matrix [n, n], and whether it failed.
 
-    LAPACK keeps matrices by columns: it is given the transpose, which is the same matrix, and makes no copy.
+    `matrix` is overwritten: the factor takes its memory. LAPACK keeps matrices by columns. It is given the transpose,
+    which is the same matrix, and makes no copy.
     """
     factor = matrix.mT
     info = torch.empty((), dtype=torch.int32, device=matrix.device)

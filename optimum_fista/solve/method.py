@@ -94,14 +94,14 @@ class PruningMethod(ABC):
     memory_factors: ClassVar[MemoryFactors | None] = None
 
     def require_pattern(self, pattern: SparsityPattern) -> None:
-        """Check that the method prunes to `pattern`."""
+        """Refuse a pattern of whole columns (ValueError) if this method can't prune to those. Changes nothing."""
         if pattern.whole_columns and not self.takes_columns:
-            fitting = [
+            methods_for_columns = [
                 repr(name) for name, method in sorted(METHODS.items()) if method.takes_columns
             ]
             raise ValueError(
                 f"method {self.name!r} can't remove whole columns, as pattern='{pattern}' wants: take one of "
-                f"{', '.join(fitting)}."
+                f"{', '.join(methods_for_columns)}."
             )
 
     @abstractmethod
@@ -111,9 +111,10 @@ class PruningMethod(ABC):
     def prune_sharing(
         self, problems: Sequence[LayerProblem], patterns: Sequence[SparsityPattern]
     ) -> list[PrunedOperator]:
-        """Prune operators that share their inputs (and `InputStatistics`), each to its pattern; override to share work.
+        """Prune operators that share their inputs (and `InputStatistics`), each to its pattern, one after the other.
 
-        Returns one pruned operator for each problem, whose tensors stay as they are.
+        A subclass overrides it if operators can share work. Returns one pruned operator for each problem; the tensors
+        of the problems stay as they are.
         """
         return [
             self.prune(problem, pattern)
@@ -126,7 +127,11 @@ METHODS: dict[str, type[PruningMethod]] = {}
 
 
 def register(method: type[Method]) -> type[Method]:
-    """Put a method into `METHODS`, so that configurations and reports can name it. A decorator of classes."""
+    """Put a method into `METHODS`, so that configurations and reports can name it. A decorator of classes.
+
+    Returns the class as it is. A class with the same module and class name is replaced; any other class with the same
+    `name` is an error.
+    """
     name = getattr(method, "name", None)
     if not isinstance(name, str) or not name:
         raise ValueError(
@@ -153,7 +158,7 @@ def method_class(name: str) -> type[PruningMethod]:
 
 
 def largest_memory_factors() -> MemoryFactors:
-    """The largest of each factor among all methods, for a method whose own are not measured."""
+    """The largest of each factor among all methods of `METHODS`, for a method whose own are not measured."""
     measured = [method.memory_factors for method in METHODS.values() if method.memory_factors]
     return MemoryFactors(
         gram_matrices=max(factors.gram_matrices for factors in measured),
@@ -163,7 +168,7 @@ def largest_memory_factors() -> MemoryFactors:
 
 
 def create_method(name: str, **options: Any) -> PruningMethod:
-    """Create a method by its name with the given options."""
+    """Create a method by its registered name, such as "wanda"; `options` are values of the fields of its class."""
     method = method_class(name)
     names = [field.name for field in fields(method)]  # type: ignore[arg-type] # methods are dataclasses
     unknown = sorted(set(options) - set(names))

@@ -1,9 +1,15 @@
 """Sparsity patterns: which weights of a matrix belong together, and how many of these groups stay.
 
 The weights of a *group* are kept or removed together; groups *compete* with each other in a *contest*, of which the
-ones with the largest scores stay. A pattern is described by data: the shape of its groups (`width`, `whole_columns`),
-which groups compete (`span`, `scope`) and the share of groups that is removed (`sparsity`). Counts, masks and the check
-of a mask follow from this data, so that a file of `patterns/` only reads and writes the pattern's name.
+ones with the largest scores stay. A pattern is described by data, the fields of `SparsityPattern`:
+
+- A group has the weights of `width` consecutive inputs in one row, or in all rows if `whole_columns`.
+- The groups within `span` consecutive inputs of a row compete, as in n:m with `span` m. Without a span those of a row
+  compete (`scope="row"`), or those of the whole matrix (`scope="matrix"`).
+- `sparsity` is the share of the groups of a contest that is removed.
+
+Counts, masks and the check of a mask follow from this data, so that a file of `patterns/` only reads and writes the
+pattern's name.
 """
 
 import re
@@ -23,7 +29,7 @@ Scope = Literal["matrix", "row"]
 
 @dataclass(frozen=True)
 class _Contests:
-    """How the groups of a matrix compete: all contests are of equal size."""
+    """How the groups of a matrix compete: so many contests, all of equal size."""
 
     number: int
     groups: int  # in each of them
@@ -72,7 +78,7 @@ class SparsityPattern(ABC):
             )
 
     def num_kept(self, shape: tuple[int, ...]) -> int:
-        """Exact number of weights kept in a matrix of `shape` [out, in]."""
+        """Exact number of weights that the pattern keeps in a matrix of `shape` [out, in]."""
         rows, columns = shape
         contests = self._contests(rows, columns)
         kept_groups = contests.number * (contests.groups - contests.removed)
@@ -80,7 +86,7 @@ class SparsityPattern(ABC):
         return kept_groups * self.width * rows_of_group
 
     def _contests(self, rows: int, columns: int) -> _Contests:
-        """How the groups of a matrix [rows, columns] compete."""
+        """Count the contests of a matrix [rows, columns], the groups in each, and those that it removes."""
         groups_of_row = columns // self.width
         if self.whole_columns:
             # the kept groups are rounded, as those of `PartShare`
@@ -105,7 +111,7 @@ class SparsityPattern(ABC):
 
         Scores of a group are sums of squares. For squared saliencies this is the cost of the removal if the weights
         are independent. Single weights are compared without squaring, because two squares could be rounded to a tie.
-        Ties are broken by position, so that exactly `num_kept` weights are kept.
+        Ties are broken by position, so that exactly `num_kept` weights are kept. `matrix` is only read.
 
         Args:
             matrix: Weights, or roots of saliencies, finite, [out, in].
@@ -122,15 +128,15 @@ class SparsityPattern(ABC):
             zeros = self._contests(rows, all_columns).removed
             # Rounded at both ends of the part, so that rounding errors of the parts cancel.
             zeros_before = round(zeros * first / all_columns)
-            removed = round(zeros * (first + columns) / all_columns) - zeros_before
+            zeros_until_end = round(zeros * (first + columns) / all_columns)
+            removed = zeros_until_end - zeros_before
         num_kept = contests.groups - removed  # groups of each contest
 
         if self.whole_columns:
             sums = torch.cat([self._scores(matrix[part], squared) for part in row_blocks(matrix)])
             scores = sums.sum(0, keepdim=True)  # [blocks, groups] -> [1, groups]
-            return (
-                keep_largest(scores, num_kept).repeat_interleave(self.width, dim=1).repeat(rows, 1)
-            )
+            mask_of_groups = keep_largest(scores, num_kept)
+            return mask_of_groups.repeat_interleave(self.width, dim=1).repeat(rows, 1)
 
         if contests.number == 1:
             if self.width == 1:  # without a copy of the matrix
@@ -189,14 +195,17 @@ class SparsityPattern(ABC):
         contests = self._contests(rows, columns)
         if contests.number == 1:
             return None
-        counts = mask.reshape(contests.number, -1).sum(1)  # [out, in] -> [contests, weights]
-        wrong = torch.nonzero(counts != expected // contests.number).flatten().tolist()
+        # [out, in] -> [contests, weights] -> [contests]
+        kept_in_contest = mask.reshape(contests.number, -1).sum(1)
+        expected_in_contest = expected // contests.number
+        wrong = torch.nonzero(kept_in_contest != expected_in_contest).flatten().tolist()
         if not wrong:
             return None
-        row, group = divmod(wrong[0], contests.number // rows)
+        first_wrong = wrong[0]
+        row, group = divmod(first_wrong, contests.number // rows)
         place = f"row {row}" if self.span is None else f"row {row}, group {group}"
         weights = mask.numel() // contests.number
-        return f"{place} keeps {int(counts[wrong[0]])} of {weights} weights"
+        return f"{place} keeps {int(kept_in_contest[first_wrong])} of {weights} weights"
 
 
 @dataclass(frozen=True)
@@ -219,9 +228,10 @@ class Unstructured(SparsityPattern):
 def parse_pattern(
     text: str = "unstructured", sparsity: float | None = None, scope: Scope = "matrix"
 ) -> SparsityPattern:
-    """Build a pattern from its text, which one of the patterns in `solve/patterns` reads; inverse of `str`.
+    """Build a pattern from its text, such as "2:4"; inverse of `str`.
 
-    `text` is such as "2:4"; `sparsity` and `scope` are those of the pattern, for texts that do not name them.
+    Each subclass of `SparsityPattern` is asked to read it. `sparsity` and `scope` are those of the pattern, for texts
+    that do not name them; a text and a sparsity that disagree are refused.
     """
     if scope not in ("matrix", "row"):
         raise ValueError(f"scope={scope!r}: pass 'matrix' or 'row'.")

@@ -47,7 +47,11 @@ class InputStatistics:
     """
 
     def __init__(self, gram: Tensor, num_tokens: int, mean: Tensor | None = None) -> None:
-        """Keep the Gram matrix, and note the energies; `mean` is that of the inputs over the tokens, [in]."""
+        """Keep the Gram matrix `G` [in, in] itself, no copy, and note the energies of the inputs.
+
+        `gram` is a sum over `num_tokens` tokens; `mean` [in] is the mean of the inputs over them, which only some
+        methods need (DSnoT, FLAP).
+        """
         self.gram = gram
         self.num_tokens = num_tokens
         self._mean = mean
@@ -67,13 +71,20 @@ class InputStatistics:
             )
         return self._mean
 
+    @property
+    def live(self) -> Tensor:
+        """Whether an input is live (not nearly dead), booleans [in]."""
+        return self.energy_ratios == 1
+
     @cached_property
     def decoupled(self) -> InputStatistics | None:
-        """Statistics in which nearly dead inputs are uncorrelated with all others; `None` if there are none.
+        """Statistics in which nearly dead inputs are uncorrelated with all others.
 
-        It is not `self` then: an object that is cached in itself would live on until cycles are collected.
+        `None` if no input is nearly dead. It is not `self` then, because an object that is cached in itself would live
+        on until cycles are collected. Otherwise they have a Gram matrix of their own. They are made at the first use,
+        and kept.
         """
-        live = self.energy_ratios == 1
+        live = self.live
         if bool(live.all()):
             return None
 
@@ -84,7 +95,7 @@ class InputStatistics:
 
     @cached_property
     def lipschitz(self) -> float:
-        """Lipschitz constant of the gradient, `lambda_max(G)`."""
+        """Lipschitz constant of the gradient, `lambda_max(G)`; computed at the first use, and kept."""
         return largest_eigenvalue(self.gram)
 
 
@@ -135,7 +146,9 @@ class LayerProblem:
         aims_at_dense: bool = False,
         dense: DenseOutputs | None = None,
     ) -> None:
-        """Keep the matrices, and compute the energies and the error of the dense weights. Symbols: see the module.
+        """Keep the matrices (no copies), and compute the energies and the error of the dense weights.
+
+        Symbols are those of the module's docstring.
 
         Args:
             weight: The dense weights `W` [out, in], float32 or better.
@@ -159,8 +172,8 @@ class LayerProblem:
         self.corrected = target is not None
         self.aims_at_dense = aims_at_dense
         self.dense = dense
-        # Of a decoupled problem: the original one, whose errors it has.
-        self._errors_of: LayerProblem | None = None
+        # Of a decoupled problem: the one that it was made from, which computes the errors of both.
+        self._original: LayerProblem | None = None
 
         if target is None or output_energies is None:
             self.target = weight @ statistics.gram  # C = W X* X*^T
@@ -182,10 +195,11 @@ class LayerProblem:
         )
 
     def decoupled(self) -> LayerProblem:
-        """The problem that methods solve: nearly dead inputs are alone (`InputStatistics`), errors are those of `self`.
+        """Make the problem that methods solve: nearly dead inputs have no products with others, errors are of `self`.
 
         It is `self` if there are no such inputs. Otherwise it has its own Gram matrix and target, and shares all other
-        tensors with `self`.
+        tensors with `self`. That Gram matrix is computed at the first call, and stays with `self.statistics`, so that
+        operators with the same inputs share it. No tensor of `self` changes.
         """
         statistics = self.statistics.decoupled
         if statistics is None:
@@ -194,10 +208,11 @@ class LayerProblem:
         problem = copy.copy(self)
         problem.statistics = statistics
         problem.gram = statistics.gram
-        problem._errors_of = self
-        live = statistics.energy_ratios == 1
+        problem._original = self  # whose errors `_squared_error` computes
         # With C_ij = W_ij G_jj an input that stands alone has the least error at its dense weight.
-        problem.target = torch.where(live, self.target, self.weight * statistics.diagonal)
+        problem.target = torch.where(
+            statistics.live, self.target, self.weight * statistics.diagonal
+        )
         return problem
 
     def with_ridge(self, amounts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,9 +234,13 @@ class LayerProblem:
         return max(float(self._squared_error(weight)), 0.0)  # this order keeps NaN
 
     def _squared_error(self, weight: Tensor) -> Tensor:
-        """`squared_error` as a scalar on the device; rounding may have made it negative."""
-        if self._errors_of is not None:
-            return self._errors_of._squared_error(weight)
+        """Compute `squared_error` as a scalar on the device; rounding may have made it negative.
+
+        `weight` is `W*`, `self.weight` is `W`, and `self.corrected` says whether `Y` is another matrix than `W X*`. A
+        decoupled problem has the error of `self._original`, from which it was made.
+        """
+        if self._original is not None:
+            return self._original._squared_error(weight)
 
         error = self.unpruned_errors.sum().clamp_min(0.0)  # e0, zero when Y = W X*
         for rows in row_blocks(weight):
@@ -248,6 +267,7 @@ class LayerProblem:
     def output_error(self, weight: Tensor) -> float | None:
         """`|| W* X* - W X ||_F / || W X ||_F` against the dense network's outputs; `None` if they are not known.
 
+        `weight` is `W*` [out, in], `self.weight` is `W`, `self.target` is `C`, and `self.dense` has sums over `W X`.
         With `D = W* - W`, `K = W X X*^T` and `C = a K + (1 - a) W G`, so that `K - W G = (C - W G) / a`,
 
             || W* X* - W X ||^2 = <D G, D> - 2 <D, K - W G> + || W X* - W X ||^2
@@ -267,7 +287,7 @@ class LayerProblem:
             cross = self.dense.cross
             factor = 2.0
 
-        error = self.dense.unpruned_errors.sum().clamp_min(0.0)
+        error = self.dense.unpruned_errors.sum().clamp_min(0.0)  # || W X* - W X ||^2
         for rows in row_blocks(weight):
             difference = weight[rows] - self.weight[rows]  # D
             both = torch.add(difference, self.weight[rows], alpha=factor)  # D + (2/a) W

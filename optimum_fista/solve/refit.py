@@ -40,11 +40,14 @@ def refit(
     Args:
         gram: `G` [in, in], symmetric positive semidefinite.
         target: `C` [out, in].
-        start: Starting weights [out, in]; values outside the mask [out, in] (True = kept) are ignored.
+        start: Starting weights [out, in]; values outside the mask are ignored.
+        mask: Boolean [out, in], True = kept.
+        max_iterations: Steps at most.
         tolerance: Stop when the preconditioned residual of all rows together has fallen by this factor.
         singular: Whether `gram` may be singular. A row is then at rest once its residual is as small as its rounding
             errors: these point along directions in which no token has an input, where weights would grow without bound.
-        in_place: Whether `target` and `start` may be overwritten; two matrices of their shape are then made, else four.
+        in_place: Whether `target` and `start` may be overwritten: then the result is in the memory of `start`, and two
+            matrices of their shape are made; otherwise four.
 
     Returns the weights, zero outside the mask, and the number of steps taken, a scalar on the device.
     """
@@ -63,7 +66,8 @@ def refit(
         noise *= gram.shape[0] * torch.finfo(gram.dtype).eps ** 2
 
     # The negative gradient on the mask; it takes the memory of C if that may be overwritten.
-    residual = torch.addmm(target, weight, gram, alpha=-1, out=target if in_place else None)
+    memory_of_residual = target if in_place else None
+    residual = torch.addmm(target, weight, gram, alpha=-1, out=memory_of_residual)
     residual.mul_(mask)
     direction = residual * scale
     energy = inner_by_rows(residual, direction).to(residual.dtype)
@@ -118,10 +122,10 @@ def refit_columns(
 
     with p kept inputs, N tokens (eight of them count as one), the squared error `e_K` of the refit without a ridge, and
     `e0` of the dense weights without their removed columns. If the kept inputs can replace the removed ones exactly,
-    there is no error and no ridge. If there are no more tokens than inputs, r is 1. `ridge` is r if it is known.
+    there is no error and no ridge. If there are no more tokens than inputs, r is 1.
 
-    Returns the weights [out, in], and the message of a factorisation that needed help (`damped_cholesky`). The tensors
-    of `problem` stay as they are.
+    `ridge` is r if it is known. Returns the weights [out, in], and the message of a factorisation that needed help
+    (`damped_cholesky`), otherwise an empty one. The tensors of `problem` stay as they are.
     """
     kept_inputs = kept.nonzero().flatten()  # int64 [p]
 

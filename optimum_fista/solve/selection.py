@@ -59,10 +59,10 @@ def _kth_by_bracket(array: np.ndarray, k: int) -> float:
     """The `k`-th smallest of many magnitudes: a sample brackets it, and only what lies inside is partitioned.
 
     The result is exact (Floyd & Rivest 1975): the values below the bracket are counted, and if the bracket missed,
-    everything is partitioned. `array` has one dimension.
+    everything is partitioned. `array` has one dimension, values of either sign, and stays as it is; k counts from 1.
     """
-    # The step is odd, so that the sample meets all columns of a matrix whose width is a power of two.
-    step = array.size // _SAMPLE | 1
+    # The step is made odd, so that the sample meets all columns of a matrix whose width is a power of two.
+    step = (array.size // _SAMPLE) | 1
     sample = np.sort(np.abs(array[::step]))
 
     # The rank of a sampled quantile has a standard deviation of at most sqrt(n) / 2: five of them to each side.
@@ -127,13 +127,14 @@ def keep_largest(values: Tensor, count: int) -> Tensor:
         return mask
 
     num_above = torch.stack([(part.abs() > threshold).sum() for part, _ in blocks]).sum()
-    num_ties_to_keep = count - num_above  # in this block and the next ones
+    num_ties_to_keep = count - num_above  # in this block and the next ones; on the device
     for part, mask_of_part in blocks:
         ties = part.abs() == threshold
         number_of_tie = ties.flatten().cumsum(0, dtype=torch.int32).view(ties.shape)  # from 1
         is_kept = ties.logical_not_().logical_or_(number_of_tie <= num_ties_to_keep)
         mask_of_part.logical_and_(is_kept)
-        num_ties_to_keep = num_ties_to_keep - number_of_tie[-1, -1]
+        ties_in_part = number_of_tie[-1, -1]
+        num_ties_to_keep = num_ties_to_keep - ties_in_part
     return mask
 
 
@@ -165,8 +166,8 @@ def keep_largest_in_rows(values: Tensor, count: int) -> Tensor:
 def keep_largest_in_groups(values: Tensor, n: int, m: int) -> Tensor:
     """Boolean mask [rows, columns], True for the `n` largest magnitudes of every `m` consecutive ones of a row.
 
-    The rank of a value is the number of values of its group that beat it (ties by position): m - 1 comparisons a
-    weight, which for small m is far cheaper than sorting the groups.
+    `columns` is a multiple of m. The rank of a value is the number of values of its group that beat it (ties by
+    position): m - 1 comparisons a weight, which for small m is far cheaper than sorting the groups.
     """
     # On a CPU a part stays in the cache; elsewhere a call is expensive.
     values_in_part = _PART if values.device.type == "cpu" else _PARTS_ON_DEVICES * _PART

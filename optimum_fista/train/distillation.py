@@ -4,8 +4,11 @@
 when a *state* is saved, when the training backs off, and when it ends. A state is a checkpoint of the Trainer (a folder
 `checkpoint-STEP` in the *journal*, the folder of the run) from which a killed run resumes with the same bits. It holds
 only trained parameters, and a file with the digests of its files is written last, so that damaged ones are noticed.
-`kept_states` finds the states of an earlier start. *Ranks* are processes that train together (`prune.ranks.Ranks`);
+`intact_states` finds the states of an earlier start. *Ranks* are processes that train together (`prune.ranks.Ranks`);
 rank 0 decides and writes.
+
+The *student* is the pruned model that is trained, and the *teacher* the dense model that it imitates. The *held-out*
+text is never trained on: the loss is measured on it.
 """
 
 import errno
@@ -74,15 +77,19 @@ class Schedule:
         self.share = 1.0
 
     def __call__(self, step: int) -> float:
-        """The share at a step, counted from 0."""
+        """The share of the learning rate at a step, counted from 0.
+
+        The schedule goes from step `self.began` to step `self.steps`, and `self.share` is its largest share.
+        """
         total = self.steps - self.began
         number = step - self.began + 1
         half = (total + 1) // 2
-        warm_up = min(max(_LEAST_WARM_UP, round(_WARM_UP * total)), half)
+        usual_warm_up = max(_LEAST_WARM_UP, round(_WARM_UP * total))
+        warm_up = min(usual_warm_up, half)
         if number <= warm_up:
             return self.share * number / warm_up
 
-        # zero is the share of the step after the last one, for which the scheduler asks too: no step is wasted
+        # Zero is the share of the step after the last one, for which the scheduler asks too: no step is wasted.
         angle = math.pi * (number - warm_up) / (total + 1 - warm_up)
         return self.share * (1 + math.cos(angle)) / 2
 
@@ -92,17 +99,8 @@ class DistillationTrainer(Trainer):
 
     Checkpoints hold the trained parameters, under their names in memory, which may differ from those in model files.
 
-    Args:
-        model: The student in float32; gradients are on for the parameters to train (`mark_trained`).
-        teacher: The dense model, on the device of the training.
-        kept_tokens: The teacher's token for each of the student's, int64; `None`: both have the same tokens.
-        label_share: Share of the text's cross-entropy in the loss.
-        steps: Updates of the weights.
-        read_start: Reads the student's parameters before the training, by name, for `back_off`.
-        arguments: Of the Trainer.
-        trained_on: Token ids [sequences, length].
-        held_out: Token ids [sequences, length] that only measure the loss.
-        callbacks: Of the Trainer.
+    Attributes:
+        schedule: The shares of the learning rate; `back_off` changes it.
     """
 
     def __init__(
@@ -119,6 +117,22 @@ class DistillationTrainer(Trainer):
         held_out: Tensor,
         callbacks: list[TrainerCallback],
     ) -> None:
+        """Make a Trainer that moves `model` to its device, and try whether the models can be cut (`Predictor`).
+
+        Under FSDP2 the teacher is sharded here, and the student when the training begins.
+
+        Args:
+            model: The student in float32; gradients are on for the parameters to train (`mark_trained`).
+            teacher: The dense model, on the device of the training.
+            kept_tokens: The teacher's token for each of the student's, int64; `None`: both have the same tokens.
+            label_share: Share of the text's cross-entropy in the loss.
+            steps: Updates of the weights.
+            read_start: Reads the student's parameters before the training, by name, for `back_off`.
+            arguments: Of the Trainer.
+            trained_on: Token ids [sequences, length].
+            held_out: Token ids [sequences, length] that only measure the loss.
+            callbacks: Of the Trainer.
+        """
         self._trained = [
             name for name, parameter in model.named_parameters() if parameter.requires_grad
         ]
@@ -146,14 +160,18 @@ class DistillationTrainer(Trainer):
         self.schedule = Schedule(steps)
 
     def create_scheduler(self, *_: Any, **__: Any) -> LambdaLR:
-        """Make the scheduler of the learning rate; a checkpoint that is loaded brings the attributes of `schedule`."""
+        """Make the scheduler of the learning rate, and note it in `self.lr_scheduler`, as the Trainer expects.
+
+        A checkpoint that is loaded brings the attributes of `self.schedule`.
+        """
         self.lr_scheduler = scheduler = LambdaLR(cast(Any, self.optimizer), self.schedule)
         return scheduler
 
     def back_off(self) -> None:
         """Go on from the weights before the training, with a quarter of the learning rate and a new warm-up.
 
-        Changes the trained parameters, the moments of the optimizer (to zero), its rates, and `schedule`.
+        Changes the trained parameters (`self._trained` are their names) to those that `self._read_start` reads again,
+        the moments of the optimizer to zero, its rates, and `self.schedule`.
         """
         model: Any = self.model
         optimizer: Any = self.optimizer
@@ -180,7 +198,10 @@ class DistillationTrainer(Trainer):
             group["lr"] = rate * self.schedule(scheduler.last_epoch)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
-        """The divergence from the teacher and the text; the Trainer calls it with the student as it is wrapped."""
+        """The divergence from the teacher and the text, on token ids `inputs["input_ids"]` [batch, length].
+
+        The Trainer calls it. `model` is the student as the Trainer has wrapped it, for several processes for instance.
+        """
         return divergence(
             self._student,
             self._teacher,
@@ -192,7 +213,11 @@ class DistillationTrainer(Trainer):
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any
     ) -> tuple[Tensor, None, None]:
-        """The mean negative log-likelihood of a token of held-out sequences; the Trainer calls it."""
+        """The mean negative log-likelihood of a token of held-out sequences; NaN counts as infinity.
+
+        The Trainer calls it with the wrapped student and `inputs["input_ids"]` [batch, length]. It takes a loss, logits
+        and labels, of which the last two are not needed.
+        """
         ids = self._prepare_inputs(inputs)["input_ids"]
         with torch.no_grad():
             loss = text_loss(self._student, ids, model)
@@ -211,17 +236,22 @@ class DistillationTrainer(Trainer):
     ) -> None:
         """Write the trained parameters into the folder of a state, in the process that saves; the Trainer calls it.
 
-        `state_dict` are the whole parameters if they are sharded; `None`: those of the model are.
+        If parameters are sharded, `state_dict` has them put together; otherwise it is missing, and those of the model
+        are written. `self._trained` are the names of the trained ones.
         """
         if not self.args.should_save:
             return
-        model: Any = self.model
-        tensors = state_dict or model.state_dict()
-        trained = {name: tensors[name].contiguous() for name in self._trained}
+        if not state_dict:
+            model: Any = self.model
+            state_dict = model.state_dict()
+        trained = {name: state_dict[name].contiguous() for name in self._trained}
         write_file(Path(str(output_dir)) / "model.safetensors", trained)
 
     def _save_checkpoint(self, *given: Any) -> None:
-        """Save a state; a full disk is one error that says how much a state takes. The Trainer calls it."""
+        """Save a state into the folder `checkpoint-STEP`, as the Trainer does, which calls this.
+
+        A full disk is an error that says how much a state takes, and the incomplete state is deleted.
+        """
         model: Any = self.model
         journal = Path(str(self.args.output_dir))
         bytes_of_weights = sum(
@@ -257,8 +287,8 @@ def explaining_full_disk(
     Args:
         folder: On the disk that is written to.
         subject: What is written, for the message, such as "a state of the training".
-        num_bytes: That it takes.
-        discard: What is incomplete after an error.
+        num_bytes: That the subject takes.
+        discard: The folder of the subject, which is incomplete after an error.
     """
     try:
         with errors_of_writing(folder):
@@ -289,8 +319,11 @@ class Watch(TrainerCallback):
         stopped: Whether Ctrl-C was pressed in some process, and so all are stopped.
     """
 
-    def __init__(self, ranks: Ranks, progress: bool, check: int) -> None:
-        """`check` is a step after which the held-out loss is measured, besides those of the Trainer's arguments."""
+    def __init__(self, ranks: Ranks, *, progress: bool, check: int) -> None:
+        """Begin to count seconds. `progress`: whether rank 0 shows a bar.
+
+        `check` is a step after which the held-out loss is measured, besides those of the Trainer's arguments.
+        """
         self.back_off: Callable[[], None] = lambda: None
         self.stopped = False
         self._asked = False  # by Ctrl-C in this process
@@ -305,7 +338,8 @@ class Watch(TrainerCallback):
     def stopping_at_a_step(self) -> Iterator[None]:
         """Inside, the first Ctrl-C ends the training after the current step; a second one ends it at once.
 
-        Replaces Python's own handler of the signal until the block ends; another handler is the caller's, and stays.
+        The first one sets `self._asked`, which `on_step_end` reads. Replaces Python's own handler of the signal until
+        the block ends; another handler is the caller's, and stays.
         """
 
         def stop(*_: object) -> None:
@@ -333,7 +367,9 @@ class Watch(TrainerCallback):
     ) -> None:
         """Continue the count of seconds of earlier starts, find their best state in the journal, and show the bar.
 
-        Sets `state.best_model_checkpoint`, because the journal may have been moved since the state was written.
+        Sets `state.best_model_checkpoint`, because the journal (`args.output_dir`) may have been moved since the state
+        was written. `self._began` is the moment from which `on_log` counts, and `self._saved` that of the latest saved
+        state.
         """
         seconds_before = max(
             (entry.get("seconds", 0.0) for entry in state.log_history), default=0.0
@@ -357,8 +393,9 @@ class Watch(TrainerCallback):
     ) -> None:
         """Ask for a saved state, an evaluation or the end of the training, in all processes at once.
 
-        Sets `control` and `self.stopped`, and moves the bar. Rank 0's clock decides when a state is saved;
-        `self._asked` is True after Ctrl-C in this process, and `self._check` is a step to evaluate after.
+        Sets `control` and `self.stopped` (whether some process was asked to stop), and moves the bar. Rank 0's clock
+        decides when a state is saved. `self._asked` is True after Ctrl-C in this process, and `self._check` is a step
+        to evaluate after.
         """
         self._bar.update()
         is_due = time.perf_counter() - self._saved > _SAVE_SECONDS
@@ -381,9 +418,10 @@ class Watch(TrainerCallback):
     ) -> None:
         """Finish the state that was written, after all processes have written their files of it.
 
-        `args.output_dir` is the journal. Rank 0 writes the digests and deletes states that are replaced.
+        `args.output_dir` is the journal. Rank 0 writes the digests and deletes states that are replaced. Notes the time
+        in `self._saved`.
         """
-        self._ranks.gather(None)
+        self._ranks.gather(None)  # waits for all processes
         self._ranks.first(lambda: _finish_state(Path(str(args.output_dir)), state))
         self._saved = time.perf_counter()
 
@@ -398,11 +436,13 @@ class Watch(TrainerCallback):
     ) -> None:
         """Say the held-out loss; back off if it is larger than before the training, or not finite.
 
-        The loss before the training is noted as the best one of the state. `given["metrics"]` has the loss.
+        The loss before the training is noted as the best one of the state. `given["metrics"]` has the loss, and
+        `self.back_off` is that of the trainer, which changes weights and learning rates. Without a bar the training is
+        over, and nothing is done.
         """
         loss = given["metrics"]["eval_loss"]
         is_after_training = self._bar is None
-        if is_after_training:  # the caller compares
+        if is_after_training:  # `recovery` compares this loss itself
             return
 
         self._bar.set_postfix({"held-out loss": f"{loss:.4f}"})
@@ -441,7 +481,8 @@ class Watch(TrainerCallback):
 def _finish_state(journal: Path, state: TrainerState) -> None:
     """Write the digests of a state's files, and only then delete the states that it replaces.
 
-    In the journal stay this state and the best one until now.
+    The state is that of step `state.global_step`, in the folder of the run (`journal`). It and the best state until now
+    stay. Changes the state's `trainer_state.json`, too: its path of the best state is removed.
     """
     folder = journal / f"checkpoint-{state.global_step}"
     best_folder = journal / f"checkpoint-{state.best_global_step}"
@@ -458,16 +499,17 @@ def _finish_state(journal: Path, state: TrainerState) -> None:
     }
     write_record(folder / _STATE_RECORD, {"best": state.best_global_step, "files": digests})
 
-    for replaced in {*journal.glob("checkpoint-*")} - {folder, best_folder}:
-        (replaced / _STATE_RECORD).unlink(missing_ok=True)  # first: without it the rest is no state
-        shutil.rmtree(replaced, ignore_errors=True)
+    for replaced in list(journal.glob("checkpoint-*")):
+        if replaced not in (folder, best_folder):
+            (replaced / _STATE_RECORD).unlink(missing_ok=True)  # first: the rest is no state
+            shutil.rmtree(replaced, ignore_errors=True)
 
 
-def kept_states(journal: Path) -> dict[int, Path]:
-    """Find the states from which an unfinished training can resume, by the number of steps done.
+def intact_states(journal: Path) -> dict[int, Path]:
+    """Find the states from which an unfinished training can resume, by the number of steps done, and delete all others.
 
-    A state counts if its files are as they were written, and so are those of the best state until then. The folders of
-    all others are deleted.
+    A state counts if its files are as they were written, and so are those of the best state until then. `journal` is
+    the folder of the run, in which states have the names `checkpoint-STEP`.
     """
     whole: dict[int, Path] = {}
     best_steps: dict[int, int | None] = {}
@@ -480,11 +522,14 @@ def kept_states(journal: Path) -> dict[int, Path]:
             whole[step] = folder.resolve()
             best_steps[step] = record["best"]
 
-    states = {
-        step: folder
-        for step, folder in whole.items()
-        if not best_steps[step] or best_steps[step] in whole
-    }
+    states = {}
+    for step, folder in whole.items():
+        best_step = best_steps[step]
+        has_best_weights = (
+            not best_step or best_step in whole
+        )  # 0 or None: no step was better than the start
+        if has_best_weights:
+            states[step] = folder
     for folder in journal.glob("checkpoint-*"):
         if folder.resolve() not in states.values():
             shutil.rmtree(folder)

@@ -3,10 +3,13 @@
 With a large vocabulary, logits take more memory than the model. So a model is cut before its head (`Predictor`): the
 hidden states of all positions are computed at once, and their logits for a few positions (a chunk) at a time.
 `divergence` is the loss of a training, and `text_loss` that of an evaluation.
+
+The *student* is the model that is trained, and the *teacher* the one that it imitates. Token ids are the student's. A
+teacher may have more tokens; then its `Predictor` translates the ids, and gives the logits of the student's tokens.
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -35,8 +38,8 @@ class Predictor:
     ) -> None:
         """Run the model on four tokens to find out if it can be cut, unless it has to stay `whole`.
 
-        `kept_tokens`, int64 [vocabulary of the student], are the tokens of this model that a student with fewer tokens
-        has. Then token ids are the student's, and logits are those of its tokens.
+        `kept_tokens`, int64 [vocabulary of the student], are the ids that this model has for the tokens of a student
+        with fewer tokens; `None`: both have the same tokens. The model itself is not changed.
         """
         self._model = model
         self._base = model.get_decoder()
@@ -50,17 +53,26 @@ class Predictor:
             ids = torch.arange(4, device=model.device)[None]
             self._output_class = self._output_class_if_cut(ids)
 
+    @property
+    def _is_cut(self) -> bool:
+        """Whether the model is cut before its head."""
+        return self._output_class is not None
+
     def _output_class_if_cut(self, ids: Tensor) -> type[ModelOutput] | None:
         """The class of the base model's output, or `None` if cutting the model changes the logits of `ids` [1, length].
 
-        `hidden_states` and `logits` are tried as they are for a model that is cut; afterwards it is not cut.
+        Changes nothing: `self._output_class`, by which the model is cut, is set for the comparison, and is None after
+        it.
         """
-        expected = self.hidden_states(ids)[1:3]  # not cut: logits
+        expected = self.hidden_states(ids)[
+            1:3
+        ]  # the logits of two tokens, because the model is not cut yet
         output_class = type(self._base(input_ids=ids, use_cache=False))
 
-        self._output_class = output_class
+        self._output_class = output_class  # from here on the model is cut
         try:
-            difference = self.logits(self.hidden_states(ids)[1:3]) - expected
+            hidden = self.hidden_states(ids)[1:3]
+            difference = self.logits(hidden) - expected
         finally:
             self._output_class = None
         is_same = difference.abs().max() <= _ROUNDING * expected.abs().max()
@@ -69,10 +81,14 @@ class Predictor:
     def hidden_states(self, ids: Tensor, wrapped: Any = None) -> Tensor:
         """The hidden states that enter the head at all tokens of `ids` [batch, length] but the last.
 
-        Returns [batch * (length - 1), hidden]. `wrapped` is the model in a wrapper that has to be called instead of it,
-        such as that of several processes.
+        Returns [batch * (length - 1), hidden], or whole logits [batch * (length - 1), vocabulary] of a model that can't
+        be cut. During the call the base model has a hook.
+
+        Args:
+            ids: Token ids of the student. If `self._kept_tokens` is set, the model runs on its own ids for them.
+            wrapped: The model in a wrapper such as DistributedDataParallel, which is then called instead of the model.
         """
-        states: list[Tensor] = []
+        states: list[Tensor] = []  # filled by the hook
 
         def keep(_: Any, __: Any, output: Any) -> Any:
             """Hook of the base model: keep all hidden states, and let the head compute logits for one token."""
@@ -81,26 +97,31 @@ class Predictor:
 
         own_ids = ids if self._kept_tokens is None else self._kept_tokens[ids]
         model = self._model if wrapped is None else wrapped
-        is_cut = self._output_class is not None
-        with self._base.register_forward_hook(keep) if is_cut else nullcontext():
-            logits = model(input_ids=own_ids, use_cache=False).logits
-        all_states = states[0] if states else logits
+        if self._is_cut:
+            with self._base.register_forward_hook(keep):
+                model(input_ids=own_ids, use_cache=False)
+            all_states = states[0]
+        else:
+            all_states = model(input_ids=own_ids, use_cache=False).logits
         return all_states[:, :-1].flatten(0, 1)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [positions, vocabulary] for hidden states [positions, hidden].
+        """Logits [positions, vocabulary of the student] for `hidden` [positions, hidden], rows of `hidden_states`.
 
-        For the time of the call, the base model returns `hidden` as its output, so that the model runs its head alone.
+        During the call, the forward pass of the base model is replaced: it returns `hidden`, so that the model runs its
+        head alone. Of a model that can't be cut, `hidden` are the logits already.
         """
         if self._output_class is not None:
             output = self._output_class(last_hidden_state=hidden[None])
             any_ids = torch.zeros(1, len(hidden)).long().to(hidden.device)
             with replaced_forwards([self._base], [lambda *_, **__: output]):
-                hidden = self._model.forward(input_ids=any_ids, use_cache=False).logits[0]
-        return hidden if self._kept_tokens is None else hidden[:, self._kept_tokens]
+                logits = self._model.forward(input_ids=any_ids, use_cache=False).logits[0]
+        else:
+            logits = hidden
+        return logits if self._kept_tokens is None else logits[:, self._kept_tokens]
 
     def chunks(self, positions: int) -> Iterator[slice]:
-        """Divide positions into chunks that have logits at the same time."""
+        """Divide a number of positions into slices (chunks) whose logits are in memory at the same time."""
         vocabulary = self._model.config.get_text_config(decoder=True).vocab_size
         size = max(_POSITIONS_ON_CPU, LOGITS_PER_CHUNK // vocabulary)
         return (slice(start, start + size) for start in range(0, positions, size))
@@ -117,12 +138,13 @@ class _Divergence(torch.autograd.Function):
         student: Predictor,
         teacher: Predictor,
         labels: Tensor,
-        share: float,
+        label_share: float,
     ) -> Tensor:
-        """Mean over positions; saves the gradient by `hidden` for `backward`.
+        """Return the mean divergence over positions, and save its gradient by `hidden` in `ctx`, for `backward`.
 
         `hidden` [positions, hidden] and `teachers_hidden` come from `Predictor.hidden_states`, `labels` [positions] are
-        the tokens that follow in the text, and `share` is their share of the loss.
+        the tokens that follow in the text, and `label_share` is their share of the loss. The student's head gets no
+        gradient.
         """
         gradient = torch.empty_like(hidden)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -131,7 +153,7 @@ class _Divergence(torch.autograd.Function):
             with torch.enable_grad():
                 logits = student.logits(part)
             loss, slope = _loss_and_slope(
-                logits.detach(), teacher.logits(teachers_hidden[rows]), labels[rows], share
+                logits.detach(), teacher.logits(teachers_hidden[rows]), labels[rows], label_share
             )
             total += loss
             slope.div_(len(hidden))  # of the mean
@@ -149,11 +171,11 @@ class _Divergence(torch.autograd.Function):
 def _loss_and_slope(
     logits: Tensor, teachers_logits: Tensor, labels: Tensor, label_share: float
 ) -> tuple[Tensor, Tensor]:
-    """The sum of the divergence over positions, and its gradient by the logits [positions, vocabulary].
+    """The sum of the divergence over positions, and its gradient by the student's logits [positions, vocabulary].
 
     With p of the teacher, q of the student and s = `label_share`, the loss of a position is
-    (1 - s) sum_i p_i (log p_i - log q_i) - s log q_label. Logits may have any dtype; sums are float32, and the gradient
-    has the dtype of `logits`.
+    (1 - s) sum_i p_i (log p_i - log q_i) - s log q_label. `labels` [positions] are the tokens that follow in the text.
+    Logits may have any dtype; sums are float32, and the gradient has the dtype of `logits`. No argument is changed.
     """
     slopes = torch.empty_like(logits)
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
@@ -190,12 +212,14 @@ def divergence(
     token that follows in the text, and `s = label_share`. The gradient by hidden states is computed with the value, a
     few positions at a time. The head gets no gradient.
 
+    During the call, both models have hooks and replaced forward passes (`Predictor`).
+
     Args:
         student: The model that is trained; the result has a gradient by its parameters before the head.
         teacher: The model to imitate, which gets no gradient.
-        ids: Token ids of the student, [batch, length].
+        ids: Token ids of the student, [batch, length]; the teacher's `Predictor` translates them if need be.
         label_share: Share of the text's own cross-entropy, in [0, 1].
-        wrapped: The student in a wrapper that has to be called, as in `Predictor.hidden_states`.
+        wrapped: The student in a wrapper such as DistributedDataParallel, which is then called instead of the student.
     """
     with torch.no_grad():
         teachers_hidden = teacher.hidden_states(ids)
@@ -208,7 +232,8 @@ def divergence(
 def text_loss(student: Predictor, ids: Tensor, wrapped: Any = None) -> Tensor:
     """The mean negative log-likelihood of the tokens that `ids` [batch, length] predict.
 
-    `wrapped` is the student in a wrapper that has to be called, as in `Predictor.hidden_states`.
+    `wrapped` is the student in a wrapper such as DistributedDataParallel, which is then called instead of the student.
+    During the call, the student has a hook and a replaced forward pass (`Predictor`).
     """
     hidden = student.hidden_states(ids, wrapped)
     labels = ids[:, 1:].flatten()

@@ -58,7 +58,7 @@ from optimum_fista.train.distillation import (
     DistillationTrainer,
     Watch,
     explaining_full_disk,
-    kept_states,
+    intact_states,
 )
 from optimum_fista.train.recovery_plan import (
     Choice,
@@ -147,20 +147,25 @@ def recover(
             require_output(plan.output, overwrite)  # another run may just have ended
 
         ranks.first(lock)
-        students_files, teachers_files = (
-            shared_files(Path(name), unfinished, ranks, progress)
-            for name in (plan.source, plan.teacher)
-        )
-        ranks.first(lambda: _check_weights(plan, teachers_files, unfinished))
-        windows = ranks.first(lambda: _draw(plan, unfinished / FOLDER, progress))
+        students_files = shared_files(Path(plan.source), unfinished, ranks, progress)
+        teachers_files = shared_files(Path(plan.teacher), unfinished, ranks, progress)
+        ranks.first(lambda: _require_right_models(plan, teachers_files, unfinished))
+        windows = ranks.first(lambda: _draw_text(plan, unfinished / FOLDER, progress))
 
         fingerprint = _fingerprint(plan, students_files, teachers_files, windows, ranks.count)
         join_run(unfinished, fingerprint, overwrite, ranks)
-        # with this file the folder is kept until the run ends
+        # With this file the folder is kept until the run ends.
         ranks.first(lambda: write_record(unfinished / RUN_FILE, fingerprint))
 
-        with _trainers_settings(plan.device), ranks.exchanging():
-            model, report = _train(plan, windows, fingerprint, unfinished / FOLDER, ranks, progress)
+        with _process_restored(plan.device), ranks.exchanging():
+            model, report = _train(
+                plan=plan,
+                windows=windows,
+                fingerprint=fingerprint,
+                journal=unfinished / FOLDER,
+                ranks=ranks,
+                progress=progress,
+            )
 
         def finish() -> None:
             """Write the model of rank 0, and move it to the output."""
@@ -174,13 +179,16 @@ def recover(
     return report
 
 
-def _check_weights(plan: RecoveryPlan, teachers_files: SourceFiles, unfinished: Path) -> None:
+def _require_right_models(
+    plan: RecoveryPlan, teachers_files: SourceFiles, unfinished: Path
+) -> None:
     """Refuse a teacher that is not the dense model, and zeros that training would fill, unless the user allows it.
 
-    Both need the weights, so an earlier start of the same run is trusted: `unfinished` has its fingerprint.
+    Both checks read all weights. So they are left out if an earlier start of the run, whose fingerprint is in the
+    folder `unfinished`, had the same teacher (`teachers_files`, by their digests). Leaves no file.
     """
-    begun = read_record(unfinished / RUN_FILE)
-    if begun is not None and begun.get("teacher") == teachers_files.digests:
+    earlier_start = read_record(unfinished / RUN_FILE)
+    if earlier_start is not None and earlier_start.get("teacher") == teachers_files.digests:
         return
 
     options = plan.options
@@ -189,13 +197,13 @@ def _check_weights(plan: RecoveryPlan, teachers_files: SourceFiles, unfinished: 
 
     was_pruned_before = bool(plan.report.first_model.steps)
     if was_pruned_before and options.train != "norms" and not options.fill_zeros:
-        find_masks(load_student(plan.source), plan.source)
+        find_masks(load_student(plan.source), plan.source)  # which refuses zeros without a mask
 
 
-def _draw(plan: RecoveryPlan, journal: Path, progress: bool) -> Tensor:
+def _draw_text(plan: RecoveryPlan, journal: Path, progress: bool) -> Tensor:
     """Draw the text as token ids int64 [sequences, length]; the first `held_out` sequences are never trained on.
 
-    Text that the teacher writes is kept in `journal`, the folder of the run.
+    Text that the teacher writes is kept in `journal`, the folder of the run, where a later start reads it.
     """
     held_out = plan.options.held_out
     try:
@@ -225,7 +233,8 @@ def _fingerprint(
 ) -> dict[str, Any]:
     """List all that the bytes of the result depend on, as plain values: a resumed run must have the same list.
 
-    `windows` are the token ids of the text, and `processes` is the number of those that train together.
+    The files of both models come from `shared_files`, which has hashed them. `windows` are the token ids of the text,
+    and `processes` is the number of those that train together.
     """
     options: dict[str, Any] = {
         "batch_size": plan.options.batch_size,
@@ -268,13 +277,14 @@ def _train(
 ) -> tuple[PreTrainedModel | None, RecoveryReport]:
     """Train from the beginning, or from the last state in `journal`, the folder of the run.
 
-    Returns the model to save (`None` in processes other than rank 0) and the report. `windows` are the token ids of the
+    Returns the model to save (`None` in processes other than rank 0) and the report. Writes the choice and the states
+    of the training to `journal`, and deletes states from which no run can resume. `windows` are the token ids of the
     text [sequences, length], held-out ones first, and `fingerprint` comes from `_fingerprint`. `progress`: whether to
     show a bar.
     """
     free = ranks.gather(available_bytes(plan.device))
     choice = ranks.first(lambda: _choose_once(plan, journal, free))
-    model, teacher = ranks.each(lambda: _load(plan, journal))
+    model, teacher = ranks.each(lambda: _load_models(plan, journal))
     if media_arguments(model).names:
         logger.info(
             "%s takes images or sounds, too: it is trained on text alone", type(model).__name__
@@ -282,11 +292,19 @@ def _train(
 
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     model.float()  # a step in bfloat16 would often be smaller than the weight's last bit
-    mark_trained(model, choice.train)
+    mark_trained(model, choice.train)  # gradients on for some parameters, off for the others
 
-    states = ranks.first(lambda: kept_states(journal))
-    arguments = _arguments(plan, choice, model, journal, ranks.count, resumed=bool(states))
-    watch = Watch(ranks, progress, math.ceil(plan.steps / 10))
+    states = ranks.first(lambda: intact_states(journal))
+    last_state = str(states[max(states)]) if states else None
+    arguments = _trainers_arguments(
+        plan=plan,
+        choice=choice,
+        model=model,
+        journal=journal,
+        processes=ranks.count,
+        resumed=last_state is not None,
+    )
+    watch = Watch(ranks, progress=progress, check=math.ceil(plan.steps / 10))
     callbacks: list[TrainerCallback] = [watch]
     if choice.train == "all":
         callbacks.append(MaskedTrainingCallback(plan.source, fill_zeros=plan.options.fill_zeros))
@@ -306,16 +324,20 @@ def _train(
 
     try:
         with watch.stopping_at_a_step():
-            trainer.train(str(states[max(states)]) if states else None)
+            trainer.train(last_state)
     finally:
-        for callback in callbacks:  # after an error too: masks have a hook on all optimizers
+        # After an error, too: masks have a hook on all optimizers.
+        for callback in callbacks:
             callback.on_train_end(arguments, trainer.state, trainer.control)
     if watch.stopped and trainer.state.global_step < plan.steps:
         raise KeyboardInterrupt
 
-    report = _report(plan, choice, trainer, dtypes, fingerprint)
+    report = _report(
+        plan=plan, choice=choice, trainer=trainer, dtypes=dtypes, fingerprint=fingerprint
+    )  # which rounds the weights of the trainer's model to `dtypes`
     trained = cast(nn.Module, trainer.model) if report.best_step else None
-    return _recovered(plan, trained, is_saved=not ranks.index), report
+    recovered = _model_with_weights(plan, trained, is_saved=ranks.index == 0)
+    return recovered, report
 
 
 def _report(
@@ -327,8 +349,9 @@ def _report(
 ) -> RecoveryReport:
     """Measure the trained weights as they will be saved, and report the training.
 
-    Rounds the weights of the trainer's model, in place, to `dtypes` (by parameter name), in which they will be saved.
-    If their loss is not smaller than before the training, `best_step` of the report is 0, and nothing is to be saved.
+    If some step was better than the start, the Trainer has loaded its weights. They are rounded, in place, to `dtypes`
+    (by parameter name), in which they will be saved. If their loss is not smaller than before the training, `best_step`
+    of the report is 0, and nothing is to be saved. `fingerprint` comes from `_fingerprint`.
     """
     state = trainer.state
     evaluations = [
@@ -346,16 +369,18 @@ def _report(
             weights = local(parameter.data)
             weights.copy_(weights.to(dtypes[name]))
         loss = trainer.evaluate()["eval_loss"]  # of what is saved, which has to be better
-    if not loss < loss_before:  # NaN is not smaller either
+    is_better = loss < loss_before  # NaN is not
+    if not is_better:
         best_step = 0
         loss = loss_before
 
     learning_rate = trainer.args.learning_rate * trainer.schedule.share
+    tokens_of_step = plan.num_sequences * plan.length // plan.steps
     return RecoveryReport(
         teacher=public_name(plan.teacher_name),
         train=choice.train,
         num_trained=choice.num_trained,
-        num_tokens=plan.num_sequences * plan.length // plan.steps * state.global_step,
+        num_tokens=tokens_of_step * state.global_step,
         calibration={
             "source": public_name(plan.calibration),
             "sha256": fingerprint["windows"],
@@ -372,22 +397,29 @@ def _report(
 
 
 def _choose_once(plan: RecoveryPlan, journal: Path, free: Sequence[int | None]) -> Choice:
-    """Choose, or read the choice with which the run began: a resumed run keeps it, whatever memory is free now.
+    """Choose what to train, or read the choice with which the run began: a resumed run keeps it.
 
-    A new choice is written to `journal`. `free` are the free bytes of each process.
+    A new choice is written to `journal`, the folder of the run. `free` are the free bytes of each process, `None` if
+    they are not known.
     """
     file = journal / "choice.json"
-    noted = read_record(file)
-    choice = choose(plan, free) if noted is None else Choice(**noted)
-    logger.info("%s", choice)
-    if noted is None:
+    earlier_choice = read_record(file)
+    if earlier_choice is None:
+        choice = choose(plan, free)
+        logger.info("%s", choice)
         write_record(file, dataclasses.asdict(choice))
+    else:
+        choice = Choice(**earlier_choice)
+        logger.info("%s", choice)
     return choice
 
 
-def _load(plan: RecoveryPlan, journal: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Load the pruned model to the CPU and the dense model to the device of the plan; `journal` has to exist here."""
-    if not journal.exists():  # rank 0 wrote it
+def _load_models(plan: RecoveryPlan, journal: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Load the pruned model to the CPU, and the dense model to the device of the plan, without gradients.
+
+    `journal` is the folder of the run, which rank 0 has made: all processes have to see it.
+    """
+    if not journal.exists():
         raise ValueError(
             f"output: rank 0 began {str(journal.parent)!r}, and it isn't here: pass a folder that all nodes share."
         )
@@ -395,7 +427,7 @@ def _load(plan: RecoveryPlan, journal: Path) -> tuple[PreTrainedModel, PreTraine
     return load_student(plan.source), teacher.eval().requires_grad_(False)
 
 
-def _arguments(
+def _trainers_arguments(
     plan: RecoveryPlan,
     choice: Choice,
     model: PreTrainedModel,
@@ -404,16 +436,17 @@ def _arguments(
     *,
     resumed: bool,
 ) -> TrainingArguments:
-    """Make the arguments of the Trainer, which saves its states to `journal`.
+    """Make the arguments of the Trainer, which saves its states to `journal`, the folder of the run.
 
-    `processes` share the passes of a step. A resumed training does not evaluate the model before its first step.
+    `model` is the student, of which the width is read. `processes` share the passes of a step. A resumed training does
+    not evaluate the model before its first step.
     """
     learning_rate = plan.options.learning_rate
     if learning_rate is None:
         learning_rate = _RATES[choice.train]
         if choice.train == "all":
             width = model.config.get_text_config(decoder=True).hidden_size
-            learning_rate *= min(1.0, _WIDTH_OF_RATE / width)
+            learning_rate *= min(1.0, _WIDTH_OF_RATE / width)  # wide models need a smaller one
 
     steps_between = math.ceil(plan.steps / _EVALUATIONS)
     arguments = TrainingArguments(
@@ -446,13 +479,14 @@ def _arguments(
     return arguments
 
 
-def _recovered(
+def _model_with_weights(
     plan: RecoveryPlan, trained: nn.Module | None, *, is_saved: bool
 ) -> PreTrainedModel | None:
     """Read the source's model again, in its own dtypes, and give it the trained weights.
 
-    `trained` is the Trainer's model; `None`: the weights stay as they are in the source. Returns `None` in a process
-    that does not save the model (`is_saved`), which takes part because each process has a part of sharded weights.
+    `trained` is the Trainer's model, which stays as it is; `None`: the weights are those of the source. Returns `None`
+    in a process that does not save the model (not `is_saved`). It takes part because each process has a part of sharded
+    weights. The configuration of the new model notes that it was retrained.
     """
     model = read_model(plan.source, dtype="auto") if is_saved else None
     if trained is None:
@@ -471,7 +505,10 @@ def _recovered(
 def _write(
     plan: RecoveryPlan, model: PreTrainedModel, report: RecoveryReport, unfinished: Path
 ) -> None:
-    """Write all files of the recovered model into a subfolder of `unfinished`; `report` joins the pruning report."""
+    """Write all files of the recovered model into the subfolder `MODEL` of `unfinished`, which is emptied first.
+
+    `report` joins the pruning report of the source. The configuration of `model` gets the summary of that report.
+    """
     pruning_report, masks = find_record(model, plan.source)
     pruning_report = dataclasses.replace(
         pruning_report, recoveries=[*pruning_report.recoveries, report]
@@ -498,13 +535,14 @@ def _set_environment(variables: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def _trainers_settings(device: torch.device) -> Iterator[None]:
-    """Put back what the Trainer and Accelerate change in the process: states, random numbers, the environment.
+def _process_restored(device: torch.device) -> Iterator[None]:
+    """At the end, put back what the Trainer and Accelerate change in the process inside the `with` block.
 
-    Inside, the Trainer computes on `device`, by an environment variable of Accelerate.
+    These are their own states, random numbers, and the environment. Inside, the Trainer computes on `device`, by an
+    environment variable of Accelerate.
     """
     with ExitStack() as stack:
-        # at the end as they were, whatever is in them meanwhile
+        # At the end all of these are as they were, whatever is in them meanwhile.
         stack.enter_context(internals.accelerate_states_restored())
         stack.callback(_set_environment, dict(os.environ))
         stack.callback(random.setstate, random.getstate())

@@ -90,9 +90,8 @@ class Choice:
     train: str  # "all" or "norms"
     checkpointed: bool  # whether decoder layers compute their activations twice
     num_trained: int  # weights, zeros aside
-    num_bytes: (
-        int  # of both models, gradients, moments and activations, on the device of one process
-    )
+    # Of both models, gradients, moments and activations, on the device of one process.
+    num_bytes: int
 
     def __str__(self) -> str:
         """A line for people."""
@@ -116,8 +115,10 @@ def plan_recovery(
 ) -> RecoveryPlan:
     """Check all that can be checked without weights and text, and make the plan.
 
-    Models of the Hub are downloaded into its cache, after all checks. The arguments are those of `recover`, and
-    `processes` is the number of processes that train together.
+    Models of the Hub are downloaded into its cache: configurations and tokenizers for the checks, weights after them.
+    Nothing is written to `output_dir`, but files that a killed process left beside it are removed. The arguments are
+    those of `recover`, `options` are fields of `RecoveryOptions`, and `processes` is the number of processes that train
+    together.
     """
     checked = RecoveryOptions(**options)
     source = str(folder)
@@ -126,7 +127,7 @@ def plan_recovery(
 
     output = folder_beside(source, "-recovered") if output_dir is None else Path(output_dir)
     for name in (source, teacher_name):
-        require_output(output, overwrite, source=name)
+        require_output(output, overwrite, source=name)  # neither of the models may be overwritten
     if calibration != "self":
         require_source(calibration)
 
@@ -151,9 +152,10 @@ def plan_recovery(
         )
 
     used_device = usable_device(device)
-    use_bfloat16 = checked.compute_dtype == "bfloat16" or (
-        checked.compute_dtype == "auto" and is_fast(torch.bfloat16, used_device)
-    )
+    if checked.compute_dtype == "auto":
+        use_bfloat16 = is_fast(torch.bfloat16, used_device)
+    else:
+        use_bfloat16 = checked.compute_dtype == "bfloat16"
 
     source_folder = source if Path(source).is_dir() else snapshot_download(source)
     teacher_folder = _folder_of_teacher(teacher_name)
@@ -207,8 +209,9 @@ def _match_vocabularies(
 ) -> Tensor | None:
     """Find the teacher's token for each token of the student; refuse models whose tokens are different ones.
 
-    Returns int64 [student's tokens] if tokens were removed from the student, and `None` if both have the same tokens.
-    `source` and `teacher` are folders or Hub ids, and the keys of the other arguments.
+    Returns ids, int64 [student's tokens], if tokens were removed from the student, and `None` if both have the same
+    tokens. `source` (the student) and `teacher` are folders or Hub ids, and the keys of the other arguments. Changes
+    nothing.
     """
     sizes = {
         name: config.get_text_config(decoder=True).vocab_size for name, config in configs.items()
@@ -223,7 +226,7 @@ def _match_vocabularies(
         own = own_tokenizer.get_vocab()
         teachers = teachers_tokenizer.get_vocab()
         if kept_tokens is not None:
-            # the ids that the teacher has for the student's tokens
+            # The ids that the teacher has for the student's tokens. Other tokens of the teacher do not count.
             own = {
                 token: int(kept_tokens[index])
                 for token, index in own.items()
@@ -241,25 +244,30 @@ def _match_vocabularies(
 
 
 def _kept_tokens_of(source: str, teacher: str, sizes: Mapping[str, int]) -> Tensor | None:
-    """The teacher's id of each token of a student with fewer tokens; `None` if they do not fit together.
+    """The teacher's id of each token of a student (`source`) with fewer tokens; `None` if they do not fit together.
 
-    The student's folder has a file of the tokens that stay; the teacher's may have one, too. `sizes` are the numbers of
-    tokens by name.
+    The student's folder has a file of the tokens that stay (`VOCABULARY_FILE`); the teacher's may have one, too.
+    `sizes` are the numbers of tokens by `source` and `teacher`, which are folders or Hub ids.
     """
     file = internals.cached_file_if_any(source, VOCABULARY_FILE, needs_hub=False)
     teachers_file = internals.cached_file_if_any(teacher, VOCABULARY_FILE, needs_hub=False)
     if file is None:
         return None
 
+    # The file is in a subfolder of the model's folder.
+    students_folder = Path(file).parents[1]
     teachers_folder = None if teachers_file is None else Path(teachers_file).parents[1]
-    tokens = kept_tokens(Path(file).parents[1], teachers_folder)
+    tokens = kept_tokens(students_folder, teachers_folder)  # ids before tokens were removed
     if tokens is None or len(tokens) != sizes[source] or int(tokens.max()) >= sizes[teacher]:
         return None
     return tokens
 
 
 def _sequence_length(wanted: int | None, configs: Mapping[str, PreTrainedConfig]) -> int:
-    """Tokens in a sequence: `wanted`, or a usual number; both models (`configs` by name) must take as many."""
+    """Tokens in a sequence: `wanted` by the user, or a usual number; both models must take as many.
+
+    `configs` are the configurations of student and teacher, by folder or Hub id.
+    """
     if wanted is None:
         return min(_USUAL_LENGTH, *(usual_length(config) for config in configs.values()))
 
@@ -276,7 +284,8 @@ def _sequence_length(wanted: int | None, configs: Mapping[str, PreTrainedConfig]
 def _passes_of_step(options: RecoveryOptions, length: int, processes: int) -> int:
     """Passes in a step, of all processes together: a multiple of their number; `length` is that of a sequence.
 
-    If the user does not say how many, there are about 256 steps, with at most 32 sequences each.
+    `options.accumulate` is the number that the user wants. If the user does not say how many, there are about 256
+    steps, with at most 32 sequences each.
     """
     if options.accumulate is not None:
         if options.accumulate % processes:
@@ -338,18 +347,22 @@ def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
     """Choose the first kind of training that fits into memory; activations are computed twice only if needed.
 
     `free` are the bytes that each process has, `None` if it is not known. If nothing fits, the last kind is chosen.
+    Reads the configuration of the student, and changes nothing.
     """
     sizes = _Sizes.of(plan.source)
     limits = [num_bytes for num_bytes in free if num_bytes is not None]
     # Processes on one CPU share its memory. Every process has an accelerator of its own.
-    on_cpu = plan.device.type == "cpu"
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", len(free))) if on_cpu else 1
+    processes_sharing = 1
+    if plan.device.type == "cpu":
+        processes_sharing = int(os.environ.get("LOCAL_WORLD_SIZE", len(free)))
 
     kinds = ["all", "norms"] if plan.options.train == "auto" else [plan.options.train]
     ways = [False, True] if sizes.can_checkpoint else [False]
+    # After the loop, the variables are those of the first kind that fits, or of the last one.
     for train, checkpointed in itertools.product(kinds, ways):
         needed = _needed_bytes(plan, sizes, train, checkpointed)
-        if not limits or needed <= _MARGIN * min(limits) / sharing:
+        fits = not limits or needed <= _MARGIN * min(limits) / processes_sharing
+        if fits:
             break
 
     zeros = plan.report.totals["num_zeros"] if train == "all" else 0
@@ -373,7 +386,9 @@ def _needed_bytes(plan: RecoveryPlan, sizes: _Sizes, train: str, checkpointed: b
     activations = 8 * sizes.operator_width
     if checkpointed:  # those of one layer at a time, and the hidden states that enter each layer
         activations = activations // sizes.layers + 4 * sizes.layers * sizes.hidden_size
-    activations += 12 * sizes.hidden_size  # that enter both heads, with their gradient
+    activations += (
+        12 * sizes.hidden_size
+    )  # hidden states that enter both heads, with their gradient
 
     tokens = plan.options.batch_size * plan.length
     # of both models, in two dtypes, with their gradient
@@ -382,7 +397,10 @@ def _needed_bytes(plan: RecoveryPlan, sizes: _Sizes, train: str, checkpointed: b
 
 
 def load_student(source: str) -> PreTrainedModel:
-    """Load the pruned model of a folder, without random parts such as dropout."""
+    """Load the pruned model of a folder to the CPU, in the dtypes of its files.
+
+    Dropout and jitter of routers are turned off in its configuration, so that two passes give the same result.
+    """
     config = read_config(source)
     for section in (config, config.get_text_config(decoder=True)):
         for name, value in vars(section).items():
@@ -395,11 +413,12 @@ def load_student(source: str) -> PreTrainedModel:
 def mark_trained(model: PreTrainedModel, train: str) -> None:
     """Turn on gradients for the parameters to train ("all" or "norms"), and off for all others.
 
-    Embeddings and head are never trained.
+    "norms" are all vectors, so biases, too. Embeddings and head are never trained.
     """
     model.requires_grad_(False)
     for parameter in _inner_parameters(model):
-        parameter.requires_grad_(train == "all" or parameter.ndim == 1)
+        is_norm_or_bias = parameter.ndim == 1
+        parameter.requires_grad_(train == "all" or is_norm_or_bias)
 
 
 def _inner_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
@@ -419,7 +438,10 @@ def _inner_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
 
 @numerical_environment()
 def preview(plan: RecoveryPlan) -> str:
-    """Say in a few lines what a recovery will do and need; both models are loaded to time one step if they fit."""
+    """Say in a few lines what a recovery will do and need.
+
+    If they fit into memory, both models are loaded to time one step. Nothing is written, and `plan` stays as it is.
+    """
     options = plan.options
     free = available_bytes(plan.device)
     choice = choose(plan, [free])
@@ -452,7 +474,11 @@ def preview(plan: RecoveryPlan) -> str:
 
 
 def _seconds_of_step(plan: RecoveryPlan, choice: Choice) -> float:
-    """Load both models, and time the forward and backward passes of one step, on any tokens."""
+    """Load both models, and time the forward and backward passes of one step, on any tokens.
+
+    One pass is timed, after another one that fills caches, and counts for all passes of the step. The models are
+    dropped again.
+    """
     student = load_student(plan.source).float()
     mark_trained(student, choice.train)
     student.to(plan.device)
@@ -468,7 +494,7 @@ def _seconds_of_step(plan: RecoveryPlan, choice: Choice) -> float:
 
     in_16_bits = plan.compute_dtype != torch.float32
     seconds = 0.0
-    for _ in range(2):  # the first pass also fills caches
+    for _ in range(2):  # the time of the second pass counts
         started = time.perf_counter()
         with torch.autocast(plan.device.type, plan.compute_dtype, enabled=in_16_bits):
             loss = divergence(student_predictor, teacher_predictor, ids, plan.options.label_share)

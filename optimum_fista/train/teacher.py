@@ -47,10 +47,12 @@ def require_dense_model(plan: RecoveryPlan, unfinished: Path) -> None:
 
 
 def _reason_not_to_compare(plan: RecoveryPlan) -> str | None:
-    """Say why the report of the pruned model tells nothing about the teacher; `None` if they can be compared."""
-    if (
-        plan.report.first_model.sha256 is None
-    ):  # the first run removed tokens, or is of an older version
+    """Say why the report of the pruned model tells nothing about the teacher; `None` if they can be compared.
+
+    Reads the configuration of the teacher, and changes nothing.
+    """
+    # There is none if the first run removed tokens, or was one of an older version.
+    if plan.report.first_model.sha256 is None:
         return f"the report of {plan.source!r} has no SHA-256 of the dense model"
 
     class_of_dense = plan.report.model["class"]  # runs do not change the class
@@ -61,9 +63,10 @@ def _reason_not_to_compare(plan: RecoveryPlan) -> str | None:
 
 
 def dense_sha256(folder: str, dtype: str, offload_folder: Path) -> str:
-    """Digest of a dense model as a pruning run notes it; `dtype` is that of the run, such as "bfloat16".
+    """SHA-256 of a dense model as a pruning run notes it; `dtype` is that of the run, such as "bfloat16".
 
-    Weights that are not in safetensors files in this form are written to `offload_folder`.
+    `folder` has the model's files. Weights that are not in safetensors files in this form are written to
+    `offload_folder`.
     """
     model = load_lazily(folder, offload_folder, device="cpu", dtype=dtype).model
     layers = find_decoder_layers(model)

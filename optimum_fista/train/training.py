@@ -94,7 +94,10 @@ def masked_training(
     }
 
     def clear(tensor: Tensor, parameter: Tensor) -> Tensor:
-        """Set `tensor` (a parameter or its gradient) to zero in place where `parameter` is pruned, and return it."""
+        """Set `tensor` (a parameter or its gradient) to zero in place where `parameter` is pruned.
+
+        Returns `tensor`, or the part of it that is in this process. Moves the mask to the device of the parameter.
+        """
         mask_of[parameter] = mask_of[parameter].to(parameter.device)  # the model may have moved
         values = local(tensor)
         # A product of integers, the bits of the numbers: NaN becomes zero, too, and this is 20 times as fast as
@@ -112,7 +115,7 @@ def masked_training(
         clear(cast(Tensor, parameter.grad), parameter)
 
     def after_step(optimizer: Optimizer, *_: Any) -> None:
-        """Hook after a step of any optimizer: clear the weights if it trains this model."""
+        """Hook after a step of any optimizer: if it trains this model, clear its weights, and note the training."""
         for group in optimizer.param_groups:
             if not parameters_of_model.isdisjoint(group["params"]):
                 mark_retrained(model)
@@ -152,9 +155,10 @@ class MaskedTrainingCallback(TrainerCallback):
         self._training = ExitStack()  # holds the `masked_training` of a run that goes on
 
     def on_train_begin(self, args: TrainingArguments, *_: Any, **given: Any) -> None:
-        """Enter `masked_training` for the Trainer's model (`given["model"]`).
+        """Enter `masked_training` for the Trainer's model (`given["model"]`), with `self.masks` and `self.fill_zeros`.
 
-        Refuses the same models as `masked_training`, and weights of DeepSpeed and FSDP1.
+        `self._training` keeps the block open until `on_train_end`. Refuses the same models as `masked_training`, and
+        weights of DeepSpeed and FSDP1.
         """
         model = given["model"]
         if args.deepspeed_plugin or isinstance(model, FullyShardedDataParallel):
@@ -167,7 +171,10 @@ class MaskedTrainingCallback(TrainerCallback):
         self._training.enter_context(masked_training(model, self.masks, fill_zeros=self.fill_zeros))
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Leave `masked_training`; weights are masked once more, as the Trainer may have loaded its best checkpoint."""
+        """Leave `masked_training`: hooks are removed, and weights are masked once more.
+
+        They need it, because the Trainer may have loaded its best checkpoint.
+        """
         self._training.close()
 
 
@@ -221,12 +228,16 @@ def find_masks(
     """Find the masks of the parameters that hold pruned weights, by parameter name, and check them.
 
     Each mask is boolean, True = kept, and has the shape of its parameter and its device. Of a sharded parameter (FSDP2)
-    it is the part of this process. A parameter without an entry is dense.
+    it is the part of this process. A parameter without an entry is dense. Changes neither the model nor `source`.
 
     Args:
         model: A pruned model, in memory.
         source: Where the masks come from, as in `masked_training`.
         fill_zeros: Do not refuse zeros of an earlier run that no mask covers.
+
+    Raises:
+        ValueError: If the model is quantized, offloaded or not pruned, the masks are not those of this model, or zeros
+            of an earlier run have no mask.
     """
     if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
         raise ValueError(
@@ -234,7 +245,7 @@ def find_masks(
         )
     require_unquantized(model)
 
-    earlier_patterns: list[str] = []
+    earlier_patterns: list[str] = []  # of the runs before the last one
     if source is None:
         masks = _masks_of_zeros(model)
     elif isinstance(source, Mapping):
@@ -298,15 +309,17 @@ def find_record(
 ) -> tuple[PruningReport, dict[str, Tensor]]:
     """Read the report and the packed masks of a pruned model from its pruner, folder or Hub id.
 
-    Operators of the report, and the keys of the masks, have the names of their weights in `model`. A packed mask is
-    uint8, eight weights a byte (`solve.pattern.pack_mask`).
+    Operators of the report, and the keys of the masks, have the names of their weights in `model`, such as
+    "model.layers.3.mlp.down_proj.weight". A packed mask is uint8, eight weights a byte (`solve.pattern.pack_mask`).
+    Files of the Hub are downloaded into its cache; nothing else changes.
     """
     if isinstance(source, FistaPruner):
         return source.result(model)
 
     folder = pruned_folder(source)
     report = read_report(folder)
-    if is_packed(folder):  # the masks are in the weights
+    if is_packed(folder):
+        # A packed folder has no file of masks: they are stored with the weights.
         packed = {operator.name: mask for operator, _, mask in packed_operators(folder, report)}
     else:
         packed = load_file(_file_of(source, MASKS_FILE))
@@ -320,7 +333,10 @@ def pruned_folder(source: str | Path) -> Path:
 
 
 def _file_of(source: str | Path, file: str) -> Path:
-    """The path of a file of a pruned model (folder or Hub id), which is downloaded if need be; `file` is relative."""
+    """The path of a file of a pruned model, which is downloaded into the Hub's cache if need be.
+
+    `source` is a folder or Hub id, and `file` a path in it, such as "fista/report.json".
+    """
     try:
         return Path(str(cached_file(str(source), file)))
     except OSError as error:
@@ -354,7 +370,10 @@ def _assemble(
 
 
 def _prunable_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Names and weights of the linear operators of the decoder layers, those of experts too, but not offloaded ones."""
+    """Names and weights of the linear operators of the decoder layers, those of experts too, but not offloaded ones.
+
+    They are the parameters themselves, by names such as "model.layers.3.mlp.down_proj.weight".
+    """
     for layer_name, layer in find_decoder_layers(model):
         for name, module in layer.named_modules(prefix=layer_name):
             if not (isinstance(module, LINEAR) or is_fused_experts(module)):
@@ -368,7 +387,8 @@ def _prunable_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 def _masks_of_zeros(model: PreTrainedModel) -> dict[str, Tensor]:
     """Masks of the zeros that the linear operators of the decoder layers have now; a dense model is refused.
 
-    A model that has lost whole parts and has no zeros gives no masks.
+    Masks are boolean, True = kept, by parameter name. A model that has lost whole parts and has no zeros gives no
+    masks. The configuration of the model has the number of zeros that the pruning run set.
     """
     masks: dict[str, Tensor] = {}
     zeros = 0
@@ -388,7 +408,8 @@ def _masks_of_zeros(model: PreTrainedModel) -> dict[str, Tensor]:
     record = getattr(model.config, CONFIG_KEY, None) or {}
     promised = int(record.get("num_zeros", 0))
     are_by_chance = zeros < _SHARE_BY_CHANCE * weights
-    has_lost_parts = record.get("num_zeros") == 0  # and an earlier run may have left zeros
+    # A run that sets no zeros removes parts. An earlier run may have left zeros all the same.
+    has_lost_parts = record.get("num_zeros") == 0
     if has_lost_parts:
         return {} if are_by_chance else masks
 

@@ -31,7 +31,7 @@ from optimum_fista.train.distillation import (
     DistillationTrainer,
     Watch,
     explaining_full_disk,
-    kept_states,
+    intact_states,
 )
 
 QUICK = {
@@ -87,7 +87,7 @@ def stopped_at(step: int, error: type[BaseException] = KeyboardInterrupt, *, sav
 
 def latest_state(output: Path) -> int:
     """The step of the last state that was saved of an unfinished run; 0 if there is none."""
-    return max(kept_states(unfinished_folder(output) / "journal"), default=0)
+    return max(intact_states(unfinished_folder(output) / "journal"), default=0)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -661,7 +661,7 @@ def test_a_full_disk_is_one_error_and_the_run_resumes_after_the_last_state(
 
     with pytest.raises(OSError, match="the disk is full: a state of the training takes") as full:
         run("out", train="all")
-    states = kept_states(unfinished_folder(tmp_path / "out") / "journal")
+    states = intact_states(unfinished_folder(tmp_path / "out") / "journal")
     disk.is_full = False
     found = run("out", train="all")
 

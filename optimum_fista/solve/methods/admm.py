@@ -24,7 +24,7 @@ from optimum_fista.solve.problem import LayerProblem
 
 @dataclass
 class SplitState:
-    """Iterates of one operator: the sparse iterate `Z` and the dual `V` in one matrix, which a mask tells apart.
+    """Iterates of one operator: the sparse iterate `Z` and the dual `V` in one matrix, told apart by a mask.
 
     ADMM projects `P = W + V / rho` on the pattern: `Z` is `P` where the mask keeps it, and `V / rho` is what is left.
     """
@@ -42,8 +42,9 @@ class SplitState:
         """Do one ADMM iteration with `inverse = (G + rho I)^-1` [in, in]; changes `point`, `mask` and `rho`.
 
         It minimizes `1/2 <W G, W> - <W, C>` over `W = Z`, Z in the pattern (ALPS, arXiv 2406.07831, eqs. 3-5):
-        `W = (C - V + rho Z) (G + rho I)^-1`, `Z = project(W + V / rho)`, `V += rho (W - Z)`. A block of rows at a
-        time but for the projection.
+        `W = (C - V + rho Z) (G + rho I)^-1`, `Z = project(W + V / rho)`, `V += rho (W - Z)`. The first of these takes
+        one block of rows at a time; `self.target` makes these rows of `C`. The projection, by the mask of `pattern`,
+        needs all rows.
         """
         for rows in row_blocks(self.point):
             point = self.point[rows]  # becomes Z + V / rho, with the new rho
@@ -54,14 +55,17 @@ class SplitState:
                 # V / rho of the last iteration; times `ratio` with the new rho, because V itself stays.
                 ratio = self.rho / rho
                 dual = point * ~self.mask[rows]
-            if ratio not in (0.0, 1.0):
+            has_other_rho = ratio not in (0.0, 1.0)
+            if (
+                has_other_rho
+            ):  # Z + V / rho with the new rho; Z stays, because the dual is zero there
                 point.add_(dual, alpha=ratio - 1)
-            # C - V + rho Z, the right-hand side of the W step.
-            wanted = torch.sub(point, dual, alpha=2 * ratio)
-            torch.add(self.target(rows), wanted, alpha=rho, out=wanted)
+            # C - V + rho Z, the right-hand side of the W step: Z - V / rho first.
+            right_side = torch.sub(point, dual, alpha=2 * ratio)
+            torch.add(self.target(rows), right_side, alpha=rho, out=right_side)
             # W + V / rho, the next `P`, in the memory of the dual.
-            dual.addmm_(wanted, inverse, beta=ratio)
-            del wanted
+            dual.addmm_(right_side, inverse, beta=ratio)
+            del right_side
             point.copy_(dual)
         # The old mask and the last block go before the next mask is made.
         self.mask = None
@@ -72,7 +76,10 @@ class SplitState:
 
 
 def unit_diagonal(problem: LayerProblem, damping: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`LayerProblem.with_ridge` of `damping * mean(diag G)`: new `G`, `C` and the scale, with unit diagonal.
+    """Damp `G` by `damping * mean(diag G)`, and scale the inputs so that its diagonal is 1 (`LayerProblem.with_ridge`).
+
+    Returns the new `G` [in, in] and `C` [out, in], and the scale [in], by which weights are divided to get those of the
+    new coordinates. `problem` stays as it is.
 
     For nearly dead inputs the ridge is the same fraction of their own energy (`InputStatistics.energy_ratios`).
     """
@@ -96,7 +103,9 @@ class Admm(PruningMethod):
     memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(2.0, 4.1, 1.8)
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
-        """Prune one operator to `pattern`: returns new weights with their mask; `problem` stays as it is.
+        """Prune one operator to `pattern`: returns new weights with their mask.
+
+        No tensor of `problem` changes; its statistics keep their decoupled form (`LayerProblem.decoupled`).
 
         The mask keeps the largest `|W + U|`; for the first `ramp_iterations` it is chosen again in every iteration,
         unstructured on a cubic ramp of the sparsity `s (1 - (1 - k / ramp)^3)`, and frozen after that (Algorithm 1;
@@ -122,11 +131,11 @@ class Admm(PruningMethod):
             Z = P * mask  # the projection
             U = P - Z  # U + W - Z
         # With fewer iterations than the ramp has, Z keeps too many weights until now.
-        final = pattern.mask(Z)
-        weight = Z * final * scale  # back from scaled coordinates
+        final_mask = pattern.mask(Z)
+        weight = Z * final_mask * scale  # back from scaled coordinates
         return PrunedOperator(
             weight=weight,
-            mask=final,
+            mask=final_mask,
             fit_error=problem.fit_error(weight),
             iterations=self.max_iterations,
         )

@@ -44,14 +44,20 @@ class Alps(PruningMethod):
     memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(4.4, 4.2)
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
-        """Prune one operator to `pattern`: returns new weights with their mask; `problem` stays as it is."""
+        """Prune one operator to `pattern`: returns new weights with their mask.
+
+        No tensor of `problem` changes; its statistics keep their decoupled form (`LayerProblem.decoupled`).
+
+        The fields of `self` are the options of the method; the module's docstring has the steps.
+        """
         problem = problem.decoupled()
         gram, target, scale = unit_diagonal(problem, self.damping)
         # one decomposition gives (G + rho I)^-1 for every rho
         values, vectors = torch.linalg.eigh(gram)
         values.clamp_min_(0)  # rounding makes zero eigenvalues negative
 
-        state = SplitState(lambda rows: target[rows], problem.weight / scale)
+        # ADMM starts from the dense weights in scaled coordinates, and asks for C by blocks of rows.
+        state = SplitState(target=lambda rows: target[rows], point=problem.weight / scale)
         rho = self.first_rho
         iteration = 0
         settled = False

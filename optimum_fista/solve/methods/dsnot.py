@@ -60,7 +60,7 @@ class Dsnot(PruningMethod):
         mean_square = statistics.diagonal / max(1, statistics.num_tokens)
         variance = (mean_square - mean.square()).clamp_min(1e-12)  # not 0, because it divides
         # Weights of nearly dead inputs would grow first: their variance, a divisor, is next to nothing.
-        live = statistics.energy_ratios == 1
+        live = statistics.live
 
         def sum_groups(matrix: Tensor) -> Tensor:
             """[out, in] -> [out, groups]: sums over weights that are kept together; no copy if each is a group."""
@@ -68,14 +68,16 @@ class Dsnot(PruningMethod):
                 return matrix
             return matrix.unflatten(1, (-1, pattern.width)).sum(-1)
 
+        # The first weight of a group speaks for all of them.
         mask_of_groups = mask[:, :: pattern.width].contiguous()
         inputs_that_compete = mask.shape[1] if pattern.span is None else pattern.span
-        # Contributions to the error add up over a group, and so do the squares of Wanda's scores.
+        # Contributions to the error add up over a group, and so do the squares of Wanda's scores. `_swap` changes
+        # `mask_of_groups`. The scores are not needed after it, so they are overwritten.
         cycles = self._swap(
             scores=sum_groups(scores.square_()).sqrt_(),
             growth=sum_groups(problem.weight * (mean / variance * live)),
             contribution=sum_groups(problem.weight * mean),
-            live=live.view(-1, pattern.width).all(1),
+            live=live.view(-1, pattern.width).all(1),  # [in] -> [groups]
             mask=mask_of_groups,
             contest=inputs_that_compete // pattern.width,
         )

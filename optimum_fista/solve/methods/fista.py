@@ -90,7 +90,11 @@ class Fista(PruningMethod):
             )
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
-        """Prune one operator to `pattern`: returns new weights with their mask; `problem` stays as it is."""
+        """Prune one operator to `pattern`: returns new weights with their mask.
+
+        The steps are the warm start, the search of the penalty, and the refit. No tensor of `problem` changes; its
+        statistics keep what is computed from them (`decoupled`, `lipschitz`). The fields of `self` are the options.
+        """
         self.require_pattern(pattern)
         pattern.require_shape(problem.weight.shape, problem.name)
         rounded = self._rounded_start(problem, pattern)
@@ -128,7 +132,9 @@ class Fista(PruningMethod):
         `rounding_share`, rounding dominates and the penalty rises, otherwise it falls. The interval, which the
         paper does not give, is `[1e-6, 1] max |C|` on a logarithmic scale.
 
-        `problem` is decoupled, and `rounded` is the warm start in the pattern; neither is changed.
+        It ends after `self.max_trials` trials, or after `self.patience` trials in a row without improvement. `problem`
+        is decoupled (`LayerProblem.decoupled`), and `rounded` is the warm start in the pattern. The tensors of both
+        stay as they are.
         """
         best = PenaltySearch(
             weight=rounded.weight,
@@ -180,13 +186,18 @@ class Fista(PruningMethod):
         return best
 
     def _rounded_start(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
-        """The warm start in the pattern, its zeros counted as in its source: Wanda's by row, SparseGPT's by matrix."""
+        """Prune by the method of the warm start (`self.warm_start`), as its paper counts zeros; returns its result.
+
+        SparseGPT takes `pattern` as it is. Wanda has the same number of zeros in each row. No tensor of `problem`
+        changes.
+        """
         if self.warm_start == "sparsegpt":
             return SparseGPT().prune(problem, pattern)
-        counted = replace(pattern, scope="row")
-        rounded = Wanda().prune(problem, counted)
-        if counted.num_kept(rounded.mask.shape) == pattern.num_kept(rounded.mask.shape):
+        by_rows = replace(pattern, scope="row")
+        rounded = Wanda().prune(problem, by_rows)
+        shape = rounded.mask.shape
+        if by_rows.num_kept(shape) == pattern.num_kept(shape):
             return rounded
-        # rows of an odd number of inputs have half a zero more or less
+        # The number of zeros was rounded in each row, so it is not that of the pattern: choose once more.
         mask = pattern.mask(rounded.weight)
         return replace(rounded, weight=rounded.weight * mask, mask=mask)

@@ -51,10 +51,9 @@ class Flap(PruningMethod):
         variance = (mean_square - mean.square()).clamp_min(1e-6 * mean_square)  # v, [in]
         mask = pattern.mask(problem.weight * variance.sqrt())
         weight = problem.weight * mask
-        # A weight of a nearly dead input would grow to stand for others.
-        live = statistics.energy_ratios == 1
         missing = (problem.weight - weight) @ mean  # b, [out]
-        share = mean / variance * live  # mu_j / v_j
+        # A weight of a nearly dead input would grow to stand for others.
+        share = mean / variance * statistics.live  # mu_j / v_j, zero for nearly dead inputs
         total = 1 + mask.to(mean.dtype) @ (share * mean)  # 1 + sum_k mu_k^2 / v_k, by rows
         weight.addcmul_((missing / total)[:, None] * mask, share)  # W + D
         return PrunedOperator(weight, mask, problem.fit_error(weight))

@@ -100,20 +100,24 @@ class ObsAdmm(PruningMethod):
             )
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
-        """Prune one operator to `pattern`: returns new weights with their mask; `problem` stays as it is."""
+        """Prune one operator to `pattern`: returns new weights with their mask.
+
+        No tensor of `problem` changes; its statistics keep their decoupled form (`LayerProblem.decoupled`).
+        """
         return self.prune_sharing([problem], [pattern])[0]
 
     def prune_sharing(
         self, problems: Sequence[LayerProblem], patterns: Sequence[SparsityPattern]
     ) -> list[PrunedOperator]:
-        """Prune operators that share their inputs, with shared factorisations.
+        """Prune operators that share their inputs, with shared factorisations; returns one result for each.
 
         Patterns of whole columns may have groups of several columns, and each such width has coordinates of its own.
-        `problems` have the same `InputStatistics`, and stay as they are.
+        If `patterns` have different widths, operators are pruned one by one. `problems` have the same
+        `InputStatistics`, which keep their decoupled form (`LayerProblem.decoupled`). No tensor of `problems` changes.
         """
         widths = {pattern.width if pattern.whole_columns else 1 for pattern in patterns}
         if len(widths) > 1:
-            return super().prune_sharing(problems, patterns)
+            return super().prune_sharing(problems, patterns)  # one by one
         (width,) = widths
 
         problems = [problem.decoupled() for problem in problems]
@@ -123,12 +127,16 @@ class ObsAdmm(PruningMethod):
         penalty = statistics.diagonal * self._ridge_of(statistics)
         surgeon, message = _Surgeon.of(gram, penalty, width)  # step 2
         states = [
-            SplitState(partial(surgeon.target, problem), surgeon.weight(problem.weight))
+            SplitState(
+                target=partial(surgeon.scaled_target, problem),
+                point=surgeon.scaled_weight(problem.weight),
+            )
             for problem in problems
         ]
 
-        self._split(states, patterns, surgeon, gram)  # step 3
-        num_steps = self._refit_by_rows(states, patterns, surgeon, gram)  # step 4
+        # Steps 3 and 4 change the masks of `states` and their points, which are weights in the coordinates W'.
+        self._split(states, patterns, surgeon, gram)
+        num_steps = self._refit_by_rows(states, patterns, surgeon, gram)
         iterations = self.stages * self.iterations + num_steps
 
         pruned = []
@@ -157,7 +165,7 @@ class ObsAdmm(PruningMethod):
         return pruned
 
     def _ridge_of(self, statistics: InputStatistics) -> float:
-        """`r` of step 1."""
+        """`r` of step 1: the option `ridge`, or a number that falls with the tokens of `statistics` per input."""
         if self.ridge is not None:
             return self.ridge
         inputs_per_token = len(statistics.gram) / max(1, statistics.num_tokens)
@@ -170,12 +178,16 @@ class ObsAdmm(PruningMethod):
         surgeon: _Surgeon,
         gram: Tensor,
     ) -> None:
-        """Run the stages of ADMM, step 3; changes `states`. `gram` is `G`."""
+        """Run the stages of ADMM, step 3, for all operators; changes the point, mask and rho of each of `states`.
+
+        `surgeon` has the coordinates of step 2, and `gram` is `G`, which stays as it is. The options are those of
+        `self`.
+        """
         growth = (self.last_rho / self.first_rho) ** (1 / max(1, self.stages - 1))
         for stage in range(self.stages):
             rho = self.first_rho * growth**stage
             # A factorisation overwrites its G_r, so that is made again from G.
-            inverse = damped_inverse(surgeon.gram(gram), rho)
+            inverse = damped_inverse(surgeon.scaled_gram(gram), rho)
             for state, pattern in zip(states, patterns, strict=True):
                 for _ in range(self.iterations):
                     state.iterate(inverse, rho, pattern)
@@ -188,11 +200,12 @@ class ObsAdmm(PruningMethod):
         surgeon: _Surgeon,
         gram: Tensor,
     ) -> int:
-        """Refit the kept weights in `state.point`, step 4, but for patterns of whole columns.
+        """Refit the kept weights, step 4; a state whose pattern has whole columns stays as it is.
 
-        Returns the largest number of steps of a block of rows. `gram` is `G`.
+        Changes the points of `states`, which are weights in the coordinates of `surgeon`. Returns the largest number of
+        steps of a block of rows. `gram` is `G`, which stays as it is.
         """
-        ridge_gram = surgeon.gram(gram)
+        ridge_gram = surgeon.scaled_gram(gram)
         steps = [torch.zeros((), dtype=torch.int64, device=gram.device)]
         for state, pattern in zip(states, patterns, strict=True):
             assert state.mask is not None
@@ -230,11 +243,12 @@ class _Surgeon:
     def of(cls, gram: Tensor, penalty: Tensor, width: int) -> tuple[Self, str]:
         """Make the coordinates of `G_r` for groups of `width` columns.
 
-        `gram` is `G` [in, in]. Returns also the message of a factorisation that needed help (`damped_cholesky`).
+        `gram` is `G` [in, in], which stays as it is, and `penalty` is `r diag(G)` [in]. Returns also the message of a
+        factorisation that needed help (`damped_cholesky`), otherwise an empty one.
         """
         # Factorised with unit diagonal, in which damping is a fraction of the diagonal, and rounding is mild.
         unit = cls((gram.diagonal() + penalty).rsqrt(), penalty)
-        factor, message = damped_cholesky(partial(unit.gram, gram))
+        factor, message = damped_cholesky(partial(unit.scaled_gram, gram))
         inverse = inverse_in_place(factor)
         if width == 1:
             # [G_r^-1]_jj = s_j^2 [(s G_r s)^-1]_jj.
@@ -242,8 +256,11 @@ class _Surgeon:
         blocks = torch.linalg.cholesky(diagonal_blocks(inverse, width))
         return cls(unit.scale, penalty, blocks), message
 
-    def gram(self, gram: Tensor) -> Tensor:
-        """A new matrix: `B^T S G_r S B`, from `gram`, which is `G`."""
+    def scaled_gram(self, gram: Tensor) -> Tensor:
+        """A new matrix: `B^T S G_r S B`, the Gram matrix in these coordinates, from `gram`, which is `G`.
+
+        `self.scale` is the diagonal of `S`, `self.penalty` is `r diag(G)`, and `self.blocks` are those of `B`.
+        """
         copy = gram.clone()
         copy.diagonal().add_(self.penalty)
         copy = copy.mul_(self.scale).mul_(self.scale[:, None])
@@ -251,13 +268,16 @@ class _Surgeon:
             return copy
         return self.times_blocks(self.times_blocks(copy).mT).contiguous()
 
-    def target(self, problem: LayerProblem, rows: slice) -> Tensor:
-        """A new matrix: `C_r S B` of some rows, made from the problem's own matrices."""
+    def scaled_target(self, problem: LayerProblem, rows: slice) -> Tensor:
+        """A new matrix: `C_r S B` of some rows, the target in these coordinates, from `C` and `W` of `problem`."""
         target = torch.addcmul(problem.target[rows], problem.weight[rows], self.penalty)
         return self.times_blocks(target.mul_(self.scale))
 
-    def weight(self, weight: Tensor) -> Tensor:
-        """A new matrix: `W' = W S^-1 B^-T`."""
+    def scaled_weight(self, weight: Tensor) -> Tensor:
+        """A new matrix: `W' = W S^-1 B^-T`, the weights in these coordinates, from `weight`, which is `W` [out, in].
+
+        `self.scale` is the diagonal of `S`; `self.blocks` [in / width, width, width] are those of `B`.
+        """
         scaled = weight / self.scale
         if self.blocks is None:
             return scaled
@@ -266,7 +286,10 @@ class _Surgeon:
         return solved.transpose(0, 1).flatten(1)
 
     def times_blocks(self, matrix: Tensor, transposed: bool = False) -> Tensor:
-        """`matrix [rows, in] @ B`, or `B^T`; the matrix itself if there are no blocks."""
+        """A new matrix: `matrix @ B`, or `matrix @ B^T`, for a matrix [rows, in]; itself if `B` is the identity.
+
+        `self.blocks` [in / width, width, width] are the blocks of `B`; `None`: it is the identity.
+        """
         if self.blocks is None:
             return matrix
         factors = self.blocks.mT if transposed else self.blocks

@@ -41,7 +41,9 @@ class SparseGPT(PruningMethod):
     takes_columns: ClassVar[bool] = False
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
-        """Prune one operator to `pattern`: returns new weights with their mask; `problem` stays as it is.
+        """Prune one operator to `pattern`: returns new weights with their mask.
+
+        No tensor of `problem` changes; its statistics keep their decoupled form (`LayerProblem.decoupled`).
 
         The problem's target is ignored: SparseGPT's target is `W X*`. Symbols are those of the module.
         """
@@ -57,9 +59,10 @@ class SparseGPT(PruningMethod):
         weight = problem.weight.clone()
         mask = torch.ones_like(weight, dtype=torch.bool)
         columns = weight.shape[1]
-        # blocks have whole groups
-        step = pattern.width if pattern.span is None else pattern.span
-        block_size = max(step, self.block_size - self.block_size % step)
+        # Blocks are a whole number of the columns that a pattern decides together.
+        columns_together = pattern.width if pattern.span is None else pattern.span
+        remainder = self.block_size % columns_together
+        block_size = max(columns_together, self.block_size - remainder)
         for left in range(0, columns, block_size):
             right = min(left + block_size, columns)
             errors = self._prune_block(
@@ -87,7 +90,9 @@ class SparseGPT(PruningMethod):
     ) -> Tensor:
         """Prune the columns from `left` to `right` (excluded); changes these of `weight` and of `mask`, [out, in].
 
-        Returns their scaled errors `e` [out, right - left]. `upper` is `U` [in, in].
+        A *contest* are the columns whose mask is chosen together: the m of n:m, or the whole block. `weight` has been
+        compensated for all columns to the left, and the caller compensates those to the right of the block. Returns
+        the scaled errors `e` of the block's columns, [out, right - left]. `upper` is `U` [in, in].
         """
         width = right - left
         block = weight[:, left:right].clone()
@@ -97,10 +102,9 @@ class SparseGPT(PruningMethod):
         columns_in_contest = width if pattern.span is None else pattern.span
         errors = []
         for j in range(width):
+            # The mask of a contest is chosen when its first column is reached.
             is_first_of_contest = j % columns_in_contest == 0
-            if (
-                is_first_of_contest
-            ):  # the mask of its columns is chosen when the first one is reached
+            if is_first_of_contest:
                 contest = slice(j, j + columns_in_contest)
                 scores = block[:, contest].square().div_(squares[contest])  # w_j^2 / U_jj^2
                 block_mask[:, contest] = pattern.mask(

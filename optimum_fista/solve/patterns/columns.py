@@ -49,7 +49,11 @@ class Columns(SparsityPattern):
 
     @classmethod
     def read(cls, text: str, sparsity: float | None, scope: Scope) -> Self | None:  # noqa: ARG003, the text says it
-        """Read `"columns:0.25"`, with a width `"columns:0.25x64"`, or exactly 7 of 9 groups, `"columns:7of9x64"`."""
+        """Read `"columns:0.25"`, with a width `"columns:0.25x64"`, or exactly 7 of 9 groups, `"columns:7of9x64"`.
+
+        Returns `None` if the text is a pattern of another kind; ValueError if its numbers make no sense. The text says
+        the sparsity, so `sparsity` is not read.
+        """
         match = _TEXT.fullmatch(text)
         if match is None:
             return None
@@ -71,7 +75,11 @@ class Columns(SparsityPattern):
         return f"columns:{num_kept}of{self.groups}{width}"
 
     def require_shape(self, shape: tuple[int, ...], name: str = "weight") -> None:
-        """Check that the columns are whole groups, and that some of them are kept."""
+        """Refuse a matrix of `shape` [out, in] whose columns are not whole groups, or of which none would be kept.
+
+        `name` is that of the weight, for the message. `self.groups` is the number of groups that the matrix must have
+        (`None`: any), and `self.width` the number of columns in each.
+        """
         super().require_shape(shape, name)
         groups = shape[1] // self.width
         if self.groups is not None and groups != self.groups:

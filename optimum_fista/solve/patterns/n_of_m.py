@@ -24,7 +24,7 @@ class NOfM(SparsityPattern):
 
     @classmethod
     def read(cls, text: str, sparsity: float | None, scope: Scope) -> Self | None:  # noqa: ARG003, it is 1 - n / m
-        """Read `"2:4"` or `"4:8-pairs"`."""
+        """Read `"2:4"` or `"4:8-pairs"`; `None` if the text is a pattern of another kind, ValueError for "4:2"."""
         if text == "4:8-pairs":
             return cls(0.5, scope, width=2, span=8)
         match = re.fullmatch(r"(\d+):(\d+)", text)
@@ -59,15 +59,18 @@ def best_order(scores: Tensor, pattern: SparsityPattern) -> Tensor:
     # Inputs of similar size are apart in the beginning: every group has one of each m-th part of them.
     by_size = scores.sum(0).argsort(descending=True, stable=True)
     order = by_size.view(m, -1).T.contiguous()  # [in] -> [groups, m]
-    for place in [*range(m)] * _SWEEPS:
-        _swap_at_place(order, _gain_of_swaps(scores, order, place, n), place)
+    for _ in range(_SWEEPS):
+        for place in range(m):
+            gain = _gain_of_swaps(scores, order, place, n)
+            _swap_at_place(order, gain, place)  # changes `order`
     return order.flatten()
 
 
 def _gain_of_swaps(scores: Tensor, order: Tensor, place: int, n: int) -> Tensor:
-    """How much more two groups keep together, [groups, groups], if they swap their inputs at a place; all doubled.
+    """Twice the score that two groups gain together, [groups, groups], if they swap their inputs at a place.
 
-    `order` [groups, m] are the numbers of the inputs in each group, and n of them are kept.
+    `scores` are [out, in]. `order` [groups, m] are the numbers of the inputs in each group, and n of them are kept.
+    `place` is a column of `order`. Changes nothing.
     """
     others = [other for other in range(order.shape[1]) if other != place]
     # the n-th largest of the other inputs of each group
@@ -80,16 +83,17 @@ def _gain_of_swaps(scores: Tensor, order: Tensor, place: int, n: int) -> Tensor:
     return gain + gain.T - stay - stay[:, None]
 
 
-def _swap_at_place(order: Tensor, swap: Tensor, place: int) -> None:
-    """Swap inputs of pairs of groups in `order` [groups, m] at a place, until no pair of other groups gains.
+def _swap_at_place(order: Tensor, gain: Tensor, place: int) -> None:
+    """Swap inputs of pairs of groups at a place, until no pair that is left gains; changes that column of `order`.
 
-    `swap` [groups, groups] are the gains of pairs. A group swaps once at most.
+    `order` [groups, m] are the numbers of the inputs in each group, and `gain` [groups, groups] is what pairs gain by a
+    swap (`_gain_of_swaps`). A group swaps once at most.
     """
-    groups = torch.arange(len(order), device=swap.device)
+    groups = torch.arange(len(order), device=gain.device)
     is_free = torch.ones_like(groups, dtype=torch.bool)  # groups that have not swapped
     while True:
         both_free = is_free & is_free[:, None]
-        best, partner = swap.masked_fill(~both_free, 0).max(1)
+        best, partner = gain.masked_fill(~both_free, 0).max(1)
         # Only groups that want each other swap; the pair is counted once.
         want_each_other = partner[partner] == groups
         first = groups[(best > 0) & want_each_other & (partner > groups)]

@@ -37,15 +37,17 @@ class PartShare:
     multiple_of: int | None = None
 
     def num_kept(self, number: int, equal_runs: int = 1, at_least: int = 1) -> int:
-        """Count the parts of `number` that stay.
+        """Count the parts of `number` (those that a decoder layer or the model has now) that stay.
 
-        At least `at_least` stay, and equally many in each of `equal_runs` runs of equal length.
+        At least `at_least` stay, and equally many in each of `equal_runs` runs of equal length: more than one run if a
+        router chooses groups of experts first.
 
         Raises:
             ValueError: If no whole number of parts is near enough to the share; the message has possible shares.
         """
         step = self.step(number, equal_runs)
         kept = self._nearest(number, step)
+        # The least and the most multiples of the step that may stay: one part goes at least.
         least = math.ceil(at_least / step) * step
         most = (number - 1) // step * step
         if most < least:
@@ -91,17 +93,18 @@ class PartShare:
         return cls(kind, exact, multiple_of)
 
     def step(self, number: int, equal_runs: int = 1) -> int:
-        """The divisor of the number of parts that stay, of `number` now."""
+        """The divisor of the number of parts that stay, of `number` now; arguments as in `num_kept`."""
         if self.multiple_of is not None:
             return self.multiple_of
         return self.usual_step(self.kind, number, equal_runs)
 
     @staticmethod
     def usual_step(kind: PartKind, number: int, equal_runs: int = 1) -> int:
-        """Divisor of the number of parts that stay, if the user gives none."""
-        # a size for which kernels are fast stays one
+        """The divisor of the number of parts that stay, if the user gives none; arguments as in `num_kept`."""
+        # A size for which kernels are fast stays one.
         is_fast_now = kind == "channels" and number % _FAST_MULTIPLE == 0
-        return _FAST_MULTIPLE if is_fast_now and number > _FAST_MULTIPLE else equal_runs
+        can_stay_fast = is_fast_now and number > _FAST_MULTIPLE
+        return _FAST_MULTIPLE if can_stay_fast else equal_runs
 
     def _nearest(self, number: int, step: int) -> int:
         """The multiple of `step` that is nearest to what would stay of `number`: possibly none or all."""
@@ -109,15 +112,16 @@ class PartShare:
 
     def _is_far_from(self, kept: int, number: int) -> bool:
         """Tell whether removing all but `kept` of `number` parts differs from the share by more than a tenth of it."""
-        asked = self.share * number
+        wanted = self.share * number  # parts to remove
         removed = number - kept
         rounding = 1e-9 * number  # of the arithmetic: a tenth itself is not too much
-        return abs(removed - asked) > _LARGEST_ROUNDING * asked + rounding
+        return abs(removed - wanted) > _LARGEST_ROUNDING * wanted + rounding
 
     def _possible_shares(self, number: int, possible: range) -> str:
         """List the shares that leave one of the `possible` numbers of parts; of many, those nearest to this share."""
         wanted = (1 - self.share) * number
-        nearest = sorted(possible, key=lambda kept: abs(kept - wanted))[:_MOST_SHARES_LISTED]
+        by_distance = sorted(possible, key=lambda kept: abs(kept - wanted))
+        nearest = by_distance[:_MOST_SHARES_LISTED]
         shares = []
         for kept in sorted(nearest, reverse=True):
             share = self.keeping(self.kind, kept, number, self.multiple_of).share
@@ -142,7 +146,8 @@ class WholeParts(SparsityPattern):
     def read(cls, text: str, sparsity: float | None, scope: Scope) -> Self | None:  # noqa: ARG003, the text says it
         """Read `"channels:0.25"`, with a multiple `"channels:0.25/64"`, several joined by `"+"`.
 
-        Returns `None` if the text is a pattern of another kind; ValueError if it names parts and makes no sense.
+        The numbers after ":" and "/" are `PartShare.share` and `PartShare.multiple_of`. Returns `None` if the text is a
+        pattern of another kind; ValueError if it names parts and makes no sense.
         """
         shares = list[PartShare]()
         for part in text.split("+"):
@@ -168,12 +173,12 @@ class WholeParts(SparsityPattern):
         return "+".join(map(str, self.shares))
 
     def require_shape(self, shape: tuple[int, ...], name: str = "weight") -> NoReturn:
-        """Refuse a single matrix."""
+        """Refuse every single matrix (ValueError); `name` is that of the weight, for the message."""
         raise ValueError(
             f"{name} of shape {tuple(shape)} is one matrix, and '{self}' removes parts of a whole model: pass "
             f"pattern='columns:{self.sparsity:g}' for whole columns of a matrix."
         )
 
     def num_kept(self, shape: tuple[int, ...]) -> NoReturn:
-        """Refuse a single matrix."""
+        """Refuse every single matrix (ValueError)."""
         self.require_shape(shape)

@@ -185,7 +185,7 @@ def surgeon_of(request):
 def test_surgeon_coordinates_can_be_undone(surgeon_of):
     made, surgeon, _ = surgeon_of
 
-    inside = surgeon.weight(made.weight)
+    inside = surgeon.scaled_weight(made.weight)
 
     outside = surgeon.times_blocks(inside, transposed=True) * surgeon.scale
     assert torch.allclose(outside, made.weight)
@@ -195,10 +195,10 @@ def test_the_objective_in_surgeon_coordinates_is_the_same(surgeon_of):
     made, surgeon, _ = surgeon_of
     gram = made.problem.gram
     target = made.problem.target
-    inside = surgeon.weight(made.weight)
+    inside = surgeon.scaled_weight(made.weight)
 
-    scaled_gram = surgeon.gram(gram)
-    scaled_target = surgeon.target(made.problem, slice(None))
+    scaled_gram = surgeon.scaled_gram(gram)
+    scaled_target = surgeon.scaled_target(made.problem, slice(None))
 
     energy = (made.weight @ gram * made.weight).sum()
     assert torch.allclose((inside @ scaled_gram * inside).sum(), energy)
@@ -208,7 +208,7 @@ def test_the_objective_in_surgeon_coordinates_is_the_same(surgeon_of):
 def test_the_inverse_in_surgeon_coordinates_has_identities_along_its_diagonal(surgeon_of):
     made, surgeon, width = surgeon_of
 
-    inverse = torch.linalg.inv(surgeon.gram(made.problem.gram))
+    inverse = torch.linalg.inv(surgeon.scaled_gram(made.problem.gram))
 
     blocks = inverse.unflatten(0, (-1, width)).unflatten(2, (-1, width))
     identity = torch.eye(width).double()[..., None]
@@ -218,7 +218,7 @@ def test_the_inverse_in_surgeon_coordinates_has_identities_along_its_diagonal(su
 def test_norms_in_surgeon_coordinates_are_what_removing_a_group_costs(surgeon_of):
     made, surgeon, width = surgeon_of
 
-    inside = surgeon.weight(made.weight)
+    inside = surgeon.scaled_weight(made.weight)
 
     for group, part in enumerate(inside.split(width, dim=1)):
         others = torch.arange(12) // width != group
