@@ -164,7 +164,7 @@ class _Speaker:
         from transformers import TextStreamer
 
         def refuse_nan(_: Any, scores: Any) -> Any:
-            """Check the scores of the next token: with NaN the first token would seem the most probable."""
+            """Check the scores of the next token, and return them: with NaN the first token would seem the best."""
             if scores.isnan().any():
                 raise ValueError(
                     f"{self.name} gives NaN logits: look for NaN in its weights, or pass --dtype float32."

@@ -126,7 +126,8 @@ def prune_stacked(
     # Row i of W and C times sqrt(v_i) weighs its squared error by v_i; G is that of all rows and stays.
     weights_of_rows = torch.cat([v.to(problems[0].weight) for v in output_weights])
     scales = weights_of_rows.sqrt()
-    scales /= scales.square().mean().sqrt().clamp_min(torch.finfo(scales.dtype).tiny)
+    root_mean_square = scales.square().mean().sqrt()
+    scales /= root_mean_square.clamp_min(torch.finfo(scales.dtype).tiny)  # not by zero
     scales = scales.clamp_min(_LEAST_SCALE)[:, None]  # [all rows, 1]
 
     num_kept = sum(

@@ -56,7 +56,7 @@ def damped_cholesky(
     Raises:
         torch.linalg.LinAlgError: If it fails with all dampings.
     """
-    wanted = damping
+    first_damping = damping
     num_inputs = 0
     for _ in range(5):
         damped = make_gram()
@@ -66,9 +66,10 @@ def damped_cholesky(
 
         factor, failed = cholesky_in_place(damped)
         if not failed:
-            if damping == wanted:
+            if damping == first_damping:
                 return factor, ""
-            return factor, f"the Gram matrix needed damping {damping:g} instead of {wanted:g}"
+            message = f"the Gram matrix needed damping {damping:g} instead of {first_damping:g}"
+            return factor, message
 
         del damped, factor  # before the next copy is made
         damping = max(10 * damping, 1e-4)  # because zero times ten is zero

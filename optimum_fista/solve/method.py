@@ -137,15 +137,15 @@ def register(method: type[Method]) -> type[Method]:
         raise ValueError(
             f"{method.__qualname__}.name={name!r}: give the class a name, such as 'wanda'."
         )
-    other = METHODS.get(name, method)
-    # A notebook cell that runs again defines its class again.
-    is_same_class = (
-        other.__module__ == method.__module__ and other.__qualname__ == method.__qualname__
-    )
-    if not is_same_class:
-        raise ValueError(
-            f"name={name!r} of {method.__qualname__} is that of {other.__qualname__}: choose another."
-        )
+    other = METHODS.get(name)
+    if other is not None:
+        # A notebook cell that runs again defines its class again.
+        has_same_module = other.__module__ == method.__module__
+        is_same_class = has_same_module and other.__qualname__ == method.__qualname__
+        if not is_same_class:
+            raise ValueError(
+                f"name={name!r} of {method.__qualname__} is that of {other.__qualname__}: choose another."
+            )
     METHODS[name] = method
     return method
 

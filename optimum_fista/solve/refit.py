@@ -81,7 +81,7 @@ def refit(
         at_rest = energy.sum() <= stop
         if iteration % steps_between_questions == 0 and bool(at_rest):
             break
-        steps += ~at_rest
+        steps += ~at_rest  # one more, unless all rows are at rest
 
         torch.mm(direction, gram, out=product).mul_(mask)
         curvature = inner_by_rows(direction, product).to(residual.dtype)

@@ -164,7 +164,8 @@ class DistillationTrainer(Trainer):
 
         A checkpoint that is loaded brings the attributes of `self.schedule`.
         """
-        self.lr_scheduler = scheduler = LambdaLR(cast(Any, self.optimizer), self.schedule)
+        scheduler = LambdaLR(cast(Any, self.optimizer), self.schedule)
+        self.lr_scheduler = scheduler
         return scheduler
 
     def back_off(self) -> None:
@@ -320,7 +321,7 @@ class Watch(TrainerCallback):
     """
 
     def __init__(self, ranks: Ranks, *, progress: bool, check: int) -> None:
-        """Begin to count seconds. `progress`: whether rank 0 shows a bar.
+        """Begin to count seconds. `ranks` train together; `progress`: whether rank 0 shows a bar.
 
         `check` is a step after which the held-out loss is measured, besides those of the Trainer's arguments.
         """

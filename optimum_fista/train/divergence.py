@@ -64,9 +64,8 @@ class Predictor:
         Changes nothing: `self._output_class`, by which the model is cut, is set for the comparison, and is None after
         it.
         """
-        expected = self.hidden_states(ids)[
-            1:3
-        ]  # the logits of two tokens, because the model is not cut yet
+        # The model is not cut yet, so these "hidden states" are logits. Two tokens are compared.
+        expected = self.hidden_states(ids)[1:3]
         output_class = type(self._base(input_ids=ids, use_cache=False))
 
         self._output_class = output_class  # from here on the model is cut

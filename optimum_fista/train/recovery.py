@@ -450,7 +450,7 @@ def _trainers_arguments(
 
     steps_between = math.ceil(plan.steps / _EVALUATIONS)
     arguments = TrainingArguments(
-        str(journal.resolve()),
+        output_dir=str(journal.resolve()),
         per_device_train_batch_size=plan.options.batch_size,
         per_device_eval_batch_size=1,
         gradient_accumulation_steps=plan.accumulate // processes,
@@ -468,7 +468,7 @@ def _trainers_arguments(
         load_best_model_at_end=True,
         save_strategy="best",  # and every two minutes, by Watch
         logging_steps=steps_between,
-        logging_nan_inf_filter=False,  # Watch ends a training whose loss is not finite
+        logging_nan_inf_filter=False,  # a loss that is not finite is noted as it is
         report_to="none",
         disable_tqdm=True,  # Watch has the bar
         dataloader_pin_memory=False,

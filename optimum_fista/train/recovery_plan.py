@@ -218,24 +218,27 @@ def _match_vocabularies(
     }
     tokens_were_removed = sizes[source] < sizes[teacher]
     kept_tokens = _kept_tokens_of(source, teacher, sizes) if tokens_were_removed else None
-    fit = sizes[source] == sizes[teacher] or kept_tokens is not None
+    agree = sizes[source] == sizes[teacher] or kept_tokens is not None
 
-    own_tokenizer = tokenizers[source]
+    students_tokenizer = tokenizers[source]
     teachers_tokenizer = tokenizers[teacher]
-    if own_tokenizer is not None and teachers_tokenizer is not None:
-        own = own_tokenizer.get_vocab()
-        teachers = teachers_tokenizer.get_vocab()
+    if students_tokenizer is not None and teachers_tokenizer is not None:
+        # Ids by token.
+        students_ids = students_tokenizer.get_vocab()
+        teachers_ids = teachers_tokenizer.get_vocab()
         if kept_tokens is not None:
             # The ids that the teacher has for the student's tokens. Other tokens of the teacher do not count.
-            own = {
+            students_ids = {
                 token: int(kept_tokens[index])
-                for token, index in own.items()
+                for token, index in students_ids.items()
                 if index < len(kept_tokens)
             }
-            teachers = {token: index for token, index in teachers.items() if token in own}
-        fit = fit and own == teachers
+            teachers_ids = {
+                token: index for token, index in teachers_ids.items() if token in students_ids
+            }
+        agree = agree and students_ids == teachers_ids
 
-    if not fit:
+    if not agree:
         raise ValueError(
             f"teacher={teacher!r} has another vocabulary ({sizes[teacher]:,} tokens) than {source!r} "
             f"({sizes[source]:,}): pass the dense model that this one was pruned from."

@@ -247,14 +247,16 @@ class _Surgeon:
         factorisation that needed help (`damped_cholesky`), otherwise an empty one.
         """
         # Factorised with unit diagonal, in which damping is a fraction of the diagonal, and rounding is mild.
-        unit = cls((gram.diagonal() + penalty).rsqrt(), penalty)
+        unit = cls(scale=(gram.diagonal() + penalty).rsqrt(), penalty=penalty)
         factor, message = damped_cholesky(partial(unit.scaled_gram, gram))
         inverse = inverse_in_place(factor)
         if width == 1:
             # [G_r^-1]_jj = s_j^2 [(s G_r s)^-1]_jj.
-            return cls(inverse.diagonal().sqrt() * unit.scale, penalty), message
+            scale = inverse.diagonal().sqrt() * unit.scale
+            return cls(scale=scale, penalty=penalty), message
+        # B B^T are the diagonal blocks of the inverse.
         blocks = torch.linalg.cholesky(diagonal_blocks(inverse, width))
-        return cls(unit.scale, penalty, blocks), message
+        return cls(scale=unit.scale, penalty=penalty, blocks=blocks), message
 
     def scaled_gram(self, gram: Tensor) -> Tensor:
         """A new matrix: `B^T S G_r S B`, the Gram matrix in these coordinates, from `gram`, which is `G`.

@@ -61,8 +61,8 @@ def best_order(scores: Tensor, pattern: SparsityPattern) -> Tensor:
     order = by_size.view(m, -1).T.contiguous()  # [in] -> [groups, m]
     for _ in range(_SWEEPS):
         for place in range(m):
-            gain = _gain_of_swaps(scores, order, place, n)
-            _swap_at_place(order, gain, place)  # changes `order`
+            # Changes `order`. The gains have no name, so that they are freed before the next ones are made.
+            _swap_at_place(order, _gain_of_swaps(scores, order, place, n), place)
     return order.flatten()
 
 
@@ -73,14 +73,14 @@ def _gain_of_swaps(scores: Tensor, order: Tensor, place: int, n: int) -> Tensor:
     `place` is a column of `order`. Changes nothing.
     """
     others = [other for other in range(order.shape[1]) if other != place]
-    # the n-th largest of the other inputs of each group
+    # The n-th largest of the other inputs of each group.
     threshold = scores[:, order[:, others]].topk(n, -1).values[..., -1]  # [out, groups]
     own = scores[:, order[:, place]]  # [out, groups]
     # gain[i, j]: twice what exceeds the threshold of group j by the input of group i. It is the sum over rows of
     # 2 max(own - threshold, 0) = |own - threshold| + own - threshold, and `cdist` sums the absolute values.
     gain = torch.cdist(own.T, threshold.T, p=1.0) + own.sum(0)[:, None] - threshold.sum(0)
-    stay = gain.diagonal()
-    return gain + gain.T - stay - stay[:, None]
+    gain_without_swap = gain.diagonal()  # each group has its own input at the place
+    return gain + gain.T - gain_without_swap - gain_without_swap[:, None]
 
 
 def _swap_at_place(order: Tensor, gain: Tensor, place: int) -> None:
