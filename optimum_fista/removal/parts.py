@@ -418,8 +418,9 @@ def _with_parts(outline: ModelOutline, stated: Parts) -> Parts:
 
 
 def _shrinking_axes(outline: ModelOutline, stated: Parts) -> tuple[dict[str, int], str]:
-    """Find the tensors that are smaller in an outline with fewer groups in every part.
+    """Build an outline with fewer groups in every part, and find the tensors that are smaller in it.
 
+    `outline` is that of the model as it is; it builds its copy without weights if it has none yet.
     `stated` has the numbers of the configuration by their words (`_stated_number`). Returns the axis that is smaller,
     by the name of the tensor, and the settings of the smaller outline, as text for messages.
     """

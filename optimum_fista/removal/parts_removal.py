@@ -176,6 +176,8 @@ class PartsRemoval(Removal):
     def choose_layers(self, loss: DenseLoss) -> list[tuple[int, float]]:
         """Choose the decoder layers to remove by the loss of the model without them; none if the pattern names none.
 
+        `loss` has the model and the sequences to measure on. The model runs, and is not changed.
+
         Returns their numbers in the order of their removal, each with the loss after it, in nats per token.
         """
         return choose_layers(loss, self.outline, self.num_removed_layers)
@@ -209,7 +211,8 @@ class PartsRemoval(Removal):
         it: its last operator is refitted, unless it loses columns itself. `before` finds out which operator is the
         last, when the layer runs. So all operators of such a layer get a pattern here, one that keeps all columns.
 
-        Operators are by the name of their decoder layer, then by their own. `self.removed_layers` are by number.
+        `self.operators` are by the name of their decoder layer, then by their own. `self.removed_layers` has the
+        numbers of the removed layers. This removal and the model are not changed.
         """
         correction = self.config.correction
         after_removed = set[int]()  # numbers of the layers that come after a removed one
@@ -245,8 +248,11 @@ class PartsRemoval(Removal):
 
         The last one is refitted, without a loss of columns, to compensate for errors of the layer. `groups` are lists
         of operators with the same inputs, in execution order. `activations` has the layer, which is dense, and `hidden`
-        [batch, tokens, hidden] of the first batch enters it. The layer runs, and is not changed. Its kind is added to
-        `self.proven`: zeros there equal a removal.
+        [batch, tokens, hidden] of the first batch enters it. The layer runs, and is not changed. First it is proved
+        that zeros in the columns equal their removal; then the kind of the layer is in `self.proven`.
+
+        `self.smaller_plan.parts` are by the name of the operator that loses columns, and `self.mixtures`, those that
+        lose experts, by the name of their decoder layer.
         """
         self._prove(layer_name, activations, hidden)
         self._require_called(layer_name, groups)

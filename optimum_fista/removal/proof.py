@@ -40,8 +40,10 @@ def require_same_outputs(
     zeroed = dict[str, Tensor]()
     for full_name, tensor in tensors_of(module, name):
         part = plan.part_of(full_name)
-        loses_columns = part is not None and full_name == f"{part.name}.weight"
-        if part is not None and loses_columns:  # other tensors of a part lose rows
+        if part is None:
+            continue
+        loses_columns = full_name == f"{part.name}.weight"  # other tensors of a part lose rows
+        if loses_columns:
             zeroed[full_name] = part.without_columns(tensor.detach(), kept[part.name])
     small = smaller_copy(plan, name, module, kept)
 

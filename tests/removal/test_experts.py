@@ -22,9 +22,8 @@ def mixture_layer(family, batches=None, held_out=0):
     model = family_model(family)
     layers = find_decoder_layers(model)
     part = parts_of(model, "experts").parts[0]
-    index = next(
-        index for index, (name, _) in enumerate(layers) if part.name.startswith(f"{name}.")
-    )
+    indices = [index for index, (name, _) in enumerate(layers) if part.name.startswith(f"{name}.")]
+    index = indices[0]
     name, layer = list(layers)[index]
     batches = family_tokens() if batches is None else batches
     recorded = record_inputs(layers, hold_out(read_batches(batches, 64), held_out))
@@ -53,12 +52,15 @@ def test_scores_are_those_of_a_plain_loop_over_tokens():
         HiddenStates(entering, entering),
         experts=experts.module,
     )
+
     num_tokens, saliency, _ = score_experts(experts, targets)
-    counts, norms, module = [0] * 4, [0.0] * 4, experts.module
-    for batch, length in ((0, 20), (1, 32)):
-        for hidden, call in [(entering[batch], activations.calls[batch])]:
-            one = LayerActivations(activations.layer, [call], [None], CPU)
-            (states, chosen, weights), _ = output_of_experts(experts, one, hidden)
+
+    counts = [0] * 4
+    norms = [0.0] * 4
+    module = experts.module
+    for batch, length in ((0, 20), (1, 32)):  # of the third one, nothing counts: it is held out
+        one = LayerActivations(activations.layer, [activations.calls[batch]], [None], CPU)
+        (states, chosen, weights), _ = output_of_experts(experts, one, entering[batch])
         for token in range(length):
             for expert, weight in zip(chosen[token].tolist(), weights[token], strict=True):
                 gate, up = (module.gate_up_proj[expert] @ states[token]).chunk(2)
@@ -91,9 +93,9 @@ def test_targets_bring_the_layer_to_the_dense_output():
         handle = experts.module.register_forward_hook(
             lambda _, __, output, y=wanted: y.view(output.shape)
         )
-        found = activations.run(batch, pruned[batch])
+        output = activations.run(batch, pruned[batch])
         handle.remove()
-        assert torch.allclose(found, activations.run(batch, dense[batch]), atol=1e-5)
+        assert torch.allclose(output, activations.run(batch, dense[batch]), atol=1e-5)
 
 
 @pytest.mark.parametrize(("family", "left"), [("llama4_text", 1e-3), ("mixtral", 0.3)])
@@ -103,41 +105,46 @@ def test_refits_find_the_weights_that_made_the_outputs(family, left):
     down = experts.module.down_proj.data
     own = down.clone()
     down += 0.5 * own.std() * torch.randn_like(own)
-    wanted = activations.store()
-    for target in LayerTargets(
+    targets = LayerTargets(
         activations,
         [],
         Correction("full", 0.0),
         HiddenStates(None, entering),
         experts=experts.module,
-    ).expert_targets():
+    )
+    wanted = activations.store()
+    for target in targets.expert_targets():
         wanted.append(target)
     made = down.clone()
     down.copy_(own)
-    mixture, written = SmallerMixture(experts, activations, entering, wanted), {}
+    mixture = SmallerMixture(experts, activations, entering, wanted)
+    written = {}
     before, _ = mixture.errors()
+
     count, message = mixture.refit(written.__setitem__)
+
     after, _ = mixture.errors()
-    assert (count, message, sorted(written)) == (4, "", [0, 1, 2, 3])
+    assert count == 4
+    assert message == ""
+    assert sorted(written) == [0, 1, 2, 3]
     assert after < left * before
     assert (down - made).norm() < (own - made).norm()
+    # what was taken off step by step is what is left
     again = SmallerMixture(experts, activations, entering, wanted)
-    assert again.errors()[0] == pytest.approx(
-        after, rel=1e-3
-    )  # what was taken off step by step is what is left
+    assert again.errors()[0] == pytest.approx(after, rel=1e-3)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_counts_in_no_half_of_a_sequence(side):
-    lengths, ids = (
-        [8] * 7 + [32],
-        torch.randint(3, 64, (8, 32), generator=torch.Generator().manual_seed(2)),
-    )
+    lengths = [8] * 7 + [32]
+    ids = torch.randint(3, 64, (8, 32), generator=torch.Generator().manual_seed(2))
     mask = torch.zeros_like(ids)
     for row, length in enumerate(lengths):
-        mask[row, slice(length) if side == "right" else slice(-length, None)] = 1
+        real_tokens = slice(length) if side == "right" else slice(-length, None)
+        mask[row, real_tokens] = 1
     alone = [ids[row : row + 1, mask[row] > 0] for row in range(len(ids))]
-    found = []
+
+    num_tokens_of_halves = []
     for batches in ([{"input_ids": ids, "attention_mask": mask}], alone):
         _, experts, activations, entering = mixture_layer("mixtral", batches)
         wanted = activations.store()
@@ -145,8 +152,10 @@ def test_padding_counts_in_no_half_of_a_sequence(side):
             wanted.append(torch.zeros_like(hidden))
         mixture = SmallerMixture(experts, activations, entering, wanted)
         halves = mixture._problems_of_halves(0)
-        found.append([problem.statistics.num_tokens for problem in halves])
-    assert found[0] == found[1]
+        num_tokens_of_halves.append([problem.statistics.num_tokens for problem in halves])
+
+    padded, without_padding = num_tokens_of_halves
+    assert padded == without_padding
 
 
 def test_refits_to_noise_are_not_kept():
@@ -156,7 +165,10 @@ def test_refits_to_noise_are_not_kept():
         wanted.append(torch.randn_like(hidden))
     before = experts.module.down_proj.clone()
     mixture = SmallerMixture(experts, activations, entering, wanted)
-    assert mixture.refit(lambda *_: pytest.fail("an expert was written")) == (0, "")
+
+    result = mixture.refit(lambda *_: pytest.fail("an expert was written"))
+
+    assert result == (0, "")
     assert torch.equal(experts.module.down_proj, before)
 
 
@@ -167,7 +179,10 @@ def test_experts_whose_outputs_pass_a_norm_are_not_refitted():
         wanted.append(hidden)
     mixture = SmallerMixture(experts, activations, entering, wanted)
     experts.module.has_post_expert_norm = True
-    assert mixture.refit(lambda *_: None) == (0, "not refitted: a norm follows every expert")
+
+    result = mixture.refit(lambda *_: None)
+
+    assert result == (0, "not refitted: a norm follows every expert")
 
 
 def test_experts_that_are_called_twice_are_refused():
@@ -176,6 +191,7 @@ def test_experts_that_are_called_twice_are_refused():
     activations.layer.mlp.forward = lambda hidden: own(hidden) + own(hidden)
     states = HiddenStates(None, entering)
     targets = LayerTargets(activations, [], Correction("full", 0.0), states, experts=experts.module)
+
     with pytest.raises(
         UnsupportedArchitectureError, match="MixtralExperts is called 2 times in a forward pass"
     ):

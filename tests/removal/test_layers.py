@@ -22,21 +22,20 @@ from optimum_fista.removal.smaller_modules import shrink_model
 
 
 def chosen(model, tokens, count, num_tokens=10**6, **options):
-    batches = (
-        [tokens]
-        if isinstance(tokens, CalibrationBatch)
-        else [CalibrationBatch(ids) for ids in tokens.split(4)]
-    )
+    """Choose `count` layers to remove: their numbers, with the loss after each. `tokens` are ids or a batch."""
+    batches = [tokens]
+    if not isinstance(tokens, CalibrationBatch):
+        batches = [CalibrationBatch(ids) for ids in tokens.split(4)]
     with torch.no_grad():
         layers = find_decoder_layers(model)
         loss = DenseLoss(layers, batches, num_tokens, **options)
         return choose_layers(loss, ModelOutline(layers), count)
 
 
-def loss_with(make, tokens, left) -> float:
-    """Cross-entropy of the next token of a new model that keeps only the layers `left`."""
+def loss_with(make, tokens, remaining) -> float:
+    """Cross-entropy of the next token of a new model that keeps only the layers `remaining`."""
     model = make()
-    shrink_model(model, plan_for(model, layers=left), {})
+    shrink_model(model, plan_for(model, layers=remaining), {})
     with torch.no_grad():
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
     return float(
@@ -45,11 +44,17 @@ def loss_with(make, tokens, left) -> float:
 
 
 def by_brute_force(make, tokens, total, count):
-    left, removed = list(range(total)), []
+    """Choose `count` of `total` layers by the loss of a new model for every candidate."""
+    remaining = list(range(total))
+    removed = []
     for _ in range(count):
-        losses = {out: loss_with(make, tokens, [i for i in left if i != out]) for out in left}
-        removed.append(min(losses.items(), key=lambda found: found[1]))
-        left.remove(removed[-1][0])
+        losses = {}
+        for candidate in remaining:
+            others = [index for index in remaining if index != candidate]
+            losses[candidate] = loss_with(make, tokens, others)
+        cheapest = min(losses, key=losses.get)
+        removed.append((cheapest, losses[cheapest]))
+        remaining.remove(cheapest)
     return removed
 
 
@@ -67,38 +72,53 @@ def by_brute_force(make, tokens, total, count):
     ids=["llama", "gpt2", "opt", "gemma3", "qwen3_moe"],
 )
 def test_the_choice_is_that_of_trying_every_model(make):
-    model, tokens = make(), tiny_tokens(6, 12)
+    model = make()
+    tokens = tiny_tokens(6, 12)
     total = len(find_decoder_layers(model))
+    expected = by_brute_force(make, tokens, total, total - 2)
+
     with Untouched(model):
-        found, expected = (
-            chosen(model, tokens, total - 2),
-            by_brute_force(make, tokens, total, total - 2),
-        )
-    assert [index for index, _ in found] == [index for index, _ in expected]
-    assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], rel=1e-5)
+        removed = chosen(model, tokens, total - 2)
+
+    assert [index for index, _ in removed] == [index for index, _ in expected]
+    assert [loss for _, loss in removed] == pytest.approx([loss for _, loss in expected], rel=1e-5)
     assert len(find_decoder_layers(model)) == total
 
 
-def test_padding_and_later_sequences_count_nowhere():
-    model, tokens = tiny_llama(num_hidden_layers=4), tiny_tokens(4, 12)
+def test_padding_counts_nowhere():
+    model = tiny_llama(num_hidden_layers=4)
+    tokens = tiny_tokens(4, 12)
     padded = torch.cat([tokens, torch.full((4, 3), 3)], dim=1)
     mask = torch.ones_like(padded, dtype=torch.bool)
     mask[:, 12:] = False
-    assert chosen(model, CalibrationBatch(padded, mask), 2) == chosen(model, tokens, 2)
-    assert chosen(model, tokens, 2, num_tokens=24) == chosen(model, tokens[:2], 2)
+
+    removed = chosen(model, CalibrationBatch(padded, mask), 2)
+
+    assert removed == chosen(model, tokens, 2)
+
+
+def test_sequences_after_the_number_of_tokens_count_nowhere():
+    model = tiny_llama(num_hidden_layers=4)
+    tokens = tiny_tokens(4, 12)
+
+    removed = chosen(model, tokens, 2, num_tokens=24)
+
+    assert removed == chosen(model, tokens[:2], 2)
 
 
 def test_weights_and_hidden_states_may_wait_elsewhere(tmp_path):
     expected = chosen(tiny_llama(num_hidden_layers=4), tiny_tokens(), 2)
-    assert (
-        chosen(cpu_offload(tiny_llama(num_hidden_layers=4)), tiny_tokens(), 2, storage=tmp_path)
-        == expected
-    )
+    offloaded = cpu_offload(tiny_llama(num_hidden_layers=4))
+
+    removed = chosen(offloaded, tiny_tokens(), 2, storage=tmp_path)
+
+    assert removed == expected
 
 
 def test_a_layer_that_no_configuration_can_do_without_is_passed_over(monkeypatch):
-    model, tokens = tiny_llama(num_hidden_layers=4), tiny_tokens()
-    (first, _), (second, _) = chosen(model, tokens, 2)
+    model = tiny_llama(num_hidden_layers=4)
+    tokens = tiny_tokens()
+    (first, _), _ = chosen(model, tokens, 2)
 
     def plan(outline, *, layers):
         if first not in layers:
@@ -106,19 +126,22 @@ def test_a_layer_that_no_configuration_can_do_without_is_passed_over(monkeypatch
         return plan_shrinking(outline, layers=layers)
 
     monkeypatch.setattr(module, "plan_shrinking", plan)
-    assert first not in dict(chosen(model, tokens, 2))
+
+    removed = chosen(model, tokens, 2)
+
+    assert first not in dict(removed)
     with pytest.raises(
         ValueError,
         match=rf"none of the decoder layers \[{first}\] can be removed: it can't be said",
     ):
         chosen(model, tokens, 4)
-    assert second != first
 
 
 def test_a_model_whose_loss_is_not_finite_is_damaged():
     model = tiny_llama(num_hidden_layers=3)
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
+
     with pytest.raises(
         ValueError, match="the loss of the model on the calibration tokens is NaN or Inf"
     ):
@@ -126,7 +149,8 @@ def test_a_model_whose_loss_is_not_finite_is_damaged():
 
 
 def test_layers_that_depend_on_their_number_stay(monkeypatch):
-    model, attend = tiny_llama(num_hidden_layers=5), LlamaAttention.forward
+    model = tiny_llama(num_hidden_layers=5)
+    attend = LlamaAttention.forward
     assert chosen(model, tiny_tokens(), 1)[0][0] == 0  # so that all others get another number
 
     def forward(self, *arguments, **keywords):
@@ -134,6 +158,7 @@ def test_layers_that_depend_on_their_number_stay(monkeypatch):
         return output * (1 + self.layer_idx), weights
 
     monkeypatch.setattr(LlamaAttention, "forward", forward)
+
     with pytest.raises(
         UnsupportedArchitectureError,
         match=r"layers.1 does not .* on the number of the decoder layer",

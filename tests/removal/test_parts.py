@@ -15,11 +15,15 @@ GPT2 = "transformer.h.1.mlp."
 
 
 def test_channels_are_columns_of_the_down_projection_and_rows_of_its_feeders():
-    found = parts_of(tiny_model("llama"), "channels")
-    assert (found.groups, found.sizes(24)) == (48, {"intermediate_size": 24})
-    first, second = found.parts
-    assert (first.name, second.name) == ("model.layers.0.mlp.down_proj", LLAMA + "mlp.down_proj")
-    assert (second.groups, second.width) == (48, 1)
+    channels = parts_of(tiny_model("llama"), "channels")
+
+    assert channels.groups == 48
+    assert channels.sizes(24) == {"intermediate_size": 24}
+    first, second = channels.parts
+    assert first.name == "model.layers.0.mlp.down_proj"
+    assert second.name == LLAMA + "mlp.down_proj"
+    assert second.groups == 48
+    assert second.width == 1
     assert second.tensors == {
         LLAMA + "mlp.down_proj.weight": (1, 1),
         LLAMA + "mlp.gate_proj.weight": (0, 1),
@@ -27,53 +31,64 @@ def test_channels_are_columns_of_the_down_projection_and_rows_of_its_feeders():
     }
 
 
-def test_transposed_weights_shrink_on_their_own_axes_and_projections_in_one_matrix_together():
+def test_transposed_weights_shrink_on_their_own_axes():
     tensors = parts_of(tiny_model("gpt2"), "channels").parts[1].tensors
+
     assert tensors == {
         GPT2 + "c_proj.weight": (0, 1),
         GPT2 + "c_fc.weight": (1, 1),
         GPT2 + "c_fc.bias": (0, 1),
     }
+
+
+def test_projections_in_one_matrix_shrink_together():
     tensors = parts_of(tiny_model("phi3"), "channels").parts[1].tensors
+
     assert tensors == {
         LLAMA + "mlp.down_proj.weight": (1, 1),
         LLAMA + "mlp.gate_up_proj.weight": (0, 2),
     }
 
 
-def test_a_size_that_is_left_open_or_counts_two_for_one_channel_is_stated():
-    found = parts_of(tiny_model("gpt2", n_inner=None), "channels")
-    assert (found.groups, found.sizes(96)) == (4 * 32, {"n_inner": 96})
-    found = parts_of(family_model("recurrent_gemma"), "channels")
-    assert (found.groups, found.sizes(20)) == (24, {"intermediate_size": 40})
+def test_a_size_that_is_left_open_is_stated():
+    channels = parts_of(tiny_model("gpt2", n_inner=None), "channels")
+
+    assert channels.groups == 4 * 32
+    assert channels.sizes(96) == {"n_inner": 96}
+
+
+def test_a_size_that_counts_two_for_one_channel_is_stated():
+    channels = parts_of(family_model("recurrent_gemma"), "channels")
+
+    assert channels.groups == 24
+    assert channels.sizes(20) == {"intermediate_size": 40}
 
 
 def test_a_group_of_heads_is_a_key_value_head_with_its_query_heads():
-    found = parts_of(tiny_model("qwen2"), "heads")
-    part = found.parts[1]
-    assert (part.name, part.groups, part.width) == (
-        LLAMA + "self_attn.o_proj",
-        2,
-        16,
-    )  # two query heads of 8 columns
+    heads = parts_of(tiny_model("qwen2"), "heads")
+
+    part = heads.parts[1]
+    assert part.name == LLAMA + "self_attn.o_proj"
+    assert part.groups == 2
+    assert part.width == 16  # two query heads of 8 columns
     rows = {
         f"{LLAMA}self_attn.{name}_proj.{leaf}": (0, 1)
         for name in "qkv"
         for leaf in ("weight", "bias")
     }
     assert part.tensors == rows | {LLAMA + "self_attn.o_proj.weight": (1, 1)}
-    assert found.sizes(1) == {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    assert heads.sizes(1) == {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
 
 
 def test_experts_go_with_their_rows_of_the_router():
-    found = parts_of(tiny_model("qwen3_moe"), "experts")
-    assert (found.groups, found.at_least, found.parts[0].name) == (
-        4,
-        2,
-        "model.layers.0.mlp.experts",
-    )
+    experts = parts_of(tiny_model("qwen3_moe"), "experts")
+
+    assert experts.groups == 4
+    assert experts.at_least == 2
+    part = experts.parts[0]
+    assert part.name == "model.layers.0.mlp.experts"
     names = ("experts.gate_up_proj", "experts.down_proj", "gate.weight")
-    assert found.parts[0].tensors == {f"model.layers.0.mlp.{name}": (0, 1) for name in names}
+    assert part.tensors == {f"model.layers.0.mlp.{name}": (0, 1) for name in names}
 
 
 @pytest.mark.parametrize(
@@ -104,6 +119,7 @@ def test_experts_go_with_their_rows_of_the_router():
 )
 def test_what_can_not_be_lost_is_refused_with_the_reason(family, kind, reason):
     model = family_model(family)
+
     with pytest.raises(
         UnsupportedArchitectureError,
         match=f"^{type(model).__name__} can't lose {kind}: .*({reason})",
@@ -113,26 +129,38 @@ def test_what_can_not_be_lost_is_refused_with_the_reason(family, kind, reason):
 
 def test_layers_of_different_sizes_are_refused():
     config = shrunken_config("gemma4_text")
-    config.use_double_wide_mlp, config.num_kv_shared_layers = True, 2
-    config.num_hidden_layers, config.layer_types = 4, ["sliding_attention", "full_attention"] * 2
+    config.use_double_wide_mlp = True
+    config.num_kv_shared_layers = 2
+    config.num_hidden_layers = 4
+    config.layer_types = ["sliding_attention", "full_attention"] * 2
     config.per_layer_config = {1: {"head_dim": 16}, 3: {"head_dim": 16}}
+    model = AutoModelForCausalLM.from_config(config)
+
     with pytest.raises(
         UnsupportedArchitectureError,
         match=r"layers.0.mlp.down_proj has 48 .* and \S*2.mlp.down_proj 96",
     ):
-        parts_of(AutoModelForCausalLM.from_config(config), "channels")
+        parts_of(model, "channels")
 
 
 def test_a_mask_of_whole_groups_says_which_are_kept():
     part = parts_of(tiny_model("llama"), "heads").parts[0]
-    mask = torch.ones(32, 32, dtype=torch.bool)
-    assert part.kept_by(mask) == (0, 1)
-    mask[:, :16] = False
-    assert part.kept_by(mask) == (1,)
+    mask_of_all = torch.ones(32, 32, dtype=torch.bool)
+    mask_without_first = mask_of_all.clone()
+    mask_without_first[:, :16] = False
+
+    assert part.kept_by(mask_of_all) == (0, 1)
+    assert part.kept_by(mask_without_first) == (1,)
 
 
 def test_runs_of_experts_keep_the_two_that_they_are_compared_by():
     config = tiny_model("deepseek_v3").config
-    config.n_routed_experts, config.n_group, config.topk_group = 8, 2, 1
-    found = parts_of(AutoModelForCausalLM.from_config(config), "experts")
-    assert (found.groups, found.equal_runs, found.at_least) == (8, 2, 4)
+    config.n_routed_experts = 8
+    config.n_group = 2
+    config.topk_group = 1
+
+    experts = parts_of(AutoModelForCausalLM.from_config(config), "experts")
+
+    assert experts.groups == 8
+    assert experts.equal_runs == 2
+    assert experts.at_least == 4

@@ -29,33 +29,36 @@ def plan_for(model, layers=None, **counts) -> Shrinking:
 
 
 def some_groups(plan, seed=3):
-    """As many groups of every part as planned, at random."""
+    """Choose as many groups of every part as planned, at random: rising numbers, by the name of the part."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: sorted(
-            torch.randperm(part.groups, generator=generator)[: plan.num_kept[name]].tolist()
-        )
-        for name, part in plan.parts.items()
-    }
+    groups = {}
+    for name, part in plan.parts.items():
+        in_random_order = torch.randperm(part.groups, generator=generator)
+        groups[name] = sorted(in_random_order[: plan.num_kept[name]].tolist())
+    return groups
+
+
+def removed_groups(part, kept):
+    """The numbers of the groups of a part that are not among the groups `kept`, rising."""
+    return sorted(set(range(part.groups)).difference(kept))
 
 
 class ForbiddenExperts(TorchFunctionMode):
-    """As a context: routers give experts that are to go a score of minus infinity."""
+    """As a context: routers give removed experts a score of minus infinity."""
 
     def __init__(self, model, plan, kept):
         super().__init__()
-        self.gone = {
-            id(parameter): sorted(set(range(part.groups)).difference(kept[part.name]))
-            for name, parameter in model.named_parameters()
-            if (part := plan.part_of(name)) is not None
-            and parameter.ndim == 2
-            and f"{part.name}.weight" not in part.tensors
-        }
+        self.removed_experts = {}  # by the id of the router's weight [experts, hidden]
+        for name, parameter in model.named_parameters():
+            part = plan.part_of(name)
+            if part is not None and part.is_mixture and parameter.ndim == 2:
+                self.removed_experts[id(parameter)] = removed_groups(part, kept[part.name])
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        if function is nn.functional.linear and id(args[1]) in self.gone:
-            output = output.index_fill(-1, torch.tensor(self.gone[id(args[1])]), -torch.inf)
+        if function is nn.functional.linear and id(args[1]) in self.removed_experts:
+            removed = torch.tensor(self.removed_experts[id(args[1])])
+            output = output.index_fill(-1, removed, -torch.inf)
         return output
 
 
@@ -71,16 +74,15 @@ def expected_logits(model, plan, kept):
     tensors = dict(model.state_dict())  # they share the model's memory
     has_experts = False
     for name, part in plan.parts.items():
-        if f"{name}.weight" in part.tensors:
-            tensors[f"{name}.weight"].copy_(
-                part.without_columns(tensors[f"{name}.weight"], kept[name])
-            )
+        if not part.is_mixture:
+            weight = tensors[f"{name}.weight"]
+            weight.copy_(part.without_columns(weight, kept[name]))
             continue
         has_experts = True
-        gone = torch.tensor(sorted(set(range(part.groups)).difference(kept[name])))
+        removed = torch.tensor(removed_groups(part, kept[name]))
         for key, (axis, _) in part.tensors.items():
             if "bias" in key and not key.startswith(name):  # added to the scores of experts
-                tensors[key].index_fill_(axis, gone, -torch.inf)
+                tensors[key].index_fill_(axis, removed, -torch.inf)
     for index, layer in enumerate(find_decoder_layers(model).modules):
         if index not in plan.layers:
             layer.register_forward_hook(skip, with_kwargs=True)
@@ -93,27 +95,34 @@ def assert_shrinks(model, folder, **numbers):
     dense = logits(model)
     plan = plan_for(model, **numbers)
     kept = some_groups(plan)
-    if "experts" not in numbers and len(plan.layers) == len(find_decoder_layers(model)):
+    keeps_all_layers = len(plan.layers) == len(find_decoder_layers(model))
+    if "experts" not in numbers and keeps_all_layers:
         require_same_outputs(plan, "", model, kept, logits)
     expected = expected_logits(model, plan, kept)
     assert (expected - dense).norm() > 1e-3 * dense.norm()  # what is removed mattered
+
     shrink_model(model, plan, kept)
+
     assert_same(logits(model), expected)
+
     model.save_pretrained(folder)
     again = AutoModelForCausalLM.from_pretrained(folder)
+
     assert type(again) is type(model)
     assert again.num_parameters() == model.num_parameters()
     assert_same(logits(again), expected)
     return again
 
 
-def assert_same(found, expected):
-    assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
+def assert_same(outputs, expected):
+    """Check that two tensors are the same but for rounding."""
+    assert float((outputs - expected).norm()) <= 1e-5 * float(expected.norm())
 
 
 def generates_alike(model):
     """Whether generated tokens are the same with a cache of keys and values and without."""
     prompt = torch.tensor([[5, 6, 7, 8]])
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    cached, whole = (model.generate(prompt, use_cache=cache, **options) for cache in (True, False))
-    return cached.shape == (1, 8) and torch.equal(cached, whole)
+    with_cache = model.generate(prompt, use_cache=True, **options)
+    without_cache = model.generate(prompt, use_cache=False, **options)
+    return with_cache.shape == (1, 8) and torch.equal(with_cache, without_cache)
