@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from optimum_fista.environment import processor_name
 from optimum_fista.folder.card import markdown_lines
-from optimum_fista.memory import device_counts, release_memory
+from optimum_fista.memory import module_that_counts, release_memory
 from optimum_fista.source.loading import read_model
 from optimum_fista.versions import device_name
 
@@ -65,8 +65,9 @@ class Runner:
 
     def memory(self) -> int:
         """Bytes that loading and running the model have added: on the device, or resident in this process."""
-        if (counts := device_counts(self.device)) is not None:
-            return int(counts.max_memory_allocated(self.device))
+        device_module = module_that_counts(self.device)
+        if device_module is not None:
+            return int(device_module.max_memory_allocated(self.device))
         release_memory(collect=True)
         return int(psutil.Process().memory_info().rss) - self._before
 

@@ -1,4 +1,7 @@
-"""One-shot pruning of large language models, one linear operator after another."""
+"""One-shot pruning of large language models, one linear operator after another.
+
+The public names are imported when they are first used: `_HOMES` says from which module.
+"""
 
 from __future__ import annotations
 
@@ -55,12 +58,12 @@ __all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names on first use, so that the imports of one do not cost the others."""
+    """Import a public name on first use, so that the imports of one do not cost the others."""
     if name not in _HOMES:
         raise AttributeError(f"module 'optimum_fista' has no attribute {name!r}")
     return getattr(importlib.import_module(f"optimum_fista.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    """List the public names too, which are not there before their first use."""
+    """List the names of this module, and the public ones too, which it lacks before their first use."""
     return sorted({*globals(), *__all__})

@@ -21,14 +21,14 @@ class tqdm(_AnyBar):  # the name that everybody knows
     """The bar of tqdm, in a terminal or a notebook; while bars are hidden, it shows and writes nothing."""
 
     def __init__(self, *arguments: Any, disable: bool = False, **options: Any) -> None:
-        """Begin a bar with the arguments of tqdm."""
+        """Begin a bar with the arguments of tqdm; it is disabled if `disable`, or if bars are hidden."""
         # If Transformers is told to show no bars, it tells the Hub's client.
         is_hidden = are_progress_bars_disabled()
         super().__init__(*arguments, disable=disable or is_hidden, **options)
 
     @classmethod
     def write(cls, *arguments: Any, **options: Any) -> None:
-        """Print a line above the bars."""
+        """Print a line above the bars with the arguments of tqdm; nothing while bars are hidden."""
         if not are_progress_bars_disabled():
             super().write(*arguments, **options)
 
@@ -37,7 +37,7 @@ class tqdm(_AnyBar):  # the name that everybody knows
 def hidden_bars() -> Iterator[None]:
     """Hide the bars of this package, of Transformers and of the Hub's client; afterwards they are as before.
 
-    Changes the settings of both libraries, which belong to the whole process.
+    Changes the settings of both libraries inside the context. They belong to the whole process.
     """
     were_hidden = are_progress_bars_disabled()
     _show_bars(False)
@@ -48,7 +48,10 @@ def hidden_bars() -> Iterator[None]:
 
 
 def _show_bars(shown: bool) -> None:
-    """Switch the bars of the Hub's client, and of Transformers if it is imported; otherwise it will ask the client."""
+    """Show or hide the bars of the Hub's client and of Transformers, for the whole process.
+
+    If Transformers is not imported yet, it will ask the Hub's client when it is.
+    """
     transformers_logging = sys.modules.get("transformers.utils.logging")
     if shown:
         enable_progress_bars()

@@ -4,6 +4,10 @@
 which pattern an operator gets, which defaults a method has, and which options contradict each other. A configuration
 is frozen, and JSON keeps it unchanged: a report, a card and a resumed run have the same one. This module does not load
 Transformers, so that the command line refuses wrong options quickly.
+
+The name of an operator is that of its module, such as "model.layers.3.mlp.down_proj"; *name patterns* have wildcards
+("*.mlp.*"). A *pattern* such as "2:4" says which zeros an operator may get. Other patterns remove *whole parts* of the
+model ("channels:0.25", class `WholeParts`), or *tokens* of its vocabulary ("vocab:0.35", class `TokensRemoval`).
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 """The options of each recipe (`FistaPruningConfig.recipe`) that are not the defaults."""
 
 _CONFIG_FILE = "pruning_config.json"
-_FILES = ("fista/report.json", _CONFIG_FILE)
+_FILES = ("fista/report.json", _CONFIG_FILE)  # files of a folder that have a configuration
 _DEFAULTS = PruningOptions()
 _OPTIONS_OF_METHOD = ("warm_start", "max_iterations", "tolerance", "method_options")
 
@@ -52,10 +56,11 @@ class FistaPruningConfig(PruningOptions):
     """Options of a pruning run, checked when constructed; `PruningOptions` declares and explains them."""
 
     def __post_init__(self) -> None:
-        """Check all options; sets `sparsity` to that of the pattern, and sequences and mappings to copies."""
+        """Check all options; set `sparsity` to that of the pattern, and sequences and mappings to copies."""
         self._detach_from_caller()
-        if wrong := wrong_field(self):
-            raise ValueError(wrong)
+        message = wrong_field(self)
+        if message is not None:
+            raise ValueError(message)
         if self.tokens_removal is not None:
             self._require_tokens_only(self.tokens_removal)
             return
@@ -70,7 +75,10 @@ class FistaPruningConfig(PruningOptions):
                 raise ValueError(f"overrides[{pattern!r}]: {error}") from error
 
     def _detach_from_caller(self) -> None:
-        """Copy what the caller may change later; one text becomes a tuple of one. Other types stay for the check."""
+        """Replace options that the caller may change later by copies: sequences by tuples, mappings by dictionaries.
+
+        A single text becomes a tuple of one. Values of wrong types stay as they are, for the check that follows.
+        """
         for name in ("include", "exclude", "keep_tokens"):
             value = getattr(self, name)
             if isinstance(value, str):
@@ -83,9 +91,10 @@ class FistaPruningConfig(PruningOptions):
                 object.__setattr__(self, name, dict(value))
 
     def _require_meaning(self) -> None:
-        """Refuse options that would change nothing for this pattern."""
+        """Refuse options that would change nothing for this pattern (ValueError). Changes nothing."""
         pattern = self._usual_pattern
         parts = self.whole_parts
+        # What to do instead, by option that has no meaning.
         advice: dict[str, str] = {
             "keep_tokens": "leave it out, or pass a pattern such as 'vocab:0.35'"
         }
@@ -94,9 +103,11 @@ class FistaPruningConfig(PruningOptions):
         if parts is not None:
             for name in ("include", "exclude", "overrides"):
                 advice[name] = "whole parts are removed: pass only one of them"
-        if parts is None or all(part.kind != "experts" for part in parts.shares):
+        removes_experts = parts is not None and any(part.kind == "experts" for part in parts.shares)
+        if not removes_experts:
             advice["expert_refit"] = "leave it out, or pass a pattern such as 'experts:0.25'"
-        # The order of the channels matters only if single weights compete with their neighbours.
+        # The order of the channels matters only if single weights compete with their neighbours: in a pattern such as
+        # 2:4 (`span` 4, `width` 1), not in pairs.
         if pattern.span is None or pattern.width != 1:
             advice["reorder_channels"] = "leave it out, or pass a pattern such as '2:4'"
         for name, instead in advice.items():
@@ -122,14 +133,19 @@ class FistaPruningConfig(PruningOptions):
         if name not in RECIPES:
             raise ValueError(f"recipe={name!r}: pass one of {', '.join(map(repr, RECIPES))}.")
         settings = RECIPES[name]
-        if options.get("method", settings.get("method")) != settings.get("method"):
+        method_of_recipe = settings.get("method")  # None: the default
+        if options.get("method", method_of_recipe) != method_of_recipe:
             settings = {
                 key: value for key, value in settings.items() if key not in _OPTIONS_OF_METHOD
             }
         return cls(**(settings | options))
 
     def create_method(self, model_type: str) -> PruningMethod:
-        """Create the method with its options; `model_type` (as in a model's config) decides `warm_start="auto"`."""
+        """Create the method with its options; ValueError if it does not take them.
+
+        `model_type` is that of the model's configuration, such as "llama", or "" if it does not matter. It decides
+        what `warm_start="auto"` means.
+        """
         options = dict(self.method_options)
         for name in ("max_iterations", "tolerance", "warm_start"):
             value = getattr(self, name)
@@ -140,13 +156,13 @@ class FistaPruningConfig(PruningOptions):
             options["warm_start"] = "sparsegpt" if model_type == "opt" else "wanda"
         try:
             method = create_method(self.method, **options)
-            wrong = wrong_field(method)
+            message = wrong_field(method)
         except TypeError as error:  # the method compared text or None with a number
             raise ValueError(
                 f"method_options={options!r}: pass numbers where method {self.method!r} takes them ({error})."
             ) from error
-        if wrong is not None:
-            raise ValueError(wrong)
+        if message is not None:
+            raise ValueError(message)
         return method
 
     @property
@@ -163,55 +179,68 @@ class FistaPruningConfig(PruningOptions):
         return TokensRemoval.read(self.pattern, self.keep_tokens)
 
     def pattern_for(self, name: str) -> SparsityPattern:
-        """The sparsity pattern of the operator called `name`."""
-        for override in self.overrides:
-            if matches(name, (override,)):
-                return self._override_patterns[override]  # the first match counts
+        """Return the sparsity pattern of the operator called `name`: that of the first override whose name matches.
+
+        If no override matches, it is the pattern of all other operators.
+        """
+        for name_pattern in self.overrides:
+            if matches(name, (name_pattern,)):
+                return self._override_patterns[name_pattern]
         return self._usual_pattern
 
     def reason_left_dense(self, name: str) -> str | None:
-        """Why the user's options leave the operator `name` dense (no warning is needed); `None` if they do not."""
+        """Return why the user's options leave the operator called `name` dense; `None` if they do not."""
         if matches(name, self.exclude):
             return "exclude"
         if self.include and not matches(name, self.include):
             return "not in include"
-        return "sparsity 0" if self.pattern_for(name).sparsity == 0 else None
+        if self.pattern_for(name).sparsity == 0:
+            return "sparsity 0"
+        return None
 
     def idle_patterns(self, names: Sequence[str]) -> Iterator[str]:
-        """Say which name patterns match none of these linear operators, such as patterns that end with ".weight"."""
+        """Yield a message for each option with name patterns that match none of the model's linear operators `names`.
+
+        Such patterns often end with ".weight". `names` has one name at least.
+        """
         for option in ("include", "exclude", "overrides"):
-            idle = []
-            for pattern in getattr(self, option):
-                if not any(matches(name, (pattern,)) for name in names):
-                    idle.append(pattern)
-            if idle:
-                shown = ", ".join(map(repr, idle))
+            idle_patterns = []
+            for name_pattern in getattr(self, option):
+                if not any(matches(name, (name_pattern,)) for name in names):
+                    idle_patterns.append(name_pattern)
+            if idle_patterns:
+                shown = ", ".join(map(repr, idle_patterns))
                 yield f"{option}: {shown} matches no linear operator of the decoder layers: {names[0]!r} is one."
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        values = dataclasses.asdict(self)  # keeps tuples, but JSON has only lists
-        return values | {name: list(values[name]) for name in ("include", "exclude", "keep_tokens")}
+        """Return the options as plain values, ready for JSON."""
+        values = dataclasses.asdict(self)
+        for name in ("include", "exclude", "keep_tokens"):
+            values[name] = list(values[name])  # JSON has no tuples
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FistaPruningConfig:
-        """Inverse of `to_dict`."""
-        known = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(set(values) - set(known))
+        """Make a configuration of the values that `to_dict` returns, or of some of them; refuse unknown names."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(names))
         if unknown:
             raise ValueError(
-                f"unknown options {', '.join(map(repr, unknown))}: pass some of {', '.join(known)}."
+                f"unknown options {', '.join(map(repr, unknown))}: pass some of {', '.join(names)}."
             )
         return cls(**values)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `pruning_config.json` to a folder, for `from_pretrained` and `--config`."""
+        """Write `pruning_config.json` to a folder, for `from_pretrained` and `--config`; make the folder if need be."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / _CONFIG_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> FistaPruningConfig:
-        """Read a configuration: of a pruned folder or Hub id, a folder of `save_pretrained`, or a JSON file."""
+        """Read a configuration: of a pruned folder or Hub id, a folder of `save_pretrained`, or a JSON file.
+
+        Files of the Hub are downloaded to its cache. ValueError if the JSON is no configuration.
+        """
         from transformers.utils import cached_file
 
         file = Path(source)
@@ -233,34 +262,41 @@ class FistaPruningConfig(PruningOptions):
             raise ValueError(
                 f"config {str(file)!r} holds a JSON {type(values).__name__}: pass an object of options."
             )
-        return cls.from_dict(
-            values["config"] if "operators" in values else values
-        )  # in a report, or alone
+        is_report = "operators" in values  # its configuration is one of several entries
+        return cls.from_dict(values["config"] if is_report else values)
 
     def resolved(self) -> FistaPruningConfig:
-        """Return the configuration with the method's own value for each option of `MethodDefaults` that is `None`."""
+        """Return a configuration in which options that are `None` have the value that the method chooses.
+
+        These are the options of `MethodDefaults`, such as `allocation`. `scope` stays `None` if it has no meaning.
+        """
         defaults = method_class(self.method).defaults
-        missing = {
+        chosen = {
             name: value for name, value in vars(defaults).items() if getattr(self, name) is None
         }
         has_scope = self.tokens_removal is None and not self._usual_pattern.fixed
         if not has_scope and not self.overrides:
-            missing.pop("scope", None)  # a pattern such as 2:4 has no scope
-        return dataclasses.replace(self, **missing)
+            chosen.pop("scope", None)  # a pattern such as 2:4 has no scope
+        return dataclasses.replace(self, **chosen)
 
     @cached_property
     def correction(self) -> Correction:
-        """`error_correction` and `residual_correction`; the method's own values if they are `None`."""
+        """Which errors operators compensate for: `error_correction` and `residual_correction`, joined.
+
+        Options that are `None` have the method's own values.
+        """
         # It imports Transformers, which takes seconds: a configuration alone does not need it.
         from optimum_fista.model.correction import Correction
 
-        chosen = self.resolved()
-        assert chosen.error_correction is not None
-        return Correction.parse(chosen.error_correction, chosen.residual_correction or 0.0)
+        config = self.resolved()
+        assert config.error_correction is not None
+        return Correction.parse(config.error_correction, config.residual_correction or 0.0)
 
     def shares_budget(self, name: str) -> bool:
-        """Whether the operator called `name` takes part in the allocation of zeros."""
-        allocation = self.allocation or method_class(self.method).defaults.allocation
+        """Tell whether the number of zeros of the operator called `name` is decided by the allocation "fisher"."""
+        allocation = self.allocation
+        if allocation is None:
+            allocation = method_class(self.method).defaults.allocation
         if allocation != "fisher":
             return False
         if self._usual_pattern.fixed:
@@ -279,7 +315,10 @@ class FistaPruningConfig(PruningOptions):
         return {name: self._pattern_of(value) for name, value in self.overrides.items()}
 
     def _require_tokens_only(self, tokens: TokensRemoval) -> None:
-        """Refuse options that have no meaning if tokens are removed; sets `sparsity` to the share of the tokens."""
+        """Refuse options that have no meaning if tokens are removed, and set `sparsity` to the share of the tokens.
+
+        `tokens` is `self.tokens_removal`. Its share is `None` for "vocab:unused", and `sparsity` then becomes 0.
+        """
         share = 0.0 if tokens.share is None else tokens.share
         if self.sparsity is not None and abs(self.sparsity - share) > 1e-9:
             raise ValueError(
@@ -304,10 +343,15 @@ class FistaPruningConfig(PruningOptions):
         self.create_method("")  # this checks the options of the method
 
     def _pattern_of(self, override: float | str | None) -> SparsityPattern:
-        """The pattern that an override asks for; `None`: the pattern of all operators without an override."""
+        """Read the pattern of operators with an override: a pattern such as "2:4", or a sparsity.
+
+        `None` stands for operators without an override: they have the user's `pattern` and `sparsity`.
+        """
         if isinstance(override, str):
             return parse_pattern(override)
-        scope = self.scope or method_class(self.method).defaults.scope
+        scope = self.scope
+        if scope is None:
+            scope = method_class(self.method).defaults.scope
         if override is None:
             return parse_pattern(self.pattern, self.sparsity, scope)
         return parse_pattern(sparsity=override, scope=scope)

@@ -9,11 +9,16 @@ from optimum_fista.model.activations import Storage
 
 
 def default_device() -> str:
-    """Return the type of the accelerator if there is one, otherwise "cpu"; MPS is not chosen: it has no float64."""
+    """Return the type of the accelerator, such as "cuda", if there is one; otherwise "cpu".
+
+    MPS is not chosen, because it has no float64.
+    """
     if not torch.accelerator.is_available():
         return "cpu"
     accelerator = torch.accelerator.current_accelerator()
-    return "cpu" if accelerator is None or accelerator.type == "mps" else accelerator.type
+    if accelerator is None or accelerator.type == "mps":
+        return "cpu"
+    return accelerator.type
 
 
 def usable_device(device: str | None) -> torch.device:
@@ -32,7 +37,11 @@ def usable_device(device: str | None) -> torch.device:
 
 
 def storage_place(name: str | torch.device | Path | None) -> Storage | None:
-    """Return the device or folder for activations; "disk" is the temporary folder, `None` stays `None`."""
+    """Return the device or the folder in which activations wait, by the user's option `storage_device`.
+
+    "disk" is the temporary folder of the system, and `None` stays `None`. ValueError if it is neither a device that can
+    be used nor a folder that exists. Creates nothing.
+    """
     if name is None:
         return None
     if name == "disk":

@@ -31,13 +31,13 @@ _GIB = 2**30
 
 
 def diagnose(say: Callable[[str], None]) -> int:
-    """Say what this machine is, a line at a time and without paths of the user's; returns how many checks failed.
+    """Describe this machine and prune a small model on every device; returns on how many devices that failed.
 
-    `say` is called with each line. Every device prunes a small model.
+    `say`, such as `print`, is called with each line. No line has a path of the user's.
     """
     _describe_machine(say)
     failed = 0
-    expected: list[Tensor] = []  # gets the weights as the CPU pruned them
+    expected: list[Tensor] = []  # `_try_pruning` puts the weights here as the CPU pruned them
     for device in devices():
         say(f"\n{device}: {_describe(device)}")
         for name, text in _products(device):
@@ -45,7 +45,7 @@ def diagnose(say: Callable[[str], None]) -> int:
         try:
             with warnings.catch_warnings(action="ignore"):  # what matters of them is in the result
                 text = _try_pruning(device, expected)
-        except Exception as error:  # whatever a driver or a library raises is what is looked for
+        except Exception as error:  # errors of drivers and libraries have any type
             failed += 1
             message = " ".join(str(error).split()).replace(str(Path.home()), "~")
             text = f"FAILED: {type(error).__name__}: {message[:400]}"
@@ -54,7 +54,7 @@ def diagnose(say: Callable[[str], None]) -> int:
 
 
 def _describe_machine(say: Callable[[str], None]) -> None:
-    """Say the versions of libraries, the system, and how much memory and disk there is."""
+    """Call `say` with lines on the versions of libraries, the system, and how much memory and disk there is."""
     versions = [f"{name} {text}" for name, text in library_versions().items() if name != "gpu"]
     say(_line("versions", ", ".join(versions)))
     say(_line("system", f"{platform.system()} {platform.release()} {platform.machine()}"))
@@ -65,12 +65,12 @@ def _describe_machine(say: Callable[[str], None]) -> None:
 
 
 def _line(name: str, text: str) -> str:
-    """A line with a name before it, in columns."""
+    """Write a line: the name with a colon, padded to a column, and the text."""
     return f"{name + ':':<18}{text}"
 
 
 def devices() -> Iterator[torch.device]:
-    """The CPU, and every accelerator that PyTorch finds (CUDA, ROCm, XPU, MPS and others)."""
+    """Yield the CPU, and then every accelerator that PyTorch finds (CUDA, ROCm, XPU, MPS and others)."""
     yield torch.device("cpu")
     if not torch.accelerator.is_available():
         return
@@ -81,25 +81,31 @@ def devices() -> Iterator[torch.device]:
 
 
 def _free_of(free: float, total: float) -> str:
-    """Write two numbers of bytes."""
+    """Write two numbers of bytes in GiB."""
     return f"{free / _GIB:.1f} GiB free of {total / _GIB:.1f} GiB"
 
 
 def _describe(device: torch.device) -> str:
-    """Name and memory of a device."""
+    """Say the name of a device; of the CPU also the threads, of others the memory and, for CUDA, the capability."""
     if device.type == "cpu":
         return f"{processor_name()}, {torch.get_num_threads()} threads"
     module = torch.get_device_module(device)
     parts = [device_name(device)]
     if device.type == "cuda":
-        parts.append("compute capability {}.{}".format(*torch.cuda.get_device_capability(device)))
+        major, minor = torch.cuda.get_device_capability(device)
+        parts.append(f"compute capability {major}.{minor}")
     if hasattr(module, "mem_get_info"):
-        parts.append(_free_of(*module.mem_get_info(device)))
+        free, total = module.mem_get_info(device)
+        parts.append(_free_of(free, total))
     return ", ".join(parts)
 
 
 def _products(device: torch.device) -> Iterator[tuple[str, str]]:
-    """Names and texts: rates of matrix products, and in which dtype a run multiplies models of 16 bits."""
+    """Time matrix products on a device; yields names and texts of lines that say how fast they are.
+
+    The first line has the rates by dtype. Two others say in which dtype a run multiplies the matrices of a model in
+    bfloat16 or float16: "widened" means that each is copied to float32 first.
+    """
     names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
     try:
         rates = {dtype: _rate(device, dtype) for dtype in names}
@@ -126,7 +132,7 @@ def _digits(number: float) -> str:
 
 
 def _rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measured rate of matrix products, in GFLOP/s."""
+    """Measure the rate of products of square matrices of this dtype, in GFLOP/s (10**9 additions and products)."""
     for size in (512, 4096):
         square = torch.ones(size, size, device=device, dtype=dtype)
         timer = Timer(
@@ -138,30 +144,33 @@ def _rate(device: torch.device, dtype: torch.dtype) -> float:
         seconds = timer.timeit(5).median
         if seconds > 1e-3:  # otherwise the product is too small to tell the rate
             break
-    return 2 * size**3 / seconds / 1e9
+    operations = 2 * size**3
+    return operations / seconds / 1e9
 
 
 def _try_pruning(device: torch.device, expected: list[Tensor]) -> str:
-    """Prune a random model of two decoder layers, and compare it with the CPU's result; returns what to say of it.
+    """Prune a random model of two decoder layers on a device, and compare it with the CPU's result.
 
-    `expected` is empty for the CPU, which comes first: its weights are put there. ValueError if a device differs.
+    `expected` is empty for the CPU, which comes first: its pruned weights are put there, in one flat tensor. Returns a
+    text with the time and the error. ValueError if a device differs from the CPU by more than rounding.
     """
     model, tokens = _small_model()
-    torch.nn.Module.to(model, device)
+    torch.nn.Module.to(model, device)  # the method of Transformers has no types
     started = time.perf_counter()
     config = FistaPruningConfig(0.5, compute_dtype="float32")  # as exact as the CPU
     report = FistaPruner(config, progress=False).prune(model, tokens.split(4))
     seconds = time.perf_counter() - started
 
-    pruned = torch.cat(
-        [model.get_parameter(o.name).detach().cpu().flatten() for o in report.operators]
-    )
+    parameters = [model.get_parameter(operator.name) for operator in report.operators]
+    pruned = torch.cat([parameter.detach().cpu().flatten() for parameter in parameters])
     if not expected:
         expected.append(pruned)
-    same_zeros = float(((pruned == 0) == (expected[0] == 0)).float().mean())
+    pruned_by_cpu = expected[0]
+    is_alike = (pruned == 0) == (pruned_by_cpu == 0)  # of each weight: zero on both, or on none
+    same_zeros = float(is_alike.float().mean())
     if same_zeros < _SAME_ZEROS:
         raise ValueError(f"only {same_zeros:.1%} of the weights are zero or kept as on the CPU")
-    distance = float((pruned - expected[0]).norm() / expected[0].norm())
+    distance = float((pruned - pruned_by_cpu).norm() / pruned_by_cpu.norm())
     if not distance <= _SAME_WEIGHTS:  # NaN included
         raise ValueError(
             f"relative distance {distance:.2g} from the CPU's, but rounding makes at most {_SAME_WEIGHTS}"
@@ -175,7 +184,7 @@ def _try_pruning(device: torch.device, expected: list[Tensor]) -> str:
 
 
 def _small_model() -> tuple[LlamaForCausalLM, Tensor]:
-    """A random model, and random tokens [16, 32], always the same; the random state stays as it was."""
+    """Make a random model and random tokens [16, 32], always the same; the random state stays as it was."""
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=160,
@@ -188,4 +197,6 @@ def _small_model() -> tuple[LlamaForCausalLM, Tensor]:
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        return LlamaForCausalLM(config).eval(), torch.randint(3, 128, (16, 32))
+        model = LlamaForCausalLM(config).eval()
+        tokens = torch.randint(3, 128, (16, 32))
+    return model, tokens

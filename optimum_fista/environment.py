@@ -1,4 +1,8 @@
-"""The numerical environment of a run, and the processor that it computes on."""
+"""The numerical environment of a run, and the processor that it computes on.
+
+These are settings of PyTorch that belong to the process or the thread: autocast, inference mode, the default dtype and
+device, and the precision of products of float32 matrices.
+"""
 
 import platform
 from collections.abc import Iterator
@@ -11,25 +15,25 @@ import torch
 
 @contextmanager
 def numerical_environment() -> Iterator[None]:
-    """Compute as in a process that has set nothing; afterwards the caller's environment is as it was.
+    """Compute in the context as in a process that has set nothing; afterwards the caller's settings are as before.
 
-    Without autocast and inference mode, with float32 as the default dtype, the CPU as the default device, and float32
-    products in full precision (no TensorFloat-32, no bfloat16). Gradients are recorded or not as callers inside ask.
-    Dtype and precision belong to the whole process: let one thread at a time compute.
+    There is no autocast and no inference mode. The default dtype is float32, and the default device is the CPU.
+    Products of float32 matrices have full precision (no TensorFloat-32, no bfloat16). Whether gradients are recorded is
+    not changed. Dtype and precision belong to the whole process: let one thread at a time compute.
     """
-    kinds = {"cpu"}
+    device_types = {"cpu"}
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is not None:
-        kinds.add(accelerator.type)
+        device_types.add(accelerator.type)
 
     # At the end, the stack undoes what it was given, the latest first.
     with ExitStack() as stack:
         # Tensors of inference mode can't be written to, nor take part in autograd.
         stack.enter_context(torch.inference_mode(False))
-        for kind in kinds:
-            if torch.is_autocast_enabled(kind):
+        for device_type in device_types:
+            if torch.is_autocast_enabled(device_type):
                 # Its cache of rounded weights lives until the caller's autocast ends: training would see old ones.
-                stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
+                stack.enter_context(torch.autocast(device_type, enabled=False, cache_enabled=False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
 
@@ -40,13 +44,14 @@ def numerical_environment() -> Iterator[None]:
 
 
 def _use_full_precision(stack: ExitStack) -> None:
-    """Multiply float32 matrices in full precision until the stack ends."""
+    """Have the process multiply float32 matrices in full precision; `stack` puts its settings back when it ends."""
     modules: list[Any] = [
         torch.backends.cuda.matmul,
         getattr(torch.backends.mkldnn, "matmul", None),
     ]
+    # PyTorch has had finer settings since 2.9. The one below changes them too, so that they have to be put back.
     for module in modules:
-        if hasattr(module, "fp32_precision"):  # from PyTorch 2.9 on
+        if hasattr(module, "fp32_precision"):
             stack.callback(setattr, module, "fp32_precision", module.fp32_precision)
 
     try:
@@ -58,7 +63,7 @@ def _use_full_precision(stack: ExitStack) -> None:
 
 
 def processor_name() -> str:
-    """Name of the processor, as Linux tells it; elsewhere what Python knows of it."""
+    """Return the name of the processor as Linux tells it; on other systems, what Python knows of it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

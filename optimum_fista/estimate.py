@@ -10,6 +10,11 @@ For the time, a model with one decoder layer of each kind gets random weights an
 seconds of a layer, times the layers of its kind. If all tokens would take long, a part of them is taken, and the time
 besides solving grows in proportion. No formula knows the speed of a machine, but a trial needs the device, the memory
 of a layer and less than half a minute to solve it; otherwise a run shows the time left once its first layer is pruned.
+
+Words: an *operator* is a linear operator of a decoder layer, a matrix [out, in], called by the name of its module, such
+as "model.layers.3.mlp.up_proj". A *group* of operators has the same inputs, and so one Gram matrix. A *stream* is the
+hidden states of all calibration sequences in one network, dense or pruned. *Held-out* sequences are not fitted to.
+Matrices are *widened* if they are copied to float32 for each product, because the CPU is slow in their dtype.
 """
 
 import copy
@@ -138,7 +143,10 @@ class Estimate:
         self.batch_size = batch_size or self._best_batch_size()
 
     def _choose_places(self, device: str | None, storage_device: str | None) -> None:
-        """Set where the run computes (`device`, its type) and where activations wait (`_storage`)."""
+        """Set where the run computes (`device`, its type) and where activations wait (`_storage`).
+
+        The arguments are the user's. `_place` and `_storage_device` keep them as they are, for the trial.
+        """
         self._place = device
         self.device = (device or default_device()).partition(":")[0]
         self._on_cpu = self.device == "cpu"
@@ -157,9 +165,10 @@ class Estimate:
     def _describe_model(
         self, model: str | Path | PreTrainedConfig, dtype: str | torch.dtype
     ) -> PreTrainedConfig:
-        """Set `model`, and what its files hold; returns its configuration, without quantization.
+        """Build the dense model without weights and set it, with the properties that bytes depend on.
 
-        A configuration that is passed stays as it is.
+        `model` and `dtype` are the user's; a configuration that is passed stays as it is. Returns a configuration
+        without quantization settings.
         """
         if isinstance(model, PreTrainedConfig):
             stored_config = model
@@ -171,7 +180,9 @@ class Estimate:
         self.quantized = quantization(stored_config)
         model_config = copy.deepcopy(stored_config)
         if self.quantized:
-            forget_quantization(read_dequantized(model_config))  # both change the copy
+            # Both change the copy. The first one sets its dtype, and refuses formats that can't be read.
+            read_dequantized(model_config)
+            forget_quantization(model_config)
 
         stored_dtype = torch.float32
         named_dtype = getattr(model_config, "dtype", None)
@@ -184,7 +195,7 @@ class Estimate:
 
         self.model: PreTrainedModel = loading.model_without_weights(model_config, used_dtype)
         self.weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
-        self._value_bytes = used_dtype.itemsize
+        self._value_bytes = used_dtype.itemsize  # of a weight, and of a hidden state
         embedding = next(self.model.get_input_embeddings().parameters())
         self._vocabulary, self._hidden = embedding.shape
         return model_config
@@ -192,7 +203,11 @@ class Estimate:
     def _plan_run(
         self, config: FistaPruningConfig, folder: Path | None, *, files_dtypes: bool
     ) -> Plan:
-        """Plan the run as `FistaPruner` does; `folder` holds the model's files, if they are in a folder."""
+        """Plan the run as `FistaPruner` does, on `self.model`, which has no weights. Changes nothing.
+
+        `folder` holds the model's files; `None`: they are not known. `files_dtypes`: tensors keep the dtypes that they
+        have in the files, because the user asks for no other.
+        """
         removal = plan_removal(prunable_layers(self.model, loaded=False), config)
         source = None
         if folder is not None:
@@ -208,7 +223,10 @@ class Estimate:
         return plan_run(removal, source, loaded=False, files_dtypes=files_dtypes)
 
     def _take_plan(self, plan: Plan) -> None:
-        """Set what the plan of the run decides: operators with their weights and zeros, and which steps the run has."""
+        """Set the fields that follow from the plan of the run: operators, their weights and zeros, and the steps.
+
+        Uses `model`, `length`, `num_samples` and the sizes of `_describe_model`, which are set before.
+        """
         self.source = plan.source
         self.as_stored = plan.as_stored
         # Values decide which decoder layers are removed. For the numbers it does not matter.
@@ -226,12 +244,13 @@ class Estimate:
         # Operators to solve for: they get zeros, lose inputs, or are the last of their decoder layer, which compensates
         # for the errors of the others.
         self.operators: dict[str, tuple[int, int]] = {}
-        for operators in removal.operators.values():
-            last = next(reversed([*operators]), None)
-            for name, operator in operators.items():
-                if name == last or removal.patterns[name].sparsity:
+        for operators_of_layer in removal.operators.values():
+            names = list(operators_of_layer)
+            for name, operator in operators_of_layer.items():
+                is_last = name == names[-1]
+                if is_last or removal.patterns[name].sparsity > 0:
                     self.operators[name] = operator.shape
-        self._operators_of_layers = [
+        self._operators_of_layers = [  # names, by the number of the layer
             [name for name in self.operators if name.startswith(f"{layer_name}.")]
             for layer_name, _ in self.layers
         ]
@@ -244,17 +263,23 @@ class Estimate:
         self._allocates = any(self.config.shares_budget(name) for name in self.operators)
         # Hidden states of the dense network, and of the pruned one.
         correction = self.config.correction
-        self._num_streams = correction.needs_dense + (correction.carry == "full")
+        has_pruned_stream = correction.carry == "full"
+        self._num_streams = int(correction.needs_dense) + int(has_pruned_stream)
         self._sequence_bytes = self._value_bytes * self.length * self._hidden  # of hidden states
         self._stream_bytes = self.num_samples * self._sequence_bytes
 
     def _choose_calibration(self, calibration: str | None) -> None:
-        """Set the source of the text; `None` is the model's own text, if the whole model fits into memory."""
+        """Set `calibration`, the source of the text, and `too_large_to_write`.
+
+        `calibration` is the user's; `None` is the model's own text ("self") if the whole model fits into memory.
+        """
         if self._on_cpu:
             # A run that resumes must decide alike: all memory counts, not what is free at the moment.
             most: float = total_bytes()
+        elif self._free_bytes:
+            most = self._free_bytes
         else:
-            most = self._free_bytes or math.inf  # None: the device does not say
+            most = math.inf  # the device does not say
         needed = sum(self._whole_model_parts().values())
         self.too_large_to_write = calibration is None and needed > most
         if calibration is not None:
@@ -265,9 +290,9 @@ class Estimate:
             self.calibration = "self"
 
     def _best_batch_size(self) -> int:
-        """How many sequences run together: one on a CPU, otherwise as many as make the device fast and fit into it.
+        """Return how many sequences run together: one on a CPU, otherwise as many as make the device fast and fit.
 
-        Changes `batch_size`, which the memory depends on.
+        Sets `self.batch_size` to one number after another, because `self.memory` depends on it.
         """
         if self._on_cpu:
             return 1
@@ -281,15 +306,23 @@ class Estimate:
 
     @property
     def _num_held_out(self) -> int:
-        """Sequences to measure the perplexity on: as many as have `LEAST_TOKENS` tokens."""
+        """Number of sequences to measure the perplexity on; 0 if the run does not measure it (`self._measures`).
+
+        These are as many as have `LEAST_TOKENS` tokens, and at most the user's `held_out` if there is one.
+        """
         if not self._measures:
             return 0
         sequences = math.ceil(LEAST_TOKENS / self.length)
-        return min(sequences, self.config.held_out) if self.config.held_out else sequences
+        if self.config.held_out:
+            return min(sequences, self.config.held_out)
+        return sequences
 
     @property
     def disk_bytes(self) -> dict[str, int]:
-        """Bytes on disk by part when the last decoder layer is written."""
+        """Bytes on disk by part, such as "model" or "masks", when the last decoder layer is written.
+
+        `self.weights` and `self.zeros` are numbers by the name of an operator.
+        """
         num_zeros = sum(self.zeros.values())  # or weights that are removed with their inputs
         num_masked = sum(self.weights.values())
         if self.num_removed:
@@ -326,7 +359,10 @@ class Estimate:
 
     @property
     def memory(self) -> dict[str, dict[str, float]]:
-        """Bytes by part when most is held, by place: `"device"` and `"host"`, or `"host"` alone on a CPU."""
+        """Bytes by part when most is held, by place: `"device"` and `"host"`, or `"host"` alone on a CPU.
+
+        Activations that wait are counted where the run stores them (`self._storage`), unless that is the disk.
+        """
         always = self._always()
         masks = sum(self.weights.values()) // 8
         peaks: dict[str, dict[str, float]] = {"host": {**always, "masks": masks}}
@@ -340,7 +376,7 @@ class Estimate:
                 "disk": {},
             }
             held[self._storage]["activations that wait"] = moment.waiting
-            if self._on_cpu:
+            if self._on_cpu:  # both places are one
                 held["host"] |= held.pop("device")
             for place in ("device", "host"):
                 if place in held:
@@ -364,7 +400,7 @@ class Estimate:
         return parts
 
     def _moments(self) -> Iterator[_Moment]:
-        """The moments at which a run may hold most, in their order."""
+        """Yield the moments at which a run may hold most, in their order: only the steps that this run has."""
         if self.calibration == "self":
             yield _Moment(self._whole_model_parts())
         if self._num_removed_layers:
@@ -388,16 +424,21 @@ class Estimate:
         return {"whole model": self.weight_bytes, "keys and values": keys, "logits": logits}
 
     def _ends(self) -> float:
-        """Bytes of the embedding and the head, if they are not pages of files."""
+        """Count the bytes of the embedding and the head; 0 if they are pages of files, or of a model loaded whole.
+
+        `self._reads_files` is False then. Each is a matrix of `self._vocabulary` * `self._hidden` weights.
+        """
         if not self._reads_files:
             return 0
-        return 2 * self._value_bytes * self._vocabulary * self._hidden
+        num_matrices = 2
+        return num_matrices * self._value_bytes * self._vocabulary * self._hidden
 
     def _loss_bytes(self, tokens: int, *, copied: bool = False) -> float:
-        """Bytes of logits [tokens, vocabulary] and of what their loss takes, without gradients.
+        """Count the bytes of logits [tokens, vocabulary] and of what their loss takes, without gradients.
 
-        The loss takes a float32 copy and the logarithms of the probabilities. `copied`: the logits are copied once
-        more, because the last one of each of several sequences is cut off.
+        The loss takes a float32 copy (unless the logits are float32: `self._value_bytes` each) and the logarithms of
+        the probabilities. `copied`: the logits are copied once more, because the last one of each of several sequences
+        is cut off.
         """
         bytes_per_logit = self._value_bytes + _FLOAT32
         if self._value_bytes != _FLOAT32:
@@ -407,7 +448,7 @@ class Estimate:
         return tokens * self._vocabulary * bytes_per_logit
 
     def _choosing_layers(self) -> _Moment:
-        """Choose the decoder layers to remove (`choose_layers`): the loss of each model that lacks one of them."""
+        """The moment at which the run chooses decoder layers to remove: it computes the loss without each of them."""
         sequences = min(self.num_samples, math.ceil(self.config.allocation_tokens / self.length))
         # Those of all these models, of the model as it is, and of the first layer, which further rounds start from.
         streams = len(self.layers) + 2
@@ -419,15 +460,19 @@ class Estimate:
         return _Moment(parts, streams * sequences * self._sequence_bytes)
 
     def _head_copy(self) -> float:
-        """Bytes of the float32 copy of the head for a product."""
-        return _FLOAT32 * self._vocabulary * self._hidden if self._widens else 0
+        """Count the bytes of the float32 copy of the head for a product; 0 if there is none."""
+        if not self._widens:
+            return 0
+        return _FLOAT32 * self._vocabulary * self._hidden
 
     def _allocating(self) -> _Moment:
-        """Take gradients of the loss to share the zeros: a sequence at a time, in float32."""
+        """The moment at which the run computes gradients of the loss to share the zeros, of a sequence at a time."""
         num_logits = self.length * self._vocabulary
         # A graph keeps the float32 copies of the head, and later those of one decoder layer.
-        layer_sizes = (sum(p.numel() for p in layer.parameters()) for _, layer in self.layers)
-        largest = max(self._vocabulary * self._hidden, *layer_sizes)
+        num_weights = [self._vocabulary * self._hidden]
+        for _, layer in self.layers:
+            num_weights.append(sum(parameter.numel() for parameter in layer.parameters()))
+        largest = max(num_weights)
         parts = {
             "embedding and head": self._ends(),
             "logits, gradients": num_logits * (2 * self._value_bytes + 3 * _FLOAT32),
@@ -437,10 +482,13 @@ class Estimate:
         return _Moment(parts, len(self.layers) * self._sequence_bytes)
 
     def _pruning_layer(self, layer: torch.nn.Module, names: list[str]) -> Iterator[_Moment]:
-        """Prune one decoder layer: dequantize it, then solve for each group of the operators called `names`."""
+        """Yield the moments of pruning one decoder layer: dequantizing it, then solving for each group of operators.
+
+        `names` are those of the operators to prune in `layer`; `self.operators` has their shapes.
+        """
         groups = self._groups(names)
-        # Experts are left out of what all tokens reach: each expert sees a share of them.
-        dense_groups = {
+        # Groups that all tokens reach: those of experts are left out, because each expert sees a share of the tokens.
+        groups_of_all_tokens = {
             (module, columns): outputs
             for (module, columns), outputs in groups.items()
             if ".experts." not in f"{module}."
@@ -461,9 +509,9 @@ class Estimate:
                 rows, columns = self.operators[name]
                 copies.append(rows * columns + batch_tokens * (rows + columns))
             parts["float32 copies"] = _FLOAT32 * max(copies)
-        widest = max(
-            (max(columns, *outputs) for (_, columns), outputs in dense_groups.items()), default=0
-        )
+        widest = 0
+        for (_, columns), outputs in groups_of_all_tokens.items():
+            widest = max(widest, columns, *outputs)
         parts["one batch"] = self._value_bytes * batch_tokens * (2 * self._hidden + 3 * widest)
         if self.config.correction.carry == "none" or self.config.held_out:
             # All groups of a decoder layer are summed in one pass over the tokens.
@@ -472,7 +520,7 @@ class Estimate:
         # Features of the dense network that are kept: outputs of a group, or its inputs if they are fewer.
         recorded = 0
         if self.config.correction.needs_dense:
-            for (_, columns), outputs in dense_groups.items():
+            for (_, columns), outputs in groups_of_all_tokens.items():
                 recorded += min(sum(outputs), columns)
         for (_, columns), outputs in groups.items():
             features = recorded + columns + (self._num_streams + 2) * self._hidden
@@ -480,9 +528,10 @@ class Estimate:
             yield _Moment({**parts, **self._solving(outputs, columns)}, waiting)
 
     def _groups(self, names: list[str]) -> dict[tuple[str, int], list[int]]:
-        """Outputs of each of these operators, by their module and number of inputs.
+        """Return the numbers of outputs of operators, by the module that contains them and their number of inputs.
 
-        Operators of one module with as many inputs are counted as a group: they may share a Gram matrix.
+        Operators of one module with as many inputs are counted as a group: they may share a Gram matrix. `names` are
+        such as "model.layers.3.mlp.up_proj", whose module is "model.layers.3.mlp"; `self.operators` has their shapes.
         """
         groups: dict[tuple[str, int], list[int]] = {}
         for name in names:
@@ -492,12 +541,17 @@ class Estimate:
         return groups
 
     def _solving(self, rows: list[int], columns: int) -> dict[str, float]:
-        """Bytes of the problem and the method for operators of these `rows` that share `columns` inputs, by part."""
+        """Count the bytes, by part, of solving for operators that share `columns` inputs.
+
+        `rows` are their numbers of outputs. A method's `memory_factors` say how many such matrices it holds.
+        """
         gram = _FLOAT32 * columns**2
         matrix = _FLOAT32 * sum(rows) * columns
         scale = 1 if self._on_cpu else SCALE_ON_DEVICES
         block = _FLOAT32 * columns * rows_in_block(max(rows), columns, scale)
-        factors = method_class(self.config.method).memory_factors or largest_memory_factors()
+        factors = method_class(self.config.method).memory_factors
+        if factors is None:  # not measured
+            factors = largest_memory_factors()
         solver = (
             factors.gram_matrices * gram
             + factors.weight_matrices * matrix
@@ -510,7 +564,7 @@ class Estimate:
         }
 
     def _measuring(self) -> Iterator[_Moment]:
-        """Measure the perplexity after the last decoder layer (`HeldOut.measure`): its head, and then its loss."""
+        """Yield the moments of measuring the perplexity after the last decoder layer: first the head, then the loss."""
         together = max(1, LOGITS_TOGETHER // self.length)  # sequences whose logits are held
         tokens = min(LOGITS_TOGETHER, together * self.length)
         ends = {"embedding and head": self._ends()}
@@ -524,21 +578,22 @@ class Estimate:
 
     @cached_property
     def seconds(self) -> dict[str, float]:
-        """Time by stage, without imports and text that the model writes itself; `ValueError` if it is not estimated.
+        """Seconds by stage, without imports and text that the model writes itself; `ValueError` if not estimated.
 
-        Prunes a small random model in a temporary folder.
+        Prunes a small random model in a temporary folder, when it is asked for the first time.
         """
         device = usable_device(self._place)
-        kinds = self._layer_kinds()
-        firsts = [alike[0] for alike in kinds]
+        layers_by_kind = self._layers_by_kind()
+        firsts = [numbers[0] for numbers in layers_by_kind]
         self._require_quick_trial(device, firsts)
         trial = self._try(firsts)
 
-        layer_seconds = [layer.seconds for layer in trial.report.layers]
+        layer_seconds = [layer.seconds for layer in trial.report.layers]  # one of each kind
         solving = trial.report.totals["solve_seconds"]
         solving_share = solving / sum(layer_seconds)
         all_layers = sum(
-            spent * len(alike) for spent, alike in zip(layer_seconds, kinds, strict=True)
+            seconds * len(numbers)
+            for seconds, numbers in zip(layer_seconds, layers_by_kind, strict=True)
         )
         more_tokens = self.num_samples / trial.num_samples
 
@@ -556,20 +611,22 @@ class Estimate:
             "around the layers": trial.seconds - allocation - sum(layer_seconds),
         }
 
-    def _layer_kinds(self) -> list[list[int]]:
-        """Numbers of the decoder layers of each kind: alike are those with the same shapes and operators."""
+    def _layers_by_kind(self) -> list[list[int]]:
+        """Return the numbers of the decoder layers of each kind: the same class, shapes and operators to prune."""
         kinds: dict[object, list[int]] = {}
         for number, (layer_name, layer) in enumerate(self.layers):
             shapes = tuple(parameter.shape for parameter in layer.parameters())
             names = self._operators_of_layers[number]
-            kind = type(layer), shapes, tuple(name.removeprefix(layer_name) for name in names)
+            names_in_layer = tuple(name.removeprefix(layer_name) for name in names)
+            kind = type(layer), shapes, names_in_layer
             kinds.setdefault(kind, []).append(number)
-        return [*kinds.values()]
+        return list(kinds.values())
 
     def _require_quick_trial(self, device: torch.device, firsts: Iterable[int]) -> None:
-        """Refuse to try the decoder layers `firsts` if that would take long, or more memory than is free.
+        """Refuse to try the decoder layers with the numbers `firsts` if that takes long, or more memory than is free.
 
-        What else the machine does must not decide: on a CPU, the processor's time of a product counts.
+        Times a product of matrices on `device`. What else the machine does must not decide: on a CPU, the time of this
+        thread counts, and not that of the clock. Changes nothing.
         """
         square = torch.randn(1024, 1024, device=device)
         timed: dict[str, Any] = {"timer": time.thread_time} if self._on_cpu else {}
@@ -587,12 +644,17 @@ class Estimate:
         needed = sum(self.memory[place].values())
         if self._on_cpu:
             needed -= LIBRARIES  # they are loaded already
-        free = available_bytes(device) or needed
-        if solving_seconds > _SOLVING_SECONDS or needed > free:
+        free = available_bytes(device)
+        is_too_large = free is not None and 0 < free < needed  # None: the device does not say
+        if solving_seconds > _SOLVING_SECONDS or is_too_large:
             raise ValueError("one decoder layer takes too much time or memory here to be tried.")
 
     def _try(self, firsts: list[int]) -> "_Trial":
-        """Prune a random model that has only the decoder layers `firsts`, on as many sequences as fit into the time."""
+        """Prune a random model that has only the decoder layers with the numbers `firsts`, and return the trial.
+
+        It is pruned twice in a temporary folder, without warnings: on few sequences, and on as many as fit into the
+        time. `self.model` stays as it is. The random state of PyTorch moves on.
+        """
         small = self.model
         if len(firsts) < len(self.layers):
             small = plan_shrinking(ModelOutline(self.layers), layers=firsts).model
@@ -615,7 +677,10 @@ class Estimate:
             return self._prune_randomly(folder, "second", num_tried)
 
     def _prune_randomly(self, folder: str, attempt: str, num_samples: int) -> "_Trial":
-        """Prune the model in FOLDER/dense on random tokens, into FOLDER/ATTEMPT."""
+        """Prune the model in the folder FOLDER/dense on random tokens, and write the result to FOLDER/ATTEMPT.
+
+        `num_samples` is the number of sequences. Returns the report and the time. The random state of PyTorch moves on.
+        """
         tokens = torch.randint(0, self._vocabulary, (num_samples, self.length))
         pruner = FistaPruner(self.config, progress=False, storage_device=self._storage_device)
         started = time.perf_counter()
@@ -638,5 +703,5 @@ class _Trial:
 
 
 def _total(parts: Mapping[str, float]) -> float:
-    """All bytes of some parts."""
+    """Sum the bytes of parts."""
     return sum(parts.values())

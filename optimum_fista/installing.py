@@ -4,12 +4,13 @@ NAME = "optimum-fista"
 
 
 def install_command(extra: str = "", options: str = "") -> str:
-    """Say what to run, and where, to install the package.
+    """Return a text that says what to run, and where, to install the package. Installs nothing.
 
     Args:
         extra: One of the extras of pyproject.toml whose libraries are installed too, such as "datasets".
         options: Options of pip, such as "--editable".
     """
     target = f"'.[{extra}]'" if extra else "."
-    command = " ".join(word for word in ("pip install", options, target) if word)
+    parts = ["pip install", options, target]
+    command = " ".join(part for part in parts if part)
     return f"`{command}` in a clone of {NAME}"

@@ -34,7 +34,7 @@ OVERRIDDEN = {
 
 def classes_not_split(model: nn.Module) -> set[str]:
     """Return names of classes whose modules Transformers does not split over devices: those of decoder layers."""
-    return set(getattr(model, "_no_split_modules", None) or ())
+    return set(getattr(model, "_no_split_modules", None) or ())  # it may be None
 
 
 def names_not_saved(model: nn.Module) -> set[str]:
@@ -62,13 +62,16 @@ def commit_of(config: Any) -> str | None:
 
 
 def attention_implementation(config: Any) -> str | None:
-    """Return how a model computes attention, such as "sdpa" or "eager"."""
+    """Return how the model of a configuration computes attention, such as "sdpa" or "eager"."""
     name: str | None = config._attn_implementation
     return name
 
 
 def experts_implementation(config: Any) -> str | None:
-    """Return how a model computes fused experts, such as "grouped_mm"; `None` in versions without a choice."""
+    """Return how the model of a configuration computes fused experts, such as "grouped_mm".
+
+    `None` in versions of Transformers without a choice.
+    """
     name: str | None = getattr(config, "_experts_implementation", None)
     return name
 
@@ -85,7 +88,7 @@ def applies_gate(experts: nn.Module) -> bool:
 
 
 def apply_gate(experts: Any, gate_and_up: Tensor) -> Tensor:
-    """Apply the gate of fused experts: [tokens, 2 * intermediate] -> [tokens, intermediate]."""
+    """Apply the gate of a module of fused experts: [tokens, 2 * intermediate] -> [tokens, intermediate]."""
     product: Tensor = experts._apply_gate(gate_and_up)
     return product
 
@@ -100,9 +103,10 @@ def is_as_loaded(generation_config: Any) -> bool:
 
 
 def cached_file_if_any(name: str, file: str, *, needs_hub: bool = True) -> str | None:
-    """Return the path of a model's file, loaded from the Hub if need be; `None` if the model has no such file.
+    """Return the path of a model's file, downloaded to the Hub's cache if need be; `None` if there is no such file.
 
-    If the Hub can't be reached, an error is raised, or `None` is returned if it is not needed (`needs_hub` is False).
+    `name` is a Hub id or a folder. If the Hub can't be reached and the cache lacks the file, an error is raised if
+    `needs_hub`, otherwise `None` is returned.
     """
     from transformers.utils import cached_file
 
@@ -115,7 +119,8 @@ def cached_file_if_any(name: str, file: str, *, needs_hub: bool = True) -> str |
     return path
 
 
-# Transformers: conversions of weights
+# Transformers: conversions of weights. A conversion says how tensors of a file become parameters of a model: under
+# other names, joined, or split (`WeightConverter`, `WeightRenaming`).
 
 
 def original_sources(conversion: Any) -> list[str]:
@@ -131,18 +136,21 @@ def original_targets(conversion: Any) -> list[str]:
 
 
 def copy_weight_conversions(source: nn.Module, target: nn.Module) -> None:
-    """Have `save_pretrained` save `target` under the names that it gives the tensors of `source`."""
+    """Have `save_pretrained` save `target` under the names that it gives the tensors of `source`.
+
+    Both are models of Transformers. An attribute of `target` is set if `source` was loaded from files.
+    """
     if "_weight_conversions" in vars(source):
         vars(target)["_weight_conversions"] = vars(source)["_weight_conversions"]
 
 
 def set_weight_conversions(model: nn.Module, conversions: Sequence[Any]) -> None:
-    """Change the conversions that `save_pretrained` reverts to save `model`."""
+    """Set the conversions that `save_pretrained` reverts to save `model`, in an attribute of the model."""
     vars(model)["_weight_conversions"] = list(conversions)
 
 
 def forget_weight_conversions(model: nn.Module) -> None:
-    """Have `save_pretrained` save `model` as if it was made in Python."""
+    """Have `save_pretrained` save `model` as if it was made in Python: removes the attribute with its conversions."""
     vars(model).pop("_weight_conversions", None)
 
 
@@ -174,7 +182,10 @@ def unchanged() -> Any:
 
 
 def checkpointing_option() -> str:
-    """Return the option of TrainingArguments that computes activations again: it has a new name since 5.24."""
+    """Return the name of the option of TrainingArguments that computes activations again in the backward pass.
+
+    Transformers renamed it in 5.24.
+    """
     from transformers import TrainingArguments
 
     new_name = "activation_checkpointing"
@@ -182,7 +193,7 @@ def checkpointing_option() -> str:
 
 
 def set_only_device(arguments: Any, device: torch.device) -> None:
-    """Have the Trainer of these TrainingArguments use one device, which may not be the first of its kind."""
+    """Have the Trainer of these TrainingArguments, which this changes, use one device: any one, such as "cuda:1"."""
     arguments._setup_devices = device
     arguments._n_gpu = 1
 
@@ -205,7 +216,7 @@ def forward_attribute(module: nn.Module) -> str:
 
 @contextmanager
 def accelerate_states_restored() -> Iterator[None]:
-    """Put back, at the end, the states that Accelerate shares in the whole process."""
+    """Put the states that Accelerate shares in the whole process back at the end of the context."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     with ExitStack() as stack:
@@ -216,7 +227,7 @@ def accelerate_states_restored() -> Iterator[None]:
 
 
 def _put_back(shared: dict[str, Any], content: dict[str, Any]) -> None:
-    """Change `shared` to `content`; it stays the same object, because all states refer to it."""
+    """Give the dictionary `shared` the entries of `content`; it stays the same object, as all states refer to it."""
     shared.clear()
     shared.update(content)
 
@@ -225,7 +236,7 @@ def _put_back(shared: dict[str, Any], content: dict[str, Any]) -> None:
 
 
 def changes_in_place(tensor: Tensor) -> int:
-    """Return how often a tensor, or one that shares its memory, was changed in place."""
+    """Return a number that grows when a tensor, or one that shares its memory, is changed in place."""
     return tensor._version
 
 
@@ -254,8 +265,9 @@ def is_compiled(module: nn.Module) -> bool:
     forward = module.forward
     is_disabled = hasattr(forward, "_torchdynamo_disable")  # by torch.compiler.disable
     has_compiled_forward = hasattr(forward, "_torchdynamo_orig_callable") and not is_disabled
-    is_wrapper = "_orig_mod" in dict(module.named_children())
-    return has_compiled_forward or is_wrapper or module._compiled_call_impl is not None
+    is_wrapper = "_orig_mod" in dict(module.named_children())  # of torch.compile(module)
+    has_compiled_call = module._compiled_call_impl is not None  # by module.compile()
+    return has_compiled_forward or is_wrapper or has_compiled_call
 
 
 def is_own_parameter(module: nn.Module, name: str) -> bool:

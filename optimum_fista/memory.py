@@ -1,4 +1,8 @@
-"""Memory: what a device has to give, the most that was held, and giving freed memory back."""
+"""Memory: what a device has to give, the most that was held, and giving freed memory back.
+
+A *control group* of Linux limits the memory of a group of processes, such as those of a container. The *resident*
+memory of a process is what it has in physical memory.
+"""
 
 import ctypes
 import gc
@@ -20,7 +24,7 @@ _GROUP = Path("/sys/fs/cgroup")
 # Bytes of weights: in a smaller model, looking for cycles of objects takes longer than pruning.
 _WORTH_A_SEARCH = 2**20
 _LIBRARY: Any = ctypes.CDLL(None) if sys.platform == "linux" else None  # the C library
-_EXHAUSTED = (
+_WORDS_OF_ERRORS = (
     "out of memory",  # CUDA, ROCm, XPU, MPS
     "_status_alloc_failed",  # cuBLAS, cuSOLVER, cuDNN, hipBLAS
     "calling `cublascreate",  # a library's own memory, which it asks for at its first use
@@ -38,29 +42,30 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device, one of its libraries, or the CPU has no more memory to give."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(
-        words in str(error).lower() for words in _EXHAUSTED
-    )
+    if not isinstance(error, RuntimeError):
+        return False
+    message = str(error).lower()
+    return any(words in message for words in _WORDS_OF_ERRORS)
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Bytes that can be had on a device now, those that PyTorch keeps unused on it included.
+    """Count the bytes that can be had on a device now, those that PyTorch keeps unused on it included.
 
     On the CPU it is what the system can give without swapping, or less if the process's control group (Linux,
     version 2; containers) may use less. `None` if the device does not say, or is not in this machine.
     """
     if device.type == "cpu":
         return _available_on_host()
-    counts = device_counts(device)
-    if counts is None or not hasattr(counts, "mem_get_info") or not counts.is_available():
+    module = module_that_counts(device)  # such as torch.cuda
+    if module is None or not hasattr(module, "mem_get_info") or not module.is_available():
         return None
-    free, _ = counts.mem_get_info(device)
-    unused = counts.memory_reserved(device) - counts.memory_allocated(device)
+    free, _ = module.mem_get_info(device)
+    unused = module.memory_reserved(device) - module.memory_allocated(device)
     return free + unused
 
 
 def _available_on_host() -> int:
-    """Bytes that the system or the control group can give, the smaller of both."""
+    """Return the bytes that the system can give, or those that the control group can give if they are fewer."""
     available = psutil.virtual_memory().available
     # There may be no such group, or it has no limit ("max").
     with suppress(OSError, ValueError, KeyError):
@@ -74,20 +79,20 @@ def _available_on_host() -> int:
 
 
 def size_text(count: float) -> str:
-    """Write a number of bytes for people: `3.21GiB`."""
+    """Write a number of bytes for people, such as "3.21GiB"."""
     return tqdm.format_sizeof(count, "iB", 1024)
 
 
 def total_bytes() -> int:
-    """Bytes of the machine's memory, or fewer if the process's control group may never use as many."""
+    """Count the bytes of the machine's memory, or fewer if the process's control group may never use as many."""
     total = psutil.virtual_memory().total
     with suppress(OSError, ValueError):  # no group, or no limit
         total = min(total, int((_GROUP / "memory.max").read_text()))
     return total
 
 
-def device_counts(device: torch.device) -> Any:
-    """The module that counts the memory of tensors on a device: `torch.cuda` and its like; `None` if none does."""
+def module_that_counts(device: torch.device) -> Any:
+    """Return the module that counts the memory of tensors on a device, such as `torch.cuda`; `None` if none does."""
     module = getattr(torch, device.type, None)  # the meta device has none
     return module if hasattr(module, "max_memory_allocated") else None
 
@@ -106,17 +111,18 @@ class MemoryPeak:
 
 @contextmanager
 def watched_memory(device: torch.device) -> Iterator[MemoryPeak]:
-    """Watch this process in a thread of its own, 50 times a second; the largest values are known afterwards.
+    """Watch the memory of this process inside the context, in a thread of its own, 50 times a second.
 
-    PyTorch's exact count on an accelerator (`torch.cuda.max_memory_allocated` and its like) starts again with it.
+    Yields the peak, whose values rise while the thread watches, and are final after the context. PyTorch's own count of
+    the largest memory on an accelerator (`torch.cuda.max_memory_allocated` and its like) is set back at the start.
     """
     peak = MemoryPeak(0)
-    counts = device_counts(device)
+    device_module = module_that_counts(device)  # such as torch.cuda; None for the CPU
     process = psutil.Process()
     ended = threading.Event()
 
     def watch() -> None:
-        """Raise the peak to what the process holds, until the end and once after it."""
+        """Raise the values of `peak` to what the process holds, until `ended` is set, and once after that."""
         is_last = False
         while not is_last:
             is_last = ended.is_set()
@@ -126,8 +132,8 @@ def watched_memory(device: torch.device) -> Iterator[MemoryPeak]:
                 peak.anonymous_bytes = max(peak.anonymous_bytes or 0, memory.rss - memory.shared)
             ended.wait(0.02)  # seconds
 
-    if counts is not None:
-        counts.reset_peak_memory_stats(device)
+    if device_module is not None:
+        device_module.reset_peak_memory_stats(device)
     thread = threading.Thread(target=watch, daemon=True)
     try:
         thread.start()
@@ -136,16 +142,17 @@ def watched_memory(device: torch.device) -> Iterator[MemoryPeak]:
         ended.set()
         if thread.is_alive():  # not if an interrupt came while it was started
             thread.join()
-        if counts is not None:
-            peak.device_bytes = counts.max_memory_allocated(device)
+        if device_module is not None:
+            peak.device_bytes = device_module.max_memory_allocated(device)
 
 
 def release_memory(of: nn.Module | None = None, *, collect: bool = False) -> None:
     """Give the process's free memory back to the system, if the C library is glibc.
 
     Freed blocks below 32 MiB stay with the process otherwise: the matrices of one operator would lie beside the
-    unused remains of the operators before, of other sizes. With `collect`, or after work on a module that is not tiny,
-    unused cycles of Python objects are freed first, and the accelerator's cache is emptied.
+    unused remains of the operators before, of other sizes. With `collect`, or after work on a module `of` that is not
+    tiny, unused cycles of Python objects are freed first, and the accelerator's cache is emptied. No tensor that is
+    in use changes; of the module only the sizes of its parameters are read.
     """
     is_large = of is not None and sum(p.nbytes for p in of.parameters()) >= _WORTH_A_SEARCH
     if collect or is_large:

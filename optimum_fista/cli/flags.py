@@ -1,4 +1,8 @@
-"""Flags of a command, made from the fields of a dataclass that declares its options."""
+"""Flags of a command, made from the fields of a dataclass that declares its options.
+
+`add_options` adds them to a parser. `given_options` takes the values of those that the user has passed from the parsed
+arguments. Each field is declared by `optimum_fista.options.option`, whose metadata has the help and the group.
+"""
 
 import argparse
 from collections.abc import Mapping
@@ -15,30 +19,35 @@ DTYPE: dict[str, Any] = {
     "default": "auto",
     "help": "dtype of the weights: float32, bfloat16, float16, or auto: as they are stored (default)",
 }
-_NAMES = {int: "N", float: "NUMBER", str: "NAME"}
+_METAVARS = {int: "N", float: "NUMBER", str: "NAME"}  # what the help shows for a value
 
 
 def add_options(parser: argparse.ArgumentParser, options: type) -> dict[str, Any]:
-    """Add a flag for each field of the dataclass `options` that is not a mapping, with its help, choices and default.
+    """Add a flag to `parser` for each field of the dataclass `options`, such as `PruningOptions`.
 
-    Returns the groups of rarely used options, by their titles; a command may add its own flags to them.
+    A flag has the help, the choices and the default of its field. A field that is a mapping gets no flag. Returns the
+    argument groups of rarely used options, by their titles; a command may add its own flags to them.
     """
     groups: dict[str, Any] = {}
     hints = get_type_hints(options)
     for field in fields(options):
-        kinds = kinds_of(hints[field.name])
+        kinds = kinds_of(hints[field.name])  # without None
         if get_origin(kinds[0]) is Mapping:
             continue  # only for Python and --config files
         title = field.metadata["advanced"]
         if title is not None and title not in groups:
             groups[title] = parser.add_argument_group(f"advanced: {title}")
         flag, settings = _flag_of(field, kinds)
-        groups.get(title, parser).add_argument(flag, dest=field.name, **settings)
+        group_or_parser = parser if title is None else groups[title]
+        group_or_parser.add_argument(flag, dest=field.name, **settings)
     return groups
 
 
 def _flag_of(field: Field, kinds: list[Any]) -> tuple[str, dict[str, Any]]:
-    """The flag of an option that takes these types, and what argparse is told of it; None if it is not given."""
+    """Return the flag of an option, such as "--max-iterations", and the keyword arguments of `add_argument` for it.
+
+    `kinds` are the types that the option takes. An option that the user does not pass is parsed as None.
+    """
     flag = field.name.replace("_", "-")
     text = field.metadata["help"]
     kind = kinds[0]
@@ -54,23 +63,25 @@ def _flag_of(field: Field, kinds: list[Any]) -> tuple[str, dict[str, Any]]:
     elif origin is Literal and len(kinds) == 1:
         settings = {"choices": get_args(kind)}
     elif origin is not None:  # some words, or a number
-        settings = {"type": _word_or_number, "metavar": _NAMES[str]}
+        settings = {"type": _word_or_number, "metavar": _METAVARS[str]}
     else:
-        settings = {"type": kind, "metavar": _NAMES[kind]}
-    if not isinstance(field.default, bool | tuple | NoneType):
+        settings = {"type": kind, "metavar": _METAVARS[kind]}
+
+    shows_default = not isinstance(field.default, bool | tuple | NoneType)
+    if shows_default:
         text += f" (default {field.default})"
     settings["help"] = text.replace("%", "%%")  # argparse fills in %
     return f"--{flag}", settings
 
 
-def given(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
-    """The options of the dataclass `options` whose flags were given, by the names of their fields."""
+def given_options(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
+    """Return the options whose flags the user has passed, by the names of the fields of the dataclass `options`."""
     values = {field.name: getattr(arguments, field.name, None) for field in fields(options)}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def _word_or_number(text: str) -> str | float:
-    """Read a number if the text is one."""
+    """Return a text as a number if it is one, and as it is if not."""
     try:
         return float(text)
     except ValueError:

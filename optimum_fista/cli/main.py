@@ -1,4 +1,9 @@
-"""The `optimum-fista` command and its subcommands; `optimum-cli fista` has the same."""
+"""The `optimum-fista` command and its subcommands; `optimum-cli fista` has the same.
+
+Each subcommand is a module of this package with a text `DESCRIPTION`, a function `add_arguments(parser)`, and a
+function `run(arguments)` that returns the exit code. `main` parses the words of the command line, and `execute` runs
+the subcommand.
+"""
 
 import argparse
 import difflib
@@ -27,14 +32,18 @@ from optimum_fista.cli import (
 )
 from optimum_fista.plain_text import spell_out_controls
 
-_COMMANDS: dict[str, Any] = {
+_COMMANDS: dict[str, Any] = {  # modules, by the name of their subcommand
     "prune": prune,
     "recover": recover,
     "evaluate": evaluate,
     "report": page,
     "verify": verify,
+    "chat": chat,
+    "pack": pack,
+    "unpack": unpack,
+    "demo": demo,
+    "doctor": doctor,
 }
-_COMMANDS |= {"chat": chat, "pack": pack, "unpack": unpack, "demo": demo, "doctor": doctor}
 _SECONDS_BETWEEN_LINES = 30.0  # of bars in a log, besides the first line of each bar
 
 _DESCRIPTION = """\
@@ -50,9 +59,10 @@ class _Parser(argparse.ArgumentParser):
     """A parser of one command, whose `--help` leaves out the groups of options called "advanced: ..."."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Refuse unknown arguments here, where the command's own options are known for a suggestion.
+        """Parse the words `args` of the command line as argparse does, but refuse unknown ones with a suggestion.
 
-        Ends the process for them, and for `--help`, which changes the help of this parser.
+        They are refused here, because the main parser does not know the options of a command. The process ends then,
+        and also after `--help`, which hides the options `self.rare` from the help of this parser.
         """
         if "-h" in args or "--help" in args:
             for action in self.rare:
@@ -60,6 +70,7 @@ class _Parser(argparse.ArgumentParser):
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
+            # The attribute is a dictionary of argparse, by flag.
             suggestion = _suggestion(flag, self._option_string_actions)
             self.error(f"unknown: {' '.join(unknown)}{suggestion}")
         return namespace, unknown
@@ -78,15 +89,18 @@ class _MainParser(argparse.ArgumentParser):
     """The parser of `optimum-fista`, which suggests a command for one that is misspelt."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as argparse does; ends the process for a command that is not known."""
+        """Parse the words `args` as argparse does (`None`: those of the process).
+
+        Ends the process with a message if the command is not known.
+        """
         words = sys.argv[1:] if args is None else list(args)
         # The flags of the program itself (--help, --version) take no value.
         command = next((word for word in words if not word.startswith("-")), None)
         if command is not None and command not in _COMMANDS:
             suggestion = _suggestion(command, _COMMANDS)
-            self.error(
-                f"unknown command: {command}{suggestion or '; pass one of ' + ', '.join(_COMMANDS)}"
-            )
+            if not suggestion:
+                suggestion = f"; pass one of {', '.join(_COMMANDS)}"
+            self.error(f"unknown command: {command}{suggestion}")
         return super().parse_known_args(args, namespace)
 
 
@@ -97,7 +111,10 @@ def _suggestion(word: str, names: Iterable[str]) -> str:
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
-    """Add the subcommands to a parser; parsed arguments get `fista_run`, the function to call with them."""
+    """Add the subcommands to a parser, which this changes.
+
+    Arguments that it parses get `fista_run`: the function of the subcommand that `execute` calls with them.
+    """
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     for name, command in _COMMANDS.items():
         summary = command.DESCRIPTION.split("\n", 1)[0].replace("%", "%%")
@@ -118,16 +135,19 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Run a parsed command; errors of the user or the system become one line and 1, an interrupt 130.
+    """Run a parsed command and return its exit code: 1 after an error, printed in one line, 130 after an interrupt.
 
-    While it runs, warnings are one line, bars in a log are lines, and with `--quiet` there are no bars.
+    `arguments` come from a parser of `add_commands`. While the command runs, a warning is one line, progress bars that
+    are not in a terminal are lines, and with `--quiet` there are no bars. Afterwards these settings of the process are
+    as before.
     """
     format_of_warnings = warnings.formatwarning
     warnings.formatwarning = _warning_line
-    stream = sys.stderr
-    shown_stream = stream if stream.isatty() else _BarsAsLines(stream)
+    stream: Any = sys.stderr
+    if not stream.isatty():  # in a terminal bars stay as they are
+        stream = _BarsAsLines(stream)
     try:
-        with redirect_stderr(shown_stream), _bars_hidden_if(getattr(arguments, "quiet", False)):
+        with redirect_stderr(stream), _bars_hidden_if(arguments.quiet):
             return int(arguments.fista_run(arguments))
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -140,13 +160,13 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 def _warning_line(message: Warning | str, *_: Any, **__: Any) -> str:
-    """Write a warning in one line, without the line of code, which is of no use here."""
+    """Write a warning in one line; the line of code and other arguments of `warnings.formatwarning` are left out."""
     return f"warning: {spell_out_controls(' '.join(str(message).split()))}\n"
 
 
 @contextmanager
 def _bars_hidden_if(quiet: bool) -> Iterator[None]:
-    """Hide all progress bars inside, if `quiet`."""
+    """Hide all progress bars of the process inside the context, if `quiet`."""
     if not quiet:
         yield
         return
@@ -165,31 +185,37 @@ class _BarsAsLines:
     """
 
     def __init__(self, stream: Any) -> None:
+        """Pass text on to `stream`, a text file such as `sys.stderr`."""
         self._stream = stream
-        self._last = time.monotonic()  # when a line of a bar was passed on
+        self._last_line_at = time.monotonic()  # when a line of a bar was passed on
         self._in_bar = False  # whether the latest text was a bar
-        self._names = {""}  # of bars that were shown
+        self._shown_names = {""}  # of bars, such as "layers done"
 
     def write(self, text: str) -> int:
-        """Pass text on, or, of a bar, a line now and then."""
+        """Pass `text` on to the stream; of a bar, only a line now and then. Returns its length, as files do."""
         line = text.replace("\x1b[A", "").strip()  # a second bar goes up to the first one
         is_bar = text.startswith("\r") and "\n" not in line
+        ends_bar = self._in_bar and not line  # with a line end, which is dropped
         if is_bar:
             self._in_bar = True
             self._write_bar(line)
-        elif line or not self._in_bar:  # the line end of a bar is dropped
+        elif not ends_bar:
             self._in_bar = False
             self._stream.write(text)
         return len(text)
 
     def _write_bar(self, line: str) -> None:
-        """Write the line of a bar if it is its first one, or if the last line of any bar is old."""
+        """Write a line of a bar if it is the first line of this bar, or if the last line of any bar is old.
+
+        Notes the name of the bar and the time in `self`, if the line is written.
+        """
         # "3 of 30 layers done: ..." and "4 of 30 layers done: ..." are lines of one bar.
         name = re.sub(r"\d+", "", re.split(r"[:|]", line)[0])
-        is_late = time.monotonic() - self._last > _SECONDS_BETWEEN_LINES
-        if line and (name not in self._names or is_late):
-            self._names.add(name)
-            self._last = time.monotonic()
+        is_late = time.monotonic() - self._last_line_at > _SECONDS_BETWEEN_LINES
+        is_new = name not in self._shown_names
+        if line and (is_new or is_late):
+            self._shown_names.add(name)
+            self._last_line_at = time.monotonic()
             self._stream.write(f"{line}\n")
 
     def __getattr__(self, name: str) -> Any:
@@ -197,7 +223,7 @@ class _BarsAsLines:
 
 
 def _one_line(error: Exception) -> str:
-    """Describe an error in one line."""
+    """Describe an error in one line, with advice if memory is short or a safetensors file is damaged."""
     from optimum_fista.memory import is_out_of_memory
 
     # Names in it may come from files of other people.
@@ -213,7 +239,7 @@ def _one_line(error: Exception) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of `optimum-fista`."""
+    """Make the parser of `optimum-fista`, with all its subcommands."""
     raw = argparse.RawDescriptionHelpFormatter  # the others would join the lines of examples
     parser = _MainParser("optimum-fista", description=_DESCRIPTION, formatter_class=raw)
     parser.add_argument(
@@ -224,5 +250,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command with these words, such as ["verify", "folder"] (`None`: those of the process).
+
+    Returns the exit code.
+    """
     return execute(build_parser().parse_args(arguments))

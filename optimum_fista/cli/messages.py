@@ -12,14 +12,16 @@ from optimum_fista.prune.ranks import Ranks, joined_ranks
 
 @contextmanager
 def speaking_ranks(device: str | None, name: str) -> Iterator[Ranks]:
-    """Join the processes of a command, and take them apart when it succeeds.
+    """Join the processes of a command into one process group, which ends if the command succeeds.
 
-    Process 0 prints the messages of the logger called `name`; the others show no warnings and no bars.
+    `device` is that of the user's options. In the context, process 0 prints the messages of the logger called `name`;
+    the logger is as before afterwards. The other processes show no warnings and no bars from here on.
     """
-    handler, logger = logging.StreamHandler(), logging.getLogger(name)
-    before = logger.level
+    handler = logging.StreamHandler()
+    logger = logging.getLogger(name)
+    level_before = logger.level
     with joined_ranks(device) as ranks:
-        if ranks.index:
+        if ranks.index > 0:
             set_verbosity_error()
             disable_progress_bar()
         else:
@@ -28,7 +30,7 @@ def speaking_ranks(device: str | None, name: str) -> Iterator[Ranks]:
         try:
             yield ranks
         finally:
-            logger.setLevel(before)
+            logger.setLevel(level_before)
             logger.removeHandler(handler)
     if ranks.count > 1:
         PartialState().destroy_process_group()

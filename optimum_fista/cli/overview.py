@@ -1,4 +1,10 @@
-"""Lines that `optimum-fista prune` prints: memory and time before a run, errors after it, and what to do next."""
+"""Lines that `optimum-fista prune` prints: memory and time before a run, errors after it, and what to do next.
+
+Before a run, an `Estimate` plans it on a model without weights, and says what it will prune and need: `plan_of` makes
+the lines for a run, `details_of` those of `--dry-run`. After a run come the `verdicts` on its report and the
+`next_commands`. *Host* is the memory of the machine, as against that of a GPU. "self" as a source of calibration text
+means that the model writes it.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +26,11 @@ if TYPE_CHECKING:
 
 
 def plan_of(request: PruneRequest) -> tuple[PruneRequest, list[str]]:
-    """Estimate a run; returns the request with the batch size and the source that are best, and the lines of its plan.
+    """Estimate a run; returns the request with a batch size and a source of text, and the lines of the plan to print.
 
-    Refuses a run that can't fit on the disk. A run that resumes keeps its batch size.
+    The batch size and the source are the user's if given, otherwise the best ones. A run that resumes keeps its batch
+    size. Raises the errors of options that the run would raise, and OSError if the disk has too little room. Writes
+    nothing.
     """
     import torch
 
@@ -31,12 +39,13 @@ def plan_of(request: PruneRequest) -> tuple[PruneRequest, list[str]]:
     from optimum_fista.memory import available_bytes
     from optimum_fista.prune.identity import begun_batch_size
 
-    begun = begun_batch_size(unfinished_folder(request.output))
-    batch_size = request.batch_size or begun
+    batch_size = request.batch_size
+    if batch_size is None:
+        batch_size = begun_batch_size(unfinished_folder(request.output))  # of a run that resumes
     try:
         estimate = estimate_of(replace(request, batch_size=batch_size))
         lines = overview_of(estimate)
-        host_parts = estimate.memory["host"]
+        host_parts = estimate.memory["host"]  # bytes, by part, such as "decoder layer"
     except (ValueError, OSError):
         raise  # the run would fail, too: stop before a model writes text for hours
     except Exception as error:  # some families can't build a model without weights
@@ -64,24 +73,29 @@ def plan_of(request: PruneRequest) -> tuple[PruneRequest, list[str]]:
 
 
 def require_disk(needed: int, output: Path) -> None:
-    """Refuse an output whose disk has less than `needed` bytes free; what an unfinished run has written counts."""
+    """Refuse an output folder whose disk has less than `needed` bytes free; OSError.
+
+    Bytes that an unfinished run has written already need not be free.
+    """
     from optimum_fista.folder.output import unfinished_folder
 
     unfinished = unfinished_folder(output)
     written = sum(path.stat().st_size for path in unfinished.rglob("*") if path.is_file())
-    existing = unfinished
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if needed - written > free:
+    missing = needed - written
+
+    nearest_folder = unfinished  # that exists
+    while not nearest_folder.exists():
+        nearest_folder = nearest_folder.parent
+    free = shutil.disk_usage(nearest_folder).free
+    if missing > free:
         raise OSError(
-            f"output {str(output)!r}: the run needs up to {size_text(needed - written)} of disk, and {size_text(free)} "
+            f"output {str(output)!r}: the run needs up to {size_text(missing)} of disk, and {size_text(free)} "
             "are free there: make room, or pass --output on another disk. --dry-run shows what it needs."
         )
 
 
 def estimate_of(request: PruneRequest) -> Estimate:
-    """Estimate memory and time of a run; without a batch size, with the best one for the device."""
+    """Estimate what a run takes, from the model's configuration; without a batch size, with the best for the device."""
     from optimum_fista.estimate import Estimate
 
     return Estimate(
@@ -99,15 +113,16 @@ def estimate_of(request: PruneRequest) -> Estimate:
 
 
 def overview_of(estimate: Estimate) -> list[str]:
-    """Say in a few lines what a run will do and need."""
+    """Say in a few lines what a run will do and need; `estimate` is that of the run."""
     from optimum_fista.report import lines_of_unplaced
     from optimum_fista.text.sources import require_source
 
     config = estimate.config
-    has_images = estimate.calibration.endswith(".jsonl") and require_source(
-        estimate.calibration, with_images=True
-    )
-    default = " (the default)" if config.method == type(config).method else ""
+    has_images = False
+    if estimate.calibration.endswith(".jsonl"):
+        has_images = require_source(estimate.calibration, with_images=True)
+    is_default = config.method == type(config).method  # the default of the dataclass
+    default = " (the default)" if is_default else ""
     pattern = config.pattern
     if pattern == "unstructured":
         pattern = str(config.sparsity)
@@ -133,7 +148,7 @@ def overview_of(estimate: Estimate) -> list[str]:
 
 
 def _model_line(estimate: Estimate) -> str:
-    """Say what the model is, how large, and what its files hold."""
+    """Say what the model is, how large it is, and how its tensors are stored."""
     model = estimate.model
     dtype = str(model.dtype).removeprefix("torch.")
     size = f"{model.num_parameters():,} parameters in {dtype} ({size_text(estimate.weight_bytes)})"
@@ -175,9 +190,9 @@ def _calibration_line(estimate: Estimate, has_images: bool) -> str:
 
 
 def details_of(estimate: Estimate) -> list[str]:
-    """What `--dry-run` prints: the overview, operators by name, memory and disk by part, time by stage, and notes.
+    """Return what `--dry-run` prints: the overview, operators by name, memory and disk by part, time by stage, notes.
 
-    Prunes a small random model to find out the time.
+    To find out the time, a small random model is pruned in a temporary folder.
     """
     from optimum_fista.solve.methods import method_class
 
@@ -203,32 +218,41 @@ def details_of(estimate: Estimate) -> list[str]:
 
 
 def _operator_lines(estimate: Estimate) -> list[str]:
-    """A table of the operators by the last part of their names, and the reasons why others stay dense."""
+    """Make a table of the operators by the last part of their names, and lines with the reasons why others stay dense.
+
+    `estimate.weights` and `.zeros` are numbers, and `.left_dense` reasons, all by the name of an operator, such as
+    "model.layers.3.mlp.down_proj".
+    """
     from optimum_fista.removal.removal import first_names
 
-    kinds = dict[str, list[str]]()
+    names_of_kinds = dict[str, list[str]]()  # by the last part of the name, such as "down_proj"
     for name in estimate.weights:
-        kinds.setdefault(name.rpartition(".")[2], []).append(name)
-    lost = "removed" if estimate.num_removed else "zeros"
-    lines = [f"{'operators':<24}{'number':>8}{'weights':>20}{lost:>20}"]
-    for kind, names in kinds.items():
+        _, _, kind = name.rpartition(".")
+        names_of_kinds.setdefault(kind, []).append(name)
+    heading = "removed" if estimate.num_removed else "zeros"
+    lines = [f"{'operators':<24}{'number':>8}{'weights':>20}{heading:>20}"]
+    for kind, names in names_of_kinds.items():
         weights = sum(estimate.weights[name] for name in names)
         zeros = sum(estimate.zeros[name] for name in names)
         lines.append(f"{kind:<24}{len(names):>8}{weights:>20,}{zeros:>20,}")
 
-    reasons = dict[str, list[str]]()
+    names_left_dense = dict[str, list[str]]()  # by reason
     for name, reason in estimate.left_dense.items():
         # One line for all layers: "loses the rows that model.layers.*.mlp.down_proj no longer reads".
         of_any_layer = re.sub(r"\.\d+\.", ".*.", reason)
-        reasons.setdefault(of_any_layer, []).append(name)
-    lines += [f"left dense ({reason}): {first_names(names)}" for reason, names in reasons.items()]
+        names_left_dense.setdefault(of_any_layer, []).append(name)
+    for reason, names in names_left_dense.items():
+        lines.append(f"left dense ({reason}): {first_names(names)}")
     return lines
 
 
 def _table(
     title: str, parts: Mapping[str, float], text_of: Callable[[float], str]
 ) -> Iterator[str]:
-    """Lines of a table: the sum, and the parts from the largest to the smallest. `text_of` writes a number."""
+    """Yield the lines of a table: the title with the sum, then the parts from the largest to the smallest.
+
+    `parts` are numbers, such as bytes or seconds, by name. `text_of` writes one of them. Parts of 0 are left out.
+    """
     yield ""
     yield f"{title:<44}{text_of(sum(parts.values())):>12}"
     for name, number in sorted(parts.items(), key=lambda part: -part[1]):
@@ -248,15 +272,20 @@ def verdicts(report: PruningReport) -> Iterator[str]:
     if report.measured("pruned") is not None:
         yield perplexity_line(report)
     if report.operators:
-        worst = max(report.operators, key=lambda o: o.fit_error)
-        # docs/report.md gives the reasons for these limits
-        word = "low" if worst.fit_error < 0.2 else "usual" if worst.fit_error < 0.5 else "high"
+        worst = max(report.operators, key=lambda operator: operator.fit_error)
+        # docs/report.md gives the reasons for these limits.
+        if worst.fit_error < 0.2:
+            word = "low"
+        elif worst.fit_error < 0.5:
+            word = "usual"
+        else:
+            word = "high"
         yield f"largest fit error {worst.fit_error:.2f} ({word}): {worst.name.removesuffix('.weight')}"
     yield from lines_of_unplaced(report.model.get("copied", {}), report.model.get("lacks", {}))
 
 
 def cost_of_tokens(report: PruningReport) -> Iterator[str]:
-    """Say what the removal of tokens cost on held-out text, with the verdict; nothing if no token was removed."""
+    """Say what the removal of tokens cost on held-out text, with the verdict; no line if no token was removed."""
     from optimum_fista.report import COST_OF_TOKENS_ELSEWHERE
 
     if "vocabulary" not in report.model:
@@ -278,7 +307,9 @@ def path_of_first_model(report: PruningReport, model: str) -> str:
     from optimum_fista.public_names import public_name
 
     name = report.first_model.name
-    if report.origin is None or public_name(model) == name:
+    is_first_model = report.origin is None  # the model given was never pruned
+    has_its_name = public_name(model) == name  # of a path the last part
+    if is_first_model or has_its_name:
         return model
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
     if is_hub_id:
@@ -291,8 +322,11 @@ def path_of_first_model(report: PruningReport, model: str) -> str:
 
 
 def argument(path: str | Path) -> str:
-    """Write a path as an argument of a command: quoted, and not taken for an option if it begins with a dash."""
-    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
+    """Write a path as an argument of a command: quoted for a shell, and "-model" as "./-model", so not as an option."""
+    text = str(path)
+    if text.startswith("-"):
+        text = f"./{text}"
+    return shlex.quote(text)
 
 
 def next_commands(
@@ -303,7 +337,7 @@ def next_commands(
     has_zeros: bool = True,
     is_packed: bool = False,
 ) -> str:
-    """List commands to use on a pruned model.
+    """Return lines with commands to use on a pruned model, each with a few words on what it is for.
 
     Args:
         model: The dense model: Hub id, path, or "MODEL" if its name is not known.
@@ -322,14 +356,14 @@ def next_commands(
 
     name = argument(folder)
     dense = argument(model)
-    measured, trained = usual_texts()
+    text_to_measure_on, text_to_train_on = usual_texts()
     commands = {
         f"chat {name} --beside {dense}": "talk to the pruned and to the dense model",
-        f"evaluate {name} --text {measured}": comparison,
+        f"evaluate {name} --text {text_to_measure_on}": comparison,
     }
     if calibration is not None:
         # A model would write its own text for hours.
-        text = trained if calibration == "self" else argument(calibration)
+        text = text_to_train_on if calibration == "self" else argument(calibration)
         recover = f"recover {name} --teacher {dense} --calibration {text}"
         commands[recover] = "train it to be more like the dense model"
     commands[f"report {name}"] = "a page about the run"
@@ -338,7 +372,7 @@ def next_commands(
             commands[f"pack {name} --output {name}-packed"] = "store it without its zeros"
         commands[f"verify {name}"] = "counts the zeros in the files again"
 
-    lines = [f"optimum-fista {command}    # {reason}" for command, reason in commands.items()]
+    lines = [f"optimum-fista {command}    # {purpose}" for command, purpose in commands.items()]
     # A repository's name has letters, digits, dots and dashes.
     repository = re.sub(r"[^\w.]+", "-", folder.name, flags=re.ASCII).strip("-.")
     lines.append(

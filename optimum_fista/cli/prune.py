@@ -1,8 +1,9 @@
 """`optimum-fista prune`: its flags, and the order of a run.
 
-The flags become a frozen `PruneRequest`. A run refuses what can't work, estimates itself without weights, draws its
-text, prints its plan, and prunes. `--dry-run` prints the estimate and stops. `--target-size` decides first what is
-removed; that may be two runs.
+`run` makes a frozen `PruneRequest` of the flags. A run refuses what can't work, estimates itself without weights, draws
+its text, prints its plan, and prunes. `--dry-run` prints the estimate and stops. `--target-size` decides first what is
+removed. That may be two runs: one removes tokens (a `TokensPlan` says which ones, and has the report of its text), and
+one prunes its result. Functions import what they need when they are called, because Transformers takes seconds.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `prune` to its parser."""
+    """Add the flags of `prune` to its parser, and set its usage."""
     parser.usage = "%(prog)s MODEL [options]"  # argparse's own would fill a screen
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="new folder (default: MODEL's name with -50pct, -2of4, ...)",
     )
-    advanced = add_options(parser, PruningOptions)
+    groups = add_options(parser, PruningOptions)  # of rarely used flags
     add(
         "--target-size",
         type=float,
@@ -114,19 +115,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # None: the Hub decides, by the settings of an organisation.
     add("--private", action="store_true", default=None, help="make a new repository private")
 
-    advanced["method"].add_argument(
+    groups["method"].add_argument(
         "--config",
         metavar="FILE",
         help="JSON file, pruned folder or Hub id with a configuration; flags override it",
     )
-    of_machine = advanced["calibration and machine"]
-    of_machine.add_argument(
+    machine = groups["calibration and machine"]
+    machine.add_argument(
         "--batch-size",
         type=int,
         metavar="N",
         help="sequences in a forward pass (default: 1 on a CPU; on others up to 8192 tokens, if memory allows)",
     )
-    of_machine.add_argument(
+    machine.add_argument(
         "--storage-device",
         metavar="PLACE",
         help="where activations wait: a device, disk, or a folder (default: --device; disk if that is the CPU)",
@@ -134,7 +135,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prune, save, and upload if asked; returns the exit code."""
+    """Prune the model, write the result to the output folder, and upload it if asked; returns the exit code.
+
+    With `--dry-run` nothing is written but the estimate. `arguments` are the parsed flags; they stay as they are.
+    """
     from optimum_fista.source.model_folder import require_name
 
     require_name(arguments.model)  # before the imports below, which take seconds
@@ -146,8 +150,9 @@ def run(arguments: argparse.Namespace) -> int:
         from optimum_fista.cli.target_size import plan_size
 
         size = plan_size(arguments)
-        print(*size.lines(), sep="\n", file=sys.stdout if arguments.dry_run else sys.stderr)
-        tokens_first = size.tokens
+        stream = sys.stdout if arguments.dry_run else sys.stderr
+        print(*size.lines(), sep="\n", file=stream)
+        tokens_first = size.tokens  # None if no token is removed
         if size.channels is None:
             assert tokens_first is not None
             config = FistaPruningConfig.from_dict(tokens_first.report.config)
@@ -165,7 +170,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _write_tokens(plan: TokensPlan, request: PruneRequest, is_dry_run: bool) -> int:
-    """Write the model with fewer tokens of a plan of `--target-size`, for which tokens are enough."""
+    """Write a model without the tokens that `plan` removes, and print the result; returns the exit code.
+
+    This is the whole run of a `--target-size` that removes tokens only. If `is_dry_run`, only the output is checked.
+    """
     from optimum_fista.folder.output import require_output
     from optimum_fista.removal.tokens import write_plan
 
@@ -186,9 +194,10 @@ def _write_tokens(plan: TokensPlan, request: PruneRequest, is_dry_run: bool) -> 
 
 
 def _show_estimate(request: PruneRequest, tokens_first: TokensPlan | None) -> None:
-    """Print what a run would prune and need, and refuse it as the run would be; `--dry-run` does this alone.
+    """Print what a run would prune and need; raises the errors that the run would raise before it prunes.
 
-    If tokens are removed before it, in a run of its own (`tokens_first`), the model with all its tokens is estimated.
+    No weight of the model is read. For the time, a small random model is pruned in a temporary folder. `tokens_first`
+    is the plan of a run that removes tokens before this one: the estimate is that of the model with all its tokens.
     """
     from optimum_fista.cli.overview import details_of, estimate_of, overview_of
     from optimum_fista.folder.output import require_output
@@ -211,9 +220,10 @@ def _show_estimate(request: PruneRequest, tokens_first: TokensPlan | None) -> No
 
 
 def _prune(request: PruneRequest, tokens_first: TokensPlan | None) -> int:
-    """Prune from files to files, in one process or several, and print the result.
+    """Prune from files to the output folder, in one process or several, and print the result; returns the exit code.
 
-    The tokens of the plan `tokens_first` are removed before that, in a run and a folder of its own.
+    `tokens_first` is the plan of a run that removes tokens. Its result is written first, to a folder beside the output
+    whose name ends with "-tokens", and is then what is pruned.
     """
     from optimum_fista.cli.messages import speaking_ranks
     from optimum_fista.cli.target_size import remove_first
@@ -230,16 +240,17 @@ def _prune(request: PruneRequest, tokens_first: TokensPlan | None) -> int:
         speaking_ranks(request.device, "optimum_fista.removal.parts") as ranks,
         ExitStack() as opened,
     ):
-        # Locked to the end of the run: two runs must not write into one folder.
+        # Locked to the end of the run: two runs must not write into one folder. Rank 0 does it for all processes.
         unfinished = ranks.first(lambda: opened.enter_context(locked_output(request.output)))
         try:
             batches: Any
             if request.config.tokens_removal is not None:
                 batches, source_name = _documents(request)
             else:
-                planned = request
+                request_so_far = request
+                # Rank 0 draws the text, and the other processes get the same batches.
                 request, batches = ranks.first(
-                    lambda: _prepare(planned, ranks.device, unfinished / FOLDER)
+                    lambda: _prepare(request_so_far, ranks.device, unfinished / FOLDER)
                 )
                 source_name = str(request.source)
             pruner = FistaPruner(request.config, storage_device=request.storage_device)
@@ -268,10 +279,12 @@ def _prune(request: PruneRequest, tokens_first: TokensPlan | None) -> int:
 def _prepare(
     request: PruneRequest, device: str | None, keep_in: Path
 ) -> tuple[PruneRequest, list[Tensor | dict[str, Any]]]:
-    """Draw the text of a run and print its plan; returns the request with its choices, and the batches.
+    """Draw the text of a run and print its plan.
 
-    Text is drawn before the plan is printed, so that an empty or a short text is the only thing that is said. Text that
-    the model writes takes long: it is written after the plan, and kept in the folder `keep_in`.
+    Returns the request with the batch size and the source of text that the estimate has chosen, and the batches as
+    `calibration_batches` makes them. Text is drawn before the plan is printed, so that nothing but an error is printed
+    if it is empty or too short. Text that the model writes on `device` takes long: it is written after the plan, and
+    kept in the folder `keep_in`.
     """
     from optimum_fista.cli.calibration_batches import calibration_batches
     from optimum_fista.cli.overview import plan_of
@@ -291,9 +304,10 @@ def _prepare(
 
 
 def _documents(request: PruneRequest) -> tuple[Any, str]:
-    """The documents of all sources, one after the other, and the names of the sources, for a run that removes tokens.
+    """Read the texts of all sources of the request, for a run that removes tokens.
 
-    An error of a source comes before any of its documents is used.
+    Returns an iterator of their documents (texts), and the names of the sources for a report. All sources are opened
+    before the first document is taken, so that an error of one comes at once.
     """
     from optimum_fista.public_names import public_name
     from optimum_fista.text.sources import load_text
@@ -304,9 +318,9 @@ def _documents(request: PruneRequest) -> tuple[Any, str]:
 
 
 def _finish(request: PruneRequest, report: PruningReport, *, first_model: str) -> None:
-    """Print the result, upload it if asked, and otherwise print what is next.
+    """Print the result of a run, then upload it if asked; otherwise print the commands to use it with.
 
-    `first_model` is MODEL as the user gave it.
+    `first_model` is MODEL as the user gave it: `request.model` may be a folder that a first run has written.
     """
     from optimum_fista.cli.overview import next_commands, path_of_first_model, verdicts
     from optimum_fista.folder.hub import push_folder
@@ -320,10 +334,11 @@ def _finish(request: PruneRequest, report: PruningReport, *, first_model: str) -
         print(push_folder(request.output, request.push_to_hub, private=request.private))
         return
     has_images = "media" in report.calibration
+    text_source = "self" if has_images else request.source  # other commands take text only
     commands = next_commands(
         path_of_first_model(report, first_model),
         request.output,
-        "self" if has_images else request.source,  # other commands take text only
+        text_source,
         has_zeros=not report.removed,
         is_packed=request.packed,
     )

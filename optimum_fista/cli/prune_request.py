@@ -1,6 +1,9 @@
 """What `optimum-fista prune` was asked to do: frozen values, made once of the flags.
 
-`PruneRequest.of` reads the flags, `require_possible` refuses what can't work before anything is read or printed.
+`PruneRequest.of` takes them from the parsed flags. `require_possible` refuses what can't work, before the model and the
+text are read and before anything is printed. The *parts* that a pattern such as "channels:0.25" removes are MLP
+channels, attention heads, experts or decoder layers; "vocab:0.35" removes tokens, in a run of another kind
+(`FistaPruningConfig.tokens_removal`).
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from optimum_fista.cli.flags import given
+from optimum_fista.cli.flags import given_options
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.options import PruningOptions
 
@@ -41,9 +44,11 @@ class PruneRequest:
     def of(
         cls, arguments: argparse.Namespace, config: FistaPruningConfig | None = None
     ) -> PruneRequest:
-        """Read the parsed flags of `prune`; ValueError if the configuration makes no sense.
+        """Make the request of the parsed flags of `prune`; ValueError if the options contradict each other.
 
-        `config` is used instead of what the flags say, for a run that `--target-size` has planned.
+        `config` is used instead of the flags, for a run that `--target-size` has planned. If no output is given and
+        whole parts are removed, the configuration of the model is read for the output's name; the Hub's client may
+        download it. Files of `--config` are read, too. Changes nothing else.
         """
         from optimum_fista.text.sources import usual_texts
 
@@ -54,7 +59,7 @@ class PruneRequest:
             output = default_output(
                 arguments.model, config, pattern_of_run(arguments.model, config)
             )
-        sources = tuple(arguments.calibration or ())
+        sources = tuple(arguments.calibration or ())  # None if the flag is not given
         if not sources and config.tokens_removal is not None:
             sources = (usual_texts().to_calibrate_on,)
         return cls(
@@ -76,26 +81,28 @@ class PruneRequest:
 
     @property
     def source(self) -> str | None:
-        """The source of calibration text, the first one of several; None: the default."""
+        """The source of calibration text, the first one of several; None: an estimate chooses it."""
         return self.sources[0] if self.sources else None
 
     @property
     def num_sequences(self) -> int:
-        """Calibration sequences, with those that errors are measured on."""
+        """Number of calibration sequences, with those that errors are measured on (`--held-out`)."""
         return self.num_samples + self.config.held_out
 
     def with_choices(self, *, batch_size: int, source: str) -> PruneRequest:
-        """The request with the batch size and the source that an estimate has chosen."""
+        """Return this request with the batch size and the source of text that an estimate has chosen."""
         return replace(self, batch_size=batch_size, sources=(source,))
 
     def reading(self, model: str) -> PruneRequest:
-        """The request for another model."""
+        """Return this request for another model: a Hub id or path."""
         return replace(self, model=model)
 
     def require_possible(self) -> None:
-        """Refuse flags that can't work, with the flag's name; reads neither the model nor the text.
+        """Refuse flags that can't work, with the flag's name; reads neither the model's weights nor the text.
 
-        Imports stand before the check that needs them: Transformers, which takes seconds, is needed last.
+        Removes files that a killed process left beside the output. For `--push-to-hub` it asks the Hub whether the
+        user's token may write there. Imports stand before the check that needs them: Transformers, which takes
+        seconds, is needed last.
         """
         if Path(self.model).is_file() and Path(self.model).suffix == ".json":
             raise ValueError(
@@ -112,8 +119,8 @@ class PruneRequest:
         require_output(self.output, self.overwrite, source=self.model)
         has_images = False
         for source in self.sources:
-            if source != "self":
-                has_images = require_source(source, with_images=True) or has_images
+            if source != "self" and require_source(source, with_images=True):
+                has_images = True
 
         from optimum_fista.devices import storage_place, usable_device
         from optimum_fista.folder.hub import require_push
@@ -132,7 +139,7 @@ class PruneRequest:
             self._require_same_run(has_images)
 
     def require_sizes(self) -> None:
-        """Refuse numbers of sequences and tokens that are too small."""
+        """Refuse numbers of sequences, of tokens in each, and of sequences in a batch that are too small."""
         if self.num_samples < 1:
             raise ValueError(f"--num-samples {self.num_samples}: pass at least 1.")
         if self.sequence_length is not None and self.sequence_length < 2:
@@ -141,7 +148,7 @@ class PruneRequest:
             raise ValueError(f"--batch-size {self.batch_size}: pass at least 1.")
 
     def require_one_source(self) -> None:
-        """Refuse several sources of text, unless tokens are removed; then a model's own text is refused."""
+        """Refuse several sources of text, unless tokens are removed; then refuse "self", the model's own text."""
         if self.config.tokens_removal is None and len(self.sources) > 1:
             raise ValueError(
                 f"--calibration has {len(self.sources)} sources: pass one, or a pattern such as vocab:0.35."
@@ -152,11 +159,15 @@ class PruneRequest:
             )
 
     def _require_same_run(self, has_images: bool) -> None:
-        """Refuse an unfinished run with other settings; other text is noticed when the run resumes."""
+        """Refuse to resume an unfinished run of this output that had other settings.
+
+        `has_images` tells whether the text has images. That the text is another one is noticed later, when it is drawn.
+        """
         from optimum_fista.folder.output import unfinished_folder
         from optimum_fista.prune.identity import require_same_run
 
         options = self.config.resolved().to_dict()
+        # Keys of the fingerprint that a run keeps in its unfinished folder.
         wanted: dict[str, Any] = {
             "recovery": None,
             "sequences": self.num_sequences,
@@ -168,9 +179,10 @@ class PruneRequest:
 
 
 def pattern_of_run(model: str, config: FistaPruningConfig) -> str:
-    """The pattern with the shares of parts that a run removes: only whole numbers of parts can be removed.
+    """Return the pattern with the shares that a run really removes, because it removes whole numbers of parts.
 
-    `model` is the name that the user gave. Its configuration is read, and refused if it can't lose these parts.
+    Without whole parts to remove it is the pattern of `config`. `model` is a Hub id or path. If parts are removed, its
+    configuration is read, and ValueError says if it can't lose these parts. No weight is read.
     """
     if config.whole_parts is None:
         return config.pattern
@@ -183,24 +195,30 @@ def pattern_of_run(model: str, config: FistaPruningConfig) -> str:
 
 
 def default_output(model: str, config: FistaPruningConfig, pattern: str | None = None) -> Path:
-    """The default output folder: the model's name and the pattern, as in `Llama-3.2-1B-50pct` or `model-2of4`.
+    """Return the default output folder: the model's name and the pattern, such as "model-2of4" or "model-50pct".
 
-    `pattern` is that of the run (`pattern_of_run`); `None`: that of the configuration.
+    `model` is a Hub id or path. `pattern` is that of the run (`pattern_of_run`); `None`: that of the configuration.
+    Creates nothing.
     """
     if config.pattern == "unstructured":
-        ending = f"{100 * (config.sparsity or 0.0):.6g}pct"
+        assert config.sparsity is not None
+        ending = f"{100 * config.sparsity:.6g}pct"
+    elif pattern is not None:
+        ending = pattern
     else:
-        ending = pattern or config.pattern
+        ending = config.pattern
     ending = re.sub(r"(\d+):(\d+)", r"\1of\2", ending)
     ending = re.sub(r"[:+/]", "-", ending)
-    is_path = Path(model).exists()
-    name = Path(os.path.abspath(model)).name if is_path else model.rpartition("/")[2]
+
+    name = model.rpartition("/")[2]  # of a Hub id
+    if Path(model).exists():
+        name = Path(os.path.abspath(model)).name  # also of "." and ".."
     return Path(f"{name}-{ending}")
 
 
 def _configuration(arguments: argparse.Namespace) -> FistaPruningConfig:
-    """Make the configuration: that of `--config` or `--recipe`, overridden by the given flags."""
-    flags = given(arguments, PruningOptions)
+    """Make the configuration that the flags ask for: that of `--config` or `--recipe`, overridden by other flags."""
+    flags = given_options(arguments, PruningOptions)
     if arguments.recipe and arguments.config:
         raise ValueError(
             f"--recipe {arguments.recipe} and --config {arguments.config}: pass only one of them."

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from optimum_fista.cli.flags import DEVICE, add_options, given
+from optimum_fista.cli.flags import DEVICE, add_options, given_options
 from optimum_fista.train.recovery_options import RecoveryOptions
 
 DESCRIPTION = """\
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         "calibration": arguments.calibration,
         "device": arguments.device,
         "overwrite": arguments.overwrite,
-        **given(arguments, RecoveryOptions),  # those of the training that the user has set
+        **given_options(arguments, RecoveryOptions),  # those of the training that the user has set
     }
     if arguments.dry_run:
         plan = plan_recovery(arguments.folder, processes=1, **options)

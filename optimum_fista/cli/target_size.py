@@ -16,7 +16,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from optimum_fista.cli.flags import given
+from optimum_fista.cli.flags import given_options
 from optimum_fista.cli.overview import cost_of_tokens
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder.checkpoint import REPORT_FILE, read_report
@@ -175,9 +175,9 @@ def _require_flags(arguments: argparse.Namespace) -> None:
 
     Raises ValueError, or an error of `require_output`, such as FileExistsError. `arguments` are those of `prune`.
     """
-    given_options = given(arguments, PruningOptions)
+    passed = given_options(arguments, PruningOptions)
     for other in ("sparsity", "pattern"):
-        if other in given_options:
+        if other in passed:
             raise ValueError(f"--target-size says what is removed: pass it without --{other}.")
     if not 0 < arguments.target_size < 1:
         raise ValueError(

@@ -94,7 +94,7 @@ def test_a_warning_is_one_line_without_code():
         )
         return 0
 
-    assert execute(argparse.Namespace(fista_run=command)) == 0
+    assert execute(argparse.Namespace(fista_run=command, quiet=False)) == 0
     assert shown == ["warning: the text ends here\n"]
     assert warnings.formatwarning is before
 

@@ -109,7 +109,7 @@ def test_bars_of_any_command_become_lines_now_and_then_unless_a_terminal_shows_t
             sys.stderr.write(text)
         return 0
 
-    assert main.execute(argparse.Namespace(fista_run=command)) == 0
+    assert main.execute(argparse.Namespace(fista_run=command, quiet=False)) == 0
     bars = "\rSampling: 1%\rSampling: 31%\rSampling: 32%\rSampling: 62%\n\n\rSaving\x1b[A\r\n"
     bars += "a warning\n\rtwo\nlines\n\rinterruptedan error\n"
     lines = "Sampling: 1%\nSampling: 32%\nSaving\na warning\n\rtwo\nlines\ninterrupted\nan error\n"

@@ -16,11 +16,11 @@ class FistaCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        """Add the subcommands."""
+        """Add the subcommands, such as `prune`, to the parser of `optimum-cli fista`."""
         add_commands(parser)
 
     def run(self) -> None:
-        """Run the subcommand and leave with its exit code."""
+        """Run the subcommand of the parsed arguments `self.args`, and end the process with its exit code."""
         raise SystemExit(execute(self.args))
 
 
