@@ -56,7 +56,10 @@ class FistaPruningConfig(PruningOptions):
     """Options of a pruning run, checked when constructed; `PruningOptions` declares and explains them."""
 
     def __post_init__(self) -> None:
-        """Check all options; set `sparsity` to that of the pattern, and sequences and mappings to copies."""
+        """Check all options; set `sparsity` to that of the pattern, and sequences and mappings to copies.
+
+        `self._usual_pattern` is the pattern of operators without an override.
+        """
         self._detach_from_caller()
         message = wrong_field(self)
         if message is not None:
@@ -64,15 +67,16 @@ class FistaPruningConfig(PruningOptions):
         if self.tokens_removal is not None:
             self._require_tokens_only(self.tokens_removal)
             return
+        # Fields of a frozen dataclass are set in this way.
         object.__setattr__(self, "sparsity", self._usual_pattern.sparsity)
         self._require_meaning()
         method = self.create_method("")  # this checks the options of the method
         method.require_pattern(self._usual_pattern)
-        for pattern, value in self.overrides.items():
+        for name_pattern, value in self.overrides.items():
             try:
                 method.require_pattern(self._pattern_of(value))
             except ValueError as error:
-                raise ValueError(f"overrides[{pattern!r}]: {error}") from error
+                raise ValueError(f"overrides[{name_pattern!r}]: {error}") from error
 
     def _detach_from_caller(self) -> None:
         """Replace options that the caller may change later by copies: sequences by tuples, mappings by dictionaries.
@@ -121,12 +125,15 @@ class FistaPruningConfig(PruningOptions):
     def paper(
         cls, sparsity: float | None = None, pattern: str = "unstructured", **options: Any
     ) -> FistaPruningConfig:
-        """The published settings of FISTAPruner (arXiv 2408.03728); docs/method.md lists them."""
+        """Make the configuration with the published settings of FISTAPruner (arXiv 2408.03728).
+
+        docs/method.md lists them; `options` override them.
+        """
         return cls.recipe("paper", sparsity=sparsity, pattern=pattern, **options)
 
     @classmethod
     def recipe(cls, name: str, **options: Any) -> FistaPruningConfig:
-        """The settings of the recipe `"default"`, `"fast"` or `"paper"`; docs/quickstart.md compares them.
+        """Make the configuration of the recipe `"default"`, `"fast"` or `"paper"`; docs/quickstart.md compares them.
 
         `options` override those of the recipe. If they name another `method`, the recipe's method options are left out.
         """
@@ -167,7 +174,7 @@ class FistaPruningConfig(PruningOptions):
 
     @property
     def whole_parts(self) -> WholeParts | None:
-        """The pattern, if it removes whole parts of the model."""
+        """The pattern if it removes whole parts, such as channels; `None` if it sets zeros or removes tokens."""
         if self.tokens_removal is not None:
             return None
         pattern = self._usual_pattern
@@ -175,7 +182,7 @@ class FistaPruningConfig(PruningOptions):
 
     @cached_property
     def tokens_removal(self) -> TokensRemoval | None:
-        """The request to remove tokens, which is a run of its own kind; `None` for a pattern of another kind."""
+        """Which tokens to remove, of a pattern such as "vocab:0.35"; `None` for a pattern of another kind."""
         return TokensRemoval.read(self.pattern, self.keep_tokens)
 
     def pattern_for(self, name: str) -> SparsityPattern:

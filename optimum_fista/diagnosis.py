@@ -43,7 +43,7 @@ def diagnose(say: Callable[[str], None]) -> int:
         for name, text in _products(device):
             say(_line(f"  {name}", text))
         try:
-            with warnings.catch_warnings(action="ignore"):  # what matters of them is in the result
+            with warnings.catch_warnings(action="ignore"):  # the result is what counts
                 text = _try_pruning(device, expected)
         except Exception as error:  # errors of drivers and libraries have any type
             failed += 1

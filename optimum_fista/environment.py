@@ -69,6 +69,7 @@ def processor_name() -> str:
     except OSError:
         lines = []
     for line in lines:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
+        if line.startswith("model name"):  # of the first core, as in "model name : AMD EPYC"
+            _, _, name = line.partition(":")
+            return name.strip()
     return platform.processor() or platform.machine()

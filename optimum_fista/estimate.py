@@ -112,7 +112,14 @@ class Estimate:
         packed: bool = False,
         measures_perplexity: bool = True,
     ) -> None:
-        config = (config or FistaPruningConfig()).resolved()
+        """Plan the run on a model without weights. Each step sets fields that later steps use.
+
+        Arguments are those of `optimum-fista prune`. Reads the model's configuration, which the Hub's client may
+        download, and the headers of the files of a model folder.
+        """
+        if config is None:
+            config = FistaPruningConfig()
+        config = config.resolved()
         require_zeros_to_pack(config, packed)
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples} (--num-samples): pass at least 1.")
@@ -122,7 +129,7 @@ class Estimate:
         self._choose_places(device, storage_device)
         model_config = self._describe_model(model, dtype)
         self.length = sequence_length or usual_length(model_config)
-        _, longest = token_limits(self.model)
+        _, longest = token_limits(self.model)  # None: any length
         if longest is not None and self.length > longest:
             raise ValueError(
                 f"sequence_length={self.length} (--sequence-length): the model has {longest} positions "
@@ -134,7 +141,8 @@ class Estimate:
 
         is_folder = not isinstance(model, PreTrainedConfig) and Path(model).is_dir()
         folder = Path(str(model)) if is_folder else None
-        self._take_plan(self._plan_run(config, folder, files_dtypes=dtype == "auto"))
+        plan = self._plan_run(config, folder, files_dtypes=dtype == "auto")
+        self._take_plan(plan)
         # A network whose experts are removed is not measured, because its dense layers are gone by then.
         self._measures = measures_perplexity and not self._removes_experts
 
@@ -143,17 +151,18 @@ class Estimate:
         self.batch_size = batch_size or self._best_batch_size()
 
     def _choose_places(self, device: str | None, storage_device: str | None) -> None:
-        """Set where the run computes (`device`, its type) and where activations wait (`_storage`).
+        """Set `device`, the type of the device that computes, and `_storage`, where activations wait.
 
-        The arguments are the user's. `_place` and `_storage_device` keep them as they are, for the trial.
+        `_storage` becomes "device", "host" or "disk". The arguments are the user's, such as "cuda:1". `_place` and
+        `_storage_device` keep them as they are, for the trial.
         """
         self._place = device
-        self.device = (device or default_device()).partition(":")[0]
+        self.device, _, _ = (device or default_device()).partition(":")
         self._on_cpu = self.device == "cpu"
 
         self._storage_device = storage_device
         default_storage = "disk" if self._on_cpu else self.device
-        storage = (storage_device or default_storage).partition(":")[0]
+        storage, _, _ = (storage_device or default_storage).partition(":")
         self._storage: Literal["device", "host", "disk"]
         if storage == self.device:
             self._storage = "device"
@@ -312,7 +321,7 @@ class Estimate:
         """
         if not self._measures:
             return 0
-        sequences = math.ceil(LEAST_TOKENS / self.length)
+        sequences = math.ceil(LEAST_TOKENS / self.length)  # tokens that a perplexity needs
         if self.config.held_out:
             return min(sequences, self.config.held_out)
         return sequences
@@ -384,7 +393,10 @@ class Estimate:
         return peaks
 
     def _always(self) -> dict[str, float]:
-        """Bytes that the host holds at every moment, by part."""
+        """Count the bytes that the host holds at every moment, by part.
+
+        `self._allocates` tells whether gradients are computed, and `self._value_bytes` are those of a weight.
+        """
         parts: dict[str, float] = {
             "Python and libraries": LIBRARIES,
             "calibration tokens": 8 * self.num_samples * self.length,  # int64
@@ -393,7 +405,7 @@ class Estimate:
         is_half = self._value_bytes == 2
         if self._on_cpu and is_half and has_experts and not self._widens:
             # oneDNN keeps half a MiB for each shape of six products, and of as many for gradients. Experts get any
-            # number of tokens, in the sizes of `in_few_sizes`.
+            # number of tokens, which is rounded up to one of these sizes (`in_few_sizes`).
             sizes = max(0.0, 8 + 4 * math.log2(self.batch_size * self.length / 128))
             products = 12 if self._allocates else 6
             parts["kept by oneDNN"] = 0.55 * 2**20 * products * sizes

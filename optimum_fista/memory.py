@@ -39,7 +39,7 @@ _WORDS_OF_ERRORS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device, one of its libraries, or the CPU has no more memory to give."""
+    """Tell whether an error says that a device, one of its libraries, or the CPU has no more memory to give."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if not isinstance(error, RuntimeError):

@@ -68,9 +68,9 @@ def test_values_of_any_type_are_options_or_named(option, value):
 
 
 def test_options_of_methods_have_types():
-    for options in ({"patience": "3"}, {"rounding_share": None}, {"warm_start": 3}):
-        with pytest.raises(ValueError, match=f"{next(iter(options))}|method_options"):
-            FistaPruningConfig(method="fista", method_options=options)
+    for name, value in (("patience", "3"), ("rounding_share", None), ("warm_start", 3)):
+        with pytest.raises(ValueError, match=f"{name}|method_options"):
+            FistaPruningConfig(method="fista", method_options={name: value})
 
 
 def test_a_method_of_others_is_known_by_the_name_it_is_registered_under(monkeypatch):
@@ -79,16 +79,21 @@ def test_a_method_of_others_is_known_by_the_name_it_is_registered_under(monkeypa
         share: float = 0.5
 
     monkeypatch.setitem(METHODS, "louder", Louder)
+
     config = FistaPruningConfig(method="louder", method_options={"share": 0.25})
+
     assert config.create_method("") == Louder(0.25)
     assert config.resolved().scope == "row"  # a subclass inherits the defaults of Wanda
 
 
 def test_options_are_frozen_and_detached_from_the_callers():
     overrides = {"*q_proj": 0.25}
+
     config = FistaPruningConfig(overrides=overrides)
     overrides["*q_proj"] = 0.75
+
     assert config.pattern_for(QUERY).sparsity == 0.25
+
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.sparsity = 0.1
 
@@ -97,6 +102,7 @@ def test_overrides_first_match_wins():
     config = FistaPruningConfig(
         0.6, overrides={"*.3.*.down_proj": "1:4", "*.down_proj": 0.25, "*.q_proj": 0}
     )
+
     assert config.pattern_for(DOWN) == parse_pattern("1:4")
     assert config.pattern_for("model.layers.4.mlp.down_proj") == Unstructured(0.25)
     assert config.pattern_for("model.layers.4.mlp.up_proj") == Unstructured(0.6)
@@ -107,21 +113,27 @@ def test_overrides_first_match_wins():
 @pytest.mark.parametrize("name", METHODS)
 def test_options_left_open_are_as_the_method_has_them(name):
     defaults = method_class(name).defaults
+
     resolved = FistaPruningConfig(method=name).resolved()
+
     for field in dataclasses.fields(defaults):
         assert getattr(resolved, field.name) == getattr(defaults, field.name)
+
     chosen = FistaPruningConfig(
         method=name, error_correction="full", residual_correction=0.25, allocation="uniform"
     )
+
     assert chosen.resolved() == dataclasses.replace(chosen, scope=defaults.scope)
     assert resolved.resolved() == resolved
 
 
 def test_who_shares_the_zeros():
     config = FistaPruningConfig(overrides={"*.q_proj": 0.25, "*.k_proj": "2:4"})
+
     assert config.shares_budget(DOWN)
     assert not config.shares_budget(QUERY)
     assert not config.shares_budget("model.layers.3.self_attn.k_proj")
+
     assert not FistaPruningConfig(pattern="2:4").shares_budget(DOWN)
     assert not FistaPruningConfig(method="alps").shares_budget(DOWN)
     assert FistaPruningConfig(method="alps", allocation="fisher").shares_budget(DOWN)
@@ -129,11 +141,13 @@ def test_who_shares_the_zeros():
 
 def test_include_and_exclude():
     config = FistaPruningConfig(include="*.mlp.*", exclude=["*.0.*"])
+
     assert config.include == ("*.mlp.*",)
     assert config.exclude == ("*.0.*",)
     assert config.reason_left_dense(DOWN) is None
     assert config.reason_left_dense(QUERY) == "not in include"
     assert config.reason_left_dense("model.layers.0.mlp.down_proj") == "exclude"
+
     assert FistaPruningConfig().reason_left_dense("model.layers.0.mlp.down_proj") is None
 
 
@@ -151,8 +165,10 @@ def test_include_and_exclude():
 )
 def test_json_round_trip(config, tmp_path):
     assert through_json(config) == config
+
     config.save_pretrained(tmp_path / "saved")
     saved = FistaPruningConfig.from_pretrained(tmp_path / "saved")
+
     assert saved == config
     assert [*saved.overrides] == [*config.overrides]  # the first match counts
     assert set(json.loads((tmp_path / "saved" / "pruning_config.json").read_text())) == {
@@ -166,8 +182,13 @@ def test_a_pruned_folder_has_its_configuration(tmp_path):
     (tmp_path / "fista" / "report.json").write_text(
         json.dumps({"config": config.to_dict(), "operators": []})
     )
+
     assert FistaPruningConfig.from_pretrained(tmp_path) == config
+
+
+def test_a_folder_without_a_configuration_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
+
     with pytest.raises(
         FileNotFoundError, match=r"empty' holds neither fista/report.json nor pruning_config.json"
     ):
@@ -177,13 +198,19 @@ def test_a_pruned_folder_has_its_configuration(tmp_path):
 def test_json_that_is_no_configuration(tmp_path):
     file = tmp_path / "half.json"
     file.write_text("{")
+
     with pytest.raises(ValueError, match=r"config '.*half\.json' is not JSON: Expecting"):
         FistaPruningConfig.from_pretrained(file)
+
     file.write_text("0.5")
+
     with pytest.raises(
         ValueError, match=r"half\.json' holds a JSON float: pass an object of options"
     ):
         FistaPruningConfig.from_pretrained(file)
+
+
+def test_unknown_options_are_named():
     with pytest.raises(
         ValueError, match=r"unknown options 'sparcity', 'zeros': pass some of sparsity, pattern"
     ):
@@ -192,6 +219,7 @@ def test_json_that_is_no_configuration(tmp_path):
 
 def test_paper_settings():
     config = FistaPruningConfig.paper(0.5)
+
     assert config.method == "fista"
     assert config.resolved().error_correction == "intra"
     assert (config.resolved().allocation, config.resolved().residual_correction) == ("uniform", 0)
@@ -217,7 +245,9 @@ def test_a_recipe_holds_only_what_differs_from_the_defaults():
         assert all(value != defaults[key] for key, value in settings.items())
         assert FistaPruningConfig.recipe(name) == FistaPruningConfig.from_dict(settings)
     assert FistaPruningConfig.recipe("default") == FistaPruningConfig()
+
     assert FistaPruningConfig.recipe("paper", sparsity=0.6) == FistaPruningConfig.paper(0.6)
+
     with pytest.raises(ValueError, match="recipe='slow': pass one of 'default', 'fast', 'paper'"):
         FistaPruningConfig.recipe("slow")
 
@@ -226,8 +256,11 @@ def test_options_win_over_a_recipe():
     config = FistaPruningConfig.recipe(
         "fast", pattern="2:4", residual_correction=0.5, error_correction="full"
     )
+
     assert config == FistaPruningConfig(
         pattern="2:4", residual_correction=0.5, error_correction="full"
     )
+
     config = FistaPruningConfig.recipe("paper", method="wanda", seed=3)
+
     assert config == FistaPruningConfig(method="wanda", seed=3)  # without the options of FISTA

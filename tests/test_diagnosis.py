@@ -22,6 +22,7 @@ def doctor(monkeypatch, capsys):
 
 def test_a_machine_that_prunes(doctor):
     code, shown = doctor("cpu")
+
     assert code == 0
     assert shown.endswith("\nall checks passed\n")
     for words in (f"torch {torch.__version__}", "GiB free of"):
@@ -33,12 +34,14 @@ def test_a_machine_that_prunes(doctor):
 def test_rates_and_the_dtype_of_a_run(doctor, monkeypatch):
     rates = {torch.float32: 97.4, torch.bfloat16: 0.043, torch.float16: 1234.5}
     monkeypatch.setattr(diagnosis, "_rate", lambda _, dtype: rates[dtype])
-    monkeypatch.setattr(
-        diagnosis,
-        "choose_products",
-        lambda _, __, stored: ("", "widened")[stored == torch.bfloat16],
-    )
+
+    def choose_products(name, device, stored):
+        return "widened" if stored == torch.bfloat16 else "float32"
+
+    monkeypatch.setattr(diagnosis, "choose_products", choose_products)
+
     _, shown = doctor("cpu")
+
     assert "products:       float32 97, bfloat16 0.043, float16 1,234 GFLOP/s" in shown
     assert (
         "bfloat16 model: a run multiplies in float32; bfloat16 would take 2,265 times as long"
@@ -50,17 +53,21 @@ def test_rates_and_the_dtype_of_a_run(doctor, monkeypatch):
 
 
 def test_a_device_that_prunes_wrongly(doctor, monkeypatch):
-    prune, calls = FistaPruner.prune, []
+    prune = FistaPruner.prune
+    pruned_models = []
 
     def wrong(self, model, *arguments):
+        """Prune rightly at the first call, which is the CPU's, and wrongly later."""
         report = prune(self, model, *arguments)
-        if calls:
+        if pruned_models:
             model.model.layers[0].mlp.up_proj.weight.data.mul_(3)
-        calls.append(model)
+        pruned_models.append(model)
         return report
 
     monkeypatch.setattr(FistaPruner, "prune", wrong)
+
     code, shown = doctor("cpu", "cpu:0")
+
     assert code == 1
     assert "pruning:        FAILED: ValueError: relative distance" in shown
     assert shown.endswith("\nchecks that failed: 1\n")
@@ -68,7 +75,9 @@ def test_a_device_that_prunes_wrongly(doctor, monkeypatch):
 
 def test_a_device_that_computes_nothing(doctor, monkeypatch):
     monkeypatch.setattr(diagnosis, "_describe", lambda device: "no description")
+
     code, shown = doctor("cpu", "meta")
+
     assert code == 1
     assert "pruning:        FAILED: " in shown
     assert shown.endswith("\nchecks that failed: 1\n")
@@ -79,6 +88,8 @@ def test_home_folders_are_not_named(doctor, monkeypatch):
         raise OSError(f"can't write to {Path.home()}/models")
 
     monkeypatch.setattr(FistaPruner, "prune", fail)
+
     code, shown = doctor("cpu")
+
     assert code == 1
     assert "FAILED: OSError: can't write to ~/models" in shown

@@ -63,10 +63,10 @@ def surroundings():
 
 
 class Inside(PruningCallback):
-    """Keeps what surrounds the solver."""
+    """Keeps what surrounds the solver, as `surroundings` returns it."""
 
     def on_operator_end(self, operator):
-        self.seen = surroundings()
+        self.surroundings = surroundings()
 
 
 def prune_in_memory(inside, batches, given, tmp_path):
@@ -79,21 +79,21 @@ def prune_files(inside, batches, given, tmp_path):
     FistaPruner(progress=False, callbacks=[inside]).prune(
         tmp_path / "dense", batches, output_dir=tmp_path / "out"
     )
-    return {
-        k: v
-        for path in sorted((tmp_path / "out").glob("*.safetensors"))
-        for k, v in load_file(path).items()
-    }
+    tensors = {}
+    for path in sorted((tmp_path / "out").glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
 
 
 def solve(inside, batches, given, tmp_path):
     generator = torch.Generator().manual_seed(0)
     with numerical_environment(), torch.no_grad():
-        weight, inputs = (torch.randn(n, 32, generator=generator) for n in (16, 90))
+        weight = torch.randn(16, 32, generator=generator)
+        inputs = torch.randn(90, 32, generator=generator)
         problem = LayerProblem(weight, InputStatistics(inputs.T @ inputs, 90, inputs.mean(0)))
-        found = create_method("fista").prune(problem, Unstructured(0.5))
-        inside.seen = surroundings()
-    return {"weight": found.weight, "mask": found.mask}
+        solution = create_method("fista").prune(problem, Unstructured(0.5))
+        inside.surroundings = surroundings()
+    return {"weight": solution.weight, "mask": solution.mask}
 
 
 RUNS = [prune_in_memory, prune_files, solve]
@@ -116,22 +116,38 @@ def undisturbed(tmp_path_factory):
     ],
 )
 def test_a_run_sets_its_own_and_restores_the_callers(around, run, undisturbed, tmp_path):
-    model, tokens, inside = tiny_llama(), tiny_tokens(), Inside()
+    model = tiny_llama()
+    tokens = tiny_tokens()
+    inside = Inside()
+
     with around():
         outside = surroundings()
-        found = run(inside, [batch.clone() for batch in tokens.split(4)], model, tmp_path)
+        batches = [batch.clone() for batch in tokens.split(4)]
+        result = run(inside, batches, model, tmp_path)
         assert surroundings() == outside
-    assert same(found, undisturbed[run])
-    assert inside.seen == (False, torch.float32, torch.device("cpu"), False, False, "ieee", "ieee")
+
+    assert same(result, undisturbed[run])
+    assert inside.surroundings == (
+        False,
+        torch.float32,
+        torch.device("cpu"),
+        False,
+        False,
+        "ieee",
+        "ieee",
+    )
 
 
 def test_weights_that_change_are_not_cached_by_the_callers_autocast():
-    layer, outputs = torch.nn.Linear(4, 4, bias=False), []
+    layer = torch.nn.Linear(4, 4, bias=False)
+    outputs = []
+
     with torch.autocast("cpu", torch.bfloat16), numerical_environment():
         for _ in range(2):
             with torch.autocast("cpu", torch.bfloat16):
                 outputs.append(layer(torch.ones(1, 4)))
             layer.weight.data.mul_(2)
+
     assert torch.equal(outputs[1], 2 * outputs[0])
 
 

@@ -159,7 +159,7 @@ def _num_measured(request: PruneRequest) -> int:
     whole_parts = request.config.whole_parts
     if whole_parts is not None and any(part.kind == "experts" for part in whole_parts.shares):
         return 0
-    return math.ceil(LEAST_TOKENS / _length(request))
+    return math.ceil(LEAST_TOKENS / _length(request))  # tokens that a perplexity needs
 
 
 def _length(request: PruneRequest) -> int:

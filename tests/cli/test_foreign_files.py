@@ -25,21 +25,25 @@ QUICK = [
     "--method",
     "magnitude",
 ]
+# Files of others.
 FILES = [
     "notes.txt",
     "sub/config.json",
     "sub/deep/model.safetensors",
     "fista/mine.txt",
     "adapter.safetensors",
+    "journal/lock.txt",
+    ".hidden",
+    "model.bin",
 ]
-FILES += ["journal/lock.txt", ".hidden", "model.bin"]
+# Files of others with names that files of a model have.
 ALIKE = [
     "README.md",
     "tokenizer.json",
     "generation_config.json",
     "fista/report.json",
     "vocab.json",
-]  # a model's names
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +51,8 @@ def world(tmp_path_factory, tiny_folder, text_file, pruned_folder):
     """What command lines start from: models dense (multimodal and FP8 too), pruned, packed and in memory, a text."""
     folder = tmp_path_factory.mktemp("world")
     assert main(["pack", str(pruned_folder), "-o", str(folder / "packed")]) == 0
-    pruner, model = (
-        FistaPruner(FistaPruningConfig(method="magnitude"), progress=False),
-        tiny_llama(),
-    )
+    pruner = FistaPruner(FistaPruningConfig(method="magnitude"), progress=False)
+    model = tiny_llama()
     pruner.prune(model, tiny_tokens().split(4))
     dense = [tiny_folder, save_llava_folder(folder / "multimodal"), fp8_deepseek(folder / "fp8")]
     tiny_tokenizer().save_pretrained(dense[-1])
@@ -59,17 +61,20 @@ def world(tmp_path_factory, tiny_folder, text_file, pruned_folder):
 
 
 def identity(path: Path) -> tuple:
-    found = path.lstat()
+    """What tells whether a file was replaced or changed: its number, and its content or the target of a link."""
+    status = path.lstat()
     if path.is_symlink():
-        return found.st_ino, os.readlink(path)
-    return found.st_ino, found.st_mode, found.st_mtime_ns, path.read_bytes()
+        return status.st_ino, os.readlink(path)
+    return status.st_ino, status.st_mode, status.st_mtime_ns, path.read_bytes()
 
 
 def snapshot(root: Path) -> dict[Path, tuple]:
+    """The identity of every file and link in a folder, at any depth."""
     return {path: identity(path) for path in root.rglob("*") if path.is_symlink() or path.is_file()}
 
 
 def foreign(folder: Path, chance: random.Random, names: list[str]) -> None:
+    """Write some files of others, with random ones of these names, and a link into a folder."""
     for name in chance.sample(names, chance.randint(1, len(names) - 1)):
         if not os.path.lexists(folder / name):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -86,11 +91,9 @@ def scene(root: Path, chance: random.Random, world: dict, overwrite: bool) -> di
     foreign(root / ".out.old.mine", chance, FILES)
     if chance.random() < 0.15:
         foreign(root / "out.unfinished", chance, FILES)
-    place, kind = (
-        root / "out",
-        chance.choice(["none", "empty", "others", "alike", "pruned", "packed", "link", "file"]),
-    )
-    model: set[Path] = set()
+    place = root / "out"
+    kind = chance.choice(["none", "empty", "others", "alike", "pruned", "packed", "link", "file"])
+    model: set[Path] = set()  # files that may be replaced
     if kind == "link":
         place = root / "behind"
         (root / "out").symlink_to("behind")
@@ -105,12 +108,13 @@ def scene(root: Path, chance: random.Random, world: dict, overwrite: bool) -> di
         foreign(place, chance, FILES if kind == "others" else FILES + ALIKE)
     elif kind == "empty":
         place.mkdir()
-    return {path: found for path, found in snapshot(root).items() if path not in model}
+    return {path: state for path, state in snapshot(root).items() if path not in model}
 
 
 def command(
     chance: random.Random, world: dict, output: str, overwrite: bool
 ) -> tuple[str, list[str]]:
+    """A random command that writes to `output`: its kind and its words; "save" stands for `save_pretrained`."""
     kind = chance.choice(["prune", "prune", "prune --packed", "pack", "unpack", "save", "save"])
     flags = ["--output", output, *(["--overwrite"] if overwrite else [])]
     if kind.startswith("prune"):
@@ -129,14 +133,17 @@ def command(
 
 def test_no_command_line_changes_a_file_of_others(world, tmp_path, monkeypatch):
     ended: Counter = Counter()
+
     for seed in range(40):
-        chance, root = random.Random(seed), tmp_path / str(seed)
+        chance = random.Random(seed)
+        root = tmp_path / str(seed)
         root.mkdir()
         monkeypatch.chdir(root)
         overwrite = chance.random() < 0.5
         before = scene(root, chance, world, overwrite)
         outputs = ["out", "./out/", str(root / "out")] * 3 + [".", ".."]
         kind, flags = command(chance, world, chance.choice(outputs), overwrite)
+
         try:
             with killed_at(chance.choice([chance.randint(0, 60), 10**9])):
                 if kind == "save":
@@ -150,6 +157,8 @@ def test_no_command_line_changes_a_file_of_others(world, tmp_path, monkeypatch):
             ended[kind, "killed"] += 1
         except (OSError, ValueError):
             ended[kind, 1] += 1
+
         after = snapshot(root)
         assert {path: after.get(path) for path in before} == before, (seed, kind, flags)
+
     assert {code for _, code in ended} == {0, 1, "killed"}, ended

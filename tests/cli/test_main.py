@@ -42,6 +42,7 @@ def test_help_explains_every_argument_of_every_command():
     (subparsers,) = [
         action for action in build_parser()._actions if isinstance(action.choices, dict)
     ]
+
     assert (*subparsers.choices,) == COMMANDS
     assert all(
         action.help for command in subparsers.choices.values() for action in command._actions
@@ -51,7 +52,9 @@ def test_help_explains_every_argument_of_every_command():
 @pytest.mark.parametrize("command", [*COMMANDS, None])
 def test_help_fits_two_screens(command, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
+
     assert run(*filter(None, [command]), "--help") == 0
+
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) <= 2 * 50
     assert (f"optimum-fista {command} --help-all shows the other options." in shown) == (
@@ -61,15 +64,19 @@ def test_help_fits_two_screens(command, monkeypatch, capsys):
 
 def test_help_of_the_whole_names_every_command(capsys):
     assert run("--help") == 0
+
     shown = capsys.readouterr().out
     assert all(re.search(rf"^    {command}\s", shown, re.M) for command in COMMANDS)
+
     assert run("--version") == 0
+
     assert capsys.readouterr().out.strip() == f"optimum-fista {optimum_fista.__version__}"
 
 
 @pytest.mark.parametrize("flag", ["--sparsty", "--sparsty=0.5"])
 def test_a_flag_that_is_misspelt_is_answered_by_its_command(flag, capsys):
     assert run("prune", "model", flag) == 2
+
     said = capsys.readouterr().err
     assert said.startswith("usage: optimum-fista prune MODEL")
     assert said.endswith(f"unknown: {flag}; did you mean --sparsity?\n")
@@ -86,9 +93,11 @@ def test_help_is_quick_because_nothing_heavy_is_imported(tmp_path):
                 pass
         print("loaded:", *sorted({{"torch", "transformers", "numpy", "datasets"}} & set(sys.modules)))
     """
+
     process = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
     )
+
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines()[-1] == "loaded:"
 
@@ -100,9 +109,11 @@ def test_a_report_is_written_without_transformers(pruned_folder, tmp_path):
         assert main(["report", {str(pruned_folder)!r}, "--output", "page.html"]) == 0
         print("loaded:", *sorted({{"transformers", "accelerate", "datasets", "scipy"}} & set(sys.modules)))
     """
+
     process = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
     )
+
     assert process.stdout.splitlines()[-1] == "loaded:", process.stderr
 
 
@@ -164,7 +175,9 @@ def test_errors_are_one_line_and_exit_with_1(error, shown, monkeypatch, capsys):
         raise error
 
     monkeypatch.setattr("optimum_fista.cli.verify.run", fail)
+
     assert run("verify", "folder") == 1
+
     assert capsys.readouterr().err.startswith(shown)
 
 
@@ -173,7 +186,9 @@ def test_an_interrupt_exits_with_130(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("optimum_fista.cli.verify.run", interrupt)
+
     assert run("verify", "folder") == 130
+
     assert capsys.readouterr().err == "interrupted\n"
 
 
@@ -182,14 +197,18 @@ def test_a_bug_is_not_hidden(monkeypatch):
         raise AttributeError("a bug")
 
     monkeypatch.setattr("optimum_fista.cli.verify.run", fail)
+
     with pytest.raises(AttributeError):
         run("verify", "folder")
 
 
 def test_a_command_that_is_misspelt_is_answered_with_the_nearest(capsys):
     assert run("prun", "model") == 2
+
     assert capsys.readouterr().err.endswith("unknown command: prun; did you mean prune?\n")
+
     assert run("xyz") == 2
+
     assert f"unknown command: xyz; pass one of {COMMANDS[0]}, " in capsys.readouterr().err
 
 

@@ -37,27 +37,31 @@ def require_private(folder: Path, home: Path) -> None:
 
 
 def test_a_streamed_run_and_what_is_made_of_its_folder(home):
-    model, text = home / "models/tiny", home / "texts/sea.txt"
+    model = home / "models/tiny"
+    text = home / "texts/sea.txt"
     prune = ["prune", str(model), "--calibration", str(text), *QUICK]
+
     assert main([*prune, "--output", str(home / "dense")]) == 0
     assert main(["report", str(home / "dense")]) == 0
     assert main(["pack", str(home / "dense"), "--output", str(home / "packed")]) == 0
     assert main(["unpack", str(home / "packed"), "--output", str(home / "unpacked")]) == 0
     assert main([*prune, "--output", str(home / "written-packed"), "--packed"]) == 0
+
     for name in ("dense", "packed", "unpacked", "written-packed"):
         require_private(home / name, home)
 
 
 def test_a_model_in_memory(home):
     source = home / "models" / "tiny"
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(source),
-        AutoTokenizer.from_pretrained(source),
-    )
+    model = AutoModelForCausalLM.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+
     pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
     report = pruner.prune(
         model, tiny_tokens().split(4), calibration_source=str(home / "texts" / "sea.txt")
     )
+
     assert (report.model["name"], report.calibration["source"]) == ("tiny", "sea.txt")
+
     pruner.save_pretrained(model, home / "out", tokenizer)
     require_private(home / "out", home)

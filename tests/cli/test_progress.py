@@ -29,9 +29,12 @@ def shown_of(capsys, model, **options) -> str:
 
 def test_a_bar_shows_operators_and_layers_and_is_taken_away(capsys):
     shown = shown_of(capsys, tiny_llama(num_hidden_layers=3), method="wanda")
+
     assert "\r0 of 3 decoder layers done: mlp.up_proj, fit error 0." in shown
+
     errors = r"fit error 0\.\d{4} on average, 0\.\d{4} at most"
     layer = rf"\rdecoder layer 1 \(2 of 3\): {errors} \((self_attn|mlp)\.\w+_proj\)"
+
     assert re.search(
         layer + r"\n\r2 of 3 decoder layers done \|.*\| 00:\d\d gone, 00:\d\d left", shown
     )
@@ -54,6 +57,7 @@ def test_every_stage_of_a_run_from_files_has_a_bar(capsys, tmp_path):
                 output_dir=tmp_path / "pruned",
                 device="cpu",
             )
+
     shown = capsys.readouterr().err
     names = [
         "Hashing weights",
@@ -80,6 +84,7 @@ def test_layers_of_an_earlier_start_are_called_done_already(capsys, num_done):
     with closing(Progress(num_done)) as progress:
         progress.on_layers_begin(6, {3: 1.0, 4: 1.0})
         progress.on_layer_end(3, LayerReport("model.layers.3", None, 0.0), [])
+
     shown = capsys.readouterr().err
     assert shown.startswith("4 of 6 decoder layers are done already") == bool(num_done)
     assert (
@@ -91,7 +96,8 @@ def test_layers_of_an_earlier_start_are_called_done_already(capsys, num_done):
 def test_bars_of_any_command_become_lines_now_and_then_unless_a_terminal_shows_them(
     monkeypatch, terminal
 ):
-    stream, now = (Terminal if terminal else io.StringIO)(), [0.0]
+    stream = Terminal() if terminal else io.StringIO()
+    now = [0.0]  # seconds
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(main.time, "monotonic", lambda: now[0])
 
@@ -110,6 +116,7 @@ def test_bars_of_any_command_become_lines_now_and_then_unless_a_terminal_shows_t
         return 0
 
     assert main.execute(argparse.Namespace(fista_run=command, quiet=False)) == 0
+
     bars = "\rSampling: 1%\rSampling: 31%\rSampling: 32%\rSampling: 62%\n\n\rSaving\x1b[A\r\n"
     bars += "a warning\n\rtwo\nlines\n\rinterruptedan error\n"
     lines = "Sampling: 1%\nSampling: 32%\nSaving\na warning\n\rtwo\nlines\ninterrupted\nan error\n"

@@ -48,7 +48,9 @@ def config_of(folder: Path) -> FistaPruningConfig:
 
 def test_flags_reach_the_configuration(prune, tmp_path):
     flags = ["--recipe", "fast", "--pattern", "2:4", "--error-correction", "full", "--seed", "3"]
+
     assert prune(*flags, "--include", "*.mlp.*", "--include", "*.o_proj", "--exclude", "*.1.*") == 0
+
     names = {"include": ("*.mlp.*", "*.o_proj"), "exclude": ("*.1.*",)}
     config = FistaPruningConfig.recipe(
         "fast", pattern="2:4", error_correction="full", seed=3, **names
@@ -59,14 +61,18 @@ def test_flags_reach_the_configuration(prune, tmp_path):
 
 def test_flags_override_a_configuration_file(prune, tmp_path):
     file = tmp_path / "config.json"
+
     saved = FistaPruningConfig(
         pattern="2:4", method="wanda", error_correction="none", exclude=("*.0.*",), seed=2
     )
+
     file.write_text(json.dumps(saved.to_dict()))
+
     assert prune("--config", file, "--sparsity", "0.25", "--seed", "4") == 0
     expected = FistaPruningConfig(
         0.25, method="wanda", error_correction="none", exclude=("*.0.*",), seed=4
     )
+
     assert config_of(tmp_path / "out") == expected.resolved()
 
 
@@ -97,7 +103,9 @@ def test_errors_are_one_line(prune, tmp_path, capsys, monkeypatch, flags, messag
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     Path("taken").touch()
+
     assert prune(*flags) == 1
+
     said = capsys.readouterr().err.splitlines()
     (error,) = [line for line in said if line.startswith("error: ")]
     assert message in error
@@ -107,7 +115,9 @@ def test_errors_are_one_line(prune, tmp_path, capsys, monkeypatch, flags, messag
 
 def test_what_can_t_be_pruned_is_refused_before_the_model_writes_text(prune, monkeypatch, capsys):
     monkeypatch.setattr("optimum_fista.text.calibration_tokens.sample_text_from_model", None)
+
     assert prune("--calibration", "self", "--include", "*.nothing") == 1
+
     assert "error: " in capsys.readouterr().err
 
 
@@ -139,7 +149,9 @@ def test_a_model_of_the_hub_is_pruned_by_its_id_and_pushed(hub, tiny_folder, tex
         journal.Journal.keep_layer = keep
         raise SystemExit(main({arguments!r}))"""
     process = run_with_hub(hub, code, tmp_path)
+
     assert_pushed(hub, process, tmp_path / "out", "tester/tiny-50")
+
     assert verify_checkpoint(tmp_path / "out").num_operators == 14
     assert "base_model: tester/dense" in (tmp_path / "out" / "README.md").read_text()
 
@@ -153,13 +165,17 @@ def test_a_run_that_was_interrupted_goes_on_with_the_text_it_sampled(
 ):
     with interrupted_after(0):
         assert prune("--calibration", "self", "--method", "wanda") == 130
+
     assert (
         "\nfinished decoder layers are kept: give the same command again to resume\n"
         in capsys.readouterr().err
     )
     assert not (tmp_path / "out").exists()
+
     monkeypatch.setattr("optimum_fista.text.calibration_tokens.sample_text_from_model", None)
+
     assert prune("--calibration", "self", "--method", "wanda") == 0
+
     assert "1 of 2 decoder layers are done already\n" in capsys.readouterr().err
     assert verify_checkpoint(tmp_path / "out").num_operators == 14
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -167,6 +183,7 @@ def test_a_run_that_was_interrupted_goes_on_with_the_text_it_sampled(
 
 def test_a_model_that_writes_its_own_text_is_measured_on_another(prune, tmp_path, capsys):
     assert prune("--method", "wanda", "--calibration", "self") == 0
+
     found = report_of(tmp_path / "out")["perplexity"]
     assert (found["text"], found["num_tokens"]) == ("pydoc", 4096)
     per_byte = math.log2(found["dense"]) / found["bits_per_byte"]["dense"]
@@ -181,7 +198,8 @@ def test_a_model_that_writes_its_own_text_is_measured_on_another(prune, tmp_path
 def test_sampled_text_that_is_damaged_or_of_another_model_is_sampled_again(
     tiny_folder, tmp_path, change
 ):
-    source, keep = Path(shutil.copytree(tiny_folder, tmp_path / "model")), tmp_path / "journal"
+    source = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    keep = tmp_path / "journal"
 
     def tokens(kept: Path) -> torch.Tensor:
         return calibration_tokens_by_name(str(source), "self", 4, 8, 0, device="cpu", keep_in=kept)
@@ -192,7 +210,9 @@ def test_sampled_text_that_is_damaged_or_of_another_model_is_sampled_again(
         tiny_llama(initializer_range=1.0).save_pretrained(source)
     else:
         file.write_bytes(file.read_bytes()[:-8])
+
     wanted = tokens(tmp_path / "elsewhere")
+
     assert torch.equal(first, wanted) == (change != "another model")
     assert torch.equal(tokens(keep), wanted)
 
@@ -200,24 +220,32 @@ def test_sampled_text_that_is_damaged_or_of_another_model_is_sampled_again(
 def test_a_run_of_other_settings_in_the_same_folder(prune, tmp_path, monkeypatch, capsys):
     with interrupted_after(0):
         assert prune("--method", "wanda") == 130
+
     capsys.readouterr()
+
     with monkeypatch.context() as patched:  # refused before any text is sampled
         patched.setattr("optimum_fista.text.calibration_tokens.calibration_tokens_by_name", None)
         assert prune("--method", "wanda", "--num-samples", "9") == 1
         assert "was another one (sequences was 8, is 9)" in capsys.readouterr().err
         assert prune("--method", "wanda", "--sparsity", "0.25") == 1
+
     assert "was another one (config.sparsity was 0.5, is 0.25)" in capsys.readouterr().err
+
     assert prune("--method", "wanda", "--sparsity", "0.25", "--overwrite") == 0
 
 
 def test_text_that_took_hours_is_kept_whatever_is_begun_with_it(prune, tmp_path, monkeypatch):
     monkeypatch.setattr(journal.Journal, "keep_budgets", interrupt)
     mine = ["--calibration", "self", "--method", "wanda"]
+
     assert prune(*mine, "--overwrite") == 130
+
     (kept,) = (tmp_path / "out.unfinished" / "journal").glob("calibration-*")
     whole = kept.read_bytes()
+
     assert prune(*mine, "--dtype", "bfloat16") == 130  # another run, which writes its own text
     assert prune(*mine, "--allocation", "fisher", "--overwrite") == 130
+
     assert kept.read_bytes() == whole
 
 
@@ -225,6 +253,7 @@ def test_a_run_that_resumes_takes_the_batches_it_began_with(prune, text_file, ca
     with interrupted_after(0):
         assert prune("--method", "wanda", "--batch-size", "4") == 130
     assert prune("--method", "wanda") == 0
+
     assert (
         f"8 x 16 tokens of {text_file}, batches of 4"
         in capsys.readouterr().err.split("decoder layers are kept")[1]
@@ -235,6 +264,7 @@ def test_names_of_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("4fe1b2").mkdir()
     Path("my model").symlink_to("4fe1b2")
+
     assert default_output("my model", FistaPruningConfig(0.625)) == Path("my model-62.5pct")
     assert default_output("owner/Llama-1B", FistaPruningConfig(pattern="2:4")) == Path(
         "Llama-1B-2of4"
@@ -245,6 +275,8 @@ def test_names_of_folders(tmp_path, monkeypatch):
 
 def test_a_short_text_is_for_the_calibration_alone(prune, tmp_path, capsys):
     (tmp_path / "short.txt").write_text(TEXT[: 8 * 16])  # a token a letter
+
     assert prune("--method", "wanda", "--calibration", tmp_path / "short.txt") == 0
+
     assert report_of(tmp_path / "out")["perplexity"] is None
     assert "perplexity" not in capsys.readouterr().out.split("next:")[0]

@@ -14,6 +14,7 @@ def test_a_dry_run_writes_nothing_and_needs_no_weights(tiny_folder, tmp_path, ca
     monkeypatch.chdir(tmp_path)
     flags = ["--dry-run", "--method", "wanda", "--pattern", "2:4", "--exclude", "*.0.*", *QUICK]
     shown = []
+
     for model in ("config.json", ".", str(tiny_folder)):
         inside = model == "."  # where a run would be refused
         assert main(["prune", model, *flags, "--calibration", "c4"]) == int(inside)
@@ -22,6 +23,7 @@ def test_a_dry_run_writes_nothing_and_needs_no_weights(tiny_folder, tmp_path, ca
             "lies in the folder that is read, '.': pass a folder outside of it" in said.err
         ) == inside
         shown.append(said.out.split("\ntime ")[0])
+
     assert shown[0] == shown[1] == shown[2]
     assert "7 operators with 7,680 weights; 3,840 become zero (50.0%)" in shown[0]
     assert "left dense (exclude): model.layers.0.self_attn.q_proj" in shown[0]
@@ -42,15 +44,19 @@ def test_a_dry_run_takes_the_flags_of_a_run(tiny_folder, capsys, monkeypatch):
         "--dtype",
         "bfloat16",
     ]
+
     assert (
         main(["prune", str(tiny_folder), *flags, "--device", "cpu", "--storage-device", "cpu"]) == 0
     )
+
     shown = capsys.readouterr().out
     assert "in bfloat16" in shown
     assert "4 x 32 tokens that the model writes itself, batches of 2" in shown
     assert "note: --calibration self loads the whole model" in shown
     assert "forward passes" in shown
+
     assert main(["prune", str(tiny_folder), *flags, "--device", "cpu", "--held-out", "2"]) == 0
+
     assert (
         "6 x 32 tokens (2 held out) that the model writes itself, batches of 2"
         in capsys.readouterr().out
@@ -62,6 +68,7 @@ def test_a_run_that_may_be_killed_is_announced(tiny_folder, tmp_path, capsys, mo
     flags = ["--calibration", str(tmp_path / "text.txt"), "--method", "magnitude", *QUICK]
     free = [2**40, 2**10]
     monkeypatch.setattr("optimum_fista.memory.available_bytes", lambda device: free.pop(0))
+
     for output, words in (("enough", 0), ("little", 1)):
         assert main(["prune", str(tiny_folder), "--output", str(tmp_path / output), *flags]) == 0
         assert capsys.readouterr().err.count("warning: this run is estimated to need") == words
@@ -81,7 +88,9 @@ def test_a_model_that_can_not_be_estimated_is_pruned(tiny_folder, tmp_path, caps
         "--method",
         "magnitude",
     ]
+
     assert main(["prune", str(tiny_folder), *flags, *QUICK]) == 0
+
     assert (
         "note: memory could not be estimated: no such operation on meta tensors"
         in capsys.readouterr().err
@@ -92,6 +101,7 @@ def test_a_model_that_is_too_large_to_write_text_is_given_text(tiny_folder, caps
     small = SimpleNamespace(total=2**10, available=2**40)
     monkeypatch.setattr("optimum_fista.memory.psutil.virtual_memory", lambda: small)
     monkeypatch.setattr("optimum_fista.estimate.Estimate.seconds", {})
+
     for flags, words in (
         ([], "tokens of c4 (to write its own text, the whole model would"),
         (["--calibration", "self"], "tokens that the model writes itself, batches"),

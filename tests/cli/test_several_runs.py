@@ -72,13 +72,16 @@ def test_the_card_and_the_page_are_about_the_first_model_and_have_a_row_for_each
     page = (folders / "zeros/fista/report.html").read_text()
     card = ModelCard.load(folders / "zeros/README.md").text
 
-    size, left = first.model["dense_num_parameters"], first.model["num_parameters"]
+    size = first.model["dense_num_parameters"]
+    left = first.model["num_parameters"]
     assert "\n# dense, layers:0.5, then 2:4\n" in card
     assert "<h1>dense, layers:0.5, then 2:4</h1>" in page
     assert f"Before that, earlier runs removed {size - left:,} of {size:,} parameters" in card
-    dense, given = first.perplexity["dense"], report.perplexity["dense"]
+    dense = first.perplexity["dense"]
+    given = report.perplexity["dense"]
     assert given == pytest.approx(first.perplexity["pruned"], rel=1e-6)
-    zeros, after = report.totals["num_zeros"], report.perplexity["pruned"]
+    zeros = report.totals["num_zeros"]
+    after = report.perplexity["pruned"]
     rows = [
         f"| dense |  |  | {size:,} | {dense:.2f} |",
         f"| layers:0.5 | wanda | {size - left:,} parameters | {left:,} | {given:.2f} |",

@@ -26,7 +26,9 @@ def test_what_was_removed_is_said_wherever_zeros_would_be(smaller, capsys):
     assert str(read_report(smaller)).startswith(
         f"4 operators pruned by wanda, {REMOVED}; fit error"
     )
+
     assert main(["verify", str(smaller)]) == 0
+
     assert capsys.readouterr().out == f"{smaller}: 4 operators keep their pattern, {REMOVED}\n"
     card = (smaller / "README.md").read_text()
     assert REMOVED in card
@@ -46,22 +48,30 @@ def test_decoder_layers_that_went_are_named(tiny_folder, text_file, tmp_path, ca
         assert f"| decoder layers removed | {named} |" in (output / "README.md").read_text()
         assert main(["verify", str(output), "--dense", str(tiny_folder)]) == 0
         assert main(["report", str(output)]) == int(pattern == "layers:0.5")
+
     assert f"<p>Decoder layers {named}" in (output / "fista" / "report.html").read_text()
     assert "names no pruned operator: only decoder layers were removed" in capsys.readouterr().err
 
 
 def test_experts_that_went_are_counted_in_every_command(text_file, tmp_path, capsys):
-    dense, folder = tmp_path / "dense", tmp_path / "smaller"
+    dense = tmp_path / "dense"
+    folder = tmp_path / "smaller"
     tiny_model("mixtral").save_pretrained(dense)
     tiny_tokenizer().save_pretrained(dense)
     flags = ["--pattern", "experts:0.5", *QUICK, "--calibration", str(text_file)]
+
     assert main(["prune", str(dense), "-o", str(folder), *flags]) == 0
+
     left = "2 of 4 experts left in each of 2 mixtures (REAP), fit error of their outputs"
     assert left in capsys.readouterr().out
     assert left in (folder / "README.md").read_text()
+
     assert main(["verify", str(folder), "--dense", str(dense)]) == 0
+
     assert ": 0 operators and 2 mixtures keep their pattern, " in capsys.readouterr().out
+
     assert main(["prune", str(dense), "--dry-run", *flags, "--no-expert-refit"]) == 0
+
     assert (
         "left dense (keeps 2 of 4 experts): model.layers.0.mlp.experts" in capsys.readouterr().out
     )

@@ -41,95 +41,107 @@ def parameters_of(folder) -> int:
 def test_a_size_is_reached_by_tokens_that_the_text_lacks_and_then_by_channels(
     dense, text, tmp_path, capsys
 ):
-    folder, flags = tmp_path / "sized", ["--method", "wanda", *QUICK, "--calibration", str(text)]
+    folder = tmp_path / "sized"
+    flags = ["--method", "wanda", *QUICK, "--calibration", str(text)]
     command = ["prune", str(dense), "-o", str(folder), "--target-size", "0.8", *flags]
+
     with interrupted_after(0):
         assert main(command) == 130
     capsys.readouterr()
-    tokens = tmp_path / "sized-tokens"
+
     assert main(command) == 0
-    first, second = read_report(tokens), read_report(folder)
+
+    # The first run removed tokens, and the second one channels.
+    printed = capsys.readouterr()
+    tokens = tmp_path / "sized-tokens"
+    first = read_report(tokens)
+    second = read_report(folder)
     share = second.config["pattern"]
-    gone = first.model["vocabulary"]["before"] - first.model["vocabulary"]["kept"]
-    left, before = first.model["num_parameters"], first.model["dense_num_parameters"]
-    said, out = capsys.readouterr()[::-1]
-    total = gone + first.model["vocabulary"]["kept"]
-    assert f"vocab:unused: {gone:,} of {total:,} tokens, which the text never has, go first" in said
-    assert f"{left:,} parameters are left ({left / before:.2%})" in said
-    after = second.model["num_parameters"]
-    assert f"then {share}: {after:,} parameters are left ({after / before:.2%})" in said
-    assert "not measured" in said  # the text is too short
-    assert "nothing" not in said
-    assert (
-        f"recover {folder} --teacher {dense} " in out
-    )  # the dense model, not that with fewer tokens
-    one_channel_more = 2 * 3 * 32
-    assert share.startswith("channels:0.")
-    assert 0.8 * before - one_channel_more < second.model["num_parameters"] <= 0.8 * before < left
-    assert kept_tokens(folder).tolist() == kept_tokens(tokens).tolist()
     assert [step.pattern for step in second.steps] == ["vocab:unused", share]
-    gone = before - second.model["num_parameters"]
-    in_all = f"{gone:,} of {before:,} parameters removed ({gone / before:.2%}, "
-    assert in_all in out
+    assert share.startswith("channels:0.")
+    assert kept_tokens(folder).tolist() == kept_tokens(tokens).tolist()
+
+    before = first.model["dense_num_parameters"]
+    after_first = first.model["num_parameters"]
+    after_second = second.model["num_parameters"]
+    one_channel_more = 2 * 3 * 32
+    assert 0.8 * before - one_channel_more < after_second <= 0.8 * before < after_first
+
+    num_kept = first.model["vocabulary"]["kept"]
+    total = first.model["vocabulary"]["before"]
+    gone = f"{total - num_kept:,} of {total:,} tokens"
+    assert f"vocab:unused: {gone}, which the text never has, go first" in printed.err
+    assert f"{after_first:,} parameters are left ({after_first / before:.2%})" in printed.err
+    left = f"{after_second:,} parameters are left ({after_second / before:.2%})"
+    assert f"then {share}: {left}" in printed.err
+    assert "not measured" in printed.err  # the text is too short
+    assert "nothing" not in printed.err
+    # The teacher is the dense model, not that with fewer tokens.
+    assert f"recover {folder} --teacher {dense} " in printed.out
+
+    num_removed = before - after_second
+    in_all = f"{num_removed:,} of {before:,} parameters removed ({num_removed / before:.2%}, "
     card = (folder / "README.md").read_text()
+    assert in_all in printed.out
     assert in_all in card
     assert f"# {dense.name}, vocab:unused, then {share}\n" in card
+
+    # The result can be pruned again.
     flags = ["--method", "wanda", "--pattern", "2:4", *QUICK, "--calibration", str(text)]
+
     assert main(["prune", str(folder), "-o", str(tmp_path / "zeros"), *flags]) == 0
+
     patterns = [step.pattern for step in read_report(tmp_path / "zeros").steps]
     assert patterns == ["vocab:unused", share, "2:4"]
+
     assert main(["verify", str(tmp_path / "zeros")]) == 0
 
 
 def test_tokens_that_an_earlier_start_removed_are_those_of_the_model_as_it_is_now(
     dense, text, tmp_path, capsys
 ):
-    model, folder, file = (
-        shutil.copytree(dense, tmp_path / "model"),
-        tmp_path / "sized",
-        "model.safetensors",
-    )
-    flags = [
-        "-o",
-        str(folder),
-        "--target-size",
-        "0.8",
-        "--method",
-        "wanda",
-        *QUICK,
-        "--calibration",
-        str(text),
-    ]
+    model = shutil.copytree(dense, tmp_path / "model")
+    folder = tmp_path / "sized"
+    flags = ["-o", str(folder), "--target-size", "0.8"]
+    flags += ["--method", "wanda", *QUICK, "--calibration", str(text)]
+
     with interrupted_after(0):
         assert main(["prune", str(model), *flags]) == 130
+
     first = tensors_of(tmp_path / "sized-tokens")
-    save_file(
-        {name: 2 * tensor for name, tensor in tensors_of(model).items()},
-        model / file,
-        {"format": "pt"},
-    )
-    assert (
-        main(["prune", str(shutil.copytree(model, tmp_path / "other")), *flags]) == 1
-    )  # it may be a model of its own
+    doubled = {name: 2 * tensor for name, tensor in tensors_of(model).items()}
+    save_file(doubled, model / "model.safetensors", {"format": "pt"})
+    other = shutil.copytree(model, tmp_path / "other")
+
+    # What the folder holds may be a model of its own.
+    assert main(["prune", str(other), *flags]) == 1
+
     assert "sized-tokens' already holds a model" in capsys.readouterr().err
+
     assert main(["prune", str(model), *flags, "--overwrite"]) == 0
+
     for name in ("sized", "sized-tokens"):
         assert torch.equal(
             tensors_of(tmp_path / name)["lm_head.weight"], 2 * first["lm_head.weight"]
         )
+
     report = tmp_path / "sized-tokens" / "fista" / "report.json"
     report.write_text(json.dumps(json.loads(report.read_text()) | {"retrained": True}))
     shutil.rmtree(folder)
-    assert main(["prune", str(model), *flags]) == 1  # weights that were trained are not made again
+
+    # Weights that were trained are not replaced.
+    assert main(["prune", str(model), *flags]) == 1
+
     assert "sized-tokens' already holds a model" in capsys.readouterr().err
+
     shutil.rmtree(tmp_path / "sized-tokens")
     again = [*QUICK, "--calibration", str(text), "-o", str(tmp_path / "sized-tokens")]
-    assert (
-        main(["prune", str(dense), "--pattern", "channels:0.25", "--method", "wanda", *again]) == 0
-    )
-    assert (
-        main(["prune", str(model), *flags, "--overwrite"]) == 1
-    )  # that is for `sized`, and this is something else
+    again += ["--pattern", "channels:0.25", "--method", "wanda"]
+    assert main(["prune", str(dense), *again]) == 0
+
+    # --overwrite is for `sized`, and the other folder holds the result of another run now.
+    assert main(["prune", str(model), *flags, "--overwrite"]) == 1
+
     assert "sized-tokens' already holds a model" in capsys.readouterr().err
     assert read_report(tmp_path / "sized-tokens").config["pattern"] == "channels:0.25"
 
@@ -137,7 +149,9 @@ def test_tokens_that_an_earlier_start_removed_are_those_of_the_model_as_it_is_no
 def test_a_size_that_tokens_reach_needs_one_run(dense, text, tmp_path, capsys):
     folder = tmp_path / "sized"
     command = ["prune", str(dense), "-o", str(folder), "--target-size", "0.97", *QUICK]
+
     assert main([*command, "--calibration", str(text), "--keep-tokens", "zebra"]) == 0
+
     report = read_report(folder)
     before = report.model["dense_num_parameters"]
     said = capsys.readouterr()
@@ -157,7 +171,9 @@ def test_a_size_is_reached_by_channels_alone_if_no_text_says_which_tokens_are_ra
 ):
     folder = tmp_path / "sized"
     flags = ["--method", "wanda", *QUICK, "--calibration", "self"]
+
     assert main(["prune", str(dense), "-o", str(folder), "--target-size", "0.9", *flags]) == 0
+
     assert "no token is removed: a model's own text is too short to tell" in capsys.readouterr().err
     assert read_report(folder).model["num_parameters"] <= 0.9 * parameters_of(dense)
 
@@ -179,10 +195,15 @@ def test_all_texts_are_read_and_the_first_is_enough_if_they_have_all_tokens(
         *QUICK,
     ]
     command += ["--calibration", str(text), "--calibration"]
+
     assert main([*command, str(tmp_path / "latin.txt")]) == 1
-    assert "error: source" in (said := capsys.readouterr().err)
+
+    said = capsys.readouterr().err
+    assert "error: source" in said
     assert "no token is removed" not in said
+
     assert main([*command, str(tmp_path / "all.txt")]) == 0
+
     assert "all 356 tokens would stay" in capsys.readouterr().err
 
 
@@ -203,7 +224,9 @@ def test_all_texts_are_read_and_the_first_is_enough_if_they_have_all_tokens(
 )
 def test_sizes_that_make_no_sense(dense, text, tmp_path, capsys, flags, message):
     text = ["--calibration", str(text)]
+
     assert main(["prune", str(dense), "-o", str(tmp_path / "out"), *text, *QUICK, *flags]) == 1
+
     assert message in capsys.readouterr().err
     assert not any(file.is_dir() for file in tmp_path.iterdir())
 
@@ -222,6 +245,7 @@ def test_a_dry_run_counts_once_and_says_what_both_runs_leave(
     monkeypatch.setattr("optimum_fista.estimate.Estimate.seconds", None)  # no layer is tried
     flags = ["--method", "wanda", *QUICK, "--calibration", str(text), "--dry-run"]
     command = ["prune", str(dense), "-o", str(tmp_path / "sized"), *flags]
+
     for size, last in ((0.97, "vocab:0."), (0.8, "then channels:0.")):
         counted.clear()
 
@@ -232,6 +256,7 @@ def test_a_dry_run_counts_once_and_says_what_both_runs_leave(
         assert lines[-1].startswith(last)
         assert " s" not in lines[-1]
         assert len(counted) == 1
+
     assert not any(file.is_dir() for file in tmp_path.iterdir())
 
 
