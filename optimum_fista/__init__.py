@@ -61,7 +61,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use, so that the imports of one do not cost the others."""
     if name not in _HOMES:
         raise AttributeError(f"module 'optimum_fista' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"optimum_fista.{_HOMES[name]}"), name)
+    module = importlib.import_module(f"optimum_fista.{_HOMES[name]}")
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -220,8 +220,9 @@ class Estimate:
         removal = plan_removal(prunable_layers(self.model, loaded=False), config)
         source = None
         if folder is not None:
+            # Tensors stay as they are stored if the run only removes parts.
             stays_quantized = files_dtypes and removal.keeps_values
-            with loading.reading(str(folder)):
+            with loading.reading(str(folder)):  # errors name the folder
                 source = source_tensors(
                     self.model,
                     folder,
@@ -435,7 +436,7 @@ class Estimate:
         logits = num_logits * (self._value_bytes + 3 * _FLOAT32)
         return {"whole model": self.weight_bytes, "keys and values": keys, "logits": logits}
 
-    def _ends(self) -> float:
+    def _embedding_and_head(self) -> float:
         """Count the bytes of the embedding and the head; 0 if they are pages of files, or of a model loaded whole.
 
         `self._reads_files` is False then. Each is a matrix of `self._vocabulary` * `self._hidden` weights.
@@ -465,7 +466,7 @@ class Estimate:
         # Those of all these models, of the model as it is, and of the first layer, which further rounds start from.
         streams = len(self.layers) + 2
         parts = {
-            "embedding and head": self._ends(),
+            "embedding and head": self._embedding_and_head(),
             "logits": self._loss_bytes(self.length),
             "float32 copies": self._head_copy(),
         }
@@ -486,7 +487,7 @@ class Estimate:
             num_weights.append(sum(parameter.numel() for parameter in layer.parameters()))
         largest = max(num_weights)
         parts = {
-            "embedding and head": self._ends(),
+            "embedding and head": self._embedding_and_head(),
             "logits, gradients": num_logits * (2 * self._value_bytes + 3 * _FLOAT32),
             "float32 copies": _FLOAT32 * largest if self._widens else 0,
         }
@@ -579,7 +580,7 @@ class Estimate:
         """Yield the moments of measuring the perplexity after the last decoder layer: first the head, then the loss."""
         together = max(1, LOGITS_TOGETHER // self.length)  # sequences whose logits are held
         tokens = min(LOGITS_TOGETHER, together * self.length)
-        ends = {"embedding and head": self._ends()}
+        ends = {"embedding and head": self._embedding_and_head()}
         waiting = 2 * self._num_held_out * self._sequence_bytes
         if self._widens:
             # The product is float32, and then rounded.

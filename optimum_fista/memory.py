@@ -122,7 +122,7 @@ def watched_memory(device: torch.device) -> Iterator[MemoryPeak]:
     ended = threading.Event()
 
     def watch() -> None:
-        """Raise the values of `peak` to what the process holds, until `ended` is set, and once after that."""
+        """Raise the values of `peak` to what the process holds, until the event `ended` is set, and once after that."""
         is_last = False
         while not is_last:
             is_last = ended.is_set()
