@@ -24,30 +24,44 @@ def weights(folder: Path) -> Path:
 
 
 def cut(share: float) -> Damage:
-    return lambda folder: os.truncate(weights(folder), int(share * weights(folder).stat().st_size))
+    """Leave only the first `share` of a file of the weights."""
 
-
-def tensors(file: str, edit: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
     def damage(folder: Path) -> None:
-        path = folder / file if file else weights(folder)
-        with safe_open(path, "pt") as opened:
-            metadata = opened.metadata()
-        found = {name: tensor.clone() for name, tensor in load_file(path).items()}
-        edit(found)
-        save_file(found, path, metadata=metadata)
+        path = weights(folder)
+        os.truncate(path, int(share * path.stat().st_size))
 
     return damage
 
 
-def drop(found: dict[str, torch.Tensor]) -> None:
-    del found[next(name for name in found if "q_proj" in name)]
+def tensors(file: str, edit: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
+    """Let `edit` change the tensors of a file, by name; "" is a file of the weights."""
+
+    def damage(folder: Path) -> None:
+        path = folder / file if file else weights(folder)
+        with safe_open(path, "pt") as opened:
+            metadata = opened.metadata()
+        weights_by_name = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        edit(weights_by_name)
+        save_file(weights_by_name, path, metadata=metadata)
+
+    return damage
 
 
-def reshape(found: dict[str, torch.Tensor]) -> None:
-    found[next(name for name in found if "q_proj" in name)] = torch.ones(7)
+def name_of_query(weights_by_name: dict[str, torch.Tensor]) -> str:
+    return next(name for name in weights_by_name if "q_proj" in name)
+
+
+def drop(weights_by_name: dict[str, torch.Tensor]) -> None:
+    del weights_by_name[name_of_query(weights_by_name)]
+
+
+def reshape(weights_by_name: dict[str, torch.Tensor]) -> None:
+    weights_by_name[name_of_query(weights_by_name)] = torch.ones(7)
 
 
 def index(text: str) -> Damage:
+    """Give the weights an index file with this text, which names other files than there are."""
+
     def damage(folder: Path) -> None:
         path = weights(folder)
         path.rename(folder / "other.safetensors")
@@ -58,12 +72,15 @@ def index(text: str) -> Damage:
 
 
 def text(file: str, content: str | bytes) -> Damage:
+    """Write other content to a file."""
     return lambda folder: (folder / file).write_bytes(
         content if isinstance(content, bytes) else content.encode()
     )
 
 
 def values(file: str, **changes: Any) -> Damage:
+    """Change values of a JSON file."""
+
     def damage(folder: Path) -> None:
         path = folder / file
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -72,6 +89,8 @@ def values(file: str, **changes: Any) -> Damage:
 
 
 def operator(**changes: Any) -> Damage:
+    """Change values of the first operator in the report."""
+
     def damage(folder: Path) -> None:
         path = folder / REPORT
         report = json.loads(path.read_text())
@@ -81,7 +100,9 @@ def operator(**changes: Any) -> Damage:
     return damage
 
 
-CONFIG, REPORT, MASKS = "config.json", "fista/report.json", "fista/masks.safetensors"
+CONFIG = "config.json"
+REPORT = "fista/report.json"
+MASKS = "fista/masks.safetensors"
 WEIGHTS = {
     "header cut": cut(0.01),
     "half": cut(0.5),
@@ -122,12 +143,10 @@ REPORTS = {
     "layers are numbers": values(REPORT, layers=[1]),
 }
 INDEX = {
-    "index of numbers": index(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": 3}}))
-}
-INDEX |= {
+    "index of numbers": index(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": 3}})),
     "metadata is a number": index(
         json.dumps({"metadata": 3, "weight_map": {"lm_head.weight": "other"}})
-    )
+    ),
 }
 MASK_FILES = {
     "Git LFS": text(MASKS, LFS),

@@ -9,7 +9,7 @@ from optimum_fista.report import PruningReport
 
 
 @pytest.mark.parametrize(
-    ("found", "word"),
+    ("changes", "word"),
     [
         ({}, "usable as it is"),
         ({"pruned": 90.0}, "broken: prune less"),
@@ -18,7 +18,7 @@ from optimum_fista.report import PruningReport
         ({"dense": 40.0, "pruned": 41.0}, "no verdict: the dense model is no better than chance"),
     ],
 )
-def test_a_verdict_rests_on_enough_text_that_others_wrote(found, word):
+def test_a_verdict_rests_on_enough_text_that_others_wrote(changes, word):
     report = PruningReport({}, {}, {})
     report.perplexity = {
         "dense": 20.0,
@@ -26,7 +26,7 @@ def test_a_verdict_rests_on_enough_text_that_others_wrote(found, word):
         "num_tokens": 4096,
         "text": None,
         "vocabulary": 64,
-    } | found
+    } | changes
     report.perplexity["bits_per_byte"] = {"dense": 1.0, "pruned": 1.25}
 
     (shown,) = verdicts(report)

@@ -184,13 +184,16 @@ def test_a_run_that_was_interrupted_goes_on_with_the_text_it_sampled(
 def test_a_model_that_writes_its_own_text_is_measured_on_another(prune, tmp_path, capsys):
     assert prune("--method", "wanda", "--calibration", "self") == 0
 
-    found = report_of(tmp_path / "out")["perplexity"]
-    assert (found["text"], found["num_tokens"]) == ("pydoc", 4096)
-    per_byte = math.log2(found["dense"]) / found["bits_per_byte"]["dense"]
-    assert per_byte == pytest.approx(math.log2(found["pruned"]) / found["bits_per_byte"]["pruned"])
-    assert (
-        0.8 < per_byte <= 1
-    )  # a token is a letter, and the text has some that the tokenizer does not know
+    perplexity = report_of(tmp_path / "out")["perplexity"]
+    assert perplexity["text"] == "pydoc"
+    assert perplexity["num_tokens"] == 4096
+    bits_per_byte = perplexity["bits_per_byte"]
+    bytes_per_token = math.log2(perplexity["dense"]) / bits_per_byte["dense"]
+    # A token is a letter, and the text has some that the tokenizer does not know.
+    assert 0.8 < bytes_per_token <= 1
+    assert math.log2(perplexity["pruned"]) / bits_per_byte["pruned"] == pytest.approx(
+        bytes_per_token
+    )
     assert "on 4,096 tokens of pydoc that no weight was fitted to" in capsys.readouterr().out
 
 
