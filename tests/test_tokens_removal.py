@@ -22,10 +22,13 @@ def test_a_request_is_read_and_written(text, request_):
     assert FistaPruningConfig(pattern=text).tokens_removal == request_
 
 
-def test_patterns_of_other_kinds_are_no_requests():
-    for text in ("2:4", "channels:0.25", "unstructured"):
-        assert TokensRemoval.read(text) is None
-        assert FistaPruningConfig(pattern=text).tokens_removal is None
+@pytest.mark.parametrize("text", ["2:4", "channels:0.25", "unstructured"])
+def test_patterns_of_other_kinds_are_no_requests(text):
+    assert TokensRemoval.read(text) is None
+    assert FistaPruningConfig(pattern=text).tokens_removal is None
+
+
+def test_a_request_is_no_pattern():
     with pytest.raises(ValueError, match=r"pattern='vocab:0\.35': pass 'unstructured'"):
         parse_pattern("vocab:0.35")
 
@@ -79,8 +82,12 @@ def test_a_share_that_leaves_none_or_all_is_refused():
         TokensRemoval(0.01).num_kept(128)
 
 
-def test_a_number_of_tokens_is_said_in_few_digits():
-    for num_kept in (31_936, 64, 49_088):
-        request = TokensRemoval.keeping(num_kept, 49_152)
-        assert request.num_kept(49_152) == num_kept
+@pytest.mark.parametrize("num_kept", [31_936, 64, 49_088])
+def test_a_request_for_a_number_of_tokens_keeps_this_number(num_kept):
+    request = TokensRemoval.keeping(num_kept, 49_152)
+
+    assert request.num_kept(49_152) == num_kept
+
+
+def test_a_request_for_a_number_of_tokens_is_written_in_few_digits():
     assert str(TokensRemoval.keeping(31_936, 49_152)) == "vocab:0.35"

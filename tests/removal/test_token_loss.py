@@ -1,6 +1,5 @@
 """Bits per byte before and after tokens are removed: measured on text that was held out, by one model for both."""
 
-import json
 import math
 from pathlib import Path
 
@@ -37,6 +36,7 @@ def smaller(dense) -> Path:
 
 
 def prune_tokens(folder: Path, output: Path, texts: list, pattern: str = "vocab:unused"):
+    """Remove tokens from the model in `folder`, and return the report."""
     pruner = FistaPruner(FistaPruningConfig(pattern=pattern), progress=False)
     return pruner.prune(folder, texts, output_dir=output, calibration_source="sea.txt")
 
@@ -45,17 +45,20 @@ def bits_of(folder: Path, texts: list[str], bos: bool) -> tuple[float, int]:
     """Bits per byte of texts and their number of tokens, by the model and tokenizer in a folder."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    nats = num_bytes = num_tokens = 0
+    nats = 0.0
+    num_bytes = 0
+    num_tokens = 0
     for text in texts:
         encoded = tokenizer(text, return_offsets_mapping=True)
         ids = encoded["input_ids"]
         num_tokens += len(ids)
         predicted = text if bos else text[encoded["offset_mapping"][0][1] :]
         num_bytes += len(predicted.encode())
-        ids = torch.tensor([[1, *ids] if bos else ids])
+
+        sequence = torch.tensor([1, *ids] if bos else ids)
         with torch.no_grad():
-            logits = model(ids).logits
-        nats += float(cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum"))
+            (logits,) = model(sequence.unsqueeze(0)).logits
+        nats += float(cross_entropy(logits[:-1], sequence[1:], reduction="sum"))
     return nats / math.log(2) / num_bytes, num_tokens
 
 
@@ -64,16 +67,12 @@ def test_one_model_measures_what_the_dense_and_the_smaller_model_lose(
     dense, smaller, tmp_path, bos
 ):
     texts = ["the sea is deep", "zebras yodel at the sky", "größe 東"]
-    tokenizers = [
-        Tokenizer.from_str(json.dumps(json.loads((folder / "tokenizer.json").read_text())))
-        for folder in (dense, smaller)
-    ]
 
     numbers = measure_bits_per_byte(
         str(dense),
         texts,
-        dense_tokenizer=tokenizers[0],
-        smaller_tokenizer=tokenizers[1],
+        dense_tokenizer=Tokenizer.from_file(str(dense / "tokenizer.json")),
+        smaller_tokenizer=Tokenizer.from_file(str(smaller / "tokenizer.json")),
         kept=kept_tokens(smaller),
         bos=bos,
         offload_folder=tmp_path,
@@ -86,7 +85,8 @@ def test_one_model_measures_what_the_dense_and_the_smaller_model_lose(
     bits_pruned, num_tokens_pruned = bits_of(smaller, texts, bos is not None)
     assert numbers["dense"] == pytest.approx(bits, rel=1e-5)
     assert numbers["pruned"] == pytest.approx(bits_pruned, rel=1e-5)
-    assert (numbers["num_tokens"], numbers["num_tokens_pruned"]) == (num_tokens, num_tokens_pruned)
+    assert numbers["num_tokens"] == num_tokens
+    assert numbers["num_tokens_pruned"] == num_tokens_pruned
     assert num_tokens_pruned > num_tokens
 
 
@@ -106,10 +106,9 @@ def test_a_run_measures_on_text_that_it_did_not_count(dense, tmp_path):
 
 def test_a_batch_that_the_caller_holds_out_is_measured_on(dense, tmp_path):
     ids = bpe_tokenizer()(text_of(RARE, 8), return_tensors="pt")["input_ids"]
+    held_out = {"input_ids": ids, "held_out": True}
 
-    report = prune_tokens(
-        dense, tmp_path / "smaller", [text_of(COMMON), {"input_ids": ids, "held_out": True}]
-    )
+    report = prune_tokens(dense, tmp_path / "smaller", [text_of(COMMON), held_out])
 
     assert report.bits_per_byte["num_tokens"] == ids.numel()
     assert report.bits_per_byte["num_tokens_pruned"] > 2 * ids.numel()

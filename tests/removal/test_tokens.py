@@ -48,16 +48,24 @@ def unigram_tokenizer(size: int = 64) -> PreTrainedTokenizerFast:
 
 
 def remove_tokens(folder: Path, output: Path, pattern="vocab:unused", texts=(TEXT,), **options):
+    """Remove tokens from the model in `folder`; `options` are those of the configuration."""
     pruner = FistaPruner(FistaPruningConfig(pattern=pattern, **options), progress=False)
     return pruner.prune(folder, texts, output_dir=output)
 
 
 def change_json(file: Path, **values) -> None:
+    """Replace or add values of a JSON object in a file."""
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def json_of(file: Path) -> dict:
+    """The JSON object in a file."""
+    return json.loads(file.read_text())
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory) -> Path:
+    """A dense model with 356 tokens and 8 rows of no token; do not write to it."""
     return save(tmp_path_factory.mktemp("vocabulary") / "dense")
 
 
@@ -66,6 +74,14 @@ def smaller(dense) -> Path:
     """The dense model with the tokens of `TEXT`; do not write to it."""
     remove_tokens(dense, dense.with_name("smaller"))
     return dense.with_name("smaller")
+
+
+def assert_rows_are_cut(before: dict, after: dict, cut: set[str], kept: torch.Tensor) -> None:
+    """The tensors called `cut` have their rows `kept` only; the others are equal."""
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        expected = tensor[kept] if name in cut else tensor
+        assert torch.equal(after[name], expected), name
 
 
 @pytest.mark.parametrize(
@@ -78,63 +94,72 @@ def test_a_text_whose_tokens_stay_has_the_logits_of_the_dense_model(tmp_path, ro
         save_file(
             tensors | {HEAD: tensors.pop(EMBEDDING)}, dense / "model.safetensors", {"format": "pt"}
         )
+
     with pytest.warns(UserWarning, match="8 of the 364 rows of the embedding belong to no token"):
         report = remove_tokens(dense, tmp_path / "smaller")
+
     kept = kept_tokens(tmp_path / "smaller")
-    networks = [
-        AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("dense", "smaller")
-    ]
-    tokenizers = [AutoTokenizer.from_pretrained(tmp_path / name) for name in ("dense", "smaller")]
-    old, new = (tokenizer(TEXT[:200], return_tensors="pt")["input_ids"] for tokenizer in tokenizers)
-    assert torch.equal(kept[new], old)
-    assert (
-        tokenizers[1].decode(tokenizers[1](string.printable + "é東").input_ids)
-        == string.printable + "é東"
-    )
-    weights, found = tensors_of(dense), tensors_of(tmp_path / "smaller")
-    assert weights.keys() == found.keys()
-    assert all(
-        torch.equal(found[name], weights[name][kept] if name in rows else weights[name])
-        for name in weights
-    )
-    with torch.no_grad():
-        wanted, logits = (
-            model(ids).logits for model, ids in zip(networks, (old, new), strict=True)
-        )
-    torch.testing.assert_close(logits, wanted[..., kept])
-    assert (
-        networks[1].config.vocab_size == len(kept) == len(tokenizers[1]) == 320
-    )  # a multiple of 64
+    assert len(kept) == 320  # a multiple of 64
     assert report.removed.endswith("with 320 of 364 tokens")
 
+    smaller_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "smaller")
+    old_ids = AutoTokenizer.from_pretrained(dense)(TEXT[:200], return_tensors="pt")["input_ids"]
+    new_ids = smaller_tokenizer(TEXT[:200], return_tensors="pt")["input_ids"]
+    other_text = string.printable + "é東"
+    assert len(smaller_tokenizer) == 320
+    assert torch.equal(kept[new_ids], old_ids)
+    assert smaller_tokenizer.decode(smaller_tokenizer(other_text).input_ids) == other_text
 
-def test_a_share_goes_tokens_that_are_asked_for_stay_and_batches_count_as_texts(dense, tmp_path):
+    assert_rows_are_cut(tensors_of(dense), tensors_of(tmp_path / "smaller"), rows, kept)
+
+    smaller_model = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
+    with torch.no_grad():
+        dense_logits = AutoModelForCausalLM.from_pretrained(dense)(old_ids).logits
+        logits = smaller_model(new_ids).logits
+    torch.testing.assert_close(logits, dense_logits[..., kept])
+    assert smaller_model.config.vocab_size == 320
+
+
+def test_a_share_is_removed_and_tokens_that_are_asked_for_stay(dense, tmp_path):
+    tokenizer = bpe_tokenizer()
+
+    remove_tokens(
+        dense, tmp_path / "smaller", pattern="vocab:0.18/1", keep_tokens=["xylophones", 340]
+    )
+
+    kept = kept_tokens(tmp_path / "smaller").tolist()
+    asked_for = {340, *tokenizer.encode("xylophones"), *tokenizer.encode(" xylophones")}
+    assert len(kept) == round(364 * 0.82)
+    assert asked_for <= set(kept)
+
+
+def test_batches_count_as_texts(dense, tmp_path):
     ids = bpe_tokenizer()(TEXT, return_tensors="pt")["input_ids"]
+    texts = (text for text in (TEXT, ""))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     held_out = {"input_ids": torch.full((1, 4), 300), "held_out": "other"}
-    options = {"pattern": "vocab:0.18/1", "keep_tokens": ["xylophones", 340]}
-    for name, texts in (("texts", (t for t in (TEXT, ""))), ("batches", [batch, held_out])):
-        report = remove_tokens(dense, tmp_path / name, texts=texts, **options)
-        assert report.calibration["num_tokens"] == ids.numel()
-    kept = kept_tokens(tmp_path / "texts")
-    assert len(kept) == round(364 * 0.82)
-    assert {340, *bpe_tokenizer().encode("xylophones"), *bpe_tokenizer().encode(" xylophones")} <= {
-        *kept.tolist()
-    }
-    assert torch.equal(kept, kept_tokens(tmp_path / "batches"))
+
+    of_texts = remove_tokens(dense, tmp_path / "texts", "vocab:0.18/1", texts)
+    of_batches = remove_tokens(dense, tmp_path / "batches", "vocab:0.18/1", [batch, held_out])
+
+    assert of_texts.calibration["num_tokens"] == ids.numel()
+    assert of_batches.calibration["num_tokens"] == ids.numel()
+    assert torch.equal(kept_tokens(tmp_path / "texts"), kept_tokens(tmp_path / "batches"))
 
 
 def test_what_a_chat_template_writes_stays(dense, tmp_path):
-    folder, rare = shutil.copytree(dense, tmp_path / "dense"), {*bpe_tokenizer().encode(" zebras")}
-    assert not rare <= {
-        *(remove_tokens(dense, tmp_path / "without"), kept_tokens(tmp_path / "without").tolist())[1]
-    }
+    folder = shutil.copytree(dense, tmp_path / "dense")
+    rare = set(bpe_tokenizer().encode(" zebras"))
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
     (folder / "chat_template.jinja").write_text(
         refuses + "{% for m in messages %} zebras{{ m.content }}{% endfor %}"
     )
+
+    remove_tokens(dense, tmp_path / "without")
     remove_tokens(folder, tmp_path / "with")
-    assert rare <= {*kept_tokens(tmp_path / "with").tolist()}
+
+    assert not rare <= set(kept_tokens(tmp_path / "without").tolist())
+    assert rare <= set(kept_tokens(tmp_path / "with").tolist())
 
 
 def test_a_chat_template_that_does_not_end_is_skipped_with_a_warning(dense, tmp_path):
@@ -153,10 +178,9 @@ def test_a_chat_template_that_does_not_end_is_skipped_with_a_warning(dense, tmp_
 
 
 def test_ids_are_renumbered_in_every_file_and_old_tokenizer_files_are_gone(dense, tmp_path):
-    folder, last = (
-        shutil.copytree(dense, tmp_path / "dense"),
-        bpe_tokenizer().convert_tokens_to_ids("<image>"),
-    )
+    folder = shutil.copytree(dense, tmp_path / "dense")
+    smaller = tmp_path / "smaller"
+    last = bpe_tokenizer().convert_tokens_to_ids("<image>")
     ids = {
         "eos_token_id": [2, last],
         "suppress_tokens": [300, -1],
@@ -171,38 +195,35 @@ def test_ids_are_renumbered_in_every_file_and_old_tokenizer_files_are_gone(dense
     change_json(
         folder / "tokenizer_config.json", added_tokens_decoder={last: {"content": "<image>"}}
     )
-    for name in (
-        "vocab.json",
-        "merges.txt",
-        "tokenizer.model",
-        "added_tokens.json",
-        "special_tokens_map.json",
-    ):
+    old_files = {"vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"}
+    for name in (*old_files, "special_tokens_map.json"):
         (folder / name).write_text("{}")
     (folder / "encoder.py").write_text("")  # custom code
-    (folder / "._generation_config.json").write_bytes(
-        b"\x00\x05\x16\x07"
-    )  # macOS writes such files
-    remove_tokens(folder, tmp_path / "smaller")
-    kept = kept_tokens(tmp_path / "smaller").tolist()
+    # macOS writes such files
+    (folder / "._generation_config.json").write_bytes(b"\x00\x05\x16\x07")
+
+    remove_tokens(folder, smaller)
+
+    kept = kept_tokens(smaller).tolist()
     new = {old: number for number, old in enumerate(kept)}
-    read = lambda name: json.loads((tmp_path / "smaller" / name).read_text())  # noqa: E731
-    wanted = {"eos_token_id": [2, new[last]], "suppress_tokens": [new[300], -1], "max_length": 300}
-    assert read("generation_config.json") == wanted | {"bad_words_ids": [[new[301], new[302]]]}
-    assert read("processor_config.json") == {
+    assert json_of(smaller / "generation_config.json") == {
+        "eos_token_id": [2, new[last]],
+        "suppress_tokens": [new[300], -1],
+        "bad_words_ids": [[new[301], new[302]]],
+        "max_length": 300,
+    }
+    assert json_of(smaller / "processor_config.json") == {
         "image": {"image_token_id": new[last]},
         "num_tokens": last,
     }
-    assert read("tokenizer_config.json")["added_tokens_decoder"] == {
+    assert json_of(smaller / "tokenizer_config.json")["added_tokens_decoder"] == {
         str(new[last]): {"content": "<image>"}
     }
-    assert read("config.json")["pad_token_id"] == new[360] == len(kept) - 1
-    assert (
-        AutoTokenizer.from_pretrained(tmp_path / "smaller").convert_tokens_to_ids("<image>")
-        == new[last]
-    )
-    names = {file.name for file in (tmp_path / "smaller").iterdir()}
-    assert not names & {"vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"}
+    assert json_of(smaller / "config.json")["pad_token_id"] == new[360] == len(kept) - 1
+    tokenizer = AutoTokenizer.from_pretrained(smaller)
+    assert tokenizer.convert_tokens_to_ids("<image>") == new[last]
+    names = {file.name for file in smaller.iterdir()}
+    assert not names & old_files
     assert {"tokenizer.json", "special_tokens_map.json", "encoder.py"} <= names
 
 
@@ -228,7 +249,7 @@ def test_ids_of_languages_and_tasks_are_renumbered_and_those_of_no_token_are_lef
 
 
 def with_colliding_token(folder: Path) -> Path:
-    """A copy of a model folder in whose tokenizer an added token has the id of a piece."""
+    """Change the tokenizer of a model folder, so that an added token has the id of a piece; returns the folder."""
     content = json.loads((folder / "tokenizer.json").read_text())
     model = content["model"]
     removed = [
@@ -270,17 +291,22 @@ def test_a_token_that_transformers_adds_beyond_the_rows_is_refused_by_the_run_an
 def test_a_multimodal_model_sees_its_images_as_before(tmp_path, family):
     media_model(family).save_pretrained(tmp_path / "dense")
     unigram_tokenizer().save_pretrained(tmp_path / "dense")
+
     remove_tokens(tmp_path / "dense", tmp_path / "smaller", "vocab:0.2")
-    kept, batch = kept_tokens(tmp_path / "smaller"), media_batch(family)
+
+    kept = kept_tokens(tmp_path / "smaller")
     new = {old: number for number, old in enumerate(kept.tolist())}
-    old = batch["input_ids"].clone().apply_(lambda index: index if index in new else 4)
-    dense, smaller = (
-        AutoModelForMultimodalLM.from_pretrained(tmp_path / name) for name in ("dense", "smaller")
-    )
+    batch = media_batch(family)
+    token_that_stays = 4
+    old_ids = batch["input_ids"].clone()
+    old_ids.apply_(lambda index: index if index in new else token_that_stays)
+    new_ids = old_ids.clone().apply_(new.__getitem__)
+    dense = AutoModelForMultimodalLM.from_pretrained(tmp_path / "dense")
+    smaller = AutoModelForMultimodalLM.from_pretrained(tmp_path / "smaller")
     with torch.no_grad():
-        wanted = dense(**batch | {"input_ids": old}).logits[..., kept]
-        found = smaller(**batch | {"input_ids": old.clone().apply_(new.__getitem__)}).logits
-    torch.testing.assert_close(found, wanted)
+        dense_logits = dense(**batch | {"input_ids": old_ids}).logits
+        logits = smaller(**batch | {"input_ids": new_ids}).logits
+    torch.testing.assert_close(logits, dense_logits[..., kept])
 
 
 @pytest.mark.parametrize(
@@ -288,25 +314,17 @@ def test_a_multimodal_model_sees_its_images_as_before(tmp_path, family):
 )
 def test_quantized_layers_stay_as_they_are_stored(tmp_path, make):
     folder = make(tmp_path / "dense")
+    smaller = tmp_path / "smaller"
     unigram_tokenizer().save_pretrained(folder)
-    remove_tokens(folder, tmp_path / "smaller", "vocab:0.2")
-    kept, before, after = (
-        kept_tokens(tmp_path / "smaller"),
-        tensors_of(folder),
-        tensors_of(tmp_path / "smaller"),
+
+    remove_tokens(folder, smaller, "vocab:0.2")
+
+    assert_rows_are_cut(
+        tensors_of(folder), tensors_of(smaller), {EMBEDDING, HEAD}, kept_tokens(smaller)
     )
-    rows = {"model.embed_tokens.weight", "lm_head.weight"}
-    assert before.keys() == after.keys()
-    assert all(
-        torch.equal(after[name], before[name][kept] if name in rows else before[name])
-        for name in before
-    )
-    settings = [
-        json.loads((tmp_path / n / "config.json").read_text())["quantization_config"]
-        for n in ("dense", "smaller")
-    ]
-    assert settings[0] == settings[1]
-    verify_checkpoint(tmp_path / "smaller", dense=folder)
+    settings = json_of(folder / "config.json")["quantization_config"]
+    assert json_of(smaller / "config.json")["quantization_config"] == settings
+    verify_checkpoint(smaller, dense=folder)
 
 
 def test_a_row_of_no_token_that_is_named_may_lie_between_tokens(dense, tmp_path):
@@ -321,7 +339,9 @@ def test_a_row_of_no_token_that_is_named_may_lie_between_tokens(dense, tmp_path)
     model["merges"] = [merge for merge in model["merges"] if "".join(merge) != last]
     (folder / "tokenizer.json").write_text(json.dumps(content))
     change_json(folder / "config.json", pad_token_id=hole)
+
     remove_tokens(folder, tmp_path / "smaller")
+
     kept = kept_tokens(tmp_path / "smaller", folder)
     assert int(kept[-1]) == hole < int(kept[-2])
     assert torch.equal(
@@ -334,7 +354,9 @@ def test_weights_of_pickle_lie_beside_those_of_an_adapter(dense, tmp_path):
     folder = shutil.copytree(dense, tmp_path / "dense")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+
     remove_tokens(folder, tmp_path / "smaller")
+
     verify_checkpoint(tmp_path / "smaller", dense=folder)
 
 
@@ -362,59 +384,101 @@ def test_a_pickle_that_holds_more_than_tensors_gives_one_error(dense, tmp_path, 
 
 def test_embeddings_that_the_class_does_not_load_are_cut_too(dense, tmp_path):
     folder = shutil.copytree(dense, tmp_path / "dense")
-    file, extra = (
-        folder / "model.safetensors",
-        {"mtp.norm.weight": torch.ones(32), "mtp.0.embed_tokens.weight": None},
-    )
+    file = folder / "model.safetensors"
     tensors = load_file(file)
-    extra["mtp.0.embed_tokens.weight"] = tensors["lm_head.weight"] * 2
-    save_file(tensors | extra, file, {"format": "pt"})
+    embedding = tensors[HEAD] * 2
+    norm = torch.ones(32)
+    others = {"mtp.0.embed_tokens.weight": embedding, "mtp.norm.weight": norm}
+    save_file(tensors | others, file, {"format": "pt"})
+
     report = remove_tokens(folder, tmp_path / "smaller")
-    found, kept = tensors_of(tmp_path / "smaller"), kept_tokens(tmp_path / "smaller")
-    assert torch.equal(found["mtp.0.embed_tokens.weight"], extra["mtp.0.embed_tokens.weight"][kept])
-    assert torch.equal(found["mtp.norm.weight"], extra["mtp.norm.weight"])
+
+    written = tensors_of(tmp_path / "smaller")
+    kept = kept_tokens(tmp_path / "smaller")
+    assert torch.equal(written["mtp.0.embed_tokens.weight"], embedding[kept])
+    assert torch.equal(written["mtp.norm.weight"], norm)
     assert report.model["copied"] == {"mtp": 2}
     verify_checkpoint(tmp_path / "smaller", dense=folder)
+
+
+def test_a_tensor_that_may_have_an_entry_for_each_token_is_refused(dense, tmp_path):
+    folder = shutil.copytree(dense, tmp_path / "dense")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
     save_file(tensors | {"mtp.counts": torch.ones(364)}, file, {"format": "pt"})
+
     with pytest.raises(ValueError, match=r"mtp.counts \(F32 \[364\]\) can.t be cut"):
-        remove_tokens(folder, tmp_path / "other")
+        remove_tokens(folder, tmp_path / "smaller")
 
 
-def test_a_second_run_keeps_the_table_and_runs_compose(dense, smaller, tmp_path):
-    batches, table = (
-        torch.randint(3, 320, (8, 16), generator=torch.Generator().manual_seed(0)).split(4),
-        VOCABULARY_FILE,
-    )
-    for pattern, name in (("2:4", "zeros"), ("channels:0.25/4", "channels")):
-        pruner = FistaPruner(FistaPruningConfig(pattern=pattern, method="wanda"), progress=False)
-        pruner.prune(smaller, batches, output_dir=tmp_path / name)
-        assert (tmp_path / name / table).read_bytes() == (smaller / table).read_bytes()
-        assert verify_checkpoint(tmp_path / name, dense=dense).num_equal
+def prune_with_wanda(folder: Path, output: Path, pattern: str) -> None:
+    """Prune the model with 320 tokens in `folder` in a way that needs little time."""
+    ids = torch.randint(3, 320, (8, 16), generator=torch.Generator().manual_seed(0))
+    pruner = FistaPruner(FistaPruningConfig(pattern=pattern, method="wanda"), progress=False)
+    pruner.prune(folder, ids.split(4), output_dir=output)
+
+
+def test_a_run_that_prunes_layers_and_packing_keep_the_table(dense, smaller, tmp_path):
+    prune_with_wanda(smaller, tmp_path / "zeros", "2:4")
     pack_folder(tmp_path / "zeros", tmp_path / "packed")
-    assert (tmp_path / "packed" / table).read_bytes() == (smaller / table).read_bytes()
-    remove_tokens(tmp_path / "channels", tmp_path / "twice", "vocab:0.1/1")
-    twice = kept_tokens(tmp_path / "twice")
-    embeddings = [
-        tensors_of(folder)["model.embed_tokens.weight"] for folder in (dense, tmp_path / "twice")
-    ]
-    assert torch.equal(embeddings[0][twice], embeddings[1])
-    assert json.loads((tmp_path / "twice" / table).read_text())["num_tokens"] == 364
-    verify_checkpoint(tmp_path / "twice", dense=tmp_path / "channels")
-    earlier = read_report(tmp_path / "twice").first_model.steps
+
+    assert_same_table(tmp_path / "zeros", smaller)
+    assert_same_table(tmp_path / "packed", smaller)
+    assert verify_checkpoint(tmp_path / "zeros", dense=dense).num_equal
+
+
+def assert_same_table(folder: Path, other: Path) -> None:
+    """Two folders have the same table of tokens that stay."""
+    assert (folder / VOCABULARY_FILE).read_bytes() == (other / VOCABULARY_FILE).read_bytes()
+
+
+def test_a_second_run_that_removes_tokens_continues_the_table(dense, smaller, tmp_path):
+    channels = tmp_path / "channels"
+    twice = tmp_path / "twice"
+    prune_with_wanda(smaller, channels, "channels:0.25/4")
+
+    remove_tokens(channels, twice, "vocab:0.1/1")
+
+    assert_same_table(channels, smaller)
+    assert verify_checkpoint(channels, dense=dense).num_equal
+    assert torch.equal(
+        tensors_of(dense)[EMBEDDING][kept_tokens(twice)], tensors_of(twice)[EMBEDDING]
+    )
+    assert json_of(twice / VOCABULARY_FILE)["num_tokens"] == 364
+    verify_checkpoint(twice, dense=channels)
+    earlier = read_report(twice).first_model.steps
     assert [step.pattern for step in earlier][1:] == ["channels:0.25/4"]
-    # a table that is older than the embedding, to which somebody has added rows, says nothing of it
+
+
+def test_a_table_of_another_number_of_rows_is_refused_by_verify(smaller, tmp_path):
+    twice = tmp_path / "twice"
+    remove_tokens(smaller, twice, "vocab:0.1/1")
+    shutil.copyfile(smaller / VOCABULARY_FILE, twice / VOCABULARY_FILE)
+
+    with pytest.raises(VerificationError, match="names 320 tokens, the embedding has 288 rows"):
+        verify_checkpoint(twice)
+
+
+def test_a_table_that_is_older_than_the_embedding_is_replaced(dense, smaller, tmp_path):
+    # somebody has added rows to the embedding of the smaller model
     resized = shutil.copytree(dense, tmp_path / "resized")
     shutil.copytree(smaller / "fista", resized / "fista")
+
+    remove_tokens(resized, tmp_path / "again")
+
+    assert_same_table(tmp_path / "again", smaller)
+
+
+def test_another_dtype_is_not_used_with_a_warning(dense, tmp_path):
     pruner = FistaPruner(FistaPruningConfig(pattern="vocab:unused"), progress=False)
+
     with pytest.warns(
         UserWarning,
         match="dtype=bfloat16 is not used: tensors are copied as they are stored .float32",
     ):
-        pruner.prune(resized, [TEXT], output_dir=tmp_path / "again", dtype="bfloat16")
-    assert (tmp_path / "again" / table).read_bytes() == (smaller / table).read_bytes()
-    shutil.copyfile(smaller / table, tmp_path / "twice" / table)
-    with pytest.raises(VerificationError, match="names 320 tokens, the embedding has 288 rows"):
-        verify_checkpoint(tmp_path / "twice")
+        pruner.prune(dense, [TEXT], output_dir=tmp_path / "smaller", dtype="bfloat16")
+
+    assert tensors_of(tmp_path / "smaller")[EMBEDDING].dtype == torch.float32
 
 
 BAD = {
@@ -445,40 +509,74 @@ BAD = {
 }
 
 
-def test_recovery_learns_from_a_teacher_with_all_tokens(dense, smaller, tmp_path):
-    pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False)
-    pruner.prune(smaller, torch.randint(3, 300, (2, 16)).split(1), output_dir=tmp_path / "zeros")
+@pytest.fixture
+def recovery(tmp_path) -> dict:
+    """Options of a short recovery on `TEXT`."""
     (tmp_path / "text.txt").write_text(TEXT * 3)
-    options = {
+    return {
         "calibration": str(tmp_path / "text.txt"),
         "tokens": 512,
         "sequence_length": 16,
         "held_out": 4,
+        "device": "cpu",
+        "compute_dtype": "float32",
+        "progress": False,
     }
-    options |= {"device": "cpu", "compute_dtype": "float32", "progress": False}
-    for folder in (smaller, tmp_path / "zeros"):
-        found = recover(folder, dense, tmp_path / "out", overwrite=True, **options)
-        assert found.held_out_loss < found.held_out_loss_before - 0.02
-        assert found.options["kept_tokens"] == 320
-        assert (tmp_path / "out" / VOCABULARY_FILE).read_bytes() == (
-            smaller / VOCABULARY_FILE
-        ).read_bytes()
-        verify_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.parametrize("has_zeros", [False, True], ids=["dense layers", "zeros"])
+def test_recovery_learns_from_a_teacher_with_all_tokens(
+    dense, smaller, tmp_path, recovery, has_zeros
+):
+    student = smaller
+    if has_zeros:
+        student = tmp_path / "zeros"
+        prune_with_wanda(smaller, student, "2:4")
+
+    result = recover(student, dense, tmp_path / "out", **recovery)
+
+    assert result.held_out_loss < result.held_out_loss_before - 0.02
+    assert result.options["kept_tokens"] == 320
+    assert_same_table(tmp_path / "out", smaller)
+    verify_checkpoint(tmp_path / "out")
+
+
+def test_recovery_of_a_model_that_lost_tokens_twice_learns_from_each_earlier_model(
+    dense, smaller, tmp_path, recovery
+):
     remove_tokens(smaller, tmp_path / "twice", "vocab:0.1/1")
-    for teacher in (dense, smaller):
-        found = recover(tmp_path / "twice", teacher, tmp_path / "out", overwrite=True, **options)
-        assert found.options["kept_tokens"] == 288
-        assert found.held_out_loss < found.held_out_loss_before
+
+    for name, teacher in {"first": dense, "second": smaller}.items():
+        result = recover(tmp_path / "twice", teacher, tmp_path / name, **recovery)
+
+        assert result.options["kept_tokens"] == 288
+        assert result.held_out_loss < result.held_out_loss_before
+
+
+def test_recovery_refuses_text_that_a_teacher_with_more_tokens_would_write(
+    dense, smaller, tmp_path, recovery
+):
+    options = recovery | {"calibration": "self"}
+
     with pytest.raises(
         ValueError, match=r"the teacher would write tokens that .* lacks: pass a text"
     ):
-        recover(smaller, dense, tmp_path / "other", **options | {"calibration": "self"})
+        recover(smaller, dense, tmp_path / "out", **options)
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_recovery_refuses_a_table_that_does_not_belong_to_the_tokenizer(
+    dense, smaller, tmp_path, recovery
+):
     table = shutil.copytree(smaller, tmp_path / "damaged") / VOCABULARY_FILE
-    kept = json.loads(table.read_text())["kept"]
+    kept = json_of(table)["kept"]
     change_json(table, kept=[*kept[:-1], 363])
+
     with pytest.raises(ValueError, match=r"has another vocabulary \(364 tokens\) than .* \(320\)"):
-        recover(tmp_path / "damaged", dense, tmp_path / "other", **options)
-    assert not (tmp_path / "other").exists()
+        recover(tmp_path / "damaged", dense, tmp_path / "out", **recovery)
+
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_recover_command_does_not_tell_to_pack_a_model_without_zeros(
@@ -496,7 +594,9 @@ def test_the_recover_command_does_not_tell_to_pack_a_model_without_zeros(
         "--device",
         "cpu",
     ]
+
     assert main([*command, *flags]) == 0
+
     told = capsys.readouterr().out
     assert f"optimum-fista report {tmp_path / 'out'} " in told
     assert "optimum-fista pack" not in told
@@ -506,25 +606,27 @@ def test_the_recover_command_does_not_tell_to_pack_a_model_without_zeros(
 def test_bad_input_gives_one_error_and_nothing_is_written(dense, tmp_path, spoil, options, message):
     folder = shutil.copytree(dense, tmp_path / "dense")
     spoil(folder)
+
     with pytest.raises(ValueError, match=message):
         remove_tokens(folder, tmp_path / "smaller", **options)
+
     assert [file.name for file in tmp_path.iterdir()] == ["dense"]
 
 
 def test_a_model_in_memory_is_refused():
+    pruner = FistaPruner(FistaPruningConfig(pattern="vocab:0.1"))
+
     with pytest.raises(ValueError, match="pass the model's folder or Hub id, and output_dir"):
-        FistaPruner(FistaPruningConfig(pattern="vocab:0.1")).prune(tiny_llama(), [TEXT])
+        pruner.prune(tiny_llama(), [TEXT])
 
 
 def test_the_command_counts_several_files_and_other_commands_tell_of_tokens(
     dense, tmp_path, capsys
 ):
-    for name, words in (("a.txt", COMMON), ("b.txt", RARE)):
-        (tmp_path / name).write_text(text_of(words))
-    texts, output = (
-        [f"--calibration={tmp_path / name}" for name in ("a.txt", "b.txt")],
-        tmp_path / "smaller",
-    )
+    (tmp_path / "a.txt").write_text(text_of(COMMON))
+    (tmp_path / "b.txt").write_text(text_of(RARE))
+    texts = [f"--calibration={tmp_path / name}" for name in ("a.txt", "b.txt")]
+    output = tmp_path / "smaller"
     command = [
         "prune",
         str(dense),
@@ -535,38 +637,60 @@ def test_the_command_counts_several_files_and_other_commands_tell_of_tokens(
         "--keep-tokens",
         "zebras",
     ]
+
     assert main([*command, *texts, "--dry-run"]) == 0
     assert not output.exists()
-    said = capsys.readouterr().out
+    planned = capsys.readouterr().out
+
     assert main([*command, *texts]) == 0
-    assert capsys.readouterr().out.startswith(said.strip())
+    assert capsys.readouterr().out.startswith(planned.strip())
     report = read_report(output)
     assert report.calibration["num_tokens"] == 600
     assert "--calibration a.txt --calibration b.txt" in report.command()
+    assert "with 320 of 364 tokens" in (output / "README.md").read_text()
+
     assert main(["verify", str(output), "--dense", str(dense)]) == 0
     assert "with 320 of 364 tokens" in capsys.readouterr().out
-    assert "with 320 of 364 tokens" in (output / "README.md").read_text()
+
     assert main(["report", str(output)]) == 0
     assert "320 of 364 stay" in (output / "fista" / "report.html").read_text()
+
     assert main(["pack", str(output), "-o", str(tmp_path / "packed")]) == 1
+
     assert main([*command, "--overwrite", "--calibration", "self"]) == 1
     assert "a model's own text is too short" in capsys.readouterr().err
+
     assert main(["prune", str(dense), "-o", str(tmp_path / "zeros"), *texts]) == 1
     assert "--calibration has 2 sources" in capsys.readouterr().err
 
 
-def test_the_table_of_kept_tokens_is_read_and_damage_is_named(tmp_path):
-    assert kept_tokens(tmp_path) is None
-    file = tmp_path / VOCABULARY_FILE
+def write_table(folder: Path, content: dict) -> None:
+    """Write the table of tokens that stay into a folder that has none."""
+    file = folder / VOCABULARY_FILE
     file.parent.mkdir()
-    file.write_text(json.dumps({"kept": [0, 2, 5], "num_tokens": 6}))
+    file.write_text(json.dumps(content))
+
+
+def test_the_table_of_kept_tokens_is_read(tmp_path):
+    assert kept_tokens(tmp_path) is None
+
+    write_table(tmp_path, {"kept": [0, 2, 5], "num_tokens": 6})
+
     assert kept_tokens(tmp_path).tolist() == [0, 2, 5]
-    for damaged in (
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
         {"kept": [0, 2, 2], "num_tokens": 6},
         {"kept": [6, 0], "num_tokens": 6},
         {"kept": []},
         {},
-    ):
-        file.write_text(json.dumps(damaged))
-        with pytest.raises(ValueError, match=r"vocabulary.json' is damaged"):
-            kept_tokens(tmp_path)
+    ],
+    ids=["an id twice", "an id that is too large", "no number", "empty"],
+)
+def test_damage_of_the_table_of_kept_tokens_is_named(tmp_path, content):
+    write_table(tmp_path, content)
+
+    with pytest.raises(ValueError, match=r"vocabulary.json' is damaged"):
+        kept_tokens(tmp_path)

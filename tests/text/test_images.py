@@ -20,15 +20,16 @@ ONLY_STRINGS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """A tiny model with images, and its processor."""
     return save_llava_folder(tmp_path_factory.mktemp("llava"))
 
 
-@pytest.mark.parametrize("given", ONLY_STRINGS)
+@pytest.mark.parametrize("template", ONLY_STRINGS.values(), ids=ONLY_STRINGS)
 def test_a_chat_template_that_takes_only_strings_gets_the_image_token_in_the_string(
-    folder, tmp_path, given
+    folder, tmp_path, template
 ):
     processor = AutoProcessor.from_pretrained(folder)
-    processor.chat_template = ONLY_STRINGS[given]
+    processor.chat_template = template
     Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
     text = TextSource("pictures", ["a b c"], images=[[tmp_path / "picture.png"]])
 
@@ -36,11 +37,11 @@ def test_a_chat_template_that_takes_only_strings_gets_the_image_token_in_the_str
         processor, AutoConfig.from_pretrained(folder), text, num_samples=1, length=64, seed=0
     )
 
+    ids = batch["input_ids"]
     expected = processor.tokenizer(MARK + "\na b c .", return_tensors="pt").input_ids
     num_tokens_of_image = 4
-    assert (batch["input_ids"] == IMAGE).sum() == num_tokens_of_image
-    others = batch["input_ids"][batch["input_ids"] != IMAGE]
-    assert others.tolist() == expected[expected != IMAGE].tolist()
+    assert (ids == IMAGE).sum() == num_tokens_of_image
+    assert ids[ids != IMAGE].tolist() == expected[expected != IMAGE].tolist()
     assert batch["pixel_values"].shape == (1, 3, 8, 8)
 
 

@@ -13,6 +13,7 @@ ORDINARY = VOCABULARY - 2
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
+    """BOS, EOS and 38 ordinary tokens."""
     names = ["<s>", "</s>", *(f"word{i}" for i in range(2, VOCABULARY))]
     backend = Tokenizer(
         models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="word2")
@@ -23,15 +24,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def model() -> LlamaForCausalLM:
+    """A model with more rows than the tokenizer has tokens."""
     torch.manual_seed(0)
-    shape = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "vocab_size": VOCABULARY + 8,
-    }
     config = LlamaConfig(
-        **shape, num_attention_heads=2, max_position_embeddings=64, eos_token_id=EOS
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=VOCABULARY + 8,
+        max_position_embeddings=64,
+        eos_token_id=EOS,
     )
     return LlamaForCausalLM(config)
 
@@ -41,13 +43,13 @@ def set_distribution(model: LlamaForCausalLM, logits: torch.Tensor) -> None:
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(torch.ones_like(model.model.embed_tokens.weight))
         hidden = model.model(input_ids=torch.tensor([[BOS]])).last_hidden_state[0, 0]
-        padded = torch.cat(
-            [logits, torch.full((len(model.lm_head.weight) - len(logits),), -1000.0)]
-        )
+        num_other_rows = len(model.lm_head.weight) - len(logits)
+        padded = torch.cat([logits, torch.full((num_other_rows,), -1000.0)])
         model.lm_head.weight.copy_(torch.outer(padded, hidden / hidden.dot(hidden)))
 
 
 def sample(model, tokenizer, num_samples=6, sequence_length=24, seed=0, **options) -> torch.Tensor:
+    """Self-sampled tokens, with numbers that most tests share."""
     return sample_text_from_model(model, tokenizer, num_samples, sequence_length, seed, **options)
 
 
@@ -58,7 +60,9 @@ def test_texts_start_with_bos_and_differ_from_the_next_token_on(
     model, tokenizer, monkeypatch, together, sequence_length, length
 ):
     monkeypatch.setattr(self_sampling, "SAMPLED_TOGETHER", together)
+
     samples = sample(model, tokenizer, 6, sequence_length)
+
     assert samples.shape == (6, sequence_length)
     assert samples.dtype == torch.int64
     assert (samples[:, ::length] == BOS).all()
@@ -68,28 +72,41 @@ def test_texts_start_with_bos_and_differ_from_the_next_token_on(
     assert second.max() < VOCABULARY  # the head has more rows than the tokenizer has tokens
 
 
-def test_eos_starts_where_there_is_no_bos_and_ordinary_tokens_where_there_is_neither(
+def test_texts_start_with_eos_if_there_is_no_bos(model, tokenizer):
+    tokenizer.bos_token = None
+
+    samples = sample(model, tokenizer)
+
+    assert (samples[:, 0] == EOS).all()
+
+
+def test_texts_start_with_different_ordinary_tokens_if_there_is_neither_bos_nor_eos(
     model, tokenizer
 ):
     tokenizer.bos_token = None
-    assert (sample(model, tokenizer)[:, 0] == EOS).all()
     tokenizer.eos_token = None
+
     first = sample(model, tokenizer, num_samples=9)[:, ::6]
+    with_other_seed = sample(model, tokenizer, num_samples=9, seed=1)[:, ::6]
+
     assert first.unique().numel() == 36
-    assert not torch.equal(first, sample(model, tokenizer, num_samples=9, seed=1)[:, ::6])
+    assert not torch.equal(first, with_other_seed)
 
 
 def test_a_model_that_is_sure_of_the_beginning_still_starts_differently(model, tokenizer):
     logits = torch.zeros(VOCABULARY)
     logits[5] = 2000.0
     set_distribution(model, logits)
+
     samples = sample(model, tokenizer, num_samples=ORDINARY, sequence_length=7)
+
     assert sorted(samples[:, 1].tolist()) == list(range(2, VOCABULARY))
     assert (samples[:, 2:] == 5).all()
 
 
-def test_more_samples_than_ordinary_tokens(model, tokenizer):
+def test_there_may_be_more_samples_than_ordinary_tokens(model, tokenizer):
     samples = sample(model, tokenizer, num_samples=ORDINARY + 1, sequence_length=4)
+
     assert samples.shape == (ORDINARY + 1, 4)
     assert samples[:, 1].min() > EOS
 
@@ -98,11 +115,14 @@ def test_the_rest_comes_from_the_whole_distribution_at_temperature_1(model, toke
     probabilities = torch.full((VOCABULARY,), 0.1 / (VOCABULARY - 2))
     probabilities[[20, 30]] = torch.tensor([0.6, 0.3])
     set_distribution(model, probabilities.log())
+
     texts = sample(model, tokenizer, num_samples=32, sequence_length=64).reshape(-1, 16)
+
+    rest = texts[:, 2:]
     # 1,792 draws: standard errors of 0.012 and 0.011
-    for token, share in ((20, 0.6), (30, 0.3)):
-        assert (texts[:, 2:] == token).double().mean().item() == pytest.approx(share, abs=0.045)
-    assert texts[:, 2:].unique().numel() > 20
+    assert (rest == 20).double().mean().item() == pytest.approx(0.6, abs=0.045)
+    assert (rest == 30).double().mean().item() == pytest.approx(0.3, abs=0.045)
+    assert rest.unique().numel() > 20
 
 
 def test_eos_does_not_end_a_sample(model, tokenizer):
@@ -110,7 +130,9 @@ def test_eos_does_not_end_a_sample(model, tokenizer):
     logits[[EOS, 7]] = 0.0
     set_distribution(model, logits)
     model.generation_config.eos_token_id = EOS
+
     rest = sample(model, tokenizer, sequence_length=64).reshape(-1, 16)[:, 2:]
+
     assert rest.unique().tolist() == [EOS, 7]
     assert 0.3 < (rest == EOS).double().mean() < 0.7
 
@@ -122,7 +144,10 @@ def test_the_generation_config_is_neither_obeyed_nor_changed(model, tokenizer):
     config.repetition_penalty = 5.0
     config.max_length = 10
     before = config.to_dict()
-    assert torch.equal(sample(model, tokenizer), expected)
+
+    samples = sample(model, tokenizer)
+
+    assert torch.equal(samples, expected)
     assert model.generation_config is config
     assert config.to_dict() == before
 
@@ -132,23 +157,35 @@ def test_the_seed_decides_and_the_global_state_neither_matters_nor_changes(model
     first = sample(model, tokenizer)
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    assert torch.equal(sample(model, tokenizer), first)
-    assert torch.equal(torch.get_rng_state(), state)
+
+    again = sample(model, tokenizer)
     other = sample(model, tokenizer, seed=1)
+
+    assert torch.equal(again, first)
+    assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(other[:, 1], first[:, 1])
     assert not torch.equal(other[:, 2:], first[:, 2:])
 
 
-def test_longer_than_the_model_reads(model, tokenizer):
+def test_sequences_that_are_longer_than_the_model_reads_are_refused(model, tokenizer):
     with pytest.raises(ValueError, match="sequence_length=65: pass at most 64"):
         sample(model, tokenizer, sequence_length=65)
+
+
+def test_no_samples_are_refused(model, tokenizer):
     with pytest.raises(ValueError, match="num_samples=0; pass"):
         sample(model, tokenizer, num_samples=0)
 
 
 def test_progress_counts_the_new_tokens(model, tokenizer, capsys, monkeypatch):
     monkeypatch.setattr(self_sampling, "SAMPLED_TOGETHER", 2)
+
     sample(model, tokenizer, 5, 12)  # 20 texts of 3 tokens, the first two of which are drawn before
+
     assert "20/20" in capsys.readouterr().err
+
+
+def test_without_progress_nothing_is_shown(model, tokenizer, capsys):
     sample(model, tokenizer, 5, 12, progress=False)
+
     assert not capsys.readouterr().err

@@ -27,7 +27,9 @@ def test_txt_is_one_document_verbatim(tmp_path):
     content = "﻿ first\r\nsecond\n\n\tthird\rfourth \n"
     path = tmp_path / "some text.txt"
     path.write_bytes(content.encode())
+
     text = load_text(str(path), "test")
+
     assert text.documents == (content,)
     assert text.name == "some text.txt"
     assert text.sha256 == hashlib.sha256(content.encode()).hexdigest()
@@ -38,7 +40,9 @@ def test_jsonl_has_one_document_per_line(tmp_path):
     path.write_text(
         '{"text": "a\\nb", "id": 1}\n\n{"text": "c\u2028d"}\r\n{"text": ""}', encoding="utf-8"
     )
+
     text = load_text(str(path), "calibration")
+
     assert text.documents == ("a\nb", "c\u2028d", "")
     assert text.joined == "a\nb" + text.separator + "c\u2028d" + text.separator
 
@@ -52,9 +56,10 @@ def test_jsonl_has_one_document_per_line(tmp_path):
         (r'{"text": "a\ud83d b"}', r"character 2 of the text, '\\ud83d', is half of a surrogate"),
     ],
 )
-def test_jsonl_error_gives_the_line(tmp_path, line, complaint):
+def test_the_error_of_a_jsonl_file_gives_the_line(tmp_path, line, complaint):
     path = tmp_path / "lines.jsonl"
     path.write_text('{"text": "a"}\n\n' + line + "\n")
+
     with pytest.raises(ValueError, match=f"lines.jsonl', line 3: {complaint}"):
         load_text(str(path), "calibration")
 
@@ -67,28 +72,35 @@ def test_jsonl_error_gives_the_line(tmp_path, line, complaint):
         ("a.txt", b"caf\xe9", "not UTF-8"),
     ],
 )
-def test_useless_file(tmp_path, name, content, complaint):
+def test_a_file_without_text_is_refused(tmp_path, name, content, complaint):
     path = tmp_path / name
     path.write_bytes(content)
+
     with pytest.raises(ValueError, match=complaint):
         load_text(str(path), "calibration")
 
 
-def test_missing_file():
+def test_a_missing_file_is_named():
     with pytest.raises(FileNotFoundError, match=r"source='nowhere\.txt'.*pass a path"):
         load_text("nowhere.txt", "calibration")
 
 
 def test_pydoc_is_in_the_order_of_its_keys(monkeypatch):
     monkeypatch.setattr("pydoc_data.topics.topics", {"with": "first", "assert": "second"})
-    assert load_text("pydoc", "calibration").documents == ("second", "first")
+
+    text = load_text("pydoc", "calibration")
+
+    assert text.documents == ("second", "first")
 
 
-def test_unknown_sources_and_splits():
+def test_an_unknown_source_is_refused():
     with pytest.raises(
         ValueError, match=r"source='notes\.md' is not known; pass a path that ends in \.txt"
     ):
         load_text("notes.md", "calibration")
+
+
+def test_an_unknown_split_is_refused():
     with pytest.raises(
         ValueError, match="split='train' is not known; pass 'calibration' or 'test'"
     ):
@@ -127,17 +139,28 @@ PTB = (("ptb-text-only/ptb_text_only",), {"revision": "refs/convert/parquet"})
         ("ptb", "test", PTB, "test", "penn_treebank/test/0000.parquet", "sentence", ("a b ",), " "),
     ],
 )
-def test_hub_recipes(hub, source, split, call, hub_split, file, column, documents, separator):
+def test_texts_of_the_hub_are_read_as_in_the_literature(
+    hub, source, split, call, hub_split, file, column, documents, separator
+):
     hub.rows = {"other": ["x", "y", "z"], column: ["a", "b", ""]}
+
     text = load_text(source, split)
-    (args, kwargs), files = call, {} if file is None else {"data_files": {hub_split: file}}
-    assert hub.calls == [(args, kwargs | files | {"split": hub_split})]
-    assert (text.name, text.documents, text.separator) == (source, documents, separator)
-    assert text.max_windows == (256 if (source, split) == ("c4", "test") else None)
+
+    positional, options = call
+    options = options | {"split": hub_split}
+    if file is not None:
+        options["data_files"] = {hub_split: file}
+    assert hub.calls == [(positional, options)]
+    assert text.name == source
+    assert text.documents == documents
+    assert text.separator == separator
+    is_test_of_c4 = (source, split) == ("c4", "test")
+    assert text.max_windows == (256 if is_test_of_c4 else None)
 
 
-def test_datasets_missing(monkeypatch):
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
+
     with pytest.raises(
         ImportError,
         match=r"pip install '\.\[datasets\]'` in a clone of optimum-fista, or pass a local \.txt",
@@ -146,7 +169,8 @@ def test_datasets_missing(monkeypatch):
 
 
 def test_a_hub_out_of_reach_is_asked_once_and_gives_one_error(monkeypatch):
-    requests, offline = [], []
+    requests = []
+    offline = []
 
     def dataset_info(*arguments, **options):
         requests.append(arguments)
@@ -179,4 +203,6 @@ def test_a_text_in_the_cache_is_read_without_a_network(hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
     hub.rows = {"text": ["a", "b"]}
 
-    assert load_text("wikitext2", "calibration").documents == ("a b",)
+    text = load_text("wikitext2", "calibration")
+
+    assert text.documents == ("a b",)

@@ -14,6 +14,7 @@ WORDS = " ".join(topics[name] for name in sorted(topics))
 
 
 def words_of(num_characters: int) -> str:
+    """English text of a given length."""
     return (WORDS * (1 + num_characters // len(WORDS)))[:num_characters]
 
 
@@ -77,11 +78,14 @@ def test_counts_are_those_of_whole_documents(monkeypatch):
     assert (in_parts - whole).abs().sum() < 0.002 * whole.sum()
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused():
+def test_a_tokenizer_with_more_ids_than_rows_is_refused():
     content = {"a": 0, "b": 5}
     fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(content, "a")))
 
     with pytest.raises(ValueError, match=r"size=3, but the tokenizer has the id 5"):
         count_tokens(fast, ["b"], 3)
+
+
+def test_a_tokenizer_that_is_not_fast_is_refused():
     with pytest.raises(ValueError, match="is not a fast one"):
         count_tokens(object(), ["b"], 3)

@@ -1,3 +1,8 @@
+"""Windows for calibration are drawn at random and do not overlap; those for perplexity follow one another.
+
+The tokenizers here have numbered words (or letters), so that a window of text is a run of numbers.
+"""
+
 from dataclasses import replace
 
 import pytest
@@ -13,10 +18,12 @@ BOS, EOS = WORDS + 1, WORDS + 2
 
 
 def word(i: int) -> str:
+    """Word number i."""
     return f"word{i}"
 
 
 def letter(i: int) -> str:
+    """Letter number i, which needs no spaces around it."""
     return chr(0x4E00 + i)
 
 
@@ -49,9 +56,10 @@ def tokenizer(unit=word, kind=CountingTokenizer, special=False, **kwargs) -> Cou
 
 
 def source(*documents: range, unit=word, separator: str = "\n\n") -> TextSource:
-    joint = "" if unit is letter else " "
-    texts = tuple(joint.join(unit(i) for i in document) for document in documents)
-    return TextSource("numbers", texts, separator)
+    """Documents of the words (or letters) with these numbers."""
+    between = "" if unit is letter else " "
+    texts = [between.join(map(unit, document)) for document in documents]
+    return TextSource("numbers", tuple(texts), separator)
 
 
 def assert_disjoint_runs(windows: torch.Tensor) -> None:
@@ -63,9 +71,10 @@ def assert_disjoint_runs(windows: torch.Tensor) -> None:
 @pytest.mark.parametrize("unit", [word, letter])
 @pytest.mark.parametrize("num_samples", [1, 60, 99])
 def test_windows_of_one_document_are_disjoint_runs(unit, num_samples):
-    windows = calibration_windows(
-        tokenizer(unit), source(range(WORDS), unit=unit), num_samples, 30, seed=0
-    )
+    text = source(range(WORDS), unit=unit)
+
+    windows = calibration_windows(tokenizer(unit), text, num_samples, 30, seed=0)
+
     assert windows.shape == (num_samples, 30)
     assert windows.dtype == torch.int64
     assert_disjoint_runs(windows)
@@ -76,13 +85,17 @@ def test_windows_of_one_document_are_disjoint_runs(unit, num_samples):
 )
 def test_the_held_out_windows_are_the_same_for_any_number_of_others(documents):
     draws = [
-        calibration_windows(tokenizer(), source(*documents), n, 30, 0, held_out=5)
-        for n in (6, 20, 80)
+        calibration_windows(tokenizer(), source(*documents), num_samples, 30, 0, held_out=5)
+        for num_samples in (6, 20, 80)
     ]
+
+    held_out = draws[0][:5]
     for draw in draws:
-        assert torch.equal(draw[:5], draws[0][:5])
-        assert not torch.isin(draw[5:][draw[5:] != EOS], draw[:5]).any()
-    assert draws[0][:5, 0].max() - draws[0][:5, 0].min() > WORDS / 6  # not side by side
+        others = draw[5:]
+        assert torch.equal(draw[:5], held_out)
+        assert not torch.isin(others[others != EOS], held_out).any()
+    starts = held_out[:, 0]
+    assert starts.max() - starts.min() > WORDS / 6  # not side by side
 
 
 @pytest.mark.parametrize(
@@ -95,47 +108,57 @@ def test_held_out_windows_that_a_text_is_too_short_for_are_named(documents):
 
 def test_windows_of_one_document_come_from_everywhere():
     """Means of 200 draws, 3 standard errors; a window never starts at a fixed place of a segment."""
-    starts = torch.cat(
-        [
-            calibration_windows(tokenizer(), source(range(WORDS)), 4, 30, seed)[:, 0]
-            for seed in range(50)
-        ]
-    )
-    assert starts.double().mean().item() == pytest.approx(
-        WORDS / 2, abs=3 * WORDS / 12**0.5 / 200**0.5
-    )
+    draws = [
+        calibration_windows(tokenizer(), source(range(WORDS)), 4, 30, seed) for seed in range(50)
+    ]
+
+    starts = torch.cat(draws)[:, 0]
+    standard_deviation = WORDS / 12**0.5  # of a uniform distribution
+    three_errors = 3 * standard_deviation / 200**0.5
+    assert starts.double().mean().item() == pytest.approx(WORDS / 2, abs=three_errors)
     assert starts.unique().numel() > 150
 
 
 def test_only_what_is_needed_is_tokenised():
-    counting, text = (
-        tokenizer(),
-        TextSource("long", (" ".join(word(i % WORDS) for i in range(300_000)),), "\n"),
-    )
+    counting = tokenizer()
+    document = " ".join(word(i % WORDS) for i in range(300_000))
+    text = TextSource("long", (document,))
+
     calibration_windows(counting, text, 6, 50, seed=0)
-    assert counting.characters < len(text.joined) / 100
+
+    assert counting.characters < len(document) / 100
 
 
 def test_documents_follow_each_other_in_random_order_with_eos_between():
     documents = [range(i, i + 7) for i in range(0, 2100, 7)]
-    tokens = calibration_windows(tokenizer(), source(*documents), 10, 31, seed=3).flatten().tolist()
-    heads = [tokens[i] for i in range(0, len(tokens), 8)]
-    expected = [token for head in heads for token in [*range(head, head + 7), EOS]]
-    assert tokens == expected[: len(tokens)]
-    assert len(set(heads)) == len(heads)
-    assert heads != sorted(heads)
-    assert max(heads) > 1800  # not only the first documents
+
+    windows = calibration_windows(tokenizer(), source(*documents), 10, 31, seed=3)
+
+    ids = windows.flatten().tolist()
+    starts = ids[::8]  # of documents of 7 words and EOS
+    expected = list[int]()
+    for start in starts:
+        expected += [*range(start, start + 7), EOS]
+    assert ids == expected[: len(ids)]
+    assert len(set(starts)) == len(starts)
+    assert starts != sorted(starts)
+    assert max(starts) > 1800  # not only the first documents
 
 
 @pytest.mark.parametrize(
     "documents", [[range(WORDS)], [range(i, i + 10) for i in range(0, WORDS, 10)]]
 )
 def test_the_seed_decides_and_the_global_state_stays(documents):
+    text = source(*documents)
     state = torch.get_rng_state()
-    draw = [calibration_windows(tokenizer(), source(*documents), 5, 20, seed) for seed in (0, 0, 1)]
+
+    first = calibration_windows(tokenizer(), text, 5, 20, seed=0)
+    again = calibration_windows(tokenizer(), text, 5, 20, seed=0)
+    other = calibration_windows(tokenizer(), text, 5, 20, seed=1)
+
     assert torch.equal(state, torch.get_rng_state())
-    assert torch.equal(draw[0], draw[1])
-    assert not torch.equal(draw[0], draw[2])
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +166,7 @@ def test_the_seed_decides_and_the_global_state_stays(documents):
     [([range(399)], 399), ([range(100), range(100, 200)], 202)],
     ids=["one", "several"],
 )
-def test_too_few_tokens(documents, tokens):
+def test_a_text_with_too_few_tokens_for_the_windows_is_refused(documents, tokens):
     with pytest.raises(
         ValueError, match=rf"'numbers' has {tokens} tokens, and num_samples=40 .* need 400"
     ):
@@ -152,7 +175,9 @@ def test_too_few_tokens(documents, tokens):
 
 def test_evaluation_windows_follow_each_other_from_the_start():
     text = source(range(9), range(9, 25), separator=" word2999 ")
+
     windows = evaluation_windows(tokenizer(), text, 6)
+
     assert windows.dtype == torch.int64
     assert windows.tolist() == [
         [0, 1, 2, 3, 4, 5],
@@ -162,18 +187,20 @@ def test_evaluation_windows_follow_each_other_from_the_start():
     ]
 
 
-def test_text_shorter_than_a_window():
+def test_a_text_that_is_shorter_than_a_window_is_refused():
+    text = source(range(25))
+
     with pytest.raises(ValueError, match="'numbers' has 25 tokens, fewer than one window of 26"):
-        evaluation_windows(tokenizer(), source(range(25)), 26)
-    assert evaluation_windows(tokenizer(), source(range(25)), 25).shape == (1, 25)
+        evaluation_windows(tokenizer(), text, 26)
+    assert evaluation_windows(tokenizer(), text, 25).shape == (1, 25)
 
 
 class GemmaTokenizer(CountingTokenizer):
-    pass
+    """A tokenizer by whose name the model is known to need BOS."""
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "expected"),
+    ("kind", "options", "has_bos"),
     [
         (CountingTokenizer, {}, False),
         (CountingTokenizer, {"add_bos_token": True}, True),
@@ -181,25 +208,30 @@ class GemmaTokenizer(CountingTokenizer):
         (GemmaTokenizer, {}, True),
     ],
 )
-def test_bos(kind, options, expected):
+def test_windows_start_with_bos_if_the_tokenizer_adds_it_or_is_gemmas(kind, options, has_bos):
     chosen = tokenizer(kind=kind, **options)
+
     evaluation = evaluation_windows(chosen, source(range(8)), 4)
-    assert evaluation.tolist() == (
-        [[BOS, 0, 1, 2], [BOS, 3, 4, 5]] if expected else [[0, 1, 2, 3], [4, 5, 6, 7]]
-    )
     calibration = calibration_windows(chosen, source(range(500)), 5, 20, seed=0)
+
+    with_bos = [[BOS, 0, 1, 2], [BOS, 3, 4, 5]]
+    without_bos = [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert evaluation.tolist() == (with_bos if has_bos else without_bos)
     assert calibration.shape == (5, 20)
-    assert ((calibration[:, 0] == BOS) == expected).all()
+    assert ((calibration[:, 0] == BOS) == has_bos).all()
     assert_disjoint_runs(calibration[:, 1:])
 
 
-@pytest.mark.parametrize(("asked", "windows"), [(None, 3), (2, 2), (5, 3)])
-def test_the_protocol_of_a_text_may_end_it(asked, windows):
+@pytest.mark.parametrize(("max_windows", "num_windows"), [(None, 3), (2, 2), (5, 3)])
+def test_the_protocol_of_a_text_may_end_it(max_windows, num_windows):
     text = replace(source(range(40)), max_windows=3)
-    assert evaluation_windows(tokenizer(), text, 4, asked).shape == (windows, 4)
+
+    windows = evaluation_windows(tokenizer(), text, 4, max_windows)
+
+    assert windows.shape == (num_windows, 4)
 
 
-def test_sizes_out_of_range():
+def test_sizes_out_of_range_are_refused():
     with pytest.raises(ValueError, match="num_samples=0"):
         calibration_windows(tokenizer(), source(range(50)), 0, 10, seed=0)
     with pytest.raises(ValueError, match="max_windows=0"):
@@ -210,23 +242,35 @@ def test_sizes_out_of_range():
 
 @pytest.mark.parametrize("add_bos", [False, True])
 def test_bytes_are_those_of_the_text_that_predicted_tokens_stand_for(add_bos):
-    """Words of 3 to 6 capitals that the tokenizer makes small, with white space that is in no token."""
-    words = [("WÖRD"[: 3 + i % 2]) + str(i % 50) for i in range(12)]
-    lower = tokenizer(lambda i: words[i % 12].lower() + "x" * (i // 12), add_bos_token=add_bos)
+    """Words in capitals that the tokenizer makes small, with white space that is in no token."""
+    words = [("WÖR" if i % 2 == 0 else "WÖRD") + str(i) for i in range(12)]
+
+    def small_word(i: int) -> str:
+        """Token number i: the first 12 are the words."""
+        return words[i % 12].lower() + "x" * (i // 12)
+
+    lower = tokenizer(small_word, add_bos_token=add_bos)
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
     text = TextSource("capitals", tuple(words), separator="\n \n")
     windows = evaluation_windows(lower, text, 5, 2)
     assert (windows != WORDS).all()  # no <unk>
-    predicted = words[:8] if add_bos else words[1:5] + words[6:10]  # 4 words a window
-    spaces = (7 if add_bos else 8) * len(
-        text.separator
-    )  # before every predicted word but the first of the text
-    assert count_bytes(lower, text, windows) == sum(len(w.encode()) for w in predicted) + spaces
+
+    num_bytes = count_bytes(lower, text, windows)
+
+    # 4 predicted words a window; white space is before each but the first word of the text
+    predicted = words[:8] if add_bos else words[1:5] + words[6:10]
+    num_separators = 7 if add_bos else 8
+    bytes_of_words = sum(len(predicted_word.encode()) for predicted_word in predicted)
+    assert num_bytes == bytes_of_words + num_separators * len(text.separator)
 
 
-def test_bytes_of_other_windows_are_not_known():
-    numbers, text = tokenizer(), source(range(30))
+def test_bytes_of_windows_of_another_text_are_not_known():
+    numbers = tokenizer()
+    text = source(range(30))
     windows = evaluation_windows(numbers, text, 5)
-    assert count_bytes(numbers, text, windows) == sum(1 + len(word(i)) for i in range(30) if i % 5)
+
+    # a space is before each word but the first; the first word of a window is not predicted
+    predicted = [word(i) for i in range(30) if i % 5 != 0]
+    assert count_bytes(numbers, text, windows) == sum(1 + len(each) for each in predicted)
     assert count_bytes(numbers, text, windows[1:]) is None
     assert count_bytes(numbers, text, torch.cat([windows, windows])) is None
