@@ -30,7 +30,7 @@ _PAIRS_WITH_IDS = "forced_decoder_ids"
 _MOST_STEPS = 1_000_000
 
 
-def sections(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+def configurations_in(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """A model's configuration and those in it, without those of other vocabularies, such as that of a codec.
 
     They are the objects themselves, not copies: who changes them changes the configuration.
@@ -71,7 +71,7 @@ def ids_in(values: Mapping[str, Any]) -> set[int]:
 def renumbered(values: Mapping[str, Any], new_ids: Mapping[int, int]) -> dict[str, Any]:
     """A copy of JSON values with the new ids of tokens; numbers that have no new id stay, such as -1.
 
-    Entries of tokens that are gone are left out of lists and maps of tokens (`added_tokens_decoder`,
+    Entries of removed tokens are left out of lists and maps of tokens (`added_tokens_decoder`,
     `forced_decoder_ids`, `lang_to_id`, `task_to_id`).
     """
 

@@ -50,10 +50,10 @@ from optimum_fista.removal.earlier_masks import unchanged_masks
 from optimum_fista.removal.token_ids import (
     ChatTemplateError,
     configuration_files,
+    configurations_in,
     ids_in,
     ids_of_chat_template,
     renumbered,
-    sections,
 )
 from optimum_fista.removal.token_loss import measure_bits_per_byte
 from optimum_fista.report import PruningReport
@@ -478,7 +478,7 @@ def _num_rows(model: PreTrainedModel) -> int:
                 sizes[name] = len(parameter)
 
     other_vocabularies = dict[str, int]()  # size by the setting that has it
-    for section in sections(model.config):
+    for section in configurations_in(model.config):
         for key, value in vars(section).items():
             size = len(value) if isinstance(value, dict | list) else value
             is_other = "vocab" in key and key not in ("vocab_size", "type_vocab_size")
@@ -514,7 +514,7 @@ def _count(
     num_texts = 0
 
     def strings() -> Iterator[str]:
-        """Yield the texts; ids of batches are added to `batch_counts`, or decoded to `marked`."""
+        """Yield the texts, and count texts and batches; ids of batches are added to `batch_counts`, or to `marked`."""
         nonlocal num_texts
         for item in tqdm(texts, desc="Counting tokens", unit=" texts", disable=not progress):
             num_texts += 1
@@ -546,7 +546,7 @@ def _named_ids(
     `settings` is the model's configuration, `folder` has its files. Some of the ids may be no row.
     """
     ids = set[int]()
-    for section in sections(settings):
+    for section in configurations_in(settings):
         ids |= ids_in(vars(section))
     for values in configuration_files(folder).values():
         ids |= ids_in(values)
@@ -614,7 +614,7 @@ def _smaller_vocabulary(
         if request.share is not None:
             num_kept = request.num_kept(num_rows)
         else:
-            # those that the text uses, and more of the others up to a multiple
+            # the tokens that the text uses, and as many of the others as make a multiple of `step`
             num_used = len(reduce_vocabulary(content, counts, None, keep).kept) + num_spare
             step = request.step(num_rows)
             num_kept = step * math.ceil(num_used / step)
@@ -635,7 +635,8 @@ def _smaller_model(
     `settings` is the configuration of the dense model, whose embedding has `num_rows`. It is only read.
     """
     smaller = copy.deepcopy(settings)
-    for section in sections(smaller):  # all of them are found before the first size changes
+    # all configurations are looked for before the first size changes
+    for section in configurations_in(smaller):
         vars(section).update(renumbered(vars(section), new_ids))
         if getattr(section, "vocab_size", None) == num_rows:
             section.vocab_size = len(new_ids)
@@ -698,10 +699,14 @@ def _ids_of_tokens(content: Mapping[str, Any]) -> dict[str, int]:
 def _cut(
     source: SourceTensors, dense: PreTrainedModel, smaller: PreTrainedModel, kept: Tensor
 ) -> dict[str, StoredTensor]:
-    """All tensors of the files, those that have an entry for each token with the entries `kept` only.
+    """Describe all tensors of the files by name; those with an entry for each token have only the entries `kept`.
+
+    The values are not read here, but when they are written. ValueError if the embedding or the head is missing, or a
+    tensor with an entry for each token can't be cut.
 
     Args:
-        source: The tensors in the dense model's files.
+        source: The tensors in the dense model's files: `places` has the parameter as which each is loaded, by its name
+            in the files, and `not_loaded` the names of those that the model's class does not load.
         dense: The dense model, without weights.
         smaller: The model with fewer tokens, without weights.
         kept: int64 [rows that stay]: their old ids.
@@ -709,8 +714,7 @@ def _cut(
     num_rows = _num_rows(dense)
     axes = _axes_of_tokens(dense, smaller)
     in_files = set(source.places.values())  # names of the parameters that the files have
-    # the name of each parameter that shares its weights, and of the parameter with which it does
-    tied = dense.all_tied_weights_keys
+    tied = dense.all_tied_weights_keys  # maps a parameter to the one whose weights it uses
     shared_by_files = {target for name, target in tied.items() if name in in_files}
     available = in_files | set(tied) | shared_by_files
     missing = [name for name in axes if name not in available]
@@ -728,11 +732,11 @@ def _cut(
         if axis is None and not is_loaded and tensor.shape == embedding_shape:
             axis = 0  # embeddings and heads of layers that predict more tokens are cut too
 
-        # a quantized tensor may be stored in another shape than its parameter
-        has_each_token = axis is not None and tensor.shape[axis : axis + 1] == (num_rows,)
+        # a quantized tensor may be stored in another shape than its parameter, or without this axis
+        has_axis = axis is not None and axis < len(tensor.shape)
         may_be_of_tokens = axis is not None or (not is_loaded and num_rows in tensor.shape)
         has_one_value = math.prod(tensor.shape) == 1  # a scale of a whole tensor
-        if axis is not None and has_each_token:
+        if axis is not None and has_axis and tensor.shape[axis] == num_rows:
             stored[name] = tensor.selected(axis, kept)
         elif has_one_value or not may_be_of_tokens:
             stored[name] = tensor

@@ -92,6 +92,7 @@ def calibration_tokens_by_name(
             tokenizer, text, num_samples, sequence_length, seed, held_out=held_out
         )
 
+    # changed files have another key; a Hub id has no files here
     files = sorted(
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)
         for file in Path(name).glob("*")

@@ -64,11 +64,15 @@ def sample_text_from_model(
             f"sequence_length={sequence_length}: pass at most {limit} (max_position_embeddings)."
         )
 
-    texts = num_texts(sequence_length)
+    texts_per_sample = num_texts(sequence_length)
     with evaluation_mode(model), _own_sampling(model, seed), torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
-        beginnings = _beginnings_of_texts(model, tokenizer, num_samples * texts, generator)
-        length = math.ceil(sequence_length / texts)  # of a text: the last one is cut below
+        beginnings = _beginnings_of_texts(
+            model, tokenizer, num_samples * texts_per_sample, generator
+        )
+        length = math.ceil(
+            sequence_length / texts_per_sample
+        )  # of a text: the last one is cut below
         num_new_tokens = length - beginnings.shape[1]
         written = beginnings
         if num_new_tokens:

@@ -253,7 +253,8 @@ def _always_kept(content: dict[str, Any], pieces: dict[str, int]) -> set[int]:
         required.add(index)
         return index
 
-    _change_ids(content, note)  # changes nothing, because `note` returns the same ids
+    # special and added tokens; this changes nothing, because `note` returns the same ids
+    _change_ids(content, note)
     if model.get("unk_token") in pieces:
         required.add(pieces[model["unk_token"]])
     if model["type"] == "Unigram":  # the score of unknown characters is derived from the lowest one

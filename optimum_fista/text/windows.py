@@ -148,7 +148,8 @@ def first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     is_written = tokenizer("a")["input_ids"][:1] == [bos]
     is_asked_for = getattr(tokenizer, "add_bos_token", False) is True
     is_gemma = "Gemma" in type(tokenizer).__name__
-    return bos if is_written or is_asked_for or is_gemma else None
+    begins_with_bos = is_written or is_asked_for or is_gemma
+    return bos if begins_with_bos else None
 
 
 def _bos_and_length(
