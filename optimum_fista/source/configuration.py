@@ -87,7 +87,10 @@ def source_content(source: Path | None) -> dict[str, Any] | None:
 
 
 def _section_of(source: Mapping[str, Any], config: PreTrainedConfig) -> dict[str, Any] | None:
-    """Return `source`, or a section of it, if its model type is that of `config`; otherwise `None`."""
+    """Return what describes the model of `config` in `source`: all of it, or a section; `None` if nothing does.
+
+    `source` is the content of a `config.json`. A model type in it that is that of `config` decides.
+    """
     sections = [source, *(value for value in source.values() if isinstance(value, dict))]
     for section in sections:
         if section.get("model_type") == config.model_type:

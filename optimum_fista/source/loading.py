@@ -315,8 +315,9 @@ def reading(name: str) -> Iterator[None]:
 def _read(automatic: Any, name: str, **options: Any) -> Any:
     """Return what `from_pretrained` of an automatic class makes of the files of the model `name`, with these options.
 
-    That is a model, with `output_loading_info` a pair, or a configuration, a tokenizer or a processor. A Hub id may be
-    downloaded to the cache. Errors name the model (`reading`).
+    `automatic` is a class such as AutoTokenizer. The result is a model, a configuration, a tokenizer or a processor;
+    with `output_loading_info` it is a pair, with a model. A Hub id may be downloaded to the cache. Errors name the
+    model (`reading`).
     """
     file = gguf_file(name)
     if file is None:

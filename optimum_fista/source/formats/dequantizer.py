@@ -76,15 +76,15 @@ _OTHER_READERS = {
 def read_dequantized(config: PreTrainedConfig) -> PreTrainedConfig:
     """Change the configuration of a quantized model so that Transformers loads the model in 16 bits; return it.
 
-    Changes `config`, and its section for the text decoder: its quantization settings name the `Dequantizer`, and its
-    dtype is set if it has none.
+    `config` is one for which `quantization` returns settings. Changes it and its section for the text decoder: its
+    quantization settings name the `Dequantizer`, and its dtype is set if it has none.
 
     Raises:
         ValueError: If Transformers can't dequantize the format a parameter at a time.
         ImportError: If a package that reads the format is not installed.
     """
     settings = quantization(config)
-    assert settings is not None  # the caller has asked
+    assert settings is not None, "the model is quantized"
     method = settings["quant_method"]
     name = internals.loaded_from(config)
     FORMATS.get(method, QuantizedFormat).require_package(name)
@@ -217,6 +217,7 @@ class Dequantizer(HfQuantizer):
         remember_quantized_source(model, self.quantization_config.settings)
         self._try_makers(model)
 
+        # A tied weight is a second name of a parameter, and is made in the same way.
         for tied_name, name in model.all_tied_weights_keys.items():
             if name in self.makers:
                 self.makers.setdefault(tied_name, self.makers[name])

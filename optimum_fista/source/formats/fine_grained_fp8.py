@@ -143,9 +143,9 @@ class EqualBlocks(ConversionOps):
             weights = value if isinstance(value, list) else [value]
             stored = input_dict[scale_pattern]
             scales = stored if isinstance(stored, list) else [stored]
-            # If not, they stay: Transformers refuses them with an error that names both numbers.
-            is_one_for_each = len(weights) == len(scales)
-            if is_one_for_each:
+            each_has_a_scale = len(weights) == len(scales)
+            # Otherwise the scales stay: Transformers refuses them with an error that names both numbers.
+            if each_has_a_scale:
                 result[scale_pattern] = [
                     self._for_equal_blocks(scale, weight)
                     for scale, weight in zip(scales, weights, strict=True)

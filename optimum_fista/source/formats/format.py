@@ -59,7 +59,7 @@ class QuantizedFormat:
     def prepared(
         self, tensors: Mapping[str, list[Tensor]], patterns: Mapping[str, str]
     ) -> dict[str, list[Tensor]]:
-        """Return what the first operation of a conversion gets.
+        """Return what the first operation of a conversion gets: `tensors`, unless a format changes them before.
 
         Args:
             tensors: The stored tensors by source pattern, in the order of their names in `patterns`.
