@@ -45,19 +45,25 @@ def saved(tmp_path_factory) -> tuple[torch.nn.Module, Path]:
 
 @pytest.mark.parametrize("method", ["obs_admm", "flap", "alps"])
 def test_what_is_left_computes_what_zeros_in_its_place_would(method, monkeypatch):
-    dense, zeroed, model = tiny_llama(), [], tiny_llama()
+    dense = tiny_llama()
+    model = tiny_llama()
+    logits_with_zeros = []
     shrink = parts_removal.shrink_model
 
-    def keep_zeroed(found, plan, kept):
-        zeroed.append(logits(found))
-        shrink(found, plan, kept)
+    def keep_logits_and_shrink(pruned_model, plan, kept):
+        logits_with_zeros.append(logits(pruned_model))
+        shrink(pruned_model, plan, kept)
 
-    monkeypatch.setattr(parts_removal, "shrink_model", keep_zeroed)
+    monkeypatch.setattr(parts_removal, "shrink_model", keep_logits_and_shrink)
+
     report = pruner(method=method).prune(model, BATCHES)
-    assert (model.config.intermediate_size, model.config.num_key_value_heads) == (36, 1)
+
+    (expected,) = logits_with_zeros
+    assert model.config.intermediate_size == 36
+    assert model.config.num_key_value_heads == 1
     assert model.config.num_attention_heads == 2
-    assert torch.allclose(logits(model), zeroed[0], atol=1e-5)
-    assert not torch.allclose(zeroed[0], logits(dense), atol=1e-2)
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+    assert not torch.allclose(expected, logits(dense), atol=1e-2)
     assert report.model["num_parameters"] == model.num_parameters() < dense.num_parameters()
     assert report.totals["num_removed"] == dense.num_parameters() - model.num_parameters()
     assert report.totals["num_zeros"] == 0
@@ -65,18 +71,20 @@ def test_what_is_left_computes_what_zeros_in_its_place_would(method, monkeypatch
 
 def test_parts_that_nothing_reads_are_found_and_change_nothing():
     model = tiny_llama()
-    idle_channels, idle_group = torch.arange(0, 48, 4), slice(0, 16)
+    idle_channels = torch.arange(0, 48, 4)
+    idle_group = slice(0, 16)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.down_proj.weight[:, idle_channels] = 0
             layer.self_attn.o_proj.weight[:, idle_group] = 0
     expected = logits(model)
+    used_channels = sorted(set(range(48)) - set(idle_channels.tolist()))
+
     report = pruner().prune(model, BATCHES)
+
     for operator in report.operators:
-        left = (
-            sorted(set(range(48)) - set(idle_channels.tolist())) if "down" in operator.name else [1]
-        )
-        assert list(operator.groups_kept) == left, operator.name
+        used_groups = used_channels if "down" in operator.name else [1]
+        assert list(operator.groups_kept) == used_groups, operator.name
     assert torch.allclose(logits(model), expected, atol=2e-4 * float(expected.abs().max()))
 
 
@@ -84,19 +92,20 @@ def test_parts_that_nothing_reads_are_found_and_change_nothing():
 def test_down_projections_make_up_for_heads_that_go(options):
     tokens = tiny_tokens(16, 24)
     repaired, plain, dense = tiny_llama(), tiny_llama(), tiny_llama()
+
     report = pruner("heads:0.5", **options).prune(repaired, tokens.split(4))
     pruner("heads:0.5", residual_correction=0.0, **options).prune(plain, tokens.split(4))
+
     refitted = [operator for operator in report.operators if "down_proj" in operator.name]
     assert [(o.pattern, o.method, o.residual_corrected) for o in refitted] == [
         ("columns:48of48", "refit", True)
     ] * 2
     assert not report.warnings
-    outputs = []
     with torch.no_grad():
-        for model in (repaired, plain, dense):
-            outputs.append(model(tokens).logits)
-    errors = [torch.linalg.vector_norm(found - outputs[-1]) for found in outputs[:2]]
-    assert errors[0] < 0.95 * errors[1]
+        expected = dense(tokens).logits
+        error_of_repaired = torch.linalg.vector_norm(repaired(tokens).logits - expected)
+        error_of_plain = torch.linalg.vector_norm(plain(tokens).logits - expected)
+    assert error_of_repaired < 0.95 * error_of_plain
     kept = {
         name: value
         for name, value in dense.state_dict().items()
@@ -108,15 +117,19 @@ def test_down_projections_make_up_for_heads_that_go(options):
 def test_hooks_of_the_user_are_not_copied():
     class Counter:
         def __init__(self) -> None:
-            self.lock, self.calls = threading.Lock(), 0
+            self.lock = threading.Lock()  # can't be copied
+            self.calls = 0
 
         def count(self, *_) -> None:
             with self.lock:
                 self.calls += 1
 
-    model, counter = tiny_llama(), Counter()
+    model = tiny_llama()
+    counter = Counter()
     model.model.layers[0].mlp.register_forward_hook(counter.count)
+
     pruner(method="wanda").prune(model, BATCHES)
+
     assert counter.calls
     assert model.config.intermediate_size == 36
 
