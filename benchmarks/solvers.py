@@ -64,7 +64,7 @@ def layer_problems(
                 activations, chosen, Correction("none"), HiddenStates(hidden[text]), ends=trace.ends
             )
             by_text.append([targets.problems(group).fitted for group in range(len(chosen))])
-            hidden[text] = targets.leave().entering
+            hidden[text] = targets.leave().to_prune_on
         yield from map(list, zip(*by_text, strict=True))
 
 

@@ -139,7 +139,7 @@ class LayerReport:
     memory: MemoryPeak | None = None
     # If it lost experts.
     mixture: MixtureReport | None = None
-    # Of its tensors before pruning (`model.offload.sha256_of`).
+    # Of its tensors before pruning (`model.digests.sha256_of`).
     dense_sha256: str | None = None
 
 

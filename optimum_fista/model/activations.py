@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optimum_fista.model.digests import bytes_of_values
+
 Storage = torch.device | Path
 """Where activations are kept: on a device, or in a folder as memory-mapped files."""
 
@@ -57,8 +59,8 @@ class ActivationStore(Sequence[Tensor]):
         is_in_file = self._folder is not None  # which has its own copy
         self._kept.append(tensor.to(self._storage, copy=copy and not is_in_file))
 
-    def kept(self) -> list[Tensor]:
-        """All tensors where they are kept."""
+    def stored_tensors(self) -> list[Tensor]:
+        """All tensors where they are kept, such as in CPU memory, and not on `device`. Waits until all are written."""
         if self.staging is not None:
             self.staging.finish()
         return list(self._kept)
@@ -116,7 +118,7 @@ class _File(Sequence[Tensor]):
         """Write a copy of a CPU tensor to the end of the file."""
         end = self._file.seek(0, 2)
         self._entries.append((end, tensor.shape, tensor.dtype))
-        self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._file.write(bytes_of_values(tensor))
         # a tensor at a page's start fits any dtype
         num_missing = -self._file.tell() % mmap.PAGESIZE
         self._file.write(bytes(num_missing))

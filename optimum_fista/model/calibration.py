@@ -24,10 +24,11 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.model.digests import bytes_of_values
 from optimum_fista.model.media import TEXT_ONLY, MediaArguments, as_tensor, media_arguments
 from optimum_fista.model.offload import execution_device
 
-_NOT_READ = re.compile(
+_CHANGES_OUTPUT = re.compile(
     "pixel|image|video|audio|bbox|embeds|input_(features|values)|coder_|cross_attention|token_type_ids|"
     "past_key_values|^cache$|per_layer_inputs|langs|mems|perm_mask"
 )
@@ -68,7 +69,7 @@ class CalibrationBatch:
             return self.input_ids.numel()
         return int(self.attention_mask.sum())
 
-    def rows(self) -> Iterator[Self]:
+    def sequences_without_padding(self) -> Iterator[Self]:
         """Every sequence as a batch of its own, without padding."""
         for row, ids in enumerate(self.input_ids):
             real = ids if self.attention_mask is None else ids[self.attention_mask[row]]
@@ -235,14 +236,12 @@ def tokens_sha256(batches: Sequence[CalibrationBatch]) -> str:
     """SHA-256 of all real tokens (and images) with the sequence boundaries, whatever the batch size."""
     digest = hashlib.sha256()
     for batch in batches:
-        for row in batch.rows():
+        for row in batch.sequences_without_padding():
             # the bar ends a sequence, so that the hash depends on how tokens are cut into sequences
             digest.update(row.input_ids.cpu().to(torch.int64).numpy().tobytes() + b"|")
             for name, values in sorted(row.media.items()):
                 digest.update(f"{name} {values.dtype} {tuple(values.shape)} ".encode())
-                digest.update(
-                    values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-                )
+                digest.update(bytes_of_values(values))
     return digest.hexdigest()
 
 
@@ -290,7 +289,7 @@ class _BatchReader:
             return [batch]
         return [
             replace(row, media=MappingProxyType(media))
-            for row, media in zip(batch.rows(), media_of_rows, strict=True)
+            for row, media in zip(batch.sequences_without_padding(), media_of_rows, strict=True)
             if row.num_tokens
         ]
 
@@ -311,7 +310,7 @@ class _BatchReader:
         for key, value in item.items():
             if value is None or isinstance(value, str) or key in self.media.names:
                 continue
-            if not _NOT_READ.search(key):
+            if not _CHANGES_OUTPUT.search(key):
                 continue
             if key.endswith("token_type_ids") and not torch.as_tensor(value).any():
                 continue  # zeros, as if there were none

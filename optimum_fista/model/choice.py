@@ -26,7 +26,7 @@ def find_operators(
     shell-style patterns `dense_experts` are skipped, and so are routers.
     """
     operators: dict[str, LinearOperator] = {}
-    skipped = left_out(layer_name, layer, dense_experts)
+    skipped = skipped_modules(layer_name, layer, dense_experts)
     for name, module in layer.named_modules(prefix=layer_name):
         if name in skipped:
             continue
@@ -56,7 +56,7 @@ def choose_operators(
     left_dense: dict[str, str] = {}
     for layer_name, layer in layers:
         chosen[layer_name] = {}
-        left_dense |= left_out(layer_name, layer, exclude)
+        left_dense |= skipped_modules(layer_name, layer, exclude)
         for name, operator in find_operators(layer_name, layer, exclude).items():
             reason = reason_left_dense(name) or layers.shared.get(name)
             if reason is not None:
@@ -82,7 +82,7 @@ def choose_operators(
     return chosen, left_dense
 
 
-def left_out(
+def skipped_modules(
     layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = ()
 ) -> dict[str, str]:
     """Names in a mixture of experts that `find_operators` skips, with the reason.

@@ -200,7 +200,7 @@ class LayerTargets:
         self.adds_experts = False
         has_rest = not correction.sees_dense_inputs(len(groups))
         if experts is not None and correction.residual_share > 0 and has_rest:
-            hidden = entering.entering[0]
+            hidden = entering.to_prune_on[0]
             self.adds_experts = is_added_to_output(activations, experts, hidden)
 
         if entering.dense is not None:
@@ -216,7 +216,7 @@ class LayerTargets:
 
         def see_experts(_: nn.Module, __: object, output: Tensor) -> None:
             """Keep the sum of all experts; a forward hook of the mixture."""
-            self._expert_outputs.append(tokens_of(output, num_tokens))
+            self._expert_outputs.append(sum_of_experts(output, num_tokens))
 
         with ExitStack() as hooks:
             for record in self._records.values():
@@ -270,7 +270,7 @@ class LayerTargets:
             and not isinstance(group[0], ExpertOperator)
         )
         corrects = may_correct and is_added_to_output(
-            self.activations, group[0].module, self.entering.entering[0]
+            self.activations, group[0].module, self.entering.to_prune_on[0]
         )
         if corrects:
             with self._finished.skipped(index, keep=False):
@@ -300,10 +300,10 @@ class LayerTargets:
 
         def see_experts(_: nn.Module, __: object, output: Tensor) -> None:
             """Keep the sum of all experts; a forward hook of the mixture."""
-            sums.append(tokens_of(output, num_tokens).float())
+            sums.append(sum_of_experts(output, num_tokens).float())
 
         with self._experts.register_forward_hook(see_experts):
-            for batch, hidden in enumerate(self.entering.entering):
+            for batch, hidden in enumerate(self.entering.to_prune_on):
                 num_tokens = hidden.shape[:2].numel()
                 output = self.activations.run(batch, hidden)
                 if len(sums) != 1:
@@ -341,7 +341,7 @@ class LayerTargets:
     def _sum_inputs(self, record: _DenseRecord) -> None:
         """Sum over `X*` of a group and over the dense network's record; the layer runs up to the group."""
         operator = record.group[0]
-        entering = self.entering.entering
+        entering = self.entering.to_prune_on
         if isinstance(operator, ExpertOperator):
             assigned_batches = self._assigned_tokens(operator.experts)
             weights = [expert.read() for expert in record.group]
@@ -359,7 +359,7 @@ class LayerTargets:
         The layer runs once for all experts of a mixture: their inputs are computed from the input of the mixture.
         """
         if self._mixture is None or self._mixture[0] is not experts:
-            entering = self.entering.entering
+            entering = self.entering.to_prune_on
             self._mixture = (experts, self.activations.assigned_tokens(experts, entering))
         return self._mixture[1]
 
@@ -391,7 +391,7 @@ class LayerTargets:
             outputs_seen.append(output.clone())
 
         with watching({operator.module: inputs_seen.append}, {operator.module: copy_output}):
-            for batch, hidden in enumerate(self.entering.entering):
+            for batch, hidden in enumerate(self.entering.to_prune_on):
                 layer_output = activations.run(batch, hidden)
                 # some call their operator with [tokens, in]
                 own_output = outputs_seen.pop().view(layer_output.shape)
@@ -578,7 +578,7 @@ class _DenseRecord:
         return self._activations.rows(tokens[:, None], batch, self.group[0], tokens)[:, 0]
 
 
-def tokens_of(output: Tensor, num_tokens: int) -> Tensor:
+def sum_of_experts(output: Tensor, num_tokens: int) -> Tensor:
     """Sum the outputs of the experts for each token, [tokens, out]; Llama-4 returns one output for each expert."""
     return output.detach().reshape(-1, num_tokens, output.shape[-1]).sum(0)
 

@@ -1,7 +1,7 @@
 """Perplexities of the dense and of the pruned network on tokens that no weight is fitted to.
 
 The calls of `HeldOut` come in this order: `begin` while the whole model is dense (after `resume`, if an earlier start
-has saved what `kept` returned), then for each decoder layer `run` with "dense" before it is pruned and with "pruned"
+has saved what `to_save` returned), then for each decoder layer `run` with "dense" before it is pruned and with "pruned"
 afterwards, then `measure` and `perplexity`.
 """
 
@@ -61,7 +61,7 @@ class HeldOut:
         for network in _NETWORKS:
             recorded = record_inputs(self._sweep.layers, self.sequences, self._sweep.storage)
             self._calls[network] = recorded.calls
-            self._sweep.rest = recorded.rest
+            self._sweep.returned_besides = recorded.returned_besides
             self._streams.setdefault(network, recorded.hidden_states)
 
         values = [
@@ -71,28 +71,37 @@ class HeldOut:
             for value in (*call.arguments, *call.keywords.values())
         ]
         shares = any(isinstance(value, MutableMapping) for value in values)
-        if recorded.handed_on or (shares and resumes):
+        if recorded.layers_pass_more or (shares and resumes):
             return False
         return bool(self.sequences)
 
-    def resume(self, kept: Mapping[str, Sequence[Tensor]]) -> bool:
-        """Resume with the tensors of `kept`, saved after a decoder layer; `False` if they are missing."""
+    def resume(self, saved: Mapping[str, Sequence[Tensor]]) -> bool:
+        """Resume with the tensors that `to_save` returned after a decoder layer; `False` if they are missing.
+
+        Sets `losses`, and the hidden states that enter the next layer.
+        """
         device = execution_device(self._sweep.layers.model.get_input_embeddings())
-        if "losses" in kept:
-            self.losses = dict(zip(_NETWORKS, kept["losses"][0].tolist(), strict=True))
+        if "losses" in saved:
+            self.losses = dict(zip(_NETWORKS, saved["losses"][0].tolist(), strict=True))
         for network in _NETWORKS:
             self._streams[network] = ActivationStore(self._sweep.storage or device, device)
-            for hidden in kept.get(f"held_out_{network}", ()):
+            for hidden in saved.get(f"held_out_{network}", ()):
                 self._streams[network].append(hidden)
         is_measured = bool(self.losses)
         return is_measured or len(self._streams["pruned"]) == len(self.sequences)
 
-    def kept(self) -> dict[str, list[Tensor]]:
-        """Hidden states that enter the next decoder layer; after the last one, the losses."""
+    def to_save(self) -> dict[str, list[Tensor]]:
+        """The tensors to save after a decoder layer, by name; `resume` takes them.
+
+        They are the hidden states that enter the next layer ("held_out_dense", "held_out_pruned"); after the last layer
+        the losses ("losses").
+        """
         if self.losses:
-            return {"losses": [torch.tensor([*self.losses.values()], dtype=torch.float64)]}
+            losses = list(self.losses.values())
+            return {"losses": [torch.tensor(losses, dtype=torch.float64)]}
         return {
-            f"held_out_{network}": list(stream.kept()) for network, stream in self._streams.items()
+            f"held_out_{network}": stream.stored_tensors()
+            for network, stream in self._streams.items()
         }
 
     def run(self, index: int, network: str) -> None:
@@ -106,7 +115,7 @@ class HeldOut:
         """Measure the losses, after the last decoder layer."""
         layers = self._sweep.layers
         norm_and_head = [*layers.around, layers.model.get_output_embeddings()]
-        with onloaded(norm_and_head, copy=False):
+        with onloaded(norm_and_head, writable=False):
             self.losses = {
                 network: self._sweep.loss(self._streams[network], LOGITS_TOGETHER)
                 for network in _NETWORKS
@@ -139,7 +148,9 @@ def _batches_of(batches: Sequence[CalibrationBatch]) -> list[CalibrationBatch]:
     """
     groups: list[list[CalibrationBatch]] = []
     num_tokens = 0
-    rows = (row for batch in batches for row in batch.rows() if row.num_tokens > 1)
+    rows = (
+        row for batch in batches for row in batch.sequences_without_padding() if row.num_tokens > 1
+    )
     for row in rows:
         if num_tokens >= LEAST_TOKENS:
             break

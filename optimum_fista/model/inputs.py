@@ -78,9 +78,9 @@ class RecordedInputs:
     token_masks: list[Tensor | None]
     held_out: list[bool]  # whether a batch only measures
     # whether all layers had to run, because they pass more than hidden states to the next one
-    handed_on: bool
+    layers_pass_more: bool
     # what a layer returns after the hidden states; None: it returns no tuple
-    rest: tuple[Any, ...] | None
+    returned_besides: tuple[Any, ...] | None
 
 
 def record_inputs(
@@ -112,7 +112,7 @@ def record_inputs(
     has_media = any(batch.media for batch in batches)
     try:
         with (
-            onloaded(layers.outside(with_media=has_media), copy=False),
+            onloaded(layers.outside(with_media=has_media), writable=False),
             replaced_forwards(layers.modules, forwards),
         ):
             for batch in tqdm(
@@ -135,8 +135,8 @@ def record_inputs(
         calls=recorder.calls,
         token_masks=token_masks,
         held_out=[batch.held_out for batch in batches],
-        handed_on=runs_layers,
-        rest=recorder.rest if recorder.is_tuple else None,
+        layers_pass_more=runs_layers,
+        returned_besides=recorder.returned_besides if recorder.is_tuple else None,
     )
 
 
@@ -179,7 +179,7 @@ class _Recorder:
     # tensors that are kept for equal ones, by properties that are quickly compared
     interned: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     is_tuple: bool | None = None  # whether layers return a tuple; None before one has run
-    rest: tuple[Any, ...] = ()  # what they return after the hidden states
+    returned_besides: tuple[Any, ...] = ()  # what they return after the hidden states
 
     def record(self, run: Callable[[], Any]) -> None:
         """Record one batch, on which `run` calls the model: `calls` get one more of each layer, and `first` is set."""
@@ -265,7 +265,7 @@ class _Recorder:
             self.first = hidden_states
 
         self._check_order(index, hidden_states)
-        carried = [value for value in self.rest if value is not None]
+        carried = [value for value in self.returned_besides if value is not None]
         for value in (*others, *keywords.values()):
             if any(value is one for one in carried):
                 raise _HandsOnMore
@@ -289,9 +289,9 @@ class _Recorder:
                 self._expect(output[0] if isinstance(output, tuple) else output)
                 return output
             self.is_tuple = isinstance(output, tuple)
-            self.rest = tuple(output[1:]) if isinstance(output, tuple) else ()
+            self.returned_besides = tuple(output[1:]) if isinstance(output, tuple) else ()
         self._expect(leaving)
-        return (leaving, *self.rest) if self.is_tuple else leaving
+        return (leaving, *self.returned_besides) if self.is_tuple else leaving
 
     def _expect(self, hidden_states: Tensor) -> None:
         """Expect these hidden states in the next layer."""
@@ -356,21 +356,27 @@ class HiddenStates:
     pruned: Sequence[Tensor] | None = None
 
     @property
-    def entering(self) -> Sequence[Tensor]:
-        """The hidden states on which the layer is pruned."""
-        entering = self.dense if self.pruned is None else self.pruned
-        assert entering is not None
-        return entering
+    def to_prune_on(self) -> Sequence[Tensor]:
+        """The hidden states on which the layer is pruned: the pruned ones if there are any, else the dense ones."""
+        if self.pruned is not None:
+            return self.pruned
+        assert self.dense is not None
+        return self.dense
 
-    def kept(self) -> dict[str, list[Tensor]]:
-        """Tensors of both streams, where they are kept; a missing stream has none."""
-        kept = {}
+    def to_save(self) -> dict[str, list[Tensor]]:
+        """The tensors to save for a run that resumes, by "dense" and "pruned"; a missing stream has none.
+
+        They are not moved to the device, and not copied.
+        """
+        tensors: dict[str, list[Tensor]] = {}
         for name, stream in (("dense", self.dense), ("pruned", self.pruned)):
-            if isinstance(stream, ActivationStore):
-                kept[name] = stream.kept()
+            if stream is None:
+                tensors[name] = []
+            elif isinstance(stream, ActivationStore):
+                tensors[name] = stream.stored_tensors()
             else:
-                kept[name] = list(stream or [])
-        return kept
+                tensors[name] = list(stream)
+        return tensors
 
     def move(self, storage: Storage, device: torch.device) -> None:
         """Return both streams on another layer's device from now on, and keep them at its storage, unless in files."""
@@ -461,7 +467,7 @@ class LayerActivations:
             see(batch, assigned)
             store.append(assigned.hidden_states)
             assigned.hidden_states = assigned.hidden_states[:0]  # frees the batch on the device
-        for assigned, hidden in zip(assigned_batches, store.kept(), strict=True):
+        for assigned, hidden in zip(assigned_batches, store.stored_tensors(), strict=True):
             assigned.hidden_states = hidden
             assigned.rows = assigned.rows.to(hidden.device)
         return assigned_batches

@@ -20,7 +20,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from optimum_fista import internals
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.offload import combined_sha256, offload_hook, settle_ties, sha256_of
+from optimum_fista.model.digests import combined_sha256, sha256_of
+from optimum_fista.model.offload import offload_hook, settle_ties
 
 
 @dataclass(frozen=True, eq=False)

@@ -251,7 +251,9 @@ def _split(
 
     patches = _patches_of_images(values)
     first_patches = [0, *accumulate(patches)]  # of each image, and their number in all
-    bounds = _images_of_sequences(counts, patches, is_proportional=_are_alike(values))
+    bounds = _images_of_sequences(
+        counts, patches, tokens_follow_patches=_tokens_follow_patches(values)
+    )
     lengths = {len(value) for value in values.values()}
     if bounds is None or not lengths <= {len(patches), first_patches[-1]}:
         raise ValueError(
@@ -289,7 +291,7 @@ def _patches_of_images(values: Mapping[str, Tensor]) -> list[int]:
     return patches
 
 
-def _are_alike(values: Mapping[str, Tensor]) -> bool:
+def _tokens_follow_patches(values: Mapping[str, Tensor]) -> bool:
     """Tell whether the placeholder tokens of an image are in proportion to its patches.
 
     They are if there is a grid of patches, or if all images are alike: whatever describes them is the same for all.
@@ -302,7 +304,7 @@ def _are_alike(values: Mapping[str, Tensor]) -> bool:
 
 
 def _images_of_sequences(
-    counts: Sequence[int], patches: Sequence[int], *, is_proportional: bool
+    counts: Sequence[int], patches: Sequence[int], *, tokens_follow_patches: bool
 ) -> list[tuple[int, int]] | None:
     """Find the first and last image (exclusive) of each sequence; `None` if they can't be told.
 
@@ -314,7 +316,7 @@ def _images_of_sequences(
     one_each = len(patches) == len(counts) and (all(counts) or not num_tokens)
     if one_each:
         return list(pairwise(range(len(counts) + 1)))
-    if not num_tokens or not is_proportional:
+    if not num_tokens or not tokens_follow_patches:
         return None
 
     # tokens / num_tokens = patches / num_patches, without a division

@@ -6,10 +6,8 @@ weights are *kept* is the hook's `weights_map`. Here weights are loaded for long
 stored where the old ones are kept (`store_tensor`), so that models larger than the device's memory can be pruned.
 """
 
-import hashlib
-import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,7 +56,7 @@ def stored_tensor(module: nn.Module, name: str) -> Tensor:
     return hook.weights_map[leaf]
 
 
-def kept_tensor(module: nn.Module, name: str) -> Tensor:
+def offloaded_tensor(module: nn.Module, name: str) -> Tensor:
     """An offloaded parameter or buffer of a module, as Accelerate keeps it; it may be onloaded now."""
     hook = offload_hook(module)
     assert hook is not None
@@ -107,7 +105,7 @@ def store_tensor(
 
 
 @contextmanager
-def onloaded(modules: Iterable[nn.Module], *, copy: bool = True) -> Iterator[None]:
+def onloaded(modules: Iterable[nn.Module], *, writable: bool = True) -> Iterator[None]:
     """Inside, the weights of modules stay on their device; the hooks of Accelerate leave them there.
 
     Modules whose weights are not offloaded, or are onloaded already, are left alone. Onloaded weights are copies even
@@ -129,7 +127,7 @@ def onloaded(modules: Iterable[nn.Module], *, copy: bool = True) -> Iterator[Non
                 # before the first is loaded, so that an error removes all
                 brought.append((module, hook, names))
                 for name in names:
-                    value = hook.weights_map[name].to(hook.execution_device, copy=copy)
+                    value = hook.weights_map[name].to(hook.execution_device, copy=writable)
                     set_module_tensor_to_device(
                         module, name, hook.execution_device, value=value, clear_cache=False
                     )
@@ -213,19 +211,3 @@ def _whole_map(module: nn.Module, name: str) -> tuple[Any, str]:
         key = f"{data.prefix}{key}"
         data = data.dataset
     return data, key
-
-
-def sha256_of(module: nn.Module, names: Iterable[str]) -> str:
-    """Digest of the tensors of a module with these names: names, types, shapes and all bits, wherever they are kept."""
-    digests = {}
-    for name in names:
-        tensor = stored_tensor(module, name)
-        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        digests[name] = digest.hexdigest()
-    return combined_sha256(digests)
-
-
-def combined_sha256(digests: Mapping[str, str] | Iterable[str]) -> str:
-    """Combine digests into one: those of tensors by name, in any order, or those of decoder layers, in their order."""
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

@@ -52,7 +52,12 @@ class DenseLoss:
         """The sequences, one a batch and without padding; those of a single token have no loss."""
         sequences: list[CalibrationBatch] = []
         num_tokens = 0
-        rows = (row for batch in self.batches for row in batch.rows() if row.num_tokens > 1)
+        rows = (
+            row
+            for batch in self.batches
+            for row in batch.sequences_without_padding()
+            if row.num_tokens > 1
+        )
         for row in rows:
             sequences.append(row)
             num_tokens += row.num_tokens
@@ -104,7 +109,7 @@ def measure_sensitivities(
     num_runs = 2 * len(sequences) * len(loss.layers)
     outside = loss.layers.outside(with_media=any(row.media for row in sequences))
     with (
-        onloaded(outside, copy=False),
+        onloaded(outside, writable=False),
         tqdm(
             total=num_runs, desc="Gradients of the loss", unit="layer", disable=not loss.progress
         ) as bar,
@@ -250,7 +255,7 @@ def _recomputed_layers(loss: DenseLoss, bar: tqdm) -> Iterator[ActivationStore]:
     def run(layer: nn.Module, forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
         """Run a decoder layer with its weights on the device."""
         # for each run: `backward`, in which layers are recomputed, leaves the contexts around it
-        with onloaded([*layer.modules()], copy=False), quick_products():
+        with onloaded([*layer.modules()], writable=False), quick_products():
             output = forward(*arguments, **keywords)
         bar.update()
         return output

@@ -38,8 +38,8 @@ class Sweep:
     left: Sequence[int]  # numbers of the decoder layers that the model still has, rising
     sequences: Sequence[CalibrationBatch]
     storage: Storage | None  # of hidden states; None: the device on which each layer computes
-    # What the last decoder layer returns besides hidden states (`RecordedInputs.rest`); None: nothing.
-    rest: tuple[Any, ...] | None = None
+    # What the last decoder layer returns besides hidden states (`RecordedInputs.returned_besides`); None: nothing.
+    returned_besides: tuple[Any, ...] | None = None
     first: int = 0  # layers with smaller numbers are never left out
 
     def losses(self, recorded: RecordedInputs, bar: tqdm) -> dict[int | None, float]:
@@ -55,7 +55,7 @@ class Sweep:
         for index in self.left:
             layer = self.layers.modules[index]
             entering = streams[None]
-            with onloaded(layer.modules(), copy=False):
+            with onloaded(layer.modules(), writable=False):
                 for left_out in list(streams):
                     # the hidden states that entered the layer are freed if no other stream has them
                     streams[left_out] = self.run(layer, streams[left_out], recorded.calls[index])
@@ -123,7 +123,11 @@ class Sweep:
         if getattr(model.config.get_text_config(decoder=True), "output_router_logits", False):
             # routers do not run here, and their loss is not part of this one
             settings["output_router_logits"] = False
-        output = hidden_states if self.rest is None else (hidden_states, *self.rest)
+        output = (
+            hidden_states
+            if self.returned_besides is None
+            else (hidden_states, *self.returned_besides)
+        )
 
         def return_output(*_: Any, **__: Any) -> Any:
             """Return the given hidden states in place of a decoder layer."""

@@ -202,7 +202,7 @@ def _halved(
         if size > 1:
             halves.append(size // 2)
     is_amid = bool(report.operators)
-    if calibration.recorded is not None and calibration.recorded.handed_on and is_amid:
+    if calibration.recorded is not None and calibration.recorded.layers_pass_more and is_amid:
         # A new record needs the dense network, which is partly pruned now.
         raise torch.OutOfMemoryError(
             f"the device ran out of memory after the first decoder layer of a {type(plan.layers.model).__name__}, "

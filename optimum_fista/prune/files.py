@@ -239,7 +239,7 @@ class FileSink(Sink):
         self._source.require_unchanged()
         shard = None if is_removed else self._shards.write_layer(index, tensors)
         streams = {
-            name: stream for traveller in travelling for name, stream in traveller.kept().items()
+            name: stream for traveller in travelling for name, stream in traveller.to_save().items()
         }
         self._journal.keep_layer(index, shard, masks, record, streams)
 
@@ -312,7 +312,7 @@ def _with_states(
 ) -> Calibration:
     """Return the batches with hidden states that an earlier start kept, cut as there if its memory ran out."""
     batches = calibration.batches
-    sizes = [len(hidden) for hidden in states.entering]
+    sizes = [len(hidden) for hidden in states.to_prune_on]
     if sizes != [batch.input_ids.shape[0] for batch in batches]:
         batches = cut_batches(batches, sizes)
         report.warnings.append(

@@ -32,11 +32,12 @@ from torch import nn
 
 from optimum_fista.memory import release_memory, watched_memory
 from optimum_fista.model.correction import GroupProblems, LayerTargets
+from optimum_fista.model.digests import sha256_of
 from optimum_fista.model.experts import ExpertOperator, split_experts
 from optimum_fista.model.groups import trace_groups
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.inputs import HiddenStates, LayerActivations
-from optimum_fista.model.offload import execution_device, offload_hook, onloaded, sha256_of
+from optimum_fista.model.offload import execution_device, offload_hook, onloaded
 from optimum_fista.model.operators import Group, LinearOperator, require_finite
 from optimum_fista.prune.batches import Calibration, record, retried
 from optimum_fista.prune.callback import PruningCallback
@@ -284,10 +285,10 @@ def _pruned_layer(
     # Offloaded weights are on the device only now.
     require_finite([operator for operator in operators.values() if offload_hook(operator.owner)])
     # [batch, sequence, hidden], for test runs of the layer
-    hidden = states.entering[0].to(activations.device)
+    hidden = states.to_prune_on[0].to(activations.device)
     orders: dict[str, tuple[int, ...]] = {}
     if plan.config.reorder_channels:
-        orders = reorder_channels(plan, sink, name, activations, states.entering)
+        orders = reorder_channels(plan, sink, name, activations, states.to_prune_on)
     trace = trace_groups(activations.layer, operators, activations.calls[0], hidden)
     groups, others, experts = plan.removal.before(name, trace.groups, activations, hidden)
 

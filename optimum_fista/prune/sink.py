@@ -30,7 +30,12 @@ from optimum_fista.folder.writing import summary
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.hooks import evaluation_mode
 from optimum_fista.model.inputs import HiddenStates
-from optimum_fista.model.offload import alignment_hooks, kept_tensor, offload_hook, store_tensor
+from optimum_fista.model.offload import (
+    alignment_hooks,
+    offload_hook,
+    offloaded_tensor,
+    store_tensor,
+)
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.model.precision import Products, products_as
 from optimum_fista.prune.batches import Calibration
@@ -140,7 +145,7 @@ class Sink(ABC):
             put_back = self._undo.pop()
             put_back()
         for owner, name in self._onloaded.values():
-            getattr(owner, name).data.copy_(kept_tensor(owner, name))
+            getattr(owner, name).data.copy_(offloaded_tensor(owner, name))
         self._onloaded.clear()
 
     def undo_at_failure(self, put_back: Callable[[], None]) -> None:

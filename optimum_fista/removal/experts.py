@@ -73,7 +73,7 @@ def remove_experts(
     mixture = SmallerMixture(
         experts_of(part, layer_name, smaller_layer),
         replace(targets.activations, layer=smaller_layer),
-        targets.entering.entering,
+        targets.entering.to_prune_on,
         scores.targets,
     )
     errors_before = mixture.errors()

@@ -43,7 +43,7 @@ def choose_layers(loss: DenseLoss, outline: ModelOutline, count: int) -> list[tu
             "calib_dataloader holds no sequence of two tokens, so there is no loss: pass longer ones."
         )
     recorded = record_inputs(layers, sequences, loss.storage)
-    if recorded.handed_on:
+    if recorded.layers_pass_more:
         raise UnsupportedArchitectureError(
             f"the decoder layers of {type(layers.model).__name__} pass more than hidden states to the next one, so "
             "none can be removed: use another pattern."
@@ -58,14 +58,14 @@ def choose_layers(loss: DenseLoss, outline: ModelOutline, count: int) -> list[tu
         total=num_runs, desc="Choosing decoder layers", unit="layer", disable=not loss.progress
     )
     outside = [*layers.around, layers.model.get_output_embeddings()]
-    with progress as bar, onloaded(outside, copy=False):
+    with progress as bar, onloaded(outside, writable=False):
         for _ in range(count):
             sweep = Sweep(
                 layers=layers,
                 left=remaining,
                 sequences=sequences,
                 storage=loss.storage,
-                rest=recorded.rest,
+                returned_besides=recorded.returned_besides,
                 first=first,
             )
             losses = sweep.losses(recorded, bar)  # by the layer that is left out; None: no layer
@@ -161,13 +161,13 @@ def _prove_renumbered(
     index = renumbered[0]
     layer = outline.layers.modules[index]
     call = recorded.calls[index][0]  # other arguments, for the first batch
-    hidden_of_first_batch = recorded.hidden_states.kept()[0].to(execution_device(layer))
+    hidden_of_first_batch = recorded.hidden_states.stored_tensors()[0].to(execution_device(layer))
 
     def run(module: nn.Module) -> Tensor:
         """Run a copy of the layer on hidden states of the first batch, [batch, tokens, hidden]."""
         return call.run(module, hidden_of_first_batch)
 
-    with onloaded(layer.modules(), copy=False):
+    with onloaded(layer.modules(), writable=False):
         require_same_outputs(
             plan=plan_shrinking(outline, layers=remaining),
             name=f"{outline.layers.name}.{index}",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from optimum_fista.model.activations import ActivationStore
-from optimum_fista.model.correction import tokens_of
+from optimum_fista.model.correction import sum_of_experts
 from optimum_fista.model.experts import AssignedTokens, FusedExperts
 from optimum_fista.model.gram import GroupSums
 from optimum_fista.model.inputs import LayerActivations
@@ -81,7 +81,7 @@ class SmallerMixture:
             """Add `Y - E*` of a batch to `self._residuals`, and the energy of `Y` to `self._energies`."""
             target = targets[batch].to(activations.device)
             num_tokens = target.shape[:2].numel()
-            output = tokens_of(experts.outputs(assigned), num_tokens).view(target.shape)
+            output = sum_of_experts(experts.outputs(assigned), num_tokens).view(target.shape)
             self._residuals.append((target - output).to(place))
             self._energies[activations.held_out[batch]] += self._energy(batch, target)
 

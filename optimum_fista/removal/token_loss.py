@@ -207,19 +207,23 @@ def _bits_per_byte(
             batches = [CalibrationBatch(torch.tensor([ids])) for ids in text.sequences]
             recorded = record_inputs(layers, batches)
             sweeps[network] = Sweep(
-                layers, range(len(layers)), batches, storage=None, rest=recorded.rest
+                layers,
+                range(len(layers)),
+                batches,
+                storage=None,
+                returned_besides=recorded.returned_besides,
             )
             streams[network] = recorded.hidden_states
             calls[network] = recorded.calls
 
         bar = tqdm(layers.modules, desc="Measuring", unit="layer", disable=not progress)
         for index, layer in enumerate(bar):
-            with onloaded(layer.modules(), copy=False):
+            with onloaded(layer.modules(), writable=False):
                 for network, sweep in sweeps.items():
                     streams[network] = sweep.run(layer, streams[network], calls[network][index])
 
         bits = dict[str, float]()
-        with onloaded([*layers.around, model.get_output_embeddings()], copy=False):
+        with onloaded([*layers.around, model.get_output_embeddings()], writable=False):
             for network, sweep in sweeps.items():
                 impossible = removed if network == "pruned" else None
                 loss = sweep.loss(streams[network], LOGITS_TOGETHER, impossible)

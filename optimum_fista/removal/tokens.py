@@ -522,7 +522,7 @@ def _count(
                 yield item
                 continue
             for batch in read_batches([item], num_rows, None, media_arguments(model)):
-                for row in batch.rows():  # sequences without padding
+                for row in batch.sequences_without_padding():
                     ids = row.input_ids.flatten()
                     if batch.held_out:
                         marked.append(str(tokenizer.decode(ids, skip_special_tokens=True)))

@@ -25,6 +25,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from optimum_fista.atomic import digest_of, write_file
+from optimum_fista.model.digests import bytes_of_values
 from optimum_fista.source.model_folder import checkpoint_files, read_json
 
 PLAIN_FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -63,7 +64,7 @@ class StoredTensor:
         def pieces() -> Iterator[bytes | memoryview]:
             """Read the bytes of the whole tensor as one piece."""
             values = tensor if read is None else read()
-            yield _bytes_of(values)
+            yield bytes_of_values(values)
 
         return cls(name_of_dtype(tensor.dtype), tuple(tensor.shape), tensor.nbytes, pieces)
 
@@ -84,7 +85,7 @@ class StoredTensor:
             """Read the bytes of the entries as one piece."""
             whole = torch.frombuffer(bytearray().join(self.pieces()), dtype=torch.uint8)
             values = whole.view(*self.shape, -1)  # [..., bytes of a value]
-            yield _bytes_of(values.index_select(axis, entries))
+            yield bytes_of_values(values.index_select(axis, entries))
 
         bytes_of_an_entry = self.num_bytes // self.shape[axis]
         return replace(
@@ -222,13 +223,6 @@ def _file_of(tensors: Mapping[str, StoredTensor]) -> Iterator[bytes | memoryview
     yield len(text).to_bytes(8, "little") + text
     for name in names:
         yield from tensors[name].pieces()
-
-
-def _bytes_of(values: Tensor) -> memoryview:
-    """Return the bytes of a tensor, row by row; those of a contiguous one on the CPU are not copied."""
-    rows_in_a_line = values.cpu().contiguous().view(-1)
-    view: memoryview = rows_in_a_line.view(torch.uint8).numpy().data
-    return view
 
 
 def name_of_dtype(dtype: torch.dtype) -> str:

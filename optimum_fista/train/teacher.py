@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 
 from optimum_fista.folder.output import FOLDER
+from optimum_fista.model.digests import sha256_of
 from optimum_fista.model.layers import find_decoder_layers
-from optimum_fista.model.offload import sha256_of
 from optimum_fista.source.loading import load_lazily, model_without_weights, read_config
 from optimum_fista.train.recovery_plan import RecoveryPlan
 

@@ -51,12 +51,12 @@ def test_what_was_appended_is_read_back_in_any_order(store, order):
     for tensor in wanted:
         store.append(tensor)
 
-    assert len(store) == len(store.kept()) == 6
+    assert len(store) == len(store.stored_tensors()) == 6
     for index in order:
         assert store[index].dtype == wanted[index].dtype
         assert torch.equal(store[index], wanted[index])
     assert all(map(torch.equal, store, wanted))
-    assert all(map(torch.equal, store.kept(), wanted))
+    assert all(map(torch.equal, store.stored_tensors(), wanted))
     with pytest.raises(IndexError):
         store[6]
 
@@ -122,7 +122,7 @@ def test_a_store_is_one_file_without_a_name_mapped_while_it_is_read(tmp_path, st
     store.append(torch.ones(0))  # waits for what is read ahead, which opens the file once more
     assert not [*tmp_path.iterdir()]
     assert opened_files().count(str(tmp_path)) == 1
-    kept = store.kept()
+    kept = store.stored_tensors()
     assert mapped_files().count(str(tmp_path)) == 3
     del kept
     assert str(tmp_path) not in mapped_files()
@@ -144,4 +144,4 @@ def test_between_a_gpu_and_elsewhere(tmp_path, folder):
     for index, tensor in enumerate(store):
         assert tensor.device.type == "cuda"
         assert torch.equal(tensor, wanted[index] * 2)
-    assert all(tensor.device.type == "cpu" for tensor in store.kept())
+    assert all(tensor.device.type == "cpu" for tensor in store.stored_tensors())

@@ -46,7 +46,7 @@ def test_every_form_gives_the_same_ids(form):
 def test_masks_are_booleans_where_anything_is_masked_and_padding_is_at_the_end(batch_size):
     batches = read_batches(DataLoader(DATA_SET, batch_size=batch_size), 16)
 
-    rows = [row for batch in batches for row in batch.rows()]
+    rows = [row for batch in batches for row in batch.sequences_without_padding()]
     assert [row.input_ids[0].tolist() for row in rows] == [[1, 2, 3, 4], [6, 7, 8], [9, 10]]
     assert sum(batch.num_tokens for batch in batches) == 9
     assert (batches[0].attention_mask is None) is (batch_size == 1)

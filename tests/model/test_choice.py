@@ -6,7 +6,7 @@ from tiny_models import MOE_FAMILIES, tiny_model
 from torch import nn
 
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.choice import find_operators, left_out
+from optimum_fista.model.choice import find_operators, skipped_modules
 from optimum_fista.model.layers import find_decoder_layers
 
 
@@ -30,7 +30,7 @@ def test_matrices_of_fused_experts_are_operators_unless_they_stay_dense(family):
     assert {"q_proj", "o_proj"} <= kinds
     for pattern in ("*.experts", fused):
         assert set(find_operators(name, layer, [pattern])) == rest
-        assert left_out(name, layer, [pattern])[fused] == "exclude"
+        assert skipped_modules(name, layer, [pattern])[fused] == "exclude"
     assert set(find_operators(name, layer, ["*.q_proj", "model.layers.0.*"])) == set(operators)
 
 
@@ -57,7 +57,7 @@ def test_routers_beside_fused_experts_stay_dense():
 
     assert "model.layers.0.mlp.latent" in operators
     assert "model.layers.0.mlp.gate" not in operators
-    assert left_out(name, layer) == {
+    assert skipped_modules(name, layer) == {
         "model.layers.0.mlp.gate": "router",
         "model.layers.0.mlp.shared_expert_gate": "router",
     }

@@ -6,7 +6,7 @@ from accelerate import cpu_offload
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from optimum_fista.model.offload import kept_tensor, onloaded
+from optimum_fista.model.offload import offloaded_tensor, onloaded
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.report import LayerRecord, LayerReport
@@ -70,13 +70,13 @@ def test_offloaded_weights_change_where_they_are_kept_when_their_layer_is_commit
             sink.undo()
             assert torch.equal(operator.parameter, before)
             sink.write(operator, torch.ones(3, 4))
-            assert torch.equal(kept_tensor(model[0], "weight"), before)
+            assert torch.equal(offloaded_tensor(model[0], "weight"), before)
             sink.commit(0, model[0], LayerRecord(LayerReport("0", None, 0.0)), [])
-            assert torch.equal(kept_tensor(model[0], "weight"), torch.ones(3, 4))
+            assert torch.equal(offloaded_tensor(model[0], "weight"), torch.ones(3, 4))
             sink.undo()
-        assert torch.equal(kept_tensor(model[0], "weight"), torch.ones(3, 4))
+        assert torch.equal(offloaded_tensor(model[0], "weight"), torch.ones(3, 4))
         raise ValueError
-    assert torch.equal(kept_tensor(model[0], "weight"), before)
+    assert torch.equal(offloaded_tensor(model[0], "weight"), before)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
