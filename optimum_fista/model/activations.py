@@ -39,7 +39,7 @@ class ActivationStore(Sequence[Tensor]):
         self.clear()
 
     def _stage(self) -> None:
-        """Copy through buffers (`staging`) if the device would wait without them."""
+        """Make new buffers (`staging`) if the device would wait for copies without them, otherwise none."""
         has_streams = False
         if self.device.type not in ("cpu", "meta"):
             has_streams = hasattr(torch.get_device_module(self.device), "Stream")
@@ -50,7 +50,7 @@ class ActivationStore(Sequence[Tensor]):
             self.staging = _Staging(self._kept, self.device, has_streams)
 
     def append(self, tensor: Tensor, *, copy: bool = False) -> None:
-        """Keep a tensor; with `copy`, the caller may overwrite it afterwards."""
+        """Keep a tensor as the last one, at the storage; with `copy`, the caller may overwrite it afterwards."""
         tensor = tensor.detach()
         if self.staging is not None:
             # the stream reads it at any time from now on
@@ -66,7 +66,10 @@ class ActivationStore(Sequence[Tensor]):
         return list(self._kept)
 
     def move(self, storage: Storage, device: torch.device) -> None:
-        """From now on return the tensors on another device, and keep them at `storage` if that is a device."""
+        """From now on return the tensors on another device, and keep them at `storage` if that is a device.
+
+        Tensors that are kept in memory are moved there now. Tensors in a file stay in it.
+        """
         if self.staging is not None:
             self.staging.finish()
         if (
@@ -83,7 +86,7 @@ class ActivationStore(Sequence[Tensor]):
             self._stage()
 
     def clear(self) -> None:
-        """Free all tensors."""
+        """Free all tensors; the store is empty afterwards."""
         if self.staging is not None:
             self.staging.finish()
         # new ones, because the thread may still read from the old ones
@@ -119,7 +122,7 @@ class _File(Sequence[Tensor]):
         end = self._file.seek(0, 2)
         self._entries.append((end, tensor.shape, tensor.dtype))
         self._file.write(bytes_of_values(tensor))
-        # a tensor at a page's start fits any dtype
+        # zeros up to the next page, because a tensor at a page's start fits any dtype
         num_missing = -self._file.tell() % mmap.PAGESIZE
         self._file.write(bytes(num_missing))
         self._file.flush()
@@ -197,8 +200,8 @@ class _Staging:
             current = self._module.current_stream(self._device)
             current.wait_event(copied)
             tensor.record_stream(current)
-        steps_back = 0 < index < self._last
-        expected = index - 1 if steps_back else index + 1
+        is_backwards = 0 < index < self._last  # the tensors are read in falling order
+        expected = index - 1 if is_backwards else index + 1
         self._last = index
         if 0 <= expected < self.count:
             self._next = (expected, self._thread.submit(self._load, expected))

@@ -76,7 +76,10 @@ class CalibrationBatch:
             yield replace(self, input_ids=real[None], attention_mask=None)
 
     def arguments(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Keyword arguments to run a model with, on the device where it computes; images are in the model's dtype."""
+        """Keyword arguments to run a model with, on the device where it computes; images are in the model's dtype.
+
+        The model is only read.
+        """
         device = execution_device(model.get_input_embeddings())
         mask = None
         if self.attention_mask is not None:
@@ -102,6 +105,7 @@ class CalibrationBatch:
         except UnsupportedArchitectureError:
             raise
         except _ERRORS_OF_PYTHON as error:
+            # arguments that describe images or sounds, which the model takes and the batch lacks
             lacking = media_arguments(model).lacking(self.media)
             if not lacking:
                 raise
@@ -131,10 +135,11 @@ def read_batches(
     """Read every batch of a calibration loader once, and move padding to the end of each sequence.
 
     The loader is an iterable of dicts with `input_ids` (and `attention_mask`), tensors of ids [batch, sequence] or
-    [sequence], or lists of ids: a `torch.utils.data.DataLoader`, a data set or a generator. A sequence may have
-    `longest` tokens; `None`: any number. `labels`, which data collators add, are ignored. `held_out` marks a batch that
-    only measures; its value may be the name of the text. A dict may also hold images and the like as the model's
-    processor returns them, if they are among the model's `media` arguments; then every sequence becomes a batch.
+    [sequence], or lists of ids: a `torch.utils.data.DataLoader`, a data set or a generator. Ids must be smaller than
+    `vocab_size`. A sequence may have `longest` tokens; `None`: any number. `labels`, which data collators add, are
+    ignored. `held_out` marks a batch that only measures; its value may be the name of the text. A dict may also hold
+    images and the like as the model's processor returns them, if they are among the model's `media` arguments; then
+    every sequence becomes a batch.
 
     `warn` is called once if any batches have keys that are not read.
     """
@@ -186,7 +191,9 @@ def hold_out(batches: Sequence[CalibrationBatch], num_sequences: int) -> list[Ca
         )
 
     marked = list[CalibrationBatch]()
-    num_fitted = total - num_sequences  # sequences that are not held out, from here to the end
+    num_fitted = (
+        total - num_sequences
+    )  # sequences of this batch and the later ones that are not held out
     for batch in batches:
         size = batch.input_ids.shape[0]
         cut = min(num_fitted, size)
@@ -227,7 +234,7 @@ def _describe(batches: Sequence[CalibrationBatch]) -> dict[str, Any]:
 
 
 def shapes_of(batches: Sequence[CalibrationBatch]) -> list[list[int]]:
-    """`[count, sequences, tokens]` of batches of equal shape that follow each other."""
+    """Shapes of the batches, in their order: `[count, sequences, tokens]` for `count` equal ones in a row."""
     shapes = itertools.groupby(list(batch.input_ids.shape) for batch in batches)
     return [[len(list(same)), *shape] for shape, same in shapes]
 
@@ -357,10 +364,9 @@ def _real_tokens(ids: Tensor, others: Mapping[str, Any], where: str) -> Tensor:
         positions = _as_rows(others["position_ids"], where, "position_ids", ids)
         from_the_row = torch.arange(ids.shape[1]).to(ids).expand_as(ids)
         from_the_first_real_token = real.cumsum(1) - 1
-        is_usual = torch.equal(positions[real], from_the_row[real]) or torch.equal(
-            positions[real], from_the_first_real_token[real]
-        )
-        if not is_usual:
+        counts_all = torch.equal(positions[real], from_the_row[real])
+        counts_real_tokens = torch.equal(positions[real], from_the_first_real_token[real])
+        if not (counts_all or counts_real_tokens):
             packing.append("position_ids")
     if packing:
         raise ValueError(
@@ -402,7 +408,7 @@ def _as_rows(values: Any, where: str, key: str, like: Tensor | None = None) -> T
 def cut_batches(
     batches: Sequence[CalibrationBatch], sizes: Sequence[int]
 ) -> list[CalibrationBatch]:
-    """Cut batches into batches of other sizes; no new batch has sequences of two old ones."""
+    """Cut batches into batches of `sizes` sequences; no new batch has sequences of two old ones."""
     lengths = [batch.input_ids.shape[0] for batch in batches]
     return [batches[number].sequences(start, end) for number, start, end in pieces(lengths, sizes)]
 

@@ -50,7 +50,8 @@ def choose_operators(
     """Find the operators to prune, by the names of the decoder layers, and those that stay dense, with the reason.
 
     `exclude` are the user's patterns, by which whole mixtures are skipped. `reason_left_dense` says of the name of an
-    operator why the configuration leaves it dense; `None`: it does not. Weights in memory must be finite.
+    operator why the configuration leaves it dense; `None`: it does not. Weights in memory must be finite. Changes
+    nothing.
     """
     chosen: dict[str, dict[str, LinearOperator]] = {}
     left_dense: dict[str, str] = {}
@@ -58,7 +59,9 @@ def choose_operators(
         chosen[layer_name] = {}
         left_dense |= skipped_modules(layer_name, layer, exclude)
         for name, operator in find_operators(layer_name, layer, exclude).items():
-            reason = reason_left_dense(name) or layers.shared.get(name)
+            reason = reason_left_dense(name)
+            if reason is None:
+                reason = layers.shared.get(name)  # another module has the same weight
             if reason is not None:
                 left_dense[name] = reason
                 continue

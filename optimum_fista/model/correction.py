@@ -75,10 +75,15 @@ class Correction:
         return self.carry == "none" or (self.carry == "intra" and group == 0)
 
     def enter(self, hidden_states: Sequence[Tensor]) -> HiddenStates:
-        """The hidden states that enter the first decoder layer: dense, pruned, or both, as needed."""
+        """The hidden states that enter the first decoder layer: as dense ones, as pruned ones, or as both, as needed.
+
+        In front of the first layer both are the same `hidden_states` [batch, sequence, hidden], a batch each.
+        """
         if self.carry != "full":
-            return HiddenStates(hidden_states)
-        return HiddenStates(hidden_states if self.needs_dense else None, hidden_states)
+            return HiddenStates(dense=hidden_states, pruned=None)
+        if not self.needs_dense:
+            return HiddenStates(dense=None, pruned=hidden_states)
+        return HiddenStates(dense=hidden_states, pruned=hidden_states)
 
 
 @dataclass
@@ -95,9 +100,10 @@ class LastOperator:
 
     @cached_property  # for the errors first, then for the layer's outputs: no batch runs twice
     def results(self) -> tuple[dict[bool, Tensor], ActivationStore | None]:
-        """Squared errors of its pruned outputs, of held-out batches and of others, and hidden states after the layer.
+        """Squared errors of its pruned outputs, and the hidden states after the layer; `None` if these are not needed.
 
-        The operator runs once, with the weights that it has at the first access.
+        The errors are sums over held-out batches (True) and over the others (False), float64. The operator runs once on
+        all batches, with the weights that it has at the first access; the result is kept in the object.
         """
         squares = {
             held_out: torch.zeros((), dtype=torch.float64, device=self.activations.device)
@@ -135,7 +141,8 @@ class GroupProblems:
         """`|| W* X* - W X ||_F / || W X ||_F` with weights `W*` as written; `None` if `W X` is not known.
 
         `problem` is one of `fitted`, or of `held_out` if that is True. The error equals `fit_error` if the targets are
-        the dense network's outputs, on held-out tokens and on others.
+        the dense network's outputs, on held-out tokens and on others. If `self.last` is set, the operator with a
+        residual correction, it runs on all batches at the first call, with the weights that it has then.
         """
         if self.last is None:
             return fit_error if problem.aims_at_dense else problem.output_error(weight)
@@ -209,7 +216,8 @@ class LayerTargets:
     def _run_dense(self, hidden_states: Sequence[Tensor]) -> ActivationStore:
         """Run the dense layer on every batch, and return its output hidden states.
 
-        One pass serves all groups: hooks fill the record of each, and `_expert_outputs`. They are removed at the end.
+        One pass serves all groups: hooks fill the record of each (`self._records`), and `self._expert_outputs` if
+        experts will be removed. The hooks are removed at the end.
         """
         outputs = self.activations.store()
         num_tokens = 0  # of the batch that runs, padding included
@@ -240,7 +248,8 @@ class LayerTargets:
     def problems(self, index: int) -> GroupProblems:
         """The problems of the group with a number, which is still dense; all groups before it are pruned and written.
 
-        The record of the group is used up: this is called once for each group.
+        The record of the group is used up: this is called once for each group. The layer runs, unless the group sees
+        the inputs of the dense network. Outputs of finished parts may be kept for later groups.
         """
         # popped, so that the record and its sums are freed with the problems, before the next group's are made
         record = self._records.pop(index)
@@ -259,20 +268,24 @@ class LayerTargets:
         return GroupProblems(group, fitted, held_out, self._last)
 
     def _sum_pruned_inputs(self, index: int, record: _DenseRecord) -> None:
-        """Run the layer as it is now, and sum over `X*` of a group; sets `_last` if it has a residual correction."""
+        """Run the layer as it is now, and sum over `X*` of a group.
+
+        Changes the sums of `record`, and the outputs of finished parts that are kept. Sets `self._last` if the group
+        has a residual correction.
+        """
         group = self._groups[index]
         is_last = index == len(self._groups) - 1
         # only the last operator has a residual correction, and only if it is alone in its group
-        may_correct = (
+        may_compensate = (
             self._correction.residual_share > 0
             and is_last
             and len(group) == 1
             and not isinstance(group[0], ExpertOperator)
         )
-        corrects = may_correct and is_added_to_output(
+        compensates = may_compensate and is_added_to_output(
             self.activations, group[0].module, self.entering.to_prune_on[0]
         )
-        if corrects:
+        if compensates:
             with self._finished.skipped(index, keep=False):
                 self._last = self._sum_residual(record)
         else:
@@ -291,7 +304,8 @@ class LayerTargets:
 
             Y = a E(X) + (1 - a) E(X*) - b (D* - D),
 
-        with `D` and `D*` the rest of the layer's output; b = 0 unless `adds_experts`.
+        with `D` and `D*` the rest of the layer's output; b = 0 unless `adds_experts`. A hook is on the mixture until
+        the iterator ends.
         """
         assert self._experts is not None
         correction = self._correction
@@ -325,7 +339,11 @@ class LayerTargets:
                 yield target.to(output.dtype).view(*hidden.shape[:2], -1)
 
     def leave(self, smaller: nn.Module | None = None) -> HiddenStates:
-        """Hidden states after the layer, or after the `smaller` one without experts, when all groups are pruned."""
+        """Run the pruned layer, and return the hidden states after it; this is called once, after the last group.
+
+        If experts were removed, the copy `smaller` without them runs in place of the layer. If the last operator has a
+        residual correction, only that operator runs.
+        """
         entering = self.entering.pruned
         pruned: ActivationStore | None = None
         if smaller is not None:
@@ -339,16 +357,24 @@ class LayerTargets:
         return HiddenStates(self._outputs, pruned)
 
     def _sum_inputs(self, record: _DenseRecord) -> None:
-        """Sum over `X*` of a group and over the dense network's record; the layer runs up to the group."""
+        """Run the layer up to a group, and add its inputs `X*` to the sums of its `record`.
+
+        For experts the layer runs once for the whole mixture, and `self._mixture` keeps the tokens that it assigned.
+        """
         operator = record.group[0]
-        entering = self.entering.to_prune_on
         if isinstance(operator, ExpertOperator):
             assigned_batches = self._assigned_tokens(operator.experts)
-            weights = [expert.read() for expert in record.group]
+            dense_weights = [expert.read() for expert in record.group]
             for batch, assigned in enumerate(assigned_batches):
-                inputs = operator.inputs(assigned, self.activations.device)  # [tokens, in]
-                record.add_expert(batch, inputs, assigned.tokens_of(operator.expert), weights)
+                record.add_expert(
+                    batch,
+                    inputs=operator.inputs(assigned, self.activations.device),  # [tokens, in]
+                    tokens=assigned.tokens_of(operator.expert),
+                    dense_weights=dense_weights,
+                )
             return
+        # the pruned hidden states if layers before were pruned, otherwise dense ones
+        entering = self.entering.to_prune_on
         calls = self.activations.arguments_of(operator.module, entering)
         for batch, (arguments, keywords) in enumerate(calls):
             record.add(batch, operator_input(arguments, keywords))  # [batch, sequence, in]
@@ -356,9 +382,10 @@ class LayerTargets:
     def _assigned_tokens(self, experts: FusedExperts) -> list[AssignedTokens]:
         """The tokens that a mixture assigns to its experts in each batch.
 
-        The layer runs once for all experts of a mixture: their inputs are computed from the input of the mixture.
+        The layer runs once for all experts of a mixture: their inputs are computed from the input of the mixture. The
+        result is kept in `self._mixture` until another mixture comes.
         """
-        if self._mixture is None or self._mixture[0] is not experts:
+        if self._mixture is None or self._mixture[0] is not experts:  # it is another mixture
             entering = self.entering.to_prune_on
             self._mixture = (experts, self.activations.assigned_tokens(experts, entering))
         return self._mixture[1]
@@ -366,7 +393,8 @@ class LayerTargets:
     def _sum_residual(self, record: _DenseRecord) -> LastOperator:
         """Sum over `X*` and the targets `Y = W (a X + (1 - a) X*) - b (D* - D)` of the last operator.
 
-        The layer runs to its end with the operator's dense weights, which gives `X*`, `W X*` and `D* + W X*`.
+        The layer runs to its end with the operator's dense weights, which gives `X*`, `W X*` and `D* + W X*`. Changes
+        the sums of `record`; hooks on the operator are removed at the end.
         """
         activations = self.activations
         operator = record.group[0]
@@ -422,7 +450,7 @@ class LayerTargets:
         """Add the inputs `X*` and the targets of one batch to the sums of the last operator.
 
         `layer_output` is `D* + W X*` and `own_output` is `W X*`, with the bias, both [batch, sequence, out]; `weight`
-        is `W` if the record has no outputs. Appends to the stores of `last`.
+        is `W` if the record has no outputs. Changes the sums of `record`, and appends to the stores of `last`.
         """
         assert self._outputs is not None
         activations = self.activations
@@ -508,7 +536,10 @@ class _DenseRecord:
         return isinstance(self.group[0], ExpertOperator)
 
     def see_input(self, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        """Record the dense inputs of the group; a forward pre-hook of its first operator."""
+        """Record the dense inputs of the group; a forward pre-hook of its first operator.
+
+        They are added to `sums`, or appended to `inputs`. The batch that runs is number `self.batch`.
+        """
         inputs = operator_input(arguments, keywords)
         tokens = arguments[1] if self._is_expert else None  # as `ExpertLinear` is called
         rows = self._activations.rows(inputs, self.batch, self.group[0], tokens)
@@ -522,7 +553,11 @@ class _DenseRecord:
     def see_output(
         self, operator: LinearOperator, _: nn.Module, __: object, output: Tensor
     ) -> None:
-        """Record the dense outputs of one operator, as its forward hook; those of a group come in its order."""
+        """Record the dense outputs of one operator, as its forward hook; those of a group come in its order.
+
+        Their energies are added to `sums`. When the last operator of the group has run, the outputs of all are appended
+        to `outputs`, unless inputs are kept instead.
+        """
         if self._is_dense_input or self._is_expert:
             return
         products = operator.outputs_without_bias(  # W X
@@ -551,11 +586,11 @@ class _DenseRecord:
             sums.add(rows)
 
     def add_expert(
-        self, batch: int, inputs: Tensor, tokens: Tensor, weights: Sequence[Tensor]
+        self, batch: int, inputs: Tensor, tokens: Tensor, dense_weights: Sequence[Tensor]
     ) -> None:
         """Add the inputs `X*` [tokens, in] of an expert in a batch, and the dense network's record of it, to `sums`.
 
-        `tokens` are those of the rows, and `weights` the dense ones of the group's operators.
+        `tokens` are those of the rows, and `dense_weights` [out, in] those of the group's operators.
         """
         sums = self.sums[self._activations.held_out[batch]]
         rows = self._activations.rows(inputs, batch, self.group[0], tokens)
@@ -569,7 +604,7 @@ class _DenseRecord:
             recorded_tokens=self._tokens[batch],
             others=rows,
         )
-        for expert, weight in zip(self.group, weights, strict=True):
+        for expert, weight in zip(self.group, dense_weights, strict=True):
             sums.add_energies(expert.name, dense_inputs.float() @ weight.T)
         sums.add(rows, "inputs", dense_inputs)
 
@@ -591,6 +626,7 @@ def _rows_of(tokens: Tensor, recorded: Tensor, recorded_tokens: Tensor, others: 
     """
     if not recorded_tokens.numel():
         return others
-    place = torch.searchsorted(recorded_tokens, tokens).clamp_max(recorded_tokens.numel() - 1)
-    is_recorded = recorded_tokens[place] == tokens
-    return torch.where(is_recorded[:, None], recorded[place], others)
+    # of each token, the row in which it is if it was recorded
+    rows = torch.searchsorted(recorded_tokens, tokens).clamp_max(recorded_tokens.numel() - 1)
+    is_recorded = recorded_tokens[rows] == tokens
+    return torch.where(is_recorded[:, None], recorded[rows], others)

@@ -199,8 +199,9 @@ class FusedExperts:
     ) -> Tensor:
         """Compute the module's output expert by expert, in place of its own forward pass `original`.
 
-        The other arguments are those of the forward pass. Only the first output is compared with that of `original`:
-        whether they agree does not depend on the batch.
+        The other arguments are those of the forward pass. `watcher` is called for every expert. Only the first output
+        is compared with that of `original`, which `self._checked` notes: whether they agree does not depend on the
+        batch.
         """
         values = self._values(arguments, keywords)
         assigned = self.assigned(*arguments, **keywords)
@@ -245,7 +246,9 @@ class FusedExperts:
             chosen_experts, router_weights = routing  # both [tokens, k]
             # [tokens, k] -> [tokens * k]: choice p is of token p // k; a stable sort keeps tokens in order.
             experts, choices = chosen_experts.flatten().sort(stable=True)
-            rows = tokens = choices // (chosen_experts.numel() // flat.shape[0])
+            num_choices = chosen_experts.numel() // flat.shape[0]  # k
+            tokens = choices // num_choices
+            rows = tokens  # every token has one row
             weights = router_weights.flatten()[choices, None]
         else:
             # Every expert has rows for all tokens, and they are zero if it was not chosen (Llama-4).
@@ -255,8 +258,8 @@ class FusedExperts:
             tokens = rows % num_tokens
             weights = None
         # Where each expert begins among the sorted choices; choices of unknown experts are left out.
-        first = torch.arange(num_experts + 1, device=experts.device, dtype=experts.dtype)
-        bounds = torch.searchsorted(experts, first).tolist()
+        numbers = torch.arange(num_experts + 1, device=experts.device, dtype=experts.dtype)
+        bounds = torch.searchsorted(experts, numbers).tolist()
         return AssignedTokens(flat, rows=rows, tokens=tokens, weights=weights, bounds=bounds)
 
     def _values(self, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> list[Any]:
@@ -267,7 +270,10 @@ class FusedExperts:
         return values
 
     def outputs(self, batch: AssignedTokens, watcher: ExpertWatcher | None = None) -> Tensor:
-        """Run the experts on a batch, and sum their outputs for each row, [rows, hidden]."""
+        """Run the experts on a batch, and sum their outputs for each row, [rows, hidden].
+
+        `watcher` is called with the outputs of every expert. Changes nothing.
+        """
         module: Any = self.module
         output = torch.zeros_like(batch.hidden_states)
         for expert in range(len(self._experts)):

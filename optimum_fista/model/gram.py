@@ -64,7 +64,7 @@ class GroupSums:
             self.add_energies(kind, others)
 
     def add_energies(self, name: str, outputs: Tensor) -> None:
-        """Add outputs `W X` [tokens, out] of an operator to its energies."""
+        """Add the squares of outputs `W X` [tokens, out] to the energies of the operator `name`."""
         # one batch in float32, the sum of batches in float64, because it has many terms
         energies = as_multiplied(outputs).square().sum(0).double()
         if name in self.energies:
@@ -83,7 +83,7 @@ class GroupSums:
             end = start + _LEAF
             # Only upper blocks were summed. They are copied, so that both halves are equal to the last bit.
             corner = gram[start:end, start:end].triu_()
-            corner += corner.triu(1).T
+            corner += corner.triu(1).T  # changes `gram`, of which it is a view
             gram[end:, start:end] = gram[start:end, end:].T
         return InputStatistics(gram, self.num_tokens, self._total / max(1, self.num_tokens))
 
@@ -109,7 +109,11 @@ class GroupSums:
                 yield LayerProblem(weight, statistics, name=name, aims_at_dense=self.same_inputs)
             elif "targets" in self.cross:
                 yield LayerProblem(
-                    weight, statistics, self.cross["targets"], self.energies["targets"], name
+                    weight,
+                    statistics,
+                    target=self.cross["targets"],
+                    output_energies=self.energies["targets"],
+                    name=name,
                 )
             else:
                 # `_problem` overwrites these rows or this product, which are read only once
@@ -157,7 +161,14 @@ def _problem(
     norms of the rows of `W X`, [out], float64.
     """
     if dense_share == 1:
-        return LayerProblem(weight, statistics, cross, energies, name, aims_at_dense=True)
+        return LayerProblem(
+            weight,
+            statistics,
+            target=cross,
+            output_energies=energies,
+            name=name,
+            aims_at_dense=True,
+        )
     mixed_energies = inner_by_rows(weight, cross)  # inner products of the rows of W X and W X*
     same_energies = torch.empty_like(energies)  # || W X* ||^2 by rows
     for rows in row_blocks(weight):
@@ -179,5 +190,11 @@ def _problem(
         + (1 - dense_share) ** 2 * same_energies
     )
     return LayerProblem(
-        weight, statistics, cross, target_energies, name, same_energies=same_energies, dense=dense
+        weight,
+        statistics,
+        target=cross,
+        output_energies=target_energies,
+        name=name,
+        same_energies=same_energies,
+        dense=dense,
     )

@@ -62,8 +62,10 @@ def trace_groups(
     """Group operators that are called on the same tensor, by one forward pass of their layer.
 
     The layer is called with `hidden_states` [batch, sequence, hidden] and the arguments of `call`, which are recorded
-    ones (`model.inputs.record_inputs`). Operators are left dense if they are not called exactly once, or if their
-    output is not `W x + b`.
+    ones (`model.inputs.record_inputs`). `operators` are those of the layer by their full names. Operators are left
+    dense if they are not called exactly once, or if their output is not `W x + b`.
+
+    Hooks are on the modules while the layer runs. Nothing else is changed.
     """
     tracer = _Tracer(operators)
     parts = [part for part in layer.children() if part not in tracer.by_module]
@@ -123,7 +125,7 @@ class _Tracer:
             self._see_operator(operator, operator_input(arguments, keywords), output)
 
     def _see_part(self, part: nn.Module, output: object) -> None:
-        """Note whether a part returns the output of the operator that was called last."""
+        """Note in `self.ends` if a part returns the output of the operator that was called last (`self._latest`)."""
         split = split_output(output)
         if split is None or self._latest is None:
             return
@@ -135,7 +137,10 @@ class _Tracer:
             self.ends[operator.name] = PartEnd(part, rest)
 
     def _see_operator(self, operator: LinearOperator, inputs: Tensor, output: object) -> None:
-        """Note a call of an operator, and whether its output is a product."""
+        """Note a call of an operator in `self.calls`, and in `self.left_dense` if its output is no product.
+
+        The output is kept in `self._latest` until the next call, because a part may return it.
+        """
         self.calls.append((operator, inputs))
         if operator.module in self._doubtful and not _is_product(operator, inputs, output):
             self.left_dense[operator.name] = "returns something other than W x + b"
@@ -156,7 +161,8 @@ def _is_doubtful(module: nn.Module) -> bool:
 
 def _is_product(operator: LinearOperator, inputs: Tensor, output: object) -> bool:
     """Whether an output is `W x + b`, up to rounding."""
-    if not isinstance(output, Tensor) or output.shape != (*inputs.shape[:-1], operator.shape[0]):
+    num_outputs, _ = operator.shape
+    if not isinstance(output, Tensor) or output.shape != (*inputs.shape[:-1], num_outputs):
         return False
     weight = operator.parameter.T if operator.transposed else operator.parameter
     bias = getattr(operator.module, "bias", None)
@@ -362,7 +368,12 @@ class _Pass:
     def run(
         self, part: nn.Module, forward: Callable[..., Any], *arguments: Any, **keywords: Any
     ) -> Any:
-        """Return what a finished part returns for the next batch, in place of its own forward pass `forward`."""
+        """Return what a finished part returns for the next batch, in place of its own forward pass `forward`.
+
+        If its outputs are kept, nothing runs. If the inputs of its last operator are kept (`self.waiting`), only that
+        operator runs. Otherwise `forward` runs with the other arguments. Appends to `self.new_outputs` if the part is
+        in it.
+        """
         if part in self._outputs:
             stored = self._outputs[part]
             first = next(self.waiting[part])

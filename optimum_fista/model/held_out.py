@@ -55,6 +55,8 @@ class HeldOut:
 
         They can't if no sequence has two tokens, if layers pass arguments other than hidden states to the next one, or
         if a run resumes and earlier layers have written to a dictionary that layers share.
+
+        The model runs for this. What is recorded is kept in the object; the model is not changed.
         """
         resumes = bool(self._streams)
         # once for each network, because each writes to its own dictionaries
@@ -64,6 +66,7 @@ class HeldOut:
             self._sweep.returned_besides = recorded.returned_besides
             self._streams.setdefault(network, recorded.hidden_states)
 
+        # of the last network: both have arguments of the same kinds
         values = [
             value
             for calls in recorded.calls
@@ -105,14 +108,17 @@ class HeldOut:
         }
 
     def run(self, index: int, network: str) -> None:
-        """Run a decoder layer, which must be on its device, as it is now: `"dense"` or `"pruned"`."""
+        """Run the decoder layer with the number `index`, which must be on its device, as it is now.
+
+        `network` is "dense" or "pruned", as the layer is. Its hidden states are replaced by those after the layer.
+        """
         layer = self._sweep.layers.modules[index]
         self._streams[network] = self._sweep.run(
             layer, self._streams[network], self._calls[network][index]
         )
 
     def measure(self) -> None:
-        """Measure the losses, after the last decoder layer."""
+        """Measure `self.losses` of both networks, after the last decoder layer has run."""
         layers = self._sweep.layers
         norm_and_head = [*layers.around, layers.model.get_output_embeddings()]
         with onloaded(norm_and_head, writable=False):

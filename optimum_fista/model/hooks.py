@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 
 def operator_input(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
-    """Find the input of a linear operator in the arguments of its call."""
-    return arguments[0] if arguments else next(iter(keywords.values()))
+    """The input of a linear operator: the first argument of its call, given by position or else by keyword."""
+    if arguments:
+        return arguments[0]
+    return next(iter(keywords.values()))
 
 
 def _call_with_input(

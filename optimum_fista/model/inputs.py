@@ -45,7 +45,10 @@ class Addition:
     number: int  # of this batch among them
 
     def to(self, hidden_states: Tensor) -> Tensor:
-        """The sum with `hidden_states` [batch, sequence, hidden], as the model computes it."""
+        """The sum with `hidden_states` [batch, sequence, hidden], as the model computes it; a new tensor.
+
+        `self.tokens` are the numbers of the tokens that something is added to.
+        """
         # [batch, sequence, hidden] -> [tokens, hidden]
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         sums = flat[self.tokens] + self.rows[self.number].to(flat)
@@ -61,7 +64,10 @@ class LayerCall:
     added: Addition | None = None  # what the model adds to the hidden states in front of the layer
 
     def run(self, layer: nn.Module, hidden_states: Tensor) -> Tensor:
-        """Output hidden states of `layer`, on those that left the layer before it, [batch, sequence, hidden]."""
+        """Output hidden states of `layer`, on those that left the layer before it, [batch, sequence, hidden].
+
+        Changes nothing, unless the layer itself writes to a cache among the recorded arguments.
+        """
         entering = hidden_states if self.added is None else self.added.to(hidden_states)
         output = layer(entering, *self.arguments, **self.keywords)
         return output[0] if isinstance(output, tuple) else output
@@ -69,7 +75,7 @@ class LayerCall:
 
 @dataclass
 class RecordedInputs:
-    """Arguments of all decoder layers on all batches."""
+    """Arguments of all decoder layers on all batches, as `record_inputs` makes them."""
 
     # [batch, sequence, hidden] of each batch, as they enter the first layer
     hidden_states: ActivationStore
@@ -182,10 +188,14 @@ class _Recorder:
     returned_besides: tuple[Any, ...] = ()  # what they return after the hidden states
 
     def record(self, run: Callable[[], Any]) -> None:
-        """Record one batch, on which `run` calls the model: `calls` get one more of each layer, and `first` is set."""
+        """Record one batch, on which `run` calls the model: `calls` get one more of each layer, and `first` is set.
+
+        What the model adds between layers becomes a part of these calls. `self.additive` are the layers in front of
+        which it was shown to add, on this batch or on earlier ones.
+        """
         changes = self._pass(run, gives_zeros=bool(self.additive))
-        new_layers = changes.keys() - self.additive
-        if new_layers:
+        is_new_change = not changes.keys() <= self.additive
+        if is_new_change:
             changes = self._prove_sums(run, changes)
         for index, (_, added) in changes.items():
             self._keep_addition(index, added)
@@ -201,15 +211,20 @@ class _Recorder:
         """
         gave_zeros = bool(self.additive)
         other_changes = self._pass(run, gives_zeros=not gave_zeros, is_repeated=True)
-        with_states = other_changes if gave_zeros else changes
-        with_zeros = changes if gave_zeros else other_changes
+        if gave_zeros:
+            with_zeros = changes
+            with_states = other_changes
+        else:
+            with_zeros = other_changes
+            with_states = changes
+
         new_layers = changes.keys() - self.additive
         for index in sorted(new_layers | other_changes.keys()):
-            is_sum = (
-                index in with_states
-                and index in with_zeros
-                and torch.equal(with_states[index][0] + with_zeros[index][1], with_states[index][1])
-            )
+            is_sum = False
+            if index in with_states and index in with_zeros:
+                before, after = with_states[index]  # x and x + d
+                _, added = with_zeros[index]  # d
+                is_sum = torch.equal(before + added, after)
             if not is_sum:
                 raise UnsupportedArchitectureError(
                     f"the model changes the hidden states in front of decoder layer {self.layers.name}.{index}: "
@@ -220,7 +235,10 @@ class _Recorder:
         return with_zeros
 
     def _keep_addition(self, index: int, added: Tensor) -> None:
-        """Make what is `added` [batch, sequence, hidden] in front of a layer a part of its latest call."""
+        """Make what is `added` [batch, sequence, hidden] in front of a layer a part of its latest call.
+
+        Changes the last entry of `self.calls` of the layer, and appends the rows that are not zero to `self.added`.
+        """
         flat = added.reshape(-1, added.shape[-1])  # [batch, sequence, hidden] -> [tokens, hidden]
         tokens = flat.any(-1).nonzero()[:, 0]
         device = execution_device(self.layers.modules[index])
@@ -234,7 +252,12 @@ class _Recorder:
     def _pass(
         self, run: Callable[[], Any], *, gives_zeros: bool, is_repeated: bool = False
     ) -> dict[int, tuple[Tensor, Tensor]]:
-        """Run the model on one batch, and return the changes of hidden states between layers."""
+        """Run the model on one batch, and return the changes of hidden states between layers.
+
+        They are by the number of the layer in front of which the model makes them: the hidden states before and after.
+        `gives_zeros`: skipped layers return zeros instead of their inputs. `is_repeated`: arguments are recorded
+        already. Begins anew all fields of one pass.
+        """
         self.first = None
         self.expected = None
         self.next = 0
@@ -265,6 +288,7 @@ class _Recorder:
             self.first = hidden_states
 
         self._check_order(index, hidden_states)
+        # what the first layer returned besides hidden states must not be an argument of the next one
         carried = [value for value in self.returned_besides if value is not None]
         for value in (*others, *keywords.values()):
             if any(value is one for one in carried):
@@ -294,12 +318,15 @@ class _Recorder:
         return (leaving, *self.returned_besides) if self.is_tuple else leaving
 
     def _expect(self, hidden_states: Tensor) -> None:
-        """Expect these hidden states in the next layer."""
+        """Note the hidden states that should enter the next layer, and how often they were changed in place."""
         self.expected = hidden_states
         self.version = internals.changes_in_place(hidden_states)
 
     def _check_order(self, index: int, hidden_states: Tensor) -> None:
-        """Refuse a layer out of order, or on other hidden states than expected; note changes that may be sums."""
+        """Refuse a layer out of order, or on other hidden states than expected.
+
+        Other hidden states of the same form may be sums, so they are noted in `self.changes` and proved later.
+        """
         name = f"{self.layers.name}.{index}"
         if index != self.next:
             raise UnsupportedArchitectureError(
@@ -328,7 +355,7 @@ class _Recorder:
         """Share equal tensors (masks, position embeddings) between the layers of a device, and between batches.
 
         Returns `value` with its tensors on the device, each replaced by an equal one if there is one. Tuples and lists
-        are searched; all other values are returned as they are.
+        are searched; all other values are returned as they are. New tensors are kept in `self.interned`.
         """
         if isinstance(value, tuple | list):
             return type(value)(self._intern(item, device) for item in value)
@@ -379,7 +406,10 @@ class HiddenStates:
         return tensors
 
     def move(self, storage: Storage, device: torch.device) -> None:
-        """Return both streams on another layer's device from now on, and keep them at its storage, unless in files."""
+        """Return the tensors of both streams on another layer's device from now on, and move them to its storage.
+
+        Those in a file stay there. Sequences that are not in an `ActivationStore` are left alone.
+        """
         for stream in (self.dense, self.pruned):
             if isinstance(stream, ActivationStore):
                 stream.move(storage, device)
@@ -399,8 +429,9 @@ class LayerActivations:
     device: torch.device = field(init=False)  # where the layer computes
 
     def __post_init__(self) -> None:
-        """Fill in the fields that follow from the others."""
-        self.held_out = self.held_out or [False] * len(self.calls)
+        """Fill in the fields that follow from the others; masks are moved to the layer's device."""
+        if not self.held_out:
+            self.held_out = [False] * len(self.calls)
         self.device = execution_device(self.layer)
         self.token_masks = [
             None if mask is None else mask.to(self.device) for mask in self.token_masks
@@ -416,11 +447,17 @@ class LayerActivations:
 
     @quick_products()
     def run(self, batch: int, hidden_states: Tensor) -> Tensor:
-        """Output hidden states of the layer for the batch with a number, [batch, sequence, hidden]."""
+        """Run the layer on the batch with a number, and return its output hidden states [batch, sequence, hidden].
+
+        `hidden_states` of the same shape enter the layer. `self.calls` has its other arguments.
+        """
         return self.calls[batch].run(self.layer, hidden_states.to(self.device, non_blocking=True))
 
     def outputs(self, hidden_states: Iterable[Tensor]) -> ActivationStore:
-        """Output hidden states of the layer; `hidden_states` [batch, sequence, hidden] enter it, a batch each."""
+        """Run the layer on all batches, and return its output hidden states in a new store.
+
+        `hidden_states` [batch, sequence, hidden] enter it, a batch each.
+        """
         outputs = self.store()
         for batch, hidden in enumerate(hidden_states):
             outputs.append(self.run(batch, hidden))
@@ -429,7 +466,11 @@ class LayerActivations:
     def arguments_of(
         self, module: nn.Module, hidden_states: Iterable[Tensor]
     ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Run the layer from its start up to one of its modules; yields the module's arguments for each batch."""
+        """Run the layer from its start up to one of its modules; yields the module's arguments for each batch.
+
+        `hidden_states` [batch, sequence, hidden] of each batch enter the layer. A hook is on the module only while the
+        layer runs.
+        """
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def stop(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -454,9 +495,10 @@ class LayerActivations:
         hidden_states: Iterable[Tensor],
         see: Callable[[int, AssignedTokens], None] = lambda _, __: None,
     ) -> list[AssignedTokens]:
-        """Inputs of the experts of a mixture in every batch, kept at `storage`; first `see` is called with each.
+        """Run the layer up to a mixture of experts, and return the inputs of its experts in every batch.
 
-        `hidden_states` [batch, sequence, hidden] of each batch enter the layer. `see` gets the number of the batch.
+        `hidden_states` [batch, sequence, hidden] of each batch enter the layer. `see` is called with the number of each
+        batch and its inputs, while these are on the device. The returned ones are kept at `storage`.
         """
         store = self.store()
         assigned_batches: list[AssignedTokens] = []
@@ -468,7 +510,7 @@ class LayerActivations:
             store.append(assigned.hidden_states)
             assigned.hidden_states = assigned.hidden_states[:0]  # frees the batch on the device
         for assigned, hidden in zip(assigned_batches, store.stored_tensors(), strict=True):
-            assigned.hidden_states = hidden
+            assigned.hidden_states = hidden  # at the storage, where the experts select their rows
             assigned.rows = assigned.rows.to(hidden.device)
         return assigned_batches
 
@@ -517,7 +559,9 @@ class LayerActivations:
             dense_norm = torch.linalg.vector_norm(dense_rows)
             squares.append(torch.stack([error_norm, dense_norm]).double().square())
         error, energy = torch.stack(squares).sum(0).tolist()
-        return math.sqrt(error / energy) if energy else 0.0
+        if energy == 0:
+            return 0.0
+        return math.sqrt(error / energy)
 
 
 def cut_states(

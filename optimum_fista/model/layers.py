@@ -45,7 +45,7 @@ class DecoderLayers:
         return iter((f"{self.name}.{i}", module) for i, module in enumerate(self.modules))
 
     def outside(self, *, with_media: bool) -> Sequence[nn.Module]:
-        """The modules around the layers; `with_media` those of encoders for images and sounds, too."""
+        """The modules around the layers, without the head; `with_media`: also encoders of images and sounds."""
         if not with_media:
             return self.around
         inside = {part for layer in self.modules for part in layer.modules()}
@@ -53,7 +53,10 @@ class DecoderLayers:
         return [module for module in self.model.modules() if module not in inside]
 
     def dense_digest(self, of_layers: Iterable[str | None]) -> str:
-        """SHA-256 of the model before it was pruned, from those of its decoder layers, in their order."""
+        """SHA-256 of the model before it was pruned, from those of its decoder layers, in their order.
+
+        The tensors around the layers are read now: they must still be dense.
+        """
         around = sha256_of(self.model, self.names_around)
         return combined_sha256([*map(str, of_layers), around])
 
@@ -68,7 +71,8 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
     name, layers, decoder = _find_list_of_layers(model)
     inside = {*layers.modules(), model.get_output_embeddings()}
     around = [module for module in decoder.modules() if module not in inside]
-    # A model is on the device of its first parameter, as Transformers sees it: inputs go there.
+    # A model is on the device of its first parameter, as Transformers sees it: inputs go there, so the module with that
+    # parameter is needed on the device, too.
     name_of_first, _ = next(iter(model.named_parameters()))
     owner_of_first = model.get_submodule(name_of_first.rpartition(".")[0])
     if owner_of_first not in inside.union(around):
@@ -158,7 +162,7 @@ def _class_names(layers: nn.ModuleList) -> set[str]:
 
 
 def _inside(module: nn.Module, lists: Mapping[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
-    """Those of some lists, by their names, that are in a module."""
+    """Select those of the `lists` of modules, by their names, that are in a module."""
     modules = {*module.modules()}
     return {name: candidate for name, candidate in lists.items() if candidate in modules}
 

@@ -229,8 +229,8 @@ def as_tensor(value: Any, where: str, key: str, advice: str) -> Tensor:
 
 
 def _kind_of(name: str) -> str:
-    """The kind of media, a key of `_KINDS`, that an argument is for."""
-    return next(kind for kind, words in _KINDS.items() if re.search(words, name))
+    """The kind of media, a key of `_KINDS`, that an argument is for: the first whose pattern is in its name."""
+    return next(kind for kind, pattern in _KINDS.items() if re.search(pattern, name))
 
 
 def _says_something(row: Mapping[str, Tensor]) -> bool:
@@ -250,12 +250,15 @@ def _split(
         return [dict(values) for _ in counts]
 
     patches = _patches_of_images(values)
-    first_patches = [0, *accumulate(patches)]  # of each image, and their number in all
+    num_images = len(patches)
+    # the number of the first patch of each image; the last one is the number of all patches
+    first_patches = [0, *accumulate(patches)]
+    num_patches = first_patches[-1]
+    have_rows = all(len(value) in (num_images, num_patches) for value in values.values())
     bounds = _images_of_sequences(
         counts, patches, tokens_follow_patches=_tokens_follow_patches(values)
     )
-    lengths = {len(value) for value in values.values()}
-    if bounds is None or not lengths <= {len(patches), first_patches[-1]}:
+    if bounds is None or not have_rows:
         raise ValueError(
             f"{where}: which of its {len(counts)} sequences the {' and '.join(values)} belong to can't be told: pass "
             "one sequence a batch."
@@ -266,9 +269,10 @@ def _split(
         row = {}
         if start < end:
             for key, value in values.items():
-                has_images = len(value) == len(patches)  # a row for each image, not for each patch
-                by_patch = slice(first_patches[start], first_patches[end])
-                row[key] = value[start:end] if has_images else value[by_patch]
+                if len(value) == num_images:  # a row for each image, not for each patch
+                    row[key] = value[start:end]
+                else:
+                    row[key] = value[first_patches[start] : first_patches[end]]
         rows.append(row)
     return rows
 

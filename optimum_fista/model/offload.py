@@ -7,7 +7,7 @@ stored where the old ones are kept (`store_tensor`), so that models larger than 
 """
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,37 +68,65 @@ def store_tensor(
 ) -> None:
     """Replace an offloaded parameter of a module where it is kept: in CPU memory, or on disk.
 
-    First, `keep_undo` is called with a function that puts the old value back. The checkpoint from which the model was
-    loaded is never changed: the new value goes to a new file, in a temporary folder if the model has no offload folder.
+    First, `keep_undo` is called with a function that puts the old value back. The new value is rounded to the dtype of
+    the old one. The checkpoint from which the model was loaded is never changed: the new value goes to a new file, in a
+    temporary folder if the model has no offload folder. `module` is the one that has the parameter itself.
     """
     data, key = _whole_map(module, name)
-    is_in_files = isinstance(data, OffloadedWeightsLoader) and key not in data.state_dict
-    if not is_in_files:
-        tensors = data.state_dict if isinstance(data, OffloadedWeightsLoader) else data
-        before = tensors[key]  # no copy: the dictionary gets a new tensor
+    if not isinstance(data, OffloadedWeightsLoader):
+        _store_in_memory(data, key, value, keep_undo)
+    elif key in data.state_dict:
+        _store_in_memory(data.state_dict, key, value, keep_undo)
+    else:
+        _store_on_disk(data, key, value, keep_undo)
 
-        def restore_in_memory() -> None:
-            """Put the old value back into the dictionary."""
-            tensors[key] = before
 
-        keep_undo(restore_in_memory)
-        tensors[key] = value.detach().to("cpu", before.dtype, copy=True)
-        return
-    old: dict[str, Any] = dict(data.index[key])
-    in_checkpoint = old.get("safetensors_file") is not None
+def _store_in_memory(
+    tensors: MutableMapping[str, Tensor],
+    key: str,
+    value: Tensor,
+    keep_undo: Callable[[Callable[[], None]], None],
+) -> None:
+    """Replace the tensor `key` of a dictionary by a copy of `value`; see `store_tensor` for `keep_undo`."""
+    before = tensors[key]  # no copy: the dictionary gets a new tensor
+
+    def restore() -> None:
+        """Put the old value back into the dictionary."""
+        tensors[key] = before
+
+    keep_undo(restore)
+    tensors[key] = value.detach().to("cpu", before.dtype, copy=True)
+
+
+def _store_on_disk(
+    data: OffloadedWeightsLoader,
+    key: str,
+    value: Tensor,
+    keep_undo: Callable[[Callable[[], None]], None],
+) -> None:
+    """Write `value` to a file for the tensor `key`, and change its entry in the index of `data`.
+
+    `keep_undo` is that of `store_tensor`. Makes a temporary folder if `data` has none to write to; it is removed with
+    the model.
+    """
+    old_entry: dict[str, Any] = dict(data.index[key])
+    is_in_checkpoint = old_entry.get("safetensors_file") is not None
     # For a file of the checkpoint, only the index changes. Other files are overwritten, so the old value is copied.
-    previous = None if in_checkpoint else data[key].clone()
+    old_value = None if is_in_checkpoint else data[key].clone()
+
     if data.save_folder is None:
         folder = tempfile.TemporaryDirectory(prefix="optimum-fista-")
         data.save_folder = folder.name
         data.kept_by = folder  # so that the folder is removed with the model
-    dtype = getattr(torch, old["dtype"], value.dtype) if "dtype" in old else data[key].dtype
+
+    names_dtype = "dtype" in old_entry  # such as "bfloat16"
+    dtype = getattr(torch, old_entry["dtype"], value.dtype) if names_dtype else data[key].dtype
 
     def restore() -> None:
         """Put the old value back, in the index and in its file."""
-        if previous is not None:
-            offload_weight(previous, key, data.save_folder, data.index)
-        data.index[key] = old
+        if old_value is not None:
+            offload_weight(old_value, key, data.save_folder, data.index)
+        data.index[key] = old_entry
 
     keep_undo(restore)  # before anything is written, so that an interrupt in between loses nothing
     offload_weight(value.detach().to("cpu", dtype), key, data.save_folder, data.index)
@@ -108,9 +136,9 @@ def store_tensor(
 def onloaded(modules: Iterable[nn.Module], *, writable: bool = True) -> Iterator[None]:
     """Inside, the weights of modules stay on their device; the hooks of Accelerate leave them there.
 
-    Modules whose weights are not offloaded, or are onloaded already, are left alone. Onloaded weights are copies even
-    if they are kept on that device; with `copy` False they may not be, so do not write to them. Changes of copies are
-    lost at the end unless they were stored by `store_tensor`.
+    Modules whose weights are not offloaded, or are onloaded already, are left alone. If `writable`, onloaded weights
+    are copies even if they are kept on that device. If not, they may be the kept ones, so do not write to them. Changes
+    of copies are lost at the end unless they were stored by `store_tensor`.
     """
     brought: list[tuple[nn.Module, AlignDevicesHook, list[str]]] = []
     try:
@@ -196,12 +224,22 @@ def alignment_hooks(module: nn.Module) -> list[AlignDevicesHook]:
 
 
 def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
-    """The hook through which Accelerate keeps the weights of a module itself elsewhere, even if they are onloaded."""
-    return next((hook for hook in alignment_hooks(module) if hook.weights_map is not None), None)
+    """The hook through which Accelerate keeps the weights of a module itself elsewhere, even if they are onloaded.
+
+    `None` if they are not offloaded.
+    """
+    for hook in alignment_hooks(module):
+        if hook.weights_map is not None:
+            return hook
+    return None
 
 
 def _whole_map(module: nn.Module, name: str) -> tuple[Any, str]:
-    """Find the map from which Accelerate reads the offloaded weights of the whole model, and a tensor's name in it."""
+    """Find the map from which Accelerate reads the offloaded weights of the whole model, and a tensor's name in it.
+
+    The map is an `OffloadedWeightsLoader` (`state_dict`: tensors in memory, `index`: where the others are on disk), or
+    a dictionary of tensors in memory. `name` is that of the tensor in `module`.
+    """
     hook = offload_hook(module)
     assert hook is not None
     data = hook.weights_map

@@ -76,9 +76,8 @@ class LinearOperator:
 
     def outputs_without_bias(self, outputs: Tensor) -> Tensor:
         """Compute `W x` from the module's outputs `W x + b`, [tokens, out]; float32 if there is a bias."""
-        flat = outputs.detach().reshape(
-            -1, self.shape[0]
-        )  # [batch, sequence, out] -> [tokens, out]
+        num_outputs, _ = self.shape
+        flat = outputs.detach().reshape(-1, num_outputs)  # [batch, sequence, out] -> [tokens, out]
         bias = getattr(self.module, "bias", None)
         if bias is None:
             return flat

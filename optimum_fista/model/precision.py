@@ -150,7 +150,9 @@ def as_multiplied(values: Tensor) -> Tensor:
     if products == "tf32" and not _is_half(values):
         # to 10 bits of the 23 that are stored after the first one: add half of the last kept bit, and cut the others
         bits = values.float().view(torch.int32)
-        return ((bits + (1 << 12)) & -(1 << 13)).view(torch.float32)
+        half_of_last_bit = 2**12
+        all_but_13_bits = -(2**13)
+        return ((bits + half_of_last_bit) & all_but_13_bits).view(torch.float32)
     return values.float()
 
 
@@ -165,9 +167,9 @@ def in_few_sizes(rows: Tensor) -> Tensor:
     if rows.device.type != "cpu" or is_float32:
         return rows
     count = len(rows)
-    step = 1 << max(
-        4, (count - 1).bit_length() - 3
-    )  # 16; above 128 rows, a quarter of a power of two
+    # rounded up to a multiple of 16; above 128 rows, of a quarter of a power of two
+    exponent = max(4, (count - 1).bit_length() - 3)
+    step = 2**exponent
     num_missing = -count % step
     if not num_missing:
         return rows  # not copied

@@ -180,7 +180,8 @@ class _Watcher:
     ) -> None:
         """Add the squares of the inputs, and request the gradient if the output is a product with one matrix.
 
-        This is a forward hook of the operator's module.
+        This is a forward hook of the operator's module. It changes the sums of this object, and puts a hook on the
+        output, by which the backward pass calls `_add_gradient`.
         """
         inputs = operator_input(arguments, keywords).detach()
         # [batch, sequence, in] -> [tokens, in]
@@ -192,19 +193,25 @@ class _Watcher:
             self.inputs += squares.sum(0)
             self.energy += energies.double().sum()
             self.num_tokens += squares.shape[0]
-        is_product = isinstance(output, Tensor) and output.shape[-1] == self.operator.shape[0]
-        if is_product and isinstance(output, Tensor) and output.requires_grad:
+        if not isinstance(output, Tensor):
+            return
+        num_outputs = self.operator.shape[0]
+        is_product = output.shape[-1] == num_outputs
+        if is_product and output.requires_grad:
             output.register_hook(partial(self._add_gradient, energies))
 
     def _add_gradient(self, energies: Tensor, gradient: Tensor) -> None:
-        """Add the squares of a gradient by the outputs, weighted by the energies of its tokens, [tokens]."""
+        """Add the squares of a gradient by the outputs, weighted by the energies of its tokens, [tokens].
+
+        A hook of the outputs of one call; the gradient itself stays as it is.
+        """
         # If an operator was called twice, it is unknown which gradient belongs to which inputs.
         if self.calls == 1:
             squares = gradient.detach().reshape(-1, gradient.shape[-1]).float().square()
             self.gradients += in_few_sizes(energies) @ in_few_sizes(squares)
 
     def sensitivity(self, num_tokens: int, *, has_gradient: bool) -> Sensitivity:
-        """The sensitivity of the operator; `num_tokens` are those of all sequences."""
+        """Compute the sensitivity of the operator from the sums; `num_tokens` are those of all sequences."""
         # 1/2 (sum_t e_t g_ti^2) / (sum_t e_t): the numbers of tokens cancel.
         outputs = self.gradients * (0.5 / self.energy.clamp_min(1e-30))
         return Sensitivity(

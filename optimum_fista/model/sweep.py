@@ -35,7 +35,7 @@ class Sweep:
     """
 
     layers: DecoderLayers
-    left: Sequence[int]  # numbers of the decoder layers that the model still has, rising
+    remaining: Sequence[int]  # numbers of the decoder layers that the model still has, rising
     sequences: Sequence[CalibrationBatch]
     storage: Storage | None  # of hidden states; None: the device on which each layer computes
     # What the last decoder layer returns besides hidden states (`RecordedInputs.returned_besides`); None: nothing.
@@ -46,13 +46,14 @@ class Sweep:
         """Measure the loss of the model, and of every model that lacks one of its decoder layers.
 
         `recorded` has the hidden states that enter the first layer, and the other arguments of all layers
-        (`record_inputs`). Moves layers and hidden states to their devices, and updates `bar` after each layer.
+        (`record_inputs`). Its hidden states are moved, and `bar` is updated after each layer. Each layer is on its
+        device while it runs.
 
         Returns losses in nats per token, by the number of the layer that is left out; `None` stands for no layer.
         """
         # All models share the layers before the one that they lack, so a model begins at that layer.
         streams: dict[int | None, ActivationStore] = {None: recorded.hidden_states}
-        for index in self.left:
+        for index in self.remaining:
             layer = self.layers.modules[index]
             entering = streams[None]
             with onloaded(layer.modules(), writable=False):
@@ -69,7 +70,8 @@ class Sweep:
     ) -> ActivationStore:
         """Run a decoder layer, which must be on its device, and return the hidden states that leave it.
 
-        `calls` has the other arguments of the layer for each batch. `stream` is moved to the layer's storage.
+        `calls` has the other arguments of the layer for each batch. `stream` has the hidden states that enter it, and
+        is moved to the storage of this layer.
         """
         device = execution_device(layer)
         storage = self.storage or device

@@ -62,7 +62,7 @@ def choose_layers(loss: DenseLoss, outline: ModelOutline, count: int) -> list[tu
         for _ in range(count):
             sweep = Sweep(
                 layers=layers,
-                left=remaining,
+                remaining=remaining,
                 sequences=sequences,
                 storage=loss.storage,
                 returned_besides=recorded.returned_besides,
