@@ -43,48 +43,45 @@ def _library() -> Path:
     library = FOLDER / f"simulated-{key}.so"
     FOLDER.mkdir(exist_ok=True)
     with open(FOLDER / "lock", "w") as lock:
-        fcntl.flock(
-            lock, fcntl.LOCK_EX
-        )  # one process builds, the others wait; a killed one leaves no lock
+        # one process builds, the others wait; a killed one leaves no lock
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            unfinished = library.with_suffix(".unfinished")
-            folders = [f"-I{folder}" for folder in include_paths()] + [
-                f"-L{folder}" for folder in library_paths()
-            ]
-            options = [
-                "-std=c++20",
-                "-O1",
-                "-fPIC",
-                "-shared",
-                *folders,
-                str(SOURCE),
-                "-lc10",
-                "-ltorch_cpu",
-            ]
-            options += ["-o", str(unfinished)]
-            subprocess.run([str(COMPILER), *options], check=True)
-            unfinished.rename(library)
+            _compile(library)
     return library
+
+
+def _compile(library: Path) -> None:
+    """Compile the source to a library, which has its name only when it is complete."""
+    unfinished = library.with_suffix(".unfinished")
+    command = [str(COMPILER), "-std=c++20", "-O1", "-fPIC", "-shared"]
+    command += [f"-I{folder}" for folder in include_paths()]
+    command += [f"-L{folder}" for folder in library_paths()]
+    command += [str(SOURCE), "-lc10", "-ltorch_cpu", "-o", str(unfinished)]
+    subprocess.run(command, check=True)
+    unfinished.rename(library)
 
 
 # ----------------------------------------------------------------------------------- the interface of torch.cuda
 
-current_device, set_device = (
-    torch.accelerator.current_device_index,
-    torch.accelerator.set_device_index,
-)
-current_stream = default_stream = torch.accelerator.current_stream
-synchronize, memory_stats = torch.accelerator.synchronize, torch.accelerator.memory_stats
-mem_get_info, reset_peak_memory_stats = (
-    torch.accelerator.get_memory_info,
-    torch.accelerator.reset_peak_memory_stats,
-)
-memory_allocated = memory_reserved = torch.accelerator.memory_allocated  # nothing is cached
-max_memory_allocated = max_memory_reserved = torch.accelerator.max_memory_allocated
+current_device = torch.accelerator.current_device_index
+set_device = torch.accelerator.set_device_index
+current_stream = torch.accelerator.current_stream
+default_stream = torch.accelerator.current_stream
+synchronize = torch.accelerator.synchronize
+memory_stats = torch.accelerator.memory_stats
+mem_get_info = torch.accelerator.get_memory_info
+reset_peak_memory_stats = torch.accelerator.reset_peak_memory_stats
+memory_allocated = torch.accelerator.memory_allocated
+memory_reserved = torch.accelerator.memory_allocated  # nothing is cached
+max_memory_allocated = torch.accelerator.max_memory_allocated
+max_memory_reserved = torch.accelerator.max_memory_allocated
 
 
 def _index(device: _Device = None) -> int:
-    index = device if isinstance(device, int) or device is None else torch.device(device).index
+    """The number of a device; that of the current one if `device` names none."""
+    if isinstance(device, int):
+        return device
+    index = None if device is None else torch.device(device).index
     return current_device() if index is None else index
 
 
@@ -92,7 +89,8 @@ def is_available() -> bool:
     return True
 
 
-is_initialized = is_bf16_supported = is_available
+is_initialized = is_available
+is_bf16_supported = is_available
 
 
 def _is_in_bad_fork() -> bool:
@@ -107,7 +105,8 @@ class device:
     """As a context: another device is the current one."""
 
     def __init__(self, device: _Device) -> None:
-        self._index, self._before = _index(device), -1
+        self._index = _index(device)
+        self._before = -1
 
     def __enter__(self) -> None:
         self._before = current_device()
@@ -133,7 +132,8 @@ def empty_cache() -> None:
     pass
 
 
-_lazy_init = init = empty_cache
+init = empty_cache
+_lazy_init = empty_cache
 
 
 def Stream(device: _Device = None, priority: int = 0) -> torch.Stream:
@@ -175,6 +175,7 @@ def counted() -> Iterator[SimpleNamespace]:
     try:
         yield counts
     finally:
+        # names are such as "waits for item" and "runs aten::mm"
         for name, number in _ops.stop_counting().items():
             kind, _, cause = name.partition(" ")
             getattr(counts, kind)[cause.removeprefix("for ").removeprefix("aten::")] += number

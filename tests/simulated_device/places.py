@@ -28,15 +28,19 @@ PLACES = (
 
 
 def dispatched(model: PreTrainedModel, offload: Path, *places: str) -> PreTrainedModel:
-    """The model with its decoder layers at these places in turn, and the rest on the first device."""
-    layers = [name for name, _ in find_decoder_layers(model)]
-    parts = dict.fromkeys(_parts_without(model, layers), "simulated:0")
-    parts |= {name: places[index % len(places)] for index, name in enumerate(layers)}
-    return dispatch_model(model, parts, main_device="simulated:0", offload_dir=offload)
+    """Place the decoder layers of a model at these places in turn, and the rest on the first device.
+
+    A place is a device or "disk", for which files are written to the folder `offload`.
+    """
+    layer_names = [name for name, _ in find_decoder_layers(model)]
+    device_map = dict.fromkeys(_parts_without(model, layer_names), "simulated:0")
+    for index, name in enumerate(layer_names):
+        device_map[name] = places[index % len(places)]
+    return dispatch_model(model, device_map, main_device="simulated:0", offload_dir=offload)
 
 
 def _parts_without(module: nn.Module, layers: Sequence[str], prefix: str = "") -> Iterator[str]:
-    """Names of the largest modules that hold no decoder layer."""
+    """Names of the largest modules that hold none of the `layers`; `prefix` is the name of `module` and a dot."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         if any(layer.startswith(f"{path}.") for layer in layers):
@@ -46,7 +50,7 @@ def _parts_without(module: nn.Module, layers: Sequence[str], prefix: str = "") -
 
 
 def placed(model: PreTrainedModel, place: str, tmp_path: Path) -> PreTrainedModel:
-    """A model in memory at a place that is not streamed."""
+    """Move a model in memory to a place of `PLACES` that is not streamed."""
     if place == "on two devices":
         return dispatched(model, tmp_path, "simulated:0", "simulated:1")
     if place == "on a device, cpu and disk":
@@ -63,35 +67,46 @@ def pruned_at(
     batches: Sequence[Any],
     tmp_path: Path,
 ) -> tuple[dict[str, Tensor], PruningReport]:
-    """The weights, on the CPU, of a dense model that was pruned at a place of `PLACES`."""
-    storage: Any = (
-        {"cpu": "cpu", "disk": tmp_path}.get(place.rpartition(" ")[-1])
-        if "stored" in place
-        else None
-    )
+    """Prune a dense model at a place of `PLACES`; return its weights, on the CPU, and the report.
+
+    A streamed model is saved to a folder first, and the weights are those of the folder that is written.
+    """
+    storage: Any = None  # where the model is
+    if place.endswith("stored on the cpu"):
+        storage = "cpu"
+    elif place.endswith("stored on disk"):
+        storage = tmp_path
     pruner = FistaPruner(config, progress=False, storage_device=storage)
+
     if place.startswith("streamed"):
         model.save_pretrained(tmp_path / "dense")
-        options = {"device": "simulated:1", "packed": place == "streamed and packed"}
         report = pruner.prune(
-            tmp_path / "dense", batches, output_dir=tmp_path / "pruned", **options
+            tmp_path / "dense",
+            batches,
+            output_dir=tmp_path / "pruned",
+            device="simulated:1",
+            packed=place == "streamed and packed",
         )
-        return dict(type(model).from_pretrained(tmp_path / "pruned").state_dict()), report
+        pruned = type(model).from_pretrained(tmp_path / "pruned")
+        return dict(pruned.state_dict()), report
+
     model = placed(model, place, tmp_path)
     report = pruner.prune(model, batches)
     return weights_of(model), report
 
 
 def prune_on_device(rank: int, source: Path, output: Path, config: FistaPruningConfig) -> None:
-    """The work of a process of several that prune one model, each on a device of its own."""
+    """Prune the model of a folder as one of several processes, each of which has a device of its own."""
     pruner = FistaPruner(config, progress=False)
     pruner.prune(source, tiny_tokens().split(4), output_dir=output, device=f"simulated:{rank}")
 
 
 def require_the_same(
-    found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-4
+    weights: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-4
 ) -> None:
-    """The same zeros, and every weight matrix equal to `tolerance` of its norm."""
-    for name, weight in expected.items():
-        assert torch.equal(found[name] == 0, weight == 0), name
-        assert float((found[name] - weight).norm()) <= tolerance * float(weight.norm()), name
+    """Assert that weights have the same zeros, and that every matrix is equal to `tolerance` of its norm."""
+    for name, expected_weight in expected.items():
+        weight = weights[name]
+        assert torch.equal(weight == 0, expected_weight == 0), name
+        difference = float((weight - expected_weight).norm())
+        assert difference <= tolerance * float(expected_weight.norm()), name

@@ -10,13 +10,14 @@ from tiny_llama import save_tiny_folder, tiny_llama
 from transformers import AutoModelForCausalLM
 from untouched import Untouched
 
-LEAST = 1024
-NEVER = 10**9
+LEAST = 1024  # bytes of allocations that count
+NEVER = 10**9  # a number that no allocation has
 
 pytestmark = pytest.mark.filterwarnings("ignore:out of memory")
 
 
 def on_device():
+    """A dense model on the device that is not the current one."""
     return tiny_llama().to("simulated:0")
 
 
@@ -25,14 +26,18 @@ def test_a_model_in_memory(share):
     expected = on_device()
     with failing_allocation(NEVER, at_least=LEAST) as whole:
         expected_report = prune(expected)
+
     for moment in moments(whole.seen, share):
-        model, report = on_device(), None
+        model = on_device()
+        report = None
         untouched = Untouched(model)
+
         with (
             failing_allocation(moment, at_least=LEAST) as failure,
             suppress(torch.OutOfMemoryError),
         ):
             report = prune(model)
+
         assert failure.seen >= moment
         if report is None:
             untouched.check()
@@ -48,19 +53,22 @@ def test_a_streamed_run(share, storage, tmp_path):
     with failing_allocation(NEVER, at_least=LEAST) as whole:
         expected_report = prune(source, output_dir=tmp_path / "expected", **options)
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "expected")
+
     for moment in moments(whole.seen, share):
-        output, report = tmp_path / str(moment), None
+        output = tmp_path / str(moment)
+        report = None
+
         with (
             failing_allocation(moment, at_least=LEAST) as failure,
             suppress(torch.OutOfMemoryError),
         ):
             report = prune(source, output_dir=output, **options)
+
         assert failure.seen >= moment
         if report is None:
             assert not output.exists()
             prune(source, output_dir=output, **options)
             assert_same_files(output, tmp_path / "expected")
         else:
-            assert_same_result(
-                AutoModelForCausalLM.from_pretrained(output), report, expected, expected_report
-            )
+            pruned = AutoModelForCausalLM.from_pretrained(output)
+            assert_same_result(pruned, report, expected, expected_report)

@@ -16,10 +16,17 @@ from optimum_fista.solve.selection import (
 )
 
 PATTERNS = [Unstructured(0.5), Unstructured(0.5, "row"), parse_pattern("2:4")]
-CASES = [
-    (name, p, *given) for name in METHODS for p in PATTERNS for given in ((False, 0), (True, 12))
+CASES = [  # method, pattern, whether targets are of another network, number of dead inputs
+    (method, pattern, corrected, num_dead)
+    for method in METHODS
+    for pattern in PATTERNS
+    for corrected, num_dead in ((False, 0), (True, 12))
 ]
-CASES += [(n, Columns(0.5, width=w), True, 4) for n in ("obs_admm", "flap") for w in (1, 4)]
+CASES += [
+    (method, Columns(0.5, width=width), True, 4)
+    for method in ("obs_admm", "flap")
+    for width in (1, 4)
+]
 WAITS = {  # an operator of any size and pattern: two for its error, one for the statistics, one a factorisation
     "magnitude": 2,
     "wanda": 2,
@@ -59,16 +66,25 @@ WAITS_IN_LOOPS = [  # method, options of a short and of a long loop, waits that 
 
 
 def on(device, problem):
-    given = problem.statistics
-    statistics = InputStatistics(given.gram.to(device), given.num_tokens, given.mean.to(device))
+    """The same problem on a device."""
+    statistics = InputStatistics(
+        problem.statistics.gram.to(device),
+        problem.statistics.num_tokens,
+        problem.statistics.mean.to(device),
+    )
     if not problem.corrected:
         return LayerProblem(problem.weight.to(device), statistics)
-    target, energies = problem.target.to(device), problem.output_energies.to(device)
-    return LayerProblem(problem.weight.to(device), statistics, target, energies)
+    return LayerProblem(
+        problem.weight.to(device),
+        statistics,
+        target=problem.target.to(device),
+        output_energies=problem.output_energies.to(device),
+    )
 
 
 @pytest.fixture
 def _deterministic():
+    """PyTorch's deterministic algorithms, for the time of a test."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -77,64 +93,64 @@ def _deterministic():
 @pytest.mark.usefixtures("_deterministic")
 @pytest.mark.parametrize(("name", "pattern", "corrected", "dead"), CASES, ids=str)
 def test_results_are_those_of_the_cpu(name, pattern, corrected, dead):
-    problem = example(24, 32, corrected=corrected, dtype=torch.float32).problem
-    for part in (problem.gram, problem.gram.mT, problem.target):
-        part[:, :dead] = 0
-    problem = on("cpu", problem)
-    expected = create_method(name).prune(problem, pattern)
-    problem = on("simulated:1", problem)
+    drawn = example(24, 32, corrected=corrected, dtype=torch.float32).problem
+    for matrix in (drawn.gram, drawn.gram.mT, drawn.target):
+        matrix[:, :dead] = 0
+    on_cpu = on("cpu", drawn)  # made again, because what follows from the matrices has changed
+    on_device = on("simulated:1", on_cpu)
+
+    expected = create_method(name).prune(on_cpu, pattern)
     with counted() as counts:
-        pruned = create_method(name).prune(problem, pattern)
+        pruned = create_method(name).prune(on_device, pattern)
+
     assert pruned.weight.device == torch.device("simulated:1")
     assert torch.equal(pruned.mask.cpu(), expected.mask)
     assert torch.allclose(pruned.weight.cpu(), expected.weight, atol=1e-4)
     assert pruned.fit_error == pytest.approx(expected.fit_error, abs=1e-4)
     assert (pruned.iterations, pruned.converged) == (expected.iterations, expected.converged)
     assert "kthvalue" not in counts.runs
-    in_loops = {
+    waits_in_loops = {
         "alps": pruned.iterations // 3,
-        "fista": 4 * (2 + 2) + 30 // 10,
-    }  # power iteration: every ten products
-    exact_refit = (
-        5 if pattern.whole_columns else 0
-    )  # which columns are kept, two factorisations and errors
-    assert counts.waits.total() <= WAITS[name] + exact_refit + in_loops.get(name, 0)
+        "fista": 4 * (2 + 2) + 30 // 10,  # power iteration: every ten products
+    }
+    # which columns are kept, two factorisations and errors
+    waits_of_refit = 5 if pattern.whole_columns else 0
+    assert counts.waits.total() <= WAITS[name] + waits_of_refit + waits_in_loops.get(name, 0)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=["matrix", "row", "2:4"])
 @pytest.mark.parametrize(("name", "short", "long", "more"), WAITS_IN_LOOPS)
 def test_loops_do_not_wait(name, short, long, more, pattern):
     problem = on("simulated:0", example(24, 32, corrected=True, dtype=torch.float32).problem)
-    float(problem.statistics.lipschitz)
-    waits = []
-    for options in (short, long):
-        with counted() as counts:
-            create_method(name, **options).prune(problem, pattern)
-        waits.append(counts.waits.total())
-    assert waits[1] - waits[0] <= more
+    float(problem.statistics.lipschitz)  # computed once and kept, so its waits do not count
+
+    with counted() as counts_of_short_loop:
+        create_method(name, **short).prune(problem, pattern)
+    with counted() as counts_of_long_loop:
+        create_method(name, **long).prune(problem, pattern)
+
+    assert counts_of_long_loop.waits.total() - counts_of_short_loop.waits.total() <= more
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("levels", [1, 3, 1000])
 def test_selection_is_exact_and_never_waits(levels, dtype):
-    scores = (
-        torch.randint(-levels, levels, (40, 60), generator=torch.Generator().manual_seed(0)).to(
-            dtype
-        )
-        / 4
-    )
-    there = scores.to("simulated:0")
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(-levels, levels, (40, 60), generator=generator).to(dtype) / 4
+    on_device = scores.to("simulated:0")
+    ascending = scores.abs().flatten().sort().values
+
     for count in (0, 7, 60, 1200, 2400):
+        k = max(1, count)
         with counted() as counts:
-            found = (
-                keep_largest(there, count),
-                keep_largest_in_rows(there, count),
-                keep_largest_in_groups(there, 2, 4),
-            )
-            smallest = kth_smallest(there, max(1, count))
+            largest = keep_largest(on_device, count)
+            largest_in_rows = keep_largest_in_rows(on_device, count)
+            largest_in_groups = keep_largest_in_groups(on_device, 2, 4)
+            smallest = kth_smallest(on_device, k)
+
         assert counts.waits.total() == 0
         assert "kthvalue" not in counts.runs
-        assert torch.equal(found[0].cpu(), keep_largest(scores, count))
-        assert torch.equal(found[1].cpu(), keep_largest_in_rows(scores, count))
-        assert torch.equal(found[2].cpu(), keep_largest_in_groups(scores, 2, 4))
-        assert float(smallest) == float(scores.abs().flatten().sort().values[max(1, count) - 1])
+        assert torch.equal(largest.cpu(), keep_largest(scores, count))
+        assert torch.equal(largest_in_rows.cpu(), keep_largest_in_rows(scores, count))
+        assert torch.equal(largest_in_groups.cpu(), keep_largest_in_groups(scores, 2, 4))
+        assert float(smallest) == float(ascending[k - 1])

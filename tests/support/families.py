@@ -7,7 +7,6 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -51,10 +50,16 @@ ENOUGH_TOKENS = patch("optimum_fista.prune.loop.UNDER_CALIBRATED_TOKENS", 0)
 class Outcome:
     """What came of a family.
 
-    `status` is `works`, `refused` (by an `UnsupportedArchitectureError`), `not built` (Transformers can't build the
-    model from its default configuration, or run it on token ids alone) or `not reloaded`; `dense` is what stays dense,
-    with the reason; `smaller` are the kinds of parts of which half can go. `seen` are the inputs of a multimodal model
-    on which the saved one was compared.
+    Attributes:
+        family: The model type of its configuration, such as "llama".
+        model_class: Name of the class, or "".
+        status: `works`, `refused` (by an `UnsupportedArchitectureError`), `not built` (Transformers can't build the
+            model from its default configuration, or run it on token ids alone) or `not reloaded`.
+        dense: What stays dense, with the reason.
+        reason: Why it does not work, or what it needs.
+        smaller: The kinds of parts of which half can go.
+        seen: Names of the inputs of a multimodal model on which the saved one was compared.
+        multimodal: Whether it is the class for images or sounds.
     """
 
     family: str
@@ -101,11 +106,11 @@ def family_batches(model: PreTrainedModel) -> list[dict[str, Tensor]]:
 
 
 def logits(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
-    """Logits [batch, sequence, vocabulary] of the calibration tokens, or of other inputs."""
+    """Logits [batch, sequence, vocabulary] of the calibration tokens, or of other inputs if any are given."""
+    if not inputs:
+        inputs = {"input_ids": torch.cat(family_tokens())}
     with torch.no_grad():
-        return model(
-            **(inputs or {"input_ids": torch.cat(family_tokens())}), use_cache=False
-        ).logits
+        return model(**inputs, use_cache=False).logits
 
 
 def try_family(family: str, folder: Path, *, multimodal: bool = False) -> Outcome:
@@ -114,76 +119,110 @@ def try_family(family: str, folder: Path, *, multimodal: bool = False) -> Outcom
     A multimodal model is also pruned from its files, and compared on images and sounds. One that does not run on text
     alone is calibrated on images, too.
     """
-    name, inputs, outcome = (
-        "",
-        dict[str, dict[str, Tensor]](),
-        partial(Outcome, family, multimodal=multimodal),
-    )
+    model_class = ""  # not known before the model is built
     try:
-        model = family_model(
-            family, kind=AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM
-        )
+        model = family_model(family, kind=_auto_class(multimodal))
         if multimodal:
-            name = type(model).__name__
+            model_class = type(model).__name__
             find_decoder_layers(model)
         batches = family_batches(model)
-        dense = logits(model, **batches[0])
+        dense_logits = logits(model, **batches[0])
     except UnsupportedArchitectureError as error:
-        return outcome(name, "refused", reason=_first_sentence(error))
-    except (
-        Exception
-    ) as error:  # whatever a family of Transformers raises on a default configuration
-        return outcome("", "not built", reason=_first_sentence(error))
-    name = type(model).__name__
-    assert bool(torch.isfinite(dense).all())
+        return Outcome(
+            family, model_class, "refused", reason=_first_sentence(error), multimodal=multimodal
+        )
+    except Exception as error:  # whatever a family raises on a default configuration
+        return Outcome(
+            family, "", "not built", reason=_first_sentence(error), multimodal=multimodal
+        )
+
+    model_class = type(model).__name__
+    assert bool(torch.isfinite(dense_logits).all())
     try:
-        excluded = stacked_weights(model)
-        require_same_hidden_states(model, batches[0])
-        by_gradients = FistaPruningConfig(
-            0.2, method="magnitude", error_correction="none", exclude=excluded
-        )
-        assert (
-            prune(FistaPruner(by_gradients, progress=False), model, batches).totals["sparsity"]
-            >= 0.19
-        )
-        corrected = {"error_correction": 0.5, "residual_correction": 1.0, "exclude": excluded}
-        pruner = FistaPruner(
-            FistaPruningConfig(pattern="2:4", method="sparsegpt", **corrected), progress=False
-        )
-        if multimodal:
-            model.save_pretrained(folder.with_name("dense"))
-            inputs = multimodal_inputs(model)
-        report = prune(pruner, model, batches)
-        require_told(model, report, excluded)
-        require_saved(
-            pruner, model, report, folder, {"text": batches[0]} | inputs, own_class=multimodal
-        )
-        if multimodal:
-            source = str(folder.with_name("dense"))
-            prune(pruner, source, batches, output_dir=folder.with_name("streamed"), device="cpu")
-            require_same_files(folder, folder.with_name("streamed"), folder.with_name("dense"))
+        return _pruned_and_saved(model, family, batches, folder, multimodal=multimodal)
     except UnsupportedArchitectureError as error:
-        return outcome(name, "refused", reason=_first_sentence(error))
+        return Outcome(
+            family, model_class, "refused", reason=_first_sentence(error), multimodal=multimodal
+        )
     except NotReloaded as error:
-        return outcome(name, "not reloaded", reason=_first_sentence(error))
-    needs = "" if len(batches[0]) == 1 else NO_TEXT_ALONE
-    return outcome(name, "works", what_stays_dense(report, excluded), needs, seen=tuple(inputs))
+        return Outcome(
+            family,
+            model_class,
+            "not reloaded",
+            reason=_first_sentence(error),
+            multimodal=multimodal,
+        )
+
+
+def _auto_class(multimodal: bool) -> Any:
+    """The class of Transformers that builds a model of text, or of images and sounds."""
+    return AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM
+
+
+def _pruned_and_saved(
+    model: PreTrainedModel,
+    family: str,
+    batches: list[dict[str, Tensor]],
+    folder: Path,
+    *,
+    multimodal: bool,
+) -> Outcome:
+    """Prune a model twice, save it, and assert that all is as promised.
+
+    The first time its zeros are shared by gradients, the second time errors are corrected.
+    """
+    excluded = stacked_weights(model)
+    require_same_hidden_states(model, batches[0])
+    by_gradients = FistaPruningConfig(
+        0.2, method="magnitude", error_correction="none", exclude=excluded
+    )
+    report = prune(FistaPruner(by_gradients, progress=False), model, batches)
+    assert report.totals["sparsity"] >= 0.19
+
+    inputs: dict[str, dict[str, Tensor]] = {}  # of images and sounds
+    if multimodal:
+        model.save_pretrained(folder.with_name("dense"))
+        inputs = multimodal_inputs(model)
+    corrected = FistaPruningConfig(
+        pattern="2:4",
+        method="sparsegpt",
+        error_correction=0.5,
+        residual_correction=1.0,
+        exclude=excluded,
+    )
+    pruner = FistaPruner(corrected, progress=False)
+    report = prune(pruner, model, batches)
+    require_told(model, report, excluded)
+    require_saved(
+        pruner, model, report, folder, {"text": batches[0]} | inputs, own_class=multimodal
+    )
+
+    if multimodal:
+        source = str(folder.with_name("dense"))
+        streamed = folder.with_name("streamed")
+        prune(pruner, source, batches, output_dir=streamed, device="cpu")
+        require_same_files(folder, streamed, dense=folder.with_name("dense"))
+
+    runs_on_text = len(batches[0]) == 1
+    return Outcome(
+        family,
+        type(model).__name__,
+        "works",
+        dense=what_stays_dense(report, excluded),
+        reason="" if runs_on_text else NO_TEXT_ALONE,
+        seen=tuple(inputs),
+        multimodal=multimodal,
+    )
 
 
 def what_can_go(family: str, *, multimodal: bool = False) -> tuple[str, ...]:
     """The kinds of parts of which half can be removed from a family; the smaller models return finite logits."""
-    found = []
-    for part, pattern in (
-        ("channels", "channels:0.5/1"),
-        ("heads", "heads:0.5"),
-        ("experts", "experts:0.5"),
-    ):
-        model = family_model(
-            family, kind=AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM
-        )
-        pruner = FistaPruner(
-            FistaPruningConfig(pattern=pattern, method="magnitude"), progress=False
-        )
+    patterns = {"channels": "channels:0.5/1", "heads": "heads:0.5", "experts": "experts:0.5"}
+    removable = []
+    for part, pattern in patterns.items():
+        model = family_model(family, kind=_auto_class(multimodal))
+        config = FistaPruningConfig(pattern=pattern, method="magnitude")
+        pruner = FistaPruner(config, progress=False)
         try:
             batches = family_batches(model)
             report = prune(pruner, model, batches)
@@ -192,8 +231,8 @@ def what_can_go(family: str, *, multimodal: bool = False) -> tuple[str, ...]:
         assert report.model["num_parameters"] == model.num_parameters()
         assert report.totals["num_removed"] > 0
         assert bool(torch.isfinite(logits(model, **batches[0])).all())
-        found.append(part)
-    return tuple(found)
+        removable.append(part)
+    return tuple(removable)
 
 
 def prune(
@@ -202,6 +241,7 @@ def prune(
     batches: list[dict[str, Tensor]],
     **options: Any,
 ) -> PruningReport:
+    """Prune a model, or the one in a folder, without warnings; `options` are those of `FistaPruner.prune`."""
     with warnings.catch_warnings(), ENOUGH_TOKENS:
         warnings.simplefilter("ignore")  # of too few tokens, and of operators left dense
         return pruner.prune(model, batches, **options)
@@ -222,32 +262,32 @@ def require_same_hidden_states(model: PreTrainedModel, inputs: dict[str, Tensor]
     layers = find_decoder_layers(model)
     media = {name: tensor for name, tensor in inputs.items() if name != "input_ids"}
     batch = CalibrationBatch(inputs["input_ids"], media=media)
-    inside: list[Tensor] = []
-    handles = [
-        layer.register_forward_hook(
-            lambda _, __, output: inside.append(
-                (output[0] if isinstance(output, tuple) else output).clone()
-            )
-        )
-        for layer in layers.modules
-    ]
+    outputs: list[Tensor] = []  # of the layers inside the model
+
+    def copy_output(_: object, __: object, output: Any) -> None:
+        """Keep a copy of a layer's output hidden states."""
+        hidden_states = output[0] if isinstance(output, tuple) else output
+        outputs.append(hidden_states.clone())
+
+    handles = [layer.register_forward_hook(copy_output) for layer in layers.modules]
     with torch.no_grad():
         model(**inputs, use_cache=False)
         for handle in handles:
             handle.remove()
+
         recorded = record_inputs(layers, [batch])
         hidden = recorded.hidden_states[0]
-        for calls, layer, expected in zip(recorded.calls, layers.modules, inside, strict=True):
+        for calls, layer, expected in zip(recorded.calls, layers.modules, outputs, strict=True):
             hidden = calls[0].run(layer, hidden)
             torch.testing.assert_close(hidden, expected)
 
 
 def require_told(model: PreTrainedModel, report: PruningReport, excluded: list[str]) -> None:
     """Every operator was pruned, or has a reason to be dense."""
-    layers = find_decoder_layers(model)
-    operators = {
-        name for layer in layers for name in find_operators(*layer, dense_experts=excluded)
-    }
+    operators: set[str] = set()
+    for layer_name, layer in find_decoder_layers(model):
+        operators |= find_operators(layer_name, layer, dense_experts=excluded).keys()
+
     pruned = {operator.name.removesuffix(".weight") for operator in report.operators}
     assert pruned <= operators
     assert all(report.left_dense[name] for name in operators - pruned)
@@ -255,26 +295,31 @@ def require_told(model: PreTrainedModel, report: PruningReport, excluded: list[s
 
 def require_same_files(first: Path, second: Path, dense: Path) -> None:
     """Two pruned folders have the tensors and the configuration of the dense one, except for what was pruned."""
-    tensors, others, before = read_tensors(first), read_tensors(second), read_tensors(dense)
-    assert tensors.keys() == others.keys() == before.keys()
-    assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+    tensors = read_tensors(first)
+    other_tensors = read_tensors(second)
+    dense_tensors = read_tensors(dense)
+    assert tensors.keys() == other_tensors.keys() == dense_tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, other_tensors[name]), name
     pruned = {split_index(operator.name)[0] for operator in read_report(first).operators}
-    assert all(torch.equal(tensors[name], before[name]) for name in tensors.keys() - pruned)
-    found = [json.loads((folder / "config.json").read_text()) for folder in (first, second, dense)]
-    assert found[0] == found[1]
-    assert all(
-        config.pop("fista_pruning") for config in found[1:]
-    )  # the dense one had been pruned once as well
-    assert found[1] == found[2]
+    for name in tensors.keys() - pruned:
+        assert torch.equal(tensors[name], dense_tensors[name]), name
+
+    config = json.loads((first / "config.json").read_text())
+    other_config = json.loads((second / "config.json").read_text())
+    dense_config = json.loads((dense / "config.json").read_text())
+    assert config == other_config
+    assert config.pop("fista_pruning")
+    assert dense_config.pop("fista_pruning")  # it had been pruned once as well
+    assert config == dense_config
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's weight files."""
-    return {
-        name: tensor
-        for file in folder.glob("*.safetensors")
-        for name, tensor in load_file(file).items()
-    }
+    """Read all tensors of a folder's weight files, by name."""
+    tensors: dict[str, Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
 
 
 def require_saved(
@@ -286,9 +331,11 @@ def require_saved(
     *,
     own_class: bool,
 ) -> None:
-    """The saved folder is verified, and plain Transformers loads the same model from it, by its own class if asked."""
-    forms = list(inputs.values())
-    pruned = [logits(model, **form) for form in forms]
+    """Save a pruned model, verify the folder, and assert that plain Transformers loads the same model from it.
+
+    It is loaded by its own class if `own_class`. Logits are compared on `inputs`, such as those of "text".
+    """
+    pruned_logits = {name: logits(model, **values) for name, values in inputs.items()}
     pruner.save_pretrained(model, folder)
     try:
         verified = verify_checkpoint(folder)
@@ -305,24 +352,27 @@ def require_saved(
     assert type(again) is type(model)
     # a copy, because loaded tensors lie unaligned in memory, where products may differ in the last bit
     again = copy.deepcopy(again)
-    assert all(
-        torch.equal(logits(again, **form), kept) for form, kept in zip(forms, pruned, strict=True)
-    )
+    for name, values in inputs.items():
+        assert torch.equal(logits(again, **values), pruned_logits[name]), name
 
 
 def what_stays_dense(report: PruningReport, excluded: list[str]) -> tuple[str, ...]:
     """What is left dense and why, each kind once: names end at the second last dot, without the numbers of layers."""
-    reasons: dict[str, set[str]] = {}
-    for name, reason in (
-        report.left_dense | dict.fromkeys(excluded, "many matrices in one parameter")
-    ).items():
-        short = ".".join([part for part in name.split(".") if not part.isdigit()][-2:])
-        reasons.setdefault(reason.partition(" with ")[0], set()).add(short)
+    left_dense = report.left_dense | dict.fromkeys(excluded, "many matrices in one parameter")
+    names_by_reason: dict[str, set[str]] = {}
+    for name, reason in left_dense.items():
+        words = [part for part in name.split(".") if not part.isdigit()]
+        short_name = ".".join(words[-2:])
+        short_reason, _, _ = reason.partition(" with ")
+        names_by_reason.setdefault(short_reason, set()).add(short_name)
     return tuple(
-        f"{', '.join(sorted(names))}: {reason}" for reason, names in sorted(reasons.items())
+        f"{', '.join(sorted(names))}: {reason}" for reason, names in sorted(names_by_reason.items())
     )
 
 
 def _first_sentence(error: Exception) -> str:
+    """The message of an error on one line, without advice and lists, at most 160 characters."""
     text = " ".join(str(error).split())
-    return text.split(": only models")[0].split(". Pass")[0].split("; its module lists")[0][:160]
+    for beginning_of_rest in (": only models", ". Pass", "; its module lists"):
+        text, _, _ = text.partition(beginning_of_rest)
+    return text[:160]

@@ -51,7 +51,8 @@ FAMILIES = tuple(family for family in _CONFIGS if family not in (*MOE_FAMILIES, 
 
 def tiny_model(family: str, seed: int = 0, **options: Any) -> PreTrainedModel:
     """A random float32 model of a family of `FAMILIES` or `MOE_FAMILIES`; `options` go to its configuration."""
-    config = AutoConfig.for_model(family, **(_COMMON | _CONFIGS[family] | options))
+    settings = _COMMON | _CONFIGS[family] | options
+    config = AutoConfig.for_model(family, **settings)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -61,7 +62,7 @@ def tiny_model(family: str, seed: int = 0, **options: Any) -> PreTrainedModel:
 
 
 def randomize(model: PreTrainedModel, generator: torch.Generator) -> None:
-    """Draw all parameters, biases and norms included, so that a test notices when one of them is forgotten."""
+    """Overwrite all parameters by random ones, biases and norms too: a test notices if one of them is forgotten."""
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)

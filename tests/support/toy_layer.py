@@ -11,7 +11,8 @@ Group = list[LinearOperator]
 class ToyLayer(nn.Module):
     """Two operators on one input, a wide one after them, two narrow ones at the end, and a residual.
 
-    `in_place`: operators' inputs and outputs are overwritten after use, as Falcon does.
+    `in_place`: operators' inputs and outputs are overwritten after use, as Falcon does. `unwound` counts the forward
+    passes that have ended, by an error too.
     """
 
     def __init__(self, size: int = 8, *, in_place: bool = False, bias: bool = False) -> None:
@@ -32,7 +33,8 @@ class ToyLayer(nn.Module):
             inner = torch.relu(self.up(mixed))
             if self.in_place:
                 mixed.mul_(0.5)
-            low, high = self.low(inner), self.high(inner)
+            low = self.low(inner)
+            high = self.high(inner)
             if self.in_place:
                 low.mul_(0.5)
                 high += mixed[..., : high.shape[-1]]
@@ -43,14 +45,13 @@ class ToyLayer(nn.Module):
 
     def groups(self) -> list[Group]:
         """Groups of operators that share an input, in execution order."""
-        names = [["left", "right"], ["up"], ["low", "high"]]
-        return [
-            [LinearOperator(f"layer.{name}", getattr(self, name)) for name in group]
-            for group in names
-        ]
+        groups = []
+        for names in (["left", "right"], ["up"], ["low", "high"]):
+            groups.append([LinearOperator(f"layer.{name}", getattr(self, name)) for name in names])
+        return groups
 
 
 def toy_layer(seed: int = 0, **options: bool | int) -> ToyLayer:
-    """A toy layer with seeded weights."""
+    """A toy layer with seeded weights. Sets PyTorch's seed; `options` are those of `ToyLayer`."""
     torch.manual_seed(seed)
     return ToyLayer(**options).eval()  # type: ignore[arg-type]
