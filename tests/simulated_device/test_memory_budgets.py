@@ -14,17 +14,16 @@ from optimum_fista.model.activations import ActivationStore
 OPERATORS = 7  # of a decoder layer
 
 
-def counts_of(model, batches, *, storage=None, method="wanda", **options):
-    """Prune a model, in memory, and return the waits, copies and bytes of the run."""
-    config = FistaPruningConfig(0.5, method=method, **options)
-    pruner = FistaPruner(config, progress=False, storage_device=storage)
+def counts_of(model, *, batch_size=8, storage=None, **options):
+    config = FistaPruningConfig(0.5, **{"method": "wanda"} | options)
     with backend.counted() as counts:
-        pruner.prune(model, batches)
+        FistaPruner(config, progress=False, storage_device=storage).prune(
+            model, tiny_tokens(16).split(batch_size)
+        )
     return counts
 
 
 def nbytes(module) -> int:
-    """Bytes of the parameters of a module."""
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
@@ -36,24 +35,21 @@ def test_the_host_waits_for_an_operator_as_often_whatever_the_batches(method, al
 
     For the layer's digest its nine tensors are read once more.
     """
-
-    def waits_of(num_layers, batch_size):
-        """How often the host waits in a run over a model of so many layers, with batches of so many sequences."""
-        model = tiny_llama(num_hidden_layers=num_layers).to("simulated:0")
-        batches = tiny_tokens(16).split(batch_size)
-        return counts_of(model, batches, method=method, allocation=allocation).waits.total()
-
-    two_layers = waits_of(num_layers=2, batch_size=8)
-    four_layers = waits_of(num_layers=4, batch_size=8)
-    two_layers_small_batches = waits_of(num_layers=2, batch_size=2)
-    four_layers_small_batches = waits_of(num_layers=4, batch_size=2)
-
-    waits_of_two_layers = four_layers - two_layers
-    assert waits_of_two_layers <= 2 * most * OPERATORS
-    # only the recording of inputs sees batches
-    assert four_layers_small_batches - two_layers_small_batches == waits_of_two_layers
-    # 6 batches more, each of them recorded once
-    assert two_layers_small_batches - two_layers <= 10 * 6
+    waits = {
+        (layers, size): counts_of(
+            tiny_llama(num_hidden_layers=layers).to("simulated:0"),
+            batch_size=size,
+            method=method,
+            allocation=allocation,
+        ).waits.total()
+        for layers in (2, 4)
+        for size in (2, 8)
+    }
+    assert waits[4, 8] - waits[2, 8] <= 2 * most * OPERATORS
+    assert waits[4, 2] - waits[2, 2] == waits[4, 8] - waits[2, 8], (
+        "only the recording of inputs sees batches"
+    )
+    assert waits[2, 2] - waits[2, 8] <= 10 * 6, "batches more, each of them recorded once"
 
 
 def test_weights_of_files_cross_once_each_way(tmp_path):
@@ -61,7 +57,6 @@ def test_weights_of_files_cross_once_each_way(tmp_path):
     model.save_pretrained(tmp_path / "source")
     tokens = tiny_tokens(16)
     config = FistaPruningConfig(0.5, method="wanda", allocation="uniform")
-
     with backend.counted() as counts:
         FistaPruner(config, progress=False).prune(
             tmp_path / "source",
@@ -69,90 +64,82 @@ def test_weights_of_files_cross_once_each_way(tmp_path):
             output_dir=tmp_path / "output",
             device="simulated:1",
         )
-
-    layers = nbytes(model.model.layers)
-    first_layer = nbytes(model.model.layers[0])  # comes once more, to learn the form of its output
-    embedding = nbytes(model.get_input_embeddings())
+    layers, first, embedding = (
+        nbytes(part)
+        for part in (model.model.layers, model.model.layers[0], model.get_input_embeddings())
+    )
     masks = 4 * sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim > 1)
     states = 3 * tokens.numel() * model.config.hidden_size * 4  # kept for a run that resumes
-    to_device = layers + first_layer + embedding + tokens.nbytes
-    assert counts.bytes["host to device"] <= to_device + 1024
+    # the first layer comes once more, to learn the form of its output
+    assert counts.bytes["host to device"] <= layers + first + embedding + tokens.nbytes + 1024
     assert counts.bytes["device to host"] <= layers + masks + states + 1024
     assert not counts.bytes["device to device"]
 
 
 def test_the_default_allocation_brings_offloaded_weights_twice_a_sequence():
     """Forwards and when a layer is recomputed, besides once before, once for the costs, and once to prune them."""
-    tokens = tiny_tokens(4)
-    num_sequences = 2
-
-    def layers_moved(num_layers):
-        """Prune an offloaded model, and return what is moved to the device, in weights of a decoder layer."""
-        model = tiny_llama(num_hidden_layers=num_layers)
-        weights = nbytes(model.model.layers) / num_layers
-        offloaded = cpu_offload(model, torch.device("simulated:0"))
-        counts = counts_of(
-            offloaded, tokens.split(4), allocation_tokens=num_sequences * tokens.shape[1]
+    tokens, sequences, moved = tiny_tokens(4), 2, {}
+    for layers in (2, 4):
+        model = tiny_llama(num_hidden_layers=layers)
+        weights = nbytes(model.model.layers) / layers
+        config = FistaPruningConfig(
+            0.5, method="wanda", allocation_tokens=sequences * tokens.shape[1]
         )
-        return counts.bytes["host to device"] / weights
-
-    moved_for_two_layers = layers_moved(4) - layers_moved(2)
-
-    assert moved_for_two_layers <= 2 * (3 + 2 * num_sequences)
+        with backend.counted() as counts:
+            FistaPruner(config, progress=False).prune(
+                cpu_offload(model, torch.device("simulated:0")), tokens.split(4)
+            )
+        moved[layers] = counts.bytes["host to device"] / weights
+    assert moved[4] - moved[2] <= 2 * (3 + 2 * sequences)
 
 
 def test_bytes_moved_for_a_mixture_do_not_grow_with_its_experts():
     """The tokens of each batch are shared by the experts, so each brings its own share and no more."""
-
-    def bytes_of_activations(num_experts):
-        """Prune a mixture, and return the bytes moved between the host and the device, without weights and masks."""
-        model = tiny_model("mixtral", num_local_experts=num_experts, num_hidden_layers=1)
-        model = model.to("simulated:0")
-        # kept on the host, so that they can be put back, and for the digest
-        weights = 2 * nbytes(model.model.layers)
-        masks = sum(p.numel() for p in model.model.layers.parameters() if p.ndim > 1)
+    moved = {}
+    for experts in (4, 32):
+        model = tiny_model("mixtral", num_local_experts=experts, num_hidden_layers=1).to(
+            "simulated:0"
+        )
+        weights = 2 * nbytes(
+            model.model.layers
+        )  # kept on the host, so that they can be put back, and for the digest
         counts = counts_of(
             model,
-            tiny_tokens(16).split(4),
             storage="cpu",
+            batch_size=4,
             allocation="uniform",
             error_correction=0.5,
             residual_correction=1.0,
         )
-        moved = counts.bytes["host to device"] + counts.bytes["device to host"]
-        return moved - weights - masks
-
-    assert bytes_of_activations(32) <= 1.1 * bytes_of_activations(4)
+        masks = sum(p.numel() for p in model.model.layers.parameters() if p.ndim > 1)
+        moved[experts] = (
+            counts.bytes["host to device"] + counts.bytes["device to host"] - weights - masks
+        )
+    assert moved[32] <= 1.1 * moved[4]
 
 
 def test_hidden_states_follow_the_layers_to_their_device(tmp_path):
     """They cross once; on the device before, they would be fetched for every pass."""
     model = dispatched(tiny_llama(), tmp_path, "simulated:0", "simulated:1")
-    tokens = tiny_tokens()
-
-    counts = counts_of(model, tokens.split(4), method="fista", allocation="uniform")
-
-    hidden = tokens.numel() * model.config.hidden_size * 4
+    with backend.counted() as counts:
+        config = FistaPruningConfig(0.5, allocation="uniform")
+        FistaPruner(config, progress=False).prune(model, tiny_tokens().split(4))
+    hidden = 8 * 16 * model.config.hidden_size * 4
     assert 2 * hidden <= counts.bytes["device to device"] < 3 * hidden
 
 
 def test_what_is_kept_of_an_activation_is_not_what_the_layer_makes_of_it(monkeypatch):
     """The copy to the host has streams of its own, so it must read memory that nothing else writes to."""
     store = ActivationStore(torch.device("cpu"), torch.device("simulated:0"))
-    activation = torch.ones(4, 4).to("simulated:0")
-    addresses = []  # of tensors on the device that are copied from
-    copy_ = torch.Tensor.copy_
-
-    def see_source(target, source, *arguments, **keywords):
-        """Note the address of the source, and copy."""
-        if source.device == activation.device:
-            addresses.append(source.data_ptr())
-        return copy_(target, source, *arguments, **keywords)
-
-    monkeypatch.setattr(torch.Tensor, "copy_", see_source)
-
+    activation, read, copy_ = torch.ones(4, 4).to("simulated:0"), [], torch.Tensor.copy_
+    monkeypatch.setattr(
+        torch.Tensor, "copy_", lambda own, *a, **k: (read.append(a[0]), copy_(own, *a, **k))[1]
+    )
     store.append(activation, copy=True)
     store.append(activation)
-
-    reads_activation = [address == activation.data_ptr() for address in addresses]
-    assert reads_activation == [False, True]
+    own = [
+        tensor.data_ptr() == activation.data_ptr()
+        for tensor in read
+        if tensor.device == activation.device
+    ]
+    assert own == [False, True]
