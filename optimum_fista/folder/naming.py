@@ -11,6 +11,7 @@ whose masks of an earlier run it carried over, and `report.masked` both.
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,14 +25,22 @@ from optimum_fista.solve.pattern import pack_mask, unpack_mask
 from optimum_fista.source.names import StoredName, stored_names
 
 
-def operators_by_weight(model: PreTrainedModel, report: PruningReport) -> dict[str, LinearOperator]:
+def operators_by_weight(
+    model: PreTrainedModel, report: PruningReport, *, layers_name: str | None = None
+) -> dict[str, LinearOperator]:
     """Return the linear operators of a pruned model, by the names of their weights in the model.
 
     A name is such as "model.layers.3.mlp.up_proj.weight". `report` is that of the run which pruned the model; it tells
-    which experts were left alone. Nothing is changed, and no weight is read.
+    which experts were left alone. `layers_name` is the name of the list of decoder layers, such as "model.layers";
+    `None`: it is looked for. Nothing is changed, and no weight is read.
     """
+    if layers_name is None:
+        layers_name = find_decoder_layers(model).name
+    layers: Any = model.get_submodule(layers_name)  # nn.ModuleList
+
     operators = {}
-    for layer_name, layer in find_decoder_layers(model):
+    for index, layer in enumerate(layers):
+        layer_name = f"{layers_name}.{index}"
         if report.removed:
             # No expert was pruned as an operator, but experts may have masks of an earlier run.
             of_layer = all_operators(layer_name, layer)

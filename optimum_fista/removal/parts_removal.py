@@ -430,8 +430,11 @@ class PartsRemoval(Removal):
             return {}
         smaller = self.smaller_plan.model
         internals.copy_weight_conversions(self.layers.model, smaller)
-        operators = operators_by_weight(smaller, report)
-        return stored_names(smaller, [operators[entry.name] for entry in report.carried])
+        # The list of decoder layers has the same name in both models.
+        layers_name = self.layers.name
+        operators = operators_by_weight(smaller, report, layers_name=layers_name)
+        carried = [operators[entry.name] for entry in report.carried]
+        return stored_names(smaller, carried, layers_name=layers_name)
 
     def describe(self, report: PruningReport) -> None:
         """Write what was removed into the report of all decoder layers, and into the model's configuration.

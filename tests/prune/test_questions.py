@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 from tiny_llama import tiny_llama, tiny_tokens
+from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 
@@ -47,6 +48,27 @@ def test_a_model_by_name_is_searched_for_decoder_layers_once(calls, pattern, tmp
     pruner = FistaPruner(FistaPruningConfig(pattern=pattern), progress=False)
 
     pruner.prune(tmp_path / "dense", tiny_tokens().split(4), output_dir=tmp_path / "pruned")
+
+    assert calls["find_decoder_layers"] == 1
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_a_model_of_an_earlier_run_is_searched_for_decoder_layers_once(
+    calls, pattern, is_loaded, tmp_path
+):
+    tiny_llama(num_hidden_layers=4).save_pretrained(tmp_path / "dense")
+    sparse = tmp_path / "sparse"
+    batches = tiny_tokens().split(4)
+    earlier = FistaPruner(FistaPruningConfig(pattern="2:4", method="magnitude"), progress=False)
+    earlier.prune(tmp_path / "dense", batches, output_dir=sparse)
+    calls.clear()
+    pruner = FistaPruner(FistaPruningConfig(pattern=pattern), progress=False)
+
+    if is_loaded:
+        pruner.prune(AutoModelForCausalLM.from_pretrained(sparse), batches)
+    else:
+        pruner.prune(sparse, batches, output_dir=tmp_path / "pruned")
 
     assert calls["find_decoder_layers"] == 1
 
