@@ -2,8 +2,8 @@
 
 The user passes a `FistaOnLoadConfig` to `from_pretrained`. Transformers makes a `FistaOnLoadQuantizer` of it, and calls
 that before and after the weights are read. Importing this module registers a quantizer with Transformers, because this
-is its only interface for changes of a model that has just been loaded. The model keeps no trace of it: nothing is
-quantized.
+is its only interface for changes of a model that has just been loaded. Nothing is quantized, and the model keeps
+neither this configuration nor the quantizer.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class FistaOnLoadConfig(QuantizationConfigMixin):
         num_samples: int = 128,
         sequence_length: int | None = None,
     ) -> None:
+        """Keep the arguments as they are; refuse a name of a `dataset` that is not known (ValueError)."""
         if isinstance(dataset, str) and dataset != "self":
             require_source(dataset)
         self.pruner = pruner
@@ -75,20 +76,32 @@ class FistaOnLoadQuantizer(HfQuantizer):
     quantization_config: FistaOnLoadConfig
 
     def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **_: Any) -> None:
-        """Find the tokenizer before the weights are read; this takes the option off the model's configuration."""
+        """Find the tokenizer before the weights are read; this takes the option off the model's configuration.
+
+        `self.quantization_config` is the user's `FistaOnLoadConfig`. The tokenizer is kept in `self._tokenizer`; if
+        batches of token ids were passed, it is not needed and its name stays there.
+        """
         del model.config.quantization_config
         options = self.quantization_config
-        self._tokenizer: Any = options.tokenizer or model.name_or_path
+        self._tokenizer: Any = options.tokenizer
+        if not options.tokenizer:
+            self._tokenizer = model.name_or_path
         is_text = options.has_texts or isinstance(options.dataset, str)
         if is_text and isinstance(self._tokenizer, str):
             self._tokenizer = require_tokenizer(self._tokenizer)
 
     def postprocess_model(self, model: PreTrainedModel, **_: Any) -> None:
-        """Prune the model in place after its weights have been read; this takes the quantizer off the model."""
+        """Prune the model in place after its weights have been read; this takes the quantizer off the model.
+
+        `self.quantization_config` is the user's `FistaOnLoadConfig`, whose pruner keeps the report and the masks.
+        `self._tokenizer` was found by `preprocess_model`.
+        """
         del model.hf_quantizer
         options = self.quantization_config
         pruner = options.pruner
-        length = options.sequence_length or usual_length(model.config)
+        length = options.sequence_length
+        if not length:
+            length = usual_length(model.config)
         source_name: str | None = None
         batches: Iterable[Any]
         if isinstance(options.dataset, str):
@@ -102,7 +115,7 @@ class FistaOnLoadQuantizer(HfQuantizer):
                 pruner.config.seed,
                 progress=pruner.progress,
             )
-            batches = tokens.split(1)
+            batches = tokens.split(1)  # a sequence each
         elif options.has_texts:
             batches = [
                 self._tokenizer(text, truncation=True, max_length=length)["input_ids"]

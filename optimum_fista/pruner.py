@@ -147,20 +147,22 @@ class FistaPruner:
     def _prune_loaded(
         self, model: PreTrainedModel, calib_dataloader: Iterable[Any], source_name: str | None
     ) -> PruningReport:
-        """Prune a loaded model in place, and keep its report and masks for `result`.
+        """Prune a loaded model in place, and keep its report, masks and `sources` in this pruner.
 
         `calib_dataloader` are the user's batches, and `source_name` is the name of their text, for the report. After an
-        error the model is as it was. Callbacks are not told of the end of the run.
+        error the model is as it was. The callbacks of the run are called, but not yet for its end.
         """
         started = time.perf_counter()
-        if self.config.whole_parts is not None and any(map(offload_hook, model.modules())):
+        removes_parts = self.config.whole_parts is not None
+        is_offloaded = any(offload_hook(module) is not None for module in model.modules())
+        if removes_parts and is_offloaded:
             raise ValueError(
                 f"pattern={self.config.pattern!r}: the model is offloaded, so it can't be made smaller in place: pass "
                 "its name or folder and output_dir instead."
             )
         removal = plan_removal(prunable_layers(model), self.config)
         source = _loaded_source(model, removal)
-        # They are written so if the model is saved, unless it was loaded in another dtype.
+        # `save_pretrained` writes in the dtypes of the files, unless the model was loaded in another dtype.
         in_files_dtypes = bool(source.loaded_if_mostly(model.dtype))
         plan = plan_run(
             removal,
@@ -181,17 +183,21 @@ class FistaPruner:
     def result(self, model: PreTrainedModel) -> tuple[PruningReport, dict[str, Tensor]]:
         """Return the report of a model that this pruner has pruned in place, and its masks by `"{operator}.weight"`.
 
-        A mask is packed to one bit a weight (`solve.pattern.unpack_mask`), in the layout of the model's weight.
+        A mask is packed to one bit a weight (`solve.pattern.unpack_mask`), in the layout of the model's weight. Raises
+        ValueError if another pruner has pruned the model since then. Changes nothing.
         """
         if model not in self._results:
             raise ValueError(
                 f"model {type(model).__name__} was not pruned by this FistaPruner: call prune first."
             )
         report, masks = self._results[model]
-        # A run on the model by another pruner has left its own summary; training marks it, and nothing else.
+        # A run on the model by another pruner has left its own summary in the configuration. Training adds a mark to
+        # the summary: both get that here, so that it makes no difference.
         latest = getattr(model.config, CONFIG_KEY, None)
         mark = {"retrained": True}
-        has_other_summary = latest is not None and latest | mark != summary(report) | mark
+        has_other_summary = False
+        if latest is not None:
+            has_other_summary = {**latest, **mark} != {**summary(report), **mark}
         # If only experts or decoder layers go, no operator is pruned, and two such runs have the same summary.
         has_other_size = (
             bool(report.removed) and model.num_parameters() != report.model["num_parameters"]
@@ -212,7 +218,8 @@ class FistaPruner:
     ) -> None:
         """Save a model that this pruner has pruned, with masks, report and card (docs/files.md).
 
-        Plain Transformers loads the folder. `overwrite` replaces a model in the folder, but never other files.
+        Plain Transformers loads the folder. `tokenizer` is saved with the model, if it is passed. `overwrite` replaces
+        a model in the folder, but never other files.
         """
         report, masks = self.result(model)
         with new_output(Path(folder), overwrite) as unfinished:
@@ -228,10 +235,11 @@ class FistaPruner:
         overwrite: bool = False,
         **options: Any,
     ) -> str:
-        """Save a pruned model (`save_pretrained`), upload it, and return the URL of the commit.
+        """Save a model that this pruner has pruned, upload the folder to the Hub, and return the URL of the commit.
 
-        The files stay in `folder` (`None`: one with the last part of `repo_id` as its name), also if the Hub can't be
-        reached (OSError). `options` are those of `push_folder`.
+        `tokenizer` and `overwrite` are as in `save_pretrained`. The files stay in `folder` (`None`: one with the last
+        part of `repo_id` as its name), also if the Hub can't be reached (OSError). `options` are those of
+        `push_folder`.
         """
         require_repo_id(repo_id)
         target = Path(folder) if folder is not None else Path(repo_id.split("/")[-1])
@@ -240,12 +248,13 @@ class FistaPruner:
 
 
 def _loaded_source(model: PreTrainedModel, removal: Removal) -> SourceTensors:
-    """Find the tensors in the files from which a model in memory was loaded; they need not fit it any more.
+    """Describe the tensors in the files from which a model in memory was loaded; their values may be others by now.
 
-    `removal` says which of its tensors become smaller. If the files can't be read, the report will say so.
+    `removal` says which of its tensors become smaller (`Removal.part_of`). If the files can't be read, the result says
+    so as something that is lost, and the report repeats that. Changes nothing.
     """
     folder = local_source(model)
-    if folder is None:
+    if folder is None:  # for example, the model was made from a configuration
         return SourceTensors()
     try:
         with reading(str(folder)):

@@ -54,10 +54,11 @@ class Calibration:
 def begin(
     plan: Plan, calib_dataloader: Iterable[Any], source: str | None
 ) -> tuple[Calibration, HeldOut | None, PruningReport]:
-    """Read the calibration text, and begin the report of the run; nothing runs yet.
+    """Read the calibration text, and begin the report of the run; the model does not run yet, and is not changed.
 
-    `calib_dataloader` is what the user passed to `FistaPruner.prune`, and `source` the name of its text. The returned
-    `HeldOut` measures the perplexity; it is `None` if nothing is held out, or if the model loses experts.
+    `calib_dataloader` is what the user passed to `FistaPruner.prune`, and `source` the name of its text; the iterable
+    is read to its end. The returned `HeldOut` measures the perplexity; it is `None` if nothing is held out, or if the
+    model loses experts.
     """
     report = begin_report(plan)
     model = plan.layers.model
@@ -66,8 +67,9 @@ def begin(
     given = read_batches(calib_dataloader, vocab_size, longest, media, warn=report.warn)
     # Batches that the user marked as held out measure the perplexity, and nothing else.
     measured = [batch for batch in given if batch.held_out]
-    own = [batch for batch in given if not batch.held_out]
-    batches = hold_out(own, plan.config.held_out)
+    unmarked = [batch for batch in given if not batch.held_out]
+    # Of the others, the last `config.held_out` sequences are held out, to measure the errors of operators.
+    batches = hold_out(unmarked, plan.config.held_out)
     report.calibration = {
         "source": public_name(source) if source else source,
         **describe_batches(batches + measured),
@@ -78,6 +80,7 @@ def begin(
     _warn_of_empty_placeholders(plan, report, given)
 
     calibration = Calibration(batches)
+    # Without marked batches, the perplexity is measured on those that are held out here.
     if not measured:
         measured = [replace(batch, text=source) for batch in batches if batch.held_out]
     # A decoder layer without experts is not in the model, so it can't run as a part of it.
@@ -89,7 +92,10 @@ def begin(
 def _warn_of_missing_media(
     plan: Plan, report: PruningReport, batches: Sequence[CalibrationBatch], media: MediaArguments
 ) -> None:
-    """Warn if a model for images or sounds gets text alone."""
+    """Add a warning to the report if a model for images or sounds gets text alone.
+
+    `media` has the names of the model's arguments for images and sounds, and their placeholders in the text.
+    """
     if not media.names or any(batch.media for batch in batches):
         return
     kinds = " or ".join(sorted({kind for kind, _ in media.placeholders})) or "image"
@@ -100,11 +106,17 @@ def _warn_of_missing_media(
 
 
 def _warn_of_few_tokens(plan: Plan, report: PruningReport) -> None:
-    """Warn if there are fewer tokens than inputs of an operator; the report has the number of tokens."""
+    """Add a warning to the report if there are fewer tokens than inputs of an operator.
+
+    `report.calibration`, which `begin` has filled, has the number of tokens.
+    """
     num_tokens = report.calibration["num_tokens"]
+    # Operators have the shape [out, in].
     num_inputs = {name: operator.shape[1] for name, operator in plan.all_operators.items()}
-    widest = max(num_inputs, key=num_inputs.__getitem__, default=None)
-    if widest is not None and num_tokens < num_inputs[widest]:
+    if not num_inputs:
+        return
+    widest = max(num_inputs, key=num_inputs.__getitem__)
+    if num_tokens < num_inputs[widest]:
         report.warn(
             f"{num_tokens} calibration tokens for the {num_inputs[widest]} inputs of {widest}: its Gram matrix is "
             "rank-deficient, and the result fits these tokens only. Pass more."
@@ -114,13 +126,16 @@ def _warn_of_few_tokens(plan: Plan, report: PruningReport) -> None:
 def _warn_of_empty_placeholders(
     plan: Plan, report: PruningReport, batches: Sequence[CalibrationBatch]
 ) -> None:
-    """Warn of batches with tokens that stand for images or sounds, if the images or sounds are missing."""
+    """Add a warning to the report if batches mark images or sounds by tokens, and bring no images or sounds."""
     num_empty = 0
     for batch in batches:
-        if not batch.media:
-            # Tokens of images and sounds are no targets: their entries are negative.
-            targets = targets_of(batch.input_ids, plan.layers.model.config)
-            num_empty += bool((targets < 0).any())
+        if batch.media:
+            continue
+        # Tokens of images and sounds are no targets: their entries are negative.
+        targets = targets_of(batch.input_ids, plan.layers.model.config)
+        has_placeholders = bool((targets < 0).any())
+        if has_placeholders:
+            num_empty += 1
     if num_empty:
         report.warn(
             f"{num_empty} batches hold tokens that mark images or sounds, but no images or sounds: pass all that the "
@@ -131,8 +146,9 @@ def _warn_of_empty_placeholders(
 def record(plan: Plan, calibration: Calibration) -> Calibration:
     """Record the arguments of the decoder layers, unless they are recorded already.
 
-    The model runs once on all batches, without its decoder layers. Returns the calibration with the arguments, and with
-    the hidden states that enter the first layer if it had none.
+    The model runs once on all batches, without its decoder layers; afterwards it is as before. Returns the calibration
+    with the arguments, and with the hidden states that enter the first layer if it had none. The calibration that is
+    passed is not changed.
     """
     if calibration.recorded is not None:
         return calibration
@@ -159,7 +175,9 @@ def retried(
 ) -> T:
     """Return `step(calibration)`; if memory runs out, repeat the step with batches half as large.
 
-    `where` names the step for the warning in the report. `undo` takes back what the step had changed before it failed.
+    `step` is a part of the run, such as `prune_layer` with all arguments but the last. `where` names it for the warning
+    that `report` gets. `undo` takes back what the step had changed before it failed. When batches are cut, the hidden
+    states of the calibration are cut with them, and the old ones are freed (`_halved`).
     """
     while True:
         try:
@@ -185,8 +203,9 @@ def _halved(
 ) -> Calibration:
     """Cut every batch in two, with its hidden states; the arguments of the layers have to be recorded again.
 
-    `reason` is what the device said. Raises OutOfMemoryError if a batch has one sequence only, or if the arguments
-    can't be recorded again.
+    Returns a new calibration; the hidden states of the old one are freed. `report`, which is only read, says whether an
+    operator is pruned already. `reason` is what the device said. Raises OutOfMemoryError if all batches have one
+    sequence only, or if the arguments can't be recorded again.
     """
     sizes = [batch.input_ids.shape[0] for batch in calibration.batches]
     if max(sizes) == 1:
@@ -196,14 +215,16 @@ def _halved(
             f"storage_device='cpu' (--storage-device cpu) or shorter sequences (--sequence-length) [{reason}]"
         )
 
-    halves: list[int] = []
+    halves: list[int] = []  # numbers of sequences of the new batches, in order
     for size in sizes:
         halves.append((size + 1) // 2)
         if size > 1:
             halves.append(size // 2)
-    is_amid = bool(report.operators)
-    if calibration.recorded is not None and calibration.recorded.layers_pass_more and is_amid:
-        # A new record needs the dense network, which is partly pruned now.
+    recorded = calibration.recorded
+    # Whether layers pass more than hidden states to the next one: then a record needs the dense network.
+    needs_dense_network = recorded is not None and recorded.layers_pass_more
+    is_partly_pruned = bool(report.operators)
+    if needs_dense_network and is_partly_pruned:
         raise torch.OutOfMemoryError(
             f"the device ran out of memory after the first decoder layer of a {type(plan.layers.model).__name__}, "
             f"whose decoder layers pass more than hidden states to the next one: pass batches of at most {max(halves)} "

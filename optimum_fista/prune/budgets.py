@@ -36,36 +36,41 @@ def share_budgets(
 ) -> Budgets:
     """Choose the decoder layers to remove, and allocate the zeros to the operators of the others.
 
-    Held-out batches are not used. The seconds are added to the report; the model is as before. If the zeros are not
-    shared by the loss and no decoder layer is removed, the model does not run and the budgets are empty.
+    `batches` are those of the calibration; held-out ones are not used. Changes the seconds of the report only, not the
+    model. If the zeros are not shared by the loss and no decoder layer is removed, the model does not run and the
+    budgets are empty.
     """
     started = time.perf_counter()
     config = plan.config
     fitted = [batch for batch in batches if not batch.held_out]
     loss = DenseLoss(plan.layers, fitted, config.allocation_tokens, plan.progress, plan.storage)
 
-    removed_layers: list[tuple[int, float]] = []
+    removed_layers: list[
+        tuple[int, float]
+    ] = []  # number of a layer, and the loss after its removal
     if plan.removal.num_removed_layers:
         with products_as(plan.products):
             removed_layers = plan.removal.choose_layers(loss)
 
-    # Removed layers get no zeros: the others would miss them.
+    # Zeros that a removed layer got would be missing in the others.
     prefixes = tuple(f"{plan.layers.name}.{index}." for index, _ in removed_layers)
     sharing: dict[str, LinearOperator] = {}
     if config.sparsity:
         for name, operator in plan.all_operators.items():
-            if not name.startswith(prefixes) and config.shares_budget(name):
+            is_removed = name.startswith(prefixes)
+            if not is_removed and config.shares_budget(name):
                 sharing[name] = operator
-    sensitivities = _measured(plan, loss, sharing) if sharing else {}
+    sensitivities: dict[str, Sensitivity] = {}
+    if sharing:
+        sensitivities = _measured(plan, loss, sharing)
 
-    pools = _pools(sharing)
-    has_gradient = {
-        key: any(sensitivities[name].has_gradient for name in names) for key, names in pools.items()
-    }
-    without_gradient = [
-        name for key, names in pools.items() if not has_gradient[key] for name in names
-    ]
-    sharing_pools = {key: names for key, names in pools.items() if has_gradient[key]}
+    sharing_pools: dict[str, list[str]] = {}
+    without_gradient: list[str] = []
+    for key, names in _pools(sharing).items():
+        if any(sensitivities[name].has_gradient for name in names):
+            sharing_pools[key] = names
+        else:
+            without_gradient += names
     shares = _shares_of_zeros(plan, sharing_pools, sharing, sensitivities)
 
     # Activations were recorded for gradients and for the choice of layers.
@@ -82,7 +87,11 @@ def share_budgets(
 def _measured(
     plan: Plan, loss: DenseLoss, operators: Mapping[str, LinearOperator]
 ) -> dict[str, Sensitivity]:
-    """Measure the sensitivities of the loss, by the operator's name; explain why gradients can't be computed."""
+    """Measure how much the loss grows with errors in `operators`, by the operator's name.
+
+    `loss` is that of the dense model on some calibration tokens. The model runs forward and backward, and is as before
+    afterwards. If gradients can't be computed, the error says what to pass instead.
+    """
     try:
         with split_experts(plan.all_operators.values()), products_as(plan.products):
             return measure_sensitivities(loss, operators)
@@ -127,7 +136,10 @@ def _shares_of_zeros(
     operators: Mapping[str, LinearOperator],
     sensitivities: Mapping[str, Sensitivity],
 ) -> _Shares:
-    """Share the zeros of the model among pools of operators; this reads the weights of all of them again."""
+    """Share the zeros of the model among pools of operators. Changes nothing, but reads the weights of all of them.
+
+    `pools` are names of operators by a key, as `_pools` makes them; `operators` and `sensitivities` are by these names.
+    """
     config = plan.config
     average = config.sparsity or 0.0
     costs: dict[str, float] = {}
@@ -151,12 +163,13 @@ def _shares_of_zeros(
                     output_weights[name] = sensitivities[name].outputs
 
     sparsities: dict[str, float] = {}
-    of_pools = allocate(costs, sizes, average) if costs else {}
-    for key, sparsity in of_pools.items():
-        # Numbers of zeros are whole: if the division has a rest, the first experts get one more.
+    sparsities_of_pools = allocate(costs, sizes, average) if costs else {}
+    for key, sparsity in sparsities_of_pools.items():
         names = pools[key]
-        fewest, rest = divmod(round(sparsity * sizes[key]), len(names))
-        num_weights = sizes[key] // len(names)
+        num_weights = sizes[key] // len(names)  # all operators of a pool have one size
+        # Numbers of zeros are whole: if the division has a rest, the first experts get one more.
+        num_zeros_of_pool = round(sparsity * sizes[key])
+        fewest, rest = divmod(num_zeros_of_pool, len(names))
         for position, name in enumerate(names):
             num_zeros = fewest + 1 if position < rest else fewest
             sparsities[name] = num_zeros / num_weights

@@ -89,7 +89,7 @@ class FileSink(Sink):
         output: Output,
     ) -> None:
         super().__init__(plan.layers.model)
-        self._plan = plan
+        self._plan = plan  # `share` replaces it by the plan with its budgets
         self._source = source
         self._journal = journal
         self._ranks = ranks
@@ -102,7 +102,8 @@ class FileSink(Sink):
         """Around the run: put the model in evaluation mode without gradients, and multiply as `products` says.
 
         Errors of files (OSError) and of other processes (RankError) get a sentence that says how many decoder layers
-        are kept. Weights in memory are not put back: the model is not used after the run.
+        are kept. `products` is "float32", "tf32", "bfloat16" or "widened". At the end, modes and settings are as
+        before, but weights in memory are not put back: the model is not used after the run.
         """
         try:
             with evaluation_mode(self._model), torch.no_grad(), products_as(products):
@@ -116,8 +117,11 @@ class FileSink(Sink):
             raise OSError(error.errno, message, error.filename) from error
 
     def _advice(self) -> str:
-        """Say how many decoder layers are kept, and what to do, for the end of an error."""
-        num_finished = len(self._journal.finished(read_shards=False))
+        """Say how many decoder layers are kept, and what to do, for the end of an error.
+
+        `self._journal` is what the run has finished on disk, in the unfinished folder.
+        """
+        num_finished = len(self._journal.finished(check_shards=False))
         return (
             f"{num_finished} of {len(self._plan.layers)} decoder layers are finished and kept in "
             f"{str(self._journal.folder)!r}; start again with the same output"
@@ -126,13 +130,14 @@ class FileSink(Sink):
     def budgets(self, share_budgets: Callable[[], Budgets]) -> Budgets:
         """Return the budgets of the run, which rank 0 makes by `share_budgets` and writes to the journal.
 
-        All ranks, and all later starts of the run, read the same. What `share_budgets` measures takes forward passes,
-        so it is called only if the journal has no budgets yet.
+        All ranks, and all later starts of the run, read the same. `share_budgets` runs the model, so it is called only
+        if the journal on disk has no budgets yet. Before they are written, the files of the model must still be those
+        that were hashed (`self._source`).
         """
         journal = self._journal
 
         def make_and_keep() -> None:
-            """Write the budgets, unless an earlier start did."""
+            """Make the budgets and write them to the journal, unless an earlier start did."""
             if journal.budgets() is None:
                 budgets = share_budgets()
                 self._source.require_unchanged()
@@ -166,47 +171,64 @@ class FileSink(Sink):
         ranks = self._ranks
         self._plan = plan
         self._shards = ShardWriter(plan, self._journal.model, self._output.packed)
+        # by the index of the layer; shards on disk are read and compared with their digests
         finished = ranks.first(lambda: self._journal.finished(progress=plan.progress))
         if ranks.count == 1:
-            resumed = self._resumed(plan, finished, calibration, held_out, report)
-            finished, calibration, held_out = resumed
+            finished, calibration, held_out = self._resumed(
+                plan,
+                finished,
+                calibration=calibration,
+                held_out=held_out,
+                report=report,
+            )
+            num_done = len(finished)
         else:
             held_out = None  # a rank runs only some of the layers
+            num_done = 0  # each rank counts its own
         self._seconds_before = sum(layer.record.report.seconds for layer in finished.values())
 
         unfinished = [index for index in range(len(plan.layers)) if index not in finished]
-        todo = share_layers(unfinished, plan.costs, ranks.count)[ranks.index]
-        num_done = len(finished) if ranks.count == 1 else 0  # each rank counts its own
-        return Work(todo, num_done, calibration, held_out)
+        todo_of_ranks = share_layers(unfinished, plan.costs, ranks.count)
+        return Work(todo_of_ranks[ranks.index], num_done, calibration, held_out)
 
     def _resumed(
         self,
         plan: Plan,
         finished: dict[int, KeptLayer],
+        *,
         calibration: Calibration,
         held_out: HeldOut | None,
         report: PruningReport,
     ) -> tuple[dict[int, KeptLayer], Calibration, HeldOut | None]:
         """Find out which decoder layers need not be pruned again, and where the calibration text resumes.
 
-        If layers depend on each other, these are the first ones, each pruned on the output of the layer before. The
-        returned `HeldOut` is `None` if its sequences would have to pass the finished layers again.
+        `finished` are the layers on disk, by index. Returns those of them that count: if layers depend on each other,
+        these are the first ones, each pruned on the output of the layer before. `calibration` is returned with the
+        hidden states that enter the next layer, if the run resumes after a finished layer; if its batches are cut for
+        that, `report` gets a warning. `held_out` gets its kept hidden states or losses; it is returned as `None` if its
+        sequences would have to pass the finished layers again.
         """
-        device = execution_device(plan.layers.model.get_input_embeddings())
-        num_first, streams = self._journal.resume(finished, plan.storage or device)
-        if plan.config.correction.carry == "full":
-            is_amid = 0 < num_first <= max(plan.pruned_layers, default=-1)
-            if is_amid and streams is None:
+        storage = plan.storage
+        if storage is None:
+            storage = execution_device(plan.layers.model.get_input_embeddings())
+        # how many layers from the first one on are finished, and the hidden states after them, by name
+        num_first, streams = self._journal.resume(finished, storage)
+        layers_depend = plan.config.correction.carry == "full"
+        if layers_depend:
+            last_pruned = max(plan.pruned_layers, default=-1)
+            needs_states = 0 < num_first <= last_pruned
+            if needs_states and streams is None:
                 num_first = 0  # without hidden states, all layers must run again
-            elif is_amid:
+            elif needs_states:
                 assert streams is not None
                 states = HiddenStates(streams.get("dense"), streams.get("pruned"))
                 calibration = _with_states(calibration, states, report)
             finished = {index: finished[index] for index in range(num_first)}
 
         if held_out is not None and finished:
-            goes_on = len(finished) == num_first and held_out.resume(streams or {})
-            if not goes_on:
+            are_first = len(finished) == num_first
+            can_resume = are_first and held_out.resume(streams or {})
+            if not can_resume:
                 held_out = None  # its sequences must pass all layers in both networks
         return finished, calibration, held_out
 
@@ -219,8 +241,9 @@ class FileSink(Sink):
     ) -> None:
         """Write the shard and the record of a finished decoder layer; of a removed layer, only its record.
 
-        The old weights of the layer are freed, and the masks of its operators go from the sink to the journal. The
-        record comes last: `complete` deletes all files beside the shards that records name.
+        The old weights of the layer are freed, and the masks of its operators go from `self.masks` to the journal on
+        disk, which also gets the hidden states of `travelling` and drops those that entered this layer. The record is
+        written last: a layer without a record is not finished, and `complete` deletes all files that no record names.
 
         Args:
             index: The number of the layer.
@@ -229,7 +252,7 @@ class FileSink(Sink):
             travelling: Hidden states (dense and pruned) and held-out sequences that enter the next layer, as far as a
                 run that resumes there needs them.
         """
-        self.forget()  # the dense weights of this layer: the checkpoint has them
+        self.forget_old_weights()  # the dense ones of this layer: the files of the source have them
         masks = self.masks
         self.masks = {}
         is_removed = index in self._plan.removal.removed_layers
@@ -237,10 +260,10 @@ class FileSink(Sink):
 
         # The files that were read must be those that were hashed, or the layer does not count as finished.
         self._source.require_unchanged()
-        shard = None if is_removed else self._shards.write_layer(index, tensors)
-        streams = {
-            name: stream for traveller in travelling for name, stream in traveller.to_save().items()
-        }
+        shard = None if is_removed else self._shards.write_layer(index, tensors)  # name and digest
+        streams: dict[str, list[torch.Tensor]] = {}  # by name, such as "pruned", a batch each
+        for traveller in travelling:
+            streams |= traveller.to_save()
         self._journal.keep_layer(index, shard, masks, record, streams)
 
     def complete(
@@ -248,8 +271,10 @@ class FileSink(Sink):
     ) -> PruningReport:
         """Have rank 0 write all but the decoder layers and move the model to its folder; all ranks get the report.
 
-        `plan` has its budgets. `report` is that of this process; `held_out` is `None` if nothing was measured.
-        `started` is the time of `time.perf_counter` at which this start of the run began.
+        `plan` has its budgets. `report` is that of this process, and rank 0 completes it in place; the returned one has
+        the names of the files. `held_out` is `None` if nothing was measured. `started` is the time of
+        `time.perf_counter` at which this start of the run began. The configuration of `plan.layers.model` becomes that
+        of the result.
         """
         return self._ranks.first(lambda: self._complete(plan, report, held_out, started))
 
@@ -258,12 +283,59 @@ class FileSink(Sink):
     ) -> PruningReport:
         """Do the work of `complete` in rank 0, with the same arguments.
 
-        The report gets the records of all processes and of earlier starts. The folder of the output is replaced at the
-        very end, and the unfinished folder is gone then.
+        The report gets the records of all processes and of earlier starts. The configuration of `plan.layers.model`
+        becomes that of the result. The folder of the output is replaced at the very end, and the unfinished folder is
+        gone then. Returns the report by the names in the files. `self._journal` is what is finished, on disk, and
+        `self._shards` writes the tensors outside the decoder layers.
         """
+        layers = self._collect_records(report)
+        report.seconds["total"] = self._seconds_before + time.perf_counter() - started
+        # Renames the operators in the report, and gives the model the smaller configuration if parts are removed.
+        complete_report(plan, report, held_out)
+
         folder = self._journal.model
-        layers = self._journal.finished(read_shards=False)
-        if len(layers) < len(plan.layers):
+        shards = {folder / layer.shard for layer in layers.values() if layer.shard}
+        _delete_all_but(folder, shards)
+        shards.add(folder / self._shards.write_rest())
+        weight_map = {name: shard.name for shard in shards for name in names_in(shard)}
+        totals = {"total_parameters": report.model["num_parameters"]}
+        index_name = write_index(folder, self._shards.stem, weight_map, totals)
+        packed = None
+        if self._output.packed:
+            packed = packed_settings(index_name, packed_names(weight_map))
+
+        masks: dict[str, torch.Tensor] = {}
+        for index in layers:
+            masks |= self._journal.masks(index)
+        # Stored names: of the operators that this run pruned, and of those whose masks an earlier run left.
+        stored_names = self._shards.names | plan.removal.names_of_carried(report)
+        stored_report, stored_masks = report_as_stored(
+            report, plan.removal.renamed(masks), stored_names
+        )
+        copy_source(self._source.folder, folder)  # before our own files, which replace some of them
+        write_all_but_weights(
+            folder,
+            plan.layers.model,
+            self._output.tokenizer,
+            stored_report,
+            stored_masks,
+            packed=packed,
+            quantized=plan.source.settings if plan.as_stored else {},
+        )
+        self._source.require_unchanged()
+        install(
+            self._journal.folder, self._output.folder, self._output.overwrite, self._source.folder
+        )
+        return stored_report
+
+    def _collect_records(self, report: PruningReport) -> dict[int, KeptLayer]:
+        """Replace the records of decoder layers in the report by those of all processes and of earlier starts.
+
+        They are read from `self._journal`, which is on disk. Returns the finished layers, by index. Raises RankError if
+        a layer is missing.
+        """
+        layers = self._journal.finished(check_shards=False)
+        if len(layers) < len(self._plan.layers):
             raise RankError(
                 "decoder layers that other ranks finished are not here: pass a folder that all nodes share"
             )
@@ -274,43 +346,16 @@ class FileSink(Sink):
         report.lost_masks = []
         for layer in layers.values():
             report.add(layer.record)
-        report.seconds["total"] = self._seconds_before + time.perf_counter() - started
-        complete_report(plan, report, held_out)
-
-        shards = {folder / layer.shard for layer in layers.values() if layer.shard}
-        _delete_all_but(folder, shards)
-        shards.add(folder / self._shards.write_rest())
-        weight_map = {name: shard.name for shard in shards for name in names_in(shard)}
-        totals = {"total_parameters": report.model["num_parameters"]}
-        index_name = write_index(folder, self._shards.stem, weight_map, totals)
-
-        masks = {
-            name: mask for index in layers for name, mask in self._journal.masks(index).items()
-        }
-        names = self._shards.names | plan.removal.names_of_carried(report)
-        report, masks = report_as_stored(report, plan.removal.renamed(masks), names)
-        is_packed = self._output.packed
-        copy_source(self._source.folder, folder)  # before our own files, which replace some of them
-        write_all_but_weights(
-            folder,
-            plan.layers.model,
-            self._output.tokenizer,
-            report,
-            masks,
-            packed=packed_settings(index_name, packed_names(weight_map)) if is_packed else None,
-            quantized=plan.source.settings if plan.as_stored else {},
-        )
-        self._source.require_unchanged()
-        install(
-            self._journal.folder, self._output.folder, self._output.overwrite, self._source.folder
-        )
-        return report
+        return layers
 
 
 def _with_states(
     calibration: Calibration, states: HiddenStates, report: PruningReport
 ) -> Calibration:
-    """Return the batches with hidden states that an earlier start kept, cut as there if its memory ran out."""
+    """Return the batches with hidden states that an earlier start kept, cut as there if its memory ran out.
+
+    If they are cut, `report` gets a warning. The arguments of the layers have to be recorded again.
+    """
     batches = calibration.batches
     sizes = [len(hidden) for hidden in states.to_prune_on]
     if sizes != [batch.input_ids.shape[0] for batch in batches]:
@@ -322,8 +367,10 @@ def _with_states(
 
 
 def _delete_all_but(folder: Path, shards: set[Path]) -> None:
-    """Delete other files of a folder: those of a killed process, or of a run with more decoder layers."""
-    for path in {*folder.iterdir()} - shards:
+    """Delete all files and folders in `folder` but `shards`: a killed process, or a run of more layers, left them."""
+    for path in list(folder.iterdir()):
+        if path in shards:
+            continue
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -37,7 +37,9 @@ def run_fingerprint(
 ) -> dict[str, Any]:
     """Collect everything that the bytes of a run depend on: weights, configurations, arithmetic, tokens, versions.
 
-    `report` is the one that `begin_report` and `batches.begin` have begun. The values are plain, as JSON gives them.
+    `source` has the digests of the files of the model, and `batches` are those of the calibration. `report` is the one
+    that `batches.begin` has begun: its environment, configuration and calibration count. `packed` says whether the
+    result is stored without zeros. Changes nothing. The values are plain, as JSON gives them.
     """
     shapes = [list(batch.input_ids.shape) for batch in batches]
     versions = library_versions()
@@ -45,12 +47,12 @@ def run_fingerprint(
     tokens = calibration["sha256"]
     if "held_out" in calibration:
         tokens = [tokens, calibration["held_out"]["sha256"]]
-    network = json.loads(plan.layers.model.config.to_json_string(use_diff=False))
+    model_config = json.loads(plan.layers.model.config.to_json_string(use_diff=False))
     fingerprint = {
         "journal": _FORMAT,
         "weights": {name: digest for name, digest in source.digests.items() if name != CONFIG_FILE},
         "model_config": {
-            key: value for key, value in network.items() if key not in _NOT_COMPUTED_WITH
+            key: value for key, value in model_config.items() if key not in _NOT_COMPUTED_WITH
         },
         "arithmetic": {
             key: value
@@ -71,11 +73,12 @@ def run_fingerprint(
 def join_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool, ranks: Ranks) -> None:
     """Have rank 0 resume the run of a locked unfinished folder, and refuse ranks that were started for another run.
 
-    If the folder holds another run, `overwrite` discards it; otherwise this is a ValueError.
+    `folder` is the unfinished folder, and `fingerprint` is that of this process (`run_fingerprint`). If the folder
+    holds another run, `overwrite` deletes the files of that run; otherwise this is a ValueError.
     """
 
     def begin() -> Mapping[str, Any]:
-        """Compare the folder with this run, and return its fingerprint."""
+        """Compare the folder with this run, empty it if it belongs to no run or another, and return the fingerprint."""
         if not overwrite:
             require_same_run(folder, fingerprint)
         begun = json.dumps(read_record(folder / RUN_FILE))
@@ -85,7 +88,7 @@ def join_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool, rank
         return fingerprint
 
     def join() -> None:
-        """Compare this process with rank 0."""
+        """Refuse this process (ValueError) if its fingerprint is not that of rank 0."""
         different = [key for key in fingerprint if fingerprint[key] != of_rank_0[key]]
         if different:
             raise ValueError(
@@ -120,9 +123,12 @@ def require_same_run(folder: Path, wanted: Mapping[str, Any]) -> None:
 
 
 def begun_batch_size(folder: Path) -> int | None:
-    """Return the sequences in a batch of the run in an unfinished folder; `None` if there is no run."""
-    begun = read_record(folder / RUN_FILE) or {}
-    return max((shape[0] for shape in begun.get("batches", ())), default=None)
+    """Return how many sequences the largest batch of the run in an unfinished folder has; `None` if there is no run."""
+    fingerprint = read_record(folder / RUN_FILE)
+    if fingerprint is None:
+        return None
+    shapes = fingerprint.get("batches", [])  # [sequences, tokens] each
+    return max((shape[0] for shape in shapes), default=None)
 
 
 def _differences(

@@ -72,10 +72,14 @@ class Journal:
         self._states_sha256: dict[int, str] = {}  # of the hidden states written or read last
         self.model.mkdir(exist_ok=True)
 
-    def finished(self, *, read_shards: bool = True, progress: bool = False) -> dict[int, KeptLayer]:
-        """Read the finished decoder layers, by index; `read_shards=False` trusts existing shards without reading them.
+    def finished(
+        self, *, check_shards: bool = True, progress: bool = False
+    ) -> dict[int, KeptLayer]:
+        """Read the records of the finished decoder layers, by index, without those whose shard is damaged or missing.
 
-        Layers that were pruned with other budgets do not count, once the budgets are read.
+        `check_shards=False` trusts shards that exist; otherwise they are read and compared with their digests. Layers
+        that were pruned with other budgets do not count, once `budgets` has read those of the run. `progress` shows a
+        bar. Changes nothing.
         """
         layers: dict[int, KeptLayer] = {}
         files = sorted(self._budgets.parent.glob("layer-*.json"))
@@ -93,11 +97,12 @@ class Journal:
             kept = as_record(KeptLayer, values)
             shard = self.model / kept.shard
             is_there = shard.exists()  # for a removed layer, this is the folder
-            if read_shards and kept.shard:
+            if check_shards and kept.shard:
                 is_there = is_whole(shard, kept.sha256["shard"])
+            # The digest of the budgets is `None` until they are read.
             has_budgets = self._budgets_sha256 in (None, kept.sha256["budgets"])
             if is_there and has_budgets:
-                index = int(file.stem.partition("-")[2])
+                index = int(file.stem.removeprefix("layer-"))
                 layers[index] = kept
         return layers
 
@@ -110,6 +115,9 @@ class Journal:
         streams: Mapping[str, Sequence[Tensor]],
     ) -> None:
         """Finish a decoder layer whose shard is on disk, and delete the hidden states that enter it.
+
+        Writes files of hidden states, masks and the record of the layer, and notes the digest of the hidden states,
+        which the record of the next layer will have, too.
 
         Args:
             index: The number of the layer.
@@ -127,14 +135,17 @@ class Journal:
             }
             next_states = self._file("states", index + 1)
             self._states_sha256[index + 1] = write_tensors(next_states, hidden_states)
-        name, digest = shard if shard is not None else ("", None)
+        shard_name = ""
+        shard_sha256 = None
+        if shard is not None:
+            shard_name, shard_sha256 = shard
         sha256 = {
-            "shard": digest,
+            "shard": shard_sha256,
             "before": self._states_sha256.get(index),
             "after": self._states_sha256.get(index + 1),
             "budgets": self._budgets_sha256,
         }
-        kept = KeptLayer(record, name, sha256)
+        kept = KeptLayer(record, shard_name, sha256)
         write_record(layer.with_suffix(".json"), dataclasses.asdict(kept), masks)
         # Only now: they are needed until the record is written.
         self._file("states", index).unlink(missing_ok=True)
@@ -148,19 +159,24 @@ class Journal:
     ) -> tuple[int, dict[str, list[Tensor]] | None]:
         """Count the first decoder layers that are finished, each on the hidden states of the layer before.
 
-        Returns also the hidden states after them, by name, a batch each; `None` if their file is missing or damaged.
-        They are put on the device `storage`, or on the CPU if it is a folder.
+        Returns also the hidden states after them, by name ("dense", "pruned", and those of held-out text), a batch
+        each; `None` if their file is missing or damaged. They are put on the device `storage`, or on the CPU if it is a
+        folder. `finished` are layers by index, as the method `finished` returns them. Notes the digest of the file, and
+        changes nothing else.
         """
         num_first = 0
-        sha256 = None
-        while num_first in finished and finished[num_first].sha256["before"] == sha256:
-            sha256 = finished[num_first].sha256["after"]
+        states_sha256 = (
+            None  # of the file of what enters the layer; nothing is kept for the first one
+        )
+        while num_first in finished and finished[num_first].sha256["before"] == states_sha256:
+            states_sha256 = finished[num_first].sha256["after"]
             num_first += 1
         file = self._file("states", num_first)
-        if sha256 is None or not is_whole(file, sha256):
+        if states_sha256 is None or not is_whole(file, states_sha256):
             return num_first, None
 
-        self._states_sha256[num_first] = sha256
+        # `keep_layer` writes it into the record of the next layer.
+        self._states_sha256[num_first] = states_sha256
         tensors = load_file(file)  # not on the device: safetensors can't load to every device
         device = torch.device("cpu") if isinstance(storage, Path) else storage
         streams: dict[str, list[Tensor]] = {}
@@ -171,8 +187,9 @@ class Journal:
         return num_first, streams
 
     def keep_budgets(self, budgets: Budgets, weights: Mapping[str, Any]) -> None:
-        """Begin the run: write the hashes of its files (`weights`), its fingerprint and its budgets.
+        """Begin the run: write the hashes of the source's files, the run's fingerprint and its budgets to disk.
 
+        `weights` are these hashes, by file name (`SourceFiles.hashes`). `self._fingerprint` identifies the run.
         From the fingerprint on, the folder is kept until the run ends. The budgets have the digest of the fingerprint,
         and layers that of the budgets, so that they belong to this run only.
         """
@@ -187,7 +204,10 @@ class Journal:
         write_record(self._budgets, values, tensors)
 
     def budgets(self) -> Budgets | None:
-        """Read the budgets; `None` if they are not written yet, damaged, or those of another run."""
+        """Read the budgets from disk; `None` if they are not written yet, damaged, or those of another run.
+
+        Notes their digest: from then on, `finished` leaves out layers that were pruned with other budgets.
+        """
         values = read_record(self._budgets)
         if values is None or values["run"] != digest_of(self.folder / RUN_FILE):
             return None

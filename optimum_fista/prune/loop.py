@@ -66,7 +66,8 @@ def prune_layers(
 ) -> None:
     """Prune decoder layers in place, one after the other, and add them to the report.
 
-    A layer is committed to the sink before the callbacks are called with it.
+    A layer is committed to the sink before the callbacks are called with it. The hidden states of `calibration` are
+    used up.
 
     Args:
         plan: What is pruned and how, with its budgets.
@@ -128,6 +129,9 @@ class _Loop:
     def visit(self, index: int, *, is_mine: bool, is_needed: bool) -> None:
         """Bring a decoder layer to its device, prune or run it there, and commit it if it belongs to this process.
 
+        Weights of the layer are overwritten through `self.sink`. `self.calibration` gets the hidden states that leave
+        the layer, `self.held_out` runs through it, and `self.report` gets its record.
+
         Args:
             index: The number of the layer.
             is_mine: Whether this process prunes the layer; otherwise it only runs.
@@ -136,7 +140,7 @@ class _Loop:
         started = time.perf_counter()
         name = f"{self.plan.layers.name}.{index}"
         layer = self.plan.layers.modules[index]
-        layer_record = LayerRecord(LayerReport(name, None, 0.0))
+        layer_record = LayerRecord(LayerReport(name, hidden_state_error=None, seconds=0.0))
         # Before its weights are on the device: offloaded ones are hashed where they are.
         dense_sha256 = sha256_of(layer, layer.state_dict()) if is_mine else None
         held_out = self.held_out if is_mine else None
@@ -186,7 +190,10 @@ class _Loop:
 
 @contextmanager
 def _with_progress(plan: Plan, num_done: int) -> Iterator[Sequence[PruningCallback]]:
-    """Yield the callbacks of the run; the first one shows a progress bar, if the plan wants one."""
+    """Yield the callbacks of the run; the first one shows a progress bar, if the plan wants one.
+
+    `num_done` layers of the run were finished by an earlier start. At the end the bar is taken away.
+    """
     if not plan.progress:
         yield plan.callbacks
         return
@@ -197,7 +204,11 @@ def _with_progress(plan: Plan, num_done: int) -> Iterator[Sequence[PruningCallba
 def _completed(
     plan: Plan, layer_record: LayerRecord, *, seconds: float, dense_sha256: str | None
 ) -> LayerRecord:
-    """Return the record of a decoder layer with its time, the digest of its dense tensors, and all reasons."""
+    """Return a copy of a decoder layer's record with its time, the digest of its dense tensors, and all reasons.
+
+    `dense_sha256` is of the layer before it was pruned. The reasons tell why operators of the layer stay dense: those
+    that `plan.removal` knew before the run, and those that `layer_record` has already.
+    """
     prefix = f"{layer_record.report.name}."
     left_dense = {
         name: reason for name, reason in plan.removal.left_dense.items() if name.startswith(prefix)
@@ -219,7 +230,7 @@ def prune_layer(
 ) -> tuple[Calibration, LayerRecord]:
     """Prune the operators of a decoder layer, group by group in execution order, or run it as it is.
 
-    The layer is on its device. Its weights are overwritten through the sink.
+    The layer is on its device. Its weights are overwritten through the sink, which also gets their masks.
 
     Args:
         plan: The plan of the run.
@@ -235,7 +246,7 @@ def prune_layer(
     name = f"{plan.layers.name}.{index}"
     layer = plan.layers.modules[index]
     release_memory(layer)  # of the decoder layer before
-    # Again, if memory ran out and the batches are smaller now.
+    # The arguments of the layers are recorded already, unless memory ran out and the batches are smaller now.
     calibration = record(plan, calibration)
     states = calibration.states
     assert states is not None
@@ -245,7 +256,7 @@ def prune_layer(
     if is_mine and index not in plan.removal.removed_layers:
         states, layer_record = _pruned_layer(plan, sink, callbacks, name, activations, states)
     else:
-        layer_record = LayerRecord(LayerReport(name, None, 0.0))
+        layer_record = LayerRecord(LayerReport(name, hidden_state_error=None, seconds=0.0))
         targets = LayerTargets(activations, [], plan.config.correction, entering=states)
         # The hidden states pass by a removed layer; one of another process is dense.
         states = targets.pass_by() if is_mine else targets.leave()
@@ -255,7 +266,11 @@ def prune_layer(
 def _activations(
     plan: Plan, calibration: Calibration, layer: nn.Module, index: int
 ) -> LayerActivations:
-    """Join a decoder layer with the arguments of its calls; the calibration gives them up, to free them with it."""
+    """Join a decoder layer with the arguments of its calls, as `record` recorded them.
+
+    The calibration has them no longer afterwards, so that they are freed when this layer is finished. `index` is the
+    number of the layer.
+    """
     recorded = calibration.recorded
     assert recorded is not None
     calls = recorded.calls[index]
@@ -279,7 +294,9 @@ def _pruned_layer(
 ) -> tuple[HiddenStates, LayerRecord]:
     """Prune the groups of a decoder layer through the sink; return what leaves the layer, and its record.
 
-    `name` is that of the layer, such as "model.layers.3", and `states` are the hidden states that enter it.
+    `name` is that of the layer, such as "model.layers.3". `activations` has the layer, on its device, with the recorded
+    arguments of its calls, and `states` are the hidden states that enter it, which are used up. The weights of the
+    layer are overwritten, and `callbacks` are called after each operator.
     """
     operators = plan.removal.operators[name]
     # Offloaded weights are on the device only now.
@@ -290,6 +307,7 @@ def _pruned_layer(
     if plan.config.reorder_channels:
         orders = reorder_channels(plan, sink, name, activations, states.to_prune_on)
     trace = trace_groups(activations.layer, operators, activations.calls[0], hidden)
+    # Which groups are pruned, the reasons of operators that are not, and the module of experts that are removed.
     groups, others, experts = plan.removal.before(name, trace.groups, activations, hidden)
 
     reports: list[OperatorReport] = []
@@ -304,11 +322,15 @@ def _pruned_layer(
         )
         for number in range(len(groups)):
             # A call of its own, so that the matrices of a group are freed before the next ones are made.
-            of_group = prune_group(plan, sink, targets.problems(number))
-            reports += [replace(one, input_order=orders.get(one.name)) for one in of_group]
+            reports_of_group = prune_group(plan, sink, targets.problems(number))
+            for operator_report in reports_of_group:
+                # the order of its inputs, if channels were reordered
+                input_order = orders.get(operator_report.name)
+                reports.append(replace(operator_report, input_order=input_order))
             for callback in callbacks:
-                for operator_report in of_group:
+                for operator_report in reports_of_group:
                     callback.on_operator_end(operator_report)
+        # Removes experts, if the pattern says so, and runs the pruned layer.
         states, reports, mixture = plan.removal.after(name, sink, targets, reports)
 
     is_pruned = bool(operators) or mixture is not None
@@ -323,9 +345,10 @@ def _pruned_layer(
 
 
 def prune_group(plan: Plan, sink: Sink, problems: GroupProblems) -> list[OperatorReport]:
-    """Solve for the operators of a group and write them through the sink.
+    """Solve for the operators of a group and write them through the sink, which overwrites their weights in the model.
 
-    Returns a report for each operator, in the order of the group, with the errors of the weights as written.
+    `problems` has the operators, and for each one its problem on the tokens to fit to and on held-out ones. Returns a
+    report for each operator, in the order of the group, with the errors of the weights as written.
     """
     release_memory()  # the solver needs the memory that capturing left in the allocator
     started = time.perf_counter()
@@ -336,6 +359,7 @@ def prune_group(plan: Plan, sink: Sink, problems: GroupProblems) -> list[Operato
         sink.write(operator, pruned.weight, pruned.mask)
 
     reports = []
+    # The held-out problems are made here, one by one.
     for number, held_out in enumerate(problems.held_out):
         report = _operator_report(
             problems,
@@ -365,9 +389,11 @@ def _operator_report(
     held_out: LayerProblem | None,
     solve_seconds: float,
 ) -> OperatorReport:
-    """Report the operator with this number in its group, which is written.
+    """Report the operator with this number in its group, whose solution is written to the model already.
 
-    `held_out` is its problem on the held-out tokens; `None` if there are none.
+    `problems` is its group, and `solution` has the weights and masks of that. `held_out` is its problem on the held-out
+    tokens; `None` if there are none. `solve_seconds` is its share of the group's time. The last operator of a layer may
+    run for its output error; no weight is changed.
     """
     operator = problems.operators[number]
     problem = problems.fitted[number]
@@ -415,6 +441,8 @@ def solve_group(plan: Plan, problems: GroupProblems) -> GroupSolution:
 
     There are three exceptions. Operators that keep all columns are refitted. Experts that got hardly any tokens are
     pruned by magnitude. If the loss weights the outputs of all operators, their rows compete for the group's zeros.
+    `problems.fitted` has the problem of each operator. Raises RuntimeError if a method breaks a pattern, or returns NaN
+    or Inf.
     """
     group = problems.operators
     patterns = [_pattern(plan, operator) for operator in group]
@@ -464,7 +492,7 @@ def _pattern(plan: Plan, operator: LinearOperator) -> SparsityPattern:
 
 
 def _refitted(problem: LayerProblem) -> PrunedOperator:
-    """Fit all weights of an operator by least squares; none becomes zero."""
+    """Fit all weights of an operator to its targets by least squares; none becomes zero. Changes no weight."""
     mask = torch.ones_like(problem.weight, dtype=torch.bool)
     weight, advice = refit_columns(problem, mask[0])
     return PrunedOperator(
@@ -484,7 +512,11 @@ def _require_solved(
     *,
     method_name: str,
 ) -> None:
-    """Refuse results (RuntimeError) whose masks break their patterns, or whose weights are not finite."""
+    """Refuse results (RuntimeError) whose masks break their patterns, or whose weights are not finite.
+
+    `results` are of the operators of `group`, and `patterns` what their masks must be, in its order. `method_name` is
+    for the message. Changes nothing.
+    """
     # One transfer from the device.
     are_finite = torch.stack([torch.isfinite(result.weight).all() for result in results]).tolist()
     for operator, pattern, result, is_finite in zip(

@@ -83,7 +83,7 @@ def prune_named(
     if config.tokens_removal is not None:
 
         def tell_begin(report: PruningReport) -> None:
-            """Call the callbacks when the plan is made."""
+            """Call `on_prune_begin` of the callbacks, when the plan is made."""
             for callback in callbacks:
                 callback.on_prune_begin(report)
 
@@ -108,7 +108,7 @@ def prune_named(
         ranks.first(lambda: require_output(output_dir, overwrite))
 
         def read() -> _ReadModel:
-            """Read the model, and make the plan of this process."""
+            """Read the model, and make the plan of this process, with a folder in the unfinished one to offload to."""
             if not (unfinished / FOLDER).exists():
                 raise ValueError(
                     f"output: rank 0 began {str(unfinished)!r}, and it isn't here: pass a shared folder."
@@ -187,9 +187,9 @@ def _read_model(
 ) -> _ReadModel:
     """Read a model so that its weights stay in its files, and plan its run; refuse what can't be pruned or written.
 
-    `offload_folder` gets copies of weights that can't be read from the files in parts. `storage` is where the user
-    wants activations to be kept; `disk` is the folder for them if the user wants the disk, or computes on the CPU and
-    does not say.
+    `name`, `config`, `dtype`, `packed` and `callbacks` are as the user passed them to `prune_named`. `offload_folder`
+    gets copies of weights that can't be read from the files in parts. `storage` is where the user wants activations to
+    be kept; if the user does not say (`None`) and computes on the CPU, they go to the folder `disk`.
     """
     model, tokenizer, files = load_lazily(name, offload_folder, device=device, dtype=dtype)
     on_cpu = execution_device(model.get_input_embeddings()).type == "cpu"

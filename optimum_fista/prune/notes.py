@@ -27,13 +27,18 @@ from optimum_fista.source.quantization import quantized_source
 
 
 def begin_report(plan: Plan) -> PruningReport:
-    """Begin the report of a run; warn of an earlier run, of name patterns without a match, and of lost tensors."""
+    """Begin the report of a run; warn of an earlier run, of name patterns without a match, and of lost tensors.
+
+    Changes nothing: the model and its configuration are only read.
+    """
     model = plan.layers.model
-    operators = [*plan.all_operators, *plan.removal.left_dense]
+    names_of_operators = [*plan.all_operators, *plan.removal.left_dense]
     messages = [
         *_earlier_run(plan),
         *_quantized_source(plan),
-        *plan.config.idle_patterns(operators),
+        # patterns of names that match no operator
+        *plan.config.idle_patterns(names_of_operators),
+        # tensors of the files that the model's class does not load, and that the result will lack
         *lines_of_unplaced({}, plan.source.not_copied),
     ]
     report = PruningReport(
@@ -69,19 +74,19 @@ def begin_report(plan: Plan) -> PruningReport:
 
 
 def _earlier_run(plan: Plan) -> list[str]:
-    """Say that the model has zeros of an earlier run, if it has; one that removed tokens leaves none."""
+    """Return a message that the model has zeros of an earlier run, if it has; one that removed tokens leaves none.
+
+    An earlier run has left its summary in the model's configuration (`config.fista_pruning`, a dictionary).
+    """
     earlier = getattr(plan.layers.model.config, "fista_pruning", None)
     if not isinstance(earlier, dict):
         return []
     removed_tokens = str(earlier.get("pattern")).startswith("vocab:")
     if removed_tokens and not earlier.get("num_zeros"):
         return []
-    # If parts are removed, the report says at the end which zeros were overwritten.
-    overwritten = (
-        ""
-        if plan.removal.removed_parts
-        else ", and zeros outside of the new pattern may be overwritten"
-    )
+    overwritten = ", and zeros outside of the new pattern may be overwritten"
+    if plan.removal.removed_parts:
+        overwritten = ""  # the report says at the end which zeros were overwritten
     return [
         f"the model was pruned before ({earlier.get('method')}, {earlier.get('pattern')}, "
         f"{earlier.get('num_zeros')} zeros): errors are measured against it as it is{overwritten}."
@@ -89,7 +94,7 @@ def _earlier_run(plan: Plan) -> list[str]:
 
 
 def _quantized_source(plan: Plan) -> list[str]:
-    """Say how weights are written that were dequantized when the model was read, if there are any."""
+    """Return a message how weights are written that were dequantized when the model was read, if there are any."""
     model = plan.layers.model
     quantization = quantized_source(model)
     if not quantization:
@@ -109,12 +114,13 @@ def _quantized_source(plan: Plan) -> list[str]:
 def complete_report(plan: Plan, report: PruningReport, held_out: HeldOut | None) -> None:
     """Describe the pruned model after all its decoder layers, and add what the user should know.
 
-    The report has a record of every decoder layer, by the names in the dense model; names become those of the pruned
-    model. If parts are removed, the configuration of `plan.layers.model` becomes that of the smaller model. `held_out`
-    is `None` if no perplexity was measured.
+    Changes `report`, which has a record of every decoder layer by the names in the dense model: names become those of
+    the pruned model. If parts are removed, the configuration of `plan.layers.model` becomes that of the smaller model.
+    `held_out` is `None` if no perplexity was measured.
     """
     dense_digests = [layer.dense_sha256 for layer in report.layers]  # removed layers too
     report.model["sha256"] = plan.layers.dense_digest(dense_digests)
+    # Renames, and counts parameters; if parts are removed, the model gets the configuration of the smaller one.
     plan.removal.describe(report)
     if plan.source.num_copied:
         report.model["copied"] = plan.source.num_copied
@@ -140,7 +146,7 @@ def complete_report(plan: Plan, report: PruningReport, held_out: HeldOut | None)
 
 
 def _warn_of_operators_without_gradient(plan: Plan, report: PruningReport) -> None:
-    """Note the operators that got the average sparsity, because the loss does not depend on them."""
+    """Add to the report's warnings the operators that got the average sparsity: the loss does not depend on them."""
     without_gradient = plan.budgets.without_gradient
     if without_gradient:
         report.warnings.append(
@@ -151,7 +157,11 @@ def _warn_of_operators_without_gradient(plan: Plan, report: PruningReport) -> No
 
 
 def _warn_of_operators_left_dense(plan: Plan, report: PruningReport) -> None:
-    """Warn of operators that stay dense for a reason that the user did not give; refuse a run that prunes nothing."""
+    """Add a warning of operators that stay dense for a reason that the user did not give, to the report.
+
+    Refuses a run that prunes nothing (UnsupportedArchitectureError). `report.left_dense` has the reason of each
+    operator, by its name, such as "model.layers.3.mlp.down_proj".
+    """
     reasons = {
         name: reason
         for name, reason in report.left_dense.items()
@@ -159,7 +169,7 @@ def _warn_of_operators_left_dense(plan: Plan, report: PruningReport) -> None:
     }
     is_smaller = bool(report.mixtures) or bool(plan.budgets.removed_layers)
     if not report.operators and not is_smaller:
-        name = next(iter(reasons))
+        name, *_ = reasons  # one for the message
         raise UnsupportedArchitectureError(
             f"no linear operator of {plan.layers.name} can be pruned; {name}, for one: {reasons[name]}."
         )
@@ -169,12 +179,14 @@ def _warn_of_operators_left_dense(plan: Plan, report: PruningReport) -> None:
 
 
 def _warn_of_overflown_errors(report: PruningReport) -> None:
-    """Warn of operators whose errors are NaN or Inf."""
-    overflown = [
-        operator.name
-        for operator in report.operators
-        if not math.isfinite(operator.fit_error) or not math.isfinite(operator.output_error or 0.0)
-    ]
+    """Add a warning of operators whose errors are NaN or Inf to the report."""
+    overflown: list[str] = []
+    for operator in report.operators:
+        errors = [operator.fit_error]
+        if operator.output_error is not None:
+            errors.append(operator.output_error)
+        if not all(math.isfinite(error) for error in errors):
+            overflown.append(operator.name)
     if overflown:
         report.warn(
             f"the errors of {len(overflown)} operators are NaN or Inf ({first_names(overflown)}) and so not known: "
@@ -183,7 +195,7 @@ def _warn_of_overflown_errors(report: PruningReport) -> None:
 
 
 def _warn_of_rounded_rows(plan: Plan, report: PruningReport) -> None:
-    """Note that rows have whole numbers of zeros, if this changes the sparsity of the model."""
+    """Add to the report's warnings that rows have whole numbers of zeros, if this changes the model's sparsity."""
     config = plan.config
     by_rows = bool(report.operators) and all(
         operator.scope == "row" for operator in report.operators
@@ -198,7 +210,7 @@ def _warn_of_rounded_rows(plan: Plan, report: PruningReport) -> None:
 
 
 def _warn_of_missing_correction(plan: Plan, report: PruningReport) -> None:
-    """Note the decoder layers in which nothing was corrected at the layer's output, although it was asked for."""
+    """Add to the report's warnings the decoder layers whose outputs were not corrected, although it was asked for."""
     if not plan.config.correction.residual_share:
         return
 
@@ -206,7 +218,7 @@ def _warn_of_missing_correction(plan: Plan, report: PruningReport) -> None:
     corrected: set[str] = set()
     parts: list[OperatorReport | MixtureReport] = [*report.operators, *report.mixtures]
     for part in parts:
-        layer_name = layer_and_kind(part.name)[0]
+        layer_name, _ = layer_and_kind(part.name)  # such as "model.layers.3" and "mlp.down_proj"
         pruned[layer_name] = None
         if part.residual_corrected:
             corrected.add(layer_name)
@@ -220,7 +232,7 @@ def _warn_of_missing_correction(plan: Plan, report: PruningReport) -> None:
 
 
 def _warn_of_under_calibrated_experts(plan: Plan, report: PruningReport) -> None:
-    """Warn of operators that were pruned by magnitude, because too few tokens reached their experts."""
+    """Add a warning to the report of operators that were pruned by magnitude: few tokens reached their experts."""
     if plan.config.method == Magnitude.name:
         return
     by_magnitude = [operator for operator in report.operators if operator.method == Magnitude.name]
@@ -233,7 +245,7 @@ def _warn_of_under_calibrated_experts(plan: Plan, report: PruningReport) -> None
 
 
 def _note_perplexity(plan: Plan, report: PruningReport, held_out: HeldOut) -> None:
-    """Add the perplexities on the held-out text; they are not known if a run was resumed without its activations."""
+    """Add the perplexities on the held-out text to the report, if they are known (`HeldOut.perplexity`)."""
     perplexity = held_out.perplexity()
     if perplexity is None:
         return

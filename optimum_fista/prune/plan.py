@@ -76,7 +76,10 @@ class Plan:
     callbacks: Sequence[PruningCallback] = ()
 
     def with_budgets(self, budgets: Budgets) -> Plan:
-        """Return the plan with the zeros of every operator, and without the decoder layers to remove."""
+        """Return a copy of the plan with the zeros of every operator, and without the decoder layers to remove.
+
+        `budgets` are as `budgets.share_budgets` makes them. This plan and the model are not changed.
+        """
         plan = replace(self, budgets=budgets)
         removed_layers = dict(budgets.removed_layers)
         if not removed_layers:
@@ -113,7 +116,7 @@ class Plan:
 
     @cached_property
     def all_operators(self) -> dict[str, LinearOperator]:
-        """All operators to prune, by name, in the order of their decoder layers."""
+        """All operators to prune, by name, such as "model.layers.3.mlp.down_proj", in the order of their layers."""
         return {
             name: operator
             for operators in self.removal.operators.values()
@@ -122,7 +125,7 @@ class Plan:
 
     @property
     def pruned_layers(self) -> list[int]:
-        """Indices of the decoder layers that lose weights or experts."""
+        """Indices of the decoder layers that lose weights or experts; a removed layer is none of them."""
         return [
             index
             for index, (name, operators) in enumerate(self.removal.operators.items())
@@ -131,7 +134,10 @@ class Plan:
 
     @property
     def costs(self) -> list[float]:
-        """Cost of pruning each decoder layer, without its forward pass, in forward passes of the largest layer."""
+        """Estimate the cost of pruning each decoder layer, in forward passes of the layer with the most weights.
+
+        The forward pass of the layer itself is not counted.
+        """
         num_weights = [
             sum(math.prod(operator.shape) for operator in operators.values())
             for operators in self.removal.operators.values()
@@ -147,18 +153,22 @@ class Plan:
     def stored(
         self, layer_name: str | None, kept: Mapping[str, Sequence[int]]
     ) -> dict[str, StoredTensor]:
-        """Find the stored tensors of a decoder layer in their smaller form, by their names in the files.
+        """Describe the stored tensors of a decoder layer in their smaller form, by their names in the result's files.
 
         `layer_name` is such as "model.layers.3"; `None` stands for all tensors outside the decoder layers. `kept` are
-        the numbers of the groups that stay, by the name of their part.
+        the numbers of the groups (heads, channels, experts) that stay, by the name of their part. `self.source` has the
+        tensors in the files of the model. No values are read, and nothing is changed.
         """
-        is_layer = layer_name is not None
-        prefix = f"{layer_name}." if is_layer else f"{self.layers.name}."
-        places = {
-            name: place
-            for name, place in self.source.places.items()
-            if place.startswith(prefix) == is_layer
-        }
+        # names in the dense model, by the names in the result's files
+        places = dict(self.source.places)
+        if layer_name is None:
+            in_layers = f"{self.layers.name}."
+            places = {
+                name: place for name, place in places.items() if not place.startswith(in_layers)
+            }
+        else:
+            in_layer = f"{layer_name}."
+            places = {name: place for name, place in places.items() if place.startswith(in_layer)}
         source = replace(self.source, places=places)
         return source.cut_tensors(
             self.layers.model, self.removal.part_of, kept, strict=self.as_stored
@@ -191,7 +201,7 @@ def plan_run(
     )
 
     if plan.as_stored:
-        # Any groups do: this refuses scales that belong to several groups.
+        # Which groups stay is not known yet. Any do, because this only refuses scales that belong to several groups.
         kept = {name: range(count) for name, count in removal.num_groups_kept.items()}
         for name, _ in removal.layers:
             plan.stored(name, kept)

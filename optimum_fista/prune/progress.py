@@ -28,7 +28,11 @@ class Progress(PruningCallback):
         self._bar.close()
 
     def on_layers_begin(self, num_layers: int, costs: Mapping[int, float]) -> None:
-        """Begin the bar; layers of other processes are not counted."""
+        """Begin the bar; layers of other processes are not counted.
+
+        `costs` are of the decoder layers that are left, by index, in forward passes. A line on stderr says if an
+        earlier start has finished `self._num_done` layers.
+        """
         self._costs = costs
         self._num_layers = self._num_done + len(costs)
         if self._num_done:
@@ -45,7 +49,7 @@ class Progress(PruningCallback):
         )
 
     def on_operator_end(self, report: OperatorReport) -> None:
-        """Show the newest operator."""
+        """Show the newest operator in `self._bar`."""
         _, kind = layer_and_kind(report.name)
         description = f"{self._layers_done}: {kind}, fit error {report.fit_error:.4f}"
         if report.held_out_fit_error is not None:
@@ -72,7 +76,11 @@ class Progress(PruningCallback):
 
 
 def _result(layer: LayerReport, operators: Sequence[OperatorReport]) -> str:
-    """Say in words what became of a decoder layer."""
+    """Say in words what became of a decoder layer.
+
+    `layer` is its report, and `operators` are those of its pruned operators. `layer.mixture` is the report of its
+    experts, if some of them were removed.
+    """
     mixture = layer.mixture
     if operators:
         mean = fmean(operator.fit_error for operator in operators)

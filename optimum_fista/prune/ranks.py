@@ -52,7 +52,8 @@ class Ranks:
     def each(self, work: Callable[[], T]) -> T:
         """Do this process's work, wait for the others to do theirs, and return the result of this one.
 
-        An error of this process is raised only then. If another one failed, a RankError says which.
+        An error of this process is raised only after the others are done. If another one failed, a RankError says
+        which. With one process (`self.count` is 1), this just calls `work`.
         """
         result: T | None = None
         failure: Exception | None = None
@@ -121,14 +122,19 @@ def launched_processes() -> int:
 
 @contextmanager
 def joined_ranks(device: str | None) -> Iterator[Ranks]:
-    """Join the processes that were launched together (all must call this), to compute on `device` or Accelerate's."""
+    """Join the processes that were launched together (all must call this), and yield them; leave them at the end.
+
+    `device` is where the user wants to compute, such as "cpu" or "cuda"; `None`: where Accelerate says. With several
+    processes, Accelerate starts PyTorch's process group, and this adds one to wait in; at the end both are destroyed.
+    """
     count = launched_processes()
     if count == 1:
         yield Ranks(device=device)
         return
     kind = torch.device(device or default_device()).type
     # Accelerate can't start processes on an accelerator without a PyTorch backend; gloo works on any machine.
-    state = PartialState(cpu=kind == "cpu" or kind not in dist.Backend.default_device_backend_map)
+    has_backend = kind in dist.Backend.default_device_backend_map
+    state = PartialState(cpu=kind == "cpu" or not has_backend)
     if state.num_processes != count:
         raise ValueError(
             f"the environment names {count} processes and Accelerate finds {state.num_processes}: start them by "
@@ -142,7 +148,10 @@ def joined_ranks(device: str | None) -> Iterator[Ranks]:
 
 
 def require_independent_layers(config: FistaPruningConfig, count: int) -> None:
-    """Refuse several processes (ValueError) if every decoder layer waits for the one before."""
+    """Refuse several processes (ValueError) if every decoder layer waits for the one before.
+
+    `count` is their number. Changes nothing: `config` is only read.
+    """
     correction = config.resolved().error_correction
     if count > 1 and config.correction.carry == "full":
         raise ValueError(
@@ -165,14 +174,14 @@ def share_layers(
     """
 
     def cost(share: Sequence[int]) -> float:
-        """Cost of a share in forward passes; layers that are not pruned need no hidden states."""
+        """Cost of a share (indices of layers) in forward passes; layers that are not pruned need no hidden states."""
         pruned = [index for index in share if pruning_costs[index] > 0]
         if not pruned:
             return 0.0
         return 1 + pruned[-1] + sum(pruning_costs[index] for index in pruned)
 
     def fill(limit: float) -> list[list[int]]:
-        """Give each rank in turn as many layers as the limit allows."""
+        """Give each rank in turn as many unfinished layers as cost at most `limit`; return as many shares as needed."""
         shares: list[list[int]] = [[]]
         for index in unfinished:
             if shares[-1] and cost([*shares[-1], index]) > limit:

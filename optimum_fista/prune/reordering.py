@@ -49,7 +49,7 @@ def reorder_channels(
     call = activations.calls[0]
     orders: dict[str, tuple[int, ...]] = {}
     for name, operator in plan.removal.operators[layer_name].items():
-        part = plan.removal.channels.get(name)
+        part = plan.removal.channels.get(name)  # only down projections have one
         pattern = plan.removal.patterns[name]
         is_n_of_m = pattern.span is not None and pattern.width == 1
         if part is None or not is_n_of_m:
@@ -62,10 +62,11 @@ def reorder_channels(
 
         # A permutation of channels must not change what the layer returns.
         hidden = scaled_down(hidden_states[0].to(activations.device))
-        expected = call.run(layer, hidden)
+        expected = call.run(layer, hidden)  # before the weights are overwritten
         for tensor in part.tensors:
             owner, _, leaf = tensor.rpartition(".")
             module = layer.get_submodule(owner.removeprefix(f"{layer_name}."))
+            # All groups of the part stay, in another order.
             reordered = part.shrink(tensor, getattr(module, leaf).detach(), order)
             sink.replace(module, leaf, reordered)
         difference = difference_beyond_rounding(call.run(layer, hidden), expected)
@@ -81,7 +82,11 @@ def reorder_channels(
 def _input_energies(
     operator: LinearOperator, activations: LayerActivations, hidden_states: Sequence[Tensor]
 ) -> Tensor:
-    """Sum the squares of each input of an operator over the first tokens, [in], float32; the layer runs up to it."""
+    """Sum the squares of each input of an operator over the first tokens that are not held out: [in], float32.
+
+    The layer of `activations` runs up to the operator, on `hidden_states` that enter the layer, a batch each. Changes
+    no weight.
+    """
     energies = torch.zeros(operator.shape[1], device=activations.device)
     num_tokens = 0
     arguments_of_batches = activations.arguments_of(operator.module, hidden_states)

@@ -40,7 +40,7 @@ def run(
     """
 
     def tell_begin() -> None:
-        """Call the callbacks before the first decoder layer."""
+        """Call `on_prune_begin` of the callbacks."""
         for callback in plan.callbacks:
             callback.on_prune_begin(report)
 
@@ -53,7 +53,7 @@ def run(
         work = sink.share(plan, calibration, held_out, report)
 
         def prune() -> None:
-            """Prune the decoder layers of this process; it may have none."""
+            """Prune the decoder layers of this process, through the sink and into the report; it may have none."""
             if work.todo:
                 prune_layers(
                     plan,

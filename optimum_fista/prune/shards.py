@@ -59,13 +59,16 @@ class ShardWriter:
     def tensors_of_layer(
         self, layer: nn.Module, record: LayerRecord, masks: Mapping[str, Tensor]
     ) -> dict[str, StoredTensor]:
-        """Collect the tensors to write of a pruned decoder layer, by their stored names.
+        """Collect the tensors to write of a pruned decoder layer, by their stored names. Changes nothing.
 
-        `layer` is on its device, with all its weights. `masks` are those of its pruned operators.
+        `layer` is on its device, with all its weights, and `record` is its report. `masks` are those of its pruned
+        operators, by the names of their weights in the model, such as "model.layers.3.mlp.down_proj.weight".
+        `self._plan` is the plan of the run, and `self._packed` says whether weights are written without their zeros.
         """
         plan = self._plan
         name = record.report.name
-        originals = plan.stored(name, groups_kept([record.report], record.operators))
+        kept = groups_kept([record.report], record.operators)  # by the name of their part
+        originals = plan.stored(name, kept)  # as they are in the source's files
         if plan.as_stored:
             tensors: dict[str, Tensor] = {}
         else:
@@ -82,10 +85,10 @@ class ShardWriter:
         return self._write(self._layers_left.index(index), tensors)
 
     def write_rest(self) -> str:
-        """Write the last shard, with the tensors outside the decoder layers; return its name.
+        """Write the last shard, with the tensors outside the decoder layers, to the folder; return its file name.
 
         These are embeddings, norms and the head, and tensors of the source's files that the model's class does not
-        load.
+        load (`tensors_to_copy`). The model is only read.
         """
         plan = self._plan
         originals = plan.stored(None, {})
@@ -97,17 +100,21 @@ class ShardWriter:
                 {name: stored_tensor(model, name) for name in plan.layers.names_around}
             )
         around = self._in_stored_form(originals, tensors)
-        name, _ = self._write(len(self._layers_left), around | plan.source.tensors_to_copy)
+        last = len(self._layers_left)
+        name, _ = self._write(last, around | plan.source.tensors_to_copy)  # without its digest
         return name
 
     def _write(self, number: int, tensors: Mapping[str, StoredTensor]) -> tuple[str, str]:
-        """Write the shard with this number, from 0; return its name and digest."""
+        """Write the shard with this number, from 0, to `self._folder`; return its file name and digest (SHA-256)."""
         total = len(self._layers_left) + 1
         shard = self._folder / f"{self.stem}-{number + 1:05}-of-{total:05}.safetensors"
         return shard.name, write_stored(shard, tensors)
 
     def _by_stored_name(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy tensors of the model to the CPU, under their stored names, without those tied to others."""
+        """Return tensors of the model on the CPU, under their stored names, without those tied to others.
+
+        `tensors` are by their names in the model. Nothing is changed.
+        """
         model = self._plan.layers.model
         # Transformers ties them again when it loads the folder.
         not_saved = {*model.all_tied_weights_keys, *internals.names_not_saved(model)}
@@ -121,7 +128,11 @@ class ShardWriter:
     def _in_stored_form(
         self, originals: Mapping[str, StoredTensor], tensors: Mapping[str, Tensor]
     ) -> dict[str, StoredTensor]:
-        """Return what is written: `originals` if the run only removes parts, otherwise values in their dtypes."""
+        """Return what is written: `originals` if the run only removes parts, otherwise `tensors` in the right dtypes.
+
+        Both are by stored names: `originals` are the tensors in the source's files, and `tensors` are those of the
+        pruned model. These get the dtypes of the files if the plan says so. Changes nothing.
+        """
         plan = self._plan
         if plan.as_stored:
             return dict(originals)

@@ -90,7 +90,7 @@ class Sink(ABC):
     def opened(self, products: Products) -> AbstractContextManager[None]:
         """Around the run: put the model in evaluation mode without gradients, and undo changes after an error.
 
-        Inside, matrices are multiplied as `products` says.
+        Inside, matrices are multiplied as `products` says: "float32", "tf32", "bfloat16" or "widened".
         """
 
     @abstractmethod
@@ -105,7 +105,11 @@ class Sink(ABC):
         held_out: HeldOut | None,
         report: PruningReport,
     ) -> Work:
-        """Take the plan with its budgets, and return the work of this process."""
+        """Take the plan with its budgets, and return the work of this process.
+
+        `calibration` has all batches, without hidden states. `held_out` is `None` if no perplexity is measured.
+        `report` may get warnings.
+        """
 
     @abstractmethod
     def together(self, step: Callable[[], T]) -> T:
@@ -127,12 +131,16 @@ class Sink(ABC):
         """
 
     def write(self, operator: LinearOperator, weight: Tensor, mask: Tensor | None = None) -> None:
-        """Overwrite a weight [out, in], and keep its mask; from now on the model runs with the new weight."""
+        """Overwrite the weight of an operator in the model by `weight` [out, in]; keep the old one, and the mask.
+
+        From now on the model runs with the new weight. `mask` [out, in] is True for weights that stay; it goes to
+        `self.masks`, packed to bits. `self._keep` notes how the old weight is put back.
+        """
         self._keep(operator.owner, operator.tensor, partial(getattr, operator, "parameter"))
         operator.write(weight)
         if mask is not None:
-            in_layout = mask.T if operator.transposed else mask
-            self.masks[f"{operator.name}.weight"] = pack_mask(in_layout)
+            mask_as_stored = mask.T if operator.transposed else mask
+            self.masks[f"{operator.name}.weight"] = pack_mask(mask_as_stored)
 
     def replace(self, owner: nn.Module, name: str, value: Tensor) -> None:
         """Overwrite a whole parameter of a module, as it is stored."""
@@ -140,7 +148,11 @@ class Sink(ABC):
         getattr(owner, name).data.copy_(value)
 
     def undo(self) -> None:
-        """Put back all weights written since the last commit, so that the layer can start again."""
+        """Put back all weights written since the last commit, so that the layer can start again.
+
+        `self._undo` has what puts back each old value; the first `self._num_committed` of these belong to finished
+        layers and stay. `self._onloaded` are parameters on the device whose old values Accelerate still keeps.
+        """
         while len(self._undo) > self._num_committed:
             put_back = self._undo.pop()
             put_back()
@@ -152,18 +164,20 @@ class Sink(ABC):
         """Have `put_back` called if the run fails, before what was changed earlier is put back."""
         self._undo.append(put_back)
 
-    def forget(self) -> None:
+    def forget_old_weights(self) -> None:
         """Free the old weights: they can no longer be put back."""
         self._undo.clear()
         self._onloaded.clear()
         self._num_committed = 0
 
     def _keep(self, owner: nn.Module, name: str, parameter: Callable[[], Tensor]) -> None:
-        """Keep a parameter of a module before it is overwritten.
+        """Note how a parameter of a module is put back, before it is overwritten.
 
-        `parameter` returns it, or the part of it that is overwritten (one expert of several).
+        `parameter` returns it, or the part of it that is overwritten (one expert of several). `self._undo` gets a
+        function that puts back a copy on the CPU.
         """
         if offload_hook(owner):
+            # Accelerate keeps the old value until `commit` stores the new one: `undo` reads it there.
             self._onloaded[id(owner), name] = (owner, name)
             return
         original = parameter().detach().to("cpu", copy=True)
@@ -192,22 +206,23 @@ class ModelSink(Sink):
         """Around the run: put the model in evaluation mode without gradients, and multiply as `products` says.
 
         After an error or Ctrl-C, weights, shapes, hooks, modes and configuration are as they were. The old weights are
-        freed at the end, so a model whose run has ended is not put back any more.
+        freed at the end, so a model whose run has ended is not put back any more. `products` is "float32", "tf32",
+        "bfloat16" or "widened". `self._undo` has a function for each old value, which puts it back.
         """
         attributes_put_back = _attributes_kept(self._model)
         try:
             with evaluation_mode(self._model), torch.no_grad(), products_as(products):
                 yield
         except BaseException:
-            with (
-                ExitStack() as steps
-            ):  # each step is done even if another one fails, the last one first
+            # An ExitStack calls the step that was added last first, and each step even if another one fails: so weights
+            # come first, the latest change before earlier ones, and attributes come last.
+            with ExitStack() as steps:
                 steps.callback(attributes_put_back)
                 for put_back in self._undo:
                     steps.callback(put_back)
             raise
         finally:
-            self.forget()
+            self.forget_old_weights()
 
     def budgets(self, share_budgets: Callable[[], Budgets]) -> Budgets:
         """Return what `share_budgets` measures; there is no earlier start of the run."""
@@ -236,8 +251,9 @@ class ModelSink(Sink):
     ) -> None:
         """Make the weights of a decoder layer final, while they are on the device.
 
-        `undo` no longer puts them back; an error in the run still does. Offloaded weights change where Accelerate keeps
-        them.
+        `undo` no longer puts them back; an error in the run still does (`self._undo`). Offloaded weights
+        (`self._onloaded`) change where Accelerate keeps them. The arguments are not needed here: they are for a sink
+        that writes files.
         """
         for owner, name in self._onloaded.values():
             store_tensor(owner, name, getattr(owner, name), self._undo.append)
@@ -249,13 +265,16 @@ class ModelSink(Sink):
     ) -> PruningReport:
         """Complete the report, make the model smaller if parts are removed, and add a summary to its configuration.
 
-        `plan` has its budgets; `report` has the records of all decoder layers; `held_out` is `None` if no perplexity
-        was measured. `started` is the time of `time.perf_counter` at which the run began. Sets `source`.
+        `plan` has its budgets; `report` has the records of all decoder layers, and is completed in place; `held_out` is
+        `None` if no perplexity was measured. `started` is the time of `time.perf_counter` at which the run began. The
+        model is changed in place. Sets `source`, to the tensors in the model's files in their smaller form.
         """
         model = self._model
         kept = groups_kept(report.layers, report.operators)
+        # Before names in the report become those of the smaller model.
         stored = plan.source.cut_tensors(model, plan.removal.part_of, kept, strict=False)
         complete_report(plan, report, held_out)
+        # Weights and masks: `undo_at_failure` puts them back, too.
         plan.removal.make_smaller(model, report, self)
         report.seconds["total"] = time.perf_counter() - started
         model.config.fista_pruning = summary(report)
@@ -267,7 +286,8 @@ def _attributes_kept(model: nn.Module) -> Callable[[], None]:
     """Note the attributes of all modules, of Accelerate's hooks and of the configuration; return what puts them back.
 
     Hooks, forward passes, modes, parameters and submodules of a module are all in its instance dictionary, one level
-    deep. Values of tensors are not noted, but gradients and `requires_grad` are.
+    deep. Values of tensors are not noted, but gradients and `requires_grad` are. Nothing is changed before the returned
+    function is called.
     """
     modules = list(model.modules())
     holders: list[Any] = [*modules]
@@ -277,8 +297,9 @@ def _attributes_kept(model: nn.Module) -> Callable[[], None]:
     if config is not None:
         holders.append(config)
 
-    dictionaries = [vars(holder) for holder in holders]
-    for attributes in [*dictionaries]:
+    instance_dictionaries = [vars(holder) for holder in holders]
+    dictionaries = list(instance_dictionaries)
+    for attributes in instance_dictionaries:
         dictionaries += [value for value in attributes.values() if isinstance(value, dict)]
     noted = [(attributes, dict(attributes)) for attributes in dictionaries]
     gradients = [

@@ -1,4 +1,8 @@
-"""The files of the model that a run reads, with their digests, by which a change during the run is noticed."""
+"""The files of the model that a run reads, with their digests, by which a change during the run is noticed.
+
+`shared_files` hashes the files when a run begins, in every process (`Ranks`: the processes of a run). Before a decoder
+layer counts as finished, `SourceFiles.require_unchanged` looks at them again.
+"""
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +37,10 @@ class SourceFiles:
     """
 
     def __init__(self, folder: Path, noted: Mapping[str, list[Any]], progress: bool) -> None:
+        """Look at the weight files and the configuration in `folder`, and hash those that changed since `noted`.
+
+        `noted` is as `hashes`: size, times, inode and SHA-256, by file name. The files are only read.
+        """
         self.folder = folder
         self.hashes: dict[str, list[Any]] = {}
         self._progress = progress
@@ -45,12 +53,12 @@ class SourceFiles:
             status = file.stat()
             # A write changes `st_ctime_ns`, which no program can set.
             stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-            before = noted.get(file.name, [])
-            if before[:-1] == stamp:
-                self.hashes[file.name] = [*stamp, before[-1]]
-            else:
-                self.hashes[file.name] = [*stamp, None]
-            if self.hashes[file.name][-1] is None:
+            # The digest comes last; of a new file, nothing is noted.
+            *noted_stamp, digest = noted.get(file.name, [None])
+            if noted_stamp != stamp:
+                digest = None
+            self.hashes[file.name] = [*stamp, digest]  # in the order of the files
+            if digest is None:
                 changed.append(file)
 
         with ThreadPoolExecutor(_READERS) as pool:
@@ -71,9 +79,16 @@ class SourceFiles:
         return {name: values[-1] for name, values in self.hashes.items()}
 
     def require_unchanged(self) -> None:
-        """Refuse to go on (ValueError) if a file has changed since it was hashed; files with a new time are read."""
+        """Refuse to go on (ValueError) if a file has changed since it was hashed, is new, or is gone.
+
+        Files with a new time are read again; their new times are noted in `self.hashes`.
+        """
         now = SourceFiles(self.folder, self.hashes, self._progress)
-        changed = sorted({name for name, _ in self.digests.items() ^ now.digests.items()})
+        before = self.digests
+        after = now.digests
+        changed = [
+            name for name in sorted({**before, **after}) if before.get(name) != after.get(name)
+        ]
         if changed:
             raise ValueError(
                 f"{', '.join(changed)} in {str(self.folder)!r} changed during the run: restore the old files and start "
@@ -86,7 +101,8 @@ class SourceFiles:
 def shared_files(folder: Path, unfinished: Path, ranks: Ranks, progress: bool) -> SourceFiles:
     """Hash the files of a model that several processes read; rank 0 alone hashes those that the others see as it does.
 
-    Digests that an earlier start of the run left in the `unfinished` folder are used for files that did not change.
+    `folder` has the files of the model. Digests that an earlier start of the run left in the `unfinished` folder are
+    used for files that did not change. Writes nothing. All processes must call this.
     """
     noted = read_record(unfinished / WEIGHTS_FILE) or {}
     of_rank_0 = ranks.first(lambda: SourceFiles(folder, noted, progress).hashes)
