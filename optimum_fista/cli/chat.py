@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Load the models and answer questions until the input ends; returns the exit code.
 
+    Prints the answers, and sets PyTorch's seed before each of them, so that all models draw the same random numbers.
     Questions are lines of the standard input. `arguments` are the flags that `add_arguments` declares. The code is 1 if
     a question could not be answered, otherwise 0.
     """

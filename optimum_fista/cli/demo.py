@@ -140,7 +140,8 @@ def _windows(source: str, model: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
     """Draw windows [windows, tokens] to calibrate on, and others from the start of the text to measure on.
 
     Returns both, and the text (`TextSource`). ValueError if the text is too short. `source` is the name of a text or a
-    file; of `model` only the context length counts.
+    file; of `model` only the context length counts. A text of the Hub, such as wikitext2, is downloaded into the Hub's
+    cache; nothing else is changed.
     """
     from optimum_fista.text.calibration_tokens import usual_length
     from optimum_fista.text.sources import load_text

@@ -71,6 +71,9 @@ def as_stored(
 ) -> tuple[list[OperatorReport], dict[str, Tensor]]:
     """Return reports of operators and their masks under other names. The arguments are not changed.
 
+    A folder that is written gets the names of its files; what is read from a folder gets those of the model, in the
+    same way (`as_in_model`).
+
     Args:
         reports: Of the operators; `name` is that of the weight, such as "model.layers.0.mlp.up_proj.weight".
         masks: By the same names, laid out as the weights are stored there.

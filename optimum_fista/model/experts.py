@@ -339,8 +339,9 @@ def split_experts(
 ) -> Iterator[None]:
     """Inside, the mixtures of these operators call each of their matrices as a separate module.
 
-    Replaces the forward passes of the mixtures, and puts them back afterwards. Operators that are of no mixture are
-    ignored. `watcher` is called for every expert of every mixture in every pass.
+    Replaces the forward passes of the mixtures, and puts them back afterwards. `operators` are those of a decoder
+    layer, of one mixture, or of the whole model; operators that are of no mixture are ignored. `watcher` is called for
+    every expert of every mixture in every pass.
     """
     mixtures = {id(o.experts): o.experts for o in operators if isinstance(o, ExpertOperator)}
     with ExitStack() as replaced:

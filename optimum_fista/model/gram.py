@@ -157,8 +157,9 @@ def _problem(
 ) -> LayerProblem:
     """The problem of target outputs `Y = W (a X + (1 - a) X*)`, a = `dense_share`, with the statistics of `X*`.
 
-    `cross`, `W X X*^T` [out, in], is overwritten by `Y X*^T = a W X X*^T + (1 - a) W G`; `energies` are the squared
-    norms of the rows of `W X`, [out], float64.
+    `cross`, `W X X*^T` [out, in], is overwritten by `Y X*^T = a W X X*^T + (1 - a) W G`, unless a = 0; then it is kept
+    as it is, to measure errors against the dense outputs. `energies` are the squared norms of the rows of `W X`, [out],
+    float64.
     """
     if dense_share == 1:
         return LayerProblem(

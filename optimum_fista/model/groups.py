@@ -207,7 +207,8 @@ def is_added_to_output(
 ) -> bool:
     """Whether the decoder layer's output is something plus the output of one of its modules, tried on one batch.
 
-    `hidden_states` [batch, sequence, hidden] are those of the first batch. The output of the module may be smaller than
+    `module` is the last operator of the layer, or its mixture of experts. `hidden_states` [batch, sequence, hidden] are
+    those of the first batch. The output of the module may be smaller than
     a rounding error of the layer's in half precision, so an output as large as the rest takes its place: a wave,
     because a norm may leave a constant as it is. With the output 0 the layer returns the rest D, with the wave it must
     return D plus the wave.

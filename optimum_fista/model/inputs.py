@@ -207,7 +207,8 @@ class _Recorder:
 
         `changes` are those of a pass with zeros if sums were known before, otherwise of a pass with hidden states. The
         other pass follows: x becomes x + d, and 0 becomes 0 + d = d exactly. Returns the changes of the pass with
-        zeros, and adds the layers to `additive`.
+        zeros, and adds the layers to `additive`. The pass that follows begins the fields of one pass anew, and records
+        no arguments.
         """
         gave_zeros = bool(self.additive)
         other_changes = self._pass(run, gives_zeros=not gave_zeros, is_repeated=True)

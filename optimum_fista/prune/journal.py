@@ -206,7 +206,9 @@ class Journal:
     def budgets(self) -> Budgets | None:
         """Read the budgets from disk; `None` if they are not written yet, damaged, or those of another run.
 
-        Notes their digest: from then on, `finished` leaves out layers that were pruned with other budgets.
+        This start of the run has written them by `keep_budgets` (in the first process), or an earlier one. Their file
+        is `self._budgets`. Notes their digest: from then on, `finished` leaves out layers that were pruned with other
+        budgets.
         """
         values = read_record(self._budgets)
         if values is None or values["run"] != digest_of(self.folder / RUN_FILE):

@@ -108,7 +108,11 @@ def prune_named(
         ranks.first(lambda: require_output(output_dir, overwrite))
 
         def read() -> _ReadModel:
-            """Read the model, and make the plan of this process, with a folder in the unfinished one to offload to."""
+            """Read the model, and make the plan of this process, with a folder in the unfinished one to offload to.
+
+            All options are arguments of `prune_named`. `unfinished` is the locked folder beside the output, and
+            `offloaded` deletes the folder to offload to at the end of the run.
+            """
             if not (unfinished / FOLDER).exists():
                 raise ValueError(
                     f"output: rank 0 began {str(unfinished)!r}, and it isn't here: pass a shared folder."

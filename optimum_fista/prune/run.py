@@ -27,8 +27,9 @@ def run(
 ) -> PruningReport:
     """Prune the decoder layers of a model, and return the report of the whole run.
 
-    Callbacks are called with everything but the end of the run, which their caller tells them.
-    The sink decides what changes: the model in memory, or only files. After an error, a model in memory is as it was.
+    Callbacks are called with everything but the end of the run, which their caller tells them. The sink decides what is
+    left in the end: a changed model in memory, or new files. In a run to files, the weights and the configuration of
+    the lazily loaded model change on the way. After an error, a model in memory is as it was.
 
     Args:
         plan: What is pruned and how, without budgets.

@@ -62,10 +62,12 @@ class SmallerMixture:
         hidden_states: Sequence[Tensor],
         targets: ActivationStore,
     ) -> None:
-        """Run the decoder layer of `activations`, which has these experts only, on all batches.
+        """Run the decoder layer of `activations`, which has these experts only, up to the mixture, on all batches.
 
         `hidden_states` [batch, sequence, hidden] of each batch enter the layer. `targets` are `Y` [batch, sequence,
-        out] of each batch, for `E*`. The inputs of the mixture and `Y - E*` are kept at the layer's storage.
+        out] of each batch, which `E*`, the sum of the experts that stay, should come close to: what all experts
+        returned, corrected for the error in the rest of the layer (`LayerTargets.expert_targets`). The inputs of the
+        mixture and `Y - E*` are kept at the layer's storage.
         """
         self.experts = experts
         self._down = [operator for operator in experts.operators if operator.kind == "down_proj"]

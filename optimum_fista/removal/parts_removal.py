@@ -186,7 +186,8 @@ class PartsRemoval(Removal):
         """Return a removal that also removes the decoder layers that `choose_layers` has chosen.
 
         `removed_layers` has the loss after the removal of each layer, by its number. Their operators are no longer
-        pruned. This removal and the model are not changed.
+        pruned. With the residual correction, the last operator of the layer after a removed one is refitted to
+        compensate (`_with_compensation`). This removal and the model are not changed.
         """
         remaining = [index for index in range(len(self.layers)) if index not in removed_layers]
         smaller, columns = plan_shrinkings(self.outline, self.num_kept_by_kind, remaining)

@@ -121,7 +121,8 @@ def prune_stacked(
         method: Prunes the one problem.
         problems: Of the operators, with the same `InputStatistics`.
         patterns: Unstructured, with scope `"matrix"`, one for each problem.
-        output_weights: `v`, [out] by operator, nonnegative, in one unit.
+        output_weights: `v`, a tensor [out] for each operator, nonnegative: what an error in each output costs, in one
+            unit for all operators (`Budgets.output_weights`, from gradients of the loss).
     """
     # Row i of W and C times sqrt(v_i) weighs its squared error by v_i; G is that of all rows and stays.
     weights_of_rows = torch.cat([v.to(problems[0].weight) for v in output_weights])

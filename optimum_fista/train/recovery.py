@@ -538,8 +538,8 @@ def _set_environment(variables: Mapping[str, str]) -> None:
 def _process_restored(device: torch.device) -> Iterator[None]:
     """At the end, put back what the Trainer and Accelerate change in the process inside the `with` block.
 
-    These are their own states, random numbers, and the environment. Inside, the Trainer computes on `device`, by an
-    environment variable of Accelerate.
+    These are their own states, random numbers, and the environment. Inside, the Trainer computes on `device`: for an
+    accelerator by an environment variable of Accelerate.
     """
     with ExitStack() as stack:
         # At the end all of these are as they were, whatever is in them meanwhile.

@@ -318,7 +318,10 @@ class _Sizes:
 
     @classmethod
     def of(cls, source: str) -> "_Sizes":
-        """Count them on a model without weights; `source` is the student's folder."""
+        """Count the numbers on a model without weights, which is made here; `source` is the student's folder.
+
+        "Inner" are all parameters but embeddings and head.
+        """
         model = model_without_weights(read_config(source))
         config = model.config.get_text_config(decoder=True)
         inner = _inner_parameters(model)
@@ -326,8 +329,8 @@ class _Sizes:
 
         operator_width = 0
         for name, layer in layers:
-            # "*" leaves out the experts of a mixture
-            for operator in find_operators(name, layer, ["*"]).values():
+            # "*" leaves out all experts of mixtures
+            for operator in find_operators(name, layer, dense_experts=["*"]).values():
                 operator_width += sum(operator.shape)
 
         return cls(

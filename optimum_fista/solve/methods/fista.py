@@ -134,7 +134,7 @@ class Fista(PruningMethod):
 
         It ends after `self.max_trials` trials, or after `self.patience` trials in a row without improvement. `problem`
         is decoupled (`LayerProblem.decoupled`), and `rounded` is the warm start in the pattern. The tensors of both
-        stay as they are.
+        stay as they are; `problem.statistics` keeps its Lipschitz constant, which is computed once.
         """
         best = PenaltySearch(
             weight=rounded.weight,
