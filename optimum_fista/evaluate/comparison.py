@@ -88,7 +88,7 @@ def _compare(
         progress: Called with the name of each tensor that was compared.
     """
     with tempfile.TemporaryDirectory(prefix="optimum-fista-") as offload:
-        # Without the tokenizer, and the folder, which is known.
+        # The tokenizer and the folder, which it returns as well, are not needed.
         pruned_model = load_lazily(str(folder), Path(offload) / "pruned", device="cpu").model
         dense_model, _, dense_folder = load_lazily(
             dense, Path(offload) / "dense", device="cpu", dtype=pruned_model.dtype
@@ -161,7 +161,8 @@ def _compare_loaded(
             num_different = int((pruned != expected).sum())
             if num_different:
                 raise VerificationError(
-                    f"{name} differs from {dense!r} in {num_different:,} of {pruned.numel():,} values."
+                    f"{name} differs from {dense!r} in {num_different:,} of {pruned.numel():,} values, and the run did "
+                    "not change it: the pruned folder was changed afterwards, or another model was pruned."
                 )
             num_equal += 1
         progress(name)

@@ -376,7 +376,9 @@ def _verify_vocabulary(folder: Path, *, num_kept: int, num_rows: int) -> None:
     last = max(vocabulary, key=vocabulary.__getitem__)
     if vocabulary[last] >= num_rows:
         raise VerificationError(
-            f"the tokenizer's token {last!r} has the id {vocabulary[last]}, the embedding has {num_rows} rows."
+            f"the tokenizer's token {last!r} has the id {vocabulary[last]}, the embedding has {num_rows} rows: the "
+            f"tokenizer in {str(folder)!r} is not the one that was written with this model, or got a token afterwards. "
+            "Put back the files that were written, or prune again."
         )
 
 

@@ -53,10 +53,9 @@ class SourceFiles:
             status = file.stat()
             # A write changes `st_ctime_ns`, which no program can set.
             stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-            # The digest comes last; of a new file, nothing is noted.
-            *noted_stamp, digest = noted.get(file.name, [None])
-            if noted_stamp != stamp:
-                digest = None
+            # An entry is the stamp and, last, the digest; of a new file, nothing is noted.
+            entry = noted.get(file.name, [])
+            digest = entry[-1] if entry[:-1] == stamp else None
             self.hashes[file.name] = [*stamp, digest]  # in the order of the files
             if digest is None:
                 changed.append(file)

@@ -282,16 +282,17 @@ class PartsRemoval(Removal):
         )
 
     def _require_called(self, layer_name: str, groups: list[Group]) -> None:
-        """Refuse a decoder layer with an operator that loses columns, but is never called.
+        """Refuse a decoder layer with an operator that would lose columns, but is in no group.
 
-        `groups` are the operators of the layer that a run of it called.
+        `groups` are the operators that a run of the layer called exactly once, and that returned `W x + b`.
         """
         called = {operator.name for group in groups for operator in group}
         for name, part in self.smaller_plan.parts.items():
             is_operator_of_layer = name.startswith(f"{layer_name}.") and not part.is_mixture
             if is_operator_of_layer and name not in called:
                 raise UnsupportedArchitectureError(
-                    f"{name} loses columns, and is never called: pass another pattern."
+                    f"{name} would lose columns, but its layer does not call it once as W x + b: pass a pattern that "
+                    "does not cut it, such as '2:4'."
                 )
 
     def _prove(self, layer_name: str, activations: LayerActivations, hidden: Tensor) -> None:

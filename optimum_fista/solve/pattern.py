@@ -165,8 +165,8 @@ class SparsityPattern(ABC):
     def _scores(self, block: Tensor, squared: bool) -> Tensor:
         """Scores [rows, groups] of the groups in a block of rows [rows, in]; [1, groups] of whole columns.
 
-        Those of single weights are the block itself: the selections compare absolute values. `squared`: whether the
-        block has squares of saliencies already.
+        Those of single weights are the block itself: the selections compare absolute values. `block` has weights or
+        roots of saliencies, as `mask` gets them; `squared`: whether it has their squares, the saliencies, already.
         """
         if self.width == 1 and not self.whole_columns:
             return block

@@ -85,8 +85,8 @@ def require_weights(name: str) -> None:
     has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
     if (folder / CONFIG_FILE).is_file() and not has_weights:
         raise ValueError(
-            f"model={name!r} has a config.json but no weights (model.safetensors or pytorch_model.bin): download them, "
-            "or pass --dry-run for an estimate."
+            f"model={name!r} has a config.json but no weights (model.safetensors or pytorch_model.bin): download them. "
+            "Only an estimate can be made of a configuration: optimum-fista prune MODEL --dry-run."
         )
 
 
@@ -97,8 +97,8 @@ def require_no_configuration_file(name: str, missing: str) -> None:
     """
     if Path(name).is_file() and Path(name).suffix == ".json":
         raise ValueError(
-            f"model={name!r} is a configuration, which has no {missing}: pass the folder of the model, or --dry-run "
-            "for an estimate."
+            f"model={name!r} is a configuration, which has no {missing}: pass the folder of the model. Only an "
+            "estimate can be made of a configuration: optimum-fista prune MODEL --dry-run."
         )
 
 
@@ -128,11 +128,12 @@ def checkpoint_files(folder: Path, stem: str = "model") -> dict[str, Path]:
     )
     if not has_names:
         raise ValueError(
-            f"{str(index)!r} is damaged: it has no weight_map that names a file for each tensor."
+            f"{str(index)!r} is damaged: it has no weight_map that names a file for each tensor. Download or "
+            "copy it again."
         )
     if not isinstance(metadata, dict):
         raise ValueError(
-            f"{str(index)!r} is damaged: its metadata is a JSON {type(metadata).__name__}."
+            f"{str(index)!r} is damaged: its metadata is a JSON {type(metadata).__name__}. Download or copy it again."
         )
     return {name: folder / file for name, file in weight_map.items()}
 

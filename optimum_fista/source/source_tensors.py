@@ -238,13 +238,14 @@ class SourceTensors:
 
         if re.search("_(packed|shape)$", name):
             raise ValueError(
-                f"{name} is of a packed weight, which can't be cut: pass another pattern, or a dtype (--dtype), and it "
-                "is written in that."
+                f"{name} is of a packed weight, which can't be cut: pass a pattern that does not cut it, such as "
+                "'2:4', or a dtype (--dtype bfloat16), in which the result is written without quantization."
             )
         group_size = whole[axis] // (part.groups * repeats)
         raise ValueError(
-            f"{name} stores one value for {span} rows or columns of {place}, and groups of {group_size} are removed: "
-            "pass another pattern, or a dtype (--dtype), and it is written in that."
+            f"{name} stores one value for {span} rows or columns of {place}, and groups of {group_size} are removed, "
+            f"so it can't be cut: pass a pattern that does not cut {place}, such as '2:4', or a dtype (--dtype "
+            "bfloat16), in which the result is written without quantization."
         )
 
     def require_no_numbers(self) -> None:
@@ -278,8 +279,9 @@ class SourceTensors:
                 pattern = str(value).replace("[0-9]", "")  # any digit: it names no number
                 if not is_other_module and numbered.search(pattern):
                     raise ValueError(
-                        f"quantization_config names decoder layers by number in {value!r}, and other layers get these "
-                        "numbers: pass another pattern, or a dtype (--dtype), in which the result is then written."
+                        f"quantization_config names decoder layers by number in {value!r}, and if decoder layers are "
+                        "removed, others get these numbers: pass a pattern that removes no layers, or a dtype (--dtype "
+                        "bfloat16), in which the result is written without quantization."
                     )
 
     def renamed(self, stay: Sequence[int], total: int) -> SourceTensors:

@@ -130,7 +130,8 @@ def _read_vocabulary(tokenizer: dict[str, Any]) -> _Vocabulary:
         content = json.loads(Tokenizer.from_str(json.dumps(tokenizer)).to_str())
     except Exception as error:  # the library raises nothing more special
         raise ValueError(
-            f"tokenizer: it can't be loaded ({error}); pass the content of tokenizer.json."
+            f"tokenizer: it can't be loaded ({error}); pass the content of tokenizer.json as a dictionary, "
+            "json.loads(file.read_text())."
         ) from error
 
     model = content["model"]
