@@ -72,7 +72,7 @@ def test_sequences_that_are_longer_than_the_model_takes(refused, text_file, sour
     ("flag", "number", "least"),
     [("--num-samples", 0, 1), ("--sequence-length", 1, 2), ("--batch-size", 0, 1)],
 )
-def test_numbers_that_are_too_small(refused, flag, number, least):
+def test_numbers_that_are_too_small_are_refused(refused, flag, number, least):
     for more in ([], ["--dry-run"]):
         assert refused(flag, number, *more) == f"error: {flag} {number}: pass at least {least}."
 

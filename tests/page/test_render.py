@@ -177,7 +177,7 @@ def test_what_was_not_measured_or_is_the_same_everywhere_is_not_shown(report):
         assert part not in text
 
 
-def test_time_and_memory_by_layer(report):
+def test_time_and_memory_are_shown_by_layer(report):
     first, second = report.layers
     layers = [
         dataclasses.replace(

@@ -75,7 +75,7 @@ def offloaded_llama():
 
 @pytest.mark.parametrize("make", [tiny_llama, offloaded_llama])
 @pytest.mark.parametrize("share", [301, pytest.param(1, marks=pytest.mark.slow)])
-def test_an_interrupt_in_memory(share, make):
+def test_an_interrupted_run_in_memory_changes_nothing(share, make):
     with RaiseAt() as whole:
         prune(make())
     for moment in moments(whole.count, share):

@@ -133,7 +133,9 @@ _WRITES = {
 
 @pytest.mark.parametrize("third", range(3))
 @pytest.mark.parametrize("source", _WRITES, indirect=True)
-def test_a_run_cut_off_at_any_write_goes_on_to_the_same_bytes(source, whole, tmp_path, third):
+def test_a_run_cut_off_at_any_write_and_started_again_ends_with_the_same_bytes(
+    source, whole, tmp_path, third
+):
     for writes in _WRITES[source.name][third::3]:
         output = tmp_path / str(writes)
         with killed_at_write(writes), pytest.raises(Killed):

@@ -76,7 +76,7 @@ def test_groups_remove_them_first_and_keep_dense_weights(name, loudness):
 
 
 @pytest.mark.parametrize("name", SEEING)
-def test_nothing_but_dead_inputs(name):
+def test_a_problem_of_dead_inputs_only_keeps_exactly_half(name):
     pruned = create_method(name).prune(
         problem_of(torch.zeros(40, 8), torch.ones(6, 8)), Unstructured(0.5)
     )
