@@ -30,6 +30,8 @@ def write_file(
 ) -> None:
     """Write a file beside `path`, flush it to the disk, and rename it to `path`, which it replaces.
 
+    If `path` is a pipe or a device, it stays one: text and bytes are written into it.
+
     Args:
         path: The file, in a folder that exists.
         content: Text, bytes, pieces of bytes, or tensors by their names, which are written as safetensors. An iterator
@@ -39,6 +41,12 @@ def write_file(
     Raises:
         OSError: If the file can't be written; it names `path`. A file that was there before is as it was.
     """
+    is_pipe_or_device = path.exists() and not path.is_file() and not path.is_dir()
+    if is_pipe_or_device and isinstance(content, str | bytes):
+        with errors_of_writing(path), path.open("wb") as opened:
+            opened.write(content.encode() if isinstance(content, str) else content)
+        return
+
     partial = path.with_name(f".{path.name}.partial")
     try:
         with errors_of_writing(path):

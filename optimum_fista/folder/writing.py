@@ -40,6 +40,7 @@ from optimum_fista.report import PruningReport
 from optimum_fista.solve.pattern import unpack_mask
 from optimum_fista.source.configuration import content_of, source_content
 from optimum_fista.source.files import copy_source
+from optimum_fista.source.links import leads_out
 from optimum_fista.source.loading import forget_gguf, local_source
 from optimum_fista.source.model_folder import (
     CONFIG_FILE,
@@ -62,12 +63,14 @@ def _generation_file_copied(
     """Copy `generation_config.json` from `source` to `folder` at the end if nobody has changed it since it was loaded.
 
     Inside, `model` has another generation configuration, which can be saved: Transformers 5.17 refuses to save one that
-    it has loaded but calls invalid. At the end it has its own again.
+    it has loaded but calls invalid. At the end it has its own again. If the file is a link that leads out of the
+    folder, the other configuration is what is saved, because what the link holds must not be written.
     """
     generation = getattr(model, "generation_config", None)
-    has_file = source is not None and (source / _GENERATION_FILE).exists()
+    is_foreign = source is not None and _is_foreign_link(source / _GENERATION_FILE, source)
+    has_file = source is not None and not leads_out(source / _GENERATION_FILE, source)
     is_copied = has_file and internals.is_as_loaded(generation)
-    if source is None or not is_copied:
+    if source is None or not (is_copied or is_foreign):
         yield
         return
 
@@ -76,7 +79,13 @@ def _generation_file_copied(
         yield
     finally:
         model.generation_config = generation  # type: ignore[assignment]
-    shutil.copyfile(source / _GENERATION_FILE, folder / _GENERATION_FILE)
+    if is_copied:
+        shutil.copyfile(source / _GENERATION_FILE, folder / _GENERATION_FILE)
+
+
+def _is_foreign_link(file: Path, source: Path) -> bool:
+    """Tell whether a file of the folder `source` is a link that leads out: what it holds must not be written."""
+    return file.is_symlink() and leads_out(file, source)
 
 
 def write_checkpoint(
@@ -236,13 +245,16 @@ def write_all_but_weights(
     (folder / "fista").mkdir(exist_ok=True)
     write_file(folder / REPORT_FILE, report.to_json())
     source = local_source(model)
-    if source is not None and (source / VOCABULARY_FILE).exists():
+    if source is not None and not leads_out(source / VOCABULARY_FILE, source):
         # of tokens that an earlier run removed
         shutil.copyfile(source / VOCABULARY_FILE, folder / VOCABULARY_FILE)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if model.can_generate() and not (folder / _GENERATION_FILE).exists():
-        model.generation_config.save_pretrained(folder)
+        generation = model.generation_config
+        if source is not None and _is_foreign_link(source / _GENERATION_FILE, source):
+            generation = GenerationConfig()
+        generation.save_pretrained(folder)
 
     describe_ties(model, model.config)
     _forget_further_tokens(model, report)

@@ -21,6 +21,7 @@ from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.offload import execution_device
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.model.precision import Products, choose_products
+from optimum_fista.packed.format import packed_names
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.removal.removal import Removal
 from optimum_fista.solve.method import PruningMethod
@@ -145,10 +146,15 @@ class Plan:
         largest = max(1, *num_weights)
         return [_PRUNING_COST * number / largest for number in num_weights]
 
-    @property
+    @cached_property
     def as_stored(self) -> bool:
-        """Tell whether all that stays is written as it is stored, because the run only removes parts."""
-        return self.files_dtypes and bool(self.source.stored) and self.removal.keeps_values
+        """Tell whether all that stays is written as it is stored, because the run only removes parts.
+
+        Packed weights are not: the result has dense files, so these weights are written as they were loaded.
+        """
+        has_files = bool(self.source.stored)
+        is_packed = bool(packed_names(self.source.stored))
+        return self.files_dtypes and has_files and not is_packed and self.removal.keeps_values
 
     def stored(
         self, layer_name: str | None, kept: Mapping[str, Sequence[int]]

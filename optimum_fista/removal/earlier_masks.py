@@ -31,6 +31,7 @@ from optimum_fista.removal.shrinking import Kept, Shrinking
 from optimum_fista.report import OperatorReport
 from optimum_fista.solve.pattern import pack_mask, parse_pattern, unpack_mask
 from optimum_fista.source.loading import local_source
+from optimum_fista.source.model_folder import CONFIG_FILE, read_json
 from optimum_fista.source.names import StoredName, stored_names
 
 
@@ -73,6 +74,12 @@ class EarlierMasks:
         try:
             report = read_report(folder)
         except ValueError:  # damaged, or of another version
+            return None
+        # If a run has changed the model in memory since, its masks are in no folder. Training changes no masks.
+        summary_of_folder = read_json(folder / CONFIG_FILE).get(CONFIG_KEY) or {}
+        summary_of_model = getattr(model.config, CONFIG_KEY) or {}
+        retrained = {"retrained": True}
+        if summary_of_folder | retrained != summary_of_model | retrained:
             return None
 
         operators = [

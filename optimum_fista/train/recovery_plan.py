@@ -371,7 +371,7 @@ def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
         if fits:
             break
 
-    zeros = plan.report.totals["num_zeros"] if train == "all" else 0
+    zeros = plan.report.num_zeros if train == "all" else 0
     return Choice(
         train=train,
         checkpointed=checkpointed,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from tiny_llama import tiny_tokens
+from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.cli.main import main
@@ -98,3 +99,26 @@ def test_no_private_file_is_in_a_result_or_on_its_list_of_files(tiny_folder, tmp
             if path.is_file() and not path.is_symlink():
                 assert b"a private key" not in path.read_bytes(), path
         assert "NOTICE.txt" not in (tmp_path / name / "fista" / "files.json").read_text()
+
+
+def test_files_of_a_result_are_not_read_through_links(tiny_folder, tmp_path):
+    source = tmp_path / "source"
+    (source / "fista").mkdir(parents=True)
+    for path in tiny_folder.iterdir():
+        if path.name != "generation_config.json":
+            (source / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "vocabulary").write_text("a private key")
+    (tmp_path / "docker.json").write_text('{"auth": "a private key"}')
+    (source / "fista" / "vocabulary.json").symlink_to(tmp_path / "vocabulary")
+    (source / "generation_config.json").symlink_to(tmp_path / "docker.json")
+
+    pruner = FistaPruner(FistaPruningConfig(method="magnitude"), progress=False)
+    pruner.prune(source, tiny_tokens().split(4), output_dir=tmp_path / "streamed")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    pruner.prune(model, tiny_tokens().split(4))
+    pruner.save_pretrained(model, tmp_path / "saved")
+
+    for name in ("streamed", "saved"):
+        for path in (tmp_path / name).rglob("*"):
+            if path.is_file():
+                assert b"a private key" not in path.read_bytes(), path
