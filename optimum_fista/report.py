@@ -445,7 +445,11 @@ class PruningReport:
         text = measured.get("text") or "text"  # a text without a name
         if text == OWN_TEXT:
             text = "text of its own"
-        return f"{measured['num_tokens']:,} tokens of {text} that no weight was fitted to"
+        tokens = f"{measured['num_tokens']:,} tokens of {text}"
+        was_trained_before = any(step.retrained for step in self.steps[:-1])
+        if was_trained_before:
+            return f"{tokens} that this run fitted no weight to (an earlier training may have seen them)"
+        return f"{tokens} that no weight was fitted to"
 
     @property
     def cost_of_tokens(self) -> str:

@@ -42,6 +42,19 @@ def test_a_training_between_two_runs_is_noted():
     assert [step.retrained for step in second.steps] == [True, False]
 
 
+def test_after_a_training_the_text_of_a_perplexity_may_have_been_seen():
+    model = tiny_llama()
+    tokens = tiny_tokens().split(4)
+    first = prune(model, tokens, pattern="2:4", method="wanda")
+    mark_retrained(model)
+    second = prune(model, tokens, pattern="layers:0.5", method="wanda")
+
+    for report in (first, second):
+        report.perplexity = {"num_tokens": 10, "text": "sea.txt"}
+    assert first.measured_on == "10 tokens of sea.txt that no weight was fitted to"
+    assert "an earlier training may have seen them" in second.measured_on
+
+
 @pytest.mark.parametrize("entry", [None, {}, "text", {"method": "wanda"}])
 def test_a_model_that_was_never_pruned_has_no_origin(entry):
     assert read_origin(SimpleNamespace(fista_pruning=entry)) is None
