@@ -342,7 +342,7 @@ def test_packed_numbers_are_not_cut(tmp_path):
     pytest.importorskip("compressed_tensors")
     source = compressed_qwen3_moe(tmp_path / "source", "W4A16")
     with pytest.raises(
-        ValueError, match="weight_shape is of a packed weight, which can't be cut: pass another"
+        ValueError, match="weight_shape is of a packed weight, which can't be cut: pass a pattern"
     ):
         prune(source, tmp_path / "out", pattern="heads:0.5", method="wanda")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
