@@ -6,7 +6,13 @@ from shrunken_config import shrunken_config
 from shrunken_models import assert_shrinks, parts_of
 from tiny_llama import tiny_tokens
 from tiny_models import VOCAB_SIZE, randomize
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+)
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.evaluate.verification import verify_checkpoint
@@ -145,6 +151,8 @@ def test_a_group_of_heads_is_the_same_share_of_the_heads_of_every_layer():
     ],
 )
 def test_a_smaller_model_has_the_overrides_of_its_layers(family, numbers, overrides, tmp_path):
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"needs a newer Transformers, which has {family}")
     again = assert_shrinks(model_with_overrides(family), tmp_path, **numbers)
 
     assert overrides_of(again.config) == overrides

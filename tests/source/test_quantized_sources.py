@@ -202,6 +202,10 @@ def test_a_weight_whose_scale_is_not_read_is_refused(tmp_path, write, lazily):
         read_model(str(source), **options)
 
 
+@pytest.mark.skipif(
+    internals.renames_without_casting(),
+    reason="an older Transformers merges only experts that are stored alike",
+)
 @pytest.mark.parametrize("write", [fp8_deepseek, auto_fp8_qwen3_moe])
 def test_one_expert_may_be_stored_without_quantization(tmp_path, write):
     source = write(tmp_path / "source")
