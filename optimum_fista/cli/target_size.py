@@ -35,6 +35,7 @@ from optimum_fista.removal.tokens import (
 )
 from optimum_fista.solve.patterns import PartShare
 from optimum_fista.source import loading
+from optimum_fista.source.stored_tensor import read_stored
 from optimum_fista.text.sources import TextSource, load_text, usual_texts
 from optimum_fista.tokens_removal import TokensRemoval
 
@@ -156,6 +157,7 @@ def remove_first(plan: TokensPlan, folder: Path, *, device: str | None, overwrit
             and earlier.calibration == planned.calibration
             and earlier.model == planned.model
             and earlier.retrained == planned.retrained
+            and _holds_tensors_of(folder, plan.source)
         )
         has_same_pattern = earlier.config["pattern"] == planned.config["pattern"]
         overwrite = is_same_run or (overwrite and has_same_pattern)
@@ -168,6 +170,17 @@ def remove_first(plan: TokensPlan, folder: Path, *, device: str | None, overwrit
         progress=True,
     )
     print(report, *cost_of_tokens(report), f"saved to {folder}", sep="\n", file=sys.stderr)
+
+
+def _holds_tensors_of(folder: Path, source: Path) -> bool:
+    """Tell whether all tensors of one shape in both folders are equal: two models may have one name and one size.
+
+    The embedding and the head have other shapes in `folder`, if it was made of `source`. Reads both, changes nothing.
+    """
+    stored = read_stored(folder)
+    originals = read_stored(source)
+    shared = [n for n in stored if n in originals and stored[n].shape == originals[n].shape]
+    return bool(shared) and all(stored[name].equals(originals[name]) for name in shared)
 
 
 def _require_flags(arguments: argparse.Namespace) -> None:

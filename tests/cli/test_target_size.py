@@ -275,3 +275,23 @@ def test_the_result_of_two_runs_is_named_and_measured_by_the_model_of_the_user(
     assert f"# {dense.name}, vocab:unused, then channels:" in card
     assert f"({share:.2%}, " in card
     assert "sized-tokens" not in card.partition("```python")[0].partition("---\n\n")[2]
+
+
+def test_the_folder_of_another_model_of_the_same_name_and_size_is_not_replaced(
+    dense, text, tmp_path, capsys
+):
+    flags = f"--target-size 0.8 --calibration {text} --num-samples 4 --sequence-length 16"
+    command = [*flags.split(), "--device", "cpu", "--output", str(tmp_path / "sized")]
+    first = shutil.copytree(dense, tmp_path / "a" / "net")
+    second = shutil.copytree(dense, tmp_path / "b" / "net")
+    model = load_model(str(second))[0]
+    model.model.norm.weight.data.mul_(2)
+    model.save_pretrained(second)
+    assert main(["prune", str(first), *command]) == 0
+    (tmp_path / "sized").rename(tmp_path / "moved")
+    kept = (tmp_path / "sized-tokens" / "fista" / "files.json").read_bytes()
+
+    assert main(["prune", str(second), *command]) == 1
+
+    assert "already holds a model" in capsys.readouterr().err
+    assert (tmp_path / "sized-tokens" / "fista" / "files.json").read_bytes() == kept
