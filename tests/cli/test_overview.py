@@ -19,7 +19,7 @@ from optimum_fista.report import PruningReport
     ],
 )
 def test_a_verdict_rests_on_enough_text_that_others_wrote(changes, word):
-    report = PruningReport({}, {}, {})
+    report = PruningReport({}, {"num_parameters": 1_000}, {})
     report.perplexity = {
         "dense": 20.0,
         "pruned": 24.0,
