@@ -74,7 +74,7 @@ def begin_report(plan: Plan) -> PruningReport:
 
 
 def _earlier_run(plan: Plan) -> list[str]:
-    """Return a message that the model has zeros of an earlier run, if it has; one that removed tokens leaves none.
+    """Return a message that an earlier run has pruned the model, if one has; not if that only removed tokens.
 
     An earlier run has left its summary in the model's configuration (`config.fista_pruning`, a dictionary).
     """
@@ -84,12 +84,16 @@ def _earlier_run(plan: Plan) -> list[str]:
     removed_tokens = str(earlier.get("pattern")).startswith("vocab:")
     if removed_tokens and not earlier.get("num_zeros"):
         return []
-    overwritten = ", and zeros outside of the new pattern may be overwritten"
-    if plan.removal.removed_parts:
-        overwritten = ""  # the report says at the end which zeros were overwritten
+    num_zeros = earlier.get("num_zeros")  # None: not known
+    leaves_zeros = num_zeros != 0
+    zeros = f", {num_zeros} zeros" if leaves_zeros else ""
+    overwritten = ""
+    # The report of a run that removes parts says at the end which zeros were overwritten.
+    if leaves_zeros and not plan.removal.removed_parts:
+        overwritten = ", and zeros outside of the new pattern may be overwritten"
     return [
-        f"the model was pruned before ({earlier.get('method')}, {earlier.get('pattern')}, "
-        f"{earlier.get('num_zeros')} zeros): errors are measured against it as it is{overwritten}."
+        f"the model was pruned before ({earlier.get('method')}, {earlier.get('pattern')}{zeros}): "
+        f"errors are measured against it as it is{overwritten}."
     ]
 
 
