@@ -109,7 +109,8 @@ class Ranks:
             if self.count == 1 or isinstance(error, RankError) or not is_lost_connection:
                 raise
             raise RankError(
-                f"rank {self.index} of {self.count} has lost the others: one has ended ({_line(error)[:200]})"
+                f"rank {self.index} of {self.count} stops: another process of this run has ended or can't be reached; "
+                f"see what that one wrote before (this one saw only: {_line(error)[:200]})"
             ) from error
 
 

@@ -96,8 +96,9 @@ def test_a_rank_that_is_killed_loses_its_current_layer(source, expected, tmp_pat
     assert not output.exists()
     said = log.with_name(f"log-{1 - victim}").read_text()
     assert re.search(
-        rf"RankError: rank {1 - victim} of 2 has lost the others: one has ended .*; {len(finished)} of 5 decoder "
-        r"layers are finished and kept in .*pruned.unfinished.*; start again with the same output",
+        rf"RankError: rank {1 - victim} of 2 stops: another process of this run has ended or can't be reached; see "
+        rf"what that one wrote before \(this one saw only: .*\); {len(finished)} of 5 decoder layers are finished and "
+        r"kept in .*pruned.unfinished.*; start again with the same output",
         said,
     )
     for count in (1, 3):
