@@ -186,6 +186,7 @@ def _write_tokens(plan: TokensPlan, request: PruneRequest, is_dry_run: bool) -> 
         request.output,
         started=time.perf_counter(),
         device=request.device,
+        dtype=request.dtype,
         overwrite=request.overwrite,
         progress=True,
     )

@@ -166,6 +166,7 @@ def remove_first(plan: TokensPlan, folder: Path, *, device: str | None, overwrit
         folder,
         started=time.perf_counter(),
         device=device,
+        dtype="auto",  # the second run converts all weights
         overwrite=overwrite,
         progress=True,
     )

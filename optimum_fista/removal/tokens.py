@@ -113,18 +113,13 @@ def remove_tokens(
     started = time.perf_counter()
     with locked_output(output_dir):
         plan = plan_tokens(name, texts, config, text_name=text_name, progress=progress)
-        stored_dtype = plan.report.model["dtype"]
-        asked_dtype = str(dtype).removeprefix("torch.")  # "auto", or a name such as "bfloat16"
-        if asked_dtype not in ("auto", stored_dtype):
-            plan.report.warn(
-                f"dtype={dtype} is not used: tensors are copied as they are stored ({stored_dtype})."
-            )
         on_begin(plan.report)
         return write_plan(
             plan,
             output_dir,
             started=started,
             device=device,
+            dtype=dtype,
             overwrite=overwrite,
             progress=progress,
         )
@@ -136,6 +131,7 @@ def write_plan(
     *,
     started: float,
     device: str | None,
+    dtype: str | torch.dtype,
     overwrite: bool,
     progress: bool,
 ) -> PruningReport:
@@ -145,6 +141,12 @@ def write_plan(
     of the run. `started` is when the run began, by `time.perf_counter`; the other arguments are those of
     `remove_tokens`.
     """
+    stored_dtype = plan.report.model["dtype"]
+    asked_dtype = str(dtype).removeprefix("torch.")  # "auto", or a name such as "bfloat16"
+    if asked_dtype not in ("auto", stored_dtype):
+        plan.report.warn(
+            f"dtype={dtype} is not used: tensors are copied as they are stored ({stored_dtype})."
+        )
     with locked_output(output_dir) as unfinished:
         # if this process is killed, the next run on `output_dir` deletes the temporary files in this folder
         plan.measure(unfinished / FOLDER, device, progress)

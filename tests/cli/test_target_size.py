@@ -166,6 +166,20 @@ def test_a_size_that_tokens_reach_needs_one_run(dense, text, tmp_path, capsys):
     assert [file.name for file in tmp_path.iterdir() if file.is_dir()] == ["sized"]
 
 
+def test_a_size_that_tokens_reach_does_not_use_another_dtype_and_says_so(dense, text, tmp_path):
+    folder = tmp_path / "sized"
+    flags = ["--calibration", str(text), "--dtype", "bfloat16"]
+    command = ["prune", str(dense), "-o", str(folder), "--target-size", "0.97", *QUICK, *flags]
+
+    with pytest.warns(
+        UserWarning,
+        match="dtype=bfloat16 is not used: tensors are copied as they are stored .float32",
+    ):
+        assert main(command) == 0
+
+    assert tensors_of(folder)["model.embed_tokens.weight"].dtype == torch.float32
+
+
 def test_a_size_is_reached_by_channels_alone_if_no_text_says_which_tokens_are_rare(
     dense, tmp_path, capsys
 ):
