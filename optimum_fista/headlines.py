@@ -63,6 +63,14 @@ def headlines(report: PruningReport) -> Iterator[Headline]:
             value=f"{bits['pruned']:.3f}",
             remark=f"{report.verdict_of_tokens}; {report.cost_of_tokens}; {COST_OF_TOKENS_ELSEWHERE}",
         )
+    for text in report.texts:
+        times = report.times_of(text)
+        yield Headline(
+            name=f"Bits per byte of {text.name}",
+            value=f"{text.pruned:.3f}",
+            remark=report.words_on(text),
+            is_alert=text in report.unprotected or times is None,
+        )
     if report.removed or report.removed_before:
         yield _removed(report)
     if not report.removed:

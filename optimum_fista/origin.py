@@ -94,6 +94,8 @@ class OriginReport:
     # Of the tensors of its decoder layers (`model["sha256"]` of the first report).
     sha256: str | None = None
     perplexity: MeasuredPerplexity | None = None
+    # Bits per byte on held-out texts that the user named, by the digest of the text (`TextReport.sha256`).
+    texts: dict[str, float] = field(default_factory=dict)
     # In order; empty if the latest run was given the first model itself.
     steps: list[StepReport] = field(default_factory=list)
 

@@ -8,7 +8,7 @@ call `run.run`, with a sink for the model in memory or for files.
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,6 +28,12 @@ from optimum_fista.model.layers import prunable_layers
 from optimum_fista.model.offload import offload_hook
 from optimum_fista.prune.batches import begin
 from optimum_fista.prune.callback import PruningCallback
+from optimum_fista.prune.measuring import (
+    measure_folder,
+    note_failure,
+    note_losses,
+    require_texts,
+)
 from optimum_fista.prune.named import prune_named
 from optimum_fista.prune.plan import plan_run
 from optimum_fista.prune.run import run
@@ -35,8 +41,9 @@ from optimum_fista.prune.sink import ModelSink
 from optimum_fista.removal.planning import plan_removal
 from optimum_fista.removal.removal import Removal
 from optimum_fista.report import PruningReport
-from optimum_fista.source.loading import local_source, reading
+from optimum_fista.source.loading import local_source, reading, require_tokenizer
 from optimum_fista.source.source_tensors import SourceTensors, source_tensors
+from optimum_fista.text.loss import losses_of
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +93,8 @@ class FistaPruner:
         dtype: str | torch.dtype = "auto",
         overwrite: bool = False,
         packed: bool = False,
+        measure: Mapping[str, str] | None = None,
+        protect: Mapping[str, float] | None = None,
     ) -> PruningReport:
         """Prune a model in place, or from its files to the files of `output_dir`; return the report.
 
@@ -108,12 +117,19 @@ class FistaPruner:
             dtype: `"auto"` takes the checkpoint's.
             overwrite: Replace a model that `output_dir` already holds, and an unfinished run of other settings.
             packed: Store the weights without their zeros (docs/formats.md).
+            measure: Held-out texts by name, such as `{"code.txt": text}`, of 4,096 tokens and more each: the loss on
+                each, before and after, goes into `report.texts` and the model card. A loaded model must come from a
+                folder with a tokenizer.
+            protect: By names of `measure`, how many times the bits per byte before the run those after it may be, such
+                as `{"code.txt": 1.02}`. If they are more, the result is kept, and the report says so
+                (`report.unprotected`).
         """
         if isinstance(model, str | Path):
             if output_dir is None:
                 raise ValueError(
                     f"model={str(model)!r} is a name: pass output_dir as well, or a loaded model."
                 )
+            texts = require_texts(str(model), measure, protect)
             report = prune_named(
                 str(model),
                 calib_dataloader,
@@ -128,6 +144,14 @@ class FistaPruner:
                 progress=self.progress,
                 callbacks=self.callbacks,
             )
+            measure_folder(
+                str(model),
+                Path(output_dir),
+                texts,
+                report,
+                device=device,
+                progress=self.progress,
+            )
         else:
             if output_dir is not None:
                 raise ValueError(
@@ -137,11 +161,62 @@ class FistaPruner:
                 raise ValueError(
                     "packed=True is for a model given by name: save a loaded model by save_pretrained."
                 )
-            report = self._prune_loaded(model, calib_dataloader, calibration_source)
+            report = self._prune_and_measure(
+                model, calib_dataloader, calibration_source, measure=measure, protect=protect
+            )
             logger.info("%s", report)
 
         for callback in self.callbacks:
             callback.on_prune_end(report)
+        return report
+
+    def _prune_and_measure(
+        self,
+        model: PreTrainedModel,
+        calib_dataloader: Iterable[Any],
+        source_name: str | None,
+        *,
+        measure: Mapping[str, str] | None,
+        protect: Mapping[str, float] | None,
+    ) -> PruningReport:
+        """Prune a loaded model (`_prune_loaded`), and measure it before and after on the texts that the user named.
+
+        The model is changed in place. The losses go into the report, and into the summary in `model.config`. The
+        tokenizer is that of the folder from which the model was loaded; ValueError if there is none.
+        """
+        if not measure and not protect:
+            return self._prune_loaded(model, calib_dataloader, source_name)
+        folder = local_source(model)
+        if folder is None:
+            raise ValueError(
+                f"measure: model {type(model).__name__} was not loaded from a folder with a tokenizer, which the texts "
+                "need: load it by from_pretrained, or pass its name and output_dir."
+            )
+        texts = require_texts(str(folder), measure, protect)
+        tokenizer = require_tokenizer(str(folder))
+        dense = losses_of(
+            model,
+            tokenizer,
+            texts,
+            compute_dtype=self.config.compute_dtype,
+            progress=self.progress,
+            label="Measuring before",
+        )
+        report = self._prune_loaded(model, calib_dataloader, source_name)
+        try:
+            pruned = losses_of(
+                model,
+                tokenizer,
+                texts,
+                compute_dtype=self.config.compute_dtype,
+                progress=self.progress,
+                label="Measuring after",
+            )
+        except (ValueError, RuntimeError, MemoryError) as error:
+            note_failure(report, texts, error)
+        else:
+            note_losses(report, texts, dense=dense, pruned=pruned)
+        model.config.fista_pruning = summary(report)
         return report
 
     def _prune_loaded(

@@ -155,6 +155,30 @@ class LayerRecord:
     lost_masks: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class TextReport:
+    """Loss on a held-out text that the user named, of the given model and of the result, in bits per byte."""
+
+    # Of a file only the last part of its path.
+    name: str
+    # Of the stretches of the text that were measured.
+    sha256: str
+    # Of these stretches, in UTF-8.
+    num_bytes: int
+    # Of these stretches, by the tokenizer of the given model.
+    num_tokens: int
+    # By that of the result, which may have lost tokens.
+    num_tokens_pruned: int
+    # Bits per byte of the given model.
+    dense: float
+    # Bits per byte of the result.
+    pruned: float
+    # Number of tokens that the given model knows.
+    vocabulary: int
+    # How many times the bits per byte of the first model those of the result may be; None: any number.
+    at_most: float | None = None
+
+
 # What a recovery can train.
 WORDS_OF_TRAIN = {"all": "all kept weights but embeddings and head", "norms": "norms and biases"}
 
@@ -233,6 +257,10 @@ class PruningReport:
     # Of a run that removed tokens: bits per byte `dense` and `pruned`, `num_bytes`, `num_tokens`, `num_tokens_pruned`
     # and `text`. Perplexities of different vocabularies can't be compared, so `perplexity` is None then.
     bits_per_byte: dict[str, Any] | None = None
+    # Losses on held-out texts that the user named, in the user's order.
+    texts: list[TextReport] = field(default_factory=list)
+    # Names of such texts on which the loss could not be measured; a warning says why.
+    texts_not_measured: list[str] = field(default_factory=list)
     # dtypes, device, ..., and batches [number, rows, tokens].
     environment: dict[str, Any] = field(default_factory=dict)
     # In order.
@@ -323,6 +351,7 @@ class PruningReport:
             dtype=self.model.get("dtype"),
             sha256=self.model.get("sha256"),
             perplexity=self.measured("dense"),
+            texts={text.sha256: text.dense for text in self.texts},
         )
 
     @property
@@ -426,6 +455,90 @@ class PruningReport:
             num_tokens=pruned.num_tokens,
             text=pruned.text,
             vocabulary=pruned.vocabulary,
+        )
+
+    def first_bits_per_byte(self, text: TextReport) -> float | None:
+        """Return the bits per byte of the first model on a text of `self.texts`; `None` if they are not known."""
+        if self.origin is None:
+            return text.dense
+        return self.origin.texts.get(text.sha256)
+
+    def times_of(self, text: TextReport) -> float | None:
+        """How many times the bits per byte of the first model those of the result are, on a text of `self.texts`.
+
+        `None` if those of the first model are not known.
+        """
+        first = self.first_bits_per_byte(text)
+        return text.pruned / first if first else None
+
+    def verdict_on(self, text: TextReport) -> str:
+        """How much worse the result is than the first model on a text of `self.texts`, in the words of `verdict`."""
+        first = self.first_bits_per_byte(text)
+        # Perplexities that can be compared: of the text of one token of the given model, by both models.
+        bytes_per_token = text.num_bytes / text.num_tokens
+        return verdict(
+            dense=None if first is None else _two_to(first * bytes_per_token),
+            pruned=_two_to(text.pruned * bytes_per_token),
+            num_tokens=text.num_tokens,
+            text=text.name,
+            vocabulary=text.vocabulary,
+        )
+
+    def words_on(self, text: TextReport) -> str:
+        """Say in one line what a text of `self.texts` lost: bits per byte before and after, tokens, verdict, limit."""
+        first = self.first_bits_per_byte(text)
+        if self.origin is None:
+            before = f"{text.dense:.3f} before"
+        elif first is None:
+            before = f"{text.dense:.3f} of the model that this run began with"
+        else:
+            before = f"{first:.3f} of the dense model, {text.dense:.3f} of the model that this run began with"
+        times = self.times_of(text)
+        ratio = "" if times is None else f", {times:.3f} times"
+
+        tokens = f"; on {text.num_tokens:,} tokens"
+        has_same_tokens = text.num_tokens == text.num_tokens_pruned
+        if not has_same_tokens:
+            tokens += f", which become {text.num_tokens_pruned:,}"
+        elif "vocabulary" not in self.model:
+            bytes_per_token = text.num_bytes / text.num_tokens
+            tokens = (
+                f"; perplexity {_two_to(text.dense * bytes_per_token):.2f} before and "
+                f"{_two_to(text.pruned * bytes_per_token):.2f} after{tokens}"
+            )
+        limit = ""
+        if text.at_most is not None:
+            word = "kept" if text not in self.unprotected else "BROKEN"
+            limit = f"; at most {text.at_most:g} times was asked for: {word}"
+        return f"{before} and {text.pruned:.3f} bits per byte after{ratio} ({self.verdict_on(text)}){tokens}{limit}"
+
+    @property
+    def unprotected(self) -> list[TextReport]:
+        """Texts of `self.texts` whose loss rose more than the user allowed, or of which that is not known."""
+        broken = list[TextReport]()
+        for text in self.texts:
+            if text.at_most is None:
+                continue
+            times = self.times_of(text)
+            if times is None or times > text.at_most:
+                broken.append(text)
+        return broken
+
+    @property
+    def verdict_of_texts(self) -> str:
+        """The verdict on the text of `self.texts` that lost most, with its name; empty if no text was measured."""
+        if self.texts_not_measured:
+            return f"no verdict: the loss is not known on {', '.join(self.texts_not_measured)}"
+        if not self.texts:
+            return ""
+        if self.unprotected:
+            names = ", ".join(text.name for text in self.unprotected)
+            return f"not good: {names} lost more than was allowed"
+        worst = max(self.texts, key=lambda text: self.times_of(text) or math.inf)
+        if len(self.texts) == 1:
+            return f"{self.verdict_on(worst)} on {worst.name}"
+        return (
+            f"{self.verdict_on(worst)} on {worst.name}, which lost most of {len(self.texts)} texts"
         )
 
     @property
@@ -712,6 +825,11 @@ class PruningReport:
             for one in headlines(self)
         ]
         return f"<h3>{escape(title(self))}</h3><table>{''.join(rows)}</table>"
+
+
+def _two_to(bits: float) -> float:
+    """Two to the power of `bits`, limited, because 2**1024 is no float."""
+    return float(2 ** min(bits, 1000.0))
 
 
 def words_of_pattern(text: str, sparsity: float | None) -> str:

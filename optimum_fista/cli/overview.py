@@ -282,6 +282,15 @@ def verdicts(report: PruningReport) -> Iterator[str]:
             word = "high"
         yield f"largest fit error {worst.fit_error:.2f} ({word}): {worst.name.removesuffix('.weight')}"
     yield from lines_of_unplaced(report.model.get("copied", {}), report.model.get("lacks", {}))
+    yield from losses_on_texts(report)
+
+
+def losses_on_texts(report: PruningReport) -> Iterator[str]:
+    """Say what each held-out text that the user named lost, and the verdict; no line if none was named."""
+    for text in report.texts:
+        yield f"{text.name}: {report.words_on(text)}"
+    if report.verdict_of_texts:
+        yield f"verdict: {report.verdict_of_texts}"
 
 
 def cost_of_tokens(report: PruningReport) -> Iterator[str]:

@@ -94,6 +94,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens in a sequence (default: 2048, or the model's limit)",
     )
+    add(
+        "--measure",
+        action="append",
+        metavar="SOURCE",
+        help="held-out text to measure before and after, as for --calibration; repeatable",
+    )
+    add(
+        "--protect",
+        action="append",
+        metavar="SOURCE=1.02",
+        help="measure this text, and fail if its bits per byte become more than 1.02 times those before; repeatable",
+    )
     add("--device", **DEVICE)
     add("--dtype", **DTYPE)
     add(
@@ -175,6 +187,7 @@ def _write_tokens(plan: TokensPlan, request: PruneRequest, is_dry_run: bool) -> 
     This is the whole run of a `--target-size` that removes tokens only. If `is_dry_run`, only the output is checked.
     """
     from optimum_fista.folder.output import require_output
+    from optimum_fista.prune.measuring import measure_folder, require_texts
     from optimum_fista.removal.tokens import write_plan
 
     if is_dry_run:
@@ -190,8 +203,15 @@ def _write_tokens(plan: TokensPlan, request: PruneRequest, is_dry_run: bool) -> 
         overwrite=request.overwrite,
         progress=True,
     )
-    _finish(request, report, first_model=request.model)
-    return 0
+    measure_folder(
+        request.model,
+        request.output,
+        require_texts(request.model, request.measured_texts(), request.protect),
+        report,
+        device=request.device,
+        progress=True,
+    )
+    return _finish(request, report, first_model=request.model)
 
 
 def _show_estimate(request: PruneRequest, tokens_first: TokensPlan | None) -> None:
@@ -229,12 +249,21 @@ def _prune(request: PruneRequest, tokens_first: TokensPlan | None) -> int:
     from optimum_fista.cli.messages import speaking_ranks
     from optimum_fista.cli.target_size import remove_first
     from optimum_fista.folder.output import FOLDER, locked_output
+    from optimum_fista.prune.measuring import measure_folder, require_texts
     from optimum_fista.pruner import FistaPruner
 
     first_model = request.model
     if tokens_first is not None:
         folder = request.output.with_name(f"{request.output.name}-tokens")
         remove_first(tokens_first, folder, device=request.device, overwrite=request.overwrite)
+        measure_folder(
+            request.model,
+            folder,
+            require_texts(request.model, request.measured_texts(), request.protect),
+            tokens_first.report,
+            device=request.device,
+            progress=True,
+        )
         request = request.reading(str(folder))
 
     with (
@@ -266,6 +295,8 @@ def _prune(request: PruneRequest, tokens_first: TokensPlan | None) -> int:
                 dtype=request.dtype,
                 overwrite=request.overwrite,
                 packed=request.packed,
+                measure=request.measured_texts(),
+                protect=request.protect,
             )
         except KeyboardInterrupt:
             if request.config.tokens_removal is None:
@@ -275,7 +306,7 @@ def _prune(request: PruneRequest, tokens_first: TokensPlan | None) -> int:
                 )
             raise
     if ranks.index == 0:
-        _finish(request, report, first_model=first_model)
+        return _finish(request, report, first_model=first_model)
     return 0
 
 
@@ -320,10 +351,11 @@ def _documents(request: PruneRequest) -> tuple[Any, str]:
     return documents, ", ".join(public_name(source) for source in request.sources)
 
 
-def _finish(request: PruneRequest, report: PruningReport, *, first_model: str) -> None:
+def _finish(request: PruneRequest, report: PruningReport, *, first_model: str) -> int:
     """Print the result of a run, then upload it if asked; otherwise print the commands to use it with.
 
-    `first_model` is MODEL as the user gave it: `request.model` may be a folder that a first run has written.
+    Returns the exit code: 1 if a text lost more than `--protect` allows, or that is not known. Then nothing is
+    uploaded. `first_model` is MODEL as the user gave it: `request.model` may be a folder that a first run has written.
     """
     from optimum_fista.cli.overview import next_commands, path_of_first_model, verdicts
     from optimum_fista.folder.hub import push_folder
@@ -333,9 +365,18 @@ def _finish(request: PruneRequest, report: PruningReport, *, first_model: str) -
     if request.packed:
         print(packing_of(request.output))
     print(f"saved to {request.output}")
+    breaks_promise = bool(request.protect) and bool(report.unprotected or report.texts_not_measured)
+    if breaks_promise:
+        uploaded = ", and it is not uploaded" if request.push_to_hub else ""
+        print(
+            f"error: {report.verdict_of_texts} (--protect). The folder is kept{uploaded}: remove less, train it "
+            "(optimum-fista recover), or allow more.",
+            file=sys.stderr,
+        )
+        return 1
     if request.push_to_hub:
         print(push_folder(request.output, request.push_to_hub, private=request.private))
-        return
+        return 0
     has_images = "media" in report.calibration
     text_source = "self" if has_images else request.source  # other commands take text only
     commands = next_commands(
@@ -346,3 +387,4 @@ def _finish(request: PruneRequest, report: PruningReport, *, first_model: str) -
         is_packed=request.packed,
     )
     print(commands)
+    return 0

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,8 @@ class PruneRequest:
     packed: bool
     push_to_hub: str | None
     private: bool | None  # None: the Hub decides
+    measure: tuple[str, ...]  # sources of held-out texts, those of `protect` too
+    protect: Mapping[str, float]  # of some of these, the factor that --protect gives
 
     @classmethod
     def of(
@@ -77,6 +81,8 @@ class PruneRequest:
             packed=arguments.packed,
             push_to_hub=arguments.push_to_hub,
             private=arguments.private,
+            measure=measured_sources(arguments),
+            protect=protected_sources(arguments),
         )
 
     @property
@@ -96,6 +102,26 @@ class PruneRequest:
     def reading(self, model: str) -> PruneRequest:
         """Return this request for another model: a Hub id or path."""
         return replace(self, model=model)
+
+    def measured_texts(self) -> dict[str, str]:
+        """Read the held-out texts of `--measure` and `--protect`, by their sources; files are only read."""
+        from optimum_fista.text.sources import load_text
+
+        return {source: load_text(source, "test").joined for source in self.measure}
+
+    def require_measurable(self) -> None:
+        """Refuse held-out texts that can't be read, are too short, or are among the calibration text."""
+        if not self.measure:
+            return
+        for source in self.measure:
+            if any(_are_one_file(source, calibrated) for calibrated in self.sources):
+                raise ValueError(
+                    f"--measure {source!r} is among the calibration text, so it is not held out: pass another text."
+                )
+
+        from optimum_fista.prune.measuring import require_texts
+
+        require_texts(self.model, self.measured_texts(), self.protect)
 
     def require_possible(self) -> None:
         """Refuse flags that can't work, with the flag's name; reads neither the model's weights nor the text.
@@ -135,6 +161,7 @@ class PruneRequest:
         require_zeros_to_pack(self.config, self.packed)
         if self.push_to_hub:
             require_push(self.push_to_hub)
+        self.require_measurable()
         if not self.overwrite:
             self._require_same_run(has_images)
 
@@ -176,6 +203,35 @@ class PruneRequest:
         if self.sequence_length is not None and not has_images:
             wanted["length"] = self.sequence_length  # sequences with images may be shorter
         require_same_run(unfinished_folder(self.output), wanted)
+
+
+def protected_sources(arguments: argparse.Namespace) -> dict[str, float]:
+    """Read the flags `--protect FILE=1.02`: numbers by the source of the text. ValueError if one makes no sense."""
+    protected = dict[str, float]()
+    for flag in arguments.protect or ():
+        source, _, number = flag.rpartition("=")
+        try:
+            at_most = float(number)
+        except ValueError:
+            at_most = math.nan
+        if not source or not 1 <= at_most < math.inf:
+            raise ValueError(
+                f"--protect {flag!r}: pass a text and how many times its bits per byte may become, at least 1, such as "
+                "code.txt=1.02."
+            )
+        protected[source] = at_most
+    return protected
+
+
+def measured_sources(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The sources of `--measure` and of `--protect`, each once, in this order."""
+    sources = [*(arguments.measure or ()), *protected_sources(arguments)]
+    return tuple(dict.fromkeys(sources))
+
+
+def _are_one_file(source: str, other: str) -> bool:
+    """Tell whether two sources of text are the same file; names of the Hub's texts have several splits, and are not."""
+    return Path(source).is_file() and Path(other).is_file() and os.path.samefile(source, other)
 
 
 def pattern_of_run(model: str, config: FistaPruningConfig) -> str:

@@ -347,6 +347,8 @@ def summary(report: PruningReport) -> dict[str, Any]:
     values["version"] = report.versions["optimum-fista"]
     # what the next run on the result has to know of the first model and of the runs since
     values["origin"] = dataclasses.asdict(report.origin_of_result)
+    if not values["origin"]["texts"]:
+        del values["origin"]["texts"]  # as runs that measure no text have always written it
     if report.retrained:
         values["retrained"] = True
     return values

@@ -14,42 +14,25 @@ the list of ids of the beginning of one text.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from optimum_fista.bars import tqdm
-from optimum_fista.model.activations import ActivationStore
-from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.held_out import LEAST_TOKENS, LOGITS_TOGETHER
-from optimum_fista.model.hooks import evaluation_mode
-from optimum_fista.model.inputs import LayerCall, record_inputs
-from optimum_fista.model.layers import find_decoder_layers, token_limits
-from optimum_fista.model.offload import execution_device, onloaded
+from optimum_fista.model.held_out import LEAST_TOKENS
+from optimum_fista.model.layers import token_limits
+from optimum_fista.model.offload import execution_device
 from optimum_fista.model.precision import choose_products, products_as
-from optimum_fista.model.sweep import Sweep
 from optimum_fista.source.loading import load_lazily
+from optimum_fista.text.loss import Tokenized, bits_per_byte
 
 # Tokens of a sequence, at most.
 _LONGEST_SEQUENCE = 1024
 # Tokens that are planned for each that is needed: some texts turn out to be shorter.
 _MARGIN = 1.1
-
-
-@dataclass(frozen=True)
-class TokenizedText:
-    """Beginnings of texts in the tokens of one tokenizer."""
-
-    sequences: Sequence[Sequence[int]]  # ids of each beginning, which are those of the dense model
-    num_tokens: int  # of the beginnings, without BOS
-    # that the predicted tokens stand for: without BOS, the first token of a sequence is not predicted
-    num_bytes: int
 
 
 def measure_bits_per_byte(
@@ -101,7 +84,12 @@ def measure_bits_per_byte(
     removed = is_removed.nonzero().flatten()  # ids, int64
     main_device = execution_device(model.get_input_embeddings())
     with products_as(choose_products(compute_dtype, main_device, model.dtype)):
-        bits = _bits_per_byte(model, {"dense": dense, "pruned": pruned}, removed, progress)
+        bits = bits_per_byte(
+            model,
+            {"dense": dense, "pruned": pruned},
+            removed={"pruned": removed},
+            progress=progress,
+        )
     return bits | {
         "num_bytes": dense.num_bytes,
         "num_tokens": dense.num_tokens,
@@ -157,7 +145,7 @@ def _tokenized(
     *,
     old_ids: Sequence[int] | None,
     bos: int | None,
-) -> TokenizedText:
+) -> Tokenized:
     """Write beginnings of texts in the tokens of a tokenizer; sequences of less than two tokens are left out.
 
     `old_ids` has the dense model's id of each id of the tokenizer; `None`: they are the same. `bos` is the dense
@@ -180,57 +168,10 @@ def _tokenized(
             sequences.append(ids)
             # surrogatepass: a text that was made in Python may hold half of a surrogate pair
             num_bytes += len(predicted.encode("utf-8", "surrogatepass"))
-    return TokenizedText(sequences, num_tokens, num_bytes)
+    return Tokenized(sequences, num_tokens, num_bytes)
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of a text, without special tokens around it."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
     return ids
-
-
-def _bits_per_byte(
-    model: PreTrainedModel, texts: Mapping[str, TokenizedText], removed: Tensor, progress: bool
-) -> dict[str, float]:
-    """Compute bits per byte of the texts called "dense" and "pruned", by these names.
-
-    In "pruned", the model can't predict the ids `removed`, int64. The weights of `model` stay in its files, and one
-    decoder layer at a time is brought to the device. Afterwards, the model is as it was. ValueError if the loss is NaN
-    or Inf.
-    """
-    layers = find_decoder_layers(model)
-    sweeps = dict[str, Sweep]()  # each runs decoder layers on the sequences of one text
-    streams = dict[str, ActivationStore]()  # hidden states that enter the next decoder layer
-    calls = dict[str, list[list[LayerCall]]]()  # other arguments, calls[network][layer][sequence]
-    with evaluation_mode(model), torch.no_grad():
-        for network, text in texts.items():
-            batches = [CalibrationBatch(torch.tensor([ids])) for ids in text.sequences]
-            recorded = record_inputs(layers, batches)
-            sweeps[network] = Sweep(
-                layers,
-                range(len(layers)),
-                batches,
-                storage=None,
-                returned_besides=recorded.returned_besides,
-            )
-            streams[network] = recorded.hidden_states
-            calls[network] = recorded.calls
-
-        bar = tqdm(layers.modules, desc="Measuring", unit="layer", disable=not progress)
-        for index, layer in enumerate(bar):
-            with onloaded(layer.modules(), writable=False):
-                for network, sweep in sweeps.items():
-                    streams[network] = sweep.run(layer, streams[network], calls[network][index])
-
-        bits = dict[str, float]()
-        with onloaded([*layers.around, model.get_output_embeddings()], writable=False):
-            for network, sweep in sweeps.items():
-                impossible = removed if network == "pruned" else None
-                loss = sweep.loss(streams[network], LOGITS_TOGETHER, impossible)
-                text = texts[network]
-                num_predicted = sum(len(ids) - 1 for ids in text.sequences)
-                # nats per token -> nats -> bits -> bits per byte
-                bits[network] = loss * num_predicted / math.log(2) / text.num_bytes
-    if not all(map(math.isfinite, bits.values())):
-        raise ValueError("the loss of the model on the held-out text is NaN or Inf")
-    return bits

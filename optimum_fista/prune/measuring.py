@@ -1,0 +1,125 @@
+"""Measure what a run costs on held-out texts that the user named: `--measure FILE` and `--protect FILE=1.02`.
+
+`require_texts` checks the texts before the run starts. After a run in files, `measure_folder` measures the dense model
+and the result, and writes the losses into the report, the model card and `config.json` of the result. For a model in
+memory, `FistaPruner` measures before and after the run, and `note_losses` adds both to the report.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from accelerate.utils import get_int_from_env
+
+from optimum_fista.atomic import write_file
+from optimum_fista.folder.card import PACKED_NOTE, model_card
+from optimum_fista.folder.checkpoint import CARD_FILE, CONFIG_KEY, REPORT_FILE
+from optimum_fista.folder.writing import summary
+from optimum_fista.report import PruningReport
+from optimum_fista.source.loading import require_tokenizer
+from optimum_fista.source.model_folder import CONFIG_FILE, read_json
+from optimum_fista.text.loss import (
+    MeasuredText,
+    TextLoss,
+    compared,
+    losses_of_folder,
+    require_measurable,
+)
+
+# Environment variables with the number of a process among those that were launched together, as Accelerate reads them.
+_INDICES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+
+
+def require_texts(
+    model: str, measure: Mapping[str, str] | None, protect: Mapping[str, float] | None
+) -> list[MeasuredText]:
+    """Check the texts that a run is to measure, and return what is measured of them; ValueError if that can't work.
+
+    `model` is a folder or a Hub id, whose tokenizer counts the tokens of the texts. `measure` and `protect` are as the
+    user of `FistaPruner.prune` passes them. Changes nothing.
+    """
+    if not measure and not protect:
+        return []
+    return require_measurable(measure or {}, protect or {}, require_tokenizer(model))
+
+
+def measure_folder(
+    dense: str,
+    folder: Path,
+    texts: Sequence[MeasuredText],
+    report: PruningReport,
+    *,
+    device: str | None,
+    progress: bool,
+) -> None:
+    """Measure the model before a run and its result on texts, and add the losses to the report and to the folder.
+
+    Changes `report`, which is that of the result with the names in its files, and in `folder` the report, the model
+    card and the summary in `config.json`. Without texts, and in a process of rank 1 and higher, nothing is done.
+
+    Args:
+        dense: The model before the run: a folder or a Hub id.
+        folder: The finished folder of the result.
+        texts: As `require_texts` returns them.
+        report: The report of the run.
+        device: Where to compute; `None`: the accelerator if there is one.
+        progress: Show progress bars.
+    """
+    is_first_rank = int(get_int_from_env(_INDICES, 0)) == 0
+    if not texts or not is_first_rank:
+        return
+    losses = list[list[TextLoss]]()
+    try:
+        for name, label in ((dense, "Measuring before"), (str(folder), "Measuring after")):
+            losses.append(
+                losses_of_folder(
+                    name,
+                    texts,
+                    device=device,
+                    compute_dtype=report.config["compute_dtype"],
+                    progress=progress,
+                    label=label,
+                )
+            )
+    except (ValueError, RuntimeError, MemoryError) as error:  # also if memory runs out
+        note_failure(report, texts, error)
+    else:
+        note_losses(report, texts, dense=losses[0], pruned=losses[1])
+    _rewrite(folder, report, dense)
+
+
+def note_losses(
+    report: PruningReport,
+    texts: Sequence[MeasuredText],
+    *,
+    dense: Sequence[TextLoss],
+    pruned: Sequence[TextLoss],
+) -> None:
+    """Add the losses of the model before a run (`dense`) and of its result (`pruned`) to `report`, which changes."""
+    report.texts = compared(texts, dense, pruned)
+    for text in report.unprotected:
+        report.warn(f"{text.name} lost more than was allowed: {report.words_on(text)}")
+
+
+def note_failure(report: PruningReport, texts: Sequence[MeasuredText], error: Exception) -> None:
+    """Note in `report`, which changes, that the texts could not be measured, and warn of it."""
+    report.texts_not_measured = [text.name for text in texts]
+    report.warn(
+        f"the loss on {', '.join(report.texts_not_measured)} is not known ({type(error).__name__}: {error}). The files "
+        "do not depend on it."
+    )
+
+
+def _rewrite(folder: Path, report: PruningReport, dense: str) -> None:
+    """Write the report, the model card and the summary in `config.json` of a finished folder again.
+
+    `dense` is the model that the run was given, whose own card is read for its license.
+    """
+    write_file(folder / REPORT_FILE, report.to_json())
+    card_file = folder / CARD_FILE
+    is_packed = card_file.read_text("utf-8").endswith(PACKED_NOTE)
+    card = model_card(report, dense)
+    write_file(card_file, card + PACKED_NOTE if is_packed else card)
+    content = read_json(folder / CONFIG_FILE)
+    content[CONFIG_KEY] = summary(report)
+    write_file(folder / CONFIG_FILE, json.dumps(content, indent=2) + "\n")

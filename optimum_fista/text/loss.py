@@ -1,0 +1,336 @@
+"""The loss of a model on named texts, in bits per byte: the same number for models with different tokens.
+
+`require_measurable` checks the texts of a run (`--measure`, `--protect`) before it starts, and returns them as
+`MeasuredText`s. `losses_of_folder` and `losses_of` then measure one model each, the dense one and the result, and
+`compared` joins both to what the report says. A model runs one decoder layer after the other, so that only one layer
+has to be in memory.
+
+A *stretch* is a piece of a text. Stretches are cut by characters, and not by tokens: all models are measured on the
+same text, whatever their tokens are. A *sequence* is a list of ids that the model runs on alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from optimum_fista.bars import tqdm
+from optimum_fista.model.activations import ActivationStore
+from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.held_out import LEAST_TOKENS, LOGITS_TOGETHER
+from optimum_fista.model.hooks import evaluation_mode
+from optimum_fista.model.inputs import LayerCall, record_inputs
+from optimum_fista.model.layers import find_decoder_layers, token_limits
+from optimum_fista.model.offload import execution_device, onloaded
+from optimum_fista.model.precision import choose_products, products_as
+from optimum_fista.model.sweep import Sweep
+from optimum_fista.public_names import public_name
+from optimum_fista.report import TextReport
+from optimum_fista.source.loading import load_lazily, require_tokenizer
+from optimum_fista.text.windows import first_token
+
+# Characters of a stretch: about 500 tokens of English.
+_STRETCH_CHARACTERS = 2048
+# Stretches of a text: with 6 characters in a token, which is much, they have `LEAST_TOKENS` tokens.
+_MOST_STRETCHES = 12
+# Tokens of a sequence, at most.
+_LONGEST_SEQUENCE = 1024
+
+
+@dataclass(frozen=True)
+class MeasuredText:
+    """A held-out text that the user named, as far as it is measured."""
+
+    name: str  # for the report and the model card: of a path only the last part
+    stretches: tuple[str, ...]
+    at_most: (
+        float | None
+    )  # bits per byte after the run over those before it may not be more; None: they may
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the stretches: equal for equal text."""
+        return hashlib.sha256(
+            "\0".join(self.stretches).encode("utf-8", "surrogatepass")
+        ).hexdigest()
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """A text in the tokens of one model."""
+
+    sequences: Sequence[Sequence[int]]  # ids, of at least two tokens each
+    num_tokens: int  # of the text, without BOS
+    # that the predicted tokens stand for: without BOS, the first token of a sequence is not predicted
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """The loss of one model on one text."""
+
+    bits_per_byte: float
+    num_tokens: int
+    num_bytes: int
+    vocabulary: int  # number of tokens that the model knows
+
+
+def require_measurable(
+    texts: Mapping[str, str],
+    protect: Mapping[str, float],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[MeasuredText]:
+    """Check the texts of a run, and cut the stretches out of them that are measured. Changes nothing.
+
+    Args:
+        texts: By name, such as "code.txt". Of a path, only the last part is taken.
+        protect: By the same names, how many times the bits per byte before the run those after it may be.
+        tokenizer: That of the model as it is before the run.
+
+    Raises:
+        ValueError: If a text is empty or too short, two texts have one name, or `protect` names no text or has a
+            number that is not at least 1.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"measure: {type(tokenizer).__name__} is not a fast tokenizer: pass a model that has a tokenizer.json."
+        )
+    for name, at_most in protect.items():
+        if name not in texts:
+            raise ValueError(
+                f"protect has {name!r}, which is not among the texts to measure "
+                f"({', '.join(map(repr, texts)) or 'there are none'}): pass its text, too."
+            )
+        is_number = isinstance(at_most, int | float) and not isinstance(at_most, bool)
+        if not is_number or not 1 <= at_most < math.inf:
+            raise ValueError(
+                f"protect has {at_most!r} for {name!r}: pass how many times the bits per byte before the run those "
+                "after it may be, such as 1.02."
+            )
+
+    measured = list[MeasuredText]()
+    for name, text in texts.items():
+        public = public_name(name)
+        if any(other.name == public for other in measured):
+            raise ValueError(
+                f"measure has two texts that are called {public!r}: rename one of them."
+            )
+        if not isinstance(text, str):
+            raise ValueError(
+                f"measure[{name!r}] is a {type(text).__name__}: pass the text itself, not the path of a file."
+            )
+        if not text.strip():
+            raise ValueError(f"measure: the text {public!r} is empty.")
+        stretches = tuple(_stretches(text))
+        num_tokens = sum(
+            len(tokenizer(stretch, add_special_tokens=False, verbose=False)["input_ids"])
+            for stretch in stretches
+        )
+        if num_tokens < LEAST_TOKENS:
+            raise ValueError(
+                f"measure: the text {public!r} is too short, what is measured of it has {num_tokens:,} tokens: pass one "
+                f"of at least {LEAST_TOKENS:,} (about {5 * LEAST_TOKENS:,} characters of English)."
+            )
+        measured.append(MeasuredText(public, stretches, protect.get(name)))
+    return measured
+
+
+def _stretches(text: str) -> list[str]:
+    """Cut stretches out of a text, spread evenly over it; of a short text all."""
+    num_characters = _MOST_STRETCHES * _STRETCH_CHARACTERS
+    if len(text) <= num_characters:
+        starts = list(range(0, len(text), _STRETCH_CHARACTERS))
+    else:
+        step = (len(text) - _STRETCH_CHARACTERS) / (_MOST_STRETCHES - 1)
+        starts = [round(number * step) for number in range(_MOST_STRETCHES)]
+    return [text[start : start + _STRETCH_CHARACTERS] for start in starts]
+
+
+def losses_of_folder(
+    name: str,
+    texts: Sequence[MeasuredText],
+    *,
+    device: str | None,
+    compute_dtype: str,
+    progress: bool,
+    label: str,
+) -> list[TextLoss]:
+    """Measure a model in files, a folder or a Hub id, on texts; in their order.
+
+    The weights stay in the files, which are only read, until a decoder layer runs. Weights that are stored in another
+    form than a model computes with are copied to a temporary folder for that time.
+
+    Args:
+        name: The model; it has a tokenizer.
+        texts: As `require_measurable` makes them.
+        device: Where to compute; `None`: the accelerator if there is one.
+        compute_dtype: The option of a configuration: in which dtype matrices are multiplied.
+        progress: Show a progress bar.
+        label: What the bar says, such as "Measuring before".
+
+    Raises:
+        ValueError: If the loss is NaN or Inf.
+    """
+    with tempfile.TemporaryDirectory(prefix="offload-") as offload:
+        loaded = load_lazily(name, Path(offload), device=device)
+        tokenizer = loaded.tokenizer
+        if tokenizer is None:
+            tokenizer = require_tokenizer(name)
+        return losses_of(
+            loaded.model,
+            tokenizer,
+            texts,
+            compute_dtype=compute_dtype,
+            progress=progress,
+            label=label,
+        )
+
+
+def losses_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[MeasuredText],
+    *,
+    compute_dtype: str,
+    progress: bool,
+    label: str,
+) -> list[TextLoss]:
+    """Measure a loaded model on texts, as `losses_of_folder` does. The model is as it was afterwards."""
+    vocabulary, num_positions = token_limits(model)
+    longest = _LONGEST_SEQUENCE
+    if num_positions is not None:
+        longest = min(longest, num_positions)
+    bos = first_token(tokenizer)
+    tokenized = {
+        str(number): tokenized_text(text.stretches, tokenizer, bos=bos, longest=longest)
+        for number, text in enumerate(texts)
+    }
+    device = execution_device(model.get_input_embeddings())
+    with products_as(choose_products(compute_dtype, device, model.dtype)):
+        bits = bits_per_byte(model, tokenized, removed={}, progress=progress, label=label)
+    return [
+        TextLoss(
+            bits_per_byte=bits[number],
+            num_tokens=text.num_tokens,
+            num_bytes=text.num_bytes,
+            vocabulary=vocabulary,
+        )
+        for number, text in tokenized.items()
+    ]
+
+
+def compared(
+    texts: Sequence[MeasuredText], dense: Sequence[TextLoss], pruned: Sequence[TextLoss]
+) -> list[TextReport]:
+    """Join the losses of the model before a run (`dense`) and of its result (`pruned`) on texts, for the report."""
+    return [
+        TextReport(
+            name=text.name,
+            sha256=text.sha256,
+            num_bytes=before.num_bytes,
+            num_tokens=before.num_tokens,
+            num_tokens_pruned=after.num_tokens,
+            dense=before.bits_per_byte,
+            pruned=after.bits_per_byte,
+            vocabulary=before.vocabulary,
+            at_most=text.at_most,
+        )
+        for text, before, after in zip(texts, dense, pruned, strict=True)
+    ]
+
+
+def tokenized_text(
+    stretches: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    bos: int | None,
+    longest: int,
+) -> Tokenized:
+    """Write stretches of a text in tokens, in sequences of at most `longest` ids.
+
+    `bos` is the id that every sequence starts with; `None`: sequences start with text. The tokens of a long stretch are
+    cut into several sequences.
+    """
+    sequences = list[Sequence[int]]()
+    num_tokens = 0
+    num_bytes = 0
+    for stretch in stretches:
+        encoded = tokenizer(
+            stretch, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        ids = encoded["input_ids"]
+        places = encoded["offset_mapping"]  # first and last character (exclusive) of each token
+        num_tokens += len(ids)
+        per_sequence = longest if bos is None else longest - 1
+        for start in range(0, len(ids), per_sequence):
+            sequence = ids[start : start + per_sequence]
+            begin, end_of_first = places[start]
+            _, end = places[start + len(sequence) - 1]
+            if bos is not None:
+                sequence = [bos, *sequence]
+            else:
+                begin = end_of_first  # nothing predicts the first token
+            if len(sequence) > 1:
+                sequences.append(sequence)
+                predicted = stretch[begin:end]
+                num_bytes += len(predicted.encode("utf-8", "surrogatepass"))
+    return Tokenized(sequences, num_tokens, num_bytes)
+
+
+def bits_per_byte(
+    model: PreTrainedModel,
+    texts: Mapping[str, Tokenized],
+    *,
+    removed: Mapping[str, Tensor],
+    progress: bool,
+    label: str = "Measuring",
+) -> dict[str, float]:
+    """Compute the bits per byte of texts, by their keys in `texts`, in one pass over the decoder layers of a model.
+
+    The weights of `model` may stay in its files: one decoder layer at a time is brought to the device. Afterwards, the
+    model is as it was. `removed` has ids, int64, that the model can't predict in a text, by the text's key; a text that
+    is not in it has none. `label` is what the progress bar says. ValueError if the loss is NaN or Inf.
+    """
+    layers = find_decoder_layers(model)
+    sweeps = dict[str, Sweep]()  # each runs decoder layers on the sequences of one text
+    streams = dict[str, ActivationStore]()  # hidden states that enter the next decoder layer
+    calls = dict[str, list[list[LayerCall]]]()  # other arguments, calls[key][layer][sequence]
+    with evaluation_mode(model), torch.no_grad():
+        for key, text in texts.items():
+            batches = [CalibrationBatch(torch.tensor([list(ids)])) for ids in text.sequences]
+            recorded = record_inputs(layers, batches)
+            sweeps[key] = Sweep(
+                layers,
+                range(len(layers)),
+                batches,
+                storage=None,
+                returned_besides=recorded.returned_besides,
+            )
+            streams[key] = recorded.hidden_states
+            calls[key] = recorded.calls
+
+        bar = tqdm(layers.modules, desc=label, unit="layer", disable=not progress)
+        for index, layer in enumerate(bar):
+            with onloaded(layer.modules(), writable=False):
+                for key, sweep in sweeps.items():
+                    streams[key] = sweep.run(layer, streams[key], calls[key][index])
+
+        bits = dict[str, float]()
+        with onloaded([*layers.around, model.get_output_embeddings()], writable=False):
+            for key, sweep in sweeps.items():
+                loss = sweep.loss(streams[key], LOGITS_TOGETHER, removed.get(key))
+                text = texts[key]
+                num_predicted = sum(len(ids) - 1 for ids in text.sequences)
+                # nats per token -> nats -> bits -> bits per byte
+                bits[key] = loss * num_predicted / math.log(2) / text.num_bytes
+    if not all(map(math.isfinite, bits.values())):
+        raise ValueError("the loss of the model on the held-out text is NaN or Inf")
+    return bits

@@ -1,0 +1,212 @@
+"""`--measure` and `--protect`: the loss on held-out texts that the user names, before and after a run."""
+
+import json
+import math
+
+import pytest
+import torch
+from rare_tokens import COMMON, RARE, save, text_of
+from tiny_llama import QUICK
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.cli.main import main
+from optimum_fista.folder.checkpoint import read_report
+from optimum_fista.text.loss import _stretches
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*(tokens that stay|belong to no token|bits per byte|rank-deficient|lost more than)"
+)
+# 4,096 tokens and more, most of them in words
+COMMON_TEXT = text_of(COMMON, 5000)
+RARE_TEXT = text_of(f"{RARE} {COMMON}", 6000)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A dense model with a tokenizer; do not write to it."""
+    return save(tmp_path_factory.mktemp("measuring") / "dense", spare=0)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A folder with texts: sea.txt and zoo.txt to measure on, text.txt to calibrate on."""
+    folder = tmp_path_factory.mktemp("private-folder")
+    (folder / "sea.txt").write_text(COMMON_TEXT)
+    (folder / "zoo.txt").write_text(RARE_TEXT)
+    (folder / "text.txt").write_text(text_of(COMMON, 300))
+    return folder
+
+
+def bits_of(folder, text: str) -> float:
+    """Bits per byte of the measured stretches of a text, by the model and the tokenizer in a folder."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    nats = 0.0
+    num_bytes = 0
+    longest = model.config.max_position_embeddings
+    for stretch in _stretches(text):
+        encoded = tokenizer(stretch, return_offsets_mapping=True, add_special_tokens=False)
+        for start in range(0, len(encoded["input_ids"]), longest):
+            ids = torch.tensor(encoded["input_ids"][start : start + longest])
+            places = encoded["offset_mapping"][start : start + longest]
+            if len(ids) < 2:
+                continue
+            with torch.no_grad():
+                (logits,) = model(ids.unsqueeze(0)).logits
+            nats += float(cross_entropy(logits[:-1], ids[1:], reduction="sum"))
+            num_bytes += len(stretch[places[0][1] : places[-1][1]].encode())
+    return nats / math.log(2) / num_bytes
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "channels:0.25", "layers:0.5", "vocab:0.18"])
+def test_every_pattern_says_the_loss_of_each_text_by_name(dense, texts, tmp_path, capsys, pattern):
+    output = tmp_path / "pruned"
+    flags = ["--pattern", pattern, "--calibration", str(texts / "text.txt"), *QUICK]
+    flags += ["--measure", str(texts / "sea.txt"), "--measure", str(texts / "zoo.txt")]
+
+    assert main(["prune", str(dense), "-o", str(output), *flags]) == 0
+
+    report = read_report(output)
+    assert [text.name for text in report.texts] == ["sea.txt", "zoo.txt"]
+    for text, content in zip(report.texts, (COMMON_TEXT, RARE_TEXT), strict=True):
+        assert text.dense == pytest.approx(bits_of(dense, content), rel=1e-4)
+        assert text.pruned == pytest.approx(bits_of(output, content), rel=1e-4)
+
+    printed = capsys.readouterr().out
+    card = (output / "README.md").read_text()
+    for text in report.texts:
+        assert (
+            f"{text.name}: {text.dense:.3f} before and {text.pruned:.3f} bits per byte" in printed
+        )
+        assert f"| loss on {text.name} | {text.dense:.3f} before" in card
+    assert "verdict: " in printed
+    assert "| verdict | " in card
+    files = [*output.rglob("*.json"), output / "README.md"]
+    assert not any("private-folder" in file.read_text() for file in files)
+    assert main(["verify", str(output)]) == 0
+
+
+def test_a_loaded_model_is_measured_before_and_after(dense, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    pruner = FistaPruner(FistaPruningConfig(method="wanda", allocation="uniform"), progress=False)
+    tokens = torch.randint(3, 200, (4, 32))
+
+    report = pruner.prune(model, [tokens], measure={"sea": COMMON_TEXT}, protect={"sea": 1000.0})
+    pruner.save_pretrained(model, tmp_path / "pruned", AutoTokenizer.from_pretrained(dense))
+
+    (text,) = report.texts
+    assert text.dense == pytest.approx(bits_of(dense, COMMON_TEXT), rel=1e-4)
+    assert text.pruned == pytest.approx(bits_of(tmp_path / "pruned", COMMON_TEXT), rel=1e-4)
+    assert not report.unprotected
+    assert read_report(tmp_path / "pruned").texts == report.texts
+
+
+def test_a_run_that_breaks_its_promise_is_kept_and_not_called_good(dense, texts, tmp_path, capsys):
+    output = tmp_path / "pruned"
+    flags = ["--pattern", "vocab:0.18", "--calibration", str(texts / "text.txt")]
+    flags += ["--protect", f"{texts / 'zoo.txt'}=1", "--protect", f"{texts / 'sea.txt'}=3"]
+
+    assert main(["prune", str(dense), "-o", str(output), *flags]) == 1
+
+    printed = capsys.readouterr()
+    assert "error: not good: zoo.txt lost more than was allowed" in printed.err
+    assert "The folder is kept" in printed.err
+    report = read_report(output)
+    assert [text.name for text in report.unprotected] == ["zoo.txt"]
+    assert "not good: zoo.txt" in (output / "README.md").read_text()
+    AutoModelForCausalLM.from_pretrained(output)
+
+
+def test_of_several_runs_the_loss_is_that_of_the_first_model(dense, texts, tmp_path, capsys):
+    flags = ["--calibration", str(texts / "text.txt"), "--measure", str(texts / "sea.txt")]
+    first = tmp_path / "first"
+    second = tmp_path / "second"
+
+    assert main(["prune", str(dense), "-o", str(first), "--pattern", "vocab:0.18", *flags]) == 0
+    flags += ["--pattern", "channels:0.25", *QUICK]
+    assert main(["prune", str(first), "-o", str(second), *flags]) == 0
+
+    report = read_report(second)
+    (text,) = report.texts
+    (of_first_run,) = read_report(first).texts
+    assert text.sha256 == of_first_run.sha256
+    assert report.first_bits_per_byte(text) == of_first_run.dense
+    assert report.times_of(text) == text.pruned / of_first_run.dense
+    assert f"{of_first_run.dense:.3f} of the dense model" in capsys.readouterr().out
+
+
+def test_a_size_by_two_runs_is_measured_against_the_dense_model(dense, texts, tmp_path):
+    output = tmp_path / "sized"
+    flags = ["--target-size", "0.8", "--calibration", str(texts / "text.txt"), *QUICK]
+    flags += ["--measure", str(texts / "sea.txt")]
+
+    assert main(["prune", str(dense), "-o", str(output), *flags]) == 0
+
+    report = read_report(output)
+    (text,) = report.texts
+    assert report.first_bits_per_byte(text) == pytest.approx(bits_of(dense, COMMON_TEXT), rel=1e-4)
+    assert text.pruned == pytest.approx(bits_of(output, COMMON_TEXT), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "there is no such file"),
+        (b"", "is empty"),
+        (b"\xff\xfe\xff", "is not UTF-8"),
+        (b"a few words", "is too short"),
+    ],
+)
+def test_a_text_that_cant_be_measured_is_refused_before_the_run(
+    dense, texts, tmp_path, capsys, content, words
+):
+    file = tmp_path / "held.txt"
+    if content is not None:
+        file.write_bytes(content)
+    flags = ["--calibration", str(texts / "text.txt"), "--measure", str(file), *QUICK]
+
+    assert main(["prune", str(dense), "-o", str(tmp_path / "out"), *flags]) == 1
+
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.unfinished").exists()
+
+
+def test_calibration_text_is_not_held_out(dense, texts, tmp_path, capsys):
+    flags = ["--calibration", str(texts / "sea.txt"), "--measure", str(texts / "sea.txt"), *QUICK]
+
+    assert main(["prune", str(dense), "-o", str(tmp_path / "out"), *flags]) == 1
+
+    assert "is among the calibration text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["zoo.txt", "zoo.txt=much", "=1.02", "zoo.txt=0.9", "zoo.txt=nan"])
+def test_a_protected_text_needs_a_number_of_at_least_1(dense, tmp_path, capsys, flag):
+    assert main(["prune", str(dense), "-o", str(tmp_path / "out"), "--protect", flag]) == 1
+
+    assert "--protect" in capsys.readouterr().err
+
+
+def test_names_and_limits_of_measured_texts_are_checked(dense, tmp_path):
+    pruner = FistaPruner(progress=False)
+    wrong = [
+        ({"measure": {"a": COMMON_TEXT}, "protect": {"b": 1.1}}, "protect has 'b'"),
+        ({"measure": {"a": COMMON_TEXT}, "protect": {"a": 0.5}}, "protect has 0.5"),
+        ({"measure": {"/x/a": COMMON_TEXT, "/y/a": COMMON_TEXT}}, "two texts that are called 'a'"),
+        ({"measure": {"a": " "}}, "is empty"),
+        ({"measure": {"a": tmp_path}}, "pass the text itself"),
+    ]
+    for options, words in wrong:
+        with pytest.raises(ValueError, match=words):
+            pruner.prune(str(dense), [], output_dir=tmp_path / "out", **options)
+
+
+def test_a_report_without_texts_has_an_origin_as_before(dense, texts, tmp_path):
+    flags = ["--calibration", str(texts / "text.txt"), *QUICK]
+
+    assert main(["prune", str(dense), "-o", str(tmp_path / "out"), *flags]) == 0
+
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "texts" not in config["fista_pruning"]["origin"]
