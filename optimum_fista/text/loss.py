@@ -136,8 +136,8 @@ def require_measurable(
         )
         if num_tokens < LEAST_TOKENS:
             raise ValueError(
-                f"measure: the text {public!r} is too short, what is measured of it has {num_tokens:,} tokens: pass one "
-                f"of at least {LEAST_TOKENS:,} (about {5 * LEAST_TOKENS:,} characters of English)."
+                f"measure: the text {public!r} is too short, what is measured of it has {num_tokens:,} tokens: pass "
+                f"one of at least {LEAST_TOKENS:,} (about {5 * LEAST_TOKENS:,} characters of English)."
             )
         measured.append(MeasuredText(public, stretches, protect.get(name)))
     return measured
