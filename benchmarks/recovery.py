@@ -81,7 +81,7 @@ def measure(
             options |= {} if kind == "once" else {"tokens": int(tokens)}
             for other in others:
                 name, _, value = other.rpartition("=")
-                options[name or "learning_rate"] = json.loads(value)
+                options[name or "relative_step"] = json.loads(value)
             if kind == "once":  # the windows that the model was calibrated on, in the same order
                 length, count = arguments.test_length, arguments.num_samples
                 options |= {

@@ -8,7 +8,8 @@ from optimum_fista.cli.flags import DEVICE, add_options, given_options
 from optimum_fista.train.recovery_options import RecoveryOptions
 
 DESCRIPTION = """\
-Train the weights that a pruned model kept, so that it predicts as the dense model does. Zeros stay zero.
+Train the weights that a pruned model kept, so that it predicts as the dense model does. Zeros stay zero. A model that
+was never pruned can be trained in the same way, to compare with.
 
 The loss measures how far the predictions of the pruned model are from those of the dense model (the teacher) and from
 the text. Part of the text is never trained on: the model is measured on it before, during and after the training, and
@@ -19,6 +20,7 @@ examples:
   optimum-fista recover ./model-50 --teacher ./model --calibration texts.txt
   optimum-fista recover ./model-24 --teacher meta-llama/Llama-3.2-1B --calibration c4 --tokens 10000000 --batch-size 8
   optimum-fista recover ./model-50 --teacher ./model --calibration texts.txt --train norms --output ./model-50-norms
+  optimum-fista recover ./model --calibration texts.txt --label-share 1  # the dense model on text alone, to compare
   # several processes share the sequences, and with --use_fsdp --fsdp_version 2 the weights:
   accelerate launch --multi_gpu --num_processes 8 -m optimum_fista recover ./model-50 --teacher ./model
 """
@@ -28,11 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command to its parser; those of the training come from `RecoveryOptions`."""
     parser.usage = "%(prog)s DIR --teacher MODEL [options]"
     add = parser.add_argument
-    add("folder", metavar="DIR", help="folder or Hub id of a pruned model, packed or not")
+    add("folder", metavar="DIR", help="folder or Hub id of a model, pruned (also packed) or dense")
     add(
         "--teacher",
         metavar="MODEL",
-        help="the dense model: Hub id or folder (default: the Hub id in DIR's report)",
+        help="the dense model: Hub id or folder (default: the Hub id in DIR's report, or DIR if it was never pruned)",
     )
     add(
         "--output",
@@ -66,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     # Only now, so that --help is quick.
     from optimum_fista.cli.messages import speaking_ranks
     from optimum_fista.cli.overview import next_commands
-    from optimum_fista.folder.checkpoint import read_report
+    from optimum_fista.folder.checkpoint import REPORT_FILE, read_report
     from optimum_fista.folder.output import folder_beside
     from optimum_fista.train.recovery import recover
     from optimum_fista.train.recovery_plan import plan_recovery, preview
@@ -98,7 +100,9 @@ def run(arguments: argparse.Namespace) -> int:
     if ranks.index == 0:
         print(report)
         print(f"saved to {output}")
-        has_zeros = not read_report(output).removed
-        dense_model = arguments.teacher or report.teacher
-        print(next_commands(dense_model, output, None, has_zeros=has_zeros))
+        is_pruned = (output / REPORT_FILE).exists()
+        if is_pruned:
+            has_zeros = not read_report(output).removed
+            dense_model = arguments.teacher or report.teacher
+            print(next_commands(dense_model, output, None, has_zeros=has_zeros))
     return 0

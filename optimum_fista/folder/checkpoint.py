@@ -27,6 +27,9 @@ REPORT_FILE = "fista/report.json"
 VOCABULARY_FILE = "fista/vocabulary.json"
 """Ids of the tokens that are left, if tokens were removed, by the latest run or an earlier one."""
 
+RECOVERY_FILE = "fista/recovery.json"
+"""What `recover` did with a model that was not pruned, which has no report."""
+
 CONFIG_KEY = "fista_pruning"
 """Of `config.json`: the summary of the latest run."""
 

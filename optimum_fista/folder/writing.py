@@ -30,13 +30,14 @@ from optimum_fista.folder.checkpoint import (
     MASKS_FILE,
     MASKS_FORMAT,
     MASKS_METADATA,
+    RECOVERY_FILE,
     REPORT_FILE,
     VOCABULARY_FILE,
 )
 from optimum_fista.folder.naming import operators_by_weight, report_as_stored
 from optimum_fista.model.offload import describe_ties, stored_tensor
 from optimum_fista.model.operators import LinearOperator
-from optimum_fista.report import PruningReport
+from optimum_fista.report import PruningReport, RecoveryReport
 from optimum_fista.solve.pattern import unpack_mask
 from optimum_fista.source.configuration import content_of, source_content
 from optimum_fista.source.files import copy_source
@@ -125,8 +126,44 @@ def write_checkpoint(
     earlier_summary = getattr(model.config, CONFIG_KEY, None) or {}
     was_retrained = report.retrained or bool(earlier_summary.get("retrained"))
     stored_report = dataclasses.replace(stored_report, retrained=was_retrained)
-    forget_gguf(model)
+    _write_weights_and_code(model, folder, stored_as)
+    write_all_but_weights(folder, model, tokenizer, stored_report, stored_masks)
 
+
+def write_dense(
+    model: PreTrainedModel,
+    folder: Path,
+    recovery: RecoveryReport,
+    tokenizer: PreTrainedTokenizerBase | None,
+    stored_as: SourceTensors,
+) -> None:
+    """Write all files of a model that was trained and never pruned: no masks, no report of a run and no model card.
+
+    Changes the configuration of the model, which gets the names of its class and dtype and whether weights are tied. A
+    model that was read from a GGUF file forgets that.
+
+    Args:
+        model: The trained model. Its weights are not changed.
+        folder: The unfinished folder, with the files that come along from the source (`copy_source`).
+        recovery: What the training did, written to `RECOVERY_FILE`.
+        tokenizer: Saved if the folder has no files of one, because the source was a GGUF file; `None`: there is none.
+        stored_as: What is known of the files that the model was loaded from, as in `write_checkpoint`.
+    """
+    _write_weights_and_code(model, folder, stored_as)
+    (folder / "fista").mkdir(exist_ok=True)
+    write_file(folder / RECOVERY_FILE, json.dumps(dataclasses.asdict(recovery), indent=2) + "\n")
+    if tokenizer is not None and not any(folder.glob("tokenizer*")):
+        tokenizer.save_pretrained(folder)
+    content = _describe(model, folder, local_source(model))
+    write_file(folder / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+
+
+def _write_weights_and_code(model: PreTrainedModel, folder: Path, stored_as: SourceTensors) -> None:
+    """Write the weights of a model in memory as the source has them, and copy the code and the processor of the source.
+
+    `stored_as` as in `write_checkpoint`. A model that was read from a GGUF file forgets that.
+    """
+    forget_gguf(model)
     source = local_source(model)
     with errors_of_writing(folder), _generation_file_copied(model, source, folder):
         if source is not None:
@@ -138,7 +175,6 @@ def write_checkpoint(
                 restore_dtypes(shard, original_tensors)  # writes the file again if dtypes differ
         if stored_as.tensors_to_copy:
             _add_shard(folder, stored_as.tensors_to_copy)
-    write_all_but_weights(folder, model, tokenizer, stored_report, stored_masks)
 
 
 def _require_zeros(operator: LinearOperator, packed_mask: Tensor) -> None:
@@ -250,6 +286,21 @@ def write_all_but_weights(
         shutil.copyfile(source / VOCABULARY_FILE, folder / VOCABULARY_FILE)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    _forget_further_tokens(model, report)
+    model.config.fista_pruning = summary(report)  # stays if whoever loads the model saves it again
+    content = _describe(model, folder, source)
+
+    dense_name = internals.loaded_from(model.config)
+    card = model_card(report, dense_name)
+    write_form(folder, content, card, masks, packed, quantized)
+
+
+def _describe(model: PreTrainedModel, folder: Path, source: Path | None) -> dict[str, Any]:
+    """Write `generation_config.json` into `folder` if it has none, and return the content of `config.json`.
+
+    Changes `model.config`: the names of the class and the dtype, and tied weights. `source` is the folder that the
+    model was loaded from, `None` if there is none.
+    """
     if model.can_generate() and not (folder / _GENERATION_FILE).exists():
         generation = model.generation_config
         if source is not None and _is_foreign_link(source / _GENERATION_FILE, source):
@@ -257,15 +308,9 @@ def write_all_but_weights(
         generation.save_pretrained(folder)
 
     describe_ties(model, model.config)
-    _forget_further_tokens(model, report)
-    model.config.fista_pruning = summary(report)  # stays if whoever loads the model saves it again
     model.config.architectures = [type(model).__name__]  # a configuration made in Python names none
     model.config.dtype = str(model.dtype).removeprefix("torch.")  # in which Transformers loads it
-
-    dense_name = internals.loaded_from(model.config)
-    card = model_card(report, dense_name)
-    content = content_of(model.config, source_content(source))
-    write_form(folder, content, card, masks, packed, quantized)
+    return content_of(model.config, source_content(source))
 
 
 def _forget_further_tokens(model: PreTrainedModel, report: PruningReport) -> None:

@@ -1,9 +1,11 @@
 """Distillation: the Trainer of Transformers with the divergence from a teacher as its loss.
 
-`DistillationTrainer` gives the Trainer its loss and its learning rates (`Schedule`). `Watch`, its callback, decides
-when a *state* is saved, when the training backs off, and when it ends. A state is a checkpoint of the Trainer (a folder
-`checkpoint-STEP` in the *journal*, the folder of the run) from which a killed run resumes with the same bits. It holds
-only trained parameters, and a file with the digests of its files is written last, so that damaged ones are noticed.
+`DistillationTrainer` gives the Trainer its loss, its optimizer and its learning rates (`Schedule`). `Watch`, its
+callback, decides when the loss is measured, when a *state* is saved, when the training backs off, and when it ends.
+
+A state is a checkpoint of the Trainer (a folder `checkpoint-STEP` in the *journal*, the folder of the run) from which a
+killed run resumes with the same bits. It holds only trained parameters, and a file with the digests of its files is
+written last, so that damaged ones are noticed.
 `intact_states` finds the states of an earlier start. *Ranks* are processes that train together (`prune.ranks.Ranks`);
 rank 0 decides and writes.
 
@@ -26,8 +28,10 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import fsdp2_prepare_model
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     PreTrainedModel,
@@ -55,20 +59,26 @@ from optimum_fista.train.training import local
 
 # In the folder of a state: the best step until then, and digests of the state's files.
 _STATE_RECORD = "files.json"
+_WEIGHTS = "model.safetensors"  # in the folder of a state, by the name that the Trainer looks for
 _SAVE_SECONDS = 120.0
-# The warm-up is this share of the steps, and at least so many steps, but at most half of them. The first step of Adam
-# moves every weight by the whole rate.
-_WARM_UP = 0.05
-_LEAST_WARM_UP = 10
+_WARM_UP = 0.05  # share of the steps, at least one step
 _BACK_OFF = 4  # divides the learning rate
+_CHANCE = 0.1  # a held-out loss may rise by this share of the gain until then
+# Adam divides the mean of a weight's gradients by the root of the mean of their squares, plus this constant. It is that
+# of gradients by weights whose root mean square is 1.
+_EPSILON = 1e-10
+_SIZE_OF_ZEROS = (
+    1e-3  # taken for the root mean square of a tensor that is all zeros, such as some biases
+)
 logger = logging.getLogger(__name__)
 
 
 class Schedule:
     """Shares of the learning rate by step: a linear warm-up, then a cosine to zero.
 
-    The scheduler of PyTorch calls it, and keeps its attributes in a saved state. `DistillationTrainer.back_off` changes
-    `began` (the step at which the schedule starts again) and `share` (the largest share).
+    They are shares of `RecoveryOptions.relative_step`. The scheduler of PyTorch calls this object, and keeps its
+    attributes in a saved state. `DistillationTrainer.back_off` changes `began` (the step at which the schedule starts
+    again) and `share` (the largest share).
     """
 
     def __init__(self, steps: int) -> None:
@@ -83,9 +93,7 @@ class Schedule:
         """
         total = self.steps - self.began
         number = step - self.began + 1
-        half = (total + 1) // 2
-        usual_warm_up = max(_LEAST_WARM_UP, round(_WARM_UP * total))
-        warm_up = min(usual_warm_up, half)
+        warm_up = max(1, round(_WARM_UP * total))
         if number <= warm_up:
             return self.share * number / warm_up
 
@@ -133,9 +141,13 @@ class DistillationTrainer(Trainer):
             held_out: Token ids [sequences, length] that only measure the loss.
             callbacks: Of the Trainer.
         """
-        self._trained = [
-            name for name, parameter in model.named_parameters() if parameter.requires_grad
-        ]
+        # By the name of each trained parameter. The weights are whole here, and those before the training: a resumed
+        # training loads its state later.
+        self._sizes = {
+            name: root_mean_square(parameter.detach())
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
         super().__init__(
             model,
             arguments,
@@ -159,6 +171,30 @@ class DistillationTrainer(Trainer):
         self._read_start = read_start
         self.schedule = Schedule(steps)
 
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """Make AdamW with a learning rate for each parameter, and note it in `self.optimizer`, as the Trainer expects.
+
+        Adam moves every weight by about the learning rate, whatever the gradient. Weights of some models are ten times
+        as large as those of others. So the rate of a parameter is `relative_step` times its root mean square, as in
+        Adafactor (arXiv 1804.04235, section 8). Gradients are not clipped: they, too, are as large as their weights are
+        small. So the training stays the same if weights become smaller and the norm before them larger.
+
+        `model` is the student as the Trainer has wrapped it; `None`: `self.model`. A state that is loaded brings the
+        rates with which its run began.
+        """
+        student: Any = self.model if model is None else model
+        groups = []
+        for name, parameter in student.named_parameters():
+            if parameter.requires_grad:
+                size = self._sizes[name]
+                relative_step = self.args.learning_rate
+                groups.append(
+                    {"params": [parameter], "lr": relative_step * size, "eps": _EPSILON / size}
+                )
+        betas = (self.args.adam_beta1, self.args.adam_beta2)
+        self.optimizer = AdamW(groups, betas=betas, weight_decay=0.0, fused=True)
+        return self.optimizer
+
     def create_scheduler(self, *_: Any, **__: Any) -> LambdaLR:
         """Make the scheduler of the learning rate, and note it in `self.lr_scheduler`, as the Trainer expects.
 
@@ -169,19 +205,28 @@ class DistillationTrainer(Trainer):
         return scheduler
 
     def back_off(self) -> None:
-        """Go on from the weights before the training, with a quarter of the learning rate and a new warm-up.
+        """Go on from the best weights until now, with a quarter of the learning rate and a new warm-up.
 
-        Changes the trained parameters (`self._trained` are their names) to those that `self._read_start` reads again,
-        the moments of the optimizer to zero, its rates, and `self.schedule`.
+        The best weights are those of the state that `self.state` names, or those before the training, which
+        `self._read_start` reads again. Changes the trained parameters to them, the moments of the optimizer to zero,
+        its rates, and `self.schedule`.
         """
         model: Any = self.model
         optimizer: Any = self.optimizer
         scheduler: Any = self.lr_scheduler
 
+        best_step = self.state.best_global_step
+        if best_step:
+            journal = Path(str(self.args.output_dir))
+            best_weights: Mapping[str, Tensor] = load_file(
+                journal / f"checkpoint-{best_step}" / _WEIGHTS
+            )
+        else:
+            best_weights = self._read_start()
+
         parameters = dict(model.named_parameters())
-        start = self._read_start()
-        for name in self._trained:
-            value = start[name]
+        for name in self._sizes:
+            value = best_weights[name]
             parameter = parameters[name]
             if isinstance(parameter, DTensor):  # every process has the whole value: none is sent
                 value = distribute_tensor(
@@ -238,15 +283,15 @@ class DistillationTrainer(Trainer):
         """Write the trained parameters into the folder of a state, in the process that saves; the Trainer calls it.
 
         If parameters are sharded, `state_dict` has them put together; otherwise it is missing, and those of the model
-        are written. `self._trained` are the names of the trained ones.
+        are written. The keys of `self._sizes` are the names of the trained ones.
         """
         if not self.args.should_save:
             return
         if not state_dict:
             model: Any = self.model
             state_dict = model.state_dict()
-        trained = {name: state_dict[name].contiguous() for name in self._trained}
-        write_file(Path(str(output_dir)) / "model.safetensors", trained)
+        trained = {name: state_dict[name].contiguous() for name in self._sizes}
+        write_file(Path(str(output_dir)) / _WEIGHTS, trained)
 
     def _save_checkpoint(self, *given: Any) -> None:
         """Save a state into the folder `checkpoint-STEP`, as the Trainer does, which calls this.
@@ -258,7 +303,7 @@ class DistillationTrainer(Trainer):
         bytes_of_weights = sum(
             parameter.numel() * parameter.element_size()
             for name, parameter in model.named_parameters()
-            if name in self._trained
+            if name in self._sizes
         )
         num_bytes = 3 * bytes_of_weights  # and two moments of the optimizer
         unfinished_state = journal / f"checkpoint-{self.state.global_step}"
@@ -269,6 +314,17 @@ class DistillationTrainer(Trainer):
 
     def _issue_warnings_after_load(self, _: Any) -> None:
         """Give no warning: a checkpoint holds only the trained parameters on purpose."""
+
+
+def root_mean_square(weights: Tensor) -> float:
+    """The root mean square of the weights that are not zero; if all are, a small number, so that they can be trained.
+
+    `weights` may have any shape and dtype. Zeros are left out, because pruned weights do not move.
+    """
+    num_weights = int(torch.count_nonzero(weights))
+    if not num_weights:
+        return _SIZE_OF_ZEROS
+    return float(torch.linalg.vector_norm(weights, dtype=torch.float64)) / math.sqrt(num_weights)
 
 
 def _dataset(windows: Tensor) -> Any:
@@ -310,7 +366,7 @@ def explaining_full_disk(
 
 
 class Watch(TrainerCallback):
-    """Shows a training, saves its state every two minutes, backs off if the loss rises, and ends it early if asked.
+    """Shows a training, saves its state every two minutes, backs off if a loss rises, and ends it early if asked.
 
     Weights only count as the best if their loss is smaller than that before the training. The Trainer calls the methods
     `on_...` with its arguments, its state and its control; what they set in the control, it does next.
@@ -320,15 +376,15 @@ class Watch(TrainerCallback):
         stopped: Whether Ctrl-C was pressed in some process, and so all are stopped.
     """
 
-    def __init__(self, ranks: Ranks, *, progress: bool, check: int) -> None:
+    def __init__(self, ranks: Ranks, *, progress: bool, first_check: int) -> None:
         """Begin to count seconds. `ranks` train together; `progress`: whether rank 0 shows a bar.
 
-        `check` is a step after which the held-out loss is measured, besides those of the Trainer's arguments.
+        `first_check` is a step after which the held-out loss is measured, before those of the Trainer's arguments.
         """
         self.back_off: Callable[[], None] = lambda: None
         self.stopped = False
         self._asked = False  # by Ctrl-C in this process
-        self._check = check
+        self._first_check = first_check
         self._ranks = ranks
         self._progress = progress and ranks.index == 0
         self._began = time.perf_counter()
@@ -395,8 +451,8 @@ class Watch(TrainerCallback):
         """Ask for a saved state, an evaluation or the end of the training, in all processes at once.
 
         Sets `control` and `self.stopped` (whether some process was asked to stop), and moves the bar. Rank 0's clock
-        decides when a state is saved. `self._asked` is True after Ctrl-C in this process, and `self._check` is a step
-        to evaluate after.
+        decides when a state is saved. `self._asked` is True after Ctrl-C in this process, and `self._first_check` is a
+        step to evaluate after.
         """
         self._bar.update()
         is_due = time.perf_counter() - self._saved > _SAVE_SECONDS
@@ -405,7 +461,7 @@ class Watch(TrainerCallback):
         self.stopped = any(asked for _, asked in of_all_ranks)
 
         control.should_save |= is_due_in_rank_0
-        control.should_evaluate |= state.global_step == self._check
+        control.should_evaluate |= state.global_step == self._first_check
         control.should_training_stop |= self.stopped
 
     def on_epoch_end(
@@ -435,11 +491,11 @@ class Watch(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Say the held-out loss; back off if it is larger than before the training, or not finite.
+        """Say the held-out loss; back off if it has risen above the smallest one until now, or is not finite.
 
-        The loss before the training is noted as the best one of the state. `given["metrics"]` has the loss, and
-        `self.back_off` is that of the trainer, which changes weights and learning rates. Without a bar the training is
-        over, and nothing is done.
+        A rise by less than a tenth of what was gained is chance. The loss before the training is noted as the best one
+        of the state. `given["metrics"]` has the loss, and `self.back_off` is that of the trainer, which changes weights
+        and learning rates. Without a bar the training is over, and nothing is done.
         """
         loss = given["metrics"]["eval_loss"]
         is_after_training = self._bar is None
@@ -459,14 +515,20 @@ class Watch(TrainerCallback):
 
         losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
         loss_before = losses[0]
-        is_worse = not loss <= loss_before  # NaN is worse, too
+        smallest_loss = cast(float, state.best_metric)  # the Trainer compares `loss` with it later
+        by_chance = _CHANCE * (loss_before - smallest_loss)
+        is_worse = not loss <= smallest_loss + by_chance  # NaN is worse, too
         if is_worse and state.global_step < state.max_steps:
+            best_step = state.best_global_step
+            weights = f"after step {best_step}" if best_step else "before the training"
             logger.warning(
-                "held-out loss %.4f after step %d, %.4f before the training: "
-                "back to the weights before, with a quarter of the learning rate",
+                "held-out loss %.4f after step %d, %.4f %s: "
+                "back to the weights %s, with a quarter of the steps' size",
                 loss,
                 state.global_step,
-                loss_before,
+                smallest_loss,
+                weights,
+                weights,
             )
             self.back_off()
 

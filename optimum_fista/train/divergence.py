@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -119,6 +119,17 @@ class Predictor:
             logits = hidden
         return logits if self._kept_tokens is None else logits[:, self._kept_tokens]
 
+    @property
+    def trained_head(self) -> list[nn.Parameter]:
+        """The parameters of the head that need a gradient: none if the head stays, or if the model is not cut.
+
+        A head that is tied to the embedding has the embedding's weight.
+        """
+        if not self._is_cut:
+            return []
+        head = self._model.get_output_embeddings()
+        return [parameter for parameter in head.parameters() if parameter.requires_grad]
+
     def chunks(self, positions: int) -> Iterator[slice]:
         """Divide a number of positions into slices (chunks) whose logits are in memory at the same time."""
         vocabulary = self._model.config.get_text_config(decoder=True).vocab_size
@@ -127,7 +138,7 @@ class Predictor:
 
 
 class _Divergence(torch.autograd.Function):
-    """The divergence as a function of the student's hidden states, whose gradient is computed with the value."""
+    """The divergence as a function of the student's hidden states and head; gradients are computed with the value."""
 
     @staticmethod
     def forward(
@@ -138,14 +149,16 @@ class _Divergence(torch.autograd.Function):
         teacher: Predictor,
         labels: Tensor,
         label_share: float,
+        *head: Tensor,
     ) -> Tensor:
-        """Return the mean divergence over positions, and save its gradient by `hidden` in `ctx`, for `backward`.
+        """Return the mean divergence over positions, and save its gradients in `ctx`, for `backward`.
 
         `hidden` [positions, hidden] and `teachers_hidden` come from `Predictor.hidden_states`, `labels` [positions] are
-        the tokens that follow in the text, and `label_share` is their share of the loss. The student's head gets no
-        gradient.
+        the tokens that follow in the text, and `label_share` is their share of the loss. `head` are the parameters of
+        the student's head that are trained (`Predictor.trained_head`).
         """
         gradient = torch.empty_like(hidden)
+        gradients_of_head = [torch.zeros_like(parameter) for parameter in head]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for rows in student.chunks(len(hidden)):
             part = hidden[rows].detach().requires_grad_()
@@ -156,15 +169,19 @@ class _Divergence(torch.autograd.Function):
             )
             total += loss
             slope.div_(len(hidden))  # of the mean
-            gradient[rows] = torch.autograd.grad(logits, part, slope)[0]
-        ctx.save_for_backward(gradient)
+            of_hidden, *of_head = torch.autograd.grad(logits, [part, *head], slope)
+            gradient[rows] = of_hidden
+            for sum_of_chunks, of_chunk in zip(gradients_of_head, of_head, strict=True):
+                sum_of_chunks.add_(of_chunk)
+        ctx.save_for_backward(gradient, *gradients_of_head)
         return total / len(hidden)
 
     @staticmethod
-    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        """Scale the gradient that `forward` saved by that of the loss; the other inputs have none."""
-        (gradient,) = ctx.saved_tensors
-        return gradient * outward[0], None, None, None, None, None
+    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the gradients that `forward` saved by that of the loss; the inputs between them have none."""
+        gradient, *of_head = ctx.saved_tensors
+        scaled = [gradient_of_head * outward[0] for gradient_of_head in of_head]
+        return gradient * outward[0], None, None, None, None, None, *scaled
 
 
 def _loss_and_slope(
@@ -209,12 +226,12 @@ def divergence(
 
     The distance is `(1 - s) KL(p || q) - s log q(label)`, with `p` of the teacher, `q` of the student, `label` the
     token that follows in the text, and `s = label_share`. The gradient by hidden states is computed with the value, a
-    few positions at a time. The head gets no gradient.
+    few positions at a time.
 
     During the call, both models have hooks and replaced forward passes (`Predictor`).
 
     Args:
-        student: The model that is trained; the result has a gradient by its parameters before the head.
+        student: The model that is trained; the result has a gradient by its parameters that need one.
         teacher: The model to imitate, which gets no gradient.
         ids: Token ids of the student, [batch, length]; the teacher's `Predictor` translates them if need be.
         label_share: Share of the text's own cross-entropy, in [0, 1].
@@ -224,7 +241,9 @@ def divergence(
         teachers_hidden = teacher.hidden_states(ids)
     hidden = student.hidden_states(ids, wrapped)
     labels = ids[:, 1:].flatten()
-    loss: Tensor = _Divergence.apply(hidden, teachers_hidden, student, teacher, labels, label_share)
+    loss: Tensor = _Divergence.apply(
+        hidden, teachers_hidden, student, teacher, labels, label_share, *student.trained_head
+    )
     return loss
 
 

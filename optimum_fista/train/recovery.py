@@ -42,7 +42,7 @@ from optimum_fista.folder.output import (
     require_output,
     unfinished_folder,
 )
-from optimum_fista.folder.writing import write_checkpoint
+from optimum_fista.folder.writing import write_checkpoint, write_dense
 from optimum_fista.memory import available_bytes
 from optimum_fista.model.media import media_arguments
 from optimum_fista.prune.identity import join_run
@@ -51,7 +51,7 @@ from optimum_fista.prune.source_files import SourceFiles, shared_files
 from optimum_fista.public_names import public_name
 from optimum_fista.report import RecoveryReport, lines_of_unplaced
 from optimum_fista.source.files import copy_source
-from optimum_fista.source.loading import load_model, read_model
+from optimum_fista.source.loading import load_model, load_tokenizer, read_model
 from optimum_fista.source.source_tensors import source_tensors
 from optimum_fista.text.calibration_tokens import calibration_tokens_by_name
 from optimum_fista.train.distillation import (
@@ -69,16 +69,19 @@ from optimum_fista.train.recovery_plan import (
     plan_recovery,
 )
 from optimum_fista.train.teacher import require_dense_model
-from optimum_fista.train.training import MaskedTrainingCallback, find_masks, find_record, local
+from optimum_fista.train.training import (
+    MaskedTrainingCallback,
+    find_masks,
+    find_record,
+    local,
+    require_dense,
+)
 from optimum_fista.versions import library_versions
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 4  # of the fingerprint and the states
+_FORMAT = 5  # of the fingerprint and the states
 CHECKPOINTING = internals.checkpointing_option()
-_RATES = {"all": 2e-4, "norms": 2e-3}  # tuned on SmolLM2-135M
-_WIDTH_OF_RATE = 576  # its hidden size: with Adam the rate of "all" goes down as the width goes up
-_EVALUATIONS = 4  # after the first, and one after a tenth of the steps
 
 
 @numerical_environment()
@@ -192,8 +195,13 @@ def _require_right_models(
         return
 
     options = plan.options
+    if plan.report is None:  # a model that was never pruned may have any teacher
+        if options.train != "norms" and not options.fill_zeros:
+            require_dense(load_student(plan.source))
+        return
+
     if not options.other_teacher:
-        require_dense_model(plan, unfinished)
+        require_dense_model(plan, plan.report, unfinished)
 
     was_pruned_before = bool(plan.report.first_model.steps)
     if was_pruned_before and options.train != "norms" and not options.fill_zeros:
@@ -241,7 +249,7 @@ def _fingerprint(
         "label_share": plan.options.label_share,
         "seed": plan.options.seed,
         "train": plan.options.train,
-        "learning_rate": plan.options.learning_rate,
+        "relative_step": plan.options.relative_step,
         "accumulate": plan.accumulate,
     }
     digest_of_kept_tokens = None
@@ -299,14 +307,13 @@ def _train(
     arguments = _trainers_arguments(
         plan=plan,
         choice=choice,
-        model=model,
         journal=journal,
         processes=ranks.count,
         resumed=last_state is not None,
     )
-    watch = Watch(ranks, progress=progress, check=math.ceil(plan.steps / 10))
+    watch = Watch(ranks, progress=progress, first_check=math.ceil(plan.steps / 20))
     callbacks: list[TrainerCallback] = [watch]
-    if choice.train == "all":
+    if choice.train == "all" and plan.report is not None:
         callbacks.append(MaskedTrainingCallback(plan.source, fill_zeros=plan.options.fill_zeros))
     trainer = DistillationTrainer(
         model=model,
@@ -374,7 +381,7 @@ def _report(
         best_step = 0
         loss = loss_before
 
-    learning_rate = trainer.args.learning_rate * trainer.schedule.share
+    relative_step = trainer.args.learning_rate * trainer.schedule.share
     tokens_of_step = plan.num_sequences * plan.length // plan.steps
     return RecoveryReport(
         teacher=public_name(plan.teacher_name),
@@ -387,7 +394,7 @@ def _report(
             "sequence_length": plan.length,
             "held_out": plan.options.held_out,
         },
-        options=fingerprint["options"] | {"learning_rate": learning_rate},
+        options=fingerprint["options"] | {"relative_step": relative_step},
         evaluations=evaluations,
         best_step=best_step,
         held_out_loss_before=loss_before,
@@ -430,7 +437,6 @@ def _load_models(plan: RecoveryPlan, journal: Path) -> tuple[PreTrainedModel, Pr
 def _trainers_arguments(
     plan: RecoveryPlan,
     choice: Choice,
-    model: PreTrainedModel,
     journal: Path,
     processes: int,
     *,
@@ -438,17 +444,9 @@ def _trainers_arguments(
 ) -> TrainingArguments:
     """Make the arguments of the Trainer, which saves its states to `journal`, the folder of the run.
 
-    `model` is the student, of which the width is read. `processes` share the passes of a step. A resumed training does
-    not evaluate the model before its first step.
+    `processes` share the passes of a step. A resumed training does not evaluate the model before its first step.
     """
-    learning_rate = plan.options.learning_rate
-    if learning_rate is None:
-        learning_rate = _RATES[choice.train]
-        if choice.train == "all":
-            width = model.config.get_text_config(decoder=True).hidden_size
-            learning_rate *= min(1.0, _WIDTH_OF_RATE / width)  # wide models need a smaller one
-
-    steps_between = math.ceil(plan.steps / _EVALUATIONS)
+    steps_between = math.ceil(plan.steps / 10)  # so at most a tenth of the run is thrown away
     arguments = TrainingArguments(
         output_dir=str(journal.resolve()),
         per_device_train_batch_size=plan.options.batch_size,
@@ -456,9 +454,9 @@ def _trainers_arguments(
         gradient_accumulation_steps=plan.accumulate // processes,
         num_train_epochs=1,
         train_sampling_strategy="sequential",  # the windows are in random order already
-        learning_rate=learning_rate,
-        optim="adamw_torch_fused",
+        learning_rate=plan.relative_step(choice.train),  # of weights with a root mean square of 1
         adam_beta2=0.95,
+        max_grad_norm=0.0,  # see `DistillationTrainer.create_optimizer`
         bf16=plan.compute_dtype == torch.bfloat16,
         **{CHECKPOINTING: choice.checkpointed},  # type: ignore[arg-type]
         eval_strategy="steps",
@@ -507,17 +505,12 @@ def _write(
 ) -> None:
     """Write all files of the recovered model into the subfolder `MODEL` of `unfinished`, which is emptied first.
 
-    `report` joins the pruning report of the source. The configuration of `model` gets the summary of that report.
+    `report` joins the pruning report of the source, if there is one. The configuration of `model` gets the summary of
+    that report.
     """
-    pruning_report, masks = find_record(model, plan.source)
-    pruning_report = dataclasses.replace(
-        pruning_report, recoveries=[*pruning_report.recoveries, report]
-    )
     tensors = source_tensors(model, Path(plan.source), quantized=False)
     for line in lines_of_unplaced({}, tensors.not_copied):
         logger.warning("%s", line)
-    if tensors.not_copied:
-        pruning_report.model["lacks"] = dict(tensors.not_copied)
 
     folder = unfinished / MODEL
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier start
@@ -525,6 +518,16 @@ def _write(
     with explaining_full_disk(unfinished, "the recovered model", num_bytes, discard=folder):
         folder.mkdir()
         copy_source(Path(plan.source), folder)
+        if plan.report is None:
+            write_dense(model, folder, report, load_tokenizer(plan.source), tensors)
+            return
+
+        pruning_report, masks = find_record(model, plan.source)
+        pruning_report = dataclasses.replace(
+            pruning_report, recoveries=[*pruning_report.recoveries, report]
+        )
+        if tensors.not_copied:
+            pruning_report.model["lacks"] = dict(tensors.not_copied)
         write_checkpoint(model, folder, pruning_report, masks, None, tensors)
 
 

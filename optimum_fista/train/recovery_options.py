@@ -46,9 +46,10 @@ class RecoveryOptions:
         limits=(1, None),
         advanced=_TRAINING,
     )
-    learning_rate: float | None = option(
+    relative_step: float | None = option(
         None,
-        "largest learning rate (default: by what is trained and the model's width)",
+        "how far a step moves weights at most, as a share of the root mean square of their tensor (default: 0.001, and "
+        "0.01 if norms and biases are trained alone)",
         advanced=_TRAINING,
     )
     label_share: float = option(
@@ -69,5 +70,8 @@ class RecoveryOptions:
         wrong = wrong_field(self)  # a whole sentence, or nothing
         if wrong:
             raise ValueError(wrong)
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ValueError(f"learning_rate={self.learning_rate}: pass a positive number.")
+        if self.relative_step is not None and not self.relative_step > 0:
+            raise ValueError(
+                f"relative_step={self.relative_step}: pass a positive share of the weights' root mean square, such as "
+                "0.001."
+            )

@@ -29,7 +29,13 @@ from optimum_fista import internals
 from optimum_fista.bars import tqdm
 from optimum_fista.devices import usable_device
 from optimum_fista.environment import numerical_environment
-from optimum_fista.folder.checkpoint import VOCABULARY_FILE, kept_tokens, read_report
+from optimum_fista.folder.checkpoint import (
+    CONFIG_KEY,
+    REPORT_FILE,
+    VOCABULARY_FILE,
+    kept_tokens,
+    read_report,
+)
 from optimum_fista.folder.output import folder_beside, require_output
 from optimum_fista.memory import available_bytes, size_text
 from optimum_fista.model.choice import find_operators
@@ -54,6 +60,8 @@ from optimum_fista.train.training import pruned_folder
 _USUAL_LENGTH = 512  # tokens in a sequence
 _USUAL_STEPS = 256
 _MOST_SEQUENCES = 32  # in a step, if the user does not say how many
+# How far a step moves weights at most, as a share of the root mean square of their tensor, by what is trained.
+_RELATIVE_STEPS = {"all": 1e-3, "norms": 1e-2}
 _MARGIN = 0.9  # of the memory that is free: the rest is for what is not counted
 
 
@@ -73,7 +81,7 @@ class RecoveryPlan:
     steps: int
     device: torch.device
     compute_dtype: torch.dtype  # of products; weights are trained in float32
-    report: PruningReport  # of the pruned model
+    report: PruningReport | None  # of the pruned model; `None`: the model was never pruned
     # The teacher's token for each token of the student, int64 [student's tokens]; `None` if both have the same tokens.
     kept_tokens: Tensor | None
 
@@ -81,6 +89,15 @@ class RecoveryPlan:
     def num_sequences(self) -> int:
         """Sequences that are trained on, each once."""
         return self.steps * self.accumulate * self.options.batch_size
+
+    def relative_step(self, train: str) -> float:
+        """How far a step moves weights at most, as a share of the root mean square of their tensor.
+
+        `train` is what is trained, "all" or "norms"; the option of the user, if there is one, counts for both.
+        """
+        if self.options.relative_step is not None:
+            return self.options.relative_step
+        return _RELATIVE_STEPS[train]
 
 
 @dataclass(frozen=True)
@@ -122,7 +139,7 @@ def plan_recovery(
     """
     checked = RecoveryOptions(**options)
     source = str(folder)
-    report = read_report(pruned_folder(source))
+    report = _report_of(source)
     teacher_name = _teacher_name(source, report, teacher)
 
     output = folder_beside(source, "-recovered") if output_dir is None else Path(output_dir)
@@ -177,10 +194,30 @@ def plan_recovery(
     )
 
 
-def _teacher_name(source: str, report: PruningReport, teacher: str | Path | None) -> str:
-    """The name of the teacher that the user gave, or else the Hub id in the report of the pruned model `source`."""
+def _report_of(source: str) -> PruningReport | None:
+    """Read the report of the model to train, a folder or Hub id; `None` if the model was never pruned.
+
+    Refuses a model whose configuration says that it was pruned, but whose report is missing: nobody knows its masks.
+    """
+    if internals.cached_file_if_any(source, REPORT_FILE) is not None:
+        return read_report(pruned_folder(source))
+    if getattr(read_config(source), CONFIG_KEY, None) is not None:
+        raise FileNotFoundError(
+            f"{source!r} holds no {REPORT_FILE}, but its config.json says that it was pruned: pass the whole folder "
+            "that optimum-fista saved."
+        )
+    return None
+
+
+def _teacher_name(source: str, report: PruningReport | None, teacher: str | Path | None) -> str:
+    """The name of the teacher that the user gave, or else the Hub id in the report of the pruned model `source`.
+
+    A model that was never pruned, without a report, is its own teacher.
+    """
     if teacher is not None:
         return str(teacher)
+    if report is None:
+        return source
 
     name = report.first_model.name
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name)
@@ -371,7 +408,9 @@ def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
         if fits:
             break
 
-    zeros = plan.report.num_zeros if train == "all" else 0
+    zeros = 0
+    if plan.report is not None and train == "all":
+        zeros = plan.report.num_zeros
     return Choice(
         train=train,
         checkpointed=checkpointed,
@@ -385,7 +424,9 @@ def _needed_bytes(plan: RecoveryPlan, sizes: _Sizes, train: str, checkpointed: b
     # float32: the weights, and of those that are trained a gradient and two moments
     student = 4 * sizes.parameters + 12 * sizes.trained(train)
     masks = sizes.parameters if train == "all" else 0  # a byte a weight
-    teachers_parameters = plan.report.first_model.num_parameters or sizes.parameters
+    teachers_parameters = sizes.parameters
+    if plan.report is not None and plan.report.first_model.num_parameters:
+        teachers_parameters = plan.report.first_model.num_parameters
     teacher = teachers_parameters * plan.compute_dtype.itemsize
 
     # of a token: the inputs and outputs of all operators
@@ -465,8 +506,9 @@ def preview(plan: RecoveryPlan) -> str:
         interval = tqdm.format_interval(plan.steps * seconds)
         duration = f"about {interval}, {seconds:.1f} seconds a step"
 
+    parameters = _Sizes.of(plan.source).parameters
     lines = {
-        "pruned": f"{plan.source}, {plan.report.model['num_parameters']:,} parameters",
+        "pruned" if plan.report else "model": f"{plan.source}, {parameters:,} parameters",
         "teacher": teacher,
         "trained": str(choice),
         "text": f"{plan.num_sequences * plan.length:,} tokens of {plan.calibration}, {plan.steps} steps of "

@@ -14,20 +14,22 @@ from pathlib import Path
 from optimum_fista.folder.output import FOLDER
 from optimum_fista.model.digests import sha256_of
 from optimum_fista.model.layers import find_decoder_layers
+from optimum_fista.report import PruningReport
 from optimum_fista.source.loading import load_lazily, model_without_weights, read_config
 from optimum_fista.train.recovery_plan import RecoveryPlan
 
 logger = logging.getLogger(__name__)
 
 
-def require_dense_model(plan: RecoveryPlan, unfinished: Path) -> None:
+def require_dense_model(plan: RecoveryPlan, report: PruningReport, unfinished: Path) -> None:
     """Refuse a teacher that is not the model from which the pruned one was made; warn if that can't be checked.
 
+    `report` is that of the pruned model.
     Reads all weights of the teacher once, one decoder layer at a time. Weights that are quantized are dequantized into
     a folder in `unfinished`, the folder of the run, which is deleted again.
     """
-    dense = plan.report.first_model
-    reason = _reason_not_to_compare(plan)
+    dense = report.first_model
+    reason = _reason_not_to_compare(plan, report)
     if reason is not None:
         logger.warning(
             "%s, so it can't be checked that the teacher %s is the dense model",
@@ -46,16 +48,16 @@ def require_dense_model(plan: RecoveryPlan, unfinished: Path) -> None:
         )
 
 
-def _reason_not_to_compare(plan: RecoveryPlan) -> str | None:
+def _reason_not_to_compare(plan: RecoveryPlan, report: PruningReport) -> str | None:
     """Say why the report of the pruned model tells nothing about the teacher; `None` if they can be compared.
 
     Reads the configuration of the teacher, and changes nothing.
     """
     # There is none if the first run removed tokens, or was one of an older version.
-    if plan.report.first_model.sha256 is None:
+    if report.first_model.sha256 is None:
         return f"the report of {plan.source!r} has no SHA-256 of the dense model"
 
-    class_of_dense = plan.report.model["class"]  # runs do not change the class
+    class_of_dense = report.model["class"]  # runs do not change the class
     class_of_teacher = type(model_without_weights(read_config(plan.teacher))).__name__
     if class_of_teacher != class_of_dense:
         return f"the dense model was loaded as {class_of_dense}, and the teacher is a {class_of_teacher}"

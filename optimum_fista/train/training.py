@@ -55,6 +55,8 @@ MaskSource: TypeAlias = FistaPruner | str | Path | Mapping[str, Tensor] | None
 _INTEGERS_BY_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # A smaller share of zeros is chance: a few weights of dense models are zero, too.
 _SHARE_BY_CHANCE = 1e-3
+# A model of an unknown program counts as pruned from this share of zeros on.
+_SHARE_OF_PRUNED = 0.2
 
 
 @contextmanager
@@ -420,6 +422,24 @@ def _masks_of_zeros(model: PreTrainedModel) -> dict[str, Tensor]:
             f"layers' linear operators are zero{promise}"
         )
     return masks
+
+
+def require_dense(model: PreTrainedModel) -> None:
+    """Refuse a model without a report that has many zeros all the same: another program may have pruned it.
+
+    A model that was quantized to a few bits before has up to a tenth of zeros by chance.
+    """
+    zeros = 0
+    weights = 0
+    for _, weight in _prunable_weights(model):
+        zeros += weight.numel() - int(torch.count_nonzero(weight))
+        weights += weight.numel()
+    if zeros >= _SHARE_OF_PRUNED * weights:
+        raise ValueError(
+            f"{type(model).__name__} has no report of optimum-fista, but {zeros:,} of the {weights:,} weights of its "
+            "decoder layers' linear operators are zero. Training would fill them. Pass fill_zeros=True (--fill-zeros) "
+            "to do so. To keep them, train norms alone (recover --train norms), or call masked_training(model)."
+        )
 
 
 def _require_no_other_zeros(

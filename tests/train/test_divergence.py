@@ -17,12 +17,12 @@ FAMILIES = {
 }
 
 
-def models(family):
-    """A student and a teacher of a family with other weights; heads are not trained."""
+def models(family, *, trains_head=False):
+    """A student and a teacher of a family with other weights."""
     student = family_model(family, 0)
     teacher = family_model(family, 1)
-    for model in (student, teacher):
-        model.get_output_embeddings().requires_grad_(False)
+    student.get_output_embeddings().requires_grad_(trains_head)
+    teacher.requires_grad_(False)
     return student, teacher
 
 
@@ -40,10 +40,13 @@ def of_whole_logits(student, teacher, ids, share, kept_tokens=None):
     return (1 - share) * kl + share * text, text
 
 
+@pytest.mark.parametrize("trains_head", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_divergence_and_its_gradient_are_those_of_pytorch(family, share, monkeypatch):
-    student, teacher = models(family)
+def test_the_divergence_and_its_gradient_are_those_of_pytorch(
+    family, share, trains_head, monkeypatch
+):
+    student, teacher = models(family, trains_head=trains_head)
     vocabulary = student.config.get_text_config().vocab_size
     monkeypatch.setattr("optimum_fista.train.divergence.LOGITS_PER_CHUNK", 7 * vocabulary)
     monkeypatch.setattr("optimum_fista.train.divergence._POSITIONS_ON_CPU", 3)

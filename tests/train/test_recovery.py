@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
 from tiny_models import tiny_model
 from torch.optim.optimizer import _global_optimizer_post_hooks
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_fista import FistaPruner, FistaPruningConfig, recover
 from optimum_fista.cli.main import main
@@ -40,7 +40,7 @@ QUICK = {
     "batch_size": 1,
     "accumulate": 2,
     "held_out": 4,
-    "learning_rate": 1e-2,
+    "relative_step": 0.1,
     "device": "cpu",
     "compute_dtype": "float32",
     "progress": False,
@@ -143,7 +143,7 @@ def test_the_card_has_the_losses_of_the_recovery(run, tmp_path):
 
 
 def test_it_never_ends_worse(run, saved, tmp_path):
-    found = run(train="all", learning_rate=1e9)
+    found = run(train="all", relative_step=1e11)
 
     losses_of_training = [loss for step, _, loss in found.evaluations if step]
     assert all(loss > found.held_out_loss_before for loss in losses_of_training)
@@ -159,7 +159,7 @@ def test_it_never_ends_worse(run, saved, tmp_path):
 def test_a_rate_that_is_too_large_is_lowered_and_a_stopped_run_ends_with_the_same_bits(
     run, saved, tmp_path, caplog
 ):
-    options = {"train": "all", "learning_rate": 16.0}
+    options = {"train": "all", "relative_step": 4.0}
 
     expected = run("whole", **options)
     for step in (3, 6):
@@ -167,9 +167,12 @@ def test_a_rate_that_is_too_large_is_lowered_and_a_stopped_run_ends_with_the_sam
             run("stopped", **options)
     resumed = run("stopped", **options)
 
-    assert "back to the weights before, with a quarter of the learning rate" in caplog.text
-    assert expected.options["learning_rate"] == 1.0  # lowered after the steps 2 and 5
-    assert [step for step, *_ in expected.evaluations] == [0, 2, 5, 10, 15, 20]
+    assert (
+        "back to the weights before the training, with a quarter of the steps' size" in caplog.text
+    )
+    assert expected.options["relative_step"] == 0.25  # lowered after the steps 1 and 2
+    steps = [step for step, *_ in expected.evaluations]
+    assert steps == [0, 1, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
     assert expected.held_out_loss < expected.held_out_loss_before - 0.02
     assert resumed.held_out_loss == expected.held_out_loss
     assert bits(tmp_path / "stopped") == bits(tmp_path / "whole")
@@ -347,15 +350,15 @@ def test_another_run_is_not_mixed_with_an_unfinished_one(run, saved, tiny_folder
     with stopped_at(6):
         run(train="all")
 
-    with pytest.raises(ValueError, match=r"was another one \(recovery was 4, is null"):
+    with pytest.raises(ValueError, match=r"was another one \(recovery was 5, is null"):
         require_same_run(tmp_path / "out.unfinished", {"recovery": None})
     with pytest.raises(ValueError, match=r"was another one \(teacher.config.json was"):
         run(teacher=other_teacher, train="all")
     with pytest.raises(ValueError, match=r"was another one \(masks was"):
         run(source=other_masks, train="all")
-    with pytest.raises(ValueError, match=r"was another one \(options.learning_rate"):
-        run(train="all", learning_rate=1e-4)
-    assert latest_state(tmp_path / "out") == 5
+    with pytest.raises(ValueError, match=r"was another one \(options.relative_step"):
+        run(train="all", relative_step=1e-3)
+    assert latest_state(tmp_path / "out") == 4
 
 
 def test_another_run_takes_the_place_of_one_that_is_thrown_away(run, tmp_path):
@@ -364,20 +367,20 @@ def test_another_run_takes_the_place_of_one_that_is_thrown_away(run, tmp_path):
         run(train="all")
     fingerprint.unlink()  # as if it was killed while the run is thrown away
 
-    found = run(train="norms", learning_rate=1e-4)
+    found = run(train="norms", relative_step=1e-3)
 
     assert found.train == "norms"
 
 
 def test_overwrite_replaces_a_model_and_an_unfinished_run_of_other_settings(run):
-    run(train="norms", learning_rate=1e-4)
+    run(train="norms", relative_step=1e-3)
     with stopped_at(6):
         run(train="all", overwrite=True)
 
-    run(train="all", learning_rate=1e-4, overwrite=True)
+    run(train="all", relative_step=1e-3, overwrite=True)
 
     with pytest.raises(FileExistsError, match="already holds a model"):
-        run(train="all", learning_rate=1e-4)
+        run(train="all", relative_step=1e-3)
 
 
 def test_a_model_that_changes_meanwhile_ends_the_run_which_resumes_once_it_is_put_back(
@@ -514,7 +517,7 @@ def test_checkpointed_layers_change_nothing(run, tmp_path, monkeypatch):
         ),
         ({"tokens": 10**6}, "tokens=1000000 and held_out=4 ask for this text: text 'sea.txt' has"),
         ({"train": "some"}, "train='some': pass 'auto', 'all' or 'norms'"),
-        ({"learning_rate": 0.0}, r"learning_rate=0\.0: pass a positive number"),
+        ({"relative_step": 0.0}, r"relative_step=0\.0: pass a positive share of the weights'"),
         ({"teacher": None}, "teacher is missing: the report of .* calls the dense model"),
     ],
 )
@@ -533,11 +536,87 @@ def test_the_folder_has_a_name_also_if_it_is_the_working_folder(saved, monkeypat
     assert output == saved.folder.with_name(f"{saved.folder.name}-recovered")
 
 
-def test_a_folder_without_a_report_is_refused(run, tiny_folder):
+def test_a_folder_that_has_lost_its_report_is_refused(run, saved, tmp_path):
+    folder = shutil.copytree(saved.folder, tmp_path / "lost")
+    shutil.rmtree(folder / "fista")
+
     with pytest.raises(
-        FileNotFoundError, match=r"holds no fista/report\.json: pass a folder or Hub id saved by"
+        FileNotFoundError,
+        match=r"holds no fista/report\.json, but its config\.json says that it was",
     ):
-        run(source=tiny_folder)
+        run(source=folder)
+
+
+def test_a_dense_model_is_trained_too(run, tiny_folder, tmp_path):
+    before = bits(tiny_folder)
+
+    found = run(source=tiny_folder, label_share=1.0)
+
+    assert found.held_out_loss < found.held_out_loss_before - 0.02
+    assert found.num_trained == 15360 + 160
+    assert bits(tiny_folder) == before
+    output = tmp_path / "out"
+    assert json.loads((output / "fista" / "recovery.json").read_text())["best_step"]
+    assert not (output / "fista" / "report.json").exists()
+    assert not (output / "README.md").exists()
+    AutoModelForCausalLM.from_pretrained(output)
+    AutoTokenizer.from_pretrained(output)
+
+
+def test_the_command_trains_a_dense_model_without_a_teacher(tiny_folder, text, tmp_path, capsys):
+    command = ["recover", str(tiny_folder), "--output", str(tmp_path / "out")]
+    command += ["--calibration", text, "--tokens", "64", "--sequence-length", "16"]
+
+    assert main([*command, "--device", "cpu"]) == 0
+
+    assert f"saved to {tmp_path / 'out'}" in capsys.readouterr().out
+
+
+def test_zeros_of_an_unknown_program_are_refused(run, tiny_folder, tmp_path):
+    model = tiny_llama()
+    for name, weight in model.named_parameters():
+        if "proj" in name:
+            weight.data[:, ::2] = 0
+    folder = save_tiny_folder(tmp_path / "zeros")
+    model.save_pretrained(folder)
+
+    with pytest.raises(
+        ValueError, match=r"has no report of optimum-fista, but 7,680 of the 15,360"
+    ):
+        run(source=folder)
+
+    assert run(source=folder, fill_zeros=True).num_trained == 15360 + 160
+
+
+def test_smaller_weights_with_a_larger_norm_before_them_are_trained_in_the_same_way(
+    run, saved, tmp_path
+):
+    """The function stays the same, so the training has to stay the same; powers of two keep the bits."""
+    factors = {
+        "input_layernorm": 8.0,
+        "q_proj": 1 / 8,
+        "k_proj": 1 / 8,
+        "v_proj": 1 / 8,
+        "post_attention_layernorm": 1 / 16,
+        "gate_proj": 16.0,
+        "up_proj": 4.0,
+        "down_proj": 4.0,  # 1 / 16 by the norm, 4 by `up_proj`
+    }
+
+    def factor(name: str) -> float:
+        return next((factors[part] for part in name.split(".") if part in factors), 1.0)
+
+    other = shutil.copytree(saved.folder, tmp_path / "other")
+    scaled = {name: factor(name) * weight for name, weight in weights(other).items()}
+    save_file(scaled, other / "model.safetensors", {"format": "pt"})
+
+    expected = run("out", train="all")
+    found = run("out-other", source=other, train="all")
+
+    assert steps_and_losses(found) == steps_and_losses(expected)
+    trained = weights(tmp_path / "out-other")
+    for name, weight in weights(tmp_path / "out").items():
+        assert torch.equal(trained[name], factor(name) * weight), name
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(run, tmp_path):
@@ -577,7 +656,7 @@ def test_the_teacher_writes_the_text_if_there_is_none(run, tmp_path, capsys):
     options = {"calibration": "self", "tokens": 64}
 
     with stopped_at(1):
-        run(**options, learning_rate=1e-4)
+        run(**options, relative_step=1e-3)
     (file,) = (tmp_path / "out.unfinished" / "journal").glob("calibration-*")
     written = file.stat().st_mtime_ns
     with stopped_at(1):  # other settings take the place of the first, with its text
@@ -668,7 +747,7 @@ def test_a_full_disk_is_one_error_and_the_run_resumes_after_the_last_state(
     assert full.value.errno == errno.ENOSPC
     assert full.value.filename == str(tmp_path / "out.unfinished" / "journal")
     assert re.search(r"takes about 18\dkiB, and 0\.98kiB are free", str(full.value))
-    assert max(states) == 5
+    assert max(states) == 8
     assert not (tmp_path / "out.unfinished").exists()
     assert bits(tmp_path / "out") == bits(tmp_path / "whole")
     assert found.held_out_loss == expected.held_out_loss

@@ -22,7 +22,7 @@ OPTIONS = {
     "batch_size": 1,
     "accumulate": 2,
     "held_out": 4,
-    "learning_rate": 1e-2,
+    "relative_step": 0.1,
     "device": "cpu",
     "compute_dtype": "float32",
     "progress": False,
