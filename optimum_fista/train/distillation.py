@@ -389,6 +389,8 @@ class Watch(TrainerCallback):
         self._progress = progress and ranks.index == 0
         self._began = time.perf_counter()
         self._saved = self._began
+        self._step_began = self._began
+        self._is_step_timed = False  # whether the time of a step was said
         self._bar: Any = None
 
     @contextmanager
@@ -445,16 +447,27 @@ class Watch(TrainerCallback):
             disable=not self._progress,
         )
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Note when the step begins."""
+        self._step_began = time.perf_counter()
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Ask for a saved state, an evaluation or the end of the training, in all processes at once.
 
-        Sets `control` and `self.stopped` (whether some process was asked to stop), and moves the bar. Rank 0's clock
-        decides when a state is saved. `self._asked` is True after Ctrl-C in this process, and `self._first_check` is a
-        step to evaluate after.
+        After the first step of this start it says how long the others will take. Sets `control` and `self.stopped`
+        (whether some process was asked to stop), and moves the bar. Rank 0's clock decides when a state is saved.
+        `self._asked` is True after Ctrl-C in this process, and `self._first_check` is a step to evaluate after.
         """
         self._bar.update()
+        if not self._is_step_timed:
+            self._is_step_timed = True
+            seconds = time.perf_counter() - self._step_began
+            interval = tqdm.format_interval((state.max_steps - state.global_step) * seconds)
+            logger.info("one step takes %.1f seconds: about %s for the others", seconds, interval)
         is_due = time.perf_counter() - self._saved > _SAVE_SECONDS
         of_all_ranks = self._ranks.gather((is_due, self._asked))
         is_due_in_rank_0 = of_all_ranks[0][0]

@@ -67,6 +67,7 @@ from optimum_fista.train.recovery_plan import (
     load_student,
     mark_trained,
     plan_recovery,
+    plan_text,
 )
 from optimum_fista.train.teacher import require_dense_model
 from optimum_fista.train.training import (
@@ -413,11 +414,10 @@ def _choose_once(plan: RecoveryPlan, journal: Path, free: Sequence[int | None]) 
     earlier_choice = read_record(file)
     if earlier_choice is None:
         choice = choose(plan, free)
-        logger.info("%s", choice)
         write_record(file, dataclasses.asdict(choice))
     else:
         choice = Choice(**earlier_choice)
-        logger.info("%s", choice)
+    logger.info("%s", plan_text(plan, choice, free[0], "said after the first step"))
     return choice
 
 

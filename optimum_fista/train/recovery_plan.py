@@ -489,22 +489,28 @@ def preview(plan: RecoveryPlan) -> str:
 
     If they fit into memory, both models are loaded to time one step. Nothing is written, and `plan` stays as it is.
     """
-    options = plan.options
     free = available_bytes(plan.device)
     choice = choose(plan, [free])
+    duration = "not measured: one step does not fit into the free memory"
+    if free is None or choice.num_bytes <= free:
+        seconds = _seconds_of_step(plan, choice)
+        interval = tqdm.format_interval(plan.steps * seconds)
+        duration = f"about {interval}, {seconds:.1f} seconds a step"
+    return plan_text(plan, choice, free, duration)
 
+
+def plan_text(plan: RecoveryPlan, choice: Choice, free: int | None, duration: str) -> str:
+    """Write the plan of a recovery as a few lines, each with a name before it.
+
+    `free` are the free bytes of the device, `None` if they are not known, and `duration` says how long the run takes.
+    """
+    options = plan.options
     teacher = plan.teacher_name
     if plan.kept_tokens is not None:
         teacher += f", its predictions of {len(plan.kept_tokens):,} tokens"
     memory = f"{size_text(choice.num_bytes)} on {plan.device}"
     if free:
         memory += f", {size_text(free)} are free"
-
-    duration = "not measured: one step does not fit into the free memory"
-    if free is None or choice.num_bytes <= free:
-        seconds = _seconds_of_step(plan, choice)
-        interval = tqdm.format_interval(plan.steps * seconds)
-        duration = f"about {interval}, {seconds:.1f} seconds a step"
 
     parameters = _Sizes.of(plan.source).parameters
     lines = {
@@ -514,6 +520,7 @@ def preview(plan: RecoveryPlan) -> str:
         "text": f"{plan.num_sequences * plan.length:,} tokens of {plan.calibration}, {plan.steps} steps of "
         f"{plan.accumulate} x {options.batch_size} sequences of {plan.length} tokens; "
         f"{options.held_out} more sequences are held out",
+        "steps": f"each moves weights by at most {plan.relative_step(choice.train):.3%} of their root mean square",
         "memory": memory,
         "time": duration,
         "output": str(plan.output),
