@@ -225,24 +225,25 @@ def _removed(report: PruningReport) -> Headline:
     """Show how much of the first model is gone, after all runs.
 
     Args:
-        report: Of a run after which the model is smaller than the first one, or of which that is not known.
+        report: Of a run after which the model has another size than the first one, or of which that is not known.
     """
     remaining = report.model["num_parameters"]
     first = report.first_model.num_parameters
-    if first is None:
+    removed = report.num_removed_in_all
+    if first is None or removed is None:
         return Headline(
             name="Removed",
             value="not known",
             remark=report.removed or report.removed_before,
         )
-    removed = first - remaining
     zeros = ""
     if report.removed and not report.totals["num_zeros"]:
         zeros = ", none of them made zero"
+    growth = f"; {report.growth}" if report.growth else ""
     return Headline(
         name="Removed",
         value=share(removed / first, 2),
-        remark=f"{count(removed)} of {count(first)} parameters; {count(remaining)} are left{zeros}",
+        remark=f"{count(removed)} of {count(first)} parameters; {count(remaining)} are left{zeros}{growth}",
     )
 
 

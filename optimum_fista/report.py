@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -616,21 +617,65 @@ class PruningReport:
 
     @property
     def removed_before(self) -> str:
-        """Say how much smaller the model was than the first one before this run; empty if it was not smaller."""
+        """Say what earlier runs removed of the first model, and how it grew between the runs; empty if neither."""
         if self.origin is None:
             return ""
         if self.origin.num_parameters is None:
             return (
                 "earlier runs pruned the model, and the size that it had before them is not known"
             )
-        if self.origin.num_parameters == self.num_parameters_given:
-            return ""
         first = self.origin.num_parameters
-        given = self.num_parameters_given
-        return (
-            f"earlier runs removed {first - given:,} of {first:,} parameters "
-            f"({(first - given) / first:.2%})"
-        )
+        removed = first + self._added_between_runs - self.num_parameters_given
+        removals = []
+        if removed:
+            removals.append(
+                f"earlier runs removed {removed:,} of {first:,} parameters ({removed / first:.2%})"
+            )
+        if self.growth:
+            removals.append(self.growth)
+        return "; ".join(removals)
+
+    @property
+    def num_removed_in_all(self) -> int | None:
+        """How many parameters all runs have removed, this one too; `None` if the size of the first model is not known.
+
+        Parameters that were added between the runs are not subtracted.
+        """
+        first = self.first_model.num_parameters
+        if first is None:
+            return None
+        return first + self._added_between_runs - self.model["num_parameters"]
+
+    @property
+    def growth(self) -> str:
+        """Say how much larger the model became between the runs, such as by new tokens; empty if it did not.
+
+        It may also have become smaller by other means than a run, such as if only a part of it was loaded.
+        """
+        added = self._added_between_runs
+        if added > 0:
+            return f"between the runs the model grew by {added:,} parameters"
+        if added < 0:
+            return f"between the runs the model lost {-added:,} parameters by other means"
+        return ""
+
+    @property
+    def _added_between_runs(self) -> int:
+        """How many parameters the model has gained after one run and before the next; negative if it has lost some.
+
+        What was given to a run is compared with what the run before it left, as far as both are known.
+        """
+        added = 0
+        for earlier, later in pairwise(self.steps):
+            if (
+                earlier.num_parameters is None
+                or later.num_parameters is None
+                or later.num_removed is None
+            ):
+                continue
+            given = later.num_parameters + later.num_removed
+            added += given - earlier.num_parameters
+        return added
 
     @property
     def _removed_in_all(self) -> str:
@@ -641,18 +686,19 @@ class PruningReport:
         remaining = self.model["num_parameters"]
         removed_now = self.totals["num_removed"]
         first = self.first_model.num_parameters
-        if first is None:
+        removed = self.num_removed_in_all
+        if first is None or removed is None:
             return (
                 f"{removed_now:,} of {self.num_parameters_given:,} parameters removed by this run "
                 f"({self.totals['share_removed']:.2%}), {remaining:,} left"
             )
-        removed = first - remaining
         by_this_run = ""
         if removed != removed_now:
             by_this_run = f", {removed_now:,} of them by this run"
+        growth = f"; {self.growth}" if self.growth else ""
         return (
             f"{removed:,} of {first:,} parameters removed ({removed / first:.2%}{by_this_run}), "
-            f"{remaining:,} left"
+            f"{remaining:,} left{growth}"
         )
 
     @property

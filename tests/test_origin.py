@@ -1,3 +1,4 @@
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -5,6 +6,7 @@ from pruning import prune
 from tiny_llama import tiny_llama, tiny_tokens
 
 from optimum_fista.folder.checkpoint import mark_retrained
+from optimum_fista.headlines import headlines
 from optimum_fista.origin import MeasuredPerplexity, OriginReport, StepReport, read_origin
 
 pytestmark = pytest.mark.filterwarnings("ignore:the model was pruned before")
@@ -40,6 +42,52 @@ def test_a_training_between_two_runs_is_noted():
     second = prune(model, tokens, pattern="layers:0.5", method="wanda")
 
     assert [step.retrained for step in second.steps] == [True, False]
+
+
+@pytest.fixture(scope="module")
+def grown():
+    """Reports of two runs: one removes a decoder layer, and one channels after many tokens were added."""
+    model = tiny_llama()
+    tokens = tiny_tokens().split(4)
+    first = prune(model, tokens, pattern="layers:0.5", method="wanda")
+    model.resize_token_embeddings(model.config.vocab_size + 1000)
+    with pytest.warns(UserWarning, match="the model was pruned before"):
+        second = prune(model, tokens, pattern="channels:0.25/4", method="wanda")
+    return first, second
+
+
+def test_a_model_that_grew_between_two_runs_has_lost_what_both_runs_removed(grown):
+    first, second = grown
+    removed = first.totals["num_removed"] + second.totals["num_removed"]
+    before = tiny_llama().num_parameters()
+    added = second.num_parameters_given - first.model["num_parameters"]
+
+    headline = next(one for one in headlines(second) if one.name == "Removed")
+
+    assert first.totals["num_removed"] < added
+    assert second.removed == (
+        f"{removed:,} of {before:,} parameters removed ({removed / before:.2%}, {second.totals['num_removed']:,} of "
+        f"them by this run), {second.model['num_parameters']:,} left; between the runs the model grew by {added:,} "
+        "parameters"
+    )
+    assert headline.value == f"{removed / before:.2%}"
+    assert headline.remark.endswith(f"; between the runs the model grew by {added:,} parameters")
+
+
+def test_a_run_that_sets_zeros_says_what_earlier_runs_removed_of_a_model_that_grew(grown):
+    first, second = grown
+    removed = first.totals["num_removed"]
+    before = tiny_llama().num_parameters()
+    added = second.num_parameters_given - first.model["num_parameters"]
+    # as if it had removed nothing
+    model = second.model | {"num_parameters": second.num_parameters_given}
+    zeros = dataclasses.replace(second, model=model)
+
+    assert zeros.removed == ""
+    assert zeros.removed_before == (
+        f"earlier runs removed {removed:,} of {before:,} parameters ({removed / before:.2%}); between the runs the "
+        f"model grew by {added:,} parameters"
+    )
 
 
 def test_after_a_training_the_text_of_a_perplexity_may_have_been_seen():
