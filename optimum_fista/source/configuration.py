@@ -66,6 +66,7 @@ def _in_form_of(section: dict[str, Any], config: PreTrainedConfig) -> dict[str, 
     """
     after = _all_values(config)
     content = copy.deepcopy(section)
+    _change_copies(content, _all_values(_as_read(content, config)), after, config)
     # Values of keys that the source has are changed first: others, such as `layer_types`, may follow from these.
     for may_add in (False, True):
         before = _all_values(_as_read(content, config))
@@ -156,6 +157,41 @@ def _change(
         elif names or may_add:
             for name in names or [key]:
                 content[name] = value
+
+
+def _change_copies(
+    content: dict[str, Any],
+    before: Mapping[str, Any],
+    after: dict[str, Any],
+    config: PreTrainedConfig,
+) -> None:
+    """Change values at the top of `content` that repeat a value of a section, if the section's value is another now.
+
+    Some models have the keys of their text decoder at the top and in `text_config`, too. Transformers reads those of
+    the section, and other programs may read those at the top.
+
+    Args:
+        content: The content of a `config.json`, which is changed at the top only.
+        before: What Transformers makes of it, as JSON.
+        after: What it is to make of it. Transformers may keep values at the top as attributes: these become the new
+            ones, too.
+        config: The configuration that `after` describes. It is only read.
+    """
+    for section_name, old_section in before.items():
+        new_section = after.get(section_name)
+        is_section = isinstance(old_section, dict) and isinstance(new_section, dict)
+        if not is_section or not isinstance(content.get(section_name), dict):
+            continue
+        section_config = vars(config).get(section_name)
+        for key, new_value in new_section.items():
+            old_value = old_section.get(key)
+            if old_value == new_value:
+                continue
+            for name in _names_of(key, content, section_config):
+                if content[name] == old_value:
+                    content[name] = new_value
+                    if name in after and after[name] == before.get(name):
+                        after[name] = new_value
 
 
 def _has_changed_keys(

@@ -8,7 +8,7 @@ import torch
 from rare_tokens import TEXT as TEXT_OF_COMMON_WORDS
 from rare_tokens import save as save_with_rare_tokens
 from tiny_llama import TEXT, save_tiny_folder, tiny_tokens
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2VLConfig
+from transformers import AutoModelForCausalLM, Gemma3Config, GPT2Config, LlamaConfig, Qwen2VLConfig
 
 from optimum_fista import FistaPruner, FistaPruningConfig, recover
 from optimum_fista.folder.packed_folder import pack_folder, unpack_folder
@@ -139,6 +139,29 @@ def test_an_old_multimodal_model_keeps_the_keys_of_its_decoder_at_the_top():
     config.text_config.layer_types = config.text_config.layer_types[:2]
 
     assert content_of(config, source) == source | {"num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize("config_class", [Qwen2VLConfig, Gemma3Config])
+def test_keys_of_the_decoder_that_stand_at_the_top_too_get_the_new_values_there(config_class):
+    decoder = {"num_hidden_layers": 4, "hidden_size": 64}
+    source = {
+        "model_type": config_class.model_type,
+        **decoder,
+        "intermediate_size": 7,  # another value than in the section, so it is not a copy
+        "text_config": {
+            "model_type": config_class().text_config.model_type,
+            **decoder,
+            "intermediate_size": 48,
+        },
+    }
+    config = config_class.from_dict(json.loads(json.dumps(source)))
+
+    config.text_config.num_hidden_layers = 2
+    config.text_config.layer_types = config.text_config.layer_types[:2]
+    config.text_config.intermediate_size = 36
+
+    section = source["text_config"] | {"num_hidden_layers": 2, "intermediate_size": 36}
+    assert content_of(config, source) == source | {"num_hidden_layers": 2, "text_config": section}
 
 
 def test_the_section_of_a_part_is_its_source():
