@@ -383,7 +383,7 @@ def _finish(request: PruneRequest, report: PruningReport, *, first_model: str) -
         path_of_first_model(report, first_model),
         request.output,
         text_source,
-        has_zeros=not report.removed,
+        has_zeros=report.num_zeros > 0,
         is_packed=request.packed,
     )
     print(commands)

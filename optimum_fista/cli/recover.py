@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"saved to {output}")
         is_pruned = (output / REPORT_FILE).exists()
         if is_pruned:
-            has_zeros = not read_report(output).removed
+            has_zeros = read_report(output).num_zeros > 0
             dense_model = arguments.teacher or report.teacher
             print(next_commands(dense_model, output, None, has_zeros=has_zeros))
     return 0

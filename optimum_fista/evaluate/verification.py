@@ -38,7 +38,7 @@ from optimum_fista.folder.checkpoint import (
     read_report,
     require_files,
 )
-from optimum_fista.folder.packed_folder import is_packed, packed_operators
+from optimum_fista.folder.packed_folder import is_packed, packed_operators, packed_outlines
 from optimum_fista.folder.writing import summary
 from optimum_fista.model.layers import token_limits
 from optimum_fista.packed.format import PackedFormatError
@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 class Verification:
     """Numbers that were proven."""
 
-    # That were checked.
+    # That were checked: pruned by the latest run, or with masks of an earlier run that it carried over.
     num_operators: int
     # In these operators.
     num_weights: int
@@ -103,19 +103,24 @@ def verify_checkpoint(
     folder = Path(folder)
     report, config_entry = _read_promises(folder)
     with _errors_of_damaged_files():
-        num_weights, num_zeros = _verify_operators(folder, report, progress)
+        of_this_run, in_all = _verify_operators(folder, report, progress)
         num_parameters = _verify_model(folder, report)
         promised = read_json(folder / REPORT_FILE)["totals"]
-        _verify_totals(report, promised, num_weights=num_weights, num_zeros=num_zeros)
+        _verify_totals(
+            report,
+            promised,
+            num_weights=of_this_run.num_weights,
+            num_zeros=of_this_run.num_zeros,
+        )
     _verify_summary(report, config_entry)
 
     num_equal = None
     if dense is not None:
         num_equal = compare_with_dense(folder, report, str(dense), progress)
     return Verification(
-        num_operators=len(report.operators),
-        num_weights=num_weights,
-        num_zeros=num_zeros,
+        num_operators=len(report.masked),
+        num_weights=in_all.num_weights,
+        num_zeros=in_all.num_zeros,
         num_parameters=num_parameters,
         removed=report.removed,
         num_equal=num_equal,
@@ -158,9 +163,22 @@ def _errors_of_damaged_files() -> Iterator[None]:
         raise VerificationError(f"a safetensors file is damaged or incomplete: {error}.") from error
 
 
+@dataclass
+class _Counts:
+    """Weights of several operators, and the zeros among them by their masks."""
+
+    num_weights: int = 0
+    num_zeros: int = 0
+
+    def add(self, num_weights: int, num_zeros: int) -> None:
+        """Add the numbers of one operator to these."""
+        self.num_weights += num_weights
+        self.num_zeros += num_zeros
+
+
 def _verify_operators(
     folder: Path, report: PruningReport, progress: Callable[[str], None]
-) -> tuple[int, int]:
+) -> tuple[_Counts, _Counts]:
     """Check every operator of the run and those that it carried over.
 
     Args:
@@ -169,20 +187,22 @@ def _verify_operators(
         progress: Called with the name of each operator once it is checked.
 
     Returns:
-        The number of weights of the operators that this run pruned, and of the zeros among them.
+        What was counted in the operators that this run pruned, and in all with a mask (`report.masked`).
     """
     # By identity, because an operator may be in both lists of the report, under one name.
-    carried = {id(operator) for operator in report.carried}
-    num_weights = 0
-    num_zeros = 0
+    masked = {id(operator) for operator in report.masked}
+    pruned = {id(operator) for operator in report.operators}
+    of_this_run = _Counts()
+    in_all = _Counts()
     read_operators = packed_operators if is_packed(folder) else _stored_operators
     for operator, weight, packed_mask in read_operators(folder, report):
         zeros_of_operator = _verify_operator(operator, weight, packed_mask)
-        if id(operator) not in carried:  # the totals are those of this run
-            num_zeros += zeros_of_operator
-            num_weights += weight.numel()
+        if id(operator) in pruned:
+            of_this_run.add(weight.numel(), zeros_of_operator)
+        if id(operator) in masked:
+            in_all.add(weight.numel(), zeros_of_operator)
         progress(operator.name)
-    return num_weights, num_zeros
+    return of_this_run, in_all
 
 
 def _stored_operators(
@@ -418,14 +438,18 @@ def _verify_shapes(folder: Path, model: PreTrainedModel) -> None:
     described = {
         name: tensor for name, tensor in model.state_dict().items() if name not in not_saved
     }
-    missing = [name for name in described if name not in source.stored]
+    stored_shapes = {name: tensor.shape for name, tensor in source.stored.items()}
+    if is_packed(folder):
+        for name, packed in packed_outlines(folder).items():
+            stored_shapes[name] = packed.shape
+    missing = [name for name in described if name not in stored_shapes]
     # Otherwise the class renames tensors when it loads them, so that their names can't be compared. (`source.places`
     # has the tensors that the class loads, by their names in the files; `source.stored` has all of the files.)
     has_same_names = source.places.keys() <= described.keys()
     if missing and has_same_names:
         raise VerificationError(f"{missing[0]} is not in the checkpoint.")
-    for name in described.keys() & source.stored.keys():
-        stored_shape = source.stored[name].shape
+    for name in described.keys() & stored_shapes.keys():
+        stored_shape = stored_shapes[name]
         shape = tuple(described[name].shape)
         if stored_shape != shape:
             raise VerificationError(

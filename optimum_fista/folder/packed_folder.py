@@ -104,19 +104,28 @@ def packed_files(folder: Path) -> dict[str, Path]:
 
 def packing_of(folder: Path) -> Packing:
     """Return the sizes of the packed weights of a folder; only headers and layouts are read."""
-    files = packed_files(folder)
-    packed = []
-    for name in packed_names(files):
-        values_name, mask_name, layout_name = (name + suffix for suffix in SUFFIXES)
-        with safe_open(files[values_name], "pt") as file:  # has all three
-            values = _outline(file.get_slice(values_name))
-            mask = _outline(file.get_slice(mask_name))
-            packed.append(PackedTensor(values, mask, file.get_tensor(layout_name)))
+    packed = packed_outlines(folder).values()
     return Packing(
         num_tensors=len(packed),
         dense_bytes=sum(tensor.dense_bytes for tensor in packed),
         packed_bytes=sum(tensor.num_bytes for tensor in packed),
     )
+
+
+def packed_outlines(folder: Path) -> dict[str, PackedTensor]:
+    """Return the packed weights of a folder by the names of the dense ones, with values and masks on the meta device.
+
+    Only headers and layouts are read.
+    """
+    files = packed_files(folder)
+    packed = {}
+    for name in packed_names(files):
+        values_name, mask_name, layout_name = (name + suffix for suffix in SUFFIXES)
+        with safe_open(files[values_name], "pt") as file:  # has all three
+            values = _outline(file.get_slice(values_name))
+            mask = _outline(file.get_slice(mask_name))
+            packed[name] = PackedTensor(values, mask, file.get_tensor(layout_name))
+    return packed
 
 
 def _outline(stored: Any) -> Tensor:
@@ -130,7 +139,9 @@ def packed_operators(
 ) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
     """Yield every operator of a packed folder: its report, its dense weight, and its mask.
 
-    The mask is packed to one bit a weight, as in the file of masks of a folder that is not packed. Nothing is changed.
+    First come those that the run pruned, then those whose masks it carried over; one may come twice. The mask is packed
+    to one bit a weight, as in the file of masks of a folder that is not packed. An operator that only lost columns in
+    this run has a mask that keeps all weights. Nothing is changed.
 
     Args:
         folder: A packed folder.
@@ -141,16 +152,37 @@ def packed_operators(
     latest_name = ""  # of the tensor that `dense` and `mask` hold
     dense = torch.empty(0)
     mask = torch.empty(0)
-    for operator in report.operators:
+    carried = {operator.name for operator in report.carried}
+    for number, operator in enumerate([*report.operators, *report.carried]):
         name, index = split_index(operator.name)
-        if name not in names:
+        # A run that removes parts packs only what has zeros of an earlier run.
+        is_dense = bool(report.removed) and name in files
+        if name not in names and not is_dense:
             raise PackedFormatError(f"{name} is in the report but not packed in the checkpoint.")
         if name != latest_name:  # the experts that share one tensor follow each other
-            packed = read_packed(files, name)
-            dense = unpack(packed)
-            mask = packed_mask(packed)
+            if name in names:
+                packed = read_packed(files, name)
+                dense = unpack(packed)
+                mask = packed_mask(packed)
+            else:
+                with safe_open(files[name], "pt") as file:
+                    dense = file.get_tensor(name)
+                mask = torch.ones(dense.shape, dtype=torch.bool)
             latest_name = name
-        yield operator, dense[index], pack_mask(mask[index])
+        mask_of_operator = mask[index]
+        is_of_this_run = number < len(report.operators)
+        if is_of_this_run and operator.name in carried:
+            # This run removed columns and set no zeros. Those of an earlier run come at the end.
+            mask_of_operator = torch.ones_like(mask_of_operator)
+        yield operator, dense[index], pack_mask(mask_of_operator)
+
+
+def operators_to_pack(report: PruningReport) -> list[OperatorReport]:
+    """Return the operators of a folder that are stored packed, by its report: those whose masks set weights to zero.
+
+    A run that removed parts sets no zeros itself: only those of earlier runs are left out, whose masks it carried.
+    """
+    return report.carried if report.removed else report.masked
 
 
 def require_packable(names: Iterable[str]) -> None:
@@ -194,20 +226,21 @@ def pack_folder(
     require_files(folder, CONFIG_FILE, MASKS_FILE, REPORT_FILE)
     report = read_report(folder)
     files = checkpoint_files(folder)
-    if report.removed:
+    operators = operators_to_pack(report)
+    if not operators:
         raise ValueError(
             f"folder {str(folder)!r} has no zeros to pack: whole parts of the model were removed, and what is left is "
             "dense. Use it as it is."
         )
-    require_packable(operator.name for operator in report.operators)
-    missing = sorted(_operators_by_tensor(report.operators).keys() - files.keys())
+    require_packable(operator.name for operator in operators)
+    missing = sorted(_operators_by_tensor(operators).keys() - files.keys())
     if missing:
         raise ValueError(
             f"folder {str(folder)!r} is damaged: no weight file has {missing[0]}, which its report names."
         )
 
     with safe_open(folder / MASKS_FILE, "pt") as masks:
-        packer = Packer(report.operators, files, masks.get_tensor)
+        packer = Packer(operators, files, masks.get_tensor)
 
         def convert(file: Any, names: Iterable[str]) -> dict[str, Tensor]:
             """Pack the tensors `names` of an open weight file; `packer` is that of the outer function."""
@@ -252,7 +285,7 @@ def unpack_folder(
             f"folder {str(folder)!r} is not packed: pass a folder made by `optimum-fista pack`."
         )
     files = packed_files(folder)
-    operators = _operators_by_tensor(read_report(folder).operators)
+    operators = _operators_by_tensor(read_report(folder).masked)
     dense_names = {}  # names of the dense tensors by those of their three packed parts
     for name in packed_names(files):
         for suffix in SUFFIXES:
@@ -267,7 +300,13 @@ def unpack_folder(
         dense: dict[str, Tensor] = {}
         for stored_name in stored_names:
             if stored_name not in dense_names:
-                dense[stored_name] = file.get_tensor(stored_name)
+                tensor = file.get_tensor(stored_name)
+                dense[stored_name] = tensor
+                # Operators that only lost columns are not packed: their masks keep all weights.
+                for operator in operators.get(stored_name, []):
+                    _, index = split_index(operator.name)
+                    all_kept = torch.ones(tensor[index].shape, dtype=torch.bool)
+                    masks[operator.name] = pack_mask(all_kept)
             elif stored_name.endswith(SUFFIXES[0]):  # masks and layouts are read with their values
                 name = dense_names[stored_name]
                 packed = read_packed(files, name)
@@ -370,7 +409,7 @@ class Packer:
     """Packs the pruned weights among the tensors of a checkpoint.
 
     Args:
-        operators: Reports of the pruned operators, with their names in the checkpoint.
+        operators: Reports of the operators to pack (`operators_to_pack`), with their names in the checkpoint.
         names: Names of all tensors of the checkpoint.
         read_mask: Returns the mask of an operator by its name, packed by `solve.pattern.pack_mask`.
 

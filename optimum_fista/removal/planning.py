@@ -94,5 +94,6 @@ def require_zeros_to_pack(config: FistaPruningConfig, packed: bool) -> None:
     removes = config.whole_parts is not None or config.tokens_removal is not None
     if packed and removes:
         raise ValueError(
-            f"packed=True: pattern={config.pattern!r} leaves a dense model: there are no zeros to pack."
+            f"packed=True: pattern={config.pattern!r} leaves a dense model: there are no zeros to pack, unless an "
+            "earlier run set some. Leave packed out, and pack the result then (optimum-fista pack)."
         )

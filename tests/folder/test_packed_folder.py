@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import rare_tokens
 import torch
 from folder_files import files_of
 from hub_standin import hub_fixture, run_with_hub  # noqa: F401
 from safetensors.torch import load_file, save_file
+from tiny_llama import tiny_tokens
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
 from optimum_fista.folder.output import model_files
 from optimum_fista.folder.packed_folder import is_packed, pack_folder, unpack_folder
@@ -42,6 +45,43 @@ def test_a_packed_folder_is_smaller_and_is_made_dense_again(family, pruned, tmp_
     assert not list(packed.glob("model*.safetensors"))
     assert verify_checkpoint(packed) == verify_checkpoint(dense)
     assert files_of(tmp_path / "again") == files_of(dense)
+
+
+@pytest.mark.parametrize("pattern", ["vocab:unused", "channels:0.25/4"])
+@pytest.mark.filterwarnings("ignore")
+def test_zeros_of_an_earlier_run_are_verified_and_packed_after_a_run_that_removed_parts(
+    pattern, tmp_path
+):
+    source = rare_tokens.save(tmp_path / "source")
+    batches = tiny_tokens().split(4)
+    zeros = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False)
+    zeros.prune(source, batches, output_dir=tmp_path / "zeros")
+    parts = FistaPruner(FistaPruningConfig(pattern=pattern, method="wanda"), progress=False)
+    texts = [rare_tokens.TEXT] if pattern.startswith("vocab") else batches
+    report = parts.prune(tmp_path / "zeros", texts, output_dir=tmp_path / "smaller")
+    num_weights = sum(operator.shape[0] * operator.shape[1] for operator in report.carried)
+
+    packing = pack_folder(tmp_path / "smaller", tmp_path / "packed")
+    unpack_folder(tmp_path / "packed", tmp_path / "again")
+
+    proven = verify_checkpoint(tmp_path / "packed")
+    assert proven == verify_checkpoint(tmp_path / "smaller")
+    assert proven.num_operators == len(report.carried) == packing.num_tensors == 14
+    assert proven.num_weights == num_weights
+    assert proven.num_zeros == report.num_zeros > 0.4 * num_weights
+    assert packing.packed_bytes < packing.dense_bytes
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "smaller")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
+    assert_same_weights(tmp_path / "packed", model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_folder_without_zeros_of_any_run_is_not_packed(tiny_folder, tmp_path):
+    pruner = FistaPruner(FistaPruningConfig(pattern="channels:0.25/4"), progress=False)
+    pruner.prune(tiny_folder, tiny_tokens().split(4), output_dir=tmp_path / "smaller")
+
+    with pytest.raises(ValueError, match="has no zeros to pack: whole parts of the model were"):
+        pack_folder(tmp_path / "smaller", tmp_path / "packed")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
