@@ -74,12 +74,13 @@ def headlines(report: PruningReport) -> Iterator[Headline]:
     if report.removed or report.removed_before:
         yield _removed(report)
     if not report.removed:
+        in_all = f"; {report.zeros_in_all}" if report.zeros_in_all else ""
         yield Headline(
             name="Zeros",
             value=share(totals["sparsity"], 2),
             remark=(
                 f"{count(totals['num_zeros'])} of {count(totals['num_weights'])} weights in "
-                f"{totals['num_operators']:,} operators; {share(totals['model_sparsity'])} of all parameters"
+                f"{totals['num_operators']:,} operators; {share(totals['model_sparsity'])} of all parameters{in_all}"
             ),
         )
     if report.operators:

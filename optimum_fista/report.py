@@ -266,10 +266,11 @@ class PruningReport:
     environment: dict[str, Any] = field(default_factory=dict)
     # In order.
     recoveries: list[RecoveryReport] = field(default_factory=list)
-    # Operators with zeros of an earlier run, of which this run kept the masks although it removed parts. An operator
-    # may be in `operators`, too, if this run removed some of its columns. Errors are those of the earlier run.
+    # Operators with zeros of an earlier run, of which this run kept the masks, because it left them dense or removed
+    # parts. An operator may be in `operators`, too, if this run removed some of its columns. Errors are those of the
+    # earlier run.
     carried: list[OperatorReport] = field(default_factory=list)
-    # Weights of operators in which this run overwrote zeros of an earlier one.
+    # Weights of operators in which this run overwrote or moved zeros of an earlier one.
     lost_masks: list[str] = field(default_factory=list)
     # Where the model that this run was given comes from; None if it was never pruned.
     origin: OriginReport | None = None
@@ -316,7 +317,10 @@ class PruningReport:
 
     @property
     def earlier_zeros(self) -> str:
-        """Say what became of zeros of earlier runs when this run removed parts; empty if there were none."""
+        """Say what became of zeros of earlier runs in operators that this run did not prune; empty if there were none.
+
+        Operators that lost columns are among them.
+        """
         if not self.carried and not self.lost_masks:
             return ""
         zeros = sum(math.prod(operator.shape) - operator.num_kept for operator in self.carried)
@@ -325,7 +329,22 @@ class PruningReport:
         )
         if not self.lost_masks:
             return zeros_that_stay
-        return f"{zeros_that_stay}; in {len(self.lost_masks)} operators they were overwritten by a refit"
+        return f"{zeros_that_stay}; in {len(self.lost_masks)} operators they were overwritten"
+
+    @property
+    def zeros_in_all(self) -> str:
+        """Say how many weights are zero with those of earlier runs; empty if all zeros are of this run.
+
+        For a run that sets zeros itself.
+        """
+        if not self.carried:
+            return ""
+        share = self.num_zeros / self.model["num_parameters"]
+        num_carried = self.num_zeros - self.totals["num_zeros"]
+        return (
+            f"with {num_carried:,} zeros that earlier runs left in {len(self.carried)} other operators, "
+            f"{self.num_zeros:,} weights are zero ({share:.2%} of all parameters)"
+        )
 
     @property
     def num_zeros(self) -> int:
@@ -830,6 +849,8 @@ class PruningReport:
                 f"{totals['num_zeros']:,} of {totals['num_weights']:,} weights zero "
                 f"({totals['sparsity']:.2%})"
             )
+            if self.zeros_in_all:
+                removal += f"; {self.zeros_in_all}"
             if self.removed_before:
                 removal += f"; {self.removed_before}"
         experts = f"{self.experts_left}; " if self.mixtures else ""

@@ -41,8 +41,8 @@ def operators_by_weight(
     operators = {}
     for index, layer in enumerate(layers):
         layer_name = f"{layers_name}.{index}"
-        if report.removed:
-            # No expert was pruned as an operator, but experts may have masks of an earlier run.
+        if report.removed or report.carried:
+            # Experts that this run did not prune as operators may have masks of an earlier run.
             of_layer = all_operators(layer_name, layer)
         else:
             of_layer = find_operators(layer_name, layer, report.config["exclude"])

@@ -62,7 +62,8 @@ class ShardWriter:
         """Collect the tensors to write of a pruned decoder layer, by their stored names. Changes nothing.
 
         `layer` is on its device, with all its weights, and `record` is its report. `masks` are those of its pruned
-        operators, by the names of their weights in the model, such as "model.layers.3.mlp.down_proj.weight".
+        operators and of those that were carried over from an earlier run, by the names of their weights in the model,
+        such as "model.layers.3.mlp.down_proj.weight".
         `self._plan` is the plan of the run, and `self._packed` says whether weights are written without their zeros.
         """
         plan = self._plan
@@ -75,7 +76,11 @@ class ShardWriter:
             dense = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
             tensors = self._by_stored_name(plan.removal.shrink_tensors(record, dense))
         if self._packed:
-            operators, stored_masks = as_stored(record.operators, masks, self.names)
+            names = self.names
+            if plan.removal.earlier_masks is not None:
+                names = names | plan.removal.earlier_masks.names
+            masked = [*record.operators, *record.carried]
+            operators, stored_masks = as_stored(masked, masks, names)
             # zeros never reach the disk
             tensors = Packer(operators, tensors, stored_masks.__getitem__).pack(tensors)
         return self._in_stored_form(originals, tensors)

@@ -1,9 +1,10 @@
-"""Masks of an earlier run, carried through a run that removes parts.
+"""Masks of an earlier run, carried through a later run.
 
 A model may have zeros already: the folder that it was loaded from has a report, and a mask for each pruned operator.
-A run that removes parts slices these masks as it slices the weights, and gives them the new names, so that a later
-training keeps the zeros. A refit may write into the zeros of an operator. Then its mask is *lost*, and the report says
-so. What happened is not guessed: a mask is *carried* if and only if all weights outside of it are zero.
+A run that sets zeros carries the masks of the operators that it leaves dense. A run that removes parts slices all masks
+as it slices the weights, and gives them the new names. So a later training keeps the zeros. A refit may write into the
+zeros of an operator. Then its mask is *lost*, and the report says so. What happened is not guessed: a mask is *carried*
+if and only if all weights outside of it are zero.
 
 A *mask* says which weights are kept (True); packed, it has a bit for each weight. A *part* loses *groups*, such as
 channels of an MLP. The plan of the smaller model is a `Shrinking`: it says which tensors become smaller, and has the
@@ -11,11 +12,12 @@ smaller model without weights. Linear operators and parameters have the names of
 "model.layers.3.mlp.up_proj" and "model.layers.3.mlp.up_proj.weight". An `OperatorReport` is what a run reports of one
 operator. Files may have other names, and weights as [in, out] instead of [out, in].
 
-`EarlierMasks.find` looks for the masks, and `carried` is called for each decoder layer once it is pruned.
+`EarlierMasks.find` looks for the masks. `carried` is called for each decoder layer once it is pruned, or
+`carried_smaller` if the run removes parts.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -55,6 +57,8 @@ class EarlierMasks:
     file: Path  # safetensors
     # Reports of the earlier run, with the names of the files, by the name of the weight in the model.
     entries: Mapping[str, OperatorReport]
+    # Names of these weights in the files, by their names in the model.
+    names: Mapping[str, StoredName]
 
     @classmethod
     def find(cls, layers: DecoderLayers) -> "EarlierMasks | None":
@@ -93,9 +97,33 @@ class EarlierMasks:
             for entry in report.masked
             if entry.name in names_by_stored_name
         }
-        return cls(folder / MASKS_FILE, entries)
+        return cls(folder / MASKS_FILE, entries, {name: names[name] for name in entries})
 
-    def carried(
+    def carried(self, layer_name: str, layer: nn.Module, pruned: Collection[str]) -> CarriedMasks:
+        """Return the masks of operators that this run left dense, if all weights outside of them are zero.
+
+        Args:
+            layer_name: The name of the layer, such as "model.layers.3".
+            layer: The layer, with its weights as the run leaves them. It is only read.
+            pruned: Names of the weights that this run pruned: they have new masks.
+        """
+
+        def unchanged(_: str, tensor: Tensor) -> Tensor:
+            """Return a parameter or its mask as it is, because no part is removed."""
+            return tensor
+
+        masks, entries = self._masks_of_parameters(layer_name, layer)
+        return _masks_that_hold(
+            layer_name,
+            layer,
+            remaining_layer=layer,
+            masks=masks,
+            entries=entries | dict(self.entries),
+            shrink=unchanged,
+            skipped=pruned,
+        )
+
+    def carried_smaller(
         self, layer_name: str, layer: nn.Module, smaller: Shrinking, kept: Kept
     ) -> CarriedMasks:
         """Slice the masks of a pruned decoder layer, and return those outside of which all weights are zero.
@@ -106,36 +134,24 @@ class EarlierMasks:
             smaller: The plan of the smaller model.
             kept: Numbers of the groups that stay, by the name of their part.
         """
-        carried = CarriedMasks()
         new_name = smaller.new_name(layer_name)
+        if new_name is None:  # the layer is removed
+            return CarriedMasks()
+
+        def shrink(name: str, tensor: Tensor) -> Tensor:
+            """Return the parameter `name`, or its mask, without the removed groups."""
+            return smaller.shrink_tensor(name, tensor, kept)
+
         masks, entries = self._masks_of_parameters(layer_name, layer)
-        if new_name is None or not masks:
-            return carried
-
-        parameters = dict(layer.named_parameters(prefix=layer_name))
-        small_layer = smaller.model.get_submodule(new_name)  # without weights
-        # An expert is found in the smaller layer, where it has its new number.
-        for operator in all_operators(layer_name, small_layer).values():
-            parameter_name = _parameter_of(operator, layer_name, small_layer)
-            if parameter_name not in masks:
-                continue
-            small_mask = smaller.shrink_tensor(parameter_name, masks[parameter_name], kept)
-            mask = operator.select(small_mask)  # that of one expert, if the parameter has several
-            if bool(mask.all()):
-                continue  # no zero is left
-
-            weight = smaller.shrink_tensor(
-                parameter_name, parameters[parameter_name].detach(), kept
-            )
-            outside = operator.select(weight).masked_select(~mask.to(weight.device))
-            name = f"{operator.name}.weight"
-            is_overwritten = bool(torch.count_nonzero(outside))
-            if is_overwritten:
-                carried.lost.append(name)
-                continue
-            carried.operators.append(_report_of_carried(operator, mask, entries[parameter_name]))
-            carried.masks[name] = pack_mask(mask)
-        return carried
+        return _masks_that_hold(
+            layer_name,
+            layer,
+            remaining_layer=smaller.model.get_submodule(new_name),
+            masks=masks,
+            entries=entries,
+            shrink=shrink,
+            skipped=(),
+        )
 
     def _masks_of_parameters(
         self, layer_name: str, layer: nn.Module
@@ -171,6 +187,53 @@ class EarlierMasks:
                 mask = unpack_mask(masks_in_model[name], tuple(of_operator.shape))
                 of_operator.copy_(mask)
         return masks, entries
+
+
+def _masks_that_hold(
+    layer_name: str,
+    layer: nn.Module,
+    *,
+    remaining_layer: nn.Module,
+    masks: Mapping[str, Tensor],
+    entries: Mapping[str, OperatorReport],
+    shrink: Callable[[str, Tensor], Tensor],
+    skipped: Collection[str],
+) -> CarriedMasks:
+    """Return the masks of a decoder layer outside of which all weights are zero, and the names of the others.
+
+    Args:
+        layer_name: The name of the layer, such as "model.layers.3".
+        layer: The layer, with its weights as the run leaves them. It is only read.
+        remaining_layer: The layer with the operators that stay; it may be without weights. An expert is found there,
+            where it has its new number.
+        masks: bool masks of whole parameters of `layer`, by the name of the parameter.
+        entries: The earlier report of an operator in each parameter, by the name of the parameter. If experts keep
+            their numbers, also that of each weight, by the name of the weight.
+        shrink: Returns a parameter or its mask, with its name, without the parts that the run removes.
+        skipped: Names of weights whose masks are not carried.
+    """
+    carried = CarriedMasks()
+    parameters = dict(layer.named_parameters(prefix=layer_name))
+    for operator in all_operators(layer_name, remaining_layer).values():
+        name = f"{operator.name}.weight"
+        parameter_name = _parameter_of(operator, layer_name, remaining_layer)
+        if parameter_name not in masks or name in skipped:
+            continue
+        # that of one expert, if the parameter has several
+        mask = operator.select(shrink(parameter_name, masks[parameter_name]))
+        if bool(mask.all()):
+            continue  # no zero is left
+
+        weight = operator.select(shrink(parameter_name, parameters[parameter_name].detach()))
+        outside = weight.masked_select(~mask.to(weight.device))
+        is_overwritten = bool(torch.count_nonzero(outside))
+        if is_overwritten:
+            carried.lost.append(name)
+            continue
+        entry = entries.get(name, entries[parameter_name])
+        carried.operators.append(_report_of_carried(operator, mask, entry))
+        carried.masks[name] = pack_mask(mask)
+    return carried
 
 
 def unchanged_masks(folder: Path) -> tuple[list[OperatorReport], dict[str, Tensor]]:
@@ -223,6 +286,9 @@ def _report_of_carried(
         groups_kept=None,
         input_order=None,
     )
+    is_unchanged = operator.shape == earlier.shape and num_kept == earlier.num_kept
+    if is_unchanged:
+        return entry
     mask_by_outputs = mask.T if operator.transposed else mask  # [out, in]
     if not _keeps_pattern(entry, mask_by_outputs):
         entry = replace(entry, pattern="unstructured", target_sparsity=sparsity, scope="matrix")

@@ -71,8 +71,6 @@ class PartsRemoval(Removal):
     smaller_plan: Shrinking
     columns_plan: Shrinking  # of a model that keeps all experts, for the proof of the other kinds
     experts_plan: Shrinking  # of a model that loses experts only, to run a layer without them
-    # Of the run that the model comes from; None: there are none, or they are not known.
-    earlier_masks: EarlierMasks | None
     # Kinds of layers that are proved to return the same without removed groups; only this changes during the run.
     proven: set[object] = field(default_factory=set, compare=False)
 
@@ -406,7 +404,9 @@ class PartsRemoval(Removal):
         if self.earlier_masks is None:
             return record
         kept = groups_kept([record.report], record.operators)
-        carried = self.earlier_masks.carried(record.report.name, layer, self.smaller_plan, kept)
+        carried = self.earlier_masks.carried_smaller(
+            record.report.name, layer, self.smaller_plan, kept
+        )
         sink.masks.update(carried.masks)
         return replace(record, carried=carried.operators, lost_masks=carried.lost)
 

@@ -9,6 +9,7 @@ from optimum_fista.config import FistaPruningConfig
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.choice import choose_operators
 from optimum_fista.model.layers import DecoderLayers
+from optimum_fista.removal.earlier_masks import EarlierMasks
 from optimum_fista.removal.parts import ModelOutline, Part
 from optimum_fista.removal.parts_removal import PartsRemoval
 from optimum_fista.removal.removal import Removal, first_names
@@ -86,6 +87,7 @@ def _removal_of_zeros(layers: DecoderLayers, config: FistaPruningConfig) -> Remo
         patterns=patterns,
         left_dense=left_dense,
         channels=channels,
+        earlier_masks=EarlierMasks.find(layers),
     )
 
 

@@ -18,18 +18,20 @@ of a part. A *mask* says which weights are kept (True). The *sink* of a run over
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optimum_fista.config import FistaPruningConfig
+from optimum_fista.folder.checkpoint import CONFIG_KEY
 from optimum_fista.model.correction import LayerTargets
 from optimum_fista.model.inputs import HiddenStates, LayerActivations
 from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.operators import Group, LinearOperator
 from optimum_fista.model.sensitivity import DenseLoss
+from optimum_fista.removal.earlier_masks import EarlierMasks
 from optimum_fista.removal.parts import Part, RemovedParts
 from optimum_fista.report import (
     LayerRecord,
@@ -94,6 +96,8 @@ class Removal:
     num_removed_layers: int = 0
     # The loss after the removal of each layer, by its number; empty until they are chosen.
     removed_layers: Mapping[int, float] = field(default_factory=dict)
+    # Of the run that the model comes from; None: there are none, or they are not known.
+    earlier_masks: EarlierMasks | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -157,12 +161,18 @@ class Removal:
     def carry_masks(
         self, layer: nn.Module, record: LayerRecord, sink: PrunedWeights
     ) -> LayerRecord:
-        """Keep masks of an earlier run, made smaller as the weights are; see `earlier_masks`. None here.
+        """Keep masks of an earlier run, made smaller as the weights are; here, of operators that are left dense.
 
         `layer` is pruned and on its device, and `record` is its report. The masks are added to `sink.masks`. Returns a
-        copy of the record that says what became of them.
+        copy of the record that says what became of them. `self.earlier_masks` finds the masks in the folder that the
+        model was loaded from.
         """
-        return record
+        if self.earlier_masks is None:
+            return record
+        pruned = {operator.name for operator in record.operators}
+        carried = self.earlier_masks.carried(record.report.name, layer, pruned)
+        sink.masks.update(carried.masks)
+        return replace(record, carried=carried.operators, lost_masks=carried.lost)
 
     def new_name(self, name: str) -> str | None:
         """The name in the pruned model of the module or tensor `name` of the model; `None` if it is removed."""
@@ -197,15 +207,35 @@ class Removal:
     def names_of_carried(self, report: PruningReport) -> dict[str, StoredName]:
         """Names in the checkpoint of weights with masks of an earlier run, by their names in the pruned model.
 
-        `report` is complete; its `carried` lists these weights.
+        `report` is complete; its `carried` lists these weights. Here they have the names of the earlier run's files.
         """
-        return {}
+        if self.earlier_masks is None:
+            return {}
+        return {
+            operator.name: self.earlier_masks.names[operator.name] for operator in report.carried
+        }
 
     def describe(self, report: PruningReport) -> None:
         """Write what was removed into the report of all decoder layers, and into the model's configuration.
 
-        Nothing here. If parts are removed, this changes `report`, and the model gets another `config`.
+        Here, only a warning of masks of an earlier run that are lost is added to `report`. If parts are removed, this
+        changes `report`, and the model gets another `config`.
         """
+        if report.lost_masks:
+            names = first_names([name.removesuffix(".weight") for name in report.lost_masks])
+            report.warn(
+                f"{len(report.lost_masks)} operators that this run left dense have other weights than after the "
+                f"earlier run, so their masks are not carried: {names}. Reordered channels, or a change of the model "
+                "since it was loaded, moved or overwrote their zeros."
+            )
+            return
+        earlier = getattr(self.layers.model.config, CONFIG_KEY, None) or {}
+        leaves_operators = any(reason != "router" for reason in report.left_dense.values())
+        if self.earlier_masks is None and earlier.get("num_zeros") and leaves_operators:
+            report.warn(
+                f"the masks of an earlier run ({earlier.get('pattern')}) are not known, so those of operators that "
+                "this run left dense are not carried: prune the folder that the earlier run has saved."
+            )
 
     def make_smaller(
         self, model: PreTrainedModel, report: PruningReport, sink: PrunedWeights

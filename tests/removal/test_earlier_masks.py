@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig, masked_training, verify_checkpoint
 from optimum_fista.folder.checkpoint import MASKS_FILE, read_report
+from optimum_fista.folder.packed_folder import unpack_folder
 from optimum_fista.source.model_folder import read_json
 
 BATCHES = tiny_tokens().split(4)
@@ -140,6 +141,112 @@ def test_masks_stay_when_tokens_are_removed(tmp_path):
     assert zeros_of(model) == before
     again = remove(folder, tmp_path / "both", "channels:0.25/4", True, method="wanda")
     assert len(read_report(again).carried) == 14
+
+
+@pytest.fixture(scope="module")
+def halved(tmp_path_factory):
+    """The folder of a model with zeros in all 14 operators, half of each row; do not write to it."""
+    folder = tmp_path_factory.mktemp("halved") / "model"
+    prune_and_save(tiny_llama(), folder, sparsity=0.5, scope="row", method="wanda")
+    return folder
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_masks_of_operators_that_a_later_run_leaves_dense_are_carried(halved, tmp_path, streamed):
+    excluded = {name for name in zeros_of(tiny_llama()) if name.startswith("model.layers.1.")}
+    options = {"exclude": ("model.layers.1.*",)}  # the default method fits all kept weights anew
+
+    folder = remove(halved, tmp_path / "twice", "2:4", streamed, **options)
+
+    report = read_report(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    before = zeros_of(model)
+    zeros = sum(before.values())
+    assert {operator.name for operator in report.carried} == excluded
+    assert {operator.pattern for operator in report.carried} == {"unstructured"}
+    assert report.lost_masks == []
+    assert len(load_file(folder / MASKS_FILE)) == 14
+    proven = verify_checkpoint(folder, dense=halved)
+    assert (proven.num_operators, proven.num_zeros) == (14, zeros) == (14, report.num_zeros)
+    assert read_json(folder / "config.json")["fista_pruning"]["num_zeros"] == zeros
+    in_all = (
+        f"with {zeros // 2:,} zeros that earlier runs left in 7 other operators, {zeros:,} weights are zero "
+        f"({zeros / model.num_parameters():.2%} of all parameters)"
+    )
+    assert in_all in (folder / "README.md").read_text()
+    assert in_all in str(report)
+
+    train_one_step(model, folder)
+
+    assert zeros_of(model) == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_masks_of_operators_that_a_later_run_leaves_dense_are_packed(halved, tmp_path):
+    config = FistaPruningConfig(pattern="2:4", method="wanda", exclude=("model.layers.1.*",))
+    pruner = FistaPruner(config, progress=False)
+
+    pruner.prune(halved, BATCHES, output_dir=tmp_path / "packed", packed=True)
+    pruner.prune(halved, BATCHES, output_dir=tmp_path / "twice")
+
+    proven = verify_checkpoint(tmp_path / "packed")
+    assert proven == verify_checkpoint(tmp_path / "twice")
+    assert proven.num_operators == 14
+    unpack_folder(tmp_path / "packed", tmp_path / "unpacked")
+    masks = load_file(tmp_path / "unpacked" / MASKS_FILE)
+    expected = load_file(tmp_path / "twice" / MASKS_FILE)
+    assert masks.keys() == expected.keys()
+    assert all(torch.equal(masks[name], mask) for name, mask in expected.items())
+
+
+@pytest.mark.filterwarnings("ignore:the model was pruned before")
+def test_masks_of_operators_whose_channels_a_later_run_reorders_are_lost(tmp_path):
+    source = tmp_path / "sparse"
+    prune_and_save(tiny_llama(), source, sparsity=0.5, method="wanda")
+    options = {"exclude": ("*.up_proj", "*.self_attn.*"), "reorder_channels": True}
+
+    with pytest.warns(match="2 operators that this run left dense have other weights than after"):
+        folder = remove(source, tmp_path / "twice", "2:4", True, method="wanda", **options)
+
+    report = read_report(folder)
+    up = {f"model.layers.{number}.mlp.up_proj.weight" for number in (0, 1)}
+    assert set(report.lost_masks) == up
+    assert len(report.carried) == 8
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.usefixtures("enough_tokens")
+@pytest.mark.filterwarnings("ignore")
+def test_masks_of_experts_that_a_later_run_leaves_dense_are_carried(family, tmp_path):
+    source, folder = tmp_path / "sparse", tmp_path / "twice"
+    prune_and_save(tiny_model(family), source, family_tokens(), pattern="2:4", method="wanda")
+    config = FistaPruningConfig(pattern="2:4", method="wanda", exclude=("*.experts",))
+
+    FistaPruner(config, progress=False).prune(source, family_tokens(), output_dir=folder)
+
+    # 4 experts in each of two layers, each with three matrices
+    assert len(read_report(folder).carried) == 2 * 4 * 3
+    verify_checkpoint(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    before = {name: weight == 0 for name, weight in model.named_parameters() if "experts" in name}
+    train_one_step(model, folder)
+    after = dict(model.named_parameters())
+    for name, was_zero in before.items():
+        if "bias" not in name:
+            assert torch.equal(after[name] == 0, was_zero)
+
+
+def test_a_run_that_leaves_operators_dense_and_does_not_know_their_masks_says_so(tmp_path):
+    model = tiny_llama()
+    options = {"progress": False}
+    FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), **options).prune(model, BATCHES)
+    config = FistaPruningConfig(pattern="2:4", method="wanda", exclude=("model.layers.1.*",))
+
+    with pytest.warns(match=r"the masks of an earlier run \(2:4\) are not known, so those of"):
+        report = FistaPruner(config, **options).prune(model, BATCHES)
+
+    assert not report.carried
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
