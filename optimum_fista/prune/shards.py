@@ -78,7 +78,7 @@ class ShardWriter:
         if self._packed:
             names = self.names
             if plan.removal.earlier_masks is not None:
-                names = names | plan.removal.earlier_masks.names
+                names = names | dict(plan.removal.earlier_masks.names)
             masked = [*record.operators, *record.carried]
             operators, stored_masks = as_stored(masked, masks, names)
             # zeros never reach the disk

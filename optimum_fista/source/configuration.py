@@ -179,8 +179,9 @@ def _change_copies(
     """
     for section_name, old_section in before.items():
         new_section = after.get(section_name)
-        is_section = isinstance(old_section, dict) and isinstance(new_section, dict)
-        if not is_section or not isinstance(content.get(section_name), dict):
+        if not isinstance(old_section, dict) or not isinstance(new_section, dict):
+            continue
+        if not isinstance(content.get(section_name), dict):
             continue
         section_config = vars(config).get(section_name)
         for key, new_value in new_section.items():
