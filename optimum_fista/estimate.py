@@ -38,7 +38,8 @@ from optimum_fista.memory import available_bytes, total_bytes
 from optimum_fista.model.experts import is_fused_experts
 from optimum_fista.model.held_out import LOGITS_TOGETHER
 from optimum_fista.model.layers import prunable_layers, token_limits
-from optimum_fista.model.precision import choose_products
+from optimum_fista.model.precision import WEIGHTS_WIDENED_TOGETHER, choose_products
+from optimum_fista.model.predictor import POSITIONS_ON_CPU, positions_per_chunk
 from optimum_fista.prune.plan import Budgets, Plan, plan_run
 from optimum_fista.pruner import FistaPruner
 from optimum_fista.removal.parts import ModelOutline
@@ -467,29 +468,39 @@ class Estimate:
         streams = len(self.layers) + 2
         parts = {
             "embedding and head": self._embedding_and_head(),
-            "logits": self._loss_bytes(self.length),
+            "logits": self._loss_bytes(min(self.length, positions_per_chunk(self.model))),
             "float32 copies": self._head_copy(),
         }
         return _Moment(parts, streams * sequences * self._sequence_bytes)
 
     def _head_copy(self) -> float:
-        """Count the bytes of the float32 copy of the head for a product; 0 if there is none."""
+        """Count the bytes of the float32 copy of the head, or of a part of it, for a product; 0 if there is none."""
         if not self._widens:
             return 0
-        return _FLOAT32 * self._vocabulary * self._hidden
+        return _FLOAT32 * min(WEIGHTS_WIDENED_TOGETHER, self._vocabulary * self._hidden)
 
     def _allocating(self) -> _Moment:
-        """The moment at which the run computes gradients of the loss to share the zeros, of a sequence at a time."""
-        num_logits = self.length * self._vocabulary
-        # A graph keeps the float32 copies of the head, and later those of one decoder layer.
-        num_weights = [self._vocabulary * self._hidden]
-        for _, layer in self.layers:
-            num_weights.append(sum(parameter.numel() for parameter in layer.parameters()))
-        largest = max(num_weights)
+        """The moment at which the run computes gradients of the loss to share the zeros, of a sequence at a time.
+
+        The head runs on few positions at a time (`Predictor`), and is assumed to be of a model that can be cut.
+        """
+        layer_sizes = [sum(p.numel() for p in layer.parameters()) for _, layer in self.layers]
+        widest = max(max(shape) for shape in self.operators.values())
+        positions = min(self.length, positions_per_chunk(self.model))
+        positions_in_float32 = min(positions, POSITIONS_ON_CPU) if self._on_cpu else positions
+        # Logits and their gradient. Four float32 copies of some, and once more what the C library does not give back.
+        logits = positions * self._vocabulary * 2 * self._value_bytes
+        logits += positions_in_float32 * self._vocabulary * 8 * _FLOAT32
+        # Activations of a decoder layer that is recomputed, of which two are squared in float32.
+        activations = self.length * self._value_bytes * (12 * self._hidden + 6 * widest)
+        activations += self.length * 2 * _FLOAT32 * widest
+        # The graph of a decoder layer keeps float32 copies of its weights, and that of the head keeps none.
+        widened = max(*layer_sizes, min(WEIGHTS_WIDENED_TOGETHER, self._vocabulary * self._hidden))
         parts = {
             "embedding and head": self._embedding_and_head(),
-            "logits, gradients": num_logits * (2 * self._value_bytes + 3 * _FLOAT32),
-            "float32 copies": _FLOAT32 * largest if self._widens else 0,
+            "logits, gradients": logits,
+            "one sequence": activations,
+            "float32 copies": _FLOAT32 * widened if self._widens else 0,
         }
         # Hidden states of all layers wait for the backward pass.
         return _Moment(parts, len(self.layers) * self._sequence_bytes)
@@ -578,8 +589,9 @@ class Estimate:
 
     def _measuring(self) -> Iterator[_Moment]:
         """Yield the moments of measuring the perplexity after the last decoder layer: first the head, then the loss."""
-        together = max(1, LOGITS_TOGETHER // self.length)  # sequences whose logits are held
-        tokens = min(LOGITS_TOGETHER, together * self.length)
+        most = min(LOGITS_TOGETHER, positions_per_chunk(self.model))
+        together = max(1, LOGITS_TOGETHER // self.length)  # sequences in a batch
+        tokens = min(most, together * self.length)
         ends = {"embedding and head": self._embedding_and_head()}
         waiting = 2 * self._num_held_out * self._sequence_bytes
         if self._widens:

@@ -19,12 +19,13 @@ from optimum_fista.bars import tqdm
 from optimum_fista.memory import is_out_of_memory
 from optimum_fista.model.hooks import evaluation_mode
 from optimum_fista.model.layers import token_limits
-from optimum_fista.model.offload import execution_device
+from optimum_fista.model.offload import execution_device, onloaded
+from optimum_fista.model.predictor import Predictor, positions_per_chunk
 from optimum_fista.text.sources import TextSource
 from optimum_fista.text.windows import count_bytes
 
 POSITIONS_PER_CHUNK = 256
-"""Positions whose logits are copied to float32 at a time: 131 MB for a vocabulary of 128 thousand."""
+"""Positions whose logits are copied to float32 at a time, at most."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def evaluate_perplexity(
     Args:
         model: Causal language model, on any device.
         windows: Token ids, integer, [N, T].
-        batch_size: Windows per forward pass. The logits of a batch are held at once.
+        batch_size: Windows per forward pass. If they have many logits, these are in memory for a few positions at a
+            time (`Predictor`).
         progress: Show a progress bar.
         text: Where the windows come from, for the result's `bits_per_byte`; `None`: it is not computed.
         tokenizer: The one that made the windows of `text`.
@@ -86,14 +88,18 @@ def evaluate_perplexity(
     device = execution_device(model.get_input_embeddings())
     num_windows, sequence_length = windows.shape
     total = 0.0  # of -log p over all predicted tokens
+    head = model.get_output_embeddings()
+    has_few_logits = batch_size * sequence_length <= positions_per_chunk(model)
     with (
         evaluation_mode(model),
         torch.no_grad(),
+        onloaded([head], writable=False),
         tqdm(total=num_windows, desc="Perplexity", unit="window", disable=not progress) as bar,
     ):
+        predictor = Predictor(model, whole=has_few_logits)
         for first in range(0, num_windows, batch_size):
             ids = windows[first : first + batch_size].to(device=device, dtype=torch.int64)
-            total += _checked_log_likelihood(model, ids, first)
+            total += _checked_log_likelihood(model, predictor, ids, first)
             bar.update(len(ids))
 
     num_tokens = num_windows * (sequence_length - 1)
@@ -129,18 +135,21 @@ def _check_windows(model: PreTrainedModel, windows: torch.Tensor) -> None:
         )
 
 
-def _checked_log_likelihood(model: PreTrainedModel, ids: torch.Tensor, first: int) -> float:
+def _checked_log_likelihood(
+    model: PreTrainedModel, predictor: Predictor, ids: torch.Tensor, first: int
+) -> float:
     """Sum -log p over the predicted tokens of a batch (`_negative_log_likelihood`).
 
     If the model fails because it can't take so many tokens, the error says so (ValueError).
 
     Args:
         model: In evaluation mode.
+        predictor: That of the model.
         ids: Token ids of B windows, int64 [B, T], on the model's device.
         first: Number of the first of these windows, for errors.
     """
     try:
-        return _negative_log_likelihood(model, ids, first)
+        return _negative_log_likelihood(predictor, ids, first)
     except (IndexError, RuntimeError) as error:
         # The limit is asked only after a failure: a model without a table of positions takes longer windows, too.
         _, limit = token_limits(model)
@@ -154,25 +163,21 @@ def _checked_log_likelihood(model: PreTrainedModel, ids: torch.Tensor, first: in
         ) from error
 
 
-def _negative_log_likelihood(model: PreTrainedModel, ids: torch.Tensor, first: int) -> float:
-    """Run the model and sum -log p over the predicted tokens, in float64.
+def _negative_log_likelihood(predictor: Predictor, ids: torch.Tensor, first: int) -> float:
+    """Run the model of a predictor and sum -log p over the predicted tokens, in float64.
 
     Args:
-        model: In evaluation mode.
+        predictor: Its model is in evaluation mode.
         ids: Token ids of B windows, int64 [B, T], on the model's device.
         first: Number of the first of these windows, for errors.
     """
-    logits = model(input_ids=ids, use_cache=False).logits  # [B, T, vocabulary]
-    total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    last = ids.shape[1] - 1  # nothing comes after the last position, so it predicts nothing
-    for start in range(0, last, POSITIONS_PER_CHUNK):
-        end = min(start + POSITIONS_PER_CHUNK, last)
-        # Position t predicts token t + 1.
-        targets = ids[:, start + 1 : end + 1].to(logits.device)
-        # [B, chunk, vocabulary] -> [B * chunk, vocabulary]
-        rows = logits[:, start:end].flatten(0, 1).float()
-        losses = cross_entropy(rows, targets.flatten(), reduction="none")
-        total += losses.double().sum()
+    # [B * (T - 1), hidden]: nothing comes after the last position, so it predicts nothing
+    entering_head = predictor.hidden_states(ids)
+    # Position t predicts token t + 1.
+    targets = ids[:, 1:].flatten().to(entering_head.device)
+    total = torch.zeros((), dtype=torch.float64, device=entering_head.device)
+    for chunk in predictor.chunks(len(targets)):
+        total += _sum_of_losses(predictor, entering_head[chunk], targets[chunk])
     # Once for a batch, because each look at a number waits for the device.
     if total.isnan():
         raise ValueError(
@@ -180,3 +185,20 @@ def _negative_log_likelihood(model: PreTrainedModel, ids: torch.Tensor, first: i
             "overflow in float16."
         )
     return total.item()
+
+
+def _sum_of_losses(
+    predictor: Predictor, entering_head: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Sum -log p of the `targets` [positions], in float64, by what enters the head at these positions.
+
+    Their logits are in memory until this returns.
+    """
+    logits = predictor.logits(entering_head)  # [positions, vocabulary]
+    total = torch.zeros((), dtype=torch.float64, device=entering_head.device)
+    for start in range(0, len(logits), POSITIONS_PER_CHUNK):
+        rows = slice(start, start + POSITIONS_PER_CHUNK)
+        targets_of_rows = targets[rows].to(logits.device)
+        losses = cross_entropy(logits[rows].float(), targets_of_rows, reduction="none")
+        total += losses.double().sum().to(total.device)
+    return total

@@ -20,7 +20,7 @@ from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.sweep import Sweep
 from optimum_fista.verdict import LEAST_TOKENS
 
-# tokens whose logits are held at a time: a vocabulary may have 250,000 entries
+# tokens whose logits are held at a time, or fewer if the vocabulary is large (`Sweep.loss`)
 LOGITS_TOGETHER = 512
 _NETWORKS = ("dense", "pruned")
 

@@ -28,6 +28,10 @@ the device has units for that. "widened": 16-bit ones are multiplied in float32,
 _PRODUCTS: ContextVar[Products] = ContextVar("how quick products are computed", default="float32")
 
 
+# Weights of one matrix that are copied to float32 at a time: 67 MB. The head of a large vocabulary has more.
+WEIGHTS_WIDENED_TOGETHER = 2**24
+
+
 _MATMUL = {"linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d"}
 
 
@@ -103,8 +107,59 @@ class _Widened(TorchFunctionMode):
         first_half = next(filter(_is_half, tensors), None)
         if first_half is None or first_half.device.type != "cpu":
             return func(*args, **kwargs)
+        if func is nn.functional.linear:
+            inputs, weight, bias = _arguments_of_linear(*args, **kwargs)
+            if bias is None and _is_widened_in_parts(weight):
+                return _LinearInParts.apply(inputs, weight)
         wide_args, wide_kwargs = internals.tensors_replaced((args, kwargs), _widened)
         return func(*wide_args, **wide_kwargs).to(first_half.dtype)
+
+
+def _arguments_of_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The arguments of `torch.nn.functional.linear`, however they were passed."""
+    return input, weight, bias
+
+
+def _is_widened_in_parts(weight: Tensor) -> bool:
+    """Whether a matrix has 16 bits, gets no gradient, and is so large that it is widened a few rows at a time."""
+    gets_gradient = torch.is_grad_enabled() and weight.requires_grad
+    is_large = weight.ndim == 2 and weight.numel() > WEIGHTS_WIDENED_TOGETHER
+    return is_large and _is_half(weight) and not gets_gradient
+
+
+class _LinearInParts(torch.autograd.Function):
+    """A product with a large matrix [out, in], widened a few rows at a time; only the inputs get a gradient.
+
+    The graph keeps the matrix as it is, and no copy in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor) -> Tensor:
+        """Multiply `inputs` [..., in] with the transposed `weight` [out, in]; its dtype is that of `weight`."""
+        ctx.save_for_backward(weight)
+        wide_inputs = inputs.float()
+        outputs = weight.new_empty(*inputs.shape[:-1], len(weight))
+        for rows in _parts_of_rows(weight):
+            outputs[..., rows] = nn.functional.linear(wide_inputs, weight[rows].float())
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None]:
+        """Multiply the gradient by the outputs [..., out] with the matrix; it is rounded once, after all parts."""
+        (gradient,) = outward
+        (weight,) = ctx.saved_tensors
+        total = torch.zeros(*gradient.shape[:-1], weight.shape[1], device=gradient.device)
+        for rows in _parts_of_rows(weight):
+            total += gradient[..., rows].float() @ weight[rows].float()
+        return total.to(gradient.dtype), None
+
+
+def _parts_of_rows(weight: Tensor) -> Iterator[slice]:
+    """Divide the rows of a matrix [out, in] into slices of at most `WEIGHTS_WIDENED_TOGETHER` weights, or one row."""
+    size = max(1, WEIGHTS_WIDENED_TOGETHER // weight.shape[1])
+    return (slice(start, start + size) for start in range(0, len(weight), size))
 
 
 def _widened(tensor: Tensor) -> Tensor:

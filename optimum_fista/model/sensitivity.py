@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
-from transformers import PreTrainedModel
 
 from optimum_fista.bars import tqdm
 from optimum_fista.model.activations import ActivationStore, Storage
@@ -33,6 +32,7 @@ from optimum_fista.model.media import targets_of
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.model.precision import in_few_sizes, quick_products
+from optimum_fista.model.predictor import POSITIONS_ON_CPU, Predictor, positions_per_chunk
 
 _TYPICAL = 2.0  # energies of tokens are limited to this many medians of their sequence
 
@@ -96,7 +96,8 @@ def measure_sensitivities(
     """Run a model forwards and backwards on the sequences of its loss, one at a time; sum inputs and gradients.
 
     Decoder layers are recomputed in the backward pass, so that memory is needed for the activations of one layer, and
-    for the hidden states between layers, at the loss's storage. An operator has zero gradients if the loss does not
+    for the hidden states between layers, at the loss's storage. Logits are in memory for a few positions at a time
+    (`Predictor`), unless the longest sequence has few of them. An operator has zero gradients if the loss does not
     depend on it, if it is called more than once, or if it is not a plain product. Returns sensitivities by the names of
     `operators`.
 
@@ -108,23 +109,28 @@ def measure_sensitivities(
     # of single decoder layers, forwards and recomputed, because a sequence alone may take minutes
     num_runs = 2 * len(sequences) * len(loss.layers)
     outside = loss.layers.outside(with_media=any(row.media for row in sequences))
-    with (
-        onloaded(outside, writable=False),
-        tqdm(
-            total=num_runs, desc="Gradients of the loss", unit="layer", disable=not loss.progress
-        ) as bar,
-        _recomputed_layers(loss, bar) as hidden_states,
-        torch.enable_grad(),
-        quick_products(),
-    ):
-        watchers = {name: _Watcher(operator) for name, operator in operators.items()}
-        for row in sequences:
-            logits = _watched_logits(model, row, watchers.values())
-            targets = targets_of(row.input_ids[0, 1:], model.config).to(logits.device)
-            # A sum, not a mean: the gradient of a token must not depend on the length of its sequence.
-            nn.functional.cross_entropy(logits[0, :-1].float(), targets, reduction="sum").backward()
-            del logits  # with its graph, before the next sequence runs
-            hidden_states.clear()
+    head = model.get_output_embeddings()
+    longest = max((row.num_tokens for row in sequences), default=0)
+    with onloaded([*outside, head], writable=False), quick_products():
+        predictor = Predictor(model, whole=longest <= positions_per_chunk(model))
+        with (
+            tqdm(
+                total=num_runs,
+                desc="Gradients of the loss",
+                unit="layer",
+                disable=not loss.progress,
+            ) as bar,
+            _recomputed_layers(loss, bar) as hidden_states,
+            torch.enable_grad(),
+        ):
+            watchers = {name: _Watcher(operator) for name, operator in operators.items()}
+            for row in sequences:
+                entering_head = _watched_states(predictor, row, watchers.values())
+                targets = targets_of(row.input_ids[0, 1:], model.config)
+                gradient = _gradient_of_loss(predictor, entering_head, targets)
+                entering_head.backward(gradient)
+                del entering_head, gradient  # with the graph, before the next sequence runs
+                hidden_states.clear()
 
     num_tokens = max(1, sum(row.num_tokens for row in sequences))
     device = execution_device(model.get_input_embeddings())
@@ -142,21 +148,60 @@ def measure_sensitivities(
     return sensitivities
 
 
-def _watched_logits(
-    model: PreTrainedModel, row: CalibrationBatch, watchers: Collection[_Watcher]
+def _watched_states(
+    predictor: Predictor, row: CalibrationBatch, watchers: Collection[_Watcher]
 ) -> Tensor:
-    """Run a model forwards on one sequence, [1, sequence, vocabulary]; watchers add the inputs of their operators.
+    """Run the model of a predictor forwards on one sequence; watchers add the inputs of their operators.
 
-    The hooks of the watchers are there in the forward pass only: in the backward pass recomputed layers call their
-    operators again.
+    Returns what enters the head at all positions but the last, with its graph (`Predictor.hidden_states_of`). The hooks
+    of the watchers are there in the forward pass only: in the backward pass recomputed layers call their operators
+    again.
     """
     with ExitStack() as hooks:
         for watcher in watchers:
             watcher.calls = 0
             module = watcher.operator.module
             hooks.enter_context(module.register_forward_hook(watcher.see, with_kwargs=True))
-        logits: Tensor = row.run(model).logits
-    return logits
+        return predictor.hidden_states_of(row.run)
+
+
+def _gradient_of_loss(predictor: Predictor, entering_head: Tensor, targets: Tensor) -> Tensor:
+    """The gradient of the loss by what enters the head [positions, hidden], one chunk of positions after the other.
+
+    The loss is the sum of the cross-entropies of the `targets` [positions], of which -100 has none. It is a sum, not a
+    mean: the gradient of a token must not depend on the length of its sequence. The result has the shape and dtype of
+    `entering_head`, whose own graph is left alone.
+    """
+    gradient = torch.empty_like(entering_head)
+    for chunk in predictor.chunks(len(entering_head)):
+        # A function of its own, so that no logits of a chunk are held while the next one has its own.
+        gradient[chunk] = _gradient_of_chunk(predictor, entering_head[chunk], targets[chunk])
+    return gradient
+
+
+def _gradient_of_chunk(predictor: Predictor, entering_head: Tensor, targets: Tensor) -> Tensor:
+    """The gradient that `_gradient_of_loss` returns, for positions that have logits at the same time."""
+    entering = entering_head.detach().requires_grad_()
+    logits = predictor.logits(entering)
+    slope = _slope_of_loss(logits.detach(), targets.to(logits.device))
+    (gradient,) = torch.autograd.grad(logits, entering, slope)
+    return gradient
+
+
+def _slope_of_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """The gradient of the loss by logits [positions, vocabulary], in their dtype; sums are float32.
+
+    On a CPU a few positions are computed at a time, because each takes four copies of its logits in float32.
+    """
+    slope = torch.empty_like(logits)
+    size = POSITIONS_ON_CPU if logits.device.type == "cpu" else len(logits)
+    for start in range(0, len(logits), size):
+        rows = slice(start, start + size)
+        some = logits[rows].float().requires_grad_()
+        loss = nn.functional.cross_entropy(some, targets[rows], reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, some)
+        slope[rows] = gradient
+    return slope
 
 
 class _Watcher:

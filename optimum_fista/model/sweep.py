@@ -25,6 +25,7 @@ from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.media import targets_of
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.precision import quick_products
+from optimum_fista.model.predictor import positions_per_chunk
 
 
 @dataclass
@@ -87,32 +88,45 @@ class Sweep:
     ) -> float:
         """Measure the cross-entropy of the next token, in nats per token, after the model's own norm and head.
 
-        `stream` has the hidden states that leave the last decoder layer. The logits of `together` tokens are in memory
-        at once. `removed` are ids, int64, that the model can't predict, as if it had no such tokens. Returns NaN if
-        there is no token to predict.
+        `stream` has the hidden states that leave the last decoder layer. The logits of at most `together` tokens are in
+        memory at once, and of fewer if the vocabulary is large (`positions_per_chunk`). `removed` are ids, int64, that
+        the model can't predict, as if it had no such tokens. Returns NaN if there is no token to predict.
         """
         config = self.layers.model.config
         total = torch.zeros((), dtype=torch.float64, device=stream.device)
         count = 0
+        most = min(together, positions_per_chunk(self.layers.model))
         for hidden_states, batch in zip(stream, self.sequences, strict=True):
             ids = batch.input_ids  # [batch, tokens], on the CPU
-            step = max(1, together // len(ids))
+            step = max(1, most // len(ids))
             for start in range(0, ids.shape[1] - 1, step):
                 part = slice(start, start + step)
-                logits = self._logits(ids[:, part], hidden_states[..., part, :])
                 targets = targets_of(ids[:, start + 1 : start + 1 + step], config)
                 count += int((targets >= 0).sum())  # on the CPU: the device is not waited for
-                predicted = logits[:, : targets.shape[1]]  # the last token has no next one
-                predicted = predicted.flatten(0, 1).float()  # [batch * tokens, vocabulary]
-                if removed is not None:
-                    predicted = predicted.index_fill(1, removed.to(logits.device), -math.inf)
-                loss = nn.functional.cross_entropy(
-                    predicted,
-                    targets.flatten().to(logits.device),
-                    reduction="sum",
+                # A function of its own, so that no logits are held while the next tokens have theirs.
+                loss = self._sum_of_losses(
+                    ids[:, part], hidden_states[..., part, :], targets, removed
                 )
-                total += loss.double().to(total.device)
+                total += loss.to(total.device)
         return float(total) / count if count else math.nan
+
+    def _sum_of_losses(
+        self, input_ids: Tensor, hidden_states: Tensor, targets: Tensor, removed: Tensor | None
+    ) -> Tensor:
+        """Sum the cross-entropies of `targets` [batch, next tokens], float64; -100 has none.
+
+        `input_ids` [batch, tokens] are the tokens before them, and `hidden_states` what the last decoder layer returns
+        for these. The last token of a sequence has no next one. `removed` is that of `loss`.
+        """
+        logits = self._logits(input_ids, hidden_states)
+        predicted = logits[:, : targets.shape[1]]
+        predicted = predicted.flatten(0, 1).float()  # [batch * tokens, vocabulary]
+        if removed is not None:
+            predicted = predicted.index_fill(1, removed.to(logits.device), -math.inf)
+        loss = nn.functional.cross_entropy(
+            predicted, targets.flatten().to(logits.device), reduction="sum"
+        )
+        return loss.double()
 
     def _logits(self, input_ids: Tensor, hidden_states: Tensor) -> Tensor:
         """Run only the norm and the head of the model, on hidden states [batch, tokens, hidden] of its last layer.

@@ -53,8 +53,9 @@ from optimum_fista.atomic import (
 )
 from optimum_fista.bars import tqdm
 from optimum_fista.memory import size_text
+from optimum_fista.model.predictor import Predictor
 from optimum_fista.prune.ranks import Ranks
-from optimum_fista.train.divergence import Predictor, divergence, text_loss
+from optimum_fista.train.divergence import divergence, text_loss
 from optimum_fista.train.training import local
 
 # In the folder of a state: the best step until then, and digests of the state's files.

@@ -41,6 +41,7 @@ from optimum_fista.memory import available_bytes, size_text
 from optimum_fista.model.choice import find_operators
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.precision import is_fast
+from optimum_fista.model.predictor import LOGITS_PER_CHUNK, Predictor
 from optimum_fista.report import WORDS_OF_TRAIN, PruningReport
 from optimum_fista.source.loading import (
     load_model,
@@ -53,7 +54,7 @@ from optimum_fista.source.loading import (
 from optimum_fista.source.model_folder import CONFIG_FILE
 from optimum_fista.text.calibration_tokens import usual_length
 from optimum_fista.text.sources import require_source
-from optimum_fista.train.divergence import LOGITS_PER_CHUNK, Predictor, divergence
+from optimum_fista.train.divergence import divergence
 from optimum_fista.train.recovery_options import RecoveryOptions
 from optimum_fista.train.training import pruned_folder
 

@@ -114,6 +114,34 @@ def test_a_16_bit_model_is_multiplied_in_float32_where_its_dtype_is_slow(
     assert report.perplexity["pruned"] == pytest.approx(expected["pruned"], rel=0.1)
 
 
+def test_a_large_matrix_is_widened_a_few_rows_at_a_time(monkeypatch):
+    monkeypatch.setattr(products, "WEIGHTS_WIDENED_TOGETHER", 4 * 32)
+    head = torch.nn.Linear(32, 11, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    inputs = torch.randn(2, 5, 32, dtype=torch.bfloat16, requires_grad=True)
+    slope = torch.randn(2, 5, 11, dtype=torch.bfloat16)
+    sizes = []  # of the matrices that are made in float32
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (32,):
+                    sizes.append(tensor.numel() if tensor.dtype == torch.float32 else 0)
+            return result
+
+    with products_as("widened"), Watch():
+        outputs = head(inputs)
+        (gradient,) = torch.autograd.grad(outputs, inputs, slope)
+
+    wide = inputs.detach().float()
+    expected = torch.nn.functional.linear(wide, head.weight.float())
+    expected_gradient = slope.float() @ head.weight.float()
+    torch.testing.assert_close(outputs, expected.bfloat16())
+    torch.testing.assert_close(gradient, expected_gradient.bfloat16())
+    assert 4 * 32 in sizes
+    assert max(sizes) == wide.numel() < head.weight.numel()
+
+
 def test_widened_products_are_those_of_float32_rounded_once():
     left = torch.randn(3, 40, dtype=torch.bfloat16)
     right = torch.randn(40, 5, dtype=torch.bfloat16)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from families import family_model
 
-from optimum_fista.train.divergence import Predictor, divergence, text_loss
+from optimum_fista.model.predictor import Predictor
+from optimum_fista.train.divergence import divergence, text_loss
 
 # a head with a bias, soft-capping, a factor, a divisor, a decoder inside another module; and one that can't be cut
 FAMILIES = {
@@ -48,8 +49,9 @@ def test_the_divergence_and_its_gradient_are_those_of_pytorch(
 ):
     student, teacher = models(family, trains_head=trains_head)
     vocabulary = student.config.get_text_config().vocab_size
-    monkeypatch.setattr("optimum_fista.train.divergence.LOGITS_PER_CHUNK", 7 * vocabulary)
-    monkeypatch.setattr("optimum_fista.train.divergence._POSITIONS_ON_CPU", 3)
+    monkeypatch.setattr("optimum_fista.model.predictor.LOGITS_PER_CHUNK", 7 * vocabulary)
+    for module in ("model.predictor", "train.divergence"):
+        monkeypatch.setattr(f"optimum_fista.{module}.POSITIONS_ON_CPU", 3)
     predictors = [Predictor(model) for model in (student, teacher)]
     ids = torch.randint(5, 30, (3, 9), generator=torch.Generator().manual_seed(0))
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -57,7 +59,7 @@ def test_the_divergence_and_its_gradient_are_those_of_pytorch(
     loss = divergence(*predictors, ids, share)
     gradients = torch.autograd.grad(2 * loss, trained, allow_unused=True)
 
-    is_cut = [predictor._output_class is not None for predictor in predictors]
+    is_cut = [predictor.is_cut for predictor in predictors]
     assert is_cut == [FAMILIES[family]] * 2
     expected, expected_text = of_whole_logits(student, teacher, ids, share)
     expected_gradients = torch.autograd.grad(2 * expected, trained, allow_unused=True)
