@@ -617,9 +617,10 @@ def _smaller_vocabulary(
             num_kept = request.num_kept(num_rows)
         else:
             # the tokens that the text uses, and as many of the others as make a multiple of `step`
-            num_used = len(reduce_vocabulary(content, counts, None, keep).kept) + num_spare
+            used = reduce_vocabulary(content, counts, None, keep).kept
             step = request.step(num_rows)
-            num_kept = step * math.ceil(num_used / step)
+            num_kept = step * math.ceil((len(used) + num_spare) / step)
+            keep = keep | set(used.tolist())
         num_tokens_kept = min(num_kept - num_spare, num_tokens)
         smaller = reduce_vocabulary(content, counts, num_tokens_kept, keep)
     except ValueError as error:
