@@ -1,4 +1,8 @@
-"""`prune --target-size`: what to remove for a given size, by docs/should-you-prune.md: tokens first, then channels.
+"""`prune --target-size`: what to remove for a given size: tokens first, as far as texts allow, then channels.
+
+What tokens cost on held-out texts is measured before anything is written (`--measure`, `--protect`; without them on
+text that is held out of the counting): it takes one pass over the decoder layers and no solve. What channels cost is
+known after their run only.
 
 `plan_size` decides it before anything is written, and makes a `SizePlan`. If tokens are not enough, there are two runs:
 `remove_first` writes the model with fewer tokens into a folder of its own, and an ordinary run removes channels from
@@ -10,7 +14,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +22,13 @@ from transformers import PreTrainedModel
 
 from optimum_fista.cli.flags import given_options
 from optimum_fista.cli.overview import cost_of_tokens
+from optimum_fista.cli.prune_request import measured_sources, protected_sources
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder.checkpoint import REPORT_FILE, read_report
 from optimum_fista.folder.output import require_output
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.options import PruningOptions
+from optimum_fista.prune.measuring import require_texts
 from optimum_fista.prune.ranks import launched_processes
 from optimum_fista.public_names import public_name
 from optimum_fista.removal.parts import ModelOutline
@@ -30,14 +36,20 @@ from optimum_fista.removal.tokens import (
     CountedModel,
     TokensPlan,
     count_model,
+    measure_plans,
     plan_counted,
     write_plan,
 )
+from optimum_fista.report import TextReport
 from optimum_fista.solve.patterns import PartShare
 from optimum_fista.source import loading
 from optimum_fista.source.stored_tensor import read_stored
+from optimum_fista.text.loss import MeasuredText
 from optimum_fista.text.sources import TextSource, load_text, usual_texts
 from optimum_fista.tokens_removal import TokensRemoval
+
+# Held-out pieces of the counted text that are measured if the user names no text: about 12,000 tokens.
+_MOST_PIECES = 12
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,9 @@ class SizePlan:
     tokens: TokensPlan | None  # removed first; None: no token is removed
     channels: PartShare | None  # removed in an ordinary run after that; None: tokens are enough
     num_parameters: int  # that the model has in the end
+    losses: Sequence[
+        TextReport
+    ] = ()  # what the removal of the tokens costs on held-out texts, as far as measured
 
     def lines(self) -> Iterator[str]:
         """Yield one line for people for each step: what it removes, and how many parameters are left after it.
@@ -64,9 +79,15 @@ class SizePlan:
                 f"{pattern}: {num_removed:,} of {before:,} tokens, which the text {how_often} has, go first; "
                 f"{self._parameters(model['num_parameters'])}"
             )
+        for loss in self.losses:
+            yield (
+                f"without these tokens, {loss.name} has {loss.pruned:.3f} bits per byte instead of {loss.dense:.3f} "
+                f"({loss.pruned / loss.dense:.3f} times)"
+            )
         if self.channels is not None:
             then = "" if self.tokens is None else "then "
             yield f"{then}{self.channels}: {self._parameters(self.num_parameters)}"
+            yield "what the channels cost is measured after the run"
 
     def second_run(self, arguments: argparse.Namespace) -> argparse.Namespace:
         """Return a copy of the arguments of the whole command, for the ordinary run that removes the channels.
@@ -104,6 +125,11 @@ def plan_size(arguments: argparse.Namespace) -> SizePlan:
         sources = [usual_texts().to_calibrate_on]
     # Errors of the files are errors of the command; those below only mean that no token can be removed.
     texts = [load_text(source, "calibration") for source in sources if source != "self"]
+    texts_to_measure = require_texts(
+        arguments.model,
+        {source: load_text(source, "test").joined for source in measured_sources(arguments)},
+        protected_sources(arguments),
+    )
     try:
         counted = _count(arguments.model, sources, texts)
         keep = tuple(arguments.keep_tokens or ())
@@ -113,11 +139,11 @@ def plan_size(arguments: argparse.Namespace) -> SizePlan:
         print(f"no token is removed: {error}", file=sys.stderr)
         model = loading.model_without_weights(loading.read_config(arguments.model))
         dense_parameters = model.num_parameters()
-        channels, num_parameters = _channels(model, target_share * dense_parameters, target_share)
+        share, num_parameters = _channels(model, target_share * dense_parameters, target_share)
         return SizePlan(
             dense_parameters=dense_parameters,
             tokens=None,
-            channels=channels,
+            channels=share,
             num_parameters=num_parameters,
         )
 
@@ -127,18 +153,16 @@ def plan_size(arguments: argparse.Namespace) -> SizePlan:
         pattern = _fewer_tokens(tokens, most)
         enough = FistaPruningConfig(pattern=pattern, keep_tokens=keep)
         tokens = plan_counted(counted, enough)
-        return SizePlan(
-            dense_parameters=dense_parameters,
-            tokens=tokens,
-            channels=None,
-            num_parameters=tokens.model.num_parameters(),
-        )
-    channels, num_parameters = _channels(tokens.model, most, target_share)
+        channels: PartShare | None = None
+        num_parameters = tokens.model.num_parameters()
+    else:
+        channels, num_parameters = _channels(tokens.model, most, target_share)
     return SizePlan(
         dense_parameters=dense_parameters,
         tokens=tokens,
         channels=channels,
         num_parameters=num_parameters,
+        losses=_measured(counted, tokens, texts_to_measure, arguments),
     )
 
 
@@ -215,6 +239,90 @@ def _count(model: str, sources: list[str], texts: list[TextSource]) -> CountedMo
     documents = (document for text in texts for document in text.documents)
     text_name = ", ".join(map(public_name, sources))
     return count_model(model, documents, text_name=text_name)
+
+
+def _measured(
+    counted: CountedModel,
+    tokens: TokensPlan,
+    texts: Sequence[MeasuredText],
+    arguments: argparse.Namespace,
+) -> list[TextReport]:
+    """Measure what the removal of tokens costs on texts; refuse a plan that breaks `--protect`.
+
+    Plans that remove a half, a quarter and an eighth of these tokens are measured in the same pass if a text is
+    protected, so that the error says what is possible. Nothing is written. If the loss can't be computed, a line on
+    standard error says why, and nothing is returned.
+
+    Args:
+        counted: The model with its counts; text that was held out of them is measured if `texts` is empty.
+        tokens: The plan that leaves the size which the user wants, or removes all tokens that may go before channels.
+        texts: Those of `--measure` and `--protect`, which have their limits.
+        arguments: Those of `prune`.
+    """
+    if not texts and counted.held_out:
+        held_out = counted.held_out[:_MOST_PIECES]
+        texts = [MeasuredText(counted.text_name or "held-out text", held_out, at_most=None)]
+    if not texts:
+        return []
+    plans = [tokens]
+    is_protected = any(text.at_most is not None for text in texts)
+    if is_protected:
+        plans += _smaller_removals(counted, tokens)
+    try:
+        losses = measure_plans(plans, texts, device=arguments.device, progress=True)
+    except (RuntimeError, MemoryError) as error:  # also if memory runs out
+        print(
+            f"what the tokens cost is not measured ({type(error).__name__}: {error})",
+            file=sys.stderr,
+        )
+        return []
+
+    broken = _broken(losses[0])
+    if not broken:
+        return losses[0]
+    dense_parameters = counted.model.num_parameters()
+    left = tokens.model.num_parameters() / dense_parameters
+    advice = "no number of tokens that was tried keeps to that"
+    for plan, of_plan in zip(plans[1:], losses[1:], strict=True):
+        if not _broken(of_plan):
+            possible = math.ceil(1e4 * plan.model.num_parameters() / dense_parameters) / 1e4
+            advice = f"--target-size {possible:g} keeps to that"
+            break
+    worst = max(broken, key=lambda loss: loss.pruned / loss.dense)
+    raise ValueError(
+        f"--protect: with {left:.2%} of the parameters, by fewer tokens alone, {worst.name} has "
+        f"{worst.pruned / worst.dense:.3f} times its bits per byte, and {worst.at_most:g} times are allowed: {advice}. "
+        "Nothing is written."
+    )
+
+
+def _broken(losses: Sequence[TextReport]) -> list[TextReport]:
+    """The texts whose bits per byte become more than is allowed."""
+    return [
+        loss
+        for loss in losses
+        if loss.at_most is not None and loss.pruned > loss.at_most * loss.dense
+    ]
+
+
+def _smaller_removals(counted: CountedModel, tokens: TokensPlan) -> list[TokensPlan]:
+    """Plans that remove a half, a quarter and an eighth of the tokens of a plan, as far as that is possible.
+
+    `counted` is the model of `tokens`. Changes nothing.
+    """
+    vocabulary = tokens.report.model["vocabulary"]
+    num_rows = vocabulary["before"]
+    step = TokensRemoval(share=None).step(num_rows)
+    plans = list[TokensPlan]()
+    for divisor in (2, 4, 8):
+        num_removed = (num_rows - vocabulary["kept"]) / divisor
+        num_kept = math.ceil((num_rows - num_removed) / step) * step
+        if num_kept >= num_rows:
+            break
+        pattern = str(TokensRemoval.keeping(num_kept, num_rows))
+        keep = tuple(tokens.report.config["keep_tokens"])
+        plans.append(plan_counted(counted, FistaPruningConfig(pattern=pattern, keep_tokens=keep)))
+    return plans
 
 
 def _fewer_tokens(tokens: TokensPlan, most: float) -> str:

@@ -22,7 +22,7 @@ import math
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,13 @@ import torch
 from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from optimum_fista import internals
 from optimum_fista.atomic import write_file
@@ -43,7 +49,10 @@ from optimum_fista.folder.output import FOLDER, locked_output, new_output
 from optimum_fista.folder.packed_folder import is_packed
 from optimum_fista.folder.writing import write_all_but_weights
 from optimum_fista.model.calibration import read_batches
+from optimum_fista.model.layers import token_limits
 from optimum_fista.model.media import media_arguments
+from optimum_fista.model.offload import execution_device
+from optimum_fista.model.precision import choose_products, products_as
 from optimum_fista.origin import read_origin
 from optimum_fista.public_names import public_name
 from optimum_fista.removal.earlier_masks import unchanged_masks
@@ -56,7 +65,7 @@ from optimum_fista.removal.token_ids import (
     renumbered,
 )
 from optimum_fista.removal.token_loss import measure_bits_per_byte
-from optimum_fista.report import PruningReport
+from optimum_fista.report import PruningReport, TextReport
 from optimum_fista.source import loading
 from optimum_fista.source.files import copy_source, source_folder
 from optimum_fista.source.model_folder import names_in, read_json, write_index
@@ -67,6 +76,15 @@ from optimum_fista.source.stored_tensor import (
     StoredTensor,
     weight_files,
     write_stored,
+)
+from optimum_fista.text.loss import (
+    MeasuredText,
+    TextLoss,
+    Tokenized,
+    bits_per_byte,
+    compared,
+    longest_sequence,
+    tokenized_text,
 )
 from optimum_fista.text.token_counts import HeldOutText, count_tokens
 from optimum_fista.text.vocabulary import SmallerVocabulary, reduce_vocabulary
@@ -307,6 +325,72 @@ class TokensPlan:
             table = read_json(self.source / checkpoint.VOCABULARY_FILE)
             table["kept"] = earlier[old_ids].tolist()  # ids of the first model
         write_file(folder / checkpoint.VOCABULARY_FILE, json.dumps(table) + "\n")
+
+
+def measure_plans(
+    plans: Sequence[TokensPlan],
+    texts: Sequence[MeasuredText],
+    *,
+    device: str | None,
+    progress: bool,
+) -> list[list[TextReport]]:
+    """Measure what plans for one model cost on texts, before anything is written; in one pass over its decoder layers.
+
+    Returns for each plan the losses on all texts, in their order. The model's files are only read; weights that are
+    stored in another form than a model computes with are copied to a temporary folder for that time. ValueError if the
+    loss is NaN or Inf. `device` is where to compute; `None`: the accelerator if there is one.
+    """
+    with tempfile.TemporaryDirectory(prefix="offload-") as offload:
+        model = loading.load_lazily(plans[0].name, Path(offload), device=device).model
+        vocabulary, num_positions = token_limits(model)
+        main_device = execution_device(model.get_input_embeddings())
+        compute_dtype = plans[0].report.config["compute_dtype"]
+
+        def tokenized(content: Mapping[str, Any], old_ids: Sequence[int] | None) -> list[Tokenized]:
+            """Write all texts in the tokens of a `tokenizer.json`, with the ids of the dense model."""
+            tokenizer = PreTrainedTokenizerFast(
+                tokenizer_object=Tokenizer.from_str(json.dumps(content))
+            )
+            return [
+                tokenized_text(
+                    text.stretches,
+                    tokenizer,
+                    bos=plans[0].first_token,
+                    longest=longest_sequence(num_positions),
+                    old_ids=old_ids,
+                )
+                for text in texts
+            ]
+
+        variants = [tokenized(plans[0].dense_tokenizer, None)]
+        removed = dict[str, Tensor]()  # ids that the model can't predict, by the key of a text
+        for plan in plans:
+            is_removed = torch.ones(vocabulary, dtype=torch.bool)
+            is_removed[list(plan.new_ids)] = False
+            for index in range(len(texts)):
+                removed[f"{len(variants)}/{index}"] = is_removed.nonzero().flatten()
+            variants.append(tokenized(plan.tokenizer, list(plan.new_ids)))
+        by_key = {
+            f"{number}/{index}": text
+            for number, of_variant in enumerate(variants)
+            for index, text in enumerate(of_variant)
+        }
+        with products_as(choose_products(compute_dtype, main_device, model.dtype)):
+            bits = bits_per_byte(model, by_key, removed=removed, progress=progress)
+
+    losses = [
+        [
+            TextLoss(
+                bits_per_byte=bits[f"{number}/{index}"],
+                num_tokens=text.num_tokens,
+                num_bytes=text.num_bytes,
+                vocabulary=vocabulary,
+            )
+            for index, text in enumerate(of_variant)
+        ]
+        for number, of_variant in enumerate(variants)
+    ]
+    return [compared(texts, losses[0], of_plan) for of_plan in losses[1:]]
 
 
 @dataclass(frozen=True)

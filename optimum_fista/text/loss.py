@@ -205,9 +205,7 @@ def losses_of(
 ) -> list[TextLoss]:
     """Measure a loaded model on texts, as `losses_of_folder` does. The model is as it was afterwards."""
     vocabulary, num_positions = token_limits(model)
-    longest = _LONGEST_SEQUENCE
-    if num_positions is not None:
-        longest = min(longest, num_positions)
+    longest = longest_sequence(num_positions)
     bos = first_token(tokenizer)
     tokenized = {
         str(number): tokenized_text(text.stretches, tokenizer, bos=bos, longest=longest)
@@ -247,17 +245,24 @@ def compared(
     ]
 
 
+def longest_sequence(num_positions: int | None) -> int:
+    """Tokens of a sequence, at most, for a model that takes `num_positions` tokens; `None`: that is not known."""
+    return _LONGEST_SEQUENCE if num_positions is None else min(_LONGEST_SEQUENCE, num_positions)
+
+
 def tokenized_text(
     stretches: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
     bos: int | None,
     longest: int,
+    old_ids: Sequence[int] | None = None,
 ) -> Tokenized:
     """Write stretches of a text in tokens, in sequences of at most `longest` ids.
 
-    `bos` is the id that every sequence starts with; `None`: sequences start with text. The tokens of a long stretch are
-    cut into several sequences.
+    `old_ids` has the model's id of each id of the tokenizer; `None`: they are the same. `bos` is the model's id that
+    every sequence starts with; `None`: sequences start with text. The tokens of a long stretch are cut into several
+    sequences.
     """
     sequences = list[Sequence[int]]()
     num_tokens = 0
@@ -272,6 +277,8 @@ def tokenized_text(
         per_sequence = longest if bos is None else longest - 1
         for start in range(0, len(ids), per_sequence):
             sequence = ids[start : start + per_sequence]
+            if old_ids is not None:
+                sequence = [old_ids[index] for index in sequence]
             begin, end_of_first = places[start]
             _, end = places[start + len(sequence) - 1]
             if bos is not None:
