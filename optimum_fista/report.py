@@ -801,6 +801,11 @@ class PruningReport:
         # A run that removes tokens may have several sources.
         for source in (self.calibration.get("source") or "SOURCE").split(", "):
             words += ["--calibration", source]
+        for text in self.texts:
+            if text.at_most is None:
+                words += ["--measure", text.name]
+            else:
+                words += ["--protect", f"{text.name}={text.at_most:g}"]
         words += ["--num-samples", str(num_sequences)]
         if num_sequences and num_tokens % num_sequences == 0:
             words += ["--sequence-length", str(num_tokens // num_sequences)]

@@ -74,9 +74,8 @@ class SizePlan:
             before = model["vocabulary"]["before"]
             num_removed = before - model["vocabulary"]["kept"]
             pattern = self.tokens.report.config["pattern"]
-            how_often = "never" if pattern == "vocab:unused" else "rarely or never"
             yield (
-                f"{pattern}: {num_removed:,} of {before:,} tokens, which the text {how_often} has, go first; "
+                f"{pattern}: {num_removed:,} of {before:,} tokens, which the text rarely or never has, go first; "
                 f"{self._parameters(model['num_parameters'])}"
             )
         for loss in self.losses:
@@ -156,6 +155,11 @@ def plan_size(arguments: argparse.Namespace) -> SizePlan:
         channels: PartShare | None = None
         num_parameters = tokens.model.num_parameters()
     else:
+        # As many tokens as the text uses stay, but not only those: by the share, tokens that other text is likely to
+        # use stay instead of some that this text has once.
+        vocabulary = tokens.report.model["vocabulary"]
+        request = TokensRemoval.keeping(vocabulary["kept"], vocabulary["before"])
+        tokens = plan_counted(counted, FistaPruningConfig(pattern=str(request), keep_tokens=keep))
         channels, num_parameters = _channels(tokens.model, most, target_share)
     return SizePlan(
         dense_parameters=dense_parameters,
@@ -256,10 +260,10 @@ def _measured(
     Args:
         counted: The model with its counts; text that was held out of them is measured if `texts` is empty.
         tokens: The plan that leaves the size which the user wants, or removes all tokens that may go before channels.
-        texts: Those of `--measure` and `--protect`, which have their limits.
+        texts: Those of `--measure` and `--protect`, which have their limits. Without them a dry run measures nothing.
         arguments: Those of `prune`.
     """
-    if not texts and counted.held_out:
+    if not texts and counted.held_out and not arguments.dry_run:
         held_out = counted.held_out[:_MOST_PIECES]
         texts = [MeasuredText(counted.text_name or "held-out text", held_out, at_most=None)]
     if not texts:
