@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,11 +113,7 @@ class PruneRequest:
         """Refuse held-out texts that can't be read, are too short, or are among the calibration text."""
         if not self.measure:
             return
-        for source in self.measure:
-            if any(_are_one_file(source, calibrated) for calibrated in self.sources):
-                raise ValueError(
-                    f"--measure {source!r} is among the calibration text, so it is not held out: pass another text."
-                )
+        require_held_out(self.measure, self.sources)
 
         from optimum_fista.prune.measuring import require_texts
 
@@ -227,6 +223,16 @@ def measured_sources(arguments: argparse.Namespace) -> tuple[str, ...]:
     """The sources of `--measure` and of `--protect`, each once, in this order."""
     sources = [*(arguments.measure or ()), *protected_sources(arguments)]
     return tuple(dict.fromkeys(sources))
+
+
+def require_held_out(measured: Iterable[str], calibrated: Iterable[str]) -> None:
+    """Refuse sources of `--measure` and `--protect` that are files of the calibration text, too (ValueError)."""
+    sources = list(calibrated)
+    for source in measured:
+        if any(_are_one_file(source, other) for other in sources):
+            raise ValueError(
+                f"--measure {source!r} is among the calibration text, so it is not held out: pass another text."
+            )
 
 
 def _are_one_file(source: str, other: str) -> bool:

@@ -22,7 +22,11 @@ from transformers import PreTrainedModel
 
 from optimum_fista.cli.flags import given_options
 from optimum_fista.cli.overview import cost_of_tokens
-from optimum_fista.cli.prune_request import measured_sources, protected_sources
+from optimum_fista.cli.prune_request import (
+    measured_sources,
+    protected_sources,
+    require_held_out,
+)
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder.checkpoint import REPORT_FILE, read_report
 from optimum_fista.folder.output import require_output
@@ -124,9 +128,11 @@ def plan_size(arguments: argparse.Namespace) -> SizePlan:
         sources = [usual_texts().to_calibrate_on]
     # Errors of the files are errors of the command; those below only mean that no token can be removed.
     texts = [load_text(source, "calibration") for source in sources if source != "self"]
+    measured = measured_sources(arguments)
+    require_held_out(measured, sources)
     texts_to_measure = require_texts(
         arguments.model,
-        {source: load_text(source, "test").joined for source in measured_sources(arguments)},
+        {source: load_text(source, "test").joined for source in measured},
         protected_sources(arguments),
     )
     try:

@@ -175,8 +175,10 @@ def test_a_text_that_cant_be_measured_is_refused_before_the_run(
     assert not (tmp_path / "out.unfinished").exists()
 
 
-def test_calibration_text_is_not_held_out(dense, texts, tmp_path, capsys):
+@pytest.mark.parametrize("size", [[], ["--target-size", "0.9"]], ids=["pattern", "size"])
+def test_calibration_text_is_not_held_out(dense, texts, tmp_path, capsys, size):
     flags = ["--calibration", str(texts / "sea.txt"), "--measure", str(texts / "sea.txt"), *QUICK]
+    flags += size
 
     assert main(["prune", str(dense), "-o", str(tmp_path / "out"), *flags]) == 1
 
