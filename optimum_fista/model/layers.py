@@ -277,7 +277,8 @@ def require_unquantized(model: PreTrainedModel, *, loaded: bool = True) -> None:
     settings: Any = getattr(model.config, "quantization_config", None)
     is_dict = isinstance(settings, dict)  # until a model is loaded; then it is an object
     method = settings.get("quant_method") if is_dict else getattr(settings, "quant_method", None)
-    if settings is not None and method != "gguf":  # GGUF weights are dequantized when they are read
+    # The weights of GGUF files and of packed folders are dense when they are read.
+    if settings is not None and method not in ("gguf", "fista_packed"):
         raise ValueError(
             f"model is quantized by {getattr(method, 'value', method)!r}: prune the unquantized model, or pass the "
             "folder or Hub id, from which one decoder layer after the other is dequantized."

@@ -234,7 +234,8 @@ class Removal:
         if self.earlier_masks is None and earlier.get("num_zeros") and leaves_operators:
             report.warn(
                 f"the masks of an earlier run ({earlier.get('pattern')}) are not known, so those of operators that "
-                "this run left dense are not carried: prune the folder that the earlier run has saved."
+                "this run left dense are not carried: prune the folder that the earlier run has saved, and unpack it "
+                "first if it is packed."
             )
 
     def make_smaller(
