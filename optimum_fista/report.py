@@ -31,6 +31,7 @@ from optimum_fista.memory import MemoryPeak
 from optimum_fista.options import as_record
 from optimum_fista.origin import MeasuredPerplexity, OriginReport, StepReport, patterns_of
 from optimum_fista.plain_text import spell_out_controls, spell_out_controls_in_json
+from optimum_fista.recovery_report import RecoveryReport
 from optimum_fista.solve.pattern import Scope
 from optimum_fista.solve.patterns import parse_pattern
 from optimum_fista.verdict import OWN_TEXT, verdict
@@ -178,55 +179,6 @@ class TextReport:
     vocabulary: int
     # How many times the bits per byte of the first model those of the result may be; None: any number.
     at_most: float | None = None
-
-
-# What a recovery can train.
-WORDS_OF_TRAIN = {"all": "all kept weights but embeddings and head", "norms": "norms and biases"}
-
-
-@dataclass(frozen=True)
-class RecoveryReport:
-    """A recovery of the pruned model: its kept weights were trained to predict as the dense model does."""
-
-    # Name of the dense model: a Hub id, or the last part of a path.
-    teacher: str
-    # A key of `WORDS_OF_TRAIN`.
-    train: str
-    # Weights, without zeros.
-    num_trained: int
-    # Trained on.
-    num_tokens: int
-    # `source` and `sha256` of the tokens, `sequence_length`, `held_out` sequences.
-    calibration: dict[str, Any]
-    options: dict[str, Any]
-    # Steps, seconds, held-out loss: mean negative log-likelihood of a token.
-    evaluations: list[list[float]]
-    # The weights after this step were kept; 0: no step was better than the weights before.
-    best_step: int
-    # Of the pruned model.
-    held_out_loss_before: float
-    # Of the saved weights.
-    held_out_loss: float
-    # Of training and evaluation.
-    seconds: float
-
-    def __str__(self) -> str:
-        """Describe the recovery in one line: loss before and after it on its own held-out text, training, teacher."""
-        perplexity_before = math.exp(self.held_out_loss_before)
-        perplexity = math.exp(self.held_out_loss)
-        sequences = self.calibration["held_out"]
-        length = self.calibration["sequence_length"]
-        steps = self.evaluations[-1][0]
-        best = "nothing gained, so the weights stayed"
-        if self.best_step:
-            best = f"best after step {self.best_step}"
-        return (
-            f"held-out loss {self.held_out_loss_before:.4f} -> {self.held_out_loss:.4f} "
-            f"(perplexity {perplexity_before:.2f} -> {perplexity:.2f}) on {sequences} held-out sequences of {length} "
-            f"tokens; {WORDS_OF_TRAIN[self.train]} trained ({self.num_trained:,} weights) on {self.num_tokens:,} "
-            f"tokens of {self.calibration['source']} in {steps:.0f} steps and {self.seconds / 60:.1f} min, with "
-            f"{self.teacher} as the teacher; {best}"
-        )
 
 
 @dataclass(repr=False)

@@ -37,7 +37,8 @@ from optimum_fista.folder.checkpoint import (
 from optimum_fista.folder.naming import operators_by_weight, report_as_stored
 from optimum_fista.model.offload import describe_ties, stored_tensor
 from optimum_fista.model.operators import LinearOperator
-from optimum_fista.report import PruningReport, RecoveryReport
+from optimum_fista.recovery_report import RecoveryReport
+from optimum_fista.report import PruningReport
 from optimum_fista.solve.pattern import unpack_mask
 from optimum_fista.source.configuration import content_of, source_content
 from optimum_fista.source.files import copy_source

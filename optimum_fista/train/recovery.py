@@ -49,7 +49,8 @@ from optimum_fista.prune.identity import join_run
 from optimum_fista.prune.ranks import Ranks, joined_ranks
 from optimum_fista.prune.source_files import SourceFiles, shared_files
 from optimum_fista.public_names import public_name
-from optimum_fista.report import RecoveryReport, lines_of_unplaced
+from optimum_fista.recovery_report import RecoveryReport
+from optimum_fista.report import lines_of_unplaced
 from optimum_fista.source.files import copy_source
 from optimum_fista.source.loading import load_model, load_tokenizer, read_model
 from optimum_fista.source.source_tensors import source_tensors

@@ -42,7 +42,8 @@ from optimum_fista.model.choice import find_operators
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.precision import is_fast
 from optimum_fista.model.predictor import LOGITS_PER_CHUNK, Predictor
-from optimum_fista.report import WORDS_OF_TRAIN, PruningReport
+from optimum_fista.recovery_report import WORDS_OF_TRAIN
+from optimum_fista.report import PruningReport
 from optimum_fista.source.loading import (
     load_model,
     load_tokenizer,

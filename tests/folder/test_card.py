@@ -13,7 +13,8 @@ from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from optimum_fista.folder.card import loading_class, model_card
 from optimum_fista.origin import OriginReport, StepReport
-from optimum_fista.report import PruningReport, RecoveryReport
+from optimum_fista.recovery_report import RecoveryReport
+from optimum_fista.report import PruningReport
 
 
 def changed(report: PruningReport, **model) -> PruningReport:
