@@ -19,7 +19,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -345,6 +345,22 @@ def write_about(file: Path, text: str) -> None:
     write_file(file, text)
     if is_of_model and not was_changed_by_user:
         _write_list(folder, listed | {name: _stamp(file)})
+
+
+def rewrite(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write files of the model in a finished folder again, and update the folder's list.
+
+    Otherwise a later run would take them for files of the user, and not replace the folder. A file that the user had
+    changed before is written, too, but not listed. `texts` are the contents by name, such as "fista/report.json".
+    """
+    stamps = _listed_files(folder)
+    changed_by_user = foreign_files(folder)
+    for name, text in texts.items():
+        write_file(folder / name, text)
+        if stamps and name not in changed_by_user:
+            stamps[name] = _stamp(folder / name)
+    if stamps:
+        _write_list(folder, stamps)
 
 
 def _tidy(folder: Path, output: Path) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from accelerate.utils import get_int_from_env
 
-from optimum_fista.atomic import write_file
 from optimum_fista.folder.card import PACKED_NOTE, model_card
 from optimum_fista.folder.checkpoint import CARD_FILE, CONFIG_KEY, REPORT_FILE
+from optimum_fista.folder.output import rewrite
 from optimum_fista.folder.writing import summary
 from optimum_fista.report import PruningReport
 from optimum_fista.source.loading import require_tokenizer
@@ -115,11 +115,15 @@ def _rewrite(folder: Path, report: PruningReport, dense: str) -> None:
 
     `dense` is the model that the run was given, whose own card is read for its license.
     """
-    write_file(folder / REPORT_FILE, report.to_json())
-    card_file = folder / CARD_FILE
-    is_packed = card_file.read_text("utf-8").endswith(PACKED_NOTE)
+    is_packed = (folder / CARD_FILE).read_text("utf-8").endswith(PACKED_NOTE)
     card = model_card(report, dense)
-    write_file(card_file, card + PACKED_NOTE if is_packed else card)
+    if is_packed:
+        card += PACKED_NOTE
     content = read_json(folder / CONFIG_FILE)
     content[CONFIG_KEY] = summary(report)
-    write_file(folder / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+    texts = {
+        REPORT_FILE: report.to_json(),
+        CARD_FILE: card,
+        CONFIG_FILE: json.dumps(content, indent=2) + "\n",
+    }
+    rewrite(folder, texts)

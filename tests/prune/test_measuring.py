@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.cli.main import main
 from optimum_fista.folder.checkpoint import read_report
+from optimum_fista.folder.output import foreign_files
 from optimum_fista.text.loss import _stretches
 
 pytestmark = pytest.mark.filterwarnings(
@@ -87,6 +88,7 @@ def test_every_pattern_says_the_loss_of_each_text_by_name(dense, texts, tmp_path
     files = [*output.rglob("*.json"), output / "README.md"]
     assert not any("private-folder" in file.read_text() for file in files)
     assert main(["verify", str(output)]) == 0
+    assert foreign_files(output) == []  # so --overwrite replaces the folder
 
 
 def test_a_loaded_model_is_measured_before_and_after(dense, tmp_path):
