@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -146,17 +146,6 @@ class Predictor:
     def _of_kept(self, logits: Tensor) -> Tensor:
         """The columns of logits [positions, vocabulary] that belong to the student's tokens."""
         return logits if self._kept_tokens is None else logits[:, self._kept_tokens]
-
-    @property
-    def trained_head(self) -> list[nn.Parameter]:
-        """The parameters of the head that need a gradient: none if the head stays, or if the model is not cut.
-
-        A head that is tied to the embedding has the embedding's weight.
-        """
-        if not self.is_cut:
-            return []
-        head = self._model.get_output_embeddings()
-        return [parameter for parameter in head.parameters() if parameter.requires_grad]
 
     def chunks(self, positions: int) -> Iterator[slice]:
         """Divide a number of positions into slices (chunks) whose logits are in memory at the same time."""

@@ -18,7 +18,7 @@ from optimum_fista.model.predictor import POSITIONS_ON_CPU, Predictor
 
 
 class _Divergence(torch.autograd.Function):
-    """The divergence as a function of the student's hidden states and head; gradients are computed with the value."""
+    """The divergence as a function of the student's hidden states, whose gradient is computed with the value."""
 
     @staticmethod
     def forward(
@@ -29,16 +29,14 @@ class _Divergence(torch.autograd.Function):
         teacher: Predictor,
         labels: Tensor,
         label_share: float,
-        *head: Tensor,
     ) -> Tensor:
-        """Return the mean divergence over positions, and save its gradients in `ctx`, for `backward`.
+        """Return the mean divergence over positions, and save its gradient by `hidden` in `ctx`, for `backward`.
 
         `hidden` [positions, hidden] and `teachers_hidden` come from `Predictor.hidden_states`, `labels` [positions] are
-        the tokens that follow in the text, and `label_share` is their share of the loss. `head` are the parameters of
-        the student's head that are trained (`Predictor.trained_head`).
+        the tokens that follow in the text, and `label_share` is their share of the loss. The student's head gets no
+        gradient.
         """
         gradient = torch.empty_like(hidden)
-        gradients_of_head = [torch.zeros_like(parameter) for parameter in head]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for rows in student.chunks(len(hidden)):
             part = hidden[rows].detach().requires_grad_()
@@ -49,19 +47,15 @@ class _Divergence(torch.autograd.Function):
             )
             total += loss
             slope.div_(len(hidden))  # of the mean
-            of_hidden, *of_head = torch.autograd.grad(logits, [part, *head], slope)
-            gradient[rows] = of_hidden
-            for sum_of_chunks, of_chunk in zip(gradients_of_head, of_head, strict=True):
-                sum_of_chunks.add_(of_chunk)
-        ctx.save_for_backward(gradient, *gradients_of_head)
+            gradient[rows] = torch.autograd.grad(logits, part, slope)[0]
+        ctx.save_for_backward(gradient)
         return total / len(hidden)
 
     @staticmethod
-    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale the gradients that `forward` saved by that of the loss; the inputs between them have none."""
-        gradient, *of_head = ctx.saved_tensors
-        scaled = [gradient_of_head * outward[0] for gradient_of_head in of_head]
-        return gradient * outward[0], None, None, None, None, None, *scaled
+    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        """Scale the gradient that `forward` saved by that of the loss; the other inputs have none."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * outward[0], None, None, None, None, None
 
 
 def _loss_and_slope(
@@ -106,12 +100,12 @@ def divergence(
 
     The distance is `(1 - s) KL(p || q) - s log q(label)`, with `p` of the teacher, `q` of the student, `label` the
     token that follows in the text, and `s = label_share`. The gradient by hidden states is computed with the value, a
-    few positions at a time.
+    few positions at a time. The head gets no gradient.
 
     During the call, both models have hooks and replaced forward passes (`Predictor`).
 
     Args:
-        student: The model that is trained; the result has a gradient by its parameters that need one.
+        student: The model that is trained; the result has a gradient by its parameters before the head.
         teacher: The model to imitate, which gets no gradient.
         ids: Token ids of the student, [batch, length]; the teacher's `Predictor` translates them if need be.
         label_share: Share of the text's own cross-entropy, in [0, 1].
@@ -121,9 +115,7 @@ def divergence(
         teachers_hidden = teacher.hidden_states(ids)
     hidden = student.hidden_states(ids, wrapped)
     labels = ids[:, 1:].flatten()
-    loss: Tensor = _Divergence.apply(
-        hidden, teachers_hidden, student, teacher, labels, label_share, *student.trained_head
-    )
+    loss: Tensor = _Divergence.apply(hidden, teachers_hidden, student, teacher, labels, label_share)
     return loss
 
 
