@@ -364,7 +364,7 @@ def main() -> None:
         "seconds": "time limit of a program",
         "limit": "the first problems only",
     }
-    sizes = {"new_tokens": 512, "batch_size": 41, "seconds": 10.0, "limit": int}
+    sizes = {"new_tokens": 512, "batch_size": 82, "seconds": 10.0, "limit": int}
     places = {"work": Path("runs"), "output": Path("runs/humaneval.json")}
     arguments = parse_arguments(
         __doc__, "model", helps=helps, problems=str, tokenizer=str, **sizes, **places
