@@ -361,7 +361,7 @@ def main() -> None:
         "work": "folder for answers",
         "new_tokens": "tokens of an answer, at most",
         "batch_size": "problems at a time",
-        "seconds": "time limit of a program",
+        "seconds": "of the processor, for a program",
         "limit": "the first problems only",
     }
     sizes = {"new_tokens": 512, "batch_size": 82, "seconds": 10.0, "limit": int}
@@ -372,7 +372,7 @@ def main() -> None:
     fence = "without network" if network_fence() else "WITH network (unshare is not allowed)"
     print(
         f"This runs code that {Path(arguments.model).name} writes: {fence}, in an empty folder, "
-        f"for at most {arguments.seconds:g} seconds a program."
+        f"for at most {arguments.seconds:g} processor seconds a program."
     )
     rows = replace_row(arguments.output, humaneval_row(arguments))
     print("\n".join(table(rows)))

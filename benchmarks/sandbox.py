@@ -1,6 +1,6 @@
 """Runs a program that a model wrote, in a process of its own: `run_program`.
 
-The process has a time limit, limits of memory and files, an empty folder as its working directory, an empty
+The process has limits of time, memory and files, an empty folder as its working directory, an empty
 environment and, if `unshare` may be used, no network. Inside the process, Python's audit hooks refuse what a solution
 of a small problem does not need: to open files for writing, to change folders' entries, to start processes, to use
 sockets, ctypes or signals. This is a fence against accidents. It stops no program that is written to break out.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import secrets
 import signal
@@ -23,6 +24,9 @@ import tempfile
 from typing import Any
 
 MOST_BYTES = 2 * 1024**3  # of the process's address space
+# Seconds of wall time for a second of processor time: a program that sleeps ends, too, and one that another program
+# keeps from running is not called slow.
+PATIENCE = 6
 # Events of https://docs.python.org/3/library/audit_events.html that are refused, by their beginnings. Those that read
 # (os.listdir, os.scandir, open for reading) are allowed: imports need them.
 REFUSED = (
@@ -74,7 +78,8 @@ def run_program(program: str, seconds: float) -> str:
     """Run a Python program in a process of its own; returns "passed", "timed out", or what went wrong.
 
     "passed" means that the program's last statement was executed. A program that raises, exits or is killed before has
-    not passed. The process and those that it may have started are killed after `seconds`.
+    not passed. The process is killed after `seconds` of processor time, and with those that it may have started after
+    `PATIENCE` times as many of wall time.
     """
     word = secrets.token_hex(16)
     question = json.dumps({"program": program, "word": word, "seconds": seconds})
@@ -90,7 +95,7 @@ def run_program(program: str, seconds: float) -> str:
             text=True,
         )
         try:
-            output, _ = process.communicate(question, timeout=seconds)
+            output, _ = process.communicate(question, timeout=PATIENCE * seconds)
         except subprocess.TimeoutExpired:
             return "timed out"
         finally:
@@ -98,6 +103,8 @@ def run_program(program: str, seconds: float) -> str:
             _kill_session(process)
     if output == word:
         return "passed"
+    if process.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        return "timed out"
     return output.replace(word, "").strip() or f"exit status {process.returncode}"
 
 
@@ -128,8 +135,8 @@ def _main() -> None:
     import resource
 
     question = json.load(sys.stdin)
-    seconds = int(question["seconds"]) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    seconds = math.ceil(question["seconds"])
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -95,6 +95,13 @@ def test_a_program_that_does_not_end_well_has_not_passed(benchmark, program, out
     assert found.startswith(outcome)
 
 
+def test_a_program_that_sleeps_is_killed(benchmark, monkeypatch):
+    sandbox = benchmark("sandbox")
+    monkeypatch.setattr(sandbox, "PATIENCE", 1)
+
+    assert sandbox.run_program("import time; time.sleep(99)", 2) == "timed out"
+
+
 def test_a_program_runs_in_an_empty_folder_without_environment(benchmark, monkeypatch):
     monkeypatch.setenv("SECRET", "word")
     program = "import os\nassert os.listdir('.') == []\nassert 'SECRET' not in os.environ"
