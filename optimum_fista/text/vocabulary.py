@@ -36,7 +36,7 @@ _KINDS = ("BPE", "Unigram", "WordPiece")
 # Tokens for the bytes of characters that are no token.
 _BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
-# What Zipf's law expects of all tokens together, as a share of the tokens that were counted. Measured on
+# What Zipf's law expects of all tokens together, as a share of the tokens that were counted. Chosen on
 # Qwen2.5-Coder-0.5B with 4 MB of web text and 6 MB of Python (docs/smaller.md).
 _SHARE_OF_ZIPF = 1 / 5
 
