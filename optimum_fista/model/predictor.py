@@ -119,8 +119,9 @@ class Predictor:
         def keep(_: Any, __: Any, output: Any) -> Any:
             """Hook of the base model: keep all hidden states, and let the head compute logits for one token."""
             states.append(output.last_hidden_state)
-            # Of one sequence: for several, PyTorch would copy the head's weight for each of them.
-            return type(output)(last_hidden_state=output.last_hidden_state[:1, :1])
+            # A copy of one sequence's first token: for a slice of several tokens, PyTorch would copy the head's weight.
+            first = output.last_hidden_state[:1, :1].clone(memory_format=torch.contiguous_format)
+            return type(output)(last_hidden_state=first)
 
         if self.is_cut:
             with self._model.get_decoder().register_forward_hook(keep):
