@@ -488,9 +488,9 @@ class Estimate:
         widest = max(max(shape) for shape in self.operators.values())
         positions = min(self.length, positions_per_chunk(self.model))
         positions_in_float32 = min(positions, POSITIONS_ON_CPU) if self._on_cpu else positions
-        # Logits and their gradient. Four float32 copies of some, and once more what the C library does not give back.
+        # Logits and their gradient, and four float32 copies of some.
         logits = positions * self._vocabulary * 2 * self._value_bytes
-        logits += positions_in_float32 * self._vocabulary * 8 * _FLOAT32
+        logits += positions_in_float32 * self._vocabulary * 4 * _FLOAT32
         # Activations of a decoder layer that is recomputed, of which two are squared in float32.
         activations = self.length * self._value_bytes * (12 * self._hidden + 6 * widest)
         activations += self.length * 2 * _FLOAT32 * widest
