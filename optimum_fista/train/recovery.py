@@ -110,9 +110,11 @@ def recover(
     were launched together (docs/ranks.md) share the sequences if all make this call.
 
     Args:
-        folder: A folder or Hub id saved by optimum-fista, packed or not. It is only read.
-        teacher: The dense model, a Hub id or a model folder; `None`: the report of `folder` names a Hub id. It has to
-            be the model that `folder` was pruned from, by the SHA-256 in its report, unless `other_teacher=True`.
+        folder: A folder or Hub id saved by optimum-fista, packed or not; or of a model that was never pruned, which is
+            trained in the same way. It is only read.
+        teacher: The dense model, a Hub id or a model folder; `None`: the report of `folder` names a Hub id, or `folder`
+            was never pruned and is its own teacher. It has to be the model that `folder` was pruned from, by the
+            SHA-256 in its report, unless `other_teacher=True`.
         output_dir: Where to write the recovered model; `None`: `folder`'s name + "-recovered".
         calibration: The text: `"self"` (the teacher writes it) or a source of `load_text`.
         device: Where to compute; `None`: the accelerator if there is one, otherwise the CPU.
@@ -121,7 +123,8 @@ def recover(
         **options: `tokens`, `sequence_length`, `train` and the other fields of `RecoveryOptions`.
 
     Returns:
-        What it did; the report in the folder holds it too, under `recoveries`.
+        What it did; the report in the folder holds it too, under `recoveries`. The folder of a model that was never
+        pruned has `fista/recovery.json` instead.
 
     Raises:
         ValueError: If an option can't be used, the models do not fit together, zeros of an earlier run have no mask, or
@@ -447,7 +450,7 @@ def _trainers_arguments(
 
     `processes` share the passes of a step. A resumed training does not evaluate the model before its first step.
     """
-    steps_between = math.ceil(plan.steps / 10)  # so at most a tenth of the run is thrown away
+    steps_between = math.ceil(plan.steps / 10)  # so a loss that rises is noticed soon
     arguments = TrainingArguments(
         output_dir=str(journal.resolve()),
         per_device_train_batch_size=plan.options.batch_size,
