@@ -54,6 +54,7 @@ def headlines(report: PruningReport) -> Iterator[Headline]:
         report: Of a finished run. Numbers that it lacks are left out.
     """
     totals = report.totals
+    before = ", before retraining" if report.retrained else ""
     if report.measured("pruned") is not None:
         yield _perplexity(report)
     if report.bits_per_byte is not None:
@@ -66,7 +67,7 @@ def headlines(report: PruningReport) -> Iterator[Headline]:
     for text in report.texts:
         times = report.times_of(text)
         yield Headline(
-            name=f"Bits per byte of {text.name}",
+            name=f"Bits per byte of {text.name}{before}",
             value=f"{text.pruned:.3f}",
             remark=report.words_on(text),
             is_alert=text in report.unprotected or times is None,

@@ -249,7 +249,11 @@ def _prune(request: PruneRequest, tokens_first: TokensPlan | None) -> int:
     from optimum_fista.cli.messages import speaking_ranks
     from optimum_fista.cli.target_size import remove_first
     from optimum_fista.folder.output import FOLDER, locked_output
-    from optimum_fista.prune.measuring import measure_folder, require_texts
+    from optimum_fista.prune.measuring import (
+        MeasuringInterrupted,
+        measure_folder,
+        require_texts,
+    )
     from optimum_fista.pruner import FistaPruner
 
     first_model = request.model
@@ -298,6 +302,12 @@ def _prune(request: PruneRequest, tokens_first: TokensPlan | None) -> int:
                 measure=request.measured_texts(),
                 protect=request.protect,
             )
+        except MeasuringInterrupted:
+            print(
+                f"\nthe model in {request.output} is finished, and its texts were not measured to the end",
+                file=sys.stderr,
+            )
+            raise
         except KeyboardInterrupt:
             if request.config.tokens_removal is None:
                 print(
@@ -322,9 +332,11 @@ def _prepare(
     """
     from optimum_fista.cli.calibration_batches import calibration_batches
     from optimum_fista.cli.overview import plan_of
+    from optimum_fista.cli.prune_request import require_held_out
     from optimum_fista.source.loading import require_tokenizer
 
     request, lines = plan_of(request)
+    require_held_out(request.measure, request.sources)  # the plan may have chosen the text
     batches = None
     if request.source == "self":
         require_tokenizer(request.model)

@@ -215,6 +215,10 @@ def protected_sources(arguments: argparse.Namespace) -> dict[str, float]:
                 f"--protect {flag!r}: pass a text and how many times its bits per byte may become, at least 1, such as "
                 "code.txt=1.02."
             )
+        if source in protected:
+            raise ValueError(
+                f"--protect has {source!r} with {protected[source]:g} and with {at_most:g}: pass one of them."
+            )
         protected[source] = at_most
     return protected
 
@@ -226,17 +230,19 @@ def measured_sources(arguments: argparse.Namespace) -> tuple[str, ...]:
 
 
 def require_held_out(measured: Iterable[str], calibrated: Iterable[str]) -> None:
-    """Refuse sources of `--measure` and `--protect` that are files of the calibration text, too (ValueError)."""
+    """Refuse sources of `--measure` and `--protect` that are among the calibration text, too (ValueError)."""
     sources = list(calibrated)
     for source in measured:
-        if any(_are_one_file(source, other) for other in sources):
+        if any(_are_one_text(source, other) for other in sources):
             raise ValueError(
                 f"--measure {source!r} is among the calibration text, so it is not held out: pass another text."
             )
 
 
-def _are_one_file(source: str, other: str) -> bool:
-    """Tell whether two sources of text are the same file; names of the Hub's texts have several splits, and are not."""
+def _are_one_text(source: str, other: str) -> bool:
+    """Tell whether two sources are the same text: one file, or both `pydoc`. Data sets of the Hub have two splits."""
+    if source == "pydoc" and other == "pydoc":
+        return True
     return Path(source).is_file() and Path(other).is_file() and os.path.samefile(source, other)
 
 

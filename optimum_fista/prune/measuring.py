@@ -30,6 +30,10 @@ from optimum_fista.text.loss import (
 _INDICES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
+class MeasuringInterrupted(KeyboardInterrupt):
+    """Ctrl-C while texts were measured: the folder of the result is finished, and says that they were not measured."""
+
+
 def require_texts(
     model: str, measure: Mapping[str, str] | None, protect: Mapping[str, float] | None
 ) -> list[MeasuredText]:
@@ -55,7 +59,8 @@ def measure_folder(
     """Measure the model before a run and its result on texts, and add the losses to the report and to the folder.
 
     Changes `report`, which is that of the result with the names in its files, and in `folder` the report, the model
-    card and the summary in `config.json`. Without texts, and in a process of rank 1 and higher, nothing is done.
+    card and the summary in `config.json`. Without texts, and in a process of rank 1 and higher, nothing is done. If the
+    texts can't be measured, or Ctrl-C stops it (MeasuringInterrupted), the report and these files say so.
 
     Args:
         dense: The model before the run: a folder or a Hub id.
@@ -81,7 +86,12 @@ def measure_folder(
                     label=label,
                 )
             )
-    except (ValueError, RuntimeError, MemoryError) as error:  # also if memory runs out
+    except KeyboardInterrupt as error:
+        note_failure(report, texts, error)
+        _rewrite(folder, report, dense)
+        raise MeasuringInterrupted from error
+    # Also if memory or the disk is full: the result of the run is not lost for that.
+    except (ValueError, RuntimeError, MemoryError, OSError) as error:
         note_failure(report, texts, error)
     else:
         note_losses(report, texts, dense=losses[0], pruned=losses[1])
@@ -101,7 +111,9 @@ def note_losses(
         report.warn(f"{text.name} lost more than was allowed: {report.words_on(text)}")
 
 
-def note_failure(report: PruningReport, texts: Sequence[MeasuredText], error: Exception) -> None:
+def note_failure(
+    report: PruningReport, texts: Sequence[MeasuredText], error: BaseException
+) -> None:
     """Note in `report`, which changes, that the texts could not be measured, and warn of it."""
     report.texts_not_measured = [text.name for text in texts]
     report.warn(

@@ -1,5 +1,6 @@
 """`--measure` and `--protect`: the loss on held-out texts that the user names, before and after a run."""
 
+import dataclasses
 import json
 import math
 import re
@@ -13,8 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.cli.main import main
+from optimum_fista.cli.prune_request import require_held_out
+from optimum_fista.folder.card import model_card
 from optimum_fista.folder.checkpoint import read_report
 from optimum_fista.folder.output import foreign_files
+from optimum_fista.headlines import headlines
+from optimum_fista.prune import measuring
 from optimum_fista.text.loss import _stretches
 
 pytestmark = pytest.mark.filterwarnings(
@@ -245,3 +250,57 @@ def test_a_size_is_said_with_what_the_tokens_cost_on_each_text(dense, texts, tmp
             f"without these tokens, {text.name} has {text.pruned:.3f} bits per byte instead of "
             f"{text.dense:.3f}"
         ) in printed
+
+
+def test_a_text_has_one_limit(dense, tmp_path, capsys):
+    flags = ["--protect", "zoo.txt=1.02", "--protect", "zoo.txt=1.5"]
+
+    assert main(["prune", str(dense), "-o", str(tmp_path / "out"), *flags]) == 1
+
+    assert "'zoo.txt' with 1.02 and with 1.5: pass one of them" in capsys.readouterr().err
+
+
+def test_documentation_of_python_is_not_held_out_of_itself():
+    with pytest.raises(ValueError, match="'pydoc' is among the calibration text"):
+        require_held_out(["pydoc"], ["c4", "pydoc"])
+    require_held_out(["wikitext2"], ["wikitext2"])  # which has two splits
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_a_run_whose_texts_cant_be_measured_to_the_end_is_finished_and_says_so(
+    dense, texts, tmp_path, capsys, monkeypatch, error
+):
+    output = tmp_path / "pruned"
+    flags = ["--pattern", "2:4", "--calibration", str(texts / "text.txt"), *QUICK]
+    flags += ["--protect", f"{texts / 'sea.txt'}=1.02"]
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(measuring, "losses_of_folder", fail)
+    with pytest.warns(match=r"the loss on sea\.txt is not known"):
+        status = main(["prune", str(dense), "-o", str(output), *flags])
+
+    assert status != 0
+    printed = capsys.readouterr().err
+    assert "give the same command again" not in printed
+    if error is KeyboardInterrupt:
+        assert f"the model in {output} is finished, and its texts were not measured" in printed
+    assert read_report(output).texts_not_measured == ["sea.txt"]
+    assert "the loss is not known on sea.txt" in (output / "README.md").read_text()
+    assert foreign_files(output) == []
+
+
+def test_losses_of_a_model_that_was_trained_afterwards_are_those_before(dense):
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    pruner = FistaPruner(FistaPruningConfig(method="wanda", allocation="uniform"), progress=False)
+    tokens = torch.randint(3, 200, (4, 32))
+    report = pruner.prune(model, [tokens], measure={"sea": COMMON_TEXT})
+
+    trained = dataclasses.replace(report, retrained=True)
+
+    card = model_card(trained, str(dense))
+    assert "| loss on sea, before retraining | " in card
+    assert "| verdict, before retraining | " in card
+    names = [headline.name for headline in headlines(trained)]
+    assert "Bits per byte of sea, before retraining" in names
