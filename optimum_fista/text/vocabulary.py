@@ -37,7 +37,7 @@ _KINDS = ("BPE", "Unigram", "WordPiece")
 _BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 # What Zipf's law expects of all tokens together, as a share of the tokens that were counted. Chosen on
-# Qwen2.5-Coder-0.5B with 4 MB of web text and 6 MB of Python (docs/smaller.md).
+# Qwen2.5-Coder-0.5B with 4 MB of web text and 6 MB of Python.
 _SHARE_OF_ZIPF = 1 / 5
 
 

@@ -48,7 +48,7 @@ class RecoveryOptions:
     )
     relative_step: float | None = option(
         None,
-        "how far a step moves weights at most, as a share of the root mean square of their tensor (default: 0.001, and "
+        "about how far a step moves weights, as a share of the root mean square of their tensor (default: 0.001, and "
         "0.01 if norms and biases are trained alone)",
         advanced=_TRAINING,
     )

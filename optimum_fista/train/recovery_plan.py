@@ -62,7 +62,7 @@ from optimum_fista.train.training import pruned_folder
 _USUAL_LENGTH = 512  # tokens in a sequence
 _USUAL_STEPS = 256
 _MOST_SEQUENCES = 32  # in a step, if the user does not say how many
-# How far a step moves weights at most, as a share of the root mean square of their tensor, by what is trained.
+# About how far a step moves weights, as a share of the root mean square of their tensor, by what is trained.
 _RELATIVE_STEPS = {"all": 1e-3, "norms": 1e-2}
 _MARGIN = 0.9  # of the memory that is free: the rest is for what is not counted
 
@@ -93,7 +93,7 @@ class RecoveryPlan:
         return self.steps * self.accumulate * self.options.batch_size
 
     def relative_step(self, train: str) -> float:
-        """How far a step moves weights at most, as a share of the root mean square of their tensor.
+        """About how far a step moves weights, as a share of the root mean square of their tensor.
 
         `train` is what is trained, "all" or "norms"; the option of the user, if there is one, counts for both.
         """
@@ -522,7 +522,7 @@ def plan_text(plan: RecoveryPlan, choice: Choice, free: int | None, duration: st
         "text": f"{plan.num_sequences * plan.length:,} tokens of {plan.calibration}, {plan.steps} steps of "
         f"{plan.accumulate} x {options.batch_size} sequences of {plan.length} tokens; "
         f"{options.held_out} more sequences are held out",
-        "steps": f"each moves weights by at most {plan.relative_step(choice.train):.3%} of their root mean square",
+        "steps": f"each moves weights by about {plan.relative_step(choice.train):.3%} of their root mean square",
         "memory": memory,
         "time": duration,
         "output": str(plan.output),

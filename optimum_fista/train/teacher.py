@@ -24,9 +24,8 @@ logger = logging.getLogger(__name__)
 def require_dense_model(plan: RecoveryPlan, report: PruningReport, unfinished: Path) -> None:
     """Refuse a teacher that is not the model from which the pruned one was made; warn if that can't be checked.
 
-    `report` is that of the pruned model.
-    Reads all weights of the teacher once, one decoder layer at a time. Weights that are quantized are dequantized into
-    a folder in `unfinished`, the folder of the run, which is deleted again.
+    `report` is that of the pruned model. Reads all weights of the teacher once, one decoder layer at a time. Weights
+    that are quantized are dequantized into a folder in `unfinished`, the folder of the run, which is deleted again.
     """
     dense = report.first_model
     reason = _reason_not_to_compare(plan, report)
