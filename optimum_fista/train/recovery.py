@@ -272,6 +272,7 @@ def _fingerprint(
         "masks": digest_of(masks_file) if masks_file.exists() else None,  # a packed folder has none
         "teacher": teachers_files.digests,
         "kept": digest_of_kept_tokens,
+        "fill_zeros": plan.options.fill_zeros,
         "shape": [plan.num_sequences, plan.options.held_out, plan.length],
         "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         "options": options,

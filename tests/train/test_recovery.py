@@ -599,7 +599,11 @@ def test_zeros_of_an_unknown_program_are_refused(run, tiny_folder, tmp_path):
     ):
         run(source=folder)
 
-    assert run(source=folder, fill_zeros=True).num_trained == 15360 + 160
+    with stopped_at(3, saves=True):
+        run("filled", source=folder, fill_zeros=True)
+    with pytest.raises(ValueError, match=r"was another one \(fill_zeros"):
+        run("filled", source=folder)
+    assert run("filled", source=folder, fill_zeros=True).num_trained == 15360 + 160
 
 
 def test_smaller_weights_with_a_larger_norm_before_them_are_trained_in_the_same_way(
