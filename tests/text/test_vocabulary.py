@@ -347,19 +347,33 @@ def test_all_merges_stay_if_the_text_uses_all_tokens():
     assert smaller.tokenizer["model"]["merges"] == [list(pair) for pair in merges]
 
 
-def test_an_early_token_stays_rather_than_a_late_one_with_one_use():
-    # what Zipf's law expects of an early token is more than one use of a late one
+@pytest.mark.parametrize(
+    ("uses_of_letters", "uses_of_last"),
+    [
+        (
+            {"a": 1_000},
+            1,
+        ),  # what Zipf's law expects of an early token is more than one use of a late one
+        (
+            {"h": 50, "p": 50},
+            0,
+        ),  # it also counts if it is less than one use, before the uses of the parts "h" and "p"
+    ],
+)
+def test_an_early_token_stays_rather_than_a_late_one_with_few_uses(uses_of_letters, uses_of_last):
     letters = list("abcdefghijklmnop")
     merges = list(itertools.product("abcdefgh", "ijklmnop"))
     tokens = letters + [left + right for left, right in merges]
     content = bpe_content(tokens, merges)
     last = len(tokens) - 1
     counts = torch.zeros(len(tokens), dtype=torch.int64)
-    counts[0] = 100_000
-    counts[last] = 1
+    for letter, uses in uses_of_letters.items():
+        counts[tokens.index(letter)] = uses
+    counts[last] = uses_of_last
 
     assert reduce_vocabulary(content, counts, 17).kept.tolist() == list(range(17))
-    assert reduce_vocabulary(content, counts, None).kept.tolist() == [*range(16), last]
+    of_used_tokens = [*range(16), last] if uses_of_last else list(range(16))
+    assert reduce_vocabulary(content, counts, None).kept.tolist() == of_used_tokens
 
 
 def test_unknown_characters_cost_as_much_as_before():
