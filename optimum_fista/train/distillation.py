@@ -166,8 +166,11 @@ class DistillationTrainer(Trainer):
         if is_sharded:
             teacher = fsdp2_prepare_model(self.accelerator, teacher)
         # The head of a sharded model is whole only inside a call of the whole model, which then is not cut.
-        self._student = Predictor(model, whole=is_sharded)
-        self._teacher = Predictor(teacher, kept_tokens, whole=is_sharded)
+        with (
+            self.accelerator.autocast()
+        ):  # the student's head may be in 16 bits, and its hidden states are not
+            self._student = Predictor(model, whole=is_sharded)
+            self._teacher = Predictor(teacher, kept_tokens, whole=is_sharded)
         self._label_share = label_share
         self._read_start = read_start
         self.schedule = Schedule(steps)

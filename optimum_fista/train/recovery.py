@@ -69,6 +69,7 @@ from optimum_fista.train.recovery_plan import (
     mark_trained,
     plan_recovery,
     plan_text,
+    round_head,
 )
 from optimum_fista.train.teacher import require_dense_model
 from optimum_fista.train.training import (
@@ -307,6 +308,8 @@ def _train(
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     model.float()  # a step in bfloat16 would often be smaller than the weight's last bit
     mark_trained(model, choice.train)  # gradients on for some parameters, off for the others
+    if ranks.count == 1:  # FSDP2 shards parameters of one dtype only
+        round_head(model, plan.compute_dtype)
 
     states = ranks.first(lambda: intact_states(journal))
     last_state = str(states[max(states)]) if states else None
@@ -378,7 +381,7 @@ def _report(
     best_step = state.best_global_step or 0
     loss = loss_before
     if best_step:
-        for name, parameter in cast(nn.Module, trainer.model).named_parameters():
+        for name, parameter in _trained_parameters(trainer.model):
             weights = local(parameter.data)
             weights.copy_(weights.to(dtypes[name]))
         loss = trainer.evaluate()["eval_loss"]  # of what is saved, which has to be better
@@ -495,7 +498,7 @@ def _model_with_weights(
     if trained is None:
         return model
 
-    for name, parameter in trained.named_parameters():
+    for name, parameter in _trained_parameters(trained):
         # all ranks take part in `full_tensor`
         weight = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if model is not None:
@@ -503,6 +506,13 @@ def _model_with_weights(
     if model is not None:
         mark_retrained(model)
     return model
+
+
+def _trained_parameters(model: Any) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of a model that have gradients, with their names."""
+    return [
+        (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+    ]
 
 
 def _write(

@@ -425,6 +425,10 @@ def _needed_bytes(plan: RecoveryPlan, sizes: _Sizes, train: str, checkpointed: b
     """Estimate the bytes of a process that trains "all" or "norms"; `checkpointed`: activations are computed twice."""
     # float32: the weights, and of those that are trained a gradient and two moments
     student = 4 * sizes.parameters + 12 * sizes.trained(train)
+    if plan.compute_dtype != torch.float32:
+        student += (
+            plan.compute_dtype.itemsize * sizes.vocabulary * sizes.hidden_size
+        )  # `round_head`
     masks = sizes.parameters if train == "all" else 0  # a byte a weight
     teachers_parameters = sizes.parameters
     if plan.report is not None and plan.report.first_model.num_parameters:
@@ -468,6 +472,18 @@ def mark_trained(model: PreTrainedModel, train: str) -> None:
     for parameter in _inner_parameters(model):
         is_norm_or_bias = parameter.ndim == 1
         parameter.requires_grad_(train == "all" or is_norm_or_bias)
+
+
+def round_head(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round the weight of the head, which is not trained, to the dtype of the products.
+
+    Products are computed in `dtype` by autocast, which would round the weight again for each chunk of positions. With a
+    large vocabulary this would take longer than the product. A head that shares its weight with the embedding gets a
+    weight of its own. From then on the model runs inside autocast only.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear):
+        head.weight = nn.Parameter(head.weight.detach().to(dtype), requires_grad=False)
 
 
 def _inner_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
@@ -541,19 +557,22 @@ def _seconds_of_step(plan: RecoveryPlan, choice: Choice) -> float:
     student.to(plan.device)
     if choice.checkpointed:
         student.gradient_checkpointing_enable()
+    round_head(student, plan.compute_dtype)
     teacher, _ = load_model(plan.teacher, device=str(plan.device), dtype=plan.compute_dtype)
-    student_predictor = Predictor(student.train())
-    teacher_predictor = Predictor(teacher.eval(), plan.kept_tokens)
+    in_16_bits = plan.compute_dtype != torch.float32
+    products = torch.autocast(plan.device.type, plan.compute_dtype, enabled=in_16_bits)
+    with products:
+        student_predictor = Predictor(student.train())
+        teacher_predictor = Predictor(teacher.eval(), plan.kept_tokens)
 
     vocabulary = student.get_input_embeddings().num_embeddings
     numbers = torch.arange(plan.options.batch_size * plan.length)
     ids = numbers.remainder(vocabulary).view(-1, plan.length).to(plan.device)
 
-    in_16_bits = plan.compute_dtype != torch.float32
     seconds = 0.0
     for _ in range(2):  # the time of the second pass counts
         started = time.perf_counter()
-        with torch.autocast(plan.device.type, plan.compute_dtype, enabled=in_16_bits):
+        with products:
             loss = divergence(student_predictor, teacher_predictor, ids, plan.options.label_share)
             loss.backward()
         torch.get_device_module(plan.device).synchronize()
