@@ -123,18 +123,27 @@ def plain_manual_page(source: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def german_text() -> str:
-    """Pages of Debian's manpages-de, which `apt-get download` fetches, in the order of their names' hashes."""
+def german_pages() -> dict[str, str]:
+    """The words of all pages of Debian's manpages-de, which `apt-get download` fetches, by the names of their files."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["apt-get", "download", "manpages-de"], cwd=folder, check=True)
         (package,) = Path(folder).glob("*.deb")
         subprocess.run(["dpkg-deb", "-x", package, "package"], cwd=folder, check=True)
         pages = (Path(folder) / "package").glob("usr/share/man/de/man*/*.gz")
-        texts = list[str]()
-        for page in sorted(pages, key=lambda page: digest(page.name)):
-            if sum(map(len, texts)) >= GERMAN_CHARACTERS:
-                break
-            texts.append(plain_manual_page(gzip.decompress(page.read_bytes()).decode("utf-8")))
+        return {
+            page.name: plain_manual_page(gzip.decompress(page.read_bytes()).decode("utf-8"))
+            for page in pages
+        }
+
+
+def german_text() -> str:
+    """The first `GERMAN_CHARACTERS` of German manual pages, in the order of their names' hashes."""
+    pages = german_pages()
+    texts = list[str]()
+    for name in sorted(pages, key=digest):
+        if sum(map(len, texts)) >= GERMAN_CHARACTERS:
+            break
+        texts.append(pages[name])
     return "\n\n".join(texts)
 
 
