@@ -9,7 +9,10 @@
 A row is `dense`, or PATTERN METHOD SEED: a fraction of zeros or what `prune --pattern` takes; a method with options of
 the command line, or a recipe (default, fast, paper); and the seed of the calibration, which is 0 if it is not given.
 Every row is pruned by `optimum-fista prune` in a process of its own, into a folder under `--work`, on windows of
-`mixed-calibration.txt` (half web text, half Python). Perplexity is measured in bfloat16 on the first `--max-windows`
+`mixed-calibration.txt` (half web text, half Python).
+
+`recover=TOKENS` at the end of a row trains its model on so many tokens of the same file by `optimum-fista recover` with
+defaults; `dense recover=TOKENS` trains MODEL itself, on the text alone (`--label-share 1`). Perplexity is measured in bfloat16 on the first `--max-windows`
 windows of `web.txt`, `wikitext2.txt` and `python.txt`, and bits per byte on the stretch of text that the windows of the
 dense model cover, whatever the tokenizer. For `--humaneval`, `humaneval.py` runs the rows that it names: **it runs code
 that the models write** (see there).
@@ -39,7 +42,7 @@ from optimum_fista.config import RECIPES
 from optimum_fista.environment import processor_name
 from optimum_fista.evaluate.perplexity import evaluate_perplexity
 from optimum_fista.folder.card import markdown_lines
-from optimum_fista.folder.checkpoint import REPORT_FILE
+from optimum_fista.folder.checkpoint import RECOVERY_FILE, REPORT_FILE
 from optimum_fista.memory import release_memory
 from optimum_fista.source.loading import load_model, require_tokenizer
 from optimum_fista.text.sources import load_text
@@ -52,27 +55,41 @@ Row = dict[str, Any]
 
 
 def key_of(words: str) -> Row:
-    """Pattern, method and seed of a row, from "PATTERN METHOD SEED".
+    """Pattern, method, seed and tokens of training of a row, from "PATTERN METHOD SEED recover=TOKENS".
 
     Raises:
         SystemExit: If there are too few or too many words.
     """
     pattern, *others = words.split()
+    recovered = 0
+    if others and others[-1].startswith("recover="):
+        recovered = int(others.pop().removeprefix("recover="))
     if pattern == DENSE:
-        return {"pattern": "-", "method": DENSE, "seed": 0}
+        return {"pattern": "-", "method": DENSE, "seed": 0, "recovered": recovered}
     if len(others) not in (1, 2):
-        raise SystemExit(f"--rows {words!r}: pass dense, or a pattern, a method and maybe a seed.")
+        raise SystemExit(
+            f"--rows {words!r}: pass dense, or a pattern, a method and maybe a seed, and maybe recover=TOKENS after it."
+        )
     seed = int(others[1]) if len(others) == 2 else 0
-    return {"pattern": pattern, "method": others[0], "seed": seed}
+    return {"pattern": pattern, "method": others[0], "seed": seed, "recovered": recovered}
+
+
+def is_row_of(row: Row, key: Row) -> bool:
+    """Whether a row was measured for a key. Rows of earlier versions have no `recovered`."""
+    return key.items() <= ({"recovered": 0} | row).items()
 
 
 def folder_of(arguments: Namespace, key: Row) -> Path:
-    """Where the model of a row lies: MODEL itself if the row is dense."""
-    if key["method"] == DENSE:
+    """Where the model of a row lies: MODEL itself if the row is dense and not trained."""
+    name = Path(arguments.model).name
+    if key["method"] != DENSE:
+        method = key["method"].replace(":", "-").replace("=", "-")
+        pattern = key["pattern"].replace(":", "-").replace("/", "-")
+        name += f"-{pattern}-{method}-{key['seed']}"
+    elif not key["recovered"]:
         return Path(arguments.model)
-    method = key["method"].replace(":", "-").replace("=", "-")
-    pattern = key["pattern"].replace(":", "-").replace("/", "-")
-    name = f"{Path(arguments.model).name}-{pattern}-{method}-{key['seed']}"
+    if key["recovered"]:
+        name += f"-recovered-{key['recovered']}"
     return Path(arguments.work) / name
 
 
@@ -93,19 +110,12 @@ def prune_options(key: Row) -> list[str]:
     return [*words, "--seed", str(key["seed"])]
 
 
-def prune(arguments: Namespace, key: Row) -> tuple[str, dict[str, Any]]:
-    """Make the folder of a row, unless it exists; returns the command and what the run took.
+def run(words: list[str], folder: Path) -> tuple[str, dict[str, Any]]:
+    """Make a folder by `optimum-fista` with `words`, unless it exists; returns the command and what the run took.
 
-    Processor seconds are kept beside the folder, so that a run that was interrupted before measuring knows them. They
-    are missing if a run was interrupted while pruning.
+    Processor seconds are kept beside the folder, so that a call that was interrupted before measuring knows them. They
+    are missing if the run itself was interrupted.
     """
-    folder = folder_of(arguments, key)
-    words = ["prune", arguments.model, "--output", str(folder), *prune_options(key)]
-    words += ["--calibration", str(Path(arguments.text_folder) / CALIBRATION)]
-    words += ["--num-samples", str(arguments.num_samples)]
-    words += ["--sequence-length", str(arguments.sequence_length)]
-    words += ["--device", "cpu", "--dtype", "bfloat16"]
-
     took_file = folder.with_name(folder.name + ".took.json")
     if not folder.exists():
         is_resumed = folder.with_name(folder.name + ".unfinished").exists()
@@ -122,6 +132,30 @@ def prune(arguments: Namespace, key: Row) -> tuple[str, dict[str, Any]]:
     took = json.loads(took_file.read_text()) if took_file.exists() else {}
     shown = [Path(word).name if "/" in word and Path(word).exists() else word for word in words]
     return shlex.join(["optimum-fista", *shown]), took
+
+
+def prune(arguments: Namespace, key: Row) -> tuple[str, dict[str, Any]]:
+    """Prune the model of a row without training it, unless that was done; returns the command and what it took."""
+    folder = folder_of(arguments, key | {"recovered": 0})
+    words = ["prune", arguments.model, "--output", str(folder), *prune_options(key)]
+    words += ["--calibration", str(Path(arguments.text_folder) / CALIBRATION)]
+    words += ["--num-samples", str(arguments.num_samples)]
+    words += ["--sequence-length", str(arguments.sequence_length)]
+    words += ["--device", "cpu", "--dtype", "bfloat16"]
+    return run(words, folder)
+
+
+def recover(arguments: Namespace, key: Row) -> tuple[str, dict[str, Any]]:
+    """Train the pruned model of a row, or the dense one, unless that was done; returns the command and what it took."""
+    source = folder_of(arguments, key | {"recovered": 0})
+    folder = folder_of(arguments, key)
+    words = ["recover", str(source), "--output", str(folder), "--tokens", str(key["recovered"])]
+    if key["method"] == DENSE:
+        words += ["--label-share", "1"]
+    else:
+        words += ["--teacher", arguments.model]
+    words += ["--calibration", str(Path(arguments.text_folder) / CALIBRATION), "--device", "cpu"]
+    return run(words, folder)
 
 
 def stretches_of(arguments: Namespace) -> dict[str, str]:
@@ -142,8 +176,13 @@ def stretches_of(arguments: Namespace) -> dict[str, str]:
 
 
 def measure(arguments: Namespace, key: Row, stretches: dict[str, str]) -> Row:
-    """Prune and measure one row."""
-    command, took = ("", {}) if key["method"] == DENSE else prune(arguments, key)
+    """Prune, train and measure one row. `took` of the row is the time of its last command."""
+    command = ""
+    took: dict[str, Any] = {}
+    if key["method"] != DENSE:
+        command, took = prune(arguments, key)
+    if key["recovered"]:
+        command, took = recover(arguments, key)
     folder = folder_of(arguments, key)
     model, tokenizer = load_model(str(folder), dtype="bfloat16", device="cpu")
     row: Row = key | {
@@ -155,9 +194,14 @@ def measure(arguments: Namespace, key: Row, stretches: dict[str, str]) -> Row:
         "bits_per_byte": {},
         "processor": processor_name(),
     }
-    report = folder / REPORT_FILE
-    if report.exists():
-        row["totals"] = json.loads(report.read_text()).get("totals", {})
+    report_file = folder / REPORT_FILE
+    if report_file.exists():
+        report = json.loads(report_file.read_text())
+        row["totals"] = report.get("totals", {})
+        if key["recovered"]:
+            row["recovery"] = report["recoveries"][-1]
+    elif key["recovered"]:
+        row["recovery"] = json.loads((folder / RECOVERY_FILE).read_text())
 
     has_dense_tokens = len(tokenizer) == len(require_tokenizer(arguments.model))
     for name, stretch in stretches.items():
@@ -205,7 +249,7 @@ def measure_rows(arguments: Namespace) -> Row:
 
     for words in [*arguments.rows, *arguments.humaneval]:
         key = key_of(words)
-        row = next((row for row in record["rows"] if key.items() <= row.items()), None)
+        row = next((row for row in record["rows"] if is_row_of(row, key)), None)
         if row is None:
             print(words, flush=True)
             row = measure(arguments, key, stretches)
@@ -229,21 +273,27 @@ def cell(values: Sequence[float | None], form: str) -> str:
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """A line for each pattern and method: means over its seeds."""
-    header = ["pattern", "method", *MEASURED]
+    """A line for each pattern, method and training: means over its seeds."""
+    header = ["pattern", "method", "trained on tokens", *MEASURED]
     header += [f"{name}, bits per byte" for name in MEASURED]
+    header += ["held-out loss before the training", "and after it"]
     header += ["HumanEval, %", "parameters, M", "processor minutes"]
-    groups: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["pattern"], row["method"]), []).append(row)
+        group_key = (row["pattern"], row["method"], row.get("recovered", 0))
+        groups.setdefault(group_key, []).append(row)
 
     lines = []
-    for (pattern, method), group in groups.items():
-        line = ["" if method == DENSE else pattern, method]
+    for (pattern, method, recovered), group in groups.items():
+        line = ["" if method == DENSE else pattern, method, f"{recovered:,}" if recovered else ""]
         for name in MEASURED:
             line.append(cell([row["perplexity"].get(name) for row in group], "{:.2f}"))
         for name in MEASURED:
             line.append(cell([row["bits_per_byte"].get(name) for row in group], "{:.4f}"))
+        losses = [row.get("recovery", {}).get("held_out_loss_before") for row in group]
+        line.append(cell(losses, "{:.4f}"))
+        losses = [row.get("recovery", {}).get("held_out_loss") for row in group]
+        line.append(cell(losses, "{:.4f}"))
         passed = [row["humaneval"]["pass_at_1"] for row in group if "humaneval" in row]
         seconds = [row["took"].get("processor_seconds") for row in group]
         minutes = [value / 60 for value in seconds if value is not None]

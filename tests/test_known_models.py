@@ -197,13 +197,15 @@ def test_a_table_of_rows_is_measured_once_and_shown_again(
     texts = tmp_path / "texts"
     texts.mkdir()
     for name in ("web", "wikitext2", "python", "mixed-calibration"):
-        (texts / f"{name}.txt").write_text(text_of(COMMON))
+        (texts / f"{name}.txt").write_text("\n\n".join(20 * [text_of(COMMON)]))
     (texts / "texts.json").write_text('{"python": "3.11"}')
     script = benchmark("known_models")
     words = [folder, "--text-folder", texts, "--work", tmp_path / "work", "--problems", wheel]
     words += ["--output", tmp_path / "rows.json", "--num-samples", "4", "--sequence-length", "32"]
     words += ["--max-windows", "3"]
-    words += ["--rows", "dense,0.5 wanda:error_correction=intra,0.5 magnitude 3,vocab:0.1 default"]
+    rows = ["dense", "0.5 wanda:error_correction=intra", "0.5 magnitude 3", "vocab:0.1 default"]
+    rows += ["0.5 magnitude 3 recover=128", "dense recover=128"]
+    words += ["--rows", ",".join(rows)]
 
     run(script, monkeypatch, *words)
     capsys.readouterr()
@@ -213,7 +215,7 @@ def test_a_table_of_rows_is_measured_once_and_shown_again(
     shown = capsys.readouterr().out
     run(script, monkeypatch, tmp_path / "rows.json")
 
-    dense, wanda, magnitude, fewer_tokens = record["rows"]
+    dense, wanda, magnitude, fewer_tokens, recovered, trained = record["rows"]
     assert capsys.readouterr().out == shown
     assert dense["perplexity"].keys() == {"web", "wikitext2", "python"}
     assert wanda["totals"]["sparsity"] == pytest.approx(0.5, abs=0.01)
@@ -223,6 +225,10 @@ def test_a_table_of_rows_is_measured_once_and_shown_again(
     assert fewer_tokens["perplexity"] == {}
     assert fewer_tokens["parameters"] < dense["parameters"]
     assert fewer_tokens["bits_per_byte"].keys() == {"web", "wikitext2", "python"}
+    assert "magnitude-3-recovered-128 --tokens 128 --teacher model" in recovered["command"]
+    assert recovered["recovery"]["num_tokens"] == 128
+    assert "model-recovered-128 --tokens 128 --label-share 1" in trained["command"]
+    assert trained["recovery"]["options"]["label_share"] == 1
 
 
 def test_texts_to_measure_on_are_not_calibrated_on(benchmark, tmp_path, monkeypatch):
