@@ -12,10 +12,10 @@ Every row is pruned by `optimum-fista prune` in a process of its own, into a fol
 `mixed-calibration.txt` (half web text, half Python).
 
 `recover=TOKENS` at the end of a row trains its model on so many tokens of the same file by `optimum-fista recover` with
-defaults; `dense recover=TOKENS` trains MODEL itself, on the text alone (`--label-share 1`). Perplexity is measured in bfloat16 on the first `--max-windows`
-windows of `web.txt`, `wikitext2.txt` and `python.txt`, and bits per byte on the stretch of text that the windows of the
-dense model cover, whatever the tokenizer. For `--humaneval`, `humaneval.py` runs the rows that it names: **it runs code
-that the models write** (see there).
+defaults; `dense recover=TOKENS` trains MODEL itself, on the text alone (`--label-share 1`). Perplexity is measured in
+bfloat16 on the first `--max-windows` windows of `web.txt`, `wikitext2.txt` and `python.txt`, and bits per byte on the
+stretch of text that the windows of the dense model cover, whatever the tokenizer. For `--humaneval`, `humaneval.py`
+runs the rows that it names: **it runs code that the models write** (see there).
 
 The same call resumes: a folder that exists is not pruned again, an interrupted run of `prune` goes on, and a row in
 `--output` is not measured again. The third command shows rows that were measured before.
