@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from optimum_fista.cli.prune_request import PruneRequest
-    from optimum_fista.removal.tokens import TokensPlan
+    from optimum_fista.removal.tokens_plan import TokensPlan
     from optimum_fista.report import PruningReport
 
 DESCRIPTION = """\
@@ -222,7 +222,7 @@ def _show_estimate(request: PruneRequest, tokens_first: TokensPlan | None) -> No
     """
     from optimum_fista.cli.overview import details_of, estimate_of, overview_of
     from optimum_fista.folder.output import require_output
-    from optimum_fista.removal.tokens import plan_tokens
+    from optimum_fista.removal.tokens_plan import plan_tokens
 
     request.require_sizes()
     request.require_one_source()

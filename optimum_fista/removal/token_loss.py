@@ -7,27 +7,44 @@ The smaller model has rows of the embedding and the head of the dense one, and e
 computes both: the smaller one is the dense model on the ids of the tokens that the smaller tokenizer writes, and it
 can predict these tokens only. Its decoder layers are read from their files one after the other, once.
 
+`measure_bits_per_byte` measures it on the text that was held out of the counting of the tokens, when the smaller model
+is written. `measure_plans` measures several plans for one model (`TokensPlan`) on texts that the user names, before
+anything is written.
+
 *Dense* and *pruned* are the two ways to write the same texts: in all tokens, and in those that stay. A *sequence* is
 the list of ids of the beginning of one text.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from optimum_fista.model.held_out import LEAST_TOKENS
 from optimum_fista.model.layers import token_limits
 from optimum_fista.model.offload import execution_device
 from optimum_fista.model.precision import choose_products, products_as
+from optimum_fista.removal.tokens_plan import TokensPlan
+from optimum_fista.report import TextReport
 from optimum_fista.source.loading import load_lazily
-from optimum_fista.text.loss import Tokenized, bits_per_byte
+from optimum_fista.text.loss import (
+    MeasuredText,
+    TextLoss,
+    Tokenized,
+    bits_per_byte,
+    compared,
+    longest_sequence,
+    tokenized_text,
+)
 
 # Tokens of a sequence, at most.
 _LONGEST_SEQUENCE = 1024
@@ -95,6 +112,72 @@ def measure_bits_per_byte(
         "num_tokens": dense.num_tokens,
         "num_tokens_pruned": pruned.num_tokens,
     }
+
+
+def measure_plans(
+    plans: Sequence[TokensPlan],
+    texts: Sequence[MeasuredText],
+    *,
+    device: str | None,
+    progress: bool,
+) -> list[list[TextReport]]:
+    """Measure what plans for one model cost on texts, before anything is written; in one pass over its decoder layers.
+
+    Returns for each plan the losses on all texts, in their order. The model's files are only read; weights that are
+    stored in another form than a model computes with are copied to a temporary folder for that time. ValueError if the
+    loss is NaN or Inf. `device` is where to compute; `None`: the accelerator if there is one.
+    """
+    with tempfile.TemporaryDirectory(prefix="offload-") as offload:
+        model = load_lazily(plans[0].name, Path(offload), device=device).model
+        vocabulary, num_positions = token_limits(model)
+        main_device = execution_device(model.get_input_embeddings())
+        compute_dtype = plans[0].report.config["compute_dtype"]
+
+        def tokenized(content: Mapping[str, Any], old_ids: Sequence[int] | None) -> list[Tokenized]:
+            """Write all texts in the tokens of a `tokenizer.json`, with the ids of the dense model."""
+            tokenizer = PreTrainedTokenizerFast(
+                tokenizer_object=Tokenizer.from_str(json.dumps(content))
+            )
+            return [
+                tokenized_text(
+                    text.stretches,
+                    tokenizer,
+                    bos=plans[0].first_token,
+                    longest=longest_sequence(num_positions),
+                    old_ids=old_ids,
+                )
+                for text in texts
+            ]
+
+        variants = [tokenized(plans[0].dense_tokenizer, None)]
+        removed = dict[str, Tensor]()  # ids that the model can't predict, by the key of a text
+        for plan in plans:
+            is_removed = torch.ones(vocabulary, dtype=torch.bool)
+            is_removed[list(plan.new_ids)] = False
+            for index in range(len(texts)):
+                removed[f"{len(variants)}/{index}"] = is_removed.nonzero().flatten()
+            variants.append(tokenized(plan.tokenizer, list(plan.new_ids)))
+        by_key = {
+            f"{number}/{index}": text
+            for number, of_variant in enumerate(variants)
+            for index, text in enumerate(of_variant)
+        }
+        with products_as(choose_products(compute_dtype, main_device, model.dtype)):
+            bits = bits_per_byte(model, by_key, removed=removed, progress=progress)
+
+    losses = [
+        [
+            TextLoss(
+                bits_per_byte=bits[f"{number}/{index}"],
+                num_tokens=text.num_tokens,
+                num_bytes=text.num_bytes,
+                vocabulary=vocabulary,
+            )
+            for index, text in enumerate(of_variant)
+        ]
+        for number, of_variant in enumerate(variants)
+    ]
+    return [compared(texts, losses[0], of_plan) for of_plan in losses[1:]]
 
 
 def _beginnings_of_texts(
