@@ -51,7 +51,7 @@ from optimum_fista.solve.linalg import damped_inverse, diagonal_blocks
 from optimum_fista.solve.pattern import SparsityPattern, parse_pattern
 from optimum_fista.source.files import copy_source, source_folder
 from optimum_fista.source.loading import gguf_file
-from optimum_fista.source.source_tensors import source_tensors
+from optimum_fista.source.sorting import source_tensors
 
 _DAMPING = 0.01  # of a Gram matrix, in means of its diagonal
 _LAYERS, _SHARE = (

@@ -51,7 +51,7 @@ from optimum_fista.solve.methods import largest_memory_factors, method_class
 from optimum_fista.source import loading
 from optimum_fista.source.formats.dequantizer import read_dequantized
 from optimum_fista.source.quantization import forget_quantization, quantization
-from optimum_fista.source.source_tensors import source_tensors
+from optimum_fista.source.sorting import source_tensors
 from optimum_fista.text.calibration_tokens import usual_length
 from optimum_fista.text.self_sampling import num_batches, num_texts
 from optimum_fista.text.sources import usual_texts

@@ -34,7 +34,7 @@ from optimum_fista.report import OperatorReport, PruningReport
 from optimum_fista.source.formats.dequantizer import dequantizer_of
 from optimum_fista.source.loading import load_lazily
 from optimum_fista.source.names import stored_names
-from optimum_fista.source.source_tensors import source_tensors
+from optimum_fista.source.sorting import source_tensors
 from optimum_fista.source.stored_tensor import StoredTensor, read_stored
 
 

@@ -50,7 +50,7 @@ from optimum_fista.solve.patterns import Columns, parse_pattern
 from optimum_fista.source.loading import load_tokenizer
 from optimum_fista.source.model_folder import CONFIG_FILE, checkpoint_files, read_json, read_tensors
 from optimum_fista.source.names import split_index
-from optimum_fista.source.source_tensors import source_tensors
+from optimum_fista.source.sorting import source_tensors
 
 logger = logging.getLogger(__name__)
 

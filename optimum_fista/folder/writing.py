@@ -52,7 +52,8 @@ from optimum_fista.source.model_folder import (
     write_index,
 )
 from optimum_fista.source.names import stored_names
-from optimum_fista.source.source_tensors import IS_NOT_DESCRIBED, SourceTensors
+from optimum_fista.source.sorting import IS_NOT_DESCRIBED
+from optimum_fista.source.source_tensors import SourceTensors
 from optimum_fista.source.stored_tensor import StoredTensor, restore_dtypes, write_stored
 
 _GENERATION_FILE = "generation_config.json"

@@ -38,7 +38,7 @@ from optimum_fista.removal.tokens import remove_tokens
 from optimum_fista.report import PruningReport
 from optimum_fista.source.loading import load_lazily, reading
 from optimum_fista.source.names import stored_names
-from optimum_fista.source.source_tensors import source_tensors
+from optimum_fista.source.sorting import source_tensors
 
 
 def prune_named(

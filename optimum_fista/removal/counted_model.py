@@ -31,7 +31,8 @@ from optimum_fista.removal.token_ids import configurations_in
 from optimum_fista.source import loading
 from optimum_fista.source.files import source_folder
 from optimum_fista.source.quantization import forget_quantization
-from optimum_fista.source.source_tensors import SourceTensors, source_tensors
+from optimum_fista.source.sorting import source_tensors
+from optimum_fista.source.source_tensors import SourceTensors
 from optimum_fista.text.token_counts import HeldOutText, count_tokens
 
 # Numbers below it are multiples, and sizes of codecs, not of another vocabulary.

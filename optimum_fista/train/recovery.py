@@ -53,7 +53,7 @@ from optimum_fista.recovery_report import RecoveryReport
 from optimum_fista.report import lines_of_unplaced
 from optimum_fista.source.files import copy_source
 from optimum_fista.source.loading import load_model, load_tokenizer, read_model
-from optimum_fista.source.source_tensors import source_tensors
+from optimum_fista.source.sorting import source_tensors
 from optimum_fista.text.calibration_tokens import calibration_tokens_by_name
 from optimum_fista.train.distillation import (
     DistillationTrainer,

@@ -1,0 +1,110 @@
+"""Under which names Transformers loads the tensors of a model's files.
+
+Transformers renames tensors when it loads a model, and merges some of them into one parameter, by rules for every
+family. `Naming` applies these rules to the name of a stored tensor (`names_of`), such as
+"model.layers.3.mlp.up_proj.weight", and says whether the model has a parameter of the new name (`is_loaded`); if it has
+none, `module_of` says which module the model lacks. No tensor is read.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from optimum_fista.source.formats.dequantizer import Dequantizer
+from optimum_fista.source.stored_tensor import (
+    ACTIVATION_SCALE,
+)
+
+
+class NewNames(NamedTuple):
+    """The names that a stored tensor gets when a model is loaded.
+
+    Attributes:
+        own: Its name in the model, before it is merged with others, such as "layers.3.mlp.experts.7.up_proj.weight".
+        place: The name of the parameter of which it becomes a part, such as "layers.3.mlp.experts.gate_up_proj".
+    """
+
+    own: str
+    place: str
+
+
+class Naming:
+    """Names of stored tensors as this version of Transformers changes them when it loads a model.
+
+    Attributes:
+        state: The parameters and buffers of the model, by name.
+    """
+
+    def __init__(self, model: PreTrainedModel, dequantizer: Dequantizer | None) -> None:
+        """Read the rules of `model`'s class, and those of its quantized format if there is a `dequantizer`."""
+        self.state = model.state_dict()
+        self._modules = dict(model.named_modules())
+        self._prefix = model.base_model_prefix
+        self._is_quantized = dequantizer is not None
+        transforms = get_model_conversion_mapping(model, hf_quantizer=dequantizer)
+        self._renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+        self._converters = [one for one in transforms if isinstance(one, WeightConverter)]
+
+    def names_of(self, name: str) -> NewNames:
+        """Return the names that the stored tensor `name` gets in the model.
+
+        Tensors that Transformers merges into one parameter have the place in common, and each has a name of its own.
+        If no parameter or buffer (`self.state`) has the place as its name, the model lacks the tensor.
+        """
+        own = self._renamed(name, self._renamings, [])
+        place = self._renamed(name, self._renamings, self._converters)
+        if place in self.state:
+            return NewNames(own, place)
+
+        # Transformers tries the name in the files, too, with or without the prefix of the base model.
+        only_prefix_changed = self._renamed(name, [], [])
+        if only_prefix_changed in self.state:
+            own = only_prefix_changed
+        return NewNames(own, place=only_prefix_changed)
+
+    def _renamed(
+        self, name: str, renamings: list[WeightRenaming], converters: list[WeightConverter]
+    ) -> str:
+        """Return what Transformers makes of the name of a stored tensor by these rules.
+
+        It also adds or removes the prefix of the base model, such as "model.", if a tensor of the model (`self.state`)
+        then has the name. Transformers notes in the rules that they have matched.
+        """
+        new_name: str
+        new_name, *_ = rename_source_key(  # besides, the pattern that matches
+            name,
+            renamings,
+            converters,
+            base_model_prefix=self._prefix,
+            meta_state_dict=self.state,
+        )
+        return new_name
+
+    def is_loaded(self, name: str, place: str) -> bool:
+        """Tell whether the model loads the stored tensor `name`; `place` is that of `names_of`.
+
+        Scales of the activations of a quantized model count, because they belong to a weight, although only a model
+        that computes with quantized numbers loads them.
+        """
+        is_scale = self._is_quantized and ACTIVATION_SCALE.search(name) is not None
+        return place in self.state or is_scale
+
+    def module_of(self, own: str) -> str:
+        """Return the name of the outermost module that the model lacks, of a tensor that is not loaded.
+
+        `own` is the tensor's name in the model, such as "model.layers.61.eh_proj.weight": if the model has 61 decoder
+        layers, the result is "model.layers.61". If the model lacks none of its modules, `own` is returned.
+        """
+        first_word = own.partition(".")[0]
+        if f"{self._prefix}.{first_word}" in self._modules:
+            own = f"{self._prefix}.{own}"  # it is stored without the prefix
+        words = own.split(".")
+        for count in range(1, len(words)):
+            module = ".".join(words[:count])
+            if module not in self._modules:
+                return module
+        return own

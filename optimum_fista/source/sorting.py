@@ -1,0 +1,331 @@
+"""Which tensors of a model's files its class loads, as which parameters, and what becomes of the others.
+
+`source_tensors` sorts the tensors of a folder, and makes a `SourceTensors` of them. Tensors that the class does not
+load belong to *modules* that the model lacks, such as "mtp" or "model.layers.61". They are copied to the result, module
+by module, unless the result could not hold them; then the reason is noted. No tensor is changed here, and few are read:
+two with one name in the model are compared, and quantized ones that are not loaded are tried, one of each kind.
+
+- A *stored tensor* (`StoredTensor`) is a tensor in the files, with a name such as "model.layers.3.mlp.up_proj.weight".
+  Its dtype is named as in safetensors; dtypes in `PLAIN_FLOATS` need no scales, others are quantized, or integers.
+- A *place* is the name of the parameter as which a stored tensor is loaded (`Naming` finds it); several stored tensors
+  may have one place, such as the weights and scales of all experts.
+- A *part* (`removal.parts.Part`) is a dimension of a decoder layer that a run makes smaller, for instance the attention
+  heads.
+- The *quantization settings* are the dictionary `quantization_config` of `config.json`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_fista.model.layers import find_decoder_layers
+from optimum_fista.packed.format import SUFFIXES, packed_names
+from optimum_fista.source.formats.dequantizer import Dequantizer, dequantizer_of
+from optimum_fista.source.loaded_names import Naming
+from optimum_fista.source.loading import model_without_weights, read_config
+from optimum_fista.source.model_folder import CONFIG_FILE, PACKED_KEY, read_json
+from optimum_fista.source.source_tensors import CutPart, SourceTensors
+from optimum_fista.source.stored_tensor import (
+    PLAIN_FLOATS,
+    StoredTensor,
+    read_stored,
+)
+
+# What a module in FP8 may store for its weight.
+_PARTS_IN_FP8 = ("weight", "weight_scale_inv", "weight_scale")
+IS_NOT_DESCRIBED = "loads a part of the model, whose configuration does not describe them"
+"""The end of the reason why tensors of a larger model are not copied, such as those of its image tower."""
+
+
+def _belongs_to_no_part(_: str) -> None:
+    """Say of every parameter that it is not cut: the default of `part_of`."""
+
+
+def source_tensors(
+    model: PreTrainedModel,
+    source: Path,
+    part_of: Callable[[str], CutPart | None] = _belongs_to_no_part,
+    *,
+    quantized: bool = True,
+    layers_name: str | None = None,
+) -> SourceTensors:
+    """Find the tensors in the files of a loaded model, and say which are not copied. Changes nothing.
+
+    Modules that are not loaded are not copied in three cases:
+
+    - A run cuts parts of decoder layers, and a module has tensors of the same name and shape: the configuration has one
+      number of experts, for instance, for decoder layers and for layers that predict more tokens.
+    - The result is not quantized and the module can't be dequantized.
+    - The model is a part of that in the files, such as the text decoder alone, and its configuration does not describe
+      the rest.
+
+    Args:
+        model: The model, or one of its class on the meta device.
+        source: The folder of its files.
+        part_of: Returns the part to which a parameter of this name belongs; `None` if the run does not cut it.
+        quantized: Whether the result is quantized as the source is.
+        layers_name: The name of the list of decoder layers in the model, such as "model.layers"; `None`: it is looked
+            for.
+
+    Raises:
+        ValueError: Two tensors have one place and different values, or a tensor is quantized and `config.json` is not
+            that of a quantized model.
+    """
+    stored = read_stored(source)
+    config = read_json(source / CONFIG_FILE) if (source / CONFIG_FILE).exists() else {}
+    settings = _quantization_settings(config)
+    # It reads the configuration by its class. A packed folder has settings, but its weights are not quantized.
+    dequantizer = dequantizer_of(source) if settings else None
+    if dequantizer is None:
+        settings = {}
+
+    naming = Naming(model, dequantizer)
+    packed = {f"{name}{suffix}" for name in packed_names(stored) for suffix in SUFFIXES}
+    names = {name: naming.names_of(name) for name in stored if name not in packed}
+    places: dict[str, str] = {}
+    not_loaded: dict[str, str] = {}
+    for name, new_names in names.items():
+        if naming.is_loaded(name, new_names.place):
+            places[name] = new_names.place
+        else:
+            not_loaded[name] = naming.module_of(new_names.own)
+
+    if dequantizer is None:
+        for name, place in places.items():
+            _require_plain_floats(name, stored[name], naming.state[place], source)
+    own_names = {name: names[name].own for name in places}
+    _require_one_value_each(stored, own_names, type(model).__name__)
+
+    shapes_of_parts = {
+        (_name_in_layer(name), stored[name].shape)
+        for name, place in places.items()
+        if part_of(place) is not None
+    }
+    if dequantizer is not None and not quantized:
+        stored, not_loaded = _dequantized(stored, not_loaded, dequantizer, model.dtype)
+
+    not_copied: dict[str, str] = {}
+    if settings and not quantized:
+        not_copied |= _modules_still_quantized(stored, not_loaded)
+    not_copied |= _modules_with_cut_parts(stored, not_loaded, shapes_of_parts)
+    not_copied |= _modules_not_described(model, source, config, not_loaded)
+
+    if layers_name is None:
+        layers_name = find_decoder_layers(model).name
+    return SourceTensors(
+        stored=stored,
+        places=places,
+        not_loaded=not_loaded,
+        not_copied=not_copied,
+        layers=_prefix_of_layers(places, f"{layers_name}."),
+        settings=settings,
+    )
+
+
+def _quantization_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the quantization settings in the content of a `config.json`; empty if there are none.
+
+    They stand at the top, or in the section of the text decoder.
+    """
+    sections = [config, *(value for value in config.values() if isinstance(value, dict))]
+    for section in sections:
+        if PACKED_KEY in section:
+            settings: dict[str, Any] = section[PACKED_KEY]
+            return settings
+    return {}
+
+
+def _require_plain_floats(name: str, tensor: StoredTensor, parameter: Tensor, source: Path) -> None:
+    """Raise ValueError for a stored tensor that is quantized, in a folder whose `config.json` says nothing of it.
+
+    `name` is the name of `tensor` in the files of the folder `source`, and `parameter` is what it is loaded as: if that
+    has integers, so may the tensor.
+    """
+    if tensor.dtype not in PLAIN_FLOATS and parameter.is_floating_point():
+        raise ValueError(
+            f"{name} has dtype {tensor.dtype}, and config.json has no quantization_config to read it by: copy that of "
+            f"the quantized model into {str(source / CONFIG_FILE)!r}."
+        )
+
+
+def _require_one_value_each(
+    stored: Mapping[str, StoredTensor], own_names: Mapping[str, str], model_class: str
+) -> None:
+    """Raise ValueError if two stored tensors have the same name in the model and different values.
+
+    Args:
+        stored: The tensors, by their names in the files.
+        own_names: The name in the model of each tensor that is loaded, by its name in the files.
+        model_class: The name of the model's class, for the error.
+    """
+    first_with: dict[str, str] = {}
+    for name, own in own_names.items():
+        other = first_with.setdefault(own, name)
+        if other != name and not stored[name].equals(stored[other]):
+            raise ValueError(
+                f"{name} and {other} are both {own} of {model_class}, with different values: delete the wrong one from "
+                "the files of the model."
+            )
+
+
+def _prefix_of_layers(places: Mapping[str, str], layers: str) -> str:
+    """Return what most names of stored tensors of decoder layers begin with, such as "transformer.h."; "" if none has.
+
+    Args:
+        places: The name of the parameter as which each tensor is loaded, by the tensor's name in the files.
+        layers: What the names of these parameters begin with in decoder layers, such as "model.layers.".
+    """
+    num_with_prefix = Counter[str]()
+    for name, place in places.items():
+        if not place.startswith(layers):
+            continue
+        number, _, _ = place.removeprefix(layers).partition(".")  # of the decoder layer
+        words = name.split(".")
+        if number in words[:-1]:
+            prefix_words = words[: words.index(number)]
+            num_with_prefix["".join(f"{word}." for word in prefix_words)] += 1
+
+    most_common = num_with_prefix.most_common(1)
+    if not most_common:
+        return ""
+    prefix, _ = most_common[0]
+    return prefix
+
+
+def _name_in_layer(name: str) -> str:
+    """Return the name of a stored tensor inside its decoder layer, such as "mlp.up_proj.weight"."""
+    return re.sub(r"^.*?\.\d+\.", "", name)
+
+
+def _modules_with_cut_parts(
+    stored: Mapping[str, StoredTensor],
+    not_loaded: Mapping[str, str],
+    shapes_of_parts: set[tuple[str, tuple[int, ...]]],
+) -> dict[str, str]:
+    """Return the modules that are not copied because they have what decoder layers lose, each with the reason.
+
+    Args:
+        stored: All stored tensors, by name.
+        not_loaded: The module of each stored tensor that is not loaded, by the tensor's name.
+        shapes_of_parts: Of each stored tensor that the run cuts: its name inside the decoder layer, and its shape.
+    """
+    num_tensors = Counter(not_loaded.values())
+    reasons: dict[str, str] = {}
+    for name, module in not_loaded.items():
+        shape = stored[name].shape
+        looks_like_a_part = any(
+            name.endswith(f".{name_of_part}") and shape == shape_of_part
+            for name_of_part, shape_of_part in shapes_of_parts
+        )
+        if looks_like_a_part:
+            reasons[module] = (
+                f"{num_tensors[module]} tensors: parts that decoder layers lose would have to go there too"
+            )
+    return reasons
+
+
+def _modules_still_quantized(
+    stored: Mapping[str, StoredTensor], not_loaded: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the modules that are not copied because they are still quantized, each with the reason.
+
+    `not_loaded` has the module of each stored tensor that is not loaded, by the tensor's name.
+    """
+    num_tensors = Counter(not_loaded.values())
+    return {
+        module: f"{num_tensors[module]} tensors: they are quantized, and the result is not"
+        for name, module in not_loaded.items()
+        if stored[name].dtype not in PLAIN_FLOATS
+    }
+
+
+def _modules_not_described(
+    model: PreTrainedModel, source: Path, config: Mapping[str, Any], not_loaded: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the modules that are not copied because the result's configuration does not describe them, with reasons.
+
+    `model` may be a part of that in the files: AutoModelForCausalLM loads the text decoder of some multimodal models,
+    with the section of `config.json` that describes it. What the larger model's class would load is then missing in the
+    result. Tensors that neither class loads are copied.
+
+    Args:
+        model: The loaded model.
+        source: The folder of its files.
+        config: The content of the `config.json` there.
+        not_loaded: The module of each stored tensor that `model` does not load, by the tensor's name.
+    """
+    sections = [value for value in config.values() if isinstance(value, dict)]
+    own_type = model.config.model_type
+    is_section = any(section.get("model_type") == own_type for section in sections)
+    if config.get("model_type") == own_type or not is_section:
+        return {}
+
+    larger_model = model_without_weights(read_config(str(source)))
+    naming = Naming(larger_model, None)
+    num_tensors = Counter(not_loaded.values())
+    reasons: dict[str, str] = {}
+    for name, module in not_loaded.items():
+        if naming.names_of(name).place in naming.state:
+            reasons[module] = (
+                f"{num_tensors[module]} tensors: {type(model).__name__} {IS_NOT_DESCRIBED}"
+            )
+    return reasons
+
+
+def _dequantized(
+    stored: Mapping[str, StoredTensor],
+    not_loaded: Mapping[str, str],
+    dequantizer: Dequantizer,
+    dtype: torch.dtype,
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Return copies of `stored` and `not_loaded` in which weights in FP8 that are not loaded are dequantized.
+
+    In the first copy these weights have `dtype`: they are dequantized when they are written. Their scales are missing
+    in the second. Weights in other formats stay as they are, because they have other shapes.
+
+    Args:
+        stored: All stored tensors, by name.
+        not_loaded: The module of each stored tensor that is not loaded, by the tensor's name.
+        dequantizer: What has loaded the model, or one of the same format.
+        dtype: The dtype of the result.
+    """
+    dense = dict(stored)
+    remaining = dict(not_loaded)
+    can_be_read: dict[str, bool] = {}  # by the name without numbers
+    for name in not_loaded:
+        if not name.endswith(".weight") or not stored[name].dtype.startswith("F8"):
+            continue
+        module = name.removesuffix(".weight")
+        names = {part: f"{module}.{part}" for part in _PARTS_IN_FP8}
+        # `StoredTensor.tensor` reads the values from the file.
+        readers = {part: stored[key].tensor for part, key in names.items() if key in remaining}
+        read = partial(dequantizer.dense, module, readers, dtype)
+        shape = stored[name].shape
+        kind = re.sub(r"\d+", "*", name)
+        if kind not in can_be_read:
+            # One of each kind is tried now, so that an error does not come at the end.
+            has_scales = len(readers) > 1
+            can_be_read[kind] = has_scales and _makes_shape(read, shape)
+        if can_be_read[kind]:
+            dense[name] = StoredTensor.of(torch.empty(shape, dtype=dtype, device="meta"), read)
+            for part in _PARTS_IN_FP8:
+                if part != "weight":
+                    remaining.pop(names[part], None)
+    return dense, remaining
+
+
+def _makes_shape(read: Callable[[], Tensor], shape: tuple[int, ...]) -> bool:
+    """Tell whether `read`, which dequantizes a tensor, succeeds and makes a tensor of this shape."""
+    try:
+        return tuple(read().shape) == shape
+    except Exception:  # of the format's operations
+        return False
