@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from optimum_fista.report import OperatorReport
+from optimum_fista.records import OperatorReport
 
 
 class OperatorGrid:

@@ -4,7 +4,8 @@ import json
 import pytest
 from small_reports import operator, report
 
-from optimum_fista.report import PruningReport, lines_of_unplaced, words_of_pattern
+from optimum_fista.report import PruningReport, lines_of_unplaced
+from optimum_fista.run_record import words_of_pattern
 
 TWO = report(
     operator("layers.0.up.weight"),

@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.folder.card import markdown_lines
     from optimum_fista.folder.output import require_output
     from optimum_fista.pruner import FistaPruner
-    from optimum_fista.report import words_of_pattern
+    from optimum_fista.run_record import words_of_pattern
     from optimum_fista.source.loading import load_model
     from optimum_fista.text.sources import require_source
 

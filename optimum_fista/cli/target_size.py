@@ -35,12 +35,12 @@ from optimum_fista.options import PruningOptions
 from optimum_fista.prune.measuring import require_texts
 from optimum_fista.prune.ranks import launched_processes
 from optimum_fista.public_names import public_name
+from optimum_fista.records import TextReport
 from optimum_fista.removal.counted_model import CountedModel, count_model
 from optimum_fista.removal.parts import ModelOutline
 from optimum_fista.removal.token_loss import measure_plans
 from optimum_fista.removal.tokens import write_plan
 from optimum_fista.removal.tokens_plan import TokensPlan, plan_counted
-from optimum_fista.report import TextReport
 from optimum_fista.solve.patterns import PartShare
 from optimum_fista.source import loading
 from optimum_fista.source.stored_tensor import read_stored

@@ -28,9 +28,10 @@ from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.public_names import public_name
+from optimum_fista.records import OperatorReport
 from optimum_fista.removal.parts import ModelOutline, kept_by_kind, removed_parts
 from optimum_fista.removal.shrinking import plan_shrinking
-from optimum_fista.report import OperatorReport, PruningReport
+from optimum_fista.report import PruningReport
 from optimum_fista.source.formats.dequantizer import dequantizer_of
 from optimum_fista.source.loading import load_lazily
 from optimum_fista.source.names import stored_names

@@ -42,9 +42,10 @@ from optimum_fista.folder.packed_folder import is_packed, packed_operators, pack
 from optimum_fista.folder.writing import summary
 from optimum_fista.model.layers import token_limits
 from optimum_fista.packed.format import PackedFormatError
+from optimum_fista.records import MixtureReport, OperatorReport
 from optimum_fista.removal.experts import experts_to_keep
 from optimum_fista.removal.parts import runs_of_experts
-from optimum_fista.report import MixtureReport, OperatorReport, PruningReport
+from optimum_fista.report import PruningReport
 from optimum_fista.solve.pattern import SparsityPattern, pack_mask, unpack_mask
 from optimum_fista.solve.patterns import Columns, parse_pattern
 from optimum_fista.source.loading import load_tokenizer

@@ -20,7 +20,8 @@ from optimum_fista.model.choice import find_operators
 from optimum_fista.model.experts import FusedExperts, can_be_split, is_fused_experts
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.operators import LinearOperator
-from optimum_fista.report import OperatorReport, PruningReport
+from optimum_fista.records import OperatorReport
+from optimum_fista.report import PruningReport
 from optimum_fista.solve.pattern import pack_mask, unpack_mask
 from optimum_fista.source.names import StoredName, stored_names
 

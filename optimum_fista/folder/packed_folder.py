@@ -43,7 +43,8 @@ from optimum_fista.packed.format import (
 )
 from optimum_fista.packed.format import unpack_mask as packed_mask
 from optimum_fista.packed.quantizer import QUANT_METHOD, read_packed
-from optimum_fista.report import OperatorReport, PruningReport
+from optimum_fista.records import OperatorReport
+from optimum_fista.report import PruningReport
 from optimum_fista.solve.pattern import pack_mask, unpack_mask
 from optimum_fista.source.links import leads_out
 from optimum_fista.source.model_folder import (

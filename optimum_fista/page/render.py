@@ -34,7 +34,8 @@ from optimum_fista.headlines import (
 )
 from optimum_fista.memory import size_text
 from optimum_fista.operator_grid import OperatorGrid
-from optimum_fista.report import OperatorReport, PruningReport
+from optimum_fista.records import OperatorReport
+from optimum_fista.report import PruningReport
 
 STEPS = 9  # colours of a table's scale; style.css has them
 # Numbers of zeros are whole, so equal shares of them differ a little.

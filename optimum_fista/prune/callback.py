@@ -6,7 +6,8 @@ its operators and `on_layer_end`, and at last `on_prune_end`.
 
 from collections.abc import Mapping, Sequence
 
-from optimum_fista.report import LayerReport, OperatorReport, PruningReport
+from optimum_fista.records import LayerReport, OperatorReport
+from optimum_fista.report import PruningReport
 
 
 class PruningCallback:

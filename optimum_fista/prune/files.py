@@ -44,7 +44,8 @@ from optimum_fista.prune.ranks import RankError, Ranks, share_layers
 from optimum_fista.prune.shards import ShardWriter
 from optimum_fista.prune.sink import Sink, Travelling, Work
 from optimum_fista.prune.source_files import SourceFiles
-from optimum_fista.report import LayerRecord, PruningReport
+from optimum_fista.records import LayerRecord
+from optimum_fista.report import PruningReport
 from optimum_fista.source.files import copy_source
 from optimum_fista.source.model_folder import names_in, write_index
 

@@ -27,7 +27,7 @@ from optimum_fista.model.activations import Storage
 from optimum_fista.options import as_record
 from optimum_fista.prune.plan import Budgets
 from optimum_fista.prune.source_files import WEIGHTS_FILE
-from optimum_fista.report import LayerRecord
+from optimum_fista.records import LayerRecord
 
 
 @dataclass(frozen=True)

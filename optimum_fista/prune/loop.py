@@ -45,7 +45,8 @@ from optimum_fista.prune.plan import UNDER_CALIBRATED_TOKENS, Plan
 from optimum_fista.prune.progress import Progress
 from optimum_fista.prune.reordering import reorder_channels
 from optimum_fista.prune.sink import Sink
-from optimum_fista.report import LayerRecord, LayerReport, OperatorReport, PruningReport
+from optimum_fista.records import LayerRecord, LayerReport, OperatorReport
+from optimum_fista.report import PruningReport
 from optimum_fista.solve.allocation import prune_stacked
 from optimum_fista.solve.method import PrunedOperator
 from optimum_fista.solve.methods.magnitude import Magnitude

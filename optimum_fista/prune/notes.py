@@ -20,8 +20,9 @@ from optimum_fista.operator_grid import layer_and_kind
 from optimum_fista.origin import read_origin
 from optimum_fista.prune.plan import UNDER_CALIBRATED_TOKENS, Plan
 from optimum_fista.public_names import public_name
+from optimum_fista.records import MixtureReport, OperatorReport
 from optimum_fista.removal.removal import first_names
-from optimum_fista.report import MixtureReport, OperatorReport, PruningReport, lines_of_unplaced
+from optimum_fista.report import PruningReport, lines_of_unplaced
 from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.source.quantization import quantized_source
 

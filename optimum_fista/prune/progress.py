@@ -10,7 +10,7 @@ from statistics import fmean
 from optimum_fista.bars import tqdm
 from optimum_fista.operator_grid import layer_and_kind
 from optimum_fista.prune.callback import PruningCallback
-from optimum_fista.report import LayerReport, OperatorReport
+from optimum_fista.records import LayerReport, OperatorReport
 
 
 class Progress(PruningCallback):

@@ -21,8 +21,8 @@ from optimum_fista.folder.naming import as_stored
 from optimum_fista.folder.packed_folder import Packer
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.prune.plan import Plan
+from optimum_fista.records import LayerRecord
 from optimum_fista.removal.removal import groups_kept
-from optimum_fista.report import LayerRecord
 from optimum_fista.source.names import as_saved, stored_names
 from optimum_fista.source.stored_tensor import StoredTensor, write_stored
 

@@ -41,8 +41,9 @@ from optimum_fista.model.precision import Products, products_as
 from optimum_fista.prune.batches import Calibration
 from optimum_fista.prune.notes import complete_report
 from optimum_fista.prune.plan import Budgets, Plan
+from optimum_fista.records import LayerRecord
 from optimum_fista.removal.removal import groups_kept
-from optimum_fista.report import LayerRecord, PruningReport
+from optimum_fista.report import PruningReport
 from optimum_fista.solve.pattern import pack_mask
 from optimum_fista.source.source_tensors import SourceTensors
 

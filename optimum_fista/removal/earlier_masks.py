@@ -29,8 +29,8 @@ from optimum_fista.folder.checkpoint import CONFIG_KEY, MASKS_FILE, REPORT_FILE,
 from optimum_fista.folder.naming import all_operators, as_stored
 from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.operators import LinearOperator
+from optimum_fista.records import OperatorReport
 from optimum_fista.removal.shrinking import Kept, Shrinking
-from optimum_fista.report import OperatorReport
 from optimum_fista.solve.pattern import pack_mask, parse_pattern, unpack_mask
 from optimum_fista.source.loading import local_source
 from optimum_fista.source.model_folder import CONFIG_FILE, read_json

@@ -21,11 +21,11 @@ from optimum_fista.model.activations import ActivationStore
 from optimum_fista.model.correction import LayerTargets
 from optimum_fista.model.experts import FusedExperts, split_experts
 from optimum_fista.model.operators import LinearOperator
+from optimum_fista.records import MixtureReport
 from optimum_fista.removal.mixture_refit import SmallerMixture
 from optimum_fista.removal.parts import Part
 from optimum_fista.removal.shrinking import Shrinking
 from optimum_fista.removal.smaller_modules import smaller_copy
-from optimum_fista.report import MixtureReport
 
 
 class ExpertScores(NamedTuple):

@@ -32,6 +32,7 @@ from optimum_fista.model.inputs import LayerActivations
 from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.operators import Group, LinearOperator
 from optimum_fista.model.sensitivity import DenseLoss
+from optimum_fista.records import LayerRecord, LayerReport, OperatorReport
 from optimum_fista.removal.earlier_masks import EarlierMasks
 from optimum_fista.removal.experts import remove_experts
 from optimum_fista.removal.layers import choose_layers
@@ -54,7 +55,7 @@ from optimum_fista.removal.removal import (
 )
 from optimum_fista.removal.shrinking import Shrinking, plan_shrinking, plan_shrinkings
 from optimum_fista.removal.smaller_modules import shrink_model, tensors_of
-from optimum_fista.report import LayerRecord, LayerReport, OperatorReport, PruningReport
+from optimum_fista.report import PruningReport
 from optimum_fista.solve.method import METHODS
 from optimum_fista.solve.pattern import SparsityPattern, pack_mask, unpack_mask
 from optimum_fista.solve.patterns import Columns

@@ -31,15 +31,10 @@ from optimum_fista.model.inputs import HiddenStates, LayerActivations
 from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.operators import Group, LinearOperator
 from optimum_fista.model.sensitivity import DenseLoss
+from optimum_fista.records import LayerRecord, LayerReport, MixtureReport, OperatorReport
 from optimum_fista.removal.earlier_masks import EarlierMasks
 from optimum_fista.removal.parts import Part, RemovedParts
-from optimum_fista.report import (
-    LayerRecord,
-    LayerReport,
-    MixtureReport,
-    OperatorReport,
-    PruningReport,
-)
+from optimum_fista.report import PruningReport
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.source.names import StoredName
 

@@ -33,8 +33,8 @@ from optimum_fista.model.held_out import LEAST_TOKENS
 from optimum_fista.model.layers import token_limits
 from optimum_fista.model.offload import execution_device
 from optimum_fista.model.precision import choose_products, products_as
+from optimum_fista.records import TextReport
 from optimum_fista.removal.tokens_plan import TokensPlan
-from optimum_fista.report import TextReport
 from optimum_fista.source.loading import load_lazily
 from optimum_fista.text.loss import (
     MeasuredText,

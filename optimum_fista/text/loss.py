@@ -33,7 +33,7 @@ from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.precision import choose_products, products_as
 from optimum_fista.model.sweep import Sweep
 from optimum_fista.public_names import public_name
-from optimum_fista.report import TextReport
+from optimum_fista.records import TextReport
 from optimum_fista.source.loading import load_lazily, require_tokenizer
 from optimum_fista.text.windows import first_token
 

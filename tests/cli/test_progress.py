@@ -13,7 +13,7 @@ from tiny_models import tiny_model
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback
 from optimum_fista.cli import main
 from optimum_fista.prune.progress import Progress
-from optimum_fista.report import LayerReport
+from optimum_fista.records import LayerReport
 
 
 class Terminal(io.StringIO):

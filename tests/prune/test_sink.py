@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from optimum_fista.model.offload import offloaded_tensor, onloaded
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.prune.sink import ModelSink
-from optimum_fista.report import LayerRecord, LayerReport
+from optimum_fista.records import LayerRecord, LayerReport
 
 
 @pytest.fixture(params=[nn.Linear(4, 3), Conv1D(3, 4)], ids=["Linear", "Conv1D"])

@@ -1,7 +1,8 @@
 """Reports of runs that never were, with numbers that are easy to add."""
 
 from optimum_fista.memory import MemoryPeak
-from optimum_fista.report import LayerReport, OperatorReport, PruningReport
+from optimum_fista.records import LayerReport, OperatorReport
+from optimum_fista.report import PruningReport
 
 
 def operator(name: str, **changes) -> OperatorReport:
