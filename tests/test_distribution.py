@@ -35,7 +35,7 @@ def in_tree() -> set[str]:
     return {name for name in names if "__pycache__" not in name}
 
 
-def test_wheel_and_archive_have_all_files_of_the_packages_and_no_others(packed):
+def test_the_wheel_has_all_files_of_the_packages_and_the_archive_those_around_them_too(packed):
     wheel, archive = packed
     assert wheel == in_tree()
     assert archive == wheel | AROUND

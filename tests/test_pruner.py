@@ -84,17 +84,21 @@ def test_report_describes_the_run(llama, tokens):
 
 
 def test_too_few_tokens_are_warned_about_once(llama, tokens):
-    with pytest.warns(
-        UserWarning, match=r"32 calibration tokens for the 48 inputs of .*down_proj.*rank-deficient"
-    ) as seen:
-        report = FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(
-            llama, tokens[:2]
-        )
+    message = r"32 calibration tokens for the 48 inputs of .*down_proj.*rank-deficient"
+
+    with pytest.warns(UserWarning, match=message) as seen:
+        report = prune(llama, tokens[:2], method="wanda")
+
     assert len(seen) == 1
     assert report.warnings == [str(seen[0].message)]
+
+
+def test_enough_tokens_are_not_warned_about(llama, tokens):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert prune(tiny_llama(), tokens, method="wanda").warnings == []
+        report = prune(llama, tokens, method="wanda")
+
+    assert report.warnings == []
 
 
 def test_a_model_in_memory_is_saved_and_pushed(llama, tokens, tmp_path, monkeypatch):

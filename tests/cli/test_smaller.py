@@ -36,21 +36,28 @@ def test_what_was_removed_is_said_wherever_zeros_would_be(smaller, capsys):
     assert "zero (" not in card
 
 
-def test_decoder_layers_that_went_are_named(tiny_folder, text_file, tmp_path, capsys):
-    for output, pattern in (
-        (tmp_path / "alone", "layers:0.5"),
-        (tmp_path / "both", "channels:0.25/4+layers:0.5"),
-    ):
-        flags = ["--pattern", pattern, "--method", "wanda", *QUICK, "--calibration", str(text_file)]
-        assert main(["prune", str(tiny_folder), "-o", str(output), *flags]) == 0
-        ((index, loss),) = read_report(output).model["layers_removed"]
-        named = f"{index} (loss {loss:.4f}), in this order"
-        assert f"| decoder layers removed | {named} |" in (output / "README.md").read_text()
-        assert main(["verify", str(output), "--dense", str(tiny_folder)]) == 0
-        assert main(["report", str(output)]) == int(pattern == "layers:0.5")
+@pytest.mark.parametrize("pattern", ["layers:0.5", "channels:0.25/4+layers:0.5"])
+def test_removed_decoder_layers_are_named_and_a_page_needs_a_pruned_operator(
+    tiny_folder, text_file, tmp_path, capsys, pattern
+):
+    output = tmp_path / "pruned"
+    flags = ["--pattern", pattern, "--method", "wanda", *QUICK, "--calibration", str(text_file)]
 
-    assert f"<p>Decoder layers {named}" in (output / "fista" / "report.html").read_text()
-    assert "names no pruned operator: only decoder layers were removed" in capsys.readouterr().err
+    assert main(["prune", str(tiny_folder), "-o", str(output), *flags]) == 0
+
+    ((index, loss),) = read_report(output).model["layers_removed"]
+    named = f"{index} (loss {loss:.4f}), in this order"
+    assert f"| decoder layers removed | {named} |" in (output / "README.md").read_text()
+    assert main(["verify", str(output), "--dense", str(tiny_folder)]) == 0
+    capsys.readouterr()
+    exit_code = main(["report", str(output)])
+    if pattern == "layers:0.5":
+        assert exit_code == 1
+        message = "names no pruned operator: only decoder layers were removed"
+        assert message in capsys.readouterr().err
+    else:
+        assert exit_code == 0
+        assert f"<p>Decoder layers {named}" in (output / "fista" / "report.html").read_text()
 
 
 def test_experts_that_went_are_counted_in_every_command(text_file, tmp_path, capsys):

@@ -106,7 +106,7 @@ def test_offloaded_packed_and_streamed_are_the_same_with_all_files(folders, tmp_
     assert torch.equal(logits_of_streamed, logits(read_model(str(offloaded))))
 
 
-def test_fused_experts_go_from_files(folders, tmp_path):
+def test_half_of_four_fused_experts_are_removed_in_a_run_from_files(folders, tmp_path):
     with ENOUGH_TOKENS:
         report = pruner("experts:0.5").prune(
             folders("qwen3_vl_moe"), family_tokens(), output_dir=tmp_path / "out", device="cpu"

@@ -142,21 +142,27 @@ def test_experts_are_pruned_on_the_tokens_that_the_router_sends_them(family, err
     progressive_operators = operators_of(progressive)
     dense_inputs = expert_inputs(dense)
     layer = "0"
-    num_new_tokens = 0  # that reach an expert in the pruned network only
+    num_new_tokens = 0  # that the router sends to an expert in the pruned network only
     for group in recorder.groups:
         name = group[0].name
         is_next_layer = name.split(".")[2] != layer
         layer = name.split(".")[2]
         if is_next_layer and error_correction == "intra":
-            progressive.load_state_dict(dense.state_dict())  # dense hidden states enter the layer
+            # Errors of earlier layers are not seen: the hidden states that enter a layer are dense.
+            progressive.load_state_dict(dense.state_dict())
         if ".experts." in name:
             kinds = [record.name.rpartition(".")[2] for record in group]
             assert kinds in (["gate_proj", "up_proj"], ["down_proj"])
+            # Inputs of the expert by token: X* in the network that is pruned so far, X in the dense one.
             inputs = expert_inputs(progressive)[name]
-            before = dense_inputs[name]
+            inputs_before = dense_inputs[name]
             X_star = torch.stack(list(inputs.values()))
-            X = torch.stack([before.get(token, value) for token, value in inputs.items()])
-            num_new_tokens += sum(token not in before for token in inputs)
+            rows_of_X = []
+            for token, value in inputs.items():
+                is_new = token not in inputs_before
+                num_new_tokens += is_new
+                rows_of_X.append(value if is_new else inputs_before[token])
+            X = torch.stack(rows_of_X)
             for record in group:
                 W = dense_operators[record.name].read()
                 require_problem(record, W, X, X_star, error_correction)
@@ -185,7 +191,7 @@ def test_an_expert_that_sees_no_token_is_called_all_the_same():
     assert len([group for group in recorder.groups if ".experts." in group[0].name]) == 2 * 2 * 4
 
 
-def test_experts_that_compute_something_else_are_refused():
+def test_experts_that_return_something_else_than_their_matrices_give_are_refused():
     model = tiny_model("mixtral")
     module = model.model.layers[0].mlp.experts
     original = module.forward

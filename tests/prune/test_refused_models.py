@@ -58,18 +58,36 @@ def test_adapters(prune_base, pattern):
     assert len(pruning.prune(merged, tiny_tokens().split(4), method="wanda").operators) == 14
 
 
-def test_compiled_models():
-    compiled = "is compiled (torch.compile): prune the model before it is compiled"
+# What the error says after the name of the compiled module.
+IS_COMPILED = "is compiled (torch.compile): prune the model before it is compiled"
 
+
+@pytest.mark.parametrize("pattern", ["2:4", "channels:0.1"])
+def test_a_compiled_model_is_refused(pattern):
+    compiled = torch.compile(tiny_llama())
+
+    message = refused(compiled, pattern=pattern)
+
+    assert message.startswith(f"model {IS_COMPILED}")
+
+
+def test_a_compiled_layer_is_refused():
     model = tiny_llama()
-
-    for pattern in ("2:4", "channels:0.1"):
-        assert refused(torch.compile(model), pattern=pattern).startswith(f"model {compiled}")
     model.model.layers[1].compile()
-    assert refused(model, method="wanda").startswith(f"model.model.layers.1 {compiled}")
+
+    message = refused(model, method="wanda")
+
+    assert message.startswith(f"model.model.layers.1 {IS_COMPILED}")
+
+
+def test_a_compiled_forward_pass_of_a_module_is_refused():
     model = tiny_llama()
-    model.model.layers[0].mlp.forward = torch.compile(model.model.layers[0].mlp.forward)
-    assert refused(model, method="wanda").startswith(f"model.model.layers.0.mlp {compiled}")
+    mlp = model.model.layers[0].mlp
+    mlp.forward = torch.compile(mlp.forward)
+
+    message = refused(model, method="wanda")
+
+    assert message.startswith(f"model.model.layers.0.mlp {IS_COMPILED}")
 
 
 def tie(model):

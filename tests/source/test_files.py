@@ -101,7 +101,7 @@ def test_no_private_file_is_in_a_result_or_on_its_list_of_files(tiny_folder, tmp
         assert "NOTICE.txt" not in (tmp_path / name / "fista" / "files.json").read_text()
 
 
-def test_files_of_a_result_are_not_read_through_links(tiny_folder, tmp_path):
+def test_text_that_links_of_a_source_lead_to_gets_into_no_result(tiny_folder, tmp_path):
     source = tmp_path / "source"
     (source / "fista").mkdir(parents=True)
     for path in tiny_folder.iterdir():

@@ -86,8 +86,10 @@ def test_a_head_of_its_own_is_kept_although_the_configuration_calls_it_tied(tmp_
         assert torch.equal(tensors[HEAD], tensors[EMBEDDING] * 1.5 + 0.1)
 
 
-@pytest.mark.parametrize("has_embedding", [True, False], ids=["twice", "without the embedding"])
-def test_a_tied_head_counts_once(tmp_path, has_embedding):
+@pytest.mark.parametrize(
+    "has_embedding", [True, False], ids=["beside the embedding", "in place of the embedding"]
+)
+def test_a_tied_head_that_a_file_holds_is_not_written(tmp_path, has_embedding):
     def change(tensors: dict[str, Tensor]) -> None:
         tensors[HEAD] = tensors[EMBEDDING].clone()
         if not has_embedding:

@@ -60,7 +60,7 @@ def test_a_short_text_is_counted_whole(documents):
     assert "".join(parts) == "".join(documents)
 
 
-def test_counts_are_those_of_whole_documents(monkeypatch):
+def test_counts_are_those_of_whole_documents_and_nearly_so_in_small_parts(monkeypatch):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -70,7 +70,7 @@ def test_counts_are_those_of_whole_documents(monkeypatch):
     documents = [words_of(9000), "", "a" * 3000, *words_of(20_000).split("\n\n")]
     ids = [index for document in documents for index in fast(document)["input_ids"]]
 
-    whole = count_tokens(fast, documents, 2000)
+    whole = count_tokens(fast, documents, 2000)  # in parts that are longer than most documents
     monkeypatch.setattr("optimum_fista.text.token_counts._PART_CHARACTERS", 500)
     in_parts = count_tokens(fast, iter(documents), 2000)
 

@@ -337,12 +337,15 @@ def test_what_saves_the_most_tokens_stays():
     assert reduce_vocabulary(content, counts, 6, keep=[6]).kept.tolist() == [0, 1, 2, 3, 4, 6]
 
 
-def test_all_merges_stay_if_the_text_uses_all_tokens():
+def test_all_merges_stay_if_every_token_is_used_or_part_of_one_that_is():
     merges = [("a", "b"), ("ab", "c"), ("ab", "d"), ("c", "d"), ("d", "a")]
     content = bpe_content(["a", "b", "c", "d", "ab", "abc", "abd", "cd", "da"], merges)
-    counts = torch.tensor([0, 0, 0, 0, 0, 4, 3, 5, 1])
+    counts = torch.tensor(
+        [0, 0, 0, 0, 0, 4, 3, 5, 1]
+    )  # "a" to "ab" are only parts of longer tokens
+    num_kept = None  # all that are used stay
 
-    smaller = reduce_vocabulary(content, counts, None)
+    smaller = reduce_vocabulary(content, counts, num_kept)
 
     assert smaller.tokenizer["model"]["merges"] == [list(pair) for pair in merges]
 
