@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from optimum_fista.config import FistaPruningConfig
-from optimum_fista.estimate import Estimate
+from optimum_fista.estimate.estimate import Estimate
 
 _LLAMA = {
     "model_type": "llama",

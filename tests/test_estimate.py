@@ -11,7 +11,8 @@ from torch.utils.benchmark import Timer
 from transformers import LlamaConfig
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.estimate import LIBRARIES, Estimate
+from optimum_fista.estimate.estimate import Estimate
+from optimum_fista.estimate.peak_memory import LIBRARIES
 from optimum_fista.folder.output import unfinished_folder
 from optimum_fista.prune.journal import Journal
 
@@ -121,7 +122,7 @@ def test_activations_wait_where_they_are_told_to():
 
 def test_batches_are_as_large_as_an_accelerator_needs_and_its_memory_allows(monkeypatch):
     def best(free: int | None, **options) -> int:
-        monkeypatch.setattr("optimum_fista.estimate.available_bytes", lambda device: free)
+        monkeypatch.setattr("optimum_fista.estimate.estimate.available_bytes", lambda device: free)
         settings = {"device": "cuda", "storage_device": "cpu", "num_samples": 128}
         model = LlamaConfig(max_position_embeddings=16384)
         return Estimate(model, **(settings | options)).batch_size
@@ -191,7 +192,7 @@ def test_a_machine_that_is_busy_with_other_work_tries_a_layer_too(monkeypatch):
     def timer_of_the_wall_clock(*arguments, timer=busy_clock, **options):
         return Timer(*arguments, timer=timer, **options)
 
-    monkeypatch.setattr("optimum_fista.estimate.Timer", timer_of_the_wall_clock)
+    monkeypatch.setattr("optimum_fista.estimate.trial.Timer", timer_of_the_wall_clock)
 
     assert sum(estimated(FistaPruningConfig(method="wanda")).seconds.values()) > 0
 

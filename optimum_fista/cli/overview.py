@@ -21,7 +21,7 @@ from optimum_fista.memory import size_text
 
 if TYPE_CHECKING:
     from optimum_fista.cli.prune_request import PruneRequest
-    from optimum_fista.estimate import Estimate
+    from optimum_fista.estimate.estimate import Estimate
     from optimum_fista.report import PruningReport
 
 
@@ -34,7 +34,7 @@ def plan_of(request: PruneRequest) -> tuple[PruneRequest, list[str]]:
     """
     import torch
 
-    from optimum_fista.estimate import LIBRARIES
+    from optimum_fista.estimate.peak_memory import LIBRARIES
     from optimum_fista.folder.output import unfinished_folder
     from optimum_fista.memory import available_bytes
     from optimum_fista.prune.identity import begun_batch_size
@@ -96,7 +96,7 @@ def require_disk(needed: int, output: Path) -> None:
 
 def estimate_of(request: PruneRequest) -> Estimate:
     """Estimate what a run takes, from the model's configuration; without a batch size, with the best for the device."""
-    from optimum_fista.estimate import Estimate
+    from optimum_fista.estimate.estimate import Estimate
 
     return Estimate(
         request.model,

@@ -79,7 +79,7 @@ def test_a_model_that_can_not_be_estimated_is_pruned(tiny_folder, tmp_path, caps
         raise RuntimeError("no such operation on meta tensors")
 
     (tmp_path / "text.txt").write_text("one two three four five " * 200)
-    monkeypatch.setattr("optimum_fista.estimate.plan_run", fail)
+    monkeypatch.setattr("optimum_fista.estimate.run_sizes.plan_run", fail)
     flags = [
         "--output",
         str(tmp_path / "out"),
@@ -100,7 +100,7 @@ def test_a_model_that_can_not_be_estimated_is_pruned(tiny_folder, tmp_path, caps
 def test_a_model_that_is_too_large_to_write_text_is_given_text(tiny_folder, capsys, monkeypatch):
     small = SimpleNamespace(total=2**10, available=2**40)
     monkeypatch.setattr("optimum_fista.memory.psutil.virtual_memory", lambda: small)
-    monkeypatch.setattr("optimum_fista.estimate.Estimate.seconds", {})
+    monkeypatch.setattr("optimum_fista.estimate.estimate.Estimate.seconds", {})
 
     for flags, words in (
         ([], "tokens of c4 (to write its own text, the whole model would"),

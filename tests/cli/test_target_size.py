@@ -258,7 +258,9 @@ def test_a_dry_run_counts_once_and_says_what_both_runs_leave(
         return count(tokenizer, documents, size)
 
     monkeypatch.setattr("optimum_fista.removal.counted_model.count_tokens", counting)
-    monkeypatch.setattr("optimum_fista.estimate.Estimate.seconds", None)  # no layer is tried
+    monkeypatch.setattr(
+        "optimum_fista.estimate.estimate.Estimate.seconds", None
+    )  # no layer is tried
     flags = ["--method", "wanda", *QUICK, "--calibration", str(text), "--dry-run"]
     command = ["prune", str(dense), "-o", str(tmp_path / "sized"), *flags]
 

@@ -12,7 +12,7 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.estimate import Estimate
+from optimum_fista.estimate.estimate import Estimate
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder.output import unfinished_folder
 from optimum_fista.folder.packed_folder import pack_folder, packing_of, unpack_folder

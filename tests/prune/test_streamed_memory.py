@@ -12,7 +12,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from benchmarks.memory import measure
 from benchmarks.shared import watched
 from optimum_fista import FistaPruningConfig
-from optimum_fista.estimate import Estimate
+from optimum_fista.estimate.estimate import Estimate
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="anonymous memory is read from /proc"

@@ -11,7 +11,7 @@ from untouched import Untouched
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.cli.main import main
 from optimum_fista.devices import usable_device
-from optimum_fista.estimate import Estimate
+from optimum_fista.estimate.estimate import Estimate
 from optimum_fista.memory import available_bytes, release_memory
 from optimum_fista.removal import parts_removal
 from optimum_fista.text.self_sampling import sample_text_from_model

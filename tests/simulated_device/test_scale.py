@@ -10,7 +10,7 @@ from tiny_llama import tiny_llama, tiny_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.estimate import Estimate
+from optimum_fista.estimate.estimate import Estimate
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.choice import find_operators
 from optimum_fista.model.layers import find_decoder_layers

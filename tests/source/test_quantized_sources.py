@@ -26,7 +26,7 @@ from transformers import AutoConfig
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport, internals
 from optimum_fista.cli.overview import overview_of
-from optimum_fista.estimate import Estimate
+from optimum_fista.estimate.estimate import Estimate
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.source.formats import compressed_tensors

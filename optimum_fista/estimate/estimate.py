@@ -1,0 +1,172 @@
+"""Estimate what a run from files to files takes: memory and disk by closed formulas, time by a trial.
+
+`Estimate` is a `RunSizes`: the run, planned on a model without weights exactly as `FistaPruner` does. The text and the
+batch size are chosen here if the user leaves them open. There are three answers, each computed when it is asked for:
+`memory` (`peak_memory.py`), `disk_bytes`, and `seconds` (`trial.py`).
+
+Words: activations that *wait*, such as the hidden states between two decoder layers, are in the run's storage: on the
+device, on the host or on disk. An *operator* is a linear operator of a decoder layer, a matrix [out, in], called by the
+name of its module, such as "model.layers.3.mlp.up_proj".
+"""
+
+import math
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from optimum_fista.config import FistaPruningConfig
+from optimum_fista.estimate.peak_memory import moments, peak_memory, whole_model_parts
+from optimum_fista.estimate.run_sizes import RunSizes
+from optimum_fista.estimate.trial import seconds_by_stage
+from optimum_fista.memory import available_bytes, total_bytes
+from optimum_fista.model.experts import is_fused_experts
+from optimum_fista.text.sources import usual_texts
+
+_TOKENS_TOGETHER = 8192  # in a forward pass: more make an accelerator no faster
+
+
+class Estimate(RunSizes):
+    """What a run takes; arguments are those of `optimum-fista prune`, and of the model only the configuration is read.
+
+    `calibration=None` is the model's own text if it can be loaded whole, otherwise c4 or Python's documentation.
+    `num_samples` counts held-out sequences too. `batch_size=None` is one sequence on a CPU, on other devices as many as
+    have 8192 tokens if memory suffices. The device need not be in this machine. `measures_perplexity` is False for a
+    run without further text to measure the perplexity on. Wrong options raise `ValueError`.
+
+    Attributes besides those of `RunSizes`:
+        calibration: The source of the text: `"self"`, a file or a data set.
+        too_large_to_write: Whether the model would have written its own text if it fitted into memory.
+        batch_size: Sequences in a forward pass, chosen if the user passes none.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedConfig,
+        config: FistaPruningConfig | None = None,
+        *,
+        num_samples: int = 128,
+        sequence_length: int | None = None,
+        batch_size: int | None = None,
+        calibration: str | None = "text",
+        device: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        storage_device: str | None = None,
+        packed: bool = False,
+        measures_perplexity: bool = True,
+    ) -> None:
+        """Plan the run on a model without weights, and choose the text and the batch size.
+
+        Reads the model's configuration, which the Hub's client may download, and the headers of the files of a model
+        folder.
+        """
+        super().__init__(
+            model,
+            config,
+            num_samples=num_samples,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            storage_device=storage_device,
+            packed=packed,
+            measures_perplexity=measures_perplexity,
+        )
+        self._free_bytes = available_bytes(torch.device(self.place or self.device))
+        self._choose_calibration(calibration)
+        if not batch_size:
+            self.batch_size = self._best_batch_size()
+
+    def _choose_calibration(self, calibration: str | None) -> None:
+        """Set `calibration`, the source of the text, and `too_large_to_write`.
+
+        `calibration` is the user's; `None` is the model's own text ("self") if the whole model fits into memory.
+        """
+        if self.on_cpu:
+            # A run that resumes must decide alike: all memory counts, not what is free at the moment.
+            most: float = total_bytes()
+        elif self._free_bytes:
+            most = self._free_bytes
+        else:
+            most = math.inf  # the device does not say
+        needed = sum(whole_model_parts(self).values())
+        self.too_large_to_write = calibration is None and needed > most
+        if calibration is not None:
+            self.calibration = calibration
+        elif self.too_large_to_write:
+            self.calibration = usual_texts().to_calibrate_on
+        else:
+            self.calibration = "self"
+
+    def _best_batch_size(self) -> int:
+        """Return how many sequences run together: one on a CPU, otherwise as many as make the device fast and fit.
+
+        Sets `self.batch_size` to one number after another, because `self.memory` depends on it.
+        """
+        if self.on_cpu:
+            return 1
+        self.batch_size = max(1, min(self.num_samples, _TOKENS_TOGETHER // self.length))
+        if self._free_bytes:
+            # A fifth of the device stays free for what the formulas do not know.
+            most = 0.8 * self._free_bytes
+            while self.batch_size > 1 and sum(self.memory["device"].values()) > most:
+                self.batch_size //= 2
+        return self.batch_size
+
+    @property
+    def disk_bytes(self) -> dict[str, int]:
+        """Bytes on disk by part, such as "model" or "masks", when the last decoder layer is written.
+
+        `self.weights` and `self.zeros` are numbers by the name of an operator.
+        """
+        num_zeros = sum(self.zeros.values())  # or weights that are removed with their inputs
+        num_masked = sum(self.weights.values())
+        if self.num_removed:
+            num_masked -= num_zeros
+        masks = num_masked // 8  # a bit a weight
+
+        saved = self.num_removed * self.value_bytes
+        if self.packed:
+            saved += num_zeros * self.value_bytes - masks
+        saved -= sum(tensor.num_bytes for tensor in self.source.tensors_to_copy.values())
+
+        fused_experts = 0
+        if not self.quantized:
+            for module in self.model.modules():
+                if is_fused_experts(module):
+                    parameters = module.parameters(recurse=False)
+                    fused_experts += sum(p.nbytes for p in parameters if p.ndim == 3)
+        # The dense and the pruned network have held-out hidden states of their own.
+        held_out = 2 * self.num_held_out * self.sequence_bytes
+        hidden_states = self.num_streams * self.stream_bytes + held_out
+        waiting = 0.0
+        in_output = self.storage_device in (None, "disk")  # not in a folder of the user
+        if self.storage == "disk" and in_output:
+            # While most activations wait, the journal has the hidden states of one layer, not of two.
+            all_moments = moments(self, writes_own_text=self.calibration == "self")
+            largest = max((moment.waiting for moment in all_moments), default=0.0)
+            waiting = max(0.0, largest - hidden_states)
+        return {
+            "model": self.weight_bytes - saved,
+            "masks": masks if self.packed else 2 * masks,  # the journal's too
+            "fused experts, copied by the lazy reader": fused_experts,
+            "hidden states of two layers": 2 * hidden_states,
+            "activations that wait": int(waiting),
+        }
+
+    @property
+    def memory(self) -> dict[str, dict[str, float]]:
+        """Bytes by part when most is held, by place: `"device"` and `"host"`, or `"host"` alone on a CPU.
+
+        Activations that wait are counted where the run stores them (`self.storage`), unless that is the disk.
+        """
+        return peak_memory(self, writes_own_text=self.calibration == "self")
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by stage, without imports and text that the model writes itself; `ValueError` if not estimated.
+
+        Prunes a small random model in a temporary folder, when it is asked for the first time.
+        """
+        return seconds_by_stage(self, self.memory)

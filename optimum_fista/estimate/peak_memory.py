@@ -1,0 +1,293 @@
+"""How many bytes a run holds at most: closed formulas of the sizes of the model and of the text.
+
+A *moment* of a run is a step at which much memory is held; the peak is that of the largest moment. `moments` yields
+them, and `peak_memory` takes the largest. Bytes are held in two *places*: on the device where the run computes, and on
+the host (on a CPU both are one). They are counted by *part*, such as "decoder layer" or "Gram matrix".
+
+Words: activations that *wait*, such as the hidden states between two decoder layers, are in the run's storage: on the
+device, on the host or on disk. An *operator* is a linear operator of a decoder layer, a matrix [out, in]. A *group* of
+operators has the same inputs, and so one Gram matrix. A *stream* is the hidden states of all calibration sequences in
+one network, dense or pruned. *Held-out* sequences are not fitted to. Matrices are *widened* if they are copied to
+float32 for each product, because the CPU is slow in their dtype.
+
+In all functions, `run` is the planned run (`RunSizes`); no function changes it.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from optimum_fista.estimate.run_sizes import RunSizes
+from optimum_fista.model.held_out import LOGITS_TOGETHER
+from optimum_fista.model.precision import WEIGHTS_WIDENED_TOGETHER
+from optimum_fista.model.predictor import POSITIONS_ON_CPU, positions_per_chunk
+from optimum_fista.solve.linalg import SCALE_ON_DEVICES, rows_in_block
+from optimum_fista.solve.methods import largest_memory_factors, method_class
+from optimum_fista.text.self_sampling import num_batches, num_texts
+
+LIBRARIES = 325 * 2**20  # bytes of Python, torch and Transformers
+_FLOAT32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes that a run holds at one moment, besides what it always holds."""
+
+    computing: Mapping[str, float]  # where the run computes, by part, such as "decoder layer"
+    waiting: float = 0.0  # of activations in the storage
+
+
+def peak_memory(run: RunSizes, *, writes_own_text: bool) -> dict[str, dict[str, float]]:
+    """Count the bytes by part when most is held, by place: `"device"` and `"host"`, or `"host"` alone on a CPU.
+
+    Activations that wait are counted where the run stores them (`run.storage`), unless that is the disk.
+    `writes_own_text`: whether the model writes the calibration text.
+    """
+    always = _always(run)
+    masks = sum(run.weights.values()) // 8
+    peaks: dict[str, dict[str, float]] = {"host": {**always, "masks": masks}}
+    for moment in moments(run, writes_own_text=writes_own_text):
+        held: dict[str, dict[str, float]] = {
+            "device": {
+                **moment.computing,
+                "all weights": run.weight_bytes if run.is_loaded_whole else 0,
+            },
+            "host": dict(always),
+            "disk": {},
+        }
+        held[run.storage]["activations that wait"] = moment.waiting
+        if run.on_cpu:  # both places are one
+            held["host"] |= held.pop("device")
+        for place in ("device", "host"):
+            if place in held:
+                peaks[place] = max(peaks.get(place, {}), held[place], key=_total)
+    return peaks
+
+
+def _always(run: RunSizes) -> dict[str, float]:
+    """Count the bytes that the host holds at every moment, by part.
+
+    `run.allocates` tells whether gradients are computed, and `run.value_bytes` are those of a weight.
+    """
+    parts: dict[str, float] = {
+        "Python and libraries": LIBRARIES,
+        "calibration tokens": 8 * run.num_samples * run.length,  # int64
+    }
+    has_experts = any(".experts." in name for name in run.operators)
+    is_half = run.value_bytes == 2
+    if run.on_cpu and is_half and has_experts and not run.widens:
+        # oneDNN keeps half a MiB for each shape of six products, and of as many for gradients. Experts get any
+        # number of tokens, which is rounded up to one of these sizes (`in_few_sizes`).
+        sizes = max(0.0, 8 + 4 * math.log2(run.batch_size * run.length / 128))
+        products = 12 if run.allocates else 6
+        parts["kept by oneDNN"] = 0.55 * 2**20 * products * sizes
+    return parts
+
+
+def moments(run: RunSizes, *, writes_own_text: bool) -> Iterator[Moment]:
+    """Yield the moments at which a run may hold most, in their order: only the steps that this run has.
+
+    `writes_own_text`: whether the model writes the calibration text.
+    """
+    if writes_own_text:
+        yield Moment(whole_model_parts(run))
+    if run.num_removed_layers:
+        yield _choosing_layers(run)
+    if run.allocates:
+        yield _allocating(run)
+    for (_, layer), names in zip(run.layers, run.operators_of_layers, strict=True):
+        yield from _pruning_layer(run, layer, names)
+    if run.num_held_out:
+        yield from _measuring(run)
+
+
+def whole_model_parts(run: RunSizes) -> dict[str, float]:
+    """Count the bytes that are held while the model writes its own text, by part."""
+    # Texts that are written together.
+    texts = math.ceil(run.num_samples / num_batches(run.num_samples))
+    # Keys and values of as many features as a hidden state: fewer heads of both are not counted on.
+    keys = 2 * texts * len(run.layers) * run.sequence_bytes
+    # Of the newest token of every text, with float32 copies for softmax and sampling.
+    num_logits = texts * num_texts(run.length) * run.vocabulary
+    logits = num_logits * (run.value_bytes + 3 * _FLOAT32)
+    return {"whole model": run.weight_bytes, "keys and values": keys, "logits": logits}
+
+
+def _embedding_and_head(run: RunSizes) -> float:
+    """Count the bytes of the embedding and the head; 0 if they are pages of files, or of a model loaded whole.
+
+    `run.reads_files` is False then. Each is a matrix of `run.vocabulary` * `run.hidden` weights.
+    """
+    if not run.reads_files:
+        return 0
+    num_matrices = 2
+    return num_matrices * run.value_bytes * run.vocabulary * run.hidden
+
+
+def _loss_bytes(run: RunSizes, tokens: int, *, copied: bool = False) -> float:
+    """Count the bytes of logits [tokens, vocabulary] and of what their loss takes, without gradients.
+
+    The loss takes a float32 copy (unless the logits are float32: `run.value_bytes` each) and the logarithms of
+    the probabilities. `copied`: the logits are copied once more, because the last one of each of several sequences
+    is cut off.
+    """
+    bytes_per_logit = run.value_bytes + _FLOAT32
+    if run.value_bytes != _FLOAT32:
+        bytes_per_logit += _FLOAT32
+    if copied:
+        bytes_per_logit += run.value_bytes
+    return tokens * run.vocabulary * bytes_per_logit
+
+
+def _choosing_layers(run: RunSizes) -> Moment:
+    """The moment at which the run chooses decoder layers to remove: it computes the loss without each of them."""
+    sequences = min(run.num_samples, math.ceil(run.config.allocation_tokens / run.length))
+    # Those of all these models, of the model as it is, and of the first layer, which further rounds start from.
+    streams = len(run.layers) + 2
+    parts = {
+        "embedding and head": _embedding_and_head(run),
+        "logits": _loss_bytes(run, min(run.length, positions_per_chunk(run.model))),
+        "float32 copies": _head_copy(run),
+    }
+    return Moment(parts, streams * sequences * run.sequence_bytes)
+
+
+def _head_copy(run: RunSizes) -> float:
+    """Count the bytes of the float32 copy of the head, or of a part of it, for a product; 0 if there is none."""
+    if not run.widens:
+        return 0
+    return _FLOAT32 * min(WEIGHTS_WIDENED_TOGETHER, run.vocabulary * run.hidden)
+
+
+def _allocating(run: RunSizes) -> Moment:
+    """The moment at which the run computes gradients of the loss to share the zeros, of a sequence at a time.
+
+    The head runs on few positions at a time (`Predictor`), and is assumed to be of a model that can be cut.
+    """
+    layer_sizes = [sum(p.numel() for p in layer.parameters()) for _, layer in run.layers]
+    widest = max(max(shape) for shape in run.operators.values())
+    positions = min(run.length, positions_per_chunk(run.model))
+    positions_in_float32 = min(positions, POSITIONS_ON_CPU) if run.on_cpu else positions
+    # Logits and their gradient, and four float32 copies of some.
+    logits = positions * run.vocabulary * 2 * run.value_bytes
+    logits += positions_in_float32 * run.vocabulary * 4 * _FLOAT32
+    # Activations of a decoder layer that is recomputed, of which two are squared in float32.
+    activations = run.length * run.value_bytes * (12 * run.hidden + 6 * widest)
+    activations += run.length * 2 * _FLOAT32 * widest
+    # The graph of a decoder layer keeps float32 copies of its weights, and that of the head keeps none.
+    widened = max(*layer_sizes, min(WEIGHTS_WIDENED_TOGETHER, run.vocabulary * run.hidden))
+    parts = {
+        "embedding and head": _embedding_and_head(run),
+        "logits, gradients": logits,
+        "one sequence": activations,
+        "float32 copies": _FLOAT32 * widened if run.widens else 0,
+    }
+    # Hidden states of all layers wait for the backward pass.
+    return Moment(parts, len(run.layers) * run.sequence_bytes)
+
+
+def _pruning_layer(run: RunSizes, layer: torch.nn.Module, names: list[str]) -> Iterator[Moment]:
+    """Yield the moments of pruning one decoder layer: dequantizing it, then solving for each group of operators.
+
+    `names` are those of the operators to prune in `layer`; `run.operators` has their shapes.
+    """
+    groups = _groups(run, names)
+    # Groups that all tokens reach: those of experts are left out, because each expert sees a share of the tokens.
+    groups_of_all_tokens = {
+        (module, columns): outputs
+        for (module, columns), outputs in groups.items()
+        if ".experts." not in f"{module}."
+    }
+    held_out = 2 * run.num_held_out * run.sequence_bytes
+    layer_bytes = 0 if run.is_loaded_whole else sum(p.nbytes for p in layer.parameters())
+    parts: dict[str, float] = {"decoder layer": layer_bytes}
+    if run.quantized:
+        # Experts are dequantized one by one and then put together, before the layer runs.
+        largest = max(p.nbytes for p in layer.parameters())
+        waiting = run.num_streams * run.stream_bytes + held_out
+        yield Moment({**parts, "dequantizing": largest}, waiting)
+
+    batch_tokens = run.batch_size * run.length
+    if run.widens:
+        copies = [0]
+        for name in names:
+            rows, columns = run.operators[name]
+            copies.append(rows * columns + batch_tokens * (rows + columns))
+        parts["float32 copies"] = _FLOAT32 * max(copies)
+    widest = 0
+    for (_, columns), outputs in groups_of_all_tokens.items():
+        widest = max(widest, columns, *outputs)
+    parts["one batch"] = run.value_bytes * batch_tokens * (2 * run.hidden + 3 * widest)
+    if run.config.correction.carry == "none" or run.config.held_out:
+        # All groups of a decoder layer are summed in one pass over the tokens.
+        parts["other Gram matrices"] = sum(_FLOAT32 * columns**2 for _, columns in groups)
+
+    # Features of the dense network that are kept: outputs of a group, or its inputs if they are fewer.
+    recorded = 0
+    if run.config.correction.needs_dense:
+        for (_, columns), outputs in groups_of_all_tokens.items():
+            recorded += min(sum(outputs), columns)
+    for (_, columns), outputs in groups.items():
+        features = recorded + columns + (run.num_streams + 2) * run.hidden
+        waiting = run.value_bytes * run.num_samples * run.length * features + held_out
+        yield Moment({**parts, **_solving(run, outputs, columns)}, waiting)
+
+
+def _groups(run: RunSizes, names: list[str]) -> dict[tuple[str, int], list[int]]:
+    """Return the numbers of outputs of operators, by the module that contains them and their number of inputs.
+
+    Operators of one module with as many inputs are counted as a group: they may share a Gram matrix. `names` are
+    such as "model.layers.3.mlp.up_proj", whose module is "model.layers.3.mlp"; `run.operators` has their shapes.
+    """
+    groups: dict[tuple[str, int], list[int]] = {}
+    for name in names:
+        rows, columns = run.operators[name]
+        module, _, _ = name.rpartition(".")
+        groups.setdefault((module, columns), []).append(rows)
+    return groups
+
+
+def _solving(run: RunSizes, rows: list[int], columns: int) -> dict[str, float]:
+    """Count the bytes, by part, of solving for operators that share `columns` inputs.
+
+    `rows` are their numbers of outputs. A method's `memory_factors` say how many such matrices it holds.
+    """
+    gram = _FLOAT32 * columns**2
+    matrix = _FLOAT32 * sum(rows) * columns
+    scale = 1 if run.on_cpu else SCALE_ON_DEVICES
+    block = _FLOAT32 * columns * rows_in_block(max(rows), columns, scale)
+    factors = method_class(run.config.method).memory_factors
+    if factors is None:  # not measured
+        factors = largest_memory_factors()
+    solver = (
+        factors.gram_matrices * gram
+        + factors.weight_matrices * matrix
+        + factors.row_blocks * min(block, matrix)
+    )
+    return {
+        "Gram matrix": gram,
+        "weights and targets": 2 * matrix,
+        "solver": max(1.5 * gram, solver),
+    }
+
+
+def _measuring(run: RunSizes) -> Iterator[Moment]:
+    """Yield the moments of measuring the perplexity after the last decoder layer: first the head, then the loss."""
+    most = min(LOGITS_TOGETHER, positions_per_chunk(run.model))
+    together = max(1, LOGITS_TOGETHER // run.length)  # sequences in a batch
+    tokens = min(most, together * run.length)
+    ends = {"embedding and head": _embedding_and_head(run)}
+    waiting = 2 * run.num_held_out * run.sequence_bytes
+    if run.widens:
+        # The product is float32, and then rounded.
+        logits = tokens * run.vocabulary * (_FLOAT32 + run.value_bytes)
+        yield Moment({**ends, "logits": logits, "float32 copies": _head_copy(run)}, waiting)
+    loss = _loss_bytes(run, tokens, copied=together > 1)
+    yield Moment({**ends, "logits of held-out text": loss}, waiting)
+
+
+def _total(parts: Mapping[str, float]) -> float:
+    """Sum the bytes of parts."""
+    return sum(parts.values())

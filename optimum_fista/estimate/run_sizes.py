@@ -1,0 +1,264 @@
+"""A run that is planned on a model without weights, and the sizes that its bytes and seconds follow from.
+
+`RunSizes` builds the model on the meta device, which has shapes but no weights, and plans the run exactly as
+`FistaPruner` does (`plan_run`). `peak_memory.py` computes from it which bytes the run holds, and `trial.py` how long it
+takes; an `Estimate` is a `RunSizes` that gives both.
+
+Words: an *operator* is a linear operator of a decoder layer, a matrix [out, in], called by the name of its module, such
+as "model.layers.3.mlp.up_proj". A *stream* is the hidden states of all calibration sequences in one network, dense or
+pruned. *Held-out* sequences are not fitted to. Activations that *wait*, such as the hidden states between two decoder
+layers, are in the run's *storage*: on the device, on the host or on disk. Matrices are *widened* if they are copied to
+float32 for each product, because the CPU is slow in their dtype.
+"""
+
+import copy
+import math
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from optimum_fista.config import FistaPruningConfig
+from optimum_fista.devices import default_device, floating_dtype
+from optimum_fista.model.layers import prunable_layers, token_limits
+from optimum_fista.model.precision import choose_products
+from optimum_fista.prune.plan import Budgets, Plan, plan_run
+from optimum_fista.removal.planning import plan_removal, require_zeros_to_pack
+from optimum_fista.source import loading
+from optimum_fista.source.formats.dequantizer import read_dequantized
+from optimum_fista.source.quantization import forget_quantization, quantization
+from optimum_fista.source.sorting import source_tensors
+from optimum_fista.text.calibration_tokens import usual_length
+from optimum_fista.verdict import LEAST_TOKENS
+
+
+class RunSizes:
+    """The plan of a run, and the sizes that follow from it; arguments are those of `optimum-fista prune`.
+
+    Of the model only the configuration is read, and the headers of the files if it is a folder. Wrong options raise
+    `ValueError`. Bytes are those of the whole run if nothing else is said.
+
+    Attributes of the model:
+        model: The dense model on the meta device.
+        source: The tensors of the files (`SourceTensors`).
+        quantized: The quantization settings of the source; None if it is not quantized.
+        weight_bytes: Of all parameters of the dense model.
+        value_bytes: Of a weight, and of a value in a hidden state.
+        vocabulary, hidden: Rows and columns of the embedding.
+        is_loaded_whole: Whether all weights are in memory during the run, as those of a GGUF file are.
+        reads_files: Whether weights are read into memory from files; otherwise they are pages of the files, or loaded
+            whole.
+
+    Attributes of the plan:
+        config: The configuration as the user passed it, with a value for each option.
+        layers: The decoder layers, with their names.
+        operators: Shapes [out, in] of the operators to prune or to fit anew, by name (`"model.layers.3.mlp.up_proj"`).
+        operators_of_layers: The names of these operators for each decoder layer.
+        weights, zeros: Numbers of their weights, and of those that become zero or are removed, by the same names.
+        left_dense: Reasons why other operators stay dense, by name.
+        num_removed: Parameters that the result lacks.
+        num_removed_layers, removes_experts, removed_parts: What whole parts the run removes.
+        as_stored: Whether tensors are written as they are stored, because the run only removes parts.
+        allocates: Whether operators share the zeros by gradients of the loss.
+        num_streams: Networks whose hidden states are computed: 0 to 2.
+        measures_perplexity: Whether the run measures the perplexity of held-out text.
+
+    Attributes of the machine and the text:
+        place, device, on_cpu: The device as the user named it, its type (such as `"cuda"`), and whether it is the CPU.
+        storage_device, storage: Where activations wait, as the user named it and as one of three words.
+        widens: Whether matrices are widened.
+        num_samples, length: All sequences, and the tokens in each.
+        batch_size: Sequences in a forward pass; 1 if the user passes none (`Estimate` then chooses it).
+        sequence_bytes, stream_bytes: Of the hidden states of one sequence, and of all.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedConfig,
+        config: FistaPruningConfig | None = None,
+        *,
+        num_samples: int = 128,
+        sequence_length: int | None = None,
+        batch_size: int | None = None,
+        device: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        storage_device: str | None = None,
+        packed: bool = False,
+        measures_perplexity: bool = True,
+    ) -> None:
+        """Plan the run on a model without weights. Each step sets fields that later steps use.
+
+        Arguments are those of `optimum-fista prune`. Reads the model's configuration, which the Hub's client may
+        download, and the headers of the files of a model folder.
+        """
+        if config is None:
+            config = FistaPruningConfig()
+        config = config.resolved()
+        require_zeros_to_pack(config, packed)
+        if num_samples < 1:
+            raise ValueError(f"num_samples={num_samples} (--num-samples): pass at least 1.")
+        self.num_samples = num_samples
+        self.batch_size = batch_size or 1
+        self.packed = packed
+
+        self._choose_places(device, storage_device)
+        model_config = self._describe_model(model, dtype)
+        self.length = sequence_length or usual_length(model_config)
+        _, longest = token_limits(self.model)  # None: any length
+        if longest is not None and self.length > longest:
+            raise ValueError(
+                f"sequence_length={self.length} (--sequence-length): the model has {longest} positions "
+                f"(max_position_embeddings), so pass at most {longest}."
+            )
+        # Whether a matrix is copied to float32 for each product.
+        products = choose_products(config.compute_dtype, torch.device("cpu"), self.model.dtype)
+        self.widens = self.on_cpu and products == "widened"
+
+        is_folder = not isinstance(model, PreTrainedConfig) and Path(model).is_dir()
+        folder = Path(str(model)) if is_folder else None
+        plan = self._plan_run(config, folder, files_dtypes=dtype == "auto")
+        self._take_plan(plan)
+        # A network whose experts are removed is not measured, because its dense layers are gone by then.
+        self.measures_perplexity = measures_perplexity and not self.removes_experts
+
+    def _choose_places(self, device: str | None, storage_device: str | None) -> None:
+        """Set `device`, the type of the device that computes, and `storage`, where activations wait.
+
+        `storage` becomes "device", "host" or "disk". The arguments are the user's, such as "cuda:1". `place` and
+        `storage_device` keep them as they are, for the trial.
+        """
+        self.place = device
+        self.device, _, _ = (device or default_device()).partition(":")
+        self.on_cpu = self.device == "cpu"
+
+        self.storage_device = storage_device
+        default_storage = "disk" if self.on_cpu else self.device
+        storage, _, _ = (storage_device or default_storage).partition(":")
+        self.storage: Literal["device", "host", "disk"]
+        if storage == self.device:
+            self.storage = "device"
+        elif storage == "cpu":
+            self.storage = "host"
+        else:
+            self.storage = "disk"
+
+    def _describe_model(
+        self, model: str | Path | PreTrainedConfig, dtype: str | torch.dtype
+    ) -> PreTrainedConfig:
+        """Build the dense model without weights and set it, with the properties that bytes depend on.
+
+        `model` and `dtype` are the user's; a configuration that is passed stays as it is. Returns a configuration
+        without quantization settings.
+        """
+        if isinstance(model, PreTrainedConfig):
+            stored_config = model
+            # A GGUF file is read whole: its weights are unpacked to float32.
+            self.is_loaded_whole = False
+        else:
+            stored_config = loading.read_config(str(model))
+            self.is_loaded_whole = loading.gguf_file(str(model)) is not None
+        self.quantized = quantization(stored_config)
+        model_config = copy.deepcopy(stored_config)
+        if self.quantized:
+            # Both change the copy. The first one sets its dtype, and refuses formats that can't be read.
+            read_dequantized(model_config)
+            forget_quantization(model_config)
+
+        stored_dtype = torch.float32
+        named_dtype = getattr(model_config, "dtype", None)
+        if named_dtype and not self.is_loaded_whole:
+            stored_dtype = floating_dtype(named_dtype)
+        used_dtype = stored_dtype if dtype == "auto" else floating_dtype(dtype)
+        # On the CPU, weights in the stored dtype are pages of the checkpoint's files, which the system can drop.
+        maps_files = self.on_cpu and stored_dtype == used_dtype and not self.quantized
+        self.reads_files = not self.is_loaded_whole and not maps_files
+
+        self.model: PreTrainedModel = loading.model_without_weights(model_config, used_dtype)
+        self.weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
+        self.value_bytes = used_dtype.itemsize  # of a weight, and of a hidden state
+        embedding = next(self.model.get_input_embeddings().parameters())
+        self.vocabulary, self.hidden = embedding.shape
+        return model_config
+
+    def _plan_run(
+        self, config: FistaPruningConfig, folder: Path | None, *, files_dtypes: bool
+    ) -> Plan:
+        """Plan the run as `FistaPruner` does, on `self.model`, which has no weights. Changes nothing.
+
+        `folder` holds the model's files; `None`: they are not known. `files_dtypes`: tensors keep the dtypes that they
+        have in the files, because the user asks for no other.
+        """
+        removal = plan_removal(prunable_layers(self.model, loaded=False), config)
+        source = None
+        if folder is not None:
+            # Tensors stay as they are stored if the run only removes parts.
+            stays_quantized = files_dtypes and removal.keeps_values
+            with loading.reading(str(folder)):  # errors name the folder
+                source = source_tensors(
+                    self.model,
+                    folder,
+                    removal.part_of,
+                    quantized=stays_quantized,
+                    layers_name=removal.layers.name,
+                )
+        return plan_run(removal, source, loaded=False, files_dtypes=files_dtypes)
+
+    def _take_plan(self, plan: Plan) -> None:
+        """Set the fields that follow from the plan of the run: operators, their weights and zeros, and the steps.
+
+        Uses `model`, `length`, `num_samples` and the sizes of `_describe_model`, which are set before.
+        """
+        self.source = plan.source
+        self.as_stored = plan.as_stored
+        # Values decide which decoder layers are removed. For the numbers it does not matter.
+        self.num_removed_layers = plan.removal.num_removed_layers
+        removed_layers = [(index, 0.0) for index in range(1, 1 + self.num_removed_layers)]
+        plan = plan.with_budgets(Budgets(removed_layers=removed_layers))
+        removal = plan.removal
+        self.layers = plan.layers
+        self.config = plan.config
+        self.left_dense = removal.left_dense
+        self.num_removed = self.model.num_parameters() - removal.num_parameters
+        self.removed_parts = removal.removed_parts
+        self.removes_experts = bool(removal.mixtures)
+
+        # Operators to solve for: they get zeros, lose inputs, or are the last of their decoder layer, which compensates
+        # for the errors of the others.
+        self.operators: dict[str, tuple[int, int]] = {}
+        for operators_of_layer in removal.operators.values():
+            names = list(operators_of_layer)
+            for name, operator in operators_of_layer.items():
+                is_last = name == names[-1]
+                if is_last or removal.patterns[name].sparsity > 0:
+                    self.operators[name] = operator.shape
+        self.operators_of_layers = [  # names, by the number of the layer
+            [name for name in self.operators if name.startswith(f"{layer_name}.")]
+            for layer_name, _ in self.layers
+        ]
+        self.weights = {name: rows * columns for name, (rows, columns) in self.operators.items()}
+        self.zeros = {
+            name: self.weights[name] - removal.patterns[name].num_kept(shape)
+            for name, shape in self.operators.items()
+        }
+
+        self.allocates = any(self.config.shares_budget(name) for name in self.operators)
+        # Hidden states of the dense network, and of the pruned one.
+        correction = self.config.correction
+        has_pruned_stream = correction.carry == "full"
+        self.num_streams = int(correction.needs_dense) + int(has_pruned_stream)
+        self.sequence_bytes = self.value_bytes * self.length * self.hidden  # of hidden states
+        self.stream_bytes = self.num_samples * self.sequence_bytes
+
+    @property
+    def num_held_out(self) -> int:
+        """Number of sequences to measure the perplexity on; 0 if `self.measures_perplexity` is False.
+
+        These are as many as have `LEAST_TOKENS` tokens, and at most the user's `held_out` if there is one.
+        """
+        if not self.measures_perplexity:
+            return 0
+        sequences = math.ceil(LEAST_TOKENS / self.length)  # tokens that a perplexity needs
+        if self.config.held_out:
+            return min(sequences, self.config.held_out)
+        return sequences

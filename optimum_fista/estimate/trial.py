@@ -1,0 +1,165 @@
+"""How long a run takes, found out by a trial.
+
+A model with one decoder layer of each kind gets random weights and is really pruned on random tokens: the seconds of a
+layer, times the layers of its kind. If all tokens would take long, a part of them is taken, and the time besides
+solving grows in proportion. No formula knows the speed of a machine, but a trial needs the device, the memory of a
+layer and less than half a minute to solve it; otherwise a run shows the time left once its first layer is pruned.
+
+In all functions, `run` is the planned run (`RunSizes`); no function changes it.
+"""
+
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.utils.benchmark import Timer
+
+from optimum_fista.devices import usable_device
+from optimum_fista.estimate.peak_memory import LIBRARIES
+from optimum_fista.estimate.run_sizes import RunSizes
+from optimum_fista.memory import available_bytes
+from optimum_fista.pruner import FistaPruner
+from optimum_fista.removal.parts import ModelOutline
+from optimum_fista.removal.shrinking import plan_shrinking
+from optimum_fista.report import PruningReport
+from optimum_fista.source import loading
+
+_TRIED_SECONDS = 10  # of a trial, without solving
+_SOLVING_SECONDS = 30  # of solving in a trial, at most
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A run on random weights and tokens."""
+
+    report: PruningReport
+    seconds: float  # of the whole run
+    num_samples: int  # sequences of random tokens
+
+
+def seconds_by_stage(run: RunSizes, memory: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Estimate the seconds by stage, without imports and text that the model writes itself.
+
+    Prunes a small random model in a temporary folder. `memory` has the bytes that the run holds at most, by place
+    ("device" and "host") and by part. ValueError if the trial would take too long or too much memory.
+    """
+    device = usable_device(run.place)
+    layers_by_kind = _layers_by_kind(run)
+    firsts = [numbers[0] for numbers in layers_by_kind]
+    _require_quick_trial(run, device, firsts, memory)
+    trial = _try(run, firsts)
+
+    layer_seconds = [layer.seconds for layer in trial.report.layers]  # one of each kind
+    solving = trial.report.totals["solve_seconds"]
+    solving_share = solving / sum(layer_seconds)
+    all_layers = sum(
+        seconds * len(numbers)
+        for seconds, numbers in zip(layer_seconds, layers_by_kind, strict=True)
+    )
+    more_tokens = run.num_samples / trial.num_samples
+
+    # A pass over the whole model for the allocation takes as much longer as it has more weights, and sequences.
+    allocation = trial.report.seconds.get("allocation", 0.0)
+    sizes = [sum(p.numel() for p in layer.parameters()) for _, layer in run.layers]
+    head = run.vocabulary * run.hidden
+    more_weights = (head + sum(sizes)) / (head + sum(sizes[first] for first in firsts))
+    wanted = run.config.allocation_tokens / run.length  # sequences
+    more_sequences = min(wanted, run.num_samples) / min(wanted, trial.num_samples)
+    return {
+        "solving": all_layers * solving_share,
+        "forward passes, statistics, files": all_layers * (1 - solving_share) * more_tokens,
+        "allocation": allocation * more_weights * more_sequences,
+        "around the layers": trial.seconds - allocation - sum(layer_seconds),
+    }
+
+
+def _layers_by_kind(run: RunSizes) -> list[list[int]]:
+    """Return the numbers of the decoder layers of each kind: the same class, shapes and operators to prune."""
+    kinds: dict[object, list[int]] = {}
+    for number, (layer_name, layer) in enumerate(run.layers):
+        shapes = tuple(parameter.shape for parameter in layer.parameters())
+        names = run.operators_of_layers[number]
+        names_in_layer = tuple(name.removeprefix(layer_name) for name in names)
+        kind = type(layer), shapes, names_in_layer
+        kinds.setdefault(kind, []).append(number)
+    return list(kinds.values())
+
+
+def _require_quick_trial(
+    run: RunSizes,
+    device: torch.device,
+    firsts: Iterable[int],
+    memory: Mapping[str, Mapping[str, float]],
+) -> None:
+    """Refuse to try the decoder layers with the numbers `firsts` if that takes long, or more memory than is free.
+
+    Times a product of matrices on `device`. What else the machine does must not decide: on a CPU, the time of this
+    thread counts, and not that of the clock. Changes nothing.
+    """
+    square = torch.randn(1024, 1024, device=device)
+    timed: dict[str, Any] = {"timer": time.thread_time} if run.on_cpu else {}
+    timer = Timer("square @ square", globals={"square": square}, **timed)
+    seconds_of_product = timer.timeit(5).median
+    # A bound on the work: a hundred products of weights [out, in] with a matrix [in, in].
+    work = 0
+    for first in firsts:
+        for name in run.operators_of_layers[first]:
+            _, columns = run.operators[name]
+            work += 100 * run.weights[name] * columns
+    solving_seconds = work / 1024**3 * seconds_of_product
+
+    place = "host" if run.on_cpu else "device"
+    needed = sum(memory[place].values())
+    if run.on_cpu:
+        needed -= LIBRARIES  # they are loaded already
+    free = available_bytes(device)
+    is_too_large = free is not None and 0 < free < needed  # None: the device does not say
+    if solving_seconds > _SOLVING_SECONDS or is_too_large:
+        raise ValueError("one decoder layer takes too much time or memory here to be tried.")
+
+
+def _try(run: RunSizes, firsts: list[int]) -> _Trial:
+    """Prune a random model that has only the decoder layers with the numbers `firsts`, and return the trial.
+
+    It is pruned twice in a temporary folder, without warnings: on few sequences, and on as many as fit into the
+    time. `run.model` stays as it is. The random state of PyTorch moves on.
+    """
+    small = run.model
+    if len(firsts) < len(run.layers):
+        small = plan_shrinking(ModelOutline(run.layers), layers=firsts).model
+    num_tried = min(run.num_samples, run.batch_size + run.config.held_out)
+    with (
+        TemporaryDirectory(prefix="optimum-fista-") as folder,
+        warnings.catch_warnings(action="ignore"),
+    ):
+        # Pruned from files to files, as the run will be, so that reading and writing count.
+        small = loading.model_class(small.config).from_config(small.config, dtype=run.model.dtype)
+        small.save_pretrained(f"{folder}/dense")
+        first = _prune_randomly(run, folder, "first", num_tried)
+        # The first attempt says how many sequences fit into the time.
+        layer_seconds = sum(layer.seconds for layer in first.report.layers)
+        seconds_of_tokens = layer_seconds - first.report.totals["solve_seconds"]
+        fitting = int(num_tried * _TRIED_SECONDS / seconds_of_tokens)
+        num_tried = max(num_tried, min(run.num_samples, fitting))
+        return _prune_randomly(run, folder, "second", num_tried)
+
+
+def _prune_randomly(run: RunSizes, folder: str, attempt: str, num_samples: int) -> _Trial:
+    """Prune the model in the folder FOLDER/dense on random tokens, and write the result to FOLDER/ATTEMPT.
+
+    `num_samples` is the number of sequences. Returns the report and the time. The random state of PyTorch moves on.
+    """
+    tokens = torch.randint(0, run.vocabulary, (num_samples, run.length))
+    pruner = FistaPruner(run.config, progress=False, storage_device=run.storage_device)
+    started = time.perf_counter()
+    report = pruner.prune(
+        f"{folder}/dense",
+        tokens.split(run.batch_size),
+        output_dir=f"{folder}/{attempt}",
+        device=run.place,
+    )
+    return _Trial(report, time.perf_counter() - started, num_samples)
