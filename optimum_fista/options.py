@@ -1,8 +1,11 @@
 """The options of a pruning run, each declared once: its type, choices, limits, default and help.
 
-`FistaPruningConfig` checks values against these declarations. They also give the flags of `optimum-fista prune`, and
-the documentation lists them. A `Literal` gives the choices. Records of a run are dataclasses too: `as_record` reads
-them from JSON and checks them in the same way. This module loads neither torch nor transformers: `--help` is quick.
+An option is a field of `PruningOptions`, made by `option`. Its type hint says which values it takes: a `Literal` lists
+the choices. Three things are made from the fields: `FistaPruningConfig` checks the values that a user passes, `prune`
+has a flag for each, and the documentation lists them.
+
+Records of a run, such as reports, are dataclasses as well. `as_record` reads them from JSON, and checks their fields in
+the same way. This module loads neither torch nor transformers, so that `--help` is quick.
 
 A *hint* is the type hint of a field as `typing.get_type_hints` returns it, such as `tuple[str, ...]` or `int | None`.
 *Limits* are the least and the largest number that an option takes; `None` as the largest: there is none.

@@ -391,10 +391,11 @@ class LayerTargets:
         return self._mixture[1]
 
     def _sum_residual(self, record: _DenseRecord) -> LastOperator:
-        """Sum over `X*` and the targets `Y = W (a X + (1 - a) X*) - b (D* - D)` of the last operator.
+        """Run the layer to its end, and sum over the inputs and the targets of the last operator.
 
-        The layer runs to its end with the operator's dense weights, which gives `X*`, `W X*` and `D* + W X*`. Changes
-        the sums of `record`; hooks on the operator are removed at the end.
+        The operator still has its dense weights. So the run gives its inputs `X*`, its outputs `W X*`, and the layer's
+        outputs `D* + W X*`. From them, and from the record of the dense network, the targets are made
+        (`_add_residual`). Changes the sums of `record`; hooks on the operator are removed at the end.
         """
         activations = self.activations
         operator = record.group[0]
@@ -447,10 +448,23 @@ class LayerTargets:
         own_output: Tensor,
         inputs: Tensor,
     ) -> None:
-        """Add the inputs `X*` and the targets of one batch to the sums of the last operator.
+        """Add the inputs and the targets of one batch to the sums of the last operator.
 
-        `layer_output` is `D* + W X*` and `own_output` is `W X*`, with the bias, both [batch, sequence, out]; `weight`
-        is `W` if the record has no outputs. Changes the sums of `record`, and appends to the stores of `last`.
+        The targets `Y` [tokens, out] compensate for the share b of the error of the rest of the layer (`Correction`):
+
+            Y = W (a X + (1 - a) X*) - b (D* - D)
+
+        `D` and `D*` are the rest of the layer's output in the dense and in the pruned network. Changes the sums of
+        `record`, and appends to the stores of `last`.
+
+        Args:
+            batch: Number of the batch.
+            record: What is kept of the dense network: `X` or `W X`.
+            last: The operator, with the stores of its inputs and outputs.
+            weight: `W` [out, in]; `None` if the record has `W X`.
+            layer_output: `D* + W X*`, with the operator's bias, [batch, sequence, out].
+            own_output: `W X*`, with the bias, [batch, sequence, out].
+            inputs: `X*`, as the operator was called with.
         """
         assert self._outputs is not None
         activations = self.activations

@@ -155,11 +155,21 @@ def _problem(
     dense_share: float,
     name: str,
 ) -> LayerProblem:
-    """The problem of target outputs `Y = W (a X + (1 - a) X*)`, a = `dense_share`, with the statistics of `X*`.
+    """Make the problem whose target outputs lie between those of the dense and of the pruned network.
 
-    `cross`, `W X X*^T` [out, in], is overwritten by `Y X*^T = a W X X*^T + (1 - a) W G`, unless a = 0; then it is kept
-    as it is, to measure errors against the dense outputs. `energies` are the squared norms of the rows of `W X`, [out],
-    float64.
+    With a = `dense_share`, the target outputs `Y` [out, tokens] and the target `C` [out, in] are
+
+        Y = W (a X + (1 - a) X*),
+        C = Y X*^T = a W X X*^T + (1 - a) W G.
+
+    Args:
+        weight: `W` [out, in], the dense weights.
+        statistics: Of the inputs `X*`; their Gram matrix is `G = X* X*^T` [in, in].
+        cross: `W X X*^T` [out, in]. It is overwritten by `C`. If a = 0, it is kept as it is, to measure errors against
+            the dense outputs.
+        energies: Squared norms of the rows of `W X`, [out], float64.
+        dense_share: `a`, in [0, 1].
+        name: Of the operator, for messages.
     """
     if dense_share == 1:
         return LayerProblem(

@@ -218,9 +218,19 @@ class LayerProblem:
     def with_ridge(self, amounts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Add a ridge towards the dense weights, and scale the inputs so that the Gram matrix has unit diagonal.
 
-        With the amounts `d` [in], positive, `G_d = G + diag(d)`, `C_d = C + W diag(d)`, and `s_j = 1 / sqrt([G_d]_jj)`,
-        it returns `s_i s_j [G_d]_ij` [in, in], `[C_d]_ij s_j` [out, in], and `s` [in]. Scaled weights are `W_ij / s_j`.
-        The matrices are new: the caller may overwrite them.
+        `amounts` are `d` [in], positive: how much is added to each entry of the diagonal. With
+
+            G_d = G + diag(d)             [in, in]
+            C_d = C + W diag(d)           [out, in]
+            s_j = 1 / sqrt([G_d]_jj)      [in]
+
+        weights in the scaled coordinates are `W_ij / s_j`. The matrices that are returned are new, so the caller may
+        overwrite them.
+
+        Returns:
+            `s_i [G_d]_ij s_j`, the scaled Gram matrix [in, in].
+            `[C_d]_ij s_j`, the scaled target [out, in].
+            `s` [in].
         """
         scale = (self.statistics.diagonal + amounts).rsqrt()  # s
         gram = self.gram.clone()
@@ -230,14 +240,22 @@ class LayerProblem:
         return gram, target, scale
 
     def squared_error(self, weight: Tensor) -> float:
-        """`|| W* X* - Y ||_F^2` of weights `W*` [out, in]; NaN stays NaN."""
+        """Return the squared error `|| W* X* - Y ||_F^2` of weights `W*` [out, in]; NaN stays NaN."""
         return max(float(self._squared_error(weight)), 0.0)  # this order keeps NaN
 
     def _squared_error(self, weight: Tensor) -> Tensor:
         """Compute `squared_error` as a scalar on the device; rounding may have made it negative.
 
-        `weight` is `W*`, `self.weight` is `W`, and `self.corrected` says whether `Y` is another matrix than `W X*`. A
-        decoupled problem has the error of `self._original`, from which it was made.
+        With `D = W* - W`, and `e0` the squared error of the dense weights (the docstring of the class has more),
+
+            || W* X* - Y ||_F^2  =  <D G, D> - 2 <D, C - W G> + e0
+                                 =  <(W* + W) G - 2 C, D> + e0       which takes one product,
+                                 =  <D G, D>                         if Y = W X*, because then C = W G and e0 = 0.
+
+        A decoupled problem has the error of `self._original`, from which it was made.
+
+        Args:
+            weight: `W*` [out, in]; `self.weight` is `W`, and `self.corrected` says whether `Y` is not `W X*`.
         """
         if self._original is not None:
             return self._original._squared_error(weight)
@@ -247,7 +265,7 @@ class LayerProblem:
             new = weight[rows]
             dense = self.weight[rows]
             if self.corrected:
-                # <D G, D> - 2 <D, C - W G> = <(W* + W) G - 2 C, D>: one product, two matrices
+                # <(W* + W) G - 2 C, D>: one product, two matrices
                 difference = new + dense  # W* + W at first
                 residual = torch.addmm(self.target[rows], difference, self.gram, beta=-2)
                 torch.sub(new, dense, out=difference)  # then D, in the same memory
@@ -259,21 +277,30 @@ class LayerProblem:
         return error
 
     def fit_error(self, weight: Tensor) -> float:
-        """`|| W* X* - Y ||_F / || Y ||_F` of weights `W*` [out, in], with 0/0 = 0."""
+        """Return the error `|| W* X* - Y ||_F / || Y ||_F` of weights `W*` [out, in], with 0/0 = 0."""
         sums = torch.stack([self._squared_error(weight), self.output_energies.sum()])
         error, energy = sums.tolist()  # one transfer
         return relative(max(error, 0.0), energy)
 
     def output_error(self, weight: Tensor) -> float | None:
-        """`|| W* X* - W X ||_F / || W X ||_F` against the dense network's outputs; `None` if they are not known.
+        """Return the error against the dense network's outputs, `|| W* X* - W X ||_F / || W X ||_F`.
 
-        `weight` is `W*` [out, in], `self.weight` is `W`, `self.target` is `C`, and `self.dense` has sums over `W X`.
-        With `D = W* - W`, `K = W X X*^T` and `C = a K + (1 - a) W G`, so that `K - W G = (C - W G) / a`,
+        `None` if these outputs are not known. Symbols, matrices [out, in] unless something else is said:
 
-            || W* X* - W X ||^2 = <D G, D> - 2 <D, K - W G> + || W X* - W X ||^2
-                                = <(D + (2/a) W) G - (2/a) C, D> + || W X* - W X ||^2,
+        - `W*` is `weight`, `W` is `self.weight`, and `D = W* - W`;
+        - `G` [in, in] is the Gram matrix of `X*`;
+        - `K = W X X*^T` is the cross-Gram matrix with the dense network (`self.dense.cross`), which may not be known;
+        - `C = a K + (1 - a) W G` is `self.target`, with a = `self.dense.dense_share`.
 
-        which takes one product. If `K` itself is known, it takes the place of `C`, with `a = 1`.
+        The numerator is the root of
+
+            || W* X* - W X ||^2  =  <D G, D> - 2 <D, K - W G> + || W X* - W X ||^2.
+
+        By the equation of `C`, `K - W G = (C - W G) / a`. So the first two terms take one product:
+
+            <D G, D> - 2 <D, K - W G>  =  <(D + (2/a) W) G - (2/a) C, D>
+
+        If `K` itself is known, it takes the place of `C`, with a = 1.
         """
         if self.aims_at_dense:
             return self.fit_error(weight)
@@ -298,7 +325,7 @@ class LayerProblem:
         return relative(max(squares, 0.0), energy)
 
     def seminorm(self, difference: Tensor) -> float:
-        """`|| D X* ||_F` of a difference of weights [out, in]."""
+        """Return `|| D X* ||_F` of a difference `D` of weights [out, in]."""
         return math.sqrt(max(inner(difference @ self.gram, difference), 0.0))
 
 

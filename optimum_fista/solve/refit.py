@@ -34,8 +34,9 @@ def refit(
 ) -> tuple[Tensor, Tensor]:
     """Minimize `1/2 <W G, W> - <W, C>` over weights that vanish outside a fixed mask.
 
-    Every row is a least-squares problem of its own; all rows take a conjugate-gradient step together, each
-    with its own step length, preconditioned by the diagonal of G. The objective falls in every step.
+    Every row is a least-squares problem of its own; all rows take a conjugate-gradient step together, each with its own
+    step length, preconditioned by the diagonal of G. The objective falls in every step. The *energy* of a row is its
+    squared residual, divided by the diagonal; a row is *at rest* if that is zero.
 
     Args:
         gram: `G` [in, in], symmetric positive semidefinite.
@@ -51,27 +52,18 @@ def refit(
 
     Returns the weights, zero outside the mask, and the number of steps taken, a scalar on the device.
     """
-    diagonal = gram.diagonal()
-    # The preconditioner. Inputs without energy have no residual, so that any divisor does for them.
-    scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).reciprocal()
+    scale = _preconditioner(gram)
     weight = start.mul_(mask) if in_place else start * mask
     product = torch.empty_like(weight)  # memory for products, used again and again
-
     noise = torch.zeros_like(weight[:, 0])
     if singular:
-        # Squared rounding error of the residual C - W G, sums of n terms, in the norm of `energy` below.
-        of_target = torch.mul(target, mask, out=product).square_() @ scale
-        of_weight = torch.square(weight, out=product) @ diagonal
-        noise += of_target + of_weight
-        noise *= gram.shape[0] * torch.finfo(gram.dtype).eps ** 2
+        noise = _rounding_errors(gram, target, weight, mask, scale, memory=product)
 
-    # The negative gradient on the mask; it takes the memory of C if that may be overwritten.
-    memory_of_residual = target if in_place else None
-    residual = torch.addmm(target, weight, gram, alpha=-1, out=memory_of_residual)
+    # From here on `target` is not read again, so the residual takes its memory if that may be overwritten.
+    residual = torch.addmm(target, weight, gram, alpha=-1, out=target if in_place else None)
     residual.mul_(mask)
     direction = residual * scale
-    energy = inner_by_rows(residual, direction).to(residual.dtype)
-    energy.masked_fill_(energy <= noise, 0.0)  # NaN stays
+    energy = _energies(residual, direction, noise)
 
     stop = tolerance**2 * energy.sum().double()
     steps = torch.zeros((), dtype=torch.int64, device=gram.device)
@@ -83,27 +75,58 @@ def refit(
             break
         steps += ~at_rest  # one more, unless all rows are at rest
 
+        # The step of each row to the minimum along its direction D: energy / <D G, D>. There is none along directions
+        # that no token has, nor after the end.
         torch.mm(direction, gram, out=product).mul_(mask)
         curvature = inner_by_rows(direction, product).to(residual.dtype)
-        # No step along directions that no token has, nor after the end. 1e-38 is about the least normal float32.
-        length = torch.where(
-            (curvature > 0) & ~at_rest,
-            energy / curvature.clamp_min(1e-38),
-            torch.zeros_like(energy),
-        )
+        length = _divide_where((curvature > 0) & ~at_rest, energy, curvature)
         weight.addcmul_(length[:, None], direction)
         residual.addcmul_(length[:, None], product, value=-1)
 
-        preconditioned = torch.mul(residual, scale, out=product)
-        energy_next = inner_by_rows(residual, preconditioned).to(residual.dtype)
-        energy_next.masked_fill_(energy_next <= noise, 0.0)
         # Fletcher and Reeves: the next direction is conjugate to the last one.
-        momentum = torch.where(
-            energy > 0, energy_next / energy.clamp_min(1e-38), torch.zeros_like(energy)
-        )
+        preconditioned = torch.mul(residual, scale, out=product)
+        energy_next = _energies(residual, preconditioned, noise)
+        momentum = _divide_where(energy > 0, energy_next, energy)
         direction.mul_(momentum[:, None]).add_(preconditioned)
         energy = energy_next
     return weight, steps
+
+
+def _preconditioner(gram: Tensor) -> Tensor:
+    """Return one over the diagonal of G, [in]; 1 for inputs without energy, whose residual is zero."""
+    diagonal = gram.diagonal()
+    return torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).reciprocal()
+
+
+def _energies(residual: Tensor, preconditioned: Tensor, noise: Tensor) -> Tensor:
+    """Return the squared residual of each row, [out], in units of the Gram diagonal; 0 for rows that are at rest.
+
+    `residual` [out, in] is the negative gradient on the mask, and `preconditioned` is the same divided by the diagonal
+    of G. A row is at rest if its residual is within `noise` [out], its squared rounding error.
+    """
+    energy = inner_by_rows(residual, preconditioned).to(residual.dtype)
+    energy.masked_fill_(energy <= noise, 0.0)  # NaN stays
+    return energy
+
+
+def _rounding_errors(
+    gram: Tensor, target: Tensor, weight: Tensor, mask: Tensor, scale: Tensor, *, memory: Tensor
+) -> Tensor:
+    """Return the squared rounding error of each row of the residual `C - W G`, [out], in units of the Gram diagonal.
+
+    The residual is a sum of n = in terms, so it is rounded by about sqrt(n) eps of its terms, which are as large as
+    those of `C` and of `W diag(G)`. `scale` [in] is the preconditioner, and `memory` [out, in] is overwritten.
+    """
+    of_target = torch.mul(target, mask, out=memory).square_() @ scale
+    of_weight = torch.square(weight, out=memory) @ gram.diagonal()
+    return (of_target + of_weight) * (gram.shape[0] * torch.finfo(gram.dtype).eps ** 2)
+
+
+def _divide_where(condition: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Return `numerator / denominator` where `condition` holds, otherwise 0; all are [out]."""
+    # 1e-38 is about the least normal float32.
+    quotient = numerator / denominator.clamp_min(1e-38)
+    return torch.where(condition, quotient, torch.zeros_like(numerator))
 
 
 def refit_columns(

@@ -39,12 +39,22 @@ class SplitState:
     rho: float = 1.0
 
     def iterate(self, inverse: Tensor, rho: float, pattern: SparsityPattern) -> None:
-        """Do one ADMM iteration with `inverse = (G + rho I)^-1` [in, in]; changes `point`, `mask` and `rho`.
+        """Do one ADMM iteration; changes `point`, `mask` and `rho`.
 
-        It minimizes `1/2 <W G, W> - <W, C>` over `W = Z`, Z in the pattern (ALPS, arXiv 2406.07831, eqs. 3-5):
-        `W = (C - V + rho Z) (G + rho I)^-1`, `Z = project(W + V / rho)`, `V += rho (W - Z)`. The first of these takes
-        one block of rows at a time; `self.target` makes these rows of `C`. The projection, by the mask of `pattern`,
-        needs all rows.
+        It minimizes `1/2 <W G, W> - <W, C>` over `W = Z`, Z in the pattern (ALPS, arXiv 2406.07831, eqs. 3-5), by three
+        updates of matrices [out, in]:
+
+            W  <-  (C - V + rho Z) (G + rho I)^-1
+            Z  <-  project(W + V / rho)
+            V  <-  V + rho (W - Z)
+
+        The first one takes one block of rows at a time, for which `self.target` makes these rows of `C`. The
+        projection needs all rows.
+
+        Args:
+            inverse: `(G + rho I)^-1` [in, in].
+            rho: The penalty parameter of this iteration; it may differ from that of the last one (`self.rho`).
+            pattern: Chooses the mask of `Z`.
         """
         for rows in row_blocks(self.point):
             point = self.point[rows]  # becomes Z + V / rho, with the new rho
@@ -56,9 +66,8 @@ class SplitState:
                 ratio = self.rho / rho
                 dual = point * ~self.mask[rows]
             has_other_rho = ratio not in (0.0, 1.0)
-            if (
-                has_other_rho
-            ):  # Z + V / rho with the new rho; Z stays, because the dual is zero there
+            if has_other_rho:
+                # Z + V / rho with the new rho; Z stays, because the dual is zero there.
                 point.add_(dual, alpha=ratio - 1)
             # C - V + rho Z, the right-hand side of the W step: Z - V / rho first.
             right_side = torch.sub(point, dual, alpha=2 * ratio)
@@ -76,12 +85,15 @@ class SplitState:
 
 
 def unit_diagonal(problem: LayerProblem, damping: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Damp `G` by `damping * mean(diag G)`, and scale the inputs so that its diagonal is 1 (`LayerProblem.with_ridge`).
+    """Damp the Gram matrix of a problem, and scale its inputs so that the diagonal is 1 (`LayerProblem.with_ridge`).
 
-    Returns the new `G` [in, in] and `C` [out, in], and the scale [in], by which weights are divided to get those of the
-    new coordinates. `problem` stays as it is.
+    The damping is a ridge of `damping` times the mean of the diagonal; for nearly dead inputs it is the same fraction
+    of their own energy (`InputStatistics.energy_ratios`). `problem` stays as it is.
 
-    For nearly dead inputs the ridge is the same fraction of their own energy (`InputStatistics.energy_ratios`).
+    Returns:
+        The new `G` [in, in].
+        The new `C` [out, in].
+        The scale [in]: weights are divided by it to get those of the new coordinates.
     """
     statistics = problem.statistics
     return problem.with_ridge(mean_damping(statistics.diagonal, damping) * statistics.energy_ratios)
@@ -107,9 +119,14 @@ class Admm(PruningMethod):
 
         No tensor of `problem` changes; its statistics keep their decoupled form (`LayerProblem.decoupled`).
 
-        The mask keeps the largest `|W + U|`; for the first `ramp_iterations` it is chosen again in every iteration,
-        unstructured on a cubic ramp of the sparsity `s (1 - (1 - k / ramp)^3)`, and frozen after that (Algorithm 1;
-        the released code skips the ramp). Symbols as in the paper: W, Z, and U = V / rho, the scaled dual.
+        Symbols are those of the paper (Algorithm 1), matrices [out, in]: `W` is the least-squares iterate, `Z` the
+        sparse one, and `U = V / rho` the scaled dual. The mask keeps the largest entries of `|W + U|`. In the first
+        `ramp_iterations` the mask is chosen again in every iteration k. The sparsity of an unstructured pattern then
+        rises to its end value s on a cubic ramp (the released code skips the ramp):
+
+            s_k = s (1 - (1 - k / ramp_iterations)^3)
+
+        After that the mask is frozen.
         """
         problem = problem.decoupled()
         gram, target, scale = unit_diagonal(problem, self.damping)

@@ -226,12 +226,19 @@ class ObsAdmm(PruningMethod):
 
 @dataclass(frozen=True)
 class _Surgeon:
-    """Coordinates `W'` of weights `W`, in which magnitude is the optimal-brain-surgeon saliency.
+    """Coordinates `W'` of weights `W` [out, in], in which magnitude is the optimal-brain-surgeon saliency.
 
-    `W = W' S B^T` with a diagonal `S`, and a block-diagonal `B` if columns are removed in groups.
-    In these coordinates the diagonal of `G_r^-1`, or its diagonal blocks, are those of the identity: the squared norm
-    of a weight, or of a group of columns, is the cost of its removal. For a group that is
-    `tr(W_g ([G_r^-1]_gg)^-1 W_g^T)` (ZipLM, arXiv 2302.04089), with the correlation of its columns.
+    The two are related by
+
+        W = W' S B^T,
+
+    with `S` [in, in] diagonal. `B` [in, in] is block-diagonal if columns are removed in groups, otherwise the identity.
+    `G_r` [in, in] is the Gram matrix with a ridge (step 1 of the module's docstring). In these coordinates the diagonal
+    of `G_r^-1`, or its diagonal blocks, are those of the identity. So the squared norm of a weight, or of a group of
+    columns `W_g` [out, width], is the cost of its removal. For a group, with the correlation of its columns, that is
+    (ZipLM, arXiv 2302.04089)
+
+        tr(W_g ([G_r^-1]_gg)^-1 W_g^T).
     """
 
     scale: Tensor  # `S` [in]
@@ -241,10 +248,16 @@ class _Surgeon:
 
     @classmethod
     def of(cls, gram: Tensor, penalty: Tensor, width: int) -> tuple[Self, str]:
-        """Make the coordinates of `G_r` for groups of `width` columns.
+        """Make the coordinates for groups of `width` columns; 1: columns stand alone.
 
-        `gram` is `G` [in, in], which stays as it is, and `penalty` is `r diag(G)` [in]. Returns also the message of a
-        factorisation that needed help (`damped_cholesky`), otherwise an empty one.
+        Args:
+            gram: `G` [in, in], the Gram matrix without the ridge, which stays as it is.
+            penalty: `r diag(G)` [in], the ridge.
+            width: Columns in a group.
+
+        Returns:
+            The coordinates.
+            The message of a factorisation that needed help (`damped_cholesky`), otherwise an empty one.
         """
         # Factorised with unit diagonal, in which damping is a fraction of the diagonal, and rounding is mild.
         unit = cls(scale=(gram.diagonal() + penalty).rsqrt(), penalty=penalty)
@@ -259,9 +272,12 @@ class _Surgeon:
         return cls(scale=unit.scale, penalty=penalty, blocks=blocks), message
 
     def scaled_gram(self, gram: Tensor) -> Tensor:
-        """A new matrix: `B^T S G_r S B`, the Gram matrix in these coordinates, from `gram`, which is `G`.
+        """Return the Gram matrix with its ridge in these coordinates, a new matrix [in, in]:
 
-        `self.scale` is the diagonal of `S`, `self.penalty` is `r diag(G)`, and `self.blocks` are those of `B`.
+            B^T S G_r S B,   G_r = G + r diag(G).
+
+        `gram` is `G`, `self.scale` the diagonal of `S`, `self.penalty` is `r diag(G)`, and `self.blocks` are those of
+        `B`.
         """
         copy = gram.clone()
         copy.diagonal().add_(self.penalty)
@@ -271,12 +287,17 @@ class _Surgeon:
         return self.times_blocks(self.times_blocks(copy).mT).contiguous()
 
     def scaled_target(self, problem: LayerProblem, rows: slice) -> Tensor:
-        """A new matrix: `C_r S B` of some rows, the target in these coordinates, from `C` and `W` of `problem`."""
+        """Return some rows of the target with its ridge in these coordinates, a new matrix [rows, in]:
+
+            C_r S B,   C_r = C + r W diag(G).
+
+        `problem` has `C` and `W` [out, in].
+        """
         target = torch.addcmul(problem.target[rows], problem.weight[rows], self.penalty)
         return self.times_blocks(target.mul_(self.scale))
 
     def scaled_weight(self, weight: Tensor) -> Tensor:
-        """A new matrix: `W' = W S^-1 B^-T`, the weights in these coordinates, from `weight`, which is `W` [out, in].
+        """Return weights in these coordinates, a new matrix [out, in]: `W' = W S^-1 B^-T`; `weight` is `W`.
 
         `self.scale` is the diagonal of `S`; `self.blocks` [in / width, width, width] are those of `B`.
         """
@@ -288,7 +309,7 @@ class _Surgeon:
         return solved.transpose(0, 1).flatten(1)
 
     def times_blocks(self, matrix: Tensor, transposed: bool = False) -> Tensor:
-        """A new matrix: `matrix @ B`, or `matrix @ B^T`, for a matrix [rows, in]; itself if `B` is the identity.
+        """Return `matrix @ B`, or `matrix @ B^T`, a new matrix [rows, in]; `matrix` itself if `B` is the identity.
 
         `self.blocks` [in / width, width, width] are the blocks of `B`; `None`: it is the identity.
         """
