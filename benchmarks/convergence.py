@@ -38,9 +38,16 @@ RHOS = (0.03, 0.06, 0.12, 0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0, 6.0, 12
 
 
 class Scaled:
-    """A layer problem with a small ridge in coordinates `W / s`."""
+    """A layer problem with a small ridge in coordinates `W / s`.
+
+    Attributes:
+        problem: The layer problem, with weights `W` [out, in].
+        scale: `s` [in].
+        gram, target, start: Gram matrix [in, in], target [out, in] and dense weights [out, in] in these coordinates.
+    """
 
     def __init__(self, problem: LayerProblem, coordinates: str) -> None:
+        """Scale a problem. `coordinates` are "plain", "unit Gram diagonal" or "unit diagonal of the inverse"."""
         diagonal = problem.statistics.diagonal
         gram = problem.gram.clone()
         gram.diagonal().add_(diagonal, alpha=RIDGE)
@@ -52,128 +59,161 @@ class Scaled:
         else:
             factor, _ = damped_cholesky((gram * unit * unit[:, None]).clone, 0.0)
             scale = torch.cholesky_inverse(factor).diagonal().sqrt() * unit
-        self.problem, self.scale = problem, scale
+        self.problem = problem
+        self.scale = scale
         self.gram = gram * scale * scale[:, None]
         self.target = (problem.target + problem.weight * (diagonal * RIDGE)) * scale
         self.start = problem.weight / scale
 
     def error(self, weight: Tensor, mask: Tensor) -> float:
-        """Squared relative error of scaled weights after a refit on a mask."""
+        """Return the squared relative error of scaled weights after a refit on a mask."""
         fitted, _ = refit(self.gram, self.target, weight, mask)
         return self.problem.fit_error(fitted * self.scale) ** 2
 
     def objective(self, weight: Tensor, l1_penalty: float) -> float:
-        """The LASSO's."""
+        """Return the objective of the LASSO at scaled weights."""
         smooth = inner(weight @ self.gram, weight) / 2 - inner(weight, self.target)
         return smooth + l1_penalty * float((weight.abs() * self.scale).sum(dtype=torch.float64))
 
     def fista(
-        self, start: Tensor, l1_penalty: float, steps: int, restart: bool, see: Step | None = None
+        self,
+        start: Tensor,
+        l1_penalty: float,
+        steps: int,
+        *,
+        restart: bool,
+        see: Step | None = None,
     ) -> Tensor:
-        """FISTA with thresholds `l1_penalty * s_j / L`: the LASSO of the unscaled weights, whatever the scale.
+        """Run FISTA with thresholds `l1_penalty * s_j / L`: the LASSO of the unscaled weights, whatever the scale.
 
-        `restart` drops the momentum when it points uphill (O'Donoghue & Candes 2015, gradient scheme).
+        `restart` drops the momentum when it points uphill (O'Donoghue & Candes 2015, gradient scheme). `see` is called
+        with the number of each step and its weights. `start` stays as it is.
         """
-        weight = point = start
-        lipschitz, t = largest_eigenvalue(self.gram), 1.0
-        for count in range(1, steps + 1):
-            values = torch.addmm(point, point, self.gram, alpha=-1 / lipschitz).add_(
-                self.target, alpha=1 / lipschitz
-            )
-            found = soft_threshold(values, l1_penalty * self.scale / lipschitz)
+        weight = start
+        point = start  # where the gradient is taken: the weights with momentum
+        lipschitz = largest_eigenvalue(self.gram)
+        t = 1.0
+        for step in range(1, steps + 1):
+            values = torch.addmm(point, point, self.gram, alpha=-1 / lipschitz)
+            values.add_(self.target, alpha=1 / lipschitz)
+            new = soft_threshold(values, l1_penalty * self.scale / lipschitz)
             if see is not None:
-                see(count, found)
-            # point - found is the generalized gradient over L; a step along it goes uphill.
-            t = 1.0 if restart and inner(point - found, found - weight) > 0 else t
+                see(step, new)
+            # point - new is the generalized gradient over L; a step along it goes uphill.
+            if restart and inner(point - new, new - weight) > 0:
+                t = 1.0
             t_next = (1 + math.sqrt(1 + 4 * t * t)) / 2
-            point = torch.add(found, found - weight, alpha=(t - 1) / t_next)
-            weight, t = found, t_next
+            point = torch.add(new, new - weight, alpha=(t - 1) / t_next)
+            weight = new
+            t = t_next
         return weight
 
 
 def admm(
-    scaled: Scaled, rho: float, iterations: int, see: Callable[[int, Tensor, Tensor], None] | None
+    scaled: Scaled,
+    rho: float,
+    iterations: int,
+    see: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> SplitState:
+    """Run ADMM to half of the weights; `see` is called with the number, the weights and the mask of each iteration."""
     inverse = damped_inverse(scaled.gram.clone(), rho)
     state = SplitState(scaled.target.__getitem__, scaled.start.clone())
     for iteration in range(1, iterations + 1):
         state.iterate(inverse, rho, HALF)
         if see is not None:
-            see(iteration, state.point * state.mask, state.mask)  # type: ignore[arg-type, operator]
+            assert state.mask is not None
+            see(iteration, state.point * state.mask, state.mask)
     return state
 
 
 def half_penalty(scaled: Scaled) -> float:
-    """The penalty at which half of the LASSO's solution is zero, to 1%."""
-    low, high = math.log(1e-6), math.log(float((scaled.target / scaled.scale).abs().max()))
+    """Return the penalty at which half of the LASSO's solution is zero, to 1%; found by bisection."""
+    low = math.log(1e-6)
+    high = math.log(float((scaled.target / scaled.scale).abs().max()))
     weight = scaled.start
     while True:
         middle = (low + high) / 2
-        weight = scaled.fista(weight, math.exp(middle), 150, True)
+        weight = scaled.fista(weight, math.exp(middle), 150, restart=True)
         zeros = float((weight == 0).float().mean())
         if abs(zeros - 0.5) < 0.01 or high - low < 1e-3:
             return math.exp(middle)
-        low, high = (middle, high) if zeros < 0.5 else (low, middle)
+        if zeros < 0.5:
+            low = middle
+        else:
+            high = middle
 
 
-def shown(step: int) -> bool:
+def is_shown(step: int) -> bool:
+    """Tell whether a step is a point of a curve."""
     return step <= 20 or step % 10 == 0
 
 
 def stalling(problem: LayerProblem, steps: int) -> tuple[dict[str, list], dict[str, list]]:
-    """Curves of pictures 1 and 2: lists of (step, value)."""
-    plain, unit = Scaled(problem, "plain"), Scaled(problem, "unit Gram diagonal")
+    """Return the curves of pictures 1 and 2: lists of (step, value), by name."""
+    plain = Scaled(problem, "plain")
+    unit = Scaled(problem, "unit Gram diagonal")
     surgeon = Scaled(problem, "unit diagonal of the inverse")
     l1_penalty = half_penalty(unit)
-    best = unit.objective(unit.fista(unit.start, l1_penalty, 8 * steps, True), l1_penalty)
-    dense = abs(unit.objective(torch.zeros_like(unit.start), l1_penalty) - best)
+    minimizer = unit.fista(unit.start, l1_penalty, 8 * steps, restart=True)
+    minimum = unit.objective(minimizer, l1_penalty)
+    # The gap of zero weights, in which gaps are measured.
+    unit_of_gaps = abs(unit.objective(torch.zeros_like(unit.start), l1_penalty) - minimum)
     gaps: dict[str, list] = {}
     errors: dict[str, list] = {}
 
-    def follow(name: str, scaled: Scaled, start: Tensor, restart: bool, rounded: bool) -> None:
+    def follow(
+        name: str, scaled: Scaled, start: Tensor, *, restart: bool = False, is_rounded: bool = True
+    ) -> None:
+        """Add the curves of FISTA from `start`; only that of picture 1 without `is_rounded`."""
         gaps[name] = []
-        if rounded:
+        if is_rounded:
             errors[name] = []
 
         def see(step: int, weight: Tensor) -> None:
-            if shown(step):
-                gaps[name].append((step, (scaled.objective(weight, l1_penalty) - best) / dense))
-                if rounded:
-                    errors[name].append(
-                        (step, scaled.error(weight, HALF.mask((weight * scaled.scale).abs())))
-                    )
+            """Add a point to both curves."""
+            if not is_shown(step):
+                return
+            gap = scaled.objective(weight, l1_penalty) - minimum
+            gaps[name].append((step, gap / unit_of_gaps))
+            if is_rounded:
+                mask = HALF.mask((weight * scaled.scale).abs())
+                errors[name].append((step, scaled.error(weight, mask)))
 
-        scaled.fista(start, l1_penalty, steps, restart, see)
+        scaled.fista(start, l1_penalty, steps, restart=restart, see=see)
 
-    follow("FISTA from the dense weights", plain, plain.start, False, True)
-    for name in ("wanda", "sparsegpt"):
-        warm = create_method(name).prune(problem, HALF).weight
-        follow(f"FISTA from {name}", plain, warm / plain.scale, False, name == "sparsegpt")
-    follow("FISTA, preconditioned, restarts", unit, unit.start, True, True)
-    for name, scaled, rho in (
-        ("ADMM, unit Gram diagonal, rho 0.5", unit, 0.5),
-        ("ADMM, surgeon coordinates, rho 1.2", surgeon, 1.2),
-    ):
-        curve = errors[name] = []
+    def follow_admm(name: str, scaled: Scaled, rho: float) -> None:
+        """Add the curve of ADMM to picture 2."""
+        errors[name] = []
 
-        def see(iteration: int, weight: Tensor, mask: Tensor, curve=curve, scaled=scaled) -> None:
-            if shown(iteration):
-                curve.append((iteration, scaled.error(weight, mask)))
+        def see(iteration: int, weight: Tensor, mask: Tensor) -> None:
+            """Add a point."""
+            if is_shown(iteration):
+                errors[name].append((iteration, scaled.error(weight, mask)))
 
         admm(scaled, rho, 40, see)
+
+    wanda = create_method("wanda").prune(problem, HALF).weight
+    sparsegpt = create_method("sparsegpt").prune(problem, HALF).weight
+    follow("FISTA from the dense weights", plain, plain.start)
+    follow("FISTA from wanda", plain, wanda / plain.scale, is_rounded=False)
+    follow("FISTA from sparsegpt", plain, sparsegpt / plain.scale)
+    follow("FISTA, preconditioned, restarts", unit, unit.start, restart=True)
+    follow_admm("ADMM, unit Gram diagonal, rho 0.5", unit, 0.5)
+    follow_admm("ADMM, surgeon coordinates, rho 1.2", surgeon, 1.2)
     return gaps, errors
 
 
 def by_rho(problems: list[LayerProblem]) -> dict[str, list]:
-    """Geometric mean of the squared relative error over operators, by coordinates: lists of (rho, value)."""
+    """Return the geometric mean of the squared relative error over operators, by coordinates: lists of (rho, value)."""
     curves = {}
     for coordinates in ("plain", "unit Gram diagonal", "unit diagonal of the inverse"):
         logs: dict[float, list[float]] = {rho: [] for rho in RHOS}
         for problem in problems:
             scaled = Scaled(problem, coordinates)
             for rho in RHOS:
-                state = admm(scaled, rho, 12, None)
-                logs[rho].append(math.log(scaled.error(state.point, state.mask)))  # type: ignore[arg-type]
+                state = admm(scaled, rho, 12)
+                assert state.mask is not None
+                logs[rho].append(math.log(scaled.error(state.point, state.mask)))
         curves[coordinates] = [
             (rho, math.exp(statistics.fmean(values))) for rho, values in logs.items()
         ]
@@ -181,6 +221,7 @@ def by_rho(problems: list[LayerProblem]) -> dict[str, list]:
 
 
 def plot(record: dict, path: Path) -> None:
+    """Draw the three pictures of a record into a file."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
@@ -194,13 +235,9 @@ def plot(record: dict, path: Path) -> None:
         axes, ("gaps", "errors", "by_rho"), titles, labels, strict=True
     ):
         for name, curve in record[key].items():
-            places, values = zip(*curve, strict=True)
-            axis.plot(
-                places,
-                [max(v, 1e-9) for v in values],
-                label=name,
-                marker="." if key == "by_rho" else None,
-            )
+            steps, values = zip(*curve, strict=True)
+            heights = [max(value, 1e-9) for value in values]  # on a logarithmic scale
+            axis.plot(steps, heights, label=name, marker="." if key == "by_rho" else None)
         axis.set(title=title, xlabel=label, xscale="log", yscale="log")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
@@ -213,39 +250,52 @@ def plot(record: dict, path: Path) -> None:
 
 @torch.no_grad()
 def main() -> None:
-    sizes = {
-        "num_samples": 24,
-        "sequence_length": 1024,
-        "layers": [3, 15, 26],
-        "steps": 300,
-        "seed": 0,
-    }
+    """Compute the curves, print some of their points, and draw them if asked for."""
     helps = {
         "layers": "decoder layers; pictures 1 and 2 use the middle one",
         "steps": "FISTA steps shown",
     }
-    files = {"output": Path("runs/convergence.json"), "plot": Path}
-    arguments = parse_arguments(__doc__, "model", "calibration", helps=helps, **sizes, **files)
+    arguments = parse_arguments(
+        __doc__,
+        "model",
+        "calibration",
+        helps=helps,
+        num_samples=24,
+        sequence_length=1024,
+        layers=[3, 15, 26],
+        steps=300,
+        seed=0,
+        output=Path("runs/convergence.json"),
+        plot=Path,
+    )
     model, tokenizer = load_model(arguments.model, dtype="float32", device="cpu")
     windows = calibration_of(arguments, tokenizer, arguments.num_samples)
     layers = arguments.layers
-    found = [
-        problem
-        for (group,) in layer_problems(model, [windows], set(layers))
-        for problem in group[:1]
-    ]
+    problems = []  # of the first operator of each group
+    for (group,) in layer_problems(model, [windows], set(layers)):
+        problems += group[:1]
+
     middle = layers[len(layers) // 2]
-    chosen = next(p for p in found if f".{middle}." in p.name and p.name.endswith("o_proj"))
-    gaps, errors = stalling(chosen, arguments.steps)
-    record = {"operator": chosen.name, "gaps": gaps, "errors": errors}
-    record["by_rho"] = by_rho(
-        [p for p in found if p.name.endswith(("o_proj", "q_proj", "gate_proj"))]
+    chosen = next(
+        problem
+        for problem in problems
+        if f".{middle}." in problem.name and problem.name.endswith("o_proj")
     )
+    gaps, errors = stalling(chosen, arguments.steps)
+    of_large = [p for p in problems if p.name.endswith(("o_proj", "q_proj", "gate_proj"))]
+    record = {
+        "operator": chosen.name,
+        "gaps": gaps,
+        "errors": errors,
+        "by_rho": by_rho(of_large),
+    }
     save(arguments, record)
+
+    printed_steps = (1, 5, 10, 20, 40, 100, arguments.steps, *RHOS)
     for key in ("gaps", "errors", "by_rho"):
         for name, curve in record[key].items():
-            picked = [c for c in curve if c[0] in (1, 5, 10, 20, 40, 100, arguments.steps, *RHOS)]
-            print(f"{key}: {name}: " + ", ".join(f"{place} {value:.2e}" for place, value in picked))
+            points = [f"{step} {value:.2e}" for step, value in curve if step in printed_steps]
+            print(f"{key}: {name}: " + ", ".join(points))
     if arguments.plot:
         plot(record, arguments.plot)
 

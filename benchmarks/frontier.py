@@ -25,8 +25,6 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -49,115 +47,118 @@ Row = dict[str, Any]
 VARIANTS = (
     "dense vocab:0.29 channels:0.1 channels:0.2 channels:0.3 layers:0.2 vocab:0.29_channels:0.2 0.5"
 )
+# What is timed: the numbers of prompts, of their tokens, and of new tokens.
 TIMES = {
     "prefill": (1, 512, 1),
     "decode": (1, 16, 32),
     "batch 16": (16, 16, 32),
-}  # prompts, their tokens, new tokens
+}
 
 
 def made(arguments: Namespace, variant: str, tokens: int) -> tuple[Path, list[str], float]:
-    """The folder of a variant, which is made if it is not there, its commands, and processor minutes of the last."""
-    folder, name, commands, minutes = Path(arguments.model), Path(arguments.model).name, [], 0.0
-    common = [
-        "--calibration",
-        arguments.calibration,
-        "--seed",
-        str(arguments.seed),
-        "--device",
-        "cpu",
-        "--output",
-    ]
-    sizes = [
-        "--num-samples",
-        str(arguments.num_samples),
-        "--sequence-length",
-        str(arguments.sequence_length),
-    ]
-    if (
-        variant == "dense"
-    ):  # `recover` takes pruned models only: the least that can go are 64 tokens, the rarest
-        variant = f"vocab:{64 / read_config(arguments.model).vocab_size:.4f}" if tokens else ""
-    for step in [*filter(None, variant.split("_")), *[tokens] * bool(tokens)]:
-        name += f"-{step}".replace(":", "-")
-        if step == tokens:
-            words = ["recover", str(folder), "--teacher", arguments.model, "--tokens", str(tokens)]
-        else:
-            option = "--pattern" if sparsity_of(step) is None else "--sparsity"
-            words = ["prune", str(folder), option, step, *sizes, "--dtype", "bfloat16"]
-        folder, started = arguments.work / name, time.process_time()
-        words += [*common, str(folder)]
-        if not folder.exists():
+    """Return the folder of a variant, its commands, and the processor minutes of the last one.
+
+    A folder that is not there is made in `arguments.work`. `variant` is "dense" or patterns joined by "_", and each of
+    these is a run; `tokens` are what the result is recovered on, 0 if it is not.
+    """
+    patterns = [] if variant == "dense" else variant.split("_")
+    if variant == "dense" and tokens:
+        # `recover` takes pruned models only: the least that can be removed are 64 tokens, the rarest
+        patterns = [f"vocab:{64 / read_config(arguments.model).vocab_size:.4f}"]
+    common = ["--calibration", arguments.calibration, "--seed", str(arguments.seed)]
+    common += ["--device", "cpu"]
+    sizes = ["--num-samples", str(arguments.num_samples)]
+    sizes += ["--sequence-length", str(arguments.sequence_length)]
+
+    folder = Path(arguments.model)
+    name = folder.name
+    steps: list[tuple[list[str], Path]] = []  # words of a command, and the folder that it makes
+    for pattern in patterns:
+        option = "--pattern" if sparsity_of(pattern) is None else "--sparsity"
+        words = ["prune", str(folder), option, pattern, *sizes, "--dtype", "bfloat16"]
+        name += f"-{pattern}".replace(":", "-")
+        folder = arguments.work / name
+        steps.append(([*words, *common, "--output", str(folder)], folder))
+    if tokens:
+        words = ["recover", str(folder), "--teacher", arguments.model, "--tokens", str(tokens)]
+        folder = arguments.work / f"{name}-{tokens}"
+        steps.append(([*words, *common, "--output", str(folder)], folder))
+
+    commands = []
+    minutes = 0.0
+    for words, made_folder in steps:
+        if not made_folder.exists():
+            started = time.process_time()
             if optimum_fista(words):
                 raise SystemExit(f"optimum-fista {shlex.join(words)} failed.")
             minutes = (time.process_time() - started) / 60
-        commands.append(
-            shlex.join(["optimum-fista", *(Path(w).name if "/" in w else w for w in words)])
-        )
+        shown = [Path(word).name if "/" in word else word for word in words]
+        commands.append(shlex.join(["optimum-fista", *shown]))
     return folder, commands, minutes
 
 
 def round_weights(model: PreTrainedModel, bits: str) -> int:
-    """Round the weights of a model as llama.cpp stores them; returns the bytes that they take."""
-    total, head = 0, model.get_output_embeddings().weight
+    """Round the weights of a model in place as llama.cpp stores them; returns the bytes that they take."""
+    num_bytes = 0
+    head = model.get_output_embeddings().weight
     for name, weight in model.named_parameters():  # tied ones once
         kind = kind_of(bits, weight.shape, weight is head)
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        total += weight.numel() // block * size
+        block, bytes_of_block = gguf.GGML_QUANT_SIZES[kind]
+        num_bytes += weight.numel() // block * bytes_of_block
         if weight.ndim > 1:
-            weight.data.copy_(
-                torch.from_numpy(gguf.dequantize(rounded(name, weight.data, kind), kind))
-            )
-    return total
+            values = gguf.dequantize(rounded(name, weight.data, kind), kind)
+            weight.data.copy_(torch.from_numpy(values))
+    return num_bytes
 
 
 def bits_per_byte(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, length: int
 ) -> float:
-    """Bits per byte of a whole text, of which every token but the first is predicted."""
+    """Measure the bits per byte of a whole text in windows of `length`; every token but the first is predicted."""
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    windows = [
-        ids[start : start + length] for start in range(0, len(ids) - 1, length - 1)
-    ]  # they share one token
+    # neighbours share one token
+    windows = [ids[start : start + length] for start in range(0, len(ids) - 1, length - 1)]
+    whole_windows = torch.stack(windows[:-1])
+    last_window = windows[-1].unsqueeze(0)  # which may be shorter
     bits = 0.0
-    for group in (torch.stack(windows[:-1]), windows[-1][None]):
-        found = evaluate_perplexity(model, group, batch_size=4, progress=False)
-        bits += math.log2(found.perplexity) * found.num_tokens
+    for group in (whole_windows, last_window):
+        measured = evaluate_perplexity(model, group, batch_size=4, progress=False)
+        bits += math.log2(measured.perplexity) * measured.num_tokens
     return bits / len(text.encode())
 
 
 def starts_of(arguments: Namespace) -> dict[str, str]:
-    """The first `--bytes` of every text, by its name."""
-    starts = {
-        Path(name).stem: load_text(name, "test").joined.encode()[: arguments.bytes]
-        for name in arguments.texts
-    }
-    return {
-        name: start.decode(errors="ignore") for name, start in starts.items()
-    }  # the last character may be cut
+    """Return the first `--bytes` of every text, by its name."""
+    starts = {}
+    for source in arguments.texts:
+        text = load_text(source, "test").joined.encode()
+        # the last character may be cut
+        starts[Path(source).stem] = text[: arguments.bytes].decode(errors="ignore")
+    return starts
 
 
 def measure(arguments: Namespace, key: Row, texts: dict[str, str]) -> Row:
-    """Make a row: a variant, pruned and maybe recovered, in one format."""
+    """Make a row: a variant, pruned and maybe recovered, in one format; `key` says which, and is not changed."""
     folder, commands, minutes = made(arguments, key["variant"], key["tokens"])
     model, tokenizer = load_model(str(folder), dtype="float32", device="cpu")
     row = key | {"commands": commands, "minutes": minutes, "parameters": model.num_parameters()}
     if key["format"] == "packed":
         with tempfile.TemporaryDirectory() as temporary:
-            pack_folder(folder, packed := Path(temporary) / "packed")
+            packed = Path(temporary) / "packed"
+            pack_folder(folder, packed)
             row["bytes"] = sum(file.stat().st_size for file in packed.glob("*.safetensors"))
     else:
         row["bytes"] = round_weights(model, key["format"])
-    tokens, written = (
-        sum(map(len, found)) for found in (tokenizer([*texts.values()]).input_ids, texts.values())
-    )
-    row["tokens_per_character"] = tokens / written
+
+    num_tokens = sum(len(ids) for ids in tokenizer([*texts.values()]).input_ids)
+    row["tokens_per_character"] = num_tokens / sum(len(text) for text in texts.values())
     with torch.autocast("cpu", torch.bfloat16):
-        length = arguments.sequence_length
         row["bits_per_byte"] = {
-            name: bits_per_byte(model, tokenizer, text, length) for name, text in texts.items()
+            name: bits_per_byte(model, tokenizer, text, arguments.sequence_length)
+            for name, text in texts.items()
         }
-    return row | {"mean": geometric_mean(row["bits_per_byte"].values())}
+    row["mean"] = geometric_mean(row["bits_per_byte"].values())
+    return row
 
 
 def seconds(model: Any, prompts: torch.Tensor, new_tokens: int) -> float:
@@ -168,75 +169,87 @@ def seconds(model: Any, prompts: torch.Tensor, new_tokens: int) -> float:
 
 
 def take_times(arguments: Namespace, rows: Sequence[Row]) -> None:
-    """Add the milliseconds of a token to rows, measured in turn."""
-    models, folders = list[Any](), [made(arguments, row["variant"], 0)[0] for row in rows]
+    """Add the milliseconds of a token to rows, measured in turn; all models are in memory together."""
+    folders = [made(arguments, row["variant"], 0)[0] for row in rows]
     entries = min(read_config(str(folder)).vocab_size for folder in folders)
-    random = partial(torch.randint, entries, generator=torch.Generator().manual_seed(0))
-    asked = {name: (random(size), new) for name, (*size, new) in TIMES.items()}
+    generator = torch.Generator().manual_seed(0)
+    questions = {}  # prompts, int64 [prompts, tokens], and the number of new tokens
+    for name, (prompts, length, new) in TIMES.items():
+        questions[name] = (torch.randint(entries, (prompts, length), generator=generator), new)
+
+    models: list[Any] = []
     with tempfile.TemporaryDirectory() as temporary:
         for row, folder in zip(rows, folders, strict=True):
-            place = Path(temporary) / str(len(models))
-            write_gguf(folder, place, row["format"])
-            models.append(server_of(place, arguments.threads, parallel=16))
+            file = Path(temporary) / str(len(models))
+            write_gguf(folder, file, row["format"])
+            models.append(server_of(file, arguments.threads, parallel=16))
             row["seconds"] = {name: [] for name in TIMES}
-        for turn in range(arguments.rounds + 1):  # the first one warms up
-            for (row, model), (name, question) in product(
-                zip(rows, models, strict=True), asked.items()
-            ):
-                row["seconds"][name] += [seconds(model, *question)] * bool(turn)
-    # a prefill counts the tokens of the prompt, the others the new ones
-    tokens = {
-        name: prompts * (length if new == 1 else new)
-        for name, (prompts, length, new) in TIMES.items()
-    }
+        for turn in range(arguments.rounds + 1):
+            is_warming_up = turn == 0
+            for row, model in zip(rows, models, strict=True):
+                for name, question in questions.items():
+                    took = seconds(model, *question)
+                    if not is_warming_up:
+                        row["seconds"][name].append(took)
+
     for row in rows:
-        row["ms_a_token"] = {
-            n: 1e3 * statistics.median(times) / tokens[n] for n, times in row["seconds"].items()
-        }
+        row["ms_a_token"] = {}
+        for name, times in row["seconds"].items():
+            prompts, length, new = TIMES[name]
+            # a prefill counts the tokens of the prompt, the others the new ones
+            num_tokens = prompts * (length if name == "prefill" else new)
+            row["ms_a_token"][name] = 1e3 * statistics.median(times) / num_tokens
 
 
 def frontier(points: dict[int, tuple[float, float]]) -> list[int]:
-    """Of points (cost, loss), those with a lower loss than all that cost less, by rising cost."""
-    best, found = math.inf, []
+    """Of points (cost, loss), return those with a lower loss than all that cost less, by rising cost."""
+    best = math.inf
+    indices = []
     for index in sorted(points, key=lambda i: points[i]):
-        if points[index][1] < best:
-            best = points[index][1]
-            found.append(index)
-    return found
+        _, loss = points[index]
+        if loss < best:
+            best = loss
+            indices.append(index)
+    return indices
 
 
 def points_of(rows: Sequence[Row]) -> dict[str, dict[int, tuple[float, float]]]:
-    """Cost and loss of the rows by what is counted: megabytes, and milliseconds for 1,000 characters of the texts."""
-    found = {"megabytes": {i: (row["bytes"] / 1e6, row["mean"]) for i, row in enumerate(rows)}}
-    timed = {
+    """Return cost and loss of the rows, by what is counted and by the number of the row.
+
+    What is counted are megabytes, and milliseconds for 1,000 characters of the texts. Rows of a variant and a format
+    are as fast as the one that was timed, if one was.
+    """
+    points = {"megabytes": {i: (row["bytes"] / 1e6, row["mean"]) for i, row in enumerate(rows)}}
+    times_of = {
         (row["variant"], row["format"]): row["ms_a_token"] for row in rows if "ms_a_token" in row
     }
-    of_rows = {i: timed.get((row["variant"], row["format"])) for i, row in enumerate(rows)}
-    for name in TIMES if timed else ():
-        ms = {
-            i: 1e3 * rows[i]["tokens_per_character"] * times[name]
-            for i, times in of_rows.items()
-            if times
-        }
-        found[f"{name}, ms"] = {index: (cost, rows[index]["mean"]) for index, cost in ms.items()}
-    return found
+    if not times_of:
+        return points
+    for name in TIMES:
+        points[f"{name}, ms"] = {}
+        for index, row in enumerate(rows):
+            times = times_of.get((row["variant"], row["format"]))
+            if times is not None:
+                milliseconds = 1e3 * row["tokens_per_character"] * times[name]
+                points[f"{name}, ms"][index] = (milliseconds, row["mean"])
+    return points
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Rows by megabytes; costs of the frontier are bold."""
-    lines, points = [], points_of(rows)
+    """Return the rows by megabytes, in Markdown; costs of the frontier are bold."""
+    points = points_of(rows)
+    best = {name: frontier(of_rows) for name, of_rows in points.items()}
+    lines = []
     for index in sorted(range(len(rows)), key=lambda i: rows[i]["bytes"]):
         row = rows[index]
-        costs = [f"{found[index][0]:.3g}" if index in found else "" for found in points.values()]
-        bold = [
-            f"**{c}**" if index in frontier(f) else c
-            for c, f in zip(costs, points.values(), strict=True)
-        ]
-        losses = (f"{loss:.4f}" for loss in (row["mean"], *row["bits_per_byte"].values()))
-        lines.append((row["variant"], row["tokens"] or "", row["format"], *bold, *losses))
-    return markdown_lines(
-        ("removed", "recovered on", "bits", *points, "mean", *rows[0]["bits_per_byte"]), lines
-    )
+        costs = []
+        for name, of_rows in points.items():
+            cost = f"{of_rows[index][0]:.3g}" if index in of_rows else ""
+            costs.append(f"**{cost}**" if index in best[name] else cost)
+        losses = [f"{loss:.4f}" for loss in (row["mean"], *row["bits_per_byte"].values())]
+        lines.append((row["variant"], row["tokens"] or "", row["format"], *costs, *losses))
+    headings = ("removed", "recovered on", "bits", *points, "mean", *rows[0]["bits_per_byte"])
+    return markdown_lines(headings, lines)
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:
@@ -244,33 +257,36 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
 
-    counted, variants = points_of(rows), list(dict.fromkeys(row["variant"] for row in rows))
-    shapes = dict(zip(dict.fromkeys(row["format"] for row in rows), "sov^DPX", strict=False))
-    size = 1 if len(counted) == 1 else 2  # one panel, or four
-    figure = Figure(figsize=(7, 4.5) if size == 1 else (11, 8), layout="constrained")
+    points = points_of(rows)
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    formats = dict.fromkeys(row["format"] for row in rows)
+    colours = {variant: f"C{index}" for index, variant in enumerate(variants)}
+    shapes = dict(zip(formats, "sov^DPX", strict=False))
+    has_times = len(points) > 1
+    size = 2 if has_times else 1  # panels in a row
+    figure = Figure(figsize=(11, 8) if has_times else (7, 4.5), layout="constrained")
     panels = figure.subplots(size, size, squeeze=False).flat
-    for axes, (name, points) in zip(panels, counted.items(), strict=True):
-        axes.plot(
-            *zip(*(points[i] for i in frontier(points)), strict=True),
-            color="grey",
-            linewidth=1,
-            zorder=0,
-        )
-        for index, point in points.items():
-            row, colour = rows[index], f"C{variants.index(rows[index]['variant'])}"
+    for axes, (name, of_rows) in zip(panels, points.items(), strict=True):
+        costs, losses = zip(*(of_rows[index] for index in frontier(of_rows)), strict=True)
+        axes.plot(costs, losses, color="grey", linewidth=1, zorder=0)
+        for index, (cost, loss) in of_rows.items():
+            colour = colours[rows[index]["variant"]]
             axes.plot(
-                *point,
-                shapes[row["format"]],
+                cost,
+                loss,
+                shapes[rows[index]["format"]],
                 color=colour,
-                markerfacecolor=colour if row["tokens"] else "white",
+                markerfacecolor=colour if rows[index]["tokens"] else "white",
             )
         axes.set(xlabel=name, ylabel="bits per byte", xscale="log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
-    for index, variant in enumerate(variants):
-        axes.plot([], [], "o", color=f"C{index}", label=variant)
+
+    # the legend, in the last panel
+    for variant, colour in colours.items():
+        axes.plot([], [], "o", color=colour, label=variant)
     for bits, shape in shapes.items():
         label = f"{bits} bits" if bits.isdigit() else bits
         axes.plot([], [], shape, color="black", markerfacecolor="white", label=label)
@@ -279,32 +295,33 @@ def draw(rows: Sequence[Row], file: Path) -> None:
 
 
 def main() -> None:
+    """Measure the rows that the output file lacks, take times if asked for, and print the table."""
     helps = {
         "variants": "what is removed",
         "tokens": "to recover on; 0: not recovered",
         "bytes": "of each text",
-    }
-    helps |= {
         "formats": "bits a weight",
         "work": "folder for models",
         "rounds": "of times, in turn; 0: none",
     }
-    lists: dict[str, list[Any]] = {
-        "variants": VARIANTS.split(),
-        "tokens": [0],
-        "formats": ["16", "8", "IQ4_NL"],
-    }
-    sizes = {
-        "num_samples": 16,
-        "sequence_length": 512,
-        "bytes": 60_000,
-        "seed": 0,
-        "threads": 1,
-        "rounds": 0,
-    }
-    places = {"work": Path("runs"), "output": Path("runs/frontier.json"), "plot": Path}
     arguments = parse_arguments(
-        __doc__, "model", "calibration", "texts", helps=helps, **lists, **sizes, **places
+        __doc__,
+        "model",
+        "calibration",
+        "texts",
+        helps=helps,
+        variants=VARIANTS.split(),
+        tokens=[0],
+        formats=["16", "8", "IQ4_NL"],
+        num_samples=16,
+        sequence_length=512,
+        bytes=60_000,
+        seed=0,
+        threads=1,
+        rounds=0,
+        work=Path("runs"),
+        output=Path("runs/frontier.json"),
+        plot=Path,
     )
     torch.set_num_threads(arguments.threads)
     texts = starts_of(arguments)
@@ -312,25 +329,25 @@ def main() -> None:
         arguments, "variants", "tokens", "formats", "work", "threads", "rounds", "seed"
     )
     for variant in arguments.variants:
+        sets_zeros = sparsity_of(variant) is not None
         for tokens in arguments.tokens:
-            for bits in arguments.formats if sparsity_of(variant) is None else ["packed"]:
+            for bits in ["packed"] if sets_zeros else arguments.formats:
                 key: Row = {
                     "model": Path(arguments.model).name,
                     "variant": variant,
                     "tokens": tokens,
                     "format": bits,
+                    "seed": arguments.seed,
                 }
-                key |= {"seed": arguments.seed}
-                if not any(key.items() <= row.items() for row in record["rows"]):
+                is_measured = any(key.items() <= row.items() for row in record["rows"])
+                if not is_measured:
                     record["rows"].append(measure(arguments, key, texts))
                     save(arguments, record)
     if arguments.rounds:
         timed = [row for row in record["rows"] if not row["tokens"] and row["format"] != "packed"]
         take_times(arguments, timed)
-        save(
-            arguments,
-            record | {"machine": {"processor": processor_name(), "threads": arguments.threads}},
-        )
+        machine = {"processor": processor_name(), "threads": arguments.threads}
+        save(arguments, record | {"machine": machine})
     print("\n".join(table(record["rows"])))
     if arguments.plot is not None:
         draw(record["rows"], arguments.plot)

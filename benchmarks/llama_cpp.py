@@ -14,6 +14,7 @@ import ctypes
 import re
 import statistics
 import tempfile
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 from shared import parse_arguments, save
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from optimum_fista.environment import processor_name
 from optimum_fista.folder.card import markdown_lines
@@ -58,9 +59,15 @@ def kind_of(bits: str, shape: Sequence[int], is_head: bool) -> GGMLQuantizationT
     """
     if len(shape) == 1:
         return GGMLQuantizationType.F32
-    keeps_head = is_head and bits not in ("32", "16") and not bits.endswith("*")
-    kind = KINDS["8" if keeps_head else bits.rstrip("*")][0]
-    return KINDS["IQ4_NL"][0] if kind is GGMLQuantizationType.Q3_K and shape[-1] % 256 else kind
+    name = bits.rstrip("*")
+    rounds_head_less = bits not in ("32", "16") and not bits.endswith("*")
+    if is_head and rounds_head_less:
+        name = "8"
+    kind, _ = KINDS[name]
+    has_blocks_of_256 = shape[-1] % 256 == 0
+    if kind is GGMLQuantizationType.Q3_K and not has_blocks_of_256:
+        return GGMLQuantizationType.IQ4_NL
+    return kind
 
 
 def write_gguf(folder: Path, file: Path, bits: str) -> None:
@@ -75,53 +82,57 @@ def write_gguf(folder: Path, file: Path, bits: str) -> None:
     if config.model_type not in ("llama", "gemma3_text"):
         raise SystemExit(f"{folder} is a {config.model_type}: pass a llama or a gemma3_text.")
     is_gemma = config.model_type == "gemma3_text"
+
     writer = gguf.GGUFWriter(file, "gemma3" if is_gemma else "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(
-        max(config.max_position_embeddings, CONTEXT)
-    )  # a small model may have seen fewer tokens
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(
-        config.head_dim
-    )  # without heads it is not hidden_size / num_attention_heads
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    if is_gemma:
-        writer.add_sliding_window(config.sliding_window)
-    rope = config.rope_parameters["full_attention"] if is_gemma else config.rope_parameters
-    writer.add_rope_freq_base(rope["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type(KINDS[bits.rstrip("*")][1])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([f"<{index}>" for index in range(config.vocab_size)])
-    writer.add_token_scores([0.0] * config.vocab_size)
-    writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
+    _, file_type = KINDS[bits.rstrip("*")]
+    writer.add_file_type(file_type)
+    add_configuration(writer, config, is_gemma=is_gemma)
     architecture = gguf.MODEL_ARCH.GEMMA3 if is_gemma else gguf.MODEL_ARCH.LLAMA
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     head = "token_embd.weight" if config.tie_word_embeddings else "output.weight"
     files = checkpoint_files(folder)
     for name, tensor in read_tensors(files, sorted(files)):
         new_name = names.get_name(name, try_suffixes=(".weight",))
-        if is_gemma:
-            tensor = (
-                tensor + 1 if tensor.ndim == 1 else tensor
-            )  # llama.cpp's norms scale by w, Gemma's by 1 + w
-        elif new_name.endswith(("attn_q.weight", "attn_k.weight")):
+        is_norm = tensor.ndim == 1
+        if is_gemma and is_norm:
+            tensor = tensor + 1  # llama.cpp's norms scale by w, Gemma's by 1 + w
+        elif not is_gemma and new_name.endswith(("attn_q.weight", "attn_k.weight")):
             # llama.cpp rotates neighbours, Transformers the halves of a head
-            tensor = (
-                tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
-            )
+            halves = tensor.unflatten(0, (-1, 2, config.head_dim // 2))
+            tensor = halves.transpose(1, 2).flatten(0, 2)
         kind = kind_of(bits, tensor.shape, new_name == head)
         writer.add_tensor(new_name, rounded(name, tensor, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def add_configuration(writer: gguf.GGUFWriter, config: PreTrainedConfig, *, is_gemma: bool) -> None:
+    """Add the sizes of a model to a GGUF file that is being written, and a tokenizer whose words are numbers."""
+    writer.add_block_count(config.num_hidden_layers)
+    # a small model may have seen fewer tokens
+    writer.add_context_length(max(config.max_position_embeddings, CONTEXT))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    # if heads were removed, it is not hidden_size / num_attention_heads
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    rope = config.rope_parameters
+    if is_gemma:
+        writer.add_sliding_window(config.sliding_window)
+        rope = rope["full_attention"]
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"<{index}>" for index in range(config.vocab_size)])
+    writer.add_token_scores([0.0] * config.vocab_size)
+    writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
 
 
 def rounded(name: str, tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:
@@ -132,19 +143,20 @@ def rounded(name: str, tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray
             f"{name} has rows of {tensor.shape[-1]} weights; {kind.name} needs a multiple of {block}."
         )
     values = tensor.float().contiguous().numpy()
-    if kind not in (KINDS["IQ4_NL"][0], KINDS["Q3_K"][0]):
+    if kind not in (GGMLQuantizationType.IQ4_NL, GGMLQuantizationType.Q3_K):
         return gguf.quantize(values, kind)
+    # `gguf` reads these kinds and can't write them, so llama.cpp's own function does
+    rows, columns = values.shape
     written = np.empty(gguf.quant_shape_to_byte_shape(values.shape, kind), np.uint8)
-    sizes = (ctypes.c_int64(size) for size in (0, *values.shape))  # first row, rows, columns
-    library = ctypes.CDLL(
-        xllamacpp.xllamacpp.__file__
-    )  # `gguf` reads these kinds and can't write them
+    library = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
     library.ggml_quantize_chunk(
         int(kind),
         ctypes.c_void_p(values.ctypes.data),
         ctypes.c_void_p(written.ctypes.data),
-        *sizes,
-        None,
+        ctypes.c_int64(0),  # first row
+        ctypes.c_int64(rows),
+        ctypes.c_int64(columns),
+        None,  # no importances
     )
     return written
 
@@ -153,9 +165,12 @@ def server_of(file: Path, threads: int, parallel: int = 1) -> Any:
     """llama.cpp with one model, for so many prompts at a time."""
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(file)
-    parameters.n_ctx, parameters.n_parallel, parameters.n_gpu_layers = CONTEXT, parallel, 0
+    parameters.n_ctx = CONTEXT
     parameters.kv_unified = True  # the prompts share these tokens
-    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+    parameters.n_parallel = parallel
+    parameters.n_gpu_layers = 0
+    parameters.cpuparams.n_threads = threads
+    parameters.cpuparams_batch.n_threads = threads
     parameters.verbosity = 0
     return xllamacpp.Server(parameters)
 
@@ -180,51 +195,59 @@ def require_same_tokens(
     """End the program unless llama.cpp and Transformers write the same greedy tokens in float32."""
     write_gguf(folder, file, "32")
     (answer,) = generate(server_of(file, threads), prompt, new_tokens)["choices"]
-    found = [int(word) for word in re.findall(r"<(\d+)>", answer["text"])]
+    written_by_llama_cpp = [int(word) for word in re.findall(r"<(\d+)>", answer["text"])]
     file.unlink()
+
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    options: dict[str, Any] = {
-        "max_new_tokens": new_tokens,
-        "min_new_tokens": new_tokens,
-        "do_sample": False,
-    }
-    wanted = model.generate(
-        prompt[None], attention_mask=torch.ones_like(prompt[None]), pad_token_id=0, **options
+    ids = model.generate(
+        prompt[None],
+        attention_mask=torch.ones_like(prompt[None]),
+        pad_token_id=0,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
     )
-    if found != wanted[0, len(prompt) :].tolist():
+    written_by_transformers = ids[0, len(prompt) :].tolist()
+    if written_by_llama_cpp != written_by_transformers:
         raise SystemExit(
-            f"{folder.name}: llama.cpp writes {found}, Transformers {wanted[0, len(prompt) :].tolist()}"
+            f"{folder.name}: llama.cpp writes {written_by_llama_cpp}, Transformers {written_by_transformers}"
         )
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Each model as many times the first one with as many bits; and the first one as many times its first bits."""
+    first = rows[0]
     lines = []
     for row in rows:
-        same_bits = next(other for other in rows if other["bits"] == row["bits"])
-        base = rows[0] if row is same_bits else same_bits
-        speeds = [
-            statistics.median(row[k]) / statistics.median(base[k]) for k in ("decode", "prefill")
-        ]
-        ratios = (
-            *speeds,
-            row["memory_bytes"] / base["memory_bytes"],
-            row["file_bytes"] / base["file_bytes"],
-        )
+        first_with_its_bits = next(other for other in rows if other["bits"] == row["bits"])
+        base = first if row is first_with_its_bits else first_with_its_bits
+        ratios = []
+        for key in ("decode", "prefill"):
+            ratios.append(statistics.median(row[key]) / statistics.median(base[key]))
+        for key in ("memory_bytes", "file_bytes"):
+            ratios.append(row[key] / base[key])
         lines.append((row["model"], row["bits"], *(f"{ratio:.2f}x" for ratio in ratios)))
     return markdown_lines(("model", "bits", "decode", "prefill", "memory", "file"), lines)
 
 
 def main() -> None:
+    """Measure all models in all kinds, print the table, and write the record."""
     helps = {
         "models": "folders of models; ratios are to the first",
         "bits": "bits a weight",
         "checked": "greedy tokens to compare; 0 = none",
     }
-    numbers = {"prompt_tokens": 512, "new_tokens": 32, "checked": 24, "rounds": 5, "threads": 1}
-    lists: dict[str, list[Any]] = {"models": [""], "bits": ["16", "8", "4"]}
     arguments = parse_arguments(
-        __doc__, helps=helps, **lists, **numbers, output=Path("runs/llama_cpp.json")
+        __doc__,
+        helps=helps,
+        models=[""],
+        bits=["16", "8", "4"],
+        prompt_tokens=512,
+        new_tokens=32,
+        checked=24,
+        rounds=5,
+        threads=1,
+        output=Path("runs/llama_cpp.json"),
     )
     if xllamacpp is None:
         raise SystemExit("llama.cpp is missing: pip install xllamacpp")
@@ -233,32 +256,50 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(AutoConfig.from_pretrained(folder).vocab_size for folder in folders)
     prompt = torch.randint(0, vocabulary, (arguments.prompt_tokens,), generator=generator)
-    rows: list[dict[str, Any]] = []
+
     with tempfile.TemporaryDirectory() as temporary:
-        for folder in folders:
-            if arguments.checked:
-                file = Path(temporary) / "float32.gguf"
+        if arguments.checked:
+            file = Path(temporary) / "float32.gguf"
+            for folder in folders:
                 require_same_tokens(folder, file, prompt[:16], arguments.checked, arguments.threads)
-            for bits in arguments.bits:
-                file = Path(temporary) / f"{len(rows)}.gguf"
-                write_gguf(folder, file, bits)
-                row = {"model": folder.name, "bits": bits, "file_bytes": file.stat().st_size}
-                rows.append(row | {"prefill": [], "decode": []})
-        servers = []
-        for index, row in enumerate(rows):
-            before = psutil.Process().memory_info().rss
-            servers.append(server_of(Path(temporary) / f"{index}.gguf", arguments.threads))
-            generate(servers[-1], prompt, arguments.new_tokens)  # warms up
-            row["memory_bytes"] = psutil.Process().memory_info().rss - before
-        for _ in range(arguments.rounds):
-            for row, server in zip(rows, servers, strict=True):
-                times = generate(server, prompt, arguments.new_tokens)["timings"]
-                row["prefill"].append(times["prompt_per_second"])
-                row["decode"].append(times["predicted_per_second"])
+        rows = measure(arguments, folders, prompt, Path(temporary))
     print("\n".join(table(rows)))
     arguments.models = [folder.name for folder in folders]
     machine = {"processor": processor_name(), "xllamacpp": xllamacpp.__version__}
     save(arguments, {"machine": machine, "rows": rows})
+
+
+def measure(
+    arguments: Namespace, folders: list[Path], prompt: Tensor, temporary: Path
+) -> list[dict[str, Any]]:
+    """Return a row for each model in each kind: bytes, and tokens a second of `arguments.rounds` rounds in turn.
+
+    GGUF files are written to the folder `temporary`. All models are in memory together.
+    """
+    rows: list[dict[str, Any]] = []
+    files: list[Path] = []
+    for folder in folders:
+        for bits in arguments.bits:
+            file = temporary / f"{len(files)}.gguf"
+            write_gguf(folder, file, bits)
+            files.append(file)
+            rows.append({"model": folder.name, "bits": bits, "file_bytes": file.stat().st_size})
+
+    servers = []
+    for row, file in zip(rows, files, strict=True):
+        before = psutil.Process().memory_info().rss
+        server = server_of(file, arguments.threads)
+        generate(server, prompt, arguments.new_tokens)  # warms up
+        row["memory_bytes"] = psutil.Process().memory_info().rss - before
+        row["prefill"] = []
+        row["decode"] = []
+        servers.append(server)
+    for _ in range(arguments.rounds):
+        for row, server in zip(rows, servers, strict=True):
+            times = generate(server, prompt, arguments.new_tokens)["timings"]
+            row["prefill"].append(times["prompt_per_second"])
+            row["decode"].append(times["predicted_per_second"])
+    return rows
 
 
 if __name__ == "__main__":

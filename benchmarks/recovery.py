@@ -22,7 +22,6 @@ import json
 import math
 import time
 from argparse import Namespace
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +38,8 @@ from optimum_fista.folder.card import markdown_lines
 from optimum_fista.folder.checkpoint import read_report
 from optimum_fista.source.loading import load_model, require_tokenizer
 
-KINDS = (
-    "dense",
-    "pruned",
-    "once",
-    "all",
-    "lora",
-    "norms",
-)  # "lora" only in rows of an earlier version
+# In the order of the table; "lora" is only in rows of an earlier version.
+KINDS = ("dense", "pruned", "once", "all", "lora", "norms")
 SELECTING = 2
 """Windows after the calibrated ones that choose the best state of `once`."""
 
@@ -69,35 +62,35 @@ def text_without(
 def measure(
     arguments: Namespace, folder: Path, kind: str, text: Path, texts: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """A row: the folder as it is (`pruned`), or recovered; `dense` is the model."""
+    """Measure a row: the folder as it is (`pruned`), or recovered; `dense` is the model.
+
+    A recovered model is made if it is not there.
+
+    Args:
+        arguments: Those of the command.
+        folder: The pruned model.
+        kind: What is trained, such as "all:98304@4e-4" (the module's docstring has more).
+        text: File of the text to train on.
+        texts: Windows to measure on, int64 [windows, length], by name.
+    """
     row: dict[str, Any] = {"folder": folder.name, "row": kind, "seed": arguments.seed}
-    beside = folder.with_name(f"{folder.name}-{kind.replace(':', '-')}")
-    source = {"dense": Path(arguments.model), "pruned": folder}.get(kind, beside)
-    if kind not in ("dense", "pruned"):
-        if not source.exists():
-            trains, _, amount = kind.partition(":")
-            tokens, *others = amount.split("@")
-            options: dict[str, Any] = {"calibration": str(text), "train": trains, "accumulate": 1}
-            options |= {} if kind == "once" else {"tokens": int(tokens)}
-            for other in others:
-                name, _, value = other.rpartition("=")
-                options[name or "relative_step"] = json.loads(value)
-            if kind == "once":  # the windows that the model was calibrated on, in the same order
-                length, count = arguments.test_length, arguments.num_samples
-                options |= {
-                    "calibration": arguments.calibration,
-                    "train": "all",
-                    "tokens": count * length,
-                }
-                options |= {"sequence_length": length, "batch_size": 1, "held_out": SELECTING}
+    if kind == "dense":
+        measured = Path(arguments.model)
+    elif kind == "pruned":
+        measured = folder
+    else:
+        measured = folder.with_name(f"{folder.name}-{kind.replace(':', '-')}")
+        if not measured.exists():
+            options = options_of(kind, arguments, text)
             started = time.process_time()
-            recover(folder, arguments.model, source, seed=arguments.seed, device="cpu", **options)
+            recover(folder, arguments.model, measured, seed=arguments.seed, device="cpu", **options)
             row["core_minutes"] = (time.process_time() - started) / 60
-        row["recovery"] = dataclasses.asdict(read_report(source).recoveries[-1])
+        row["recovery"] = dataclasses.asdict(read_report(measured).recoveries[-1])
     if kind != "dense":
-        row["num_zeros"] = verify_checkpoint(source).num_zeros
-    model, _ = load_model(str(source), dtype="float32", device="cpu")
-    with torch.autocast("cpu", torch.bfloat16) if arguments.bfloat16 else nullcontext():
+        row["num_zeros"] = verify_checkpoint(measured).num_zeros
+
+    model, _ = load_model(str(measured), dtype="float32", device="cpu")
+    with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bfloat16):
         row["perplexity"] = {
             name: evaluate_perplexity(model, windows, progress=False).perplexity
             for name, windows in texts.items()
@@ -105,26 +98,63 @@ def measure(
     return row
 
 
+def options_of(kind: str, arguments: Namespace, text: Path) -> dict[str, Any]:
+    """Return the arguments of `recover` for a kind of row, such as "once" or "all:98304@label_share=0".
+
+    `text` is the file of the text to train on. `once` trains on the windows that the model was calibrated on, in the
+    same order.
+    """
+    if kind == "once":
+        return {
+            "calibration": arguments.calibration,
+            "train": "all",
+            "accumulate": 1,
+            "tokens": arguments.num_samples * arguments.test_length,
+            "sequence_length": arguments.test_length,
+            "batch_size": 1,
+            "held_out": SELECTING,
+        }
+    trains, _, amount = kind.partition(":")
+    tokens, *others = amount.split("@")
+    options = {
+        "calibration": str(text),
+        "train": trains,
+        "accumulate": 1,
+        "tokens": int(tokens),
+    }
+    for other in others:  # "4e-4", a learning rate, or "label_share=0"
+        name, _, value = other.rpartition("=")
+        options[name or "relative_step"] = json.loads(value)
+    return options
+
+
 def trained(row: dict[str, Any]) -> str:
     """What was trained, without on how many tokens: `all`, `all@4e-4`."""
     kind, _, amount = row["row"].partition(":")
-    return kind + "".join(amount.partition("@")[1:])
+    _, at, options = amount.partition("@")
+    return f"{kind}{at}{options}"
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Perplexities by what was trained, and the ratio of `of_texts` to that of `dense`, in Markdown."""
-    shown, dense = [], next((of_texts(row) for row in rows if row["row"] == "dense"), math.nan)
+    dense_rows = [row for row in rows if row["row"] == "dense"]
+    dense = of_texts(dense_rows[0]) if dense_rows else math.nan
+    lines = []
     for row in sorted(rows, key=lambda row: KINDS.index(trained(row).partition("@")[0])):
-        found = row.get("recovery", {"num_trained": 0, "num_tokens": 0})
-        cells = (f"{value:.2f}" for value in row["perplexity"].values())
-        done = (f"{found[name]:,}" if found[name] else "" for name in ("num_trained", "num_tokens"))
-        minutes = f"{found['seconds'] / 60:.1f}" if "seconds" in found else ""
-        shown.append(
-            (row["folder"], trained(row), *cells, f"{of_texts(row) / dense:.3f}", *done, minutes)
-        )
-    shown.sort(key=lambda cells: cells[0])
-    names = ("ratio", "weights", "tokens", "minutes")
-    return markdown_lines(("model", "trained", *rows[0]["perplexity"], *names), shown)
+        perplexities = [f"{value:.2f}" for value in row["perplexity"].values()]
+        ratio = f"{of_texts(row) / dense:.3f}"
+        weights = ""
+        tokens = ""
+        minutes = ""
+        recovery = row.get("recovery")
+        if recovery is not None:
+            weights = f"{recovery['num_trained']:,}"
+            tokens = f"{recovery['num_tokens']:,}"
+            minutes = f"{recovery['seconds'] / 60:.1f}"
+        lines.append((row["folder"], trained(row), *perplexities, ratio, weights, tokens, minutes))
+    lines.sort(key=lambda cells: cells[0])
+    headings = ("model", "trained", *rows[0]["perplexity"], "ratio", "weights", "tokens", "minutes")
+    return markdown_lines(headings, lines)
 
 
 def of_texts(row: dict[str, Any]) -> float:
@@ -139,20 +169,28 @@ def table_of_seeds(rows: list[dict[str, Any]]) -> list[str]:
 
     The geometric mean is that of the texts without `calibrated`. A model is a folder without its seed.
     """
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}  # by model and by what was trained
     for row in rows:
         if row["row"] != "dense":
-            found.setdefault((row["folder"].rpartition("-")[0], trained(row)), []).append(row)
+            model, _, _ = row["folder"].rpartition("-")
+            groups.setdefault((model, trained(row)), []).append(row)
+
+    def place(key: tuple[str, str]) -> tuple[str, bool]:
+        """Where a group is in the table: by model, `pruned` first."""
+        model, kind = key
+        return model, kind != "pruned"
+
     lines = []
-    for (model, kind), group in sorted(
-        found.items(), key=lambda item: (item[0][0], item[0][1] != "pruned")
-    ):
+    for model, kind in sorted(groups, key=place):
+        group = groups[model, kind]
         cells = [
             shown([row["perplexity"][name] for row in group]) for name in group[0]["perplexity"]
         ]
-        before = {row["seed"]: mean(row) for row in found[model, "pruned"]}
-        ratios = [mean(row) / before[row["seed"]] for row in group if kind != "pruned"]
-        lines.append((model, kind, *cells, shown(ratios, 3) if ratios else ""))
+        ratio = ""
+        if kind != "pruned":
+            before = {row["seed"]: mean(row) for row in groups[model, "pruned"]}
+            ratio = shown([mean(row) / before[row["seed"]] for row in group], 3)
+        lines.append((model, kind, *cells, ratio))
     return markdown_lines(("model", "trained", *rows[0]["perplexity"], "ratio"), lines)
 
 
@@ -168,20 +206,18 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     from matplotlib.figure import Figure
 
     dense = mean(next(row for row in rows if row["row"] == "dense"))
+    starts = {row["folder"]: mean(row) / dense for row in rows if row["row"] == "pruned"}
     lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in rows:
         if "recovery" in row:
-            start = next(
-                other
-                for other in rows
-                if (other["folder"], other["row"]) == (row["folder"], "pruned")
-            )
-            points = lines.setdefault((row["folder"], trained(row)), [(0.0, mean(start) / dense)])
+            start = (0.0, starts[row["folder"]])
+            points = lines.setdefault((row["folder"], trained(row)), [start])
             points.append((row["recovery"]["seconds"] / 60, mean(row) / dense))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for (folder, kind), points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=f"{folder}, {kind}")
+        minutes, ratios = zip(*sorted(points), strict=True)
+        axes.plot(minutes, ratios, marker="o", label=f"{folder}, {kind}")
     axes.set(xlabel="minutes of training", ylabel="perplexity / dense perplexity")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -197,34 +233,45 @@ _HELP = {
 
 
 def main() -> None:
-    ways = {"rows": ["dense", "pruned", "once", "all:98304"], "bfloat16": False}
-    sizes = {"num_samples": 24, "max_windows": 12, "test_length": 1024}
-    others = {"threads": 1, "seed": 0, "output": Path("runs/recovery.json"), "plot": Path}
-    required = ("model", "calibration", "texts", "folders")
-    arguments = parse_arguments(__doc__, *required, helps=_HELP, **ways, **sizes, **others)
+    """Measure the rows that the output file lacks, and print the tables."""
+    arguments = parse_arguments(
+        __doc__,
+        "model",
+        "calibration",
+        "texts",
+        "folders",
+        helps=_HELP,
+        rows=["dense", "pruned", "once", "all:98304"],
+        bfloat16=False,
+        num_samples=24,
+        max_windows=12,
+        test_length=1024,
+        threads=1,
+        seed=0,
+        output=Path("runs/recovery.json"),
+        plot=Path,
+    )
     torch.set_num_threads(arguments.threads)
     folders = [Path(folder) for folder in arguments.folders.split(",")]
     tokenizer = require_tokenizer(arguments.model)
     arguments.sequence_length = arguments.test_length
-    first = arguments.num_samples + SELECTING
-    windows = calibration_of(arguments, tokenizer, first + arguments.max_windows)
-    unseen, calibrated = (
-        windows[first:],
-        windows[: min(arguments.num_samples, arguments.max_windows)],
-    )
-    texts = texts_of(arguments, tokenizer, arguments.test_length) | {
-        "calibrated": calibrated,
-        "held out": unseen,
-    }
-    file = (
-        folders[0].parent / f"{Path(arguments.calibration).stem}-train-{arguments.seed}.txt"
-    )  # seeds may run at once
-    text = text_without(arguments.calibration, unseen, tokenizer, file)
+    num_fitted = arguments.num_samples + SELECTING
+    windows = calibration_of(arguments, tokenizer, num_fitted + arguments.max_windows)
+    held_out = windows[num_fitted:]
+    texts = texts_of(arguments, tokenizer, arguments.test_length)
+    texts["calibrated"] = windows[: min(arguments.num_samples, arguments.max_windows)]
+    texts["held out"] = held_out
+    # seeds may run at once
+    stem = Path(arguments.calibration).stem
+    file = folders[0].parent / f"{stem}-train-{arguments.seed}.txt"
+    text = text_without(arguments.calibration, held_out, tokenizer, file)
+
     record = open_record(arguments, "folders", "rows", "threads", "seed")
     for folder in folders:
         for kind in arguments.rows:
-            name = {"folder": folder.name, "row": kind}
-            if not any(name.items() <= row.items() for row in record["rows"]):
+            key = {"folder": folder.name, "row": kind}
+            is_measured = any(key.items() <= row.items() for row in record["rows"])
+            if not is_measured:
                 record["rows"].append(measure(arguments, folder, kind, text, texts))
                 save(arguments, record)
     print("\n".join(table(record["rows"])))

@@ -143,28 +143,26 @@ def parse_config(method: str, pattern: str, seed: int = 0, held_out: int = 0) ->
 def pattern_of(text: str, scope: Scope = "matrix") -> SparsityPattern:
     """The pattern of a fraction of zeros, such as `0.5`, or of a pattern's text, such as `2:4`."""
     sparsity = sparsity_of(text)
-    return (
-        parse_pattern(text, scope=scope)
-        if sparsity is None
-        else parse_pattern(sparsity=sparsity, scope=scope)
-    )
+    if sparsity is None:
+        return parse_pattern(text, scope=scope)
+    return parse_pattern(sparsity=sparsity, scope=scope)
 
 
 def settings_of(arguments: Namespace, *without: str) -> dict[str, str]:
     """Arguments as text, paths by their names alone; without those on which no result depends."""
-    found = {
-        key: value
-        for key, value in vars(arguments).items()
-        if key not in (*without, "output", "plot")
-    }
-    named = {name: Path(found[name]).name for name in ("model", "calibration") if found.get(name)}
-    texts = (
-        {"texts": ",".join(Path(source).name for source in found["texts"])}
-        if "texts" in found
-        else {}
-    )
-    joined = {k: ",".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in found.items()}
-    return joined | named | texts
+    settings = {}
+    for name, value in vars(arguments).items():
+        if name in (*without, "output", "plot"):
+            continue
+        if name in ("model", "calibration") and value:
+            settings[name] = Path(value).name
+        elif name == "texts":
+            settings[name] = ",".join(Path(source).name for source in value)
+        elif isinstance(value, list):
+            settings[name] = ",".join(str(item) for item in value)
+        else:
+            settings[name] = str(value)
+    return settings
 
 
 def save(arguments: Namespace, record: dict[str, Any]) -> None:
@@ -199,9 +197,8 @@ def save_llama(
     sizes = {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers}
     config = {"num_attention_heads": hidden // 64, "vocab_size": 256} | config
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**sizes, **config)).to(getattr(torch, dtype)).save_pretrained(
-        folder
-    )
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **config))
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
 
 
 def prune_apart(*, ranks: int = 1, threads: int = 1, **options: Any) -> subprocess.Popen[str]:
@@ -212,25 +209,23 @@ def prune_apart(*, ranks: int = 1, threads: int = 1, **options: Any) -> subproce
         threads: Threads of each.
         options: Those of `run_once.py`.
     """
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        if ranks > 1
-        else []
-    )
+    launcher = []
+    errors = None  # where standard error goes: to that of this process
+    if ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        errors = subprocess.DEVNULL  # torchrun says much of a killed rank
     script = str(Path(__file__).with_name("run_once.py"))
-    command = [
-        sys.executable,
-        *launcher,
-        script,
-        json.dumps(options | {"waits": ranks == 1}, default=str),
-    ]
+    waits = ranks == 1
+    settings = json.dumps(options | {"waits": waits}, default=str)
+    command = [sys.executable, *launcher, script, settings]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    pipe, noise = (
-        subprocess.PIPE,
-        subprocess.DEVNULL if ranks > 1 else None,
-    )  # torchrun says much of a killed rank
     process = subprocess.Popen(
-        command, stdin=pipe, stdout=pipe, stderr=noise, env=environment, text=True
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        env=environment,
+        text=True,
     )
     assert process.stdout is not None
     for _ in range(ranks):
@@ -275,9 +270,12 @@ def watched(**options: Any) -> tuple[int, list[tuple[float, int]], dict[str, flo
         Bytes after the imports; (seconds, bytes) 50 times a second; the seconds that the process tells.
     """
     process = prune_apart(**options)
-    imports, started, curve = anonymous(process.pid), time.monotonic(), []
+    imports = anonymous(process.pid)
+    started = time.monotonic()
+    curve = []
 
     def look() -> None:
+        """Add a point to the curve."""
         curve.append((round(time.monotonic() - started, 3), anonymous(process.pid)))
 
     (seconds,) = finish(process, look)
@@ -286,7 +284,8 @@ def watched(**options: Any) -> tuple[int, list[tuple[float, int]], dict[str, flo
 
 def matrix_rate() -> float:
     """Measured rate of float32 matrix products, FLOP/s."""
-    left, right = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    left = torch.randn(2048, 2048)
+    right = torch.randn(2048, 2048)
     times = []
     for _ in range(9):
         started = time.perf_counter()

@@ -44,6 +44,7 @@ class Runner:
     """A model in one variant, such as `"pruned bfloat16"`, and what is measured of it."""
 
     def __init__(self, variant: str, folder: Path, device: str, threads: int) -> None:
+        """Load the model of a folder in the dtype of `variant`; sets the number of threads of the process."""
         torch.set_num_threads(threads)
         torch.randn(64, 64) @ torch.randn(64, 64)
         self._before = psutil.Process().memory_info().rss
@@ -54,17 +55,17 @@ class Runner:
         release_memory(collect=True)
 
     def sizes(self) -> tuple[int, int]:
-        """Entries of the vocabulary, and bytes of all tensors of the state, each counted once."""
-        tensors = {
-            t.data_ptr() if t.device.type != "meta" else id(t): t
-            for t in self.model.state_dict().values()
-        }
-        return self.model.get_input_embeddings().weight.shape[0], sum(
-            t.nbytes for t in tensors.values()
-        )
+        """Return the entries of the vocabulary, and the bytes of all tensors of the state, each counted once."""
+        tensors = {}
+        for tensor in self.model.state_dict().values():
+            # Tied tensors have one address. On the meta device no tensor has an address.
+            is_meta = tensor.device.type == "meta"
+            tensors[id(tensor) if is_meta else tensor.data_ptr()] = tensor
+        num_entries = self.model.get_input_embeddings().weight.shape[0]
+        return num_entries, sum(tensor.nbytes for tensor in tensors.values())
 
     def memory(self) -> int:
-        """Bytes that loading and running the model have added: on the device, or resident in this process."""
+        """Return the bytes that the model has added since it was loaded: on the device, or resident in this process."""
         device_module = module_that_counts(self.device)
         if device_module is not None:
             return int(device_module.max_memory_allocated(self.device))
@@ -72,8 +73,9 @@ class Runner:
         return int(psutil.Process().memory_info().rss) - self._before
 
     def generate(self, prompt: Tensor, new_tokens: int) -> tuple[float, Tensor]:
-        """Seconds of greedy decoding, and the tokens [batch, new_tokens]."""
-        ids, started = prompt.to(self.device), self._now()
+        """Decode greedily; returns the seconds, and the tokens [batch, new_tokens]. `prompt` is [batch, tokens]."""
+        ids = prompt.to(self.device)
+        started = self._now()
         length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "pad_token_id": 0}
         output = self.model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1, **length
@@ -81,13 +83,15 @@ class Runner:
         return self._now() - started, output[:, ids.shape[1] :].cpu()
 
     def prefill(self, prompt: Tensor) -> tuple[float, Tensor]:
-        """Seconds of one forward pass, and the next tokens [batch]."""
-        ids, started = prompt.to(self.device), self._now()
+        """Run one forward pass; returns the seconds, and the next tokens [batch]. `prompt` is [batch, tokens]."""
+        ids = prompt.to(self.device)
+        started = self._now()
         with torch.no_grad():
             logits = self.model(ids, logits_to_keep=1, use_cache=True).logits[:, -1]
         return self._now() - started, logits.argmax(-1).cpu()
 
     def _now(self) -> float:
+        """Return the time when the device has done what it was asked to do."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         return time.perf_counter()
@@ -112,34 +116,19 @@ def measure(arguments: Namespace) -> dict[str, Any]:
     threads = arguments.threads or torch.get_num_threads()
 
     pipes = {}
-    context = multiprocessing.get_context("spawn")
     for name in variants:
-        pipes[name], end = context.Pipe()
-        folder = folders[name.split()[0]]
-        model = (name, folder, arguments.device, threads)
-        context.Process(target=serve, args=(end, *model), daemon=True).start()
-        end.close()
+        which, _ = name.split()  # and its dtype
+        pipes[name] = start_runner(name, folders[which], arguments.device, threads)
     sizes = {name: ask(pipes[name], "sizes") for name in variants}
 
     num_tokens = min(entries for entries, _ in sizes.values())
     random = partial(torch.randint, num_tokens, generator=torch.manual_seed(0))
-    questions: dict[str, tuple[Any, ...]] = {}
+    questions: dict[str, tuple[Any, ...]] = {}  # method of `Runner`, and its arguments
     for size in arguments.batch_sizes:
         prompts = random((size, arguments.prompt_tokens))
         questions[f"batch {size}"] = ("generate", prompts, arguments.new_tokens)
     questions["prefill"] = ("prefill", random((1, arguments.prefill_tokens)))
-
-    seconds: dict[str, dict[str, list[float]]] = {
-        name: {key: [] for key in questions} for name in variants
-    }
-    for turn in range(arguments.rounds + 1):
-        is_warming_up = turn == 0
-        print("warming up" if is_warming_up else f"round {turn} of {arguments.rounds}", flush=True)
-        for key, question in questions.items():
-            for name in variants:
-                took, _ = ask(pipes[name], *question)
-                if not is_warming_up:
-                    seconds[name][key].append(took)
+    seconds = take_times(pipes, questions, arguments.rounds)
 
     measured = {}
     for name in variants:
@@ -147,11 +136,12 @@ def measure(arguments: Namespace) -> dict[str, Any]:
         rates = {}
         for size in arguments.batch_sizes:
             rates[str(size)] = size * arguments.new_tokens / median[f"batch {size}"]
+        _, weight_bytes = sizes[name]
         measured[name] = {
             "tokens_per_second": rates,
             "prefill_tokens_per_second": arguments.prefill_tokens / median["prefill"],
             "memory_bytes": ask(pipes[name], "memory"),
-            "weight_bytes": sizes[name][1],
+            "weight_bytes": weight_bytes,
             "seconds": seconds[name],
         }
     settings = vars(arguments) | {"variants": variants, "threads": threads}
@@ -167,6 +157,40 @@ def measure(arguments: Namespace) -> dict[str, Any]:
             "threads": threads,
         },
     }
+
+
+def start_runner(variant: str, folder: Path | None, device: str, threads: int) -> Connection:
+    """Start a process with a `Runner` of these arguments; returns the pipe on which `ask` reaches it.
+
+    The process ends with this one.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipe, end = context.Pipe()
+    arguments = (end, variant, folder, device, threads)
+    context.Process(target=serve, args=arguments, daemon=True).start()
+    end.close()
+    return pipe
+
+
+def take_times(
+    pipes: dict[str, Connection], questions: dict[str, tuple[Any, ...]], rounds: int
+) -> dict[str, dict[str, list[float]]]:
+    """Ask all runners all questions in turn, and return the seconds of each round, by variant and by question.
+
+    One more round before these warms up.
+    """
+    seconds: dict[str, dict[str, list[float]]] = {
+        name: {key: [] for key in questions} for name in pipes
+    }
+    for turn in range(rounds + 1):
+        is_warming_up = turn == 0
+        print("warming up" if is_warming_up else f"round {turn} of {rounds}", flush=True)
+        for key, question in questions.items():
+            for name, pipe in pipes.items():
+                took, _ = ask(pipe, *question)
+                if not is_warming_up:
+                    seconds[name][key].append(took)
+    return seconds
 
 
 def ask(pipe: Connection, *question: Any) -> Any:
@@ -207,21 +231,21 @@ def table(report: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    options: dict[str, Any] = {
-        "variants": [],
-        "original": Path,
-        "batch_sizes": [1, 4, 16],
-        "device": "cpu",
-    }
-    options |= {
-        "new_tokens": 32,
-        "prompt_tokens": 16,
-        "prefill_tokens": 512,
-        "rounds": 5,
-        "threads": int,
-    }
+    """Measure, unless the model is a file of an earlier call, and print the table."""
     arguments = parse_arguments(
-        __doc__, "model", helps=HELPS, output=Path("runs/speed.json"), **options
+        __doc__,
+        "model",
+        helps=HELPS,
+        output=Path("runs/speed.json"),
+        variants=[],
+        original=Path,
+        batch_sizes=[1, 4, 16],
+        device="cpu",
+        new_tokens=32,
+        prompt_tokens=16,
+        prefill_tokens=512,
+        rounds=5,
+        threads=int,
     )
     file = Path(arguments.model)
     if not file.is_file():

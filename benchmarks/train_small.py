@@ -48,61 +48,60 @@ HELD_OUT = 0.1
 
 
 def split_texts(sources: list[str], folder: Path) -> tuple[list[Path], list[Path]]:
-    """Files with what is trained on, and with what is held out of it."""
-    trained, held_out = [], []
+    """Write to files what is trained on, and what is held out of it; returns both lists of files."""
+    (folder / "texts").mkdir(parents=True, exist_ok=True)
+    trained = []
+    held_out = []
     for source in sources:
         text = load_text(source, "calibration").joined
         cut = text.index("\n\n", math.ceil(len(text) * (1 - HELD_OUT)))
-        for part, role, files in (
-            (text[:cut], "trained", trained),
-            (text[cut:], "held-out", held_out),
-        ):
-            files.append(folder / "texts" / f"{Path(source).stem}-{role}.txt")
-            files[-1].parent.mkdir(parents=True, exist_ok=True)
-            files[-1].write_bytes(part.encode())
+        stem = Path(source).stem
+        trained.append(folder / "texts" / f"{stem}-trained.txt")
+        trained[-1].write_bytes(text[:cut].encode())
+        held_out.append(folder / "texts" / f"{stem}-held-out.txt")
+        held_out[-1].write_bytes(text[cut:].encode())
     return trained, held_out
 
 
 def train_tokenizer(files: list[Path], vocabulary: int, folder: Path) -> PreTrainedTokenizerBase:
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train(
+    """Train a tokenizer with `vocabulary` tokens on files, and write it to `folder`."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train(
         [str(file) for file in files],
         vocab_size=vocabulary,
         special_tokens=[END],
         show_progress=False,
     )
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token=END).save_pretrained(
-        folder
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=END)
+    tokenizer.save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 
 def new_model(arguments: Namespace) -> PreTrainedModel:
+    """Make a model with random weights, of the architecture and the sizes of the command line."""
     sizes = {
         "hidden_size": arguments.hidden,
+        "intermediate_size": arguments.ffn,
         "num_hidden_layers": arguments.layers,
-        "tie_word_embeddings": True,
-    }
-    sizes |= {
         "num_attention_heads": arguments.hidden // 32,
         "max_position_embeddings": arguments.sequence_length,
+        "vocab_size": arguments.vocabulary,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "tie_word_embeddings": True,
     }
-    sizes |= {"vocab_size": arguments.vocabulary, "bos_token_id": 0, "eos_token_id": 0}
+    config: PreTrainedConfig
     if arguments.architecture == "gpt_neox":
-        config: PreTrainedConfig = GPTNeoXConfig(
-            intermediate_size=arguments.ffn, use_parallel_residual=False, **sizes
-        )
+        config = GPTNeoXConfig(use_parallel_residual=False, **sizes)
     elif arguments.architecture == "gemma3":
-        sizes |= {"num_key_value_heads": 1, "head_dim": 32, "query_pre_attn_scalar": 32}
-        config = Gemma3TextConfig(intermediate_size=arguments.ffn, **sizes)
+        config = Gemma3TextConfig(
+            num_key_value_heads=1, head_dim=32, query_pre_attn_scalar=32, **sizes
+        )
     else:
-        sizes |= {
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "num_key_value_heads": arguments.hidden // 64,
-        }
         config = MixtralConfig(
-            intermediate_size=arguments.ffn,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            num_key_value_heads=arguments.hidden // 64,
             output_router_logits=True,
             router_aux_loss_coef=0.02,
             **sizes,
@@ -113,74 +112,101 @@ def new_model(arguments: Namespace) -> PreTrainedModel:
 def train(
     model: PreTrainedModel, ids: Tensor, held_out: dict[str, Tensor], arguments: Namespace
 ) -> dict[str, Any]:
-    """AdamW, warm-up and a cosine on windows from random places of `ids` [tokens]; losses in nats a token."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=arguments.rate, betas=(0.9, 0.95))
+    """Train by AdamW, warm-up and a cosine on windows from random places of `ids` [tokens]; returns the record.
+
+    Changes `model`, and writes it with a checkpoint to `arguments.folder` every `arguments.every` steps. A run that was
+    interrupted goes on from there. `held_out` are windows [windows, length] by the name of their text. Losses are in
+    nats a token.
+    """
+    optimizer = new_optimizer(model, arguments.rate)
     schedule = get_cosine_schedule_with_warmup(optimizer, arguments.steps // 20, arguments.steps)
     # All places are drawn before the first step, so that a resumed run goes on with those that are left.
     generator = torch.Generator().manual_seed(arguments.seed)
     shape = (arguments.steps, arguments.batch_size)
     places = torch.randint(len(ids) - arguments.sequence_length, shape, generator=generator)
-    checkpoint = arguments.folder / "training.pt"
+
     record: dict[str, Any] = {
         "settings": settings_of(arguments, "folder"),
         "versions": library_versions(),
+        "parameters": model.num_parameters(),
+        "tokens": len(ids),
+        "rows": [],
     }
-    record |= {"parameters": model.num_parameters(), "tokens": len(ids), "rows": []}
-    first = 0
+    checkpoint = arguments.folder / "training.pt"
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    first_step = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint)
         if saved["record"]["settings"] != record["settings"]:
             raise SystemExit(
                 f"{arguments.folder} holds a run with other settings: pass another --folder."
             )
-        record, first = saved["record"], saved["step"]
-        for part, name in ((model, "model"), (optimizer, "optimizer"), (schedule, "schedule")):
+        record = saved["record"]
+        first_step = saved["step"]
+        for name, part in parts.items():
             part.load_state_dict(saved[name])
-    losses: list[float] = []
-    for step in (
-        bar := trange(first, arguments.steps, initial=first, total=arguments.steps, mininterval=5)
-    ):
-        batch = torch.stack(
-            [ids[place : place + arguments.sequence_length] for place in places[step].tolist()]
-        )
-        model.train()
-        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bfloat16):
-            loss = model(batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+    losses: list[float] = []  # since the last row of the record
+    bar = trange(
+        first_step, arguments.steps, initial=first_step, total=arguments.steps, mininterval=5
+    )
+    for step in bar:
+        starts = places[step].tolist()
+        batch = torch.stack([ids[start : start + arguments.sequence_length] for start in starts])
+        losses.append(take_step(model, batch, arguments.bfloat16))
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        losses.append(loss.item())
-        if (step + 1) % arguments.every == 0 or step + 1 == arguments.steps:
-            model.eval()
-            found = {
-                n: math.log(evaluate_perplexity(model, w, progress=False).perplexity)
-                for n, w in held_out.items()
+
+        num_steps = step + 1
+        if num_steps % arguments.every == 0 or num_steps == arguments.steps:
+            row = {
+                "step": num_steps,
+                "training": sum(losses) / len(losses),
+                "held_out": held_out_losses(model, held_out),
             }
-            record["rows"].append(
-                {"step": step + 1, "training": sum(losses) / len(losses), "held_out": found}
-            )
-            bar.write(json.dumps(record["rows"][-1]))
+            record["rows"].append(row)
+            bar.write(json.dumps(row))
             losses.clear()
             model.save_pretrained(arguments.folder)
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "record": record,
-            }
-            torch.save(
-                state | {"schedule": schedule.state_dict(), "step": step + 1},
-                unfinished := checkpoint.with_suffix(".new"),
-            )
+            state = {name: part.state_dict() for name, part in parts.items()}
+            # A run that is interrupted while it writes keeps the checkpoint before.
+            unfinished = checkpoint.with_suffix(".new")
+            torch.save(state | {"record": record, "step": num_steps}, unfinished)
             unfinished.replace(checkpoint)
     return record
 
 
+def new_optimizer(model: PreTrainedModel, rate: float) -> torch.optim.AdamW:
+    """Make AdamW with a decay of matrices, and none of vectors such as norms and biases."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
+
+
+def take_step(model: PreTrainedModel, batch: Tensor, in_bfloat16: bool) -> float:
+    """Add the gradients of the loss on a batch [sequences, length] to those of `model`, clipped; returns the loss."""
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
+        loss = model(batch, labels=batch).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    return loss.item()
+
+
+def held_out_losses(model: PreTrainedModel, held_out: dict[str, Tensor]) -> dict[str, float]:
+    """Return the loss on held-out windows, by the name of their text; puts `model` into evaluation mode."""
+    model.eval()
+    losses = {}
+    for name, windows in held_out.items():
+        measured = evaluate_perplexity(model, windows, progress=False)
+        losses[name] = math.log(measured.perplexity)
+    return losses
+
+
 def main() -> None:
+    """Write texts, tokenizer, model and record as the command line says."""
     helps = {
         "texts": "text sources; the last tenth of each is held out",
         "folder": "where model, tokenizer, texts and checkpoint are written",
@@ -190,19 +216,26 @@ def main() -> None:
         "every": "steps from checkpoint to checkpoint",
         "max_windows": "held-out windows of every text to measure on",
     }
-    sizes = {
-        "hidden": 256,
-        "layers": 4,
-        "ffn": 384,
-        "vocabulary": 4096,
-        "sequence_length": 512,
-        "max_windows": 16,
-    }
-    schedule = {"steps": 1200, "batch_size": 4, "rate": 2e-3, "every": 100, "seed": 0, "threads": 1}
-    schedule |= {"bfloat16": False}
-    files = {"folder": Path("runs/mixture"), "output": Path("runs/train_small.json")}
     arguments = parse_arguments(
-        __doc__, "texts", helps=helps, architecture="mixtral", **sizes, **schedule, **files
+        __doc__,
+        "texts",
+        helps=helps,
+        architecture="mixtral",
+        hidden=256,
+        layers=4,
+        ffn=384,
+        vocabulary=4096,
+        sequence_length=512,
+        max_windows=16,
+        steps=1200,
+        batch_size=4,
+        rate=2e-3,
+        every=100,
+        seed=0,
+        threads=1,
+        bfloat16=False,
+        folder=Path("runs/mixture"),
+        output=Path("runs/train_small.json"),
     )
     if arguments.architecture not in ("mixtral", "gpt_neox", "gemma3"):
         raise SystemExit(
@@ -210,18 +243,16 @@ def main() -> None:
         )
     torch.set_num_threads(arguments.threads)
     set_seed(arguments.seed)
+
     trained, held_out = split_texts(arguments.texts, arguments.folder)
     tokenizer = train_tokenizer(trained, arguments.vocabulary, arguments.folder)
     ids = torch.cat([torch.tensor(tokenizer(file.read_text())["input_ids"]) for file in trained])
-    windows = {
-        file.stem: evaluation_windows(
-            tokenizer,
-            load_text(str(file), "test"),
-            arguments.sequence_length,
-            arguments.max_windows,
+    windows = {}
+    for file in held_out:
+        text = load_text(str(file), "test")
+        windows[file.stem] = evaluation_windows(
+            tokenizer, text, arguments.sequence_length, arguments.max_windows
         )
-        for file in held_out
-    }
     record = train(new_model(arguments), ids, windows, arguments)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(record, indent=1) + "\n")
