@@ -193,13 +193,6 @@ def _pruning_layer(run: RunSizes, layer: torch.nn.Module, names: list[str]) -> I
 
     `names` are those of the operators to prune in `layer`; `run.operators` has their shapes.
     """
-    groups = _groups(run, names)
-    # Groups that all tokens reach: those of experts are left out, because each expert sees a share of the tokens.
-    groups_of_all_tokens = {
-        (module, columns): outputs
-        for (module, columns), outputs in groups.items()
-        if ".experts." not in f"{module}."
-    }
     held_out = 2 * run.num_held_out * run.sequence_bytes
     layer_bytes = 0 if run.is_loaded_whole else sum(p.nbytes for p in layer.parameters())
     parts: dict[str, float] = {"decoder layer": layer_bytes}
@@ -209,17 +202,14 @@ def _pruning_layer(run: RunSizes, layer: torch.nn.Module, names: list[str]) -> I
         waiting = run.num_streams * run.stream_bytes + held_out
         yield Moment({**parts, "dequantizing": largest}, waiting)
 
-    batch_tokens = run.batch_size * run.length
-    if run.widens:
-        copies = [0]
-        for name in names:
-            rows, columns = run.operators[name]
-            copies.append(rows * columns + batch_tokens * (rows + columns))
-        parts["float32 copies"] = _FLOAT32 * max(copies)
-    widest = 0
-    for (_, columns), outputs in groups_of_all_tokens.items():
-        widest = max(widest, columns, *outputs)
-    parts["one batch"] = run.value_bytes * batch_tokens * (2 * run.hidden + 3 * widest)
+    groups = _groups(run, names)
+    # Groups that all tokens reach: those of experts are left out, because each expert sees a share of the tokens.
+    groups_of_all_tokens = {
+        (module, columns): outputs
+        for (module, columns), outputs in groups.items()
+        if ".experts." not in f"{module}."
+    }
+    parts |= _running_layer(run, names, groups_of_all_tokens)
     if run.config.correction.carry == "none" or run.config.held_out:
         # All groups of a decoder layer are summed in one pass over the tokens.
         parts["other Gram matrices"] = sum(_FLOAT32 * columns**2 for _, columns in groups)
@@ -233,6 +223,29 @@ def _pruning_layer(run: RunSizes, layer: torch.nn.Module, names: list[str]) -> I
         features = recorded + columns + (run.num_streams + 2) * run.hidden
         waiting = run.value_bytes * run.num_samples * run.length * features + held_out
         yield Moment({**parts, **_solving(run, outputs, columns)}, waiting)
+
+
+def _running_layer(
+    run: RunSizes, names: list[str], groups: Mapping[tuple[str, int], list[int]]
+) -> dict[str, float]:
+    """Count the bytes, by part, of running a decoder layer on one batch.
+
+    `names` are those of the operators to prune in the layer. `groups` (`_groups`) are those that all tokens reach.
+    """
+    parts: dict[str, float] = {}
+    batch_tokens = run.batch_size * run.length
+    if run.widens:
+        # A weight, and its inputs and outputs: one operator runs at a time.
+        values = [0]
+        for name in names:
+            rows, columns = run.operators[name]
+            values.append(rows * columns + batch_tokens * (rows + columns))
+        parts["float32 copies"] = _FLOAT32 * max(values)
+    widest = 0
+    for (_, columns), outputs in groups.items():
+        widest = max(widest, columns, *outputs)
+    parts["one batch"] = run.value_bytes * batch_tokens * (2 * run.hidden + 3 * widest)
+    return parts
 
 
 def _groups(run: RunSizes, names: list[str]) -> dict[tuple[str, int], list[int]]:

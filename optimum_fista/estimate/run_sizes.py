@@ -25,6 +25,7 @@ from optimum_fista.model.layers import prunable_layers, token_limits
 from optimum_fista.model.precision import choose_products
 from optimum_fista.prune.plan import Budgets, Plan, plan_run
 from optimum_fista.removal.planning import plan_removal, require_zeros_to_pack
+from optimum_fista.removal.removal import Removal
 from optimum_fista.source import loading
 from optimum_fista.source.formats.dequantizer import read_dequantized
 from optimum_fista.source.quantization import forget_quantization, quantization
@@ -223,15 +224,7 @@ class RunSizes:
         self.removed_parts = removal.removed_parts
         self.removes_experts = bool(removal.mixtures)
 
-        # Operators to solve for: they get zeros, lose inputs, or are the last of their decoder layer, which compensates
-        # for the errors of the others.
-        self.operators: dict[str, tuple[int, int]] = {}
-        for operators_of_layer in removal.operators.values():
-            names = list(operators_of_layer)
-            for name, operator in operators_of_layer.items():
-                is_last = name == names[-1]
-                if is_last or removal.patterns[name].sparsity > 0:
-                    self.operators[name] = operator.shape
+        self.operators = _operators_to_solve(removal)
         self.operators_of_layers = [  # names, by the number of the layer
             [name for name in self.operators if name.startswith(f"{layer_name}.")]
             for layer_name, _ in self.layers
@@ -262,3 +255,19 @@ class RunSizes:
         if self.config.held_out:
             return min(sequences, self.config.held_out)
         return sequences
+
+
+def _operators_to_solve(removal: Removal) -> dict[str, tuple[int, int]]:
+    """Return the shapes [out, in] of the operators to solve for, by name.
+
+    They get zeros, lose inputs, or are the last of their decoder layer, which compensates for the errors of the others.
+    `removal` is what the run takes from the model.
+    """
+    operators: dict[str, tuple[int, int]] = {}
+    for operators_of_layer in removal.operators.values():
+        names = list(operators_of_layer)
+        for name, operator in operators_of_layer.items():
+            is_last = name == names[-1]
+            if is_last or removal.patterns[name].sparsity > 0:
+                operators[name] = operator.shape
+    return operators

@@ -127,57 +127,78 @@ def measure_plans(
     stored in another form than a model computes with are copied to a temporary folder for that time. ValueError if the
     loss is NaN or Inf. `device` is where to compute; `None`: the accelerator if there is one.
     """
+    first_plan = plans[0]
     with tempfile.TemporaryDirectory(prefix="offload-") as offload:
-        model = load_lazily(plans[0].name, Path(offload), device=device).model
+        model = load_lazily(first_plan.name, Path(offload), device=device).model
         vocabulary, num_positions = token_limits(model)
-        main_device = execution_device(model.get_input_embeddings())
-        compute_dtype = plans[0].report.config["compute_dtype"]
+        longest = longest_sequence(num_positions)
 
-        def tokenized(content: Mapping[str, Any], old_ids: Sequence[int] | None) -> list[Tokenized]:
-            """Write all texts in the tokens of a `tokenizer.json`, with the ids of the dense model."""
-            tokenizer = PreTrainedTokenizerFast(
-                tokenizer_object=Tokenizer.from_str(json.dumps(content))
+        # Each text in the tokens of each tokenizer. All are measured together, so each gets a key, such as "dense/0".
+        variants = {
+            "dense": _texts_in_tokens(
+                texts,
+                first_plan.dense_tokenizer,
+                bos=first_plan.first_token,
+                longest=longest,
+                old_ids=None,
             )
-            return [
-                tokenized_text(
-                    text.stretches,
-                    tokenizer,
-                    bos=plans[0].first_token,
-                    longest=longest_sequence(num_positions),
-                    old_ids=old_ids,
-                )
-                for text in texts
-            ]
-
-        variants = [tokenized(plans[0].dense_tokenizer, None)]
-        removed = dict[str, Tensor]()  # ids that the model can't predict, by the key of a text
-        for plan in plans:
-            is_removed = torch.ones(vocabulary, dtype=torch.bool)
-            is_removed[list(plan.new_ids)] = False
-            for index in range(len(texts)):
-                removed[f"{len(variants)}/{index}"] = is_removed.nonzero().flatten()
-            variants.append(tokenized(plan.tokenizer, list(plan.new_ids)))
-        by_key = {
-            f"{number}/{index}": text
-            for number, of_variant in enumerate(variants)
-            for index, text in enumerate(of_variant)
         }
-        with products_as(choose_products(compute_dtype, main_device, model.dtype)):
-            bits = bits_per_byte(model, by_key, removed=removed, progress=progress)
+        removed: dict[str, Tensor] = {}  # ids that the model can't predict, by the key of a text
+        for number, plan in enumerate(plans):
+            variant = f"plan {number}"
+            old_ids = list(plan.new_ids)
+            variants[variant] = _texts_in_tokens(
+                texts, plan.tokenizer, bos=plan.first_token, longest=longest, old_ids=old_ids
+            )
+            is_removed = torch.ones(vocabulary, dtype=torch.bool)
+            is_removed[old_ids] = False
+            for index in range(len(texts)):
+                removed[f"{variant}/{index}"] = is_removed.nonzero().flatten()
+        texts_by_key: dict[str, Tokenized] = {}
+        for variant, tokenized in variants.items():
+            for index, text in enumerate(tokenized):
+                texts_by_key[f"{variant}/{index}"] = text
 
-    losses = [
-        [
-            TextLoss(
-                bits_per_byte=bits[f"{number}/{index}"],
+        main_device = execution_device(model.get_input_embeddings())
+        compute_dtype = first_plan.report.config["compute_dtype"]
+        with products_as(choose_products(compute_dtype, main_device, model.dtype)):
+            bits = bits_per_byte(model, texts_by_key, removed=removed, progress=progress)
+
+    def losses_of(variant: str) -> list[TextLoss]:
+        """The losses on all texts in the tokens of one tokenizer."""
+        losses = []
+        for index, text in enumerate(variants[variant]):
+            loss = TextLoss(
+                bits_per_byte=bits[f"{variant}/{index}"],
                 num_tokens=text.num_tokens,
                 num_bytes=text.num_bytes,
                 vocabulary=vocabulary,
             )
-            for index, text in enumerate(of_variant)
-        ]
-        for number, of_variant in enumerate(variants)
+            losses.append(loss)
+        return losses
+
+    dense = losses_of("dense")
+    return [compared(texts, dense, losses_of(f"plan {number}")) for number in range(len(plans))]
+
+
+def _texts_in_tokens(
+    texts: Sequence[MeasuredText],
+    content: Mapping[str, Any],
+    *,
+    bos: int | None,
+    longest: int,
+    old_ids: Sequence[int] | None,
+) -> list[Tokenized]:
+    """Write texts in the tokens of a `tokenizer.json`, whose content is `content`, with the ids of the dense model.
+
+    `bos` is the dense model's id that every sequence starts with, if one does, `longest` the most tokens of a sequence.
+    `old_ids` has the dense model's id of each id of the tokenizer; `None`: they are the same.
+    """
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+    return [
+        tokenized_text(text.stretches, tokenizer, bos=bos, longest=longest, old_ids=old_ids)
+        for text in texts
     ]
-    return [compared(texts, losses[0], of_plan) for of_plan in losses[1:]]
 
 
 def _beginnings_of_texts(

@@ -93,23 +93,53 @@ def plan_counted(counted: CountedModel, config: FistaPruningConfig) -> TokensPla
     request = config.tokens_removal
     assert request is not None
     tokenizer = counted.tokenizer
-    folder = counted.folder
     num_rows = len(counted.counts)
 
     ids_of_tokens = set(tokenizer.get_vocab().values())
-    named_ids, template_warning = _named_ids(tokenizer, counted.settings, folder)
+    named_ids, template_warning = _named_ids(tokenizer, counted.settings, counted.folder)
     # Rows of no token that are named, such as a padding id after the last token.
     spare_rows = sorted(index for index in named_ids - ids_of_tokens if 0 <= index < num_rows)
     keep = (named_ids & ids_of_tokens) | _ids_to_keep(tokenizer, request)
-    content = _tokenizer_content(tokenizer, folder)
+    content = _tokenizer_content(tokenizer, counted.folder)
     smaller = _smaller_vocabulary(content, counted.counts, request, keep, num_spare=len(spare_rows))
     old_ids = smaller.kept.tolist() + spare_rows  # in the order of the new rows
     new_ids = {old: new for new, old in enumerate(old_ids)}
 
     model = _smaller_model(counted.settings, new_ids, num_rows)
-    kept = torch.tensor(old_ids)
-    stored = cut_to_tokens(counted.source, counted.model, model, kept)
+    stored = cut_to_tokens(counted.source, counted.model, model, torch.tensor(old_ids))
     _set_dtype(model, counted.settings, stored)
+
+    report = _new_report(counted, config, model)
+    if template_warning:
+        report.warn(template_warning)
+    _warn_of_rows(report, num_rows - len(ids_of_tokens), counted.settings)
+    num_seen = int(counted.counts[old_ids].count_nonzero())
+    if request.share is not None and num_seen < 0.9 * len(old_ids):
+        report.warn(
+            f"the text has only {num_seen} of the {len(old_ids)} tokens that stay: pass more of it."
+        )
+    return TokensPlan(
+        name=counted.name,
+        source=counted.folder,
+        model=model,
+        stored=stored,
+        quantized=counted.source.settings,
+        dense_tokenizer=content,
+        tokenizer=smaller.tokenizer,
+        first_token=first_token(tokenizer),
+        new_ids=new_ids,
+        held_out=counted.held_out,
+        report=report,
+    )
+
+
+def _new_report(
+    counted: CountedModel, config: FistaPruningConfig, model: PreTrainedModel
+) -> PruningReport:
+    """Begin the report of the run: configuration, both models, the text, and masks of an earlier run.
+
+    `model` is the smaller model, without weights.
+    """
     report = PruningReport(
         config=config.resolved().to_dict(),
         model=_described(counted, model),
@@ -121,29 +151,8 @@ def plan_counted(counted: CountedModel, config: FistaPruningConfig) -> TokensPla
             "num_tokens": int(counted.counts.sum()),
         },
     )
-    if template_warning:
-        report.warn(template_warning)
-    report.carried, _ = unchanged_masks(folder)  # operators with zeros of an earlier run
-    num_rows_without_token = num_rows - len(ids_of_tokens)
-    _warn_of_rows(report, num_rows_without_token, counted.settings)
-    num_seen = int(counted.counts[kept].count_nonzero())
-    if request.share is not None and num_seen < 0.9 * len(kept):
-        report.warn(
-            f"the text has only {num_seen} of the {len(kept)} tokens that stay: pass more of it."
-        )
-    return TokensPlan(
-        name=counted.name,
-        source=folder,
-        model=model,
-        stored=stored,
-        quantized=counted.source.settings,
-        dense_tokenizer=content,
-        tokenizer=smaller.tokenizer,
-        first_token=first_token(tokenizer),
-        new_ids=new_ids,
-        held_out=counted.held_out,
-        report=report,
-    )
+    report.carried, _ = unchanged_masks(counted.folder)  # operators with zeros of an earlier run
+    return report
 
 
 def _named_ids(

@@ -81,40 +81,44 @@ def source_tensors(
             that of a quantized model.
     """
     stored = read_stored(source)
-    config = read_json(source / CONFIG_FILE) if (source / CONFIG_FILE).exists() else {}
+    config_file = source / CONFIG_FILE
+    config = read_json(config_file) if config_file.exists() else {}
     settings = _quantization_settings(config)
-    # It reads the configuration by its class. A packed folder has settings, but its weights are not quantized.
+    # `dequantizer_of` reads the configuration by its class. A packed folder has settings, but its weights are not
+    # quantized, and it has no dequantizer.
     dequantizer = dequantizer_of(source) if settings else None
     if dequantizer is None:
         settings = {}
 
     naming = Naming(model, dequantizer)
+    # The dense weights of a packed folder are made of several tensors, which are no parameters.
     packed = {f"{name}{suffix}" for name in packed_names(stored) for suffix in SUFFIXES}
-    names = {name: naming.names_of(name) for name in stored if name not in packed}
     places: dict[str, str] = {}
+    own_names: dict[str, str] = {}  # of tensors that are loaded, before they are merged
     not_loaded: dict[str, str] = {}
-    for name, new_names in names.items():
+    for name in stored:
+        if name in packed:
+            continue
+        new_names = naming.names_of(name)
         if naming.is_loaded(name, new_names.place):
             places[name] = new_names.place
+            own_names[name] = new_names.own
         else:
             not_loaded[name] = naming.module_of(new_names.own)
 
     if dequantizer is None:
         for name, place in places.items():
             _require_plain_floats(name, stored[name], naming.state[place], source)
-    own_names = {name: names[name].own for name in places}
     _require_one_value_each(stored, own_names, type(model).__name__)
 
-    shapes_of_parts = {
-        (_name_in_layer(name), stored[name].shape)
-        for name, place in places.items()
-        if part_of(place) is not None
-    }
+    shapes_of_parts = set()  # of tensors that the run cuts
+    for name, place in places.items():
+        if part_of(place) is not None:
+            shapes_of_parts.add((_name_in_layer(name), stored[name].shape))
+    # If there are several reasons, the last one is given.
+    not_copied: dict[str, str] = {}
     if dequantizer is not None and not quantized:
         stored, not_loaded = _dequantized(stored, not_loaded, dequantizer, model.dtype)
-
-    not_copied: dict[str, str] = {}
-    if settings and not quantized:
         not_copied |= _modules_still_quantized(stored, not_loaded)
     not_copied |= _modules_with_cut_parts(stored, not_loaded, shapes_of_parts)
     not_copied |= _modules_not_described(model, source, config, not_loaded)
