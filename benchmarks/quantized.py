@@ -41,15 +41,15 @@ def with_unpacked(model: PreTrainedModel, tensors: dict[str, Tensor]) -> PreTrai
         if kind == "weight" and not torch.equal(parameters[name].to(tensor.dtype), tensor):
             raise SystemExit(f"{name} is not that of DIR.")
         if kind == "qweight":
-            scales, values = tensors[f"{base}.scales"].float(), unpacked(tensor, 0)
-            zeros = unpacked(tensors[f"{base}.qzeros"], 1)
-            zeros = zeros + (
-                zeros == 7
-            )  # of symmetric weights: 8, which the format of GPTQ stores less 1
+            scales = tensors[f"{base}.scales"].float()  # [groups, out]
+            values = unpacked(tensor, 0)  # [in, out]
+            zeros = unpacked(tensors[f"{base}.qzeros"], 1)  # [groups, out]
+            # of symmetric weights: 8, which the format of GPTQ stores less 1
+            zeros = zeros + (zeros == 7)
             group = len(values) // len(scales)
-            dense = (values - zeros.repeat_interleave(group, 0)) * scales.repeat_interleave(
-                group, 0
-            )
+            zeros_of_inputs = zeros.repeat_interleave(group, 0)
+            scales_of_inputs = scales.repeat_interleave(group, 0)
+            dense = (values - zeros_of_inputs) * scales_of_inputs
             parameters[f"{base}.weight"].data.copy_(dense.T)
     return model
 

@@ -44,27 +44,23 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").to(device)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     length = arguments.sequence_length
-    windows = evaluation_windows(
-        tokenizer, load_text(arguments.test, "test"), length, max_windows=16
-    )
+    text = load_text(arguments.test, "test")
+    windows = evaluation_windows(tokenizer, text, length, max_windows=16)
     dense = evaluate_perplexity(model, windows).perplexity
 
     tokens = calibration_tokens(
         arguments.calibration, model, tokenizer, arguments.num_samples, length
     )
-    config = FistaPruningConfig(
-        pattern="2:4", overrides={"*.down_proj": 0.25}
-    )  # 25% zeros, anywhere
+    # Down projections get 25% zeros, anywhere.
+    config = FistaPruningConfig(pattern="2:4", overrides={"*.down_proj": 0.25})
     pruner = FistaPruner(config)
     print(pruner.prune(model, tokens.split(1), calibration_source=arguments.calibration))
-    print(
-        f"perplexity {dense:.2f} -> {evaluate_perplexity(model, windows).perplexity:.2f} on {arguments.test}"
-    )
+    sparse = evaluate_perplexity(model, windows).perplexity
+    print(f"perplexity {dense:.2f} -> {sparse:.2f} on {arguments.test}")
 
     pruner.save_pretrained(model, arguments.output, tokenizer)
-    proven = verify_checkpoint(
-        arguments.output
-    )  # reads the files again and checks every group of four
+    # Reads the files again and checks every group of four.
+    proven = verify_checkpoint(arguments.output)
     print(
         f"{proven.num_operators} operators keep their pattern: {proven.num_zeros:,} of {proven.num_weights:,} zero"
     )

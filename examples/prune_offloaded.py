@@ -35,9 +35,13 @@ def main() -> None:
     arguments = parser.parse_args()
 
     has_gpu = torch.cuda.is_available()
-    places = {"": arguments.device_map} if arguments.device_map == "disk" else arguments.device_map
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", device_map=places)
-    if places is None:
+    device_map = arguments.device_map
+    if device_map == "disk":
+        device_map = {"": "disk"}  # all modules; Accelerate has no word for that
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model, dtype="auto", device_map=device_map
+    )
+    if device_map is None:
         model = model.to("cuda" if has_gpu else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     tokens = calibration_tokens(
@@ -45,18 +49,16 @@ def main() -> None:
     )
 
     pruner = FistaPruner(FistaPruningConfig(sparsity=0.5), storage_device="cpu")
-    report = pruner.prune(
-        model, tokens.split(1), calibration_source="self"
-    )  # batches of 1: least memory
+    # Batches of one sequence take least memory.
+    report = pruner.prune(model, tokens.split(1), calibration_source="self")
     print(report)
-    peaks = [
-        layer.memory.device_bytes or layer.memory.resident_bytes
-        for layer in report.layers
-        if layer.memory
-    ]
-    print(
-        f"peak memory {max(peaks) / 2**30:.1f} GiB {'on the GPU' if has_gpu else 'of the process'}"
-    )
+    peaks = []
+    for layer in report.layers:
+        if layer.memory is not None:
+            # Without a GPU there are no bytes of a device.
+            peaks.append(layer.memory.device_bytes or layer.memory.resident_bytes)
+    place = "on the GPU" if has_gpu else "of the process"
+    print(f"peak memory {max(peaks) / 2**30:.1f} GiB {place}")
     pruner.save_pretrained(model, arguments.output, tokenizer)
 
 

@@ -9,6 +9,7 @@ python examples/prune_one_matrix.py --operator model.layers.3.mlp.down_proj
 import argparse
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_fista import calibration_windows, load_text
@@ -32,29 +33,19 @@ def main() -> None:
 
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    text = load_text(
-        "pydoc", "calibration"
-    )  # Python's own documentation: English that needs no download
+    # Python's own documentation: English that needs no download.
+    text = load_text("pydoc", "calibration")
     tokens = calibration_windows(
         tokenizer, text, arguments.num_samples, arguments.sequence_length, seed=0
     )
 
     operator = model.get_submodule(arguments.operator)
-    seen: list[torch.Tensor] = []
-    hook = operator.register_forward_pre_hook(
-        lambda _, inputs: seen.append(inputs[0].flatten(0, 1))
-    )
-    with torch.no_grad():
-        model(tokens)
-    hook.remove()
-    inputs = torch.cat(seen)  # [tokens, in]
+    inputs = inputs_of(operator, model, tokens)
     # For W* on other inputs X* than those of the dense network, pass `W X X*^T` and the squared norms of the rows of
     # `W X` as well.
     statistics = InputStatistics(inputs.T @ inputs, len(inputs), inputs.mean(0))
-    problem, pattern = (
-        LayerProblem(operator.weight.detach(), statistics),
-        parse_pattern(arguments.pattern),
-    )
+    problem = LayerProblem(operator.weight.detach(), statistics)
+    pattern = parse_pattern(arguments.pattern)
 
     print(
         f"{arguments.operator} {tuple(operator.weight.shape)} on {len(inputs)} tokens, {arguments.pattern}"
@@ -66,6 +57,22 @@ def main() -> None:
             f"{method:<10} fit error {pruned.fit_error:.4f}, {pruned.sparsity:.1%} zeros, "
             f"{pruned.iterations} iterations{penalty}"
         )
+
+
+def inputs_of(operator: nn.Module, model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Run a model on token ids [sequences, length], and return the inputs of one of its modules, [tokens, in]."""
+    batches: list[torch.Tensor] = []
+
+    def keep_input(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        """Keep the input of the module; a forward pre-hook."""
+        (inputs,) = arguments
+        batches.append(inputs.flatten(0, 1))
+
+    hook = operator.register_forward_pre_hook(keep_input)
+    with torch.no_grad():
+        model(tokens)
+    hook.remove()
+    return torch.cat(batches)
 
 
 if __name__ == "__main__":

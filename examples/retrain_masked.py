@@ -45,15 +45,19 @@ def main() -> None:
 
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    num_samples, length = arguments.num_samples, arguments.sequence_length
-    windows = evaluation_windows(
-        tokenizer, load_text(arguments.test, "test"), length, max_windows=16
+    length = arguments.sequence_length
+    text = load_text(arguments.test, "test")
+    windows = evaluation_windows(tokenizer, text, length, max_windows=16)
+    tokens = calibration_tokens(
+        arguments.calibration, model, tokenizer, arguments.num_samples, length
     )
-    tokens = calibration_tokens(arguments.calibration, model, tokenizer, num_samples, length)
+
+    # It is pruned on the first sequences, and trained on all of them.
     pruner = FistaPruner(FistaPruningConfig(pattern="2:4"))
     print(pruner.prune(model, tokens[:32].split(1), calibration_source=arguments.calibration))
     before = evaluate_perplexity(model, windows).perplexity
 
+    # Inside masked_training, pruned weights stay zero whatever the optimizer does.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     with masked_training(model, pruner):
         for sequence in tokens.split(1):
@@ -61,12 +65,11 @@ def main() -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-    print(
-        f"perplexity {before:.2f} -> {evaluate_perplexity(model, windows).perplexity:.2f} on {arguments.test}"
-    )
-    pruner.save_pretrained(
-        model, arguments.output, tokenizer
-    )  # the report says that it was retrained
+    after = evaluate_perplexity(model, windows).perplexity
+    print(f"perplexity {before:.2f} -> {after:.2f} on {arguments.test}")
+
+    # The report says that the model was retrained.
+    pruner.save_pretrained(model, arguments.output, tokenizer)
     print(f"{verify_checkpoint(arguments.output).num_zeros:,} weights are still zero")
 
 

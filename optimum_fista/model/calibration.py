@@ -191,9 +191,8 @@ def hold_out(batches: Sequence[CalibrationBatch], num_sequences: int) -> list[Ca
         )
 
     marked = list[CalibrationBatch]()
-    num_fitted = (
-        total - num_sequences
-    )  # sequences of this batch and the later ones that are not held out
+    # Sequences of this batch and the later ones that are not held out.
+    num_fitted = total - num_sequences
     for batch in batches:
         size = batch.input_ids.shape[0]
         cut = min(num_fitted, size)

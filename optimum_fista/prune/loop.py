@@ -174,19 +174,25 @@ class _Loop:
                 )
                 layer_record = self.plan.removal.carry_masks(layer, layer_record, self.sink)
                 self.report.add(layer_record)
-                # A run that resumes after this layer needs what enters the next one.
-                is_followed = index < max(self.plan.pruned_layers, default=-1)
-                travelling: list[HiddenStates | HeldOut] = []
-                if self.plan.config.correction.carry == "full" and is_followed:
-                    assert self.calibration.states is not None
-                    travelling.append(self.calibration.states)
-                if held_out is not None:
-                    travelling.append(held_out)
-                self.sink.commit(index, layer, layer_record, travelling)
+                self.sink.commit(index, layer, layer_record, self._travelling(index))
 
         if is_mine:
             for callback in self.callbacks:
                 callback.on_layer_end(index, layer_record.report, layer_record.operators)
+
+    def _travelling(self, index: int) -> list[HiddenStates | HeldOut]:
+        """Return what a run that resumes after the decoder layer with a number needs besides its weights.
+
+        These are the hidden states that enter the next layer, if errors are carried to it.
+        """
+        travelling: list[HiddenStates | HeldOut] = []
+        is_followed = index < max(self.plan.pruned_layers, default=-1)
+        if self.plan.config.correction.carry == "full" and is_followed:
+            assert self.calibration.states is not None
+            travelling.append(self.calibration.states)
+        if self.held_out is not None:
+            travelling.append(self.held_out)
+        return travelling
 
 
 @contextmanager

@@ -221,8 +221,7 @@ def _read_model(
     if packed:
         names = stored_names(model, plan.all_operators.values(), layers_name=plan.layers.name)
         require_packable(stored.name for stored in names.values())
-        if (
-            removal.earlier_masks is not None
-        ):  # weights that stay packed with the zeros of an earlier run
+        if removal.earlier_masks is not None:
+            # Weights that stay packed with the zeros of an earlier run.
             require_packable(stored.name for stored in removal.earlier_masks.names.values())
     return _ReadModel(plan=plan, tokenizer=tokenizer, files=files)

@@ -186,9 +186,8 @@ class SmallerMixture:
         for batch, residual in enumerate(self._residuals):
             if self._activations.held_out[batch]:
                 continue
-            inputs, tokens = self._weighted_inputs(
-                expert, batch
-            )  # of the tokens that reach the expert
+            # of the tokens that reach the expert
+            inputs, tokens = self._weighted_inputs(expert, batch)
             mask = self._activations.token_masks[batch]  # [batch, sequence], True = no padding
             if mask is None:
                 mask = torch.ones(residual.shape[:2], dtype=torch.bool, device=device)

@@ -46,9 +46,8 @@ def described_model(
                     raise ValueError(
                         f"saved and read again, {word} is {read.get(word)} instead of {value}"
                     )
-        describe_ties(
-            model, config
-        )  # the copy says whether the head is the embedding, as in `model`
+        # the copy says whether the head is the embedding, as in `model`
+        describe_ties(model, config)
         # parameters draw random numbers even on the meta device: those of the caller stay as they are
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             return type(model)(config)

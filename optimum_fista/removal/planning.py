@@ -68,9 +68,8 @@ def _removal_of_zeros(layers: DecoderLayers, config: FistaPruningConfig) -> Remo
             ) from error
         channels = {part.name: part for part in parts}
 
-    patterns = dict[
-        str, SparsityPattern
-    ]()  # by the name of the operator; filled by the function that follows
+    # By the name of the operator; filled by the function that follows.
+    patterns: dict[str, SparsityPattern] = {}
 
     def reason_left_dense(name: str) -> str | None:
         """Say why the operator `name` stays dense; otherwise return `None`, and add its pattern to `patterns`."""

@@ -62,9 +62,8 @@ def ids_in(values: Mapping[str, Any]) -> set[int]:
         ids.add(index)
         return index
 
-    _replaced(
-        values, note, are_ids=False
-    )  # `note` is called with each id, and the result is not needed
+    # `note` is called with each id, and the result is not needed.
+    _replaced(values, note, are_ids=False)
     return ids
 
 

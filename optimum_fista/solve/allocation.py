@@ -53,9 +53,16 @@ def allocate(
 ) -> dict[str, float]:
     """Choose the sparsity of every operator so that the loss rises least at the same number of zeros.
 
-    With `E_k(s) = cost_k exp(SLOPE (s - sparsity))` the sum of all `E_k(s_k)` is least, at a given sum of
-    `size_k s_k`, where no zero is worth moving from one operator to another:
-    `s_k = sparsity + (mu - log(cost_k / size_k)) / SLOPE`, clipped.
+    The increase of the loss by operator k at the sparsity s is assumed to be
+
+        E_k(s) = cost_k exp(SLOPE (s - sparsity)).
+
+    The sum of all `E_k(s_k)` is least, at a given number of zeros (the sum of `size_k s_k`), if no zero is worth moving
+    from one operator to another. With one number `mu` for all operators, that is
+
+        s_k = sparsity + (mu - log(cost_k / size_k)) / SLOPE,
+
+    clipped between a lowest and a highest sparsity.
 
     Args:
         costs: By the operator's name, such as "model.layers.3.mlp.down_proj", the increase of the loss by its zeros at

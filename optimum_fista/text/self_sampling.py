@@ -70,9 +70,8 @@ def sample_text_from_model(
         beginnings = _beginnings_of_texts(
             model, tokenizer, num_samples * texts_per_sample, generator
         )
-        length = math.ceil(
-            sequence_length / texts_per_sample
-        )  # of a text: the last one is cut below
+        # Of a text: the last one is cut below.
+        length = math.ceil(sequence_length / texts_per_sample)
         num_new_tokens = length - beginnings.shape[1]
         written = beginnings
         if num_new_tokens:

@@ -178,10 +178,9 @@ def _uses_with_merges(vocabulary: _Vocabulary, merged: list[int], counts: Tensor
     """
     uses: list[int] = counts.tolist()
     for index in merged:
+        # A token is made of its parts, so each use of it is one of theirs.
         for part in vocabulary.parts[index]:
-            uses[part] += uses[
-                index
-            ]  # a token is made of its parts, so each use of it is one of theirs
+            uses[part] += uses[index]
     return uses
 
 
