@@ -289,11 +289,7 @@ class _Recorder:
             self.first = hidden_states
 
         self._check_order(index, hidden_states)
-        # what the first layer returned besides hidden states must not be an argument of the next one
-        carried = [value for value in self.returned_besides if value is not None]
-        for value in (*others, *keywords.values()):
-            if any(value is one for one in carried):
-                raise _HandsOnMore
+        self._check_arguments([*others, *keywords.values()])
         self.next += 1
 
         layer = self.layers.modules[index]
@@ -317,6 +313,15 @@ class _Recorder:
             self.returned_besides = tuple(output[1:]) if isinstance(output, tuple) else ()
         self._expect(leaving)
         return (leaving, *self.returned_besides) if self.is_tuple else leaving
+
+    def _check_arguments(self, others: Sequence[Any]) -> None:
+        """Raise `_HandsOnMore` if an argument besides the hidden states is what the first layer returned besides them.
+
+        `others` are these arguments; `self.returned_besides` is what the first layer returned.
+        """
+        for returned in self.returned_besides:
+            if returned is not None and any(value is returned for value in others):
+                raise _HandsOnMore
 
     def _expect(self, hidden_states: Tensor) -> None:
         """Note the hidden states that should enter the next layer, and how often they were changed in place."""
