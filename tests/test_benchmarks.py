@@ -25,15 +25,16 @@ def benchmark():
 def test_a_training_text_has_no_window_that_is_measured_on(benchmark, tmp_path):
     words = [f"word{number} " for number in range(600)]
     (tmp_path / "text.txt").write_text("".join(words))
-    tokenizer, script = tiny_tokenizer(), benchmark("recovery")
-    windows = calibration_windows(
-        tokenizer, load_text(str(tmp_path / "text.txt"), "calibration"), 6, 64, 0
-    )
-    given = str(tmp_path / "text.txt"), windows[4:], tokenizer, tmp_path / "left.txt"
-    left = script.text_without(*given).read_text()
-    found = [tokenizer.decode(window) in left for window in windows]
-    assert found == [True] * 4 + [False] * 2
-    assert len("".join(words)) - len(left) == 2 * (64 - 2)
+    source = str(tmp_path / "text.txt")
+    tokenizer = tiny_tokenizer()
+    windows = calibration_windows(tokenizer, load_text(source, "calibration"), 6, 64, 0)
+
+    file = benchmark("recovery").text_without(source, windows[4:], tokenizer, tmp_path / "rest.txt")
+
+    rest = file.read_text()
+    assert all(tokenizer.decode(window) in rest for window in windows[:4])
+    assert not any(tokenizer.decode(window) in rest for window in windows[4:])
+    assert len("".join(words)) - len(rest) == 2 * (64 - 2)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -60,18 +61,19 @@ def test_gguf_files_hold_the_weights(benchmark, tmp_path, bits, largest_error, f
     for vector in (parameter for parameter in model.parameters() if parameter.ndim == 1):
         vector.data.uniform_(1, 2)
     model.save_pretrained(tmp_path)
+
     benchmark("llama_cpp").write_gguf(tmp_path, tmp_path / "model.gguf", bits)
-    found = AutoModelForCausalLM.from_pretrained(
+
+    read = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="model.gguf", dtype=torch.float32
-    ).state_dict()
+    )
+    weights = read.state_dict()
     for name, weight in model.state_dict().items():
-        error = (found[name] - weight).abs().max() / weight.abs().max()
+        error = (weights[name] - weight).abs().max() / weight.abs().max()
+        is_head = name in ("model.embed_tokens.weight", "lm_head.weight")
         if weight.ndim == 1:
             assert error < 1e-6
-        elif bits in ("5", "4") and name in (
-            "model.embed_tokens.weight",
-            "lm_head.weight",
-        ):  # the head keeps 8 bits
+        elif is_head and bits in ("5", "4"):  # the head keeps 8 bits
             assert 0 < error < 0.5 / 127 + 2**-11
         else:
             assert largest_error / 8 <= error <= largest_error
@@ -83,29 +85,20 @@ def compared(benchmark, tmp_path, monkeypatch, capsys):
     save_tiny_folder(tmp_path / "model")
     (tmp_path / "sea.txt").write_text(TEXT)
     (tmp_path / "calm.txt").write_text(TEXT[::-1])
-    script, output = benchmark("compare"), tmp_path / "out" / "compare.json"
-    given = [
+    script = benchmark("compare")
+    output = tmp_path / "out" / "compare.json"
+    usual_flags = [
         "--texts",
         str(tmp_path / "sea.txt"),
         "--calibration",
         str(tmp_path / "calm.txt"),
-        "--output",
-        str(output),
     ]
-    given += [
-        "--num-samples",
-        "6",
-        "--sequence-length",
-        "32",
-        "--max-windows",
-        "3",
-        "--device",
-        "cpu",
-    ]
+    usual_flags += ["--output", str(output), "--device", "cpu"]
+    usual_flags += ["--num-samples", "6", "--sequence-length", "32", "--max-windows", "3"]
     monkeypatch.setattr(script, "release_memory", lambda **_: None)
 
     def run(*flags, model=tmp_path / "model"):
-        monkeypatch.setattr(sys, "argv", ["compare.py", str(model), *given, *flags])
+        monkeypatch.setattr(sys, "argv", ["compare.py", str(model), *usual_flags, *flags])
         script.main()
         return capsys.readouterr().out, json.loads(output.read_text())
 
@@ -179,55 +172,35 @@ def test_speed_of_every_variant(benchmark, tmp_path, monkeypatch):
 def test_the_frontier_is_measured_on_whole_texts_and_resumes(
     benchmark, tmp_path, monkeypatch, capsys
 ):
-    model, text, script = (
-        tiny_llama(intermediate_size=64),
-        tmp_path / "sea.txt",
-        benchmark("frontier"),
-    )
+    script = benchmark("frontier")
+    model = tiny_llama(intermediate_size=64)
     for part in (model, tiny_tokenizer()):
         part.save_pretrained(tmp_path / "model")
+    text = tmp_path / "sea.txt"
     text.write_text(TEXT)
-    flags = [
-        "--calibration",
-        str(text),
-        "--texts",
-        str(text),
-        "--bytes",
-        "100",
-        "--work",
-        str(tmp_path),
-    ]
-    flags += [
-        "--num-samples",
-        "4",
-        "--sequence-length",
-        "32",
-        "--variants",
-        "dense,channels:0.5,0.5",
-    ]
-    flags += [
-        "--formats",
-        "32,8",
-        "--plot",
-        str(tmp_path / "plot.png"),
-        "--output",
-        str(tmp_path / "rows.json"),
-    ]
+    flags = ["--calibration", str(text), "--texts", str(text), "--bytes", "100"]
+    flags += ["--num-samples", "4", "--sequence-length", "32", "--work", str(tmp_path)]
+    flags += ["--variants", "dense,channels:0.5,0.5", "--formats", "32,8"]
+    flags += ["--plot", str(tmp_path / "plot.png"), "--output", str(tmp_path / "rows.json")]
     monkeypatch.setattr(sys, "argv", ["frontier.py", str(tmp_path / "model"), *flags])
+
     script.main()
+
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["format"] for row in rows] == ["32", "8", "32", "8", "packed"]
     assert rows[0]["bytes"] == 4 * model.num_parameters() > 3 * rows[1]["bytes"]
-    ids, nats = torch.tensor(tiny_tokenizer()(TEXT[:100]).input_ids), 0.0
+    ids = torch.tensor(tiny_tokenizer()(TEXT[:100]).input_ids)
+    nats = 0.0
     for window in ids[:32], ids[31:63], ids[62:94], ids[93:]:
         nats += (len(window) - 1) * float(model(window[None], labels=window[None]).loss)
-    assert rows[0]["mean"] == pytest.approx(
-        nats / math.log(2) / 100, rel=1e-2
-    )  # products in bfloat16
+    # The script takes products in bfloat16.
+    assert rows[0]["mean"] == pytest.approx(nats / math.log(2) / 100, rel=1e-2)
     assert (tmp_path / "plot.png").stat().st_size > 0
+
     table = capsys.readouterr().out
     monkeypatch.setattr(script, "measure", None)
     script.main()
     assert table.endswith(capsys.readouterr().out)
+
     points = {0: (1.0, 3.0), 1: (2.0, 3.0), 2: (4.0, 1.0), 3: (3.0, 2.0), 4: (5.0, 1.5)}
     assert script.frontier(points) == [0, 3, 2]
