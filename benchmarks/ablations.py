@@ -118,23 +118,25 @@ _HELP = {
 
 
 def arguments_given() -> Namespace:
-    choices = {
-        "other_calibrations": [],
-        "studies": list(STUDIES),
-        "seeds": [0, 1, 2],
-        "lengths": [512, 1024],
-    }
-    sizes = {
-        "sample_counts": [8, 16, 32, 64, 128],
-        "num_samples": 16,
-        "sequence_length": 512,
-        "max_windows": 16,
-    }
-    machine = {"batch_size": 4, "threads": 1}
-    files = {"output": Path("runs/ablations.json"), "plot": Path}
-    required = ("model", "calibration", "texts")
+    """Read the command line; SystemExit if a study is not known."""
     arguments = parse_arguments(
-        __doc__, *required, helps=_HELP, **choices, **sizes, **machine, **files
+        __doc__,
+        "model",
+        "calibration",
+        "texts",
+        helps=_HELP,
+        other_calibrations=[],
+        studies=list(STUDIES),
+        seeds=[0, 1, 2],
+        lengths=[512, 1024],
+        sample_counts=[8, 16, 32, 64, 128],
+        num_samples=16,
+        sequence_length=512,
+        max_windows=16,
+        batch_size=4,
+        threads=1,
+        output=Path("runs/ablations.json"),
+        plot=Path,
     )
     for study in arguments.studies:
         if study not in STUDIES:
@@ -143,35 +145,41 @@ def arguments_given() -> Namespace:
 
 
 def run_study(study: str, arguments: Namespace) -> dict[str, Any]:
-    """All rows of a study, labelled, with the recipes of its comparisons; those in `--output` are taken from there."""
-    alone = {"held_out": 0, "bos": "auto", "device": "cpu", "dtype": "float32", "device_map": None}
-    base = (
-        vars(arguments)
-        | alone
-        | {"storage_device": None, "calibration_length": arguments.sequence_length}
-    )
-    every = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    found = every.setdefault(study, {"recipe": [], "rows": []})
-    done = {(row["label"], row["pattern"], row["seed"]) for row in found["rows"]}
+    """Return all rows of a study, labelled, with the recipes of its comparisons.
+
+    Rows that `--output` has are taken from there; each new one is written.
+    """
+    usual = vars(arguments) | {
+        "methods": ["default"],
+        "seeds": [0],
+        "held_out": 0,
+        "bos": "auto",
+        "device": "cpu",
+        "dtype": "float32",
+        "device_map": None,
+        "storage_device": None,
+        "calibration_length": arguments.sequence_length,
+    }
+    studies = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    record = studies.setdefault(study, {"recipe": [], "rows": []})
+    done = {(row["label"], row["pattern"], row["seed"]) for row in record["rows"]}
     for label, changes in STUDIES[study](arguments):
-        case = Namespace(**base | {"methods": ["default"], "seeds": [0]} | changes)
+        case = Namespace(**usual | changes)
         for method, pattern, seed in wanted(case):
-            name = (
-                method.removeprefix("default:")
-                if (method, pattern) == DENSE or not label
-                else label
-            )
+            name = label
+            if not label or (method, pattern) == DENSE:
+                name = method.removeprefix("default:")
             if (name, pattern, seed) in done:
                 continue
             row, recipe = measure(case, method, pattern, seed)
             if row["error"] is not None:
                 raise SystemExit(f"{method}, {pattern}: {row['error']}")
             done.add((name, pattern, seed))
-            found["rows"].append({"label": name} | {key: row[key] for key in KEPT})
-            found["recipe"] += [line for line in recipe if line not in found["recipe"]]
+            record["rows"].append({"label": name} | {key: row[key] for key in KEPT})
+            record["recipe"] += [line for line in recipe if line not in record["recipe"]]
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            arguments.output.write_text(json.dumps(every, indent=1) + "\n")
-    return found
+            arguments.output.write_text(json.dumps(studies, indent=1) + "\n")
+    return record
 
 
 def table(study: dict[str, Any]) -> list[str]:
@@ -181,25 +189,29 @@ def table(study: dict[str, Any]) -> list[str]:
     model is left out: it is the same in every study.
     """
     rows = [row for row in study["rows"] if row["pattern"] != "-"]
-    patterns, labels = (
-        list(dict.fromkeys(row[key] for row in rows)) for key in ("pattern", "label")
-    )
+    patterns = list(dict.fromkeys(row["pattern"] for row in rows))
     lines = [f"| | {' | '.join(patterns)} |", "|---" * (len(patterns) + 1) + "|"]
-    first: dict[str, dict[int, float]] = {}
-    for label in labels:
+    # Of the first line of a column, by pattern: the mean over the texts by seed.
+    references: dict[str, dict[int, float]] = {}
+    for label in dict.fromkeys(row["label"] for row in rows):
         cells = []
         for pattern in patterns:
-            found = [row for row in rows if (row["pattern"], row["label"]) == (pattern, label)]
-            if not found:
+            group = [row for row in rows if row["pattern"] == pattern and row["label"] == label]
+            if not group:
                 cells.append("")
                 continue
-            mean = {row["seed"]: geometric_mean(row["perplexity"].values()) for row in found}
-            reference = first.setdefault(pattern, mean)
-            cell = "/".join(
-                shown([row["perplexity"][text] for row in found]) for text in found[0]["perplexity"]
-            )
-            ratios = [mean[seed] / reference[seed] for seed in mean if seed in reference]
-            cells.append(cell if reference is mean else f"{cell} ({shown(ratios, 3)})")
+            perplexities = []
+            for text in group[0]["perplexity"]:
+                perplexities.append(shown([row["perplexity"][text] for row in group]))
+            cell = "/".join(perplexities)
+            means = {row["seed"]: geometric_mean(row["perplexity"].values()) for row in group}
+            if pattern not in references:
+                references[pattern] = means
+            else:
+                reference = references[pattern]
+                ratios = [means[seed] / reference[seed] for seed in means if seed in reference]
+                cell = f"{cell} ({shown(ratios, 3)})"
+            cells.append(cell)
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return lines
 
@@ -208,20 +220,21 @@ def plot(study: dict[str, Any], path: Path) -> None:
     """Geometric mean of the perplexities over that of the first line, a panel a pattern."""
     import matplotlib.pyplot as plt
 
-    panels: dict[str, dict[str, float]] = {}
+    panels: dict[str, dict[str, float]] = {}  # means by label, by pattern
     for row in study["rows"]:
         if row["pattern"] != "-":
-            panels.setdefault(row["pattern"], {})[row["label"]] = geometric_mean(
-                row["perplexity"].values()
-            )
-    heights = [len(found) for found in panels.values()]
+            means = panels.setdefault(row["pattern"], {})
+            means[row["label"]] = geometric_mean(row["perplexity"].values())
+    heights = [len(means) for means in panels.values()]
     size = (9, 0.34 * sum(heights) + 1.2)
     figure, axes = plt.subplots(
         len(panels), 1, figsize=size, layout="constrained", sharex=True, height_ratios=heights
     )
-    for axis, (pattern, found) in zip(axes, panels.items(), strict=True):
-        labels, means = list(found)[::-1], list(found.values())[::-1]
-        ratios = [mean / means[-1] for mean in means]
+    for axis, (pattern, means) in zip(axes, panels.items(), strict=True):
+        # Bars are drawn from below, and the first line is on top.
+        labels = list(reversed(means))
+        first = means[labels[-1]]
+        ratios = [means[label] / first for label in labels]
         axis.barh(labels, [ratio - 1 for ratio in ratios], left=1, color="tab:blue")
         for place, ratio in enumerate(ratios):
             axis.annotate(f" {ratio:.3f}", (max(ratio, 1), place), va="center", fontsize=8)
@@ -235,24 +248,27 @@ def plot(study: dict[str, Any], path: Path) -> None:
 
 
 def shown(values: Sequence[float], digits: int = 2) -> str:
-    """The mean, and of several values the standard deviation."""
-    found = spread(values)
-    assert found is not None
-    mean, deviation = found
-    return f"{mean:.{digits}f}" + ("" if deviation is None else f"±{deviation:.{digits}f}")
+    """Write the mean, and of several values the standard deviation."""
+    value = spread(values)
+    assert value is not None
+    mean, deviation = value
+    if deviation is None:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f}±{deviation:.{digits}f}"
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """The exponential of the mean logarithm."""
+    """Compute the exponential of the mean logarithm."""
     return math.exp(statistics.fmean(math.log(value) for value in values))
 
 
 def main() -> None:
+    """Run the studies, and print the table of each."""
     arguments = arguments_given()
     torch.set_num_threads(arguments.threads)
     for study in arguments.studies:
-        found = run_study(study, arguments)
-        print("\n".join(["", study, "", *table(found)]), flush=True)
+        record = run_study(study, arguments)
+        print("\n".join(["", study, "", *table(record)]), flush=True)
     if arguments.plot:
         plot(json.loads(arguments.output.read_text())["parts"], arguments.plot)
 

@@ -17,9 +17,10 @@ import statistics
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from shared import open_record, parse_arguments, parse_config, save
 from torch import Tensor
@@ -42,7 +43,9 @@ HELPS = {
     "held_out": "also measure on as many windows left out of calibration, and on as many in it",
     "bos": "auto, every (window), start (of a text only, as in the scripts of SparseGPT and Wanda) or none",
 }
-CALIBRATED, HELD_OUT = "calibrated", "held-out"
+# Names of texts that windows of the calibration text are measured as.
+CALIBRATED = "calibrated"
+HELD_OUT = "held-out"
 BOS = ("auto", "every", "start", "none")
 Row = dict[str, Any]
 
@@ -50,98 +53,134 @@ Row = dict[str, Any]
 def draw(
     arguments: Namespace, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> tuple[Tensor, dict[str, Tensor], list[str]]:
-    """Windows to calibrate on, those to measure on by name of the text, and how both were made, a line each."""
+    """Draw windows of token ids, [windows, length]; `tokenizer` stays as it is.
+
+    Returns:
+        Windows to calibrate on.
+        Windows to measure on, by the name of the text.
+        How both were made, a line each.
+    """
     length = arguments.sequence_length or usual_length(read_config(arguments.model))
-    texts, recipe, start = {}, [], ""
-    if arguments.bos != "auto":
-        if arguments.bos == "every" and tokenizer.bos_token_id is None:
-            raise SystemExit(f"--bos every: {arguments.model} has no BOS token.")
-        if arguments.bos == "start" and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
-            start = tokenizer.bos_token
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.add_bos_token = arguments.bos == "every"
-        tokenizer.bos_token = tokenizer.bos_token if arguments.bos == "every" else None
+    tokenizer, start = with_bos(arguments, tokenizer)
+    texts = {}
+    recipe = []
     for source in arguments.texts:
-        text, name = load_text(source, "test"), Path(source).stem
-        started = replace(text, documents=(start + text.documents[0], *text.documents[1:]))
-        whole = evaluation_windows(tokenizer, started, length)
-        texts[name] = whole[: arguments.max_windows]
+        name = Path(source).stem
+        text = load_text(source, "test")
+        first, *others = text.documents
+        text = replace(text, documents=(start + first, *others))
+        windows = evaluation_windows(tokenizer, text, length)
+        texts[name] = windows[: arguments.max_windows]
         recipe.append(
             f"Perplexity on {name}: {text.name} (sha256 {text.sha256[:16]}), the first {len(texts[name])} of "
-            f"{len(whole)} windows of {length} tokens, BOS: {arguments.bos}."
+            f"{len(windows)} windows of {length} tokens, BOS: {arguments.bos}."
         )
-    count, longest = (
-        arguments.num_samples + arguments.held_out,
-        arguments.calibration_length or length,
-    )
+
+    calibration_length = arguments.calibration_length or length
+    count = arguments.num_samples + arguments.held_out
     if arguments.calibration == "self":
-        options = {
-            "device": arguments.device,
-            "dtype": arguments.dtype,
-            "keep_in": arguments.output.with_suffix(""),
-        }
         windows = calibration_tokens_by_name(
-            arguments.model, "self", count, longest, seed, **options
+            arguments.model,
+            "self",
+            count,
+            calibration_length,
+            seed,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            keep_in=arguments.output.with_suffix(""),
         )
         origin = "text that the model samples itself"
     else:
         text = load_text(arguments.calibration, "calibration")
-        windows = calibration_windows(tokenizer, text, count, longest, seed)
+        windows = calibration_windows(tokenizer, text, count, calibration_length, seed)
         origin = f"{text.name} (sha256 {text.sha256[:16]})"
-    calibration, held_out = windows[: arguments.num_samples], windows[arguments.num_samples :]
+    calibration = windows[: arguments.num_samples]
     recipe.append(
-        f"Calibration, seed {seed}: {len(calibration)} random windows of {longest} tokens of {origin}."
+        f"Calibration, seed {seed}: {len(calibration)} random windows of {calibration_length} tokens of {origin}."
     )
     if arguments.held_out:
-        texts |= {CALIBRATED: calibration[: arguments.held_out], HELD_OUT: held_out}
+        texts[CALIBRATED] = calibration[: arguments.held_out]
+        texts[HELD_OUT] = windows[arguments.num_samples :]
         recipe.append(
-            f"Perplexity on {HELD_OUT}: {len(held_out)} further windows of that text, not calibrated on."
+            f"Perplexity on {HELD_OUT}: {len(texts[HELD_OUT])} further windows of that text, not calibrated on."
         )
     return calibration, texts, recipe
 
 
+def with_bos(
+    arguments: Namespace, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedTokenizerBase, str]:
+    """Return a tokenizer that writes BOS where `--bos` says, and what each text has to begin with for that."""
+    if arguments.bos == "auto":
+        return tokenizer, ""
+    puts_in_every_window = arguments.bos == "every"
+    if puts_in_every_window and tokenizer.bos_token_id is None:
+        raise SystemExit(f"--bos every: {arguments.model} has no BOS token.")
+    start = ""
+    writes_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    if arguments.bos == "start" and writes_bos:
+        start = tokenizer.bos_token
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_bos_token = puts_in_every_window
+    if not puts_in_every_window:
+        tokenizer.bos_token = None
+    return tokenizer, start
+
+
 def wanted(arguments: Namespace) -> Iterator[tuple[str, str, int]]:
-    """Method, pattern and seed of all rows; the dense model differs by seed only on windows that a seed drew."""
-    for seed in arguments.seeds if arguments.held_out else arguments.seeds[:1]:
-        yield *DENSE, seed
+    """Yield method, pattern and seed of all rows."""
+    # The dense model differs by seed only on windows that a seed drew.
+    dense_seeds = arguments.seeds if arguments.held_out else arguments.seeds[:1]
+    method, pattern = DENSE
+    for seed in dense_seeds:
+        yield method, pattern, seed
     for seed, pattern, method in product(arguments.seeds, arguments.patterns, arguments.methods):
         yield method, pattern, seed
 
 
 def measure(arguments: Namespace, method: str, pattern: str, seed: int) -> tuple[Row, list[str]]:
-    """Prune and measure one row; returns the recipe too. A pruned row that fails says why."""
+    """Prune and measure one row; returns the row and its recipe. A pruned row that fails says why."""
     tokenizer = require_tokenizer(arguments.model)
     calibration, texts, recipe = draw(arguments, tokenizer, seed)
-    row: Row = {"method": method, "pattern": pattern, "seed": seed, "perplexity": {}}
-    row |= {
+    is_dense = (method, pattern) == DENSE
+    if is_dense and seed != arguments.seeds[0]:  # on the other texts it is the same for all seeds
+        texts = {name: texts[name] for name in (CALIBRATED, HELD_OUT)}
+    row: Row = {
+        "method": method,
+        "pattern": pattern,
+        "seed": seed,
+        "perplexity": {},
         "totals": {},
         "seconds": {},
         "config": {},
         "versions": library_versions(),
         "error": None,
     }
-    if (method, pattern) == DENSE and seed != arguments.seeds[0]:
-        texts = {name: texts[name] for name in (CALIBRATED, HELD_OUT)}
-    places = {name: getattr(arguments, name) for name in ("device", "dtype", "device_map")}
     try:
-        model, _ = load_model(arguments.model, **places)
-        if (method, pattern) != DENSE:
+        model, _ = load_model(
+            arguments.model,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            device_map=arguments.device_map,
+        )
+        if not is_dense:
             config = parse_config(method, pattern, seed, arguments.held_out)
-            batches = [*calibration.split(arguments.batch_size)]
-            batches += texts[HELD_OUT].split(arguments.batch_size) if arguments.held_out else []
-            report = FistaPruner(config, storage_device=arguments.storage_device).prune(
-                model, batches
-            )
-            row |= {name: getattr(report, name) for name in ("totals", "seconds", "config")}
+            batches = list(calibration.split(arguments.batch_size))
+            if arguments.held_out:
+                batches += texts[HELD_OUT].split(arguments.batch_size)
+            pruner = FistaPruner(config, storage_device=arguments.storage_device)
+            report = pruner.prune(model, batches)
+            row["totals"] = report.totals
+            row["seconds"] = report.seconds
+            row["config"] = report.config
         for name, windows in texts.items():
-            row["perplexity"][name] = evaluate_perplexity(
-                model, windows, batch_size=arguments.batch_size
-            ).perplexity
+            measured = evaluate_perplexity(model, windows, batch_size=arguments.batch_size)
+            row["perplexity"][name] = measured.perplexity
     except Exception as error:
-        if (method, pattern) == DENSE:
+        if is_dense:
             raise
         row["error"] = " ".join(f"{type(error).__name__}: {error}".split())
-    model = None
+    model = None  # its memory goes before the next one is loaded
     release_memory(collect=True)
     return row, recipe
 
@@ -151,14 +190,15 @@ def compare(arguments: Namespace) -> dict[str, Any]:
     record = open_record(
         arguments, "methods", "patterns", "seeds", "device", "device_map", "storage_device"
     )
-    rows, recipe = [row for row in record["rows"] if row["error"] is None], record.get("recipe", [])
+    rows = [row for row in record["rows"] if row["error"] is None]
+    recipe = record.get("recipe", [])
     done = {(row["method"], row["pattern"], row["seed"]) for row in rows}
     for key in wanted(arguments):
         if key not in done:
             print(*key, flush=True)
-            row, how = measure(arguments, *key)
+            row, recipe_of_row = measure(arguments, *key)
             rows.append(row)
-            recipe += [line for line in how if line not in recipe]
+            recipe += [line for line in recipe_of_row if line not in recipe]
             save(arguments, record | {"recipe": recipe, "rows": rows})
     return record | {"recipe": recipe, "rows": rows}
 
@@ -168,142 +208,163 @@ Value = tuple[float, float | None] | None
 
 
 def spread(values: Iterable[float | None]) -> Value:
-    """Mean and, of several values, standard deviation; those that are `None` do not count."""
-    known = [value for value in values if value is not None]
-    return (
-        (statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
-        if known
-        else None
-    )
+    """Compute the mean and, of several values, the standard deviation; those that are `None` do not count."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return None
+    deviation = statistics.stdev(numbers) if len(numbers) > 1 else None
+    return statistics.fmean(numbers), deviation
 
 
 def accuracy(rows: Sequence[Row], tasks: Sequence[str]) -> Value:
-    """Mean over tasks of the first metric of each, of the rows that have them all."""
-    complete = [found for row in rows if {*tasks} <= (found := row.get("accuracy", {})).keys()]
-    found = [[next(iter(scores[task].values())) for task in tasks] for scores in complete]
-    if len(found) == len(tasks) == 1:
-        return found[0][0]["value"], found[0][0]["stderr"]
-    return spread(statistics.fmean(score["value"] for score in scores) for scores in found)
+    """Compute the mean over tasks of the first metric of each, of the rows that have all tasks."""
+    scores_of_rows = []
+    for row in rows:
+        measured = row.get("accuracy", {})
+        if all(task in measured for task in tasks):
+            # A metric has a value and a standard error.
+            scores_of_rows.append([next(iter(measured[task].values())) for task in tasks])
+    if len(scores_of_rows) == 1 and len(tasks) == 1:
+        ((score,),) = scores_of_rows
+        return score["value"], score["stderr"]
+    return spread(statistics.fmean(s["value"] for s in scores) for scores in scores_of_rows)
 
 
 def total(rows: Sequence[Row], name: str) -> Value:
-    """One of `PruningReport.totals`; none for the errors of operators if no operator was pruned."""
-    some = [
-        row["totals"]
-        for row in rows
-        if row["totals"].get("num_operators", 1) or not name.endswith("_error")
-    ]
-    return spread(totals.get(name) for totals in some)
+    """Compute the mean of one of `PruningReport.totals`, of the rows that have it.
+
+    If no operator was pruned, operators have no errors.
+    """
+    values = []
+    for row in rows:
+        has_operators = row["totals"].get("num_operators", 1) > 0
+        if has_operators or not name.endswith("_error"):
+            values.append(row["totals"].get(name))
+    return spread(values)
 
 
-def columns(rows: Sequence[Row]) -> Iterator[tuple[str, Callable[[list[Row]], Value], str, Any]]:
-    """Header, value, format, and what makes a value the best of its pattern."""
+class Column(NamedTuple):
+    """A column of the table."""
+
+    header: str
+    value: Callable[[list[Row]], Value]  # of the rows of a method and a pattern
+    form: str  # such as "{:.2f}"
+    best: Callable[[list[float]], float] | None = None  # of a pattern: min or max
+
+
+def columns(rows: Sequence[Row]) -> Iterator[Column]:
+    """Yield the columns for which `rows` have values."""
     for text in dict.fromkeys(text for row in rows for text in row["perplexity"]):
-        yield (
-            text,
-            lambda those, text=text: spread(row["perplexity"].get(text) for row in those),
-            "{:.2f}",
-            min,
-        )
+        yield Column(text, partial(perplexity, text), "{:.2f}", min)
     tasks = list(dict.fromkeys(task for row in rows for task in row.get("accuracy", ())))
     for task in tasks:
-        yield f"{task}, %", lambda those, task=task: accuracy(those, [task]), "{:.1%}", max
+        yield Column(f"{task}, %", partial(accuracy, tasks=[task]), "{:.1%}", max)
     if len(tasks) > 1:
-        yield "mean of tasks, %", lambda those: accuracy(those, tasks), "{:.1%}", max
-    errors = ("fit error", "output error", "held-out fit error", "held-out output error")
-    totals = {name: f"mean_{name.replace(' ', '_').replace('-', '_')}" for name in errors}
-    for name, key in (totals | {"zeros, %": "sparsity", "removed, %": "share_removed"}).items():
-        if name in ("fit error", "zeros, %") or any(row["totals"].get(key) for row in rows):
-            yield (
-                name,
-                lambda those, key=key: total(those, key),
-                "{:.2%}" if "%" in name else "{:.4f}",
-                None,
-            )
-    yield (
-        "time, s",
-        lambda those: spread(row["seconds"].get("total") for row in those),
-        "{:.0f}",
-        None,
-    )
-    yield (
-        "time to solve for weights, s",
-        lambda those: total(those, "solve_seconds"),
-        "{:.0f}",
-        None,
-    )
+        yield Column("mean of tasks, %", partial(accuracy, tasks=tasks), "{:.1%}", max)
+    keys_of_totals = {
+        "fit error": "mean_fit_error",
+        "output error": "mean_output_error",
+        "held-out fit error": "mean_held_out_fit_error",
+        "held-out output error": "mean_held_out_output_error",
+        "zeros, %": "sparsity",
+        "removed, %": "share_removed",
+    }
+    for header, key in keys_of_totals.items():
+        is_always_shown = header in ("fit error", "zeros, %")
+        if is_always_shown or any(row["totals"].get(key) for row in rows):
+            form = "{:.2%}" if header.endswith("%") else "{:.4f}"
+            yield Column(header, partial(total, name=key), form)
+    yield Column("time, s", seconds, "{:.0f}")
+    yield Column("time to solve for weights, s", partial(total, name="solve_seconds"), "{:.0f}")
+
+
+def perplexity(text: str, rows: Sequence[Row]) -> Value:
+    """Compute the mean perplexity on a text."""
+    return spread(row["perplexity"].get(text) for row in rows)
+
+
+def seconds(rows: Sequence[Row]) -> Value:
+    """Compute the mean time of a run."""
+    return spread(row["seconds"].get("total") for row in rows)
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """A line for each method and pattern, means over the seeds, the best of every pattern in bold."""
-    shown, lines = list(columns(rows)), []
+    """Make a line for each method and pattern: means over the seeds, the best of every pattern in bold."""
+    shown = list(columns(rows))
+    lines = []
     for pattern in dict.fromkeys(row["pattern"] for row in rows):
-        methods = dict.fromkeys(row["method"] for row in rows if row["pattern"] == pattern)
-        groups = [
-            [r for r in rows if (r["method"], r["pattern"], r["error"]) == (m, pattern, None)]
-            for m in methods
-        ]
-        cells = []
-        for _, value, form, best in shown:
-            values = [value(group) for group in groups]
-            means = [found[0] for found in values if found is not None]
-            bold = form.format(best(means)) if best and len(means) > 1 else None
-            cells.append([in_cell(found, form, bold).replace("%", "") for found in values])
-        for index, (method, group) in enumerate(zip(methods, groups, strict=True)):
-            own = (
-                [column[index] for column in cells]
-                if group
-                else ["failed", *[""] * (len(shown) - 1)]
-            )
-            lines.append(["" if pattern == DENSE[1] else pattern, f"`{method}`", *own])
-    return markdown_lines(["pattern", "method", *(header for header, *_ in shown)], lines)
+        rows_of_methods: dict[str, list[Row]] = {}
+        for row in rows:
+            if row["pattern"] == pattern:
+                rows_of_method = rows_of_methods.setdefault(row["method"], [])
+                if row["error"] is None:
+                    rows_of_method.append(row)
+
+        cells: dict[str, list[str]] = {method: [] for method in rows_of_methods}
+        for column in shown:
+            values = {method: column.value(group) for method, group in rows_of_methods.items()}
+            means = [value[0] for value in values.values() if value is not None]
+            bold = None
+            if column.best is not None and len(means) > 1:
+                bold = column.form.format(column.best(means))
+            for method, value in values.items():
+                cells[method].append(in_cell(value, column.form, bold).replace("%", ""))
+        for method, group in rows_of_methods.items():
+            if not group:
+                cells[method] = ["failed", *[""] * (len(shown) - 1)]
+            shown_pattern = "" if pattern == DENSE[1] else pattern
+            lines.append([shown_pattern, f"`{method}`", *cells[method]])
+    headers = [column.header for column in shown]
+    return markdown_lines(["pattern", "method", *headers], lines)
 
 
-def in_cell(found: Value, form: str, bold: str | None) -> str:
-    if found is None:
+def in_cell(value: Value, form: str, bold: str | None) -> str:
+    """Write a mean and its deviation; the mean is bold if it is written as `bold`."""
+    if value is None:
         return ""
-    mean = form.format(found[0])
-    return (f"**{mean}**" if mean == bold else mean) + (
-        f" ± {form.format(found[1])}" if found[1] is not None else ""
-    )
+    mean, deviation = value
+    text = form.format(mean)
+    if text == bold:
+        text = f"**{text}**"
+    if deviation is not None:
+        text += f" ± {form.format(deviation)}"
+    return text
 
 
 def main() -> None:
-    choices: dict[str, Any] = {
-        "methods": ["magnitude", "wanda", "sparsegpt", "fista", "default"],
-        "seeds": [0],
-    }
-    choices |= {"patterns": ["0.5", "2:4"], "texts": ["wikitext2"]}
-    sizes = {
-        "num_samples": 128,
-        "held_out": 0,
-        "calibration_length": int,
-        "sequence_length": int,
-        "max_windows": int,
-    }
-    machine = {
-        "batch_size": 1,
-        "device": str,
-        "device_map": str,
-        "dtype": "auto",
-        "storage_device": str,
-    }
-    options = (
-        choices
-        | sizes
-        | machine
-        | {"calibration": "self", "bos": "auto", "output": Path("runs/compare.json")}
+    """Measure the rows that the output lacks, or read those of an earlier call, and print the table."""
+    arguments = parse_arguments(
+        __doc__,
+        "model",
+        helps=HELPS,
+        methods=["magnitude", "wanda", "sparsegpt", "fista", "default"],
+        seeds=[0],
+        patterns=["0.5", "2:4"],
+        texts=["wikitext2"],
+        num_samples=128,
+        held_out=0,
+        calibration_length=int,
+        sequence_length=int,
+        max_windows=int,
+        batch_size=1,
+        device=str,
+        device_map=str,
+        dtype="auto",
+        storage_device=str,
+        calibration="self",
+        bos="auto",
+        output=Path("runs/compare.json"),
     )
-    arguments = parse_arguments(__doc__, "model", helps=HELPS, **options)
     file = Path(arguments.model)
     record = json.loads(file.read_text()) if file.is_file() else compare(arguments)
-    failures = [
-        f"- {r['method']}, {r['pattern']}, seed {r['seed']}: {r['error']}"
-        for r in record["rows"]
-        if r["error"]
-    ]
-    print("\n".join([*table(record["rows"]), "", *(f"- {line}" for line in record["recipe"])]))
-    print("".join(["\nFailed:\n", *(f"\n{line}" for line in failures)]) if failures else "", end="")
+    print("\n".join(table(record["rows"])), end="\n\n")
+    for line in record["recipe"]:
+        print(f"- {line}")
+    failures = [row for row in record["rows"] if row["error"]]
+    if failures:
+        print("\nFailed:\n")
+    for row in failures:
+        print(f"- {row['method']}, {row['pattern']}, seed {row['seed']}: {row['error']}")
 
 
 if __name__ == "__main__":

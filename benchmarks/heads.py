@@ -32,38 +32,41 @@ from optimum_fista.source.loading import load_model
 
 
 def queries(layers: DecoderLayers) -> dict[str, LinearOperator]:
-    """Operators that make the queries, by name."""
-    found = {
-        name: o
-        for layer_name, layer in layers
-        for name, o in find_operators(layer_name, layer).items()
-    }
-    chosen = {name: operator for name, operator in found.items() if name.endswith("q_proj")}
+    """Return the operators that make the queries, by name; SystemExit if there are none."""
+    operators: dict[str, LinearOperator] = {}
+    for layer_name, layer in layers:
+        operators |= find_operators(layer_name, layer)
+    chosen = {name: operator for name, operator in operators.items() if name.endswith("q_proj")}
     if not chosen:
-        raise SystemExit(f"no operator is called q_proj: {', '.join(found)}.")
+        raise SystemExit(f"no operator is called q_proj: {', '.join(operators)}.")
     return chosen
 
 
 def predicted(model: PreTrainedModel, windows: Tensor, head_size: int) -> dict[str, list[float]]:
-    """Rise of the loss in nats a token when the queries of a head are zero, to second order, by operator and head."""
+    """Predict how the loss rises when the queries of a head are zero, in nats a token, to second order.
+
+    `windows` are token ids [windows, length]. Returns a number for each head, by the name of the operator.
+    """
     layers = find_decoder_layers(model)
     operators = queries(layers)
     batches = [CalibrationBatch(window[None], None) for window in windows]
-    found = measure_sensitivities(DenseLoss(layers, batches, windows.numel()), operators)
+    sensitivities = measure_sensitivities(DenseLoss(layers, batches, windows.numel()), operators)
+    # Mean squares of the outputs, by operator.
     energies = {name: torch.zeros(operator.shape[0]) for name, operator in operators.items()}
 
     def add(name: str, _: nn.Module, __: object, output: Tensor) -> None:
+        """Add the outputs of an operator, as its forward hook."""
         energies[name] += output.reshape(-1, output.shape[-1]).square().sum(0) / windows.numel()
 
-    with (
-        torch.no_grad(),
-        watching({}, {o.module: partial(add, name) for name, o in operators.items()}),
-    ):
+    hooks = {operator.module: partial(add, name) for name, operator in operators.items()}
+    with torch.no_grad(), watching({}, hooks):
         for window in windows:
             model(window[None], use_cache=False)
-    return {
-        n: (found[n].outputs * energies[n]).view(-1, head_size).sum(1).tolist() for n in operators
-    }
+    costs = {}
+    for name in operators:
+        costs_of_outputs = sensitivities[name].outputs * energies[name]
+        costs[name] = costs_of_outputs.view(-1, head_size).sum(1).tolist()
+    return costs
 
 
 def attention_on_first(model: PreTrainedModel, ids: Tensor) -> list[list[float]]:
@@ -77,32 +80,43 @@ def attention_on_first(model: PreTrainedModel, ids: Tensor) -> list[list[float]]
 
 
 def measure(model: PreTrainedModel, windows: Tensor, ids: Tensor) -> list[dict[str, Any]]:
-    """A row for every query head."""
-    head_size = (
-        getattr(model.config, "head_dim", None)
-        or model.config.hidden_size // model.config.num_attention_heads
-    )
-    expected, attention = predicted(model, windows, head_size), attention_on_first(model, ids)
+    """Measure every query head, and return a row for each; the weights are as before at the end.
+
+    `windows` are those to predict on, and `ids` those to measure the loss on, both [windows, length].
+    """
+    head_size = getattr(model.config, "head_dim", None)
+    if not head_size:
+        head_size = model.config.hidden_size // model.config.num_attention_heads
+    expected = predicted(model, windows, head_size)
+    attention = attention_on_first(model, ids)
 
     def loss() -> float:
+        """Measure the loss with the weights as they are, in nats a token."""
         return math.log(evaluate_perplexity(model, ids, progress=False).perplexity)
 
-    dense, rows = loss(), []
+    dense_loss = loss()
+    rows = []
     operators = queries(find_decoder_layers(model))
-    heads = [
-        (layer, name, head)
-        for layer, name in enumerate(operators)
-        for head in range(len(expected[name]))
-    ]
-    for layer, name, head in tqdm(heads, desc="Heads", unit="head"):
-        weight = operators[name].read()
-        without = weight.clone()
-        without[head * head_size : (head + 1) * head_size] = 0
-        operators[name].write(without)
-        rise = loss() - dense
-        operators[name].write(weight)
-        row = {"layer": layer, "head": head, "attention": attention[layer][head]}
-        rows.append(row | {"predicted": expected[name][head], "measured": rise})
+    bar = tqdm(total=sum(len(heads) for heads in expected.values()), desc="Heads", unit="head")
+    for layer, (name, operator) in enumerate(operators.items()):
+        for head, prediction in enumerate(expected[name]):
+            weight = operator.read()
+            without = weight.clone()
+            without[head * head_size : (head + 1) * head_size] = 0
+            operator.write(without)
+            rise = loss() - dense_loss
+            operator.write(weight)
+            rows.append(
+                {
+                    "layer": layer,
+                    "head": head,
+                    "attention": attention[layer][head],
+                    "predicted": prediction,
+                    "measured": rise,
+                }
+            )
+            bar.update()
+    bar.close()
     return rows
 
 
@@ -117,8 +131,15 @@ def table(rows: list[dict[str, Any]], number: int = 5) -> list[str]:
     )
     lines = []
     for row in sorted(rows, key=lambda row: -row["measured"])[:number]:
-        cells = f"{row['attention']:.3f}", f"{row['predicted']:.2g}", f"{row['measured']:.2g}"
-        lines.append((row["layer"], row["head"], *cells))
+        lines.append(
+            (
+                row["layer"],
+                row["head"],
+                f"{row['attention']:.3f}",
+                f"{row['predicted']:.2g}",
+                f"{row['measured']:.2g}",
+            )
+        )
     return markdown_lines(headings, lines)
 
 
@@ -127,15 +148,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
-    expected, measured = (
-        [row["predicted"] for row in rows],
-        [max(row["measured"], 1e-4) for row in rows],
-    )
-    points = axis.scatter(
-        expected, measured, c=[row["attention"] for row in rows], s=16, cmap="viridis"
-    )
-    ends = min(expected), max(expected)
-    axis.plot(ends, ends, color="gray", linewidth=1)
+    expected = [row["predicted"] for row in rows]
+    measured = [max(row["measured"], 1e-4) for row in rows]  # on a logarithmic scale
+    attention = [row["attention"] for row in rows]
+    points = axis.scatter(expected, measured, c=attention, s=16, cmap="viridis")
+    ends = (min(expected), max(expected))
+    axis.plot(ends, ends, color="gray", linewidth=1)  # where the prediction is right
     axis.set(
         xscale="log",
         yscale="log",
@@ -148,17 +166,27 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    sizes = {"num_samples": 4, "sequence_length": 512, "max_windows": 1, "threads": 1, "seed": 0}
-    files = {"output": Path("runs/heads.json"), "plot": Path}
-    arguments = parse_arguments(__doc__, "model", "calibration", "texts", **sizes, **files)
+    """Measure all heads unless the output has them, print the table, and draw if asked to."""
+    arguments = parse_arguments(
+        __doc__,
+        "model",
+        "calibration",
+        "texts",
+        num_samples=4,
+        sequence_length=512,
+        max_windows=1,
+        threads=1,
+        seed=0,
+        output=Path("runs/heads.json"),
+        plot=Path,
+    )
     torch.set_num_threads(arguments.threads)
     record = open_record(arguments)
     if not record["rows"]:
         model, tokenizer = load_model(arguments.model, dtype="float32", device="cpu")
         (ids,) = texts_of(arguments, tokenizer, arguments.sequence_length).values()
-        record["rows"] = measure(
-            model, calibration_of(arguments, tokenizer, arguments.num_samples), ids
-        )
+        windows = calibration_of(arguments, tokenizer, arguments.num_samples)
+        record["rows"] = measure(model, windows, ids)
         save(arguments, record)
     print("\n".join(table(record["rows"])))
     if arguments.plot:

@@ -25,27 +25,38 @@ from optimum_fista import FistaPruner, FistaPruningConfig  # noqa: E402
 
 
 def main() -> None:
+    """Prune as `OPTIONS` say, on random tokens, and print the seconds."""
     generator = torch.Generator().manual_seed(0)
-    samples, unseen = OPTIONS["samples"], OPTIONS.get("unseen", 0)
-    tokens = torch.randint(
-        0, OPTIONS["vocabulary"], (samples + unseen, OPTIONS["length"]), generator=generator
-    )
-    batches = tokens[:samples].split(OPTIONS["batch"])
-    batches += ({"input_ids": tokens[samples:], "held_out": True},) * bool(unseen)
+    samples = OPTIONS["samples"]
+    unseen = OPTIONS.get("unseen", 0)
+    shape = (samples + unseen, OPTIONS["length"])
+    tokens = torch.randint(0, OPTIONS["vocabulary"], shape, generator=generator)
+    batches = list(tokens[:samples].split(OPTIONS["batch"]))
+    if unseen:
+        batches.append({"input_ids": tokens[samples:], "held_out": True})
     config = FistaPruningConfig.from_dict(OPTIONS["config"])
     pruner = FistaPruner(config, progress=False)
     print("ready", flush=True)
     if OPTIONS.get("waits"):
         sys.stdin.readline()
-    wall, processor = time.perf_counter(), time.process_time()
+    wall_started = time.perf_counter()
+    processor_started = time.process_time()
     if OPTIONS.get("in_memory"):
         model = AutoModelForCausalLM.from_pretrained(OPTIONS["source"])
         report = pruner.prune(model, batches)
         pruner.save_pretrained(model, OPTIONS["output"])
     else:
-        places = {"output_dir": OPTIONS["output"], "device": "cpu", "dtype": OPTIONS["dtype"]}
-        report = pruner.prune(OPTIONS["source"], batches, **places)
-    seconds = {"wall": time.perf_counter() - wall, "processor": time.process_time() - processor}
+        report = pruner.prune(
+            OPTIONS["source"],
+            batches,
+            output_dir=OPTIONS["output"],
+            device="cpu",
+            dtype=OPTIONS["dtype"],
+        )
+    seconds = {
+        "wall": time.perf_counter() - wall_started,
+        "processor": time.process_time() - processor_started,
+    }
     print(json.dumps(seconds | report.seconds), flush=True)
 
 

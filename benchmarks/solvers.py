@@ -16,10 +16,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from shared import calibration_of, counted_products, matrix_rate, parse_arguments, pattern_of, save
+from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from optimum_fista.folder.card import markdown_lines
 from optimum_fista.model.calibration import read_batches
@@ -28,6 +31,7 @@ from optimum_fista.model.correction import Correction, LayerTargets
 from optimum_fista.model.groups import trace_groups
 from optimum_fista.model.inputs import HiddenStates, LayerActivations, record_inputs
 from optimum_fista.model.layers import find_decoder_layers
+from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.methods import METHODS, create_method, method_class
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.source.loading import load_model
@@ -38,105 +42,126 @@ TEXTS = ("calibration", "fresh", "other")
 
 
 def layer_problems(
-    model, token_sets: list[torch.Tensor], layers: set[int] | None
+    model: PreTrainedModel, token_sets: list[Tensor], layers: set[int] | None
 ) -> Iterator[list[list[LayerProblem]]]:
-    """Groups of operators, decoder layer by decoder layer: `[text][operator]` problems that share their inputs."""
+    """Yield the layer problems of each group of operators that share their inputs, decoder layer by decoder layer.
+
+    What is yielded is `[text][operator]`. The model stays dense.
+
+    Args:
+        model: The dense model.
+        token_sets: Token ids [sequences, length] of each text.
+        layers: Numbers of the decoder layers; `None`: all.
+    """
     decoder = find_decoder_layers(model)
-    records = [
-        record_inputs(decoder, read_batches(tokens.split(1), model.config.vocab_size))
-        for tokens in token_sets
-    ]
-    hidden: list[Sequence[torch.Tensor]] = [record.hidden_states for record in records]
+    vocabulary = model.config.vocab_size
+    records = [record_inputs(decoder, read_batches(ids.split(1), vocabulary)) for ids in token_sets]
+    # Of each text: the hidden states that enter the next decoder layer, by batch.
+    hidden: list[Sequence[Tensor]] = [record.hidden_states for record in records]
     last = len(decoder) - 1 if layers is None else max(layers)
     for index, (name, layer) in enumerate(decoder):
         if index > last:
             return
-        trace = trace_groups(
-            layer, find_operators(name, layer), records[0].calls[index][0], hidden[0][0]
-        )
+        operators = find_operators(name, layer)
+        trace = trace_groups(layer, operators, records[0].calls[index][0], hidden[0][0])
+        is_chosen = layers is None or index in layers
+        groups = trace.groups if is_chosen else []
         by_text = []
         for text, record in enumerate(records):
-            activations = LayerActivations(
-                layer, record.calls[index], record.token_masks, hidden[text][0].device
-            )
-            chosen = trace.groups if layers is None or index in layers else []
+            device = hidden[text][0].device
+            activations = LayerActivations(layer, record.calls[index], record.token_masks, device)
+            entering = HiddenStates(hidden[text])
             targets = LayerTargets(
-                activations, chosen, Correction("none"), HiddenStates(hidden[text]), ends=trace.ends
+                activations, groups, Correction("none"), entering, ends=trace.ends
             )
-            by_text.append([targets.problems(group).fitted for group in range(len(chosen))])
+            by_text.append([targets.problems(group).fitted for group in range(len(groups))])
             hidden[text] = targets.leave().to_prune_on
-        yield from map(list, zip(*by_text, strict=True))
+        for group in range(len(groups)):
+            yield [problems_of_text[group] for problems_of_text in by_text]
 
 
-def parse_method(text: str):
-    name, *options = text.split(":")
-    return create_method(
-        name, **{key: json.loads(value) for key, value in (o.split("=") for o in options)}
-    )
+def parse_method(text: str) -> PruningMethod:
+    """Make a method from `name:option=value:...`; values are JSON."""
+    name, *pairs = text.split(":")
+    options = {}
+    for pair in pairs:
+        key, value = pair.split("=")
+        options[key] = json.loads(value)
+    return create_method(name, **options)
 
 
-def measure(text: str, problems: list[list[LayerProblem]], pattern: str) -> list[dict]:
-    """One row an operator."""
+def measure(text: str, problems: list[list[LayerProblem]], pattern: str) -> list[dict[str, Any]]:
+    """Prune a group of operators by a method, such as "fista:trials=2"; returns a row for each operator.
+
+    `problems` are those of each text in `TEXTS`; the operators are pruned on the first one.
+    """
     method = parse_method(text)
-    wanted = pattern_of(pattern, method_class(method.name).defaults.scope)
-    calibration, *fresh = problems
+    sparsity_pattern = pattern_of(pattern, method_class(method.name).defaults.scope)
+    calibration, *other_texts = problems
     with counted_products() as counter:
-        started, busy = time.perf_counter(), time.process_time()
-        pruned = method.prune_sharing(calibration, [wanted] * len(calibration))
-        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - busy
+        started = time.perf_counter()
+        processor_started = time.process_time()
+        pruned = method.prune_sharing(calibration, [sparsity_pattern] * len(calibration))
+        seconds = time.perf_counter() - started
+        cpu_seconds = time.process_time() - processor_started
     rows = []
     for index, operator in enumerate(pruned):
-        row = {"method": text, "pattern": pattern, "operator": calibration[index].name}
-        row |= {"iterations": operator.iterations, "flops": counter.get_total_flops() / len(pruned)}
-        row |= {"seconds": seconds / len(pruned), "cpu_seconds": cpu_seconds / len(pruned)}
-        row["calibration"] = operator.fit_error**2
-        for name, text_problems in zip(TEXTS[1:], fresh, strict=True):
-            row[name] = text_problems[index].fit_error(operator.weight) ** 2
+        row = {
+            "method": text,
+            "pattern": pattern,
+            "operator": calibration[index].name,
+            "iterations": operator.iterations,
+            "flops": counter.get_total_flops() / len(pruned),
+            "seconds": seconds / len(pruned),
+            "cpu_seconds": cpu_seconds / len(pruned),
+            "calibration": operator.fit_error**2,
+        }
+        for name, problems_of_text in zip(TEXTS[1:], other_texts, strict=True):
+            row[name] = problems_of_text[index].fit_error(operator.weight) ** 2
         rows.append(row)
     return rows
 
 
 def geometric_mean(values: list[float]) -> float:
-    return math.exp(statistics.fmean(math.log(max(v, 1e-30)) for v in values))
+    """Compute the exponential of the mean logarithm; an error of zero counts as 1e-30."""
+    return math.exp(statistics.fmean(math.log(max(value, 1e-30)) for value in values))
 
 
-def summarise(rows: list[dict], rate: float) -> list[str]:
-    groups: dict[tuple[str, str], list[dict]] = defaultdict(list)
+def summarise(rows: list[dict[str, Any]], rate: float) -> list[str]:
+    """Make a table with a line for each method and pattern; `rate` is that of matrix products, FLOP/s."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row["pattern"], row["method"]].append(row)
     lines = []
     for (pattern, method), group in groups.items():
         errors = [f"{geometric_mean([row[text] for row in group]):.5f}" for text in TEXTS]
-        seconds, flops = (sum(row[key] for row in group) for key in ("seconds", "flops"))
+        seconds = sum(row["seconds"] for row in group)
+        flops = sum(row["flops"] for row in group)
         cells = (f"{seconds:.1f}", f"{flops / 1e9:.0f}", f"{flops / seconds / rate:.0%}")
         lines.append((pattern, method, *errors, *cells))
     return markdown_lines(("pattern", "method", *TEXTS, "seconds", "GFLOP", "share of peak"), lines)
 
 
-def plot(rows: list[dict], path: Path) -> None:
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw the errors as bars, a panel for each pattern and a colour for each text."""
     import matplotlib.pyplot as plt
 
-    patterns, methods = (
-        list(dict.fromkeys(row[key] for row in rows)) for key in ("pattern", "method")
-    )
+    patterns = list(dict.fromkeys(row["pattern"] for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
     figure, axes = plt.subplots(1, len(patterns), figsize=(3.2 * len(patterns), 4), squeeze=False)
+    first_axis = axes[0][0]
     for axis, pattern in zip(axes[0], patterns, strict=True):
-        for offset, text in enumerate(TEXTS):
-            values = [
-                geometric_mean(
-                    [r[text] for r in rows if (r["pattern"], r["method"]) == (pattern, m)]
-                )
-                for m in methods
-            ]
-            axis.barh(
-                [i + 0.27 * (1 - offset) for i in range(len(methods))], values, 0.25, label=text
-            )
-        axis.set(
-            title=pattern,
-            yticks=range(len(methods)),
-            yticklabels=methods if axis is axes[0][0] else [],
-        )
-    axes[0][0].legend(fontsize=8)
+        rows_of_pattern = [row for row in rows if row["pattern"] == pattern]
+        for number, text in enumerate(TEXTS):
+            values = []
+            for method in methods:
+                errors = [row[text] for row in rows_of_pattern if row["method"] == method]
+                values.append(geometric_mean(errors))
+            heights = [place + 0.27 * (1 - number) for place in range(len(methods))]
+            axis.barh(heights, values, 0.25, label=text)
+        labels = methods if axis is first_axis else []
+        axis.set(title=pattern, yticks=range(len(methods)), yticklabels=labels)
+    first_axis.legend(fontsize=8)
     figure.supxlabel("squared relative error, geometric mean over operators")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -152,15 +177,22 @@ _HELP = {
 
 @torch.no_grad()
 def main() -> None:
-    choices = {
-        "layers": ["all"],
-        "patterns": ["0.5", "0.6", "0.7", "2:4", "4:8"],
-        "methods": [*METHODS],
-    }
-    sizes = {"num_samples": 24, "num_fresh": 8, "sequence_length": 1024, "seed": 0}
-    files = {"output": Path("runs/solvers.json"), "plot": Path}
+    """Measure all methods on all operators, and print the table."""
     arguments = parse_arguments(
-        __doc__, "model", "calibration", "other", helps=_HELP, **choices, **sizes, **files
+        __doc__,
+        "model",
+        "calibration",
+        "other",
+        helps=_HELP,
+        layers=["all"],
+        patterns=["0.5", "0.6", "0.7", "2:4", "4:8"],
+        methods=[*METHODS],
+        num_samples=24,
+        num_fresh=8,
+        sequence_length=1024,
+        seed=0,
+        output=Path("runs/solvers.json"),
+        plot=Path,
     )
     model, tokenizer = load_model(arguments.model, dtype="float32")
     windows = calibration_of(arguments, tokenizer, arguments.num_samples + arguments.num_fresh)
@@ -169,7 +201,7 @@ def main() -> None:
     token_sets = [windows[: arguments.num_samples], windows[arguments.num_samples :], other]
     layers = None if arguments.layers == ["all"] else {int(i) for i in arguments.layers}
     rate = matrix_rate()
-    rows: list[dict] = []
+    rows: list[dict[str, Any]] = []
     for problems in tqdm(layer_problems(model, token_sets, layers), desc="Groups of operators"):
         for pattern in arguments.patterns:
             for method in arguments.methods:
