@@ -90,22 +90,34 @@ def large_models_table() -> list[str]:
 
 
 def _size(count: float) -> str:
+    """Write a number of bytes, such as "1.5GiB"."""
     return tqdm.format_sizeof(count, "iB", 1024)
 
 
 def beside_a_run(
     case: dict[str, Any], measured: dict[str, float] | None = None
 ) -> dict[str, float]:
-    """Peak memory and time of a case, estimated and measured."""
+    """Return peak memory and time of a case, estimated and measured.
+
+    `case` is one of `CASES`. `measured` is what an earlier call has measured of it; without it the case is run.
+    """
     run = {"length": 256, "vocabulary": 256, "batch": 1, "config": {}, "dtype": "bfloat16"}
     run |= {"unseen": 0} | case
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source"
-        sizes = run["hidden"], run["ffn"], run["layers"], run["dtype"]
         heads = {"num_key_value_heads": run["heads"] // 3} if "heads" in run else {}
-        save_llama(source, *sizes, vocab_size=run["vocabulary"], **heads)
+        save_llama(
+            source,
+            run["hidden"],
+            run["ffn"],
+            run["layers"],
+            run["dtype"],
+            vocab_size=run["vocabulary"],
+            **heads,
+        )
 
         def estimated() -> Estimate:
+            """Estimate the run anew: the seconds of an estimate are measured once."""
             return Estimate(
                 source,
                 FistaPruningConfig.from_dict(run["config"]),
@@ -116,38 +128,49 @@ def beside_a_run(
                 measures_perplexity=run["unseen"] > 0,
             )
 
-        before = sum(estimated().seconds.values())
+        seconds_before = sum(estimated().seconds.values())
         if measured is None:
             names = ("samples", "unseen", "length", "vocabulary", "batch", "config")
-            settings = {name: run[name] for name in names}
             imports, curve, seconds = watched(
-                source=source, output=f"{folder}/out", processor_time=True, **settings
+                source=source,
+                output=f"{folder}/out",
+                processor_time=True,
+                **{name: run[name] for name in names},
             )
-            measured = {"import_bytes": imports, "measured_bytes": max(held for _, held in curve)}
-            measured["measured_seconds"] = seconds["processor"]
-        found = {"estimated_bytes": sum(estimated().memory["host"].values())}
-        found["estimated_seconds"] = statistics.mean([before, sum(estimated().seconds.values())])
-    return measured | found
+            measured = {
+                "import_bytes": imports,
+                "measured_bytes": max(held for _, held in curve),
+                "measured_seconds": seconds["processor"],
+            }
+        estimated_bytes = sum(estimated().memory["host"].values())
+        seconds_after = sum(estimated().seconds.values())
+    return measured | {
+        "estimated_bytes": estimated_bytes,
+        "estimated_seconds": statistics.mean([seconds_before, seconds_after]),
+    }
 
 
 def runs_table(runs: dict[str, dict[str, float]]) -> list[str]:
-    """Estimates beside what the runs took."""
+    """Make a table of estimates beside what the runs took."""
     lines = [
         "| case | MiB estimated | measured | ratio | seconds estimated | measured | ratio |",
         "|---" * 7 + "|",
     ]
     for name, run in runs.items():
-        mib, seconds = (
-            [run[f"{how}_{unit}"] for how in ("estimated", "measured")]
-            for unit in ("bytes", "seconds")
-        )
-        cells = [f"{mib[0] / 2**20:.0f}", f"{mib[1] / 2**20:.0f}", f"{mib[0] / mib[1]:.2f}"]
-        cells += [f"{seconds[0]:.1f}", f"{seconds[1]:.1f}", f"{seconds[0] / seconds[1]:.2f}"]
+        estimated_mib = run["estimated_bytes"] / 2**20
+        measured_mib = run["measured_bytes"] / 2**20
+        estimated_seconds = run["estimated_seconds"]
+        measured_seconds = run["measured_seconds"]
+        cells = [f"{estimated_mib:.0f}", f"{measured_mib:.0f}"]
+        cells += [f"{estimated_mib / measured_mib:.2f}"]
+        cells += [f"{estimated_seconds:.1f}", f"{measured_seconds:.1f}"]
+        cells += [f"{estimated_seconds / measured_seconds:.2f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
 def main() -> None:
+    """Print both tables, and write the runs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -163,6 +186,7 @@ def main() -> None:
     runs: dict[str, dict[str, float]] = {}
     measured = json.loads(arguments.measured.read_text())["runs"] if arguments.measured else {}
     print("\n".join(large_models_table()))
+    # The trial of an estimate takes this clock, so that what else the machine does counts for little.
     time.perf_counter = time.process_time
     for name in measured or arguments.cases.split(";"):
         runs[name] = beside_a_run(CASES[name], measured.get(name))

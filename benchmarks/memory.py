@@ -22,18 +22,23 @@ _HELP = {
 
 
 def measure(arguments: Namespace, layers: int) -> dict[str, Any]:
-    """The peak, and the memory over time, of a model of that many decoder layers."""
-    steps = {"stages": 1, "iterations": 2, "refit_iterations": 1} if arguments.fewer_steps else {}
+    """Measure the peak, and the memory over time, of pruning a model of that many decoder layers."""
+    steps = {}
+    if arguments.fewer_steps:
+        steps = {"stages": 1, "iterations": 2, "refit_iterations": 1}
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary) / "source"
         save_llama(source, arguments.hidden, arguments.ffn, layers)
         size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-        sizes = {"samples": arguments.num_samples, "length": arguments.sequence_length}
-        config = {"method_options": steps}
-        imports, found, _ = watched(
-            source=source, output=Path(temporary) / "out", config=config, **sizes
+        imports, samples, _ = watched(
+            source=source,
+            output=Path(temporary) / "out",
+            config={"method_options": steps},
+            samples=arguments.num_samples,
+            length=arguments.sequence_length,
         )
-    curve = [(moment, held - imports) for moment, held in found if held]
+    # After the end of the process no memory is held.
+    curve = [(moment, held - imports) for moment, held in samples if held]
     peak = max(held for _, held in curve)
     print(
         f"{layers} layers: model {size / 2**20:.0f} MiB, peak {peak / 2**20:.0f} MiB, {peak / size:.0%}",
@@ -43,31 +48,27 @@ def measure(arguments: Namespace, layers: int) -> dict[str, Any]:
 
 
 def thinned(curve: list[tuple[float, int]]) -> list[tuple[float, int]]:
-    """The largest value of every 500th of the time."""
-    step = curve[-1][0] / 500 or 1.0
+    """Keep the largest value of every 500th of the time, as (seconds, bytes)."""
+    end, _ = curve[-1]
+    step = end / 500 or 1.0
     largest: dict[int, tuple[float, int]] = {}
     for moment, held in curve:
         place = int(moment / step)
-        largest[place] = max(
-            largest.get(place, (moment, held)), (moment, held), key=lambda point: point[1]
-        )
+        if place not in largest or held > largest[place][1]:
+            largest[place] = (moment, held)
     return list(largest.values())
 
 
-def plot(runs: list[dict], path: Path) -> None:
+def plot(runs: list[dict[str, Any]], path: Path) -> None:
+    """Draw the memory over time, a panel for each run, with the size of the model."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(
-        1, len(runs), figsize=(5.5 * len(runs), 3.6), layout="constrained", squeeze=False
-    )
+    size = (5.5 * len(runs), 3.6)
+    figure, axes = plt.subplots(1, len(runs), figsize=size, layout="constrained", squeeze=False)
     for axis, run in zip(axes[0], runs, strict=True):
-        times, held = zip(*run["curve"], strict=True)
-        axis.plot(
-            times,
-            [value / 2**20 for value in held],
-            linewidth=0.8,
-            label="anonymous memory above the imports",
-        )
+        seconds, held = zip(*run["curve"], strict=True)
+        mebibytes = [value / 2**20 for value in held]
+        axis.plot(seconds, mebibytes, linewidth=0.8, label="anonymous memory above the imports")
         axis.axhline(
             run["model_bytes"] / 2**20, color="black", linestyle="--", label="the whole model"
         )
@@ -79,9 +80,19 @@ def plot(runs: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    sizes = {"layers": [24], "hidden": 768, "ffn": 3072, "num_samples": 8, "sequence_length": 512}
-    files = {"fewer_steps": False, "output": Path("runs/memory.json"), "plot": Path}
-    arguments = parse_arguments(__doc__, helps=_HELP, **sizes, **files)
+    """Measure all runs, write the record, and draw if asked to."""
+    arguments = parse_arguments(
+        __doc__,
+        helps=_HELP,
+        layers=[24],
+        hidden=768,
+        ffn=3072,
+        num_samples=8,
+        sequence_length=512,
+        fewer_steps=False,
+        output=Path("runs/memory.json"),
+        plot=Path,
+    )
     runs = [measure(arguments, layers) for layers in arguments.layers]
     save(arguments, {"runs": runs})
     if arguments.plot:

@@ -27,10 +27,9 @@ from optimum_fista.source.loading import load_model, require_tokenizer
 
 
 def unpacked(numbers: Tensor, dim: int) -> Tensor:
-    """Eight numbers of 4 bits from each int32, side by side along a dimension."""
-    return torch.stack([(numbers >> 4 * place) & 15 for place in range(8)], dim + 1).flatten(
-        dim, dim + 1
-    )
+    """Unpack eight numbers of 4 bits from each int32; they are side by side along the dimension `dim`."""
+    parts = [(numbers >> 4 * place) & 15 for place in range(8)]
+    return torch.stack(parts, dim + 1).flatten(dim, dim + 1)
 
 
 def with_unpacked(model: PreTrainedModel, tensors: dict[str, Tensor]) -> PreTrainedModel:
@@ -65,13 +64,16 @@ def opened(folder: str, result: str) -> tuple[PreTrainedModel, int]:
     tensors: dict[str, Tensor] = {}
     for part in sorted(file.glob("*.safetensors")):
         tensors |= load_file(part)
-    size = sum(
-        t.nbytes if t.dtype in (torch.int32, torch.int64) else 2 * t.numel()
-        for t in tensors.values()
-    )
-    quantized = any(name.endswith(".qweight") for name in tensors)
-    model, _ = load_model(folder if quantized else result, dtype="float32", device="cpu")
-    return with_unpacked(model, tensors) if quantized else model, size
+    num_bytes = 0
+    for tensor in tensors.values():
+        is_packed = tensor.dtype in (torch.int32, torch.int64)
+        num_bytes += tensor.nbytes if is_packed else 2 * tensor.numel()
+    is_unpacked_here = any(name.endswith(".qweight") for name in tensors)
+    if not is_unpacked_here:
+        model, _ = load_model(result, dtype="float32", device="cpu")
+        return model, num_bytes
+    model, _ = load_model(folder, dtype="float32", device="cpu")
+    return with_unpacked(model, tensors), num_bytes
 
 
 def measure(arguments: Namespace, result: str, texts: dict[str, str]) -> dict[str, Any]:
@@ -79,24 +81,33 @@ def measure(arguments: Namespace, result: str, texts: dict[str, str]) -> dict[st
     model, size = opened(arguments.model, result)
     tokenizer = require_tokenizer(arguments.model)
     with torch.autocast("cpu", torch.bfloat16):
-        found = {
+        losses = {
             name: bits_per_byte(model.eval(), tokenizer, text, 512) for name, text in texts.items()
         }
     return {
         "result": Path(result).name,
         "bytes": size,
-        "bits_per_byte": found,
-        "mean": geometric_mean(found.values()),
+        "bits_per_byte": losses,
+        "mean": geometric_mean(losses.values()),
     }
 
 
 def main() -> None:
+    """Measure the results that the output file lacks."""
     helps = {
         "results": "GGUF files and folders that were made of the model",
         "bytes": "of each text to measure on",
     }
-    others = {"bytes": 30_000, "threads": 1, "output": Path("runs/quantized.json")}
-    arguments = parse_arguments(__doc__, "model", "texts", "results", helps=helps, **others)
+    arguments = parse_arguments(
+        __doc__,
+        "model",
+        "texts",
+        "results",
+        helps=helps,
+        bytes=30_000,
+        threads=1,
+        output=Path("runs/quantized.json"),
+    )
     torch.set_num_threads(arguments.threads)
     texts = starts_of(arguments)
     record = open_record(arguments, "results", "threads")
