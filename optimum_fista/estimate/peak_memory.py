@@ -142,7 +142,7 @@ def _loss_bytes(run: RunSizes, tokens: int, *, copied: bool = False) -> float:
 
 
 def _choosing_layers(run: RunSizes) -> Moment:
-    """The moment at which the run chooses decoder layers to remove: it computes the loss without each of them."""
+    """Count the moment at which the run chooses layers to remove: it computes the loss without each of them."""
     sequences = min(run.num_samples, math.ceil(run.config.allocation_tokens / run.length))
     # Those of all these models, of the model as it is, and of the first layer, which further rounds start from.
     streams = len(run.layers) + 2
@@ -162,7 +162,7 @@ def _head_copy(run: RunSizes) -> float:
 
 
 def _allocating(run: RunSizes) -> Moment:
-    """The moment at which the run computes gradients of the loss to share the zeros, of a sequence at a time.
+    """Count the moment at which the run computes gradients to share the zeros, of a sequence at a time.
 
     The head runs on few positions at a time (`Predictor`), and is assumed to be of a model that can be cut.
     """

@@ -92,7 +92,7 @@ def count_model(
 
 
 def _read_source(name: str) -> tuple[Path, PreTrainedConfig]:
-    """The folder of a model's files, in the cache for a Hub id, and its configuration without quantization.
+    """Return the folder of a model's files, in the cache for a Hub id, and its configuration without quantization.
 
     Downloads the weights of a Hub id. ValueError if the model has no files from which tokens can be removed.
     """
@@ -117,7 +117,7 @@ def _read_source(name: str) -> tuple[Path, PreTrainedConfig]:
 
 
 def num_rows_of(model: PreTrainedModel) -> int:
-    """The number of rows of the embedding and of the head; refuses models with more than one vocabulary.
+    """Return the number of rows of the embedding and of the head; refuse models with more than one vocabulary.
 
     `model` is without weights, and only read.
     """

@@ -73,7 +73,7 @@ def cut_to_tokens(
 
 
 def _axes_of_tokens(dense: PreTrainedModel, smaller: PreTrainedModel) -> dict[str, int]:
-    """The axis of each tensor that has an entry for each token, by the tensor's name in the model.
+    """Find the axis of each tensor that has an entry for each token, by the tensor's name in the model.
 
     On this axis, the tensor has another size in `smaller`. Both models are without weights, and only read.
     """

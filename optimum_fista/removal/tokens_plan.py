@@ -158,7 +158,7 @@ def _new_report(
 def _named_ids(
     tokenizer: PreTrainedTokenizerBase, settings: PreTrainedConfig, folder: Path
 ) -> tuple[set[int], str]:
-    """Ids that the files or the chat template of a model name, and a warning if the template can't be read.
+    """Collect ids that the files or the chat template of a model name, and a warning if the template can't be read.
 
     `settings` is the model's configuration, `folder` has its files. Some of the ids may be no row.
     """
@@ -174,7 +174,7 @@ def _named_ids(
 
 
 def _ids_to_keep(tokenizer: PreTrainedTokenizerBase, request: TokensRemoval) -> set[int]:
-    """The ids that the user wants to keep: `request.keep` has ids, and texts such as "zebra".
+    """Collect the ids that the user wants to keep: `request.keep` has ids, and texts such as "zebra".
 
     Of a text, the tokens that it has alone and those that it has after a space stay.
     """
@@ -189,7 +189,7 @@ def _ids_to_keep(tokenizer: PreTrainedTokenizerBase, request: TokensRemoval) -> 
 
 
 def _tokenizer_content(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
-    """The content of a `tokenizer.json` that has all tokens of a loaded tokenizer, with their ids.
+    """Return the content of a `tokenizer.json` that has all tokens of a loaded tokenizer, with their ids.
 
     That is the file in `folder`, as other programs read it. If Transformers adds tokens to those of the file, it is the
     content that Transformers would write. ValueError if neither has the ids that Transformers gives.
@@ -248,7 +248,7 @@ def _smaller_vocabulary(
 def _smaller_model(
     settings: PreTrainedConfig, new_ids: Mapping[int, int], num_rows: int
 ) -> PreTrainedModel:
-    """The model with fewer tokens, without weights.
+    """Make the model with fewer tokens, without weights.
 
     `settings` is the configuration of the dense model, whose embedding has `num_rows`. It is only read.
     """
@@ -276,7 +276,7 @@ def _set_dtype(
 
 
 def _described(counted: CountedModel, model: PreTrainedModel) -> dict[str, Any]:
-    """What a report says of the smaller model, which is without weights: `PruningReport.model`."""
+    """Make what a report says of the smaller model, which is without weights: `PruningReport.model`."""
     return {
         "class": type(model).__name__,
         "name": public_name(counted.name),
@@ -310,5 +310,5 @@ def _warn_of_rows(report: PruningReport, num_without: int, settings: PreTrainedC
 
 
 def ids_of_tokens(content: Mapping[str, Any]) -> dict[str, int]:
-    """All tokens of a `tokenizer.json`, with the ids that the library loads."""
+    """Return all tokens of the content of a `tokenizer.json`, with the ids that the library loads."""
     return dict(Tokenizer.from_str(json.dumps(content)).get_vocab())
