@@ -63,6 +63,8 @@ BALANCE = 0.01  # weight of the penalty on uneven use, for a softmax router
 BIAS_STEP = 1e-3  # by which a selection bias is moved after a step, for a sigmoid router
 EPSILON = 1e-10  # that of Adam, for gradients by weights whose root mean square is 1
 START_WINDOWS = 8  # of each domain, to cluster by
+SIZES = {"split": (32, 16), "copied": (8, 2)}  # experts of a layer, and those that a token gets
+OUTER = ("model.embed_tokens", "lm_head")  # names of what is not trained begin so
 
 
 def experts_as_channels(
@@ -187,22 +189,25 @@ def start_of(arguments: Namespace, dense: LlamaForCausalLM, windows: dict[str, T
     Raises:
         SystemExit: If the kind is not known.
     """
+    if arguments.kind not in SIZES:
+        raise SystemExit(f"--kind {arguments.kind} is not known; pass split or copied.")
+    default_experts, default_active = SIZES[arguments.kind]
+    options = {
+        "experts": arguments.experts or default_experts,
+        "active": arguments.active or default_active,
+        "seed": arguments.seed,
+    }
+
     samples = []
     for domain in DOMAINS:
         places = torch.linspace(0, len(windows[domain]) - 1, START_WINDOWS).long()
         samples.append(windows[domain][places])
     ids = torch.cat(samples)
-    options = {"experts": arguments.experts, "active": arguments.active, "seed": arguments.seed}
+
     if arguments.kind == "split":
-        options = {"experts": 32, "active": 16} | {
-            k: v for k, v in options.items() if v is not None
-        }
         return split(dense, ids, expert_channels=arguments.expert_channels, **options)
-    if arguments.kind == "copied":
-        options = {"experts": 8, "active": 2} | {k: v for k, v in options.items() if v is not None}
-        dense_layers = dense.config.num_hidden_layers // 2
-        return copied(dense, ids, dense_layers=dense_layers, **options)
-    raise SystemExit(f"--kind {arguments.kind} is not known; pass split or copied.")
+    dense_layers = dense.config.num_hidden_layers // 2
+    return copied(dense, ids, dense_layers=dense_layers, **options)
 
 
 def optimizer_of(mixture: PreTrainedModel, arguments: Namespace) -> torch.optim.AdamW:
@@ -224,130 +229,189 @@ def optimizer_of(mixture: PreTrainedModel, arguments: Namespace) -> torch.optim.
 def mark_trained(mixture: PreTrainedModel) -> None:
     """Turn gradients off for embeddings, head and selection biases, and on for all other parameters."""
     for name, parameter in mixture.named_parameters():
-        is_outer = name.startswith(("model.embed_tokens", "lm_head"))
-        parameter.requires_grad_(not is_outer and "e_score_correction_bias" not in name)
+        is_selection_bias = name.endswith("e_score_correction_bias")
+        parameter.requires_grad_(not name.startswith(OUTER) and not is_selection_bias)
 
 
-def train(
-    mixture: Any,
-    teacher: LlamaForCausalLM,
-    trained: dict[str, Tensor],
-    held_out: dict[str, Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    arguments: Namespace,
-) -> dict[str, Any]:
-    """Train a mixture in float32 with products in bfloat16, and resume from `training.pt` if it is there.
+class Training:
+    """The training of a mixture in float32 with products in bfloat16, which is saved and resumes.
 
-    Writes `training.pt`, `log.json` and `model/` into `arguments.folder`. Changes `mixture`, whose head gets a weight
-    of its own in bfloat16, and whose routers keep hooks. Returns the record, whose rows `log.json` has.
+    It changes the mixture: its weights, its head, which gets a weight of its own in bfloat16, and its routers, which
+    keep hooks. In `arguments.folder` it writes `training.pt`, `log.json` and `model/`.
 
-    Args:
-        mixture: The mixture before the training, in float32.
-        teacher: The dense model in bfloat16.
-        trained: Token ids [windows, length] to train on, by domain.
-        held_out: Token ids [windows, length] to measure the loss on, by domain.
-        tokenizer: Saved with the model.
-        arguments: Those of the command.
+    Attributes:
+        step: Steps that are done.
+        record: What `log.json` holds.
     """
-    mark_trained(mixture)
-    round_head(mixture, torch.bfloat16)
-    routers_in_float32(mixture)
-    mixture.set_experts_implementation("channels" if arguments.kind == "split" else "eager")
-    optimizer = optimizer_of(mixture, arguments)
-    watch = RouterWatch(mixture)
 
-    tokens_of_pass = len(DOMAINS) * arguments.sequence_length
-    steps = math.ceil(arguments.tokens / (tokens_of_pass * arguments.accumulate))
-    orders = {
-        domain: training_order(len(trained[domain]), steps * arguments.accumulate, arguments.seed)
-        for domain in DOMAINS
-    }
+    def __init__(
+        self,
+        *,
+        mixture: Any,
+        teacher: LlamaForCausalLM,
+        trained: dict[str, Tensor],
+        held_out: dict[str, Tensor],
+        tokenizer: PreTrainedTokenizerBase,
+        arguments: Namespace,
+    ) -> None:
+        """Prepare the mixture, and read the state of an earlier start, or measure the losses before the training.
 
-    checkpoint = arguments.folder / "training.pt"
-    record: dict[str, Any] = {
-        # a run may be made longer or shorter: all its steps before the last third stay the same
-        "settings": settings_of(arguments, "web", "folder", "tokens", "save_minutes", "threads"),
-        "versions": library_versions(),
-        "parameters": mixture.num_parameters(),
-    }
-    first = 0
-    seconds_before = 0.0
-    if checkpoint.exists():
-        saved = torch.load(checkpoint)
-        if saved["record"]["settings"] != record["settings"]:
-            raise SystemExit(
-                f"{arguments.folder} holds a run with other settings: pass another --folder."
-            )
-        record = saved["record"]
-        first = saved["step"]
-        seconds_before = saved["seconds"]
-        mixture.load_state_dict(saved["weights"], strict=False)
-        optimizer.load_state_dict(saved["optimizer"])
-    else:
-        record["dense"] = losses_of(teacher, held_out)
-        record["rows"] = [{"step": 0, "held_out": losses_of(mixture, held_out)}]
-        write_file(arguments.folder / "log.json", json.dumps(record, indent=1) + "\n")
+        Args:
+            mixture: The mixture before the training, in float32.
+            teacher: The dense model in bfloat16.
+            trained: Token ids [windows, length] to train on, by domain.
+            held_out: Token ids [windows, length] to measure the loss on, by domain.
+            tokenizer: Saved with the model.
+            arguments: Those of the command.
 
-    def seconds() -> float:
-        """Processor seconds of the training, those of earlier starts included."""
-        return round(seconds_before + time.process_time() - began, 1)
+        Raises:
+            SystemExit: If the folder holds a training with other settings.
+        """
+        self._mixture = mixture
+        self._trained = trained
+        self._held_out = held_out
+        self._tokenizer = tokenizer
+        self._arguments = arguments
+        self._losses: list[float] = []  # of the passes since the latest row
+        self._seconds_before = 0.0  # processor seconds of earlier starts
+        self._file_of_state = arguments.folder / "training.pt"
 
-    def save(step: int) -> None:
-        """Write the state after so many steps."""
-        outer = ("model.embed_tokens", "lm_head")
-        state = {
-            "weights": {k: v for k, v in mixture.state_dict().items() if not k.startswith(outer)},
-            "optimizer": optimizer.state_dict(),
-            "record": record,
-            "step": step,
-            "seconds": seconds(),
+        mark_trained(mixture)
+        round_head(mixture, torch.bfloat16)
+        routers_in_float32(mixture)
+        mixture.set_experts_implementation("channels" if arguments.kind == "split" else "eager")
+        self._optimizer = optimizer_of(mixture, arguments)
+        self._watch = RouterWatch(mixture)
+
+        self._tokens_of_step = len(DOMAINS) * arguments.sequence_length * arguments.accumulate
+        self._steps = math.ceil(arguments.tokens / self._tokens_of_step)
+        num_passes = self._steps * arguments.accumulate
+        self._orders = {
+            domain: training_order(len(windows), num_passes, arguments.seed)
+            for domain, windows in trained.items()
         }
-        unfinished = checkpoint.with_suffix(".new")
-        torch.save(state, unfinished)
-        unfinished.replace(checkpoint)
 
-    with torch.autocast("cpu", torch.bfloat16):
-        student = Predictor(mixture)
-        dense = Predictor(teacher)
-    watch.take_counts()
-    began = time.process_time()
-    last_save = time.monotonic()
-    losses: list[float] = record.pop("unfinished", [])  # since the latest row
-    mixture.train()
-    bar = trange(first, steps, initial=first, total=steps, mininterval=10, desc="Training")
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = group["base"] * rate_share(step, steps)
-        for number in range(step * arguments.accumulate, (step + 1) * arguments.accumulate):
-            ids = torch.stack([trained[domain][orders[domain][number]] for domain in DOMAINS])
+        self.step = 0
+        # A run may be made longer or shorter as long as its rate has not begun to fall: its steps stay the same.
+        without = ("web", "folder", "tokens", "save_minutes", "threads")
+        self.record: dict[str, Any] = {
+            "settings": settings_of(arguments, *without),
+            "versions": library_versions(),
+            "parameters": mixture.num_parameters(),
+        }
+        if self._file_of_state.exists():
+            self._resume()
+        else:
+            self.record["dense"] = losses_of(teacher, held_out)
+            self.record["rows"] = [{"step": 0, "held_out": losses_of(mixture, held_out)}]
+            self._write_log()
+
+        with torch.autocast("cpu", torch.bfloat16):
+            self._student = Predictor(mixture)
+            self._teacher = Predictor(teacher)
+        self._watch.take_counts()  # of what was not training
+        self._began = time.process_time()
+
+    def run(self) -> None:
+        """Train until the last step."""
+        arguments = self._arguments
+        last_save = time.monotonic()
+        self._mixture.train()
+        bar = trange(self.step, self._steps, initial=self.step, total=self._steps, mininterval=10)
+        for _ in bar:
+            self._update()
+            is_last = self.step == self._steps
+            if self.step % arguments.every == 0 or is_last:
+                self._add_row()
+                bar.write(json.dumps(self.record["rows"][-1]))
+            is_due = time.monotonic() - last_save > 60 * arguments.save_minutes
+            if is_due or is_last:
+                self._save()
+                last_save = time.monotonic()
+        self._watch.remove()
+
+    def _update(self) -> None:
+        """Make one step: passes on windows of all domains, one update of the weights and of the selection biases."""
+        accumulate = self._arguments.accumulate
+        share = rate_share(self.step, self._steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["base"] * share
+
+        first = self.step * accumulate
+        for number in range(first, first + accumulate):
+            windows = [self._trained[domain][self._orders[domain][number]] for domain in DOMAINS]
             with torch.autocast("cpu", torch.bfloat16):
-                loss = divergence(student, dense, ids, label_share=arguments.label_share)
-            losses.append(loss.item())
-            if watch.penalties:
-                loss = loss + BALANCE * torch.stack(watch.penalties).mean()
-                watch.penalties.clear()
-            (loss / arguments.accumulate).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        watch.balance()
+                loss = divergence(
+                    self._student,
+                    self._teacher,
+                    torch.stack(windows),
+                    label_share=self._arguments.label_share,
+                )
+            self._losses.append(loss.item())
+            if self._watch.penalties:
+                loss = loss + BALANCE * torch.stack(self._watch.penalties).mean()
+                self._watch.penalties.clear()
+            (loss / accumulate).backward()
 
-        is_last = step + 1 == steps
-        if (step + 1) % arguments.every == 0 or is_last:
-            row = {"step": step + 1, "tokens": (step + 1) * arguments.accumulate * tokens_of_pass}
-            row |= {"seconds": seconds(), "training": sum(losses) / len(losses)}
-            record["rows"].append(row | {"held_out": losses_of(mixture, held_out)})
-            watch.take_counts()
-            losses.clear()
-            bar.write(json.dumps(record["rows"][-1]))
-            write_file(arguments.folder / "log.json", json.dumps(record, indent=1) + "\n")
-            save_model(mixture, tokenizer, arguments.folder / "model")
-        if is_last or time.monotonic() - last_save > 60 * arguments.save_minutes:
-            record["unfinished"] = losses
-            save(step + 1)
-            del record["unfinished"]
-            last_save = time.monotonic()
-    watch.remove()
-    return record
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._watch.balance()
+        self.step += 1
+
+    def _add_row(self) -> None:
+        """Measure the held-out losses, add a row to the record, and write `log.json` and `model/`."""
+        row = {"step": self.step, "tokens": self.step * self._tokens_of_step}
+        row["seconds"] = self._seconds()
+        row["training"] = sum(self._losses) / len(self._losses)
+        self._losses.clear()
+        row["held_out"] = losses_of(self._mixture, self._held_out)
+        self._watch.take_counts()  # of what was not training
+
+        self.record["rows"].append(row)
+        self._write_log()
+        save_model(self._mixture, self._tokenizer, self._arguments.folder / "model")
+
+    def _seconds(self) -> float:
+        """Processor seconds of the training, those of earlier starts included."""
+        return round(self._seconds_before + time.process_time() - self._began, 1)
+
+    def _write_log(self) -> None:
+        """Write the record to `log.json`."""
+        text = json.dumps(self.record, indent=1) + "\n"
+        write_file(self._arguments.folder / "log.json", text)
+
+    def _save(self) -> None:
+        """Write the state from which the training resumes: all but embeddings and head, which do not change."""
+        weights = {
+            name: weight
+            for name, weight in self._mixture.state_dict().items()
+            if not name.startswith(OUTER)
+        }
+        state = {
+            "weights": weights,
+            "optimizer": self._optimizer.state_dict(),
+            "record": self.record,
+            "losses": self._losses,
+            "step": self.step,
+            "seconds": self._seconds(),
+        }
+        unfinished = self._file_of_state.with_suffix(".new")
+        torch.save(state, unfinished)
+        unfinished.replace(self._file_of_state)
+
+    def _resume(self) -> None:
+        """Read the state of an earlier start, which must have had the same settings."""
+        state = torch.load(self._file_of_state)
+        if state["record"]["settings"] != self.record["settings"]:
+            raise SystemExit(
+                f"{self._arguments.folder} holds a run with other settings: pass another --folder."
+            )
+        self.record = state["record"]
+        self.step = state["step"]
+        self._losses = state["losses"]
+        self._seconds_before = state["seconds"]
+        self._mixture.load_state_dict(state["weights"], strict=False)
+        self._optimizer.load_state_dict(state["optimizer"])
 
 
 def losses_of(model: PreTrainedModel, windows: dict[str, Tensor]) -> dict[str, float]:
@@ -448,8 +512,8 @@ def main() -> None:
         "max_windows": "held-out sequences of each domain",
     }
     sizes = {"sequence_length": 512, "max_windows": 16, "expert_channels": 32}
-    training = {"tokens": 6_000_000, "accumulate": 2, "relative_step": 1e-3, "rest_share": 0.5}
-    training |= {"label_share": 0.5, "every": 100, "save_minutes": 10.0, "seed": 0, "threads": 1}
+    schedule = {"tokens": 6_000_000, "accumulate": 2, "relative_step": 1e-3, "rest_share": 0.5}
+    schedule |= {"label_share": 0.5, "every": 100, "save_minutes": 10.0, "seed": 0, "threads": 1}
     arguments = parse_arguments(
         __doc__,
         "model",
@@ -460,7 +524,7 @@ def main() -> None:
         experts=int,
         active=int,
         **sizes,
-        **training,
+        **schedule,
     )
     arguments.folder = Path(arguments.folder)
     torch.set_num_threads(arguments.threads)
@@ -484,13 +548,21 @@ def main() -> None:
     mixture = start_of(arguments, dense, trained)
     del dense
     teacher = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
-    record = train(mixture, teacher, trained, held_out, tokenizer, arguments)
+    training = Training(
+        mixture=mixture,
+        teacher=teacher,
+        trained=trained,
+        held_out=held_out,
+        tokenizer=tokenizer,
+        arguments=arguments,
+    )
+    training.run()
 
     model = AutoModelForCausalLM.from_pretrained(arguments.folder / "model")
     shares = use_by_domain(model, held_out)
     use = {
         "losses": losses_of(model, held_out),
-        "dense": record["dense"],
+        "dense": training.record["dense"],
         "shares": {domain: part.tolist() for domain, part in shares.items()},
         "bits": information(torch.stack([*shares.values()])).tolist(),
     }
