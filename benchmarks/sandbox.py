@@ -3,7 +3,8 @@
 The process has limits of time, memory and files, an empty folder as its working directory, an empty
 environment and, if `unshare` may be used, no network. Inside the process, Python's audit hooks refuse what a solution
 of a small problem does not need: to open files for writing, to change folders' entries, to start processes, to use
-sockets, ctypes or signals. This is a fence against accidents. It stops no program that is written to break out.
+sockets, ctypes or signals. Modules and functions that do such things without telling a hook are taken away. This is a
+fence against accidents. It stops no program that is written to break out.
 
 Run as a script, this file is the process: it reads JSON from its standard input (`program`, `word`, `seconds`), runs
 the program, and writes the word at the end. So a program that ends early, with whatever status, has not passed.
@@ -54,16 +55,37 @@ REFUSED = (
     "os.removexattr",
     "os.putenv",
     "pty.spawn",
+    "resource.",
     "shutil.",
     "signal.",
     "sqlite3.",
     "syslog.",
     "urllib.Request",
+    # no hook is told what another interpreter does
+    "cpython.PyInterpreterState_New",
 )
-
-
-# Functions of `os` that make files and of which no hook is told.
-REMOVED = ("mkfifo", "mknod")
+# Functions that make files or start processes and of which no hook is told, by their modules.
+REMOVED = {
+    "os": ("mkfifo", "mknod"),
+    "posix": ("mkfifo", "mknod"),
+    "_posixsubprocess": ("fork_exec",),
+    "_signal": ("pidfd_send_signal",),
+    "signal": ("pidfd_send_signal",),
+    "subprocess": ("_fork_exec",),
+}
+# Modules that make files, start programs or use a network, and of which no hook is told. They can't be imported.
+CLOSED = (
+    "_dbm",
+    "_gdbm",
+    "_interpreters",
+    "_multiprocessing",
+    "_posixshmem",
+    "_posixsubprocess",
+    "_tkinter",
+    "_xxsubinterpreters",
+    "nis",
+    "readline",
+)
 
 
 @functools.cache
@@ -135,6 +157,18 @@ def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
             raise PermissionError("files can't be written here")
 
 
+def _close_modules() -> None:
+    """Take functions and modules of which no audit hook is told (`REMOVED`, `CLOSED`) away from this process."""
+    for name, functions in REMOVED.items():
+        module = sys.modules.get(name)
+        for function in functions:
+            if hasattr(module, function):  # they depend on the version of Python and the system
+                delattr(module, function)
+    for name in CLOSED:
+        # an import statement raises ModuleNotFoundError
+        sys.modules[name] = None  # type: ignore[assignment]
+
+
 def _main() -> None:
     """Run the program that standard input names, with limits, and write its word or the error to standard output."""
     import resource
@@ -152,9 +186,7 @@ def _main() -> None:
     for descriptor in (0, 1, 2):
         os.dup2(nowhere, descriptor)
 
-    for name in REMOVED:
-        for module in (os, sys.modules["posix"]):
-            delattr(module, name)
+    _close_modules()
     sys.addaudithook(_refuse)
     try:
         code = compile(question["program"], "program.py", "exec")

@@ -6,6 +6,8 @@ import importlib
 import json
 import sys
 import zipfile
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -39,18 +41,85 @@ def benchmark():
         ("```python\nx = 1\ny = ", "x = 1\ny = "),
         ("    return 1", "    return 1"),
         ("```python\nx = '''\n    ```\n'''\n", "x = '''\n"),
+        ("```bash\npip install sea\n```\nThen:\n```python\nx = 1\n```", "x = 1\n"),
+        ("```bash\npip install sea\n```\n```\nx = 1\n```", "x = 1\n"),
+        ("```sh\nls\n```\n\n```text\na\n```\n```Python3.11\nx = 1", "x = 1"),
+        ("Run ```ls```\n```python\nx = 1\n```", "x = 1\n"),
+        ("```bash\npip install sea\n```\n", "```bash\npip install sea\n```\n"),
     ],
-    ids=["first", "no language", "in a list", "not closed", "no block", "a fence in a string"],
+    ids=[
+        "first",
+        "no language",
+        "in a list",
+        "not closed",
+        "no block",
+        "a fence in a string",
+        "bash before",
+        "bash before no language",
+        "two before",
+        "fences in a line",
+        "bash alone",
+    ],
 )
-def test_the_first_block_of_an_answer_is_its_code(benchmark, answer, code):
+def test_the_first_block_of_python_is_the_code_of_an_answer(benchmark, answer, code):
     assert benchmark("humaneval").code_of(answer) == code
 
 
-def test_an_answer_is_complete_when_its_first_block_is_closed(benchmark):
+@pytest.mark.parametrize(
+    ("answer", "is_complete"),
+    [
+        ("Here:\n```python\nx = '```'\n", False),
+        ("Here:\n```python\nx = 1\n```", True),
+        ("```bash\npip install sea\n```\n", False),
+        ("```bash\npip install sea\n```\n```python\nx = 1\n", False),
+        ("```bash\npip install sea\n```\n```python\nx = 1\n```", True),
+    ],
+)
+def test_an_answer_is_complete_when_its_first_block_of_python_is_closed(
+    benchmark, answer, is_complete
+):
     script = benchmark("humaneval")
 
-    assert not script.block_is_closed("Here:\n```python\nx = '```'\n")
-    assert script.block_is_closed("Here:\n```python\nx = 1\n```")
+    assert script.is_complete(answer) == is_complete
+    if is_complete:
+        more = "\n\n```python\nx = 2\n```"
+        assert script.code_of(answer) == script.code_of(answer + more)
+
+
+def test_llama_cpp_goes_on_after_a_block_of_another_language(
+    benchmark, model_with_chat, monkeypatch
+):
+    folder, _ = model_with_chat
+    tokenizer = bpe_tokenizer()
+    texts = ["Run:\n```bash\npip install sea", "Then:\n```python\nx = 1"]
+    questions = []
+
+    class Server:
+        """Answers with `texts`, one after the other; `questions` are those that it got."""
+
+        def __init__(self, _):
+            pass
+
+        def handle_completions(self, question):
+            questions.append(question)
+            return {"choices": [{"index": 0, "text": texts[len(questions) - 1]}]}
+
+    library = SimpleNamespace(CommonParams=MagicMock, Server=Server)
+    monkeypatch.setitem(sys.modules, "xllamacpp", library)
+    arguments = SimpleNamespace(
+        tokenizer=str(folder), model="model.gguf", batch_size=1, new_tokens=200
+    )
+    script = benchmark("humaneval")
+
+    ((answer,),) = script.answers_of_gguf(arguments, [PROBLEM])
+
+    so_far = "Run:\n```bash\npip install sea\n```\n"
+    assert answer["answer"] == so_far + "Then:\n```python\nx = 1"
+    assert script.code_of(answer["answer"]) == "x = 1"
+    ids = tokenizer(so_far)["input_ids"]
+    first, second = questions
+    assert second["prompt"] == [first["prompt"][0] + ids]
+    assert second["n_predict"] == 200 - len(ids)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +156,21 @@ def test_a_right_answer_passes_in_every_form(benchmark, answer):
         ("import socket; socket.socket()", "PermissionError: socket.__new__ is not allowed here"),
         ("import subprocess; subprocess.run(['true'])", "PermissionError: subprocess.Popen"),
         ("import os; os.fork()", "PermissionError: os.fork is not allowed here"),
+        ("import os; os.posix_spawn('/bin/true', ['true'], {})", "PermissionError: os.posix_spawn is not"),
+        ("import _posixsubprocess", "ModuleNotFoundError: import of _posixsubprocess halted"),
+        ("import subprocess; subprocess._fork_exec", "AttributeError: module 'subprocess' has no"),
+        ("import dbm.gnu", "ModuleNotFoundError: import of _gdbm halted"),
+        ("import dbm.ndbm", "ModuleNotFoundError: import of _dbm halted"),
+        ("import dbm; dbm.open('x', 'c')", "PermissionError: files can't be written here"),
+        ("import readline", "ModuleNotFoundError: import of readline halted"),
+        ("import tkinter; tkinter.Tcl()", "ModuleNotFoundError: import of _tkinter halted"),
+        ("import multiprocessing as m; m.Lock()", "ModuleNotFoundError: import of _multiprocessing"),
+        ("from multiprocessing import shared_memory", "ModuleNotFoundError: import of _posixshmem"),
+        ("import _xxsubinterpreters", "ModuleNotFoundError: import of _xxsubinterpreters halted"),
+        ("import _ctypes; _ctypes.dlopen(None, 0)", "PermissionError: ctypes.dlopen is not allowed"),
+        ("import _sqlite3; _sqlite3.connect('x')", "PermissionError: sqlite3.connect is not allowed"),
+        ("import resource as r; r.setrlimit(0, (99, 99))", "PermissionError: resource.setrlimit"),
+        ("import signal; signal.pidfd_send_signal(0, 0)", "AttributeError: module 'signal' has no"),
         ("x = bytearray(3 * 1024**3)", "MemoryError"),
         ("def f(: pass", "SyntaxError"),
     ],
@@ -95,6 +179,18 @@ def test_a_program_that_does_not_end_well_has_not_passed(benchmark, program, out
     found = benchmark("sandbox").run_program(program, 3)
 
     assert found.startswith(outcome)
+
+
+def test_modules_that_solutions_use_can_be_imported(benchmark):
+    program = (
+        "import asyncio, collections, concurrent.futures, copy, dataclasses, datetime, decimal, fractions, functools\n"
+        "import hashlib, heapq, itertools, json, math, multiprocessing, operator, random, re, statistics, string\n"
+        "import subprocess, sys, threading, typing, unittest\n"
+        "assert hashlib.md5(b'sea').hexdigest()\n"
+        "assert random.random() < 1"
+    )
+
+    assert benchmark("sandbox").run_program(program, 20) == "passed"
 
 
 def test_a_program_that_sleeps_is_killed(benchmark, monkeypatch):

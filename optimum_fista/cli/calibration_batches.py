@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from optimum_fista.cli.prune_request import PruneRequest
 from optimum_fista.source.loading import read_config, require_processor, require_tokenizer
@@ -50,15 +51,25 @@ def calibration_batches(
     batches: list[Tensor | dict[str, Any]] = list(tokens.split(request.batch_size))
     if measured is not None:
         tokenizer = require_tokenizer(request.model)
-        text = "".join(tokenizer.batch_decode(measured, skip_special_tokens=True))
         batches.append(
             {
                 "input_ids": measured,
                 "held_out": measured_source,
-                "bytes_per_token": len(text.encode()) / measured.numel(),
+                "bytes_per_token": _bytes_per_token(tokenizer, measured),
             }
         )
     return batches
+
+
+def _bytes_per_token(tokenizer: PreTrainedTokenizerBase, sequences: Tensor) -> float:
+    """The bytes of text in UTF-8 for a token of `sequences`, ids [sequences, tokens], special tokens counted too.
+
+    A sequence may begin or end inside a character. Such a part of a character, which is no text, has no bytes here.
+    """
+    texts = tokenizer.batch_decode(sequences, skip_special_tokens=True)
+    # U+FFFD is what a part of a character becomes.
+    num_bytes = sum(len(text.strip("\ufffd").encode()) for text in texts)
+    return num_bytes / sequences.numel()
 
 
 def _own_text(

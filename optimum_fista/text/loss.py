@@ -6,7 +6,8 @@
 has to be in memory.
 
 A *stretch* is a piece of a text. Stretches are cut by characters, and not by tokens: all models are measured on the
-same text, whatever their tokens are. A *sequence* is a list of ids that the model runs on alone.
+same text, whatever their tokens are. A *sequence* is a list of ids that the model runs on alone. It ends at the end of
+a character, also if a character is several tokens.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ from optimum_fista.text.windows import first_token
 
 # Characters of a stretch: about 500 tokens of English.
 _STRETCH_CHARACTERS = 2048
-# Stretches of a text: with 6 characters in a token, which is much, they have `LEAST_TOKENS` tokens.
-_MOST_STRETCHES = 12
+# Stretches of a text: with 6 characters in a token, which is much, they have `LEAST_TOKENS` tokens. A text with longer
+# tokens has more stretches.
+_USUAL_STRETCHES = 12
 # Tokens of a sequence, at most.
 _LONGEST_SEQUENCE = 1024
 
@@ -129,28 +131,43 @@ def require_measurable(
             )
         if not text.strip():
             raise ValueError(f"measure: the text {public!r} is empty.")
-        stretches = tuple(_stretches(text))
+        stretches = _enough_stretches(text, public, tokenizer)
+        measured.append(MeasuredText(public, tuple(stretches), protect.get(name)))
+    return measured
+
+
+def _enough_stretches(text: str, name: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Cut so many stretches out of a text that they have `LEAST_TOKENS` tokens of `tokenizer`.
+
+    ValueError if all of the text has fewer. `name` is that of the text, for this error.
+    """
+    most_stretches = _USUAL_STRETCHES
+    while True:
+        stretches = _stretches(text, most_stretches)
         num_tokens = sum(
             len(tokenizer(stretch, add_special_tokens=False, verbose=False)["input_ids"])
             for stretch in stretches
         )
-        if num_tokens < LEAST_TOKENS:
+        if num_tokens >= LEAST_TOKENS:
+            return stretches
+
+        is_whole_text = len(text) <= most_stretches * _STRETCH_CHARACTERS
+        if is_whole_text:
             raise ValueError(
-                f"measure: the text {public!r} is too short, what is measured of it has {num_tokens:,} tokens: pass "
-                f"one of at least {LEAST_TOKENS:,} (about {5 * LEAST_TOKENS:,} characters of English)."
+                f"measure: the text {name!r} is too short, it has {num_tokens:,} tokens: pass one of at least "
+                f"{LEAST_TOKENS:,} (about {5 * LEAST_TOKENS:,} characters of English)."
             )
-        measured.append(MeasuredText(public, stretches, protect.get(name)))
-    return measured
+        most_stretches *= 2
 
 
-def _stretches(text: str) -> list[str]:
+def _stretches(text: str, most_stretches: int = _USUAL_STRETCHES) -> list[str]:
     """Cut stretches out of a text, spread evenly over it; of a short text all."""
-    num_characters = _MOST_STRETCHES * _STRETCH_CHARACTERS
+    num_characters = most_stretches * _STRETCH_CHARACTERS
     if len(text) <= num_characters:
         starts = list(range(0, len(text), _STRETCH_CHARACTERS))
     else:
-        step = (len(text) - _STRETCH_CHARACTERS) / (_MOST_STRETCHES - 1)
-        starts = [round(number * step) for number in range(_MOST_STRETCHES)]
+        step = (len(text) - _STRETCH_CHARACTERS) / (most_stretches - 1)
+        starts = [round(number * step) for number in range(most_stretches)]
     return [text[start : start + _STRETCH_CHARACTERS] for start in starts]
 
 
@@ -262,7 +279,7 @@ def tokenized_text(
 
     `old_ids` has the model's id of each id of the tokenizer; `None`: they are the same. `bos` is the model's id that
     every sequence starts with; `None`: sequences start with text. The tokens of a long stretch are cut into several
-    sequences.
+    sequences, between two characters.
     """
     sequences = list[Sequence[int]]()
     num_tokens = 0
@@ -275,12 +292,12 @@ def tokenized_text(
         places = encoded["offset_mapping"]  # first and last character (exclusive) of each token
         num_tokens += len(ids)
         per_sequence = longest if bos is None else longest - 1
-        for start in range(0, len(ids), per_sequence):
-            sequence = ids[start : start + per_sequence]
+        for first, next_first in _bounds_of_sequences(places, per_sequence):
+            sequence = ids[first:next_first]
             if old_ids is not None:
                 sequence = [old_ids[index] for index in sequence]
-            begin, end_of_first = places[start]
-            _, end = places[start + len(sequence) - 1]
+            begin, end_of_first = places[first]
+            _, end = places[next_first - 1]
             if bos is not None:
                 sequence = [bos, *sequence]
             else:
@@ -290,6 +307,30 @@ def tokenized_text(
                 predicted = stretch[begin:end]
                 num_bytes += len(predicted.encode("utf-8", "surrogatepass"))
     return Tokenized(sequences, num_tokens, num_bytes)
+
+
+def _bounds_of_sequences(
+    places: Sequence[tuple[int, int]], most_tokens: int
+) -> list[tuple[int, int]]:
+    """Divide the tokens of a stretch into sequences of at most `most_tokens`, between two characters.
+
+    Otherwise a model would have to predict the rest of a character without its beginning, and the bytes of the
+    character would be counted twice. `places` are the first and the last character (exclusive) of each token. Returns
+    the number of the first token of each sequence, and of the first one after it.
+    """
+    bounds = list[tuple[int, int]]()
+    first = 0
+    while first < len(places):
+        longest_end = min(first + most_tokens, len(places))
+        end = longest_end
+        # All tokens of a character have the same place.
+        while first < end < len(places) and places[end][0] < places[end - 1][1]:
+            end -= 1
+        if end == first:  # one character has more tokens than fit into a sequence
+            end = longest_end
+        bounds.append((first, end))
+        first = end
+    return bounds
 
 
 def bits_per_byte(

@@ -202,7 +202,9 @@ def _set_apart(
         if len(windows) < held_out and len(ids) >= length:
             windows.append(ids[:length])
             # what follows the window in its segment stays in the text
-            segments[index] = tokenizer.decode(ids[length:], clean_up_tokenization_spaces=False)
+            rest = tokenizer.decode(ids[length:], clean_up_tokenization_spaces=False)
+            # U+FFFD: the window has the first tokens of a character, and the text begins after the character
+            segments[index] = rest.lstrip("\ufffd")
     if len(windows) < held_out:
         raise ValueError(
             f"held_out={held_out}: text {text.name!r} of {len(document):,} characters is too short to set as many "

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rare_tokens import bpe_tokenizer
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -274,3 +275,13 @@ def test_bytes_of_windows_of_another_text_are_not_known():
     assert count_bytes(numbers, text, windows) == sum(1 + len(each) for each in predicted)
     assert count_bytes(numbers, text, windows[1:]) is None
     assert count_bytes(numbers, text, torch.cat([windows, windows])) is None
+
+
+def test_text_after_a_held_out_window_begins_with_a_whole_character():
+    tokenizer = bpe_tokenizer()
+    text = TextSource("sea", ("東京の海" * 100,))  # three tokens a character
+    first_byte_of_u_fffd = tokenizer.convert_tokens_to_ids("ï")
+
+    windows = calibration_windows(tokenizer, text, 20, 10, seed=0, held_out=4)
+
+    assert not (windows == first_byte_of_u_fffd).any()
