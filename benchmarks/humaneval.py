@@ -87,7 +87,9 @@ class Block:
     @property
     def is_python(self) -> bool:
         """Whether the block is called Python, or has no language."""
-        return re.fullmatch(r"(?:python|py)?[0-9.]*", self.language, flags=re.IGNORECASE) is not None
+        return (
+            re.fullmatch(r"(?:python|py)?[0-9.]*", self.language, flags=re.IGNORECASE) is not None
+        )
 
 
 def blocks_of(answer: str) -> Iterator[Block]:

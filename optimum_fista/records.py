@@ -124,6 +124,8 @@ class LayerRecord:
     # As in `PruningReport`.
     carried: list[OperatorReport] = field(default_factory=list)
     lost_masks: list[str] = field(default_factory=list)
+    zeros_filled: int = 0
+    zeros_uncovered: int = 0
 
 
 @dataclass(frozen=True)

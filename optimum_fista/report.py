@@ -37,19 +37,24 @@ class PruningReport(RunRecord):
 
     @property
     def earlier_zeros(self) -> str:
-        """Say what became of zeros of earlier runs in operators that this run did not prune; empty if there were none.
+        """Say what became of zeros of earlier runs; empty if there were none, or all are zeros of this run, too.
 
-        Operators that lost columns are among them.
+        Operators that lost columns are among those that this run did not prune.
         """
-        if not self.carried and not self.lost_masks:
-            return ""
-        zeros = sum(math.prod(operator.shape) - operator.num_kept for operator in self.carried)
-        zeros_that_stay = (
-            f"{zeros:,} weights of {len(self.carried)} operators stay zero, with their masks"
-        )
-        if not self.lost_masks:
-            return zeros_that_stay
-        return f"{zeros_that_stay}; in {len(self.lost_masks)} operators they were overwritten"
+        sentences = []
+        if self.carried or self.lost_masks:
+            zeros = sum(math.prod(operator.shape) - operator.num_kept for operator in self.carried)
+            sentences.append(
+                f"{zeros:,} weights of {len(self.carried)} operators stay zero, with their masks"
+            )
+        if self.lost_masks:
+            sentences.append(f"in {len(self.lost_masks)} operators they were overwritten")
+        if self.zeros_filled or self.zeros_uncovered:
+            sentences.append(
+                f"in operators that were pruned again, {self.zeros_filled:,} were filled, and "
+                f"{self.zeros_uncovered:,} stay zero without a mask"
+            )
+        return "; ".join(sentences)
 
     @property
     def zeros_in_all(self) -> str:

@@ -87,6 +87,10 @@ class RunRecord:
     carried: list[OperatorReport] = field(default_factory=list)
     # Weights of operators in which this run overwrote or moved zeros of an earlier one.
     lost_masks: list[str] = field(default_factory=list)
+    # Zeros of an earlier run in operators that this run pruned again: those that have other values now, and those that
+    # stay zero although the new mask keeps these weights.
+    zeros_filled: int = 0
+    zeros_uncovered: int = 0
     # Where the model that this run was given comes from; None if it was never pruned.
     origin: OriginReport | None = None
 
@@ -95,13 +99,15 @@ class RunRecord:
 
         These are the report of the layer, those of its pruned operators, the reasons for operators that were left
         dense (by name), reports of operators whose masks of an earlier run were carried over, and names of weights in
-        which such masks were lost.
+        which such masks were lost. Zeros of an earlier run that were filled or have no mask are counted.
         """
         self.layers.append(record.report)
         self.operators += record.operators
         self.left_dense |= record.left_dense
         self.carried += record.carried
         self.lost_masks += record.lost_masks
+        self.zeros_filled += record.zeros_filled
+        self.zeros_uncovered += record.zeros_uncovered
 
     def warn(self, message: str) -> None:
         """Add a warning to `self.warnings`, and issue it as a Python warning (`warnings.warn`)."""

@@ -178,6 +178,27 @@ def packed_operators(
         yield operator, dense[index], pack_mask(mask_of_operator)
 
 
+def packed_masks(folder: Path, operators: Iterable[str]) -> dict[str, Tensor]:
+    """Read the masks of operators of a packed folder, by their names in its report, packed to one bit a weight.
+
+    Operators that are not stored packed have no mask here. Only the tensors of these operators are read.
+    """
+    files = packed_files(folder)
+    names = set(packed_names(files))
+    masks = {}
+    latest_name = ""  # of the tensor that `mask` holds
+    mask = torch.empty(0)
+    for operator in operators:
+        name, index = split_index(operator)
+        if name not in names:
+            continue
+        if name != latest_name:  # the experts that share one tensor follow each other
+            mask = packed_mask(read_packed(files, name))
+            latest_name = name
+        masks[operator] = pack_mask(mask[index])
+    return masks
+
+
 def operators_to_pack(report: PruningReport) -> list[OperatorReport]:
     """Return the operators of a folder that are stored packed, by its report: those whose masks set weights to zero.
 

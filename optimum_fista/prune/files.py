@@ -345,6 +345,8 @@ class FileSink(Sink):
         report.left_dense = {}
         report.carried = []
         report.lost_masks = []
+        report.zeros_filled = 0
+        report.zeros_uncovered = 0
         for layer in layers.values():
             report.add(layer.record)
         return layers

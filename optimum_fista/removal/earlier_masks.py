@@ -1,10 +1,12 @@
 """Masks of an earlier run, carried through a later run.
 
 A model may have zeros already: the folder that it was loaded from has a report, and a mask for each pruned operator.
-A run that sets zeros carries the masks of the operators that it leaves dense. A run that removes parts slices all masks
-as it slices the weights, and gives them the new names. So a later training keeps the zeros. A refit may write into the
-zeros of an operator. Then its mask is *lost*, and the report says so. What happened is not guessed: a mask is *carried*
-if and only if all weights outside of it are zero.
+A run that sets zeros carries the masks of the operators that it leaves dense, in the new order if it reorders channels.
+A run that removes parts slices all masks as it slices the weights, and gives them the new names. So a later training
+keeps the zeros. A refit may write into the zeros of an operator. Then its mask is *lost*, and the report says so. What
+happened is not guessed: a mask is *carried* if and only if all weights outside of it are zero. An operator that the run
+prunes again has a new mask, which need not have the earlier zeros: the report counts those that the run filled, and
+those that no mask covers any more.
 
 A *mask* says which weights are kept (True); packed, it has a bit for each weight. A *part* loses *groups*, such as
 channels of an MLP. The plan of the smaller model is a `Shrinking`: it says which tensors become smaller, and has the
@@ -17,7 +19,7 @@ operator. Files may have other names, and weights as [in, out] instead of [out, 
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,9 +29,11 @@ from torch import Tensor, nn
 
 from optimum_fista.folder.checkpoint import CONFIG_KEY, MASKS_FILE, REPORT_FILE, read_report
 from optimum_fista.folder.naming import all_operators, as_stored
+from optimum_fista.folder.packed_folder import is_packed, packed_masks
 from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.records import OperatorReport
+from optimum_fista.removal.parts import Part
 from optimum_fista.removal.shrinking import Kept, Shrinking
 from optimum_fista.solve.pattern import pack_mask, parse_pattern, unpack_mask
 from optimum_fista.source.loading import local_source
@@ -51,10 +55,26 @@ class CarriedMasks:
 
 
 @dataclass(frozen=True)
+class ZerosOfPrunedAgain:
+    """What became of the earlier zeros in the operators of one decoder layer that a run pruned again."""
+
+    filled: int  # that have other values now
+    uncovered: int  # that are zero, although the new mask keeps these weights
+
+
+@dataclass(frozen=True)
+class Reordering:
+    """The new order of the channels of a part."""
+
+    part: Part
+    order: Sequence[int]  # the old number of each channel
+
+
+@dataclass(frozen=True)
 class EarlierMasks:
     """The masks in the folder that a model was loaded from."""
 
-    file: Path  # safetensors
+    folder: Path  # also a packed one, in which masks are stored with the weights
     # Reports of the earlier run, with the names of the files, by the name of the weight in the model.
     entries: Mapping[str, OperatorReport]
     # Names of these weights in the files, by their names in the model.
@@ -73,7 +93,9 @@ class EarlierMasks:
         folder = local_source(model)  # None if it was not loaded from a folder on this machine
         if folder is None:
             return None
-        if not (folder / MASKS_FILE).exists() or not (folder / REPORT_FILE).exists():
+        if not (folder / REPORT_FILE).exists():
+            return None
+        if not (folder / MASKS_FILE).exists() and not is_packed(folder):
             return None
         try:
             report = read_report(folder)
@@ -97,15 +119,22 @@ class EarlierMasks:
             for entry in report.masked
             if entry.name in names_by_stored_name
         }
-        return cls(folder / MASKS_FILE, entries, {name: names[name] for name in entries})
+        return cls(folder, entries, {name: names[name] for name in entries})
 
-    def carried(self, layer_name: str, layer: nn.Module, pruned: Collection[str]) -> CarriedMasks:
+    def carried(
+        self,
+        layer_name: str,
+        layer: nn.Module,
+        pruned: Collection[str],
+        reorderings: Sequence[Reordering] = (),
+    ) -> CarriedMasks:
         """Return the masks of operators that this run left dense, if all weights outside of them are zero.
 
         Args:
             layer_name: The name of the layer, such as "model.layers.3".
             layer: The layer, with its weights as the run leaves them. It is only read.
             pruned: Names of the weights that this run pruned: they have new masks.
+            reorderings: Of the channels in the layer that the run has reordered; the masks follow them.
         """
 
         def unchanged(_: str, tensor: Tensor) -> Tensor:
@@ -113,6 +142,7 @@ class EarlierMasks:
             return tensor
 
         masks, entries = self._masks_of_parameters(layer_name, layer)
+        _reorder(masks, reorderings)
         return _masks_that_hold(
             layer_name,
             layer,
@@ -122,6 +152,40 @@ class EarlierMasks:
             shrink=unchanged,
             skipped=pruned,
         )
+
+    def zeros_of_pruned_again(
+        self,
+        layer_name: str,
+        layer: nn.Module,
+        new_masks: Mapping[str, Tensor],
+        reorderings: Sequence[Reordering] = (),
+    ) -> ZerosOfPrunedAgain:
+        """Count what became of the earlier zeros of operators that have a new mask.
+
+        Args:
+            layer_name: The name of the layer, such as "model.layers.3".
+            layer: The layer, with its weights as the run leaves them. It is only read.
+            new_masks: Masks that this run made, packed and laid out as the weights, by the name of the weight; of other
+                layers, too.
+            reorderings: As for `carried`.
+        """
+        masks, _ = self._masks_of_parameters(layer_name, layer)
+        _reorder(masks, reorderings)
+        parameters = dict(layer.named_parameters(prefix=layer_name))
+        filled = 0
+        uncovered = 0
+        for operator in all_operators(layer_name, layer).values():
+            name = f"{operator.name}.weight"
+            parameter_name = _parameter_of(operator, layer_name, layer)
+            if name not in new_masks or parameter_name not in masks:
+                continue
+            was_zero = ~operator.select(masks[parameter_name])
+            weight = operator.select(parameters[parameter_name].detach())
+            is_zero = (weight == 0).cpu()
+            new_mask = unpack_mask(new_masks[name].cpu(), tuple(weight.shape))
+            filled += int((was_zero & ~is_zero).sum())
+            uncovered += int((was_zero & is_zero & new_mask).sum())
+        return ZerosOfPrunedAgain(filled, uncovered)
 
     def carried_smaller(
         self, layer_name: str, layer: nn.Module, smaller: Shrinking, kept: Kept
@@ -156,7 +220,7 @@ class EarlierMasks:
     def _masks_of_parameters(
         self, layer_name: str, layer: nn.Module
     ) -> tuple[dict[str, Tensor], dict[str, OperatorReport]]:
-        """Read the masks of a decoder layer from the file of the earlier run.
+        """Read the masks of a decoder layer from the folder of the earlier run.
 
         Returns bool masks of whole parameters, as they are in the model, by the name of the parameter; several experts
         share a parameter. Returns also the earlier report of one operator in each parameter. `self.entries` has these
@@ -165,28 +229,48 @@ class EarlierMasks:
         masks = dict[str, Tensor]()
         entries = dict[str, OperatorReport]()
         parameters = dict(layer.named_parameters(prefix=layer_name))
-        with safe_open(self.file, "pt") as file:
-            stored = set(file.keys())
-            for operator in all_operators(layer_name, layer).values():
-                name = f"{operator.name}.weight"
-                entry = self.entries.get(name)
-                if entry is None or entry.name not in stored or entry.shape != operator.shape:
-                    continue
+        operators = all_operators(layer_name, layer).values()
+        stored_masks = self._stored_masks([f"{operator.name}.weight" for operator in operators])
+        for operator in operators:
+            name = f"{operator.name}.weight"
+            entry = self.entries.get(name)
+            if entry is None or entry.name not in stored_masks or entry.shape != operator.shape:
+                continue
 
-                # `as_stored` changes names and layout: here, those of the file to those of the model
-                packed_mask = file.get_tensor(entry.name)
-                name_in_model = {entry.name: StoredName(name, operator.transposed)}
-                _, masks_in_model = as_stored([entry], {entry.name: packed_mask}, name_in_model)
+            # `as_stored` changes names and layout: here, those of the file to those of the model
+            packed_mask = stored_masks[entry.name]
+            name_in_model = {entry.name: StoredName(name, operator.transposed)}
+            _, masks_in_model = as_stored([entry], {entry.name: packed_mask}, name_in_model)
 
-                parameter_name = _parameter_of(operator, layer_name, layer)
-                parameter = parameters[parameter_name]
-                if parameter_name not in masks:
-                    masks[parameter_name] = torch.ones(parameter.shape, dtype=torch.bool)
-                    entries[parameter_name] = entry
-                of_operator = operator.select(masks[parameter_name])  # a view
-                mask = unpack_mask(masks_in_model[name], tuple(of_operator.shape))
-                of_operator.copy_(mask)
+            parameter_name = _parameter_of(operator, layer_name, layer)
+            parameter = parameters[parameter_name]
+            if parameter_name not in masks:
+                masks[parameter_name] = torch.ones(parameter.shape, dtype=torch.bool)
+                entries[parameter_name] = entry
+            of_operator = operator.select(masks[parameter_name])  # a view
+            mask = unpack_mask(masks_in_model[name], tuple(of_operator.shape))
+            of_operator.copy_(mask)
         return masks, entries
+
+    def _stored_masks(self, weights: Iterable[str]) -> dict[str, Tensor]:
+        """Read the packed masks of weights, named as in the model; returns them by their names in the files.
+
+        Weights without a mask are left out.
+        """
+        names = [self.entries[name].name for name in weights if name in self.entries]
+        if is_packed(self.folder):
+            return packed_masks(self.folder, names)
+        with safe_open(self.folder / MASKS_FILE, "pt") as file:
+            stored = set(file.keys())
+            return {name: file.get_tensor(name) for name in names if name in stored}
+
+
+def _reorder(masks: dict[str, Tensor], reorderings: Iterable[Reordering]) -> None:
+    """Give masks of whole parameters, by the name of the parameter, the new order of channels; changes `masks`."""
+    for reordering in reorderings:
+        for name in reordering.part.tensors:
+            if name in masks:
+                masks[name] = reordering.part.shrink(name, masks[name], list(reordering.order))
 
 
 def _masks_that_hold(

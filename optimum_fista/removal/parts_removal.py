@@ -560,5 +560,5 @@ def _warn_of_lost_masks(report: PruningReport, config: PreTrainedConfig, is_know
     elif num_zeros and not is_known:
         report.warn(
             f"the masks of an earlier run ({earlier.get('pattern')}, {num_zeros:,} zeros) are not known, so they are "
-            "not carried: prune the folder that the earlier run has saved, and unpack it first if it is packed."
+            "not carried: prune the folder that the earlier run has saved."
         )

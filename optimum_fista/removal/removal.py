@@ -32,7 +32,7 @@ from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.operators import Group, LinearOperator
 from optimum_fista.model.sensitivity import DenseLoss
 from optimum_fista.records import LayerRecord, LayerReport, MixtureReport, OperatorReport
-from optimum_fista.removal.earlier_masks import EarlierMasks
+from optimum_fista.removal.earlier_masks import EarlierMasks, Reordering
 from optimum_fista.removal.parts import Part, RemovedParts
 from optimum_fista.report import PruningReport
 from optimum_fista.solve.pattern import SparsityPattern
@@ -165,9 +165,23 @@ class Removal:
         if self.earlier_masks is None:
             return record
         pruned = {operator.name for operator in record.operators}
-        carried = self.earlier_masks.carried(record.report.name, layer, pruned)
+        reorderings = []
+        for operator in record.operators:
+            if operator.input_order is not None:
+                part = self.channels[operator.name.removesuffix(".weight")]
+                reorderings.append(Reordering(part, operator.input_order))
+
+        layer_name = record.report.name
+        zeros = self.earlier_masks.zeros_of_pruned_again(layer_name, layer, sink.masks, reorderings)
+        carried = self.earlier_masks.carried(layer_name, layer, pruned, reorderings)
         sink.masks.update(carried.masks)
-        return replace(record, carried=carried.operators, lost_masks=carried.lost)
+        return replace(
+            record,
+            carried=carried.operators,
+            lost_masks=carried.lost,
+            zeros_filled=zeros.filled,
+            zeros_uncovered=zeros.uncovered,
+        )
 
     def new_name(self, name: str) -> str | None:
         """The name in the pruned model of the module or tensor `name` of the model; `None` if it is removed."""
@@ -213,15 +227,21 @@ class Removal:
     def describe(self, report: PruningReport) -> None:
         """Write what was removed into the report of all decoder layers, and into the model's configuration.
 
-        Here, only a warning of masks of an earlier run that are lost is added to `report`. If parts are removed, this
-        changes `report`, and the model gets another `config`.
+        Here, only warnings of zeros and masks of an earlier run that are lost are added to `report`. If parts are
+        removed, this changes `report`, and the model gets another `config`.
         """
+        if report.zeros_filled or report.zeros_uncovered:
+            report.warn(
+                "the model was pruned before, and this run pruned operators with zeros again: "
+                f"{report.zeros_filled:,} of these zeros have other values now, and {report.zeros_uncovered:,} stay "
+                "zero without a mask. A training fills the latter if it is told to (--fill-zeros)."
+            )
         if report.lost_masks:
             names = first_names([name.removesuffix(".weight") for name in report.lost_masks])
             report.warn(
                 f"{len(report.lost_masks)} operators that this run left dense have other weights than after the "
-                f"earlier run, so their masks are not carried: {names}. Reordered channels, or a change of the model "
-                "since it was loaded, moved or overwrote their zeros."
+                f"earlier run, so their masks are not carried: {names}. A change of the model since it was loaded "
+                "overwrote their zeros."
             )
             return
         earlier = getattr(self.layers.model.config, CONFIG_KEY, None) or {}
@@ -229,8 +249,7 @@ class Removal:
         if self.earlier_masks is None and earlier.get("num_zeros") and leaves_operators:
             report.warn(
                 f"the masks of an earlier run ({earlier.get('pattern')}) are not known, so those of operators that "
-                "this run left dense are not carried: prune the folder that the earlier run has saved, and unpack it "
-                "first if it is packed."
+                "this run left dense are not carried: prune the folder that the earlier run has saved."
             )
 
     def make_smaller(

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig, masked_training, verify_checkpoint
 from optimum_fista.folder.checkpoint import MASKS_FILE, read_report
-from optimum_fista.folder.packed_folder import unpack_folder
+from optimum_fista.folder.packed_folder import pack_folder, unpack_folder
+from optimum_fista.solve.pattern import unpack_mask
 from optimum_fista.source.model_folder import read_json
 
 BATCHES = tiny_tokens().split(4)
@@ -201,18 +202,92 @@ def test_masks_of_operators_that_a_later_run_leaves_dense_are_packed(halved, tmp
 
 
 @pytest.mark.filterwarnings("ignore:the model was pruned before")
-def test_masks_of_operators_whose_channels_a_later_run_reorders_are_lost(tmp_path):
+def test_masks_of_operators_whose_channels_a_later_run_reorders_are_carried_in_the_new_order(
+    tmp_path,
+):
     source = tmp_path / "sparse"
     prune_and_save(tiny_llama(), source, sparsity=0.5, method="wanda")
     options = {"exclude": ("*.up_proj", "*.self_attn.*"), "reorder_channels": True}
 
-    with pytest.warns(match="2 operators that this run left dense have other weights than after"):
-        folder = remove(source, tmp_path / "twice", "2:4", True, method="wanda", **options)
+    folder = remove(source, tmp_path / "twice", "2:4", True, method="wanda", **options)
 
     report = read_report(folder)
-    up = {f"model.layers.{number}.mlp.up_proj.weight" for number in (0, 1)}
-    assert set(report.lost_masks) == up
-    assert len(report.carried) == 8
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert name in {operator.name for operator in report.carried}
+    assert len(report.carried) == 10
+    assert not report.lost_masks
+    verify_checkpoint(folder, dense=source)
+    old_mask = load_file(source / MASKS_FILE)[name]
+    assert not torch.equal(load_file(folder / MASKS_FILE)[name], old_mask)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    before = zeros_of(model)[name]
+    with masked_training(model, folder, fill_zeros=True):
+        pass
+    assert zeros_of(model)[name] == before
+
+
+@pytest.mark.filterwarnings("ignore:the model was pruned before")
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("method", ["wanda", "obs_admm"])
+def test_zeros_of_operators_that_are_pruned_again_are_counted(halved, tmp_path, streamed, method):
+    folder = remove(halved, tmp_path / "twice", "2:4", streamed, method=method)
+
+    report = read_report(folder)
+    old = AutoModelForCausalLM.from_pretrained(halved)
+    new = AutoModelForCausalLM.from_pretrained(folder)
+    masks = load_file(folder / MASKS_FILE)
+    filled = 0
+    uncovered = 0
+    for name in zeros_of(new):
+        was_zero = old.get_parameter(name) == 0
+        is_zero = new.get_parameter(name) == 0
+        new_mask = unpack_mask(masks[name], tuple(is_zero.shape))
+        filled += int((was_zero & ~is_zero).sum())
+        uncovered += int((was_zero & is_zero & new_mask).sum())
+    assert (report.zeros_filled, report.zeros_uncovered) == (filled, uncovered)
+    assert filled + uncovered > 0
+    assert (filled > 0) == (method == "obs_admm")  # wanda changes no weight that stays
+    said = f"{filled:,} were filled, and {uncovered:,} stay zero without a mask"
+    assert said in (folder / "README.md").read_text()
+    assert any("have other values now" in warning for warning in report.warnings)
+
+
+@pytest.mark.filterwarnings("ignore:the model was pruned before")
+def test_a_run_that_keeps_all_earlier_zeros_says_nothing_of_them(sparse, tmp_path):
+    folder = remove(sparse, tmp_path / "twice", "2:4", True, method="wanda")
+
+    report = read_report(folder)
+    assert (report.zeros_filled, report.zeros_uncovered) == (0, 0)
+    assert report.earlier_zeros == ""
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("pattern", ["2:4", "layers:0.5"])
+@pytest.mark.usefixtures("enough_tokens")
+@pytest.mark.filterwarnings("ignore:the model was pruned before")
+@pytest.mark.filterwarnings("ignore:.*experts")
+def test_masks_of_a_packed_folder_are_carried(family, pattern, tmp_path):
+    plain = tmp_path / "plain"
+    prune_and_save(tiny_model(family), plain, family_tokens(), pattern="2:4", method="wanda")
+    pack_folder(plain, tmp_path / "packed")
+    options = {"pattern": pattern, "method": "wanda", "residual_correction": 0.0}
+    if pattern == "2:4":
+        options["exclude"] = ("*.layers.1.*",)
+
+    folders = {}
+    for name in ("plain", "packed"):
+        folders[name] = tmp_path / f"{name}-twice"
+        pruner = FistaPruner(FistaPruningConfig(**options), progress=False)
+        pruner.prune(tmp_path / name, family_tokens(), output_dir=folders[name])
+
+    expected = load_file(folders["plain"] / MASKS_FILE)
+    masks = load_file(folders["packed"] / MASKS_FILE)
+    assert masks.keys() == expected.keys()
+    assert all(torch.equal(masks[name], mask) for name, mask in expected.items())
+    report = read_report(folders["packed"])
+    assert report.carried == read_report(folders["plain"]).carried != []
+    assert not any("are not known" in warning for warning in report.warnings)
+    verify_checkpoint(folders["packed"])
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
