@@ -65,6 +65,18 @@ class Predictor:
         """Whether the model is cut before its head."""
         return self._output_class is not None
 
+    def bytes_beyond_a_chunk(self, num_positions: int, bytes_per_logit: int) -> int:
+        """Count the bytes of logits at `num_positions` that are more than those of one chunk; 0 if the model is cut.
+
+        A model that can't be cut takes so much more memory than was estimated. Whether it can be cut is known only
+        after it has run: its class and its configuration do not tell, and without weights no logits can be compared.
+        """
+        if self.is_cut:
+            return 0
+        vocabulary, _ = token_limits(self._model)
+        num_more = max(0, num_positions - positions_per_chunk(self._model))
+        return num_more * vocabulary * bytes_per_logit
+
     def _output_class_if_cut(self) -> type[ModelOutput] | None:
         """The class of the base model's output, or `None` if cutting the model changes the logits of four tokens.
 

@@ -91,7 +91,9 @@ class Sensitivity:
 
 
 def measure_sensitivities(
-    loss: DenseLoss, operators: Mapping[str, LinearOperator]
+    loss: DenseLoss,
+    operators: Mapping[str, LinearOperator],
+    on_whole_logits: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Sensitivity]:
     """Run a model forwards and backwards on the sequences of its loss, one at a time; sum inputs and gradients.
 
@@ -100,6 +102,9 @@ def measure_sensitivities(
     (`Predictor`), unless the longest sequence has few of them. An operator has zero gradients if the loss does not
     depend on it, if it is called more than once, or if it is not a plain product. Returns sensitivities by the names of
     `operators`.
+
+    If the model can't be cut before its head, the logits of a whole sequence are in memory. `on_whole_logits` is then
+    called with the bytes that this takes more than was estimated, before the model runs.
 
     While the model runs, forward passes of decoder layers are replaced, and no weight requires a gradient; both are as
     before at the end.
@@ -113,6 +118,10 @@ def measure_sensitivities(
     longest = max((row.num_tokens for row in sequences), default=0)
     with onloaded([*outside, head], writable=False), quick_products():
         predictor = Predictor(model, whole=longest <= positions_per_chunk(model))
+        bytes_per_logit = 2 * model.dtype.itemsize  # of a logit and its gradient
+        num_bytes_not_estimated = predictor.bytes_beyond_a_chunk(longest, bytes_per_logit)
+        if num_bytes_not_estimated:
+            on_whole_logits(num_bytes_not_estimated)
         with (
             tqdm(
                 total=num_runs,

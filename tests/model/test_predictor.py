@@ -5,6 +5,7 @@ import torch
 from families import family_model, family_tokens
 from media_models import MEDIA_FAMILIES, media_batch, media_model
 
+from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.evaluate.perplexity import evaluate_perplexity
 from optimum_fista.model import predictor as module
 from optimum_fista.model.calibration import read_batches
@@ -73,6 +74,33 @@ def test_gradients_of_the_allocation_are_those_of_whole_logits(family, monkeypat
 
     assert Predictor(model).is_cut == FAMILIES[family]
     require_same(found, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama4_text"])
+def test_logits_beyond_a_chunk_are_counted_if_a_model_cant_be_cut(family, monkeypatch):
+    model = family_model(family)
+    vocabulary, _ = token_limits(model)
+    use_small_chunks(monkeypatch, model, 7)
+
+    predictor = Predictor(model)
+
+    expected = 0 if FAMILIES[family] else 13 * vocabulary * 4
+    assert predictor.bytes_beyond_a_chunk(20, 4) == expected
+    assert predictor.bytes_beyond_a_chunk(7, 4) == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "llama4_text"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_says_that_it_takes_more_memory_if_a_model_cant_be_cut(family, monkeypatch):
+    model = family_model(family)
+    use_small_chunks(monkeypatch, model, 7)
+    config = FistaPruningConfig(method="wanda", allocation="fisher")
+
+    report = FistaPruner(config, progress=False).prune(model, family_tokens())
+
+    warnings = [text for text in report.warnings if "can't be run without its head" in text]
+    assert len(warnings) == (0 if FAMILIES[family] else 1)
+    assert all("more than the estimate counts" in text for text in warnings)
 
 
 @pytest.mark.parametrize("family", MEDIA_FAMILIES)
