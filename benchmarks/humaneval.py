@@ -111,7 +111,7 @@ def blocks_of(answer: str) -> Iterator[Block]:
 
 
 def first_python(answer: str) -> Block | None:
-    """The first block of an answer that is Python; `None` if there is none yet. Blocks of other languages are skipped."""
+    """The first block of an answer that is Python, after those of other languages; `None` if there is none yet."""
     return next((block for block in blocks_of(answer) if block.is_python), None)
 
 

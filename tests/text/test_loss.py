@@ -33,7 +33,7 @@ def test_a_text_of_usual_tokens_is_measured_in_12_stretches():
 def test_a_text_that_is_too_short_is_refused_with_the_number_of_all_its_tokens():
     text = text_of(RARE, 3500)
 
-    with pytest.raises(ValueError, match="'zoo' is too short, it has 3,5.. tokens"):
+    with pytest.raises(ValueError, match=r"'zoo' is too short, it has 3,5.. tokens"):
         require_measurable({"zoo": text}, {}, bpe_tokenizer())
 
 
