@@ -202,7 +202,7 @@ def _set_apart(
         if len(windows) < held_out and len(ids) >= length:
             windows.append(ids[:length])
             # what follows the window in its segment stays in the text
-            rest = tokenizer.decode(ids[length:], clean_up_tokenization_spaces=False)
+            rest = str(tokenizer.decode(ids[length:], clean_up_tokenization_spaces=False))
             # U+FFFD: the window has the first tokens of a character, and the text begins after the character
             segments[index] = rest.lstrip("\ufffd")
     if len(windows) < held_out:
