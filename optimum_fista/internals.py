@@ -235,6 +235,30 @@ def _put_back(shared: dict[str, Any], content: dict[str, Any]) -> None:
 # PyTorch
 
 
+@contextmanager
+def without_checkpoint_wrappers(model: nn.Module) -> Iterator[None]:
+    """Put modules in the place of PyTorch's checkpoint wrappers around them, until the block ends.
+
+    Accelerate wraps decoder layers so for FSDP (`fsdp_activation_checkpointing`). Inside the block, names of modules
+    and parameters are those of a model without wrappers, and decoder layers have their own classes. Changes only which
+    modules `model` has; at the end, also after an error, the wrappers are back.
+    """
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
+
+    with ExitStack() as stack:
+        for parent in list(model.modules()):
+            if isinstance(parent, ActivationWrapper):
+                continue
+            for name, child in list(parent.named_children()):
+                module = child
+                while isinstance(module, ActivationWrapper):  # one may be around another
+                    module = module._checkpoint_wrapped_module
+                if module is not child:
+                    setattr(parent, name, module)
+                    stack.callback(setattr, parent, name, child)
+        yield
+
+
 def changes_in_place(tensor: Tensor) -> int:
     """Return a number that grows when a tensor, or one that shares its memory, is changed in place."""
     return tensor._version

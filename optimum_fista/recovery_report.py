@@ -5,7 +5,7 @@ run, in order; a folder with a dense model that was trained so has one, too.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 # What a recovery can train.
@@ -37,6 +37,8 @@ class RecoveryReport:
     held_out_loss: float
     # Of training and evaluation.
     seconds: float
+    # What the user should know.
+    warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         """Describe the recovery in one line: loss before and after it on its own held-out text, training, teacher."""

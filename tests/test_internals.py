@@ -19,6 +19,10 @@ from packaging.version import Version
 from tiny_llama import tiny_llama
 from tiny_models import tiny_model
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    checkpoint_wrapper,
+    offload_wrapper,
+)
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -266,6 +270,22 @@ def test_states_of_accelerate_are_put_back():
 
     assert PartialState._shared_state is shared
     assert shared == before
+
+
+def test_checkpoint_wrappers_are_taken_off_for_a_time():
+    model = tiny_llama()
+    layers = model.model.layers
+    names = [name for name, _ in model.named_parameters()]
+    layers[0].mlp = checkpoint_wrapper(layers[0].mlp)
+    layers[0] = offload_wrapper(checkpoint_wrapper(layers[0]))
+    wrapped = [name for name, _ in model.named_parameters()]
+
+    with internals.without_checkpoint_wrappers(model):
+        names_inside = [name for name, _ in model.named_parameters()]
+
+    assert names_inside == names
+    assert sum("_checkpoint_wrapped_module." in name for name in wrapped) > 0
+    assert [name for name, _ in model.named_parameters()] == wrapped
 
 
 def test_changes_in_place_are_counted():

@@ -9,12 +9,19 @@ A run that removes tokens from the vocabulary gives the others new ids, so that 
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from optimum_fista.atomic import write_file
+from optimum_fista.options import as_record
+from optimum_fista.plain_text import spell_out_controls_in_json
+from optimum_fista.recovery_report import RecoveryReport
 from optimum_fista.report import PruningReport
 from optimum_fista.source.model_folder import closest_folder, read_json
 
@@ -28,7 +35,7 @@ VOCABULARY_FILE = "fista/vocabulary.json"
 """Ids of the tokens that are left, if tokens were removed, by the latest run or an earlier one."""
 
 RECOVERY_FILE = "fista/recovery.json"
-"""What `recover` did with a model that was not pruned, which has no report."""
+"""What `recover` did with a model that was not pruned and has no report: its trainings, the first one first."""
 
 CONFIG_KEY = "fista_pruning"
 """Of `config.json`: the summary of the latest run."""
@@ -76,6 +83,30 @@ def read_report(folder: Path) -> PruningReport:
         return report
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{str(file)!r} is no report of optimum-fista ({error}).") from error
+
+
+def read_recoveries(folder: Path) -> list[RecoveryReport]:
+    """Return the trainings of a model that was never pruned, in their order; none if its folder has no record of them.
+
+    ValueError if the record is damaged. The file is only read.
+    """
+    file = folder / RECOVERY_FILE
+    if not file.exists():
+        return []
+    try:
+        content = spell_out_controls_in_json(read_json(file))
+        return [as_record(RecoveryReport, values) for values in content["recoveries"]]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{str(file)!r} is no record of trainings ({error}): remove the file to train the model without it."
+        ) from error
+
+
+def write_recoveries(folder: Path, recoveries: Sequence[RecoveryReport]) -> None:
+    """Write the trainings of a model that was never pruned, the first one first, into its folder."""
+    (folder / RECOVERY_FILE).parent.mkdir(exist_ok=True)
+    record = {"recoveries": [dataclasses.asdict(recovery) for recovery in recoveries]}
+    write_file(folder / RECOVERY_FILE, json.dumps(record, indent=2) + "\n")
 
 
 def kept_tokens(folder: Path, before: Path | None = None) -> Tensor | None:

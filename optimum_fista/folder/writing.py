@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,9 @@ from optimum_fista.folder.checkpoint import (
     MASKS_FILE,
     MASKS_FORMAT,
     MASKS_METADATA,
-    RECOVERY_FILE,
     REPORT_FILE,
     VOCABULARY_FILE,
+    write_recoveries,
 )
 from optimum_fista.folder.naming import operators_by_weight, report_as_stored
 from optimum_fista.model.offload import describe_ties, stored_tensor
@@ -135,7 +135,7 @@ def write_checkpoint(
 def write_dense(
     model: PreTrainedModel,
     folder: Path,
-    recovery: RecoveryReport,
+    recoveries: Sequence[RecoveryReport],
     tokenizer: PreTrainedTokenizerBase | None,
     stored_as: SourceTensors,
 ) -> None:
@@ -147,13 +147,12 @@ def write_dense(
     Args:
         model: The trained model. Its weights are not changed.
         folder: The unfinished folder, with the files that come along from the source (`copy_source`).
-        recovery: What the training did, written to `RECOVERY_FILE`.
+        recoveries: What this training and those before it did, in their order (`RECOVERY_FILE` of `checkpoint`).
         tokenizer: Saved if the folder has no files of one, because the source was a GGUF file; `None`: there is none.
         stored_as: What is known of the files that the model was loaded from, as in `write_checkpoint`.
     """
     _write_weights_and_code(model, folder, stored_as)
-    (folder / "fista").mkdir(exist_ok=True)
-    write_file(folder / RECOVERY_FILE, json.dumps(dataclasses.asdict(recovery), indent=2) + "\n")
+    write_recoveries(folder, recoveries)
     if tokenizer is not None and not any(folder.glob("tokenizer*")):
         tokenizer.save_pretrained(folder)
     content = _describe(model, folder, local_source(model))

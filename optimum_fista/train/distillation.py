@@ -55,8 +55,8 @@ from optimum_fista.bars import tqdm
 from optimum_fista.memory import size_text
 from optimum_fista.model.predictor import Predictor
 from optimum_fista.prune.ranks import Ranks
-from optimum_fista.train.divergence import divergence, text_loss
-from optimum_fista.train.training import local
+from optimum_fista.train.divergence import bytes_of_whole_logits, divergence, text_loss
+from optimum_fista.train.training import local, plain_parameters
 
 # In the folder of a state: the best step until then, and digests of the state's files.
 _STATE_RECORD = "files.json"
@@ -110,6 +110,7 @@ class DistillationTrainer(Trainer):
 
     Attributes:
         schedule: The shares of the learning rate; `back_off` changes it.
+        warnings: What the user should know, for the report.
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class DistillationTrainer(Trainer):
             callbacks: Of the Trainer.
         """
         # By the name of each trained parameter. The weights are whole here, and those before the training: a resumed
-        # training loads its state later.
+        # training loads its state later. Accelerate may put wrappers around decoder layers later, which change names.
         self._sizes = {
             name: root_mean_square(parameter.detach())
             for name, parameter in model.named_parameters()
@@ -175,6 +176,19 @@ class DistillationTrainer(Trainer):
         self._read_start = read_start
         self.schedule = Schedule(steps)
 
+        self.warnings: list[str] = []
+        num_bytes = 0
+        if not is_sharded:  # the plan counts whole logits of sharded models
+            num_bytes = bytes_of_whole_logits(
+                self._student,
+                self._teacher,
+                num_positions=arguments.per_device_train_batch_size * trained_on.shape[1],
+                dtype=torch.bfloat16 if arguments.bf16 else torch.float32,
+            )
+        if num_bytes:
+            self.warnings.append(whole_logits_warning(model, num_bytes))
+            logger.warning("%s", self.warnings[-1])
+
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Make AdamW with a learning rate for each parameter, and note it in `self.optimizer`, as the Trainer expects.
 
@@ -188,7 +202,7 @@ class DistillationTrainer(Trainer):
         """
         student: Any = self.model if model is None else model
         groups = []
-        for name, parameter in student.named_parameters():
+        for name, parameter in plain_parameters(student).items():
             if parameter.requires_grad:
                 size = self._sizes[name]
                 relative_step = self.args.learning_rate
@@ -228,7 +242,7 @@ class DistillationTrainer(Trainer):
         else:
             best_weights = self._read_start()
 
-        parameters = dict(model.named_parameters())
+        parameters = plain_parameters(model)
         for name in self._sizes:
             value = best_weights[name]
             parameter = parameters[name]
@@ -287,7 +301,8 @@ class DistillationTrainer(Trainer):
         """Write the trained parameters into the folder of a state, in the process that saves; the Trainer calls it.
 
         If parameters are sharded, `state_dict` has them put together; otherwise it is missing, and those of the model
-        are written. The keys of `self._sizes` are the names of the trained ones.
+        are written. The keys of `self._sizes` are the names of the trained ones. In a `state_dict`, wrappers of modules
+        have no part in the names.
         """
         if not self.args.should_save:
             return
@@ -306,7 +321,7 @@ class DistillationTrainer(Trainer):
         journal = Path(str(self.args.output_dir))
         bytes_of_weights = sum(
             parameter.numel() * parameter.element_size()
-            for name, parameter in model.named_parameters()
+            for name, parameter in plain_parameters(model).items()
             if name in self._sizes
         )
         num_bytes = 3 * bytes_of_weights  # and two moments of the optimizer
@@ -318,6 +333,18 @@ class DistillationTrainer(Trainer):
 
     def _issue_warnings_after_load(self, _: Any) -> None:
         """Give no warning: a checkpoint holds only the trained parameters on purpose."""
+
+
+def whole_logits_warning(model: PreTrainedModel, num_bytes: int) -> str:
+    """Say that logits take so many bytes more than the plan counts, because a model can't be cut before its head.
+
+    `model` is the student.
+    """
+    return (
+        f"{type(model).__name__} or its teacher can't be run without its head, so the logits of whole sequences are in "
+        f"memory: about {size_text(num_bytes)} more than the plan says. A smaller batch_size (--batch-size) or shorter "
+        "sequences (--sequence-length) need less."
+    )
 
 
 def root_mean_square(weights: Tensor) -> float:

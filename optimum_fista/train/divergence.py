@@ -119,6 +119,18 @@ def divergence(
     return loss
 
 
+def bytes_of_whole_logits(
+    student: Predictor, teacher: Predictor, num_positions: int, dtype: torch.dtype
+) -> int:
+    """Count the bytes that `divergence` takes more than for chunks if a model can't be cut; 0 if both are cut.
+
+    `num_positions` are those of a batch, and logits are in `dtype`. The student's have a gradient.
+    """
+    of_student = student.bytes_beyond_a_chunk(num_positions, 2 * dtype.itemsize)
+    of_teacher = teacher.bytes_beyond_a_chunk(num_positions, dtype.itemsize)
+    return of_student + of_teacher
+
+
 def text_loss(student: Predictor, ids: Tensor, wrapped: Any = None) -> Tensor:
     """The mean negative log-likelihood of the tokens that `ids` [batch, length] predict.
 

@@ -25,6 +25,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
@@ -52,7 +53,8 @@ from optimum_fista.public_names import public_name
 from optimum_fista.recovery_report import RecoveryReport
 from optimum_fista.report import lines_of_unplaced
 from optimum_fista.source.files import copy_source
-from optimum_fista.source.loading import load_model, load_tokenizer, read_model
+from optimum_fista.source.loading import gguf_file, load_model, load_tokenizer, read_model
+from optimum_fista.source.quantization import quantized_source
 from optimum_fista.source.sorting import source_tensors
 from optimum_fista.text.calibration_tokens import calibration_tokens_by_name
 from optimum_fista.train.distillation import (
@@ -77,6 +79,7 @@ from optimum_fista.train.training import (
     find_masks,
     find_record,
     local,
+    plain_parameters,
     require_dense,
 )
 from optimum_fista.versions import library_versions
@@ -124,8 +127,8 @@ def recover(
         **options: `tokens`, `sequence_length`, `train` and the other fields of `RecoveryOptions`.
 
     Returns:
-        What it did; the report in the folder holds it too, under `recoveries`. The folder of a model that was never
-        pruned has `fista/recovery.json` instead.
+        What it did; the report in the folder holds it too, under `recoveries`, after earlier recoveries. The folder of
+        a model that was never pruned has `fista/recovery.json` instead, with the same list.
 
     Raises:
         ValueError: If an option can't be used, the models do not fit together, zeros of an earlier run have no mask, or
@@ -304,6 +307,13 @@ def _train(
         logger.info(
             "%s takes images or sounds, too: it is trained on text alone", type(model).__name__
         )
+    is_quantized = gguf_file(plan.source) is not None or quantized_source(model) is not None
+    if is_quantized:
+        logger.info(
+            "%s is quantized: it is trained and saved without quantization, in %s",
+            plan.source,
+            str(model.dtype).removeprefix("torch."),
+        )
 
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     model.float()  # a step in bfloat16 would often be smaller than the weight's last bit
@@ -409,6 +419,7 @@ def _report(
         held_out_loss_before=loss_before,
         held_out_loss=loss,
         seconds=seconds,
+        warnings=trainer.warnings,
     )
 
 
@@ -454,6 +465,10 @@ def _trainers_arguments(
 
     `processes` share the passes of a step. A resumed training does not evaluate the model before its first step.
     """
+    # Accelerate then wraps decoder layers so that they compute their activations twice. The Trainer refuses both.
+    is_wrapped = parse_flag_from_env("ACCELERATE_USE_FSDP") and parse_flag_from_env(
+        "FSDP_ACTIVATION_CHECKPOINTING"
+    )
     steps_between = math.ceil(plan.steps / 10)  # so a loss that rises is noticed soon
     arguments = TrainingArguments(
         output_dir=str(journal.resolve()),
@@ -466,7 +481,7 @@ def _trainers_arguments(
         adam_beta2=0.95,
         max_grad_norm=0.0,  # see `DistillationTrainer.create_optimizer`
         bf16=plan.compute_dtype == torch.bfloat16,
-        **{CHECKPOINTING: choice.checkpointed},  # type: ignore[arg-type]
+        **{CHECKPOINTING: choice.checkpointed and not is_wrapped},  # type: ignore[arg-type]
         eval_strategy="steps",
         eval_steps=steps_between,
         eval_on_start=not resumed,
@@ -509,9 +524,11 @@ def _model_with_weights(
 
 
 def _trained_parameters(model: Any) -> list[tuple[str, nn.Parameter]]:
-    """The parameters of a model that have gradients, with their names."""
+    """The parameters of a model that have gradients, with their names, which wrappers of modules do not change."""
     return [
-        (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+        (name, parameter)
+        for name, parameter in plain_parameters(model).items()
+        if parameter.requires_grad
     ]
 
 
@@ -520,8 +537,8 @@ def _write(
 ) -> None:
     """Write all files of the recovered model into the subfolder `MODEL` of `unfinished`, which is emptied first.
 
-    `report` joins the pruning report of the source, if there is one. The configuration of `model` gets the summary of
-    that report.
+    `report` joins the pruning report of the source, if there is one, otherwise the record of earlier trainings. The
+    configuration of `model` gets the summary of the pruning report.
     """
     tensors = source_tensors(model, Path(plan.source), quantized=False)
     for line in lines_of_unplaced({}, tensors.not_copied):
@@ -534,7 +551,8 @@ def _write(
         folder.mkdir()
         copy_source(Path(plan.source), folder)
         if plan.report is None:
-            write_dense(model, folder, report, load_tokenizer(plan.source), tensors)
+            recoveries = [*plan.recoveries, report]
+            write_dense(model, folder, recoveries, load_tokenizer(plan.source), tensors)
             return
 
         pruning_report, masks = find_record(model, plan.source)

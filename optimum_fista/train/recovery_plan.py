@@ -15,11 +15,12 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -34,6 +35,7 @@ from optimum_fista.folder.checkpoint import (
     REPORT_FILE,
     VOCABULARY_FILE,
     kept_tokens,
+    read_recoveries,
     read_report,
 )
 from optimum_fista.folder.output import folder_beside, require_output
@@ -42,9 +44,10 @@ from optimum_fista.model.choice import find_operators
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.precision import is_fast
 from optimum_fista.model.predictor import LOGITS_PER_CHUNK, Predictor
-from optimum_fista.recovery_report import WORDS_OF_TRAIN
+from optimum_fista.recovery_report import WORDS_OF_TRAIN, RecoveryReport
 from optimum_fista.report import PruningReport
 from optimum_fista.source.loading import (
+    forget_gguf,
     load_model,
     load_tokenizer,
     model_without_weights,
@@ -55,7 +58,7 @@ from optimum_fista.source.loading import (
 from optimum_fista.source.model_folder import CONFIG_FILE
 from optimum_fista.text.calibration_tokens import usual_length
 from optimum_fista.text.sources import require_source
-from optimum_fista.train.divergence import divergence
+from optimum_fista.train.divergence import bytes_of_whole_logits, divergence
 from optimum_fista.train.recovery_options import RecoveryOptions
 from optimum_fista.train.training import pruned_folder
 
@@ -84,6 +87,7 @@ class RecoveryPlan:
     device: torch.device
     compute_dtype: torch.dtype  # of products; weights are trained in float32
     report: PruningReport | None  # of the pruned model; `None`: the model was never pruned
+    recoveries: list[RecoveryReport]  # earlier trainings of a model that was never pruned, in order
     # The teacher's token for each token of the student, int64 [student's tokens]; `None` if both have the same tokens.
     kept_tokens: Tensor | None
 
@@ -192,6 +196,7 @@ def plan_recovery(
         device=used_device,
         compute_dtype=torch.bfloat16 if use_bfloat16 else torch.float32,
         report=report,
+        recoveries=read_recoveries(Path(source_folder)) if report is None else [],
         kept_tokens=kept_tokens,
     )
 
@@ -401,11 +406,16 @@ def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
     if plan.device.type == "cpu":
         processes_sharing = int(os.environ.get("LOCAL_WORLD_SIZE", len(free)))
 
+    # Accelerate reads this variable. The head of sharded weights is whole only inside a call of the whole model.
+    has_whole_logits = len(free) > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
+
     kinds = ["all", "norms"] if plan.options.train == "auto" else [plan.options.train]
     ways = [False, True] if sizes.can_checkpoint else [False]
     # After the loop, the variables are those of the first kind that fits, or of the last one.
     for train, checkpointed in itertools.product(kinds, ways):
-        needed = _needed_bytes(plan, sizes, train, checkpointed)
+        needed = _needed_bytes(
+            plan, sizes, train, checkpointed=checkpointed, has_whole_logits=has_whole_logits
+        )
         fits = not limits or needed <= _MARGIN * min(limits) / processes_sharing
         if fits:
             break
@@ -421,8 +431,14 @@ def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
     )
 
 
-def _needed_bytes(plan: RecoveryPlan, sizes: _Sizes, train: str, checkpointed: bool) -> int:
-    """Estimate the bytes of a process that trains "all" or "norms"; `checkpointed`: activations are computed twice."""
+def _needed_bytes(
+    plan: RecoveryPlan, sizes: _Sizes, train: str, *, checkpointed: bool, has_whole_logits: bool
+) -> int:
+    """Estimate the bytes of a process that trains "all" or "norms".
+
+    `checkpointed`: activations are computed twice. `has_whole_logits`: the logits of a whole pass are in memory, and
+    not only those of one chunk. That a model can't be cut before its head is not known before it has run.
+    """
     # float32: the weights, and of those that are trained a gradient and two moments
     student = 4 * sizes.parameters + 12 * sizes.trained(train)
     if plan.compute_dtype != torch.float32:
@@ -446,11 +462,13 @@ def _needed_bytes(plan: RecoveryPlan, sizes: _Sizes, train: str, checkpointed: b
     tokens = plan.options.batch_size * plan.length
     # of both models, in two dtypes, with their gradient
     logits = 20 * min(LOGITS_PER_CHUNK, tokens * sizes.vocabulary)
+    if has_whole_logits:  # of both models, with the gradient of one
+        logits += 3 * plan.compute_dtype.itemsize * tokens * sizes.vocabulary
     return student + masks + teacher + tokens * activations + logits
 
 
 def load_student(source: str) -> PreTrainedModel:
-    """Load the pruned model of a folder to the CPU, in the dtypes of its files.
+    """Load the pruned model of a folder to the CPU, in the dtypes of its files; a quantized one is dequantized.
 
     Dropout and jitter of routers are turned off in its configuration, so that two passes give the same result.
     """
@@ -460,7 +478,9 @@ def load_student(source: str) -> PreTrainedModel:
             is_random = "drop" in name or "jitter" in name
             if is_random and isinstance(value, float):
                 setattr(section, name, 0.0)
-    return read_model(source, dtype="auto", config=config)
+    model = read_model(source, dtype="auto", config=config)
+    forget_gguf(model)
+    return model
 
 
 def mark_trained(model: PreTrainedModel, train: str) -> None:
@@ -511,9 +531,12 @@ def preview(plan: RecoveryPlan) -> str:
     choice = choose(plan, [free])
     duration = "not measured: one step does not fit into the free memory"
     if free is None or choice.num_bytes <= free:
-        seconds = _seconds_of_step(plan, choice)
+        seconds, num_bytes_not_estimated = _seconds_of_step(plan, choice)
         interval = tqdm.format_interval(plan.steps * seconds)
         duration = f"about {interval}, {seconds:.1f} seconds a step"
+        if num_bytes_not_estimated:
+            # known now: these models can't be cut before their heads
+            choice = replace(choice, num_bytes=choice.num_bytes + num_bytes_not_estimated)
     return plan_text(plan, choice, free, duration)
 
 
@@ -546,11 +569,11 @@ def plan_text(plan: RecoveryPlan, choice: Choice, free: int | None, duration: st
     return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
 
 
-def _seconds_of_step(plan: RecoveryPlan, choice: Choice) -> float:
+def _seconds_of_step(plan: RecoveryPlan, choice: Choice) -> tuple[float, int]:
     """Load both models, and time the forward and backward passes of one step, on any tokens.
 
     One pass is timed, after another one that fills caches, and counts for all passes of the step. The models are
-    dropped again.
+    dropped again. Returns the seconds, and the bytes that logits take more than `choice` says, if models can't be cut.
     """
     student = load_student(plan.source).float()
     mark_trained(student, choice.train)
@@ -577,4 +600,7 @@ def _seconds_of_step(plan: RecoveryPlan, choice: Choice) -> float:
             loss.backward()
         torch.get_device_module(plan.device).synchronize()
         seconds = time.perf_counter() - started
-    return plan.accumulate * seconds
+    num_bytes_not_estimated = bytes_of_whole_logits(
+        student_predictor, teacher_predictor, ids.numel(), plan.compute_dtype
+    )
+    return plan.accumulate * seconds, num_bytes_not_estimated

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from optimum_fista import internals
 from optimum_fista.folder.checkpoint import (
     CONFIG_KEY,
     MASKS_FILE,
@@ -88,7 +89,7 @@ def masked_training(
             of an earlier run have no mask.
         FileNotFoundError: If the folder or repository holds no masks.
     """
-    parameters = dict(model.named_parameters())
+    parameters = plain_parameters(model)
     parameters_of_model = {*parameters.values()}
     masks_by_name = find_masks(model, masks, fill_zeros=fill_zeros)
     mask_of: dict[Tensor, Tensor] = {
@@ -246,7 +247,15 @@ def find_masks(
             f"model is a {type(model).__name__}: merge its adapters first (merge_and_unload())."
         )
     require_unquantized(model)
+    # Names of reports and masks are those of a model without wrappers.
+    with internals.without_checkpoint_wrappers(model):
+        return _found_masks(model, source, fill_zeros=fill_zeros)
 
+
+def _found_masks(
+    model: PreTrainedModel, source: MaskSource, *, fill_zeros: bool
+) -> dict[str, Tensor]:
+    """Find the masks as `find_masks` does, in a model whose modules have no wrappers."""
     earlier_patterns: list[str] = []  # of the runs before the last one
     if source is None:
         masks = _masks_of_zeros(model)
@@ -299,6 +308,12 @@ def _checked_mask(name: str, weight: Tensor, mask: Tensor) -> Tensor:
             "pruning, or the masks are those of another model. Load the pruned model, or pass its own masks."
         )
     return mask
+
+
+def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model by the names that they have without PyTorch's checkpoint wrappers."""
+    with internals.without_checkpoint_wrappers(model):
+        return dict(model.named_parameters())
 
 
 def local(tensor: Tensor) -> Tensor:

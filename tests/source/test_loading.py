@@ -7,7 +7,7 @@ import pytest
 import torch
 from hub_standin import connect, hub_fixture  # noqa: F401
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
-from quantized_models import fp8_deepseek
+from quantized_models import fp8_deepseek, gguf_llama
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
@@ -23,48 +23,9 @@ from optimum_fista.text.calibration_tokens import calibration_tokens_by_name
 
 @pytest.fixture(scope="module")
 def gguf_folder(tmp_path_factory) -> Path:
-    """A folder with one GGUF file as llama.cpp quantizes it: matrices in Q8_0, the head tied, a tokenizer of bytes."""
-    gguf = pytest.importorskip("gguf")
-    folder = tmp_path_factory.mktemp("gguf")
-    model = tiny_llama(tie_word_embeddings=True, intermediate_size=64)
-    writer = gguf.GGUFWriter(folder / "tiny.Q8_0.gguf", "llama")
-    tokens = ["<unk>", "<s>", "<|endoftext|>"]
-    tokens += [chr(code) for code in range(ord("@"), ord("z") + 1)]
-    tokens += ["th", "he"]
-    values = {
-        "context_length": 64,
-        "block_count": 2,
-        "feed_forward_length": 64,
-        "embedding_length": 32,
-        "head_count": 4,
-        "head_count_kv": 2,
-        "layer_norm_rms_eps": 1e-6,
-        "rope_dimension_count": 8,
-        "vocab_size": 64,
-        "tokenizer_model": "gpt2",
-        "token_list": tokens,
-        "token_types": [3, 3, 3] + 61 * [1],
-        "token_merges": ["t h", "h e"],
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "unk_token_id": 0,
-    }
-    for name, value in values.items():
-        getattr(writer, f"add_{name}")(value)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
-    for name, parameter in model.named_parameters():
-        new_name = names.get_name(name, try_suffixes=(".weight",))
-        values = parameter.detach().numpy()
-        if parameter.ndim == 1:
-            writer.add_tensor(new_name, values)
-        else:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(new_name, gguf.quants.quantize(values, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return folder
+    """A folder with one GGUF file; do not write to it."""
+    pytest.importorskip("gguf")
+    return gguf_llama(tmp_path_factory.mktemp("gguf"))
 
 
 def test_a_folder_is_loaded_with_its_tokenizer(tiny_folder):

@@ -194,19 +194,21 @@ def recover_together(rank: int, calls: list[dict[str, Any]], log: Path) -> None:
     """Recover with these arguments, one call after another; `log` followed by call and rank gets what goes wrong.
 
     Besides arguments of `recover` there is `stop = (how, victim, step)`: states are saved after every step, and after
-    this one a rank is killed, or fails. And `sharded`: by FSDP2, which Accelerate has for accelerators only. And
-    `rank_1`: what rank 1 is called with instead.
+    this one a rank is killed, or fails. And `sharded`: by FSDP2, which Accelerate has for accelerators only; and
+    `checkpointed`: Accelerate wraps decoder layers so that they compute their activations twice. And `rank_1`: what
+    rank 1 is called with instead.
     """
     code = 0
     for number, call in enumerate(calls):
         arguments = dict(call)
         stop = arguments.pop("stop", None)
         sharded = arguments.pop("sharded", False)
+        checkpointed = arguments.pop("checkpointed", False)
         of_rank_1 = arguments.pop("rank_1", {})
         if rank == 1:
             arguments |= of_rank_1
 
-        shard_weights(sharded)
+        shard_weights(sharded, checkpointed)
         stop_after(rank, stop, sharded)
         try:
             recover(**arguments)
@@ -221,12 +223,13 @@ _START = PartialState.__init__
 _ON_STEP_END = distillation.Watch.on_step_end
 
 
-def shard_weights(sharded: bool) -> None:
-    """Have the next recovery of this process shard its weights by FSDP2, or not."""
+def shard_weights(sharded: bool, checkpointed: bool) -> None:
+    """Have the next recovery of this process shard its weights by FSDP2, or not; `checkpointed`: it wraps layers."""
     os.environ["ACCELERATE_USE_FSDP"] = str(sharded)
     os.environ["FSDP_VERSION"] = "2"
     os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
     os.environ["FSDP_RESHARD_AFTER_FORWARD"] = "true"
+    os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = str(checkpointed)
 
     def started(self: Any, *given: Any, **named: Any) -> None:
         _START(self, *given, **named)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from media_models import media_model
 from safetensors.torch import load_file, save_file
+from tiny_llama import tiny_llama, tiny_tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -59,6 +60,62 @@ def fp8_deepseek(folder: Path, rotated: int = 16, nope: int = 8, **larger: int) 
     }
     config = DeepseekV3Config(**(sizes | larger))
     return _save(folder, _random_model(config), _in_fine_grained_fp8, _FINE_GRAINED_FP8)
+
+
+def fp8_llama(folder: Path) -> Path:
+    """The tiny Llama in fine-grained FP8, with its tokenizer."""
+    _save(folder, tiny_llama().bfloat16(), _in_fine_grained_fp8, _FINE_GRAINED_FP8)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def gguf_llama(folder: Path) -> Path:
+    """A folder with one GGUF file as llama.cpp quantizes it: matrices in Q8_0, the head tied, a tokenizer of bytes.
+
+    It needs the package `gguf`.
+    """
+    import gguf
+
+    folder.mkdir(parents=True, exist_ok=True)
+    model = tiny_llama(tie_word_embeddings=True, intermediate_size=64)
+    writer = gguf.GGUFWriter(folder / "tiny.Q8_0.gguf", "llama")
+    tokens = ["<unk>", "<s>", "<|endoftext|>"]
+    tokens += [chr(code) for code in range(ord("@"), ord("z") + 1)]
+    tokens += ["th", "he"]
+    values = {
+        "context_length": 64,
+        "block_count": 2,
+        "feed_forward_length": 64,
+        "embedding_length": 32,
+        "head_count": 4,
+        "head_count_kv": 2,
+        "layer_norm_rms_eps": 1e-6,
+        "rope_dimension_count": 8,
+        "vocab_size": 64,
+        "tokenizer_model": "gpt2",
+        "token_list": tokens,
+        "token_types": [3, 3, 3] + 61 * [1],
+        "token_merges": ["t h", "h e"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unk_token_id": 0,
+    }
+    for name, value in values.items():
+        getattr(writer, f"add_{name}")(value)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for name, parameter in model.named_parameters():
+        new_name = names.get_name(name, try_suffixes=(".weight",))
+        values = parameter.detach().numpy()
+        if parameter.ndim == 1:
+            writer.add_tensor(new_name, values)
+        else:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(new_name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder
 
 
 def fp8_llava(folder: Path) -> Path:

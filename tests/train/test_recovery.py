@@ -13,19 +13,24 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from hub_standin import hub_fixture, run_with_hub  # noqa: F401
+from quantized_models import fp8_llama, gguf_llama
 from safetensors.torch import load_file, save_file
-from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
+from tiny_llama import TEXT, VOCABULARY, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
 from tiny_models import tiny_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_fista import FistaPruner, FistaPruningConfig, recover
 from optimum_fista.cli.main import main
 from optimum_fista.evaluate.verification import verify_checkpoint
-from optimum_fista.folder.checkpoint import read_report
+from optimum_fista.folder.checkpoint import read_recoveries, read_report
 from optimum_fista.folder.output import folder_beside, unfinished_folder
 from optimum_fista.folder.packed_folder import pack_folder
+from optimum_fista.memory import size_text
+from optimum_fista.model import predictor
 from optimum_fista.prune.identity import require_same_run
+from optimum_fista.source.loading import load_model
 from optimum_fista.train import distillation, recovery, recovery_plan
 from optimum_fista.train.distillation import (
     DistillationTrainer,
@@ -522,6 +527,27 @@ def test_checkpointed_layers_change_nothing(run, tmp_path, monkeypatch):
         torch.testing.assert_close(checkpointed[name], weight, rtol=1e-4, atol=1e-5)
 
 
+def test_wrapped_layers_change_nothing(run, tmp_path, monkeypatch):
+    """As Accelerate wraps them for FSDP2 with activation checkpointing, before the optimizer is made."""
+    options = {"tokens": 256, "train": "all", "relative_step": 4.0}  # so large that it backs off
+    expected = run("plain", **options)
+    create_optimizer = DistillationTrainer.create_optimizer
+
+    def wrap_layers(self, model=None):
+        layers = self.model.model.layers
+        for index, layer in enumerate(layers):
+            layers[index] = checkpoint_wrapper(layer, preserve_rng_state=False)
+        return create_optimizer(self, model)
+
+    monkeypatch.setattr(DistillationTrainer, "create_optimizer", wrap_layers)
+    wrapped = run("wrapped", **options)
+
+    assert expected.options["relative_step"] < 4.0
+    assert expected.best_step
+    assert steps_and_losses(wrapped) == steps_and_losses(expected)
+    assert bits(tmp_path / "wrapped") == bits(tmp_path / "plain")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -570,11 +596,96 @@ def test_a_dense_model_is_trained_too(run, tiny_folder, tmp_path):
     assert found.num_trained == 15360 + 160
     assert bits(tiny_folder) == before
     output = tmp_path / "out"
-    assert json.loads((output / "fista" / "recovery.json").read_text())["best_step"]
+    assert read_recoveries(output) == [found]
     assert not (output / "fista" / "report.json").exists()
     assert not (output / "README.md").exists()
     AutoModelForCausalLM.from_pretrained(output)
     AutoTokenizer.from_pretrained(output)
+
+
+@pytest.mark.parametrize(
+    ("save_quantized", "dtype"), [(fp8_llama, torch.bfloat16), (gguf_llama, torch.float32)]
+)
+def test_a_quantized_dense_model_is_trained_and_saved_without_quantization(
+    run, tmp_path, caplog, save_quantized, dtype
+):
+    if save_quantized is gguf_llama:
+        pytest.importorskip("gguf")
+    source = save_quantized(tmp_path / "quantized")
+
+    with caplog.at_level("INFO", "optimum_fista.train"):
+        report = run(source=source, teacher=source, label_share=1.0)
+
+    output = tmp_path / "out"
+    assert report.held_out_loss < report.held_out_loss_before - 0.02
+    assert "quantization_config" not in json.loads((output / "config.json").read_text())
+    assert {weight.dtype for weight in weights(output).values()} == {dtype}
+    name = str(dtype).removeprefix("torch.")
+    assert f"is trained and saved without quantization, in {name}" in caplog.text
+    model, tokenizer = load_model(str(output), device="cpu")
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, :64]
+    before, _ = load_model(str(source), device="cpu", dtype="bfloat16")
+    with torch.no_grad():
+        assert model(ids, labels=ids).loss < before(ids, labels=ids).loss - 0.02
+
+
+def test_a_training_says_that_it_takes_more_memory_if_a_model_cant_be_cut(
+    run, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(predictor, "POSITIONS_ON_CPU", 1)
+    monkeypatch.setattr(predictor, "LOGITS_PER_CHUNK", 7 * VOCABULARY)
+    monkeypatch.setattr(predictor.Predictor, "_output_class_if_cut", lambda _: None)
+
+    report = run(tokens=64)
+
+    (warning,) = report.warnings
+    num_bytes = 3 * 4 * (16 - 7) * VOCABULARY  # of student, its gradient, and teacher
+    assert f"memory: about {size_text(num_bytes)} more than the plan says" in warning
+    assert caplog.text.count(warning) == 1
+    assert read_report(tmp_path / "out").recoveries == [report]
+
+
+def test_the_plan_of_a_sharded_training_counts_whole_logits(
+    saved, tiny_folder, text, tmp_path, monkeypatch
+):
+    options = {name: value for name, value in QUICK.items() if name != "progress"}
+    plan = recovery_plan.plan_recovery(
+        saved.folder,
+        tiny_folder,
+        tmp_path / "out",
+        calibration=text,
+        overwrite=False,
+        processes=2,
+        **options,
+    )
+
+    whole = recovery_plan.choose(plan, [None, None])
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    sharded = recovery_plan.choose(plan, [None, None])
+
+    assert sharded.num_bytes - whole.num_bytes == 3 * 4 * 16 * VOCABULARY
+
+
+def test_every_training_of_a_dense_model_stays_on_record(run, tiny_folder, tmp_path):
+    options = {"label_share": 1.0, "tokens": 64}
+
+    first = run("first", source=tiny_folder, **options)
+    second = run("second", source=tmp_path / "first", **options, seed=1)
+    third = run("third", source=tmp_path / "second", **options, train="norms")
+
+    assert read_recoveries(tmp_path / "third") == [first, second, third]
+    assert read_recoveries(tmp_path / "second") == [first, second]
+    assert third.train == "norms"
+
+
+def test_a_damaged_record_of_trainings_is_refused_before_the_training(run, tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "trained")
+    record = tmp_path / "trained" / "fista" / "recovery.json"
+    record.parent.mkdir()
+    record.write_text('{"recoveries": [{"teacher": 1}]}')
+
+    with pytest.raises(ValueError, match=r"recovery\.json' is no record of trainings"):
+        run(source=tmp_path / "trained")
 
 
 def test_the_command_trains_a_dense_model_without_a_teacher(tiny_folder, text, tmp_path, capsys):
