@@ -201,7 +201,7 @@ def measure(arguments: Namespace, key: Row, stretches: dict[str, str]) -> Row:
         if key["recovered"]:
             row["recovery"] = report["recoveries"][-1]
     elif key["recovered"]:
-        row["recovery"] = json.loads((folder / RECOVERY_FILE).read_text())
+        row["recovery"] = json.loads((folder / RECOVERY_FILE).read_text())["recoveries"][-1]
 
     has_dense_tokens = len(tokenizer) == len(require_tokenizer(arguments.model))
     for name, stretch in stretches.items():
