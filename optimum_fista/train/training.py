@@ -211,18 +211,20 @@ def save_masked(
             "get_model_state_dict with full_state_dict=True, load them into a model that is not sharded, and save that."
         )
 
-    report, masks = find_record(model, source)
-    if isinstance(source, FistaPruner):
-        tensors_of_source = source.sources[model]
-    else:
-        tensors_of_source = source_tensors(model, pruned_folder(source))
+    # Files have the names of a model without wrappers.
+    with internals.without_checkpoint_wrappers(model):
+        report, masks = find_record(model, source)
+        if isinstance(source, FistaPruner):
+            tensors_of_source = source.sources[model]
+        else:
+            tensors_of_source = source_tensors(model, pruned_folder(source))
 
-    if getattr(model.config, CONFIG_KEY, None) is None:
-        setattr(model.config, CONFIG_KEY, summary(report))
-    mark_retrained(model)
+        if getattr(model.config, CONFIG_KEY, None) is None:
+            setattr(model.config, CONFIG_KEY, summary(report))
+        mark_retrained(model)
 
-    with new_output(Path(folder), overwrite) as unfinished:
-        write_checkpoint(model, unfinished, report, masks, tokenizer, tensors_of_source)
+        with new_output(Path(folder), overwrite) as unfinished:
+            write_checkpoint(model, unfinished, report, masks, tokenizer, tensors_of_source)
 
 
 def find_masks(

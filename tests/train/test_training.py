@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_llama import tiny_llama, tiny_tokens
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_fista import FistaPruner, FistaPruningConfig, masked_training, save_masked
@@ -301,3 +302,21 @@ def test_saving_a_model_without_a_summary_gives_it_one(saved, tmp_path):
     assert model.config.fista_pruning["retrained"]
     documented = save_masked.__doc__
     assert all(f"`{key}`" in documented for key in ("fista_pruning", "architectures", "dtype"))
+
+
+def test_a_model_with_wrapped_layers_is_trained_and_saved_as_one_without(saved, tmp_path):
+    model = reload(saved)
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = checkpoint_wrapper(layer)
+    wrapped = [name for name, _ in model.named_parameters()]
+
+    with masked_training(model, saved.folder):
+        train(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    save_masked(model, tmp_path / "out", saved.folder)
+
+    assert [name for name, _ in model.named_parameters()] == wrapped
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(
+        load_file(saved.folder / "model.safetensors")
+    )
+    proven = verify_checkpoint(tmp_path / "out")
+    assert proven.num_zeros == verify_checkpoint(saved.folder).num_zeros
