@@ -61,19 +61,26 @@ REFUSED = (
     "sqlite3.",
     "syslog.",
     "urllib.Request",
-    # no hook is told what another interpreter does
-    "cpython.PyInterpreterState_New",
 )
-# Functions that make files or start processes and of which no hook is told, by their modules.
+_OF_POSIX = (
+    "mkfifo",
+    "mknod",
+    "sched_setaffinity",
+    "sched_setparam",
+    "sched_setscheduler",
+    "setpriority",
+)
+# Functions that make files, start processes or change others, and of which no hook is told, by their modules.
 REMOVED = {
-    "os": ("mkfifo", "mknod"),
-    "posix": ("mkfifo", "mknod"),
+    "os": _OF_POSIX,
+    "posix": _OF_POSIX,
     "_posixsubprocess": ("fork_exec",),
     "_signal": ("pidfd_send_signal",),
     "signal": ("pidfd_send_signal",),
     "subprocess": ("_fork_exec",),
 }
-# Modules that make files, start programs or use a network, and of which no hook is told. They can't be imported.
+# Modules that make files, start programs or use a network, and of which no hook is told, and those that run code in
+# another interpreter, which has no hooks. They can't be imported.
 CLOSED = (
     "_dbm",
     "_gdbm",
@@ -81,6 +88,8 @@ CLOSED = (
     "_multiprocessing",
     "_posixshmem",
     "_posixsubprocess",
+    "_testcapi",
+    "_testinternalcapi",
     "_tkinter",
     "_xxsubinterpreters",
     "nis",

@@ -172,6 +172,11 @@ def test_a_right_answer_passes_in_every_form(benchmark, answer):
             "ModuleNotFoundError: import of _multiprocessing",
         ),
         ("from multiprocessing import shared_memory", "ModuleNotFoundError: import of _posixshmem"),
+        (
+            "import _testcapi",
+            "ModuleNotFoundError: import of _testcapi halted; None in sys.modules",
+        ),
+        ("import os; os.setpriority(0, os.getppid(), 19)", "AttributeError: module 'os' has no"),
         ("import _xxsubinterpreters", "ModuleNotFoundError: import of _xxsubinterpreters halted"),
         (
             "import _ctypes; _ctypes.dlopen(None, 0)",
