@@ -503,21 +503,28 @@ class LayerActivations:
     ) -> list[AssignedTokens]:
         """Run the layer up to a mixture of experts, and return the inputs of its experts in every batch.
 
-        `hidden_states` [batch, sequence, hidden] of each batch enter the layer. `see` is called with the number of each
-        batch and its inputs, while these are on the device. The returned ones are kept at `storage`.
+        `experts` is the mixture, a module of the layer. `hidden_states` [batch, sequence, hidden] of each batch enter
+        the layer. `see` is called with the number of each batch and its inputs, while these are on the device; by
+        default it does nothing. The returned inputs are kept at `storage`: their `hidden_states`, and the `rows` of
+        these that each expert gets, int64. Modules of the layer run; nothing of it is changed.
         """
         store = self.store()
         assigned_batches: list[AssignedTokens] = []
+        # the layer runs on a batch when the loop asks for the arguments of this batch
         calls = self.arguments_of(experts.module, hidden_states)
         for batch, (arguments, keywords) in enumerate(calls):
             assigned = experts.assigned(*arguments, **keywords)
             assigned_batches.append(assigned)
             see(batch, assigned)
-            store.append(assigned.hidden_states)
-            assigned.hidden_states = assigned.hidden_states[:0]  # frees the batch on the device
-        for assigned, hidden in zip(assigned_batches, store.stored_tensors(), strict=True):
-            assigned.hidden_states = hidden  # at the storage, where the experts select their rows
-            assigned.rows = assigned.rows.to(hidden.device)
+            on_device = assigned.hidden_states
+            store.append(on_device)
+            # Frees the batch on the device. An empty slice would hold its memory.
+            assigned.hidden_states = on_device.new_empty(0, on_device.shape[-1])
+
+        # only now have all batches reached the storage
+        for assigned, stored in zip(assigned_batches, store.stored_tensors(), strict=True):
+            assigned.hidden_states = stored
+            assigned.rows = assigned.rows.to(stored.device)  # they index the hidden states
         return assigned_batches
 
     def rows(

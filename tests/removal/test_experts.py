@@ -72,6 +72,21 @@ def test_scores_are_those_of_a_plain_loop_over_tokens():
     assert saliency.tolist() == pytest.approx(means, rel=1e-5)
 
 
+def test_the_device_holds_the_inputs_of_experts_of_one_batch_at_a_time():
+    _, experts, activations, entering = mixture_layer("mixtral")
+    assert len(entering) > 1
+    earlier = []
+    held_bytes = []  # by the batches before, while a batch is on the device
+
+    def note(_, assigned):
+        held_bytes.append(sum(a.hidden_states.untyped_storage().nbytes() for a in earlier))
+        earlier.append(assigned)
+
+    activations.assigned_tokens(experts, entering, note)
+
+    assert held_bytes == [0] * len(entering)
+
+
 def test_every_run_keeps_as_many_and_the_first_of_equals_stay():
     assert experts_to_keep(torch.tensor([1.0, 3.0, 3.0, 3.0]), 2) == (1, 2)
     assert experts_to_keep(torch.tensor([5.0, 4.0, 1.0, 2.0]), 2, equal_runs=2) == (0, 3)
