@@ -23,7 +23,6 @@ from optimum_fista import internals
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder.checkpoint import CONFIG_KEY
 from optimum_fista.folder.naming import operators_by_weight
-from optimum_fista.memory import is_out_of_memory
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.choice import choose_operators, find_operators
 from optimum_fista.model.correction import LayerTargets
@@ -295,12 +294,14 @@ class PartsRemoval(Removal):
                 )
 
     def _prove(self, layer_name: str, activations: LayerActivations, hidden: Tensor) -> None:
-        """Prove once for each kind of decoder layer that it returns the same without the groups as with zeros there.
+        """Prove, once for each kind of decoder layer, that removing groups of columns changes its output as zeros do.
 
-        Layers are of one kind if they have modules of the same classes, and lose groups of the same operators. The kind
-        is added to `self.proven`. `activations` has the layer, of which copies run, and `hidden` [batch, tokens,
-        hidden] of the first batch enters it. `self.columns_plan` has the parts that lose columns, by the operator's
-        name.
+        Layers are of one kind if they have modules of the same classes, and lose groups of the same operators. Every
+        layer of a kind loses equally many groups. The kind is added to `self.proven`. `activations` has the layer, of
+        which copies run, and `hidden` [batch, tokens, hidden] of the first batch enters it. `self.columns_plan` has the
+        parts that lose columns, by the operator's name.
+
+        Raises UnsupportedArchitectureError if the outputs differ.
         """
         layer = activations.layer
         # of operators in this layer that lose columns
@@ -322,18 +323,13 @@ class PartsRemoval(Removal):
             num_kept = self.columns_plan.num_kept[name]
             kept[name] = tuple(range(total - num_kept, total))
         call = activations.calls[0]  # the other arguments of the layer for the first batch
-        small_hidden = scaled_down(hidden.to(activations.device))
+        hidden_of_small_size = scaled_down(hidden.to(activations.device))
 
         def run(module: nn.Module) -> Tensor:
-            """Run the layer, or a copy of it, on small hidden states."""
-            return call.run(module, small_hidden)
+            """Run a copy of the layer on the hidden states `hidden_of_small_size`, with the arguments of `call`."""
+            return call.run(module, hidden_of_small_size)
 
-        try:
-            require_same_outputs(self.columns_plan, layer_name, layer, kept, run)
-        except UnsupportedArchitectureError as error:
-            if error.__cause__ is not None and is_out_of_memory(error.__cause__):
-                raise error.__cause__ from None  # smaller batches may fit
-            raise
+        require_same_outputs(self.columns_plan, layer_name, layer, kept, run)
         self.proven.add(kind)
 
     def after(

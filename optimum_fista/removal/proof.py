@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from optimum_fista.memory import is_out_of_memory
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.removal.shrinking import Kept, Shrinking
 from optimum_fista.removal.smaller_modules import copied, smaller_copy, tensors_of
@@ -36,6 +37,7 @@ def require_same_outputs(
 
     Raises:
         UnsupportedArchitectureError: If the outputs differ by more than rounding, or the smaller module does not run.
+        torch.OutOfMemoryError, RuntimeError: If there is no memory for the proof.
     """
     zeroed = dict[str, Tensor]()
     for full_name, tensor in tensors_of(module, name):
@@ -44,15 +46,19 @@ def require_same_outputs(
             continue
         loses_columns = full_name == f"{part.name}.weight"  # other tensors of a part lose rows
         if loses_columns:
+            # a tensor of the same shape, with zeros in the columns of the groups that do not stay
             zeroed[full_name] = part.without_columns(tensor.detach(), kept[part.name])
     small = smaller_copy(plan, name, module, kept)
 
     shown_name = name if name else type(module).__name__
     with torch.no_grad():
+        # a copy of the module that shares its tensors, except those in `zeroed`
         expected = run(copied(module, name, zeroed))
         try:
             output = run(small)
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise  # this says nothing of the module: smaller batches may fit
             raise UnsupportedArchitectureError(
                 f"{shown_name} does not run without the removed groups: {error}"
             ) from error
@@ -76,9 +82,9 @@ def difference_beyond_rounding(output: Tensor, expected: Tensor) -> float | None
 
 
 def scaled_down(hidden_states: Tensor) -> Tensor:
-    """Copy hidden states [..., hidden], with small values (a root mean square of 0.01 for each token).
+    """Copy hidden states [..., hidden] in the same shape, with small values: a root mean square of 0.01 for each token.
 
-    In 16 bits, the rounding of large ones hides what attention and MLP add.
+    In 16 bits, the rounding of large values hides what attention and MLP add.
     """
     hidden_size = hidden_states.shape[-1]
     directions = nn.functional.normalize(hidden_states.float(), dim=-1)

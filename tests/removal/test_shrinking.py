@@ -164,6 +164,19 @@ def test_rows_in_another_order_are_told_by_outputs():
         require_same_outputs(plan, "", model, kept, call)
 
 
+def test_a_proof_that_runs_out_of_memory_says_nothing_of_the_model():
+    model = tiny_model("llama")
+    plan = plan_for(model, channels=30)
+
+    def run_out(module):
+        if module.config.intermediate_size == 30:
+            raise torch.OutOfMemoryError("no room")
+        return logits(module)
+
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        require_same_outputs(plan, "", model, some_groups(plan), run_out)
+
+
 def test_a_decoder_layer_that_depends_on_its_number_is_refused():
     model = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
     with pytest.raises(
