@@ -230,17 +230,26 @@ def measured_sources(arguments: argparse.Namespace) -> tuple[str, ...]:
 
 
 def require_held_out(measured: Iterable[str], calibrated: Iterable[str]) -> None:
-    """Refuse sources of `--measure` and `--protect` that are among the calibration text, too (ValueError)."""
+    """Refuse texts to measure on that are among the calibration text, too (ValueError).
+
+    `measured` are the sources of `--measure` and `--protect`, such as "code.txt" or "wikitext2", and `calibrated` those
+    of the calibration text.
+    """
     sources = list(calibrated)
     for source in measured:
         if any(_are_one_text(source, other) for other in sources):
             raise ValueError(
-                f"--measure {source!r} is among the calibration text, so it is not held out: pass another text."
+                f"--measure or --protect: {source!r} is among the calibration text, so it is not held out: pass "
+                "another text."
             )
 
 
 def _are_one_text(source: str, other: str) -> bool:
-    """Tell whether two sources are the same text: one file, or both `pydoc`. Data sets of the Hub have two splits."""
+    """Tell whether two sources are the same text: one file, or both `pydoc`.
+
+    Paths may differ, but files with equal content are two texts. A data set of the Hub is never the same text: other
+    rows of it are measured than those of the calibration.
+    """
     if source == "pydoc" and other == "pydoc":
         return True
     return Path(source).is_file() and Path(other).is_file() and os.path.samefile(source, other)
