@@ -259,8 +259,8 @@ def without_checkpoint_wrappers(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def changes_in_place(tensor: Tensor) -> int:
-    """Return a number that grows when a tensor, or one that shares its memory, is changed in place."""
+def version_of(tensor: Tensor) -> int:
+    """Return the version of a tensor, a number that grows when it, or one that shares its memory, changes in place."""
     return tensor._version
 
 

@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from yaml import YAMLError
 
+from optimum_fista.folder.checkpoint import CARD_FILE
 from optimum_fista.headlines import STEP_HEADINGS, perplexities_to_compare, step_rows, title
 from optimum_fista.installing import install_command
 from optimum_fista.operator_grid import OperatorGrid
@@ -161,19 +162,25 @@ def _card_metadata(model: str) -> dict[str, Any]:
     """
     if not model:
         return {}
+    card_file: str | Path = Path(model, CARD_FILE)
+    if not Path(card_file).is_file():
+        try:
+            cached = try_to_load_from_cache(model, CARD_FILE)
+        except (
+            OSError,
+            ValueError,
+        ):  # the cache can't be read, or `model` has not the form of a Hub id
+            return {}
+        if not isinstance(cached, str):  # None, or an object that says that the model has no card
+            return {}
+        card_file = cached
     try:
-        file: Any = Path(model, "README.md")
-        if not file.is_file():
-            # A path, None, or an object that says that the model has no card.
-            file = try_to_load_from_cache(model, "README.md")
-        if isinstance(file, str | Path):
-            card = ModelCard.load(file, ignore_metadata_errors=True)
-            metadata: dict[str, Any] = card.data.to_dict()
-            return metadata
-    except (OSError, ValueError, YAMLError):
-        # no name of a repository, or a damaged card
-        pass
-    return {}
+        metadata: dict[str, Any] = ModelCard.load(
+            card_file, ignore_metadata_errors=True
+        ).data.to_dict()
+    except (OSError, ValueError, YAMLError):  # a damaged card
+        return {}
+    return metadata
 
 
 def _distribution_of_zeros(report: PruningReport) -> str:

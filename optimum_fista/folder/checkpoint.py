@@ -23,7 +23,7 @@ from optimum_fista.options import as_record
 from optimum_fista.plain_text import spell_out_controls_in_json
 from optimum_fista.recovery_report import RecoveryReport
 from optimum_fista.report import PruningReport
-from optimum_fista.source.model_folder import closest_folder, read_json
+from optimum_fista.source.model_folder import question_of_folder, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,9 +52,8 @@ _MODEL_KEYS = {"name", "class"}
 def require_files(folder: Path, *names: str) -> None:
     """Refuse a folder that is missing or lacks one of the files `names`, such as "config.json" (FileNotFoundError)."""
     if not folder.exists():
-        raise FileNotFoundError(
-            f"{str(folder)!r}: there is no such folder.{closest_folder(str(folder))}"
-        )
+        question = question_of_folder(str(folder))  # begins with a space, or is empty
+        raise FileNotFoundError(f"{str(folder)!r}: there is no such folder.{question}")
     for name in names:
         if not (folder / name).exists():
             raise FileNotFoundError(

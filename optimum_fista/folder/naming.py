@@ -58,7 +58,8 @@ def all_operators(layer_name: str, layer: nn.Module) -> dict[str, LinearOperator
     `layer_name` is such as "model.layers.3", the name of an operator such as "model.layers.3.mlp.up_proj". Experts
     whose weights are in a form that can't be pruned are left out.
     """
-    # Without experts: it refuses those that can't be pruned.
+    # `find_operators` would raise an error at experts that can't be pruned. So it leaves out all experts ("*" matches
+    # every name), and those that can be pruned are added here.
     operators = find_operators(layer_name, layer, dense_experts=("*",))
     for name, module in layer.named_modules(prefix=layer_name):
         if is_fused_experts(module) and can_be_split(module):

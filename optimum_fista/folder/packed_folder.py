@@ -1,7 +1,8 @@
 """Pack a model folder, unpack it, and read a packed one, with one weight file in memory at a time.
 
-A packed folder stores each pruned weight as three tensors (`packed.format`), in files called `packed*.safetensors`. It
-has no file of masks, because they are in its weights. `pack_folder` and `unpack_folder` copy all other files. A
+A packed folder stores each pruned weight as three tensors (`packed.format`), in files called `packed*.safetensors`:
+values, mask and layout, whose names are that of the weight and one of `SUFFIXES`. One file has all three. A packed
+folder has no file of masks, because they are in its weights. `pack_folder` and `unpack_folder` copy all other files. A
 streamed run packs each decoder layer by the same `Packer`, so it writes the same bytes as `pack_folder`.
 
 A *mask* tells which weights are kept. It stands in two forms: packed masks of `solve.pattern.pack_mask`, one bit for
@@ -56,6 +57,7 @@ from optimum_fista.source.model_folder import (
 )
 from optimum_fista.source.names import split_index
 
+VALUES_SUFFIX = SUFFIXES[0]
 _REWRITTEN = {CONFIG_FILE, CARD_FILE, MASKS_FILE}  # by `write_form`
 _EXPERT = re.compile(r"\.experts\.\d+\.(?=[^.]+\.[^.]+$)")
 """The number of an expert in a name such as `layers.1.mlp.experts.3.w1.weight`."""
@@ -116,22 +118,25 @@ def packing_of(folder: Path) -> Packing:
 def packed_outlines(folder: Path) -> dict[str, PackedTensor]:
     """Return the packed weights of a folder by the names of the dense ones, with values and masks on the meta device.
 
-    Only headers and layouts are read.
+    Such a name is "model.layers.0.mlp.up_proj.weight". Only headers and layouts are read.
     """
-    files = packed_files(folder)
+    file_of = packed_files(
+        folder
+    )  # the path of the file of each stored tensor, by the tensor's name
     packed = {}
-    for name in packed_names(files):
-        values_name, mask_name, layout_name = (name + suffix for suffix in SUFFIXES)
-        with safe_open(files[values_name], "pt") as file:  # has all three
-            values = _outline(file.get_slice(values_name))
-            mask = _outline(file.get_slice(mask_name))
-            packed[name] = PackedTensor(values, mask, file.get_tensor(layout_name))
+    for name in packed_names(file_of):
+        values_name, mask_name, layout_name = [name + suffix for suffix in SUFFIXES]
+        # the file of the values has the mask and the layout, too
+        with safe_open(file_of[values_name], "pt") as opened:
+            values = _outline(opened.get_slice(values_name))
+            mask = _outline(opened.get_slice(mask_name))
+            packed[name] = PackedTensor(values, mask, opened.get_tensor(layout_name))
     return packed
 
 
 def _outline(stored: Any) -> Tensor:
     """Return a tensor on the meta device, with the shape and dtype of a slice of safetensors, which is not read."""
-    no_rows = stored[:0]  # has the dtype
+    no_rows = stored[:0]  # a slice without rows, which has the dtype
     return no_rows.new_empty(stored.get_shape(), device="meta")
 
 
@@ -265,7 +270,7 @@ def pack_folder(
         packer = Packer(operators, files, masks.get_tensor)
 
         def convert(file: Any, names: Iterable[str]) -> dict[str, Tensor]:
-            """Pack the tensors `names` of an open weight file; `packer` is that of the outer function."""
+            """Return the tensors `names` of an open weight file, packed by `packer` of the outer function."""
             return packer.pack({name: file.get_tensor(name) for name in names})
 
         _convert_folder(
@@ -308,35 +313,45 @@ def unpack_folder(
         )
     files = packed_files(folder)
     operators = _operators_by_tensor(read_report(folder).masked)
-    dense_names = {}  # names of the dense tensors by those of their three packed parts
+    dense_names = {}  # names of the dense tensors, by those of their three packed parts
     for name in packed_names(files):
         for suffix in SUFFIXES:
             dense_names[name + suffix] = name
     masks: dict[str, Tensor] = {}
 
     def convert(file: Any, stored_names: Iterable[str]) -> dict[str, Tensor]:
-        """Unpack the tensors `stored_names` of an open weight file.
+        """Return the tensors `stored_names` of an open weight file in their dense form, by their dense names.
 
-        Adds the masks of their operators to `masks` of the outer function.
+        Adds the mask of each operator in them to `masks`, by the operator's name.
+
+        From the outer function: `dense_names` has the dense name of each stored part of a packed tensor; a tensor that
+        is not in it is not packed. `operators` has the reports of the operators that each dense tensor holds, and
+        `files` the path of the file of each stored tensor.
         """
         dense: dict[str, Tensor] = {}
         for stored_name in stored_names:
-            if stored_name not in dense_names:
+            is_packed_part = stored_name in dense_names
+            if not is_packed_part:
                 tensor = file.get_tensor(stored_name)
                 dense[stored_name] = tensor
-                # Operators that only lost columns are not packed: their masks keep all weights.
+                # Most such tensors hold no operator with a mask. Operators that only lost columns are here, too: they
+                # are not packed, and their masks keep all weights.
                 for operator in operators.get(stored_name, []):
-                    _, index = split_index(operator.name)
+                    _, index = split_index(operator.name)  # an empty tuple for the whole tensor
                     all_kept = torch.ones(tensor[index].shape, dtype=torch.bool)
                     masks[operator.name] = pack_mask(all_kept)
-            elif stored_name.endswith(SUFFIXES[0]):  # masks and layouts are read with their values
-                name = dense_names[stored_name]
-                packed = read_packed(files, name)
-                dense[name] = unpack(packed)
-                mask = packed_mask(packed)
-                for operator in operators.get(name, []):
-                    _, index = split_index(operator.name)
-                    masks[operator.name] = pack_mask(mask[index])
+                continue
+
+            # A packed tensor is read once, when its values are met. Its mask and its layout are skipped.
+            if not stored_name.endswith(VALUES_SUFFIX):
+                continue
+            name = dense_names[stored_name]
+            packed = read_packed(files, name)  # opens the same file again
+            dense[name] = unpack(packed)
+            mask = packed_mask(packed)
+            for operator in operators.get(name, []):
+                _, index = split_index(operator.name)
+                masks[operator.name] = pack_mask(mask[index])
         return dense
 
     _convert_folder(

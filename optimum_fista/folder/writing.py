@@ -196,13 +196,15 @@ def _require_zeros(operator: LinearOperator, packed_mask: Tensor) -> None:
 def _copy_code_and_processor(model: PreTrainedModel, source: Path, folder: Path) -> None:
     """Copy from `source` to `folder` what `save_pretrained` does not write: code of the model, and its processor.
 
-    `source` is the folder that the model was loaded from.
+    `source` is the folder that the model was loaded from. Of `model` only the configuration is read.
     """
     if getattr(model.config, "auto_map", None):
         # Transformers copies no code if the model was loaded without `trust_remote_code`.
         copy_source(source, folder, "*.py")
-    if any(source.glob("*processor_config.json")):  # of images and sounds
+    has_processor = any(source.glob("*processor_config.json"))  # of images and sounds
+    if has_processor:
         copy_source(source, folder, "*processor_config.json")
+        # The processor's own template. That of a tokenizer is saved with the tokenizer.
         copy_source(source, folder, "chat_template.*")
 
 
@@ -315,20 +317,25 @@ def _describe(model: PreTrainedModel, folder: Path, source: Path | None) -> dict
 
 
 def _forget_further_tokens(model: PreTrainedModel, report: PruningReport) -> None:
-    """Set to 0 how many layers predict further tokens, in the model's configuration, if the result lacks them.
+    """If the result lacks the layers that predict further tokens, write into the configuration that there are none.
 
-    Changes `model.config`. The files of some models have such layers, which Transformers does not load. Other programs
-    look for as many as the configuration says (`num_nextn_predict_layers` or a similar key). `report.model["lacks"]`
-    has the reason why tensors are not in the result, by module.
+    The files of some models have such layers, which Transformers does not load. Other programs look for as many as the
+    configuration says (`num_nextn_predict_layers` or a similar key). This key of the text section of `model.config` is
+    set to 0.
+
+    `report.model["lacks"]` has the modules of the source's files that are not in the result, each with the reason, a
+    sentence. Sentences that end in `IS_NOT_DESCRIBED` are of modules that the configuration does not describe, such as
+    an image tower. All others are of modules that it describes: these layers.
     """
     reasons = report.model.get("lacks", {}).values()
-    lacks_layers = any(not reason.endswith(IS_NOT_DESCRIBED) for reason in reasons)
-    if not lacks_layers:
+    reasons_of_described = [reason for reason in reasons if not reason.endswith(IS_NOT_DESCRIBED)]
+    if not reasons_of_described:
         return
     settings = model.config.get_text_config(decoder=True)
     for word, value in list(vars(settings).items()):
         is_of_further_tokens = "nextn" in word or "mtp" in word
-        if type(value) is int and is_of_further_tokens:
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        if is_number and is_of_further_tokens:
             setattr(settings, word, 0)
 
 

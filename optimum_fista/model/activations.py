@@ -50,17 +50,24 @@ class ActivationStore(Sequence[Tensor]):
             self.staging = _Staging(self._kept, self.device, has_streams)
 
     def append(self, tensor: Tensor, *, copy: bool = False) -> None:
-        """Keep a tensor as the last one, at the storage; with `copy`, the caller may overwrite it afterwards."""
+        """Keep a tensor as the last one, at the storage; with `copy`, the caller may overwrite it afterwards.
+
+        Without `copy`, a tensor that is at the storage already is kept itself.
+        """
         tensor = tensor.detach()
         if self.staging is not None:
             # the stream reads it at any time from now on
             self.staging.write(tensor.clone() if copy else tensor)
             return
-        is_in_file = self._folder is not None  # which has its own copy
-        self._kept.append(tensor.to(self._storage, copy=copy and not is_in_file))
+        is_in_file = self._folder is not None
+        needs_copy = copy and not is_in_file  # the values in a file are a copy
+        self._kept.append(tensor.to(self._storage, copy=needs_copy))
 
     def stored_tensors(self) -> list[Tensor]:
-        """All tensors where they are kept, such as in CPU memory, and not on `device`. Waits until all are written."""
+        """Return all tensors where they are kept, such as in CPU memory, and not on `device`.
+
+        Waits until all are written. The tensors are those of the store, not copies.
+        """
         if self.staging is not None:
             self.staging.finish()
         return list(self._kept)
@@ -89,7 +96,7 @@ class ActivationStore(Sequence[Tensor]):
         """Free all tensors; the store is empty afterwards."""
         if self.staging is not None:
             self.staging.finish()
-        # new ones, because the thread may still read from the old ones
+        # A new list or file, because the thread may still read from the old one.
         self._kept: list[Tensor] | _File = [] if self._folder is None else _File(self._folder)
         self._stage()
 
@@ -97,7 +104,7 @@ class ActivationStore(Sequence[Tensor]):
         return len(self._kept) if self.staging is None else self.staging.count
 
     def __getitem__(self, index: Any) -> Any:
-        """The tensor with a number, on `device`; a copy if it is kept elsewhere."""
+        """Return the tensor with the number `index` from 0, on `device`; a copy if it is kept elsewhere."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         if self.staging is None:
@@ -213,12 +220,18 @@ class _Staging:
             self._writes.pop(0).result()
 
     def _keep(self, buffer: Tensor, copied: Any) -> None:
-        """Append the content of a buffer to `kept`, after the event `copied`; runs in the thread."""
+        """Append the content of a buffer to `self._kept`; runs in the thread.
+
+        `buffer` is one of the two, in CPU memory, and is used again afterwards. The event `copied` says when it is
+        filled; `None`: it is.
+        """
         if copied is not None:
             copied.synchronize()
         is_in_memory = isinstance(self._kept, list)
-        # a copy in memory, because the buffer is used again; a file has its own
-        self._kept.append(buffer.clone() if is_in_memory else buffer)
+        if is_in_memory:
+            self._kept.append(buffer.clone())
+        else:
+            self._kept.append(buffer)  # a file writes the values, so it needs no copy
 
     def _load(self, index: int) -> tuple[Tensor, Any]:
         """Copy a tensor to the device, and return it with an event of the copy; runs in the thread."""

@@ -89,10 +89,14 @@ def choose_operators(
 def skipped_modules(
     layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = ()
 ) -> dict[str, str]:
-    """Names in a mixture of experts that `find_operators` skips, with the reason.
+    """Find the modules of a decoder layer that `find_operators` skips: their full names, each with the reason.
 
-    Routers decide by small differences and have few weights, so they stay dense. A router is a linear module beside
-    fused experts that has one output for each expert, or a single output.
+    They are fused experts that the user excludes ("exclude"), and routers ("router"). Routers decide by small
+    differences and have few weights, so they stay dense. A router is a linear module beside fused experts that has one
+    output for each expert, or a single output.
+
+    `layer_name` is the layer's name in the model, such as "model.layers.3". `dense_experts` are shell-style patterns,
+    the user's `exclude`: fused experts whose names match one of them stay dense.
     """
     reasons: dict[str, str] = {}
     for name, module in layer.named_modules(prefix=layer_name):
@@ -105,10 +109,11 @@ def skipped_modules(
             continue
         router_sizes = {1}  # the gate of a shared expert has one output
         for mixture in mixtures:
-            router_sizes.update(
-                parameter.shape[0] for parameter in mixture.parameters(recurse=False)
-            )
+            # all parameters, weights and biases, are [experts, ...]
+            for parameter in mixture.parameters(recurse=False):
+                router_sizes.add(parameter.shape[0])
         for child_name, child in module.named_children():
-            if isinstance(child, LINEAR) and child.weight.shape[0] in router_sizes:
+            is_router = isinstance(child, LINEAR) and child.weight.shape[0] in router_sizes
+            if is_router:
                 reasons[f"{name}.{child_name}"] = "router"
     return reasons

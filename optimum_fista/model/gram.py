@@ -134,7 +134,15 @@ class GroupSums:
 
 
 def _add_upper(out: Tensor, inputs: Tensor) -> None:
-    """Add the upper block triangle of `inputs^T inputs` to `out`, halving recursively: about half of the products."""
+    """Add the upper half of `inputs^T inputs` to `out`, in blocks; the blocks below the diagonal stay as they are.
+
+    The matrix is halved into four blocks, and those on the diagonal are halved again in the same way. So about half of
+    the multiplications of the whole product are saved. Blocks on the diagonal of at most `_LEAF` columns are added
+    whole.
+
+    `out` [in, in] is float32, and is changed in place. `inputs` [tokens, in] are on the same device, float32, and
+    rounded as the run multiplies (`as_multiplied`).
+    """
     size = inputs.shape[1]
     if size <= _LEAF:
         out.addmm_(inputs.T, inputs)

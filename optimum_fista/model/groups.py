@@ -2,7 +2,9 @@
 
 Operators share an input if they are called on the same memory in one pass; together they are a `Group`. So there is no
 list of names for each architecture, as other pruners have it, and an unknown architecture is grouped rightly or its
-operators stay dense. A *part* is a child module of a decoder layer, such as its attention.
+operators stay dense. A *part* is a child module of a decoder layer, such as its attention. A module returns a tensor,
+or a tuple: its first tensor is the output that counts here, and the *rest* of the tuple (`Rest`) is kept only to return
+it again. The *version* of a tensor grows if it is changed in place.
 
 `trace_groups` is called first, while the layer is dense. `FinishedParts` then serves the passes of the layer between
 which groups are pruned.
@@ -38,7 +40,7 @@ class PartEnd:
     """The part of a decoder layer that returns the output of an operator unchanged, and what it returns besides."""
 
     part: nn.Module
-    rest: Rest
+    rest: Rest  # such as (None,) if the part returns (output, None)
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,12 @@ def trace_groups(
     """
     tracer = _Tracer(operators)
     parts = [part for part in layer.children() if part not in tracer.by_module]
-    version_before = internals.changes_in_place(hidden_states)
+    version_before = internals.version_of(hidden_states)
     with ExitStack() as hooks:
         for module in (*tracer.by_module, *parts):
             hooks.enter_context(module.register_forward_hook(tracer.see, with_kwargs=True))
         call.run(layer, hidden_states)
-    if internals.changes_in_place(hidden_states) != version_before:
+    if internals.version_of(hidden_states) != version_before:
         raise UnsupportedArchitectureError(
             f"{type(layer).__name__} overwrites the hidden states that it is called with, and can't run on them again: "
             "have it work on a copy."
@@ -125,14 +127,18 @@ class _Tracer:
             self._see_operator(operator, operator_input(arguments, keywords), output)
 
     def _see_part(self, part: nn.Module, output: object) -> None:
-        """Note in `self.ends` if a part returns the output of the operator that was called last (`self._latest`)."""
+        """Note in `self.ends` if a part returns the output of the operator that was called last.
+
+        `part` is a child module of the decoder layer, and `output` is what its forward pass has returned: a tensor, a
+        tuple, or anything else. `self._latest` is set by `_see_operator`.
+        """
         split = split_output(output)
         if split is None or self._latest is None:
             return
         first, rest = split
-        operator, operator_output, version = self._latest
-        # nothing was added to it in place
-        is_unchanged = internals.changes_in_place(operator_output) == version
+        operator, operator_output, version_after_call = self._latest
+        # nothing was added to the output in place since the operator returned it
+        is_unchanged = internals.version_of(operator_output) == version_after_call
         if first is operator_output and is_unchanged:
             self.ends[operator.name] = PartEnd(part, rest)
 
@@ -146,7 +152,7 @@ class _Tracer:
             self.left_dense[operator.name] = "returns something other than W x + b"
         self._latest = None
         if isinstance(output, Tensor):
-            self._latest = (operator, output, internals.changes_in_place(output))
+            self._latest = (operator, output, internals.version_of(output))
 
 
 def _is_doubtful(module: nn.Module) -> bool:
@@ -185,7 +191,11 @@ def _memory_of(inputs: Tensor) -> tuple[Any, ...]:
 
 
 def split_output(output: object) -> tuple[Tensor, Rest] | None:
-    """The tensor that a module returns, and the rest of its tuple; `None` if that holds anything but `None`."""
+    """Split what a module returns into its tensor and the rest of its tuple.
+
+    The rest is `None` if `output` is no tuple. Returns `None` if the rest holds anything but `None`s, or if the first
+    thing is no tensor.
+    """
     first: object = output
     rest: Rest = None
     if isinstance(output, tuple) and output:
@@ -198,20 +208,19 @@ def split_output(output: object) -> tuple[Tensor, Rest] | None:
 
 
 def _joined(first: Tensor, rest: Rest) -> Any:
-    """The inverse of `split_output`."""
+    """Put a tensor and the rest of its tuple together, as the module returned them: the inverse of `split_output`."""
     return first if rest is None else (first, *rest)
 
 
 def is_added_to_output(
     activations: LayerActivations, module: nn.Module, hidden_states: Tensor
 ) -> bool:
-    """Whether the decoder layer's output is something plus the output of one of its modules, tried on one batch.
+    """Tell whether the decoder layer's output is something plus the output of one of its modules, on one batch.
 
     `module` is the last operator of the layer, or its mixture of experts. `hidden_states` [batch, sequence, hidden] are
-    those of the first batch. The output of the module may be smaller than
-    a rounding error of the layer's in half precision, so an output as large as the rest takes its place: a wave,
-    because a norm may leave a constant as it is. With the output 0 the layer returns the rest D, with the wave it must
-    return D plus the wave.
+    those of the first batch. The output of the module may be smaller than a rounding error of the layer's in half
+    precision. So an output as large as the rest takes its place: a wave, because a norm may leave a constant as it is.
+    With the output 0 the layer returns the rest D, with the wave it must return D plus the wave.
 
     The layer runs twice; a hook on the module is removed at the end.
     """
@@ -221,7 +230,10 @@ def is_added_to_output(
     wave: Tensor | None = None
 
     def replace(_: nn.Module, __: object, output: Tensor) -> Tensor:
-        """Replace the output of the module by zeros, or by the wave as soon as there is one."""
+        """Replace the output of the module by zeros, or by the `wave` as soon as there is one; a forward hook.
+
+        The original output is appended to `module_outputs`.
+        """
         module_outputs.append(output)
         # a clone, because some layers add to it in place
         return torch.zeros_like(output) if wave is None else wave.view(output.shape).clone()
@@ -231,8 +243,8 @@ def is_added_to_output(
         is_called_once = len(module_outputs) == 1
         if not is_called_once or module_outputs[0].numel() != rest.numel():
             return False
-        # As large as the rest at every token: beside one of huge activations the answers of others to a wave of its
-        # size would be lost in rounding.
+        # The wave is as large at every token as the rest is there. Some tokens have huge activations: a wave of one
+        # size for all would be lost in their rounding, or drown the others.
         sizes = rest.abs().amax(-1, keepdim=True)
         wave = torch.arange(rest.numel(), device=rest.device).float().sin_()
         wave = wave.view(rest.shape).mul_(sizes).to(module_outputs[0].dtype)
@@ -338,7 +350,8 @@ class FinishedParts:
         with replaced_forwards(finished, forwards), watching(callbacks):
             yield
 
-        # After an error nothing is kept, nor of a part that ran on some batches only: the layer starts again then.
+        # This line is not reached after an error, so nothing is kept then. Of a part that ran on some batches only,
+        # nothing is kept either. The layer starts again in both cases.
         num_batches = len(self._activations.calls)
         for part, store in layer_pass.new_outputs.items():
             if len(store) == num_batches:

@@ -37,18 +37,24 @@ class HeldOut:
     ) -> None:
         """Take sequences of the held-out batches, in their order, until they have `LEAST_TOKENS` tokens.
 
-        Hidden states are kept at `storage`; `None`: on the device of each layer.
+        `batches` are those that the run holds out; they are all of one text, and there may be none. Hidden states will
+        be kept at `storage`; `None`: on the device of each layer. Nothing runs and nothing is allocated yet.
         """
-        self.sequences = _batches_of(batches)
-        self.text = batches[0].text if batches else None
-        self.bytes_per_token = batches[0].bytes_per_token if batches else None
-        # nats per token, by network; empty until the last decoder layer has run
+        self.sequences = _sequences_to_measure(batches)
+        self.text: str | None = None  # the name of the text, such as "c4"
+        self.bytes_per_token: float | None = None
+        if batches:
+            self.text = batches[0].text
+            self.bytes_per_token = batches[0].bytes_per_token
+        # nats per token, by "dense" and "pruned"; empty until the last decoder layer has run
         self.losses: dict[str, float] = {}
-        # hidden states that enter the next decoder layer, by network
+        # hidden states that enter the next decoder layer, by "dense" and "pruned"
         self._streams: dict[str, ActivationStore] = {}
-        # other arguments by network, layer and batch
+        # All arguments of the decoder layers but the hidden states: calls["dense"][layer][batch].
         self._calls: dict[str, list[list[LayerCall]]] = {}
-        self._sweep = Sweep(layers, range(len(layers)), self.sequences, storage)
+        self._sweep = Sweep(
+            layers, remaining=range(len(layers)), sequences=self.sequences, storage=storage
+        )
 
     def begin(self) -> bool:
         """Record the arguments of the decoder layers, while the whole model is dense; False: losses can't be measured.
@@ -58,7 +64,7 @@ class HeldOut:
 
         The model runs for this. What is recorded is kept in the object; the model is not changed.
         """
-        resumes = bool(self._streams)
+        resumes = bool(self._streams)  # `resume` has filled them
         # once for each network, because each writes to its own dictionaries
         for network in _NETWORKS:
             recorded = record_inputs(self._sweep.layers, self.sequences, self._sweep.storage)
@@ -85,7 +91,8 @@ class HeldOut:
         """
         device = execution_device(self._sweep.layers.model.get_input_embeddings())
         if "losses" in saved:
-            self.losses = dict(zip(_NETWORKS, saved["losses"][0].tolist(), strict=True))
+            losses_of_networks = saved["losses"][0].tolist()
+            self.losses = dict(zip(_NETWORKS, losses_of_networks, strict=True))
         for network in _NETWORKS:
             self._streams[network] = ActivationStore(self._sweep.storage or device, device)
             for hidden in saved.get(f"held_out_{network}", ()):
@@ -96,11 +103,12 @@ class HeldOut:
     def to_save(self) -> dict[str, list[Tensor]]:
         """The tensors to save after a decoder layer, by name; `resume` takes them.
 
-        They are the hidden states that enter the next layer ("held_out_dense", "held_out_pruned"); after the last layer
-        the losses ("losses").
+        They are the hidden states that enter the next layer ("held_out_dense", "held_out_pruned"). After the last layer
+        they are the losses ("losses"): one tensor [2], float64, of the dense and of the pruned network.
         """
-        if self.losses:
-            losses = list(self.losses.values())
+        is_measured = bool(self.losses)
+        if is_measured:
+            losses = [self.losses[network] for network in _NETWORKS]
             return {"losses": [torch.tensor(losses, dtype=torch.float64)]}
         return {
             f"held_out_{network}": stream.stored_tensors()
@@ -118,7 +126,10 @@ class HeldOut:
         )
 
     def measure(self) -> None:
-        """Measure `self.losses` of both networks, after the last decoder layer has run."""
+        """Measure the losses of both networks after the last decoder layer has run, and set `self.losses`.
+
+        The model's norm and head run, and are on their device meanwhile.
+        """
         layers = self._sweep.layers
         norm_and_head = [*layers.around, layers.model.get_output_embeddings()]
         with onloaded(norm_and_head, writable=False):
@@ -146,11 +157,11 @@ class HeldOut:
         return perplexities
 
 
-def _batches_of(batches: Sequence[CalibrationBatch]) -> list[CalibrationBatch]:
-    """Sequences of two tokens and more, without padding, until there are `LEAST_TOKENS` tokens.
+def _sequences_to_measure(batches: Sequence[CalibrationBatch]) -> list[CalibrationBatch]:
+    """Take sequences of two tokens and more, without padding, until there are `LEAST_TOKENS` tokens.
 
-    Sequences that follow each other, have one length, and have at most `LOGITS_TOGETHER` tokens together, share a batch
-    unless they have images.
+    They are returned in new batches. Sequences that follow each other, have one length, and have at most
+    `LOGITS_TOGETHER` tokens together, share a batch unless they have images.
     """
     groups: list[list[CalibrationBatch]] = []
     num_tokens = 0

@@ -326,7 +326,7 @@ class _Recorder:
     def _expect(self, hidden_states: Tensor) -> None:
         """Note the hidden states that should enter the next layer, and how often they were changed in place."""
         self.expected = hidden_states
-        self.version = internals.changes_in_place(hidden_states)
+        self.version = internals.version_of(hidden_states)
 
     def _check_order(self, index: int, hidden_states: Tensor) -> None:
         """Refuse a layer out of order, or on other hidden states than expected.
@@ -345,7 +345,7 @@ class _Recorder:
         is_expected = (
             hidden_states.data_ptr() == expected.data_ptr()
             and hidden_states.shape == expected.shape
-            and internals.changes_in_place(hidden_states) == self.version
+            and internals.version_of(hidden_states) == self.version
         )
         if is_expected:
             return

@@ -243,36 +243,47 @@ def _split(
 ) -> list[dict[str, Tensor]]:
     """Split the arguments of one kind of media into those of each sequence.
 
-    `values` have a row for each image or for each patch, for the images of all sequences in order. `counts` are the
-    placeholder tokens of each sequence.
+    Returns a dictionary for each sequence, with views of `values`; it is empty if the sequence has no image. Raises
+    ValueError if it can't be told which images belong to which sequence.
+
+    Args:
+        values: Arguments of this kind by name, such as `pixel_values` [patches, size] and `image_grid_thw` [images, 3].
+            They have a row for each image or for each patch, for the images of all sequences in order.
+        counts: The number of placeholder tokens of this kind in each sequence of the batch, such as [256, 512].
+        where: Names the batch in errors, such as "calib_dataloader[3]".
     """
-    if not values or len(counts) == 1:
-        return [dict(values) for _ in counts]
+    if not values:
+        return [{} for _ in counts]
+    has_one_sequence = len(counts) == 1
+    if has_one_sequence:
+        return [dict(values)]
 
     patches = _patches_of_images(values)
     num_images = len(patches)
-    # the number of the first patch of each image; the last one is the number of all patches
-    first_patches = [0, *accumulate(patches)]
-    num_patches = first_patches[-1]
+    # The number of the first patch of each image. One more entry, the number of all patches, ends the last image.
+    patch_bounds = [0, *accumulate(patches)]
+    num_patches = patch_bounds[-1]
     have_rows = all(len(value) in (num_images, num_patches) for value in values.values())
-    bounds = _images_of_sequences(
+    # of each sequence, its first image and the first one after it; None if they can't be told
+    images_of_sequences = _images_of_sequences(
         counts, patches, tokens_follow_patches=_tokens_follow_patches(values)
     )
-    if bounds is None or not have_rows:
+    if images_of_sequences is None or not have_rows:
         raise ValueError(
-            f"{where}: which of its {len(counts)} sequences the {' and '.join(values)} belong to can't be told: pass "
-            "one sequence a batch."
+            f"{where} has {len(counts)} sequences, and it can't be told which of them has which part of "
+            f"{' and '.join(values)}: pass one sequence a batch."
         )
 
     rows: list[dict[str, Tensor]] = []
-    for start, end in bounds:
+    for first_image, end_image in images_of_sequences:
         row = {}
-        if start < end:
+        has_images = first_image < end_image
+        if has_images:
+            images = slice(first_image, end_image)
+            patches_of_images = slice(patch_bounds[first_image], patch_bounds[end_image])
             for key, value in values.items():
-                if len(value) == num_images:  # a row for each image, not for each patch
-                    row[key] = value[start:end]
-                else:
-                    row[key] = value[first_patches[start] : first_patches[end]]
+                has_row_for_each_image = len(value) == num_images
+                row[key] = value[images] if has_row_for_each_image else value[patches_of_images]
         rows.append(row)
     return rows
 
@@ -296,9 +307,10 @@ def _patches_of_images(values: Mapping[str, Tensor]) -> list[int]:
 
 
 def _tokens_follow_patches(values: Mapping[str, Tensor]) -> bool:
-    """Tell whether the placeholder tokens of an image are in proportion to its patches.
+    """Tell whether an image with twice as many patches has twice as many placeholder tokens.
 
-    They are if there is a grid of patches, or if all images are alike: whatever describes them is the same for all.
+    It has if there is a grid of patches, or if all images are alike: whatever describes them is the same for all.
+    `values` are the arguments of one kind of media, as `_split` gets them.
     """
     if _grid_of(values) is not None:
         return True
@@ -310,20 +322,24 @@ def _tokens_follow_patches(values: Mapping[str, Tensor]) -> bool:
 def _images_of_sequences(
     counts: Sequence[int], patches: Sequence[int], *, tokens_follow_patches: bool
 ) -> list[tuple[int, int]] | None:
-    """Find the first and last image (exclusive) of each sequence; `None` if they can't be told.
+    """Find the first image of each sequence, and the first one after it; `None` if they can't be told.
 
-    `counts` are the placeholder tokens of each sequence, `patches` those of each image. If tokens are in proportion to
-    patches, a sequence ends with the image at which the same share of all tokens and of all patches is reached.
+    `counts` are the numbers of placeholder tokens of the sequences, `patches` those of patches of the images. If tokens
+    are in proportion to patches (`tokens_follow_patches`), a sequence ends with the image at which the same share of
+    all tokens and of all patches is reached.
     """
     num_tokens = sum(counts)
     num_patches = sum(patches)
-    one_each = len(patches) == len(counts) and (all(counts) or not num_tokens)
+    # If no token marks an image (no placeholder is known), as many images as sequences are one for each, too.
+    are_marked_alike = all(counts) or num_tokens == 0
+    one_each = len(patches) == len(counts) and are_marked_alike
     if one_each:
         return list(pairwise(range(len(counts) + 1)))
-    if not num_tokens or not tokens_follow_patches:
+    if num_tokens == 0 or not tokens_follow_patches:
         return None
 
-    # tokens / num_tokens = patches / num_patches, without a division
+    # The number of images before a place, by the share of patches before it. A sequence ends where the share of tokens
+    # is equal: tokens_before / num_tokens = patches_before / num_patches, written without a division.
     images = {
         patches_before * num_tokens: image
         for image, patches_before in enumerate([0, *accumulate(patches)])

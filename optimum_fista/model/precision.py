@@ -40,26 +40,40 @@ _WIDENED = {*_MATMUL, "scaled_dot_product_attention"}
 
 
 def choose_products(name: str, device: torch.device, stored: torch.dtype) -> Products:
-    """Choose how a model with weights of the dtype `stored` is multiplied on a device, by the option `compute_dtype`.
+    """Choose how matrices are multiplied (`Products`), by the option `compute_dtype` of the user.
 
-    `name` is the user's: "auto", "float32" or "bfloat16". `"auto"` is the fastest that keeps the perplexity. The kind
-    of the processor decides and no measured time, so that all ranks, and a run that resumes, choose alike.
+    "auto" chooses the fastest way that keeps the perplexity. The kind of the processor decides and no measured time, so
+    that all ranks, and a run that resumes, choose alike.
+
+    Args:
+        name: The option: "auto", "float32" or "bfloat16".
+        device: Where the run computes.
+        stored: The dtype of the model's weights.
     """
     if name == "bfloat16":
         return "bfloat16"
     if name != "auto":
         return "float32"
+
     if device.type != "cpu":
-        # Numbers of 16 bits have at most 11 significant ones, so their products lose nothing in TensorFloat-32, and
-        # neither do statistics of bfloat16 activations. Of float32 numbers it keeps 11 bits.
-        device_module = getattr(torch, device.type, None)  # torch.cuda, torch.xpu
-        has_units = getattr(device_module, "is_tf32_supported", lambda: False)
-        return "tf32" if has_units() else "float32"
-    if stored.itemsize > 2:
-        return "float32"  # 8 significant bits change the perplexity by up to 2% (docs/results.md)
+        # TensorFloat-32 keeps 11 significant bits of a number. A number of 16 bits (bfloat16, float16) has no more, so
+        # products of such numbers lose nothing. Float32 numbers lose their other bits.
+        device_module = getattr(
+            torch, device.type, None
+        )  # such as torch.cuda; None if there is none
+        if not hasattr(device_module, "is_tf32_supported"):
+            return "float32"
+        return "tf32" if device_module.is_tf32_supported() else "float32"
+
+    is_stored_in_16_bits = stored.itemsize <= 2
+    if not is_stored_in_16_bits:
+        # Not "bfloat16": its 8 significant bits change the perplexity by up to 2% (docs/results.md).
+        return "float32"
     if not is_fast(stored, device):
         return "widened"
-    return "bfloat16" if stored == torch.bfloat16 else "float32"
+    if stored == torch.bfloat16:
+        return "bfloat16"
+    return "float32"  # which multiplies matrices of float16 as they are
 
 
 def is_fast(dtype: torch.dtype, device: torch.device) -> bool:
@@ -77,7 +91,7 @@ def is_fast(dtype: torch.dtype, device: torch.device) -> bool:
 
 @contextmanager
 def products_as(products: Products) -> Iterator[None]:
-    """Inside, `quick_products` are computed so; "widened" holds for all products of 16-bit matrices inside.
+    """Inside, `quick_products` are computed in this way; "widened" holds for all products of 16-bit matrices inside.
 
     Sets a context variable, and sets it back at the end.
     """
@@ -90,10 +104,11 @@ def products_as(products: Products) -> Iterator[None]:
 
 
 class _Widened(TorchFunctionMode):
-    """Multiplies 16-bit matrices in float32, one product at a time; weights and activations keep their dtype.
+    """While it is active, PyTorch multiplies 16-bit matrices of the CPU in float32, and rounds the product to 16 bits.
 
-    So no parameter is replaced, which an interrupt could leave so, and what is stored is rounded once. Converting a
-    matrix takes a few hundredths of the time of its product with 512 tokens.
+    Both matrices are copied to float32 for one product; weights and activations keep their dtype. So no parameter is
+    replaced, which an interrupt could leave so. Converting a matrix takes a few hundredths of the time of its product
+    with 512 tokens.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -147,10 +162,15 @@ class _LinearInParts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None]:
-        """Multiply the gradient by the outputs [..., out] with the matrix; it is rounded once, after all parts."""
-        (gradient,) = outward
+        """Compute the gradient of the loss with respect to the inputs [..., in]; the weight gets none.
+
+        It is the product of the gradient with respect to the outputs and the matrix [out, in], summed in float32 over
+        parts of the rows, and rounded once. `outward` has the gradient with respect to the outputs [..., out] only.
+        """
+        (gradient,) = outward  # a function with one output has one gradient
         (weight,) = ctx.saved_tensors
-        total = torch.zeros(*gradient.shape[:-1], weight.shape[1], device=gradient.device)
+        size = (*gradient.shape[:-1], weight.shape[1])
+        total = torch.zeros(size, device=gradient.device, dtype=torch.float32)
         for rows in _parts_of_rows(weight):
             total += gradient[..., rows].float() @ weight[rows].float()
         return total.to(gradient.dtype), None
@@ -174,9 +194,10 @@ def _is_half(tensor: Tensor) -> bool:
 
 @contextmanager
 def quick_products() -> Iterator[None]:
-    """Inside, matrices are multiplied as `products_as` says; results keep their dtype.
+    """Inside, matrices are multiplied as the run has chosen (`products_as`); results keep their dtype.
 
-    Sets `torch.set_float32_matmul_precision`, which holds for the process, and sets it back at the end.
+    "float32" changes nothing: the process's own setting counts. "widened" activates `_Widened`. "tf32" and "bfloat16"
+    set `torch.set_float32_matmul_precision`, which holds for the whole process. All is set back at the end.
     """
     products = _PRODUCTS.get()
     if products == "widened":
@@ -186,8 +207,11 @@ def quick_products() -> Iterator[None]:
     if products == "float32":
         yield
         return
+
+    # PyTorch's words: "high" is TensorFloat-32, "medium" is bfloat16.
+    precision = "high" if products == "tf32" else "medium"
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if products == "tf32" else "medium")
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
@@ -212,9 +236,10 @@ def as_multiplied(values: Tensor) -> Tensor:
 
 
 def in_few_sizes(rows: Tensor) -> Tensor:
-    """Append rows of zeros to [rows, ...] before a product by oneDNN, so that few numbers of rows occur.
+    """Append rows of zeros to [rows, ...] before a product by oneDNN, so that products have few different shapes.
 
-    oneDNN keeps half a MiB for each shape of a product, and an expert gets any number of tokens.
+    oneDNN keeps half a MiB for each shape of a product, and an expert gets any number of tokens. Returns `rows` itself
+    if nothing has to be appended.
     """
     products = _PRODUCTS.get()
     # Float32 products are those of MKL, which keeps nothing.

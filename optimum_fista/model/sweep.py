@@ -41,38 +41,41 @@ class Sweep:
     storage: Storage | None  # of hidden states; None: the device on which each layer computes
     # What the last decoder layer returns besides hidden states (`RecordedInputs.returned_besides`); None: nothing.
     returned_besides: tuple[Any, ...] | None = None
-    first: int = 0  # layers with smaller numbers are never left out
+    first: int = 0  # number of the first layer that `losses` may leave out
 
     def losses(self, recorded: RecordedInputs, bar: tqdm) -> dict[int | None, float]:
         """Measure the loss of the model, and of every model that lacks one of its decoder layers.
 
         `recorded` has the hidden states that enter the first layer, and the other arguments of all layers
-        (`record_inputs`). Its hidden states are moved, and `bar` is updated after each layer. Each layer is on its
-        device while it runs.
+        (`record_inputs`). Its hidden states keep their values, but come to the storage of the layers that they enter.
+        `bar` is updated after each layer. Each layer is on its device while it runs, and is not changed.
 
         Returns losses in nats per token, by the number of the layer that is left out; `None` stands for no layer.
         """
-        # All models share the layers before the one that they lack, so a model begins at that layer.
+        # Hidden states that enter the next layer, by the layer that is left out. A model that lacks layer i returns the
+        # same as the whole model until layer i. So its stream begins there, with the hidden states of the whole model.
         streams: dict[int | None, ActivationStore] = {None: recorded.hidden_states}
         for index in self.remaining:
             layer = self.layers.modules[index]
             entering = streams[None]
             with onloaded(layer.modules(), writable=False):
                 for left_out in list(streams):
-                    # the hidden states that entered the layer are freed if no other stream has them
+                    # `run` makes a new store. The old one is freed, but `entering` holds that of the whole model.
                     streams[left_out] = self.run(layer, streams[left_out], recorded.calls[index])
             if index >= self.first:
-                streams[index] = entering  # if this layer is left out, its input is its output
+                # A model without this layer: what enters the layer also leaves it. The stream begins only now, so that
+                # the layer did not run on it.
+                streams[index] = entering
             bar.update()
         return {left_out: self.loss(stream) for left_out, stream in streams.items()}
 
     def run(
         self, layer: nn.Module, stream: ActivationStore, calls: Sequence[LayerCall]
     ) -> ActivationStore:
-        """Run a decoder layer, which must be on its device, and return the hidden states that leave it.
+        """Run a decoder layer, which must be on its device, and return the hidden states that leave it, in a new store.
 
-        `calls` has the other arguments of the layer for each batch. `stream` has the hidden states that enter it, and
-        is moved to the storage of this layer.
+        `calls` has the other arguments of the layer for each batch. `stream` has the hidden states that enter it. It
+        comes to the storage of this layer, and keeps its values.
         """
         device = execution_device(layer)
         storage = self.storage or device

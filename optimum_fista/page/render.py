@@ -154,7 +154,10 @@ def coloured(
     width = high - low if high > low else 1.0
 
     def cell(number: float | None) -> tuple[str, int | None]:
-        """Text of a number, and the index of its colour; `None` if it has none. `low` and `width` are the scale."""
+        """Return the text of a number and the index of its colour, `None` if it has none.
+
+        `low` and `width` of the outer function are the scale: the lowest number, and the highest one minus the lowest.
+        """
         if number is None:
             return "", None
         if not math.isfinite(number):
@@ -231,20 +234,24 @@ def _tables_of_operators(report: PruningReport) -> dict[str, Coloured | None]:
 def _tables_of_layers(report: PruningReport) -> dict[str, Coloured | None]:
     """Make the heat tables that have a number for each decoder layer, by their names in the template page.html.
 
-    `None` stands for a table without a number.
+    They show the error of the hidden states, the time, and the largest memory. `None` stands for a table without a
+    number.
     """
-    names = [layer.name for layer in report.layers]
-    moved = {"hidden states": [layer.hidden_state_error for layer in report.layers]}
+    layer_names = [layer.name for layer in report.layers]
+    # The columns of a table, by their headings: a number for each layer.
+    errors = {"hidden states": [layer.hidden_state_error for layer in report.layers]}
     times = {"time": [layer.seconds for layer in report.layers]}
-    # `layer.memory` is None if no operator of the layer was pruned; `attribute` is a field of `MemoryPeak`.
-    memory = {
-        kind: [getattr(layer.memory, attribute, None) for layer in report.layers]
-        for kind, attribute in MEMORY_KINDS.items()
-    }
+    memory: dict[str, list[float | None]] = {}
+    for heading, field_of_peak in MEMORY_KINDS.items():  # such as "resident", "resident_bytes"
+        # A layer without a pruned operator has no `MemoryPeak`.
+        memory[heading] = [
+            None if layer.memory is None else getattr(layer.memory, field_of_peak)
+            for layer in report.layers
+        ]
     return {
-        "moved": coloured("error of the hidden states", names, moved, text_of=_short_error),
-        "times": coloured("time", names, times, text_of=duration),
-        "memory": coloured("memory", names, memory, text_of=size_text),
+        "moved": coloured("error of the hidden states", layer_names, errors, text_of=_short_error),
+        "times": coloured("time", layer_names, times, text_of=duration),
+        "memory": coloured("memory", layer_names, memory, text_of=size_text),
     }
 
 

@@ -26,8 +26,9 @@ from optimum_fista.text.loss import (
     require_measurable,
 )
 
-# Environment variables with the number of a process among those that were launched together, as Accelerate reads them.
-_INDICES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+# Environment variables with the rank of a process, its number among those that were launched together. Accelerate reads
+# the same ones.
+_VARIABLES_OF_RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 class MeasuringInterrupted(KeyboardInterrupt):
@@ -62,40 +63,47 @@ def measure_folder(
     card and the summary in `config.json`. Without texts, and in a process of rank 1 and higher, nothing is done. If the
     texts can't be measured, or Ctrl-C stops it (MeasuringInterrupted), the report and these files say so.
 
+    Both models are loaded and run, layer by layer; a process of rank 0 does it alone.
+
     Args:
         dense: The model before the run: a folder or a Hub id.
         folder: The finished folder of the result.
         texts: As `require_texts` returns them.
         report: The report of the run.
-        device: Where to compute; `None`: the accelerator if there is one.
+        device: Where to compute, such as "cuda:0"; `None`: the accelerator if there is one.
         progress: Show progress bars.
     """
-    is_first_rank = int(get_int_from_env(_INDICES, 0)) == 0
-    if not texts or not is_first_rank:
+    rank = int(get_int_from_env(_VARIABLES_OF_RANK, 0))
+    if not texts or rank > 0:
         return
-    losses = list[list[TextLoss]]()
+
+    def losses_of_model(name: str, label: str) -> list[TextLoss]:
+        """Measure the model with this name, a folder or a Hub id, on `texts`; `label` is for the progress bar."""
+        return losses_of_folder(
+            name,
+            texts,
+            device=device,
+            compute_dtype=report.config["compute_dtype"],
+            progress=progress,
+            label=label,
+        )
+
+    interrupt: KeyboardInterrupt | None = None
     try:
-        for name, label in ((dense, "Measuring before"), (str(folder), "Measuring after")):
-            losses.append(
-                losses_of_folder(
-                    name,
-                    texts,
-                    device=device,
-                    compute_dtype=report.config["compute_dtype"],
-                    progress=progress,
-                    label=label,
-                )
-            )
+        before = losses_of_model(dense, "Measuring before")
+        after = losses_of_model(str(folder), "Measuring after")
     except KeyboardInterrupt as error:
         note_failure(report, texts, error)
-        _rewrite(folder, report, dense)
-        raise MeasuringInterrupted from error
-    # Also if memory or the disk is full: the result of the run is not lost for that.
+        interrupt = error
     except (ValueError, RuntimeError, MemoryError, OSError) as error:
+        # The memory or the disk may be full, or a text may give NaN. The run is finished, and its result is kept.
         note_failure(report, texts, error)
     else:
-        note_losses(report, texts, dense=losses[0], pruned=losses[1])
+        note_losses(report, texts, dense=before, pruned=after)
+
     _rewrite(folder, report, dense)
+    if interrupt is not None:
+        raise MeasuringInterrupted from interrupt
 
 
 def note_losses(

@@ -116,17 +116,21 @@ class ShardWriter:
         return shard.name, write_stored(shard, tensors)
 
     def _by_stored_name(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors of the model on the CPU, under their stored names, without those tied to others.
+        """Return the tensors that are saved, on the CPU, by their names in the files, in the form that they have there.
 
-        `tensors` are by their names in the model. Nothing is changed.
+        `tensors` are by their names in the model, such as those of a decoder layer. Tensors that share the memory of
+        another one, and those that the model's class never saves, are left out. The files may have a tensor for each
+        expert, or other splits and merges (`as_saved`). Changes nothing; a tensor that is contiguous on the CPU is not
+        copied.
         """
         model = self._plan.layers.model
-        # Transformers ties them again when it loads the folder.
-        not_saved = {*model.all_tied_weights_keys, *internals.names_not_saved(model)}
+        # Names of tensors that are tied to another one: Transformers ties them again when it loads the folder.
+        tied = set(model.all_tied_weights_keys)
+        never_saved = internals.names_not_saved(model)
         saved = {
             name: tensor.detach().cpu().contiguous()
             for name, tensor in tensors.items()
-            if name not in not_saved
+            if name not in tied and name not in never_saved
         }
         return as_saved(model, saved)
 

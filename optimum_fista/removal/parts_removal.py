@@ -296,10 +296,10 @@ class PartsRemoval(Removal):
     def _prove(self, layer_name: str, activations: LayerActivations, hidden: Tensor) -> None:
         """Prove, once for each kind of decoder layer, that removing groups of columns changes its output as zeros do.
 
-        Layers are of one kind if they have modules of the same classes, and lose groups of the same operators. Every
-        layer of a kind loses equally many groups. The kind is added to `self.proven`. `activations` has the layer, of
-        which copies run, and `hidden` [batch, tokens, hidden] of the first batch enters it. `self.columns_plan` has the
-        parts that lose columns, by the operator's name.
+        Layers are of one kind if they have modules of the same classes, and lose groups of the same operators; their
+        numbers of groups may differ. The kind is added to `self.proven`. `activations` has the layer, of which copies
+        run, and `hidden` [batch, tokens, hidden] of the first batch enters it. `self.columns_plan` has the parts that
+        lose columns, by the operator's name.
 
         Raises UnsupportedArchitectureError if the outputs differ.
         """
@@ -323,11 +323,11 @@ class PartsRemoval(Removal):
             num_kept = self.columns_plan.num_kept[name]
             kept[name] = tuple(range(total - num_kept, total))
         call = activations.calls[0]  # the other arguments of the layer for the first batch
-        hidden_of_small_size = scaled_down(hidden.to(activations.device))
+        hidden_with_small_values = scaled_down(hidden.to(activations.device))
 
         def run(module: nn.Module) -> Tensor:
-            """Run a copy of the layer on the hidden states `hidden_of_small_size`, with the arguments of `call`."""
-            return call.run(module, hidden_of_small_size)
+            """Run a copy of the layer on the hidden states `hidden_with_small_values`, with the arguments of `call`."""
+            return call.run(module, hidden_with_small_values)
 
         require_same_outputs(self.columns_plan, layer_name, layer, kept, run)
         self.proven.add(kind)

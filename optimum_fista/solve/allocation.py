@@ -16,7 +16,7 @@ from torch import Tensor
 from optimum_fista.solve.method import PrunedOperator, PruningMethod
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
-from optimum_fista.solve.selection import kth_smallest
+from optimum_fista.solve.selection import kth_smallest_magnitude
 
 SLOPE = 7.0  # growth of the logarithm of a squared error per unit of sparsity, about 0.5 (docs/solver.md)
 REACH = 0.45  # the budget of an operator is lower than the average sparsity by no more than this
@@ -38,7 +38,7 @@ def removal_cost(saliency: Tensor, sparsity: float) -> float:
     """
     num_zeros = round(sparsity * saliency.numel())
     count = min(saliency.numel(), max(1, num_zeros))  # of the saliencies in the sum
-    threshold = kth_smallest(saliency, count)
+    threshold = kth_smallest_magnitude(saliency, count)
 
     # Of the saliencies that equal the threshold, only so many are added that `count` are in the sum.
     below = saliency < threshold

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-_ROWS = 192  # at least, or a product is inefficient
-_VALUES = 2**19  # about this many on a CPU: 2 MiB of float32
+_ROWS = 192  # of a block, at least; a product with fewer is inefficient
+_VALUES = 2**19  # of a block on a CPU, about: 2 MiB of float32
 # Times as many values on other devices than the CPU, where a call is expensive: 256 MiB.
 SCALE_ON_DEVICES = 128
 
@@ -42,53 +42,61 @@ def row_blocks(matrix: Tensor) -> Iterator[slice]:
 def damped_cholesky(
     make_gram: Callable[[], Tensor], damping: float = 0.0, ratios: Tensor | float = 1.0
 ) -> tuple[Tensor, str]:
-    """Lower Cholesky factor [n, n] of `G + damping * mean(diag G) diag(ratios)`, and a message.
+    """Compute the lower Cholesky factor [n, n] of `G + damping * mean(diag G) diag(ratios)`, and a message.
 
-    If the factorisation fails numerically, the damping is raised tenfold, at most four times, with ratios of 1, and the
-    message says so; otherwise it is empty.
+    If the factorisation fails numerically, it is tried again with more damping, at most four times. Each time the
+    damping is ten times as large, but at least 1e-4, and `ratios` are no longer used. Then the message names both
+    dampings; otherwise it is empty.
 
     Args:
         make_gram: Makes a new matrix `G` [n, n], symmetric positive semidefinite, such as `gram.clone`. It is called
             once for each attempt, and what it returns is overwritten.
-        damping: As a fraction of the mean of the diagonal.
+        damping: As a fraction of the mean of the diagonal, such as 0.01.
         ratios: Factors of the damping by input, [n] (`InputStatistics.energy_ratios`): small for nearly dead inputs.
 
     Raises:
         torch.linalg.LinAlgError: If it fails with all dampings.
     """
     first_damping = damping
-    num_inputs = 0
-    for _ in range(5):
+    largest_damping = damping  # of those that were tried
+    num_inputs = 0  # for the message of the error, when the matrix is gone
+    for attempt in range(5):
         damped = make_gram()
         num_inputs = damped.shape[0]
         if damping:
-            damped.diagonal().add_(mean_damping(damped.diagonal(), damping) * ratios)
+            amount = mean_damping(damped.diagonal(), damping)
+            damped.diagonal().add_(amount * ratios)  # changes `damped`
 
-        factor, failed = cholesky_in_place(damped)
+        factor, failed = cholesky_in_place(damped)  # in the memory of `damped`
+        is_first = attempt == 0
         if not failed:
-            if damping == first_damping:
+            if is_first:
                 return factor, ""
             message = f"the Gram matrix needed damping {damping:g} instead of {first_damping:g}"
             return factor, message
 
-        del damped, factor  # before the next copy is made
+        del damped, factor  # two names of one matrix, which is freed before the next one is made
+        largest_damping = damping
         damping = max(10 * damping, 1e-4)  # because zero times ten is zero
         ratios = 1.0  # nearly dead inputs are damped like all others now
     raise torch.linalg.LinAlgError(
         f"the Gram matrix of {num_inputs} inputs is not positive semidefinite: Cholesky failed with damping up to "
-        f"{damping / 10:g}"
+        f"{largest_damping:g}"
     )
 
 
 def mean_damping(diagonal: Tensor, damping: float) -> Tensor:
-    """`damping * mean(diagonal)`, or `damping` if the mean is zero; a scalar on the device of `diagonal` [n]."""
-    mean = diagonal.mean().double()  # a Python number times the mean, without a transfer
+    """Return `damping * mean(diagonal)`, or `damping` if the mean is zero.
+
+    The result is a scalar on the device of `diagonal` [n], so that the host need not wait for it.
+    """
+    mean = diagonal.mean().double()  # as precise as a Python number
     not_zero = torch.where(mean == 0, torch.ones_like(mean), mean)
     return (damping * not_zero).to(diagonal.dtype)
 
 
 def cholesky_in_place(matrix: Tensor) -> tuple[Tensor, bool]:
-    """Lower Cholesky factor of a symmetric contiguous matrix [n, n], and whether it failed.
+    """Compute the lower Cholesky factor of a symmetric contiguous matrix [n, n]; also say whether that failed.
 
     `matrix` is overwritten: the factor takes its memory. LAPACK keeps matrices by columns. It is given the transpose,
     which is the same matrix, and makes no copy.
@@ -100,14 +108,18 @@ def cholesky_in_place(matrix: Tensor) -> tuple[Tensor, bool]:
 
 
 def inverse_in_place(factor: Tensor) -> Tensor:
-    """Inverse [n, n] of a matrix from its lower Cholesky factor as `cholesky_in_place` returns it, in its memory."""
+    """Compute the inverse [n, n] of a matrix from its lower Cholesky factor, as `cholesky_in_place` returns it.
+
+    `factor` is overwritten: the inverse takes its memory. The transpose of the symmetric result is contiguous.
+    """
     return torch.cholesky_inverse(factor, out=factor).mT
 
 
 def damped_inverse(gram: Tensor, rho: float) -> Tensor:
-    """`(G + rho I)^-1` of a symmetric positive semidefinite [in, in] matrix, contiguous, rho > 0, by Cholesky.
+    """Compute `(G + rho I)^-1` by Cholesky, for rho > 0.
 
-    `gram` is overwritten: the inverse takes its memory.
+    `gram` is `G` [in, in], symmetric positive semidefinite and contiguous. It is overwritten: the inverse takes its
+    memory. Raises LinAlgError if the factorisation fails.
     """
     gram.diagonal().add_(rho)
     factor, failed = cholesky_in_place(gram)
@@ -119,7 +131,7 @@ def damped_inverse(gram: Tensor, rho: float) -> Tensor:
 
 
 def diagonal_blocks(matrix: Tensor, width: int) -> Tensor:
-    """The blocks [n / width, width, width] along the diagonal of a matrix [n, n], in a matrix of their own."""
+    """Copy the blocks [n / width, width, width] along the diagonal of a matrix [n, n]."""
     by_block_rows = matrix.unflatten(0, (-1, width))  # [n / width, width, n]
     blocks = by_block_rows.unflatten(2, (-1, width))  # [n / width, width, n / width, width]
     return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()

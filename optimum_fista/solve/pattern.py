@@ -8,6 +8,9 @@ ones with the largest scores stay. A pattern is described by data, the fields of
   compete (`scope="row"`), or those of the whole matrix (`scope="matrix"`).
 - `sparsity` is the share of the groups of a contest that is removed.
 
+In "2:4" a group is one weight (`width` 1). The groups of 4 consecutive inputs compete (`span` 4), and half of them is
+removed (`sparsity` 0.5).
+
 Counts, masks and the check of a mask follow from this data, so that a file of `patterns/` only reads and writes the
 pattern's name.
 """
@@ -86,10 +89,16 @@ class SparsityPattern(ABC):
         return kept_groups * self.width * rows_of_group
 
     def _contests(self, rows: int, columns: int) -> _Contests:
-        """Count the contests of a matrix [rows, columns], the groups in each, and those that it removes."""
+        """Count the contests of a matrix [rows, columns], the groups in each, and those that it removes.
+
+        `require_shape` has checked that the width, or the span, divides the columns; the width divides the span. The
+        fields of `self` are explained in the module's docstring.
+        """
         groups_of_row = columns // self.width
         if self.whole_columns:
-            # the kept groups are rounded, as those of `PartShare`
+            # All rows lose a group together, so the matrix is one contest. The number of kept groups is rounded, and
+            # not that of removed ones: a run that removes parts of a model (`PartShare`) must count alike. At halves
+            # the two differ.
             num_kept = round((1 - self.sparsity) * groups_of_row)
             return _Contests(number=1, groups=groups_of_row, removed=groups_of_row - num_kept)
 

@@ -8,6 +8,12 @@ apart by their position.
 The *threshold* is the least magnitude that is kept. `torch.kthvalue` would rank a whole matrix on one processor of a
 GPU, has no deterministic form there and copies its input. Here a threshold is found by counting, and magnitudes are
 computed for one block of rows at a time. This needs several passes over the matrix.
+
+A threshold is exact in each of three ways. On a CPU, NumPy partitions a small matrix. For a large one, a sample gives a
+*bracket*: two magnitudes between which the threshold must lie. Only what lies between them is partitioned. On other
+devices the threshold is found by halving an interval of numbers.
+
+No function here changes its arguments.
 """
 
 import math
@@ -19,50 +25,58 @@ from torch import Tensor
 
 from optimum_fista.solve.linalg import row_blocks
 
-_SAMPLE = 16_384  # values that bracket the one sought
+_SAMPLE = 16_384  # values in the sample that gives a bracket
+_LEAST_VALUES_TO_SAMPLE = (
+    8 * _SAMPLE
+)  # of fewer values the sample would be a large part: all of them are partitioned
 _BLOCK = 2**20  # magnitudes compared with the bracket at a time
 _PART = 2**18  # magnitudes ranked within their groups at a time, on a CPU
 _PARTS_ON_DEVICES = 64  # times as many elsewhere
 
 
-def kth_smallest(values: Tensor, k: int) -> Tensor:
-    """The `k`-th smallest magnitude (k from 1) of [rows, columns], float32 or better; a scalar on their device."""
+def kth_smallest_magnitude(values: Tensor, k: int) -> Tensor:
+    """Return the `k`-th smallest absolute value of a matrix, a scalar on its device; k counts from 1.
+
+    `values` [rows, columns] are weights or scores of weights, float32 or float64.
+    """
     if values.device.type == "cpu":
         array = values.detach().numpy().reshape(-1)
-        if array.size > 8 * _SAMPLE:
-            return values.new_tensor(_kth_by_bracket(array, k))
+        if array.size > _LEAST_VALUES_TO_SAMPLE:
+            return values.new_tensor(_kth_magnitude_by_bracket(array, k))
         return values.new_tensor(np.partition(np.abs(array), k - 1)[k - 1])
 
     parts = [values[rows] for rows in row_blocks(values)]
 
     def count(threshold: Tensor) -> Tensor:
-        """How many magnitudes do not exceed a threshold."""
+        """How many magnitudes of `parts`, the blocks of rows of `values`, do not exceed a threshold; both scalars."""
         return torch.stack([(part.abs() <= threshold).sum() for part in parts]).sum()
 
-    return _kth_by_halving(count, k, values.new_empty(()))
+    scalar = values.new_empty(())  # only its shape, dtype and device are used
+    return _kth_by_halving(count, k, like=scalar)
 
 
 def _kth_in_rows(magnitudes: Tensor, k: int) -> Tensor:
-    """The `k`-th smallest value (k from 1) of every row, [rows, 1]."""
+    """Return the `k`-th smallest value (k from 1) of every row of [rows, columns], as [rows, 1]."""
     if magnitudes.device.type == "cpu":
         partitioned = np.partition(magnitudes.detach().numpy(), k - 1, axis=1)
         return torch.from_numpy(np.ascontiguousarray(partitioned[:, k - 1 : k]))
 
     def count(thresholds: Tensor) -> Tensor:
-        """How many values of each row do not exceed its threshold, [rows, 1]."""
+        """How many of the `magnitudes` in each row do not exceed its threshold; both are [rows, 1]."""
         return (magnitudes <= thresholds).sum(1, keepdim=True)
 
-    return _kth_by_halving(count, k, magnitudes.new_empty(len(magnitudes), 1))
+    column = magnitudes.new_empty(len(magnitudes), 1)  # only its shape, dtype and device are used
+    return _kth_by_halving(count, k, like=column)
 
 
-def _kth_by_bracket(array: np.ndarray, k: int) -> float:
-    """The `k`-th smallest of many magnitudes: a sample brackets it, and only what lies inside is partitioned.
+def _kth_magnitude_by_bracket(array: np.ndarray, k: int) -> float:
+    """Return the `k`-th smallest of many magnitudes: a sample brackets it, and only what lies inside is partitioned.
 
     The result is exact (Floyd & Rivest 1975): the values below the bracket are counted, and if the bracket missed,
-    everything is partitioned. `array` has one dimension, values of either sign, and stays as it is; k counts from 1.
+    everything is partitioned. `array` has one dimension and values of either sign; k counts from 1.
     """
     # The step is made odd, so that the sample meets all columns of a matrix whose width is a power of two.
-    step = (array.size // _SAMPLE) | 1
+    step = (array.size // _SAMPLE) | 1  # sets the last bit
     sample = np.sort(np.abs(array[::step]))
 
     # The rank of a sampled quantile has a standard deviation of at most sqrt(n) / 2: five of them to each side.
@@ -80,45 +94,61 @@ def _kth_by_bracket(array: np.ndarray, k: int) -> float:
         parts.append(block[(block >= low) & (block <= high)])
     inside = np.concatenate(parts)
 
-    if below < k <= below + inside.size:
-        return float(np.partition(inside, k - below - 1)[k - below - 1])
+    is_inside = below < k <= below + inside.size
+    if is_inside:
+        index = k - below - 1
+        return float(np.partition(inside, index)[index])
     return float(np.partition(np.abs(array), k - 1)[k - 1])
 
 
 def _kth_by_halving(count: Callable[[Tensor], Tensor], k: int, like: Tensor) -> Tensor:
-    """The smallest number that at least `k` values do not exceed, exactly, in as many passes as it has bits.
+    """Find the smallest number that at least `k` values do not exceed. It is exact, and one of the values.
 
-    Counting has a deterministic form on every device, and no number reaches the host: floating-point numbers are
-    ordered as their bit patterns are, so that the patterns can be halved as integers.
+    This is a binary search between minus and plus infinity. Bit patterns of floating-point numbers, as integers, have
+    the order of the numbers (`_ordered`). So each round halves an interval of integers, and there is one round for each
+    bit. Counting is deterministic on every device. Nothing is read back, so the host never waits for the device.
 
     Args:
-        count: Says how many values do not exceed the numbers that it is given, which have the shape of `like`.
+        count: Returns how many values do not exceed the numbers that it is given; both have the shape of `like`. It is
+            called once in each round.
         k: Counted from 1.
-        like: Has the shape, dtype and device of the numbers sought: one for all values, or one for each row.
+        like: Has the shape, dtype (float32 or float64) and device of the numbers sought: [] for one threshold of all
+            values, or [rows, 1] for one of each row. Its values are not read.
     """
-    integer = {4: torch.int32, 8: torch.int64}[like.element_size()]
+    integer = torch.int64 if like.dtype == torch.float64 else torch.int32
     low = _ordered(torch.full_like(like, -math.inf).view(integer))
     high = _ordered(torch.full_like(like, math.inf).view(integer))
-    for _ in range(8 * like.element_size()):
-        middle = (low & high) + ((low ^ high) >> 1)  # the mean, without the sum, which may overflow
-        enough = count(_ordered(middle).view(like.dtype)) >= k
+    num_bits = 8 * like.element_size()
+    for _ in range(num_bits):  # once low = high, further rounds change nothing
+        # The mean: the bits that both have, plus half of those that one has. The sum of both may overflow.
+        middle = (low & high) + ((low ^ high) >> 1)
+        enough = count(_ordered(middle).view(like.dtype)) >= k  # back to floating point
         low = torch.where(enough, low, middle + 1)
         high = torch.where(enough, middle, high)
     return _ordered(high).view(like.dtype)
 
 
 def _ordered(bits: Tensor) -> Tensor:
-    """Bit patterns of floating-point numbers as integers in the order of the numbers; its own inverse."""
+    """Turn bit patterns of floating-point numbers into integers that have the order of the numbers.
+
+    Patterns of negative numbers have the reverse order, so all their bits but the sign are inverted. A second call
+    undoes this: the function is its own inverse.
+    """
     return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
 
 
 def keep_largest(values: Tensor, count: int) -> Tensor:
-    """Boolean mask, True for exactly the `count` largest magnitudes of all [rows, columns]; ties by position."""
-    mask = torch.full(values.shape, count > 0, dtype=torch.bool, device=values.device)
-    if not 0 < count < values.numel():
-        return mask
+    """Make a mask, True for exactly the `count` largest magnitudes of all `values` [rows, columns].
 
-    threshold = kth_smallest(values, values.numel() - count + 1)
+    Of ties, the first ones are kept, row by row. `values` are weights or scores, float32 or float64.
+    """
+    keeps_none_or_all = count <= 0 or count >= values.numel()
+    if keeps_none_or_all:
+        return torch.full(values.shape, count > 0, dtype=torch.bool, device=values.device)
+
+    # of N magnitudes, the count-th largest is number N - count + 1 from below
+    threshold = kth_smallest_magnitude(values, values.numel() - count + 1)
+    mask = torch.empty(values.shape, dtype=torch.bool, device=values.device)
     blocks = [(values[rows], mask[rows]) for rows in row_blocks(values)]  # views
     for part, mask_of_part in blocks:
         torch.ge(part.abs(), threshold, out=mask_of_part)
@@ -131,43 +161,53 @@ def keep_largest(values: Tensor, count: int) -> Tensor:
     for part, mask_of_part in blocks:
         ties = part.abs() == threshold
         number_of_tie = ties.flatten().cumsum(0, dtype=torch.int32).view(ties.shape)  # from 1
-        is_kept = ties.logical_not_().logical_or_(number_of_tie <= num_ties_to_keep)
-        mask_of_part.logical_and_(is_kept)
+        # No tie, or one of the first ones. It takes the memory of `ties`, which is not used again.
+        may_stay = ties.logical_not_().logical_or_(number_of_tie <= num_ties_to_keep)
+        mask_of_part.logical_and_(may_stay)
         ties_in_part = number_of_tie[-1, -1]
         num_ties_to_keep = num_ties_to_keep - ties_in_part
     return mask
 
 
 def keep_largest_in_rows(values: Tensor, count: int) -> Tensor:
-    """Boolean mask [rows, columns], True for exactly the `count` largest magnitudes of every row; ties by position."""
-    columns = values.shape[1]
-    mask = torch.full(values.shape, count > 0, dtype=torch.bool, device=values.device)
-    if not 0 < count < columns:
-        return mask
+    """Make a mask [rows, columns], True for exactly the `count` largest magnitudes of every row.
 
+    Of ties, the first ones of the row are kept. `values` [rows, columns] are weights or scores, float32 or float64.
+    """
+    columns = values.shape[1]
+    keeps_none_or_all = count <= 0 or count >= columns
+    if keeps_none_or_all:
+        return torch.full(values.shape, count > 0, dtype=torch.bool, device=values.device)
+
+    mask = torch.empty(values.shape, dtype=torch.bool, device=values.device)
     for rows in row_blocks(values):
         part = values[rows].abs()
         mask_of_part = mask[rows]  # a view
+        # of n magnitudes, the count-th largest is number n - count + 1 from below
         threshold = _kth_in_rows(part, columns - count + 1)
         torch.ge(part, threshold, out=mask_of_part)
+        # Without ties at the threshold the rows are done. The host would have to wait for a device to know that: there
+        # ties are always broken.
         if values.device.type == "cpu":
-            has_ties = int(torch.count_nonzero(mask_of_part)) != count * len(part)
-            if not has_ties:
+            num_not_below = int(torch.count_nonzero(mask_of_part))
+            if num_not_below == count * len(part):
                 continue
 
         ties = part == threshold
-        num_ties_to_keep = count - (part > threshold).sum(1, keepdim=True)  # [rows, 1]
+        num_above = (part > threshold).sum(1, keepdim=True)  # [rows, 1]
+        num_ties_to_keep = count - num_above
         is_late = ties.cumsum(1, dtype=torch.int32) > num_ties_to_keep
-        # in the memory of `ties`: all but the ties that come too late in their row
-        mask_of_part.logical_and_(ties.logical_and_(is_late).logical_not_())
+        late_ties = ties.logical_and_(is_late)  # in the memory of `ties`, which is not used again
+        mask_of_part.logical_and_(late_ties.logical_not_())
     return mask
 
 
 def keep_largest_in_groups(values: Tensor, n: int, m: int) -> Tensor:
-    """Boolean mask [rows, columns], True for the `n` largest magnitudes of every `m` consecutive ones of a row.
+    """Make a mask [rows, columns], True for the `n` largest magnitudes of every `m` consecutive ones of a row.
 
-    `columns` is a multiple of m. The rank of a value is the number of values of its group that beat it (ties by
-    position): m - 1 comparisons a weight, which for small m is far cheaper than sorting the groups.
+    `values` [rows, columns] are weights or scores; `columns` is a multiple of m. The rank of a value is the number of
+    values of its group that beat it: those with a larger magnitude, and equal ones before it. This takes m - 1
+    comparisons a weight, which for small m is far cheaper than sorting the groups.
     """
     # On a CPU a part stays in the cache; elsewhere a call is expensive.
     values_in_part = _PART if values.device.type == "cpu" else _PARTS_ON_DEVICES * _PART
@@ -177,14 +217,14 @@ def keep_largest_in_groups(values: Tensor, n: int, m: int) -> Tensor:
     mask = torch.empty(values.shape, dtype=torch.bool, device=values.device)
     parts = zip(values.split(rows_in_part), mask.split(rows_in_part), strict=True)
     for part, mask_of_part in parts:
-        # [rows, columns] -> [m, groups]: members of one number lie beside each other.
+        # [rows, columns] -> [m, groups]: the i-th values of all groups lie beside each other.
         groups = part.abs().reshape(-1, m).T.contiguous()
         ranks = torch.zeros(groups.shape, dtype=rank_dtype, device=values.device)
         for i in range(m):
             for j in range(i + 1, m):
                 first_wins = groups[i] >= groups[j]
                 ranks[j] += first_wins
-                ranks[i] += first_wins.logical_not_()
+                ranks[i] += first_wins.logical_not_()  # in place: `first_wins` is not used again
         # [m, groups] -> [rows, columns].
         mask_of_part.copy_((ranks < n).T.reshape(part.shape))
     return mask

@@ -49,7 +49,7 @@ from optimum_fista.model.offload import move_execution, settle_ties
 from optimum_fista.source.files import source_folder
 from optimum_fista.source.formats.dequantizer import read_dequantized
 from optimum_fista.source.model_folder import (
-    closest_folder,
+    question_of_folder,
     require_name,
     require_no_configuration_file,
     require_weights,
@@ -363,7 +363,7 @@ def _require_on_hub(name: str) -> None:
         if is_absent:
             raise OSError(
                 f"model={name!r}: there is no such folder, and the Hub has no such model that you may read."
-                f"{closest_folder(name)}"
+                f"{question_of_folder(name)}"
             ) from error
         # It has the model with another file, the model is gated, or it is busy: Transformers says so.
         if isinstance(error, HfHubHTTPError):
@@ -371,7 +371,7 @@ def _require_on_hub(name: str) -> None:
         first_line = str(error).partition("\n")[0]
         raise OSError(
             f"model={name!r}: there is no such folder, and the Hub can't be reached ({first_line})."
-            f"{closest_folder(name)}"
+            f"{question_of_folder(name)}"
         ) from error
 
 

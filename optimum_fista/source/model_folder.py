@@ -41,10 +41,10 @@ def read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def closest_folder(name: str) -> str:
+def question_of_folder(name: str) -> str:
     """Return a question for an error message, with the folder whose name is closest to `name`; "" if none is close.
 
-    `name` is a path that the user gave. The question begins with a space.
+    `name` is a path that the user gave. The question begins with a space: " Did you mean 'models/qwen'?".
     """
     path = Path(name)
     if not path.parent.is_dir():
@@ -71,7 +71,7 @@ def require_name(name: str) -> None:
     except HFValidationError as error:
         raise ValueError(
             f"model={name!r} is neither a folder that exists nor a Hub id: pass a model folder, or 'owner/name'."
-            f"{closest_folder(name)}"
+            f"{question_of_folder(name)}"
         ) from error
 
 

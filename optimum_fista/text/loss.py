@@ -53,9 +53,9 @@ class MeasuredText:
 
     name: str  # for the report and the model card: of a path only the last part
     stretches: tuple[str, ...]
-    at_most: (
-        float | None
-    )  # bits per byte after the run over those before it may not be more; None: they may
+    # The limit of `--protect FILE=1.02`: bits per byte after the run, divided by those before it, may be 1.02 at most.
+    # None: there is no limit.
+    at_most: float | None
 
     @property
     def sha256(self) -> str:
@@ -245,7 +245,11 @@ def losses_of(
 def compared(
     texts: Sequence[MeasuredText], dense: Sequence[TextLoss], pruned: Sequence[TextLoss]
 ) -> list[TextReport]:
-    """Join the losses of the model before a run (`dense`) and of its result (`pruned`) on texts, for the report."""
+    """Join the losses of the model before a run (`dense`) and of its result (`pruned`) on texts, for the report.
+
+    All three have the order of `texts`. Both models were measured on the same bytes, but in their own tokens: the
+    result may have lost some. The report has the size of the vocabulary before the run.
+    """
     return [
         TextReport(
             name=text.name,

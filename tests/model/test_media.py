@@ -252,7 +252,7 @@ def test_rows_whose_images_cannot_be_told_apart_are_refused():
 
     with pytest.raises(
         ValueError,
-        match=r"which of its 2 sequences the .* belong to can't be told: pass one sequence",
+        match=r"has 2 sequences, and it can't be told which of them has which part of .*: pass one sequence",
     ):
         read(media_model("mistral3"), batch)
 

@@ -12,7 +12,7 @@ from optimum_fista.solve.selection import (
     keep_largest,
     keep_largest_in_groups,
     keep_largest_in_rows,
-    kth_smallest,
+    kth_smallest_magnitude,
 )
 
 PATTERNS = [Unstructured(0.5), Unstructured(0.5, "row"), parse_pattern("2:4")]
@@ -146,7 +146,7 @@ def test_selection_is_exact_and_never_waits(levels, dtype):
             largest = keep_largest(on_device, count)
             largest_in_rows = keep_largest_in_rows(on_device, count)
             largest_in_groups = keep_largest_in_groups(on_device, 2, 4)
-            smallest = kth_smallest(on_device, k)
+            smallest = kth_smallest_magnitude(on_device, k)
 
         assert counts.waits.total() == 0
         assert "kthvalue" not in counts.runs

@@ -6,7 +6,7 @@ from optimum_fista.solve.selection import (
     keep_largest,
     keep_largest_in_groups,
     keep_largest_in_rows,
-    kth_smallest,
+    kth_smallest_magnitude,
 )
 
 DTYPES = [torch.float32, torch.float64]
@@ -87,4 +87,6 @@ def test_kth_smallest_of_many_values_is_exact(values, share):
 
     k = max(1, round(share * size))
 
-    assert float(kth_smallest(scores[None], k)) == float(scores.abs().sort().values[k - 1])
+    assert float(kth_smallest_magnitude(scores[None], k)) == float(
+        scores.abs().sort().values[k - 1]
+    )
