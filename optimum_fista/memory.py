@@ -49,18 +49,23 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Count the bytes that can be had on a device now, those that PyTorch keeps unused on it included.
+    """Count the bytes that new tensors on a device may take now.
 
-    On the CPU it is what the system can give without swapping, or less if the process's control group (Linux,
-    version 2; containers) may use less. `None` if the device does not say, or is not in this machine.
+    On an accelerator these are the free bytes, and those that PyTorch holds there without using them. On the CPU it is
+    what the system can give without swapping, or less if the process's control group (Linux, version 2; containers) may
+    use less. `None` if the device does not say, or is not in this machine. An accelerator may be initialised by the
+    question.
     """
     if device.type == "cpu":
         return _available_on_host()
-    module = module_that_counts(device)  # such as torch.cuda
-    if module is None or not hasattr(module, "mem_get_info") or not module.is_available():
+    device_module = module_that_counts(device)  # such as torch.cuda
+    if device_module is None or not hasattr(device_module, "mem_get_info"):
         return None
-    free, _ = module.mem_get_info(device)
-    unused = module.memory_reserved(device) - module.memory_allocated(device)
+    if not device_module.is_available():
+        return None
+    free, _ = device_module.mem_get_info(device)
+    # what PyTorch has asked the device for, minus what tensors take of it
+    unused = device_module.memory_reserved(device) - device_module.memory_allocated(device)
     return free + unused
 
 
@@ -92,7 +97,11 @@ def total_bytes() -> int:
 
 
 def module_that_counts(device: torch.device) -> Any:
-    """Return the module that counts the memory of tensors on a device, such as `torch.cuda`; `None` if none does."""
+    """Return the module of PyTorch that counts the memory of tensors on a device, such as `torch.cuda`.
+
+    `None` if there is none, as for the CPU. A module that counts has `max_memory_allocated`, `memory_allocated` and
+    `memory_reserved`.
+    """
     module = getattr(torch, device.type, None)  # the meta device has none
     return module if hasattr(module, "max_memory_allocated") else None
 

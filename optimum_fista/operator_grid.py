@@ -16,17 +16,23 @@ class OperatorGrid:
     """Operators by decoder layer (rows) and kind (columns); the experts of a mixture share a kind."""
 
     def __init__(self, operators: Iterable[OperatorReport]) -> None:
-        """Sort the operators of a report, which are in pruning order, into cells."""
-        # By names of layer and kind; no list is empty.
+        """Put each operator of a report into the cell of its layer and kind.
+
+        `operators` are in the order in which they were pruned, decoder layer by decoder layer, and stay in that order.
+        """
+        # The operators of a cell, by the names of layer and kind, such as ("model.layers.3", "mlp.down_proj"). A cell
+        # has several if they are experts of a mixture.
         self.cells: dict[tuple[str, str], list[OperatorReport]] = {}
-        # By kind, layer by layer.
+        # The operators of all layers, by kind.
         self.kinds: dict[str, list[OperatorReport]] = {}
+        # Names of the layers, each once, in the order in which they were pruned.
+        self.layers: list[str] = []
         for operator in operators:
             layer, kind = layer_and_kind(operator.name)
             self.cells.setdefault((layer, kind), []).append(operator)
             self.kinds.setdefault(kind, []).append(operator)
-        # In pruning order.
-        self.layers = list(dict.fromkeys(layer for layer, _ in self.cells))
+            if layer not in self.layers:
+                self.layers.append(layer)
 
 
 def layer_and_kind(name: str) -> tuple[str, str]:

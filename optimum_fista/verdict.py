@@ -10,7 +10,7 @@ LEAST_TOKENS = 4096
 """Held-out sequences are taken until they hold this many tokens; a perplexity on fewer says little."""
 
 OWN_TEXT = "self"
-"""The name of text that the model wrote itself, which is too easy for it."""
+"""The source of text that the model wrote itself (`--calibration self`). It is too easy for the model."""
 
 _WORDS_BY_RATIO = {
     1.1: "close to the dense model",
@@ -41,7 +41,10 @@ def verdict(
     if dense > vocabulary / 2:
         return "no verdict: the dense model is no better than chance"
 
-    for highest_ratio, words in _WORDS_BY_RATIO.items():
+    for (
+        highest_ratio,
+        words,
+    ) in _WORDS_BY_RATIO.items():  # in rising order, so the first one that fits
         if pruned <= highest_ratio * dense:
             return words
     return "broken: prune less"

@@ -175,7 +175,7 @@ class _Speaker:
         pieces: list[str] = []
 
         def say(piece: str, **_: Any) -> None:
-            """Keep a piece of the answer, and print it in a terminal."""
+            """Add a piece of the answer to `pieces`, and print it in a terminal (`self.writes`)."""
             pieces.append(piece)
             if self.writes:
                 print(piece, end="", flush=True)
@@ -233,19 +233,24 @@ class _Speaker:
         )
 
     def _tokens(self, turns: list[dict[str, str]]) -> Any:
-        """Tokens [1, length] of a conversation by the chat template, or of its last turn if there is no template.
+        """Tokenize a conversation by the chat template, or its last turn if there is no template.
 
-        `turns` are dictionaries `{"role": "user" or "assistant", "content": text}`, and stay as they are.
+        Returns a dictionary with `input_ids` and `attention_mask`, [1, length]. `turns` are dictionaries
+        `{"role": "user" or "assistant", "content": text}`, at least one. They stay as they are.
         """
         last = turns[-1]["content"]
         if self.tokenizer.chat_template is None:
             return self.tokenizer(last, return_tensors="pt")
 
-        template = self.tokenizer.apply_chat_template
-        shown: list[Any] = list(turns)
-        reads_strings = last.strip() in template(shown, tokenize=False)
-        if not reads_strings:  # it reads parts, as templates of models that see images do
-            shown = [
+        apply_template = self.tokenizer.apply_chat_template
+        conversation: list[Any] = list(turns)
+        # Templates of models that see images may read lists of parts, and write nothing for a plain string. Whether a
+        # template reads strings is seen in what it writes.
+        reads_strings = last.strip() in apply_template(conversation, tokenize=False)
+        if not reads_strings:
+            conversation = [
                 turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns
             ]
-        return template(shown, return_tensors="pt", return_dict=True, add_generation_prompt=True)
+        return apply_template(
+            conversation, return_tensors="pt", return_dict=True, add_generation_prompt=True
+        )

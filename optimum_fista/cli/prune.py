@@ -9,6 +9,7 @@ one prunes its result. Functions import what they need when they are called, bec
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from contextlib import ExitStack
@@ -217,8 +218,12 @@ def _write_tokens(plan: TokensPlan, request: PruneRequest, is_dry_run: bool) -> 
 def _show_estimate(request: PruneRequest, tokens_first: TokensPlan | None) -> None:
     """Print what a run would prune and need; raises the errors that the run would raise before it prunes.
 
-    No weight of the model is read. For the time, a small random model is pruned in a temporary folder. `tokens_first`
-    is the plan of a run that removes tokens before this one: the estimate is that of the model with all its tokens.
+    There are three kinds of runs. One removes tokens (a pattern such as vocab:0.35): its texts are read and counted.
+    One prunes a model that has lost tokens in a run before (`tokens_first`, the plan of that run, for `--target-size`):
+    the estimate is that of the model with all its tokens. All others are estimated with their time. For that, a small
+    random model with a decoder layer of each kind is pruned in a temporary folder.
+
+    No weight of the model is read. Files that a killed run left beside the output are removed.
     """
     from optimum_fista.cli.overview import details_of, estimate_of, overview_of
     from optimum_fista.folder.output import require_output
@@ -229,14 +234,16 @@ def _show_estimate(request: PruneRequest, tokens_first: TokensPlan | None) -> No
     if request.config.tokens_removal is not None:
         documents, names = _documents(request)
         plan = plan_tokens(request.model, documents, request.config, text_name=names)
-        print(plan.report.removed)
+        print(plan.report.removed)  # a sentence
     elif tokens_first is not None:
         print(*overview_of(estimate_of(request)), sep="\n")
         print("note: these numbers are of the model with all its tokens; time is not estimated")
     else:
         estimate = estimate_of(request)
         print("for the time, a decoder layer of each kind is pruned now", file=sys.stderr)
-        print(*details_of(estimate), sep="\n")
+        lines = details_of(estimate)  # prunes the small model
+        print(*lines, sep="\n")
+    # Last, so that the estimate is printed even if the output has to be another one.
     require_output(request.output, request.overwrite, source=request.model)
 
 
@@ -271,7 +278,7 @@ def _prune(request: PruneRequest, tokens_first: TokensPlan | None) -> int:
         request = request.reading(str(folder))
 
     with (
-        # The messages of this logger are for the user; `ranks` are the processes of the run.
+        # Messages of this logger are shown to the user. `ranks` are the processes of the run.
         speaking_ranks(request.device, "optimum_fista.removal.parts") as ranks,
         ExitStack() as opened,
     ):
@@ -323,43 +330,49 @@ def _prune(request: PruneRequest, tokens_first: TokensPlan | None) -> int:
 def _prepare(
     request: PruneRequest, device: str | None, keep_in: Path
 ) -> tuple[PruneRequest, list[Tensor | dict[str, Any]]]:
-    """Draw the text of a run and print its plan.
+    """Draw the text of a run and print its plan to the standard error.
 
     Returns the request with the batch size and the source of text that the estimate has chosen, and the batches as
-    `calibration_batches` makes them. Text is drawn before the plan is printed, so that nothing but an error is printed
-    if it is empty or too short. Text that the model writes on `device` takes long: it is written after the plan, and
-    kept in the folder `keep_in`.
+    `calibration_batches` makes them.
+
+    A text may be empty or too short. So it is drawn before the plan: in case of an error, nothing else is printed. But
+    text of the source "self" takes long, because the model writes it. So this text is drawn after the plan.
+
+    Args:
+        request: What the user asks for.
+        device: Where the model writes its text, such as "cuda:0"; `None`: it is chosen.
+        keep_in: A folder of the run. Text that the model writes is kept there.
     """
     from optimum_fista.cli.calibration_batches import calibration_batches
     from optimum_fista.cli.overview import plan_of
     from optimum_fista.cli.prune_request import require_held_out
     from optimum_fista.source.loading import require_tokenizer
 
-    request, lines = plan_of(request)
-    require_held_out(request.measure, request.sources)  # the plan may have chosen the text
-    batches = None
-    if request.source == "self":
-        require_tokenizer(request.model)
+    chosen, lines = plan_of(request)
+    require_held_out(chosen.measure, chosen.sources)  # the plan may have chosen the text
+    model_writes_text = chosen.source == "self"
+    if model_writes_text:
+        require_tokenizer(chosen.model)
+        print(*lines, sep="\n", file=sys.stderr)
+        batches = calibration_batches(chosen, device, keep_in)
     else:
-        batches = calibration_batches(request, device, keep_in)
-
-    print(*lines, sep="\n", file=sys.stderr)
-    if batches is None:
-        batches = calibration_batches(request, device, keep_in)
-    return request, batches
+        batches = calibration_batches(chosen, device, keep_in)
+        print(*lines, sep="\n", file=sys.stderr)
+    return chosen, batches
 
 
 def _documents(request: PruneRequest) -> tuple[Any, str]:
     """Read the texts of all sources of the request, for a run that removes tokens.
 
-    Returns an iterator of their documents (texts), and the names of the sources for a report. All sources are opened
-    before the first document is taken, so that an error of one comes at once.
+    Returns an iterator of their documents (texts), and the names of the sources for a report, such as "c4, code.txt".
+    All sources are read before the first document is taken, so that an error of one comes at once. Texts of the Hub are
+    downloaded into its cache.
     """
     from optimum_fista.public_names import public_name
     from optimum_fista.text.sources import load_text
 
     texts = [load_text(source, "calibration") for source in request.sources]
-    documents = (document for text in texts for document in text.documents)
+    documents = itertools.chain.from_iterable(text.documents for text in texts)
     return documents, ", ".join(public_name(source) for source in request.sources)
 
 

@@ -29,7 +29,7 @@ from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.public_names import public_name
 from optimum_fista.records import OperatorReport
-from optimum_fista.removal.parts import ModelOutline, kept_by_kind, removed_parts
+from optimum_fista.removal.parts import Kind, ModelOutline, kept_by_kind, removed_parts
 from optimum_fista.removal.shrinking import plan_shrinking
 from optimum_fista.report import PruningReport
 from optimum_fista.source.formats.dequantizer import dequantizer_of
@@ -209,23 +209,38 @@ def _remaining_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a dense model without the removed parts, each with its name in the smaller model.
 
+    The plan of the smaller model (`plan_shrinking`) is made again, as the run made it. Tensors of removed decoder
+    layers are left out. Weights may be in files until they are yielded.
+
     Args:
         dense_model: The model that the run was given. It is not changed.
-        report: The report of the smaller model.
+        report: The report of the smaller model. `report.model["layers_kept"]` has the numbers of the decoder layers
+            that stay; without this key all stay.
         operators: Those of the report, by the names of their weights in the smaller model.
     """
-    parts = FistaPruningConfig(pattern=report.config["pattern"]).whole_parts
+    # A configuration of a run reads all patterns, such as "vocab:0.35". `None`: no whole part was removed.
+    pattern = FistaPruningConfig(pattern=report.config["pattern"]).whole_parts
     outline = ModelOutline(find_decoder_layers(dense_model))
-    # How many columns or experts stay, by the kind of part; none if only decoder layers or tokens were removed.
-    counts = {} if parts is None else kept_by_kind(removed_parts(outline, parts))
+    # How many groups (columns or experts) of a part stay, by the kind of part.
+    counts = dict[Kind, int]()
+    if pattern is not None:
+        removed = removed_parts(outline, pattern)  # of each kind, how many there are and stay
+        counts = kept_by_kind(removed)  # empty if only decoder layers were removed
     plan = plan_shrinking(outline, counts, layers=report.model.get("layers_kept"))
 
-    # Numbers of the groups that stay (columns or experts), by the name of the operator or mixture in the smaller model.
-    groups_kept = {mixture.name: mixture.groups_kept for mixture in report.mixtures}
-    for name, operator in operators.items():
-        groups_kept[name.removesuffix(".weight")] = operator.groups_kept or ()
-    # The same by the name of the part in the dense model.
-    kept = {part: groups_kept.get(str(plan.new_name(part)), ()) for part in plan.parts}
+    # Numbers of the groups that stay, by the name of the operator or mixture in the smaller model. Operators that are
+    # no part have none.
+    kept_by_new_name = {mixture.name: mixture.groups_kept for mixture in report.mixtures}
+    for weight_name, operator in operators.items():
+        if operator.groups_kept is not None:
+            kept_by_new_name[weight_name.removesuffix(".weight")] = operator.groups_kept
+    # The same by the name of the part in the dense model, for `shrink_tensor`. The plan has no parts of removed decoder
+    # layers.
+    kept = dict[str, tuple[int, ...]]()
+    for part_name in plan.parts:
+        new_name = plan.new_name(part_name)
+        if new_name is not None:
+            kept[part_name] = kept_by_new_name.get(new_name, ())
 
     for name in _tensor_names(dense_model):
         new_name = plan.new_name(name)

@@ -44,7 +44,7 @@ from optimum_fista.model.layers import token_limits
 from optimum_fista.packed.format import PackedFormatError
 from optimum_fista.records import MixtureReport, OperatorReport
 from optimum_fista.removal.experts import experts_to_keep
-from optimum_fista.removal.parts import runs_of_experts
+from optimum_fista.removal.parts import count_router_groups
 from optimum_fista.report import PruningReport
 from optimum_fista.solve.pattern import SparsityPattern, pack_mask, unpack_mask
 from optimum_fista.solve.patterns import Columns, parse_pattern
@@ -190,12 +190,15 @@ def _verify_operators(
     Returns:
         What was counted in the operators that this run pruned, and in all with a mask (`report.masked`).
     """
-    # By identity, because an operator may be in both lists of the report, under one name.
+    # An operator that lost columns in this run and has zeros of an earlier one is reported twice under one name: in
+    # `report.operators` and in `report.carried`. `report.masked` has only the second report. So reports are told apart
+    # by their identity: `read_operators` yields the objects of these lists, not copies.
     masked = {id(operator) for operator in report.masked}
     pruned = {id(operator) for operator in report.operators}
     of_this_run = _Counts()
     in_all = _Counts()
     read_operators = packed_operators if is_packed(folder) else _stored_operators
+    # `weight` is in the layout of the file, and `packed_mask` is uint8, with eight weights in a byte
     for operator, weight, packed_mask in read_operators(folder, report):
         zeros_of_operator = _verify_operator(operator, weight, packed_mask)
         if id(operator) in pruned:
@@ -211,7 +214,8 @@ def _stored_operators(
 ) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
     """Yield every operator of a folder that is not packed, with its weight and its packed mask as they are stored.
 
-    First come those that this run pruned, then those that it carried over.
+    First come those that this run pruned, then those that it carried over. The yielded reports are the objects in
+    `report`.
 
     Args:
         folder: The folder that is verified.
@@ -349,11 +353,14 @@ def _mask_before_removal(
 
 
 def _verify_model(folder: Path, report: PruningReport) -> int | None:
-    """Check the report against the model that `config.json` describes: its size, and the shapes that became smaller.
+    """Check the report against the model that `config.json` describes, which is made without weights.
+
+    Its number of parameters is checked; if tokens were removed, the size of its vocabulary; if parts were removed, the
+    shapes of all tensors, and the experts of each mixture.
 
     Args:
         folder: The folder that is verified.
-        report: The report in it.
+        report: The report in it. `report.removed` says in words which parts were removed; it is empty if none were.
 
     Returns:
         The number of the model's parameters; `None` if Transformers can't make a model of its class, in which case
@@ -371,13 +378,14 @@ def _verify_model(folder: Path, report: PruningReport) -> int | None:
         )
     tokens = kept_tokens(folder)
     if tokens is not None:  # the model has lost tokens
-        num_rows, _ = token_limits(model)
+        num_rows, _ = token_limits(model)  # rows of the embedding, and the longest sequence
         _verify_vocabulary(folder, num_kept=len(tokens), num_rows=num_rows)
-    if report.removed:
+    has_lost_parts = bool(report.removed)
+    if has_lost_parts:
         _verify_shapes(folder, model)
-        runs = runs_of_experts(model.config.get_text_config(decoder=True))
+        router_groups = count_router_groups(model.config.get_text_config(decoder=True))
         for mixture in report.mixtures:
-            _verify_mixture(model, mixture, runs)
+            _verify_mixture(model, mixture, router_groups)
     return num_parameters
 
 
@@ -394,7 +402,7 @@ def _verify_vocabulary(folder: Path, *, num_kept: int, num_rows: int) -> None:
     if tokenizer is None:
         return
     vocabulary = tokenizer.get_vocab()  # ids by token
-    last = max(vocabulary, key=vocabulary.__getitem__)
+    last = max(vocabulary, key=lambda token: vocabulary[token])  # the token with the highest id
     if vocabulary[last] >= num_rows:
         raise VerificationError(
             f"the tokenizer's token {last!r} has the id {vocabulary[last]}, the embedding has {num_rows} rows: the "
@@ -458,13 +466,14 @@ def _verify_shapes(folder: Path, model: PreTrainedModel) -> None:
             )
 
 
-def _verify_mixture(model: PreTrainedModel, mixture: MixtureReport, runs: int) -> None:
+def _verify_mixture(model: PreTrainedModel, mixture: MixtureReport, router_groups: int) -> None:
     """Check that a mixture has as many experts as the report names, and that these are the most salient ones.
 
     Args:
         model: The smaller model, without weights.
         mixture: What the report says.
-        runs: Experts are divided into this many runs, of which each keeps equally many (`runs_of_experts`).
+        router_groups: The router chooses among so many groups of experts first (`count_router_groups`). Each group
+            keeps equally many.
     """
     # The experts share tensors; their module has no parameters but these.
     fused = model.get_submodule(mixture.name).parameters(recurse=False)
@@ -476,8 +485,8 @@ def _verify_mixture(model: PreTrainedModel, mixture: MixtureReport, runs: int) -
             f"{mixture.name} has {numbers.pop()} experts, and the report says {num_kept}."
         )
     saliency = torch.tensor(mixture.saliency, dtype=torch.float64)
-    is_divided = len(saliency) % runs == 0
-    if not is_divided or mixture.groups_kept != experts_to_keep(saliency, num_kept, runs):
+    is_divided = len(saliency) % router_groups == 0
+    if not is_divided or mixture.groups_kept != experts_to_keep(saliency, num_kept, router_groups):
         raise VerificationError(
             f"{mixture.name}: groups_kept are not the experts with the largest saliency."
         )

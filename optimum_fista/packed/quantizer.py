@@ -79,16 +79,23 @@ class FistaPackedConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"weights={weights!r}: pass the name of a safetensors file in the folder, or its index."
             )
-        # An identifier has no sign of a regular expression, so it matches itself alone.
-        names = [name for name in parameters if isinstance(name, str) and name.isidentifier()]
-        is_list_of_names = not isinstance(parameters, str) and len(names) == len(parameters)
-        if not is_list_of_names:
+        # Patterns of the conversion `Unpack` are made of these names (`update_weight_conversions`). An identifier has
+        # no sign of a regular expression, so it matches itself alone.
+        is_list = not isinstance(parameters, str)
+        if not is_list or not all(_is_identifier(name) for name in parameters):
             raise ValueError(f"parameters={parameters!r}: pass a list of names such as 'weight'.")
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.runtime = runtime
         self.weights = weights
         self.parameters = list(parameters)  # JSON has no tuples
-        self.dequantize = True  # Transformers then treats the loaded model as a dense one
+        # Transformers reads this attribute of quantization settings after loading. True: it removes them from the model,
+        # which then is a dense one.
+        self.dequantize = True
+
+
+def _is_identifier(name: object) -> bool:
+    """Tell whether a value of a JSON file is a name of letters, digits and underscores, such as "weight"."""
+    return isinstance(name, str) and name.isidentifier()
 
 
 def read_packed(files: Mapping[str, Path], name: str) -> PackedTensor:

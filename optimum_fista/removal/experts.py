@@ -10,8 +10,9 @@ smaller model is a `Shrinking`.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -50,46 +51,47 @@ def remove_experts(
     """Choose the experts of a decoder layer that stay, and refit them.
 
     Args:
-        part: The mixture.
+        part: The mixture, called as the module of its experts, such as "model.layers.3.mlp.experts".
         layer_name: The name of its decoder layer, such as "model.layers.3".
-        targets: Of that layer, whose operators are pruned; they have the layer.
+        targets: Has the decoder layer (`targets.activations.layer`), whose other operators are pruned already, the
+            hidden states that enter it, and what it should return.
         count: How many experts stay.
         plan: Of a model that loses experts only.
-        write: Overwrites the weight [out, in] of an expert's operator in the layer; `None`: nothing is refitted. Only
-            by this, for down projections, the layer is changed.
+        write: Overwrites the weight [out, in] of an operator of an expert in the layer (`PrunedWeights.write`). It is
+            called for the down projections that are refitted, and changes the layer; nothing else here does. `None`:
+            nothing is refitted.
 
     Returns:
-        A copy of the layer without the other experts, which shares all tensors that stay whole, and the report of the
-        mixture. The layer itself keeps all experts.
+        A copy of the layer without the other experts, and the report of the mixture. The copy shares all tensors that
+        stay whole; its experts are tensors of their own, with the refitted weights. The layer itself keeps all experts.
     """
     started = time.perf_counter()
     layer = targets.activations.layer
     experts = experts_of(part, layer_name, layer)
     scores = score_experts(experts, targets)
-    kept = experts_to_keep(scores.saliency, count, part.equal_runs)  # their numbers, rising
+    kept = experts_to_keep(scores.saliency, count, part.num_router_groups)  # their numbers, rising
     smaller_layer = smaller_copy(plan, layer_name, layer, {part.name: kept})
 
     # runs the smaller layer on all tokens, which the router sends to the experts that stay
     mixture = SmallerMixture(
         experts_of(part, layer_name, smaller_layer),
-        replace(targets.activations, layer=smaller_layer),
-        targets.entering.to_prune_on,
-        scores.targets,
+        activations=replace(targets.activations, layer=smaller_layer),
+        hidden_states=targets.entering.to_prune_on,  # those that enter the layer in the pruned network
+        targets=scores.targets,
     )
     errors_before = mixture.errors()
     errors = errors_before
     num_refitted = 0
     message = ""
     if write is not None:
-        # down projections of all experts, in the layer that keeps them
+        # The down projections of all experts in the layer that keeps them, in the order of the experts' numbers.
         down = [operator for operator in experts.operators if operator.kind == "down_proj"]
-        write_weight = write
-
-        def write_expert(number: int, weight: Tensor) -> None:
-            """Overwrite the down projection of an expert in the layer; `number` counts the experts that stay."""
-            write_weight(down[kept[number]], weight)
-
-        num_refitted, message = mixture.refit(write_expert)
+        operators_that_stay = [down[number] for number in kept]
+        # The refit changes the smaller layer, and gives the same weights to `write` for the layer that keeps all
+        # experts: the run saves that one, cut in the same way.
+        num_refitted, message = mixture.refit(
+            partial(_write_expert, operators=operators_that_stay, write=write)
+        )
         errors = mixture.errors()
 
     report = MixtureReport(
@@ -106,6 +108,20 @@ def remove_experts(
         residual_corrected=targets.adds_experts,
     )
     return smaller_layer, report
+
+
+def _write_expert(
+    number: int,
+    weight: Tensor,
+    *,
+    operators: Sequence[LinearOperator],
+    write: Callable[[LinearOperator, Tensor], None],
+) -> None:
+    """Overwrite the down projection of an expert in the layer that keeps all experts, by `write`.
+
+    `number` counts the experts that stay, and `operators` are their down projections; `weight` is [out, in].
+    """
+    write(operators[number], weight)
 
 
 def experts_of(part: Part, layer_name: str, layer: nn.Module) -> FusedExperts:
@@ -126,11 +142,12 @@ def score_experts(experts: FusedExperts, targets: LayerTargets) -> ExpertScores:
     expert_targets = activations.store()  # a list of tensors, one for each batch
 
     def add_outputs(expert: int, tokens: Tensor, outputs: Tensor) -> None:
-        """Add outputs of an expert in one batch to `norms` and `num_tokens`.
+        """Add outputs of an expert in one batch to `norms` and `num_tokens` of the outer function.
 
         `outputs` [tokens, out] are weighted by the router; `tokens` are the numbers of their tokens in the batch.
         """
-        # the number of this batch: its target is added after it has run
+        # The number of this batch. `expert_targets` has a target of each batch before it: that of this batch is added
+        # after it has run.
         batch = len(expert_targets)
         if activations.held_out[batch]:
             return
@@ -154,13 +171,14 @@ def score_experts(experts: FusedExperts, targets: LayerTargets) -> ExpertScores:
     return ExpertScores(num_tokens.cpu(), saliency.cpu(), expert_targets)
 
 
-def experts_to_keep(saliency: Tensor, count: int, equal_runs: int = 1) -> tuple[int, ...]:
+def experts_to_keep(saliency: Tensor, count: int, num_router_groups: int = 1) -> tuple[int, ...]:
     """Return the numbers of the `count` most salient experts, rising; the first ones if several are equal.
 
-    `saliency` is [experts]. The experts are `equal_runs` runs of equal length, one after the other, as the router
-    chooses among them; equally many of every run are chosen.
+    `saliency` is [experts]. If the router chooses groups of experts first, there are `num_router_groups` of them, of
+    equal size and one after the other. Equally many experts of each group are kept.
     """
-    by_run = saliency.view(equal_runs, -1)  # [experts] -> [runs, experts of a run]
-    best = by_run.argsort(dim=1, descending=True, stable=True)[:, : count // equal_runs]
-    first_of_run = torch.arange(equal_runs)[:, None] * by_run.shape[1]
-    return tuple(sorted((best + first_of_run).flatten().tolist()))
+    by_group = saliency.view(num_router_groups, -1)  # [experts] -> [groups, experts of a group]
+    kept_of_group = count // num_router_groups
+    best = by_group.argsort(dim=1, descending=True, stable=True)[:, :kept_of_group]
+    first_of_group = torch.arange(num_router_groups)[:, None] * by_group.shape[1]
+    return tuple(sorted((best + first_of_group).flatten().tolist()))

@@ -56,19 +56,24 @@ def values_by_layer(config: PreTrainedConfig, word: str) -> list[Any]:
     return values
 
 
-def scaled(overrides: Overrides, words: Collection[str], count: int, groups: int) -> Overrides:
-    """Copy overrides for parts of `count` instead of `groups` groups.
+def scaled(
+    overrides: Overrides, words: Collection[str], *, new_groups: int, old_groups: int
+) -> Overrides:
+    """Copy overrides, with some numbers in the proportion in which the number of groups of a part falls.
 
-    The numbers of the settings called `words`, such as "num_key_value_heads", become smaller in this proportion. All
-    other settings stay.
+    `words` are the settings that change, such as "num_key_value_heads". Each of their values becomes `value *
+    new_groups / old_groups`: 8 heads become 6 if 3 of 4 groups stay. Settings that a layer leaves open (None) and all
+    other settings stay. The values are multiples of `old_groups`, so that nothing is rounded, except by a caller that
+    only wants smaller numbers.
     """
     scaled_overrides: Overrides = {}
     for number, settings in overrides.items():
-        of_layer = dict(settings)
+        settings_of_layer = dict(settings)  # a copy
         for word in words:
-            if of_layer.get(word) is not None:
-                of_layer[word] = of_layer[word] * count // groups
-        scaled_overrides[number] = of_layer
+            value = settings_of_layer.get(word)
+            if value is not None:
+                settings_of_layer[word] = (value * new_groups) // old_groups
+        scaled_overrides[number] = settings_of_layer
     return scaled_overrides
 
 

@@ -80,7 +80,11 @@ class SmallerMixture:
         place = activations.device if keeps_in_file else activations.storage
 
         def add_batch(batch: int, assigned: AssignedTokens) -> None:
-            """Add `Y - E*` of a batch to `self._residuals`, and the energy of `Y` to `self._energies`."""
+            """Add `Y - E*` of a batch to `self._residuals`, and the energy of `Y` to `self._energies`.
+
+            `assigned` has the inputs of the mixture in this batch. From the outer function: `targets` are `Y`, and
+            `place` is the device on which residuals wait.
+            """
             target = targets[batch].to(activations.device)
             num_tokens = target.shape[:2].numel()
             output = sum_of_experts(experts.outputs(assigned), num_tokens).view(target.shape)
@@ -211,13 +215,21 @@ class SmallerMixture:
         )
 
     def _update_residuals(self, expert: int, change: Tensor) -> None:
-        """Update `Y - E*` of all batches in place (`self._residuals`) for a `change` [out, in] of one weight."""
+        """Update `self._residuals`, which are `Y - E*` of each batch, after one down projection has changed; in place.
+
+        `E*` are the outputs of the experts that stay, and `Y` their targets. `expert` is the number of the expert, from
+        0, among those that stay. `change` [out, in] is its new weight minus the one before. The inputs of the expert
+        are computed again: nothing else runs or changes.
+        """
         for batch, residual in enumerate(self._residuals):
+            # inputs times the router's weights, and the numbers of their tokens in the batch
             inputs, tokens = self._weighted_inputs(expert, batch)
             change_of_outputs = (inputs @ change.T).to(residual.device)  # [tokens, out]
-            rows = tokens.to(residual.device)
-            by_token = residual.flatten(0, 1)  # a view, [tokens, out]
-            by_token[rows] = (by_token[rows].float() - change_of_outputs).to(by_token.dtype)
+            tokens = tokens.to(residual.device)
+            # [batch, sequence, out] -> [tokens, out], a view because a residual is contiguous: `residual` is written
+            by_token = residual.flatten(0, 1)
+            changed = by_token[tokens].float() - change_of_outputs
+            by_token[tokens] = changed.to(by_token.dtype)
 
     def _weighted_inputs(self, expert: int, batch: int) -> tuple[Tensor, Tensor]:
         """Compute `p_e z_e` [tokens, in], float32: inputs of an expert's down projection times the router's weights.

@@ -77,8 +77,9 @@ class Part:
     groups: int
     width: int  # columns of a group: 1 for channels; for heads, those of the query heads of one key-value head
     tensors: Mapping[str, GroupAxis]  # that shrink, by their names in the model
-    # Runs of equal length; each keeps equally many groups. Only routers that choose runs of experts first have several.
-    equal_runs: int = 1
+    # Some routers first choose groups of experts, and then experts in these (`n_group` of DeepSeek-V3). Experts of a
+    # router's group follow each other, and each of its groups keeps equally many. 1: the router chooses experts only.
+    num_router_groups: int = 1
 
     @property
     def is_mixture(self) -> bool:
@@ -132,7 +133,7 @@ class Parts:
     words: Mapping[str, int | None]
     groups: int = 0  # of each part; 0 as long as they have to be counted in columns
     constants: Mapping[str, int] = field(default_factory=dict)  # further settings to state
-    equal_runs: int = 1  # as in `Part`
+    num_router_groups: int = 1  # as in `Part`
     at_least: int = 1  # groups: a mixture needs as many experts as a token is sent to
     # In the order of the decoder layers, of which each may have several or none.
     parts: tuple[Part, ...] = ()
@@ -157,7 +158,7 @@ class Parts:
         """
         if overrides is None:
             return None
-        return scaled(overrides, self.words, count, self.groups)
+        return scaled(overrides, self.words, new_groups=count, old_groups=self.groups)
 
 
 class ModelOutline:
@@ -261,7 +262,9 @@ def removed_parts(outline: ModelOutline, pattern: WholeParts) -> list[RemovedPar
         else:
             parts = outline.parts(share.kind)
             number = parts.groups
-            kept = share.num_kept(number, parts.equal_runs, parts.at_least)  # raises ValueError
+            kept = share.num_kept(
+                number, parts.num_router_groups, parts.at_least
+            )  # raises ValueError
         removed.append(RemovedParts(share, number, kept))
     return removed
 
@@ -282,7 +285,9 @@ def _find_parts(outline: ModelOutline, kind: Kind) -> Parts:
     If none does, a ValueError has the reason for each word. `outline` is read, and builds its copy without weights.
     """
     model_class = type(outline.model).__name__
-    for name, reason in outline.layers.shared.items():  # operators that share a weight with others
+    if outline.layers.shared:
+        # an operator that shares its weight with another one
+        name, reason = next(iter(outline.layers.shared.items()))
         raise UnsupportedArchitectureError(f"{model_class} can't lose {kind}: {name} {reason}.")
 
     reasons = list[str]()
@@ -371,48 +376,69 @@ def _stated_experts(config: PreTrainedConfig, word: str, value: int) -> Parts:
     """
     # how many experts a token is sent to
     top_k = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1
-    runs = runs_of_experts(config)
-    if runs == 1:
+    router_groups = count_router_groups(config)
+    if router_groups == 1:
         at_least = top_k
     else:
-        # how many runs a token is sent to
-        chosen_runs = getattr(config, "topk_group", None) or runs
-        # A router of runs compares them by the sum of their two best experts (DeepSeek-V3, arXiv 2412.19437).
-        at_least = max(math.ceil(top_k / chosen_runs), 2) * runs
-    return Parts("experts", {word: value}, value, equal_runs=runs, at_least=at_least)
+        # to experts of how many groups a token is sent
+        chosen_groups = getattr(config, "topk_group", None) or router_groups
+        # Such a router compares groups by the sum of their two best experts (DeepSeek-V3, arXiv 2412.19437).
+        at_least = max(math.ceil(top_k / chosen_groups), 2) * router_groups
+    return Parts(
+        "experts",
+        {word: value},
+        groups=value,
+        num_router_groups=router_groups,
+        at_least=at_least,
+    )
 
 
-def runs_of_experts(config: PreTrainedConfig) -> int:
-    """Count the runs of experts that the router chooses among first; 1 if it does not."""
+def count_router_groups(config: PreTrainedConfig) -> int:
+    """Count the groups of experts that the router of a mixture chooses first; 1 if it chooses experts at once.
+
+    `config` is a text configuration.
+    """
     return getattr(config, "n_group", None) or getattr(config, "num_expert_group", None) or 1
 
 
 def _with_parts(outline: ModelOutline, stated: Parts) -> Parts:
-    """Copy the stated numbers, with the parts that become smaller if these numbers do.
+    """Find the parts of one kind in all decoder layers, and return a copy of `stated` that has them.
 
-    `stated` has what the configuration says of one kind, and no parts yet (`_stated_number`). Refuses a model if other
-    tensors become smaller, too.
+    A part is made of tensors that become smaller if the numbers in the configuration do. Refuses a model in which other
+    tensors become smaller, too, or in which parts differ in their number of groups. The messages continue a sentence
+    such as "LlamaForCausalLM can't lose heads: " (`_find_parts`).
+
+    `outline` builds its copy without weights if it has none yet. `stated` has what the configuration says of one kind,
+    and no parts yet (`_stated_number`).
     """
-    axes, fewer = _shrinking_axes(outline, stated)
+    # The axis on which a tensor becomes smaller, by its name; and the smaller settings, as text for messages.
+    axes, smaller_settings = _shrinking_axes(outline, stated)
 
     parts = list[Part]()
     for layer_name, _ in outline.layers:
+        prefix = (
+            f"{layer_name}."  # with a dot: "model.layers.1." is no beginning of "model.layers.10"
+        )
         if stated.kind == "experts":
-            parts += _mixtures(outline, f"{layer_name}.", axes, stated)
+            parts += _mixtures(outline, prefix, axes, stated)
         else:
-            parts += _operators(outline, f"{layer_name}.", axes, stated)
+            parts += _operators(outline, prefix, axes, stated)
 
     tensors_of_parts = {name for part in parts for name in part.tensors}
     unexpected = axes.keys() - tensors_of_parts
     if unexpected:
-        raise UnsupportedArchitectureError(f"{min(unexpected)} changes as well with {fewer}")
+        raise UnsupportedArchitectureError(
+            f"{min(unexpected)} changes as well with {smaller_settings}"
+        )
     if not parts:
-        raise UnsupportedArchitectureError(f"no tensor of a decoder layer changes with {fewer}")
+        raise UnsupportedArchitectureError(
+            f"no tensor of a decoder layer changes with {smaller_settings}"
+        )
     first = parts[0]
     for part in parts:
         if part.groups != first.groups:  # one word of the configuration can't state two sizes
             raise UnsupportedArchitectureError(
-                f"{first.name} has {first.groups} of them and {part.name} {part.groups}"
+                f"{first.name} has {first.groups} {stated.kind}, and {part.name} has {part.groups}"
             )
     return replace(stated, groups=first.groups, parts=tuple(parts))
 
@@ -433,7 +459,7 @@ def _shrinking_axes(outline: ModelOutline, stated: Parts) -> tuple[dict[str, int
         raise UnsupportedArchitectureError(f"there is a single one ({as_text(stated.words)})")
     overrides = overrides_of(outline.text_config)
     if overrides is not None:
-        overrides = scaled(overrides, stated.words, 1, divisor)
+        overrides = scaled(overrides, stated.words, new_groups=1, old_groups=divisor)
     small = described_model(outline.model, {**fewer, **stated.constants}, overrides)
 
     axes = dict[str, int]()
@@ -571,9 +597,14 @@ def _mixtures(
 ) -> Iterator[Part]:
     """Find the mixture of a decoder layer: tensors with an entry for each expert on one axis.
 
-    Yields one part, or none if the layer has no mixture. `prefix` is the name of the layer with a dot, such as
-    "model.layers.3."; `axes` has the axis on which a tensor becomes smaller, by its name (`_shrinking_axes`); `stated`
-    has the number of experts. The outline is only read.
+    Yields one part, or none if the layer has no mixture. Raises UnsupportedArchitectureError if the layer has a mixture
+    of another form.
+
+    Args:
+        outline: Of the model; only read.
+        prefix: The name of the layer with a dot, such as "model.layers.3.".
+        axes: The axis on which a tensor becomes smaller, by its name (`_shrinking_axes`).
+        stated: The number of experts (`groups`) and of groups of the router, without any part yet (`_stated_number`).
     """
     tensors = {
         name: tensor
@@ -584,23 +615,30 @@ def _mixtures(
     if not shrinking:
         return
 
-    wrong = [name for name in shrinking if tensors[name].shape[axes[name]] != stated.groups]
-    # such as a table of the experts of every token, whose numbers would be wrong
-    wrong += [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
-    if wrong:
-        raise UnsupportedArchitectureError(
-            f"{wrong[0]} is not a mixture with one entry for each expert"
-        )
+    for name in shrinking:
+        has_entry_for_each_expert = tensors[name].shape[axes[name]] == stated.groups
+        if not has_entry_for_each_expert:
+            raise UnsupportedArchitectureError(
+                f"{name} is not a mixture with one entry for each expert"
+            )
+    for name, tensor in tensors.items():
+        # Whole numbers in a layer with a mixture may be numbers of experts, such as a table with the experts of every
+        # token. They would be wrong for fewer experts.
+        if not tensor.is_floating_point():
+            raise UnsupportedArchitectureError(
+                f"{name} is not a mixture with one entry for each expert"
+            )
     # names of modules that have the matrices of all experts in one tensor of three axes
     fused = {name.rpartition(".")[0] for name in shrinking if tensors[name].ndim == 3}
     if len(fused) != 1:
         raise UnsupportedArchitectureError(
             f"{prefix.rstrip('.')} is not a mixture with one entry for each expert"
         )
+    (module_of_experts,) = fused
     yield Part(
-        name=fused.pop(),
+        name=module_of_experts,
         groups=stated.groups,
         width=1,
-        tensors={name: GroupAxis(axes[name], 1) for name in shrinking},
-        equal_runs=stated.equal_runs,
+        tensors={name: GroupAxis(axes[name], repeats=1) for name in shrinking},
+        num_router_groups=stated.num_router_groups,
     )

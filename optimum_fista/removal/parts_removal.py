@@ -448,7 +448,8 @@ class PartsRemoval(Removal):
         report.lost_masks = [self.new_name(name) or name for name in report.lost_masks]
         model = self.layers.model
         # reads the configuration as the earlier run has left it, so before it is replaced
-        _warn_of_lost_masks(report, model.config, is_known=self.earlier_masks is not None)
+        masks_were_found = self.earlier_masks is not None
+        _warn_of_lost_masks(report, model.config, masks_were_found)
 
         model.config = self.smaller_plan.model.config
         report.model["parts_removed"] = [str(removed) for removed in self.removed_parts]
@@ -536,11 +537,16 @@ def _plan_fewer_experts(
     return plan_shrinking(outline, {"experts": counts["experts"]})
 
 
-def _warn_of_lost_masks(report: PruningReport, config: PreTrainedConfig, is_known: bool) -> None:
+def _warn_of_lost_masks(
+    report: PruningReport, config: PreTrainedConfig, masks_were_found: bool
+) -> None:
     """Add a warning to the report if the model has zeros of an earlier run whose masks are not carried.
 
-    `config` is the model's, in which the earlier run has noted its pattern and its number of zeros. `is_known` says
-    whether the masks were found in the folder of the model.
+    There are two reasons, which exclude each other. If the masks were found in the folder of the model
+    (`masks_were_found`), the run may have fitted some weights anew (`report.lost_masks`, names such as
+    "model.layers.3.mlp.down_proj.weight"). Otherwise nobody knows where the zeros are.
+
+    `config` is the model's. The earlier run has noted its pattern and its number of zeros in it.
     """
     earlier = getattr(config, CONFIG_KEY, None)
     if earlier is None:
@@ -553,7 +559,7 @@ def _warn_of_lost_masks(report: PruningReport, config: PreTrainedConfig, is_know
             f"earlier run ({earlier.get('pattern')}): {names}. Pass a method that changes no weights, such as "
             "method='wanda' and residual_correction=0, or remove parts first."
         )
-    elif num_zeros and not is_known:
+    elif num_zeros > 0 and not masks_were_found:
         report.warn(
             f"the masks of an earlier run ({earlier.get('pattern')}, {num_zeros:,} zeros) are not known, so they are "
             "not carried: prune the folder that the earlier run has saved."

@@ -218,18 +218,27 @@ def _settings_of_parts(
 def _require_described_model(outline: ModelOutline) -> None:
     """Refuse a model whose decoder layers share weights, or whose tensors are not those of its configuration.
 
-    `outline.shapes` are the shapes that the configuration describes, by the name of the tensor.
+    `outline.model` is the model itself. `outline.shapes` are the shapes that its configuration describes, by the name
+    of the tensor. `outline.layers.shared` has operators that share their weight, each with the end of a sentence that
+    says so.
     """
     model = outline.model
-    for name, reason in outline.layers.shared.items():
+    if outline.layers.shared:
+        name, reason = next(iter(outline.layers.shared.items()))
         raise UnsupportedArchitectureError(
             f"{type(model).__name__} can't be made smaller: {name} {reason}."
         )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tuple(tensor.shape) != outline.shapes.get(name):
+        described_shape = outline.shapes.get(name)
+        if described_shape is None:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, but {type(model.config).__name__} describes "
-                f"{outline.shapes.get(name, 'no such tensor')}: pass a model as from_pretrained loads it."
+                "no such tensor: pass a model as from_pretrained loads it."
+            )
+        if tuple(tensor.shape) != described_shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, but {type(model.config).__name__} describes "
+                f"{described_shape}: pass a model as from_pretrained loads it."
             )
 
 
@@ -354,5 +363,7 @@ def _may_become(word: str, old: Any, new: Any, plan: Shrinking, total: int) -> b
     if is_number_of_layer and old in plan.layers and new == plan.layers.index(old):
         return True
     # a size that shrinks in proportion with one of the parts
+    if old == 0:
+        return False
     shares_kept = {Fraction(plan.num_kept[name], part.groups) for name, part in plan.parts.items()}
-    return old != 0 and Fraction(new, old) in shares_kept
+    return Fraction(new, old) in shares_kept

@@ -49,26 +49,32 @@ def configurations_in(config: PreTrainedConfig) -> list[PreTrainedConfig]:
 
 
 def configuration_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """The configurations beside that of the model, by file name: of generation, tokenizer and processor."""
+    """Read the configurations in a model's folder, by file name: those of generation, tokenizer and processor.
+
+    `config.json`, which is that of the model itself, is not among them.
+    """
     return {file.name: read_json(file) for file in sorted(folder.glob("[!.]*_config.json"))}
 
 
 def ids_in(values: Mapping[str, Any]) -> set[int]:
-    """All numbers in JSON values that are ids of tokens by their keys; some may be no token, such as -1."""
+    """Collect all numbers in JSON values that are ids of tokens by their keys; some may be no token, such as -1.
+
+    `values` are those of a configuration, such as {"eos_token_id": 2}. They are not changed.
+    """
     ids = set[int]()
 
     def note(index: int) -> int:
-        """Add a number to `ids`, and leave it as it is."""
+        """Add a number to `ids` of the outer function, and return it."""
         ids.add(index)
         return index
 
-    # `note` is called with each id, and the result is not needed.
+    # `_replaced` calls `note` with each id that it meets. The copy that it makes is not needed.
     _replaced(values, note, are_ids=False)
     return ids
 
 
 def renumbered(values: Mapping[str, Any], new_ids: Mapping[int, int]) -> dict[str, Any]:
-    """A copy of JSON values with the new ids of tokens; numbers that have no new id stay, such as -1.
+    """Copy JSON values with the new ids of tokens; numbers that have no new id stay, such as -1.
 
     Entries of removed tokens are left out of lists and maps of tokens (`added_tokens_decoder`,
     `forced_decoder_ids`, `lang_to_id`, `task_to_id`).
@@ -102,7 +108,8 @@ def renumbered(values: Mapping[str, Any], new_ids: Mapping[int, int]) -> dict[st
 def _replaced(value: Any, change: Callable[[int], int], are_ids: bool) -> Any:
     """Copy a JSON value, and replace all ids of tokens in it by what `change` returns of them.
 
-    `are_ids`: the numbers in `value` are ids, because the key to which it belongs says so.
+    `are_ids`: all numbers in `value` are ids, because it stands under a key that says so. If not, only those under such
+    a key in `value` are. Begin with False for a whole file.
     """
     if isinstance(value, dict):
         return {key: _replaced_at(key, inner, change, are_ids) for key, inner in value.items()}

@@ -88,12 +88,12 @@ def source_content(source: Path | None) -> dict[str, Any] | None:
 
 
 def _section_of(source: Mapping[str, Any], config: PreTrainedConfig) -> dict[str, Any] | None:
-    """Return what describes the model of `config` in `source`: all of it, or a section; `None` if nothing does.
+    """Copy what describes the model of `config` in `source`: all of it, or one section; `None` if nothing does.
 
-    `source` is the content of a `config.json`. A model type in it that is that of `config` decides.
+    `source` is the content of a `config.json`. It is the first dictionary in it whose `model_type` is that of `config`.
     """
-    sections = [source, *(value for value in source.values() if isinstance(value, dict))]
-    for section in sections:
+    inner_sections = [value for value in source.values() if isinstance(value, dict)]
+    for section in (source, *inner_sections):
         if section.get("model_type") == config.model_type:
             return dict(section)
     return None

@@ -174,12 +174,17 @@ def local_source(model: PreTrainedModel) -> Path | None:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer of a model (a Hub id, or a folder); `None` if a model folder has no files of one."""
-    require_no_configuration_file(name, "tokenizer")
+    """Load the tokenizer of a model (a Hub id, or a folder); `None` if a model folder has no files of one.
+
+    The tokenizer of a Hub id is downloaded into the cache. ValueError if `name` is the path of a `config.json` itself.
+    """
+    require_no_configuration_file(name, missing="tokenizer")
     folder = Path(name)
-    has_tokenizer = any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
-    if (folder / "config.json").is_file() and not has_tokenizer:
-        return None
+    is_model_folder = (folder / "config.json").is_file()
+    if is_model_folder:
+        files_of_tokenizer = [file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)]
+        if not files_of_tokenizer:
+            return None
     tokenizer: PreTrainedTokenizerBase = _read(AutoTokenizer, name)
     return tokenizer
 
@@ -219,9 +224,8 @@ def model_class(config: PreTrainedConfig) -> Any:
     `config.architectures` names. If it names no class that writes text (Transformers may load such a model in part),
     the causal one is taken. Raises ValueError if Transformers has no class that writes text for the configuration.
     """
-    class_names: dict[
-        Any, str
-    ] = {}  # name of the model's class, by the automatic class that makes it
+    # name of the model's class, by the automatic class that makes it
+    class_names = dict[Any, str]()
     for automatic in (AutoModelForCausalLM, AutoModelForMultimodalLM):
         classes = internals.classes_by_configuration(automatic)
         if type(config) in classes:

@@ -74,39 +74,50 @@ class StoredTensor:
         return load(file)[""]
 
     def selected(self, axis: int, entries: Tensor) -> StoredTensor:
-        """Describe this tensor with only some entries of an axis, in their order. Nothing is read now.
+        """Describe this tensor with only some slices along an axis, such as some rows. Nothing is read now.
 
-        `entries` are their indices, int64 [entries that stay]. The whole tensor is read when the result is written.
+        `axis` is the number of the axis, and `entries` are the indices of the slices that stay, int64, in the order
+        that they get. The whole tensor is read when the result is written. A value has whole bytes (not FP4).
         """
         shape = list(self.shape)
         shape[axis] = len(entries)
+        pieces_of_whole = self.pieces
 
-        def pieces() -> Iterator[bytes | memoryview]:
-            """Read the bytes of the entries as one piece."""
-            whole = torch.frombuffer(bytearray().join(self.pieces()), dtype=torch.uint8)
-            values = whole.view(*self.shape, -1)  # [..., bytes of a value]
+        def pieces_of_entries() -> Iterator[bytes | memoryview]:
+            """Read the whole tensor, and yield the bytes of the slices `entries` as one piece."""
+            buffer = bytearray().join(
+                pieces_of_whole()
+            )  # torch wants memory that may be written to
+            whole = torch.frombuffer(buffer, dtype=torch.uint8)
+            values = whole.view(*self.shape, -1)  # one more axis: the bytes of a value
             yield bytes_of_values(values.index_select(axis, entries))
 
-        bytes_of_an_entry = self.num_bytes // self.shape[axis]
+        bytes_of_a_slice = self.num_bytes // self.shape[axis]
         return replace(
             self,
             shape=tuple(shape),
-            num_bytes=bytes_of_an_entry * len(entries),
-            pieces=pieces,
+            num_bytes=bytes_of_a_slice * len(entries),
+            pieces=pieces_of_entries,
         )
 
     def with_value(self, value: Tensor) -> StoredTensor:
-        """Return this tensor with another value, in this tensor's dtype. This one does not change.
+        """Return what to write for this tensor if the model has `value` under its name now. This one does not change.
 
-        If `value` is only the old value rounded to the dtype of the model, this tensor itself is returned, so that
-        nothing is lost by rounding. If one of the two has no plain floats, the result has the dtype of `value`.
+        There are three cases:
 
-        Args:
-            value: What the model to be written has under this tensor's name, changed by the run or not.
+        - `value` is only the old value, rounded to the dtype of the model. Then this tensor itself is returned, so that
+          nothing is lost by rounding.
+        - It is another value. Then it is returned in this tensor's dtype.
+        - The dtypes are equal, or one of them is no plain float, so that it can't be converted. Then `value` is
+          returned in its own dtype.
+
+        The file of this tensor is read in the first two cases.
         """
         new = StoredTensor.of(value)
+        if self.dtype == new.dtype:
+            return new
         both_are_plain_floats = self.dtype in PLAIN_FLOATS and new.dtype in PLAIN_FLOATS
-        if self.dtype == new.dtype or not both_are_plain_floats:
+        if not both_are_plain_floats:
             return new
 
         old = self.tensor()

@@ -27,8 +27,8 @@ _ACCEPTED_SOURCES = (
     "a path that ends in .txt (one document) or .jsonl (field 'text' in every line), 'pydoc', 'wikitext2', "
     "'c4' or 'ptb' (from the Hub, with the package `datasets`), or, for calibration only, 'self' (the model writes it)"
 )
-# How the keys of lines begin that are not only text.
-_MEDIA = (b'"image', b'"audio', b'"video')
+# How keys for images, sounds and videos begin in the bytes of a .jsonl file.
+_BEGINNINGS_OF_MEDIA_KEYS = (b'"image', b'"audio', b'"video')
 # Seconds in which the Hub has to answer one request.
 _HUB_TIMEOUT = 10
 
@@ -113,11 +113,15 @@ _HUB_TEXTS: dict[tuple[str, Split], _HubText] = {
 def require_source(source: str, *, with_images: bool = False) -> bool:
     """Refuse a source that can't be read here, without asking the Hub; returns whether its documents have images.
 
-    Changes nothing; local files are read. Images are refused unless `with_images`. If a `.jsonl` file has some, their
-    files must exist.
+    Changes nothing; local files are read. A `.jsonl` file with keys for images is parsed whole. If other files are
+    damaged, this is noticed later (`load_text`).
+
+    Args:
+        source: What the user names: "pydoc", a key of `HUB_DATASETS` such as "c4", or a path to a .txt or .jsonl file.
+        with_images: Whether the caller can use images. If not, a text with images is refused.
 
     Raises:
-        ValueError: If the source is unknown, or a file that may have images is damaged or has some that are refused.
+        ValueError: If the source is unknown, has images that are refused, or is a damaged file with keys for images.
         FileNotFoundError: If the file, or a file of an image, does not exist.
         ImportError: If a package that reads it is not installed.
     """
@@ -140,10 +144,12 @@ def require_source(source: str, *, with_images: bool = False) -> bool:
         )
     if path.suffix != ".jsonl":
         return False
-    # The whole file is parsed only if it may have images.
     content = path.read_bytes()
-    may_have_images = any(key in content for key in _MEDIA)
-    if not may_have_images or not _read_file(path).images:
+    may_have_images = any(beginning in content for beginning in _BEGINNINGS_OF_MEDIA_KEYS)
+    if not may_have_images:
+        return False
+    text = _read_file(path)  # parses all lines, and raises the errors that are promised above
+    if not text.images:
         return False
     if not with_images:
         raise ValueError(

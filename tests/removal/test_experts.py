@@ -89,7 +89,7 @@ def test_the_device_holds_the_inputs_of_experts_of_one_batch_at_a_time():
 
 def test_every_run_keeps_as_many_and_the_first_of_equals_stay():
     assert experts_to_keep(torch.tensor([1.0, 3.0, 3.0, 3.0]), 2) == (1, 2)
-    assert experts_to_keep(torch.tensor([5.0, 4.0, 1.0, 2.0]), 2, equal_runs=2) == (0, 3)
+    assert experts_to_keep(torch.tensor([5.0, 4.0, 1.0, 2.0]), 2, num_router_groups=2) == (0, 3)
 
 
 def test_targets_bring_the_layer_to_the_dense_output():

@@ -97,7 +97,7 @@ def test_overrides_are_read_without_touching_the_configuration():
 def test_overrides_are_scaled_and_get_new_numbers():
     overrides = {2: {"head_dim": 16, "num_key_value_heads": 2}, 5: {"head_dim": 32}}
 
-    assert scaled(overrides, {"num_key_value_heads"}, count=1, groups=2) == {
+    assert scaled(overrides, {"num_key_value_heads"}, new_groups=1, old_groups=2) == {
         2: {"head_dim": 16, "num_key_value_heads": 1},
         5: {"head_dim": 32},
     }

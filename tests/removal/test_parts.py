@@ -162,5 +162,5 @@ def test_runs_of_experts_keep_the_two_that_they_are_compared_by():
     experts = parts_of(AutoModelForCausalLM.from_config(config), "experts")
 
     assert experts.groups == 8
-    assert experts.equal_runs == 2
+    assert experts.num_router_groups == 2
     assert experts.at_least == 4

@@ -36,16 +36,16 @@ class PartShare:
     share: float
     multiple_of: int | None = None
 
-    def num_kept(self, number: int, equal_runs: int = 1, at_least: int = 1) -> int:
+    def num_kept(self, number: int, num_router_groups: int = 1, at_least: int = 1) -> int:
         """Count the parts of `number` (those that a decoder layer or the model has now) that stay.
 
-        At least `at_least` stay, and equally many in each of `equal_runs` runs of equal length: more than one run if a
-        router chooses groups of experts first.
+        At least `at_least` stay. If a router chooses groups of experts first (`num_router_groups` of them, otherwise
+        1), equally many experts of each stay.
 
         Raises:
             ValueError: If no whole number of parts is near enough to the share; the message has possible shares.
         """
-        step = self.step(number, equal_runs)
+        step = self.step(number, num_router_groups)
         kept = self._nearest(number, step)
         # The least and the most multiples of the step that may stay: one part goes at least.
         least = math.ceil(at_least / step) * step
@@ -92,19 +92,19 @@ class PartShare:
                 return share
         return cls(kind, exact, multiple_of)
 
-    def step(self, number: int, equal_runs: int = 1) -> int:
+    def step(self, number: int, num_router_groups: int = 1) -> int:
         """The divisor of the number of parts that stay, of `number` now; arguments as in `num_kept`."""
         if self.multiple_of is not None:
             return self.multiple_of
-        return self.usual_step(self.kind, number, equal_runs)
+        return self.usual_step(self.kind, number, num_router_groups)
 
     @staticmethod
-    def usual_step(kind: PartKind, number: int, equal_runs: int = 1) -> int:
+    def usual_step(kind: PartKind, number: int, num_router_groups: int = 1) -> int:
         """The divisor of the number of parts that stay, if the user gives none; arguments as in `num_kept`."""
         # A size for which kernels are fast stays one.
         is_fast_now = kind == "channels" and number % _FAST_MULTIPLE == 0
         can_stay_fast = is_fast_now and number > _FAST_MULTIPLE
-        return _FAST_MULTIPLE if can_stay_fast else equal_runs
+        return _FAST_MULTIPLE if can_stay_fast else num_router_groups
 
     def _nearest(self, number: int, step: int) -> int:
         """The multiple of `step` that is nearest to what would stay of `number`: possibly none or all."""

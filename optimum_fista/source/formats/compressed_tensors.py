@@ -31,8 +31,10 @@ _PARTS = (
     "weight_global_scale",
     "weight_shape",
 )
-# Entries of the settings that say that weights are not only quantized, but also rotated or sparse.
-_TRANSFORM_AND_SPARSITY = ("transform_config", "sparsity_config")
+# Entries of the quantization settings. If a model has the first, its weights are rotated, too; the second one says how
+# they are sparse.
+_TRANSFORM = "transform_config"
+_SPARSITY = "sparsity_config"
 
 
 class CompressedTensors(QuantizedFormat):
@@ -42,21 +44,24 @@ class CompressedTensors(QuantizedFormat):
     prepares_model = False  # Transformers would make modules that hold compressed weights
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        """Read the schemes of all groups in the quantization settings; `settings` stays as it is.
+        """Read the schemes of all groups in the quantization settings, `quantization_config` of `config.json`.
 
-        Raises ValueError if weights are also rotated or sparse.
+        Raises ValueError if weights are also rotated (a transform) or stored as sparse ones. `settings` stays as it is.
         """
         super().__init__(settings)
         from compressed_tensors.quantization import QuantizationConfig
 
-        for entry in _TRANSFORM_AND_SPARSITY:
-            content = settings.get(entry)
-            if content and content.get("format") != "dense":
-                raise ValueError(
-                    f"quantization_config has a {entry}: compressed-tensors has to load the whole model."
-                )
+        refused = [_TRANSFORM] if settings.get(_TRANSFORM) else []
+        sparsity = settings.get(_SPARSITY)
+        if sparsity and sparsity.get("format") != "dense":
+            refused.append(_SPARSITY)
+        for entry in refused:
+            raise ValueError(
+                f"quantization_config has a {entry}, which only compressed-tensors can undo, on a whole model: "
+                "load the model with Transformers and this package, save it in 16 bits, and pass that folder."
+            )
         schemes = {
-            key: value for key, value in settings.items() if key not in _TRANSFORM_AND_SPARSITY
+            key: value for key, value in settings.items() if key not in (_TRANSFORM, _SPARSITY)
         }
         self._config = QuantizationConfig.model_validate(schemes)
 

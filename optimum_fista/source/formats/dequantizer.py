@@ -134,29 +134,38 @@ class Dequantizer(HfQuantizer):
     Attributes:
         inner: Transformers' quantizer of the source's format, set to dequantize.
         format: What is special about that format.
-        is_lazy: Whether weights stay in their files, so that conversions are deferred.
+        is_lazy: Whether weights stay in their files, so that conversions are deferred. It is known when the weights are
+            about to be loaded (`_process_model_before_weight_loading`), and False until then.
         makers: For each deferred parameter, by its name in the model: a function that reads and dequantizes it.
-        converted: Names of the stored tensors that a conversion takes.
-        stored: File and dtype of all stored tensors, by name.
+            Conversions add them.
+        converted: Names of the stored tensors that a conversion has taken.
+        stored: The path of the file and the dtype of each stored tensor, by its name.
     """
 
     quantization_config: DequantizingConfig
 
     def __init__(self, quantization_config: Any, **keywords: Any) -> None:
-        """Make the quantizer of the source's format; Transformers calls this with a `DequantizingConfig`."""
+        """Make the quantizer of the source's format; Transformers calls this with a `DequantizingConfig`.
+
+        `keywords` are for the base class. Raises an error of Transformers if the format can't be dequantized here.
+        """
         super().__init__(quantization_config, **keywords)
+        # the quantization settings in the source's `config.json`: a dictionary, and the object that Transformers makes
         source_settings = quantization_config.settings
-        settings: Any = auto.AutoQuantizationConfig.from_dict(dict(source_settings))
-        settings.dequantize = True  # also on a device that computes with the quantized weights
-        self.inner = auto.AutoHfQuantizer.from_config(settings, pre_quantized=True)
+        source_config: Any = auto.AutoQuantizationConfig.from_dict(dict(source_settings))
+        source_config.dequantize = True  # also on a device that computes with the quantized weights
+        self.inner = auto.AutoHfQuantizer.from_config(source_config, pre_quantized=True)
         self.inner.validate_environment()
-        self.format = FORMATS.get(source_settings["quant_method"], QuantizedFormat)(source_settings)
+        format_class = FORMATS.get(source_settings["quant_method"], QuantizedFormat)
+        self.format = format_class(source_settings)
         self.is_lazy = False
         self.makers: dict[str, Callable[[], Tensor]] = {}
         self.converted: set[str] = set()
         self.stored: dict[str, tuple[str, str]] = {}
-        self._dense_conversions: list[Any] = []  # those of the dense model
-        self._conversions: list[Any] = []  # those in use
+        # Both are filled by `update_weight_conversions`: the conversions that load the dense model, and those that load
+        # this quantized one.
+        self._dense_conversions: list[Any] = []
+        self._conversions: list[Any] = []
 
     def __deepcopy__(self, memo: Any) -> Dequantizer:
         """Return itself: Transformers copies a conversion, with all that it refers to, for every parameter."""
