@@ -88,8 +88,8 @@ class FistaPackedConfig(QuantizationConfigMixin):
         self.runtime = runtime
         self.weights = weights
         self.parameters = list(parameters)  # JSON has no tuples
-        # Transformers reads this attribute of quantization settings after loading. True: it removes them from the model,
-        # which then is a dense one.
+        # Transformers reads this attribute after loading. If it is True, Transformers removes the settings from the
+        # model, which then is a dense one.
         self.dequantize = True
 
 

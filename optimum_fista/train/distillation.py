@@ -225,9 +225,11 @@ class DistillationTrainer(Trainer):
     def back_off(self) -> None:
         """Go on from the best weights until now, with a quarter of the learning rate and a new warm-up.
 
-        The best weights are those of the state that `self.state` names, or those before the training, which
-        `self._read_start` reads again. Changes the trained parameters to them, the moments of the optimizer to zero,
-        its rates, and `self.schedule`.
+        The best weights are those of the state that `self.state` names (the Trainer's, with `best_global_step`), or
+        those before the training, which `self._read_start` reads again. Changes the trained parameters to them, the
+        optimizer's state to that of a new optimizer, its rates, and `self.schedule`.
+
+        The keys of `self._sizes` are the names of the trained parameters.
         """
         model: Any = self.model
         optimizer: Any = self.optimizer
@@ -246,20 +248,26 @@ class DistillationTrainer(Trainer):
         for name in self._sizes:
             value = best_weights[name]
             parameter = parameters[name]
-            if isinstance(parameter, DTensor):  # every process has the whole value: none is sent
+            if isinstance(parameter, DTensor):  # sharded over the processes
+                # Every process has the whole value and takes its own part of it. Nothing is sent (`src_data_rank`).
                 value = distribute_tensor(
                     value, parameter.device_mesh, parameter.placements, src_data_rank=None
                 )
-            local(parameter.data).copy_(local(value))
+            local(parameter.data).copy_(local(value))  # the part that this process has
 
-        for moments in optimizer.state.values():
-            for value in moments.values():
-                value.zero_()
+        # Of each parameter: Adam's two means, and its number of steps. The number is set back on purpose, too: Adam
+        # corrects for means that began with zeros so many steps ago. Otherwise the first steps would be too long.
+        for state_of_parameter in optimizer.state.values():
+            for tensor in state_of_parameter.values():
+                tensor.zero_()
 
-        self.schedule.began = scheduler.last_epoch
+        # The scheduler asks `self.schedule` for the share at each later step. It has set the rate of the next step
+        # already, so that is set here.
+        next_step = scheduler.last_epoch
+        self.schedule.began = next_step
         self.schedule.share /= _BACK_OFF
         for group, rate in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
-            group["lr"] = rate * self.schedule(scheduler.last_epoch)
+            group["lr"] = rate * self.schedule(next_step)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """The divergence from the teacher and the text, on token ids `inputs["input_ids"]` [batch, length].

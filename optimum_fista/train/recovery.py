@@ -259,7 +259,7 @@ def _fingerprint(
         "seed": plan.options.seed,
         "train": plan.options.train,
         "relative_step": plan.options.relative_step,
-        "accumulate": plan.accumulate,
+        "accumulate": plan.passes_of_step,
     }
     digest_of_kept_tokens = None
     if plan.kept_tokens is not None:  # the teacher's predictions are those of the tokens that stay
@@ -474,7 +474,7 @@ def _trainers_arguments(
         output_dir=str(journal.resolve()),
         per_device_train_batch_size=plan.options.batch_size,
         per_device_eval_batch_size=1,
-        gradient_accumulation_steps=plan.accumulate // processes,
+        gradient_accumulation_steps=plan.passes_of_step // processes,
         num_train_epochs=1,
         train_sampling_strategy="sequential",  # the windows are in random order already
         learning_rate=plan.relative_step(choice.train),  # of weights with a root mean square of 1

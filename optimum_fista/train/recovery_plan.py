@@ -6,7 +6,8 @@ weights. `recover` then trains by it, after `choose` has found what fits into me
 plan, and measures the time of one step. Nothing here writes a file of the run.
 
 A *step* is one update of the weights. It sums the gradients of several *passes* (forward and backward), each of
-`batch_size` sequences.
+`batch_size` sequences. Numbers of passes are those of all processes together. The source of text "self" means that the
+teacher writes it.
 """
 
 import itertools
@@ -82,7 +83,7 @@ class RecoveryPlan:
     output: Path
     options: RecoveryOptions
     length: int  # tokens in a sequence
-    accumulate: int  # passes for a step, of all processes together
+    passes_of_step: int  # of all processes together (the option `accumulate`, or a usual number)
     steps: int
     device: torch.device
     compute_dtype: torch.dtype  # of products; weights are trained in float32
@@ -94,7 +95,7 @@ class RecoveryPlan:
     @property
     def num_sequences(self) -> int:
         """Sequences that are trained on, each once."""
-        return self.steps * self.accumulate * self.options.batch_size
+        return self.steps * self.passes_of_step * self.options.batch_size
 
     def relative_step(self, train: str) -> float:
         """About how far a step moves weights, as a share of the root mean square of their tensor.
@@ -139,38 +140,52 @@ def plan_recovery(
     """Check all that can be checked without weights and text, and make the plan.
 
     Models of the Hub are downloaded into its cache: configurations and tokenizers for the checks, weights after them.
-    Nothing is written to `output_dir`, but files that a killed process left beside it are removed. The arguments are
-    those of `recover`, `options` are fields of `RecoveryOptions`, and `processes` is the number of processes that train
-    together.
+    Nothing is written to `output_dir`, but files that a killed process left beside it are removed.
+
+    Args:
+        folder: The model to train: a folder or Hub id.
+        teacher: Folder or Hub id of the dense model; `None`: the report of the pruned model names it.
+        output_dir: Where the result will be written; `None`: the name of `folder` with "-recovered".
+        calibration: The source of the text: "self", or what `load_text` takes, such as "c4" or a path.
+        device: Where to compute, such as "cuda:0"; `None`: the accelerator if there is one.
+        overwrite: Whether a model that the output holds may be replaced.
+        processes: How many processes train together.
+        options: Fields of `RecoveryOptions`.
     """
-    checked = RecoveryOptions(**options)
+    checked = RecoveryOptions(**options)  # raises ValueError for an option that makes no sense
     source = str(folder)
     report = _report_of(source)
     teacher_name = _teacher_name(source, report, teacher)
 
     output = folder_beside(source, "-recovered") if output_dir is None else Path(output_dir)
     for name in (source, teacher_name):
-        require_output(output, overwrite, source=name)  # neither of the models may be overwritten
-    if calibration != "self":
+        # Neither of the models may be overwritten. If the output is refused, files that a killed process left beside it
+        # are removed.
+        require_output(output, overwrite, source=name)
+    teacher_writes_text = calibration == "self"
+    if not teacher_writes_text:
         require_source(calibration)
 
     configs = {name: read_config(name) for name in (source, teacher_name)}
     tokenizers = {name: load_tokenizer(name) for name in (source, teacher_name)}
+    # the teacher's id of each token of the student; None if both have the same tokens
     kept_tokens = _match_vocabularies(source, teacher_name, configs, tokenizers)
-    if kept_tokens is not None and calibration == "self":
+    if kept_tokens is not None and teacher_writes_text:
         raise ValueError(
             f"calibration='self': the teacher would write tokens that {source!r} lacks: pass a text."
         )
 
-    student_reads_text = calibration != "self" and tokenizers[source] is not None
-    require_tokenizer(source if student_reads_text else teacher_name)
+    # Whose tokenizer reads the text, or who writes it.
+    student_reads_text = not teacher_writes_text and tokenizers[source] is not None
+    text_model = source if student_reads_text else teacher_name
+    require_tokenizer(text_model)
 
     length = _sequence_length(checked.sequence_length, configs)
-    accumulate = _passes_of_step(checked, length, processes)
-    tokens_of_step = length * checked.batch_size * accumulate
+    passes_of_step = _passes_of_step(checked, length, processes)
+    tokens_of_step = length * checked.batch_size * passes_of_step
     if checked.tokens < tokens_of_step:
         raise ValueError(
-            f"tokens={checked.tokens}: one step takes {accumulate} passes of {checked.batch_size} sequences of "
+            f"tokens={checked.tokens}: one step takes {passes_of_step} passes of {checked.batch_size} sequences of "
             f"{length} tokens: pass at least {tokens_of_step} (--tokens), or shorter sequences (--sequence-length)."
         )
 
@@ -180,7 +195,10 @@ def plan_recovery(
     else:
         use_bfloat16 = checked.compute_dtype == "bfloat16"
 
-    source_folder = source if Path(source).is_dir() else snapshot_download(source)
+    # Everything is checked: weights of models of the Hub are downloaded now.
+    source_folder = source
+    if not Path(source).is_dir():
+        source_folder = snapshot_download(source)
     teacher_folder = _folder_of_teacher(teacher_name)
     return RecoveryPlan(
         source=source_folder,
@@ -191,7 +209,7 @@ def plan_recovery(
         output=output,
         options=checked,
         length=length,
-        accumulate=accumulate,
+        passes_of_step=passes_of_step,
         steps=checked.tokens // tokens_of_step,
         device=used_device,
         compute_dtype=torch.bfloat16 if use_bfloat16 else torch.float32,
@@ -254,8 +272,8 @@ def _match_vocabularies(
     """Find the teacher's token for each token of the student; refuse models whose tokens are different ones.
 
     Returns ids, int64 [student's tokens], if tokens were removed from the student, and `None` if both have the same
-    tokens. `source` (the student) and `teacher` are folders or Hub ids, and the keys of the other arguments. Changes
-    nothing.
+    tokens. `source` (the student) and `teacher` are folders or Hub ids. They are the keys of `configs` and of
+    `tokenizers`, where `None` stands for a folder without a tokenizer. Changes nothing.
     """
     sizes = {
         name: config.get_text_config(decoder=True).vocab_size for name, config in configs.items()
@@ -271,7 +289,8 @@ def _match_vocabularies(
         students_ids = students_tokenizer.get_vocab()
         teachers_ids = teachers_tokenizer.get_vocab()
         if kept_tokens is not None:
-            # The ids that the teacher has for the student's tokens. Other tokens of the teacher do not count.
+            # Both in the ids of the teacher. Its other tokens do not count, nor do ids of the student's tokenizer that
+            # have no row in its embedding.
             students_ids = {
                 token: int(kept_tokens[index])
                 for token, index in students_ids.items()
@@ -305,9 +324,10 @@ def _kept_tokens_of(source: str, teacher: str, sizes: Mapping[str, int]) -> Tens
     students_folder = Path(file).parents[1]
     teachers_folder = None if teachers_file is None else Path(teachers_file).parents[1]
     tokens = kept_tokens(students_folder, teachers_folder)  # ids before tokens were removed
-    if tokens is None or len(tokens) != sizes[source] or int(tokens.max()) >= sizes[teacher]:
+    if tokens is None or len(tokens) != sizes[source]:
         return None
-    return tokens
+    teacher_lacks_some = int(tokens.max()) >= sizes[teacher]
+    return None if teacher_lacks_some else tokens
 
 
 def _sequence_length(wanted: int | None, configs: Mapping[str, PreTrainedConfig]) -> int:
@@ -468,13 +488,17 @@ def _needed_bytes(
 
 
 def load_student(source: str) -> PreTrainedModel:
-    """Load the pruned model of a folder to the CPU, in the dtypes of its files; a quantized one is dequantized.
+    """Load the pruned model of the folder `source` to the CPU, in the dtypes of its files.
 
-    Dropout and jitter of routers are turned off in its configuration, so that two passes give the same result.
+    A quantized model is dequantized. Dropout and jitter of routers are turned off in its configuration, so that two passes give the same result. Files
+    are only read.
     """
     config = read_config(source)
-    for section in (config, config.get_text_config(decoder=True)):
-        for name, value in vars(section).items():
+    # the section of the text decoder; in a model of text it is the same object, and then the loop changes nothing more
+    text_config = config.get_text_config(decoder=True)
+    for section in (config, text_config):
+        settings = dict(vars(section))  # a copy, because the loop changes the attributes
+        for name, value in settings.items():
             is_random = "drop" in name or "jitter" in name
             if is_random and isinstance(value, float):
                 setattr(section, name, 0.0)
@@ -559,7 +583,7 @@ def plan_text(plan: RecoveryPlan, choice: Choice, free: int | None, duration: st
         "teacher": teacher,
         "trained": str(choice),
         "text": f"{plan.num_sequences * plan.length:,} tokens of {plan.calibration}, {plan.steps} steps of "
-        f"{plan.accumulate} x {options.batch_size} sequences of {plan.length} tokens; "
+        f"{plan.passes_of_step} x {options.batch_size} sequences of {plan.length} tokens; "
         f"{options.held_out} more sequences are held out",
         "steps": f"each moves weights by about {plan.relative_step(choice.train):.3%} of their root mean square",
         "memory": memory,
@@ -572,35 +596,43 @@ def plan_text(plan: RecoveryPlan, choice: Choice, free: int | None, duration: st
 def _seconds_of_step(plan: RecoveryPlan, choice: Choice) -> tuple[float, int]:
     """Load both models, and time the forward and backward passes of one step, on any tokens.
 
-    One pass is timed, after another one that fills caches, and counts for all passes of the step. The models are
-    dropped again. Returns the seconds, and the bytes that logits take more than `choice` says, if models can't be cut.
+    One pass is timed, after another one that fills caches, and counts for all passes of the step. Both models are local
+    to this function, so their memory is free when it returns. `plan` and `choice` are only read.
+
+    Returns the seconds, and the bytes that logits take more than `choice` says, if models can't be cut.
     """
+    # The student as the training has it: weights in float32, gradients for those that are trained. The head is rounded
+    # last, because it is not trained: it has the dtype of the products.
     student = load_student(plan.source).float()
     mark_trained(student, choice.train)
     student.to(plan.device)
     if choice.checkpointed:
         student.gradient_checkpointing_enable()
     round_head(student, plan.compute_dtype)
+    student.train()
     teacher, _ = load_model(plan.teacher, device=str(plan.device), dtype=plan.compute_dtype)
+    teacher.eval()
+
     in_16_bits = plan.compute_dtype != torch.float32
     products = torch.autocast(plan.device.type, plan.compute_dtype, enabled=in_16_bits)
-    with products:
-        student_predictor = Predictor(student.train())
-        teacher_predictor = Predictor(teacher.eval(), plan.kept_tokens)
+    with products:  # `Predictor` runs the model on a few tokens, to find out how to cut it
+        student_predictor = Predictor(student)
+        teacher_predictor = Predictor(teacher, plan.kept_tokens)
 
+    # Ids 0, 1, 2, ..., which begin again at the end of the vocabulary.
     vocabulary = student.get_input_embeddings().num_embeddings
-    numbers = torch.arange(plan.options.batch_size * plan.length)
-    ids = numbers.remainder(vocabulary).view(-1, plan.length).to(plan.device)
+    numbers = torch.arange(plan.options.batch_size * plan.length).remainder(vocabulary)
+    ids = numbers.view(plan.options.batch_size, plan.length).to(plan.device)
 
-    seconds = 0.0
+    seconds_of_pass = 0.0
     for _ in range(2):  # the time of the second pass counts
         started = time.perf_counter()
         with products:
             loss = divergence(student_predictor, teacher_predictor, ids, plan.options.label_share)
             loss.backward()
-        torch.get_device_module(plan.device).synchronize()
-        seconds = time.perf_counter() - started
+        torch.get_device_module(plan.device).synchronize()  # waits for the device
+        seconds_of_pass = time.perf_counter() - started
     num_bytes_not_estimated = bytes_of_whole_logits(
         student_predictor, teacher_predictor, ids.numel(), plan.compute_dtype
     )
-    return plan.accumulate * seconds, num_bytes_not_estimated
+    return plan.passes_of_step * seconds_of_pass, num_bytes_not_estimated
