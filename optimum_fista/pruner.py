@@ -239,7 +239,7 @@ class FistaPruner:
         removal = plan_removal(prunable_layers(model), self.config)
         source = _loaded_source(model, removal)
         # `save_pretrained` writes in the dtypes of the files, unless the model was loaded in another dtype.
-        in_files_dtypes = bool(source.loaded_if_mostly(model.dtype))
+        in_files_dtypes = bool(source.loaded_in_dtypes_of_files(model.dtype))
         plan = plan_run(
             removal,
             source,

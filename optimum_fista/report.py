@@ -290,46 +290,58 @@ class PruningReport(RunRecord):
         )
 
     def __str__(self) -> str:
-        """Describe the run in one line, as the terminal prints it: what was removed, errors of the operators, time."""
+        """Describe the run in one line, as the terminal prints it: what was removed, errors of the operators, time.
+
+        The statements are separated by semicolons. `removed`, `zeros_in_all`, `removed_before` and `experts_left` are
+        statements already, which are empty if there is nothing to say.
+        """
         totals = self.totals
         duration = f"{self.seconds.get('total', 0.0):.1f} s"
-        if self.removed and not self.operators:
-            parts = [self.removed, self.experts_left, duration]
-            return "; ".join(part for part in parts if part)
+        pruned_no_operator = (
+            bool(self.removed) and not self.operators
+        )  # only layers, experts, tokens
+        if pruned_no_operator:
+            return _joined(self.removed, self.experts_left, duration)
 
-        removal = self.removed
-        if not removal:
-            removal = (
+        if self.removed:
+            what_is_left = self.removed
+        else:
+            zeros = (
                 f"{totals['num_zeros']:,} of {totals['num_weights']:,} weights zero "
                 f"({totals['sparsity']:.2%})"
             )
-            if self.zeros_in_all:
-                removal += f"; {self.zeros_in_all}"
-            if self.removed_before:
-                removal += f"; {self.removed_before}"
-        experts = f"{self.experts_left}; " if self.mixtures else ""
-        held_out = ""
+            what_is_left = _joined(zeros, self.zeros_in_all, self.removed_before)
+        pruned = f"{totals['num_operators']} operators pruned by {self.config['method']}"
+
+        errors = (
+            f"fit error {totals['mean_fit_error']:.4f} on average, "
+            f"{totals['max_fit_error']:.4f} at most"
+        )
+        # operators have a held-out ratio and a held-out error, or neither
         if totals["held_out_ratio"] is not None:
-            held_out = (
+            # how many times the fit error on the held-out tokens is
+            errors += (
                 f" ({totals['held_out_ratio']:.2f} times that on "
                 f"{self.calibration['held_out']['num_tokens']:,} held-out tokens, "
                 f"{totals['mean_held_out_fit_error']:.4f} on average)"
             )
-        output = "not known"
-        if totals["mean_output_error"] is not None:
-            output = (
-                f"{totals['mean_output_error']:.4f} on average, "
+        if totals["mean_output_error"] is None:
+            errors += ", output error not known"
+        else:
+            errors += (
+                f", output error {totals['mean_output_error']:.4f} on average, "
                 f"{totals['max_output_error']:.4f} at most"
             )
-        retraining = ", before retraining" if self.retrained else ""
-        return (
-            f"{totals['num_operators']} operators pruned by {self.config['method']}, {removal}; {experts}"
-            f"fit error {totals['mean_fit_error']:.4f} on average, {totals['max_fit_error']:.4f} at most{held_out}, "
-            f"output error {output}{retraining}; {duration}, of which solving {totals['solve_seconds']:.1f} s"
-        )
+        if self.retrained:
+            errors += ", before retraining"
+        times = f"{duration}, of which solving {totals['solve_seconds']:.1f} s"
+        return _joined(f"{pruned}, {what_is_left}", self.experts_left, errors, times)
 
     def __repr__(self) -> str:
-        """One line: in a notebook, all fields would fill many screens."""
+        """One line, because in a notebook all fields would fill many screens.
+
+        It has the name of the first model, the patterns of all runs since (`steps`), and numbers of this run.
+        """
         name = self.first_model.name or self.model.get("class") or "model"
         return (
             f"<PruningReport of {name!r}, {patterns_of(self.steps)}: {len(self.operators)} operators in "
@@ -346,6 +358,11 @@ class PruningReport(RunRecord):
             for one in headlines(self)
         ]
         return f"<h3>{escape(title(self))}</h3><table>{''.join(rows)}</table>"
+
+
+def _joined(*statements: str) -> str:
+    """Join statements by semicolons; empty ones are left out."""
+    return "; ".join(statement for statement in statements if statement)
 
 
 def _two_to(bits: float) -> float:

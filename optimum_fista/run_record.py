@@ -221,10 +221,12 @@ class RunRecord:
     @property
     def first_perplexity(self) -> MeasuredPerplexity | None:
         """The perplexity of the first model on the text of this run; `None` if it is not known on this text."""
-        given = self.measured("dense")
-        if self.origin is None or given is None:
+        given = self.measured("dense")  # of the model that this run was given
+        if given is None:
+            return None
+        if self.origin is None:  # the given model is the first one
             return given
-        first = self.origin.perplexity
+        first = self.origin.perplexity  # an earlier run has measured it, perhaps on other tokens
         if first is None or not first.has_tokens_of(given):
             return None
         return first
@@ -313,7 +315,9 @@ class RunRecord:
     def totals(self) -> dict[str, Any]:
         """Sums and means over the pruned operators, by the names that they have in `fista/report.json`.
 
-        An error that no operator has measured is `None`.
+        Errors of a kind that no operator has measured are `None`. The fit error is 0.0 then: every operator has one, so
+        there are no operators. `self.model` must have the number of parameters of the result, which is known at the end
+        of a run.
         """
         num_parameters = self.model["num_parameters"]
         num_weights = sum(math.prod(o.shape) for o in self.operators)
@@ -324,10 +328,13 @@ class RunRecord:
         for name in ("fit_error", "output_error", "held_out_fit_error", "held_out_output_error"):
             values = [getattr(operator, name) for operator in self.operators]
             measured = [value for value in values if value is not None]
-            # Every operator has a fit error. So if none was measured, there are no operators.
-            if_none = 0.0 if name == "fit_error" else None
-            errors[f"mean_{name}"] = fmean(measured) if measured else if_none
-            errors[f"max_{name}"] = max(measured, default=if_none)
+            if measured:
+                errors[f"mean_{name}"] = fmean(measured)
+                errors[f"max_{name}"] = max(measured)
+            else:
+                without_operators = 0.0 if name == "fit_error" else None
+                errors[f"mean_{name}"] = without_operators
+                errors[f"max_{name}"] = without_operators
 
         solve_seconds = sum(o.solve_seconds for o in self.operators)
         solve_seconds += sum(mixture.solve_seconds for mixture in self.mixtures)
@@ -336,11 +343,10 @@ class RunRecord:
             "num_weights": num_weights,
             "num_zeros": num_zeros,
             "sparsity": num_zeros / num_weights if num_weights else 0.0,
-            # of all parameters, embeddings too
+            # the share of zeros in all parameters of the result, embeddings too
             "model_sparsity": num_zeros / num_parameters,
-            # parameters of whole parts that this run removed
+            # the parameters of whole parts that this run removed, and their share of the model that it was given
             "num_removed": num_removed,
-            # of the parameters of the model that this run was given
             "share_removed": num_removed / self.num_parameters_given,
             **errors,
             "held_out_ratio": self._held_out_ratio(),

@@ -142,7 +142,7 @@ def overview_of(estimate: Estimate) -> list[str]:
         "disk": size_text(sum(estimate.disk_bytes.values())),
     }
     shown = [f"{name:<13}{text}" for name, text in lines.items() if text]
-    for line in lines_of_unplaced(estimate.source.num_copied, estimate.source.not_copied):
+    for line in lines_of_unplaced(estimate.source.num_copied_by_module, estimate.source.not_copied):
         shown.append(f"{'beside it':<13}{line}")
     return shown
 

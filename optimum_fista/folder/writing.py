@@ -170,7 +170,7 @@ def _write_weights_and_code(model: PreTrainedModel, folder: Path, stored_as: Sou
         if source is not None:
             _copy_code_and_processor(model, source, folder)
         _save_weights(model, folder)
-        original_tensors = stored_as.loaded_if_mostly(model.dtype)
+        original_tensors = stored_as.loaded_in_dtypes_of_files(model.dtype)
         if original_tensors:
             for shard in set(checkpoint_files(folder).values()):
                 restore_dtypes(shard, original_tensors)  # writes the file again if dtypes differ

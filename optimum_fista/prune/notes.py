@@ -127,8 +127,8 @@ def complete_report(plan: Plan, report: PruningReport, held_out: HeldOut | None)
     report.model["sha256"] = plan.layers.dense_digest(dense_digests)
     # Renames, and counts parameters; if parts are removed, the model gets the configuration of the smaller one.
     plan.removal.describe(report)
-    if plan.source.num_copied:
-        report.model["copied"] = plan.source.num_copied
+    if plan.source.num_copied_by_module:
+        report.model["copied"] = plan.source.num_copied_by_module
     if plan.source.not_copied:
         report.model["lacks"] = dict(plan.source.not_copied)
 

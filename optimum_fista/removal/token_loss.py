@@ -138,7 +138,7 @@ def measure_plans(
             "dense": _texts_in_tokens(
                 texts,
                 first_plan.dense_tokenizer,
-                bos=first_plan.first_token,
+                bos=first_plan.bos,
                 longest=longest,
                 old_ids=None,
             )
@@ -148,7 +148,7 @@ def measure_plans(
             variant = f"plan {number}"
             old_ids = list(plan.new_ids)
             variants[variant] = _texts_in_tokens(
-                texts, plan.tokenizer, bos=plan.first_token, longest=longest, old_ids=old_ids
+                texts, plan.tokenizer, bos=plan.bos, longest=longest, old_ids=old_ids
             )
             is_removed = torch.ones(vocabulary, dtype=torch.bool)
             is_removed[old_ids] = False

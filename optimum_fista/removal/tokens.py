@@ -53,7 +53,8 @@ from optimum_fista.source.stored_tensor import (
     write_stored,
 )
 
-# Files that describe the old tokenizer; the new one is in tokenizer.json alone.
+# Files that describe the old tokenizer, such as vocab.json, merges.txt, tokenizer.model. The new one is in
+# tokenizer.json alone, and its settings stay in tokenizer_config.json.
 _OLD_TOKENIZER = re.compile(
     r"(vocab|encoder|merges|added_tokens|tekken)\.(json|txt|bpe)|.*\.(model(\.\w+)?|tiktoken|spm|vocab)"
 )
@@ -136,10 +137,16 @@ def write_plan(
 def _measure_held_out(
     plan: TokensPlan, offload_parent: Path, device: str | None, progress: bool
 ) -> None:
-    """Add bits per byte of the held-out text, with all tokens and with those that stay, to the plan's report.
+    """Measure the held-out text with all tokens and with those that stay, and set `plan.report.bits_per_byte`.
 
-    If they can't be measured, a warning of the report says why. `plan.held_out` are pieces of text that no token was
-    counted on. `offload_parent` is an existing folder; the files that are written there are deleted again.
+    The dense model is loaded and run. If that fails for any reason, also if memory runs out, the report gets a warning
+    instead: the files of the result do not depend on these numbers.
+
+    Args:
+        plan: `held_out` are pieces of text that no token was counted on. Only its report changes.
+        offload_parent: An existing folder. A temporary folder is made in it, and deleted again.
+        device: Where to compute, such as "cuda:0"; `None`: the accelerator if there is one.
+        progress: Show a progress bar.
     """
     if not plan.held_out:
         plan.report.warn(
@@ -149,6 +156,7 @@ def _measure_held_out(
         return
     dense_tokenizer = Tokenizer.from_str(json.dumps(plan.dense_tokenizer))
     smaller_tokenizer = Tokenizer.from_str(json.dumps(plan.tokenizer))
+    old_ids = torch.tensor(list(plan.new_ids))  # its keys are in the order of the new ids
     try:
         with tempfile.TemporaryDirectory(prefix="offload-", dir=offload_parent) as offload:
             numbers = measure_bits_per_byte(
@@ -156,14 +164,15 @@ def _measure_held_out(
                 plan.held_out,
                 dense_tokenizer=dense_tokenizer,
                 smaller_tokenizer=smaller_tokenizer,
-                kept=torch.tensor(list(plan.new_ids)),
-                bos=plan.first_token,
+                kept=old_ids,
+                bos=plan.bos,
                 offload_folder=Path(offload),
                 device=device,
                 compute_dtype=plan.report.config["compute_dtype"],
                 progress=progress,
             )
-    except (ValueError, RuntimeError, MemoryError) as error:  # also if memory runs out
+    except (ValueError, RuntimeError, MemoryError) as error:
+        # PyTorch's own errors of memory are RuntimeErrors
         plan.report.warn(
             f"bits per byte are not measured ({type(error).__name__}: {error}). The files do not depend on them."
         )
@@ -196,10 +205,14 @@ def _write_model(plan: TokensPlan, folder: Path, started: float, progress: bool)
 
 
 def _write_tokenizer(plan: TokensPlan, folder: Path) -> None:
-    """Write the tokenizer and the configurations beside that of the model, and delete the old tokenizer's files.
+    """Replace the files of the tokenizer, and write new ids into the configurations of generation and processor.
 
-    `folder` is the unfinished folder, which has copies of the dense model's files; `plan.tokenizer` is the content of
-    the new tokenizer.json. ValueError if Transformers loads the new tokenizer with other ids.
+    `tokenizer_config.json` gets new ids, too. `config.json` is written later. `folder` is the unfinished folder, which
+    has copies of the dense model's files. `plan.tokenizer` is the content of the new tokenizer.json. The old
+    tokenizer's other files, such as vocab.json and merges.txt, are deleted.
+
+    Transformers then loads the new tokenizer from these files. If it gives other ids, this is a ValueError, and
+    `new_output` deletes the whole unfinished folder.
     """
     for file in list(folder.iterdir()):
         if _OLD_TOKENIZER.fullmatch(file.name):
@@ -213,8 +226,8 @@ def _write_tokenizer(plan: TokensPlan, folder: Path) -> None:
 
     with loading.reading(str(folder)):  # which makes errors name the folder
         loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    vocabulary = loaded.get_vocab()
-    last_token = max(vocabulary, key=vocabulary.__getitem__)
+    vocabulary = loaded.get_vocab()  # ids by token
+    last_token = max(vocabulary, key=lambda token: vocabulary[token])  # which has the highest id
     last_id = vocabulary[last_token]
     if last_id >= len(plan.new_ids):
         raise ValueError(

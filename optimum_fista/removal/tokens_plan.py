@@ -62,8 +62,12 @@ class TokensPlan:
     quantized: Mapping[str, Any]  # what the configuration says of quantized weights
     dense_tokenizer: Mapping[str, Any]  # content of the dense tokenizer.json
     tokenizer: Mapping[str, Any]  # content of the new tokenizer.json
-    first_token: int | None  # old id of BOS, if texts begin with it
-    new_ids: Mapping[int, int]  # of the rows that stay, by their old ids; last, rows of no token
+    bos: (
+        int | None
+    )  # old id of the token that begins each text (BOS); None if texts begin with none
+    # The new ids of the rows that stay, by their old ids, in the order of the new ids 0, 1, 2, ... Rows of no token are
+    # the last ones.
+    new_ids: Mapping[int, int]
     held_out: tuple[str, ...]  # pieces of the text that no token was counted on
     report: PruningReport
 
@@ -126,7 +130,7 @@ def plan_counted(counted: CountedModel, config: FistaPruningConfig) -> TokensPla
         quantized=counted.source.settings,
         dense_tokenizer=content,
         tokenizer=smaller.tokenizer,
-        first_token=first_token(tokenizer),
+        bos=first_token(tokenizer),
         new_ids=new_ids,
         held_out=counted.held_out,
         report=report,
@@ -276,7 +280,11 @@ def _set_dtype(
 
 
 def _described(counted: CountedModel, model: PreTrainedModel) -> dict[str, Any]:
-    """Make what a report says of the smaller model, which is without weights: `PruningReport.model`."""
+    """Make the field `model` of a `PruningReport`: names and sizes of the smaller model, and what is copied.
+
+    `model` is the smaller one, without weights. `counted` has the dense model. Neither is changed.
+    """
+    num_rows_before = len(counted.counts)  # there is a count for each row of the embedding
     return {
         "class": type(model).__name__,
         "name": public_name(counted.name),
@@ -284,9 +292,9 @@ def _described(counted: CountedModel, model: PreTrainedModel) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "num_parameters": model.num_parameters(),
         "dense_num_parameters": counted.model.num_parameters(),
-        "vocabulary": {"kept": num_rows_of(model), "before": len(counted.counts)},
-        # numbers of tensors that the model's class does not load, by their module
-        "copied": counted.source.num_copied,
+        "vocabulary": {"kept": num_rows_of(model), "before": num_rows_before},
+        # tensors that the model's class does not load are copied from file to file
+        "copied": counted.source.num_copied_by_module,
     }
 
 

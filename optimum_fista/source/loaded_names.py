@@ -42,8 +42,8 @@ class Naming:
     def __init__(self, model: PreTrainedModel, dequantizer: Dequantizer | None) -> None:
         """Read the rules of `model`'s class, and those of its quantized format if there is a `dequantizer`."""
         self.state = model.state_dict()
-        self._modules = dict(model.named_modules())
-        self._prefix = model.base_model_prefix
+        self._names_of_modules = {name for name, _ in model.named_modules()}  # full names
+        self._prefix = model.base_model_prefix  # such as "model"
         self._is_quantized = dequantizer is not None
         transforms = get_model_conversion_mapping(model, hf_quantizer=dequantizer)
         self._renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
@@ -94,17 +94,20 @@ class Naming:
         return place in self.state or is_scale
 
     def module_of(self, own: str) -> str:
-        """Return the name of the outermost module that the model lacks, of a tensor that is not loaded.
+        """Find out why a tensor is not loaded: return the name of the outermost module that the model lacks.
 
-        `own` is the tensor's name in the model, such as "model.layers.61.eh_proj.weight": if the model has 61 decoder
-        layers, the result is "model.layers.61". If the model lacks none of its modules, `own` is returned.
+        `own` is the name that the tensor would have in the model (`names_of`), such as
+        "model.layers.61.eh_proj.weight". If the model has 61 decoder layers, the result is "model.layers.61". If the
+        model has all modules in the name, the tensor's own name is returned, with the prefix of the base model.
         """
+        # The files may store the tensor without the prefix of the base model ("layers.61.eh_proj.weight").
         first_word = own.partition(".")[0]
-        if f"{self._prefix}.{first_word}" in self._modules:
-            own = f"{self._prefix}.{own}"  # it is stored without the prefix
-        words = own.split(".")
+        lacks_prefix = f"{self._prefix}.{first_word}" in self._names_of_modules
+        full_name = f"{self._prefix}.{own}" if lacks_prefix else own
+
+        words = full_name.split(".")
         for count in range(1, len(words)):
             module = ".".join(words[:count])
-            if module not in self._modules:
+            if module not in self._names_of_modules:
                 return module
-        return own
+        return full_name

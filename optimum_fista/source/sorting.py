@@ -91,7 +91,7 @@ def source_tensors(
         settings = {}
 
     naming = Naming(model, dequantizer)
-    # The dense weights of a packed folder are made of several tensors, which are no parameters.
+    # the three parts of each packed tensor, which are no tensors of the model
     packed = {f"{name}{suffix}" for name in packed_names(stored) for suffix in SUFFIXES}
     places: dict[str, str] = {}
     own_names: dict[str, str] = {}  # of tensors that are loaded, before they are merged

@@ -97,23 +97,25 @@ class SourceTensors:
             if module not in self.not_copied
         }
 
-    def loaded_if_mostly(self, dtype: torch.dtype) -> dict[str, StoredTensor]:
-        """Return the tensors that are loaded if `dtype`, that of the model, is also that of most of their values.
+    def loaded_in_dtypes_of_files(self, dtype: torch.dtype) -> dict[str, StoredTensor]:
+        """Return the tensors whose dtypes the result should have again: all that are loaded, or none.
 
-        If it is not, somebody has asked for another dtype when the model was loaded, and the result is empty: nothing
-        is to be written in the dtypes of the files. Only plain floats count. The tensors are by their names in the
-        files.
+        Some tensors of a model in bfloat16 may be stored in float32. If a model is loaded in the dtype of most of its
+        values (`dtype`), the result should store them so again. Otherwise somebody has asked for another dtype when the
+        model was loaded. Then the result should have that one everywhere, so the returned dictionary is empty. Only
+        plain floats count, and a tie counts as most. The tensors are by their names in the files.
         """
         loaded = {name: self.stored[name] for name in self.places if name in self.stored}
-        num_values = Counter[str]()  # by dtype
+        num_values = Counter[str]()  # by dtype; 0 for a dtype that no tensor has
         for tensor in loaded.values():
             if tensor.dtype in PLAIN_FLOATS:
                 num_values[tensor.dtype] += math.prod(tensor.shape)
-        has_most_values = num_values[name_of_dtype(dtype)] == max(num_values.values(), default=0)
-        return loaded if has_most_values else {}
+        most_values = max(num_values.values(), default=0)
+        model_has_usual_dtype = num_values[name_of_dtype(dtype)] == most_values
+        return loaded if model_has_usual_dtype else {}
 
     @property
-    def num_copied(self) -> dict[str, int]:
+    def num_copied_by_module(self) -> dict[str, int]:
         """How many tensors of each module are copied, by module; "*" stands for the numbers of layers in its name."""
         modules = [
             re.sub(r"\.\d+\.", ".*.", self.not_loaded[name]) for name in self.tensors_to_copy
