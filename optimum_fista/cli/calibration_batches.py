@@ -114,7 +114,10 @@ def _drawn_text(request: PruneRequest) -> tuple[Tensor, Tensor | None]:
     num_wanted = request.num_sequences
 
     def draw(number: int) -> Tensor:
-        """Draw this many sequences at random places; ValueError if the text is too short."""
+        """Draw `number` sequences at random places of `text`, as the `request` says; token ids [number, tokens].
+
+        `tokenizer` is that of the model. ValueError if the text is too short.
+        """
         return calibration_windows(tokenizer, text, number, _length(request), request.config.seed)
 
     for num_more in _numbers_to_try(request, _num_measured(request)):
@@ -135,7 +138,10 @@ def _image_batches(request: PruneRequest) -> list[Tensor | dict[str, Any]]:
     num_wanted = request.num_sequences
 
     def draw(number: int) -> list[dict[str, Any]]:
-        """Draw this many sequences of random lines; ValueError if there are too few lines."""
+        """Draw `number` sequences of random `lines`, as the `request` says; ValueError if there are too few lines.
+
+        Each is a dictionary of arguments, as `processor`, which is that of the model, makes them.
+        """
         return image_sequences(
             processor,
             read_config(request.model),

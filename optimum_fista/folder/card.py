@@ -105,7 +105,10 @@ def loading_class(model_class: str, model_type: str | None) -> LoadingClass:
     """
 
     def is_loaded_by(class_names: dict[str, Any]) -> bool:
-        """Tell whether the automatic class with these class names, by `model_type`, makes this class."""
+        """Tell whether an automatic class makes the class `model_class`.
+
+        `class_names` are the names of the classes that it makes, by model type; they are asked for `model_type`.
+        """
         if model_type is None:
             return model_class in class_names.values()
         return class_names.get(model_type) == model_class

@@ -223,7 +223,10 @@ class LayerTargets:
         num_tokens = 0  # of the batch that runs, padding included
 
         def see_experts(_: nn.Module, __: object, output: Tensor) -> None:
-            """Keep the sum of all experts; a forward hook of the mixture."""
+            """Append the sum of all experts to `self._expert_outputs`; a forward hook of the mixture.
+
+            `num_tokens` of the outer function is the number of tokens in the batch that runs.
+            """
             self._expert_outputs.append(sum_of_experts(output, num_tokens))
 
         with ExitStack() as hooks:
@@ -313,7 +316,10 @@ class LayerTargets:
         num_tokens = 0  # of that batch, padding included
 
         def see_experts(_: nn.Module, __: object, output: Tensor) -> None:
-            """Keep the sum of all experts; a forward hook of the mixture."""
+            """Append the sum of all experts to `sums`, float32; a forward hook of the mixture.
+
+            `num_tokens` of the outer function is the number of tokens in the batch that runs.
+            """
             sums.append(sum_of_experts(output, num_tokens).float())
 
         with self._experts.register_forward_hook(see_experts):
@@ -416,7 +422,7 @@ class LayerTargets:
         outputs_seen: list[Tensor] = []
 
         def copy_output(_: nn.Module, __: object, output: Tensor) -> None:
-            """Keep a copy of the operator's output: some layers add to it in place."""
+            """Append a copy of the output to `outputs_seen`, because some layers add to it in place; a forward hook."""
             outputs_seen.append(output.clone())
 
         with watching({operator.module: inputs_seen.append}, {operator.module: copy_output}):

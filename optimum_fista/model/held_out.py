@@ -7,6 +7,7 @@ afterwards, then `measure` and `perplexity`.
 
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -140,7 +141,8 @@ class HeldOut:
 
     def perplexity(self) -> dict[str, Any] | None:
         """Perplexities of both networks, and bits per byte if known; `None` if one is not measured or not finite."""
-        if not self.losses or not all(map(math.isfinite, self.losses.values())):
+        are_finite = all(math.isfinite(loss) for loss in self.losses.values())
+        if not self.losses or not are_finite:
             return None
         # limited, because the exponential of more than 709 is no float64
         perplexities: dict[str, Any] = {
@@ -163,14 +165,14 @@ def _sequences_to_measure(batches: Sequence[CalibrationBatch]) -> list[Calibrati
     They are returned in new batches. Sequences that follow each other, have one length, and have at most
     `LOGITS_TOGETHER` tokens together, share a batch unless they have images.
     """
-    groups: list[list[CalibrationBatch]] = []
+    groups: list[list[CalibrationBatch]] = []  # of sequences that share a batch
     num_tokens = 0
-    rows = (
-        row for batch in batches for row in batch.sequences_without_padding() if row.num_tokens > 1
-    )
-    for row in rows:
+    sequences = chain.from_iterable(batch.sequences_without_padding() for batch in batches)
+    for row in sequences:  # a batch of one sequence
         if num_tokens >= LEAST_TOKENS:
             break
+        if row.num_tokens < 2:  # nothing is predicted
+            continue
         num_tokens += row.num_tokens
         if groups and _fits(groups[-1], row):
             groups[-1].append(row)

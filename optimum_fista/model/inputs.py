@@ -480,7 +480,7 @@ class LayerActivations:
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def stop(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            """Keep the arguments, and end the pass of the layer; a forward pre-hook of the module."""
+            """Append the arguments to `calls`, and end the pass of the layer; a forward pre-hook of the module."""
             calls.append((arguments, keywords))
             raise StopForward
 
@@ -586,7 +586,10 @@ def cut_states(
     """
 
     def cut(stream: Sequence[Tensor] | None) -> ActivationStore | None:
-        """Cut one stream, and free it."""
+        """Return the hidden states of one stream in batches of the new `sizes`, and empty it if it is a store.
+
+        The new ones are kept at `storage` and returned on `device`, as the outer function says. `None` stays `None`.
+        """
         if stream is None:
             return None
         store = ActivationStore(storage, device)

@@ -91,7 +91,7 @@ def _store_in_memory(
     before = tensors[key]  # no copy: the dictionary gets a new tensor
 
     def restore() -> None:
-        """Put the old value back into the dictionary."""
+        """Put the old value `before` back into the dictionary `tensors`, under `key`."""
         tensors[key] = before
 
     keep_undo(restore)
@@ -123,7 +123,10 @@ def _store_on_disk(
     dtype = getattr(torch, old_entry["dtype"], value.dtype) if names_dtype else data[key].dtype
 
     def restore() -> None:
-        """Put the old value back, in the index and in its file."""
+        """Put the entry `old_entry` back into the index of `data`, and `old_value` into its file.
+
+        `key` is the name of the tensor in both. `old_value` is `None` if the file was not changed.
+        """
         if old_value is not None:
             offload_weight(old_value, key, data.save_folder, data.index)
         data.index[key] = old_entry

@@ -86,7 +86,7 @@ class Predictor:
         outputs: list[Any] = []  # filled by the hook
 
         def keep(_: Any, __: Any, output: Any) -> None:
-            """Hook of the base model: keep its output."""
+            """Append the output of the base model to `outputs`; a forward hook."""
             outputs.append(output)
 
         ids = torch.arange(4, device=self._device)[None]

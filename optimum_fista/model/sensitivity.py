@@ -292,7 +292,10 @@ def _recomputed_layers(loss: DenseLoss, bar: tqdm) -> Iterator[ActivationStore]:
     is_on_device = loss.storage is None or loss.storage == device
 
     def keep(tensor: Tensor) -> int | Tensor:
-        """Keep hidden states in the store; their number replaces them in the graph."""
+        """Replace a tensor that the graph saves: hidden states by their number in the store `hidden_states`.
+
+        All other tensors are returned as they are. `device` is the one that hidden states are on.
+        """
         # others are masks and positions, the same in every layer
         is_hidden_states = tensor.requires_grad and tensor.device == device
         if not is_hidden_states:
@@ -301,11 +304,15 @@ def _recomputed_layers(loss: DenseLoss, bar: tqdm) -> Iterator[ActivationStore]:
         return len(hidden_states) - 1
 
     def hand_out(kept: int | Tensor) -> Tensor:
-        """Return what `keep` got."""
+        """Return the tensor that `keep` got, from what it returned: a number in `hidden_states`, or the tensor."""
         return kept if isinstance(kept, Tensor) else hidden_states[kept]
 
     def recomputed(forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-        """Run a decoder layer so that the backward pass computes it again."""
+        """Run a decoder layer so that the backward pass computes it again; in place of its forward pass.
+
+        `forward` is `run` for this layer; the other arguments are those of the layer. If hidden states wait elsewhere
+        than on the device (not `is_on_device`), `keep` and `hand_out` take them there and back.
+        """
         with (
             nullcontext() if is_on_device else saved_tensors_hooks(keep, hand_out),
             # stopped early, a layer would keep weights that Accelerate loaded
@@ -314,7 +321,7 @@ def _recomputed_layers(loss: DenseLoss, bar: tqdm) -> Iterator[ActivationStore]:
             return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
 
     def run(layer: nn.Module, forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-        """Run a decoder layer with its weights on the device."""
+        """Run the forward pass of a decoder layer with its weights on the device, and count it on `bar`."""
         # for each run: `backward`, in which layers are recomputed, leaves the contexts around it
         with onloaded([*layer.modules()], writable=False), quick_products():
             output = forward(*arguments, **keywords)

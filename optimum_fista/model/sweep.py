@@ -149,7 +149,7 @@ class Sweep:
         )
 
         def return_output(*_: Any, **__: Any) -> Any:
-            """Return the given hidden states in place of a decoder layer."""
+            """Return `output` of the outer function, in place of the forward pass of a decoder layer."""
             return output
 
         place = execution_device(model.get_input_embeddings())

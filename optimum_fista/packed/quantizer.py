@@ -154,12 +154,14 @@ class Unpack(ConversionOps):
         for pattern, tensors in input_dict.items():
             is_dense = not pattern.endswith(SUFFIXES)
             if is_dense:
+                # `dtype` is None if no model is known: tensors keep theirs
                 dense[pattern] = [tensor.to(dtype or tensor.dtype) for tensor in tensors]
                 continue
-            if not pattern.endswith(SUFFIXES[0]):  # masks and layouts are read with their values
+            values_suffix = SUFFIXES[0]
+            if not pattern.endswith(values_suffix):  # masks and layouts are read with their values
                 continue
 
-            stem = pattern.removesuffix(SUFFIXES[0])
+            stem = pattern.removesuffix(values_suffix)
             # Three lists: values, masks and layouts of all tensors with this pattern.
             parts = []
             for suffix in SUFFIXES:

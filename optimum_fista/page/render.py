@@ -156,7 +156,8 @@ def coloured(
     def cell(number: float | None) -> tuple[str, int | None]:
         """Return the text of a number and the index of its colour, `None` if it has none.
 
-        `low` and `width` of the outer function are the scale: the lowest number, and the highest one minus the lowest.
+        From the outer function: `text_of` writes a number, and `low` and `width` are the scale, the lowest number and
+        the highest one minus the lowest.
         """
         if number is None:
             return "", None

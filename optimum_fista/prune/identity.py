@@ -78,7 +78,10 @@ def join_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool, rank
     """
 
     def begin() -> Mapping[str, Any]:
-        """Compare the folder with this run, empty it if it belongs to no run or another, and return the fingerprint."""
+        """Compare `folder` with this run, empty it if it belongs to no run or another, and return `fingerprint`.
+
+        Without `overwrite`, the folder of another run is refused (ValueError). Rank 0 does this.
+        """
         if not overwrite:
             require_same_run(folder, fingerprint)
         begun = json.dumps(read_record(folder / RUN_FILE))
@@ -88,7 +91,7 @@ def join_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool, rank
         return fingerprint
 
     def join() -> None:
-        """Refuse this process (ValueError) if its fingerprint is not that of rank 0."""
+        """Refuse this process (ValueError) if its `fingerprint` is not `of_rank_0`, which `begin` returned there."""
         different = [key for key in fingerprint if fingerprint[key] != of_rank_0[key]]
         if different:
             raise ValueError(

@@ -110,8 +110,10 @@ def prune_named(
         def read() -> _ReadModel:
             """Read the model, and make the plan of this process, with a folder in the unfinished one to offload to.
 
-            All options are arguments of `prune_named`. `unfinished` is the locked folder beside the output, and
-            `offloaded` deletes the folder to offload to at the end of the run.
+            From the outer function: `ranks` are the processes of the run. `unfinished` is the locked folder beside the
+            output. `offloaded` deletes the folder to offload to at the end of the run. `storage` is `storage_device` as
+            a device or a folder. `name`, `config`, `dtype`, `packed`, `storage_device`, `progress` and `callbacks` are
+            its arguments.
             """
             if not (unfinished / FOLDER).exists():
                 raise ValueError(

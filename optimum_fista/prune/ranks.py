@@ -175,7 +175,10 @@ def share_layers(
     """
 
     def cost(share: Sequence[int]) -> float:
-        """Cost of a share (indices of layers) in forward passes; layers that are not pruned need no hidden states."""
+        """Compute the cost of a share (rising indices of layers) in forward passes, by the formula above.
+
+        A layer whose entry in `pruning_costs` is 0 is not pruned, and needs no hidden states.
+        """
         pruned = [index for index in share if pruning_costs[index] > 0]
         if not pruned:
             return 0.0

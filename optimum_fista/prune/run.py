@@ -41,7 +41,7 @@ def run(
     """
 
     def tell_begin() -> None:
-        """Call `on_prune_begin` of the callbacks."""
+        """Call `on_prune_begin` of the callbacks of `plan`, with `report`."""
         for callback in plan.callbacks:
             callback.on_prune_begin(report)
 
@@ -54,7 +54,10 @@ def run(
         work = sink.share(plan, calibration, held_out, report)
 
         def prune() -> None:
-            """Prune the decoder layers of this process, through the sink and into the report; it may have none."""
+            """Prune the decoder layers of this process (`work.todo`); it may have none.
+
+            Weights are overwritten through `sink`, and results are added to `report`. `plan` has its budgets by now.
+            """
             if work.todo:
                 prune_layers(
                     plan,

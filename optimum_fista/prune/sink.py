@@ -184,7 +184,7 @@ class Sink(ABC):
         original = parameter().detach().to("cpu", copy=True)
 
         def put_back() -> None:
-            """Overwrite the parameter with its old value, in place."""
+            """Overwrite what `parameter` returns with its old value, `original`, in place."""
             parameter().data.copy_(original)
 
         self._undo.append(put_back)
@@ -308,7 +308,7 @@ def _attributes_kept(model: nn.Module) -> Callable[[], None]:
     ]
 
     def put_back() -> None:
-        """Give every object the attributes that it had."""
+        """Give every object the attributes that it had (`noted`), and parameters their gradients (`gradients`)."""
         for attributes, before in noted:
             attributes.clear()
             attributes.update(before)

@@ -168,7 +168,12 @@ def _count(
     num_texts = 0
 
     def strings() -> Iterator[str]:
-        """Yield the texts, and count texts and batches; ids of batches are added to `batch_counts`, or to `marked`."""
+        """Yield those of `texts` that are strings, and count strings and batches in `num_texts`.
+
+        Ids of batches are counted in `batch_counts`. If a batch is held out, they are decoded by `tokenizer` and
+        appended to `marked` instead. `model` and `num_rows`, the rows of its embedding, are needed to read batches;
+        `progress` shows a bar.
+        """
         nonlocal num_texts
         for item in tqdm(texts, desc="Counting tokens", unit=" texts", disable=not progress):
             num_texts += 1

@@ -203,7 +203,7 @@ class EarlierMasks:
             return CarriedMasks()
 
         def shrink(name: str, tensor: Tensor) -> Tensor:
-            """Return the parameter `name`, or its mask, without the removed groups."""
+            """Return the parameter `name`, or its mask, with only the groups `kept`, as the plan `smaller` says."""
             return smaller.shrink_tensor(name, tensor, kept)
 
         masks, entries = self._masks_of_parameters(layer_name, layer)

@@ -145,6 +145,7 @@ def score_experts(experts: FusedExperts, targets: LayerTargets) -> ExpertScores:
         """Add outputs of an expert in one batch to `norms` and `num_tokens` of the outer function.
 
         `outputs` [tokens, out] are weighted by the router; `tokens` are the numbers of their tokens in the batch.
+        `activations` says which batches are held out, and which tokens are padding.
         """
         # The number of this batch. `expert_targets` has a target of each batch before it: that of this batch is added
         # after it has run.

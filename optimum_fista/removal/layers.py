@@ -112,7 +112,7 @@ def _cheapest_layer(
         )
 
     def cost(index: int) -> float:
-        """The loss without a layer; one that is not finite counts as the largest."""
+        """The loss without the layer with this number (`losses`); one that is not finite counts as the largest."""
         return losses[index] if math.isfinite(losses[index]) else math.inf
 
     refusal: ValueError | None = None  # of the latest layer that can't be removed
@@ -164,7 +164,7 @@ def _prove_renumbered(
     hidden_of_first_batch = recorded.hidden_states.stored_tensors()[0].to(execution_device(layer))
 
     def run(module: nn.Module) -> Tensor:
-        """Run a copy of the layer on hidden states of the first batch, [batch, tokens, hidden]."""
+        """Run a copy of the layer on `hidden_of_first_batch` [batch, tokens, hidden], with the arguments of `call`."""
         return call.run(module, hidden_of_first_batch)
 
     with onloaded(layer.modules(), writable=False):

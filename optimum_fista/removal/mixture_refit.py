@@ -82,8 +82,8 @@ class SmallerMixture:
         def add_batch(batch: int, assigned: AssignedTokens) -> None:
             """Add `Y - E*` of a batch to `self._residuals`, and the energy of `Y` to `self._energies`.
 
-            `assigned` has the inputs of the mixture in this batch. From the outer function: `targets` are `Y`, and
-            `place` is the device on which residuals wait.
+            `assigned` has the inputs of the mixture in this batch, on which `experts` run. From the outer function:
+            `activations` are those of the decoder layer, `targets` are `Y`, and residuals wait on the device `place`.
             """
             target = targets[batch].to(activations.device)
             num_tokens = target.shape[:2].numel()

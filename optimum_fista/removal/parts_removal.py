@@ -95,7 +95,7 @@ class PartsRemoval(Removal):
         }
 
         def reason_left_dense(name: str) -> str | None:
-            """Say why an operator is not pruned: only those with a pattern are."""
+            """Say why the operator `name` is not pruned; `None` if it is. Only those in `patterns` are."""
             return None if name in patterns else "no part"
 
         # The matrices of mixtures that lose experts are not pruned as operators.
@@ -501,7 +501,7 @@ class PartsRemoval(Removal):
             before.append((tensor, tensor.device, data))
 
         def restore() -> None:
-            """Give all tensors of the model their old values."""
+            """Give all tensors of the model their old values and sizes, on their old devices (`before`)."""
             for tensor, device, data in before:
                 tensor.data = data.to(device)
 

@@ -72,7 +72,7 @@ def _removal_of_zeros(layers: DecoderLayers, config: FistaPruningConfig) -> Remo
     patterns: dict[str, SparsityPattern] = {}
 
     def reason_left_dense(name: str) -> str | None:
-        """Say why the operator `name` stays dense; otherwise return `None`, and add its pattern to `patterns`."""
+        """Say why `config` leaves the operator `name` dense; if it does not, add its pattern to `patterns`."""
         reason = config.reason_left_dense(name)
         if reason is None:
             patterns[name] = config.pattern_for(name)

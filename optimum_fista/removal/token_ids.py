@@ -81,7 +81,7 @@ def renumbered(values: Mapping[str, Any], new_ids: Mapping[int, int]) -> dict[st
     """
 
     def new_id(index: int) -> int:
-        """The new id of a token; a number that has none stays."""
+        """Return the new id of a token, by `new_ids`; a number that has none stays."""
         return new_ids.get(index, index)
 
     changed: dict[str, Any] = _replaced(values, new_id, are_ids=False)

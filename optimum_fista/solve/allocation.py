@@ -79,7 +79,11 @@ def allocate(
     log_costs = {name: math.log(max(cost, 1e-300) / sizes[name]) for name, cost in costs.items()}
 
     def zeros_at(mu: float) -> dict[str, int]:
-        """Numbers of zeros by operator for a `mu` of the formula: the larger it is, the more."""
+        """Compute the numbers of zeros by operator for a `mu` of the formula above: the larger it is, the more zeros.
+
+        The share of zeros is clipped to `lowest` and `highest`. `log_costs`, `sizes` and `sparsity` are those of the
+        formula.
+        """
         zeros = {}
         for name, log_cost in log_costs.items():
             share = sparsity + (mu - log_cost) / SLOPE

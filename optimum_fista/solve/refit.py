@@ -153,7 +153,10 @@ def refit_columns(
     kept_inputs = kept.nonzero().flatten()  # int64 [p]
 
     def solve(ridge: float) -> tuple[Tensor, str]:
-        """Solve with this r: `W_K = C_K (G_KK)^-1` in coordinates of unit diagonal."""
+        """Solve `problem` with this r: `W_K = C_K (G_KK)^-1` in coordinates of unit diagonal; K are `kept_inputs`.
+
+        Returns new weights [out, in], and the message of the factorisation ("" if it needed no help).
+        """
         gram, target, scale = problem.with_ridge(problem.statistics.diagonal * ridge)
         factor, message = damped_cholesky(
             lambda: gram.index_select(0, kept_inputs).index_select(1, kept_inputs)

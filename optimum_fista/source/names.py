@@ -200,7 +200,10 @@ def as_saved(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str,
     """
 
     def get_parameter(name: str) -> Tensor:
-        """Return the tensor to save of this name in the model: some rules read from its shape if it is transposed."""
+        """Return the tensor to save of this name in the model: that of `tensors`, if there is one.
+
+        Some rules read from its shape whether it is transposed.
+        """
         return tensors[name] if name in tensors else model.get_parameter(name)
 
     # A shallow copy; copy.copy fails for classes of fully_shard.

@@ -285,7 +285,11 @@ class SourceTensors:
         in_a_layer = re.compile(rf"({re.escape(self.layers)})(\d+)(\..*|)")
 
         def new_name(name: str) -> str | None:
-            """Return a name, such as "model.layers.3.mlp", with its layer's new number; `None` if the layer goes."""
+            """Return a name, such as "model.layers.3.mlp", with its layer's new number; `None` if the layer goes.
+
+            `in_a_layer` matches such names, and `new_numbers` has the new number of each decoder layer that stays. A
+            layer after all `total` decoder layers predicts more tokens. Its number falls as theirs do: `stay` are left.
+            """
             match = in_a_layer.match(name)
             if match is None or not self.layers:
                 return name
@@ -296,7 +300,7 @@ class SourceTensors:
             return None if new is None else f"{before}{new}{after}"
 
         def with_new_names(values: Mapping[str, T]) -> dict[str, T]:
-            """Return `values`, which are by name, under the new names, without those of removed layers."""
+            """Return `values`, which are by name, under the names of `new_name`, without those of removed layers."""
             result: dict[str, T] = {}
             for name, value in values.items():
                 new = new_name(name)
@@ -305,7 +309,7 @@ class SourceTensors:
             return result
 
         def renamed_in_lists(value: Any) -> Any:
-            """Return a value of the settings with new names in all lists, such as that of the modules to skip."""
+            """Copy a value of the settings, with the names of `new_name` in all lists, such as modules to skip."""
             if isinstance(value, dict):
                 return {key: renamed_in_lists(inner) for key, inner in value.items()}
             if not isinstance(value, list):

@@ -62,7 +62,7 @@ class StoredTensor:
         """
 
         def pieces() -> Iterator[bytes | memoryview]:
-            """Read the bytes of the whole tensor as one piece."""
+            """Yield the bytes of the whole tensor as one piece: of what `read` makes, or of `tensor` without `read`."""
             values = tensor if read is None else read()
             yield bytes_of_values(values)
 
@@ -84,7 +84,7 @@ class StoredTensor:
         pieces_of_whole = self.pieces
 
         def pieces_of_entries() -> Iterator[bytes | memoryview]:
-            """Read the whole tensor, and yield the bytes of the slices `entries` as one piece."""
+            """Read the whole tensor (`pieces_of_whole`), and yield the slices `entries` along `axis` as one piece."""
             buffer = bytearray().join(
                 pieces_of_whole()
             )  # torch wants memory that may be written to

@@ -126,7 +126,7 @@ def _prompt(processor: Any, text: str, num_images: int, marks: Sequence[str]) ->
     """
 
     def write(content: str | list[dict[str, str]]) -> str:
-        """Run the chat template on one turn."""
+        """Run the chat template of `processor` on one turn of a user with this content."""
         turns = [{"role": "user", "content": content}]
         prompt: str = processor.apply_chat_template(turns, tokenize=False)
         return prompt

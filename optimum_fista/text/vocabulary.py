@@ -212,7 +212,12 @@ def _ranked(
             first[part] = min(first[part], first[index])
 
     def rank(index: int) -> tuple[float, ...]:
-        """Sort key of a token: required ones, then by uses, uses of its parts, first id, and length."""
+        """Return the sort key of a token, by which those that should stay come first.
+
+        `required` ones come before all others. Then more uses, more uses of the rarest part, a smaller `first` id, and
+        fewer symbols (`num_symbols`) decide, in this order. By Zipf's law, the number i of a token in this order gives
+        it `expected_uses / (i + 1)` more uses. `vocabulary.parts` are the two tokens of which a token is made.
+        """
         parts = vocabulary.parts.get(index, (index,))
         is_optional = index not in required
         all_uses = uses[index] + expected_uses / (first[index] + 1)

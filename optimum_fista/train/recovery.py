@@ -154,7 +154,10 @@ def recover(
         unfinished = unfinished_folder(plan.output)
 
         def lock() -> None:
-            """Lock the output until the end of the run."""
+            """Lock the output of `plan` until the end of the run (`until_the_end`), and check it once more.
+
+            Without `overwrite`, it may not hold a model. Rank 0 does this.
+            """
             until_the_end.enter_context(locked_output(plan.output))
             require_output(plan.output, overwrite)  # another run may just have ended
 
@@ -180,7 +183,11 @@ def recover(
             )
 
         def finish() -> None:
-            """Write the model of rank 0, and move it to the output."""
+            """Write the trained `model` and its `report` into the folder `unfinished`, and move it to the output.
+
+            Refuses this if files of the student or the teacher have changed since the run began (`students_files`,
+            `teachers_files`). `overwrite` lets it replace a model. Rank 0 does this.
+            """
             assert model is not None
             students_files.require_unchanged()  # they were read again for the model to write
             teachers_files.require_unchanged()

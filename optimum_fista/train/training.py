@@ -99,7 +99,8 @@ def masked_training(
     def clear(tensor: Tensor, parameter: Tensor) -> Tensor:
         """Set `tensor` (a parameter or its gradient) to zero in place where `parameter` is pruned.
 
-        Returns `tensor`, or the part of it that is in this process. Moves the mask to the device of the parameter.
+        `mask_of` has the mask of each parameter with zeros, which is moved to the parameter's device. Returns `tensor`,
+        or the part of it that is in this process.
         """
         mask_of[parameter] = mask_of[parameter].to(parameter.device)  # the model may have moved
         values = local(tensor)
@@ -109,7 +110,7 @@ def masked_training(
         return values
 
     def clear_weights() -> None:
-        """Set the pruned weights of all parameters to zero."""
+        """Set the pruned weights of all parameters in `mask_of` to zero, by `clear`."""
         for parameter in mask_of:
             clear(parameter.data, parameter)
 
@@ -118,7 +119,10 @@ def masked_training(
         clear(cast(Tensor, parameter.grad), parameter)
 
     def after_step(optimizer: Optimizer, *_: Any) -> None:
-        """Hook after a step of any optimizer: if it trains this model, clear its weights, and note the training."""
+        """If an optimizer trains a parameter of this model, call `clear_weights`, and note the training.
+
+        A hook that PyTorch calls after each step of every optimizer. `parameters_of_model` are those of the model.
+        """
         for group in optimizer.param_groups:
             if not parameters_of_model.isdisjoint(group["params"]):
                 mark_retrained(model)

@@ -63,7 +63,10 @@ class Dsnot(PruningMethod):
         live = statistics.live
 
         def sum_groups(matrix: Tensor) -> Tensor:
-            """[out, in] -> [out, groups]: sums over weights that are kept together; no copy if each is a group."""
+            """Sum a matrix [out, in] over the weights of each group of `pattern`: [out, groups].
+
+            If each weight is a group, `matrix` itself is returned.
+            """
             if pattern.width == 1:
                 return matrix
             return matrix.unflatten(1, (-1, pattern.width)).sum(-1)

@@ -16,8 +16,9 @@ The method has four steps:
 4. The kept weights are refitted by conjugate gradients on the ridge problem. Whole columns are refitted exactly
    (`refit_columns`), with a ridge of their own unless `ridge` is given.
 
-The coordinates `W'` of step 2 are `_Surgeon`: `W = W' S B^T` with a diagonal `S`, and a block-diagonal `B` if columns
-are removed in groups. In them `G` becomes `B^T S G_r S B`, and `C` becomes `C_r S B`.
+The coordinates `W'` of step 2 are `_Surgeon`: `W = W' B^T S` with a diagonal `S`, and a block-diagonal `B` if columns
+are removed in groups. In them `G` becomes `B^T S G_r S B`, and `C` becomes `C_r S B`. A matrix is called `point` while
+ADMM changes it (`SplitState`).
 
 ALPS lets `rho` grow over about 40 iterations until the mask settles. Here the coordinates show which `rho` compares
 kept and removed weights correctly, so that twelve iterations reach the error of ALPS in a third of the time
@@ -111,55 +112,67 @@ class ObsAdmm(PruningMethod):
     ) -> list[PrunedOperator]:
         """Prune operators that share their inputs, with shared factorisations; returns one result for each.
 
-        Patterns of whole columns may have groups of several columns, and each such width has coordinates of its own.
-        If `patterns` have different widths, operators are pruned one by one. `problems` have the same
-        `InputStatistics`, which keep their decoupled form (`LayerProblem.decoupled`). No tensor of `problems` changes.
+        `problems` have the same `InputStatistics`, and `patterns` has one pattern for each. Patterns of whole columns
+        may have groups of several columns, and each such width has coordinates of its own. If the widths differ,
+        operators are pruned one by one.
+
+        No tensor of `problems` changes. Their statistics keep a second form, in which nearly dead inputs are
+        uncorrelated with all others (`LayerProblem.decoupled`): it is made at the first use.
         """
-        widths = {pattern.width if pattern.whole_columns else 1 for pattern in patterns}
-        if len(widths) > 1:
+        # columns that are removed together; 1 for single weights
+        widths = [pattern.width if pattern.whole_columns else 1 for pattern in patterns]
+        width = widths[0]
+        if any(other != width for other in widths):
             return super().prune_sharing(problems, patterns)  # one by one
-        (width,) = widths
 
         problems = [problem.decoupled() for problem in problems]
         statistics = problems[0].statistics
         gram = statistics.gram
-        # Step 1 is made in parts, where it is read: r diag(G) is all that is kept of it.
-        penalty = statistics.diagonal * self._ridge_of(statistics)
+        # Step 1. G_r and C_r are not kept: they are made of G, C and `r diag(G)` wherever they are needed.
+        penalty = statistics.diagonal * self._ridge_of(statistics)  # r diag(G)
         surgeon, message = _Surgeon.of(gram, penalty, width)  # step 2
         states = [
             SplitState(
+                # makes some rows of the target when they are needed, in place of a matrix of its size
                 target=partial(surgeon.scaled_target, problem),
                 point=surgeon.scaled_weight(problem.weight),
             )
             for problem in problems
         ]
 
-        # Steps 3 and 4 change the masks of `states` and their points, which are weights in the coordinates W'.
+        # Steps 3 and 4 write their results into `states`: the masks, and the points, which are weights in the
+        # coordinates W'.
         self._split(states, patterns, surgeon, gram)
+        # step 4 for states without whole columns
         num_steps = self._refit_by_rows(states, patterns, surgeon, gram)
         iterations = self.stages * self.iterations + num_steps
 
         pruned = []
         for problem, pattern, state in zip(problems, patterns, states, strict=True):
             assert state.mask is not None
-            messages = [message]
-            if pattern.whole_columns and self.refit_iterations:
-                # step 4 of whole columns, in the problem's own coordinates
-                weight, message_of_refit = refit_columns(problem, state.mask[0], self.ridge)
-                messages.append(message_of_refit)
+            message_of_refit = ""
+            refits = self.refit_iterations > 0  # the option can turn off all refits
+            if pattern.whole_columns and refits:
+                # step 4 of whole columns, in the problem's own coordinates; all rows of the mask are equal
+                columns_kept = state.mask[0]
+                weight, message_of_refit = refit_columns(problem, columns_kept, self.ridge)
             else:
-                # W = W' B^T S, in the memory of P
+                # W = W' B^T S; `state.point` is overwritten, because it is not needed any more
                 sparse = state.point.mul_(state.mask)
                 weight = surgeon.times_blocks(sparse, transposed=True).mul_(surgeon.scale)
-            advice = "; ".join(dict.fromkeys(text for text in messages if text))
+
+            # Both factorisations may have needed help, and say the same.
+            messages = [message] if message else []
+            if message_of_refit and message_of_refit != message:
+                messages.append(message_of_refit)
             pruned.append(
                 PrunedOperator(
                     weight=weight,
                     mask=state.mask,
                     fit_error=problem.fit_error(weight),
                     iterations=iterations,
-                    converged=not advice,
-                    message=advice,
+                    converged=not messages,
+                    message="; ".join(messages),
                 )
             )
         return pruned
@@ -230,7 +243,7 @@ class _Surgeon:
 
     The two are related by
 
-        W = W' S B^T,
+        W = W' B^T S,
 
     with `S` [in, in] diagonal. `B` [in, in] is block-diagonal if columns are removed in groups, otherwise the identity.
     `G_r` [in, in] is the Gram matrix with a ridge (step 1 of the module's docstring). In these coordinates the diagonal

@@ -447,7 +447,8 @@ class DeferredConversion(WeightConverter):
             parameters.append(layer_name.replace(first_target, target))
 
         # Without scales, the operations of a format change nothing: Accelerate reads the parameter from its file.
-        dtypes = [dtype for _, dtype in (quantizer.stored[name] for name in self.patterns)]
+        files_and_dtypes = [quantizer.stored[name] for name in self.patterns]
+        dtypes = [dtype for _, dtype in files_and_dtypes]
         is_one_plain_tensor = len(dtypes) == 1 and dtypes[0] in PLAIN_FLOATS
         only_dequantizes = all(reads_scales(operation) for operation in self.operations)
         is_stored_as_it_is = is_one_plain_tensor and only_dequantizes
