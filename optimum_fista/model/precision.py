@@ -58,9 +58,8 @@ def choose_products(name: str, device: torch.device, stored: torch.dtype) -> Pro
     if device.type != "cpu":
         # TensorFloat-32 keeps 11 significant bits of a number. A number of 16 bits (bfloat16, float16) has no more, so
         # products of such numbers lose nothing. Float32 numbers lose their other bits.
-        device_module = getattr(
-            torch, device.type, None
-        )  # such as torch.cuda; None if there is none
+        # such as torch.cuda; None if there is none
+        device_module: Any = getattr(torch, device.type, None)
         if not hasattr(device_module, "is_tf32_supported"):
             return "float32"
         return "tf32" if device_module.is_tf32_supported() else "float32"
