@@ -269,8 +269,9 @@ class FistaPruningConfig(PruningOptions):
             raise ValueError(
                 f"config {str(file)!r} holds a JSON {type(values).__name__}: pass an object of options."
             )
-        is_report = "operators" in values  # its configuration is one of several entries
-        return cls.from_dict(values["config"] if is_report else values)
+        is_report = "operators" in values
+        options = values["config"] if is_report else values  # of a report it is one entry
+        return cls.from_dict(options)
 
     def resolved(self) -> FistaPruningConfig:
         """Return a configuration in which options that are `None` have the value that the method chooses.

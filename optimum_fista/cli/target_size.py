@@ -11,6 +11,7 @@ that. A *channel* is a hidden unit of the MLPs: a column of the down projection 
 """
 
 import argparse
+import itertools
 import math
 import sys
 import time
@@ -60,9 +61,8 @@ class SizePlan:
     tokens: TokensPlan | None  # removed first; None: no token is removed
     channels: PartShare | None  # removed in an ordinary run after that; None: tokens are enough
     num_parameters: int  # that the model has in the end
-    losses: Sequence[
-        TextReport
-    ] = ()  # what the removal of the tokens costs on held-out texts, as far as measured
+    # what the removal of the tokens costs on held-out texts, as far as measured
+    losses: Sequence[TextReport] = ()
 
     def lines(self) -> Iterator[str]:
         """Yield one line for people for each step: what it removes, and how many parameters are left after it.
@@ -242,7 +242,7 @@ def _count(model: str, sources: list[str], texts: list[TextSource]) -> CountedMo
     """
     if "self" in sources:
         raise ValueError("a model's own text is too short to tell which tokens are rare")
-    documents = (document for text in texts for document in text.documents)
+    documents = itertools.chain.from_iterable(text.documents for text in texts)
     text_name = ", ".join(map(public_name, sources))
     return count_model(model, documents, text_name=text_name)
 

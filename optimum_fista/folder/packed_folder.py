@@ -120,9 +120,8 @@ def packed_outlines(folder: Path) -> dict[str, PackedTensor]:
 
     Such a name is "model.layers.0.mlp.up_proj.weight". Only headers and layouts are read.
     """
-    file_of = packed_files(
-        folder
-    )  # the path of the file of each stored tensor, by the tensor's name
+    # the path of the file of each stored tensor, by the tensor's name
+    file_of = packed_files(folder)
     packed = {}
     for name in packed_names(file_of):
         values_name, mask_name, layout_name = [name + suffix for suffix in SUFFIXES]

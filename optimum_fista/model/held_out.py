@@ -73,15 +73,12 @@ class HeldOut:
             self._sweep.returned_besides = recorded.returned_besides
             self._streams.setdefault(network, recorded.hidden_states)
 
-        # of the last network: both have arguments of the same kinds
-        values = [
-            value
-            for calls in recorded.calls
-            for call in calls
-            for value in (*call.arguments, *call.keywords.values())
-        ]
-        shares = any(isinstance(value, MutableMapping) for value in values)
-        if recorded.layers_pass_more or (shares and resumes):
+        # All arguments of layers, as recorded for the last network: both have arguments of the same kinds.
+        values: list[Any] = []
+        for call in chain.from_iterable(recorded.calls):
+            values += [*call.arguments, *call.keywords.values()]
+        shares_dictionary = any(isinstance(value, MutableMapping) for value in values)
+        if recorded.layers_pass_more or (shares_dictionary and resumes):
             return False
         return bool(self.sequences)
 

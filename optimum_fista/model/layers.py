@@ -209,7 +209,8 @@ def prunable_layers(model: PreTrainedModel, *, loaded: bool = True) -> DecoderLa
     gets another value.
     """
     for name, module in model.named_modules():
-        _require_plain(f"model.{name}" if name else "model", module)
+        full_name = f"model.{name}" if name else "model"  # "" is the model itself
+        _require_plain(full_name, module)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model is a {type(model).__name__}: pass a transformers.PreTrainedModel.")
     require_unquantized(model, loaded=loaded)

@@ -115,7 +115,7 @@ def _warn_of_few_tokens(plan: Plan, report: PruningReport) -> None:
     num_inputs = {name: operator.shape[1] for name, operator in plan.all_operators.items()}
     if not num_inputs:
         return
-    widest = max(num_inputs, key=num_inputs.__getitem__)
+    widest = max(num_inputs, key=lambda name: num_inputs[name])
     if num_tokens < num_inputs[widest]:
         report.warn(
             f"{num_tokens} calibration tokens for the {num_inputs[widest]} inputs of {widest}: its Gram matrix is "

@@ -45,9 +45,8 @@ def share_budgets(
     fitted = [batch for batch in batches if not batch.held_out]
     loss = DenseLoss(plan.layers, fitted, config.allocation_tokens, plan.progress, plan.storage)
 
-    removed_layers: list[
-        tuple[int, float]
-    ] = []  # number of a layer, and the loss after its removal
+    # number of a layer, and the loss after its removal
+    removed_layers = list[tuple[int, float]]()
     if plan.removal.num_removed_layers:
         with products_as(plan.products):
             removed_layers = plan.removal.choose_layers(loss)

@@ -64,8 +64,9 @@ class Ranks:
                 raise
             failure = error
             logger.error("rank %d failed, and waits for the others: %s", self.index, _line(error))
+        own_failure = None if failure is None else _line(failure)
         try:
-            failures = self.gather(None if failure is None else _line(failure))
+            failures = self.gather(own_failure)
         except RankError as error:
             if failure is not None:
                 raise failure from error

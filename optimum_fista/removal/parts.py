@@ -262,9 +262,8 @@ def removed_parts(outline: ModelOutline, pattern: WholeParts) -> list[RemovedPar
         else:
             parts = outline.parts(share.kind)
             number = parts.groups
-            kept = share.num_kept(
-                number, parts.num_router_groups, parts.at_least
-            )  # raises ValueError
+            # raises ValueError
+            kept = share.num_kept(number, parts.num_router_groups, parts.at_least)
         removed.append(RemovedParts(share, number, kept))
     return removed
 

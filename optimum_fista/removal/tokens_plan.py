@@ -62,9 +62,8 @@ class TokensPlan:
     quantized: Mapping[str, Any]  # what the configuration says of quantized weights
     dense_tokenizer: Mapping[str, Any]  # content of the dense tokenizer.json
     tokenizer: Mapping[str, Any]  # content of the new tokenizer.json
-    bos: (
-        int | None
-    )  # old id of the token that begins each text (BOS); None if texts begin with none
+    # old id of the token that begins each text (BOS); None if texts begin with none
+    bos: int | None
     # The new ids of the rows that stay, by their old ids, in the order of the new ids 0, 1, 2, ... Rows of no token are
     # the last ones.
     new_ids: Mapping[int, int]

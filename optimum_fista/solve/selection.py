@@ -26,9 +26,8 @@ from torch import Tensor
 from optimum_fista.solve.linalg import row_blocks
 
 _SAMPLE = 16_384  # values in the sample that gives a bracket
-_LEAST_VALUES_TO_SAMPLE = (
-    8 * _SAMPLE
-)  # of fewer values the sample would be a large part: all of them are partitioned
+# Of fewer values the sample would be a large part: then all values are partitioned at once.
+_LEAST_VALUES_TO_SAMPLE = 8 * _SAMPLE
 _BLOCK = 2**20  # magnitudes compared with the bracket at a time
 _PART = 2**18  # magnitudes ranked within their groups at a time, on a CPU
 _PARTS_ON_DEVICES = 64  # times as many elsewhere

@@ -85,9 +85,8 @@ class StoredTensor:
 
         def pieces_of_entries() -> Iterator[bytes | memoryview]:
             """Read the whole tensor (`pieces_of_whole`), and yield the slices `entries` along `axis` as one piece."""
-            buffer = bytearray().join(
-                pieces_of_whole()
-            )  # torch wants memory that may be written to
+            # torch wants memory that may be written to
+            buffer = bytearray().join(pieces_of_whole())
             whole = torch.frombuffer(buffer, dtype=torch.uint8)
             values = whole.view(*self.shape, -1)  # one more axis: the bytes of a value
             yield bytes_of_values(values.index_select(axis, entries))

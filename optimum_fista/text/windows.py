@@ -296,7 +296,8 @@ def _windows_of_documents(
     only for the message of the ValueError that a text is too short. The generator's state moves on.
     """
     eos = tokenizer.eos_token_id
-    separator = torch.tensor([] if eos is None else [eos], dtype=torch.int64)
+    ids_between_documents = [] if eos is None else [eos]
+    separator = torch.tensor(ids_between_documents, dtype=torch.int64)
     pieces = list[torch.Tensor]()
     num_tokens = 0
     for index in torch.randperm(len(text.documents), generator=generator).tolist():

@@ -640,10 +640,8 @@ def intact_states(journal: Path) -> dict[int, Path]:
     states = {}
     for step, folder in whole.items():
         best_step = best_steps[step]
-        has_best_weights = (
-            not best_step or best_step in whole
-        )  # 0 or None: no step was better than the start
-        if has_best_weights:
+        start_is_best = not best_step  # 0 or None: no step was better than the start
+        if start_is_best or best_step in whole:
             states[step] = folder
     for folder in journal.glob("checkpoint-*"):
         if folder.resolve() not in states.values():

@@ -365,9 +365,10 @@ def _train(
     if watch.stopped and trainer.state.global_step < plan.steps:
         raise KeyboardInterrupt
 
+    # It also rounds the weights of the trainer's model to `dtypes`.
     report = _report(
         plan=plan, choice=choice, trainer=trainer, dtypes=dtypes, fingerprint=fingerprint
-    )  # which rounds the weights of the trainer's model to `dtypes`
+    )
     trained = cast(nn.Module, trainer.model) if report.best_step else None
     recovered = _model_with_weights(plan, trained, is_saved=ranks.index == 0)
     return recovered, report

@@ -462,9 +462,8 @@ def _needed_bytes(
     # float32: the weights, and of those that are trained a gradient and two moments
     student = 4 * sizes.parameters + 12 * sizes.trained(train)
     if plan.compute_dtype != torch.float32:
-        student += (
-            plan.compute_dtype.itemsize * sizes.vocabulary * sizes.hidden_size
-        )  # `round_head`
+        # the copy of the head's weight that `round_head` makes
+        student += plan.compute_dtype.itemsize * sizes.vocabulary * sizes.hidden_size
     masks = sizes.parameters if train == "all" else 0  # a byte a weight
     teachers_parameters = sizes.parameters
     if plan.report is not None and plan.report.first_model.num_parameters:
@@ -475,9 +474,8 @@ def _needed_bytes(
     activations = 8 * sizes.operator_width
     if checkpointed:  # those of one layer at a time, and the hidden states that enter each layer
         activations = activations // sizes.layers + 4 * sizes.layers * sizes.hidden_size
-    activations += (
-        12 * sizes.hidden_size
-    )  # hidden states that enter both heads, with their gradient
+    # hidden states that enter both heads, and their gradient, each 4 bytes
+    activations += 12 * sizes.hidden_size
 
     tokens = plan.options.batch_size * plan.length
     # of both models, in two dtypes, with their gradient

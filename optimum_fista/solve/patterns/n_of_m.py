@@ -93,6 +93,7 @@ def _swap_at_place(order: Tensor, gain: Tensor, place: int) -> None:
     is_free = torch.ones_like(groups, dtype=torch.bool)  # groups that have not swapped
     while True:
         both_free = is_free & is_free[:, None]
+        # of each group: the largest gain by a swap, and the group to swap with
         best, partner = gain.masked_fill(~both_free, 0).max(1)
         # Only groups that want each other swap; the pair is counted once.
         want_each_other = partner[partner] == groups
@@ -100,6 +101,8 @@ def _swap_at_place(order: Tensor, gain: Tensor, place: int) -> None:
         if not len(first):
             return
         second = partner[first]
-        order[first, place], order[second, place] = order[second, place], order[first, place]
+        inputs_of_first = order[first, place]  # a copy, because the index is a tensor
+        order[first, place] = order[second, place]
+        order[second, place] = inputs_of_first
         is_free[first] = False
         is_free[second] = False

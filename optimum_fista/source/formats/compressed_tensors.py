@@ -51,11 +51,13 @@ class CompressedTensors(QuantizedFormat):
         super().__init__(settings)
         from compressed_tensors.quantization import QuantizationConfig
 
-        refused = [_TRANSFORM] if settings.get(_TRANSFORM) else []
+        entry = None  # of the settings that can't be followed
         sparsity = settings.get(_SPARSITY)
-        if sparsity and sparsity.get("format") != "dense":
-            refused.append(_SPARSITY)
-        for entry in refused:
+        if settings.get(_TRANSFORM):
+            entry = _TRANSFORM
+        elif sparsity and sparsity.get("format") != "dense":
+            entry = _SPARSITY
+        if entry is not None:
             raise ValueError(
                 f"quantization_config has a {entry}, which only compressed-tensors can undo, on a whole model: "
                 "load the model with Transformers and this package, save it in 16 bits, and pass that folder."
