@@ -107,7 +107,7 @@ def evaluate_perplexity(
     if text is not None and tokenizer is not None:
         num_bytes = count_bytes(tokenizer, text, windows)
     return PerplexityResult(
-        # `math.exp` raises an error where this gives infinity.
+        # `math.exp` would raise an error for a large number, for which this gives infinity.
         perplexity=torch.tensor(total / num_tokens, dtype=torch.float64).exp().item(),
         num_windows=num_windows,
         num_tokens=num_tokens,
@@ -190,15 +190,21 @@ def _negative_log_likelihood(predictor: Predictor, ids: torch.Tensor, first: int
 def _sum_of_losses(
     predictor: Predictor, entering_head: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """Sum -log p of the `targets` [positions], in float64, by what enters the head at these positions.
+    """Run the head of a model at some positions, and sum -log p of the tokens that follow; a scalar, float64.
 
-    Their logits are in memory until this returns.
+    The logits of all these positions are in memory until this returns. Their copies in float32 are made for a few
+    positions at a time.
+
+    Args:
+        predictor: Its model has the head.
+        entering_head: [positions, hidden]: what `predictor.hidden_states` has returned for these positions.
+        targets: The token that follows each position, int64 [positions], on the device of `entering_head`.
     """
-    logits = predictor.logits(entering_head)  # [positions, vocabulary]
+    logits = predictor.logits(entering_head)  # [positions, vocabulary], on the device of the head
     total = torch.zeros((), dtype=torch.float64, device=entering_head.device)
     for start in range(0, len(logits), POSITIONS_PER_CHUNK):
         rows = slice(start, start + POSITIONS_PER_CHUNK)
-        targets_of_rows = targets[rows].to(logits.device)
+        targets_of_rows = targets[rows].to(logits.device)  # the head may be on another device
         losses = cross_entropy(logits[rows].float(), targets_of_rows, reduction="none")
         total += losses.double().sum().to(total.device)
     return total

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -49,16 +50,18 @@ class DenseLoss:
     storage: Storage | None = None
 
     def sequences(self) -> list[CalibrationBatch]:
-        """The sequences, one a batch and without padding; those of a single token have no loss."""
+        """Take sequences, one a batch and without padding, until they have `self.num_tokens` real tokens.
+
+        Those of a single token have no loss, and are left out.
+        """
         sequences: list[CalibrationBatch] = []
         num_tokens = 0
-        rows = (
-            row
-            for batch in self.batches
-            for row in batch.sequences_without_padding()
-            if row.num_tokens > 1
+        all_sequences = chain.from_iterable(
+            batch.sequences_without_padding() for batch in self.batches
         )
-        for row in rows:
+        for row in all_sequences:  # a batch of one sequence
+            if row.num_tokens < 2:
+                continue
             sequences.append(row)
             num_tokens += row.num_tokens
             if num_tokens >= self.num_tokens:

@@ -165,9 +165,8 @@ class Journal:
         changes nothing else.
         """
         num_first = 0
-        states_sha256 = (
-            None  # of the file of what enters the layer; nothing is kept for the first one
-        )
+        # of the file of what enters the layer; nothing is kept for the first one
+        states_sha256 = None
         while num_first in finished and finished[num_first].sha256["before"] == states_sha256:
             states_sha256 = finished[num_first].sha256["after"]
             num_first += 1

@@ -167,6 +167,7 @@ def _warn_of_operators_left_dense(plan: Plan, report: PruningReport) -> None:
     Refuses a run that prunes nothing (UnsupportedArchitectureError). `report.left_dense` has the reason of each
     operator, by its name, such as "model.layers.3.mlp.down_proj".
     """
+    # without those that nobody wants to prune, and those that the user has left out
     reasons = {
         name: reason
         for name, reason in report.left_dense.items()
@@ -202,12 +203,13 @@ def _warn_of_overflown_errors(report: PruningReport) -> None:
 def _warn_of_rounded_rows(plan: Plan, report: PruningReport) -> None:
     """Add to the report's warnings that rows have whole numbers of zeros, if this changes the model's sparsity."""
     config = plan.config
-    by_rows = bool(report.operators) and all(
-        operator.scope == "row" for operator in report.operators
-    )
+    if not report.operators or config.overrides:
+        return
+    by_rows = all(operator.scope == "row" for operator in report.operators)
     asked = config.sparsity or 0.0
     sparsity = report.totals["sparsity"]
-    if by_rows and not config.overrides and abs(sparsity - asked) > 1e-4:
+    is_rounded = abs(sparsity - asked) > 1e-4
+    if by_rows and is_rounded:
         report.warnings.append(
             f"rows have whole numbers of zeros, so {sparsity:.2%} of the weights are zero instead of "
             f"{config.sparsity:.2%}: pass scope='matrix' for an exact one."
@@ -255,8 +257,9 @@ def _note_perplexity(plan: Plan, report: PruningReport, held_out: HeldOut) -> No
     if perplexity is None:
         return
 
+    # its matrix, with a row for each token
     embedding = next(plan.layers.model.get_input_embeddings().parameters())
-    report.perplexity = perplexity | {
-        "text": public_name(held_out.text) if held_out.text else held_out.text,
-        "vocabulary": len(embedding),
-    }
+    text = held_out.text  # of a file its path
+    if text:
+        text = public_name(text)
+    report.perplexity = perplexity | {"text": text, "vocabulary": len(embedding)}

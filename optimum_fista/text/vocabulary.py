@@ -92,7 +92,7 @@ def reduce_vocabulary(
         index: len(_symbols(token, vocabulary.content["model"]))
         for index, token in vocabulary.tokens.items()
     }
-    merged = sorted(vocabulary.parts, key=num_symbols.__getitem__, reverse=True)
+    merged = sorted(vocabulary.parts, key=lambda index: num_symbols[index], reverse=True)
 
     required = _required(vocabulary, set(keep))
     for index in merged:
@@ -171,7 +171,7 @@ def _required(vocabulary: _Vocabulary, keep: set[int]) -> set[int]:
 
 
 def _uses_with_merges(vocabulary: _Vocabulary, merged: list[int], counts: Tensor) -> list[int]:
-    """How often the tokenizer makes each token of the counted text, also on the way to another token; by id.
+    """Count how often the tokenizer makes each token of the counted text, also on the way to another token; by id.
 
     `merged` has the ids of the tokens that have parts; each stands before its parts. `counts`, int64 [ids], says how
     often the counted text has each token.
@@ -193,7 +193,7 @@ def _ranked(
     num_symbols: dict[int, int],
     expected_uses: float,
 ) -> list[int]:
-    """Sort all ids: first those that should stay.
+    """Sort the ids of all tokens: first those that should stay.
 
     A token never comes before its parts: it has at most as many uses, its `first` is not smaller, and it is longer.
 

@@ -42,9 +42,11 @@ class _Divergence(torch.autograd.Function):
             part = hidden[rows].detach().requires_grad_()
             with torch.enable_grad():
                 logits = student.logits(part)
+            teachers_logits = teacher.logits(teachers_hidden[rows])
             loss, slope = _loss_and_slope(
-                logits.detach(), teacher.logits(teachers_hidden[rows]), labels[rows], label_share
+                logits.detach(), teachers_logits, labels[rows], label_share
             )
+            del teachers_logits
             total += loss
             slope.div_(len(hidden))  # of the mean
             gradient[rows] = torch.autograd.grad(logits, part, slope)[0]
@@ -53,9 +55,13 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        """Scale the gradient that `forward` saved by that of the loss; the other inputs have none."""
+        """Return the gradient by `hidden`, the first argument of `forward`; the other five arguments have none.
+
+        It is what `forward` has saved, times the gradient of the loss by the divergence, the only entry of `outward`.
+        """
         (gradient,) = ctx.saved_tensors
-        return gradient * outward[0], None, None, None, None, None
+        (gradient_of_loss,) = outward
+        return gradient * gradient_of_loss, None, None, None, None, None
 
 
 def _loss_and_slope(

@@ -323,7 +323,7 @@ def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that is in this process (FSDP2), in the same memory; all of it if it is not sharded."""
+    """Return the part of a tensor that is in this process (FSDP2), in the same memory; all of it if not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -393,7 +393,9 @@ def _assemble(
 
 
 def _prunable_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Names and weights of the linear operators of the decoder layers, those of experts too, but not offloaded ones.
+    """Yield names and weights of the linear operators of the decoder layers, those of experts too.
+
+    Offloaded ones are left out.
 
     They are the parameters themselves, by names such as "model.layers.3.mlp.down_proj.weight".
     """
