@@ -415,9 +415,8 @@ def _with_parts(outline: ModelOutline, stated: Parts) -> Parts:
 
     parts = list[Part]()
     for layer_name, _ in outline.layers:
-        prefix = (
-            f"{layer_name}."  # with a dot: "model.layers.1." is no beginning of "model.layers.10"
-        )
+        # with a dot: "model.layers.1." is no beginning of "model.layers.10"
+        prefix = f"{layer_name}."
         if stated.kind == "experts":
             parts += _mixtures(outline, prefix, axes, stated)
         else:

@@ -68,9 +68,8 @@ _CHANCE = 0.1  # a held-out loss may rise by this share of the gain until then
 # Adam divides the mean of a weight's gradients by the root of the mean of their squares, plus this constant. It is that
 # of gradients by weights whose root mean square is 1.
 _EPSILON = 1e-10
-_SIZE_OF_ZEROS = (
-    1e-3  # taken for the root mean square of a tensor that is all zeros, such as some biases
-)
+# Taken for the root mean square of a tensor that is all zeros, such as some biases.
+_SIZE_OF_ZEROS = 1e-3
 logger = logging.getLogger(__name__)
 
 
