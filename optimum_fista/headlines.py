@@ -293,9 +293,10 @@ def memory_peaks(report: PruningReport) -> dict[str, int]:
     A kind that was not measured is left out, such as "on the GPU" on a machine without one.
     """
     peaks = {}
-    for name, attribute in MEMORY_KINDS.items():
-        # `layer.memory` is None if no operator of the layer was pruned.
-        values = [getattr(layer.memory, attribute, None) for layer in report.layers]
+    # decoder layers without a pruned operator have none
+    peaks_of_layers = [layer.memory for layer in report.layers if layer.memory is not None]
+    for name, field_of_peak in MEMORY_KINDS.items():
+        values = [getattr(peak, field_of_peak) for peak in peaks_of_layers]
         measured = [value for value in values if value is not None]
         if measured:
             peaks[name] = max(measured)
