@@ -44,9 +44,8 @@ def content_of(config: PreTrainedConfig, source: Mapping[str, Any] | None) -> di
 
     try:
         content = _in_form_of(section, config)
-    except (
-        Exception
-    ) as error:  # Transformers raises many kinds, and a finished run is not lost for it
+    except Exception as error:
+        # Transformers raises many kinds of errors, and a finished run is not lost for one.
         logger.debug("the source's config.json can't be compared: %s", error)
         content = None
     if content is None:

@@ -166,9 +166,8 @@ class DistillationTrainer(Trainer):
         if is_sharded:
             teacher = fsdp2_prepare_model(self.accelerator, teacher)
         # The head of a sharded model is whole only inside a call of the whole model, which then is not cut.
-        with (
-            self.accelerator.autocast()
-        ):  # the student's head may be in 16 bits, and its hidden states are not
+        # the student's head may be in 16 bits, and its hidden states are not
+        with self.accelerator.autocast():
             self._student = Predictor(model, whole=is_sharded)
             self._teacher = Predictor(teacher, kept_tokens, whole=is_sharded)
         self._label_share = label_share
