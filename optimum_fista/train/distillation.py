@@ -165,8 +165,8 @@ class DistillationTrainer(Trainer):
         is_sharded = bool(self.is_fsdp_enabled)
         if is_sharded:
             teacher = fsdp2_prepare_model(self.accelerator, teacher)
-        # The head of a sharded model is whole only inside a call of the whole model, which then is not cut.
-        # the student's head may be in 16 bits, and its hidden states are not
+        # The student's head may be in 16 bits, and its hidden states are not. The head of a sharded model is whole only
+        # inside a call of the whole model, which then is not cut.
         with self.accelerator.autocast():
             self._student = Predictor(model, whole=is_sharded)
             self._teacher = Predictor(teacher, kept_tokens, whole=is_sharded)
