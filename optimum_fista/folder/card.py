@@ -8,6 +8,7 @@ one that the user began with, if earlier runs pruned it before.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -166,23 +167,19 @@ def _card_metadata(model: str) -> dict[str, Any]:
     if not model:
         return {}
     card_file: str | Path = Path(model, CARD_FILE)
-    if not Path(card_file).is_file():
+    if not os.path.isfile(card_file):
         try:
             cached = try_to_load_from_cache(model, CARD_FILE)
-        except (
-            OSError,
-            ValueError,
-        ):  # the cache can't be read, or `model` has not the form of a Hub id
-            return {}
+        except (OSError, ValueError):
+            return {}  # the cache can't be read, or `model` has not the form of a Hub id
         if not isinstance(cached, str):  # None, or an object that says that the model has no card
             return {}
         card_file = cached
     try:
-        metadata: dict[str, Any] = ModelCard.load(
-            card_file, ignore_metadata_errors=True
-        ).data.to_dict()
-    except (OSError, ValueError, YAMLError):  # a damaged card
-        return {}
+        card = ModelCard.load(card_file, ignore_metadata_errors=True)
+    except (OSError, ValueError, YAMLError):
+        return {}  # a damaged card
+    metadata: dict[str, Any] = card.data.to_dict()
     return metadata
 
 

@@ -138,7 +138,7 @@ def test_layers_of_different_sizes_are_refused():
 
     with pytest.raises(
         UnsupportedArchitectureError,
-        match=r"layers.0.mlp.down_proj has 48 .* and \S*2.mlp.down_proj 96",
+        match=r"layers.0.mlp.down_proj has 48 channels, and \S*2.mlp.down_proj has 96",
     ):
         parts_of(model, "channels")
 
@@ -153,7 +153,7 @@ def test_a_mask_of_whole_groups_says_which_are_kept():
     assert part.kept_by(mask_without_first) == (1,)
 
 
-def test_runs_of_experts_keep_the_two_that_they_are_compared_by():
+def test_groups_of_the_router_keep_the_two_experts_that_they_are_compared_by():
     config = tiny_model("deepseek_v3").config
     config.n_routed_experts = 8
     config.n_group = 2
