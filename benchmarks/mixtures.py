@@ -37,7 +37,6 @@ from torch.nn.functional import linear, one_hot
 from tqdm import trange
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -50,6 +49,7 @@ from optimum_fista.atomic import write_file
 from optimum_fista.evaluate.perplexity import evaluate_perplexity
 from optimum_fista.folder.card import markdown_lines
 from optimum_fista.model.predictor import Predictor
+from optimum_fista.source.loading import load_model
 from optimum_fista.text.sources import load_text
 from optimum_fista.text.windows import evaluation_windows
 from optimum_fista.train.distillation import root_mean_square
@@ -438,6 +438,13 @@ def save_model(mixture: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -
     shutil.rmtree(unfinished, ignore_errors=True)
     copy.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
+    # Servers may look for the settings of rotary embeddings at the top, as older versions of Transformers wrote them.
+    config_file = unfinished / "config.json"
+    settings = json.loads(config_file.read_text())
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in settings["rope_parameters"]:
+            settings[name] = settings["rope_parameters"][name]
+    config_file.write_text(json.dumps(settings, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.replace(folder)
 
@@ -531,7 +538,7 @@ def main() -> None:
 
     texts = arguments.folder / "texts"
     make_texts(Path(arguments.web), texts)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    dense, tokenizer = load_model(arguments.model, device="cpu", dtype=torch.float32)
     length = arguments.sequence_length
     trained = {
         domain: windows_of(tokenizer, text_file(texts, domain, "trained"), length, None)
@@ -544,10 +551,9 @@ def main() -> None:
         for domain in DOMAINS
     }
 
-    dense = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     mixture = start_of(arguments, dense, trained)
     del dense
-    teacher = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
+    teacher, _ = load_model(arguments.model, device="cpu", dtype=torch.bfloat16)
     training = Training(
         mixture=mixture,
         teacher=teacher,

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokens
+from safetensors.torch import load_file
+from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
 from transformers import AutoModelForCausalLM
 
 SPLIT = {"experts": 4, "expert_channels": 8, "seed": 0}  # of 48 channels, 16 are shared
@@ -280,6 +281,36 @@ def test_a_trained_mixture_is_written_with_its_log_and_its_use(make, kind):
     assert model.dtype == torch.bfloat16
     expected = {"split": "Glm4MoeForCausalLM", "copied": "Ernie4_5_MoeForCausalLM"}
     assert type(model).__name__ == expected[kind]
+
+
+@pytest.mark.parametrize("kind", [*KINDS])
+def test_the_files_of_a_mixture_are_as_servers_expect_them(benchmark, dense, tmp_path, kind):
+    script = benchmark("mixtures")
+    start = benchmark("mixture_start")
+    if kind == "split":
+        mixture = start.split(dense, tiny_tokens(), active=2, **SPLIT)
+    else:
+        options = {"experts": 4, "active": 2, "dense_layers": 2, "seed": 0}
+        mixture = start.copied(dense, tiny_tokens(), **options)
+    mixture.set_experts_implementation("channels")
+
+    script.save_model(mixture, tiny_tokenizer(), tmp_path / "model")
+
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    assert weights["model.layers.3.mlp.experts.1.down_proj.weight"].dtype == torch.bfloat16
+    biases = [name for name in weights if name.endswith("e_score_correction_bias")]
+    assert len(biases) == {"split": 4, "copied": 2}[kind]
+    assert all(weights[name].dtype == torch.float32 for name in biases)
+    assert "lm_head.weight" not in weights
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["rope_theta"] == dense.config.rope_parameters["rope_theta"]
+    assert config.get("partial_rotary_factor") == {"split": 1.0, "copied": None}[kind]
+    assert "channels" not in config.values()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    loaded.set_experts_implementation("eager")
+    for parameter in mixture.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    torch.testing.assert_close(logits_of(loaded), logits_of(mixture), rtol=1e-4, atol=1e-5)
 
 
 def test_a_folder_of_another_run_is_refused(make):
