@@ -1,7 +1,7 @@
 """`optimum-fista prune`: its flags, and the order of a run.
 
 `run` makes a frozen `PruneRequest` of the flags. A run refuses what can't work, estimates itself without weights, draws
-its text, prints its plan, and prunes. `--dry-run` prints the estimate and stops. `--target-size` decides first what is
+its text, prints its plan, and prunes. `--dry-run` prints the estimate and stops. `--target-size` chooses first what is
 removed. That may be two runs: one removes tokens (a `TokensPlan` says which ones, and has the report of its text), and
 one prunes its result. Functions import what they need when they are called, because Transformers takes seconds.
 """
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target-size",
         type=float,
         metavar="SHARE",
-        help="remove rare tokens, then channels, until this is left",
+        help="remove tokens and channels until this is left; trials choose how many of each",
     )
     add(
         "--recipe",
@@ -156,27 +156,21 @@ def run(arguments: argparse.Namespace) -> int:
 
     require_name(arguments.model)  # before the imports below, which take seconds
     from optimum_fista.cli.prune_request import PruneRequest
-    from optimum_fista.config import FistaPruningConfig
 
     tokens_first = None
-    if arguments.target_size is not None:
+    if arguments.target_size is None:
+        request = PruneRequest.of(arguments)
+    else:
         from optimum_fista.cli.target_size import plan_size
 
-        size = plan_size(arguments)
-        stream = sys.stdout if arguments.dry_run else sys.stderr
-        print(*size.lines(), sep="\n", file=stream)
-        tokens_first = size.tokens  # None if no token is removed
-        if size.channels is None:
+        chosen = plan_size(arguments)
+        tokens_first = chosen.tokens  # None if no token is removed
+        request = chosen.request(arguments)
+        if chosen.channels is None:
             assert tokens_first is not None
-            config = FistaPruningConfig.from_dict(tokens_first.report.config)
-            return _write_tokens(
-                tokens_first, PruneRequest.of(arguments, config), arguments.dry_run
-            )
-        arguments = size.second_run(arguments)
-
-    request = PruneRequest.of(arguments)
+            return _write_tokens(tokens_first, request, arguments.dry_run)
     if arguments.dry_run:
-        _show_estimate(request, tokens_first)
+        _show_estimate(request, is_of_target_size=arguments.target_size is not None)
         return 0
     request.require_possible()
     return _prune(request, tokens_first)
@@ -215,13 +209,13 @@ def _write_tokens(plan: TokensPlan, request: PruneRequest, is_dry_run: bool) -> 
     return _finish(request, report, first_model=request.model)
 
 
-def _show_estimate(request: PruneRequest, tokens_first: TokensPlan | None) -> None:
+def _show_estimate(request: PruneRequest, *, is_of_target_size: bool) -> None:
     """Print what a run would prune and need; raises the errors that the run would raise before it prunes.
 
     There are three kinds of runs. One removes tokens (a pattern such as vocab:0.35): its texts are read and counted.
-    One prunes a model that has lost tokens in a run before (`tokens_first`, the plan of that run, for `--target-size`):
-    the estimate is that of the model with all its tokens. All others are estimated with their time. For that, a small
-    random model with a decoder layer of each kind is pruned in a temporary folder.
+    One removes channels for `--target-size` (`is_of_target_size`), perhaps after tokens: the estimate is that of the
+    model with all its tokens. All others are estimated with their time. For that, a small random model with a decoder
+    layer of each kind is pruned in a temporary folder.
 
     No weight of the model is read. Files that a killed run left beside the output are removed.
     """
@@ -235,7 +229,7 @@ def _show_estimate(request: PruneRequest, tokens_first: TokensPlan | None) -> No
         documents, names = _documents(request)
         plan = plan_tokens(request.model, documents, request.config, text_name=names)
         print(plan.report.removed)  # a sentence
-    elif tokens_first is not None:
+    elif is_of_target_size:
         print(*overview_of(estimate_of(request)), sep="\n")
         print("note: these numbers are of the model with all its tokens; time is not estimated")
     else:

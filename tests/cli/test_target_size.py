@@ -47,7 +47,7 @@ def test_a_size_is_reached_by_tokens_that_the_text_lacks_and_then_by_channels(
 
     with interrupted_after(0):
         assert main(command) == 130
-    capsys.readouterr()
+    at_first = capsys.readouterr().err
 
     assert main(command) == 0
 
@@ -72,10 +72,11 @@ def test_a_size_is_reached_by_tokens_that_the_text_lacks_and_then_by_channels(
     num_kept = first.model["vocabulary"]["kept"]
     total = first.model["vocabulary"]["before"]
     gone = f"{total - num_kept:,} of {total:,} tokens"
-    assert f"{of_tokens}: {gone}, which the text rarely or never has, go first" in printed.err
-    assert f"{after_first:,} parameters are left ({after_first / before:.2%})" in printed.err
     left = f"{after_second:,} parameters are left ({after_second / before:.2%})"
-    assert f"then {share}: {left}" in printed.err
+    chosen = f"{of_tokens} ({gone}), then {share}: {left}"
+    assert f"-> {chosen}" in at_first
+    assert "as many tokens go as may go" in at_first  # the text is too short to measure on
+    assert f"the run that was begun goes on: {chosen}" in printed.err
     assert "not measured" in printed.err  # the text is too short
     assert "nothing" not in printed.err
     # The teacher is the dense model, not that with fewer tokens.
@@ -159,7 +160,7 @@ def test_a_size_that_tokens_reach_needs_one_run(dense, text, tmp_path, capsys):
     said = capsys.readouterr()
     after = report.model["num_parameters"]
     assert f"{after:,} parameters are left ({after / before:.2%})" in said.err
-    assert "which the text rarely or never has, go first" in said.err
+    assert "as many tokens go as may go" in said.err  # the text is too short to measure on
     assert "not measured" in said.out
     assert f"recover {folder} --teacher" in said.out
     assert report.config["keep_tokens"] == ["zebra"]
@@ -247,7 +248,7 @@ def test_sizes_that_make_no_sense(dense, text, tmp_path, capsys, flags, message)
     assert not any(file.is_dir() for file in tmp_path.iterdir())
 
 
-def test_a_dry_run_counts_once_and_says_what_both_runs_leave(
+def test_a_dry_run_counts_once_and_says_what_every_candidate_leaves(
     dense, text, tmp_path, capsys, monkeypatch
 ):
     counted = []
@@ -264,15 +265,18 @@ def test_a_dry_run_counts_once_and_says_what_both_runs_leave(
     flags = ["--method", "wanda", *QUICK, "--calibration", str(text), "--dry-run"]
     command = ["prune", str(dense), "-o", str(tmp_path / "sized"), *flags]
 
-    for size, last in ((0.97, "vocab:0."), (0.8, "then channels:0.")):
+    for size in (0.97, 0.8):
         counted.clear()
 
         assert main([*command, "--target-size", str(size)]) == 0
 
         said = capsys.readouterr().out
         lines = [line for line in said.splitlines() if "parameters are left" in line]
-        assert lines[-1].startswith(last)
-        assert " s" not in lines[-1]
+        assert lines[0].startswith("vocab:0.")
+        assert ("then channels:0." in lines[0]) == (size == 0.8)
+        assert lines[1].startswith("channels:0.")
+        assert len(lines) == 2
+        assert "which of these is chosen is found by trials" in said
         assert len(counted) == 1
 
     assert not any(file.is_dir() for file in tmp_path.iterdir())

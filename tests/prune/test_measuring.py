@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import re
 
 import pytest
 import torch
@@ -220,36 +219,6 @@ def test_a_report_without_texts_has_an_origin_as_before(dense, texts, tmp_path):
 
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "texts" not in config["fista_pruning"]["origin"]
-
-
-def test_a_size_that_breaks_a_promise_stops_before_anything_is_written(
-    dense, texts, tmp_path, capsys
-):
-    output = tmp_path / "sized"
-    flags = ["--target-size", "0.85", "--calibration", str(texts / "text.txt"), *QUICK]
-    flags += ["--protect", f"{texts / 'zoo.txt'}=1.001", "--measure", str(texts / "sea.txt")]
-
-    assert main(["prune", str(dense), "-o", str(output), *flags]) == 1
-
-    error = capsys.readouterr().err
-    assert re.search(r"zoo\.txt has \d\.\d+ times its bits per byte, and 1\.001 times", error)
-    assert "Nothing is written" in error
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith("sized")]
-
-
-def test_a_size_is_said_with_what_the_tokens_cost_on_each_text(dense, texts, tmp_path, capsys):
-    output = tmp_path / "sized"
-    flags = ["--target-size", "0.95", "--calibration", str(texts / "text.txt"), *QUICK]
-    flags += ["--measure", str(texts / "sea.txt"), "--protect", f"{texts / 'zoo.txt'}=50"]
-
-    assert main(["prune", str(dense), "-o", str(output), *flags]) == 0
-
-    printed = capsys.readouterr().err
-    for text in read_report(output).texts:
-        assert (
-            f"without these tokens, {text.name} has {text.pruned:.3f} bits per byte instead of "
-            f"{text.dense:.3f}"
-        ) in printed
 
 
 def test_a_text_has_one_limit(dense, tmp_path, capsys):
