@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from transformers import PreTrainedConfig
 
 from optimum_fista.bars import tqdm
 from optimum_fista.model.activations import ActivationStore, Storage
@@ -137,18 +138,40 @@ def measure_sensitivities(
         ):
             watchers = {name: _Watcher(operator) for name, operator in operators.items()}
             for row in sequences:
-                entering_head = _watched_states(predictor, row, watchers.values())
-                targets = targets_of(row.input_ids[0, 1:], model.config)
-                gradient = _gradient_of_loss(predictor, entering_head, targets)
-                entering_head.backward(gradient)
-                del entering_head, gradient  # with the graph, before the next sequence runs
+                # A call of its own, so that the graph of a sequence is freed before the next one runs.
+                _run_both_ways(predictor, row, watchers.values(), model.config)
                 hidden_states.clear()
 
     num_tokens = max(1, sum(row.num_tokens for row in sequences))
     device = execution_device(model.get_input_embeddings())
-    totals = torch.stack(
-        [w.gradients.sum(dtype=torch.float64).to(device) for w in watchers.values()]
-    ).tolist()  # one transfer for all operators
+    return _sensitivities_of(watchers, num_tokens, device)
+
+
+def _run_both_ways(
+    predictor: Predictor,
+    row: CalibrationBatch,
+    watchers: Collection[_Watcher],
+    config: PreTrainedConfig,
+) -> None:
+    """Run a model forwards and backwards on one sequence; watchers add inputs and gradients of their operators.
+
+    `config` is that of the model, which says which tokens stand for images and have no loss.
+    """
+    entering_head = _watched_states(predictor, row, watchers)
+    targets = targets_of(row.input_ids[0, 1:], config)
+    gradient = _gradient_of_loss(predictor, entering_head, targets)
+    entering_head.backward(gradient)
+
+
+def _sensitivities_of(
+    watchers: Mapping[str, _Watcher], num_tokens: int, device: torch.device
+) -> dict[str, Sensitivity]:
+    """Compute the sensitivities from the sums of watchers, by the name of the operator; ValueError for NaN and Inf.
+
+    `num_tokens` are those of all sequences, and `device` is where the sums are compared.
+    """
+    sums = [watcher.gradients.sum(dtype=torch.float64).to(device) for watcher in watchers.values()]
+    totals = torch.stack(sums).tolist()  # one transfer for all operators
     sensitivities = {}
     for (name, watcher), total in zip(watchers.items(), totals, strict=True):
         if not math.isfinite(total):

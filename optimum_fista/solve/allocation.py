@@ -6,7 +6,7 @@ outputs of a group: the method itself chooses, on one problem with scaled rows (
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 
@@ -90,19 +90,12 @@ def allocate(
             zeros[name] = round(sizes[name] * min(highest, max(lowest, share)))
         return zeros
 
-    # Search the largest mu that does not exceed the budget. The interval goes one unit of sparsity beyond the extremes,
-    # so that all operators are clipped at both ends.
-    zeros = {name: round(sizes[name] * lowest) for name in costs}
+    # The interval goes one unit of sparsity beyond the extremes, so that all operators are clipped at both ends.
     low = min(log_costs.values()) - SLOPE
     high = max(log_costs.values()) + SLOPE
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        zeros_at_middle = zeros_at(middle)
-        if sum(zeros_at_middle.values()) <= total_zeros:
-            low = middle
-            zeros = zeros_at_middle
-        else:
-            high = middle
+    zeros = _most_within(total_zeros, zeros_at, low, high)
+    if zeros is None:  # rounding makes more zeros than the budget has for every mu
+        zeros = {name: round(sizes[name] * lowest) for name in costs}
 
     # The largest operators take the zeros that rounding has left over: one or so each.
     missing = total_zeros - sum(zeros.values())
@@ -112,6 +105,25 @@ def allocate(
         zeros[name] += added
         missing -= added
     return {name: num_zeros / sizes[name] for name, num_zeros in zeros.items()}
+
+
+def _most_within(
+    total: int, zeros_at: Callable[[float], dict[str, int]], low: float, high: float
+) -> dict[str, int] | None:
+    """Find by bisection the largest number in [low, high] for which all `zeros_at(number)` sum up to at most `total`.
+
+    `zeros_at` rises with the number. Returns these zeros; `None` if they are more for every number that was tried.
+    """
+    zeros = None
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        zeros_at_middle = zeros_at(middle)
+        if sum(zeros_at_middle.values()) <= total:
+            low = middle
+            zeros = zeros_at_middle
+        else:
+            high = middle
+    return zeros
 
 
 def prune_stacked(

@@ -310,17 +310,7 @@ def _train(
     free = ranks.gather(available_bytes(plan.device))
     choice = ranks.first(lambda: _choose_once(plan, journal, free))
     model, teacher = ranks.each(lambda: _load_models(plan, journal))
-    if media_arguments(model).names:
-        logger.info(
-            "%s takes images or sounds, too: it is trained on text alone", type(model).__name__
-        )
-    is_quantized = gguf_file(plan.source) is not None or quantized_source(model) is not None
-    if is_quantized:
-        logger.info(
-            "%s is quantized: it is trained and saved without quantization, in %s",
-            plan.source,
-            str(model.dtype).removeprefix("torch."),
-        )
+    _log_differences(model, plan.source)
 
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     model.float()  # a step in bfloat16 would often be smaller than the weight's last bit
@@ -372,6 +362,24 @@ def _train(
     trained = cast(nn.Module, trainer.model) if report.best_step else None
     recovered = _model_with_weights(plan, trained, is_saved=ranks.index == 0)
     return recovered, report
+
+
+def _log_differences(model: PreTrainedModel, source: str) -> None:
+    """Log what is trained otherwise than it is stored or used: media, and quantized weights.
+
+    `model` is the one that is trained, and `source` the folder that it was loaded from.
+    """
+    if media_arguments(model).names:
+        logger.info(
+            "%s takes images or sounds, too: it is trained on text alone", type(model).__name__
+        )
+    is_quantized = gguf_file(source) is not None or quantized_source(model) is not None
+    if is_quantized:
+        logger.info(
+            "%s is quantized: it is trained and saved without quantization, in %s",
+            source,
+            str(model.dtype).removeprefix("torch."),
+        )
 
 
 def _report(
