@@ -150,6 +150,21 @@ def test_tokens_go_if_channels_cost_more(dense, texts, tmp_path, capsys):
     assert names_in(tmp_path) == []
 
 
+def test_text_that_is_held_out_of_the_counting_decides_if_the_user_names_none(
+    dense, texts, tmp_path, capsys
+):
+    long = tmp_path / "long.txt"
+    long.write_text(repeated(COMMON, 15_000))  # a tenth of it is enough to measure
+
+    chosen = planned(command(dense, texts, tmp_path / "sized", calibration=str(long)))
+
+    assert chosen.tokens is not None
+    with_tokens, without = lines_of_candidates(capsys.readouterr().err)
+    of_tokens = cost_in(with_tokens, r"long\.txt \(held out\)")
+    assert of_tokens < cost_in(without, r"long\.txt \(held out\)")
+    assert names_in(tmp_path) == ["long.txt"]
+
+
 def test_a_limit_decides_before_the_mean(monkeypatch, capsys):
     texts = [MeasuredText("a", (), at_most=None), MeasuredText("b", (), at_most=1.2)]
     costs = Costs(
