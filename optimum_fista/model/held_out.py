@@ -38,8 +38,9 @@ class HeldOut:
     ) -> None:
         """Take sequences of the held-out batches, in their order, until they have `LEAST_TOKENS` tokens.
 
-        `batches` are those that the run holds out; they are all of one text, and there may be none. Hidden states will
-        be kept at `storage`; `None`: on the device of each layer. Nothing runs and nothing is allocated yet.
+        `batches` are those that the run holds out; there may be none. The text of the first one counts as that of all.
+        Hidden states will be kept at `storage`; `None`: on the device of each layer. Nothing runs yet, and nothing is
+        allocated.
         """
         self.sequences = _sequences_to_measure(batches)
         self.text: str | None = None  # the name of the text, such as "c4"

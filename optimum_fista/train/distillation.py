@@ -253,8 +253,8 @@ class DistillationTrainer(Trainer):
                 )
             local(parameter.data).copy_(local(value))  # the part that this process has
 
-        # Of each parameter: Adam's two means, and its number of steps. The number is set back on purpose, too: Adam
-        # corrects for means that began with zeros so many steps ago. Otherwise the first steps would be too long.
+        # Of each parameter: Adam's two means, and its number of steps. The number is set back on purpose, too: by it
+        # Adam corrects for means that began with zeros. With another number, the first steps would have a wrong length.
         for state_of_parameter in optimizer.state.values():
             for tensor in state_of_parameter.values():
                 tensor.zero_()
