@@ -245,7 +245,8 @@ class RunRecord:
                 and step.perplexity is not None
                 and step.perplexity.has_tokens_of(given)
             )
-            perplexities.append(step.perplexity if is_comparable else None)
+            perplexity_of_step = step.perplexity if is_comparable else None
+            perplexities.append(perplexity_of_step)
         if perplexities:
             # This run measured the given model, as it was after the last of the earlier runs.
             perplexities[-1] = given

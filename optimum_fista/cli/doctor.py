@@ -19,6 +19,9 @@ def run(_: argparse.Namespace) -> int:
     """Describe the machine, prune a small model on each of its devices, and print both; returns 1 if a check fails."""
     from optimum_fista.diagnosis import diagnose
 
-    failed = diagnose(lambda line: print(line, flush=True))
-    print(f"\nchecks that failed: {failed}" if failed else "\nall checks passed")
-    return int(failed > 0)
+    num_failed = diagnose(lambda line: print(line, flush=True))
+    if num_failed > 0:
+        print(f"\nchecks that failed: {num_failed}")
+        return 1
+    print("\nall checks passed")
+    return 0

@@ -602,4 +602,6 @@ def cut_states(
     # before the first pruned layer both streams are the same tensors: cut them once
     are_same = states.pruned is states.dense
     dense = cut(states.dense)
-    return HiddenStates(dense, dense if are_same else cut(states.pruned))
+    if are_same:
+        return HiddenStates(dense, dense)
+    return HiddenStates(dense, cut(states.pruned))

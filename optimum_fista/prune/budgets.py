@@ -94,7 +94,10 @@ def _measured(
     """
 
     def warn_of_whole_logits(num_bytes: int) -> None:
-        """Say in the report that logits take so many bytes more than the estimate counts."""
+        """Add a warning to `report` that logits take `num_bytes` more than the estimate counts.
+
+        `measure_sensitivities` calls it if the model of `plan` can't be run without its head.
+        """
         report.warn(
             f"{type(plan.layers.model).__name__} can't be run without its head, so the logits of a whole sequence are "
             f"in memory for the gradients of the loss: about {size_text(num_bytes)} more than the estimate counts. "

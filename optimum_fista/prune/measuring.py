@@ -78,7 +78,10 @@ def measure_folder(
         return
 
     def losses_of_model(name: str, label: str) -> list[TextLoss]:
-        """Measure the model with this name, a folder or a Hub id, on `texts`; `label` is for the progress bar."""
+        """Measure the model with this name, a folder or a Hub id, on `texts`; `label` is for the progress bar.
+
+        It runs on `device`, and multiplies matrices as the run of `report` did.
+        """
         return losses_of_folder(
             name,
             texts,

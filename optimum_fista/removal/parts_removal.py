@@ -370,7 +370,8 @@ class PartsRemoval(Removal):
         part = self.smaller_plan.parts.get(operator.name.removesuffix(".weight"))
         groups = None  # if it was only refitted
         if part is not None:
-            groups = part.kept_by(mask.T if operator.stored_transposed else mask)
+            mask_by_outputs = mask.T if operator.stored_transposed else mask  # [out, in]
+            groups = part.kept_by(mask_by_outputs)
 
         new_name = self.new_name(operator.name)
         assert new_name is not None  # operators of removed layers are not pruned

@@ -124,7 +124,9 @@ def plan_shrinking(
     """
     counts = {} if counts is None else counts
     total = len(outline.layers)
-    remaining = tuple(range(total) if layers is None else layers)
+    remaining = tuple(range(total))
+    if layers is not None:
+        remaining = tuple(layers)
     _require_described_model(outline)
 
     parts, num_kept = _parts_of_layers(outline, counts, remaining)

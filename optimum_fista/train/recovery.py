@@ -183,7 +183,7 @@ def recover(
             )
 
         def finish() -> None:
-            """Write the trained `model` and its `report` into the folder `unfinished`, and move it to the output.
+            """Write the trained `model` and its `report` into the folder `unfinished`, and move it to `plan.output`.
 
             Refuses this if files of the student or the teacher have changed since the run began (`students_files`,
             `teachers_files`). `overwrite` lets it replace a model. Rank 0 does this.
