@@ -27,11 +27,12 @@ def test_activations_may_wait_elsewhere(tokens, tmp_path, settings):
 def test_hidden_states_on_the_way_to_the_gradients_wait_there_too(tokens, tmp_path, monkeypatch):
     places = []
     measure = budgets.measure_sensitivities
-    monkeypatch.setattr(
-        budgets,
-        "measure_sensitivities",
-        lambda loss, o: [places.append(loss.storage), measure(loss, o)][1],
-    )
+
+    def noting_the_place(loss, *arguments):
+        places.append(loss.storage)
+        return measure(loss, *arguments)
+
+    monkeypatch.setattr(budgets, "measure_sensitivities", noting_the_place)
 
     FistaPruner(FistaPruningConfig(), progress=False, storage_device=tmp_path).prune(
         tiny_llama(), tokens.split(4)
