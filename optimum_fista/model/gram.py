@@ -173,8 +173,8 @@ def _problem(
     Args:
         weight: `W` [out, in], the dense weights.
         statistics: Of the inputs `X*`; their Gram matrix is `G = X* X*^T` [in, in].
-        cross: `W X X*^T` [out, in]. It is overwritten by `C`. If a = 0, it is kept as it is, to measure errors against
-            the dense outputs.
+        cross: The cross-Gram matrix `W X X*^T` [out, in]. It is overwritten by `C`, unless a = 0: then it is kept, to
+            measure errors against the dense outputs.
         energies: Squared norms of the rows of `W X`, [out], float64.
         dense_share: `a`, in [0, 1].
         name: Of the operator, for messages.

@@ -255,7 +255,7 @@ class LayerProblem:
         A decoupled problem has the error of `self._original`, from which it was made.
 
         Args:
-            weight: `W*` [out, in]; `self.weight` is `W`, and `self.corrected` says whether `Y` is not `W X*`.
+            weight: The new weights `W*` [out, in]. The dense ones, `W`, are `self.weight`.
         """
         if self._original is not None:
             return self._original._squared_error(weight)
@@ -264,7 +264,7 @@ class LayerProblem:
         for rows in row_blocks(weight):
             new = weight[rows]
             dense = self.weight[rows]
-            if self.corrected:
+            if self.corrected:  # Y is another matrix than W X*
                 # <(W* + W) G - 2 C, D>: one product, two matrices
                 difference = new + dense  # W* + W at first
                 residual = torch.addmm(self.target[rows], difference, self.gram, beta=-2)
@@ -294,11 +294,17 @@ class LayerProblem:
 
         The numerator is the root of
 
-            || W* X* - W X ||^2  =  <D G, D> - 2 <D, K - W G> + || W X* - W X ||^2.
+            || W* X* - W X ||^2  =  T + || W X* - W X ||^2,
 
-        By the equation of `C`, `K - W G = (C - W G) / a`. So the first two terms take one product:
+            T  =  <D G, D> - 2 <D, K - W G>.
 
-            <D G, D> - 2 <D, K - W G>  =  <(D + (2/a) W) G - (2/a) C, D>
+        By the equation of `C`,
+
+            K - W G  =  (C - W G) / a.
+
+        So `T` takes one product:
+
+            T  =  <E G - (2/a) C, D>,   E = D + (2/a) W.
 
         If `K` itself is known, it takes the place of `C`, with a = 1.
         """
@@ -317,7 +323,7 @@ class LayerProblem:
         error = self.dense.unpruned_errors.sum().clamp_min(0.0)  # || W X* - W X ||^2
         for rows in row_blocks(weight):
             difference = weight[rows] - self.weight[rows]  # D
-            both = torch.add(difference, self.weight[rows], alpha=factor)  # D + (2/a) W
+            both = torch.add(difference, self.weight[rows], alpha=factor)  # E
             residual = torch.addmm(cross[rows], both, self.gram, beta=-factor)
             error += inner_by_rows(residual, difference).sum()
         sums = torch.stack([error, self.dense.energies.sum()])

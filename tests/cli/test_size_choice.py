@@ -167,9 +167,17 @@ def test_text_that_is_held_out_of_the_counting_decides_if_the_user_names_none(
 
 def test_a_limit_decides_before_the_mean(monkeypatch, capsys):
     texts = [MeasuredText("a", (), at_most=None), MeasuredText("b", (), at_most=1.2)]
-    costs = Costs(
-        texts, {0: [1.0, 1.0], 100: [1.0, 1.3]}, {0: [1.0, 1.0], 300: [1.0, 1.0], 400: [1.8, 1.1]}
-    )
+    # Costs on the texts a and b, by the number of parameters that are removed.
+    of_tokens = {
+        0: [1.0, 1.0],
+        100: [1.0, 1.3],  # above the limit of b
+    }
+    of_channels = {
+        0: [1.0, 1.0],
+        300: [1.0, 1.0],
+        400: [1.8, 1.1],  # a higher mean, but within the limit of b
+    }
+    costs = Costs(texts, of_tokens, of_channels)
     monkeypatch.setattr(target_size, "measure_costs", lambda *_, **__: costs)
     candidates = [candidate_of(100, 300), candidate_of(0, 400)]
 
@@ -230,9 +238,11 @@ def test_ctrl_c_in_the_run_of_a_trial_leaves_no_file(dense, texts, tmp_path, fre
 def test_a_run_that_resumes_makes_no_trial(dense, texts, tmp_path, capsys, monkeypatch):
     output = tmp_path / "sized"
     words = command(dense, texts, output, "--measure", str(texts / "zoo.txt"))
-    costs = Costs(
-        [MeasuredText("zoo.txt", (), at_most=None)], {0: [1.0], 1: [9.0]}, {0: [1.0]}
-    )  # all that removes tokens costs 9 times
+    zoo = MeasuredText("zoo.txt", (), at_most=None)
+    # Any parameter that goes with the tokens makes the text cost 9 times, so channels are chosen.
+    of_tokens = {0: [1.0], 1: [9.0]}
+    of_channels = {0: [1.0]}
+    costs = Costs([zoo], of_tokens, of_channels)
     monkeypatch.setattr(target_size, "measure_costs", lambda *_, **__: costs)
     with interrupted_after(0):
         assert main(words) == 130
@@ -348,8 +358,16 @@ def candidate_of(in_tokens: int, in_channels: int) -> SimpleNamespace:
 
 def test_a_cost_is_the_product_of_both_and_a_size_is_estimated_between_what_was_measured():
     texts = [MeasuredText("a", (), at_most=1.1), MeasuredText("b", (), at_most=None)]
-    of_tokens = {0: [1.0, 1.0], 100: [1.2, 1.0]}
-    of_channels = {0: [1.0, 1.0], 300: [1.1, 1.2], 400: [2.0, 3.0]}
+    # Costs on the texts a and b, by the number of parameters that are removed.
+    of_tokens = {
+        0: [1.0, 1.0],
+        100: [1.2, 1.0],
+    }
+    of_channels = {
+        0: [1.0, 1.0],
+        300: [1.1, 1.2],
+        400: [2.0, 3.0],
+    }
     costs = Costs(texts, of_tokens, of_channels)
     candidates = [candidate_of(100, 300), candidate_of(0, 400)]
 

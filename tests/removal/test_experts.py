@@ -87,9 +87,18 @@ def test_the_device_holds_the_inputs_of_experts_of_one_batch_at_a_time():
     assert held_bytes == [0] * len(entering)
 
 
-def test_every_run_keeps_as_many_and_the_first_of_equals_stay():
-    assert experts_to_keep(torch.tensor([1.0, 3.0, 3.0, 3.0]), 2) == (1, 2)
-    assert experts_to_keep(torch.tensor([5.0, 4.0, 1.0, 2.0]), 2, num_router_groups=2) == (0, 3)
+def test_the_first_of_equal_experts_stay():
+    scores = torch.tensor([1.0, 3.0, 3.0, 3.0])
+
+    assert experts_to_keep(scores, 2) == (1, 2)
+
+
+def test_every_group_of_the_router_keeps_as_many_experts():
+    first_group = [5.0, 4.0]
+    second_group = [1.0, 2.0]
+    scores = torch.tensor(first_group + second_group)
+
+    assert experts_to_keep(scores, 2, num_router_groups=2) == (0, 3)
 
 
 def test_targets_bring_the_layer_to_the_dense_output():

@@ -41,8 +41,11 @@ class SplitState:
     def iterate(self, inverse: Tensor, rho: float, pattern: SparsityPattern) -> None:
         """Do one ADMM iteration; changes `point`, `mask` and `rho`.
 
-        It minimizes `1/2 <W G, W> - <W, C>` over `W = Z`, Z in the pattern (ALPS, arXiv 2406.07831, eqs. 3-5), by three
-        updates of matrices [out, in]:
+        ADMM minimizes, over weights `W` that equal a matrix `Z` in the pattern,
+
+            1/2 <W G, W> - <W, C>.
+
+        An iteration updates three matrices [out, in] (ALPS, arXiv 2406.07831, eqs. 3-5):
 
             W  <-  (C - V + rho Z) (G + rho I)^-1
             Z  <-  project(W + V / rho)

@@ -16,9 +16,17 @@ The method has four steps:
 4. The kept weights are refitted by conjugate gradients on the ridge problem. Whole columns are refitted exactly
    (`refit_columns`), with a ridge of their own unless `ridge` is given.
 
-The coordinates `W'` of step 2 are `_Surgeon`: `W = W' B^T S` with a diagonal `S`, and a block-diagonal `B` if columns
-are removed in groups. In them `G` becomes `B^T S G_r S B`, and `C` becomes `C_r S B`. A matrix is called `point` while
-ADMM changes it (`SplitState`).
+`_Surgeon` makes the coordinates `W'` of step 2:
+
+    W = W' B^T S.
+
+`S` is diagonal. `B` is block-diagonal if columns are removed in groups, otherwise the identity. In these coordinates
+the matrices of the problem are
+
+    B^T S G_r S B    instead of G,
+    C_r S B          instead of C.
+
+A matrix is called `point` while ADMM changes it (`SplitState`).
 
 ALPS lets `rho` grow over about 40 iterations until the mask settles. Here the coordinates show which `rho` compares
 kept and removed weights correctly, so that twelve iterations reach the error of ALPS in a third of the time
@@ -289,8 +297,7 @@ class _Surgeon:
 
             B^T S G_r S B,   G_r = G + r diag(G).
 
-        `gram` is `G`, `self.scale` the diagonal of `S`, `self.penalty` is `r diag(G)`, and `self.blocks` are those of
-        `B`.
+        `gram` is `G` [in, in], which stays as it is. The fields of this class hold `S`, `B` and `r diag(G)`.
         """
         copy = gram.clone()
         copy.diagonal().add_(self.penalty)
