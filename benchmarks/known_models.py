@@ -225,9 +225,9 @@ def measure(arguments: Namespace, key: Row, stretches: dict[str, str]) -> Row:
     return row
 
 
-def measure_humaneval(arguments: Namespace, row: Row) -> None:
-    """Run `humaneval.py` on a row's folder, and put what it measured into the row."""
-    folder = folder_of(arguments, row)
+def measure_humaneval(arguments: Namespace, key: Row, row: Row) -> None:
+    """Run `humaneval.py` on the folder of a key, and put what it measured into the key's row."""
+    folder = folder_of(arguments, key)
     output = Path(arguments.work) / "humaneval.json"
     command = [sys.executable, str(Path(__file__).with_name("humaneval.py")), str(folder)]
     command += ["--work", str(arguments.work), "--output", str(output)]
@@ -256,7 +256,7 @@ def measure_rows(arguments: Namespace) -> Row:
             record["rows"].append(row)
             save(arguments, record)
         if words in arguments.humaneval and "humaneval" not in row:
-            measure_humaneval(arguments, row)
+            measure_humaneval(arguments, key, row)
             save(arguments, record)
     return record
 

@@ -41,10 +41,8 @@ def verdict(
     if dense > vocabulary / 2:
         return "no verdict: the dense model is no better than chance"
 
-    for (
-        highest_ratio,
-        words,
-    ) in _WORDS_BY_RATIO.items():  # in rising order, so the first one that fits
+    # The ratios rise, so the first one that fits says most.
+    for highest_ratio, words in _WORDS_BY_RATIO.items():
         if pruned <= highest_ratio * dense:
             return words
     return "broken: prune less"

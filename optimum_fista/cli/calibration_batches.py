@@ -62,8 +62,9 @@ def calibration_batches(
 
 
 def _bytes_per_token(tokenizer: PreTrainedTokenizerBase, sequences: Tensor) -> float:
-    """The bytes of text in UTF-8 for a token of `sequences`, ids [sequences, tokens], special tokens counted too.
+    """Count the bytes of text in UTF-8, and divide them by the number of ids in `sequences` [sequences, tokens].
 
+    Special tokens have no bytes, but count as tokens.
     A sequence may begin or end inside a character. Such a part of a character, which is no text, has no bytes here.
     """
     texts = tokenizer.batch_decode(sequences, skip_special_tokens=True)

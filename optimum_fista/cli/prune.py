@@ -165,7 +165,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         chosen = plan_size(arguments)
         tokens_first = chosen.tokens  # None if no token is removed
-        request = chosen.request(arguments)
+        request = chosen.request
         if chosen.channels is None:
             assert tokens_first is not None
             return _write_tokens(tokens_first, request, arguments.dry_run)

@@ -33,11 +33,13 @@ class Candidate:
     """One way to reach a size: tokens, channels, or first tokens and then channels are removed."""
 
     tokens: TokensPlan | None  # None: all tokens stay
-    channels: (
-        PartShare | None
-    )  # removed by an ordinary run after the tokens; None: all channels stay
+    # Removed by an ordinary run after the tokens; None: all channels stay.
+    channels: PartShare | None
     dense_parameters: int  # of the model as it is
     num_parameters: int  # that the model has in the end
+    request: (
+        PruneRequest  # of the run that writes the output: it removes the channels, or tokens alone
+    )
 
     @property
     def num_in_tokens(self) -> int:
@@ -66,29 +68,6 @@ class Candidate:
         return (
             f"{', then '.join(removed)}: {self.num_parameters:,} parameters are left ({share:.2%})"
         )
-
-    def request(self, arguments: argparse.Namespace) -> PruneRequest:
-        """Make the request of the run that writes the output: it removes the channels, or tokens alone.
-
-        `arguments` are those of the whole command, and stay as they are. A run for channels has the first source of
-        text only, and no tokens to keep. ValueError if the options don't go with the pattern.
-        """
-        if self.channels is None:
-            assert self.tokens is not None
-            return PruneRequest.of(
-                arguments, FistaPruningConfig.from_dict(self.tokens.report.config)
-            )
-        sources = arguments.calibration
-        if sources is None:
-            sources = [usual_texts().to_calibrate_on]
-        elif "self" not in sources:  # with others beside it, that is an error of the ordinary run
-            sources = sources[:1]
-
-        for_channels = argparse.Namespace(**vars(arguments))
-        for_channels.pattern = str(self.channels)
-        for_channels.keep_tokens = None
-        for_channels.calibration = sources
-        return PruneRequest.of(for_channels)
 
 
 def find_candidates(
@@ -143,11 +122,32 @@ def _candidate(
     dense_parameters = dense.num_parameters()
     smaller = dense if tokens is None else tokens.model
     if smaller.num_parameters() <= most:
-        return Candidate(tokens, None, dense_parameters, smaller.num_parameters())
-    share, num_parameters = _channels(smaller, most, arguments.target_size)
-    candidate = Candidate(tokens, share, dense_parameters, num_parameters)
-    candidate.request(arguments)  # which checks the options
-    return candidate
+        assert tokens is not None  # the dense model is larger
+        channels = None
+        num_parameters = smaller.num_parameters()
+        request = PruneRequest.of(arguments, FistaPruningConfig.from_dict(tokens.report.config))
+    else:
+        channels, num_parameters = _channels(smaller, most, arguments.target_size)
+        request = _request_for_channels(arguments, channels)
+    return Candidate(tokens, channels, dense_parameters, num_parameters, request)
+
+
+def _request_for_channels(arguments: argparse.Namespace, channels: PartShare) -> PruneRequest:
+    """Make the request of the run that removes channels: it has the first source of text, and no tokens to keep.
+
+    `arguments` are those of the whole command, and stay as they are. ValueError if the options don't go with channels.
+    """
+    sources = arguments.calibration
+    if sources is None:
+        sources = [usual_texts().to_calibrate_on]
+    elif "self" not in sources:  # with others beside it, that is an error of the ordinary run
+        sources = sources[:1]
+
+    for_channels = argparse.Namespace(**vars(arguments))
+    for_channels.pattern = str(channels)
+    for_channels.keep_tokens = None
+    for_channels.calibration = sources
+    return PruneRequest.of(for_channels)
 
 
 def _without_needless_tokens(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -171,15 +171,23 @@ def _token_plans(counted: CountedModel, unused: TokensPlan, most: float) -> list
     """
     vocabulary = unused.report.model["vocabulary"]
     num_rows = vocabulary["before"]
-    keep = tuple(unused.report.config["keep_tokens"])
+
+    def plan(removal: TokensRemoval) -> TokensPlan:
+        """Plan a removal for the model of `counted`, with the other options of `unused`."""
+        config = FistaPruningConfig(
+            pattern=str(removal),
+            keep_tokens=tuple(unused.report.config["keep_tokens"]),
+            compute_dtype=unused.report.config["compute_dtype"],
+        )
+        return plan_counted(counted, config)
+
     if unused.model.num_parameters() <= most:
         request = _fewer_tokens(unused, most)
     else:
         # As many tokens as the text uses stay, but not only those: by the share, tokens that other text is likely to
         # use stay instead of some that this text has once.
         request = TokensRemoval.keeping(vocabulary["kept"], num_rows)
-    config = FistaPruningConfig(pattern=str(request), keep_tokens=keep)
-    plans = [plan_counted(counted, config)]
+    plans = [plan(request)]
 
     num_removed = num_rows - plans[0].report.model["vocabulary"]["kept"]
     step = request.step(num_rows)
@@ -188,9 +196,7 @@ def _token_plans(counted: CountedModel, unused: TokensPlan, most: float) -> list
         half = TokensRemoval.keeping(num_kept, num_rows)
         with warnings.catch_warnings():  # the first plan has warned of a short text
             warnings.simplefilter("ignore")
-            plans.append(
-                plan_counted(counted, FistaPruningConfig(pattern=str(half), keep_tokens=keep))
-            )
+            plans.append(plan(half))
     return plans
 
 

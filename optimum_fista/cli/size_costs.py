@@ -6,7 +6,6 @@ by *trials*: ordinary runs on a few sequences of text, whose results are measure
 returns then say what a candidate costs (`Costs.of`), and up to which size limits are kept (`Costs.possible_size`).
 """
 
-import argparse
 import math
 import sys
 import tempfile
@@ -115,14 +114,13 @@ def _interpolated(measured: Mapping[int, Sequence[float]], number: float, index:
 def measure_costs(
     candidates: Sequence[Candidate],
     texts: Sequence[MeasuredText],
-    arguments: argparse.Namespace,
     *,
     with_trials: bool,
 ) -> Costs:
     """Measure what the tokens and, with trials, the channels of candidates cost on texts.
 
     Trials write into a temporary folder beside the output, and delete it. Standard error says how many there are and
-    how much disk they need. `arguments` are those of `prune`.
+    how much disk they need.
 
     Raises:
         ValueError: If a loss is NaN or Inf, or a trial can't run.
@@ -133,12 +131,13 @@ def measure_costs(
     of_channels: dict[int, Sequence[float]] = {0: of_dense}
     trials = dict[int, PruneRequest]()  # by the number of parameters that they remove
     if with_trials:
-        trials = _trials(candidates, arguments)
+        trials = _trials(candidates)
 
     dense_bits: list[float] | None = None  # bits per byte of the dense model, for each text
     plans = {other.num_in_tokens: other.tokens for other in candidates if other.tokens is not None}
     if plans:
-        losses = measure_plans([*plans.values()], texts, device=arguments.device, progress=True)
+        device = candidates[0].request.device  # all have the same
+        losses = measure_plans([*plans.values()], texts, device=device, progress=True)
         dense_bits = [loss.dense for loss in losses[0]]
         for num_removed, of_plan in zip(plans, losses, strict=True):
             of_tokens[num_removed] = [loss.pruned / loss.dense for loss in of_plan]
@@ -154,21 +153,19 @@ def measure_costs(
     return Costs(texts, of_tokens, of_channels)
 
 
-def _trials(
-    candidates: Sequence[Candidate], arguments: argparse.Namespace
-) -> dict[int, PruneRequest]:
+def _trials(candidates: Sequence[Candidate]) -> dict[int, PruneRequest]:
     """Make the requests of the trials, one for each share of channels, and say on standard error what they need.
 
     Returns them by the number of parameters that they remove. They have the options of the user, but fewer sequences.
-    `arguments` are those of `prune`. OSError if the disk has too little room.
+    OSError if the disk has too little room.
     """
     trials = dict[int, PruneRequest]()
     disk_bytes = 0  # of the largest one
     for candidate in candidates:
         if candidate.channels is None:
             continue
-        request = candidate.request(arguments)
-        request = replace(request, num_samples=min(request.num_samples, _MOST_SEQUENCES))
+        num_samples = min(candidate.request.num_samples, _MOST_SEQUENCES)
+        request = replace(candidate.request, num_samples=num_samples)
         estimate = estimate_of(request)
         needed = sum(estimate.disk_bytes.values())
         require_disk(needed, request.output)

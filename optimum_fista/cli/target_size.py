@@ -74,7 +74,12 @@ def plan_size(arguments: argparse.Namespace) -> Candidate:
     try:
         counted = _count(arguments.model, sources, counted_texts)
         keep = tuple(arguments.keep_tokens or ())
-        config = FistaPruningConfig(pattern="vocab:unused", keep_tokens=keep)
+        options = given_options(arguments, PruningOptions)
+        config = FistaPruningConfig(
+            pattern="vocab:unused",
+            keep_tokens=keep,
+            compute_dtype=options.get("compute_dtype", "auto"),  # in which losses are measured
+        )
         unused = plan_counted(counted, config)
         dense = counted.model
     except ValueError as error:
@@ -88,30 +93,28 @@ def plan_size(arguments: argparse.Namespace) -> Candidate:
             print("which of these is chosen is found by trials, which a dry run does not make")
         return candidates[-1]
 
-    begun = _begun(candidates, arguments)
+    begun = _begun(candidates)
     if begun is not None:
         print(f"the run that was begun goes on: {begun}", file=sys.stderr)
         return begun
     for candidate in candidates:
-        candidate.request(arguments).require_possible()
+        candidate.request.require_possible()
     if not texts and counted is not None and counted.held_out:
         name = f"{counted.text_name} (held out)"
         texts = [MeasuredText(name, counted.held_out[:_MOST_PIECES], at_most=None)]
-    return _chosen(candidates, texts, arguments)
+    return _chosen(candidates, texts)
 
 
-def _begun(candidates: Sequence[Candidate], arguments: argparse.Namespace) -> Candidate | None:
+def _begun(candidates: Sequence[Candidate]) -> Candidate | None:
     """Find the candidate whose run an earlier start of the command has begun; `None` if there is none.
 
-    Such a run resumes: what it costs need not be found again. `arguments` are those of `prune`.
+    Such a run resumes: what it costs need not be found again.
     """
-    if arguments.overwrite:
-        return None
     for candidate in candidates:
-        if candidate.channels is None:
+        request = candidate.request
+        if candidate.channels is None or request.overwrite:
             continue  # tokens are removed at once
-        output = candidate.request(arguments).output
-        fingerprint = read_record(unfinished_folder(output) / RUN_FILE) or {}
+        fingerprint = read_record(unfinished_folder(request.output) / RUN_FILE) or {}
         if fingerprint.get("config", {}).get("pattern") == str(candidate.channels):
             return candidate
     return None
@@ -120,7 +123,6 @@ def _begun(candidates: Sequence[Candidate], arguments: argparse.Namespace) -> Ca
 def _chosen(
     candidates: Sequence[Candidate],
     texts: Sequence[MeasuredText],
-    arguments: argparse.Namespace,
 ) -> Candidate:
     """Choose the cheapest candidate that keeps to `--protect`, and print all candidates on standard error.
 
@@ -129,7 +131,6 @@ def _chosen(
     Args:
         candidates: Those that are possible, the one with the fewest tokens left first.
         texts: Those to measure on, with the limits of `--protect`.
-        arguments: Those of `prune`.
 
     Raises:
         ValueError: If no candidate keeps to `--protect`; it says what each costs, and what is possible.
@@ -142,7 +143,7 @@ def _chosen(
     reason = "the text is too short to hold some of it out: pass --measure FILE"
     if texts and has_costs_before_the_run:
         try:
-            costs = measure_costs(candidates, texts, arguments, with_trials=with_trials)
+            costs = measure_costs(candidates, texts, with_trials=with_trials)
         except (RuntimeError, MemoryError) as error:
             reason = f"{type(error).__name__}: {error}"
 
@@ -161,7 +162,7 @@ def _chosen(
         among = " of those that keep to --protect" if has_limits else ""
         print(
             f"-> is chosen: it has the least mean{among} (a number is times the bits per byte of the dense model, by "
-            "prediction; the result is measured after the run)",
+            "prediction; the texts of --measure and --protect are measured on the result, too)",
             file=sys.stderr,
         )
     elif costs is None and has_costs_before_the_run:

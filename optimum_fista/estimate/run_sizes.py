@@ -63,6 +63,7 @@ class RunSizes:
         as_stored: Whether tensors are written as they are stored, because the run only removes parts.
         allocates: Whether operators share the zeros by gradients of the loss.
         num_streams: Networks whose hidden states are computed: 0 to 2.
+        packed: Whether the result is stored without its zeros.
         measures_perplexity: Whether the run measures the perplexity of held-out text.
 
     Attributes of the machine and the text:

@@ -183,7 +183,8 @@ class _Loop:
     def _travelling(self, index: int) -> list[HiddenStates | HeldOut]:
         """Return what a run that resumes after the decoder layer with a number needs besides its weights.
 
-        These are the hidden states that enter the next layer, if errors are carried to it.
+        These are the hidden states that enter the next layer, if errors are carried to it, and those of the held-out
+        text, if the run has one.
         """
         travelling: list[HiddenStates | HeldOut] = []
         is_followed = index < max(self.plan.pruned_layers, default=-1)

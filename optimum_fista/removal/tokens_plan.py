@@ -98,11 +98,11 @@ def plan_counted(counted: CountedModel, config: FistaPruningConfig) -> TokensPla
     tokenizer = counted.tokenizer
     num_rows = len(counted.counts)
 
-    ids_of_tokens = set(tokenizer.get_vocab().values())
+    token_ids = set(tokenizer.get_vocab().values())
     named_ids, template_warning = _named_ids(tokenizer, counted.settings, counted.folder)
     # Rows of no token that are named, such as a padding id after the last token.
-    spare_rows = sorted(index for index in named_ids - ids_of_tokens if 0 <= index < num_rows)
-    keep = (named_ids & ids_of_tokens) | _ids_to_keep(tokenizer, request)
+    spare_rows = sorted(index for index in named_ids - token_ids if 0 <= index < num_rows)
+    keep = (named_ids & token_ids) | _ids_to_keep(tokenizer, request)
     content = _tokenizer_content(tokenizer, counted.folder)
     smaller = _smaller_vocabulary(content, counted.counts, request, keep, num_spare=len(spare_rows))
     old_ids = smaller.kept.tolist() + spare_rows  # in the order of the new rows
@@ -115,7 +115,7 @@ def plan_counted(counted: CountedModel, config: FistaPruningConfig) -> TokensPla
     report = _new_report(counted, config, model)
     if template_warning:
         report.warn(template_warning)
-    _warn_of_rows(report, num_rows - len(ids_of_tokens), counted.settings)
+    _warn_of_rows(report, num_rows - len(token_ids), counted.settings)
     num_seen = int(counted.counts[old_ids].count_nonzero())
     if request.share is not None and num_seen < 0.9 * len(old_ids):
         report.warn(

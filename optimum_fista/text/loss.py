@@ -160,7 +160,7 @@ def _enough_stretches(text: str, name: str, tokenizer: PreTrainedTokenizerBase) 
         most_stretches *= 2
 
 
-def _stretches(text: str, most_stretches: int = _USUAL_STRETCHES) -> list[str]:
+def _stretches(text: str, most_stretches: int) -> list[str]:
     """Cut stretches out of a text, spread evenly over it; of a short text all."""
     num_characters = most_stretches * _STRETCH_CHARACTERS
     if len(text) <= num_characters:

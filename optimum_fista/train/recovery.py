@@ -72,6 +72,7 @@ from optimum_fista.train.recovery_plan import (
     plan_recovery,
     plan_text,
     round_head,
+    shards_weights,
 )
 from optimum_fista.train.teacher import require_dense_model
 from optimum_fista.train.training import (
@@ -315,7 +316,7 @@ def _train(
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     model.float()  # a step in bfloat16 would often be smaller than the weight's last bit
     mark_trained(model, choice.train)  # gradients on for some parameters, off for the others
-    if ranks.count == 1:  # FSDP2 shards parameters of one dtype only
+    if not shards_weights():
         round_head(model, plan.compute_dtype)
 
     states = ranks.first(lambda: intact_states(journal))
@@ -482,9 +483,7 @@ def _trainers_arguments(
     `processes` share the passes of a step. A resumed training does not evaluate the model before its first step.
     """
     # Accelerate then wraps decoder layers so that they compute their activations twice. The Trainer refuses both.
-    is_wrapped = parse_flag_from_env("ACCELERATE_USE_FSDP") and parse_flag_from_env(
-        "FSDP_ACTIVATION_CHECKPOINTING"
-    )
+    is_wrapped = shards_weights() and parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING")
     steps_between = math.ceil(plan.steps / 10)  # so a loss that rises is noticed soon
     arguments = TrainingArguments(
         output_dir=str(journal.resolve()),

@@ -426,15 +426,12 @@ def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
     if plan.device.type == "cpu":
         processes_sharing = int(os.environ.get("LOCAL_WORLD_SIZE", len(free)))
 
-    # Accelerate reads this variable. The head of sharded weights is whole only inside a call of the whole model.
-    has_whole_logits = len(free) > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
-
     kinds = ["all", "norms"] if plan.options.train == "auto" else [plan.options.train]
     ways = [False, True] if sizes.can_checkpoint else [False]
     # After the loop, the variables are those of the first kind that fits, or of the last one.
     for train, checkpointed in itertools.product(kinds, ways):
         needed = _needed_bytes(
-            plan, sizes, train, checkpointed=checkpointed, has_whole_logits=has_whole_logits
+            plan, sizes, train, checkpointed=checkpointed, is_sharded=shards_weights()
         )
         fits = not limits or needed <= _MARGIN * min(limits) / processes_sharing
         if fits:
@@ -452,16 +449,17 @@ def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
 
 
 def _needed_bytes(
-    plan: RecoveryPlan, sizes: _Sizes, train: str, *, checkpointed: bool, has_whole_logits: bool
+    plan: RecoveryPlan, sizes: _Sizes, train: str, *, checkpointed: bool, is_sharded: bool
 ) -> int:
     """Estimate the bytes of a process that trains "all" or "norms".
 
-    `checkpointed`: activations are computed twice. `has_whole_logits`: the logits of a whole pass are in memory, and
-    not only those of one chunk. That a model can't be cut before its head is not known before it has run.
+    `checkpointed`: activations are computed twice. `is_sharded`: processes share the weights (`shards_weights`), and
+    then the logits of a whole pass are in memory, not only those of one chunk. That another model can't be cut before
+    its head is not known before it has run.
     """
     # float32: the weights, and of those that are trained a gradient and two moments
     student = 4 * sizes.parameters + 12 * sizes.trained(train)
-    if plan.compute_dtype != torch.float32:
+    if plan.compute_dtype != torch.float32 and not is_sharded:
         # the copy of the head's weight that `round_head` makes
         student += plan.compute_dtype.itemsize * sizes.vocabulary * sizes.hidden_size
     masks = sizes.parameters if train == "all" else 0  # a byte a weight
@@ -480,7 +478,7 @@ def _needed_bytes(
     tokens = plan.options.batch_size * plan.length
     # of both models, in two dtypes, with their gradient
     logits = 20 * min(LOGITS_PER_CHUNK, tokens * sizes.vocabulary)
-    if has_whole_logits:  # of both models, with the gradient of one
+    if is_sharded:  # whole ones of both models, with the gradient of one
         logits += 3 * plan.compute_dtype.itemsize * tokens * sizes.vocabulary
     return student + masks + teacher + tokens * activations + logits
 
@@ -514,6 +512,15 @@ def mark_trained(model: PreTrainedModel, train: str) -> None:
     for parameter in _inner_parameters(model):
         is_norm_or_bias = parameter.ndim == 1
         parameter.requires_grad_(train == "all" or is_norm_or_bias)
+
+
+def shards_weights() -> bool:
+    """Tell whether Accelerate shards the weights (FSDP), as its launcher has asked for by an environment variable.
+
+    The head of a sharded model is whole only inside a call of the whole model. So such a model is not cut before its
+    head, and its head is left as it is.
+    """
+    return bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
 
 
 def round_head(model: PreTrainedModel, dtype: torch.dtype) -> None:

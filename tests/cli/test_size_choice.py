@@ -181,7 +181,7 @@ def test_a_limit_decides_before_the_mean(monkeypatch, capsys):
     monkeypatch.setattr(target_size, "measure_costs", lambda *_, **__: costs)
     candidates = [candidate_of(100, 300), candidate_of(0, 400)]
 
-    chosen = target_size._chosen(candidates, texts, None)
+    chosen = target_size._chosen(candidates, texts)
 
     assert chosen is candidates[1]
     assert "b 1.100 times (1.2 allowed)" in capsys.readouterr().err
@@ -189,7 +189,7 @@ def test_a_limit_decides_before_the_mean(monkeypatch, capsys):
     without_limits = [MeasuredText("a", (), at_most=None), MeasuredText("b", (), at_most=None)]
     costs = Costs(without_limits, costs.of_tokens, costs.of_channels)
 
-    assert target_size._chosen(candidates, without_limits, None) is candidates[0]
+    assert target_size._chosen(candidates, without_limits) is candidates[0]
 
 
 def test_a_promise_that_no_candidate_keeps_stops_with_what_is_possible(
@@ -336,7 +336,9 @@ def test_half_of_the_tokens_is_a_candidate_too(tmp_path):
 
 def test_tokens_that_spare_no_channel_stay():
     def candidate(tokens, channels):
-        return size_candidates.Candidate(tokens, channels, dense_parameters=1, num_parameters=1)
+        return size_candidates.Candidate(
+            tokens, channels, dense_parameters=1, num_parameters=1, request=None
+        )
 
     all_tokens = candidate("all", "channels:0.1")
     half = candidate("half", "channels:0.2")

@@ -52,7 +52,7 @@ def bits_of(folder, text: str) -> float:
     nats = 0.0
     num_bytes = 0
     longest = model.config.max_position_embeddings
-    for stretch in _stretches(text):
+    for stretch in _stretches(text, most_stretches=12):
         encoded = tokenizer(stretch, return_offsets_mapping=True, add_special_tokens=False)
         for start in range(0, len(encoded["input_ids"]), longest):
             ids = torch.tensor(encoded["input_ids"][start : start + longest])

@@ -68,7 +68,6 @@ class SplitState:
                 # V / rho of the last iteration; times `ratio` with the new rho, because V itself stays.
                 ratio = self.rho / rho
                 dual = point * ~self.mask[rows]
-            # Z + V / rho with the new rho; Z stays, because the dual is zero there
             has_other_rho = ratio not in (0.0, 1.0)
             if has_other_rho:
                 # Z + V / rho with the new rho; Z stays, because the dual is zero there.
