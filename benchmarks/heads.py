@@ -50,7 +50,8 @@ def predicted(model: PreTrainedModel, windows: Tensor, head_size: int) -> dict[s
     layers = find_decoder_layers(model)
     operators = queries(layers)
     batches = [CalibrationBatch(window[None], None) for window in windows]
-    sensitivities = measure_sensitivities(DenseLoss(layers, batches, windows.numel()), operators)
+    loss = DenseLoss(layers, batches, windows.numel())
+    sensitivities, _ = measure_sensitivities(loss, operators)
     # Mean squares of the outputs, by operator.
     energies = {name: torch.zeros(operator.shape[0]) for name, operator in operators.items()}
 

@@ -95,20 +95,17 @@ class Sensitivity:
 
 
 def measure_sensitivities(
-    loss: DenseLoss,
-    operators: Mapping[str, LinearOperator],
-    on_whole_logits: Callable[[int], None] = lambda _: None,
-) -> dict[str, Sensitivity]:
+    loss: DenseLoss, operators: Mapping[str, LinearOperator]
+) -> tuple[dict[str, Sensitivity], int]:
     """Run a model forwards and backwards on the sequences of its loss, one at a time; sum inputs and gradients.
 
     Decoder layers are recomputed in the backward pass, so that memory is needed for the activations of one layer, and
     for the hidden states between layers, at the loss's storage. Logits are in memory for a few positions at a time
     (`Predictor`), unless the longest sequence has few of them. An operator has zero gradients if the loss does not
-    depend on it, if it is called more than once, or if it is not a plain product. Returns sensitivities by the names of
-    `operators`.
+    depend on it, if it is called more than once, or if it is not a plain product.
 
-    If the model can't be cut before its head, the logits of a whole sequence are in memory. `on_whole_logits` is then
-    called with the bytes that this takes more than was estimated, before the model runs.
+    Returns sensitivities by the names of `operators`, and the bytes of logits that were in memory beyond the estimate:
+    0, unless the model can't be cut before its head and the longest sequence had all its logits at once.
 
     While the model runs, forward passes of decoder layers are replaced, and no weight requires a gradient; both are as
     before at the end.
@@ -124,8 +121,6 @@ def measure_sensitivities(
         predictor = Predictor(model, whole=longest <= positions_per_chunk(model))
         bytes_per_logit = 2 * model.dtype.itemsize  # of a logit and its gradient
         num_bytes_not_estimated = predictor.bytes_beyond_a_chunk(longest, bytes_per_logit)
-        if num_bytes_not_estimated:
-            on_whole_logits(num_bytes_not_estimated)
         with (
             tqdm(
                 total=num_runs,
@@ -144,7 +139,7 @@ def measure_sensitivities(
 
     num_tokens = max(1, sum(row.num_tokens for row in sequences))
     device = execution_device(model.get_input_embeddings())
-    return _sensitivities_of(watchers, num_tokens, device)
+    return _sensitivities_of(watchers, num_tokens, device), num_bytes_not_estimated
 
 
 def _run_both_ways(

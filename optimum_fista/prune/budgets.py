@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from optimum_fista.bars import tqdm
-from optimum_fista.memory import is_out_of_memory, release_memory, size_text
+from optimum_fista.memory import is_out_of_memory, release_memory
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.experts import ExpertOperator, split_experts
 from optimum_fista.model.operators import LinearOperator
@@ -36,9 +36,9 @@ def share_budgets(
 ) -> Budgets:
     """Choose the decoder layers to remove, and allocate the zeros to the operators of the others.
 
-    `batches` are those of the calibration; held-out ones are not used. Changes the seconds and the warnings of the
-    report, and not the model. If the zeros are not shared by the loss and no decoder layer is removed, the model does
-    not run and the budgets are empty.
+    `batches` are those of the calibration; held-out ones are not used. Notes the seconds in `report`, and does not
+    change the model. If the zeros are not shared by the loss and no decoder layer is removed, the model does not run
+    and the budgets are empty.
     """
     started = time.perf_counter()
     config = plan.config
@@ -60,8 +60,9 @@ def share_budgets(
             if not is_removed and config.shares_budget(name):
                 sharing[name] = operator
     sensitivities: dict[str, Sensitivity] = {}
+    num_bytes_not_estimated = 0
     if sharing:
-        sensitivities = _measured(plan, report, loss, sharing)
+        sensitivities, num_bytes_not_estimated = _measured(plan, loss, sharing)
 
     sharing_pools: dict[str, list[str]] = {}
     without_gradient: list[str] = []
@@ -80,33 +81,22 @@ def share_budgets(
         output_weights=shares.output_weights,
         without_gradient=without_gradient,
         removed_layers=removed_layers,
+        num_bytes_not_estimated=num_bytes_not_estimated,
     )
 
 
 def _measured(
-    plan: Plan, report: PruningReport, loss: DenseLoss, operators: Mapping[str, LinearOperator]
-) -> dict[str, Sensitivity]:
+    plan: Plan, loss: DenseLoss, operators: Mapping[str, LinearOperator]
+) -> tuple[dict[str, Sensitivity], int]:
     """Measure how much the loss grows with errors in `operators`, by the operator's name.
 
-    `loss` is that of the dense model on some calibration tokens. The model runs forward and backward, and is as before
-    afterwards. `report` gets a warning if this takes more memory than was estimated. If gradients can't be computed,
-    the error says what to pass instead.
+    Returns also the bytes that this took beyond the estimate of memory. `loss` is that of the dense model on some
+    calibration tokens. The model runs forward and backward, and is as before afterwards. If gradients can't be
+    computed, the error says what to pass instead.
     """
-
-    def warn_of_whole_logits(num_bytes: int) -> None:
-        """Add a warning to `report` that logits take `num_bytes` more than the estimate counts.
-
-        `measure_sensitivities` calls it if the model of `plan` can't be run without its head.
-        """
-        report.warn(
-            f"{type(plan.layers.model).__name__} can't be run without its head, so the logits of a whole sequence are "
-            f"in memory for the gradients of the loss: about {size_text(num_bytes)} more than the estimate counts. "
-            "Shorter sequences (--sequence-length) or allocation='uniform' (--allocation uniform) need less."
-        )
-
     try:
         with split_experts(plan.all_operators.values()), products_as(plan.products):
-            return measure_sensitivities(loss, operators, warn_of_whole_logits)
+            return measure_sensitivities(loss, operators)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise ValueError(

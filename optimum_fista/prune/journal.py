@@ -219,6 +219,8 @@ class Journal:
             without_gradient=values["without_gradient"],
             # JSON has lists.
             removed_layers=[(index, loss) for index, loss in values["removed_layers"]],
+            # Runs that began before this was kept have no such entry.
+            num_bytes_not_estimated=values.get("num_bytes_not_estimated", 0),
         )
 
     def _file(self, kind: str, index: int) -> Path:

@@ -132,6 +132,7 @@ def complete_report(plan: Plan, report: PruningReport, held_out: HeldOut | None)
     if plan.source.not_copied:
         report.model["lacks"] = dict(plan.source.not_copied)
 
+    _warn_of_whole_logits(plan, report)
     _warn_of_operators_without_gradient(plan, report)
     _warn_of_operators_left_dense(plan, report)
     _warn_of_overflown_errors(report)
@@ -148,6 +149,20 @@ def complete_report(plan: Plan, report: PruningReport, held_out: HeldOut | None)
     _warn_of_under_calibrated_experts(plan, report)
     if held_out is not None:
         _note_perplexity(plan, report, held_out)
+
+
+def _warn_of_whole_logits(plan: Plan, report: PruningReport) -> None:
+    """Add a warning to the report if the gradients of the loss took more memory than was estimated.
+
+    That is so if the model can't be run without its head. `plan.budgets` has the bytes, also in a run that resumes.
+    """
+    num_bytes = plan.budgets.num_bytes_not_estimated
+    if num_bytes:
+        report.warn(
+            f"{type(plan.layers.model).__name__} can't be run without its head, so the logits of a whole sequence are "
+            f"in memory for the gradients of the loss: about {size_text(num_bytes)} more than the estimate counts. "
+            "Shorter sequences (--sequence-length) or allocation='uniform' (--allocation uniform) need less."
+        )
 
 
 def _warn_of_operators_without_gradient(plan: Plan, report: PruningReport) -> None:

@@ -52,6 +52,8 @@ class Budgets:
     without_gradient: list[str] = field(default_factory=list)
     # Numbers of the decoder layers in the order of their removal, each with the loss after it.
     removed_layers: list[tuple[int, float]] = field(default_factory=list)
+    # Bytes of logits that the gradients took beyond the estimate of memory; 0 if the model runs without its head.
+    num_bytes_not_estimated: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from families import family_model, family_tokens
+from killed import interrupted_after
 from media_models import MEDIA_FAMILIES, media_batch, media_model
 
 from optimum_fista import FistaPruner, FistaPruningConfig
@@ -42,7 +43,8 @@ def sensitivities_of(model, batches):
     batches = read_batches(batches, *token_limits(model), media_arguments(model))
     with torch.no_grad():
         loss = DenseLoss(find_decoder_layers(model), batches, num_tokens=10_000)
-        return measure_sensitivities(loss, operators_of(model))
+        sensitivities, _ = measure_sensitivities(loss, operators_of(model))
+    return sensitivities
 
 
 def use_small_chunks(monkeypatch, model, positions):
@@ -101,6 +103,25 @@ def test_a_run_says_that_it_takes_more_memory_if_a_model_cant_be_cut(family, mon
     warnings = [text for text in report.warnings if "can't be run without its head" in text]
     assert len(warnings) == (0 if FAMILIES[family] else 1)
     assert all("more than the estimate counts" in text for text in warnings)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_resumes_says_that_it_took_more_memory(tmp_path, monkeypatch):
+    model = family_model("llama4_text")
+    model.save_pretrained(tmp_path / "source")
+    use_small_chunks(monkeypatch, model, 7)
+    pruner = FistaPruner(FistaPruningConfig(method="wanda", allocation="fisher"), progress=False)
+
+    def prune():
+        return pruner.prune(tmp_path / "source", family_tokens(), output_dir=tmp_path / "pruned")
+
+    with interrupted_after(0), pytest.raises(KeyboardInterrupt):
+        prune()
+    report = prune()
+
+    warnings = [text for text in report.warnings if "can't be run without its head" in text]
+    assert len(warnings) == 1
+    assert "more than the estimate counts" in warnings[0]
 
 
 @pytest.mark.parametrize("family", MEDIA_FAMILIES)
