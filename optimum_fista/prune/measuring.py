@@ -125,11 +125,16 @@ def note_losses(
 def note_failure(
     report: PruningReport, texts: Sequence[MeasuredText], error: BaseException
 ) -> None:
-    """Note in `report`, which changes, that the texts could not be measured, and warn of it."""
+    """Note in `report`, which changes, that the texts could not be measured, and warn of it.
+
+    `error` is what stopped the measuring. For Ctrl-C it is a KeyboardInterrupt, which has no message.
+    """
+    reason = f"{type(error).__name__}: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        reason = "stopped by Ctrl-C"
     report.texts_not_measured = [text.name for text in texts]
     report.warn(
-        f"the loss on {', '.join(report.texts_not_measured)} is not known ({type(error).__name__}: {error}). The files "
-        "do not depend on it."
+        f"the loss on {', '.join(report.texts_not_measured)} is not known ({reason}). The files do not depend on it."
     )
 
 

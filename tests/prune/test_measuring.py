@@ -236,9 +236,15 @@ def test_documentation_of_python_is_not_held_out_of_itself():
     require_held_out(["wikitext2"], ["wikitext2"])  # which has two splits
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (KeyboardInterrupt, "stopped by Ctrl-C"),
+        (OSError(28, "No space left on device"), r"OSError: \[Errno 28\] No space left on device"),
+    ],
+)
 def test_a_run_whose_texts_cant_be_measured_to_the_end_is_finished_and_says_so(
-    dense, texts, tmp_path, capsys, monkeypatch, error
+    dense, texts, tmp_path, capsys, monkeypatch, error, reason
 ):
     output = tmp_path / "pruned"
     flags = ["--pattern", "2:4", "--calibration", str(texts / "text.txt"), *QUICK]
@@ -248,7 +254,7 @@ def test_a_run_whose_texts_cant_be_measured_to_the_end_is_finished_and_says_so(
         raise error
 
     monkeypatch.setattr(measuring, "losses_of_folder", fail)
-    with pytest.warns(match=r"the loss on sea\.txt is not known"):
+    with pytest.warns(match=rf"the loss on sea\.txt is not known \({reason}\)\."):
         status = main(["prune", str(dense), "-o", str(output), *flags])
 
     assert status != 0
