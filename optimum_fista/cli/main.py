@@ -152,8 +152,10 @@ def execute(arguments: argparse.Namespace) -> int:
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        # It has a message if something is finished all the same (`MeasuringInterrupted`), but not from Python itself.
+        message = str(interrupt)
+        print(f"interrupted: {message}" if message else "interrupted", file=sys.stderr)
         return 130
     finally:
         warnings.formatwarning = format_of_warnings

@@ -304,11 +304,7 @@ def _prune(request: PruneRequest, tokens_first: TokensPlan | None) -> int:
                 protect=request.protect,
             )
         except MeasuringInterrupted:
-            print(
-                f"\nthe model in {request.output} is finished, and its texts were not measured to the end",
-                file=sys.stderr,
-            )
-            raise
+            raise  # with a message that is printed: the result is finished, so there is nothing to resume
         except KeyboardInterrupt:
             if request.config.tokens_removal is None:
                 print(

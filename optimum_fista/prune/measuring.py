@@ -32,7 +32,10 @@ _VARIABLES_OF_RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORL
 
 
 class MeasuringInterrupted(KeyboardInterrupt):
-    """Ctrl-C while texts were measured: the folder of the result is finished, and says that they were not measured."""
+    """Ctrl-C while texts were measured: the folder of the result is finished, and says that they were not measured.
+
+    Its message says the same to the user; `optimum-fista` prints it.
+    """
 
 
 def require_texts(
@@ -106,7 +109,9 @@ def measure_folder(
 
     _rewrite(folder, report, dense)
     if interrupt is not None:
-        raise MeasuringInterrupted from interrupt
+        raise MeasuringInterrupted(
+            f"the model in {folder} is finished, and its texts were not measured to the end"
+        ) from interrupt
 
 
 def note_losses(

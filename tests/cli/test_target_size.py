@@ -7,12 +7,14 @@ import pytest
 import torch
 from folder_files import tensors_of
 from killed import interrupted_after
-from rare_tokens import RARE, TEXT, save, text_of
+from rare_tokens import COMMON, RARE, TEXT, save, text_of
 from safetensors.torch import save_file
 from tiny_llama import QUICK
 
+from optimum_fista.cli import target_size
 from optimum_fista.cli.main import main
 from optimum_fista.folder.checkpoint import kept_tokens, read_report
+from optimum_fista.prune import measuring
 from optimum_fista.source.loading import load_model
 from optimum_fista.text import token_counts
 
@@ -317,3 +319,26 @@ def test_the_folder_of_another_model_of_the_same_name_and_size_is_not_replaced(
 
     assert "already holds a model" in capsys.readouterr().err
     assert (tmp_path / "sized-tokens" / "fista" / "files.json").read_bytes() == kept
+
+
+@pytest.mark.parametrize(("size", "finished"), [("0.97", "sized"), ("0.8", "sized-tokens")])
+def test_ctrl_c_while_texts_are_measured_after_tokens_are_removed_names_the_finished_model(
+    dense, text, tmp_path, capsys, monkeypatch, size, finished
+):
+    held_out = tmp_path / "held-out.txt"
+    held_out.write_text(text_of(COMMON, 5000))  # 4,096 tokens and more
+    flags = ["--target-size", size, *QUICK, "--calibration", str(text), "--measure", str(held_out)]
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(target_size, "_chosen", lambda candidates, texts: candidates[0])
+    monkeypatch.setattr(measuring, "losses_of_folder", interrupt)
+    with pytest.warns(match=r"held-out\.txt is not known \(stopped by Ctrl-C\)"):
+        status = main(["prune", str(dense), "-o", str(tmp_path / "sized"), *flags])
+
+    assert status == 130
+    folder = tmp_path / finished
+    words = f"the model in {folder} is finished, and its texts were not measured to the end"
+    assert f"interrupted: {words}\n" in capsys.readouterr().err
+    assert read_report(folder).texts_not_measured == ["held-out.txt"]

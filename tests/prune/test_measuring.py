@@ -261,7 +261,8 @@ def test_a_run_whose_texts_cant_be_measured_to_the_end_is_finished_and_says_so(
     printed = capsys.readouterr().err
     assert "give the same command again" not in printed
     if error is KeyboardInterrupt:
-        assert f"the model in {output} is finished, and its texts were not measured" in printed
+        finished = f"the model in {output} is finished, and its texts were not measured to the end"
+        assert f"\ninterrupted: {finished}\n" in printed
     assert read_report(output).texts_not_measured == ["sea.txt"]
     assert "the loss is not known on sea.txt" in (output / "README.md").read_text()
     assert foreign_files(output) == []
