@@ -62,8 +62,8 @@ from optimum_fista.removal.parts import ModelOutline
 from optimum_fista.solve.linalg import damped_inverse, diagonal_blocks
 from optimum_fista.solve.pattern import SparsityPattern, parse_pattern
 from optimum_fista.source.files import copy_source, source_folder
+from optimum_fista.source.inventory import source_tensors
 from optimum_fista.source.loading import gguf_file
-from optimum_fista.source.sorting import source_tensors
 
 # Of a Gram matrix, in means of its diagonal.
 _DAMPING = 0.01

@@ -41,8 +41,8 @@ from optimum_fista.prune.sink import ModelSink
 from optimum_fista.removal.planning import plan_removal
 from optimum_fista.removal.removal import Removal
 from optimum_fista.report import PruningReport
+from optimum_fista.source.inventory import source_tensors
 from optimum_fista.source.loading import local_source, reading, require_tokenizer
-from optimum_fista.source.sorting import source_tensors
 from optimum_fista.source.source_tensors import SourceTensors
 from optimum_fista.text.loss import losses_of
 

@@ -28,8 +28,8 @@ from optimum_fista.removal.planning import plan_removal, require_zeros_to_pack
 from optimum_fista.removal.removal import Removal
 from optimum_fista.source import loading
 from optimum_fista.source.formats.dequantizer import read_dequantized
+from optimum_fista.source.inventory import source_tensors
 from optimum_fista.source.quantization import forget_quantization, quantization
-from optimum_fista.source.sorting import source_tensors
 from optimum_fista.text.calibration_tokens import usual_length
 from optimum_fista.verdict import LEAST_TOKENS
 

@@ -33,9 +33,9 @@ from optimum_fista.removal.parts import Kind, ModelOutline, kept_by_kind, remove
 from optimum_fista.removal.shrinking import plan_shrinking
 from optimum_fista.report import PruningReport
 from optimum_fista.source.formats.dequantizer import dequantizer_of
+from optimum_fista.source.inventory import source_tensors
 from optimum_fista.source.loading import load_lazily
 from optimum_fista.source.names import stored_names
-from optimum_fista.source.sorting import source_tensors
 from optimum_fista.source.stored_tensor import StoredTensor, read_stored
 
 

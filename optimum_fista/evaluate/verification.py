@@ -48,10 +48,10 @@ from optimum_fista.removal.parts import count_router_groups
 from optimum_fista.report import PruningReport
 from optimum_fista.solve.pattern import SparsityPattern, pack_mask, unpack_mask
 from optimum_fista.solve.patterns import Columns, parse_pattern
+from optimum_fista.source.inventory import source_tensors
 from optimum_fista.source.loading import load_tokenizer
 from optimum_fista.source.model_folder import CONFIG_FILE, checkpoint_files, read_json, read_tensors
 from optimum_fista.source.names import split_index
-from optimum_fista.source.sorting import source_tensors
 
 logger = logging.getLogger(__name__)
 

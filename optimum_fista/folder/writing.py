@@ -42,6 +42,7 @@ from optimum_fista.report import PruningReport
 from optimum_fista.solve.pattern import unpack_mask
 from optimum_fista.source.configuration import content_of, source_content
 from optimum_fista.source.files import copy_source
+from optimum_fista.source.inventory import IS_NOT_DESCRIBED
 from optimum_fista.source.links import leads_out
 from optimum_fista.source.loading import forget_gguf, local_source
 from optimum_fista.source.model_folder import (
@@ -52,7 +53,6 @@ from optimum_fista.source.model_folder import (
     write_index,
 )
 from optimum_fista.source.names import stored_names
-from optimum_fista.source.sorting import IS_NOT_DESCRIBED
 from optimum_fista.source.source_tensors import SourceTensors
 from optimum_fista.source.stored_tensor import StoredTensor, restore_dtypes, write_stored
 

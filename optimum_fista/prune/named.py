@@ -36,9 +36,9 @@ from optimum_fista.prune.source_files import shared_files
 from optimum_fista.removal.planning import plan_removal, require_zeros_to_pack
 from optimum_fista.removal.tokens import remove_tokens
 from optimum_fista.report import PruningReport
+from optimum_fista.source.inventory import source_tensors
 from optimum_fista.source.loading import load_lazily, reading
 from optimum_fista.source.names import stored_names
-from optimum_fista.source.sorting import source_tensors
 
 
 def prune_named(

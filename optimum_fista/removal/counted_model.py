@@ -30,8 +30,8 @@ from optimum_fista.model.media import media_arguments
 from optimum_fista.removal.token_ids import configurations_in
 from optimum_fista.source import loading
 from optimum_fista.source.files import source_folder
+from optimum_fista.source.inventory import source_tensors
 from optimum_fista.source.quantization import forget_quantization
-from optimum_fista.source.sorting import source_tensors
 from optimum_fista.source.source_tensors import SourceTensors
 from optimum_fista.text.token_counts import HeldOutText, count_tokens
 

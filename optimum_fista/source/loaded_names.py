@@ -15,9 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from optimum_fista.source.formats.dequantizer import Dequantizer
-from optimum_fista.source.stored_tensor import (
-    ACTIVATION_SCALE,
-)
+from optimum_fista.source.stored_tensor import ACTIVATION_SCALE
 
 
 class NewNames(NamedTuple):
@@ -40,42 +38,47 @@ class Naming:
     """
 
     def __init__(self, model: PreTrainedModel, dequantizer: Dequantizer | None) -> None:
-        """Read the rules of `model`'s class, and those of its quantized format if there is a `dequantizer`."""
+        """Read the rules of `model`'s class, and those of its quantized format if there is a `dequantizer`.
+
+        `model` is not changed. The `dequantizer` keeps the rules: Transformers asks its `update_weight_conversions`.
+        """
         self.state = model.state_dict()
         self._names_of_modules = {name for name, _ in model.named_modules()}  # full names
         self._prefix = model.base_model_prefix  # such as "model"
         self._is_quantized = dequantizer is not None
-        transforms = get_model_conversion_mapping(model, hf_quantizer=dequantizer)
-        self._renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-        self._converters = [one for one in transforms if isinstance(one, WeightConverter)]
+        rules = get_model_conversion_mapping(model, hf_quantizer=dequantizer)
+        # Renamings only change names. Converters merge or split tensors, too.
+        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
 
     def names_of(self, name: str) -> NewNames:
         """Return the names that the stored tensor `name` gets in the model.
 
         Tensors that Transformers merges into one parameter have the place in common, and each has a name of its own.
-        If no parameter or buffer (`self.state`) has the place as its name, the model lacks the tensor.
+        If no parameter or buffer (`self.state`) has the place as its name, the model lacks the tensor. `name` is that
+        in the files, such as "model.layers.3.mlp.experts.7.up_proj.weight".
         """
-        own = self._renamed(name, self._renamings, [])
-        place = self._renamed(name, self._renamings, self._converters)
+        own = self._renamed(name, renamings=self._renamings, converters=[])
+        place = self._renamed(name, renamings=self._renamings, converters=self._converters)
         if place in self.state:
             return NewNames(own, place)
 
         # Transformers tries the name in the files, too, with or without the prefix of the base model.
-        only_prefix_changed = self._renamed(name, [], [])
+        only_prefix_changed = self._renamed(name, renamings=[], converters=[])
         if only_prefix_changed in self.state:
             own = only_prefix_changed
         return NewNames(own, place=only_prefix_changed)
 
     def _renamed(
-        self, name: str, renamings: list[WeightRenaming], converters: list[WeightConverter]
+        self, name: str, *, renamings: list[WeightRenaming], converters: list[WeightConverter]
     ) -> str:
         """Return what Transformers makes of the name of a stored tensor by these rules.
 
-        It also adds or removes the prefix of the base model, such as "model.", if a tensor of the model (`self.state`)
-        then has the name. Transformers notes in the rules that they have matched.
+        Transformers also adds or removes the prefix of the base model (`self._prefix`, such as "model"), if a tensor of
+        the model (`self.state`) then has the name. It notes in the rules that they have matched; nothing else changes.
         """
         new_name: str
-        new_name, *_ = rename_source_key(  # besides, the pattern that matches
+        new_name, *_ = rename_source_key(  # it also returns the pattern that matches
             name,
             renamings,
             converters,
@@ -87,11 +90,12 @@ class Naming:
     def is_loaded(self, name: str, place: str) -> bool:
         """Tell whether the model loads the stored tensor `name`; `place` is that of `names_of`.
 
-        Scales of the activations of a quantized model count, because they belong to a weight, although only a model
-        that computes with quantized numbers loads them.
+        Scales of the activations of a quantized model count as loaded, because they belong to a weight, although only a
+        model that computes with quantized numbers loads them.
         """
+        is_parameter = place in self.state
         is_scale = self._is_quantized and ACTIVATION_SCALE.search(name) is not None
-        return place in self.state or is_scale
+        return is_parameter or is_scale
 
     def module_of(self, own: str) -> str:
         """Find out why a tensor is not loaded: return the name of the outermost module that the model lacks.
@@ -105,9 +109,9 @@ class Naming:
         lacks_prefix = f"{self._prefix}.{first_word}" in self._names_of_modules
         full_name = f"{self._prefix}.{own}" if lacks_prefix else own
 
-        words = full_name.split(".")
-        for count in range(1, len(words)):
-            module = ".".join(words[:count])
+        words = full_name.split(".")  # the last one is the tensor's; those before it are modules
+        for num_words in range(1, len(words)):  # from the outermost module inwards
+            module = ".".join(words[:num_words])
             if module not in self._names_of_modules:
                 return module
         return full_name

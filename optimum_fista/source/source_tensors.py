@@ -2,7 +2,7 @@
 
 A folder may hold tensors that the loaded class has no place for: layers that predict more tokens (`mtp.*`, or decoder
 layers beyond `num_hidden_layers`), buffers, unknown names. Other programs use them, so a pruned folder gets them too.
-`source_tensors` (`source.sorting`) makes a `SourceTensors` of a folder. A run that removes decoder layers calls
+`source_tensors` (`source.inventory`) makes a `SourceTensors` of a folder. A run that removes decoder layers calls
 `require_no_numbers` and `renamed` on it, a run that writes tensors as they are stored calls `cut_tensors` for each
 decoder layer, and the tensors that are not loaded are written at the end (`tensors_to_copy`).
 
@@ -29,11 +29,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_fista.source.stored_tensor import (
-    PLAIN_FLOATS,
-    StoredTensor,
-    name_of_dtype,
-)
+from optimum_fista.source.stored_tensor import PLAIN_FLOATS, StoredTensor, name_of_dtype
 
 T = TypeVar("T")
 _EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")

@@ -53,9 +53,9 @@ from optimum_fista.public_names import public_name
 from optimum_fista.recovery_report import RecoveryReport
 from optimum_fista.report import lines_of_unplaced
 from optimum_fista.source.files import copy_source
+from optimum_fista.source.inventory import source_tensors
 from optimum_fista.source.loading import gguf_file, load_model, load_tokenizer, read_model
 from optimum_fista.source.quantization import quantized_source
-from optimum_fista.source.sorting import source_tensors
 from optimum_fista.text.calibration_tokens import calibration_tokens_by_name
 from optimum_fista.train.distillation import (
     DistillationTrainer,

@@ -46,7 +46,7 @@ from optimum_fista.model.operators import LINEAR
 from optimum_fista.pruner import FistaPruner
 from optimum_fista.report import PruningReport
 from optimum_fista.solve.pattern import unpack_mask
-from optimum_fista.source.sorting import source_tensors
+from optimum_fista.source.inventory import source_tensors
 
 # The pruner that pruned the model; the folder or Hub id that the model was loaded from; masks by parameter name;
 # `None`: the zeros that the weights have now.

@@ -1,9 +1,9 @@
-"""Which tensors of a model's files its class loads, as which parameters, and what becomes of the others.
+"""The inventory of a model's files: which tensors its class loads, as which parameters, and what becomes of the others.
 
-`source_tensors` sorts the tensors of a folder, and makes a `SourceTensors` of them. Tensors that the class does not
-load belong to *modules* that the model lacks, such as "mtp" or "model.layers.61". They are copied to the result, module
-by module, unless the result could not hold them; then the reason is noted. No tensor is changed here, and few are read:
-two with one name in the model are compared, and quantized ones that are not loaded are tried, one of each kind.
+`source_tensors` takes it, and returns a `SourceTensors`. Tensors that the class does not load belong to *modules* that
+the model lacks, such as "mtp" or "model.layers.61". They are copied to the result, module by module, unless the result
+could not hold them; then the reason is noted. No tensor is changed here, and few are read: two with one name in the
+model are compared, and quantized ones that are not loaded are tried, one of each kind.
 
 - A *stored tensor* (`StoredTensor`) is a tensor in the files, with a name such as "model.layers.3.mlp.up_proj.weight".
   Its dtype is named as in safetensors; dtypes in `PLAIN_FLOATS` need no scales, others are quantized, or integers.
@@ -34,11 +34,7 @@ from optimum_fista.source.loaded_names import Naming
 from optimum_fista.source.loading import model_without_weights, read_config
 from optimum_fista.source.model_folder import CONFIG_FILE, PACKED_KEY, read_json
 from optimum_fista.source.source_tensors import CutPart, SourceTensors
-from optimum_fista.source.stored_tensor import (
-    PLAIN_FLOATS,
-    StoredTensor,
-    read_stored,
-)
+from optimum_fista.source.stored_tensor import PLAIN_FLOATS, StoredTensor, read_stored
 
 # What a module in FP8 may store for its weight.
 _PARTS_IN_FP8 = ("weight", "weight_scale_inv", "weight_scale")
@@ -91,13 +87,14 @@ def source_tensors(
         settings = {}
 
     naming = Naming(model, dequantizer)
-    # the three parts of each packed tensor, which are no tensors of the model
-    packed = {f"{name}{suffix}" for name in packed_names(stored) for suffix in SUFFIXES}
+    # A packed tensor is stored in three parts, which are no tensors of the model.
+    packed_parts = {f"{name}{suffix}" for name in packed_names(stored) for suffix in SUFFIXES}
     places: dict[str, str] = {}
-    own_names: dict[str, str] = {}  # of tensors that are loaded, before they are merged
+    # The name in the model of each tensor that is loaded, before it is merged with others.
+    own_names: dict[str, str] = {}
     not_loaded: dict[str, str] = {}
     for name in stored:
-        if name in packed:
+        if name in packed_parts:
             continue
         new_names = naming.names_of(name)
         if naming.is_loaded(name, new_names.place):
@@ -108,12 +105,15 @@ def source_tensors(
 
     if dequantizer is None:
         for name, place in places.items():
-            _require_plain_floats(name, stored[name], naming.state[place], source)
+            parameter = naming.state[place]
+            _require_plain_floats(name, stored[name], parameter, source)
     _require_one_value_each(stored, own_names, type(model).__name__)
 
-    shapes_of_parts = set()  # of tensors that the run cuts
+    # The name in its decoder layer, and the shape, of each tensor that the run cuts.
+    shapes_of_parts = set()
     for name, place in places.items():
-        if part_of(place) is not None:
+        is_cut = part_of(place) is not None
+        if is_cut:
             shapes_of_parts.add((_name_in_layer(name), stored[name].shape))
     # If there are several reasons, the last one is given.
     not_copied: dict[str, str] = {}
@@ -138,7 +138,7 @@ def source_tensors(
 def _quantization_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the quantization settings in the content of a `config.json`; empty if there are none.
 
-    They stand at the top, or in the section of the text decoder.
+    They stand at the top, or in the section of the text decoder. The first ones that are found are returned.
     """
     sections = [config, *(value for value in config.values() if isinstance(value, dict))]
     for section in sections:
@@ -166,23 +166,30 @@ def _require_one_value_each(
 ) -> None:
     """Raise ValueError if two stored tensors have the same name in the model and different values.
 
+    Only tensors that share a name with another are read.
+
     Args:
         stored: The tensors, by their names in the files.
         own_names: The name in the model of each tensor that is loaded, by its name in the files.
         model_class: The name of the model's class, for the error.
     """
-    first_with: dict[str, str] = {}
+    first_with: dict[str, str] = {}  # the first tensor in the files, by its name in the model
     for name, own in own_names.items():
-        other = first_with.setdefault(own, name)
-        if other != name and not stored[name].equals(stored[other]):
+        if own not in first_with:
+            first_with[own] = name
+            continue
+        first = first_with[own]
+        if not stored[name].equals(stored[first]):
             raise ValueError(
-                f"{name} and {other} are both {own} of {model_class}, with different values: delete the wrong one from "
+                f"{name} and {first} are both {own} of {model_class}, with different values: delete the wrong one from "
                 "the files of the model."
             )
 
 
 def _prefix_of_layers(places: Mapping[str, str], layers: str) -> str:
-    """Return what most names of stored tensors of decoder layers begin with, such as "transformer.h."; "" if none has.
+    """Return what most names of stored tensors of decoder layers begin with, such as "transformer.h.".
+
+    It is what stands before the number of the layer. Returns "" if no stored name has the number of its layer.
 
     Args:
         places: The name of the parameter as which each tensor is loaded, by the tensor's name in the files.
@@ -192,13 +199,14 @@ def _prefix_of_layers(places: Mapping[str, str], layers: str) -> str:
     for name, place in places.items():
         if not place.startswith(layers):
             continue
-        number, _, _ = place.removeprefix(layers).partition(".")  # of the decoder layer
+        number_of_layer, _, _ = place.removeprefix(layers).partition(".")
         words = name.split(".")
-        if number in words[:-1]:
-            prefix_words = words[: words.index(number)]
-            num_with_prefix["".join(f"{word}." for word in prefix_words)] += 1
+        if number_of_layer in words[:-1]:
+            words_before = words[: words.index(number_of_layer)]
+            prefix = "".join(f"{word}." for word in words_before)
+            num_with_prefix[prefix] += 1
 
-    most_common = num_with_prefix.most_common(1)
+    most_common = num_with_prefix.most_common(1)  # a list of one pair; empty if nothing was counted
     if not most_common:
         return ""
     prefix, _ = most_common[0]
@@ -220,7 +228,8 @@ def _modules_with_cut_parts(
     Args:
         stored: All stored tensors, by name.
         not_loaded: The module of each stored tensor that is not loaded, by the tensor's name.
-        shapes_of_parts: Of each stored tensor that the run cuts: its name inside the decoder layer, and its shape.
+        shapes_of_parts: Of each stored tensor that the run cuts: its name inside the decoder layer, and its shape, such
+            as ("mlp.gate.weight", (64, 2048)).
     """
     num_tensors = Counter(not_loaded.values())
     reasons: dict[str, str] = {}
@@ -269,16 +278,18 @@ def _modules_not_described(
     """
     sections = [value for value in config.values() if isinstance(value, dict)]
     own_type = model.config.model_type
+    is_whole_model = config.get("model_type") == own_type
     is_section = any(section.get("model_type") == own_type for section in sections)
-    if config.get("model_type") == own_type or not is_section:
+    if is_whole_model or not is_section:
         return {}
 
     larger_model = model_without_weights(read_config(str(source)))
-    naming = Naming(larger_model, None)
+    naming = Naming(larger_model, dequantizer=None)
     num_tensors = Counter(not_loaded.values())
     reasons: dict[str, str] = {}
     for name, module in not_loaded.items():
-        if naming.names_of(name).place in naming.state:
+        larger_model_has_it = naming.names_of(name).place in naming.state
+        if larger_model_has_it:
             reasons[module] = (
                 f"{num_tensors[module]} tensors: {type(model).__name__} {IS_NOT_DESCRIBED}"
             )
@@ -293,43 +304,47 @@ def _dequantized(
 ) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Return copies of `stored` and `not_loaded` in which weights in FP8 that are not loaded are dequantized.
 
-    In the first copy these weights have `dtype`: they are dequantized when they are written. Their scales are missing
-    in the second. Weights in other formats stay as they are, because they have other shapes.
+    In the copy of `stored` these weights have `dtype`: they are dequantized when they are written. In the copy of
+    `not_loaded` their scales are missing. Weights in other formats stay as they are, because they have other shapes.
+    The arguments do not change.
 
     Args:
         stored: All stored tensors, by name.
         not_loaded: The module of each stored tensor that is not loaded, by the tensor's name.
-        dequantizer: What has loaded the model, or one of the same format.
+        dequantizer: What has loaded the model, or one of the same format. It knows its conversions already (`Naming`).
         dtype: The dtype of the result.
     """
     dense = dict(stored)
     remaining = dict(not_loaded)
-    can_be_read: dict[str, bool] = {}  # by the name without numbers
+    # Whether weights of a kind can be dequantized. Those of a kind have names that differ only in numbers.
+    can_be_read: dict[str, bool] = {}
     for name in not_loaded:
-        if not name.endswith(".weight") or not stored[name].dtype.startswith("F8"):
+        is_in_fp8 = name.endswith(".weight") and stored[name].dtype.startswith("F8")
+        if not is_in_fp8:
             continue
         module = name.removesuffix(".weight")
         names = {part: f"{module}.{part}" for part in _PARTS_IN_FP8}
-        # `StoredTensor.tensor` reads the values from the file.
+        # For each part that is stored: the method of `StoredTensor` that reads its values from the file.
         readers = {part: stored[key].tensor for part, key in names.items() if key in remaining}
-        read = partial(dequantizer.dense, module, readers, dtype)
+        dequantize = partial(dequantizer.dense, module, readers, dtype)
         shape = stored[name].shape
         kind = re.sub(r"\d+", "*", name)
         if kind not in can_be_read:
-            # One of each kind is tried now, so that an error does not come at the end.
+            # The first weight of each kind is tried now, so that an error does not come at the end.
             has_scales = len(readers) > 1
-            can_be_read[kind] = has_scales and _makes_shape(read, shape)
+            can_be_read[kind] = has_scales and _makes_shape(dequantize, shape)
         if can_be_read[kind]:
-            dense[name] = StoredTensor.of(torch.empty(shape, dtype=dtype, device="meta"), read)
+            description = torch.empty(shape, dtype=dtype, device="meta")
+            dense[name] = StoredTensor.of(description, dequantize)
             for part in _PARTS_IN_FP8:
                 if part != "weight":
                     remaining.pop(names[part], None)
     return dense, remaining
 
 
-def _makes_shape(read: Callable[[], Tensor], shape: tuple[int, ...]) -> bool:
-    """Tell whether `read`, which dequantizes a tensor, succeeds and makes a tensor of this shape."""
+def _makes_shape(dequantize: Callable[[], Tensor], shape: tuple[int, ...]) -> bool:
+    """Tell whether `dequantize`, which reads a tensor and dequantizes it, succeeds and makes this shape."""
     try:
-        return tuple(read().shape) == shape
-    except Exception:  # of the format's operations
+        return tuple(dequantize().shape) == shape
+    except Exception:  # the operations of formats raise many kinds of errors
         return False
