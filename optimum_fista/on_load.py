@@ -47,7 +47,11 @@ class FistaOnLoadConfig(QuantizationConfigMixin):
         num_samples: int = 128,
         sequence_length: int | None = None,
     ) -> None:
-        """Keep the arguments as they are; refuse a name of a `dataset` that is not known (ValueError)."""
+        """Keep the arguments as they are; refuse a name of a `dataset` that is not known (ValueError).
+
+        The docstring of the class explains them. `dataset` is the name or path of a text, a list of texts, or batches
+        of token ids. `sequence_length` is in tokens; `None` stands for the usual length of the model.
+        """
         if isinstance(dataset, str) and dataset != "self":
             require_source(dataset)
         self.pruner = pruner
@@ -55,7 +59,7 @@ class FistaOnLoadConfig(QuantizationConfigMixin):
         self.tokenizer = tokenizer
         self.num_samples = num_samples
         self.sequence_length = sequence_length
-        # Whether `dataset` is a list of texts.
+        # Whether `dataset` is a list of texts. Other iterables hold batches: to look into them would use them up.
         self.has_texts = isinstance(dataset, list | tuple) and all(
             isinstance(text, str) for text in dataset
         )
@@ -79,12 +83,14 @@ class FistaOnLoadQuantizer(HfQuantizer):
         """Find the tokenizer before the weights are read; this takes the option off the model's configuration.
 
         `self.quantization_config` is the user's `FistaOnLoadConfig`. The tokenizer is kept in `self._tokenizer`; if
-        batches of token ids were passed, it is not needed and its name stays there.
+        batches of token ids were passed, it is not needed and its name stays there. The weights of `model` are not read
+        yet; `dtype` and others are what Transformers passes to quantizers.
         """
+        # So that the model is not saved as a quantized one.
         del model.config.quantization_config
         options = self.quantization_config
         self._tokenizer: Any = options.tokenizer
-        if not options.tokenizer:
+        if not options.tokenizer:  # that of the model, by its name
             self._tokenizer = model.name_or_path
         is_text = options.has_texts or isinstance(options.dataset, str)
         if is_text and isinstance(self._tokenizer, str):
@@ -96,6 +102,7 @@ class FistaOnLoadQuantizer(HfQuantizer):
         `self.quantization_config` is the user's `FistaOnLoadConfig`, whose pruner keeps the report and the masks.
         `self._tokenizer` was found by `preprocess_model`.
         """
+        # So that the model is not saved as a quantized one.
         del model.hf_quantizer
         options = self.quantization_config
         pruner = options.pruner

@@ -72,14 +72,19 @@ class FistaPruner:
         storage_device: str | torch.device | Path | None = None,
         callbacks: Sequence[PruningCallback] = (),
     ) -> None:
+        """Keep the options, which the docstring of the class explains; `config` of `None` is the default one.
+
+        The results of models that are pruned in place will be kept by model, and are freed with the model.
+        """
         self.config = config if config is not None else FistaPruningConfig()
         self.progress = progress
         self.storage_device = storage_device
         self.callbacks = tuple(callbacks)
+        # Report and packed masks of each model.
         self._results: WeakKeyDictionary[
             PreTrainedModel, tuple[PruningReport, dict[str, Tensor]]
         ] = WeakKeyDictionary()
-        # tensors in the files of its source, by their names in the pruned model
+        # Of each model, the tensors in the files from which it was loaded, by their names in the pruned model.
         self.sources: WeakKeyDictionary[PreTrainedModel, SourceTensors] = WeakKeyDictionary()
 
     @numerical_environment()
@@ -182,8 +187,10 @@ class FistaPruner:
     ) -> PruningReport:
         """Prune a loaded model (`_prune_loaded`), and measure it before and after on the texts that the user named.
 
-        The model is changed in place. The losses go into the report, and into the summary in `model.config`. The
-        tokenizer is that of the folder from which the model was loaded; ValueError if there is none.
+        The arguments are those of `prune`; `source_name` is its `calibration_source`. The model is changed in place,
+        and this pruner keeps its report and masks. The losses go into the report, and into the summary in
+        `model.config`. If they can't be measured after the run, the report says so. The tokenizer is that of the folder
+        from which the model was loaded; ValueError if there is none.
         """
         if not measure and not protect:
             return self._prune_loaded(model, calib_dataloader, source_name)
@@ -217,15 +224,18 @@ class FistaPruner:
             note_failure(report, texts, error)
         else:
             note_losses(report, texts, dense=dense, pruned=pruned)
+        # Once more: the summary that the run left there has no losses.
         model.config.fista_pruning = summary(report)
         return report
 
     def _prune_loaded(
         self, model: PreTrainedModel, calib_dataloader: Iterable[Any], source_name: str | None
     ) -> PruningReport:
-        """Prune a loaded model in place, and keep its report, masks and `sources` in this pruner.
+        """Prune a loaded model in place, and keep what `result` and `save_pretrained` need of it.
 
-        `calib_dataloader` are the user's batches, and `source_name` is the name of their text, for the report. After an
+        `self._results` gets the report and the masks of the model, and `self.sources` the tensors in its files.
+        `calib_dataloader` are the user's batches, and `source_name` is the name of their text, for the report. The
+        options of the user are fields of this pruner. The model's configuration gets a summary of the run. After an
         error the model is as it was. The callbacks of the run are called, but not yet for its end.
         """
         started = time.perf_counter()
@@ -248,7 +258,7 @@ class FistaPruner:
             callbacks=self.callbacks,
         )
         calibration, held_out, report = begin(plan, calib_dataloader, source_name)
-        if in_files_dtypes:
+        if in_files_dtypes:  # `begin` has noted the model's dtype
             report.environment["written"] = "in the dtypes of the files"
         sink = ModelSink(model)
         report = run(plan, calibration, held_out, report, sink, started)
@@ -259,25 +269,31 @@ class FistaPruner:
     def result(self, model: PreTrainedModel) -> tuple[PruningReport, dict[str, Tensor]]:
         """Return the report of a model that this pruner has pruned in place, and its masks by `"{operator}.weight"`.
 
-        A mask is packed to one bit a weight (`solve.pattern.unpack_mask`), in the layout of the model's weight. Raises
-        ValueError if another pruner has pruned the model since then. Changes nothing.
+        A mask is packed to one bit a weight (`solve.pattern.unpack_mask`), in the layout of the model's weight. Both
+        are the objects that this pruner keeps, no copies. Raises ValueError if another pruner has pruned the model
+        since then. Changes nothing.
         """
         if model not in self._results:
             raise ValueError(
                 f"model {type(model).__name__} was not pruned by this FistaPruner: call prune first."
             )
         report, masks = self._results[model]
-        # A run on the model by another pruner has left its own summary in the configuration. Training adds a mark to
-        # the summary: both get that here, so that it makes no difference.
-        latest = getattr(model.config, CONFIG_KEY, None)
-        mark = {"retrained": True}
+        # A run by another pruner has left its own summary in the configuration (`fista_pruning`). Without a summary,
+        # the user has replaced the configuration, which is no other run.
         has_other_summary = False
+        latest = getattr(model.config, CONFIG_KEY, None)
         if latest is not None:
-            has_other_summary = {**latest, **mark} != {**summary(report), **mark}
-        # If only experts or decoder layers go, no operator is pruned, and two such runs have the same summary.
-        has_other_size = (
-            bool(report.removed) and model.num_parameters() != report.model["num_parameters"]
-        )
+            latest = dict(latest)
+            expected = summary(report)
+            # A training after this run has added this entry, and is no other run.
+            latest.pop("retrained", None)
+            expected.pop("retrained", None)
+            has_other_summary = latest != expected
+        # If only experts or decoder layers go, no operator is pruned, and two such runs have the same summary: the
+        # later one has made the model smaller.
+        has_other_size = False
+        if report.removed:
+            has_other_size = model.num_parameters() != report.model["num_parameters"]
         if has_other_size or has_other_summary:
             raise ValueError(
                 f"model {type(model).__name__} was pruned again by another FistaPruner: use that one."
@@ -295,7 +311,9 @@ class FistaPruner:
         """Save a model that this pruner has pruned, with masks, report and card (docs/files.md).
 
         Plain Transformers loads the folder. `tokenizer` is saved with the model, if it is passed. `overwrite` replaces
-        a model in the folder, but never other files.
+        a model in the folder, but never other files. `self.sources` has the tensors of the files from which the model
+        was loaded: those that its class does not load are added, and the others are written in the dtypes of the files.
+        Changes the model's configuration, which gets the summary of the run again, but no weights.
         """
         report, masks = self.result(model)
         with new_output(Path(folder), overwrite) as unfinished:

@@ -56,14 +56,15 @@ def begin(
 ) -> tuple[Calibration, HeldOut | None, PruningReport]:
     """Read the calibration text, and begin the report of the run; the model does not run yet, and is not changed.
 
-    `calib_dataloader` is what the user passed to `FistaPruner.prune`, and `source` the name of its text; the iterable
-    is read to its end. The returned `HeldOut` measures the perplexity; it is `None` if nothing is held out, or if the
-    model loses experts.
+    `calib_dataloader` is what the user passed to `FistaPruner.prune`, and `source` the name of its text, such as "c4";
+    the iterable is read to its end. `plan` has the model and the options of the run. The returned `HeldOut` measures
+    the perplexity; it is `None` if nothing is held out, or if the model loses experts.
     """
     report = begin_report(plan)
     model = plan.layers.model
+    # The names of the model's arguments for images and sounds.
     media = media_arguments(model)
-    vocab_size, longest = token_limits(model)
+    vocab_size, longest = token_limits(model)  # the most tokens of a sequence
     given = read_batches(calib_dataloader, vocab_size, longest, media, warn=report.warn)
     # Batches that the user marked as held out measure the perplexity, and nothing else.
     measured = [batch for batch in given if batch.held_out]
@@ -83,7 +84,7 @@ def begin(
     # Without marked batches, the perplexity is measured on those that are held out here.
     if not measured:
         measured = [replace(batch, text=source) for batch in batches if batch.held_out]
-    # A decoder layer without experts is not in the model, so it can't run as a part of it.
+    # A decoder layer that has lost experts is a smaller copy of that in the model, so `HeldOut` can't run it there.
     if not measured or plan.removal.mixtures:
         return calibration, None, report
     return calibration, HeldOut(plan.layers, measured, plan.storage), report
@@ -94,7 +95,8 @@ def _warn_of_missing_media(
 ) -> None:
     """Add a warning to the report if a model for images or sounds gets text alone.
 
-    `media` has the names of the model's arguments for images and sounds, and their placeholders in the text.
+    `media` has the names of the model's arguments for images and sounds, and their placeholders in the text. `batches`
+    are those of the calibration.
     """
     if not media.names or any(batch.media for batch in batches):
         return
@@ -126,12 +128,15 @@ def _warn_of_few_tokens(plan: Plan, report: PruningReport) -> None:
 def _warn_of_empty_placeholders(
     plan: Plan, report: PruningReport, batches: Sequence[CalibrationBatch]
 ) -> None:
-    """Add a warning to the report if batches mark images or sounds by tokens, and bring no images or sounds."""
+    """Add a warning to the report if batches mark images or sounds by tokens, and bring no images or sounds.
+
+    `batches` are those that the user passed; the configuration of the plan's model says which tokens are such marks.
+    """
     num_empty = 0
     for batch in batches:
         if batch.media:
             continue
-        # Tokens of images and sounds are no targets: their entries are negative.
+        # Tokens that stand for images and sounds are no targets: their entries are negative.
         targets = targets_of(batch.input_ids, plan.layers.model.config)
         has_placeholders = bool((targets < 0).any())
         if has_placeholders:
@@ -148,16 +153,18 @@ def record(plan: Plan, calibration: Calibration) -> Calibration:
 
     The model runs once on all batches, without its decoder layers; afterwards it is as before. Returns the calibration
     with the arguments, and with the hidden states that enter the first layer if it had none. The calibration that is
-    passed is not changed.
+    passed is not changed. `plan` has the model and its operators.
     """
     if calibration.recorded is not None:
         return calibration
+    # Mixtures call the matrices of their experts as modules of their own, as they will when these are pruned.
     with split_experts(plan.all_operators.values()):
         recorded = record_inputs(
             plan.layers, calibration.batches, plan.storage, progress=plan.progress
         )
     states = calibration.states
     if states is None:
+        # Of the dense network, of the pruned one, or both, as the error correction needs them.
         states = plan.config.correction.enter(recorded.hidden_states)
     # Only `states` has them now, so that they are freed with the first layer.
     del recorded.hidden_states
@@ -176,8 +183,9 @@ def retried(
     """Return `step(calibration)`; if memory runs out, repeat the step with batches half as large.
 
     `step` is a part of the run, such as `prune_layer` with all arguments but the last. `where` names it for the warning
-    that `report` gets. `undo` takes back what the step had changed before it failed. When batches are cut, the hidden
-    states of the calibration are cut with them, and the old ones are freed (`_halved`).
+    that `report` gets, such as "model.layers.3". `undo` takes back what the step had changed before it failed; `None`:
+    it changes nothing. When batches are cut, the hidden states of the calibration are cut with them, and the old ones
+    are freed (`_halved`).
     """
     while True:
         try:
@@ -215,13 +223,14 @@ def _halved(
             f"storage_device='cpu' (--storage-device cpu) or shorter sequences (--sequence-length) [{reason}]"
         )
 
-    halves: list[int] = []  # numbers of sequences of the new batches, in order
+    # Numbers of sequences of the new batches, in order: of an odd number, the first half has one more.
+    halves: list[int] = []
     for size in sizes:
         halves.append((size + 1) // 2)
         if size > 1:
             halves.append(size // 2)
     recorded = calibration.recorded
-    # Whether layers pass more than hidden states to the next one: then a record needs the dense network.
+    # Whether layers pass more than hidden states to the next one: then new records need the dense network.
     needs_dense_network = recorded is not None and recorded.layers_pass_more
     is_partly_pruned = bool(report.operators)
     if needs_dense_network and is_partly_pruned:

@@ -36,27 +36,36 @@ def share_budgets(
 ) -> Budgets:
     """Choose the decoder layers to remove, and allocate the zeros to the operators of the others.
 
-    `batches` are those of the calibration; held-out ones are not used. Notes the seconds in `report`, and does not
-    change the model. If the zeros are not shared by the loss and no decoder layer is removed, the model does not run
-    and the budgets are empty.
+    `plan` has no budgets yet. `batches` are those of the calibration; held-out ones are not used. The model runs, and
+    is not changed; `report` gets the seconds. If the zeros are not shared by the loss and no decoder layer is removed,
+    the model does not run and the budgets are empty.
     """
     started = time.perf_counter()
     config = plan.config
     fitted = [batch for batch in batches if not batch.held_out]
-    loss = DenseLoss(plan.layers, fitted, config.allocation_tokens, plan.progress, plan.storage)
+    # It takes sequences of the batches until they have so many tokens.
+    loss = DenseLoss(
+        plan.layers,
+        fitted,
+        num_tokens=config.allocation_tokens,
+        progress=plan.progress,
+        storage=plan.storage,
+    )
 
-    # number of a layer, and the loss after its removal
+    # Number of each layer, and the loss after its removal, in nats per token.
     removed_layers = list[tuple[int, float]]()
     if plan.removal.num_removed_layers:
         with products_as(plan.products):
             removed_layers = plan.removal.choose_layers(loss)
 
-    # Zeros that a removed layer got would be missing in the others.
+    # The operators that share the zeros of the model. Those of removed layers are none of them: zeros that a removed
+    # layer got would be missing in the others.
     prefixes = tuple(f"{plan.layers.name}.{index}." for index, _ in removed_layers)
     sharing: dict[str, LinearOperator] = {}
     if config.sparsity:
         for name, operator in plan.all_operators.items():
             is_removed = name.startswith(prefixes)
+            # An operator whose sparsity is fixed by the pattern ("2:4") or by an override of the user does not share.
             if not is_removed and config.shares_budget(name):
                 sharing[name] = operator
     sensitivities: dict[str, Sensitivity] = {}
@@ -64,6 +73,7 @@ def share_budgets(
     if sharing:
         sensitivities, num_bytes_not_estimated = _measured(plan, loss, sharing)
 
+    # Operators of a pool without any gradient keep the average sparsity: nothing is known of them.
     sharing_pools: dict[str, list[str]] = {}
     without_gradient: list[str] = []
     for key, names in _pools(sharing).items():
@@ -90,9 +100,9 @@ def _measured(
 ) -> tuple[dict[str, Sensitivity], int]:
     """Measure how much the loss grows with errors in `operators`, by the operator's name.
 
-    Returns also the bytes that this took beyond the estimate of memory. `loss` is that of the dense model on some
-    calibration tokens. The model runs forward and backward, and is as before afterwards. If gradients can't be
-    computed, the error says what to pass instead.
+    Returns also how many bytes of memory this took beyond the estimate of a dry run. `loss` is that of the dense model
+    on some calibration tokens. The model of `plan` runs forward and backward, and is as before afterwards. If gradients
+    can't be computed, the error says what to pass instead.
     """
     try:
         with split_experts(plan.all_operators.values()), products_as(plan.products):
@@ -140,7 +150,9 @@ def _shares_of_zeros(
 ) -> _Shares:
     """Share the zeros of the model among pools of operators. Changes nothing, but reads the weights of all of them.
 
-    `pools` are names of operators by a key, as `_pools` makes them; `operators` and `sensitivities` are by these names.
+    `pools` are names of operators by a key, as `_pools` makes them; `operators` and `sensitivities` are by these names,
+    such as "model.layers.3.mlp.down_proj". Returns the share of zeros of each operator and, if rows of a matrix share
+    their zeros, what an error in each output of an operator costs.
     """
     config = plan.config
     average = config.sparsity or 0.0
@@ -161,6 +173,7 @@ def _shares_of_zeros(
         sizes[key] = sum(math.prod(operators[name].shape) for name in names)
         if config.scope == "matrix":  # rows of a matrix share their zeros
             for name in names:
+                # The mean over few tokens says little.
                 if sensitivities[name].num_tokens >= _LEAST_TOKENS:
                     output_weights[name] = sensitivities[name].outputs
 

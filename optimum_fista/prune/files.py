@@ -89,13 +89,18 @@ class FileSink(Sink):
         ranks: Ranks,
         output: Output,
     ) -> None:
+        """Keep the arguments; nothing is written yet. The docstring of the class explains them.
+
+        `source` are the files of the model. `journal` is what the run has finished, on disk, in the unfinished folder.
+        `ranks` are the processes of the run, and `output` says where the model goes at the end.
+        """
         super().__init__(plan.layers.model)
         self._plan = plan  # `share` replaces it by the plan with its budgets
         self._source = source
         self._journal = journal
         self._ranks = ranks
         self._output = output
-        # For decoder layers that an earlier start has finished.
+        # What earlier starts of the run have taken for the decoder layers that they finished; `share` sets it.
         self._seconds_before = 0.0
 
     @contextmanager
@@ -112,6 +117,7 @@ class FileSink(Sink):
         except RankError as error:
             raise RankError(f"{error}; {self._advice()}") from error
         except OSError as error:
+            # An error without a number has only a message: it was raised by Python code, not by the system.
             if error.errno is None:
                 raise type(error)(f"{error} {self._advice()}") from error
             message = f"{error.strerror}: {self._advice()}"
@@ -131,9 +137,9 @@ class FileSink(Sink):
     def budgets(self, share_budgets: Callable[[], Budgets]) -> Budgets:
         """Return the budgets of the run, which rank 0 makes by `share_budgets` and writes to the journal.
 
-        All ranks, and all later starts of the run, read the same. `share_budgets` runs the model, so it is called only
-        if the journal on disk has no budgets yet. Before they are written, the files of the model must still be those
-        that were hashed (`self._source`).
+        All ranks (`self._ranks`), and all later starts of the run, read the same. `share_budgets` runs the model, so it
+        is called only if the journal on disk (`self._journal`) has no budgets yet. Before they are written, the files
+        of the model must still be those that were hashed (`self._source`).
         """
         journal = self._journal
 
@@ -158,10 +164,11 @@ class FileSink(Sink):
     ) -> Work:
         """Take the plan with its budgets, and find out which decoder layers this process prunes.
 
-        Finished layers are read from the journal; the others are shared anew by any number of processes.
+        Finished layers are read from the journal; the others are shared anew by any number of processes. Sets the plan
+        of this sink, the writer of its shards, and the seconds of finished layers.
 
         Args:
-            plan: The plan of the run, with its budgets; from now on it is the plan of this sink.
+            plan: The plan of the run, with its budgets.
             calibration: All batches, without hidden states.
             held_out: Measures perplexities, or `None`.
             report: Gets a warning if an earlier start had to cut the batches.
@@ -172,7 +179,7 @@ class FileSink(Sink):
         ranks = self._ranks
         self._plan = plan
         self._shards = ShardWriter(plan, self._journal.model, self._output.packed)
-        # by the index of the layer; shards on disk are read and compared with their digests
+        # By the index of the layer. Shards on disk are read and compared with their digests, by rank 0 for all.
         finished = ranks.first(lambda: self._journal.finished(progress=plan.progress))
         if ranks.count == 1:
             finished, calibration, held_out = self._resumed(
@@ -203,17 +210,20 @@ class FileSink(Sink):
     ) -> tuple[dict[int, KeptLayer], Calibration, HeldOut | None]:
         """Find out which decoder layers need not be pruned again, and where the calibration text resumes.
 
-        `finished` are the layers on disk, by index. Returns those of them that count: if layers depend on each other,
-        these are the first ones, each pruned on the output of the layer before. `calibration` is returned with the
-        hidden states that enter the next layer, if the run resumes after a finished layer; if its batches are cut for
-        that, `report` gets a warning. `held_out` gets its kept hidden states or losses; it is returned as `None` if its
-        sequences would have to pass the finished layers again.
+        `finished` are the layers on disk, by index, with their records. Returns those of them that count: if layers
+        depend on each other, these are the first ones, each pruned on the output of the layer before. `calibration` is
+        returned with the hidden states that enter the next layer, if the run resumes after a finished layer; if its
+        batches are cut for that, `report` gets a warning. `held_out` gets its kept hidden states or losses; it is
+        returned as `None` if its sequences would have to pass the finished layers again. `self._journal` reads the
+        hidden states from disk, and notes their digest.
         """
         storage = plan.storage
         if storage is None:
             storage = execution_device(plan.layers.model.get_input_embeddings())
-        # how many layers from the first one on are finished, and the hidden states after them, by name
+        # How many layers from the first one on are finished, and the hidden states after them, by name; `None` if these
+        # are missing.
         num_first, streams = self._journal.resume(finished, storage)
+        # "full": each layer is pruned on what the pruned layers before it give.
         layers_depend = plan.config.correction.carry == "full"
         if layers_depend:
             last_pruned = max(plan.pruned_layers, default=-1)
@@ -227,7 +237,7 @@ class FileSink(Sink):
             finished = {index: finished[index] for index in range(num_first)}
 
         if held_out is not None and finished:
-            are_first = len(finished) == num_first
+            are_first = len(finished) == num_first  # no layer is finished after one that is not
             can_resume = are_first and held_out.resume(streams or {})
             if not can_resume:
                 held_out = None  # its sequences must pass all layers in both networks
@@ -245,6 +255,7 @@ class FileSink(Sink):
         The old weights of the layer are freed, and the masks of its operators go from `self.masks` to the journal on
         disk, which also gets the hidden states of `travelling` and drops those that entered this layer. The record is
         written last: a layer without a record is not finished, and `complete` deletes all files that no record names.
+        Raises ValueError if a file of the model has changed since it was hashed (`self._source`).
 
         Args:
             index: The number of the layer.
@@ -286,8 +297,9 @@ class FileSink(Sink):
 
         The report gets the records of all processes and of earlier starts. The configuration of `plan.layers.model`
         becomes that of the result. The folder of the output is replaced at the very end, and the unfinished folder is
-        gone then. Returns the report by the names in the files. `self._journal` is what is finished, on disk, and
-        `self._shards` writes the tensors outside the decoder layers.
+        gone then. Returns the report by the names in the files. `self._journal` is what is finished, on disk;
+        `self._shards` writes the tensors outside the decoder layers; `self._source` are the files of the model that the
+        run was given, and `self._output` says where the result goes.
         """
         layers = self._collect_records(report)
         report.seconds["total"] = self._seconds_before + time.perf_counter() - started
@@ -298,10 +310,11 @@ class FileSink(Sink):
         shards = {folder / layer.shard for layer in layers.values() if layer.shard}
         _delete_all_but(folder, shards)
         shards.add(folder / self._shards.write_rest())
+        # The file of each tensor, by the name of the tensor.
         weight_map = {name: shard.name for shard in shards for name in names_in(shard)}
         totals = {"total_parameters": report.model["num_parameters"]}
         index_name = write_index(folder, self._shards.stem, weight_map, totals)
-        packed = None
+        packed = None  # the entry of `config.json` by which a packed folder is loaded
         if self._output.packed:
             packed = packed_settings(index_name, packed_names(weight_map))
 
@@ -340,6 +353,7 @@ class FileSink(Sink):
             raise RankError(
                 "decoder layers that other ranks finished are not here: pass a folder that all nodes share"
             )
+        # All that `report.add` adds to.
         report.operators = []
         report.layers = []
         report.left_dense = {}
@@ -357,10 +371,11 @@ def _with_states(
 ) -> Calibration:
     """Return the batches with hidden states that an earlier start kept, cut as there if its memory ran out.
 
-    If they are cut, `report` gets a warning. The arguments of the layers have to be recorded again.
+    `calibration` has the batches as the user passed them, and is not changed. If they are cut, `report` gets a warning.
+    The arguments of the decoder layers, which are not kept, have to be recorded again.
     """
     batches = calibration.batches
-    sizes = [len(hidden) for hidden in states.to_prune_on]
+    sizes = [len(hidden) for hidden in states.to_prune_on]  # sequences in each batch
     if sizes != [batch.input_ids.shape[0] for batch in batches]:
         batches = cut_batches(batches, sizes)
         report.warnings.append(

@@ -41,13 +41,15 @@ def run_fingerprint(
     that `batches.begin` has begun: its environment, configuration and calibration count. `packed` says whether the
     result is stored without zeros. Changes nothing. The values are plain, as JSON gives them.
     """
-    shapes = [list(batch.input_ids.shape) for batch in batches]
+    shapes = [list(batch.input_ids.shape) for batch in batches]  # [sequences, tokens] each
     versions = library_versions()
     calibration = report.calibration
     tokens = calibration["sha256"]
     if "held_out" in calibration:
         tokens = [tokens, calibration["held_out"]["sha256"]]
+    # All values of the configuration, also those that are the defaults of this version of Transformers.
     model_config = json.loads(plan.layers.model.config.to_json_string(use_diff=False))
+    # Digests of files and tokens, and everything else as it is, so that a message can say what differs.
     fingerprint = {
         "journal": _FORMAT,
         "weights": {name: digest for name, digest in source.digests.items() if name != CONFIG_FILE},
@@ -67,6 +69,7 @@ def run_fingerprint(
         "packed": packed,
         "versions": {name: versions[name] for name in ("optimum-fista", "torch", "transformers")},
     }
+    # Through JSON, as it will be read from disk: tuples become lists, for instance.
     return dict(json.loads(json.dumps(fingerprint)))
 
 
@@ -104,7 +107,10 @@ def join_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool, rank
 
 
 def require_same_run(folder: Path, wanted: Mapping[str, Any]) -> None:
-    """Refuse an unfinished folder of another run (ValueError); `wanted` is what is known of this run's fingerprint."""
+    """Refuse an unfinished folder of another run (ValueError); one without a run is accepted. Changes nothing.
+
+    `wanted` are the entries of this run's fingerprint that are known (`run_fingerprint`); only these are compared.
+    """
     run_file = folder / RUN_FILE
     if not run_file.exists():
         return
@@ -126,7 +132,10 @@ def require_same_run(folder: Path, wanted: Mapping[str, Any]) -> None:
 
 
 def begun_batch_size(folder: Path) -> int | None:
-    """Return how many sequences the largest batch of the run in an unfinished folder has; `None` if there is no run."""
+    """Return how many sequences the largest batch of the run in an unfinished folder has; `None` if there is no run.
+
+    The fingerprint of the run, which the folder holds, has the shapes of its batches.
+    """
     fingerprint = read_record(folder / RUN_FILE)
     if fingerprint is None:
         return None
@@ -137,8 +146,12 @@ def begun_batch_size(folder: Path) -> int | None:
 def _differences(
     before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[str]:
-    """Say in words what differs between two dictionaries of dictionaries; `prefix` is the key of both, with a dot."""
-    for key in {**before, **now}:
+    """Say in words what differs between two dictionaries of dictionaries, one message for each value.
+
+    `before` and `now` are fingerprints, or dictionaries inside of them. `prefix` is what the keys in the messages begin
+    with, such as "config.".
+    """
+    for key in {**before, **now}:  # all keys, in the order of the first dictionary
         old = before.get(key)
         new = now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):

@@ -64,12 +64,19 @@ class Journal:
     """
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
+        """Open the journal in an unfinished folder; makes the folder of the model in it if that is missing.
+
+        `folder` is beside the output, and locked by this run. `fingerprint` is all that the result of the run depends
+        on (`identity.run_fingerprint`). Nothing is read yet.
+        """
         self.folder = folder
         self.model = folder / MODEL
         self._fingerprint = fingerprint
         self._budgets = folder / FOLDER / "budgets.json"
-        self._budgets_sha256: str | None = None  # of the budgets read last
-        self._states_sha256: dict[int, str] = {}  # of the hidden states written or read last
+        # Digest of the file of budgets; None until `budgets` has read it.
+        self._budgets_sha256: str | None = None
+        # Digests of files of hidden states, by the number of the layer that these enter.
+        self._states_sha256: dict[int, str] = {}
         self.model.mkdir(exist_ok=True)
 
     def finished(
@@ -79,7 +86,7 @@ class Journal:
 
         `check_shards=False` trusts shards that exist; otherwise they are read and compared with their digests. Layers
         that were pruned with other budgets do not count, once `budgets` has read those of the run. `progress` shows a
-        bar. Changes nothing.
+        bar. Changes nothing. The records are files beside that of the budgets (`self._budgets`).
         """
         layers: dict[int, KeptLayer] = {}
         files = sorted(self._budgets.parent.glob("layer-*.json"))
@@ -92,7 +99,7 @@ class Journal:
         )
         for file in bar:
             values = read_record(file)
-            if values is None:
+            if values is None:  # the record is damaged
                 continue
             kept = as_record(KeptLayer, values)
             shard = self.model / kept.shard
@@ -116,8 +123,9 @@ class Journal:
     ) -> None:
         """Finish a decoder layer whose shard is on disk, and delete the hidden states that enter it.
 
-        Writes files of hidden states, masks and the record of the layer, and notes the digest of the hidden states,
-        which the record of the next layer will have, too.
+        Writes files of hidden states, masks and the record of the layer, and notes the digest of the hidden states in
+        `self._states_sha256`: the record of the next layer will have it, too. `self._budgets_sha256` is the digest of
+        the budgets that the layer was pruned with.
 
         Args:
             index: The number of the layer.
@@ -128,6 +136,7 @@ class Journal:
         """
         layer = self._file("layer", index)
         if streams:
+            # By stream and batch, such as "pruned.12".
             hidden_states = {
                 f"{name}.{number}": hidden.contiguous()
                 for name, stream in streams.items()
@@ -146,6 +155,7 @@ class Journal:
             "budgets": self._budgets_sha256,
         }
         kept = KeptLayer(record, shard_name, sha256)
+        # The masks go to the file `layer`, beside the record.
         write_record(layer.with_suffix(".json"), dataclasses.asdict(kept), masks)
         # Only now: they are needed until the record is written.
         self._file("states", index).unlink(missing_ok=True)
@@ -165,7 +175,7 @@ class Journal:
         changes nothing else.
         """
         num_first = 0
-        # of the file of what enters the layer; nothing is kept for the first one
+        # Digest of the file of hidden states that the last of these layers left; `None` before the first layer.
         states_sha256 = None
         while num_first in finished and finished[num_first].sha256["before"] == states_sha256:
             states_sha256 = finished[num_first].sha256["after"]
@@ -181,7 +191,7 @@ class Journal:
         streams: dict[str, list[Tensor]] = {}
         for key in sorted(tensors, key=_number_of_batch):
             name = key.partition(".")[0]
-            # Popped, so that no tensor is in memory twice.
+            # Popped, so that no tensor is in memory twice. The batches of a stream are in their order.
             streams.setdefault(name, []).append(tensors.pop(key).to(device))
         return num_first, streams
 
@@ -195,6 +205,7 @@ class Journal:
         run_file = self.folder / RUN_FILE
         write_record(self.folder / WEIGHTS_FILE, weights)
         write_record(run_file, self._fingerprint)
+        # All fields but the tensors, which have a file of their own beside the record.
         values = {name: value for name, value in vars(budgets).items() if name != "output_weights"}
         values["run"] = digest_of(run_file)
         tensors = {
@@ -217,7 +228,7 @@ class Journal:
             sparsities=values["sparsities"],
             output_weights=load_file(self._budgets.with_suffix(".safetensors")),
             without_gradient=values["without_gradient"],
-            # JSON has lists.
+            # JSON has lists in place of tuples.
             removed_layers=[(index, loss) for index, loss in values["removed_layers"]],
             # Runs that began before this was kept have no such entry.
             num_bytes_not_estimated=values.get("num_bytes_not_estimated", 0),

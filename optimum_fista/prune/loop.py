@@ -83,18 +83,22 @@ def prune_layers(
     num_layers = len(plan.layers)
     if todo is None:
         todo = range(num_layers)
-    # Layers after the last one to prune need not run.
+    # Layers after the last one to prune need not run. Without such a layer, none need.
     last = max((index for index in plan.pruned_layers if index in todo), default=-1)
+    # The first layer to run: the one that the hidden states enter, if there are any.
     first = 0 if calibration.states is None else min(todo)
+    # Operators that no decoder layer is asked for: by name, with the reason why they stay dense.
     report.left_dense = dict(plan.removal.left_dense)
 
     with _with_progress(plan, num_done) as callbacks:
+        # In forward passes of a layer: one for the layer itself, and those of its pruning.
         costs = {index: 1 + cost for index, cost in enumerate(plan.costs) if index in todo}
         for callback in callbacks:
             callback.on_layers_begin(num_layers, costs)
         calibration = retried(
             partial(record, plan), calibration, where="the embeddings", plan=plan, report=report
         )
+        # Records the arguments of the layers, too; False: this model's losses can't be measured layer by layer.
         if held_out is not None and not held_out.begin():
             held_out = None
 
@@ -130,8 +134,9 @@ class _Loop:
     def visit(self, index: int, *, is_mine: bool, is_needed: bool) -> None:
         """Bring a decoder layer to its device, prune or run it there, and commit it if it belongs to this process.
 
-        Weights of the layer are overwritten through `self.sink`. `self.calibration` gets the hidden states that leave
-        the layer, `self.held_out` runs through it, and `self.report` gets its record.
+        Weights of the layer are overwritten through `self.sink`, which also gets its masks and writes its files, if it
+        is a sink for files. `self.calibration` is replaced by one with the hidden states that leave the layer.
+        `self.held_out` runs through the layer, and `self.report` gets its record. The callbacks are called.
 
         Args:
             index: The number of the layer.
@@ -151,6 +156,7 @@ class _Loop:
                 held_out.run(index, "dense")
             if is_needed:
                 step = partial(prune_layer, self.plan, self.sink, self.callbacks, index, is_mine)
+                # Once more with smaller batches, if memory runs out; `undo` puts back the dense weights before.
                 self.calibration, layer_record = retried(
                     step,
                     self.calibration,
@@ -162,7 +168,8 @@ class _Loop:
             if held_out is not None:
                 if index not in self.plan.removal.removed_layers:
                     held_out.run(index, "pruned")
-                if index == len(self.plan.layers) - 1:
+                is_last = index == len(self.plan.layers) - 1
+                if is_last:
                     held_out.measure()
 
             if is_mine:
@@ -172,6 +179,7 @@ class _Loop:
                     seconds=time.perf_counter() - started,
                     dense_sha256=dense_sha256,
                 )
+                # Masks of an earlier run of operators that this one leaves alone.
                 layer_record = self.plan.removal.carry_masks(layer, layer_record, self.sink)
                 self.report.add(layer_record)
                 self.sink.commit(index, layer, layer_record, self._travelling(index))
@@ -181,13 +189,15 @@ class _Loop:
                 callback.on_layer_end(index, layer_record.report, layer_record.operators)
 
     def _travelling(self, index: int) -> list[HiddenStates | HeldOut]:
-        """Return what a run that resumes after the decoder layer with a number needs besides its weights.
+        """Return what a run that resumes after the decoder layer number `index` needs besides its weights.
 
-        These are the hidden states that enter the next layer, if errors are carried to it, and those of the held-out
-        text, if the run has one.
+        These are the hidden states that enter the next layer (in `self.calibration`), if errors are carried to it, and
+        those of the held-out text (`self.held_out`), if the run has one. Changes nothing, and copies nothing.
         """
         travelling: list[HiddenStates | HeldOut] = []
+        # Whether a later layer is pruned.
         is_followed = index < max(self.plan.pruned_layers, default=-1)
+        # "full": the targets of a layer count the errors of all layers before it.
         if self.plan.config.correction.carry == "full" and is_followed:
             assert self.calibration.states is not None
             travelling.append(self.calibration.states)
@@ -238,7 +248,8 @@ def prune_layer(
 ) -> tuple[Calibration, LayerRecord]:
     """Prune the operators of a decoder layer, group by group in execution order, or run it as it is.
 
-    The layer is on its device. Its weights are overwritten through the sink, which also gets their masks.
+    The layer is on its device. Its weights are overwritten through the sink, which also gets their masks. The arguments
+    of the layer that were recorded in `calibration` are used up.
 
     Args:
         plan: The plan of the run.
@@ -266,7 +277,8 @@ def prune_layer(
     else:
         layer_record = LayerRecord(LayerReport(name, hidden_state_error=None, seconds=0.0))
         targets = LayerTargets(activations, [], plan.config.correction, entering=states)
-        # The hidden states pass by a removed layer; one of another process is dense.
+        # Here a layer that is mine is one to remove: the hidden states pass by it. A layer of another process is dense
+        # in this one, and runs as it is.
         states = targets.pass_by() if is_mine else targets.leave()
     return replace(calibration, states=states), layer_record
 
@@ -276,8 +288,8 @@ def _activations(
 ) -> LayerActivations:
     """Join a decoder layer with the arguments of its calls, as `record` recorded them.
 
-    The calibration has them no longer afterwards, so that they are freed when this layer is finished. `index` is the
-    number of the layer.
+    Takes these arguments out of the calibration, so that they are freed when this layer is finished. `index` is the
+    number of the layer. `plan.storage` is where activations are kept between passes (`None`: where the layer computes).
     """
     recorded = calibration.recorded
     assert recorded is not None
@@ -304,16 +316,20 @@ def _pruned_layer(
 
     `name` is that of the layer, such as "model.layers.3". `activations` has the layer, on its device, with the recorded
     arguments of its calls, and `states` are the hidden states that enter it, which are used up. The weights of the
-    layer are overwritten, and `callbacks` are called after each operator.
+    layer are overwritten, masks go to the sink, and `callbacks` are called after each operator. An operator that can't
+    be pruned is named in the record with the reason.
     """
     operators = plan.removal.operators[name]
-    # Offloaded weights are on the device only now.
+    # Refuses NaN and Inf in offloaded weights, which are on the device only now; all others were checked before the
+    # run.
     require_finite([operator for operator in operators.values() if offload_hook(operator.owner)])
     # [batch, sequence, hidden], for test runs of the layer
     hidden = states.to_prune_on[0].to(activations.device)
+    # The old numbers of the inputs of an operator, in their new order, by the name of its weight.
     orders: dict[str, tuple[int, ...]] = {}
     if plan.config.reorder_channels:
         orders = reorder_channels(plan, sink, name, activations, states.to_prune_on)
+    # Runs the layer once to see which operators have the same inputs, and in which order they are called.
     trace = trace_groups(activations.layer, operators, activations.calls[0], hidden)
     # Which groups are pruned, the reasons of operators that are not, and the module of experts that are removed.
     groups, others, experts = plan.removal.before(name, trace.groups, activations, hidden)
@@ -332,8 +348,7 @@ def _pruned_layer(
             # A call of its own, so that the matrices of a group are freed before the next ones are made.
             reports_of_group = prune_group(plan, sink, targets.problems(number))
             for operator_report in reports_of_group:
-                # the order of its inputs, if channels were reordered
-                input_order = orders.get(operator_report.name)
+                input_order = orders.get(operator_report.name)  # None: the same as before
                 reports.append(replace(operator_report, input_order=input_order))
             for callback in callbacks:
                 for operator_report in reports_of_group:
@@ -355,8 +370,9 @@ def _pruned_layer(
 def prune_group(plan: Plan, sink: Sink, problems: GroupProblems) -> list[OperatorReport]:
     """Solve for the operators of a group and write them through the sink, which overwrites their weights in the model.
 
-    `problems` has the operators, and for each one its problem on the tokens to fit to and on held-out ones. Returns a
-    report for each operator, in the order of the group, with the errors of the weights as written.
+    The sink also keeps the masks. `problems` has the operators, and for each one its problem on the tokens to fit to
+    and on held-out ones; it is used up. Returns a report for each operator, in the order of the group, with the errors
+    of the weights as written.
     """
     release_memory()  # the solver needs the memory that capturing left in the allocator
     started = time.perf_counter()
@@ -399,15 +415,16 @@ def _operator_report(
 ) -> OperatorReport:
     """Report the operator with this number in its group, whose solution is written to the model already.
 
-    `problems` is its group, and `solution` has the weights and masks of that. `held_out` is its problem on the held-out
-    tokens; `None` if there are none. `solve_seconds` is its share of the group's time. The last operator of a layer may
-    run for its output error; no weight is changed.
+    `problems` has the operators of the group and their problems, and `solution` their new weights and masks. `held_out`
+    is the problem of this operator on the held-out tokens; `None` if there are none. `solve_seconds` is its share of
+    the group's time. The last operator of a layer may run for its output error; no weight is changed.
     """
     operator = problems.operators[number]
     problem = problems.fitted[number]
     pruned = solution.operators[number]
     pattern = solution.patterns[number]
-    # Otherwise the solution was rounded when it was written.
+    # Whether the weight is written as it was solved. Otherwise it was rounded to the dtype of the model, and its errors
+    # are those of the rounded weight.
     is_exact = operator.parameter.dtype == problem.weight.dtype
     written = pruned.weight if is_exact else operator.read()
     fit_error = pruned.fit_error if is_exact else problem.fit_error(written)
@@ -430,6 +447,7 @@ def _operator_report(
         message=pruned.message,
         num_tokens=problem.statistics.num_tokens,
         solve_seconds=solve_seconds,
+        # `last` is set for an operator with a residual correction.
         residual_corrected=problems.last is not None,
     )
     if held_out is None:
@@ -448,14 +466,15 @@ def solve_group(plan: Plan, problems: GroupProblems) -> GroupSolution:
     """Solve for the operators of a group by the plan's method, without writing to the model.
 
     There are three exceptions. Operators that keep all columns are refitted. Experts that got hardly any tokens are
-    pruned by magnitude. If the loss weights the outputs of all operators, their rows compete for the group's zeros.
-    `problems.fitted` has the problem of each operator. Raises RuntimeError if a method breaks a pattern, or returns NaN
-    or Inf.
+    pruned by magnitude. If the loss weights the outputs of all operators (`plan.budgets`), their rows compete for the
+    group's zeros; then the weights and targets in the problems change by rounding. `problems.fitted` has the problem of
+    each operator. Raises RuntimeError if a method breaks a pattern, or returns NaN or Inf.
     """
     group = problems.operators
     patterns = [_pattern(plan, operator) for operator in group]
     method = plan.method
-    output_weights = plan.budgets.output_weights
+    output_weights = plan.budgets.output_weights  # by the name of the operator
+    # Operators of a group have the same inputs, so also the same tokens.
     num_tokens = problems.fitted[0].statistics.num_tokens
     is_expert = isinstance(group[0], ExpertOperator)
     is_under_calibrated = is_expert and num_tokens < UNDER_CALIBRATED_TOKENS
@@ -500,16 +519,21 @@ def _pattern(plan: Plan, operator: LinearOperator) -> SparsityPattern:
 
 
 def _refitted(problem: LayerProblem) -> PrunedOperator:
-    """Fit all weights of an operator to its targets by least squares; none becomes zero. Changes no weight."""
+    """Fit all weights of an operator to its targets by least squares; none becomes zero. Changes no weight.
+
+    `problem` has the dense weights, the target outputs, and the Gram matrix of the inputs.
+    """
     mask = torch.ones_like(problem.weight, dtype=torch.bool)
-    weight, advice = refit_columns(problem, mask[0])
+    every_column = mask[0]
+    # The message is empty if the factorisation needed no help.
+    weight, message = refit_columns(problem, every_column)
     return PrunedOperator(
-        weight,
-        mask,
-        problem.fit_error(weight),
+        weight=weight,
+        mask=mask,
+        fit_error=problem.fit_error(weight),
         iterations=1,
-        converged=not advice,
-        message=advice,
+        converged=not message,
+        message=message,
     )
 
 
@@ -525,12 +549,12 @@ def _require_solved(
     `results` are of the operators of `group`, and `patterns` what their masks must be, in its order. `method_name` is
     for the message. Changes nothing.
     """
-    # One transfer from the device.
+    # Whether all weights of each result are finite: one transfer from the device for all of them.
     are_finite = torch.stack([torch.isfinite(result.weight).all() for result in results]).tolist()
     for operator, pattern, result, is_finite in zip(
         group, patterns, results, are_finite, strict=True
     ):
-        fault = pattern.violation(result.mask)
+        fault = pattern.violation(result.mask)  # in words; None: the mask keeps the pattern
         if fault is None and not is_finite:
             fault = "weights hold NaN or Inf"
         if fault is not None:

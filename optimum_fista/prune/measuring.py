@@ -148,12 +148,13 @@ def _rewrite(folder: Path, report: PruningReport, dense: str) -> None:
 
     `dense` is the model that the run was given, whose own card is read for its license.
     """
+    # The card of a packed folder ends with a note on how to unpack it: the new card needs it, too.
     is_packed = (folder / CARD_FILE).read_text("utf-8").endswith(PACKED_NOTE)
     card = model_card(report, dense)
     if is_packed:
         card += PACKED_NOTE
     content = read_json(folder / CONFIG_FILE)
-    content[CONFIG_KEY] = summary(report)
+    content[CONFIG_KEY] = summary(report)  # `fista_pruning`, by which other runs see what was done
     texts = {
         REPORT_FILE: report.to_json(),
         CARD_FILE: card,

@@ -58,8 +58,9 @@ def prune_named(
 ) -> PruningReport:
     """Prune a model from its files to the files of `output_dir`, and return the report.
 
-    Until the end, all files are in the unfinished folder, from which the same call resumes. A run that removes tokens
-    is another one: it reads texts instead of batches, and no decoder layer is pruned.
+    Until the end, all files are in the unfinished folder, from which the same call resumes. At the end, `output_dir` is
+    replaced by the folder of the result. A run that removes tokens is another one: it reads texts instead of batches,
+    and no decoder layer is pruned.
 
     Args:
         name: A Hub id, a model folder, or a folder with one GGUF file.
@@ -77,7 +78,7 @@ def prune_named(
         callbacks: Called as operators and decoder layers are pruned, but not at the end of the run.
     """
     started = time.perf_counter()
-    # Cheap checks come before the model is read.
+    # Cheap checks come before the model is read: of a model or other files in the output, and of `packed`.
     require_output(output_dir, overwrite, source=name)
     require_zeros_to_pack(config, packed)
     if config.tokens_removal is not None:
@@ -102,6 +103,8 @@ def prune_named(
     usable_device(device)
     storage = storage_place(storage_device)
 
+    # `offloaded` is closed first, and deletes the folder of weights that can't be read from the files in parts. Then
+    # `locked` unlocks the unfinished folder, in rank 0.
     with joined_ranks(device) as ranks, ExitStack() as locked, ExitStack() as offloaded:
         unfinished = ranks.first(lambda: locked.enter_context(locked_output(output_dir)))
         # Another run may just have ended.
@@ -115,6 +118,7 @@ def prune_named(
             a device or a folder. `name`, `config`, `dtype`, `packed`, `storage_device`, `progress` and `callbacks` are
             its arguments.
             """
+            # Rank 0 has made this folder; another rank may run on another machine.
             if not (unfinished / FOLDER).exists():
                 raise ValueError(
                     f"output: rank 0 began {str(unfinished)!r}, and it isn't here: pass a shared folder."
@@ -141,6 +145,7 @@ def prune_named(
         calibration, held_out, report = ranks.each(
             lambda: begin(plan, calib_dataloader, calibration_source)
         )
+        # With hashes of all files: a change of the model's files ends the run.
         source = shared_files(model.files, unfinished, ranks, plan.progress)
         fingerprint = run_fingerprint(source, plan, calibration.batches, report, packed)
         join_run(unfinished, fingerprint, overwrite, ranks)
@@ -159,7 +164,7 @@ def prune_named(
         # place, so a rank that fails now can do no harm.
         offloaded.close()
         with suppress(RankError):
-            ranks.gather(None)
+            ranks.gather(None)  # only to wait for all
     return report
 
 
@@ -195,20 +200,23 @@ def _read_model(
 
     `name`, `config`, `dtype`, `packed` and `callbacks` are as the user passed them to `prune_named`. `offload_folder`
     gets copies of weights that can't be read from the files in parts. `storage` is where the user wants activations to
-    be kept; if the user does not say (`None`) and computes on the CPU, they go to the folder `disk`.
+    be kept; if the user does not say (`None`) and computes on the CPU, they go to the folder `disk`. `progress` says
+    whether bars are shown. Writes nothing but these copies.
     """
+    # `files` is the folder of the model's files; the tokenizer is `None` unless it is that of a GGUF file.
     model, tokenizer, files = load_lazily(name, offload_folder, device=device, dtype=dtype)
     on_cpu = execution_device(model.get_input_embeddings()).type == "cpu"
     if storage is None and on_cpu:
         storage = disk
 
-    files_dtypes = dtype == "auto"
+    files_dtypes = dtype == "auto"  # the result keeps the dtypes of the files
     removal = plan_removal(prunable_layers(model), config)
     with reading(str(files)):
         source = source_tensors(
             model,
             files,
             removal.part_of,
+            # If no value changes, quantized tensors may stay as they are.
             quantized=files_dtypes and removal.keeps_values,
             layers_name=removal.layers.name,
         )

@@ -39,7 +39,8 @@ def begin_report(plan: Plan) -> PruningReport:
         *_quantized_source(plan),
         # patterns of names that match no operator
         *plan.config.idle_patterns(names_of_operators),
-        # tensors of the files that the model's class does not load, and that the result will lack
+        # Tensors of the files that the model's class does not load, and that the result will lack. Those that will be
+        # copied ({}) are noted at the end.
         *lines_of_unplaced({}, plan.source.not_copied),
     ]
     report = PruningReport(

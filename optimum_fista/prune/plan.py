@@ -81,9 +81,11 @@ class Plan:
     def with_budgets(self, budgets: Budgets) -> Plan:
         """Return a copy of the plan with the zeros of every operator, and without the decoder layers to remove.
 
-        `budgets` are as `budgets.share_budgets` makes them. This plan and the model are not changed.
+        `budgets` are as `budgets.share_budgets` makes them. Layers that are removed have no operators to prune in the
+        copy, and the layers that stay are numbered anew in its `source`. This plan and the model are not changed.
         """
         plan = replace(self, budgets=budgets)
+        # The loss after the removal, by the number of the layer.
         removed_layers = dict(budgets.removed_layers)
         if not removed_layers:
             return plan
@@ -128,7 +130,11 @@ class Plan:
 
     @property
     def pruned_layers(self) -> list[int]:
-        """Indices of the decoder layers that lose weights or experts; a removed layer is none of them."""
+        """Indices of the decoder layers that lose weights or experts; a removed layer is none of them.
+
+        `self.removal.operators` has the operators to prune by the name of each decoder layer, in the order of the
+        layers, and `self.removal.mixtures` the layers that lose experts.
+        """
         return [
             index
             for index, (name, operators) in enumerate(self.removal.operators.items())
@@ -139,7 +145,8 @@ class Plan:
     def costs(self) -> list[float]:
         """Estimate the cost of pruning each decoder layer, in forward passes of the layer with the most weights.
 
-        The forward pass of the layer itself is not counted.
+        The cost grows with the weights to prune: `self.removal.operators` has the operators of each decoder layer. The
+        forward pass of the layer itself is not counted.
         """
         num_weights = [
             sum(math.prod(operator.shape) for operator in operators.values())
@@ -164,13 +171,14 @@ class Plan:
         """Describe the stored tensors of a decoder layer in their smaller form, by their names in the result's files.
 
         `layer_name` is such as "model.layers.3"; `None` stands for all tensors outside the decoder layers. `kept` are
-        the numbers of the groups (heads, channels, experts) that stay, by the name of their part. `self.source` has the
-        tensors in the files of the model. No values are read, and nothing is changed.
+        the numbers of the groups (heads, channels, experts) that stay, by the name of their part, such as
+        "model.layers.3.self_attn". `self.source` has the tensors in the files of the model. No values are read, and
+        nothing is changed.
         """
-        # names in the dense model, by the names in the result's files
+        # The names of the parameters in the dense model, by the names of their tensors in the result's files.
         places = dict(self.source.places)
         if layer_name is None:
-            in_layers = f"{self.layers.name}."
+            in_layers = f"{self.layers.name}."  # such as "model.layers."
             places = {
                 name: place for name, place in places.items() if not place.startswith(in_layers)
             }
@@ -195,9 +203,9 @@ def plan_run(
 ) -> Plan:
     """Join what is removed and what is known of the model's files to a plan, and refuse what can't be written.
 
-    Nothing is changed, and no zeros are allocated yet. `removal` comes from `plan_removal`. `source` is `None` if the
-    files are not known. If `loaded` is False, the model may be on the meta device, for an estimate. The other arguments
-    are fields of `Plan`.
+    Nothing is changed, and no zeros are allocated yet. `removal` comes from `plan_removal`, and `source` from
+    `source_tensors`; it is `None` if the files are not known. If `loaded` is False, the model may be on the meta
+    device, for an estimate. The other arguments are fields of `Plan`.
     """
     plan = Plan(
         removal=removal,
@@ -209,14 +217,16 @@ def plan_run(
     )
 
     if plan.as_stored:
-        # Which groups stay is not known yet. Any do, because this only refuses scales that belong to several groups.
+        # The tensors are described only to refuse what can't be cut: a scale that belongs to several groups. Which
+        # groups will stay is not known yet, so the first ones stand for them.
         kept = {name: range(count) for name, count in removal.num_groups_kept.items()}
         for name, _ in removal.layers:
             plan.stored(name, kept)
         if removal.num_removed_layers:
             plan.source.require_no_numbers()
 
-    if loaded:  # this refuses a weight whose mask could not be saved
+    if loaded:
+        # This refuses a weight that is not stored as one matrix: its mask could not be saved.
         layers = removal.layers
         stored_names(layers.model, plan.all_operators.values(), layers_name=layers.name)
     return plan

@@ -28,10 +28,10 @@ class Progress(PruningCallback):
         self._bar.close()
 
     def on_layers_begin(self, num_layers: int, costs: Mapping[int, float]) -> None:
-        """Begin the bar; layers of other processes are not counted.
+        """Begin the bar (`self._bar`), and keep the costs and the number of layers; other processes' don't count.
 
         `costs` are of the decoder layers that are left, by index, in forward passes. A line on stderr says if an
-        earlier start has finished `self._num_done` layers.
+        earlier start has finished `self._num_done` layers. `num_layers` is that of the whole model, and is not needed.
         """
         self._costs = costs
         self._num_layers = self._num_done + len(costs)
@@ -49,7 +49,7 @@ class Progress(PruningCallback):
         )
 
     def on_operator_end(self, report: OperatorReport) -> None:
-        """Show the newest operator in `self._bar`."""
+        """Show the newest operator in `self._bar`, with its relative errors on calibration and on held-out tokens."""
         _, kind = layer_and_kind(report.name)
         description = f"{self._layers_done}: {kind}, fit error {report.fit_error:.4f}"
         if report.held_out_fit_error is not None:
@@ -59,7 +59,11 @@ class Progress(PruningCallback):
     def on_layer_end(
         self, index: int, layer: LayerReport, operators: Sequence[OperatorReport]
     ) -> None:
-        """Print a line about the finished decoder layer, above the bar; a log keeps every one of them."""
+        """Print a line about the finished decoder layer, above the bar; a log keeps every one of them.
+
+        The bar (`self._bar`) moves by the cost of the layer, which `self._costs` has by index. `operators` are the
+        reports of its pruned operators.
+        """
         self._num_done += 1
         self._bar.set_description_str(self._layers_done, refresh=False)
         self._bar.update(self._costs[index])

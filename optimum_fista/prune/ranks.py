@@ -56,7 +56,7 @@ class Ranks:
         which. With one process (`self.count` is 1), this just calls `work`.
         """
         result: T | None = None
-        failure: Exception | None = None
+        failure: Exception | None = None  # of this process
         try:
             result = work()
         except Exception as error:
@@ -66,8 +66,8 @@ class Ranks:
             logger.error("rank %d failed, and waits for the others: %s", self.index, _line(error))
         own_failure = None if failure is None else _line(failure)
         try:
-            failures = self.gather(own_failure)
-        except RankError as error:
+            failures = self.gather(own_failure)  # of all processes; this is where they wait
+        except RankError as error:  # another process has ended
             if failure is not None:
                 raise failure from error
             raise
@@ -83,7 +83,10 @@ class Ranks:
         return cast(T, result)
 
     def first(self, work: Callable[[], T]) -> T:
-        """Let rank 0 do the work, and give its result to all ranks; errors are raised as by `each`."""
+        """Let rank 0 do the work, and give its result to all ranks; errors are raised as by `each`.
+
+        The other ranks get a copy: the result is pickled.
+        """
 
         def do_or_wait() -> T | None:
             """Do the work in rank 0 alone."""
@@ -93,8 +96,11 @@ class Ranks:
         return cast(T, of_ranks[0])
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all processes, by rank, in every process; errors are raised as by `exchanging`."""
-        values = [value] * self.count
+        """Return the values of all processes, by rank, in every process; errors are raised as by `exchanging`.
+
+        All of the `self.count` processes must call this, and wait here for the last one. Values are pickled.
+        """
+        values = [value] * self.count  # places for those of the others
         if self.count > 1:
             with self.exchanging():
                 dist.all_gather_object(values, value, group=self.group)
@@ -102,10 +108,14 @@ class Ranks:
 
     @contextmanager
     def exchanging(self) -> Iterator[None]:
-        """Inside, wait for tensors of other processes; an error of this process is raised at once."""
+        """Inside, processes exchange values; a lost connection becomes a RankError that says so.
+
+        An error of this process is raised as it is, and so is every error if `self.count` is 1.
+        """
         try:
             yield
         except RuntimeError as error:
+            # Errors of PyTorch's processes have a class of their own, or only name the backend.
             is_lost_connection = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
             if self.count == 1 or isinstance(error, RankError) or not is_lost_connection:
                 raise
@@ -126,17 +136,20 @@ def launched_processes() -> int:
 def joined_ranks(device: str | None) -> Iterator[Ranks]:
     """Join the processes that were launched together (all must call this), and yield them; leave them at the end.
 
-    `device` is where the user wants to compute, such as "cpu" or "cuda"; `None`: where Accelerate says. With several
-    processes, Accelerate starts PyTorch's process group, and this adds one to wait in; at the end both are destroyed.
+    What is yielded is a `Ranks`, with the number of this process. `device` is where the user wants to compute, such as
+    "cpu" or "cuda"; `None`: where Accelerate says. With several processes, Accelerate starts PyTorch's process group,
+    and this adds one to wait in; at the end both are destroyed.
     """
     count = launched_processes()
     if count == 1:
         yield Ranks(device=device)
         return
-    kind = torch.device(device or default_device()).type
+    kind = torch.device(device or default_device()).type  # such as "cuda"
     # Accelerate can't start processes on an accelerator without a PyTorch backend; gloo works on any machine.
     has_backend = kind in dist.Backend.default_device_backend_map
-    state = PartialState(cpu=kind == "cpu" or not has_backend)
+    computes_on_cpu = kind == "cpu"
+    # This starts the process group.
+    state = PartialState(cpu=computes_on_cpu or not has_backend)
     if state.num_processes != count:
         raise ValueError(
             f"the environment names {count} processes and Accelerate finds {state.num_processes}: start them by "
@@ -144,7 +157,12 @@ def joined_ranks(device: str | None) -> Iterator[Ranks]:
         )
     group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
     try:
-        yield Ranks(state.process_index, count, device or str(state.device), group)
+        yield Ranks(
+            index=state.process_index,
+            count=count,
+            device=device or str(state.device),
+            group=group,
+        )
     finally:
         dist.destroy_process_group(group)
 
@@ -186,7 +204,10 @@ def share_layers(
         return 1 + pruned[-1] + sum(pruning_costs[index] for index in pruned)
 
     def fill(limit: float) -> list[list[int]]:
-        """Give each rank in turn as many unfinished layers as cost at most `limit`; return as many shares as needed."""
+        """Cut the `unfinished` layers into shares that each cost at most `limit`, and return as many as are needed.
+
+        A layer that costs more than the limit has a share of its own.
+        """
         shares: list[list[int]] = [[]]
         for index in unfinished:
             if shares[-1] and cost([*shares[-1], index]) > limit:

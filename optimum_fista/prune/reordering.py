@@ -49,24 +49,27 @@ def reorder_channels(
     call = activations.calls[0]
     orders: dict[str, tuple[int, ...]] = {}
     for name, operator in plan.removal.operators[layer_name].items():
-        part = plan.removal.channels.get(name)  # only down projections have one
+        # The channels that the operator reads: only down projections have such a part.
+        part = plan.removal.channels.get(name)
         pattern = plan.removal.patterns[name]
-        is_n_of_m = pattern.span is not None and pattern.width == 1
+        is_n_of_m = pattern.span is not None and pattern.width == 1  # single weights, not pairs
         if part is None or not is_n_of_m:
             continue
 
         # |W_ij| * rms(x_j) measures the importance of a weight, as in Wanda (arXiv 2306.11695)
-        energies = _input_energies(operator, activations, hidden_states)
+        energies = _input_energies(operator, activations, hidden_states)  # sums of x_j^2, [in]
         scores = operator.read().abs_().mul_(energies.sqrt())
         order = best_order(scores, pattern).tolist()
 
-        # A permutation of channels must not change what the layer returns.
+        # A permutation of channels must not change what the layer returns. Small hidden states: the rounding of large
+        # ones would hide a difference.
         hidden = scaled_down(hidden_states[0].to(activations.device))
         expected = call.run(layer, hidden)  # before the weights are overwritten
         for tensor in part.tensors:
+            # Such as "model.layers.3.mlp.up_proj" and "weight".
             owner, _, leaf = tensor.rpartition(".")
             module = layer.get_submodule(owner.removeprefix(f"{layer_name}."))
-            # All groups of the part stay, in another order.
+            # "Shrunk" to all groups of the part, in another order.
             reordered = part.shrink(tensor, getattr(module, leaf).detach(), order)
             sink.replace(module, leaf, reordered)
         difference = difference_beyond_rounding(call.run(layer, hidden), expected)

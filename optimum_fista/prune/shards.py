@@ -37,15 +37,25 @@ class ShardWriter:
 
     Attributes:
         stem: What the names of the shards begin with. Plain Transformers finds no weights in a packed folder.
-        names: Stored names of the pruned operators, by the names of their weights in the model.
+        names: Stored names of the operators, by the names of their weights in the pruned model.
     """
 
     def __init__(self, plan: Plan, folder: Path, packed: bool) -> None:
+        """Keep the arguments, and find out the names of tensors in files and the decoder layers that stay.
+
+        `plan` is that of the run, with its budgets; `folder` is where the shards will be written; `packed` says whether
+        weights are written without their zeros. Writes nothing yet, and does not change the model.
+        """
+        # What the names of the shards begin with. In a packed folder it is another word than usual, so that plain
+        # Transformers finds no weights there.
         self.stem = "packed" if packed else "model"
+        # Names in the files of the operators' weights, by their names in the pruned model, such as
+        # "model.layers.3.mlp.down_proj.weight".
         self.names = stored_names(
             plan.layers.model,
             plan.all_operators.values(),
-            plan.removal.new_name,
+            # Returns the name of a module after the removal of decoder layers before it.
+            renamed=plan.removal.new_name,
             layers_name=plan.layers.name,
         )
         self._plan = plan
@@ -63,43 +73,45 @@ class ShardWriter:
 
         `layer` is on its device, with all its weights, and `record` is its report. `masks` are those of its pruned
         operators and of those that were carried over from an earlier run, by the names of their weights in the model,
-        such as "model.layers.3.mlp.down_proj.weight".
-        `self._plan` is the plan of the run, and `self._packed` says whether weights are written without their zeros.
+        such as "model.layers.3.mlp.down_proj.weight". `self._plan` is the plan of the run, `self._packed` says whether
+        weights are written without their zeros, and `self.names` are the names in the files by those in the model.
         """
         plan = self._plan
         name = record.report.name
         kept = groups_kept([record.report], record.operators)  # by the name of their part
         originals = plan.stored(name, kept)  # as they are in the source's files
-        if plan.as_stored:
-            tensors: dict[str, Tensor] = {}
-        else:
-            dense = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
-            tensors = self._by_stored_name(plan.removal.shrink_tensors(record, dense))
+        tensors: dict[str, Tensor] = {}
+        if not plan.as_stored:  # otherwise `originals` are what is written
+            whole = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
+            tensors = self._by_stored_name(plan.removal.shrink_tensors(record, whole))
         if self._packed:
             names = self.names
-            if plan.removal.earlier_masks is not None:
+            if plan.removal.earlier_masks is not None:  # of weights whose masks were carried over
                 names = names | dict(plan.removal.earlier_masks.names)
             masked = [*record.operators, *record.carried]
             operators, stored_masks = as_stored(masked, masks, names)
-            # zeros never reach the disk
-            tensors = Packer(operators, tensors, stored_masks.__getitem__).pack(tensors)
+            # Zeros never reach the disk. The packer asks for the mask of each weight by its stored name.
+            packer = Packer(operators, tensors, read_mask=stored_masks.__getitem__)
+            tensors = packer.pack(tensors)
         return self._in_stored_form(originals, tensors)
 
     def write_layer(self, index: int, tensors: Mapping[str, StoredTensor]) -> tuple[str, str]:
         """Write the shard of the decoder layer with this index; return its name and digest (SHA-256)."""
+        # Shards are numbered without the decoder layers that the run removes.
         return self._write(self._layers_left.index(index), tensors)
 
     def write_rest(self) -> str:
         """Write the last shard, with the tensors outside the decoder layers, to the folder; return its file name.
 
-        These are embeddings, norms and the head, and tensors of the source's files that the model's class does not
-        load (`tensors_to_copy`). The model is only read.
+        These are embeddings, norms and the head, and tensors of the source's files that the model's class does not load
+        (`tensors_to_copy`). The model is only read. `self._layers_left` are the numbers of the decoder layers that
+        stay, each of which has a shard before this one.
         """
         plan = self._plan
+        # The tensors of the source's files outside the decoder layers (`None`), of which no part is cut ({}).
         originals = plan.stored(None, {})
-        if plan.as_stored:
-            tensors: dict[str, Tensor] = {}
-        else:
+        tensors: dict[str, Tensor] = {}
+        if not plan.as_stored:  # otherwise `originals` are what is written
             model = plan.layers.model
             tensors = self._by_stored_name(
                 {name: stored_tensor(model, name) for name in plan.layers.names_around}
@@ -124,7 +136,7 @@ class ShardWriter:
         copied.
         """
         model = self._plan.layers.model
-        # Names of tensors that are tied to another one: Transformers ties them again when it loads the folder.
+        # Names of parameters that are tied to another one: Transformers ties them again when it loads the folder.
         tied = set(model.all_tied_weights_keys)
         never_saved = internals.names_not_saved(model)
         saved = {

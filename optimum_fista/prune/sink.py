@@ -77,6 +77,8 @@ class Sink(ABC):
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        """Begin without masks and without old values; `model` is the one whose weights are overwritten."""
+        # Of each pruned weight, by "{operator}.weight": True = kept, packed to one bit a weight.
         self.masks: dict[str, Tensor] = {}
         self._model = model
         # Each puts back one old value; the last one is called first.
@@ -137,23 +139,30 @@ class Sink(ABC):
         From now on the model runs with the new weight. `mask` [out, in] is True for weights that stay; it goes to
         `self.masks`, packed to bits. `self._keep` notes how the old weight is put back.
         """
-        self._keep(operator.owner, operator.tensor, partial(getattr, operator, "parameter"))
+        # Called now, for a copy of the old weight, and again if that is put back.
+        current_parameter = partial(getattr, operator, "parameter")
+        self._keep(operator.owner, operator.tensor, current_parameter)
         operator.write(weight)
         if mask is not None:
             mask_as_stored = mask.T if operator.transposed else mask
             self.masks[f"{operator.name}.weight"] = pack_mask(mask_as_stored)
 
     def replace(self, owner: nn.Module, name: str, value: Tensor) -> None:
-        """Overwrite a whole parameter of a module, as it is stored."""
+        """Overwrite a whole parameter of a module, as it is stored; note how the old value is put back.
+
+        `name` is that of the parameter in the module `owner`, such as "weight", and `value` has its shape.
+        """
         self._keep(owner, name, partial(getattr, owner, name))
         getattr(owner, name).data.copy_(value)
 
     def undo(self) -> None:
         """Put back all weights written since the last commit, so that the layer can start again.
 
-        `self._undo` has what puts back each old value; the first `self._num_committed` of these belong to finished
-        layers and stay. `self._onloaded` are parameters on the device whose old values Accelerate still keeps.
+        `self._undo` has a function for each old value, which puts it back; the first `self._num_committed` of these
+        belong to finished layers and stay. `self._onloaded` are the modules and names of parameters that Accelerate has
+        brought to the device, and whose old values it still keeps; it is empty afterwards.
         """
+        # The latest change first: a weight may have been overwritten twice.
         while len(self._undo) > self._num_committed:
             put_back = self._undo.pop()
             put_back()
@@ -174,8 +183,9 @@ class Sink(ABC):
     def _keep(self, owner: nn.Module, name: str, parameter: Callable[[], Tensor]) -> None:
         """Note how a parameter of a module is put back, before it is overwritten.
 
-        `parameter` returns it, or the part of it that is overwritten (one expert of several). `self._undo` gets a
-        function that puts back a copy on the CPU.
+        `name` is that of the parameter in the module `owner`. `parameter` returns it, or the part of it that is
+        overwritten (one expert of several). `self._undo` gets a function that puts back a copy on the CPU; of an
+        offloaded parameter, `self._onloaded` gets the module and the name instead.
         """
         if offload_hook(owner):
             # Accelerate keeps the old value until `commit` stores the new one: `undo` reads it there.
@@ -206,9 +216,10 @@ class ModelSink(Sink):
     def opened(self, products: Products) -> Iterator[None]:
         """Around the run: put the model in evaluation mode without gradients, and multiply as `products` says.
 
-        After an error or Ctrl-C, weights, shapes, hooks, modes and configuration are as they were. The old weights are
-        freed at the end, so a model whose run has ended is not put back any more. `products` is "float32", "tf32",
-        "bfloat16" or "widened". `self._undo` has a function for each old value, which puts it back.
+        After an error or Ctrl-C, weights, shapes, hooks, modes and configuration of `self._model` are as they were. The
+        old weights are freed at the end, so a model whose run has ended is not put back any more. `products` is
+        "float32", "tf32", "bfloat16" or "widened". `self._undo` has a function for each old value, which puts it back,
+        in the order of the changes.
         """
         attributes_put_back = _attributes_kept(self._model)
         try:
@@ -237,7 +248,8 @@ class ModelSink(Sink):
         report: PruningReport,
     ) -> Work:
         """Return all work: every decoder layer, from the embeddings on; nothing changes."""
-        return Work(range(len(plan.layers)), 0, calibration, held_out)
+        todo = range(len(plan.layers))
+        return Work(todo, num_done=0, calibration=calibration, held_out=held_out)
 
     def together(self, step: Callable[[], T]) -> T:
         """Do a step, and return its result; there is only one process."""
@@ -257,6 +269,7 @@ class ModelSink(Sink):
         that writes files.
         """
         for owner, name in self._onloaded.values():
+            # `self._undo` gets a function that puts back the old value.
             store_tensor(owner, name, getattr(owner, name), self._undo.append)
         self._onloaded.clear()
         self._num_committed = len(self._undo)
@@ -268,11 +281,13 @@ class ModelSink(Sink):
 
         `plan` has its budgets; `report` has the records of all decoder layers, and is completed in place; `held_out` is
         `None` if no perplexity was measured. `started` is the time of `time.perf_counter` at which the run began. The
-        model is changed in place. Sets `source`, to the tensors in the model's files in their smaller form.
+        model and its configuration are changed in place. Sets `source`, to the tensors in the model's files in their
+        smaller form.
         """
         model = self._model
+        # The numbers of the groups (channels, heads, experts) that stay, by the name of their part. They are asked for
+        # before names in the report become those of the smaller model.
         kept = groups_kept(report.layers, report.operators)
-        # Before names in the report become those of the smaller model.
         stored = plan.source.cut_tensors(model, plan.removal.part_of, kept, strict=False)
         complete_report(plan, report, held_out)
         # Weights and masks: `undo_at_failure` puts them back, too.
@@ -302,6 +317,7 @@ def _attributes_kept(model: nn.Module) -> Callable[[], None]:
     dictionaries = list(instance_dictionaries)
     for attributes in instance_dictionaries:
         dictionaries += [value for value in attributes.values() if isinstance(value, dict)]
+    # Each dictionary itself, and a copy of it as it is now.
     noted = [(attributes, dict(attributes)) for attributes in dictionaries]
     gradients = [
         (parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()

@@ -39,7 +39,8 @@ class SourceFiles:
     def __init__(self, folder: Path, noted: Mapping[str, list[Any]], progress: bool) -> None:
         """Look at the weight files and the configuration in `folder`, and hash those that changed since `noted`.
 
-        `noted` is as `hashes`: size, times, inode and SHA-256, by file name. The files are only read.
+        `noted` is as `hashes`: size, times, inode and SHA-256, by file name. `progress` shows a bar. The files are only
+        read, several at a time.
         """
         self.folder = folder
         self.hashes: dict[str, list[Any]] = {}
@@ -80,7 +81,8 @@ class SourceFiles:
     def require_unchanged(self) -> None:
         """Refuse to go on (ValueError) if a file has changed since it was hashed, is new, or is gone.
 
-        Files with a new time are read again; their new times are noted in `self.hashes`.
+        `self.hashes` has size, times and SHA-256 of each file in `self.folder`. Files with a new time are read again;
+        their new times are noted in `self.hashes`.
         """
         now = SourceFiles(self.folder, self.hashes, self._progress)
         before = self.digests
@@ -104,5 +106,6 @@ def shared_files(folder: Path, unfinished: Path, ranks: Ranks, progress: bool) -
     used for files that did not change. Writes nothing. All processes must call this.
     """
     noted = read_record(unfinished / WEIGHTS_FILE) or {}
+    # Every process looks at the files: on another machine, others may lie at the same path.
     of_rank_0 = ranks.first(lambda: SourceFiles(folder, noted, progress).hashes)
     return ranks.each(lambda: SourceFiles(folder, of_rank_0, progress))
