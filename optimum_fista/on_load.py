@@ -49,8 +49,10 @@ class FistaOnLoadConfig(QuantizationConfigMixin):
     ) -> None:
         """Keep the arguments as they are; refuse a name of a `dataset` that is not known (ValueError).
 
-        The docstring of the class explains them. `dataset` is the name or path of a text, a list of texts, or batches
-        of token ids. `sequence_length` is in tokens; `None` stands for the usual length of the model.
+        `pruner` prunes the model when it is loaded. `dataset` is the name or path of a text, a list of texts, or
+        batches of token ids. `tokenizer` may be its name; `None` stands for the model's. If `dataset` names a text,
+        `num_samples` sequences are taken from it. `sequence_length` is in tokens; `None` stands for the usual length of
+        the model.
         """
         if isinstance(dataset, str) and dataset != "self":
             require_source(dataset)

@@ -72,9 +72,11 @@ class FistaPruner:
         storage_device: str | torch.device | Path | None = None,
         callbacks: Sequence[PruningCallback] = (),
     ) -> None:
-        """Keep the options, which the docstring of the class explains; `config` of `None` is the default one.
+        """Keep the options, which the docstring of the class explains.
 
-        The results of models that are pruned in place will be kept by model, and are freed with the model.
+        `config` says what to prune and how; `None`: the default one. `progress` shows bars, `storage_device` is where
+        activations are kept between passes, and `callbacks` are called as operators and decoder layers are pruned. The
+        results of models that are pruned in place will be kept by model, and are freed with the model.
         """
         self.config = config if config is not None else FistaPruningConfig()
         self.progress = progress
@@ -109,6 +111,10 @@ class FistaPruner:
         interrupt, a full disk (OSError) or the end of another process (RankError), the same call resumes there, with
         the same result. Processes (`accelerate launch`, `torchrun`) that make this call share the decoder layers
         (docs/ranks.md). Each prunes its own copy of a loaded model. One thread of a process may prune at a time.
+
+        The options of this pruner are its fields: `self.config` says what to prune and how, `self.progress` shows bars,
+        `self.storage_device` is where activations are kept between passes, and `self.callbacks` are called on the way.
+        The report and the masks of a loaded model are kept for `result`.
 
         Args:
             model: Decoder-only language model in memory, or offloaded by Accelerate (an error leaves the model as it

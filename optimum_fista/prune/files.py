@@ -107,9 +107,9 @@ class FileSink(Sink):
     def opened(self, products: Products) -> Iterator[None]:
         """Around the run: put the model in evaluation mode without gradients, and multiply as `products` says.
 
-        Errors of files (OSError) and of other processes (RankError) get a sentence that says how many decoder layers
-        are kept. `products` is "float32", "tf32", "bfloat16" or "widened". At the end, modes and settings are as
-        before, but weights in memory are not put back: the model is not used after the run.
+        The model is `self._model`. Errors of files (OSError) and of other processes (RankError) get a sentence that
+        says how many decoder layers are kept. `products` is "float32", "tf32", "bfloat16" or "widened". At the end,
+        modes and settings are as before, but weights in memory are not put back: the model is not used after the run.
         """
         try:
             with evaluation_mode(self._model), torch.no_grad(), products_as(products):
@@ -126,7 +126,7 @@ class FileSink(Sink):
     def _advice(self) -> str:
         """Say how many decoder layers are kept, and what to do, for the end of an error.
 
-        `self._journal` is what the run has finished on disk, in the unfinished folder.
+        `self._journal` is what the run has finished on disk, in the unfinished folder. `self._plan` has all layers.
         """
         num_finished = len(self._journal.finished(check_shards=False))
         return (
@@ -164,8 +164,9 @@ class FileSink(Sink):
     ) -> Work:
         """Take the plan with its budgets, and find out which decoder layers this process prunes.
 
-        Finished layers are read from the journal; the others are shared anew by any number of processes. Sets the plan
-        of this sink, the writer of its shards, and the seconds of finished layers.
+        Finished layers are read from the journal (`self._journal`); the others are shared anew by any number of
+        processes (`self._ranks`). Sets the plan of this sink (`self._plan`), the writer of its shards (`self._shards`),
+        and the seconds that finished layers have taken (`self._seconds_before`).
 
         Args:
             plan: The plan of the run, with its budgets.
@@ -210,12 +211,12 @@ class FileSink(Sink):
     ) -> tuple[dict[int, KeptLayer], Calibration, HeldOut | None]:
         """Find out which decoder layers need not be pruned again, and where the calibration text resumes.
 
-        `finished` are the layers on disk, by index, with their records. Returns those of them that count: if layers
-        depend on each other, these are the first ones, each pruned on the output of the layer before. `calibration` is
-        returned with the hidden states that enter the next layer, if the run resumes after a finished layer; if its
-        batches are cut for that, `report` gets a warning. `held_out` gets its kept hidden states or losses; it is
-        returned as `None` if its sequences would have to pass the finished layers again. `self._journal` reads the
-        hidden states from disk, and notes their digest.
+        `plan` is that of the run, with its budgets. `finished` are the layers on disk, by index, with their records.
+        Returns those of them that count: if layers depend on each other, these are the first ones, each pruned on the
+        output of the layer before. `calibration` is returned with the hidden states that enter the next layer, if the
+        run resumes after a finished layer; if its batches are cut for that, `report` gets a warning. `held_out` gets
+        its kept hidden states or losses; it is returned as `None` if its sequences would have to pass the finished
+        layers again. `self._journal` reads the hidden states from disk, and notes their digest.
         """
         storage = plan.storage
         if storage is None:
@@ -255,7 +256,8 @@ class FileSink(Sink):
         The old weights of the layer are freed, and the masks of its operators go from `self.masks` to the journal on
         disk, which also gets the hidden states of `travelling` and drops those that entered this layer. The record is
         written last: a layer without a record is not finished, and `complete` deletes all files that no record names.
-        Raises ValueError if a file of the model has changed since it was hashed (`self._source`).
+        Raises ValueError if a file of the model has changed since it was hashed (`self._source`). `self._shards` writes
+        shards, `self._journal` everything else, and `self._plan` says which layers are removed.
 
         Args:
             index: The number of the layer.
@@ -295,11 +297,12 @@ class FileSink(Sink):
     ) -> PruningReport:
         """Do the work of `complete` in rank 0, with the same arguments.
 
-        The report gets the records of all processes and of earlier starts. The configuration of `plan.layers.model`
-        becomes that of the result. The folder of the output is replaced at the very end, and the unfinished folder is
-        gone then. Returns the report by the names in the files. `self._journal` is what is finished, on disk;
-        `self._shards` writes the tensors outside the decoder layers; `self._source` are the files of the model that the
-        run was given, and `self._output` says where the result goes.
+        The report gets the records of all processes and of earlier starts, and the seconds of both
+        (`self._seconds_before`: what earlier starts have taken). The configuration of `plan.layers.model` becomes that
+        of the result. The folder of the output is replaced at the very end, and the unfinished folder is gone then.
+        Returns the report by the names in the files. `self._journal` is what is finished, on disk; `self._shards`
+        writes the tensors outside the decoder layers; `self._source` are the files of the model that the run was given,
+        and `self._output` says where the result goes.
         """
         layers = self._collect_records(report)
         report.seconds["total"] = self._seconds_before + time.perf_counter() - started
@@ -346,7 +349,7 @@ class FileSink(Sink):
         """Replace the records of decoder layers in the report by those of all processes and of earlier starts.
 
         They are read from `self._journal`, which is on disk. Returns the finished layers, by index. Raises RankError if
-        a layer is missing.
+        a layer of the model (`self._plan`) is missing.
         """
         layers = self._journal.finished(check_shards=False)
         if len(layers) < len(self._plan.layers):

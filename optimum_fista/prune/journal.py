@@ -85,8 +85,9 @@ class Journal:
         """Read the records of the finished decoder layers, by index, without those whose shard is damaged or missing.
 
         `check_shards=False` trusts shards that exist; otherwise they are read and compared with their digests. Layers
-        that were pruned with other budgets do not count, once `budgets` has read those of the run. `progress` shows a
-        bar. Changes nothing. The records are files beside that of the budgets (`self._budgets`).
+        that were pruned with other budgets do not count, once `budgets` has read those of the run and noted their
+        digest (`self._budgets_sha256`). `progress` shows a bar. Changes nothing. The records are files beside that of
+        the budgets (`self._budgets`), and the shards are in the folder `self.model`.
         """
         layers: dict[int, KeptLayer] = {}
         files = sorted(self._budgets.parent.glob("layer-*.json"))
@@ -171,8 +172,8 @@ class Journal:
 
         Returns also the hidden states after them, by name ("dense", "pruned", and those of held-out text), a batch
         each; `None` if their file is missing or damaged. They are put on the device `storage`, or on the CPU if it is a
-        folder. `finished` are layers by index, as the method `finished` returns them. Notes the digest of the file, and
-        changes nothing else.
+        folder. `finished` are layers by index, as the method `finished` returns them. Notes the digest of the file in
+        `self._states_sha256`, and changes nothing else.
         """
         num_first = 0
         # Digest of the file of hidden states that the last of these layers left; `None` before the first layer.
@@ -198,9 +199,10 @@ class Journal:
     def keep_budgets(self, budgets: Budgets, weights: Mapping[str, Any]) -> None:
         """Begin the run: write the hashes of the source's files, the run's fingerprint and its budgets to disk.
 
-        `weights` are these hashes, by file name (`SourceFiles.hashes`). `self._fingerprint` identifies the run.
-        From the fingerprint on, the folder is kept until the run ends. The budgets have the digest of the fingerprint,
-        and layers that of the budgets, so that they belong to this run only.
+        `weights` are these hashes, by file name (`SourceFiles.hashes`). `self._fingerprint` identifies the run. The
+        files are in the unfinished folder, `self.folder`; `self._budgets` is that of the budgets. From the fingerprint
+        on, the folder is kept until the run ends. The budgets have the digest of the fingerprint, and layers that of
+        the budgets, so that they belong to this run only.
         """
         run_file = self.folder / RUN_FILE
         write_record(self.folder / WEIGHTS_FILE, weights)
@@ -217,8 +219,8 @@ class Journal:
         """Read the budgets from disk; `None` if they are not written yet, damaged, or those of another run.
 
         This start of the run has written them by `keep_budgets` (in the first process), or an earlier one. Their file
-        is `self._budgets`. Notes their digest: from then on, `finished` leaves out layers that were pruned with other
-        budgets.
+        is `self._budgets`, and that of the run's fingerprint is in `self.folder`. Notes the digest of the budgets in
+        `self._budgets_sha256`: from then on, `finished` leaves out layers that were pruned with other budgets.
         """
         values = read_record(self._budgets)
         if values is None or values["run"] != digest_of(self.folder / RUN_FILE):

@@ -134,9 +134,10 @@ class _Loop:
     def visit(self, index: int, *, is_mine: bool, is_needed: bool) -> None:
         """Bring a decoder layer to its device, prune or run it there, and commit it if it belongs to this process.
 
-        Weights of the layer are overwritten through `self.sink`, which also gets its masks and writes its files, if it
-        is a sink for files. `self.calibration` is replaced by one with the hidden states that leave the layer.
-        `self.held_out` runs through the layer, and `self.report` gets its record. The callbacks are called.
+        `self.plan` says what is pruned. Weights of the layer are overwritten through `self.sink`, which also gets its
+        masks and writes its files, if it is a sink for files. `self.calibration` is replaced by one with the hidden
+        states that leave the layer. `self.held_out` runs through the layer, and `self.report` gets its record. The
+        callbacks are called.
 
         Args:
             index: The number of the layer.
@@ -224,8 +225,9 @@ def _completed(
 ) -> LayerRecord:
     """Return a copy of a decoder layer's record with its time, the digest of its dense tensors, and all reasons.
 
-    `dense_sha256` is of the layer before it was pruned. The reasons tell why operators of the layer stay dense: those
-    that `plan.removal` knew before the run, and those that `layer_record` has already.
+    `seconds` is the wall time of the layer, and `dense_sha256` is of the layer before it was pruned; `None` if it was
+    not computed. The reasons tell why operators of the layer stay dense: those that `plan.removal` knew before the run,
+    and those that `layer_record` has already.
     """
     prefix = f"{layer_record.report.name}."
     left_dense = {

@@ -268,14 +268,18 @@ def _warn_of_under_calibrated_experts(plan: Plan, report: PruningReport) -> None
 
 
 def _note_perplexity(plan: Plan, report: PruningReport, held_out: HeldOut) -> None:
-    """Add the perplexities on the held-out text to the report, if they are known (`HeldOut.perplexity`)."""
+    """Add the perplexities on the held-out text to the report, if they are known.
+
+    `held_out` has measured both networks, the dense and the pruned one, on their way through the decoder layers.
+    """
     perplexity = held_out.perplexity()
     if perplexity is None:
         return
 
-    # its matrix, with a row for each token
+    # The matrix of the input embeddings, with a row for each token.
     embedding = next(plan.layers.model.get_input_embeddings().parameters())
-    text = held_out.text  # of a file its path
+    # The name of the text, such as "c4", or the path of a file; None: not known.
+    text = held_out.text
     if text:
-        text = public_name(text)
+        text = public_name(text)  # without the folders of the user
     report.perplexity = perplexity | {"text": text, "vocabulary": len(embedding)}

@@ -172,8 +172,8 @@ class Plan:
 
         `layer_name` is such as "model.layers.3"; `None` stands for all tensors outside the decoder layers. `kept` are
         the numbers of the groups (heads, channels, experts) that stay, by the name of their part, such as
-        "model.layers.3.self_attn". `self.source` has the tensors in the files of the model. No values are read, and
-        nothing is changed.
+        "model.layers.3.self_attn". `self.source` has the tensors in the files of the model, and `self.removal` says to
+        which part each belongs. No values are read, and nothing is changed.
         """
         # The names of the parameters in the dense model, by the names of their tensors in the result's files.
         places = dict(self.source.places)

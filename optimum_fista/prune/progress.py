@@ -32,6 +32,7 @@ class Progress(PruningCallback):
 
         `costs` are of the decoder layers that are left, by index, in forward passes. A line on stderr says if an
         earlier start has finished `self._num_done` layers. `num_layers` is that of the whole model, and is not needed.
+        Sets `self._costs` and `self._num_layers`, the layers of this process.
         """
         self._costs = costs
         self._num_layers = self._num_done + len(costs)
@@ -49,7 +50,10 @@ class Progress(PruningCallback):
         )
 
     def on_operator_end(self, report: OperatorReport) -> None:
-        """Show the newest operator in `self._bar`, with its relative errors on calibration and on held-out tokens."""
+        """Show the newest operator in `self._bar`, with its relative errors on calibration and on held-out tokens.
+
+        `report` is that of the operator, which is pruned.
+        """
         _, kind = layer_and_kind(report.name)
         description = f"{self._layers_done}: {kind}, fit error {report.fit_error:.4f}"
         if report.held_out_fit_error is not None:
@@ -61,8 +65,8 @@ class Progress(PruningCallback):
     ) -> None:
         """Print a line about the finished decoder layer, above the bar; a log keeps every one of them.
 
-        The bar (`self._bar`) moves by the cost of the layer, which `self._costs` has by index. `operators` are the
-        reports of its pruned operators.
+        Counts the layer in `self._num_done`, of `self._num_layers` in all. The bar (`self._bar`) moves by the cost of
+        the layer, which `self._costs` has by index. `operators` are the reports of its pruned operators.
         """
         self._num_done += 1
         self._bar.set_description_str(self._layers_done, refresh=False)

@@ -52,8 +52,8 @@ class Ranks:
     def each(self, work: Callable[[], T]) -> T:
         """Do this process's work, wait for the others to do theirs, and return the result of this one.
 
-        An error of this process is raised only after the others are done. If another one failed, a RankError says
-        which. With one process (`self.count` is 1), this just calls `work`.
+        An error of this process (its rank is `self.index`) is raised only after the others are done. If another one
+        failed, a RankError says which. With one process (`self.count` is 1), this just calls `work`.
         """
         result: T | None = None
         failure: Exception | None = None  # of this process
@@ -85,7 +85,7 @@ class Ranks:
     def first(self, work: Callable[[], T]) -> T:
         """Let rank 0 do the work, and give its result to all ranks; errors are raised as by `each`.
 
-        The other ranks get a copy: the result is pickled.
+        The rank of this process is `self.index`. The other ranks get a copy: the result is pickled.
         """
 
         def do_or_wait() -> T | None:
@@ -98,7 +98,8 @@ class Ranks:
     def gather(self, value: T) -> list[T]:
         """Return the values of all processes, by rank, in every process; errors are raised as by `exchanging`.
 
-        All of the `self.count` processes must call this, and wait here for the last one. Values are pickled.
+        All of the `self.count` processes must call this with their own `value`, and wait here for the last one. Values
+        are pickled. `self.group` is PyTorch's group of the processes.
         """
         values = [value] * self.count  # places for those of the others
         if self.count > 1:
@@ -110,7 +111,8 @@ class Ranks:
     def exchanging(self) -> Iterator[None]:
         """Inside, processes exchange values; a lost connection becomes a RankError that says so.
 
-        An error of this process is raised as it is, and so is every error if `self.count` is 1.
+        An error of this process (its rank is `self.index`) is raised as it is, and so is every error if `self.count` is
+        1.
         """
         try:
             yield
@@ -186,7 +188,7 @@ def share_layers(
     """Share the unfinished decoder layers so that the slowest rank ends as early as possible; the last may get none.
 
     `unfinished` are rising indices, and `pruning_costs` the costs of all decoder layers (`Plan.costs`). Returns the
-    indices of each rank.
+    indices of each of the `num_ranks` processes.
 
     Shares are contiguous, because a rank runs the dense network only up to its last layer:
 

@@ -266,7 +266,7 @@ class ModelSink(Sink):
 
         `undo` no longer puts them back; an error in the run still does (`self._undo`). Offloaded weights
         (`self._onloaded`) change where Accelerate keeps them. The arguments are not needed here: they are for a sink
-        that writes files.
+        that writes files. `self._num_committed` becomes the number of entries of `self._undo`.
         """
         for owner, name in self._onloaded.values():
             # `self._undo` gets a function that puts back the old value.
@@ -281,8 +281,8 @@ class ModelSink(Sink):
 
         `plan` has its budgets; `report` has the records of all decoder layers, and is completed in place; `held_out` is
         `None` if no perplexity was measured. `started` is the time of `time.perf_counter` at which the run began. The
-        model and its configuration are changed in place. Sets `source`, to the tensors in the model's files in their
-        smaller form.
+        model (`self._model`) and its configuration are changed in place. Sets `source`, to the tensors in the model's
+        files in their smaller form.
         """
         model = self._model
         # The numbers of the groups (channels, heads, experts) that stay, by the name of their part. They are asked for
@@ -301,9 +301,9 @@ class ModelSink(Sink):
 def _attributes_kept(model: nn.Module) -> Callable[[], None]:
     """Note the attributes of all modules, of Accelerate's hooks and of the configuration; return what puts them back.
 
-    Hooks, forward passes, modes, parameters and submodules of a module are all in its instance dictionary, one level
-    deep. Values of tensors are not noted, but gradients and `requires_grad` are. Nothing is changed before the returned
-    function is called.
+    `model` is the one that a run is about to prune. Hooks, forward passes, modes, parameters and submodules of a module
+    are all in its instance dictionary, one level deep. Values of tensors are not noted, but gradients and
+    `requires_grad` are. Nothing is changed before the returned function is called.
     """
     modules = list(model.modules())
     holders: list[Any] = [*modules]

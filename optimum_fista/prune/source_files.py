@@ -82,7 +82,7 @@ class SourceFiles:
         """Refuse to go on (ValueError) if a file has changed since it was hashed, is new, or is gone.
 
         `self.hashes` has size, times and SHA-256 of each file in `self.folder`. Files with a new time are read again;
-        their new times are noted in `self.hashes`.
+        their new times are noted in `self.hashes`. `self._progress` says whether a bar is shown meanwhile.
         """
         now = SourceFiles(self.folder, self.hashes, self._progress)
         before = self.digests

@@ -38,7 +38,7 @@ def removal_cost(saliency: Tensor, sparsity: float) -> float:
     """
     num_zeros = round(sparsity * saliency.numel())
     count = min(saliency.numel(), max(1, num_zeros))  # of the saliencies in the sum
-    threshold = kth_smallest_magnitude(saliency, count)
+    threshold = kth_smallest_magnitude(saliency, count)  # the largest saliency in the sum
 
     # Of the saliencies that equal the threshold, only so many are added that `count` are in the sum.
     below = saliency < threshold
@@ -161,6 +161,7 @@ def prune_stacked(
     rows = [problem.weight.shape[0] for problem in problems]  # of each operator
     stacked = _stack(problems, scales, rows)  # changes `problems`, until they are divided below
     try:
+        # All patterns are alike but for the share of zeros.
         pattern = replace(patterns[0], sparsity=1 - num_kept / stacked.weight.numel())
         (pruned,) = method.prune_sharing([stacked], [pattern])
     finally:  # the matrices of `problems` are views of these
@@ -179,10 +180,10 @@ def prune_stacked(
 def _stack(problems: Sequence[LayerProblem], scales: Tensor, rows: Sequence[int]) -> LayerProblem:
     """Make one problem of all rows of `problems`, each times its scale; `rows` are their numbers of rows.
 
-    Changes `problems`: their weights and targets become views of the new problem's, because there is no memory for two
-    copies. So they are scaled, too, until the caller divides the new problem's by `scales` [all rows, 1].
+    Changes `problems`: their weights and targets become views of the new problem's matrices, because there is no memory
+    for two copies. So they are scaled, too, until the caller divides the new problem's by `scales` [all rows, 1].
     """
-    stacked = copy(problems[0])
+    stacked = copy(problems[0])  # with the Gram matrix that all have
     for key in ("weight", "target"):
         whole = torch.cat([getattr(problem, key) for problem in problems])
         for problem, part in zip(problems, whole.split(rows), strict=True):

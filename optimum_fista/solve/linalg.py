@@ -20,8 +20,12 @@ SCALE_ON_DEVICES = 128
 
 
 def rows_in_block(rows: int, columns: int, scale: int = 1) -> int:
-    """Rows of a block of a matrix [rows, columns]; `scale`: how many times as large it is as on a CPU."""
-    largest_block = max(_ROWS, scale * _VALUES // max(1, columns))
+    """Count the rows of a block, if a matrix [rows, columns] is cut into blocks of about equal size.
+
+    A block has about half a million values times `scale`, but never fewer rows than a product needs to be efficient.
+    """
+    values_in_block = scale * _VALUES
+    largest_block = max(_ROWS, values_in_block // max(1, columns))  # in rows
     # Rounded up twice: as few blocks as possible, of about equal size.
     num_blocks = max(1, math.ceil(rows / largest_block))
     return math.ceil(rows / num_blocks)
@@ -134,4 +138,5 @@ def diagonal_blocks(matrix: Tensor, width: int) -> Tensor:
     """Copy the blocks [n / width, width, width] along the diagonal of a matrix [n, n]."""
     by_block_rows = matrix.unflatten(0, (-1, width))  # [n / width, width, n]
     blocks = by_block_rows.unflatten(2, (-1, width))  # [n / width, width, n / width, width]
-    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    on_diagonal = blocks.diagonal(dim1=0, dim2=2)  # [width, width, n / width]
+    return on_diagonal.permute(2, 0, 1).contiguous()

@@ -158,7 +158,11 @@ def method_class(name: str) -> type[PruningMethod]:
 
 
 def largest_memory_factors() -> MemoryFactors:
-    """The largest of each factor among all methods of `METHODS`, for a method whose own are not measured."""
+    """The largest of each factor among all registered methods (`METHODS`): an estimate for a method without factors.
+
+    Each factor says how many float32 matrices of one size a method holds at most besides its problem: as large as the
+    Gram matrix, as the weights, or as a block of rows. Methods have them as `memory_factors`, or `None`.
+    """
     measured = [method.memory_factors for method in METHODS.values() if method.memory_factors]
     return MemoryFactors(
         gram_matrices=max(factors.gram_matrices for factors in measured),

@@ -135,16 +135,19 @@ class SparsityPattern(ABC):
         if within is not None and self.span is None:
             first, all_columns = within
             zeros = self._contests(rows, all_columns).removed
-            # Rounded at both ends of the part, so that rounding errors of the parts cancel.
+            # A part loses the zeros of all columns up to its end, minus those of all columns before it. Both are
+            # rounded, so that the parts have the zeros of the whole matrix together.
             zeros_before = round(zeros * first / all_columns)
             zeros_until_end = round(zeros * (first + columns) / all_columns)
             removed = zeros_until_end - zeros_before
         num_kept = contests.groups - removed  # groups of each contest
 
+        # Scores of groups are made for a block of rows at a time, because squares of all weights would be one more
+        # matrix.
         if self.whole_columns:
             sums = torch.cat([self._scores(matrix[part], squared) for part in row_blocks(matrix)])
             scores = sums.sum(0, keepdim=True)  # [blocks, groups] -> [1, groups]
-            mask_of_groups = keep_largest(scores, num_kept)
+            mask_of_groups = keep_largest(scores, num_kept)  # the same for all rows
             return mask_of_groups.repeat_interleave(self.width, dim=1).repeat(rows, 1)
 
         if contests.number == 1:
@@ -152,7 +155,7 @@ class SparsityPattern(ABC):
                 return keep_largest(matrix, num_kept)
             scores = torch.cat([self._scores(matrix[part], squared) for part in row_blocks(matrix)])
             mask = keep_largest(scores, num_kept)
-        elif self.span is None:
+        elif self.span is None:  # each row is a contest
             mask = torch.cat(
                 [
                     keep_largest_in_rows(self._scores(matrix[part], squared), num_kept)
@@ -272,8 +275,11 @@ def parse_pattern(
 
 
 def _usual_form_of(text: str) -> str:
-    """Say what to pass instead of a text that no pattern reads."""
-    n_of_m = re.fullmatch(r"(\d+)of(\d+)", text)  # so the program itself names folders
+    """Say what to pass instead of a text that no pattern reads, for the end of an error.
+
+    Some users write a pattern as folders of results are named ("2of4"), or only the share of zeros ("0.5").
+    """
+    n_of_m = re.fullmatch(r"(\d+)of(\d+)", text)
     if n_of_m:
         return f"'{n_of_m[1]}:{n_of_m[2]}'"
     if re.fullmatch(r"0?\.\d+", text):
@@ -292,7 +298,7 @@ def pack_mask(mask: Tensor) -> Tensor:
 def unpack_mask(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Unpack a mask of `shape`, boolean, True = kept, from the bits of `pack_mask`: uint8 [ceil(numel / 8)]."""
     count = int(np.prod(shape))
-    num_bytes = (count + 7) // 8
+    num_bytes = (count + 7) // 8  # rounded up
     if packed.dtype != torch.uint8 or packed.numel() != num_bytes:
         raise ValueError(
             f"packed has {packed.numel()} values of {packed.dtype}: a mask of shape {tuple(shape)} needs {num_bytes} "

@@ -57,6 +57,7 @@ class InputStatistics:
         self._mean = mean
 
         mean_energy = gram.diagonal().mean()
+        # Not zero, because it divides. Nothing is read back, so the host need not wait for a device.
         mean_energy = torch.where(mean_energy == 0, torch.ones_like(mean_energy), mean_energy)
         self.diagonal = torch.maximum(gram.diagonal(), _DEAD * mean_energy)
         ratios = self.diagonal / mean_energy
@@ -81,8 +82,8 @@ class InputStatistics:
         """Statistics in which nearly dead inputs are uncorrelated with all others.
 
         `None` if no input is nearly dead. It is not `self` then, because an object that is cached in itself would live
-        on until cycles are collected. Otherwise they have a Gram matrix of their own. They are made at the first use,
-        and kept.
+        on until cycles are collected. Otherwise they have a Gram matrix of their own: a copy of `self.gram` without the
+        products of nearly dead inputs with others. They are made at the first use, and kept.
         """
         live = self.live
         if bool(live.all()):
@@ -227,6 +228,8 @@ class LayerProblem:
         weights in the scaled coordinates are `W_ij / s_j`. The matrices that are returned are new, so the caller may
         overwrite them.
 
+        `self` and its tensors stay as they are: `self.gram` is `G`, `self.target` is `C`, `self.weight` is `W`.
+
         Returns:
             `s_i [G_d]_ij s_j`, the scaled Gram matrix [in, in].
             `[C_d]_ij s_j`, the scaled target [out, in].
@@ -252,12 +255,13 @@ class LayerProblem:
                                  =  <(W* + W) G - 2 C, D> + e0       which takes one product,
                                  =  <D G, D>                         if Y = W X*, because then C = W G and e0 = 0.
 
-        A decoupled problem has the error of `self._original`, from which it was made.
+        A decoupled problem has the error of `self._original`, from which it was made. `self.target` is `C`, `self.gram`
+        is `G`, and the sum of `self.unpruned_errors` is `e0`.
 
         Args:
             weight: The new weights `W*` [out, in]. The dense ones, `W`, are `self.weight`.
         """
-        if self._original is not None:
+        if self._original is not None:  # this problem is decoupled
             return self._original._squared_error(weight)
 
         error = self.unpruned_errors.sum().clamp_min(0.0)  # e0, zero when Y = W X*
@@ -285,7 +289,8 @@ class LayerProblem:
     def output_error(self, weight: Tensor) -> float | None:
         """Return the error against the dense network's outputs, `|| W* X* - W X ||_F / || W X ||_F`.
 
-        `None` if these outputs are not known. Symbols, matrices [out, in] unless something else is said:
+        `None` if these outputs are not known. Changes nothing. Symbols, matrices [out, in] unless something else is
+        said:
 
         - `W*` is `weight`, `W` is `self.weight`, and `D = W* - W`;
         - `G` [in, in] is the Gram matrix of `X*`;
@@ -308,7 +313,7 @@ class LayerProblem:
 
         If `K` itself is known, it takes the place of `C`, with a = 1.
         """
-        if self.aims_at_dense:
+        if self.aims_at_dense:  # Y = W X
             return self.fit_error(weight)
         if self.dense is None:
             return None
@@ -360,7 +365,9 @@ def relative(squared_error: float, energy: float) -> float:
 def largest_eigenvalue(
     gram: Tensor, *, tolerance: float = 1e-4, max_iterations: int = 300
 ) -> float:
-    """Upper estimate of `lambda_max(G)`, G [n, n] symmetric positive semidefinite, by power iteration.
+    """Upper estimate of `lambda_max(G)`, by at most `max_iterations` of the power iteration. Changes nothing.
+
+    `gram` is `G` [n, n], symmetric positive semidefinite.
 
     The Rayleigh quotient `q` of a unit vector `v` never exceeds `lambda_max`, and some eigenvalue lies within
     `r = || G v - q v ||` of it; `q + r` is returned once `r <= tolerance * q`, and never more than the
@@ -376,6 +383,7 @@ def largest_eigenvalue(
     vector += gram.diagonal() / gram.diagonal().mean()
     vector /= vector.norm()
 
+    # `q` and `r` of the iteration that was read last.
     quotient = 0.0
     residual = bound
     # Pairs (q, r) on the device that were not read yet: reading makes the host wait for a device.

@@ -55,7 +55,7 @@ def refit(
     scale = _preconditioner(gram)
     weight = start.mul_(mask) if in_place else start * mask
     product = torch.empty_like(weight)  # memory for products, used again and again
-    noise = torch.zeros_like(weight[:, 0])
+    noise = torch.zeros_like(weight[:, 0])  # squared rounding error of each row's residual, [out]
     if singular:
         noise = _rounding_errors(gram, target, weight, mask, scale, memory=product)
 
@@ -65,7 +65,7 @@ def refit(
     direction = residual * scale
     energy = _energies(residual, direction, noise)
 
-    stop = tolerance**2 * energy.sum().double()
+    stop = tolerance**2 * energy.sum().double()  # energies are squares
     steps = torch.zeros((), dtype=torch.int64, device=gram.device)
     # Asking makes the host wait for a device; steps after the last one change nothing.
     steps_between_questions = 1 if gram.device.type == "cpu" else 10

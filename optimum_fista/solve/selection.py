@@ -81,10 +81,12 @@ def _kth_magnitude_by_bracket(array: np.ndarray, k: int) -> float:
     # The rank of a sampled quantile has a standard deviation of at most sqrt(n) / 2: five of them to each side.
     rank = (k - 1) / array.size * sample.size
     margin = 2.5 * math.sqrt(sample.size)
+    # The bracket, whose ends are places in the sample at most.
     last = sample.size - 1
     low = sample[min(max(0, int(rank - margin)), last)]
     high = sample[min(max(0, int(rank + margin)), last)]
 
+    # Magnitudes below the bracket are counted, and those inside of it are kept.
     below = 0
     parts = []
     for start in range(0, array.size, _BLOCK):
@@ -95,8 +97,9 @@ def _kth_magnitude_by_bracket(array: np.ndarray, k: int) -> float:
 
     is_inside = below < k <= below + inside.size
     if is_inside:
-        index = k - below - 1
+        index = k - below - 1  # among those inside, from 0
         return float(np.partition(inside, index)[index])
+    # The sample was no good picture of the matrix.
     return float(np.partition(np.abs(array), k - 1)[k - 1])
 
 
@@ -115,13 +118,15 @@ def _kth_by_halving(count: Callable[[Tensor], Tensor], k: int, like: Tensor) -> 
             values, or [rows, 1] for one of each row. Its values are not read.
     """
     integer = torch.int64 if like.dtype == torch.float64 else torch.int32
+    # Seen as integers (`view`), in the order of the numbers.
     low = _ordered(torch.full_like(like, -math.inf).view(integer))
     high = _ordered(torch.full_like(like, math.inf).view(integer))
     num_bits = 8 * like.element_size()
     for _ in range(num_bits):  # once low = high, further rounds change nothing
         # The mean: the bits that both have, plus half of those that one has. The sum of both may overflow.
         middle = (low & high) + ((low ^ high) >> 1)
-        enough = count(_ordered(middle).view(like.dtype)) >= k  # back to floating point
+        threshold = _ordered(middle).view(like.dtype)  # back to floating point
+        enough = count(threshold) >= k
         low = torch.where(enough, low, middle + 1)
         high = torch.where(enough, middle, high)
     return _ordered(high).view(like.dtype)

@@ -129,7 +129,8 @@ class Admm(PruningMethod):
 
             s_k = s (1 - (1 - k / ramp_iterations)^3)
 
-        After that the mask is frozen.
+        After that the mask is frozen. The fields of `self` are the options, such as `damping`, a share of the mean of
+        the diagonal of the Gram matrix.
         """
         problem = problem.decoupled()
         gram, target, scale = unit_diagonal(problem, self.damping)

@@ -48,7 +48,8 @@ class Alps(PruningMethod):
 
         No tensor of `problem` changes; its statistics keep their decoupled form (`LayerProblem.decoupled`).
 
-        The fields of `self` are the options of the method; the module's docstring has the steps.
+        The fields of `self` are the options of the method, such as `damping` (a share of the mean of the diagonal of
+        the Gram matrix) and `period` (iterations between changes of `rho`); the module's docstring has the steps.
         """
         problem = problem.decoupled()
         gram, target, scale = unit_diagonal(problem, self.damping)

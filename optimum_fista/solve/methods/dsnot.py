@@ -82,7 +82,7 @@ class Dsnot(PruningMethod):
             contribution=sum_groups(problem.weight * mean),
             live=live.view(-1, pattern.width).all(1),  # [in] -> [groups]
             mask=mask_of_groups,
-            contest=inputs_that_compete // pattern.width,
+            groups_in_contest=inputs_that_compete // pattern.width,
         )
 
         mask = mask_of_groups.repeat_interleave(pattern.width, dim=1)
@@ -97,7 +97,7 @@ class Dsnot(PruningMethod):
         contribution: Tensor,
         live: Tensor,
         mask: Tensor,
-        contest: int,
+        groups_in_contest: int,
     ) -> int:
         """Swap in `mask` [out, groups], in place, until no row moves; returns the cycles in which one moved.
 
@@ -108,11 +108,15 @@ class Dsnot(PruningMethod):
             contribution: `w_j mu_j` [out, groups]: of a group to the error of its row, while it is pruned.
             live: Whether a group has no nearly dead input, [groups]: others never grow.
             mask: True = kept.
-            contest: Consecutive groups of a row that may be swapped with each other.
+            groups_in_contest: Number of consecutive groups of a row that may be swapped with each other.
+
+        The options are `self.max_cycles`, the most cycles, and `self.threshold`: a row whose error is smaller moves no
+        more.
         """
         error = contribution.masked_fill(mask, 0).sum(1)  # e, [out]
         rows = torch.arange(len(error), device=error.device)
-        contests = torch.arange(mask.shape[1], device=error.device) // contest  # of each group
+        groups = torch.arange(mask.shape[1], device=error.device)
+        contest_of_group = groups // groups_in_contest
         infinity = float("inf")
 
         moves_in_cycle = []  # whether a row moved, on the device
@@ -120,16 +124,19 @@ class Dsnot(PruningMethod):
         cycles_between_questions = 1 if error.device.type == "cpu" else 10
         for cycle in range(1, self.max_cycles + 1):
             sign = error.sign()[:, None]
+            # Of each row, the pruned group to grow, and the kept group of its contest to prune.
             grown = (growth * sign).masked_fill(mask, -infinity).argmax(1)
-            in_contest_of_grown = contests == (grown // contest)[:, None]
-            allowed = mask & (contribution * sign < 0) & in_contest_of_grown
+            contest_of_grown = grown // groups_in_contest  # [out]
+            in_contest_of_grown = contest_of_group == contest_of_grown[:, None]
+            allowed = mask & in_contest_of_grown
+            allowed &= contribution * sign < 0  # its removal moves the error towards zero
             lowest, pruned = scores.masked_fill(~allowed, infinity).min(1)
 
             # A grown weight leaves the sum over pruned weights, a pruned one enters it.
             error_after = error - contribution[rows, grown] + contribution[rows, pruned]
             moves = (
                 (error.abs() > self.threshold)
-                & torch.isfinite(lowest)
+                & torch.isfinite(lowest)  # any group is allowed
                 & (error_after.abs() < error.abs())
                 & live[grown]
             )

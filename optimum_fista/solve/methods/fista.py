@@ -71,7 +71,7 @@ class Fista(PruningMethod):
     takes_columns: ClassVar[bool] = False  # the l1 norm makes single weights zero
 
     def __post_init__(self) -> None:
-        """Refuse options that make no sense."""
+        """Refuse options that make no sense (ValueError); the fields of `self` are the options."""
         if self.warm_start not in get_args(WarmStart):
             raise ValueError(
                 f"warm_start={self.warm_start!r}: pass one of {', '.join(get_args(WarmStart))}."
@@ -132,9 +132,11 @@ class Fista(PruningMethod):
         `rounding_share`, rounding dominates and the penalty rises, otherwise it falls. The interval, which the
         paper does not give, is `[1e-6, 1] max |C|` on a logarithmic scale.
 
-        It ends after `self.max_trials` trials, or after `self.patience` trials in a row without improvement. `problem`
-        is decoupled (`LayerProblem.decoupled`), and `rounded` is the warm start in the pattern. The tensors of both
-        stay as they are; `problem.statistics` keeps its Lipschitz constant, which is computed once.
+        It ends after `self.max_trials` trials, or after `self.patience` trials in a row without improvement. A trial
+        has at most `self.max_iterations` steps, and ends before if a step changes the weights by less than
+        `self.tolerance`, a share of their norm. `problem` is decoupled (`LayerProblem.decoupled`), and `rounded` is the
+        warm start in the pattern. The tensors of both stay as they are; `problem.statistics` keeps its Lipschitz
+        constant, which is computed once.
         """
         best = PenaltySearch(
             weight=rounded.weight,

@@ -94,7 +94,7 @@ class ObsAdmm(PruningMethod):
     memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(1.1, 1.2, 3.8)
 
     def __post_init__(self) -> None:
-        """Refuse options that make no sense."""
+        """Refuse options that make no sense (ValueError); the fields of `self` are the options."""
         least_values = {"stages": 1, "iterations": 1, "refit_iterations": 0}
         for option, least in least_values.items():
             if getattr(self, option) < least:
@@ -122,7 +122,8 @@ class ObsAdmm(PruningMethod):
 
         `problems` have the same `InputStatistics`, and `patterns` has one pattern for each. Patterns of whole columns
         may have groups of several columns, and each such width has coordinates of its own. If the widths differ,
-        operators are pruned one by one.
+        operators are pruned one by one. The fields of `self` are the options: numbers of stages, of `iterations` in a
+        stage and of steps of the refit, and the `ridge`, if the user has given one.
 
         No tensor of `problems` changes. Their statistics keep a second form, in which nearly dead inputs are
         uncorrelated with all others (`LayerProblem.decoupled`): it is made at the first use.
@@ -190,7 +191,7 @@ class ObsAdmm(PruningMethod):
         if self.ridge is not None:
             return self.ridge
         inputs_per_token = len(statistics.gram) / max(1, statistics.num_tokens)
-        return min(0.5, max(0.003, 1.5 * inputs_per_token))
+        return min(0.5, max(0.003, 1.5 * inputs_per_token))  # within [0.003, 0.5]
 
     def _split(
         self,
@@ -201,8 +202,9 @@ class ObsAdmm(PruningMethod):
     ) -> None:
         """Run the stages of ADMM, step 3, for all operators; changes the point, mask and rho of each of `states`.
 
-        `surgeon` has the coordinates of step 2, and `gram` is `G`, which stays as it is. The options are those of
-        `self`.
+        `patterns` has the pattern of each. `surgeon` has the coordinates of step 2, and `gram` is `G`, which stays as
+        it is. The options are those of `self`: `rho` grows from `first_rho` to `last_rho` by the same factor from stage
+        to stage, and a stage has so many `iterations`.
         """
         growth = (self.last_rho / self.first_rho) ** (1 / max(1, self.stages - 1))
         for stage in range(self.stages):
@@ -224,9 +226,9 @@ class ObsAdmm(PruningMethod):
         """Refit the kept weights, step 4; a state whose pattern has whole columns stays as it is.
 
         Changes the points of `states`, which are weights in the coordinates of `surgeon`. Returns the largest number of
-        steps of a block of rows. `gram` is `G`, which stays as it is.
+        steps of a block of rows, of `self.refit_iterations` at most. `gram` is `G`, which stays as it is.
         """
-        ridge_gram = surgeon.scaled_gram(gram)
+        ridge_gram = surgeon.scaled_gram(gram)  # G_r in these coordinates
         steps = [torch.zeros((), dtype=torch.int64, device=gram.device)]
         for state, pattern in zip(states, patterns, strict=True):
             assert state.mask is not None
@@ -297,7 +299,8 @@ class _Surgeon:
 
             B^T S G_r S B,   G_r = G + r diag(G).
 
-        `gram` is `G` [in, in], which stays as it is. The fields of this class hold `S`, `B` and `r diag(G)`.
+        `gram` is `G` [in, in], which stays as it is. `self.scale` is the diagonal of `S`, `self.blocks` are those of
+        `B` (`None`: the identity), and `self.penalty` is `r diag(G)` [in].
         """
         copy = gram.clone()
         copy.diagonal().add_(self.penalty)
@@ -331,7 +334,8 @@ class _Surgeon:
     def times_blocks(self, matrix: Tensor, transposed: bool = False) -> Tensor:
         """Return `matrix @ B`, or `matrix @ B^T`, a new matrix [rows, in]; `matrix` itself if `B` is the identity.
 
-        `self.blocks` [in / width, width, width] are the blocks of `B`; `None`: it is the identity.
+        `transposed` asks for `B^T`. `self.blocks` [in / width, width, width] are the blocks of `B`; `None`: it is the
+        identity.
         """
         if self.blocks is None:
             return matrix

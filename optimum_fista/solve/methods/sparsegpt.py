@@ -45,7 +45,9 @@ class SparseGPT(PruningMethod):
 
         No tensor of `problem` changes; its statistics keep their decoupled form (`LayerProblem.decoupled`).
 
-        The problem's target is ignored: SparseGPT's target is `W X*`. Symbols are those of the module.
+        The problem's target is ignored: SparseGPT's target is `W X*`. Symbols are those of the module. The options are
+        `self.damping`, a share of the mean of the diagonal of `G`, and `self.block_size`, the columns whose mask is
+        chosen together.
         """
         self.require_pattern(pattern)
         pattern.require_shape(problem.weight.shape, problem.name)
@@ -91,8 +93,9 @@ class SparseGPT(PruningMethod):
         """Prune the columns from `left` to `right` (excluded); changes these of `weight` and of `mask`, [out, in].
 
         A *contest* are the columns whose mask is chosen together: the m of n:m, or the whole block. `weight` has been
-        compensated for all columns to the left, and the caller compensates those to the right of the block. Returns
-        the scaled errors `e` of the block's columns, [out, right - left]. `upper` is `U` [in, in].
+        compensated for all columns to the left, and the caller compensates those to the right of the block. Returns the
+        scaled errors `e` of the block's columns, [out, right - left]. `upper` is `U` [in, in], and `pattern` chooses
+        the masks.
         """
         width = right - left
         block = weight[:, left:right].clone()

@@ -30,7 +30,7 @@ class Columns(SparsityPattern):
     whole_columns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Refuse a share or a width that makes no sense."""
+        """Refuse a share (`self.sparsity`) or a number of columns in a group (`self.width`) that makes no sense."""
         if not 0 <= self.sparsity < 1:
             raise ValueError(
                 f"sparsity={self.sparsity!r}: pass the share of the columns to remove, in [0, 1)."
@@ -52,7 +52,7 @@ class Columns(SparsityPattern):
         """Read `"columns:0.25"`, with a width `"columns:0.25x64"`, or exactly 7 of 9 groups, `"columns:7of9x64"`.
 
         Returns `None` if the text is a pattern of another kind; ValueError if its numbers make no sense. The text says
-        the sparsity, so `sparsity` is not read.
+        the sparsity, so `sparsity` is not read. `scope` is only kept: whole columns compete in the whole matrix.
         """
         match = _TEXT.fullmatch(text)
         if match is None:
@@ -66,7 +66,11 @@ class Columns(SparsityPattern):
             raise ValueError(f"pattern={text!r}: {error}") from None
 
     def __str__(self) -> str:
-        """The text that `read` takes."""
+        """The text that `read` takes, such as "columns:0.25x64" or "columns:7of9x64".
+
+        `self.sparsity` is the share of the groups that is removed, `self.width` the number of columns in a group, and
+        `self.groups` the number of groups, if the pattern was made for it.
+        """
         width = f"x{self.width}" if self.width > 1 else ""
         if self.groups is None:
             # `repr` keeps every digit, as a share in a report must

@@ -24,7 +24,11 @@ class NOfM(SparsityPattern):
 
     @classmethod
     def read(cls, text: str, sparsity: float | None, scope: Scope) -> Self | None:  # noqa: ARG003, it is 1 - n / m
-        """Read `"2:4"` or `"4:8-pairs"`; `None` if the text is a pattern of another kind, ValueError for "4:2"."""
+        """Read `"2:4"` or `"4:8-pairs"`; `None` if the text is a pattern of another kind, ValueError for "4:2".
+
+        The text says the sparsity, so `sparsity` is not read. `scope` ("matrix" or "row") is only kept: groups compete
+        within m inputs.
+        """
         if text == "4:8-pairs":
             return cls(0.5, scope, width=2, span=8)
         match = re.fullmatch(r"(\d+):(\d+)", text)

@@ -39,8 +39,9 @@ class PartShare:
     def num_kept(self, number: int, num_router_groups: int = 1, at_least: int = 1) -> int:
         """Count the parts of `number` (those that a decoder layer or the model has now) that stay.
 
-        At least `at_least` stay. If a router chooses groups of experts first (`num_router_groups` of them, otherwise
-        1), equally many experts of each stay.
+        `self.share` of them is to be removed; they are `self.kind`, such as "channels". At least `at_least` stay. If a
+        router chooses groups of experts first (`num_router_groups` of them, otherwise 1), equally many experts of each
+        stay.
 
         Raises:
             ValueError: If no whole number of parts is near enough to the share; the message has possible shares.
@@ -48,8 +49,8 @@ class PartShare:
         step = self.step(number, num_router_groups)
         kept = self._nearest(number, step)
         # The least and the most multiples of the step that may stay: one part goes at least.
-        least = math.ceil(at_least / step) * step
-        most = (number - 1) // step * step
+        least = math.ceil(at_least / step) * step  # rounded up
+        most = (number - 1) // step * step  # rounded down
         if most < least:
             floor = f" with {at_least} left at least" if at_least > 1 else ""
             raise ValueError(
@@ -82,7 +83,8 @@ class PartShare:
     ) -> Self:
         """Make the share that leaves `kept` of `number` parts, in as few digits as say it.
 
-        `kept` must be a multiple of `multiple_of`, or of the usual step if that is `None`.
+        `kind` is "channels", "heads", "experts" or "layers". `kept` must be a multiple of `multiple_of`, or of the
+        usual step if that is `None`.
         """
         exact = 1 - kept / number  # may need 17 digits
         for digits in range(2, 9):
@@ -118,13 +120,16 @@ class PartShare:
         return abs(removed - wanted) > _LARGEST_ROUNDING * wanted + rounding
 
     def _possible_shares(self, number: int, possible: range) -> str:
-        """List the shares that leave one of the `possible` numbers of parts; of many, those nearest to this share."""
+        """List the shares that leave one of the `possible` numbers of parts; of many, those nearest to this share.
+
+        `number` is that of the parts now. Each share is followed by how many parts it removes, for an error.
+        """
         wanted = (1 - self.share) * number
         by_distance = sorted(possible, key=lambda kept: abs(kept - wanted))
         nearest = by_distance[:_MOST_SHARES_LISTED]
         shares = []
         for kept in sorted(nearest, reverse=True):
-            share = self.keeping(self.kind, kept, number, self.multiple_of).share
+            share = self.keeping(self.kind, kept, number, self.multiple_of).share  # in few digits
             shares.append(f"{share:g} ({number - kept} of {number})")
         more = ", ..." if len(nearest) < len(possible) else ""
         return ", ".join(shares) + more
@@ -147,7 +152,8 @@ class WholeParts(SparsityPattern):
         """Read `"channels:0.25"`, with a multiple `"channels:0.25/64"`, several joined by `"+"`.
 
         The numbers after ":" and "/" are `PartShare.share` and `PartShare.multiple_of`. Returns `None` if the text is a
-        pattern of another kind; ValueError if it names parts and makes no sense.
+        pattern of another kind; ValueError if it names parts and makes no sense. The text says the shares, so
+        `sparsity` is not read; `scope` is only kept.
         """
         shares = list[PartShare]()
         for part in text.split("+"):
