@@ -193,7 +193,7 @@ def retried(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            reason = str(error) or repr(error)
+            reason = str(error) or repr(error)  # a MemoryError may have no text
 
         # After the handler: the error holds the frames, and the frames hold the tensors that filled the memory.
         if undo is not None:
@@ -201,8 +201,9 @@ def retried(
         calibration = _halved(calibration, plan, report, reason)
         release_memory(collect=True)
         num_sequences = max(batch.input_ids.shape[0] for batch in calibration.batches)
+        first_line, *_ = reason.splitlines()
         report.warn(
-            f"out of memory in {where}: batches of {num_sequences} sequences from here on ({reason.splitlines()[0]})"
+            f"out of memory in {where}: batches of {num_sequences} sequences from here on ({first_line})"
         )
 
 

@@ -62,9 +62,9 @@ def share_budgets(
     # layer got would be missing in the others.
     prefixes = tuple(f"{plan.layers.name}.{index}." for index, _ in removed_layers)
     sharing: dict[str, LinearOperator] = {}
-    if config.sparsity:
+    if config.sparsity:  # otherwise there are no zeros to share
         for name, operator in plan.all_operators.items():
-            is_removed = name.startswith(prefixes)
+            is_removed = name.startswith(prefixes)  # by any of them
             # An operator whose sparsity is fixed by the pattern ("2:4") or by an override of the user does not share.
             if not is_removed and config.shares_budget(name):
                 sharing[name] = operator

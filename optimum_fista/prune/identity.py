@@ -65,7 +65,7 @@ def run_fingerprint(
         "calibration": tokens,
         "batches": shapes,
         "sequences": sum(shape[0] for shape in shapes),
-        "length": shapes[0][1],
+        "length": shapes[0][1],  # tokens in a sequence of the first batch
         "packed": packed,
         "versions": {name: versions[name] for name in ("optimum-fista", "torch", "transformers")},
     }

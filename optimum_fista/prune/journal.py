@@ -200,9 +200,9 @@ class Journal:
         """Begin the run: write the hashes of the source's files, the run's fingerprint and its budgets to disk.
 
         `weights` are these hashes, by file name (`SourceFiles.hashes`). `self._fingerprint` identifies the run. The
-        files are in the unfinished folder, `self.folder`; `self._budgets` is that of the budgets. From the fingerprint
-        on, the folder is kept until the run ends. The budgets have the digest of the fingerprint, and layers that of
-        the budgets, so that they belong to this run only.
+        files are in the unfinished folder, `self.folder`; `self._budgets` is that of the budgets. Once the fingerprint
+        is written, the folder is kept until the run ends. The budgets have the digest of the fingerprint, and layers
+        that of the budgets, so that they belong to this run only.
         """
         run_file = self.folder / RUN_FILE
         write_record(self.folder / WEIGHTS_FILE, weights)

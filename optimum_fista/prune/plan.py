@@ -152,7 +152,7 @@ class Plan:
             sum(math.prod(operator.shape) for operator in operators.values())
             for operators in self.removal.operators.values()
         ]
-        largest = max(1, *num_weights)
+        largest = max(1, *num_weights)  # not zero, because it divides
         return [_PRUNING_COST * number / largest for number in num_weights]
 
     @cached_property

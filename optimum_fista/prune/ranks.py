@@ -157,6 +157,7 @@ def joined_ranks(device: str | None) -> Iterator[Ranks]:
             f"the environment names {count} processes and Accelerate finds {state.num_processes}: start them by "
             "`accelerate launch` or `torchrun`."
         )
+    # Ranks that are finished wait in it for the slowest one, for days if need be.
     group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
     try:
         yield Ranks(
@@ -226,7 +227,8 @@ def share_layers(
     limits = sorted(possible)
     shares: list[list[int]] = []
     if limits:
-        # With a higher limit there are fewer shares: the first limit that gives no more than there are ranks.
+        # With a higher limit there are fewer shares. So a bisection finds the first limit that gives no more shares
+        # than there are ranks (True).
         enough = bisect_left(limits, True, key=lambda limit: len(fill(limit)) <= num_ranks)
         shares = fill(limits[enough])
     num_idle = num_ranks - len(shares)

@@ -87,7 +87,8 @@ def allocate(
         zeros = {}
         for name, log_cost in log_costs.items():
             share = sparsity + (mu - log_cost) / SLOPE
-            zeros[name] = round(sizes[name] * min(highest, max(lowest, share)))
+            clipped = min(highest, max(lowest, share))
+            zeros[name] = round(sizes[name] * clipped)
         return zeros
 
     # The interval goes one unit of sparsity beyond the extremes, so that all operators are clipped at both ends.
@@ -101,7 +102,8 @@ def allocate(
     missing = total_zeros - sum(zeros.values())
     for name in sorted(zeros, key=lambda name: sizes[name], reverse=True):
         most_zeros = math.floor(sizes[name] * highest)
-        added = min(missing, max(0, most_zeros - zeros[name]))
+        room = max(0, most_zeros - zeros[name])  # rounding may have gone beyond the highest share
+        added = min(missing, room)
         zeros[name] += added
         missing -= added
     return {name: num_zeros / sizes[name] for name, num_zeros in zeros.items()}
@@ -163,7 +165,7 @@ def prune_stacked(
     try:
         # All patterns are alike but for the share of zeros.
         pattern = replace(patterns[0], sparsity=1 - num_kept / stacked.weight.numel())
-        (pruned,) = method.prune_sharing([stacked], [pattern])
+        (pruned,) = method.prune_sharing([stacked], [pattern])  # one problem, one result
     finally:  # the matrices of `problems` are views of these
         stacked.weight.div_(scales)
         stacked.target.div_(scales)

@@ -331,6 +331,7 @@ class LayerProblem:
             both = torch.add(difference, self.weight[rows], alpha=factor)  # E
             residual = torch.addmm(cross[rows], both, self.gram, beta=-factor)
             error += inner_by_rows(residual, difference).sum()
+        # The other sum is || W X ||^2.
         sums = torch.stack([error, self.dense.energies.sum()])
         squares, energy = sums.tolist()  # one wait for the device
         return relative(max(squares, 0.0), energy)

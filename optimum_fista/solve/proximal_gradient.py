@@ -44,8 +44,10 @@ def fista(
     Symbols: W iterates, Y extrapolated points, t momentum.
 
     `gram` is `G` [in, in], symmetric positive semidefinite; `target` is `C` [out, in], as large as `start`, the first
-    iterate. `lipschitz` is `L`, at least `lambda_max(G)`. It stops when `|| W_{k+1} - W_k ||_F <= tolerance * ||
-    W_{k+1} ||_F`, or after `max_iterations`. The arguments stay as they are.
+    iterate. `lipschitz` is `L`, at least `lambda_max(G)`. The arguments stay as they are. It stops after
+    `max_iterations`, or before if
+
+        || W_{k+1} - W_k ||_F <= tolerance * || W_{k+1} ||_F.
     """
     if lipschitz <= 0:
         return FistaSolution(torch.zeros_like(start), iterations=0, converged=True)

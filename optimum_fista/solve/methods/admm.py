@@ -51,7 +51,11 @@ class SplitState:
             Z  <-  project(W + V / rho)
             V  <-  V + rho (W - Z)
 
-        The first one takes one block of rows at a time, for which `self.target` makes these rows of `C`. The
+        `self.point` [out, in] holds two of them. After an iteration it is `P = W + V / rho`: where `self.mask` is True
+        this is `Z`, and elsewhere it is `V / rho`, with the `rho` of that iteration. Before the first iteration there
+        is no mask, `Z` is the point, and `V` is zero.
+
+        The first update takes one block of rows at a time, for which `self.target` makes these rows of `C`. The
         projection needs all rows.
 
         Args:
@@ -72,7 +76,7 @@ class SplitState:
             if has_other_rho:
                 # Z + V / rho with the new rho; Z stays, because the dual is zero there.
                 point.add_(dual, alpha=ratio - 1)
-            # C - V + rho Z, the right-hand side of the W step: Z - V / rho first.
+            # C - V + rho Z, the right-hand side of the W step. First Z - V / rho: by now `point` is Z + V / rho.
             right_side = torch.sub(point, dual, alpha=2 * ratio)
             torch.add(self.target(rows), right_side, alpha=rho, out=right_side)
             # W + V / rho, the next `P`, in the memory of the dual.

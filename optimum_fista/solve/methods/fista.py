@@ -106,7 +106,7 @@ class Fista(PruningMethod):
             best.weight,
             best.mask,
             max_iterations=self.refit_iterations,
-            singular=True,
+            singular=True,  # there may be fewer tokens than inputs
         )
 
         messages = [rounded.message] if rounded.message else []

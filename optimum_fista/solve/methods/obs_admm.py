@@ -206,7 +206,8 @@ class ObsAdmm(PruningMethod):
         it is. The options are those of `self`: `rho` grows from `first_rho` to `last_rho` by the same factor from stage
         to stage, and a stage has so many `iterations`.
         """
-        growth = (self.last_rho / self.first_rho) ** (1 / max(1, self.stages - 1))
+        num_steps = max(1, self.stages - 1)  # from stage to stage; a single stage has `first_rho`
+        growth = (self.last_rho / self.first_rho) ** (1 / num_steps)
         for stage in range(self.stages):
             rho = self.first_rho * growth**stage
             # A factorisation overwrites its G_r, so that is made again from G.
