@@ -92,8 +92,8 @@ class FistaOnLoadQuantizer(HfQuantizer):
         del model.config.quantization_config
         options = self.quantization_config
         self._tokenizer: Any = options.tokenizer
-        if not options.tokenizer:  # that of the model, by its name
-            self._tokenizer = model.name_or_path
+        if not options.tokenizer:
+            self._tokenizer = model.name_or_path  # the tokenizer has the name of the model
         is_text = options.has_texts or isinstance(options.dataset, str)
         if is_text and isinstance(self._tokenizer, str):
             self._tokenizer = require_tokenizer(self._tokenizer)
@@ -124,7 +124,7 @@ class FistaOnLoadQuantizer(HfQuantizer):
                 pruner.config.seed,
                 progress=pruner.progress,
             )
-            batches = tokens.split(1)  # a sequence each
+            batches = tokens.split(1)  # one sequence in each batch
         elif options.has_texts:
             batches = [
                 self._tokenizer(text, truncation=True, max_length=length)["input_ids"]

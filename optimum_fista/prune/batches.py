@@ -64,7 +64,8 @@ def begin(
     model = plan.layers.model
     # The names of the model's arguments for images and sounds.
     media = media_arguments(model)
-    vocab_size, longest = token_limits(model)  # the most tokens of a sequence
+    # How many tokens have an embedding, and how many tokens a sequence may have (`None`: any number).
+    vocab_size, longest = token_limits(model)
     given = read_batches(calib_dataloader, vocab_size, longest, media, warn=report.warn)
     # Batches that the user marked as held out measure the perplexity, and nothing else.
     measured = [batch for batch in given if batch.held_out]

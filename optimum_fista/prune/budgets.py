@@ -64,7 +64,8 @@ def share_budgets(
     sharing: dict[str, LinearOperator] = {}
     if config.sparsity:  # otherwise there are no zeros to share
         for name, operator in plan.all_operators.items():
-            is_removed = name.startswith(prefixes)  # by any of them
+            # `startswith` is true if the name begins with any of the prefixes.
+            is_removed = name.startswith(prefixes)
             # An operator whose sparsity is fixed by the pattern ("2:4") or by an override of the user does not share.
             if not is_removed and config.shares_budget(name):
                 sharing[name] = operator

@@ -88,8 +88,9 @@ def join_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool, rank
         if not overwrite:
             require_same_run(folder, fingerprint)
         begun = json.dumps(read_record(folder / RUN_FILE))
-        if begun != json.dumps(fingerprint):  # as text: the order of overrides counts, too
-            # Also the rest of a run that was only half discarded.
+        # Compared as text, because the order of overrides counts, too. What is deleted may also be the rest of a run
+        # that was only half discarded.
+        if begun != json.dumps(fingerprint):
             discard(folder, keep_texts=True)
         return fingerprint
 

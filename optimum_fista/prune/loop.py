@@ -266,7 +266,8 @@ def prune_layer(
     """
     name = f"{plan.layers.name}.{index}"
     layer = plan.layers.modules[index]
-    release_memory(layer)  # of the decoder layer before
+    # The allocator still holds memory of the decoder layer before.
+    release_memory(layer)
     # The arguments of the layers are recorded already, unless memory ran out and the batches are smaller now.
     calibration = record(plan, calibration)
     states = calibration.states
@@ -430,7 +431,8 @@ def _operator_report(
     is_exact = operator.parameter.dtype == problem.weight.dtype
     written = pruned.weight if is_exact else operator.read()
     fit_error = pruned.fit_error if is_exact else problem.fit_error(written)
-    num_kept = pattern.num_kept(operator.shape)  # the mask was counted when it was checked
+    # `_require_solved` has counted the mask: it has as many weights as the pattern.
+    num_kept = pattern.num_kept(operator.shape)
     operator_report = OperatorReport(
         name=f"{operator.name}.weight",
         shape=operator.shape,
@@ -509,7 +511,8 @@ def solve_group(plan: Plan, problems: GroupProblems) -> GroupSolution:
 
     _require_solved(group, patterns, operators, method_name=method.name)
     for pruned in operators:
-        pruned.weight.masked_fill_(~pruned.mask, 0.0)  # no -0.0
+        # A product with a mask leaves -0.0 in place of negative weights.
+        pruned.weight.masked_fill_(~pruned.mask, 0.0)
     return GroupSolution(operators, patterns, name)
 
 
@@ -556,7 +559,8 @@ def _require_solved(
     for operator, pattern, result, is_finite in zip(
         group, patterns, results, are_finite, strict=True
     ):
-        fault = pattern.violation(result.mask)  # in words; None: the mask keeps the pattern
+        # Says in words how the mask breaks the pattern; `None` if it does not.
+        fault = pattern.violation(result.mask)
         if fault is None and not is_finite:
             fault = "weights hold NaN or Inf"
         if fault is not None:

@@ -56,7 +56,7 @@ class Ranks:
         failed, a RankError says which. With one process (`self.count` is 1), this just calls `work`.
         """
         result: T | None = None
-        failure: Exception | None = None  # of this process
+        failure: Exception | None = None
         try:
             result = work()
         except Exception as error:
@@ -66,7 +66,8 @@ class Ranks:
             logger.error("rank %d failed, and waits for the others: %s", self.index, _line(error))
         own_failure = None if failure is None else _line(failure)
         try:
-            failures = self.gather(own_failure)  # of all processes; this is where they wait
+            # The errors of all processes, by rank. Here this process waits for the others.
+            failures = self.gather(own_failure)
         except RankError as error:  # another process has ended
             if failure is not None:
                 raise failure from error

@@ -78,15 +78,18 @@ class ShardWriter:
         """
         plan = self._plan
         name = record.report.name
-        kept = groups_kept([record.report], record.operators)  # by the name of their part
-        originals = plan.stored(name, kept)  # as they are in the source's files
+        # The numbers of the groups (channels, heads, experts) that stay, by the name of their part.
+        kept = groups_kept([record.report], record.operators)
+        # The tensors of the layer in the source's files, cut to these groups.
+        originals = plan.stored(name, kept)
         tensors: dict[str, Tensor] = {}
         if not plan.as_stored:  # otherwise `originals` are what is written
             whole = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
             tensors = self._by_stored_name(plan.removal.shrink_tensors(record, whole))
         if self._packed:
             names = self.names
-            if plan.removal.earlier_masks is not None:  # of weights whose masks were carried over
+            if plan.removal.earlier_masks is not None:
+                # With those of weights whose masks were carried over from an earlier run.
                 names = names | dict(plan.removal.earlier_masks.names)
             masked = [*record.operators, *record.carried]
             operators, stored_masks = as_stored(masked, masks, names)

@@ -37,8 +37,10 @@ def removal_cost(saliency: Tensor, sparsity: float) -> float:
     The saliency of a weight is the increase of the loss if the weight alone is removed.
     """
     num_zeros = round(sparsity * saliency.numel())
-    count = min(saliency.numel(), max(1, num_zeros))  # of the saliencies in the sum
-    threshold = kth_smallest_magnitude(saliency, count)  # the largest saliency in the sum
+    # How many saliencies are summed up: at least one, so that no cost is zero by rounding, and at most all.
+    count = min(saliency.numel(), max(1, num_zeros))
+    # The largest saliency in the sum.
+    threshold = kth_smallest_magnitude(saliency, count)
 
     # Of the saliencies that equal the threshold, only so many are added that `count` are in the sum.
     below = saliency < threshold
@@ -153,7 +155,8 @@ def prune_stacked(
     weights_of_rows = torch.cat([v.to(problems[0].weight) for v in output_weights])
     scales = weights_of_rows.sqrt()
     root_mean_square = scales.square().mean().sqrt()
-    scales /= root_mean_square.clamp_min(torch.finfo(scales.dtype).tiny)  # not by zero
+    # A scale of 1 is the root mean square. The least normal number stands for zero, because it divides.
+    scales /= root_mean_square.clamp_min(torch.finfo(scales.dtype).tiny)
     scales = scales.clamp_min(_LEAST_SCALE)[:, None]  # [all rows, 1]
 
     num_kept = sum(
@@ -185,7 +188,8 @@ def _stack(problems: Sequence[LayerProblem], scales: Tensor, rows: Sequence[int]
     Changes `problems`: their weights and targets become views of the new problem's matrices, because there is no memory
     for two copies. So they are scaled, too, until the caller divides the new problem's by `scales` [all rows, 1].
     """
-    stacked = copy(problems[0])  # with the Gram matrix that all have
+    # A shallow copy: all problems have the same Gram matrix.
+    stacked = copy(problems[0])
     for key in ("weight", "target"):
         whole = torch.cat([getattr(problem, key) for problem in problems])
         for problem, part in zip(problems, whole.split(rows), strict=True):

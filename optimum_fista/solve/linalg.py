@@ -71,7 +71,8 @@ def damped_cholesky(
             amount = mean_damping(damped.diagonal(), damping)
             damped.diagonal().add_(amount * ratios)  # changes `damped`
 
-        factor, failed = cholesky_in_place(damped)  # in the memory of `damped`
+        # The factor takes the memory of `damped`.
+        factor, failed = cholesky_in_place(damped)
         is_first = attempt == 0
         if not failed:
             if is_first:
@@ -94,7 +95,7 @@ def mean_damping(diagonal: Tensor, damping: float) -> Tensor:
 
     The result is a scalar on the device of `diagonal` [n], so that the host need not wait for it.
     """
-    mean = diagonal.mean().double()  # as precise as a Python number
+    mean = diagonal.mean().double()  # float64, as precise as the Python number `damping`
     not_zero = torch.where(mean == 0, torch.ones_like(mean), mean)
     return (damping * not_zero).to(diagonal.dtype)
 

@@ -183,7 +183,8 @@ class SparsityPattern(ABC):
         if self.width == 1 and not self.whole_columns:
             return block
         squares = block if squared else block.square()
-        if self.whole_columns:  # in float64: sums over thousands of rows decide
+        if self.whole_columns:
+            # In float64, because sums over thousands of rows decide.
             squares = squares.sum(0, keepdim=True, dtype=torch.float64)
         return squares.unflatten(1, (-1, self.width)).sum(-1)  # [rows, in] -> [rows, groups]
 
@@ -195,7 +196,8 @@ class SparsityPattern(ABC):
         if num_kept != expected:
             return f"keeps {num_kept} weights, but {self} of {tuple(mask.shape)} keeps exactly {expected}"
 
-        if self.width > 1 or self.whole_columns:  # a device is asked once more for it
+        # Groups of one weight can't be divided, and this check makes the host wait for a device once more.
+        if self.width > 1 or self.whole_columns:
             # The first weight of each group speaks for all of them; that of row 0 if groups have whole columns.
             rows_to_compare = mask[:1] if self.whole_columns else mask
             first = rows_to_compare[:, :: self.width].repeat_interleave(self.width, dim=1)

@@ -174,5 +174,6 @@ def refit_columns(
             explained = problem.squared_error(problem.weight * kept) - error  # e0 - e
             if explained > 0:  # otherwise the refit gains nothing, and the ridge is the highest
                 wanted = _DEPENDENT_TOKENS * share * error / explained
-                ridge = min(_MOST_RIDGE, max(_LEAST_RIDGE, wanted))  # within both
+                # The ridge that is wanted, within its limits.
+                ridge = min(_MOST_RIDGE, max(_LEAST_RIDGE, wanted))
     return solve(ridge)

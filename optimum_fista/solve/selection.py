@@ -161,7 +161,8 @@ def keep_largest(values: Tensor, count: int) -> Tensor:
         return mask
 
     num_above = torch.stack([(part.abs() > threshold).sum() for part, _ in blocks]).sum()
-    num_ties_to_keep = count - num_above  # in this block and the next ones; on the device
+    # Of the ties in this block and in the next ones, so many are kept; the number stays on the device.
+    num_ties_to_keep = count - num_above
     for part, mask_of_part in blocks:
         ties = part.abs() == threshold
         number_of_tie = ties.flatten().cumsum(0, dtype=torch.int32).view(ties.shape)  # from 1

@@ -31,6 +31,7 @@ class Magnitude(PruningMethod):
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`: returns new weights with their mask; `problem` stays as it is."""
-        mask = pattern.mask(problem.weight)  # which compares absolute values
+        # The pattern keeps the largest absolute values.
+        mask = pattern.mask(problem.weight)
         weight = problem.weight * mask
         return PrunedOperator(weight, mask, problem.fit_error(weight))

@@ -160,7 +160,8 @@ class ObsAdmm(PruningMethod):
         for problem, pattern, state in zip(problems, patterns, states, strict=True):
             assert state.mask is not None
             message_of_refit = ""
-            refits = self.refit_iterations > 0  # the option can turn off all refits
+            # Zero iterations turn off all refits, also that of whole columns, which takes none.
+            refits = self.refit_iterations > 0
             if pattern.whole_columns and refits:
                 # step 4 of whole columns, in the problem's own coordinates; all rows of the mask are equal
                 columns_kept = state.mask[0]

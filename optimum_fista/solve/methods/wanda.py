@@ -32,6 +32,7 @@ class Wanda(PruningMethod):
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`: returns new weights with their mask; `problem` stays as it is."""
         input_norms = problem.statistics.diagonal.sqrt()  # || X_j ||_2, [in]
-        mask = pattern.mask(problem.weight * input_norms)  # which compares absolute values
+        # The pattern keeps the largest absolute values.
+        mask = pattern.mask(problem.weight * input_norms)
         weight = problem.weight * mask
         return PrunedOperator(weight, mask, problem.fit_error(weight))

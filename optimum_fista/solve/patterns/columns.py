@@ -62,7 +62,8 @@ class Columns(SparsityPattern):
             if match["kept"] is not None:
                 return cls.keeping(int(match["kept"]), int(match["groups"]), width)
             return cls(float(match["share"]), scope, width)
-        except ValueError as error:  # of a number, or of `__post_init__`
+        except ValueError as error:
+            # From `float`, `keeping` or `__post_init__`: the message lacks the text of the user.
             raise ValueError(f"pattern={text!r}: {error}") from None
 
     def __str__(self) -> str:

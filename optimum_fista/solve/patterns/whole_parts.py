@@ -116,7 +116,8 @@ class PartShare:
         """Tell whether removing all but `kept` of `number` parts differs from the share by more than a tenth of it."""
         wanted = self.share * number  # parts to remove
         removed = number - kept
-        rounding = 1e-9 * number  # of the arithmetic: a tenth itself is not too much
+        # The arithmetic rounds, and exactly a tenth is not too much.
+        rounding = 1e-9 * number
         return abs(removed - wanted) > _LARGEST_ROUNDING * wanted + rounding
 
     def _possible_shares(self, number: int, possible: range) -> str:
@@ -129,7 +130,8 @@ class PartShare:
         nearest = by_distance[:_MOST_SHARES_LISTED]
         shares = []
         for kept in sorted(nearest, reverse=True):
-            share = self.keeping(self.kind, kept, number, self.multiple_of).share  # in few digits
+            # The share in as few digits as say it.
+            share = self.keeping(self.kind, kept, number, self.multiple_of).share
             shares.append(f"{share:g} ({number - kept} of {number})")
         more = ", ..." if len(nearest) < len(possible) else ""
         return ", ".join(shares) + more
