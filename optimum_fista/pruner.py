@@ -241,8 +241,9 @@ class FistaPruner:
 
         `self._results` gets the report and the masks of the model, and `self.sources` the tensors in its files.
         `calib_dataloader` are the user's batches, and `source_name` is the name of their text, for the report. The
-        options of the user are fields of this pruner. The model's configuration gets a summary of the run. After an
-        error the model is as it was. The callbacks of the run are called, but not yet for its end.
+        options of the user are fields of this pruner: `config`, `storage_device`, `progress` and `callbacks`. The
+        model's configuration gets a summary of the run. After an error the model is as it was. The callbacks of the run
+        are called, but not yet for its end.
         """
         started = time.perf_counter()
         removes_parts = self.config.whole_parts is not None
@@ -277,7 +278,7 @@ class FistaPruner:
 
         A mask is packed to one bit a weight (`solve.pattern.unpack_mask`), in the layout of the model's weight. Both
         are the objects that this pruner keeps, no copies. Raises ValueError if another pruner has pruned the model
-        since then. Changes nothing.
+        since then. Changes nothing. `self._results` has both by model, since `prune`.
         """
         if model not in self._results:
             raise ValueError(

@@ -201,7 +201,8 @@ def _read_model(
     `name`, `config`, `dtype`, `packed` and `callbacks` are as the user passed them to `prune_named`. `offload_folder`
     gets copies of weights that can't be read from the files in parts. `storage` is where the user wants activations to
     be kept; if the user does not say (`None`) and computes on the CPU, they go to the folder `disk`. `progress` says
-    whether bars are shown. Writes nothing but these copies.
+    whether bars are shown. Writes nothing but these copies. `device` is where to compute, such as "cuda:0"; `None`: the
+    accelerator if there is one.
     """
     # `files` is the folder of the model's files; the tokenizer is `None` unless it is that of a GGUF file.
     model, tokenizer, files = load_lazily(name, offload_folder, device=device, dtype=dtype)

@@ -121,7 +121,10 @@ class Plan:
 
     @cached_property
     def all_operators(self) -> dict[str, LinearOperator]:
-        """All operators to prune, by name, such as "model.layers.3.mlp.down_proj", in the order of their layers."""
+        """All operators to prune, by name, such as "model.layers.3.mlp.down_proj", in the order of their layers.
+
+        `self.removal.operators` has them by the name of each decoder layer.
+        """
         return {
             name: operator
             for operators in self.removal.operators.values()
@@ -205,7 +208,9 @@ def plan_run(
 
     Nothing is changed, and no zeros are allocated yet. `removal` comes from `plan_removal`, and `source` from
     `source_tensors`; it is `None` if the files are not known. If `loaded` is False, the model may be on the meta
-    device, for an estimate. The other arguments are fields of `Plan`.
+    device, for an estimate. `files_dtypes` says whether tensors are written in the dtypes of the files, and not in that
+    of the model. `storage` is where activations are kept between passes (`None`: on the device of their decoder layer).
+    `progress` shows bars, and `callbacks` are called as operators and decoder layers are pruned.
     """
     plan = Plan(
         removal=removal,

@@ -49,6 +49,9 @@ class InputStatistics:
     def __init__(self, gram: Tensor, num_tokens: int, mean: Tensor | None = None) -> None:
         """Keep the Gram matrix `G` [in, in] itself, no copy, and note the energies of the inputs.
 
+        `self.diagonal` are the energies, positive so that one can divide by them. `self.energy_ratios` are 1 for live
+        inputs; for nearly dead ones, they are the energy as a share of the mean.
+
         `gram` is a sum over `num_tokens` tokens; `mean` [in] is the mean of the inputs over them, which only some
         methods need (DSnoT, FLAP).
         """

@@ -55,7 +55,10 @@ def kth_smallest_magnitude(values: Tensor, k: int) -> Tensor:
 
 
 def _kth_in_rows(magnitudes: Tensor, k: int) -> Tensor:
-    """Return the `k`-th smallest value (k from 1) of every row of [rows, columns], as [rows, 1]."""
+    """Return the `k`-th smallest value (k from 1) of every row of `magnitudes` [rows, columns], as [rows, 1].
+
+    `magnitudes` are absolute values, float32 or float64.
+    """
     if magnitudes.device.type == "cpu":
         partitioned = np.partition(magnitudes.detach().numpy(), k - 1, axis=1)
         return torch.from_numpy(np.ascontiguousarray(partitioned[:, k - 1 : k]))

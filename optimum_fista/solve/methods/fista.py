@@ -71,7 +71,11 @@ class Fista(PruningMethod):
     takes_columns: ClassVar[bool] = False  # the l1 norm makes single weights zero
 
     def __post_init__(self) -> None:
-        """Refuse options that make no sense (ValueError); the fields of `self` are the options."""
+        """Refuse options that make no sense (ValueError); the fields of `self` are the options.
+
+        They are numbers of steps and trials, a `tolerance` and a share (`rounding_share`) of norms, and the name of the
+        method of the warm start.
+        """
         if self.warm_start not in get_args(WarmStart):
             raise ValueError(
                 f"warm_start={self.warm_start!r}: pass one of {', '.join(get_args(WarmStart))}."

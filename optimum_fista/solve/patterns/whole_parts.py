@@ -123,7 +123,8 @@ class PartShare:
     def _possible_shares(self, number: int, possible: range) -> str:
         """List the shares that leave one of the `possible` numbers of parts; of many, those nearest to this share.
 
-        `number` is that of the parts now. Each share is followed by how many parts it removes, for an error.
+        `number` is that of the parts now; they are `self.kind`, such as "channels". Each share is followed by how many
+        parts it removes, for an error.
         """
         wanted = (1 - self.share) * number
         by_distance = sorted(possible, key=lambda kept: abs(kept - wanted))
