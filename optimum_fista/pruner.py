@@ -193,10 +193,11 @@ class FistaPruner:
     ) -> PruningReport:
         """Prune a loaded model (`_prune_loaded`), and measure it before and after on the texts that the user named.
 
-        The arguments are those of `prune`; `source_name` is its `calibration_source`. The model is changed in place,
-        and this pruner keeps its report and masks. The losses go into the report, and into the summary in
-        `model.config`. If they can't be measured after the run, the report says so. The tokenizer is that of the folder
-        from which the model was loaded; ValueError if there is none.
+        The arguments are those of `prune`: `calib_dataloader` are the batches of the calibration, `source_name` is the
+        name of their text, `measure` are held-out texts by name, and `protect` says how much each may lose. The model
+        is changed in place, and this pruner keeps its report and masks. The losses go into the report, and into the
+        summary in `model.config`. If they can't be measured after the run, the report says so. The tokenizer is that of
+        the folder from which the model was loaded; ValueError if there is none.
         """
         if not measure and not protect:
             return self._prune_loaded(model, calib_dataloader, source_name)

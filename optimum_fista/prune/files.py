@@ -144,7 +144,10 @@ class FileSink(Sink):
         journal = self._journal
 
         def make_and_keep() -> None:
-            """Make the budgets by `share_budgets`, and write them to `journal`, unless an earlier start did."""
+            """Make the budgets by `share_budgets`, and write them to `journal`, unless an earlier start did.
+
+            Rank 0 does this, for all.
+            """
             if journal.budgets() is None:
                 budgets = share_budgets()
                 self._source.require_unchanged()

@@ -222,13 +222,13 @@ def _warn_of_rounded_rows(plan: Plan, report: PruningReport) -> None:
     if not report.operators or config.overrides:
         return
     by_rows = all(operator.scope == "row" for operator in report.operators)
-    asked = config.sparsity or 0.0
+    asked = config.sparsity or 0.0  # a share of 0 to 1
     sparsity = report.totals["sparsity"]
     is_rounded = abs(sparsity - asked) > 1e-4
     if by_rows and is_rounded:
         report.warnings.append(
             f"rows have whole numbers of zeros, so {sparsity:.2%} of the weights are zero instead of "
-            f"{config.sparsity:.2%}: pass scope='matrix' for an exact one."
+            f"{asked:.2%}: pass scope='matrix' for an exact one."
         )
 
 

@@ -136,7 +136,7 @@ class Dsnot(PruningMethod):
             error_after = error - contribution[rows, grown] + contribution[rows, pruned]
             moves = (
                 (error.abs() > self.threshold)
-                & torch.isfinite(lowest)  # any group is allowed
+                & torch.isfinite(lowest)  # infinite if no group is allowed
                 & (error_after.abs() < error.abs())
                 & live[grown]
             )
