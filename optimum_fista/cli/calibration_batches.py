@@ -1,14 +1,15 @@
 """The batches of a run of `optimum-fista prune`: calibration text, and more text to measure the perplexity on.
 
-A batch is a tensor of token ids, [sequences, tokens], or a dictionary of arguments of the model. A dictionary with
-`held_out`, the name of a text, is not calibrated on: the perplexity is measured on it. A *source* is what the user
+A batch is a tensor of token ids, int64 [sequences, tokens], or a dictionary of arguments of the model. A dictionary
+with `held_out`, the name of a text, is not calibrated on: the perplexity is measured on it. A *source* is what the user
 passed as `--calibration`: "self" (the model writes the text), a file, or the name of a text such as "c4".
+
+In all functions, `request` is what the user asks for (`PruneRequest`); no function changes it.
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,13 @@ _MEASURED_IMAGES = 16
 def calibration_batches(
     request: PruneRequest, device: str | None, keep_in: Path
 ) -> list[Tensor | dict[str, Any]]:
-    """Return the calibration batches, and a last batch to measure the perplexity on if the text is long enough.
+    """Return the calibration batches, and after them one to measure the perplexity on if the text is long enough.
+
+    If the text has images, each sequence is a batch. Texts of the Hub are downloaded into its cache.
 
     Args:
         request: What the user asked for, with a source and a batch size (`PruneRequest.with_choices`).
-        device: Where the model writes the text, if the source is "self".
+        device: Where the model writes the text, if the source is "self", such as "cuda:0"; `None`: it is chosen.
         keep_in: Folder in which such a text is written to a file, for a run that resumes.
     """
     assert request.source is not None
@@ -42,8 +45,8 @@ def calibration_batches(
     if request.source == "self":
         tokens, measured = _own_text(request, device, keep_in)
         measured_source = "pydoc"
-    elif require_source(request.source, with_images=True):
-        return _image_batches(request)
+    elif require_source(request.source, with_images=True):  # True if its lines have images
+        return list(_image_batches(request))
     else:
         tokens, measured = _drawn_text(request)
         measured_source = request.source
@@ -62,13 +65,13 @@ def calibration_batches(
 
 
 def _bytes_per_token(tokenizer: PreTrainedTokenizerBase, sequences: Tensor) -> float:
-    """Count the bytes of text in UTF-8, and divide them by the number of ids in `sequences` [sequences, tokens].
+    """Count the bytes of text in UTF-8, and divide them by the number of ids in `sequences`, int64 [sequences, tokens].
 
-    Special tokens have no bytes, but count as tokens.
-    A sequence may begin or end inside a character. Such a part of a character, which is no text, has no bytes here.
+    Special tokens have no bytes, but count as tokens. A sequence may begin or end inside a character. Such a part of a
+    character is no text, and has no bytes here.
     """
     texts = tokenizer.batch_decode(sequences, skip_special_tokens=True)
-    # U+FFFD is what a part of a character becomes.
+    # U+FFFD is what a part of a character becomes when it is decoded.
     num_bytes = sum(len(text.strip("\ufffd").encode()) for text in texts)
     return num_bytes / sequences.numel()
 
@@ -76,10 +79,14 @@ def _bytes_per_token(tokenizer: PreTrainedTokenizerBase, sequences: Tensor) -> f
 def _own_text(
     request: PruneRequest, device: str | None, keep_in: Path
 ) -> tuple[Tensor, Tensor | None]:
-    """Let the model write text, and draw Python's documentation to measure the perplexity on.
+    """Let the model write text to calibrate on, and draw Python's documentation ("pydoc") to measure the perplexity on.
 
-    The model's own text would be too easy for that. Returns token ids [sequences, tokens] of both; `None` instead of
-    the documentation if it is too short for the sequence length. The text is also kept in a file in `keep_in`.
+    The model's own text would be too easy to measure on. `device` is where the model writes, such as "cuda:0"; `None`:
+    it is chosen. What it writes is also kept in a file in the folder `keep_in`.
+
+    Returns:
+        Token ids of both, int64 [sequences, tokens]; `None` instead of the second if no perplexity is measured, or the
+        documentation is too short for it.
     """
     length = _length(request)
     tokens = calibration_tokens_by_name(
@@ -92,22 +99,27 @@ def _own_text(
         dtype=request.dtype,
         keep_in=keep_in,
     )
-    measured = None
-    with suppress(ValueError):
+    num_measured = _num_measured(request)
+    if num_measured == 0:
+        return tokens, None
+    try:
         measured = calibration_windows(
             require_tokenizer(request.model),
             load_text("pydoc", "test"),
-            _num_measured(request),
+            num_measured,
             length,
             request.config.seed,
         )
+    except ValueError:  # the documentation is too short
+        return tokens, None
     return tokens, measured
 
 
 def _drawn_text(request: PruneRequest) -> tuple[Tensor, Tensor | None]:
     """Draw sequences of the request's text to calibrate on, and if possible some more to measure the perplexity on.
 
-    Returns token ids [sequences, tokens] of both; `None` instead of the second ones if there are none.
+    Returns token ids of both, int64 [sequences, tokens]; `None` instead of the second ones if there are none. A text of
+    the Hub is downloaded into its cache. ValueError if the text is too short to calibrate on.
     """
     assert request.source is not None
     tokenizer = require_tokenizer(request.model)
@@ -115,23 +127,28 @@ def _drawn_text(request: PruneRequest) -> tuple[Tensor, Tensor | None]:
     num_wanted = request.num_sequences
 
     def draw(number: int) -> Tensor:
-        """Draw `number` sequences at random places of `text`, as the `request` says; token ids [number, tokens].
+        """Draw `number` sequences at random places of `text`, token ids [number, tokens]; ValueError if it is too
+        short.
 
-        `tokenizer` is that of the model. ValueError if the text is too short.
+        From the outer function: `tokenizer` is that of the model, and `request` has the length and the seed.
         """
         return calibration_windows(tokenizer, text, number, _length(request), request.config.seed)
 
     for num_more in _numbers_to_try(request, _num_measured(request)):
-        with suppress(ValueError):  # the text may be long enough for fewer sequences
+        try:
             tokens = draw(num_wanted + num_more)
-            return tokens[:num_wanted], tokens[num_wanted:]
+        except ValueError:
+            continue  # the text may be long enough for fewer sequences
+        return tokens[:num_wanted], tokens[num_wanted:]
     return draw(num_wanted), None
 
 
-def _image_batches(request: PruneRequest) -> list[Tensor | dict[str, Any]]:
+def _image_batches(request: PruneRequest) -> list[dict[str, Any]]:
     """Draw sequences with images to calibrate on, and if possible some more to measure the perplexity on.
 
-    Each sequence is a batch of its own: a dictionary of arguments of the model. Those to measure on have `held_out`.
+    Each sequence is a batch of its own: a dictionary of arguments of the model, such as `input_ids` [1, tokens] and
+    `pixel_values`. Those to measure on come last, and have `held_out`. ValueError if there are too few lines to
+    calibrate on. A warning says how many lines were skipped, because their images would have been cut.
     """
     assert request.source is not None
     processor = require_processor(request.model)
@@ -139,9 +156,10 @@ def _image_batches(request: PruneRequest) -> list[Tensor | dict[str, Any]]:
     num_wanted = request.num_sequences
 
     def draw(number: int) -> list[dict[str, Any]]:
-        """Draw `number` sequences of random `lines`, as the `request` says; ValueError if there are too few lines.
+        """Draw `number` sequences of random `lines`; ValueError if there are too few lines.
 
-        Each is a dictionary of arguments, as `processor`, which is that of the model, makes them.
+        Each is a dictionary of arguments of the model. From the outer function: `processor` makes them, and is that of
+        the model, and `request` has the length and the seed.
         """
         return image_sequences(
             processor,
@@ -153,31 +171,39 @@ def _image_batches(request: PruneRequest) -> list[Tensor | dict[str, Any]]:
         )
 
     for num_more in _numbers_to_try(request, _MEASURED_IMAGES):
-        with suppress(ValueError):  # there may be enough lines for fewer sequences
+        try:
             batches = draw(num_wanted + num_more)
-            measured = [{**batch, "held_out": request.source} for batch in batches[num_wanted:]]
-            return [*batches[:num_wanted], *measured]
-    return [*draw(num_wanted)]
+        except ValueError:
+            continue  # there may be enough lines for fewer sequences
+        measured = [{**batch, "held_out": request.source} for batch in batches[num_wanted:]]
+        return batches[:num_wanted] + measured
+    return draw(num_wanted)
 
 
 def _numbers_to_try(request: PruneRequest, number: int) -> tuple[int, ...]:
-    """Return the numbers of sequences to measure the perplexity on that are tried in turn: `number`, then 1.
+    """Return how many more sequences are drawn to measure the perplexity on: `number`, or 1 if these are too many.
 
-    Returns none if no further sequences are drawn: if experts are removed (the model that is measured would be gone by
-    then), or if the user's `held_out` asks for sequences to measure errors on, which then serve for both.
+    Empty if no more are drawn: if no perplexity is measured, or if the user's `held_out` asks for sequences to measure
+    errors on, which then serve for both.
     """
+    measures_perplexity = _num_measured(request) > 0
     has_held_out = request.config.held_out > 0
-    if _num_measured(request) == 0 or has_held_out:
+    if not measures_perplexity or has_held_out:
         return ()
     return (number, 1)
 
 
 def _num_measured(request: PruneRequest) -> int:
-    """Count the sequences that have enough tokens for a perplexity; 0 if experts are removed: it is not measured."""
+    """Return how many sequences have the tokens that a perplexity needs; 0 if none is measured.
+
+    None is measured if experts are removed: the perplexity of the dense model is measured at the end of the run, and
+    its decoder layers are gone by then. `whole_parts` are the parts that the pattern removes, such as "experts:0.25";
+    `None` if it removes none.
+    """
     whole_parts = request.config.whole_parts
     if whole_parts is not None and any(part.kind == "experts" for part in whole_parts.shares):
         return 0
-    return math.ceil(LEAST_TOKENS / _length(request))  # tokens that a perplexity needs
+    return math.ceil(LEAST_TOKENS / _length(request))
 
 
 def _length(request: PruneRequest) -> int:

@@ -118,7 +118,7 @@ class _Speaker:
         """Load a model by its folder or Hub id (`name`), with generation settings that take the most probable token.
 
         `settings` are the flags of the command. `writes`: whether answers are printed while they come, as in a
-        terminal.
+        terminal. A model of the Hub is downloaded into its cache.
         """
         from transformers import GenerationConfig
 
@@ -147,6 +147,7 @@ class _Speaker:
     def _tokens_that_end_an_answer(self) -> list[int]:
         """Ids that the folder's settings or the tokenizer name as the end of a text; none, if they name none."""
         of_model = getattr(self.model.generation_config, "eos_token_id", None)
+        # Folders name one id, several, or none.
         ids_of_model = of_model if isinstance(of_model, list) else [of_model]
         end_ids = {*ids_of_model, self.tokenizer.eos_token_id}
         end_ids.discard(None)
@@ -199,7 +200,7 @@ class _Speaker:
             options |= {
                 "do_sample": True,
                 "temperature": self.settings.temperature,
-                "top_k": 0,
+                "top_k": 0,  # draws among all tokens, not only among the 50 most probable ones
             }
 
         torch.manual_seed(self.settings.seed)  # for every answer, so that two models draw alike
@@ -214,8 +215,9 @@ class _Speaker:
         """The latest of `turns` that fit into the model, and their tokens on its device. Changes nothing.
 
         `turns` are dictionaries `{"role": "user" or "assistant", "content": text}`, and the last one is a question. The
-        tokens are `input_ids` and `attention_mask` [1, length], fewer than `self.room`. Without a chat template they
-        are those of the last turn.
+        tokens are `input_ids` and `attention_mask` [1, length], fewer than `self.room`, the most that the model takes.
+        Without a chat template they are those of the last turn. ValueError if no tokens, or too many, are left when
+        only the last turn stays.
         """
         count = 0
         for start in range(0, len(turns), 2):  # a question and its answer are dropped together

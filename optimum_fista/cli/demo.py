@@ -59,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prune the model in each way of `_RUNS` and print perplexities, sizes and texts; returns the exit code.
 
-    Writes the models that have a folder in `_RUNS` into folders inside `arguments.output`.
+    Writes the models that have a folder in `_RUNS` into folders inside `arguments.output`. `arguments` are the flags
+    that `add_arguments` declares, and stay as they are.
     """
     from optimum_fista.config import FistaPruningConfig
     from optimum_fista.evaluate.perplexity import evaluate_perplexity
@@ -105,9 +106,11 @@ def run(arguments: argparse.Namespace) -> int:
         say(f"pruning by {method}, {words}")
         pruned = copy.deepcopy(dense)
         pruner = FistaPruner(config)
-        pruner.prune(pruned, calibration.split(1), calibration_source=arguments.text)
+        batches = calibration.split(1)  # of one window
+        pruner.prune(pruned, batches, calibration_source=arguments.text)
         rows.append([method, words, *measured(pruned)])
         if folder:
+            # If the folder existed and must not be replaced, `require_output` has refused it above.
             pruner.save_pretrained(pruned, arguments.output / folder, tokenizer, overwrite=True)
 
     count, length = windows.shape
@@ -184,7 +187,7 @@ def _show_models(dense: Any, folders: list[Path], tokenizer: Any) -> None:
 
 
 def _show_model(name: str, model: Any, tokenizer: Any) -> None:
-    """Print the size of a model, and how it continues a sentence."""
+    """Print the size of a model, and how it continues `_PROMPT`, the beginning of a sentence."""
     megabytes = sum(parameter.nbytes for parameter in model.parameters()) / 1e6
     print(
         f"\n{name:<12}{model.num_parameters():>13,} parameters, {megabytes:.0f} MB in memory",

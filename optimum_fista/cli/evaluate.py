@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     windows = evaluation_windows(tokenizer, text, arguments.sequence_length, arguments.max_windows)
+    # The text and the tokenizer say how many bytes the windows stand for, for the bits per byte.
     result = evaluate_perplexity(
         model, windows, batch_size=arguments.batch_size, text=text, tokenizer=tokenizer
     )

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from optimum_fista.options import kinds_of
 
+# Keyword arguments of `add_argument` for two flags that several commands have.
 DEVICE: dict[str, Any] = {
     "help": "cpu, cuda, cuda:1 (default: the accelerator unless it is mps, otherwise the CPU)"
 }
@@ -25,15 +26,17 @@ _METAVARS = {int: "N", float: "NUMBER", str: "NAME"}  # what the help shows for 
 def add_options(parser: argparse.ArgumentParser, options: type) -> dict[str, Any]:
     """Add a flag to `parser` for each field of the dataclass `options`, such as `PruningOptions`.
 
-    A flag has the help, the choices and the default of its field. A field that is a mapping gets no flag. Returns the
-    argument groups of rarely used options, by their titles; a command may add its own flags to them.
+    A flag has the help and the choices of its field, and the help names the default. A field that is a mapping gets no
+    flag. Returns the argument groups of rarely used options, by their titles; a command may add its own flags to them.
     """
     groups: dict[str, Any] = {}
     hints = get_type_hints(options)
     for field in fields(options):
-        kinds = kinds_of(hints[field.name])  # without None
+        # The types that the option takes besides None, such as [float] or [Literal["none", "full"], float].
+        kinds = kinds_of(hints[field.name])
         if get_origin(kinds[0]) is Mapping:
             continue  # only for Python and --config files
+        # The title of its group of rarely used options; None: an option of every day.
         title = field.metadata["advanced"]
         if title is not None and title not in groups:
             groups[title] = parser.add_argument_group(f"advanced: {title}")
@@ -46,7 +49,8 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> dict[str, Any
 def _flag_of(field: Field, kinds: list[Any]) -> tuple[str, dict[str, Any]]:
     """Return the flag of an option, such as "--max-iterations", and the keyword arguments of `add_argument` for it.
 
-    `kinds` are the types that the option takes. An option that the user does not pass is parsed as None.
+    `kinds` are the types that the option takes besides None, such as `[Literal["none", "full"], float]`. An option that
+    the user does not pass is parsed as None.
     """
     flag = field.name.replace("_", "-")
     text = field.metadata["help"]
@@ -55,7 +59,7 @@ def _flag_of(field: Field, kinds: list[Any]) -> tuple[str, dict[str, Any]]:
     settings: dict[str, Any]
     if kind is bool:
         settings = {"action": "store_const", "const": not field.default}
-        if field.default:
+        if field.default:  # the flag switches the option off
             flag = f"no-{flag}"
             text = f"do not {text}"
     elif origin is tuple:

@@ -45,6 +45,8 @@ _COMMANDS: dict[str, Any] = {  # modules, by the name of their subcommand
     "doctor": doctor,
 }
 _SECONDS_BETWEEN_LINES = 30.0  # of bars in a log, besides the first line of each bar
+# Moves the cursor of a terminal one line up. tqdm writes it after a second bar, which stands below the first one.
+_CURSOR_UP = "\x1b[A"
 
 _DESCRIPTION = """\
 Prune large language models after training, in one shot, one linear operator after another.
@@ -137,9 +139,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     """Run a parsed command and return its exit code: 1 after an error, printed in one line, 130 after an interrupt.
 
-    `arguments` come from a parser of `add_commands`. While the command runs, a warning is one line, progress bars that
-    are not in a terminal are lines, and with `--quiet` there are no bars. Afterwards these settings of the process are
-    as before.
+    `arguments` come from a parser of `add_commands`: `fista_run` is the function of the subcommand, and `quiet` a flag
+    that all have. While the command runs, a warning is one line, progress bars that are not in a terminal are lines,
+    and with `--quiet` there are no bars. Afterwards these settings of the process are as before.
     """
     format_of_warnings = warnings.formatwarning
     warnings.formatwarning = _warning_line
@@ -194,14 +196,19 @@ class _BarsAsLines:
         self._shown_names = {""}  # of bars, such as "layers done"
 
     def write(self, text: str) -> int:
-        """Pass `text` on to the stream; of a bar, only a line now and then. Returns its length, as files do."""
-        line = text.replace("\x1b[A", "").strip()  # a second bar goes up to the first one
-        is_bar = text.startswith("\r") and "\n" not in line
-        ends_bar = self._in_bar and not line  # with a line end, which is dropped
+        """Pass `text` on to the stream, but if it is a bar, leave that to `_write_bar`, which leaves most of them out.
+
+        A bar begins with "\\r". Blank text after it is left out, such as the line end when the bar is closed, because
+        lines of `_write_bar` have their line end already. `self._in_bar` notes whether a bar was the last that came.
+        Returns the length of `text`, as files do.
+        """
+        line = text.replace(_CURSOR_UP, "").strip()
+        is_bar = text.startswith("\r") and "\n" not in line  # several lines are no bar
+        is_blank_after_bar = self._in_bar and not line
         if is_bar:
             self._in_bar = True
             self._write_bar(line)
-        elif not ends_bar:
+        elif not is_blank_after_bar:
             self._in_bar = False
             self._stream.write(text)
         return len(text)
@@ -209,10 +216,12 @@ class _BarsAsLines:
     def _write_bar(self, line: str) -> None:
         """Write a line of a bar if it is the first line of this bar, or if the last line of any bar is old.
 
-        Notes the name of the bar and the time in `self`, if the line is written.
+        Notes the name of the bar and the time in `self`, if the line is written. An empty line erases a bar, and is not
+        written.
         """
+        description = re.split(r"[:|]", line)[0]
         # "3 of 30 layers done: ..." and "4 of 30 layers done: ..." are lines of one bar.
-        name = re.sub(r"\d+", "", re.split(r"[:|]", line)[0])
+        name = re.sub(r"\d+", "", description)
         is_late = time.monotonic() - self._last_line_at > _SECONDS_BETWEEN_LINES
         is_new = name not in self._shown_names
         if line and (is_new or is_late):

@@ -95,7 +95,11 @@ def require_disk(needed: int, output: Path) -> None:
 
 
 def estimate_of(request: PruneRequest) -> Estimate:
-    """Estimate what a run takes, from the model's configuration; without a batch size, with the best for the device."""
+    """Estimate what the run of a request takes, from the model's configuration; no weights are read.
+
+    If the request has no batch size, it is the best one for the device. If it has no source of text, it is the best one
+    for the model.
+    """
     from optimum_fista.estimate.estimate import Estimate
 
     return Estimate(
@@ -113,7 +117,10 @@ def estimate_of(request: PruneRequest) -> Estimate:
 
 
 def overview_of(estimate: Estimate) -> list[str]:
-    """Say in a few lines what a run will do and need; `estimate` is that of the run."""
+    """Say in a few lines what a run will do and need; `estimate` is that of the run. Changes nothing.
+
+    If the calibration text is a `.jsonl` file, it is read to find out whether it has images.
+    """
     from optimum_fista.report import lines_of_unplaced
     from optimum_fista.text.sources import require_source
 
@@ -131,7 +138,7 @@ def overview_of(estimate: Estimate) -> list[str]:
         f"{size_text(sum(parts.values()))} of the {place}"
         for place, parts in estimate.memory.items()
     )
-    lines = {
+    texts_by_name = {
         "model": _model_line(estimate),
         "pruned": _pruned_line(estimate),
         "pattern": pattern,
@@ -141,14 +148,19 @@ def overview_of(estimate: Estimate) -> list[str]:
         "memory": f"{memory}, at most, on {estimate.device}{encoders}",
         "disk": size_text(sum(estimate.disk_bytes.values())),
     }
-    shown = [f"{name:<13}{text}" for name, text in lines.items() if text]
+    lines = [f"{name:<13}{text}" for name, text in texts_by_name.items() if text]
+    # Tensors in the model's files that its class does not load: they are copied, or left out.
     for line in lines_of_unplaced(estimate.source.num_copied_by_module, estimate.source.not_copied):
-        shown.append(f"{'beside it':<13}{line}")
-    return shown
+        lines.append(f"{'beside it':<13}{line}")
+    return lines
 
 
 def _model_line(estimate: Estimate) -> str:
-    """Say what the model is, how large it is, and how its tensors are stored."""
+    """Say what the model is, how large it is, and how its tensors are stored.
+
+    `estimate.quantized` are the quantization settings of its configuration, None if it is not quantized.
+    `estimate.as_stored`: tensors are written in their stored form, because the run only removes parts.
+    """
     model = estimate.model
     dtype = str(model.dtype).removeprefix("torch.")
     size = f"{model.num_parameters():,} parameters in {dtype} ({size_text(estimate.weight_bytes)})"
@@ -161,7 +173,10 @@ def _model_line(estimate: Estimate) -> str:
 
 
 def _pruned_line(estimate: Estimate) -> str:
-    """Say how many operators are pruned, and how many weights become zero or are removed."""
+    """Say how many operators are pruned, and how many weights become zero or are removed.
+
+    `estimate.weights` and `.zeros` are numbers by the name of an operator, such as "model.layers.3.mlp.down_proj".
+    """
     weights = sum(estimate.weights.values())
     line = f"{len(estimate.operators)} operators with {weights:,} weights"
     if estimate.num_removed:
@@ -174,7 +189,12 @@ def _pruned_line(estimate: Estimate) -> str:
 
 
 def _calibration_line(estimate: Estimate, has_images: bool) -> str:
-    """Say how many tokens of which text a run is calibrated on."""
+    """Say how many tokens of which text a run is calibrated on; `has_images`: whether the text has images.
+
+    `estimate.num_samples` are sequences, and `estimate.length` the tokens in each. Of these sequences,
+    `estimate.config.held_out` are not calibrated on. `estimate.too_large_to_write`: the model would have written the
+    text itself if it fitted into memory.
+    """
     tokens = f"{estimate.num_samples} x {estimate.length} tokens"
     if has_images:
         tokens = (
@@ -192,12 +212,14 @@ def _calibration_line(estimate: Estimate, has_images: bool) -> str:
 def details_of(estimate: Estimate) -> list[str]:
     """Return what `--dry-run` prints: the overview, operators by name, memory and disk by part, time by stage, notes.
 
-    To find out the time, a small random model is pruned in a temporary folder.
+    To find out the time, a small random model is pruned in a temporary folder. If that can't be done, a note says why.
     """
     from optimum_fista.solve.methods import method_class
 
     lines = [*overview_of(estimate), "", *_operator_lines(estimate)]
-    notes = list(estimate.config.idle_patterns([*estimate.operators, *estimate.left_dense]))
+    # Messages on options with patterns of names, such as --exclude, that match no operator.
+    all_operators = [*estimate.operators, *estimate.left_dense]
+    notes = list(estimate.config.idle_patterns(all_operators))
     if method_class(estimate.config.method).memory_factors is None:
         notes.append(
             f"the memory of method {estimate.config.method!r} is not measured (it has no memory_factors): the "
@@ -207,9 +229,11 @@ def details_of(estimate: Estimate) -> list[str]:
         lines += _table(f"memory, {place}", parts, size_text)
     lines += _table("disk", estimate.disk_bytes, size_text)
     try:
-        lines += _table("time", estimate.seconds, tqdm.format_interval)
+        seconds = estimate.seconds  # this prunes the small model
     except (ValueError, RuntimeError, OSError) as error:
         notes.append(f"time is not estimated: {error}")
+    else:
+        lines += _table("time", seconds, tqdm.format_interval)
     if estimate.calibration == "self":
         notes.append(
             "--calibration self loads the whole model, which writes its text; no time is counted for that."
@@ -263,7 +287,9 @@ def _table(
 def verdicts(report: PruningReport) -> Iterator[str]:
     """Say how much worse the model became, and whether that is much; docs/report.md has the limits of the words.
 
-    The last lines count the tensors that were copied or left out because the model's class does not load them.
+    First comes what removed tokens cost, then the perplexity and the largest error of an operator. Then lines count the
+    tensors that were copied or left out because the model's class does not load them (`report.model["copied"]` and
+    `["lacks"]`). The last lines are on texts that the user named.
     """
     from optimum_fista.headlines import perplexity_line
     from optimum_fista.report import lines_of_unplaced
@@ -272,6 +298,7 @@ def verdicts(report: PruningReport) -> Iterator[str]:
     if report.measured("pruned") is not None:
         yield perplexity_line(report)
     if report.operators:
+        # The error of an operator's outputs on the calibration tokens, relative to the outputs.
         worst = max(report.operators, key=lambda operator: operator.fit_error)
         # docs/report.md gives the reasons for these limits.
         if worst.fit_error < 0.2:
@@ -294,7 +321,10 @@ def losses_on_texts(report: PruningReport) -> Iterator[str]:
 
 
 def cost_of_tokens(report: PruningReport) -> Iterator[str]:
-    """Say what the removal of tokens cost on held-out text, with the verdict; no line if no token was removed."""
+    """Say what the removal of tokens cost on held-out text, with the verdict; no line if no token was removed.
+
+    `report.bits_per_byte` has the bits per byte before and after; `None` if they were not measured.
+    """
     from optimum_fista.report import COST_OF_TOKENS_ELSEWHERE
 
     if "vocabulary" not in report.model:
@@ -310,7 +340,8 @@ def path_of_first_model(report: PruningReport, model: str) -> str:
     """Return a name by which the model that the user began with can be loaded; "MODEL" if none is known.
 
     Args:
-        report: Report of a run that was given `model`. It knows of the first model a Hub id or the last part of a path.
+        report: Report of a run that was given `model`. Of the first model it has the name: a Hub id, the last part of a
+            path, or an empty text if the name is not known.
         model: Hub id or path.
     """
     from optimum_fista.public_names import public_name
@@ -324,7 +355,7 @@ def path_of_first_model(report: PruningReport, model: str) -> str:
     if is_hub_id:
         return name
     # Results are often written beside the models that they were made of.
-    if name:  # empty if it is not known
+    if name:
         beside = Path(model).parent / name
         if (beside / "config.json").exists():
             return str(beside)

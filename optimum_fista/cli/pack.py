@@ -49,7 +49,7 @@ def convert(arguments: argparse.Namespace, write: Callable[..., object], title: 
             arguments.folder,
             arguments.output,
             overwrite=arguments.overwrite,
-            progress=lambda _: bar.update(),
+            progress=lambda _: bar.update(),  # called with the name of each file
         )
     print(sizes)
     print(f"saved to {arguments.output}")

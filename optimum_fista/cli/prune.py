@@ -107,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE=1.02",
         help="measure this text, and fail if its bits per byte become more than 1.02 times those before; repeatable",
     )
-    add("--device", **DEVICE)
+    add("--device", **DEVICE)  # with the help that these two have in all commands
     add("--dtype", **DTYPE)
     add(
         "--dry-run",
@@ -180,6 +180,7 @@ def _write_tokens(plan: TokensPlan, request: PruneRequest, is_dry_run: bool) -> 
     """Write a model without the tokens that `plan` removes, and print the result; returns the exit code.
 
     This is the whole run of a `--target-size` that removes tokens only. If `is_dry_run`, only the output is checked.
+    `request` has the output folder and the held-out texts, which are measured afterwards.
     """
     from optimum_fista.folder.output import require_output
     from optimum_fista.prune.measuring import measure_folder, require_texts

@@ -190,9 +190,9 @@ class PruneRequest:
         from optimum_fista.prune.identity import require_same_run
 
         options = self.config.resolved().to_dict()
-        # Keys of the fingerprint that a run keeps in its unfinished folder.
+        # Some keys of the fingerprint that a run keeps in its unfinished folder.
         wanted: dict[str, Any] = {
-            "recovery": None,
+            "recovery": None,  # a run of `recover` has a number here
             "sequences": self.num_sequences,
             "config": json.loads(json.dumps(options)),  # tuples become lists, as in the file
         }
@@ -202,14 +202,17 @@ class PruneRequest:
 
 
 def protected_sources(arguments: argparse.Namespace) -> dict[str, float]:
-    """Read the flags `--protect FILE=1.02`: numbers by the source of the text. ValueError if one makes no sense."""
+    """Read the flags `--protect FILE=1.02`: numbers by the source of the text. ValueError if one makes no sense.
+
+    `arguments.protect` are the values of these flags, such as ["code.txt=1.02"]; None if there are none.
+    """
     protected = dict[str, float]()
     for flag in arguments.protect or ():
         source, _, number = flag.rpartition("=")
         try:
             at_most = float(number)
         except ValueError:
-            at_most = math.nan
+            at_most = math.nan  # which the next check refuses
         if not source or not 1 <= at_most < math.inf:
             raise ValueError(
                 f"--protect {flag!r}: pass a text and how many times its bits per byte may become, at least 1, such as "
@@ -286,8 +289,10 @@ def default_output(model: str, config: FistaPruningConfig, pattern: str | None =
         ending = pattern
     else:
         ending = config.pattern
-    ending = re.sub(r"(\d+):(\d+)", r"\1of\2", ending)
-    ending = re.sub(r"[:+/]", "-", ending)
+    ending = re.sub(r"(\d+):(\d+)", r"\1of\2", ending)  # 2:4 becomes 2of4
+    ending = re.sub(
+        r"[:+/]", "-", ending
+    )  # channels:0.25+layers:0.1 becomes channels-0.25-layers-0.1
 
     name = model.rpartition("/")[2]  # of a Hub id
     if Path(model).exists():
@@ -296,7 +301,11 @@ def default_output(model: str, config: FistaPruningConfig, pattern: str | None =
 
 
 def _configuration(arguments: argparse.Namespace) -> FistaPruningConfig:
-    """Make the configuration that the flags ask for: that of `--config` or `--recipe`, overridden by other flags."""
+    """Make the configuration that the flags ask for: that of `--config` or `--recipe`, overridden by other flags.
+
+    `arguments.config` is a file, a folder or a Hub id, from which a configuration is read; `arguments.recipe` a name
+    such as "fast". Changes nothing.
+    """
     flags = given_options(arguments, PruningOptions)
     if arguments.recipe and arguments.config:
         raise ValueError(

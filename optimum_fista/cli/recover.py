@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="self (the teacher writes it; default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc",
     )
     add_options(parser, RecoveryOptions)
-    add("--device", **DEVICE)
+    add("--device", **DEVICE)  # with the help that it has in all commands
     add(
         "--dry-run",
         action="store_true",

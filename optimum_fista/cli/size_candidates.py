@@ -4,8 +4,9 @@
 rest. Each leaves at most the size that the user wants. Nothing is measured or written here.
 
 A *channel* is a hidden unit of the MLPs: a column of the down projection with the rows that compute its input. A
-`TokensPlan` is a model's files with fewer tokens, planned, but not yet written. A model *without weights* is on the
-meta device, with the shapes and the configuration only.
+`TokensPlan` is a model's files with fewer tokens, planned, but not yet written. A `PartShare` is the share of the
+channels that a run removes, such as "channels:0.25". A model *without weights* is on the meta device, with the shapes
+and the configuration only. `most` is the largest number of parameters that the user wants to be left.
 """
 
 import argparse
@@ -37,9 +38,8 @@ class Candidate:
     channels: PartShare | None
     dense_parameters: int  # of the model as it is
     num_parameters: int  # that the model has in the end
-    request: (
-        PruneRequest  # of the run that writes the output: it removes the channels, or tokens alone
-    )
+    # Of the run that writes the output: it removes the channels, or the tokens if no channels go.
+    request: PruneRequest
 
     @property
     def num_in_tokens(self) -> int:
@@ -116,8 +116,8 @@ def _candidate(
 ) -> Candidate:
     """Make the candidate that removes the tokens of a plan, and channels until `most` parameters are left at most.
 
-    ValueError if too few channels may go, or the method that the user has chosen removes none. The other arguments are
-    those of `find_candidates`.
+    ValueError if too few channels may go, or the method that the user has chosen removes none. `tokens` is the plan;
+    `None`: all tokens stay. The other arguments are those of `find_candidates`. Changes nothing.
     """
     dense_parameters = dense.num_parameters()
     smaller = dense if tokens is None else tokens.model
@@ -166,8 +166,8 @@ def _without_needless_tokens(candidates: Sequence[Candidate]) -> list[Candidate]
 def _token_plans(counted: CountedModel, unused: TokensPlan, most: float) -> list[TokensPlan]:
     """Plan to remove as many tokens as may go, and half of them, if that is possible; most tokens first.
 
-    If fewer tokens leave `most` parameters, only so many are removed by the first plan. `counted` and `unused` are
-    those of `find_candidates`. Changes nothing.
+    If a removal of fewer tokens already leaves `most` parameters, the first plan removes only so many. `counted` and
+    `unused` are those of `find_candidates`. Changes nothing.
     """
     vocabulary = unused.report.model["vocabulary"]
     num_rows = vocabulary["before"]
@@ -190,7 +190,7 @@ def _token_plans(counted: CountedModel, unused: TokensPlan, most: float) -> list
     plans = [plan(request)]
 
     num_removed = num_rows - plans[0].report.model["vocabulary"]["kept"]
-    step = request.step(num_rows)
+    step = request.step(num_rows)  # the number of tokens that stay is a multiple of it
     num_kept = math.ceil((num_rows - num_removed / 2) / step) * step
     if num_kept < num_rows:
         half = TokensRemoval.keeping(num_kept, num_rows)
@@ -201,7 +201,7 @@ def _token_plans(counted: CountedModel, unused: TokensPlan, most: float) -> list
 
 
 def _fewer_tokens(tokens: TokensPlan, most: float) -> TokensRemoval:
-    """The request that removes as few tokens as leave at most `most` parameters.
+    """Make the request that removes as few tokens as leave at most `most` parameters.
 
     `tokens` is a plan for the same model that removes enough tokens, or more.
     """
@@ -211,14 +211,14 @@ def _fewer_tokens(tokens: TokensPlan, most: float) -> TokensRemoval:
     dense_parameters = model["dense_num_parameters"]
     per_token = (dense_parameters - model["num_parameters"]) / num_removed
 
-    step = TokensRemoval(share=None).step(num_rows)
+    step = TokensRemoval(share=None).step(num_rows)  # the number that stays is a multiple of it
     most_kept = num_rows - (dense_parameters - most) / per_token
     num_kept = math.floor(most_kept / step) * step
     return TokensRemoval.keeping(num_kept, num_rows)
 
 
 def _channels(model: PreTrainedModel, most: float, target_share: float) -> tuple[PartShare, int]:
-    """The share of the channels to remove, so that at most `most` parameters are left, and how many are left then.
+    """Return the share of the channels to remove, so that at most `most` parameters are left, and how many are left.
 
     `model` is without weights, and only read; its shared tensors count once. `target_share` is that of `--target-size`,
     for the ValueError that so few parameters can't be reached.
@@ -232,11 +232,12 @@ def _channels(model: PreTrainedModel, most: float, target_share: float) -> tuple
         num_in_channels += sum(tensors[name].numel() for name in mlp.tensors if name in tensors)
     per_channel = num_in_channels / num_channels  # in all decoder layers together
 
-    # the numbers of channels that may stay are multiples of `step`
+    # The number of channels that stay is a multiple of `step`, and `mlps.at_least` or more.
     step = PartShare.usual_step("channels", num_channels)
     least = math.ceil(mlps.at_least / step) * step
-    fitting = math.floor((num_channels - (num_parameters - most) / per_channel) / step) * step
     most_kept = (num_channels - 1) // step * step  # a run has to remove some
+    # So many channels stay if just enough go that `most` parameters are left.
+    fitting = math.floor((num_channels - (num_parameters - most) / per_channel) / step) * step
     num_kept = min(fitting, most_kept)
     if num_kept < least:
         smallest = num_parameters - (num_channels - least) * per_channel

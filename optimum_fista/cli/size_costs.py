@@ -69,13 +69,14 @@ class Costs:
     def possible_size(self, candidates: Sequence[Candidate]) -> float | None:
         """Estimate the smallest size that keeps to the limits, as a share of the dense model's parameters.
 
-        It is looked for between the size that `candidates` have, which cost too much, and the dense model. `None` if
-        none of the sizes that are tried keeps to the limits.
+        It is looked for between the size of `candidates`, which cost too much, and the dense model: `_NUM_SIZES` sizes
+        are tried from the smallest on. The share is rounded up to three digits. `None` if none of these sizes keeps to
+        the limits. Changes nothing.
         """
         dense_parameters = candidates[0].dense_parameters
         most_removed = max(dense_parameters - other.num_parameters for other in candidates)
         most_in_tokens = max(other.num_in_tokens for other in candidates)
-        # Of the tokens that may go: all, half of them, or none.
+        # Of each candidate, which share of the tokens that may go does go: all, half of them, or none.
         shares_of_tokens = [
             other.num_in_tokens / most_in_tokens if most_in_tokens else 0.0 for other in candidates
         ]
@@ -105,7 +106,11 @@ class Costs:
 
 
 def _interpolated(measured: Mapping[int, Sequence[float]], number: float, index: int) -> float:
-    """Interpolate the cost on text `index` for a number of parameters; beyond the largest one, it is that one's."""
+    """Interpolate the cost on text `index` for a number of removed parameters, which may be no whole number.
+
+    `measured` has the costs on all texts, by such numbers. For more than the largest of these, the cost is that of the
+    largest.
+    """
     numbers = sorted(measured)
     costs = [measured[other][index] for other in numbers]
     return float(np.interp(number, numbers, costs))
@@ -122,6 +127,11 @@ def measure_costs(
     Trials write into a temporary folder beside the output, and delete it. Standard error says how many there are and
     how much disk they need.
 
+    Args:
+        candidates: Those among which to choose. They are for one model and one output.
+        texts: Held-out texts, as `require_texts` returns them.
+        with_trials: Whether channels are tried. If not, only what tokens cost is known.
+
     Raises:
         ValueError: If a loss is NaN or Inf, or a trial can't run.
         OSError: If the disk has too little room for a trial.
@@ -134,9 +144,11 @@ def measure_costs(
         trials = _trials(candidates)
 
     dense_bits: list[float] | None = None  # bits per byte of the dense model, for each text
+    # The plans of tokens, by the number of parameters that they remove.
     plans = {other.num_in_tokens: other.tokens for other in candidates if other.tokens is not None}
     if plans:
         device = candidates[0].request.device  # all have the same
+        # For each plan, the bits per byte on each text: of the dense model, and with fewer tokens (`pruned`).
         losses = measure_plans([*plans.values()], texts, device=device, progress=True)
         dense_bits = [loss.dense for loss in losses[0]]
         for num_removed, of_plan in zip(plans, losses, strict=True):
@@ -156,8 +168,8 @@ def measure_costs(
 def _trials(candidates: Sequence[Candidate]) -> dict[int, PruneRequest]:
     """Make the requests of the trials, one for each share of channels, and say on standard error what they need.
 
-    Returns them by the number of parameters that they remove. They have the options of the user, but fewer sequences.
-    OSError if the disk has too little room.
+    Returns them by the number of parameters that they remove. They have the options of the user, but at most
+    `_MOST_SEQUENCES` sequences. OSError if the disk has too little room.
     """
     trials = dict[int, PruneRequest]()
     disk_bytes = 0  # of the largest one
@@ -174,7 +186,9 @@ def _trials(candidates: Sequence[Candidate]) -> dict[int, PruneRequest]:
             batch_size=estimate.batch_size, source=estimate.calibration
         )
     if trials:
-        request = next(iter(trials.values()))
+        request = next(
+            iter(trials.values())
+        )  # any: all have the same output and number of sequences
         patterns = ", ".join(other.config.pattern for other in trials.values())
         print(
             f"what channels cost is tried first ({patterns}; {request.num_samples} sequences each): each trial writes "
@@ -188,6 +202,7 @@ def _bits_of_trial(request: PruneRequest, texts: Sequence[MeasuredText]) -> list
     """Prune the model as a request says, but into a temporary folder, and measure the result: bits per byte of texts.
 
     The folder is in the unfinished folder of the output, where the next run deletes it if this process is killed.
+    Otherwise it is deleted at the end. No other process can write to the output meanwhile.
     """
     with (
         locked_output(request.output) as unfinished,
@@ -215,7 +230,10 @@ def _bits_of_trial(request: PruneRequest, texts: Sequence[MeasuredText]) -> list
 def _bits_of(
     model: str, texts: Sequence[MeasuredText], request: PruneRequest, label: str
 ) -> list[float]:
-    """Measure the bits per byte of texts by a model in files, computed as a request says; `label` is for the bar."""
+    """Measure the bits per byte of texts by a model in files, on the device and in the dtype of a request.
+
+    `model` is a folder or a Hub id. `label` is for the progress bar.
+    """
     losses = losses_of_folder(
         model,
         texts,

@@ -72,15 +72,7 @@ def plan_size(arguments: argparse.Namespace) -> Candidate:
     counted: CountedModel | None = None
     unused: TokensPlan | None = None  # removes all tokens that may go
     try:
-        counted = _count(arguments.model, sources, counted_texts)
-        keep = tuple(arguments.keep_tokens or ())
-        options = given_options(arguments, PruningOptions)
-        config = FistaPruningConfig(
-            pattern="vocab:unused",
-            keep_tokens=keep,
-            compute_dtype=options.get("compute_dtype", "auto"),  # in which losses are measured
-        )
-        unused = plan_counted(counted, config)
+        counted, unused = _count(arguments, sources, counted_texts)
         dense = counted.model
     except ValueError as error:
         print(f"no token is removed: {error}", file=sys.stderr)
@@ -112,8 +104,10 @@ def _begun(candidates: Sequence[Candidate]) -> Candidate | None:
     """
     for candidate in candidates:
         request = candidate.request
+        # A run that removes tokens only is short, and does not resume. With --overwrite a run starts anew.
         if candidate.channels is None or request.overwrite:
-            continue  # tokens are removed at once
+            continue
+        # What the unfinished run was asked to do; empty if there is none.
         fingerprint = read_record(unfinished_folder(request.output) / RUN_FILE) or {}
         if fingerprint.get("config", {}).get("pattern") == str(candidate.channels):
             return candidate
@@ -176,9 +170,11 @@ def _chosen(
 def _line(candidate: Candidate, costs: Costs | None) -> str:
     """Say what a candidate removes and costs, as far as `costs` knows that; `None`: nothing was measured."""
     line = str(candidate)
+    knows_channels = False
     if costs is not None:
         line += f"; {costs.words_on(costs.of(candidate))}"
-    if candidate.channels is not None and (costs is None or not costs.has_channels_of(candidate)):
+        knows_channels = costs.has_channels_of(candidate)
+    if candidate.channels is not None and not knows_channels:
         line += "; what the channels cost is measured after the run"
     return line
 
@@ -207,6 +203,7 @@ def remove_first(plan: TokensPlan, folder: Path, *, device: str | None, overwrit
     is one. Adds the loss and the seconds to the report of `plan`.
     """
     if (folder / REPORT_FILE).exists():
+        # Results of the measuring, such as `texts`, are not compared: they do not change the files of the model.
         earlier = read_report(folder)
         planned = plan.report
         is_same_run = (
@@ -237,8 +234,10 @@ def _holds_tensors_of(folder: Path, source: Path) -> bool:
     """
     stored = read_stored(folder)
     originals = read_stored(source)
-    shared = [n for n in stored if n in originals and stored[n].shape == originals[n].shape]
-    return bool(shared) and all(stored[name].equals(originals[name]) for name in shared)
+    same_shape = [n for n in stored if n in originals and stored[n].shape == originals[n].shape]
+    if not same_shape:
+        return False
+    return all(stored[name].equals(originals[name]) for name in same_shape)
 
 
 def _require_flags(arguments: argparse.Namespace) -> None:
@@ -262,13 +261,24 @@ def _require_flags(arguments: argparse.Namespace) -> None:
         require_output(arguments.output, arguments.overwrite, source=arguments.model)
 
 
-def _count(model: str, sources: list[str], texts: list[TextSource]) -> CountedModel:
-    """Count the tokens of texts; downloads the weights of a Hub id.
+def _count(
+    arguments: argparse.Namespace, sources: list[str], texts: list[TextSource]
+) -> tuple[CountedModel, TokensPlan]:
+    """Count the tokens of texts, and plan to remove all tokens that may go; ValueError if none can go.
 
-    `model` is a folder or a Hub id. `sources` are the names of the texts, such as "c4"; "self" among them is refused.
+    Downloads the weights of a Hub id. `arguments` are those of `prune`; `arguments.keep_tokens` are tokens that have to
+    stay. `sources` are the names of the texts, such as "c4"; "self" among them is refused.
     """
     if "self" in sources:
         raise ValueError("a model's own text is too short to tell which tokens are rare")
     documents = itertools.chain.from_iterable(text.documents for text in texts)
     text_name = ", ".join(map(public_name, sources))
-    return count_model(model, documents, text_name=text_name)
+    counted = count_model(arguments.model, documents, text_name=text_name)
+
+    options = given_options(arguments, PruningOptions)
+    config = FistaPruningConfig(
+        pattern="vocab:unused",
+        keep_tokens=tuple(arguments.keep_tokens or ()),
+        compute_dtype=options.get("compute_dtype", "auto"),  # in which losses are measured
+    )
+    return counted, plan_counted(counted, config)

@@ -46,7 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         with tqdm(desc="Verifying", unit="tensor") as bar:
             proven = verify_checkpoint(
-                arguments.folder, lambda _: bar.update(), dense=arguments.dense
+                arguments.folder,
+                lambda _: bar.update(),  # called with the name of each operator or tensor
+                dense=arguments.dense,
             )
     except VerificationError as error:
         # Names in it come from files of other people.
@@ -64,14 +66,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _summary(proven: "Verification") -> str:
-    """Say in one line which numbers were proven."""
+    """Say in one line which numbers were proven.
+
+    `proven.removed` says in words which parts the model lost; it is empty if it lost none.
+    """
     mixtures = ""
     if proven.num_mixtures:
         mixtures = f" and {proven.num_mixtures} mixtures"
     numbers = []
     if proven.removed:
         numbers.append(proven.removed)
-    # A model may have lost parts, have zeros, or both.
+    # A model may have lost parts, have zeros, or both. Without lost parts the zeros are shown even if there are none.
     if proven.num_zeros or not proven.removed:
         share = proven.num_zeros / max(1, proven.num_weights)
         numbers.append(f"{proven.num_zeros:,} of {proven.num_weights:,} weights zero ({share:.4%})")

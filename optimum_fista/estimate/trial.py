@@ -42,39 +42,57 @@ class _Trial:
 
 
 def seconds_by_stage(run: RunSizes, memory: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Estimate the seconds by stage, without imports and text that the model writes itself.
+    """Estimate the seconds of a run by stage, such as "solving". Imports, and text that the model writes, do not count.
 
-    Prunes a small random model in a temporary folder. `memory` has the bytes that the run holds at most, by place
-    ("device" and "host") and by part. ValueError if the trial would take too long or too much memory.
+    Prunes a small random model with the first decoder layer of each kind, in a temporary folder. The random state of
+    PyTorch moves on. `memory` has the bytes that the run holds at most, by place ("device" and "host") and by part.
+    ValueError if the trial would take too long or too much memory.
     """
-    device = usable_device(run.place)
+    device = usable_device(run.place)  # `place` is the device as the user named it
     layers_by_kind = _layers_by_kind(run)
     firsts = [numbers[0] for numbers in layers_by_kind]
     _require_quick_trial(run, device, firsts, memory)
     trial = _try(run, firsts)
 
     layer_seconds = [layer.seconds for layer in trial.report.layers]  # one of each kind
-    solving = trial.report.totals["solve_seconds"]
-    solving_share = solving / sum(layer_seconds)
     all_layers = sum(
         seconds * len(numbers)
         for seconds, numbers in zip(layer_seconds, layers_by_kind, strict=True)
     )
-    more_tokens = run.num_samples / trial.num_samples
-
-    # A pass over the whole model for the allocation takes as much longer as it has more weights, and sequences.
-    allocation = trial.report.seconds.get("allocation", 0.0)
-    sizes = [sum(p.numel() for p in layer.parameters()) for _, layer in run.layers]
-    head = run.vocabulary * run.hidden
-    more_weights = (head + sum(sizes)) / (head + sum(sizes[first] for first in firsts))
-    wanted = run.config.allocation_tokens / run.length  # sequences
-    more_sequences = min(wanted, run.num_samples) / min(wanted, trial.num_samples)
+    # Methods solve from sums over the tokens. So solving takes as long for any number of tokens, and all else in a
+    # decoder layer takes longer for more of them.
+    solving = trial.report.totals["solve_seconds"]
+    solving_share = solving / sum(layer_seconds)
+    times_as_many_tokens = run.num_samples / trial.num_samples
+    allocation_of_trial = trial.report.seconds.get("allocation", 0.0)  # a stage of its own
     return {
         "solving": all_layers * solving_share,
-        "forward passes, statistics, files": all_layers * (1 - solving_share) * more_tokens,
-        "allocation": allocation * more_weights * more_sequences,
-        "around the layers": trial.seconds - allocation - sum(layer_seconds),
+        "forward passes, statistics, files": (
+            all_layers * (1 - solving_share) * times_as_many_tokens
+        ),
+        "allocation": _allocation_seconds(run, trial, firsts),
+        # Counted as it was in the trial.
+        "around the layers": trial.seconds - allocation_of_trial - sum(layer_seconds),
     }
+
+
+def _allocation_seconds(run: RunSizes, trial: _Trial, firsts: Iterable[int]) -> float:
+    """Estimate how long a run takes to share the zeros among its operators by gradients of the loss; 0 if it does not.
+
+    This is a pass over the whole model. Its time is assumed to grow in proportion to the weights, and to the sequences
+    of the pass. `firsts` are the numbers of the decoder layers that the model of the trial has.
+    """
+    seconds_of_trial = trial.report.seconds.get("allocation", 0.0)
+    layer_sizes = [sum(p.numel() for p in layer.parameters()) for _, layer in run.layers]
+    head = run.vocabulary * run.hidden
+    weights = head + sum(layer_sizes)
+    weights_tried = head + sum(layer_sizes[first] for first in firsts)
+
+    # The pass takes the sequences that hold `allocation_tokens` tokens, or all sequences if these are fewer.
+    wanted = run.config.allocation_tokens / run.length
+    sequences = min(wanted, run.num_samples)
+    sequences_tried = min(wanted, trial.num_samples)
+    return seconds_of_trial * (weights / weights_tried) * (sequences / sequences_tried)
 
 
 def _layers_by_kind(run: RunSizes) -> list[list[int]]:
@@ -97,20 +115,21 @@ def _require_quick_trial(
 ) -> None:
     """Refuse to try the decoder layers with the numbers `firsts` if that takes long, or more memory than is free.
 
-    Times a product of matrices on `device`. What else the machine does must not decide: on a CPU, the time of this
-    thread counts, and not that of the clock. Changes nothing.
+    Times a product of matrices on `device`, with random numbers of PyTorch. What else the machine does must not decide:
+    on a CPU, the time of this thread counts, and not that of the clock. `memory` has the bytes that the run holds at
+    most, by place ("device" and "host") and by part.
     """
     square = torch.randn(1024, 1024, device=device)
     timed: dict[str, Any] = {"timer": time.thread_time} if run.on_cpu else {}
     timer = Timer("square @ square", globals={"square": square}, **timed)
     seconds_of_product = timer.timeit(5).median
-    # A bound on the work: a hundred products of weights [out, in] with a matrix [in, in].
+    # A bound on the work, in multiplications: a hundred products of weights [out, in] with a matrix [in, in].
     work = 0
     for first in firsts:
         for name in run.operators_of_layers[first]:
             _, columns = run.operators[name]
             work += 100 * run.weights[name] * columns
-    solving_seconds = work / 1024**3 * seconds_of_product
+    solving_seconds = work / 1024**3 * seconds_of_product  # the timed product has 1024**3 of them
 
     place = "host" if run.on_cpu else "device"
     needed = sum(memory[place].values())
