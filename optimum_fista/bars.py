@@ -22,7 +22,7 @@ class tqdm(_AnyBar):  # the name that everybody knows
 
     def __init__(self, *arguments: Any, disable: bool = False, **options: Any) -> None:
         """Begin a bar with the arguments of tqdm; it is disabled if `disable`, or if bars are hidden."""
-        # If Transformers is told to show no bars, it tells the Hub's client.
+        # Asking the Hub's client is enough: if Transformers is told to show no bars, it tells this client.
         is_hidden = are_progress_bars_disabled()
         super().__init__(*arguments, disable=disable or is_hidden, **options)
 

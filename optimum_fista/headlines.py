@@ -93,13 +93,12 @@ def headlines(report: PruningReport) -> Iterator[Headline]:
     )
     peaks = memory_peaks(report)
     if peaks:
-        # If there is no GPU, the first of `MEMORY_KINDS` that was measured.
-        first_kind = next(iter(peaks))
-        highest = peaks.get("on the GPU", peaks[first_kind])
+        # The memory of the GPU is shown first. Without a GPU, it is the first of `MEMORY_KINDS` that was measured.
+        kind_to_show = "on the GPU" if "on the GPU" in peaks else next(iter(peaks))
         kinds = ", ".join(f"{size_text(peak)} {kind}" for kind, peak in peaks.items())
         yield Headline(
             name="Peak memory",
-            value=size_text(highest),
+            value=size_text(peaks[kind_to_show]),
             remark=f"{kinds}, while a layer was pruned",
         )
     if totals["num_not_converged"]:
@@ -293,7 +292,7 @@ def memory_peaks(report: PruningReport) -> dict[str, int]:
     A kind that was not measured is left out, such as "on the GPU" on a machine without one.
     """
     peaks = {}
-    # decoder layers without a pruned operator have none
+    # Decoder layers without a pruned operator have none.
     peaks_of_layers = [layer.memory for layer in report.layers if layer.memory is not None]
     for name, field_of_peak in MEMORY_KINDS.items():
         values = [getattr(peak, field_of_peak) for peak in peaks_of_layers]

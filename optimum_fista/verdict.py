@@ -34,10 +34,11 @@ def verdict(
     """
     if num_tokens < LEAST_TOKENS:
         return f"no verdict on fewer than {LEAST_TOKENS:,} tokens"
-    if text == OWN_TEXT:
+    if text == OWN_TEXT:  # which the model wrote itself, so it is too easy for the model
         return "no verdict on text of its own"
     if dense is None:
         return "no verdict: the perplexity of the dense model is not known on this text"
+    # A model that knows a little more than a guess can hardly become worse, so the ratio would say nothing.
     if dense > vocabulary / 2:
         return "no verdict: the dense model is no better than chance"
 

@@ -79,9 +79,10 @@ class Estimate(RunSizes):
             self.batch_size = self._best_batch_size()
 
     def _choose_calibration(self, calibration: str | None) -> None:
-        """Set `calibration`, the source of the text, and `too_large_to_write`.
+        """Set `self.calibration`, the source of the text, and `self.too_large_to_write`.
 
         `calibration` is the user's; `None` is the model's own text ("self") if the whole model fits into memory.
+        `self._free_bytes` are free on the device; `None` or 0 if the device does not say.
         """
         if self.on_cpu:
             # A run that resumes must decide alike: all memory counts, not what is free at the moment.
@@ -102,11 +103,13 @@ class Estimate(RunSizes):
     def _best_batch_size(self) -> int:
         """Return how many sequences run together: one on a CPU, otherwise as many as make the device fast and fit.
 
-        Sets `self.batch_size` to one number after another, because `self.memory` depends on it.
+        Sets `self.batch_size` to one number after another, because `self.memory` depends on it. `self.length` are the
+        tokens of a sequence. `self._free_bytes` are free on the device; `None` or 0 if the device does not say.
         """
         if self.on_cpu:
             return 1
-        self.batch_size = max(1, min(self.num_samples, _TOKENS_TOGETHER // self.length))
+        fast_enough = _TOKENS_TOGETHER // self.length  # more sequences make the device no faster
+        self.batch_size = max(1, min(self.num_samples, fast_enough))
         if self._free_bytes:
             # A fifth of the device stays free for what the formulas do not know.
             most = 0.8 * self._free_bytes
@@ -116,19 +119,22 @@ class Estimate(RunSizes):
 
     @property
     def disk_bytes(self) -> dict[str, int]:
-        """Bytes on disk by part, such as "model" or "masks", when the last decoder layer is written.
+        """Bytes on disk by part, such as "model" or "masks", when the last decoder layer is written. Writes nothing.
 
-        `self.weights` and `self.zeros` are numbers by the name of an operator.
+        `self.weights` and `self.zeros` are numbers by the name of an operator, such as "model.layers.3.mlp.up_proj".
+        `self.value_bytes` are those of a weight, and `self.num_removed` parameters are removed from the model.
         """
         num_zeros = sum(self.zeros.values())  # or weights that are removed with their inputs
         num_masked = sum(self.weights.values())
-        if self.num_removed:
+        if self.num_removed:  # removed weights have no mask
             num_masked -= num_zeros
         masks = num_masked // 8  # a bit a weight
 
+        # How much smaller the files are than all parameters of the dense model (`self.weight_bytes`).
         saved = self.num_removed * self.value_bytes
         if self.packed:
             saved += num_zeros * self.value_bytes - masks
+        # Tensors that the model's class does not load are copied: they are no parameters of the model.
         saved -= sum(tensor.num_bytes for tensor in self.source.tensors_to_copy.values())
 
         fused_experts = 0
@@ -143,7 +149,8 @@ class Estimate(RunSizes):
         waiting = 0.0
         in_output = self.storage_device in (None, "disk")  # not in a folder of the user
         if self.storage == "disk" and in_output:
-            # While most activations wait, the journal has the hidden states of one layer, not of two.
+            # While most activations wait, the journal, in which the run keeps what it needs to resume, has the hidden
+            # states of one layer, not of two.
             all_moments = moments(self, writes_own_text=self.calibration == "self")
             largest = max((moment.waiting for moment in all_moments), default=0.0)
             waiting = max(0.0, largest - hidden_states)
@@ -165,8 +172,9 @@ class Estimate(RunSizes):
 
     @cached_property
     def seconds(self) -> dict[str, float]:
-        """Seconds by stage, without imports and text that the model writes itself; `ValueError` if not estimated.
+        """Seconds by stage, such as "solving". Imports, and text that the model writes itself, do not count.
 
-        Prunes a small random model in a temporary folder, when it is asked for the first time.
+        Prunes a small random model in a temporary folder, when it is asked for the first time. ValueError if that would
+        take too long or too much memory.
         """
         return seconds_by_stage(self, self.memory)

@@ -69,7 +69,8 @@ def peak_memory(run: RunSizes, *, writes_own_text: bool) -> dict[str, dict[str, 
 def _always(run: RunSizes) -> dict[str, float]:
     """Count the bytes that the host holds at every moment, by part.
 
-    `run.allocates` tells whether gradients are computed, and `run.value_bytes` are those of a weight.
+    `run.operators` are those to prune, by names such as "model.layers.3.mlp.experts.0.up_proj". `run.allocates` tells
+    whether gradients are computed, and `run.value_bytes` are those of a weight.
     """
     parts: dict[str, float] = {
         "Python and libraries": LIBRARIES,
@@ -79,7 +80,8 @@ def _always(run: RunSizes) -> dict[str, float]:
     is_half = run.value_bytes == 2
     if run.on_cpu and is_half and has_experts and not run.widens:
         # oneDNN keeps half a MiB for each shape of six products, and of as many for gradients. Experts get any
-        # number of tokens, which is rounded up to one of these sizes (`in_few_sizes`).
+        # number of tokens, which is rounded up (`in_few_sizes`): to one of 8 sizes up to 128 tokens, and to one of 4
+        # sizes for each power of two beyond.
         sizes = max(0.0, 8 + 4 * math.log2(run.batch_size * run.length / 128))
         products = 12 if run.allocates else 6
         parts["kept by oneDNN"] = 0.55 * 2**20 * products * sizes
@@ -105,12 +107,13 @@ def moments(run: RunSizes, *, writes_own_text: bool) -> Iterator[Moment]:
 
 def whole_model_parts(run: RunSizes) -> dict[str, float]:
     """Count the bytes that are held while the model writes its own text, by part."""
-    # Texts that are written together.
-    texts = math.ceil(run.num_samples / num_batches(run.num_samples))
+    # Sequences that are written together.
+    sequences = math.ceil(run.num_samples / num_batches(run.num_samples))
     # Keys and values of as many features as a hidden state: fewer heads of both are not counted on.
-    keys = 2 * texts * len(run.layers) * run.sequence_bytes
-    # Of the newest token of every text, with float32 copies for softmax and sampling.
-    num_logits = texts * num_texts(run.length) * run.vocabulary
+    keys = 2 * sequences * len(run.layers) * run.sequence_bytes
+    # Each sequence is several texts, which are written side by side. The newest token of every text has logits, with
+    # float32 copies for softmax and sampling.
+    num_logits = sequences * num_texts(run.length) * run.vocabulary
     logits = num_logits * (run.value_bytes + 3 * _FLOAT32)
     return {"whole model": run.weight_bytes, "keys and values": keys, "logits": logits}
 
@@ -142,9 +145,13 @@ def _loss_bytes(run: RunSizes, tokens: int, *, copied: bool = False) -> float:
 
 
 def _choosing_layers(run: RunSizes) -> Moment:
-    """Count the moment at which the run chooses layers to remove: it computes the loss without each of them."""
+    """Count the moment at which the run chooses layers to remove: it computes the loss without each of them.
+
+    For that it takes the sequences that hold `allocation_tokens` tokens.
+    """
     sequences = min(run.num_samples, math.ceil(run.config.allocation_tokens / run.length))
-    # Those of all these models, of the model as it is, and of the first layer, which further rounds start from.
+    # Hidden states wait of each of these models, of the model as it is, and of the first layer, from which further
+    # rounds start.
     streams = len(run.layers) + 2
     parts = {
         "embedding and head": _embedding_and_head(run),
@@ -164,7 +171,8 @@ def _head_copy(run: RunSizes) -> float:
 def _allocating(run: RunSizes) -> Moment:
     """Count the moment at which the run computes gradients to share the zeros, of a sequence at a time.
 
-    The head runs on few positions at a time (`Predictor`), and is assumed to be of a model that can be cut.
+    The head runs on few positions at a time (`Predictor`); the model is assumed to be one that can be cut before its
+    head. `run.operators` has the shapes [out, in] of operators by name.
     """
     layer_sizes = [sum(p.numel() for p in layer.parameters()) for _, layer in run.layers]
     widest = max(max(shape) for shape in run.operators.values())
@@ -265,11 +273,12 @@ def _groups(run: RunSizes, names: list[str]) -> dict[tuple[str, int], list[int]]
 def _solving(run: RunSizes, rows: list[int], columns: int) -> dict[str, float]:
     """Count the bytes, by part, of solving for operators that share `columns` inputs.
 
-    `rows` are their numbers of outputs. A method's `memory_factors` say how many such matrices it holds.
+    `rows` are their numbers of outputs. A method's `memory_factors` say how many matrices it holds that are as large as
+    the Gram matrix, as all weights, and as a block of rows for which it solves at a time.
     """
     gram = _FLOAT32 * columns**2
     matrix = _FLOAT32 * sum(rows) * columns
-    scale = 1 if run.on_cpu else SCALE_ON_DEVICES
+    scale = 1 if run.on_cpu else SCALE_ON_DEVICES  # a device other than the CPU takes larger blocks
     block = _FLOAT32 * columns * rows_in_block(max(rows), columns, scale)
     factors = method_class(run.config.method).memory_factors
     if factors is None:  # not measured

@@ -215,6 +215,7 @@ class RunSizes:
         self.as_stored = plan.as_stored
         # Values decide which decoder layers are removed. For the numbers it does not matter.
         self.num_removed_layers = plan.removal.num_removed_layers
+        # Assumed are the layers 1, 2 and so on, each with a loss after its removal.
         removed_layers = [(index, 0.0) for index in range(1, 1 + self.num_removed_layers)]
         plan = plan.with_budgets(Budgets(removed_layers=removed_layers))
         removal = plan.removal

@@ -129,7 +129,8 @@ def _compare_loaded(
         progress: Called with the name of each tensor.
     """
     linear_operators = operators_by_weight(pruned_model, report)
-    # The report names operators as the files do. Here they are needed by the names of their weights in the model.
+    # The report names operators as the files do. Here they are needed by the names of their weights in the model, so
+    # both names of each are looked up: `stored` has the names in the files, by those in the model.
     stored = stored_names(pruned_model, linear_operators.values(), all_of_them=False)
     names_in_model = {stored_name.name: name for name, stored_name in stored.items()}
     operators = {names_in_model[operator.name]: operator for operator in report.operators}

@@ -256,22 +256,24 @@ def _verify_operator(operator: OperatorReport, weight: Tensor, packed_mask: Tens
         packed_mask: uint8, in the layout of `weight`.
     """
     name = operator.name
-    shape = tuple(weight.T.shape) if operator.stored_transposed else tuple(weight.shape)
+    stored_shape = tuple(weight.shape)
+    shape = tuple(weight.T.shape) if operator.stored_transposed else stored_shape  # [out, in]
     if shape != operator.shape:
         raise VerificationError(f"{name} has shape {shape}, the report says {operator.shape}.")
     try:
-        mask = unpack_mask(packed_mask, tuple(weight.shape))
-        pattern = _pattern_of(operator)
+        mask = unpack_mask(packed_mask, stored_shape)  # refuses a mask of another size
+        pattern = _pattern_of(operator)  # refuses a pattern that there is not
     except ValueError as error:
         raise VerificationError(f"{name}: {error}") from error
 
     _verify_zeros(name, weight, mask)
 
     # Patterns count along the inputs, so they need [out, in].
-    mask_of_pattern = mask.T if operator.stored_transposed else mask
+    mask_by_rows = mask.T if operator.stored_transposed else mask
     if operator.groups_kept is not None:
-        mask_of_pattern = _mask_before_removal(operator, pattern, mask_of_pattern)
-    violation = pattern.violation(mask_of_pattern)  # in words; None if the mask keeps the pattern
+        # Groups of columns were removed. The pattern says how many of all columns, so they are put back as zeros.
+        mask_by_rows = _mask_before_removal(operator, pattern, mask_by_rows)
+    violation = pattern.violation(mask_by_rows)  # in words; None if the mask keeps the pattern
     if violation:
         raise VerificationError(f"{name}: its mask {violation}.")
 
@@ -289,14 +291,18 @@ def _verify_operator(operator: OperatorReport, weight: Tensor, packed_mask: Tens
 def _pattern_of(operator: OperatorReport) -> SparsityPattern:
     """Make the pattern that an operator was pruned to, with its share of zeros, from the report of the operator.
 
-    ValueError if the report names no pattern.
+    ValueError if the report names a pattern that there is not. `operator.scope` says what shares the zeros: "matrix" or
+    "row".
     """
-    # Operators with the same inputs share their zeros, and one may get them all. As an option, a share of 1 is refused.
+    # Operators with the same inputs share their zeros, and one may get them all. `parse_pattern` refuses a share of 1,
+    # because it makes no sense as an option.
     is_all_zeros = operator.target_sparsity == 1
     if not is_all_zeros:
         return parse_pattern(operator.pattern, operator.target_sparsity, operator.scope)
     pattern = parse_pattern(operator.pattern, None, operator.scope)
-    return pattern if pattern.fixed else replace(pattern, sparsity=1.0)
+    if pattern.fixed:  # its name says the share of zeros, such as "2:4"
+        return pattern
+    return replace(pattern, sparsity=1.0)
 
 
 def _verify_zeros(name: str, weight: Tensor, mask: Tensor) -> None:

@@ -194,7 +194,7 @@ def by_operator(
     grid = OperatorGrid(operators)
     columns: dict[str, list[float | None]] = {}
     for kind in grid.kinds:
-        # of each decoder layer, the numbers of its operators of this kind
+        # For each decoder layer, the numbers of its operators of this kind: none, one, or one for each expert.
         numbers = [
             [value_of(operator) for operator in grid.cells.get((layer, kind), ())]
             for layer in grid.layers
