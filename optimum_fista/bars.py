@@ -48,7 +48,7 @@ def hidden_bars() -> Iterator[None]:
 
 
 def _show_bars(shown: bool) -> None:
-    """Show or hide the bars of the Hub's client and of Transformers, for the whole process.
+    """Show the bars of the Hub's client and of Transformers, or hide them if not `shown`, for the whole process.
 
     If Transformers is not imported yet, it will ask the Hub's client when it is.
     """

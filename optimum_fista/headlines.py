@@ -313,7 +313,7 @@ def error(value: float, digits: int = 4, unknown: str = "not finite") -> str:
 
 
 def count(value: int) -> str:
-    """Write a large number in three digits, such as `106 M`."""
+    """Write a large whole number in three digits, such as 106,234,000 as `106 M`."""
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if value >= unit:
             # 2 after the point of 1.06, 1 of 10.6, none of 106.
@@ -323,7 +323,7 @@ def count(value: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write a time as `3 h 20 min`, `12 min 3 s` or `48.2 s`."""
+    """Write a time in seconds as `3 h 20 min`, `12 min 3 s` or `48.2 s`."""
     whole = int(seconds)
     if whole >= 3600:
         text = f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -67,6 +67,7 @@ def calibration_batches(
 def _bytes_per_token(tokenizer: PreTrainedTokenizerBase, sequences: Tensor) -> float:
     """Count the bytes of text in UTF-8, and divide them by the number of ids in `sequences`, int64 [sequences, tokens].
 
+    `tokenizer` has made them; it is that of the model.
     Special tokens have no bytes, but count as tokens. A sequence may begin or end inside a character. Such a part of a
     character is no text, and has no bytes here.
     """

@@ -89,7 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _ask(speakers: list["_Speaker"], question: str, *, in_terminal: bool) -> None:
     """Ask each speaker, and print the answers; two speakers are told apart by their names.
 
-    Changes the speakers: question and answer become part of their conversations.
+    Changes the speakers: question and answer become part of their conversations. `in_terminal`: whether a person sees
+    the answers while they come; otherwise each answer is one line.
     """
     for speaker in speakers:
         label = f"{speaker.name}:" if len(speakers) > 1 else ""
@@ -118,7 +119,7 @@ class _Speaker:
         """Load a model by its folder or Hub id (`name`), with generation settings that take the most probable token.
 
         `settings` are the flags of the command. `writes`: whether answers are printed while they come, as in a
-        terminal. A model of the Hub is downloaded into its cache.
+        terminal. A model of the Hub is downloaded into its cache. Sets all fields of the new speaker.
         """
         from transformers import GenerationConfig
 

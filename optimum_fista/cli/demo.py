@@ -147,8 +147,8 @@ def _windows(source: str, model: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
     """Draw windows [windows, tokens] to calibrate on, and others from the start of the text to measure on.
 
     Returns both, and the text (`TextSource`). ValueError if the text is too short. `source` is the name of a text or a
-    file; of `model` only the context length counts. A text of the Hub, such as wikitext2, is downloaded into the Hub's
-    cache; nothing else is changed.
+    file; of `model`, whose tokenizer is `tokenizer`, only the context length counts. A text of the Hub, such as
+    wikitext2, is downloaded into the Hub's cache; nothing else is changed.
     """
     from optimum_fista.text.calibration_tokens import usual_length
     from optimum_fista.text.sources import load_text
@@ -172,8 +172,8 @@ def _windows(source: str, model: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
 def _show_models(dense: Any, folders: list[Path], tokenizer: Any) -> None:
     """Print the size of the dense model and of the saved ones in `folders`, and text that each writes.
 
-    The saved ones are verified first (ValueError if their files do not fit their report), and loaded by plain
-    Transformers.
+    All have the same `tokenizer`. The saved ones are verified first (ValueError if their files do not fit their
+    report), and loaded by plain Transformers.
     """
     from transformers import AutoModelForCausalLM
 
@@ -187,7 +187,10 @@ def _show_models(dense: Any, folders: list[Path], tokenizer: Any) -> None:
 
 
 def _show_model(name: str, model: Any, tokenizer: Any) -> None:
-    """Print the size of a model, and how it continues `_PROMPT`, the beginning of a sentence."""
+    """Print the size of a model, and how it continues `_PROMPT`, the beginning of a sentence.
+
+    `name` is what the model is called in the line, such as "dense". `tokenizer` is that of the model.
+    """
     megabytes = sum(parameter.nbytes for parameter in model.parameters()) / 1e6
     print(
         f"\n{name:<12}{model.num_parameters():>13,} parameters, {megabytes:.0f} MB in memory",

@@ -16,7 +16,10 @@ def add_arguments(_: argparse.ArgumentParser) -> None:
 
 
 def run(_: argparse.Namespace) -> int:
-    """Describe the machine, prune a small model on each of its devices, and print both; returns 1 if a check fails."""
+    """Describe the machine, prune a small model on each of its devices, and print both; returns 1 if a check fails.
+
+    The command has no flags.
+    """
     from optimum_fista.diagnosis import diagnose
 
     num_failed = diagnose(lambda line: print(line, flush=True))

@@ -64,7 +64,8 @@ class _Parser(argparse.ArgumentParser):
         """Parse the words `args` of the command line as argparse does, but refuse unknown ones with a suggestion.
 
         They are refused here, because the main parser does not know the options of a command. The process ends then,
-        and also after `--help`, which hides the options `self.rare` from the help of this parser.
+        and also after `--help`, which hides the options `self.rare` from the help of this parser. The values are set in
+        `namespace`, which argparse passes.
         """
         if "-h" in args or "--help" in args:
             for action in self.rare:
@@ -91,9 +92,9 @@ class _MainParser(argparse.ArgumentParser):
     """The parser of `optimum-fista`, which suggests a command for one that is misspelt."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse the words `args` as argparse does (`None`: those of the process).
+        """Parse the words `args` as argparse does (`None`: those of the process), into `namespace` if it is given.
 
-        Ends the process with a message if the command is not known.
+        Ends the process with a message (`self.error`) if the command is not known.
         """
         words = sys.argv[1:] if args is None else list(args)
         # The flags of the program itself (--help, --version) take no value.
@@ -216,8 +217,8 @@ class _BarsAsLines:
     def _write_bar(self, line: str) -> None:
         """Write a line of a bar if it is the first line of this bar, or if the last line of any bar is old.
 
-        Notes the name of the bar and the time in `self`, if the line is written. An empty line erases a bar, and is not
-        written.
+        Notes the name of the bar (`_shown_names`) and the time in `self`, if the line is written. An empty line erases
+        a bar, and is not written.
         """
         description = re.split(r"[:|]", line)[0]
         # "3 of 30 layers done: ..." and "4 of 30 layers done: ..." are lines of one bar.

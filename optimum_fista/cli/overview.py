@@ -212,7 +212,8 @@ def _calibration_line(estimate: Estimate, has_images: bool) -> str:
 def details_of(estimate: Estimate) -> list[str]:
     """Return what `--dry-run` prints: the overview, operators by name, memory and disk by part, time by stage, notes.
 
-    To find out the time, a small random model is pruned in a temporary folder. If that can't be done, a note says why.
+    `estimate` is that of the run. To find out the time, a small random model is pruned in a temporary folder. If that
+    can't be done, a note says why.
     """
     from optimum_fista.solve.methods import method_class
 
@@ -378,7 +379,7 @@ def next_commands(
     has_zeros: bool = True,
     is_packed: bool = False,
 ) -> str:
-    """Return lines with commands to use on a pruned model, each with a few words on what it is for.
+    """Return lines with commands to use on a pruned model, each with a few words on what it is for. Runs none of them.
 
     Args:
         model: The dense model: Hub id, path, or "MODEL" if its name is not known.

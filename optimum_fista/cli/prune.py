@@ -211,7 +211,7 @@ def _write_tokens(plan: TokensPlan, request: PruneRequest, is_dry_run: bool) -> 
 
 
 def _show_estimate(request: PruneRequest, *, is_of_target_size: bool) -> None:
-    """Print what a run would prune and need; raises the errors that the run would raise before it prunes.
+    """Print what the run of a request would prune and need; raises the errors that it would raise before it prunes.
 
     There are three kinds of runs. One removes tokens (a pattern such as vocab:0.35): its texts are read and counted.
     One removes channels for `--target-size` (`is_of_target_size`), perhaps after tokens: the estimate is that of the
@@ -245,8 +245,10 @@ def _show_estimate(request: PruneRequest, *, is_of_target_size: bool) -> None:
 def _prune(request: PruneRequest, tokens_first: TokensPlan | None) -> int:
     """Prune from files to the output folder, in one process or several, and print the result; returns the exit code.
 
-    `tokens_first` is the plan of a run that removes tokens. Its result is written first, to a folder beside the output
-    whose name ends with "-tokens", and is then what is pruned.
+    `request` is what the user asks for. If texts are to be measured, the model and the result are measured at the end.
+    If Ctrl-C stops the pruning, a line on standard error says how to resume it. `tokens_first` is the plan of a run
+    that removes tokens. Its result is written first, to a folder beside the output whose name ends with "-tokens", and
+    is then what is pruned.
     """
     from optimum_fista.cli.messages import speaking_ranks
     from optimum_fista.cli.target_size import remove_first

@@ -48,7 +48,7 @@ class PruneRequest:
     def of(
         cls, arguments: argparse.Namespace, config: FistaPruningConfig | None = None
     ) -> PruneRequest:
-        """Make the request of the parsed flags of `prune`; ValueError if the options contradict each other.
+        """Make the request of `arguments`, the parsed flags of `prune`; ValueError if options contradict each other.
 
         `config` is used instead of the flags, for a run that `--target-size` has planned. If no output is given and
         whole parts are removed, the configuration of the model is read for the output's name; the Hub's client may
@@ -110,7 +110,11 @@ class PruneRequest:
         return {source: load_text(source, "test").joined for source in self.measure}
 
     def require_measurable(self) -> None:
-        """Refuse held-out texts that can't be read, are too short, or are among the calibration text."""
+        """Refuse held-out texts that can't be read, are too short, or are among the calibration text (ValueError).
+
+        `self.measure` are their sources, such as "code.txt"; empty if the user names none. `self.sources` are those of
+        the calibration text. The tokenizer of the model is loaded to count tokens. Changes nothing.
+        """
         if not self.measure:
             return
         require_held_out(self.measure, self.sources)
@@ -162,7 +166,10 @@ class PruneRequest:
             self._require_same_run(has_images)
 
     def require_sizes(self) -> None:
-        """Refuse numbers of sequences, of tokens in each, and of sequences in a batch that are too small."""
+        """Refuse numbers of sequences, of tokens in each, and of sequences in a batch that are too small (ValueError).
+
+        The length and the batch size are None if the user leaves them open.
+        """
         if self.num_samples < 1:
             raise ValueError(f"--num-samples {self.num_samples}: pass at least 1.")
         if self.sequence_length is not None and self.sequence_length < 2:
@@ -171,7 +178,10 @@ class PruneRequest:
             raise ValueError(f"--batch-size {self.batch_size}: pass at least 1.")
 
     def require_one_source(self) -> None:
-        """Refuse several sources of text, unless tokens are removed; then refuse "self", the model's own text."""
+        """Refuse several sources of text, unless tokens are removed; then refuse "self", the model's own text.
+
+        `self.config.tokens_removal` is None if the run removes no tokens.
+        """
         if self.config.tokens_removal is None and len(self.sources) > 1:
             raise ValueError(
                 f"--calibration has {len(self.sources)} sources: pass one, or a pattern such as vocab:0.35."

@@ -54,7 +54,10 @@ class Candidate:
         return self.dense_parameters - self.num_parameters - self.num_in_tokens
 
     def __str__(self) -> str:
-        """Say what goes and what is left, such as "channels:0.25: 1,234,567 parameters are left (74.98%)"."""
+        """Say what goes and what is left, such as "channels:0.25: 1,234,567 parameters are left (74.98%)".
+
+        The percentage is the share of the parameters of the dense model, before anything is removed.
+        """
         removed = list[str]()
         if self.tokens is not None:
             vocabulary = self.tokens.report.model["vocabulary"]

@@ -91,9 +91,10 @@ class Costs:
         return None
 
     def _predicted(self, in_tokens: float, in_channels: float) -> list[float]:
-        """Predict the cost on each text if tokens and channels with so many parameters go.
+        """Predict the cost on each text if tokens with `in_tokens` parameters go, and channels with `in_channels`.
 
-        Between two numbers of parameters that were measured, the cost is interpolated on a line.
+        `self.of_tokens` and `self.of_channels` are the costs that were measured, by such numbers. Between two numbers
+        of parameters that were measured, the cost is interpolated on a line.
         """
         predicted = list[float]()
         for index in range(len(self.texts)):

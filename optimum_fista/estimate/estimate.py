@@ -7,6 +7,12 @@ batch size are chosen here if the user leaves them open. There are three answers
 Words: activations that *wait*, such as the hidden states between two decoder layers, are in the run's storage: on the
 device, on the host or on disk. An *operator* is a linear operator of a decoder layer, a matrix [out, in], called by the
 name of its module, such as "model.layers.3.mlp.up_proj".
+
+Fields that `RunSizes` sets: `num_samples` sequences of `length` tokens, and `num_held_out` to measure the perplexity
+on; `sequence_bytes` of hidden states in a sequence, and `stream_bytes` in all of one network; `num_streams` networks (0
+to 2: dense and pruned). `weight_bytes` are those of the whole model, and `value_bytes` of one weight. `on_cpu`: whether
+the device that computes is the CPU; `place` is that device as the user named it. `storage` is "device", "host" or
+"disk".
 """
 
 import math
@@ -59,7 +65,9 @@ class Estimate(RunSizes):
         """Plan the run on a model without weights, and choose the text and the batch size.
 
         Reads the model's configuration, which the Hub's client may download, and the headers of the files of a model
-        folder.
+        folder. Arguments are the flags of `optimum-fista prune`, such as `storage_device`, where activations wait.
+        `None` as `calibration` (the source of text) or `batch_size`: it is chosen here; as another one: the usual
+        value.
         """
         super().__init__(
             model,
@@ -137,6 +145,7 @@ class Estimate(RunSizes):
         # Tensors that the model's class does not load are copied: they are no parameters of the model.
         saved -= sum(tensor.num_bytes for tensor in self.source.tensors_to_copy.values())
 
+        # Experts that share tensors [experts, out, in] are copied, to be read one decoder layer at a time.
         fused_experts = 0
         if not self.quantized:
             for module in self.model.modules():

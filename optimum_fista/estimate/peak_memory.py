@@ -10,7 +10,11 @@ operators has the same inputs, and so one Gram matrix. A *stream* is the hidden 
 one network, dense or pruned. *Held-out* sequences are not fitted to. Matrices are *widened* if they are copied to
 float32 for each product, because the CPU is slow in their dtype.
 
-In all functions, `run` is the planned run (`RunSizes`); no function changes it.
+In all functions, `run` is the planned run (`RunSizes`); no function changes it. `run.num_samples` sequences have
+`run.length` tokens each; `run.sequence_bytes` are those of the hidden states of one sequence, `run.stream_bytes` of a
+stream. The embedding is [`run.vocabulary`, `run.hidden`]. `run.value_bytes` are those of a weight, `run.weight_bytes`
+of all weights. `run.layers` are the decoder layers, on the meta device, with their names; `run.operators` the shapes
+[out, in] of operators by names such as "model.layers.3.mlp.up_proj". `run.widens`: whether matrices are widened.
 """
 
 import math

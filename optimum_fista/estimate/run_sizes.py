@@ -91,8 +91,9 @@ class RunSizes:
     ) -> None:
         """Plan the run on a model without weights. Each step sets fields that later steps use.
 
-        Arguments are those of `optimum-fista prune`. Reads the model's configuration, which the Hub's client may
-        download, and the headers of the files of a model folder.
+        Arguments are the flags of `optimum-fista prune`; `None`: the usual value. Reads the model's configuration,
+        which the Hub's client may download, and the headers of the files of a model folder. ValueError if options are
+        wrong.
         """
         if config is None:
             config = FistaPruningConfig()
@@ -148,7 +149,7 @@ class RunSizes:
     def _describe_model(
         self, model: str | Path | PreTrainedConfig, dtype: str | torch.dtype
     ) -> PreTrainedConfig:
-        """Build the dense model without weights and set it, with the properties that bytes depend on.
+        """Build the dense model without weights and set `self.model`, and fields with the sizes that bytes depend on.
 
         `model` and `dtype` are the user's; a configuration that is passed stays as it is. Returns a configuration
         without quantization settings.
@@ -188,8 +189,8 @@ class RunSizes:
     ) -> Plan:
         """Plan the run as `FistaPruner` does, on `self.model`, which has no weights. Changes nothing.
 
-        `folder` holds the model's files; `None`: they are not known. `files_dtypes`: tensors keep the dtypes that they
-        have in the files, because the user asks for no other.
+        `config` has a value for each option. `folder` holds the model's files; `None`: they are not known.
+        `files_dtypes`: tensors keep the dtypes that they have in the files, because the user asks for no other.
         """
         removal = plan_removal(prunable_layers(self.model, loaded=False), config)
         source = None

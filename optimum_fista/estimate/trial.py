@@ -5,7 +5,10 @@ layer, times the layers of its kind. If all tokens would take long, a part of th
 solving grows in proportion. No formula knows the speed of a machine, but a trial needs the device, the memory of a
 layer and less than half a minute to solve it; otherwise a run shows the time left once its first layer is pruned.
 
-In all functions, `run` is the planned run (`RunSizes`); no function changes it.
+In all functions, `run` is the planned run (`RunSizes`); no function changes it. `run.layers` are the decoder layers, on
+the meta device, with their names; `run.operators` the shapes [out, in] of the operators to prune, by names such as
+"model.layers.3.mlp.up_proj", and `run.weights` their numbers of weights. `run.num_samples` sequences have `run.length`
+tokens each. The embedding is [`run.vocabulary`, `run.hidden`].
 """
 
 import time
@@ -170,7 +173,8 @@ def _try(run: RunSizes, firsts: list[int]) -> _Trial:
 def _prune_randomly(run: RunSizes, folder: str, attempt: str, num_samples: int) -> _Trial:
     """Prune the model in the folder FOLDER/dense on random tokens, and write the result to FOLDER/ATTEMPT.
 
-    `num_samples` is the number of sequences. Returns the report and the time. The random state of PyTorch moves on.
+    FOLDER is `folder`, and ATTEMPT is `attempt`, such as "first". `num_samples` is the number of sequences. Returns the
+    report and the time. The random state of PyTorch moves on.
     """
     tokens = torch.randint(0, run.vocabulary, (num_samples, run.length))
     pruner = FistaPruner(run.config, progress=False, storage_device=run.storage_device)
