@@ -100,7 +100,7 @@ def _ask(speakers: list["_Speaker"], question: str, *, in_terminal: bool) -> Non
             speaker.answer(question)  # which prints each piece when it is there
             print(flush=True)
         else:
-            words = speaker.answer(question).split()
+            words = speaker.answer(question).split()  # so that the answer has no line breaks
             line = [label, *words] if label else words
             print(" ".join(line), flush=True)
 

@@ -116,11 +116,12 @@ def _suggestion(word: str, names: Iterable[str]) -> str:
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands to a parser, which this changes.
 
-    Arguments that it parses get `fista_run`: the function of the subcommand that `execute` calls with them.
+    Arguments that the parser returns have `fista_run`: the function of the subcommand that `execute` calls with them.
     """
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     for name, command in _COMMANDS.items():
-        summary = command.DESCRIPTION.split("\n", 1)[0].replace("%", "%%")
+        first_line = command.DESCRIPTION.split("\n", 1)[0]
+        summary = first_line.replace("%", "%%")  # argparse fills in %
         subparser = subparsers.add_parser(
             name,
             help=summary,

@@ -41,7 +41,8 @@ def plan_of(request: PruneRequest) -> tuple[PruneRequest, list[str]]:
 
     batch_size = request.batch_size
     if batch_size is None:
-        batch_size = begun_batch_size(unfinished_folder(request.output))  # of a run that resumes
+        # That of the run that resumes; None if there is none.
+        batch_size = begun_batch_size(unfinished_folder(request.output))
     try:
         estimate = estimate_of(replace(request, batch_size=batch_size))
         lines = overview_of(estimate)
@@ -75,21 +76,22 @@ def plan_of(request: PruneRequest) -> tuple[PruneRequest, list[str]]:
 def require_disk(needed: int, output: Path) -> None:
     """Refuse an output folder whose disk has less than `needed` bytes free; OSError.
 
-    Bytes that an unfinished run has written already need not be free.
+    Bytes that an unfinished run has written already need not be free. `output` need not exist; no folder is made.
     """
     from optimum_fista.folder.output import unfinished_folder
 
+    # A run writes into this folder beside the output, which gets its name at the end.
     unfinished = unfinished_folder(output)
     written = sum(path.stat().st_size for path in unfinished.rglob("*") if path.is_file())
-    missing = needed - written
+    still_needed = needed - written
 
-    nearest_folder = unfinished  # that exists
-    while not nearest_folder.exists():
-        nearest_folder = nearest_folder.parent
-    free = shutil.disk_usage(nearest_folder).free
-    if missing > free:
+    existing_folder = unfinished
+    while not existing_folder.exists():
+        existing_folder = existing_folder.parent
+    free = shutil.disk_usage(existing_folder).free
+    if still_needed > free:
         raise OSError(
-            f"output {str(output)!r}: the run needs up to {size_text(missing)} of disk, and {size_text(free)} "
+            f"output {str(output)!r}: the run needs up to {size_text(still_needed)} of disk, and {size_text(free)} "
             "are free there: make room, or pass --output on another disk. --dry-run shows what it needs."
         )
 
@@ -328,7 +330,8 @@ def cost_of_tokens(report: PruningReport) -> Iterator[str]:
     """
     from optimum_fista.report import COST_OF_TOKENS_ELSEWHERE
 
-    if "vocabulary" not in report.model:
+    has_lost_tokens = "vocabulary" in report.model
+    if not has_lost_tokens:
         return
     if report.bits_per_byte is None:
         yield "what the removed tokens cost is not measured (a warning says why)"
@@ -392,20 +395,22 @@ def next_commands(
     from optimum_fista.text.sources import usual_texts
 
     comparison = "perplexity; run it on the dense model too, to compare"
-    if (folder / VOCABULARY_FILE).exists():
+    has_lost_tokens = (folder / VOCABULARY_FILE).exists()
+    if has_lost_tokens:
         # Perplexities of different vocabularies say nothing of each other.
         comparison = "bits per byte; run it on the dense model too, and compare these"
 
+    # Quoted for a shell.
     name = argument(folder)
     dense = argument(model)
-    text_to_measure_on, text_to_train_on = usual_texts()
+    texts = usual_texts()
     commands = {
         f"chat {name} --beside {dense}": "talk to the pruned and to the dense model",
-        f"evaluate {name} --text {text_to_measure_on}": comparison,
+        f"evaluate {name} --text {texts.to_measure_on}": comparison,
     }
     if calibration is not None:
         # A model would write its own text for hours.
-        text = text_to_train_on if calibration == "self" else argument(calibration)
+        text = texts.to_calibrate_on if calibration == "self" else argument(calibration)
         recover = f"recover {name} --teacher {dense} --calibration {text}"
         commands[recover] = "train it to be more like the dense model"
     commands[f"report {name}"] = "a page about the run"

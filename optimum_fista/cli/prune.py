@@ -284,6 +284,7 @@ def _prune(request: PruneRequest, tokens_first: TokensPlan | None) -> int:
         try:
             batches: Any
             if request.config.tokens_removal is not None:
+                # Whole texts, because such a run counts their tokens.
                 batches, source_name = _documents(request)
             else:
                 request_so_far = request
@@ -309,7 +310,7 @@ def _prune(request: PruneRequest, tokens_first: TokensPlan | None) -> int:
         except MeasuringInterrupted:
             raise  # with a message that is printed: the result is finished, so there is nothing to resume
         except KeyboardInterrupt:
-            if request.config.tokens_removal is None:
+            if request.config.tokens_removal is None:  # a run that removes tokens has no layers
                 print(
                     "\nfinished decoder layers are kept: give the same command again to resume",
                     file=sys.stderr,

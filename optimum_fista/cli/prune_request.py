@@ -60,9 +60,8 @@ class PruneRequest:
             config = _configuration(arguments)
         output = arguments.output
         if output is None:
-            output = default_output(
-                arguments.model, config, pattern_of_run(arguments.model, config)
-            )
+            pattern = pattern_of_run(arguments.model, config)  # with the shares that really go
+            output = default_output(arguments.model, config, pattern)
         sources = tuple(arguments.calibration or ())  # None if the flag is not given
         if not sources and config.tokens_removal is not None:
             sources = (usual_texts().to_calibrate_on,)

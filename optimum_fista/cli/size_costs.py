@@ -84,6 +84,7 @@ class Costs:
         for number in range(_NUM_SIZES - 1, 0, -1):
             removed = most_removed * number / _NUM_SIZES
             for share in shares_of_tokens:
+                # Of the tokens that could go, the same share goes as in the candidate, and channels for the rest.
                 in_tokens = share * min(removed, most_in_tokens)
                 costs = self._predicted(in_tokens, removed - in_tokens)
                 if self.keep_to_limits(costs):

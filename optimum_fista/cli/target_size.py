@@ -92,6 +92,7 @@ def plan_size(arguments: argparse.Namespace) -> Candidate:
     for candidate in candidates:
         candidate.request.require_possible()
     if not texts and counted is not None and counted.held_out:
+        # The user names no text: pieces of the counted text are measured that were left out of the counting.
         name = f"{counted.text_name} (held out)"
         texts = [MeasuredText(name, counted.held_out[:_MOST_PIECES], at_most=None)]
     return _chosen(candidates, texts)
@@ -134,6 +135,7 @@ def _chosen(
     with_trials = len(candidates) > 1 or has_limits
     has_costs_before_the_run = with_trials or candidates[0].tokens is not None
     costs: Costs | None = None
+    # Why nothing is measured; said only if that is so.
     reason = "the text is too short to hold some of it out: pass --measure FILE"
     if texts and has_costs_before_the_run:
         try:

@@ -131,6 +131,8 @@ class Estimate(RunSizes):
 
         `self.weights` and `self.zeros` are numbers by the name of an operator, such as "model.layers.3.mlp.up_proj".
         `self.value_bytes` are those of a weight, and `self.num_removed` parameters are removed from the model.
+        `self.packed`: the result is stored without its zeros. `self.quantized` is None if the source is not quantized.
+        `self.storage_device` is the place that the user named for activations that wait.
         """
         num_zeros = sum(self.zeros.values())  # or weights that are removed with their inputs
         num_masked = sum(self.weights.values())
@@ -156,8 +158,9 @@ class Estimate(RunSizes):
         held_out = 2 * self.num_held_out * self.sequence_bytes
         hidden_states = self.num_streams * self.stream_bytes + held_out
         waiting = 0.0
-        in_output = self.storage_device in (None, "disk")  # not in a folder of the user
-        if self.storage == "disk" and in_output:
+        # If the user names a folder for them, they are not on the disk of the output.
+        names_no_folder = self.storage_device in (None, "disk")
+        if self.storage == "disk" and names_no_folder:
             # While most activations wait, the journal, in which the run keeps what it needs to resume, has the hidden
             # states of one layer, not of two.
             all_moments = moments(self, writes_own_text=self.calibration == "self")

@@ -64,6 +64,7 @@ def peak_memory(run: RunSizes, *, writes_own_text: bool) -> dict[str, dict[str, 
         held[run.storage]["activations that wait"] = moment.waiting
         if run.on_cpu:  # both places are one
             held["host"] |= held.pop("device")
+        # Of each place the moment is kept whose sum is the largest, so that all parts are of one moment.
         for place in ("device", "host"):
             if place in held:
                 peaks[place] = max(peaks.get(place, {}), held[place], key=_total)
@@ -219,6 +220,7 @@ def _pruning_layer(run: RunSizes, layer: torch.nn.Module, names: list[str]) -> I
     groups_of_all_tokens = {
         (module, columns): outputs
         for (module, columns), outputs in groups.items()
+        # With a dot at the end, the module "model.layers.3.mlp.experts" is found, too.
         if ".experts." not in f"{module}."
     }
     parts |= _running_layer(run, names, groups_of_all_tokens)

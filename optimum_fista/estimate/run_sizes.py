@@ -132,6 +132,7 @@ class RunSizes:
         `storage_device` keep them as they are, for the trial.
         """
         self.place = device
+        # "cuda:1" is a device of the type "cuda".
         self.device, _, _ = (device or default_device()).partition(":")
         self.on_cpu = self.device == "cpu"
 
@@ -218,6 +219,7 @@ class RunSizes:
         self.num_removed_layers = plan.removal.num_removed_layers
         # Assumed are the layers 1, 2 and so on, each with a loss after its removal.
         removed_layers = [(index, 0.0) for index in range(1, 1 + self.num_removed_layers)]
+        # `Budgets` are what a run decides by values; `with_budgets` returns another plan.
         plan = plan.with_budgets(Budgets(removed_layers=removed_layers))
         removal = plan.removal
         self.layers = plan.layers
@@ -238,6 +240,7 @@ class RunSizes:
             for name, shape in self.operators.items()
         }
 
+        # Operators that share the zeros of the model have a common budget of zeros.
         self.allocates = any(self.config.shares_budget(name) for name in self.operators)
         # Hidden states of the dense network, and of the pruned one.
         correction = self.config.correction

@@ -150,17 +150,18 @@ def _try(run: RunSizes, firsts: list[int]) -> _Trial:
     It is pruned twice in a temporary folder, without warnings: on few sequences, and on as many as fit into the
     time. `run.model` stays as it is. The random state of PyTorch moves on.
     """
-    small = run.model
+    without_weights = run.model
     if len(firsts) < len(run.layers):
-        small = plan_shrinking(ModelOutline(run.layers), layers=firsts).model
+        without_weights = plan_shrinking(ModelOutline(run.layers), layers=firsts).model
+    config = without_weights.config
     num_tried = min(run.num_samples, run.batch_size + run.config.held_out)
     with (
         TemporaryDirectory(prefix="optimum-fista-") as folder,
         warnings.catch_warnings(action="ignore"),
     ):
         # Pruned from files to files, as the run will be, so that reading and writing count.
-        small = loading.model_class(small.config).from_config(small.config, dtype=run.model.dtype)
-        small.save_pretrained(f"{folder}/dense")
+        dense = loading.model_class(config).from_config(config, dtype=run.model.dtype)
+        dense.save_pretrained(f"{folder}/dense")
         first = _prune_randomly(run, folder, "first", num_tried)
         # The first attempt says how many sequences fit into the time.
         layer_seconds = sum(layer.seconds for layer in first.report.layers)

@@ -144,6 +144,7 @@ def _compare_loaded(
             (name, stored_tensor(dense_model, name)) for name in _tensor_names(dense_model)
         )
 
+    # A dictionary as a set of names, because it keeps their order.
     not_compared = dict.fromkeys(_tensor_names(pruned_model))
     num_equal = 0
     for name, expected in expected_tensors:
@@ -154,7 +155,8 @@ def _compare_loaded(
         if _lost_tokens(pruned.shape, expected.shape, tokens):
             assert tokens is not None
             # New rows, of tokens that the dense model lacks, have no row to be compared with.
-            expected = expected[tokens[tokens < len(expected)]]
+            rows_in_dense = tokens[tokens < len(expected)]
+            expected = expected[rows_in_dense]
         if pruned.shape != expected.shape:
             raise VerificationError(
                 f"{name} has shape {tuple(pruned.shape)}, from {dense!r} {tuple(expected.shape)}."
@@ -298,7 +300,8 @@ def _compare_copied(
         if copied is not None and _lost_tokens(copied.shape, tensor.shape, tokens):
             assert tokens is not None
             # New rows, of tokens that the dense model lacks, have no row to be compared with.
-            tensor = tensor.selected(0, tokens[tokens < tensor.shape[0]])
+            rows_in_dense = tokens[tokens < tensor.shape[0]]
+            tensor = tensor.selected(0, rows_in_dense)
         if copied is None or not tensor.equals(copied):
             raise VerificationError(
                 f"{name} of {dense!r} was not copied as it is, and its report does not say so."

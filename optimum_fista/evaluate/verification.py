@@ -458,8 +458,8 @@ def _verify_shapes(folder: Path, model: PreTrainedModel) -> None:
         for name, packed in packed_outlines(folder).items():
             stored_shapes[name] = packed.shape
     missing = [name for name in described if name not in stored_shapes]
-    # Otherwise the class renames tensors when it loads them, so that their names can't be compared. (`source.places`
-    # has the tensors that the class loads, by their names in the files; `source.stored` has all of the files.)
+    # If the class renames tensors when it loads them, names that are missing say nothing. (`source.places` has the
+    # tensors that the class loads, by their names in the files; `source.stored` has all of the files.)
     has_same_names = source.places.keys() <= described.keys()
     if missing and has_same_names:
         raise VerificationError(f"{missing[0]} is not in the checkpoint.")
