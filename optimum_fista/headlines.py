@@ -65,12 +65,14 @@ def headlines(report: PruningReport) -> Iterator[Headline]:
             remark=f"{report.verdict_of_tokens}; {report.cost_of_tokens}; {COST_OF_TOKENS_ELSEWHERE}",
         )
     for text in report.texts:
-        times = report.times_of(text)
+        # None if the bits per byte of the first model are not known.
+        times_as_many_bits = report.times_of(text)
+        lost_too_much = text in report.unprotected  # more than the user allowed
         yield Headline(
             name=f"Bits per byte of {text.name}{before}",
             value=f"{text.pruned:.3f}",
             remark=report.words_on(text),
-            is_alert=text in report.unprotected or times is None,
+            is_alert=lost_too_much or times_as_many_bits is None,
         )
     if report.removed or report.removed_before:
         yield _removed(report)

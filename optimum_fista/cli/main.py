@@ -195,7 +195,9 @@ class _BarsAsLines:
         self._stream = stream
         self._last_line_at = time.monotonic()  # when a line of a bar was passed on
         self._in_bar = False  # whether the latest text was a bar
-        self._shown_names = {""}  # of bars, such as "layers done"
+        # Names of bars, such as "layers done". The empty one is that of a bar without a name, which is not shown at
+        # once.
+        self._shown_names = {""}
 
     def write(self, text: str) -> int:
         """Pass `text` on to the stream, but if it is a bar, leave that to `_write_bar`, which leaves most of them out.

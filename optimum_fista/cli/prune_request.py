@@ -153,6 +153,7 @@ class PruneRequest:
         from optimum_fista.removal.planning import require_zeros_to_pack
         from optimum_fista.source.model_folder import require_weights
 
+        # Each of these raises an error if it has to; what some return is needed later only, by the run itself.
         require_weights(self.model)
         usable_device(self.device)
         storage_place(self.storage_device)
@@ -161,7 +162,7 @@ class PruneRequest:
         if self.push_to_hub:
             require_push(self.push_to_hub)
         self.require_measurable()
-        if not self.overwrite:
+        if not self.overwrite:  # then an unfinished run would resume
             self._require_same_run(has_images)
 
     def require_sizes(self) -> None:
@@ -179,13 +180,14 @@ class PruneRequest:
     def require_one_source(self) -> None:
         """Refuse several sources of text, unless tokens are removed; then refuse "self", the model's own text.
 
-        `self.config.tokens_removal` is None if the run removes no tokens.
+        `self.sources` are those of the calibration text, such as ("c4", "code.txt"). Raises ValueError.
         """
-        if self.config.tokens_removal is None and len(self.sources) > 1:
+        removes_tokens = self.config.tokens_removal is not None
+        if len(self.sources) > 1 and not removes_tokens:
             raise ValueError(
                 f"--calibration has {len(self.sources)} sources: pass one, or a pattern such as vocab:0.35."
             )
-        if self.config.tokens_removal is not None and "self" in self.sources:
+        if removes_tokens and "self" in self.sources:
             raise ValueError(
                 "--calibration self: a model's own text is too short for rare tokens, pass files or c4."
             )

@@ -232,6 +232,7 @@ def _channels(model: PreTrainedModel, most: float, target_share: float) -> tuple
     num_parameters = sum(tensor.numel() for tensor in tensors.values())
     num_in_channels = 0  # parameters that belong to a channel
     for mlp in mlps.parts:
+        # Of tensors that share their values, `tensors` has only one.
         num_in_channels += sum(tensors[name].numel() for name in mlp.tensors if name in tensors)
     per_channel = num_in_channels / num_channels  # in all decoder layers together
 
@@ -244,7 +245,7 @@ def _channels(model: PreTrainedModel, most: float, target_share: float) -> tuple
     num_kept = min(fitting, most_kept)
     if num_kept < least:
         smallest = num_parameters - (num_channels - least) * per_channel
-        # of the dense model's parameters, which are `most / target_share`; rounded up to four digits
+        # Divided by the parameters of the dense model, which are `most / target_share`; rounded up to four digits.
         possible_share = math.ceil(1e4 * smallest * target_share / most) / 1e4
         raise ValueError(
             f"--target-size {target_share:g}: {possible_share:g} of the parameters are left if {least} of "

@@ -203,8 +203,9 @@ def _trials(candidates: Sequence[Candidate]) -> dict[int, PruneRequest]:
 def _bits_of_trial(request: PruneRequest, texts: Sequence[MeasuredText]) -> list[float]:
     """Prune the model as a request says, but into a temporary folder, and measure the result: bits per byte of texts.
 
-    The folder is in the unfinished folder of the output, where the next run deletes it if this process is killed.
-    Otherwise it is deleted at the end. No other process can write to the output meanwhile.
+    The folder is in the unfinished folder of the output, in the part where a run keeps what it needs to resume
+    (FOLDER). There the next run deletes it if this process is killed. Otherwise it is deleted at the end. No other
+    process can write to the output meanwhile.
     """
     with (
         locked_output(request.output) as unfinished,

@@ -171,12 +171,12 @@ def _negative_log_likelihood(predictor: Predictor, ids: torch.Tensor, first: int
         ids: Token ids of B windows, int64 [B, T], on the model's device.
         first: Number of the first of these windows, for errors.
     """
-    # [B * (T - 1), hidden]: nothing comes after the last position, so it predicts nothing
+    # [B * (T - 1), hidden]: nothing comes after the last position of a window, so it predicts nothing.
     entering_head = predictor.hidden_states(ids)
     # Position t predicts token t + 1.
     targets = ids[:, 1:].flatten().to(entering_head.device)
     total = torch.zeros((), dtype=torch.float64, device=entering_head.device)
-    for chunk in predictor.chunks(len(targets)):
+    for chunk in predictor.chunks(len(targets)):  # slices of a few positions
         total += _sum_of_losses(predictor, entering_head[chunk], targets[chunk])
     # Once for a batch, because each look at a number waits for the device.
     if total.isnan():
