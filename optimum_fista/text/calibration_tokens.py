@@ -40,7 +40,9 @@ def calibration_tokens(
 
     `source` is `"self"` (the model samples its own text), or one of `load_text`, such as "c4" or "notes.txt".
     `sequence_length=None` is 2048, or the model's maximum if that is shorter. The seed decides what is sampled or
-    drawn; the global random state stays as it is. The first `held_out` sequences are the same for every `num_samples`.
+    drawn; the global random state and the model stay as they are. The first `held_out` of the sequences are the same
+    for every `num_samples`: the caller does not calibrate on these, but measures on them. `progress` shows a bar while
+    the model writes.
     """
     length = usual_length(model.config) if sequence_length is None else sequence_length
     if source != "self":
@@ -92,17 +94,18 @@ def calibration_tokens_by_name(
             tokenizer, text, num_samples, sequence_length, seed, held_out=held_out
         )
 
-    # changed files have another key; a Hub id has no files here
+    # If the model's files change, the key does. A Hub id has no files here.
     files = sorted(
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)
         for file in Path(name).glob("*")
         if file.is_file()
     )
     settings = [name, files, source, num_samples, sequence_length, seed, held_out, dtype]
-    # other settings have another file, so they do not overwrite this text
+    # Other settings have another file, so they do not overwrite this text.
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     kept_text = keep_in / SAMPLED_TEXTS.replace("*", key)  # "calibration-KEY.safetensors"
-    with suppress(FileNotFoundError, SafetensorError):  # if it is damaged, the model writes again
+    # If the file is missing or damaged, the model writes.
+    with suppress(FileNotFoundError, SafetensorError):
         return load_file(kept_text)["tokens"]
 
     model, own_tokenizer = load_model(name, device=device, dtype=dtype)

@@ -28,8 +28,9 @@ def image_sequences(
     """Make `num_samples` batches of one sequence, of lines in random order, each with its images.
 
     A batch has the arguments of the model by name: `input_ids`, int64 [1, tokens], `attention_mask`, `pixel_values`,
-    and what else the processor makes. A sequence is cut at `length` tokens. If that would cut tokens of an image, the
-    line is skipped, and a warning says how many were.
+    and what else the processor makes. A sequence is cut at `length` tokens. If tokens of an image come after that, the
+    line is skipped; a warning gives the number of skipped lines. ValueError if too few lines are left. The global
+    random state stays as it is.
 
     Args:
         processor: That of the model: it makes the arguments of the model from a text and its images.
@@ -48,14 +49,14 @@ def image_sequences(
 
     batches = list[dict[str, Any]]()
     num_skipped = 0
-    longest_skipped = 0
+    longest_skipped = 0  # tokens
     order = torch.randperm(num_lines, generator=torch.Generator().manual_seed(seed)).tolist()
     for number in order:
         if len(batches) == num_samples:
             break
         batch = _sequence(processor, text.documents[number], text.images[number])
-        cut = cut_sequence(batch, length, config)
-        if cut is None:  # the cut would be before the end of an image
+        cut = cut_sequence(batch, length, config)  # None: tokens of an image would be cut
+        if cut is None:
             num_skipped += 1
             longest_skipped = max(longest_skipped, batch["input_ids"].shape[1])
         else:
@@ -87,17 +88,18 @@ def _sequence(processor: Any, text: str, files: Sequence[Path]) -> dict[str, Any
     `attention_mask`, `pixel_values`, ... ValueError if the processor refuses the text, or a file can't be read.
     """
     marks = list[str]()  # texts that stand for an image, such as "<image>"
-    for name in ("image_token", "boi_token"):
+    for name in ("image_token", "boi_token"):  # attributes that some processors have
         mark = getattr(processor, name, None)
         if isinstance(mark, str):
             marks.append(mark)
     says_where = any(mark in text for mark in marks)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {}  # further arguments of the processor
     if not says_where and processor.chat_template:
         text = _prompt(processor, text, len(files), marks)
         bos = processor.tokenizer.bos_token
-        if bos and text.startswith(bos):
-            options["add_special_tokens"] = False  # not a second BOS
+        template_writes_bos = bos and text.startswith(bos)
+        if template_writes_bos:
+            options["add_special_tokens"] = False  # no second BOS
     elif not says_where and files:
         shown = " or ".join(marks) or "its image token"
         raise ValueError(
@@ -108,7 +110,8 @@ def _sequence(processor: Any, text: str, files: Sequence[Path]) -> dict[str, Any
     try:
         images = None
         if files:
-            images = [[load_image(str(file)) for file in files]]  # those of one text
+            # A list for each text, and there is one text.
+            images = [[load_image(str(file)) for file in files]]
         return dict(processor(text=[text], images=images, return_tensors="pt", **options))
     except (OSError, ValueError) as error:
         # a damaged file, or more images than the text has places for
@@ -119,10 +122,11 @@ def _sequence(processor: Any, text: str, files: Sequence[Path]) -> dict[str, Any
 
 
 def _prompt(processor: Any, text: str, num_images: int, marks: Sequence[str]) -> str:
-    """Write a user's turn with images before a text by the chat template of a processor.
+    """Write a user's turn with images before a text by the chat template of a processor, and return it.
 
-    Some templates take the content of a turn as a string only: they fail on a list of parts, or print it. Then the
-    images are written into the string as the first of `marks`, the image tokens of the processor.
+    Some templates take the content of a turn as a string only: they fail on a list of parts, or print the list. Then
+    the images are written into the string as the first of `marks`, the image tokens of the processor. ValueError if it
+    has none. Changes nothing.
     """
 
     def write(content: str | list[dict[str, str]]) -> str:
@@ -132,7 +136,7 @@ def _prompt(processor: Any, text: str, num_images: int, marks: Sequence[str]) ->
         return prompt
 
     parts = [{"type": "image"} for _ in range(num_images)] + [{"type": "text", "text": text}]
-    with suppress(TypeError, TemplateError):  # the template takes only strings
+    with suppress(TypeError, TemplateError):  # these come from templates that take only strings
         prompt = write(parts)
         prints_the_list = str(parts) in prompt
         if not prints_the_list:

@@ -93,8 +93,8 @@ def require_measurable(
     """Check the texts of a run, and cut the stretches out of them that are measured. Changes nothing.
 
     Args:
-        texts: By name, such as "code.txt". Of a path, only the last part is taken.
-        protect: By the same names, how many times the bits per byte before the run those after it may be.
+        texts: The texts themselves, by name, such as "code.txt". Of a path, only the last part is taken.
+        protect: Limits by the same names: 1.02 allows 1.02 times the bits per byte that the text has before the run.
         tokenizer: That of the model as it is before the run.
 
     Raises:
@@ -111,6 +111,7 @@ def require_measurable(
                 f"protect has {name!r}, which is not among the texts to measure "
                 f"({', '.join(map(repr, texts)) or 'there are none'}): pass its text, too."
             )
+        # True and False are integers, too.
         is_number = isinstance(at_most, int | float) and not isinstance(at_most, bool)
         if not is_number or not 1 <= at_most < math.inf:
             raise ValueError(
@@ -120,7 +121,7 @@ def require_measurable(
 
     measured = list[MeasuredText]()
     for name, text in texts.items():
-        public = public_name(name)
+        public = public_name(name)  # of a path only the last part
         if any(other.name == public for other in measured):
             raise ValueError(
                 f"measure has two texts that are called {public!r}: rename one of them."
@@ -137,7 +138,7 @@ def require_measurable(
 
 
 def _enough_stretches(text: str, name: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Cut so many stretches out of a text that they have `LEAST_TOKENS` tokens of `tokenizer`.
+    """Cut so many stretches out of a text that they have at least `LEAST_TOKENS` tokens of `tokenizer` together.
 
     ValueError if all of the text has fewer. `name` is that of the text, for this error.
     """
@@ -161,12 +162,17 @@ def _enough_stretches(text: str, name: str, tokenizer: PreTrainedTokenizerBase) 
 
 
 def _stretches(text: str, most_stretches: int) -> list[str]:
-    """Cut stretches out of a text, spread evenly over it; of a short text all."""
+    """Cut at most `most_stretches` (2 or more) stretches out of a text, spread evenly over it.
+
+    A text that is not longer than so many stretches is cut into stretches whole.
+    """
     num_characters = most_stretches * _STRETCH_CHARACTERS
     if len(text) <= num_characters:
         starts = list(range(0, len(text), _STRETCH_CHARACTERS))
     else:
-        step = (len(text) - _STRETCH_CHARACTERS) / (most_stretches - 1)
+        # The first stretch begins where the text does, and the last one ends where the text does.
+        last_start = len(text) - _STRETCH_CHARACTERS
+        step = last_start / (most_stretches - 1)
         starts = [round(number * step) for number in range(most_stretches)]
     return [text[start : start + _STRETCH_CHARACTERS] for start in starts]
 
@@ -220,10 +226,15 @@ def losses_of(
     progress: bool,
     label: str,
 ) -> list[TextLoss]:
-    """Measure a loaded model on texts, as `losses_of_folder` does. The model is as it was afterwards."""
-    vocabulary, num_positions = token_limits(model)
+    """Measure a loaded model on texts, as `losses_of_folder` does. Afterwards the model is as it was.
+
+    `texts` are those of `require_measurable`; the result has their order. `compute_dtype` is the option of a
+    configuration: in which dtype matrices are multiplied. `label` is what the progress bar says.
+    """
+    vocabulary, num_positions = token_limits(model)  # token ids, and positions (None: no limit)
     longest = longest_sequence(num_positions)
     bos = first_token(tokenizer)
+    # `bits_per_byte` takes texts by any keys: here their numbers.
     tokenized = {
         str(number): tokenized_text(text.stretches, tokenizer, bos=bos, longest=longest)
         for number, text in enumerate(texts)
@@ -248,7 +259,8 @@ def compared(
     """Join the losses of the model before a run (`dense`) and of its result (`pruned`) on texts, for the report.
 
     All three have the order of `texts`. Both models were measured on the same bytes, but in their own tokens: the
-    result may have lost some. The report has the size of the vocabulary before the run.
+    result may have lost some. The report has the size of the vocabulary before the run, and repeats the limit of each
+    text (`at_most`). Changes nothing.
     """
     return [
         TextReport(
@@ -279,11 +291,17 @@ def tokenized_text(
     longest: int,
     old_ids: Sequence[int] | None = None,
 ) -> Tokenized:
-    """Write stretches of a text in tokens, in sequences of at most `longest` ids.
+    """Write stretches of a text in tokens, in sequences of at most `longest` ids. Changes nothing.
 
-    `old_ids` has the model's id of each id of the tokenizer; `None`: they are the same. `bos` is the model's id that
-    every sequence starts with; `None`: sequences start with text. The tokens of a long stretch are cut into several
-    sequences, between two characters.
+    The tokens of a long stretch are cut into several sequences, between two characters. A sequence of one id is left
+    out, because nothing is predicted there.
+
+    Args:
+        stretches: Pieces of one text.
+        tokenizer: A fast one, which knows the place of each token in the text.
+        bos: The model's id that every sequence starts with; `None`: sequences start with text.
+        longest: Ids of a sequence at most, BOS included.
+        old_ids: The model's id of each id of the tokenizer; `None`: they are the same.
     """
     sequences = list[Sequence[int]]()
     num_tokens = 0
@@ -309,6 +327,7 @@ def tokenized_text(
             if len(sequence) > 1:
                 sequences.append(sequence)
                 predicted = stretch[begin:end]
+                # surrogatepass: a text that was made in Python may hold half of a surrogate pair.
                 num_bytes += len(predicted.encode("utf-8", "surrogatepass"))
     return Tokenized(sequences, num_tokens, num_bytes)
 
@@ -327,10 +346,11 @@ def _bounds_of_sequences(
     while first < len(places):
         longest_end = min(first + most_tokens, len(places))
         end = longest_end
-        # All tokens of a character have the same place.
+        # All tokens of a character have the same place: the next token then begins before the end of this one.
         while first < end < len(places) and places[end][0] < places[end - 1][1]:
             end -= 1
-        if end == first:  # one character has more tokens than fit into a sequence
+        # If one character has more tokens than fit into a sequence, it has to be cut.
+        if end == first:
             end = longest_end
         bounds.append((first, end))
         first = end
@@ -348,8 +368,9 @@ def bits_per_byte(
     """Compute the bits per byte of texts, by their keys in `texts`, in one pass over the decoder layers of a model.
 
     The weights of `model` may stay in its files: one decoder layer at a time is brought to the device. Afterwards, the
-    model is as it was. `removed` has ids, int64, that the model can't predict in a text, by the text's key; a text that
-    is not in it has none. `label` is what the progress bar says. ValueError if the loss is NaN or Inf.
+    model is as it was. `texts` has the ids of each text (`tokenized_text`). `removed` has ids, int64, that the model
+    can't predict in a text, by the text's key; a text without an entry has none. `label` is what the progress bar says.
+    ValueError if the loss is NaN or Inf.
     """
     layers = find_decoder_layers(model)
     sweeps = dict[str, Sweep]()  # each runs decoder layers on the sequences of one text
@@ -358,12 +379,13 @@ def bits_per_byte(
     with evaluation_mode(model), torch.no_grad():
         for key, text in texts.items():
             batches = [CalibrationBatch(torch.tensor([list(ids)])) for ids in text.sequences]
+            # What enters the first decoder layer, and the other arguments of all layers.
             recorded = record_inputs(layers, batches)
             sweeps[key] = Sweep(
                 layers,
                 range(len(layers)),
                 batches,
-                storage=None,
+                storage=None,  # hidden states stay on the device
                 returned_besides=recorded.returned_besides,
             )
             streams[key] = recorded.hidden_states
@@ -373,13 +395,17 @@ def bits_per_byte(
         for index, layer in enumerate(bar):
             with onloaded(layer.modules(), writable=False):
                 for key, sweep in sweeps.items():
+                    # `run` returns what leaves the layer, in a new store.
                     streams[key] = sweep.run(layer, streams[key], calls[key][index])
 
         bits = dict[str, float]()
-        with onloaded([*layers.around, model.get_output_embeddings()], writable=False):
+        norm_and_head = [*layers.around, model.get_output_embeddings()]
+        with onloaded(norm_and_head, writable=False):
             for key, sweep in sweeps.items():
+                # Nats per token. The logits of `LOGITS_TOGETHER` tokens are in memory at a time.
                 loss = sweep.loss(streams[key], LOGITS_TOGETHER, removed.get(key))
                 text = texts[key]
+                # The first id of a sequence is not predicted.
                 num_predicted = sum(len(ids) - 1 for ids in text.sequences)
                 # nats per token -> nats -> bits -> bits per byte
                 bits[key] = loss * num_predicted / math.log(2) / text.num_bytes

@@ -44,15 +44,15 @@ def sample_text_from_model(
 ) -> torch.Tensor:
     """Let the model write calibration tokens: int64 [num_samples, sequence_length], on the CPU.
 
-    A sample is four texts of a quarter of its length, one after the other; one of less than 8 tokens is one text. Every
-    text starts with BOS (EOS if there is none). The next token of each is drawn without replacement from the model's
-    distribution over ordinary tokens, so that no two texts start alike even if the model is sure how a text starts.
-    Without BOS and EOS, the first tokens are ordinary ones, drawn uniformly without replacement. The rest is sampled at
-    temperature 1 from the whole distribution: less likely tokens make worse reading, but better calibration text
-    (docs/ablations.md). EOS does not end a text: the model continues with the next document.
+    A sample is four texts of a quarter of its length, one after the other; a sample of less than 8 tokens is one text.
+    Every text starts with BOS (EOS if there is none). The next token of each text is drawn without replacement from the
+    model's distribution over ordinary tokens, so that no two texts start alike even if the model is sure how a text
+    starts. Without BOS and EOS, the first tokens are ordinary ones, drawn uniformly without replacement. The rest is
+    sampled at temperature 1 from the whole distribution: less likely tokens make worse reading, but better calibration
+    text (docs/ablations.md). EOS does not end a text: the model continues with the next document.
 
-    Afterwards the model's mode and generation config and the global random state are as they were. ValueError if a
-    number makes no sense, or the model takes no sequences of this length.
+    `seed` decides what is drawn. Afterwards the model's mode and generation config and the global random state are as
+    they were. ValueError if a number makes no sense, or the model takes no sequences of this length.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}; pass 1 or more.")
@@ -70,9 +70,9 @@ def sample_text_from_model(
         beginnings = _beginnings_of_texts(
             model, tokenizer, num_samples * texts_per_sample, generator
         )
-        # Of a text: the last one is cut below.
-        length = math.ceil(sequence_length / texts_per_sample)
-        num_new_tokens = length - beginnings.shape[1]
+        # Rounded up: a sample is then a few tokens too long, and is cut below.
+        length_of_text = math.ceil(sequence_length / texts_per_sample)
+        num_new_tokens = length_of_text - beginnings.shape[1]
         written = beginnings
         if num_new_tokens:
             total = len(beginnings) * num_new_tokens
@@ -99,17 +99,21 @@ def _beginnings_of_texts(
     if start is None:
         start = tokenizer.eos_token_id
     if start is None:
+        # The weight of each token in the draw, by its id: equal ones.
         weights = torch.ones(len(tokenizer), dtype=torch.float64)
     else:
         prompt = torch.full((1, 1), start, device=execution_device(model.get_input_embeddings()))
         logits = model(input_ids=prompt, use_cache=False).logits[0, -1]
-        # Some heads have more rows than the tokenizer has tokens. The floor keeps every token drawable.
-        weights = logits[: len(tokenizer)].cpu().double().softmax(dim=0).clamp(min=1e-30)
+        # Some heads have more rows than the tokenizer has tokens.
+        logits_of_tokens = logits[: len(tokenizer)].cpu().double()
+        # The floor keeps every token drawable, also one whose probability is rounded to zero.
+        weights = logits_of_tokens.softmax(dim=0).clamp(min=1e-30)
     # A special token would begin a conversation or an image that the text does not go on with.
     special_ids = [token for token in tokenizer.all_special_ids if token < len(weights)]
     weights[special_ids] = 0
 
     num_ordinary_tokens = int(weights.count_nonzero())
+    # Tokens are drawn more than once only if there are fewer tokens than texts.
     draws = torch.multinomial(
         weights, number, replacement=number > num_ordinary_tokens, generator=generator
     )
@@ -124,7 +128,8 @@ def _continue(
 ) -> torch.Tensor:
     """Let the model write `num_new_tokens` after each beginning: int64 [texts, tokens], on the CPU.
 
-    Draws from the global random generators (`_own_sampling` has seeded them), and moves the bar on.
+    `beginnings` are the first ids of each text, int64 [texts, 1 or 2]; the result has them, too. Draws from the global
+    random generators (`_own_sampling` has seeded them), and moves the bar on.
     """
     ids = beginnings.to(execution_device(model.get_input_embeddings()))
     samples: torch.Tensor = model.generate(  # type: ignore[operator]
@@ -166,15 +171,17 @@ def _own_sampling(model: PreTrainedModel, seed: int) -> Iterator[None]:
     config are as they were.
     """
     device = execution_device(model.get_input_embeddings())
+    samples_on_cpu = device.type == "cpu"
     settings = model.generation_config
-    num_accelerators = 0 if device.type == "cpu" else torch.accelerator.device_count()
+    num_accelerators = 0 if samples_on_cpu else torch.accelerator.device_count()
     model.generation_config = GenerationConfig()
     try:
-        # the generator of the CPU is put back in any case
+        # Puts back the generators of these devices at the end, and in any case that of the CPU.
         with torch.random.fork_rng(devices=range(num_accelerators), device_type=device.type):
-            if device.type == "cpu":
+            if samples_on_cpu:
+                # `torch.manual_seed` would also seed the accelerators, whose generators are not put back here.
                 torch.default_generator.manual_seed(seed)
-            else:  # this reaches all accelerators, which are forked only if one of them samples
+            else:  # seeds the CPU and all accelerators, which are all put back
                 torch.manual_seed(seed)
             yield
     finally:

@@ -175,14 +175,16 @@ def load_text(source: str, split: Split, *, with_images: bool = False) -> TextSo
 
     A line of a `.jsonl` file may name images, which are refused unless `with_images`. Local files and `pydoc` have one
     split: "calibration" and "test" give the same text, so do not measure on the source you calibrated on. `pydoc`
-    changes with the Python version; compare `sha256`. If the Hub can't be reached and the text is not in the cache,
-    this is a `ConnectionError`.
+    changes with the Python version; compare `sha256`. A text of the Hub is downloaded into the cache. If the Hub can't
+    be reached and the text is not in the cache, this is a `ConnectionError`. A source that can't be read gives the
+    errors of `require_source`.
     """
     require_source(source, with_images=with_images)
     if split not in get_args(Split):
         raise ValueError(f"split={split!r} is not known; pass 'calibration' or 'test'.")
     if source in HUB_DATASETS:
-        return _read_hub(source, _HUB_TEXTS[source, split])
+        where_it_lies = _HUB_TEXTS[source, split]  # which split, file and column of the data set
+        return _read_hub(source, where_it_lies)
     if source == "pydoc":
         from pydoc_data.topics import topics
 
@@ -193,7 +195,8 @@ def load_text(source: str, split: Split, *, with_images: bool = False) -> TextSo
 def _read_file(path: Path) -> TextSource:
     """Read a `.txt` file as one document, or a `.jsonl` file with a document in each line.
 
-    ValueError that names the file, and the line, if the file has no text or can't be read as text.
+    ValueError that names the file, and the line, if the file has no text or can't be read as text. FileNotFoundError if
+    a line names an image file that does not exist.
     """
     try:
         content = path.read_bytes().decode("utf-8")  # not read_text, which would turn \r\n into \n
@@ -203,10 +206,10 @@ def _read_file(path: Path) -> TextSource:
         ) from error
 
     documents = [content]
-    images = list[tuple[Path, ...]]()
+    images = list[tuple[Path, ...]]()  # image files of each document
     if path.suffix == ".jsonl":
         documents = []
-        # not splitlines, which ends lines at U+2028 too
+        # Not splitlines, which ends lines at U+2028 too.
         for number, line in enumerate(content.split("\n"), start=1):
             if line.strip():
                 place = f"source={str(path)!r}, line {number}"
@@ -223,18 +226,19 @@ def _read_file(path: Path) -> TextSource:
 
 
 def _read_line(line: str, place: str, folder: Path) -> tuple[str, tuple[Path, ...]]:
-    """The text of a line of a `.jsonl` file, and its image files, whose paths are relative to `folder`.
+    """Return the text of a line of a `.jsonl` file, and its image files, whose paths are relative to `folder`.
 
-    `place` names file and line, for errors. A file that does not exist is a FileNotFoundError; any other mistake in the
-    line is a ValueError.
+    `place` names file and line, for errors. An image file that does not exist is a FileNotFoundError; any other mistake
+    in the line is a ValueError. Images are not read.
     """
     item: Any = None
-    with suppress(ValueError):  # no JSON
+    with suppress(ValueError):  # no JSON: refused below, because it has no text
         item = json.loads(line)
     if not isinstance(item, dict):
         item = {}
     text = item.get("text")
-    paths = item.get("image") or item.get("images") or []  # an empty value is like none
+    # One path, or a list of them, under either key; an empty value is like none.
+    paths = item.get("image") or item.get("images") or []
     if isinstance(paths, str):
         paths = [paths]
 
@@ -245,7 +249,7 @@ def _read_line(line: str, place: str, folder: Path) -> tuple[str, tuple[Path, ..
             'path, or a list, under "image".'
         )
     try:
-        text.encode()
+        text.encode()  # only to find characters that UTF-8 can't write
     except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair
         raise ValueError(
             f"{place}: character {error.start + 1} of the text, {text[error.start]!a}, is half of a surrogate pair, "
@@ -273,13 +277,14 @@ def _read_hub(source: str, text: _HubText) -> TextSource:
     """
     from datasets import load_dataset  # which takes seconds to import
 
-    repository = HUB_DATASETS[source]
+    repository = HUB_DATASETS[source]  # such as "allenai/c4"
     files = {} if text.file is None else {"data_files": {text.split: text.file}}
     try:
         with _offline_without_hub(repository):
             rows = load_dataset(repository, split=text.split, **text.options, **files)
-        documents = tuple(rows[: text.max_rows][text.column])
-    except Exception as error:  # the Hub, the network and `datasets` have no common base class
+        columns = rows[: text.max_rows]  # a dictionary: a list of values for each column
+        documents = tuple(columns[text.column])
+    except Exception as error:  # those of the Hub, the network and `datasets` have no common base
         raise ConnectionError(
             f"source={source!r}: could not load {repository!r} from the Hub ({type(error).__name__}: {error}). "
             "If the Hub cannot be reached, pass a local .txt or .jsonl file."
@@ -298,8 +303,9 @@ def _read_hub(source: str, text: _HubText) -> TextSource:
 def _offline_without_hub(repository: str) -> Iterator[None]:
     """Let `datasets` look in the cache alone if the Hub does not answer one request for a data set.
 
-    Otherwise it repeats every request for half a minute. For the time of the block, this changes the settings of
-    `huggingface_hub` and `datasets` that say whether there is a network.
+    Otherwise `datasets` would repeat every request for half a minute. The global settings of `huggingface_hub` and
+    `datasets` that say whether there is a network are changed inside the block, and put back at its end. `repository`
+    is the name of the data set, such as "allenai/c4".
     """
     if _hub_answers(repository):
         yield
@@ -324,6 +330,6 @@ def _hub_answers(repository: str) -> bool:
         HfApi().dataset_info(repository, timeout=_HUB_TIMEOUT)
     except HfHubHTTPError:
         return True
-    except Exception:  # no network, or no answer: the clients have no common base class
+    except Exception:  # no network, or no answer: their errors have no common base class
         return False
     return True

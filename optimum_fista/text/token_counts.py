@@ -46,7 +46,7 @@ def count_tokens(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], s
 
     counts = torch.zeros(size, dtype=torch.int64)
     for parts in _parts_together(documents):
-        # verbose=False: a text longer than the model's context is no mistake here
+        # verbose=False: a text longer than the model's context is no mistake here.
         encoded = tokenizer(
             parts, add_special_tokens=False, return_attention_mask=False, verbose=False
         )
@@ -97,11 +97,12 @@ class HeldOutText:
         """Hold the beginning of a part out if less than the share of the text is held out, and yield the rest.
 
         Adds to `self.num_characters` and `self.pieces`. If the pieces have become too many, every second one is
-        released (yielded, to be counted after all), and `self._share`, the share that is held out, is halved.
+        released (yielded, to be counted after all), and `self._share`, the share that is held out (0 to 1), is halved.
         """
         self.num_characters += len(part)
-        end = len(part)
+        end = len(part)  # of the piece that may be held out
         if len(part) > _PIECE_CHARACTERS:
+            # The piece ends at the first border of words or lines after its usual length.
             border = _BORDER.search(part, _PIECE_CHARACTERS)
             end = len(part) if border is None else border.end()
 
@@ -113,7 +114,8 @@ class HeldOutText:
         if end < len(part):
             yield part[end:]
 
-        if self._num_held_out() > _MOST_CHARACTERS:
+        are_too_many = self._num_held_out() > _MOST_CHARACTERS
+        if are_too_many:
             released = self.pieces[1::2]
             self.pieces = self.pieces[::2]
             self._share /= 2

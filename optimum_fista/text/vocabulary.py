@@ -87,11 +87,11 @@ def reduce_vocabulary(
             f"counts is of {len(counts)} ids, but the tokenizer has {num_ids}: count all of them."
         )
 
-    # Longer tokens come before their parts, so that one pass reaches the parts of parts.
     num_symbols = {
         index: len(_symbols(token, vocabulary.content["model"]))
         for index, token in vocabulary.tokens.items()
     }
+    # The tokens that have parts. Longer tokens come before their parts, so that one pass reaches the parts of parts.
     merged = sorted(vocabulary.parts, key=lambda index: num_symbols[index], reverse=True)
 
     required = _required(vocabulary, set(keep))
@@ -105,10 +105,12 @@ def reduce_vocabulary(
         num_kept = len(stay)
         expected_uses = 0.0
     else:
-        # Each use of a merge saves one token. Other text will have tokens that this one lacks by chance: to the uses is
-        # added what Zipf's law expects, as if a fifth as much text had been counted that is like the tokenizer's own.
-        # The sum of 1 / id over all ids is the logarithm of their number.
-        expected_uses = _SHARE_OF_ZIPF * sum(counts.tolist()) / math.log(len(vocabulary.tokens) + 1)
+        # Each use of a merge saves one token. Other text will have tokens that the counted text lacks by chance. So the
+        # uses that Zipf's law expects are added, as if another text had been counted, too: one that is like the text
+        # the tokenizer was made from, and a fifth as long. `expected_uses` are those of the most frequent token; token
+        # i gets 1 / (i + 1) of them. The sum of these fractions is about the logarithm of their number.
+        num_tokens_of_zipf = _SHARE_OF_ZIPF * sum(counts.tolist())
+        expected_uses = num_tokens_of_zipf / math.log(len(vocabulary.tokens) + 1)
     if not len(required) <= num_kept <= len(vocabulary.tokens):
         raise ValueError(
             f"num_kept={num_kept}; pass {len(required)} (alphabet, special and added tokens, `keep`, and what they are "
@@ -130,7 +132,10 @@ def reduce_vocabulary(
 
 
 def _read_vocabulary(tokenizer: dict[str, Any]) -> _Vocabulary:
-    """Read the content of a `tokenizer.json`, which is not changed; ValueError if no token of it can be removed."""
+    """Read the content of a `tokenizer.json`, which is not changed.
+
+    ValueError if it can't be loaded, or is of a kind of which no token can be removed (`_KINDS` can).
+    """
     try:  # the form that the library writes: ids as it loads them, each merge a pair
         content = json.loads(Tokenizer.from_str(json.dumps(tokenizer)).to_str())
     except Exception as error:  # the library raises nothing more special
@@ -144,8 +149,9 @@ def _read_vocabulary(tokenizer: dict[str, Any]) -> _Vocabulary:
         raise ValueError(
             f"tokenizer: {model['type']} has no smaller pieces for removed tokens; pass one of {_KINDS}."
         )
-    if model["type"] == "Unigram":  # a list of pairs of piece and score
-        pieces = {entry[0]: index for index, entry in enumerate(model["vocab"])}
+    # Unigram has a list of pairs of piece and score, in the order of the ids; the others have a dictionary of ids.
+    if model["type"] == "Unigram":
+        pieces = {piece: index for index, (piece, _score) in enumerate(model["vocab"])}
     else:
         pieces = dict(model["vocab"])
     tokens = {index: token for token, index in pieces.items()}
@@ -154,27 +160,27 @@ def _read_vocabulary(tokenizer: dict[str, Any]) -> _Vocabulary:
 
 
 def _required(vocabulary: _Vocabulary, keep: set[int]) -> set[int]:
-    """Ids of the tokens that always stay, without those that they are made of.
+    """Return the ids of the tokens that always stay, without those that they are made of.
 
     `keep` has the ids that the user wants to keep. ValueError if one of them, or one that the tokenizer's padding or
-    post-processor names, is no token.
+    post-processor names, is no token. Changes nothing.
     """
     required = _always_kept(vocabulary.content, vocabulary.pieces)
-    owners = {"keep": keep, "tokenizer: its padding or post-processor": required}
-    for name, ids in owners.items():
+    ids_by_origin = {"keep": keep, "tokenizer: its padding or post-processor": required}
+    for origin, ids in ids_by_origin.items():
         unknown = sorted(ids - vocabulary.tokens.keys())
         if unknown:
             raise ValueError(
-                f"{name} has the id {unknown[0]}, which is no token; pass ids of 0 to {max(vocabulary.tokens)}."
+                f"{origin} has the id {unknown[0]}, which is no token; pass ids of 0 to {max(vocabulary.tokens)}."
             )
     return required | keep
 
 
 def _uses_with_merges(vocabulary: _Vocabulary, merged: list[int], counts: Tensor) -> list[int]:
-    """Count how often the tokenizer makes each token of the counted text, also on the way to another token; by id.
+    """Count how often the tokenizer makes each token of the counted text, also on the way to another token.
 
-    `merged` has the ids of the tokens that have parts; each stands before its parts. `counts`, int64 [ids], says how
-    often the counted text has each token.
+    The result has a number for each id. `merged` has the ids of the tokens that have parts; each stands before its
+    parts. `counts`, int64 [ids], says how often the counted text has each token. No argument changes.
     """
     uses: list[int] = counts.tolist()
     for index in merged:
@@ -193,9 +199,10 @@ def _ranked(
     num_symbols: dict[int, int],
     expected_uses: float,
 ) -> list[int]:
-    """Sort the ids of all tokens: first those that should stay.
+    """Sort the ids of all tokens: first those that should stay. Changes nothing.
 
-    A token never comes before its parts: it has at most as many uses, its `first` is not smaller, and it is longer.
+    A token never comes before its parts: it has at most as many uses, its `smallest_id` is not smaller, and it is
+    longer.
 
     Args:
         vocabulary: The tokens.
@@ -205,44 +212,47 @@ def _ranked(
         num_symbols: Symbols of each token, by id.
         expected_uses: Uses that the most frequent token gets in addition; the others get less, by Zipf's law.
     """
-    # The smallest id of a token and of all that it is a part of: the id says how frequent a token is in general.
-    first = {index: index for index in vocabulary.tokens}
+    # For each token: the smallest id of the token itself and of all tokens that it is a part of. Tokenizers have small
+    # ids for tokens that are frequent in general.
+    smallest_id = {index: index for index in vocabulary.tokens}
     for index in merged:
         for part in vocabulary.parts[index]:
-            first[part] = min(first[part], first[index])
+            smallest_id[part] = min(smallest_id[part], smallest_id[index])
 
     def rank(index: int) -> tuple[float, ...]:
         """Return the sort key of a token, by which those that should stay come first.
 
-        `required` ones come before all others. Then more uses, more uses of the rarest part, a smaller `first` id, and
-        fewer symbols (`num_symbols`) decide, in this order. By Zipf's law, the number i of a token in this order gives
-        it `expected_uses / (i + 1)` more uses. `vocabulary.parts` are the two tokens of which a token is made.
+        `required` ones come before all others. Then more uses, more uses of the rarest part, a smaller `smallest_id`,
+        and fewer symbols (`num_symbols`) decide, in this order. By Zipf's law, a token with the `smallest_id` i gets
+        `expected_uses / (i + 1)` more uses. `vocabulary.parts` are the two tokens of which a token is made.
         """
+        # A token without parts counts as its own part.
         parts = vocabulary.parts.get(index, (index,))
         is_optional = index not in required
-        all_uses = uses[index] + expected_uses / (first[index] + 1)
+        all_uses = uses[index] + expected_uses / (smallest_id[index] + 1)
         uses_of_parts = min(uses[part] for part in parts)
-        return (is_optional, -all_uses, -uses_of_parts, first[index], num_symbols[index])
+        return (is_optional, -all_uses, -uses_of_parts, smallest_id[index], num_symbols[index])
 
     return sorted(vocabulary.tokens, key=rank)
 
 
 def _symbols(token: str, model: dict[str, Any]) -> list[str]:
-    """The single characters of a token, as the model writes them inside and at the end of a word.
+    """Return the single characters of a token, as the model writes them inside and at the end of a word.
 
     `model` is that of a `tokenizer.json`. A WordPiece model writes "##" before the characters inside a word, so "##ab"
-    has the symbols "##a" and "##b"; a BPE model may write "</w>" after the last one.
+    has the symbols "##a" and "##b", and "ab" has "a" and "##b"; a BPE model may write "</w>" after the last one.
     """
-    prefix = model.get("continuing_subword_prefix") or ""  # None is like none
+    # Both may be missing or None; then nothing is written.
+    prefix = model.get("continuing_subword_prefix") or ""
     suffix = model.get("end_of_word_suffix") or ""
     without_suffix = token.removesuffix(suffix)
-    is_inside_a_word = without_suffix.startswith(prefix)
+    begins_inside_a_word = without_suffix.startswith(prefix)
     characters = without_suffix.removeprefix(prefix)
 
     symbols = [prefix + character for character in characters]
     if not characters:  # the token is the prefix, the suffix, or both
-        symbols = [prefix if is_inside_a_word else ""]
-    elif not is_inside_a_word:
+        symbols = [prefix if begins_inside_a_word else ""]
+    elif not begins_inside_a_word:
         symbols[0] = characters[0]
     if token.endswith(suffix):
         symbols[-1] += suffix
@@ -250,8 +260,9 @@ def _symbols(token: str, model: dict[str, Any]) -> list[str]:
 
 
 def _always_kept(content: dict[str, Any], pieces: dict[str, int]) -> set[int]:
-    """Ids of special and added tokens and of the alphabet.
+    """Return the ids of special and added tokens and of the alphabet.
 
+    The alphabet is single characters, or the 256 bytes if the tokenizer writes characters that are no token in bytes.
     `content` is that of a `tokenizer.json`, and stays as it is; `pieces` has the ids of the model's pieces, by their
     texts.
     """
@@ -259,27 +270,30 @@ def _always_kept(content: dict[str, Any], pieces: dict[str, int]) -> set[int]:
     required = set[int]()
 
     def note(index: int) -> int:
-        """Add an id to `required`, and leave it as it is."""
+        """Add an id to `required`, and return the same id."""
         required.add(index)
         return index
 
-    # special and added tokens; this changes nothing, because `note` returns the same ids
+    # Special and added tokens. Nothing in `content` changes, because `note` returns the same ids.
     _change_ids(content, note)
     if model.get("unk_token") in pieces:
         required.add(pieces[model["unk_token"]])
-    if model["type"] == "Unigram":  # the score of unknown characters is derived from the lowest one
-        required.add(min(pieces.values(), key=lambda index: model["vocab"][index][1]))
+    # Unigram derives the score of unknown characters from the lowest score.
+    if model["type"] == "Unigram":
+        scores = [score for _piece, score in model["vocab"]]
+        required.add(min(pieces.values(), key=scores.__getitem__))
 
     decoder = json.dumps(content["decoder"], ensure_ascii=False)
     has_all_bytes = pieces.keys() >= _BYTES
-    if model.get("byte_fallback") and has_all_bytes and '"ByteFallback"' in decoder:
+    decodes_bytes = '"ByteFallback"' in decoder
+    if model.get("byte_fallback") and has_all_bytes and decodes_bytes:
         # The decoder replaces characters ("▁" by a space), which it would not find in their bytes.
         characters_of_decoder = set(decoder) & pieces.keys()
         return required | {pieces[token] for token in _BYTES | characters_of_decoder}
     for token, index in pieces.items():
         symbols = _symbols(token, model)
         is_character = len(symbols) == 1
-        # a character that is no token is known only within the tokens that have it
+        # A character that is no token is known only within the tokens that have it.
         has_unknown_character = any(symbol not in pieces for symbol in symbols)
         if is_character or has_unknown_character:
             required.add(index)
@@ -287,20 +301,24 @@ def _always_kept(content: dict[str, Any], pieces: dict[str, int]) -> set[int]:
 
 
 def _parts(model: dict[str, Any], pieces: dict[str, int]) -> dict[int, tuple[int, int]]:
-    """The ids of the two tokens of the last merge that makes each token, by its id; only a BPE model has merges.
+    """Return the ids of the two tokens of the last merge that makes each token, by the token's id.
 
-    `model` is that of a `tokenizer.json`; `pieces` has the ids of its pieces, by their texts. Both stay as they are.
+    Only a BPE model has merges. `model` is that of a `tokenizer.json`; `pieces` has the ids of its pieces, by their
+    texts. Both stay as they are.
     """
     prefix_length = len(model.get("continuing_subword_prefix") or "")
+    # The place of each merge in the list: the tokenizer does the lowest first.
     ranks = {(left, right): rank for rank, (left, right) in enumerate(model.get("merges", ()))}
     pairs_by_token = defaultdict[str, list[tuple[str, str]]](list)
     for left, right in ranks:
-        pairs_by_token[left + right[prefix_length:]].append((left, right))
+        token = left + right[prefix_length:]  # the prefix inside words goes when symbols are merged
+        pairs_by_token[token].append((left, right))
 
     parts = dict[int, tuple[int, int]]()
     for token, pairs in pairs_by_token.items():
         last_pair: tuple[str, str] | None = pairs[0]
         if len(pairs) > 1:
+            # Only one of these pairs is what the tokenizer merges.
             last_pair = _last_merge(_symbols(token, model), ranks, prefix_length)
         if last_pair is not None:
             left, right = last_pair
@@ -318,16 +336,17 @@ def _last_merge(
     """
     no_merge = len(ranks)  # a rank after all others
     pair_ranks = [ranks.get(pair, no_merge) for pair in pairwise(symbols)]
+    # The last pair is not merged, but returned.
     while len(pair_ranks) > 1 and min(pair_ranks) < no_merge:
         place = pair_ranks.index(min(pair_ranks))  # of equal ranks the first is merged
         merged = symbols[place] + symbols[place + 1][prefix_length:]
         symbols[place : place + 2] = [merged]
 
-        # the merged symbol has new pairs with its neighbours
+        # Up to three pairs had one of the two symbols. The merged symbol has up to two, with its neighbours.
         near = slice(max(place - 1, 0), place + 2)
         pair_ranks[near] = [ranks.get(pair, no_merge) for pair in pairwise(symbols[near])]
-    is_one_pair = len(pair_ranks) == 1 and pair_ranks[0] < no_merge
-    return (symbols[0], symbols[1]) if is_one_pair else None
+    is_one_merge = len(pair_ranks) == 1 and pair_ranks[0] < no_merge
+    return (symbols[0], symbols[1]) if is_one_merge else None
 
 
 def _change_ids(content: dict[str, Any], change: Callable[[int], int]) -> None:
@@ -338,11 +357,12 @@ def _change_ids(content: dict[str, Any], change: Callable[[int], int]) -> None:
     """
     for token in content["added_tokens"]:
         token["id"] = change(token["id"])
-    for owner, name in ((content["padding"], "pad_id"), (content["model"], "unk_id")):
-        if owner and owner.get(name) is not None:
-            owner[name] = change(owner[name])
+    padding = content["padding"]  # None if there is none
+    for section, key in ((padding, "pad_id"), (content["model"], "unk_id")):
+        if section and section.get(key) is not None:
+            section[key] = change(section[key])
 
-    waiting = [content["post_processor"] or {}]
+    waiting = [content["post_processor"] or {}]  # processors whose ids are still to be changed
     while waiting:
         processor = waiting.pop()
         waiting += processor.get("processors", [])  # those of a sequence of processors
@@ -356,7 +376,8 @@ def _change_ids(content: dict[str, Any], change: Callable[[int], int]) -> None:
 def _renumbered(vocabulary: _Vocabulary, new_ids: dict[int, int]) -> dict[str, Any]:
     """Remove tokens without a new id, and write the new ids everywhere; changes and returns the vocabulary's content.
 
-    `new_ids` has the new id of each token that stays, by its old id. ValueError if the library would load other ids.
+    The content is that of a `tokenizer.json`. `new_ids` has the new id of each token that stays, by its old id.
+    ValueError if the library would load other ids.
     """
     content = vocabulary.content
     pieces = vocabulary.pieces
@@ -373,7 +394,8 @@ def _renumbered(vocabulary: _Vocabulary, new_ids: dict[int, int]) -> dict[str, A
         merges = list[list[str]]()
         for left, right in model["merges"]:
             merged = left + right[prefix_length:]
-            if all(token in model["vocab"] for token in (left, right, merged)):
+            all_stay = all(token in model["vocab"] for token in (left, right, merged))
+            if all_stay:
                 merges.append([left, right])
         model["merges"] = merges
 

@@ -31,9 +31,9 @@ def calibration_windows(
     """Draw random windows that do not overlap: token ids, int64, [num_samples, sequence_length].
 
     Several documents are put one after the other in random order, with the tokenizer's EOS between them if it has
-    one. One document gives windows from random places. Only about as much text is tokenised as needed. The
-    seed decides every random choice; the global random state is neither used nor changed. The first `held_out` windows
-    are the same for every `num_samples`.
+    one. One document gives windows from random places. Only about as much text is tokenised as needed. The seed decides
+    every random choice; the global random state is neither used nor changed. The first `held_out` of the windows are
+    the same for every `num_samples`: the caller does not calibrate on these, but measures on them.
 
     Every window starts with BOS, which counts as a token of it, if the tokenizer starts texts with it or is Gemma's.
 
@@ -46,7 +46,7 @@ def calibration_windows(
     bos, length = _bos_and_length(tokenizer, sequence_length)
     generator = torch.Generator().manual_seed(seed)
     if len(text.documents) > 1:
-        # windows follow one another, so that the first ones are always the same
+        # These windows follow one another in the text, so the first ones are the same for every `num_samples`.
         windows = _windows_of_documents(
             tokenizer,
             text,
@@ -76,9 +76,10 @@ def evaluation_windows(
 ) -> torch.Tensor:
     """Cut the joined text into consecutive windows from its start, as pruning papers measure perplexity.
 
-    The whole text is tokenised at once; the tail shorter than a window is dropped: token ids, int64, [windows,
-    sequence_length]. `max_windows=None` takes all, or as many as the text's protocol says. BOS is added as in
-    `calibration_windows`. ValueError if the text is shorter than one window.
+    The whole text is tokenised at once, and a rest that is shorter than a window is dropped. Returns token ids, int64
+    [windows, sequence_length]. There are at most `max_windows` windows, and at most as many as the protocol of the text
+    says (`text.max_windows`); `None`: no limit. BOS is added as in `calibration_windows`. ValueError if the text is
+    shorter than one window.
     """
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"max_windows={max_windows}; pass 1 or more, or None for all.")
@@ -90,9 +91,9 @@ def evaluation_windows(
             "smaller sequence_length."
         )
     num_windows = len(ids) // length
-    for most in (text.max_windows, max_windows):
-        if most is not None:
-            num_windows = min(num_windows, most)
+    for limit in (text.max_windows, max_windows):
+        if limit is not None:
+            num_windows = min(num_windows, limit)
     windows = ids[: num_windows * length].view(num_windows, length)  # [tokens] -> [windows, tokens]
     return _with_bos(windows, bos)
 
@@ -115,31 +116,32 @@ def count_bytes(
         joined, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
     ids = torch.tensor(encoded["input_ids"])
-    # token i stands for the characters ends[i] to ends[i + 1]
+    # Token i stands for the characters ends[i] to ends[i + 1].
     ends = [0]
     ends += [end for _, end in encoded["offset_mapping"]]
 
-    # A BOS token before every window is not predicted, and stands for nothing.
+    # Both are tried: windows of text alone, and windows with BOS before the text. BOS stands for no bytes.
     for num_bos in (0, 1):
-        windows_of_text = windows.cpu()[:, num_bos:]
-        ids_of_windows = windows_of_text.flatten().long()
-        if not ids[: len(ids_of_windows)].equal(ids_of_windows):
+        windows_without_bos = windows.cpu()[:, num_bos:]
+        ids_of_windows = windows_without_bos.flatten().long()
+        are_of_this_text = ids[: len(ids_of_windows)].equal(ids_of_windows)
+        if not are_of_this_text:
             continue
 
-        length = windows_of_text.shape[1]
+        length = windows_without_bos.shape[1]
         num_bytes = 0
-        for first in range(0, len(ids_of_windows), length):
-            # without BOS, the first token of the window is not predicted
+        for first in range(0, len(ids_of_windows), length):  # the first token of each window
+            # If BOS is not there to predict it from, the first token is not predicted.
             first_predicted = first + 1 if num_bos == 0 else first
             predicted = joined[ends[first_predicted] : ends[first + length]]
-            # surrogatepass: a text that was made in Python may hold half of a surrogate pair
+            # surrogatepass: a text that was made in Python may hold half of a surrogate pair.
             num_bytes += len(predicted.encode("utf-8", "surrogatepass"))
         return num_bytes
     return None
 
 
 def first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id of BOS if texts have to begin with it, otherwise `None`."""
+    """Return the id of BOS if texts have to begin with it, otherwise `None`. Changes nothing."""
     bos: int | None = tokenizer.bos_token_id
     if bos is None:
         return None
@@ -155,9 +157,10 @@ def first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def _bos_and_length(
     tokenizer: PreTrainedTokenizerBase, sequence_length: int
 ) -> tuple[int | None, int]:
-    """The id of BOS if every window of `sequence_length` tokens starts with it, and how many tokens of text it has.
+    """Return the id of BOS if every window starts with it, and how many tokens of text a window then has.
 
-    The id is `None` if windows start with text; then all tokens are text. ValueError if windows are shorter than 2.
+    A window has `sequence_length` tokens, BOS included. The id is `None` if windows start with text; then all tokens
+    are text. ValueError if windows have less than 2 tokens.
     """
     if sequence_length < 2:
         raise ValueError(f"sequence_length={sequence_length}; pass 2 or more.")
@@ -172,7 +175,7 @@ def _with_bos(windows: torch.Tensor, bos: int | None) -> torch.Tensor:
 
 
 def _ids_without_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
-    """The token ids of a text, int64, [tokens], without special tokens around it."""
+    """Return the token ids of a text, int64, [tokens], without special tokens around it."""
     # verbose=False: a text longer than the model's context is no mistake here.
     encoded = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
@@ -193,18 +196,21 @@ def _set_apart(
     """
     document = text.documents[0]
     windows = list[torch.Tensor]()
-    # segments are shorter than usual if the text is too short for twice as many
-    most_characters = len(document) // (2 * held_out)
-    characters = min(_CHARACTERS_PER_TOKEN * length, most_characters)
+    # In a short text, segments are shorter than usual, so that there are at least `held_out` of them.
+    characters_if_short = len(document) // (2 * held_out)
+    characters = min(_CHARACTERS_PER_TOKEN * length, characters_if_short)
     segments = _segments(document, max(1, characters))
     for index in torch.randperm(len(segments), generator=generator).tolist():
+        if len(windows) == held_out:
+            break
         ids = _ids_without_special_tokens(tokenizer, segments[index])
-        if len(windows) < held_out and len(ids) >= length:
-            windows.append(ids[:length])
-            # what follows the window in its segment stays in the text
-            rest = str(tokenizer.decode(ids[length:], clean_up_tokenization_spaces=False))
-            # U+FFFD: the window has the first tokens of a character, and the text begins after the character
-            segments[index] = rest.lstrip("\ufffd")
+        if len(ids) < length:
+            continue
+        windows.append(ids[:length])
+        # What follows the window in its segment stays in the text.
+        rest = str(tokenizer.decode(ids[length:], clean_up_tokenization_spaces=False))
+        # U+FFFD: the window has the first tokens of a character, and the text begins after the character.
+        segments[index] = rest.lstrip("\ufffd")
     if len(windows) < held_out:
         raise ValueError(
             f"held_out={held_out}: text {text.name!r} of {len(document):,} characters is too short to set as many "
@@ -228,34 +234,42 @@ def _windows_of_document(
     Returns ids, int64 [num_samples, length]. The generator's state moves on. ValueError if the text is too short.
     """
     document = text.documents[0]
-    characters = _CHARACTERS_PER_TOKEN * length
+    characters = _CHARACTERS_PER_TOKEN * length  # enough for a window, as a rule
     segments = _segments(document, characters)
+    # A single segment is the whole document, which is tokenised below.
     while len(segments) >= max(num_samples, 2):
         chosen = torch.randperm(len(segments), generator=generator)[:num_samples].tolist()
         ids_of_segments = [
             _ids_without_special_tokens(tokenizer, segments[index]) for index in chosen
         ]
-        if min(len(ids) for ids in ids_of_segments) >= length:
-            windows = [_spread_windows(ids, 1, length, generator) for ids in ids_of_segments]
+        each_has_a_window = min(len(ids) for ids in ids_of_segments) >= length
+        if each_has_a_window:
+            windows = [
+                _spread_windows(ids, num_samples=1, length=length, generator=generator)
+                for ids in ids_of_segments
+            ]
             return torch.cat(windows)
-        # if short segments were skipped, text with short tokens would be preferred
+        # All segments become longer. If only short ones were skipped, text with short tokens would be preferred.
         characters *= 2
         segments = _segments(document, characters)
 
     ids = _ids_without_special_tokens(tokenizer, document)
     _require_tokens(text, num_tokens=len(ids), num_samples=num_samples, length=length)
-    return _spread_windows(ids, num_samples, length, generator)
+    return _spread_windows(ids, num_samples=num_samples, length=length, generator=generator)
 
 
 def _segments(document: str, characters: int) -> list[str]:
-    """Cut a document into consecutive segments of about `characters` each, before white space if there is some."""
+    """Cut a document into consecutive segments of `characters` to twice as many characters.
+
+    Cuts are before white space if there is some. The last segment may be shorter if the document is.
+    """
     segments = list[str]()
     start = 0
     while len(document) - start > 2 * characters:
         earliest = start + characters
         latest = earliest + characters
         end = earliest
-        # a cut within a word would make tokens that the text does not have
+        # A cut within a word would make tokens that the text does not have.
         for place in range(earliest, latest):
             if document[place].isspace():
                 end = place
@@ -267,16 +281,19 @@ def _segments(document: str, characters: int) -> list[str]:
 
 
 def _spread_windows(
-    ids: torch.Tensor, num_samples: int, length: int, generator: torch.Generator
+    ids: torch.Tensor, *, num_samples: int, length: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Windows at random places of `ids`, in random order; the gaps between them are uniformly random.
+    """Cut windows that do not overlap at random places of `ids`, and return them in random order.
 
-    `ids` is [tokens], the result [num_samples, length]. The generator's state moves on.
+    `ids`, int64 [tokens], has at least as many tokens as all windows together; the result is [num_samples, length]. The
+    generator's state moves on.
     """
-    num_spare = len(ids) - num_samples * length  # tokens that are in no window
-    # for each window, how many of them are before it
-    spare_before = torch.randint(num_spare + 1, (num_samples,), generator=generator).sort().values
-    starts = spare_before + length * torch.arange(num_samples)
+    num_spare = len(ids) - num_samples * length  # tokens that will be in no window
+    # How many spare tokens stand before each window. The numbers are sorted, so each window lies after the one before.
+    drawn = torch.randint(num_spare + 1, (num_samples,), generator=generator)
+    spare_before = drawn.sort().values
+    in_windows_before = length * torch.arange(num_samples)
+    starts = spare_before + in_windows_before
     starts = starts[torch.randperm(num_samples, generator=generator)]
     return torch.stack([ids[start : start + length] for start in starts.tolist()])  # [N, T]
 
