@@ -23,24 +23,26 @@ from transformers import PreTrainedConfig
 
 from optimum_fista import internals
 
-# They say where and when a configuration was read.
+# Keys that say from where, and by which version of Transformers, a configuration was read: no content of the model.
 _NO_CONTENT = (internals.LOADED_FROM, "transformers_version")
 _OLD_NAMES = {"dtype": "torch_dtype"}  # in every class; others have an `attribute_map`
 logger = logging.getLogger(__name__)
 
 
 def content_of(config: PreTrainedConfig, source: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the content of a `config.json` for `config`. Changes nothing.
+    """Return the content of a `config.json` for `config`, in the form of its source where that is possible.
+
+    Otherwise it is in the form of this version of Transformers, and a warning says so. Changes nothing.
 
     Args:
         config: The configuration of a result.
         source: The content of its source's `config.json`; `None` if it has none, as a GGUF file has none. If `config`
             describes a part of that model, such as its text decoder, the section of the part is the source.
     """
-    own_form: dict[str, Any] = json.loads(config.to_json_string())
+    in_new_form: dict[str, Any] = json.loads(config.to_json_string())
     section = None if source is None else _section_of(source, config)
     if section is None:
-        return own_form
+        return in_new_form
 
     try:
         content = _in_form_of(section, config)
@@ -54,7 +56,7 @@ def content_of(config: PreTrainedConfig, source: Mapping[str, Any] | None) -> di
             "the form of its source",
             type(config).__name__,
         )
-        return own_form
+        return in_new_form
     return content
 
 
@@ -62,11 +64,14 @@ def _in_form_of(section: dict[str, Any], config: PreTrainedConfig) -> dict[str, 
     """Return a copy of `section` with the values of `config`; `None` if Transformers would read others from it.
 
     `section` is the content of the source's `config.json`, or the part of it that describes what `config` describes.
+    Changes nothing.
     """
-    after = _all_values(config)
     content = copy.deepcopy(section)
-    _change_copies(content, _all_values(_as_read(content, config)), after, config)
-    # Values of keys that the source has are changed first: others, such as `layer_types`, may follow from these.
+    before = _all_values(_as_read(content, config))
+    after = _all_values(config)
+    _change_copies(content, before, after, config)  # this may change `after`, too
+    # Keys of the source get their new values first, because the values of other keys, such as `layer_types`, may follow
+    # from these. Only then are keys added.
     for may_add in (False, True):
         before = _all_values(_as_read(content, config))
         if before != after:
@@ -89,7 +94,7 @@ def source_content(source: Path | None) -> dict[str, Any] | None:
 def _section_of(source: Mapping[str, Any], config: PreTrainedConfig) -> dict[str, Any] | None:
     """Copy what describes the model of `config` in `source`: all of it, or one section; `None` if nothing does.
 
-    `source` is the content of a `config.json`. It is the first dictionary in it whose `model_type` is that of `config`.
+    `source` is the content of a `config.json`. The first dictionary counts whose `model_type` is that of `config`.
     """
     inner_sections = [value for value in source.values() if isinstance(value, dict)]
     for section in (source, *inner_sections):
@@ -130,19 +135,23 @@ def _change(
 
     Args:
         content: The content of a `config.json`, or a section of it.
-        before: What Transformers makes of it, as JSON.
+        before: What Transformers makes of `content`, as JSON.
         after: What Transformers is to make of it.
-        config: The configuration that `after` describes; a dictionary for sections that are none.
+        config: The configuration that `after` describes; a plain dictionary or `None` if `content` is a section
+            without a configuration of its own, such as `rope_parameters`.
         may_add: Whether keys may be added.
     """
-    for key in before.keys() - after.keys():
+    removed_keys = before.keys() - after.keys()
+    for key in removed_keys:
         for name in _names_of(key, content, config):
             content.pop(name)
 
     for key, value in after.items():
         old: Any = before.get(key)
-        if key in before and old == value:
+        is_unchanged = key in before and old == value
+        if is_unchanged:
             continue
+        # Where the value stands in `content`; empty if it is not there.
         names = _names_of(key, content, config)
         # Not `getattr`: some configurations refuse values that differ between decoder layers.
         inner_config = vars(config).get(key) if isinstance(config, PreTrainedConfig) else None
@@ -153,9 +162,11 @@ def _change(
         elif is_section and not names and _has_changed_keys(content, old, value, inner_config):
             # Old multimodal models have the keys of their text decoder at the top, where programs read them.
             _change(content, old, value, inner_config, may_add=False)
-        elif names or may_add:
-            for name in names or [key]:
+        elif names:
+            for name in names:
                 content[name] = value
+        elif may_add:
+            content[key] = value
 
 
 def _change_copies(
@@ -171,16 +182,16 @@ def _change_copies(
 
     Args:
         content: The content of a `config.json`, which is changed at the top only.
-        before: What Transformers makes of it, as JSON.
-        after: What it is to make of it. Transformers may keep values at the top as attributes: these become the new
-            ones, too.
+        before: What Transformers makes of `content`, as JSON.
+        after: What Transformers is to make of it. Is changed, too: Transformers may keep values at the top as
+            attributes, and these get the new values.
         config: The configuration that `after` describes. It is only read.
     """
     for section_name, old_section in before.items():
-        new_section = after.get(section_name)
-        if not isinstance(old_section, dict) or not isinstance(new_section, dict):
-            continue
-        if not isinstance(content.get(section_name), dict):
+        new_section: Any = after.get(section_name)
+        forms = (old_section, new_section, content.get(section_name))
+        is_section_in_all = all(isinstance(form, dict) for form in forms)
+        if not is_section_in_all:
             continue
         section_config = vars(config).get(section_name)
         for key, new_value in new_section.items():
@@ -188,8 +199,10 @@ def _change_copies(
             if old_value == new_value:
                 continue
             for name in _names_of(key, content, section_config):
-                if content[name] == old_value:
+                repeats_old_value = content[name] == old_value
+                if repeats_old_value:
                     content[name] = new_value
+                    # The run itself has not changed the value at the top.
                     if name in after and after[name] == before.get(name):
                         after[name] = new_value
 
@@ -209,12 +222,13 @@ def _has_changed_keys(
 def _names_of(key: str, content: Mapping[str, Any], config: Any) -> list[str]:
     """Return the keys of `content` under which the value `key` of a configuration stands: the new key, or old ones.
 
-    `config` is the configuration that `content` describes; its class names old keys. If it is none, only `key` and
-    `_OLD_NAMES` are tried.
+    `config` is the configuration that `content` describes; its class names old keys in `attribute_map`. If `config` is
+    something else, only `key` and `_OLD_NAMES` are tried.
     """
     names = [key]
     if key in _OLD_NAMES:
         names.append(_OLD_NAMES[key])
     if isinstance(config, PreTrainedConfig):
+        # `attribute_map` has the attribute of each other name.
         names += [name for name, attribute in config.attribute_map.items() if attribute == key]
     return [name for name in names if name in content]

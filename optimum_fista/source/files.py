@@ -22,7 +22,7 @@ _WRITTEN = {"config.json", "README.md", "fista"}  # by the run
 _LEFT_OUT = re.compile(
     r"^\.|/|\.(safetensors|bin|gguf|pth?|ckpt|h5|msgpack|onnx(_data)?|tflite|npz|ot)(\.index\.json)?$|^adapter_config\."
 )
-_MOST_BYTES = 2**28  # the largest vocabularies have about 2**25
+_MOST_BYTES = 2**28  # of a file that is copied; the largest vocabularies have about 2**25
 _MOST_BYTES_OF_TEMPLATE = 2**20
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 def source_folder(name: str, revision: str | None) -> Path:
     """Return the folder of a model that has been loaded; that of a Hub id is in the cache.
 
-    For a Hub id, the small files of the repository are first loaded into the cache. If the Hub can't be asked, there is
-    a warning instead.
+    For a Hub id, the files of the repository that `copy_source` will copy are first downloaded into the cache. If the
+    Hub can't be asked, there is a warning instead.
 
     Args:
         name: The path of a folder, or a Hub id.
@@ -46,23 +46,26 @@ def source_folder(name: str, revision: str | None) -> Path:
         return folder
     try:
         tree = HfApi().list_repo_tree(name, revision=revision)
-        files = [file for file in tree if isinstance(file, RepoFile)]
-        small = [file.path for file in files if _comes_along(file.path, file.size)]
-        snapshot_download(name, revision=revision, allow_patterns=[*small, f"{_TEMPLATES}/*.jinja"])
-    except Exception as error:  # the client has no common base
+        files = [file for file in tree if isinstance(file, RepoFile)]  # without folders
+        needed = [file.path for file in files if _comes_along(file.path, file.size)]
+        needed.append(f"{_TEMPLATES}/*.jinja")
+        snapshot_download(name, revision=revision, allow_patterns=needed)
+    except Exception as error:  # errors of the Hub's client have no common base class
         logger.warning(
             "the Hub doesn't tell which files %s has (%s): those in the cache are copied",
             name,
             error,
         )
-    return Path(str(try_to_load_from_cache(name, "config.json", revision=revision))).parent
+    # The model has been loaded, so its configuration is in the cache.
+    config_file = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(str(config_file)).parent
 
 
 def copy_source(source: Path, folder: Path, pattern: str = "*") -> None:
     """Copy the files of a model's folder `source`, except weights and files that a run writes, to `folder`.
 
-    `pattern` is that of the names of files to copy, such as "*.json". A warning names the files that are neither
-    copied, nor weights that are read, nor hidden.
+    `pattern` is that of the names of files to copy, such as "*.json". Files with these names in `folder` are replaced.
+    A warning names the files that are neither copied, nor weights that are read, nor hidden.
     """
     copied, others = _files_to_copy(source, pattern)
     for name in copied:
@@ -78,11 +81,13 @@ def _files_to_copy(source: Path, pattern: str) -> tuple[list[str], list[str]]:
 
     Links that lead out of the folder are not followed, because the copy may be uploaded. Of the folder of chat
     templates only small templates are copied. Names are relative to `source`; `pattern` is that of `copy_source`.
+    Nothing is copied here.
     """
     copied: list[str] = []
     others: list[Path] = []
     for path in sorted(source.glob(pattern)):
         name = path.name
+        # Nobody misses these if they are not copied.
         is_expected = name.startswith(".") or name in _WRITTEN or name.endswith(".index.json")
         if leads_out(path, source):
             if not is_expected:
@@ -98,13 +103,13 @@ def _files_to_copy(source: Path, pattern: str) -> tuple[list[str], list[str]]:
         elif not is_expected:
             others.append(path)
 
-    weights = weight_files(source) if others else set()
-    names = []
+    weights = weight_files(source) if others else set()  # these are read, not copied
+    not_copied = []
     for path in others:
         if path not in weights:
             name = path.relative_to(source).as_posix()
-            names.append(f"{name}/" if path.is_dir() else name)
-    return copied, names
+            not_copied.append(f"{name}/" if path.is_dir() else name)
+    return copied, not_copied
 
 
 def _is_template(path: Path, source: Path) -> bool:

@@ -277,7 +277,7 @@ def _modules_not_described(
         not_loaded: The module of each stored tensor that `model` does not load, by the tensor's name.
     """
     sections = [value for value in config.values() if isinstance(value, dict)]
-    own_type = model.config.model_type
+    own_type = model.config.model_type  # such as "llama"
     is_whole_model = config.get("model_type") == own_type
     is_section = any(section.get("model_type") == own_type for section in sections)
     if is_whole_model or not is_section:

@@ -68,14 +68,14 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer. The model of a GGUF file counts as dense from then on.
 
-    Raises:
-        ValueError: If the model has no tokenizer, can't be read, or `device` or `dtype` is none that can be used.
-
     Args:
         name: Hub id, model folder, or a folder that holds one GGUF file, which is dequantized.
         device: Device to load to; `None`: the accelerator if there is one, otherwise the CPU.
         dtype: Floating dtype, `"auto"` takes the checkpoint's.
         device_map: Accelerate's device map instead of `device`, such as `"auto"`, for a model that doesn't fit on it.
+
+    Raises:
+        ValueError: If the model has no tokenizer, can't be read, or `device` or `dtype` is none that can be used.
     """
     target = usable_device(device)
     if dtype != "auto":
@@ -84,7 +84,7 @@ def load_model(
     model = read_model(name, dtype=dtype, device_map=device_map)
     forget_gguf(model)
     if device_map is None:
-        torch.nn.Module.to(model, target)
+        torch.nn.Module.to(model, target)  # the method of Transformers has no types
     return model, tokenizer
 
 
@@ -142,16 +142,16 @@ def _without_news_of_offloading() -> Iterator[None]:
     Its logger gets a filter, which is taken off at the end.
     """
 
-    def is_news(record: logging.LogRecord) -> bool:
-        """Tell whether a message says something else."""
+    def is_other_message(record: logging.LogRecord) -> bool:
+        """Tell whether a message is not that remark: only then it is shown."""
         return not record.getMessage().startswith("Some parameters are on the meta device")
 
     accelerate_logger = logging.getLogger("accelerate.big_modeling")
-    accelerate_logger.addFilter(is_news)
+    accelerate_logger.addFilter(is_other_message)
     try:
         yield
     finally:
-        accelerate_logger.removeFilter(is_news)
+        accelerate_logger.removeFilter(is_other_message)
 
 
 def local_source(model: PreTrainedModel) -> Path | None:
@@ -159,18 +159,19 @@ def local_source(model: PreTrainedModel) -> Path | None:
 
     Of a model of the Hub, this is the folder in the cache. Nothing is downloaded. `None` also if the folder is gone.
     """
-    name = internals.loaded_from(model.config)
+    name = internals.loaded_from(model.config)  # a path or a Hub id; empty if it was made in Python
     if not name:
         return None
     if Path(name).is_dir():
         return Path(name)
     try:
-        cached = try_to_load_from_cache(
+        config_file = try_to_load_from_cache(
             name, "config.json", revision=internals.commit_of(model.config)
         )
-    except HFValidationError:  # a path that is gone
+    except HFValidationError:  # the path of a folder that is gone
         return None
-    return Path(cached).parent if isinstance(cached, str) else None
+    # If it is not in the cache, this is None or a mark that the model has no such file.
+    return Path(config_file).parent if isinstance(config_file, str) else None
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
@@ -220,11 +221,11 @@ def read_config(name: str) -> PreTrainedConfig:
 def model_class(config: PreTrainedConfig) -> Any:
     """Return the automatic class that loads the model of a configuration, image and audio towers included.
 
-    Of the two, AutoModelForCausalLM and AutoModelForMultimodalLM, it is the one that makes the class which
-    `config.architectures` names. If it names no class that writes text (Transformers may load such a model in part),
-    the causal one is taken. Raises ValueError if Transformers has no class that writes text for the configuration.
+    This is AutoModelForCausalLM or AutoModelForMultimodalLM: the one that makes the class in `config.architectures`. If
+    neither makes that class (Transformers may load such a model in part), it is the causal one, or the other if there
+    is no causal one. Raises ValueError if Transformers has no class that writes text for the configuration.
     """
-    # name of the model's class, by the automatic class that makes it
+    # The name of the model's class, by the automatic class that makes it.
     class_names = dict[Any, str]()
     for automatic in (AutoModelForCausalLM, AutoModelForMultimodalLM):
         classes = internals.classes_by_configuration(automatic)
@@ -243,7 +244,8 @@ def model_class(config: PreTrainedConfig) -> Any:
             return automatic
     if not class_names:
         return AutoModelForCausalLM  # which refuses the code beside the model
-    return next(iter(class_names))  # the causal one, if there is one
+    # The keys are in the order of the loop that made them: the causal class comes first, if it is there.
+    return next(iter(class_names))
 
 
 def model_without_weights(
@@ -274,12 +276,14 @@ def read_model(
         ValueError: The files lack tensors that the model needs, or are quantized in a form that can't be read.
     """
     require_weights(name)
-    if gguf_file(name) is not None:
+    is_gguf = gguf_file(name) is not None
+    if is_gguf:
         automatic = AutoModelForCausalLM
     else:
         config = read_config(name) if config is None else copy.deepcopy(config)
         automatic = model_class(config)
-        if quantization(config) is not None:
+        is_quantized = quantization(config) is not None
+        if is_quantized:
             config = read_dequantized(config)
     if config is not None:
         options["config"] = config
@@ -354,14 +358,15 @@ def _without_collector() -> Iterator[None]:
 def _require_on_hub(name: str) -> None:
     """Raise OSError if a model is neither in the cache nor on the Hub, or the Hub can't be reached.
 
-    Transformers would repeat each request for a minute. The Hub is asked once for each `name`, a Hub id, in this
-    process, and only for the head of a file.
+    Transformers would repeat each request for a minute. Here the Hub is asked once, and only for the head of a file. A
+    `name` (a Hub id) that was found is not asked for again in this process.
     """
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+    is_in_cache = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    if is_in_cache:
         return
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"))
-    except Exception as error:  # the client has no common base
+    except Exception as error:  # errors of the Hub's client have no common base class
         is_gated = isinstance(error, GatedRepoError)
         is_absent = isinstance(error, RepositoryNotFoundError) and not is_gated
         if is_absent:
@@ -369,7 +374,7 @@ def _require_on_hub(name: str) -> None:
                 f"model={name!r}: there is no such folder, and the Hub has no such model that you may read."
                 f"{question_of_folder(name)}"
             ) from error
-        # It has the model with another file, the model is gated, or it is busy: Transformers says so.
+        # The Hub has answered: it has no such file, the model is gated, or the Hub is busy. Transformers says so.
         if isinstance(error, HfHubHTTPError):
             return
         first_line = str(error).partition("\n")[0]
@@ -443,10 +448,13 @@ def _refuse_adapter(adapter_config: Path) -> None:
 def forget_gguf(model: PreTrainedModel) -> None:
     """Drop the mark of the GGUF file from a model whose weights were dequantized, so that it counts as any dense model.
 
-    Changes `model` and its configuration: it can then be saved, and moved to another dtype.
+    Changes `model` and its configuration: the model can then be saved, and moved to another dtype. Other models stay as
+    they are.
     """
     settings = getattr(model.config, "quantization_config", None)
-    if getattr(settings, "quant_method", None) == "gguf":
+    is_from_gguf = getattr(settings, "quant_method", None) == "gguf"
+    if is_from_gguf:
+        # What Transformers sets when it loads the file.
         vars(model.config).pop("quantization_config")
         vars(model)["hf_quantizer"] = None
         for mark in ("is_quantized", "quantization_method"):

@@ -1,8 +1,8 @@
 """The files of a model's folder as any program reads them: configuration, weight files and their index.
 
 Nothing here needs Transformers or a model, so that a command reads a folder quickly, even if the model is too large to
-load. A damaged file gives a ValueError that names the file. A model is named by a Hub id, such as "owner/name", or by
-the path of its folder. Only `write_index` writes.
+load. A damaged JSON file gives a ValueError that names the file. A model is named by a Hub id, such as "owner/name", or
+by the path of its folder. Only `write_index` writes.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def question_of_folder(name: str) -> str:
     if not path.parent.is_dir():
         return ""
     folders = [other.name for other in path.parent.iterdir() if other.is_dir()]
-    close = get_close_matches(path.name, folders, n=1)
-    if not close:
+    closest = get_close_matches(path.name, folders, n=1)  # a list of one name, or of none
+    if not closest:
         return ""
-    return f" Did you mean {str(path.with_name(close[0]))!r}?"
+    return f" Did you mean {str(path.with_name(closest[0]))!r}?"
 
 
 def require_name(name: str) -> None:
@@ -80,7 +80,7 @@ def require_weights(name: str) -> None:
 
     Only an estimate can be made of these. A Hub id, or another folder, passes.
     """
-    require_no_configuration_file(name, "weights")
+    require_no_configuration_file(name, missing="weights")
     folder = Path(name)
     has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
     if (folder / CONFIG_FILE).is_file() and not has_weights:
@@ -105,11 +105,13 @@ def require_no_configuration_file(name: str, missing: str) -> None:
 def checkpoint_files(folder: Path, stem: str = "model") -> dict[str, Path]:
     """Return the safetensors file of every tensor of a model folder, by the tensor's name.
 
-    `stem` is the first part of the files' names: "model", or "packed" in a packed folder.
+    `stem` is the first part of the files' names: "model", or "packed" in a packed folder. Only the header of a single
+    file, or the index of several files, is read.
 
     Raises:
         FileNotFoundError: If the folder holds no such weights.
         ValueError: If the index of the files is damaged.
+        SafetensorError: If a single file is damaged.
     """
     single = folder / f"{stem}.safetensors"
     index = folder / f"{stem}.safetensors.index.json"
@@ -150,7 +152,7 @@ def write_index(
     """Write the index of a folder's weight files, and return its name.
 
     The index says which file holds which tensor and how many bytes all tensors have. Only sizes are read from the
-    files.
+    weight files. An index that is there already is replaced.
 
     Args:
         folder: The folder, with all its weight files.
@@ -158,7 +160,7 @@ def write_index(
         weight_map: The name of the file of each tensor, by the tensor's name.
         metadata: Further entries of the index's metadata.
     """
-    total_size = 0
+    total_size = 0  # bytes of the values of all tensors
     for name in set(weight_map.values()):
         file = folder / name
         # A safetensors file begins with the length of its header, 8 bytes, and the header.

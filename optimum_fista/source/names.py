@@ -79,7 +79,7 @@ def stored_names(
         model: The model; its weights are not read.
         operators: Those whose names are needed.
         renamed: Returns the name that a module has in the saved model, if that has fewer decoder layers; `None` if the
-            module is gone.
+            module is gone. By default (`str`) all names stay.
         all_of_them: Whether to refuse a weight that is not stored as one matrix; otherwise it is left out.
         layers_name: Name of the list of decoder layers, such as "model.layers"; `None`: it is looked for.
 
@@ -103,12 +103,14 @@ def stored_names(
             is_whole_tensor = found_weight.index == (_ALL, _ALL)
             name = tensor if is_whole_tensor else f"{tensor}[{_text_of(found_weight.index)}]"
             weight = f"{renamed(found_weight.operator.name)}.weight"
+            # If a weight is stored twice, the first place is returned.
             names.setdefault(weight, StoredName(name, found_weight.transposed))
 
     if all_of_them:
         for operator in asked:
             new_name = renamed(operator.name)
-            if new_name is not None and f"{new_name}.weight" not in names:
+            is_saved = new_name is not None
+            if is_saved and f"{new_name}.weight" not in names:
                 _refuse_divided_weight(operator)
     return names
 
@@ -116,7 +118,8 @@ def stored_names(
 def _operators_in(model: PreTrainedModel, layers_name: str | None) -> dict[str, LinearOperator]:
     """Return all operators in the decoder layers of a model by name, also those that are never pruned.
 
-    `layers_name` is the name of the list of decoder layers, such as "model.layers"; `None`: it is looked for.
+    `layers_name` is the name of the list of decoder layers, such as "model.layers"; `None`: it is looked for. Changes
+    nothing.
     """
     if layers_name is None:
         layers_name = find_decoder_layers(model).name
@@ -145,11 +148,11 @@ def _stand_ins(
     Returns:
         The tensors, by the name of the parameter in the saved model, without those of modules that are gone.
     """
-    module_names = {id(module): name for name, module in model.named_modules()}
+    name_of_module = {id(module): name for name, module in model.named_modules()}
     stand_ins: dict[str, Tensor] = {}
     for number, operator in enumerate(operators):
-        owner = renamed(module_names[id(operator.owner)])
-        if owner is None:
+        owner = renamed(name_of_module[id(operator.owner)])
+        if owner is None:  # the module is gone
             continue
         parameter = f"{owner}.{operator.tensor}"  # `operator.tensor` is such as "weight"
         if parameter not in stand_ins:
@@ -175,9 +178,13 @@ def _stand_in_shape(operator: LinearOperator) -> tuple[int, ...]:
 
 
 def _refuse_divided_weight(operator: LinearOperator) -> None:
-    """Raise UnsupportedArchitectureError for an operator whose weight is not stored as one matrix."""
+    """Raise UnsupportedArchitectureError for an operator whose weight is not stored as one matrix.
+
+    The message says what to pass as the option `exclude`, so that the operator stays dense.
+    """
     to_exclude = operator.name
     if isinstance(operator, ExpertOperator):
+        # All experts at once, in every decoder layer: "*.experts".
         _, _, name_in_layer = operator.experts.name.rpartition(".")
         to_exclude = f"*.{name_in_layer}"
     raise UnsupportedArchitectureError(
@@ -206,7 +213,7 @@ def as_saved(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str,
         """
         return tensors[name] if name in tensors else model.get_parameter(name)
 
-    # A shallow copy; copy.copy fails for classes of fully_shard.
+    # A shallow copy, whose `get_parameter` is another; `copy.copy` fails for classes of `fully_shard`.
     model_view: Any = object.__new__(type(model))
     vars(model_view).update(vars(model))
     model_view.get_parameter = get_parameter
@@ -227,29 +234,34 @@ def _weights_in(numbers: Tensor, operators: Sequence[LinearOperator]) -> Iterato
     has_experts = numbers.ndim == 3
     matrices = numbers if has_experts else [numbers]
     for expert, matrix in enumerate(matrices):
+        # A weight has `_COLUMNS` columns, and the rows of several weights are an even number, never `_COLUMNS`.
         transposed = matrix.ndim == 2 and matrix.shape[1] != _COLUMNS
         rows = matrix.T if transposed else matrix
         is_matrix = rows.ndim == 2 and rows.shape[1] == _COLUMNS
-        if not is_matrix or bool((rows != rows[:, :1]).any()):
-            continue  # a row has columns of several weights
+        if not is_matrix:
+            continue
+        first_column = rows[:, :1]
+        has_columns_of_several = bool((rows != first_column).any())
+        if has_columns_of_several:
+            continue
 
-        number_of_row = rows[:, 0].tolist()
-        different = list(dict.fromkeys(number_of_row))
+        number_of_row = rows[:, 0].tolist()  # the operator of each row
+        different = list(dict.fromkeys(number_of_row))  # each once, in the order of its first row
         one_after_the_other = [number for number in different for _ in range(_ROWS)]
         in_turn = different * _ROWS  # the list again for each row
         alternate = has_experts and number_of_row == in_turn
         if not alternate and number_of_row != one_after_the_other:
             continue  # a weight is cut
 
-        parts = _rows_of_each([operators[number] for number in different], alternate)
-        for number, part in zip(different, parts, strict=True):
+        found = [operators[number] for number in different]
+        for operator, part in zip(found, _rows_of_each(found, alternate=alternate), strict=True):
             index: tuple[int | slice, ...] = (_ALL, part) if transposed else (part, _ALL)
             if has_experts:
                 index = (expert, *index)
-            yield _FoundWeight(index, operators[number], transposed)
+            yield _FoundWeight(index, operator, transposed)
 
 
-def _rows_of_each(operators: Sequence[LinearOperator], alternate: bool) -> list[slice]:
+def _rows_of_each(operators: Sequence[LinearOperator], *, alternate: bool) -> list[slice]:
     """Return the rows that each operator has in a matrix which holds the rows of all of them, in their order.
 
     If `alternate` is set, the operators have equal sizes and every row is of the next one; otherwise all rows of one
@@ -257,8 +269,9 @@ def _rows_of_each(operators: Sequence[LinearOperator], alternate: bool) -> list[
     """
     if len(operators) == 1:
         return [_ALL]
-    sizes = [operator.shape[0] for operator in operators]
+    sizes = [operator.shape[0] for operator in operators]  # numbers of rows
     if alternate:
+        # Of two operators the first has the rows 0, 2, 4, ..., the second 1, 3, 5, ...
         return [slice(position, sum(sizes), len(sizes)) for position in range(len(sizes))]
     ends = list(itertools.accumulate(sizes))
     return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
@@ -276,6 +289,7 @@ def split_index(name: str) -> tuple[str, tuple[int | slice, ...]]:
     index: list[int | slice] = []
     for part in parts.split(","):
         if ":" in part:
+            # One to three bounds (start, stop, step); one that is left out is None.
             bounds = [int(bound) if bound.strip() else None for bound in part.split(":")]
             index.append(slice(*bounds))
         else:

@@ -7,6 +7,7 @@ The entry `quantization_config` of a `config.json` is called the quantization se
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -21,7 +22,7 @@ def quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
 
     A multimodal model may have the settings in the configuration of its text decoder. The result is a new dictionary,
     in which `quant_method` is a string: "unknown" if the configuration names no method. GGUF files and packed folders
-    count as dense.
+    count as dense. Changes nothing.
     """
     settings: dict[str, Any] | None = None
     for part in (config, config.get_text_config(decoder=True)):
@@ -33,11 +34,14 @@ def quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
     if settings is None:
         return None
 
-    # Old settings of bitsandbytes do not name it.
+    # Old settings of bitsandbytes do not name their method.
     default = "bitsandbytes" if "load_in_4bit" in settings else "unknown"
     method = settings.get("quant_method", default)
-    settings["quant_method"] = str(getattr(method, "value", method))  # Transformers has an Enum
-    return None if settings["quant_method"] in _READ_AS_DENSE else settings
+    if isinstance(method, Enum):  # in objects of Transformers
+        method = method.value
+    settings["quant_method"] = str(method)
+    is_read_as_dense = settings["quant_method"] in _READ_AS_DENSE
+    return None if is_read_as_dense else settings
 
 
 def forget_quantization(config: PreTrainedConfig) -> None:

@@ -21,7 +21,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -99,14 +99,16 @@ class SourceTensors:
         Some tensors of a model in bfloat16 may be stored in float32. If a model is loaded in the dtype of most of its
         values (`dtype`), the result should store them so again. Otherwise somebody has asked for another dtype when the
         model was loaded. Then the result should have that one everywhere, so the returned dictionary is empty. Only
-        plain floats count, and a tie counts as most. The tensors are by their names in the files.
+        plain floats count, and a tie counts as most. The tensors are by their names in the files. `self.places` names
+        those that are loaded. Changes nothing.
         """
+        # After a run, `places` still names the tensors of removed experts, which `stored` lacks.
         loaded = {name: self.stored[name] for name in self.places if name in self.stored}
         num_values = Counter[str]()  # by dtype; 0 for a dtype that no tensor has
         for tensor in loaded.values():
             if tensor.dtype in PLAIN_FLOATS:
                 num_values[tensor.dtype] += math.prod(tensor.shape)
-        most_values = max(num_values.values(), default=0)
+        most_values = max(num_values.values(), default=0)  # of one dtype
         model_has_usual_dtype = num_values[name_of_dtype(dtype)] == most_values
         return loaded if model_has_usual_dtype else {}
 
@@ -125,13 +127,14 @@ class SourceTensors:
         Methods name them in different ways, as in `"weight_block_size": [128, 128]` or `"group_size": 32`. The last
         block of a weight may be smaller.
         """
-        texts = re.findall(
+        # The entries stand at different depths of `self.settings`, so they are found in its text.
+        values = re.findall(
             r'"(?:weight_block_size|block_structure|group_size)": ([^"]*)',
             json.dumps(self.settings),
         )
         sizes = set[int]()
-        for text in texts:
-            sizes.update(int(number) for number in re.findall(r"\d+", text))
+        for value in values:  # such as "[128, 128], "
+            sizes.update(int(number) for number in re.findall(r"\d+", value))
         return sorted(sizes)
 
     def cut_tensors(
@@ -152,6 +155,7 @@ class SourceTensors:
         Returns:
             Stored tensors by their names in the result: experts that have tensors of their own get new numbers.
         """
+        # `self.places` has the parameter of each tensor that is loaded.
         tensors: dict[str, StoredTensor] = {}
         for name, place in self.places.items():
             part = part_of(place)
@@ -159,14 +163,15 @@ class SourceTensors:
                 tensors[name] = self.stored[name]
                 continue
             groups = kept[part.name]
-            expert = _EXPERT.fullmatch(name) if part.is_mixture else None
-            if expert is not None:  # every expert has tensors of its own
-                before, number, after = expert.groups()
+            expert_name = _EXPERT.fullmatch(name) if part.is_mixture else None
+            # Every expert may have tensors of its own, which stay or go whole.
+            if expert_name is not None:
+                before, number, after = expert_name.groups()
                 if int(number) in groups:
                     new_number = groups.index(int(number))
                     tensors[f"{before}{new_number}{after}"] = self.stored[name]
                 continue
-            cut = self._cut(name, place, model, part, groups, strict)
+            cut = self._cut(name, place, model, part, groups, strict=strict)
             if cut is not None:
                 tensors[name] = cut
         return tensors
@@ -178,6 +183,7 @@ class SourceTensors:
         model: PreTrainedModel,
         part: CutPart,
         groups: Sequence[int],
+        *,
         strict: bool,
     ) -> StoredTensor | None:
         """Describe one stored tensor of a part, cut to the groups that stay. Changes nothing.
@@ -193,26 +199,22 @@ class SourceTensors:
             strict: Whether ValueError is raised if it can't be cut; otherwise `None` is returned.
         """
         tensor = self.stored[name]
-        # Scales of inputs of experts are no parameters: they have one value for each expert.
+        # The axis that is cut, and how often all groups follow there. Scales of inputs of experts are no parameters:
+        # they have one value for each expert, on the first axis.
         axis, repeats = part.tensors.get(place, (0, 1))
-        # An axis of experts has one entry for each, in a weight as in its scales.
-        whole = tensor.shape if part.is_mixture else model.get_parameter(place).shape
-        has_axis = len(tensor.shape) == len(whole)
-        size = tensor.shape[axis] if has_axis else 0
+        # The shape of the parameter. An axis of experts has one entry for each, in a weight as in its scales.
+        whole_shape = tensor.shape if part.is_mixture else model.get_parameter(place).shape
+        whole_size = whole_shape[axis]
+        has_axis = len(tensor.shape) == len(whole_shape)
+        size = tensor.shape[axis] if has_axis else 0  # values of this tensor on that axis
 
         is_shared_by_all_groups = math.prod(tensor.shape) == 1 or size == 1
         if is_shared_by_all_groups:
             return tensor
 
-        # How many rows or columns of the parameter share one value of this tensor.
-        span = math.ceil(whole[axis] / size) if size else whole[axis]
-        if span != 1:
-            # The last block may be smaller, so the size of a block is the next one that the settings name.
-            possible_sizes = [block for block in self.block_sizes if block >= span]
-            span = min(possible_sizes, default=span)
-
+        block_size = self._block_size(whole_size, size)
         divides_into_groups = size % (part.groups * repeats) == 0
-        has_equal_blocks = span * size == whole[axis]
+        has_equal_blocks = block_size * size == whole_size
         is_packed = name.endswith("_packed")  # several numbers in each integer
         if divides_into_groups and has_equal_blocks and not is_packed:
             return tensor.selected(axis, part.entries(size, repeats, groups))
@@ -224,12 +226,24 @@ class SourceTensors:
                 f"{name} is of a packed weight, which can't be cut: pass a pattern that does not cut it, such as "
                 "'2:4', or a dtype (--dtype bfloat16), in which the result is written without quantization."
             )
-        group_size = whole[axis] // (part.groups * repeats)
+        group_size = whole_size // (part.groups * repeats)
         raise ValueError(
-            f"{name} stores one value for {span} rows or columns of {place}, and groups of {group_size} are removed, "
-            f"so it can't be cut: pass a pattern that does not cut {place}, such as '2:4', or a dtype (--dtype "
-            "bfloat16), in which the result is written without quantization."
+            f"{name} stores one value for {block_size} rows or columns of {place}, and groups of {group_size} are "
+            f"removed, so it can't be cut: pass a pattern that does not cut {place}, such as '2:4', or a dtype "
+            "(--dtype bfloat16), in which the result is written without quantization."
         )
+
+    def _block_size(self, whole_size: int, size: int) -> int:
+        """Return how many rows or columns of a parameter share one value of a stored tensor, such as a scale.
+
+        The parameter has `whole_size` rows or columns, and the tensor `size` values for them; 0: no axis for them.
+        """
+        least = math.ceil(whole_size / size) if size else whole_size
+        if least == 1:
+            return 1
+        # The last block may be smaller, so the size of a block is the next one that the settings name.
+        possible_sizes = [block for block in self.block_sizes if block >= least]
+        return min(possible_sizes, default=least)
 
     def require_no_numbers(self) -> None:
         """Raise ValueError if a pattern in the quantization settings names decoder layers by number.
@@ -239,33 +253,27 @@ class SourceTensors:
         Changes nothing.
         """
         prefix = re.escape(self.layers)  # such as "model.layers."
-        word = re.escape(self.layers.removesuffix(".").rpartition(".")[2])  # such as "layers"
+        _, _, list_name = self.layers.removesuffix(".").rpartition(".")  # such as "layers"
         # Matches r"re:.*layers\.(3|5)\..*", but not the plain name "model.layers.3.mlp".
-        numbered = re.compile(rf"^(?!{prefix}).*\b{word}\\?\.[^.a-zA-Z]*\d")
-        # Such as those of an image tower, whose layers keep their numbers.
+        numbered = re.compile(rf"^(?!{prefix}).*\b{re.escape(list_name)}\\?\.[^.a-zA-Z]*\d")
+        # Names of tensors outside of decoder layers, in the files and in the model: those of an image tower, for
+        # instance, whose layers keep their numbers.
         names_outside = [name for name in self.stored if not name.startswith(self.layers)]
         places_outside = [self.places[name] for name in names_outside if name in self.places]
         outside = names_outside + places_outside
 
-        waiting: list[Any] = []  # values that are still to be looked at
-        for value in self.settings.values():
-            if isinstance(value, dict | list):
-                waiting.append(value)
-        while waiting:
-            value = waiting.pop()
-            if isinstance(value, dict):
-                waiting += value.values()
-            elif isinstance(value, list):
-                waiting += value
-            else:
-                is_other_module = any(name.startswith(f"{value}.") for name in outside)
-                pattern = str(value).replace("[0-9]", "")  # any digit: it names no number
-                if not is_other_module and numbered.search(pattern):
-                    raise ValueError(
-                        f"quantization_config names decoder layers by number in {value!r}, and if decoder layers are "
-                        "removed, others get these numbers: pass a pattern that removes no layers, or a dtype (--dtype "
-                        "bfloat16), in which the result is written without quantization."
-                    )
+        for value in _inner_values(self.settings):
+            is_other_module = any(name.startswith(f"{value}.") for name in outside)
+            if is_other_module:
+                continue
+            # "[0-9]" is any digit, and names no number.
+            pattern = str(value).replace("[0-9]", "")
+            if numbered.search(pattern):
+                raise ValueError(
+                    f"quantization_config names decoder layers by number in {value!r}, and if decoder layers are "
+                    "removed, others get these numbers: pass a pattern that removes no layers, or a dtype (--dtype "
+                    "bfloat16), in which the result is written without quantization."
+                )
 
     def renamed(self, stay: Sequence[int], total: int) -> SourceTensors:
         """Return these tensors by their names in a model with fewer decoder layers; `self` does not change.
@@ -278,21 +286,23 @@ class SourceTensors:
             total: How many decoder layers there are now.
         """
         new_numbers = {old: new for new, old in enumerate(stay)}
+        # Three groups: what stands before the number ("model.layers."), the number, and what follows (".mlp", or "").
         in_a_layer = re.compile(rf"({re.escape(self.layers)})(\d+)(\..*|)")
 
         def new_name(name: str) -> str | None:
             """Return a name, such as "model.layers.3.mlp", with its layer's new number; `None` if the layer goes.
 
-            `in_a_layer` matches such names, and `new_numbers` has the new number of each decoder layer that stays. A
-            layer after all `total` decoder layers predicts more tokens. Its number falls as theirs do: `stay` are left.
+            `in_a_layer` matches such names; others are returned as they are. `new_numbers` has the new number of each
+            decoder layer that stays. Layers after all `total` decoder layers predict more tokens, and are numbered
+            after those of `stay`.
             """
             match = in_a_layer.match(name)
-            if match is None or not self.layers:
+            if match is None or not self.layers:  # without `self.layers`, no layers are known
                 return name
             before, number, after = match.groups()
             old = int(number)
             is_decoder_layer = old < total
-            new = new_numbers.get(old) if is_decoder_layer else old - total + len(stay)
+            new = new_numbers.get(old) if is_decoder_layer else len(stay) + (old - total)
             return None if new is None else f"{before}{new}{after}"
 
         def with_new_names(values: Mapping[str, T]) -> dict[str, T]:
@@ -305,7 +315,10 @@ class SourceTensors:
             return result
 
         def renamed_in_lists(value: Any) -> Any:
-            """Copy a value of the settings, with the names of `new_name` in all lists, such as modules to skip."""
+            """Copy a value of the settings, with the names of `new_name` in all lists, such as modules to skip.
+
+            Names of removed layers are left out of the lists.
+            """
             if isinstance(value, dict):
                 return {key: renamed_in_lists(inner) for key, inner in value.items()}
             if not isinstance(value, list):
@@ -325,3 +338,22 @@ class SourceTensors:
             layers=self.layers,
             settings=renamed_in_lists(self.settings),
         )
+
+
+def _inner_values(settings: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield the values in the dictionaries and lists of quantization settings, at any depth.
+
+    Values at the top, which say how all weights are stored, are left out.
+    """
+    waiting: list[Any] = []  # what is still to be looked at
+    for value in settings.values():
+        if isinstance(value, dict | list):
+            waiting.append(value)
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+        else:
+            yield value

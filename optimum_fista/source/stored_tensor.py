@@ -84,8 +84,11 @@ class StoredTensor:
         pieces_of_whole = self.pieces
 
         def pieces_of_entries() -> Iterator[bytes | memoryview]:
-            """Read the whole tensor (`pieces_of_whole`), and yield the slices `entries` along `axis` as one piece."""
-            # torch wants memory that may be written to
+            """Read the whole tensor (`pieces_of_whole`), and yield the slices `entries` along `axis` as one piece.
+
+            `self.shape` is the shape of the whole tensor.
+            """
+            # PyTorch wants memory that may be written to, so this is no `bytes`.
             buffer = bytearray().join(pieces_of_whole())
             whole = torch.frombuffer(buffer, dtype=torch.uint8)
             values = whole.view(*self.shape, -1)  # one more axis: the bytes of a value
@@ -104,19 +107,17 @@ class StoredTensor:
 
         There are three cases:
 
+        - The dtypes are equal, or one of them is no plain float, so that `value` can't be converted. Then `value` is
+          returned in its own dtype.
         - `value` is only the old value, rounded to the dtype of the model. Then this tensor itself is returned, so that
           nothing is lost by rounding.
-        - It is another value. Then it is returned in this tensor's dtype.
-        - The dtypes are equal, or one of them is no plain float, so that it can't be converted. Then `value` is
-          returned in its own dtype.
+        - `value` is another value. Then it is returned in this tensor's dtype.
 
-        The file of this tensor is read in the first two cases.
+        The file of this tensor is read in the last two cases.
         """
         new = StoredTensor.of(value)
-        if self.dtype == new.dtype:
-            return new
-        both_are_plain_floats = self.dtype in PLAIN_FLOATS and new.dtype in PLAIN_FLOATS
-        if not both_are_plain_floats:
+        can_be_converted = self.dtype in PLAIN_FLOATS and new.dtype in PLAIN_FLOATS
+        if self.dtype == new.dtype or not can_be_converted:
             return new
 
         old = self.tensor()
@@ -145,6 +146,7 @@ def read_stored(source: Path) -> dict[str, StoredTensor]:
 
     Raises:
         ValueError: If two files hold different values of one name, or a file is damaged.
+        SafetensorError: If the only file is damaged.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(weight_files(source)):
@@ -162,9 +164,10 @@ def read_stored(source: Path) -> dict[str, StoredTensor]:
 def weight_files(source: Path) -> set[Path]:
     """Return the paths of the weight files in a model folder that Transformers loads; empty if there are none.
 
-    Safetensors come before `pytorch_model.bin`. Of a packed folder, whose files are called "packed...", these.
+    Safetensors come before `pytorch_model.bin`. In a packed folder, the files are called "packed...".
     """
     for stem in ("model", "packed"):
+        # If there are no files of this name, others are looked for.
         with suppress(FileNotFoundError):
             return set(checkpoint_files(source, stem).values())
 
@@ -189,8 +192,8 @@ def write_stored(path: Path, tensors: Mapping[str, StoredTensor]) -> str:
 def restore_dtypes(file: Path, originals: Mapping[str, StoredTensor]) -> None:
     """Write a safetensors file again if tensors in it have other dtypes than the `originals` with their names.
 
-    Each of these then has the dtype of its original, and its value, too, if it was only rounded (`with_value`).
-    Only plain floats change.
+    Each of these tensors then has the dtype of its original. If its value is only that of the original, rounded, it
+    also gets the original's value (`with_value`). Only plain floats change.
 
     Args:
         file: A file that `save_pretrained` has written. It is replaced.
@@ -202,24 +205,31 @@ def restore_dtypes(file: Path, originals: Mapping[str, StoredTensor]) -> None:
         original = originals.get(name)
         if original is None or original.dtype == tensor.dtype:
             continue
-        if original.dtype in PLAIN_FLOATS and tensor.dtype in PLAIN_FLOATS:
+        both_are_plain_floats = original.dtype in PLAIN_FLOATS and tensor.dtype in PLAIN_FLOATS
+        if both_are_plain_floats:
             changed[name] = original.with_value(tensor.tensor())
     if changed:
         write_file(file, _file_of(saved | changed))
 
 
 def _file_of(tensors: Mapping[str, StoredTensor]) -> Iterator[bytes | memoryview]:
-    """Yield the bytes of a safetensors file in pieces: the length of the header, the header, then each tensor."""
+    """Yield the bytes of a safetensors file in pieces: the length of the header, the header, then each tensor.
+
+    `tensors` are by the names that they get in the file. Each is read when its turn comes.
+    """
 
     def sort_key(name: str) -> tuple[int, str]:
-        """Put the widest dtype first, and tensors of one width in the order of their names, as safetensors does."""
-        num_values = max(1, math.prod(tensors[name].shape))
+        """Put the widest dtype first, and tensors of one width in the order of their names, as safetensors does.
+
+        `name` is a key of `tensors`.
+        """
+        num_values = max(1, math.prod(tensors[name].shape))  # an empty tensor has none
         bytes_of_a_value = tensors[name].num_bytes // num_values
         return -bytes_of_a_value, name
 
     names = sorted(tensors, key=sort_key)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
+    end = 0  # bytes of the tensors so far
     for name in names:
         tensor = tensors[name]
         start = end
@@ -244,8 +254,12 @@ def name_of_dtype(dtype: torch.dtype) -> str:
 
 
 def _read_safetensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
-    """Yield each tensor of a safetensors file with its name. Only the header is read now."""
+    """Yield each tensor of a safetensors file with its name. Only the header is read now.
+
+    ValueError if the file is too short for its header.
+    """
     with file.open("rb") as opened:
+        # The file begins with the length of its header, 8 bytes, and the header. Then come the values of all tensors.
         length = int.from_bytes(opened.read(8), "little")
         if length > file.stat().st_size:
             raise ValueError(
@@ -253,11 +267,12 @@ def _read_safetensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
             )
         header = json.loads(opened.read(length))
 
+    # By this a change of the file is noticed when the tensors are read.
     state = _size_and_time(file)
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        first, last = entry["data_offsets"]
+        first, last = entry["data_offsets"]  # places of the first byte, and after the last one
         start = 8 + length + first
         end = 8 + length + last
         pieces = partial(_pieces_of, file, state, start, end)

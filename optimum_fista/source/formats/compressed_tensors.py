@@ -46,20 +46,21 @@ class CompressedTensors(QuantizedFormat):
     def __init__(self, settings: Mapping[str, Any]) -> None:
         """Read the schemes of all groups in the quantization settings, `quantization_config` of `config.json`.
 
-        Raises ValueError if weights are also rotated (a transform) or stored as sparse ones. `settings` stays as it is.
+        `self._config` then has these schemes. Raises ValueError if weights are also rotated (a transform) or stored as
+        sparse ones. `settings` stays as it is.
         """
         super().__init__(settings)
         from compressed_tensors.quantization import QuantizationConfig
 
-        entry = None  # of the settings that can't be followed
+        refused = None  # the entry of the settings that can't be followed here
         sparsity = settings.get(_SPARSITY)
         if settings.get(_TRANSFORM):
-            entry = _TRANSFORM
+            refused = _TRANSFORM
         elif sparsity and sparsity.get("format") != "dense":
-            entry = _SPARSITY
-        if entry is not None:
+            refused = _SPARSITY
+        if refused is not None:
             raise ValueError(
-                f"quantization_config has a {entry}, which only compressed-tensors can undo, on a whole model: "
+                f"quantization_config has a {refused}, which only compressed-tensors can undo, on a whole model: "
                 "load the model with Transformers and this package, save it in 16 bits, and pass that folder."
             )
         schemes = {
@@ -83,14 +84,18 @@ class CompressedTensors(QuantizedFormat):
     def source_patterns(self, patterns: Sequence[str]) -> list[str]:
         """Return patterns of all parts that may be stored for the weights that a conversion needs.
 
-        `patterns` are its own, such as "mlp.experts.*.up_proj.weight"; those of something else, such as biases, are
-        returned as they are.
+        `patterns` are those of the conversion, such as "mlp.experts.*.up_proj.weight". Patterns of something else, such
+        as biases, are returned as they are.
         """
-        if not all(pattern.endswith("weight") for pattern in patterns):
+        are_weights = all(pattern.endswith("weight") for pattern in patterns)
+        if not are_weights:
             return list(patterns)
-        return [
-            f"{pattern.removesuffix('weight')}{part}$" for pattern in patterns for part in _PARTS
-        ]
+        patterns_of_parts = []
+        for pattern in patterns:
+            module_pattern = pattern.removesuffix("weight")
+            # "$" ends the name: "weight" alone would also match the beginning of "weight_packed".
+            patterns_of_parts += [f"{module_pattern}{part}$" for part in _PARTS]
+        return patterns_of_parts
 
     def first_operations(self, operations: Sequence[ConversionOps]) -> list[ConversionOps]:
         """Return the operation that takes what `prepared` has decompressed, whatever the conversion does then."""
@@ -106,19 +111,23 @@ class CompressedTensors(QuantizedFormat):
                 order of their names in `patterns`.
             patterns: The pattern of each stored tensor, by its name in the files.
         """
-        # For each pattern of weights: what is stored for each module, by part.
+        # For each pattern of weights, and each module that has such a weight: what is stored for the module, by part.
         modules: dict[str, dict[str, dict[str, Tensor]]] = {}
         for pattern, stored in tensors.items():
+            # "up_proj.weight_packed$" becomes "up_proj.weight$".
             weight_pattern = re.sub(r"weight_\w+\$$", "weight$", pattern)
             parts_by_module = modules.setdefault(weight_pattern, {})
             names = [name for name, other in patterns.items() if other == pattern]
             for name, tensor in zip(names, stored, strict=True):
                 module, _, part = name.rpartition(".")
                 parts_by_module.setdefault(module, {})[part] = tensor
-        return {
-            pattern: [self._decompressed(module, parts) for module, parts in by_module.items()]
-            for pattern, by_module in modules.items()
-        }
+
+        weights: dict[str, list[Tensor]] = {}
+        for pattern, parts_by_module in modules.items():
+            weights[pattern] = [
+                self._decompressed(module, parts) for module, parts in parts_by_module.items()
+            ]
+        return weights
 
     def weight(
         self, module: str, parts: Mapping[str, Tensor], conversions: Sequence[WeightConverter]
@@ -130,12 +139,12 @@ class CompressedTensors(QuantizedFormat):
         return self._decompressed(module, parts)
 
     def _decompressed(self, module: str, parts: Mapping[str, Tensor]) -> Tensor:
-        """Return the weight [out, in] of a module, which is made of its stored tensors (by part).
+        """Return the weight [out, in] of a module, which is made of its stored tensors (by part). Changes nothing.
 
         `module` is its name in the files, by which the groups of the settings (`self._config`) name it. Raises
         ValueError if no group does.
         """
-        is_uncompressed = len(parts) == 1
+        is_uncompressed = len(parts) == 1  # a single tensor has no scales
         if is_uncompressed:
             (weight,) = parts.values()
             return weight
@@ -143,15 +152,15 @@ class CompressedTensors(QuantizedFormat):
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.utils.match import is_match
 
-        # Experts, too, were linear modules when they were compressed, and groups may name this class.
+        # A group names modules by name or class. Experts, too, were linear modules when they were compressed.
         linear = nn.Linear(1, 1, device="meta")
+        ignored = self._config.ignore or ()
         for scheme in self._config.config_groups.values():
-            if scheme.weights is None:
+            if scheme.weights is None:  # only activations are quantized
                 continue
-            if is_match(module, linear, scheme.targets, self._config.ignore or ()):
-                compressor: Any = BaseCompressor.get_value_from_registry(
-                    scheme.format or self._config.format
-                )
+            if is_match(module, linear, scheme.targets, ignored):
+                name_of_format = scheme.format or self._config.format
+                compressor: Any = BaseCompressor.get_value_from_registry(name_of_format)
                 decompressed: dict[str, Tensor] = compressor.decompress(dict(parts), scheme)
                 return decompressed["weight"]
         raise ValueError(
@@ -165,10 +174,11 @@ class Decompressed(Unchanged):
     hf_quantizer = True  # Transformers then reads the stored tensors in the dtypes that they have
 
     def convert(self, input_dict: dict[str, Any], *_: Any, **options: Any) -> dict[str, Any]:
-        """Return weights by pattern as `prepared` made them; the pattern "weight$" becomes the conversion's target.
+        """Return the weights of `input_dict` by pattern; the pattern "weight$" becomes the conversion's target.
 
-        Transformers passes `target_patterns`, the patterns of the parameters that the conversion makes. "weight$" is
-        the pattern of the one conversion for weights that no other reads.
+        `prepared` has made `input_dict`, weights [out, in] or lists of them by pattern. Of the options that
+        Transformers passes, `target_patterns` are the patterns of the parameters that the conversion makes. "weight$"
+        is the pattern of the one conversion for weights that no other reads. Changes nothing.
         """
         result: dict[str, Any] = {}
         for pattern, value in input_dict.items():

@@ -76,8 +76,8 @@ _OTHER_READERS = {
 def read_dequantized(config: PreTrainedConfig) -> PreTrainedConfig:
     """Change the configuration of a quantized model so that Transformers loads the model in 16 bits; return it.
 
-    `config` is one for which `quantization` returns settings. Changes it and its section for the text decoder: its
-    quantization settings name the `Dequantizer`, and its dtype is set if it has none.
+    `config` is one for which `quantization` returns settings. Changes `config` and its section for the text decoder:
+    the quantization settings then name the `Dequantizer`, and the dtype is set if there is none.
 
     Raises:
         ValueError: If Transformers can't dequantize the format a parameter at a time.
@@ -86,10 +86,15 @@ def read_dequantized(config: PreTrainedConfig) -> PreTrainedConfig:
     settings = quantization(config)
     assert settings is not None, "the model is quantized"
     method = settings["quant_method"]
-    name = internals.loaded_from(config)
+    name = internals.loaded_from(config)  # of the model: a Hub id, or a folder
     FORMATS.get(method, QuantizedFormat).require_package(name)
-    kind = auto.AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
-    if kind is None or "dequantize" not in inspect.signature(kind).parameters:
+    # Transformers dequantizes a format by conversions if the class of its settings has an option for it.
+    class_of_settings = auto.AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
+    can_be_dequantized = (
+        class_of_settings is not None
+        and "dequantize" in inspect.signature(class_of_settings).parameters
+    )
+    if not can_be_dequantized:
         reader = _OTHER_READERS.get(method, "the library that wrote it")
         raise ValueError(
             f"model={name!r} is quantized by {method!r}, which Transformers {version('transformers')} can't dequantize "
@@ -104,14 +109,15 @@ def read_dequantized(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def dequantizer_of(folder: Path) -> Dequantizer | None:
-    """Return a `Dequantizer` for the quantized model in `folder`, which knows its conversions; `None` if it is dense.
+    """Return a `Dequantizer` for the quantized model in `folder`, with which no model is loaded.
 
-    Only `config.json` is read.
+    `None` if the model is dense, or the folder has no configuration. Only `config.json` is read.
     """
     if not (folder / "config.json").exists():
         return None
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if quantization(config) is None:
+    is_dense = quantization(config) is None
+    if is_dense:
         return None
     settings = read_dequantized(config).quantization_config["settings"]
     return Dequantizer(DequantizingConfig(settings), pre_quantized=True)
@@ -150,7 +156,8 @@ class Dequantizer(HfQuantizer):
         `keywords` are for the base class. Raises an error of Transformers if the format can't be dequantized here.
         """
         super().__init__(quantization_config, **keywords)
-        # the quantization settings in the source's `config.json`: a dictionary, and the object that Transformers makes
+        # The quantization settings of the source: first the dictionary in its `config.json`, then the object that
+        # Transformers makes of that.
         source_settings = quantization_config.settings
         source_config: Any = auto.AutoQuantizationConfig.from_dict(dict(source_settings))
         source_config.dequantize = True  # also on a device that computes with the quantized weights
@@ -181,7 +188,8 @@ class Dequantizer(HfQuantizer):
         """Note which tensors the files hold, and have the format's quantizer prepare the modules of `model`.
 
         Changes `self.stored` and `self.is_lazy`, and, for most formats, the modules of `model`, which has no weights
-        yet. Transformers calls this with the paths of the weight files.
+        yet. Transformers calls this with the paths of the weight files, and with the `device_map` that
+        `from_pretrained` was asked for; `options` are only passed on.
         """
         if self.format.prepares_model:
             internals.prepare_for_loading(self.inner, model, device_map=device_map, **options)
@@ -189,12 +197,14 @@ class Dequantizer(HfQuantizer):
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     self.stored[name] = (path, file.get_slice(name).get_dtype())
+        # Accelerate's way to say that all modules stay in their files.
         self.is_lazy = device_map == {"": "disk"}
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         """Return the conversions and renamings by which the quantized model is loaded; Transformers calls this.
 
-        Conversions become a `DeferredConversion`; both lists, the given one and the result, are kept in `self`.
+        Each conversion becomes a `DeferredConversion`; renamings stay. `self` keeps a copy of the given list, and the
+        result.
 
         Args:
             weight_conversions: Those of the dense model. Some formats of Transformers add theirs to this list.
@@ -219,7 +229,8 @@ class Dequantizer(HfQuantizer):
         """Check that all weights can be dequantized, and have Accelerate read deferred ones through `self.makers`.
 
         Changes `model`, and returns it: its conversions for saving, what `quantized_source` says of it, and the map
-        from which Accelerate reads offloaded weights. Raises ValueError if a weight can't be dequantized.
+        from which Accelerate reads offloaded weights. `self.makers` also gets the names of tied weights. Raises
+        ValueError if a weight can't be dequantized.
         """
         self._require_scales(model)
         self._save_by_dense_conversions(model)
@@ -228,8 +239,8 @@ class Dequantizer(HfQuantizer):
 
         # A tied weight is a second name of a parameter, and is made in the same way.
         for tied_name, name in model.all_tied_weights_keys.items():
-            if name in self.makers:
-                self.makers.setdefault(tied_name, self.makers[name])
+            if name in self.makers and tied_name not in self.makers:
+                self.makers[tied_name] = self.makers[name]
         if self.makers:
             # Accelerate looks into the state dict before the index of files, which has the quantized tensors.
             _offloaded_weights(model).state_dict = ParametersMadeWhenRead(self.makers)
@@ -251,22 +262,24 @@ class Dequantizer(HfQuantizer):
         renamings = [one for one in self._conversions if isinstance(one, WeightRenaming)]
         converters = [one for one in self._conversions if isinstance(one, WeightConverter)]
         state = model.state_dict()
-        for name, (_, dtype) in self.stored.items():
+        for name, (_path, dtype) in self.stored.items():
             if dtype in PLAIN_FLOATS:
                 continue
-            scales = scales_of[name.rpartition(".")[0]]
+            module = name.rpartition(".")[0]
+            scales = scales_of[module]
             unread = [scale for scale in scales if scale not in self.converted]
             is_dequantized = name in self.converted and scales and not unread
             if is_dequantized:
                 continue
-            target, *_ = rename_source_key(  # besides, the pattern that matches
+            parameter, *_ = rename_source_key(  # it also returns the pattern that matches
                 name,
                 renamings,
                 converters,
                 base_model_prefix=model.base_model_prefix,
                 meta_state_dict=state,
             )
-            is_weight = target in state and state[target].is_floating_point()
+            # The model loads the tensor for a parameter with fractions; integers are no weights.
+            is_weight = parameter in state and state[parameter].is_floating_point()
             if not is_weight:
                 continue
             if unread:
@@ -282,9 +295,10 @@ class Dequantizer(HfQuantizer):
     def _save_by_dense_conversions(self, model: PreTrainedModel) -> None:
         """Have `save_pretrained` save `model` under the names of the source, without what dequantizes.
 
-        Changes the conversions that `model` notes for saving: they are those of the dense model (as
-        `update_weight_conversions` got them) that were used to load it.
+        Changes the conversions that `model` notes for saving: those of the dense model (`self._dense_conversions`) that
+        were used to load it. A `DeferredConversion` with the same targets may have been used in the place of one.
         """
+        # The patterns of parameters that each used conversion makes, as they were before Transformers changed them.
         used_targets = [
             internals.original_targets(conversion)
             for conversion in self._conversions
@@ -303,12 +317,13 @@ class Dequantizer(HfQuantizer):
         Parameters are of one kind if their names differ only in numbers, such as that of the layer. The results are
         dropped. Raises ValueError if one can't be made, or has not the shape of the parameter of `model`.
         """
+        # By the name without numbers: the last parameter of the kind.
         one_of_each_kind = {re.sub(r"\d+", "*", name): name for name in self.makers}
         for name in one_of_each_kind.values():
             make = self.makers[name]
             try:
                 shape = tuple(make().shape)
-            except Exception as error:  # of the format's operations
+            except Exception as error:  # the operations of formats raise many kinds of errors
                 raise ValueError(f"{name} can't be dequantized: {error}") from error
             expected = tuple(model.get_parameter_or_buffer(name).shape)
             if shape != expected:
@@ -328,7 +343,7 @@ class Dequantizer(HfQuantizer):
     ) -> Tensor:
         """Dequantize the weight [out, in] of a linear module that the model's class does not load.
 
-        `update_weight_conversions` must have been called.
+        `update_weight_conversions` must have been called; it sets `self._conversions`. Changes nothing.
 
         Args:
             module: Name of the module in the files, such as "model.layers.61.eh_proj".
@@ -382,15 +397,21 @@ class DeferredConversion(WeightConverter):
     """
 
     def __init__(self, conversion: WeightConverter, quantizer: Dequantizer) -> None:
-        """Make one of a conversion of Transformers, with the further sources and operations of the format."""
+        """Make one of a conversion of Transformers, with the further sources and operations of the format.
+
+        `conversion` is not changed. `quantizer` is kept; `convert` adds to its `makers` and `converted`.
+        """
+        # The original patterns are those before Transformers makes regular expressions of them.
         sources = quantizer.format.source_patterns(internals.original_sources(conversion))
         targets = list(internals.original_targets(conversion))
-        first = quantizer.format.first_operations(conversion.operations)
-        super().__init__(sources, targets, [*first, *conversion.operations], conversion.force_cpu)
+        first_operations = quantizer.format.first_operations(conversion.operations)
+        operations = [*first_operations, *conversion.operations]
+        super().__init__(sources, targets, operations, conversion.force_cpu)
+        # Where in the model the conversion holds; `super().__init__` does not take these.
         self.scope_prefix = conversion.scope_prefix
         self.base_model_prefix = conversion.base_model_prefix
         self.quantizer = quantizer
-        self.patterns: dict[str, str] = {}
+        self.patterns: dict[str, str] = {}  # filled by `add_tensor`
 
     def add_tensor(
         self, target_key: str, source_key: str, source_pattern: str, future: Any
@@ -427,12 +448,19 @@ class DeferredConversion(WeightConverter):
         """Make the parameter `layer_name` and those of the other targets, or defer the conversion.
 
         Transformers calls this. A conversion is deferred if weights stay in their files (`quantizer.is_lazy`): then
-        `quantizer.makers` gets a function for each parameter, the parameters are taken out of the missing keys of
-        `loading_info`, and SkipParameters is raised, which tells Transformers to go on. In any case, the names of the
-        stored tensors (the keys of `self.patterns`) are added to `quantizer.converted`.
+        `quantizer.makers` gets a function for each parameter that has to be made (`make`), the parameters are taken out
+        of the missing keys of `loading_info`, and SkipParameters is raised, which tells Transformers to go on. In any
+        case, the names of the stored tensors (the keys of `self.patterns`) are added to `quantizer.converted`.
+
+        Args:
+            layer_name: The name of the parameter that the first target pattern stands for.
+            model: The model that is loaded; only the dtypes of its parameters are read here.
+            config: Only passed on, as `hf_quantizer` is.
+            hf_quantizer: Transformers' argument of that name.
+            loading_info: What Transformers notes while it loads.
 
         Returns:
-            The parameters by name, if it is not deferred.
+            The parameters by name, if the conversion is not deferred.
         """
         quantizer = self.quantizer
         quantizer.converted.update(self.patterns)
@@ -442,13 +470,15 @@ class DeferredConversion(WeightConverter):
         if not quantizer.is_lazy or makes_many:
             return super().convert(layer_name, model, config, hf_quantizer, loading_info)
 
-        parameters = [layer_name]
+        parameters = [layer_name]  # names
         for target in self.target_patterns[1:]:
             parameters.append(layer_name.replace(first_target, target))
 
         # Without scales, the operations of a format change nothing: Accelerate reads the parameter from its file.
-        files_and_dtypes = [quantizer.stored[name] for name in self.patterns]
-        dtypes = [dtype for _, dtype in files_and_dtypes]
+        dtypes = []
+        for name in self.patterns:
+            _path, dtype_in_file = quantizer.stored[name]
+            dtypes.append(dtype_in_file)
         is_one_plain_tensor = len(dtypes) == 1 and dtypes[0] in PLAIN_FLOATS
         only_dequantizes = all(reads_scales(operation) for operation in self.operations)
         is_stored_as_it_is = is_one_plain_tensor and only_dequantizes
@@ -467,6 +497,7 @@ class DeferredConversion(WeightConverter):
         """Read the stored tensors of this conversion, run it, and return the parameter `target`, on the CPU.
 
         Changes only `self.collected_tensors`, from which Transformers reads: it gets functions that read the tensors.
+        `self.patterns` has the source pattern of each of these tensors, by name.
 
         Args:
             model: The model, of which the operations read the configuration.
@@ -474,8 +505,9 @@ class DeferredConversion(WeightConverter):
             target: The name of the parameter to return, `layer_name` or one that is made with it.
             dtype: The dtype of the result.
         """
+        # Lists by source pattern; a new pattern gets an empty list.
         readers: Any = self.collected_tensors
-        readers.clear()  # those of files that are closed
+        readers.clear()  # drops readers of files that are closed
         for name, pattern in self.patterns.items():
             readers[pattern].append(partial(self.quantizer.read, name))
         # The method of Transformers, not that of this class: the conversion runs now.

@@ -43,10 +43,14 @@ class FineGrainedFP8(QuantizedFormat):
         return [renaming, *load_conversions()]
 
     def first_operations(self, operations: Sequence[ConversionOps]) -> list[ConversionOps]:
-        """Return `EqualBlocks` if a conversion with these `operations` dequantizes; an empty list if not."""
-        if not any(reads_scales(operation) for operation in operations):
+        """Return `EqualBlocks` if a conversion with these `operations` dequantizes; an empty list if not.
+
+        `self.settings` are the quantization settings of the source.
+        """
+        dequantizes = any(reads_scales(operation) for operation in operations)
+        if not dequantizes:
             return []
-        # What Transformers takes if the settings name no size.
+        # Rows and columns of a block. Transformers takes 128 of each if the settings name no size.
         block_size = self.settings.get("weight_block_size", (128, 128))
         return [EqualBlocks(block_size)]
 
@@ -65,17 +69,21 @@ class FineGrainedFP8(QuantizedFormat):
         result = dict(tensors)
         for pattern, weights in tensors.items():
             scale_pattern = _scale_pattern(pattern, tensors)
-            if scale_pattern is None or len(tensors[scale_pattern]) == len(weights):
+            if scale_pattern is None:  # these tensors are scales, or have none
+                continue
+            stored_scales = tensors[scale_pattern]
+            each_has_a_scale = len(stored_scales) == len(weights)
+            if each_has_a_scale:
                 continue
             modules = _modules_of(pattern, patterns)
             modules_with_scale = _modules_of(scale_pattern, patterns)
-            scales = dict(zip(modules_with_scale, tensors[scale_pattern], strict=True))
+            scale_of = dict(zip(modules_with_scale, stored_scales, strict=True))
             for module, weight in zip(modules, weights, strict=True):
                 is_in_8_bits = weight.itemsize == 1
-                if not is_in_8_bits:
-                    scales.setdefault(module, torch.ones(1, 1, device=weight.device))
+                if not is_in_8_bits and module not in scale_of:
+                    scale_of[module] = torch.ones(1, 1, device=weight.device)
             # A weight in 8 bits without a scale stays without one; `Dequantizer` refuses it by name.
-            result[scale_pattern] = [scales[module] for module in modules if module in scales]
+            result[scale_pattern] = [scale_of[module] for module in modules if module in scale_of]
         return result
 
     def weight(
@@ -89,18 +97,20 @@ class FineGrainedFP8(QuantizedFormat):
                 "weight_scale".
             conversions: Those by which the model was loaded.
         """
-        names = {"weight_scale": f"weight{_SCALE}"}
-        renamed = {names.get(part, part): tensor for part, tensor in parts.items()}
+        renamed = dict(parts)
+        if "weight_scale" in renamed:
+            renamed[f"weight{_SCALE}"] = renamed.pop("weight_scale")
         return super().weight(module, renamed, conversions)
 
 
 def _scale_pattern(pattern: str, patterns: Mapping[str, Any]) -> str | None:
-    """Return the one of `patterns` that is that of the scales of the weights with `pattern`; `None` if there is none.
+    """Return the pattern of the scales that belong to weights with `pattern`; `None` if `patterns` does not have it.
 
-    Only the keys of `patterns` are read. For a single weight Transformers calls the patterns "weight$" and
-    "weight_scale_inv".
+    Only the keys of `patterns` are read. `None` also if `pattern` is itself one of scales. For a single weight
+    Transformers calls the patterns "weight$" and "weight_scale_inv".
     """
-    if _SCALE in pattern:
+    is_of_scales = _SCALE in pattern
+    if is_of_scales:
         return None
     for candidate in (f"{pattern}{_SCALE}", f"{pattern.removesuffix('$')}{_SCALE}"):
         if candidate in patterns:
@@ -132,8 +142,8 @@ class EqualBlocks(ConversionOps):
     def convert(self, input_dict: dict[str, Any], *_: Any, **__: Any) -> dict[str, Any]:
         """Return a copy of `input_dict` with scales as Transformers' operation needs them (`_for_equal_blocks`).
 
-        `input_dict` has weights [out, in] and their scales by pattern, or lists of them. What else Transformers passes
-        is not needed.
+        `input_dict` has weights [out, in] and their scales by pattern, or lists of them. It does not change. What else
+        Transformers passes is not needed.
         """
         result = dict(input_dict)
         for pattern, value in input_dict.items():
@@ -156,10 +166,11 @@ class EqualBlocks(ConversionOps):
         """Return scales of blocks of equal size for a `weight` [..., out, in].
 
         `scales` [..., blocks of rows, blocks of columns] are returned as they are if the blocks are equal. If the last
-        block of rows (`self.block_size`) is smaller than the others, there is one scale for each row; columns alike. A
-        single scale becomes [1, 1].
+        block of rows is smaller than the others, the result has one scale for each row; columns alike. A single scale
+        becomes [1, 1]. `self.block_size` has the numbers of rows and columns in a block. Changes nothing.
         """
-        if scales.numel() == 1 and scales.ndim < 2:
+        is_single_scale = scales.numel() == 1 and scales.ndim < 2
+        if is_single_scale:
             return scales.reshape(1, 1)
         if scales.ndim < 2 or self.block_size is None:
             return scales
@@ -168,8 +179,10 @@ class EqualBlocks(ConversionOps):
             size = weight.shape[dim]
             num_blocks = math.ceil(size / block)
             last_is_smaller = size % block != 0 and num_blocks > 1
-            if last_is_smaller and scales.shape[dim] == num_blocks:
-                scales = scales.repeat_interleave(block, dim).narrow(dim, 0, size)
+            has_scale_for_each_block = scales.shape[dim] == num_blocks
+            if last_is_smaller and has_scale_for_each_block:
+                one_for_each_row = scales.repeat_interleave(block, dim)  # or for each column
+                scales = one_for_each_row.narrow(dim, 0, size)  # without those after the last row
         return scales
 
     @property

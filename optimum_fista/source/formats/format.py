@@ -85,6 +85,7 @@ class QuantizedFormat:
             if all(reads_scales(operation) for operation in conversion.operations)
         ]
         operations = dequantizing_conversions[0].operations
+        # An operation takes and returns tensors, or lists of them, by pattern. Here the parts are the patterns.
         values: dict[str, Any] = {part: [tensor] for part, tensor in parts.items()}
         for operation in operations:
             values = operation.convert(
